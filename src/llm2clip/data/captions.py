@@ -1,0 +1,81 @@
+"""Which captions a step sees.
+
+Everything here is a pure function of (seed, step): a run that was killed at step 1,234 goes on with exactly the
+captions that it would have seen, and the order does not depend on how many workers or machines read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+
+def caption_key(caption: str) -> str:
+    """The name of a caption in a store: 32 hex digits of the SHA-256 of its text."""
+    return hashlib.sha256(caption.encode()).hexdigest()[:32]
+
+
+def unique(captions: Iterable[str]) -> list[str]:
+    """The captions without repetitions, in order of first appearance."""
+    return list(dict.fromkeys(captions))
+
+
+def caption_pairs(
+    images: Sequence[Sequence[str]], batch: int, steps: int, seed: int
+) -> Iterator[list[tuple[str, str]]]:
+    """`steps` batches of `batch` pairs for caption-contrastive tuning: two different captions of one image each.
+
+    Within a batch no image comes twice and no text comes twice, so that nothing that is true of the anchor is ever
+    its negative. An image whose text would repeat waits for the next batch. Each pass over the images draws a new
+    order and new pairs.
+
+    Args:
+        images: the captions of each image; images with fewer than two different ones are left out.
+        batch: pairs in a batch.
+        steps: number of batches.
+        seed: of order and choice.
+
+    Raises:
+        ValueError: there are fewer images with two different captions than pairs in a batch.
+    """
+    usable = [texts for texts in (unique(i) for i in images) if len(texts) > 1]
+    if len(usable) < batch:
+        raise ValueError(
+            f"a batch of {batch} pairs needs as many images with two different captions; there are {len(usable)}: "
+            "lower the batch or add data"
+        )
+    rng = np.random.default_rng(seed)
+    order: list[int] = []
+    for _ in range(steps):
+        pairs: list[tuple[str, str]] = []
+        seen: set[str] = set()
+        taken: set[int] = set()
+        waiting: list[int] = []
+        while len(pairs) < batch:
+            if not order:
+                if len(waiting) + len(taken) >= len(usable):
+                    raise ValueError(f"no {batch} images without a caption in common; lower the batch")
+                order = rng.permutation(len(usable)).tolist()
+            image = order.pop()
+            texts = usable[image]
+            first, second = (texts[i] for i in rng.choice(len(texts), 2, replace=False))
+            if image in taken or first in seen or second in seen:
+                waiting.append(image)
+                continue
+            taken.add(image)
+            seen.update((first, second))
+            pairs.append((first, second))
+        order.extend(w for w in waiting if w not in taken)
+        yield pairs
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of `n` items in one epoch: int64 (n,), the same for the same (seed, epoch)."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def choice(n: int, seed: int, epoch: int, index: int) -> int:
+    """Which of an image's `n` captions item `index` gets in this epoch."""
+    return int(np.random.default_rng([seed, epoch, index]).integers(n))

@@ -1,0 +1,317 @@
+"""Pictures: bytes to pixels, and pixels to the square a vision tower was trained on.
+
+Everything here is uint8 RGB, shape (3, H, W). Normalising is the tower's work, on the device, so a quarter of the
+bytes travel from the loading workers to it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast, runtime_checkable
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile, ImageOps
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+MAX_PIXELS = 100_000_000
+"""A picture that claims more than this is refused before anything is decoded: 300 MB of RGB."""
+
+# Only formats that Pillow reads in-process: left to itself it would also hand EPS files to Ghostscript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+_RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers, which preprocessor_config.json uses
+_ORIENTATION = 0x0112  # the EXIF tag
+
+
+class ImageError(ValueError):
+    """A picture that cannot be read; the message says why and, where it has one, names its file."""
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """An open file, or anything like one."""
+
+    def read(self) -> bytes: ...
+
+
+ImageLike = str | Path | bytes | Image.Image | Tensor | Readable
+
+
+# ---- what a tower was trained with ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How the pictures of a vision tower were prepared when it was trained.
+
+    `size` is the side of the square the tower sees. The picture is brought to floor(size / crop_pct), its shortest side
+    ("shortest") or both sides ("squash"), and the centre is cropped: the rule of timm's evaluation transforms.
+    """
+
+    size: int
+    resize: Literal["shortest", "squash"]
+    crop_pct: float
+    interpolation: Literal["bicubic", "bilinear"]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def scaled(self) -> int:
+        """The side before the crop. The small term undoes rounding: 224 / (224 / 256) must be 256."""
+        return math.floor(self.size / self.crop_pct + 1e-6)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of preprocessor_config.json: what transformers reads, and the exact crop_pct."""
+        scaled = self.scaled
+        edge = {"shortest_edge": scaled} if self.resize == "shortest" else {"height": scaled, "width": scaled}
+        return {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": edge,
+            "resample": _RESAMPLE[self.interpolation],
+            "do_center_crop": True,
+            "crop_size": {"height": self.size, "width": self.size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "crop_pct": self.crop_pct,
+        }
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> Preprocess:
+        """Read what `to_dict` wrote, or the configuration of a transformers image processor.
+
+        Raises ValueError for one that does not end in a square of fixed size.
+        """
+        size = config.get("size", config.get("crop_size"))
+        if isinstance(size, int):  # files from before 2022; a plain number meant the shortest side
+            size = {"shortest_edge": size}
+        resize: Literal["shortest", "squash"] = "shortest" if "shortest_edge" in (size or {}) else "squash"
+        scaled = _square(size)
+        crop = _square(config["crop_size"]) if config.get("do_center_crop") else scaled
+        crop_pct = config.get("crop_pct")
+        return cls(
+            size=crop,
+            resize=resize,
+            # Some processors of transformers have a crop_pct of their own, with another meaning beside other sizes.
+            crop_pct=crop_pct if crop_pct and math.floor(crop / crop_pct + 1e-6) == scaled else crop / scaled,
+            interpolation="bilinear" if int(config.get("resample", 3)) == 2 else "bicubic",
+            mean=_triple(config["image_mean"]),
+            std=_triple(config["image_std"]),
+        )
+
+
+def _square(size: Any) -> int:
+    """The side of 224, {"height": 224, "width": 224} or {"shortest_edge": 224}."""
+    if isinstance(size, int):
+        return size
+    sides = (
+        {size[key] for key in ("shortest_edge", "height", "width") if key in size} if isinstance(size, dict) else set()
+    )
+    if len(sides) != 1:
+        raise ValueError(f"the image processor asks for {size}; only squares are supported")
+    return int(sides.pop())
+
+
+def _triple(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+# ---- bytes to pixels ------------------------------------------------------------------------------------------------
+
+
+def load(image: ImageLike) -> Tensor:
+    """A picture from wherever it is, as uint8 (3, H, W) RGB, upright.
+
+    Takes a path, encoded bytes, an open file, a PIL image, or a uint8 (3, H, W) tensor, which is returned as it is.
+    Raises ImageError, naming the file where there is one.
+    """
+    if isinstance(image, Tensor):
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+            raise ImageError(f"a tensor must be uint8 (3, height, width), not {image.dtype} {tuple(image.shape)}")
+        return image
+    if isinstance(image, bytes):
+        return decode(image)
+    if isinstance(image, Image.Image):
+        name: object = getattr(image, "filename", "")
+    elif isinstance(image, str | Path):
+        name = image
+    elif isinstance(image, Readable):
+        name = getattr(image, "name", "")
+    else:
+        raise ImageError(f"{type(image).__name__} is not a path, bytes, an open file, a PIL image or a tensor")
+    try:
+        if isinstance(image, Image.Image):
+            _check_size(image)
+            return _from_pil(image)
+        return decode(Path(image).read_bytes() if isinstance(image, str | Path) else image.read())
+    except (ImageError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ImageError(f"{name}: {reason}" if name else str(reason)) from error
+
+
+def decode(data: bytes) -> Tensor:
+    """Encoded bytes to uint8 (3, H, W) RGB, upright by EXIF, alpha over white, the first frame of an animation.
+
+    torchvision decodes JPEG, PNG and WebP (twice as fast as Pillow); Pillow decodes the rest, and reads the header of
+    all. Colour profiles are ignored, as they were when the towers were trained. Raises ImageError.
+    """
+    try:
+        header = Image.open(BytesIO(data), formats=_readable_formats())
+        _check_size(header)
+    except ImageError:
+        raise
+    except Image.UnidentifiedImageError:
+        what = "it is empty" if not data else "none of " + ", ".join(_readable_formats())
+        raise ImageError(f"not a picture: {what}") from None
+    except Exception as error:  # hostile headers make Pillow raise almost anything
+        raise ImageError(f"unreadable picture: {error}") from error
+    pixels = _decode_fast(data, header)
+    return _from_pil(header) if pixels is None else pixels
+
+
+@cache
+def _readable_formats() -> list[str]:
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{width} x {height} is more than {MAX_PIXELS:,} pixels")
+
+
+def _decode_fast(data: bytes, header: Image.Image) -> Tensor | None:
+    """torchvision's pixels, or None where Pillow must decide."""
+    if header.format not in ("JPEG", "MPO", "PNG", "WEBP") or "transparency" in header.info:
+        return None
+    alpha = header.mode in ("RGBA", "LA")
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    try:
+        # apply_exif_orientation covers JPEG and PNG; torchvision does not look for it in WebP.
+        pixels = decode_image(
+            encoded, ImageReadMode.RGB_ALPHA if alpha else ImageReadMode.RGB, apply_exif_orientation=True
+        )
+    except RuntimeError as error:
+        if ImageFile.LOAD_TRUNCATED_IMAGES and header.format != "WEBP":
+            # Somebody in this process told Pillow to fill what is missing with grey: do not ask it.
+            raise ImageError(f"unreadable picture: {str(error).rpartition(', ')[2]}") from error
+        return None
+    if pixels.dtype == torch.uint16:  # PNG of 16 bits
+        pixels = _from_16_bits(pixels.to(torch.int32))
+    if header.format == "WEBP":
+        pixels = _upright(pixels, header.getexif().get(_ORIENTATION, 1))
+    return _over_white(pixels) if alpha else pixels
+
+
+def _from_pil(image: Image.Image) -> Tensor:
+    """Any mode of Pillow to uint8 (3, H, W). Raises ImageError."""
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ImageError("its pixels are floating-point numbers of unknown range")
+        if image.mode.startswith("I"):  # Pillow's own conversion cuts 16 bits off at 255
+            grey = torch.from_numpy(np.asarray(image).astype(np.int64)).clamp(0, 65535)
+            return _from_16_bits(grey).expand(3, -1, -1).contiguous()
+        alpha = image.has_transparency_data
+        pixels = torch.from_numpy(np.array(image.convert("RGBA" if alpha else "RGB"))).permute(2, 0, 1)
+    except ImageError:
+        raise
+    except Exception as error:  # as above
+        raise ImageError(f"unreadable picture: {error}") from error
+    return _over_white(pixels) if alpha else pixels.contiguous()
+
+
+def _from_16_bits(pixels: Tensor) -> Tensor:
+    return ((pixels + 128) // 257).to(torch.uint8)
+
+
+def _over_white(pixels: Tensor) -> Tensor:
+    """uint8 (4, H, W) RGBA laid over white: (3, H, W)."""
+    colour, alpha = pixels[:3].to(torch.int32), pixels[3:].to(torch.int32)
+    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
+
+
+def _upright(pixels: Tensor, orientation: int) -> Tensor:
+    """Undo an EXIF orientation (1 to 8; others count as 1)."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 2)
+    flips = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation)
+    return pixels.flip(flips) if flips else pixels
+
+
+# ---- pixels to the tower's square -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """uint8 (3, H, W) to uint8 (3, S, S): resize and crop the centre, as the tower's own evaluation does."""
+
+    preprocess: Preprocess
+
+    def __call__(self, image: Tensor) -> Tensor:
+        size, scaled = self.preprocess.size, self.preprocess.scaled
+        if self.preprocess.resize == "shortest":
+            # The ends of a ribbon are cropped anyway; resized first, a 1 x 1,000,000 picture would fill the memory.
+            height, width = image.shape[-2:]
+            shortest = min(height, width)
+            image = F.center_crop(image, [min(height, 8 * shortest), min(width, 8 * shortest)])
+        side = [scaled] if self.preprocess.resize == "shortest" else [scaled, scaled]
+        image = F.resize(image, side, interpolation=InterpolationMode(self.preprocess.interpolation), antialias=True)
+        return cast(Tensor, F.center_crop(image, [size, size]).contiguous())
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """uint8 (3, H, W) to uint8 (3, S, S): a random crop of the given share of the area, resized to the square.
+
+    All chance comes from the generator of the call, so seed it from (seed, epoch, index) and the picture of a sample
+    does not depend on which worker draws it. Mirroring is off by default: captions name left and right.
+    """
+
+    preprocess: Preprocess
+    scale: tuple[float, float] = (0.9, 1.0)
+    hflip: bool = False
+
+    def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        size = self.preprocess.size
+        top, left, height, width = self._crop(image.shape[-2], image.shape[-1], generator)
+        image = F.resized_crop(
+            image,
+            top,
+            left,
+            height,
+            width,
+            [size, size],
+            interpolation=InterpolationMode(self.preprocess.interpolation),
+            antialias=True,
+        )
+        if self.hflip and torch.rand((), generator=generator) < 0.5:
+            image = F.horizontal_flip(image)
+        return image.contiguous()
+
+    def _crop(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
+        """Top, left, height, width: torchvision's RandomResizedCrop, ratio 3/4 to 4/3, with a generator."""
+        low, high = 3 / 4, 4 / 3
+        for _ in range(10):
+            share, log_ratio, down, right = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+            area = height * width * (self.scale[0] + share * (self.scale[1] - self.scale[0]))
+            ratio = math.exp(math.log(low) + log_ratio * (math.log(high) - math.log(low)))
+            crop_w, crop_h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < crop_w <= width and 0 < crop_h <= height:
+                return int(down * (height - crop_h + 1)), int(right * (width - crop_w + 1)), crop_h, crop_w
+        crop_w, crop_h = min(width, round(height * high)), min(height, round(width / low))
+        return (height - crop_h) // 2, (width - crop_w) // 2, max(crop_h, 1), max(crop_w, 1)

@@ -1,0 +1,86 @@
+"""What a trained model is worth on records: its vectors, and its retrieval figures field by field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from llm2clip.cache.store import EmbeddingStore
+from llm2clip.data.images import EvalTransform, ImageError, load
+from llm2clip.data.records import Record, SkipLog
+from llm2clip.evaluate.retrieval import retrieval
+from llm2clip.models.llm2clip import LLM2CLIP
+
+
+@torch.inference_mode()
+def image_vectors(
+    model: LLM2CLIP, records: Sequence[Record], log: SkipLog, batch: int = 64, progress: bool = True
+) -> tuple[Tensor, list[int]]:
+    """Vectors of the records' images, (N, width) float32, and which records they are of.
+
+    Records without an image are left out; an image that cannot be decoded is counted and listed in `log`.
+    """
+    transform = EvalTransform(model.tower.preprocess)
+    parts, kept, pixels = [torch.empty(0, model.config.width)], [], []
+    model.eval()
+    for i, record in enumerate(tqdm(records, desc="images", unit="image", disable=not progress)):
+        if record.image is not None:
+            try:
+                pixels.append(transform(load(record.image)))
+                kept.append(i)
+            except (ImageError, OSError) as error:
+                log.skip(str(record.image), 0, "undecodable image", error)
+        if pixels and (len(pixels) == batch or i == len(records) - 1):
+            vectors, _, _ = model(pixels=torch.stack(pixels).to(model.device))
+            assert vectors is not None
+            parts.append(vectors.cpu())
+            pixels = []
+    log.check()
+    return torch.cat(parts), kept
+
+
+def text_vectors(model: LLM2CLIP, texts: Sequence[str], store: EmbeddingStore | None = None) -> Tensor:
+    """Vectors of texts, (N, width) float32: from their rows in a store, or by running the caption encoder."""
+    if store is None:
+        return model.encode_text(texts, progress=True)
+    return model.embeddings_to_text(torch.from_numpy(store.take(store.rows(texts))))
+
+
+def evaluate_model(
+    model: LLM2CLIP,
+    fields: Mapping[str, Sequence[Record]],
+    log: SkipLog,
+    store: EmbeddingStore | None = None,
+    batch: int = 64,
+) -> list[dict[str, Any]]:
+    """Retrieval on each kind of caption.
+
+    Args:
+        model: the model.
+        fields: name of the kind (captions, captions_zh, ...) to records that carry it; the first one's images are
+            encoded, and the others' are looked up among them by file.
+        log: where unreadable images go.
+        store: of the captions' embeddings.
+        batch: images in a forward pass.
+
+    Returns:
+        A row a kind: its name, numbers of images and texts, and what `retrieval` returns.
+    """
+    first = next(iter(fields.values()))
+    vectors, kept = image_vectors(model, first, log, batch)
+    of = {str(first[i].image): n for n, i in enumerate(kept)}
+    rows = []
+    for name, records in fields.items():
+        found = [(of[str(r.image)], r.captions) for r in records if str(r.image) in of and r.captions]
+        if not found:
+            continue
+        texts = [c for _, captions in found for c in captions]
+        image_of_text = [n for n, (_, captions) in enumerate(found) for _ in captions]
+        images = vectors[torch.tensor([i for i, _ in found])]
+        figures = retrieval(images, text_vectors(model, texts, store), image_of_text)
+        rows.append({"captions": name, "images": len(found), "texts": len(texts), **figures})
+    return rows

@@ -1,0 +1,103 @@
+"""The whole path as one command: records -> tune -> embed -> align -> evaluate.
+
+A run folder holds everything a run made:
+
+    RUN/
+      recipe.yaml            the resolved settings; other settings in the same folder are refused
+      skipped.jsonl          rows and images that could not be used, with file and row
+      tune/                  encoder/ (the tuned caption encoder), metrics.jsonl, checkpoints/
+      store/                 every caption's embedding
+      align/                 metrics.jsonl, checkpoints/
+      evaluate/              raw.json, tuned.json (CRA), untrained.json, trained.json (retrieval)
+      model/                 the result
+      report.md, curves.png
+
+A stage's result appears by a rename, so what is there is whole, and the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from llm2clip.cache.embed import embed
+from llm2clip.data.records import SkipLog
+from llm2clip.evaluate.captions import caption_accuracy
+from llm2clip.evaluate.model import evaluate_model
+from llm2clip.evaluate.report import write_report
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.text import CaptionEncoder
+from llm2clip.recipes import FitRecipe, keep
+from llm2clip.stages import new_model, once, open_encoder, read_data, say, tuning_captions
+from llm2clip.train.align import align
+from llm2clip.train.engine import read_metrics
+from llm2clip.train.tune import tune
+
+
+def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
+    """Tune, embed, align, evaluate; returns the model folder. See `llm2clip fit --help`."""
+    state = PartialState()
+    if state.is_main_process:
+        keep({"data": list(data), **dataclasses.asdict(recipe)}, out / "recipe.yaml")
+    log = SkipLog(out / "skipped.jsonl" if state.is_main_process else None, recipe.max_skipped)
+    records = read_data(data, recipe.evaluate, recipe.columns, log)
+    say(records.summary, log.summary())
+
+    captions = [r.captions for r in records.held_out["captions"]]
+    measurable = sum(len(set(c)) > 1 for c in captions) > 1
+    encoder_folder = out / "tune" / "encoder"
+    raw = open_encoder(recipe.encoder) if not encoder_folder.exists() else None
+    cra = []
+    if measurable:
+        cra.append(
+            once(out / "evaluate/raw.json", lambda: caption_accuracy(captions, raw or open_encoder(recipe.encoder)))
+        )
+    if raw is not None:
+        say("1/4 tune: the language model learns to tell captions apart")
+        texts = tuning_captions(records, recipe.tune, recipe.columns, log)
+        tune(texts, raw, recipe.tune, out / "tune")
+        del raw
+    encoder = CaptionEncoder.from_pretrained(encoder_folder)
+    if measurable:
+        cra.append(once(out / "evaluate/tuned.json", lambda: caption_accuracy(captions, encoder)))
+
+    say("2/4 embed: every caption once into the store")
+    everything = (t for r in [*records.train, *(r for f in records.held_out.values() for r in f)] for t in r.texts)
+    store = embed(everything, encoder, out / "store", **dataclasses.asdict(recipe.embed))
+
+    say("3/4 align: the vision tower learns from the store")
+
+    def measure(model: LLM2CLIP) -> list[dict[str, Any]]:
+        return evaluate_model(model, records.held_out, log, store, recipe.evaluate.batch)
+
+    model_folder = out / "model"
+    if not model_folder.exists():
+        model = new_model(recipe.align, encoder, store)
+        once(out / "evaluate/untrained.json", lambda: measure(model))
+        align(records.train, store, model, recipe.align, out / "align", log)
+        if state.is_main_process:
+            model.save_pretrained(model_folder, text_folder=encoder_folder)
+        state.wait_for_everyone()
+    say("4/4 evaluate: on held-out images")
+    model = LLM2CLIP.from_pretrained(model_folder)
+    trained = once(out / "evaluate/trained.json", lambda: measure(model))
+    if state.is_main_process:
+        report = write_report(
+            out,
+            command=shlex.join(["llm2clip", *sys.argv[1:]]),
+            data=f"{records.summary}. {log.summary()}.",
+            cra=(cra[0], cra[1]) if measurable else None,
+            untrained=json.loads((out / "evaluate/untrained.json").read_text()),
+            trained=trained,
+            curves={s: read_metrics(out / s / "metrics.jsonl") for s in ("tune", "align")},
+        )
+        (model_folder / "README.md").write_text("---\nlibrary_name: llm2clip\n---\n" + report.read_text())
+        say(report.read_text(), f"\nModel:  {model_folder}\nReport: {report}")
+    return model_folder

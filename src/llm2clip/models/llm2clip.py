@@ -1,0 +1,217 @@
+"""The model: a vision tower and a caption encoder that answer in one space."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llm2clip.data.images import EvalTransform, load
+from llm2clip.models.adapter import Adapter
+from llm2clip.models.text import CaptionEncoder, fingerprint
+from llm2clip.models.vision import VisionTower
+
+MAX_SCALE = 100.0
+
+
+@dataclass
+class LLM2CLIPConfig:
+    """All that is needed to build the model without its weights.
+
+    Args:
+        tower: the vision tower's own config (`VisionTower.config`).
+        text_width: width of the caption encoder's vectors.
+        width: of the shared space.
+        adapter_depth, adapter_expansion, normalize_input: as in `Adapter`.
+        encoder: identity of the caption encoder whose embeddings the adapter was trained on.
+    """
+
+    tower: dict[str, Any]
+    text_width: int
+    width: int = 1280
+    adapter_depth: int = 4
+    adapter_expansion: int = 2
+    normalize_input: bool = True
+    encoder: dict[str, Any] = field(default_factory=dict)
+
+
+class LLM2CLIP(nn.Module):
+    """Vision tower + projection on one side, (caption encoder +) adapter on the other.
+
+    The caption encoder is frozen and stays outside the module's parameters: training reads its embeddings from a
+    store, `encode_text` runs it.
+    """
+
+    def __init__(self, config: LLM2CLIPConfig, tower: VisionTower, encoder: CaptionEncoder | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.tower = tower
+        self.projection = nn.Linear(tower.width, config.width, bias=False)
+        nn.init.normal_(self.projection.weight, std=tower.width**-0.5)
+        self.adapter = Adapter(
+            config.text_width, config.width, config.adapter_depth, config.adapter_expansion, config.normalize_input
+        )
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self._encoder = [encoder] if encoder is not None else []  # in a list, so that its weights are not ours
+        self._text_folder: Path | None = None
+
+    def forward(
+        self, pixels: Tensor | None = None, embeddings: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Either side or both.
+
+        Args:
+            pixels: (N, 3, S, S) uint8.
+            embeddings: (M, text_width) floats of the caption encoder.
+
+        Returns:
+            Image vectors (N, width) and text vectors (M, width), L2-normalised float32, None for a side that was not
+            given; and the factor on their cosines, a float32 scalar of at most 100.
+        """
+        image = F.normalize(self.projection(self.tower(pixels)).float(), dim=-1) if pixels is not None else None
+        text = F.normalize(self.adapter(embeddings).float(), dim=-1) if embeddings is not None else None
+        return image, text, self.logit_scale.float().exp().clamp(max=MAX_SCALE)
+
+    @torch.no_grad()
+    def clamp_scale(self) -> None:
+        """Keep the logit scale's parameter where its gradient lives; call after every optimizer step."""
+        self.logit_scale.clamp_(max=math.log(MAX_SCALE))
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    @property
+    def encoder(self) -> CaptionEncoder:
+        """The caption encoder, opened at first use.
+
+        Raises:
+            ValueError: the model has none, or another than it was trained with.
+        """
+        if not self._encoder:
+            if self._text_folder is None:
+                raise ValueError("this model was built without a caption encoder; pass one to LLM2CLIP(...)")
+            encoder = CaptionEncoder.from_pretrained(self._text_folder, device=self.device)
+            if encoder.width != self.config.text_width:
+                raise ValueError(
+                    f"{self._text_folder} gives vectors of width {encoder.width}, "
+                    f"the adapter takes {self.config.text_width}: they are not a pair"
+                )
+            self._encoder.append(encoder)
+        return self._encoder[0]
+
+    @torch.inference_mode()
+    def encode_image(self, images: Any, batch: int = 64) -> Tensor:
+        """Pictures to vectors: (N, width) float32, L2-normalised, on the CPU.
+
+        Args:
+            images: one or a list of paths, encoded bytes, PIL images, or uint8 tensors (3, H, W).
+            batch: pictures in a forward pass.
+
+        Raises:
+            ImageError: a picture cannot be read; the message names it.
+        """
+        items = list(images) if isinstance(images, list | tuple) else [images]
+        transform = EvalTransform(self.tower.preprocess)
+        self.eval()
+        parts = [torch.empty(0, self.config.width)]
+        for start in range(0, len(items), batch):
+            pixels = torch.stack([transform(load(i)) for i in items[start : start + batch]])
+            vectors, _, _ = self(pixels=pixels.to(self.device))
+            parts.append(vectors.cpu())
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def encode_text(self, texts: str | Sequence[str], progress: bool = False) -> Tensor:
+        """Texts to vectors: (N, width) float32, L2-normalised, on the CPU."""
+        captions = [texts] if isinstance(texts, str) else list(texts)
+        return self.embeddings_to_text(self.encoder.encode(captions, progress=progress))
+
+    @torch.inference_mode()
+    def embeddings_to_text(self, embeddings: Tensor) -> Tensor:
+        """Cached embeddings (N, text_width) to text vectors (N, width) float32, L2-normalised, on the CPU."""
+        self.eval()
+        _, text, _ = self(embeddings=embeddings.to(self.device))
+        assert text is not None
+        return text.cpu()
+
+    def similarity(self, texts: Tensor, images: Tensor) -> Tensor:
+        """Cosines of vectors: (texts, images) float32."""
+        return texts @ images.T
+
+    def save_pretrained(
+        self, folder: str | Path, card: str | None = None, text_folder: str | Path | None = None
+    ) -> Path:
+        """Write the model folder: whole, or not at all.
+
+        Args:
+            folder: where; replaced if it is a model folder already.
+            card: text of its README.md.
+            text_folder: a saved caption encoder to copy; None saves the one in the model.
+        """
+        folder = Path(folder)
+        tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        config = {"model_type": "llm2clip", **dataclasses.asdict(self.config)}
+        config["encoder_fingerprint"] = fingerprint(self.config.encoder)
+        (tmp / "config.json").write_text(json.dumps(config, indent=1))
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(state, tmp / "model.safetensors")
+        (tmp / "preprocessor_config.json").write_text(json.dumps(self.tower.preprocess.to_dict(), indent=1))
+        if text_folder is not None:
+            shutil.copytree(text_folder, tmp / "text")
+        else:
+            self.encoder.save_pretrained(tmp / "text")
+        (tmp / "README.md").write_text(card or "---\nlibrary_name: llm2clip\n---\nA model made with llm2clip.\n")
+        if folder.exists():
+            if not (folder / "config.json").exists():
+                raise FileExistsError(f"{folder} is there and is not a model folder; choose another place")
+            shutil.rmtree(folder)
+        os.replace(tmp, folder)
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> LLM2CLIP:
+        """Open a model folder, or a hub id of one. Reads safetensors only and runs no code from the folder.
+
+        Raises:
+            FileNotFoundError: there is no model folder of that name.
+            ValueError: the folder's config.json is not an llm2clip model's.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            folder = _download(str(path))
+        file = folder / "config.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
+        raw = json.loads(file.read_text())
+        if raw.get("model_type") != "llm2clip":
+            raise ValueError(f"{file}: model_type is {raw.get('model_type')!r}, not 'llm2clip'")
+        names = {f.name for f in dataclasses.fields(LLM2CLIPConfig)}
+        config = LLM2CLIPConfig(**{k: v for k, v in raw.items() if k in names})
+        model = cls(config, VisionTower.from_config(config.tower))
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        model._text_folder = folder / "text"
+        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"{name} is neither a folder here nor a model on the hub ({error})") from error

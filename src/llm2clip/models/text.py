@@ -1,0 +1,308 @@
+"""The caption encoder: text in, one vector out.
+
+A decoder LLM read in both directions, mean-pooled, held as an ordinary `SentenceTransformer` so that the folder it
+saves is read by sentence-transformers with the same vectors and none of our code. What is ours is how it is built
+(attention, depth, template, pooling: all explicit), how it is fed (batches of similar length under a token budget) and
+how it is identified (a fingerprint of everything that changes an embedding).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Pooling, Transformer
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+CAPTION = "{caption}"
+# Tokens in a batch, padding included: a CPU is fastest with what stays in its caches, a GPU must be filled.
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 32768
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of some captions, in their order, and which of them were cut to `max_length`."""
+
+    ids: list[list[int]]
+    truncated: list[int]
+
+
+class CaptionEncoder(nn.Module):
+    """LLM + pooling + template. Build it with `from_pretrained`; `encode` gives the vectors."""
+
+    def __init__(self, st: SentenceTransformer) -> None:
+        super().__init__()
+        self.st = st
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        bidirectional: bool | None = None,
+        layers: int | None = None,
+        template: str | None = None,
+        pooling: str | None = None,
+        max_length: int | None = None,
+        device: str | torch.device | None = None,
+    ) -> CaptionEncoder:
+        """Open a decoder LLM, a sentence-transformers encoder, or a `.gguf` file as a caption encoder in float32.
+
+        Options left at None are what the folder says; for a bare LLM: both directions, mean pooling, no template,
+        512 tokens.
+
+        Args:
+            path: folder or hub id of a transformers or sentence-transformers model, or a `.gguf` file.
+            bidirectional: every token attends to every token (True) or only to earlier ones (False).
+            layers: keep only the first N blocks; the final norm stays.
+            template: text around the caption, such as `"<|im_start|>user\\n{caption}<|im_end|>"`. What stands before
+                `{caption}` is read but left out of the pooling, what stands after it is pooled (as the paper does).
+            pooling: a pooling mode of sentence-transformers: mean, weightedmean, lasttoken, cls, max.
+            max_length: longest input in tokens, template included.
+            device: where to put it; by default a GPU when there is one.
+
+        Raises:
+            ValueError: an option does not fit the model.
+            OSError: there is no such model.
+        """
+        if str(path).endswith(".gguf"):
+            from llm2clip.models.gguf import converted
+
+            path = converted(Path(path))
+        st = _open(str(path), pooling or "mean", device)
+        encoder = cls(st)
+        if layers is not None:
+            _keep_layers(encoder.llm, layers)
+        if bidirectional is not None:
+            _set_bidirectional(encoder.llm, bidirectional)
+        if pooling is not None:
+            st[1] = Pooling(encoder.width, pooling, include_prompt=st[1].include_prompt)
+        if template is not None:
+            _set_template(st, template)
+        if max_length is not None:
+            st.max_seq_length = max_length
+        return encoder.eval()
+
+    @property
+    def llm(self) -> Any:
+        """The transformers model inside."""
+        return self.st[0].model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.st.tokenizer
+
+    @property
+    def width(self) -> int:
+        """Width of a caption's vector."""
+        width = self.st.get_embedding_dimension()
+        assert width is not None
+        return width
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def header(self) -> str:
+        """The template's text before the caption."""
+        name = self.st.default_prompt_name
+        return (self.st.prompts[name] or "") if name else ""
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """Captions to token ids, header and special tokens included, cut to the encoder's `max_length`."""
+        if not captions:
+            return Tokens([], [])
+        texts = [self.header + c for c in captions]
+        ids = self.tokenizer(texts, verbose=False, return_attention_mask=False)["input_ids"]
+        limit = self.st.max_seq_length
+        truncated = [i for i, row in enumerate(ids) if limit and len(row) > limit]
+        for i in truncated:
+            ids[i] = self.tokenizer(texts[i], truncation=True, max_length=limit)["input_ids"]
+        return Tokens(ids, truncated)
+
+    def features(self, ids: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """A padded batch of token ids as the model reads it: input_ids and attention_mask, both (B, T) int64."""
+        batch = dict(self.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt"))
+        batch = {k: v.to(self.device) for k, v in batch.items() if k in ("input_ids", "attention_mask")}
+        if self.header:
+            batch["prompt_length"] = self.st[0]._get_prompt_length(self.header)
+        return batch
+
+    def forward(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """Token ids of B captions to their vectors, (B, width), with gradients when enabled."""
+        vectors: Tensor = self.st(self.features(ids))["sentence_embedding"]
+        return vectors
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        captions: Sequence[str] | Tokens,
+        *,
+        batch_tokens: int | None = None,
+        precision: str = "fp32",
+        progress: bool | tqdm = False,
+    ) -> Tensor:
+        """Captions to vectors, (N, width) float32 on the CPU, in the order given and not normalised.
+
+        Captions are batched with others of their length, so that hardly a token is padding; a caption's vector does
+        not depend on its neighbours (to 1e-5).
+
+        Args:
+            captions: texts, or what `tokenize` made of them.
+            batch_tokens: tokens in a batch, padding included.
+            precision: fp32, or bf16 for about twice the speed and vectors that differ slightly.
+            progress: show a bar, or the bar to move on.
+        """
+        tokens = captions if isinstance(captions, Tokens) else self.tokenize(list(captions))
+        out = torch.empty(len(tokens.ids), self.width)
+        self.eval()
+        autocast = torch.autocast(self.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+        budget = batch_tokens or (GPU_BATCH_TOKENS if self.device.type == "cuda" else CPU_BATCH_TOKENS)
+        bar = (
+            progress
+            if isinstance(progress, tqdm)
+            else tqdm(total=len(tokens.ids), desc="encode", unit="caption", disable=not progress)
+        )
+        with autocast:
+            for rows in length_batches([len(i) for i in tokens.ids], budget):
+                out[rows] = self([tokens.ids[r] for r in rows]).float().cpu()
+                bar.update(len(rows))
+        return out
+
+    def identity(self, precision: str = "fp32") -> dict[str, Any]:
+        """All that changes an embedding, by name: hash of the weights and of the tokenizer, and the settings."""
+        weights = hashlib.sha256()
+        for name, tensor in sorted(self.st.state_dict().items()):
+            weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        tokenizer = self.tokenizer.backend_tokenizer
+        return {
+            "weights": weights.hexdigest()[:32],
+            "tokenizer": hashlib.sha256(_canonical_tokenizer(tokenizer).encode()).hexdigest()[:32],
+            "bidirectional": not getattr(self.llm.config, "is_causal", not _is_encoder(self.llm)),
+            "layers": self.llm.config.num_hidden_layers,
+            "header": self.header,
+            "modules": [type(m).__name__ for m in self.st],
+            "pooling": self.st[1].get_config_dict(),
+            "max_length": self.st.max_seq_length,
+            "precision": precision,
+        }
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the encoder in sentence-transformers layout (safetensors only)."""
+        self.st.save_pretrained(str(folder), create_model_card=False)
+
+
+def fingerprint(identity: dict[str, Any]) -> str:
+    """One hash of an encoder's `identity`: two encoders with the same one give the same vectors."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def length_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Row numbers grouped by similar length, longest first, each group at most `budget` tokens with its padding.
+
+    Longest first, so that memory runs out at once or never. A row longer than the budget is a batch of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        size = max(1, budget // max(1, lengths[order[start]]))
+        yield order[start : start + size]
+        start += size
+
+
+def _open(path: str, pooling: str, device: str | torch.device | None) -> SentenceTransformer:
+    """A sentence-transformers model as saved, or a bare transformers model with the pooling put on."""
+    from transformers.utils import cached_file
+
+    dev = str(device) if device is not None else None
+    modules = cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False)
+    if modules is not None:
+        return SentenceTransformer(path, device=dev, model_kwargs={"dtype": torch.float32})
+    transformer = Transformer(
+        path,
+        model_kwargs={"dtype": torch.float32},
+        # Text goes in as it is: with a chat template in sight, sentence-transformers would wrap every caption in it.
+        modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+        module_output_name="token_embeddings",
+    )
+    tokenizer = transformer.tokenizer
+    tokenizer.chat_template = None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    st = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), pooling)], device=dev)
+    st.max_seq_length = min(512, transformer.max_seq_length or 512)
+    _set_bidirectional(transformer.model, True)
+    return st
+
+
+def _is_encoder(llm: Any) -> bool:
+    """Whether the model reads both ways by nature (BERT and its kin), so that there is no switch to set."""
+    return not hasattr(llm, "layers") and hasattr(llm, "encoder")
+
+
+def _set_bidirectional(llm: Any, bidirectional: bool) -> None:
+    """The switch that transformers >= 5.2 reads at every forward, under every attention backend, and saves."""
+    if _is_encoder(llm):
+        if not bidirectional:
+            raise ValueError(f"{type(llm).__name__} is an encoder: it cannot be made causal")
+        return
+    llm.config.is_causal = not bidirectional
+    llm.config.use_cache = False
+
+
+def _keep_layers(llm: Any, layers: int) -> None:
+    """Cut the model to its first `layers` blocks, in the config too, so that the saved folder loads as it is."""
+    owner, name = (llm.encoder, "layer") if _is_encoder(llm) else (llm, "layers")
+    blocks = getattr(owner, name)
+    if not 1 <= layers <= len(blocks):
+        raise ValueError(f"layers must be between 1 and {len(blocks)}, the depth of this model; got {layers}")
+    setattr(owner, name, blocks[:layers])
+    llm.config.num_hidden_layers = layers
+    if getattr(llm.config, "layer_types", None):
+        llm.config.layer_types = llm.config.layer_types[:layers]
+
+
+def _set_template(st: SentenceTransformer, template: str) -> None:
+    """Put the header into the prompt that sentence-transformers reads, and the end into the tokenizer itself."""
+    if template.count(CAPTION) != 1:
+        raise ValueError(f"template must contain {CAPTION} exactly once; got {template!r}")
+    header, end = template.split(CAPTION)
+    tokenizer = st.tokenizer
+    if end:
+        from tokenizers.processors import TemplateProcessing
+
+        ids = tokenizer(end, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1 or ids[0] not in tokenizer.all_special_ids:
+            raise ValueError(f"what follows {CAPTION} must be one special token; {end!r} is {len(ids)} tokens")
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"$A {end}", special_tokens=[(end, ids[0])]
+        )
+    if header:
+        st.prompts["caption"] = header
+        st.default_prompt_name = "caption"
+        st[1].include_prompt = False
+        read = tokenizer(header)["input_ids"]
+        own = len(read) - (1 if end else 0)
+        if st[0]._get_prompt_length(header) != own:
+            raise ValueError(
+                f"template header {header!r} ends in a special token and nothing follows {CAPTION}: "
+                "sentence-transformers would count its length wrongly; end the template with a special token"
+            )
+
+
+def _canonical_tokenizer(tokenizer: Any) -> str:
+    """The tokenizer as JSON, without the padding and truncation that a previous call happened to leave set."""
+    state = json.loads(tokenizer.to_str())
+    state.pop("padding", None)
+    state.pop("truncation", None)
+    return json.dumps(state, sort_keys=True)

@@ -1,0 +1,235 @@
+"""The settings of every stage, one dataclass each: what a YAML file holds and what `--stage.name value` overrides.
+
+This is the bottom of the house: it imports nothing of ours and nothing heavy, so that `llm2clip --help` is instant and
+any stage can be typed by its recipe. Defaults suit a small machine; `recipes/*.yaml` in the repository has others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+@dataclass
+class EncoderRecipe:
+    """The caption encoder: which language model, and how its text is read.
+
+    Args:
+        path: folder or hub id of a decoder LLM or a sentence-transformers model, a .gguf file, or a name that
+            `llm2clip` fetches: smollm2-135m, all-minilm-l6-v2.
+        bidirectional: every token sees every token; null leaves it as the folder says, and on for a bare LLM.
+        layers: keep only the first N blocks; null keeps all.
+        template: text around the caption, with {caption} in it; null is none.
+        pooling: mean, weightedmean, lasttoken; null leaves it as the folder says, and mean for a bare LLM.
+        max_length: longest caption in tokens; null leaves it as the folder says, and 512 for a bare LLM.
+    """
+
+    path: str = "smollm2-135m"
+    bidirectional: bool | None = None
+    layers: int | None = None
+    template: str | None = None
+    pooling: str | None = None
+    max_length: int | None = None
+
+
+@dataclass
+class TuneRecipe:
+    """Stage 1: caption-contrastive tuning of the LLM with LoRA.
+
+    Args:
+        data: sources of captions besides the training data, images not needed: PATH or PATH@split+split.
+        exclude: sources whose images must not be tuned on; matched by `exclude_id` of the ids.
+        exclude_id: regular expression; what it matches of an id is compared: the leading number, else all of it.
+        steps: optimizer steps; 0 leaves the LLM raw.
+        batch: pairs in a step and on each device; every other caption of the step is a negative.
+        lr: peak learning rate, reached after `warmup` and falling to zero along a cosine.
+        warmup: share of the steps.
+        temperature: of the contrastive loss; cosines are divided by it.
+        weight_decay: of AdamW.
+        lora_r: rank of LoRA on all linear layers; 0 tunes all weights instead.
+        lora_alpha: scale of LoRA.
+        lora_dropout: dropout before LoRA.
+        batch_tokens: tokens in a forward pass, padding included; null chooses for the device.
+        precision: fp32, bf16 or fp16.
+        max_grad_norm: gradients are clipped to this norm.
+        checkpoint_every: steps between checkpoints.
+        seed: of pairs, LoRA and dropout.
+    """
+
+    data: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+    exclude_id: str = r"^\d{5,}|^.+"
+    steps: int = 150
+    batch: int = 128
+    lr: float = 1e-3
+    warmup: float = 0.1
+    temperature: float = 0.05
+    weight_decay: float = 0.0
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    batch_tokens: int | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    max_grad_norm: float = 1.0
+    checkpoint_every: int = 25
+    seed: int = 0
+
+
+@dataclass
+class EmbedRecipe:
+    """Captions to the store.
+
+    Args:
+        shard_size: captions in a shard, the unit of resuming.
+        batch_tokens: tokens in a batch, padding included; null chooses for the device.
+        precision: fp32, or bf16 for speed.
+    """
+
+    shard_size: int = 4096
+    batch_tokens: int | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclass
+class AlignRecipe:
+    """Stage 2: a pretrained vision tower and a small adapter learn from the cached embeddings.
+
+    Args:
+        tower: vision tower: a timm name, a hub id, a folder, or a name that `llm2clip` fetches: efficientnet-lite0.
+        image_size: pixels; null is what the tower was trained with.
+        width: of the shared space.
+        adapter_depth: blocks of the adapter.
+        adapter_expansion: hidden width of a block over its width.
+        normalize_input: L2-normalise cached embeddings before the adapter, as the paper does.
+        epochs: passes over the images; each pass takes one caption of each image at random.
+        batch: images in a step on each device.
+        lr: peak learning rate of the projection and the adapter.
+        tower_lr: peak learning rate of the vision tower; 0 freezes it.
+        scale_lr: of the logit scale; null is `lr`.
+        layer_decay: each layer of the tower learns this much slower than the one above it.
+        weight_decay: of AdamW, on matrices only.
+        warmup: share of the steps; then a cosine to zero.
+        long_share: share of steps' captions taken from the long ones where an image has both.
+        crop: smallest area share of RandomResizedCrop; 1 switches it off.
+        hflip: mirror at random; off, since captions name left and right.
+        max_grad_norm: gradients are clipped to this norm.
+        precision: fp32, bf16 or fp16; the logits are fp32 in all.
+        workers: processes that decode images.
+        checkpoint_every: steps between checkpoints.
+        seed: of order, captions, crops and initial weights.
+    """
+
+    tower: str = "efficientnet-lite0"
+    image_size: int | None = None
+    width: int = 512
+    adapter_depth: int = 1
+    adapter_expansion: int = 2
+    normalize_input: bool = True
+    epochs: int = 6
+    batch: int = 128
+    lr: float = 1e-3
+    tower_lr: float = 1e-4
+    scale_lr: float | None = None
+    layer_decay: float = 1.0
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    long_share: float = 0.5
+    crop: float = 0.9
+    hflip: bool = False
+    max_grad_norm: float = 5.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    workers: int = 1
+    checkpoint_every: int = 50
+    seed: int = 0
+
+
+@dataclass
+class EvaluateRecipe:
+    """What is measured at the end.
+
+    Args:
+        data: sources to test on; empty takes the held-out part of the training data.
+        fields: caption columns to test, each on its own, such as captions_zh; `captions` always is.
+        batch: images in a forward pass.
+    """
+
+    data: list[str] = field(default_factory=list)
+    fields: list[str] = field(default_factory=list)
+    batch: int = 64
+
+
+@dataclass
+class FitRecipe:
+    """The whole path: tune, embed, align, evaluate.
+
+    Args:
+        columns: our field (id, image, captions, long_captions, split) to the source's column.
+        max_skipped: largest share of bad rows that is put up with.
+        encoder: the caption encoder.
+        tune: stage 1.
+        embed: captions to store.
+        align: stage 2.
+        evaluate: the report.
+    """
+
+    columns: dict[str, str] = field(default_factory=dict)
+    max_skipped: float = 0.05
+    encoder: EncoderRecipe = field(default_factory=EncoderRecipe)
+    tune: TuneRecipe = field(default_factory=TuneRecipe)
+    embed: EmbedRecipe = field(default_factory=EmbedRecipe)
+    align: AlignRecipe = field(default_factory=AlignRecipe)
+    evaluate: EvaluateRecipe = field(default_factory=EvaluateRecipe)
+
+
+class RecipeChanged(ValueError):
+    """A run folder was begun with other settings."""
+
+
+def keep(settings: dict[str, Any], file: Path) -> None:
+    """Save a stage's settings in its run folder, or check that they are those it was begun with.
+
+    Args:
+        settings: names to values; recipes among the values are written out.
+        file: the YAML file.
+
+    Raises:
+        RecipeChanged: naming each setting that differs.
+    """
+    plain = _plain(settings)
+    if file.exists():
+        there = yaml.safe_load(file.read_text())
+        if there != plain:
+            changed = [f"{k}: {a!r} there, {b!r} now" for k, a, b in _differences(there, plain)]
+            raise RecipeChanged(
+                f"{file} was begun with other settings ({'; '.join(changed)}). "
+                "Use another --out, or delete this folder to begin again"
+            )
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tmp = file.with_suffix(".tmp")
+    tmp.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    tmp.replace(file)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _differences(a: Any, b: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [
+            d
+            for k in [*a, *(k for k in b if k not in a)]
+            for d in _differences(a.get(k), b.get(k), f"{name}.{k}" if name else k)
+        ]
+    return [] if a == b else [(name, a, b)]

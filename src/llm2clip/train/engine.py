@@ -1,0 +1,81 @@
+"""What both stages need of a training run beyond their loop: checkpoints that are whole, a log, a schedule."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+COMPLETE = "complete"
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Declare a checkpoint whole: all its files were written. One without the mark is as good as absent."""
+    (checkpoint / COMPLETE).touch()
+
+
+def latest_checkpoint(folder: Path, prefix: str = "step-") -> Path | None:
+    """The newest whole checkpoint `folder/PREFIXn`; half-written ones, left by a kill, are removed."""
+    found: list[tuple[int, Path]] = []
+    for path in folder.glob(f"{prefix}*") if folder.is_dir() else ():
+        if not (number := re.fullmatch(re.escape(prefix) + r"(\d+)", path.name)):
+            continue
+        if (path / COMPLETE).exists():
+            found.append((int(number[1]), path))
+        else:
+            shutil.rmtree(path)
+    return max(found)[1] if found else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number in a checkpoint's name."""
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def prune_checkpoints(folder: Path, keep: int = 2, prefix: str = "step-") -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    paths = sorted(folder.glob(f"{prefix}*"), key=step_of)
+    for path in paths[:-keep]:
+        shutil.rmtree(path)
+
+
+class MetricsLog:
+    """A JSONL file of metrics, one object a line, each with its `step`."""
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        """Open `path` for appending; lines after `resume_step` are of steps that will be done again and are dropped."""
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, step: int, **values: Any) -> None:
+        with self.path.open("a") as f:
+            f.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line cut off by a kill is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def cosine_schedule(steps: int, warmup: float) -> Callable[[int], float]:
+    """Factor on the learning rate at a step: linear up over `warmup` of the steps, then a cosine to zero."""
+    rise = max(1, round(steps * warmup))
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise))))
+
+    return factor
