@@ -40,7 +40,7 @@ class CaptionEncoder(nn.Module):
 
     def __init__(self, st: SentenceTransformer) -> None:
         super().__init__()
-        self.st = st
+        self.st: Any = st
 
     @classmethod
     def from_pretrained(
@@ -272,7 +272,7 @@ def _keep_layers(llm: Any, layers: int) -> None:
         llm.config.layer_types = llm.config.layer_types[:layers]
 
 
-def _set_template(st: SentenceTransformer, template: str) -> None:
+def _set_template(st: Any, template: str) -> None:
     """Put the header into the prompt that sentence-transformers reads, and the end into the tokenizer itself."""
     if template.count(CAPTION) != 1:
         raise ValueError(f"template must contain {CAPTION} exactly once; got {template!r}")

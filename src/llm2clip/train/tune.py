@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +83,7 @@ def _train(images: Sequence[Sequence[str]], encoder: CaptionEncoder, recipe: Tun
         bf16=recipe.precision == "bf16",
         fp16=recipe.precision == "fp16",
         seed=recipe.seed,
-        batch_sampler=_sequential,
+        batch_sampler=cast(Any, _sequential),
         save_steps=recipe.checkpoint_every,
         save_total_limit=2,
         logging_steps=1,
@@ -155,14 +155,15 @@ class TuneTrainer(SentenceTransformerTrainer):
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        assert output_dir is not None  # the folder of a checkpoint: nothing else is saved by the trainer
+        folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: p.cpu().contiguous() for name, p in self._trained().items()}, folder / TRAINED)
 
-    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
-        state, trained = load_file(Path(checkpoint_path) / TRAINED), self._trained()
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        state, trained = load_file(Path(resume_from_checkpoint) / TRAINED), self._trained()
         if state.keys() != trained.keys():
-            raise ValueError(f"{checkpoint_path} holds other weights than this run trains; delete it to begin again")
+            raise ValueError(f"{resume_from_checkpoint} holds other weights than this run trains; delete it to begin again")
         for name, p in trained.items():
             p.copy_(state[name])
 
