@@ -100,6 +100,7 @@ class AlignRecipe:
 
     Args:
         tower: vision tower: a timm name, a hub id, a folder, or a name that `llm2clip` fetches: efficientnet-lite0.
+        pretrained: start from the tower's trained weights; false draws them at random.
         image_size: pixels; null is what the tower was trained with.
         width: of the shared space.
         adapter_depth: blocks of the adapter.
@@ -124,6 +125,7 @@ class AlignRecipe:
     """
 
     tower: str = "efficientnet-lite0"
+    pretrained: bool = True
     image_size: int | None = None
     width: int = 512
     adapter_depth: int = 1

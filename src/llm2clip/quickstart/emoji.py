@@ -1,10 +1,10 @@
 """A small real data set that anyone can have: OpenMoji's pictures with names in 14 languages and English keywords.
 
-About 1,640 pictures, each with English captions, a long one, and names in 13 other languages (`captions_zh`, ...): enough to
+1,625 pictures, each with English captions, a long one, and names in 13 other languages (`captions_zh`, ...): enough to
 see in minutes whether a training run learns, and whether a foreign name finds a picture that only English described.
 
-Left out: skin-tone variants (five near copies of each person), flags of countries and regions (nothing in such a picture
-says the country's name, so it cannot be learnt, only remembered), and all but one of emoji that look the same.
+Left out: skin-tone variants (five near copies of each person), flags of countries and regions (nothing in such a
+picture says the country's name, so it cannot be learnt, only remembered), and all but one of emoji that look the same.
 
 The split is by family: "man surfing", "woman surfing" and "person surfing" are held out together or not at all.
 """
@@ -33,7 +33,7 @@ from llm2clip.quickstart.wording import describe, long_caption, plain
 __all__ = ["LANGUAGES", "Emoji", "emoji_records", "read_emoji", "rows"]
 
 LANGUAGES = ("zh", "ja", "ko", "de", "fr", "es", "pt", "it", "ru", "ar", "fa", "tr", "id")
-HELD_OUT = 0.27  # of the families; about 400 pictures, enough that one of them moves R@1 by 0.25
+HELD_OUT = 0.27  # of the families; 423 pictures, enough that one of them moves R@1 by 0.25
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 FLAG_LETTERS = (range(0x1F1E6, 0x1F200), range(0xE0020, 0xE0080))  # the letters that spell countries and regions
 PEOPLE = re.compile(r"\b(wo)?m[ae]n\b|\b(persons?|people|boys?|girls?|family|facing right)\b")
@@ -77,7 +77,7 @@ def emoji_records(
 ) -> Path:
     """The folder of records (`captions.jsonl` and `images/`), made if it is absent.
 
-    By default in the user's cache. Making it fetches 32 MB and draws for about 15 s on one core; 15 MB on the disk.
+    By default in the user's cache. Making it fetches 32 MB and draws for about 10 s on one core; 12 MB on the disk.
     """
     folder = Path(out) if out is not None else cache_folder() / f"openmoji-records-{size}"
     if (folder / "captions.jsonl").is_file():
@@ -153,7 +153,10 @@ def read_emoji(svg: Path, keywords: dict[str, tuple[str, tuple[str, ...]]], grou
 
 
 def read_keywords(folder: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Emoji without its variation selector -> (CLDR name, keywords). A line: `😗 kissing face <small>(face, kiss)</small>`."""
+    """Emoji without its variation selector -> (CLDR name, keywords).
+
+    A line is `😗 kissing face <small>(face, kiss, kissing face)</small>`, or without the keywords.
+    """
     line_form = re.compile(r"(\S+) (.+?)(?: <small>\((.*)\)</small>)?")
     found = {}
     for path in sorted(folder.glob("*.csv")):

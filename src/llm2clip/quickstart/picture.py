@@ -40,7 +40,7 @@ def draw_results(
     if correct is not None and len(correct) != len(rows):
         raise ValueError(f"{len(rows)} rows, but correct answers for {len(correct)}")
     texts = [_lines(query, offline) for query, _, _ in rows]
-    heights = [max(THUMB + SCORE_LINE, len(lines) * (font.size + 8)) + 2 * GAP for lines, font in texts]
+    heights = [max(THUMB + SCORE_LINE, len(lines) * step) + 2 * GAP for lines, _, step in texts]
     top = MARGIN + 28 + GAP
     width = 2 * MARGIN + TEXT + columns * (THUMB + GAP)
     picture = Image.new("RGB", (width, top + sum(heights) + MARGIN), "white")
@@ -50,9 +50,8 @@ def draw_results(
 
     y = top
     small = _font("0.123", 14, offline)
-    for number, ((_, images, scores), (lines, font), height) in enumerate(zip(rows, texts, heights, strict=True)):
+    for number, ((_, images, scores), (lines, font, step), height) in enumerate(zip(rows, texts, heights, strict=True)):
         draw.line((MARGIN, y, width - MARGIN, y), fill=LINE, width=1)
-        step = font.size + 8
         # The text stands beside the middle of the pictures, not of the row: the scores below them do not count.
         text_top = y + (height - SCORE_LINE - step * len(lines)) // 2 if len(lines) * step <= THUMB else y + GAP
         for line in lines:
@@ -95,8 +94,8 @@ def _place(
     draw.rounded_rectangle((x, y, x + THUMB - 1, y + THUMB - 1), radius=6, outline=edge, width=width)
 
 
-def _lines(query: str, offline: bool) -> tuple[list[str], ImageFont.FreeTypeFont]:
-    """A query as lines, in smaller letters if it is long, and cut where it is very long."""
+def _lines(query: str, offline: bool) -> tuple[list[str], ImageFont.FreeTypeFont, int]:
+    """A query as lines, their font and their height: smaller letters if it is long, cut where it is very long."""
     for size in (20, 16, 14):
         font = _font(query, size, offline)
         lines = wrap(query, font, TEXT - GAP)
@@ -104,7 +103,7 @@ def _lines(query: str, offline: bool) -> tuple[list[str], ImageFont.FreeTypeFont
             break
     if len(lines) > MAX_LINES:
         lines = [*lines[: MAX_LINES - 1], _shortened(" ".join(lines[MAX_LINES - 1 :]), font, TEXT - GAP)]
-    return lines, font
+    return lines, font, size + 8
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
@@ -130,7 +129,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def _pieces(text: str) -> list[str]:
-    """Where a line may break: before a space and after each Chinese or Japanese character, but before no closing mark."""
+    """Where a line may break: at a space and beside a Chinese or Japanese character, but before no closing mark."""
     pieces: list[str] = []
     for char in " ".join(text.split()):
         wide = "\u2e80" <= char <= "\u9fff" or "\uff00" <= char <= "\uffef"
@@ -184,7 +183,7 @@ def _matplotlib_font(family: str) -> str | None:
 
 @cache
 def _characters(path: str) -> frozenset[int]:
-    from fontTools.ttLib import TTFont
+    from fontTools.ttLib import TTFont  # type: ignore[import-untyped]  # Matplotlib needs it: it is there
 
     with TTFont(path, fontNumber=0, lazy=True) as font:
         return frozenset(font.getBestCmap())

