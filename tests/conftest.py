@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,3 +121,28 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("LLM2CLIP_DATA is not set: no real data here")
     return Path(folder)
+
+
+def distributed(processes: int, function: Callable[..., None], *args: Any) -> None:
+    """Run `function(*args)` in as many gloo processes, as torchrun would start them."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        _rank, args=(processes, port, function, args), nprocs=processes, start_method="spawn"
+    )
+
+
+def _rank(rank: int, processes: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(processes),
+        LOCAL_WORLD_SIZE=str(processes),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        ACCELERATE_USE_CPU="true",
+    )
+    torch.distributed.init_process_group("gloo")
+    function(*args)
+    torch.distributed.destroy_process_group()

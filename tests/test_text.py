@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, make_llm
 from sentence_transformers import SentenceTransformer
 
+from conftest import FAMILIES, make_llm
 from llm2clip.models.text import CaptionEncoder, fingerprint, length_batches
 
 TEXTS = ["a dog", "a very long caption about two dogs that run through deep snow near a house", "猫"]
@@ -54,7 +54,9 @@ def test_a_vector_does_not_depend_on_its_batch(folders: dict[str, Path], family:
         assert torch.allclose(encoder.encode([text])[0], vector, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"layers": 2}, {"template": "<|user|>say: {caption}<|end|>"}, {"pooling": "lasttoken"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"layers": 2}, {"template": "<|user|>say: {caption}<|end|>"}, {"pooling": "lasttoken"}]
+)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_sentence_transformers_reads_the_same_vectors(
     folders: dict[str, Path], family: str, options: dict, tmp_path: Path

@@ -165,7 +165,9 @@ def open_encoder(recipe: EncoderRecipe) -> CaptionEncoder:
 def new_model(recipe: AlignRecipe, encoder: CaptionEncoder, store: EmbeddingStore) -> LLM2CLIP:
     """A model to be trained: its tower pretrained, its heads drawn from the recipe's seed."""
     torch.manual_seed(recipe.seed)
-    tower = VisionTower.from_pretrained(resolve(recipe.tower), image_size=recipe.image_size, pretrained=recipe.pretrained)
+    tower = VisionTower.from_pretrained(
+        resolve(recipe.tower), image_size=recipe.image_size, pretrained=recipe.pretrained
+    )
     config = LLM2CLIPConfig(
         tower=tower.config,
         text_width=store.width,

@@ -163,7 +163,9 @@ class TuneTrainer(SentenceTransformerTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         state, trained = load_file(Path(resume_from_checkpoint) / TRAINED), self._trained()
         if state.keys() != trained.keys():
-            raise ValueError(f"{resume_from_checkpoint} holds other weights than this run trains; delete it to begin again")
+            raise ValueError(
+                f"{resume_from_checkpoint} holds other weights than this run trains; delete it to begin again"
+            )
         for name, p in trained.items():
             p.copy_(state[name])
 

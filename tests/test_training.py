@@ -1,0 +1,207 @@
+"""Both stages' loops: exact resume, whole checkpoints, what a step sees, what is trained at which rate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llm2clip.cache.embed import embed
+from llm2clip.cache.store import EmbeddingStore
+from llm2clip.data.captions import caption_pairs
+from llm2clip.data.records import Record, SkipLog, TooManySkipped, open_records
+from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.text import CaptionEncoder
+from llm2clip.models.vision import VisionTower
+from llm2clip.recipes import AlignRecipe, TuneRecipe
+from llm2clip.train.align import Steps, align, parameter_groups
+from llm2clip.train.engine import MetricsLog, cosine_schedule, latest_checkpoint, mark_complete, read_metrics
+from llm2clip.train.losses import info_nce
+from llm2clip.train.tune import CaptionContrastiveLoss, tune
+
+IMAGES = [[f"image {i} shows {w}" for w in ("a dog", "two cats in the snow", "x")] for i in range(24)]
+TUNE = TuneRecipe(steps=6, batch=6, lr=1e-2, checkpoint_every=2, lora_dropout=0.1)
+ALIGN = AlignRecipe(width=12, epochs=4, batch=10, checkpoint_every=5, workers=0, image_size=64)
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+@pytest.mark.parametrize("lora_r", [4, 0])
+def test_tune_goes_on_exactly(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora_r: int) -> None:
+    recipe = dataclasses.replace(TUNE, lora_r=lora_r)
+    whole = tune(IMAGES, CaptionEncoder.from_pretrained(llm, device="cpu"), recipe, tmp_path / "whole")
+    forward, calls = CaptionContrastiveLoss.forward, []
+
+    def dies(self: CaptionContrastiveLoss, *args: object, **kwargs: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 6:
+            raise Killed
+        return forward(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(CaptionContrastiveLoss, "forward", dies)
+        tune(IMAGES, CaptionEncoder.from_pretrained(llm, device="cpu"), recipe, tmp_path / "cut")
+    (tmp_path / "cut/checkpoints/checkpoint-5").mkdir()  # begun, not whole
+    resumed = tune(IMAGES, CaptionEncoder.from_pretrained(llm, device="cpu"), recipe, tmp_path / "cut")
+    for name, tensor in load_file(whole / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(resumed / "model.safetensors")[name]), name
+    losses = [[line["loss"] for line in read_metrics(tmp_path / f / "metrics.jsonl")] for f in ("whole", "cut")]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_tune_changes_the_encoder_and_merges_lora(llm: Path, tmp_path: Path) -> None:
+    raw = CaptionEncoder.from_pretrained(llm, device="cpu")
+    before = raw.encode(["a dog"])
+    tuned = CaptionEncoder.from_pretrained(tune(IMAGES, raw, TUNE, tmp_path), device="cpu")
+    assert not torch.allclose(tuned.encode(["a dog"]), before, atol=1e-3)
+    assert raw.tokenizer.chat_template is None
+    assert not any("lora" in name for name in tuned.state_dict())
+    assert torch.allclose(tuned.encode(["a dog"]), raw.encode(["a dog"]), atol=1e-5)
+    assert tuned.identity()["bidirectional"]
+
+
+def test_tunes_loss_is_that_of_the_padded_batch(llm: Path) -> None:
+    """Sub-batches of similar length change nothing: compare with one padded forward pass of each side."""
+    encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
+    pairs = next(caption_pairs(IMAGES, 8, 1, 0))
+    texts = [a for a, _ in pairs] + [b for _, b in pairs]
+    ids = encoder.tokenize(texts).ids
+    ours = CaptionContrastiveLoss(encoder, 0.05, batch_tokens=64)([{"ids": ids}])
+    a, b = (torch.nn.functional.normalize(encoder(part), dim=-1) for part in (ids[:8], ids[8:]))
+    assert ours.item() == pytest.approx(info_nce(a, b, 20.0).item(), abs=1e-5)
+
+
+@pytest.fixture
+def records(pictures: Path) -> list[Record]:
+    return [r for r in open_records(pictures / "captions.jsonl") if r.split == "train"]
+
+
+@pytest.fixture
+def store(records: list[Record], llm: Path, tmp_path: Path) -> EmbeddingStore:
+    encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
+    return embed([t for r in records for t in r.texts], encoder, tmp_path / "store")
+
+
+def fresh_model() -> LLM2CLIP:
+    torch.manual_seed(0)
+    tower = VisionTower.from_pretrained("timm:test_efficientnet", pretrained=False, image_size=64)
+    return LLM2CLIP(LLM2CLIPConfig(tower.config, 32, width=12, adapter_depth=1), tower)
+
+
+def test_align_goes_on_exactly(
+    records: list[Record], store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = align(records, store, fresh_model(), ALIGN, tmp_path / "whole", SkipLog())
+    batches = Steps.batches
+
+    def dies(self: Steps, first: int) -> object:
+        for n, batch in enumerate(batches(self, first), start=first):
+            if n == 8:
+                raise Killed
+            yield batch
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Steps, "batches", dies)
+        align(records, store, fresh_model(), ALIGN, tmp_path / "cut", SkipLog())
+    resumed = align(records, store, fresh_model(), ALIGN, tmp_path / "cut", SkipLog())
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    losses = [[line["loss"] for line in read_metrics(tmp_path / f / "metrics.jsonl")] for f in ("whole", "cut")]
+    assert losses[0] == losses[1] and len(losses[0]) == 12
+
+
+def test_workers_and_processes_change_nothing(records: list[Record], store: EmbeddingStore) -> None:
+    model = fresh_model()
+    one = list(Steps(records, store, model, ALIGN).batches(3))
+    other = list(Steps(records, store, model, dataclasses.replace(ALIGN, workers=2)).batches(3))
+    for (a, rows_a, _), (b, rows_b, _) in zip(one, other, strict=True):
+        assert torch.equal(a, b) and np.array_equal(rows_a, rows_b)
+    half = dataclasses.replace(ALIGN, batch=5)
+    ranks = [list(Steps(records, store, model, half, 2, r).batches(3)) for r in range(2)]
+    for (_, rows, _), (_, first, _), (_, second, _) in zip(one, *ranks, strict=True):
+        assert sorted(rows.tolist()) == sorted([*first.tolist(), *second.tolist()])
+
+
+def test_short_and_long_captions_are_drawn_by_their_share(records: list[Record], store: EmbeddingStore) -> None:
+    for share, wanted in ((0.0, {"short"}), (1.0, {"long"}), (0.5, {"short", "long"})):
+        steps = Steps(records, store, fresh_model(), dataclasses.replace(ALIGN, long_share=share))
+        drawn = {(e, i): steps.row(e, i) for e in range(20) for i in range(len(records))}
+        kinds = {"short" if row in steps.short[i] else "long" for (_, i), row in drawn.items()}
+        assert kinds == wanted
+        assert all(row in steps.short[i] or row in steps.long[i] for (_, i), row in drawn.items())
+
+
+def test_an_undecodable_image_is_replaced_counted_and_listed(
+    records: list[Record], store: EmbeddingStore, tmp_path: Path
+) -> None:
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(Path(str(records[0].image)).read_bytes()[:300])
+    broken = next(iter(open_records({"path": str(_one_row(cut, records[0]))}, images="exists")))
+    log = SkipLog(tmp_path / "skipped.jsonl", limit=0.5)
+    log.seen = len(records)
+    align([broken, *records[1:]], store, fresh_model(), ALIGN, tmp_path / "run", log)
+    listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [e["reason"] for e in listed] == ["undecodable image"] and "cut.png" in listed[0]["file"]
+    strict = SkipLog(limit=0.0)
+    strict.seen = len(records)
+    with pytest.raises(TooManySkipped):
+        align([broken, *records[1:]], store, fresh_model(), ALIGN, tmp_path / "strict", strict)
+
+
+def _one_row(image: Path, record: Record) -> Path:
+    file = image.with_name("one.jsonl")
+    file.write_text(json.dumps({"image": str(image), "captions": list(record.captions)}) + "\n")
+    return file
+
+
+def test_rates_by_part(records: list[Record]) -> None:
+    recipe = AlignRecipe(lr=1e-2, tower_lr=1e-3, scale_lr=1e-4, layer_decay=0.5, weight_decay=0.1)
+    model = fresh_model()
+    groups = parameter_groups(model, recipe)
+    of = {id(p): g for g in groups for p in g["params"]}
+    assert len(of) == sum(1 for _ in model.parameters())
+    assert of[id(model.projection.weight)]["lr"] == of[id(model.adapter.out.weight)]["lr"] == 1e-2
+    assert (
+        of[id(model.adapter.out.bias)]["weight_decay"] == 0 and of[id(model.adapter.out.weight)]["weight_decay"] == 0.1
+    )
+    assert of[id(model.logit_scale)]["lr"] == 1e-4 and of[id(model.logit_scale)]["weight_decay"] == 0
+    depth = model.tower.layer_of()
+    for name, p in model.tower.named_parameters():
+        assert of[id(p)]["lr"] == pytest.approx(1e-3 * 0.5 ** (model.tower.num_layers - 1 - depth[name]))
+    parameter_groups(model, dataclasses.replace(recipe, tower_lr=0.0))
+    assert not any(p.requires_grad for p in model.tower.parameters())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    records: list[Record], store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm2clip.train.align.info_nce", lambda *_: torch.tensor(math.nan))
+    with pytest.raises(FloatingPointError, match=r"step 1; last good checkpoint: none"):
+        align(records, store, fresh_model(), ALIGN, tmp_path, SkipLog())
+
+
+def test_schedule_checkpoints_and_log(tmp_path: Path) -> None:
+    factor = cosine_schedule(100, 0.1)
+    assert [factor(0), factor(9), factor(10)] == pytest.approx([0.1, 1.0, 1.0])
+    assert factor(55) == pytest.approx(0.5) and factor(100) == pytest.approx(0.0)
+    for n in (5, 10, 15):
+        (tmp_path / f"step-{n}").mkdir()
+    mark_complete(tmp_path / "step-5")
+    mark_complete(tmp_path / "step-10")
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-10"
+    assert not (tmp_path / "step-15").exists()
+    log = MetricsLog(tmp_path / "m.jsonl")
+    for n in range(1, 5):
+        log.write(n, loss=float(n))
+    with log.path.open("a") as f:
+        f.write('{"step": 5, "lo')  # cut off by a kill
+    MetricsLog(tmp_path / "m.jsonl", resume_step=3).write(4, loss=0.0)
+    assert [line["loss"] for line in read_metrics(tmp_path / "m.jsonl")] == [1.0, 2.0, 3.0, 0.0]
