@@ -91,7 +91,7 @@ def test_the_folder_holds_no_pickle_and_says_what_it_is(model: LLM2CLIP, tmp_pat
 
 
 def test_wrong_folders_are_refused(model: LLM2CLIP, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="config.json"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
         LLM2CLIP.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(ValueError, match="'clip'"):

@@ -127,16 +127,20 @@ def test_workers_and_processes_change_nothing(records: list[Record], store: Embe
     half = dataclasses.replace(ALIGN, batch=5)
     ranks = [list(Steps(records, store, model, half, 2, r).batches(3)) for r in range(2)]
     for (_, rows, _), (_, first, _), (_, second, _) in zip(one, *ranks, strict=True):
-        assert sorted(rows.tolist()) == sorted([*first.tolist(), *second.tolist()])
+        assert sorted(rows.T.tolist()) == sorted([*first.T.tolist(), *second.T.tolist()])
 
 
 def test_short_and_long_captions_are_drawn_by_their_share(records: list[Record], store: EmbeddingStore) -> None:
     for share, wanted in ((0.0, {"short"}), (1.0, {"long"}), (0.5, {"short", "long"})):
         steps = Steps(records, store, fresh_model(), dataclasses.replace(ALIGN, long_share=share))
-        drawn = {(e, i): steps.row(e, i) for e in range(20) for i in range(len(records))}
-        kinds = {"short" if row in steps.short[i] else "long" for (_, i), row in drawn.items()}
+        drawn = {(e, i): steps.rows(e, i) for e in range(20) for i in range(len(records))}
+        kinds = {"short" if row in steps.short[i] else "long" for (_, i), rows in drawn.items() for row in rows}
         assert kinds == wanted
-        assert all(row in steps.short[i] or row in steps.long[i] for (_, i), row in drawn.items())
+        for (_, i), rows in drawn.items():
+            assert len(rows) == ALIGN.captions
+            assert set(rows) <= {*steps.short[i], *steps.long[i]}
+            if share == 0.0:  # two or three short captions: all of them come before one comes again
+                assert set(rows) == set(steps.short[i].tolist())
 
 
 def test_an_undecodable_image_is_replaced_counted_and_listed(

@@ -106,7 +106,9 @@ class AlignRecipe:
         adapter_depth: blocks of the adapter.
         adapter_expansion: hidden width of a block over its width.
         normalize_input: L2-normalise cached embeddings before the adapter, as the paper does.
-        epochs: passes over the images; each pass takes one caption of each image at random.
+        epochs: passes over the images.
+        captions: captions of each image in a step, drawn at random without repetition; each is a contrastive loss of
+            its own on the same image vectors, so more of them cost next to nothing.
         batch: images in a step on each device.
         lr: peak learning rate of the projection and the adapter.
         tower_lr: peak learning rate of the vision tower; 0 freezes it.
@@ -114,7 +116,7 @@ class AlignRecipe:
         layer_decay: each layer of the tower learns this much slower than the one above it.
         weight_decay: of AdamW, on matrices only.
         warmup: share of the steps; then a cosine to zero.
-        long_share: share of steps' captions taken from the long ones where an image has both.
+        long_share: share of captions taken from the long ones where an image has both.
         crop: smallest area share of RandomResizedCrop; 1 switches it off.
         hflip: mirror at random; off, since captions name left and right.
         max_grad_norm: gradients are clipped to this norm.
@@ -132,6 +134,7 @@ class AlignRecipe:
     adapter_expansion: int = 2
     normalize_input: bool = True
     epochs: int = 6
+    captions: int = 4
     batch: int = 128
     lr: float = 1e-3
     tower_lr: float = 1e-4

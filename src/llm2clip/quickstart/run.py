@@ -52,7 +52,7 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> Path:
             tower=weights["efficientnet-lite0"],
             image_size=128,
             width=256,
-            epochs=20,
+            epochs=12,
             batch=96,
             tower_lr=5e-4,
             long_share=0.2,

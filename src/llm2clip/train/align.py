@@ -1,6 +1,6 @@
 """Stage 2, align: the vision tower, its projection and the adapter learn from the store.
 
-Each step takes a batch of images and one cached caption of each, and lowers the symmetric InfoNCE between them. Which
+Each step takes a batch of images and some cached captions of each, and lowers the symmetric InfoNCE between them. Which
 images, captions and crops a step sees is a function of (seed, step) alone, so a killed run that starts again from its
 last checkpoint sees what it would have seen. The LLM is not here: its embeddings are rows of the store.
 """
@@ -32,6 +32,7 @@ from llm2clip.train.engine import (
     latest_checkpoint,
     mark_complete,
     prune_checkpoints,
+    reuse_memory,
     step_of,
 )
 from llm2clip.train.losses import info_nce
@@ -57,6 +58,7 @@ def align(
     """
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision))
     set_seed(recipe.seed)
+    reuse_memory(accelerator.device)
     data = Steps(records, store, model, recipe, accelerator.num_processes, accelerator.process_index)
     steps = len(data)
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe), betas=(0.9, 0.999))
@@ -84,10 +86,12 @@ def align(
                     reported.add(name)
                     log.skip(name, 0, "undecodable image", reason)
                     log.check()
-            embeddings = torch.from_numpy(store.take(rows)).to(accelerator.device)
+            embeddings = torch.from_numpy(store.take(rows.ravel())).to(accelerator.device)
             with accelerator.autocast():
                 image, text, scale = net(pixels=pixels.to(accelerator.device), embeddings=embeddings)
-            loss = info_nce(image, text, scale, torch.from_numpy(rows).to(accelerator.device))
+            ids = torch.from_numpy(rows).to(accelerator.device)
+            losses = [info_nce(image, t, scale, i) for t, i in zip(text.split(len(image)), ids, strict=True)]
+            loss = torch.stack(losses).mean()
             if not torch.isfinite(loss):
                 raise FloatingPointError(
                     f"the loss is {loss.item()} at step {step}; last good checkpoint: "
@@ -109,7 +113,7 @@ def align(
                     grad_norm=float(norm),
                     scale=scale.item(),
                     lr=schedule.get_last_lr()[-1],
-                    images_per_second=len(rows) * accelerator.num_processes / (now - clock),
+                    images_per_second=len(image) * accelerator.num_processes / (now - clock),
                 )
                 clock = now
             if step % recipe.checkpoint_every == 0 or step == steps:
@@ -174,15 +178,20 @@ class Steps:
     def __len__(self) -> int:
         return self.per_epoch * self.recipe.epochs
 
-    def row(self, epoch: int, index: int) -> int:
-        """The store's row of the caption that image `index` gets in this epoch."""
+    def rows(self, epoch: int, index: int) -> list[int]:
+        """The store's rows of the captions that image `index` gets in this epoch: one for each of the step's losses.
+
+        Each is a long one with the recipe's probability; none comes again before all of its kind have come.
+        """
         rng = np.random.default_rng([self.recipe.seed, epoch, index])
-        short, long = self.short[index], self.long[index]
-        rows = long if not len(short) or (len(long) and rng.random() < self.recipe.long_share) else short
-        return int(rows[rng.integers(len(rows))])
+        short, long = rng.permutation(self.short[index]), rng.permutation(self.long[index])
+        share = self.recipe.long_share if len(short) and len(long) else float(len(long) > 0)
+        kinds = rng.random(self.recipe.captions) < share
+        nth = np.where(kinds, np.cumsum(kinds), np.cumsum(~kinds)) - 1
+        return [int((long if k else short)[n % len(long if k else short)]) for k, n in zip(kinds, nth, strict=True)]
 
     def batches(self, first: int) -> Iterator[tuple[Tensor, np.ndarray, dict[str, str]]]:
-        """From step `first`: pixels (B, 3, S, S) uint8, store rows (B,), and images that failed with their reasons."""
+        """From step `first`: pixels (B, 3, S, S) uint8, store rows (captions, B), and images that failed, with why."""
         plan = [(step // self.per_epoch, i) for step in range(first, len(self)) for i in self._members(step)]
         size = self.recipe.batch
         loader = DataLoader(
@@ -201,7 +210,7 @@ class Steps:
                 raise ValueError(f"no image of a batch could be decoded, {next(iter(failures))} for one")
             # An image that fails is replaced by another of its batch; equal captions are no negatives in the loss.
             good += [good[n % len(good)] for n in range(len(items) - len(good))]
-            rows = np.array([self.row(epoch, i) for _, epoch, i in good])
+            rows = np.array([self.rows(epoch, i) for _, epoch, i in good]).T
             yield torch.stack([found for found, _, _ in good]), rows, failures
 
     def _members(self, step: int) -> list[int]:

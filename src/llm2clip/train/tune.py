@@ -28,7 +28,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from llm2clip.data.captions import caption_pairs
 from llm2clip.models.text import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, CaptionEncoder, length_batches
 from llm2clip.recipes import TuneRecipe
-from llm2clip.train.engine import MetricsLog, latest_checkpoint, mark_complete, step_of
+from llm2clip.train.engine import MetricsLog, latest_checkpoint, mark_complete, reuse_memory, step_of
 from llm2clip.train.losses import info_nce
 
 TRAINED = "trained.safetensors"
@@ -91,6 +91,7 @@ def _train(images: Sequence[Sequence[str]], encoder: CaptionEncoder, recipe: Tun
         dataloader_drop_last=True,
         disable_tqdm=False,
     )
+    reuse_memory(args.device)
     world = args.world_size
     batches = caption_pairs(images, recipe.batch * world, recipe.steps, recipe.seed)
     pairs = [pair for batch in batches for pair in batch]
