@@ -39,9 +39,11 @@ def test_adapter_by_its_formula(normalize: bool) -> None:
     adapter = Adapter(6, 4, depth=2, expansion=3, normalize_input=normalize).double()
     x = torch.randn(5, 6, dtype=torch.float64)
     y = x / x.norm(dim=1, keepdim=True) if normalize else x
-    norm = lambda v, m: (
-        (v - v.mean(1, True)) / (v.var(1, correction=0, keepdim=True) + m.eps).sqrt() * m.weight + m.bias
-    )
+
+    def norm(v: torch.Tensor, layer: torch.nn.LayerNorm) -> torch.Tensor:
+        centred = v - v.mean(1, keepdim=True)
+        return centred / (v.var(1, correction=0, keepdim=True) + layer.eps).sqrt() * layer.weight + layer.bias
+
     for block in adapter.blocks:
         hidden = norm(y, block.norm) @ block.up.weight.T + block.up.bias
         hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
