@@ -107,6 +107,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(pixels).save(folder / f"{n}.png")
         captions = [f"the {shape} is {colour}", f"{colour} {shape} on grey", f"a grey picture, {colour} at its {shape}"]
         row = {"image": f"{n}.png", "id": str(n), "captions": captions[: 2 + n % 2]}
+        row["captions_xx"] = [f"{shape[::-1]} {colour[::-1]}"] if n % 2 else []
         row["long_captions"] = [f"This is a small grey picture. Its {shape} has been painted in {colour}."]
         row["split"] = "val" if n % 6 == n // 6 else "train"
         lines.append(json.dumps(row) + "\n")

@@ -19,7 +19,16 @@ def command(pictures: Path, llm: Path, out: Path) -> list[str]:
     return [
         *("fit", str(pictures / "captions.jsonl"), "--out", str(out)),
         *("--encoder.path", str(llm), "--tune.steps", "6", "--tune.batch", "8", "--tune.checkpoint_every", "3"),
-        *("--embed.shard_size", "32", "--align.tower", "timm:test_efficientnet", "--align.pretrained", "false"),
+        *(
+            "--evaluate.fields",
+            '["captions_xx"]',
+            "--embed.shard_size",
+            "32",
+            "--align.tower",
+            "timm:test_efficientnet",
+            "--align.pretrained",
+            "false",
+        ),
         *("--align.image_size", "64", "--align.width", "16", "--align.epochs", "40", "--align.batch", "15"),
         *("--align.tower_lr", "3e-3", "--align.lr", "3e-3", "--align.workers", "0"),
     ]
@@ -38,6 +47,12 @@ def test_fit_leaves_what_it_promises(run: Path) -> None:
     names = {p.name for p in (run / "model").iterdir()}
     assert names == {"config.json", "model.safetensors", "preprocessor_config.json", "text", "README.md"}
     assert "I2T R@1" in (run / "report.md").read_text()
+    measured = {r["captions"]: r for r in json.loads((run / "evaluate/trained.json").read_text())}
+    assert {k: (r["images"], r["texts"]) for k, r in measured.items()} == {
+        "captions": (6, 15),  # two or three captions each
+        "long_captions": (6, 6),
+        "captions_xx": (3, 3),  # every other picture has one
+    }
     assert len((run / "tune/metrics.jsonl").read_text().splitlines()) == 6
 
 
@@ -131,5 +146,6 @@ def test_mistakes_are_one_clear_message(tmp_path: Path, llm: Path, capsys: pytes
 def test_keep_names_what_changed(tmp_path: Path) -> None:
     keep({"a": {"b": 1, "c": [1]}}, tmp_path / "r.yaml")
     keep({"a": {"b": 1, "c": [1]}}, tmp_path / "r.yaml")
+    (tmp_path / "tune").mkdir()
     with pytest.raises(RecipeChanged, match=r"a\.b: 1 there, 2 now"):
         keep({"a": {"b": 2, "c": [1]}}, tmp_path / "r.yaml")

@@ -21,17 +21,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from llm2clip.data.records import (
-    FileImage,
-    MemoryImage,
-    ParquetImage,
-    Record,
-    SkipLog,
-    Source,
-    TarImage,
-    TooManySkipped,
-    open_records,
-)
+from llm2clip.data.records import Record, Source, open_records
+from llm2clip.data.refs import FileImage, MemoryImage, ParquetImage, TarImage
+from llm2clip.data.skips import SkipLog, TooManySkipped
 
 ROWS: list[dict[str, Any]] = [  # ragged on purpose
     {"id": "a", "image": "images/a.jpg", "captions": ["a cat", "一只猫, sitting"], "split": "train"},

@@ -52,6 +52,12 @@ def test_a_query_without_an_answer_is_an_error() -> None:
         positive_ranks(torch.eye(2), torch.eye(2), [[0], []])
 
 
+def test_a_broken_model_is_not_perfect() -> None:
+    """Nothing is above NaN: counted naively, every rank would be 0 and recall 100%."""
+    with pytest.raises(ValueError, match="not finite"):
+        positive_ranks(torch.full((3, 2), torch.nan), torch.eye(2), [[0]] * 3)
+
+
 @pytest.mark.parametrize(("items", "right"), [(6, 1), (6, 2), (7, 3)])
 def test_chance_is_the_mean_over_all_orders(items: int, right: int) -> None:
     for k in (1, 2, 5):
@@ -62,7 +68,12 @@ def test_chance_is_the_mean_over_all_orders(items: int, right: int) -> None:
 def test_cra_by_hand(llm: Path) -> None:
     """Against the definition, with a ragged list and an image of one caption left out."""
     encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
-    images = [("a dog", "the dog!"), ("only one",), ("two cats", "cats, two", "x"), ("a house", "homes")]
+    images = [
+        ("a dog", "a dog", "the dog!"),
+        ("only one", "only one"),
+        ("two cats", "cats, two", "x"),
+        ("a house", "homes"),
+    ]
     figures = caption_accuracy(images, encoder, progress=False)
     assert (figures["images"], figures["left out"]) == (3, 1)
     first = F.normalize(encoder.encode(["a dog", "two cats", "a house"]).double(), dim=-1)

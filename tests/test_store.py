@@ -107,6 +107,15 @@ def test_damage_is_found(encoder: CaptionEncoder, tmp_path: Path) -> None:
         EmbeddingStore(tmp_path)
 
 
+def test_a_caption_that_was_encoded_twice_moves_no_other(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path, IDENTITY, 1)
+    writer.write(0, ["a", "b"], [1, 1], np.array([[1], [2]]))
+    writer.write(1, ["b", "c"], [1, 1], np.array([[2], [3]]))
+    writer.finish()
+    store = EmbeddingStore(tmp_path)
+    assert store.take(store.rows(["c", "b", "a"])).ravel().tolist() == [3, 2, 1]
+
+
 def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path, IDENTITY, 2)
     with pytest.raises(StoreError, match="too big"), np.errstate(over="ignore"):

@@ -145,5 +145,13 @@ def test_length_batches_cover_all_rows_within_the_budget() -> None:
     assert list(length_batches([500], 128)) == [[0]]
 
 
+def test_a_template_can_be_taken_away_again(llm: Path, tmp_path: Path) -> None:
+    plain = CaptionEncoder.from_pretrained(llm, device="cpu").encode(TEXTS)
+    CaptionEncoder.from_pretrained(llm, template="say: {caption}", device="cpu").save_pretrained(tmp_path)
+    back = CaptionEncoder.from_pretrained(tmp_path, template="{caption}", device="cpu")
+    assert torch.equal(back.encode(TEXTS), plain)
+    assert torch.equal(back.encode("a dog"), plain[:1])
+
+
 def test_encoding_nothing(llm: Path) -> None:
     assert CaptionEncoder.from_pretrained(llm, device="cpu").encode([]).shape == (0, 32)

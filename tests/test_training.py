@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conftest import distributed
 from llm2clip.cache.embed import embed
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.data.captions import caption_pairs
-from llm2clip.data.records import Record, SkipLog, TooManySkipped, open_records
+from llm2clip.data.records import Record, open_records
+from llm2clip.data.skips import SkipLog, TooManySkipped
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.models.vision import VisionTower
@@ -77,6 +79,29 @@ def test_tunes_loss_is_that_of_the_padded_batch(llm: Path) -> None:
     ours = CaptionContrastiveLoss(encoder, 0.05, batch_tokens=64)([{"ids": ids}])
     a, b = (torch.nn.functional.normalize(encoder(part), dim=-1) for part in (ids[:8], ids[8:]))
     assert ours.item() == pytest.approx(info_nce(a, b, 20.0).item(), abs=1e-5)
+
+
+def test_tune_stops_at_a_loss_that_is_not_finite(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm2clip.train.tune.info_nce", lambda a, b, _: (a * b).sum() * math.nan)
+    with pytest.raises(FloatingPointError, match="step 1"):
+        tune(IMAGES, CaptionEncoder.from_pretrained(llm, device="cpu"), TUNE, tmp_path)
+    assert not (tmp_path / "encoder").exists()
+
+
+def test_two_processes_tune_as_one(llm: Path, tmp_path: Path) -> None:
+    """Two ranks with half the batch each, of captions of unequal length, do what one does with the whole."""
+    distributed(2, _tune_rank, str(llm), str(tmp_path / "two"))
+    one = tune(IMAGES, CaptionEncoder.from_pretrained(llm, device="cpu"), _plain(6), tmp_path / "one")
+    for name, tensor in load_file(one / "model.safetensors").items():
+        assert torch.allclose(tensor, load_file(tmp_path / "two/encoder/model.safetensors")[name], atol=1e-4), name
+
+
+def _plain(batch: int) -> TuneRecipe:
+    return dataclasses.replace(TUNE, batch=batch, steps=3, lora_dropout=0.0, lr=1e-4, batch_tokens=64)
+
+
+def _tune_rank(llm: str, folder: str) -> None:
+    tune(IMAGES, CaptionEncoder.from_pretrained(llm, device="cpu"), _plain(3), Path(folder))
 
 
 @pytest.fixture

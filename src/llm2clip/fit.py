@@ -18,6 +18,7 @@ A stage's result appears by a rename, so what is there is whole, and the same co
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shlex
 import sys
@@ -25,17 +26,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from llm2clip.cache.embed import embed
-from llm2clip.data.records import SkipLog
+from llm2clip.data.skips import SkipLog
 from llm2clip.evaluate.captions import caption_accuracy
 from llm2clip.evaluate.model import evaluate_model
 from llm2clip.evaluate.report import write_report
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.recipes import FitRecipe, keep
-from llm2clip.stages import new_model, once, open_encoder, read_data, say, tuning_captions
+from llm2clip.stages import new_model, once, open_encoder, read_data, say, start, tuning_captions
 from llm2clip.train.align import align
 from llm2clip.train.engine import read_metrics
 from llm2clip.train.tune import tune
@@ -43,7 +42,7 @@ from llm2clip.train.tune import tune
 
 def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
     """Tune, embed, align, evaluate; returns the model folder. See `llm2clip fit --help`."""
-    state = PartialState()
+    state = start()
     if state.is_main_process:
         keep({"data": list(data), **dataclasses.asdict(recipe)}, out / "recipe.yaml")
     log = SkipLog(out / "skipped.jsonl" if state.is_main_process else None, recipe.max_skipped)
@@ -63,10 +62,10 @@ def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
         say("1/4 tune: the language model learns to tell captions apart")
         texts = tuning_captions(records, recipe.tune, recipe.columns, log)
         tune(texts, raw, recipe.tune, out / "tune")
-        del raw
+        raw = None
     encoder = CaptionEncoder.from_pretrained(encoder_folder)
     if measurable:
-        cra.append(once(out / "evaluate/tuned.json", lambda: caption_accuracy(captions, encoder)))
+        cra.append(once(out / "evaluate/tuned.json", lambda tuned=encoder: caption_accuracy(captions, tuned)))
 
     say("2/4 embed: every caption once into the store")
     everything = (t for r in [*records.train, *(r for f in records.held_out.values() for r in f)] for t in r.texts)
@@ -77,9 +76,13 @@ def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
     def measure(model: LLM2CLIP) -> list[dict[str, Any]]:
         return evaluate_model(model, records.held_out, log, store, recipe.evaluate.batch)
 
+    del encoder
+    gc.collect()  # the LLM's memory is free for the vision tower
     model_folder = out / "model"
     if not model_folder.exists():
-        model = new_model(recipe.align, encoder, store)
+        if state.is_main_process:
+            (out / "evaluate/trained.json").unlink(missing_ok=True)  # of a model that was deleted since
+        model = new_model(recipe.align, store)
         once(out / "evaluate/untrained.json", lambda: measure(model))
         align(records.train, store, model, recipe.align, out / "align", log)
         if state.is_main_process:

@@ -41,9 +41,10 @@ class TuneRecipe:
     """Stage 1: caption-contrastive tuning of the LLM with LoRA.
 
     Args:
-        data: sources of captions besides the training data, images not needed: PATH or PATH@split+split.
-        exclude: sources whose images must not be tuned on; matched by `exclude_id` of the ids.
-        exclude_id: regular expression; what it matches of an id is compared: the leading number, else all of it.
+        data: sources of captions, images not needed: PATH or PATH@split+split; empty takes the training data's.
+        exclude: sources whose images must not be tuned on, as held-out ones never are.
+        exclude_id: regular expression; what it matches of an id is compared, across sources: the leading number, else
+            all of it.
         steps: optimizer steps; 0 leaves the LLM raw.
         batch: pairs in a step and on each device; every other caption of the step is a negative.
         lr: peak learning rate, reached after `warmup` and falling to zero along a cosine.
@@ -194,8 +195,14 @@ class RecipeChanged(ValueError):
     """A run folder was begun with other settings."""
 
 
+# What may differ when a run goes on: it changes how long the work takes, not what comes out.
+FREE = ("workers", "checkpoint_every", "batch_tokens", "shard_size", "max_skipped")
+
+
 def keep(settings: dict[str, Any], file: Path) -> None:
-    """Save a stage's settings in its run folder, or check that they are those it was begun with.
+    """Save the settings of a run in its folder, or check that they are those it was begun with.
+
+    A folder in which no stage has left anything yet takes new settings, so that a mistake can be mended.
 
     Args:
         settings: names to values; recipes among the values are written out.
@@ -205,15 +212,16 @@ def keep(settings: dict[str, Any], file: Path) -> None:
         RecipeChanged: naming each setting that differs.
     """
     plain = _plain(settings)
-    if file.exists():
+    begun = file.exists() and any(p.name not in (file.name, "skipped.jsonl") for p in file.parent.iterdir())
+    if begun:
         there = yaml.safe_load(file.read_text())
-        if there != plain:
-            changed = [f"{k}: {a!r} there, {b!r} now" for k, a, b in _differences(there, plain)]
+        differences = [d for d in _differences(there, plain) if d[0].rsplit(".", 1)[-1] not in FREE]
+        if differences:
+            changed = [f"{k}: {a!r} there, {b!r} now" for k, a, b in differences]
             raise RecipeChanged(
                 f"{file} was begun with other settings ({'; '.join(changed)}). "
                 "Use another --out, or delete this folder to begin again"
             )
-        return
     file.parent.mkdir(parents=True, exist_ok=True)
     tmp = file.with_suffix(".tmp")
     tmp.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))

@@ -6,8 +6,9 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from accelerate import PartialState
 
 from llm2clip.cache.embed import embed
 from llm2clip.cache.store import EmbeddingStore, check_identity
-from llm2clip.data.records import Record, SkipLog, Source, open_records
+from llm2clip.data.captions import unique
+from llm2clip.data.records import Record, Source, open_records
+from llm2clip.data.skips import SkipLog
 from llm2clip.evaluate.captions import caption_accuracy
 from llm2clip.evaluate.model import evaluate_model
 from llm2clip.evaluate.report import KS, table
@@ -42,7 +45,7 @@ def tune_stage(
     """`llm2clip tune`: the folder of the tuned caption encoder, `out/encoder`."""
     settings = {"data": list(data), "columns": columns, "encoder": encoder, "tune": recipe}
     log = _begin(out, settings, max_skipped)
-    records = [r for s in data for r in open_records(_mapped(s, columns), log, "ignore")]
+    records = _merged(r for s in data for r in open_records(_mapped(s, columns), log, "ignore"))
     texts = tuning_captions(Data(records, {}, ""), recipe, columns, log)
     say(log.summary())
     return tune(texts, open_encoder(encoder), recipe, out)
@@ -82,11 +85,12 @@ def align_stage(
     store = EmbeddingStore(store_folder)
     text = open_encoder(encoder)
     check_identity(store.manifest["identity"], text.identity(store.manifest["identity"]["precision"]), store_folder)
-    records = [r for s in data for r in open_records(_mapped(s, columns), log)]
+    records = _merged(r for s in data for r in open_records(_mapped(s, columns), log))
     say(log.summary())
-    model = align(records, store, new_model(recipe, text, store), recipe, out, log)
+    text.to("cpu")  # only its folder is wanted from here on
+    model = align(records, store, new_model(recipe, store), recipe, out, log)
     if PartialState().is_main_process:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, encoder=text)
     return folder
 
 
@@ -109,7 +113,7 @@ def evaluate_stage(
     results: dict[str, Any] = {}
     log = SkipLog(None, max_skipped)
     if captions:
-        texts = [r.texts for s in captions for r in open_records(_mapped(s, columns), log, "ignore")]
+        texts = [r.captions for s in captions for r in open_records(_mapped(s, columns), log, "ignore")]
         text = LLM2CLIP.from_pretrained(model).encoder if model else open_encoder(encoder)
         results["captions"] = figures = caption_accuracy(texts, text)
         say(table(["CRA top-1, %", "images", "chance"], [[figures["CRA"], figures["images"], figures["chance"]]]))
@@ -138,6 +142,11 @@ class Data:
     summary: str
 
 
+def start() -> PartialState:
+    """The processes of this run. Whoever waits for another's measurement waits as long as it takes."""
+    return PartialState(timeout=timedelta(days=1))
+
+
 def say(*lines: str) -> None:
     """Print once in a distributed run."""
     if PartialState().is_main_process:
@@ -162,7 +171,7 @@ def open_encoder(recipe: EncoderRecipe) -> CaptionEncoder:
     return CaptionEncoder.from_pretrained(resolve(options.pop("path")), **options)
 
 
-def new_model(recipe: AlignRecipe, encoder: CaptionEncoder, store: EmbeddingStore) -> LLM2CLIP:
+def new_model(recipe: AlignRecipe, store: EmbeddingStore) -> LLM2CLIP:
     """A model to be trained: its tower pretrained, its heads drawn from the recipe's seed."""
     torch.manual_seed(recipe.seed)
     tower = VisionTower.from_pretrained(
@@ -177,7 +186,7 @@ def new_model(recipe: AlignRecipe, encoder: CaptionEncoder, store: EmbeddingStor
         normalize_input=recipe.normalize_input,
         encoder=store.manifest["identity"],
     )
-    return LLM2CLIP(config, tower, encoder).to(PartialState().device)
+    return LLM2CLIP(config, tower).to(PartialState().device)
 
 
 def read_data(sources: Sequence[str], recipe: EvaluateRecipe, columns: dict[str, str], log: SkipLog) -> Data:
@@ -189,16 +198,20 @@ def read_data(sources: Sequence[str], recipe: EvaluateRecipe, columns: dict[str,
     hash of the id.
     """
     train: list[Record] = []
+    leaked: list[Record] = []
     rest: list[tuple[Source, Record]] = []
     for source in (_mapped(s, columns) for s in sources):
-        for record in open_records(source, log):
+        for record in _merged(open_records(source, log)):
             if source.splits or record.split in TRAIN:
                 train.append(record)
             else:
                 rest.append((source, record))
     held: list[tuple[Source, Record]] = []
     if recipe.data:
-        held = [(s, r) for s in (_mapped(d, columns) for d in recipe.data) for r in open_records(s, log)]
+        held = [(s, r) for s in (_mapped(d, columns) for d in recipe.data) for r in _merged(open_records(s, log))]
+        tested = {str(r.image) for _, r in held}
+        leaked = [r for r in train if r.image is not None and str(r.image) in tested]
+        train = [r for r in train if r.image is None or str(r.image) not in tested]
     else:
         for name in HELD_OUT:
             if found := [(s, r) for s, r in rest if r.split == name]:
@@ -216,27 +229,49 @@ def read_data(sources: Sequence[str], recipe: EvaluateRecipe, columns: dict[str,
     ids = {str(r.image) for r in pictured}
     for name in recipe.fields:
         of_field: list[Record] = []
-        for source in dict.fromkeys(Source(s.path, s.splits) for s, _ in held):
-            mapped = dataclasses.replace(source, columns={**columns, "captions": name, "long_captions": ""})
+        for path, splits in dict.fromkeys((s.path, s.splits) for s, _ in held):
+            mapped = Source(path, splits, columns={**columns, "captions": name, "long_captions": ""})
             quiet = SkipLog(limit=1.0)  # a row without a caption in this language is no fault of the row
-            of_field += [r for r in open_records(mapped, quiet, images="exists") if str(r.image) in ids]
+            of_field += [r for r in _merged(open_records(mapped, quiet, images="exists")) if str(r.image) in ids]
         fields[name] = of_field
     unused = f", {len(rest):,} of other splits unused" if rest and not recipe.data else ""
+    unused += f", {len(leaked):,} left out of training since they are tested on" if leaked else ""
     images = sum(r.image is not None for r in train)
     return Data(train, fields, f"{images:,} images to train on, {len(pictured):,} held out{unused}")
 
 
 def tuning_captions(data: Data, recipe: TuneRecipe, columns: dict[str, str], log: SkipLog) -> list[tuple[str, ...]]:
-    """The captions of each image that stage 1 may see: the training data's and `recipe.data`'s, without those of
-    images that are held out or excluded."""
-    held = {_comparable(r.id, recipe.exclude_id) for f in data.held_out.values() for r in f}
-    for source in recipe.exclude:
-        held |= {_comparable(r.id, recipe.exclude_id) for r in open_records(_mapped(source, columns), log, "ignore")}
-    extra = [r for s in recipe.data for r in open_records(_mapped(s, columns), log, "ignore")]
-    allowed = [r.texts for r in [*data.train, *extra] if _comparable(r.id, recipe.exclude_id) not in held]
-    left = len(data.train) + len(extra) - len(allowed)
+    """The captions of each image that stage 1 may see: `recipe.data`'s or else the training data's, without those of
+    images that are held out (in other sources too, by the comparable part of their ids) or excluded."""
+    barred = {
+        _comparable(r.id, recipe.exclude_id)
+        for s in recipe.exclude
+        for r in open_records(_mapped(s, columns), log, "ignore")
+    }
+    offered = data.train
+    if recipe.data:
+        offered = _merged(r for s in recipe.data for r in open_records(_mapped(s, columns), log, "ignore"))
+        barred |= {_comparable(r.id, recipe.exclude_id) for f in data.held_out.values() for r in f}
+    allowed = [r.texts for r in offered if not barred or _comparable(r.id, recipe.exclude_id) not in barred]
+    left = len(offered) - len(allowed)
     say(f"tuning on the captions of {len(allowed):,} images" + (f"; {left:,} excluded" if left else ""))
     return allowed
+
+
+def _merged(records: Iterable[Record]) -> list[Record]:
+    """One record an image: rows that name the same image, one caption each, become one with all their captions."""
+    found: dict[Any, Record] = {}
+    for n, record in enumerate(records):
+        key = (str(record.image), record.split) if record.image is not None else n
+        if key in found:
+            first = found[key]
+            record = dataclasses.replace(
+                first,
+                captions=tuple(unique([*first.captions, *record.captions])),
+                long_captions=tuple(unique([*first.long_captions, *record.long_captions])),
+            )
+        found[key] = record
+    return list(found.values())
 
 
 def _mapped(source: str, columns: dict[str, str]) -> Source:
@@ -254,7 +289,7 @@ def _hash(name: str) -> str:
 
 
 def _begin(out: Path, settings: dict[str, Any], max_skipped: float) -> SkipLog:
-    main = PartialState().is_main_process
+    main = start().is_main_process
     if main:
         keep(settings, out / "recipe.yaml")
     return SkipLog(out / "skipped.jsonl" if main else None, max_skipped)

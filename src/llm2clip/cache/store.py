@@ -52,6 +52,7 @@ class EmbeddingStore:
         self._row: dict[str, int] = {}
         self._arrays: list[np.ndarray] = []
         self._starts: list[int] = []
+        self._rows = 0
         for shard in self.manifest["shards"]:
             keys, embeddings = _shard_paths(self.folder, shard["number"])
             if not keys.is_file() or not embeddings.is_file():
@@ -59,9 +60,15 @@ class EmbeddingStore:
             array = np.load(embeddings, mmap_mode="r", allow_pickle=False)
             if array.shape != (shard["rows"], self.width) or array.dtype != DTYPE:
                 raise StoreError(f"{embeddings}: holds {array.dtype} {array.shape}, not what the manifest says")
-            self._starts.append(len(self._row))
-            for key in pq.read_table(keys, columns=["key"])["key"].to_pylist():
-                self._row[key] = len(self._row)
+            names = pq.read_table(keys, columns=["key"])["key"].to_pylist()
+            if len(names) != len(array):
+                raise StoreError(
+                    f"{keys}: {len(names)} keys for {len(array)} rows; delete both and run `llm2clip embed`"
+                )
+            self._starts.append(self._rows)
+            for row, key in enumerate(names, start=self._rows):
+                self._row.setdefault(key, row)  # two runs at once may have encoded a caption twice: either will do
+            self._rows += len(names)
             self._arrays.append(array)
 
     def __len__(self) -> int:
@@ -93,7 +100,7 @@ class EmbeddingStore:
         rows = np.asarray(rows, dtype=np.int64)
         out = np.empty((len(rows), self.width), dtype=np.float32)
         order = np.argsort(rows, kind="stable")
-        bounds = np.searchsorted(rows[order], [*self._starts, len(self._row)])
+        bounds = np.searchsorted(rows[order], [*self._starts, self._rows])
         for array, start, lo, hi in zip(self._arrays, self._starts, bounds[:-1], bounds[1:], strict=True):
             at = order[lo:hi]
             out[at] = array[rows[at] - start]

@@ -27,8 +27,8 @@ def caption_pairs(
 ) -> Iterator[list[tuple[str, str]]]:
     """`steps` batches of `batch` pairs for caption-contrastive tuning: two different captions of one image each.
 
-    Within a batch no image comes twice and no text comes twice, so that nothing that is true of the anchor is ever
-    its negative. An image whose text would repeat waits for the next batch. Each pass over the images draws a new
+    Within a batch no image comes twice and no text comes twice, so that no other caption of an anchor's image is its
+    negative. An image whose text would repeat waits for the next batch. Each pass over the images draws a new
     order and new pairs.
 
     Args:
@@ -74,8 +74,3 @@ def caption_pairs(
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """The order of `n` items in one epoch: int64 (n,), the same for the same (seed, epoch)."""
     return np.random.default_rng([seed, epoch]).permutation(n)
-
-
-def choice(n: int, seed: int, epoch: int, index: int) -> int:
-    """Which of an image's `n` captions item `index` gets in this epoch."""
-    return int(np.random.default_rng([seed, epoch, index]).integers(n))

@@ -16,18 +16,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from PIL import Image
 
 from llm2clip.data import readers
-from llm2clip.data.readers import DatasetImage, FileImage, ImageRef, MemoryImage, ParquetImage, TarImage
-
-__all__ = [
-    "DatasetImage", "FileImage", "ImageRef", "MemoryImage", "ParquetImage", "Record", "SkipLog", "Source", "TarImage",
-    "TooManySkipped", "open_records",
-]  # fmt: skip
+from llm2clip.data.refs import FileImage, ImageRef, MemoryImage
+from llm2clip.data.rows import Bad, Held, RawRow
+from llm2clip.data.skips import SkipLog
 
 Images = Literal["header", "exists", "ignore"]
 MAX_PIXELS = 100_000_000
@@ -95,71 +91,6 @@ class Source:
         return "@".join([self.path, "+".join(self.splits)] if self.splits else [self.path])
 
 
-class TooManySkipped(ValueError):
-    """More of the rows than allowed gave no record: the source or its mapping is wrong, rather than a few rows."""
-
-
-class SkipLog:
-    """Counts what is left out and lists it, a JSON object a line, in `path` (emptied here, so a rerun starts anew).
-
-    limit: the share of rows that may be skipped. Empty captions dropped from a row that stays are counted apart, in
-    `dropped`. One writer a file: give each process its own path, or only the first one.
-    """
-
-    def __init__(self, path: str | os.PathLike[str] | None = None, limit: float = 0.05) -> None:
-        self.path = None if path is None else Path(path)
-        self.limit = limit
-        self.seen = 0
-        self.skipped: Counter[str] = Counter()
-        self.dropped: Counter[str] = Counter()
-        self.examples: list[str] = []
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("")
-
-    def seen_one(self) -> None:
-        self.seen += 1
-
-    def skip(self, file: str, row: int, reason: str, value: object) -> None:
-        """A row that gives no record."""
-        self.skipped[reason] += 1
-        if len(self.examples) < 3:
-            self.examples.append(f"{file}, row {row}: {reason}: {str(value)[:200]}")
-        self._write(file, row, reason, value)
-
-    def drop(self, file: str, row: int, reason: str, value: object) -> None:
-        """A part of a row that is left out while the row stays."""
-        self.dropped[reason] += 1
-        self._write(file, row, reason, value)
-
-    def _write(self, file: str, row: int, reason: str, value: object) -> None:
-        if self.path is not None:
-            entry = {"file": file, "row": row, "reason": reason, "value": str(value)[:200]}
-            # Opened a line at a time: skips are rare, and what is listed is on disk whatever happens next.
-            # backslashreplace: bytes of a file name that are no UTF-8 become \udcXX, which is an escape JSON knows.
-            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file_:
-                file_.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
-    def summary(self) -> str:
-        """One line: how many of how many, and why."""
-        skipped = f"{self.skipped.total():,} of {self.seen:,} rows skipped{_counts(self.skipped)}"
-        return skipped + (f"; parts of rows dropped{_counts(self.dropped)}" if self.dropped else "")
-
-    def check(self) -> None:
-        """Raises `TooManySkipped` when the share of skipped rows is over the limit."""
-        if self.skipped.total() > self.limit * self.seen:
-            listed = f"\nall are listed in {self.path}" if self.path else ""
-            examples = "".join(f"\n  {example}" for example in self.examples)
-            raise TooManySkipped(
-                f"{self.summary()}, over the limit of {self.limit:.1%}{examples}{listed}"
-                "\nmend the source, or raise --max_skipped if this is how it is"
-            )
-
-
-def _counts(counter: Counter[str]) -> str:
-    return f" ({', '.join(f'{reason}: {count:,}' for reason, count in counter.most_common())})" if counter else ""
-
-
 # ---- opening -------------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +130,7 @@ class _Row:
     file: str
     row: int
     id: str | None
-    image: readers.Held | None
+    image: Held | None
     captions: tuple[str, ...]
     long_captions: tuple[str, ...]
     split: str | None
@@ -298,13 +229,13 @@ class _Opening:
 
     # -- rows
 
-    def rows(self, raw: Iterable[readers.RawRow], kind: str) -> Iterator[_Row]:
+    def rows(self, raw: Iterable[RawRow], kind: str) -> Iterator[_Row]:
         """Raw rows of the splits asked for, with our names and types; those that have others are skipped here."""
         table = kind in ("csv", "tsv", "parquet", "hf", "saved")
         lists = kind in ("csv", "tsv", "tar")  # a cell of text may be a list written out
         for file, number, fields in raw:
             try:
-                if isinstance(fields, readers.Bad):
+                if isinstance(fields, Bad):
                     raise _Skip(fields.reason, fields.value)
                 chosen = self.choose(file, list(fields)) if table else self.of_row(fields)
                 values = {name: fields.get(column) for name, column in chosen.items()}
@@ -402,7 +333,7 @@ def _written_list(text: str) -> list[Any]:
     return [text]
 
 
-def _reference(value: Any, file: str, images: Images) -> readers.Held | None:
+def _reference(value: Any, file: str, images: Images) -> Held | None:
     """What an image's cell refers to. A path is relative to the folder of the file that names it."""
     name = None
     if isinstance(value, dict) and {"bytes", "path"} & value.keys():  # as Hugging Face writes an image
@@ -410,21 +341,21 @@ def _reference(value: Any, file: str, images: Images) -> readers.Held | None:
         value = value["bytes"] if value.get("bytes") is not None else name
     if _null(value) or value == b"":
         return None
-    if isinstance(value, readers.Held):
+    if isinstance(value, Held):
         return value
     if isinstance(value, ImageRef):
-        return readers.Held(value, None, str(value))
+        return Held(value, None, str(value))
     if isinstance(value, bytes):
-        return readers.Held(MemoryImage(value, name or f"image in {file}"), value, name)
+        return Held(MemoryImage(value, name or f"image in {file}"), value, name)
     if not isinstance(value, str):
         raise _Skip("malformed row", f"an image is a path, bytes or null, not {value!r}")
     if images != "ignore" and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", value):
         raise _Skip("image is a URL", value)
     path = os.path.join(os.path.dirname(file), value)
-    return readers.Held(FileImage(path), None, path)
+    return Held(FileImage(path), None, path)
 
 
-def _check_image(held: readers.Held, images: Images) -> None:
+def _check_image(held: Held, images: Images) -> None:
     """Raises if the image is not there or, for "header", does not begin like an image of a size one can decode."""
     if isinstance(held.ref, FileImage) and not os.path.isfile(held.ref.path):
         raise _Skip("missing image", held.ref)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from llm2clip.data.captions import unique
 from llm2clip.evaluate.retrieval import positive_ranks, recall
 from llm2clip.models.text import CaptionEncoder
 
@@ -17,7 +18,7 @@ def caption_accuracy(
     """CRA in percent: the first two captions of each image retrieve each other among those of all images.
 
     Args:
-        images: the captions of each image, in order; images with fewer than two are left out and counted.
+        images: the captions of each image, in order; those with fewer than two different ones are left out, counted.
         encoder: any caption encoder.
         batch_tokens, progress: as in `CaptionEncoder.encode`.
 
@@ -27,7 +28,8 @@ def caption_accuracy(
     Raises:
         ValueError: no image has two captions.
     """
-    pairs = [(c[0], c[1]) for c in images if len(c) > 1]
+    different = [unique(c)[:2] for c in images]
+    pairs = [c for c in different if len(c) > 1]
     if not pairs:
         raise ValueError("caption retrieval needs images with two captions; there is none")
     vectors = encoder.encode(

@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.data.images import EvalTransform, ImageError, load
-from llm2clip.data.records import Record, SkipLog
+from llm2clip.data.records import Record
+from llm2clip.data.skips import SkipLog
 from llm2clip.evaluate.retrieval import retrieval
 from llm2clip.models.llm2clip import LLM2CLIP
 
@@ -61,18 +62,21 @@ def evaluate_model(
 
     Args:
         model: the model.
-        fields: name of the kind (captions, captions_zh, ...) to records that carry it; the first one's images are
-            encoded, and the others' are looked up among them by file.
+        fields: name of the kind (captions, captions_zh, ...) to records that carry it; an image that stands in
+            several kinds is encoded once.
         log: where unreadable images go.
         store: of the captions' embeddings.
         batch: images in a forward pass.
 
     Returns:
         A row a kind: its name, numbers of images and texts, and what `retrieval` returns.
+
+    Raises:
+        ValueError: there is nothing to measure.
     """
-    first = next(iter(fields.values()))
-    vectors, kept = image_vectors(model, first, log, batch)
-    of = {str(first[i].image): n for n, i in enumerate(kept)}
+    pictured = list({str(r.image): r for f in fields.values() for r in f if r.image is not None}.values())
+    vectors, kept = image_vectors(model, pictured, log, batch)
+    of = {str(pictured[i].image): n for n, i in enumerate(kept)}
     rows = []
     for name, records in fields.items():
         found = [(of[str(r.image)], r.captions) for r in records if str(r.image) in of and r.captions]
@@ -83,4 +87,6 @@ def evaluate_model(
         images = vectors[torch.tensor([i for i, _ in found])]
         figures = retrieval(images, text_vectors(model, texts, store), image_of_text)
         rows.append({"captions": name, "images": len(found), "texts": len(texts), **figures})
+    if not rows:
+        raise ValueError("no held-out image has a caption: there is nothing to measure")
     return rows

@@ -25,10 +25,12 @@ def positive_ranks(queries: Tensor, items: Tensor, positives: Sequence[Sequence[
         tile: queries and items in a tile.
 
     Raises:
-        ValueError: a query has no positive.
+        ValueError: a query has no positive, or a vector is not finite.
     """
     if any(len(p) == 0 for p in positives):
         raise ValueError(f"query {next(i for i, p in enumerate(positives) if len(p) == 0)} has no right answer")
+    if not (torch.isfinite(queries).all() and torch.isfinite(items).all()):
+        raise ValueError("a vector is not finite: the model is broken, and its recall would mean nothing")
     ranks = torch.zeros(len(queries), dtype=torch.int64)
     for start in range(0, len(queries), tile):
         block = positives[start : start + tile]

@@ -97,7 +97,7 @@ class LLM2CLIP(nn.Module):
         """The caption encoder, opened at first use.
 
         Raises:
-            ValueError: the model has none, or another than it was trained with.
+            ValueError: the model has none, or one whose width is not the adapter's.
         """
         if not self._encoder:
             if self._text_folder is None:
@@ -151,16 +151,23 @@ class LLM2CLIP(nn.Module):
         return texts @ images.T
 
     def save_pretrained(
-        self, folder: str | Path, card: str | None = None, text_folder: str | Path | None = None
+        self,
+        folder: str | Path,
+        card: str | None = None,
+        text_folder: str | Path | None = None,
+        encoder: CaptionEncoder | None = None,
     ) -> Path:
         """Write the model folder: whole, or not at all.
 
         Args:
             folder: where; replaced if it is a model folder already.
             card: text of its README.md.
-            text_folder: a saved caption encoder to copy; None saves the one in the model.
+            text_folder: a saved caption encoder to copy, or
+            encoder: one to save; neither saves the one in the model.
         """
         folder = Path(folder)
+        if folder.exists() and not (folder / "config.json").exists():
+            raise FileExistsError(f"{folder} is there and is not a model folder; choose another place")
         tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
@@ -173,13 +180,13 @@ class LLM2CLIP(nn.Module):
         if text_folder is not None:
             shutil.copytree(text_folder, tmp / "text")
         else:
-            self.encoder.save_pretrained(tmp / "text")
+            (encoder or self.encoder).save_pretrained(tmp / "text")
         (tmp / "README.md").write_text(card or "---\nlibrary_name: llm2clip\n---\nA model made with llm2clip.\n")
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         if folder.exists():
-            if not (folder / "config.json").exists():
-                raise FileExistsError(f"{folder} is there and is not a model folder; choose another place")
-            shutil.rmtree(folder)
+            os.replace(folder, old)
         os.replace(tmp, folder)
+        shutil.rmtree(old, ignore_errors=True)
         return folder
 
     @classmethod

@@ -65,7 +65,8 @@ class CaptionEncoder(nn.Module):
             bidirectional: every token attends to every token (True) or only to earlier ones (False).
             layers: keep only the first N blocks; the final norm stays.
             template: text around the caption, such as `"<|im_start|>user\\n{caption}<|im_end|>"`. What stands before
-                `{caption}` is read but left out of the pooling, what stands after it is pooled (as the paper does).
+                `{caption}` is read but left out of the pooling, what stands after it, one special token, is pooled (as
+                the paper does). It takes the place of special tokens that the tokenizer adds by itself.
             pooling: a pooling mode of sentence-transformers: mean, weightedmean, lasttoken, cls, max.
             max_length: longest input in tokens, template included.
             device: where to put it; by default a GPU when there is one.
@@ -146,7 +147,7 @@ class CaptionEncoder(nn.Module):
     @torch.inference_mode()
     def encode(
         self,
-        captions: Sequence[str] | Tokens,
+        captions: str | Sequence[str] | Tokens,
         *,
         batch_tokens: int | None = None,
         precision: str = "fp32",
@@ -163,6 +164,10 @@ class CaptionEncoder(nn.Module):
             precision: fp32, or bf16 for about twice the speed and vectors that differ slightly.
             progress: show a bar, or the bar to move on.
         """
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision is fp32 or bf16, not {precision!r}")
+        if isinstance(captions, str):
+            captions = [captions]
         tokens = captions if isinstance(captions, Tokens) else self.tokenize(list(captions))
         out = torch.empty(len(tokens.ids), self.width)
         self.eval()
@@ -288,6 +293,7 @@ def _set_template(st: Any, template: str) -> None:
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single=f"$A {end}", special_tokens=[(end, ids[0])]
         )
+    st.default_prompt_name, st[1].include_prompt = None, True
     if header:
         st.prompts["caption"] = header
         st.default_prompt_name = "caption"

@@ -35,7 +35,7 @@ __all__ = ["ASSETS", "Asset", "AssetError", "asset_source", "cache_folder", "res
 Build = Callable[[zipfile.ZipFile, Path], None]
 
 
-class AssetError(RuntimeError):
+class AssetError(OSError):
     """An asset could not be had; the message says what to do."""
 
 

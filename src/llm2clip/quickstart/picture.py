@@ -71,7 +71,9 @@ def draw_results(
         y += height
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(out, format="PNG", optimize=True)
+    part = out.with_name(f".{out.name}.part")
+    picture.save(part, format="PNG", optimize=True)
+    part.replace(out)
     return out
 
 

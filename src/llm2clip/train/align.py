@@ -17,13 +17,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.data.captions import epoch_order
 from llm2clip.data.images import ImageError, TrainTransform, load
-from llm2clip.data.records import Record, SkipLog
+from llm2clip.data.records import Record
+from llm2clip.data.skips import SkipLog
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.recipes import AlignRecipe
 from llm2clip.train.engine import (
@@ -192,11 +193,9 @@ class Steps:
 
     def batches(self, first: int) -> Iterator[tuple[Tensor, np.ndarray, dict[str, str]]]:
         """From step `first`: pixels (B, 3, S, S) uint8, store rows (captions, B), and images that failed, with why."""
-        plan = [(step // self.per_epoch, i) for step in range(first, len(self)) for i in self._members(step)]
-        size = self.recipe.batch
         loader = DataLoader(
             self.images,
-            batch_sampler=[plan[i : i + size] for i in range(0, len(plan), size)],
+            batch_sampler=_Lazily(self, first),
             num_workers=self.recipe.workers,
             collate_fn=list,
             persistent_workers=False,
@@ -213,10 +212,28 @@ class Steps:
             rows = np.array([self.rows(epoch, i) for _, epoch, i in good]).T
             yield torch.stack([found for found, _, _ in good]), rows, failures
 
-    def _members(self, step: int) -> list[int]:
-        epoch, at = divmod(step, self.per_epoch)
-        whole = epoch_order(self.count, self.recipe.seed, epoch)[at * self.batch : (at + 1) * self.batch]
-        return whole[self.process :: self.processes].tolist()
+    def members(self, first: int) -> Iterator[list[tuple[int, int]]]:
+        """(epoch, image) of this process's part of each step from `first` on."""
+        order, drawn = np.empty(0, np.int64), -1
+        for step in range(first, len(self)):
+            epoch, at = divmod(step, self.per_epoch)
+            if epoch != drawn:
+                order, drawn = epoch_order(self.count, self.recipe.seed, epoch), epoch
+            whole = order[at * self.batch : (at + 1) * self.batch]
+            yield [(epoch, int(i)) for i in whole[self.process :: self.processes]]
+
+
+class _Lazily(Sampler[list[tuple[int, int]]]):
+    """The steps' members as a batch sampler that is worked out as it is read."""
+
+    def __init__(self, steps: Steps, first: int) -> None:
+        self.steps, self.first = steps, first
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.steps.members(self.first)
+
+    def __len__(self) -> int:
+        return len(self.steps) - self.first
 
 
 class _Images(Dataset):

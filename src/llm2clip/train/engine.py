@@ -57,7 +57,8 @@ def reuse_memory(device: torch.device) -> None:
         return
     libc = ctypes.CDLL("libc.so.6")
     trim_threshold, mmap_threshold = -1, -3  # the parameters' numbers in malloc.h
-    libc.mallopt(mmap_threshold, 1 << 30)
+    if not libc.mallopt(mmap_threshold, 1 << 30):
+        libc.mallopt(mmap_threshold, 32 << 20)  # the most that glibc before 2.35 takes
     libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 

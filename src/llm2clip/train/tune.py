@@ -8,6 +8,7 @@ hold only what is trained.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -54,10 +56,13 @@ def tune(images: Sequence[Sequence[str]], encoder: CaptionEncoder, recipe: TuneR
         return done
     if recipe.steps > 0:
         _train(images, encoder, recipe, folder)
-    part = folder / ".encoder.part"
-    shutil.rmtree(part, ignore_errors=True)
-    encoder.save_pretrained(part)
-    part.replace(done)
+    state = PartialState()
+    if state.is_main_process:
+        part = folder / ".encoder.part"
+        shutil.rmtree(part, ignore_errors=True)
+        encoder.save_pretrained(part)
+        part.replace(done)
+    state.wait_for_everyone()
     return done
 
 
@@ -89,13 +94,20 @@ def _train(images: Sequence[Sequence[str]], encoder: CaptionEncoder, recipe: Tun
         logging_steps=1,
         report_to="none",
         dataloader_drop_last=True,
+        logging_nan_inf_filter=False,
+        # Ranks make different numbers of forward passes, by the lengths of their captions: none may be a collective.
+        ddp_broadcast_buffers=False,
+        ddp_find_unused_parameters=False,
         disable_tqdm=False,
     )
     reuse_memory(args.device)
+    args._n_gpu = 1  # one process a device, under a launcher: never torch.nn.DataParallel
     world = args.world_size
     batches = caption_pairs(images, recipe.batch * world, recipe.steps, recipe.seed)
     pairs = [pair for batch in batches for pair in batch]
-    resume = latest_checkpoint(folder / "checkpoints", "checkpoint-")
+    state = PartialState()
+    with state.main_process_first():
+        resume = latest_checkpoint(folder / "checkpoints", "checkpoint-")
     budget = recipe.batch_tokens or (GPU_BATCH_TOKENS if args.device.type == "cuda" else CPU_BATCH_TOKENS)
     trainer = TuneTrainer(
         model=encoder.st,
@@ -103,7 +115,7 @@ def _train(images: Sequence[Sequence[str]], encoder: CaptionEncoder, recipe: Tun
         train_dataset=Dataset.from_dict({"anchor": [a for a, _ in pairs], "positive": [p for _, p in pairs]}),
         loss=CaptionContrastiveLoss(encoder, recipe.temperature, budget),
         data_collator=TokenCollator(preprocess_fn=encoder.tokenize),
-        callbacks=[TuneLog(MetricsLog(folder / "metrics.jsonl", step_of(resume) if resume else 0))],
+        callbacks=[TuneLog(folder / "metrics.jsonl", step_of(resume) if resume else 0)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -174,11 +186,16 @@ class TuneTrainer(SentenceTransformerTrainer):
 class TuneLog(TrainerCallback):
     """Metrics to JSONL, and the mark on whole checkpoints."""
 
-    def __init__(self, log: MetricsLog) -> None:
-        self.log = log
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self.log = MetricsLog(path, resume_step) if PartialState().is_main_process else None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if state.is_world_process_zero and logs and "loss" in logs:
+        if logs and "loss" in logs and not math.isfinite(logs["loss"]):
+            raise FloatingPointError(
+                f"the loss is {logs['loss']} at step {state.global_step}; checkpoints are in {args.output_dir}. "
+                "Lower --tune.lr, or use fp32"
+            )
+        if self.log is not None and logs and "loss" in logs:
             keys = ("loss", "grad_norm", "learning_rate")
             self.log.write(state.global_step, **{k: float(logs[k]) for k in keys if k in logs})
 

@@ -1,0 +1,34 @@
+"""What the readers yield: raw rows, as the format holds them.
+
+A raw row is `(file, row, fields)`. `row` counts from 1 and is the line in a text file. `fields` is the row as the
+format holds it, or a `Bad` where it cannot be read. No reader knows what a caption is: `records` decides that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llm2clip.data.refs import ImageRef
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A reference met while its bytes are in hand (not read here if None); `name` is the file it once was."""
+
+    ref: ImageRef
+    data: bytes | None
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bad:
+    """A row that cannot be read: the reason it is counted under, and what was found."""
+
+    reason: str
+    value: str
+
+
+RawRow = tuple[str, int, dict[str, Any] | Bad]
+Choose = Callable[[str, Sequence[str]], dict[str, str]]  # (file, column names) -> our field: column

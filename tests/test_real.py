@@ -1,0 +1,39 @@
+"""The path on real weights and real data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from llm2clip.data.records import open_records
+from llm2clip.evaluate.captions import caption_accuracy
+from llm2clip.models.text import CaptionEncoder
+from llm2clip.quickstart.assets import resolve
+
+CAPTIONS = ["A dog runs.", "Two children in red coats build a snowman in front of a house.", "一只狗在跑。"]
+
+
+@pytest.mark.weights
+def test_smollm2_as_a_caption_encoder(tmp_path: Path) -> None:
+    """No chat template, no padding and no reloading changes a vector of the real model."""
+    encoder = CaptionEncoder.from_pretrained(resolve("smollm2-135m"), layers=4, device="cpu")
+    vectors = encoder.encode(CAPTIONS)
+    assert [len(i) for i in encoder.tokenize(CAPTIONS[:1]).ids] == [4]
+    for caption, vector in zip(CAPTIONS, vectors, strict=True):
+        assert torch.allclose(encoder.encode([caption])[0], vector, atol=2e-5)
+    encoder.save_pretrained(tmp_path)
+    peer = SentenceTransformer(str(tmp_path), device="cpu").encode(CAPTIONS, convert_to_tensor=True)
+    assert torch.allclose(peer, vectors, atol=2e-5)
+
+
+@pytest.mark.weights
+@pytest.mark.data
+def test_cra_of_minilm_on_coco(real_data: Path) -> None:
+    """43.9 on the first 1,000 images of the Karpathy test split: measured apart from this code."""
+    records = open_records(f"{real_data}/coco_text/captions.jsonl@karpathy_test", images="ignore")
+    captions = [r.captions for r, _ in zip(records, range(1000), strict=False)]
+    encoder = CaptionEncoder.from_pretrained(resolve("all-minilm-l6-v2"), device="cpu")
+    assert caption_accuracy(captions, encoder, progress=False)["CRA"] == pytest.approx(43.9, abs=0.3)

@@ -1,0 +1,94 @@
+"""Reading data for a run: who trains, who is held out, who must not be tuned on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llm2clip.data.skips import SkipLog
+from llm2clip.recipes import EvaluateRecipe, RecipeChanged, TuneRecipe, keep
+from llm2clip.stages import Data, read_data, tuning_captions
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def rows(name: str, *lines: dict) -> str:
+        for line in lines:
+            if line.get("image"):
+                Image.new("RGB", (8, 8)).save(tmp_path / line["image"])
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return str(tmp_path / name)
+
+    return rows
+
+
+def row(n: int, split: str | None = None, **more: object) -> dict:
+    return {"image": f"{n}.png", "id": str(n), "captions": [f"{n} a", f"{n} b"], "split": split, **more}
+
+
+def ids(data: Data) -> tuple[list[str], list[str]]:
+    return [r.id for r in data.train], [r.id for r in data.held_out["captions"]]
+
+
+def test_splits_by_name(write) -> None:
+    file = write("a.jsonl", row(1, "train"), row(2), row(3, "none"), row(4, "val"), row(5, "test"))
+    data = read_data([file], EvaluateRecipe(), {}, SkipLog())
+    assert ids(data) == (["1", "2", "3"], ["4"])
+    assert "1 of other splits unused" in data.summary
+    assert ids(read_data([f"{file}@train+val"], EvaluateRecipe(data=[f"{file}@test"]), {}, SkipLog())) == (
+        ["1", "4"],
+        ["5"],
+    )
+
+
+def test_without_splits_a_tenth_is_held_out_by_id(write) -> None:
+    file = write("a.jsonl", *(row(n) for n in range(40)))
+    data = read_data([file], EvaluateRecipe(), {}, SkipLog())
+    train, held = ids(data)
+    assert len(held) == 4 and not set(train) & set(held) and len(train) == 36
+    assert ids(read_data([file], EvaluateRecipe(), {}, SkipLog())) == (train, held)
+
+
+def test_rows_of_one_image_are_one_record(write) -> None:
+    """One row a caption: the image must not stand on both sides of the split, nor be its own rival."""
+    lines = [{**row(n), "captions": [f"{n} {c}"], "id": f"{n}-{c}"} for n in range(20) for c in "abc"]
+    data = read_data([write("a.jsonl", *lines)], EvaluateRecipe(), {}, SkipLog())
+    assert len(data.train) == 18 and len(data.held_out["captions"]) == 2
+    assert all(len(r.captions) == 3 for r in [*data.train, *data.held_out["captions"]])
+
+
+def test_an_image_that_is_tested_on_is_not_trained_on(write) -> None:
+    train, test = write("a.jsonl", row(1), row(2), row(3)), write("b.jsonl", row(2))
+    data = read_data([train], EvaluateRecipe(data=[test]), {}, SkipLog())
+    assert ids(data) == (["1", "3"], ["2"])
+    assert "1 left out of training" in data.summary
+
+
+def test_other_sources_lose_the_captions_of_held_out_images(write) -> None:
+    photos = write("f8k.jsonl", row(1, "train", id="1000001_aa"), row(2, "val", id="1000002_bb"))
+    texts = write("f30k.jsonl", *({"id": f"100000{n}", "captions": [f"x{n}", f"y{n}"]} for n in (1, 2, 3, 4)))
+    barred = write("more.jsonl", {"id": "1000003_cc", "captions": ["z"]})
+    data = read_data([photos], EvaluateRecipe(), {}, SkipLog())
+    assert tuning_captions(data, TuneRecipe(), {}, SkipLog()) == [("1 a", "1 b")]
+    assert tuning_captions(data, TuneRecipe(data=[texts]), {}, SkipLog()) == [("x1", "y1"), ("x3", "y3"), ("x4", "y4")]
+    left = tuning_captions(data, TuneRecipe(data=[texts], exclude=[barred]), {}, SkipLog())
+    assert left == [("x1", "y1"), ("x4", "y4")]
+
+
+def test_photos_of_the_same_day_are_not_the_same_photo(write) -> None:
+    file = write("a.jsonl", row(1, "train", id="20240131_0001"), row(2, "val", id="20240131_0002"))
+    data = read_data([file], EvaluateRecipe(), {}, SkipLog())
+    assert tuning_captions(data, TuneRecipe(), {}, SkipLog()) == [("1 a", "1 b")]
+
+
+def test_a_mistake_can_be_mended_before_anything_was_made(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    keep({"data": "typo", "embed": {"batch_tokens": 1}}, file)
+    keep({"data": "right", "embed": {"batch_tokens": 1}}, file)
+    (tmp_path / "store").mkdir()
+    keep({"data": "right", "embed": {"batch_tokens": 2}}, file)  # how fast, not what
+    with pytest.raises(RecipeChanged, match="data: 'right' there, 'wrong' now"):
+        keep({"data": "wrong", "embed": {"batch_tokens": 2}}, file)
