@@ -23,6 +23,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
         raw = None
     encoder = CaptionEncoder.from_pretrained(encoder_folder)
     if measurable:
-        cra.append(once(out / "evaluate/tuned.json", lambda tuned=encoder: caption_accuracy(captions, tuned)))
+        cra.append(once(out / "evaluate/tuned.json", partial(caption_accuracy, captions, encoder)))
 
     say("2/4 embed: every caption once into the store")
     everything = (t for r in [*records.train, *(r for f in records.held_out.values() for r in f)] for t in r.texts)

@@ -53,21 +53,24 @@ def caption_pairs(
         seen: set[str] = set()
         taken: set[int] = set()
         waiting: list[int] = []
+        failed = 0
         while len(pairs) < batch:
             if not order:
-                if len(waiting) + len(taken) >= len(usable):
-                    raise ValueError(f"no {batch} images without a caption in common; lower the batch")
                 order = rng.permutation(len(usable)).tolist()
             image = order.pop()
             texts = usable[image]
             first, second = (texts[i] for i in rng.choice(len(texts), 2, replace=False))
             if image in taken or first in seen or second in seen:
                 waiting.append(image)
+                failed += 1
+                if failed > 10 * len(usable):
+                    raise ValueError(f"found no {batch} images without a caption in common; lower the batch")
                 continue
+            failed = 0
             taken.add(image)
             seen.update((first, second))
             pairs.append((first, second))
-        order.extend(w for w in waiting if w not in taken)
+        order.extend(waiting)
         yield pairs
 
 
