@@ -19,12 +19,14 @@ from llm2clip.recipes import AlignRecipe, EmbedRecipe, EncoderRecipe, EvaluateRe
 
 LANGUAGES = {"zh": "Chinese", "es": "Spanish", "ja": "Japanese"}
 QUERIES = (
-    "a small yellow bird that has just come out of its egg and looks at the world for the first time",
-    "a worker in a helmet who builds houses",
-    "something to keep the rain off when you walk outside",
-    "愤怒的脸",
-    "coche de bomberos",
-    "寺",
+    "a big animal with thick fur and long tusks that lived in the ice age",
+    "a yellow face that looks sad and worried",
+    "a yellow vehicle that takes people through the city",
+    "a red heart broken in two pieces",
+    "汽车",
+    "月亮",
+    "corazón azul",
+    "鳥",
 )
 
 
