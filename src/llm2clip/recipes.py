@@ -1,7 +1,7 @@
 """The settings of every stage, one dataclass each: what a YAML file holds and what `--stage.name value` overrides.
 
 This is the bottom of the house: it imports nothing of ours and nothing heavy, so that `llm2clip --help` is instant and
-any stage can be typed by its recipe. Defaults suit a small machine; `recipes/*.yaml` in the repository has others.
+any stage can be typed by its recipe. `recipes/two-cores.yaml` in the repository is for a machine without a GPU.
 """
 
 from __future__ import annotations
