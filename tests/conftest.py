@@ -145,5 +145,8 @@ def _rank(rank: int, processes: int, port: int, function: Callable[..., None], a
         ACCELERATE_USE_CPU="true",
     )
     torch.distributed.init_process_group("gloo")
+    torch.set_num_threads(1)
     function(*args)
+    torch.distributed.barrier()  # a rank that leaves while another still talks to it aborts that one
     torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads now and then abort an interpreter that is shutting down; the work is done

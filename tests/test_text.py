@@ -150,7 +150,7 @@ def test_a_template_can_be_taken_away_again(llm: Path, tmp_path: Path) -> None:
     CaptionEncoder.from_pretrained(llm, template="say: {caption}", device="cpu").save_pretrained(tmp_path)
     back = CaptionEncoder.from_pretrained(tmp_path, template="{caption}", device="cpu")
     assert torch.equal(back.encode(TEXTS), plain)
-    assert torch.equal(back.encode("a dog"), plain[:1])
+    assert torch.allclose(back.encode("a dog"), plain[:1], atol=1e-5)
 
 
 def test_encoding_nothing(llm: Path) -> None:
