@@ -77,10 +77,6 @@ class EmbeddingStore:
     def __contains__(self, caption: str) -> bool:
         return caption_key(caption) in self._row
 
-    @property
-    def fingerprint(self) -> str:
-        return self.manifest["fingerprint"]
-
     def rows(self, captions: Iterable[str]) -> np.ndarray:
         """The rows of captions, int64 (N,).
 
