@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import distributed
 from llm2clip.cache.embed import embed
@@ -115,10 +115,10 @@ def store(records: list[Record], llm: Path, tmp_path: Path) -> EmbeddingStore:
     return embed([t for r in records for t in r.texts], encoder, tmp_path / "store")
 
 
-def fresh_model() -> LLM2CLIP:
+def fresh_model(tower: str = "test_efficientnet") -> LLM2CLIP:
     torch.manual_seed(0)
-    tower = VisionTower.from_pretrained("timm:test_efficientnet", pretrained=False, image_size=64)
-    return LLM2CLIP(LLM2CLIPConfig(tower.config, 32, width=12, adapter_depth=1), tower)
+    vision = VisionTower.from_pretrained(f"timm:{tower}", pretrained=False, image_size=64)
+    return LLM2CLIP(LLM2CLIPConfig(vision.config, 32, width=12, adapter_depth=1), vision)
 
 
 def test_align_goes_on_exactly(
@@ -153,6 +153,25 @@ def test_workers_and_processes_change_nothing(records: list[Record], store: Embe
     ranks = [list(Steps(records, store, model, half, 2, r).batches(3)) for r in range(2)]
     for (_, rows, _), (_, first, _), (_, second, _) in zip(one, *ranks, strict=True):
         assert sorted(rows.T.tolist()) == sorted([*first.T.tolist(), *second.T.tolist()])
+
+
+def test_two_processes_align_as_one(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
+    """Two ranks with half the batch each have the losses and end with the weights of one with the whole."""
+    recipe = dataclasses.replace(ALIGN, epochs=2, lr=1e-3, checkpoint_every=2)
+    distributed(2, _align_rank, records, str(store.folder), recipe, str(tmp_path / "two"))
+    one = align(records, store, fresh_model("test_vit"), recipe, tmp_path / "one", SkipLog())
+    losses = [[line["loss"] for line in read_metrics(tmp_path / f / "metrics.jsonl")] for f in ("one", "two")]
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], abs=1e-4)
+    two = load_file(tmp_path / "two" / "trained.safetensors")
+    for name, tensor in one.state_dict().items():
+        assert torch.allclose(tensor, two[name], atol=1e-4), name
+
+
+def _align_rank(records: list[Record], store: str, recipe: AlignRecipe, folder: str) -> None:
+    half = dataclasses.replace(recipe, batch=recipe.batch // 2)
+    model = align(records, EmbeddingStore(store), fresh_model("test_vit"), half, Path(folder), SkipLog())
+    if torch.distributed.get_rank() == 0:
+        save_file(model.state_dict(), Path(folder) / "trained.safetensors")
 
 
 def test_short_and_long_captions_are_drawn_by_their_share(records: list[Record], store: EmbeddingStore) -> None:

@@ -41,6 +41,7 @@ def main(args: list[str] | None = None) -> int:
     verb = given.subcommand
     try:
         verbs[verb](given[verb])
+        _leave()
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from here.", file=sys.stderr)
         return 130
@@ -186,6 +187,12 @@ def _quickstart(given: Namespace) -> None:
     from llm2clip.quickstart.run import quickstart
 
     quickstart(Path(given.out), offline=given.offline, hub=given.hub)
+
+
+def _leave() -> None:
+    from llm2clip.processes import leave
+
+    leave()
 
 
 def _formatter() -> type:

@@ -34,8 +34,9 @@ from llm2clip.evaluate.model import evaluate_model
 from llm2clip.evaluate.report import write_report
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text import CaptionEncoder
+from llm2clip.processes import processes
 from llm2clip.recipes import FitRecipe, keep
-from llm2clip.stages import new_model, once, open_encoder, read_data, say, start, tuning_captions
+from llm2clip.stages import new_model, once, open_encoder, read_data, say, tuning_captions
 from llm2clip.train.align import align
 from llm2clip.train.engine import read_metrics
 from llm2clip.train.tune import tune
@@ -43,7 +44,7 @@ from llm2clip.train.tune import tune
 
 def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
     """Tune, embed, align, evaluate; returns the model folder. See `llm2clip fit --help`."""
-    state = start()
+    state = processes()
     if state.is_main_process:
         keep({"data": list(data), **dataclasses.asdict(recipe)}, out / "recipe.yaml")
     log = SkipLog(out / "skipped.jsonl" if state.is_main_process else None, recipe.max_skipped)

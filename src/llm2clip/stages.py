@@ -8,12 +8,10 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from llm2clip.cache.embed import embed
 from llm2clip.cache.store import EmbeddingStore, check_identity
@@ -26,6 +24,7 @@ from llm2clip.evaluate.report import KS, table
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.models.vision import VisionTower
+from llm2clip.processes import processes
 from llm2clip.quickstart.assets import resolve
 from llm2clip.recipes import AlignRecipe, EmbedRecipe, EncoderRecipe, EvaluateRecipe, TuneRecipe, keep
 from llm2clip.train.align import align
@@ -60,7 +59,7 @@ def embed_stage(
     max_skipped: float,
 ) -> EmbeddingStore:
     """`llm2clip embed`: the store at `out`; captions that it holds already are kept."""
-    log = SkipLog(out / "skipped.jsonl" if PartialState().is_main_process else None, max_skipped)
+    log = SkipLog(out / "skipped.jsonl" if processes().is_main_process else None, max_skipped)
     records = (r for s in data for r in open_records(_mapped(s, columns), log, "ignore"))
     store = embed((t for r in records for t in r.texts), open_encoder(encoder), out, **dataclasses.asdict(recipe))
     say(log.summary())
@@ -89,7 +88,7 @@ def align_stage(
     say(log.summary())
     text.to("cpu")  # only its folder is wanted from here on
     model = align(records, store, new_model(recipe, store), recipe, out, log)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         model.save_pretrained(folder, encoder=text)
     return folder
 
@@ -124,7 +123,7 @@ def evaluate_stage(
         shown = [[r["captions"], r["images"], r["texts"], *(r[d][k] for d in ("I2T", "T2I") for k in KS)] for r in rows]
         say(table(["captions", "images", "texts", *(f"{d} {k}" for d in ("I2T", "T2I") for k in KS)], shown))
     say(log.summary())
-    if out is not None and PartialState().is_main_process:
+    if out is not None and processes().is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").write_text(json.dumps(results, indent=1))
     return results
@@ -142,20 +141,15 @@ class Data:
     summary: str
 
 
-def start() -> PartialState:
-    """The processes of this run. Whoever waits for another's measurement waits as long as it takes."""
-    return PartialState(timeout=timedelta(days=1))
-
-
 def say(*lines: str) -> None:
     """Print once in a distributed run."""
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         print(*lines, sep="\n", flush=True)
 
 
 def once(file: Path, measure: Callable[[], Any]) -> Any:
     """The JSON in `file`, made by the main process if it is not there yet."""
-    state = PartialState()
+    state = processes()
     if state.is_main_process and not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         tmp = file.with_suffix(".tmp")
@@ -186,7 +180,7 @@ def new_model(recipe: AlignRecipe, store: EmbeddingStore) -> LLM2CLIP:
         normalize_input=recipe.normalize_input,
         encoder=store.manifest["identity"],
     )
-    return LLM2CLIP(config, tower).to(PartialState().device)
+    return LLM2CLIP(config, tower).to(processes().device)
 
 
 def read_data(sources: Sequence[str], recipe: EvaluateRecipe, columns: dict[str, str], log: SkipLog) -> Data:
@@ -289,7 +283,7 @@ def _hash(name: str) -> str:
 
 
 def _begin(out: Path, settings: dict[str, Any], max_skipped: float) -> SkipLog:
-    main = start().is_main_process
+    main = processes().is_main_process
     if main:
         keep(settings, out / "recipe.yaml")
     return SkipLog(out / "skipped.jsonl" if main else None, max_skipped)

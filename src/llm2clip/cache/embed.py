@@ -10,12 +10,12 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from llm2clip.cache.store import EmbeddingStore, StoreWriter
 from llm2clip.data.captions import caption_key, unique
 from llm2clip.models.text import CaptionEncoder
+from llm2clip.processes import processes
 
 
 def embed(
@@ -41,7 +41,7 @@ def embed(
     Raises:
         StoreError: the store there was made by another encoder.
     """
-    state = PartialState()
+    state = processes()
     wanted = unique(captions)
     identity = encoder.identity(precision)
     with state.main_process_first():

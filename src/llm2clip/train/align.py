@@ -7,6 +7,7 @@ last checkpoint sees what it would have seen. The LLM is not here: its embedding
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from llm2clip.data.images import ImageError, TrainTransform, load
 from llm2clip.data.records import Record
 from llm2clip.data.skips import SkipLog
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.processes import processes
 from llm2clip.recipes import AlignRecipe
 from llm2clip.train.engine import (
     MetricsLog,
@@ -57,6 +59,7 @@ def align(
         TooManySkipped: too many images cannot be decoded.
         FloatingPointError: the loss is not finite; the message names the step and the last good checkpoint.
     """
+    processes()
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision))
     set_seed(recipe.seed)
     reuse_memory(accelerator.device)
@@ -93,9 +96,10 @@ def align(
             ids = torch.from_numpy(rows).to(accelerator.device)
             losses = [info_nce(image, t, scale, i) for t, i in zip(text.split(len(image)), ids, strict=True)]
             loss = torch.stack(losses).mean()
-            if not torch.isfinite(loss):
+            value = accelerator.reduce(loss.detach(), "mean").item()  # of the whole batch, the same on every process
+            if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"the loss is {loss.item()} at step {step}; last good checkpoint: "
+                    f"the loss is {value} at step {step}; last good checkpoint: "
                     f"{latest_checkpoint(checkpoints) or 'none'}. Lower --align.lr or --align.tower_lr, or use fp32"
                 )
             optimizer.zero_grad()
@@ -105,12 +109,12 @@ def align(
             schedule.step()
             model.clamp_scale()
             bar.update()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.set_postfix(loss=f"{value:.3f}")
             if metrics is not None:
                 now = time.perf_counter()
                 metrics.write(
                     step,
-                    loss=loss.item(),
+                    loss=value,
                     grad_norm=float(norm),
                     scale=scale.item(),
                     lr=schedule.get_last_lr()[-1],
@@ -158,17 +162,17 @@ class Steps:
         store: EmbeddingStore,
         model: LLM2CLIP,
         recipe: AlignRecipe,
-        processes: int = 1,
-        process: int = 0,
+        world: int = 1,
+        rank: int = 0,
     ) -> None:
         usable = [r for r in records if r.image is not None]
-        self.batch = recipe.batch * processes
+        self.batch = recipe.batch * world
         self.per_epoch = len(usable) // self.batch
         if self.per_epoch == 0:
             raise ValueError(
                 f"{len(usable)} images are fewer than a batch of {self.batch}; lower --align.batch or add images"
             )
-        self.recipe, self.processes, self.process = recipe, processes, process
+        self.recipe, self.world, self.rank = recipe, world, rank
         self.count = len(usable)
         self.short = [store.rows(r.captions) for r in usable]
         self.long = [store.rows(r.long_captions) for r in usable]
@@ -220,7 +224,7 @@ class Steps:
             if epoch != drawn:
                 order, drawn = epoch_order(self.count, self.recipe.seed, epoch), epoch
             whole = order[at * self.batch : (at + 1) * self.batch]
-            yield [(epoch, int(i)) for i in whole[self.process :: self.processes]]
+            yield [(epoch, int(i)) for i in whole[self.rank :: self.world]]
 
 
 class _Lazily(Sampler[list[tuple[int, int]]]):

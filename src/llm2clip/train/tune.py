@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -29,6 +28,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from llm2clip.data.captions import caption_pairs
 from llm2clip.models.text import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, CaptionEncoder, length_batches
+from llm2clip.processes import processes
 from llm2clip.recipes import TuneRecipe
 from llm2clip.train.engine import MetricsLog, latest_checkpoint, mark_complete, reuse_memory, step_of
 from llm2clip.train.losses import info_nce
@@ -56,7 +56,7 @@ def tune(images: Sequence[Sequence[str]], encoder: CaptionEncoder, recipe: TuneR
         return done
     if recipe.steps > 0:
         _train(images, encoder, recipe, folder)
-    state = PartialState()
+    state = processes()
     if state.is_main_process:
         part = folder / ".encoder.part"
         shutil.rmtree(part, ignore_errors=True)
@@ -76,6 +76,7 @@ def _train(images: Sequence[Sequence[str]], encoder: CaptionEncoder, recipe: Tun
             target_modules="all-linear",
         )
         encoder.st[0].model = get_peft_model(encoder.llm, lora)
+    state = processes()
     args = SentenceTransformerTrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=recipe.steps,
@@ -87,6 +88,7 @@ def _train(images: Sequence[Sequence[str]], encoder: CaptionEncoder, recipe: Tun
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.precision == "bf16",
         fp16=recipe.precision == "fp16",
+        use_cpu=state.device.type == "cpu",
         seed=recipe.seed,
         batch_sampler=cast(Any, _sequential),
         save_steps=recipe.checkpoint_every,
@@ -105,7 +107,6 @@ def _train(images: Sequence[Sequence[str]], encoder: CaptionEncoder, recipe: Tun
     world = args.world_size
     batches = caption_pairs(images, recipe.batch * world, recipe.steps, recipe.seed)
     pairs = [pair for batch in batches for pair in batch]
-    state = PartialState()
     with state.main_process_first():
         resume = latest_checkpoint(folder / "checkpoints", "checkpoint-")
     budget = recipe.batch_tokens or (GPU_BATCH_TOKENS if args.device.type == "cuda" else CPU_BATCH_TOKENS)
@@ -187,7 +188,7 @@ class TuneLog(TrainerCallback):
     """Metrics to JSONL, and the mark on whole checkpoints."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        self.log = MetricsLog(path, resume_step) if PartialState().is_main_process else None
+        self.log = MetricsLog(path, resume_step) if processes().is_main_process else None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs and "loss" in logs and not math.isfinite(logs["loss"]):
