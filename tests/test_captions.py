@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llm2clip.data.captions import caption_key, caption_pairs, epoch_order, unique
+from llm2clip.data.captions import caption_key, caption_pairs, epoch_order, mixed_pairs, unique
 
 IMAGES = [[f"image {i} caption {j}" for j in range(2 + i % 4)] for i in range(40)] + [["the same"], ["twice", "twice"]]
 
@@ -33,6 +33,19 @@ def test_too_few_images_is_an_error() -> None:
         next(caption_pairs(IMAGES, 41, 1, seed=0))
     with pytest.raises(ValueError, match="without a caption in common"):
         next(caption_pairs([["a", "b"], ["b", "a"], ["a", "b"]], 2, 1, seed=0))
+
+
+def test_a_batch_is_of_one_source_as_often_as_its_weight_says() -> None:
+    other = [[f"other {i} {j}" for j in range(3)] for i in range(20)]
+    batches = list(mixed_pairs([IMAGES, other], [1, 3], 8, 400, seed=0))
+    kinds = [{text.startswith("other") for pair in batch for text in pair} for batch in batches]
+    assert all(len(k) == 1 for k in kinds)
+    assert sum(k == {True} for k in kinds) == pytest.approx(300, abs=30)
+    assert batches == list(mixed_pairs([IMAGES, other], [1, 3], 8, 400, seed=0))
+    assert list(mixed_pairs([IMAGES], [], 8, 5, seed=3)) == list(caption_pairs(IMAGES, 8, 5, seed=3))
+    for wrong in ([], [1], [1, 0]):
+        with pytest.raises(ValueError, match="2 sources need"):
+            next(mixed_pairs([IMAGES, other], wrong, 8, 1, seed=0))
 
 
 def test_keys_and_orders() -> None:

@@ -72,16 +72,21 @@ def test_other_sources_lose_the_captions_of_held_out_images(write) -> None:
     texts = write("f30k.jsonl", *({"id": f"100000{n}", "captions": [f"x{n}", f"y{n}"]} for n in (1, 2, 3, 4)))
     barred = write("more.jsonl", {"id": "1000003_cc", "captions": ["z"]})
     data = read_data([photos], EvaluateRecipe(), {}, SkipLog())
-    assert tuning_captions(data, TuneRecipe(), {}, SkipLog()) == [("1 a", "1 b")]
-    assert tuning_captions(data, TuneRecipe(data=[texts]), {}, SkipLog()) == [("x1", "y1"), ("x3", "y3"), ("x4", "y4")]
+    assert tuning_captions(data, TuneRecipe(), {}, SkipLog()) == [[("1 a", "1 b")]]
+    rest = [("x1", "y1"), ("x3", "y3"), ("x4", "y4")]
+    assert tuning_captions(data, TuneRecipe(data=[texts]), {}, SkipLog()) == [rest]
     left = tuning_captions(data, TuneRecipe(data=[texts], exclude=[barred]), {}, SkipLog())
-    assert left == [("x1", "y1"), ("x4", "y4")]
+    assert left == [[("x1", "y1"), ("x4", "y4")]]
+    weighted = TuneRecipe(data=[texts, barred], weights=[1, 2])
+    assert tuning_captions(data, weighted, {}, SkipLog()) == [rest, [("z",)]]
+    with pytest.raises(ValueError, match=r"2 --tune\.weights for 1 sources"):
+        tuning_captions(data, TuneRecipe(data=[texts], weights=[1, 2]), {}, SkipLog())
 
 
 def test_photos_of_the_same_day_are_not_the_same_photo(write) -> None:
     file = write("a.jsonl", row(1, "train", id="20240131_0001"), row(2, "val", id="20240131_0002"))
     data = read_data([file], EvaluateRecipe(), {}, SkipLog())
-    assert tuning_captions(data, TuneRecipe(), {}, SkipLog()) == [("1 a", "1 b")]
+    assert tuning_captions(data, TuneRecipe(), {}, SkipLog()) == [[("1 a", "1 b")]]
 
 
 def test_a_mistake_can_be_mended_before_anything_was_made(tmp_path: Path) -> None:

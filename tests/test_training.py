@@ -39,7 +39,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("lora_r", [4, 0])
 def test_tune_goes_on_exactly(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora_r: int) -> None:
     recipe = dataclasses.replace(TUNE, lora_r=lora_r)
-    whole = tune(IMAGES, CaptionEncoder.from_pretrained(llm, device="cpu"), recipe, tmp_path / "whole")
+    whole = tune([IMAGES], CaptionEncoder.from_pretrained(llm, device="cpu"), recipe, tmp_path / "whole")
     forward, calls = CaptionContrastiveLoss.forward, []
 
     def dies(self: CaptionContrastiveLoss, *args: object, **kwargs: object) -> torch.Tensor:
@@ -50,9 +50,9 @@ def test_tune_goes_on_exactly(llm: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(CaptionContrastiveLoss, "forward", dies)
-        tune(IMAGES, CaptionEncoder.from_pretrained(llm, device="cpu"), recipe, tmp_path / "cut")
+        tune([IMAGES], CaptionEncoder.from_pretrained(llm, device="cpu"), recipe, tmp_path / "cut")
     (tmp_path / "cut/checkpoints/checkpoint-5").mkdir()  # begun, not whole
-    resumed = tune(IMAGES, CaptionEncoder.from_pretrained(llm, device="cpu"), recipe, tmp_path / "cut")
+    resumed = tune([IMAGES], CaptionEncoder.from_pretrained(llm, device="cpu"), recipe, tmp_path / "cut")
     for name, tensor in load_file(whole / "model.safetensors").items():
         assert torch.equal(tensor, load_file(resumed / "model.safetensors")[name]), name
     losses = [[line["loss"] for line in read_metrics(tmp_path / f / "metrics.jsonl")] for f in ("whole", "cut")]
@@ -62,7 +62,7 @@ def test_tune_goes_on_exactly(llm: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_tune_changes_the_encoder_and_merges_lora(llm: Path, tmp_path: Path) -> None:
     raw = CaptionEncoder.from_pretrained(llm, device="cpu")
     before = raw.encode(["a dog"])
-    tuned = CaptionEncoder.from_pretrained(tune(IMAGES, raw, TUNE, tmp_path), device="cpu")
+    tuned = CaptionEncoder.from_pretrained(tune([IMAGES], raw, TUNE, tmp_path), device="cpu")
     assert not torch.allclose(tuned.encode(["a dog"]), before, atol=1e-3)
     assert raw.tokenizer.chat_template is None
     assert not any("lora" in name for name in tuned.state_dict())
@@ -84,14 +84,14 @@ def test_tunes_loss_is_that_of_the_padded_batch(llm: Path) -> None:
 def test_tune_stops_at_a_loss_that_is_not_finite(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llm2clip.train.tune.info_nce", lambda a, b, _: (a * b).sum() * math.nan)
     with pytest.raises(FloatingPointError, match="step 1"):
-        tune(IMAGES, CaptionEncoder.from_pretrained(llm, device="cpu"), TUNE, tmp_path)
+        tune([IMAGES], CaptionEncoder.from_pretrained(llm, device="cpu"), TUNE, tmp_path)
     assert not (tmp_path / "encoder").exists()
 
 
 def test_two_processes_tune_as_one(llm: Path, tmp_path: Path) -> None:
     """Two ranks with half the batch each, of captions of unequal length, do what one does with the whole."""
     distributed(2, _tune_rank, str(llm), str(tmp_path / "two"))
-    one = tune(IMAGES, CaptionEncoder.from_pretrained(llm, device="cpu"), _plain(6), tmp_path / "one")
+    one = tune([IMAGES], CaptionEncoder.from_pretrained(llm, device="cpu"), _plain(6), tmp_path / "one")
     for name, tensor in load_file(one / "model.safetensors").items():
         assert torch.allclose(tensor, load_file(tmp_path / "two/encoder/model.safetensors")[name], atol=1e-4), name
 
@@ -101,7 +101,7 @@ def _plain(batch: int) -> TuneRecipe:
 
 
 def _tune_rank(llm: str, folder: str) -> None:
-    tune(IMAGES, CaptionEncoder.from_pretrained(llm, device="cpu"), _plain(3), Path(folder))
+    tune([IMAGES], CaptionEncoder.from_pretrained(llm, device="cpu"), _plain(3), Path(folder))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
@@ -37,7 +38,7 @@ DATA_HELP = "sources of images and captions: PATH, or PATH@split+split"
 def main(args: list[str] | None = None) -> int:
     """Run the command; returns the exit status. Errors that a user can mend are one message, not a traceback."""
     parser, verbs = build()
-    given = parser.parse_args(args)
+    given = parser.instantiate(parser.parse_args(args))
     verb = given.subcommand
     try:
         verbs[verb](given[verb])
@@ -69,7 +70,12 @@ def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
     sub = verb("fit", _fit, "The whole path: tune, embed, align, evaluate; resumable.")
     sub.add_argument("data", nargs="+", type=str, help=DATA_HELP)
     sub.add_argument("--out", type=str, required=True, help="run folder")
-    sub.add_class_arguments(FitRecipe)
+    _reading(sub)
+    sub.add_class_arguments(EncoderRecipe, "encoder")
+    sub.add_class_arguments(TuneRecipe, "tune")
+    sub.add_class_arguments(EmbedRecipe, "embed")
+    sub.add_class_arguments(AlignRecipe, "align")
+    sub.add_class_arguments(EvaluateRecipe, "evaluate")
 
     sub = verb("tune", _tune, "Stage 1: teach the language model to tell captions apart.")
     sub.add_argument("data", nargs="+", type=str, help="sources of captions; images are not needed")
@@ -118,69 +124,41 @@ def _reading(parser: ArgumentParser) -> None:
 def _fit(given: Namespace) -> None:
     from llm2clip.fit import fit
 
-    recipe = FitRecipe(
-        columns=given.columns,
-        max_skipped=given.max_skipped,
-        encoder=EncoderRecipe(**vars(given.encoder)),
-        tune=TuneRecipe(**vars(given.tune)),
-        embed=EmbedRecipe(**vars(given.embed)),
-        align=AlignRecipe(**vars(given.align)),
-        evaluate=EvaluateRecipe(**vars(given.evaluate)),
-    )
-    model = fit(given.data, Path(given.out), recipe)
+    settings = {f.name: given[f.name] for f in dataclasses.fields(FitRecipe)}
+    model = fit(given.data, Path(given.out), FitRecipe(**settings))
     print(f"Next:   llm2clip evaluate {model} --evaluate.data DATA")
 
 
 def _tune(given: Namespace) -> None:
     from llm2clip.stages import tune_stage
 
-    encoder = tune_stage(
-        given.data,
-        Path(given.out),
-        EncoderRecipe(**vars(given.encoder)),
-        TuneRecipe(**vars(given.tune)),
-        given.columns,
-        given.max_skipped,
-    )
+    out = Path(given.out)
+    encoder = tune_stage(given.data, out, given.encoder, given.tune, given.columns, given.max_skipped)
     print(f"Caption encoder: {encoder}\nNext: llm2clip embed DATA --encoder.path {encoder} --out STORE")
 
 
 def _embed(given: Namespace) -> None:
     from llm2clip.stages import embed_stage
 
-    encoder, settings = EncoderRecipe(**vars(given.encoder)), EmbedRecipe(**vars(given.embed))
-    store = embed_stage(given.data, Path(given.out), encoder, settings, given.columns, given.max_skipped)
-    print(f"Store: {given.out} ({len(store):,} captions)")
-    print(f"Next: llm2clip align DATA --store {given.out} --encoder.path {encoder.path} --out RUN")
+    out = Path(given.out)
+    store = embed_stage(given.data, out, given.encoder, given.embed, given.columns, given.max_skipped)
+    print(f"Store: {out} ({len(store):,} captions)")
+    print(f"Next: llm2clip align DATA --store {out} --encoder.path {given.encoder.path} --out RUN")
 
 
 def _align(given: Namespace) -> None:
     from llm2clip.stages import align_stage
 
-    model = align_stage(
-        given.data,
-        Path(given.store),
-        Path(given.out),
-        EncoderRecipe(**vars(given.encoder)),
-        AlignRecipe(**vars(given.align)),
-        given.columns,
-        given.max_skipped,
-    )
+    store, out = Path(given.store), Path(given.out)
+    model = align_stage(given.data, store, out, given.encoder, given.align, given.columns, given.max_skipped)
     print(f"Model: {model}\nNext: llm2clip evaluate {model} --evaluate.data DATA")
 
 
 def _evaluate(given: Namespace) -> None:
     from llm2clip.stages import evaluate_stage
 
-    evaluate_stage(
-        given.model,
-        given.captions or [],
-        Path(given.out) if given.out else None,
-        EncoderRecipe(**vars(given.encoder)),
-        EvaluateRecipe(**vars(given.evaluate)),
-        given.columns,
-        given.max_skipped,
-    )
+    captions, out = given.captions or [], Path(given.out) if given.out else None
+    evaluate_stage(given.model, captions, out, given.encoder, given.evaluate, given.columns, given.max_skipped)
 
 
 def _quickstart(given: Namespace) -> None:

@@ -42,6 +42,7 @@ class TuneRecipe:
 
     Args:
         data: sources of captions, images not needed: PATH or PATH@split+split; empty takes the training data's.
+        weights: how often a batch is of each source, all its pairs of that one; empty mixes all sources.
         exclude: sources whose images must not be tuned on, as held-out ones never are.
         exclude_id: regular expression; what it matches of an id is compared, across sources: the leading number, else
             all of it.
@@ -62,6 +63,7 @@ class TuneRecipe:
     """
 
     data: list[str] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
     exclude_id: str = r"^\d{5,}|^.+"
     steps: int = 150

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ def tune_stage(
     """`llm2clip tune`: the folder of the tuned caption encoder, `out/encoder`."""
     settings = {"data": list(data), "columns": columns, "encoder": encoder, "tune": recipe}
     log = _begin(out, settings, max_skipped)
-    records = _merged(r for s in data for r in open_records(_mapped(s, columns), log, "ignore"))
-    texts = tuning_captions(Data(records, {}, ""), recipe, columns, log)
+    sources = dataclasses.replace(recipe, data=[*data, *recipe.data])
+    texts = tuning_captions(Data([], {}, ""), sources, columns, log)
     say(log.summary())
     return tune(texts, open_encoder(encoder), recipe, out)
 
@@ -102,13 +103,15 @@ def evaluate_stage(
     columns: dict[str, str],
     max_skipped: float,
 ) -> dict[str, Any]:
-    """`llm2clip evaluate`: prints tables and, with `out`, writes out/results.json.
+    """`llm2clip evaluate`: prints tables and, with `out`, writes out/results.json. The main process does the work.
 
     Raises:
         ValueError: there is nothing to evaluate.
     """
     if not captions and not (model and recipe.data):
         raise ValueError("name a model folder and --evaluate.data, or --captions and --encoder.path")
+    if not processes().is_main_process:
+        return {}
     results: dict[str, Any] = {}
     log = SkipLog(None, max_skipped)
     if captions:
@@ -123,7 +126,7 @@ def evaluate_stage(
         shown = [[r["captions"], r["images"], r["texts"], *(r[d][k] for d in ("I2T", "T2I") for k in KS)] for r in rows]
         say(table(["captions", "images", "texts", *(f"{d} {k}" for d in ("I2T", "T2I") for k in KS)], shown))
     say(log.summary())
-    if out is not None and processes().is_main_process:
+    if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").write_text(json.dumps(results, indent=1))
     return results
@@ -234,21 +237,38 @@ def read_data(sources: Sequence[str], recipe: EvaluateRecipe, columns: dict[str,
     return Data(train, fields, f"{images:,} images to train on, {len(pictured):,} held out{unused}")
 
 
-def tuning_captions(data: Data, recipe: TuneRecipe, columns: dict[str, str], log: SkipLog) -> list[tuple[str, ...]]:
+def tuning_captions(
+    data: Data, recipe: TuneRecipe, columns: dict[str, str], log: SkipLog
+) -> list[list[tuple[str, ...]]]:
     """The captions of each image that stage 1 may see: `recipe.data`'s or else the training data's, without those of
-    images that are held out (in other sources too, by the comparable part of their ids) or excluded."""
+    images that are held out (in other sources too, by the comparable part of their ids) or excluded.
+
+    They come source by source if the sources have weights, else all as one.
+
+    Raises:
+        ValueError: there is not a weight for each source.
+    """
+    if recipe.weights and len(recipe.weights) != len(recipe.data):
+        raise ValueError(
+            f"{len(recipe.weights)} --tune.weights for {len(recipe.data)} sources of captions; give one for each"
+        )
     barred = {
         _comparable(r.id, recipe.exclude_id)
         for s in recipe.exclude
         for r in open_records(_mapped(s, columns), log, "ignore")
     }
-    offered = data.train
+    offered = [data.train]
     if recipe.data:
-        offered = _merged(r for s in recipe.data for r in open_records(_mapped(s, columns), log, "ignore"))
+        opened = [open_records(_mapped(s, columns), log, "ignore") for s in recipe.data]
+        offered = [_merged(o) for o in (opened if recipe.weights else [chain(*opened)])]
         barred |= {_comparable(r.id, recipe.exclude_id) for f in data.held_out.values() for r in f}
-    allowed = [r.texts for r in offered if not barred or _comparable(r.id, recipe.exclude_id) not in barred]
-    left = len(offered) - len(allowed)
-    say(f"tuning on the captions of {len(allowed):,} images" + (f"; {left:,} excluded" if left else ""))
+    allowed = [
+        [r.texts for r in records if not barred or _comparable(r.id, recipe.exclude_id) not in barred]
+        for records in offered
+    ]
+    left = sum(map(len, offered)) - sum(map(len, allowed))
+    counts = " + ".join(f"{len(a):,}" for a in allowed)
+    say(f"tuning on the captions of {counts} images" + (f"; {left:,} excluded" if left else ""))
     return allowed
 
 

@@ -74,6 +74,29 @@ def caption_pairs(
         yield pairs
 
 
+def mixed_pairs(
+    sources: Sequence[Sequence[Sequence[str]]], weights: Sequence[float], batch: int, steps: int, seed: int
+) -> Iterator[list[tuple[str, str]]]:
+    """As `caption_pairs` from several sources: all pairs of a batch are of one, so that negatives are of a kind.
+
+    Args:
+        sources: each the captions of each of its images.
+        weights: how often a batch is of each source; they need not sum to 1. None are needed for one source.
+        batch, steps, seed: as in `caption_pairs`.
+
+    Raises:
+        ValueError: there is not one positive weight a source, or a source has fewer images than a batch.
+    """
+    if len(sources) == 1:
+        weights = [1.0]
+    if len(weights) != len(sources) or min(weights) <= 0:
+        raise ValueError(f"{len(sources)} sources need as many positive weights, not {list(weights)}")
+    batches = [caption_pairs(images, batch, steps, seed + n) for n, images in enumerate(sources)]
+    share = np.asarray(weights) / np.sum(weights)
+    for n in np.random.default_rng([seed, len(sources)]).choice(len(sources), steps, p=share):
+        yield next(batches[n])
+
+
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """The order of `n` items in one epoch: int64 (n,), the same for the same (seed, epoch)."""
     return np.random.default_rng([seed, epoch]).permutation(n)

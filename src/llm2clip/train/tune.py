@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from llm2clip.data.captions import caption_pairs
+from llm2clip.data.captions import mixed_pairs
 from llm2clip.models.text import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, CaptionEncoder, length_batches
 from llm2clip.processes import processes
 from llm2clip.recipes import TuneRecipe
@@ -36,11 +36,11 @@ from llm2clip.train.losses import info_nce
 TRAINED = "trained.safetensors"
 
 
-def tune(images: Sequence[Sequence[str]], encoder: CaptionEncoder, recipe: TuneRecipe, folder: Path) -> Path:
-    """Tune `encoder` on the captions of `images` and save it to `folder/encoder`; a killed run goes on.
+def tune(sources: Sequence[Sequence[Sequence[str]]], encoder: CaptionEncoder, recipe: TuneRecipe, folder: Path) -> Path:
+    """Tune `encoder` on the captions of images and save it to `folder/encoder`; a killed run goes on.
 
     Args:
-        images: all captions of each image.
+        sources: all captions of each image, source by source: one, or as many as `recipe.weights`.
         encoder: the raw caption encoder; changed in place.
         recipe: the settings.
         folder: keeps checkpoints and metrics.jsonl; `folder/encoder` appears when the work is done.
@@ -49,13 +49,13 @@ def tune(images: Sequence[Sequence[str]], encoder: CaptionEncoder, recipe: TuneR
         The folder of the tuned encoder, in sentence-transformers layout.
 
     Raises:
-        ValueError: there are too few images with two captions for the batch.
+        ValueError: a source has too few images with two captions for the batch.
     """
     done = folder / "encoder"
     if done.exists():
         return done
     if recipe.steps > 0:
-        _train(images, encoder, recipe, folder)
+        _train(sources, encoder, recipe, folder)
     state = processes()
     if state.is_main_process:
         part = folder / ".encoder.part"
@@ -66,7 +66,9 @@ def tune(images: Sequence[Sequence[str]], encoder: CaptionEncoder, recipe: TuneR
     return done
 
 
-def _train(images: Sequence[Sequence[str]], encoder: CaptionEncoder, recipe: TuneRecipe, folder: Path) -> None:
+def _train(
+    sources: Sequence[Sequence[Sequence[str]]], encoder: CaptionEncoder, recipe: TuneRecipe, folder: Path
+) -> None:
     torch.manual_seed(recipe.seed)
     if recipe.lora_r:
         lora = LoraConfig(
@@ -105,7 +107,7 @@ def _train(images: Sequence[Sequence[str]], encoder: CaptionEncoder, recipe: Tun
     reuse_memory(args.device)
     args._n_gpu = 1  # one process a device, under a launcher: never torch.nn.DataParallel
     world = args.world_size
-    batches = caption_pairs(images, recipe.batch * world, recipe.steps, recipe.seed)
+    batches = mixed_pairs(sources, recipe.weights, recipe.batch * world, recipe.steps, recipe.seed)
     pairs = [pair for batch in batches for pair in batch]
     with state.main_process_first():
         resume = latest_checkpoint(folder / "checkpoints", "checkpoint-")
