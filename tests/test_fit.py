@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +57,24 @@ def test_fit_leaves_what_it_promises(run: Path) -> None:
         "captions_xx": (3, 3),  # every other picture has one
     }
     assert len((run / "tune/metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_fit_runs_under_torchrun(pictures: Path, llm: Path, tmp_path: Path) -> None:
+    """Two processes make one run, with the same command."""
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2 -m llm2clip.cli".split()
+    halves = ["--tune.batch", "4", "--align.batch", "7", "--align.epochs", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, *command(pictures, llm, tmp_path / "run"), *halves],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("4/4 evaluate") == 1  # once, not once a process
+    assert {p.name for p in (tmp_path / "run/model").iterdir()} > {"config.json", "model.safetensors", "text"}
+    assert len((tmp_path / "run/tune/metrics.jsonl").read_text().splitlines()) == 6
+    assert len((tmp_path / "run/align/metrics.jsonl").read_text().splitlines()) == 4  # 30 images, 14 in a step, twice
 
 
 def test_fit_learns(run: Path) -> None:

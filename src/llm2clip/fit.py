@@ -34,9 +34,10 @@ from llm2clip.evaluate.model import evaluate_model
 from llm2clip.evaluate.report import write_report
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text import CaptionEncoder
-from llm2clip.processes import processes
+from llm2clip.processes import once, processes, say
 from llm2clip.recipes import FitRecipe, keep
-from llm2clip.stages import new_model, once, open_encoder, read_data, say, tuning_captions
+from llm2clip.split import read_data, tuning_captions
+from llm2clip.stages import new_model, open_encoder
 from llm2clip.train.align import align
 from llm2clip.train.engine import read_metrics
 from llm2clip.train.tune import tune

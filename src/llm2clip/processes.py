@@ -5,8 +5,12 @@ This is at the bottom of the house: every stage asks here who it is and waits he
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -20,6 +24,24 @@ def processes() -> PartialState:
     """
     cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     return PartialState(cpu=cpu, timeout=timedelta(days=1))
+
+
+def say(*lines: str) -> None:
+    """Print once in a distributed run."""
+    if processes().is_main_process:
+        print(*lines, sep="\n", flush=True)
+
+
+def once(file: Path, measure: Callable[[], Any]) -> Any:
+    """The JSON in `file`, made by the main process if it is not there yet."""
+    state = processes()
+    if state.is_main_process and not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tmp = file.with_suffix(".tmp")
+        tmp.write_text(json.dumps(measure(), indent=1))
+        tmp.replace(file)
+    state.wait_for_everyone()
+    return json.loads(file.read_text())
 
 
 def leave() -> None:

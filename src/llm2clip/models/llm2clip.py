@@ -153,7 +153,6 @@ class LLM2CLIP(nn.Module):
     def save_pretrained(
         self,
         folder: str | Path,
-        card: str | None = None,
         text_folder: str | Path | None = None,
         encoder: CaptionEncoder | None = None,
     ) -> Path:
@@ -161,7 +160,6 @@ class LLM2CLIP(nn.Module):
 
         Args:
             folder: where; replaced if it is a model folder already.
-            card: text of its README.md.
             text_folder: a saved caption encoder to copy, or
             encoder: one to save; neither saves the one in the model.
         """
@@ -181,7 +179,7 @@ class LLM2CLIP(nn.Module):
             shutil.copytree(text_folder, tmp / "text")
         else:
             (encoder or self.encoder).save_pretrained(tmp / "text")
-        (tmp / "README.md").write_text(card or "---\nlibrary_name: llm2clip\n---\nA model made with llm2clip.\n")
+        (tmp / "README.md").write_text("---\nlibrary_name: llm2clip\n---\nA model made with llm2clip.\n")
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         if folder.exists():
             os.replace(folder, old)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from llm2clip.data.skips import SkipLog
 from llm2clip.recipes import EvaluateRecipe, RecipeChanged, TuneRecipe, keep
-from llm2clip.stages import Data, read_data, tuning_captions
+from llm2clip.split import Data, read_data, tuning_captions
 
 
 @pytest.fixture
