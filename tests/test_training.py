@@ -10,21 +10,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from conftest import distributed
 from llm2clip.cache.embed import embed
 from llm2clip.cache.store import EmbeddingStore
-from llm2clip.data.captions import caption_pairs
+from llm2clip.data.captions import caption_pairs, epoch_order
+from llm2clip.data.images import EvalTransform, load
 from llm2clip.data.records import Record, open_records
+from llm2clip.data.refs import FileImage
 from llm2clip.data.skips import SkipLog, TooManySkipped
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.models.vision import VisionTower
 from llm2clip.recipes import AlignRecipe, TuneRecipe
-from llm2clip.train.align import Steps, align, parameter_groups
+from llm2clip.train.align import align, parameter_groups
 from llm2clip.train.engine import MetricsLog, cosine_schedule, latest_checkpoint, mark_complete, read_metrics
+from llm2clip.train.heads import train_heads
 from llm2clip.train.losses import info_nce
+from llm2clip.train.steps import Steps
 from llm2clip.train.tune import CaptionContrastiveLoss, tune
 
 IMAGES = [[f"image {i} shows {w}" for w in ("a dog", "two cats in the snow", "x")] for i in range(24)]
@@ -121,10 +126,12 @@ def fresh_model(tower: str = "test_efficientnet") -> LLM2CLIP:
     return LLM2CLIP(LLM2CLIPConfig(vision.config, 32, width=12, adapter_depth=1), vision)
 
 
+@pytest.mark.parametrize("head_epochs", [0, 3])
 def test_align_goes_on_exactly(
-    records: list[Record], store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    records: list[Record], store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head_epochs: int
 ) -> None:
-    whole = align(records, store, fresh_model(), ALIGN, tmp_path / "whole", SkipLog())
+    recipe = dataclasses.replace(ALIGN, head_epochs=head_epochs, head_batch=15)
+    whole = align(records, store, fresh_model(), recipe, tmp_path / "whole", SkipLog())
     batches = Steps.batches
 
     def dies(self: Steps, first: int) -> object:
@@ -135,8 +142,8 @@ def test_align_goes_on_exactly(
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Steps, "batches", dies)
-        align(records, store, fresh_model(), ALIGN, tmp_path / "cut", SkipLog())
-    resumed = align(records, store, fresh_model(), ALIGN, tmp_path / "cut", SkipLog())
+        align(records, store, fresh_model(), recipe, tmp_path / "cut", SkipLog())
+    resumed = align(records, store, fresh_model(), recipe, tmp_path / "cut", SkipLog())
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     losses = [[line["loss"] for line in read_metrics(tmp_path / f / "metrics.jsonl")] for f in ("whole", "cut")]
@@ -155,9 +162,12 @@ def test_workers_and_processes_change_nothing(records: list[Record], store: Embe
         assert sorted(rows.T.tolist()) == sorted([*first.T.tolist(), *second.T.tolist()])
 
 
-def test_two_processes_align_as_one(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize("head_epochs", [0, 2])
+def test_two_processes_align_as_one(
+    records: list[Record], store: EmbeddingStore, tmp_path: Path, head_epochs: int
+) -> None:
     """Two ranks with half the batch each have the losses and end with the weights of one with the whole."""
-    recipe = dataclasses.replace(ALIGN, epochs=2, lr=1e-3, checkpoint_every=2)
+    recipe = dataclasses.replace(ALIGN, epochs=2, lr=1e-3, checkpoint_every=2, head_epochs=head_epochs, head_batch=15)
     distributed(2, _align_rank, records, str(store.folder), recipe, str(tmp_path / "two"))
     one = align(records, store, fresh_model("test_vit"), recipe, tmp_path / "one", SkipLog())
     losses = [[line["loss"] for line in read_metrics(tmp_path / f / "metrics.jsonl")] for f in ("one", "two")]
@@ -172,6 +182,28 @@ def _align_rank(records: list[Record], store: str, recipe: AlignRecipe, folder: 
     model = align(records, EmbeddingStore(store), fresh_model("test_vit"), half, Path(folder), SkipLog())
     if torch.distributed.get_rank() == 0:
         save_file(model.state_dict(), Path(folder) / "trained.safetensors")
+
+
+def test_heads_learn_first_and_the_tower_stays(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
+    """On the tower's vectors: what is trained, what is not, and that the loss is that of the model itself."""
+    (tmp_path / "broken.png").write_text("no picture")
+    broken = dataclasses.replace(records[0], image=FileImage(str(tmp_path / "broken.png")))
+    recipe = dataclasses.replace(ALIGN, head_epochs=60, head_batch=15, lr=3e-3, warmup=0.0)
+    model, before = fresh_model("test_vit"), fresh_model("test_vit").state_dict()
+    data, log = Steps([*records, broken], store, model, recipe), SkipLog(tmp_path / "skipped.jsonl", limit=1.0)
+    train_heads(data, store, model, recipe, tmp_path / "run", log, Accelerator())
+    assert "broken.png" in (tmp_path / "skipped.jsonl").read_text()
+    for name, tensor in model.state_dict().items():
+        still = name.startswith("tower.")
+        assert torch.equal(tensor, before[name]) == still, name
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run/heads.jsonl")]
+    assert len(losses) == 60 * 2 and losses[-1] < 0.8 * losses[0]
+    first = epoch_order(30, recipe.seed, 0)[:15]
+    rows = np.array([data.rows(0, int(i)) for i in first]).T
+    pixels = torch.stack([EvalTransform(model.tower.preprocess)(load(records[i].image)) for i in first])
+    image, text, scale = fresh_model("test_vit").eval()(pixels, torch.from_numpy(store.take(rows.ravel())))
+    parts = [info_nce(image, t, scale, torch.from_numpy(r)) for t, r in zip(text.split(15), rows, strict=True)]
+    assert torch.stack(parts).mean().item() == pytest.approx(losses[0], abs=2e-3)  # the vectors are kept in float16
 
 
 def test_short_and_long_captions_are_drawn_by_their_share(records: list[Record], store: EmbeddingStore) -> None:

@@ -113,6 +113,9 @@ class AlignRecipe:
         captions: captions of each image in a step, drawn at random without repetition; each is a contrastive loss of
             its own on the same image vectors, so more of them cost next to nothing.
         batch: images in a step on each device.
+        head_epochs: passes of the projection and the adapter alone, before the rest, over vectors that the tower gives
+            as it is: each image goes through it once, so these passes take seconds.
+        head_batch: images in a step of those.
         lr: peak learning rate of the projection and the adapter.
         tower_lr: peak learning rate of the vision tower; 0 freezes it.
         scale_lr: of the logit scale; null is `lr`.
@@ -139,6 +142,8 @@ class AlignRecipe:
     epochs: int = 6
     captions: int = 4
     batch: int = 128
+    head_epochs: int = 0
+    head_batch: int = 512
     lr: float = 1e-3
     tower_lr: float = 1e-4
     scale_lr: float | None = None

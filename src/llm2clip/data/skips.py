@@ -26,6 +26,7 @@ class SkipLog:
         self.skipped: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self.examples: list[str] = []
+        self._known: set[tuple[str, int, str]] = set()
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("")
@@ -34,7 +35,10 @@ class SkipLog:
         self.seen += 1
 
     def skip(self, file: str, row: int, reason: str, value: object) -> None:
-        """A row that gives no record."""
+        """A row that gives no record. One that was skipped before, in an earlier pass or stage, counts once."""
+        if (file, row, reason) in self._known:
+            return
+        self._known.add((file, row, reason))
         self.skipped[reason] += 1
         if len(self.examples) < 3:
             self.examples.append(f"{file}, row {row}: {reason}: {str(value)[:200]}")

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def info_nce(image: Tensor, text: Tensor, scale: Tensor | float, ids: Tensor | None = None) -> Tensor:
+def info_nce(
+    image: Tensor, text: Tensor, scale: Tensor | float, ids: Tensor | None = None, gather: bool = True
+) -> Tensor:
     """Symmetric InfoNCE (CLIP, arXiv 2103.00020): each image finds its text and each text its image.
 
     In a distributed run the negatives of all processes are gathered with gradients; averaged over processes, as DDP
@@ -19,6 +21,7 @@ def info_nce(image: Tensor, text: Tensor, scale: Tensor | float, ids: Tensor | N
         text: (N, D), row i belongs to image i.
         scale: factor on the cosines, 1 / temperature.
         ids: (N,) integers naming the texts; equal texts are never each other's negatives.
+        gather: take the negatives of all processes, which then must all call this.
 
     Returns:
         float32 scalar: mean over this process's rows and both directions.
@@ -26,7 +29,7 @@ def info_nce(image: Tensor, text: Tensor, scale: Tensor | float, ids: Tensor | N
     image, text = image.float(), text.float()
     all_image, all_text, all_ids = image, text, ids
     first = 0
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         from torch.distributed.nn.functional import all_gather
 
         all_image, all_text = torch.cat(all_gather(image)), torch.cat(all_gather(text))
