@@ -147,11 +147,14 @@ def test_stages_one_at_a_time_and_evaluate(pictures: Path, llm: Path, tmp_path: 
              "--align.epochs", "1", "--align.batch", "15", "--align.workers", "0"]  # fmt: skip
     assert main(align) == 0
     out = tmp_path / "results"
-    assert main(["evaluate", str(tmp_path / "run/model"), "--evaluate.data", f'["{data}@val"]', "--captions", data,
+    assert main(["evaluate", str(tmp_path / "run/model"), f"{data}@val", "--captions", data,
                  "--out", str(out)]) == 0  # fmt: skip
     results = json.loads((out / "results.json").read_text())
     assert results["captions"]["images"] == 36
     assert {r["captions"] for r in results["retrieval"]} == {"captions", "long_captions"}
+    # without a split, what a fit of the data holds out: here its val
+    assert main(["evaluate", str(tmp_path / "run/model"), data, "--out", str(tmp_path / "again")]) == 0
+    assert json.loads((tmp_path / "again/results.json").read_text())["retrieval"] == results["retrieval"]
     # another encoder's store is refused, naming what differs
     assert main([*align[:-1], "0", "--encoder.path", str(llm), "--out", str(tmp_path / "other")]) == 1
 

@@ -67,6 +67,46 @@ def test_an_image_that_is_tested_on_is_not_trained_on(write) -> None:
     assert "1 left out of training" in data.summary
 
 
+def test_an_image_is_one_record_however_it_is_written(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sources name it, with other spellings of its path and on both sides of a split: it is in one place, once."""
+    a = write("a.jsonl", row(1, "train"), row(2, "val"))
+    (tmp_path / "sub").mkdir()
+    more = [{"image": f"../{n}.png", "captions": [f"{n} c"], "split": s} for n, s in ((1, "val"), (2, "train"))]
+    (tmp_path / "sub/b.jsonl").write_text("".join(json.dumps(m) + "\n" for m in more))
+    data = read_data([a, str(tmp_path / "sub/b.jsonl")], EvaluateRecipe(), {}, SkipLog())
+    assert ids(data) == (["1"], ["2"])
+    assert data.held_out["captions"][0].captions == ("2 a", "2 b", "2 c")
+    monkeypatch.chdir(tmp_path)
+    tested = read_data(["a.jsonl@train+val"], EvaluateRecipe(data=["sub/b.jsonl@train"]), {}, SkipLog())
+    assert [r.id for r in tested.train] == ["1"] and "1 left out of training" in tested.summary
+
+
+def test_splits_in_capitals_and_of_other_names(write) -> None:
+    file = write("a.jsonl", row(1, "Train"), row(2, "Val"), row(3, "extra"))
+    data = read_data([file], EvaluateRecipe(), {}, SkipLog())
+    assert ids(data) == (["1"], ["2"]) and "1 of other splits (extra) unused" in data.summary
+    file = write("b.jsonl", *(row(n) for n in range(20)), row(20, "extra"))
+    assert "1 of other splits (extra) unused" in read_data([file], EvaluateRecipe(), {}, SkipLog()).summary
+
+
+def test_the_held_out_tenth_is_drawn_where_ids_repeat(write, tmp_path: Path) -> None:
+    for n in range(20):
+        for side in ("front", "back"):
+            (tmp_path / f"sku{n}").mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / f"sku{n}/{side}.png")
+    sides = [{"image": f"sku{n}/{s}.png", "captions": [f"{s} of {n}"]} for s in ("front", "back") for n in range(20)]
+    data = read_data([write("a.jsonl", *sides)], EvaluateRecipe(), {}, SkipLog())
+    assert len({r.captions[0].split()[0] for r in data.held_out["captions"]}) == 2
+
+
+def test_one_caption_an_image_cannot_be_tuned_on(write) -> None:
+    data = read_data(
+        [write("a.jsonl", *({**row(n), "captions": ["one"]} for n in range(3)))], EvaluateRecipe(), {}, SkipLog()
+    )
+    with pytest.raises(ValueError, match=r"--tune\.steps 0"):
+        tuning_captions(data, TuneRecipe(), {}, SkipLog())
+
+
 def test_other_sources_lose_the_captions_of_held_out_images(write) -> None:
     photos = write("f8k.jsonl", row(1, "train", id="1000001_aa"), row(2, "val", id="1000002_bb"))
     texts = write("f30k.jsonl", *({"id": f"100000{n}", "captions": [f"x{n}", f"y{n}"]} for n in (1, 2, 3, 4)))
@@ -87,6 +127,18 @@ def test_photos_of_the_same_day_are_not_the_same_photo(write) -> None:
     file = write("a.jsonl", row(1, "train", id="20240131_0001"), row(2, "val", id="20240131_0002"))
     data = read_data([file], EvaluateRecipe(), {}, SkipLog())
     assert tuning_captions(data, TuneRecipe(), {}, SkipLog()) == [[("1 a", "1 b")]]
+
+
+def test_settings_of_align_can_be_mended_until_it_has_left_something(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    keep({"tune": {"lr": 1}, "align": {"batch": 4096}}, file)
+    (tmp_path / "tune/encoder").mkdir(parents=True)
+    keep({"tune": {"lr": 1}, "align": {"batch": 64}}, file)
+    with pytest.raises(RecipeChanged, match=r"tune\.lr"):
+        keep({"tune": {"lr": 2}, "align": {"batch": 64}}, file)
+    (tmp_path / "align/checkpoints").mkdir(parents=True)
+    with pytest.raises(RecipeChanged, match=r"align\.batch: 64 there, 32 now"):
+        keep({"tune": {"lr": 1}, "align": {"batch": 32}}, file)
 
 
 def test_a_mistake_can_be_mended_before_anything_was_made(tmp_path: Path) -> None:

@@ -118,6 +118,10 @@ def test_fingerprint_tells_what_changes_a_vector(llm: Path) -> None:
     encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
     encoder.encode(TEXTS)  # leaves padding set in the tokenizer, which changes nothing
     assert fingerprint(encoder.identity()) == base
+    encoder.llm.config.rms_norm_eps *= 2
+    assert fingerprint(encoder.identity()) != base
+    encoder.llm.config.rms_norm_eps /= 2
+    assert fingerprint(encoder.identity()) == base
     with torch.no_grad():
         next(encoder.llm.parameters())[0, 0] += 1e-3
     assert fingerprint(encoder.identity()) != base

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from conftest import distributed
@@ -26,7 +28,7 @@ from llm2clip.models.text import CaptionEncoder
 from llm2clip.models.vision import VisionTower
 from llm2clip.recipes import AlignRecipe, TuneRecipe
 from llm2clip.train.align import align, parameter_groups
-from llm2clip.train.engine import MetricsLog, cosine_schedule, latest_checkpoint, mark_complete, read_metrics
+from llm2clip.train.engine import MetricsLog, cosine_schedule, latest_checkpoint, mark_complete, read_metrics, resumable
 from llm2clip.train.heads import train_heads
 from llm2clip.train.losses import info_nce
 from llm2clip.train.steps import Steps
@@ -206,6 +208,53 @@ def test_heads_learn_first_and_the_tower_stays(records: list[Record], store: Emb
     assert torch.stack(parts).mean().item() == pytest.approx(losses[0], abs=2e-3)  # the vectors are kept in float16
 
 
+def test_other_data_or_another_batch_is_not_gone_on_with(
+    records: list[Record], store: EmbeddingStore, llm: Path, tmp_path: Path
+) -> None:
+    """On more processes the steps would be fewer and bigger, and a run resumed past its end would count as done."""
+    recipe = dataclasses.replace(ALIGN, epochs=1, checkpoint_every=1)
+    align(records, store, fresh_model(), recipe, tmp_path / "a", SkipLog())
+    with pytest.raises(ValueError, match="images in a step: 10 there, 20 now"):
+        align(records, store, fresh_model(), dataclasses.replace(recipe, batch=20), tmp_path / "a", SkipLog())
+    with pytest.raises(ValueError, match="images: .* there"):
+        align(records[::-1], store, fresh_model(), recipe, tmp_path / "a", SkipLog())
+    shutil.rmtree(tune([IMAGES], CaptionEncoder.from_pretrained(llm, device="cpu"), TUNE, tmp_path))
+    with pytest.raises(ValueError, match="captions: .* there"):
+        tune([IMAGES[::-1]], CaptionEncoder.from_pretrained(llm, device="cpu"), TUNE, tmp_path)
+
+
+def test_stages_have_precisions_of_their_own(
+    records: list[Record], store: EmbeddingStore, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate keeps one precision a process, and a launcher's in the environment: neither may reach a stage."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    plain = dataclasses.replace(TUNE, steps=1)
+    tune([IMAGES], CaptionEncoder.from_pretrained(llm, device="cpu"), plain, tmp_path / "tune")
+    assert AcceleratorState().mixed_precision == "no"
+    half = dataclasses.replace(ALIGN, precision="bf16", epochs=1)
+    align(records, store, fresh_model(), half, tmp_path / "align", SkipLog())
+    assert AcceleratorState().mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize("stage", ["tune", "align"])
+def test_gradients_that_are_not_finite_stop_before_the_weights_are(
+    records: list[Record], store: EmbeddingStore, llm: Path, tmp_path: Path, stage: str
+) -> None:
+    """The loss of a step is finite while its gradients are not; the next checkpoint would be called good."""
+    poison = torch.nn.Parameter.register_hook
+    if stage == "tune":
+        encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
+        poison(next(iter(encoder.llm.parameters())), lambda g: g * torch.inf)
+        with pytest.raises(FloatingPointError, match="grad_norm is"):
+            tune([IMAGES], encoder, dataclasses.replace(TUNE, lora_r=0), tmp_path)
+    else:
+        model = fresh_model()
+        poison(model.projection.weight, lambda g: g * torch.inf)
+        with pytest.raises(FloatingPointError, match="gradients' norm is"):
+            align(records, store, model, ALIGN, tmp_path, SkipLog())
+    assert not list((tmp_path / "checkpoints").glob("*/complete"))
+
+
 def test_short_and_long_captions_are_drawn_by_their_share(records: list[Record], store: EmbeddingStore) -> None:
     for share, wanted in ((0.0, {"short"}), (1.0, {"long"}), (0.5, {"short", "long"})):
         steps = Steps(records, store, fresh_model(), dataclasses.replace(ALIGN, long_share=share))
@@ -274,9 +323,12 @@ def test_schedule_checkpoints_and_log(tmp_path: Path) -> None:
     assert factor(55) == pytest.approx(0.5) and factor(100) == pytest.approx(0.0)
     for n in (5, 10, 15):
         (tmp_path / f"step-{n}").mkdir()
-    mark_complete(tmp_path / "step-5")
-    mark_complete(tmp_path / "step-10")
+    mark_complete(tmp_path / "step-5", {"steps": 20})
+    mark_complete(tmp_path / "step-10", {"steps": 20})
     assert latest_checkpoint(tmp_path) == tmp_path / "step-10"
+    assert resumable(tmp_path / "step-10", {"steps": 20}) == tmp_path / "step-10"
+    with pytest.raises(ValueError, match="steps: 20 there, 5 now"):
+        resumable(tmp_path / "step-10", {"steps": 5})
     assert not (tmp_path / "step-15").exists()
     log = MetricsLog(tmp_path / "m.jsonl")
     for n in range(1, 5):

@@ -26,7 +26,7 @@ In the order of things:
   llm2clip quickstart                     see it work on a small real data set
   llm2clip fit DATA --out RUN             your own pictures and captions: all stages below, in one run
   llm2clip tune | embed | align           one stage at a time
-  llm2clip evaluate MODEL --evaluate.data DATA
+  llm2clip evaluate MODEL DATA
 
 DATA is a .jsonl, .csv, .tsv or .parquet file, a folder of images with captions beside them, webdataset tars, or
 hf:NAME. DATA@train+none takes only some splits. Every verb takes --config FILE.yaml and dotted overrides such as
@@ -101,6 +101,7 @@ def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
 
     sub = verb("evaluate", _evaluate, "Retrieval of a model folder on images, or CRA of any caption encoder.")
     sub.add_argument("model", nargs="?", type=str, help="model folder or hub id; not needed with --captions alone")
+    sub.add_argument("data", nargs="*", type=str, help=f"{DATA_HELP}; without splits, what a fit of it holds out")
     sub.add_argument("--captions", nargs="+", type=str, help="sources of captions for caption retrieval (CRA)")
     sub.add_argument("--out", type=str, help="folder for results.json")
     _reading(sub)
@@ -121,12 +122,19 @@ def _reading(parser: ArgumentParser) -> None:
     parser.add_argument("--max_skipped", type=float, default=0.05, help="largest share of bad rows put up with")
 
 
+def say(line: str) -> None:
+    """`processes.say`, imported when there is something to say."""
+    from llm2clip.processes import say
+
+    say(line)
+
+
 def _fit(given: Namespace) -> None:
     from llm2clip.fit import fit
 
     settings = {f.name: given[f.name] for f in dataclasses.fields(FitRecipe)}
     model = fit(given.data, Path(given.out), FitRecipe(**settings))
-    print(f"Next:   llm2clip evaluate {model} --evaluate.data DATA")
+    say(f"Next:   llm2clip evaluate {model} DATA")
 
 
 def _tune(given: Namespace) -> None:
@@ -134,7 +142,7 @@ def _tune(given: Namespace) -> None:
 
     out = Path(given.out)
     encoder = tune_stage(given.data, out, given.encoder, given.tune, given.columns, given.max_skipped)
-    print(f"Caption encoder: {encoder}\nNext: llm2clip embed DATA --encoder.path {encoder} --out STORE")
+    say(f"Caption encoder: {encoder}\nNext: llm2clip embed DATA --encoder.path {encoder} --out STORE")
 
 
 def _embed(given: Namespace) -> None:
@@ -142,8 +150,8 @@ def _embed(given: Namespace) -> None:
 
     out = Path(given.out)
     store = embed_stage(given.data, out, given.encoder, given.embed, given.columns, given.max_skipped)
-    print(f"Store: {out} ({len(store):,} captions)")
-    print(f"Next: llm2clip align DATA --store {out} --encoder.path {given.encoder.path} --out RUN")
+    say(f"Store: {out} ({len(store):,} captions)")
+    say(f"Next: llm2clip align DATA --store {out} --encoder.path {given.encoder.path} --out RUN")
 
 
 def _align(given: Namespace) -> None:
@@ -151,14 +159,16 @@ def _align(given: Namespace) -> None:
 
     store, out = Path(given.store), Path(given.out)
     model = align_stage(given.data, store, out, given.encoder, given.align, given.columns, given.max_skipped)
-    print(f"Model: {model}\nNext: llm2clip evaluate {model} --evaluate.data DATA")
+    say(f"Model: {model}\nNext: llm2clip evaluate {model} DATA")
 
 
 def _evaluate(given: Namespace) -> None:
     from llm2clip.stages import evaluate_stage
 
     captions, out = given.captions or [], Path(given.out) if given.out else None
-    evaluate_stage(given.model, captions, out, given.encoder, given.evaluate, given.columns, given.max_skipped)
+    evaluate_stage(
+        given.model, given.data or [], captions, out, given.encoder, given.evaluate, given.columns, given.max_skipped
+    )
 
 
 def _quickstart(given: Namespace) -> None:

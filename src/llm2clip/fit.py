@@ -40,6 +40,7 @@ from llm2clip.split import read_data, tuning_captions
 from llm2clip.stages import new_model, open_encoder
 from llm2clip.train.align import align
 from llm2clip.train.engine import read_metrics
+from llm2clip.train.steps import check_batch
 from llm2clip.train.tune import tune
 
 
@@ -54,8 +55,12 @@ def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
 
     captions = [r.captions for r in records.held_out["captions"]]
     measurable = sum(len(set(c)) > 1 for c in captions) > 1
+    check_batch(sum(r.image is not None for r in records.train), recipe.align.batch * state.num_processes)
     encoder_folder = out / "tune" / "encoder"
-    raw = open_encoder(recipe.encoder) if not encoder_folder.exists() else None
+    untuned = not encoder_folder.exists()
+    state.wait_for_everyone()  # all have looked before anyone tunes
+    texts = tuning_captions(records, recipe.tune, recipe.columns, log) if untuned and recipe.tune.steps else []
+    raw = open_encoder(recipe.encoder) if untuned else None
     cra = []
     if measurable:
         cra.append(
@@ -63,7 +68,6 @@ def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
         )
     if raw is not None:
         say("1/4 tune: the language model learns to tell captions apart")
-        texts = tuning_captions(records, recipe.tune, recipe.columns, log)
         tune(texts, raw, recipe.tune, out / "tune")
         raw = None
     encoder = CaptionEncoder.from_pretrained(encoder_folder)
@@ -86,6 +90,8 @@ def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
         if state.is_main_process:
             (out / "evaluate/trained.json").unlink(missing_ok=True)  # of a model that was deleted since
         model = new_model(recipe.align, store)
+        if state.is_main_process and not (out / "align/checkpoints").exists():
+            (out / "evaluate/untrained.json").unlink(missing_ok=True)  # align's settings may have been mended
         once(out / "evaluate/untrained.json", lambda: measure(model))
         align(records.train, store, model, recipe.align, out / "align", log)
         if state.is_main_process:

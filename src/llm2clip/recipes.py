@@ -206,10 +206,15 @@ class RecipeChanged(ValueError):
 FREE = ("workers", "checkpoint_every", "batch_tokens", "shard_size", "max_skipped")
 
 
+# What the last stage leaves: until there is some of it, its settings may be mended without losing the others' work.
+LAST_STAGE, ITS_TRACES = "align", ("align/checkpoints", "checkpoints", "model")
+
+
 def keep(settings: dict[str, Any], file: Path) -> None:
     """Save the settings of a run in its folder, or check that they are those it was begun with.
 
-    A folder in which no stage has left anything yet takes new settings, so that a mistake can be mended.
+    A folder in which no stage has left anything yet takes new settings, so that a mistake can be mended; so does the
+    last stage in a folder where only earlier ones have.
 
     Args:
         settings: names to values; recipes among the values are written out.
@@ -223,6 +228,8 @@ def keep(settings: dict[str, Any], file: Path) -> None:
     if begun:
         there = yaml.safe_load(file.read_text())
         differences = [d for d in _differences(there, plain) if d[0].rsplit(".", 1)[-1] not in FREE]
+        if not any((file.parent / trace).exists() for trace in ITS_TRACES):
+            differences = [d for d in differences if not d[0].startswith(f"{LAST_STAGE}.")]
         if differences:
             changed = [f"{k}: {a!r} there, {b!r} now" for k, a, b in differences]
             raise RecipeChanged(

@@ -12,7 +12,7 @@ import torch
 
 from llm2clip.cache.embed import embed
 from llm2clip.cache.store import EmbeddingStore, check_identity
-from llm2clip.data.records import open_records
+from llm2clip.data.records import Source
 from llm2clip.data.skips import SkipLog
 from llm2clip.evaluate.captions import caption_accuracy
 from llm2clip.evaluate.model import evaluate_model
@@ -23,7 +23,7 @@ from llm2clip.models.vision import VisionTower
 from llm2clip.processes import processes, say
 from llm2clip.quickstart.assets import resolve
 from llm2clip.recipes import AlignRecipe, EmbedRecipe, EncoderRecipe, EvaluateRecipe, TuneRecipe, keep
-from llm2clip.split import Data, mapped, merged, read_data, tuning_captions
+from llm2clip.split import Data, read, read_data, stream, tuning_captions
 from llm2clip.train.align import align
 from llm2clip.train.tune import tune
 
@@ -55,8 +55,8 @@ def embed_stage(
 ) -> EmbeddingStore:
     """`llm2clip embed`: the store at `out`; captions that it holds already are kept."""
     log = SkipLog(out / "skipped.jsonl" if processes().is_main_process else None, max_skipped)
-    records = (r for s in data for r in open_records(mapped(s, columns), log, "ignore"))
-    store = embed((t for r in records for t in r.texts), open_encoder(encoder), out, **dataclasses.asdict(recipe))
+    records = stream(data, columns, log, "ignore")
+    store = embed((t for _, r in records for t in r.texts), open_encoder(encoder), out, **dataclasses.asdict(recipe))
     say(log.summary())
     return store
 
@@ -79,7 +79,7 @@ def align_stage(
     store = EmbeddingStore(store_folder)
     text = open_encoder(encoder)
     check_identity(store.manifest["identity"], text.identity(store.manifest["identity"]["precision"]), store_folder)
-    records = merged(r for s in data for r in open_records(mapped(s, columns), log))
+    records = [r for _, r in read(data, columns, log)]
     say(log.summary())
     text.to("cpu")  # only its folder is wanted from here on
     model = align(records, store, new_model(recipe, store), recipe, out, log)
@@ -90,6 +90,7 @@ def align_stage(
 
 def evaluate_stage(
     model: str | None,
+    data: Sequence[str],
     captions: Sequence[str],
     out: Path | None,
     encoder: EncoderRecipe,
@@ -99,22 +100,26 @@ def evaluate_stage(
 ) -> dict[str, Any]:
     """`llm2clip evaluate`: prints tables and, with `out`, writes out/results.json. The main process does the work.
 
+    Of sources without named splits, the model is tested on what a fit of them holds out.
+
     Raises:
         ValueError: there is nothing to evaluate.
     """
-    if not captions and not (model and recipe.data):
-        raise ValueError("name a model folder and --evaluate.data, or --captions and --encoder.path")
+    if not captions and not (model and (data or recipe.data)):
+        raise ValueError("name a model folder and data to test it on, or --captions and --encoder.path")
     if not processes().is_main_process:
         return {}
     results: dict[str, Any] = {}
     log = SkipLog(None, max_skipped)
     if captions:
-        texts = [r.captions for s in captions for r in open_records(mapped(s, columns), log, "ignore")]
+        texts = [r.captions for _, r in read(captions, columns, log, "ignore")]
         text = LLM2CLIP.from_pretrained(model).encoder if model else open_encoder(encoder)
         results["captions"] = figures = caption_accuracy(texts, text)
         say(table(["CRA top-1, %", "images", "chance"], [[figures["CRA"], figures["images"], figures["chance"]]]))
-    if model and recipe.data:
-        records = read_data([], recipe, columns, log)
+    if model and (data or recipe.data):
+        if all(Source.parse(d).splits for d in data):
+            recipe, data = dataclasses.replace(recipe, data=[*recipe.data, *data]), []
+        records = read_data(data, recipe, columns, log)
         rows = evaluate_model(LLM2CLIP.from_pretrained(model), records.held_out, log, batch=recipe.batch)
         results["retrieval"] = rows
         shown = [[r["captions"], r["images"], r["texts"], *(r[d][k] for d in ("I2T", "T2I") for k in KS)] for r in rows]

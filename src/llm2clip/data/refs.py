@@ -6,6 +6,7 @@ A record holds a reference and not the image, so that a list of records is small
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import os
 from abc import ABC, abstractmethod
@@ -21,6 +22,11 @@ class ImageRef(ABC):
     """Where an image's bytes are: small, picklable, readable in any process. `str()` names it in messages."""
 
     __slots__ = ()
+
+    @property
+    def key(self) -> str:
+        """Equal for the same image and for no other, however its path is written."""
+        return str(self)
 
     @abstractmethod
     def open(self) -> BinaryIO:
@@ -38,11 +44,21 @@ class FileImage(ImageRef):
 
     path: str
 
+    @property
+    def key(self) -> str:
+        folder, name = os.path.split(self.path)
+        return os.path.join(_real(folder), name)
+
     def open(self) -> BinaryIO:
         return open(self.path, "rb")
 
     def __str__(self) -> str:
         return self.path
+
+
+@functools.lru_cache(maxsize=4096)
+def _real(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +190,10 @@ class MemoryImage(ImageRef):
 
     data: bytes
     name: str = "image in memory"
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
 
     def open(self) -> BinaryIO:
         return io.BytesIO(self.data)

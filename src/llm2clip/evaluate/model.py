@@ -74,12 +74,12 @@ def evaluate_model(
     Raises:
         ValueError: there is nothing to measure.
     """
-    pictured = list({str(r.image): r for f in fields.values() for r in f if r.image is not None}.values())
+    pictured = list({r.image.key: r for f in fields.values() for r in f if r.image is not None}.values())
     vectors, kept = image_vectors(model, pictured, log, batch)
-    of = {str(pictured[i].image): n for n, i in enumerate(kept)}
+    of = {r.image.key: n for n, r in enumerate(pictured[i] for i in kept) if r.image is not None}
     rows = []
     for name, records in fields.items():
-        found = [(of[str(r.image)], r.captions) for r in records if str(r.image) in of and r.captions]
+        found = [(of[r.image.key], r.captions) for r in records if r.image and r.image.key in of and r.captions]
         if not found:
             continue
         texts = [c for _, captions in found for c in captions]

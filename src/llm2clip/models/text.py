@@ -196,6 +196,7 @@ class CaptionEncoder(nn.Module):
             "tokenizer": hashlib.sha256(_canonical_tokenizer(tokenizer).encode()).hexdigest()[:32],
             "bidirectional": not getattr(self.llm.config, "is_causal", not _is_encoder(self.llm)),
             "layers": self.llm.config.num_hidden_layers,
+            "config": hashlib.sha256(json.dumps(_forward_config(self.llm), sort_keys=True).encode()).hexdigest()[:32],
             "header": self.header,
             "modules": [type(m).__name__ for m in self.st],
             "pooling": self.st[1].get_config_dict(),
@@ -233,10 +234,12 @@ def _open(path: str, pooling: str, device: str | torch.device | None) -> Sentenc
     dev = str(device) if device is not None else None
     modules = cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False)
     if modules is not None:
-        return SentenceTransformer(path, device=dev, model_kwargs={"dtype": torch.float32})
+        return SentenceTransformer(path, device=dev, trust_remote_code=False, model_kwargs={"dtype": torch.float32})
     transformer = Transformer(
         path,
-        model_kwargs={"dtype": torch.float32},
+        model_kwargs={"dtype": torch.float32, "trust_remote_code": False},
+        processor_kwargs={"trust_remote_code": False},
+        config_kwargs={"trust_remote_code": False},
         # Text goes in as it is: with a chat template in sight, sentence-transformers would wrap every caption in it.
         modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
         module_output_name="token_embeddings",
@@ -305,6 +308,13 @@ def _set_template(st: Any, template: str) -> None:
                 f"template header {header!r} ends in a special token and nothing follows {CAPTION}: "
                 "sentence-transformers would count its length wrongly; end the template with a special token"
             )
+
+
+def _forward_config(llm: Any) -> dict[str, Any]:
+    """The settings of the model that its forward pass reads, without where it came from and how it is run."""
+    apart = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "is_causal")
+    config: dict[str, Any] = json.loads(llm.config.to_json_string(use_diff=False))
+    return {k: v for k, v in config.items() if k not in apart}
 
 
 def _canonical_tokenizer(tokenizer: Any) -> str:

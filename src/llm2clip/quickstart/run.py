@@ -12,6 +12,7 @@ from pathlib import Path
 from llm2clip.data.records import open_records
 from llm2clip.fit import fit
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.processes import processes, say
 from llm2clip.quickstart.assets import resolve
 from llm2clip.quickstart.emoji import emoji_records
 from llm2clip.quickstart.picture import draw_results
@@ -39,8 +40,8 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> Path:
         hub: weights from the model hub where it has them, in place of package registries.
     """
     if (out / "quickstart.png").exists():
-        print((out / "report.md").read_text())
-        print("All is done already; delete the folder to begin again.")
+        say((out / "report.md").read_text())
+        say("All is done already; delete the folder to begin again.")
         return _goodbye(out)
     weights = {
         name: resolve(name, source="hub" if hub else "packages", offline=offline)
@@ -64,7 +65,8 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> Path:
         ),
         evaluate=EvaluateRecipe(fields=[f"captions_{code}" for code in LANGUAGES]),
     )
-    data = _records(emoji, out / "data" / "captions.jsonl")
+    with processes().main_process_first():
+        data = _records(emoji, out / "data" / "captions.jsonl")
     model = LLM2CLIP.from_pretrained(fit([str(data)], out, recipe))
     held_out = [r for r in open_records(f"{data}@val") if r.image is not None]
     images = model.encode_image([r.image for r in held_out])
@@ -73,9 +75,9 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> Path:
         (query, [str(held_out[i].image) for i in row.tolist()], values.tolist())
         for query, row, values in zip(QUERIES, best, scores, strict=True)
     ]
-    draw_results(
-        rows, out / "quickstart.png", f"Searching {len(held_out)} emoji that were never trained on", offline=offline
-    )
+    if processes().is_main_process:
+        title = f"Searching {len(held_out)} emoji that were never trained on"
+        draw_results(rows, out / "quickstart.png", title, offline=offline)
     return _goodbye(out)
 
 
@@ -100,8 +102,8 @@ def _records(emoji: Path, file: Path) -> Path:
 
 def _goodbye(out: Path) -> Path:
     picture = out / "quickstart.png"
-    print(f"\nModel:   {out / 'model'}\nReport:  {out / 'report.md'}\nPicture: {picture}   <- look at it")
-    print(
+    say(f"\nModel:   {out / 'model'}\nReport:  {out / 'report.md'}\nPicture: {picture}   <- look at it")
+    say(
         "\nNext:\n"
         f"  python -c \"from llm2clip import LLM2CLIP; m = LLM2CLIP.from_pretrained('{out / 'model'}'); "
         "print(m.encode_text(['a sad face', '一只猫']).shape)\"\n"

@@ -31,8 +31,10 @@ from llm2clip.train.engine import (
     latest_checkpoint,
     mark_complete,
     prune_checkpoints,
+    resumable,
     reuse_memory,
     step_of,
+    use_precision,
 )
 from llm2clip.train.heads import train_heads
 from llm2clip.train.losses import info_nce
@@ -58,7 +60,7 @@ def align(
         FloatingPointError: the loss is not finite; the message names the step and the last good checkpoint.
     """
     processes()
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision))
+    accelerator = Accelerator(mixed_precision=use_precision(recipe.precision))
     set_seed(recipe.seed)
     reuse_memory(accelerator.device)
     data = Steps(records, store, model, recipe, accelerator.num_processes, accelerator.process_index)
@@ -66,7 +68,8 @@ def align(
     checkpoints = folder / "checkpoints"
     resume = latest_checkpoint(checkpoints) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()
-    resume = resume or latest_checkpoint(checkpoints)
+    plan = {"steps": steps, "images in a step": data.batch, "images": data.digest}
+    resume = resumable(resume or latest_checkpoint(checkpoints), plan)
     if recipe.head_epochs and resume is None:
         train_heads(data, store, model, recipe, folder, log, accelerator)
         set_seed(recipe.seed)
@@ -96,13 +99,12 @@ def align(
             loss = torch.stack(losses).mean()
             value = accelerator.reduce(loss.detach(), "mean").item()  # of the whole batch, the same on every process
             if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"the loss is {value} at step {step}; last good checkpoint: "
-                    f"{latest_checkpoint(checkpoints) or 'none'}. Lower --align.lr or --align.tower_lr, or use fp32"
-                )
+                raise FloatingPointError(f"the loss is {value} at step {step}; {advice(checkpoints)}")
             optimizer.zero_grad()
             accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+            norm = float(accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm))
+            if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler leaves such a step out
+                raise FloatingPointError(f"the gradients' norm is {norm} at step {step}; {advice(checkpoints)}")
             optimizer.step()
             schedule.step()
             model.clamp_scale()
@@ -113,7 +115,7 @@ def align(
                 metrics.write(
                     step,
                     loss=value,
-                    grad_norm=float(norm),
+                    grad_norm=norm,
                     scale=scale.item(),
                     lr=schedule.get_last_lr()[-1],
                     images_per_second=len(image) * accelerator.num_processes / (now - clock),
@@ -123,9 +125,17 @@ def align(
                 accelerator.save_state(str(checkpoints / f"step-{step}"))
                 accelerator.wait_for_everyone()
                 if accelerator.is_main_process:
-                    mark_complete(checkpoints / f"step-{step}")
+                    mark_complete(checkpoints / f"step-{step}", plan)
                     prune_checkpoints(checkpoints)
     return model.eval()
+
+
+def advice(checkpoints: Path) -> str:
+    """What to do about a number that is not finite."""
+    return (
+        f"last good checkpoint: {latest_checkpoint(checkpoints) or 'none'}. "
+        "Lower --align.lr or --align.tower_lr, or use fp32"
+    )
 
 
 def parameter_groups(model: LLM2CLIP, recipe: AlignRecipe) -> list[dict[str, Any]]:

@@ -3,23 +3,52 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import math
+import os
 import platform
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 
 COMPLETE = "complete"
 
 
-def mark_complete(checkpoint: Path) -> None:
-    """Declare a checkpoint whole: all its files were written. One without the mark is as good as absent."""
-    (checkpoint / COMPLETE).touch()
+def mark_complete(checkpoint: Path, plan: dict[str, Any]) -> None:
+    """Declare a checkpoint whole: all its files were written. One without the mark is as good as absent.
+
+    Args:
+        checkpoint: its folder.
+        plan: what a run must have in common with this one to go on from here, such as steps, batch and a hash of the
+            data.
+    """
+    tmp = checkpoint / f".{COMPLETE}"
+    tmp.write_text(json.dumps(plan))
+    tmp.replace(checkpoint / COMPLETE)
+
+
+def resumable(checkpoint: Path | None, plan: dict[str, Any]) -> Path | None:
+    """The checkpoint, if a run of this plan can go on from it.
+
+    Raises:
+        ValueError: the checkpoint is of another plan; the message names what differs.
+    """
+    if checkpoint is None:
+        return None
+    there = json.loads((checkpoint / COMPLETE).read_text())
+    differs = "; ".join(f"{k}: {there.get(k)} there, {v} now" for k, v in plan.items() if there.get(k) != v)
+    if differs:
+        raise ValueError(
+            f"{checkpoint} cannot be gone on from: {differs}. Give the run the data and the number of processes that "
+            f"it was begun with, or delete {checkpoint.parent} to begin the stage again"
+        )
+    return checkpoint
 
 
 def latest_checkpoint(folder: Path, prefix: str = "step-") -> Path | None:
@@ -45,6 +74,22 @@ def prune_checkpoints(folder: Path, keep: int = 2, prefix: str = "step-") -> Non
     paths = sorted(folder.glob(f"{prefix}*"), key=step_of)
     for path in paths[:-keep]:
         shutil.rmtree(path)
+
+
+def use_precision(precision: str) -> str:
+    """Accelerate's name for fp32, bf16 or fp16; what another stage or the launcher has chosen is forgotten."""
+    name = {"fp32": "no"}.get(precision, precision)
+    os.environ["ACCELERATE_MIXED_PRECISION"] = name
+    AcceleratorState._reset_state()
+    return name
+
+
+def digest(texts: Iterable[str]) -> str:
+    """A hash of texts in their order."""
+    whole = hashlib.sha256()
+    for text in texts:
+        whole.update(hashlib.sha256(text.encode(errors="surrogateescape")).digest())
+    return whole.hexdigest()[:16]
 
 
 def reuse_memory(device: torch.device) -> None:

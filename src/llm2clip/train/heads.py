@@ -7,6 +7,7 @@ many epochs of the heads cost seconds.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -55,11 +57,12 @@ def train_heads(
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     part = folder / f"features-{rank}-of-{world}.safetensors"
-    if not part.exists():
+    made_of = {"images": data.digest, "tower": json.dumps([model.config.tower, recipe.pretrained])}
+    if not part.exists() or _metadata(part) != made_of:
         index, features = _features(data, range(rank, data.count, world), model, recipe, log, accelerator)
         folder.mkdir(parents=True, exist_ok=True)
         tmp = part.with_suffix(".tmp")
-        save_file({"index": index, "features": features}, tmp)
+        save_file({"index": index, "features": features}, tmp, made_of)
         os.replace(tmp, part)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -114,10 +117,14 @@ def _train(
     per_epoch = len(index) // batch
     steps = per_epoch * recipe.head_epochs
     heads: list[nn.Parameter] = [*model.projection.parameters(), *model.adapter.parameters(), model.logit_scale]
-    matrices, vectors = [p for p in heads if p.ndim > 1], [p for p in heads if p.ndim <= 1]
+    matrices, vectors = [p for p in heads if p.ndim > 1], [p for p in heads if p.ndim == 1]
+    scale_lr = recipe.lr if recipe.scale_lr is None else recipe.scale_lr
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=recipe.lr,
+        [
+            {"params": matrices, "lr": recipe.lr, "weight_decay": recipe.weight_decay},
+            {"params": vectors, "lr": recipe.lr, "weight_decay": 0.0},
+            {"params": [model.logit_scale], "lr": scale_lr, "weight_decay": 0.0},
+        ]
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(steps, recipe.warmup))
     model.train()
@@ -144,6 +151,11 @@ def _train(
             metrics.write(step + 1, loss=loss.item(), scale=scale.item())
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as f:
+        return dict(f.metadata() or {})
 
 
 class _Whole(Dataset):

@@ -15,6 +15,13 @@ from llm2clip.data.images import ImageError, TrainTransform, load
 from llm2clip.data.records import Record
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.recipes import AlignRecipe
+from llm2clip.train.engine import digest
+
+
+def check_batch(images: int, batch: int) -> None:
+    """Raises ValueError where there are too few images for one step."""
+    if images < batch:
+        raise ValueError(f"{images} images are fewer than a batch of {batch}; lower --align.batch or add images")
 
 
 class Steps:
@@ -31,13 +38,11 @@ class Steps:
     ) -> None:
         usable = [r for r in records if r.image is not None]
         self.batch = recipe.batch * world
+        check_batch(len(usable), self.batch)
         self.per_epoch = len(usable) // self.batch
-        if self.per_epoch == 0:
-            raise ValueError(
-                f"{len(usable)} images are fewer than a batch of {self.batch}; lower --align.batch or add images"
-            )
         self.recipe, self.world, self.rank = recipe, world, rank
         self.count = len(usable)
+        self.digest = digest(str(r.image) for r in usable)
         self.short = [store.rows(r.captions) for r in usable]
         self.long = [store.rows(r.long_captions) for r in usable]
         self.images = _Images(

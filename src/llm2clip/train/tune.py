@@ -30,7 +30,16 @@ from llm2clip.data.captions import mixed_pairs
 from llm2clip.models.text import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, CaptionEncoder, length_batches
 from llm2clip.processes import processes
 from llm2clip.recipes import TuneRecipe
-from llm2clip.train.engine import MetricsLog, latest_checkpoint, mark_complete, reuse_memory, step_of
+from llm2clip.train.engine import (
+    MetricsLog,
+    digest,
+    latest_checkpoint,
+    mark_complete,
+    resumable,
+    reuse_memory,
+    step_of,
+    use_precision,
+)
 from llm2clip.train.losses import info_nce
 
 TRAINED = "trained.safetensors"
@@ -51,13 +60,10 @@ def tune(sources: Sequence[Sequence[Sequence[str]]], encoder: CaptionEncoder, re
     Raises:
         ValueError: a source has too few images with two captions for the batch.
     """
-    done = folder / "encoder"
-    if done.exists():
-        return done
-    if recipe.steps > 0:
+    done, state = folder / "encoder", processes()
+    if recipe.steps > 0 and not done.exists():
         _train(sources, encoder, recipe, folder)
-    state = processes()
-    if state.is_main_process:
+    if state.is_main_process and not done.exists():
         part = folder / ".encoder.part"
         shutil.rmtree(part, ignore_errors=True)
         encoder.save_pretrained(part)
@@ -70,6 +76,7 @@ def _train(
     sources: Sequence[Sequence[Sequence[str]]], encoder: CaptionEncoder, recipe: TuneRecipe, folder: Path
 ) -> None:
     torch.manual_seed(recipe.seed)
+    use_precision(recipe.precision)
     if recipe.lora_r:
         lora = LoraConfig(
             r=recipe.lora_r,
@@ -109,8 +116,9 @@ def _train(
     world = args.world_size
     batches = mixed_pairs(sources, recipe.weights, recipe.batch * world, recipe.steps, recipe.seed)
     pairs = [pair for batch in batches for pair in batch]
+    plan = {"steps": recipe.steps, "pairs": recipe.batch * world, "captions": digest(t for pair in pairs for t in pair)}
     with state.main_process_first():
-        resume = latest_checkpoint(folder / "checkpoints", "checkpoint-")
+        resume = resumable(latest_checkpoint(folder / "checkpoints", "checkpoint-"), plan)
     budget = recipe.batch_tokens or (GPU_BATCH_TOKENS if args.device.type == "cuda" else CPU_BATCH_TOKENS)
     trainer = TuneTrainer(
         model=encoder.st,
@@ -118,7 +126,7 @@ def _train(
         train_dataset=Dataset.from_dict({"anchor": [a for a, _ in pairs], "positive": [p for _, p in pairs]}),
         loss=CaptionContrastiveLoss(encoder, recipe.temperature, budget),
         data_collator=TokenCollator(preprocess_fn=encoder.tokenize),
-        callbacks=[TuneLog(folder / "metrics.jsonl", step_of(resume) if resume else 0)],
+        callbacks=[TuneLog(folder / "metrics.jsonl", step_of(resume) if resume else 0, plan)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -189,22 +197,26 @@ class TuneTrainer(SentenceTransformerTrainer):
 class TuneLog(TrainerCallback):
     """Metrics to JSONL, and the mark on whole checkpoints."""
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+    def __init__(self, path: Path, resume_step: int, plan: dict[str, Any]) -> None:
+        self.plan = plan
         self.log = MetricsLog(path, resume_step) if processes().is_main_process else None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs and not math.isfinite(logs["loss"]):
-            raise FloatingPointError(
-                f"the loss is {logs['loss']} at step {state.global_step}; checkpoints are in {args.output_dir}. "
-                "Lower --tune.lr, or use fp32"
-            )
+        # A gradient that is not finite makes the weights so; fp16's scaler is there to leave such steps out.
+        for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
+            if logs and name in logs and not math.isfinite(logs[name]):
+                raise FloatingPointError(
+                    f"{name} is {logs[name]} at step {state.global_step}; checkpoints are in {args.output_dir}. "
+                    "Lower --tune.lr, or use fp32"
+                )
         if self.log is not None and logs and "loss" in logs:
             keys = ("loss", "grad_norm", "learning_rate")
             self.log.write(state.global_step, **{k: float(logs[k]) for k in keys if k in logs})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        processes().wait_for_everyone()  # each writes a part
         if state.is_world_process_zero:
-            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.plan)
 
 
 class LossBar(ProgressCallback):
