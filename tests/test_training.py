@@ -216,10 +216,10 @@ def test_other_data_or_another_batch_is_not_gone_on_with(
     align(records, store, fresh_model(), recipe, tmp_path / "a", SkipLog())
     with pytest.raises(ValueError, match="images in a step: 10 there, 20 now"):
         align(records, store, fresh_model(), dataclasses.replace(recipe, batch=20), tmp_path / "a", SkipLog())
-    with pytest.raises(ValueError, match="images: .* there"):
+    with pytest.raises(ValueError, match=r"images: .* there"):
         align(records[::-1], store, fresh_model(), recipe, tmp_path / "a", SkipLog())
     shutil.rmtree(tune([IMAGES], CaptionEncoder.from_pretrained(llm, device="cpu"), TUNE, tmp_path))
-    with pytest.raises(ValueError, match="captions: .* there"):
+    with pytest.raises(ValueError, match=r"captions: .* there"):
         tune([IMAGES[::-1]], CaptionEncoder.from_pretrained(llm, device="cpu"), TUNE, tmp_path)
 
 
