@@ -37,7 +37,7 @@ def test_splits_by_name(write) -> None:
     file = write("a.jsonl", row(1, "train"), row(2), row(3, "none"), row(4, "val"), row(5, "test"))
     data = read_data([file], EvaluateRecipe(), {}, SkipLog())
     assert ids(data) == (["1", "2", "3"], ["4"])
-    assert "1 of other splits unused" in data.summary
+    assert "1 of other splits (test) unused" in data.summary
     assert ids(read_data([f"{file}@train+val"], EvaluateRecipe(data=[f"{file}@test"]), {}, SkipLog())) == (
         ["1", "4"],
         ["5"],

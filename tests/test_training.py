@@ -193,6 +193,7 @@ def test_heads_learn_first_and_the_tower_stays(records: list[Record], store: Emb
     recipe = dataclasses.replace(ALIGN, head_epochs=60, head_batch=15, lr=3e-3, warmup=0.0)
     model, before = fresh_model("test_vit"), fresh_model("test_vit").state_dict()
     data, log = Steps([*records, broken], store, model, recipe), SkipLog(tmp_path / "skipped.jsonl", limit=1.0)
+    log.seen = 31
     train_heads(data, store, model, recipe, tmp_path / "run", log, Accelerator())
     assert "broken.png" in (tmp_path / "skipped.jsonl").read_text()
     for name, tensor in model.state_dict().items():
