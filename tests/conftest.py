@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from llm2clip.processes import leave, processes
+from written import ROWS, image_bytes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -115,6 +116,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append(json.dumps(row) + "\n")
     (folder / "captions.jsonl").write_text("".join(lines))
     return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    for seed, row in enumerate(ROWS):
+        (tmp_path / row["image"]).write_bytes(image_bytes(seed, "PNG" if row["image"].endswith("png") else "JPEG"))
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,131 @@
+"""Every format gives the same records."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from llm2clip.data.records import Source, open_records
+from llm2clip.data.refs import FileImage, MemoryImage, ParquetImage, TarImage
+from llm2clip.data.skips import SkipLog
+from written import (
+    FORMATS,
+    ROWS,
+    embedded,
+    image_bytes,
+    write_jsonl,
+    write_tar,
+)
+
+
+@pytest.mark.parametrize("write", FORMATS, ids=lambda write: write.__name__)
+def test_every_format_gives_the_same_records(folder: Path, write: Callable[[Path], str]) -> None:
+    path, log = write(folder), SkipLog(folder / "skipped.jsonl")
+    records = list(open_records(path, log))
+    assert [(r.id, r.captions, r.split) for r in records] == [(r["id"], tuple(r["captions"]), r["split"]) for r in ROWS]
+    for record, row in zip(records, ROWS, strict=True):
+        image = pickle.loads(pickle.dumps(record)).image
+        assert image == record.image
+        assert image.read() == (folder / row["image"]).read_bytes()
+        with image.open() as stream:
+            assert Image.open(stream).size == Image.open(folder / row["image"]).size
+        assert str(folder) in str(image)
+        assert not isinstance(image, MemoryImage)  # all of these can be read again, so nothing is held
+    assert (log.seen, log.skipped.total(), log.dropped.total()) == (3, 0, 0)
+    assert (folder / "skipped.jsonl").read_text() == ""
+    assert [(r.id, r.captions) for r in open_records(path, images="ignore")] == [(r.id, r.captions) for r in records]
+
+
+def test_hub_names_are_streamed_with_the_splits_of_the_data_set(folder: Path) -> None:
+    pytest.importorskip("datasets")
+    (folder / "hub").mkdir()
+    for split, rows in (("train", ROWS[:2]), ("test", ROWS[2:])):
+        plain = [{"caption": row["captions"][0]} for row in rows]
+        write_jsonl(folder / f"hub/{split}.jsonl", plain)
+    records = list(open_records(f"hf:{folder / 'hub'}"))
+    assert sorted((r.split or "", r.captions) for r in records) == [
+        ("test", ("one",)),
+        ("train", ('a "dog"',)),
+        ("train", ("a cat",)),
+    ]
+    assert [r.captions for r in open_records(f"hf:{folder / 'hub'}@test")] == [("one",)]
+
+
+def test_a_saved_dict_gives_its_keys_as_splits(folder: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    parts = {name: datasets.Dataset.from_dict({"text": [name], "split": ["mine"]}) for name in ("train", "val")}
+    datasets.DatasetDict(parts).save_to_disk(folder / "saved")
+    assert [r.split for r in open_records(folder / "saved")] == ["train", "val"]
+    assert [r.captions for r in open_records(f"{folder / 'saved'}@val")] == [("val",)]
+    with pytest.raises(ValueError, match="no split test; it has train, val"):
+        list(open_records(f"{folder / 'saved'}@test"))
+    mapped = Source(str(folder / "saved"), ("mine",), {"split": "split"})
+    assert [r.split for r in open_records(mapped)] == ["mine", "mine"]
+
+
+def test_side_car_texts_have_a_caption_a_line(folder: Path) -> None:
+    (folder / "images/a.txt").write_text("first\n\n second \n")
+    (folder / "images/b.json").write_text('["a list"]')
+    (folder / "images/c.json").write_text('"a string"')
+    texts = {r.id: r.captions for r in open_records(folder / "images")}
+    assert texts == {"a": ("first", "second"), "b": ("a list",), "c": ("a string",)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'image,caption\na.jpg,one, two\nb.png,"say ""hi"", he said"\na.jpg,three\n',
+        'a.jpg,one, two\nb.png,"say ""hi"", he said"\na.jpg,three\n',
+        'a.jpg#0\tone, two\nb.png#0\tsay "hi", he said\na.jpg#1\tthree\n',
+    ],
+)
+def test_flickr8k_captions_beside_a_folder_of_images(folder: Path, text: str) -> None:
+    (folder / "captions.txt").write_text(text)
+    records = list(open_records(folder))
+    assert [r.captions for r in records] == [("one, two", "three"), ('say "hi", he said',)]
+    assert records[0].image == FileImage(str(folder / "images/a.jpg"))
+
+
+def test_a_tar_takes_text_files_and_other_names(folder: Path) -> None:
+    picture = image_bytes(1)
+    members = [
+        ("../../etc/a.jpg", picture),  # hostile, and only a key
+        ("../../etc/a.txt", b"one\ncaption"),
+        ("b.JPEG", picture),
+        ("b.seg.png", image_bytes(2, "PNG")),
+        ("b.json", b'{"caption": null, "long_captions": ["long"]}'),
+        ("b.txt", b'["x", "y"]'),
+    ]
+    path = write_tar(folder / "x.tar", members)
+    first, second = open_records(path)
+    assert (first.id, first.captions) == ("a", ("one\ncaption",))
+    assert (second.id, second.captions, second.long_captions) == ("b", ("x", "y"), ("long",))
+    assert second.texts == ("x", "y", "long")
+    assert isinstance(second.image, TarImage)
+    assert second.image.read() == picture
+    *_, mapped = open_records(Source(str(path), columns={"image": "seg.png"}), SkipLog(limit=1), images="exists")
+    assert mapped.image is not None
+    assert mapped.image.read() == image_bytes(2, "PNG")
+
+
+def test_parquet_cells_may_be_paths_of_files_and_are_found_across_row_groups(folder: Path) -> None:
+    rows = embedded(folder) * 3
+    rows[4] = rows[4] | {"image": {"bytes": None, "path": "images/b.png"}}
+    rows[5] = rows[5] | {"image": None}
+    pq.write_table(pa.Table.from_pylist(rows), folder / "x.parquet", row_group_size=4)
+    records = list(open_records(folder / "x.parquet"))
+    assert records[4].image == FileImage(str(folder / "images/b.png"))
+    assert records[5].image is None
+    for number in (8, 0, 3, 7):
+        image = records[number].image
+        assert image == ParquetImage(str(folder / "x.parquet"), number, "image")
+        assert image.read() == rows[number]["image"]["bytes"]
+    raw = pa.table({"image": [row["image"]["bytes"] for row in rows[:3]], "text": ["x", "y", "z"]})
+    pq.write_table(raw, folder / "raw.parquet")
+    assert [r.image.read() for r in open_records(folder / "raw.parquet") if r.image] == raw["image"].to_pylist()
