@@ -27,10 +27,11 @@ from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.models.vision import VisionTower
 from llm2clip.recipes import AlignRecipe, TuneRecipe
-from llm2clip.train.align import align, parameter_groups
+from llm2clip.train.align import align
 from llm2clip.train.engine import MetricsLog, cosine_schedule, latest_checkpoint, mark_complete, read_metrics, resumable
 from llm2clip.train.heads import train_heads
 from llm2clip.train.losses import info_nce
+from llm2clip.train.rates import parameter_groups
 from llm2clip.train.steps import Steps
 from llm2clip.train.tune import CaptionContrastiveLoss, tune
 
@@ -313,7 +314,7 @@ def test_rates_by_part(records: list[Record]) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(
     records: list[Record], store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm2clip.train.align.info_nce", lambda *_: torch.tensor(math.nan))
+    monkeypatch.setattr("llm2clip.train.align.info_nce_over_captions", lambda *_: torch.tensor(math.nan))
     with pytest.raises(FloatingPointError, match=r"step 1; last good checkpoint: none"):
         align(records, store, fresh_model(), ALIGN, tmp_path, SkipLog())
 

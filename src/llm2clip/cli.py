@@ -41,8 +41,11 @@ def main(args: list[str] | None = None) -> int:
     given = parser.instantiate(parser.parse_args(args))
     verb = given.subcommand
     try:
-        verbs[verb](given[verb])
-        _leave()
+        goodbye = verbs[verb](given[verb])
+        from llm2clip.processes import leave, say
+
+        say(*goodbye)
+        leave()
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from here.", file=sys.stderr)
         return 130
@@ -54,13 +57,13 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
-def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
-    """The parser and what each verb runs."""
+def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], list[str]]]]:
+    """The parser, and what each verb runs; it returns lines to end with: where the result is, and what to run next."""
     parser = ArgumentParser(prog="llm2clip", description=ABOUT, formatter_class=_formatter())
     verbs = parser.add_subcommands(metavar="VERB")
-    run: dict[str, Callable[[Namespace], None]] = {}
+    run: dict[str, Callable[[Namespace], list[str]]] = {}
 
-    def verb(name: str, function: Callable[[Namespace], None], about: str) -> ArgumentParser:
+    def verb(name: str, function: Callable[[Namespace], list[str]], about: str) -> ArgumentParser:
         sub = ArgumentParser(description=about)
         sub.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; later arguments override it")
         verbs.add_subcommand(name, sub, help=about)
@@ -122,65 +125,54 @@ def _reading(parser: ArgumentParser) -> None:
     parser.add_argument("--max_skipped", type=float, default=0.05, help="largest share of bad rows put up with")
 
 
-def say(line: str) -> None:
-    """`processes.say`, imported when there is something to say."""
-    from llm2clip.processes import say
-
-    say(line)
-
-
-def _fit(given: Namespace) -> None:
+def _fit(given: Namespace) -> list[str]:
     from llm2clip.fit import fit
 
     settings = {f.name: given[f.name] for f in dataclasses.fields(FitRecipe)}
     model = fit(given.data, Path(given.out), FitRecipe(**settings))
-    say(f"Next:   llm2clip evaluate {model} DATA")
+    return [f"Next:   llm2clip evaluate {model} DATA"]
 
 
-def _tune(given: Namespace) -> None:
+def _tune(given: Namespace) -> list[str]:
     from llm2clip.stages import tune_stage
 
     out = Path(given.out)
     encoder = tune_stage(given.data, out, given.encoder, given.tune, given.columns, given.max_skipped)
-    say(f"Caption encoder: {encoder}\nNext: llm2clip embed DATA --encoder.path {encoder} --out STORE")
+    return [f"Caption encoder: {encoder}", f"Next: llm2clip embed DATA --encoder.path {encoder} --out STORE"]
 
 
-def _embed(given: Namespace) -> None:
+def _embed(given: Namespace) -> list[str]:
     from llm2clip.stages import embed_stage
 
     out = Path(given.out)
     store = embed_stage(given.data, out, given.encoder, given.embed, given.columns, given.max_skipped)
-    say(f"Store: {out} ({len(store):,} captions)")
-    say(f"Next: llm2clip align DATA --store {out} --encoder.path {given.encoder.path} --out RUN")
+    following = f"llm2clip align DATA --store {out} --encoder.path {given.encoder.path} --out RUN"
+    return [f"Store: {out} ({len(store):,} captions)", f"Next: {following}"]
 
 
-def _align(given: Namespace) -> None:
+def _align(given: Namespace) -> list[str]:
     from llm2clip.stages import align_stage
 
     store, out = Path(given.store), Path(given.out)
     model = align_stage(given.data, store, out, given.encoder, given.align, given.columns, given.max_skipped)
-    say(f"Model: {model}\nNext: llm2clip evaluate {model} DATA")
+    return [f"Model: {model}", f"Next: llm2clip evaluate {model} DATA"]
 
 
-def _evaluate(given: Namespace) -> None:
+def _evaluate(given: Namespace) -> list[str]:
     from llm2clip.stages import evaluate_stage
 
     captions, out = given.captions or [], Path(given.out) if given.out else None
     evaluate_stage(
         given.model, given.data or [], captions, out, given.encoder, given.evaluate, given.columns, given.max_skipped
     )
+    return []
 
 
-def _quickstart(given: Namespace) -> None:
+def _quickstart(given: Namespace) -> list[str]:
     from llm2clip.quickstart.run import quickstart
 
     quickstart(Path(given.out), offline=given.offline, hub=given.hub)
-
-
-def _leave() -> None:
-    from llm2clip.processes import leave
-
-    leave()
+    return []
 
 
 def _formatter() -> type:

@@ -28,16 +28,15 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.cache.embed import embed
-from llm2clip.data.skips import SkipLog
 from llm2clip.evaluate.captions import caption_accuracy
 from llm2clip.evaluate.model import evaluate_model
 from llm2clip.evaluate.report import write_report
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.processes import once, processes, say
-from llm2clip.recipes import FitRecipe, keep
+from llm2clip.recipes import FitRecipe
 from llm2clip.split import read_data, tuning_captions
-from llm2clip.stages import new_model, open_encoder
+from llm2clip.stages import begin, new_model, open_encoder
 from llm2clip.train.align import align
 from llm2clip.train.engine import read_metrics
 from llm2clip.train.steps import check_batch
@@ -47,9 +46,7 @@ from llm2clip.train.tune import tune
 def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
     """Tune, embed, align, evaluate; returns the model folder. See `llm2clip fit --help`."""
     state = processes()
-    if state.is_main_process:
-        keep({"data": list(data), **dataclasses.asdict(recipe)}, out / "recipe.yaml")
-    log = SkipLog(out / "skipped.jsonl" if state.is_main_process else None, recipe.max_skipped)
+    log = begin(out, {"data": list(data), **dataclasses.asdict(recipe)}, recipe.max_skipped)
     records = read_data(data, recipe.evaluate, recipe.columns, log)
     say(records.summary, log.summary())
 

@@ -28,7 +28,7 @@ def processes() -> PartialState:
 
 def say(*lines: str) -> None:
     """Print once in a distributed run."""
-    if processes().is_main_process:
+    if lines and processes().is_main_process:
         print(*lines, sep="\n", flush=True)
 
 

@@ -38,7 +38,7 @@ def tune_stage(
 ) -> Path:
     """`llm2clip tune`: the folder of the tuned caption encoder, `out/encoder`."""
     settings = {"data": list(data), "columns": columns, "encoder": encoder, "tune": recipe}
-    log = _begin(out, settings, max_skipped)
+    log = begin(out, settings, max_skipped)
     sources = dataclasses.replace(recipe, data=[*data, *recipe.data])
     texts = tuning_captions(Data([], {}, ""), sources, columns, log)
     say(log.summary())
@@ -72,7 +72,7 @@ def align_stage(
 ) -> Path:
     """`llm2clip align`: the trained model folder, `out/model`."""
     settings = {"data": list(data), "columns": columns, "store": store_folder, "encoder": encoder, "align": recipe}
-    log = _begin(out, settings, max_skipped)
+    log = begin(out, settings, max_skipped)
     folder = out / "model"
     if folder.exists():
         return folder
@@ -158,7 +158,8 @@ def new_model(recipe: AlignRecipe, store: EmbeddingStore) -> LLM2CLIP:
     return LLM2CLIP(config, tower).to(processes().device)
 
 
-def _begin(out: Path, settings: dict[str, Any], max_skipped: float) -> SkipLog:
+def begin(out: Path, settings: dict[str, Any], max_skipped: float) -> SkipLog:
+    """Keep the settings of a run in its folder, or refuse others; the log of what it skips."""
     main = processes().is_main_process
     if main:
         keep(settings, out / "recipe.yaml")

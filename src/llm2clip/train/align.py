@@ -11,12 +11,10 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
 from tqdm.auto import tqdm
 
 from llm2clip.cache.store import EmbeddingStore
@@ -37,7 +35,8 @@ from llm2clip.train.engine import (
     use_precision,
 )
 from llm2clip.train.heads import train_heads
-from llm2clip.train.losses import info_nce
+from llm2clip.train.losses import info_nce_over_captions
+from llm2clip.train.rates import parameter_groups
 from llm2clip.train.steps import Steps
 
 
@@ -57,19 +56,18 @@ def align(
     Raises:
         ValueError: there are fewer images than a batch.
         TooManySkipped: too many images cannot be decoded.
-        FloatingPointError: the loss is not finite; the message names the step and the last good checkpoint.
+        FloatingPointError: the loss or a gradient is not finite; the message names the step and the last good checkpoint.
     """
-    processes()
+    processes()  # before Accelerate decides by itself whether this is one of several
     accelerator = Accelerator(mixed_precision=use_precision(recipe.precision))
     set_seed(recipe.seed)
     reuse_memory(accelerator.device)
     data = Steps(records, store, model, recipe, accelerator.num_processes, accelerator.process_index)
     steps = len(data)
     checkpoints = folder / "checkpoints"
-    resume = latest_checkpoint(checkpoints) if accelerator.is_main_process else None
-    accelerator.wait_for_everyone()
     plan = {"steps": steps, "images in a step": data.batch, "images": data.digest}
-    resume = resumable(resume or latest_checkpoint(checkpoints), plan)
+    with accelerator.main_process_first():
+        resume = resumable(latest_checkpoint(checkpoints), plan)
     if recipe.head_epochs and resume is None:
         train_heads(data, store, model, recipe, folder, log, accelerator)
         set_seed(recipe.seed)
@@ -95,8 +93,7 @@ def align(
             with accelerator.autocast():
                 image, text, scale = net(pixels=pixels.to(accelerator.device), embeddings=embeddings)
             ids = torch.from_numpy(rows).to(accelerator.device)
-            losses = [info_nce(image, t, scale, i) for t, i in zip(text.split(len(image)), ids, strict=True)]
-            loss = torch.stack(losses).mean()
+            loss = info_nce_over_captions(image, text, scale, ids)
             value = accelerator.reduce(loss.detach(), "mean").item()  # of the whole batch, the same on every process
             if not math.isfinite(value):
                 raise FloatingPointError(f"the loss is {value} at step {step}; {advice(checkpoints)}")
@@ -136,26 +133,3 @@ def advice(checkpoints: Path) -> str:
         f"last good checkpoint: {latest_checkpoint(checkpoints) or 'none'}. "
         "Lower --align.lr or --align.tower_lr, or use fp32"
     )
-
-
-def parameter_groups(model: LLM2CLIP, recipe: AlignRecipe) -> list[dict[str, Any]]:
-    """AdamW's groups: the tower by layer with its decay, the projection and the adapter, the logit scale last.
-
-    Vectors (biases, norms, the scale) get no weight decay, as in CLIP. A tower rate of 0 freezes the tower.
-    """
-    tower = model.tower
-    tower.requires_grad_(recipe.tower_lr > 0)
-    depth = tower.layer_of()
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, p in model.named_parameters():
-        if not p.requires_grad or name == "logit_scale":
-            continue
-        lr = recipe.lr
-        if name.startswith("tower."):
-            above = tower.num_layers - 1 - depth[name.removeprefix("tower.")]
-            lr = recipe.tower_lr * recipe.layer_decay**above
-        decay = recipe.weight_decay if p.ndim > 1 else 0.0
-        groups.setdefault((lr, decay), []).append(p)
-    scale_lr = recipe.lr if recipe.scale_lr is None else recipe.scale_lr
-    out: list[dict[str, Any]] = [{"params": ps, "lr": lr, "weight_decay": wd} for (lr, wd), ps in groups.items()]
-    return [*out, {"params": [model.logit_scale], "lr": scale_lr, "weight_decay": 0.0}]

@@ -7,6 +7,7 @@ many epochs of the heads cost seconds.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -23,13 +24,14 @@ from tqdm.auto import tqdm
 
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.data.captions import epoch_order
-from llm2clip.data.images import EvalTransform, ImageError, load
+from llm2clip.data.images import EvalTransform
 from llm2clip.data.skips import SkipLog
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.recipes import AlignRecipe
 from llm2clip.train.engine import MetricsLog, cosine_schedule
-from llm2clip.train.losses import info_nce
-from llm2clip.train.steps import Steps
+from llm2clip.train.losses import info_nce_over_captions
+from llm2clip.train.rates import parameter_groups
+from llm2clip.train.steps import Steps, decoded
 
 
 def train_heads(
@@ -116,16 +118,9 @@ def _train(
     batch = min(recipe.head_batch, len(index))
     per_epoch = len(index) // batch
     steps = per_epoch * recipe.head_epochs
-    heads: list[nn.Parameter] = [*model.projection.parameters(), *model.adapter.parameters(), model.logit_scale]
-    matrices, vectors = [p for p in heads if p.ndim > 1], [p for p in heads if p.ndim == 1]
-    scale_lr = recipe.lr if recipe.scale_lr is None else recipe.scale_lr
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "lr": recipe.lr, "weight_decay": recipe.weight_decay},
-            {"params": vectors, "lr": recipe.lr, "weight_decay": 0.0},
-            {"params": [model.logit_scale], "lr": scale_lr, "weight_decay": 0.0},
-        ]
-    )
+    groups = parameter_groups(model, dataclasses.replace(recipe, tower_lr=0.0))
+    heads = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(steps, recipe.warmup))
     model.train()
     with tqdm(total=steps, desc="heads", unit="step") as bar:
@@ -138,19 +133,17 @@ def _train(
             image = F.normalize(model.projection(features[torch.from_numpy(members)].float().to(model.device)), dim=-1)
             _, text, scale = model(embeddings=torch.from_numpy(store.take(rows.ravel())).to(model.device))
             ids = torch.from_numpy(rows).to(model.device)
-            losses = [
-                info_nce(image, t, scale, i, gather=False) for t, i in zip(text.split(len(image)), ids, strict=True)
-            ]
-            loss = torch.stack(losses).mean()
+            loss = info_nce_over_captions(image, text, scale, ids, gather=False)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(heads, recipe.max_grad_norm)
             optimizer.step()
             schedule.step()
             model.clamp_scale()
-            metrics.write(step + 1, loss=loss.item(), scale=scale.item())
+            value = loss.item()
+            metrics.write(step + 1, loss=value, scale=scale.item())
             bar.update()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.set_postfix(loss=f"{value:.3f}")
 
 
 def _metadata(file: Path) -> dict[str, str]:
@@ -170,7 +163,4 @@ class _Whole(Dataset):
 
     def __getitem__(self, n: int) -> tuple[int, Tensor | str]:
         index = self.indices[n]
-        try:
-            return index, self.transform(load(self.refs[index]))
-        except (ImageError, OSError) as error:
-            return index, str(error)
+        return index, decoded(self.refs[index], self.transform)

@@ -47,3 +47,18 @@ def info_nce(
             same[torch.arange(len(image), device=image.device), target] = False
             to_text, to_image = to_text.masked_fill(same, -torch.inf), to_image.masked_fill(same, -torch.inf)
         return (F.cross_entropy(to_text, target) + F.cross_entropy(to_image, target)) / 2
+
+
+def info_nce_over_captions(
+    image: Tensor, text: Tensor, scale: Tensor | float, ids: Tensor, gather: bool = True
+) -> Tensor:
+    """The mean of `info_nce` over several captions of each image, each against the same image vectors.
+
+    Args:
+        image: (N, D).
+        text: (K * N, D), the K-th captions of all images together.
+        scale, gather: as in `info_nce`.
+        ids: (K, N) integers naming the texts.
+    """
+    parts = zip(text.split(len(image)), ids, strict=True)
+    return torch.stack([info_nce(image, part, scale, names, gather) for part, names in parts]).mean()

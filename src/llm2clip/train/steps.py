@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from llm2clip.cache.store import EmbeddingStore
 from llm2clip.data.captions import epoch_order
 from llm2clip.data.images import ImageError, TrainTransform, load
 from llm2clip.data.records import Record
+from llm2clip.data.refs import ImageRef
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.recipes import AlignRecipe
 from llm2clip.train.engine import digest
@@ -120,7 +122,13 @@ class _Images(Dataset):
         epoch, index = at
         ref = self.refs[index]
         seed = int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0])
-        try:
-            return str(ref), self.transform(load(ref), torch.Generator().manual_seed(seed)), epoch, index
-        except (ImageError, OSError) as error:
-            return str(ref), str(error), epoch, index
+        generator = torch.Generator().manual_seed(seed)
+        return str(ref), decoded(ref, partial(self.transform, generator=generator)), epoch, index
+
+
+def decoded(ref: ImageRef, transform: Callable[[Tensor], Tensor]) -> Tensor | str:
+    """The transformed image, or why it cannot be decoded."""
+    try:
+        return transform(load(ref))
+    except (ImageError, OSError) as error:
+        return str(error)
