@@ -56,7 +56,7 @@ def align(
     Raises:
         ValueError: there are fewer images than a batch.
         TooManySkipped: too many images cannot be decoded.
-        FloatingPointError: the loss or a gradient is not finite; the message names the step and the last good checkpoint.
+        FloatingPointError: the loss or a gradient is not finite; the message names the step and the last checkpoint.
     """
     processes()  # before Accelerate decides by itself whether this is one of several
     accelerator = Accelerator(mixed_precision=use_precision(recipe.precision))
