@@ -14,7 +14,7 @@ from PIL import Image
 from llm2clip.models import gguf
 from llm2clip.quickstart import assets, emoji, wording
 from llm2clip.quickstart.assets import Asset, AssetError, resolve
-from llm2clip.quickstart.picture import draw_results
+from llm2clip.quickstart.picture import _matplotlib_font, draw_results
 
 FILES = {"thing/a.txt": b"a", "thing/sub/b.txt": b"b", "thing/.hidden.txt": b"", "thing/c.py": b"", "other/d.txt": b"d"}
 
@@ -273,3 +273,16 @@ def test_minilm_keeps_its_folders() -> None:
     )
     assert vectors.shape == (3, 384)
     assert vectors[0] @ vectors[1] > 0.6 > 0.3 > vectors[0] @ vectors[2]
+
+
+def test_the_upright_face_is_chosen_whatever_the_order_of_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matplotlib lists fonts as the file system does: a picture must not turn italic on another machine."""
+    from matplotlib import font_manager
+
+    faces = font_manager.fontManager.ttflist
+    for turned in (faces, faces[::-1]):
+        monkeypatch.setattr(font_manager.fontManager, "ttflist", list(turned))
+        _matplotlib_font.cache_clear()
+        assert Path(_matplotlib_font("DejaVu Sans")).name == "DejaVuSans.ttf"
+    _matplotlib_font.cache_clear()
+    assert _matplotlib_font("No Such Family") is None

@@ -180,7 +180,10 @@ def _cjk_font(offline: bool) -> str | None:
 def _matplotlib_font(family: str) -> str | None:
     from matplotlib import font_manager
 
-    return next((entry.fname for entry in font_manager.fontManager.ttflist if entry.name == family), None)
+    try:  # by its scores: a family is listed in the order of the file system, in which an oblique face may be the first
+        return str(font_manager.findfont(font_manager.FontProperties(family=[family]), fallback_to_default=False))
+    except ValueError:
+        return None
 
 
 @cache
