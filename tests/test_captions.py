@@ -1,51 +1,8 @@
-"""Which captions a step sees."""
+"""Names of captions and orders of epochs."""
 
 from __future__ import annotations
 
-import pytest
-
-from llm2clip.data.captions import caption_key, caption_pairs, epoch_order, mixed_pairs, unique
-
-IMAGES = [[f"image {i} caption {j}" for j in range(2 + i % 4)] for i in range(40)] + [["the same"], ["twice", "twice"]]
-
-
-def test_a_batch_has_each_image_and_each_text_once() -> None:
-    shared = [["a dog", f"dog {i}"] for i in range(10)]  # one text in ten images
-    images = [*IMAGES, *shared]
-    owner = {t: i for i, texts in enumerate(images) for t in texts if t != "a dog"}
-    for batch in caption_pairs(images, 30, 20, seed=1):
-        texts = [t for pair in batch for t in pair]
-        assert len(set(texts)) == len(texts) == 60
-        owners = [owner.get(a, owner.get(b)) for a, b in batch]
-        assert len(set(owners)) == 30
-        for a, b in batch:
-            assert any(a in captions and b in captions for captions in images)
-
-
-def test_the_same_seed_gives_the_same_pairs_and_a_pass_sees_every_image() -> None:
-    one, two = (list(caption_pairs(IMAGES, 8, 5, seed=3)) for _ in range(2))
-    assert one == two != list(caption_pairs(IMAGES, 8, 5, seed=4))
-    assert len({a.split(" caption")[0] for batch in one for a, _ in batch}) == 40  # 5 batches of 8 are one pass
-
-
-def test_too_few_images_is_an_error() -> None:
-    with pytest.raises(ValueError, match="there are 40"):
-        next(caption_pairs(IMAGES, 41, 1, seed=0))
-    with pytest.raises(ValueError, match="without a caption in common"):
-        next(caption_pairs([["a", "b"], ["b", "a"], ["a", "b"]], 2, 1, seed=0))
-
-
-def test_a_batch_is_of_one_source_as_often_as_its_weight_says() -> None:
-    other = [[f"other {i} {j}" for j in range(3)] for i in range(20)]
-    batches = list(mixed_pairs([IMAGES, other], [1, 3], 8, 400, seed=0))
-    kinds = [{text.startswith("other") for pair in batch for text in pair} for batch in batches]
-    assert all(len(k) == 1 for k in kinds)
-    assert sum(k == {True} for k in kinds) == pytest.approx(300, abs=30)
-    assert batches == list(mixed_pairs([IMAGES, other], [1, 3], 8, 400, seed=0))
-    assert list(mixed_pairs([IMAGES], [], 8, 5, seed=3)) == list(caption_pairs(IMAGES, 8, 5, seed=3))
-    for wrong in ([], [1], [1, 0]):
-        with pytest.raises(ValueError, match="2 sources need"):
-            next(mixed_pairs([IMAGES, other], wrong, 8, 1, seed=0))
+from llm2clip.data.captions import caption_key, epoch_order, unique
 
 
 def test_keys_and_orders() -> None:

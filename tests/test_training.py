@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from conftest import distributed
 from llm2clip.cache.embed import embed
 from llm2clip.cache.store import EmbeddingStore
-from llm2clip.data.captions import caption_pairs, epoch_order
+from llm2clip.data.captions import epoch_order
 from llm2clip.data.images import EvalTransform, load
+from llm2clip.data.pairs import caption_pairs
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.refs import FileImage
 from llm2clip.data.skips import SkipLog, TooManySkipped
@@ -28,7 +29,15 @@ from llm2clip.models.text import CaptionEncoder
 from llm2clip.models.vision import VisionTower
 from llm2clip.recipes import AlignRecipe, TuneRecipe
 from llm2clip.train.align import align
-from llm2clip.train.engine import MetricsLog, cosine_schedule, latest_checkpoint, mark_complete, read_metrics, resumable
+from llm2clip.train.engine import (
+    MetricsLog,
+    chosen_precision,
+    cosine_schedule,
+    latest_checkpoint,
+    mark_complete,
+    read_metrics,
+    resumable,
+)
 from llm2clip.train.heads import train_heads
 from llm2clip.train.losses import info_nce
 from llm2clip.train.rates import parameter_groups
@@ -36,7 +45,7 @@ from llm2clip.train.steps import Steps
 from llm2clip.train.tune import CaptionContrastiveLoss, tune
 
 IMAGES = [[f"image {i} shows {w}" for w in ("a dog", "two cats in the snow", "x")] for i in range(24)]
-TUNE = TuneRecipe(steps=6, batch=6, lr=1e-2, checkpoint_every=2, lora_dropout=0.1)
+TUNE = TuneRecipe(steps=6, batch=6, lr=1e-2, checkpoint_every=2, lora_dropout=0.1, precision="fp32")
 ALIGN = AlignRecipe(width=12, epochs=4, batch=10, checkpoint_every=5, workers=0, image_size=64)
 
 
@@ -44,9 +53,9 @@ class Killed(BaseException):
     """Stands for kill -9: nothing catches it."""
 
 
-@pytest.mark.parametrize("lora_r", [4, 0])
-def test_tune_goes_on_exactly(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora_r: int) -> None:
-    recipe = dataclasses.replace(TUNE, lora_r=lora_r)
+@pytest.mark.parametrize("change", [{}, {"lora_r": 0, "alike": 3}, {"precision": "bf16"}], ids=str)
+def test_tune_goes_on_exactly(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict) -> None:
+    recipe = dataclasses.replace(TUNE, **change)
     whole = tune([IMAGES], CaptionEncoder.from_pretrained(llm, device="cpu"), recipe, tmp_path / "whole")
     forward, calls = CaptionContrastiveLoss.forward, []
 
@@ -87,6 +96,22 @@ def test_tunes_loss_is_that_of_the_padded_batch(llm: Path) -> None:
     ours = CaptionContrastiveLoss(encoder, 0.05, batch_tokens=64)([{"ids": ids}])
     a, b = (torch.nn.functional.normalize(encoder(part), dim=-1) for part in (ids[:8], ids[8:]))
     assert ours.item() == pytest.approx(info_nce(a, b, 20.0).item(), abs=1e-5)
+
+
+def test_full_tuning_leaves_the_table_of_token_embeddings(llm: Path, tmp_path: Path) -> None:
+    raw, encoder = (CaptionEncoder.from_pretrained(llm, device="cpu") for _ in range(2))
+    tune([IMAGES], encoder, dataclasses.replace(TUNE, lora_r=0, steps=3), tmp_path)
+    before, after = raw.llm.state_dict(), CaptionEncoder.from_pretrained(tmp_path / "encoder").llm.state_dict()
+    assert {name for name in before if torch.equal(before[name], after[name])} == {"embed_tokens.weight"}
+
+
+@pytest.mark.parametrize(("asked", "capable", "chosen"), [("auto", True, "bf16"), ("auto", False, "fp32"),
+                                                          ("fp32", True, "fp32"), ("fp16", False, "fp16")])  # fmt: skip
+def test_precision_is_what_the_device_is_good_at(
+    asked: str, capable: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": capable}, raising=False)
+    assert chosen_precision(asked, torch.device("cpu")) == chosen
 
 
 def test_tune_stops_at_a_loss_that_is_not_finite(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

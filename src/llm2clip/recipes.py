@@ -48,15 +48,17 @@ class TuneRecipe:
             all of it.
         steps: optimizer steps; 0 leaves the LLM raw.
         batch: pairs in a step and on each device; every other caption of the step is a negative.
+        alike: images that come into a batch together since their captions are alike, as harder negatives: 32 suits
+            tens of thousands of images; among millions, near-duplicates would meet. 1 draws all at random.
         lr: peak learning rate, reached after `warmup` and falling to zero along a cosine.
         warmup: share of the steps.
         temperature: of the contrastive loss; cosines are divided by it.
         weight_decay: of AdamW.
-        lora_r: rank of LoRA on all linear layers; 0 tunes all weights instead.
+        lora_r: rank of LoRA on all linear layers; 0 tunes all weights instead, but for the table of token embeddings.
         lora_alpha: scale of LoRA.
         lora_dropout: dropout before LoRA.
         batch_tokens: tokens in a forward pass, padding included; null chooses for the device.
-        precision: fp32, bf16 or fp16.
+        precision: fp32, bf16 or fp16; auto is bf16 where the device multiplies it in hardware, else fp32.
         max_grad_norm: gradients are clipped to this norm.
         checkpoint_every: steps between checkpoints.
         seed: of pairs, LoRA and dropout.
@@ -68,6 +70,7 @@ class TuneRecipe:
     exclude_id: str = r"^\d{5,}|^.+"
     steps: int = 150
     batch: int = 128
+    alike: int = 1
     lr: float = 1e-3
     warmup: float = 0.1
     temperature: float = 0.05
@@ -76,7 +79,7 @@ class TuneRecipe:
     lora_alpha: int = 32
     lora_dropout: float = 0.0
     batch_tokens: int | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     max_grad_norm: float = 1.0
     checkpoint_every: int = 25
     seed: int = 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,15 +24,17 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from llm2clip.data.captions import mixed_pairs
+from llm2clip.data.pairs import mixed_pairs
 from llm2clip.models.text import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, CaptionEncoder, length_batches
 from llm2clip.processes import processes
 from llm2clip.recipes import TuneRecipe
 from llm2clip.train.engine import (
     MetricsLog,
+    chosen_precision,
     digest,
     latest_checkpoint,
     mark_complete,
@@ -76,7 +79,9 @@ def _train(
     sources: Sequence[Sequence[Sequence[str]]], encoder: CaptionEncoder, recipe: TuneRecipe, folder: Path
 ) -> None:
     torch.manual_seed(recipe.seed)
-    use_precision(recipe.precision)
+    state = processes()
+    precision = chosen_precision(recipe.precision, state.device)
+    use_precision(precision)
     if recipe.lora_r:
         lora = LoraConfig(
             r=recipe.lora_r,
@@ -85,7 +90,8 @@ def _train(
             target_modules="all-linear",
         )
         encoder.st[0].model = get_peft_model(encoder.llm, lora)
-    state = processes()
+    else:  # the table is large, and captions read few rows of it
+        encoder.llm.get_input_embeddings().requires_grad_(False)
     args = SentenceTransformerTrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=recipe.steps,
@@ -95,8 +101,8 @@ def _train(
         warmup_steps=max(1, round(recipe.warmup * recipe.steps)),
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
-        bf16=recipe.precision == "bf16",
-        fp16=recipe.precision == "fp16",
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
         use_cpu=state.device.type == "cpu",
         seed=recipe.seed,
         batch_sampler=cast(Any, _sequential),
@@ -114,7 +120,7 @@ def _train(
     reuse_memory(args.device)
     args._n_gpu = 1  # one process a device, under a launcher: never torch.nn.DataParallel
     world = args.world_size
-    batches = mixed_pairs(sources, recipe.weights, recipe.batch * world, recipe.steps, recipe.seed)
+    batches = mixed_pairs(sources, recipe.weights, recipe.batch * world, recipe.steps, recipe.seed, recipe.alike)
     pairs = [pair for batch in batches for pair in batch]
     plan = {"steps": recipe.steps, "pairs": recipe.batch * world, "captions": digest(t for pair in pairs for t in pair)}
     with state.main_process_first():
@@ -151,13 +157,20 @@ class CaptionContrastiveLoss(nn.Module):
         ids: list[list[int]] = next(iter(features))["ids"]
         order: list[int] = []
         vectors = []
-        for rows in length_batches([len(i) for i in ids], self.batch_tokens):
-            batch = self._encoder[0].features([ids[r] for r in rows])
-            vectors.append(self.model(batch)["sentence_embedding"].float())
-            order += rows
+        with _attention(self._encoder[0].device):
+            for rows in length_batches([len(i) for i in ids], self.batch_tokens):
+                batch = self._encoder[0].features([ids[r] for r in rows])
+                vectors.append(self.model(batch)["sentence_embedding"].float())
+                order += rows
         vector = F.normalize(torch.cat(vectors)[torch.tensor(order).argsort()], dim=-1)
         half = len(ids) // 2
         return info_nce(vector[:half], vector[half:], self.scale)
+
+
+def _attention(device: torch.device) -> AbstractContextManager[None]:
+    """On a CPU, plain products in place of PyTorch's fused attention, whose backward pass takes ten times as long for
+    short captions in bf16 (`benchmarks/tune.py`)."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 @dataclass
