@@ -14,7 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from llm2clip.data.pairs import Captions
 from llm2clip.processes import leave, processes
+from llm2clip.recipes import TuneRecipe
 from written import ROWS, image_bytes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,6 +32,11 @@ COLOURS = {
     "black": (10, 10, 10),
     "white": (245, 245, 245),
 }
+CAPTIONS = [
+    Captions(tuple(f"image {i} shows {w}" for w in ("a dog", "two cats in the snow", "x")), (f"A longer text of {i}.",))
+    for i in range(24)
+]
+TUNE = TuneRecipe(steps=6, batch=6, lr=1e-2, checkpoint_every=2, lora_dropout=0.1, precision="fp32")
 SHAPES = ("left half", "right half", "upper half", "lower half", "middle", "border")
 
 
@@ -72,6 +79,7 @@ def make_llm(folder: Path, family: str = "llama", layers: int = 3, seed: int = 0
         pad_token_id=0,
         eos_token_id=0,
         bos_token_id=None,
+        tie_word_embeddings=True,
     )
     model = AutoModel.from_config(config)
     with torch.no_grad():  # far from zero, so that attention matters
@@ -133,6 +141,10 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("LLM2CLIP_DATA is not set: no real data here")
     return Path(folder)
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it."""
 
 
 def distributed(count: int, function: Callable[..., None], *args: Any) -> None:

@@ -1,56 +1,95 @@
-"""Which pairs of captions a step of tune sees."""
+"""Which pairs of texts a step of tune sees."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from llm2clip.data.alike import grouped_order, points
-from llm2clip.data.pairs import caption_pairs, mixed_pairs
+from llm2clip.data.pairs import LENGTHS, Captions, Pair, batches_of_pairs, can_pair, draw_pair
 
-IMAGES = [[f"image {i} caption {j}" for j in range(2 + i % 4)] for i in range(40)] + [["the same"], ["twice", "twice"]]
+IMAGES = [
+    *(Captions(tuple(f"image {i} caption {j}" for j in range(2 + i % 4))) for i in range(40)),
+    Captions(("the same",)),
+    Captions(("twice", "twice")),
+]
+
+
+def of_one_source(images: list[Captions], batch: int, steps: int, seed: int, alike: int = 1) -> list[list[Pair]]:
+    return list(batches_of_pairs([images], [], batch, steps, seed, alike))
 
 
 def test_a_batch_has_each_image_and_each_text_once() -> None:
-    shared = [["a dog", f"dog {i}"] for i in range(10)]  # one text in ten images
+    shared = [Captions(("a dog", f"dog {i}")) for i in range(10)]  # one text in ten images
     images = [*IMAGES, *shared]
-    owner = {t: i for i, texts in enumerate(images) for t in texts if t != "a dog"}
-    for batch in caption_pairs(images, 30, 20, seed=1):
-        texts = [t for pair in batch for t in pair]
+    owner = {t: i for i, captions in enumerate(images) for t in captions.texts if t != "a dog"}
+    for batch in of_one_source(images, 30, 20, seed=1):
+        texts = [t for pair in batch for t in pair.texts]
         assert len(set(texts)) == len(texts) == 60
-        owners = [owner.get(a, owner.get(b)) for a, b in batch]
+        owners = [owner.get(p.first, owner.get(p.second)) for p in batch]
         assert len(set(owners)) == 30
-        for a, b in batch:
-            assert any(a in captions and b in captions for captions in images)
+        for pair in batch:
+            assert any({pair.first, pair.second} <= set(captions.texts) for captions in images)
 
 
 def test_the_same_seed_gives_the_same_pairs_and_a_pass_sees_every_image() -> None:
-    one, two = (list(caption_pairs(IMAGES, 8, 5, seed=3)) for _ in range(2))
-    assert one == two != list(caption_pairs(IMAGES, 8, 5, seed=4))
-    assert len({a.split(" caption")[0] for batch in one for a, _ in batch}) == 40  # 5 batches of 8 are one pass
-    alike = list(caption_pairs(IMAGES, 8, 5, seed=3, alike=4))
-    assert alike == list(caption_pairs(IMAGES, 8, 5, seed=3, alike=4)) != one
-    assert len({a.split(" caption")[0] for batch in alike for a, _ in batch}) == 40
+    one, two = (of_one_source(IMAGES, 8, 5, seed=3) for _ in range(2))
+    assert one == two != of_one_source(IMAGES, 8, 5, seed=4)
+    alike = of_one_source(IMAGES, 8, 5, seed=3, alike=4)
+    assert alike == of_one_source(IMAGES, 8, 5, seed=3, alike=4) != one
+    for batches in (one, alike):  # 5 batches of 8 are one pass
+        assert len({p.first.split(" caption")[0] for batch in batches for p in batch}) == 40
 
 
 def test_too_few_images_is_an_error() -> None:
     with pytest.raises(ValueError, match="there are 40"):
-        next(caption_pairs(IMAGES, 41, 1, seed=0))
-    with pytest.raises(ValueError, match="without a caption in common"):
-        next(caption_pairs([["a", "b"], ["b", "a"], ["a", "b"]], 2, 1, seed=0))
+        of_one_source(IMAGES, 41, 1, seed=0)
+    with pytest.raises(ValueError, match="without a text in common"):
+        of_one_source([Captions(("a", "b")), Captions(("b", "a")), Captions(("a", "b"))], 2, 1, seed=0)
+    with pytest.raises(ValueError, match="needs as many text pairs; there are 1"):
+        next(batches_of_pairs([[Pair("a", "b")]], [], 2, 1, seed=0))
 
 
 def test_a_batch_is_of_one_source_as_often_as_its_weight_says() -> None:
-    other = [[f"other {i} {j}" for j in range(3)] for i in range(20)]
-    batches = list(mixed_pairs([IMAGES, other], [1, 3], 8, 400, seed=0))
-    kinds = [{text.startswith("other") for pair in batch for text in pair} for batch in batches]
+    other = [Pair(f"other {i}", f"other answer {i}", (f"wrong {i}",), "find: ") for i in range(20)]
+    sources = [IMAGES, other]
+    batches = list(batches_of_pairs(sources, [1, 3], 8, 400, seed=0))
+    kinds = [{pair.first.startswith("other") for pair in batch} for batch in batches]
     assert all(len(k) == 1 for k in kinds)
     assert sum(k == {True} for k in kinds) == pytest.approx(300, abs=30)
-    assert batches == list(mixed_pairs([IMAGES, other], [1, 3], 8, 400, seed=0))
-    assert list(mixed_pairs([IMAGES], [], 8, 5, seed=3)) == list(caption_pairs(IMAGES, 8, 5, seed=3))
-    for wrong in ([], [1], [1, 0]):
+    assert {p for batch in batches for p in batch if p.prompt} == set(other)  # as they were given
+    assert batches == list(batches_of_pairs(sources, [1, 3], 8, 400, seed=0))
+    by_size = [batch[0].prompt for batch in batches_of_pairs(sources, [], 8, 400, seed=0)]
+    assert by_size.count("find: ") == pytest.approx(400 * 20 / 62, abs=30)
+    for wrong in ([1], [1, 0]):
         with pytest.raises(ValueError, match="2 sources need"):
-            next(mixed_pairs([IMAGES, other], wrong, 8, 1, seed=0))
+            next(batches_of_pairs(sources, wrong, 8, 1, seed=0))
+
+
+def test_lengths_are_as_often_as_their_weights_say() -> None:
+    captions = Captions(("s0", "s1", "s2"), ("long 0", "long 1"))
+    rng = np.random.default_rng(0)
+
+    def kinds(captions: Captions, lengths: tuple[float, ...]) -> Counter[str]:
+        pairs = [draw_pair(captions, lengths, rng) for _ in range(3000)]
+        assert all(p.first != p.second for p in pairs)
+        return Counter("".join(sorted(text[0] for text in p.texts)) for p in pairs)
+
+    drawn = kinds(captions, (1, 2, 3))
+    for kind, share in (("ss", 1 / 6), ("ls", 2 / 6), ("ll", 3 / 6)):
+        assert drawn[kind] == pytest.approx(3000 * share, abs=100)
+    assert set(kinds(captions, (0, 1, 0))) == {"ls"}
+    first = Counter(draw_pair(captions, (0, 1, 0), rng).first[0] for _ in range(1000))
+    assert first["l"] == pytest.approx(500, abs=60)  # a long one is as often the first
+    assert kinds(Captions(("s0", "s1"), ("long",)), (0.5, 0, 1)).keys() == {"ss"}  # what there is, by what is wanted
+
+
+def test_images_without_a_pair_that_is_wanted_are_left_out() -> None:
+    assert can_pair(Captions(("a",), ("b",)))
+    assert not can_pair(Captions(("a",), ("b",)), (1, 0, 1))
+    assert not can_pair(Captions(("a", "a"), ("a",)), LENGTHS)
 
 
 TOPICS = (
@@ -78,5 +117,5 @@ def test_groups_that_do_not_divide_and_captions_that_tell_nothing() -> None:
     for images in ([["the same"]] * 7, [["!!!", "?"]], [[f"word{i}"] for i in range(37)]):
         order = grouped_order(points(images), 4, np.random.default_rng(0))
         assert sorted(order) == list(range(len(images)))
-    assert np.array_equal(grouped_order(np.empty((9, 0)), 1, np.random.default_rng(5)),
-                          np.random.default_rng(5).permutation(9))  # fmt: skip
+    at, random = np.empty((9, 0)), np.random.default_rng(5).permutation(9)
+    assert np.array_equal(grouped_order(at, 1, np.random.default_rng(5)), random)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from llm2clip.data.pairs import Captions, Pair
 from llm2clip.data.skips import SkipLog
 from llm2clip.recipes import EvaluateRecipe, RecipeChanged, TuneRecipe, keep
-from llm2clip.split import Data, read_data, tuning_captions
+from llm2clip.split import Data, read_data, tuning_sources
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_one_caption_an_image_cannot_be_tuned_on(write) -> None:
         [write("a.jsonl", *({**row(n), "captions": ["one"]} for n in range(3)))], EvaluateRecipe(), {}, SkipLog()
     )
     with pytest.raises(ValueError, match=r"--tune\.steps 0"):
-        tuning_captions(data, TuneRecipe(), {}, SkipLog())
+        tuning_sources(data, TuneRecipe(), {}, SkipLog())
 
 
 def test_other_sources_lose_the_captions_of_held_out_images(write) -> None:
@@ -112,21 +113,25 @@ def test_other_sources_lose_the_captions_of_held_out_images(write) -> None:
     texts = write("f30k.jsonl", *({"id": f"100000{n}", "captions": [f"x{n}", f"y{n}"]} for n in (1, 2, 3, 4)))
     barred = write("more.jsonl", {"id": "1000003_cc", "captions": ["z"]})
     data = read_data([photos], EvaluateRecipe(), {}, SkipLog())
-    assert tuning_captions(data, TuneRecipe(), {}, SkipLog()) == [[("1 a", "1 b")]]
-    rest = [("x1", "y1"), ("x3", "y3"), ("x4", "y4")]
-    assert tuning_captions(data, TuneRecipe(data=[texts]), {}, SkipLog()) == [rest]
-    left = tuning_captions(data, TuneRecipe(data=[texts], exclude=[barred]), {}, SkipLog())
-    assert left == [[("x1", "y1"), ("x4", "y4")]]
+    assert tuning_sources(data, TuneRecipe(), {}, SkipLog()) == [[Captions(("1 a", "1 b"))]]
+    rest = [Captions(c) for c in (("x1", "y1"), ("x3", "y3"), ("x4", "y4"))]
+    assert tuning_sources(data, TuneRecipe(data=[texts]), {}, SkipLog()) == [rest]
+    left = tuning_sources(data, TuneRecipe(data=[texts], exclude=[barred]), {}, SkipLog())
+    assert left == [[rest[0], rest[2]]]
     weighted = TuneRecipe(data=[texts, barred], weights=[1, 2])
-    assert tuning_captions(data, weighted, {}, SkipLog()) == [rest, [("z",)]]
+    assert tuning_sources(data, weighted, {}, SkipLog()) == [rest, [Captions(("z",))]]
+    pairs = write("pairs.jsonl", {"query": "q", "positive": "p"})
+    assert tuning_sources(data, TuneRecipe(pairs=[pairs]), {}, SkipLog()) == [[Pair("q", "p")]]
+    both = TuneRecipe(data=[texts], pairs=[pairs], weights=[1, 2])
+    assert tuning_sources(data, both, {}, SkipLog()) == [rest, [Pair("q", "p")]]
     with pytest.raises(ValueError, match=r"2 --tune\.weights for 1 sources"):
-        tuning_captions(data, TuneRecipe(data=[texts], weights=[1, 2]), {}, SkipLog())
+        tuning_sources(data, TuneRecipe(data=[texts], weights=[1, 2]), {}, SkipLog())
 
 
 def test_photos_of_the_same_day_are_not_the_same_photo(write) -> None:
     file = write("a.jsonl", row(1, "train", id="20240131_0001"), row(2, "val", id="20240131_0002"))
     data = read_data([file], EvaluateRecipe(), {}, SkipLog())
-    assert tuning_captions(data, TuneRecipe(), {}, SkipLog()) == [[("1 a", "1 b")]]
+    assert tuning_sources(data, TuneRecipe(), {}, SkipLog()) == [[Captions(("1 a", "1 b"))]]
 
 
 def test_settings_of_align_can_be_mended_until_it_has_left_something(tmp_path: Path) -> None:

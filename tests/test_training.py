@@ -15,23 +15,21 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
-from conftest import distributed
+from conftest import CAPTIONS, TUNE, Killed, distributed
 from llm2clip.cache.embed import embed
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.data.captions import epoch_order
 from llm2clip.data.images import EvalTransform, load
-from llm2clip.data.pairs import caption_pairs
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.refs import FileImage
 from llm2clip.data.skips import SkipLog, TooManySkipped
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.models.vision import VisionTower
-from llm2clip.recipes import AlignRecipe, TuneRecipe
+from llm2clip.recipes import AlignRecipe
 from llm2clip.train.align import align
 from llm2clip.train.engine import (
     MetricsLog,
-    chosen_precision,
     cosine_schedule,
     latest_checkpoint,
     mark_complete,
@@ -42,99 +40,9 @@ from llm2clip.train.heads import train_heads
 from llm2clip.train.losses import info_nce
 from llm2clip.train.rates import parameter_groups
 from llm2clip.train.steps import Steps
-from llm2clip.train.tune import CaptionContrastiveLoss, tune
+from llm2clip.train.tune import tune
 
-IMAGES = [[f"image {i} shows {w}" for w in ("a dog", "two cats in the snow", "x")] for i in range(24)]
-TUNE = TuneRecipe(steps=6, batch=6, lr=1e-2, checkpoint_every=2, lora_dropout=0.1, precision="fp32")
 ALIGN = AlignRecipe(width=12, epochs=4, batch=10, checkpoint_every=5, workers=0, image_size=64)
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing catches it."""
-
-
-@pytest.mark.parametrize("change", [{}, {"lora_r": 0, "alike": 3}, {"precision": "bf16"}], ids=str)
-def test_tune_goes_on_exactly(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict) -> None:
-    recipe = dataclasses.replace(TUNE, **change)
-    whole = tune([IMAGES], CaptionEncoder.from_pretrained(llm, device="cpu"), recipe, tmp_path / "whole")
-    forward, calls = CaptionContrastiveLoss.forward, []
-
-    def dies(self: CaptionContrastiveLoss, *args: object, **kwargs: object) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) == 6:
-            raise Killed
-        return forward(self, *args, **kwargs)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(CaptionContrastiveLoss, "forward", dies)
-        tune([IMAGES], CaptionEncoder.from_pretrained(llm, device="cpu"), recipe, tmp_path / "cut")
-    (tmp_path / "cut/checkpoints/checkpoint-5").mkdir()  # begun, not whole
-    resumed = tune([IMAGES], CaptionEncoder.from_pretrained(llm, device="cpu"), recipe, tmp_path / "cut")
-    for name, tensor in load_file(whole / "model.safetensors").items():
-        assert torch.equal(tensor, load_file(resumed / "model.safetensors")[name]), name
-    losses = [[line["loss"] for line in read_metrics(tmp_path / f / "metrics.jsonl")] for f in ("whole", "cut")]
-    assert losses[0] == losses[1] and len(losses[0]) == 6
-
-
-def test_tune_changes_the_encoder_and_merges_lora(llm: Path, tmp_path: Path) -> None:
-    raw = CaptionEncoder.from_pretrained(llm, device="cpu")
-    before = raw.encode(["a dog"])
-    tuned = CaptionEncoder.from_pretrained(tune([IMAGES], raw, TUNE, tmp_path), device="cpu")
-    assert not torch.allclose(tuned.encode(["a dog"]), before, atol=1e-3)
-    assert raw.tokenizer.chat_template is None
-    assert not any("lora" in name for name in tuned.state_dict())
-    assert torch.allclose(tuned.encode(["a dog"]), raw.encode(["a dog"]), atol=1e-5)
-    assert tuned.identity()["bidirectional"]
-
-
-def test_tunes_loss_is_that_of_the_padded_batch(llm: Path) -> None:
-    """Sub-batches of similar length change nothing: compare with one padded forward pass of each side."""
-    encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
-    pairs = next(caption_pairs(IMAGES, 8, 1, 0))
-    texts = [a for a, _ in pairs] + [b for _, b in pairs]
-    ids = encoder.tokenize(texts).ids
-    ours = CaptionContrastiveLoss(encoder, 0.05, batch_tokens=64)([{"ids": ids}])
-    a, b = (torch.nn.functional.normalize(encoder(part), dim=-1) for part in (ids[:8], ids[8:]))
-    assert ours.item() == pytest.approx(info_nce(a, b, 20.0).item(), abs=1e-5)
-
-
-def test_full_tuning_leaves_the_table_of_token_embeddings(llm: Path, tmp_path: Path) -> None:
-    raw, encoder = (CaptionEncoder.from_pretrained(llm, device="cpu") for _ in range(2))
-    tune([IMAGES], encoder, dataclasses.replace(TUNE, lora_r=0, steps=3), tmp_path)
-    before, after = raw.llm.state_dict(), CaptionEncoder.from_pretrained(tmp_path / "encoder").llm.state_dict()
-    assert {name for name in before if torch.equal(before[name], after[name])} == {"embed_tokens.weight"}
-
-
-@pytest.mark.parametrize(("asked", "capable", "chosen"), [("auto", True, "bf16"), ("auto", False, "fp32"),
-                                                          ("fp32", True, "fp32"), ("fp16", False, "fp16")])  # fmt: skip
-def test_precision_is_what_the_device_is_good_at(
-    asked: str, capable: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": capable}, raising=False)
-    assert chosen_precision(asked, torch.device("cpu")) == chosen
-
-
-def test_tune_stops_at_a_loss_that_is_not_finite(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm2clip.train.tune.info_nce", lambda a, b, _: (a * b).sum() * math.nan)
-    with pytest.raises(FloatingPointError, match="step 1"):
-        tune([IMAGES], CaptionEncoder.from_pretrained(llm, device="cpu"), TUNE, tmp_path)
-    assert not (tmp_path / "encoder").exists()
-
-
-def test_two_processes_tune_as_one(llm: Path, tmp_path: Path) -> None:
-    """Two ranks with half the batch each, of captions of unequal length, do what one does with the whole."""
-    distributed(2, _tune_rank, str(llm), str(tmp_path / "two"))
-    one = tune([IMAGES], CaptionEncoder.from_pretrained(llm, device="cpu"), _plain(6), tmp_path / "one")
-    for name, tensor in load_file(one / "model.safetensors").items():
-        assert torch.allclose(tensor, load_file(tmp_path / "two/encoder/model.safetensors")[name], atol=1e-4), name
-
-
-def _plain(batch: int) -> TuneRecipe:
-    return dataclasses.replace(TUNE, batch=batch, steps=3, lora_dropout=0.0, lr=1e-4, batch_tokens=64)
-
-
-def _tune_rank(llm: str, folder: str) -> None:
-    tune([IMAGES], CaptionEncoder.from_pretrained(llm, device="cpu"), _plain(3), Path(folder))
 
 
 @pytest.fixture
@@ -245,9 +153,9 @@ def test_other_data_or_another_batch_is_not_gone_on_with(
         align(records, store, fresh_model(), dataclasses.replace(recipe, batch=20), tmp_path / "a", SkipLog())
     with pytest.raises(ValueError, match=r"images: .* there"):
         align(records[::-1], store, fresh_model(), recipe, tmp_path / "a", SkipLog())
-    shutil.rmtree(tune([IMAGES], CaptionEncoder.from_pretrained(llm, device="cpu"), TUNE, tmp_path))
+    shutil.rmtree(tune([CAPTIONS], CaptionEncoder.from_pretrained(llm, device="cpu"), TUNE, tmp_path))
     with pytest.raises(ValueError, match=r"captions: .* there"):
-        tune([IMAGES[::-1]], CaptionEncoder.from_pretrained(llm, device="cpu"), TUNE, tmp_path)
+        tune([CAPTIONS[::-1]], CaptionEncoder.from_pretrained(llm, device="cpu"), TUNE, tmp_path)
 
 
 def test_stages_have_precisions_of_their_own(
@@ -256,7 +164,7 @@ def test_stages_have_precisions_of_their_own(
     """Accelerate keeps one precision a process, and a launcher's in the environment: neither may reach a stage."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     plain = dataclasses.replace(TUNE, steps=1)
-    tune([IMAGES], CaptionEncoder.from_pretrained(llm, device="cpu"), plain, tmp_path / "tune")
+    tune([CAPTIONS], CaptionEncoder.from_pretrained(llm, device="cpu"), plain, tmp_path / "tune")
     assert AcceleratorState().mixed_precision == "no"
     half = dataclasses.replace(ALIGN, precision="bf16", epochs=1)
     align(records, store, fresh_model(), half, tmp_path / "align", SkipLog())
@@ -273,7 +181,7 @@ def test_gradients_that_are_not_finite_stop_before_the_weights_are(
         encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
         poison(list(encoder.llm.parameters())[-1], lambda g: g * torch.inf)
         with pytest.raises(FloatingPointError, match="grad_norm is"):
-            tune([IMAGES], encoder, dataclasses.replace(TUNE, lora_r=0), tmp_path)
+            tune([CAPTIONS], encoder, dataclasses.replace(TUNE, lora_r=0), tmp_path)
     else:
         model = fresh_model()
         poison(model.projection.weight, lambda g: g * torch.inf)

@@ -81,7 +81,7 @@ def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], list[str]]]
     sub.add_class_arguments(EvaluateRecipe, "evaluate")
 
     sub = verb("tune", _tune, "Stage 1: teach the language model to tell captions apart.")
-    sub.add_argument("data", nargs="+", type=str, help="sources of captions; images are not needed")
+    sub.add_argument("data", nargs="*", type=str, help="sources of captions; images are not needed")
     sub.add_argument("--out", type=str, required=True, help="folder; OUT/encoder is the result")
     _reading(sub)
     sub.add_class_arguments(EncoderRecipe, "encoder")
@@ -137,7 +137,7 @@ def _tune(given: Namespace) -> list[str]:
     from llm2clip.stages import tune_stage
 
     out = Path(given.out)
-    encoder = tune_stage(given.data, out, given.encoder, given.tune, given.columns, given.max_skipped)
+    encoder = tune_stage(given.data or [], out, given.encoder, given.tune, given.columns, given.max_skipped)
     return [f"Caption encoder: {encoder}", f"Next: llm2clip embed DATA --encoder.path {encoder} --out STORE"]
 
 

@@ -35,7 +35,7 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.processes import once, processes, say
 from llm2clip.recipes import FitRecipe
-from llm2clip.split import read_data, tuning_captions
+from llm2clip.split import read_data, tuning_sources
 from llm2clip.stages import begin, new_model, open_encoder
 from llm2clip.train.align import align
 from llm2clip.train.engine import read_metrics
@@ -56,7 +56,8 @@ def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
     encoder_folder = out / "tune" / "encoder"
     untuned = not encoder_folder.exists()
     state.wait_for_everyone()  # all have looked before anyone tunes
-    texts = tuning_captions(records, recipe.tune, recipe.columns, log) if untuned and recipe.tune.steps else []
+    trained = recipe.tune.steps or recipe.tune.mntp_steps
+    sources = tuning_sources(records, recipe.tune, recipe.columns, log) if untuned and trained else []
     raw = open_encoder(recipe.encoder) if untuned else None
     cra = []
     if measurable:
@@ -65,7 +66,7 @@ def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
         )
     if raw is not None:
         say("1/4 tune: the language model learns to tell captions apart")
-        tune(texts, raw, recipe.tune, out / "tune")
+        tune(sources, raw, recipe.tune, out / "tune")
         raw = None
     encoder = CaptionEncoder.from_pretrained(encoder_folder)
     if measurable:

@@ -42,21 +42,33 @@ class TuneRecipe:
 
     Args:
         data: sources of captions, images not needed: PATH or PATH@split+split; empty takes the training data's.
-        weights: how often a batch is of each source, all its pairs of that one; empty mixes all sources.
+        pairs: sources of general text pairs, rows of query and positive, and perhaps negatives and instruction. Where
+            there are some and no `data`, the training data's captions are left out.
+        weights: how often a batch is of each source of captions and then of each of pairs, all its pairs of that one;
+            empty mixes all captions, and takes as many batches of a source as it has items.
+        lengths: how often a pair of captions is of two short ones, a short and a long one, two long ones, where an
+            image has such pairs.
         exclude: sources whose images must not be tuned on, as held-out ones never are.
         exclude_id: regular expression; what it matches of an id is compared, across sources: the leading number, else
             all of it.
         steps: optimizer steps; 0 leaves the LLM raw.
+        mntp_steps: steps of masked next-token prediction before, on the same texts.
+        mntp_mask: share of the tokens that those hide.
         batch: pairs in a step and on each device; every other caption of the step is a negative.
         alike: images that come into a batch together since their captions are alike, as harder negatives: 32 suits
             tens of thousands of images; among millions, near-duplicates would meet. 1 draws all at random.
         lr: peak learning rate, reached after `warmup` and falling to zero along a cosine.
         warmup: share of the steps.
         temperature: of the contrastive loss; cosines are divided by it.
+        symmetric: the second text of a pair must find the first, too.
+        widths: also train the first so many numbers of a vector to do alone (Matryoshka), such as [256, 512].
         weight_decay: of AdamW.
         lora_r: rank of LoRA on all linear layers; 0 tunes all weights instead, but for the table of token embeddings.
         lora_alpha: scale of LoRA.
         lora_dropout: dropout before LoRA.
+        lora_targets: names of the layers that get LoRA, or all-linear.
+        grad_cache: keep no activations: any batch in the memory of one forward pass, for a third more time.
+        recompute: recompute activations in the backward pass (gradient checkpointing): long captions, large LLMs.
         batch_tokens: tokens in a forward pass, padding included; null chooses for the device.
         precision: fp32, bf16 or fp16; auto is bf16 where the device multiplies it in hardware, else fp32.
         max_grad_norm: gradients are clipped to this norm.
@@ -65,19 +77,28 @@ class TuneRecipe:
     """
 
     data: list[str] = field(default_factory=list)
+    pairs: list[str] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
+    lengths: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
     exclude: list[str] = field(default_factory=list)
     exclude_id: str = r"^\d{5,}|^.+"
     steps: int = 150
+    mntp_steps: int = 0
+    mntp_mask: float = 0.2
     batch: int = 128
     alike: int = 1
     lr: float = 1e-3
     warmup: float = 0.1
     temperature: float = 0.05
+    symmetric: bool = True
+    widths: list[int] = field(default_factory=list)
     weight_decay: float = 0.0
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.0
+    lora_targets: str | list[str] = "all-linear"
+    grad_cache: bool = False
+    recompute: bool = False
     batch_tokens: int | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     max_grad_norm: float = 1.0
@@ -171,11 +192,15 @@ class EvaluateRecipe:
         data: sources to test on; empty takes the held-out part of the training data.
         fields: caption columns to test, each on its own, such as captions_zh; `captions` always is.
         batch: images in a forward pass.
+        all_pairs: of captions alone, also let each caption look for any other of its image.
+        mistakes: of captions alone, how many of the worst mistakes to print.
     """
 
     data: list[str] = field(default_factory=list)
     fields: list[str] = field(default_factory=list)
     batch: int = 64
+    all_pairs: bool = False
+    mistakes: int = 3
 
 
 @dataclass

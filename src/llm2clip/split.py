@@ -11,8 +11,10 @@ from itertools import chain
 from typing import Any
 
 from llm2clip.data.captions import unique
+from llm2clip.data.pairs import Captions, Item, can_pair
 from llm2clip.data.records import Images, Record, Source, open_records
 from llm2clip.data.skips import SkipLog
+from llm2clip.data.text_pairs import open_pairs
 from llm2clip.processes import say
 from llm2clip.recipes import EvaluateRecipe, TuneRecipe
 
@@ -112,40 +114,45 @@ def _by_field(
     return fields
 
 
-def tuning_captions(
-    data: Data, recipe: TuneRecipe, columns: dict[str, str], log: SkipLog
-) -> list[list[tuple[str, ...]]]:
-    """The captions of each image that stage 1 may see: `recipe.data`'s or else the training data's, without those of
-    images that are held out (in other sources too, by the comparable part of their ids) or excluded.
+def tuning_sources(data: Data, recipe: TuneRecipe, columns: dict[str, str], log: SkipLog) -> list[list[Item]]:
+    """What stage 1 sees, source by source: the captions of images that it may see, then text pairs.
 
-    They come source by source if the sources have weights, else all as one.
+    The captions are `recipe.data`'s or else, where there are no pairs either, the training data's, without those of
+    images that are held out (in other sources too, by the comparable part of their ids) or excluded. They come source
+    by source if the sources have weights, else all as one.
 
     Raises:
-        ValueError: there is not a weight for each source, or no image has two captions.
+        ValueError: there is not a weight for each source, or no image has two captions and there are no pairs.
     """
-    if recipe.weights and len(recipe.weights) != len(recipe.data):
+    named = len(recipe.data) + len(recipe.pairs)
+    if recipe.weights and len(recipe.weights) != named:
         raise ValueError(
-            f"{len(recipe.weights)} --tune.weights for {len(recipe.data)} sources of captions; give one for each"
+            f"{len(recipe.weights)} --tune.weights for {named} sources of captions and pairs; give one for each"
         )
     barred = {_comparable(r.id, recipe.exclude_id) for _, r in stream(recipe.exclude, columns, log, "ignore")}
-    offered = [data.train]
+    offered = [] if recipe.pairs else [data.train]
     if recipe.data:
         groups = [[s] for s in recipe.data] if recipe.weights else [recipe.data]
         offered = [[r for _, r in read(group, columns, log, "ignore")] for group in groups]
         barred |= {_comparable(r.id, recipe.exclude_id) for f in data.held_out.values() for r in f}
-    allowed = [
-        [r.texts for r in records if not barred or _comparable(r.id, recipe.exclude_id) not in barred]
+    allowed: list[list[Item]] = [
+        [
+            Captions(r.captions, r.long_captions)
+            for r in records
+            if not barred or _comparable(r.id, recipe.exclude_id) not in barred
+        ]
         for records in offered
     ]
     left = sum(map(len, offered)) - sum(map(len, allowed))
-    if not any(len(set(texts)) > 1 for texts in chain(*allowed)):
+    if not recipe.pairs and not any(can_pair(c, recipe.lengths) for c in chain(*allowed) if isinstance(c, Captions)):
         raise ValueError(
             "no image has two different captions, and tuning learns from such pairs. --tune.steps 0 leaves the LLM as "
             "it is; --tune.data takes captions from elsewhere; --encoder.path takes an LLM that was tuned before"
         )
-    counts = " + ".join(f"{len(a):,}" for a in allowed)
-    say(f"tuning on the captions of {counts} images" + (f"; {left:,} excluded" if left else ""))
-    return allowed
+    pairs: list[list[Item]] = [list(open_pairs(path, log)) for path in recipe.pairs]
+    counts = [f"the captions of {len(a):,} images" for a in allowed] + [f"{len(p):,} text pairs" for p in pairs]
+    say(f"tuning on {' + '.join(counts)}" + (f"; {left:,} images excluded" if left else ""))
+    return [*allowed, *pairs]
 
 
 def _comparable(name: str, pattern: str) -> str:

@@ -14,16 +14,17 @@ from llm2clip.cache.embed import embed
 from llm2clip.cache.store import EmbeddingStore, check_identity
 from llm2clip.data.records import Source
 from llm2clip.data.skips import SkipLog
-from llm2clip.evaluate.captions import caption_accuracy
+from llm2clip.evaluate.captions import TextEncoder, caption_accuracy
 from llm2clip.evaluate.model import evaluate_model
-from llm2clip.evaluate.report import KS, table
+from llm2clip.evaluate.report import KS, captions_report, table
+from llm2clip.models.clip_text import ClipText, clip_text, has_text_tower
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.models.vision import VisionTower
 from llm2clip.processes import processes, say
 from llm2clip.quickstart.assets import resolve
 from llm2clip.recipes import AlignRecipe, EmbedRecipe, EncoderRecipe, EvaluateRecipe, TuneRecipe, keep
-from llm2clip.split import Data, read, read_data, stream, tuning_captions
+from llm2clip.split import Data, read, read_data, stream, tuning_sources
 from llm2clip.train.align import align
 from llm2clip.train.tune import tune
 
@@ -40,9 +41,11 @@ def tune_stage(
     settings = {"data": list(data), "columns": columns, "encoder": encoder, "tune": recipe}
     log = begin(out, settings, max_skipped)
     sources = dataclasses.replace(recipe, data=[*data, *recipe.data])
-    texts = tuning_captions(Data([], {}, ""), sources, columns, log)
+    if not sources.data and not sources.pairs:
+        raise ValueError("name sources of captions, or of text pairs with --tune.pairs")
+    items = tuning_sources(Data([], {}, ""), sources, columns, log)
     say(log.summary())
-    return tune(texts, open_encoder(encoder), recipe, out)
+    return tune(items, open_encoder(encoder), recipe, out)
 
 
 def embed_stage(
@@ -113,9 +116,12 @@ def evaluate_stage(
     log = SkipLog(None, max_skipped)
     if captions:
         texts = [r.captions for _, r in read(captions, columns, log, "ignore")]
-        text = LLM2CLIP.from_pretrained(model).encoder if model else open_encoder(encoder)
-        results["captions"] = figures = caption_accuracy(texts, text)
-        say(table(["CRA top-1, %", "images", "chance"], [[figures["CRA"], figures["images"], figures["chance"]]]))
+        text = LLM2CLIP.from_pretrained(model).encoder if model else open_text(encoder)
+        figures = caption_accuracy(texts, text, all_pairs=recipe.all_pairs, mistakes=recipe.mistakes)
+        if isinstance(text, ClipText):
+            figures["truncated"] = text.truncated
+        results["captions"] = figures
+        say(*captions_report(figures))
     if model and (data or recipe.data):
         if all(Source.parse(d).splits for d in data):
             recipe, data = dataclasses.replace(recipe, data=[*recipe.data, *data]), []
@@ -138,6 +144,12 @@ def open_encoder(recipe: EncoderRecipe) -> CaptionEncoder:
     """The caption encoder of a recipe, fetched first if it goes by one of our names."""
     options = dataclasses.asdict(recipe)
     return CaptionEncoder.from_pretrained(resolve(options.pop("path")), **options)
+
+
+def open_text(recipe: EncoderRecipe) -> TextEncoder:
+    """Any text encoder, to be measured: a recipe's caption encoder, or another CLIP's text tower."""
+    path = resolve(recipe.path)
+    return clip_text(path) if has_text_tower(path) else open_encoder(recipe)
 
 
 def new_model(recipe: AlignRecipe, store: EmbeddingStore) -> LLM2CLIP:

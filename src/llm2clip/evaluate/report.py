@@ -22,6 +22,30 @@ def cra_table(raw: dict[str, Any], tuned: dict[str, Any]) -> str:
     return table([f"caption encoder ({raw['images']:,} images)", "CRA top-1, %"], rows)
 
 
+def captions_report(figures: dict[str, Any]) -> list[str]:
+    """Caption retrieval in lines to print: a table, what else was found, and the worst mistakes as text."""
+    ways = ["first to second", "second to first", *(["all pairs"] if "all pairs" in figures else [])]
+    rows = [["CRA, their mean", figures["CRA"], "", "", figures["chance"]]]
+    for way in ways:
+        chance = figures["all pairs chance"]["R@1"] if way == "all pairs" else figures["chance"]
+        rows.append([way, *(figures[way][k] for k in KS), chance])
+    lines = [
+        table([f"captions of {figures['images']:,} images, %", *KS, "chance of R@1"], rows),
+        f"mean cosine: {figures['positives']:.3f} of captions of one image, {figures['negatives']:.3f} of others'",
+    ]
+    if figures["left out"]:
+        lines.append(f"{figures['left out']:,} images with fewer than two different captions are left out")
+    if figures.get("truncated"):
+        lines.append(f"{figures['truncated']:,} captions are longer than the tower's window and were cut")
+    for n, mistake in enumerate(figures.get("mistakes", ()), 1):
+        lines += [
+            f"mistake {n}: {mistake['caption']}",
+            f"  found {mistake['found cosine']:.3f}: {mistake['found']}",
+            f"  right {mistake['right cosine']:.3f}: {mistake['right']}",
+        ]
+    return lines
+
+
 def retrieval_table(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> str:
     """Recall of the untrained and of the trained model, kind of caption by kind, beside chance."""
     rows: list[list[Any]] = []

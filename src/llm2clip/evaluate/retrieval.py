@@ -10,7 +10,13 @@ from torch import Tensor
 KS = (1, 5, 10)
 
 
-def positive_ranks(queries: Tensor, items: Tensor, positives: Sequence[Sequence[int]], tile: int = 4096) -> Tensor:
+def positive_ranks(
+    queries: Tensor,
+    items: Tensor,
+    positives: Sequence[Sequence[int]],
+    tile: int = 4096,
+    itself: Sequence[int] | None = None,
+) -> Tensor:
     """Rank of each query's best-placed positive among all items: int64 (Q,), 0 is the top.
 
     Counts, tile by tile, the items that score above the best positive; no score matrix is kept and nothing is sorted.
@@ -23,6 +29,7 @@ def positive_ranks(queries: Tensor, items: Tensor, positives: Sequence[Sequence[
         positives: the items that are right for each query, at least one. For 3 images with 2, 1 and 2 captions,
             image-to-text is [[0, 1], [2], [3, 4]] and text-to-image is [[0], [0], [1], [2], [2]].
         tile: queries and items in a tile.
+        itself: for each query an item that is no answer, right or wrong: the query where queries are items too.
 
     Raises:
         ValueError: a query has no positive, or a vector is not finite.
@@ -47,6 +54,10 @@ def positive_ranks(queries: Tensor, items: Tensor, positives: Sequence[Sequence[
             scores = q @ items[lo : lo + tile].T
             here = (col >= lo) & (col < lo + tile)
             scores[row[here], col[here] - lo] = -torch.inf
+            if itself is not None:
+                own = torch.tensor(itself[start : start + tile]) - lo
+                here = (own >= 0) & (own < scores.shape[1])
+                scores[here.nonzero()[:, 0], own[here]] = -torch.inf
             ranks[start : start + tile] += (scores >= best[:, None]).sum(1)
     return ranks
 

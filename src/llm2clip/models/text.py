@@ -30,10 +30,12 @@ CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 32768
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of some captions, in their order, and which of them were cut to `max_length`."""
+    """Token ids of some captions, in their order; which of them were cut to `max_length`; and how many tokens at the
+    start of each are read but not pooled."""
 
     ids: list[list[int]]
     truncated: list[int]
+    unpooled: list[int]
 
 
 class CaptionEncoder(nn.Module):
@@ -42,6 +44,7 @@ class CaptionEncoder(nn.Module):
     def __init__(self, st: SentenceTransformer) -> None:
         super().__init__()
         self.st: Any = st
+        self._prefixes: dict[str, int] = {}  # texts before a caption, and their tokens
 
     @classmethod
     def from_pretrained(
@@ -61,7 +64,8 @@ class CaptionEncoder(nn.Module):
         512 tokens.
 
         Args:
-            path: folder or hub id of a transformers or sentence-transformers model, or a `.gguf` file.
+            path: folder or hub id of a transformers or sentence-transformers model, a model folder of ours, or a
+                `.gguf` file.
             bidirectional: every token attends to every token (True) or only to earlier ones (False).
             layers: keep only the first N blocks; the final norm stays.
             template: text around the caption, such as `"<|im_start|>user\\n{caption}<|im_end|>"`. What stands before
@@ -75,6 +79,8 @@ class CaptionEncoder(nn.Module):
             ValueError: an option does not fit the model.
             OSError: there is no such model.
         """
+        if (Path(path) / "text/modules.json").is_file():  # a model folder
+            path = Path(path) / "text"
         if str(path).endswith(".gguf"):
             from llm2clip.models.gguf import converted
 
@@ -119,25 +125,55 @@ class CaptionEncoder(nn.Module):
         name = self.st.default_prompt_name
         return (self.st.prompts[name] or "") if name else ""
 
-    def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """Captions to token ids, header and special tokens included, cut to the encoder's `max_length`."""
+    def tokenize(self, captions: Sequence[str], prompts: Sequence[str] | None = None) -> Tokens:
+        """Captions to token ids, header and special tokens included, cut to the encoder's `max_length`.
+
+        Args:
+            captions: the texts.
+            prompts: an instruction before each, or "" for none; it is read and left out of the pooling, as the header
+                and whatever special token comes before it.
+        """
         if not captions:
-            return Tokens([], [])
-        texts = [self.header + c for c in captions]
+            return Tokens([], [], [])
+        prefixes = [self.header + p for p in prompts] if prompts else [self.header] * len(captions)
+        texts = [prefix + caption for prefix, caption in zip(prefixes, captions, strict=True)]
         ids = self.tokenizer(texts, verbose=False, return_attention_mask=False)["input_ids"]
         limit = self.st.max_seq_length
         truncated = [i for i, row in enumerate(ids) if limit and len(row) > limit]
         for i in truncated:
             ids[i] = self.tokenizer(texts[i], truncation=True, max_length=limit)["input_ids"]
-        return Tokens(ids, truncated)
+        unpooled = {prefix: self._tokens_of_prefix(prefix) for prefix in dict.fromkeys(prefixes)}
+        return Tokens(ids, truncated, [unpooled[prefix] for prefix in prefixes])
 
-    def features(self, ids: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """A padded batch of token ids as the model reads it: input_ids and attention_mask, both (B, T) int64."""
+    def _tokens_of_prefix(self, prefix: str) -> int:
+        """How many tokens a text before the caption takes, the special token that may begin it among them.
+
+        They are those that do not depend on the caption. Counting the tokens of the prefix alone is wrong where it ends
+        in a space, which joins the next word.
+        """
+        if not prefix:
+            return 0
+        if prefix not in self._prefixes:
+            one, other = self.tokenizer([prefix + "a", prefix + "1"], return_attention_mask=False)["input_ids"]
+            self._prefixes[prefix] = next(n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+        return self._prefixes[prefix]
+
+    def features(self, ids: Sequence[Sequence[int]], unpooled: int | None = None) -> dict[str, Any]:
+        """A padded batch of token ids as the model reads it: input_ids and attention_mask, both (B, T) int64.
+
+        Args:
+            ids: from `tokenize`.
+            unpooled: tokens at the start of each that are not pooled; None is those of the header.
+        """
         batch = dict(self.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt"))
         batch = {k: v.to(self.device) for k, v in batch.items() if k in ("input_ids", "attention_mask")}
-        if self.header:
-            batch["prompt_length"] = self.st[0]._get_prompt_length(self.header)
+        if length := self._tokens_of_prefix(self.header) if unpooled is None else unpooled:
+            batch["prompt_length"] = length
         return batch
+
+    def leave_prompts_out(self) -> None:
+        """Pool the caption's tokens alone where a text is read after an instruction, here and in the saved folder."""
+        self.st[1].include_prompt = False
 
     def forward(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """Token ids of B captions to their vectors, (B, width), with gradients when enabled."""
@@ -301,12 +337,10 @@ def _set_template(st: Any, template: str) -> None:
         st.prompts["caption"] = header
         st.default_prompt_name = "caption"
         st[1].include_prompt = False
-        read = tokenizer(header)["input_ids"]
-        own = len(read) - (1 if end else 0)
-        if st[0]._get_prompt_length(header) != own:
+        if st[0]._get_prompt_length(header) != CaptionEncoder(st)._tokens_of_prefix(header):
             raise ValueError(
-                f"template header {header!r} ends in a special token and nothing follows {CAPTION}: "
-                "sentence-transformers would count its length wrongly; end the template with a special token"
+                f"sentence-transformers would count the tokens of the template's header {header!r} wrongly: it may not "
+                f"end in a space, nor in a special token where nothing follows {CAPTION}"
             )
 
 

@@ -30,14 +30,10 @@ def info_nce(
     all_image, all_text, all_ids = image, text, ids
     first = 0
     if gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        from torch.distributed.nn.functional import all_gather
-
-        all_image, all_text = torch.cat(all_gather(image)), torch.cat(all_gather(text))
+        all_image, all_text = _gathered(image), _gathered(text)
         first = dist.get_rank() * len(image)
         if ids is not None:
-            parts = [torch.empty_like(ids) for _ in range(dist.get_world_size())]
-            dist.all_gather(parts, ids)
-            all_ids = torch.cat(parts)
+            all_ids = _gathered_ids(ids)
     target = torch.arange(first, first + len(image), device=image.device)
     with torch.autocast(image.device.type, enabled=False):
         to_text = scale * image @ all_text.T
@@ -62,3 +58,81 @@ def info_nce_over_captions(
     """
     parts = zip(text.split(len(image)), ids, strict=True)
     return torch.stack([info_nce(image, part, scale, names, gather) for part, names in parts]).mean()
+
+
+def pair_loss(
+    first: Tensor,
+    second: Tensor,
+    scale: float,
+    ids: Tensor,
+    negatives: Tensor | None = None,
+    symmetric: bool = True,
+    gather: bool = True,
+) -> Tensor:
+    """InfoNCE over pairs of texts: each first text finds its second among all second texts and all known negatives.
+
+    No text counts against itself: a candidate with the text of the query or of its answer is left out. Distributed as
+    `info_nce`.
+
+    Args:
+        first, second: (N, D) of this process, L2-normalised; row i of both is a pair.
+        scale: factor on the cosines, 1 / temperature.
+        ids: (2 N + M,) int64 naming the texts of `first`, `second` and `negatives`.
+        negatives: (M, D) known wrong answers, of any of the queries; M may differ among processes.
+        symmetric: each second text must find its first, too; the negatives have no part in that.
+        gather: take the candidates of all processes, which then must all call this.
+
+    Returns:
+        float32 scalar: mean over this process's pairs, and over both directions if symmetric.
+    """
+    n = len(first)
+    if negatives is None:
+        negatives = first[:0]
+    firsts, seconds, wrong = (x.float() for x in (first, second, negatives))
+    first_ids, second_ids, wrong_ids = ids[:n], ids[n : 2 * n], ids[2 * n :]
+    own = (firsts, seconds, first_ids, second_ids)
+    at = 0
+    if gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        at = dist.get_rank() * n
+        firsts, seconds = (_gathered(x) for x in (firsts, seconds))
+        first_ids, second_ids = (_gathered_ids(x) for x in (first_ids, second_ids))
+        wrong, wrong_ids = _gathered_ragged(wrong, wrong_ids)
+    target = torch.arange(at, at + n, device=first.device)
+
+    def direction(queries: Tensor, asked: Tensor, answers: Tensor, items: Tensor, items_ids: Tensor) -> Tensor:
+        logits = scale * queries @ items.T
+        same = (items_ids[None, :] == asked[:, None]) | (items_ids[None, :] == answers[:, None])
+        same[torch.arange(n, device=target.device), target] = False
+        return F.cross_entropy(logits.masked_fill(same, -torch.inf), target)
+
+    with torch.autocast(first.device.type, enabled=False):
+        candidates, candidate_ids = torch.cat([seconds, wrong]), torch.cat([second_ids, wrong_ids])
+        loss = direction(own[0], own[2], own[3], candidates, candidate_ids)
+        if symmetric:
+            loss = (loss + direction(own[1], own[3], own[2], firsts, first_ids)) / 2
+    return loss
+
+
+def _gathered(x: Tensor) -> Tensor:
+    """The rows of all processes, with gradients."""
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(x))
+
+
+def _gathered_ids(ids: Tensor) -> Tensor:
+    parts = [torch.empty_like(ids) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, ids.contiguous())
+    return torch.cat(parts)
+
+
+def _gathered_ragged(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """As above, of a number of rows that differs among processes: filled up for the way, and cut again."""
+    counts = _gathered_ids(torch.tensor([len(x)], device=x.device))
+    most = int(counts.max())
+    if not most:
+        return x, ids
+    filled = _gathered(torch.cat([x, x.new_zeros(most - len(x), x.shape[1])]))
+    filled_ids = _gathered_ids(torch.cat([ids, ids.new_zeros(most - len(ids))]))
+    kept = (torch.arange(most, device=x.device)[None, :] < counts[:, None]).flatten()
+    return filled[kept], filled_ids[kept]

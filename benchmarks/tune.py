@@ -1,0 +1,95 @@
+"""What a step of tune costs, side by side, with the same texts and the same loss: passes of similar length against
+passes of a fixed size padded to their longest, in fp32 and, where the CPU multiplies it, in bf16, with plain attention
+and with PyTorch's fused one.
+
+    python benchmarks/tune.py CAPTIONS [--encoder smollm2-135m] [--layers 12] [--pairs 64] [--steps 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from llm2clip.data.pairs import Captions, batches_of_pairs
+from llm2clip.data.records import open_records
+from llm2clip.models.text import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, CaptionEncoder
+from llm2clip.quickstart.assets import resolve
+from llm2clip.train.contrastive import PairCollator, PairLoss
+from llm2clip.train.engine import chosen_precision, reuse_memory
+
+FIXED = 32  # texts in a pass, as trainers have it
+
+
+class FixedPasses(PairLoss):
+    """As usual: passes of so many texts in the order they come in, padded to the longest."""
+
+    def _passes(self, tokens: list[list[int]], unpooled: list[int]) -> Iterator[tuple[list[int], Callable[[], Any]]]:
+        for start in range(0, len(tokens), FIXED):
+            rows = list(range(start, min(start + FIXED, len(tokens))))
+
+            def run(rows: list[int] = rows) -> Any:
+                return self.model(self._encoder[0].features([tokens[r] for r in rows], 0))["sentence_embedding"].float()
+
+            yield rows, run
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("captions", help="source of records with short and long captions")
+    parser.add_argument("--encoder", default="smollm2-135m")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=3)
+    given = parser.parse_args()
+
+    encoder = CaptionEncoder.from_pretrained(resolve(given.encoder), layers=given.layers)
+    encoder.llm.get_input_embeddings().requires_grad_(False)
+    encoder.train()
+    device = encoder.device
+    reuse_memory(device)
+    images = [Captions(r.captions, r.long_captions) for r in open_records(given.captions, images="ignore")]
+    batches = list(batches_of_pairs([images], [], given.pairs, given.steps + 1, seed=0))
+    collator = PairCollator(preprocess_fn=encoder.tokenize)
+    inputs = [collator([dataclasses.asdict(pair) for pair in batch]) for batch in batches]
+    lengths = [len(ids) for batch in inputs for ids in batch["tokens"]]
+    print(f"{2 * given.pairs} texts a step; tokens: median {statistics.median(lengths)}, longest {max(lengths)}")
+
+    budget = GPU_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
+    precisions = ["fp32"] + (["bf16"] if chosen_precision("auto", device) == "bf16" else [])
+    ways = [
+        (f"{kind}, {precision}, {attention} attention", cls, precision, attention)
+        for precision in precisions
+        for attention in ("fused", "plain")
+        for kind, cls in (("fixed passes", FixedPasses), ("similar lengths", PairLoss))
+    ]
+    times: dict[str, list[float]] = {name: [] for name, *_ in ways}
+    losses: dict[str, float] = {}
+    for step, batch in enumerate(inputs):  # turn by turn, so that whatever else the machine does meets all alike
+        for name, cls, precision, attention in ways:
+            loss = cls(encoder, 0.05, budget)
+            start = time.perf_counter()
+            with sdpa_kernel(SDPBackend.MATH) if attention == "plain" else nullcontext():
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    value = loss([batch])
+                value.backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            encoder.zero_grad()
+            losses[name] = value.item()
+            if step:  # the first warms up
+                times[name].append(time.perf_counter() - start)
+    base = statistics.median(times[ways[0][0]])
+    print(
+        "| forward and backward | captions/s | against the first | loss of the last step |\n| --- | --- | --- | --- |"
+    )
+    for name, *_ in ways:
+        took = statistics.median(times[name])
+        print(f"| {name} | {2 * given.pairs / took:.1f} | {base / took:.2f}x | {losses[name]:.4f} |")

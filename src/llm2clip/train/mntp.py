@@ -1,0 +1,109 @@
+"""Masked next-token prediction: a causal LLM gets used to reading both ways before it is tuned (LLM2Vec, arXiv
+2404.05961, section 2.2).
+
+A share of a text's tokens is hidden, and each is predicted from the state of the token before it, as in the LLM's own
+training, but with both sides in view. LLM2CLIP's ablation finds that it hardly matters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from llm2clip.models.text import CaptionEncoder, length_batches
+
+MASK = "_"  # LLMs have no mask token; LLM2Vec hides with this one
+
+
+@dataclass
+class MaskingCollator(SentenceTransformerDataCollator):
+    """Texts to token ids of which some are hidden. What is hidden in a row depends on the row's `seed` alone.
+
+    Args:
+        share: of the tokens that are hidden, each with this probability, the first excepted; at least one.
+        mask: id of the token that hides them.
+    """
+
+    share: float = 0.2
+    mask: int = 0
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        whole = self.preprocess_fn([row["text"] for row in rows]).ids
+        hidden, inputs = [], []
+        for row, ids in zip(rows, whole, strict=True):
+            at = hidden_positions(len(ids), self.share, row["seed"])
+            hidden.append(at)
+            inputs.append([self.mask if i in at else token for i, token in enumerate(ids)])
+        targets = [[ids[i] for i in at] for ids, at in zip(whole, hidden, strict=True)]
+        return {"tokens": inputs, "hidden": hidden, "targets": targets}
+
+
+def hidden_positions(length: int, share: float, seed: str) -> list[int]:
+    """Which of `length` tokens are hidden: never the first, which nothing comes before; at least one of two or more."""
+    number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little", signed=True)
+    draws = torch.rand(max(0, length - 1), generator=torch.Generator().manual_seed(number))
+    found = [i + 1 for i, draw in enumerate(draws.tolist()) if draw < share]
+    return found or ([int(draws.argmin()) + 1] if length > 1 else [])
+
+
+class MaskedTokenLoss(nn.Module):
+    """Cross-entropy of the hidden tokens, mean over all of a batch of `MaskingCollator`."""
+
+    output: Tensor
+
+    def __init__(self, encoder: CaptionEncoder, batch_tokens: int) -> None:
+        super().__init__()
+        self.model = encoder.st  # the trainer puts the distributed wrapper here
+        self.register_buffer("output", output_layer(encoder.llm).to(encoder.device), persistent=False)
+        self._encoder = [encoder]
+        self.batch_tokens = batch_tokens
+
+    def forward(self, features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
+        batch, encoder = next(iter(features)), self._encoder[0]
+        total = sum(len(at) for at in batch["hidden"])
+        losses = []
+        for rows in length_batches([len(ids) for ids in batch["tokens"]], self.batch_tokens):
+            inputs = encoder.features([batch["tokens"][r] for r in rows], 0)
+            states = self.model(inputs)["token_embeddings"]
+            starts = inputs["attention_mask"].argmax(1).tolist()  # padding may be on the left
+            row = torch.tensor([n for n, r in enumerate(rows) for _ in batch["hidden"][r]], device=states.device)
+            at = [starts[n] + i - 1 for n, r in enumerate(rows) for i in batch["hidden"][r]]
+            targets = [t for r in rows for t in batch["targets"][r]]
+            before = states[row, torch.tensor(at, device=states.device)]
+            logits = F.linear(before, self.output.to(before.dtype)).float()
+            losses.append(F.cross_entropy(logits, torch.tensor(targets, device=states.device), reduction="sum"))
+        return torch.stack(losses).sum() / max(1, total)
+
+
+def output_layer(llm: Any) -> Tensor:
+    """The frozen weights that turn a state into scores of tokens, (vocabulary, width): a caption encoder goes without
+    them, so they are read from where it came from, unless they are its table of token embeddings.
+
+    Raises:
+        ValueError: they are not there, as in a folder that was saved without them.
+    """
+    if llm.config.tie_word_embeddings:
+        table: Tensor = llm.get_input_embeddings().weight.detach()
+        return table
+    name = "lm_head.weight"
+    index = cached_file(llm.name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    shard = json.loads(Path(index).read_text())["weight_map"].get(name) if index else SAFE_WEIGHTS_NAME
+    file = shard and cached_file(llm.name_or_path, shard, _raise_exceptions_for_missing_entries=False)
+    if file:
+        with safe_open(file, "pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118 (no mapping)
+                return cast(Tensor, tensors.get_tensor(name).float())
+    raise ValueError(
+        f"{llm.name_or_path} has no {name}, which --tune.mntp_steps needs: give the LLM as it was published"
+    )

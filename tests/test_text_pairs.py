@@ -1,0 +1,49 @@
+"""General text pairs, as the field writes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from llm2clip.data.pairs import Pair
+from llm2clip.data.skips import SkipLog, TooManySkipped
+from llm2clip.data.text_pairs import open_pairs
+
+
+def test_e5s_form(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    rows = [
+        {"query": " who? ", "positive": "she", "negatives": ["he", "she", ""], "instruction": "Find who:"},
+        {"query": "where?", "positive": ["here", "there"], "negatives": None},
+    ]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert list(open_pairs(str(file))) == [Pair("who?", "she", ("he",), "Find who: "), Pair("where?", "here")]
+
+
+def test_other_names_and_formats(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("anchor,document,task\nq,d,T:\n")
+    assert list(open_pairs(str(tmp_path / "a.csv"))) == [Pair("q", "d", (), "T: ")]
+    pq.write_table(pa.table({"sentence1": ["a"], "sentence2": ["b"], "score": [1.0]}), tmp_path / "a.parquet")
+    assert list(open_pairs(str(tmp_path / "a.parquet"))) == [Pair("a", "b")]
+
+
+def test_bad_rows_are_counted_and_listed(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    good = [json.dumps({"query": f"q{n}", "positive": f"p{n}"}) for n in range(97)]
+    bad = [json.dumps({"query": "q", "positive": "q"}), json.dumps({"query": "", "positive": "p"}), "{"]
+    file.write_text("\n".join([*bad, *good]))
+    log = SkipLog(tmp_path / "skipped.jsonl")
+    assert len(list(open_pairs(str(file), log))) == 97
+    assert log.skipped == {"no pair of two texts": 2, "malformed row": 1}
+    with pytest.raises(TooManySkipped):
+        list(open_pairs(str(file), SkipLog(limit=0.01)))
+
+
+def test_a_file_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"image": "a.jpg", "caption": "x"}')
+    with pytest.raises(ValueError, match="no column for query"):
+        list(open_pairs(str(tmp_path / "a.jsonl")))

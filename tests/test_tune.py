@@ -1,0 +1,298 @@
+"""Stage 1: its losses against plain references, gradient caching, masked prediction, exact resume, processes as one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+
+from conftest import CAPTIONS, TUNE, Killed, distributed, make_llm
+from llm2clip.data.pairs import Pair, batches_of_pairs
+from llm2clip.models.text import CaptionEncoder
+from llm2clip.recipes import TuneRecipe
+from llm2clip.train.contrastive import PairCollator, PairLoss
+from llm2clip.train.engine import chosen_precision, read_metrics
+from llm2clip.train.losses import pair_loss
+from llm2clip.train.mntp import MaskedTokenLoss, MaskingCollator, hidden_positions, output_layer
+from llm2clip.train.tune import tune
+
+ROWS = [
+    Pair("a dog", "the dog runs through deep snow", ("a cat sleeps", "a house"), "find: "),
+    Pair("two cats on a sofa", "cats", ("the dog runs through deep snow",)),  # the other's answer, as its wrong one
+    Pair("a house", "homes", ()),  # a query that is another's wrong answer
+    Pair("x", "a much longer text about nothing in particular", (), "find: "),
+]
+
+
+def fresh(llm: Path) -> CaptionEncoder:
+    return CaptionEncoder.from_pretrained(llm, device="cpu")
+
+
+def batch_of(encoder: CaptionEncoder, pairs: list[Pair] = ROWS) -> dict[str, Any]:
+    return PairCollator(preprocess_fn=encoder.tokenize)([dataclasses.asdict(p) for p in pairs])
+
+
+def reference(vectors: dict[tuple[str, str], torch.Tensor], pairs: list[Pair], symmetric: bool) -> torch.Tensor:
+    """Row by row in float64, straight from the definition: (prompt, text) to vectors."""
+    unit = {key: F.normalize(v.double(), dim=-1) for key, v in vectors.items()}
+    total = torch.zeros((), dtype=torch.float64)
+    wrong = [("", text) for p in pairs for text in p.negatives]
+    for p in pairs:
+        ways = [((p.prompt, p.first), ("", p.second), [("", q.second) for q in pairs] + wrong)]
+        if symmetric:
+            ways.append((("", p.second), (p.prompt, p.first), [(q.prompt, q.first) for q in pairs]))
+        for query, answer, candidates in ways:
+            right = 20 * unit[query] @ unit[answer]
+            others = [20 * unit[query] @ unit[c] for c in candidates if c[1] not in (query[1], answer[1])]
+            total = total - (right - torch.logsumexp(torch.stack([right, *others]), 0)) / len(ways)
+    return total / len(pairs)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("widths", [(), (8, 20)])
+def test_the_loss_is_that_of_the_definition(llm: Path, symmetric: bool, widths: tuple[int, ...]) -> None:
+    """With negatives, a duplicate text, instructions that are not pooled, in small passes of similar length."""
+    encoder = fresh(llm)
+    encoder.leave_prompts_out()
+    loss = PairLoss(encoder, 0.05, batch_tokens=64, symmetric=symmetric, widths=widths)([batch_of(encoder)])
+    texts = {(p.prompt, p.first) for p in ROWS} | {("", t) for p in ROWS for t in (p.second, *p.negatives)}
+    vectors = {}
+    for prompt, text in texts:
+        ids = encoder.tokenizer(prompt + text)["input_ids"]
+        states = encoder.llm(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        vectors[prompt, text] = states[len(prompt) :].double().mean(0)  # a byte is a token here
+    losses = [reference({k: v[:w] for k, v in vectors.items()}, ROWS, symmetric) for w in (32, *widths)]
+    assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_gradient_caching_gives_the_same_gradients(llm: Path, dropout: float) -> None:
+    """Dropout included: the second pass drops what the first did."""
+    gradients = []
+    for cached in (False, True):
+        encoder = fresh(llm)
+        encoder.llm.layers.register_forward_pre_hook(lambda *_: None)
+        for layer in encoder.llm.layers:
+            layer.mlp.register_forward_hook(lambda _, __, out: F.dropout(out, dropout))
+        torch.manual_seed(3)
+        loss = PairLoss(encoder, 0.05, batch_tokens=64, grad_cache=cached)([batch_of(encoder)])
+        after = torch.rand(1)
+        (loss * 2).backward()
+        gradients.append((loss.item(), {n: p.grad for n, p in encoder.named_parameters()}, after))
+    (plain, one, _), (cached, other, _) = gradients
+    assert plain == pytest.approx(cached, abs=1e-6)
+    assert one.keys() == other.keys()
+    for name, gradient in one.items():
+        assert torch.allclose(gradient, other[name], atol=1e-5, rtol=1e-4), name
+
+
+def test_widths_must_be_smaller_than_the_vector(llm: Path) -> None:
+    with pytest.raises(ValueError, match="between 1 and 31"):
+        PairLoss(fresh(llm), 0.05, 64, widths=[32])
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_give_the_gradients_of_one(processes: int, tmp_path: Path) -> None:
+    """Negatives ragged over processes, duplicates among them; averaged as DDP does."""
+    distributed(processes, _loss_rank, str(tmp_path))
+    weight = torch.eye(6).requires_grad_()
+    loss = pair_loss(*_loss_inputs(weight, range(8)))
+    loss.backward()
+    parts = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(processes)]
+    assert torch.allclose(torch.stack([p["grad"] for p in parts]).mean(0), weight.grad, atol=1e-6)
+    assert sum(p["loss"] for p in parts).item() / processes == pytest.approx(loss.item(), abs=1e-6)
+
+
+def _loss_inputs(weight: torch.Tensor, rows: range) -> tuple[Any, ...]:
+    g = torch.Generator().manual_seed(0)
+    first, second, wrong = (F.normalize(torch.randn(8, 6, generator=g) @ weight, dim=-1) for _ in range(3))
+    ids = torch.tensor([[*range(8)], [*range(10, 18)], [11, 20, 21, 22, 23, 2, 24, 25]])  # two of them are not wrong
+    mine = torch.tensor(list(rows))
+    negatives = mine[mine < 5]  # the last rows have none
+    return first[mine], second[mine], 10.0, torch.cat([ids[0][mine], ids[1][mine], ids[2][negatives]]), wrong[negatives]
+
+
+def _loss_rank(folder: str) -> None:
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    weight = torch.eye(6).requires_grad_()
+    loss = pair_loss(*_loss_inputs(weight, range(rank * 8 // world, (rank + 1) * 8 // world)))
+    loss.backward()
+    torch.save({"grad": weight.grad, "loss": loss.detach()}, f"{folder}/{rank}.pt")
+
+
+# ---- masked next-token prediction -----------------------------------------------------------------------------------
+
+
+def test_what_is_hidden() -> None:
+    assert hidden_positions(1, 0.2, "a") == [] and hidden_positions(2, 0.0, "a") == [1]
+    drawn = [hidden_positions(100, 0.2, str(n)) for n in range(50)]
+    assert drawn[3] == hidden_positions(100, 0.2, "3") != drawn[4]
+    assert all(0 not in at for at in drawn)
+    assert sum(map(len, drawn)) / 50 == pytest.approx(0.2 * 99, abs=2)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_masked_prediction_by_hand(llm: Path, side: str) -> None:
+    """The state before a hidden token gives its probability, whichever side is padded."""
+    encoder = fresh(llm)
+    encoder.tokenizer.padding_side = side
+    mask = encoder.tokenizer("_")["input_ids"][0]
+    texts = ["a dog runs", "two cats sleep on a sofa"]
+    rows = [{"text": t, "seed": str(n)} for n, t in enumerate(texts)]
+    batch = MaskingCollator(preprocess_fn=encoder.tokenize, share=0.3, mask=mask)(rows)
+    loss = MaskedTokenLoss(encoder, batch_tokens=10_000)([batch])
+    table = encoder.llm.get_input_embeddings().weight.double()
+    terms = []
+    for n, text in enumerate(texts):
+        ids = encoder.tokenizer(text)["input_ids"]
+        hidden = hidden_positions(len(ids), 0.3, str(n))
+        seen = [mask if i in hidden else token for i, token in enumerate(ids)]
+        states = encoder.llm(input_ids=torch.tensor([seen])).last_hidden_state[0].double()
+        terms += [-F.log_softmax(table @ states[i - 1], 0)[ids[i]] for i in hidden]
+    assert len(terms) > 3
+    assert loss.item() == pytest.approx(torch.stack(terms).mean().item(), abs=1e-3)
+
+
+def test_an_output_layer_of_its_own_is_read_from_the_folder(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    make_llm(tmp_path)
+    config = LlamaConfig.from_pretrained(tmp_path, tie_word_embeddings=False)
+    whole = AutoModelForCausalLM.from_config(config)
+    whole.save_pretrained(tmp_path)
+    assert torch.equal(output_layer(fresh(tmp_path).llm), whole.lm_head.weight)
+    whole.model.save_pretrained(tmp_path)  # as a caption encoder is saved
+    with pytest.raises(ValueError, match=r"no lm_head\.weight"):
+        output_layer(fresh(tmp_path).llm)
+
+
+def test_masked_prediction_comes_first_and_learns(llm: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(TUNE, mntp_steps=20, steps=2)
+    tune([CAPTIONS], fresh(llm), recipe, tmp_path)
+    losses = [line["loss"] for line in read_metrics(tmp_path / "mntp/metrics.jsonl")]
+    assert len(losses) == 20 and sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert (tmp_path / "mntp/encoder/modules.json").exists()
+
+
+# ---- the stage ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"lora_r": 0, "alike": 3},
+        {"precision": "bf16", "widths": [8]},
+        {"grad_cache": True, "recompute": True},
+        {"mntp_steps": 4},
+    ],
+    ids=str,
+)
+def test_tune_goes_on_exactly(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict) -> None:
+    recipe = dataclasses.replace(TUNE, **change)
+    whole = tune([CAPTIONS], fresh(llm), recipe, tmp_path / "whole")
+    forward, calls = PairLoss.forward, []
+
+    def dies(self: PairLoss, *args: object, **kwargs: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 6:
+            raise Killed
+        return forward(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(PairLoss, "forward", dies)
+        tune([CAPTIONS], fresh(llm), recipe, tmp_path / "cut")
+    (tmp_path / "cut/checkpoints/checkpoint-5").mkdir()  # begun, not whole
+    resumed = tune([CAPTIONS], fresh(llm), recipe, tmp_path / "cut")
+    for name, tensor in load_file(whole / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(resumed / "model.safetensors")[name]), name
+    losses = [[line["loss"] for line in read_metrics(tmp_path / f / "metrics.jsonl")] for f in ("whole", "cut")]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_tune_changes_the_encoder_and_merges_lora(llm: Path, tmp_path: Path) -> None:
+    raw = fresh(llm)
+    before = raw.encode(["a dog"])
+    tuned = fresh(tune([CAPTIONS], raw, TUNE, tmp_path))
+    assert not torch.allclose(tuned.encode(["a dog"]), before, atol=1e-3)
+    assert raw.tokenizer.chat_template is None
+    assert not any("lora" in name for name in tuned.state_dict())
+    assert torch.allclose(tuned.encode(["a dog"]), raw.encode(["a dog"]), atol=1e-5)
+    assert tuned.identity()["bidirectional"]
+
+
+def test_lora_on_the_layers_that_were_named(llm: Path, tmp_path: Path) -> None:
+    raw, encoder = fresh(llm), fresh(llm)
+    tune([CAPTIONS], encoder, dataclasses.replace(TUNE, lora_targets=["q_proj"]), tmp_path)
+    before, after = raw.llm.state_dict(), encoder.llm.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"layers.{n}.self_attn.q_proj.weight" for n in range(3)}
+
+
+def test_full_tuning_leaves_the_table_of_token_embeddings(llm: Path, tmp_path: Path) -> None:
+    raw, encoder = fresh(llm), fresh(llm)
+    tune([CAPTIONS], encoder, dataclasses.replace(TUNE, lora_r=0, steps=3), tmp_path)
+    before, after = raw.llm.state_dict(), fresh(tmp_path / "encoder").llm.state_dict()
+    assert {name for name in before if torch.equal(before[name], after[name])} == {"embed_tokens.weight"}
+
+
+def test_text_pairs_leave_an_encoder_that_does_not_pool_instructions(llm: Path, tmp_path: Path) -> None:
+    """The saved folder reads a prompt as tuning did, in sentence-transformers too."""
+    pairs = [Pair(f"question {n}", f"answer {n}", (f"wrong {n}",), "find: ") for n in range(12)]
+    folder = tune([CAPTIONS, pairs], fresh(llm), dataclasses.replace(TUNE, weights=[1, 1]), tmp_path)
+    encoder = fresh(folder)
+    found = encoder.tokenize(["a dog"], ["find: "])
+    assert found.unpooled == [6]
+    ours = encoder.st(encoder.features(found.ids, 6))["sentence_embedding"]
+    states = encoder.llm(input_ids=torch.tensor(found.ids)).last_hidden_state[0]
+    assert torch.allclose(ours[0], states[6:].mean(0), atol=1e-5)
+    peer = SentenceTransformer(str(folder), device="cpu").encode("a dog", prompt="find: ", convert_to_tensor=True)
+    assert torch.allclose(ours[0], peer, atol=1e-5)
+
+
+@pytest.mark.parametrize(("asked", "capable", "chosen"), [("auto", True, "bf16"), ("auto", False, "fp32"),
+                                                          ("fp32", True, "fp32"), ("fp16", False, "fp16")])  # fmt: skip
+def test_precision_is_what_the_device_is_good_at(
+    asked: str, capable: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": capable}, raising=False)
+    assert chosen_precision(asked, torch.device("cpu")) == chosen
+
+
+def test_tune_stops_at_a_loss_that_is_not_finite(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm2clip.train.contrastive.pair_loss", lambda a, b, *_: (a * b).sum() * math.nan)
+    with pytest.raises(FloatingPointError, match="step 1"):
+        tune([CAPTIONS], fresh(llm), TUNE, tmp_path)
+    assert not (tmp_path / "encoder").exists()
+
+
+@pytest.mark.parametrize("grad_cache", [False, True])
+def test_two_processes_tune_as_one(llm: Path, tmp_path: Path, grad_cache: bool) -> None:
+    """Two ranks with half the batch each, of captions of unequal length, do what one does with the whole."""
+    distributed(2, _tune_rank, str(llm), str(tmp_path / "two"), grad_cache)
+    one = tune([CAPTIONS], fresh(llm), _plain(6, grad_cache), tmp_path / "one")
+    for name, tensor in load_file(one / "model.safetensors").items():
+        assert torch.allclose(tensor, load_file(tmp_path / "two/encoder/model.safetensors")[name], atol=1e-4), name
+
+
+def _plain(batch: int, grad_cache: bool) -> TuneRecipe:
+    return dataclasses.replace(
+        TUNE, batch=batch, steps=3, lora_dropout=0.0, lr=1e-4, batch_tokens=64, grad_cache=grad_cache
+    )
+
+
+def _tune_rank(llm: str, folder: str, grad_cache: bool) -> None:
+    tune([CAPTIONS], fresh(Path(llm)), _plain(3, grad_cache), Path(folder))
+
+
+def test_the_rows_of_a_batch_are_plain_data() -> None:
+    batch = next(batches_of_pairs([CAPTIONS], [], 4, 1, 0))
+    json.dumps([dataclasses.asdict(pair) for pair in batch])
