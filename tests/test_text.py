@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def first_state(encoder: CaptionEncoder, batch: list[str]) -> torch.Tensor:
     return states[features["attention_mask"][0].bool()][0]
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "flex_attention"])
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("batch", [1, 2, "padded"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -79,16 +80,68 @@ def test_no_chat_template_touches_a_caption(llm: Path) -> None:
     assert len(encoder.st.tokenize(["a dog"])["input_ids"][0]) == 5
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pooling", ["mean", "weightedmean", "lasttoken"])
+@pytest.mark.parametrize(
+    ("template", "before", "after"),
+    [
+        (None, [], []),
+        ("<|user|>{caption}<|end|>", [1], [0]),
+        ("<|user|>say:{caption}<|end|>", [1, "s", "a", "y", ":"], [0]),
+        ("say:{caption}", ["s", "a", "y", ":"], []),
+    ],
+)
 @torch.no_grad()
-def test_mean_pooling_by_hand(llm: Path) -> None:
-    """The pad token is the end token: an end token that belongs to the text is pooled, padding is not."""
-    encoder = CaptionEncoder.from_pretrained(llm, template="<|user|>{caption}<|end|>", device="cpu")
-    ids = encoder.tokenize(["ab"]).ids[0]
-    assert ids[0] == 1 and ids[-1] == 0 and len(ids) == 4
-    states = encoder.llm(input_ids=torch.tensor([ids])).last_hidden_state[0]
-    by_hand = states[1:].double().mean(0)  # the header is read but not pooled; the end token is
-    padded = encoder.encode(["ab", TEXTS[1]], batch_tokens=10_000)[0]
-    assert torch.allclose(padded.double(), by_hand, atol=1e-5)
+def test_pooling_and_templates_on_tokens_by_hand(
+    llm: Path, pooling: str, template: str | None, before: list, after: list[int], side: str
+) -> None:
+    """What stands before the caption is read and not pooled, what stands after it is; weights count from the first
+    token that is read. The longer text beside it pads."""
+    encoder = CaptionEncoder.from_pretrained(llm, template=template, pooling=pooling, device="cpu")
+    encoder.tokenizer.padding_side = side
+    token = encoder.tokenizer.convert_tokens_to_ids
+    ids = [*(b if isinstance(b, int) else token(b) for b in before), *token(list("dog")), *after]
+    assert encoder.tokenize(["dog"]).ids == [ids]
+    assert encoder.tokenize(["dog"]).unpooled == [len(before)]
+    states = encoder.llm(input_ids=torch.tensor([ids])).last_hidden_state[0].double()
+    weights = torch.arange(1.0, len(ids) + 1) if pooling == "weightedmean" else torch.ones(len(ids))
+    weights[: len(before)] = 0
+    by_hand = states[-1] if pooling == "lasttoken" else (weights.double() @ states) / weights.sum()
+    assert torch.allclose(encoder.encode(["dog", TEXTS[1]], batch_tokens=10_000)[0].double(), by_hand, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_instruction_that_ends_in_a_space_takes_no_token_of_the_caption(tmp_path: Path) -> None:
+    """A space joins the word after it: counted alone it is a token, before the caption it is none."""
+    from tokenizers import models
+    from transformers import AutoTokenizer
+
+    make_llm(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    space = tokenizer.tokenize(" ")[0]
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = {**state["model"]["vocab"], f"{space}a": 298, f"{space}1": 299}
+    merges = [(space, "a"), (space, "1")]
+    tokenizer.backend_tokenizer.model = models.BPE(vocab=vocab, merges=merges)
+    tokenizer.save_pretrained(tmp_path)
+    encoder = CaptionEncoder.from_pretrained(tmp_path, device="cpu")
+    found = encoder.tokenize(["abc"], ["go: "])
+    assert found.unpooled == [3] and len(found.ids[0]) == 6  # g o : | _a b c
+    with pytest.raises(ValueError, match="may not end in a space"):
+        CaptionEncoder.from_pretrained(tmp_path, template="go: {caption}", device="cpu")
+
+
+def test_a_shorter_vector_is_the_first_part_of_the_whole(llm: Path, tmp_path: Path) -> None:
+    whole = CaptionEncoder.from_pretrained(llm, device="cpu")
+    cut = CaptionEncoder.from_pretrained(llm, width=12, device="cpu")
+    assert cut.width == 12 and torch.equal(cut.encode(TEXTS), whole.encode(TEXTS)[:, :12])
+    cut.save_pretrained(tmp_path)
+    assert torch.equal(CaptionEncoder.from_pretrained(tmp_path, device="cpu").encode(TEXTS), cut.encode(TEXTS))
+    peer = SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS, convert_to_tensor=True)
+    assert torch.allclose(peer, cut.encode(TEXTS), atol=1e-5)
+    assert fingerprint(cut.identity()) != fingerprint(whole.identity())
+    with pytest.raises(ValueError, match="between 1 and 32"):
+        CaptionEncoder.from_pretrained(llm, width=33, device="cpu")
 
 
 def test_layers_keeps_the_first_blocks(llm: Path, tmp_path: Path) -> None:

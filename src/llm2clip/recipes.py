@@ -26,6 +26,7 @@ class EncoderRecipe:
         template: text around the caption, with {caption} in it; null is none.
         pooling: mean, weightedmean, lasttoken; null leaves it as the folder says, and mean for a bare LLM.
         max_length: longest caption in tokens; null leaves it as the folder says, and 512 for a bare LLM.
+        width: keep only the first so many numbers of a vector, as an encoder tuned for it (--tune.widths) allows.
     """
 
     path: str = "smollm2-135m"
@@ -34,6 +35,7 @@ class EncoderRecipe:
     template: str | None = None
     pooling: str | None = None
     max_length: int | None = None
+    width: int | None = None
 
 
 @dataclass

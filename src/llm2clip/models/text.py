@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Transformer
+from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -56,6 +56,7 @@ class CaptionEncoder(nn.Module):
         template: str | None = None,
         pooling: str | None = None,
         max_length: int | None = None,
+        width: int | None = None,
         device: str | torch.device | None = None,
     ) -> CaptionEncoder:
         """Open a decoder LLM, a sentence-transformers encoder, or a `.gguf` file as a caption encoder in float32.
@@ -73,6 +74,7 @@ class CaptionEncoder(nn.Module):
                 the paper does). It takes the place of special tokens that the tokenizer adds by itself.
             pooling: a pooling mode of sentence-transformers: mean, weightedmean, lasttoken, cls, max.
             max_length: longest input in tokens, template included.
+            width: keep only the first so many numbers of a vector, as one tuned for it (Matryoshka) allows.
             device: where to put it; by default a GPU when there is one.
 
         Raises:
@@ -97,6 +99,8 @@ class CaptionEncoder(nn.Module):
             _set_template(st, template)
         if max_length is not None:
             st.max_seq_length = max_length
+        if width is not None:
+            _cut(st, width)
         return encoder.eval()
 
     @property
@@ -315,6 +319,16 @@ def _keep_layers(llm: Any, layers: int) -> None:
     llm.config.num_hidden_layers = layers
     if getattr(llm.config, "layer_types", None):
         llm.config.layer_types = llm.config.layer_types[:layers]
+
+
+def _cut(st: Any, width: int) -> None:
+    """Put a matrix of ones and zeros at the end, which a saved folder carries: sentence-transformers' own setting is
+    not saved."""
+    whole = st.get_embedding_dimension()
+    if not 0 < width <= whole:
+        raise ValueError(f"width must be between 1 and {whole}, the encoder's own; got {width}")
+    first = torch.eye(width, whole)
+    st.append(Dense(whole, width, bias=False, activation_function=nn.Identity(), init_weight=first).to(st.device))
 
 
 def _set_template(st: Any, template: str) -> None:
