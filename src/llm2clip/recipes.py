@@ -165,7 +165,7 @@ class AlignRecipe:
     adapter_depth: int = 1
     adapter_expansion: int = 2
     normalize_input: bool = True
-    epochs: int = 6
+    epochs: int = 4
     captions: int = 4
     batch: int = 128
     head_epochs: int = 0
