@@ -1,0 +1,176 @@
+"""What each part of stage 1 is worth: one table of CRA, a row a command, on a folder of public caption sets.
+
+    python benchmarks/stage1.py DATA --out runs/stage1 [--steps 100] [--only cc cc-causal ...]
+
+DATA holds flickr30k_text, coco_text, flickr8k_text and stanford_paragraphs_text, one captions.jsonl each. Every row is
+tuned on Flickr30k's training split with the same number of steps, and judged on: COCO, the 5,000 images of Karpathy's
+test split; paragraphs, the first against the last sentences of a paragraph; Chinese, a Chinese caption against the
+English one of the same image, Flickr8k's 1,000 test images. General text pairs (TC) are WordNet's glosses and Debian's
+package descriptions: `apt-get install wordnet-base`, and apt's lists. A row that is done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+BASE = [
+    *("--encoder.path", "smollm2-135m", "--encoder.layers", "12", "--tune.lora_r", "0", "--tune.lr", "4e-4"),
+    *("--tune.batch", "128", "--tune.alike", "32", "--tune.warmup", "0.05"),
+]
+# name: (settings that differ from the base, sources: captions, long captions too, pairs)
+TUNED: dict[str, tuple[list[str], str]] = {
+    "cc": ([], "captions"),
+    "cc-causal": (["--encoder.bidirectional", "false"], "captions"),
+    "cc-template": (["--encoder.template", "<|im_start|>user\n{caption}<|im_end|>"], "captions"),
+    "cc-6-layers": (["--encoder.layers", "6"], "captions"),
+    "cc-30-layers": (["--encoder.layers", "30"], "captions"),
+    "cc-random": (["--tune.alike", "1"], "captions"),
+    "cc-lora": (["--tune.lora_r", "16", "--tune.lr", "1e-3"], "captions"),
+    "cc-asymmetric": (["--tune.symmetric", "false"], "captions"),
+    "cc-matryoshka": (["--tune.widths", "[256,128,64]"], "captions"),
+    "mntp-cc": (["--tune.mntp_steps", "50"], "captions"),
+    "tc": ([], "pairs"),
+    "tc-cc": ([], "captions pairs"),
+    "cc-long": ([], "captions long"),
+}
+# name: settings of the encoder
+MEASURED: dict[str, list[str]] = {
+    "minilm": ["--encoder.path", "all-minilm-l6-v2"],
+    "raw-causal": ["--encoder.path", "smollm2-135m", "--encoder.bidirectional", "false"],
+    "raw": ["--encoder.path", "smollm2-135m"],
+    "raw-12-layers": ["--encoder.path", "smollm2-135m", "--encoder.layers", "12"],
+}
+CUT = {"cc": (256, 128, 64), "cc-matryoshka": (256, 128, 64)}  # the same vectors, cut
+
+
+def write(file: Path, rows: Iterator[dict[str, Any]]) -> Path:
+    """The rows as JSON lines, unless they are there."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        part.replace(file)
+    return file
+
+
+def lines(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8") as rows:
+        yield from map(json.loads, rows)
+
+
+def halves(paragraphs: Path, split: str) -> Iterator[dict[str, Any]]:
+    """The first and the last sentences of each paragraph of a split; to train on, the first one and the whole too."""
+    for row in lines(paragraphs):
+        text = row["long_captions"][0]
+        sentences = re.split(r"(?<=[.!?])\s+", text.strip())
+        if len(sentences) > 1 and row["split"] == split:
+            middle = len(sentences) // 2
+            first, last = " ".join(sentences[:middle]), " ".join(sentences[middle:])
+            more = {"captions": sentences[:1], "long_captions": [first, last, text]} if split != "test" else {}
+            yield {"id": row["id"], "captions": [first, last], **more}
+
+
+def general_pairs() -> Iterator[dict[str, Any]]:
+    """A word's definition for the sentence that uses it or for the word; a package's title for its description."""
+    for part in ("noun", "verb", "adj", "adv"):
+        for line in (Path("/usr/share/wordnet") / f"data.{part}").read_text(encoding="latin-1").splitlines():
+            if line.startswith(" "):
+                continue
+            head, _, gloss = line.partition("|")
+            fields = head.split()
+            words = [w.split("(")[0].replace("_", " ") for w in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
+            definition, _, example = gloss.strip().partition('; "')
+            meaning = definition.strip()
+            yield {"query": ", ".join(words), "positive": meaning, "instruction": "Given a word, find its meaning:"}
+            if example:
+                yield {
+                    "query": example.rstrip('"').split('"; "')[0], "positive": f"{words[0]}: {meaning}",
+                    "instruction": "Given a sentence, find the word that it is an example of:",
+                }  # fmt: skip
+    listed = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=True).stdout
+    for entry in listed.split("\n\n"):
+        found = re.search(r"^Description(?:-en)?: (.+)\n((?: .+\n?)+)", entry, re.MULTILINE)
+        if found:
+            body = " ".join(line.strip() for line in found[2].splitlines() if line.strip() not in ("", "."))
+            yield {
+                "query": found[1], "positive": body[:600], "instruction": "Given a title, find the description:",
+            }  # fmt: skip
+
+
+def run(command: list[str], log: Path) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as out:
+        done = subprocess.run([sys.executable, "-m", "llm2clip.cli", *command], stdout=out, stderr=out)
+    if done.returncode:
+        raise SystemExit(f"failed, see {log}: llm2clip {shlex.join(command)}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--only", nargs="+", choices=[*MEASURED, *TUNED])
+    given = parser.parse_args()
+    data, out = given.data, given.out
+
+    paragraphs = data / "stanford_paragraphs_text/captions.jsonl"
+    tests = {
+        "COCO": f"{data / 'coco_text/captions.jsonl'}@karpathy_test",
+        "paragraphs": str(write(out / "halves.jsonl", halves(paragraphs, "test"))),
+        "Chinese": str(
+            write(
+                out / "chinese.jsonl",
+                (
+                    {"id": row["id"], "captions": [row["captions_zh"][0], row["captions"][0]]}
+                    for row in lines(data / "flickr8k_text/captions.jsonl")
+                    if row.get("captions_zh")
+                ),
+            )
+        ),
+    }
+    excluded = json.dumps([f"{data / 'flickr8k/captions.jsonl'}@val", str(data / "flickr8k_text/captions.jsonl")])
+    short = f"{data / 'flickr30k_text/captions.jsonl'}@train"
+
+    rows = []
+    for name in given.only or [*MEASURED, *TUNED]:
+        encoder, tuning = MEASURED.get(name), None
+        if encoder is None:
+            settings, kinds = TUNED[name]
+            sources = [short] if "captions" in kinds else []
+            if "long" in kinds:
+                sources.append(str(write(out / "paragraphs.jsonl", halves(paragraphs, "val"))))
+            pairs = []
+            if "pairs" in kinds:
+                pairs = ["--tune.pairs", json.dumps([str(write(out / "pairs.jsonl", general_pairs()))])]
+            if len(sources) + len(pairs) // 2 > 1:
+                pairs += ["--tune.weights", "[1,1]"]
+            folder = out / name
+            tuning = ["tune", *sources, "--out", str(folder), *BASE, "--tune.steps", str(given.steps),
+                      "--tune.exclude", excluded, *pairs, *settings]  # fmt: skip
+            if not (folder / "encoder").exists():
+                run(tuning, out / f"{name}.log")
+            encoder = ["--encoder.path", str(folder / "encoder")]
+        for width in (None, *CUT.get(name, ())):
+            shown = {"name": name if width is None else f"{name}, {width} wide"}
+            options = encoder if width is None else [*encoder, "--encoder.width", str(width)]
+            for test, source in tests.items():
+                result = out / "results" / f"{name}-{width or 'whole'}-{test}"
+                if not (result / "results.json").exists():
+                    run(["evaluate", "--captions", source, "--out", str(result), *options], out / f"{name}.log")
+                figures = json.loads((result / "results.json").read_text())["captions"]
+                shown[test] = f"{figures['CRA']:.1f}"
+            command = ["evaluate", "--captions", tests["COCO"], *options] if tuning is None else tuning
+            rows.append([*shown.values(), f"`llm2clip {shlex.join(command)}`" if width is None else "the same"])
+            print(" | ".join(rows[-1][:-1]), flush=True)
+    table = [["caption encoder", *(f"CRA, {test}" for test in tests), "command"], ["---"] * (len(tests) + 2), *rows]
+    (out / "table.md").write_text("".join(f"| {' | '.join(row)} |\n" for row in table))
+    print(f"\n{out / 'table.md'}")
