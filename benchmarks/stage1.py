@@ -7,6 +7,9 @@ tuned on Flickr30k's training split with the same number of steps, and judged on
 test split; paragraphs, the first against the last sentences of a paragraph; Chinese, a Chinese caption against the
 English one of the same image, Flickr8k's 1,000 test images. General text pairs (TC) are WordNet's glosses and Debian's
 package descriptions: `apt-get install wordnet-base`, and apt's lists. A row that is done is not done again.
+
+The paragraphs that cc-long is tuned on are of Visual Genome's images, some of which are COCO's, too: its figure on COCO
+is not free of that.
 """
 
 from __future__ import annotations
@@ -120,7 +123,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--only", nargs="+", choices=[*MEASURED, *TUNED])
     given = parser.parse_args()
-    data, out = given.data, given.out
+    data, out = given.data, given.out / f"{given.steps}-steps"
 
     paragraphs = data / "stanford_paragraphs_text/captions.jsonl"
     tests = {
@@ -169,7 +172,8 @@ if __name__ == "__main__":
                 figures = json.loads((result / "results.json").read_text())["captions"]
                 shown[test] = f"{figures['CRA']:.1f}"
             command = ["evaluate", "--captions", tests["COCO"], *options] if tuning is None else tuning
-            rows.append([*shown.values(), f"`llm2clip {shlex.join(command)}`" if width is None else "the same"])
+            written = shlex.join(command).replace("\n", "\\n").replace("|", "\\|")
+            rows.append([*shown.values(), f"`llm2clip {written}`" if width is None else "the same"])
             print(" | ".join(rows[-1][:-1]), flush=True)
     table = [["caption encoder", *(f"CRA, {test}" for test in tests), "command"], ["---"] * (len(tests) + 2), *rows]
     (out / "table.md").write_text("".join(f"| {' | '.join(row)} |\n" for row in table))

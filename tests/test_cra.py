@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from conftest import save_tokenizer
 from llm2clip.cli import main
@@ -144,18 +146,21 @@ def test_a_clips_text_tower(kind: str, tmp_path: Path) -> None:
         assert torch.allclose(found[0], vector, atol=1e-5)
 
 
-def test_open_clips_text_tower() -> None:
+def test_open_clips_text_tower(tmp_path: Path) -> None:
     open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
-    torch.manual_seed(0)
-    tower = clip_text("open_clip:ViT-S-32-alt", torch.device("cpu"))
+    model = open_clip.create_model("ViT-S-32-alt").eval()
+    config = {"model_cfg": open_clip.get_model_config("ViT-S-32-alt"), "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    tower = clip_text(f"open_clip:{tmp_path}", torch.device("cpu"))
     texts = ["a dog", "word " * 100]
     vectors = tower.encode(texts)
     assert tower.truncated == 1
-    torch.manual_seed(0)
-    model = open_clip.create_model("ViT-S-32-alt").eval()
     tokens = open_clip.get_tokenizer("ViT-S-32-alt")(texts)
     with torch.no_grad():
         assert torch.allclose(model.encode_text(tokens), vectors, atol=1e-5)
+    with pytest.raises(ValueError, match="names no weights"):
+        clip_text("open_clip:ViT-S-32-alt")
 
 
 def test_llms_and_sentence_encoders_are_no_clips(llm: Path, tmp_path: Path) -> None:
@@ -172,5 +177,7 @@ def test_the_command_prints_the_table_and_the_mistakes(
     command = ["evaluate", "--captions", str(pictures / "captions.jsonl"), "--encoder.path", str(folder)]
     assert main([*command, "--evaluate.all_pairs", "true", "--evaluate.mistakes", "2"]) == 0
     said = capsys.readouterr().out
+    assert main([*command, "--encoder.layers", "1"]) == 1
+    assert "leave out layers" in capsys.readouterr().err
     for words in ("CRA, their mean", "first to second", "all pairs", "mean cosine", "mistake 2:", "were cut"):
         assert words in said, words

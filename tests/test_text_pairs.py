@@ -21,21 +21,29 @@ def test_e5s_form(tmp_path: Path) -> None:
         {"query": "where?", "positive": ["here", "there"], "negatives": None},
     ]
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert list(open_pairs(str(file))) == [Pair("who?", "she", ("he",), "Find who: "), Pair("where?", "here")]
+    assert list(open_pairs(str(file))) == [Pair("who?", "she", ("he",), "Find who:\n"), Pair("where?", "here")]
 
 
 def test_other_names_and_formats(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("anchor,document,task\nq,d,T:\n")
-    assert list(open_pairs(str(tmp_path / "a.csv"))) == [Pair("q", "d", (), "T: ")]
-    pq.write_table(pa.table({"sentence1": ["a"], "sentence2": ["b"], "score": [1.0]}), tmp_path / "a.parquet")
-    assert list(open_pairs(str(tmp_path / "a.parquet"))) == [Pair("a", "b")]
+    assert list(open_pairs(str(tmp_path / "a.csv"))) == [Pair("q", "d", (), "T:\n")]
+    table = pa.table({"question": ["a", "c"], "answer": ["b", "d"], "split": ["train", "test"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert list(open_pairs(f"{tmp_path / 'a.parquet'}@train")) == [Pair("a", "b")]
+
+
+def test_sentences_with_a_score_are_no_pairs(tmp_path: Path) -> None:
+    """Contradictions and a similarity of 0 stand among them."""
+    (tmp_path / "a.csv").write_text("sentence1,sentence2,score\na,b,0.0\n")
+    with pytest.raises(ValueError, match="no column for query"):
+        list(open_pairs(str(tmp_path / "a.csv")))
 
 
 def test_bad_rows_are_counted_and_listed(tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     good = [json.dumps({"query": f"q{n}", "positive": f"p{n}"}) for n in range(97)]
-    bad = [json.dumps({"query": "q", "positive": "q"}), json.dumps({"query": "", "positive": "p"}), "{"]
-    file.write_text("\n".join([*bad, *good]))
+    bad = [json.dumps({"query": "q", "positive": "q"}), json.dumps({"positive": "p"}), "{"]
+    file.write_text("\n".join([*good, *bad]))
     log = SkipLog(tmp_path / "skipped.jsonl")
     assert len(list(open_pairs(str(file), log))) == 97
     assert log.skipped == {"no pair of two texts": 2, "malformed row": 1}

@@ -61,7 +61,7 @@ def reference(vectors: dict[tuple[str, str], torch.Tensor], pairs: list[Pair], s
 def test_the_loss_is_that_of_the_definition(llm: Path, symmetric: bool, widths: tuple[int, ...]) -> None:
     """With negatives, a duplicate text, instructions that are not pooled, in small passes of similar length."""
     encoder = fresh(llm)
-    encoder.leave_prompts_out()
+    encoder.leave_prompts_out(["find: "])  # a byte is a token here, and a space joins nothing
     loss = PairLoss(encoder, 0.05, batch_tokens=64, symmetric=symmetric, widths=widths)([batch_of(encoder)])
     texts = {(p.prompt, p.first) for p in ROWS} | {("", t) for p in ROWS for t in (p.second, *p.negatives)}
     vectors = {}
@@ -79,24 +79,28 @@ def test_gradient_caching_gives_the_same_gradients(llm: Path, dropout: float) ->
     gradients = []
     for cached in (False, True):
         encoder = fresh(llm)
-        encoder.llm.layers.register_forward_pre_hook(lambda *_: None)
         for layer in encoder.llm.layers:
             layer.mlp.register_forward_hook(lambda _, __, out: F.dropout(out, dropout))
         torch.manual_seed(3)
         loss = PairLoss(encoder, 0.05, batch_tokens=64, grad_cache=cached)([batch_of(encoder)])
-        after = torch.rand(1)
         (loss * 2).backward()
-        gradients.append((loss.item(), {n: p.grad for n, p in encoder.named_parameters()}, after))
-    (plain, one, _), (cached, other, _) = gradients
+        gradients.append((loss.item(), {n: p.grad for n, p in encoder.named_parameters()}, torch.rand(1)))
+    (plain, one, drawn), (cached, other, also) = gradients
     assert plain == pytest.approx(cached, abs=1e-6)
+    assert torch.equal(drawn, also)  # what is random afterwards is the same, too
     assert one.keys() == other.keys()
     for name, gradient in one.items():
         assert torch.allclose(gradient, other[name], atol=1e-5, rtol=1e-4), name
 
 
-def test_widths_must_be_smaller_than_the_vector(llm: Path) -> None:
-    with pytest.raises(ValueError, match="between 1 and 31"):
-        PairLoss(fresh(llm), 0.05, 64, widths=[32])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"widths": [32]}, "between 1 and 31"), ({"lengths": [1, 1]}, "three weights"), ({"batch": 25}, "a batch of 25")],
+)
+def test_wrong_settings_show_before_any_work(llm: Path, tmp_path: Path, change: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        tune([CAPTIONS], fresh(llm), dataclasses.replace(TUNE, mntp_steps=2, **change), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -137,6 +141,7 @@ def test_what_is_hidden() -> None:
     assert drawn[3] == hidden_positions(100, 0.2, "3") != drawn[4]
     assert all(0 not in at for at in drawn)
     assert sum(map(len, drawn)) / 50 == pytest.approx(0.2 * 99, abs=2)
+    assert min(hidden_positions(10, 0.9, "a", first=4)) >= 4 and hidden_positions(4, 0.9, "a", first=4) == []
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -218,15 +223,69 @@ def test_tune_goes_on_exactly(llm: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
-def test_tune_changes_the_encoder_and_merges_lora(llm: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_tune_changes_the_encoder_and_merges_lora(llm: Path, tmp_path: Path, precision: str) -> None:
+    """What is in memory afterwards is what was saved: nothing of the training's autocast stays."""
     raw = fresh(llm)
     before = raw.encode(["a dog"])
-    tuned = fresh(tune([CAPTIONS], raw, TUNE, tmp_path))
+    tuned = fresh(tune([CAPTIONS], raw, dataclasses.replace(TUNE, precision=precision), tmp_path))
     assert not torch.allclose(tuned.encode(["a dog"]), before, atol=1e-3)
     assert raw.tokenizer.chat_template is None
     assert not any("lora" in name for name in tuned.state_dict())
     assert torch.allclose(tuned.encode(["a dog"]), raw.encode(["a dog"]), atol=1e-5)
     assert tuned.identity()["bidirectional"]
+
+
+@pytest.mark.parametrize("lora_r", [4, 0])
+def test_a_cut_to_fewer_numbers_is_not_trained(llm: Path, tmp_path: Path, lora_r: int) -> None:
+    encoder = CaptionEncoder.from_pretrained(llm, width=12, device="cpu")
+    tune([CAPTIONS], encoder, dataclasses.replace(TUNE, lora_r=lora_r), tmp_path)
+    assert torch.equal(encoder.st[2].linear.weight, torch.eye(12, 32))
+
+
+def test_cached_passes_are_in_the_precision_of_the_others(
+    llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second pass runs inside the backward pass, where autocast is long over."""
+    met = []
+    forward = torch.nn.Linear.forward
+
+    def watched(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        out = forward(self, x)
+        met.append((torch.is_grad_enabled(), out.dtype))
+        return out
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", watched)
+    recipe = dataclasses.replace(TUNE, lora_r=0, steps=1, precision="bf16", grad_cache=True)
+    tune([CAPTIONS], fresh(llm), recipe, tmp_path)
+    assert set(met) == {(False, torch.bfloat16), (True, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("change", [{"precision": "bf16"}, {"steps": 7}], ids=str)
+def test_a_changed_run_does_not_go_on(llm: Path, tmp_path: Path, change: dict) -> None:
+    folder = tune([CAPTIONS], fresh(llm), TUNE, tmp_path)
+    folder.rename(tmp_path / "lost")
+    with pytest.raises(ValueError, match="cannot be gone on from"):
+        tune([CAPTIONS], fresh(llm), dataclasses.replace(TUNE, **change), tmp_path)
+
+
+def test_masked_prediction_goes_on_exactly(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = dataclasses.replace(TUNE, mntp_steps=6, steps=2)
+    whole = tune([CAPTIONS], fresh(llm), recipe, tmp_path / "whole")
+    forward, calls = MaskedTokenLoss.forward, []
+
+    def dies(self: MaskedTokenLoss, *args: object, **kwargs: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 4:
+            raise Killed
+        return forward(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(MaskedTokenLoss, "forward", dies)
+        tune([CAPTIONS], fresh(llm), recipe, tmp_path / "cut")
+    resumed = tune([CAPTIONS], fresh(llm), recipe, tmp_path / "cut")
+    for name, tensor in load_file(whole / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(resumed / "model.safetensors")[name]), name
 
 
 def test_lora_on_the_layers_that_were_named(llm: Path, tmp_path: Path) -> None:
@@ -246,15 +305,15 @@ def test_full_tuning_leaves_the_table_of_token_embeddings(llm: Path, tmp_path: P
 
 def test_text_pairs_leave_an_encoder_that_does_not_pool_instructions(llm: Path, tmp_path: Path) -> None:
     """The saved folder reads a prompt as tuning did, in sentence-transformers too."""
-    pairs = [Pair(f"question {n}", f"answer {n}", (f"wrong {n}",), "find: ") for n in range(12)]
+    pairs = [Pair(f"question {n}", f"answer {n}", (f"wrong {n}",), "find:\n") for n in range(12)]
     folder = tune([CAPTIONS, pairs], fresh(llm), dataclasses.replace(TUNE, weights=[1, 1]), tmp_path)
     encoder = fresh(folder)
-    found = encoder.tokenize(["a dog"], ["find: "])
+    found = encoder.tokenize(["a dog"], ["find:\n"])
     assert found.unpooled == [6]
-    ours = encoder.st(encoder.features(found.ids, 6))["sentence_embedding"]
+    ours = encoder.encode(found)
     states = encoder.llm(input_ids=torch.tensor(found.ids)).last_hidden_state[0]
     assert torch.allclose(ours[0], states[6:].mean(0), atol=1e-5)
-    peer = SentenceTransformer(str(folder), device="cpu").encode("a dog", prompt="find: ", convert_to_tensor=True)
+    peer = SentenceTransformer(str(folder), device="cpu").encode("a dog", prompt="find:\n", convert_to_tensor=True)
     assert torch.allclose(ours[0], peer, atol=1e-5)
 
 
@@ -279,13 +338,17 @@ def test_two_processes_tune_as_one(llm: Path, tmp_path: Path, grad_cache: bool) 
     """Two ranks with half the batch each, of captions of unequal length, do what one does with the whole."""
     distributed(2, _tune_rank, str(llm), str(tmp_path / "two"), grad_cache)
     one = tune([CAPTIONS], fresh(llm), _plain(6, grad_cache), tmp_path / "one")
+    for part in ("", "mntp/"):  # Adam and clipping hide a factor on the gradients, their norm does not
+        lines = [read_metrics(tmp_path / run / f"{part}metrics.jsonl") for run in ("one", "two")]
+        norms = [[line["grad_norm"] for line in run] for run in lines]
+        assert len(norms[0]) == 3 and norms[0] == pytest.approx(norms[1], rel=2e-3)
     for name, tensor in load_file(one / "model.safetensors").items():
         assert torch.allclose(tensor, load_file(tmp_path / "two/encoder/model.safetensors")[name], atol=1e-4), name
 
 
 def _plain(batch: int, grad_cache: bool) -> TuneRecipe:
     return dataclasses.replace(
-        TUNE, batch=batch, steps=3, lora_dropout=0.0, lr=1e-4, batch_tokens=64, grad_cache=grad_cache
+        TUNE, batch=batch, steps=3, mntp_steps=3, lora_dropout=0.0, lr=1e-4, batch_tokens=64, grad_cache=grad_cache
     )
 
 

@@ -40,7 +40,7 @@ class EncoderRecipe:
 
 @dataclass
 class TuneRecipe:
-    """Stage 1: caption-contrastive tuning of the LLM with LoRA.
+    """Stage 1: caption-contrastive tuning of the LLM, with LoRA or of all its weights.
 
     Args:
         data: sources of captions, images not needed: PATH or PATH@split+split; empty takes the training data's.
@@ -69,10 +69,12 @@ class TuneRecipe:
         lora_alpha: scale of LoRA.
         lora_dropout: dropout before LoRA.
         lora_targets: names of the layers that get LoRA, or all-linear.
-        grad_cache: keep no activations: any batch in the memory of one forward pass, for a third more time.
+        grad_cache: keep no activations: any batch of pairs in the memory of one forward pass, for a third more time;
+            masked prediction does without.
         recompute: recompute activations in the backward pass (gradient checkpointing): long captions, large LLMs.
         batch_tokens: tokens in a forward pass, padding included; null chooses for the device.
-        precision: fp32, bf16 or fp16; auto is bf16 where the device multiplies it in hardware, else fp32.
+        precision: fp32, bf16 or fp16; auto is bf16 where the device multiplies it in hardware, else fp32. Under LoRA
+            the matrices that it leaves alone are rounded to it, as those of an LLM published in bf16 are already.
         max_grad_norm: gradients are clipped to this norm.
         checkpoint_every: steps between checkpoints.
         seed: of pairs, LoRA and dropout.
@@ -233,7 +235,7 @@ class RecipeChanged(ValueError):
 
 
 # What may differ when a run goes on: it changes how long the work takes, not what comes out.
-FREE = ("workers", "checkpoint_every", "batch_tokens", "shard_size", "max_skipped")
+FREE = ("workers", "checkpoint_every", "batch_tokens", "shard_size", "max_skipped", "grad_cache", "recompute")
 
 
 # What the last stage leaves: until there is some of it, its settings may be mended without losing the others' work.

@@ -144,7 +144,11 @@ def tuning_sources(data: Data, recipe: TuneRecipe, columns: dict[str, str], log:
         for records in offered
     ]
     left = sum(map(len, offered)) - sum(map(len, allowed))
-    if not recipe.pairs and not any(can_pair(c, recipe.lengths) for c in chain(*allowed) if isinstance(c, Captions)):
+    if (
+        recipe.steps
+        and not recipe.pairs
+        and not any(can_pair(c, recipe.lengths) for c in chain(*allowed) if isinstance(c, Captions))
+    ):
         raise ValueError(
             "no image has two different captions, and tuning learns from such pairs. --tune.steps 0 leaves the LLM as "
             "it is; --tune.data takes captions from elsewhere; --encoder.path takes an LLM that was tuned before"

@@ -149,7 +149,11 @@ def open_encoder(recipe: EncoderRecipe) -> CaptionEncoder:
 def open_text(recipe: EncoderRecipe) -> TextEncoder:
     """Any text encoder, to be measured: a recipe's caption encoder, or another CLIP's text tower."""
     path = resolve(recipe.path)
-    return clip_text(path) if has_text_tower(path) else open_encoder(recipe)
+    if not has_text_tower(path):
+        return open_encoder(recipe)
+    if options := [name for name, value in dataclasses.asdict(recipe).items() if name != "path" and value is not None]:
+        raise ValueError(f"{path} is a CLIP, whose text tower is taken as it is: leave out {', '.join(options)}")
+    return clip_text(path)
 
 
 def new_model(recipe: AlignRecipe, store: EmbeddingStore) -> LLM2CLIP:

@@ -74,6 +74,10 @@ def batches_of_pairs(
     Raises:
         ValueError: there is not one positive weight a source, or a source has fewer usable items than a batch.
     """
+    if len(lengths) != 3 or min(lengths) < 0:
+        raise ValueError(f"lengths are three weights: short and short, short and long, long and long; got {lengths}")
+    if any(not items for items in sources):
+        raise ValueError("a source has no captions or pairs left to tune on")
     weights = list(weights) or [float(len(items)) for items in sources]
     if len(weights) != len(sources) or min(weights) <= 0:
         raise ValueError(f"{len(sources)} sources need as many positive weights, not {weights}")

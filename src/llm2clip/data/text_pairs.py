@@ -1,30 +1,32 @@
 """General text pairs: questions and answers, titles and documents, paraphrases, as E5's data are (arXiv 2212.03533).
 
 A row is `{"query": ..., "positive": ..., "negatives": [...], "instruction": ...}` in any format of tables that records
-are read from; negatives and instruction are optional, and the columns may go by other names of the field.
+are read from; negatives and instruction are optional, and the columns may go by other names of the field. Two sentences
+with a label or a score are not taken for a pair: they may contradict each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llm2clip.data import readers
 from llm2clip.data.pairs import Pair
-from llm2clip.data.records import EARLY
+from llm2clip.data.records import EARLY, NO_SPLIT, Source
 from llm2clip.data.rows import Bad
 from llm2clip.data.skips import SkipLog
 
 NAMES = {  # what the fields are commonly called; the first that is there is taken
-    "query": ("query", "anchor", "question", "sentence1", "text1", "title"),
-    "positive": ("positive", "pos", "positives", "document", "answer", "sentence2", "text2", "passage", "text"),
+    "query": ("query", "anchor", "question", "title"),
+    "positive": ("positive", "pos", "positives", "document", "answer", "passage", "text"),
     "negatives": ("negatives", "negative", "neg", "hard_negatives"),
     "instruction": ("instruction", "instruct", "task"),
+    "split": ("split",),
 }
 
 
 def open_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
-    """The pairs of a source, one at a time, in its order. Of several positives the first is taken.
+    """The pairs of a source (PATH or PATH@split), one at a time, in its order. Of several positives the first is taken.
 
     A row that lacks a text, or whose two texts are the same, is skipped, counted and listed in `log`.
 
@@ -32,32 +34,45 @@ def open_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
         ValueError: there is no column of queries or of positives, or no pair at all.
         TooManySkipped: too many rows are bad.
     """
-    log = SkipLog() if log is None else log
-    count = 0
-    for kind, file in readers.find(path):
-        for where, number, fields in readers.read(kind, file, _choose, image_bytes=False):
-            log.seen_one()
+    log, source = SkipLog() if log is None else log, Source.parse(path)
+    count, columns_met = 0, False
+    for kind, file in readers.find(source.path):
+        for where, number, fields in readers.read(kind, file, _choose, image_bytes=False, splits=source.splits):
             if isinstance(fields, Bad):
+                log.seen_one()
                 log.skip(where, number, fields.reason, fields.value)
                 continue
-            columns = _choose(where, list(fields))
-            values = {ours: fields.get(column) for ours, column in columns.items()}
-            query, positive = (next(iter(_strings(values.get(name))), "") for name in ("query", "positive"))
+            if source.splits and (_text(fields.get("split")) or NO_SPLIT) not in source.splits:
+                continue
+            log.seen_one()
+            try:
+                columns = _choose(where, list(fields))
+                columns_met = True
+            except ValueError:
+                if not columns_met:  # the file is of something else
+                    raise
+                columns = {}  # a row of JSON has names of its own, and may lack one
+            query, positive = (_text(fields.get(columns.get(name, ""))) for name in ("query", "positive"))
             if not query or not positive or query == positive:
                 log.skip(where, number, "no pair of two texts", f"{query[:80]!r}, {positive[:80]!r}")
                 if log.seen >= EARLY:
                     log.check()
                 continue
             count += 1
-            negatives = tuple(t for t in _strings(values.get("negatives")) if t not in (query, positive))
-            instruction = next(iter(_strings(values.get("instruction"))), "")
-            yield Pair(query, positive, negatives, f"{instruction} " if instruction else "")
+            wrong = _strings(fields.get(columns.get("negatives", "")))
+            instruction = _text(fields.get(columns.get("instruction", "")))
+            yield Pair(
+                query,
+                positive,
+                tuple(text for text in wrong if text not in (query, positive)),
+                f"{instruction}\n" if instruction else "",  # a space would join the word after it
+            )
     log.check()
     if not count:
         raise ValueError(f"{path}: no text pair; {log.summary()}")
 
 
-def _choose(file: str, names: Any) -> dict[str, str]:
+def _choose(file: str, names: Sequence[str]) -> dict[str, str]:
     """Our field to the column that holds it."""
     chosen = {}
     for ours, guesses in NAMES.items():
@@ -70,6 +85,11 @@ def _choose(file: str, names: Any) -> dict[str, str]:
                 f"{file}: no column for {ours} (one of {', '.join(NAMES[ours])}); it has {', '.join(names)}"
             )
     return chosen
+
+
+def _text(value: Any) -> str:
+    """The first text of a cell, or nothing."""
+    return next(iter(_strings(value)), "")
 
 
 def _strings(value: Any) -> list[str]:

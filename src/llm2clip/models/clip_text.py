@@ -67,9 +67,11 @@ def has_text_tower(path: str) -> bool:
 
 
 def clip_text(path: str, device: torch.device | None = None) -> ClipText:
-    """The text tower of a transformers folder or hub id, or of `open_clip:NAME` or `open_clip:NAME/PRETRAINED`.
+    """The text tower of a transformers folder or hub id, or of `open_clip:NAME/PRETRAINED`; a folder that open_clip
+    saved or `hf-hub:ID` may stand for the latter.
 
     Raises:
+        ValueError: an architecture without weights is asked for.
         ImportError: open_clip is asked for and not installed.
         OSError: there is no such model.
     """
@@ -85,7 +87,7 @@ def _from_transformers(path: str, device: torch.device) -> ClipText:
     model: Any = AutoModel.from_pretrained(path, trust_remote_code=False, dtype=torch.float32).to(device).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     text = model.config.text_config
-    window = text.max_position_embeddings
+    window = min(text.max_position_embeddings, tokenizer.model_max_length)  # AltCLIP's has fewer than it has positions
     padding = "max_length" if model.config.model_type in PADDED else True
 
     def tokenize(texts: list[str]) -> dict[str, Tensor]:
@@ -109,8 +111,14 @@ def _from_open_clip(name: str, device: torch.device) -> ClipText:
     except ImportError as error:
         raise ImportError(f"{OPEN_CLIP}{name} needs open_clip: pip install open-clip-torch") from error
 
-    hub = name.startswith("hf-hub:") or Path(name).is_dir()
-    architecture, _, pretrained = (name, "", "") if hub else name.partition("/")
+    if Path(name).is_dir():
+        architecture, pretrained = f"local-dir:{name}", ""
+    elif name.startswith("hf-hub:"):
+        architecture, pretrained = name, ""
+    else:
+        architecture, _, pretrained = name.partition("/")
+        if not pretrained:
+            raise ValueError(f"{OPEN_CLIP}{name} names no weights: {OPEN_CLIP}{name}/PRETRAINED")
     model: Any = open_clip.create_model(architecture, pretrained=pretrained or None, device=device).eval()
     tokenizer: Any = open_clip.get_tokenizer(architecture)
     window = tokenizer.context_length

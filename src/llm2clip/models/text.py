@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,14 @@ class Tokens:
     ids: list[list[int]]
     truncated: list[int]
     unpooled: list[int]
+
+    def batches(self, budget: int) -> Iterator[tuple[int, list[int]]]:
+        """Rows that can be read together: of one number of unpooled tokens, which comes first, and similar length, at
+        most `budget` tokens with their padding."""
+        for length in sorted(set(self.unpooled)):
+            members = [i for i, u in enumerate(self.unpooled) if u == length]
+            for group in length_batches([len(self.ids[i]) for i in members], budget):
+                yield length, [members[g] for g in group]
 
 
 class CaptionEncoder(nn.Module):
@@ -175,8 +183,19 @@ class CaptionEncoder(nn.Module):
             batch["prompt_length"] = length
         return batch
 
-    def leave_prompts_out(self) -> None:
-        """Pool the caption's tokens alone where a text is read after an instruction, here and in the saved folder."""
+    def leave_prompts_out(self, prompts: Iterable[str]) -> None:
+        """Pool the caption's tokens alone where a text is read after an instruction, here and in the saved folder.
+
+        Raises:
+            ValueError: sentence-transformers would count the tokens of one of `prompts` wrongly.
+        """
+        for prompt in prompts:
+            whole = self.header + prompt
+            if self.st[0]._get_prompt_length(whole) != self._tokens_of_prefix(whole):
+                raise ValueError(
+                    f"sentence-transformers would count the tokens of the instruction {prompt!r} wrongly: it may not "
+                    "end in a space or in a special token; end it with a line break"
+                )
         self.st[1].include_prompt = False
 
     def forward(self, ids: Sequence[Sequence[int]]) -> Tensor:
@@ -219,8 +238,9 @@ class CaptionEncoder(nn.Module):
             else tqdm(total=len(tokens.ids), desc="encode", unit="caption", disable=not progress)
         )
         with autocast:
-            for rows in length_batches([len(i) for i in tokens.ids], budget):
-                out[rows] = self([tokens.ids[r] for r in rows]).float().cpu()
+            for length, rows in tokens.batches(budget):
+                features = self.features([tokens.ids[r] for r in rows], length)
+                out[rows] = self.st(features)["sentence_embedding"].float().cpu()
                 bar.update(len(rows))
         return out
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch import Tensor, nn
 
-from llm2clip.models.text import CaptionEncoder, length_batches
+from llm2clip.models.text import CaptionEncoder, Tokens
 from llm2clip.train.losses import pair_loss
 
 
@@ -58,13 +58,8 @@ class PairLoss(nn.Module):
             widths: the mean of the losses of the whole vector and of its first so many numbers (Matryoshka, arXiv
                 2205.13147).
             grad_cache: keep no activations between passes.
-
-        Raises:
-            ValueError: a width is not below the encoder's.
         """
         super().__init__()
-        if any(not 0 < width < encoder.width for width in widths):
-            raise ValueError(f"widths are between 1 and {encoder.width - 1}, below the encoder's own; got {widths}")
         self.model = encoder.st  # the trainer puts the distributed wrapper here
         self._encoder = [encoder]
         self.scale = 1 / temperature
@@ -86,17 +81,14 @@ class PairLoss(nn.Module):
     def _passes(self, tokens: list[list[int]], unpooled: list[int]) -> Iterator[tuple[list[int], Callable[[], Tensor]]]:
         """The forward passes of a batch: which rows, and what gives their vectors."""
         encoder = self._encoder[0]
-        for length in sorted(set(unpooled)):  # a pass has one length of instruction
-            members = [i for i, u in enumerate(unpooled) if u == length]
-            for group in length_batches([len(tokens[i]) for i in members], self.batch_tokens):
-                rows = [members[g] for g in group]
+        for length, rows in Tokens(tokens, [], unpooled).batches(self.batch_tokens):
 
-                def run(rows: list[int] = rows, length: int = length) -> Tensor:
-                    inputs = encoder.features([tokens[r] for r in rows], length)
-                    vectors: Tensor = self.model(inputs)["sentence_embedding"].float()
-                    return vectors
+            def run(rows: list[int] = rows, length: int = length) -> Tensor:
+                inputs = encoder.features([tokens[r] for r in rows], length)
+                vectors: Tensor = self.model(inputs)["sentence_embedding"].float()
+                return vectors
 
-                yield rows, run
+            yield rows, run
 
     def _of_vectors(self, vectors: Tensor, pairs: int, names: Tensor) -> Tensor:
         losses = []

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
@@ -31,7 +32,7 @@ class MaskingCollator(SentenceTransformerDataCollator):
     """Texts to token ids of which some are hidden. What is hidden in a row depends on the row's `seed` alone.
 
     Args:
-        share: of the tokens that are hidden, each with this probability, the first excepted; at least one.
+        share: of the tokens that are hidden, each with this probability; at least one.
         mask: id of the token that hides them.
     """
 
@@ -39,22 +40,23 @@ class MaskingCollator(SentenceTransformerDataCollator):
     mask: int = 0
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        whole = self.preprocess_fn([row["text"] for row in rows]).ids
-        hidden, inputs = [], []
-        for row, ids in zip(rows, whole, strict=True):
-            at = hidden_positions(len(ids), self.share, row["seed"])
+        found = self.preprocess_fn([row["text"] for row in rows])
+        whole, hidden, inputs = found.ids, [], []
+        for row, ids, header in zip(rows, whole, found.unpooled, strict=True):
+            at = hidden_positions(len(ids), self.share, row["seed"], max(1, header))
             hidden.append(at)
             inputs.append([self.mask if i in at else token for i, token in enumerate(ids)])
         targets = [[ids[i] for i in at] for ids, at in zip(whole, hidden, strict=True)]
         return {"tokens": inputs, "hidden": hidden, "targets": targets}
 
 
-def hidden_positions(length: int, share: float, seed: str) -> list[int]:
-    """Which of `length` tokens are hidden: never the first, which nothing comes before; at least one of two or more."""
+def hidden_positions(length: int, share: float, seed: str, first: int = 1) -> list[int]:
+    """Which of `length` tokens are hidden, at least one of those from `first` on: the very first has nothing before it,
+    and a template's header tells nothing."""
     number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little", signed=True)
-    draws = torch.rand(max(0, length - 1), generator=torch.Generator().manual_seed(number))
-    found = [i + 1 for i, draw in enumerate(draws.tolist()) if draw < share]
-    return found or ([int(draws.argmin()) + 1] if length > 1 else [])
+    draws = torch.rand(max(0, length - first), generator=torch.Generator().manual_seed(number))
+    found = [i + first for i, draw in enumerate(draws.tolist()) if draw < share]
+    return found or ([int(draws.argmin()) + first] if len(draws) else [])
 
 
 class MaskedTokenLoss(nn.Module):
@@ -71,7 +73,10 @@ class MaskedTokenLoss(nn.Module):
 
     def forward(self, features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         batch, encoder = next(iter(features)), self._encoder[0]
-        total = sum(len(at) for at in batch["hidden"])
+        total = torch.tensor(float(sum(len(at) for at in batch["hidden"])), device=encoder.device)
+        if dist.is_available() and dist.is_initialized():  # processes have different numbers, and DDP takes their mean
+            dist.all_reduce(total)
+            total /= dist.get_world_size()
         losses = []
         for rows in length_batches([len(ids) for ids in batch["tokens"]], self.batch_tokens):
             inputs = encoder.features([batch["tokens"][r] for r in rows], 0)
@@ -83,7 +88,7 @@ class MaskedTokenLoss(nn.Module):
             before = states[row, torch.tensor(at, device=states.device)]
             logits = F.linear(before, self.output.to(before.dtype)).float()
             losses.append(F.cross_entropy(logits, torch.tensor(targets, device=states.device), reduction="sum"))
-        return torch.stack(losses).sum() / max(1, total)
+        return torch.stack(losses).sum() / total.clamp(min=1)
 
 
 def output_layer(llm: Any) -> Tensor:

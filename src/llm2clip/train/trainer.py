@@ -109,6 +109,7 @@ def train(
     trainer.add_callback(LossBar(name))
     with _attention(args.device):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.accelerator.unwrap_model(encoder.st, keep_fp32_wrapper=False)  # no autocast from here on
 
 
 class TuneTrainer(SentenceTransformerTrainer):

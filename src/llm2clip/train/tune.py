@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,26 +50,35 @@ def tune(sources: Sequence[Sequence[Item]], encoder: CaptionEncoder, recipe: Tun
     """
     done, state = folder / "encoder", processes()
     if not done.exists():
+        rows = _rows(sources, encoder, recipe)  # what is wrong with the settings shows before any work
         if recipe.mntp_steps > 0:
             _predict_hidden_tokens(sources, encoder, recipe, folder / "mntp")
-        if recipe.steps > 0:
-            _tell_apart(sources, encoder, recipe, folder)
+        if rows:
+            _tell_apart(rows, encoder, recipe, folder)
     if state.is_main_process and not done.exists():
         _save(encoder, done)
     state.wait_for_everyone()
     return done
 
 
-def _tell_apart(sources: Sequence[Sequence[Item]], encoder: CaptionEncoder, recipe: TuneRecipe, folder: Path) -> None:
-    """Caption-contrastive tuning."""
-    state = processes()
-    world = state.num_processes
-    batches = batches_of_pairs(
-        sources, recipe.weights, recipe.batch * world, recipe.steps, recipe.seed, recipe.alike, recipe.lengths
-    )
+def _rows(sources: Sequence[Sequence[Item]], encoder: CaptionEncoder, recipe: TuneRecipe) -> list[dict[str, Any]]:
+    """The pairs of all steps, on every process alike."""
+    if any(not 0 < width < encoder.width for width in recipe.widths):
+        raise ValueError(
+            f"--tune.widths are between 1 and {encoder.width - 1}, below the encoder's own; got {recipe.widths}"
+        )
+    if recipe.steps <= 0:
+        return []
+    batch = recipe.batch * processes().num_processes
+    batches = batches_of_pairs(sources, recipe.weights, batch, recipe.steps, recipe.seed, recipe.alike, recipe.lengths)
     rows = [asdict(pair) for batch in batches for pair in batch]
-    if any(row["prompt"] for row in rows):
-        encoder.leave_prompts_out()
+    if prompts := {row["prompt"] for row in rows} - {""}:
+        encoder.leave_prompts_out(sorted(prompts))
+    return rows
+
+
+def _tell_apart(rows: list[dict[str, Any]], encoder: CaptionEncoder, recipe: TuneRecipe, folder: Path) -> None:
+    """Caption-contrastive tuning."""
     precision = _prepare(encoder, recipe)
     loss = PairLoss(
         encoder,
@@ -78,8 +88,13 @@ def _tell_apart(sources: Sequence[Sequence[Item]], encoder: CaptionEncoder, reci
         widths=recipe.widths,
         grad_cache=recipe.grad_cache,
     )
-    texts = digest(text for row in rows for text in (row["first"], row["second"], *row["negatives"]))
-    plan = {"steps": recipe.steps, "pairs": recipe.batch * world, "captions": texts}
+    texts = digest(text for row in rows for text in (row["prompt"], row["first"], row["second"], *row["negatives"]))
+    plan = {
+        "steps": recipe.steps,
+        "pairs": recipe.batch * processes().num_processes,
+        "precision": precision,
+        "captions": texts,
+    }
     collator = PairCollator(preprocess_fn=encoder.tokenize)
     train(
         rows, encoder, loss, collator, recipe, folder, name="tune", steps=recipe.steps, precision=precision, plan=plan
@@ -92,7 +107,8 @@ def _predict_hidden_tokens(
 ) -> None:
     """Masked next-token prediction on the same texts, each as often as any other."""
     if (folder / "encoder").exists():
-        encoder.st = CaptionEncoder.from_pretrained(folder / "encoder", device=encoder.device).st
+        device, encoder.st = encoder.device, None  # one LLM in memory at a time
+        encoder.st = CaptionEncoder.from_pretrained(folder / "encoder", device=device).st
         return
     texts = unique(text for source in sources for item in source for text in item.texts)
     per_step = recipe.batch * processes().num_processes
@@ -104,7 +120,12 @@ def _predict_hidden_tokens(
     collator = MaskingCollator(preprocess_fn=encoder.tokenize, share=recipe.mntp_mask, mask=mask)
     loss = MaskedTokenLoss(encoder, _budget(recipe))
     precision = _prepare(encoder, recipe)
-    plan = {"steps": recipe.mntp_steps, "texts": per_step, "captions": digest(row["text"] for row in rows)}
+    plan = {
+        "steps": recipe.mntp_steps,
+        "texts": per_step,
+        "precision": precision,
+        "captions": digest(row["text"] for row in rows),
+    }
     train(
         rows, encoder, loss, collator, recipe, folder, name="mntp", steps=recipe.mntp_steps, precision=precision,
         plan=plan,
@@ -122,18 +143,23 @@ def _prepare(encoder: CaptionEncoder, recipe: TuneRecipe) -> str:
     """
     torch.manual_seed(recipe.seed)
     precision = chosen_precision(recipe.precision, processes().device)
+    encoder.st.requires_grad_(False)  # what comes after the LLM, such as a cut to fewer numbers, stays
+    pooler = getattr(encoder.llm, "pooler", None)  # of BERT and its kin: no vector of ours goes through it
     if recipe.lora_r:
         lora = LoraConfig(
             r=recipe.lora_r,
             lora_alpha=recipe.lora_alpha,
             lora_dropout=recipe.lora_dropout,
             target_modules=recipe.lora_targets if isinstance(recipe.lora_targets, str) else list(recipe.lora_targets),
+            exclude_modules=["pooler.dense"] if pooler is not None else None,
         )
         encoder.st[0].model = get_peft_model(encoder.llm, lora)
         _cast_frozen(encoder.llm, DTYPES[precision])
     else:  # the table is large, and captions read few rows of it
         encoder.llm.requires_grad_(True)
         encoder.llm.get_input_embeddings().requires_grad_(False)
+        if pooler is not None:
+            pooler.requires_grad_(False)
     if recipe.recompute:
         encoder.llm.gradient_checkpointing_enable({"use_reentrant": False})
         encoder.llm.enable_input_require_grads()
