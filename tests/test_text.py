@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from torch._dynamo.exc import TorchDynamoException
 
 from conftest import FAMILIES, make_llm
 from llm2clip.models.text import CaptionEncoder, fingerprint, length_batches
@@ -41,7 +42,11 @@ def test_attention_is_what_was_asked(
         encoder = CaptionEncoder.from_pretrained(folders[family], bidirectional=bidirectional, device="cpu")
         encoder.llm.set_attn_implementation(backend)
         encoder.tokenizer.padding_side = side
-        change = (first_state(encoder, ["a dog ru", *extra]) - first_state(encoder, ["a dog sa", *extra])).abs().max()
+        try:
+            one, other = (first_state(encoder, [text, *extra]) for text in ("a dog ru", "a dog sa"))
+        except TorchDynamoException as error:  # flex attention is compiled, which asks for more than PyTorch alone
+            pytest.skip(f"flex attention does not compile here: {str(error).splitlines()[0]}")
+        change = (one - other).abs().max()
         assert (change > 1e-3) if bidirectional else (change == 0)
 
 
