@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from llm2clip.data.pairs import Captions
 from llm2clip.processes import leave, processes
 from llm2clip.recipes import TuneRecipe
 from written import ROWS, image_bytes
+
+with suppress(ImportError):  # its distutils first: compiling flex attention fails where the standard one came before it
+    import setuptools  # noqa: F401
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
