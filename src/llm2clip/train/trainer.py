@@ -180,8 +180,8 @@ class LossBar(ProgressCallback):
 
 
 def _attention(device: torch.device) -> AbstractContextManager[None]:
-    """On a CPU, plain products in place of PyTorch's fused attention, whose backward pass takes ten times as long for
-    short captions in bf16 (`benchmarks/tune.py`)."""
+    """On a CPU, plain products in place of PyTorch's fused attention, whose backward pass is slow for short captions
+    in bf16 (`benchmarks/tune.py`)."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
