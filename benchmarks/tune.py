@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llm2clip.data.pairs import Captions, batches_of_pairs
 from llm2clip.data.records import open_records
-from llm2clip.models.text import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, CaptionEncoder
+from llm2clip.models.text import CaptionEncoder, default_batch_tokens
 from llm2clip.quickstart.assets import resolve
 from llm2clip.train.contrastive import PairCollator, PairLoss
 from llm2clip.train.engine import chosen_precision, reuse_memory
@@ -62,7 +62,7 @@ if __name__ == "__main__":
     lengths = [len(ids) for batch in inputs for ids in batch["tokens"]]
     print(f"{2 * given.pairs} texts a step; tokens: median {statistics.median(lengths)}, longest {max(lengths)}")
 
-    budget = GPU_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
+    budget = default_batch_tokens(device)
     precisions = ["fp32"] + (["bf16"] if chosen_precision("auto", device) == "bf16" else [])
     ways = [
         (f"{kind}, {precision}, {attention} attention", cls, precision, attention)

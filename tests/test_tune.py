@@ -202,25 +202,40 @@ def test_masked_prediction_comes_first_and_learns(llm: Path, tmp_path: Path) -> 
     ids=str,
 )
 def test_tune_goes_on_exactly(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict) -> None:
-    recipe = dataclasses.replace(TUNE, **change)
-    whole = tune([CAPTIONS], fresh(llm), recipe, tmp_path / "whole")
-    forward, calls = PairLoss.forward, []
-
-    def dies(self: PairLoss, *args: object, **kwargs: object) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) == 6:
-            raise Killed
-        return forward(self, *args, **kwargs)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(PairLoss, "forward", dies)
-        tune([CAPTIONS], fresh(llm), recipe, tmp_path / "cut")
-    (tmp_path / "cut/checkpoints/checkpoint-5").mkdir()  # begun, not whole
-    resumed = tune([CAPTIONS], fresh(llm), recipe, tmp_path / "cut")
-    for name, tensor in load_file(whole / "model.safetensors").items():
-        assert torch.equal(tensor, load_file(resumed / "model.safetensors")[name]), name
+    kill_and_go_on(PairLoss, 6, llm, tmp_path, monkeypatch, dataclasses.replace(TUNE, **change))
     losses = [[line["loss"] for line in read_metrics(tmp_path / f / "metrics.jsonl")] for f in ("whole", "cut")]
     assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_masked_prediction_goes_on_exactly(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kill_and_go_on(MaskedTokenLoss, 4, llm, tmp_path, monkeypatch, dataclasses.replace(TUNE, mntp_steps=6, steps=2))
+
+
+def kill_and_go_on(
+    loss: type[PairLoss] | type[MaskedTokenLoss],
+    step: int,
+    llm: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: TuneRecipe,
+) -> None:
+    """Tune in folder/whole, and in folder/cut with a kill at a step of `loss`; both end with the same weights."""
+    whole = tune([CAPTIONS], fresh(llm), recipe, folder / "whole")
+    forward, calls = loss.forward, []
+
+    def dies(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == step:
+            raise Killed
+        return forward(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loss, "forward", dies)
+        tune([CAPTIONS], fresh(llm), recipe, folder / "cut")
+    (folder / "cut/checkpoints/checkpoint-5").mkdir(parents=True)  # begun, not whole
+    resumed = tune([CAPTIONS], fresh(llm), recipe, folder / "cut")
+    for name, tensor in load_file(whole / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(resumed / "model.safetensors")[name]), name
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -267,25 +282,6 @@ def test_a_changed_run_does_not_go_on(llm: Path, tmp_path: Path, change: dict) -
     folder.rename(tmp_path / "lost")
     with pytest.raises(ValueError, match="cannot be gone on from"):
         tune([CAPTIONS], fresh(llm), dataclasses.replace(TUNE, **change), tmp_path)
-
-
-def test_masked_prediction_goes_on_exactly(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = dataclasses.replace(TUNE, mntp_steps=6, steps=2)
-    whole = tune([CAPTIONS], fresh(llm), recipe, tmp_path / "whole")
-    forward, calls = MaskedTokenLoss.forward, []
-
-    def dies(self: MaskedTokenLoss, *args: object, **kwargs: object) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) == 4:
-            raise Killed
-        return forward(self, *args, **kwargs)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(MaskedTokenLoss, "forward", dies)
-        tune([CAPTIONS], fresh(llm), recipe, tmp_path / "cut")
-    resumed = tune([CAPTIONS], fresh(llm), recipe, tmp_path / "cut")
-    for name, tensor in load_file(whole / "model.safetensors").items():
-        assert torch.equal(tensor, load_file(resumed / "model.safetensors")[name]), name
 
 
 def test_lora_on_the_layers_that_were_named(llm: Path, tmp_path: Path) -> None:

@@ -56,8 +56,8 @@ def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
     encoder_folder = out / "tune" / "encoder"
     untuned = not encoder_folder.exists()
     state.wait_for_everyone()  # all have looked before anyone tunes
-    trained = recipe.tune.steps or recipe.tune.mntp_steps
-    sources = tuning_sources(records, recipe.tune, recipe.columns, log) if untuned and trained else []
+    tunes = recipe.tune.steps or recipe.tune.mntp_steps
+    sources = tuning_sources(records, recipe.tune, recipe.columns, log) if untuned and tunes else []
     raw = open_encoder(recipe.encoder) if untuned else None
     cra = []
     if measurable:

@@ -26,6 +26,11 @@ def processes() -> PartialState:
     return PartialState(cpu=cpu, timeout=timedelta(days=1))
 
 
+def joined() -> bool:
+    """Whether this process is one of a group, to gather from."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def say(*lines: str) -> None:
     """Print once in a distributed run."""
     if lines and processes().is_main_process:
@@ -46,6 +51,6 @@ def once(file: Path, measure: Callable[[], Any]) -> Any:
 
 def leave() -> None:
     """Part from the other processes once all are here; one that just ends can fail those that still work."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if joined():
         processes().wait_for_everyone()
         torch.distributed.destroy_process_group()

@@ -13,6 +13,11 @@ def caption_key(caption: str) -> str:
     return hashlib.sha256(caption.encode()).hexdigest()[:32]
 
 
+def text_id(text: str) -> int:
+    """A number that names a text on every process: int64."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+
+
 def unique(captions: Iterable[str]) -> list[str]:
     """The captions without repetitions, in order of first appearance."""
     return list(dict.fromkeys(captions))

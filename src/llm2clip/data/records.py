@@ -22,7 +22,7 @@ from PIL import Image
 
 from llm2clip.data import readers
 from llm2clip.data.refs import FileImage, ImageRef, MemoryImage
-from llm2clip.data.rows import Bad, Held, RawRow
+from llm2clip.data.rows import Bad, Held, RawRow, guessed
 from llm2clip.data.skips import SkipLog
 
 Images = Literal["header", "exists", "ignore"]
@@ -192,15 +192,10 @@ class _Opening:
 
     def choose_some(self, names: Sequence[str]) -> dict[str, str]:
         """As `choose`, of names of which some may be missing, as they may from one row of JSON."""
-        chosen = {}
-        for name, guesses in NAMES.items():
-            guesses = (self.source.columns[name],) if name in self.source.columns else guesses
-            found = next((guess for guess in guesses if guess and guess in names), None)
-            if found is not None:
-                chosen[name] = found
+        chosen = guessed(NAMES | {name: (column,) for name, column in self.source.columns.items()}, names)
         # Sentences beside a long caption are what it is made of (image paragraphs), not captions of the image.
-        guessed = "captions" not in self.source.columns and chosen.get("captions")
-        if guessed in ("sentences", "sentence") and "long_captions" in chosen:
+        guess = "captions" not in self.source.columns and chosen.get("captions")
+        if guess in ("sentences", "sentence") and "long_captions" in chosen:
             del chosen["captions"]
         return chosen
 

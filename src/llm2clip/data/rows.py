@@ -6,7 +6,7 @@ format holds it, or a `Bad` where it cannot be read. No reader knows what a capt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,12 @@ class Bad:
 
     reason: str
     value: str
+
+
+def guessed(names: Mapping[str, Sequence[str]], columns: Collection[str]) -> dict[str, str]:
+    """Our field to the first of its guessed names that is among `columns`; fields without any are left out."""
+    found = ((ours, next((g for g in guesses if g and g in columns), None)) for ours, guesses in names.items())
+    return {ours: column for ours, column in found if column is not None}
 
 
 RawRow = tuple[str, int, dict[str, Any] | Bad]

@@ -13,7 +13,7 @@ from typing import Any
 from llm2clip.data import readers
 from llm2clip.data.pairs import Pair
 from llm2clip.data.records import EARLY, NO_SPLIT, Source
-from llm2clip.data.rows import Bad
+from llm2clip.data.rows import Bad, guessed
 from llm2clip.data.skips import SkipLog
 
 NAMES = {  # what the fields are commonly called; the first that is there is taken
@@ -74,11 +74,7 @@ def open_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
 
 def _choose(file: str, names: Sequence[str]) -> dict[str, str]:
     """Our field to the column that holds it."""
-    chosen = {}
-    for ours, guesses in NAMES.items():
-        found = next((guess for guess in guesses if guess in names), None)
-        if found is not None:
-            chosen[ours] = found
+    chosen = guessed(NAMES, names)
     for ours in ("query", "positive"):
         if ours not in chosen:
             raise ValueError(

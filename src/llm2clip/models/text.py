@@ -28,6 +28,11 @@ CAPTION = "{caption}"
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 32768
 
 
+def default_batch_tokens(device: torch.device) -> int:
+    """Tokens in a batch where nobody says how many."""
+    return GPU_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Token ids of some captions, in their order; which of them were cut to `max_length`; and how many tokens at the
@@ -231,7 +236,7 @@ class CaptionEncoder(nn.Module):
         out = torch.empty(len(tokens.ids), self.width)
         self.eval()
         autocast = torch.autocast(self.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-        budget = batch_tokens or (GPU_BATCH_TOKENS if self.device.type == "cuda" else CPU_BATCH_TOKENS)
+        budget = batch_tokens or default_batch_tokens(self.device)
         bar = (
             progress
             if isinstance(progress, tqdm)

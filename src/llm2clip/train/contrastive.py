@@ -9,7 +9,6 @@ them whatever the number of pairs, gradients are the same, and the price is one 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch import Tensor, nn
 
+from llm2clip.data.captions import text_id
 from llm2clip.models.text import CaptionEncoder, Tokens
 from llm2clip.train.losses import pair_loss
 
@@ -125,11 +125,6 @@ class PairLoss(nn.Module):
         value = value.detach().requires_grad_()
         value.register_hook(again)
         return value
-
-
-def text_id(text: str) -> int:
-    """A number that names a text on every process: int64."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -7,6 +7,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm2clip.processes import joined
+
 
 def info_nce(
     image: Tensor, text: Tensor, scale: Tensor | float, ids: Tensor | None = None, gather: bool = True
@@ -29,20 +31,16 @@ def info_nce(
     image, text = image.float(), text.float()
     all_image, all_text, all_ids = image, text, ids
     first = 0
-    if gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if gather and joined():
         all_image, all_text = _gathered(image), _gathered(text)
         first = dist.get_rank() * len(image)
         if ids is not None:
             all_ids = _gathered_ids(ids)
     target = torch.arange(first, first + len(image), device=image.device)
     with torch.autocast(image.device.type, enabled=False):
-        to_text = scale * image @ all_text.T
-        to_image = scale * text @ all_image.T
-        if ids is not None and all_ids is not None:
-            same = ids[:, None] == all_ids[None, :]
-            same[torch.arange(len(image), device=image.device), target] = False
-            to_text, to_image = to_text.masked_fill(same, -torch.inf), to_image.masked_fill(same, -torch.inf)
-        return (F.cross_entropy(to_text, target) + F.cross_entropy(to_image, target)) / 2
+        same = ids[:, None] == all_ids[None, :] if ids is not None and all_ids is not None else None
+        to_text = _find(image, all_text, scale, target, same)
+        return (to_text + _find(text, all_image, scale, target, same)) / 2
 
 
 def info_nce_over_captions(
@@ -92,7 +90,7 @@ def pair_loss(
     first_ids, second_ids, wrong_ids = ids[:n], ids[n : 2 * n], ids[2 * n :]
     own = (firsts, seconds, first_ids, second_ids)
     at = 0
-    if gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if gather and joined():
         at = dist.get_rank() * n
         firsts, seconds = (_gathered(x) for x in (firsts, seconds))
         first_ids, second_ids = (_gathered_ids(x) for x in (first_ids, second_ids))
@@ -100,10 +98,8 @@ def pair_loss(
     target = torch.arange(at, at + n, device=first.device)
 
     def direction(queries: Tensor, asked: Tensor, answers: Tensor, items: Tensor, items_ids: Tensor) -> Tensor:
-        logits = scale * queries @ items.T
         same = (items_ids[None, :] == asked[:, None]) | (items_ids[None, :] == answers[:, None])
-        same[torch.arange(n, device=target.device), target] = False
-        return F.cross_entropy(logits.masked_fill(same, -torch.inf), target)
+        return _find(queries, items, scale, target, same)
 
     with torch.autocast(first.device.type, enabled=False):
         candidates, candidate_ids = torch.cat([seconds, wrong]), torch.cat([second_ids, wrong_ids])
@@ -111,6 +107,14 @@ def pair_loss(
         if symmetric:
             loss = (loss + direction(own[1], own[3], own[2], firsts, first_ids)) / 2
     return loss
+
+
+def _find(queries: Tensor, items: Tensor, scale: Tensor | float, target: Tensor, same: Tensor | None) -> Tensor:
+    """Cross-entropy of each query's item, `target`, among all but those that are the `same`: (queries, items) bool."""
+    logits = scale * queries @ items.T
+    if same is not None:
+        logits = logits.masked_fill(same.scatter(1, target[:, None], False), -torch.inf)
+    return F.cross_entropy(logits, target)
 
 
 def _gathered(x: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ training, but with both sides in view. LLM2CLIP's ablation finds that it hardly 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +21,9 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from llm2clip.data.captions import text_id
 from llm2clip.models.text import CaptionEncoder, length_batches
+from llm2clip.processes import joined
 
 MASK = "_"  # LLMs have no mask token; LLM2Vec hides with this one
 
@@ -53,8 +54,7 @@ class MaskingCollator(SentenceTransformerDataCollator):
 def hidden_positions(length: int, share: float, seed: str, first: int = 1) -> list[int]:
     """Which of `length` tokens are hidden, at least one of those from `first` on: the very first has nothing before it,
     and a template's header tells nothing."""
-    number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little", signed=True)
-    draws = torch.rand(max(0, length - first), generator=torch.Generator().manual_seed(number))
+    draws = torch.rand(max(0, length - first), generator=torch.Generator().manual_seed(text_id(seed)))
     found = [i + first for i, draw in enumerate(draws.tolist()) if draw < share]
     return found or ([int(draws.argmin()) + first] if len(draws) else [])
 
@@ -74,7 +74,7 @@ class MaskedTokenLoss(nn.Module):
     def forward(self, features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         batch, encoder = next(iter(features)), self._encoder[0]
         total = torch.tensor(float(sum(len(at) for at in batch["hidden"])), device=encoder.device)
-        if dist.is_available() and dist.is_initialized():  # processes have different numbers, and DDP takes their mean
+        if joined():  # processes have different numbers, and DDP takes their mean
             dist.all_reduce(total)
             total /= dist.get_world_size()
         losses = []

@@ -21,7 +21,7 @@ from torch import nn
 
 from llm2clip.data.captions import unique
 from llm2clip.data.pairs import Item, batches_of_pairs
-from llm2clip.models.text import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, CaptionEncoder
+from llm2clip.models.text import CaptionEncoder, default_batch_tokens
 from llm2clip.processes import processes
 from llm2clip.recipes import TuneRecipe
 from llm2clip.train.contrastive import PairCollator, PairLoss
@@ -83,7 +83,7 @@ def _tell_apart(rows: list[dict[str, Any]], encoder: CaptionEncoder, recipe: Tun
     loss = PairLoss(
         encoder,
         recipe.temperature,
-        _budget(recipe),
+        recipe.batch_tokens or default_batch_tokens(encoder.device),
         symmetric=recipe.symmetric,
         widths=recipe.widths,
         grad_cache=recipe.grad_cache,
@@ -118,7 +118,7 @@ def _predict_hidden_tokens(
     rows = [{"text": texts[i], "seed": f"{recipe.seed} {n}"} for n, i in enumerate(chosen)]
     mask = encoder.tokenizer(MASK, add_special_tokens=False)["input_ids"][0]
     collator = MaskingCollator(preprocess_fn=encoder.tokenize, share=recipe.mntp_mask, mask=mask)
-    loss = MaskedTokenLoss(encoder, _budget(recipe))
+    loss = MaskedTokenLoss(encoder, recipe.batch_tokens or default_batch_tokens(encoder.device))
     precision = _prepare(encoder, recipe)
     plan = {
         "steps": recipe.mntp_steps,
@@ -183,10 +183,6 @@ def _finish(encoder: CaptionEncoder) -> None:
         encoder.llm.gradient_checkpointing_disable()
         encoder.llm.disable_input_require_grads()
     encoder.eval()
-
-
-def _budget(recipe: TuneRecipe) -> int:
-    return recipe.batch_tokens or (GPU_BATCH_TOKENS if processes().device.type == "cuda" else CPU_BATCH_TOKENS)
 
 
 def _save(encoder: CaptionEncoder, folder: Path) -> None:
