@@ -5,8 +5,9 @@
 DATA holds flickr30k_text, coco_text, flickr8k_text and stanford_paragraphs_text, one captions.jsonl each. Every row is
 tuned on Flickr30k's training split with the same number of steps, and judged on: COCO, the 5,000 images of Karpathy's
 test split; paragraphs, the first against the last sentences of a paragraph, 1,000 of the test split; Chinese, a Chinese
-caption against the English one of the same image, Flickr8k's 1,000 test images. General text pairs (TC) are WordNet's glosses and Debian's
-package descriptions: `apt-get install wordnet-base`, and apt's lists. A row that is done is not done again.
+caption against the English one of the same image, Flickr8k's 1,000 test images. General text pairs (TC) are WordNet's
+glosses and Debian's package descriptions: `apt-get install wordnet-base`, and apt's lists. A row that is done is not
+done again.
 
 The paragraphs that cc-long is tuned on are of Visual Genome's images, some of which are COCO's, too: its figure on COCO
 is not free of that.

@@ -1,6 +1,6 @@
-"""What a step of tune costs, side by side, with the same texts and the same loss: passes of similar length against
-passes of a fixed size padded to their longest, in fp32 and, where the CPU multiplies it, in bf16, with plain attention
-and with PyTorch's fused one.
+"""What a step of tune costs, side by side, with the same texts and the same loss: passes of a fixed size padded to
+their longest, passes of similar length, the same without padding; in fp32 and, where the device multiplies it, in bf16,
+with plain attention and with PyTorch's fused one.
 
     python benchmarks/tune.py CAPTIONS [--encoder smollm2-135m] [--layers 12] [--pairs 64] [--steps 3]
 """
@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llm2clip.data.pairs import Captions, batches_of_pairs
 from llm2clip.data.records import open_records
+from llm2clip.models.packing import PACKED
 from llm2clip.models.text import CaptionEncoder, default_batch_tokens
 from llm2clip.quickstart.assets import resolve
 from llm2clip.train.contrastive import PairCollator, PairLoss
@@ -65,18 +66,23 @@ if __name__ == "__main__":
     budget = default_batch_tokens(device)
     precisions = ["fp32"] + (["bf16"] if chosen_precision("auto", device) == "bf16" else [])
     ways = [
-        (f"{kind}, {precision}, {attention} attention", cls, precision, attention)
+        (f"{kind}, {precision}, {kernel} attention", cls, attention, precision, kernel)
         for precision in precisions
-        for attention in ("fused", "plain")
-        for kind, cls in (("fixed passes", FixedPasses), ("similar lengths", PairLoss))
+        for kernel in ("fused", "plain")
+        for kind, cls, attention in (
+            ("fixed passes, padded", FixedPasses, "sdpa"),
+            ("similar lengths, padded", PairLoss, "sdpa"),
+            ("similar lengths, packed", PairLoss, PACKED),
+        )
     ]
     times: dict[str, list[float]] = {name: [] for name, *_ in ways}
     losses: dict[str, float] = {}
     for step, batch in enumerate(inputs):  # turn by turn, so that whatever else the machine does meets all alike
-        for name, cls, precision, attention in ways:
+        for name, cls, attention, precision, kernel in ways:
+            encoder.llm.set_attn_implementation(attention)
             loss = cls(encoder, 0.05, budget)
             start = time.perf_counter()
-            with sdpa_kernel(SDPBackend.MATH) if attention == "plain" else nullcontext():
+            with sdpa_kernel(SDPBackend.MATH) if kernel == "plain" else nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                     value = loss([batch])
                 value.backward()

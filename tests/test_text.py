@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 from torch._dynamo.exc import TorchDynamoException
 
 from conftest import FAMILIES, make_llm
+from llm2clip.models.packing import first_tokens
 from llm2clip.models.text import CaptionEncoder, fingerprint, length_batches
 
 TEXTS = ["a dog", "a very long caption about two dogs that run through deep snow near a house", "猫"]
@@ -24,11 +26,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def first_state(encoder: CaptionEncoder, batch: list[str]) -> torch.Tensor:
     """The state of the first real token of the batch's first text."""
     features = encoder.features(encoder.tokenize(batch).ids)
-    states = encoder.st[0](features)["token_embeddings"][0]
-    return states[features["attention_mask"][0].bool()][0]
+    states: torch.Tensor = encoder.st[0](features)["token_embeddings"].flatten(0, 1)
+    return states[first_tokens(features)[0]]
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("backend", ["packed", "sdpa", "eager", "flex_attention"])
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("batch", [1, 2, "padded"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -39,8 +41,8 @@ def test_attention_is_what_was_asked(
     """Changing the last token changes the first token's state when bidirectional, and not when causal."""
     extra = {1: [], 2: ["a cat sat"], "padded": [TEXTS[1]]}[batch]
     for bidirectional in (True, False):
-        encoder = CaptionEncoder.from_pretrained(folders[family], bidirectional=bidirectional, device="cpu")
-        encoder.llm.set_attn_implementation(backend)
+        options: dict = {"bidirectional": bidirectional, "attention": backend, "device": "cpu"}
+        encoder = CaptionEncoder.from_pretrained(folders[family], **options)
         encoder.tokenizer.padding_side = side
         try:
             one, other = (first_state(encoder, [text, *extra]) for text in ("a dog ru", "a dog sa"))
@@ -51,13 +53,64 @@ def test_attention_is_what_was_asked(
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("attention", ["packed", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_vector_does_not_depend_on_its_batch(folders: dict[str, Path], family: str, side: str) -> None:
-    encoder = CaptionEncoder.from_pretrained(folders[family], device="cpu")
+def test_a_vector_does_not_depend_on_its_batch(
+    folders: dict[str, Path], family: str, attention: str, side: str
+) -> None:
+    encoder = CaptionEncoder.from_pretrained(folders[family], attention=attention, device="cpu")
     encoder.tokenizer.padding_side = side
     together = encoder.encode(TEXTS, batch_tokens=10_000)
     for text, vector in zip(TEXTS, together, strict=True):
         assert torch.allclose(encoder.encode([text])[0], vector, atol=1e-5)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_packing_does_not_leak(
+    folders: dict[str, Path], family: str, window: int | None, bidirectional: bool, tmp_path: Path
+) -> None:
+    """Each token's state in a row of captions, some of one length, is what it is in its caption alone, padded or not,
+    where a window is shorter than the caption, too; and another neighbour changes nothing at all."""
+    if window:
+        shutil.copytree(folders[family], tmp_path, dirs_exist_ok=True)
+        config = json.loads((tmp_path / "config.json").read_text())
+        layers = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+        config |= {"sliding_window": window, "use_sliding_window": True} | (layers if "layer_types" in config else {})
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    folder = tmp_path if window else folders[family]
+    encoder = CaptionEncoder.from_pretrained(folder, bidirectional=bidirectional, device="cpu")
+    assert encoder.attention == "packed"
+    peer = CaptionEncoder.from_pretrained(folder, bidirectional=bidirectional, attention="eager", device="cpu")
+    texts = [TEXTS[1], "two dogs", "two cats", "a dog", "two mice", "x"]
+    ids = encoder.tokenize(texts).ids
+    features = encoder.features(ids)
+    assert features["input_ids"].shape == (1, sum(map(len, ids)))
+    states = encoder.st[0](features)["token_embeddings"][0].split([len(row) for row in ids])
+    for row, found in zip(ids, states, strict=True):
+        alone = peer.llm(input_ids=torch.tensor([row])).last_hidden_state[0]
+        assert torch.allclose(found, alone, atol=1e-5)
+    if window and family != "llama":  # which has none
+        unlimited = CaptionEncoder.from_pretrained(folders[family], bidirectional=bidirectional, device="cpu")
+        assert not torch.allclose(unlimited.llm(input_ids=torch.tensor([ids[0]])).last_hidden_state[0], states[0])
+    other = encoder.st[0](encoder.features([*ids[:2], ids[2][::-1], *ids[3:]]))["token_embeddings"][0]
+    for n, found in enumerate(other.split([len(row) for row in ids])):
+        assert torch.equal(found, states[n]) == (n != 2)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "weightedmean", "lasttoken", "max", "cls"])
+@pytest.mark.parametrize("template", [None, "<|user|>say: {caption}<|end|>"])
+def test_packed_and_padded_batches_give_the_same_vectors(llm: Path, pooling: str, template: str | None) -> None:
+    packed, padded = (
+        CaptionEncoder.from_pretrained(llm, pooling=pooling, template=template, attention=a, device="cpu")
+        for a in (None, "sdpa")
+    )
+    assert torch.allclose(packed.encode(TEXTS), padded.encode(TEXTS), atol=1e-5)
+    assert fingerprint(packed.identity()) == fingerprint(padded.identity())
+    peer = packed.st.encode(TEXTS, convert_to_tensor=True)  # pads, under the name of packed attention
+    assert torch.allclose(peer, packed.encode(TEXTS), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ class EncoderRecipe:
         pooling: mean, weightedmean, lasttoken; null leaves it as the folder says, and mean for a bare LLM.
         max_length: longest caption in tokens; null leaves it as the folder says, and 512 for a bare LLM.
         width: keep only the first so many numbers of a vector, as an encoder tuned for it (--tune.widths) allows.
+        attention: how it is computed: sdpa, eager, flex_attention, flash_attention_2 or another name that transformers
+            knows; null is captions end to end without padding, for decoders.
     """
 
     path: str = "smollm2-135m"
@@ -36,6 +38,7 @@ class EncoderRecipe:
     pooling: str | None = None
     max_length: int | None = None
     width: int | None = None
+    attention: str | None = None
 
 
 @dataclass

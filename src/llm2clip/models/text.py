@@ -23,6 +23,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from llm2clip.models.packing import PACKED, packed
+
 CAPTION = "{caption}"
 # Tokens in a batch, padding included: a CPU is fastest with what stays in its caches, a GPU must be filled.
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 32768
@@ -70,6 +72,7 @@ class CaptionEncoder(nn.Module):
         pooling: str | None = None,
         max_length: int | None = None,
         width: int | None = None,
+        attention: str | None = None,
         device: str | torch.device | None = None,
     ) -> CaptionEncoder:
         """Open a decoder LLM, a sentence-transformers encoder, or a `.gguf` file as a caption encoder in float32.
@@ -88,6 +91,9 @@ class CaptionEncoder(nn.Module):
             pooling: a pooling mode of sentence-transformers: mean, weightedmean, lasttoken, cls, max.
             max_length: longest input in tokens, template included.
             width: keep only the first so many numbers of a vector, as one tuned for it (Matryoshka) allows.
+            attention: how it is computed, a name that transformers knows, such as sdpa, eager, flex_attention or
+                flash_attention_2; by default `packed` (see `models/packing.py`) for decoders that can. Under `packed`
+                and flash attention no token is padding.
             device: where to put it; by default a GPU when there is one.
 
         Raises:
@@ -114,6 +120,10 @@ class CaptionEncoder(nn.Module):
             st.max_seq_length = max_length
         if width is not None:
             _cut(st, width)
+        if attention is not None:
+            encoder.llm.set_attn_implementation(attention)
+        elif encoder.attention == "sdpa" and not _is_encoder(encoder.llm) and encoder.llm.is_backend_compatible():
+            encoder.llm.set_attn_implementation(PACKED)
         return encoder.eval()
 
     @property
@@ -135,6 +145,11 @@ class CaptionEncoder(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    @property
+    def attention(self) -> str:
+        """How attention is computed, by transformers' name."""
+        return str(self.llm.config._attn_implementation)
 
     @property
     def header(self) -> str:
@@ -176,14 +191,18 @@ class CaptionEncoder(nn.Module):
         return self._prefixes[prefix]
 
     def features(self, ids: Sequence[Sequence[int]], unpooled: int | None = None) -> dict[str, Any]:
-        """A padded batch of token ids as the model reads it: input_ids and attention_mask, both (B, T) int64.
+        """A batch of token ids as the model reads it: padded, with input_ids and attention_mask, both (B, T) int64; or
+        in one row, where attention can do it, as `packed` describes.
 
         Args:
             ids: from `tokenize`.
             unpooled: tokens at the start of each that are not pooled; None is those of the header.
         """
-        batch = dict(self.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt"))
-        batch = {k: v.to(self.device) for k, v in batch.items() if k in ("input_ids", "attention_mask")}
+        if self.attention == PACKED or "flash" in self.attention:
+            batch = packed(ids, self.attention, self.device)
+        else:
+            batch = dict(self.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt"))
+            batch = {k: v.to(self.device) for k, v in batch.items() if k in ("input_ids", "attention_mask")}
         if length := self._tokens_of_prefix(self.header) if unpooled is None else unpooled:
             batch["prompt_length"] = length
         return batch

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from llm2clip.data.captions import text_id
+from llm2clip.models.packing import first_tokens
 from llm2clip.models.text import CaptionEncoder, length_batches
 from llm2clip.processes import joined
 
@@ -80,12 +81,11 @@ class MaskedTokenLoss(nn.Module):
         losses = []
         for rows in length_batches([len(ids) for ids in batch["tokens"]], self.batch_tokens):
             inputs = encoder.features([batch["tokens"][r] for r in rows], 0)
-            states = self.model(inputs)["token_embeddings"]
-            starts = inputs["attention_mask"].argmax(1).tolist()  # padding may be on the left
-            row = torch.tensor([n for n, r in enumerate(rows) for _ in batch["hidden"][r]], device=states.device)
-            at = [starts[n] + i - 1 for n, r in enumerate(rows) for i in batch["hidden"][r]]
+            states = self.model(inputs)["token_embeddings"].flatten(0, 1)
+            starts = first_tokens(inputs)
+            at = [start + i - 1 for r, start in zip(rows, starts, strict=True) for i in batch["hidden"][r]]
             targets = [t for r in rows for t in batch["targets"][r]]
-            before = states[row, torch.tensor(at, device=states.device)]
+            before = states[torch.tensor(at, device=states.device)]
             logits = F.linear(before, self.output.to(before.dtype)).float()
             losses.append(F.cross_entropy(logits, torch.tensor(targets, device=states.device), reduction="sum"))
         return torch.stack(losses).sum() / total.clamp(min=1)

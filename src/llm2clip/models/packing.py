@@ -1,0 +1,99 @@
+"""Captions end to end in one row: no token of a batch is padding, and none attends to another caption.
+
+The layers of an LLM that treat each token alone see one long row. Attention goes caption by caption: those of one
+length that stand beside each other are one call of PyTorch's attention without any mask, and since batches hold
+captions of similar length, there are few calls. It is registered with transformers under the name `packed`, so that
+every family of models can use it; a padded batch under that name is read as under `sdpa`.
+
+Resetting `position_ids` alone would not do: under `sdpa` with attention in both directions, captions would see each
+other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+PACKED = "packed"
+
+
+def packed(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
+    """Token ids of B captions, T in all, as a model with `attention` reads them in one row.
+
+    Returns:
+        input_ids and position_ids, (1, T) int64; where each caption begins and ends, (B + 1,) int32, under the two
+        names that transformers' flash attention reads, with the greatest length. For `packed` the captions' lengths,
+        too, and a mask of four dimensions, which keeps transformers from making one of (T, T).
+    """
+    lengths = [len(row) for row in ids]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    row: dict[str, Any] = {
+        "input_ids": torch.tensor([[token for row in ids for token in row]], device=device),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device),
+        **{"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds},
+        **{"max_length_q": max(lengths), "max_length_k": max(lengths)},
+    }
+    if attention == PACKED:
+        row |= {"caption_lengths": lengths, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)}
+    return row
+
+
+def first_tokens(features: dict[str, Any]) -> list[int]:
+    """Where each caption of a batch begins among all tokens of the batch, padding included, row after row."""
+    if "cu_seq_lens_q" in features:
+        return [int(start) for start in features["cu_seq_lens_q"][:-1]]
+    mask = features["attention_mask"]
+    return [row * mask.shape[1] + start for row, start in enumerate(mask.argmax(1).tolist())]  # padding may come first
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    caption_lengths: Sequence[int] | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: (1, heads, T, D) to (1, T, heads, D), each caption within itself.
+
+    Args:
+        caption_lengths: tokens of each caption, T in all; None is an ordinary padded batch with its mask.
+        sliding_window: how far a token sees, as transformers' masks count it: fewer tokens back than this when causal,
+            this many to each side when not.
+    """
+    if caption_lengths is None:
+        found: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, is_causal=is_causal, **kwargs
+        )
+        return found
+    parts, start = [], 0
+    for length, group in groupby(caption_lengths):
+        count = len(list(group))
+        q, k, v = (
+            x[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
+            for x in (query, key, value)
+        )
+        mask = None
+        if sliding_window is not None and length > sliding_window:
+            at = torch.arange(length, device=query.device)
+            back = at[:, None] - at
+            mask = (back >= 0) & (back < sliding_window) if is_causal else back.abs() <= sliding_window
+            mask = mask[None, None]
+        out, _ = sdpa_attention_forward(module, q, k, v, mask, is_causal=is_causal, **kwargs)
+        parts.append(out.flatten(0, 1))
+        start += count * length
+    return torch.cat(parts)[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, sdpa_mask)
