@@ -95,7 +95,12 @@ def test_gradient_caching_gives_the_same_gradients(llm: Path, dropout: float) ->
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"widths": [32]}, "between 1 and 31"), ({"lengths": [1, 1]}, "three weights"), ({"batch": 25}, "a batch of 25")],
+    [
+        ({"widths": [32]}, "between 1 and 31"),
+        ({"lora_r": 0, "merge": False}, "LoRA's"),
+        ({"lengths": [1, 1]}, "three weights"),
+        ({"batch": 25}, "a batch of 25"),
+    ],
 )
 def test_wrong_settings_show_before_any_work(llm: Path, tmp_path: Path, change: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
@@ -197,6 +202,7 @@ def test_masked_prediction_comes_first_and_learns(llm: Path, tmp_path: Path) -> 
         {"lora_r": 0, "alike": 3},
         {"precision": "bf16", "widths": [8]},
         {"grad_cache": True, "recompute": True},
+        {"quantize": True},
         {"mntp_steps": 4},
     ],
     ids=str,
@@ -249,6 +255,67 @@ def test_tune_changes_the_encoder_and_merges_lora(llm: Path, tmp_path: Path, pre
     assert not any("lora" in name for name in tuned.state_dict())
     assert torch.allclose(tuned.encode(["a dog"]), raw.encode(["a dog"]), atol=1e-5)
     assert tuned.identity()["bidirectional"]
+
+
+@pytest.mark.parametrize("change", [{}, {"quantize": True}, {"mntp_steps": 2}], ids=str)
+def test_lora_kept_apart_is_lora_merged(llm: Path, tmp_path: Path, change: dict) -> None:
+    """Of the same run: the same vectors, depth, attention and template from a folder that holds no LLM."""
+    folders = {}
+    for merge in (True, False):
+        encoder = CaptionEncoder.from_pretrained(llm, layers=2, template="<|user|>{caption}<|end|>", device="cpu")
+        recipe = dataclasses.replace(TUNE, merge=merge, **change)
+        folders[merge] = tune([CAPTIONS], encoder, recipe, tmp_path / str(merge))
+        assert torch.allclose(encoder.encode(["a dog"]), fresh(folders[merge]).encode(["a dog"]), atol=1e-5)
+    merged, apart = fresh(folders[True]), fresh(folders[False])
+    raw = CaptionEncoder.from_pretrained(llm, layers=2, template="<|user|>{caption}<|end|>", device="cpu")
+    texts = ["a dog", "two cats in the snow"]
+    assert torch.allclose(apart.encode(texts), merged.encode(texts), atol=1e-5)
+    assert not torch.allclose(apart.encode(texts), raw.encode(texts), atol=1e-2)
+    assert apart.identity()["bidirectional"] and apart.identity()["layers"] == 2
+    assert not list(folders[False].glob("model*.safetensors"))
+    apart.save_pretrained(tmp_path / "again")
+    again = fresh(tmp_path / "again")
+    assert torch.equal(again.encode(texts), apart.encode(texts)) and again.identity() == apart.identity()
+    with pytest.raises(ValueError, match="LoraTransformer"):  # no silent reading in one direction
+        SentenceTransformer(str(folders[False]), device="cpu")
+    peer = SentenceTransformer(str(folders[False]), device="cpu", trust_remote_code=True)  # by the user's word
+    assert torch.allclose(peer.encode(texts, convert_to_tensor=True), apart.encode(texts), atol=1e-5)
+    with pytest.raises(ValueError, match="a second one"):
+        tune([CAPTIONS], fresh(folders[False]), dataclasses.replace(TUNE, merge=False), tmp_path / "more")
+    more = fresh(tune([CAPTIONS], fresh(folders[False]), dataclasses.replace(TUNE, steps=1), tmp_path / "more"))
+    assert not any("lora" in name for name in more.state_dict())
+
+
+def test_lora_whose_llm_is_gone_says_so(tmp_path: Path) -> None:
+    make_llm(tmp_path / "llm")
+    folder = tune([CAPTIONS], fresh(tmp_path / "llm"), dataclasses.replace(TUNE, merge=False, steps=1), tmp_path / "r")
+    (tmp_path / "llm").rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        OSError, match=r"holds LoRA for .*/llm, which could not be opened(.|\n)*base_model_name_or_path"
+    ):
+        fresh(folder)
+
+
+def test_four_bits_while_lora_trains(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The matrices are rounded in training, and only there: what LoRA does not touch is as it was."""
+    raw, encoder, seen = fresh(llm), fresh(llm), []
+    forward = PairLoss.forward
+
+    def watched(self: PairLoss, *args: Any) -> torch.Tensor:
+        llm = self._encoder[0].llm
+        seen.append({n: (p.dtype, p.requires_grad) for n, p in llm.named_parameters() if ".mlp." in n})
+        return forward(self, *args)
+
+    monkeypatch.setattr(PairLoss, "forward", watched)
+    recipe = dataclasses.replace(TUNE, quantize=True, lora_targets=["q_proj", "up_proj"], steps=2)
+    folder = tune([CAPTIONS], encoder, recipe, tmp_path)
+    kinds = {name.split("mlp.")[1]: kind for name, kind in seen[0].items()}
+    assert kinds["down_proj.weight"] == kinds["up_proj.base_layer.weight"] == (torch.uint8, False)
+    assert kinds["up_proj.lora_A.default.weight"] == (torch.float32, True)
+    before, after = raw.llm.state_dict(), fresh(folder).llm.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"layers.{n}.{part}.weight" for n in range(3) for part in ("self_attn.q_proj", "mlp.up_proj")}
+    assert torch.equal(encoder.encode(["a dog"]), fresh(folder).encode(["a dog"]))
 
 
 @pytest.mark.parametrize("lora_r", [4, 0])

@@ -58,7 +58,7 @@ def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
     state.wait_for_everyone()  # all have looked before anyone tunes
     tunes = recipe.tune.steps or recipe.tune.mntp_steps
     sources = tuning_sources(records, recipe.tune, recipe.columns, log) if untuned and tunes else []
-    raw = open_encoder(recipe.encoder) if untuned else None
+    raw = open_encoder(recipe.encoder, recipe.tune) if untuned else None
     cra = []
     if measurable:
         cra.append(

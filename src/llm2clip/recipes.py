@@ -72,6 +72,10 @@ class TuneRecipe:
         lora_alpha: scale of LoRA.
         lora_dropout: dropout before LoRA.
         lora_targets: names of the layers that get LoRA, or all-linear.
+        merge: add LoRA's changes to the weights; else the encoder's folder keeps them apart, a few MB, with the name of
+            the LLM that they belong to.
+        quantize: hold the LLM's matrices in 4 bits while LoRA trains (QLoRA, needs bitsandbytes): an eighth of their
+            memory on the device, and all of it on the host. What is merged is the LLM as it was.
         grad_cache: keep no activations: any batch of pairs in the memory of one forward pass, for a third more time;
             masked prediction does without.
         recompute: recompute activations in the backward pass (gradient checkpointing): long captions, large LLMs.
@@ -104,6 +108,8 @@ class TuneRecipe:
     lora_alpha: int = 32
     lora_dropout: float = 0.0
     lora_targets: str | list[str] = "all-linear"
+    merge: bool = True
+    quantize: bool = False
     grad_cache: bool = False
     recompute: bool = False
     batch_tokens: int | None = None

@@ -45,7 +45,7 @@ def tune_stage(
         raise ValueError("name sources of captions, or of text pairs with --tune.pairs")
     items = tuning_sources(Data([], {}, ""), sources, columns, log)
     say(log.summary())
-    return tune(items, open_encoder(encoder), recipe, out)
+    return tune(items, open_encoder(encoder, recipe), recipe, out)
 
 
 def embed_stage(
@@ -140,10 +140,12 @@ def evaluate_stage(
 # ---- what the stages share ------------------------------------------------------------------------------------------
 
 
-def open_encoder(recipe: EncoderRecipe) -> CaptionEncoder:
-    """The caption encoder of a recipe, fetched first if it goes by one of our names."""
+def open_encoder(recipe: EncoderRecipe, tuning: TuneRecipe | None = None) -> CaptionEncoder:
+    """The caption encoder of a recipe, fetched first if it goes by one of our names; on the CPU if tuning is to make it
+    small for the device."""
     options = dataclasses.asdict(recipe)
-    return CaptionEncoder.from_pretrained(resolve(options.pop("path")), **options)
+    device = "cpu" if tuning is not None and tuning.quantize else None
+    return CaptionEncoder.from_pretrained(resolve(options.pop("path")), **options, device=device)
 
 
 def open_text(recipe: EncoderRecipe) -> TextEncoder:

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from llm2clip.models import lora
 from llm2clip.models.packing import PACKED, packed
 
 CAPTION = "{caption}"
@@ -128,8 +130,9 @@ class CaptionEncoder(nn.Module):
 
     @property
     def llm(self) -> Any:
-        """The transformers model inside."""
-        return self.st[0].model
+        """The transformers model inside, without what is around it where LoRA is on it."""
+        model = self.st[0].model
+        return model.get_base_model() if isinstance(model, PeftModel) else model
 
     @property
     def tokenizer(self) -> Any:
@@ -289,8 +292,11 @@ class CaptionEncoder(nn.Module):
         }
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the encoder in sentence-transformers layout (safetensors only)."""
+        """Write the encoder in sentence-transformers layout (safetensors only); with LoRA that was not merged, its
+        weights and the name of its LLM."""
         self.st.save_pretrained(str(folder), create_model_card=False)
+        if isinstance(self.st[0].model, PeftModel):
+            lora.complete(folder, self.st[0].model)
 
 
 def fingerprint(identity: dict[str, Any]) -> str:
@@ -316,6 +322,8 @@ def _open(path: str, pooling: str, device: str | torch.device | None) -> Sentenc
     from transformers.utils import cached_file
 
     dev = str(device) if device is not None else None
+    if lora.is_lora(path):
+        return lora.open_lora(path, dev)
     modules = cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False)
     if modules is not None:
         return SentenceTransformer(path, device=dev, trust_remote_code=False, model_kwargs={"dtype": torch.float32})

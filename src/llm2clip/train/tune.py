@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import nn
+from peft import LoraConfig, PeftModel
 
 from llm2clip.data.captions import unique
 from llm2clip.data.pairs import Item, batches_of_pairs
+from llm2clip.models.lora import Training
 from llm2clip.models.text import CaptionEncoder, default_batch_tokens
 from llm2clip.processes import processes
 from llm2clip.recipes import TuneRecipe
@@ -63,6 +63,10 @@ def tune(sources: Sequence[Sequence[Item]], encoder: CaptionEncoder, recipe: Tun
 
 def _rows(sources: Sequence[Sequence[Item]], encoder: CaptionEncoder, recipe: TuneRecipe) -> list[dict[str, Any]]:
     """The pairs of all steps, on every process alike."""
+    if not recipe.lora_r and (recipe.quantize or not recipe.merge):
+        raise ValueError("--tune.quantize and --tune.merge are LoRA's, which --tune.lora_r 0 does without")
+    if not recipe.merge and isinstance(encoder.st[0].model, PeftModel):
+        raise ValueError("the encoder is LoRA beside an LLM already: a second one beside it needs --tune.merge true")
     if any(not 0 < width < encoder.width for width in recipe.widths):
         raise ValueError(
             f"--tune.widths are between 1 and {encoder.width - 1}, below the encoder's own; got {recipe.widths}"
@@ -79,7 +83,7 @@ def _rows(sources: Sequence[Sequence[Item]], encoder: CaptionEncoder, recipe: Tu
 
 def _tell_apart(rows: list[dict[str, Any]], encoder: CaptionEncoder, recipe: TuneRecipe, folder: Path) -> None:
     """Caption-contrastive tuning."""
-    precision = _prepare(encoder, recipe)
+    precision, lora = _prepare(encoder, recipe)
     loss = PairLoss(
         encoder,
         recipe.temperature,
@@ -99,7 +103,7 @@ def _tell_apart(rows: list[dict[str, Any]], encoder: CaptionEncoder, recipe: Tun
     train(
         rows, encoder, loss, collator, recipe, folder, name="tune", steps=recipe.steps, precision=precision, plan=plan
     )
-    _finish(encoder)
+    _finish(encoder, lora, recipe.merge)
 
 
 def _predict_hidden_tokens(
@@ -118,8 +122,8 @@ def _predict_hidden_tokens(
     rows = [{"text": texts[i], "seed": f"{recipe.seed} {n}"} for n, i in enumerate(chosen)]
     mask = encoder.tokenizer(MASK, add_special_tokens=False)["input_ids"][0]
     collator = MaskingCollator(preprocess_fn=encoder.tokenize, share=recipe.mntp_mask, mask=mask)
+    precision, lora = _prepare(encoder, recipe)
     loss = MaskedTokenLoss(encoder, recipe.batch_tokens or default_batch_tokens(encoder.device))
-    precision = _prepare(encoder, recipe)
     plan = {
         "steps": recipe.mntp_steps,
         "texts": per_step,
@@ -130,31 +134,32 @@ def _predict_hidden_tokens(
         rows, encoder, loss, collator, recipe, folder, name="mntp", steps=recipe.mntp_steps, precision=precision,
         plan=plan,
     )  # fmt: skip
-    _finish(encoder)
+    _finish(encoder, lora, merge=True)
     if processes().is_main_process:
         _save(encoder, folder / "encoder")
     processes().wait_for_everyone()
+    encoder.llm.name_or_path = str(folder / "encoder")  # what LoRA belongs to from here on
 
 
-def _prepare(encoder: CaptionEncoder, recipe: TuneRecipe) -> str:
-    """Choose which weights are trained; the precision they are trained in.
+def _prepare(encoder: CaptionEncoder, recipe: TuneRecipe) -> tuple[str, Training | None]:
+    """Choose which weights are trained; the precision they are trained in, and LoRA if that is what is trained.
 
-    Under LoRA the matrices that stay as they are, nearly all of the memory, are held in that precision.
+    Under LoRA the matrices that stay as they are, nearly all of the memory, are held in that precision, or less.
     """
     torch.manual_seed(recipe.seed)
-    precision = chosen_precision(recipe.precision, processes().device)
+    precision, lora = chosen_precision(recipe.precision, processes().device), None
     encoder.st.requires_grad_(False)  # what comes after the LLM, such as a cut to fewer numbers, stays
     pooler = getattr(encoder.llm, "pooler", None)  # of BERT and its kin: no vector of ours goes through it
     if recipe.lora_r:
-        lora = LoraConfig(
+        config = LoraConfig(
             r=recipe.lora_r,
             lora_alpha=recipe.lora_alpha,
             lora_dropout=recipe.lora_dropout,
             target_modules=recipe.lora_targets if isinstance(recipe.lora_targets, str) else list(recipe.lora_targets),
             exclude_modules=["pooler.dense"] if pooler is not None else None,
         )
-        encoder.st[0].model = get_peft_model(encoder.llm, lora)
-        _cast_frozen(encoder.llm, DTYPES[precision])
+        lora = Training(encoder.st[0], config, DTYPES[precision], processes().device, recipe.quantize)
+        encoder.to(processes().device)
     else:  # the table is large, and captions read few rows of it
         encoder.llm.requires_grad_(True)
         encoder.llm.get_input_embeddings().requires_grad_(False)
@@ -163,25 +168,16 @@ def _prepare(encoder: CaptionEncoder, recipe: TuneRecipe) -> str:
     if recipe.recompute:
         encoder.llm.gradient_checkpointing_enable({"use_reentrant": False})
         encoder.llm.enable_input_require_grads()
-    return precision
+    return precision, lora
 
 
-def _cast_frozen(llm: nn.Module, dtype: torch.dtype) -> None:
-    """The weights of linear layers that are not trained; norms and embeddings stay, since all that follows adds to
-    what they give."""
-    for module in llm.modules():
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-            module.to(dtype)
-
-
-def _finish(encoder: CaptionEncoder) -> None:
-    """An ordinary LLM again: LoRA merged, nothing recomputed."""
-    if hasattr(encoder.llm, "merge_and_unload"):
-        _cast_frozen(encoder.llm, torch.float32)  # before LoRA's small changes are added
-        encoder.st[0].model = encoder.llm.merge_and_unload()
+def _finish(encoder: CaptionEncoder, lora: Training | None, merge: bool) -> None:
+    """An ordinary LLM again: LoRA merged or beside it, nothing recomputed."""
     if getattr(encoder.llm, "is_gradient_checkpointing", False):
         encoder.llm.gradient_checkpointing_disable()
         encoder.llm.disable_input_require_grads()
+    if lora is not None:
+        lora.finish(merge)
     encoder.eval()
 
 
