@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -417,6 +418,80 @@ def _plain(batch: int, grad_cache: bool) -> TuneRecipe:
 
 def _tune_rank(llm: str, folder: str, grad_cache: bool) -> None:
     tune([CAPTIONS], fresh(Path(llm)), _plain(3, grad_cache), Path(folder))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"lora_r": 0}, {"mntp_steps": 2, "grad_cache": True}, {"lora_r": 0, "precision": "bf16", "recompute": True}],
+    ids=str,
+)
+def test_weights_shared_out_over_processes_tune_as_one(llm: Path, tmp_path: Path, change: dict) -> None:
+    """FSDP: two ranks with different numbers of passes, stopped and gone on, do what one process does."""
+    distributed(2, _sharded_rank, str(llm), str(tmp_path / "two"), change)
+    recipe = dataclasses.replace(SHARDED, batch=6, **change)
+    one = tune([CAPTIONS], fresh(llm), recipe, tmp_path / "one")
+    lines = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("one", "two")]
+    close = 2e-3 if recipe.precision == "fp32" else 3e-2  # FSDP rounds more than autocast does
+    for key in ("loss", "grad_norm"):
+        first, second = ([line[key] for line in run] for run in lines)
+        assert len(first) == 4 and first == pytest.approx(second, rel=close)
+    ours, theirs = (load_file(f / "model.safetensors") for f in (one, tmp_path / "two/encoder"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.allclose(tensor, theirs[name], atol=1e-4 if recipe.precision == "fp32" else 1e-3), name
+
+
+SHARDED = dataclasses.replace(TUNE, lora_dropout=0.0, steps=4, lr=1e-4, batch_tokens=64)
+
+
+def _sharded_rank(llm: str, folder: str, change: dict) -> None:
+    from accelerate.state import DistributedType, PartialState
+    from torch.distributed.fsdp import FSDPModule
+
+    # Accelerate shares weights out over accelerators only: here it is told that the CPU is one.
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    os.environ.update(ACCELERATE_USE_FSDP="true")
+    recipe, forward, calls = dataclasses.replace(SHARDED, batch=3, **change), PairLoss.forward, []
+
+    def dies(self: PairLoss, *args: Any) -> torch.Tensor:
+        assert isinstance(self.model, FSDPModule) and isinstance(self._encoder[0].llm.layers[0], FSDPModule)
+        calls.append(1)
+        if len(calls) == 4:  # after the checkpoint of step 2
+            raise Killed
+        return forward(self, *args)
+
+    PairLoss.forward = dies  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        tune([CAPTIONS], fresh(Path(llm)), recipe, Path(folder))
+    encoder = fresh(Path(llm))
+    tune([CAPTIONS], encoder, recipe, Path(folder))
+    assert len(calls) == 4 + 2
+    assert torch.equal(encoder.encode(["a dog"]), fresh(Path(folder) / "encoder").encode(["a dog"]))
+
+
+def test_the_first_fsdp_is_refused(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(ValueError, match="--fsdp_version 2"):
+        tune([CAPTIONS], fresh(llm), TUNE, tmp_path)
+
+
+def test_autocast_does_not_end_with_the_first_of_two_trainings(
+    llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met = []
+    forward = PairLoss.forward
+
+    def watched(self: PairLoss, *args: Any) -> torch.Tensor:
+        layer = self._encoder[0].llm.layers[0].mlp.up_proj
+        with layer.register_forward_hook(lambda _, __, out: met.append(out.dtype)):
+            return forward(self, *args)
+
+    monkeypatch.setattr(PairLoss, "forward", watched)
+    recipe = dataclasses.replace(TUNE, lora_r=0, mntp_steps=1, steps=1, precision="bf16")
+    tune([CAPTIONS], fresh(llm), recipe, tmp_path)
+    assert set(met) == {torch.bfloat16}
 
 
 def test_the_rows_of_a_batch_are_plain_data() -> None:

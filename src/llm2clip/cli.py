@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -40,6 +41,7 @@ def main(args: list[str] | None = None) -> int:
     parser, verbs = build()
     given = parser.instantiate(parser.parse_args(args))
     verb = given.subcommand
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it speaks of kernels not used here
     try:
         goodbye = verbs[verb](given[verb])
         from llm2clip.processes import leave, say

@@ -30,11 +30,11 @@ ADAPTER = "adapter_config.json"
 class Training:
     """An LLM with LoRA on it, from here to `finish`."""
 
-    def __init__(self, transformer: Any, config: LoraConfig, dtype: torch.dtype, device: torch.device, four_bits: bool):
+    def __init__(self, encoder: Any, config: LoraConfig, dtype: torch.dtype, device: torch.device, four_bits: bool):
         """Put LoRA on.
 
         Args:
-            transformer: sentence-transformers' module; changed in place.
+            encoder: a caption encoder; changed in place.
             config: of LoRA.
             dtype: of the matrices that are not trained, or of the products with them.
             device: that of the training.
@@ -43,7 +43,8 @@ class Training:
         Raises:
             ModuleNotFoundError: four bits need bitsandbytes.
         """
-        self.transformer, self.config = transformer, config
+        self.encoder, self.config = encoder, config
+        transformer = encoder.st[0]
         if isinstance(transformer.model, PeftModel):  # of an earlier tuning
             transformer.model = transformer.model.merge_and_unload()
             transformer.__class__ = Transformer  # and no longer LoraTransformer, whose name would be saved
@@ -54,7 +55,8 @@ class Training:
 
     def finish(self, merge: bool) -> None:
         """Leave the LLM with LoRA's changes added to its weights, in float32, or beside them."""
-        model = self.transformer.model
+        transformer = self.encoder.st[0]
+        model = transformer.model
         if self.whole:
             state = {name: p.cpu() for name, p in get_peft_model_state_dict(model).items()}
             llm = model.unload().to("cpu")
@@ -64,7 +66,7 @@ class Training:
             model = get_peft_model(llm, self.config)
             set_peft_model_state_dict(model, state)
         _cast_frozen(model, torch.float32)  # before LoRA's small changes are added
-        self.transformer.model = model.merge_and_unload() if merge else model
+        transformer.model = model.merge_and_unload() if merge else model
 
 
 def _cast_frozen(llm: nn.Module, dtype: torch.dtype) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from llm2clip.data.captions import text_id
 from llm2clip.models.text import CaptionEncoder, Tokens
 from llm2clip.train.losses import pair_loss
+from llm2clip.train.sharding import spare_passes
 
 
 @dataclass
@@ -69,6 +70,9 @@ class PairLoss(nn.Module):
     def forward(self, features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         batch = next(iter(features))
         passes = list(self._passes(batch["tokens"], batch["unpooled"]))
+        shortest = passes[-1][1]
+        spare = spare_passes(self.model, len(passes), self._encoder[0].device)
+        passes += [([], lambda: shortest()[:0])] * spare
         back = torch.tensor([row for rows, _ in passes for row in rows]).argsort()
 
         def loss(vectors: Tensor) -> Tensor:

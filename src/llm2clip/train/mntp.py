@@ -25,6 +25,7 @@ from llm2clip.data.captions import text_id
 from llm2clip.models.packing import first_tokens
 from llm2clip.models.text import CaptionEncoder, length_batches
 from llm2clip.processes import joined
+from llm2clip.train.sharding import spare_passes
 
 MASK = "_"  # LLMs have no mask token; LLM2Vec hides with this one
 
@@ -79,15 +80,19 @@ class MaskedTokenLoss(nn.Module):
             dist.all_reduce(total)
             total /= dist.get_world_size()
         losses = []
-        for rows in length_batches([len(ids) for ids in batch["tokens"]], self.batch_tokens):
+        passes = list(length_batches([len(ids) for ids in batch["tokens"]], self.batch_tokens))
+        spare = spare_passes(self.model, len(passes), encoder.device)
+        for n, rows in enumerate([*passes, *[passes[-1]] * spare]):
+            hidden = [batch["hidden"][r] if n < len(passes) else [] for r in rows]
             inputs = encoder.features([batch["tokens"][r] for r in rows], 0)
             states = self.model(inputs)["token_embeddings"].flatten(0, 1)
             starts = first_tokens(inputs)
-            at = [start + i - 1 for r, start in zip(rows, starts, strict=True) for i in batch["hidden"][r]]
-            targets = [t for r in rows for t in batch["targets"][r]]
-            before = states[torch.tensor(at, device=states.device)]
+            at = [start + i - 1 for start, of_row in zip(starts, hidden, strict=True) for i in of_row]
+            targets = [t for r, of_row in zip(rows, hidden, strict=True) if of_row for t in batch["targets"][r]]
+            before = states[torch.tensor(at, device=states.device, dtype=torch.long)]
             logits = F.linear(before, self.output.to(before.dtype)).float()
-            losses.append(F.cross_entropy(logits, torch.tensor(targets, device=states.device), reduction="sum"))
+            answers = torch.tensor(targets, device=states.device, dtype=torch.long)
+            losses.append(F.cross_entropy(logits, answers, reduction="sum"))
         return torch.stack(losses).sum() / total.clamp(min=1)
 
 

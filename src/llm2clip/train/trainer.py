@@ -29,6 +29,7 @@ from llm2clip.train.engine import (
     step_of,
     use_precision,
 )
+from llm2clip.train.sharding import by_blocks, put, reassembled, whole, without_weights
 
 TRAINED = "trained.safetensors"
 
@@ -65,6 +66,7 @@ def train(
         FloatingPointError: the loss or a gradient is not finite.
     """
     use_precision(precision)
+    by_blocks(encoder.llm)
     state = processes()
     args = SentenceTransformerTrainingArguments(
         output_dir=str(folder / "checkpoints"),
@@ -104,12 +106,17 @@ def train(
         data_collator=cast(Any, collator),
         callbacks=[TuneLog(folder / "metrics.jsonl", step_of(resume) if resume else 0, plan)],
     )
+    bare = without_weights(encoder.st) if trainer.is_fsdp_enabled else None
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossBar(name))
     with _attention(args.device):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    trainer.accelerator.unwrap_model(encoder.st, keep_fp32_wrapper=False)  # no autocast from here on
+    if bare is None:
+        trainer.accelerator.unwrap_model(encoder.st, keep_fp32_wrapper=False)  # no autocast from here on
+        vars(encoder.st).pop("_is_accelerate_prepared", None)  # or another training would go without
+    else:
+        encoder.st = reassembled(bare, encoder.st)
 
 
 class TuneTrainer(SentenceTransformerTrainer):
@@ -121,11 +128,13 @@ class TuneTrainer(SentenceTransformerTrainer):
     def _trained(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         assert output_dir is not None  # the folder of a checkpoint: nothing else is saved by the trainer
         folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.cpu().contiguous() for name, p in self._trained().items()}, folder / TRAINED)
+        trained = {name: whole(p).cpu().contiguous() for name, p in self._trained().items()}
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(trained, folder / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         state, trained = load_file(Path(resume_from_checkpoint) / TRAINED), self._trained()
@@ -134,7 +143,7 @@ class TuneTrainer(SentenceTransformerTrainer):
                 f"{resume_from_checkpoint} holds other weights than this run trains; delete it to begin again"
             )
         for name, p in trained.items():
-            p.copy_(state[name])
+            put(p, state[name])
 
 
 class TuneLog(TrainerCallback):

@@ -27,6 +27,7 @@ from llm2clip.recipes import TuneRecipe
 from llm2clip.train.contrastive import PairCollator, PairLoss
 from llm2clip.train.engine import chosen_precision, digest
 from llm2clip.train.mntp import MASK, MaskedTokenLoss, MaskingCollator
+from llm2clip.train.sharding import asked
 from llm2clip.train.trainer import train
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,6 +66,8 @@ def _rows(sources: Sequence[Sequence[Item]], encoder: CaptionEncoder, recipe: Tu
     """The pairs of all steps, on every process alike."""
     if not recipe.lora_r and (recipe.quantize or not recipe.merge):
         raise ValueError("--tune.quantize and --tune.merge are LoRA's, which --tune.lora_r 0 does without")
+    if recipe.quantize and asked():
+        raise ValueError("--tune.quantize does not go with weights shared out over processes: leave out --use_fsdp")
     if not recipe.merge and isinstance(encoder.st[0].model, PeftModel):
         raise ValueError("the encoder is LoRA beside an LLM already: a second one beside it needs --tune.merge true")
     if any(not 0 < width < encoder.width for width in recipe.widths):
@@ -158,13 +161,13 @@ def _prepare(encoder: CaptionEncoder, recipe: TuneRecipe) -> tuple[str, Training
             target_modules=recipe.lora_targets if isinstance(recipe.lora_targets, str) else list(recipe.lora_targets),
             exclude_modules=["pooler.dense"] if pooler is not None else None,
         )
-        lora = Training(encoder.st[0], config, DTYPES[precision], processes().device, recipe.quantize)
-        encoder.to(processes().device)
+        lora = Training(encoder, config, DTYPES[precision], processes().device, recipe.quantize)
     else:  # the table is large, and captions read few rows of it
         encoder.llm.requires_grad_(True)
         encoder.llm.get_input_embeddings().requires_grad_(False)
         if pooler is not None:
             pooler.requires_grad_(False)
+    encoder.to(processes().device)
     if recipe.recompute:
         encoder.llm.gradient_checkpointing_enable({"use_reentrant": False})
         encoder.llm.enable_input_require_grads()
