@@ -30,6 +30,7 @@ BASE = [
     *("--encoder.path", "smollm2-135m", "--encoder.layers", "12", "--tune.lora_r", "0", "--tune.lr", "4e-4"),
     *("--tune.batch", "128", "--tune.alike", "32", "--tune.warmup", "0.05"),
 ]
+LORA = ["--tune.lora_r", "16", "--tune.lr", "1e-3"]
 # name: (settings that differ from the base, sources: captions, long captions too, pairs)
 TUNED: dict[str, tuple[list[str], str]] = {
     "cc": ([], "captions"),
@@ -38,19 +39,21 @@ TUNED: dict[str, tuple[list[str], str]] = {
     "cc-6-layers": (["--encoder.layers", "6"], "captions"),
     "cc-30-layers": (["--encoder.layers", "30"], "captions"),
     "cc-random": (["--tune.alike", "1"], "captions"),
-    "cc-lora": (["--tune.lora_r", "16", "--tune.lr", "1e-3"], "captions"),
+    "cc-lora": (LORA, "captions"),
     "cc-asymmetric": (["--tune.symmetric", "false"], "captions"),
     "cc-matryoshka": (["--tune.widths", "[256,128,64]"], "captions"),
     "mntp-cc": (["--tune.mntp_steps", "50"], "captions"),
     "tc": ([], "pairs"),
     "tc-cc": ([], "captions pairs"),
     "cc-long": ([], "captions long"),
+    "gemma-cc": (["--encoder.path", "gemma3-270m", "--encoder.layers", "18", *LORA], "captions"),
 }
 # name: settings of the encoder
 MEASURED: dict[str, list[str]] = {
     "minilm": ["--encoder.path", "all-minilm-l6-v2"],
     "raw-causal": ["--encoder.path", "smollm2-135m", "--encoder.bidirectional", "false"],
     "raw": ["--encoder.path", "smollm2-135m"],
+    "gemma-raw": ["--encoder.path", "gemma3-270m"],
     "raw-12-layers": ["--encoder.path", "smollm2-135m", "--encoder.layers", "12"],
 }
 CUT = {"cc": (256, 128, 64), "cc-matryoshka": (256, 128, 64)}  # the same vectors, cut
@@ -168,6 +171,9 @@ if __name__ == "__main__":
             shown = {"name": name if width is None else f"{name}, {width} wide"}
             options = encoder if width is None else [*encoder, "--encoder.width", str(width)]
             for test, source in tests.items():
+                if width is not None and test != "COCO":
+                    shown[test] = "–"
+                    continue
                 result = out / "results" / f"{name}-{width or 'whole'}-{test}"
                 if not (result / "results.json").exists():
                     run(["evaluate", "--captions", source, "--out", str(result), *options], out / f"{name}.log")
