@@ -73,9 +73,10 @@ class TuneRecipe:
         lora_dropout: dropout before LoRA.
         lora_targets: names of the layers that get LoRA, or all-linear.
         merge: add LoRA's changes to the weights; else the encoder's folder keeps them apart, a few MB, with the name of
-            the LLM that they belong to.
+            the LLM that they belong to: after masked prediction, the one in the run's folder.
         quantize: hold the LLM's matrices in 4 bits while LoRA trains (QLoRA, needs bitsandbytes): an eighth of their
-            memory on the device, and all of it on the host. What is merged is the LLM as it was.
+            memory on the device, and all of it on the host, for each process. LoRA is merged into the LLM as it was;
+            `fit` does without CRA.
         grad_cache: keep no activations: any batch of pairs in the memory of one forward pass, for a third more time;
             masked prediction does without.
         recompute: recompute activations in the backward pass (gradient checkpointing): long captions, large LLMs.
@@ -124,14 +125,16 @@ class EmbedRecipe:
     """Captions to the store.
 
     Args:
-        shard_size: captions in a shard, the unit of resuming.
+        shard_size: captions in a shard, the unit of resuming, and of batching by length.
         batch_tokens: tokens in a batch, padding included; null chooses for the device.
         precision: fp32, or bf16 for speed.
+        dtype: of the store: float16, or int8 with a scale for each vector, half the size.
     """
 
-    shard_size: int = 4096
+    shard_size: int = 8192
     batch_tokens: int | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["float16", "int8"] = "float16"
 
 
 @dataclass

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from llm2clip.cache.embed import embed
-from llm2clip.cache.store import EmbeddingStore, check_identity
+from llm2clip.cache.format import check_identity
+from llm2clip.cache.store import EmbeddingStore
 from llm2clip.data.records import Source
 from llm2clip.data.skips import SkipLog
 from llm2clip.evaluate.captions import TextEncoder, caption_accuracy
@@ -26,6 +27,7 @@ from llm2clip.quickstart.assets import resolve
 from llm2clip.recipes import AlignRecipe, EmbedRecipe, EncoderRecipe, EvaluateRecipe, TuneRecipe, keep
 from llm2clip.split import Data, read, read_data, stream, tuning_sources
 from llm2clip.train.align import align
+from llm2clip.train.sharding import asked
 from llm2clip.train.tune import tune
 
 
@@ -74,12 +76,16 @@ def align_stage(
     max_skipped: float,
 ) -> Path:
     """`llm2clip align`: the trained model folder, `out/model`."""
+    if asked():
+        raise ValueError("align does not share out weights: run it without --use_fsdp")
     settings = {"data": list(data), "columns": columns, "store": store_folder, "encoder": encoder, "align": recipe}
     log = begin(out, settings, max_skipped)
     folder = out / "model"
     if folder.exists():
         return folder
     store = EmbeddingStore(store_folder)
+    if processes().is_main_process:
+        store.verify(progress=True)
     text = open_encoder(encoder)
     check_identity(store.manifest["identity"], text.identity(store.manifest["identity"]["precision"]), store_folder)
     records = [r for _, r in read(data, columns, log)]

@@ -1,81 +1,88 @@
-"""The store: every caption of a data set encoded once, by one encoder.
+"""The store: every caption of a data set encoded once, by one encoder. `format` says how it lies on the disk.
 
-    store/
-      manifest.json          identity of the encoder, width, dtype, caption count, shards with row ranges and checksums
-      keys-00000.parquet     caption key -> row, and the number of tokens; the shard's own checksum in its metadata
-      embeddings-00000.npy   (rows, width) float16, C order
-
-A shard is written to a temporary name, flushed to disk and renamed; its keys come last, so a shard with keys is whole.
-The shards are the truth and the manifest is their summary: after a kill it is made again from them. Rows are found by
-the hash of the caption's text, never by position, so data may be reordered, extended or filtered under a store.
+Reading it: `rows` finds captions, `take` gives their vectors, in any order at the speed of the disk.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import re
+import filecmp
+import tempfile
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from tqdm.auto import tqdm
 
-from llm2clip.data.captions import caption_key
-from llm2clip.models.text import fingerprint
+from llm2clip.cache.format import (
+    DTYPES,
+    Shard,
+    StoreError,
+    checksum,
+    index_path,
+    keys_of,
+    read_keys,
+    read_manifest,
+)
+from llm2clip.cache.index import Index, build_index
+from llm2clip.cache.rows import MappedRows, PositionalRows, Rows, spare_memory
 
-DTYPE = np.dtype("float16")
-
-
-class StoreError(ValueError):
-    """The store is damaged, is another encoder's, or lacks a caption."""
+Reading = Literal["auto", "map", "positional"]
 
 
 class EmbeddingStore:
-    """Read access to a finished store: `rows` finds captions, `take` reads their vectors."""
+    """Read access to a store that `llm2clip embed` has finished. Workers and other processes open their own: nothing
+    is copied to them but the folder's name."""
 
-    def __init__(self, folder: str | Path) -> None:
-        """Open the store at `folder`; its vectors stay on disk and are read as they are asked for.
+    def __init__(self, folder: str | Path, reading: Reading = "auto") -> None:
+        """Open the store at `folder`; its keys and vectors stay on the disk.
+
+        Args:
+            folder: of the store.
+            reading: vectors through memory maps, or by positional reads; auto maps what takes less than half of the
+                memory that is free.
 
         Raises:
             StoreError: there is no finished store, or a shard is missing or has the wrong size.
         """
-        self.folder = Path(folder)
-        manifest = self.folder / "manifest.json"
-        if not manifest.is_file():
-            raise StoreError(f"{self.folder} is not a store: it has no manifest.json (run `llm2clip embed`)")
-        self.manifest: dict[str, Any] = json.loads(manifest.read_text())
+        self.folder, self.reading = Path(folder), reading
+        self.manifest: dict[str, Any] = read_manifest(self.folder)
         self.width: int = self.manifest["width"]
-        self._row: dict[str, int] = {}
-        self._arrays: list[np.ndarray] = []
-        self._starts: list[int] = []
-        self._rows = 0
-        for shard in self.manifest["shards"]:
-            keys, embeddings = _shard_paths(self.folder, shard["number"])
-            if not keys.is_file() or not embeddings.is_file():
-                raise StoreError(f"{self.folder}: shard {shard['number']} is missing; run `llm2clip embed` again")
-            array = np.load(embeddings, mmap_mode="r", allow_pickle=False)
-            if array.shape != (shard["rows"], self.width) or array.dtype != DTYPE:
-                raise StoreError(f"{embeddings}: holds {array.dtype} {array.shape}, not what the manifest says")
-            names = pq.read_table(keys, columns=["key"])["key"].to_pylist()
-            if len(names) != len(array):
-                raise StoreError(
-                    f"{keys}: {len(names)} keys for {len(array)} rows; delete both and run `llm2clip embed`"
-                )
-            self._starts.append(self._rows)
-            for row, key in enumerate(names, start=self._rows):
-                self._row.setdefault(key, row)  # two runs at once may have encoded a caption twice: either will do
-            self._rows += len(names)
-            self._arrays.append(array)
+        self.shards = [Shard(**shard) for shard in self.manifest["shards"]]
+        if reading == "auto":
+            size = sum(s.rows for s in self.shards) * self.width * DTYPES[self.manifest["dtype"]].itemsize
+            reading = "map" if size < spare_memory() / 2 else "positional"
+        kind: type[Rows] = MappedRows if reading == "map" else PositionalRows
+        self._rows = kind(self.folder, self.shards, self.width, self.manifest["dtype"])
+        self._index = self._open_index()
+
+    def _open_index(self) -> Index:
+        file = index_path(self.folder, self.shards)
+        if file.is_file():
+            try:
+                index = Index(file)
+                if len(index) == sum(s.rows for s in self.shards):
+                    return index
+            except ValueError:
+                pass  # damaged: it is made again
+        build_index(file, (read_keys(self.folder, shard) for shard in self.shards))
+        return Index(file)
+
+    def __reduce__(self) -> tuple[type[EmbeddingStore], tuple[Path, Reading]]:
+        return EmbeddingStore, (self.folder, self.reading)
 
     def __len__(self) -> int:
-        return len(self._row)
+        """How many different captions it holds."""
+        return int(self.manifest["captions"])
 
     def __contains__(self, caption: str) -> bool:
-        return caption_key(caption) in self._row
+        return bool(self.find(keys_of([caption]))[0] >= 0)
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """The rows of keys, (N, 16) uint8, as int64 (N,); -1 for one that it does not hold."""
+        return self._index.find(keys)
 
     def rows(self, captions: Iterable[str]) -> np.ndarray:
         """The rows of captions, int64 (N,).
@@ -83,152 +90,51 @@ class EmbeddingStore:
         Raises:
             StoreError: a caption was never encoded; the message quotes it.
         """
-        found = []
-        for caption in captions:
-            row = self._row.get(caption_key(caption))
-            if row is None:
-                raise StoreError(f"{self.folder} has no vector for the caption {caption[:120]!r}; run `llm2clip embed`")
-            found.append(row)
-        return np.asarray(found, dtype=np.int64)
+        captions, found = iter(captions), [np.empty(0, np.int64)]
+        while some := list(islice(captions, 1 << 18)):
+            rows = self.find(keys_of(some))
+            if (rows < 0).any():
+                absent = some[int((rows < 0).argmax())]
+                raise StoreError(f"{self.folder} has no vector for the caption {absent[:120]!r}; run `llm2clip embed`")
+            found.append(rows)
+        return np.concatenate(found)
 
     def take(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
-        """The vectors of some rows, float32 (N, width), in the order asked. Reads each shard in order of position."""
-        rows = np.asarray(rows, dtype=np.int64)
-        out = np.empty((len(rows), self.width), dtype=np.float32)
-        order = np.argsort(rows, kind="stable")
-        bounds = np.searchsorted(rows[order], [*self._starts, self._rows])
-        for array, start, lo, hi in zip(self._arrays, self._starts, bounds[:-1], bounds[1:], strict=True):
-            at = order[lo:hi]
-            out[at] = array[rows[at] - start]
-        return out
-
-    def verify(self) -> None:
-        """Read every shard and compare its checksum.
+        """The vectors of some rows, float32 (N, width), in the order asked.
 
         Raises:
-            StoreError: a shard's bytes are not those that were written.
+            IndexError: there is no such row.
         """
-        for shard in self.manifest["shards"]:
-            _, embeddings = _shard_paths(self.folder, shard["number"])
-            if _checksum(embeddings) != shard["sha256"]:
-                raise StoreError(f"{embeddings} is damaged: delete it and run `llm2clip embed` again")
+        return self._rows.take(np.asarray(rows, dtype=np.int64))
 
-
-class StoreWriter:
-    """Adds shards to a store. Several processes may write shards of different numbers at once; one then finishes."""
-
-    def __init__(self, folder: str | Path, identity: dict[str, Any], width: int) -> None:
-        """Create the store at `folder`, or go on with it.
+    def verify(self, progress: bool = False) -> None:
+        """Read every shard and compare its checksum, and make the index again.
 
         Raises:
-            StoreError: the store there was made by another encoder; the message names what differs.
+            StoreError: naming the shards whose bytes are not those that were written, or the index.
         """
-        self.folder = Path(folder)
-        self.identity = identity
-        self.width = width
-        self.folder.mkdir(parents=True, exist_ok=True)
-        manifest = self.folder / "manifest.json"
-        if manifest.is_file():
-            check_identity(json.loads(manifest.read_text())["identity"], identity, self.folder)
-        elif self.numbers():
-            raise StoreError(f"{self.folder} has shards but no manifest.json; delete it or choose another folder")
-        else:
-            self.finish()
-
-    def numbers(self) -> list[int]:
-        """Numbers of the whole shards, sorted."""
-        found = (re.fullmatch(r"keys-(\d{5,})\.parquet", p.name) for p in self.folder.iterdir())
-        return sorted(int(m[1]) for m in found if m and _shard_paths(self.folder, int(m[1]))[1].is_file())
-
-    def keys(self) -> set[str]:
-        """Keys of all captions that whole shards hold."""
-        tables = (pq.read_table(_shard_paths(self.folder, n)[0], columns=["key"]) for n in self.numbers())
-        return {key for table in tables for key in table["key"].to_pylist()}
-
-    def write(self, number: int, captions: Sequence[str], tokens: Sequence[int], embeddings: np.ndarray) -> None:
-        """Write one shard, whole or not at all.
-
-        Args:
-            number: of the shard; not one that is there.
-            captions: N texts.
-            tokens: N lengths in tokens, kept for planning and for curves against length.
-            embeddings: (N, width) floats; stored in float16.
-
-        Raises:
-            StoreError: a value is not finite in float16.
-        """
-        half = np.ascontiguousarray(embeddings, dtype=DTYPE)
-        if not np.isfinite(half).all():
-            bad = int(np.flatnonzero(~np.isfinite(half).all(axis=1))[0])
-            raise StoreError(f"the vector of {captions[bad][:120]!r} does not fit float16; is the encoder broken?")
-        keys_path, embeddings_path = _shard_paths(self.folder, number)
-        with _replacing(embeddings_path) as tmp, tmp.open("wb") as f:
-            np.save(f, half, allow_pickle=False)
-            _sync(f)
-        table = pa.table({"key": [caption_key(c) for c in captions], "tokens": pa.array(tokens, pa.int32())})
-        meta = {"sha256": _checksum(embeddings_path), "rows": str(len(captions))}
-        with _replacing(keys_path) as tmp, tmp.open("wb") as f:
-            pq.write_table(table.replace_schema_metadata(meta), f)
-            _sync(f)
-
-    def finish(self) -> None:
-        """Write the manifest from the shards that are there."""
-        shards, start = [], 0
-        for number in self.numbers():
-            meta = pq.read_schema(_shard_paths(self.folder, number)[0]).metadata
-            rows = int(meta[b"rows"])
-            shards.append({"number": number, "start": start, "rows": rows, "sha256": meta[b"sha256"].decode()})
-            start += rows
-        manifest = {
-            "fingerprint": fingerprint(self.identity),
-            "identity": self.identity,
-            "width": self.width,
-            "dtype": DTYPE.name,
-            "captions": start,
-            "shards": shards,
-        }
-        with _replacing(self.folder / "manifest.json") as tmp, tmp.open("w") as f:
-            json.dump(manifest, f, indent=1)
-            _sync(f)
+        if damaged := damaged_shards(self.folder, self.shards, progress):
+            names = ", ".join(f"{n:05d}" for n in damaged)
+            raise StoreError(f"{self.folder}: damaged shards {names}; `llm2clip store repair {self.folder}` drops them")
+        index = index_path(self.folder, self.shards)
+        with tempfile.TemporaryDirectory() as temporary:
+            again = Path(temporary) / index.name
+            build_index(again, (read_keys(self.folder, shard) for shard in self.shards))
+            if not filecmp.cmp(index, again, shallow=False):
+                raise StoreError(f"{index} is damaged; `llm2clip store repair {self.folder}` makes it again")
 
 
-def check_identity(stored: dict[str, Any], ours: dict[str, Any], where: Path | str) -> None:
-    """Refuse vectors of another encoder.
+def damaged_shards(folder: Path, shards: Sequence[Shard], progress: bool = False) -> list[int]:
+    """Numbers of the shards whose bytes are not those that were written, or that are not there."""
 
-    Raises:
-        StoreError: naming each setting that differs, with both values.
-    """
-    if fingerprint(stored) != fingerprint(ours):
-        names = sorted(k for k in stored.keys() | ours.keys() if stored.get(k) != ours.get(k))
-        differs = "; ".join(f"{k}: {stored.get(k)!r} there, {ours.get(k)!r} here" for k in names)
-        raise StoreError(f"{where} was made by another encoder ({differs}). Use that encoder or another folder")
+    def sound(shard: Shard) -> bool:
+        try:
+            return checksum(folder, shard.number) == shard.sha256 and len(read_keys(folder, shard)) == shard.rows
+        except (OSError, StoreError):
+            return False
 
-
-class _replacing:
-    """`with _replacing(path) as tmp`: a temporary sibling that becomes `path` if the block ends well."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.tmp = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        return self.tmp
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            os.replace(self.tmp, self.path)
-        else:
-            self.tmp.unlink(missing_ok=True)
-
-
-def _sync(f: Any) -> None:
-    f.flush()
-    os.fsync(f.fileno())
-
-
-def _shard_paths(folder: Path, number: int) -> tuple[Path, Path]:
-    return folder / f"keys-{number:05d}.parquet", folder / f"embeddings-{number:05d}.npy"
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    with ThreadPoolExecutor(4) as pool:
+        results = tqdm(
+            pool.map(sound, shards), "verify", len(shards), unit="shard", disable=not progress, delay=1, leave=False
+        )
+        return [shard.number for shard, good in zip(shards, results, strict=True) if not good]

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import numpy as np
 
 
-def caption_key(caption: str) -> str:
-    """The name of a caption in a store: 32 hex digits of the SHA-256 of its text."""
-    return hashlib.sha256(caption.encode()).hexdigest()[:32]
+def caption_key(caption: str) -> bytes:
+    """The name of a caption in a store: the first 16 bytes of the SHA-256 of its text."""
+    return hashlib.sha256(caption.encode()).digest()[:16]
 
 
 def text_id(text: str) -> int:

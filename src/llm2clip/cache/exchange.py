@@ -1,0 +1,184 @@
+"""Stores to and from other forms: parquet, and the tars of the official LLM2CLIP code.
+
+The official code trains from pairs of tars: `X.tar` with images and, for each sample, a JSON of captions, and
+`X_text_embeddings.tar` with the same samples in the same order, whose members `KEY.shortsv_captions` and
+`KEY.longsv_captions` are one vector each, raw float32. Its vectors are found by position and by the samples' names;
+here the captions themselves are hashed, so that they are found by text from then on.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llm2clip.cache.format import StoreError, keys_of, keys_path, read_keys, read_shards, replacing, shard_numbers
+from llm2clip.cache.incoming import groups
+from llm2clip.cache.lock import alone
+from llm2clip.cache.store import EmbeddingStore
+from llm2clip.cache.writer import StoreWriter
+
+SHARD = 8192
+OFFICIAL = ("shortSV_captions", "longSV_captions")
+
+
+def to_parquet(store: EmbeddingStore, file: str | Path) -> None:
+    """One row for each of the store's: `key`, 16 bytes, the first of the caption's SHA-256; `tokens`; `embedding`, a
+    list of float16. The encoder's identity is in the file's metadata."""
+    kind = pa.list_(pa.float16(), store.width)
+    meta = {"identity": json.dumps(store.manifest["identity"]), "width": str(store.width)}
+    schema = pa.schema([("key", pa.binary(16)), ("tokens", pa.int32()), ("embedding", kind)], metadata=meta)
+    with replacing(Path(file)) as tmp, pq.ParquetWriter(tmp, schema) as writer:
+        for shard in store.shards:
+            known = pq.read_table(keys_path(store.folder, shard.number))
+            vectors = store.take(np.arange(shard.start, shard.start + shard.rows)).astype(np.float16)
+            embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), store.width)
+            writer.write_table(
+                pa.table([known["key"], known["tokens"], embedding], schema=schema), row_group_size=SHARD
+            )
+
+
+def from_parquet(
+    file: str | Path, out: str | Path, identity: dict[str, Any] | None = None, dtype: str = "float16"
+) -> EmbeddingStore:
+    """A store of the rows of a parquet file, as `to_parquet` writes it, or with a column `caption` in place of `key`.
+
+    Args:
+        file: with columns `key` or `caption`, `embedding` and perhaps `tokens`.
+        out: folder of the store.
+        identity: of the encoder; None takes it from the file's metadata.
+        dtype: of the store.
+
+    Raises:
+        StoreError: a column is missing, or nothing says which encoder the vectors are of.
+    """
+    source = pq.ParquetFile(file)
+    names, meta = set(source.schema_arrow.names), source.schema_arrow.metadata or {}
+    if "embedding" not in names or not names & {"key", "caption"}:
+        raise StoreError(f"{file} has columns {sorted(names)}; needed are embedding, and key or caption")
+    if identity is None:
+        if b"identity" not in meta:
+            raise StoreError(f"{file} does not say which encoder its vectors are of; name it")
+        identity = json.loads(meta[b"identity"])
+
+    def rows() -> Iterator[tuple[np.ndarray, list[int], np.ndarray]]:
+        for batch in source.iter_batches(SHARD):
+            vectors = batch["embedding"].flatten().to_numpy(zero_copy_only=False).reshape(len(batch), -1)
+            if "key" in names:
+                keys = np.frombuffer(b"".join(batch["key"].to_pylist()), np.uint8).reshape(-1, 16)
+            else:
+                keys = keys_of(batch["caption"].to_pylist())
+            yield keys, batch["tokens"].to_pylist() if "tokens" in names else [0] * len(batch), vectors
+
+    return _filled(Path(out), identity, dtype, rows())
+
+
+def from_official(
+    tars: Sequence[str | Path], out: str | Path, identity: dict[str, Any], dtype: str = "float16"
+) -> EmbeddingStore:
+    """A store of the official code's tars.
+
+    Args:
+        tars: the tars with the samples; beside each `X.tar` lies `X_text_embeddings.tar`.
+        out: folder of the store.
+        identity: of the encoder that made them.
+        dtype: of the store.
+
+    Raises:
+        StoreError: the two tars of a pair do not hold the same samples, or a vector is missing.
+    """
+
+    def pairs() -> Iterator[tuple[str, np.ndarray]]:
+        for tar in map(Path, tars):
+            other = tar.with_name(f"{tar.stem}_text_embeddings.tar")
+            vectors = _members(other, [name.lower() for name in OFFICIAL])
+            for name, parts in _members(tar, ["json"]):
+                theirs, found = next(vectors, (None, {}))
+                if theirs != name:
+                    raise StoreError(f"{other}: {theirs} where {tar} has {name}: not a pair")
+                captions = json.loads(parts["json"])
+                for kind in OFFICIAL:
+                    if kind in captions:
+                        if kind.lower() not in found:
+                            raise StoreError(f"{other}: {name} has no {kind.lower()}")
+                        text = captions[kind]
+                        yield text if isinstance(text, str) else text[0], np.frombuffer(found[kind.lower()], "<f4")
+
+    def rows() -> Iterator[tuple[np.ndarray, list[int], np.ndarray]]:
+        seen: set[bytes] = set()
+        for group in groups(pairs(), SHARD):
+            fresh: dict[str, np.ndarray] = dict(group)
+            keys = keys_of(list(fresh))
+            new = [n for n, key in enumerate(map(bytes, keys)) if key not in seen]
+            seen.update(map(bytes, keys))
+            if new:
+                yield keys[new], [0] * len(new), np.stack(list(fresh.values()))[new]
+
+    return _filled(Path(out), identity, dtype, rows())
+
+
+def to_official(store: EmbeddingStore, tars: Sequence[str | Path]) -> list[Path]:
+    """Write beside each `X.tar` an `X_text_embeddings.tar` as the official code reads it, from a store that holds the
+    captions of its samples."""
+    written = []
+    for tar in map(Path, tars):
+        target = tar.with_name(f"{tar.stem}_text_embeddings.tar")
+        with replacing(target) as tmp, tarfile.open(tmp, "w") as out:
+            for name, parts in _members(tar, ["json"]):
+                captions = json.loads(parts["json"])
+                for kind in OFFICIAL:
+                    if kind in captions:
+                        text = captions[kind] if isinstance(captions[kind], str) else captions[kind][0]
+                        data = store.take(store.rows([text]))[0].astype("<f4").tobytes()
+                        info = tarfile.TarInfo(f"{name}.{kind.lower()}")
+                        info.size = len(data)
+                        out.addfile(info, io.BytesIO(data))
+        written.append(target)
+    return written
+
+
+def _members(tar: Path, suffixes: Iterable[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """A tar's samples, in its order: what members of one name and different endings hold."""
+    wanted, current = set(suffixes), None
+    parts: dict[str, bytes] = {}
+    with tarfile.open(tar) as source:
+        for member in source:
+            name, _, suffix = member.name.partition(".")
+            if not member.isfile():
+                continue
+            if name != current:
+                if current is not None:
+                    yield current, parts
+                current, parts = name, {}
+            if suffix.lower() in wanted and (data := source.extractfile(member)) is not None:
+                parts[suffix.lower()] = data.read()
+    if current is not None:
+        yield current, parts
+
+
+def _filled(
+    out: Path, identity: dict[str, Any], dtype: str, rows: Iterator[tuple[np.ndarray, list[int], np.ndarray]]
+) -> EmbeddingStore:
+    out.mkdir(parents=True, exist_ok=True)
+    with alone(out):
+        first = next(rows, None)
+        if first is None:
+            raise StoreError("there is not one vector to take in")
+        writer = StoreWriter(out, identity, first[2].shape[1], dtype)
+        number = max(shard_numbers(out), default=-1) + 1
+        there = {read_keys(out, shard).tobytes() for shard in read_shards(out)}
+        while first is not None:
+            keys, tokens, vectors = first
+            if keys.tobytes() not in there:
+                writer.write_keyed(number, keys, tokens, vectors)
+                number += 1
+            first = next(rows, None)
+        writer.finish()
+    return EmbeddingStore(out)

@@ -1,0 +1,166 @@
+"""Reading rows of a store from its files: mapped where all of it fits in memory, else asked for one by one.
+
+A map makes the system read whole neighbourhoods around every row that is asked for; when the store is larger than
+memory these are thrown out before they are of use. Then each row is one positional read, from several threads, and the
+system is told that they come in no order. In both, rows go in the order of their place on the disk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+
+from llm2clip.cache.format import DTYPES, Shard, StoreError, embeddings_path, scales_path
+
+THREADS = 16  # positional reads under way at once: a disk is asked for many things, it answers in its own order
+OPEN_FILES = 256
+
+
+class Rows:
+    """Vectors of rows, in the order asked for. Subclasses read the numbers as they lie in a shard."""
+
+    def __init__(self, folder: Path, shards: Sequence[Shard], width: int, dtype: str) -> None:
+        """
+        Raises:
+            StoreError: a shard is missing, or has the wrong size.
+        """
+        self.folder, self.shards, self.width, self.dtype = folder, list(shards), width, DTYPES[dtype]
+        self.bounds = np.array([*(s.start for s in shards), *(s.start + s.rows for s in shards[-1:])], np.int64)
+        self.data_at = [self._check(embeddings_path(folder, s.number), s, width * self.dtype.itemsize) for s in shards]
+        self.scales: list[np.ndarray] | None = None
+        if self.dtype == np.int8:
+            for shard in shards:
+                self._check(scales_path(folder, shard.number), shard, 4)
+            self.scales = [np.load(scales_path(folder, s.number), mmap_mode="r") for s in shards]
+
+    def _check(self, path: Path, shard: Shard, row: int) -> int:
+        """Where the numbers of a file begin."""
+        if not path.is_file():
+            raise StoreError(f"{path} is missing; `llm2clip store repair {self.folder}`")
+        header = path.stat().st_size - shard.rows * row
+        with path.open("rb") as f:
+            try:
+                version = np.lib.format.read_magic(f)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, fortran, dtype = read(f)
+                whole = f.tell() == header and shape[0] == shard.rows and not fortran
+                whole &= dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64)) == row
+            except ValueError:
+                whole = False
+        if not whole:
+            raise StoreError(
+                f"{path} is damaged: not the size that its keys say; `llm2clip store repair {self.folder}`"
+            )
+        return header
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Float32 (N, width) of row numbers, int64 (N,).
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        total = int(self.bounds[-1]) if len(self.bounds) else 0
+        if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < total):
+            raise IndexError(f"rows are between 0 and {total - 1}")
+        order = np.argsort(rows, kind="stable")
+        ordered = rows[order]
+        stored = np.empty((len(rows), self.width), self.dtype)
+        cuts = np.searchsorted(ordered, self.bounds)
+        parts = [(n, lo, hi) for n, (lo, hi) in enumerate(pairwise(cuts)) if lo < hi]
+        self._read([(n, ordered[lo:hi] - self.shards[n].start, stored[lo:hi]) for n, lo, hi in parts])
+        out = np.empty((len(rows), self.width), np.float32)
+        if self.scales is None:
+            out[order] = stored
+        else:
+            scale = np.empty((len(rows), 1), np.float32)
+            for n, lo, hi in parts:
+                scale[lo:hi, 0] = self.scales[n][ordered[lo:hi] - self.shards[n].start]
+            out[order] = stored * scale
+        return out
+
+    def _read(self, parts: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
+        """Fill arrays (n, width) with rows of shards, both given with the shard's place among all."""
+        raise NotImplementedError
+
+
+class MappedRows(Rows):
+    """All shards as memory maps, opened when they are first read."""
+
+    def __init__(self, folder: Path, shards: Sequence[Shard], width: int, dtype: str) -> None:
+        super().__init__(folder, shards, width, dtype)
+        self.maps: list[np.ndarray | None] = [None] * len(shards)
+
+    def _read(self, parts: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
+        for n, rows, out in parts:
+            if (array := self.maps[n]) is None:
+                array = np.load(embeddings_path(self.folder, self.shards[n].number), mmap_mode="r", allow_pickle=False)
+                self.maps[n] = array
+            np.take(array, rows, axis=0, out=out)
+
+
+class PositionalRows(Rows):
+    """Each run of neighbouring rows as one read at its place, many at once."""
+
+    def __init__(self, folder: Path, shards: Sequence[Shard], width: int, dtype: str) -> None:
+        super().__init__(folder, shards, width, dtype)
+        self.files: OrderedDict[int, int] = OrderedDict()
+        self.pool = ThreadPoolExecutor(THREADS)
+
+    def _read(self, parts: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
+        wide = self.width * self.dtype.itemsize
+        for first in range(0, len(parts), OPEN_FILES):
+            reads: list[Callable[[], None]] = []
+            for n, rows, out in parts[first : first + OPEN_FILES]:
+                file, data = self._file(n), out.view(np.uint8).reshape(-1).data
+                breaks = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+                for lo, hi in pairwise(breaks):
+                    reads.append(_reading(file, data[lo * wide : hi * wide], self.data_at[n] + int(rows[lo]) * wide))
+            chunk = -(-len(reads) // (4 * THREADS)) or 1
+            jobs = [self.pool.submit(_all, reads[i : i + chunk]) for i in range(0, len(reads), chunk)]
+            for job in jobs:
+                job.result()
+
+    def _file(self, n: int) -> int:
+        if n in self.files:
+            self.files.move_to_end(n)
+            return self.files[n]
+        while len(self.files) >= OPEN_FILES:
+            os.close(self.files.popitem(last=False)[1])
+        file = os.open(embeddings_path(self.folder, self.shards[n].number), os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
+        self.files[n] = file
+        return file
+
+    def __del__(self) -> None:
+        for file in getattr(self, "files", {}).values():
+            os.close(file)
+
+
+def _reading(file: int, out: memoryview, at: int) -> Callable[[], None]:
+    def read() -> None:
+        if os.preadv(file, [out], at) != len(out):
+            raise StoreError("a shard became shorter while it was read")
+
+    return read
+
+
+def _all(reads: Sequence[Callable[[], None]]) -> None:
+    for read in reads:
+        read()
+
+
+def spare_memory() -> int:
+    """Bytes that this process may still take, by the machine and by its control group."""
+    spare = int(psutil.virtual_memory().available)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
+        spare = min(spare, int(most) - int(used.read_text()))
+    return spare

@@ -1,0 +1,134 @@
+"""Looking after stores: damaged shards dropped, those of several machines put together.
+
+Nothing here encodes: what repair drops, `llm2clip embed` encodes again, and only that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llm2clip.cache.format import (
+    Shard,
+    StoreError,
+    check_identity,
+    embeddings_path,
+    keys_path,
+    read_keys,
+    read_manifest,
+    read_shards,
+    replacing,
+    scales_path,
+    shard_numbers,
+)
+from llm2clip.cache.lock import alone
+from llm2clip.cache.store import EmbeddingStore, damaged_shards
+from llm2clip.cache.writer import StoreWriter, summarise
+
+
+def repair(folder: str | Path, progress: bool = False) -> list[str]:
+    """Drop what is damaged or half-written, and write manifest and index again from what is sound.
+
+    Returns:
+        The names of the files that were dropped.
+
+    Raises:
+        StoreError: nothing there says which encoder the store is of, or another run is filling it.
+    """
+    folder, dropped = Path(folder), []
+
+    def drop(*paths: Path) -> None:
+        for path in paths:
+            if path.exists():
+                path.unlink()
+                dropped.append(path.name)
+
+    with alone(folder):
+        kinds: list[tuple[dict[str, Any], int, str]] = []
+        for number in shard_numbers(folder):
+            try:
+                meta = pq.read_schema(keys_path(folder, number)).metadata
+                kind = json.loads(meta[b"identity"]), int(meta[b"width"]), meta[b"dtype"].decode()
+                int(meta[b"rows"]), meta[b"sha256"]
+            except (pa.ArrowInvalid, KeyError, TypeError, ValueError, OSError):
+                drop(keys_path(folder, number))
+            else:
+                kinds.append(kind)
+        for number in damaged_shards(folder, read_shards(folder), progress):
+            drop(keys_path(folder, number))
+        whole = set(shard_numbers(folder))
+        for path in sorted(folder.iterdir()):  # keys come last: vectors without them are of a kill, or of a drop above
+            name = re.fullmatch(r"(?:embeddings|scales|keys)-(\d{5,})\.(?:npy|parquet)", path.name)
+            if (name and int(name[1]) not in whole) or (path.name.startswith(".") and path.name.endswith(".tmp")):
+                drop(path)
+        if not kinds:
+            try:
+                manifest = read_manifest(folder)
+            except StoreError as error:
+                raise StoreError(f"nothing of {folder} is whole: delete it and run `llm2clip embed`") from error
+            kinds = [(manifest["identity"], manifest["width"], manifest["dtype"])]
+        for index in folder.glob("index-*.npy"):
+            index.unlink()
+        summarise(folder, *kinds[0])
+    return dropped
+
+
+def merge(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingStore:
+    """Put the shards of `sources` into the store at `out`, as links where the file system has them, else as copies.
+
+    A shard that `out` holds already is passed over, so that a merge can be given again; a caption of several stores
+    is found in the first of them.
+
+    Raises:
+        StoreError: a source is of another encoder, width or dtype, or is damaged.
+    """
+    out, folders = Path(out), [Path(source) for source in sources]
+    manifests = [read_manifest(folder) for folder in folders]
+    if not manifests:
+        raise StoreError("name the stores to merge")
+    for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
+        check_identity(manifest["identity"], manifests[0]["identity"], folder)
+        for name in ("width", "dtype"):
+            if manifest[name] != manifests[0][name]:
+                raise StoreError(f"{folder} has {name} {manifest[name]}, {folders[0]} {manifests[0][name]}")
+    for folder in folders:
+        EmbeddingStore(folder).verify()
+    out.mkdir(parents=True, exist_ok=True)
+    with alone(out):
+        first = manifests[0]
+        writer = StoreWriter(out, first["identity"], first["width"], first["dtype"])
+        there = {_content(out, shard) for shard in read_shards(out)}
+        number = max(shard_numbers(out), default=-1) + 1
+        for folder in folders:
+            for shard in read_shards(folder):
+                if (content := _content(folder, shard)) in there:
+                    continue
+                for path_of in (embeddings_path, scales_path, keys_path):
+                    if path_of(folder, shard.number).is_file():
+                        _put(path_of(folder, shard.number), path_of(out, number))
+                there.add(content)
+                number += 1
+        writer.finish()
+    return EmbeddingStore(out)
+
+
+def _content(folder: Path, shard: Shard) -> tuple[str, str]:
+    """What a shard holds: checksums of its vectors and of its keys."""
+    return shard.sha256, hashlib.sha256(read_keys(folder, shard).tobytes()).hexdigest()
+
+
+def _put(source: Path, target: Path) -> None:
+    with replacing(target) as tmp:
+        try:
+            os.link(source, tmp)
+        except OSError:
+            shutil.copyfile(source, tmp)
