@@ -10,8 +10,9 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from torch._dynamo.exc import TorchDynamoException
+from transformers import AutoConfig, AutoModel
 
-from conftest import FAMILIES, make_llm
+from conftest import FAMILIES, make_llm, save_tokenizer
 from llm2clip.models.packing import first_tokens
 from llm2clip.models.text import CaptionEncoder, fingerprint, length_batches
 
@@ -98,6 +99,57 @@ def test_packing_does_not_leak(
     other = encoder.st[0](encoder.features([*ids[:2], ids[2][::-1], *ids[3:]]))["token_embeddings"][0]
     for n, found in enumerate(other.split([len(row) for row in ids])):
         assert torch.equal(found, states[n]) == (n != 2)
+
+
+@torch.no_grad()
+def test_a_window_is_counted_by_the_models_own_direction(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Where the configuration does not say which: packed only if asked, and then as the padded one is read."""
+    CaptionEncoder.from_pretrained(folders["mistral"], bidirectional=False, device="cpu").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"sliding_window": 4}
+    del config["is_causal"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    padded = CaptionEncoder.from_pretrained(tmp_path, device="cpu")
+    packed = CaptionEncoder.from_pretrained(tmp_path, attention="packed", device="cpu")
+    assert padded.attention == "sdpa"
+    assert torch.allclose(packed.encode(TEXTS), padded.encode(TEXTS), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+        ("modernbert", {"global_attn_every_n_layers": 2, "pad_token_id": 0}),
+    ],
+)
+def test_what_would_run_over_from_caption_to_caption_is_padded(family: str, options: dict, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        **options,
+    )
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    encoder = CaptionEncoder.from_pretrained(tmp_path, device="cpu")
+    assert encoder.attention == "sdpa"
+    assert torch.allclose(encoder.encode(TEXTS, batch_tokens=10_000)[0], encoder.encode(TEXTS[:1])[0], atol=1e-5)
+
+
+def test_lost_lengths_are_an_error(llm: Path) -> None:
+    encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
+    features = encoder.features(encoder.tokenize(TEXTS).ids)
+    del features["caption_lengths"]
+    with pytest.raises(ValueError, match="would see each other"):
+        encoder.st(features)
+
+
+def test_an_empty_text_among_others(llm: Path) -> None:
+    vectors = CaptionEncoder.from_pretrained(llm, device="cpu").encode(["", "a dog", ""])
+    assert torch.equal(vectors[0], torch.zeros(32)) and vectors[1].any()
 
 
 @pytest.mark.parametrize("pooling", ["mean", "weightedmean", "lasttoken", "max", "cls"])

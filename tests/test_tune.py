@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from conftest import CAPTIONS, TUNE, Killed, distributed, make_llm
+from llm2clip.cli import main
 from llm2clip.data.pairs import Pair, batches_of_pairs
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.recipes import TuneRecipe
@@ -99,6 +100,7 @@ def test_gradient_caching_gives_the_same_gradients(llm: Path, dropout: float) ->
     [
         ({"widths": [32]}, "between 1 and 31"),
         ({"lora_r": 0, "merge": False}, "LoRA's"),
+        ({"steps": 0, "merge": False}, "has none"),
         ({"lengths": [1, 1]}, "three weights"),
         ({"batch": 25}, "a batch of 25"),
     ],
@@ -267,6 +269,7 @@ def test_lora_kept_apart_is_lora_merged(llm: Path, tmp_path: Path, change: dict)
         recipe = dataclasses.replace(TUNE, merge=merge, **change)
         folders[merge] = tune([CAPTIONS], encoder, recipe, tmp_path / str(merge))
         assert torch.allclose(encoder.encode(["a dog"]), fresh(folders[merge]).encode(["a dog"]), atol=1e-5)
+        assert encoder.identity() == fresh(folders[merge]).identity()
     merged, apart = fresh(folders[True]), fresh(folders[False])
     raw = CaptionEncoder.from_pretrained(llm, layers=2, template="<|user|>{caption}<|end|>", device="cpu")
     texts = ["a dog", "two cats in the snow"]
@@ -283,17 +286,28 @@ def test_lora_kept_apart_is_lora_merged(llm: Path, tmp_path: Path, change: dict)
     assert torch.allclose(peer.encode(texts, convert_to_tensor=True), apart.encode(texts), atol=1e-5)
     with pytest.raises(ValueError, match="a second one"):
         tune([CAPTIONS], fresh(folders[False]), dataclasses.replace(TUNE, merge=False), tmp_path / "more")
-    more = fresh(tune([CAPTIONS], fresh(folders[False]), dataclasses.replace(TUNE, steps=1), tmp_path / "more"))
-    assert not any("lora" in name for name in more.state_dict())
+    for lora_r in (4, 0):
+        encoder = fresh(folders[False])
+        recipe = dataclasses.replace(TUNE, steps=1, lora_r=lora_r)
+        more = fresh(tune([CAPTIONS], encoder, recipe, tmp_path / f"more-{lora_r}"))
+        assert not any("lora" in name for name in more.state_dict())
+        assert torch.allclose(more.encode(texts), encoder.encode(texts), atol=1e-5)
 
 
-def test_lora_whose_llm_is_gone_says_so(tmp_path: Path) -> None:
+def test_lora_whose_llm_is_gone_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_llm(tmp_path / "llm")
     folder = tune([CAPTIONS], fresh(tmp_path / "llm"), dataclasses.replace(TUNE, merge=False, steps=1), tmp_path / "r")
     (tmp_path / "llm").rename(tmp_path / "elsewhere")
     with pytest.raises(
         OSError, match=r"holds LoRA for .*/llm, which could not be opened(.|\n)*base_model_name_or_path"
     ):
+        fresh(folder)
+    monkeypatch.setenv("LLM2CLIP_CACHE", str(tmp_path / "cache"))  # as of another machine
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "elsewhere").rename(tmp_path / "cache/llm")
+    assert fresh(folder).width == 32
+    (folder / "modules.json").unlink()
+    with pytest.raises(ValueError, match="an adapter of PEFT alone"):
         fresh(folder)
 
 
@@ -467,14 +481,20 @@ def _sharded_rank(llm: str, folder: str, change: dict) -> None:
     encoder = fresh(Path(llm))
     tune([CAPTIONS], encoder, recipe, Path(folder))
     assert len(calls) == 4 + 2
+    assert not list(Path(folder).rglob("pytorch_model_fsdp*"))  # the frozen weights are not written again and again
     assert torch.equal(encoder.encode(["a dog"]), fresh(Path(folder) / "encoder").encode(["a dog"]))
 
 
-def test_the_first_fsdp_is_refused(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fsdp_is_not_there_for(
+    llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(ValueError, match="--fsdp_version 2"):
         tune([CAPTIONS], fresh(llm), TUNE, tmp_path)
+    for stage in ("fit", "align"):
+        assert main([stage, "x.jsonl", "--out", "run", *(["--store", "s"] if stage == "align" else [])]) == 1
+        assert "does not share out weights" in capsys.readouterr().err
 
 
 def test_autocast_does_not_end_with_the_first_of_two_trainings(

@@ -39,19 +39,23 @@ from llm2clip.split import read_data, tuning_sources
 from llm2clip.stages import begin, new_model, open_encoder
 from llm2clip.train.align import align
 from llm2clip.train.engine import read_metrics
+from llm2clip.train.sharding import asked
 from llm2clip.train.steps import check_batch
 from llm2clip.train.tune import tune
 
 
 def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
     """Tune, embed, align, evaluate; returns the model folder. See `llm2clip fit --help`."""
+    if asked():
+        raise ValueError("align does not share out weights: run `llm2clip tune` under --use_fsdp, and fit without it")
     state = processes()
     log = begin(out, {"data": list(data), **dataclasses.asdict(recipe)}, recipe.max_skipped)
     records = read_data(data, recipe.evaluate, recipe.columns, log)
     say(records.summary, log.summary())
 
     captions = [r.captions for r in records.held_out["captions"]]
-    measurable = sum(len(set(c)) > 1 for c in captions) > 1
+    # An LLM that is to be tuned in four bits is taken for one that the device cannot hold whole.
+    measurable = sum(len(set(c)) > 1 for c in captions) > 1 and not recipe.tune.quantize
     check_batch(sum(r.image is not None for r in records.train), recipe.align.batch * state.num_processes)
     encoder_folder = out / "tune" / "encoder"
     untuned = not encoder_folder.exists()
@@ -68,7 +72,7 @@ def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
         say("1/4 tune: the language model learns to tell captions apart")
         tune(sources, raw, recipe.tune, out / "tune")
         raw = None
-    encoder = CaptionEncoder.from_pretrained(encoder_folder)
+    encoder = CaptionEncoder.from_pretrained(encoder_folder, attention=recipe.encoder.attention)
     if measurable:
         cra.append(once(out / "evaluate/tuned.json", partial(caption_accuracy, captions, encoder)))
 

@@ -1,7 +1,8 @@
 """LoRA on a caption encoder's LLM: while it trains, with the LLM in 16 or 4 bits, and as a folder of its own.
 
 QLoRA (arXiv 2305.14314) holds the matrices that LoRA leaves alone in 4 bits. They are rounded for the training only:
-what LoRA's changes are added to, or kept beside, is the LLM as it was.
+what LoRA's changes are added to is the LLM as it was. In 16 bits they stay rounded, which is nothing to an LLM that was
+published so.
 
 A folder that keeps LoRA apart holds its weights, the name of the LLM they belong to, and the LLM's configuration, for
 two settings of it would be lost otherwise: attention in both directions and the number of blocks. sentence-transformers
@@ -24,6 +25,8 @@ from sentence_transformers.util import import_from_string
 from torch import nn
 from transformers import AutoConfig
 
+from llm2clip.models.gguf import cache_folder
+
 ADAPTER = "adapter_config.json"
 
 
@@ -31,23 +34,18 @@ class Training:
     """An LLM with LoRA on it, from here to `finish`."""
 
     def __init__(self, encoder: Any, config: LoraConfig, dtype: torch.dtype, device: torch.device, four_bits: bool):
-        """Put LoRA on.
+        """Put LoRA on an LLM that has none.
 
         Args:
             encoder: a caption encoder; changed in place.
             config: of LoRA.
             dtype: of the matrices that are not trained, or of the products with them.
             device: that of the training.
-            four_bits: hold those matrices in 4 bits; the whole ones wait on the CPU, where the LLM may be until now.
-
-        Raises:
-            ModuleNotFoundError: four bits need bitsandbytes.
+            four_bits: hold those matrices in 4 bits, which needs bitsandbytes; the whole ones wait on the CPU, where
+                the LLM may be until now.
         """
         self.encoder, self.config = encoder, config
         transformer = encoder.st[0]
-        if isinstance(transformer.model, PeftModel):  # of an earlier tuning
-            transformer.model = transformer.model.merge_and_unload()
-            transformer.__class__ = Transformer  # and no longer LoraTransformer, whose name would be saved
         self.whole = _to_four_bits(transformer.model, dtype, device) if four_bits else {}
         transformer.model = get_peft_model(transformer.model.to(device), config)
         if not four_bits:
@@ -66,7 +64,23 @@ class Training:
             model = get_peft_model(llm, self.config)
             set_peft_model_state_dict(model, state)
         _cast_frozen(model, torch.float32)  # before LoRA's small changes are added
-        transformer.model = model.merge_and_unload() if merge else model
+        if merge:
+            transformer.model = model.merge_and_unload()
+        else:
+            transformer.model, transformer.__class__ = model, LoraTransformer
+
+
+def merged(encoder: Any) -> None:
+    """Make an ordinary LLM of one that an earlier tuning left with LoRA beside it."""
+    transformer = encoder.st[0]
+    if isinstance(transformer.model, PeftModel):
+        transformer.model, transformer.__class__ = transformer.model.merge_and_unload(), Transformer
+
+
+def need_four_bits() -> None:
+    """Raises ModuleNotFoundError where bitsandbytes is missing."""
+    if find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError("--tune.quantize needs the package bitsandbytes: pip install 'llm2clip[qlora]'")
 
 
 def _cast_frozen(llm: nn.Module, dtype: torch.dtype) -> None:
@@ -79,8 +93,6 @@ def _cast_frozen(llm: nn.Module, dtype: torch.dtype) -> None:
 
 def _to_four_bits(llm: Any, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Linear]:
     """Replace the linear layers by quantised ones on `device`; what they were, on the CPU."""
-    if find_spec("bitsandbytes") is None:
-        raise ModuleNotFoundError("--tune.quantize needs the package bitsandbytes: pip install 'llm2clip[qlora]'")
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     whole = {name: module.to("cpu") for name, module in llm.named_modules() if isinstance(module, nn.Linear)}
@@ -99,7 +111,7 @@ def _to_four_bits(llm: Any, dtype: torch.dtype, device: torch.device) -> dict[st
 
 
 class LoraTransformer(Transformer):
-    """sentence-transformers' module for a folder of `complete`: LoRA beside its LLM, as it was tuned."""
+    """sentence-transformers' module for LoRA beside its LLM: the folder keeps what the LLM was when it was tuned."""
 
     model: Any
 
@@ -112,7 +124,11 @@ class LoraTransformer(Transformer):
         return AutoConfig.from_pretrained(model_name_or_path, **config_kwargs), False
 
     def _load_model(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
-        base = PeftConfig.from_pretrained(model_name_or_path).base_model_name_or_path
+        base = str(PeftConfig.from_pretrained(model_name_or_path).base_model_name_or_path)
+        if (
+            Path(base).is_absolute() and not Path(base).is_dir()
+        ):  # of another machine: perhaps it is in this one's cache
+            base = str(named) if (named := cache_folder() / Path(base).name).is_dir() else base
         try:
             return super()._load_model(base, *args, **kwargs)
         except OSError as error:
@@ -121,27 +137,29 @@ class LoraTransformer(Transformer):
                 f"Write where that LLM is now into its {ADAPTER}, as base_model_name_or_path"
             ) from error
 
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        super().save(output_path, *args, **kwargs)
+        self.model.get_base_model().config.save_pretrained(output_path)
+        file = Path(output_path) / ADAPTER
+        config = json.loads(file.read_text())
+        if Path(config["base_model_name_or_path"]).is_dir():
+            config["base_model_name_or_path"] = str(Path(config["base_model_name_or_path"]).resolve())
+            file.write_text(json.dumps(config, indent=1))
+
+
+_NAME = f"{LoraTransformer.__module__}.{LoraTransformer.__name__}"
+
 
 def is_lora(folder: str | Path) -> bool:
-    """Whether a folder holds LoRA apart from its LLM."""
-    return (Path(folder) / ADAPTER).is_file()
+    """Whether a folder holds LoRA apart from its LLM, as we write it.
 
-
-def complete(folder: str | Path, llm: Any) -> None:
-    """Add to a folder that sentence-transformers wrote of an encoder what it needs to open as the same one.
-
-    Args:
-        folder: it.
-        llm: the encoder's PeftModel.
+    Raises:
+        ValueError: it holds PEFT's files alone, which do not say how the LLM was read.
     """
-    llm.get_base_model().config.save_pretrained(folder)
-    adapter, modules = Path(folder) / ADAPTER, Path(folder) / "modules.json"
-    config, listed = json.loads(adapter.read_text()), json.loads(modules.read_text())
-    if Path(config["base_model_name_or_path"]).is_dir():
-        config["base_model_name_or_path"] = str(Path(config["base_model_name_or_path"]).resolve())
-    listed[0]["type"] = f"{LoraTransformer.__module__}.{LoraTransformer.__name__}"
-    adapter.write_text(json.dumps(config, indent=1))
-    modules.write_text(json.dumps(listed, indent=1))
+    modules = Path(folder) / "modules.json"
+    if (Path(folder) / ADAPTER).is_file() and not modules.is_file():
+        raise ValueError(f"{folder} holds an adapter of PEFT alone; merge it into its LLM, and give the folder of that")
+    return modules.is_file() and json.loads(modules.read_text())[0]["type"] == _NAME
 
 
 def open_lora(folder: str | Path, device: str | None) -> SentenceTransformer:
@@ -152,6 +170,8 @@ def open_lora(folder: str | Path, device: str | None) -> SentenceTransformer:
         ValueError: the folder asks for code from elsewhere.
     """
     listed = json.loads((Path(folder) / "modules.json").read_text())
+    if not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise OSError(f"{folder} has no adapter_model.safetensors")
     no_code: dict[str, Any] = {"trust_remote_code": False}
     modules: list[nn.Module] = [
         LoraTransformer.load(str(folder), model_kwargs={"dtype": torch.float32, **no_code}, **no_code)

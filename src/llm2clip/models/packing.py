@@ -35,7 +35,7 @@ def packed(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -
     lengths = [len(row) for row in ids]
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
     row: dict[str, Any] = {
-        "input_ids": torch.tensor([[token for row in ids for token in row]], device=device),
+        "input_ids": torch.tensor([[token for row in ids for token in row]], dtype=torch.long, device=device),
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device),
         **{"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds},
         **{"max_length_q": max(lengths), "max_length_k": max(lengths)},
@@ -43,6 +43,26 @@ def packed(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -
     if attention == PACKED:
         row |= {"caption_lengths": lengths, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)}
     return row
+
+
+def can_pack(llm: Any) -> bool:
+    """Whether a model, as transformers opened it, can be read so by default.
+
+    That is a decoder of attention layers alone, since others, such as convolutions, would run over from caption to
+    caption; whose configuration says in which direction it reads, since windows are counted by that; and which comes
+    with `sdpa`.
+    """
+    config = llm.config
+    layers = list(getattr(llm, "layers", []))
+    return (
+        config._attn_implementation == "sdpa"
+        and llm.is_backend_compatible()
+        and getattr(config, "is_causal", None) is not None
+        and not getattr(config, "use_bidirectional_attention", False)  # Gemma 3's own way, which counts otherwise
+        and bool(layers)
+        and all(getattr(layer, "self_attn", None) is not None for layer in layers)
+        and set(getattr(config, "layer_types", None) or []) <= {"full_attention", "sliding_attention"}
+    )
 
 
 def first_tokens(features: dict[str, Any]) -> list[int]:
@@ -71,7 +91,11 @@ def packed_attention(
         sliding_window: how far a token sees, as transformers' masks count it: fewer tokens back than this when causal,
             this many to each side when not.
     """
+    if is_causal is None:  # the configuration does not say
+        is_causal = getattr(module, "is_causal", True)
     if caption_lengths is None:
+        if attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
+            raise ValueError(f"{type(module).__name__} lost the captions' lengths: captions would see each other")
         found: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, is_causal=is_causal, **kwargs
         )
@@ -79,6 +103,8 @@ def packed_attention(
     parts, start = [], 0
     for length, group in groupby(caption_lengths):
         count = len(list(group))
+        if length == 0:  # an empty text and a tokenizer that adds nothing
+            continue
         q, k, v = (
             x[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
             for x in (query, key, value)

@@ -1,9 +1,9 @@
 """The caption encoder: text in, one vector out.
 
 A decoder LLM read in both directions, mean-pooled, held as an ordinary `SentenceTransformer` so that the folder it
-saves is read by sentence-transformers with the same vectors and none of our code. What is ours is how it is built
-(attention, depth, template, pooling: all explicit), how it is fed (batches of similar length under a token budget) and
-how it is identified (a fingerprint of everything that changes an embedding).
+saves is read by sentence-transformers with the same vectors and none of our code (but where LoRA is kept apart). What
+is ours is how it is built (attention, depth, template, pooling: all explicit), how it is fed (batches of similar length
+under a token budget, end to end) and how it is identified (a fingerprint of everything that changes an embedding).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from llm2clip.models import lora
-from llm2clip.models.packing import PACKED, packed
+from llm2clip.models.packing import PACKED, can_pack, packed
 
 CAPTION = "{caption}"
 # Tokens in a batch, padding included: a CPU is fastest with what stays in its caches, a GPU must be filled.
@@ -95,7 +95,7 @@ class CaptionEncoder(nn.Module):
             width: keep only the first so many numbers of a vector, as one tuned for it (Matryoshka) allows.
             attention: how it is computed, a name that transformers knows, such as sdpa, eager, flex_attention or
                 flash_attention_2; by default `packed` (see `models/packing.py`) for decoders that can. Under `packed`
-                and flash attention no token is padding.
+                and flash attention, which takes bf16 alone, no token is padding.
             device: where to put it; by default a GPU when there is one.
 
         Raises:
@@ -124,7 +124,7 @@ class CaptionEncoder(nn.Module):
             _cut(st, width)
         if attention is not None:
             encoder.llm.set_attn_implementation(attention)
-        elif encoder.attention == "sdpa" and not _is_encoder(encoder.llm) and encoder.llm.is_backend_compatible():
+        elif can_pack(encoder.llm):
             encoder.llm.set_attn_implementation(PACKED)
         return encoder.eval()
 
@@ -252,6 +252,8 @@ class CaptionEncoder(nn.Module):
         """
         if precision not in ("fp32", "bf16"):
             raise ValueError(f"precision is fp32 or bf16, not {precision!r}")
+        if "flash" in self.attention and precision == "fp32":
+            raise ValueError(f"{self.attention} does not multiply fp32: ask for bf16, or for another attention")
         if isinstance(captions, str):
             captions = [captions]
         tokens = captions if isinstance(captions, Tokens) else self.tokenize(list(captions))
@@ -295,8 +297,6 @@ class CaptionEncoder(nn.Module):
         """Write the encoder in sentence-transformers layout (safetensors only); with LoRA that was not merged, its
         weights and the name of its LLM."""
         self.st.save_pretrained(str(folder), create_model_card=False)
-        if isinstance(self.st[0].model, PeftModel):
-            lora.complete(folder, self.st[0].model)
 
 
 def fingerprint(identity: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -168,7 +169,10 @@ class TuneLog(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         processes().wait_for_everyone()  # each writes a part
         if state.is_world_process_zero:
-            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.plan)
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            for whole in checkpoint.glob("pytorch_model_fsdp*"):  # all weights once more, of which nobody reads any
+                shutil.rmtree(whole) if whole.is_dir() else whole.unlink()
+            mark_complete(checkpoint, self.plan)
 
 
 class LossBar(ProgressCallback):

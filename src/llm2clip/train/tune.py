@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel
 
 from llm2clip.data.captions import unique
 from llm2clip.data.pairs import Item, batches_of_pairs
-from llm2clip.models.lora import Training
+from llm2clip.models.lora import Training, merged, need_four_bits
 from llm2clip.models.text import CaptionEncoder, default_batch_tokens
 from llm2clip.processes import processes
 from llm2clip.recipes import TuneRecipe
@@ -66,6 +66,10 @@ def _rows(sources: Sequence[Sequence[Item]], encoder: CaptionEncoder, recipe: Tu
     """The pairs of all steps, on every process alike."""
     if not recipe.lora_r and (recipe.quantize or not recipe.merge):
         raise ValueError("--tune.quantize and --tune.merge are LoRA's, which --tune.lora_r 0 does without")
+    if not recipe.merge and recipe.steps <= 0:
+        raise ValueError("--tune.merge false keeps what caption-contrastive steps change: --tune.steps has none")
+    if recipe.quantize:
+        need_four_bits()
     if recipe.quantize and asked():
         raise ValueError("--tune.quantize does not go with weights shared out over processes: leave out --use_fsdp")
     if not recipe.merge and isinstance(encoder.st[0].model, PeftModel):
@@ -114,8 +118,9 @@ def _predict_hidden_tokens(
 ) -> None:
     """Masked next-token prediction on the same texts, each as often as any other."""
     if (folder / "encoder").exists():
-        device, encoder.st = encoder.device, None  # one LLM in memory at a time
-        encoder.st = CaptionEncoder.from_pretrained(folder / "encoder", device=device).st
+        options: dict[str, Any] = {"device": encoder.device, "attention": encoder.attention}
+        encoder.st = None  # one LLM in memory at a time
+        encoder.st = CaptionEncoder.from_pretrained(folder / "encoder", **options).st
         return
     texts = unique(text for source in sources for item in source for text in item.texts)
     per_step = recipe.batch * processes().num_processes
@@ -150,6 +155,7 @@ def _prepare(encoder: CaptionEncoder, recipe: TuneRecipe) -> tuple[str, Training
     Under LoRA the matrices that stay as they are, nearly all of the memory, are held in that precision, or less.
     """
     torch.manual_seed(recipe.seed)
+    merged(encoder)
     precision, lora = chosen_precision(recipe.precision, processes().device), None
     encoder.st.requires_grad_(False)  # what comes after the LLM, such as a cut to fewer numbers, stays
     pooler = getattr(encoder.llm, "pooler", None)  # of BERT and its kin: no vector of ours goes through it
