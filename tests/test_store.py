@@ -27,6 +27,7 @@ from llm2clip.cache.lock import alone
 from llm2clip.cache.store import EmbeddingStore, Reading
 from llm2clip.cache.upkeep import merge, repair
 from llm2clip.cache.writer import StoreWriter
+from llm2clip.cli import main
 from llm2clip.models.text import CaptionEncoder
 
 CAPTIONS = [f"caption number {i} of some" for i in range(50)]
@@ -255,6 +256,46 @@ def test_stores_of_several_machines_become_one(encoder: CaptionEncoder, tmp_path
     flip(parts[1] / "embeddings-00000.npy", -1)
     with pytest.raises(StoreError, match="damaged"):
         merge(tmp_path / "more", parts)
+
+
+def test_auto_precision_is_that_of_the_store(
+    encoder: CaptionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False}, raising=False)
+    assert embed(CAPTIONS[:9], encoder, tmp_path / "slow").manifest["identity"]["precision"] == "fp32"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert embed(CAPTIONS, encoder, tmp_path / "slow").manifest["identity"]["precision"] == "fp32"
+    assert embed(CAPTIONS, encoder, tmp_path / "fast").manifest["identity"]["precision"] == "bf16"
+    with pytest.raises(StoreError, match="precision: 'bf16' there, 'fp32' here"):
+        embed(CAPTIONS, encoder, tmp_path / "fast", precision="fp32")
+
+
+def test_the_store_command(
+    encoder: CaptionEncoder, llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embed(CAPTIONS[:30], encoder, tmp_path / "a", shard_size=16, precision="fp32")
+    embed(CAPTIONS[20:], encoder, tmp_path / "b", shard_size=16, precision="fp32")
+
+    def run(*args: str | Path) -> str:
+        status = main(["store", *map(str, args)])
+        printed = capsys.readouterr()
+        return printed.out if status == 0 else printed.err
+
+    assert "30 captions in 2 shards" in run("verify", tmp_path / "a")
+    assert "50 captions" in run("merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c")
+    run("export", tmp_path / "c", "--parquet", tmp_path / "c.parquet")
+    assert "50 captions" in run("import", "--parquet", tmp_path / "c.parquet", "--out", tmp_path / "d")
+    theirs = pq.read_table(tmp_path / "c.parquet").replace_schema_metadata()
+    pq.write_table(theirs, tmp_path / "nameless.parquet")
+    assert "name it" in run("import", "--parquet", tmp_path / "nameless.parquet", "--out", tmp_path / "e")
+    named = run("import", "--parquet", tmp_path / "nameless.parquet", "--out", tmp_path / "e", "--encoder.path", llm)
+    assert "50 captions" in named
+    assert EmbeddingStore(tmp_path / "e").manifest["identity"] == EmbeddingStore(tmp_path / "c").manifest["identity"]
+    assert "name either" in run("export", tmp_path / "c")
+    flip(tmp_path / "c/embeddings-00001.npy", -1)
+    assert "damaged shards 00001" in run("verify", tmp_path / "c")
+    assert "embeddings-00001.npy" in run("repair", tmp_path / "c")
+    assert "not a store" in run("verify", tmp_path / "nowhere")
 
 
 # ---- keys to rows ---------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel
 
 from conftest import FAMILIES, make_llm, save_tokenizer
 from llm2clip.models.packing import first_tokens
+from llm2clip.models.precision import CAPTIONS, calibrated
 from llm2clip.models.text import CaptionEncoder, fingerprint, length_batches
 
 TEXTS = ["a dog", "a very long caption about two dogs that run through deep snow near a house", "猫"]
@@ -181,6 +182,45 @@ def test_sentence_transformers_reads_the_same_vectors(
     assert torch.equal(again.encode(TEXTS), vectors)
     assert again.identity() == encoder.identity()
     assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_precision_labels_and_what_they_run(llm: Path) -> None:
+    encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
+    met: list[torch.dtype] = []
+    for layer in encoder.llm.layers:
+        layer.mlp.up_proj.register_forward_hook(lambda _, __, out: met.append(out.dtype))
+    for label, kinds in {
+        "fp32": [torch.float32] * 3,
+        "bf16": [torch.bfloat16] * 3,
+        "bf16+2": [torch.float32, torch.float32, torch.bfloat16],
+    }.items():
+        met.clear()
+        vector = encoder.encode("a dog", precision=label)
+        assert met == kinds and vector.dtype == torch.float32
+    assert not any("forward" in vars(layer) for layer in encoder.llm.layers)  # nothing stays behind
+    for wrong in ("fp16", "bf16+", "bf16+x"):
+        with pytest.raises(ValueError, match="precision is"):
+            encoder.encode("a dog", precision=wrong)
+
+
+def test_the_blocks_that_cannot_bear_bf16_are_found(llm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that makes much of small errors, as a threshold does, needs those before it, and itself, in fp32."""
+    encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
+    assert calibrated(encoder) == "bf16"
+    exact = encoder.encode(CAPTIONS)
+    mlp, seen = encoder.llm.layers[1].mlp, {}
+    forward = mlp.forward
+    encoder.llm.layers[0].mlp.register_forward_pre_hook(lambda *_: seen.update(before=torch.is_autocast_enabled("cpu")))
+
+    def amplified(x: torch.Tensor) -> torch.Tensor:
+        out = forward(x)
+        return out + 30 * torch.randn(out.shape) if seen["before"] or torch.is_autocast_enabled("cpu") else out
+
+    monkeypatch.setattr(mlp, "forward", amplified)
+    assert calibrated(encoder) == "bf16+2"
+    found = encoder.encode(CAPTIONS, precision="bf16+2")
+    assert torch.cosine_similarity(found, exact).min() > 0.999
+    assert torch.cosine_similarity(encoder.encode(CAPTIONS, precision="bf16+1"), exact).min() < 0.999
 
 
 def test_no_chat_template_touches_a_caption(llm: Path) -> None:

@@ -28,6 +28,7 @@ In the order of things:
   llm2clip fit DATA --out RUN             your own pictures and captions: all stages below, in one run
   llm2clip tune | embed | align           one stage at a time
   llm2clip evaluate MODEL DATA
+  llm2clip store verify | repair | merge | export | import
 
 DATA is a .jsonl, .csv, .tsv or .parquet file, a folder of images with captions beside them, webdataset tars, or
 hf:NAME. DATA@train+none takes only some splits. Every verb takes --config FILE.yaml and dotted overrides such as
@@ -113,6 +114,29 @@ def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], list[str]]]
     sub.add_class_arguments(EncoderRecipe, "encoder")
     sub.add_class_arguments(EvaluateRecipe, "evaluate")
 
+    sub = verb("store", _store, "Look after stores of embedded captions, and bring them to and from other forms.")
+    kinds = sub.add_subcommands(metavar="WHAT")
+
+    def kind(name: str, about: str) -> ArgumentParser:
+        parser = ArgumentParser(description=about)
+        kinds.add_subcommand(name, parser, help=about)
+        return parser
+
+    kind("verify", "Read everything and compare checksums.").add_argument("folder", type=str)
+    kind("repair", "Drop damaged shards; `embed` encodes what they held again.").add_argument("folder", type=str)
+    some = kind("merge", "Put stores of several machines together.")
+    some.add_argument("folders", nargs="+", type=str)
+    some.add_argument("--out", type=str, required=True, help="store folder")
+    some = kind("export", "To a parquet file, or to tars as the official LLM2CLIP code reads them.")
+    some.add_argument("folder", type=str)
+    some.add_argument("--parquet", type=str, help="file to write")
+    some.add_argument("--tars", nargs="+", type=str, help="tars of samples; X_text_embeddings.tar appears beside X.tar")
+    some = kind("import", "From a parquet file, or from the tars of the official LLM2CLIP code.")
+    some.add_argument("--parquet", type=str, help="file with columns embedding, and key or caption")
+    some.add_argument("--tars", nargs="+", type=str, help="tars of samples, X_text_embeddings.tar beside X.tar")
+    some.add_argument("--out", type=str, required=True, help="store folder")
+    some.add_argument("--precision", type=str, default="fp32", help="in which the vectors were computed")
+    some.add_class_arguments(EncoderRecipe, "encoder")
     sub = verb(
         "quickstart", _quickstart, "Train an emoji search engine with an LLM text tower, and show what it learned."
     )
@@ -168,6 +192,12 @@ def _evaluate(given: Namespace) -> list[str]:
         given.model, given.data or [], captions, out, given.encoder, given.evaluate, given.columns, given.max_skipped
     )
     return []
+
+
+def _store(given: Namespace) -> list[str]:
+    from llm2clip.stages import store_verb
+
+    return store_verb(given.subcommand, given[given.subcommand])
 
 
 def _quickstart(given: Namespace) -> list[str]:

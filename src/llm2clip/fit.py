@@ -27,7 +27,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llm2clip.cache.embed import embed
 from llm2clip.evaluate.captions import caption_accuracy
 from llm2clip.evaluate.model import evaluate_model
 from llm2clip.evaluate.report import write_report
@@ -36,7 +35,7 @@ from llm2clip.models.text import CaptionEncoder
 from llm2clip.processes import once, processes, say
 from llm2clip.recipes import FitRecipe
 from llm2clip.split import read_data, tuning_sources
-from llm2clip.stages import begin, new_model, open_encoder
+from llm2clip.stages import begin, fill, new_model, open_encoder
 from llm2clip.train.align import align
 from llm2clip.train.engine import read_metrics
 from llm2clip.train.sharding import asked
@@ -72,20 +71,19 @@ def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
         say("1/4 tune: the language model learns to tell captions apart")
         tune(sources, raw, recipe.tune, out / "tune")
         raw = None
-    encoder = CaptionEncoder.from_pretrained(encoder_folder, attention=recipe.encoder.attention)
+    opening = partial(CaptionEncoder.from_pretrained, encoder_folder, attention=recipe.encoder.attention)
     if measurable:
-        cra.append(once(out / "evaluate/tuned.json", partial(caption_accuracy, captions, encoder)))
+        cra.append(once(out / "evaluate/tuned.json", lambda: caption_accuracy(captions, opening())))
 
     say("2/4 embed: every caption once into the store")
     everything = (t for r in [*records.train, *(r for f in records.held_out.values() for r in f)] for t in r.texts)
-    store = embed(everything, encoder, out / "store", **dataclasses.asdict(recipe.embed))
+    store = fill(everything, opening, out / "store", recipe.embed)
 
     say("3/4 align: the vision tower learns from the store")
 
     def measure(model: LLM2CLIP) -> list[dict[str, Any]]:
         return evaluate_model(model, records.held_out, log, store, recipe.evaluate.batch)
 
-    del encoder
     gc.collect()  # the LLM's memory is free for the vision tower
     model_folder = out / "model"
     if not model_folder.exists():

@@ -127,14 +127,19 @@ class EmbedRecipe:
     Args:
         shard_size: captions in a shard, the unit of resuming, and of batching by length.
         batch_tokens: tokens in a batch, padding included; null chooses for the device.
-        precision: fp32, or bf16 for speed.
+        precision: fp32; bf16; bf16+N, where the first N blocks are in fp32; auto measures once which of them is the
+            fastest that keeps the encoder's vectors, where the device multiplies bf16 in hardware, else fp32.
         dtype: of the store: float16, or int8 with a scale for each vector, half the size.
+        engine: local is this process and those that torchrun or accelerate started with it; ray is a Ray cluster.
+        workers: of Ray; 0 is one for each GPU, or for each two CPUs.
     """
 
     shard_size: int = 8192
     batch_tokens: int | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: str = "auto"
     dtype: Literal["float16", "int8"] = "float16"
+    engine: Literal["local", "ray"] = "local"
+    workers: int = 0
 
 
 @dataclass

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llm2clip.cache.embed import embed
+from llm2clip.cache.exchange import from_official, from_parquet, to_official, to_parquet
 from llm2clip.cache.format import check_identity
+from llm2clip.cache.ray_engine import embed_with_ray
 from llm2clip.cache.store import EmbeddingStore
+from llm2clip.cache.upkeep import merge, repair
 from llm2clip.data.records import Source
 from llm2clip.data.skips import SkipLog
 from llm2clip.evaluate.captions import TextEncoder, caption_accuracy
@@ -61,7 +65,8 @@ def embed_stage(
     """`llm2clip embed`: the store at `out`; captions that it holds already are kept."""
     log = SkipLog(out / "skipped.jsonl" if processes().is_main_process else None, max_skipped)
     records = stream(data, columns, log, "ignore")
-    store = embed((t for _, r in records for t in r.texts), open_encoder(encoder), out, **dataclasses.asdict(recipe))
+    captions = (text for _, record in records for text in record.texts)
+    store = fill(captions, partial(open_encoder, encoder), out, recipe)
     say(log.summary())
     return store
 
@@ -143,7 +148,55 @@ def evaluate_stage(
     return results
 
 
+def store_verb(what: str, given: Any) -> list[str]:
+    """`llm2clip store WHAT`: lines that say what was done.
+
+    Raises:
+        StoreError: a store is damaged or of another encoder.
+        ValueError: neither or both of a parquet file and tars are named.
+    """
+    if what in ("export", "import") and (given.parquet is None) == (given.tars is None):
+        raise ValueError("name either --parquet FILE or --tars X.tar ...")
+    if what == "verify":
+        store = EmbeddingStore(given.folder)
+        store.verify(progress=True)
+        return [f"{given.folder}: {len(store):,} captions in {len(store.shards)} shards, all as they were written"]
+    if what == "repair":
+        dropped = repair(given.folder, progress=True)
+        left = f"{len(EmbeddingStore(given.folder)):,} captions are left; `llm2clip embed` encodes the others again"
+        return [f"dropped: {', '.join(dropped) or 'nothing'}", left]
+    if what == "merge":
+        return [f"{given.out}: {len(merge(given.out, given.folders)):,} captions"]
+    if what == "export":
+        if given.parquet:
+            to_parquet(EmbeddingStore(given.folder), given.parquet)
+            return [given.parquet]
+        return list(map(str, to_official(EmbeddingStore(given.folder), given.tars)))
+    identity = (
+        None
+        if given.parquet and given.encoder == EncoderRecipe()
+        else open_encoder(given.encoder).identity(given.precision)
+    )
+    if given.parquet:
+        store = from_parquet(given.parquet, given.out, identity)
+    else:
+        assert identity is not None
+        store = from_official(given.tars, given.out, identity)
+    return [f"{given.out}: {len(store):,} captions"]
+
+
 # ---- what the stages share ------------------------------------------------------------------------------------------
+
+
+def fill(
+    captions: Iterable[str], opening: Callable[[], CaptionEncoder], out: Path, recipe: EmbedRecipe
+) -> EmbeddingStore:
+    """The store at `out` with all captions, by the recipe's engine."""
+    options = dataclasses.asdict(recipe)
+    engine, workers = options.pop("engine"), options.pop("workers")
+    if engine == "ray":
+        return embed_with_ray(captions, opening, out, workers=workers, **options)
+    return embed(captions, opening(), out, **options)
 
 
 def open_encoder(recipe: EncoderRecipe, tuning: TuneRecipe | None = None) -> CaptionEncoder:

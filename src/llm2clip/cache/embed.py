@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,13 +19,14 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm.auto import tqdm
 
-from llm2clip.cache.format import shard_numbers
+from llm2clip.cache.format import MANIFEST, read_manifest, shard_numbers
 from llm2clip.cache.incoming import Incoming, receive
 from llm2clip.cache.lock import alone
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.cache.writer import StoreWriter
+from llm2clip.models.precision import calibrated, chosen_precision
 from llm2clip.models.text import CaptionEncoder, Tokens
-from llm2clip.processes import processes
+from llm2clip.processes import once, processes
 
 T = TypeVar("T")
 
@@ -37,7 +38,7 @@ def embed(
     *,
     shard_size: int = 8192,
     batch_tokens: int | None = None,
-    precision: str = "fp32",
+    precision: str = "auto",
     dtype: str = "float16",
 ) -> EmbeddingStore:
     """Fill the store at `folder` with the vectors of `captions` and open it.
@@ -50,17 +51,64 @@ def embed(
         encoder: the frozen caption encoder.
         folder: of the store; what it holds already is kept.
         shard_size: captions in a shard, the unit of resuming and of batching by length.
-        batch_tokens, precision: as in `CaptionEncoder.encode`.
+        batch_tokens: as in `CaptionEncoder.encode`.
+        precision: the same, or auto: see `settled`.
         dtype: float16, or int8 with a scale a row, which halves the store.
 
     Raises:
         StoreError: the store there was made by another encoder, or another run is filling it.
     """
+    state, precision = processes(), settled(precision, encoder, Path(folder))
+    with filling(captions, folder, encoder.identity(precision), encoder.width, dtype, shard_size) as work:
+        mine = work.parts[state.process_index :: state.num_processes]
+        total = sum(part.stop - part.start for _, part in mine)
+        with tqdm(total=total, desc="embed", unit="caption", disable=not state.is_main_process or not mine) as bar:
+            incoming = Incoming(work.came)
+            read = ahead((number, tokenized(incoming[part], encoder)) for number, part in mine)
+            with ThreadPoolExecutor(1) as pool:
+                written: Future[None] | None = None
+                for number, found in read:
+                    vectors = encoder.encode(found.tokens, batch_tokens=batch_tokens, precision=precision, progress=bar)
+                    if written is not None:
+                        written.result()
+                    written = pool.submit(keep, work.writer, number, found, vectors.numpy(), bar.write)
+                if written is not None:
+                    written.result()
+    return EmbeddingStore(folder)
+
+
+def settled(precision: str, encoder: CaptionEncoder, folder: Path) -> str:
+    """A precision in place of auto: that of the store which is there; else what is fastest on this device and keeps
+    the encoder's vectors, measured by the main process for all."""
+    if precision != "auto":
+        return precision
+    if (folder / MANIFEST).is_file():
+        return str(read_manifest(folder)["identity"]["precision"])
+    if chosen_precision("auto", encoder.device) == "fp32":
+        return "fp32"
+    return str(once(folder / "precision.json", lambda: calibrated(encoder)))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done for a store: the captions that came, in `came`, cut into the shards `parts`."""
+
+    writer: StoreWriter
+    came: Path
+    parts: list[tuple[int, slice]]
+
+
+@contextmanager
+def filling(
+    captions: Iterable[str], folder: str | Path, identity: dict[str, Any], width: int, dtype: str, shard_size: int
+) -> Iterator[Work]:
+    """Receive the captions and say which shards are missing; at the end the store is whole. All processes enter it
+    together; the main one does the work."""
     state, folder = processes(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder) if state.is_main_process else nullcontext():
         with state.main_process_first():
-            writer = StoreWriter(folder, encoder.identity(precision), encoder.width, dtype)
+            writer = StoreWriter(folder, identity, width, dtype)
         came = folder / ".incoming"
         if state.is_main_process:
             shutil.rmtree(came, ignore_errors=True)
@@ -72,37 +120,15 @@ def embed(
                 store.verify(progress=True)
             receive(tqdm(captions, "read", unit="caption", leave=False, delay=1), came, store)
         state.wait_for_everyone()
-        incoming, first = Incoming(came), max(shard_numbers(folder), default=-1) + 1
+        first, count = max(shard_numbers(folder), default=-1) + 1, len(Incoming(came))
         state.wait_for_everyone()  # all have seen the same shards before anyone adds one
-
-        starts = range(0, len(incoming), shard_size)
-        mine = list(enumerate(starts, first))[state.process_index :: state.num_processes]
-        total = sum(len(range(s, min(s + shard_size, len(incoming)))) for _, s in mine)
-        with tqdm(total=total, desc="embed", unit="caption", disable=not state.is_main_process or not mine) as bar:
-
-            def shards() -> Iterator[tuple[int, Reading]]:
-                for number, start in mine:
-                    yield number, read(incoming[start : start + shard_size], encoder)
-
-            def encoded() -> Iterator[tuple[int, Reading, np.ndarray]]:
-                for number, found in ahead(shards()):
-                    vectors = encoder.encode(found.tokens, batch_tokens=batch_tokens, precision=precision, progress=bar)
-                    yield number, found, vectors.numpy()
-
-            with ThreadPoolExecutor(1) as pool:
-                written = None
-                for number, found, vectors in encoded():
-                    if written is not None:
-                        written.result()
-                    written = pool.submit(keep, writer, number, found, vectors, bar)
-                if written is not None:
-                    written.result()
+        cuts = [slice(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
+        yield Work(writer, came, list(enumerate(cuts, first)))
         state.wait_for_everyone()
         if state.is_main_process:
             writer.finish()
             shutil.rmtree(came)
         state.wait_for_everyone()
-    return EmbeddingStore(folder)
 
 
 @dataclass(frozen=True)
@@ -114,7 +140,7 @@ class Reading:
     refused: list[tuple[str, str]]
 
 
-def read(captions: Sequence[str], encoder: CaptionEncoder) -> Reading:
+def tokenized(captions: Sequence[str], encoder: CaptionEncoder) -> Reading:
     """Captions to tokens. One without any, or that the tokenizer fails on, is refused; the others are kept."""
     try:
         tokens = encoder.tokenize(captions)
@@ -134,7 +160,7 @@ def read(captions: Sequence[str], encoder: CaptionEncoder) -> Reading:
     return Reading(good, encoder.tokenize(good), refused)
 
 
-def keep(writer: StoreWriter, number: int, found: Reading, vectors: np.ndarray, bar: tqdm) -> None:
+def keep(writer: StoreWriter, number: int, found: Reading, vectors: np.ndarray, say: Callable[[str], object]) -> None:
     """Write a shard, and lists of the captions that were cut or refused."""
     tokens = found.tokens
     cut = [{"caption": found.captions[i]} for i in tokens.truncated]
@@ -143,7 +169,7 @@ def keep(writer: StoreWriter, number: int, found: Reading, vectors: np.ndarray, 
         if rows:
             file = writer.folder / f"{name}-{number:05d}.jsonl"
             file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            bar.write(f"{len(rows)} captions {name}: see {file}")
+            say(f"{len(rows)} captions {name}: see {file}")
     writer.write(number, found.captions, [len(i) for i in tokens.ids], vectors)
 
 

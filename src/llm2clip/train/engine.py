@@ -76,16 +76,6 @@ def prune_checkpoints(folder: Path, keep: int = 2, prefix: str = "step-") -> Non
         shutil.rmtree(path)
 
 
-def chosen_precision(precision: str, device: torch.device) -> str:
-    """fp32, bf16 or fp16: `auto` is bf16 where the device multiplies it in hardware, as GPUs and CPUs with AMX do."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
-    return "bf16" if device.type == "cpu" and capabilities().get("amx_bf16") else "fp32"
-
-
 def use_precision(precision: str) -> str:
     """Accelerate's name for fp32, bf16 or fp16; what another stage or the launcher has chosen is forgotten."""
     name = {"fp32": "no"}.get(precision, precision)

@@ -1,0 +1,117 @@
+"""How fast rows of a store are read, and what keys cost: ways side by side in one run.
+
+    python benchmarks/store.py FOLDER [--rows 2000000] [--width 1024] [--batch 4096] [--turns 5]
+        [--keys 1000000 10000000]
+
+FOLDER gets a store of random vectors, `rows` of them. `hot` reads what the system has in memory; `cold` tells it to
+forget the store's files before each turn. Rates are medians, with the least and the most. Then keys: an index of so
+many is built and asked, with the peak memory of a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from llm2clip.cache.format import embeddings_path, shard_numbers
+from llm2clip.cache.store import EmbeddingStore
+from llm2clip.cache.writer import StoreWriter
+
+SHARD = 65536
+KEYS = """
+import resource, sys, time
+from pathlib import Path
+import numpy as np
+from llm2clip.cache.index import Index, build_index
+count, file = int(sys.argv[1]), Path(sys.argv[2])
+def keys():
+    rng = np.random.default_rng(0)
+    for start in range(0, count, 8192):
+        yield rng.integers(0, 256, (min(8192, count - start), 16), dtype=np.uint8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+build_index(file, keys())
+built = time.perf_counter() - start
+start = time.perf_counter()
+index = Index(file)
+for some in keys():
+    assert (index.find(some) >= 0).all()
+found = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(f"| {count:,} | {built:.1f} | {found:.1f} | {peak / 1024:.0f} | {before / 1024:.0f} |")
+"""
+
+
+def make(folder: Path, rows: int, width: int) -> None:
+    rng = np.random.default_rng(0)
+    writer = StoreWriter(folder, {"weights": "random"}, width)
+    for number, start in enumerate(range(0, rows, SHARD)):
+        count = min(SHARD, rows - start)
+        keys = rng.integers(0, 256, (count, 16), dtype=np.uint8)
+        writer.write_keyed(number, keys, [1] * count, rng.normal(size=(count, width)).astype(np.float16))
+    writer.finish()
+
+
+def forget(folder: Path) -> None:
+    for number in shard_numbers(folder):
+        file = os.open(embeddings_path(folder, number), os.O_RDONLY)
+        os.fsync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
+class PlainMap:
+    """The common way: a memory map of each file, rows in the order in which they were asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.maps = [np.load(embeddings_path(folder, n), mmap_mode="r") for n in shard_numbers(folder)]
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        return np.stack([self.maps[row // SHARD][row % SHARD] for row in rows]).astype(np.float32)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rows", type=int, default=2_000_000)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--keys", type=int, nargs="*", default=[1_000_000, 10_000_000])
+    given = parser.parse_args()
+
+    if not (given.folder / "manifest.json").exists():
+        make(given.folder, given.rows, given.width)
+    size = sum(embeddings_path(given.folder, n).stat().st_size for n in shard_numbers(given.folder))
+    print(f"{given.rows:,} rows of {given.width}: {size / 1e9:.1f} GB, in the official float32 {2 * size / 1e9:.1f} GB")
+    ways = {
+        "a plain memory map": PlainMap(given.folder),
+        "here, mapped, in order": EmbeddingStore(given.folder, "map"),
+        "here, positional": EmbeddingStore(given.folder, "positional"),
+    }
+    rng = np.random.default_rng(1)
+    print("| way | cold rows/s | hot rows/s |\n| --- | --- | --- |")
+    rates: dict[str, dict[str, list[float]]] = {name: {"cold": [], "hot": []} for name in ways}
+    for _ in range(given.turns):
+        for name, way in ways.items():
+            rows = rng.integers(0, given.rows, given.batch)
+            forget(given.folder)
+            for kind in ("cold", "hot"):
+                start = time.perf_counter()
+                way.take(rows)
+                rates[name][kind].append(given.batch / (time.perf_counter() - start))
+    for name, kinds in rates.items():
+        cells = [f"{statistics.median(k):,.0f} ({min(k):,.0f} to {max(k):,.0f})" for k in kinds.values()]
+        print(f"| {name} | {' | '.join(cells)} |")
+    print("\n| keys | index built, s | all found, s | peak memory, MB | of it before, MB |")
+    print("| --- | --- | --- | --- | --- |")
+    for count in given.keys:
+        subprocess.run([sys.executable, "-c", KEYS, str(count), str(given.folder / ".keys.npy")], check=True)
+    (given.folder / ".keys.npy").unlink(missing_ok=True)
