@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 
 from llm2clip.data.records import open_records
+from llm2clip.models.batches import default_batch_tokens
 from llm2clip.models.precision import calibrated
-from llm2clip.models.text import CaptionEncoder, default_batch_tokens
+from llm2clip.models.text import CaptionEncoder
 from llm2clip.quickstart.assets import resolve
 
 LLM2VEC = """

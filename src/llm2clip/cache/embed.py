@@ -24,8 +24,9 @@ from llm2clip.cache.incoming import Incoming, receive
 from llm2clip.cache.lock import alone
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.cache.writer import StoreWriter
+from llm2clip.models.batches import Tokens
 from llm2clip.models.precision import calibrated, chosen_precision
-from llm2clip.models.text import CaptionEncoder, Tokens
+from llm2clip.models.text import CaptionEncoder
 from llm2clip.processes import once, processes
 
 T = TypeVar("T")

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +23,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from llm2clip.models import lora
+from llm2clip.models.batches import Tokens, default_batch_tokens
 from llm2clip.models.packing import PACKED, can_pack, packed
 from llm2clip.models.precision import in_precision, parse
 
 CAPTION = "{caption}"
-# Tokens in a batch, padding included: a CPU is fastest with what stays in its caches, a GPU must be filled.
-CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 32768
-
-
-def default_batch_tokens(device: torch.device) -> int:
-    """Tokens in a batch where nobody says how many."""
-    return GPU_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Token ids of some captions, in their order; which of them were cut to `max_length`; and how many tokens at the
-    start of each are read but not pooled."""
-
-    ids: list[list[int]]
-    truncated: list[int]
-    unpooled: list[int]
-
-    def batches(self, budget: int) -> Iterator[tuple[int, list[int]]]:
-        """Rows that can be read together: of one number of unpooled tokens, which comes first, and similar length, at
-        most `budget` tokens with their padding."""
-        for length in sorted(set(self.unpooled)):
-            members = [i for i, u in enumerate(self.unpooled) if u == length]
-            for group in length_batches([len(self.ids[i]) for i in members], budget):
-                yield length, [members[g] for g in group]
+COLLECTED = 8192  # vectors that wait on the device
 
 
 class CaptionEncoder(nn.Module):
@@ -258,6 +234,14 @@ class CaptionEncoder(nn.Module):
             captions = [captions]
         tokens = captions if isinstance(captions, Tokens) else self.tokenize(list(captions))
         out = torch.empty(len(tokens.ids), self.width)
+        done: list[tuple[list[int], Tensor]] = []
+
+        def collect() -> None:
+            """From the device in one go: each copy waits for all the work before it."""
+            if done:
+                out[[r for rows, _ in done for r in rows]] = torch.cat([vectors for _, vectors in done]).cpu()
+                done.clear()
+
         self.eval()
         budget = batch_tokens or default_batch_tokens(self.device)
         bar = (
@@ -268,8 +252,11 @@ class CaptionEncoder(nn.Module):
         with in_precision(self.llm, self.device, precision):
             for length, rows in tokens.batches(budget):
                 features = self.features([tokens.ids[r] for r in rows], length)
-                out[rows] = self.st(features)["sentence_embedding"].float().cpu()
+                done.append((rows, self.st(features)["sentence_embedding"].float()))
+                if sum(len(rows) for rows, _ in done) >= COLLECTED:
+                    collect()
                 bar.update(len(rows))
+            collect()
         return out
 
     def identity(self, precision: str = "fp32") -> dict[str, Any]:
@@ -301,19 +288,6 @@ class CaptionEncoder(nn.Module):
 def fingerprint(identity: dict[str, Any]) -> str:
     """One hash of an encoder's `identity`: two encoders with the same one give the same vectors."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def length_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Row numbers grouped by similar length, longest first, each group at most `budget` tokens with its padding.
-
-    Longest first, so that memory runs out at once or never. A row longer than the budget is a batch of its own.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    start = 0
-    while start < len(order):
-        size = max(1, budget // max(1, lengths[order[start]]))
-        yield order[start : start + size]
-        start += size
 
 
 def _open(path: str, pooling: str, device: str | torch.device | None) -> SentenceTransformer:

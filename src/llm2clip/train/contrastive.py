@@ -19,7 +19,8 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from torch import Tensor, nn
 
 from llm2clip.data.captions import text_id
-from llm2clip.models.text import CaptionEncoder, Tokens
+from llm2clip.models.batches import Tokens
+from llm2clip.models.text import CaptionEncoder
 from llm2clip.train.losses import pair_loss
 from llm2clip.train.sharding import spare_passes
 

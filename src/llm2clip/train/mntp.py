@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from llm2clip.data.captions import text_id
+from llm2clip.models.batches import length_batches
 from llm2clip.models.packing import first_tokens
-from llm2clip.models.text import CaptionEncoder, length_batches
+from llm2clip.models.text import CaptionEncoder
 from llm2clip.processes import joined
 from llm2clip.train.sharding import spare_passes
 

@@ -20,9 +20,10 @@ from peft import LoraConfig, PeftModel
 
 from llm2clip.data.captions import unique
 from llm2clip.data.pairs import Item, batches_of_pairs
+from llm2clip.models.batches import default_batch_tokens
 from llm2clip.models.lora import Training, merged, need_four_bits
 from llm2clip.models.precision import chosen_precision
-from llm2clip.models.text import CaptionEncoder, default_batch_tokens
+from llm2clip.models.text import CaptionEncoder
 from llm2clip.processes import processes
 from llm2clip.recipes import TuneRecipe
 from llm2clip.train.contrastive import PairCollator, PairLoss
