@@ -25,7 +25,8 @@ with suppress(ImportError):  # its distutils first: compiling flex attention fai
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-torch.cpu.get_capabilities = dict  # the same precision is chosen on any machine
+_CAPABILITIES = {**getattr(torch.cpu, "get_capabilities", dict)(), "amx_bf16": False}
+torch.cpu.get_capabilities = lambda: _CAPABILITIES  # the same precision is chosen on any machine
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3")
