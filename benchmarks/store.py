@@ -1,11 +1,12 @@
 """How fast rows of a store are read, and what keys cost: ways side by side in one run.
 
     python benchmarks/store.py FOLDER [--rows 2000000] [--width 1024] [--batch 4096] [--turns 5]
-        [--keys 1000000 10000000]
+        [--captions 1000000 10000000]
 
 FOLDER gets a store of random vectors, `rows` of them. `hot` reads what the system has in memory; `cold` tells it to
-forget the store's files before each turn. Rates are medians, with the least and the most. Then keys: an index of so
-many is built and asked, with the peak memory of a process of its own.
+forget the store's files before each turn. Rates are medians, with the least and the most. Then captions, made up and
+some of them repeated: received as `llm2clip embed` does, written as shards of one number each, and looked up again, in
+a process of its own whose peak memory is told beyond what it took before; the time to make them up is taken off.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -25,27 +27,47 @@ from llm2clip.cache.store import EmbeddingStore
 from llm2clip.cache.writer import StoreWriter
 
 SHARD = 65536
-KEYS = """
-import resource, sys, time
+CAPTIONS = """
+import itertools, random, resource, sys, time
 from pathlib import Path
 import numpy as np
-from llm2clip.cache.index import Index, build_index
-count, file = int(sys.argv[1]), Path(sys.argv[2])
-def keys():
-    rng = np.random.default_rng(0)
-    for start in range(0, count, 8192):
-        yield rng.integers(0, 256, (min(8192, count - start), 16), dtype=np.uint8)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-start = time.perf_counter()
-build_index(file, keys())
-built = time.perf_counter() - start
-start = time.perf_counter()
-index = Index(file)
-for some in keys():
-    assert (index.find(some) >= 0).all()
-found = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(f"| {count:,} | {built:.1f} | {found:.1f} | {peak / 1024:.0f} | {before / 1024:.0f} |")
+from llm2clip.cache.embed import filling
+from llm2clip.cache.store import EmbeddingStore
+
+count, folder = int(sys.argv[1]), Path(sys.argv[2])
+THINGS = "dog man woman child horse bird boat train street beach field kitchen table window tree ball".split()
+
+def captions():
+    rng = random.Random(0)
+    for _ in range(count):
+        some = rng.choices(THINGS, k=rng.choice((2, 3, 4, 5, 6)))
+        yield " and ".join(f"a {thing} of {rng.randrange(20)}" for thing in some)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def swept(items):
+    return list(itertools.islice(items, 8192))
+
+before, times = peak(), [time.perf_counter()]
+for _ in captions():
+    pass
+times.append(time.perf_counter())
+with filling(captions(), folder, {"weights": "none"}, 1, "float16", 65536) as work:
+    times.append(time.perf_counter())
+    from llm2clip.cache.incoming import Incoming
+    incoming = Incoming(work.came)
+    for number, part in work.parts:
+        some = incoming[part]
+        work.writer.write(number, some, [len(some)] * len(some), np.zeros((len(some), 1)))
+times.append(time.perf_counter())
+store, stream = EmbeddingStore(folder), captions()
+while some := swept(stream):
+    store.rows(some)
+times.append(time.perf_counter())
+made, received, written, joined = (b - a for a, b in zip(times, times[1:]))
+cells = [f"{count:,}", f"{len(store):,}", *(f"{t:.0f}" for t in (received - made, written, joined - made))]
+print("| " + " | ".join([*cells, f"{peak() - before:.0f}"]) + " |")
 """
 
 
@@ -84,7 +106,7 @@ if __name__ == "__main__":
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--keys", type=int, nargs="*", default=[1_000_000, 10_000_000])
+    parser.add_argument("--captions", type=int, nargs="*", default=[1_000_000, 10_000_000])
     given = parser.parse_args()
 
     if not (given.folder / "manifest.json").exists():
@@ -110,8 +132,8 @@ if __name__ == "__main__":
     for name, kinds in rates.items():
         cells = [f"{statistics.median(k):,.0f} ({min(k):,.0f} to {max(k):,.0f})" for k in kinds.values()]
         print(f"| {name} | {' | '.join(cells)} |")
-    print("\n| keys | index built, s | all found, s | peak memory, MB | of it before, MB |")
-    print("| --- | --- | --- | --- | --- |")
-    for count in given.keys:
-        subprocess.run([sys.executable, "-c", KEYS, str(count), str(given.folder / ".keys.npy")], check=True)
-    (given.folder / ".keys.npy").unlink(missing_ok=True)
+    print("\n| captions | different | received, s | written, s | all found, s | memory taken, MB |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for count in given.captions:
+        with tempfile.TemporaryDirectory(dir=given.folder) as temporary:
+            subprocess.run([sys.executable, "-c", CAPTIONS, str(count), temporary], check=True)

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +102,51 @@ def test_killed_inside_a_shard_it_is_absent(tmp_path: Path, monkeypatch: pytest.
     writer.write(0, ["a"], [1], np.ones((1, 4)))
     writer.finish()
     assert EmbeddingStore(tmp_path).take([0]).tolist() == [[1.0] * 4]
+
+
+KILLED = """
+import os, signal, sys
+import llm2clip.cache.writer as writer
+from llm2clip.cache.embed import embed
+from llm2clip.models.text import CaptionEncoder
+
+llm, out, captions = sys.argv[1], sys.argv[2], sys.argv[3:]
+encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
+
+def at_its_third_call(name, owner):
+    real, calls = getattr(owner, name), []
+    def call(file, *rest, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            if hasattr(file, "write"):
+                file.write(b"half of it")
+                file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(file, *rest, **options)
+    setattr(owner, name, call)
+
+for name, owner in (("save", writer.np), ("write_table", writer.pq), ("summarise", writer)):
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    else:
+        at_its_third_call(name, owner)
+        embed(captions, encoder, f"{out}/{name}", shard_size=16, precision="fp32")
+        sys.exit(1)  # it was not killed
+"""
+
+
+def test_killed_at_any_moment_nothing_is_lost(encoder: CaptionEncoder, llm: Path, tmp_path: Path) -> None:
+    """`kill -9` within a shard's vectors, before its keys, and before the manifest knows of the shards."""
+    command = [sys.executable, "-c", KILLED, str(llm), str(tmp_path), *CAPTIONS]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    whole = embed(CAPTIONS, encoder, tmp_path / "whole", shard_size=16, precision="fp32")
+    for moment, shards in (("save", 2), ("write_table", 2), ("summarise", 4)):
+        left = tmp_path / moment
+        assert len(read_shards(left)) == shards and (left / ".incoming").exists()
+        store = embed(CAPTIONS, encoder, left, shard_size=16, precision="fp32")
+        store.verify()
+        assert np.array_equal(store.take(store.rows(CAPTIONS)), whole.take(whole.rows(CAPTIONS)))
+        assert not (left / ".incoming").exists()
 
 
 def test_another_encoders_store_is_refused_by_name(tmp_path: Path) -> None:

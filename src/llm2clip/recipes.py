@@ -126,7 +126,7 @@ class EmbedRecipe:
 
     Args:
         shard_size: captions in a shard, the unit of resuming, and of batching by length.
-        batch_tokens: tokens in a batch, padding included; null chooses for the device.
+        batch_tokens: tokens in a batch, padding included; null tries which number is the fastest here.
         precision: fp32; bf16; bf16+N, where the first N blocks are in fp32; auto measures once which of them is the
             fastest that keeps the encoder's vectors, where the device multiplies bf16 in hardware, else fp32.
         dtype: of the store: float16, or int8 with a scale for each vector, half the size.

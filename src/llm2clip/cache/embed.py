@@ -24,7 +24,8 @@ from llm2clip.cache.incoming import Incoming, receive
 from llm2clip.cache.lock import alone
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.cache.writer import StoreWriter
-from llm2clip.models.batches import Tokens
+from llm2clip.models.batches import Tokens, default_batch_tokens
+from llm2clip.models.budget import WORTH_TRYING, fastest_budget
 from llm2clip.models.precision import calibrated, chosen_precision
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.processes import once, processes
@@ -52,7 +53,7 @@ def embed(
         encoder: the frozen caption encoder.
         folder: of the store; what it holds already is kept.
         shard_size: captions in a shard, the unit of resuming and of batching by length.
-        batch_tokens: as in `CaptionEncoder.encode`.
+        batch_tokens: as in `CaptionEncoder.encode`; None tries which is the fastest, where there is a lot to encode.
         precision: the same, or auto: see `settled`.
         dtype: float16, or int8 with a scale a row, which halves the store.
 
@@ -65,6 +66,8 @@ def embed(
         total = sum(part.stop - part.start for _, part in mine)
         with tqdm(total=total, desc="embed", unit="caption", disable=not state.is_main_process or not mine) as bar:
             incoming = Incoming(work.came)
+            if batch_tokens is None and work.parts:
+                batch_tokens = tried(encoder, incoming[work.parts[0][1]], precision, Path(folder))
             read = ahead((number, tokenized(incoming[part], encoder)) for number, part in mine)
             with ThreadPoolExecutor(1) as pool:
                 written: Future[None] | None = None
@@ -88,6 +91,15 @@ def settled(precision: str, encoder: CaptionEncoder, folder: Path) -> str:
     if chosen_precision("auto", encoder.device) == "fp32":
         return "fp32"
     return str(once(folder / "precision.json", lambda: calibrated(encoder)))
+
+
+def tried(encoder: CaptionEncoder, captions: Sequence[str], precision: str, folder: Path) -> int:
+    """The fastest token budget for such captions, tried by the main process for all; a run that goes on keeps it, so
+    that its vectors are the same to the last bit."""
+    if len(captions) < WORTH_TRYING:
+        return default_batch_tokens(encoder.device)
+    file = folder / f"batch_tokens-{encoder.device.type}.json"
+    return int(once(file, lambda: fastest_budget(encoder, tokenized(captions, encoder).tokens, precision)))
 
 
 @dataclass(frozen=True)

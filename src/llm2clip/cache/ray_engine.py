@@ -17,6 +17,7 @@ from llm2clip.cache.embed import filling, keep, settled, tokenized
 from llm2clip.cache.incoming import Incoming
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.cache.writer import StoreWriter
+from llm2clip.models.budget import fastest_budget
 from llm2clip.models.text import CaptionEncoder
 
 
@@ -37,6 +38,8 @@ class ShardWorker:
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for number, start, stop in zip(rows["number"], rows["start"], rows["stop"], strict=True):
             found = tokenized(self.incoming[int(start) : int(stop)], self.encoder)
+            if self.batch_tokens is None:
+                self.batch_tokens = fastest_budget(self.encoder, found.tokens, self.precision)
             vectors = self.encoder.encode(found.tokens, batch_tokens=self.batch_tokens, precision=self.precision)
             keep(self.writer, int(number), found, vectors.numpy(), print)
         return {"captions": rows["stop"] - rows["start"]}
