@@ -11,8 +11,8 @@ import time
 
 import torch
 
+from llm2clip.cpu import reuse_memory
 from llm2clip.models.vision import VisionTower
-from llm2clip.train.engine import reuse_memory
 
 
 def images_per_second(size: int, batch: int, steps: int = 3) -> float:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from llm2clip.cpu import reuse_memory
 from llm2clip.data.pairs import Captions, batches_of_pairs
 from llm2clip.data.records import open_records
 from llm2clip.models.batches import default_batch_tokens
@@ -26,7 +27,6 @@ from llm2clip.models.precision import chosen_precision
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.quickstart.assets import resolve
 from llm2clip.train.contrastive import PairCollator, PairLoss
-from llm2clip.train.engine import reuse_memory
 
 FIXED = 32  # texts in a pass, as trainers have it
 

@@ -25,7 +25,7 @@ with suppress(ImportError):  # its distutils first: compiling flex attention fai
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-_CAPABILITIES = {**getattr(torch.cpu, "get_capabilities", dict)(), "amx_bf16": False}
+_CAPABILITIES = {**getattr(torch.cpu, "get_capabilities", dict)(), "amx_bf16": False, "avx512_bf16": False}
 torch.cpu.get_capabilities = lambda: _CAPABILITIES  # the same precision is chosen on any machine
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 

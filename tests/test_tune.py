@@ -396,12 +396,14 @@ def test_text_pairs_leave_an_encoder_that_does_not_pool_instructions(llm: Path, 
     assert torch.allclose(ours[0], peer, atol=1e-5)
 
 
-@pytest.mark.parametrize(("asked", "capable", "chosen"), [("auto", True, "bf16"), ("auto", False, "fp32"),
-                                                          ("fp32", True, "fp32"), ("fp16", False, "fp16")])  # fmt: skip
+@pytest.mark.parametrize(("asked", "capable", "chosen"), [
+    ("auto", "amx_bf16", "bf16"), ("auto", "avx512_bf16", "bf16"), ("auto", "avx2", "fp32"),
+    ("fp32", "amx_bf16", "fp32"), ("fp16", "avx2", "fp16"),
+])  # fmt: skip
 def test_precision_is_what_the_device_is_good_at(
-    asked: str, capable: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+    asked: str, capable: str, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": capable}, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capable: True}, raising=False)
     assert chosen_precision(asked, torch.device("cpu")) == chosen
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from llm2clip.cache.incoming import Incoming, receive
 from llm2clip.cache.lock import alone
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.cache.writer import StoreWriter
+from llm2clip.cpu import reuse_memory
 from llm2clip.models.batches import Tokens, default_batch_tokens
 from llm2clip.models.budget import WORTH_TRYING, fastest_budget
 from llm2clip.models.precision import calibrated, chosen_precision
@@ -60,6 +61,7 @@ def embed(
     Raises:
         StoreError: the store there was made by another encoder, or another run is filling it.
     """
+    reuse_memory(encoder.device)
     state, precision = processes(), settled(precision, encoder, Path(folder))
     with filling(captions, folder, encoder.identity(precision), encoder.width, dtype, shard_size) as work:
         mine = work.parts[state.process_index :: state.num_processes]
@@ -68,8 +70,8 @@ def embed(
             incoming = Incoming(work.came)
             if batch_tokens is None and work.parts:
                 batch_tokens = tried(encoder, incoming[work.parts[0][1]], precision, Path(folder))
-            read = ahead((number, tokenized(incoming[part], encoder)) for number, part in mine)
-            with ThreadPoolExecutor(1) as pool:
+            readings = ((number, tokenized(incoming[part], encoder)) for number, part in mine)
+            with closing(ahead(readings)) as read, ThreadPoolExecutor(1) as pool:
                 written: Future[None] | None = None
                 for number, found in read:
                     vectors = encoder.encode(found.tokens, batch_tokens=batch_tokens, precision=precision, progress=bar)
@@ -186,8 +188,9 @@ def keep(writer: StoreWriter, number: int, found: Reading, vectors: np.ndarray, 
     writer.write(number, found.captions, [len(i) for i in tokens.ids], vectors)
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The items, each worked out while the one before it is used."""
+def ahead(items: Iterator[T]) -> Generator[T, None, None]:
+    """The items, each worked out while the one before it is used. Close it: a thread must not end where the garbage
+    collector happens to find it."""
     end: Any = object()
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, items, end)

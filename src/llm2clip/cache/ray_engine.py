@@ -17,6 +17,7 @@ from llm2clip.cache.embed import filling, keep, settled, tokenized
 from llm2clip.cache.incoming import Incoming
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.cache.writer import StoreWriter
+from llm2clip.cpu import reuse_memory
 from llm2clip.models.budget import fastest_budget
 from llm2clip.models.text import CaptionEncoder
 
@@ -34,6 +35,7 @@ class ShardWorker:
     ) -> None:
         self.encoder, self.writer, self.incoming = open_encoder(), writer, Incoming(came)
         self.batch_tokens, self.precision = batch_tokens, precision
+        reuse_memory(self.encoder.device)
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for number, start, stop in zip(rows["number"], rows["start"], rows["stop"], strict=True):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from llm2clip.cpu import quick_products
+
 OPEN_CLIP = "open_clip:"
 PADDED = ("siglip", "siglip2")  # trained on text padded to the window, pad tokens attended to
 
@@ -40,6 +42,7 @@ class ClipText:
         self.truncated = 0
 
     @torch.inference_mode()
+    @quick_products()
     def encode(self, captions: Sequence[str], *, progress: bool = False, batch: int = 64) -> Tensor:
         """Texts to vectors, (N, width) float32 on the CPU, in the order given. `truncated` says how many were cut."""
         order = sorted(range(len(captions)), key=lambda i: -len(captions[i]))

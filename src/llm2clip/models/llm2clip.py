@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llm2clip.cpu import quick_products
 from llm2clip.data.images import EvalTransform, load
 from llm2clip.models.adapter import Adapter
 from llm2clip.models.text import CaptionEncoder, fingerprint
@@ -112,6 +113,7 @@ class LLM2CLIP(nn.Module):
         return self._encoder[0]
 
     @torch.inference_mode()
+    @quick_products()
     def encode_image(self, images: Any, batch: int = 64) -> Tensor:
         """Pictures to vectors: (N, width) float32, L2-normalised, on the CPU.
 

@@ -1,8 +1,8 @@
 """Captions end to end in one row: no token of a batch is padding, and none attends to another caption.
 
 The layers of an LLM that treat each token alone see one long row. Attention goes caption by caption: those of one
-length that stand beside each other are one call of PyTorch's attention without any mask, and since batches hold
-captions of similar length, there are few calls. It is registered with transformers under the name `packed`, so that
+length that stand beside each other are one call of attention without any mask, and since batches hold captions of
+similar length, there are few calls. It is registered with transformers under the name `packed`, so that
 every family of models can use it; a padded batch under that name is read as under `sdpa`.
 
 Resetting `position_ids` alone would not do: under `sdpa` with attention in both directions, captions would see each
@@ -115,10 +115,40 @@ def packed_attention(
             back = at[:, None] - at
             mask = (back >= 0) & (back < sliding_window) if is_causal else back.abs() <= sliding_window
             mask = mask[None, None]
-        out, _ = sdpa_attention_forward(module, q, k, v, mask, is_causal=is_causal, **kwargs)
+        if query.device.type == "cpu" and not kwargs.get("dropout"):
+            out = plain_attention(q, k, v, mask, is_causal, kwargs.get("scaling"))
+        else:
+            out, _ = sdpa_attention_forward(module, q, k, v, mask, is_causal=is_causal, **kwargs)
         parts.append(out.flatten(0, 1))
         start += count * length
     return torch.cat(parts)[None], None
+
+
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scaling: float | None
+) -> Tensor:
+    """Attention as two batched products: on a CPU, captions are too short for PyTorch's fused one to pay.
+
+    Args:
+        query: (B, heads, L, D).
+        key, value: (B, key heads, L, D); query heads that share one stand beside each other.
+        mask: (1, 1, L, L), True where a token sees another; None is all, or, if `is_causal`, those before it.
+        scaling: of the scores; None is D ** -0.5.
+
+    Returns:
+        (B, L, heads, D).
+    """
+    count, heads, length, depth = query.shape
+    query = query * (depth**-0.5 if scaling is None else scaling)
+    query = query.reshape(count * key.shape[1], -1, depth)  # heads that share a key, one below the other
+    scores = torch.bmm(query, key.flatten(0, 1).transpose(1, 2))
+    if mask is None and is_causal and length > 1:
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask is not None:
+        scores = scores.unflatten(1, (-1, length)).masked_fill(~mask, -torch.inf).flatten(1, 2)
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    out = torch.bmm(weights, value.flatten(0, 1))
+    return out.view(count, heads, length, -1).transpose(1, 2)
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)

@@ -45,13 +45,15 @@ CAPTIONS = (
 
 
 def chosen_precision(precision: str, device: torch.device) -> str:
-    """fp32, bf16 or fp16: `auto` is bf16 where the device multiplies it in hardware, as GPUs and CPUs with AMX do."""
+    """fp32, bf16 or fp16: `auto` is bf16 where the device multiplies it in hardware, as GPUs do, and CPUs with AMX or
+    with AVX-512's instructions for it."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
-    return "bf16" if device.type == "cpu" and capabilities().get("amx_bf16") else "fp32"
+    able = device.type == "cpu" and any(capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
+    return "bf16" if able else "fp32"
 
 
 def parse(precision: str) -> tuple[bool, int]:

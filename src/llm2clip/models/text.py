@@ -22,6 +22,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from llm2clip.cpu import quick_products
 from llm2clip.models import lora
 from llm2clip.models.batches import Tokens, default_batch_tokens
 from llm2clip.models.packing import PACKED, can_pack, packed
@@ -207,6 +208,7 @@ class CaptionEncoder(nn.Module):
         return vectors
 
     @torch.inference_mode()
+    @quick_products()
     def encode(
         self,
         captions: str | Sequence[str] | Tokens,

@@ -18,6 +18,7 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from llm2clip.cache.store import EmbeddingStore
+from llm2clip.cpu import quick_products, reuse_memory
 from llm2clip.data.records import Record
 from llm2clip.data.skips import SkipLog
 from llm2clip.models.llm2clip import LLM2CLIP
@@ -30,7 +31,6 @@ from llm2clip.train.engine import (
     mark_complete,
     prune_checkpoints,
     resumable,
-    reuse_memory,
     step_of,
     use_precision,
 )
@@ -40,6 +40,7 @@ from llm2clip.train.rates import parameter_groups
 from llm2clip.train.steps import Steps
 
 
+@quick_products()
 def align(
     records: Sequence[Record], store: EmbeddingStore, model: LLM2CLIP, recipe: AlignRecipe, folder: Path, log: SkipLog
 ) -> LLM2CLIP:

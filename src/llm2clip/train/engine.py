@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import math
 import os
-import platform
 import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.state import AcceleratorState
 
 COMPLETE = "complete"
@@ -90,21 +87,6 @@ def digest(texts: Iterable[str]) -> str:
     for text in texts:
         whole.update(hashlib.sha256(text.encode(errors="surrogateescape")).digest())
     return whole.hexdigest()[:16]
-
-
-def reuse_memory(device: torch.device) -> None:
-    """On a CPU under glibc, keep freed memory instead of handing it back to the system after every step.
-
-    A step's activations are large blocks that malloc maps and unmaps each time, and the kernel zeroes each page again:
-    training EfficientNet-Lite0 on two cores runs up to twice as fast without (`benchmarks/malloc.py`).
-    """
-    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL("libc.so.6")
-    trim_threshold, mmap_threshold = -1, -3  # the parameters' numbers in malloc.h
-    if not libc.mallopt(mmap_threshold, 1 << 30):
-        libc.mallopt(mmap_threshold, 32 << 20)  # the most that glibc before 2.35 takes
-    libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 class MetricsLog:

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from llm2clip.cpu import quick_products, reuse_memory
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.processes import processes
 from llm2clip.recipes import TuneRecipe
@@ -26,7 +27,6 @@ from llm2clip.train.engine import (
     latest_checkpoint,
     mark_complete,
     resumable,
-    reuse_memory,
     step_of,
     use_precision,
 )
@@ -35,6 +35,7 @@ from llm2clip.train.sharding import by_blocks, put, reassembled, whole, without_
 TRAINED = "trained.safetensors"
 
 
+@quick_products()
 def train(
     rows: Sequence[Mapping[str, Any]],
     encoder: CaptionEncoder,
