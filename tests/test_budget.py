@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llm2clip.models import budget
-from llm2clip.models.batches import Tokens, default_batch_tokens
+from llm2clip.models.batches import Tokens
 from llm2clip.models.text import CaptionEncoder
 
 
@@ -40,7 +40,7 @@ def test_the_fastest_budget_is_taken(encoder: CaptionEncoder, monkeypatch: pytes
     rates({512: 100, 1024: 120})
     assert budget.fastest_budget(encoder, tokens) == 1024 and tried == [512, 1024, 2048]
     rates({})
-    assert budget.fastest_budget(encoder, tokens) == default_batch_tokens(encoder.device)
+    assert budget.fastest_budget(encoder, tokens) == 256  # not even the least one fits
     tried.clear()
     assert budget.fastest_budget(encoder, encoder.tokenize(["a few"])) == 1024 and not tried
 

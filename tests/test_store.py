@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import tarfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from llm2clip.cache.embed import embed
 from llm2clip.cache.epochs import CaptionRows
 from llm2clip.cache.exchange import from_official, from_parquet, to_official, to_parquet
-from llm2clip.cache.format import StoreError, read_shards
+from llm2clip.cache.format import StoreError, read_shards, replacing
 from llm2clip.cache.incoming import Incoming, receive
 from llm2clip.cache.index import Index, build_index
 from llm2clip.cache.lock import alone
@@ -30,7 +31,9 @@ from llm2clip.cache.store import EmbeddingStore, Reading
 from llm2clip.cache.upkeep import merge, repair
 from llm2clip.cache.writer import StoreWriter
 from llm2clip.cli import main
+from llm2clip.data.records import Record
 from llm2clip.models.text import CaptionEncoder
+from llm2clip.stages import readable
 
 CAPTIONS = [f"caption number {i} of some" for i in range(50)]
 IDENTITY = {"weights": "abc", "layers": 3}
@@ -78,9 +81,11 @@ def test_killed_between_shards_it_goes_on(
         written.append(number)
         write(self, number, *rest)  # type: ignore[arg-type]
 
+    before = set(threading.enumerate())
     monkeypatch.setattr(StoreWriter, "write", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         embed(CAPTIONS, encoder, tmp_path, shard_size=16)
+    assert stopped.tb and not any("Pool" in t.name for t in set(threading.enumerate()) - before)  # ended, not left
     monkeypatch.setattr(StoreWriter, "write", write)
     store = embed(CAPTIONS, encoder, tmp_path, shard_size=16)
     assert written == [0, 1]
@@ -161,6 +166,12 @@ def flip(file: Path, at: int) -> None:
     file.write_bytes(data)
 
 
+def change(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], bool]] = {  # whether opening shows it, or only reading all does
     "embeddings-00001.npy, a bit": (lambda f: flip(f / "embeddings-00001.npy", -1), False),
     "embeddings-00001.npy, cut": (lambda f: os.truncate(f / "embeddings-00001.npy", 200), True),
@@ -173,6 +184,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], bool]] = {  # whether opening 
     "scales-00001.npy, gone": (lambda f: (f / "scales-00001.npy").unlink(), True),
     "index-*.npy, a bit": (lambda f: flip(next(f.glob("index-*.npy")), -1), False),
     "manifest.json, cut": (lambda f: os.truncate(f / "manifest.json", 30), True),
+    "manifest.json, a start": (lambda f: change(f / "manifest.json", '"start": 16', '"start": 14'), True),
+    "manifest.json, its encoder": (lambda f: change(f / "manifest.json", '"layers": ', '"layers": 1'), True),
 }
 
 
@@ -198,14 +211,100 @@ def test_damage_is_found_and_repaired(encoder: CaptionEncoder, tmp_path: Path, w
     assert kept.items() <= {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("embeddings-*")}.items()
 
 
+def test_no_flipped_bit_is_read_as_right(tmp_path: Path) -> None:
+    """Anywhere in a small store: it is found, or changes nothing; repair always leaves a sound store."""
+    writer = StoreWriter(tmp_path / "store", IDENTITY, 2)
+    for number in range(2):
+        texts = [f"{number} {n}" for n in range(2)]
+        writer.write(number, texts, [1, 2], np.arange(4).reshape(2, 2) + 10 * number)
+    writer.finish()
+    texts = [f"{number} {n}" for number in range(2) for n in range(2)]
+    before = EmbeddingStore(tmp_path / "store").take(EmbeddingStore(tmp_path / "store").rows(texts))
+    files = {p: p.read_bytes() for p in (tmp_path / "store").iterdir() if p.name != ".lock"}
+    rng = np.random.default_rng(0)
+    found = 0
+    for path, whole in files.items():
+        for at in range(0, len(whole), 1 + len(whole) // 60):
+            data = bytearray(whole)
+            data[at] ^= 1 << int(rng.integers(8))
+            path.write_bytes(data)
+            try:
+                store = EmbeddingStore(tmp_path / "store")
+                store.verify()
+                assert np.array_equal(store.take(store.rows(texts)), before), (path, at)
+            except StoreError:
+                found += 1
+            repair(tmp_path / "store")
+            EmbeddingStore(tmp_path / "store").verify()
+            for each, content in files.items():
+                each.write_bytes(content)
+    assert found > 100
+
+
+def test_an_index_that_is_lost_is_made_again(encoder: CaptionEncoder, tmp_path: Path) -> None:
+    store = embed(CAPTIONS, encoder, tmp_path, shard_size=16)
+    (index,) = tmp_path.glob("index-*.npy")
+    whole = index.read_bytes()
+    for left in (b"", whole[:50], None):
+        index.unlink()
+        if left is not None:
+            index.write_bytes(left)
+        assert EmbeddingStore(tmp_path).rows(CAPTIONS).tolist() == store.rows(CAPTIONS).tolist()
+        assert index.read_bytes() == whole
+
+
+def test_a_shard_of_another_encoder_is_not_taken_in(tmp_path: Path) -> None:
+    for name, identity in (("ours", IDENTITY), ("theirs", {**IDENTITY, "layers": 9})):
+        writer = StoreWriter(tmp_path / name, identity, 2)
+        writer.write(len(name), [name], [1], np.ones((1, 2)))
+        writer.finish()
+    for path in (tmp_path / "theirs").glob("*-00006.*"):
+        (tmp_path / "ours" / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(StoreError, match="is not of this store's encoder"):
+        StoreWriter(tmp_path / "ours", IDENTITY, 2).finish()
+    assert "keys-00006.parquet" in repair(tmp_path / "ours")
+    assert "ours" in EmbeddingStore(tmp_path / "ours") and "theirs" not in EmbeddingStore(tmp_path / "ours")
+
+
+def test_what_does_not_fit_a_store_is_not_written(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path, IDENTITY, 2)
+    keys = np.zeros((1, 16), np.uint8)
+    for bad in (np.nan, np.inf, 70000.0):
+        with pytest.raises(StoreError, match="does not fit float16"):
+            writer.write_keyed(0, keys, [1], np.array([[1, bad]]))
+    for args in ((keys, [1], np.ones((1, 3))), (keys, [1, 2], np.ones((1, 2))), (keys[:, :8], [1], np.ones((1, 2)))):
+        with pytest.raises(StoreError, match="takes vectors of 2 numbers"):
+            writer.write_keyed(0, *args)
+    with pytest.raises(StoreError, match="is not a text"):
+        writer.write(0, ["\ud800"], [1], np.ones((1, 2)))
+    with pytest.raises(StoreError, match="holds width 2, not 3"):
+        StoreWriter(tmp_path, IDENTITY, 3)
+    assert read_shards(tmp_path) == []
+
+
+def test_a_link_that_a_kill_left_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "source").write_text("theirs")
+    with replacing(tmp_path / "target") as tmp:
+        name = tmp
+        tmp.write_text("")
+    os.link(tmp_path / "source", name)
+    with replacing(tmp_path / "target") as tmp:
+        tmp.write_text("ours")
+    assert (tmp_path / "source").read_text() == "theirs" and (tmp_path / "target").read_text() == "ours"
+    with replacing(tmp_path / "target") as tmp:
+        os.link(tmp_path / "target", tmp)  # two names of one file: renaming does nothing
+    assert not name.exists()
+
+
 def test_repair_clears_what_a_kill_left_and_leaves_the_rest(encoder: CaptionEncoder, tmp_path: Path) -> None:
     embed(CAPTIONS, encoder, tmp_path, shard_size=16)
     files = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert repair(tmp_path) == []
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files
-    for name in ("embeddings-00009.npy", ".keys-00009.parquet.77.tmp"):
+    left = {"embeddings-00009.npy", ".keys-00009.parquet.77.tmp", ".index-1.npy-xyz"}
+    for name in left:
         (tmp_path / name).write_bytes(b"half")
-    assert set(repair(tmp_path)) == {"embeddings-00009.npy", ".keys-00009.parquet.77.tmp"}
+    assert set(repair(tmp_path)) == left
     for path in tmp_path.glob("keys-*"):
         path.write_bytes(b"")
     (tmp_path / "manifest.json").unlink()
@@ -256,6 +355,10 @@ def test_captions_that_the_tokenizer_refuses_are_listed(
     assert len(store) == 2 and "good" in store and "bad" not in store
     refused = [json.loads(line) for line in (tmp_path / "refused-00000.jsonl").read_text().splitlines()]
     assert refused == [{"caption": "bad", "why": "RuntimeError: cannot"}, {"caption": "", "why": "no tokens"}]
+    again = embed(["bad", "", "good"], encoder, tmp_path)  # they are not tried again
+    assert [s.number for s in again.shards] == [0]
+    records = [Record("1", None, ("good", "bad"), ("bad",)), Record("2", None, ("bad",))]
+    assert readable(records, store) == [Record("1", None, ("good",), ())]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
@@ -281,9 +384,38 @@ def test_rows_are_read_as_they_were_written(tmp_path: Path, reading: Reading, dt
             store.take([wrong])
 
 
+@pytest.mark.parametrize("reading", ["map", "positional"])
+def test_few_files_are_open_at_once(tmp_path: Path, reading: Reading, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm2clip.cache.rows.OPEN_FILES", 2)
+    writer = StoreWriter(tmp_path, IDENTITY, 3, "int8")
+    for number in range(9):
+        writer.write(number, [str(number)], [1], np.full((1, 3), number))
+    writer.finish()
+    store = EmbeddingStore(tmp_path, reading)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        assert store.take([8, 0, 5, 1])[:, 0].tolist() == [8, 0, 5, 1]
+        assert np.allclose(store.take(range(9))[:, 2], range(9), atol=1e-5)
+    assert len(os.listdir("/proc/self/fd")) <= before + 4
+
+
+@pytest.mark.parametrize("reading", ["map", "positional"])
+def test_a_store_that_was_read_is_read_in_forked_workers(
+    encoder: CaptionEncoder, tmp_path: Path, reading: Reading
+) -> None:
+    embed(CAPTIONS, encoder, tmp_path, shard_size=8)
+    store = EmbeddingStore(tmp_path, reading)
+    data = CaptionRows(store, [[c] for c in CAPTIONS])
+    expected = [data[n] for n in range(50)]  # its threads are up now
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=5, num_workers=2, collate_fn=list, multiprocessing_context="fork", timeout=30
+    )
+    assert all(torch.equal(x, y) for x, y in zip((x for b in loader for x in b), expected, strict=True))
+
+
 def test_a_store_keeps_its_dtype(tmp_path: Path) -> None:
     StoreWriter(tmp_path, IDENTITY, 4, "int8")
-    with pytest.raises(StoreError, match="holds int8, not float16"):
+    with pytest.raises(StoreError, match="holds dtype int8, not float16"):
         StoreWriter(tmp_path, IDENTITY, 4)
 
 
@@ -429,6 +561,20 @@ def test_parquet_there_and_back(encoder: CaptionEncoder, tmp_path: Path) -> None
         from_parquet(tmp_path / "theirs.parquet", tmp_path / "theirs")
     theirs = from_parquet(tmp_path / "theirs.parquet", tmp_path / "theirs", IDENTITY)
     assert theirs.take(theirs.rows(["b"])).tolist() == [[3, 4]]
+    with pytest.raises(StoreError, match="another encoder"):
+        from_parquet(tmp_path / "all.parquet", tmp_path / "other", IDENTITY)
+    ragged, gap = [[1.0, 2.0, 3.0], [4.0]], pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2))
+    for embedding in (ragged, gap):
+        pq.write_table(pa.table({"caption": ["a", "b"], "embedding": embedding}), tmp_path / "bad.parquet")
+        with pytest.raises(StoreError, match="a row without"):
+            from_parquet(tmp_path / "bad.parquet", tmp_path / "bad", IDENTITY)
+    pq.write_table(pa.table({"key": [b"short"], "embedding": [[1.0]]}), tmp_path / "bad.parquet")
+    with pytest.raises(StoreError, match="a key is 16 bytes"):
+        from_parquet(tmp_path / "bad.parquet", tmp_path / "bad", IDENTITY)
+    flip(tmp_path / "store/embeddings-00000.npy", -1)
+    with pytest.raises(StoreError, match="damaged"):
+        to_parquet(store, tmp_path / "damaged.parquet")
+    assert not (tmp_path / "damaged.parquet").exists()
     pq.write_table(table.select(["caption"]), tmp_path / "bad.parquet")
     with pytest.raises(StoreError, match="needed are embedding"):
         from_parquet(tmp_path / "bad.parquet", tmp_path / "bad")
@@ -440,7 +586,7 @@ def test_the_official_tars_there_and_back(encoder: CaptionEncoder, tmp_path: Pat
     with tarfile.open(tmp_path / "00.tar", "w") as tar:
         for name, captions in samples.items():
             for suffix, data in (("jpg", b"..."), ("json", json.dumps(captions).encode())):
-                info = tarfile.TarInfo(f"{name}.{suffix}")
+                info = tarfile.TarInfo(f"./{name}.{suffix}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     texts = list(dict.fromkeys(c[0] for s in samples.values() for c in s.values()))
@@ -459,6 +605,10 @@ def test_the_official_tars_there_and_back(encoder: CaptionEncoder, tmp_path: Pat
         pass
     with pytest.raises(StoreError, match="not a pair"):
         from_official([tmp_path / "01.tar"], tmp_path / "bad", IDENTITY)
+    with tarfile.open(tmp_path / "02.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("0.jpg"))
+    with pytest.raises(StoreError, match="0 has no JSON of captions"):
+        to_official(store, [tmp_path / "02.tar"])
 
 
 def test_a_caption_that_was_encoded_twice_moves_no_other(tmp_path: Path) -> None:

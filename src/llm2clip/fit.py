@@ -35,7 +35,7 @@ from llm2clip.models.text import CaptionEncoder
 from llm2clip.processes import once, processes, say
 from llm2clip.recipes import FitRecipe
 from llm2clip.split import read_data, tuning_sources
-from llm2clip.stages import begin, fill, new_model, open_encoder
+from llm2clip.stages import begin, fill, new_model, open_encoder, readable
 from llm2clip.train.align import align
 from llm2clip.train.engine import read_metrics
 from llm2clip.train.sharding import asked
@@ -79,10 +79,13 @@ def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
     everything = (t for r in [*records.train, *(r for f in records.held_out.values() for r in f)] for t in r.texts)
     store = fill(everything, opening, out / "store", recipe.embed)
 
+    train = readable(records.train, store)
+    held_out = {name: readable(some, store) for name, some in records.held_out.items()}
+
     say("3/4 align: the vision tower learns from the store")
 
     def measure(model: LLM2CLIP) -> list[dict[str, Any]]:
-        return evaluate_model(model, records.held_out, log, store, recipe.evaluate.batch)
+        return evaluate_model(model, held_out, log, store, recipe.evaluate.batch)
 
     gc.collect()  # the LLM's memory is free for the vision tower
     model_folder = out / "model"
@@ -93,7 +96,7 @@ def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
         if state.is_main_process and not (out / "align/checkpoints").exists():
             (out / "evaluate/untrained.json").unlink(missing_ok=True)  # align's settings may have been mended
         once(out / "evaluate/untrained.json", lambda: measure(model))
-        align(records.train, store, model, recipe.align, out / "align", log)
+        align(train, store, model, recipe.align, out / "align", log)
         if state.is_main_process:
             model.save_pretrained(model_folder, text_folder=encoder_folder)
         state.wait_for_everyone()

@@ -42,7 +42,7 @@ def once(file: Path, measure: Callable[[], Any]) -> Any:
     state = processes()
     if state.is_main_process and not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        tmp = file.with_suffix(".tmp")
+        tmp = file.with_suffix(f".{os.getpid()}.tmp")
         tmp.write_text(json.dumps(measure(), indent=1))
         tmp.replace(file)
     state.wait_for_everyone()

@@ -15,9 +15,9 @@ from llm2clip.cache.embed import embed
 from llm2clip.cache.exchange import from_official, from_parquet, to_official, to_parquet
 from llm2clip.cache.format import check_identity
 from llm2clip.cache.ray_engine import embed_with_ray
-from llm2clip.cache.store import EmbeddingStore
+from llm2clip.cache.store import EmbeddingStore, refused_captions
 from llm2clip.cache.upkeep import merge, repair
-from llm2clip.data.records import Source
+from llm2clip.data.records import Record, Source
 from llm2clip.data.skips import SkipLog
 from llm2clip.evaluate.captions import TextEncoder, caption_accuracy
 from llm2clip.evaluate.model import evaluate_model
@@ -96,7 +96,7 @@ def align_stage(
     records = [r for _, r in read(data, columns, log)]
     say(log.summary())
     text.to("cpu")  # only its folder is wanted from here on
-    model = align(records, store, new_model(recipe, store), recipe, out, log)
+    model = align(readable(records, store), store, new_model(recipe, store), recipe, out, log)
     if processes().is_main_process:
         model.save_pretrained(folder, encoder=text)
     return folder
@@ -197,6 +197,18 @@ def fill(
     if engine == "ray":
         return embed_with_ray(captions, opening, out, workers=workers, **options)
     return embed(captions, opening(), out, **options)
+
+
+def readable(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
+    """Records without the captions that the tokenizer refused, which the store therefore lacks."""
+    if not (refused := refused_captions(store.folder)):
+        return list(records)
+
+    def left(captions: Sequence[str]) -> tuple[str, ...]:
+        return tuple(c for c in captions if c not in refused)
+
+    fewer = (dataclasses.replace(r, captions=left(r.captions), long_captions=left(r.long_captions)) for r in records)
+    return [r for r in fewer if r.texts]
 
 
 def open_encoder(recipe: EncoderRecipe, tuning: TuneRecipe | None = None) -> CaptionEncoder:

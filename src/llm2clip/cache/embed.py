@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm.auto import tqdm
 
-from llm2clip.cache.format import MANIFEST, read_manifest, shard_numbers
+from llm2clip.cache.format import MANIFEST, read_manifest, shard_numbers, sweep
 from llm2clip.cache.incoming import Incoming, receive
 from llm2clip.cache.lock import alone
-from llm2clip.cache.store import EmbeddingStore
+from llm2clip.cache.store import EmbeddingStore, refused_captions
 from llm2clip.cache.writer import StoreWriter
 from llm2clip.cpu import reuse_memory
 from llm2clip.models.batches import Tokens, default_batch_tokens
@@ -66,8 +66,10 @@ def embed(
     with filling(captions, folder, encoder.identity(precision), encoder.width, dtype, shard_size) as work:
         mine = work.parts[state.process_index :: state.num_processes]
         total = sum(part.stop - part.start for _, part in mine)
-        with tqdm(total=total, desc="embed", unit="caption", disable=not state.is_main_process or not mine) as bar:
-            incoming = Incoming(work.came)
+        with (
+            tqdm(total=total, desc="embed", unit="caption", disable=not state.is_main_process or not mine) as bar,
+            closing(Incoming(work.came)) as incoming,
+        ):
             if batch_tokens is None and work.parts:
                 batch_tokens = tried(encoder, incoming[work.parts[0][1]], precision, Path(folder))
             readings = ((number, tokenized(incoming[part], encoder)) for number, part in mine)
@@ -90,9 +92,11 @@ def settled(precision: str, encoder: CaptionEncoder, folder: Path) -> str:
         return precision
     if (folder / MANIFEST).is_file():
         return str(read_manifest(folder)["identity"]["precision"])
-    if chosen_precision("auto", encoder.device) == "fp32":
-        return "fp32"
-    return str(once(folder / "precision.json", lambda: calibrated(encoder)))
+
+    def measured() -> str:
+        return "fp32" if chosen_precision("auto", encoder.device) == "fp32" else calibrated(encoder)
+
+    return str(once(folder / "precision.json", measured))
 
 
 def tried(encoder: CaptionEncoder, captions: Sequence[str], precision: str, folder: Path) -> int:
@@ -127,22 +131,26 @@ def filling(
         came = folder / ".incoming"
         if state.is_main_process:
             shutil.rmtree(came, ignore_errors=True)
-            came.mkdir()
+            came.mkdir(exist_ok=True)
+            sweep(folder)
             writer.finish()
             store = None
             if shard_numbers(folder):  # what is there is gone on with only if it is as it was written
                 store = EmbeddingStore(folder)
                 store.verify(progress=True)
-            receive(tqdm(captions, "read", unit="caption", leave=False, delay=1), came, store)
+            refused = refused_captions(folder)
+            stream = tqdm(captions, "read", unit="caption", leave=False, delay=1)
+            receive((c for c in stream if c not in refused) if refused else stream, came, store)
         state.wait_for_everyone()
-        first, count = max(shard_numbers(folder), default=-1) + 1, len(Incoming(came))
+        with closing(Incoming(came)) as incoming:
+            first, count = max(shard_numbers(folder), default=-1) + 1, len(incoming)
         state.wait_for_everyone()  # all have seen the same shards before anyone adds one
         cuts = [slice(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
         yield Work(writer, came, list(enumerate(cuts, first)))
         state.wait_for_everyone()
         if state.is_main_process:
             writer.finish()
-            shutil.rmtree(came)
+            shutil.rmtree(came, ignore_errors=True)  # a file that is open elsewhere may linger on a network's disk
         state.wait_for_everyone()
 
 

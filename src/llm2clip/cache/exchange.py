@@ -12,32 +12,49 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from llm2clip.cache.format import StoreError, keys_of, keys_path, read_keys, read_shards, replacing, shard_numbers
+from llm2clip.cache.format import (
+    StoreError,
+    check_identity,
+    keys_of,
+    keys_path,
+    read_keys,
+    read_shards,
+    replacing,
+    shard_numbers,
+)
 from llm2clip.cache.incoming import groups
 from llm2clip.cache.lock import alone
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.cache.writer import StoreWriter
 
 SHARD = 8192
+LARGEST = 64 << 20  # bytes of a member
 OFFICIAL = ("shortSV_captions", "longSV_captions")
 
 
 def to_parquet(store: EmbeddingStore, file: str | Path) -> None:
     """One row for each of the store's: `key`, 16 bytes, the first of the caption's SHA-256; `tokens`; `embedding`, a
-    list of float16. The encoder's identity is in the file's metadata."""
+    list of float16. The encoder's identity is in the file's metadata.
+
+    Raises:
+        StoreError: the store is damaged.
+    """
+    store.verify()
     kind = pa.list_(pa.float16(), store.width)
     meta = {"identity": json.dumps(store.manifest["identity"]), "width": str(store.width)}
     schema = pa.schema([("key", pa.binary(16)), ("tokens", pa.int32()), ("embedding", kind)], metadata=meta)
     with replacing(Path(file)) as tmp, pq.ParquetWriter(tmp, schema) as writer:
         for shard in store.shards:
-            known = pq.read_table(keys_path(store.folder, shard.number))
+            known = pq.read_table(keys_path(store.folder, shard.number), page_checksum_verification=True)
             vectors = store.take(np.arange(shard.start, shard.start + shard.rows)).astype(np.float16)
             embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), store.width)
             writer.write_table(
@@ -57,25 +74,35 @@ def from_parquet(
         dtype: of the store.
 
     Raises:
-        StoreError: a column is missing, or nothing says which encoder the vectors are of.
+        StoreError: a column is missing or has gaps, the file is of another encoder, or nothing says of which.
     """
     source = pq.ParquetFile(file)
     names, meta = set(source.schema_arrow.names), source.schema_arrow.metadata or {}
     if "embedding" not in names or not names & {"key", "caption"}:
         raise StoreError(f"{file} has columns {sorted(names)}; needed are embedding, and key or caption")
-    if identity is None:
-        if b"identity" not in meta:
-            raise StoreError(f"{file} does not say which encoder its vectors are of; name it")
-        identity = json.loads(meta[b"identity"])
+    if b"identity" in meta:
+        own = json.loads(meta[b"identity"])
+        check_identity(own, identity or own, file)
+        identity = own
+    elif identity is None:
+        raise StoreError(f"{file} does not say which encoder its vectors are of; name it")
 
     def rows() -> Iterator[tuple[np.ndarray, list[int], np.ndarray]]:
         for batch in source.iter_batches(SHARD):
+            named = batch["key" if "key" in names else "caption"]
+            lengths = pc.unique(pc.list_value_length(batch["embedding"]))
+            if batch["embedding"].null_count or named.null_count or len(lengths) != 1:
+                raise StoreError(f"{file}: a row without embedding, {named.type} or of another width than the others")
             vectors = batch["embedding"].flatten().to_numpy(zero_copy_only=False).reshape(len(batch), -1)
             if "key" in names:
-                keys = np.frombuffer(b"".join(batch["key"].to_pylist()), np.uint8).reshape(-1, 16)
+                whole = b"".join(named.to_pylist())
+                if len(whole) != 16 * len(batch):
+                    raise StoreError(f"{file}: a key is 16 bytes, the first of the caption's SHA-256")
+                keys = np.frombuffer(whole, np.uint8).reshape(-1, 16)
             else:
-                keys = keys_of(batch["caption"].to_pylist())
-            yield keys, batch["tokens"].to_pylist() if "tokens" in names else [0] * len(batch), vectors
+                keys = keys_of(named.to_pylist())
+            tokens = batch["tokens"].fill_null(0).to_pylist() if "tokens" in names else [0] * len(batch)
+            yield keys, tokens, vectors
 
     return _filled(Path(out), identity, dtype, rows())
 
@@ -103,45 +130,57 @@ def from_official(
                 theirs, found = next(vectors, (None, {}))
                 if theirs != name:
                     raise StoreError(f"{other}: {theirs} where {tar} has {name}: not a pair")
-                captions = json.loads(parts["json"])
+                captions = _captions(tar, name, parts)
                 for kind in OFFICIAL:
                     if kind in captions:
                         if kind.lower() not in found:
                             raise StoreError(f"{other}: {name} has no {kind.lower()}")
-                        text = captions[kind]
-                        yield text if isinstance(text, str) else text[0], np.frombuffer(found[kind.lower()], "<f4")
+                        yield captions[kind], np.frombuffer(found[kind.lower()], "<f4")
 
     def rows() -> Iterator[tuple[np.ndarray, list[int], np.ndarray]]:
-        seen: set[bytes] = set()
         for group in groups(pairs(), SHARD):
             fresh: dict[str, np.ndarray] = dict(group)
-            keys = keys_of(list(fresh))
-            new = [n for n, key in enumerate(map(bytes, keys)) if key not in seen]
-            seen.update(map(bytes, keys))
-            if new:
-                yield keys[new], [0] * len(new), np.stack(list(fresh.values()))[new]
+            if len({len(vector) for vector in fresh.values()}) > 1:
+                raise StoreError("the tars' vectors are not all of one width")
+            yield keys_of(list(fresh)), [0] * len(fresh), np.stack(list(fresh.values()))
 
     return _filled(Path(out), identity, dtype, rows())
 
 
 def to_official(store: EmbeddingStore, tars: Sequence[str | Path]) -> list[Path]:
     """Write beside each `X.tar` an `X_text_embeddings.tar` as the official code reads it, from a store that holds the
-    captions of its samples."""
+    captions of its samples.
+
+    Raises:
+        StoreError: the store is damaged, or lacks a caption.
+    """
+    store.verify()
     written = []
     for tar in map(Path, tars):
         target = tar.with_name(f"{tar.stem}_text_embeddings.tar")
         with replacing(target) as tmp, tarfile.open(tmp, "w") as out:
             for name, parts in _members(tar, ["json"]):
-                captions = json.loads(parts["json"])
+                captions = _captions(tar, name, parts)
                 for kind in OFFICIAL:
                     if kind in captions:
-                        text = captions[kind] if isinstance(captions[kind], str) else captions[kind][0]
-                        data = store.take(store.rows([text]))[0].astype("<f4").tobytes()
+                        data = store.take(store.rows([captions[kind]]))[0].astype("<f4").tobytes()
                         info = tarfile.TarInfo(f"{name}.{kind.lower()}")
                         info.size = len(data)
                         out.addfile(info, io.BytesIO(data))
         written.append(target)
     return written
+
+
+def _captions(tar: Path, name: str, parts: dict[str, bytes]) -> dict[str, Any]:
+    """A sample's JSON, of which OFFICIAL's are texts or lists that begin with one."""
+    try:
+        captions: dict[str, Any] = json.loads(parts["json"])
+        kinds = {k: v if isinstance(v, str) else v[0] for k, v in captions.items() if k in OFFICIAL}
+        if not all(isinstance(text, str) for text in kinds.values()):
+            raise TypeError("a caption is not text")
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise StoreError(f"{tar}: {name} has no JSON of captions ({error!r})") from error
+    return kinds
 
 
 def _members(tar: Path, suffixes: Iterable[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -150,13 +189,17 @@ def _members(tar: Path, suffixes: Iterable[str]) -> Iterator[tuple[str, dict[str
     parts: dict[str, bytes] = {}
     with tarfile.open(tar) as source:
         for member in source:
-            name, _, suffix = member.name.partition(".")
+            folder, _, base = member.name.removeprefix("./").rpartition("/")
+            name, _, suffix = base.partition(".")
+            name = f"{folder}/{name}" if folder else name
             if not member.isfile():
                 continue
             if name != current:
                 if current is not None:
                     yield current, parts
                 current, parts = name, {}
+            if suffix.lower() in wanted and member.size > LARGEST:
+                raise StoreError(f"{tar}: {member.name} has {member.size:,} bytes; a caption or a vector has fewer")
             if suffix.lower() in wanted and (data := source.extractfile(member)) is not None:
                 parts[suffix.lower()] = data.read()
     if current is not None:
@@ -173,10 +216,10 @@ def _filled(
             raise StoreError("there is not one vector to take in")
         writer = StoreWriter(out, identity, first[2].shape[1], dtype)
         number = max(shard_numbers(out), default=-1) + 1
-        there = {read_keys(out, shard).tobytes() for shard in read_shards(out)}
+        there = {sha256(read_keys(out, shard).tobytes()).digest() for shard in read_shards(out)}
         while first is not None:
             keys, tokens, vectors = first
-            if keys.tobytes() not in there:
+            if sha256(keys.tobytes()).digest() not in there:
                 writer.write_keyed(number, keys, tokens, vectors)
                 number += 1
             first = next(rows, None)

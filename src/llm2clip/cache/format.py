@@ -19,9 +19,12 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any
 
 import numpy as np
@@ -33,6 +36,9 @@ from llm2clip.models.text import fingerprint
 
 DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype(np.float16), "int8": np.dtype(np.int8)}
 MANIFEST = "manifest.json"
+Kind = tuple[dict[str, Any], int, str]  # identity of the encoder, width, dtype: what all shards of a store share
+# What reading a file whose bytes are not those that were written may raise.
+BROKEN = (ValueError, KeyError, TypeError, OSError, EOFError, SyntaxError, TokenError, pa.ArrowException)
 
 
 class StoreError(ValueError):
@@ -68,20 +74,34 @@ def shard_numbers(folder: Path) -> list[int]:
     return sorted(int(m[1]) for m in found if m and embeddings_path(folder, int(m[1])).is_file())
 
 
-def read_shards(folder: Path) -> list[Shard]:
+def read_meta(folder: Path, number: int) -> tuple[int, str, Kind]:
+    """What a shard says of itself: rows, checksum, kind.
+
+    Raises:
+        StoreError: its keys file cannot be read.
+    """
+    path = keys_path(folder, number)
+    try:
+        meta = pq.read_schema(path).metadata
+        kind = json.loads(meta[b"identity"]), int(meta[b"width"]), meta[b"dtype"].decode()
+        return int(meta[b"rows"]), meta[b"sha256"].decode(), kind
+    except BROKEN as error:
+        raise StoreError(f"{path} is damaged ({error}); `llm2clip store repair {folder}`") from error
+
+
+def read_shards(folder: Path, kind: Kind | None = None) -> list[Shard]:
     """The whole shards, in the order of their numbers, by their own metadata.
 
     Raises:
-        StoreError: a keys file cannot be read.
+        StoreError: a keys file cannot be read, or is not of `kind`.
     """
     shards, start = [], 0
     for number in shard_numbers(folder):
-        path = keys_path(folder, number)
-        try:
-            meta = pq.read_schema(path).metadata
-            rows, sha256 = int(meta[b"rows"]), meta[b"sha256"].decode()
-        except (pa.ArrowInvalid, KeyError, TypeError, OSError) as error:
-            raise StoreError(f"{path} is damaged ({error}); `llm2clip store repair {folder}`") from error
+        rows, sha256, own = read_meta(folder, number)
+        if kind is not None and own != kind:
+            raise StoreError(
+                f"{keys_path(folder, number)} is not of this store's encoder; `llm2clip store repair {folder}` drops it"
+            )
         shards.append(Shard(number, start, rows, sha256))
         start += rows
     return shards
@@ -96,7 +116,7 @@ def read_keys(folder: Path, shard: Shard) -> np.ndarray:
     path = keys_path(folder, shard.number)
     try:
         column = pq.read_table(path, columns=["key"], page_checksum_verification=True)["key"].combine_chunks()
-    except (pa.ArrowInvalid, OSError) as error:
+    except BROKEN as error:
         raise StoreError(f"{path} is damaged ({error}); `llm2clip store repair {folder}`") from error
     if len(column) != shard.rows or column.type != pa.binary(16):
         raise StoreError(f"{path}: {len(column)} keys for {shard.rows} rows; `llm2clip store repair {folder}`")
@@ -104,8 +124,15 @@ def read_keys(folder: Path, shard: Shard) -> np.ndarray:
 
 
 def keys_of(captions: Sequence[str]) -> np.ndarray:
-    """The keys of texts, (N, 16) uint8."""
-    return np.frombuffer(b"".join(map(caption_key, captions)), np.uint8).reshape(-1, 16)
+    """The keys of texts, (N, 16) uint8.
+
+    Raises:
+        StoreError: one is not text: it has half of a character (a lone surrogate).
+    """
+    try:
+        return np.frombuffer(b"".join(map(caption_key, captions)), np.uint8).reshape(-1, 16)
+    except UnicodeEncodeError as error:
+        raise StoreError(f"{error.object[:120]!a} is not a text: {error.reason}") from error
 
 
 def check_identity(stored: dict[str, Any], ours: dict[str, Any], where: Path | str) -> None:
@@ -124,15 +151,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a store.
 
     Raises:
-        StoreError: there is none, or it is not one.
+        StoreError: there is none, or it is not as it was written.
     """
     file = folder / MANIFEST
     if not file.is_file():
         raise StoreError(f"{folder} is not a store: it has no {MANIFEST} (run `llm2clip embed`)")
     try:
         manifest: dict[str, Any] = json.loads(file.read_text())
-        manifest["identity"], manifest["width"], DTYPES[manifest["dtype"]], manifest["shards"]
-    except (ValueError, KeyError, TypeError) as error:
+        shards = [Shard(**shard) for shard in manifest["shards"]]
+        starts = [0, *accumulate(shard.rows for shard in shards)]
+        if manifest["fingerprint"] != fingerprint(manifest["identity"]) or [s.start for s in shards] != starts[:-1]:
+            raise ValueError("its parts contradict each other")
+        int(manifest["width"]), DTYPES[manifest["dtype"]], int(manifest["captions"])
+    except BROKEN as error:
         raise StoreError(f"{file} is damaged ({error!r}); `llm2clip store repair {folder}`") from error
     return manifest
 
@@ -160,16 +191,27 @@ class replacing:
         self.path, self.tmp = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
     def __enter__(self) -> Path:
+        self.tmp.unlink(missing_ok=True)  # of a kill: it may be a link to another store's file
         return self.tmp
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             os.replace(self.tmp, self.path)
-        else:
-            self.tmp.unlink(missing_ok=True)
+        self.tmp.unlink(missing_ok=True)  # it stays where both were names of one file
 
 
 def sync(f: IO[Any]) -> None:
     """To the disk, not only to the system."""
     f.flush()
     os.fsync(f.fileno())
+
+
+def sweep(folder: Path) -> list[str]:
+    """Remove what a kill left half-written; the names."""
+    left = [path for pattern in (".*.tmp", ".index-*") for path in folder.glob(pattern)]
+    for path in left:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return sorted(path.name for path in left)

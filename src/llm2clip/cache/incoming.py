@@ -35,7 +35,8 @@ def receive(captions: Iterable[str], folder: Path, store: EmbeddingStore | None)
         store: what it holds already is not wanted again.
     """
 
-    def keys() -> Iterator[np.ndarray]:
+    def keys() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        start = 0
         with (
             pq.ParquetWriter(folder / TEXTS, pa.schema([("text", pa.string())]), compression="zstd") as writer,
             (folder / WANTED).open("wb") as wanted,
@@ -43,8 +44,13 @@ def receive(captions: Iterable[str], folder: Path, store: EmbeddingStore | None)
             for group in groups(captions, GROUP):
                 writer.write_table(pa.table({"text": group}))
                 names = keys_of(group)
-                (np.ones(len(group), np.bool_) if store is None else store.find(names) < 0).tofile(wanted)
-                yield names
+                new = np.ones(len(group), np.bool_) if store is None else store.find(names) < 0
+                first = np.unique(names.view("V16")[:, 0], return_index=True)[1]
+                new &= np.bincount(first, minlength=len(group)).astype(np.bool_)
+                new.tofile(wanted)
+                places = np.flatnonzero(new)
+                yield names[places], (start + places).astype(np.uint64)
+                start += len(group)
 
     count = dealt(keys(), folder / "keys")
     wanted = _flags(folder, "r+")
@@ -69,6 +75,11 @@ class Incoming:
         self.starts = np.cumsum([0, *sizes])
         counts = [int(self.wanted[a:b].sum()) for a, b in zip(self.starts[:-1], self.starts[1:], strict=True)]
         self.before = np.cumsum([0, *counts])
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self.texts.close()
+        self.wanted = np.empty(0, np.bool_)
 
     def __len__(self) -> int:
         return int(self.before[-1])

@@ -57,8 +57,11 @@ def build_index(file: Path, keys: Iterable[np.ndarray]) -> int:
     """
     with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as temporary:
         records, whole = Path(temporary) / "keys", Path(temporary) / file.name
-        count, start, different = dealt(keys, records), 0, 0
+        count, start, different = dealt(numbered(keys), records), 0, 0
         out = np.lib.format.open_memmap(whole, mode="w+", dtype=np.uint64, shape=(3, count))
+        if hasattr(os, "posix_fallocate"):  # a disk that is full says so here; in a map it would kill the process
+            with whole.open("r+b") as f:
+                os.posix_fallocate(f.fileno(), 0, whole.stat().st_size)
         for part in sorted_parts(records, count):
             out[:, start : start + len(part)] = part.T
             start += len(part)
@@ -69,12 +72,19 @@ def build_index(file: Path, keys: Iterable[np.ndarray]) -> int:
     return different
 
 
-def dealt(keys: Iterable[np.ndarray], file: Path) -> int:
-    """Write keys as records (first half, second half, place) to a file; their number."""
+def numbered(keys: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pieces of keys with their places, uint64, which count through all of them."""
+    count = 0
+    for some in keys:
+        yield some, np.arange(count, count + len(some), dtype=np.uint64)
+        count += len(some)
+
+
+def dealt(keys: Iterable[tuple[np.ndarray, np.ndarray]], file: Path) -> int:
+    """Write pieces of keys and places as records (first half, second half, place) to a file; their number."""
     count = 0
     with file.open("wb") as out:
-        for some in keys:
-            places = np.arange(count, count + len(some), dtype=np.uint64)
+        for some, places in keys:
             np.stack([*halves(some), places], axis=1).tofile(out)
             count += len(some)
     return count

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip.cache.embed import filling, keep, settled, tokenized
+from llm2clip.cache.embed import filling, keep, settled, tokenized, tried
 from llm2clip.cache.incoming import Incoming
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.cache.writer import StoreWriter
 from llm2clip.cpu import reuse_memory
-from llm2clip.models.budget import fastest_budget
 from llm2clip.models.text import CaptionEncoder
+from llm2clip.processes import processes
 
 
 class ShardWorker:
@@ -39,9 +39,10 @@ class ShardWorker:
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for number, start, stop in zip(rows["number"], rows["start"], rows["stop"], strict=True):
-            found = tokenized(self.incoming[int(start) : int(stop)], self.encoder)
+            captions = self.incoming[int(start) : int(stop)]
             if self.batch_tokens is None:
-                self.batch_tokens = fastest_budget(self.encoder, found.tokens, self.precision)
+                self.batch_tokens = tried(self.encoder, captions, self.precision, self.writer.folder)
+            found = tokenized(captions, self.encoder)
             vectors = self.encoder.encode(found.tokens, batch_tokens=self.batch_tokens, precision=self.precision)
             keep(self.writer, int(number), found, vectors.numpy(), print)
         return {"captions": rows["stop"] - rows["start"]}
@@ -68,6 +69,7 @@ def embed_with_ray(
 
     Raises:
         ModuleNotFoundError: Ray is missing.
+        ValueError: this is one of several processes.
         StoreError: the store there was made by another encoder, or another run is filling it.
     """
     try:
@@ -75,6 +77,8 @@ def embed_with_ray(
         import ray.data
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("--embed.engine ray needs Ray: pip install 'llm2clip[ray]'") from error
+    if processes().num_processes > 1:
+        raise ValueError("--embed.engine ray starts its own workers: run it once, without torchrun")
     encoder = open_encoder()
     precision = settled(precision, encoder, Path(folder))
     identity, width = encoder.identity(precision), encoder.width

@@ -6,6 +6,8 @@ Reading it: `rows` finds captions, `take` gives their vectors, in any order at t
 from __future__ import annotations
 
 import filecmp
+import json
+import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from llm2clip.cache.format import (
+    BROKEN,
     DTYPES,
+    Kind,
     Shard,
     StoreError,
     checksum,
@@ -25,6 +29,7 @@ from llm2clip.cache.format import (
     keys_of,
     read_keys,
     read_manifest,
+    read_meta,
 )
 from llm2clip.cache.index import Index, build_index
 from llm2clip.cache.rows import MappedRows, PositionalRows, Rows, spare_memory
@@ -65,7 +70,7 @@ class EmbeddingStore:
                 index = Index(file)
                 if len(index) == sum(s.rows for s in self.shards):
                     return index
-            except ValueError:
+            except BROKEN:
                 pass  # damaged: it is made again
         build_index(file, (read_keys(self.folder, shard) for shard in self.shards))
         return Index(file)
@@ -113,24 +118,34 @@ class EmbeddingStore:
         Raises:
             StoreError: naming the shards whose bytes are not those that were written, or the index.
         """
-        if damaged := damaged_shards(self.folder, self.shards, progress):
+        kind = self.manifest["identity"], self.width, self.manifest["dtype"]
+        if damaged := damaged_shards(self.folder, self.shards, kind, progress):
             names = ", ".join(f"{n:05d}" for n in damaged)
             raise StoreError(f"{self.folder}: damaged shards {names}; `llm2clip store repair {self.folder}` drops them")
         index = index_path(self.folder, self.shards)
-        with tempfile.TemporaryDirectory() as temporary:
+        beside = self.folder if os.access(self.folder, os.W_OK) else None
+        with tempfile.TemporaryDirectory(prefix=".index-", dir=beside) as temporary:
             again = Path(temporary) / index.name
             build_index(again, (read_keys(self.folder, shard) for shard in self.shards))
             if not filecmp.cmp(index, again, shallow=False):
                 raise StoreError(f"{index} is damaged; `llm2clip store repair {self.folder}` makes it again")
 
 
-def damaged_shards(folder: Path, shards: Sequence[Shard], progress: bool = False) -> list[int]:
-    """Numbers of the shards whose bytes are not those that were written, or that are not there."""
+def refused_captions(folder: Path) -> set[str]:
+    """The captions that the tokenizer refused when the store was filled: it has no vectors of them."""
+    lines = (line for file in sorted(folder.glob("refused-*.jsonl")) for line in file.read_text().splitlines())
+    return {json.loads(line)["caption"] for line in lines}
+
+
+def damaged_shards(folder: Path, shards: Sequence[Shard], kind: Kind, progress: bool = False) -> list[int]:
+    """Numbers of the shards whose bytes are not those that were written, that are of another kind, or not there."""
 
     def sound(shard: Shard) -> bool:
         try:
-            return checksum(folder, shard.number) == shard.sha256 and len(read_keys(folder, shard)) == shard.rows
-        except (OSError, StoreError):
+            rows, sha256, own = read_meta(folder, shard.number)
+            said = (rows, sha256, own) == (shard.rows, shard.sha256, kind)
+            return said and checksum(folder, shard.number) == sha256 and len(read_keys(folder, shard)) == rows
+        except BROKEN:
             return False
 
     with ThreadPoolExecutor(4) as pool:

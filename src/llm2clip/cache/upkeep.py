@@ -6,18 +6,14 @@ Nothing here encodes: what repair drops, `llm2clip embed` encodes again, and onl
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from llm2clip.cache.format import (
+    Kind,
     Shard,
     StoreError,
     check_identity,
@@ -25,10 +21,12 @@ from llm2clip.cache.format import (
     keys_path,
     read_keys,
     read_manifest,
+    read_meta,
     read_shards,
     replacing,
     scales_path,
     shard_numbers,
+    sweep,
 )
 from llm2clip.cache.lock import alone
 from llm2clip.cache.store import EmbeddingStore, damaged_shards
@@ -53,32 +51,30 @@ def repair(folder: str | Path, progress: bool = False) -> list[str]:
                 dropped.append(path.name)
 
     with alone(folder):
-        kinds: list[tuple[dict[str, Any], int, str]] = []
+        kinds: list[Kind] = []
         for number in shard_numbers(folder):
             try:
-                meta = pq.read_schema(keys_path(folder, number)).metadata
-                kind = json.loads(meta[b"identity"]), int(meta[b"width"]), meta[b"dtype"].decode()
-                int(meta[b"rows"]), meta[b"sha256"]
-            except (pa.ArrowInvalid, KeyError, TypeError, ValueError, OSError):
+                kinds.append(read_meta(folder, number)[2])
+            except StoreError:
                 drop(keys_path(folder, number))
-            else:
-                kinds.append(kind)
-        for number in damaged_shards(folder, read_shards(folder), progress):
+        try:
+            manifest = read_manifest(folder)
+            kind = manifest["identity"], manifest["width"], manifest["dtype"]
+        except StoreError as error:
+            if not kinds:
+                raise StoreError(f"nothing of {folder} is whole: delete it and run `llm2clip embed`") from error
+            kind = max(kinds, key=kinds.count)
+        for number in damaged_shards(folder, read_shards(folder), kind, progress):
             drop(keys_path(folder, number))
+        dropped += sweep(folder)
         whole = set(shard_numbers(folder))
         for path in sorted(folder.iterdir()):  # keys come last: vectors without them are of a kill, or of a drop above
             name = re.fullmatch(r"(?:embeddings|scales|keys)-(\d{5,})\.(?:npy|parquet)", path.name)
-            if (name and int(name[1]) not in whole) or (path.name.startswith(".") and path.name.endswith(".tmp")):
+            if name and int(name[1]) not in whole:
                 drop(path)
-        if not kinds:
-            try:
-                manifest = read_manifest(folder)
-            except StoreError as error:
-                raise StoreError(f"nothing of {folder} is whole: delete it and run `llm2clip embed`") from error
-            kinds = [(manifest["identity"], manifest["width"], manifest["dtype"])]
         for index in folder.glob("index-*.npy"):
             index.unlink()
-        summarise(folder, *kinds[0])
+        summarise(folder, *kind)
     return dropped
 
 
@@ -100,8 +96,10 @@ def merge(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingStore:
         for name in ("width", "dtype"):
             if manifest[name] != manifests[0][name]:
                 raise StoreError(f"{folder} has {name} {manifest[name]}, {folders[0]} {manifests[0][name]}")
-    for folder in folders:
-        EmbeddingStore(folder).verify()
+    for folder, m in zip(folders, manifests, strict=True):
+        kind = m["identity"], m["width"], m["dtype"]
+        if damaged := damaged_shards(folder, read_shards(folder), kind):  # the manifest may not know of all
+            raise StoreError(f"{folder}: damaged shards {damaged}; `llm2clip store repair {folder}` drops them")
     out.mkdir(parents=True, exist_ok=True)
     with alone(out):
         first = manifests[0]

@@ -47,18 +47,20 @@ class StoreWriter:
             dtype: float16, or int8 with a scale for each row.
 
         Raises:
-            StoreError: the store there was made by another encoder, or in another dtype; the message names what
-                differs.
+            StoreError: the store there was made by another encoder, or has another width or dtype; the message names
+                what differs.
         """
         if dtype not in DTYPES:
             raise StoreError(f"vectors are stored as {' or '.join(DTYPES)}, not {dtype!r}")
+        identity = json.loads(json.dumps(identity))  # as it is read again
         self.folder, self.identity, self.width, self.dtype = Path(folder), identity, width, dtype
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / MANIFEST).is_file():
             manifest = read_manifest(self.folder)
             check_identity(manifest["identity"], identity, self.folder)
-            if manifest["dtype"] != dtype:
-                raise StoreError(f"{self.folder} holds {manifest['dtype']}, not {dtype}; choose another folder")
+            for name, ours in (("dtype", dtype), ("width", width)):
+                if manifest[name] != ours:
+                    raise StoreError(f"{self.folder} holds {name} {manifest[name]}, not {ours}; choose another folder")
         elif shard_numbers(self.folder):
             raise StoreError(f"{self.folder} has shards but no {MANIFEST}; `llm2clip store repair {self.folder}`")
         else:
@@ -76,18 +78,34 @@ class StoreWriter:
         Raises:
             StoreError: a value is not finite, or too large for float16.
         """
+        self.write_keyed(number, keys_of(captions), tokens, embeddings, captions)
+
+    def write_keyed(
+        self,
+        number: int,
+        keys: np.ndarray,
+        tokens: Sequence[int],
+        embeddings: np.ndarray,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        """The same by keys, (N, 16) uint8, in place of texts; `names` are for an error's message.
+
+        Raises:
+            StoreError: a value is not finite, or too large for float16, or the sizes do not fit the store.
+        """
+        if keys.shape != (len(embeddings), 16) or embeddings.shape[1:] != (self.width,) or len(tokens) != len(keys):
+            raise StoreError(
+                f"{self.folder} takes vectors of {self.width} numbers, each with a key and a number of tokens; not an "
+                f"array {embeddings.shape} with keys {keys.shape} and {len(tokens)} numbers of tokens"
+            )
         bad = ~np.isfinite(embeddings).all(axis=1)
         if self.dtype == "float16":
             with np.errstate(over="ignore"):
                 bad |= ~np.isfinite(embeddings.astype(np.float16)).all(axis=1)
         if bad.any():
-            raise StoreError(
-                f"the vector of {captions[int(bad.argmax())][:120]!r} does not fit {self.dtype}; is the encoder broken?"
-            )
-        self.write_keyed(number, keys_of(captions), tokens, embeddings)
-
-    def write_keyed(self, number: int, keys: np.ndarray, tokens: Sequence[int], embeddings: np.ndarray) -> None:
-        """The same by keys, (N, 16) uint8, in place of texts."""
+            first = int(bad.argmax())
+            name = repr(names[first][:120]) if names else f"the key {keys[first].tobytes().hex()}"
+            raise StoreError(f"the vector of {name} does not fit {self.dtype}; is the encoder broken?")
         stored, scales = stored_as(embeddings, self.dtype)
         for path, array in ((embeddings_path(self.folder, number), stored), (scales_path(self.folder, number), scales)):
             if array is not None:
@@ -112,8 +130,12 @@ class StoreWriter:
 
 
 def summarise(folder: Path, identity: dict[str, Any], width: int, dtype: str) -> None:
-    """Write the index and the manifest of a folder's whole shards."""
-    shards = read_shards(folder)
+    """Write the index and the manifest of a folder's whole shards.
+
+    Raises:
+        StoreError: a shard is not of this encoder, width and dtype.
+    """
+    shards = read_shards(folder, (identity, width, dtype))
     index = index_path(folder, shards)
     different = build_index(index, (read_keys(folder, shard) for shard in shards))
     manifest = {

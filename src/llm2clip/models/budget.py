@@ -28,8 +28,9 @@ def fastest_budget(encoder: CaptionEncoder, tokens: Tokens, precision: str = "fp
     """
     if len(tokens.ids) < WORTH_TRYING:
         return default_batch_tokens(encoder.device)
-    best, fastest = default_batch_tokens(encoder.device), 0.0
-    for budget in CPU_BUDGETS if encoder.device.type == "cpu" else GPU_BUDGETS:
+    budgets = CPU_BUDGETS if encoder.device.type == "cpu" else GPU_BUDGETS
+    best, fastest = budgets[0] // 2, 0.0  # where not even the first one fits
+    for budget in budgets:
         try:
             rate = tokens_per_second(encoder, tokens, budget, precision)
         except torch.OutOfMemoryError:

@@ -22,6 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PACKED = "packed"
+SHORT = 512  # tokens, up to which scores may lie in memory
 
 
 def packed(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def packed_attention(
             back = at[:, None] - at
             mask = (back >= 0) & (back < sliding_window) if is_causal else back.abs() <= sliding_window
             mask = mask[None, None]
-        if query.device.type == "cpu" and not kwargs.get("dropout"):
+        if query.device.type == "cpu" and length <= SHORT and not kwargs.get("dropout"):
             out = plain_attention(q, k, v, mask, is_causal, kwargs.get("scaling"))
         else:
             out, _ = sdpa_attention_forward(module, q, k, v, mask, is_causal=is_causal, **kwargs)
