@@ -52,7 +52,7 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> Path:
         encoder=EncoderRecipe(path=weights["smollm2-135m"], layers=12, max_length=128),
         # The English captions teach the LLM; it cannot yet tell what the foreign names have to do with them.
         tune=TuneRecipe(data=[f"{emoji / 'captions.jsonl'}@train"], steps=100, batch=48, checkpoint_every=20),
-        embed=EmbedRecipe(),
+        embed=EmbedRecipe(batch_tokens=1024),  # not tried: every run shall give the same picture
         align=AlignRecipe(
             tower=weights["efficientnet-lite0"],
             image_size=128,
