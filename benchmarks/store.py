@@ -30,7 +30,7 @@ from llm2clip.cpu import reuse_memory
 
 SHARD = 65536
 CAPTIONS = """
-import itertools, random, resource, sys, time
+import itertools, random, sys, time
 from pathlib import Path
 import numpy as np
 from llm2clip.cache.embed import filling
@@ -46,7 +46,8 @@ def captions():
         yield " and ".join(f"a {thing} of {rng.randrange(20)}" for thing in some)
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would be the parent's, too
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 def swept(items):
     return list(itertools.islice(items, 8192))
