@@ -61,7 +61,7 @@ def test_fit_leaves_what_it_promises(run: Path) -> None:
 
 def test_fit_runs_under_torchrun(pictures: Path, llm: Path, tmp_path: Path) -> None:
     """Two processes make one run, with the same command."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llm2clip.cli"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llm2clip"]
     halves = ["--tune.batch", "4", "--align.batch", "7", "--align.epochs", "2"]
     done = subprocess.run(
         [sys.executable, *launcher, *command(pictures, llm, tmp_path / "run"), *halves],
