@@ -30,10 +30,11 @@ from llm2clip.cpu import reuse_memory
 
 SHARD = 65536
 CAPTIONS = """
-import itertools, random, sys, time
+import random, sys, time
 from pathlib import Path
 import numpy as np
 from llm2clip.cache.embed import filling
+from llm2clip.cache.incoming import Incoming, groups
 from llm2clip.cache.store import EmbeddingStore
 
 count, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -49,23 +50,19 @@ def peak():
     status = Path("/proc/self/status").read_text()  # ru_maxrss would be the parent's, too
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
-def swept(items):
-    return list(itertools.islice(items, 8192))
-
 before, times = peak(), [time.perf_counter()]
 for _ in captions():
     pass
 times.append(time.perf_counter())
 with filling(captions(), folder, {"weights": "none"}, 1, "float16", 65536) as work:
     times.append(time.perf_counter())
-    from llm2clip.cache.incoming import Incoming
     incoming = Incoming(work.came)
     for number, part in work.parts:
         some = incoming[part]
         work.writer.write(number, some, [len(some)] * len(some), np.zeros((len(some), 1)))
 times.append(time.perf_counter())
-store, stream = EmbeddingStore(folder), captions()
-while some := swept(stream):
+store = EmbeddingStore(folder)
+for some in groups(captions(), 8192):
     store.rows(some)
 times.append(time.perf_counter())
 made, received, written, joined = (b - a for a, b in zip(times, times[1:]))

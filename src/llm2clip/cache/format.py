@@ -168,6 +168,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def kind_of(manifest: dict[str, Any]) -> Kind:
+    """What all shards of a manifest's store share."""
+    return manifest["identity"], manifest["width"], manifest["dtype"]
+
+
 def index_path(folder: Path, shards: Sequence[Shard]) -> Path:
     """The index of just these shards."""
     named = hashlib.sha256(repr([(s.number, s.rows, s.sha256) for s in shards]).encode())

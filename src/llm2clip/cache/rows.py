@@ -8,6 +8,7 @@ system is told that they come in no order. In both, rows go in the order of thei
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +50,7 @@ class Recent(Generic[T]):
             self.close(oldest)
 
 
-class Rows:
+class Rows(ABC):
     """Vectors of rows, in the order asked for. Subclasses read the numbers as they lie in a shard."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], width: int, dtype: str) -> None:
@@ -111,9 +112,9 @@ class Rows:
             out *= torch.from_numpy(scale[place])[:, None]
         return out.numpy()
 
+    @abstractmethod
     def _read(self, parts: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
         """Fill arrays (n, width) with rows of shards, both given with the shard's place among all."""
-        raise NotImplementedError
 
 
 class MappedRows(Rows):

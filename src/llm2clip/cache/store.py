@@ -27,6 +27,7 @@ from llm2clip.cache.format import (
     checksum,
     index_path,
     keys_of,
+    kind_of,
     read_keys,
     read_manifest,
     read_meta,
@@ -118,8 +119,7 @@ class EmbeddingStore:
         Raises:
             StoreError: naming the shards whose bytes are not those that were written, or the index.
         """
-        kind = self.manifest["identity"], self.width, self.manifest["dtype"]
-        if damaged := damaged_shards(self.folder, self.shards, kind, progress):
+        if damaged := damaged_shards(self.folder, self.shards, kind_of(self.manifest), progress):
             names = ", ".join(f"{n:05d}" for n in damaged)
             raise StoreError(f"{self.folder}: damaged shards {names}; `llm2clip store repair {self.folder}` drops them")
         index = index_path(self.folder, self.shards)

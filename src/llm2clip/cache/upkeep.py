@@ -19,6 +19,7 @@ from llm2clip.cache.format import (
     check_identity,
     embeddings_path,
     keys_path,
+    kind_of,
     read_keys,
     read_manifest,
     read_meta,
@@ -58,8 +59,7 @@ def repair(folder: str | Path, progress: bool = False) -> list[str]:
             except StoreError:
                 drop(keys_path(folder, number))
         try:
-            manifest = read_manifest(folder)
-            kind = manifest["identity"], manifest["width"], manifest["dtype"]
+            kind = kind_of(read_manifest(folder))
         except StoreError as error:
             if not kinds:
                 raise StoreError(f"nothing of {folder} is whole: delete it and run `llm2clip embed`") from error
@@ -96,9 +96,9 @@ def merge(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingStore:
         for name in ("width", "dtype"):
             if manifest[name] != manifests[0][name]:
                 raise StoreError(f"{folder} has {name} {manifest[name]}, {folders[0]} {manifests[0][name]}")
-    for folder, m in zip(folders, manifests, strict=True):
-        kind = m["identity"], m["width"], m["dtype"]
-        if damaged := damaged_shards(folder, read_shards(folder), kind):  # the manifest may not know of all
+    for folder, manifest in zip(folders, manifests, strict=True):
+        # All that lie there, of which the manifest may not know.
+        if damaged := damaged_shards(folder, read_shards(folder), kind_of(manifest)):
             raise StoreError(f"{folder}: damaged shards {damaged}; `llm2clip store repair {folder}` drops them")
     out.mkdir(parents=True, exist_ok=True)
     with alone(out):
