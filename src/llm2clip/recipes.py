@@ -147,32 +147,55 @@ class AlignRecipe:
     """Stage 2: a pretrained vision tower and a small adapter learn from the cached embeddings.
 
     Args:
-        tower: vision tower: a timm name, a hub id, a folder, or a name that `llm2clip` fetches: efficientnet-lite0.
+        tower: vision tower: a timm name, a hub id, a folder, or a name that `llm2clip` fetches: efficientnet-lite0,
+            efficientnet-lite2.
         pretrained: start from the tower's trained weights; false draws them at random.
         image_size: pixels; null is what the tower was trained with.
         width: of the shared space.
-        adapter_depth: blocks of the adapter.
-        adapter_expansion: hidden width of a block over its width.
+        adapter: text head: residual blocks as in the paper, or one gated layer (glu) as in SAIL.
+        adapter_depth: blocks of the residual adapter.
+        adapter_expansion: hidden width of a block, or of the gated layer, over its width.
         normalize_input: L2-normalise cached embeddings before the adapter, as the paper does.
-        epochs: passes over the images.
-        captions: captions of each image in a step, drawn at random without repetition; each is a contrastive loss of
-            its own on the same image vectors, so more of them cost next to nothing.
+        projection: image head: linear, as in the paper, or glu.
+        loss: infonce (CLIP's, and the paper's), sigmoid (SigLIP's), or cosine (LIFT's: positives only).
+        epochs: passes over the images; may be a part of one.
+        captions: captions of each image in a step, drawn at random without repetition; 0 is all of them. They are rows
+            of the store, so more of them cost next to nothing.
+        mix: how often a caption of a step is of each kind (captions, short_captions, long_captions); only the kinds
+            that an image has count.
         batch: images in a step on each device.
+        micro_batch: images in a forward pass. Gradients are still those of the whole batch, exactly (gradient caching),
+            for one more forward pass of the tower; null is `batch`, in one pass.
+        accumulate: batches whose gradients make one step; each has its own negatives.
         head_epochs: passes of the projection and the adapter alone, before the rest, over vectors that the tower gives
             as it is: each image goes through it once, so these passes take seconds.
         head_batch: images in a step of those.
-        lr: peak learning rate of the projection and the adapter.
+        cache_features: the same for all epochs, with `batch`: the tower stays as it is, its images uncropped.
         tower_lr: peak learning rate of the vision tower; 0 freezes it.
-        scale_lr: of the logit scale; null is `lr`.
+        lr: peak learning rate of the projection and the adapter.
+        projection_lr: of the projection, if it is to be another.
+        scale_lr: of the logit scale (and the sigmoid's bias); null is `lr`.
         layer_decay: each layer of the tower learns this much slower than the one above it.
+        train_layers: only the tower's last so many blocks and what follows them learn; null is all.
+        lora_r: rank of LoRA on the tower's linear layers, which alone learn there, with `tower_lr`; 0 is none. It is
+            merged into the weights at the end.
+        lora_alpha: scale of LoRA.
         weight_decay: of AdamW, on matrices only.
         warmup: share of the steps; then a cosine to zero.
-        long_share: share of captions taken from the long ones where an image has both.
+        max_grad_norm: gradients are clipped to this norm.
+        ema: decay of a running mean of the weights, such as 0.999, which is evaluated and saved in their place; 0 is
+            none.
         crop: smallest area share of RandomResizedCrop; 1 switches it off.
         hflip: mirror at random; off, since captions name left and right.
-        max_grad_norm: gradients are clipped to this norm.
+        augment: of the colours (color), or torchvision's randaugment or trivialaugment, after the crop.
         precision: fp32, bf16 or fp16; the logits are fp32 in all.
+        recompute: recompute the tower's activations in the backward pass (gradient checkpointing).
+        compile: run the tower through torch.compile.
         workers: processes that decode images.
+        evaluate_every: steps between evaluations on the held-out images; null is once an epoch, 0 never.
+        keep: which weights are the result: the last, or the best by the mean of I2T and T2I R@1 in those evaluations. The
+            best were chosen on these images, so figures on them are then a little too good.
+        track: where metrics go beside metrics.jsonl: tensorboard, wandb, trackio.
         checkpoint_every: steps between checkpoints.
         seed: of order, captions, crops and initial weights.
     """
@@ -181,26 +204,43 @@ class AlignRecipe:
     pretrained: bool = True
     image_size: int | None = None
     width: int = 512
+    adapter: Literal["residual", "glu"] = "residual"
     adapter_depth: int = 1
     adapter_expansion: int = 2
     normalize_input: bool = True
-    epochs: int = 4
+    projection: Literal["linear", "glu"] = "linear"
+    loss: Literal["infonce", "sigmoid", "cosine"] = "infonce"
+    epochs: float = 4
     captions: int = 4
+    mix: dict[str, float] = field(default_factory=lambda: {"captions": 1.0, "short_captions": 1.0, "long_captions": 1.0})
     batch: int = 128
+    micro_batch: int | None = None
+    accumulate: int = 1
     head_epochs: int = 0
     head_batch: int = 512
-    lr: float = 1e-3
+    cache_features: bool = False
     tower_lr: float = 1e-4
+    lr: float = 1e-3
+    projection_lr: float | None = None
     scale_lr: float | None = None
     layer_decay: float = 1.0
+    train_layers: int | None = None
+    lora_r: int = 0
+    lora_alpha: int = 32
     weight_decay: float = 0.05
     warmup: float = 0.1
-    long_share: float = 0.5
+    max_grad_norm: float = 5.0
+    ema: float = 0.0
     crop: float = 0.9
     hflip: bool = False
-    max_grad_norm: float = 5.0
+    augment: Literal["color", "randaugment", "trivialaugment"] | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    recompute: bool = False
+    compile: bool = False
     workers: int = 1
+    evaluate_every: int | None = None
+    keep: Literal["last", "best"] = "last"
+    track: list[str] = field(default_factory=lambda: ["tensorboard"])
     checkpoint_every: int = 50
     seed: int = 0
 
@@ -252,7 +292,10 @@ class RecipeChanged(ValueError):
 
 
 # What may differ when a run goes on: it changes how long the work takes, not what comes out.
-FREE = ("workers", "checkpoint_every", "batch_tokens", "shard_size", "max_skipped", "grad_cache", "recompute")
+FREE = (
+    *("workers", "checkpoint_every", "batch_tokens", "shard_size", "max_skipped", "grad_cache", "micro_batch"),
+    *("recompute", "compile", "track"),
+)
 
 
 # What the last stage leaves: until there is some of it, its settings may be mended without losing the others' work.
