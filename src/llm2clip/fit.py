@@ -7,7 +7,7 @@ A run folder holds everything a run made:
       skipped.jsonl          rows and images that could not be used, with file and row
       tune/                  encoder/ (the tuned caption encoder), metrics.jsonl, checkpoints/
       store/                 every caption's embedding
-      align/                 metrics.jsonl, checkpoints/
+      align/                 metrics.jsonl, evaluations.jsonl, logs/ (TensorBoard), checkpoints/, best/
       evaluate/              raw.json, tuned.json (CRA), untrained.json, trained.json (retrieval)
       model/                 the result
       report.md, curves.png
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.evaluate.captions import caption_accuracy
-from llm2clip.evaluate.model import evaluate_model
+from llm2clip.evaluate.model import evaluate_model, validator
 from llm2clip.evaluate.report import write_report
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text import CaptionEncoder
@@ -38,15 +38,12 @@ from llm2clip.split import read_data, tuning_sources
 from llm2clip.stages import begin, fill, new_model, open_encoder, readable
 from llm2clip.train.align import align
 from llm2clip.train.engine import read_metrics
-from llm2clip.train.sharding import asked
 from llm2clip.train.steps import check_batch
 from llm2clip.train.tune import tune
 
 
 def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
     """Tune, embed, align, evaluate; returns the model folder. See `llm2clip fit --help`."""
-    if asked():
-        raise ValueError("align does not share out weights: run `llm2clip tune` under --use_fsdp, and fit without it")
     state = processes()
     log = begin(out, {"data": list(data), **dataclasses.asdict(recipe)}, recipe.max_skipped)
     records = read_data(data, recipe.evaluate, recipe.columns, log)
@@ -55,7 +52,7 @@ def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
     captions = [r.captions for r in records.held_out["captions"]]
     # An LLM that is to be tuned in four bits is taken for one that the device cannot hold whole.
     measurable = sum(len(set(c)) > 1 for c in captions) > 1 and not recipe.tune.quantize
-    check_batch(sum(r.image is not None for r in records.train), recipe.align.batch * state.num_processes)
+    check_batch(sum(r.image is not None for r in records.train), recipe.align, state.num_processes)
     encoder_folder = out / "tune" / "encoder"
     untuned = not encoder_folder.exists()
     state.wait_for_everyone()  # all have looked before anyone tunes
@@ -96,7 +93,8 @@ def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
         if state.is_main_process and not (out / "align/checkpoints").exists():
             (out / "evaluate/untrained.json").unlink(missing_ok=True)  # align's settings may have been mended
         once(out / "evaluate/untrained.json", lambda: measure(model))
-        align(train, store, model, recipe.align, out / "align", log)
+        validate = validator(held_out, log, store, recipe.evaluate.batch)
+        model = align(train, store, model, recipe.align, out / "align", log, validate)
         if state.is_main_process:
             model.save_pretrained(model_folder, text_folder=encoder_folder)
         state.wait_for_everyone()

@@ -152,12 +152,13 @@ class AlignRecipe:
         pretrained: start from the tower's trained weights; false draws them at random.
         image_size: pixels; null is what the tower was trained with.
         width: of the shared space.
-        adapter: text head: residual blocks as in the paper, or one gated layer (glu) as in SAIL.
+        adapter: text head: residual blocks as in the paper, one gated layer (glu) as in SAIL, or none, which makes the
+            shared space that of the texts.
         adapter_depth: blocks of the residual adapter.
         adapter_expansion: hidden width of a block, or of the gated layer, over its width.
         normalize_input: L2-normalise cached embeddings before the adapter, as the paper does.
         projection: image head: linear, as in the paper, or glu.
-        loss: infonce (CLIP's, and the paper's), sigmoid (SigLIP's), or cosine (LIFT's: positives only).
+        loss: infonce (CLIP's, and the paper's), sigmoid (SigLIP's), or cosine (LIFT's: positives only, adapter none).
         epochs: passes over the images; may be a part of one.
         captions: captions of each image in a step, drawn at random without repetition; 0 is all of them. They are rows
             of the store, so more of them cost next to nothing.
@@ -193,8 +194,8 @@ class AlignRecipe:
         compile: run the tower through torch.compile.
         workers: processes that decode images.
         evaluate_every: steps between evaluations on the held-out images; null is once an epoch, 0 never.
-        keep: which weights are the result: the last, or the best by the mean of I2T and T2I R@1 in those evaluations. The
-            best were chosen on these images, so figures on them are then a little too good.
+        keep: which weights are the result: the last, or the best by the mean of I2T and T2I R@1 in those evaluations.
+            The best were chosen on these images, so figures on them are then a little too good.
         track: where metrics go beside metrics.jsonl: tensorboard, wandb, trackio.
         checkpoint_every: steps between checkpoints.
         seed: of order, captions, crops and initial weights.
@@ -204,7 +205,7 @@ class AlignRecipe:
     pretrained: bool = True
     image_size: int | None = None
     width: int = 512
-    adapter: Literal["residual", "glu"] = "residual"
+    adapter: Literal["residual", "glu", "none"] = "residual"
     adapter_depth: int = 1
     adapter_expansion: int = 2
     normalize_input: bool = True
@@ -212,7 +213,7 @@ class AlignRecipe:
     loss: Literal["infonce", "sigmoid", "cosine"] = "infonce"
     epochs: float = 4
     captions: int = 4
-    mix: dict[str, float] = field(default_factory=lambda: {"captions": 1.0, "short_captions": 1.0, "long_captions": 1.0})
+    mix: dict[str, float] = field(default_factory=lambda: {"captions": 1, "short_captions": 1, "long_captions": 1})
     batch: int = 128
     micro_batch: int | None = None
     accumulate: int = 1
@@ -269,7 +270,7 @@ class FitRecipe:
     """The whole path: tune, embed, align, evaluate.
 
     Args:
-        columns: our field (id, image, captions, long_captions, split) to the source's column.
+        columns: our field (id, image, captions, short_captions, long_captions, split) to the source's column.
         max_skipped: largest share of bad rows that is put up with.
         encoder: the caption encoder.
         tune: stage 1.

@@ -12,7 +12,7 @@ from typing import Any
 
 from llm2clip.data.captions import unique
 from llm2clip.data.pairs import Captions, Item, can_pair
-from llm2clip.data.records import Images, Record, Source, open_records
+from llm2clip.data.records import KINDS, Images, Record, Source, open_records
 from llm2clip.data.skips import SkipLog
 from llm2clip.data.text_pairs import open_pairs
 from llm2clip.processes import say
@@ -77,11 +77,10 @@ def read(
         key = record.image.key if record.image is not None else n
         if key in found:
             source, first = found[key]
-            record = dataclasses.replace(
-                first,
-                captions=tuple(unique([*first.captions, *record.captions])),
-                long_captions=tuple(unique([*first.long_captions, *record.long_captions])),
-            )
+            texts: dict[str, Any] = {
+                kind: tuple(unique([*getattr(first, kind), *getattr(record, kind)])) for kind in KINDS
+            }
+            record = dataclasses.replace(first, **texts)
         found[key] = source, record
     return list(found.values())
 
@@ -103,15 +102,21 @@ def _by_field(
     """Held-out records by the kind of their captions: captions, long_captions, and the columns named."""
     records = [r for _, r in held]
     fields = {"captions": [r for r in records if r.captions]}
-    if any(r.long_captions for r in records):
-        fields["long_captions"] = [dataclasses.replace(r, captions=r.long_captions, long_captions=()) for r in records]
+    for kind in KINDS[1:]:
+        if any(getattr(r, kind) for r in records):
+            fields[kind] = [only(r, getattr(r, kind)) for r in records]
     images = {r.image.key for r in records if r.image is not None}
     sources = [Source(path, splits) for path, splits in dict.fromkeys((s.path, s.splits) for s, _ in held)]
     for name in names:
         quiet = SkipLog(limit=1.0)  # a row without a caption in this language is no fault of the row
-        of_name = read(sources, {**columns, "captions": name, "long_captions": ""}, quiet, images="exists")
+        of_name = read(sources, {**columns, **dict.fromkeys(KINDS, ""), "captions": name}, quiet, images="exists")
         fields[name] = [r for _, r in of_name if r.image is not None and r.image.key in images]
     return fields
+
+
+def only(record: Record, captions: tuple[str, ...]) -> Record:
+    """The record with these captions and no others."""
+    return dataclasses.replace(record, captions=captions, short_captions=(), long_captions=())
 
 
 def tuning_sources(data: Data, recipe: TuneRecipe, columns: dict[str, str], log: SkipLog) -> list[list[Item]]:
@@ -137,7 +142,7 @@ def tuning_sources(data: Data, recipe: TuneRecipe, columns: dict[str, str], log:
         barred |= {_comparable(r.id, recipe.exclude_id) for f in data.held_out.values() for r in f}
     allowed: list[list[Item]] = [
         [
-            Captions(r.captions, r.long_captions)
+            Captions(r.captions + r.short_captions, r.long_captions)
             for r in records
             if not barred or _comparable(r.id, recipe.exclude_id) not in barred
         ]

@@ -17,10 +17,10 @@ from llm2clip.cache.format import check_identity
 from llm2clip.cache.ray_engine import embed_with_ray
 from llm2clip.cache.store import EmbeddingStore, refused_captions
 from llm2clip.cache.upkeep import merge, repair
-from llm2clip.data.records import Record, Source
+from llm2clip.data.records import KINDS, Record, Source
 from llm2clip.data.skips import SkipLog
 from llm2clip.evaluate.captions import TextEncoder, caption_accuracy
-from llm2clip.evaluate.model import evaluate_model
+from llm2clip.evaluate.model import evaluate_model, validator
 from llm2clip.evaluate.report import KS, captions_report, table
 from llm2clip.models.clip_text import ClipText, clip_text, has_text_tower
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
@@ -31,7 +31,6 @@ from llm2clip.quickstart.assets import resolve
 from llm2clip.recipes import AlignRecipe, EmbedRecipe, EncoderRecipe, EvaluateRecipe, TuneRecipe, keep
 from llm2clip.split import Data, read, read_data, stream, tuning_sources
 from llm2clip.train.align import align
-from llm2clip.train.sharding import asked
 from llm2clip.train.tune import tune
 
 
@@ -79,10 +78,9 @@ def align_stage(
     recipe: AlignRecipe,
     columns: dict[str, str],
     max_skipped: float,
+    held_out: Sequence[str] = (),
 ) -> Path:
-    """`llm2clip align`: the trained model folder, `out/model`."""
-    if asked():
-        raise ValueError("align does not share out weights: run it without --use_fsdp")
+    """`llm2clip align`: the trained model folder, `out/model`. The captions of `held_out` must be in the store, too."""
     settings = {"data": list(data), "columns": columns, "store": store_folder, "encoder": encoder, "align": recipe}
     log = begin(out, settings, max_skipped)
     folder = out / "model"
@@ -94,9 +92,16 @@ def align_stage(
     text = open_encoder(encoder)
     check_identity(store.manifest["identity"], text.identity(store.manifest["identity"]["precision"]), store_folder)
     records = [r for _, r in read(data, columns, log)]
+    apart = {r.image.key for _, r in read(held_out, columns, log) if r.image is not None}
+    tested = read_data([], EvaluateRecipe(data=list(held_out)), columns, log).held_out if held_out else {}
+    if leaked := sum(r.image is not None and r.image.key in apart for r in records):
+        records = [r for r in records if r.image is None or r.image.key not in apart]
+        say(f"{leaked:,} images left out of training since they are held out")
     say(log.summary())
     text.to("cpu")  # only its folder is wanted from here on
-    model = align(readable(records, store), store, new_model(recipe, store), recipe, out, log)
+    fields = {name: readable(some, store) for name, some in tested.items()}
+    validate = validator(fields, log, store) if fields else None
+    model = align(readable(records, store), store, new_model(recipe, store), recipe, out, log, validate)
     if processes().is_main_process:
         model.save_pretrained(folder, encoder=text)
     return folder
@@ -207,8 +212,11 @@ def readable(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
     def left(captions: Sequence[str]) -> tuple[str, ...]:
         return tuple(c for c in captions if c not in refused)
 
-    fewer = (dataclasses.replace(r, captions=left(r.captions), long_captions=left(r.long_captions)) for r in records)
-    return [r for r in fewer if r.texts]
+    def without(record: Record) -> Record:
+        texts: dict[str, Any] = {kind: left(getattr(record, kind)) for kind in KINDS}
+        return dataclasses.replace(record, **texts)
+
+    return [r for r in map(without, records) if r.texts]
 
 
 def open_encoder(recipe: EncoderRecipe, tuning: TuneRecipe | None = None) -> CaptionEncoder:
@@ -238,10 +246,13 @@ def new_model(recipe: AlignRecipe, store: EmbeddingStore) -> LLM2CLIP:
     config = LLM2CLIPConfig(
         tower=tower.config,
         text_width=store.width,
-        width=recipe.width,
+        width=store.width if recipe.adapter == "none" else recipe.width,
+        adapter=recipe.adapter,
         adapter_depth=recipe.adapter_depth,
         adapter_expansion=recipe.adapter_expansion,
         normalize_input=recipe.normalize_input,
+        projection=recipe.projection,
+        logit_bias=recipe.loss == "sigmoid",
         encoder=store.manifest["identity"],
     )
     return LLM2CLIP(config, tower).to(processes().device)

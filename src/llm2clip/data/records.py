@@ -34,9 +34,11 @@ NAMES = {  # what our fields are commonly called; the first that is there is tak
     "id": ("id", "image_id", "__key__"),
     "image": ("image", "filepath", "file_name", "filename", "path", "img", "image_path"),
     "captions": ("captions", "caption", "text", "texts", "title", "sentences", "sentence", "txt"),
+    "short_captions": ("short_captions", "short_caption"),
     "long_captions": ("long_captions", "long_caption"),
     "split": ("split",),
 }
+KINDS = ("captions", "short_captions", "long_captions")  # of texts: as they came; and written anew, short and long
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +48,21 @@ class Record:
     id: str
     image: ImageRef | None
     captions: tuple[str, ...]
+    short_captions: tuple[str, ...] = ()
     long_captions: tuple[str, ...] = ()
     split: str | None = None
 
     @property
     def texts(self) -> tuple[str, ...]:
-        return self.captions + self.long_captions
+        return self.captions + self.short_captions + self.long_captions
 
 
 @dataclass(frozen=True)
 class Source:
     """What to read: a path (or pattern, or hf:NAME), which splits of it (empty: all), and how its columns are called.
 
-    columns: our field (id, image, captions, long_captions, split) to the source's column; "" leaves a field out.
+    columns: our field (id, image, captions, short_captions, long_captions, split) to the source's column; "" leaves a
+    field out.
     """
 
     path: str
@@ -132,6 +136,7 @@ class _Row:
     id: str | None
     image: Held | None
     captions: tuple[str, ...]
+    short_captions: tuple[str, ...]
     long_captions: tuple[str, ...]
     split: str | None
 
@@ -186,7 +191,7 @@ class _Opening:
         if key not in self._chosen:
             self.met |= dict.fromkeys(names)
             chosen = self._chosen[key] = self.choose_some(key)
-            self.texts_met |= bool(chosen.keys() & {"captions", "long_captions"})
+            self.texts_met |= bool(chosen.keys() & {*KINDS})
             self.check_columns(file)
         return self._chosen[key]
 
@@ -207,7 +212,7 @@ class _Opening:
         if key not in self._chosen:  # rows have few shapes
             self.met |= dict.fromkeys(names)
             chosen = self._chosen[key] = self.choose_some(names) | self.choose_some(filled)
-            self.texts_met |= bool(chosen.keys() & {"captions", "long_captions"})
+            self.texts_met |= bool(chosen.keys() & {*KINDS})
         return self._chosen[key]
 
     def check_columns(self, file: str = "") -> None:
@@ -245,6 +250,7 @@ class _Opening:
                     _name(values, "id"),
                     _reference(values.get("image"), file, self.images),
                     self.strings(file, number, values.get("captions"), lists),
+                    self.strings(file, number, values.get("short_captions") or None, lists),
                     self.strings(file, number, values.get("long_captions") or None, lists),
                     split,
                 )
@@ -277,7 +283,7 @@ class _Opening:
 
     def record(self, row: _Row) -> Record:
         image = row.image.ref if row.image else None
-        if not row.captions + row.long_captions:
+        if not any(getattr(row, kind) for kind in KINDS):
             raise _Skip("no caption", image or row.id or "")
         if row.image is not None and self.images != "ignore":
             _check_image(row.image, self.images)
@@ -285,7 +291,7 @@ class _Opening:
             image = None
         stem = os.path.splitext(os.path.basename(row.image.name or ""))[0] if row.image else ""
         identity = row.id or stem or f"{os.path.basename(row.file).split('.')[0]}:{row.row}"
-        return Record(identity, image, row.captions, row.long_captions, row.split)
+        return Record(identity, image, row.captions, row.short_captions, row.long_captions, row.split)
 
 
 def _grouped(rows: Iterable[_Row]) -> Iterator[_Row]:
@@ -296,9 +302,10 @@ def _grouped(rows: Iterable[_Row]) -> Iterator[_Row]:
         key = (row.image is None, name, row.split) if name else (row.file, row.row)
         groups.setdefault(key, []).append(row)
     for first, *others in groups.values():
-        captions = sum((row.captions for row in others), first.captions)
-        long_captions = sum((row.long_captions for row in others), first.long_captions)
-        yield replace(first, captions=captions, long_captions=long_captions)
+        texts: dict[str, Any] = {
+            kind: sum((getattr(row, kind) for row in others), getattr(first, kind)) for kind in KINDS
+        }
+        yield replace(first, **texts)
 
 
 def _null(value: object) -> bool:

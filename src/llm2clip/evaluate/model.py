@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def image_vectors(
             except (ImageError, OSError) as error:
                 log.skip(str(record.image), 0, "undecodable image", error)
         if pixels and (len(pixels) == batch or i == len(records) - 1):
-            vectors, _, _ = model(pixels=torch.stack(pixels).to(model.device))
+            vectors, *_ = model(pixels=torch.stack(pixels).to(model.device))
             assert vectors is not None
             parts.append(vectors.cpu())
             pixels = []
@@ -57,6 +57,7 @@ def evaluate_model(
     log: SkipLog,
     store: EmbeddingStore | None = None,
     batch: int = 64,
+    progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Retrieval on each kind of caption.
 
@@ -67,6 +68,7 @@ def evaluate_model(
         log: where unreadable images go.
         store: of the captions' embeddings.
         batch: images in a forward pass.
+        progress: show a bar.
 
     Returns:
         A row a kind: its name, numbers of images and texts, and what `retrieval` returns.
@@ -75,7 +77,7 @@ def evaluate_model(
         ValueError: there is nothing to measure.
     """
     pictured = list({r.image.key: r for f in fields.values() for r in f if r.image is not None}.values())
-    vectors, kept = image_vectors(model, pictured, log, batch)
+    vectors, kept = image_vectors(model, pictured, log, batch, progress)
     of = {r.image.key: n for n, r in enumerate(pictured[i] for i in kept) if r.image is not None}
     rows = []
     for name, records in fields.items():
@@ -90,3 +92,17 @@ def evaluate_model(
     if not rows:
         raise ValueError("no held-out image has a caption: there is nothing to measure")
     return rows
+
+
+def validator(
+    fields: Mapping[str, Sequence[Record]], log: SkipLog, store: EmbeddingStore, batch: int = 64
+) -> Callable[[LLM2CLIP], dict[str, float]]:
+    """What to measure while training: R@1 of each kind of caption both ways, and as `score` the mean of the first kind's
+    two. Arguments as in `evaluate_model`."""
+
+    def measure(model: LLM2CLIP) -> dict[str, float]:
+        rows = evaluate_model(model, fields, log, store, batch, progress=False)
+        figures = {f"{row['captions']} {way} R@1": row[way]["R@1"] for row in rows for way in ("I2T", "T2I")}
+        return {"score": sum(list(figures.values())[:2]) / 2, **figures}
+
+    return measure

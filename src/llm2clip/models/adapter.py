@@ -1,4 +1,8 @@
-"""The adapter: from the caption encoder's width to the shared width (arXiv 2411.04997, section 3.3)."""
+"""The heads: what takes a caption's embedding, and an image's feature, to the shared space.
+
+The paper's (arXiv 2411.04997, section 3.3) are a residual adapter for texts and a linear projection for images. A gated
+layer in place of either is SAIL's (arXiv 2412.04616).
+"""
 
 from __future__ import annotations
 
@@ -38,3 +42,20 @@ class Adapter(nn.Module):
     def forward(self, embeddings: Tensor) -> Tensor:
         x = F.normalize(embeddings, dim=-1) if self.normalize_input else embeddings
         return self.out(self.norm(self.blocks(x)))
+
+
+class GatedLayer(nn.Module):
+    """L2-normalise (optional) -> LayerNorm -> Linear(ReLU6(Linear(x)) * Linear(x)). (N, in_width) to (N, width), the
+    hidden layer `expansion` times as wide as the input."""
+
+    def __init__(self, in_width: int, width: int, expansion: int = 2, normalize_input: bool = False) -> None:
+        super().__init__()
+        self.normalize_input = normalize_input
+        self.norm = nn.LayerNorm(in_width)
+        self.gate = nn.Linear(in_width, expansion * in_width)
+        self.up = nn.Linear(in_width, expansion * in_width)
+        self.out = nn.Linear(expansion * in_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(F.normalize(x, dim=-1) if self.normalize_input else x)
+        return self.out(F.relu6(self.gate(x)) * self.up(x))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from llm2clip.cpu import quick_products
 from llm2clip.data.images import EvalTransform, load
-from llm2clip.models.adapter import Adapter
+from llm2clip.models.adapter import Adapter, GatedLayer
 from llm2clip.models.text import CaptionEncoder, fingerprint
 from llm2clip.models.vision import VisionTower
 
@@ -34,16 +34,24 @@ class LLM2CLIPConfig:
         tower: the vision tower's own config (`VisionTower.config`).
         text_width: width of the caption encoder's vectors.
         width: of the shared space.
-        adapter_depth, adapter_expansion, normalize_input: as in `Adapter`.
+        adapter: of texts, "residual" (`Adapter`), "glu" (`GatedLayer`), or "none": their embeddings as they are.
+        adapter_depth, adapter_expansion, normalize_input: as in `Adapter`; the expansion is that of gated layers, too.
+        projection: of images, "linear" or "glu".
+        projection_bias: a linear projection adds one.
+        logit_bias: there is a bias on the logits, as the sigmoid loss wants.
         encoder: identity of the caption encoder whose embeddings the adapter was trained on.
     """
 
     tower: dict[str, Any]
     text_width: int
     width: int = 1280
+    adapter: str = "residual"
     adapter_depth: int = 4
     adapter_expansion: int = 2
     normalize_input: bool = True
+    projection: str = "linear"
+    projection_bias: bool = False
+    logit_bias: bool = False
     encoder: dict[str, Any] = field(default_factory=dict)
 
 
@@ -58,31 +66,34 @@ class LLM2CLIP(nn.Module):
         super().__init__()
         self.config = config
         self.tower = tower
-        self.projection = nn.Linear(tower.width, config.width, bias=False)
-        nn.init.normal_(self.projection.weight, std=tower.width**-0.5)
-        self.adapter = Adapter(
-            config.text_width, config.width, config.adapter_depth, config.adapter_expansion, config.normalize_input
-        )
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.projection = _projection(config, tower.width)
+        self.adapter = _adapter(config)
+        # Of one number and not of none, so that it can be shared out over processes.
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(10 if config.logit_bias else 1 / 0.07)]))
+        self.logit_bias = nn.Parameter(torch.tensor([-10.0])) if config.logit_bias else None
         self._encoder = [encoder] if encoder is not None else []  # in a list, so that its weights are not ours
         self._text_folder: Path | None = None
 
     def forward(
-        self, pixels: Tensor | None = None, embeddings: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        self, pixels: Tensor | None = None, embeddings: Tensor | None = None, features: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
         """Either side or both.
 
         Args:
             pixels: (N, 3, S, S) uint8.
             embeddings: (M, text_width) floats of the caption encoder.
+            features: (N, tower.width) floats, what the tower gave for some pixels, in their place.
 
         Returns:
             Image vectors (N, width) and text vectors (M, width), L2-normalised float32, None for a side that was not
-            given; and the factor on their cosines, a float32 scalar of at most 100.
+            given; the factor on their cosines, at most 100, and the bias of their logits, float32 scalars.
         """
-        image = F.normalize(self.projection(self.tower(pixels)).float(), dim=-1) if pixels is not None else None
+        if pixels is not None:
+            features = self.tower(pixels)
+        image = F.normalize(self.projection(features).float(), dim=-1) if features is not None else None
         text = F.normalize(self.adapter(embeddings).float(), dim=-1) if embeddings is not None else None
-        return image, text, self.logit_scale.float().exp().clamp(max=MAX_SCALE)
+        scale = self.logit_scale.float().exp().clamp(max=MAX_SCALE)[0]
+        return image, text, scale, scale.new_zeros(()) if self.logit_bias is None else self.logit_bias.float()[0]
 
     @torch.no_grad()
     def clamp_scale(self) -> None:
@@ -130,7 +141,7 @@ class LLM2CLIP(nn.Module):
         parts = [torch.empty(0, self.config.width)]
         for start in range(0, len(items), batch):
             pixels = torch.stack([transform(load(i)) for i in items[start : start + batch]])
-            vectors, _, _ = self(pixels=pixels.to(self.device))
+            vectors, *_ = self(pixels=pixels.to(self.device))
             parts.append(vectors.cpu())
         return torch.cat(parts)
 
@@ -144,7 +155,7 @@ class LLM2CLIP(nn.Module):
     def embeddings_to_text(self, embeddings: Tensor) -> Tensor:
         """Cached embeddings (N, text_width) to text vectors (N, width) float32, L2-normalised, on the CPU."""
         self.eval()
-        _, text, _ = self(embeddings=embeddings.to(self.device))
+        _, text, *_ = self(embeddings=embeddings.to(self.device))
         assert text is not None
         return text.cpu()
 
@@ -212,6 +223,28 @@ class LLM2CLIP(nn.Module):
         model.load_state_dict(load_file(folder / "model.safetensors"))
         model._text_folder = folder / "text"
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def _projection(config: LLM2CLIPConfig, tower_width: int) -> nn.Module:
+    if config.projection == "glu":
+        return GatedLayer(tower_width, config.width, config.adapter_expansion)
+    linear = nn.Linear(tower_width, config.width, bias=config.projection_bias)
+    nn.init.normal_(linear.weight, std=tower_width**-0.5)
+    return linear
+
+
+def _adapter(config: LLM2CLIPConfig) -> nn.Module:
+    if config.adapter == "glu":
+        return GatedLayer(config.text_width, config.width, config.adapter_expansion, config.normalize_input)
+    if config.adapter == "none":
+        if config.text_width != config.width:
+            raise ValueError(
+                f"without an adapter the shared width is the texts', {config.text_width}, not {config.width}"
+            )
+        return nn.Identity()
+    return Adapter(
+        config.text_width, config.width, config.adapter_depth, config.adapter_expansion, config.normalize_input
+    )
 
 
 def _download(name: str) -> Path:

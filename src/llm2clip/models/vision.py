@@ -39,6 +39,8 @@ _TYPES = {
     "dinov3_vit": Preprocess(224, "squash", 1.0, "bilinear", *_IMAGENET),
 }
 _VISION_HALF = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+# Where the blocks are: timm's transformers and EfficientNets, ConvNeXt and its kin, ResNets; transformers' ViTs.
+_BLOCK = re.compile(r"(?:blocks\.(?:\d+\.)+|stages\.\d+\.blocks\.\d+\.|layer[1-4]\.\d+\.|layers?\.\d+\.)")
 _INTERPOLATES_ON_REQUEST = ("clip_vision_model", "siglip_vision_model")  # the others do it by themselves
 
 
@@ -153,6 +155,16 @@ class VisionTower(nn.Module):
         else:
             depths = _hf_depths([name for name, _ in self.backbone.named_parameters()])
         return {f"backbone.{name}": depth for name, depth in depths.items()}
+
+    def in_blocks(self, name: str) -> bool:
+        """Whether a module of the backbone, by its name there, is inside the blocks that repeat, and not in the stem or
+        in what comes after them."""
+        return _BLOCK.search(name) is not None
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks that repeat, from the input to the output; none where the architecture has no such list."""
+        found = ((_BLOCK.search(f"{name}."), name, m) for name, m in self.backbone.named_modules())
+        return [m for at, name, m in found if at and at.end() > len(name) and not isinstance(m, nn.Sequential)]
 
     @property
     def num_layers(self) -> int:

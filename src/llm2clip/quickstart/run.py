@@ -60,7 +60,7 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> Path:
             epochs=12,
             batch=96,
             tower_lr=5e-4,
-            long_share=0.2,
+            mix={"captions": 4, "long_captions": 1},
             checkpoint_every=50,
         ),
         evaluate=EvaluateRecipe(fields=[f"captions_{code}" for code in LANGUAGES]),

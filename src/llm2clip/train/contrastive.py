@@ -1,14 +1,11 @@
 """Tune's loss: pairs of texts through the caption encoder in batches of similar length, then InfoNCE over all of them.
 
 A caption has 12 tokens or 200: padding a whole batch to its longest wastes half the compute, so texts are sorted by
-length and go through in batches of a token budget. With gradient caching (GradCache, arXiv 2101.06983) those batches
-are forgotten after the forward pass and done again, one at a time, for the backward pass: memory is that of one of
-them whatever the number of pairs, gradients are the same, and the price is one more forward pass.
+length and go through in batches of a token budget; with gradient caching, one of them is in memory at a time.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +18,8 @@ from torch import Tensor, nn
 from llm2clip.data.captions import text_id
 from llm2clip.models.batches import Tokens
 from llm2clip.models.text import CaptionEncoder
-from llm2clip.train.losses import pair_loss
+from llm2clip.train.gather import Ragged
+from llm2clip.train.grad_cache import cached
 from llm2clip.train.sharding import spare_passes
 
 
@@ -80,7 +78,8 @@ class PairLoss(nn.Module):
             return self._of_vectors(vectors[back], batch["pairs"], batch["names"].to(vectors.device))
 
         if self.grad_cache and torch.is_grad_enabled():
-            return self._cached(passes, loss)
+            parts = [lambda run=run: (run(),) for _, run in passes]
+            return cached(parts, loss, self.model, self._encoder[0].device)
         return loss(torch.cat([run() for _, run in passes]))
 
     def _passes(self, tokens: list[list[int]], unpooled: list[int]) -> Iterator[tuple[list[int], Callable[[], Tensor]]]:
@@ -103,40 +102,52 @@ class PairLoss(nn.Module):
             losses.append(pair_loss(first, second, self.scale, names, negatives, self.symmetric))
         return torch.stack(losses).mean()
 
-    def _cached(
-        self, passes: Sequence[tuple[list[int], Callable[[], Tensor]]], loss: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """The loss, whose backward pass runs the encoder again on each part."""
-        states, parts = [], []
-        with torch.no_grad():
-            for _, run in passes:
-                states.append(_random_state(self._encoder[0].device))
-                parts.append(run())
-        vectors = torch.cat(parts).requires_grad_()
-        value = loss(vectors)
-        value.backward()
-        assert vectors.grad is not None
-        gradients = vectors.grad.split([len(part) for part in parts])
 
-        def again(upstream: Tensor) -> None:
-            after = _random_state(self._encoder[0].device)
-            for n, ((_, run), state, gradient) in enumerate(zip(passes, states, gradients, strict=True)):
-                apart = n < len(passes) - 1 and isinstance(self.model, nn.parallel.DistributedDataParallel)
-                with torch.enable_grad(), self.model.no_sync() if apart else contextlib.nullcontext():
-                    _set_random_state(state)  # the same dropout as before
-                    (run() * gradient * upstream).sum().backward()
-            _set_random_state(after)
+def pair_loss(
+    first: Tensor,
+    second: Tensor,
+    scale: float,
+    ids: Tensor,
+    negatives: Tensor | None = None,
+    symmetric: bool = True,
+    gather: bool = True,
+) -> Tensor:
+    """InfoNCE over pairs of texts: each first text finds its second among all second texts and all known negatives.
 
-        value = value.detach().requires_grad_()
-        value.register_hook(again)
-        return value
+    No text counts against itself: a candidate with the text of the query or of its answer is left out. In a distributed
+    run the candidates of all processes are gathered with gradients; averaged over processes, as DDP does, the gradients
+    are those of one process with the whole batch.
 
+    Args:
+        first, second: (N, D) of this process, L2-normalised; row i of both is a pair; N is the same everywhere.
+        scale: factor on the cosines, 1 / temperature.
+        ids: (2 N + M,) int64 naming the texts of `first`, `second` and `negatives`.
+        negatives: (M, D) known wrong answers, of any of the queries; M may differ among processes.
+        symmetric: each second text must find its first, too; the negatives have no part in that.
+        gather: take the candidates of all processes, which then must all call this.
 
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    Returns:
+        float32 scalar: mean over this process's pairs, and over both directions if symmetric.
+    """
+    n = len(first)
+    if negatives is None:
+        negatives = first[:0]
+    first, second, negatives = (x.float() for x in (first, second, negatives))
+    first_ids, second_ids, wrong_ids = ids[:n], ids[n : 2 * n], ids[2 * n :]
+    pairs, others = Ragged(n, first.device, gather), Ragged(len(negatives), first.device, gather)
+    firsts, seconds = pairs.all(first, gradients=True), pairs.all(second, gradients=True)
+    wrong = others.all(negatives, gradients=True)
+    firsts_ids, seconds_ids, wrong_ids = pairs.all(first_ids), pairs.all(second_ids), others.all(wrong_ids)
+    target = torch.arange(n, device=first.device) + pairs.first
 
+    def direction(queries: Tensor, asked: Tensor, answers: Tensor, items: Tensor, items_ids: Tensor) -> Tensor:
+        same = (items_ids[None, :] == asked[:, None]) | (items_ids[None, :] == answers[:, None])
+        logits = scale * queries @ items.T
+        return F.cross_entropy(logits.masked_fill(same.scatter(1, target[:, None], False), -torch.inf), target)
 
-def _set_random_state(state: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1])
+    with torch.autocast(first.device.type, enabled=False):
+        candidates, candidate_ids = torch.cat([seconds, wrong]), torch.cat([seconds_ids, wrong_ids])
+        loss = direction(first, first_ids, second_ids, candidates, candidate_ids)
+        if symmetric:
+            loss = (loss + direction(second, second_ids, first_ids, firsts, firsts_ids)) / 2
+    return loss

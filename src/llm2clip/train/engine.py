@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,27 @@ def use_precision(precision: str) -> str:
     os.environ["ACCELERATE_MIXED_PRECISION"] = name
     AcceleratorState._reset_state()
     return name
+
+
+def trackers(names: list[str], folder: Path) -> tuple[list[str], dict[str, Any]]:
+    """Accelerate's names of trackers, and their options for a run in `folder` that may be gone on with.
+
+    Raises:
+        ValueError: there is no such tracker.
+        ImportError: its package is missing.
+    """
+    run = digest([str(folder.resolve())])
+    options: dict[str, Any] = {
+        "tensorboard": {},
+        "wandb": {"id": run, "resume": "allow"},
+        "trackio": {"name": f"{folder.parent.name}-{run}", "resume": "allow"},
+    }
+    for name in names:
+        if name not in options:
+            raise ValueError(f"--align.track knows {', '.join(options)}, not {name!r}")
+        if find_spec(name) is None:
+            raise ModuleNotFoundError(f"--align.track {name} needs the package {name}: pip install {name}")
+    return names, {name: options[name] for name in names}
 
 
 def digest(texts: Iterable[str]) -> str:

@@ -1,142 +1,285 @@
-"""Contrastive losses on L2-normalised vectors. Logits are float32 whatever the precision of training."""
+"""Contrastive losses between images and the texts of a step, exact for any batch and any number of processes.
+
+An image may have several texts, of any number; a text that several images have is no negative of any of them. Each
+image weighs the same, and each of its texts the same part of that. Logits are float32 whatever the precision.
+
+The matrix of all logits is never there. It is made strip by strip, some images against all texts, once for the loss
+and once more for its gradient, which is written out by hand: memory grows with the batch and not with its square, and
+four products of matrices are done where automatic differentiation does six. Among processes the vectors are gathered
+without gradients and the sums of exponentials exchanged, after which each process's gradient is its own affair.
+
+Averaged over processes, as DistributedDataParallel does, values and gradients are those of one process with the whole
+batch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip.processes import joined
+from llm2clip.train.gather import Ragged
+
+STRIP = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits in a strip: what stays in a CPU's cache; 256 MB
 
 
 def info_nce(
-    image: Tensor, text: Tensor, scale: Tensor | float, ids: Tensor | None = None, gather: bool = True
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor | float,
+    owner: Tensor | None = None,
+    ids: Tensor | None = None,
+    gather: bool = True,
 ) -> Tensor:
-    """Symmetric InfoNCE (CLIP, arXiv 2103.00020): each image finds its text and each text its image.
+    """Symmetric InfoNCE (CLIP, arXiv 2103.00020), with any number of texts an image.
 
-    In a distributed run the negatives of all processes are gathered with gradients; averaged over processes, as DDP
-    does, the gradients are those of one process with the whole batch.
+    Each text of an image must be found by the image among the texts of all other images, the image's other texts being
+    no candidates; and each text must find its image among all images. With one text an image this is CLIP's loss.
 
     Args:
-        image: (N, D) of this process.
-        text: (N, D), row i belongs to image i.
+        image: (N, D), L2-normalised.
+        text: (M, D), L2-normalised.
         scale: factor on the cosines, 1 / temperature.
-        ids: (N,) integers naming the texts; equal texts are never each other's negatives.
+        owner: int64 (M,), ascending: the image of each text; every image has one. None: text i is image i's.
+        ids: int64 (M,) naming the texts; equal ones are one text. None: all differ.
         gather: take the negatives of all processes, which then must all call this.
 
     Returns:
-        float32 scalar: mean over this process's rows and both directions.
+        float32 scalar, the mean of both directions over this process's images.
     """
-    image, text = image.float(), text.float()
-    all_image, all_text, all_ids = image, text, ids
-    first = 0
-    if gather and joined():
-        all_image, all_text = _gathered(image), _gathered(text)
-        first = dist.get_rank() * len(image)
-        if ids is not None:
-            all_ids = _gathered_ids(ids)
-    target = torch.arange(first, first + len(image), device=image.device)
-    with torch.autocast(image.device.type, enabled=False):
-        same = ids[:, None] == all_ids[None, :] if ids is not None and all_ids is not None else None
-        to_text = _find(image, all_text, scale, target, same)
-        return (to_text + _find(text, all_image, scale, target, same)) / 2
+    return _apply(_InfoNCE, image, text, scale, owner, ids, gather)
 
 
-def info_nce_over_captions(
-    image: Tensor, text: Tensor, scale: Tensor | float, ids: Tensor, gather: bool = True
-) -> Tensor:
-    """The mean of `info_nce` over several captions of each image, each against the same image vectors.
-
-    Args:
-        image: (N, D).
-        text: (K * N, D), the K-th captions of all images together.
-        scale, gather: as in `info_nce`.
-        ids: (K, N) integers naming the texts.
-    """
-    parts = zip(text.split(len(image)), ids, strict=True)
-    return torch.stack([info_nce(image, part, scale, names, gather) for part, names in parts]).mean()
-
-
-def pair_loss(
-    first: Tensor,
-    second: Tensor,
-    scale: float,
-    ids: Tensor,
-    negatives: Tensor | None = None,
-    symmetric: bool = True,
+def sigmoid_loss(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor | float,
+    bias: Tensor | float,
+    owner: Tensor | None = None,
+    ids: Tensor | None = None,
     gather: bool = True,
 ) -> Tensor:
-    """InfoNCE over pairs of texts: each first text finds its second among all second texts and all known negatives.
-
-    No text counts against itself: a candidate with the text of the query or of its answer is left out. Distributed as
-    `info_nce`.
+    """The pairwise sigmoid loss (SigLIP, arXiv 2303.15343): each pair of an image and a text is a question of its own.
 
     Args:
-        first, second: (N, D) of this process, L2-normalised; row i of both is a pair.
-        scale: factor on the cosines, 1 / temperature.
-        ids: (2 N + M,) int64 naming the texts of `first`, `second` and `negatives`.
-        negatives: (M, D) known wrong answers, of any of the queries; M may differ among processes.
-        symmetric: each second text must find its first, too; the negatives have no part in that.
-        gather: take the candidates of all processes, which then must all call this.
+        bias: added to the logits.
+        image, text, scale, owner, ids, gather: as in `info_nce`.
 
     Returns:
-        float32 scalar: mean over this process's pairs, and over both directions if symmetric.
+        float32 scalar: the sum over all pairs, each text weighing 1 / (its image's texts), over the number of images.
     """
-    n = len(first)
-    if negatives is None:
-        negatives = first[:0]
-    firsts, seconds, wrong = (x.float() for x in (first, second, negatives))
-    first_ids, second_ids, wrong_ids = ids[:n], ids[n : 2 * n], ids[2 * n :]
-    own = (firsts, seconds, first_ids, second_ids)
-    at = 0
-    if gather and joined():
-        at = dist.get_rank() * n
-        firsts, seconds = (_gathered(x) for x in (firsts, seconds))
-        first_ids, second_ids = (_gathered_ids(x) for x in (first_ids, second_ids))
-        wrong, wrong_ids = _gathered_ragged(wrong, wrong_ids)
-    target = torch.arange(at, at + n, device=first.device)
-
-    def direction(queries: Tensor, asked: Tensor, answers: Tensor, items: Tensor, items_ids: Tensor) -> Tensor:
-        same = (items_ids[None, :] == asked[:, None]) | (items_ids[None, :] == answers[:, None])
-        return _find(queries, items, scale, target, same)
-
-    with torch.autocast(first.device.type, enabled=False):
-        candidates, candidate_ids = torch.cat([seconds, wrong]), torch.cat([second_ids, wrong_ids])
-        loss = direction(own[0], own[2], own[3], candidates, candidate_ids)
-        if symmetric:
-            loss = (loss + direction(own[1], own[3], own[2], firsts, first_ids)) / 2
-    return loss
+    return _apply(_Sigmoid, image, text, scale, owner, ids, gather, bias)
 
 
-def _find(queries: Tensor, items: Tensor, scale: Tensor | float, target: Tensor, same: Tensor | None) -> Tensor:
-    """Cross-entropy of each query's item, `target`, among all but those that are the `same`: (queries, items) bool."""
-    logits = scale * queries @ items.T
-    if same is not None:
-        logits = logits.masked_fill(same.scatter(1, target[:, None], False), -torch.inf)
-    return F.cross_entropy(logits, target)
+def cosine_loss(image: Tensor, text: Tensor, owner: Tensor | None = None) -> Tensor:
+    """1 - cosine of each text and its image, and no negatives (LIFT, arXiv 2506.04209).
+
+    The texts' side must stay as it is, or all vectors become one. Arguments as in `info_nce`.
+    """
+    if owner is None:
+        owner = torch.arange(len(text), device=text.device)
+    cosines = (image.float()[owner] * text.float()).sum(1)
+    return (_weights(owner, len(image)) * (1 - cosines)).sum()
 
 
-def _gathered(x: Tensor) -> Tensor:
-    """The rows of all processes, with gradients."""
-    from torch.distributed.nn.functional import all_gather
+def _apply(
+    function: type[torch.autograd.Function],
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor | float,
+    owner: Tensor | None,
+    ids: Tensor | None,
+    gather: bool,
+    *more: Tensor | float,
+) -> Tensor:
+    numbers = [torch.as_tensor(x, device=image.device, dtype=torch.float32).reshape(()) for x in (scale, *more)]
+    if owner is None:
+        owner = torch.arange(len(text), device=text.device)
+    with torch.autocast(image.device.type, enabled=False):
+        between = _Between(len(image), owner, ids, gather)
+        return function.apply(image.float(), text.float(), *numbers, between)
 
-    return torch.cat(all_gather(x))
+
+def _weights(owner: Tensor, images: int) -> Tensor:
+    """Of each text: 1 / (images * texts of its image)."""
+    counts = torch.bincount(owner, minlength=images)
+    return 1 / (images * counts[owner]).float()
 
 
-def _gathered_ids(ids: Tensor) -> Tensor:
-    parts = [torch.empty_like(ids) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, ids.contiguous())
-    return torch.cat(parts)
+class _Between:
+    """Which texts belong to which images, on all processes, and strips of the logits between them."""
+
+    def __init__(self, images: int, owner: Tensor, ids: Tensor | None, gather: bool) -> None:
+        device = owner.device
+        self.images, self.texts = Ragged(images, device, gather), Ragged(len(owner), device, gather)
+        self.mine = owner
+        self.owner = self.texts.all(owner + self.images.first)
+        self.weights = self.texts.all(_weights(owner, images))
+        self.starts = torch.searchsorted(owner, torch.arange(images + 1, device=device)).tolist()  # of images' texts
+        self.names: Tensor | None = None  # a number from 0 of each text, where some are equal
+        if ids is not None:
+            different, names = self.texts.all(ids).unique(return_inverse=True)
+            if len(different) < len(names):
+                self.names, self.order = names, names.argsort(stable=True)
+                self.first = F.pad(torch.bincount(names).cumsum(0), (1, 0))
+
+    def strips(self, rows: int, columns: int) -> Iterator[slice]:
+        """Slices of rows, a strip of logits each."""
+        size = max(1, STRIP.get(self.owner.device.type, STRIP["cuda"]) // max(1, columns))
+        for start in range(0, rows, size):
+            yield slice(start, min(start + size, rows))
+
+    def of_images(self, strip: slice) -> slice:
+        """This process's texts of a strip of its images."""
+        return slice(self.starts[strip.start], self.starts[strip.stop])
+
+    def equals(self, texts: slice) -> tuple[Tensor, Tensor]:
+        """For some of this process's texts, counted from the first of them: each, as often as there are texts equal to
+        it among all, and where those are."""
+        device, first = self.owner.device, self.texts.first
+        here = torch.arange(texts.stop - texts.start, device=device)
+        if self.names is None:
+            return here, here + texts.start + first
+        names = self.names[texts.start + first : texts.stop + first]
+        counts = self.first[names + 1] - self.first[names]
+        which = here.repeat_interleave(counts)
+        nth = torch.arange(len(which), device=device) - (counts.cumsum(0) - counts)[which]
+        return which, self.order[self.first[names][which] + nth]
+
+    def to_texts(self, image: Tensor, texts: Tensor, scale: Tensor, strip: slice) -> Tensor:
+        """Logits of a strip of this process's images against all texts, -inf where the text is the image's."""
+        logits = (image[strip] * scale) @ texts.T
+        own = self.of_images(strip)
+        which, equal = self.equals(own)
+        logits[self.mine[own][which] - strip.start, equal] = -torch.inf
+        return logits
+
+    def to_images(self, text: Tensor, images: Tensor, scale: Tensor, strip: slice) -> Tensor:
+        """Logits of a strip of this process's texts against all images, -inf where the text is the image's."""
+        logits = (text[strip] * scale) @ images.T
+        which, equal = self.equals(strip)
+        logits[which, self.owner[equal]] = -torch.inf
+        return logits
+
+    def positives(self, image: Tensor, text: Tensor) -> Tensor:
+        """Cosines of this process's texts and their images, (M,)."""
+        out = image.new_empty(len(text))
+        for strip in self.strips(len(image), text.shape[1]):
+            own = self.of_images(strip)
+            out[own] = (image[self.mine[own]] * text[own]).sum(1)
+        return out
 
 
-def _gathered_ragged(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """As above, of a number of rows that differs among processes: filled up for the way, and cut again."""
-    counts = _gathered_ids(torch.tensor([len(x)], device=x.device))
-    most = int(counts.max())
-    if not most:
-        return x, ids
-    filled = _gathered(torch.cat([x, x.new_zeros(most - len(x), x.shape[1])]))
-    filled_ids = _gathered_ids(torch.cat([ids, ids.new_zeros(most - len(ids))]))
-    kept = (torch.arange(most, device=x.device)[None, :] < counts[:, None]).flatten()
-    return filled[kept], filled_ids[kept]
+class _InfoNCE(torch.autograd.Function):
+    """softplus(n - p) for each text, from its image's side and from its own: p its logit, n the log-sum-exp of the
+    negatives' logits there."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, between: _Between) -> Tensor:
+        texts = between.texts.all(text)
+        of_image, of_text = image.new_empty(len(image)), image.new_full((len(texts),), -torch.inf)
+        for strip in between.strips(len(image), len(texts)):
+            logits = between.to_texts(image, texts, scale, strip)
+            of_image[strip], columns = _log_sums(logits)
+            of_text = torch.logaddexp(of_text, columns)
+        of_text = between.texts.log_sum_exp(of_text)
+        positive = scale * between.positives(image, text)
+        owner, own, weights = between.mine, between.texts.own, between.weights[between.texts.own]
+        from_image, from_text = of_image[owner] - positive, of_text[own] - positive
+        # The derivative by a negative's logit is exp(logit - its image's) + exp(logit - its text's) of these two.
+        pulls = weights * from_image.sigmoid()
+        by_image = _over(of_image, image.new_zeros(len(image)).index_add(0, owner, pulls))
+        by_text = _over(of_text, between.texts.all(weights * from_text.sigmoid()))
+        pulls = pulls + weights * from_text.sigmoid()
+        ctx.between = between
+        ctx.save_for_backward(image, text, scale, texts, by_image, by_text, pulls)
+        return (weights * (F.softplus(from_image) + F.softplus(from_text))).sum() / 2
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        image, text, scale, texts, by_image, by_text, pulls = ctx.saved_tensors
+        between: _Between = ctx.between
+        to_image, to_text = torch.empty_like(image), torch.zeros_like(text)
+        alone = between.texts.alone
+        for strip in between.strips(len(image), len(texts)):
+            logits = between.to_texts(image, texts, scale, strip)
+            pull = torch.exp(logits - by_image[strip, None]).add_(logits.sub_(by_text).exp_())
+            to_image[strip] = pull @ texts
+            if alone:
+                to_text.addmm_(pull.T, image[strip])
+            _pull_together(to_image, to_text, image, text, pulls, between, strip)
+        if not alone:
+            images, by_images = between.images.all(image), between.images.all(by_image)
+            own = by_text[between.texts.own]
+            for strip in between.strips(len(text), len(images)):
+                logits = between.to_images(text, images, scale, strip)
+                pull = torch.exp(logits - own[strip, None]).add_(logits.sub_(by_images).exp_())
+                to_text[strip].addmm_(pull, images)
+        return *_scaled(to_image, to_text, image, scale, upstream / 2), None
+
+
+class _Sigmoid(torch.autograd.Function):
+    """softplus(logit) for each pair that is none, softplus(-logit) for each that is one. Nothing has to be known of the
+    others, so the gradient is worked out with the value, in one sweep of three products."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, between: _Between) -> Tensor:
+        texts, alone = between.texts.all(text), between.texts.alone
+        weights, own = between.weights, between.weights[between.texts.own]
+        positive = scale * between.positives(image, text) + bias
+        pulls = own * (-positive).sigmoid()
+        loss, to_bias = (own * F.softplus(-positive)).sum(), -pulls.sum()
+        to_image, to_text = torch.empty_like(image), torch.zeros_like(text)
+        for strip in between.strips(len(image), len(texts)):
+            logits = between.to_texts(image, texts, scale, strip).add_(bias)
+            pull = logits.sigmoid().mul_(weights)
+            loss += F.softplus(logits).sum(0) @ weights
+            to_bias += pull.sum()
+            to_image[strip] = pull @ texts
+            if alone:
+                to_text.addmm_(pull.T, image[strip])
+            _pull_together(to_image, to_text, image, text, pulls, between, strip)
+        if not alone:
+            images = between.images.all(image)
+            for strip in between.strips(len(text), len(images)):
+                logits = between.to_images(text, images, scale, strip).add_(bias)
+                to_text[strip].addmm_(logits.sigmoid_().mul_(own[strip, None]), images)
+        ctx.save_for_backward(image, scale, to_image, to_text, to_bias)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        image, scale, to_image, to_text, to_bias = ctx.saved_tensors
+        return *_scaled(to_image, to_text, image, scale, upstream), to_bias * upstream, None
+
+
+def _pull_together(
+    to_image: Tensor, to_text: Tensor, image: Tensor, text: Tensor, pulls: Tensor, between: _Between, strip: slice
+) -> None:
+    """The part of the gradients that is of a strip of images and their own texts."""
+    own = between.of_images(strip)
+    owner, pull = between.mine[own], pulls[own, None]
+    to_image.index_add_(0, owner, text[own] * pull, alpha=-1)
+    to_text[own] -= image[owner] * pull
+
+
+def _scaled(
+    to_image: Tensor, to_text: Tensor, image: Tensor, scale: Tensor, upstream: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by the images, the texts and the scale, from those by the cosines of the images times the texts."""
+    to_scale = torch.linalg.vecdot(image, to_image).sum() * upstream  # logits are scale * cosines
+    factor = scale * upstream
+    return to_image * factor, to_text * factor, to_scale
+
+
+def _over(log_sum: Tensor, pulls: Tensor) -> Tensor:
+    """log_sum - log(pulls), so that exp(logit - this) is pulls * softmax; infinite where nothing pulls."""
+    return torch.where(pulls > 0, log_sum - pulls.log(), torch.inf)
+
+
+def _log_sums(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of the rows and of the columns."""
+    return logits.logsumexp(1), logits.logsumexp(0)

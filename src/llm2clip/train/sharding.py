@@ -1,6 +1,6 @@
 """Weights shared out over the processes (FSDP2), as `accelerate launch --use_fsdp --fsdp_version 2` asks.
 
-Accelerate does it; here is what the loop of tune must mind. A forward pass gathers weights from all processes, so all
+Accelerate does it; here is what the loops must mind. A forward pass gathers weights from all processes, so all
 must make the same number of them. A trained weight is whole only once it is gathered, for a checkpoint or at the end.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ def asked() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
-def by_blocks(llm: Any) -> None:
-    """Tell Accelerate to share out a transformers model block by block, if the launcher wants it shared out.
+def by_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Tell Accelerate to share out a model by these blocks of it, if the launcher wants it shared out.
 
     Raises:
         ValueError: it wants it done by the first version of FSDP.
@@ -34,9 +35,8 @@ def by_blocks(llm: Any) -> None:
         return
     if os.environ.setdefault("FSDP_VERSION", "2") != "2":
         raise ValueError("weights are shared out with FSDP2: give accelerate launch --fsdp_version 2")
-    blocks = llm.layers if hasattr(llm, "layers") else llm.encoder.layer
-    os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
-    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = type(blocks[0]).__name__
+    os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP" if blocks else "NO_WRAP"
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(dict.fromkeys(type(block).__name__ for block in blocks))
 
 
 def spare_passes(model: nn.Module, made: int, device: torch.device) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -10,20 +11,49 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from llm2clip.cache.features import image_keys
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.data.captions import epoch_order
 from llm2clip.data.images import ImageError, TrainTransform, load
-from llm2clip.data.records import Record
+from llm2clip.data.records import KINDS, Record
 from llm2clip.data.refs import ImageRef
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.recipes import AlignRecipe
 from llm2clip.train.engine import digest
 
 
-def check_batch(images: int, batch: int) -> None:
-    """Raises ValueError where there are too few images for one step."""
-    if images < batch:
-        raise ValueError(f"{images} images are fewer than a batch of {batch}; lower --align.batch or add images")
+def check_batch(images: int, recipe: AlignRecipe, world: int) -> int:
+    """The images in a step on all devices.
+
+    Raises:
+        ValueError: there are fewer, or the recipe's numbers make no sense.
+    """
+    if unknown := recipe.mix.keys() - set(KINDS):
+        raise ValueError(f"--align.mix knows the kinds {', '.join(KINDS)}, not {', '.join(sorted(unknown))}")
+    if any(weight < 0 for weight in recipe.mix.values()) or recipe.captions < 0:
+        raise ValueError("--align.mix and --align.captions take no negative numbers")
+    if recipe.batch < 1 or recipe.accumulate < 1 or (recipe.micro_batch is not None and recipe.micro_batch < 1):
+        raise ValueError("--align.batch, --align.micro_batch and --align.accumulate are at least 1")
+    step = recipe.batch * world * recipe.accumulate
+    if images < step:
+        raise ValueError(f"{images} images are fewer than a batch of {step}; lower --align.batch or add images")
+    return step
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process sees at once: N images and M of their captions."""
+
+    images: Tensor
+    """(N, 3, S, S) uint8 pixels, or (N, width) float32 features of the tower."""
+    rows: np.ndarray
+    """int64 (M,): the store's rows of the captions; equal rows are equal captions."""
+    owner: np.ndarray
+    """int64 (M,), ascending: the image of each caption."""
+    names: list[str]
+    """Of the images."""
+    failures: dict[str, str]
+    """Images that could not be decoded, and why; others of the batch stand in for them."""
 
 
 class Steps:
@@ -37,37 +67,65 @@ class Steps:
         recipe: AlignRecipe,
         world: int = 1,
         rank: int = 0,
+        features: EmbeddingStore | None = None,
     ) -> None:
+        """
+        Args:
+            records: those with an image are seen.
+            store: of their captions.
+            model: whose tower the images are for.
+            recipe: batch, captions, mix and crops.
+            world, rank: this process among the others.
+            features: of the images, by `image_name`, in place of pixels; images that it lacks are left out.
+
+        Raises:
+            ValueError: there are fewer images than a step takes, or the recipe's numbers make no sense.
+        """
         usable = [r for r in records if r.image is not None]
-        self.batch = recipe.batch * world
-        check_batch(len(usable), self.batch)
-        self.per_epoch = len(usable) // self.batch
+        self.features, self.feature_rows = features, np.empty(0, np.int64)
+        if features is not None:
+            found = features.find(image_keys([r.image for r in usable if r.image is not None]))
+            usable = [r for r, row in zip(usable, found, strict=True) if row >= 0]
+            self.feature_rows = found[found >= 0]
+        self.step_size = check_batch(len(usable), recipe, world)
+        self.per_epoch = len(usable) // self.step_size
         self.recipe, self.world, self.rank = recipe, world, rank
         self.count = len(usable)
         self.digest = digest(str(r.image) for r in usable)
-        self.short = [store.rows(r.captions) for r in usable]
-        self.long = [store.rows(r.long_captions) for r in usable]
-        self.images = _Images(
-            usable, TrainTransform(model.tower.preprocess, (recipe.crop, 1.0), recipe.hflip), recipe.seed
-        )
+        kinds = [kind for kind in KINDS if any(getattr(r, kind) for r in usable)]
+        self.by_kind = [[store.rows(getattr(r, kind)) for r in usable] for kind in kinds]
+        self.weights = np.array([recipe.mix.get(kind, 0.0) for kind in kinds])
+        transform = TrainTransform(model.tower.preprocess, (recipe.crop, 1.0), recipe.hflip, recipe.augment)
+        self.images = _Images(usable, transform, recipe.seed)
 
     def __len__(self) -> int:
-        return self.per_epoch * self.recipe.epochs
+        return max(1, round(self.per_epoch * self.recipe.epochs))
 
     def rows(self, epoch: int, index: int) -> list[int]:
-        """The store's rows of the captions that image `index` gets in this epoch: one for each of the step's losses.
+        """The store's rows of the captions that image `index` gets in this epoch.
 
-        Each is a long one with the recipe's probability; none comes again before all of its kind have come.
+        Each is of a kind drawn by the recipe's mix; none comes again before all of its kind have come. An image that
+        has only kinds of weight 0 takes from all that it has.
         """
         rng = np.random.default_rng([self.recipe.seed, epoch, index])
-        short, long = rng.permutation(self.short[index]), rng.permutation(self.long[index])
-        share = self.recipe.long_share if len(short) and len(long) else float(len(long) > 0)
-        kinds = rng.random(self.recipe.captions) < share
-        nth = np.where(kinds, np.cumsum(kinds), np.cumsum(~kinds)) - 1
-        return [int((long if k else short)[n % len(long if k else short)]) for k, n in zip(kinds, nth, strict=True)]
+        kinds = [(rows[index], w) for rows, w in zip(self.by_kind, self.weights, strict=True) if len(rows[index])]
+        if not any(weight for _, weight in kinds):
+            kinds = [(rows, 1.0) for rows, _ in kinds]
+        kinds = [(rng.permutation(rows), weight) for rows, weight in kinds if weight]
+        if not self.recipe.captions:
+            return [int(row) for rows, _ in kinds for row in rows]
+        share = np.array([weight for _, weight in kinds])
+        drawn = rng.choice(len(kinds), self.recipe.captions, p=share / share.sum())
+        nth = [int((drawn[:n] == kind).sum()) for n, kind in enumerate(drawn)]
+        return [int(kinds[k][0][n % len(kinds[k][0])]) for k, n in zip(drawn, nth, strict=True)]
 
-    def batches(self, first: int) -> Iterator[tuple[Tensor, np.ndarray, dict[str, str]]]:
-        """From step `first`: pixels (B, 3, S, S) uint8, store rows (captions, B), and images that failed, with why."""
+    def batches(self, first: int) -> Generator[Batch]:
+        """From step `first`, `accumulate` of them a step."""
+        if self.features is not None:
+            for members in self.members(first):
+                taken = self.features.take(self.feature_rows[[i for _, i in members]])
+                yield self._batch(torch.from_numpy(taken), members, {})
+            return
         loader = DataLoader(
             self.images,
             batch_sampler=_Lazily(self, first),
@@ -78,24 +136,30 @@ class Steps:
             generator=torch.Generator(),
         )
         for items in loader:
-            failures = {name: found for name, found, _, _ in items if isinstance(found, str)}
-            good = [(found, epoch, i) for _, found, epoch, i in items if not isinstance(found, str)]
+            failures = {name: found for name, found, _ in items if isinstance(found, str)}
+            good = [(found, member) for _, found, member in items if not isinstance(found, str)]
             if not good:
                 raise ValueError(f"no image of a batch could be decoded, {next(iter(failures))} for one")
             # An image that fails is replaced by another of its batch; equal captions are no negatives in the loss.
             good += [good[n % len(good)] for n in range(len(items) - len(good))]
-            rows = np.array([self.rows(epoch, i) for _, epoch, i in good]).T
-            yield torch.stack([found for found, _, _ in good]), rows, failures
+            yield self._batch(torch.stack([found for found, _ in good]), [member for _, member in good], failures)
+
+    def _batch(self, images: Tensor, members: list[tuple[int, int]], failures: dict[str, str]) -> Batch:
+        rows = [self.rows(epoch, i) for epoch, i in members]
+        owner = np.repeat(np.arange(len(rows)), [len(some) for some in rows])
+        names = [str(self.images.refs[i]) for _, i in members]
+        return Batch(images, np.array([row for some in rows for row in some]), owner, names, failures)
 
     def members(self, first: int) -> Iterator[list[tuple[int, int]]]:
-        """(epoch, image) of this process's part of each step from `first` on."""
+        """(epoch, image) of this process's part of each batch from step `first` on."""
         order, drawn = np.empty(0, np.int64), -1
         for step in range(first, len(self)):
             epoch, at = divmod(step, self.per_epoch)
             if epoch != drawn:
                 order, drawn = epoch_order(self.count, self.recipe.seed, epoch), epoch
-            whole = order[at * self.batch : (at + 1) * self.batch]
-            yield [(epoch, int(i)) for i in whole[self.rank :: self.world]]
+            whole = order[at * self.step_size : (at + 1) * self.step_size]
+            for batch in np.split(whole, self.recipe.accumulate):
+                yield [(epoch, int(i)) for i in batch[self.rank :: self.world]]
 
 
 class _Lazily(Sampler[list[tuple[int, int]]]):
@@ -108,7 +172,7 @@ class _Lazily(Sampler[list[tuple[int, int]]]):
         return self.steps.members(self.first)
 
     def __len__(self) -> int:
-        return len(self.steps) - self.first
+        return (len(self.steps) - self.first) * self.steps.recipe.accumulate
 
 
 class _Images(Dataset):
@@ -118,12 +182,12 @@ class _Images(Dataset):
         self.refs = [r.image for r in records if r.image is not None]
         self.transform, self.seed = transform, seed
 
-    def __getitem__(self, at: tuple[int, int]) -> tuple[str, Tensor | str, int, int]:
-        epoch, index = at
+    def __getitem__(self, member: tuple[int, int]) -> tuple[str, Tensor | str, tuple[int, int]]:
+        epoch, index = member
         ref = self.refs[index]
         seed = int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0])
         generator = torch.Generator().manual_seed(seed)
-        return str(ref), decoded(ref, partial(self.transform, generator=generator)), epoch, index
+        return str(ref), decoded(ref, partial(self.transform, generator=generator)), member
 
 
 def decoded(ref: ImageRef, transform: Callable[[Tensor], Tensor]) -> Tensor | str:

@@ -68,7 +68,8 @@ def train(
         FloatingPointError: the loss or a gradient is not finite.
     """
     use_precision(precision)
-    by_blocks(encoder.llm)
+    llm: Any = encoder.llm
+    by_blocks(llm.layers if hasattr(llm, "layers") else llm.encoder.layer)
     state = processes()
     args = SentenceTransformerTrainingArguments(
         output_dir=str(folder / "checkpoints"),

@@ -1,0 +1,69 @@
+"""Evaluation while training, and the best weights so far."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.train.engine import MetricsLog, read_metrics
+from llm2clip.train.sharding import asked, whole
+
+WEIGHTS, FIGURES = "model.safetensors", "figures.json"
+
+
+class Best:
+    """Measures the model now and then, and keeps the weights that scored highest in `folder/best`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        resume_step: int,
+        validate: Callable[[LLM2CLIP], dict[str, float]] | None,
+        accelerator: Accelerator,
+    ) -> None:
+        """
+        Args:
+            folder: of the run.
+            resume_step: what was measured after it will be measured again.
+            validate: figures of a model, `score` among them, higher is better; None measures nothing.
+            accelerator: for the other processes.
+        """
+        self.folder, self.validate, self.accelerator = folder / "best", validate, accelerator
+        self.log: MetricsLog | None = None
+        self.highest = float("-inf")
+        if validate is not None and accelerator.is_main_process:
+            self.log = MetricsLog(folder / "evaluations.jsonl", resume_step)
+            self.highest = max((line["score"] for line in read_metrics(self.log.path)), default=self.highest)
+
+    def measure(self, model: LLM2CLIP, step: int) -> dict[str, float]:
+        """Figures of the model at a step; on the main process, but where weights are shared out, which all must do."""
+        if self.validate is None:
+            return {}
+        figures: dict[str, float] = {}
+        if self.accelerator.is_main_process or asked():
+            model.eval()
+            figures = self.validate(model)
+        better = self.log is not None and figures["score"] > self.highest
+        if asked() or better:
+            state = {name: whole(t).detach().cpu().contiguous() for name, t in model.state_dict().items()}
+        if better:
+            self.highest = figures["score"]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tmp = self.folder / f".{WEIGHTS}.tmp"
+            save_file(state, tmp, {"step": str(step)})
+            tmp.replace(self.folder / WEIGHTS)
+            (self.folder / FIGURES).write_text(json.dumps({"step": step, **figures}, indent=1))
+        if self.log is not None:
+            self.log.write(step, **figures)
+        self.accelerator.wait_for_everyone()
+        return figures
+
+    def put(self, model: LLM2CLIP) -> None:
+        """Give the model the best weights; it keeps its own where nothing was measured."""
+        if (self.folder / WEIGHTS).is_file():
+            model.load_state_dict(load_file(self.folder / WEIGHTS))
