@@ -177,3 +177,15 @@ def _rank(rank: int, count: int, port: int, function: Callable[..., None], args:
     torch.set_num_threads(1)
     function(*args)
     leave()
+
+
+def share_out() -> None:
+    """In a process of `distributed`: what `accelerate launch --use_fsdp --fsdp_version 2` asks for.
+
+    Accelerate shares weights out over accelerators only: here it is told that the CPU is one.
+    """
+    from accelerate.state import DistributedType, PartialState
+
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    os.environ.update(ACCELERATE_USE_FSDP="true")

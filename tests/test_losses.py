@@ -132,9 +132,7 @@ def test_extremes_stay_finite_and_exact() -> None:
     text = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.01], [1.0, 0.1]]), dim=-1)
     scale = torch.tensor(100.0)
     found = with_gradients(info_nce, image, text, scale)
-    right = with_gradients(
-        lambda i, t, s: info_nce_reference(i, t, s, [0, 1, 2, 3], [0, 1, 2, 3]), image, text, scale
-    )
+    right = with_gradients(lambda i, t, s: info_nce_reference(i, t, s, [0, 1, 2, 3], [0, 1, 2, 3]), image, text, scale)
     for a, b in zip(found, right, strict=True):
         assert torch.isfinite(a).all()
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)

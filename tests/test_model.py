@@ -54,7 +54,7 @@ def test_adapter_by_its_formula(normalize: bool) -> None:
 
 def test_either_side_or_both(model: LLM2CLIP) -> None:
     pixels, embeddings = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8), torch.randn(2, 32)
-    image, text, scale = model(pixels, embeddings)
+    image, text, scale, _ = model(pixels, embeddings)
     assert image.shape == (3, 12) and text.shape == (2, 12)
     assert scale.item() == pytest.approx(1 / 0.07)
     assert torch.equal(model(pixels=pixels)[0], image) and model(pixels=pixels)[1] is None

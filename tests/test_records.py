@@ -101,7 +101,7 @@ def test_columns_are_mapped_and_wrong_names_are_explained(tmp_path: Path) -> Non
     rows = [{"key": 1, "captions": ["en"], "captions_de": ["de"], "part": "a"}, {"key": 2, "captions": ["en"]}]
     path = str(write_jsonl(tmp_path / "x.jsonl", rows))
     mapped = Source(path, ("a",), {"captions": "captions_de", "id": "key", "split": "part"})
-    assert list(open_records(mapped)) == [Record("1", None, ("de",), (), "a")]
+    assert list(open_records(mapped)) == [Record("1", None, ("de",), split="a")]
     (tmp_path / "x.csv").write_text("bild,beschreibung\na.jpg,eins\n")
     csv_path = str(tmp_path / "x.csv")
     with pytest.raises(

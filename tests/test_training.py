@@ -7,11 +7,11 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
@@ -27,6 +27,7 @@ from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.models.vision import VisionTower
 from llm2clip.recipes import AlignRecipe
+from llm2clip.train import align as align_module
 from llm2clip.train.align import align
 from llm2clip.train.engine import (
     MetricsLog,
@@ -36,13 +37,12 @@ from llm2clip.train.engine import (
     read_metrics,
     resumable,
 )
-from llm2clip.train.heads import train_heads
 from llm2clip.train.losses import info_nce
-from llm2clip.train.rates import parameter_groups
-from llm2clip.train.steps import Steps
+from llm2clip.train.rates import choose_trained, parameter_groups
+from llm2clip.train.steps import Batch, Steps
 from llm2clip.train.tune import tune
 
-ALIGN = AlignRecipe(width=12, epochs=4, batch=10, checkpoint_every=5, workers=0, image_size=64)
+ALIGN = AlignRecipe(width=12, epochs=4, batch=10, checkpoint_every=5, workers=0, image_size=64, track=[])
 
 
 @pytest.fixture
@@ -56,10 +56,10 @@ def store(records: list[Record], llm: Path, tmp_path: Path) -> EmbeddingStore:
     return embed([t for r in records for t in r.texts], encoder, tmp_path / "store")
 
 
-def fresh_model(tower: str = "test_efficientnet") -> LLM2CLIP:
+def fresh_model(tower: str = "test_efficientnet", **settings: Any) -> LLM2CLIP:
     torch.manual_seed(0)
     vision = VisionTower.from_pretrained(f"timm:{tower}", pretrained=False, image_size=64)
-    return LLM2CLIP(LLM2CLIPConfig(vision.config, 32, width=12, adapter_depth=1), vision)
+    return LLM2CLIP(LLM2CLIPConfig(vision.config, 32, **{"width": 12, "adapter_depth": 1, **settings}), vision)
 
 
 @pytest.mark.parametrize("head_epochs", [0, 3])
@@ -90,12 +90,17 @@ def test_workers_and_processes_change_nothing(records: list[Record], store: Embe
     model = fresh_model()
     one = list(Steps(records, store, model, ALIGN).batches(3))
     other = list(Steps(records, store, model, dataclasses.replace(ALIGN, workers=2)).batches(3))
-    for (a, rows_a, _), (b, rows_b, _) in zip(one, other, strict=True):
-        assert torch.equal(a, b) and np.array_equal(rows_a, rows_b)
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a.images, b.images) and np.array_equal(a.rows, b.rows) and np.array_equal(a.owner, b.owner)
     half = dataclasses.replace(ALIGN, batch=5)
     ranks = [list(Steps(records, store, model, half, 2, r).batches(3)) for r in range(2)]
-    for (_, rows, _), (_, first, _), (_, second, _) in zip(one, *ranks, strict=True):
-        assert sorted(rows.T.tolist()) == sorted([*first.T.tolist(), *second.T.tolist()])
+    for whole, *parts in zip(one, *ranks, strict=True):
+        assert sorted(of_images(whole)) == sorted(pair for part in parts for pair in of_images(part))
+
+
+def of_images(batch: Batch) -> list[tuple[str, list[int]]]:
+    """The images of a batch and the rows of their captions."""
+    return [(name, batch.rows[batch.owner == n].tolist()) for n, name in enumerate(batch.names)]
 
 
 @pytest.mark.parametrize("head_epochs", [0, 2])
@@ -103,7 +108,7 @@ def test_two_processes_align_as_one(
     records: list[Record], store: EmbeddingStore, tmp_path: Path, head_epochs: int
 ) -> None:
     """Two ranks with half the batch each have the losses and end with the weights of one with the whole."""
-    recipe = dataclasses.replace(ALIGN, epochs=2, lr=1e-3, checkpoint_every=2, head_epochs=head_epochs, head_batch=15)
+    recipe = dataclasses.replace(ALIGN, epochs=2, lr=1e-3, checkpoint_every=2, head_epochs=head_epochs, head_batch=14)
     distributed(2, _align_rank, records, str(store.folder), recipe, str(tmp_path / "two"))
     one = align(records, store, fresh_model("test_vit"), recipe, tmp_path / "one", SkipLog())
     losses = [[line["loss"] for line in read_metrics(tmp_path / f / "metrics.jsonl")] for f in ("one", "two")]
@@ -114,33 +119,38 @@ def test_two_processes_align_as_one(
 
 
 def _align_rank(records: list[Record], store: str, recipe: AlignRecipe, folder: str) -> None:
-    half = dataclasses.replace(recipe, batch=recipe.batch // 2)
+    half = dataclasses.replace(recipe, batch=recipe.batch // 2, head_batch=recipe.head_batch // 2)
     model = align(records, EmbeddingStore(store), fresh_model("test_vit"), half, Path(folder), SkipLog())
     if torch.distributed.get_rank() == 0:
         save_file(model.state_dict(), Path(folder) / "trained.safetensors")
 
 
-def test_heads_learn_first_and_the_tower_stays(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
-    """On the tower's vectors: what is trained, what is not, and that the loss is that of the model itself."""
+def test_a_frozen_tower_learns_on_its_features(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
+    """What is trained, what is not, that the loss is that of the model itself, and that the features are kept."""
     (tmp_path / "broken.png").write_text("no picture")
     broken = dataclasses.replace(records[0], image=FileImage(str(tmp_path / "broken.png")))
-    recipe = dataclasses.replace(ALIGN, head_epochs=60, head_batch=15, lr=3e-3, warmup=0.0)
-    model, before = fresh_model("test_vit"), fresh_model("test_vit").state_dict()
-    data, log = Steps([*records, broken], store, model, recipe), SkipLog(tmp_path / "skipped.jsonl", limit=1.0)
+    recipe = dataclasses.replace(
+        ALIGN, epochs=60, batch=15, lr=3e-3, warmup=0.0, tower_lr=0.0, cache_features=True, captions=0
+    )
+    before = fresh_model("test_vit").state_dict()
+    log = SkipLog(tmp_path / "skipped.jsonl", limit=1.0)
     log.seen = 31
-    train_heads(data, store, model, recipe, tmp_path / "run", log, Accelerator())
+    model = align([*records, broken], store, fresh_model("test_vit"), recipe, tmp_path / "run", log)
     assert "broken.png" in (tmp_path / "skipped.jsonl").read_text()
     for name, tensor in model.state_dict().items():
         still = name.startswith("tower.")
         assert torch.equal(tensor, before[name]) == still, name
-    losses = [line["loss"] for line in read_metrics(tmp_path / "run/heads.jsonl")]
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run/metrics.jsonl")]
     assert len(losses) == 60 * 2 and losses[-1] < 0.8 * losses[0]
-    first = epoch_order(30, recipe.seed, 0)[:15]
-    rows = np.array([data.rows(0, int(i)) for i in first]).T
-    pixels = torch.stack([EvalTransform(model.tower.preprocess)(load(records[i].image)) for i in first])
-    image, text, scale = fresh_model("test_vit").eval()(pixels, torch.from_numpy(store.take(rows.ravel())))
-    parts = [info_nce(image, t, scale, torch.from_numpy(r)) for t, r in zip(text.split(15), rows, strict=True)]
-    assert torch.stack(parts).mean().item() == pytest.approx(losses[0], abs=2e-3)  # the vectors are kept in float16
+    first = [records[int(i)] for i in epoch_order(30, recipe.seed, 0)[:15]]
+    pixels = torch.stack([EvalTransform(model.tower.preprocess)(load(r.image)) for r in first])
+    rows = np.concatenate([store.rows(r.texts) for r in first])  # all captions of each, in one step
+    owner = torch.tensor([n for n, r in enumerate(first) for _ in r.texts])
+    image, text, scale, _ = fresh_model("test_vit").eval()(pixels, torch.from_numpy(store.take(rows)))
+    right = info_nce(image, text, scale, owner, torch.from_numpy(rows)).item()
+    assert right == pytest.approx(losses[0], abs=2e-3)  # the features are kept in float16
+    features = EmbeddingStore(tmp_path / "run/features")
+    assert len(features) == 30 and features.width == model.tower.width
 
 
 def test_other_data_or_another_batch_is_not_gone_on_with(
@@ -191,16 +201,26 @@ def test_gradients_that_are_not_finite_stop_before_the_weights_are(
 
 
 def test_short_and_long_captions_are_drawn_by_their_share(records: list[Record], store: EmbeddingStore) -> None:
-    for share, wanted in ((0.0, {"short"}), (1.0, {"long"}), (0.5, {"short", "long"})):
-        steps = Steps(records, store, fresh_model(), dataclasses.replace(ALIGN, long_share=share))
+    for share in (0.0, 1.0, 0.3):
+        recipe = dataclasses.replace(ALIGN, mix={"captions": 1 - share, "long_captions": share})
+        steps = Steps(records, store, fresh_model(), recipe)
+        short, long = steps.by_kind
         drawn = {(e, i): steps.rows(e, i) for e in range(20) for i in range(len(records))}
-        kinds = {"short" if row in steps.short[i] else "long" for (_, i), rows in drawn.items() for row in rows}
-        assert kinds == wanted
+        are_long = [row in long[i] for (_, i), rows in drawn.items() for row in rows]
+        assert np.mean(are_long) == pytest.approx(share, abs=0.05 if 0 < share < 1 else 0)
         for (_, i), rows in drawn.items():
             assert len(rows) == ALIGN.captions
-            assert set(rows) <= {*steps.short[i], *steps.long[i]}
+            assert set(rows) <= {*short[i], *long[i]}
             if share == 0.0:  # two or three short captions: all of them come before one comes again
-                assert set(rows) == set(steps.short[i].tolist())
+                assert set(rows) == set(short[i].tolist())
+    for mix, wanted in (({"captions": 1}, 0), ({"long_captions": 2}, 1)):  # all captions of the kinds that count
+        steps = Steps(records, store, fresh_model(), dataclasses.replace(ALIGN, captions=0, mix=mix))
+        assert sorted(steps.rows(3, 7)) == sorted(steps.by_kind[wanted][7])
+    none = dataclasses.replace(ALIGN, mix={"short_captions": 1})  # which no image has: then all that they have
+    steps = Steps(records, store, fresh_model(), none)
+    assert {row in steps.by_kind[0][2] for e in range(9) for row in steps.rows(e, 2)} == {True, False}
+    with pytest.raises(ValueError, match="mix knows the kinds"):
+        Steps(records, store, fresh_model(), dataclasses.replace(ALIGN, mix={"dense": 1}))
 
 
 def test_an_undecodable_image_is_replaced_counted_and_listed(
@@ -226,30 +246,46 @@ def _one_row(image: Path, record: Record) -> Path:
     return file
 
 
-def test_rates_by_part(records: list[Record]) -> None:
-    recipe = AlignRecipe(lr=1e-2, tower_lr=1e-3, scale_lr=1e-4, layer_decay=0.5, weight_decay=0.1)
-    model = fresh_model()
-    groups = parameter_groups(model, recipe)
-    of = {id(p): g for g in groups for p in g["params"]}
-    assert len(of) == sum(1 for _ in model.parameters())
-    assert of[id(model.projection.weight)]["lr"] == of[id(model.adapter.out.weight)]["lr"] == 1e-2
-    assert (
-        of[id(model.adapter.out.bias)]["weight_decay"] == 0 and of[id(model.adapter.out.weight)]["weight_decay"] == 0.1
+def test_rates_by_part() -> None:
+    recipe = AlignRecipe(
+        lr=1e-2, projection_lr=5e-3, tower_lr=1e-3, scale_lr=1e-4, layer_decay=0.5, weight_decay=0.1, loss="sigmoid"
     )
-    assert of[id(model.logit_scale)]["lr"] == 1e-4 and of[id(model.logit_scale)]["weight_decay"] == 0
+    model = fresh_model(logit_bias=True)
+    choose_trained(model, recipe)
+    of = {id(p): g for g in parameter_groups(model, recipe) for p in g["params"]}
+    assert len(of) == sum(1 for _ in model.parameters())
+    assert of[id(model.projection.weight)]["lr"] == 5e-3 and of[id(model.adapter.out.weight)]["lr"] == 1e-2
+    assert of[id(model.adapter.out.bias)]["weight_decay"] == 0
+    assert of[id(model.adapter.out.weight)]["weight_decay"] == 0.1
+    for number in (model.logit_scale, model.logit_bias):
+        assert of[id(number)]["lr"] == 1e-4 and of[id(number)]["weight_decay"] == 0
     depth = model.tower.layer_of()
     for name, p in model.tower.named_parameters():
         assert of[id(p)]["lr"] == pytest.approx(1e-3 * 0.5 ** (model.tower.num_layers - 1 - depth[name]))
-    parameter_groups(model, dataclasses.replace(recipe, tower_lr=0.0))
+    choose_trained(model, dataclasses.replace(recipe, tower_lr=0.0))
     assert not any(p.requires_grad for p in model.tower.parameters())
+
+
+def test_only_the_last_blocks_learn() -> None:
+    model = fresh_model("test_vit")
+    choose_trained(model, dataclasses.replace(ALIGN, train_layers=2))
+    trained = {name for name, p in model.tower.named_parameters() if p.requires_grad}
+    blocks = {name.split(".")[2] for name in trained if ".blocks." in name}
+    assert blocks == {"4", "5"}
+    assert not any("patch_embed" in name or "pos_embed" in name for name in trained)
+    assert any(".blocks." not in name for name in trained)  # the norm after them
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(
     records: list[Record], store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm2clip.train.align.info_nce_over_captions", lambda *_: torch.tensor(math.nan))
-    with pytest.raises(FloatingPointError, match=r"step 1; last good checkpoint: none"):
+    real, calls = align_module.info_nce, iter(range(99))
+    monkeypatch.setattr(align_module, "info_nce", lambda *a: real(*a) * (math.nan if next(calls) == 6 else 1))
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 7, of the images .*png") as error:
         align(records, store, fresh_model(), ALIGN, tmp_path, SkipLog())
+    assert str(tmp_path / "checkpoints/step-5") in str(error.value)
+    listed = json.loads(next(tmp_path.glob("not-finite-7-*.json")).read_text())
+    assert len(listed["images"]) == ALIGN.batch and all(name.endswith(".png") for name in listed["images"])
 
 
 def test_schedule_checkpoints_and_log(tmp_path: Path) -> None:

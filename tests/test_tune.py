@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from conftest import CAPTIONS, TUNE, Killed, distributed, make_llm
-from llm2clip.cli import main
+from conftest import CAPTIONS, TUNE, Killed, distributed, make_llm, share_out
 from llm2clip.data.pairs import Pair, batches_of_pairs
 from llm2clip.models.precision import chosen_precision
 from llm2clip.models.text import CaptionEncoder
@@ -461,13 +459,9 @@ SHARDED = dataclasses.replace(TUNE, lora_dropout=0.0, steps=4, lr=1e-4, batch_to
 
 
 def _sharded_rank(llm: str, folder: str, change: dict) -> None:
-    from accelerate.state import DistributedType, PartialState
     from torch.distributed.fsdp import FSDPModule
 
-    # Accelerate shares weights out over accelerators only: here it is told that the CPU is one.
-    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
-    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
-    os.environ.update(ACCELERATE_USE_FSDP="true")
+    share_out()
     recipe, forward, calls = dataclasses.replace(SHARDED, batch=3, **change), PairLoss.forward, []
 
     def dies(self: PairLoss, *args: Any) -> torch.Tensor:
@@ -487,16 +481,11 @@ def _sharded_rank(llm: str, folder: str, change: dict) -> None:
     assert torch.equal(encoder.encode(["a dog"]), fresh(Path(folder) / "encoder").encode(["a dog"]))
 
 
-def test_what_fsdp_is_not_there_for(
-    llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fsdp_is_version_2(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(ValueError, match="--fsdp_version 2"):
         tune([CAPTIONS], fresh(llm), TUNE, tmp_path)
-    for stage in ("fit", "align"):
-        assert main([stage, "x.jsonl", "--out", "run", *(["--store", "s"] if stage == "align" else [])]) == 1
-        assert "does not share out weights" in capsys.readouterr().err
 
 
 def test_autocast_does_not_end_with_the_first_of_two_trainings(

@@ -97,8 +97,8 @@ def evaluate_model(
 def validator(
     fields: Mapping[str, Sequence[Record]], log: SkipLog, store: EmbeddingStore, batch: int = 64
 ) -> Callable[[LLM2CLIP], dict[str, float]]:
-    """What to measure while training: R@1 of each kind of caption both ways, and as `score` the mean of the first kind's
-    two. Arguments as in `evaluate_model`."""
+    """What to measure while training: R@1 of each kind of caption both ways and, as `score`, the mean of the first
+    kind's two. Arguments as in `evaluate_model`."""
 
     def measure(model: LLM2CLIP) -> dict[str, float]:
         rows = evaluate_model(model, fields, log, store, batch, progress=False)

@@ -98,7 +98,7 @@ class LLM2CLIP(nn.Module):
     @torch.no_grad()
     def clamp_scale(self) -> None:
         """Keep the logit scale's parameter where its gradient lives; call after every optimizer step."""
-        self.logit_scale.clamp_(max=math.log(MAX_SCALE))
+        self.logit_scale.clamp_(max=math.log(MAX_SCALE) - 1e-6)  # at the limit itself there is no gradient to leave it
 
     @property
     def device(self) -> torch.device:

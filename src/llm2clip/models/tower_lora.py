@@ -55,7 +55,7 @@ def merge_lora(tower: VisionTower) -> None:
 
 
 def _call_the_layer(tower: VisionTower, yes: bool) -> None:
-    """timm's EVA multiplies by the weight of a fused layer, past whatever stands in its place, unless told to call it."""
+    """timm's EVA multiplies by the weight of a fused layer, past what stands in its place, unless told to call it."""
     for module in tower.backbone.modules():
         if hasattr(module, "qkv_bias_separate"):
             cast(Any, module).qkv_bias_separate = yes

@@ -131,7 +131,7 @@ class _Training:
         kinds, options = trackers(recipe.track, folder)
         self.accelerator = Accelerator(
             mixed_precision=use_precision(recipe.precision),
-            log_with=kinds,
+            log_with=kinds or None,
             project_config=ProjectConfiguration(str(folder), str(folder / "logs")),
         )
         set_seed(recipe.seed)
@@ -222,7 +222,8 @@ class _Training:
                 clock = time.perf_counter()
         bar.close()
         batches.close()
-        accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()  # and not end_training, which parts the processes for good
         if ema is not None:
             ema.exchange()
         accelerator.unwrap_model(net, keep_fp32_wrapper=False)

@@ -32,7 +32,7 @@ def cached(passes: Sequence[Pass], loss: Callable[..., Tensor], model: nn.Module
     with torch.no_grad():
         for run in passes:
             states.append(_random_state(device))
-            parts.append(run())
+            parts.append(tuple(x.detach() for x in run()))  # a view of a parameter would ask for its gradient
     outputs = [torch.cat(some).requires_grad_() for some in zip(*parts, strict=True)]
     value = loss(*outputs)
     value.backward()

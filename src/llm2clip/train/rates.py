@@ -30,7 +30,9 @@ def choose_trained(model: LLM2CLIP, recipe: AlignRecipe) -> None:
     if recipe.lora_r:
         add_lora(tower, recipe.lora_r, recipe.lora_alpha)
     elif not frozen and recipe.train_layers is not None:
-        depth, first = tower.layer_of(), tower.num_layers - 1 - recipe.train_layers
+        depth = tower.layer_of()
+        blocks = sorted({depth[name] for name in depth if tower.in_blocks(name)})
+        first = blocks[-min(recipe.train_layers, len(blocks))] if recipe.train_layers else blocks[-1] + 1
         for name, p in tower.named_parameters():
             p.requires_grad_(depth[name] >= first)
     for name, p in tower.named_parameters():
