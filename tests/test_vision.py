@@ -13,16 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from llm2clip.data.images import Preprocess
+from llm2clip.models.tower_lora import add_lora, merge_lora
 from llm2clip.models.vision import VisionTower
 
-TIMM = [
-    "test_vit",
-    "test_vit3",
-    "test_efficientnet",
-    "test_resnet",
-    "test_convnext",
-    "test_mambaout",
-]
+TINY = {"embed_dim": 64, "depth": 3, "num_heads": 2, "img_size": 64}
+TIMM: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        ["test_vit", "test_vit3", "test_efficientnet", "test_resnet", "test_convnext", "test_mambaout"], {}
+    ),
+    "eva02_base_patch16_clip_224": TINY,
+    "eva_giant_patch14_clip_224": TINY | {"img_size": 56, "mlp_ratio": 2.0},  # one product for q, k and v
+    "vit_pe_core_small_patch16_384": TINY,
+    "vit_base_patch16_siglip_224": TINY,
+    "vit_base_patch16_clip_224": TINY,
+}
 HF = ["clip", "clip_vision_model", "siglip", "siglip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit"]
 SMALL = {
     "hidden_size": 32,
@@ -36,8 +40,8 @@ SMALL = {
 
 def save_timm(name: str, folder: Path) -> nn.Module:
     torch.manual_seed(0)
-    model = timm.create_model(name, pretrained=False, num_classes=7)
-    timm.models.save_for_hf(model, folder)
+    model = timm.create_model(name, pretrained=False, num_classes=7, **TIMM[name])
+    timm.models.save_for_hf(model, folder, model_args=TIMM[name])
     return model.eval()
 
 
@@ -94,14 +98,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, nn.
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", TIMM + HF)
+@pytest.mark.parametrize("family", [*TIMM, *HF])
 def test_family(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
     folder, library = saved[family]
     tower = VisionTower.from_pretrained(folder)
     assert not tower.training
     assert {parameter.dtype for parameter in tower.parameters()} == {torch.float32}
     size = tower.preprocess.size
-    assert size == (160 if family in TIMM else 32)
+    assert size == (TIMM[family].get("img_size", 160) if family in TIMM else 32)
 
     x = pixels(size)
     features = tower(x)
@@ -128,7 +132,7 @@ def test_family(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
     assert (again.preprocess, again.width) == (tower.preprocess, tower.width)
 
 
-@pytest.mark.parametrize("family", TIMM + HF)
+@pytest.mark.parametrize("family", [*TIMM, *HF])
 def test_training(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
     tower = VisionTower.from_pretrained(saved[family][0]).train()
     x = pixels(tower.preprocess.size)
@@ -162,6 +166,36 @@ def test_training(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None
     assert not checkpoints(tower)
 
 
+@pytest.mark.parametrize("family", [*TIMM, *HF])
+def test_lora(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
+    """It changes nothing at first, all of it learns, and once merged the tower gives what it gave with it."""
+    tower = VisionTower.from_pretrained(saved[family][0])
+    names, x = list(tower.state_dict()), pixels(tower.preprocess.size)
+    for name, parameter in tower.named_parameters():
+        if parameter.ndim == 1 and "bias" not in name:  # untrained residual branches weigh nothing
+            nn.init.ones_(parameter)
+    with torch.no_grad():
+        before = tower(x)
+    assert len(tower.blocks()) >= 3
+    add_lora(tower, 2, 4)
+    torch.testing.assert_close(tower(x), before, atol=1e-5, rtol=1e-5)
+    trained = {name: p for name, p in tower.named_parameters() if p.requires_grad}
+    assert trained and all(".lora_" in name for name in trained)
+    assert tower.layer_of().keys() == dict(tower.named_parameters()).keys()
+    for name, parameter in trained.items():
+        if ".lora_B" in name:  # zero at first, which would leave the others without a gradient
+            nn.init.normal_(parameter, std=0.05)
+    changed = tower(x)
+    changed.square().sum().backward()
+    # A layer that the tower multiplies past LoRA would show here.
+    assert [n for n, p in trained.items() if p.grad is None or not p.grad.abs().sum()] == []
+    merge_lora(tower)
+    assert list(tower.state_dict()) == names and all(p.requires_grad for p in tower.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(tower(x), changed, atol=1e-4 * changed.abs().max().item(), rtol=1e-4)
+    assert (changed - before).abs().max() > 1e-4
+
+
 def test_depth_goes_from_input_to_output() -> None:
     depth = VisionTower.from_pretrained("test_vit", pretrained=False).layer_of()
     blocks = [depth[f"backbone.blocks.{i}.attn.qkv.weight"] for i in range(6)]
@@ -173,7 +207,7 @@ def test_depth_goes_from_input_to_output() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["test_vit", "test_efficientnet", "clip", "siglip", "dinov2", "dinov3_vit"])
+@pytest.mark.parametrize("family", [*TIMM, "clip", "siglip", "dinov2", "dinov3_vit"])
 def test_another_resolution(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
     folder, _ = saved[family]
     own = VisionTower.from_pretrained(folder)
