@@ -18,9 +18,7 @@ from llm2clip.models.vision import VisionTower
 
 TINY = {"embed_dim": 64, "depth": 3, "num_heads": 2, "img_size": 64}
 TIMM: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        ["test_vit", "test_vit3", "test_efficientnet", "test_resnet", "test_convnext", "test_mambaout"], {}
-    ),
+    **{f"test_{name}": {} for name in ("vit", "vit3", "efficientnet", "resnet", "convnext", "mambaout")},
     "eva02_base_patch16_clip_224": TINY,
     "eva_giant_patch14_clip_224": TINY | {"img_size": 56, "mlp_ratio": 2.0},  # one product for q, k and v
     "vit_pe_core_small_patch16_384": TINY,

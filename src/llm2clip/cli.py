@@ -101,6 +101,9 @@ def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], list[str]]]
     sub.add_argument("data", nargs="+", type=str, help=DATA_HELP)
     sub.add_argument("--store", type=str, required=True, help="store of DATA's captions, made by `embed`")
     sub.add_argument("--held_out", nargs="+", type=str, help="sources to evaluate on while training")
+    sub.add_argument(
+        "--features", type=str, help="store of the frozen tower's features, for several runs; OUT/features"
+    )
     sub.add_argument("--out", type=str, required=True, help="run folder; OUT/model is the result")
     _reading(sub)
     sub.add_class_arguments(EncoderRecipe, "encoder")
@@ -181,8 +184,9 @@ def _align(given: Namespace) -> list[str]:
     from llm2clip.stages import align_stage
 
     store, out = Path(given.store), Path(given.out)
+    held_out, features = given.held_out or [], Path(given.features) if given.features else None
     model = align_stage(
-        given.data, store, out, given.encoder, given.align, given.columns, given.max_skipped, given.held_out or []
+        given.data, store, out, given.encoder, given.align, given.columns, given.max_skipped, held_out, features
     )
     return [f"Model: {model}", f"Next: llm2clip evaluate {model} DATA"]
 

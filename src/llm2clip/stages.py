@@ -79,6 +79,7 @@ def align_stage(
     columns: dict[str, str],
     max_skipped: float,
     held_out: Sequence[str] = (),
+    features: Path | None = None,
 ) -> Path:
     """`llm2clip align`: the trained model folder, `out/model`. The captions of `held_out` must be in the store, too."""
     settings = {"data": list(data), "columns": columns, "store": store_folder, "encoder": encoder, "align": recipe}
@@ -101,7 +102,7 @@ def align_stage(
     text.to("cpu")  # only its folder is wanted from here on
     fields = {name: readable(some, store) for name, some in tested.items()}
     validate = validator(fields, log, store) if fields else None
-    model = align(readable(records, store), store, new_model(recipe, store), recipe, out, log, validate)
+    model = align(readable(records, store), store, new_model(recipe, store), recipe, out, log, validate, features)
     if processes().is_main_process:
         model.save_pretrained(folder, encoder=text)
     return folder

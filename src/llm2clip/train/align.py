@@ -68,6 +68,7 @@ def align(
     folder: Path,
     log: SkipLog,
     validate: Validate | None = None,
+    features: Path | None = None,
 ) -> LLM2CLIP:
     """Train a model on `records`; a killed run goes on from its last checkpoint.
 
@@ -76,10 +77,10 @@ def align(
         store: the captions' embeddings.
         model: freshly initialised, its tower pretrained; changed in place.
         recipe: the settings.
-        folder: keeps checkpoints/step-N, metrics.jsonl, evaluations.jsonl, best/, and, where the heads learn on
-            features, features/ and heads/.
+        folder: keeps checkpoints/step-N, metrics.jsonl, evaluations.jsonl, best/, and heads/ where they learn first.
         log: where unreadable images are counted and listed.
         validate: figures of the model in eval mode on held-out images, `score` among them, higher is better.
+        features: store of the tower's features, where the recipe wants them; filled first; None is folder/features.
 
     Returns:
         The trained model, in eval mode: `model` itself, or the same with whole weights where they were shared out.
@@ -92,6 +93,7 @@ def align(
     processes()  # before Accelerate decides by itself whether this is one of several
     with processes().main_process_first():
         begun = latest_checkpoint(folder / "checkpoints") is not None
+    features = features or folder / "features"
     if recipe.head_epochs and not begun:
         heads = dataclasses.replace(
             recipe,
@@ -107,8 +109,8 @@ def align(
             evaluate_every=0,
             keep="last",
         )
-        model = _Training(records, store, model, heads, folder / "heads", folder / "features", log, None).run()
-    return _Training(records, store, model, recipe, folder, folder / "features", log, validate).run()
+        model = _Training(records, store, model, heads, folder / "heads", features, log, None).run()
+    return _Training(records, store, model, recipe, folder, features, log, validate).run()
 
 
 class _Training:
