@@ -113,7 +113,10 @@ class LLM2CLIP(nn.Module):
         """
         if not self._encoder:
             if self._text_folder is None:
-                raise ValueError("this model was built without a caption encoder; pass one to LLM2CLIP(...)")
+                raise ValueError(
+                    "this model has no caption encoder: add the one it was trained with, by set_encoder(...) or by "
+                    "llm2clip convert MODEL --text ENCODER --out MODEL"
+                )
             encoder = CaptionEncoder.from_pretrained(self._text_folder, device=self.device)
             if encoder.width != self.config.text_width:
                 raise ValueError(
@@ -122,6 +125,15 @@ class LLM2CLIP(nn.Module):
                 )
             self._encoder.append(encoder)
         return self._encoder[0]
+
+    @property
+    def has_encoder(self) -> bool:
+        return bool(self._encoder) or self._text_folder is not None
+
+    def set_encoder(self, encoder: CaptionEncoder) -> None:
+        """Take a caption encoder for the one that the adapter was trained with."""
+        self._encoder[:] = [encoder]
+        self.config.encoder = encoder.identity()
 
     @torch.inference_mode()
     @quick_products()
@@ -174,7 +186,7 @@ class LLM2CLIP(nn.Module):
         Args:
             folder: where; replaced if it is a model folder already.
             text_folder: a saved caption encoder to copy, or
-            encoder: one to save; neither saves the one in the model.
+            encoder: one to save; neither saves the one in the model, if it has one.
         """
         folder = Path(folder)
         if folder.exists() and not (folder / "config.json").exists():
@@ -190,7 +202,7 @@ class LLM2CLIP(nn.Module):
         (tmp / "preprocessor_config.json").write_text(json.dumps(self.tower.preprocess.to_dict(), indent=1))
         if text_folder is not None:
             shutil.copytree(text_folder, tmp / "text")
-        else:
+        elif encoder is not None or self.has_encoder:
             (encoder or self.encoder).save_pretrained(tmp / "text")
         (tmp / "README.md").write_text("---\nlibrary_name: llm2clip\n---\nA model made with llm2clip.\n")
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
@@ -221,7 +233,7 @@ class LLM2CLIP(nn.Module):
         config = LLM2CLIPConfig(**{k: v for k, v in raw.items() if k in names})
         model = cls(config, VisionTower.from_config(config.tower))
         model.load_state_dict(load_file(folder / "model.safetensors"))
-        model._text_folder = folder / "text"
+        model._text_folder = folder / "text" if (folder / "text").is_dir() else None
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
