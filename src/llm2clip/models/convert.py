@@ -150,7 +150,8 @@ def to_official(model: LLM2CLIP, out: str | Path, form: str) -> Path:
     Args:
         model: with a CLIP tower of transformers for "hf", one of timm's EVA-02 towers for CLIP for "eva".
         out: for "hf" a folder, in which model.safetensors, config.json and preprocessor_config.json come to lie; for
-            "eva" a .pt file of plain tensors, those of the rotary embedding among them, as a strict load wants.
+            "eva" a .pt file of plain tensors, those of the rotary embedding among them, as a strict load wants. It says
+            nothing about how pictures are prepared: the official code brings the shortest side to the tower's size.
         form: "hf" or "eva".
 
     Raises:
@@ -165,7 +166,7 @@ def to_official(model: LLM2CLIP, out: str | Path, form: str) -> Path:
         raise FileExistsError(f"{out} is there already; choose another place")
     depth = model.config.adapter_depth
     tensors = {
-        official_name(name, form, depth): tensor.detach().cpu().contiguous().clone()
+        official_name(name, form, depth): tensor.detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
     }
     tensors["logit_scale"] = tensors["logit_scale"].reshape(())
@@ -202,7 +203,11 @@ def _check_can(model: LLM2CLIP, form: str) -> None:
         fits = re.match("timm:eva02_(base|large)_.*_clip_", kind) is not None and tower["args"].keys() <= set(EVA_ARGS)
     no = []
     if not fits:
-        wanted = "a CLIP tower of transformers" if form == "hf" else "an EVA-02 tower for CLIP of timm"
+        wanted = (
+            "a CLIP tower of transformers"
+            if form == "hf"
+            else "an EVA-02 tower for CLIP of timm, whose sizes alone may differ"
+        )
         no.append(f"the tower is {kind}, the form takes {wanted}")
     elif form == "hf" and tower["architecture"]["image_size"] != model.tower.preprocess.size:
         no.append("the tower runs at another resolution than its position embeddings are for")
@@ -243,6 +248,10 @@ def convert_verb(source: str, out: str, text: str | None = None, form: str | Non
         raise FileExistsError(f"{out} is there and is not a model folder; choose another place")
     if ours:
         model = LLM2CLIP.from_pretrained(source, device="cpu")
+        if model.has_encoder:
+            raise ValueError(
+                f"{source} has a caption encoder, {Path(source) / 'text'}, which its adapter was trained on"
+            )
         pair(model, str(text))
     else:
         model = from_official(source, text=text)
