@@ -29,6 +29,7 @@ In the order of things:
   llm2clip tune | embed | align           one stage at a time
   llm2clip evaluate MODEL DATA
   llm2clip store verify | repair | merge | export | import
+  llm2clip convert CHECKPOINT --out MODEL   published LLM2CLIP checkpoints, and back
 
 DATA is a .jsonl, .csv, .tsv or .parquet file, a folder of images with captions beside them, webdataset tars, or
 hf:NAME. DATA@train+none takes only some splits. Every verb takes --config FILE.yaml and dotted overrides such as
@@ -141,6 +142,11 @@ def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], list[str]]]
     some.add_argument("--out", type=str, required=True, help="store folder")
     some.add_argument("--precision", type=str, default="fp32", help="in which the vectors were computed")
     some.add_class_arguments(EncoderRecipe, "encoder")
+    sub = verb("convert", _convert, "Published LLM2CLIP checkpoints to model folders, and model folders to their forms.")
+    sub.add_argument("source", type=str, help="official folder, file or hub id; or a model folder")
+    sub.add_argument("--out", type=str, required=True, help="model folder, or what to write in an official form")
+    sub.add_argument("--text", type=str, help="caption encoder that the checkpoint's adapter was trained with")
+    sub.add_argument("--form", choices=["hf", "eva"], help="write a model folder in this official form")
     sub = verb(
         "quickstart", _quickstart, "Train an emoji search engine with an LLM text tower, and show what it learned."
     )
@@ -205,6 +211,12 @@ def _store(given: Namespace) -> list[str]:
     from llm2clip.stages import store_verb
 
     return store_verb(given.subcommand, given[given.subcommand])
+
+
+def _convert(given: Namespace) -> list[str]:
+    from llm2clip.models.convert import convert_verb
+
+    return convert_verb(given.source, given.out, given.text, given.form)
 
 
 def _quickstart(given: Namespace) -> list[str]:
