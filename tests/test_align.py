@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,7 @@ from llm2clip.train.align import align
 from llm2clip.train.ema import Ema
 from llm2clip.train.engine import read_metrics
 from llm2clip.train.steps import Steps
+from written import write_tar
 
 ALIGN = AlignRecipe(
     width=12, epochs=2, batch=10, checkpoint_every=2, workers=0, image_size=64, evaluate_every=0, track=[], captions=2
@@ -334,3 +336,26 @@ def test_augmented_pictures_depend_on_seed_and_step_alone(records: list[Record],
         two = next(Steps(records, store, fresh_model(), dataclasses.replace(recipe, workers=1)).batches(0)).images
         assert torch.equal(one, two) and not torch.equal(one, plain) and one.dtype == torch.uint8
         assert augment or torch.equal(state, torch.get_rng_state())
+
+
+def test_tars_are_shuffled_whole_and_gone_on_with(
+    records: list[Record], store: EmbeddingStore, pictures: Path, tmp_path: Path
+) -> None:
+    """Two tars of what the folder has: the same batches as from the files, mixing both, from any step."""
+    for n, half in enumerate((records[:15], records[15:])):
+        members = []
+        for record in half:
+            key = f"{int(record.id):03d}"
+            members.append((f"{key}.png", Path(str(record.image)).read_bytes()))
+            texts = {"captions": record.captions, "long_captions": record.long_captions}
+            members.append((f"{key}.json", json.dumps(texts).encode()))
+        write_tar(tmp_path / f"shard-{n}.tar", members)
+    packed = list(open_records(str(tmp_path / "shard-{0..1}.tar")))
+    assert len(packed) == 30
+    model = fresh_model()
+    for first in (0, 4):
+        ours = Steps(packed, store, model, dataclasses.replace(ALIGN, workers=1)).batches(first)
+        theirs = Steps(records, store, model, ALIGN).batches(first)
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a.images, b.images) and np.array_equal(a.rows, b.rows)
+            assert len({name.split("!")[0] for name in a.names}) == 2

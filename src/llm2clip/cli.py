@@ -142,7 +142,7 @@ def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], list[str]]]
     some.add_argument("--out", type=str, required=True, help="store folder")
     some.add_argument("--precision", type=str, default="fp32", help="in which the vectors were computed")
     some.add_class_arguments(EncoderRecipe, "encoder")
-    sub = verb("convert", _convert, "Published LLM2CLIP checkpoints to model folders, and model folders to their forms.")
+    sub = verb("convert", _convert, "Published LLM2CLIP checkpoints to model folders, and back.")
     sub.add_argument("source", type=str, help="official folder, file or hub id; or a model folder")
     sub.add_argument("--out", type=str, required=True, help="model folder, or what to write in an official form")
     sub.add_argument("--text", type=str, help="caption encoder that the checkpoint's adapter was trained with")
