@@ -1,0 +1,248 @@
+"""What a recipe costs before anything runs: parameters, FLOP, bytes and hours, by arithmetic.
+
+Hours are FLOP over what the device could do, times a share that is assumed (MFU): 0.4 is good practice for large
+matrices. Small models, short batches and slow decoding of images stay below it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm2clip.plan.devices import Device, find_device
+from llm2clip.plan.memory import align_memory, embed_memory, fits, peak, tune_memory
+from llm2clip.plan.work import CaptionWork, ImageWork, caption_work, image_work, without_tower
+from llm2clip.recipes import AlignRecipe, FitRecipe, TuneRecipe
+
+STAGES = ("tune", "embed", "align")
+# Products of the images' and the texts' vectors in the loss and its gradient: alone, and among processes.
+PRODUCTS = {"infonce": (4, 5), "sigmoid": (3, 4), "cosine": (0, 0)}
+
+
+@dataclass
+class Plan:
+    """What comes out. Parameters are counts, FLOP are per image or per caption, memory is bytes of a device by part,
+    hours are on all devices together.
+
+    Args:
+        device, count, mfu, images, captions_per_image, tokens_per_caption, shared_out: what was asked.
+        recipe: the same.
+        captions: of an image in a step.
+        parameters: of each part, and those that learn in each stage.
+        flop: of one caption or image in each kind of pass.
+        store: bytes of the embedded captions.
+        features: bytes of the tower's features, where they are cached.
+        memory: of each stage, by part.
+        fits: whether a device holds each stage.
+        ways_out: of a stage that does not fit, settings with which it would, and what it then takes.
+        hours: of each stage.
+        decoded: images that each device must be given in a second of align.
+        online: the same with the language model in the training step: FLOP of a step's image, times as much as ours;
+            hours of all stages after tune, times ours; bytes of its weights in half precision.
+    """
+
+    device: Device
+    count: int
+    mfu: float
+    images: int
+    captions_per_image: float
+    tokens_per_caption: float
+    shared_out: bool
+    recipe: FitRecipe
+    captions: float
+    parameters: dict[str, int]
+    flop: dict[str, float]
+    store: float
+    features: float
+    memory: dict[str, dict[str, float]]
+    fits: dict[str, bool]
+    ways_out: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
+    hours: dict[str, float] = field(default_factory=dict)
+    decoded: float = 0.0
+    online: dict[str, float] = field(default_factory=dict)
+
+
+def plan(
+    recipe: FitRecipe,
+    images: int,
+    captions_per_image: float,
+    tokens_per_caption: float,
+    device: str,
+    count: int = 1,
+    mfu: float = 0.4,
+    tflops: float | None = None,
+    memory: float | None = None,
+    shared_out: bool = False,
+) -> Plan:
+    """Work out what a fit takes.
+
+    Args:
+        recipe: of all stages.
+        images: that align trains on.
+        captions_per_image: on average; each is taken to be another, and is encoded once.
+        tokens_per_caption: on average, the template's among them.
+        device: in `devices.DEVICES`, or any name with `tflops` and `memory`.
+        count: devices, in as many processes.
+        mfu: share of the device's products per second that training reaches; assumed.
+        tflops, memory: 10^12 FLOP/s and GB of the device, in place of the table's.
+        shared_out: weights are shared out over the devices (FSDP2).
+
+    Raises:
+        ValueError: an unknown model or device, or numbers that make no sense.
+    """
+    given = {"images": images, "captions_per_image": captions_per_image, "tokens_per_caption": tokens_per_caption}
+    for name, value in (*given.items(), ("count", count), ("mfu", mfu)):
+        if value <= 0:
+            raise ValueError(f"--{name} is more than 0; got {value}")
+    if mfu > 1:
+        raise ValueError(f"--mfu is a share of the device's products, at most 1; got {mfu}")
+    machine, tokens = find_device(device, tflops, memory), min(tokens_per_caption, recipe.encoder.max_length or 512)
+    tuned = _precision(recipe.tune.precision, machine)
+    text = caption_work(recipe.encoder, recipe.tune, tuned)
+    align = recipe.align
+    captions = min(align.captions or captions_per_image, captions_per_image)
+    image = image_work(align, text.width, captions)
+
+    steps = _align_flop(image, align, captions, count)
+    tune_step = text.step(tokens, recipe.tune)
+    passes, heads = images * align.epochs, 0.0
+    once = images * image.tower_forward if align.cache_features or align.head_epochs else 0.0
+    if align.head_epochs:
+        alone = without_tower(align)
+        of_heads = image_work(alone, text.width, captions)
+        heads = images * align.head_epochs * _align_flop(of_heads, alone, captions, count)["step"]
+    rows = images * captions_per_image
+    forward = text.forward(tokens)
+
+    def hours(flop: float, precision: str) -> float:
+        return flop / (count * mfu * machine.rate(precision)) / 3600
+
+    texts = 2 * recipe.tune.steps + recipe.tune.mntp_steps  # of each device, times its batch
+    parts = {
+        "tune": tune_memory(text, recipe.tune, tokens, tuned, count, shared_out),
+        "embed": embed_memory(text, _precision(recipe.embed.precision, machine)),
+        "align": align_memory(image, align, captions, text.width, count, shared_out),
+    }
+    if texts == 0:
+        del parts["tune"]
+    took = {
+        "tune": hours(texts * recipe.tune.batch * count * tune_step, tuned),
+        "embed": hours(rows * forward, recipe.embed.precision),
+        "align": hours(once + heads + passes * steps["step"], align.precision),
+    }
+    step_online = steps["step"] + captions * forward
+    online = hours(once + heads + passes * steps["step"], align.precision) + hours(
+        passes * captions * forward, recipe.embed.precision
+    )
+    found = Plan(
+        machine, count, mfu, images, captions_per_image, tokens_per_caption, shared_out, recipe, captions,
+        parameters={
+            "caption encoder": text.parameters,
+            "tune learns": text.trained if texts else 0,
+            "vision tower": image.tower,
+            "projection": image.projection,
+            "adapter": image.adapter,
+            "align learns": image.trained,
+        },
+        flop={"caption forward": forward, "caption tune": tune_step, "tower forward": image.tower_forward, **steps},
+        store=rows * (text.width * 2 if recipe.embed.dtype == "float16" else text.width + 4) + 16 * rows,
+        features=images * (2 * image.feature + 16) if once else 0.0,
+        memory=parts,
+        fits={stage: fits(part, machine.memory) for stage, part in parts.items()},
+        hours=took,
+        decoded=0.0 if align.cache_features else passes / (took["align"] * 3600 * count),
+        online={
+            "step": step_online / steps["step"],
+            "hours": online / (took["embed"] + took["align"]),
+            "weights": 2.0 * text.parameters,
+        },
+    )  # fmt: skip
+    if not found.fits.get("tune", True):
+        found.ways_out["tune"] = _fitting(_tune_settings(recipe.tune, text, tokens, tuned, count), machine)
+    if not found.fits["align"]:
+        found.ways_out["align"] = _fitting(_align_settings(align, image, text.width, captions, count), machine)
+    return found
+
+
+def _precision(precision: str, device: Device) -> str:
+    """fp32, bf16 or fp16 of a recipe's."""
+    if precision == "auto":
+        return "bf16" if device.bf16 else "fp32"
+    return precision.partition("+")[0]
+
+
+def _align_flop(work: ImageWork, recipe: AlignRecipe, captions: float, count: int) -> dict[str, float]:
+    """FLOP of an image and its captions in a step of align: the forward and backward pass, the passes that are made
+    again, the loss, and all of it."""
+    tower = 0.0 if recipe.cache_features else work.tower_forward
+    forward = tower + work.heads_forward
+    again = tower if recipe.recompute and work.kept > work.block_input > 0 else 0.0
+    cached = forward if (recipe.micro_batch or recipe.batch) < recipe.batch else 0.0
+    loss = 2 * PRODUCTS[recipe.loss][count > 1] * recipe.batch * count * captions * work.shared
+    once = forward + work.backward
+    return {"image once": once, "image again": again + cached, "image loss": loss, "step": once + again + cached + loss}
+
+
+# ---- what would fit -------------------------------------------------------------------------------------------------
+
+Way = tuple[str, dict[str, float]]
+
+
+def _fitting(ways: Iterator[Way], device: Device) -> list[tuple[str, float]]:
+    """Those that fit, the gentlest first, without those that change more than one before them does."""
+    found: list[tuple[str, float]] = []
+    for name, parts in ways:
+        options = _options(name)
+        if fits(parts, device.memory) and not any(_options(before) <= options for before, _ in found):
+            found.append((name, peak(parts)))
+    return found
+
+
+def _options(name: str) -> set[str]:
+    return {word for word in name.split() if word.startswith("--")}
+
+
+def _tune_settings(recipe: TuneRecipe, work: CaptionWork, tokens: float, precision: str, count: int) -> Iterator[Way]:
+    changes: list[dict[str, Any]] = [{"recompute": True}, {"grad_cache": True}]
+    small: dict[str, Any] = {"recompute": True, "grad_cache": True}
+    changes += [{**small, "batch_tokens": n} for n in (32768, 16384, 8192, 4096)]
+    if recipe.lora_r:
+        changes += [{"quantize": True}, *({**small, "quantize": True, "batch_tokens": n} for n in (16384, 4096))]
+    for change in changes:
+        changed = dataclasses.replace(recipe, **change)
+        yield _named("tune", recipe, change), tune_memory(work, changed, tokens, precision, count)
+    if count > 1:  # FSDP2 and 4 bits do not go together
+        for change in ({}, {**small, "batch_tokens": 8192}):
+            changed = dataclasses.replace(recipe, **{**change, "quantize": False})
+            name = _named("tune", recipe, change)
+            yield f"--use_fsdp {name}".rstrip(), tune_memory(work, changed, tokens, precision, count, True)
+
+
+def _align_settings(
+    recipe: AlignRecipe, work: ImageWork, text_width: int, captions: float, count: int
+) -> Iterator[Way]:
+    sizes = [2**n for n in range(16, -1, -1) if 2**n < (recipe.micro_batch or recipe.batch)]
+    changes: list[dict[str, Any]] = [{"recompute": True}, *({"micro_batch": n} for n in sizes)]
+    changes += [{"recompute": True, "micro_batch": n} for n in sizes]
+    for change in changes:
+        changed = dataclasses.replace(recipe, **change)
+        yield _named("align", recipe, change), align_memory(work, changed, captions, text_width, count)
+    small: dict[str, Any] = {"recompute": True, "micro_batch": min(16, recipe.micro_batch or recipe.batch)}
+    if count > 1:
+        for change in ({}, small):
+            changed = dataclasses.replace(recipe, **change)
+            name = _named("align", recipe, change)
+            yield f"--use_fsdp {name}".rstrip(), align_memory(work, changed, captions, text_width, count, True)
+    if recipe.tower_lr > 0 and not recipe.lora_r and recipe.train_layers is None:
+        small["lora_r"] = 16
+        changed = dataclasses.replace(recipe, **small)
+        of = image_work(changed, text_width, captions)
+        yield _named("align", recipe, small), align_memory(of, changed, captions, text_width, count)
+
+
+def _named(stage: str, recipe: Any, change: dict[str, Any]) -> str:
+    """The options of a change, without what is so already."""
+    new = {k: v for k, v in change.items() if getattr(recipe, k) != v}
+    return " ".join(f"--{stage}.{k} {str(v).lower()}" for k, v in new.items())
