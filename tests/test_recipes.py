@@ -1,15 +1,27 @@
-"""The recipes in the repository are read by the command, and overrides act on them."""
+"""The recipes in the repository are read by the command, overrides act on them, and they can be planned."""
 
 from __future__ import annotations
 
+import dataclasses
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from llm2clip.cli import build
-from llm2clip.recipes import AlignRecipe
+from llm2clip.plan.plan import plan
+from llm2clip.recipes import AlignRecipe, FitRecipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+LLMS = {"llama-3-8b", "llama-3.1-8b", "llama-3.2-1b", "mistral-nemo-12b", "qwen2.5-0.5b"}
+TOWERS = [recipe for recipe in RECIPES if recipe.name.startswith("tower-")]
+
+
+def read(*recipes: Path, more: tuple[str, ...] = ()) -> FitRecipe:
+    parser, _ = build()
+    files = [word for recipe in recipes for word in ("--config", str(recipe))]
+    given = parser.instantiate(parser.parse_args(["fit", "a.jsonl", "--out", "r", *files, *more])).fit
+    return FitRecipe(**{field.name: given[field.name] for field in dataclasses.fields(FitRecipe)})
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
@@ -18,17 +30,47 @@ def test_recipes_parse(recipe: Path) -> None:
     given = parser.parse_args(["fit", "a.jsonl", "--out", "r", "--config", str(recipe), "--align.epochs", "7"]).fit
     assert given.align.epochs == 7
     assert given.data == ["a.jsonl"]
-    assert given.align.batch == 128
+    assert recipe in TOWERS or recipe.stem in ("sail", "lift", "lit") or given.align.batch == 128
     AlignRecipe(**vars(given.align))
     template = given.encoder.template
     assert template is None or template.count("{caption}") == 1
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_recipes_can_be_planned_and_fit_into_an_h100(recipe: Path) -> None:
+    with_llm = [recipe.parent / "qwen2.5-0.5b.yaml"] if recipe in TOWERS or recipe.stem == "lit" else []
+    found = plan(read(*with_llm, recipe), 3_000_000, 2, 84, "h100", 8)
+    assert all(found.fits.values()) and not found.ways_out
+
+
+def test_pairs_of_a_language_model_and_a_tower_are_both() -> None:
+    assert len(TOWERS) == 6
+    for llm, tower in product((recipe for recipe in RECIPES if recipe.name.removesuffix(".yaml") in LLMS), TOWERS):
+        both, one, other = read(llm, tower), read(llm), read(tower)
+        assert (both.encoder, both.tune) == (one.encoder, one.tune)
+        assert both.align == other.align
+        assert both.encoder != other.encoder and both.align != one.align
+
+
+def test_the_papers_towers_are_aligned_as_it_says() -> None:
+    for tower in TOWERS:
+        align = read(tower).align
+        assert align.batch * 8 == 4096 and align.width == (1152 if "siglip" in tower.stem else 1280)
+        assert (align.tower_lr, align.lr, align.layer_decay, align.weight_decay) == (1e-5, 1e-5, 0.85, 0.05)
+        assert (align.loss, align.adapter, align.adapter_depth, align.adapter_expansion) == (
+            "infonce",
+            "residual",
+            4,
+            2,
+        )
+        assert (align.crop, align.hflip, align.max_grad_norm, align.captions) == (0.9, False, 5.0, 1)
+        assert align.mix == {"captions": 1, "long_captions": 1}
+
+
 def test_the_papers_text_towers_have_recipes_that_tune_reads() -> None:
     parser, _ = build()
-    names = {"llama-3-8b", "llama-3.1-8b", "llama-3.2-1b", "mistral-nemo-12b", "qwen2.5-0.5b"}
-    papers = [r for r in RECIPES if r.name.removesuffix(".yaml") in names]
-    assert len(papers) == len(names)
+    papers = [r for r in RECIPES if r.name.removesuffix(".yaml") in LLMS]
+    assert len(papers) == len(LLMS)
     for recipe in papers:
         tune = parser.parse_args(["tune", "a.jsonl", "--out", "r", "--config", str(recipe)]).tune.tune
         assert (tune.temperature, tune.lora_r, tune.lora_alpha, tune.lora_dropout) == (0.02, 16, 32, 0.05)
