@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
+from llm2clip.plan.devices import DEVICES
 from llm2clip.recipes import (
     AlignRecipe,
     EmbedRecipe,
@@ -28,6 +29,7 @@ In the order of things:
   llm2clip fit DATA --out RUN             your own pictures and captions: all stages below, in one run
   llm2clip tune | embed | align           one stage at a time
   llm2clip evaluate MODEL DATA
+  llm2clip plan --config RECIPE --images N --device h100     what all that would take, before it runs
   llm2clip store verify | repair | merge | export | import
   llm2clip convert CHECKPOINT --out MODEL   published LLM2CLIP checkpoints, and back
 
@@ -78,11 +80,7 @@ def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], list[str]]]
     sub.add_argument("data", nargs="+", type=str, help=DATA_HELP)
     sub.add_argument("--out", type=str, required=True, help="run folder")
     _reading(sub)
-    sub.add_class_arguments(EncoderRecipe, "encoder")
-    sub.add_class_arguments(TuneRecipe, "tune")
-    sub.add_class_arguments(EmbedRecipe, "embed")
-    sub.add_class_arguments(AlignRecipe, "align")
-    sub.add_class_arguments(EvaluateRecipe, "evaluate")
+    _stages(sub)
 
     sub = verb("tune", _tune, "Stage 1: teach the language model to tell captions apart.")
     sub.add_argument("data", nargs="*", type=str, help="sources of captions; images are not needed")
@@ -109,6 +107,19 @@ def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], list[str]]]
     _reading(sub)
     sub.add_class_arguments(EncoderRecipe, "encoder")
     sub.add_class_arguments(AlignRecipe, "align")
+
+    sub = verb("plan", _plan, "What a fit would take: parameters, FLOP, memory and hours; nothing is fetched or run.")
+    sub.add_argument("--images", type=int, required=True, help="images to train on")
+    sub.add_argument("--captions_per_image", type=float, default=2.0, help="captions of each, on average")
+    sub.add_argument("--tokens_per_caption", type=float, default=84.0, help="with the template's, on average")
+    sub.add_argument("--device", type=str, required=True, help=f"{', '.join(DEVICES)}; or any, with its numbers")
+    sub.add_argument("--count", type=int, default=1, help="devices")
+    sub.add_argument("--mfu", type=float, default=0.4, help="share of the device's products that is reached; assumed")
+    sub.add_argument("--tflops", type=float, help="10^12 FLOP/s of the device, if it is not known or not as said")
+    sub.add_argument("--memory", type=float, help="GB of the device, likewise")
+    sub.add_argument("--use_fsdp", action="store_true", help="weights shared out, as accelerate launch does it")
+    _reading(sub)
+    _stages(sub)
 
     sub = verb("evaluate", _evaluate, "Retrieval of a model folder on images, or CRA of any caption encoder.")
     sub.add_argument("model", nargs="?", type=str, help="model folder or hub id; not needed with --captions alone")
@@ -161,6 +172,14 @@ def _reading(parser: ArgumentParser) -> None:
     parser.add_argument("--max_skipped", type=float, default=0.05, help="largest share of bad rows put up with")
 
 
+def _stages(parser: ArgumentParser) -> None:
+    parser.add_class_arguments(EncoderRecipe, "encoder")
+    parser.add_class_arguments(TuneRecipe, "tune")
+    parser.add_class_arguments(EmbedRecipe, "embed")
+    parser.add_class_arguments(AlignRecipe, "align")
+    parser.add_class_arguments(EvaluateRecipe, "evaluate")
+
+
 def _fit(given: Namespace) -> list[str]:
     from llm2clip.fit import fit
 
@@ -195,6 +214,14 @@ def _align(given: Namespace) -> list[str]:
         given.data, store, out, given.encoder, given.align, given.columns, given.max_skipped, held_out, features
     )
     return [f"Model: {model}", f"Next: llm2clip evaluate {model} DATA"]
+
+
+def _plan(given: Namespace) -> list[str]:
+    from llm2clip.plan.report import plan_verb
+
+    recipe = FitRecipe(**{f.name: given[f.name] for f in dataclasses.fields(FitRecipe)})
+    asked = ("images", "captions_per_image", "tokens_per_caption", "device", "count", "mfu", "tflops", "memory")
+    return plan_verb(recipe, **{name: given[name] for name in (*asked, "use_fsdp")})
 
 
 def _evaluate(given: Namespace) -> list[str]:
