@@ -16,6 +16,8 @@ from torch import nn
 
 from conftest import Killed, distributed, share_out
 from llm2clip.cache.embed import embed
+from llm2clip.cache.format import StoreError
+from llm2clip.cache.lock import alone
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skips import SkipLog
@@ -73,8 +75,12 @@ def trained(
 
 def same_run(one: LLM2CLIP, two: dict[str, torch.Tensor], a: Path, b: Path, atol: float = 1e-5) -> None:
     """The same losses on the way and the same weights at the end."""
-    losses = [[line["loss"] for line in read_metrics(f / "metrics.jsonl")] for f in (a, b)]
-    assert losses[0] and losses[0] == pytest.approx(losses[1], abs=atol)
+    one_log, two_log = (read_metrics(f / "metrics.jsonl") for f in (a, b))
+    for key, close in (
+        ("loss", {"abs": atol}),
+        ("grad_norm", {"rel": 100 * atol}),
+    ):  # clipping hides a factor, norms do not
+        assert one_log and [line[key] for line in one_log] == pytest.approx([line[key] for line in two_log], **close)
     for name, tensor in one.state_dict().items():
         torch.testing.assert_close(tensor, two[name], atol=atol, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -131,8 +137,6 @@ def test_accumulated_batches_are_a_batch(records: list[Record], store: Embedding
     one, two = (trained(records, store, tmp_path / str(r.accumulate), r) for r in (whole, parts))
     same_run(one, two.state_dict(), tmp_path / "1", tmp_path / "2")
     assert one.logit_scale.item() == fresh_model(whole).logit_scale.item()
-    with pytest.raises(ValueError, match="needs texts that stay"):
-        trained(records, store, tmp_path / "bad", dataclasses.replace(ALIGN, loss="cosine"))
 
 
 WAYS = [
@@ -264,8 +268,6 @@ def test_lora_is_merged_and_changes_nothing_else(records: list[Record], store: E
     assert changed == {f"tower.backbone.blocks.{n}.{part}.weight" for n in range(6) for part in LINEAR}
     for name in changed:
         assert torch.linalg.matrix_rank(after[name] - before[name], atol=1e-5) <= 2
-    with pytest.raises(ValueError, match="lora_r is for the tower"):
-        trained(records, store, tmp_path / "bad", dataclasses.replace(ALIGN, lora_r=2, tower_lr=0.0))
 
 
 LINEAR = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -329,13 +331,14 @@ def test_augmented_pictures_depend_on_seed_and_step_alone(records: list[Record],
     plain = next(Steps(records, store, fresh_model(), ALIGN).batches(0)).images
     for augment in ("color", "randaugment", "trivialaugment"):
         recipe: Any = dataclasses.replace(ALIGN, augment=augment)
+        one, two = (Steps(records, store, fresh_model(), recipe) for _ in range(2))
         torch.manual_seed(1)
-        one = next(Steps(records, store, fresh_model(), recipe).batches(0)).images
+        seen = next(one.batches(0)).images
         torch.manual_seed(2)
-        state = torch.get_rng_state()
-        two = next(Steps(records, store, fresh_model(), dataclasses.replace(recipe, workers=1)).batches(0)).images
-        assert torch.equal(one, two) and not torch.equal(one, plain) and one.dtype == torch.uint8
-        assert augment or torch.equal(state, torch.get_rng_state())
+        before = torch.get_rng_state()
+        assert torch.equal(seen, next(two.batches(0)).images)
+        assert torch.equal(before, torch.get_rng_state())  # torchvision draws from it
+        assert not torch.equal(seen, plain) and seen.dtype == torch.uint8
 
 
 def test_tars_are_shuffled_whole_and_gone_on_with(
@@ -359,3 +362,87 @@ def test_tars_are_shuffled_whole_and_gone_on_with(
         for a, b in zip(ours, theirs, strict=True):
             assert torch.equal(a.images, b.images) and np.array_equal(a.rows, b.rows)
             assert len({name.split("!")[0] for name in a.names}) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"loss": "cosine"}, "needs texts that stay"),
+        ({"lora_r": 2, "tower_lr": 0.0}, "lora_r is for the tower"),
+        ({"cache_features": True}, "needs --align.tower_lr 0"),
+        ({"keep": "best", "evaluate_every": 0}, "needs evaluations"),
+        ({"epochs": 0}, "epochs is above 0"),
+        ({"ema": 1.0}, "ema is a share"),
+        ({"crop": 3.0}, "crop is a share"),
+        ({"micro_batch": 0}, "micro_batch is at least 1"),
+        ({"train_layers": 1, "tower_lr": 0.0}, "needs --align.tower_lr"),
+        ({"captions": -1}, "captions is not below 0"),
+    ],
+)
+def test_wrong_settings_show_at_once(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        dataclasses.replace(ALIGN, **change)
+
+
+def test_wrong_settings_for_what_is_there(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="name some with --held_out"):
+        trained(records, store, tmp_path / "a", dataclasses.replace(ALIGN, keep="best", evaluate_every=None))
+    with pytest.raises(ValueError, match="fp16 is for GPUs"):
+        trained(records, store, tmp_path / "b", dataclasses.replace(ALIGN, precision="fp16"))
+    with pytest.raises(ValueError, match="train_layers finds no blocks"):
+        trained(records, store, tmp_path / "c", dataclasses.replace(ALIGN, train_layers=1), tower="vgg11")
+    with pytest.raises(ValueError, match="cannot recompute activations of vgg11"):
+        trained(records, store, tmp_path / "d", dataclasses.replace(ALIGN, recompute=True), tower="vgg11")
+    with alone(tmp_path), pytest.raises(StoreError, match="another run"):
+        trained(records, store, tmp_path, ALIGN)
+
+
+def test_heads_of_other_settings_are_trained_anew(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
+    """Killed once the heads are done; the settings are mended, which only a checkpoint of the rest would forbid."""
+    recipe = dataclasses.replace(ALIGN, head_epochs=2, head_batch=15, lr=1e-2)
+    for lr in (1e-2, 1e-2, 1e-4):
+        heads = read_metrics(tmp_path / "heads/metrics.jsonl")
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Steps, "batches", _only_features)
+            trained(records, store, tmp_path, dataclasses.replace(recipe, lr=lr))
+        same = [line["loss"] for line in heads] == [
+            line["loss"] for line in read_metrics(tmp_path / "heads/metrics.jsonl")
+        ]
+        assert same == (bool(heads) and lr == 1e-2)
+    assert len(list(tmp_path.glob("features-*"))) == 1
+
+
+_batches = Steps.batches
+
+
+def _only_features(self: Steps, first: int) -> Any:
+    if self.features is None:
+        raise Killed
+    return _batches(self, first)
+
+
+def test_best_weights_of_another_run_are_no_ones(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
+    """Killed after an evaluation and before a checkpoint: what it kept is of steps that are done again."""
+    recipe = dataclasses.replace(ALIGN, evaluate_every=1, keep="best", checkpoint_every=100)
+    scores = iter([9.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+
+    def validate(model: LLM2CLIP) -> dict[str, float]:
+        return {"score": next(scores)}
+
+    def dies(self: Steps, first: int) -> Any:
+        yield next(_batches(self, first))
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Steps, "batches", dies)
+        align(records, store, fresh_model(), recipe, tmp_path, SkipLog(limit=1.0), validate)
+    assert json.loads((tmp_path / "best/figures.json").read_text())["score"] == 9.0
+    align(records, store, fresh_model(), recipe, tmp_path, SkipLog(limit=1.0), validate)
+    assert json.loads((tmp_path / "best/figures.json").read_text()) == {"step": 2, "score": 2.0}
+
+
+def test_checkpoints_hold_what_is_trained(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(ALIGN, tower_lr=0.0, cache_features=True)
+    trained(records, store, tmp_path, recipe)
+    names = load_file(tmp_path / "checkpoints/step-6/model.safetensors").keys()
+    assert names and not any(name.startswith("tower.backbone") for name in names)

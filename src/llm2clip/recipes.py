@@ -170,7 +170,7 @@ class AlignRecipe:
         accumulate: batches whose gradients make one step; each has its own negatives.
         head_epochs: passes of the projection and the adapter alone, before the rest, over vectors that the tower gives
             as it is: each image goes through it once, so these passes take seconds.
-        head_batch: images in a step of those.
+        head_batch: images in a step of those on each device, or as many as there are.
         cache_features: the same for all epochs, with `batch`: the tower stays as it is, its images uncropped.
         tower_lr: peak learning rate of the vision tower; 0 freezes it.
         lr: peak learning rate of the projection and the adapter.
@@ -186,7 +186,8 @@ class AlignRecipe:
         max_grad_norm: gradients are clipped to this norm.
         ema: decay of a running mean of the weights, such as 0.999, which is evaluated and saved in their place; 0 is
             none.
-        crop: smallest area share of RandomResizedCrop; 1 switches it off.
+        crop: smallest area share of RandomResizedCrop, whose sides are 3 to 4 at most: at 0.9 it is always the middle of
+            a wider photograph. 1 takes the whole picture, as evaluation does.
         hflip: mirror at random; off, since captions name left and right.
         augment: of the colours (color), or torchvision's randaugment or trivialaugment, after the crop.
         precision: fp32, bf16 or fp16; the logits are fp32 in all.
@@ -244,6 +245,34 @@ class AlignRecipe:
     track: list[str] = field(default_factory=lambda: ["tensorboard"])
     checkpoint_every: int = 50
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that make no sense, and for settings that contradict each other."""
+        least_one = ("width", "batch", "accumulate", "head_batch", "checkpoint_every", "micro_batch", "train_layers")
+        for name in least_one:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--align.{name} is at least 1, not {value}")
+        for name in ("captions", "head_epochs", "lora_r", "tower_lr", "evaluate_every"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(f"--align.{name} is not below 0, as {value} is")
+        if self.epochs <= 0:
+            raise ValueError(f"--align.epochs is above 0, not {self.epochs}")
+        for name, high in (("crop", True), ("layer_decay", True), ("warmup", True), ("ema", False)):
+            value = getattr(self, name)
+            if not 0 <= value <= 1 or (value == 0 and name in ("crop", "layer_decay")) or (value == 1 and not high):
+                raise ValueError(f"--align.{name} is a share between 0 and 1, not {value}")
+        frozen = self.tower_lr == 0
+        if self.lora_r and (frozen or self.train_layers is not None):
+            raise ValueError("--align.lora_r is for the tower: it needs --align.tower_lr, and no --align.train_layers")
+        if self.train_layers is not None and frozen:
+            raise ValueError("--align.train_layers is for a tower that learns: it needs --align.tower_lr")
+        if self.cache_features and not frozen:
+            raise ValueError("--align.cache_features keeps the tower as it is: it needs --align.tower_lr 0")
+        if self.loss == "cosine" and self.adapter != "none":
+            # With a text side that learns, too, all vectors could become one, which has no loss at all.
+            raise ValueError("--align.loss cosine has no negatives: it needs texts that stay, --align.adapter none")
+        if self.keep == "best" and self.evaluate_every == 0:
+            raise ValueError("--align.keep best needs evaluations: leave out --align.evaluate_every 0")
 
 
 @dataclass
@@ -317,7 +346,7 @@ def keep(settings: dict[str, Any], file: Path) -> None:
         RecipeChanged: naming each setting that differs.
     """
     plain = _plain(settings)
-    begun = file.exists() and any(p.name not in (file.name, "skipped.jsonl") for p in file.parent.iterdir())
+    begun = file.exists() and any(p.name not in (file.name, "skipped.jsonl", ".lock") for p in file.parent.iterdir())
     if begun:
         there = yaml.safe_load(file.read_text())
         differences = [d for d in _differences(there, plain) if d[0].rsplit(".", 1)[-1] not in FREE]

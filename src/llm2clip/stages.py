@@ -82,7 +82,8 @@ def align_stage(
     features: Path | None = None,
 ) -> Path:
     """`llm2clip align`: the trained model folder, `out/model`. The captions of `held_out` must be in the store, too."""
-    settings = {"data": list(data), "columns": columns, "store": store_folder, "encoder": encoder, "align": recipe}
+    settings = {"data": list(data), "held_out": list(held_out), "columns": columns, "store": store_folder}
+    settings |= {"encoder": encoder, "align": recipe}
     log = begin(out, settings, max_skipped)
     folder = out / "model"
     if folder.exists():
@@ -90,8 +91,9 @@ def align_stage(
     store = EmbeddingStore(store_folder)
     if processes().is_main_process:
         store.verify(progress=True)
-    text = open_encoder(encoder)
-    check_identity(store.manifest["identity"], text.identity(store.manifest["identity"]["precision"]), store_folder)
+        identity = store.manifest["identity"]
+        check_identity(identity, open_encoder(encoder).identity(identity["precision"]), store_folder)
+    processes().wait_for_everyone()
     records = [r for _, r in read(data, columns, log)]
     apart = {r.image.key for _, r in read(held_out, columns, log) if r.image is not None}
     tested = read_data([], EvaluateRecipe(data=list(held_out)), columns, log).held_out if held_out else {}
@@ -99,12 +101,11 @@ def align_stage(
         records = [r for r in records if r.image is None or r.image.key not in apart]
         say(f"{leaked:,} images left out of training since they are held out")
     say(log.summary())
-    text.to("cpu")  # only its folder is wanted from here on
     fields = {name: readable(some, store) for name, some in tested.items()}
     validate = validator(fields, log, store) if fields else None
     model = align(readable(records, store), store, new_model(recipe, store), recipe, out, log, validate, features)
     if processes().is_main_process:
-        model.save_pretrained(folder, encoder=text)
+        model.save_pretrained(folder, encoder=open_encoder(encoder))
     return folder
 
 
@@ -244,6 +245,7 @@ def new_model(recipe: AlignRecipe, store: EmbeddingStore) -> LLM2CLIP:
     tower = VisionTower.from_pretrained(
         resolve(recipe.tower), image_size=recipe.image_size, pretrained=recipe.pretrained
     )
+    tower.freeze_norm = recipe.pretrained  # else there is nothing in the norms to be kept
     config = LLM2CLIPConfig(
         tower=tower.config,
         text_width=store.width,

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import closing, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,22 @@ from llm2clip.processes import processes
 
 
 def image_name(ref: ImageRef) -> str:
-    """What an image is called in a store: where it is and, of a file, its size and time of change, so that another
-    picture of the same name is another image."""
+    """What an image is called in a store: where it is, and the size and time of change of the file that holds it, so
+    that another picture of the same name is another image."""
     name = ref.key
-    if isinstance(ref, FileImage):
+    path = getattr(ref, "path", None) or getattr(ref, "folder", None)
+    if path is not None:
         try:
-            there = os.stat(ref.path)
+            there = _stat(path) if not isinstance(ref, FileImage) else os.stat(path)
             name = f"{name} {there.st_size} {there.st_mtime_ns}"
         except OSError:
             pass
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+@lru_cache(maxsize=65536)
+def _stat(path: str) -> os.stat_result:
+    return os.stat(path)  # of a tar, once and not for each of its images
 
 
 def image_keys(refs: Iterable[ImageRef]) -> np.ndarray:

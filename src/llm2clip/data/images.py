@@ -284,7 +284,8 @@ _AUGMENT = {
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """uint8 (3, H, W) to uint8 (3, S, S): a random crop of the given share of the area, resized to the square.
+    """uint8 (3, H, W) to uint8 (3, S, S): a random crop of the given share of the area, resized to the square; with a
+    share of 1 what evaluation sees.
 
     All chance comes from the generator of the call, so seed it from (seed, epoch, index) and the picture of a sample
     does not depend on which worker draws it. Mirroring is off by default: captions name left and right. After the crop,
@@ -299,17 +300,16 @@ class TrainTransform:
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
         size = self.preprocess.size
-        top, left, height, width = self._crop(image.shape[-2], image.shape[-1], generator)
-        image = F.resized_crop(
-            image,
-            top,
-            left,
-            height,
-            width,
-            [size, size],
-            interpolation=InterpolationMode(self.preprocess.interpolation),
-            antialias=True,
-        )
+        if self.scale[0] >= 1:
+            image = EvalTransform(self.preprocess)(image)
+        else:
+            image = F.resized_crop(
+                image,
+                *self._crop(image.shape[-2], image.shape[-1], generator),
+                [size, size],
+                interpolation=InterpolationMode(self.preprocess.interpolation),
+                antialias=True,
+            )
         if self.hflip and torch.rand((), generator=generator) < 0.5:
             image = F.horizontal_flip(image)
         if self.augment is not None:

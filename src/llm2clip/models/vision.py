@@ -125,10 +125,16 @@ class VisionTower(nn.Module):
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass instead of keeping them."""
+        """Recompute activations in the backward pass instead of keeping them.
+
+        Raises ValueError for a tower that cannot.
+        """
         backbone = cast(Any, self.backbone)
         if self.config["library"] == "timm":
-            backbone.set_grad_checkpointing(enable)
+            try:
+                backbone.set_grad_checkpointing(enable)
+            except (AssertionError, AttributeError, TypeError) as error:
+                raise ValueError(f"timm cannot recompute activations of {self.config['architecture']}") from error
         else:  # transformers is renaming these
             verb = "enable" if enable else "disable"
             new = getattr(backbone, f"activation_checkpointing_{verb}", None)
@@ -150,6 +156,8 @@ class VisionTower(nn.Module):
         """The depth of every parameter, by its name in this module: 0 is the stem or the embeddings, the largest is
         next to the output. For learning rates that decay with depth, and for training the last few layers only."""
         if self.config["library"] == "timm":
+            if not hasattr(self.backbone, "group_matcher"):
+                return {name: 0 for name, _ in self.named_parameters()}  # timm does not say: all are one layer
             matcher = cast(Any, self.backbone).group_matcher(coarse=False)
             depths = cast(dict[str, int], group_parameters(self.backbone, matcher, reverse=True))
         else:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -24,22 +25,25 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llm2clip.cache.features import embed_images
+from llm2clip.cache.features import embed_images, tower_identity
+from llm2clip.cache.lock import alone
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.cpu import quick_products, reuse_memory
 from llm2clip.data.records import Record
 from llm2clip.data.skips import SkipLog
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.text import fingerprint
 from llm2clip.models.tower_lora import merge_lora
 from llm2clip.processes import processes
-from llm2clip.recipes import AlignRecipe
+from llm2clip.recipes import FREE, AlignRecipe
 from llm2clip.train.best import Best
 from llm2clip.train.ema import Ema
 from llm2clip.train.engine import (
+    COMPLETE,
     MetricsLog,
     cosine_schedule,
     latest_checkpoint,
@@ -57,6 +61,7 @@ from llm2clip.train.sharding import asked, by_blocks, reassembled, whole, withou
 from llm2clip.train.steps import Batch, Steps
 
 Validate = Callable[[LLM2CLIP], dict[str, float]]
+MOST_SKIPPED = 20  # in a row: fp16's scaler halves its factor with each, so more of them are no matter of the factor
 
 
 @quick_products()
@@ -80,7 +85,7 @@ def align(
         folder: keeps checkpoints/step-N, metrics.jsonl, evaluations.jsonl, best/, and heads/ where they learn first.
         log: where unreadable images are counted and listed.
         validate: figures of the model in eval mode on held-out images, `score` among them, higher is better.
-        features: store of the tower's features, where the recipe wants them; filled first; None is folder/features.
+        features: store of the tower's features, where the recipe wants them; filled first; None is one in `folder`.
 
     Returns:
         The trained model, in eval mode: `model` itself, or the same with whole weights where they were shared out.
@@ -90,11 +95,26 @@ def align(
         TooManySkipped: too many images cannot be decoded.
         FloatingPointError: the loss or a gradient is not finite; the message names the step and the last checkpoint.
     """
-    processes()  # before Accelerate decides by itself whether this is one of several
-    with processes().main_process_first():
-        begun = latest_checkpoint(folder / "checkpoints") is not None
-    features = features or folder / "features"
-    if recipe.head_epochs and not begun:
+    if recipe.keep == "best" and validate is None:
+        raise ValueError("--align.keep best needs held-out images to evaluate on: name some with --held_out")
+    state = processes()  # before Accelerate decides by itself whether this is one of several
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder) if state.is_main_process else nullcontext():
+        return _align(records, store, model, recipe, folder, log, validate, features)
+
+
+def _align(
+    records: Sequence[Record],
+    store: EmbeddingStore,
+    model: LLM2CLIP,
+    recipe: AlignRecipe,
+    folder: Path,
+    log: SkipLog,
+    validate: Validate | None,
+    features: Path | None,
+) -> LLM2CLIP:
+    """The heads alone, if asked and if the rest has not begun; then the rest."""
+    if recipe.head_epochs and _agreed(latest_checkpoint(folder / "checkpoints")) is None:
         heads = dataclasses.replace(
             recipe,
             epochs=recipe.head_epochs,
@@ -108,9 +128,22 @@ def align(
             ema=0.0,
             evaluate_every=0,
             keep="last",
+            checkpoint_every=1 << 30,  # at the end alone: they take seconds
         )
         model = _Training(records, store, model, heads, folder / "heads", features, log, None).run()
     return _Training(records, store, model, recipe, folder, features, log, validate).run()
+
+
+def _agreed(checkpoint: Path | None) -> Path | None:
+    """The main process's checkpoint, on all of them.
+
+    Raises:
+        ValueError: this process does not see it.
+    """
+    named = broadcast_object_list([checkpoint])[0] if processes().num_processes > 1 else checkpoint
+    if named is not None and not (named / COMPLETE).exists():
+        raise ValueError(f"{named} is not seen by all processes: the run's folder must be on a disk that they share")
+    return named
 
 
 class _Training:
@@ -123,11 +156,12 @@ class _Training:
         model: LLM2CLIP,
         recipe: AlignRecipe,
         folder: Path,
-        features: Path,
+        features: Path | None,
         log: SkipLog,
         validate: Validate | None,
     ) -> None:
         self.store, self.model, self.recipe, self.folder, self.log = store, model, recipe, folder, log
+        set_seed(recipe.seed)
         choose_trained(model, recipe)
         by_blocks(model.tower.blocks())
         kinds, options = trackers(recipe.track, folder)
@@ -136,24 +170,44 @@ class _Training:
             log_with=kinds or None,
             project_config=ProjectConfiguration(str(folder), str(folder / "logs")),
         )
-        set_seed(recipe.seed)
+        if recipe.precision == "fp16" and self.accelerator.scaler is None:
+            raise ValueError(f"--align.precision fp16 is for GPUs; on {self.accelerator.device} take bf16 or fp32")
         reuse_memory(self.accelerator.device)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         vectors = None
         if recipe.cache_features:
             refs = [r.image for r in records if r.image is not None]
+            if features is None:  # of just this tower: settings may have been mended since
+                name = fingerprint(tower_identity(model.tower, recipe.precision))[:8]
+                features = (folder.parent if folder.name == "heads" else folder) / f"features-{name}"
             vectors = embed_images(refs, model.tower, features, log, precision=recipe.precision, workers=recipe.workers)
         self.data = Steps(records, store, model, recipe, world, rank, vectors)
         self.steps = len(self.data)
-        self.plan = {"steps": self.steps, "images in a step": self.data.step_size, "images": self.data.digest}
+        self.plan = {
+            "steps": self.steps,
+            "images in a step": self.data.step_size,
+            "images": self.data.digest,
+            "captions": self.data.captions,
+            "caption encoder": store.manifest["fingerprint"],
+            **{f"--align.{name}": value for name, value in vars(recipe).items() if name not in (*FREE, "head_batch")},
+        }
         self.checkpoints = folder / "checkpoints"
-        with self.accelerator.main_process_first():
-            self.resume = resumable(latest_checkpoint(self.checkpoints), self.plan)
+        self.resume = self._resumable()
         self.first = step_of(self.resume) if self.resume else 0
         every = recipe.evaluate_every
         self.evaluate_every = max(1, round(self.data.per_epoch)) if every is None else every
         self.best = Best(folder, self.first, validate if self.evaluate_every else None, self.accelerator)
         self._start_trackers(kinds, options)
+
+    def _resumable(self) -> Path | None:
+        """The checkpoint to go on from. Heads of other settings are begun again, since they take seconds."""
+        if self.accelerator.is_main_process and self.folder.name == "heads":
+            try:
+                resumable(latest_checkpoint(self.checkpoints), self.plan)
+            except ValueError:
+                shutil.rmtree(self.folder)
+        with self.accelerator.main_process_first():
+            return resumable(_agreed(latest_checkpoint(self.checkpoints)), self.plan)
 
     def run(self) -> LLM2CLIP:
         """Train; the model, in eval mode."""
@@ -169,14 +223,21 @@ class _Training:
         net, optimizer = accelerator.prepare(model, optimizer)
         accelerator.register_for_checkpointing(schedule)
         ema = Ema(model, recipe.ema) if recipe.ema else None
+        loading: dict[str, Any] = {}
+        if bare is None:  # what stays as it is need not be written again and again
+            loading["strict"] = False
+            frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+            accelerator.register_save_state_pre_hook(partial(_leave_out, frozen))
+        set_seed(recipe.seed, device_specific=True)  # dropout is each process's own
         if self.resume is not None:
-            accelerator.load_state(str(self.resume))
+            accelerator.load_state(str(self.resume), **loading)
             if ema is not None:
                 ema.load(self.resume, accelerator.process_index)
 
         metrics = MetricsLog(self.folder / "metrics.jsonl", self.first) if accelerator.is_main_process else None
         batches = self.data.batches(self.first)
         self._train_mode()
+        skipped = 0  # steps in a row that fp16's scaler left out
         clock = time.perf_counter()
         bar = tqdm(
             total=self.steps,
@@ -192,19 +253,23 @@ class _Training:
             norm = float(whole(accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)))
             if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler leaves such a step out
                 self._stop(f"the gradients' norm is {norm}", step, parts)
+            rate = recipe.lr * schedule.lr_lambdas[0](step - 1)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
             model.clamp_scale()
-            if ema is not None:
+            skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
+            if skipped >= MOST_SKIPPED:
+                self._stop(f"{skipped} steps in a row had gradients that are not finite", step, parts)
+            if ema is not None and not skipped:
                 ema.update(step)
             now = time.perf_counter()
             images = sum(len(part.images) for part in parts) * accelerator.num_processes
             line = {
                 "loss": value,
-                "grad_norm": norm,
+                "grad_norm": norm if math.isfinite(norm) else None,
                 "scale": scale,
-                "lr": schedule.get_last_lr()[-1],
+                "lr": rate,
                 "images_per_second": images / (now - clock),
                 "waited": waited / (now - clock),  # share of the step's time that went by without a batch
             }
@@ -213,7 +278,7 @@ class _Training:
             bar.set_postfix(loss=f"{value:.3f}")
             if metrics is not None:
                 metrics.write(step, **line)
-            accelerator.log(line, step)
+            accelerator.log({name: value for name, value in line.items() if value is not None}, step)
             if self.best.validate and (step % self.evaluate_every == 0 or step == self.steps):
                 with ema.instead() if ema is not None else nullcontext():
                     accelerator.log(self.best.measure(model, step), step)
@@ -316,3 +381,10 @@ class _Training:
             options["tensorboard"]["purge_step"] = self.first + 1  # what will be done again
         settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(self.recipe).items()}
         self.accelerator.init_trackers("llm2clip", settings, options)
+
+
+def _leave_out(frozen: set[str], models: list[nn.Module], weights: list[dict[str, Tensor]], _folder: str) -> None:
+    """Before a checkpoint is written: take out the weights that are not trained."""
+    for state in weights:
+        for name in [name for name in state if name.removeprefix("module.") in frozen]:
+            del state[name]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.train.engine import MetricsLog, read_metrics
+from llm2clip.train.engine import MetricsLog
 from llm2clip.train.sharding import asked, whole
 
 WEIGHTS, FIGURES = "model.safetensors", "figures.json"
@@ -36,9 +38,22 @@ class Best:
         self.folder, self.validate, self.accelerator = folder / "best", validate, accelerator
         self.log: MetricsLog | None = None
         self.highest = float("-inf")
+        if (
+            accelerator.is_main_process and self._step() > resume_step
+        ):  # of steps that will be done again, or another run
+            shutil.rmtree(self.folder, ignore_errors=True)
         if validate is not None and accelerator.is_main_process:
             self.log = MetricsLog(folder / "evaluations.jsonl", resume_step)
-            self.highest = max((line["score"] for line in read_metrics(self.log.path)), default=self.highest)
+            if self._step() >= 0:
+                self.highest = json.loads((self.folder / FIGURES).read_text())["score"]
+        accelerator.wait_for_everyone()
+
+    def _step(self) -> int:
+        """The step of the weights that are kept; -1 where there are none."""
+        try:
+            return int(json.loads((self.folder / FIGURES).read_text())["step"])
+        except (OSError, ValueError, KeyError):
+            return -1 if not self.folder.exists() else sys.maxsize
 
     def measure(self, model: LLM2CLIP, step: int) -> dict[str, float]:
         """Figures of the model at a step; on the main process, but where weights are shared out, which all must do."""
@@ -54,6 +69,7 @@ class Best:
         if better:
             self.highest = figures["score"]
             self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / FIGURES).unlink(missing_ok=True)  # weights without figures are as good as absent
             tmp = self.folder / f".{WEIGHTS}.tmp"
             save_file(state, tmp, {"step": str(step)})
             tmp.replace(self.folder / WEIGHTS)
@@ -64,6 +80,5 @@ class Best:
         return figures
 
     def put(self, model: LLM2CLIP) -> None:
-        """Give the model the best weights; it keeps its own where nothing was measured."""
-        if (self.folder / WEIGHTS).is_file():
-            model.load_state_dict(load_file(self.folder / WEIGHTS))
+        """Give the model the best weights."""
+        model.load_state_dict(load_file(self.folder / WEIGHTS))

@@ -69,7 +69,8 @@ def step_of(checkpoint: Path) -> int:
 
 def prune_checkpoints(folder: Path, keep: int = 2, prefix: str = "step-") -> None:
     """Remove all but the newest `keep` checkpoints."""
-    paths = sorted(folder.glob(f"{prefix}*"), key=step_of)
+    numbered = re.compile(re.escape(prefix) + r"\d+")
+    paths = sorted((p for p in folder.glob(f"{prefix}*") if numbered.fullmatch(p.name)), key=step_of)
     for path in paths[:-keep]:
         shutil.rmtree(path)
 

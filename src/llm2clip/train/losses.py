@@ -247,12 +247,16 @@ class _Sigmoid(torch.autograd.Function):
             for strip in between.strips(len(text), len(images)):
                 logits = between.to_images(text, images, scale, strip).add_(bias)
                 to_text[strip].addmm_(logits.sigmoid_().mul_(own[strip, None]), images)
-        ctx.save_for_backward(image, scale, to_image, to_text, to_bias)
+        ctx.save_for_backward(image, scale)
+        ctx.gradients = [to_image, to_text, to_bias]
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        image, scale, to_image, to_text, to_bias = ctx.saved_tensors
+        image, scale = ctx.saved_tensors
+        if not ctx.gradients:
+            raise RuntimeError("sigmoid_loss goes backward once: its gradients were given away")
+        to_bias, to_text, to_image = (ctx.gradients.pop() for _ in range(3))
         return *_scaled(to_image, to_text, image, scale, upstream), to_bias * upstream, None
 
 
@@ -269,10 +273,10 @@ def _pull_together(
 def _scaled(
     to_image: Tensor, to_text: Tensor, image: Tensor, scale: Tensor, upstream: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by the images, the texts and the scale, from those by the cosines of the images times the texts."""
+    """Gradients by the images, the texts and the scale, in place from those of logits that are the cosines alone."""
     to_scale = torch.linalg.vecdot(image, to_image).sum() * upstream  # logits are scale * cosines
     factor = scale * upstream
-    return to_image * factor, to_text * factor, to_scale
+    return to_image.mul_(factor), to_text.mul_(factor), to_scale
 
 
 def _over(log_sum: Tensor, pulls: Tensor) -> Tensor:

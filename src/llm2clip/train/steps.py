@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from llm2clip.cache.epochs import CaptionRows
 from llm2clip.cache.features import image_keys
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.data.captions import epoch_order
@@ -30,10 +32,8 @@ def check_batch(images: int, recipe: AlignRecipe, world: int) -> int:
     """
     if unknown := recipe.mix.keys() - set(KINDS):
         raise ValueError(f"--align.mix knows the kinds {', '.join(KINDS)}, not {', '.join(sorted(unknown))}")
-    if any(weight < 0 for weight in recipe.mix.values()) or recipe.captions < 0:
-        raise ValueError("--align.mix and --align.captions take no negative numbers")
-    if recipe.batch < 1 or recipe.accumulate < 1 or (recipe.micro_batch is not None and recipe.micro_batch < 1):
-        raise ValueError("--align.batch, --align.micro_batch and --align.accumulate are at least 1")
+    if any(weight < 0 for weight in recipe.mix.values()):
+        raise ValueError("--align.mix takes no negative numbers")
     step = recipe.batch * world * recipe.accumulate
     if images < step:
         raise ValueError(f"{images} images are fewer than a batch of {step}; lower --align.batch or add images")
@@ -76,7 +76,8 @@ class Steps:
             model: whose tower the images are for.
             recipe: batch, captions, mix and crops.
             world, rank: this process among the others.
-            features: of the images, by `image_name`, in place of pixels; images that it lacks are left out.
+            features: of the images, by `image_name`, in place of pixels; images that it lacks are left out, and a batch
+                larger than all of them is all of them.
 
         Raises:
             ValueError: there are fewer images than a step takes, or the recipe's numbers make no sense.
@@ -87,13 +88,16 @@ class Steps:
             found = features.find(image_keys([r.image for r in usable if r.image is not None]))
             usable = [r for r, row in zip(usable, found, strict=True) if row >= 0]
             self.feature_rows = found[found >= 0]
+            most = len(usable) // (world * recipe.accumulate)
+            recipe = dataclasses.replace(recipe, batch=max(1, min(recipe.batch, most)))
         self.step_size = check_batch(len(usable), recipe, world)
         self.per_epoch = len(usable) // self.step_size
         self.recipe, self.world, self.rank = recipe, world, rank
         self.count = len(usable)
         self.digest = digest(str(r.image) for r in usable)
+        self.captions = digest(text for r in usable for text in r.texts)
         kinds = [kind for kind in KINDS if any(getattr(r, kind) for r in usable)]
-        self.by_kind = [[store.rows(getattr(r, kind)) for r in usable] for kind in kinds]
+        self.by_kind = [CaptionRows(store, (getattr(r, kind) for r in usable)) for kind in kinds]
         self.weights = np.array([recipe.mix.get(kind, 0.0) for kind in kinds])
         transform = TrainTransform(model.tower.preprocess, (recipe.crop, 1.0), recipe.hflip, recipe.augment)
         self.images = _Images(usable, transform, recipe.seed)
@@ -104,11 +108,12 @@ class Steps:
     def rows(self, epoch: int, index: int) -> list[int]:
         """The store's rows of the captions that image `index` gets in this epoch.
 
-        Each is of a kind drawn by the recipe's mix; none comes again before all of its kind have come. An image that
-        has only kinds of weight 0 takes from all that it has.
+        Each is of a kind drawn by the recipe's mix; none comes twice, so that they are fewer where a kind has fewer. An
+        image that has only kinds of weight 0 takes from all that it has.
         """
         rng = np.random.default_rng([self.recipe.seed, epoch, index])
-        kinds = [(rows[index], w) for rows, w in zip(self.by_kind, self.weights, strict=True) if len(rows[index])]
+        kinds = [(some.rows_of(index), weight) for some, weight in zip(self.by_kind, self.weights, strict=True)]
+        kinds = [(rows, weight) for rows, weight in kinds if len(rows)]
         if not any(weight for _, weight in kinds):
             kinds = [(rows, 1.0) for rows, _ in kinds]
         kinds = [(rng.permutation(rows), weight) for rows, weight in kinds if weight]
@@ -117,7 +122,7 @@ class Steps:
         share = np.array([weight for _, weight in kinds])
         drawn = rng.choice(len(kinds), self.recipe.captions, p=share / share.sum())
         nth = [int((drawn[:n] == kind).sum()) for n, kind in enumerate(drawn)]
-        return [int(kinds[k][0][n % len(kinds[k][0])]) for k, n in zip(drawn, nth, strict=True)]
+        return [int(kinds[k][0][n]) for k, n in zip(drawn, nth, strict=True) if n < len(kinds[k][0])]
 
     def batches(self, first: int) -> Generator[Batch]:
         """From step `first`, `accumulate` of them a step."""
