@@ -186,8 +186,8 @@ class AlignRecipe:
         max_grad_norm: gradients are clipped to this norm.
         ema: decay of a running mean of the weights, such as 0.999, which is evaluated and saved in their place; 0 is
             none.
-        crop: smallest area share of RandomResizedCrop, whose sides are 3 to 4 at most: at 0.9 it is always the middle of
-            a wider photograph. 1 takes the whole picture, as evaluation does.
+        crop: smallest area share of RandomResizedCrop, whose sides are 3 to 4 at most: at 0.9 it is always the middle
+            of a wider photograph. 1 takes the whole picture, as evaluation does.
         hflip: mirror at random; off, since captions name left and right.
         augment: of the colours (color), or torchvision's randaugment or trivialaugment, after the crop.
         precision: fp32, bf16 or fp16; the logits are fp32 in all.

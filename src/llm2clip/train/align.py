@@ -114,7 +114,7 @@ def _align(
     features: Path | None,
 ) -> LLM2CLIP:
     """The heads alone, if asked and if the rest has not begun; then the rest."""
-    if recipe.head_epochs and _agreed(latest_checkpoint(folder / "checkpoints")) is None:
+    if recipe.head_epochs and _newest(folder / "checkpoints") is None:
         heads = dataclasses.replace(
             recipe,
             epochs=recipe.head_epochs,
@@ -134,13 +134,16 @@ def _align(
     return _Training(records, store, model, recipe, folder, features, log, validate).run()
 
 
-def _agreed(checkpoint: Path | None) -> Path | None:
-    """The main process's checkpoint, on all of them.
+def _newest(checkpoints: Path) -> Path | None:
+    """The newest whole checkpoint, the main process's on all of them.
 
     Raises:
         ValueError: this process does not see it.
     """
-    named = broadcast_object_list([checkpoint])[0] if processes().num_processes > 1 else checkpoint
+    state = processes()
+    named = latest_checkpoint(checkpoints) if state.is_main_process else None
+    if state.num_processes > 1:
+        named = broadcast_object_list([named])[0]
     if named is not None and not (named / COMPLETE).exists():
         raise ValueError(f"{named} is not seen by all processes: the run's folder must be on a disk that they share")
     return named
@@ -206,8 +209,7 @@ class _Training:
                 resumable(latest_checkpoint(self.checkpoints), self.plan)
             except ValueError:
                 shutil.rmtree(self.folder)
-        with self.accelerator.main_process_first():
-            return resumable(_agreed(latest_checkpoint(self.checkpoints)), self.plan)
+        return resumable(_newest(self.checkpoints), self.plan)
 
     def run(self) -> LLM2CLIP:
         """Train; the model, in eval mode."""
