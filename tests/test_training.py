@@ -27,7 +27,7 @@ from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.models.vision import VisionTower
 from llm2clip.recipes import AlignRecipe
-from llm2clip.train import align as align_module
+from llm2clip.train import loop
 from llm2clip.train.align import align
 from llm2clip.train.engine import (
     MetricsLog,
@@ -284,8 +284,8 @@ def test_only_the_last_blocks_learn() -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(
     records: list[Record], store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = align_module.info_nce, iter(range(99))
-    monkeypatch.setattr(align_module, "info_nce", lambda *a: real(*a) * (math.nan if next(calls) == 6 else 1))
+    real, calls = loop.info_nce, iter(range(99))
+    monkeypatch.setattr(loop, "info_nce", lambda *a: real(*a) * (math.nan if next(calls) == 6 else 1))
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step 7, of the images .*png") as error:
         align(records, store, fresh_model(), ALIGN, tmp_path, SkipLog())
     assert str(tmp_path / "checkpoints/step-5") in str(error.value)

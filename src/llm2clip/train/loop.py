@@ -1,0 +1,325 @@
+"""The loop of align: from a recipe and a model to a trained model, one step after another, each exactly once.
+
+Which images, captions and crops a step sees is a function of (seed, step) alone, so a killed run that starts again from
+its last checkpoint sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from llm2clip.cache.features import embed_images, tower_identity
+from llm2clip.cache.store import EmbeddingStore
+from llm2clip.cpu import reuse_memory
+from llm2clip.data.records import Record
+from llm2clip.data.skips import SkipLog
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.text import fingerprint
+from llm2clip.models.tower_lora import merge_lora
+from llm2clip.processes import processes
+from llm2clip.recipes import FREE, AlignRecipe
+from llm2clip.train.best import Best
+from llm2clip.train.ema import Ema
+from llm2clip.train.engine import (
+    COMPLETE,
+    MetricsLog,
+    cosine_schedule,
+    latest_checkpoint,
+    mark_complete,
+    prune_checkpoints,
+    resumable,
+    step_of,
+    trackers,
+    use_precision,
+)
+from llm2clip.train.grad_cache import cached
+from llm2clip.train.losses import cosine_loss, info_nce, sigmoid_loss
+from llm2clip.train.rates import choose_trained, parameter_groups
+from llm2clip.train.sharding import asked, by_blocks, reassembled, whole, without_weights
+from llm2clip.train.steps import Batch, Steps
+
+Validate = Callable[[LLM2CLIP], dict[str, float]]
+MOST_SKIPPED = 20  # in a row: fp16's scaler halves its factor with each, so more of them are no matter of the factor
+
+
+def newest_checkpoint(checkpoints: Path) -> Path | None:
+    """The newest whole checkpoint, the main process's on all of them.
+
+    Raises:
+        ValueError: this process does not see it.
+    """
+    state = processes()
+    named = latest_checkpoint(checkpoints) if state.is_main_process else None
+    if state.num_processes > 1:
+        named = broadcast_object_list([named])[0]
+    if named is not None and not (named / COMPLETE).exists():
+        raise ValueError(f"{named} is not seen by all processes: the run's folder must be on a disk that they share")
+    return named
+
+
+class Training:
+    """One training with one set of settings, from its beginning or its last checkpoint to its end."""
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        store: EmbeddingStore,
+        model: LLM2CLIP,
+        recipe: AlignRecipe,
+        folder: Path,
+        features: Path | None,
+        log: SkipLog,
+        validate: Validate | None = None,
+        heads: bool = False,
+    ) -> None:
+        """
+        Args:
+            records, store, model, recipe, log, validate: as of `align`.
+            folder: keeps checkpoints, logs and the best weights.
+            features: store of the tower's features; None is one beside or in `folder`.
+            heads: this comes before another training, and takes seconds: it is begun again if its settings are others.
+        """
+        self.heads = heads
+        self.store, self.model, self.recipe, self.folder, self.log = store, model, recipe, folder, log
+        set_seed(recipe.seed)
+        choose_trained(model, recipe)
+        by_blocks(model.tower.blocks())
+        kinds, options = trackers(recipe.track, folder)
+        self.accelerator = Accelerator(
+            mixed_precision=use_precision(recipe.precision),
+            log_with=kinds or None,
+            project_config=ProjectConfiguration(str(folder), str(folder / "logs")),
+        )
+        if recipe.precision == "fp16" and self.accelerator.scaler is None:
+            raise ValueError(f"--align.precision fp16 is for GPUs; on {self.accelerator.device} take bf16 or fp32")
+        reuse_memory(self.accelerator.device)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        vectors = None
+        if recipe.cache_features:
+            refs = [r.image for r in records if r.image is not None]
+            if features is None:  # of just this tower: settings may have been mended since
+                name = fingerprint(tower_identity(model.tower, recipe.precision))[:8]
+                features = (folder.parent if heads else folder) / f"features-{name}"
+            vectors = embed_images(refs, model.tower, features, log, precision=recipe.precision, workers=recipe.workers)
+        self.data = Steps(records, store, model, recipe, world, rank, vectors)
+        self.steps = len(self.data)
+        self.plan = {
+            "steps": self.steps,
+            "images in a step": self.data.step_size,
+            "images": self.data.digest,
+            "captions": self.data.captions,
+            "caption encoder": store.manifest["fingerprint"],
+            **{f"--align.{name}": value for name, value in vars(recipe).items() if name not in (*FREE, "head_batch")},
+        }
+        self.checkpoints = folder / "checkpoints"
+        self.resume = self._resumable()
+        self.first = step_of(self.resume) if self.resume else 0
+        every = recipe.evaluate_every
+        self.evaluate_every = max(1, round(self.data.per_epoch)) if every is None else every
+        self.best = Best(folder, self.first, validate if self.evaluate_every else None, self.accelerator)
+        self._start_trackers(kinds, options)
+
+    def _resumable(self) -> Path | None:
+        """The checkpoint to go on from."""
+        if self.accelerator.is_main_process and self.heads:
+            try:
+                resumable(latest_checkpoint(self.checkpoints), self.plan)
+            except ValueError:
+                shutil.rmtree(self.folder)
+        return resumable(newest_checkpoint(self.checkpoints), self.plan)
+
+    def run(self) -> LLM2CLIP:
+        """Train; the model, in eval mode."""
+        recipe, accelerator, model = self.recipe, self.accelerator, self.model
+        groups = parameter_groups(model, recipe)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(self.steps, recipe.warmup))
+        bare = without_weights(model) if asked() else None
+        if recipe.recompute:
+            model.tower.set_grad_checkpointing()
+        if recipe.compile:
+            model.tower.backbone.compile()
+        net, optimizer = accelerator.prepare(model, optimizer)
+        accelerator.register_for_checkpointing(schedule)
+        ema = Ema(model, recipe.ema) if recipe.ema else None
+        loading: dict[str, Any] = {}
+        if bare is None:  # what stays as it is need not be written again and again
+            loading["strict"] = False
+            frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+            accelerator.register_save_state_pre_hook(partial(_leave_out, frozen))
+        set_seed(recipe.seed, device_specific=True)  # dropout is each process's own
+        if self.resume is not None:
+            accelerator.load_state(str(self.resume), **loading)
+            if ema is not None:
+                ema.load(self.resume, accelerator.process_index)
+
+        metrics = MetricsLog(self.folder / "metrics.jsonl", self.first) if accelerator.is_main_process else None
+        batches = self.data.batches(self.first)
+        self._train_mode()
+        skipped = 0  # steps in a row that fp16's scaler left out
+        clock = time.perf_counter()
+        bar = tqdm(
+            total=self.steps,
+            initial=self.first,
+            desc="heads" if self.heads else "align",
+            unit="step",
+            disable=not accelerator.is_main_process,
+        )
+        for step in range(self.first + 1, self.steps + 1):
+            parts = list(islice(batches, recipe.accumulate))
+            waited = time.perf_counter() - clock
+            value, scale = self._gradients(net, parts, step)
+            norm = float(whole(accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)))
+            if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler leaves such a step out
+                self._stop(f"the gradients' norm is {norm}", step, parts)
+            rate = recipe.lr * schedule.lr_lambdas[0](step - 1)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            model.clamp_scale()
+            skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
+            if skipped >= MOST_SKIPPED:
+                self._stop(f"{skipped} steps in a row had gradients that are not finite", step, parts)
+            if ema is not None and not skipped:
+                ema.update(step)
+            now = time.perf_counter()
+            images = sum(len(part.images) for part in parts) * accelerator.num_processes
+            line = {
+                "loss": value,
+                "grad_norm": norm if math.isfinite(norm) else None,
+                "scale": scale,
+                "lr": rate,
+                "images_per_second": images / (now - clock),
+                "waited": waited / (now - clock),  # share of the step's time that went by without a batch
+            }
+            clock = now
+            bar.update()
+            bar.set_postfix(loss=f"{value:.3f}")
+            if metrics is not None:
+                metrics.write(step, **line)
+            accelerator.log({name: value for name, value in line.items() if value is not None}, step)
+            if self.best.validate and (step % self.evaluate_every == 0 or step == self.steps):
+                with ema.instead() if ema is not None else nullcontext():
+                    accelerator.log(self.best.measure(model, step), step)
+                self._train_mode()
+                clock = time.perf_counter()
+            if step % recipe.checkpoint_every == 0 or step == self.steps:
+                self._save(step, ema)
+                clock = time.perf_counter()
+        bar.close()
+        batches.close()
+        for tracker in accelerator.trackers:
+            tracker.finish()  # and not end_training, which parts the processes for good
+        if ema is not None:
+            ema.exchange()
+        accelerator.unwrap_model(net, keep_fp32_wrapper=False)
+        if bare is not None:
+            model = reassembled(bare, model).to(accelerator.device)  # type: ignore[assignment]
+        if recipe.keep == "best":
+            self.best.put(model)
+        if recipe.recompute:
+            model.tower.set_grad_checkpointing(False)
+        merge_lora(model.tower)
+        return model.requires_grad_(True).eval()
+
+    def _train_mode(self) -> None:
+        self.model.train()
+        if self.recipe.tower_lr <= 0:
+            self.model.tower.eval()  # no dropout, no drop path: it stays as it is
+
+    def _gradients(self, net: nn.Module, parts: Sequence[Batch], step: int) -> tuple[float, float]:
+        """Add up the gradients of a step; the loss of the whole batch and the logit scale, the same everywhere."""
+        accelerator, values, scale = self.accelerator, [], torch.zeros(())
+        for n, part in enumerate(parts):
+            for name, reason in part.failures.items():
+                self.log.skip(name, 0, "undecodable image", reason)
+                self.log.check()
+            with accelerator.no_sync(net) if n < len(parts) - 1 else nullcontext():
+                loss, scale = self._loss(net, part)
+                values.append(accelerator.reduce(loss.detach(), "mean").item())
+                if not math.isfinite(values[-1]):
+                    self._stop(f"the loss is {values[-1]}", step, parts)
+                accelerator.backward(loss / len(parts))
+        return sum(values) / len(values), scale.item()
+
+    def _loss(self, net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, in one pass or in several with gradient caching; and the logit scale."""
+        device, seen = self.accelerator.device, {}
+        owner, ids = (torch.from_numpy(x).to(device) for x in (batch.owner, batch.rows))
+        embeddings = torch.from_numpy(self.store.take(batch.rows))
+        size = self.recipe.micro_batch or len(batch.images)
+        cuts = [*range(0, len(batch.images), size), len(batch.images)]
+        at = np.searchsorted(batch.owner, cuts).tolist()
+        images_are = "pixels" if self.data.features is None else "features"
+
+        def run(n: int) -> tuple[Tensor, ...]:
+            images, texts = batch.images[cuts[n] : cuts[n + 1]], embeddings[at[n] : at[n + 1]]
+            with self.accelerator.autocast():
+                image, text, scale, bias = net(**{images_are: images.to(device), "embeddings": texts.to(device)})
+            return image, text, scale[None], bias[None]
+
+        def loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+            seen["scale"] = scale.detach().mean()
+            if self.recipe.loss == "sigmoid":
+                return sigmoid_loss(image, text, scale.mean(), bias.mean(), owner, ids)
+            if self.recipe.loss == "cosine":
+                return cosine_loss(image, text, owner)
+            return info_nce(image, text, scale.mean(), owner, ids)
+
+        if len(cuts) == 2:
+            value = loss(*run(0))
+        else:
+            value = cached([partial(run, n) for n in range(len(cuts) - 1)], loss, net, device)
+        return value, seen["scale"]
+
+    def _save(self, step: int, ema: Ema | None) -> None:
+        checkpoint = self.checkpoints / f"step-{step}"
+        self.accelerator.save_state(str(checkpoint))
+        if ema is not None:
+            ema.save(checkpoint, self.accelerator.process_index)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            mark_complete(checkpoint, self.plan)
+            prune_checkpoints(self.checkpoints)
+
+    def _stop(self, what: str, step: int, parts: Sequence[Batch]) -> None:
+        """Raise FloatingPointError, with the step, its images and the last good checkpoint."""
+        names = [name for part in parts for name in part.names]
+        file = self.folder / f"not-finite-{step}-{self.accelerator.process_index}.json"
+        file.write_text(json.dumps({"step": step, "images": names}, indent=1))
+        last = latest_checkpoint(self.checkpoints)
+        raise FloatingPointError(
+            f"{what} at step {step}, of the images {', '.join(names[:3])} ... (all of this process: {file}); last good "
+            f"checkpoint: {last or 'none'}. Lower --align.lr or --align.tower_lr, or use fp32"
+        )
+
+    def _start_trackers(self, kinds: list[str], options: dict[str, Any]) -> None:
+        if not kinds:
+            return
+        if "tensorboard" in options and self.resume is not None:
+            options["tensorboard"]["purge_step"] = self.first + 1  # what will be done again
+        settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(self.recipe).items()}
+        self.accelerator.init_trackers("llm2clip", settings, options)
+
+
+def _leave_out(frozen: set[str], models: list[nn.Module], weights: list[dict[str, Tensor]], _folder: str) -> None:
+    """Before a checkpoint is written: take out the weights that are not trained."""
+    for state in weights:
+        for name in [name for name in state if name.removeprefix("module.") in frozen]:
+            del state[name]
