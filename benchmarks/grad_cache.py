@@ -57,8 +57,11 @@ def step(batch: int, micro_batch: int, tower: str, size: int) -> str:
     starts = range(0, batch, micro_batch)
     value = loss(*run(0)) if len(starts) == 1 else cached([partial(run, n) for n in starts], loss, model, device)
     value.backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else status("VmHWM") - before
-    return f"{peak:,.0f} | {batch / (time.perf_counter() - start):.0f}"
+    return f"{peak:,.0f} | {batch / seconds:.0f}"
 
 
 if __name__ == "__main__":
