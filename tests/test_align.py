@@ -21,7 +21,7 @@ from llm2clip.cache.lock import alone
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skips import SkipLog
-from llm2clip.evaluate.model import validator
+from llm2clip.evaluate.model import image_vectors, text_vectors, validator
 from llm2clip.models.llm2clip import LLM2CLIP, MAX_SCALE, LLM2CLIPConfig
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.models.vision import VisionTower
@@ -68,9 +68,26 @@ def fresh_model(recipe: AlignRecipe = ALIGN, tower: str = "test_vit", **options:
 
 
 def trained(
-    records: list[Record], store: EmbeddingStore, folder: Path, recipe: AlignRecipe, **options: Any
+    records: list[Record],
+    store: EmbeddingStore,
+    folder: Path,
+    recipe: AlignRecipe,
+    validate: Any = None,
+    **options: Any,
 ) -> LLM2CLIP:
-    return align(records, store, fresh_model(recipe, **options), recipe, folder, SkipLog(limit=1.0))
+    return align(records, store, fresh_model(recipe, **options), recipe, folder, SkipLog(limit=1.0), validate)
+
+
+def agreement(records: list[Record], store: EmbeddingStore) -> Any:
+    """Evaluates to the mean similarity of images and their first captions: a figure without jumps."""
+
+    def measure(model: LLM2CLIP) -> dict[str, float]:
+        assert not model.training
+        images, kept = image_vectors(model, records, SkipLog(limit=1.0), progress=False)
+        texts = text_vectors(model, [records[i].captions[0] for i in kept], store)
+        return {"score": float((images * texts).sum(-1).mean())}
+
+    return measure
 
 
 def same_run(one: LLM2CLIP, two: dict[str, torch.Tensor], a: Path, b: Path, atol: float = 1e-5) -> None:
@@ -164,13 +181,17 @@ def test_weights_shared_out_over_processes_align_as_one(
 
 
 def _as_one(records: list[Record], store: EmbeddingStore, folder: Path, recipe: AlignRecipe, fsdp: bool) -> None:
+    recipe = dataclasses.replace(recipe, evaluate_every=2, keep="best")
     distributed(2, _rank, records, str(store.folder), recipe, str(folder / "two"), fsdp)
-    one = trained(records, store, folder / "one", recipe)
+    one = trained(records, store, folder / "one", recipe, agreement(records, store))
     same_run(one, load_file(folder / "two" / "trained.safetensors"), folder / "one", folder / "two", atol=1e-4)
+    scores = [[line["score"] for line in read_metrics(folder / f / "evaluations.jsonl")] for f in ("one", "two")]
+    assert len(scores[0]) == 3 and scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
 def _rank(records: list[Record], store: str, recipe: AlignRecipe, folder: str, fsdp: bool) -> None:
     half = dataclasses.replace(recipe, batch=recipe.batch // 2, head_batch=recipe.head_batch // 2)
+    validate = agreement(records, EmbeddingStore(store))
     if fsdp:
         share_out()
         whole = Steps.batches
@@ -183,8 +204,8 @@ def _rank(records: list[Record], store: str, recipe: AlignRecipe, folder: str, f
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             patch.setattr(Steps, "batches", dies)
-            trained(records, EmbeddingStore(store), Path(folder), half)
-    model = trained(records, EmbeddingStore(store), Path(folder), half)
+            trained(records, EmbeddingStore(store), Path(folder), half, validate)
+    model = trained(records, EmbeddingStore(store), Path(folder), half, validate)
     if torch.distributed.get_rank() == 0:
         save_file(model.state_dict(), Path(folder) / "trained.safetensors")
     torch.distributed.barrier()
