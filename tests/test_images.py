@@ -18,8 +18,10 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
-from llm2clip.data import images
+from llm2clip.data import decoding, images
+from llm2clip.data.decoding import in_batches
 from llm2clip.data.images import EvalTransform, ImageError, Preprocess, TrainTransform, decode, load
+from llm2clip.data.refs import FileImage
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -347,3 +349,21 @@ def test_mirroring_is_off_unless_asked_for() -> None:
 
     assert mirrored(TrainTransform(preprocess)) == 0
     assert 8 < mirrored(TrainTransform(preprocess, hflip=True)) < 32
+
+
+def test_batches_are_the_same_by_workers_and_say_what_they_lack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refs, transform = (
+        [FileImage(str(tmp_path / f"{n}.jpg")) for n in range(7)],
+        EvalTransform(Preprocess(32, "squash", 1.0, "bicubic", *HALF)),
+    )
+    for n, ref in enumerate(refs):
+        Path(ref.path).write_bytes(encode(photo(60 + n), "JPEG")[: 200 if n in (1, 6) else None])
+    alone = list(in_batches(refs, transform, 3))
+    monkeypatch.setattr(decoding, "MANY", 7)
+    for (good, pixels, failures), other in zip(alone, in_batches(refs, transform, 3, workers=2), strict=True):
+        assert (good, failures) == (other[0], other[2]) and torch.equal(pixels, other[1])
+    assert [good for good, _, _ in alone] == [[0, 2], [3, 4, 5], []]
+    assert [list(failures) for _, _, failures in alone] == [[1], [], [6]]
+    assert torch.equal(alone[0][1][1], transform(load(refs[2])))

@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from llm2clip.cache.embed import filling
@@ -25,7 +23,8 @@ from llm2clip.cache.format import keys_of
 from llm2clip.cache.incoming import Incoming
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.cpu import quick_products, reuse_memory
-from llm2clip.data.images import EvalTransform, ImageError, load
+from llm2clip.data.decoding import in_batches
+from llm2clip.data.images import EvalTransform
 from llm2clip.data.refs import FileImage, ImageRef
 from llm2clip.data.skips import SkipLog
 from llm2clip.models.vision import VisionTower
@@ -75,7 +74,7 @@ def embed_images(
     *,
     precision: str = "fp32",
     batch: int = 64,
-    workers: int = 0,
+    workers: int | None = None,
     shard_size: int = 8192,
 ) -> EmbeddingStore:
     """Fill the store at `folder` with the images' features; what it holds already is kept. All processes take a share.
@@ -87,7 +86,7 @@ def embed_images(
         log: where images that cannot be decoded are counted and listed; the store goes without them.
         precision: fp32, bf16 or fp16, by autocast.
         batch: images in a forward pass.
-        workers: processes that decode images.
+        workers: processes that decode images, as of `in_batches`.
         shard_size: images in a shard, the unit of resuming.
 
     Raises:
@@ -107,44 +106,17 @@ def embed_images(
         total = sum(len(names) for _, names in parts)
         with tqdm(total=total, desc="features", unit="image", disable=not (state.is_main_process and total)) as bar:
             for number, names in parts:
-                images = _Whole([by_name[name] for name in names], EvalTransform(tower.preprocess))
-                loader = DataLoader(
-                    images,
-                    batch_size=batch,
-                    num_workers=workers if len(names) > batch else 0,
-                    collate_fn=list,
-                    multiprocessing_context="spawn" if workers and len(names) > batch else None,
-                    generator=torch.Generator(),  # and not the process's random state
-                )
+                refs = [by_name[name] for name in names]
                 kept, vectors = [], [torch.empty(0, tower.width)]
-                for items in loader:
-                    good = [(n, found) for n, found in items if not isinstance(found, str)]
-                    for n, found in items:
-                        if isinstance(found, str):
-                            log.skip(str(images.refs[n]), 0, "undecodable image", found)
+                for good, pixels, failures in in_batches(refs, EvalTransform(tower.preprocess), batch, workers):
+                    for i, reason in failures.items():
+                        log.skip(str(refs[i]), 0, "undecodable image", reason)
                     if good:
-                        pixels = torch.stack([found for _, found in good]).to(device)
                         with torch.autocast(device.type, dtype) if dtype else nullcontext():
-                            vectors.append(tower(pixels).float().cpu())
-                        kept += [names[n] for n, _ in good]
-                    bar.update(len(items))
+                            vectors.append(tower(pixels.to(device)).float().cpu())
+                        kept += [names[i] for i in good]
+                    bar.update(len(good) + len(failures))
                 if kept:
                     work.writer.write(number, kept, [0] * len(kept), torch.cat(vectors).numpy())
         log.check()
     return EmbeddingStore(folder)
-
-
-class _Whole(Dataset):
-    """Images as evaluation sees them: (index, pixels), or (index, why not)."""
-
-    def __init__(self, refs: Sequence[ImageRef], transform: EvalTransform) -> None:
-        self.refs, self.transform = refs, transform
-
-    def __len__(self) -> int:
-        return len(self.refs)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
-        try:
-            return index, self.transform(load(self.refs[index]))
-        except (ImageError, OSError) as error:
-            return index, str(error)

@@ -10,7 +10,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from llm2clip.cache.store import EmbeddingStore
-from llm2clip.data.images import EvalTransform, ImageError, load
+from llm2clip.data.decoding import in_batches
+from llm2clip.data.images import EvalTransform
 from llm2clip.data.records import Record
 from llm2clip.data.skips import SkipLog
 from llm2clip.evaluate.retrieval import retrieval
@@ -25,21 +26,20 @@ def image_vectors(
 
     Records without an image are left out; an image that cannot be decoded is counted and listed in `log`.
     """
-    transform = EvalTransform(model.tower.preprocess)
-    parts, kept, pixels = [torch.empty(0, model.config.width)], [], []
+    pictured = [(i, record.image) for i, record in enumerate(records) if record.image is not None]
+    refs = [ref for _, ref in pictured]
+    parts, kept = [torch.empty(0, model.config.width)], []
     model.eval()
-    for i, record in enumerate(tqdm(records, desc="images", unit="image", disable=not progress)):
-        if record.image is not None:
-            try:
-                pixels.append(transform(load(record.image)))
-                kept.append(i)
-            except (ImageError, OSError) as error:
-                log.skip(str(record.image), 0, "undecodable image", error)
-        if pixels and (len(pixels) == batch or i == len(records) - 1):
-            vectors, *_ = model(pixels=torch.stack(pixels).to(model.device))
-            assert vectors is not None
-            parts.append(vectors.cpu())
-            pixels = []
+    with tqdm(total=len(refs), desc="images", unit="image", disable=not progress) as bar:
+        for good, pixels, failures in in_batches(refs, EvalTransform(model.tower.preprocess), batch):
+            for n, reason in failures.items():
+                log.skip(str(refs[n]), 0, "undecodable image", reason)
+            if good:
+                vectors, *_ = model(pixels=pixels.to(model.device))
+                assert vectors is not None
+                parts.append(vectors.cpu())
+                kept += [pictured[n][0] for n in good]
+            bar.update(len(good) + len(failures))
     log.check()
     return torch.cat(parts), kept
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,9 +16,9 @@ from llm2clip.cache.epochs import CaptionRows
 from llm2clip.cache.features import image_keys
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.data.captions import epoch_order
-from llm2clip.data.images import ImageError, TrainTransform, load
+from llm2clip.data.decoding import decoded
+from llm2clip.data.images import TrainTransform
 from llm2clip.data.records import KINDS, Record
-from llm2clip.data.refs import ImageRef
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.recipes import AlignRecipe
 from llm2clip.train.engine import digest
@@ -193,11 +193,3 @@ class _Images(Dataset):
         seed = int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0])
         generator = torch.Generator().manual_seed(seed)
         return str(ref), decoded(ref, partial(self.transform, generator=generator)), member
-
-
-def decoded(ref: ImageRef, transform: Callable[[Tensor], Tensor]) -> Tensor | str:
-    """The transformed image, or why it cannot be decoded."""
-    try:
-        return transform(load(ref))
-    except (ImageError, OSError) as error:
-        return str(error)

@@ -1,0 +1,65 @@
+"""Images decoded for inference, in order and in batches, by other processes where there are many."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from llm2clip.data.images import ImageError, load
+from llm2clip.data.refs import ImageRef
+
+MANY = 2048  # images that take longer to decode than a process to start
+
+
+def decoded(ref: ImageRef, transform: Callable[[Tensor], Tensor]) -> Tensor | str:
+    """The transformed image, or why it cannot be decoded."""
+    try:
+        return transform(load(ref))
+    except (ImageError, OSError) as error:
+        return str(error)
+
+
+def in_batches(
+    refs: Sequence[ImageRef], transform: Callable[[Tensor], Tensor], batch: int = 64, workers: int | None = None
+) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
+    """Decoded images in their order, `batch` of them at a time.
+
+    Args:
+        refs: of the images.
+        transform: to pixels.
+        batch: images at a time.
+        workers: processes that decode, where there are enough images; None is half of the cores, at most 8.
+
+    Yields:
+        The indices of those that can be decoded, their pixels (n, 3, S, S), and why each other cannot, by its index.
+    """
+    if workers is None:
+        workers = min(8, len(os.sched_getaffinity(0)) // 2 if hasattr(os, "sched_getaffinity") else 1)
+    workers = workers if len(refs) >= MANY else 0
+    loader = DataLoader(
+        _Decoded(refs, transform),
+        batch_size=batch,
+        num_workers=workers,
+        collate_fn=list,
+        multiprocessing_context="spawn" if workers else None,
+        generator=torch.Generator(),  # and not the process's random state
+    )
+    for items in loader:
+        good = {i: found for i, found in items if not isinstance(found, str)}
+        pixels = torch.stack(list(good.values())) if good else torch.empty(0)
+        yield list(good), pixels, {i: found for i, found in items if isinstance(found, str)}
+
+
+class _Decoded(Dataset):
+    def __init__(self, refs: Sequence[ImageRef], transform: Callable[[Tensor], Tensor]) -> None:
+        self.refs, self.transform = refs, transform
+
+    def __len__(self) -> int:
+        return len(self.refs)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        return index, decoded(self.refs[index], self.transform)
