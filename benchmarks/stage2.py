@@ -157,6 +157,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--encoder", nargs="+", default=[], metavar="NAME=PATH")
     parser.add_argument("--only", nargs="+", choices=list(TABLES), default=list(TABLES))
+    parser.add_argument("--rows", nargs="+", help="of those tables, these rows alone")
     parser.add_argument("--seeds", type=int, help="runs of each row, in place of the table's own number")
     given = parser.parse_args()
     data, out = given.data.resolve(), given.out
@@ -166,16 +167,17 @@ if __name__ == "__main__":
     dense = write(out / "data/dense.jsonl", photographs(data, dense=True))
     rooms = write(out / "data/ade20k.jsonl", sentences(data))
     val = f"{data / 'flickr8k/captions.jsonl'}@val"
-    embedded = set()
+    embedded: set[tuple[str, bool]] = set()
     for table in given.only:
         rows: list[dict[str, str]] = []
         for row, (encoder, settings) in TABLES[table].items():
-            if encoder not in encoders:
+            if encoder not in encoders or (given.rows and row not in given.rows):
                 continue
             path, store = ["--encoder.path", encoders[encoder]], str(out / "stores" / encoder)
-            if encoder not in embedded:
-                run(["embed", train, dense, rooms, val, "--out", store, *path], out / f"embed-{encoder}.log")
-                embedded.add(encoder)
+            if (encoder, table == "dense") not in embedded:
+                texts = [dense, rooms] if table == "dense" else [train]
+                run(["embed", *texts, val, "--out", store, *path], out / f"embed-{encoder}.log")
+                embedded.add((encoder, table == "dense"))
             found = []
             for seed in range(given.seeds or SEEDS[table]):
                 folder = out / table / f"{re.sub(r'[^A-Za-z0-9]+', '-', row.split(':')[0])}-{seed}"
