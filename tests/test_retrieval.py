@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm2clip.evaluate.retrieval import chance, positive_ranks, recall, retrieval
+from llm2clip.evaluate.retrieval import chance, intervals, positive_ranks, recall, retrieval, two_way_ranks
 
 
 def sorted_rank(scores: torch.Tensor, positives: list[int]) -> int:
@@ -25,6 +25,62 @@ def test_ranks_with_ragged_positives(tile: int) -> None:
     ranks = positive_ranks(queries, items, positives, tile)
     exact = queries.double() @ items.double().T
     assert ranks.tolist() == [sorted_rank(exact[i], p) for i, p in enumerate(positives)]
+
+
+@pytest.mark.parametrize("tile", [8, 16, 512])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_both_ways_at_once(tile: int, in_order: bool) -> None:
+    """Ragged captions, in the order of their images or not, and vectors of which some are equal."""
+    g = torch.Generator().manual_seed(tile)
+    owner = torch.cat([torch.arange(13), torch.randint(13, (28,), generator=g)])
+    owner = owner.sort().values if in_order else owner[torch.randperm(41, generator=g)]
+    images = F.normalize(torch.randn(13, 6, generator=g), dim=-1)
+    texts = F.normalize(images[owner] + torch.randn(41, 6, generator=g), dim=-1)
+    texts[7], images[4] = texts[30], images[9]
+    of_image, of_text = two_way_ranks(images, texts, owner.tolist(), tile)
+    exact = images @ texts.T
+    for i in range(13):
+        assert of_image[i] == sorted_rank(exact[i], (owner == i).nonzero()[:, 0].tolist())
+    for t in range(41):
+        assert of_text[t] == sorted_rank(exact[:, t], [int(owner[t])])
+    assert torch.equal(of_text, positive_ranks(texts, images, [[int(i)] for i in owner], tile))
+    half = two_way_ranks(images.half(), texts.half(), owner, tile)
+    full = two_way_ranks(images.half().float(), texts.half().float(), owner, tile)
+    assert torch.equal(half[0], full[0]) and torch.equal(half[1], full[1])
+
+
+def test_each_image_needs_a_text() -> None:
+    for owner in ([0, 0], [0, 2]):
+        with pytest.raises(ValueError, match="each needs a text"):
+            two_way_ranks(torch.eye(2), torch.eye(2), owner)
+    with pytest.raises(ValueError, match="not finite"):
+        two_way_ranks(torch.eye(2), torch.full((2, 2), torch.inf), [0, 1])
+
+
+def test_intervals_draw_images_and_not_captions() -> None:
+    """Images whose captions all hit or all miss: as wide as of the images alone, by the binomial's own spread."""
+    g = torch.Generator().manual_seed(0)
+    hit = torch.rand(400, generator=g) < 0.3
+    ranks, groups = (1 - hit.long()).repeat_interleave(5), torch.arange(400).repeat_interleave(5)
+    low, high = intervals(ranks, groups, (1,), resamples=4000)["R@1"]
+    share = float(hit.double().mean())
+    spread = 1.96 * (share * (1 - share) / 400) ** 0.5
+    assert (low, high) == pytest.approx((100 * (share - spread), 100 * (share + spread)), abs=0.5)
+    single = intervals(1 - hit.long(), torch.arange(400), (1,), resamples=4000)["R@1"]
+    assert single == pytest.approx((low, high), abs=1e-9)  # the same draws of the same images
+    narrow = intervals(ranks, torch.arange(2000), (1,))["R@1"]
+    assert narrow[1] - narrow[0] < 0.6 * (high - low)
+
+
+def test_figures_of_a_small_case() -> None:
+    """Three images, the second with two captions; the last caption is nearer to the first image."""
+    images = torch.eye(3)
+    texts = F.normalize(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0.1, 1, 0], [1, 0, 0.5]]), dim=-1)
+    figures = retrieval(images, texts, [0, 1, 1, 2])
+    assert figures["T2I"] == {"R@1": 75.0, "R@5": 100.0, "R@10": 100.0, "median rank": 1.0}
+    assert figures["I2T"]["R@1"] == 100.0 and figures["I2T interval"]["R@1"] == (100.0, 100.0)
+    low, high = figures["T2I interval"]["R@1"]
+    assert 0 <= low < 75 < high <= 100
 
 
 def test_a_model_that_says_the_same_of_everything_is_at_the_bottom() -> None:
