@@ -51,8 +51,9 @@ def precision_at_r(found: Tensor, positives: Sequence[Sequence[int]]) -> dict[st
         ValueError: a query has no right answer, or more than K.
     """
     precise, average = 0.0, 0.0
-    for row, right in zip(found.tolist(), positives, strict=True):
-        r, right = len(set(right)), set(right)
+    for row, answers in zip(found.tolist(), positives, strict=True):
+        right = set(answers)
+        r = len(right)
         if not 0 < r <= len(row):
             raise ValueError(f"a query has {r} right answers; it needs one, and at most the {len(row)} that were found")
         hits = [item in right for item in row[:r]]

@@ -1,0 +1,14 @@
+"""Readers of the public sets, in the form in which the field hands them out, each with its protocol and its source."""
+
+from __future__ import annotations
+
+from llm2clip.evaluate.benchmarks import classes, compositional, karpathy, languages, long
+from llm2clip.evaluate.benchmarks.base import Absent, Benchmark, Choice, Classes, Malformed
+
+BENCHMARKS = {
+    benchmark.name: benchmark
+    for room in (karpathy, long, languages, compositional, classes)
+    for benchmark in room.BENCHMARKS
+}
+
+__all__ = ["BENCHMARKS", "Absent", "Benchmark", "Choice", "Classes", "Malformed"]

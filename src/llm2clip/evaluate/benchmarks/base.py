@@ -1,0 +1,167 @@
+"""What a benchmark is, and what its readers share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llm2clip.data.records import Record
+from llm2clip.data.refs import FileImage, ImageRef
+
+
+class Absent(Exception):
+    """A benchmark, or a part of it, is not in its folder; the message names what is missing."""
+
+
+class Malformed(ValueError):
+    """A file of a benchmark is not what it should be; the message names the file and the place."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Images and captions of which each belongs to one: which do a model's cosines put together?
+
+    Caption i is right for image i; captions beyond the images are right for none.
+    """
+
+    id: str
+    kind: str
+    """Of the items that are averaged together."""
+    images: tuple[ImageRef, ...]
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Images that each show one of some classes."""
+
+    images: Sequence[ImageRef]
+    labels: Sequence[int]
+    """Of each image, an index into `names`."""
+    names: Sequence[str]
+    templates: Sequence[str]
+    """Sentences with {} where a name goes."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A public set, as the field hands it out.
+
+    Args:
+        name: as on the command line.
+        kind: retrieval, whose reader gives records by the name of their captions; choice, a list of `Choice`;
+            classification, `Classes`.
+        about: images, captions and protocol in a line.
+        folders: where it is looked for under a root, the first that is there.
+        read: from its folder; raises `Absent` or `Malformed`.
+        get: how to get it.
+    """
+
+    name: str
+    kind: Literal["retrieval", "choice", "classification"]
+    about: str
+    folders: tuple[str, ...]
+    read: Callable[[Path], Any]
+    get: str
+
+    def find(self, root: Path) -> Path:
+        """Its folder under a root.
+
+        Raises:
+            Absent: there is none.
+        """
+        for name in self.folders:
+            if (root / name).is_dir():
+                return root / name
+        raise Absent(f"{root} has no folder {' or '.join(self.folders)}")
+
+
+def first(folder: Path, *names: str) -> Path:
+    """The first of these files or folders that is there; a name may be a pattern.
+
+    Raises:
+        Absent: none is.
+    """
+    for name in names:
+        if any(c in name for c in "*?["):
+            if found := sorted(folder.glob(name)):
+                return found[0]
+        elif (folder / name).exists():
+            return folder / name
+    raise Absent(f"{folder} has no {' or '.join(names)}")
+
+
+def json_file(file: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        Malformed: it is not JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise Malformed(f"{file}: not JSON ({error})") from error
+
+
+def json_lines(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines.
+
+    Raises:
+        Malformed: a line is not a JSON object.
+    """
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise Malformed(f"{file}, line {number}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise Malformed(f"{file}, line {number}: not an object")
+            rows.append(row)
+    return rows
+
+
+def text_lines(file: Path) -> list[str]:
+    """The lines of a text file that are not empty; a last line without an end counts."""
+    return [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+
+
+def picture(folder: Path, name: str) -> FileImage:
+    """An image under a folder.
+
+    Raises:
+        Malformed: the name leads out of it.
+    """
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise Malformed(f"{folder}: the image name {name!r} leads out of it")
+    return FileImage(str(path))
+
+
+def captioned(pairs: Iterable[tuple[ImageRef, Sequence[str]]], source: Path) -> list[Record]:
+    """Records of images and their captions, in order; captions are stripped, and otherwise as they came.
+
+    Raises:
+        Absent: image files are missing; the message counts them and names the first.
+        Malformed: an image has no caption.
+    """
+    records, missing = [], []
+    for image, captions in pairs:
+        texts = tuple(c.strip() for c in captions)
+        if not texts or not all(texts):
+            raise Malformed(f"{source}: {image} has no caption, or an empty one")
+        if isinstance(image, FileImage) and not Path(image.path).is_file():
+            missing.append(image)
+        records.append(Record(Path(str(image)).stem, image, texts))
+    if missing:
+        raise Absent(f"{len(missing):,} of {len(records):,} images of {source} are missing, {missing[0]} for one")
+    if not records:
+        raise Malformed(f"{source} has no image of the test split")
+    return records
+
+
+Fields = Mapping[str, Sequence[Record]]
