@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModel
 
 from conftest import FAMILIES, make_llm, save_tokenizer
 from llm2clip.models.batches import length_batches
+from llm2clip.models.identity import fingerprint
 from llm2clip.models.packing import first_tokens
 from llm2clip.models.precision import CAPTIONS, calibrated
-from llm2clip.models.text import CaptionEncoder, fingerprint
+from llm2clip.models.text import CaptionEncoder
 
 TEXTS = ["a dog", "a very long caption about two dogs that run through deep snow near a house", "猫"]
 

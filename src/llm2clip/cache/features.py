@@ -6,7 +6,6 @@ trains on it trains in seconds: the heads of a frozen tower (SAIL, arXiv 2412.04
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import closing, nullcontext
@@ -27,6 +26,7 @@ from llm2clip.data.decoding import in_batches
 from llm2clip.data.images import EvalTransform
 from llm2clip.data.refs import FileImage, ImageRef
 from llm2clip.data.skips import SkipLog
+from llm2clip.models.identity import weights_hash
 from llm2clip.models.vision import VisionTower
 from llm2clip.processes import processes
 
@@ -57,11 +57,7 @@ def image_keys(refs: Iterable[ImageRef]) -> np.ndarray:
 
 def tower_identity(tower: VisionTower, precision: str) -> dict[str, Any]:
     """All that changes a feature: the architecture, the preparation of pictures, the weights, the precision."""
-    weights = hashlib.sha256()
-    for name, tensor in tower.state_dict().items():
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return {"tower": tower.config, "weights": weights.hexdigest()[:16], "precision": precision}
+    return {"tower": tower.config, "weights": weights_hash(tower), "precision": precision}
 
 
 @quick_products()
@@ -113,7 +109,7 @@ def embed_images(
                         log.skip(str(refs[i]), 0, "undecodable image", reason)
                     if good:
                         with torch.autocast(device.type, dtype) if dtype else nullcontext():
-                            vectors.append(tower(pixels.to(device)).float().cpu())
+                            vectors.append(tower(torch.stack(pixels).to(device)).float().cpu())
                         kept += [names[i] for i in good]
                     bar.update(len(good) + len(failures))
                 if kept:

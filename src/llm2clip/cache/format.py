@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm2clip.data.captions import caption_key
-from llm2clip.models.text import fingerprint
+from llm2clip.models.identity import fingerprint
 
 DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype(np.float16), "int8": np.dtype(np.int8)}
 MANIFEST = "manifest.json"

@@ -31,7 +31,7 @@ from llm2clip.cache.format import (
     sync,
 )
 from llm2clip.cache.index import build_index
-from llm2clip.models.text import fingerprint
+from llm2clip.models.identity import fingerprint
 
 
 class StoreWriter:

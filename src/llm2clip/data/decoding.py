@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,10 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 from llm2clip.data.images import ImageError, load
 from llm2clip.data.refs import ImageRef
 
+T = TypeVar("T")
 MANY = 2048  # images that take longer to decode than a process to start
 
 
-def decoded(ref: ImageRef, transform: Callable[[Tensor], Tensor]) -> Tensor | str:
+def decoded(ref: ImageRef, transform: Callable[[Tensor], T]) -> T | str:
     """The transformed image, or why it cannot be decoded."""
     try:
         return transform(load(ref))
@@ -24,18 +26,19 @@ def decoded(ref: ImageRef, transform: Callable[[Tensor], Tensor]) -> Tensor | st
 
 
 def in_batches(
-    refs: Sequence[ImageRef], transform: Callable[[Tensor], Tensor], batch: int = 64, workers: int | None = None
-) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
+    refs: Sequence[ImageRef], transform: Callable[[Tensor], Any], batch: int = 64, workers: int | None = None
+) -> Iterator[tuple[list[int], list[Any], dict[int, str]]]:
     """Decoded images in their order, `batch` of them at a time.
 
     Args:
         refs: of the images.
-        transform: to pixels.
+        transform: of the decoded image, uint8 (3, H, W).
         batch: images at a time.
         workers: processes that decode, where there are enough images; None is half of the cores, at most 8.
 
     Yields:
-        The indices of those that can be decoded, their pixels (n, 3, S, S), and why each other cannot, by its index.
+        The indices of those that can be decoded, what `transform` made of them, and why each other cannot, by its
+        index.
     """
     if workers is None:
         workers = min(8, len(os.sched_getaffinity(0)) // 2 if hasattr(os, "sched_getaffinity") else 1)
@@ -50,16 +53,15 @@ def in_batches(
     )
     for items in loader:
         good = {i: found for i, found in items if not isinstance(found, str)}
-        pixels = torch.stack(list(good.values())) if good else torch.empty(0)
-        yield list(good), pixels, {i: found for i, found in items if isinstance(found, str)}
+        yield list(good), list(good.values()), {i: found for i, found in items if isinstance(found, str)}
 
 
 class _Decoded(Dataset):
-    def __init__(self, refs: Sequence[ImageRef], transform: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, refs: Sequence[ImageRef], transform: Callable[[Tensor], Any]) -> None:
         self.refs, self.transform = refs, transform
 
     def __len__(self) -> int:
         return len(self.refs)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+    def __getitem__(self, index: int) -> tuple[int, Any]:
         return index, decoded(self.refs[index], self.transform)

@@ -1,7 +1,8 @@
-"""What a trained model is worth on records: its vectors, and its retrieval figures field by field."""
+"""What a model is worth on records: its vectors, and its retrieval figures by the kind of caption."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,16 +12,24 @@ from tqdm.auto import tqdm
 
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.data.decoding import in_batches
-from llm2clip.data.images import EvalTransform
 from llm2clip.data.records import Record
 from llm2clip.data.skips import SkipLog
 from llm2clip.evaluate.retrieval import retrieval
+from llm2clip.models.dual import DualEncoder, of_model
 from llm2clip.models.llm2clip import LLM2CLIP
 
 
-@torch.inference_mode()
+def with_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncoder:
+    """A model that takes its texts' embeddings from a store and does not run its caption encoder."""
+
+    def read(texts: Sequence[str], progress: bool) -> Tensor:
+        return model.embeddings_to_text(torch.from_numpy(store.take(store.rows(texts))))
+
+    return dataclasses.replace(of_model(model, "llm2clip"), read=read)
+
+
 def image_vectors(
-    model: LLM2CLIP, records: Sequence[Record], log: SkipLog, batch: int = 64, progress: bool = True
+    model: DualEncoder, records: Sequence[Record], log: SkipLog, batch: int = 64, progress: bool = True
 ) -> tuple[Tensor, list[int]]:
     """Vectors of the records' images, (N, width) float32, and which records they are of.
 
@@ -28,50 +37,39 @@ def image_vectors(
     """
     pictured = [(i, record.image) for i, record in enumerate(records) if record.image is not None]
     refs = [ref for _, ref in pictured]
-    parts, kept = [torch.empty(0, model.config.width)], []
-    model.eval()
+    parts, kept = [torch.empty(0, model.width)], []
     with tqdm(total=len(refs), desc="images", unit="image", disable=not progress) as bar:
-        for good, pixels, failures in in_batches(refs, EvalTransform(model.tower.preprocess), batch):
+        for good, pictures, failures in in_batches(refs, model.transform, batch):
             for n, reason in failures.items():
                 log.skip(str(refs[n]), 0, "undecodable image", reason)
             if good:
-                vectors, *_ = model(pixels=pixels.to(model.device))
-                assert vectors is not None
-                parts.append(vectors.cpu())
+                parts.append(model.encode_pictures(pictures))
                 kept += [pictured[n][0] for n in good]
             bar.update(len(good) + len(failures))
     log.check()
     return torch.cat(parts), kept
 
 
-def text_vectors(model: LLM2CLIP, texts: Sequence[str], store: EmbeddingStore | None = None) -> Tensor:
-    """Vectors of texts, (N, width) float32: from their rows in a store, or by running the caption encoder."""
-    if store is None:
-        return model.encode_text(texts, progress=True)
-    return model.embeddings_to_text(torch.from_numpy(store.take(store.rows(texts))))
-
-
 def evaluate_model(
-    model: LLM2CLIP,
+    model: DualEncoder,
     fields: Mapping[str, Sequence[Record]],
     log: SkipLog,
-    store: EmbeddingStore | None = None,
     batch: int = 64,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Retrieval on each kind of caption.
 
     Args:
-        model: the model.
+        model: any.
         fields: name of the kind (captions, captions_zh, ...) to records that carry it; an image that stands in
             several kinds is encoded once.
         log: where unreadable images go.
-        store: of the captions' embeddings.
         batch: images in a forward pass.
         progress: show a bar.
 
     Returns:
-        A row a kind: its name, numbers of images and texts, and what `retrieval` returns.
+        A row a kind: its name, numbers of images and texts, how many texts were cut to the model's window, and what
+        `retrieval` returns.
 
     Raises:
         ValueError: there is nothing to measure.
@@ -87,8 +85,8 @@ def evaluate_model(
         texts = [c for _, captions in found for c in captions]
         image_of_text = [n for n, (_, captions) in enumerate(found) for _ in captions]
         images = vectors[torch.tensor([i for i, _ in found])]
-        figures = retrieval(images, text_vectors(model, texts, store), image_of_text)
-        rows.append({"captions": name, "images": len(found), "texts": len(texts), **figures})
+        figures = retrieval(images, model.encode_text(texts, progress), image_of_text)
+        rows.append({"captions": name, "images": len(found), "texts": len(texts), "cut": model.cut(), **figures})
     if not rows:
         raise ValueError("no held-out image has a caption: there is nothing to measure")
     return rows
@@ -101,7 +99,7 @@ def validator(
     kind's two. Arguments as in `evaluate_model`."""
 
     def measure(model: LLM2CLIP) -> dict[str, float]:
-        rows = evaluate_model(model, fields, log, store, batch, progress=False)
+        rows = evaluate_model(with_store(model, store), fields, log, batch, progress=False)
         figures = {f"{row['captions']} {way} R@1": row[way]["R@1"] for row in rows for way in ("I2T", "T2I")}
         return {"score": sum(list(figures.values())[:2]) / 2, **figures}
 

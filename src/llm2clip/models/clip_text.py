@@ -29,6 +29,7 @@ class ClipText:
         width: int,
         tokenize: Callable[[list[str]], dict[str, Tensor]],
         forward: Callable[..., Tensor],
+        model: Any,
     ) -> None:
         """
         Args:
@@ -36,8 +37,9 @@ class ClipText:
             width: of the vectors.
             tokenize: texts to the tensors of a batch, cut to the window, and "truncated": which were, (N,) bool.
             forward: that batch to vectors, (N, width).
+            model: that the tower is a part of, both sides of it.
         """
-        self.window, self.width = window, width
+        self.window, self.width, self.model = window, width, model
         self._tokenize, self._forward = tokenize, forward
         self.truncated = 0
 
@@ -105,7 +107,7 @@ def _from_transformers(path: str, device: torch.device) -> ClipText:
         return vectors
 
     width = getattr(model.config, "projection_dim", None) or getattr(text, "projection_size", None) or text.hidden_size
-    return ClipText(window, width, tokenize, forward)
+    return ClipText(window, width, tokenize, forward, model)
 
 
 def _from_open_clip(name: str, device: torch.device) -> ClipText:
@@ -136,4 +138,4 @@ def _from_open_clip(name: str, device: torch.device) -> ClipText:
         return {"text": tokenizer(texts).to(device), "truncated": truncated}
 
     width = model.encode_text(tokenizer(["a"]).to(device)).shape[-1]
-    return ClipText(window, width, tokenize, model.encode_text)
+    return ClipText(window, width, tokenize, model.encode_text, model)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from llm2clip.cpu import quick_products
 from llm2clip.data.images import EvalTransform, load
 from llm2clip.models.adapter import Adapter, GatedLayer
-from llm2clip.models.text import CaptionEncoder, fingerprint
+from llm2clip.models.identity import fingerprint
+from llm2clip.models.text import CaptionEncoder
 from llm2clip.models.vision import VisionTower
 
 MAX_SCALE = 100.0

@@ -287,11 +287,6 @@ class CaptionEncoder(nn.Module):
         self.st.save_pretrained(str(folder), create_model_card=False)
 
 
-def fingerprint(identity: dict[str, Any]) -> str:
-    """One hash of an encoder's `identity`: two encoders with the same one give the same vectors."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-
-
 def _open(path: str, pooling: str, device: str | torch.device | None) -> SentenceTransformer:
     """A sentence-transformers model as saved, or a bare transformers model with the pooling put on."""
     from transformers.utils import cached_file

@@ -29,8 +29,8 @@ from llm2clip.cache.store import EmbeddingStore
 from llm2clip.cpu import reuse_memory
 from llm2clip.data.records import Record
 from llm2clip.data.skips import SkipLog
+from llm2clip.models.identity import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.text import fingerprint
 from llm2clip.models.tower_lora import merge_lora
 from llm2clip.processes import processes
 from llm2clip.recipes import FREE, AlignRecipe
