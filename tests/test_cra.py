@@ -135,7 +135,7 @@ def test_a_clips_text_tower(kind: str, tmp_path: Path) -> None:
     tower = clip_text(folder, torch.device("cpu"))
     texts = ["a dog", "two cats", "a text of more than the twenty-four tokens that there is room for"]
     vectors = tower.encode(texts)
-    assert tower.truncated == 1 and vectors.shape == (3, 16)
+    assert tower.cut(texts) == 1 and vectors.shape == (3, 16)
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     for text, vector in zip(texts, vectors, strict=True):
         padding = {"padding": "max_length"} if kind == "siglip" else {}
@@ -155,7 +155,7 @@ def test_open_clips_text_tower(tmp_path: Path) -> None:
     tower = clip_text(f"open_clip:{tmp_path}", torch.device("cpu"))
     texts = ["a dog", "word " * 100]
     vectors = tower.encode(texts)
-    assert tower.truncated == 1
+    assert tower.cut(texts) == 1
     tokens = open_clip.get_tokenizer("ViT-S-32-alt")(texts)
     with torch.no_grad():
         assert torch.allclose(model.encode_text(tokens), vectors, atol=1e-5)

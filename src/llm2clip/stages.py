@@ -17,6 +17,7 @@ from llm2clip.cache.format import check_identity
 from llm2clip.cache.ray_engine import embed_with_ray
 from llm2clip.cache.store import EmbeddingStore, refused_captions
 from llm2clip.cache.upkeep import merge, repair
+from llm2clip.data.captions import unique
 from llm2clip.data.records import KINDS, Record, Source
 from llm2clip.data.skips import SkipLog
 from llm2clip.evaluate.captions import TextEncoder, caption_accuracy
@@ -138,7 +139,7 @@ def evaluate_stage(
         text = LLM2CLIP.from_pretrained(model).encoder if model else open_text(encoder)
         figures = caption_accuracy(texts, text, all_pairs=recipe.all_pairs, mistakes=recipe.mistakes)
         if isinstance(text, ClipText):
-            figures["truncated"] = text.truncated
+            figures["truncated"] = text.cut(unique(c for captions in texts for c in captions))
         results["captions"] = figures
         say(*captions_report(figures))
     if model and (data or recipe.data):

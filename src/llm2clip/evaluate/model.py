@@ -25,7 +25,7 @@ def with_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncoder:
     def read(texts: Sequence[str], progress: bool) -> Tensor:
         return model.embeddings_to_text(torch.from_numpy(store.take(store.rows(texts))))
 
-    return dataclasses.replace(of_model(model, "llm2clip"), read=read)
+    return dataclasses.replace(of_model(model, "llm2clip"), read=read, cut=lambda texts: None)
 
 
 def image_vectors(
@@ -86,7 +86,7 @@ def evaluate_model(
         image_of_text = [n for n, (_, captions) in enumerate(found) for _ in captions]
         images = vectors[torch.tensor([i for i, _ in found])]
         figures = retrieval(images, model.encode_text(texts, progress), image_of_text)
-        rows.append({"captions": name, "images": len(found), "texts": len(texts), "cut": model.cut(), **figures})
+        rows.append({"captions": name, "images": len(found), "texts": len(texts), "cut": model.cut(texts), **figures})
     if not rows:
         raise ValueError("no held-out image has a caption: there is nothing to measure")
     return rows

@@ -25,37 +25,39 @@ class ClipText:
 
     def __init__(
         self,
+        model: Any,
         window: int,
         width: int,
         tokenize: Callable[[list[str]], dict[str, Tensor]],
         forward: Callable[..., Tensor],
-        model: Any,
+        length: Callable[[str], int],
     ) -> None:
         """
         Args:
+            model: that the tower is a part of, both sides of it.
             window: longest text in tokens.
             width: of the vectors.
-            tokenize: texts to the tensors of a batch, cut to the window, and "truncated": which were, (N,) bool.
+            tokenize: texts to the tensors of a batch, cut to the window.
             forward: that batch to vectors, (N, width).
-            model: that the tower is a part of, both sides of it.
+            length: of a text in tokens.
         """
-        self.window, self.width, self.model = window, width, model
-        self._tokenize, self._forward = tokenize, forward
-        self.truncated = 0
+        self.model, self.window, self.width = model, window, width
+        self._tokenize, self._forward, self._length = tokenize, forward, length
 
     @torch.inference_mode()
     @quick_products()
     def encode(self, captions: Sequence[str], *, progress: bool = False, batch: int = 64) -> Tensor:
-        """Texts to vectors, (N, width) float32 on the CPU, in the order given. `truncated` says how many were cut."""
+        """Texts to vectors, (N, width) float32 on the CPU, in the order given."""
         order = sorted(range(len(captions)), key=lambda i: -len(captions[i]))
         out = torch.empty(len(captions), self.width)
-        self.truncated = 0
         for lo in tqdm(range(0, len(order), batch), desc="encode", unit="batch", disable=not progress):
             rows = order[lo : lo + batch]
-            inputs = self._tokenize([captions[i] for i in rows])
-            self.truncated += int(inputs.pop("truncated").sum())
-            out[rows] = self._forward(**inputs).float().cpu()
+            out[rows] = self._forward(**self._tokenize([captions[i] for i in rows])).float().cpu()
         return out
+
+    def cut(self, captions: Sequence[str]) -> int:
+        """How many of these texts are longer than the window, and lose their end."""
+        return sum(self._length(caption) > self.window for caption in captions)
 
 
 def has_text_tower(path: str) -> bool:
@@ -96,10 +98,9 @@ def _from_transformers(path: str, device: torch.device) -> ClipText:
     padding = "max_length" if model.config.model_type in PADDED else True
 
     def tokenize(texts: list[str]) -> dict[str, Tensor]:
-        lengths = [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
         batch = tokenizer(texts, padding=padding, truncation=True, max_length=window, return_tensors="pt").to(device)
         keys = ("input_ids",) if padding == "max_length" else ("input_ids", "attention_mask")
-        return {**{k: batch[k] for k in keys}, "truncated": torch.tensor(lengths) > window}
+        return {k: batch[k] for k in keys}
 
     def forward(**batch: Tensor) -> Tensor:
         found = model.get_text_features(**batch)
@@ -107,7 +108,9 @@ def _from_transformers(path: str, device: torch.device) -> ClipText:
         return vectors
 
     width = getattr(model.config, "projection_dim", None) or getattr(text, "projection_size", None) or text.hidden_size
-    return ClipText(window, width, tokenize, forward, model)
+    return ClipText(
+        model, window, width, tokenize, forward, lambda text: len(tokenizer(text, verbose=False)["input_ids"])
+    )
 
 
 def _from_open_clip(name: str, device: torch.device) -> ClipText:
@@ -134,8 +137,7 @@ def _from_open_clip(name: str, device: torch.device) -> ClipText:
         return len(inner(text)["input_ids"]) if inner is not None else len(tokenizer.encode(text)) + 2
 
     def tokenize(texts: list[str]) -> dict[str, Tensor]:
-        truncated = torch.tensor([length(text) > window for text in texts])
-        return {"text": tokenizer(texts).to(device), "truncated": truncated}
+        return {"text": tokenizer(texts).to(device)}
 
     width = model.encode_text(tokenizer(["a"]).to(device)).shape[-1]
-    return ClipText(window, width, tokenize, model.encode_text, model)
+    return ClipText(model, window, width, tokenize, model.encode_text, length)

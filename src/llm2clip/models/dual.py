@@ -41,7 +41,7 @@ class DualEncoder:
         transform: a decoded picture, uint8 (3, H, W), to what the image side takes; it can be pickled.
         see: a batch of those to vectors (N, width).
         read: texts to vectors (N, width).
-        cut: how many of the texts read last were longer than the window; None where nobody counts.
+        cut: how many of some texts are longer than the window, and lose their end; None where nobody can say.
     """
 
     name: str
@@ -50,7 +50,7 @@ class DualEncoder:
     transform: Callable[[Tensor], Any]
     see: Callable[[list[Any]], Tensor]
     read: Callable[[Sequence[str], bool], Tensor]
-    cut: Callable[[], int | None] = lambda: None
+    cut: Callable[[Sequence[str]], int | None] = lambda texts: None
 
     @torch.inference_mode()
     @quick_products()
@@ -92,7 +92,7 @@ def of_model(model: LLM2CLIP, name: str) -> DualEncoder:
         EvalTransform(model.tower.preprocess),
         lambda pictures: _first(model(pixels=torch.stack(pictures).to(model.device))),
         lambda texts, progress: model.encode_text(texts, progress),
-        lambda: 0,  # what is too long for the LLM is refused, and not cut
+        lambda texts: len(model.encoder.tokenize(texts).truncated) if model.has_encoder else None,
     )
 
 
@@ -156,7 +156,7 @@ def _beside(
         return text.encode(texts, progress=progress)
 
     identity = partial(_identity, name, text.model)
-    return DualEncoder(name, text.width, identity, transform, see, read, lambda: text.truncated)
+    return DualEncoder(name, text.width, identity, transform, see, read, text.cut)
 
 
 def _sentence_transformer(name: str, device: torch.device) -> DualEncoder:
