@@ -21,7 +21,8 @@ from llm2clip.cache.lock import alone
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skips import SkipLog
-from llm2clip.evaluate.model import image_vectors, validator, with_store
+from llm2clip.evaluate.model import validator, with_store
+from llm2clip.evaluate.vectors import Vectors
 from llm2clip.models.llm2clip import LLM2CLIP, MAX_SCALE, LLM2CLIPConfig
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.models.vision import VisionTower
@@ -83,9 +84,9 @@ def agreement(records: list[Record], store: EmbeddingStore) -> Any:
 
     def measure(model: LLM2CLIP) -> dict[str, float]:
         assert not model.training
-        dual = with_store(model, store)
-        images, kept = image_vectors(dual, records, SkipLog(limit=1.0), progress=False)
-        texts = dual.encode_text([records[i].captions[0] for i in kept])
+        vectors = Vectors(with_store(model, store), SkipLog(limit=1.0), progress=False)
+        images, kept = vectors.images([r.image for r in records if r.image is not None])
+        texts = vectors.texts([records[i].captions[0] for i in kept])
         return {"score": float((images * texts).sum(-1).mean())}
 
     return measure

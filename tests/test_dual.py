@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from llm2clip.data.decoding import in_batches
 from llm2clip.data.records import open_records
 from llm2clip.data.skips import SkipLog
 from llm2clip.evaluate.model import evaluate_model
+from llm2clip.evaluate.vectors import Vectors
 from llm2clip.models.dual import DualEncoder, open_dual
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.text import CaptionEncoder
@@ -105,10 +107,31 @@ def test_our_model_in_its_folder(llm: Path, tmp_path: Path, pictures: Path) -> N
 def test_the_same_measure_for_all(clip: Path, pictures: Path) -> None:
     """A model that was never trained is about at chance, and its cut texts are counted."""
     records = list(open_records(pictures / "captions.jsonl"))
-    [row] = evaluate_model(open_dual(str(clip), "cpu"), {"captions": records}, SkipLog(), progress=False)
+    vectors = Vectors(open_dual(str(clip), "cpu"), SkipLog(), progress=False)
+    [row] = evaluate_model(vectors, {"captions": records})
     assert row["images"] == len(records) and row["cut"] is not None
     low, high = row["T2I interval"]["R@10"]
     assert low <= row["T2I"]["R@10"] <= high
+
+
+def test_vectors_that_are_kept_are_the_same_and_are_not_made_again(
+    clip: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = list(open_records(pictures / "captions.jsonl"))
+    model = open_dual(str(clip), "cpu")
+    once = evaluate_model(Vectors(model, SkipLog(), progress=False), {"captions": records})
+    kept = evaluate_model(Vectors(model, SkipLog(), tmp_path), {"captions": records[:20]})
+    assert kept[0]["images"] == 20
+    assert evaluate_model(Vectors(model, SkipLog(), tmp_path), {"captions": records}) == once
+
+    def never(*_: object) -> Tensor:
+        raise AssertionError("encoded again")
+
+    again = dataclasses.replace(model, see=never, read=never)
+    assert evaluate_model(Vectors(again, SkipLog(), tmp_path), {"captions": records}) == once
+    other = dataclasses.replace(again, identity=lambda: {"name": "another"})
+    with pytest.raises(AssertionError, match="encoded again"):
+        evaluate_model(Vectors(other, SkipLog(), tmp_path), {"captions": records})
 
 
 def test_no_model_of_that_name(tmp_path: Path, llm: Path) -> None:

@@ -30,6 +30,7 @@ from typing import Any
 from llm2clip.evaluate.captions import caption_accuracy
 from llm2clip.evaluate.model import evaluate_model, validator, with_store
 from llm2clip.evaluate.report import write_report
+from llm2clip.evaluate.vectors import Vectors
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.processes import once, processes, say
@@ -82,7 +83,7 @@ def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
     say("3/4 align: the vision tower learns from the store")
 
     def measure(model: LLM2CLIP) -> list[dict[str, Any]]:
-        return evaluate_model(with_store(model, store), held_out, log, recipe.evaluate.batch)
+        return evaluate_model(Vectors(with_store(model, store), log, batch=recipe.evaluate.batch), held_out)
 
     gc.collect()  # the LLM's memory is free for the vision tower
     model_folder = out / "model"

@@ -23,6 +23,7 @@ from llm2clip.data.skips import SkipLog
 from llm2clip.evaluate.captions import TextEncoder, caption_accuracy
 from llm2clip.evaluate.model import evaluate_model, validator
 from llm2clip.evaluate.report import KS, captions_report, table
+from llm2clip.evaluate.vectors import Vectors
 from llm2clip.models.clip_text import ClipText, clip_text, has_text_tower
 from llm2clip.models.dual import open_dual
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
@@ -146,7 +147,7 @@ def evaluate_stage(
         if all(Source.parse(d).splits for d in data):
             recipe, data = dataclasses.replace(recipe, data=[*recipe.data, *data]), []
         records = read_data(data, recipe, columns, log)
-        rows = evaluate_model(open_dual(model), records.held_out, log, recipe.batch)
+        rows = evaluate_model(Vectors(open_dual(model), log, batch=recipe.batch), records.held_out)
         results["retrieval"] = rows
         shown = [[r["captions"], r["images"], r["texts"], *(r[d][k] for d in ("I2T", "T2I") for k in KS)] for r in rows]
         say(table(["captions", "images", "texts", *(f"{d} {k}" for d in ("I2T", "T2I") for k in KS)], shown))

@@ -1,23 +1,25 @@
-"""Features of images in a store of their own: each image goes through the vision tower once.
+"""Vectors of images, and of texts of any model, in stores of their own: each goes through a model once.
 
-It is a store like that of the captions, whose keys are the names of images and whose identity is the tower's. What
-trains on it trains in seconds: the heads of a frozen tower (SAIL, arXiv 2412.04616; LiT, arXiv 2111.07991).
+They are stores like that of the captions; the keys of images are their names. What trains on the features of a frozen
+tower trains in seconds (SAIL, arXiv 2412.04616; LiT, arXiv 2111.07991), and what was measured once is measured again in
+no time.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from llm2clip.cache.embed import filling
+from llm2clip.cache.embed import Work, filling
 from llm2clip.cache.format import keys_of
 from llm2clip.cache.incoming import Incoming
 from llm2clip.cache.store import EmbeddingStore
@@ -55,64 +57,118 @@ def image_keys(refs: Iterable[ImageRef]) -> np.ndarray:
     return keys_of([image_name(ref) for ref in refs])
 
 
-def tower_identity(tower: VisionTower, precision: str) -> dict[str, Any]:
-    """All that changes a feature: the architecture, the preparation of pictures, the weights, the precision."""
-    return {"tower": tower.config, "weights": weights_hash(tower), "precision": precision}
+class ImageSide(Protocol):
+    """What makes vectors of pictures: a tower, or any model."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def transform(self) -> Callable[[Tensor], Any]: ...
+
+    def encode_pictures(self, pictures: list[Any]) -> Tensor:
+        """What `transform` made of decoded images, to (N, width) float32 on the CPU."""
+        ...
+
+
+class TowerFeatures:
+    """A vision tower's features, as they go into a projection."""
+
+    def __init__(self, tower: VisionTower, precision: str) -> None:
+        """
+        Args:
+            tower: on its device; put in eval mode.
+            precision: fp32, bf16 or fp16, by autocast.
+        """
+        self.tower, self.precision, self.width = tower.eval(), precision, tower.width
+        self.transform: Callable[[Tensor], Any] = EvalTransform(tower.preprocess)
+        reuse_memory(next(tower.parameters()).device)
+
+    def identity(self) -> dict[str, Any]:
+        """All that changes a feature: the architecture, the preparation of pictures, the weights, the precision."""
+        return {"tower": self.tower.config, "weights": weights_hash(self.tower), "precision": self.precision}
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: list[Any]) -> Tensor:
+        device = next(self.tower.parameters()).device
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+            return self.tower(torch.stack(pictures).to(device)).float().cpu()
 
 
 @quick_products()
-@torch.no_grad()
 def embed_images(
     refs: Sequence[ImageRef],
-    tower: VisionTower,
+    side: ImageSide,
+    identity: dict[str, Any],
     folder: str | Path,
     log: SkipLog,
     *,
-    precision: str = "fp32",
+    dtype: str = "float16",
     batch: int = 64,
     workers: int | None = None,
     shard_size: int = 8192,
 ) -> EmbeddingStore:
-    """Fill the store at `folder` with the images' features; what it holds already is kept. All processes take a share.
+    """Fill the store at `folder` with the images' vectors; what it holds already is kept. All processes take a share.
 
     Args:
         refs: of the images.
-        tower: on its device; left in eval mode.
+        side: what makes the vectors.
+        identity: all that changes a vector.
         folder: of the store.
         log: where images that cannot be decoded are counted and listed; the store goes without them.
-        precision: fp32, bf16 or fp16, by autocast.
+        dtype: of the store.
         batch: images in a forward pass.
         workers: processes that decode images, as of `in_batches`.
         shard_size: images in a shard, the unit of resuming.
 
     Raises:
-        StoreError: the store there is another tower's.
+        StoreError: the store there is another model's.
         TooManySkipped: too many images cannot be decoded.
     """
-    state, device = processes(), next(tower.parameters()).device
-    reuse_memory(device)
-    tower.eval()
     by_name = {image_name(ref): ref for ref in refs}
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    identity = tower_identity(tower, precision)
-    with filling(by_name, folder, identity, tower.width, "float16", shard_size) as work:
-        mine = work.parts[state.process_index :: state.num_processes]
-        with closing(Incoming(work.came)) as incoming:
-            parts = [(number, list(incoming[part])) for number, part in mine]
-        total = sum(len(names) for _, names in parts)
-        with tqdm(total=total, desc="features", unit="image", disable=not (state.is_main_process and total)) as bar:
-            for number, names in parts:
-                refs = [by_name[name] for name in names]
-                kept, vectors = [], [torch.empty(0, tower.width)]
-                for good, pixels, failures in in_batches(refs, EvalTransform(tower.preprocess), batch, workers):
-                    for i, reason in failures.items():
-                        log.skip(str(refs[i]), 0, "undecodable image", reason)
-                    if good:
-                        with torch.autocast(device.type, dtype) if dtype else nullcontext():
-                            vectors.append(tower(torch.stack(pixels).to(device)).float().cpu())
-                        kept += [names[i] for i in good]
-                    bar.update(len(good) + len(failures))
-                if kept:
-                    work.writer.write(number, kept, [0] * len(kept), torch.cat(vectors).numpy())
+    with filling(by_name, folder, identity, side.width, dtype, shard_size) as work:
+        for number, names, bar in _mine(work, "features", "image"):
+            images = [by_name[name] for name in names]
+            kept, vectors = [], [torch.empty(0, side.width)]
+            for good, pictures, failures in in_batches(images, side.transform, batch, workers):
+                for i, reason in failures.items():
+                    log.skip(str(images[i]), 0, "undecodable image", reason)
+                if good:
+                    vectors.append(side.encode_pictures(pictures))
+                    kept += [names[i] for i in good]
+                bar.update(len(good) + len(failures))
+            if kept:
+                work.writer.write(number, kept, [0] * len(kept), torch.cat(vectors).numpy())
         log.check()
     return EmbeddingStore(folder)
+
+
+def embed_texts(
+    texts: Sequence[str],
+    encode: Callable[[list[str]], Tensor],
+    width: int,
+    identity: dict[str, Any],
+    folder: str | Path,
+    *,
+    dtype: str = "float32",
+    shard_size: int = 8192,
+) -> EmbeddingStore:
+    """The same of texts, by whatever makes vectors (N, width) of them."""
+    with filling(texts, folder, identity, width, dtype, shard_size) as work:
+        for number, some, bar in _mine(work, "texts", "text"):
+            work.writer.write(number, some, [0] * len(some), encode(some).numpy())
+            bar.update(len(some))
+    return EmbeddingStore(folder)
+
+
+def _mine(work: Work, name: str, unit: str) -> Iterator[tuple[int, list[str], tqdm]]:
+    """This process's shards: number, what is in it, and a bar over all."""
+    state = processes()
+    mine = work.parts[state.process_index :: state.num_processes]
+    with closing(Incoming(work.came)) as incoming:
+        parts = [(number, list(incoming[part])) for number, part in mine]
+    total = sum(len(some) for _, some in parts)
+    with tqdm(total=total, desc=name, unit=unit, disable=not (state.is_main_process and total)) as bar:
+        for number, some in parts:
+            yield number, some, bar

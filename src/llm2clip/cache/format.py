@@ -4,7 +4,7 @@
       manifest.json          identity of the encoder, width, dtype, counts, shards with row ranges and checksums
       keys-00000.parquet     of each row the caption's key and its number of tokens; in the file's metadata the checksum
                              of the vectors
-      embeddings-00000.npy   (rows, width) float16 or int8, C order
+      embeddings-00000.npy   (rows, width) float16, int8 or float32, C order
       scales-00000.npy       of int8: what each row is multiplied by, (rows,) float32
       index-1a2b3c4d.npy     keys to rows, made again from the shards where it is absent
 
@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from llm2clip.data.captions import caption_key
 from llm2clip.models.identity import fingerprint
 
-DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype(np.float16), "int8": np.dtype(np.int8)}
+DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float16", "int8", "float32")}
 MANIFEST = "manifest.json"
 Kind = tuple[dict[str, Any], int, str]  # identity of the encoder, width, dtype: what all shards of a store share
 # What reading a file whose bytes are not those that were written may raise.

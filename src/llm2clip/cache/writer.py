@@ -44,7 +44,7 @@ class StoreWriter:
             folder: of the store.
             identity: of the encoder.
             width: of the vectors.
-            dtype: float16, or int8 with a scale for each row.
+            dtype: float16, float32, or int8 with a scale for each row.
 
         Raises:
             StoreError: the store there was made by another encoder, or has another width or dtype; the message names
@@ -154,10 +154,10 @@ def summarise(folder: Path, identity: dict[str, Any], width: int, dtype: str) ->
 
 
 def stored_as(embeddings: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Vectors (N, width) as they are stored: float16; or int8, each row with its scale, which makes its largest value
-    127."""
-    if dtype == "float16":
-        return np.ascontiguousarray(embeddings, np.float16), None
+    """Vectors (N, width) as they are stored: float16 or float32; or int8, each row with its scale, which makes its
+    largest value 127."""
+    if dtype != "int8":
+        return np.ascontiguousarray(embeddings, DTYPES[dtype]), None
     exact = np.asarray(embeddings, np.float32)
     scales = np.abs(exact).max(axis=1) / 127
     return np.rint(exact / np.where(scales > 0, scales, 1)[:, None]).astype(np.int8), scales.astype(np.float32)

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from llm2clip.cache.store import EmbeddingStore
-from llm2clip.data.decoding import in_batches
 from llm2clip.data.records import Record
 from llm2clip.data.skips import SkipLog
 from llm2clip.evaluate.retrieval import retrieval
+from llm2clip.evaluate.vectors import Vectors
 from llm2clip.models.dual import DualEncoder, of_model
 from llm2clip.models.llm2clip import LLM2CLIP
 
@@ -28,44 +27,13 @@ def with_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncoder:
     return dataclasses.replace(of_model(model, "llm2clip"), read=read, cut=lambda texts: None)
 
 
-def image_vectors(
-    model: DualEncoder, records: Sequence[Record], log: SkipLog, batch: int = 64, progress: bool = True
-) -> tuple[Tensor, list[int]]:
-    """Vectors of the records' images, (N, width) float32, and which records they are of.
-
-    Records without an image are left out; an image that cannot be decoded is counted and listed in `log`.
-    """
-    pictured = [(i, record.image) for i, record in enumerate(records) if record.image is not None]
-    refs = [ref for _, ref in pictured]
-    parts, kept = [torch.empty(0, model.width)], []
-    with tqdm(total=len(refs), desc="images", unit="image", disable=not progress) as bar:
-        for good, pictures, failures in in_batches(refs, model.transform, batch):
-            for n, reason in failures.items():
-                log.skip(str(refs[n]), 0, "undecodable image", reason)
-            if good:
-                parts.append(model.encode_pictures(pictures))
-                kept += [pictured[n][0] for n in good]
-            bar.update(len(good) + len(failures))
-    log.check()
-    return torch.cat(parts), kept
-
-
-def evaluate_model(
-    model: DualEncoder,
-    fields: Mapping[str, Sequence[Record]],
-    log: SkipLog,
-    batch: int = 64,
-    progress: bool = True,
-) -> list[dict[str, Any]]:
+def evaluate_model(vectors: Vectors, fields: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
     """Retrieval on each kind of caption.
 
     Args:
-        model: any.
+        vectors: of any model; images that cannot be decoded are left out, counted and listed in its log.
         fields: name of the kind (captions, captions_zh, ...) to records that carry it; an image that stands in
             several kinds is encoded once.
-        log: where unreadable images go.
-        batch: images in a forward pass.
-        progress: show a bar.
 
     Returns:
         A row a kind: its name, numbers of images and texts, how many texts were cut to the model's window, and what
@@ -74,19 +42,20 @@ def evaluate_model(
     Raises:
         ValueError: there is nothing to measure.
     """
-    pictured = list({r.image.key: r for f in fields.values() for r in f if r.image is not None}.values())
-    vectors, kept = image_vectors(model, pictured, log, batch, progress)
-    of = {r.image.key: n for n, r in enumerate(pictured[i] for i in kept) if r.image is not None}
+    refs = list({r.image.key: r.image for f in fields.values() for r in f if r.image is not None}.values())
+    found, kept = vectors.images(refs)
+    of = {refs[i].key: n for n, i in enumerate(kept)}
     rows = []
     for name, records in fields.items():
-        found = [(of[r.image.key], r.captions) for r in records if r.image and r.image.key in of and r.captions]
-        if not found:
+        seen = [(of[r.image.key], r.captions) for r in records if r.image and r.image.key in of and r.captions]
+        if not seen:
             continue
-        texts = [c for _, captions in found for c in captions]
-        image_of_text = [n for n, (_, captions) in enumerate(found) for _ in captions]
-        images = vectors[torch.tensor([i for i, _ in found])]
-        figures = retrieval(images, model.encode_text(texts, progress), image_of_text)
-        rows.append({"captions": name, "images": len(found), "texts": len(texts), "cut": model.cut(texts), **figures})
+        texts = [c for _, captions in seen for c in captions]
+        image_of_text = [n for n, (_, captions) in enumerate(seen) for _ in captions]
+        images = found[torch.tensor([i for i, _ in seen])]
+        figures = retrieval(images, vectors.texts(texts), image_of_text)
+        counts = {"images": len(seen), "texts": len(texts), "cut": vectors.model.cut(texts)}
+        rows.append({"captions": name, **counts, **figures})
     if not rows:
         raise ValueError("no held-out image has a caption: there is nothing to measure")
     return rows
@@ -99,7 +68,8 @@ def validator(
     kind's two. Arguments as in `evaluate_model`."""
 
     def measure(model: LLM2CLIP) -> dict[str, float]:
-        rows = evaluate_model(with_store(model, store), fields, log, batch, progress=False)
+        vectors = Vectors(with_store(model, store), log, batch=batch, progress=False)
+        rows = evaluate_model(vectors, fields)
         figures = {f"{row['captions']} {way} R@1": row[way]["R@1"] for row in rows for way in ("I2T", "T2I")}
         return {"score": sum(list(figures.values())[:2]) / 2, **figures}
 

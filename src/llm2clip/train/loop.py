@@ -24,7 +24,7 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_se
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llm2clip.cache.features import embed_images, tower_identity
+from llm2clip.cache.features import TowerFeatures, embed_images
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.cpu import reuse_memory
 from llm2clip.data.records import Record
@@ -113,10 +113,11 @@ class Training:
         vectors = None
         if recipe.cache_features:
             refs = [r.image for r in records if r.image is not None]
+            tower = TowerFeatures(model.tower, recipe.precision)
+            identity = tower.identity()
             if features is None:  # of just this tower: settings may have been mended since
-                name = fingerprint(tower_identity(model.tower, recipe.precision))[:8]
-                features = (folder.parent if heads else folder) / f"features-{name}"
-            vectors = embed_images(refs, model.tower, features, log, precision=recipe.precision, workers=recipe.workers)
+                features = (folder.parent if heads else folder) / f"features-{fingerprint(identity)[:8]}"
+            vectors = embed_images(refs, tower, identity, features, log, workers=recipe.workers)
         self.data = Steps(records, store, model, recipe, world, rank, vectors)
         self.steps = len(self.data)
         self.plan = {

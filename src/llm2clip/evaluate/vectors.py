@@ -1,0 +1,70 @@
+"""A model's vectors of images and texts, worked out once and kept where there is a folder for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from llm2clip.cache.features import embed_images, embed_texts, image_keys
+from llm2clip.data.captions import unique
+from llm2clip.data.decoding import in_batches
+from llm2clip.data.refs import ImageRef
+from llm2clip.data.skips import SkipLog
+from llm2clip.models.dual import DualEncoder
+from llm2clip.models.identity import fingerprint
+
+
+class Vectors:
+    """Vectors by a model, (N, width) float32, L2-normalised, on the CPU."""
+
+    def __init__(
+        self, model: DualEncoder, log: SkipLog, folder: Path | None = None, batch: int = 64, progress: bool = True
+    ) -> None:
+        """
+        Args:
+            model: any.
+            log: where images that cannot be decoded are counted and listed.
+            folder: for stores of vectors, by model; None keeps none.
+            batch: images in a forward pass.
+            progress: show bars.
+        """
+        self.model, self.log, self.batch, self.progress = model, log, batch, progress
+        self.identity = model.identity() if folder is not None else {}
+        self.folder = folder / fingerprint(self.identity)[:12] if folder is not None else None
+
+    def images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
+        """Of those images that can be decoded, and which they are.
+
+        Raises:
+            TooManySkipped: too many cannot.
+        """
+        if self.folder is not None:
+            store = embed_images(
+                refs, self.model, self.identity, self.folder / "images", self.log, dtype="float32", batch=self.batch
+            )
+            rows = store.find(image_keys(refs))
+            return torch.from_numpy(store.take(rows[rows >= 0])), (rows >= 0).nonzero()[0].tolist()
+        parts, kept = [torch.empty(0, self.model.width)], []
+        with tqdm(total=len(refs), desc="images", unit="image", disable=not self.progress) as bar:
+            for good, pictures, failures in in_batches(refs, self.model.transform, self.batch):
+                for n, reason in failures.items():
+                    self.log.skip(str(refs[n]), 0, "undecodable image", reason)
+                if good:
+                    parts.append(self.model.encode_pictures(pictures))
+                    kept += good
+                bar.update(len(good) + len(failures))
+        self.log.check()
+        return torch.cat(parts), kept
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Of texts, in their order."""
+        if self.folder is None:
+            return self.model.encode_text(texts, self.progress)
+        store = embed_texts(
+            unique(texts), self.model.encode_text, self.model.width, self.identity, self.folder / "texts"
+        )
+        return torch.from_numpy(store.take(store.rows(texts)))
