@@ -121,14 +121,25 @@ def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], list[str]]]
     _reading(sub)
     _stages(sub)
 
-    sub = verb("evaluate", _evaluate, "Retrieval of a model folder on images, or CRA of any caption encoder.")
-    sub.add_argument("model", nargs="?", type=str, help="model folder or hub id; not needed with --captions alone")
+    sub = verb("evaluate", _evaluate, "Any model on your data or on public benchmarks, or CRA of any caption encoder.")
+    sub.add_argument(
+        "model",
+        nargs="?",
+        type=str,
+        help="model folder or hub id; or one to compare with: a transformers model of images and texts, "
+        "open_clip:NAME/PRETRAINED, st:NAME (sentence-transformers); not needed with --captions alone",
+    )
     sub.add_argument("data", nargs="*", type=str, help=f"{DATA_HELP}; without splits, what a fit of it holds out")
     sub.add_argument("--captions", nargs="+", type=str, help="sources of captions for caption retrieval (CRA)")
-    sub.add_argument("--out", type=str, help="folder for results.json")
+    sub.add_argument("--benchmarks", nargs="+", type=str, help="public ones by name, see `llm2clip benchmarks`; or all")
+    sub.add_argument("--root", type=str, default="benchmarks", help="folder that holds the benchmarks' folders")
+    sub.add_argument("--out", type=str, help="folder for results.json, and for vectors, which are then made once")
     _reading(sub)
     sub.add_class_arguments(EncoderRecipe, "encoder")
     sub.add_class_arguments(EvaluateRecipe, "evaluate")
+
+    sub = verb("benchmarks", _benchmarks, "The public benchmarks: which are here, and how to get the others.")
+    sub.add_argument("--root", type=str, default="benchmarks", help="folder that holds the benchmarks' folders")
 
     sub = verb("store", _store, "Look after stores of embedded captions, and bring them to and from other forms.")
     kinds = sub.add_subcommands(metavar="WHAT")
@@ -225,13 +236,30 @@ def _plan(given: Namespace) -> list[str]:
 
 
 def _evaluate(given: Namespace) -> list[str]:
-    from llm2clip.stages import evaluate_stage
+    from llm2clip.stages import benchmarks_stage, evaluate_stage
 
     captions, out = given.captions or [], Path(given.out) if given.out else None
-    evaluate_stage(
-        given.model, given.data or [], captions, out, given.encoder, given.evaluate, given.columns, given.max_skipped
-    )
+    names, root = given.benchmarks or [], Path(given.root)
+    if names:
+        benchmarks_stage(given.model, names, root, out, given.evaluate, given.max_skipped)
+    if not names or given.data or captions or given.evaluate.data:
+        evaluate_stage(
+            given.model,
+            given.data or [],
+            captions,
+            out,
+            given.encoder,
+            given.evaluate,
+            given.columns,
+            given.max_skipped,
+        )
     return []
+
+
+def _benchmarks(given: Namespace) -> list[str]:
+    from llm2clip.evaluate.measure import listed
+
+    return listed(Path(given.root))
 
 
 def _store(given: Namespace) -> list[str]:

@@ -20,7 +20,9 @@ from llm2clip.cache.upkeep import merge, repair
 from llm2clip.data.captions import unique
 from llm2clip.data.records import KINDS, Record, Source
 from llm2clip.data.skips import SkipLog
+from llm2clip.evaluate.benchmarks import Absent
 from llm2clip.evaluate.captions import TextEncoder, caption_accuracy
+from llm2clip.evaluate.measure import measure, named, shown
 from llm2clip.evaluate.model import evaluate_model, validator
 from llm2clip.evaluate.report import KS, captions_report, table
 from llm2clip.evaluate.vectors import Vectors
@@ -155,6 +157,42 @@ def evaluate_stage(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").write_text(json.dumps(results, indent=1))
+    return results
+
+
+def benchmarks_stage(
+    model: str | None, names: Sequence[str], root: Path, out: Path | None, recipe: EvaluateRecipe, max_skipped: float
+) -> list[dict[str, Any]]:
+    """`llm2clip evaluate MODEL --benchmarks ...`: prints tables and, with `out`, writes out/benchmarks.json. The main
+    process does the work.
+
+    Raises:
+        ValueError: no model is named, or no benchmark of a name; none of those asked for is there.
+    """
+    if not model:
+        raise ValueError("name the model to measure before --benchmarks")
+    chosen = named(names)
+    if not processes().is_main_process:
+        return []
+    vectors = None
+    results: list[dict[str, Any]] = []
+    missing: list[str] = []
+    for benchmark in chosen:
+        log = SkipLog(None, max_skipped)
+        try:
+            folder = benchmark.find(root)
+            vectors = vectors or Vectors(open_dual(model), log, out / "vectors" if out else None, recipe.batch)
+            vectors.log = log
+            say(f"{benchmark.name}: {folder}")
+            results.append(measure(benchmark, folder, vectors))
+        except Absent as error:
+            missing.append(f"{benchmark.name} is left out: {error}. It takes {benchmark.get}")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "benchmarks.json").write_text(json.dumps(results, indent=1, ensure_ascii=False))
+    say(*shown(results), *missing)
+    if not results:
+        raise ValueError(f"none of these benchmarks is under {root}: `llm2clip benchmarks --root {root}` says more")
     return results
 
 
