@@ -100,6 +100,10 @@ class CaptionEncoder(nn.Module):
         if width is not None:
             _cut(st, width)
         if attention is not None:
+            if attention == "flex_attention" and encoder.device.type == "cpu" and not flex_attention_is_right():
+                raise ValueError(
+                    "flex_attention gives NaN on CPUs without AVX-512 (torch 2.13): leave --encoder.attention out"
+                )
             encoder.llm.set_attn_implementation(attention)
         elif can_pack(encoder.llm):
             encoder.llm.set_attn_implementation(PACKED)
@@ -285,6 +289,11 @@ class CaptionEncoder(nn.Module):
         """Write the encoder in sentence-transformers layout (safetensors only); with LoRA that was not merged, its
         weights and the name of its LLM."""
         self.st.save_pretrained(str(folder), create_model_card=False)
+
+
+def flex_attention_is_right() -> bool:
+    """Whether PyTorch compiles flex attention to something right for this CPU: for AVX2 a batch of one gives NaN."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _open(path: str, pooling: str, device: str | torch.device | None) -> SentenceTransformer:
