@@ -18,7 +18,7 @@ from llm2clip.data.images import load
 from llm2clip.data.records import Record
 from llm2clip.evaluate.benchmarks import BENCHMARKS, Absent, Choice, Classes, Malformed
 from llm2clip.evaluate.benchmarks.classes import folder_of_classes
-from llm2clip.evaluate.benchmarks.languages import untagged
+from llm2clip.evaluate.benchmarks.karpathy import untagged
 
 
 def draw(file: Path, colour: tuple[int, int, int] = (200, 10, 10)) -> None:

@@ -142,6 +142,19 @@ def picture(folder: Path, name: str) -> FileImage:
     return FileImage(str(path))
 
 
+def anywhere(folders: Sequence[Path], name: str) -> FileImage:
+    """An image in the first of some folders that has it; where none has, what it would be called in the first."""
+    places = [picture(folder, name) for folder in folders]
+    return next((ref for ref in places if Path(ref.path).is_file()), places[0])
+
+
+def check_files(refs: Sequence[ImageRef], source: Path) -> None:
+    """Raises Absent if image files are missing; the message counts them and names the first."""
+    missing = [ref for ref in refs if isinstance(ref, FileImage) and not Path(ref.path).is_file()]
+    if missing:
+        raise Absent(f"{len(missing):,} of {len(refs):,} images of {source} are missing, {missing[0]} for one")
+
+
 def captioned(pairs: Iterable[tuple[ImageRef, Sequence[str]]], source: Path) -> list[Record]:
     """Records of images and their captions, in order; captions are stripped, and otherwise as they came.
 
@@ -149,16 +162,13 @@ def captioned(pairs: Iterable[tuple[ImageRef, Sequence[str]]], source: Path) -> 
         Absent: image files are missing; the message counts them and names the first.
         Malformed: an image has no caption.
     """
-    records, missing = [], []
+    records = []
     for image, captions in pairs:
         texts = tuple(c.strip() for c in captions)
         if not texts or not all(texts):
             raise Malformed(f"{source}: {image} has no caption, or an empty one")
-        if isinstance(image, FileImage) and not Path(image.path).is_file():
-            missing.append(image)
         records.append(Record(Path(str(image)).stem, image, texts))
-    if missing:
-        raise Absent(f"{len(missing):,} of {len(records):,} images of {source} are missing, {missing[0]} for one")
+    check_files([record.image for record in records if record.image is not None], source)
     if not records:
         raise Malformed(f"{source} has no image of the test split")
     return records

@@ -6,17 +6,19 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from llm2clip.data.refs import ImageRef, MemoryImage
+from llm2clip.data.refs import MemoryImage
 from llm2clip.evaluate.benchmarks.base import (
     Absent,
     Benchmark,
     Choice,
     Malformed,
+    check_files,
     first,
     json_file,
     json_lines,
     picture,
 )
+from llm2clip.evaluate.benchmarks.karpathy import COCO
 
 SUGARCREPE = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 
@@ -51,7 +53,7 @@ def _sugarcrepe(folder: Path) -> list[Choice]:
     """7,511 images of COCO's val2017, a caption and one with a thing added, replaced or swapped (arXiv 2306.14610).
     Right where the caption's cosine is above the other's; accuracies are by file, and their mean over the files."""
     data = folder / "data" if (folder / "data").is_dir() else folder
-    places = [folder, *(folder.parent / name for name in ("coco", "COCO", "mscoco"))]
+    places = [folder, *(folder.parent / name for name in COCO)]
     images = next((p / "val2017" for p in places if (p / "val2017").is_dir()), None)
     if images is None:
         raise Absent(f"{folder} has no val2017, nor has a folder coco beside it")
@@ -68,10 +70,7 @@ def _sugarcrepe(folder: Path) -> list[Choice]:
 
 
 def _with_files(chosen: list[Choice], source: Path) -> list[Choice]:
-    refs: list[ImageRef] = [image for choice in chosen for image in choice.images]
-    missing = [ref for ref in refs if not Path(str(ref)).is_file()]
-    if missing:
-        raise Absent(f"{len(missing):,} of {len(refs):,} images of {source} are missing, {missing[0]} for one")
+    check_files([image for choice in chosen for image in choice.images], source)
     return chosen
 
 

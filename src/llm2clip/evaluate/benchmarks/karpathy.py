@@ -9,6 +9,7 @@ the first five, 25,000.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from llm2clip.data.records import Record
@@ -17,6 +18,7 @@ from llm2clip.evaluate.benchmarks.base import (
     Benchmark,
     Fields,
     Malformed,
+    anywhere,
     captioned,
     first,
     json_file,
@@ -24,6 +26,7 @@ from llm2clip.evaluate.benchmarks.base import (
     text_lines,
 )
 
+COCO = ("coco", "COCO", "mscoco")
 IMAGES = {
     "flickr30k": ("flickr30k-images", "flickr30k_images", "images", "Images"),
     "flickr8k": ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"),  # the archive spells it the first way
@@ -57,18 +60,34 @@ def caption_list(file: Path, root: Path) -> list[Record]:
     return captioned(((picture(root, image), [t] if isinstance(t, str) else t) for t, image in texts), file)
 
 
-def token_file(file: Path, names: Path, images: Path) -> list[Record]:
-    """`Flickr8k.token.txt`, "NAME.jpg#0<tab>caption", and the names of the test images."""
-    captions: dict[str, list[str]] = {}
+def keyed_captions(file: Path) -> dict[str, list[str]]:
+    """Lines of "ID#KIND#N caption" or "ID#N<tab>caption", gathered by ID without .jpg: they may stand anywhere.
+
+    Words that were parted and tagged ("word:n word:v") are put together again.
+    """
+    found: dict[str, list[str]] = {}
     for number, line in enumerate(text_lines(file), 1):
-        parts = re.fullmatch(r"(.+?)#\w*#?\d+[\t ]+(.*)", line)
+        parts = re.fullmatch(r"(.+?)(?:\.jpg)?#(?:\w+#)?\d+[\t ]+(.*)", line)
         if parts is None:
-            raise Malformed(f"{file}, line {number}: not NAME#N and a caption")
-        captions.setdefault(parts[1], []).append(parts[2])
-    chosen = text_lines(names)
-    if absent := [name for name in chosen if name not in captions]:
-        raise Malformed(f"{file} has no captions of {absent[0]}, which {names} lists")
-    return captioned(((picture(images, name), captions[name]) for name in chosen), file)
+            raise Malformed(f"{file}, line {number}: not ID#N and a caption")
+        found.setdefault(parts[1], []).append(untagged(parts[2]))
+    return found
+
+
+def untagged(text: str) -> str:
+    """A sentence whose words were parted by blanks, with their part of speech behind a colon, as it was written."""
+    words = text.split()
+    if words and all(re.fullmatch(r".+:[a-z]+\d?", word) for word in words):
+        return "".join(word.rpartition(":")[0] for word in words)
+    return text
+
+
+def listed(names: Path, captions: Path, images: Sequence[Path]) -> list[Record]:
+    """Of the images that a file lists, the captions of another, each image in the first of some folders that has it."""
+    known, chosen = keyed_captions(captions), [name.removesuffix(".jpg") for name in text_lines(names)]
+    if absent := [name for name in chosen if name not in known]:
+        raise Malformed(f"{captions} has no captions of {absent[0]}, which {names} lists")
+    return captioned(((anywhere(images, f"{name}.jpg"), known[name]) for name in chosen), captions)
 
 
 def _coco(folder: Path) -> Fields:
@@ -95,7 +114,7 @@ def _flickr8k(folder: Path) -> Fields:
         names = first(folder, "Flickr_8k.testImages.txt", "Flickr8k_text/Flickr_8k.testImages.txt")
     except Absent as error:
         raise Absent(f"{error}, nor dataset_flickr8k.json") from error
-    return {"captions": token_file(first(names.parent, "Flickr8k.token.txt"), names, images)}
+    return {"captions": listed(names, first(names.parent, "Flickr8k.token.txt"), [images])}
 
 
 SPLITS = "caption_datasets.zip of cs.stanford.edu/people/karpathy/deepimagesent"
@@ -114,7 +133,7 @@ BENCHMARKS = (
         "coco",
         "retrieval",
         "5,000 images, 25,010 captions (Karpathy's test split)",
-        ("coco", "COCO", "mscoco"),
+        COCO,
         _coco,
         f"dataset_coco.json ({SPLITS}) or coco_karpathy_test.json ({BLIP}), and val2014/ from "
         "images.cocodataset.org/zips/val2014.zip",

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from llm2clip.data.refs import ImageRef, MemoryImage
@@ -17,41 +16,20 @@ from llm2clip.evaluate.benchmarks.base import (
     Benchmark,
     Fields,
     Malformed,
+    anywhere,
     captioned,
     first,
     json_lines,
     picture,
     text_lines,
 )
-from llm2clip.evaluate.benchmarks.karpathy import IMAGES
+from llm2clip.evaluate.benchmarks.karpathy import COCO, IMAGES, keyed_captions, listed
 
 XTD10 = {
     **{f"XTD10/test_1kcaptions_{name}.txt": name for name in ("es", "it", "ko", "pl", "ru", "tr", "zh")},
     **{f"MIC/test_1kcaptions_{name}.txt": name for name in ("en", "de", "fr")},
     "STAIR/test_1kcaptions_jp.txt": "ja",
 }
-
-
-def keyed_captions(file: Path) -> dict[str, list[str]]:
-    """Lines of "ID#KIND#N caption" or "ID#N<tab>caption", gathered by ID without .jpg: they may stand anywhere.
-
-    Words that were parted and tagged ("word:n word:v") are put together again.
-    """
-    found: dict[str, list[str]] = {}
-    for number, line in enumerate(text_lines(file), 1):
-        parts = re.fullmatch(r"(.+?)(?:\.jpg)?#(?:\w+#)?\d+[\t ]+(.*)", line)
-        if parts is None:
-            raise Malformed(f"{file}, line {number}: not ID#N and a caption")
-        found.setdefault(parts[1], []).append(untagged(parts[2]))
-    return found
-
-
-def untagged(text: str) -> str:
-    """A sentence whose words were parted by blanks, with their part of speech behind a colon, as it was written."""
-    words = text.split()
-    if words and all(re.fullmatch(r".+:[a-z]+\d?", word) for word in words):
-        return "".join(word.rpartition(":")[0] for word in words)
-    return text
 
 
 def chinese_clip(folder: Path) -> Fields:
@@ -81,19 +59,6 @@ def chinese_clip(folder: Path) -> Fields:
     return {"captions_zh": captioned(((refs[key], captions[key]) for key in captions), texts)}
 
 
-def _listed(names: Path, captions: Mapping[str, Sequence[str]], images: Sequence[Path], source: Path) -> Fields:
-    """The captions of the listed images, each image in the first of some folders that has it."""
-    chosen = [name.removesuffix(".jpg") for name in text_lines(names)]
-    if absent := [name for name in chosen if name not in captions]:
-        raise Malformed(f"{source} has no captions of {absent[0]}, which {names} lists")
-    refs = [
-        next((ref for folder in images if Path((ref := picture(folder, f"{name}.jpg")).path).is_file()),
-             picture(images[0], f"{name}.jpg"))
-        for name in chosen
-    ]  # fmt: skip
-    return {"captions_zh": captioned(((r, captions[n]) for r, n in zip(refs, chosen, strict=True)), source)}
-
-
 def _flickr30k_cn(folder: Path) -> Fields:
     """1,000 images, 5,000 captions translated by people (arXiv 1708.04390)."""
     if (folder / "test_texts.jsonl").exists():
@@ -107,7 +72,7 @@ def _flickr30k_cn(folder: Path) -> Fields:
     test = first(folder, "flickr30kzhmbosontest")
     file = first(test, "TextData/seg.flickr30kzhmbosontest.caption.txt", "TextData/*.caption.txt")
     names = first(test, "ImageSets/flickr30kzhmbosontest.txt", "ImageSets/*.txt")
-    return _listed(names, keyed_captions(file), images, file)
+    return {"captions_zh": listed(names, file, images)}
 
 
 def _coco_cn(folder: Path) -> Fields:
@@ -115,13 +80,11 @@ def _coco_cn(folder: Path) -> Fields:
     if (folder / "test_texts.jsonl").exists():
         return chinese_clip(folder)
     names, file = first(folder, "coco-cn_test.txt"), first(folder, "imageid.human-written-caption.txt")
-    roots = [
-        r for r in (folder, folder / "images", *(folder.parent / c for c in ("coco", "COCO", "mscoco"))) if r.is_dir()
-    ]
+    roots = [r for r in (folder, folder / "images", *(folder.parent / c for c in COCO)) if r.is_dir()]
     images = [root / part for root in roots for part in ("val2014", "train2014") if (root / part).is_dir()]
     if not images:
         raise Absent(f"{folder} has no val2014 and train2014, nor has a folder coco beside it")
-    return _listed(names, keyed_captions(file), images, file)
+    return {"captions_zh": listed(names, file, images)}
 
 
 def _flickr8k_cn(folder: Path) -> Fields:
@@ -135,7 +98,7 @@ def _flickr8k_cn(folder: Path) -> Fields:
         ("flickr8kzhmtest.captions.txt", "captions_zh_translated"),
     ):
         if (data / name).exists():
-            fields[key] = _listed(names, keyed_captions(data / name), images, data / name)["captions_zh"]
+            fields[key] = listed(names, data / name, images)
     if not fields:
         raise Absent(f"{data} has no flickr8kzhc.caption.txt")
     return fields
@@ -159,7 +122,7 @@ def _xm3600(folder: Path) -> Fields:
 def _xtd10(folder: Path) -> Fields:
     """1,000 images of COCO, one caption in each of 11 languages (arXiv 2012.05107); line i is image i's."""
     names = text_lines(first(folder, "XTD10/test_image_names.txt", "test_image_names.txt"))
-    roots = [r for r in (folder, *(folder.parent / name for name in ("coco", "COCO", "mscoco"))) if r.is_dir()]
+    roots = [r for r in (folder, *(folder.parent / name for name in COCO)) if r.is_dir()]
     fields: dict[str, Sequence] = {}
     for file, language in XTD10.items():
         there = next((f for f in (folder / file, folder / Path(file).name) if f.exists()), None)
@@ -171,8 +134,7 @@ def _xtd10(folder: Path) -> Fields:
         refs = []
         for name in names:
             part = "train2014" if "train2014" in name else "val2014"
-            places = [picture(root, f"{part}/{name}") for root in roots]
-            refs.append(next((ref for ref in places if Path(ref.path).is_file()), places[0]))
+            refs.append(anywhere(roots, f"{part}/{name}"))
         fields[f"captions_{language}"] = captioned(((r, [t]) for r, t in zip(refs, texts, strict=True)), there)
     if not fields:
         raise Absent(f"{folder} has no file of captions, such as XTD10/test_1kcaptions_es.txt")
