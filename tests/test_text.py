@@ -13,11 +13,12 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoConfig, AutoModel
 
 from conftest import FAMILIES, make_llm, save_tokenizer
+from llm2clip.cpu import flex_attention_is_right
 from llm2clip.models.batches import length_batches
 from llm2clip.models.identity import fingerprint
 from llm2clip.models.packing import first_tokens
 from llm2clip.models.precision import CAPTIONS, calibrated
-from llm2clip.models.text import CaptionEncoder, flex_attention_is_right
+from llm2clip.models.text import CaptionEncoder
 
 TEXTS = ["a dog", "a very long caption about two dogs that run through deep snow near a house", "猫"]
 

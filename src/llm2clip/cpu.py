@@ -72,3 +72,8 @@ def onednn_pays() -> bool:
         torch.set_float32_matmul_precision(before)
     exact = a.double() @ b.double()
     return bool((found - exact).norm() < ROUNDING * exact.norm())
+
+
+def flex_attention_is_right() -> bool:
+    """Whether PyTorch compiles flex attention to something right for this CPU: for AVX2 a batch of one gives NaN."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"

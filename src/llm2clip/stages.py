@@ -24,7 +24,7 @@ from llm2clip.evaluate.benchmarks import Absent
 from llm2clip.evaluate.captions import TextEncoder, caption_accuracy
 from llm2clip.evaluate.measure import measure, named, shown
 from llm2clip.evaluate.model import evaluate_model, validator
-from llm2clip.evaluate.report import KS, captions_report, table
+from llm2clip.evaluate.report import RECALL, captions_report, recall_row, table
 from llm2clip.evaluate.vectors import Vectors
 from llm2clip.models.clip_text import ClipText, clip_text, has_text_tower
 from llm2clip.models.dual import open_dual
@@ -151,8 +151,7 @@ def evaluate_stage(
         records = read_data(data, recipe, columns, log)
         rows = evaluate_model(Vectors(open_dual(model), log, batch=recipe.batch), records.held_out)
         results["retrieval"] = rows
-        shown = [[r["captions"], r["images"], r["texts"], *(r[d][k] for d in ("I2T", "T2I") for k in KS)] for r in rows]
-        say(table(["captions", "images", "texts", *(f"{d} {k}" for d in ("I2T", "T2I") for k in KS)], shown))
+        say(table(RECALL, [recall_row(row) for row in rows]))
     say(log.summary())
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

@@ -96,6 +96,22 @@ class TowerFeatures:
             return self.tower(torch.stack(pictures).to(device)).float().cpu()
 
 
+def encode_images(
+    refs: Sequence[ImageRef], side: ImageSide, log: SkipLog, bar: tqdm, batch: int = 64, workers: int | None = None
+) -> tuple[Tensor, list[int]]:
+    """Vectors (N, width) float32 of those images that can be decoded, and which they are; the others are counted and
+    listed in `log`, all are in `bar`."""
+    parts, kept = [torch.empty(0, side.width)], []
+    for good, pictures, failures in in_batches(refs, side.transform, batch, workers):
+        for i, reason in failures.items():
+            log.skip(str(refs[i]), 0, "undecodable image", reason)
+        if good:
+            parts.append(side.encode_pictures(pictures))
+            kept += good
+        bar.update(len(good) + len(failures))
+    return torch.cat(parts), kept
+
+
 @quick_products()
 def embed_images(
     refs: Sequence[ImageRef],
@@ -129,17 +145,10 @@ def embed_images(
     by_name = {image_name(ref): ref for ref in refs}
     with filling(by_name, folder, identity, side.width, dtype, shard_size) as work:
         for number, names, bar in _mine(work, "features", "image"):
-            images = [by_name[name] for name in names]
-            kept, vectors = [], [torch.empty(0, side.width)]
-            for good, pictures, failures in in_batches(images, side.transform, batch, workers):
-                for i, reason in failures.items():
-                    log.skip(str(images[i]), 0, "undecodable image", reason)
-                if good:
-                    vectors.append(side.encode_pictures(pictures))
-                    kept += [names[i] for i in good]
-                bar.update(len(good) + len(failures))
-            if kept:
-                work.writer.write(number, kept, [0] * len(kept), torch.cat(vectors).numpy())
+            vectors, good = encode_images([by_name[name] for name in names], side, log, bar, batch, workers)
+            if good:
+                kept = [names[i] for i in good]
+                work.writer.write(number, kept, [0] * len(kept), vectors.numpy())
         log.check()
     return EmbeddingStore(folder)
 

@@ -13,7 +13,7 @@ from llm2clip.evaluate.benchmarks import BENCHMARKS, Absent, Benchmark, Choice, 
 from llm2clip.evaluate.choice import choices
 from llm2clip.evaluate.classification import accuracy, class_vectors, prompts
 from llm2clip.evaluate.model import evaluate_model
-from llm2clip.evaluate.report import KS, table
+from llm2clip.evaluate.report import RECALL, recall_row, table
 from llm2clip.evaluate.vectors import Vectors
 
 
@@ -94,16 +94,8 @@ def shown(results: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
     rows = [(found["benchmark"], row) for found in results if found["kind"] == "retrieval" for row in found["rows"]]
     if rows:
-        ways = [(way, k) for way in ("I2T", "T2I") for k in KS]
-        cells = [
-            [
-                *(name, row["captions"], row["images"], row["texts"]),
-                *(row[way][k] for way, k in ways),
-                _share(row["cut"], row["texts"]),
-            ]
-            for name, row in rows
-        ]
-        lines.append(table(["benchmark", "captions", "images", "texts", *(f"{w} {k}" for w, k in ways), "cut"], cells))
+        cells = [[name, *recall_row(row), _share(row["cut"], row["texts"])] for name, row in rows]
+        lines.append(table(["benchmark", *RECALL, "cut"], cells))
     for found in results:
         if found["kind"] != "retrieval":
             header = ["benchmark", "images", *found["figures"], "cut"]

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llm2clip.cache.features import embed_images, embed_texts, image_keys
+from llm2clip.cache.features import embed_images, embed_texts, encode_images, image_keys
 from llm2clip.data.captions import unique
-from llm2clip.data.decoding import in_batches
 from llm2clip.data.refs import ImageRef
 from llm2clip.data.skips import SkipLog
 from llm2clip.models.dual import DualEncoder
@@ -48,17 +47,10 @@ class Vectors:
             )
             rows = store.find(image_keys(refs))
             return torch.from_numpy(store.take(rows[rows >= 0])), (rows >= 0).nonzero()[0].tolist()
-        parts, kept = [torch.empty(0, self.model.width)], []
         with tqdm(total=len(refs), desc="images", unit="image", disable=not self.progress) as bar:
-            for good, pictures, failures in in_batches(refs, self.model.transform, self.batch):
-                for n, reason in failures.items():
-                    self.log.skip(str(refs[n]), 0, "undecodable image", reason)
-                if good:
-                    parts.append(self.model.encode_pictures(pictures))
-                    kept += good
-                bar.update(len(good) + len(failures))
+            found = encode_images(refs, self.model, self.log, bar, self.batch)
         self.log.check()
-        return torch.cat(parts), kept
+        return found
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Of texts, in their order."""

@@ -22,7 +22,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llm2clip.cpu import quick_products
+from llm2clip.cpu import flex_attention_is_right, quick_products
 from llm2clip.models import lora
 from llm2clip.models.batches import Tokens, default_batch_tokens
 from llm2clip.models.packing import PACKED, can_pack, packed
@@ -289,11 +289,6 @@ class CaptionEncoder(nn.Module):
         """Write the encoder in sentence-transformers layout (safetensors only); with LoRA that was not merged, its
         weights and the name of its LLM."""
         self.st.save_pretrained(str(folder), create_model_card=False)
-
-
-def flex_attention_is_right() -> bool:
-    """Whether PyTorch compiles flex attention to something right for this CPU: for AVX2 a batch of one gives NaN."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _open(path: str, pooling: str, device: str | torch.device | None) -> SentenceTransformer:
