@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip.evaluate.retrieval import KS, recall, two_way_ranks
+from llm2clip.evaluate.ranks import two_way_ranks
+from llm2clip.evaluate.retrieval import KS, recall
 
 
 def status(name: str) -> float:

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm2clip.evaluate.retrieval import chance, intervals, positive_ranks, recall, retrieval, two_way_ranks
+from llm2clip.evaluate.ranks import positive_ranks, two_way_ranks
+from llm2clip.evaluate.retrieval import chance, intervals, recall, retrieval
 
 
 def sorted_rank(scores: torch.Tensor, positives: list[int]) -> int:

@@ -18,6 +18,7 @@ from llm2clip.recipes import (
     EncoderRecipe,
     EvaluateRecipe,
     FitRecipe,
+    ReproduceRecipe,
     TuneRecipe,
 )
 
@@ -29,6 +30,7 @@ In the order of things:
   llm2clip fit DATA --out RUN             your own pictures and captions: all stages below, in one run
   llm2clip tune | embed | align           one stage at a time
   llm2clip evaluate MODEL DATA
+  llm2clip reproduce DATA                 does the paper hold? its claims, tested
   llm2clip plan --config RECIPE --images N --device h100     what all that would take, before it runs
   llm2clip store verify | repair | merge | export | import
   llm2clip convert CHECKPOINT --out MODEL   published LLM2CLIP checkpoints, and back
@@ -140,6 +142,13 @@ def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], list[str]]]
 
     sub = verb("benchmarks", _benchmarks, "The public benchmarks: which are here, and how to get the others.")
     sub.add_argument("--root", type=str, default="benchmarks", help="folder that holds the benchmarks' folders")
+
+    sub = verb("reproduce", _reproduce, "Test the paper's claims on your data, and say of each whether it holds.")
+    sub.add_argument("data", type=str, help="folder that the sources of --reproduce are relative to")
+    sub.add_argument("--out", type=str, default="runs/reproduce", help="run folder; OUT/report.html is the result")
+    sub.add_argument("--claims", nargs="+", type=int, default=[1, 2, 3, 4, 5, 6], help="their numbers")
+    sub.add_argument("--max_skipped", type=float, default=0.05, help="largest share of bad rows put up with")
+    sub.add_class_arguments(ReproduceRecipe, "reproduce")
 
     sub = verb("store", _store, "Look after stores of embedded captions, and bring them to and from other forms.")
     kinds = sub.add_subcommands(metavar="WHAT")
@@ -260,6 +269,13 @@ def _benchmarks(given: Namespace) -> list[str]:
     from llm2clip.evaluate.measure import listed
 
     return listed(Path(given.root))
+
+
+def _reproduce(given: Namespace) -> list[str]:
+    from llm2clip.reproduce.run import reproduce
+
+    page = reproduce(Path(given.data), Path(given.out), given.reproduce, given.claims, given.max_skipped)
+    return [f"Report: {page}"]
 
 
 def _store(given: Namespace) -> list[str]:

@@ -317,6 +317,61 @@ class FitRecipe:
     evaluate: EvaluateRecipe = field(default_factory=EvaluateRecipe)
 
 
+@dataclass
+class ReproduceRecipe:
+    """The paper's claims at the scale of this machine. Sources are relative to the data folder; PATH@split+split.
+
+    Args:
+        tune: sources of captions that the LLMs are tuned on, images not needed.
+        exclude: sources whose images must not be tuned on.
+        pairs: sources of general text pairs (TC); empty takes WordNet's glosses, where Debian's wordnet-base is.
+        cra: sources for caption retrieval.
+        train: sources of images and captions to align with.
+        test: sources of images and captions to retrieve.
+        foreign: column of `test`'s captions in a language that nothing was trained on.
+        dense: sources of images with one long caption, none of them trained on.
+        llm: language model of the claims; any caption encoder, as --encoder.path.
+        layers: keep only its first N blocks; null keeps all.
+        plain: text encoder that is no LLM.
+        larger: larger language model, which knows the foreign language.
+        tower: vision tower, as --align.tower; it stays as it is, and heads learn on its features.
+        image_size: pixels.
+        width: of the shared space.
+        steps: of tuning, each.
+        batch: pairs in a step of tuning.
+        lr: of tuning all the LLM's weights.
+        larger_lr: of tuning the larger one with LoRA.
+        epochs: passes over the images that the heads learn in.
+        seeds: runs of each alignment.
+        cost_images: images of a step whose time is measured.
+        cost_steps: steps of each kind that are timed.
+    """
+
+    tune: list[str] = field(default_factory=lambda: ["flickr30k_text/captions.jsonl@train"])
+    exclude: list[str] = field(default_factory=lambda: ["flickr8k/captions.jsonl@val", "flickr8k_text/captions.jsonl"])
+    pairs: list[str] = field(default_factory=list)
+    cra: list[str] = field(default_factory=lambda: ["coco_text/captions.jsonl@karpathy_test"])
+    train: list[str] = field(default_factory=lambda: ["flickr8k/captions.jsonl@train+none", "coco_img/captions.jsonl"])
+    test: list[str] = field(default_factory=lambda: ["flickr8k/captions.jsonl@val"])
+    foreign: str = "captions_zh"
+    dense: list[str] = field(default_factory=lambda: ["ade20k_ids/captions.jsonl"])
+    llm: str = "smollm2-135m"
+    layers: int | None = 12
+    plain: str = "all-minilm-l6-v2"
+    larger: str = "gemma3-270m"
+    tower: str = "efficientnet-lite0"
+    image_size: int = 160
+    width: int = 256
+    steps: int = 100
+    batch: int = 128
+    lr: float = 4e-4
+    larger_lr: float = 1e-3
+    epochs: float = 10
+    seeds: int = 3
+    cost_images: int = 64
+    cost_steps: int = 8
+
+
 class RecipeChanged(ValueError):
     """A run folder was begun with other settings."""
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip.data.captions import unique
-from llm2clip.evaluate.retrieval import KS, chance, positive_ranks, recall
+from llm2clip.evaluate.ranks import positive_ranks
+from llm2clip.evaluate.retrieval import KS, bootstrap, chance, recall
 
 
 class TextEncoder(Protocol):
@@ -31,6 +32,7 @@ def caption_accuracy(
     *,
     all_pairs: bool = False,
     mistakes: int = 0,
+    hits: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """How well an encoder tells the captions of images apart, in percent.
@@ -40,13 +42,15 @@ def caption_accuracy(
         encoder: any text encoder.
         all_pairs: measure the other protocol too.
         mistakes: how many of the first protocol's worst mistakes to list.
+        hits: list what the CRA is the mean of.
         progress: show a bar.
 
     Returns:
-        "CRA": top-1 of the paper's protocol, mean of both directions; "first to second" and "second to first":
-        R@1/5/10; "positives" and "negatives": mean cosine of captions of one image and of different images; "images",
-        "left out", "chance" (of CRA). With `all_pairs`: "all pairs" and "all pairs chance", R@1/5/10, and "captions",
-        their number. With `mistakes`: "mistakes", see `worst_mistakes`.
+        "CRA": top-1 of the paper's protocol, mean of both directions; "CRA interval": by a bootstrap of images, 95%;
+        "first to second" and "second to first": R@1/5/10; "positives" and "negatives": mean cosine of captions of one
+        image and of different images; "images", "left out", "chance" (of CRA). With `all_pairs`: "all pairs" and "all
+        pairs chance", R@1/5/10, and "captions", their number. With `mistakes`: "mistakes", see `worst_mistakes`. With
+        `hits`: "hits", 0, 0.5 or 1 by image.
 
     Raises:
         ValueError: no image has two captions.
@@ -60,10 +64,14 @@ def caption_accuracy(
     vectors = F.normalize(encoder.encode(texts, progress=progress), dim=-1)
     first, second = (vectors[[number[captions[side]] for captions in different]] for side in (0, 1))
     own = [[i] for i in range(len(different))]
-    forth, back = recall(positive_ranks(first, second, own)), recall(positive_ranks(second, first, own))
+    there, again = positive_ranks(first, second, own), positive_ranks(second, first, own)
+    forth, back = recall(there), recall(again)
+    by_image = ((there < 1).double() + (again < 1)) / 2
+    low, high = (100 * bootstrap(by_image[:, None], torch.ones(len(by_image)))).flatten().tolist()
     positives, negatives = mean_cosines(first, second)
     found: dict[str, Any] = {
         "CRA": (forth["R@1"] + back["R@1"]) / 2,
+        "CRA interval": (low, high),
         "first to second": forth,
         "second to first": back,
         "positives": positives,
@@ -82,6 +90,8 @@ def caption_accuracy(
         found["captions"] = count
         found["all pairs"] = recall(positive_ranks(everything, everything, others, itself=range(count)))
         found["all pairs chance"] = chance([len(o) for o in others], count - 1, KS)
+    if hits:
+        found["hits"] = by_image.tolist()
     if mistakes:
         found["mistakes"] = worst_mistakes(first, second, different, mistakes)
     return found

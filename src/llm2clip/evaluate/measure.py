@@ -42,7 +42,7 @@ def measure(benchmark: Benchmark, folder: Path, vectors: Vectors) -> dict[str, A
         figures, images, texts = _choices(data, vectors)
     else:
         figures, images, texts = _classes(data, vectors)
-    return found | {"images": images, "texts": len(texts), "cut": vectors.model.cut(texts), "figures": figures}
+    return found | {"images": images, "texts": len(texts), "cut": vectors.cut(texts), "figures": figures}
 
 
 def _choices(items: Sequence[Choice], vectors: Vectors) -> tuple[dict[str, float], int, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.data.records import Record
 from llm2clip.data.skips import SkipLog
-from llm2clip.evaluate.retrieval import retrieval
+from llm2clip.evaluate.ranks import two_way_ranks
+from llm2clip.evaluate.retrieval import figures, recall
 from llm2clip.evaluate.vectors import Vectors
 from llm2clip.models.dual import DualEncoder, of_model
 from llm2clip.models.llm2clip import LLM2CLIP
@@ -27,50 +29,101 @@ def with_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncoder:
     return dataclasses.replace(of_model(model, "llm2clip"), read=read, cut=lambda texts: None)
 
 
-def evaluate_model(vectors: Vectors, fields: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
-    """Retrieval on each kind of caption.
+@dataclass(frozen=True)
+class Ranked:
+    """One kind of caption, ranked both ways.
+
+    Args:
+        records: whose images could be decoded, each with a caption.
+        images: their vectors, (I, D).
+        texts: those of all their captions, (T, D).
+        image_of_text: int64 (T,), for each caption the index of its image.
+        of_image: int64 (I,), rank of the best-placed caption of each image, from 0.
+        of_text: int64 (T,), rank of the image of each caption.
+    """
+
+    records: list[Record]
+    images: Tensor
+    texts: Tensor
+    image_of_text: Tensor
+    of_image: Tensor
+    of_text: Tensor
+
+    @property
+    def captions(self) -> list[str]:
+        return [caption for record in self.records for caption in record.captions]
+
+
+def rank(vectors: Vectors, fields: Mapping[str, Sequence[Record]]) -> dict[str, Ranked]:
+    """Rank each kind of caption that has any.
 
     Args:
         vectors: of any model; images that cannot be decoded are left out, counted and listed in its log.
         fields: name of the kind (captions, captions_zh, ...) to records that carry it; an image that stands in
             several kinds is encoded once.
-
-    Returns:
-        A row a kind: its name, numbers of images and texts, how many texts were cut to the model's window, and what
-        `retrieval` returns.
-
-    Raises:
-        ValueError: there is nothing to measure.
     """
     refs = list({r.image.key: r.image for f in fields.values() for r in f if r.image is not None}.values())
     found, kept = vectors.images(refs)
     of = {refs[i].key: n for n, i in enumerate(kept)}
-    rows = []
+    ranked = {}
     for name, records in fields.items():
-        seen = [(of[r.image.key], r.captions) for r in records if r.image and r.image.key in of and r.captions]
+        seen = [r for r in records if r.image is not None and r.image.key in of and r.captions]
         if not seen:
             continue
-        texts = [c for _, captions in seen for c in captions]
-        image_of_text = [n for n, (_, captions) in enumerate(seen) for _ in captions]
-        images = found[torch.tensor([i for i, _ in seen])]
-        figures = retrieval(images, vectors.texts(texts), image_of_text)
-        counts = {"images": len(seen), "texts": len(texts), "cut": vectors.model.cut(texts)}
-        rows.append({"captions": name, **counts, **figures})
-    if not rows:
+        image_of_text = torch.tensor([n for n, r in enumerate(seen) for _ in r.captions])
+        images = found[torch.tensor([of[r.image.key] for r in seen if r.image is not None])]
+        texts = vectors.texts([caption for r in seen for caption in r.captions])
+        ranked[name] = Ranked(seen, images, texts, image_of_text, *two_way_ranks(images, texts, image_of_text))
+    return ranked
+
+
+def evaluate_model(vectors: Vectors, fields: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
+    """Retrieval on each kind of caption.
+
+    Args:
+        vectors, fields: as of `rank`.
+
+    Returns:
+        A row a kind: its name, numbers of images and texts, how many texts were cut to the model's window, and what
+        `figures` returns.
+
+    Raises:
+        ValueError: there is nothing to measure.
+    """
+    return [row(vectors, name, ranked) for name, ranked in measured(vectors, fields).items()]
+
+
+def measured(vectors: Vectors, fields: Mapping[str, Sequence[Record]]) -> dict[str, Ranked]:
+    """The same as `rank`, but an error where there is nothing."""
+    ranked = rank(vectors, fields)
+    if not ranked:
         raise ValueError("no held-out image has a caption: there is nothing to measure")
-    return rows
+    return ranked
+
+
+def row(vectors: Vectors, name: str, ranked: Ranked) -> dict[str, Any]:
+    """One kind of caption in figures."""
+    captions = ranked.captions
+    counts = {"images": len(ranked.records), "texts": len(captions), "cut": vectors.cut(captions)}
+    return {"captions": name, **counts, **figures(ranked.of_image, ranked.of_text, ranked.image_of_text)}
 
 
 def validator(
     fields: Mapping[str, Sequence[Record]], log: SkipLog, store: EmbeddingStore, batch: int = 64
 ) -> Callable[[LLM2CLIP], dict[str, float]]:
     """What to measure while training: R@1 of each kind of caption both ways and, as `score`, the mean of the first
-    kind's two. Arguments as in `evaluate_model`."""
+    kind's two. Arguments as in `evaluate_model`.
+
+    Raises:
+        ValueError: there is nothing to measure.
+    """
 
     def measure(model: LLM2CLIP) -> dict[str, float]:
         vectors = Vectors(with_store(model, store), log, batch=batch, progress=False)
-        rows = evaluate_model(vectors, fields)
-        figures = {f"{row['captions']} {way} R@1": row[way]["R@1"] for row in rows for way in ("I2T", "T2I")}
-        return {"score": sum(list(figures.values())[:2]) / 2, **figures}
+        found = {}
+        for name, ranked in measured(vectors, fields).items():
+            for way, ranks in (("I2T", ranked.of_image), ("T2I", ranked.of_text)):
+                found[f"{name} {way} R@1"] = recall(ranks, (1,))["R@1"]
+        return {"score": sum(list(found.values())[:2]) / 2, **found}
 
     return measure

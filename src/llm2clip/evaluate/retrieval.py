@@ -1,9 +1,4 @@
-"""Retrieval by recall: image-to-text and text-to-image R@k with any number of captions an image.
-
-No matrix of scores is kept and nothing is sorted: tile by tile, the answers that score above the best right one are
-counted, both ways from the same products. A wrong answer that ties with it counts as above, so that a model which gives
-every pair the same score is at the bottom and not at the top.
-"""
+"""Retrieval in figures: recall both ways from ranks, what chance gives, and how far another sample would differ."""
 
 from __future__ import annotations
 
@@ -12,162 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from llm2clip.cpu import quick_products
+from llm2clip.evaluate.ranks import two_way_ranks
 
 KS = (1, 5, 10)
-TILE = 512  # images in a tile, with four times as many texts: 4 MB of float32 scores, which a CPU's cache holds
-
-
-@quick_products()
-def positive_ranks(
-    queries: Tensor,
-    items: Tensor,
-    positives: Sequence[Sequence[int]],
-    tile: int = 2 * TILE,
-    itself: Sequence[int] | None = None,
-) -> Tensor:
-    """Rank of each query's best-placed positive among all items: int64 (Q,), 0 is the top.
-
-    For one direction and for any relation; `two_way_ranks` does both of an image's own captions at once.
-
-    Args:
-        queries: (Q, D), L2-normalised.
-        items: (N, D), L2-normalised.
-        positives: the items that are right for each query, at least one. For 3 images with 2, 1 and 2 captions,
-            image-to-text is [[0, 1], [2], [3, 4]] and text-to-image is [[0], [0], [1], [2], [2]].
-        tile: queries and items in a tile.
-        itself: for each query an item that is no answer, right or wrong: the query where queries are items too.
-
-    Raises:
-        ValueError: a query has no positive, or a vector is not finite.
-    """
-    if any(len(p) == 0 for p in positives):
-        raise ValueError(f"query {next(i for i, p in enumerate(positives) if len(p) == 0)} has no right answer")
-    _check_finite(queries, items)
-    wide = min(tile, len(items))
-
-    def against(q: Tensor, lo: int) -> Tensor:
-        return (q @ _tile(items[lo : lo + wide].float(), wide).T)[:, : len(items) - lo]
-
-    ranks = torch.zeros(len(queries), dtype=torch.int64)
-    for start in range(0, len(queries), tile):
-        block = positives[start : start + tile]
-        q = queries[start : start + tile].float()
-        row = torch.tensor([r for r, p in enumerate(block) for _ in p])
-        col = torch.tensor([c for p in block for c in p])
-        # The best positive's score is from the same products as those it is compared with, so that ties are exact.
-        best = torch.full((len(q),), -torch.inf)
-        for lo in (col // wide).unique().mul(wide).tolist():
-            scores = against(q, lo)
-            here = (col >= lo) & (col < lo + wide)
-            best.scatter_reduce_(0, row[here], scores[row[here], col[here] - lo], "amax")
-        for lo in range(0, len(items), wide):
-            scores = against(q, lo)
-            here = (col >= lo) & (col < lo + wide)
-            scores[row[here], col[here] - lo] = -torch.inf
-            if itself is not None:
-                own = torch.tensor(itself[start : start + tile]) - lo
-                here = (own >= 0) & (own < scores.shape[1])
-                scores[here.nonzero()[:, 0], own[here]] = -torch.inf
-            ranks[start : start + tile] += _reach(scores, best[:, None]).sum(1).long()
-    return ranks
-
-
-@quick_products()
-def two_way_ranks(
-    images: Tensor,
-    texts: Tensor,
-    image_of_text: Sequence[int] | Tensor,
-    tile: int = TILE,
-    device: torch.device | str | None = None,
-    progress: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Ranks of the best-placed caption for each image and of the image for each caption, from 0, the top.
-
-    Args:
-        images: (I, D), L2-normalised; float32, or float16 to save memory: products are float32.
-        texts: (T, D), the same; in the order of their images they need not be copied.
-        image_of_text: for each text the index of its image; every image has at least one.
-        tile: images in a tile; a multiple of 16, lest equal vectors round differently.
-        device: where the products are made; None is where the vectors are.
-        progress: show a bar.
-
-    Returns:
-        int64 (I,) and (T,).
-
-    Raises:
-        ValueError: an image has no text, or a vector is not finite.
-    """
-    owner = torch.as_tensor(image_of_text)
-    counts = torch.bincount(owner, minlength=len(images))
-    if len(counts) > len(images) or not counts.all():
-        raise ValueError(f"{len(images)} images: each needs a text, and each text one of them")
-    _check_finite(images, texts)
-    device = torch.device(device or images.device)
-    order = None if (owner[1:] >= owner[:-1]).all() else owner.argsort(stable=True)
-    owner = (owner if order is None else owner[order]).to(device)
-
-    def image_tile(i: int) -> Tensor:
-        return _tile(images[i * tile : (i + 1) * tile].to(device, torch.float32), tile)
-
-    def text_tile(j: int) -> Tensor:
-        part = slice(j * wide, (j + 1) * wide)
-        return _tile((texts[part] if order is None else texts[order[part]]).to(device, torch.float32), wide)
-
-    def own(i: int, j: int) -> tuple[Tensor, Tensor]:
-        """Where a tile has right answers."""
-        rows = owner[j * wide : (j + 1) * wide] - i * tile
-        columns = ((rows >= 0) & (rows < tile)).nonzero()[:, 0]
-        return rows[columns], columns
-
-    wide = 4 * tile
-    tall, long = -(-len(images) // tile), -(-len(owner) // wide)
-    best_image = torch.full((tall * tile,), torch.inf, device=device)  # of what fills the last tile: out of reach
-    best_text = torch.full((long * wide,), torch.inf, device=device)
-    best_image[: len(images)] = -torch.inf
-    for j in range(long):  # the right answers, from the very products that hold the wrong ones
-        some, first, last = text_tile(j), int(owner[j * wide]), int(owner[min((j + 1) * wide, len(owner)) - 1])
-        for i in range(first // tile, last // tile + 1):
-            rows, columns = own(i, j)
-            right = (image_tile(i) @ some.T)[rows, columns]
-            best_text[columns + j * wide] = right
-            best_image.scatter_reduce_(0, rows + i * tile, right, "amax")
-    of_image, of_text = torch.zeros_like(best_image), torch.zeros_like(best_text)
-    with tqdm(total=tall * long, desc="ranks", unit="tile", disable=not progress) as bar:
-        for j in range(long):
-            some, here = text_tile(j), slice(j * wide, (j + 1) * wide)
-            for i in range(tall):
-                scores, there = image_tile(i) @ some.T, slice(i * tile, (i + 1) * tile)
-                scores[own(i, j)] = -torch.inf
-                scores[len(images) - i * tile :] = -torch.inf
-                scores[:, len(owner) - j * wide :] = -torch.inf
-                of_image[there] += _reach(scores, best_image[there, None]).sum(1)
-                of_text[here] += _reach(scores, best_text[here]).sum(0)
-                bar.update()
-    image_ranks, text_ranks = of_image[: len(images)].long().cpu(), of_text[: len(owner)].long().cpu()
-    if order is not None:
-        text_ranks = torch.empty_like(text_ranks).index_copy_(0, order, text_ranks)
-    return image_ranks, text_ranks
-
-
-def _tile(vectors: Tensor, size: int) -> Tensor:
-    """Filled up with zeros: products of one shape round alike, so that equal vectors have equal scores anywhere."""
-    return vectors if len(vectors) == size else F.pad(vectors, (0, 0, 0, size - len(vectors)))
-
-
-def _reach(scores: Tensor, best: Tensor) -> Tensor:
-    """1.0 where a score reaches the best: floats, whose sums are ten times as fast as those of truth values."""
-    return torch.ge(scores, best, out=torch.empty_like(scores))
-
-
-def _check_finite(*vectors: Tensor) -> None:
-    for some in vectors:
-        if not all(torch.isfinite(part).all() for part in some.split(8192)):
-            raise ValueError("a vector is not finite: the model is broken, and its recall would mean nothing")
 
 
 def recall(ranks: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
@@ -192,53 +36,69 @@ def chance(positives: Sequence[int], items: int, ks: Sequence[int] = KS) -> dict
     return out
 
 
+def bootstrap(sums: Tensor, counts: Tensor, level: float = 0.95, resamples: int = 1000) -> Tensor:
+    """Intervals of a mean over groups that are drawn anew, whole (Efron's percentile method).
+
+    Args:
+        sums: (groups, K), of what is averaged, for each of K quantities.
+        counts: (groups,), of how many each sum is.
+        level: share of the resamples between the ends.
+        resamples: how often groups are drawn; always the same draws for as many groups, so that two models' draws pair.
+
+    Returns:
+        The ends, float64 (2, K).
+    """
+    sums, counts = sums.double()[counts > 0], counts.double()[counts > 0]
+    generator = torch.Generator().manual_seed(0)
+    found = torch.empty(resamples, sums.shape[1], dtype=torch.float64)
+    for n in range(resamples):
+        times = torch.bincount(torch.randint(len(sums), (len(sums),), generator=generator), minlength=len(sums))
+        found[n] = times.double() @ sums / (times.double() @ counts)
+    return found.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), 0)
+
+
 def intervals(
     ranks: Tensor, groups: Tensor, ks: Sequence[int] = KS, *, level: float = 0.95, resamples: int = 1000
 ) -> dict[str, tuple[float, float]]:
-    """Bootstrap intervals of R@k in percent (Efron's percentile method): images are drawn anew, each with all its
-    queries, since captions of one image hit and miss together.
+    """Bootstrap intervals of R@k in percent: images are drawn anew, each with all its queries, since captions of one
+    image hit and miss together.
 
     Args:
         ranks: int64 (Q,), of the queries.
         groups: int64 (Q,), the image of each, from 0.
         ks: which recalls.
-        level: share of the resamples between the ends.
-        resamples: how often images are drawn; always the same draws.
+        level, resamples: as of `bootstrap`.
     """
     hits = torch.stack([(ranks < k).double() for k in ks], 1)
     sums = hits.new_zeros(int(groups.max()) + 1, len(ks)).index_add_(0, groups, hits)
-    counts = torch.bincount(groups).double()
-    sums, counts = sums[counts > 0], counts[counts > 0]
-    generator = torch.Generator().manual_seed(0)
-    found = torch.empty(resamples, len(ks), dtype=torch.float64)
-    for n in range(resamples):
-        times = torch.bincount(torch.randint(len(sums), (len(sums),), generator=generator), minlength=len(sums))
-        found[n] = times.double() @ sums / (times.double() @ counts)
-    ends = found.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), 0) * 100
+    ends = 100 * bootstrap(sums, torch.bincount(groups), level, resamples)
     return {f"R@{k}": (float(low), float(high)) for k, low, high in zip(ks, *ends.tolist(), strict=True)}
 
 
-def retrieval(
-    images: Tensor, texts: Tensor, image_of_text: Sequence[int], *, progress: bool = False
-) -> dict[str, dict[str, Any]]:
-    """Both directions, their chance levels and their intervals.
+def figures(of_image: Tensor, of_text: Tensor, image_of_text: Sequence[int] | Tensor) -> dict[str, dict[str, Any]]:
+    """Both directions, their chance levels and their intervals, from the ranks.
 
     Args:
-        images: (I, D) L2-normalised.
-        texts: (T, D) L2-normalised.
-        image_of_text: for each text the index of its image; captions may be ragged, and every image has at least one.
-        progress: show a bar.
+        of_image: int64 (I,), of the best-placed caption of each image, from 0.
+        of_text: int64 (T,), of the image of each caption.
+        image_of_text: for each caption the index of its image.
 
     Returns:
         {"I2T": {"R@1": ..., "median rank": ...}, "T2I": ..., "I2T chance": {"R@1": ...}, "T2I chance": ...} in
         percent, ranks from 1; and {"I2T interval": {"R@1": (low, high), ...}, "T2I interval": ...}, 95%.
     """
     owner = torch.as_tensor(image_of_text)
-    of_image, of_text = two_way_ranks(images, texts, owner, progress=progress)
     found: dict[str, dict[str, Any]] = {}
-    for way, ranks, groups in (("I2T", of_image, torch.arange(len(images))), ("T2I", of_text, owner)):
+    for way, ranks, groups in (("I2T", of_image, torch.arange(len(of_image))), ("T2I", of_text, owner)):
         found[way] = recall(ranks) | {"median rank": float(ranks.double().quantile(0.5)) + 1}
         found[f"{way} interval"] = intervals(ranks, groups)
-    found["I2T chance"] = chance(torch.bincount(owner, minlength=len(images)).tolist(), len(texts))
-    found["T2I chance"] = chance([1] * len(texts), len(images))
+    found["I2T chance"] = chance(torch.bincount(owner, minlength=len(of_image)).tolist(), len(owner))
+    found["T2I chance"] = chance([1] * len(owner), len(of_image))
     return found
+
+
+def retrieval(
+    images: Tensor, texts: Tensor, image_of_text: Sequence[int] | Tensor, *, progress: bool = False
+) -> dict[str, dict[str, Any]]:
+    """The same from vectors, (I, D) and (T, D), L2-normalised; captions may be ragged, and every image has one."""
+    return figures(*two_way_ranks(images, texts, image_of_text, progress=progress), image_of_text)

@@ -60,3 +60,7 @@ class Vectors:
             unique(texts), self.model.encode_text, self.model.width, self.identity, self.folder / "texts"
         )
         return torch.from_numpy(store.take(store.rows(texts)))
+
+    def cut(self, texts: Sequence[str]) -> int | None:
+        """How many of some texts are longer than the model's window, and lose their end; None where nobody can say."""
+        return self.model.cut(texts)

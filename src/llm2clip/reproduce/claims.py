@@ -1,0 +1,282 @@
+"""The claims of LLM2CLIP (arXiv 2411.04997), each with the paper's figures, ours, and whether it holds here.
+
+A claim is made of comparisons. One holds where the bootstrap intervals of its two sides do not touch; it points that
+way where only the interval of their difference, image by image, is above zero; else the two are not told apart, or it
+is the other way round.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm2clip.evaluate.paper import CRA, TABLE
+from llm2clip.evaluate.retrieval import bootstrap
+from llm2clip.reproduce.cost import step_times
+from llm2clip.reproduce.lab import Lab
+
+Interval = tuple[float, float, float]  # a mean, and the ends of its interval
+HOLDS, WAY, ALIKE, REVERSED = "holds", "points that way", "not told apart", "the other way round"
+
+
+@dataclass
+class Comparison:
+    """Whether one figure is below another."""
+
+    low: str
+    high: str
+    of: str
+    low_figure: Interval
+    high_figure: Interval
+    difference: Interval
+
+    @property
+    def verdict(self) -> str:
+        if self.low_figure[2] < self.high_figure[1]:
+            return HOLDS
+        if self.difference[1] > 0:
+            return WAY
+        return REVERSED if self.difference[2] < 0 else ALIKE
+
+
+@dataclass
+class Claim:
+    """What one claim came to.
+
+    Args:
+        number: 1 to 6.
+        title: the claim.
+        paper: the paper's figures that it rests on, in a line.
+        header, rows: a table of what was measured.
+        comparisons: of which it is made.
+        notes: what a reader must know to weigh it.
+        plot: curves to draw, by their names, over the names of the points.
+    """
+
+    number: int
+    title: str
+    paper: str
+    header: list[str] = field(default_factory=list)
+    rows: list[list[Any]] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    points: list[str] = field(default_factory=list)
+    curves: dict[str, list[Interval]] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        if not self.comparisons:
+            return "not run"
+        held = [c.verdict == HOLDS for c in self.comparisons]
+        if all(held):
+            return HOLDS
+        if any(held):
+            return "holds in part"
+        return "points that way" if all(c.verdict == WAY for c in self.comparisons) else "does not hold"
+
+
+def interval(values: Tensor) -> Interval:
+    """Mean of values by image, in percent, and its 95% interval."""
+    low, high = (100 * bootstrap(values[:, None], torch.ones(len(values)))).flatten().tolist()
+    return 100 * float(values.mean()), low, high
+
+
+def compare(low: str, high: str, of: str, low_values: Tensor, high_values: Tensor) -> Comparison:
+    """Of values by image, (images,) between 0 and 1 for either side, the same images in the same order."""
+    sides = interval(low_values), interval(high_values)
+    return Comparison(low, high, of, *sides, interval(high_values - low_values))
+
+
+def captions_apart(lab: Lab) -> Claim:
+    """(1) CRA of raw, tuned and non-LLM encoders."""
+    claim = Claim(
+        1,
+        "Raw LLMs are poor caption encoders, and caption-contrastive tuning repairs it",
+        ", ".join(f"{name} {figure}" for name, figure in CRA.items()),
+        ["caption encoder", "CRA, %", "95%", "images"],
+    )
+    found = {name: lab.cra(name) for name in ("raw", "plain", "cc", "larger raw", "larger cc")}
+    for name, figures in found.items():
+        claim.rows.append([lab.label(name), figures["CRA"], _ends(figures["CRA interval"]), figures["images"]])
+    claim.rows.append(["chance", found["raw"]["chance"], "", ""])
+
+    def against(low: str, high: str) -> None:
+        a, b = (torch.tensor(found[name]["hits"], dtype=torch.float64) for name in (low, high))
+        claim.comparisons.append(compare(lab.label(low), lab.label(high), "CRA", a, b))
+
+    against("raw", "plain")
+    against("raw", "cc")
+    against("larger raw", "plain")
+    against("larger raw", "larger cc")
+    return claim
+
+
+def towers_in_order(lab: Lab) -> Claim:
+    """(2) Retrieval with each text tower."""
+    claim = Claim(
+        2,
+        "A raw LLM as the text tower hurts retrieval; tuned on captions it beats one tuned on general text pairs, "
+        "which beats a text tower that is no LLM",
+        "average of five sets: "
+        + ", ".join(
+            f"{name} {TABLE[name]['average']}" for name in ("Llama3-8B", "Jina Bert", "Llama3-8B-TC", "Llama3-8B-CC")
+        ),
+        ["text tower", "I2T R@1", "T2I R@1", "mean", "95%"],
+    )
+    names = ["raw", "plain", *(["tc"] if lab.sets.pairs else []), "cc", "larger cc"]
+    means = _retrieval_rows(lab, claim, names, "captions")
+    order = [name for name in ("raw", "plain", "tc", "cc") if name in names]
+    for low, high in pairwise(order):
+        claim.comparisons.append(compare(lab.label(low), lab.label(high), "mean of R@1", means[low], means[high]))
+    if "tc" in names:
+        claim.comparisons.append(compare(lab.label("raw"), lab.label("cc"), "mean of R@1", means["raw"], means["cc"]))
+    else:
+        claim.notes.append("Without general text pairs there is no TC row: apt-get install wordnet-base brings some.")
+    claim.notes.append(
+        f"The paper's LLM has 8 billion parameters and was tuned on millions of captions; this one saw "
+        f"{lab.recipe.steps * lab.recipe.batch:,} pairs. The encoder that is no LLM, if it is all-MiniLM-L6-v2, was "
+        "trained by its makers on over a billion."
+    )
+    return claim
+
+
+def long_captions(lab: Lab) -> Claim:
+    """(3) The gain over the text tower that is no LLM, sentence by sentence."""
+    claim = Claim(
+        3,
+        "The gain is largest on long captions",
+        "gain of Llama3-8B-CC over EVA02's own tower, mean of I2T and T2I: "
+        + ", ".join(
+            f"{name} {_mean(TABLE['Llama3-8B-CC'][name]) - _mean(TABLE['its own text tower'][name]):+.1f}"
+            for name in ("Flickr30k", "COCO", "ShareGPT4v", "Urban-1k", "DOCCI")
+        ),
+        ["text tower, T2I R@1", *lab.sets.dense],
+        points=list(lab.sets.dense),
+    )
+    names = ("raw", "plain", "cc", "larger cc")
+    hits = {name: [lab.hits(name, test, "T2I") for test in lab.sets.dense] for name in names}
+    for name in names:
+        claim.rows.append([lab.label(name), *(100 * float(h.mean()) for h in hits[name])])
+        claim.curves[lab.label(name)] = [interval(h) for h in hits[name]]
+    for over in ("plain", "raw"):
+        gains = [cc - other for cc, other in zip(hits["cc"], hits[over], strict=True)]
+        claim.rows.append([f"gain over {lab.label(over)}", *(100 * float(g.mean()) for g in gains)])
+        claim.comparisons.append(
+            compare(
+                f"its gain over {lab.label(over)} by the first sentence",
+                "by the whole caption",
+                "T2I R@1",
+                gains[0],
+                gains[-1],
+            )
+        )
+    return claim
+
+
+def other_languages(lab: Lab) -> Claim:
+    """(4) Retrieval in a language that neither tuning nor alignment saw."""
+    claim = Claim(
+        4,
+        "Training in English alone carries over to another language with a multilingual LLM, and not with an English "
+        "encoder",
+        "Flickr30k-CN T2I R@1: EVA02 0.94, JinaCLIP 0.7, EVA02 + LLM2CLIP 75.1",
+        ["text tower", "I2T R@1", "T2I R@1", "mean", "95%"],
+    )
+    names = ("plain", "cc", "larger cc")
+    means = _retrieval_rows(lab, claim, names, "foreign")
+    of = f"mean of R@1, {lab.recipe.foreign}"
+    claim.comparisons.append(
+        compare(lab.label("plain"), lab.label("larger cc"), of, means["plain"], means["larger cc"])
+    )
+    claim.comparisons.append(compare(lab.label("cc"), lab.label("larger cc"), of, means["cc"], means["larger cc"]))
+    return claim
+
+
+def larger_llm(lab: Lab) -> Claim:
+    """(5) Two LLMs, tuned alike."""
+    claim = Claim(
+        5,
+        "A larger LLM helps a little",
+        "average of five sets: "
+        + ", ".join(
+            f"{name} {TABLE[name]['average']}" for name in ("Llama3.2-1B-CC", "Llama3-8B-CC", "Mistral-Nemo-12B-CC")
+        ),
+        ["text tower", "I2T R@1", "T2I R@1", "mean", "95%"],
+    )
+    means = _retrieval_rows(lab, claim, ("cc", "larger cc"), "captions")
+    claim.comparisons.append(
+        compare(lab.label("cc"), lab.label("larger cc"), "mean of R@1", means["cc"], means["larger cc"])
+    )
+    return claim
+
+
+def cost(lab: Lab) -> Claim:
+    """(6) Seconds of a step."""
+    claim = Claim(
+        6,
+        "With the cached teacher, training costs what fine-tuning CLIP costs",
+        "the LLM's vectors are worked out once, before (section 3.3)",
+        ["a step trains the tower with", "seconds", "against CLIP's", "parameters, M"],
+    )
+    found = step_times(lab, "cc")
+    steps, clip = found["steps"], "CLIP's text tower trained along"
+    for way in steps:
+        claim.rows.append([way, f"{found[way]:.3f}", f"{found[way] / found[clip]:.2f}x", found["parameters"][way]])
+    figures = {way: _quartiles(some) for way, some in steps.items()}
+    pairs = [b - a for a, b in zip(steps["cached teacher"], steps[clip], strict=True)]
+    claim.comparisons.append(
+        Comparison("cached teacher", clip, "seconds", figures["cached teacher"], figures[clip], _quartiles(pairs))
+    )
+    claim.notes.append(
+        f"Medians of {len(pairs)} steps of {found['images']} images with a caption each, the ways by turns; the "
+        "intervals are from quartile to quartile."
+    )
+    one = (found["LLM in the loop"] - found["cached teacher"]) / found["captions"]
+    texts, passed = sum(len(r.texts) for r in lab.sets.train), len(lab.sets.train) / found["images"]
+    claim.notes.append(
+        f"The cache costs {one * 1000:.0f} ms a caption, once: {texts * one / 60:.0f} minutes for the {texts:,} texts "
+        f"here, were they all of that length. A pass over the {len(lab.sets.train):,} images takes "
+        f"{passed * found['cached teacher'] / 60:.0f} minutes, and with CLIP's text tower "
+        f"{passed * found[clip] / 60:.0f}."
+    )
+    return claim
+
+
+CLAIMS: dict[int, Callable[[Lab], Claim]] = {
+    1: captions_apart,
+    2: towers_in_order,
+    3: long_captions,
+    4: other_languages,
+    5: larger_llm,
+    6: cost,
+}
+
+
+def _retrieval_rows(lab: Lab, claim: Claim, names: Sequence[str], test: str) -> dict[str, Tensor]:
+    """Rows of a claim's table, and the values by image that they are means of."""
+    means = {}
+    for name in names:
+        means[name] = lab.hits(name, test)
+        sides = [100 * float(lab.hits(name, test, way).mean()) for way in ("I2T", "T2I")]
+        mean, *ends = interval(means[name])
+        claim.rows.append([lab.label(name), *sides, mean, _ends(ends)])
+    return means
+
+
+def _quartiles(values: Sequence[float]) -> Interval:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return middle, low, high
+
+
+def _ends(ends: Sequence[float]) -> str:
+    return f"{ends[0]:.1f} to {ends[1]:.1f}"
+
+
+def _mean(both: Any) -> float:
+    return float(sum(both)) / 2

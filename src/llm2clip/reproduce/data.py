@@ -1,0 +1,138 @@
+"""What the claims are tested with: captions to tune on, general text pairs, images to align with and to retrieve."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from llm2clip.data.pairs import Captions, Pair
+from llm2clip.data.records import Record
+from llm2clip.data.skips import SkipLog
+from llm2clip.data.text_pairs import open_pairs
+from llm2clip.recipes import EvaluateRecipe, ReproduceRecipe, TuneRecipe
+from llm2clip.split import Data, only, read, read_data, tuning_sources
+
+WORDNET = Path("/usr/share/wordnet")
+PARTS = ("noun", "verb", "adj", "adv")
+
+
+class Sets:
+    """The data of the claims, each part read when it is first asked for.
+
+    Raises:
+        ValueError: on reading a part whose sources are not there.
+    """
+
+    def __init__(self, folder: Path, recipe: ReproduceRecipe, log: SkipLog) -> None:
+        self.folder, self.recipe, self.log = folder, recipe, log
+
+    def _read(self, sources: Sequence[str], images: bool = True) -> list[Record]:
+        found = read([str(self.folder / s) for s in sources], {}, self.log, "header" if images else "ignore")
+        return [record for _, record in found]
+
+    @cached_property
+    def tune(self) -> list[Captions]:
+        """Captions by image, and two long ones of each that has four: its first captions joined, and its last."""
+        sources = [str(self.folder / s) for s in self.recipe.tune]
+        excluded = [str(self.folder / s) for s in self.recipe.exclude]
+        (items,) = tuning_sources(Data([], {}, ""), TuneRecipe(data=sources, exclude=excluded), {}, self.log)
+        return [dataclasses.replace(i, long=i.long or halves(i.short)) for i in items if isinstance(i, Captions)]
+
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        """General text pairs, of no pictures; none where there are none."""
+        if self.recipe.pairs:
+            return [pair for s in self.recipe.pairs for pair in open_pairs(str(self.folder / s), self.log)]
+        return list(glosses(WORDNET)) if (WORDNET / f"data.{PARTS[0]}").exists() else []
+
+    @cached_property
+    def cra(self) -> list[tuple[str, ...]]:
+        """The captions of each image, for caption retrieval."""
+        return [r.captions for r in self._read(self.recipe.cra, images=False)]
+
+    @cached_property
+    def train(self) -> list[Record]:
+        """Images to align with; the captions of one joined are its long caption, where it has no other."""
+        return [
+            dataclasses.replace(r, long_captions=r.long_captions or joined(r.captions))
+            for r in self._read(self.recipe.train)
+        ]
+
+    @cached_property
+    def short(self) -> list[Record]:
+        """Images to retrieve by their captions."""
+        return self._held_out([])["captions"]
+
+    @cached_property
+    def foreign(self) -> list[Record]:
+        """The same images by captions in another language.
+
+        Raises:
+            ValueError: there is no such column, or none is named.
+        """
+        if not self.recipe.foreign:
+            raise ValueError("no column of captions in another language is named: --reproduce.foreign")
+        return self._held_out([self.recipe.foreign])[self.recipe.foreign]
+
+    @cached_property
+    def dense(self) -> dict[str, list[Record]]:
+        """Images with a long caption, by how much of it is the query, from the first sentence to the whole.
+
+        Raises:
+            ValueError: there are none.
+        """
+        parts = [(r, sentences(r.long_captions[0])) for r in self._read(self.recipe.dense) if r.long_captions]
+        if not parts:
+            raise ValueError("no images with long captions: name some with --reproduce.dense")
+        tests = {
+            f"{n} sentence{'s' if n > 1 else ''}": [only(r, (" ".join(some[:n]),)) for r, some in parts]
+            for n in range(1, 1 + min(len(some) for _, some in parts))
+        }
+        return {**tests, "whole": [only(r, (r.long_captions[0],)) for r, _ in parts]}
+
+    def test(self, name: str) -> list[Record]:
+        """Images to retrieve: `captions`, `foreign`, or a name in `dense`."""
+        return self.short if name == "captions" else self.foreign if name == "foreign" else self.dense[name]
+
+    def _held_out(self, fields: list[str]) -> dict[str, list[Record]]:
+        sources = [str(self.folder / s) for s in self.recipe.test]
+        return read_data([], EvaluateRecipe(data=sources, fields=fields), {}, self.log).held_out
+
+
+def halves(captions: Sequence[str]) -> tuple[str, ...]:
+    """Two long texts of one image without a caption in common; none of fewer than four captions."""
+    middle = len(captions) // 2
+    return (" ".join(captions[:middle]), " ".join(captions[middle:])) if len(captions) > 3 else ()
+
+
+def joined(captions: Sequence[str]) -> tuple[str, ...]:
+    """All captions of an image as one, if there are several."""
+    return (" ".join(captions),) if len(captions) > 1 else ()
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, by their full stops."""
+    return re.split(r"(?<=[.!?])\s+", text.strip())
+
+
+def glosses(folder: Path) -> Iterator[Pair]:
+    """Pairs from WordNet's data files: a word or a sentence that uses it, and what it means.
+
+    A line is "offset file type count word id word id ... | definition; "example"; ..." (wndb(5WN)).
+    """
+    for part in PARTS:
+        for line in (folder / f"data.{part}").read_text(encoding="latin-1").splitlines():
+            if line.startswith(" "):  # the licence
+                continue
+            head, _, gloss = line.partition("|")
+            fields = head.split()
+            words = [word.split("(")[0].replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
+            definition, _, example = gloss.strip().partition('; "')
+            meaning = definition.strip()
+            yield Pair(", ".join(words), meaning, (), "Given a word, find its meaning:")
+            if example:
+                instruction = "Given a sentence, find the word that it is an example of:"
+                yield Pair(example.rstrip('"').split('"; "')[0], f"{words[0]}: {meaning}", (), instruction)

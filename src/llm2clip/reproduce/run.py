@@ -1,0 +1,117 @@
+"""`llm2clip reproduce`: does what the paper claims hold, with the data and the weights at hand?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llm2clip.evaluate import plots
+from llm2clip.evaluate.page import BAD, GOOD, SO, Block, Command, Heading, Plot, Table, Text, write_page
+from llm2clip.processes import once, processes, say
+from llm2clip.recipes import ReproduceRecipe
+from llm2clip.reproduce.claims import ALIKE, CLAIMS, HOLDS, REVERSED, WAY, Claim, Comparison, Interval
+from llm2clip.reproduce.data import Sets
+from llm2clip.reproduce.lab import Lab
+from llm2clip.stages import begin
+
+MOODS = {HOLDS: GOOD, WAY: SO, ALIKE: SO, "holds in part": SO, REVERSED: BAD, "does not hold": BAD, "not run": SO}
+
+
+def reproduce(data: Path, out: Path, recipe: ReproduceRecipe, claims: Sequence[int], max_skipped: float) -> Path:
+    """Test claims, write `out/report.md` and `out/report.html`; returns the latter. A run that was stopped goes on, and
+    claims that were tested before are in the report, too.
+
+    Args:
+        data: folder that the recipe's sources are relative to.
+        out: run folder.
+        recipe: the settings.
+        claims: their numbers.
+        max_skipped: largest share of bad rows put up with.
+
+    Raises:
+        ValueError: there is no claim of a number, or several processes were started.
+    """
+    if unknown := [n for n in claims if n not in CLAIMS]:
+        raise ValueError(f"no claim {unknown[0]}; there are {', '.join(map(str, CLAIMS))}")
+    if processes().num_processes > 1:
+        raise ValueError("reproduce runs in one process: start it without torchrun or accelerate launch")
+    log = begin(out, {"data": data, "reproduce": recipe}, max_skipped)
+    lab = Lab(Sets(data, recipe, log), recipe, out)
+    for number in claims:
+        start, file = time.time(), out / "claims" / f"{number}.json"
+        try:
+            once(file, lambda number=number: dataclasses.asdict(CLAIMS[number](lab)))  # type: ignore[misc]
+        except (ValueError, FileNotFoundError) as error:
+            say(f"claim {number} is not tested: {error}")
+            continue
+        claim = of_json(json.loads(file.read_text()))
+        say(f"claim {number}: {claim.verdict} ({(time.time() - start) / 60:.0f} minutes)")
+    found = [of_json(json.loads(f.read_text())) for n in CLAIMS if (f := out / "claims" / f"{n}.json").exists()]
+    command = shlex.join(["llm2clip", *sys.argv[1:]])
+    page, whole = write_page(
+        out, "report", "Does it hold? The claims of LLM2CLIP, tested here", blocks(found, recipe, command)
+    )
+    say(page.read_text(), log.summary())
+    return whole
+
+
+def of_json(fields: dict[str, Any]) -> Claim:
+    """A claim as it was saved."""
+    claim = Claim(**fields)
+    claim.comparisons = [Comparison(**comparison) for comparison in fields["comparisons"]]
+    return claim
+
+
+def blocks(claims: Sequence[Claim], recipe: ReproduceRecipe, command: str) -> list[Block]:
+    """The report."""
+    moods = tuple(MOODS.items())
+    found: list[Block] = [
+        Text(
+            "Each claim of the paper (arXiv 2411.04997), at the scale of this machine: small models, few images, the "
+            "same method."
+        ),
+        Command(command),
+        Table(["", "claim", "here"], [[c.number, c.title, c.verdict] for c in claims], moods=moods),
+        Text(
+            f"Heads learn between a text tower and a frozen vision tower ({recipe.tower}, {recipe.image_size} pixels) "
+            f"in {recipe.epochs:g} passes; figures are means of {recipe.seeds} seeds. A comparison holds where the 95% "
+            "intervals of its two sides do not touch (bootstrap of the test images); it points that way where only the "
+            "interval of the difference, image by image, is above zero."
+        ),
+    ]
+    for claim in claims:
+        found += [Heading(f"{claim.number}. {claim.title}"), Text(claim.verdict, MOODS.get(claim.verdict, ""))]
+        found += [Text(f"The paper: {claim.paper}."), Table(claim.header, claim.rows)]
+        if claim.curves:
+            found.append(
+                Plot(
+                    plots.curves(
+                        {name: [middle for middle, *_ in some] for name, some in claim.curves.items()},
+                        range(len(claim.points)),
+                        "query",
+                        claim.header[0].partition(", ")[2],
+                        {name: [(low, high) for _, low, high in some] for name, some in claim.curves.items()},
+                        claim.points,
+                    ),
+                    "Bands are 95% intervals.",
+                )
+            )
+        header = ["lower", "higher", "of", "lower, 95%", "higher, 95%", "difference, 95%", "verdict"]
+        rows = [
+            [c.low, c.high, c.of, *(_figure(i, c.of) for i in (c.low_figure, c.high_figure, c.difference)), c.verdict]
+            for c in claim.comparisons
+        ]
+        found.append(Table(header, rows, moods=moods))
+        found += [Text(note) for note in claim.notes]
+    return found
+
+
+def _figure(interval: Interval, of: str) -> str:
+    places = 3 if of == "seconds" else 1
+    return f"{interval[0]:.{places}f} ({interval[1]:.{places}f} to {interval[2]:.{places}f})"

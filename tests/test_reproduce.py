@@ -1,0 +1,155 @@
+"""The claims on generated pictures and random models, judged by cases worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from conftest import make_llm
+from llm2clip.cli import main
+from llm2clip.evaluate.page import Command, Heading, Plot, Shot, Shots, Table, Text, html, markdown
+from llm2clip.reproduce.claims import ALIKE, HOLDS, REVERSED, WAY, Claim, compare, interval
+from llm2clip.reproduce.data import glosses, halves, sentences
+
+
+def command(pictures: Path, models: Path, out: Path, *more: str) -> list[str]:
+    captions = '["captions.jsonl@train"]'
+    held = '["captions.jsonl@val"]'
+    settings = {
+        "tune": captions, "exclude": held, "pairs": '["pairs.jsonl"]', "cra": held, "train": captions, "test": held,
+        "dense": held, "foreign": "captions_xx", "llm": str(models / "llm"), "layers": "2",
+        "plain": str(models / "plain"), "larger": str(models / "larger"), "tower": str(models / "tower"),
+        "image_size": "32", "width": "8", "steps": "2", "batch": "4", "epochs": "2", "seeds": "2", "cost_images": "4",
+        "cost_steps": "2",
+    }  # fmt: skip
+    dotted = [part for name, value in settings.items() for part in (f"--reproduce.{name}", value)]
+    return ["reproduce", str(pictures), "--out", str(out), *dotted, *more]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    """Random language models and a random tower, in folders."""
+    import timm
+
+    folder = tmp_path_factory.mktemp("models")
+    for name, layers, seed in (("llm", 3, 0), ("plain", 1, 1), ("larger", 4, 2)):
+        make_llm(folder / name, layers=layers, seed=seed)
+    timm.models.save_for_hf(timm.create_model("test_efficientnet"), folder / "tower", safe_serialization=True)
+    pairs = [{"query": f"word {n}", "positive": f"what the word {n} means"} for n in range(8)]
+    (pictures / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return folder
+
+
+def test_all_claims_and_again(
+    pictures: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every claim is tested, the report is whole, and the same command does no work again."""
+    out = tmp_path / "run"
+    assert main(command(pictures, models, out)) == 0
+    claims = {int(f.stem): json.loads(f.read_text()) for f in (out / "claims").iterdir()}
+    assert sorted(claims) == [1, 2, 3, 4, 5, 6]
+    assert [row[0] for row in claims[2]["rows"]] == [
+        "llm, first 2 blocks, raw",
+        "plain",
+        "llm, first 2 blocks after 2 steps of general text pairs",
+        "llm, first 2 blocks after 2 steps of captions",
+        "larger after 2 steps of captions",
+    ]
+    assert claims[3]["points"] == ["1 sentence", "2 sentences", "whole"]
+    ranks = json.loads((out / "ranks/cc-1-captions.json").read_text())
+    assert len(ranks["of_image"]) == 6 and len(ranks["of_text"]) == 15
+    hits = sum(rank < 1 for rank in ranks["of_image"])
+    row = next(row for row in claims[2]["rows"] if row[0].endswith("of captions"))
+    other = json.loads((out / "ranks/cc-0-captions.json").read_text())
+    assert row[1] == pytest.approx(100 * (hits + sum(rank < 1 for rank in other["of_image"])) / 12)
+    page = (out / "report.html").read_text()
+    assert "<script" not in page and "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert "6. With the cached teacher" in (out / "report.md").read_text()
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("this was done before")
+
+    for name in ("tune", "fill", "align", "caption_accuracy"):
+        monkeypatch.setattr(f"llm2clip.reproduce.lab.{name}", never)
+    capsys.readouterr()
+    assert main(command(pictures, models, out)) == 0
+    assert "claim 6:" in capsys.readouterr().out
+    assert main(command(pictures, models, out, "--reproduce.steps", "3")) == 1
+    assert "begun with other settings" in capsys.readouterr().err
+
+
+def test_a_claim_without_its_data_is_said_to_be_untested(
+    pictures: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--claims", "4", "--reproduce.foreign", "captions_yy"]
+    assert main(command(pictures, models, tmp_path / "run", *given)) == 0
+    said = capsys.readouterr().out
+    assert "claim 4 is not tested" in said and "no column 'captions_yy'" in said
+    assert main(command(pictures, models, tmp_path / "other", "--claims", "7")) == 1
+    assert "no claim 7" in capsys.readouterr().err
+
+
+def test_verdicts() -> None:
+    """Two hundred images, of which so many are found."""
+
+    def found(count: int, start: int = 0) -> torch.Tensor:
+        values = torch.zeros(200, dtype=torch.float64)
+        values[start : start + count] = 1
+        return values
+
+    assert compare("a", "b", "R@1", found(20), found(100)).verdict == HOLDS
+    assert compare("a", "b", "R@1", found(100), found(20)).verdict == REVERSED
+    assert compare("a", "b", "R@1", found(50), found(60)).verdict == WAY  # the same images and ten more
+    assert compare("a", "b", "R@1", found(50), found(60, start=100)).verdict == ALIKE  # others: chance could do it
+    middle, low, high = interval(found(50))
+    spread = 1.96 * (0.25 * 0.75 / 200) ** 0.5
+    assert (middle, low, high) == pytest.approx((25, 100 * (0.25 - spread), 100 * (0.25 + spread)), abs=0.8)
+    claim = Claim(1, "", "")
+    assert claim.verdict == "not run"
+    claim.comparisons = [compare("a", "b", "", found(20), found(100)), compare("a", "b", "", found(50), found(60))]
+    assert claim.verdict == "holds in part"
+    assert Claim(1, "", "", comparisons=claim.comparisons[:1]).verdict == HOLDS
+    assert Claim(1, "", "", comparisons=claim.comparisons[1:]).verdict == "points that way"
+
+
+def test_texts_that_are_made() -> None:
+    assert halves(("a", "b", "c", "d", "e")) == ("a b", "c d e")
+    assert halves(("a", "b", "c")) == ()
+    assert sentences("A room. It has 2 chairs! Is it red?") == ["A room.", "It has 2 chairs!", "Is it red?"]
+
+
+def test_glosses_of_wordnet(tmp_path: Path) -> None:
+    """A line with two words, a definition and two examples, and one without an example."""
+    licence = "  1 This software and database is being provided to you\n"
+    lines = (
+        '00001740 03 n 02 entity 0 thing_of(a) 0 001 ~ 00001930 n 0000 | that which is; "one"; "a second one"\n'
+        "00001930 03 n 01 physical_entity 0 000 | an entity that has existence\n"
+    )
+    for part in ("noun", "verb", "adj", "adv"):
+        (tmp_path / f"data.{part}").write_text(licence + (lines if part == "noun" else ""))
+    found = list(glosses(tmp_path))
+    assert [(pair.first, pair.second) for pair in found] == [
+        ("entity, thing of", "that which is"),
+        ("one", "entity: that which is"),
+        ("physical entity", "an entity that has existence"),
+    ]
+
+
+def test_a_page_escapes_what_it_is_given() -> None:
+    evil = "<img src=x onerror=alert(1)> | `code`"
+    picture = Image.new("RGB", (2, 2))
+    file = Path(__file__)  # any bytes will do
+    blocks = [
+        Heading(evil), Text(evil), Command(evil), Table([evil], [[evil], [1.25], [None]]), Plot("<svg></svg>", evil),
+        Shots(evil, [Shot(file.read_bytes()[:10], True, evil), Shot(picture.tobytes(), None, evil)]),
+    ]  # fmt: skip
+    page = html(evil, blocks)
+    assert "<img src=x" not in page and page.count("&lt;img src=x") == 13
+    assert "<code>code</code>" in page and ">1.2<" in page and ">–<" in page
+    assert "right: " in page and "wrong: " not in page
+    text = markdown("T", blocks, "page.html")
+    assert "page.html" in text and "\\| `code`" in text
