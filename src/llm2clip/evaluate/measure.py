@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from llm2clip.data.captions import unique
-from llm2clip.evaluate.benchmarks import BENCHMARKS, Absent, Benchmark, Choice, Classes
+from llm2clip.evaluate.benchmarks import BENCHMARKS, Absent, Benchmark, Choice, Classes, Judged, Malformed
 from llm2clip.evaluate.choice import choices
 from llm2clip.evaluate.classification import accuracy, class_vectors, prompts
+from llm2clip.evaluate.judged import judged_figures
 from llm2clip.evaluate.model import evaluate_model
 from llm2clip.evaluate.report import RECALL, recall_row, table
 from llm2clip.evaluate.vectors import Vectors
@@ -38,11 +39,22 @@ def measure(benchmark: Benchmark, folder: Path, vectors: Vectors) -> dict[str, A
     data = benchmark.read(folder)
     if benchmark.kind == "retrieval":
         return found | {"rows": evaluate_model(vectors, data)}
-    if benchmark.kind == "choice":
+    if benchmark.kind == "judged":
+        figures, images, texts = _judged(data, vectors)
+    elif benchmark.kind == "choice":
         figures, images, texts = _choices(data, vectors)
     else:
         figures, images, texts = _classes(data, vectors)
     return found | {"images": images, "texts": len(texts), "cut": vectors.cut(texts), "figures": figures}
+
+
+def _judged(data: Judged, vectors: Vectors) -> tuple[dict[str, float], int, list[str]]:
+    seen, kept = vectors.images(data.images)
+    if len(kept) < len(data.images):
+        lost = next(str(ref) for n, ref in enumerate(data.images) if n not in set(kept))
+        raise Malformed(f"{len(data.images) - len(kept):,} images cannot be decoded, {lost} for one; all are needed")
+    texts = list(data.captions)
+    return judged_figures(data, seen, vectors.texts(texts)), len(kept), texts
 
 
 def _choices(items: Sequence[Choice], vectors: Vectors) -> tuple[dict[str, float], int, list[str]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from llm2clip.evaluate.benchmarks import classes, compositional, karpathy, languages, long
-from llm2clip.evaluate.benchmarks.base import Absent, Benchmark, Choice, Classes, Malformed
+from llm2clip.evaluate.benchmarks import classes, compositional, judged, karpathy, languages, long
+from llm2clip.evaluate.benchmarks.base import Absent, Benchmark, Choice, Classes, Judged, Malformed
 
 BENCHMARKS = {
     benchmark.name: benchmark
-    for room in (karpathy, long, languages, compositional, classes)
+    for room in (karpathy, judged, long, languages, compositional, classes)
     for benchmark in room.BENCHMARKS
 }
 
-__all__ = ["BENCHMARKS", "Absent", "Benchmark", "Choice", "Classes", "Malformed"]
+__all__ = ["BENCHMARKS", "Absent", "Benchmark", "Choice", "Classes", "Judged", "Malformed"]

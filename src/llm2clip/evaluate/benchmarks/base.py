@@ -47,13 +47,23 @@ class Classes:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """COCO's test images and captions by COCO's own numbers, by which people have judged what else is right."""
+
+    images: Sequence[ImageRef]
+    image_ids: Sequence[int]
+    captions: Sequence[str]
+    caption_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """A public set, as the field hands it out.
 
     Args:
         name: as on the command line.
-        kind: retrieval, whose reader gives records by the name of their captions; choice, a list of `Choice`;
-            classification, `Classes`.
+        kind: retrieval, whose reader gives records by the name of their captions; judged, `Judged`; choice, a list
+            of `Choice`; classification, `Classes`.
         about: images, captions and protocol in a line.
         folders: where it is looked for under a root, the first that is there.
         read: from its folder; raises `Absent` or `Malformed`.
@@ -61,7 +71,7 @@ class Benchmark:
     """
 
     name: str
-    kind: Literal["retrieval", "choice", "classification"]
+    kind: Literal["retrieval", "judged", "choice", "classification"]
     about: str
     folders: tuple[str, ...]
     read: Callable[[Path], Any]

@@ -1,0 +1,1 @@
+"""Our models as others' benchmarks take them."""

@@ -1,0 +1,89 @@
+"""Any model that `open_dual` opens, in CLIP_benchmark: its own command, with a model type more.
+
+    python -m llm2clip.evaluate.adapters.clip_benchmark eval --model_type llm2clip --model runs/mine/model \\
+        --pretrained none --dataset cifar10 --no_amp
+
+CLIP_benchmark gives a tokenizer texts and a model what came of them; here the texts themselves go through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm2clip.data.images import load
+from llm2clip.models.dual import DualEncoder, open_dual
+
+NAME = "llm2clip"
+
+
+class Texts(list[str]):
+    """Texts where a tensor of tokens is expected: `.to(device)` changes nothing."""
+
+    def to(self, device: Any) -> Texts:
+        return self
+
+
+class Adapted(nn.Module):
+    """`encode_image` of a batch that the transform made, `encode_text` of `Texts`: (N, width) float32, L2-normalised,
+    on the device."""
+
+    def __init__(self, model: DualEncoder, device: torch.device | str) -> None:
+        super().__init__()
+        self.model, self.device = model, device
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        return self.model.encode_pictures(list(pixels.cpu())).to(self.device)
+
+    def encode_text(self, texts: Texts) -> Tensor:
+        return self.model.encode_text(texts).to(self.device)
+
+
+class Transform:
+    """A PIL picture to what the model's image side takes; it can be pickled."""
+
+    def __init__(self, transform: Callable[[Tensor], Any]) -> None:
+        self.transform = transform
+
+    def __call__(self, picture: Any) -> Tensor:
+        found = self.transform(load(picture))
+        if not isinstance(found, Tensor):
+            raise TypeError("CLIP_benchmark batches tensors, and this model takes pictures as they are")
+        return found
+
+
+def load_model(
+    model_name: str, pretrained: str = "", cache_dir: str | None = None, device: torch.device | str = "cpu"
+) -> tuple[Adapted, Transform, type[Texts]]:
+    """What CLIP_benchmark asks of a model type: a model, a transform, a tokenizer.
+
+    Args:
+        model_name: as of `open_dual`.
+        pretrained, cache_dir: not used.
+        device: where the model runs.
+    """
+    model = open_dual(model_name, device)
+    return Adapted(model, device).eval(), Transform(model.transform), Texts
+
+
+def register() -> None:
+    """Add the model type to the installed CLIP_benchmark.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    from clip_benchmark import models
+
+    models.TYPE2FUNC[NAME] = load_model
+    if NAME not in models.MODEL_TYPES:
+        models.MODEL_TYPES.append(NAME)
+
+
+if __name__ == "__main__":
+    register()
+    from clip_benchmark.cli import main
+
+    main()
