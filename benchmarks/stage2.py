@@ -142,7 +142,7 @@ def of_rooms(folder: Path, rooms: str) -> dict[str, str]:
             ["evaluate", str(folder / "model"), f"{rooms}@none", "--out", str(result.parent)],
             folder.with_suffix(".log"),
         )
-    rows = {r["captions"]: f"{r['T2I']['R@1']:.1f}" for r in json.loads(result.read_text())["retrieval"]}
+    rows = {r["captions"]: f"{r['T2I']['R@1']:.1f}" for r in json.loads(result.read_text())["results"][0]["rows"]}
     return {"ADE20K T2I, first sentence": rows["captions"], "whole caption": rows["long_captions"]}
 
 

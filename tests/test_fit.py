@@ -151,10 +151,10 @@ def test_stages_one_at_a_time_and_evaluate(pictures: Path, llm: Path, tmp_path: 
                  "--out", str(out)]) == 0  # fmt: skip
     results = json.loads((out / "results.json").read_text())
     assert results["captions"]["images"] == 36
-    assert {r["captions"] for r in results["retrieval"]} == {"captions", "long_captions"}
+    assert {r["captions"] for r in results["results"][0]["rows"]} == {"captions", "long_captions"}
     # without a split, what a fit of the data holds out: here its val
     assert main(["evaluate", str(tmp_path / "run/model"), data, "--out", str(tmp_path / "again")]) == 0
-    assert json.loads((tmp_path / "again/results.json").read_text())["retrieval"] == results["retrieval"]
+    assert json.loads((tmp_path / "again/results.json").read_text())["results"] == results["results"]
     # another encoder's store is refused, naming what differs
     assert main([*align[:-1], "0", "--encoder.path", str(llm), "--out", str(tmp_path / "other")]) == 1
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from llm2clip.cli import main
+from conftest import distributed
+from llm2clip.cli import build, main
+from llm2clip.data.images import load
 from llm2clip.data.records import open_records
 from llm2clip.models.dual import open_dual
 from test_benchmarks import put
@@ -51,10 +54,10 @@ def test_benchmarks_by_the_command(
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "coco is left out" in said and "karpathy" in said.lower() and "% of the texts" in said
-    results = json.loads((out / "benchmarks.json").read_text())
+    results = json.loads((out / "results.json").read_text())["results"]
     assert [found["benchmark"] for found in results] == names[:3]
     assert main(command) == 0  # the vectors are there
-    assert json.loads((out / "benchmarks.json").read_text()) == results
+    assert json.loads((out / "results.json").read_text())["results"] == results
 
     model = open_dual(str(clip), "cpu")
     images, _, _ = both(model, pictures)
@@ -71,6 +74,87 @@ def test_benchmarks_by_the_command(
     assert results[1]["figures"]["text"] == pytest.approx(100 * hits / 3)
     assert results[1]["cut"] == 3 and results[1]["texts"] == 6
     assert results[2]["figures"]["chance"] == 50 and 0 <= results[2]["figures"]["top-1"] <= 100
+
+
+def test_models_side_by_side_and_the_report(
+    clip: Path, root: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file of vectors, of another image order, stands beside the model that made them, with the same figures."""
+    model, out = open_dual(str(clip), "cpu"), tmp_path / "out"
+    images, _, _ = both(model, pictures)
+    captions = [c for r in list(open_records(pictures / "captions.jsonl"))[:8] for c in r.captions]
+    names = [f"flickr30k-images/{n}.png" for n in range(8)]
+    file = tmp_path / "theirs.npz"
+
+    def save(count: int) -> None:
+        order = list(range(count))[::-1]
+        np.savez(
+            file, images=3 * images[order].numpy(), image_names=[names[n] for n in order],
+            texts=model.encode_text(captions).numpy(), captions=captions,
+        )  # fmt: skip
+
+    save(8)
+    command = ["evaluate", str(clip), "--benchmarks", "flickr30k", "--root", str(root), "--out", str(out)]
+    assert main([*command, "--against", str(file)]) == 0
+    ours, theirs = json.loads((out / "results.json").read_text())["results"]
+    assert ours["model"] == str(clip) and theirs["model"] == str(file)
+    for key in ("I2T", "T2I", "I2T interval", "T2I chance"):
+        assert ours["rows"][0][key] == theirs["rows"][0][key]
+    assert theirs["rows"][0]["cut"] is None and ours["rows"][0]["cut"] > 0
+    page, said = (out / "report.html").read_text(), (out / "report.md").read_text()
+    assert page.count("<svg") >= 2 and page.count("data:image/jpeg") >= 5 * 6
+    assert "right: " in page and "wrong: " in page and "<script" not in page
+    assert "paper: Llama3-8B-CC | 92.0" in said and f"{clip} above {file} | +0.0" in said
+    assert f"above the paper's Llama3-8B-CC | {ours['rows'][0]['I2T']['R@1'] - 92.0:+.1f}" in said
+    save(7)
+    capsys.readouterr()
+    assert main([*command, "--against", str(file)]) == 1
+    said = capsys.readouterr().err
+    assert "no vector of 1 of 8 images" in said and "7.png for one" in said
+    np.savez(file, images=images.numpy())
+    assert main([*command, "--against", str(file)]) == 1
+    assert "no array 'image_names'" in capsys.readouterr().err
+
+
+def test_a_folder_of_ones_own_and_its_probe(clip: Path, pictures: Path, tmp_path: Path) -> None:
+    """Colours told apart by a probe: as by scikit-learn on the same vectors."""
+    from sklearn.linear_model import LogisticRegression
+
+    folder, parts = tmp_path / "mine", {"train": [], "test": []}
+    for n in range(36):
+        part, label = ("test" if n % 3 == 0 else "train"), f"colour_{n // 18}"
+        place = folder / part / label
+        place.mkdir(parents=True, exist_ok=True)
+        Image.open(pictures / f"{n}.png").save(place / f"{n:02}.png")
+        parts[part].append((place / f"{n:02}.png", n // 18))
+    names = ["--benchmarks", f"folder:{folder}", "--evaluate.linear_probe", "true"]
+    assert main(["evaluate", str(clip), *names, "--out", str(tmp_path / "out")]) == 0
+    [found] = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    figures = found["figures"]
+    assert found["images"] == 12 and figures["chance"] == 50
+    model = open_dual(str(clip), "cpu")
+
+    def encoded(part: str) -> tuple[np.ndarray, list[int]]:
+        pictures = [model.transform(load(file)) for file, _ in parts[part]]
+        return model.encode_pictures(pictures).numpy(), [label for _, label in parts[part]]
+
+    probe = LogisticRegression(C=figures["its C"], max_iter=1000).fit(*encoded("train"))
+    assert figures["linear probe"] == pytest.approx(100 * probe.score(*encoded("test")))
+
+
+def _evaluate_without_leaving(command: list[str]) -> None:
+    """What the command does, but for parting from the other process, which `distributed` does."""
+    parser, verbs = build()
+    given = parser.instantiate(parser.parse_args(command))
+    verbs[given.subcommand](given[given.subcommand])
+
+
+def test_two_processes_give_the_figures_of_one(clip: Path, root: Path, tmp_path: Path) -> None:
+    command = ["evaluate", str(clip), "--benchmarks", "flickr30k", "winoground", "--root", str(root)]
+    assert main([*command, "--out", str(tmp_path / "one")]) == 0
+    distributed(2, _evaluate_without_leaving, [*command, "--out", str(tmp_path / "two")])
+    one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
+    assert one == two
 
 
 def test_what_is_not_there(clip: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

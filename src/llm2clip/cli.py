@@ -129,13 +129,18 @@ def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], list[str]]]
         nargs="?",
         type=str,
         help="model folder or hub id; or one to compare with: a transformers model of images and texts, "
-        "open_clip:NAME/PRETRAINED, st:NAME (sentence-transformers); not needed with --captions alone",
+        "open_clip:NAME/PRETRAINED, st:NAME (sentence-transformers), FILE.npz of vectors; not needed with --captions",
     )
     sub.add_argument("data", nargs="*", type=str, help=f"{DATA_HELP}; without splits, what a fit of it holds out")
+    sub.add_argument("--against", nargs="+", type=str, help="other models in the same tables")
     sub.add_argument("--captions", nargs="+", type=str, help="sources of captions for caption retrieval (CRA)")
-    sub.add_argument("--benchmarks", nargs="+", type=str, help="public ones by name, see `llm2clip benchmarks`; or all")
+    sub.add_argument(
+        "--benchmarks", nargs="+", type=str, help="public ones by name, see `llm2clip benchmarks`; all; folder:PATH"
+    )
     sub.add_argument("--root", type=str, default="benchmarks", help="folder that holds the benchmarks' folders")
-    sub.add_argument("--out", type=str, help="folder for results.json, and for vectors, which are then made once")
+    sub.add_argument(
+        "--out", type=str, help="folder for report.html, results.json, and vectors, which are then made once"
+    )
     _reading(sub)
     sub.add_class_arguments(EncoderRecipe, "encoder")
     sub.add_class_arguments(EvaluateRecipe, "evaluate")
@@ -245,23 +250,20 @@ def _plan(given: Namespace) -> list[str]:
 
 
 def _evaluate(given: Namespace) -> list[str]:
-    from llm2clip.stages import benchmarks_stage, evaluate_stage
+    from llm2clip.evaluation import evaluate
 
-    captions, out = given.captions or [], Path(given.out) if given.out else None
-    names, root = given.benchmarks or [], Path(given.root)
-    if names:
-        benchmarks_stage(given.model, names, root, out, given.evaluate, given.max_skipped)
-    if not names or given.data or captions or given.evaluate.data:
-        evaluate_stage(
-            given.model,
-            given.data or [],
-            captions,
-            out,
-            given.encoder,
-            given.evaluate,
-            given.columns,
-            given.max_skipped,
-        )
+    evaluate(
+        [m for m in (given.model, *(given.against or [])) if m],
+        given.data or [],
+        given.benchmarks or [],
+        Path(given.root),
+        given.captions or [],
+        Path(given.out) if given.out else None,
+        given.encoder,
+        given.evaluate,
+        given.columns,
+        given.max_skipped,
+    )
     return []
 
 

@@ -285,6 +285,7 @@ class EvaluateRecipe:
         batch: images in a forward pass.
         all_pairs: of captions alone, also let each caption look for any other of its image.
         mistakes: of captions alone, how many of the worst mistakes to print.
+        linear_probe: of classes, also fit logistic regression to the training images.
     """
 
     data: list[str] = field(default_factory=list)
@@ -292,6 +293,7 @@ class EvaluateRecipe:
     batch: int = 64
     all_pairs: bool = False
     mistakes: int = 3
+    linear_probe: bool = False
 
 
 @dataclass

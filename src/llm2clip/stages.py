@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,17 +16,11 @@ from llm2clip.cache.format import check_identity
 from llm2clip.cache.ray_engine import embed_with_ray
 from llm2clip.cache.store import EmbeddingStore, refused_captions
 from llm2clip.cache.upkeep import merge, repair
-from llm2clip.data.captions import unique
-from llm2clip.data.records import KINDS, Record, Source
+from llm2clip.data.records import KINDS, Record
 from llm2clip.data.skips import SkipLog
-from llm2clip.evaluate.benchmarks import Absent
-from llm2clip.evaluate.captions import TextEncoder, caption_accuracy
-from llm2clip.evaluate.measure import measure, named, shown
-from llm2clip.evaluate.model import evaluate_model, validator
-from llm2clip.evaluate.report import RECALL, captions_report, recall_row, table
-from llm2clip.evaluate.vectors import Vectors
-from llm2clip.models.clip_text import ClipText, clip_text, has_text_tower
-from llm2clip.models.dual import open_dual
+from llm2clip.evaluate.captions import TextEncoder
+from llm2clip.evaluate.model import validator
+from llm2clip.models.clip_text import clip_text, has_text_tower
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.models.vision import VisionTower
@@ -112,87 +105,6 @@ def align_stage(
     if processes().is_main_process:
         model.save_pretrained(folder, encoder=open_encoder(encoder))
     return folder
-
-
-def evaluate_stage(
-    model: str | None,
-    data: Sequence[str],
-    captions: Sequence[str],
-    out: Path | None,
-    encoder: EncoderRecipe,
-    recipe: EvaluateRecipe,
-    columns: dict[str, str],
-    max_skipped: float,
-) -> dict[str, Any]:
-    """`llm2clip evaluate`: prints tables and, with `out`, writes out/results.json. The main process does the work.
-
-    Of sources without named splits, the model is tested on what a fit of them holds out.
-
-    Raises:
-        ValueError: there is nothing to evaluate.
-    """
-    if not captions and not (model and (data or recipe.data)):
-        raise ValueError("name a model folder and data to test it on, or --captions and --encoder.path")
-    if not processes().is_main_process:
-        return {}
-    results: dict[str, Any] = {}
-    log = SkipLog(None, max_skipped)
-    if captions:
-        texts = [r.captions for _, r in read(captions, columns, log, "ignore")]
-        text = LLM2CLIP.from_pretrained(model).encoder if model else open_text(encoder)
-        figures = caption_accuracy(texts, text, all_pairs=recipe.all_pairs, mistakes=recipe.mistakes)
-        if isinstance(text, ClipText):
-            figures["truncated"] = text.cut(unique(c for captions in texts for c in captions))
-        results["captions"] = figures
-        say(*captions_report(figures))
-    if model and (data or recipe.data):
-        if all(Source.parse(d).splits for d in data):
-            recipe, data = dataclasses.replace(recipe, data=[*recipe.data, *data]), []
-        records = read_data(data, recipe, columns, log)
-        rows = evaluate_model(Vectors(open_dual(model), log, batch=recipe.batch), records.held_out)
-        results["retrieval"] = rows
-        say(table(RECALL, [recall_row(row) for row in rows]))
-    say(log.summary())
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "results.json").write_text(json.dumps(results, indent=1))
-    return results
-
-
-def benchmarks_stage(
-    model: str | None, names: Sequence[str], root: Path, out: Path | None, recipe: EvaluateRecipe, max_skipped: float
-) -> list[dict[str, Any]]:
-    """`llm2clip evaluate MODEL --benchmarks ...`: prints tables and, with `out`, writes out/benchmarks.json. The main
-    process does the work.
-
-    Raises:
-        ValueError: no model is named, or no benchmark of a name; none of those asked for is there.
-    """
-    if not model:
-        raise ValueError("name the model to measure before --benchmarks")
-    chosen = named(names)
-    if not processes().is_main_process:
-        return []
-    vectors = None
-    results: list[dict[str, Any]] = []
-    missing: list[str] = []
-    for benchmark in chosen:
-        log = SkipLog(None, max_skipped)
-        try:
-            folder = benchmark.find(root)
-            vectors = vectors or Vectors(open_dual(model), log, out / "vectors" if out else None, recipe.batch)
-            vectors.log = log
-            say(f"{benchmark.name}: {folder}")
-            results.append(measure(benchmark, folder, vectors))
-        except Absent as error:
-            missing.append(f"{benchmark.name} is left out: {error}. It takes {benchmark.get}")
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "benchmarks.json").write_text(json.dumps(results, indent=1, ensure_ascii=False))
-    say(*shown(results), *missing)
-    if not results:
-        raise ValueError(f"none of these benchmarks is under {root}: `llm2clip benchmarks --root {root}` says more")
-    return results
 
 
 def store_verb(what: str, given: Any) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +11,37 @@ import torch
 
 from llm2clip.data.captions import unique
 from llm2clip.evaluate.benchmarks import BENCHMARKS, Absent, Benchmark, Choice, Classes, Judged, Malformed
+from llm2clip.evaluate.benchmarks.classes import FOLDER, any_folder
 from llm2clip.evaluate.choice import choices
-from llm2clip.evaluate.classification import accuracy, class_vectors, prompts
+from llm2clip.evaluate.classification import accuracy, class_vectors, linear_probe, prompts
 from llm2clip.evaluate.judged import judged_figures
-from llm2clip.evaluate.model import evaluate_model
-from llm2clip.evaluate.report import RECALL, recall_row, table
-from llm2clip.evaluate.vectors import Vectors
+from llm2clip.evaluate.model import Ranked, measured, row
+from llm2clip.evaluate.report import table
+from llm2clip.evaluate.vectors import VectorSource
 
 
-def measure(benchmark: Benchmark, folder: Path, vectors: Vectors) -> dict[str, Any]:
+@dataclass
+class Measured:
+    """A model on a benchmark.
+
+    Args:
+        figures: what goes into a file: "benchmark" and "kind"; of retrieval "rows", see `evaluate_model`; else
+            "figures" in percent, the numbers of "images" and "texts", and of those that the model "cut".
+        ranked: of retrieval, what the rows were made of, by the kind of caption.
+    """
+
+    figures: dict[str, Any]
+    ranked: dict[str, Ranked] = field(default_factory=dict)
+
+
+def measure(benchmark: Benchmark, folder: Path, vectors: VectorSource, probe: bool = False) -> Measured:
     """A model's figures on one benchmark.
 
     Args:
         benchmark: which.
         folder: of the benchmark.
         vectors: by the model.
-
-    Returns:
-        "benchmark" and "kind"; of retrieval "rows", see `evaluate_model`; else "figures" in percent, the numbers of
-        "images" and "texts", and of those that the model "cut".
+        probe: of classes, fit a linear one, too, where there are training images.
 
     Raises:
         Absent: something is missing in the folder.
@@ -38,17 +51,19 @@ def measure(benchmark: Benchmark, folder: Path, vectors: Vectors) -> dict[str, A
     found: dict[str, Any] = {"benchmark": benchmark.name, "kind": benchmark.kind}
     data = benchmark.read(folder)
     if benchmark.kind == "retrieval":
-        return found | {"rows": evaluate_model(vectors, data)}
+        ranked = measured(vectors, data)
+        return Measured(found | {"rows": [row(vectors, name, some) for name, some in ranked.items()]}, ranked)
     if benchmark.kind == "judged":
         figures, images, texts = _judged(data, vectors)
     elif benchmark.kind == "choice":
         figures, images, texts = _choices(data, vectors)
     else:
-        figures, images, texts = _classes(data, vectors)
-    return found | {"images": images, "texts": len(texts), "cut": vectors.cut(texts), "figures": figures}
+        train = benchmark.train(folder) if probe and benchmark.train is not None else None
+        figures, images, texts = _classes(data, vectors, train)
+    return Measured(found | {"images": images, "texts": len(texts), "cut": vectors.cut(texts), "figures": figures})
 
 
-def _judged(data: Judged, vectors: Vectors) -> tuple[dict[str, float], int, list[str]]:
+def _judged(data: Judged, vectors: VectorSource) -> tuple[dict[str, float], int, list[str]]:
     seen, kept = vectors.images(data.images)
     if len(kept) < len(data.images):
         lost = next(str(ref) for n, ref in enumerate(data.images) if n not in set(kept))
@@ -57,7 +72,7 @@ def _judged(data: Judged, vectors: Vectors) -> tuple[dict[str, float], int, list
     return judged_figures(data, seen, vectors.texts(texts)), len(kept), texts
 
 
-def _choices(items: Sequence[Choice], vectors: Vectors) -> tuple[dict[str, float], int, list[str]]:
+def _choices(items: Sequence[Choice], vectors: VectorSource) -> tuple[dict[str, float], int, list[str]]:
     refs = list({ref.key: ref for item in items for ref in item.images}.values())
     texts = unique(caption for item in items for caption in item.captions)
     seen, kept = vectors.images(refs)
@@ -67,24 +82,32 @@ def _choices(items: Sequence[Choice], vectors: Vectors) -> tuple[dict[str, float
     return choices(whole, image, text), len(image), texts
 
 
-def _classes(classes: Classes, vectors: Vectors) -> tuple[dict[str, float], int, list[str]]:
+def _classes(classes: Classes, vectors: VectorSource, train: Classes | None) -> tuple[dict[str, float], int, list[str]]:
     seen, kept = vectors.images(classes.images)
     texts = prompts(classes)
     found = class_vectors(vectors.texts(texts), len(classes.names))
     figures = accuracy(seen, [classes.labels[i] for i in kept], found)
     counts = torch.bincount(torch.tensor([classes.labels[i] for i in kept]))
-    return figures | {"chance": 100.0 / int((counts > 0).sum())}, len(kept), texts
+    figures["chance"] = 100.0 / int((counts > 0).sum())
+    if train is not None:
+        if list(train.names) != list(classes.names):
+            raise Malformed("the training images are of other classes than those tested, or in another order")
+        known, of = vectors.images(train.images)
+        fitted = linear_probe(known, [train.labels[i] for i in of], seen, [classes.labels[i] for i in kept])
+        figures |= {"linear probe": fitted["top-1"], "its C": fitted["C"]}
+    return figures, len(kept), texts
 
 
 def named(names: Sequence[str]) -> list[Benchmark]:
-    """The benchmarks of these names; "all" is every one.
+    """The benchmarks of these names; "all" is every public one, folder:PATH one's own folder of classes.
 
     Raises:
         ValueError: there is none of a name.
     """
-    if unknown := [name for name in names if name not in BENCHMARKS and name != "all"]:
-        raise ValueError(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}, and all")
-    return [b for b in BENCHMARKS.values() if "all" in names or b.name in names]
+    own = [any_folder(name.removeprefix(FOLDER)) for name in names if name.startswith(FOLDER)]
+    if unknown := [n for n in names if n not in BENCHMARKS and n != "all" and not n.startswith(FOLDER)]:
+        raise ValueError(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}, all, and {FOLDER}PATH")
+    return [*(b for b in BENCHMARKS.values() if "all" in names or b.name in names), *own]
 
 
 def listed(root: Path) -> list[str]:
@@ -99,22 +122,3 @@ def listed(root: Path) -> list[str]:
         rows.append([benchmark.name, benchmark.kind, benchmark.about, where])
     lines = [table(["benchmark", "kind", "what it is", f"under {root}"], rows)]
     return [*lines, *(["How to get the others:", *missing] if missing else [])]
-
-
-def shown(results: Sequence[dict[str, Any]]) -> list[str]:
-    """Tables to print, one a kind of benchmark."""
-    lines = []
-    rows = [(found["benchmark"], row) for found in results if found["kind"] == "retrieval" for row in found["rows"]]
-    if rows:
-        cells = [[name, *recall_row(row), _share(row["cut"], row["texts"])] for name, row in rows]
-        lines.append(table(["benchmark", *RECALL, "cut"], cells))
-    for found in results:
-        if found["kind"] != "retrieval":
-            header = ["benchmark", "images", *found["figures"], "cut"]
-            cells = [found["benchmark"], found["images"], *found["figures"].values()]
-            lines.append(table(header, [[*cells, _share(found["cut"], found["texts"])]]))
-    return lines
-
-
-def _share(cut: int | None, texts: int) -> str:
-    return "not known" if cut is None else f"{100 * cut / max(1, texts):.1f}% of the texts" if cut else "none"

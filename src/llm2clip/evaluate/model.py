@@ -15,7 +15,7 @@ from llm2clip.data.records import Record
 from llm2clip.data.skips import SkipLog
 from llm2clip.evaluate.ranks import two_way_ranks
 from llm2clip.evaluate.retrieval import figures, recall
-from llm2clip.evaluate.vectors import Vectors
+from llm2clip.evaluate.vectors import Vectors, VectorSource
 from llm2clip.models.dual import DualEncoder, of_model
 from llm2clip.models.llm2clip import LLM2CLIP
 
@@ -54,7 +54,7 @@ class Ranked:
         return [caption for record in self.records for caption in record.captions]
 
 
-def rank(vectors: Vectors, fields: Mapping[str, Sequence[Record]]) -> dict[str, Ranked]:
+def rank(vectors: VectorSource, fields: Mapping[str, Sequence[Record]]) -> dict[str, Ranked]:
     """Rank each kind of caption that has any.
 
     Args:
@@ -77,7 +77,7 @@ def rank(vectors: Vectors, fields: Mapping[str, Sequence[Record]]) -> dict[str, 
     return ranked
 
 
-def evaluate_model(vectors: Vectors, fields: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
+def evaluate_model(vectors: VectorSource, fields: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
     """Retrieval on each kind of caption.
 
     Args:
@@ -93,7 +93,7 @@ def evaluate_model(vectors: Vectors, fields: Mapping[str, Sequence[Record]]) -> 
     return [row(vectors, name, ranked) for name, ranked in measured(vectors, fields).items()]
 
 
-def measured(vectors: Vectors, fields: Mapping[str, Sequence[Record]]) -> dict[str, Ranked]:
+def measured(vectors: VectorSource, fields: Mapping[str, Sequence[Record]]) -> dict[str, Ranked]:
     """The same as `rank`, but an error where there is nothing."""
     ranked = rank(vectors, fields)
     if not ranked:
@@ -101,7 +101,7 @@ def measured(vectors: Vectors, fields: Mapping[str, Sequence[Record]]) -> dict[s
     return ranked
 
 
-def row(vectors: Vectors, name: str, ranked: Ranked) -> dict[str, Any]:
+def row(vectors: VectorSource, name: str, ranked: Ranked) -> dict[str, Any]:
     """One kind of caption in figures."""
     captions = ranked.captions
     counts = {"images": len(ranked.records), "texts": len(captions), "cut": vectors.cut(captions)}

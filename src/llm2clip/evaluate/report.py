@@ -46,14 +46,6 @@ def captions_report(figures: dict[str, Any]) -> list[str]:
     return lines
 
 
-RECALL = ("captions", "images", "texts", *(f"{way} {k}" for way in ("I2T", "T2I") for k in KS))
-
-
-def recall_row(row: dict[str, Any]) -> list[Any]:
-    """What stands under `RECALL` of one kind of caption."""
-    return [row["captions"], row["images"], row["texts"], *(row[way][k] for way in ("I2T", "T2I") for k in KS)]
-
-
 def retrieval_table(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> str:
     """Recall of the untrained and of the trained model, kind of caption by kind, beside chance."""
     rows: list[list[Any]] = []

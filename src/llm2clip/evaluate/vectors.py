@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,24 @@ from llm2clip.data.refs import ImageRef
 from llm2clip.data.skips import SkipLog
 from llm2clip.models.dual import DualEncoder
 from llm2clip.models.identity import fingerprint
+
+
+class VectorSource(Protocol):
+    """Whatever has vectors of images and texts, (N, width) float32, L2-normalised, on the CPU."""
+
+    log: SkipLog
+
+    def images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
+        """Of those images that can be decoded, and which they are."""
+        ...
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Of texts, in their order."""
+        ...
+
+    def cut(self, texts: Sequence[str]) -> int | None:
+        """How many of some texts are longer than the model's window, and lose their end; None where nobody can say."""
+        ...
 
 
 class Vectors:
@@ -62,5 +81,4 @@ class Vectors:
         return torch.from_numpy(store.take(store.rows(texts)))
 
     def cut(self, texts: Sequence[str]) -> int | None:
-        """How many of some texts are longer than the model's window, and lose their end; None where nobody can say."""
         return self.model.cut(texts)

@@ -68,6 +68,7 @@ class Benchmark:
         folders: where it is looked for under a root, the first that is there.
         read: from its folder; raises `Absent` or `Malformed`.
         get: how to get it.
+        train: of classes, the images that a linear probe learns from; raises likewise.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Benchmark:
     folders: tuple[str, ...]
     read: Callable[[Path], Any]
     get: str
+    train: Callable[[Path], Classes] | None = None
 
     def find(self, root: Path) -> Path:
         """Its folder under a root.

@@ -21,19 +21,22 @@ from llm2clip.evaluate.benchmarks.base import Absent, Benchmark, Classes, Malfor
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a close-up photo of a {}.", "a photo of the {}.")
 NAMES_FILE, TEMPLATES_FILE = "classnames.txt", "templates.txt"
+FOLDER = "folder:"
 
 
-def folder_of_classes(folder: Path) -> Classes:
-    """Folders of images, one a class. `classnames.txt` beside them, "FOLDER<tab>NAME" a line, gives names; else they
-    are the folders', with blanks for underscores. `templates.txt` has a sentence with {} a line.
+def folder_of_classes(folder: Path, part: str = "") -> Classes:
+    """Folders of images, one a class, in `folder` or in its folder `part`. `classnames.txt` in `folder`,
+    "FOLDER<tab>NAME" a line, gives names; else they are the folders', with blanks for underscores. `templates.txt` has
+    a sentence with {} a line.
 
     Raises:
         Absent: there is no folder with images.
         Malformed: a name or a template is missing.
     """
-    parts = sorted(p for p in folder.iterdir() if p.is_dir() and any(_images(p)))
+    place = folder / part
+    parts = sorted(p for p in place.iterdir() if p.is_dir() and any(_images(p))) if place.is_dir() else []
     if not parts:
-        raise Absent(f"{folder} has no folders with images, one a class")
+        raise Absent(f"{place} has no folders with images, one a class")
     names = {p.name: p.name.replace("_", " ") for p in parts}
     if (folder / NAMES_FILE).exists():
         pairs = [line.split("\t") for line in text_lines(folder / NAMES_FILE)]
@@ -49,6 +52,23 @@ def folder_of_classes(folder: Path) -> Classes:
         if wrong := [t for t in templates if "{}" not in t]:
             raise Malformed(f"{folder / TEMPLATES_FILE}: no {{}} for the name in {wrong[0]!r}")
     return _of_folders(parts, [names[p.name] for p in parts], templates)
+
+
+def any_folder(name: str) -> Benchmark:
+    """A benchmark of one's own: a folder of classes, or one with such folders test/ (or val/) and train/ in it."""
+
+    def read(folder: Path) -> Classes:
+        return folder_of_classes(folder, next((p for p in ("test", "val") if (folder / p).is_dir()), ""))
+
+    return Benchmark(
+        FOLDER + name,
+        "classification",
+        "a folder of images a class",
+        (name,),
+        read,
+        "folders of images, one a class",
+        lambda folder: folder_of_classes(folder, "train"),
+    )
 
 
 def _images(folder: Path) -> list[Path]:
@@ -73,8 +93,11 @@ def _imagenet_names() -> tuple[list[str], list[str], list[str]]:
 
 def _imagenet(folder: Path) -> Classes:
     """`val/WNID/*.JPEG`; variants (Sketch, A, R) have those of their classes among which they are told apart."""
+    return _by_id(folder / "val" if (folder / "val").is_dir() else folder)
+
+
+def _by_id(root: Path) -> Classes:
     ids, names, templates = _imagenet_names()
-    root = folder / "val" if (folder / "val").is_dir() else folder
     parts = [root / name for name in ids if (root / name).is_dir()]
     if not parts:
         raise Absent(f"{root} has no folders named by WordNet ids, such as n01440764")
@@ -115,12 +138,14 @@ class _Bordered(FileImage):
         return stream
 
 
-def _cifar(folder: Path, file: str, names: str, skipped: int) -> Classes:
+def _cifar(folder: Path, files: Sequence[str], names: str, skipped: int) -> Classes:
     """Rows of labels, then 1,024 red, green and blue bytes; of CIFAR-100 the first label is the coarse one."""
-    data = np.fromfile(first(folder, file), np.uint8)
-    if len(data) % (skipped + 1 + 3072):
-        raise Malformed(f"{folder / file}: {len(data):,} bytes are no whole number of images")
-    rows = data.reshape(-1, skipped + 1 + 3072)
+    parts = {file: np.fromfile(first(folder, file), np.uint8) for file in files}
+    for file, data in parts.items():
+        if len(data) % (skipped + 1 + 3072):
+            raise Malformed(f"{folder / file}: {len(data):,} bytes are no whole number of images")
+    file = ", ".join(files)
+    rows = np.concatenate(list(parts.values())).reshape(-1, skipped + 1 + 3072)
     classes = [name.replace("_", " ") for name in text_lines(first(folder, names))]
     labels = rows[:, skipped].astype(int).tolist()
     if labels and max(labels) >= len(classes):
@@ -135,11 +160,19 @@ def _cifar(folder: Path, file: str, names: str, skipped: int) -> Classes:
 
 
 def _cifar10(folder: Path) -> Classes:
-    return _cifar(folder, "test_batch.bin", "batches.meta.txt", 0)
+    return _cifar(folder, ["test_batch.bin"], "batches.meta.txt", 0)
+
+
+def _cifar10_train(folder: Path) -> Classes:
+    return _cifar(folder, [f"data_batch_{n}.bin" for n in range(1, 6)], "batches.meta.txt", 0)
 
 
 def _cifar100(folder: Path) -> Classes:
-    return _cifar(folder, "test.bin", "fine_label_names.txt", 1)
+    return _cifar(folder, ["test.bin"], "fine_label_names.txt", 1)
+
+
+def _cifar100_train(folder: Path) -> Classes:
+    return _cifar(folder, ["train.bin"], "fine_label_names.txt", 1)
 
 
 BENCHMARKS = (
@@ -149,7 +182,9 @@ BENCHMARKS = (
         "50,000 images, 1,000 classes",
         ("imagenet", "ImageNet", "imagenet-1k"),
         _imagenet,
-        "val/WNID/*.JPEG: ILSVRC2012_img_val.tar (image-net.org) sorted into folders by class",
+        "val/WNID/*.JPEG: ILSVRC2012_img_val.tar (image-net.org) sorted into folders by class; for a linear probe "
+        "train/ too",
+        lambda folder: _by_id(first(folder, "train")),
     ),
     Benchmark(
         "imagenet-v2",
@@ -198,6 +233,7 @@ BENCHMARKS = (
         ("cifar10", "cifar-10-batches-bin"),
         _cifar10,
         "cifar-10-binary.tar.gz (cs.toronto.edu/~kriz/cifar.html)",
+        _cifar10_train,
     ),
     Benchmark(
         "cifar100",
@@ -206,5 +242,6 @@ BENCHMARKS = (
         ("cifar100", "cifar-100-binary"),
         _cifar100,
         "cifar-100-binary.tar.gz (cs.toronto.edu/~kriz/cifar.html)",
+        _cifar100_train,
     ),
 )

@@ -1,0 +1,129 @@
+"""What is behind a recall: how it grows with k and with the length of a caption, and pictures that were found."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
+
+from llm2clip.data.images import ImageError, load
+from llm2clip.evaluate.model import Ranked
+from llm2clip.evaluate.page import Shot, Shots
+from llm2clip.evaluate.plots import length_bins
+from llm2clip.evaluate.retrieval import intervals
+
+FIRST = 50  # ranks of the curve
+SIDE = 168  # pixels of a thumbnail
+BEST = 5  # pictures shown of a query
+
+
+@dataclass
+class Details:
+    """Of one model on one kind of caption.
+
+    Args:
+        curves: R@1 to R@50 in percent, of I2T and T2I.
+        unit: in what captions are measured: words, or characters where they are not parted.
+        bins: ranges of lengths, from and to.
+        by_length: T2I R@1 of captions of those lengths, with the ends of its interval.
+        matrix: cosines of some images (columns) and the first caption of each (rows).
+        found: queries evenly spread over the captions, with what they found.
+        failures: those whose image came last, likewise.
+    """
+
+    curves: dict[str, list[float]]
+    unit: str
+    bins: list[tuple[int, int]]
+    by_length: list[tuple[float, float, float]]
+    matrix: Tensor
+    found: list[Shots] = field(default_factory=list)
+    failures: list[Shots] = field(default_factory=list)
+
+
+def details(ranked: Ranked, queries: int = 6, most: int = 20) -> Details:
+    """
+    Args:
+        ranked: what was ranked.
+        queries: of each kind that are shown with pictures; 0 shows none.
+        most: images of the matrix.
+    """
+    captions = ranked.captions
+    unit, lengths = length_of(captions)
+    bins = length_bins(lengths)
+    spread = torch.linspace(0, len(ranked.records) - 1, min(most, len(ranked.records))).long()
+    first = torch.tensor([int((ranked.image_of_text == i).nonzero()[0]) for i in spread])
+    return Details(
+        {"I2T": curve(ranked.of_image), "T2I": curve(ranked.of_text)},
+        unit,
+        bins,
+        by_length(ranked, lengths, bins),
+        ranked.texts[first] @ ranked.images[spread].T,
+        [shots(ranked, t) for t in torch.linspace(0, len(captions) - 1, queries).long().tolist()] if queries else [],
+        [shots(ranked, t) for t in worst(ranked, queries)],
+    )
+
+
+def curve(ranks: Tensor) -> list[float]:
+    """R@1 to R@50 in percent."""
+    counts = torch.bincount(ranks.clamp(max=FIRST), minlength=FIRST + 1)[:FIRST]
+    shares: list[float] = (100 * counts.cumsum(0).double() / len(ranks)).tolist()
+    return shares
+
+
+def length_of(captions: Sequence[str]) -> tuple[str, list[int]]:
+    """How long captions are: in words, or in characters where most are one word (Chinese, Japanese)."""
+    words = [len(caption.split()) for caption in captions]
+    if sorted(words)[len(words) // 2] <= 2 < sorted(map(len, captions))[len(captions) // 2] / 3:
+        return "characters", [len(caption) for caption in captions]
+    return "words", words
+
+
+def by_length(
+    ranked: Ranked, lengths: Sequence[int], bins: Sequence[tuple[int, int]]
+) -> list[tuple[float, float, float]]:
+    """T2I R@1 of the captions in each bin, with the ends of its interval."""
+    length, found = torch.tensor(lengths), []
+    for low, high in bins:
+        chosen = (length >= low) & (length <= high)
+        ranks = ranked.of_text[chosen]
+        ends = intervals(ranks, ranked.image_of_text[chosen], (1,))["R@1"]
+        found.append((100 * float((ranks < 1).double().mean()), *ends))
+    return found
+
+
+def worst(ranked: Ranked, count: int) -> list[int]:
+    """Captions of different images whose own image has the highest rank."""
+    chosen: dict[int, int] = {}
+    for t in ranked.of_text.argsort(descending=True, stable=True).tolist():
+        if len(chosen) == count or ranked.of_text[t] == 0:
+            break
+        chosen.setdefault(int(ranked.image_of_text[t]), t)
+    return list(chosen.values())
+
+
+def shots(ranked: Ranked, text: int) -> Shots:
+    """The pictures that a caption found, and its own where it is not among them."""
+    own, rank = int(ranked.image_of_text[text]), int(ranked.of_text[text])
+    scores = ranked.images @ ranked.texts[text]
+    best = scores.topk(min(BEST, len(scores))).indices.tolist()
+    shown = [_shot(ranked, i, i == own, f"{n}. cosine {float(scores[i]):.2f}") for n, i in enumerate(best, 1)]
+    if own not in best:
+        shown.append(_shot(ranked, own, True, f"{rank + 1}. cosine {float(scores[own]):.2f}"))
+    return Shots(ranked.captions[text], shown)
+
+
+def _shot(ranked: Ranked, image: int, right: bool, line: str) -> Shot:
+    ref = ranked.records[image].image
+    try:
+        picture = to_pil_image(load(ref)) if ref is not None else Image.new("RGB", (1, 1))
+    except (ImageError, OSError):  # there when it was encoded, or of a file of vectors
+        picture = Image.new("RGB", (SIDE, SIDE), (128, 128, 128))
+    picture.thumbnail((2 * SIDE, SIDE))
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=82)
+    return Shot(stream.getvalue(), right, line)

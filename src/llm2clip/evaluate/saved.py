@@ -1,0 +1,81 @@
+"""Vectors that some other program made, in a file: a competitor that need not run here.
+
+np.savez("theirs.npz", images=vectors, image_names=paths, texts=vectors, captions=strings)
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm2clip.data.refs import ImageRef
+from llm2clip.data.skips import SkipLog
+
+ARRAYS = ("images", "image_names", "texts", "captions")
+
+
+class SavedVectors:
+    """Of images (N, width) by their names, and of texts (M, width) by what they say.
+
+    An image is looked for by its whole path, then without its first folder, and so on to its bare name.
+    """
+
+    def __init__(self, file: Path, log: SkipLog) -> None:
+        """
+        Raises:
+            ValueError: the file is not such a file; the message says what is wrong.
+        """
+        self.file, self.log = file, log
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                if lacking := [name for name in ARRAYS if name not in arrays]:
+                    raise ValueError(f"no array {lacking[0]!r}; it takes {', '.join(ARRAYS)}")
+                images, names, texts, captions = (arrays[name] for name in ARRAYS)
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{file}: {error}") from error
+        for what, vectors, keys in (("images", images, names), ("texts", texts, captions)):
+            if vectors.ndim != 2 or keys.ndim != 1 or len(vectors) != len(keys):
+                raise ValueError(f"{file}: {what} are {vectors.shape}, for {keys.shape} names")
+        if images.shape[1] != texts.shape[1]:
+            raise ValueError(f"{file}: images are {images.shape[1]} wide, texts {texts.shape[1]}")
+        self._images, self._texts = (F.normalize(torch.from_numpy(v).float(), dim=-1) for v in (images, texts))
+        self._names = {PurePosixPath(str(name)).as_posix(): n for n, name in enumerate(names)}
+        self._captions = {str(caption): n for n, caption in enumerate(captions)}
+
+    def images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
+        """
+        Raises:
+            ValueError: the file lacks an image.
+        """
+        rows = [self._row(ref) for ref in refs]
+        if lacking := [str(ref) for ref, row in zip(refs, rows, strict=True) if row is None]:
+            raise ValueError(
+                f"{self.file} has no vector of {len(lacking):,} of {len(refs):,} images, {lacking[0]} for one"
+            )
+        return self._images[torch.tensor(rows)], list(range(len(refs)))
+
+    def _row(self, ref: ImageRef) -> int | None:
+        parts = PurePosixPath(str(ref).replace("!", "/")).parts
+        names = ("/".join(parts[start:]).replace("//", "/") for start in range(len(parts)))
+        return next((self._names[name] for name in names if name in self._names), None)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """
+        Raises:
+            ValueError: the file lacks a text.
+        """
+        rows = [self._captions.get(text) for text in texts]
+        if lacking := [text for text, row in zip(texts, rows, strict=True) if row is None]:
+            raise ValueError(
+                f"{self.file} has no vector of {len(lacking):,} of {len(texts):,} texts, {lacking[0]!r} for one"
+            )
+        return self._texts[torch.tensor(rows)]
+
+    def cut(self, texts: Sequence[str]) -> int | None:
+        return None
