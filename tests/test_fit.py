@@ -151,6 +151,8 @@ def test_stages_one_at_a_time_and_evaluate(pictures: Path, llm: Path, tmp_path: 
                  "--out", str(out)]) == 0  # fmt: skip
     results = json.loads((out / "results.json").read_text())
     assert results["captions"]["images"] == 36
+    report = (out / "report.md").read_text()
+    assert "paper: Llama3-8B-CC, COCO | 73.0" in report and f"run | {results['captions']['CRA']:.1f}" in report
     assert {r["captions"] for r in results["results"][0]["rows"]} == {"captions", "long_captions"}
     # without a split, what a fit of the data holds out: here its val
     assert main(["evaluate", str(tmp_path / "run/model"), data, "--out", str(tmp_path / "again")]) == 0

@@ -14,6 +14,7 @@ from conftest import distributed
 from llm2clip.cli import build, main
 from llm2clip.data.images import load
 from llm2clip.data.records import open_records
+from llm2clip.evaluation import short
 from llm2clip.models.dual import open_dual
 from test_benchmarks import put
 from test_dual import both
@@ -97,14 +98,14 @@ def test_models_side_by_side_and_the_report(
     command = ["evaluate", str(clip), "--benchmarks", "flickr30k", "--root", str(root), "--out", str(out)]
     assert main([*command, "--against", str(file)]) == 0
     ours, theirs = json.loads((out / "results.json").read_text())["results"]
-    assert ours["model"] == str(clip) and theirs["model"] == str(file)
+    assert ours["model"] == clip.name and theirs["model"] == "theirs.npz"
     for key in ("I2T", "T2I", "I2T interval", "T2I chance"):
         assert ours["rows"][0][key] == theirs["rows"][0][key]
     assert theirs["rows"][0]["cut"] is None and ours["rows"][0]["cut"] > 0
     page, said = (out / "report.html").read_text(), (out / "report.md").read_text()
     assert page.count("<svg") >= 2 and page.count("data:image/jpeg") >= 5 * 6
     assert "right: " in page and "wrong: " in page and "<script" not in page
-    assert "paper: Llama3-8B-CC | 92.0" in said and f"{clip} above {file} | +0.0" in said
+    assert "paper: Llama3-8B-CC | 92.0" in said and f"{clip.name} above theirs.npz | +0.0" in said
     assert f"above the paper's Llama3-8B-CC | {ours['rows'][0]['I2T']['R@1'] - 92.0:+.1f}" in said
     save(7)
     capsys.readouterr()
@@ -114,6 +115,14 @@ def test_models_side_by_side_and_the_report(
     np.savez(file, images=images.numpy())
     assert main([*command, "--against", str(file)]) == 1
     assert "no array 'image_names'" in capsys.readouterr().err
+
+
+def test_names_for_tables(tmp_path: Path) -> None:
+    for name in ("a/model", "b/model", "b/other/model"):
+        (tmp_path / name).mkdir(parents=True)
+    paths = [str(tmp_path / n) for n in ("a/model", "b/model", "b")]
+    assert short(paths[:2]) == ["a", "b"] and short([paths[0], "st:some/model"]) == ["a", "st:some/model"]
+    assert short(paths) == paths  # "b" would stand twice
 
 
 def test_a_folder_of_ones_own_and_its_probe(clip: Path, pictures: Path, tmp_path: Path) -> None:

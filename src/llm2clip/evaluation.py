@@ -15,7 +15,7 @@ from llm2clip.data.records import Source
 from llm2clip.data.skips import SkipLog
 from llm2clip.evaluate.benchmarks import Absent, Benchmark
 from llm2clip.evaluate.captions import caption_accuracy
-from llm2clip.evaluate.comparison import Result, blocks
+from llm2clip.evaluate.comparison import Result, blocks, caption_blocks
 from llm2clip.evaluate.details import details
 from llm2clip.evaluate.measure import measure, named
 from llm2clip.evaluate.page import Block, Command, Heading, Table, Text, markdown, write_page
@@ -81,6 +81,7 @@ def evaluate(
         figures = _caption_retrieval(models, captions, encoder, recipe, columns, log)
         found["captions"] = figures
         say(*captions_report(figures))
+        report += caption_blocks(short(models or [encoder.path])[0], figures)
     if asked:
         benchmarks = [*_own(data, recipe, columns, log), *named(names)]
         results = _results(models, benchmarks, root, out, recipe, log)
@@ -93,9 +94,8 @@ def evaluate(
     if out is not None and processes().is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").write_text(json.dumps(found, indent=1, ensure_ascii=False))
-        if asked:
-            _, page = write_page(out, "report", f"{Path(models[0]).name or models[0]}, measured", report)
-            say(f"Report: {page}")
+        title = f"{short(models or [encoder.path])[0]}, measured"
+        say(f"Report: {write_page(out, 'report', title, report)[1]}")
     return found
 
 
@@ -136,6 +136,7 @@ def _results(
 ) -> Mapping[str, list[Result]]:
     """By benchmark, model by model; what is absent is said, once."""
     found: dict[str, list[Result]] = {}
+    names = short(models)
     places: list[tuple[Path, Benchmark]] = []
     for benchmark in benchmarks:
         try:
@@ -154,8 +155,15 @@ def _results(
                 continue
             wanted = out is not None and processes().is_main_process
             shown = {k: details(r, queries=6 if n == 0 else 0) for k, r in measured.ranked.items()} if wanted else {}
-            found.setdefault(benchmark.name, []).append(Result(model, measured.figures, shown))
+            found.setdefault(benchmark.name, []).append(Result(names[n], measured.figures, shown))
     return found
+
+
+def short(models: Sequence[str]) -> list[str]:
+    """Names for tables: of a path its last part, or of RUN/model the run's; whole where two would be the same."""
+    names = [Path(m).parent.name if Path(m).name == "model" and Path(m).parent.name else Path(m).name for m in models]
+    found = [name if Path(m).exists() else m for m, name in zip(models, names, strict=True)]
+    return found if len(set(found)) == len(found) else list(models)
 
 
 def open_vectors(model: str, log: SkipLog, out: Path | None, batch: int) -> VectorSource:

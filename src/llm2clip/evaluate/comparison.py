@@ -10,7 +10,7 @@ from llm2clip.evaluate import plots
 from llm2clip.evaluate.benchmarks import Benchmark
 from llm2clip.evaluate.details import FIRST, Details
 from llm2clip.evaluate.page import Block, Heading, Plot, Table, Text
-from llm2clip.evaluate.paper import of_paper
+from llm2clip.evaluate.paper import CRA, of_paper
 from llm2clip.evaluate.report import KS
 
 WAYS = ("I2T", "T2I")
@@ -46,6 +46,28 @@ def blocks(benchmark: Benchmark, results: Sequence[Result]) -> list[Block]:
         if seen:
             found += pictures(seen)
     return found
+
+
+def caption_blocks(name: str, figures: dict[str, Any]) -> list[Block]:
+    """Caption retrieval beside the paper's, on COCO's 5,000 images, and what was confused most.
+
+    Args:
+        name: of the text encoder.
+        figures: as of `caption_accuracy`.
+    """
+    low, high = figures["CRA interval"]
+    rows: list[list[Any]] = [[f"paper: {model}, COCO", cra, None, 5000] for model, cra in CRA.items()]
+    rows.append([name, figures["CRA"], f"{low:.1f} to {high:.1f}", figures["images"]])
+    rows.append(["chance", figures["chance"], None, figures["images"]])
+    mistakes = [
+        [m["caption"], m["found"], m["right"], f"{m['found cosine']:.2f} / {m['right cosine']:.2f}"]
+        for m in figures.get("mistakes", ())
+    ]
+    return [
+        Heading("CRA: the first two captions of each image find each other"),
+        Table(["", "CRA, %", "95%", "images"], rows, frozenset([len(CRA)])),
+        *([Table(["caption", "found", "should have found", "cosines"], mistakes)] if mistakes else []),
+    ]
 
 
 def recall_table(rows: Sequence[tuple[Result, dict[str, Any]]], paper: dict[str, tuple[float, ...]]) -> Table:

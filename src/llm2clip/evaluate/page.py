@@ -29,14 +29,16 @@ p { max-width: 48rem; margin: .5rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; color: var(--dim); border-bottom-width: 2px; }
-td.number { text-align: right; white-space: nowrap; }
+td { white-space: nowrap; } td:first-child, td.long { white-space: normal; min-width: 12rem; }
+td:first-child.number { min-width: 0; } td.number { text-align: right; }
 tr.strong td { font-weight: 600; background: var(--soft); }
 code, pre { font: .85rem/1.5 ui-monospace, monospace; background: var(--soft); border-radius: 4px; }
 code { padding: .1rem .3rem; }
 pre { padding: .6rem .8rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
 .so { color: var(--so); font-weight: 600; } .dim { color: var(--dim); }
-figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; color: var(--dim); }
+figure { display: inline-block; vertical-align: top; max-width: 100%; margin: 1rem 1.5rem 1rem 0; }
+figure svg { max-width: 100%; height: auto; color: var(--dim); }
 figcaption { color: var(--dim); font-size: .85rem; }
 .query { margin: 1.25rem 0 .25rem; max-width: 60rem; }
 .shots { display: flex; flex-wrap: wrap; gap: .5rem; }
@@ -179,7 +181,11 @@ def _table(table: Table) -> str:
         cells = []
         for value in row:
             text = cell(value)
-            kinds = [moods.get(text, ""), "number" if re.fullmatch(r"[-+±–×x., \d%]+", text) else ""]
+            kinds = [
+                moods.get(text, ""),
+                "long" if len(text) > 30 else "",
+                "number" if re.fullmatch(r"[-+±–×x., \d%]+", text) else "",
+            ]
             names = " ".join(kind for kind in kinds if kind)
             cells.append(f'<td class="{names}">{_inline(text)}</td>' if names else f"<td>{_inline(text)}</td>")
         strong = ' class="strong"' if n in table.strong else ""

@@ -70,6 +70,8 @@ def matrix(scores: Tensor, xlabel: str, ylabel: str) -> str:
     figure, axes = _axes(4.2, 3.8)
     shown = axes.imshow(scores.numpy(), cmap="magma_r", interpolation="nearest")
     axes.grid(False)
+    axes.set_xticks([])
+    axes.set_yticks([])
     axes.set(xlabel=xlabel, ylabel=ylabel)
     bar = figure.colorbar(shown, ax=axes, shrink=0.85)
     bar.ax.tick_params(colors=GREY, labelsize=8)
