@@ -364,7 +364,7 @@ class ReproduceRecipe:
     tower: str = "efficientnet-lite0"
     image_size: int = 160
     width: int = 256
-    steps: int = 100
+    steps: int = 60
     batch: int = 128
     lr: float = 4e-4
     larger_lr: float = 1e-3
