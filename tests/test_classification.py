@@ -90,3 +90,10 @@ def test_sugarcrepe_is_averaged_over_its_files() -> None:
     items = [Choice(str(n), kind, (ref,), (a, b)) for n, (kind, a, b) in enumerate(pairs)]
     found = choices(items, {ref.key: torch.tensor([1.0])}, text)
     assert found == pytest.approx({"add_att": 100 / 3, "swap_obj": 100.0, "mean": 200 / 3})
+
+
+def test_a_probe_on_few_images() -> None:
+    """Five classes of three: a fifth of them cannot hold one of each."""
+    vectors = random(15, 4)
+    found = linear_probe(vectors, [n % 5 for n in range(15)], vectors, [n % 5 for n in range(15)])
+    assert 0 <= found["top-1"] <= 100

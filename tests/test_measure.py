@@ -14,7 +14,10 @@ from conftest import distributed
 from llm2clip.cli import build, main
 from llm2clip.data.images import load
 from llm2clip.data.records import open_records
-from llm2clip.evaluation import short
+from llm2clip.data.refs import FileImage
+from llm2clip.data.skips import SkipLog
+from llm2clip.evaluate.page import short
+from llm2clip.evaluate.saved import SavedVectors
 from llm2clip.models.dual import open_dual
 from test_benchmarks import put
 from test_dual import both
@@ -109,12 +112,62 @@ def test_models_side_by_side_and_the_report(
     assert f"above the paper's Llama3-8B-CC | {ours['rows'][0]['I2T']['R@1'] - 92.0:+.1f}" in said
     save(7)
     capsys.readouterr()
-    assert main([*command, "--against", str(file)]) == 1
-    said = capsys.readouterr().err
+    assert main([*command, "--against", str(file)]) == 0  # the first model's figures are there
+    said = capsys.readouterr().out
     assert "no vector of 1 of 8 images" in said and "7.png for one" in said
     np.savez(file, images=images.numpy())
     assert main([*command, "--against", str(file)]) == 1
     assert "no array 'image_names'" in capsys.readouterr().err
+
+
+def test_what_a_file_of_vectors_may_not_be(tmp_path: Path) -> None:
+    file = tmp_path / "theirs.npz"
+
+    def saved(names: list[str], texts: np.ndarray) -> SavedVectors:
+        np.savez(file, images=np.eye(len(names), 3), image_names=names, texts=texts, captions=["x"])
+        return SavedVectors(file, SkipLog())
+
+    found = saved(["cat/1.jpg", "wow!.jpg"], np.ones((1, 3)))
+    vectors, kept = found.images([FileImage("/a/wow!.jpg"), FileImage("/a/b/cat/1.jpg")])
+    assert kept == [0, 1] and vectors.tolist() == [[0, 1, 0], [1, 0, 0]]
+    with pytest.raises(ValueError, match=r"one vector for /train/cat/1.jpg and /test/cat/1.jpg"):
+        found.images([FileImage("/train/cat/1.jpg"), FileImage("/test/cat/1.jpg")])
+    with pytest.raises(ValueError, match="no vector of 1 of 1 texts"):
+        found.texts(["y"])
+    with pytest.raises(ValueError, match="some are the same"):
+        saved(["1.jpg", "1.jpg"], np.ones((1, 3)))
+    with pytest.raises(ValueError, match="not finite"):
+        saved(["1.jpg"], np.full((1, 3), np.nan))
+    with pytest.raises(ValueError, match="images are 3 wide, texts 2"):
+        saved(["1.jpg"], np.ones((1, 2)))
+
+
+def test_one_that_fails_does_not_take_the_others_with_it(
+    clip: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model without some of the vectors, a benchmark with a broken picture, and one without training images."""
+    out, file = tmp_path / "out", tmp_path / "theirs.npz"
+    np.savez(file, images=np.eye(1, 3), image_names=["1.png"], texts=np.eye(1, 3), captions=["x"])
+    folder = tmp_path / "mine/cat"
+    folder.mkdir(parents=True)
+    for n in range(30):
+        Image.new("RGB", (8, 8), (n, 0, 0)).save(folder / f"{n}.png")
+    (folder / "broken.png").write_bytes(b"\x89PNG")
+    names = ["--benchmarks", "flickr30k", f"folder:{tmp_path / 'mine'}", "--root", str(root), "--out", str(out)]
+    command = ["evaluate", str(clip), *names, "--against", str(file), "--evaluate.linear_probe", "true"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "theirs.npz on flickr30k is left out" in said and "no linear probe: " in said
+    results = json.loads((out / "results.json").read_text())["results"]
+    assert [(r["model"], r["benchmark"].partition(":")[0]) for r in results] == [
+        (clip.name, "flickr30k"),
+        (clip.name, "folder"),
+    ]
+    assert results[1]["images"] == 30 and "linear probe" not in results[1]["figures"]
+    assert "1 of 31 rows skipped (undecodable image: 1)" in (out / "report.md").read_text()
+    (folder / "worse.png").write_bytes(b"")
+    assert main(command) == 0
+    assert "over the limit of 5.0%" in capsys.readouterr().out
 
 
 def test_names_for_tables(tmp_path: Path) -> None:
@@ -123,6 +176,7 @@ def test_names_for_tables(tmp_path: Path) -> None:
     paths = [str(tmp_path / n) for n in ("a/model", "b/model", "b")]
     assert short(paths[:2]) == ["a", "b"] and short([paths[0], "st:some/model"]) == ["a", "st:some/model"]
     assert short(paths) == paths  # "b" would stand twice
+    assert short([paths[0]] * 2) == [paths[0], f"{paths[0]} (2)"]
 
 
 def test_a_folder_of_ones_own_and_its_probe(clip: Path, pictures: Path, tmp_path: Path) -> None:
@@ -170,7 +224,7 @@ def test_what_is_not_there(clip: Path, root: Path, capsys: pytest.CaptureFixture
     assert main(["evaluate", str(clip), "--benchmarks", "flickr31k", "--root", str(root)]) == 1
     assert "there are flickr30k, coco" in capsys.readouterr().err
     assert main(["evaluate", str(clip), "--benchmarks", "docci", "--root", str(root)]) == 1
-    assert "none of these benchmarks is under" in capsys.readouterr().err
+    assert "none of these benchmarks could be measured" in capsys.readouterr().err
     assert main(["evaluate", "--benchmarks", "docci", "--root", str(root)]) == 1
     assert "name the model" in capsys.readouterr().err
     assert main(["benchmarks", "--root", str(root)]) == 0

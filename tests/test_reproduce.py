@@ -12,7 +12,17 @@ from PIL import Image
 from conftest import make_llm
 from llm2clip.cli import main
 from llm2clip.evaluate.page import Command, Heading, Plot, Shot, Shots, Table, Text, html, markdown
-from llm2clip.reproduce.claims import ALIKE, HOLDS, REVERSED, WAY, Claim, compare, interval
+from llm2clip.reproduce.claims import (
+    ALIKE,
+    HOLDS,
+    REVERSED,
+    UNTESTED,
+    WAY,
+    Claim,
+    Comparison,
+    compare,
+    interval,
+)
 from llm2clip.reproduce.data import glosses, halves, sentences
 
 
@@ -66,6 +76,8 @@ def test_all_claims_and_again(
     row = next(row for row in claims[2]["rows"] if row[0].endswith("of captions"))
     other = json.loads((out / "ranks/cc-0-captions.json").read_text())
     assert row[1] == pytest.approx(100 * (hits + sum(rank < 1 for rank in other["of_image"])) / 12)
+    found = [rank < 1 for some in (ranks, other) for rank in some["of_text"]]  # two or three captions an image
+    assert row[2] == pytest.approx(100 * sum(found) / len(found))
     page = (out / "report.html").read_text()
     assert "<script" not in page and "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
     assert "6. With the cached teacher" in (out / "report.md").read_text()
@@ -85,35 +97,62 @@ def test_all_claims_and_again(
 def test_a_claim_without_its_data_is_said_to_be_untested(
     pictures: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--claims", "4", "--reproduce.foreign", "captions_yy"]
-    assert main(command(pictures, models, tmp_path / "run", *given)) == 0
-    said = capsys.readouterr().out
-    assert "claim 4 is not tested" in said and "no column 'captions_yy'" in said
+    run = command(pictures, models, tmp_path / "run", "--reproduce.foreign", "captions_yy", "--claims")
+    assert main([*run, "4"]) == 1
+    assert "no claim could be tested: 4: " in capsys.readouterr().err
+    assert main([*run, "1", "4"]) == 0
+    assert "claim 4 is not tested" in capsys.readouterr().out
+    report = (tmp_path / "run/report.md").read_text()
+    assert "| not tested |" in report and "no column 'captions_yy'" in report
     assert main(command(pictures, models, tmp_path / "other", "--claims", "7")) == 1
     assert "no claim 7" in capsys.readouterr().err
 
 
 def test_verdicts() -> None:
-    """Two hundred images, of which so many are found."""
+    """Two hundred images, of which so many are found, by one seed."""
 
     def found(count: int, start: int = 0) -> torch.Tensor:
-        values = torch.zeros(200, dtype=torch.float64)
-        values[start : start + count] = 1
+        values = torch.zeros(1, 200, dtype=torch.float64)
+        values[:, start : start + count] = 1
         return values
 
-    assert compare("a", "b", "R@1", found(20), found(100)).verdict == HOLDS
-    assert compare("a", "b", "R@1", found(100), found(20)).verdict == REVERSED
-    assert compare("a", "b", "R@1", found(50), found(60)).verdict == WAY  # the same images and ten more
-    assert compare("a", "b", "R@1", found(50), found(60, start=100)).verdict == ALIKE  # others: chance could do it
-    middle, low, high = interval(found(50))
-    spread = 1.96 * (0.25 * 0.75 / 200) ** 0.5
-    assert (middle, low, high) == pytest.approx((25, 100 * (0.25 - spread), 100 * (0.25 + spread)), abs=0.8)
-    claim = Claim(1, "", "")
-    assert claim.verdict == "not run"
-    claim.comparisons = [compare("a", "b", "", found(20), found(100)), compare("a", "b", "", found(50), found(60))]
-    assert claim.verdict == "holds in part"
-    assert Claim(1, "", "", comparisons=claim.comparisons[:1]).verdict == HOLDS
-    assert Claim(1, "", "", comparisons=claim.comparisons[1:]).verdict == "points that way"
+    def compared(low: torch.Tensor, high: torch.Tensor) -> Comparison:
+        return compare("a", "b", "R@1", low, high)
+
+    apart, back = compared(found(20), found(100)), compared(found(100), found(20))
+    way = compared(found(50), found(60))  # the same images and ten more
+    alike = compared(found(50), found(60, start=100))  # others: chance could do it
+    assert [c.verdict for c in (apart, back, way, alike)] == [HOLDS, REVERSED, WAY, ALIKE]
+    assert compared(found(0), found(1)).verdict == ALIKE  # none of 200 may be up to three
+    assert compared(found(0), found(12)).verdict == HOLDS
+    for comparisons, verdict in (
+        ([], UNTESTED),
+        ([apart], HOLDS),
+        ([way], WAY),
+        ([alike], ALIKE),
+        ([back], "does not hold"),
+        ([apart, back], "holds in part"),
+        ([apart, way], "holds in part"),
+        ([way, alike], ALIKE),
+        ([way, back], "does not hold"),
+    ):
+        assert Claim(1, comparisons=comparisons).verdict == verdict
+
+
+def test_intervals_of_images_and_of_seeds() -> None:
+    """By the binomial's spread where seeds agree; wider where they do not."""
+    values = torch.zeros(1, 200, dtype=torch.float64)
+    values[:, :50] = 1
+    spread = 196 * (0.25 * 0.75 / 200) ** 0.5
+    assert interval(values) == pytest.approx((25, 25 - spread, 25 + spread), abs=0.8)
+    assert interval(values.repeat(3, 1)) == pytest.approx(interval(values), abs=1e-9)
+    seeds = values.repeat(3, 1)
+    seeds[0] = 0
+    seeds[2, 50:100] = 1
+    middle, low, high = interval(seeds)
+    assert middle == 25 and high - low > 1.5 * 2 * spread
+    assert interval(torch.zeros(2, 100)) == (0.0, 0.0, 3.0)
+    assert interval(torch.ones(2, 100)) == (100.0, 97.0, 100.0)
 
 
 def test_texts_that_are_made() -> None:

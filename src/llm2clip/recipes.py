@@ -381,7 +381,7 @@ class RecipeChanged(ValueError):
 # What may differ when a run goes on: it changes how long the work takes, not what comes out.
 FREE = (
     *("workers", "checkpoint_every", "batch_tokens", "shard_size", "max_skipped", "grad_cache", "micro_batch"),
-    *("recompute", "compile", "track"),
+    *("recompute", "compile", "track", "linear_probe", "cost_images", "cost_steps"),
 )
 
 

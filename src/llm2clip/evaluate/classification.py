@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -78,10 +79,9 @@ def linear_probe(
     from sklearn.model_selection import train_test_split
 
     x, y = train.numpy(), np.asarray(train_labels)
-    counts = np.bincount(y)
-    part = train_test_split(
-        x, y, test_size=0.2, random_state=seed, stratify=y if counts[counts > 0].min() > 1 else None
-    )
+    counts = np.unique(y, return_counts=True)[1]
+    every = counts.min() > 1 and math.ceil(0.2 * len(y)) >= len(counts)  # a fifth holds an image of each class
+    part = train_test_split(x, y, test_size=0.2, random_state=seed, stratify=y if every else None)
     inner, held, inner_labels, held_labels = part
 
     def fitted(c: float, images: np.ndarray, labels: np.ndarray) -> LogisticRegression:

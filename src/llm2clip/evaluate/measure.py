@@ -18,6 +18,7 @@ from llm2clip.evaluate.judged import judged_figures
 from llm2clip.evaluate.model import Ranked, measured, row
 from llm2clip.evaluate.report import table
 from llm2clip.evaluate.vectors import VectorSource
+from llm2clip.processes import say
 
 
 @dataclass
@@ -58,9 +59,21 @@ def measure(benchmark: Benchmark, folder: Path, vectors: VectorSource, probe: bo
     elif benchmark.kind == "choice":
         figures, images, texts = _choices(data, vectors)
     else:
-        train = benchmark.train(folder) if probe and benchmark.train is not None else None
-        figures, images, texts = _classes(data, vectors, train)
+        figures, images, texts = _classes(data, vectors, _training(benchmark, folder) if probe else None)
     return Measured(found | {"images": images, "texts": len(texts), "cut": vectors.cut(texts), "figures": figures})
+
+
+def _training(benchmark: Benchmark, folder: Path) -> Classes | None:
+    """What a linear probe learns from, where there is something."""
+    try:
+        train = benchmark.train(folder) if benchmark.train is not None else None
+    except Absent as error:
+        say(f"{benchmark.name}: no linear probe: {error}")
+        return None
+    if train is None or len(set(train.labels)) < 2:
+        say(f"{benchmark.name}: no linear probe: it takes training images of two classes")
+        return None
+    return train
 
 
 def _judged(data: Judged, vectors: VectorSource) -> tuple[dict[str, float], int, list[str]]:

@@ -1,6 +1,6 @@
 """A report as a list of blocks, written twice: as markdown, and as one HTML page that needs no other file.
 
-Everything that comes from data is escaped; the page holds no script.
+Everything that comes from data is escaped in the page, which holds no script.
 """
 
 from __future__ import annotations
@@ -121,6 +121,20 @@ def write_page(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> 
         part.replace(file)
         written.append(file)
     return written[0], written[1]
+
+
+def short(paths: Sequence[str]) -> list[str]:
+    """Names for tables: of a path its last part, or of RUN/model and RUN/encoder the run's; whole where two would be
+    the same, and numbered where they are."""
+    found = []
+    for name in paths:
+        path = Path(name)
+        last = path.resolve().parent.name if path.name in ("model", "encoder") else path.resolve().name
+        found.append(last if last and path.exists() else name)
+    if len(set(found)) < len(found):
+        found = list(paths)
+    again = [found[:n].count(name) for n, name in enumerate(found)]
+    return [f"{name} ({times + 1})" if times else name for name, times in zip(found, again, strict=True)]
 
 
 def cell(value: Any) -> str:

@@ -44,7 +44,7 @@ def positive_ranks(
     """
     if any(len(p) == 0 for p in positives):
         raise ValueError(f"query {next(i for i, p in enumerate(positives) if len(p) == 0)} has no right answer")
-    _check_finite(queries, items)
+    check_finite(queries, items)
     wide = min(tile, len(items))
 
     def against(q: Tensor, lo: int) -> Tensor:
@@ -103,7 +103,7 @@ def two_way_ranks(
     counts = torch.bincount(owner, minlength=len(images))
     if len(counts) > len(images) or not counts.all():
         raise ValueError(f"{len(images)} images: each needs a text, and each text one of them")
-    _check_finite(images, texts)
+    check_finite(images, texts)
     device = torch.device(device or images.device)
     order = None if (owner[1:] >= owner[:-1]).all() else owner.argsort(stable=True)
     owner = (owner if order is None else owner[order]).to(device)
@@ -161,7 +161,8 @@ def _reach(scores: Tensor, best: Tensor) -> Tensor:
     return torch.ge(scores, best, out=torch.empty_like(scores))
 
 
-def _check_finite(*vectors: Tensor) -> None:
+def check_finite(*vectors: Tensor) -> None:
+    """Raises ValueError if a number is not finite: nothing is above NaN, and so a broken model would be the best."""
     for some in vectors:
         if not all(torch.isfinite(part).all() for part in some.split(8192)):
             raise ValueError("a vector is not finite: the model is broken, and its recall would mean nothing")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llm2clip.data.refs import ImageRef
 from llm2clip.data.skips import SkipLog
+from llm2clip.evaluate.ranks import check_finite
 
 ARRAYS = ("images", "image_names", "texts", "captions")
 
@@ -29,7 +30,7 @@ class SavedVectors:
     def __init__(self, file: Path, log: SkipLog) -> None:
         """
         Raises:
-            ValueError: the file is not such a file; the message says what is wrong.
+            ValueError: the file is not such a file, or a vector is not finite; the message says what is wrong.
         """
         self.file, self.log = file, log
         try:
@@ -45,25 +46,35 @@ class SavedVectors:
         if images.shape[1] != texts.shape[1]:
             raise ValueError(f"{file}: images are {images.shape[1]} wide, texts {texts.shape[1]}")
         self._images, self._texts = (F.normalize(torch.from_numpy(v).float(), dim=-1) for v in (images, texts))
+        check_finite(self._images, self._texts)
         self._names = {PurePosixPath(str(name)).as_posix(): n for n, name in enumerate(names)}
         self._captions = {str(caption): n for n, caption in enumerate(captions)}
+        if len(self._names) < len(names):
+            raise ValueError(f"{file}: of {len(names):,} image_names some are the same; give more of their paths")
 
     def images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
         """
         Raises:
-            ValueError: the file lacks an image.
+            ValueError: the file lacks an image, or has one vector for two.
         """
         rows = [self._row(ref) for ref in refs]
         if lacking := [str(ref) for ref, row in zip(refs, rows, strict=True) if row is None]:
             raise ValueError(
                 f"{self.file} has no vector of {len(lacking):,} of {len(refs):,} images, {lacking[0]} for one"
             )
+        taken: dict[int | None, ImageRef] = {}
+        for ref, row in zip(refs, rows, strict=True):
+            if taken.setdefault(row, ref).key != ref.key:
+                raise ValueError(f"{self.file} has one vector for {taken[row]} and {ref}: give more of their paths")
         return self._images[torch.tensor(rows)], list(range(len(refs)))
 
     def _row(self, ref: ImageRef) -> int | None:
-        parts = PurePosixPath(str(ref).replace("!", "/")).parts
-        names = ("/".join(parts[start:]).replace("//", "/") for start in range(len(parts)))
-        return next((self._names[name] for name in names if name in self._names), None)
+        for path in (PurePosixPath(str(ref)), PurePosixPath(str(ref).replace("!", "/"))):  # a tar's member after it
+            for start in range(len(path.parts)):
+                name = PurePosixPath(*path.parts[start:]).as_posix()
+                if name in self._names:
+                    return self._names[name]
+        return None
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """

@@ -14,6 +14,7 @@ from llm2clip.cache.features import embed_images, embed_texts, encode_images, im
 from llm2clip.data.captions import unique
 from llm2clip.data.refs import ImageRef
 from llm2clip.data.skips import SkipLog
+from llm2clip.evaluate.ranks import check_finite
 from llm2clip.models.dual import DualEncoder
 from llm2clip.models.identity import fingerprint
 
@@ -59,26 +60,33 @@ class Vectors:
 
         Raises:
             TooManySkipped: too many cannot.
+            ValueError: a vector is not finite.
         """
+        self.log.seen = max(self.log.seen, len(refs))  # of a benchmark nobody counted rows
         if self.folder is not None:
             store = embed_images(
                 refs, self.model, self.identity, self.folder / "images", self.log, dtype="float32", batch=self.batch
             )
             rows = store.find(image_keys(refs))
-            return torch.from_numpy(store.take(rows[rows >= 0])), (rows >= 0).nonzero()[0].tolist()
+            return self._finite(torch.from_numpy(store.take(rows[rows >= 0]))), (rows >= 0).nonzero()[0].tolist()
         with tqdm(total=len(refs), desc="images", unit="image", disable=not self.progress) as bar:
             found = encode_images(refs, self.model, self.log, bar, self.batch)
         self.log.check()
-        return found
+        return self._finite(found[0]), found[1]
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Of texts, in their order."""
         if self.folder is None:
-            return self.model.encode_text(texts, self.progress)
+            return self._finite(self.model.encode_text(texts, self.progress))
         store = embed_texts(
             unique(texts), self.model.encode_text, self.model.width, self.identity, self.folder / "texts"
         )
-        return torch.from_numpy(store.take(store.rows(texts)))
+        return self._finite(torch.from_numpy(store.take(store.rows(texts))))
 
     def cut(self, texts: Sequence[str]) -> int | None:
         return self.model.cut(texts)
+
+    @staticmethod
+    def _finite(vectors: Tensor) -> Tensor:
+        check_finite(vectors)
+        return vectors

@@ -49,9 +49,8 @@ def step_times(lab: Lab, name: str) -> dict[str, Any]:
         them under "steps"; "images" and "captions" of a step; "parameters" of what is trained, in millions, by way.
     """
     recipe, records = lab.recipe, lab.sets.train
-    count = min(recipe.cost_images, len(records))
-    chosen = records[:count]
-    texts = [r.captions[0] for r in chosen]
+    chosen = [r for r in records if r.texts][: recipe.cost_images]
+    texts, count = [r.texts[0] for r in chosen], len(chosen)
     store, encoder = lab.store(name, [t for r in records for t in r.texts]), lab.encoder(name)
     model = new_model(lab.align_recipe(0), store)
     reuse_memory(model.device)

@@ -12,6 +12,7 @@ from llm2clip.data.pairs import Captions, Pair
 from llm2clip.data.records import Record
 from llm2clip.data.skips import SkipLog
 from llm2clip.data.text_pairs import open_pairs
+from llm2clip.processes import say
 from llm2clip.recipes import EvaluateRecipe, ReproduceRecipe, TuneRecipe
 from llm2clip.split import Data, only, read, read_data, tuning_sources
 
@@ -37,7 +38,7 @@ class Sets:
     def tune(self) -> list[Captions]:
         """Captions by image, and two long ones of each that has four: its first captions joined, and its last."""
         sources = [str(self.folder / s) for s in self.recipe.tune]
-        excluded = [str(self.folder / s) for s in self.recipe.exclude]
+        excluded = [str(self.folder / s) for s in [*self.recipe.exclude, *self.recipe.test, *self.recipe.cra]]
         (items,) = tuning_sources(Data([], {}, ""), TuneRecipe(data=sources, exclude=excluded), {}, self.log)
         return [dataclasses.replace(i, long=i.long or halves(i.short)) for i in items if isinstance(i, Captions)]
 
@@ -55,11 +56,14 @@ class Sets:
 
     @cached_property
     def train(self) -> list[Record]:
-        """Images to align with; the captions of one joined are its long caption, where it has no other."""
-        return [
-            dataclasses.replace(r, long_captions=r.long_captions or joined(r.captions))
-            for r in self._read(self.recipe.train)
-        ]
+        """Images to align with, none of them tested on; the captions of one joined are its long caption, where it has
+        no other."""
+        tested = {r.image.key for r in self._read([*self.recipe.test, *self.recipe.dense]) if r.image is not None}
+        found = [r for r in self._read(self.recipe.train) if r.image is not None]
+        kept = [r for r in found if r.image is not None and r.image.key not in tested]
+        if len(kept) < len(found):
+            say(f"{len(found) - len(kept):,} images left out of training since they are tested on")
+        return [dataclasses.replace(r, long_captions=r.long_captions or joined(r.captions)) for r in kept]
 
     @cached_property
     def short(self) -> list[Record]:

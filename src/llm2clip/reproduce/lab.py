@@ -29,7 +29,8 @@ from llm2clip.cache.store import EmbeddingStore
 from llm2clip.data.captions import unique
 from llm2clip.data.pairs import Item
 from llm2clip.evaluate.captions import caption_accuracy
-from llm2clip.evaluate.model import Ranked, rank, with_store
+from llm2clip.evaluate.model import Ranked, measured, with_store
+from llm2clip.evaluate.page import short
 from llm2clip.evaluate.vectors import Vectors
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text import CaptionEncoder
@@ -64,10 +65,12 @@ class Lab:
     def label(self, name: str) -> str:
         """What a caption encoder is called in a table."""
         encoder, tuning = self.encoders[name]
+        paths = [self.recipe.llm, self.recipe.plain, self.recipe.larger]
+        short_name = short(paths)[paths.index(encoder.path)]
         blocks = f", first {encoder.layers} blocks" if encoder.layers else ""
         kind = "captions" if name.endswith("cc") else "general text pairs"
         how = f" after {tuning.steps} steps of {kind}" if tuning else "" if name == "plain" else ", raw"
-        return f"{Path(encoder.path).name}{blocks}{how}"
+        return f"{short_name}{blocks}{how}"
 
     def encoder(self, name: str) -> CaptionEncoder:
         """A caption encoder, tuned first where it is to be."""
@@ -150,18 +153,18 @@ class Lab:
         together = [test] if test in ("captions", "foreign") else list(self.sets.dense)  # are embedded
         store = self.store(name, [t for some in together for r in self.sets.test(some) for t in r.captions])
         vectors = Vectors(with_store(model, store), self.sets.log, self.out / "vectors")
-        return rank(vectors, {test: readable(records, store)})[test]
+        return measured(vectors, {test: readable(records, store)})[test]
 
     def hits(self, name: str, test: str, way: str = "both") -> Tensor:
-        """How often the first answer is right, by image.
+        """How often the first answer is right, by image; their mean is R@1.
 
         Args:
             name: of a caption encoder.
             test: which texts.
-            way: I2T, T2I (the mean over an image's captions), or both, their mean.
+            way: I2T; T2I, the captions that found an image, over how many an image has on average; or both, their mean.
 
         Returns:
-            float64 (images,) between 0 and 1, means over the seeds.
+            float64 (seeds, images).
         """
         parts = []
         for seed in range(self.recipe.seeds):
@@ -173,11 +176,10 @@ class Lab:
 
             found = once(self.out / "ranks" / f"{_file(name)}-{seed}-{_file(test)}.json", measure)
             of_image, of_text, owner = (torch.tensor(found[k]) for k in ("of_image", "of_text", "owner"))
-            counts = torch.bincount(owner, minlength=len(of_image))
             by_text = torch.zeros(len(of_image), dtype=torch.float64).index_add_(0, owner, (of_text < 1).double())
-            sides = {"I2T": (of_image < 1).double(), "T2I": by_text / counts}
+            sides = {"I2T": (of_image < 1).double(), "T2I": by_text * len(of_image) / len(owner)}
             parts.append((sides["I2T"] + sides["T2I"]) / 2 if way == "both" else sides[way])
-        return torch.stack(parts).mean(0)
+        return torch.stack(parts)
 
 
 class _Stored:

@@ -15,12 +15,12 @@ from llm2clip.evaluate import plots
 from llm2clip.evaluate.page import BAD, GOOD, SO, Block, Command, Heading, Plot, Table, Text, write_page
 from llm2clip.processes import once, processes, say
 from llm2clip.recipes import ReproduceRecipe
-from llm2clip.reproduce.claims import ALIKE, CLAIMS, HOLDS, REVERSED, WAY, Claim, Comparison, Interval
+from llm2clip.reproduce.claims import ALIKE, CLAIMS, HOLDS, REVERSED, UNTESTED, WAY, Claim, Comparison, Interval
 from llm2clip.reproduce.data import Sets
 from llm2clip.reproduce.lab import Lab
 from llm2clip.stages import begin
 
-MOODS = {HOLDS: GOOD, WAY: SO, ALIKE: SO, "holds in part": SO, REVERSED: BAD, "does not hold": BAD, "not run": SO}
+MOODS = {HOLDS: GOOD, WAY: SO, ALIKE: SO, "holds in part": SO, REVERSED: BAD, "does not hold": BAD, UNTESTED: SO}
 
 
 def reproduce(data: Path, out: Path, recipe: ReproduceRecipe, claims: Sequence[int], max_skipped: float) -> Path:
@@ -42,17 +42,21 @@ def reproduce(data: Path, out: Path, recipe: ReproduceRecipe, claims: Sequence[i
     if processes().num_processes > 1:
         raise ValueError("reproduce runs in one process: start it without torchrun or accelerate launch")
     log = begin(out, {"data": data, "reproduce": recipe}, max_skipped)
-    lab = Lab(Sets(data, recipe, log), recipe, out)
+    lab, untested = Lab(Sets(data, recipe, log), recipe, out), []
     for number in claims:
         start, file = time.time(), out / "claims" / f"{number}.json"
         try:
             once(file, lambda number=number: dataclasses.asdict(CLAIMS[number](lab)))  # type: ignore[misc]
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             say(f"claim {number} is not tested: {error}")
+            untested.append(Claim(number, notes=[str(error)]))
             continue
         claim = of_json(json.loads(file.read_text()))
         say(f"claim {number}: {claim.verdict} ({(time.time() - start) / 60:.0f} minutes)")
     found = [of_json(json.loads(f.read_text())) for n in CLAIMS if (f := out / "claims" / f"{n}.json").exists()]
+    if not found:
+        raise ValueError("no claim could be tested: " + "; ".join(f"{c.number}: {c.notes[0]}" for c in untested))
+    found = sorted([*found, *untested], key=lambda claim: claim.number)
     command = shlex.join(["llm2clip", *sys.argv[1:]])
     page, whole = write_page(
         out, "report", "Does it hold? The claims of LLM2CLIP, tested here", blocks(found, recipe, command)
@@ -81,12 +85,15 @@ def blocks(claims: Sequence[Claim], recipe: ReproduceRecipe, command: str) -> li
         Text(
             f"Heads learn between a text tower and a frozen vision tower ({recipe.tower}, {recipe.image_size} pixels) "
             f"in {recipe.epochs:g} passes; figures are means of {recipe.seeds} seeds. A comparison holds where the 95% "
-            "intervals of its two sides do not touch (bootstrap of the test images); it points that way where only the "
-            "interval of the difference, image by image, is above zero."
+            "intervals of its two sides do not touch (bootstrap of test images and seeds); it points that way where "
+            "only the interval of the difference, image by image, is above zero."
         ),
     ]
     for claim in claims:
         found += [Heading(f"{claim.number}. {claim.title}"), Text(claim.verdict, MOODS.get(claim.verdict, ""))]
+        if claim.verdict == UNTESTED:
+            found += [Text(note) for note in claim.notes]
+            continue
         found += [Text(f"The paper: {claim.paper}."), Table(claim.header, claim.rows)]
         if claim.curves:
             found.append(
@@ -102,13 +109,21 @@ def blocks(claims: Sequence[Claim], recipe: ReproduceRecipe, command: str) -> li
                     "Bands are 95% intervals.",
                 )
             )
-        header = ["lower", "higher", "of", "lower, 95%", "higher, 95%", "difference, 95%", "verdict"]
+        elif claim.comparisons:
+            sides = {
+                name: figure
+                for c in claim.comparisons
+                for name, figure in ((c.low, c.low_figure), (c.high, c.high_figure))
+            }
+            found.append(Plot(plots.intervals(sides, claim.comparisons[0].of), "Each with its interval."))
+        header = ["lower", "higher", "of", "lower, with interval", "higher, with interval", "difference", "verdict"]
         rows = [
             [c.low, c.high, c.of, *(_figure(i, c.of) for i in (c.low_figure, c.high_figure, c.difference)), c.verdict]
             for c in claim.comparisons
         ]
         found.append(Table(header, rows, moods=moods))
         found += [Text(note) for note in claim.notes]
+        found.append(Text(f"This claim alone: `{command} --claims {claim.number}`"))
     return found
 
 

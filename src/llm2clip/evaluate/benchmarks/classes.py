@@ -55,16 +55,20 @@ def folder_of_classes(folder: Path, part: str = "") -> Classes:
 
 
 def any_folder(name: str) -> Benchmark:
-    """A benchmark of one's own: a folder of classes, or one with such folders test/ (or val/) and train/ in it."""
+    """A benchmark of one's own: a folder of classes, or one with such folders test/ (or val/) and train/ in it.
+
+    Args:
+        name: path of the folder.
+    """
 
     def read(folder: Path) -> Classes:
-        return folder_of_classes(folder, next((p for p in ("test", "val") if (folder / p).is_dir()), ""))
+        return folder_of_classes(folder, next((p for p in ("test", "val") if any(folder.glob(f"{p}/*/"))), ""))
 
     return Benchmark(
         FOLDER + name,
         "classification",
         "a folder of images a class",
-        (name,),
+        (str(Path(name).expanduser().absolute()),),
         read,
         "folders of images, one a class",
         lambda folder: folder_of_classes(folder, "train"),
