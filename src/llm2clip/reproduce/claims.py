@@ -116,7 +116,7 @@ def compare(low: str, high: str, of: str, low_values: Tensor, high_values: Tenso
 
 def _resampled(values: Tensor, side: int = 0, resamples: int = 1000) -> Tensor:
     """Means of images and seeds drawn anew, (resamples,); the images are the same for all sides, the seeds are not."""
-    seeds, images = values.shape
+    (seeds, images), values = values.shape, values.double()
     of_images, of_seeds = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + side)
     found = torch.empty(resamples, dtype=torch.float64)
     for n in range(resamples):
