@@ -97,6 +97,7 @@ class Sets:
         tests = {
             f"{n} sentence{'s' if n > 1 else ''}": [only(r, (" ".join(some[:n]),)) for r, some in parts]
             for n in range(1, 1 + min(len(some) for _, some in parts))
+            if any(len(some) > n for _, some in parts)  # else it is the whole
         }
         return {**tests, "whole": [only(r, (r.long_captions[0],)) for r, _ in parts]}
 
