@@ -26,6 +26,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from llm2clip.reproduce.data import WORDNET, glosses
+
 BASE = [
     *("--encoder.path", "smollm2-135m", "--encoder.layers", "12", "--tune.lora_r", "0", "--tune.lr", "4e-4"),
     *("--tune.batch", "128", "--tune.alike", "32", "--tune.warmup", "0.05"),
@@ -88,21 +90,8 @@ def halves(paragraphs: Path, split: str) -> Iterator[dict[str, Any]]:
 
 def general_pairs() -> Iterator[dict[str, Any]]:
     """A word's definition for the sentence that uses it or for the word; a package's title for its description."""
-    for part in ("noun", "verb", "adj", "adv"):
-        for line in (Path("/usr/share/wordnet") / f"data.{part}").read_text(encoding="latin-1").splitlines():
-            if line.startswith(" "):
-                continue
-            head, _, gloss = line.partition("|")
-            fields = head.split()
-            words = [w.split("(")[0].replace("_", " ") for w in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
-            definition, _, example = gloss.strip().partition('; "')
-            meaning = definition.strip()
-            yield {"query": ", ".join(words), "positive": meaning, "instruction": "Given a word, find its meaning:"}
-            if example:
-                yield {
-                    "query": example.rstrip('"').split('"; "')[0], "positive": f"{words[0]}: {meaning}",
-                    "instruction": "Given a sentence, find the word that it is an example of:",
-                }  # fmt: skip
+    for pair in glosses(WORDNET):
+        yield {"query": pair.first, "positive": pair.second, "instruction": pair.prompt}
     listed = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=True).stdout
     for entry in listed.split("\n\n"):
         found = re.search(r"^Description(?:-en)?: (.+)\n((?: .+\n?)+)", entry, re.MULTILINE)

@@ -15,7 +15,7 @@ from llm2clip.evaluate.benchmarks.classes import FOLDER, any_folder
 from llm2clip.evaluate.choice import choices
 from llm2clip.evaluate.classification import accuracy, class_vectors, linear_probe, prompts
 from llm2clip.evaluate.judged import judged_figures
-from llm2clip.evaluate.model import Ranked, measured, row
+from llm2clip.evaluate.model import Ranked, rank, row
 from llm2clip.evaluate.report import table
 from llm2clip.evaluate.vectors import VectorSource
 from llm2clip.processes import say
@@ -52,7 +52,7 @@ def measure(benchmark: Benchmark, folder: Path, vectors: VectorSource, probe: bo
     found: dict[str, Any] = {"benchmark": benchmark.name, "kind": benchmark.kind}
     data = benchmark.read(folder)
     if benchmark.kind == "retrieval":
-        ranked = measured(vectors, data)
+        ranked = rank(vectors, data)
         return Measured(found | {"rows": [row(vectors, name, some) for name, some in ranked.items()]}, ranked)
     if benchmark.kind == "judged":
         figures, images, texts = _judged(data, vectors)

@@ -61,6 +61,9 @@ def rank(vectors: VectorSource, fields: Mapping[str, Sequence[Record]]) -> dict[
         vectors: of any model; images that cannot be decoded are left out, counted and listed in its log.
         fields: name of the kind (captions, captions_zh, ...) to records that carry it; an image that stands in
             several kinds is encoded once.
+
+    Raises:
+        ValueError: there is none.
     """
     refs = list({r.image.key: r.image for f in fields.values() for r in f if r.image is not None}.values())
     found, kept = vectors.images(refs)
@@ -74,6 +77,8 @@ def rank(vectors: VectorSource, fields: Mapping[str, Sequence[Record]]) -> dict[
         images = found[torch.tensor([of[r.image.key] for r in seen if r.image is not None])]
         texts = vectors.texts([caption for r in seen for caption in r.captions])
         ranked[name] = Ranked(seen, images, texts, image_of_text, *two_way_ranks(images, texts, image_of_text))
+    if not ranked:
+        raise ValueError("no held-out image has a caption: there is nothing to measure")
     return ranked
 
 
@@ -90,15 +95,7 @@ def evaluate_model(vectors: VectorSource, fields: Mapping[str, Sequence[Record]]
     Raises:
         ValueError: there is nothing to measure.
     """
-    return [row(vectors, name, ranked) for name, ranked in measured(vectors, fields).items()]
-
-
-def measured(vectors: VectorSource, fields: Mapping[str, Sequence[Record]]) -> dict[str, Ranked]:
-    """The same as `rank`, but an error where there is nothing."""
-    ranked = rank(vectors, fields)
-    if not ranked:
-        raise ValueError("no held-out image has a caption: there is nothing to measure")
-    return ranked
+    return [row(vectors, name, ranked) for name, ranked in rank(vectors, fields).items()]
 
 
 def row(vectors: VectorSource, name: str, ranked: Ranked) -> dict[str, Any]:
@@ -121,7 +118,7 @@ def validator(
     def measure(model: LLM2CLIP) -> dict[str, float]:
         vectors = Vectors(with_store(model, store), log, batch=batch, progress=False)
         found = {}
-        for name, ranked in measured(vectors, fields).items():
+        for name, ranked in rank(vectors, fields).items():
             for way, ranks in (("I2T", ranked.of_image), ("T2I", ranked.of_text)):
                 found[f"{name} {way} R@1"] = recall(ranks, (1,))["R@1"]
         return {"score": sum(list(found.values())[:2]) / 2, **found}

@@ -296,10 +296,10 @@ def _retrieval_rows(lab: Lab, claim: Claim, names: Sequence[str], test: str) -> 
     """Rows of a claim's table, and the values by image that they are means of."""
     means = {}
     for name in names:
-        means[name] = lab.hits(name, test)
-        sides = [100 * float(lab.hits(name, test, way).mean()) for way in ("I2T", "T2I")]
+        sides = lab.hits(name, test, "I2T"), lab.hits(name, test, "T2I")
+        means[name] = (sides[0] + sides[1]) / 2
         mean, *ends = interval(means[name])
-        claim.rows.append([lab.label(name), *sides, mean, _ends(ends)])
+        claim.rows.append([lab.label(name), *(100 * float(side.mean()) for side in sides), mean, _ends(ends)])
     return means
 
 

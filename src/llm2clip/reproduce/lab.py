@@ -29,7 +29,7 @@ from llm2clip.cache.store import EmbeddingStore
 from llm2clip.data.captions import unique
 from llm2clip.data.pairs import Item
 from llm2clip.evaluate.captions import caption_accuracy
-from llm2clip.evaluate.model import Ranked, measured, with_store
+from llm2clip.evaluate.model import Ranked, rank, with_store
 from llm2clip.evaluate.page import short
 from llm2clip.evaluate.vectors import Vectors
 from llm2clip.models.llm2clip import LLM2CLIP
@@ -153,15 +153,15 @@ class Lab:
         together = [test] if test in ("captions", "foreign") else list(self.sets.dense)  # are embedded
         store = self.store(name, [t for some in together for r in self.sets.test(some) for t in r.captions])
         vectors = Vectors(with_store(model, store), self.sets.log, self.out / "vectors")
-        return measured(vectors, {test: readable(records, store)})[test]
+        return rank(vectors, {test: readable(records, store)})[test]
 
-    def hits(self, name: str, test: str, way: str = "both") -> Tensor:
+    def hits(self, name: str, test: str, way: str) -> Tensor:
         """How often the first answer is right, by image; their mean is R@1.
 
         Args:
             name: of a caption encoder.
             test: which texts.
-            way: I2T; T2I, the captions that found an image, over how many an image has on average; or both, their mean.
+            way: I2T; or T2I, the captions that found an image, over how many an image has on average.
 
         Returns:
             float64 (seeds, images).
@@ -177,8 +177,7 @@ class Lab:
             found = once(self.out / "ranks" / f"{_file(name)}-{seed}-{_file(test)}.json", measure)
             of_image, of_text, owner = (torch.tensor(found[k]) for k in ("of_image", "of_text", "owner"))
             by_text = torch.zeros(len(of_image), dtype=torch.float64).index_add_(0, owner, (of_text < 1).double())
-            sides = {"I2T": (of_image < 1).double(), "T2I": by_text * len(of_image) / len(owner)}
-            parts.append((sides["I2T"] + sides["T2I"]) / 2 if way == "both" else sides[way])
+            parts.append((of_image < 1).double() if way == "I2T" else by_text * len(of_image) / len(owner))
         return torch.stack(parts)
 
 

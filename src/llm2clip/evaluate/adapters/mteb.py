@@ -1,9 +1,11 @@
 """Any model that `open_dual` opens, in mteb.
 
-import mteb
-from llm2clip.evaluate.adapters.mteb import MTEBModel
+    import mteb
+    from llm2clip.evaluate.adapters.mteb import MTEBModel
 
-mteb.evaluate(MTEBModel("runs/mine/model"), mteb.get_tasks(["Flickr30kT2IRetrieval"]))
+    mteb.evaluate(MTEBModel("runs/mine/model"), mteb.get_tasks(["Flickr30kT2IRetrieval"]))
+
+Vectors are compared by their cosine, as mteb's base class does it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
-from mteb.similarity_functions import cos_sim
+from mteb.models.model_meta import ScoringFunction
 from torch.utils.data import DataLoader
 
 from llm2clip.data.images import load
@@ -38,7 +40,7 @@ class MTEBModel(AbsEncoder):
             "name": "/".join(["llm2clip", *parts][-2:]),
             "revision": fingerprint(self.model.identity())[:12],
             "modalities": ["image", "text"],
-            "similarity_fn_name": "cosine",
+            "similarity_fn_name": ScoringFunction.COSINE,
             "embed_dim": self.model.width,
         }
         self.mteb_model_meta = ModelMeta.create_empty(overwrites=facts)
@@ -56,6 +58,3 @@ class MTEBModel(AbsEncoder):
                 raise ValueError(f"a batch with neither text nor image, but {', '.join(batch)}")
             parts.append(F.normalize(torch.stack(sides).sum(0), dim=-1))
         return torch.cat(parts).numpy()
-
-    def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
-        return cos_sim(embeddings1, embeddings2)
