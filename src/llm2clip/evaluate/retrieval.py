@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,25 +36,33 @@ def chance(positives: Sequence[int], items: int, ks: Sequence[int] = KS) -> dict
     return out
 
 
+def redraws(groups: int, resamples: int = 1000) -> Iterator[Tensor]:
+    """How often each group is drawn, float64 (groups,), resample by resample; always the same for as many groups, so
+    that two models' draws pair."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(resamples):
+        yield torch.bincount(torch.randint(groups, (groups,), generator=generator), minlength=groups).double()
+
+
+def ends(means: Tensor, level: float = 0.95) -> Tensor:
+    """Where that share of the resampled means lies (Efron's percentile method): (resamples, ...) to (2, ...)."""
+    return means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), 0)
+
+
 def bootstrap(sums: Tensor, counts: Tensor, level: float = 0.95, resamples: int = 1000) -> Tensor:
-    """Intervals of a mean over groups that are drawn anew, whole (Efron's percentile method).
+    """Intervals of a mean over groups that are drawn anew, whole.
 
     Args:
         sums: (groups, K), of what is averaged, for each of K quantities.
         counts: (groups,), of how many each sum is.
         level: share of the resamples between the ends.
-        resamples: how often groups are drawn; always the same draws for as many groups, so that two models' draws pair.
+        resamples: how often groups are drawn.
 
     Returns:
         The ends, float64 (2, K).
     """
     sums, counts = sums.double()[counts > 0], counts.double()[counts > 0]
-    generator = torch.Generator().manual_seed(0)
-    found = torch.empty(resamples, sums.shape[1], dtype=torch.float64)
-    for n in range(resamples):
-        times = torch.bincount(torch.randint(len(sums), (len(sums),), generator=generator), minlength=len(sums))
-        found[n] = times.double() @ sums / (times.double() @ counts)
-    return found.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), 0)
+    return ends(torch.stack([times @ sums / (times @ counts) for times in redraws(len(sums), resamples)]), level)
 
 
 def intervals(
@@ -71,8 +79,8 @@ def intervals(
     """
     hits = torch.stack([(ranks < k).double() for k in ks], 1)
     sums = hits.new_zeros(int(groups.max()) + 1, len(ks)).index_add_(0, groups, hits)
-    ends = 100 * bootstrap(sums, torch.bincount(groups), level, resamples)
-    return {f"R@{k}": (float(low), float(high)) for k, low, high in zip(ks, *ends.tolist(), strict=True)}
+    reach = 100 * bootstrap(sums, torch.bincount(groups), level, resamples)
+    return {f"R@{k}": (float(low), float(high)) for k, low, high in zip(ks, *reach.tolist(), strict=True)}
 
 
 def figures(of_image: Tensor, of_text: Tensor, image_of_text: Sequence[int] | Tensor) -> dict[str, dict[str, Any]]:

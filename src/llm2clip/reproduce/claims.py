@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.evaluate.paper import CRA, TABLE
+from llm2clip.evaluate.retrieval import ends, redraws
 from llm2clip.reproduce.cost import step_times
 from llm2clip.reproduce.lab import Lab
 
@@ -110,24 +111,23 @@ def compare(low: str, high: str, of: str, low_values: Tensor, high_values: Tenso
     """Of values (seeds, images) of either side, the same images in the same order, each side with seeds of its own."""
     low_ends, high_ends = interval(low_values), interval(high_values)
     middle = 100 * float(high_values.mean() - low_values.mean())
-    ends = _ends_of(_resampled(high_values, 1) - _resampled(low_values))
-    return Comparison(low, high, of, low_ends, high_ends, (middle, *ends))
+    reach = _ends_of(_resampled(high_values, 1) - _resampled(low_values))
+    return Comparison(low, high, of, low_ends, high_ends, (middle, *reach))
 
 
-def _resampled(values: Tensor, side: int = 0, resamples: int = 1000) -> Tensor:
+def _resampled(values: Tensor, side: int = 0) -> Tensor:
     """Means of images and seeds drawn anew, (resamples,); the images are the same for all sides, the seeds are not."""
     (seeds, images), values = values.shape, values.double()
-    of_images, of_seeds = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + side)
-    found = torch.empty(resamples, dtype=torch.float64)
-    for n in range(resamples):
-        times = torch.bincount(torch.randint(images, (images,), generator=of_images), minlength=images).double()
-        chosen = values[torch.randint(seeds, (seeds,), generator=of_seeds)].mean(0)
-        found[n] = chosen @ times / images
-    return found
+    generator = torch.Generator().manual_seed(1 + side)
+
+    def by_image() -> Tensor:
+        return values[torch.randint(seeds, (seeds,), generator=generator)].mean(0)
+
+    return torch.stack([by_image() @ times / images for times in redraws(images)])
 
 
 def _ends_of(means: Tensor) -> tuple[float, float]:
-    low, high = (100 * means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))).tolist()
+    low, high = (100 * ends(means)).tolist()
     return low, high
 
 
@@ -298,8 +298,8 @@ def _retrieval_rows(lab: Lab, claim: Claim, names: Sequence[str], test: str) -> 
     for name in names:
         sides = lab.hits(name, test, "I2T"), lab.hits(name, test, "T2I")
         means[name] = (sides[0] + sides[1]) / 2
-        mean, *ends = interval(means[name])
-        claim.rows.append([lab.label(name), *(100 * float(side.mean()) for side in sides), mean, _ends(ends)])
+        mean, *reach = interval(means[name])
+        claim.rows.append([lab.label(name), *(100 * float(side.mean()) for side in sides), mean, _ends(reach)])
     return means
 
 
