@@ -64,9 +64,10 @@ def test_all_claims_and_again(
     assert sorted(claims) == [1, 2, 3, 4, 5, 6]
     assert [row[0] for row in claims[2]["rows"]] == [
         "llm, first 2 blocks, raw",
-        "plain",
-        "llm, first 2 blocks after 2 steps of general text pairs",
         "llm, first 2 blocks after 2 steps of captions",
+        "larger, raw",
+        "plain",
+        "larger after 2 steps of general text pairs",
         "larger after 2 steps of captions",
     ]
     assert claims[3]["points"] == ["1 sentence", "whole"]

@@ -43,7 +43,7 @@ from llm2clip.train.tune import tune
 
 
 class Lab:
-    """Caption encoders by name: `plain`, `raw`, `tc`, `cc`, `larger raw`, `larger cc`."""
+    """Caption encoders by name: `plain`, `raw`, `cc`, `larger raw`, `larger tc`, `larger cc`."""
 
     def __init__(self, sets: Sets, recipe: ReproduceRecipe, out: Path) -> None:
         self.sets, self.recipe, self.out = sets, recipe, out
@@ -53,13 +53,14 @@ class Lab:
             steps=recipe.steps, batch=recipe.batch, warmup=0.05, alike=32, lengths=[2.0, 0.0, 1.0], merge=True
         )
         whole = dataclasses.replace(every, lr=recipe.lr, lora_r=0)
+        part = dataclasses.replace(every, lr=recipe.larger_lr)
         self.encoders: dict[str, tuple[EncoderRecipe, TuneRecipe | None]] = {
             "plain": (plain, None),
             "raw": (llm, None),
-            "tc": (llm, whole),
             "cc": (llm, whole),
             "larger raw": (larger, None),
-            "larger cc": (larger, dataclasses.replace(every, lr=recipe.larger_lr)),
+            "larger tc": (larger, part),
+            "larger cc": (larger, part),
         }
 
     def label(self, name: str) -> str:
@@ -80,8 +81,8 @@ class Lab:
         folder = self.out / "encoders" / _file(name)
         if not (folder / "encoder").exists():
             say(f"tune: {self.label(name)}")
-            items: Sequence[Item] = self.sets.pairs if name == "tc" else self.sets.tune
-            if name == "tc" and not items:
+            items: Sequence[Item] = self.sets.pairs if name.endswith("tc") else self.sets.tune
+            if not items and name.endswith("tc"):
                 raise ValueError(
                     "no general text pairs: apt-get install wordnet-base, or name some with --reproduce.pairs"
                 )
