@@ -16,9 +16,9 @@ from llm2clip.data.images import load
 from llm2clip.data.records import open_records
 from llm2clip.data.refs import FileImage
 from llm2clip.data.skips import SkipLog
-from llm2clip.evaluate.page import short
 from llm2clip.evaluate.saved import SavedVectors
 from llm2clip.models.dual import open_dual
+from llm2clip.page import short
 from test_benchmarks import put
 from test_dual import both
 from test_dual import clip as clip  # the fixture

@@ -11,7 +11,7 @@ from PIL import Image
 
 from conftest import make_llm
 from llm2clip.cli import main
-from llm2clip.evaluate.page import Command, Heading, Plot, Shot, Shots, Table, Text, html, markdown
+from llm2clip.page import Command, Heading, Plot, Shot, Shots, Table, Text, html, markdown
 from llm2clip.reproduce.claims import (
     ALIKE,
     HOLDS,

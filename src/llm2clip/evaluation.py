@@ -19,13 +19,13 @@ from llm2clip.evaluate.captions import TextEncoder, caption_accuracy
 from llm2clip.evaluate.comparison import Result, blocks, caption_blocks
 from llm2clip.evaluate.details import details
 from llm2clip.evaluate.measure import measure, named
-from llm2clip.evaluate.page import Block, Command, Heading, Table, Text, markdown, short, write_page
 from llm2clip.evaluate.report import captions_report
 from llm2clip.evaluate.saved import SavedVectors
 from llm2clip.evaluate.vectors import Vectors, VectorSource
 from llm2clip.models.clip_text import ClipText, clip_text, has_text_tower
 from llm2clip.models.dual import open_dual
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.page import Block, Command, Heading, Table, Text, markdown, short, write_page
 from llm2clip.processes import processes, say
 from llm2clip.recipes import EncoderRecipe, EvaluateRecipe
 from llm2clip.split import read, read_data

@@ -99,7 +99,10 @@ class Source:
 
 
 def open_records(
-    source: str | os.PathLike[str] | Mapping[str, Any] | Source, log: SkipLog | None = None, images: Images = "header"
+    source: str | os.PathLike[str] | Mapping[str, Any] | Source,
+    log: SkipLog | None = None,
+    images: Images = "header",
+    captionless: bool = False,
 ) -> Iterator[Record]:
     """The records of a source, one at a time, in its order.
 
@@ -109,6 +112,7 @@ def open_records(
     images: "header" opens each image as far as its size (about 0.1 ms from a warm disk; damage further in is not
     found), "exists" asks whether the file is there, "ignore" is for reading texts: no row is left out for its image,
     and `image` is None where the file is absent or its bytes were not read. A row without an image is a record too.
+    captionless: so is one without captions, if it has an image, and nobody asks for a column of them.
 
     Raises what `SkipLog.check` raises, at the end and, once going wrong, early; ValueError for columns that are not
     there and for a source or a selection of splits without any record.
@@ -117,7 +121,7 @@ def open_records(
     if images not in get_args(Images):
         raise ValueError(f"images={images!r}; it is one of {', '.join(get_args(Images))}")
     files = readers.find(source.path)
-    return _Opening(source, SkipLog() if log is None else log, images).records(files)
+    return _Opening(source, SkipLog() if log is None else log, images, captionless).records(files)
 
 
 class _Skip(Exception):
@@ -144,8 +148,8 @@ class _Row:
 class _Opening:
     """One reading of a source: its columns, and what has been met so far."""
 
-    def __init__(self, source: Source, log: SkipLog, images: Images) -> None:
-        self.source, self.log, self.images = source, log, images
+    def __init__(self, source: Source, log: SkipLog, images: Images, captionless: bool = False) -> None:
+        self.source, self.log, self.images, self.captionless = source, log, images, captionless
         self.met: dict[str, None] = {}  # column names, in order
         self.texts_met = False
         self.splits_met: Counter[str] = Counter()
@@ -179,7 +183,7 @@ class _Opening:
     def skip(self, file: str, row: int, skip: _Skip) -> None:
         self.log.skip(file, row, skip.reason, skip.value)
         if self.log.seen >= EARLY:
-            if not self.texts_met:
+            if not self.texts_met and not self.captionless:
                 self.check_columns()
             self.log.check()
 
@@ -223,7 +227,7 @@ class _Opening:
                 near = difflib.get_close_matches(column, self.met, n=1)
                 hint = f" (did you mean {near[0]}?)" if near else ""
                 raise ValueError(f"{file or self.source}: no column {column!r} for {name}{hint}; {has}")
-        if not self.texts_met:
+        if not self.texts_met and not self.captionless:
             hint = "map it with columns: {captions: NAME}"
             raise ValueError(f"{file or self.source}: no column of captions; {has}; {hint}")
 
@@ -283,8 +287,8 @@ class _Opening:
 
     def record(self, row: _Row) -> Record:
         image = row.image.ref if row.image else None
-        if not any(getattr(row, kind) for kind in KINDS):
-            raise _Skip("no caption", image or row.id or "")
+        if not any(getattr(row, kind) for kind in KINDS) and not (self.captionless and image):
+            raise _Skip("no image and no caption" if self.captionless else "no caption", image or row.id or "")
         if row.image is not None and self.images != "ignore":
             _check_image(row.image, self.images)
         elif isinstance(image, FileImage) and not os.path.isfile(image.path):

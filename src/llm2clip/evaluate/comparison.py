@@ -9,9 +9,9 @@ from typing import Any
 from llm2clip.evaluate import plots
 from llm2clip.evaluate.benchmarks import Benchmark
 from llm2clip.evaluate.details import FIRST, Details
-from llm2clip.evaluate.page import Block, Heading, Plot, Table, Text
 from llm2clip.evaluate.paper import CRA, of_paper
 from llm2clip.evaluate.report import KS
+from llm2clip.page import Block, Heading, Plot, Table, Text
 
 WAYS = ("I2T", "T2I")
 OURS = ("Llama3-8B-CC", "EVA02 + LLM2CLIP")  # the paper's rows that a model is held against

@@ -13,9 +13,9 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from llm2clip.data.images import ImageError, load
 from llm2clip.evaluate.model import Ranked
-from llm2clip.evaluate.page import Shot, Shots
 from llm2clip.evaluate.plots import length_bins
 from llm2clip.evaluate.retrieval import intervals
+from llm2clip.page import Shot, Shots
 
 FIRST = 50  # ranks of the curve
 SIDE = 168  # pixels of a thumbnail

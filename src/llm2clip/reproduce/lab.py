@@ -30,10 +30,10 @@ from llm2clip.data.captions import unique
 from llm2clip.data.pairs import Item
 from llm2clip.evaluate.captions import caption_accuracy
 from llm2clip.evaluate.model import Ranked, rank, with_store
-from llm2clip.evaluate.page import short
 from llm2clip.evaluate.vectors import Vectors
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text import CaptionEncoder
+from llm2clip.page import short
 from llm2clip.processes import once, say
 from llm2clip.recipes import AlignRecipe, EmbedRecipe, EncoderRecipe, ReproduceRecipe, TuneRecipe
 from llm2clip.reproduce.data import Sets

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.evaluate import plots
-from llm2clip.evaluate.page import BAD, GOOD, SO, Block, Command, Heading, Plot, Table, Text, write_page
+from llm2clip.page import BAD, GOOD, SO, Block, Command, Heading, Plot, Table, Text, write_page
 from llm2clip.processes import once, processes, say
 from llm2clip.recipes import ReproduceRecipe
 from llm2clip.reproduce.claims import ALIKE, CLAIMS, HOLDS, REVERSED, UNTESTED, WAY, Claim, Comparison, Interval

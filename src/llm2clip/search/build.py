@@ -1,0 +1,200 @@
+"""`llm2clip index`: pictures into an index. What is new or changed is embedded, what is gone is dropped; each batch is
+kept, so that a run that was stopped goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torchvision.io import encode_jpeg
+from torchvision.transforms.v2 import functional as F
+from tqdm.auto import tqdm
+
+from llm2clip.data.decoding import in_batches
+from llm2clip.data.records import Source, open_records
+from llm2clip.data.skips import SkipLog
+from llm2clip.models.dual import DualEncoder
+from llm2clip.models.identity import fingerprint
+from llm2clip.search.entries import PLACES, Content, Engine, Picture
+
+THUMBNAIL = 256  # pixels of the longer side
+EXIF, DATE_TAKEN, DATE = 0x8769, 0x9003, 0x0132  # tags
+
+
+@dataclass
+class Report:
+    """How many pictures were added, changed and dropped by a run, and how many had to be embedded."""
+
+    added: int = 0
+    changed: int = 0
+    dropped: int = 0
+    embedded: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.changed or self.dropped)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.added:,} pictures added, {self.changed:,} changed, {self.dropped:,} dropped; "
+            f"{self.embedded:,} embedded"
+        )
+
+
+def index(
+    sources: Sequence[str],
+    model: DualEncoder,
+    engine: Engine,
+    log: SkipLog,
+    columns: dict[str, str] | None = None,
+    batch: int = 64,
+    workers: int | None = None,
+) -> Report:
+    """Bring an index to what sources hold now.
+
+    Args:
+        sources: of pictures, as of `open_records`; captions are kept where there are any.
+        model: what makes the vectors.
+        engine: of the index. Pictures of sources that are not named here stay in it.
+        log: where pictures that cannot be read are counted and listed.
+        columns: our field to the sources' column.
+        batch: pictures in a forward pass, and kept at once.
+        workers: processes that decode, as of `in_batches`.
+
+    Raises:
+        ValueError: the index is another model's.
+        TooManySkipped: too many pictures cannot be read.
+    """
+    mine = {"model": model.name, "fingerprint": fingerprint(model.identity()), "width": model.width}
+    about = engine.about()
+    if about and about["fingerprint"] != mine["fingerprint"]:
+        raise ValueError(
+            f"the index was made with {about['model']}, whose vectors are not those of {model.name}: name that model, "
+            "or another --out"
+        )
+    engine.begin(mine)
+    parsed = [_absolute(Source.parse(s), columns or {}) for s in sources]
+    found = {p.name: p for source in parsed for p in pictures(source, log)}
+    known = engine.known([str(source) for source in parsed])
+    fresh = [p for p in found.values() if known.get(p.name) != (p.stamp, p.captions)]
+    kept, embedded = _add(fresh, model, engine, log, batch, workers)
+    stale = {p.name for p in fresh} - kept  # whose file changed to what cannot be read
+    engine.forget([name for name in known if name not in found or name in stale])
+    log.check()
+    engine.finish()
+    gone = sum(name not in found for name in known)
+    return Report(len(kept - known.keys()), len(kept & known.keys()), gone, embedded)
+
+
+def pictures(source: Source, log: SkipLog) -> Iterator[Picture]:
+    """What a source holds, as far as the files' headers tell.
+
+    Raises:
+        ValueError: its pictures are not in files here.
+    """
+    for record in open_records(source, log, captionless=True):
+        if record.image is None:
+            log.skip(record.id, 0, "no image", "")
+            continue
+        if type(record.image).__name__ not in PLACES:
+            raise ValueError(f"{source}: its pictures are not in files here; save_to_disk makes files of it")
+        there = os.stat(getattr(record.image, "path", None) or record.image.folder)  # type: ignore[attr-defined]
+        stamp = f"{there.st_size} {there.st_mtime_ns}"
+        yield Picture(record.image.key, record.image, str(source), stamp, record.texts, there.st_mtime)
+
+
+def _absolute(source: Source, columns: dict[str, str]) -> Source:
+    path = source.path if source.path.startswith("hf:") else os.path.abspath(os.path.expanduser(source.path))
+    return dataclasses.replace(source, path=path, columns={**source.columns, **columns})
+
+
+def _add(
+    fresh: Sequence[Picture],
+    model: DualEncoder,
+    engine: Engine,
+    log: SkipLog,
+    batch: int,
+    workers: int | None,
+) -> tuple[set[str], int]:
+    """Put pictures into the index; the names of those that could be read, and how many contents were embedded."""
+    kept: set[str] = set()
+    waiting: dict[bytes, list[Picture]] = defaultdict(list)  # by their bytes, which are not in the index yet
+
+    def put(contents: list[Content], some: list[tuple[Picture, bytes]]) -> None:
+        engine.put(contents, some)
+        kept.update(picture.name for picture, _ in some)
+
+    for start in range(0, len(fresh), 4096):
+        read = [(p, *_digest(p, log)) for p in tqdm(fresh[start : start + 4096], desc="read", unit="picture")]
+        dated = [(dataclasses.replace(p, taken=taken), digest) for p, digest, taken in read if digest]
+        have = engine.have({digest for _, digest in dated})
+        put([], [(p, digest) for p, digest in dated if digest in have])
+        for picture, digest in dated:
+            if digest not in have:
+                waiting[digest].append(picture)
+    digests = list(waiting)
+    refs = [waiting[digest][0].place for digest in digests]
+    embedded = 0
+    with tqdm(total=len(refs), desc="embed", unit="picture", disable=not refs) as bar:
+        for good, prepared, failures in in_batches(refs, Prepared(model.transform), batch, workers):
+            for i, reason in failures.items():
+                for picture in waiting[digests[i]]:
+                    log.skip(picture.name, 0, "undecodable image", reason)
+            vectors = model.encode_pictures([p for p, *_ in prepared]).numpy() if good else ()
+            contents = [
+                Content(digests[i], vector.astype(np.float16), thumbnail, width, height)
+                for i, vector, (_, thumbnail, width, height) in zip(good, vectors, prepared, strict=True)
+            ]
+            put(contents, [(picture, digests[i]) for i in good for picture in waiting[digests[i]]])
+            embedded += len(good)
+            bar.update(len(good) + len(failures))
+    return kept, embedded
+
+
+def _digest(picture: Picture, log: SkipLog) -> tuple[bytes | None, float]:
+    """SHA-256 of a picture's bytes, and when it was taken; None if they cannot be read."""
+    try:
+        data = picture.place.read()
+    except (OSError, ValueError) as error:
+        log.skip(picture.name, 0, "unreadable image", error)
+        return None, 0.0
+    return hashlib.sha256(data).digest(), date_taken(data) or picture.taken
+
+
+def date_taken(data: bytes) -> float | None:
+    """When a camera says that it took a picture, in seconds since 1970 (of a time zone it says nothing: it is taken for
+    this machine's)."""
+    try:
+        exif = Image.open(io.BytesIO(data)).getexif()
+        written = exif.get_ifd(EXIF).get(DATE_TAKEN) or exif.get(DATE)
+        return datetime.strptime(str(written)[:19], "%Y:%m:%d %H:%M:%S").timestamp()
+    except Exception:  # hostile headers make Pillow raise almost anything; a date is no reason to leave a picture out
+        return None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A decoded picture to what the model takes, a thumbnail (JPEG), its width and its height."""
+
+    transform: Callable[[Tensor], Any]
+
+    def __call__(self, image: Tensor) -> tuple[Any, bytes, int, int]:
+        height, width = image.shape[-2:]
+        return self.transform(image), thumbnail(image), width, height
+
+
+def thumbnail(image: Tensor) -> bytes:
+    """uint8 (3, H, W) to a JPEG of at most 256 pixels a side."""
+    height, width = image.shape[-2:]
+    shrink = min(1.0, THUMBNAIL / max(height, width))
+    small = F.resize(image, [max(1, round(height * shrink)), max(1, round(width * shrink))], antialias=True)
+    return encode_jpeg(small.contiguous(), quality=80).numpy().tobytes()

@@ -1,0 +1,33 @@
+"""The engines by name: a folder here, or the URL of a vector engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llm2clip.search.entries import Engine
+
+QDRANT = "qdrant+"
+
+
+def open_engine(where: str, write: bool = False, **options: int) -> Engine:
+    """The index at a folder, or at `qdrant+http://HOST:6333/COLLECTION`.
+
+    Args:
+        where: it is.
+        write: make it if it is not there.
+        options: of `LocalIndex`.
+
+    Raises:
+        FileNotFoundError: there is no index.
+        ImportError: what it takes is not installed.
+    """
+    try:
+        if where.startswith(QDRANT):
+            from llm2clip.search.qdrant import QdrantIndex
+
+            return QdrantIndex.of_url(where.removeprefix(QDRANT), write)
+        from llm2clip.search.local import LocalIndex
+
+        return LocalIndex(Path(where), write, **options)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{where}: an index needs `pip install llm2clip[search]` ({error})") from error

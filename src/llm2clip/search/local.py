@@ -1,0 +1,244 @@
+"""An index in a folder: one SQLite file of pictures, vectors and thumbnails, and what searches the vectors.
+
+    INDEX/
+      pictures.sqlite    about, contents (hash, vector, thumbnail), pictures (name, place, captions, ...)
+      graph.usearch      of a million contents and more; graph.json says of which
+
+SQLite writes a batch whole or not at all, lets others read meanwhile, and is one file to copy.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm2clip.search.entries import Content, Filter, Hit, Picture, place_of_json, place_to_json
+from llm2clip.search.nearest import CHUNK, Codes, Nearest, graph_of, grown
+
+APPROXIMATE_ABOVE = 1_000_000
+SCHEMA = """
+CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE contents (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, hash BLOB NOT NULL UNIQUE, vector BLOB NOT NULL, width INTEGER NOT NULL,
+  height INTEGER NOT NULL);
+CREATE TABLE thumbnails (id INTEGER PRIMARY KEY REFERENCES contents(id) ON DELETE CASCADE, jpeg BLOB NOT NULL);
+CREATE TABLE pictures (
+  name TEXT PRIMARY KEY, content INTEGER NOT NULL REFERENCES contents(id), place TEXT NOT NULL, source TEXT NOT NULL,
+  stamp TEXT NOT NULL, captions TEXT NOT NULL, taken REAL NOT NULL);
+CREATE INDEX pictures_content ON pictures(content);
+CREATE INDEX pictures_source ON pictures(source);
+CREATE INDEX pictures_taken ON pictures(taken);
+PRAGMA user_version = 1;
+"""
+FIELDS = "name, place, source, stamp, captions, taken"
+
+
+class LocalIndex:
+    """An engine (`entries.Engine`) in a folder. One process writes at a time, any number read; threads share one."""
+
+    def __init__(self, folder: Path, write: bool = False, approximate_above: int = APPROXIMATE_ABOVE) -> None:
+        """
+        Args:
+            folder: of the index.
+            write: make it if it is not there.
+            approximate_above: contents from which `finish` grows a graph, which searches then use.
+
+        Raises:
+            FileNotFoundError: there is no index.
+            ValueError: it is of another version.
+        """
+        self.folder, self.approximate_above = folder, approximate_above
+        file = folder / "pictures.sqlite"
+        if not write and not file.exists():
+            raise FileNotFoundError(f"{folder} is no index: llm2clip index PHOTOS --model MODEL --out {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.RLock()
+        self._db = sqlite3.connect(file, check_same_thread=False, isolation_level=None, timeout=60)
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA foreign_keys = ON")
+        self._db.create_function("contains", 2, _contains, deterministic=True)
+        if not (version := self._db.execute("PRAGMA user_version").fetchone()[0]):
+            self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
+        elif version != 1:
+            raise ValueError(f"{file} is of version {version}, and 1 is what can be read; index into another --out")
+        self._nearest: tuple[int, Nearest] | None = None
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _read(self, sql: str, values: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
+        with self._lock:
+            return self._db.execute(sql, values).fetchall()
+
+    # -- filling it
+
+    def about(self) -> dict[str, Any]:
+        return {key: json.loads(value) for key, value in self._read("SELECT key, value FROM about")}
+
+    def begin(self, about: Mapping[str, Any]) -> None:
+        rows = [(key, json.dumps(value)) for key, value in about.items()]
+        with self._lock:
+            self._db.executemany("INSERT OR REPLACE INTO about VALUES (?, ?)", rows)
+
+    def known(self, sources: Sequence[str]) -> dict[str, tuple[str, tuple[str, ...]]]:
+        sql = f"SELECT name, stamp, captions FROM pictures WHERE source IN ({_marks(sources)})"
+        return {name: (stamp, tuple(json.loads(texts))) for name, stamp, texts in self._read(sql, sources)}
+
+    def have(self, hashes: Iterable[bytes]) -> set[bytes]:
+        return {h for h in hashes if self._read("SELECT 1 FROM contents WHERE hash = ?", (h,))}
+
+    def put(self, contents: Sequence[Content], pictures: Sequence[tuple[Picture, bytes]]) -> None:
+        with self._lock, _Transaction(self._db):
+            for c in contents:
+                vector = np.ascontiguousarray(c.vector, dtype="<f2").tobytes()
+                row = self._db.execute(
+                    "INSERT INTO contents (hash, vector, width, height) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING "
+                    "RETURNING id",
+                    (c.hash, vector, c.width, c.height),
+                ).fetchone()
+                if row is not None:
+                    self._db.execute("INSERT INTO thumbnails VALUES (?, ?)", (row[0], c.thumbnail))
+            self._db.executemany(
+                f"INSERT OR REPLACE INTO pictures (content, {FIELDS}) "
+                f"VALUES ((SELECT id FROM contents WHERE hash = ?), ?, ?, ?, ?, ?, ?)",
+                [
+                    (digest, p.name, place_to_json(p.place), p.source, p.stamp, json.dumps(p.captions), p.taken)
+                    for p, digest in pictures
+                ],
+            )
+
+    def forget(self, names: Sequence[str]) -> None:
+        with self._lock, _Transaction(self._db):
+            self._db.executemany("DELETE FROM pictures WHERE name = ?", [(name,) for name in names])
+            self._db.execute("DELETE FROM contents WHERE id NOT IN (SELECT content FROM pictures)")
+
+    def finish(self) -> None:
+        ids = self._ids()
+        if len(ids) >= self.approximate_above:
+            grown(self.folder, ids, self._vectors, int(self.about()["width"]))
+
+    # -- asking it
+
+    def count(self) -> tuple[int, int]:
+        ((pictures,),) = self._read("SELECT count(*) FROM pictures")
+        ((contents,),) = self._read("SELECT count(*) FROM contents")
+        return pictures, contents
+
+    def copies(self, limit: int = 10) -> list[list[str]]:
+        sql = (
+            "SELECT content FROM pictures GROUP BY content HAVING count(*) > 1 ORDER BY count(*) DESC, content LIMIT ?"
+        )
+        names = "SELECT name FROM pictures WHERE content = ? ORDER BY name"
+        return [[name for (name,) in self._read(names, row)] for row in self._read(sql, (limit,))]
+
+    def search(self, vector: np.ndarray, count: int, only: Filter) -> list[Hit]:
+        among = self._among(only) if only else None
+        ids, scores = self._searcher().search(vector.astype(np.float32), count, among)
+        hits = []
+        for number, score in zip(ids.tolist(), scores.tolist(), strict=True):
+            if pictures := self.pictures(str(number)):  # else it went while this search ran
+                ((width, height),) = self._read("SELECT width, height FROM contents WHERE id = ?", (number,))
+                hits.append(Hit(str(number), score, pictures, width, height))
+        return hits
+
+    def vector(self, hit: str) -> np.ndarray | None:
+        rows = self._read("SELECT vector FROM contents WHERE id = ?", (_id(hit),))
+        return np.frombuffer(rows[0][0], "<f2").astype(np.float32) if rows else None
+
+    def thumbnail(self, hit: str) -> bytes | None:
+        rows = self._read("SELECT jpeg FROM thumbnails WHERE id = ?", (_id(hit),))
+        return bytes(rows[0][0]) if rows else None
+
+    def pictures(self, hit: str) -> tuple[Picture, ...]:
+        rows = self._read(f"SELECT {FIELDS} FROM pictures WHERE content = ? ORDER BY name", (_id(hit),))
+        return tuple(
+            Picture(name, place_of_json(place), source, stamp, tuple(json.loads(captions)), taken)
+            for name, place, source, stamp, captions, taken in rows
+        )
+
+    # -- vectors
+
+    def _ids(self) -> np.ndarray:
+        return np.array([i for (i,) in self._read("SELECT id FROM contents ORDER BY id")], dtype=np.int64)
+
+    def _searcher(self) -> Nearest:
+        """What searches the vectors; another once something was written."""
+        with self._lock:
+            ((version,),) = self._read("PRAGMA data_version")
+            version += self._db.total_changes << 32
+            if self._nearest is None or self._nearest[0] != version:
+                width, ids = int(self.about()["width"]), self._ids()
+                codes = partial(self._codes, width)
+                self._nearest = version, Nearest(codes, self._vectors, graph_of(self.folder, ids))
+            return self._nearest[1]
+
+    def _codes(self, width: int) -> Codes:
+        return Codes(self._chunks(), width)
+
+    def _chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        with self._lock, closing(self._db.execute("SELECT id, vector FROM contents ORDER BY id")) as cursor:
+            while rows := cursor.fetchmany(CHUNK):
+                vectors = np.frombuffer(b"".join(v for _, v in rows), "<f2")
+                yield np.array([i for i, _ in rows], dtype=np.int64), vectors.reshape(len(rows), -1)
+
+    def _vectors(self, ids: np.ndarray) -> np.ndarray:
+        """float16 (N, D) of some contents; of one that is gone, zeros."""
+        found: dict[int, bytes] = {}
+        for start in range(0, len(ids), 500):
+            some = ids[start : start + 500].tolist()
+            found.update(self._read(f"SELECT id, vector FROM contents WHERE id IN ({_marks(some)})", some))
+        width = int(self.about()["width"])
+        joined = b"".join(found.get(i, bytes(2 * width)) for i in ids.tolist())
+        return np.frombuffer(joined, "<f2").reshape(-1, width)
+
+    def _among(self, only: Filter) -> np.ndarray:
+        """Ids of the contents of the pictures that a filter lets through, sorted."""
+        tests = {
+            "under": "substr(name, 1, length(:under)) = :under AND "
+            "substr(name, length(:under) + 1, 1) IN ('', '/', '!', '[')",  # of folders, tars, parquet files
+            "caption": "contains(captions, :caption)",
+            "after": "taken >= :after",
+            "before": "taken <= :before",
+            "larger": "min(width, height) >= :larger",
+        }
+        asked = {name: value for name, value in asdict(only).items() if value is not None}
+        if "under" in asked:
+            asked["under"] = asked["under"].rstrip("/")
+        where = " AND ".join(tests[name] for name in asked)
+        sql = "SELECT DISTINCT contents.id FROM pictures JOIN contents ON contents.id = content"
+        rows = self._read(f"{sql} WHERE {where} ORDER BY contents.id", asked)
+        return np.array([i for (i,) in rows], dtype=np.int64)
+
+
+def _contains(captions: str, words: str) -> bool:
+    return any(words.casefold() in caption.casefold() for caption in json.loads(captions))
+
+
+class _Transaction:
+    """All of a block, or nothing."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self.db = db
+
+    def __enter__(self) -> None:
+        self.db.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.db.execute("ROLLBACK" if kind else "COMMIT")
+
+
+def _marks(values: Sequence[Any]) -> str:
+    return ", ".join("?" * len(values))
+
+
+def _id(hit: str) -> int:
+    return int(hit) if hit.isascii() and hit.isdigit() and len(hit) < 19 else -1

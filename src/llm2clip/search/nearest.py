@@ -1,0 +1,146 @@
+"""The nearest of many vectors: a scan of all, or a graph of them.
+
+Vectors are coded in a byte a dimension and scanned by usearch's kernels; the best are then measured by their own
+vectors. A scan of bytes reads half of what one of float16 does, and memory is what a scan waits for
+(benchmarks/search.py). The graph (HNSW, arXiv 1603.09320, usearch's) reads a few thousand codes and not all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SPARE = 128  # candidates that are measured at the least; of a scan of a million none was missed with them
+FEW = 2048  # vectors that are measured sooner than coded
+CHUNK = 65_536
+
+Fetch = Callable[[np.ndarray], np.ndarray]  # ids (N,) -> float16 (N, D), in their order
+
+
+class Codes:
+    """Vectors in a byte a dimension: round(127 x / largest), the largest of the first ones; beyond it they are cut."""
+
+    def __init__(self, chunks: Iterable[tuple[np.ndarray, np.ndarray]], width: int, scale: float | None = None) -> None:
+        """
+        Args:
+            chunks: ids int64 (N,) and float16 (N, D), one after the other.
+            width: D.
+            scale: of codes that these go to; None finds one.
+        """
+        self.scale, ids, codes = scale, [np.empty(0, np.int64)], [np.empty((0, width), np.int8)]
+        for some, vectors in chunks:
+            ids.append(some)
+            codes.append(self.of(vectors))
+        self.ids, self.codes = np.concatenate(ids), np.concatenate(codes)
+
+    def of(self, vectors: np.ndarray) -> np.ndarray:
+        """(N, D) floats to int8 (N, D)."""
+        exact = vectors.astype(np.float32)
+        if self.scale is None:
+            self.scale = 127 / max(float(np.abs(exact).max()), 1e-6)
+        return np.clip(np.rint(exact * self.scale), -127, 127).astype(np.int8)
+
+
+class Nearest:
+    """The closest vectors by id."""
+
+    def __init__(self, codes: Callable[[], Codes], fetch: Fetch, graph: Any = None) -> None:
+        """
+        Args:
+            codes: of all vectors, worked out at the first scan.
+            fetch: the vectors themselves, for the few that are measured.
+            graph: of the same ids, `graph_of` opened it.
+        """
+        self._codes, self.fetch, self.graph = codes, fetch, graph
+
+    @cached_property
+    def codes(self) -> Codes:
+        return self._codes()
+
+    def search(self, query: np.ndarray, count: int, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int64 (k,) and cosines float32 (k,), the best first; equal ones by their ids.
+
+        Args:
+            query: float32 (D,), L2-normalised.
+            count: how many at most.
+            among: ids, sorted, that alone may be found.
+        """
+        ids = self._candidates(query, max(4 * count, SPARE), among)
+        scores = self.fetch(ids).astype(np.float32) @ query
+        best = np.lexsort((ids, -scores))[:count]
+        return ids[best], scores[best]
+
+    def _candidates(self, query: np.ndarray, wanted: int, among: np.ndarray | None) -> np.ndarray:
+        from usearch.index import MetricKind
+        from usearch.index import search as scan
+
+        code = np.rint(query * (127 / max(float(np.abs(query).max()), 1e-6))).astype(np.int8)  # at a scale of its own
+        if among is not None and len(among) <= FEW:
+            return among
+        if among is None and self.graph is not None:
+            return self.graph.search(code, wanted).keys.astype(np.int64)
+        ids, codes = self.codes.ids, self.codes.codes
+        if among is not None:
+            rows = np.isin(ids, among, assume_unique=True)
+            ids, codes = ids[rows], codes[rows]
+        if len(ids) <= wanted:
+            return ids
+        return ids[scan(codes, code, wanted, MetricKind.IP, exact=True).keys.astype(np.int64)]
+
+
+# ---- the graph ------------------------------------------------------------------------------------------------------
+
+
+def grown(folder: Path, ids: np.ndarray, fetch: Fetch, width: int) -> None:
+    """Bring the graph in a folder to these ids: what is new is added, what is gone is taken out.
+
+    Args:
+        folder: of `graph.usearch` and `graph.json`.
+        ids: sorted int64 (N,).
+        fetch: their vectors.
+        width: D.
+    """
+    from tqdm.auto import tqdm
+    from usearch.index import Index, MetricKind
+
+    file, about = folder / "graph.usearch", folder / "graph.json"
+    graph = Index(ndim=width, metric=MetricKind.IP, dtype="i8")
+    codes = Codes([], width)
+    if about.exists():
+        codes.scale = json.loads(about.read_text())["scale"]
+        graph.load(str(file))
+    held = np.sort(np.array(graph.keys, dtype=np.int64))
+    gone, new = np.setdiff1d(held, ids, assume_unique=True), np.setdiff1d(ids, held, assume_unique=True)
+    if not len(gone) and not len(new):
+        return
+    if len(gone):
+        graph.remove(gone)
+    with tqdm(total=len(new), desc="graph", unit="picture") as bar:
+        for start in range(0, len(new), CHUNK):
+            some = new[start : start + CHUNK]
+            graph.add(some, codes.of(fetch(some)))
+            bar.update(len(some))
+    about.unlink(missing_ok=True)  # what is not described is not read
+    graph.save(str(file.with_suffix(".part")))
+    file.with_suffix(".part").replace(file)
+    part = about.with_suffix(".part")
+    part.write_text(json.dumps({"scale": codes.scale, "count": len(ids), "last": int(ids[-1]), "sum": int(ids.sum())}))
+    part.replace(about)
+
+
+def graph_of(folder: Path, ids: np.ndarray) -> Any:
+    """The graph in a folder, mapped and not read; None if there is none of these ids."""
+    from usearch.index import Index
+
+    about = folder / "graph.json"
+    if not about.exists():
+        return None
+    known = json.loads(about.read_text())
+    if (known["count"], known["last"], known["sum"]) != (len(ids), int(ids[-1]) if len(ids) else 0, int(ids.sum())):
+        return None
+    return Index.restore(str(folder / "graph.usearch"), view=True)

@@ -1,0 +1,152 @@
+"""`llm2clip index` and `llm2clip search`, as they are typed."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from llm2clip.data.skips import SkipLog
+from llm2clip.models.dual import open_dual
+from llm2clip.processes import say
+from llm2clip.search.build import index
+from llm2clip.search.engines import open_engine
+from llm2clip.search.entries import Filter
+from llm2clip.search.query import Query, vector_of
+from llm2clip.search.show import contact_sheet, look, print_hits
+
+
+def index_verb(
+    sources: Sequence[str],
+    model: str,
+    out: str,
+    *,
+    watch: float | None,
+    columns: dict[str, str],
+    max_skipped: float,
+    batch: int,
+    workers: int | None,
+    approximate_above: int,
+) -> list[str]:
+    """Fill an index, once or again and again; lines that say what is in it.
+
+    Args:
+        sources, columns, batch, workers: as of `index`.
+        model: its name.
+        out: folder or URL of the index.
+        watch: seconds from one look at the sources to the next; None looks once.
+        max_skipped: largest share of pictures that cannot be read.
+        approximate_above: different pictures from which a graph is searched.
+    """
+    engine = open_engine(out, write=True, approximate_above=approximate_above)
+    list_of_bad = None if "://" in out else Path(out) / "skipped.jsonl"
+    dual, first = open_dual(model), True
+    while True:
+        log = SkipLog(list_of_bad, max_skipped)
+        report = index(sources, dual, engine, log, columns, batch, workers)
+        if first or report:
+            say(f"{datetime.now():%H:%M:%S} {report}" if watch else str(report), log.summary())
+        if watch is None:
+            break
+        if first:
+            say(f"watching {', '.join(sources)}; ctrl-c ends it")
+        first = False
+        time.sleep(watch)
+    pictures, contents = engine.count()
+    lines = [f"Index: {out} ({pictures:,} pictures, {contents:,} different)"]
+    lines += ["the same bytes: " + ", ".join(names[:4]) for names in engine.copies(3)]
+    if log.skipped and list_of_bad:
+        lines.append(f"could not be read: {log.skipped.total():,}, listed in {list_of_bad}")
+    return [*lines, f'Next: llm2clip search {out} "what you look for"', f"      llm2clip serve --index {out}"]
+
+
+def search_verb(
+    where: str,
+    texts: Sequence[str],
+    *,
+    images: Sequence[str],
+    without: Sequence[str],
+    without_images: Sequence[str],
+    top: int,
+    only: Filter,
+    model: str | None,
+    sheet: str | None,
+    opened: bool,
+) -> list[str]:
+    """Print what an index finds; see the arguments of `llm2clip search`."""
+    engine = open_engine(where)
+    about = engine.about()
+    dual = open_dual(model or about["model"])
+    query = Query(texts, images, without, without_images)
+    hits = engine.search(vector_of(dual, query), top, only)
+    if not hits:
+        return ["Nothing: the index is empty, or its filters let nothing through."]
+    print_hits(hits, engine, Console())
+    if not opened and sheet is None:
+        return []
+    page = contact_sheet(_in_words(query), hits, engine, Path(sheet) if sheet else None)
+    if opened:
+        look(page)
+    return [f"Contact sheet: {page}"]
+
+
+def serve_verb(
+    where: str | None,
+    *,
+    model: str | None,
+    host: str,
+    port: int,
+    token: str | None,
+    batch: int,
+    waiting: int,
+    seconds: float,
+) -> list[str]:
+    """Serve until ctrl-c or SIGTERM.
+
+    Raises:
+        ValueError: neither an index nor a model is named.
+        ImportError: what it takes is not installed.
+    """
+    try:
+        from llm2clip.search.messages import Limits
+        from llm2clip.search.server import LOOPBACK, create_app, serve
+    except ModuleNotFoundError as error:
+        raise ImportError(f"serving needs `pip install llm2clip[search]` ({error})") from error
+    engine = open_engine(where) if where else None
+    name = model or (engine.about()["model"] if engine else None)
+    if name is None:
+        raise ValueError("name an index with --index, or a model with --model")
+    near = host in ("127.0.0.1", "::1", "localhost")
+    token = token or os.environ.get("LLM2CLIP_TOKEN") or (None if near else secrets.token_urlsafe(24))
+    app = create_app(
+        open_dual(name),
+        engine,
+        Limits(waiting=waiting, seconds=seconds, batch=batch),
+        token,
+        LOOPBACK if near else None,
+    )
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    say(f"Serving at {address}{f'?token={token}' if token else ''}", "Its API is at /openapi.json; ctrl-c ends it.")
+    serve(app, host, port)
+    return ["Stopped; what was under way was answered."]
+
+
+def seconds(date: str | None) -> float | None:
+    """A date or time as ISO 8601 writes it, in seconds since 1970.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return None if date is None else datetime.fromisoformat(date).timestamp()
+
+
+def _in_words(query: Query) -> str:
+    parts: list[Any] = [*query.texts, *query.images]
+    without = [*query.without_texts, *query.without_images]
+    return " + ".join(map(str, parts)) + "".join(f" without {part}" for part in without)

@@ -1,0 +1,296 @@
+"""The index on generated pictures and a random model: what it holds, what it notices, what it answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llm2clip.cli import main
+from llm2clip.data.refs import FileImage, ParquetImage, TarImage
+from llm2clip.data.skips import SkipLog
+from llm2clip.models.dual import DualEncoder, open_dual
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.search.build import date_taken, index
+from llm2clip.search.entries import Content, Engine, Filter, Picture, place_of_json, place_to_json
+from llm2clip.search.local import LocalIndex
+from llm2clip.search.nearest import Codes, Nearest, graph_of, grown
+from llm2clip.search.query import AWAY, Query, mixed, vector_of
+from searching import make_model
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(model_folder: Path) -> DualEncoder:
+    return open_dual(str(model_folder))
+
+
+def engine_at(kind: str, folder: Path) -> Engine:
+    if kind == "local":
+        return LocalIndex(folder, write=True)
+    qdrant = pytest.importorskip("llm2clip.search.qdrant")
+    from qdrant_client import QdrantClient
+
+    return qdrant.QdrantIndex(QdrantClient(path=str(folder)), "pictures")
+
+
+def names(engine: Engine, only: Filter | None = None, count: int = 100) -> set[str]:
+    width = int(engine.about()["width"])
+    hits = engine.search(np.eye(width, dtype=np.float32)[0], count, only or Filter())
+    return {Path(p.name).name for hit in hits for p in hit.pictures}
+
+
+@pytest.fixture
+def photos(tmp_path: Path, pictures: Path) -> Path:
+    """Some pictures in two folders, one of them twice, one damaged, one taken in 2001, one with a caption beside it."""
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    for n in range(4):
+        shutil.copy(pictures / f"{n}.png", folder / f"{n}.png")
+    shutil.copy(pictures / "5.png", folder / "sub/5.png")
+    shutil.copy(pictures / "5.png", folder / "sub/copy.png")
+    (folder / "0.txt").write_text("Ein roter Ärmel\n")
+    (folder / "bad.jpg").write_bytes(b"\xff\xd8\xff not a picture")
+    (folder / "half.png").write_bytes((pictures / "6.png").read_bytes()[:300])
+    exif = Image.Exif()
+    exif[0x0132] = "2001:02:03 04:05:06"
+    Image.open(pictures / "7.png").resize((80, 64)).convert("RGB").save(folder / "old.jpg", exif=exif)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["local", "qdrant"])
+def test_what_is_new_changed_moved_and_gone(kind: str, photos: Path, model: DualEncoder, tmp_path: Path) -> None:
+    engine, log = engine_at(kind, tmp_path / "index"), SkipLog(tmp_path / "skipped.jsonl", 1.0)
+    report = index([str(photos)], model, engine, log)
+    assert (report.added, report.embedded, report.changed, report.dropped) == (7, 6, 0, 0)
+    assert engine.count() == (7, 6)
+    assert [[Path(n).name for n in group] for group in engine.copies()] == [["5.png", "copy.png"]]
+    listed = [json.loads(line)["file"] for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert {Path(file).name for file in listed} == {"bad.jpg", "half.png"}
+
+    again = index([str(photos)], model, engine, SkipLog(None, 1.0))
+    assert not again and again.embedded == 0
+
+    (photos / "sub/5.png").rename(photos / "moved.png")  # the same bytes elsewhere
+    (photos / "1.png").unlink()
+    shutil.copy(photos / "2.png", photos / "3.png")  # another picture under an old name
+    os.utime(photos / "3.png", (1, 1))
+    (photos / "0.png").write_bytes(b"no longer a picture")
+    report = index([str(photos)], model, engine, SkipLog(None, 1.0))
+    assert (report.added, report.embedded, report.changed, report.dropped) == (1, 0, 1, 3)
+    assert names(engine) == {"2.png", "3.png", "copy.png", "moved.png", "old.jpg"}
+    assert engine.count() == (5, 3)
+    (photos / "2.txt").write_text("a caption that came later\n")
+    report = index([str(photos)], model, engine, SkipLog(None, 1.0))
+    assert (report.added, report.embedded, report.changed, report.dropped) == (0, 0, 1, 0)
+    assert names(engine, Filter(caption="came later")) == {"2.png", "3.png"}  # of one content
+
+
+@pytest.mark.parametrize("kind", ["local", "qdrant"])
+def test_filters(kind: str, photos: Path, model: DualEncoder, tmp_path: Path) -> None:
+    engine = engine_at(kind, tmp_path / "index")
+    index([str(photos)], model, engine, SkipLog(None, 1.0))
+    assert names(engine, Filter(under=str(photos / "sub"))) == {"5.png", "copy.png"}
+    assert names(engine, Filter(under=str(photos / "su"))) == set()
+    assert names(engine, Filter(under=str(photos / "1.png"))) == {"1.png"}
+    assert names(engine, Filter(caption="roter ärmel")) == {"0.png"}
+    assert names(engine, Filter(caption="%")) == set()
+    assert names(engine, Filter(before=1e9)) == {"old.jpg"}
+    assert names(engine, Filter(after=1e9, larger=41)) == set()
+    assert names(engine, Filter(larger=41)) == {"old.jpg"}
+    assert names(engine, Filter(), count=2) < names(engine)
+
+
+@pytest.mark.parametrize("kind", ["local", "qdrant"])
+def test_answers_are_the_brute_force_ones(kind: str, pictures: Path, model: DualEncoder, tmp_path: Path) -> None:
+    engine = engine_at(kind, tmp_path / "index")
+    index([str(pictures)], model, engine, SkipLog(None, 1.0))
+    query = vector_of(model, Query(texts=["the middle is red"]))
+    files = sorted(pictures.glob("*.png"))
+    vectors = LLM2CLIP.encode_image(LLM2CLIP.from_pretrained(model.name), files).numpy()
+    cosines = vectors @ query
+    hits = engine.search(query, 5, Filter())
+    assert [Path(hit.pictures[0].name).name for hit in hits] == [files[i].name for i in np.argsort(-cosines)[:5]]
+    assert [hit.score for hit in hits] == pytest.approx(np.sort(-cosines)[:5] * -1, abs=2e-3)
+    held = engine.vector(hits[0].id)
+    assert held is not None and held @ query == pytest.approx(hits[0].score, abs=1e-3)
+    assert (engine.thumbnail(hits[0].id) or b"").startswith(b"\xff\xd8")
+    assert engine.pictures(hits[0].id) == hits[0].pictures
+    for nothing in ("0", "99", "-1", "x", "../..", "9" * 30):
+        assert engine.vector(nothing) is None and engine.thumbnail(nothing) is None and engine.pictures(nothing) == ()
+
+
+def test_another_model_is_refused(photos: Path, model: DualEncoder, tmp_path: Path) -> None:
+    engine = LocalIndex(tmp_path / "index", write=True)
+    index([str(photos)], model, engine, SkipLog(None, 1.0))
+    engine.begin({"model": "another", "fingerprint": "0", "width": 16})
+    with pytest.raises(ValueError, match="was made with another"):
+        index([str(photos)], model, engine, SkipLog(None, 1.0))
+
+
+def test_a_run_that_is_stopped_keeps_its_batches(
+    photos: Path, model: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, put, calls = LocalIndex(tmp_path / "index", write=True), LocalIndex.put, []
+
+    def failing(self: LocalIndex, *given: object) -> None:
+        calls.append(given)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        put(self, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LocalIndex, "put", failing)
+    with pytest.raises(KeyboardInterrupt):
+        index([str(photos)], model, engine, SkipLog(None, 1.0), batch=2)
+    monkeypatch.undo()
+    kept = engine.count()[0]
+    assert 0 < kept < 7
+    report = index([str(photos)], model, engine, SkipLog(None, 1.0), batch=2)
+    assert report.added == 7 - kept and engine.count() == (7, 6)
+
+
+def test_a_batch_is_whole_or_absent(tmp_path: Path) -> None:
+    engine = LocalIndex(tmp_path, write=True)
+    content = Content(b"a", np.zeros(4, np.float16), b"jpeg", 1, 1)
+    fine = Picture("a", FileImage("a"), "s", "1")
+    with pytest.raises(sqlite3.IntegrityError):  # the second picture's content is not there
+        engine.put([content], [(fine, b"a"), (Picture("b", FileImage("b"), "s", "1"), b"b")])
+    assert engine.count() == (0, 0)
+
+
+def test_tars_and_parquet(pictures: Path, model: DualEncoder, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with tarfile.open(tmp_path / "some.tar", "w") as tar:
+        tar.add(pictures / "1.png", "a/1.png")
+        tar.add(pictures / "2.png", "a/2.png")
+    cells = pa.array([{"bytes": (pictures / "2.png").read_bytes(), "path": None}])
+    pq.write_table(pa.table({"image": cells}), tmp_path / "some.parquet")
+    engine = LocalIndex(tmp_path / "index", write=True)
+    report = index([str(tmp_path / "some.tar"), str(tmp_path / "some.parquet")], model, engine, SkipLog(None, 1.0))
+    assert (report.added, report.embedded) == (3, 2)
+    assert names(engine, Filter(under=str(tmp_path / "some.tar"))) == {"1.png", "2.png", "some.parquet[0].image"}
+    ((first, second),) = engine.copies()
+    assert first.endswith("some.parquet[0].image") and second.endswith("some.tar!a/2.png")
+    index([str(tmp_path / "some.tar")], model, engine, SkipLog(None, 1.0))
+    assert engine.count() == (3, 2)  # a source that is not named stays
+
+
+def test_places() -> None:
+    for place in (FileImage("/a b"), TarImage("/t.tar", 512, 9, "n"), ParquetImage("/p", 3, "image")):
+        assert place_of_json(place_to_json(place)) == place
+    with pytest.raises(ValueError, match="no place"):
+        place_of_json('["Popen", {}]')
+
+
+def test_date_taken(pictures: Path) -> None:
+    assert date_taken((pictures / "1.png").read_bytes()) is None
+    assert date_taken(b"\xff\xd8\xff") is None
+
+
+def test_queries(model: DualEncoder, pictures: Path) -> None:
+    red, dog = model.encode_text(["red", "dog"])
+    seen = torch.nn.functional.normalize(model.encode_pictures([model.transform(torch.zeros(3, 9, 9).byte())]), dim=1)
+    assert mixed([red.numpy()]) == pytest.approx(red.numpy(), abs=1e-6)
+    both = vector_of(model, Query(["red"], [torch.zeros(3, 9, 9).byte()]))
+    assert both == pytest.approx(torch.nn.functional.normalize(red + seen[0], dim=0).numpy(), abs=1e-6)
+    without = vector_of(model, Query(["red"], without_texts=["dog"]))
+    assert without == pytest.approx(torch.nn.functional.normalize(red - AWAY * dog, dim=0).numpy(), abs=1e-6)
+    with pytest.raises(ValueError, match="nothing to look for"):
+        vector_of(model, Query(without_texts=["dog"]))
+
+
+# ---- the nearest ----------------------------------------------------------------------------------------------------
+
+
+def vectors_of(count: int, width: int, seed: int = 0) -> np.ndarray:
+    """Unit vectors in clusters, as pictures are; some dimensions are far larger than others."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(50, width)) * np.where(np.arange(width) < 2, 8, 1)
+    found = centres[rng.integers(50, size=count)] + 0.3 * rng.normal(size=(count, width))
+    return (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float16)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_nearest_are_those_of_float64(graph: bool, tmp_path: Path) -> None:
+    vectors, ids = vectors_of(6000, 64), np.arange(6000, dtype=np.int64) * 3 + 7
+
+    def fetch(some: np.ndarray) -> np.ndarray:
+        return vectors[(some - 7) // 3]
+
+    def codes() -> Codes:
+        return Codes([(ids[:4000], vectors[:4000]), (ids[4000:], vectors[4000:])], 64)
+
+    if graph:
+        grown(tmp_path, ids[:5000], fetch, 64)
+        assert graph_of(tmp_path, ids) is None
+        grown(tmp_path, ids[10:], fetch, 64)  # what came, and what went
+        assert graph_of(tmp_path, ids) is None
+        grown(tmp_path, ids, fetch, 64)
+    nearest = Nearest(codes, fetch, graph_of(tmp_path, ids) if graph else None)
+    assert graph == (nearest.graph is not None)
+    missed = 0
+    for query in vectors_of(40, 64, 1).astype(np.float32):
+        found, scores = nearest.search(query, 10)
+        exact = vectors.astype(np.float64) @ query.astype(np.float64)
+        best = np.argsort(-exact)[:10]
+        missed += len(set(ids[best]) - set(found))
+        assert scores == pytest.approx(exact[(found - 7) // 3], abs=1e-5)
+        assert (np.diff(scores) <= 0).all()
+    assert missed <= (8 if graph else 0)
+    for among in (ids[::100], ids[::2]):  # few are measured at once, many are scanned
+        found, scores = nearest.search(query, 10, among)
+        best = among[np.argsort(-exact[(among - 7) // 3])[:10]]
+        assert set(found) == set(best)
+    none = nearest.search(query, 10, ids[:0])
+    assert len(none[0]) == len(none[1]) == 0
+
+
+def test_an_index_that_grows_is_searched_anew(photos: Path, model: DualEncoder, tmp_path: Path) -> None:
+    """One that is open, by another that writes; and with a graph."""
+    writer, reader = (LocalIndex(tmp_path / "index", True, approximate_above=3) for _ in range(2))
+    index([str(photos / "sub")], model, writer, SkipLog(None, 1.0))
+    assert names(reader) == {"5.png", "copy.png"} and not (tmp_path / "index/graph.json").exists()
+    index([str(photos)], model, writer, SkipLog(None, 1.0))
+    assert (tmp_path / "index/graph.json").exists()
+    assert len(names(reader)) == 7
+    assert reader._searcher().graph is not None
+
+
+def test_the_commands(photos: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "index"
+    assert main(["index", str(photos), "--model", str(model_folder), "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "7 pictures added" in said and "(7 pictures, 6 different)" in said and "llm2clip search" in said
+    assert "could not be read: 2, listed in" in said and "copy.png" in said
+    search = ["search", str(out), "a red one", "--images", str(photos / "1.png"), "--without", "a dog", "--top", "3"]
+    assert main([*search, "--sheet", str(tmp_path / "sheet")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("cosine") == 1 and ".png" in said
+    page = (tmp_path / "sheet/found.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 3 and "a red one" in page and "without a dog" in page
+    assert main(["search", str(out), "x", "--after", "2100-01-01"]) == 0
+    assert "Nothing: the index is empty" in capsys.readouterr().out
+    for wrong, message in (
+        (["search", str(tmp_path / "none"), "x"], "is no index"),
+        (["search", str(out)], "nothing to look for"),
+        (["search", str(out), "x", "--images", "no.jpg"], "No such file"),
+        (["search", str(out), "x", "--after", "yesterday"], "Invalid isoformat"),
+        (["index", str(tmp_path / "gone"), "--model", str(model_folder), "--out", str(out)], "no such file or folder"),
+        (["index", "hf:a", "--model", str(model_folder), "--out", "qdrant+http://x"], "HOST:6333/COLLECTION"),
+    ):
+        assert main(wrong) == 1
+        assert message in capsys.readouterr().err
