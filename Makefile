@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test check docs clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/llm2clip quickstart --out runs/quickstart
@@ -15,6 +15,9 @@ check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/ready
+	$(BIN)/mkdocs build --quiet
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -35,6 +35,7 @@ In the order of things:
   llm2clip plan --config RECIPE --images N --device h100     what all that would take, before it runs
   llm2clip store verify | repair | merge | export | import
   llm2clip convert CHECKPOINT --out MODEL   published LLM2CLIP checkpoints, and back
+  llm2clip export MODEL --to FORM --out FOLDER   for transformers, sentence-transformers, ONNX, open_clip; push
 
 DATA is a .jsonl, .csv, .tsv or .parquet file, a folder of images with captions beside them, webdataset tars, or
 hf:NAME. DATA@train+none takes only some splits. Every verb takes --config FILE.yaml and dotted overrides such as
@@ -225,6 +226,19 @@ def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], list[str]]]
     sub.add_argument("--out", type=str, required=True, help="model folder, or what to write in an official form")
     sub.add_argument("--text", type=str, help="caption encoder that the checkpoint's adapter was trained with")
     sub.add_argument("--form", choices=["hf", "eva"], help="write a model folder in this official form")
+    sub = verb("export", _export, "A model for other tools: transformers, sentence-transformers, ONNX, open_clip.")
+    sub.add_argument("model", type=str, help="model folder or hub id")
+    sub.add_argument(
+        "--to", choices=["transformers", "sentence-transformers", "vision", "onnx", "open_clip"], required=True,
+        help="the form; vision is the bare tower, for LLaVA and its kin",
+    )  # fmt: skip
+    sub.add_argument("--out", type=str, required=True, help="folder")
+    sub.add_argument("--int8", action="store_true", help="onnx: with weights rounded to bytes, too")
+    sub = verb("push", _push, "A model folder, or an exported one, to the hub, with a model card.")
+    sub.add_argument("model", type=str, help="folder")
+    sub.add_argument("name", type=str, help="USER/NAME on the hub")
+    sub.add_argument("--private", action="store_true", help="if it is made anew")
+    sub.add_argument("--license", type=str, help="as the hub calls it, such as apache-2.0")
     sub = verb(
         "quickstart", _quickstart, "Train an emoji search engine with an LLM text tower, and show what it learned."
     )
@@ -364,6 +378,18 @@ def _convert(given: Namespace) -> list[str]:
     from llm2clip.models.convert import convert_verb
 
     return convert_verb(given.source, given.out, given.text, given.form)
+
+
+def _export(given: Namespace) -> list[str]:
+    from llm2clip.models.export.verb import export_verb
+
+    return export_verb(given.model, given.to, given.out, given.int8)
+
+
+def _push(given: Namespace) -> list[str]:
+    from llm2clip.models.export.verb import push_verb
+
+    return push_verb(given.model, given.name, given.private, given.license)
 
 
 def _quickstart(given: Namespace) -> list[str]:

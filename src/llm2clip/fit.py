@@ -31,6 +31,7 @@ from llm2clip.evaluate.captions import caption_accuracy
 from llm2clip.evaluate.model import evaluate_model, validator, with_store
 from llm2clip.evaluate.report import write_report
 from llm2clip.evaluate.vectors import Vectors
+from llm2clip.models.card import card
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.processes import once, processes, say
@@ -112,6 +113,6 @@ def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
             trained=trained,
             curves={s: read_metrics(out / s / "metrics.jsonl") for s in ("tune", "align")},
         )
-        (model_folder / "README.md").write_text("---\nlibrary_name: llm2clip\n---\n" + report.read_text())
+        (model_folder / "README.md").write_text(card(model_folder, out.resolve().name))
         say(report.read_text(), f"\nModel:  {model_folder}\nReport: {report}")
     return model_folder

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from llm2clip.cpu import quick_products
 from llm2clip.data.images import EvalTransform, load
 from llm2clip.models.adapter import Adapter, GatedLayer
+from llm2clip.models.card import card
 from llm2clip.models.identity import fingerprint
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.models.vision import VisionTower
@@ -36,7 +37,9 @@ class LLM2CLIPConfig:
         text_width: width of the caption encoder's vectors.
         width: of the shared space.
         adapter: of texts, "residual" (`Adapter`), "glu" (`GatedLayer`), or "none": their embeddings as they are.
-        adapter_depth, adapter_expansion, normalize_input: as in `Adapter`; the expansion is that of gated layers, too.
+        adapter_depth: as in `Adapter`.
+        adapter_expansion: as in `Adapter`, and of gated layers.
+        normalize_input: as in `Adapter`.
         projection: of images, "linear" or "glu".
         projection_bias: a linear projection adds one.
         logit_bias: there is a bias on the logits, as the sigmoid loss wants.
@@ -205,7 +208,7 @@ class LLM2CLIP(nn.Module):
             shutil.copytree(text_folder, tmp / "text")
         elif encoder is not None or self.has_encoder:
             (encoder or self.encoder).save_pretrained(tmp / "text")
-        (tmp / "README.md").write_text("---\nlibrary_name: llm2clip\n---\nA model made with llm2clip.\n")
+        (tmp / "README.md").write_text(card(tmp, folder.name))
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         if folder.exists():
             os.replace(folder, old)

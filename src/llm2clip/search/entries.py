@@ -71,7 +71,8 @@ class Filter:
     Args:
         under: folder, tar or file that they lie in.
         caption: words that one of their captions must contain, in this order, whatever their case.
-        after, before: when they were taken, seconds since 1970.
+        after: taken then or later, seconds since 1970.
+        before: taken then or earlier.
         larger: pixels of the shorter side, at least.
     """
 

@@ -42,7 +42,8 @@ def mixed(wanted: Sequence[np.ndarray], unwanted: Sequence[np.ndarray] = ()) -> 
     not, each mean normalised.
 
     Args:
-        wanted, unwanted: vectors float32 (D,), L2-normalised.
+        wanted: vectors float32 (D,), L2-normalised.
+        unwanted: likewise.
 
     Raises:
         ValueError: nothing is wanted.

@@ -1,0 +1,288 @@
+"""A model in the forms of other tools: each opens it by itself, in a process that has never heard of us, and gives the
+same vectors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import make_llm
+from llm2clip.cli import main
+from llm2clip.models.card import card
+from llm2clip.models.export import verb
+from llm2clip.models.export.verb import export
+from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.text import CaptionEncoder
+from llm2clip.models.vision import VisionTower
+
+TEXTS = ["a dog", "Two children in the snow, and an old man who watches them.", "一只猫", "x" * 600]
+
+
+def make(folder: Path, tower: VisionTower, family: str = "llama", **options: Any) -> LLM2CLIP:
+    """A random model; options that begin with text_ are the caption encoder's."""
+    torch.manual_seed(1)
+    text = {k.removeprefix("text_"): v for k, v in options.items() if k.startswith("text_")}
+    encoder = CaptionEncoder.from_pretrained(make_llm(folder / "llm", family), device="cpu", **text)
+    others = {k: v for k, v in options.items() if not k.startswith("text_")}
+    config = LLM2CLIPConfig(tower=tower.config, text_width=encoder.width, width=16, adapter_depth=2, **others)
+    model = LLM2CLIP(config, tower, encoder).eval()
+    with torch.no_grad():
+        model.logit_scale.fill_(2.5)
+    model.config.encoder = encoder.identity()
+    return model
+
+
+def timm_tower(size: int = 76) -> VisionTower:
+    torch.manual_seed(0)
+    return VisionTower.from_pretrained("test_efficientnet", image_size=size, pretrained=False)
+
+
+def hf_tower(folder: Path, kind: str, size: int = 32) -> VisionTower:
+    """A random tower of transformers; CLIP's and SigLIP's run at another resolution than their own, too."""
+    from transformers import AutoConfig, AutoModel, CLIPVisionModel, SiglipVisionModel
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind,
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
+    made = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}.get(kind)
+    (made(config) if made else AutoModel.from_config(config)).save_pretrained(folder / kind)
+    return VisionTower.from_pretrained(folder / kind, image_size=size)
+
+
+@pytest.fixture(scope="module")
+def photos(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Squares: where an odd margin is cropped off, transformers and torchvision differ by a pixel."""
+    folder, found = tmp_path_factory.mktemp("photos"), []
+    for n in (0, 7, 14):
+        found.append(folder / f"{n}.png")
+        Image.open(pictures / f"{n}.png").crop((4, 0, 44, 40)).save(found[-1])
+    return found
+
+
+def alone(code: str, folder: Path, tmp_path: Path) -> dict[str, np.ndarray]:
+    """Run code that fills `found` in a process that cannot import us; what it filled."""
+    script = (
+        "import sys, json\nsys.modules['llm2clip'] = None\nimport numpy as np\nfrom PIL import Image\n"
+        "FOLDER, PHOTOS, TEXTS = json.loads(sys.argv[1])\nimages = [Image.open(p).convert('RGB') for p in PHOTOS]\n"
+        f"found = {{}}\n{code}\nnp.savez(sys.argv[2], **found)\n"
+    )
+    photos = json.loads((tmp_path / "photos.json").read_text())
+    out = tmp_path / "found.npz"
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps([str(folder), photos, TEXTS]), str(out)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(np.load(out))
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "template": {"text_template": "<|user|>Caption:\n{caption}<|end|>"},
+    "causal, last token": {"text_bidirectional": False, "text_pooling": "lasttoken"},
+    "gated": {"adapter": "glu", "projection": "glu", "family": "gemma3_text"},
+    "cut, no adapter": {"text_width": 16, "adapter": "none", "projection_bias": True},
+    "clip": {"tower": "clip_vision_model"},
+    "clip at another size": {"tower": "clip_vision_model", "size": 48},
+    "siglip": {"tower": "siglip_vision_model", "family": "qwen3"},
+    "dinov2": {"tower": "dinov2"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_and_sentence_transformers(case: str, tmp_path: Path, photos: list[Path]) -> None:
+    options = dict(CASES[case])
+    kind, size = options.pop("tower", None), options.pop("size", 32)
+    model = make(tmp_path, hf_tower(tmp_path, kind, size) if kind else timm_tower(), **options)
+    folder = tmp_path / "out"
+    export(model, "sentence-transformers", folder)
+    (tmp_path / "photos.json").write_text(json.dumps([str(p) for p in photos]))
+    found = alone(
+        """
+import torch
+from transformers import AutoModel, AutoProcessor
+model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(FOLDER)
+with torch.no_grad():
+    tokens = processor(text=TEXTS, padding=True, truncation=True, return_tensors="pt")
+    pixels = processor(images=images, return_tensors="pt")
+    found["texts"] = model.get_text_features(**tokens).pooler_output.numpy()
+    found["images"] = model.get_image_features(**pixels).pooler_output.numpy()
+    found["logits"] = model(**tokens, **pixels).logits_per_image.numpy()
+from sentence_transformers import SentenceTransformer
+st = SentenceTransformer(FOLDER, trust_remote_code=True, device="cpu")
+found["st_texts"], found["st_images"] = st.encode(TEXTS), st.encode(images)
+found["one"] = st.encode(TEXTS[1])
+""",
+        folder,
+        tmp_path,
+    )
+    texts, images = model.encode_text(TEXTS).numpy(), model.encode_image(photos).numpy()
+    np.testing.assert_allclose(found["texts"], texts, atol=2e-5)
+    np.testing.assert_allclose(found["st_texts"], texts, atol=2e-5)
+    np.testing.assert_allclose(found["one"], texts[1], atol=2e-5)
+    for name in ("images", "st_images"):  # transformers resizes with other rounding
+        assert ((found[name] * images).sum(1) > 0.999).all(), (found[name] * images).sum(1)
+    np.testing.assert_allclose(found["logits"], images @ texts.T * np.exp(2.5), atol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["timm", "clip_vision_model", "siglip_vision_model", "dinov2"])
+def test_the_bare_tower(kind: str, tmp_path: Path, photos: list[Path]) -> None:
+    tower = timm_tower() if kind == "timm" else hf_tower(tmp_path, kind)
+    model = make(tmp_path, tower)
+    export(model, "vision", tmp_path / "out")
+    (tmp_path / "photos.json").write_text(json.dumps([str(p) for p in photos]))
+    found = alone(
+        """
+import torch
+from transformers import AutoModel
+model, report = AutoModel.from_pretrained(FOLDER, output_loading_info=True)
+assert not report["missing_keys"] and not report["unexpected_keys"], report
+found["kind"] = type(model).__name__
+size = SIZE
+pixels = torch.linspace(-1, 1, 2 * 3 * size * size).reshape(2, 3, size, size)
+with torch.no_grad():
+    out = model.eval()(pixel_values=pixels)
+found["pooled"], found["patches"] = out.pooler_output.numpy(), out.last_hidden_state.numpy()
+""".replace("SIZE", str(tower.preprocess.size)),
+        tmp_path / "out",
+        tmp_path,
+    )
+    size = tower.preprocess.size
+    pixels = torch.linspace(-1, 1, 2 * 3 * size * size).reshape(2, 3, size, size)
+    with torch.no_grad():
+        expected = tower(pixels * tower.std + tower.mean).numpy()
+    np.testing.assert_allclose(found["pooled"], expected, atol=1e-4, rtol=1e-3)
+    kinds = {
+        "timm": "TimmWrapperModel",
+        "clip_vision_model": "CLIPVisionModel",
+        "siglip_vision_model": "SiglipVisionModel",
+    }
+    assert str(found["kind"]) == kinds.get(kind, "Dinov2Model") and found["patches"].ndim >= 3
+
+
+@pytest.mark.parametrize("case", ["plain", "template", "clip"])
+def test_onnx(case: str, tmp_path: Path, photos: list[Path]) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    options = dict(CASES[case])
+    kind = options.pop("tower", None)
+    model = make(tmp_path, hf_tower(tmp_path, kind) if kind else timm_tower(32), **options)
+    lines = export(model, "onnx", tmp_path / "out", int8=case == "plain")
+    assert len(lines) == (4 if case == "plain" else 2) and all("1.00000" in line or "0.9" in line for line in lines)
+    (tmp_path / "photos.json").write_text(json.dumps([str(p) for p in photos]))
+    use = (tmp_path / "out/USE.md").read_text().split("```python\n")[1].rsplit("```", 1)[0]
+    use = use.replace('["a long description ..."]', "TEXTS[:3]").replace("pixels = ...", "pixels = PIXELS")
+    found = alone(
+        "import os\nos.chdir(FOLDER)\n"
+        f"PIXELS = (np.arange(5 * 3 * {model.tower.preprocess.size} ** 2) % 251).astype(np.uint8)"
+        f".reshape(5, 3, {model.tower.preprocess.size}, -1)\n{use}\nfound['texts'], found['images'] = texts, images",
+        tmp_path / "out",
+        tmp_path,
+    )
+    np.testing.assert_allclose(found["texts"], model.encode_text(TEXTS[:3]).numpy(), atol=1e-4)
+    size = model.tower.preprocess.size
+    pixels = torch.from_numpy((np.arange(5 * 3 * size**2) % 251).astype(np.uint8).reshape(5, 3, size, -1))
+    np.testing.assert_allclose(found["images"], model.encode_image(list(pixels)).numpy(), atol=1e-4)
+
+
+def test_open_clip(tmp_path: Path, photos: list[Path]) -> None:
+    pytest.importorskip("open_clip")
+    tower = timm_tower()
+    tower.config["preprocess"]["crop_pct"] = 1.0
+    tower.config["preprocess"]["size"] = {"shortest_edge": tower.preprocess.size}
+    model = make(tmp_path, VisionTower.from_config(tower.config))
+    export(model, "open_clip", tmp_path / "out")
+    (tmp_path / "photos.json").write_text(json.dumps([str(p) for p in photos]))
+    found = alone(
+        """
+import open_clip, torch
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:" + FOLDER)
+model.eval()
+with torch.no_grad():
+    found["images"] = model.encode_image(torch.stack([preprocess(i) for i in images]), normalize=True).numpy()
+    found["texts"] = model.encode_text(torch.zeros(1, 8, dtype=torch.long)).numpy()
+""",
+        tmp_path / "out",
+        tmp_path,
+    )
+    images = model.encode_image(photos).numpy()
+    assert ((found["images"] * images).sum(1) > 0.999).all()
+    assert np.isnan(found["texts"]).all()
+    with pytest.raises(ValueError, match="towers of timm"):
+        export(make(tmp_path, hf_tower(tmp_path, "clip_vision_model")), "open_clip", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_refused(tmp_path: Path) -> None:
+    model = make(tmp_path, timm_tower(), text_pooling="max")
+    with pytest.raises(ValueError, match="pools by 'max'"):
+        export(model, "transformers", tmp_path / "out")
+    with pytest.raises(ValueError, match="there is no form 'tf'"):
+        export(model, "tf", tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError):
+        export(model, "vision", tmp_path / "out")
+
+
+def test_the_command_the_card_and_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make(tmp_path, timm_tower()).save_pretrained(tmp_path / "run/model")
+    (tmp_path / "run/recipe.yaml").write_text("data:\n- /home/somebody/photos.csv\n- hf:some/name\nalign:\n  lr: 0.1\n")
+    (tmp_path / "run/report.md").write_text(
+        "# Report\n\n## Figures\n\n```\n# llm2clip fit /home/somebody/photos.csv\n```\n\nR@1 is 12/34.\n"
+    )
+    assert main(["export", str(folder), "--to", "vision", "--out", str(tmp_path / "tower")]) == 0
+    assert "AutoModel.from_pretrained" in capsys.readouterr().out
+    assert main(["export", str(folder), "--to", "vision", "--out", str(tmp_path / "x"), "--int8"]) == 1
+    text = card(folder, "me/finder", "apache-2.0")
+    assert text.startswith("---\nlibrary_name: llm2clip\n") and "license: apache-2.0" in text
+    assert "somebody" not in text and "photos.csv" in text and "hf:some/name" in text and "12/34" in text
+    assert "#### Figures" in text and "\n# llm2clip fit" in text and "test_efficientnet (timm), 76 pixels" in text
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    class Api:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args, **given: calls.append((name, given)) or "https://hub/me/finder"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert verb.push_verb(str(folder), "me/finder", True, None) == ["Pushed: https://hub/me/finder"]
+    assert [name for name, _ in calls] == ["create_repo", "upload_file", "upload_folder"]
+    assert b"me/finder" in calls[1][1]["path_or_fileobj"] and "README.md" in calls[2][1]["ignore_patterns"]
+    with pytest.raises(FileNotFoundError, match="not a model folder"):
+        verb.push_verb(str(tmp_path), "me/finder", True, None)
+
+
+def test_images_are_read_as_ours(tmp_path: Path, photos: list[Path]) -> None:
+    """The exported preparation of pictures is that of the tower, to what rounding leaves."""
+    from transformers import AutoImageProcessor
+
+    model = make(tmp_path, timm_tower())
+    export(model, "transformers", tmp_path / "out")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    large = Image.open(photos[0]).convert("RGB").resize((300, 200))
+    theirs = processor(images=[large], return_tensors="pt")["pixel_values"][0]
+    from llm2clip.data.images import EvalTransform, load
+
+    ours = (EvalTransform(model.tower.preprocess)(load(large)).float() / 255 - model.tower.mean) / model.tower.std
+    assert theirs.shape == ours.shape and (theirs - ours).abs().mean() < 0.02
