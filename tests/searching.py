@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,3 +37,23 @@ def make_index(folder: Path, pictures: Path, model: DualEncoder) -> LocalIndex:
     engine = LocalIndex(folder, write=True)
     index([str(pictures)], model, engine, SkipLog(None, 1.0))
     return engine
+
+
+@contextmanager
+def served(app: Any) -> Iterator[str]:
+    """The address of an application that is served by a thread."""
+    import uvicorn
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    try:
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        server.should_exit = True
+        thread.join()

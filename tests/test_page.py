@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ import pytest
 
 from llm2clip.models.dual import open_dual
 from llm2clip.search.server import create_app
-from searching import make_index, make_model
+from searching import make_index, make_model, served
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -22,21 +19,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Iterator[str]:
     """A server on a free port, in a thread."""
-    import uvicorn
-
     model = open_dual(str(make_model(tmp_path_factory.mktemp("model"))))
-    app = create_app(model, make_index(tmp_path_factory.mktemp("index"), pictures, model))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{port}/"
-    server.should_exit = True
-    thread.join()
+    with served(create_app(model, make_index(tmp_path_factory.mktemp("index"), pictures, model))) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

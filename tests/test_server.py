@@ -158,6 +158,8 @@ def bomb(side: int) -> bytes:
         ("/search", {"like": ["999999"]}, 404, "there is no picture"),
         ("/search", {"texts": ["a"], "only": {"after": 1e300}}, 422, "less than or equal"),
         ("/embed", {"input": []}, 422, "at least 1"),
+        ("/embed", {"input": ["a", " "]}, 422, "an empty text"),
+        ("/search", {"texts": [""]}, 422, "an empty text"),
         ("/embed", {"input": ["a"] * (TEXTS + 1)}, 422, "at most 256"),
         ("/embed", {"input": [[1, 2]]}, 422, "valid string"),
         ("/embed", {"input": "a", "dimensions": 8}, 422, "the model's vectors have 16"),

@@ -38,6 +38,12 @@ class Limits:
     batch: int = 32
 
 
+def _said(text: str) -> str:
+    if not text.strip():
+        raise ValueError("an empty text")
+    return text
+
+
 def _encodable(text: str) -> str:
     try:
         text.encode()
@@ -55,10 +61,11 @@ def _is_data_uri(text: str) -> str:
 def _text_or_uri(text: str) -> str:
     if not text.startswith(DATA_URI) and len(text) > TEXT:
         raise ValueError(f"a text of {len(text):,} characters; {TEXT:,} at most")
-    return _encodable(text)
+    return _said(_encodable(text))
 
 
 Words = Annotated[str, Field(max_length=TEXT), AfterValidator(_encodable)]
+Text = Annotated[Words, AfterValidator(_said)]
 Uri = Annotated[str, AfterValidator(_is_data_uri), Field(json_schema_extra={"format": "data-uri"})]
 Input = Annotated[str, AfterValidator(_text_or_uri)]
 Id = Annotated[str, Field(max_length=64), AfterValidator(_encodable)]
@@ -85,12 +92,12 @@ class Only(_Strict):
 class SearchRequest(_Strict):
     """What the pictures are like, and unlike."""
 
-    texts: list[Words] = Field(
+    texts: list[Text] = Field(
         default=[], max_length=IMAGES, description="of any length, in any language the model knows"
     )
     images: list[Uri] = Field(default=[], max_length=IMAGES, description="pictures as data URIs")
     like: list[Id] = Field(default=[], max_length=IMAGES, description="ids of hits")
-    without_texts: list[Words] = Field(default=[], max_length=IMAGES)
+    without_texts: list[Text] = Field(default=[], max_length=IMAGES)
     without_images: list[Uri] = Field(default=[], max_length=IMAGES)
     top: int = Field(default=50, ge=1, le=TOP, description="how many at most")
     only: Only = Only()  # pydantic copies it

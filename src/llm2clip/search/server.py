@@ -107,8 +107,15 @@ class Service:
             pool.shutdown(cancel_futures=True)
 
     async def read(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Vectors of texts."""
-        return await self.texts.ask(texts)
+        """Vectors of texts.
+
+        Raises:
+            ValueError: one of them is nothing to the model.
+        """
+        vectors = await self.texts.ask(texts)
+        if not all(np.isfinite(vector).all() for vector in vectors):
+            raise ValueError("a text is nothing to the model: it has no token, or none that it can read")
+        return vectors
 
     async def see(self, encoded: Sequence[bytes]) -> list[np.ndarray]:
         """Vectors of pictures.

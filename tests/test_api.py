@@ -1,0 +1,75 @@
+"""The whole API by its own schema: whatever is asked, the server does not fail, and every answer is as described.
+
+More of the same: `LLM2CLIP_EXAMPLES=500 pytest tests/test_api.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm2clip.models.dual import open_dual
+from llm2clip.search.messages import Limits
+from llm2clip.search.server import create_app
+from searching import make_index, make_model, served
+
+schemathesis = pytest.importorskip("schemathesis")
+hypothesis = pytest.importorskip("hypothesis")
+checks = pytest.importorskip("schemathesis.checks")
+openapi_checks = pytest.importorskip("schemathesis.specs.openapi.checks")
+# A search for nothing and a picture that is none are refused: no schema can say so, and that check is left out.
+CHECKS = (
+    checks.not_a_server_error,
+    openapi_checks.status_code_conformance,
+    openapi_checks.content_type_conformance,
+    openapi_checks.response_schema_conformance,
+)
+EXAMPLES = int(os.environ.get("LLM2CLIP_EXAMPLES", "20"))
+ASKED = (
+    "GET /health",
+    "GET /metrics",
+    "POST /search",
+    "POST /embed",
+    "POST /embed/upload",
+    "GET /thumbnail/{hit}",
+    "GET /picture/{hit}",
+)
+
+
+@pytest.fixture(scope="module")
+def operations(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Iterator[dict[str, Any]]:
+    model = open_dual(str(make_model(tmp_path_factory.mktemp("model"))))
+    engine = make_index(tmp_path_factory.mktemp("index"), pictures, model)
+    with served(create_app(model, engine, Limits(body=1 << 20))) as address:
+        schema = schemathesis.openapi.from_url(f"{address}openapi.json")
+        yield {operation.ok().label: operation.ok() for operation in schema.get_all_operations()}
+
+
+def test_all_is_asked(operations: dict[str, Any]) -> None:
+    assert sorted(operations) == sorted(ASKED)
+
+
+@pytest.mark.parametrize("label", ASKED)
+@pytest.mark.parametrize("mode", ["POSITIVE", "NEGATIVE"])
+def test_whatever_is_asked(operations: dict[str, Any], label: str, mode: str) -> None:
+    codes: dict[int, int] = {}
+    strategy = operations[label].as_strategy(generation_mode=getattr(schemathesis.GenerationMode, mode))
+
+    @hypothesis.given(case=strategy)
+    @hypothesis.settings(
+        max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+    )
+    def ask(case: Any) -> None:
+        code = case.call_and_validate(checks=CHECKS).status_code
+        codes[code] = codes.get(code, 0) + 1
+
+    try:
+        ask()
+    except hypothesis.errors.Unsatisfiable:
+        pytest.skip("this cannot be asked wrongly")
+    print(label, mode, codes)
+    assert all(code < 500 for code in codes)
