@@ -270,6 +270,28 @@ def test_an_index_that_grows_is_searched_anew(photos: Path, model: DualEncoder, 
     assert reader._searcher().graph is not None
 
 
+def test_watching(photos: Path, pictures: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                  capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 2:
+            shutil.copy(pictures / "9.png", photos / "9.png")
+        if len(slept) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("llm2clip.search.verbs.time.sleep", sleep)
+    out = tmp_path / "index"
+    assert main(["index", str(photos), "--model", str(model_folder), "--out", str(out), "--watch", "3"]) == 130
+    said = capsys.readouterr().out
+    assert slept == [3.0] * 4 and "watching" in said
+    assert (
+        said.count("pictures added") == 2 and "1 pictures added" in said
+    )  # a look that finds nothing new says nothing
+    assert LocalIndex(out).count() == (8, 7)
+
+
 def test_the_commands(photos: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "index"
     assert main(["index", str(photos), "--model", str(model_folder), "--out", str(out)]) == 0

@@ -69,6 +69,7 @@ class QdrantIndex:
             self.client.create_collection(self.collection, vectors_config=params)
             for field, kind in (
                 ("sources", models.PayloadSchemaType.KEYWORD),
+                ("names", models.PayloadSchemaType.KEYWORD),
                 ("within", models.PayloadSchemaType.KEYWORD),
                 ("taken", models.PayloadSchemaType.FLOAT),
                 ("side", models.PayloadSchemaType.INTEGER),
@@ -198,10 +199,13 @@ class QdrantIndex:
 
     def _take_out(self, names: set[str], keep: Iterable[bytes] = ()) -> None:
         """Pictures out of their points, and points without pictures out of the collection, but for some."""
-        if not names:
-            return
-        kept = {_point(digest) for digest in keep}
-        for point in list(self._all(None, points=True)):
+        kept, sought = {_point(digest) for digest in keep}, sorted(names)
+        for start in range(0, len(sought), PAGE):
+            asked = models.FieldCondition(key="names", match=models.MatchAny(any=sought[start : start + PAGE]))
+            self._take_out_of(list(self._all(models.Filter(must=[asked]), points=True)), names, kept)
+
+    def _take_out_of(self, points: Sequence[Any], names: set[str], kept: set[str]) -> None:
+        for point in points:
             some = _pictures(point.payload)
             left = [p for p in some if p.name not in names]
             if left:
@@ -220,6 +224,7 @@ def _payload(pictures: Sequence[Picture]) -> dict[str, Any]:
     fields = [[p.name, place_to_json(p.place), p.source, p.stamp, list(p.captions), p.taken] for p in pictures]
     return {
         "pictures": json.dumps(fields),
+        "names": [p.name for p in pictures],
         "sources": sorted({p.source for p in pictures}),
         "within": sorted({part for p in pictures for part in _within(p.name)}),
         "captions": [caption for p in pictures for caption in p.captions],
