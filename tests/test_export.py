@@ -75,23 +75,41 @@ def photos(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
     return found
 
 
-def alone(code: str, folder: Path, tmp_path: Path) -> dict[str, np.ndarray]:
-    """Run code that fills `found` in a process that cannot import us; what it filled."""
-    script = (
-        "import sys, json\nsys.modules['llm2clip'] = None\nimport numpy as np\nfrom PIL import Image\n"
-        "FOLDER, PHOTOS, TEXTS = json.loads(sys.argv[1])\nimages = [Image.open(p).convert('RGB') for p in PHOTOS]\n"
-        f"found = {{}}\n{code}\nnp.savez(sys.argv[2], **found)\n"
-    )
-    photos = json.loads((tmp_path / "photos.json").read_text())
-    out = tmp_path / "found.npz"
+def alone(code: str, folders: dict[str, Path], photos: list[Path], out: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Run code that fills `found` from FOLDER, PHOTOS and TEXTS, for each folder, in one process that cannot import us;
+    what it filled, by the folder's name."""
+    body = "\n".join(f"    {line}" for line in code.strip().splitlines())
+    script = f"""
+import sys, json, os
+sys.modules["llm2clip"] = None
+import numpy as np
+from PIL import Image
+
+FOLDERS, PHOTOS, TEXTS = json.loads(sys.argv[1])
+images = [Image.open(p).convert("RGB") for p in PHOTOS]
+
+def run(FOLDER, found):
+{body}
+
+filled = {{}}
+for name, folder in FOLDERS.items():
+    run(folder, found := {{}})
+    filled |= {{f"{{name}}/{{key}}": value for key, value in found.items()}}
+np.savez(sys.argv[2], **filled)
+"""
+    given = json.dumps([{name: str(folder) for name, folder in folders.items()}, [str(p) for p in photos], TEXTS])
     done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps([str(folder), photos, TEXTS]), str(out)],
+        [sys.executable, "-c", script, given, str(out / "found.npz")],
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HOME": str(out / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return dict(np.load(out))
+    found: dict[str, dict[str, np.ndarray]] = {name: {} for name in folders}
+    for key, value in np.load(out / "found.npz").items():
+        name, _, what = key.rpartition("/")
+        found[name][what] = value
+    return found
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -107,17 +125,27 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_transformers_and_sentence_transformers(case: str, tmp_path: Path, photos: list[Path]) -> None:
+def model_of(case: str, folder: Path) -> LLM2CLIP:
     options = dict(CASES[case])
     kind, size = options.pop("tower", None), options.pop("size", 32)
-    model = make(tmp_path, hf_tower(tmp_path, kind, size) if kind else timm_tower(), **options)
-    folder = tmp_path / "out"
-    export(model, "sentence-transformers", folder)
-    (tmp_path / "photos.json").write_text(json.dumps([str(p) for p in photos]))
+    folder.mkdir()
+    return make(folder, hf_tower(folder, kind, size) if kind else timm_tower(), **options)
+
+
+Opened = dict[str, tuple[LLM2CLIP, dict[str, np.ndarray]]]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory, photos: list[Path]) -> Opened:
+    """Every case with what transformers and sentence-transformers make of it."""
+    root = tmp_path_factory.mktemp("exports")
+    models = {case: model_of(case, root / case) for case in CASES}
+    for case, model in models.items():
+        export(model, "sentence-transformers", root / case / "out")
     found = alone(
         """
 import torch
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
 model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained(FOLDER)
@@ -127,14 +155,20 @@ with torch.no_grad():
     found["texts"] = model.get_text_features(**tokens).pooler_output.numpy()
     found["images"] = model.get_image_features(**pixels).pooler_output.numpy()
     found["logits"] = model(**tokens, **pixels).logits_per_image.numpy()
-from sentence_transformers import SentenceTransformer
 st = SentenceTransformer(FOLDER, trust_remote_code=True, device="cpu")
 found["st_texts"], found["st_images"] = st.encode(TEXTS), st.encode(images)
 found["one"] = st.encode(TEXTS[1])
 """,
-        folder,
-        tmp_path,
+        {case: root / case / "out" for case in CASES},
+        photos,
+        root,
     )
+    return {case: (model, found[case]) for case, model in models.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_and_sentence_transformers(case: str, opened: Opened, photos: list[Path]) -> None:
+    model, found = opened[case]
     texts, images = model.encode_text(TEXTS).numpy(), model.encode_image(photos).numpy()
     np.testing.assert_allclose(found["texts"], texts, atol=2e-5)
     np.testing.assert_allclose(found["st_texts"], texts, atol=2e-5)
@@ -144,12 +178,12 @@ found["one"] = st.encode(TEXTS[1])
     np.testing.assert_allclose(found["logits"], images @ texts.T * np.exp(2.5), atol=0.1)
 
 
-@pytest.mark.parametrize("kind", ["timm", "clip_vision_model", "siglip_vision_model", "dinov2"])
-def test_the_bare_tower(kind: str, tmp_path: Path, photos: list[Path]) -> None:
-    tower = timm_tower() if kind == "timm" else hf_tower(tmp_path, kind)
-    model = make(tmp_path, tower)
-    export(model, "vision", tmp_path / "out")
-    (tmp_path / "photos.json").write_text(json.dumps([str(p) for p in photos]))
+def test_the_bare_tower(tmp_path: Path, photos: list[Path]) -> None:
+    towers = {kind: hf_tower(tmp_path, kind) for kind in ("clip_vision_model", "siglip_vision_model", "dinov2")}
+    towers["timm"] = timm_tower(32)
+    for kind, tower in towers.items():
+        (tmp_path / "of" / kind).mkdir(parents=True)
+        export(make(tmp_path / "of" / kind, tower), "vision", tmp_path / "of" / kind / "out")
     found = alone(
         """
 import torch
@@ -157,51 +191,50 @@ from transformers import AutoModel
 model, report = AutoModel.from_pretrained(FOLDER, output_loading_info=True)
 assert not report["missing_keys"] and not report["unexpected_keys"], report
 found["kind"] = type(model).__name__
-size = SIZE
-pixels = torch.linspace(-1, 1, 2 * 3 * size * size).reshape(2, 3, size, size)
+pixels = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
 with torch.no_grad():
     out = model.eval()(pixel_values=pixels)
 found["pooled"], found["patches"] = out.pooler_output.numpy(), out.last_hidden_state.numpy()
-""".replace("SIZE", str(tower.preprocess.size)),
-        tmp_path / "out",
+""",
+        {kind: tmp_path / "of" / kind / "out" for kind in towers},
+        photos,
         tmp_path,
     )
-    size = tower.preprocess.size
-    pixels = torch.linspace(-1, 1, 2 * 3 * size * size).reshape(2, 3, size, size)
-    with torch.no_grad():
-        expected = tower(pixels * tower.std + tower.mean).numpy()
-    np.testing.assert_allclose(found["pooled"], expected, atol=1e-4, rtol=1e-3)
-    kinds = {
-        "timm": "TimmWrapperModel",
-        "clip_vision_model": "CLIPVisionModel",
-        "siglip_vision_model": "SiglipVisionModel",
-    }
-    assert str(found["kind"]) == kinds.get(kind, "Dinov2Model") and found["patches"].ndim >= 3
+    pixels = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
+    kinds = ("CLIPVisionModel", "SiglipVisionModel", "Dinov2Model", "TimmWrapperModel")
+    for kind, (name, tower) in zip(kinds, towers.items(), strict=True):
+        with torch.no_grad():
+            expected = tower(pixels * tower.std + tower.mean).numpy()
+        np.testing.assert_allclose(found[name]["pooled"], expected, atol=1e-4, rtol=1e-3)
+        assert str(found[name]["kind"]) == kind and found[name]["patches"].ndim >= 3
 
 
-@pytest.mark.parametrize("case", ["plain", "template", "clip"])
-def test_onnx(case: str, tmp_path: Path, photos: list[Path]) -> None:
+def test_onnx(tmp_path: Path, photos: list[Path]) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    options = dict(CASES[case])
-    kind = options.pop("tower", None)
-    model = make(tmp_path, hf_tower(tmp_path, kind) if kind else timm_tower(32), **options)
-    lines = export(model, "onnx", tmp_path / "out", int8=case == "plain")
-    assert len(lines) == (4 if case == "plain" else 2) and all("1.00000" in line or "0.9" in line for line in lines)
-    (tmp_path / "photos.json").write_text(json.dumps([str(p) for p in photos]))
-    use = (tmp_path / "out/USE.md").read_text().split("```python\n")[1].rsplit("```", 1)[0]
+    models = {case: model_of(case, tmp_path / case) for case in ("template", "clip")}
+    for case, model in models.items():
+        lines = export(model, "onnx", tmp_path / case / "out", int8=case == "clip")
+        assert len(lines) == (4 if case == "clip" else 2)
+        assert all("PyTorch's vectors 1.0000" in line or "int8" in line for line in lines)
+    use = (tmp_path / "clip/out/USE.md").read_text().split("```python\n")[1].rsplit("```", 1)[0]
     use = use.replace('["a long description ..."]', "TEXTS[:3]").replace("pixels = ...", "pixels = PIXELS")
+    assert use == (tmp_path / "template/out/USE.md").read_text().split("```python\n")[1].rsplit("```", 1)[0].replace(
+        '["a long description ..."]', "TEXTS[:3]"
+    ).replace("pixels = ...", "pixels = PIXELS")
     found = alone(
-        "import os\nos.chdir(FOLDER)\n"
-        f"PIXELS = (np.arange(5 * 3 * {model.tower.preprocess.size} ** 2) % 251).astype(np.uint8)"
-        f".reshape(5, 3, {model.tower.preprocess.size}, -1)\n{use}\nfound['texts'], found['images'] = texts, images",
-        tmp_path / "out",
+        "import numpy as np\nos.chdir(FOLDER)\n"
+        "size = json.load(open('preprocessor_config.json'))['crop_size']['height']\n"
+        f"PIXELS = (np.arange(5 * 3 * size ** 2) % 251).astype(np.uint8).reshape(5, 3, size, size)\n{use}\n"
+        "found['texts'], found['images'], found['pixels'] = texts, images, PIXELS",
+        {case: tmp_path / case / "out" for case in models},
+        photos,
         tmp_path,
     )
-    np.testing.assert_allclose(found["texts"], model.encode_text(TEXTS[:3]).numpy(), atol=1e-4)
-    size = model.tower.preprocess.size
-    pixels = torch.from_numpy((np.arange(5 * 3 * size**2) % 251).astype(np.uint8).reshape(5, 3, size, -1))
-    np.testing.assert_allclose(found["images"], model.encode_image(list(pixels)).numpy(), atol=1e-4)
+    for case, model in models.items():
+        np.testing.assert_allclose(found[case]["texts"], model.encode_text(TEXTS[:3]).numpy(), atol=1e-4)
+        images = model.encode_image(list(torch.from_numpy(found[case]["pixels"]))).numpy()
+        np.testing.assert_allclose(found[case]["images"], images, atol=1e-4)
 
 
 def test_open_clip(tmp_path: Path, photos: list[Path]) -> None:
@@ -211,7 +244,6 @@ def test_open_clip(tmp_path: Path, photos: list[Path]) -> None:
     tower.config["preprocess"]["size"] = {"shortest_edge": tower.preprocess.size}
     model = make(tmp_path, VisionTower.from_config(tower.config))
     export(model, "open_clip", tmp_path / "out")
-    (tmp_path / "photos.json").write_text(json.dumps([str(p) for p in photos]))
     found = alone(
         """
 import open_clip, torch
@@ -221,9 +253,10 @@ with torch.no_grad():
     found["images"] = model.encode_image(torch.stack([preprocess(i) for i in images]), normalize=True).numpy()
     found["texts"] = model.encode_text(torch.zeros(1, 8, dtype=torch.long)).numpy()
 """,
-        tmp_path / "out",
+        {"it": tmp_path / "out"},
+        photos,
         tmp_path,
-    )
+    )["it"]
     images = model.encode_image(photos).numpy()
     assert ((found["images"] * images).sum(1) > 0.999).all()
     assert np.isnan(found["texts"]).all()

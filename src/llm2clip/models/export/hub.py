@@ -86,11 +86,11 @@ def to_vision(model: LLM2CLIP, folder: Path) -> None:
     if config["library"] == "timm":
         from transformers import TimmWrapperConfig
 
-        own = TimmWrapperConfig(
+        own: Any = TimmWrapperConfig(
             architecture=config["architecture"],
             model_args={name: value for name, value in config["args"].items() if name != "num_classes"},
-            num_labels=0,
         )
+        own.num_labels = 0
         own.architectures, prefix = ["TimmWrapperModel"], "timm_model."
     else:
         from transformers import AutoConfig

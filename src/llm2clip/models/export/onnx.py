@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ TEXTS = (
     "Two children in red jackets are playing in the snow while an old man watches them from a wooden bench.",
     "一只猫坐在窗台上",
 )
-USE = """import json
-import numpy as np, onnxruntime
+USE = """import numpy as np
+import onnxruntime
 from tokenizers import Tokenizer
 
 tokenizer = Tokenizer.from_file("tokenizer.json")      # the template is in it
@@ -39,6 +39,9 @@ scores = texts @ images.T
 class Vision(nn.Module):
     """uint8 (N, 3, S, S) to (N, width), L2-normalised."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, whole: LLM2CLIPExport, mean: Tensor, std: Tensor) -> None:
         super().__init__()
         self.whole = whole
@@ -47,8 +50,7 @@ class Vision(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         normal = (pixels.float() / 255 - self.mean) / self.std
-        found: Tensor = self.whole.get_image_features(normal).pooler_output
-        return found
+        return cast(Tensor, self.whole.get_image_features(normal).pooler_output)
 
 
 class Texts(nn.Module):
@@ -59,8 +61,7 @@ class Texts(nn.Module):
         self.whole = whole
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        found: Tensor = self.whole.get_text_features(input_ids, attention_mask).pooler_output
-        return found
+        return cast(Tensor, self.whole.get_text_features(input_ids, attention_mask).pooler_output)
 
 
 @torch.no_grad()
