@@ -176,6 +176,10 @@ class TooLarge(ValueError):
     """A picture of more pixels than is put up with."""
 
 
+class Missing(LookupError):
+    """What was asked for is not there."""
+
+
 def picture_of(data: bytes, pixels: int) -> Any:
     """Encoded bytes to uint8 (3, H, W).
 

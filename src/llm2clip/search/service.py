@@ -1,0 +1,113 @@
+"""The model and the index behind the requests of many clients."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.concurrency import run_in_threadpool
+
+from llm2clip.models.dual import DualEncoder
+from llm2clip.search.batching import Batcher, Busy
+from llm2clip.search.entries import Engine
+from llm2clip.search.messages import Found, Limits, Missing, SearchRequest, bytes_of_uri, picture_of
+from llm2clip.search.query import mixed
+
+
+class Service:
+    """The model and the index behind the requests of many clients."""
+
+    def __init__(self, model: DualEncoder, engine: Engine | None, limits: Limits) -> None:
+        self.model, self.engine, self.limits = model, engine, limits
+        self.registry = CollectorRegistry()
+        self.requests = Counter("llm2clip_requests", "Requests.", ["method", "path", "status"], registry=self.registry)
+        self.seconds = Histogram("llm2clip_request_seconds", "How long they took.", ["path"], registry=self.registry)
+        self.batches = Histogram(
+            "llm2clip_batch_size",
+            "Items in a batch.",
+            ["kind"],
+            buckets=(1, 2, 4, 8, 16, 32, 64),
+            registry=self.registry,
+        )
+        self._one = ThreadPoolExecutor(1, "model")  # at a time: two batches beside each other take longer than in turn
+        self._decoders = ThreadPoolExecutor(2, "decode")
+        self._decoding = 0
+        self.texts: Batcher[str, np.ndarray] = self._batcher("text", lambda some: model.encode_text(some).numpy())
+        self.images: Batcher[Any, np.ndarray] = self._batcher("image", lambda some: model.encode_pictures(some).numpy())
+        waiting = Gauge("llm2clip_waiting", "Items that wait for the model.", ["kind"], registry=self.registry)
+        waiting.labels("text").set_function(lambda: len(self.texts))
+        waiting.labels("image").set_function(lambda: len(self.images))
+        pictures = Gauge("llm2clip_pictures", "Pictures in the index.", registry=self.registry)
+        pictures.set_function(lambda: self.engine.count()[0] if self.engine else 0)
+
+    def _batcher(self, kind: str, work: Callable[[list[Any]], Any]) -> Batcher[Any, np.ndarray]:
+        seen = self.batches.labels(kind).observe
+        return Batcher(work, self._one, self.limits.batch, self.limits.waiting, seen)
+
+    async def close(self) -> None:
+        await self.texts.close()
+        await self.images.close()
+        for pool in (self._one, self._decoders):
+            pool.shutdown(cancel_futures=True)
+
+    async def read(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Vectors of texts.
+
+        Raises:
+            ValueError: one of them is nothing to the model.
+        """
+        vectors = await self.texts.ask(texts)
+        if not all(np.isfinite(vector).all() for vector in vectors):
+            raise ValueError("a text is nothing to the model: it has no token, or none that it can read")
+        return vectors
+
+    async def see(self, encoded: Sequence[bytes]) -> list[np.ndarray]:
+        """Vectors of pictures.
+
+        Raises:
+            ImageError, TooLarge: one cannot be read.
+            Busy: too many wait.
+        """
+        loop = asyncio.get_running_loop()
+        if self._decoding + len(encoded) > self.limits.waiting:
+            raise Busy(f"{self._decoding:,} pictures are waiting")
+        self._decoding += len(encoded)
+        try:
+            prepared = [await loop.run_in_executor(self._decoders, self._prepare, data) for data in encoded]
+        finally:
+            self._decoding -= len(encoded)
+        return await self.images.ask(prepared)
+
+    def _prepare(self, data: bytes) -> Any:
+        return self.model.transform(picture_of(data, self.limits.pixels))
+
+    async def search(self, request: SearchRequest) -> list[Found]:
+        """The answer to a search.
+
+        Raises:
+            Missing: there is no index, or what it is to be like is not in it.
+            ValueError: nothing is wanted.
+        """
+        engine = self.indexed()
+
+        async def vectors(texts: Sequence[str], uris: Sequence[str]) -> list[np.ndarray]:
+            return [*await self.read(texts), *await self.see([bytes_of_uri(uri) for uri in uris])]
+
+        liked = []
+        for hit in request.like:
+            if (vector := await run_in_threadpool(engine.vector, hit)) is None:
+                raise Missing(f"there is no picture {hit}")
+            liked.append(vector)
+        wanted = [*liked, *await vectors(request.texts, request.images)]
+        query = mixed(wanted, await vectors(request.without_texts, request.without_images))
+        hits = await run_in_threadpool(engine.search, query, request.top, request.only.filter())
+        return [Found.of(hit) for hit in hits]
+
+    def indexed(self) -> Engine:
+        if self.engine is None:
+            raise Missing("this server has no index: llm2clip serve --index INDEX")
+        return self.engine
