@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import os
 import shutil
 import sqlite3
 import tarfile
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +26,7 @@ from llm2clip.search.build import date_taken, index
 from llm2clip.search.entries import Content, Engine, Filter, Picture, place_of_json, place_to_json
 from llm2clip.search.local import LocalIndex
 from llm2clip.search.nearest import Codes, Nearest, graph_of, grown
-from llm2clip.search.query import AWAY, Query, mixed, vector_of
+from llm2clip.search.query import AWAY, Query, mixed, see, vector_of
 from searching import make_model
 
 
@@ -132,12 +135,112 @@ def test_answers_are_the_brute_force_ones(kind: str, pictures: Path, model: Dual
         assert engine.vector(nothing) is None and engine.thumbnail(nothing) is None and engine.pictures(nothing) == ()
 
 
-def test_another_model_is_refused(photos: Path, model: DualEncoder, tmp_path: Path) -> None:
+def test_another_model_is_refused(
+    photos: Path, model: DualEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     engine = LocalIndex(tmp_path / "index", write=True)
     index([str(photos)], model, engine, SkipLog(None, 1.0))
-    engine.begin({"model": "another", "fingerprint": "0", "width": 16})
-    with pytest.raises(ValueError, match="was made with another"):
+    engine.begin({"model": model.name, "fingerprint": "0", "width": 16})  # the same name, trained anew
+    with pytest.raises(ValueError, match="as it was then"):
         index([str(photos)], model, engine, SkipLog(None, 1.0))
+    assert main(["search", str(tmp_path / "index"), "a"]) == 1
+    assert "as it was then" in capsys.readouterr().err
+    from llm2clip.search.server import create_app
+
+    with pytest.raises(ValueError, match="as it was then"):
+        create_app(model, engine)
+
+
+def test_odd_names_odd_vectors_and_turned_pictures(pictures: Path, model: DualEncoder, tmp_path: Path) -> None:
+    """A name that is no UTF-8, a vector that is not finite, a picture whose EXIF says that it lies on its side."""
+    photos, log = tmp_path / "photos", SkipLog(tmp_path / "skipped.jsonl", 1.0)
+    photos.mkdir()
+    odd = os.fsdecode(b"caf\xe9.png")
+    shutil.copy(pictures / "1.png", photos / odd)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif.get_ifd(0x8769)[0x9003] = "2002:03:04 05:06:07"
+    Image.open(pictures / "2.png").convert("RGB").save(photos / "turned.jpg", exif=exif)
+    (photos / "phone.heic").write_bytes(b"not read here")
+    engine = LocalIndex(tmp_path / "index", write=True)
+    index([str(photos)], model, engine, log)
+    assert names(engine) == {r"caf\udce9.png", "turned.jpg"} and log.skipped == {"unknown format": 1}
+    assert not index([str(photos)], model, engine, SkipLog(None, 1.0))
+    hits = {Path(hit.pictures[0].name).name: hit for hit in engine.search(np.eye(16, dtype=np.float32)[0], 9, Filter())}
+    turned = hits["turned.jpg"]
+    assert (turned.width, turned.height) == (40, 48) == Image.open(io.BytesIO(engine.thumbnail(turned.id) or b"")).size
+    assert turned.pictures[0].taken == datetime(2002, 3, 4, 5, 6, 7).timestamp()
+    assert hits[r"caf\udce9.png"].pictures[0].place.read() == (pictures / "1.png").read_bytes()
+    broken = dataclasses.replace(model, see=lambda some: torch.full((len(some), 16), torch.nan))
+    shutil.copy(pictures / "3.png", photos / "3.png")
+    again = SkipLog(None, 1.0)
+    assert index([str(photos)], broken, engine, again).added == 0 and again.skipped["undecodable image"] == 1
+    assert names(engine) == {r"caf\udce9.png", "turned.jpg"}
+
+
+def test_a_folder_with_all_that_is_in_it(pictures: Path, model: DualEncoder, tmp_path: Path) -> None:
+    """Tars, parquet files and captions beside pictures do not hide them; two rows of a picture are one."""
+    photos = tmp_path / "photos"
+    (photos / "old").mkdir(parents=True)
+    for n in (1, 2):
+        shutil.copy(pictures / f"{n}.png", photos)
+    with tarfile.open(photos / "old/some.tar", "w") as tar:
+        tar.add(pictures / "3.png", "3.png")
+    rows = [{"image": "1.png", "caption": "one"}, {"image": "1.png", "caption": "the same"}, {"image": "gone.png"}]
+    (photos / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    engine = LocalIndex(tmp_path / "index", write=True)
+    assert index([str(photos)], model, engine, SkipLog(None, 1.0)).added == 3
+    assert names(engine, Filter(caption="one")) == names(engine, Filter(caption="THE same")) == {"1.png"}
+    (photos / "old/some.tar").unlink()
+    index([str(photos / "old"), str(photos)], model, engine, SkipLog(None, 1.0), gone=True)
+    assert names(engine) == {"1.png", "2.png"}
+
+
+def test_sources_that_are_gone(pictures: Path, model: DualEncoder, tmp_path: Path) -> None:
+    engine, photos = LocalIndex(tmp_path / "index", write=True), tmp_path / "photos"
+    (photos / "sub").mkdir(parents=True)
+    shutil.copy(pictures / "1.png", photos)
+    shutil.copy(pictures / "2.png", photos / "sub")
+    index([str(photos)], model, engine, SkipLog(None, 1.0))
+    index([str(photos / "sub")], model, engine, SkipLog(None, 1.0))
+    (photos / "sub/2.png").unlink()
+    with pytest.raises(FileNotFoundError, match="--gone"):
+        index([str(photos / "sub")], model, engine, SkipLog(None, 1.0))
+    assert engine.count() == (2, 2)  # a disk that is away is no reason to forget what is on it
+    assert index([str(photos)], model, engine, SkipLog(None, 1.0)).dropped == 1
+    shutil.rmtree(photos)
+    assert index([str(photos)], model, engine, SkipLog(None, 1.0), gone=True).dropped == 1
+    assert engine.count() == (0, 0) and engine.search(np.eye(16, dtype=np.float32)[0], 3, Filter()) == []
+
+
+def test_a_parquet_file_that_is_written_anew(pictures: Path, model: DualEncoder, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def write(*numbers: int) -> None:
+        cells = pa.array([{"bytes": (pictures / f"{n}.png").read_bytes(), "path": None} for n in numbers])
+        pq.write_table(pa.table({"image": cells}), tmp_path / "some.parquet")
+
+    engine = LocalIndex(tmp_path / "index", write=True)
+    write(1)
+    index([str(tmp_path / "some.parquet")], model, engine, SkipLog(None, 1.0))
+    write(2, 3)
+    assert index([str(tmp_path / "some.parquet")], model, engine, SkipLog(None, 1.0)).changed == 1
+    ((hit, *_),) = [engine.search(see(model, [pictures / "2.png"])[0].numpy(), 1, Filter())]
+    assert hit.score == pytest.approx(1, abs=2e-3) and hit.pictures[0].name.endswith("[0].image")
+
+
+def test_nothing_new_is_nothing_written(photos: Path, model: DualEncoder, tmp_path: Path) -> None:
+    """Else every look of --watch would make a server read all vectors again."""
+    writer, reader = (LocalIndex(tmp_path / "index", True) for _ in range(2))
+    index([str(photos)], model, writer, SkipLog(None, 1.0))
+    names(reader)
+    searcher = reader._searcher()
+    index([str(photos)], model, LocalIndex(tmp_path / "index", True), SkipLog(None, 1.0))  # drops orphans, none here
+    names(reader)
+    held = reader._searcher()
+    index([str(photos)], model, writer, SkipLog(None, 1.0))
+    assert reader._searcher() is held is not None and searcher is not None
 
 
 def test_a_run_that_is_stopped_keeps_its_batches(
@@ -227,27 +330,31 @@ def vectors_of(count: int, width: int, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("graph", [False, True])
 def test_nearest_are_those_of_float64(graph: bool, tmp_path: Path) -> None:
     vectors, ids = vectors_of(6000, 64), np.arange(6000, dtype=np.int64) * 3 + 7
+    vectors[5990:] = 0
+    vectors[5990:, 3] = 1  # far larger than what came before
+    largest = float(np.abs(vectors).max())
 
     def fetch(some: np.ndarray) -> np.ndarray:
         return vectors[(some - 7) // 3]
 
     def codes() -> Codes:
-        return Codes([(ids[:4000], vectors[:4000]), (ids[4000:], vectors[4000:])], 64)
+        return Codes([(ids[:4000], vectors[:4000]), (ids[4000:], vectors[4000:])], 64, 127 / largest)
 
     if graph:
-        grown(tmp_path, ids[:5000], fetch, 64)
+        grown(tmp_path, ids[:5000], fetch, 64, float(np.abs(vectors[:5000]).max()))
         assert graph_of(tmp_path, ids) is None
-        grown(tmp_path, ids[10:], fetch, 64)  # what came, and what went
+        grown(tmp_path, ids[10:], fetch, 64, largest)  # what came, and what went
         assert graph_of(tmp_path, ids) is None
-        grown(tmp_path, ids, fetch, 64)
+        grown(tmp_path, ids, fetch, 64, largest)
     nearest = Nearest(codes, fetch, graph_of(tmp_path, ids) if graph else None)
     assert graph == (nearest.graph is not None)
     missed = 0
-    for query in vectors_of(40, 64, 1).astype(np.float32):
+    for query in [*vectors_of(40, 64, 1).astype(np.float32), np.eye(64, dtype=np.float32)[3]]:
         found, scores = nearest.search(query, 10)
         exact = vectors.astype(np.float64) @ query.astype(np.float64)
         best = np.argsort(-exact)[:10]
-        missed += len(set(ids[best]) - set(found))
+        missed += len(set(ids[best]) - set(found)) if exact[best[-1]] < 1 else 0  # ten and more may be alike
+        assert scores[0] == pytest.approx(exact.max(), abs=1e-5)
         assert scores == pytest.approx(exact[(found - 7) // 3], abs=1e-5)
         assert (np.diff(scores) <= 0).all()
     assert missed <= (8 if graph else 0)
@@ -267,6 +374,9 @@ def test_an_index_that_grows_is_searched_anew(photos: Path, model: DualEncoder, 
     index([str(photos)], model, writer, SkipLog(None, 1.0))
     assert (tmp_path / "index/graph.json").exists()
     assert len(names(reader)) == 7
+    (tmp_path / "index/graph.json").rename(tmp_path / "graph.json")
+    assert reader._searcher().graph is None
+    (tmp_path / "graph.json").rename(tmp_path / "index/graph.json")  # a graph that comes after the vectors is taken
     assert reader._searcher().graph is not None
 
 
@@ -309,6 +419,7 @@ def test_the_commands(photos: Path, model_folder: Path, tmp_path: Path, capsys: 
     for wrong, message in (
         (["search", str(tmp_path / "none"), "x"], "is no index"),
         (["search", str(out)], "nothing to look for"),
+        (["index", str(photos), "--model", str(tmp_path / "typo"), "--out", str(tmp_path / "new")], "neither a folder"),
         (["search", str(out), "x", "--images", "no.jpg"], "No such file"),
         (["search", str(out), "x", "--after", "yesterday"], "Invalid isoformat"),
         (["index", str(tmp_path / "gone"), "--model", str(model_folder), "--out", str(out)], "no such file or folder"),

@@ -91,6 +91,8 @@ def test_pictures_page_health_and_metrics(client: TestClient, engine: LocalIndex
     hit = client.post("/search", json={"texts": ["red"], "top": 1}).json()["hits"][0]
     assert client.get(f"/picture/{hit['id']}").content == Path(hit["pictures"][0]["name"]).read_bytes()
     small = client.get(f"/thumbnail/{hit['id']}")
+    same = {"if-none-match": small.headers["etag"]}
+    assert client.get(f"/thumbnail/{hit['id']}", headers=same).status_code == 304
     assert small.headers["content-type"] == "image/jpeg" and Image.open(io.BytesIO(small.content)).size == (48, 40)
     assert client.get("/health").json() == {"status": "ok", "model": "model", "width": 16, "pictures": 36}
     page = client.get("/")
@@ -189,6 +191,8 @@ def test_refused_bodies(client: TestClient, pictures: Path) -> None:
     for path in ("/thumbnail/..%2f..%2fetc%2fpasswd", "/static/..%2fserver.py", "/static/server.py", "/picture/-1"):
         assert client.get(path).status_code == 404
     assert client.get("/health", headers={"host": "evil.example"}).status_code == 400
+    from_elsewhere = client.get("/thumbnail/1", headers={"sec-fetch-site": "cross-site"})
+    assert from_elsewhere.status_code == 403 and client.get("/", headers={"sec-fetch-site": "cross-site"}).is_success
 
 
 def test_odd_pictures_are_read_or_refused(client: TestClient, pictures: Path) -> None:
@@ -231,6 +235,8 @@ def test_a_token_is_asked_for(model: DualEncoder, engine: LocalIndex) -> None:
         assert refused.status_code == 401 and "Bearer" in refused.headers["www-authenticate"]
         assert client.get("/").status_code == client.get("/thumbnail/1").status_code == 401
         assert client.get("/?token=wrong").status_code == client.get("/?token=sécret").status_code == 401
+        for host in ("x/health?", "localhost:1/health?", "x/health#"):  # what is in it must not open a door
+            assert client.get("/thumbnail/1", headers={"host": host}).status_code == 401
         for wrong in ("Bearer wrong", "Basic secret", "Bearer"):
             assert client.get("/thumbnail/1", headers={"authorization": wrong}).status_code == 401
         assert client.get("/thumbnail/1", headers={"authorization": "Bearer secret"}).status_code == 200
@@ -271,6 +277,11 @@ def test_too_many_are_sent_away_and_late_ones_told(model: DualEncoder) -> None:
         assert {a.status_code for a in answers} == {200, 429}
         assert all(a.headers["retry-after"] for a in answers if a.status_code == 429)
         assert client.post("/embed", json={"input": "after"}).status_code == 200
+    app = create_app(slow(model, 0.3, []), None, Limits(held=3000))
+    with TestClient(app, base_url=HOST) as client, ThreadPoolExecutor(6) as clients:
+        answers = list(clients.map(lambda n: client.post("/embed", json={"input": f"{n}" * 2000}), range(6)))
+        assert {a.status_code for a in answers} == {200, 429}
+        assert client.post("/embed", json={"input": "1" * 2000}).status_code == 200  # what was held is given back
     app = create_app(slow(model, 0.5, []), None, Limits(seconds=0.1))
     with TestClient(app, base_url=HOST) as client:
         late = client.post("/embed", json={"input": "a"})
@@ -291,8 +302,13 @@ def test_one_bad_item_does_not_spoil_its_batch() -> None:
         with ThreadPoolExecutor(1) as executor:
             batcher = Batcher(work, executor, most=8, waiting=10)
             found = await asyncio.gather(*(batcher.ask([n]) for n in range(6)), return_exceptions=True)
-            with pytest.raises(Busy):
+            with pytest.raises(ValueError, match="10 at most"):
                 await batcher.ask(list(range(11)))
+            waiting = asyncio.create_task(batcher.ask([5, 6, 7, 8]))
+            await asyncio.sleep(0)
+            with pytest.raises(Busy):
+                await batcher.ask(list(range(9)))
+            assert await waiting == [10, 12, 14, 16]
             cancelled = asyncio.create_task(batcher.ask([9]))
             await asyncio.sleep(0)
             cancelled.cancel()

@@ -162,6 +162,7 @@ def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], list[str]]]
     sub.add_argument("--model", type=str, required=True, help="model folder, or any model as for `evaluate`")
     sub.add_argument("--out", type=str, required=True, help="index folder; or qdrant+http://HOST:6333/COLLECTION")
     sub.add_argument("--watch", type=float, help="look again after so many seconds, for ever")
+    sub.add_argument("--gone", action="store_true", help="sources that are not there any more: drop their pictures")
     sub.add_argument("--columns", type=dict[str, str], default={}, help="our field to the source's column")
     sub.add_argument("--max_skipped", type=float, default=1.0, help="largest share of bad pictures put up with")
     sub.add_argument("--batch", type=int, default=64, help="pictures in a pass, and kept at once")
@@ -339,13 +340,13 @@ def _reproduce(given: Namespace) -> list[str]:
 def _index(given: Namespace) -> list[str]:
     from llm2clip.search.verbs import index_verb
 
-    names = ("watch", "columns", "max_skipped", "batch", "workers", "approximate_above")
+    names = ("watch", "columns", "max_skipped", "batch", "workers", "approximate_above", "gone")
     return index_verb(given.data, given.model, given.out, **{name: given[name] for name in names})
 
 
 def _search(given: Namespace) -> list[str]:
     from llm2clip.search.entries import Filter
-    from llm2clip.search.verbs import search_verb, seconds
+    from llm2clip.search.verbs import place, search_verb, seconds
 
     return search_verb(
         given["index"],
@@ -354,7 +355,7 @@ def _search(given: Namespace) -> list[str]:
         without=given.without,
         without_images=given.without_images,
         top=given.top,
-        only=Filter(given.under, given.caption, seconds(given.after), seconds(given.before), given.larger),
+        only=Filter(place(given.under), given.caption, seconds(given.after), seconds(given.before, True), given.larger),
         model=given.model,
         sheet=given.sheet,
         opened=given.open,

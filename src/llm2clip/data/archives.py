@@ -17,10 +17,23 @@ MAX_CAPTION_BYTES = 1 << 20  # a caption file in a tar larger than this is no ca
 
 def images_in(folder: str) -> Iterator[str]:
     """The paths of the images under a folder, in order; what is hidden is passed over."""
-    for parent, folders, names in os.walk(folder):
+    return files_in(folder, IMAGE_SUFFIXES)
+
+
+def files_in(folder: str, suffixes: frozenset[str]) -> Iterator[str]:
+    """The paths of the files of some kinds under a folder, likewise.
+
+    Raises:
+        OSError: a folder cannot be listed; passed over, what is in it would look as if it were gone.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, names in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if name.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not name.startswith("."):
+            if name.rpartition(".")[2].lower() in suffixes and not name.startswith("."):
                 yield os.path.join(parent, name)
 
 

@@ -7,8 +7,8 @@ bytes travel from the loading workers to it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, runtime_checkable
@@ -22,11 +22,11 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from llm2clip.data.formats import readable_formats
+
 MAX_PIXELS = 100_000_000
 """A picture that claims more than this is refused before anything is decoded: 300 MB of RGB."""
 
-# Only formats that Pillow reads in-process: left to itself it would also hand EPS files to Ghostscript.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 _RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers, which preprocessor_config.json uses
 _ORIENTATION = 0x0112  # the EXIF tag
 
@@ -169,23 +169,17 @@ def decode(data: bytes) -> Tensor:
     all. Colour profiles are ignored, as they were when the towers were trained. Raises ImageError.
     """
     try:
-        header = Image.open(BytesIO(data), formats=_readable_formats())
+        header = Image.open(BytesIO(data), formats=readable_formats())
         _check_size(header)
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
-        what = "it is empty" if not data else "none of " + ", ".join(_readable_formats())
+        what = "it is empty" if not data else "none of " + ", ".join(readable_formats())
         raise ImageError(f"not a picture: {what}") from None
     except Exception as error:  # hostile headers make Pillow raise almost anything
         raise ImageError(f"unreadable picture: {error}") from error
     pixels = _decode_fast(data, header)
     return _from_pil(header) if pixels is None else pixels
-
-
-@cache
-def _readable_formats() -> list[str]:
-    Image.init()
-    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def _check_size(image: Image.Image) -> None:
@@ -211,7 +205,7 @@ def _decode_fast(data: bytes, header: Image.Image) -> Tensor | None:
             raise ImageError(f"unreadable picture: {str(error).rpartition(', ')[2]}") from error
         return None
     if pixels.dtype == torch.uint16:  # PNG of 16 bits
-        pixels = _from_16_bits(pixels.to(torch.int32))
+        pixels = _from_16_bits(pixels)
     if header.format == "WEBP":
         pixels = _upright(pixels, header.getexif().get(_ORIENTATION, 1))
     return _over_white(pixels) if alpha else pixels
@@ -237,13 +231,24 @@ def _from_pil(image: Image.Image) -> Tensor:
 
 
 def _from_16_bits(pixels: Tensor) -> Tensor:
-    return ((pixels + 128) // 257).to(torch.uint8)
+    found = torch.empty(pixels.shape, dtype=torch.uint8)
+    for strip, out in zip(_strips(pixels), _strips(found), strict=True):
+        out.copy_((strip.to(torch.int32) + 128) // 257)
+    return found
 
 
 def _over_white(pixels: Tensor) -> Tensor:
     """uint8 (4, H, W) RGBA laid over white: (3, H, W)."""
-    colour, alpha = pixels[:3].to(torch.int32), pixels[3:].to(torch.int32)
-    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
+    found = torch.empty(3, *pixels.shape[1:], dtype=torch.uint8)
+    for strip, out in zip(_strips(pixels), _strips(found), strict=True):
+        colour, alpha = strip[:3].to(torch.int32), strip[3:].to(torch.int32)
+        out.copy_((colour * alpha + 255 * (255 - alpha) + 127) // 255)
+    return found
+
+
+def _strips(pixels: Tensor) -> Sequence[Tensor]:
+    """A picture in strips of about a million pixels, in which wider numbers take little memory."""
+    return pixels.split(max(1, (1 << 20) // max(1, pixels.shape[-1])), dim=-2)
 
 
 def _upright(pixels: Tensor, orientation: int) -> Tensor:

@@ -11,7 +11,7 @@ import importlib
 import os
 from collections.abc import Iterator, Sequence
 
-from llm2clip.data.archives import images_in, read_images, read_tar
+from llm2clip.data.archives import files_in, images_in, read_images, read_tar
 from llm2clip.data.rows import Choose, RawRow
 from llm2clip.data.tables import read_huggingface, read_parquet
 from llm2clip.data.texts import read_captions_txt, read_csv, read_json, read_jsonl
@@ -32,13 +32,17 @@ KNOWN = (
 )
 
 
-def find(path: str) -> list[tuple[str, str]]:
-    """The `(format, file)` pairs a path stands for, in order. A path that exists is itself, whatever its characters."""
+def find(path: str, whole: bool = False) -> list[tuple[str, str]]:
+    """The `(format, file)` pairs a path stands for, in order. A path that exists is itself, whatever its characters.
+
+    whole: of a folder all that is in it, and not the first of its forms: captions, images, tars and parquet files, in
+    its folders too.
+    """
     if path.startswith("hf:"):
         return [("hf", path[3:])]
     path = os.path.expanduser(path)
     if os.path.isdir(path):
-        return _find_in_folder(path)
+        return _find_all(path) if whole else _find_in_folder(path)
     if os.path.exists(path):
         suffixes = [suffix for suffix in FORMATS if path.lower().endswith(suffix)]
         if not suffixes:
@@ -69,6 +73,20 @@ def _find_in_folder(folder: str) -> list[tuple[str, str]]:
     if next(images_in(folder), None) is None:
         raise ValueError(f"{folder}: a folder without images, tars, parquet or captions; these can be read: {KNOWN}")
     return [("images", folder)]
+
+
+def _find_all(folder: str) -> list[tuple[str, str]]:
+    names = os.listdir(folder)
+    if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names):
+        return [("saved", folder)]
+    found = [pair for name in CAPTION_FILES if name in names for pair in find(os.path.join(folder, name))]
+    if next(images_in(folder), None) is not None:
+        found.append(("images", folder))
+    for suffix in ("tar", "parquet"):
+        found += [(suffix, path) for path in files_in(folder, frozenset({suffix}))]
+    if not found:
+        raise FileNotFoundError(f"{folder}: a folder without images, tars or parquet")
+    return found
 
 
 def _braces(pattern: str) -> list[str]:

@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 from PIL import Image
 
 from llm2clip.data import readers
+from llm2clip.data.formats import readable_formats
 from llm2clip.data.refs import FileImage, ImageRef, MemoryImage
 from llm2clip.data.rows import Bad, Held, RawRow, guessed
 from llm2clip.data.skips import SkipLog
@@ -112,7 +113,8 @@ def open_records(
     images: "header" opens each image as far as its size (about 0.1 ms from a warm disk; damage further in is not
     found), "exists" asks whether the file is there, "ignore" is for reading texts: no row is left out for its image,
     and `image` is None where the file is absent or its bytes were not read. A row without an image is a record too.
-    captionless: so is one without captions, if it has an image, and nobody asks for a column of them.
+    captionless: so is one without captions, if it has an image, and nobody asks for a column of them; a folder is read
+    with all that is in it.
 
     Raises what `SkipLog.check` raises, at the end and, once going wrong, early; ValueError for columns that are not
     there and for a source or a selection of splits without any record.
@@ -120,7 +122,7 @@ def open_records(
     source = Source.parse(source)
     if images not in get_args(Images):
         raise ValueError(f"images={images!r}; it is one of {', '.join(get_args(Images))}")
-    files = readers.find(source.path)
+    files = readers.find(source.path, whole=captionless)
     return _Opening(source, SkipLog() if log is None else log, images, captionless).records(files)
 
 
@@ -369,7 +371,7 @@ def _check_image(held: Held, images: Images) -> None:
         return
     try:
         with io.BytesIO(held.data) if held.data is not None else held.ref.open() as stream:
-            width, height = Image.open(stream).size
+            width, height = Image.open(stream, formats=readable_formats()).size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # PIL's limits, near ours
         raise _Skip("image too large", f"{held.ref}: {error}") from error
     except Exception as error:  # PIL's plugins raise anything on hostile bytes

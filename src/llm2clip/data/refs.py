@@ -118,17 +118,27 @@ class ParquetImage(ImageRef):
     column: str
 
     def open(self) -> BinaryIO:
-        starts = _row_group_starts(self.path)
+        stamp = _stamp(self.path)
+        starts = _row_group_starts(self.path, stamp)
         group = bisect_right(starts, self.row) - 1
-        value = _parquet_column(self.path, group, self.column)[self.row - starts[group]].as_py()
+        column = _parquet_column(self.path, stamp, group, self.column)
+        if self.row - starts[group] >= len(column):
+            raise FileNotFoundError(f"{self} is not there any more")
+        value = column[self.row - starts[group]].as_py()
         return _open_cell(value, os.path.dirname(self.path), str(self))
 
     def __str__(self) -> str:
         return f"{self.path}[{self.row}].{self.column}"
 
 
+def _stamp(path: str) -> tuple[int, int]:
+    """Changes with a file, so that what is kept of an older one is not taken for it."""
+    there = os.stat(path)
+    return there.st_size, there.st_mtime_ns
+
+
 @functools.lru_cache(maxsize=1024)
-def _row_group_starts(path: str) -> list[int]:
+def _row_group_starts(path: str, stamp: tuple[int, int]) -> list[int]:
     meta = pq.read_metadata(path)
     starts = [0]
     for group in range(meta.num_row_groups - 1):
@@ -137,7 +147,7 @@ def _row_group_starts(path: str) -> list[int]:
 
 
 @functools.lru_cache(maxsize=4)
-def _parquet_column(path: str, group: int, column: str) -> pa.ChunkedArray:
+def _parquet_column(path: str, stamp: tuple[int, int], group: int, column: str) -> pa.ChunkedArray:
     # Opened anew and read on this thread: a handle or a thread pool kept over a fork is what hangs data loaders.
     with pq.ParquetFile(path) as file:
         return file.read_row_group(group, columns=[column], use_threads=False).column(0)
@@ -153,14 +163,16 @@ class DatasetImage(ImageRef):
     column: str
 
     def open(self) -> BinaryIO:
-        return _open_cell(_saved(self.folder, self.split)[self.row][self.column], self.folder, str(self))
+        return _open_cell(
+            _saved(self.folder, _stamp(self.folder), self.split)[self.row][self.column], self.folder, str(self)
+        )
 
     def __str__(self) -> str:
         return f"{self.folder}{'/' + self.split if self.split else ''}[{self.row}].{self.column}"
 
 
 @functools.lru_cache(maxsize=16)
-def _saved(folder: str, split: str | None) -> Any:
+def _saved(folder: str, stamp: tuple[int, int], split: str | None) -> Any:
     from datasets import load_from_disk
 
     loaded = load_from_disk(folder)

@@ -40,9 +40,15 @@ def card(folder: Path, name: str, licence: str | None = None) -> str:
     file = folder / "config.json"
     config: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     kind = config.get("model_type", "")
+    library, task = "transformers", "image-feature-extraction"  # a bare tower
+    if kind in LOAD or (folder / "open_clip_config.json").is_file() or (folder / "text.onnx").is_file():
+        task = "zero-shot-image-classification"
+        library = "llm2clip" if kind == "llm2clip" else "transformers"
+        library = "open_clip" if (folder / "open_clip_config.json").is_file() else library
+        library = "onnx" if (folder / "text.onnx").is_file() else library
     front: dict[str, Any] = {
-        "library_name": {"llm2clip": "llm2clip", "llm2clip_export": "transformers"}.get(kind, "onnx"),
-        "pipeline_tag": "zero-shot-image-classification",
+        "library_name": library,
+        "pipeline_tag": task,
         "tags": ["llm2clip", "image-retrieval", "clip", "arxiv:2411.04997"],
     }
     if licence:
@@ -91,7 +97,8 @@ def _table(rows: list[tuple[str, Any]]) -> str:
 
 def _public(text: str) -> str:
     """Without the folders that things lay in: /home/somebody/photos.csv is photos.csv."""
-    return re.sub(r"(?<![\w.:/])/(?:[^\s/`'\"]+/)+", "", text)
+    quoted = re.sub(r"(['\"])(?:file://)?/[^'\"\n]*/([^'\"/\n]+)\1", r"\1\2\1", text)
+    return re.sub(r"(?<![\w.:/])(?:file://)?/(?:[^\s/`'\"]+/)+", "", quoted)
 
 
 def _lowered(report: str) -> str:

@@ -56,9 +56,12 @@ class Batcher(Generic[Item, Answer]):
         """The answers to some items, in their order.
 
         Raises:
+            ValueError: there are more than may ever wait.
             Busy: too many wait already.
             Exception: what `work` raised for one of them alone.
         """
+        if len(items) > self.waiting:
+            raise ValueError(f"{len(items):,} at once; {self.waiting:,} at most")
         if len(self) + len(items) > self.waiting:
             raise Busy(f"{len(self):,} requests are waiting")
         loop = asyncio.get_running_loop()
@@ -96,6 +99,8 @@ class Batcher(Generic[Item, Answer]):
         loop = asyncio.get_running_loop()
         try:
             answers = await loop.run_in_executor(self.executor, self.work, [one.item for one in batch])
+            if len(answers) != len(batch):
+                raise RuntimeError(f"{len(answers)} answers to {len(batch)} items")
         except Exception as error:
             if len(batch) > 1:  # who is to blame? the others must not suffer
                 for one in batch:

@@ -8,7 +8,7 @@ import hashlib
 import io
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -20,7 +20,9 @@ from torchvision.io import encode_jpeg
 from torchvision.transforms.v2 import functional as F
 from tqdm.auto import tqdm
 
+from llm2clip.data.archives import files_in
 from llm2clip.data.decoding import in_batches
+from llm2clip.data.formats import readable_formats
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.skips import SkipLog
 from llm2clip.models.dual import DualEncoder
@@ -28,6 +30,8 @@ from llm2clip.models.identity import fingerprint
 from llm2clip.search.entries import PLACES, Content, Engine, Picture
 
 THUMBNAIL = 256  # pixels of the longer side
+CHUNK = 8192  # pictures that are read before the new ones among them are embedded
+UNREAD = frozenset({"heic", "heif", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raw", "psd", "svg", "jxl"})
 EXIF, DATE_TAKEN, DATE = 0x8769, 0x9003, 0x0132  # tags
 
 
@@ -58,63 +62,98 @@ def index(
     columns: dict[str, str] | None = None,
     batch: int = 64,
     workers: int | None = None,
+    gone: bool = False,
 ) -> Report:
     """Bring an index to what sources hold now.
 
     Args:
-        sources: of pictures, as of `open_records`; captions are kept where there are any.
+        sources: of pictures, as of `open_records`, folders with all that is in them; captions are kept where there are
+            any.
         model: what makes the vectors.
         engine: of the index. Pictures of sources that are not named here stay in it.
         log: where pictures that cannot be read are counted and listed.
         columns: our field to the sources' column.
         batch: pictures in a forward pass, and kept at once.
         workers: processes that decode, as of `in_batches`.
+        gone: a source that is not there any more, or empty, is no mistake: its pictures are dropped.
 
     Raises:
         ValueError: the index is another model's.
+        OSError: a source is not there, or a folder in it cannot be listed.
         TooManySkipped: too many pictures cannot be read.
     """
-    mine = {"model": model.name, "fingerprint": fingerprint(model.identity()), "width": model.width}
-    about = engine.about()
-    if about and about["fingerprint"] != mine["fingerprint"]:
-        raise ValueError(
-            f"the index was made with {about['model']}, whose vectors are not those of {model.name}: name that model, "
-            "or another --out"
-        )
-    engine.begin(mine)
+    if about := engine.about():
+        check_model(about, model)
+    else:
+        name = os.path.abspath(model.name) if os.path.isdir(model.name) else model.name
+        engine.begin({"model": name, "fingerprint": fingerprint(model.identity()), "width": model.width})
     parsed = [_absolute(Source.parse(s), columns or {}) for s in sources]
-    found = {p.name: p for source in parsed for p in pictures(source, log)}
-    known = engine.known([str(source) for source in parsed])
+    found: dict[str, Picture] = {}
+    for source in parsed:
+        for picture in pictures(source, log, gone):
+            if (same := found.get(picture.name)) is not None:  # captions in a file beside the pictures, say
+                texts = tuple(dict.fromkeys([*same.captions, *picture.captions]))
+                picture = dataclasses.replace(same, captions=texts)
+            found[picture.name] = picture
+    known = engine.known([plain(str(source.path)) for source in parsed])
     fresh = [p for p in found.values() if known.get(p.name) != (p.stamp, p.captions)]
     kept, embedded = _add(fresh, model, engine, log, batch, workers)
     stale = {p.name for p in fresh} - kept  # whose file changed to what cannot be read
     engine.forget([name for name in known if name not in found or name in stale])
     log.check()
     engine.finish()
-    gone = sum(name not in found for name in known)
-    return Report(len(kept - known.keys()), len(kept & known.keys()), gone, embedded)
+    dropped = sum(name not in found for name in known)
+    return Report(len(kept - known.keys()), len(kept & known.keys()), dropped, embedded)
 
 
-def pictures(source: Source, log: SkipLog) -> Iterator[Picture]:
+def check_model(about: Mapping[str, Any], model: DualEncoder) -> None:
+    """Raises ValueError if a model is not the one that an index was made with: their vectors have nothing in common."""
+    if about["fingerprint"] != fingerprint(model.identity()):
+        raise ValueError(
+            f"the index was made with {about['model']} as it was then, whose vectors are not those of {model.name}: "
+            "name that model, or make an index of this one in another folder"
+        )
+
+
+def pictures(source: Source, log: SkipLog, gone: bool = False) -> Iterator[Picture]:
     """What a source holds, as far as the files' headers tell.
 
     Raises:
-        ValueError: its pictures are not in files here.
+        ValueError: its pictures are not in files here, or it has none and `gone` is off.
+        OSError: as of `index`.
     """
-    for record in open_records(source, log, captionless=True):
+    try:
+        records = open_records(source, log, captionless=True)
+    except FileNotFoundError as error:
+        if gone:
+            return
+        raise FileNotFoundError(f"{error}\nif it is gone for good, --gone drops its pictures from the index") from error
+    if os.path.isdir(source.path):
+        for path in files_in(source.path, UNREAD):
+            log.seen_one()
+            log.skip(path, 0, "unknown format", "")
+    for record in records:
         if record.image is None:
             log.skip(record.id, 0, "no image", "")
             continue
         if type(record.image).__name__ not in PLACES:
             raise ValueError(f"{source}: its pictures are not in files here; save_to_disk makes files of it")
-        there = os.stat(getattr(record.image, "path", None) or record.image.folder)  # type: ignore[attr-defined]
+        try:
+            there = os.stat(getattr(record.image, "path", None) or record.image.folder)  # type: ignore[attr-defined]
+        except FileNotFoundError:
+            continue  # it went while this looked
         stamp = f"{there.st_size} {there.st_mtime_ns}"
-        yield Picture(record.image.key, record.image, str(source), stamp, record.texts, there.st_mtime)
+        yield Picture(plain(record.image.key), record.image, plain(source.path), stamp, record.texts, there.st_mtime)
 
 
 def _absolute(source: Source, columns: dict[str, str]) -> Source:
-    path = source.path if source.path.startswith("hf:") else os.path.abspath(os.path.expanduser(source.path))
+    path = source.path if source.path.startswith("hf:") else os.path.realpath(os.path.expanduser(source.path))
     return dataclasses.replace(source, path=path, columns={**source.columns, **columns})
+
+
+def plain(name: str) -> str:
+    """A name that can be written as text: bytes that are no UTF-8 are spelt out."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _add(
@@ -127,36 +166,48 @@ def _add(
 ) -> tuple[set[str], int]:
     """Put pictures into the index; the names of those that could be read, and how many contents were embedded."""
     kept: set[str] = set()
+    embedded = 0
+    for start in range(0, len(fresh), CHUNK):
+        some, count = _add_chunk(fresh[start : start + CHUNK], model, engine, log, batch, workers)
+        kept, embedded = kept | some, embedded + count
+    return kept, embedded
+
+
+def _add_chunk(
+    fresh: Sequence[Picture], model: DualEncoder, engine: Engine, log: SkipLog, batch: int, workers: int | None
+) -> tuple[set[str], int]:
+    kept: set[str] = set()
     waiting: dict[bytes, list[Picture]] = defaultdict(list)  # by their bytes, which are not in the index yet
 
     def put(contents: list[Content], some: list[tuple[Picture, bytes]]) -> None:
         engine.put(contents, some)
         kept.update(picture.name for picture, _ in some)
 
-    for start in range(0, len(fresh), 4096):
-        read = [(p, *_digest(p, log)) for p in tqdm(fresh[start : start + 4096], desc="read", unit="picture")]
-        dated = [(dataclasses.replace(p, taken=taken), digest) for p, digest, taken in read if digest]
-        have = engine.have({digest for _, digest in dated})
-        put([], [(p, digest) for p, digest in dated if digest in have])
-        for picture, digest in dated:
-            if digest not in have:
-                waiting[digest].append(picture)
+    read = [(p, *_digest(p, log)) for p in tqdm(fresh, desc="read", unit="picture")]
+    dated = [(dataclasses.replace(p, taken=taken), digest) for p, digest, taken in read if digest]
+    have = engine.have({digest for _, digest in dated})
+    put([], [(p, digest) for p, digest in dated if digest in have])
+    for picture, digest in dated:
+        if digest not in have:
+            waiting[digest].append(picture)
     digests = list(waiting)
     refs = [waiting[digest][0].place for digest in digests]
     embedded = 0
     with tqdm(total=len(refs), desc="embed", unit="picture", disable=not refs) as bar:
         for good, prepared, failures in in_batches(refs, Prepared(model.transform), batch, workers):
+            vectors = model.encode_pictures([p for p, *_ in prepared]).numpy() if good else ()
+            contents = []
+            for i, vector, (_, small, width, height) in zip(good, vectors, prepared, strict=True):
+                if np.isfinite(vector).all():
+                    contents.append(Content(digests[i], vector.astype(np.float16), small, width, height))
+                else:
+                    failures[i] = "the model's vector of it is not finite"
             for i, reason in failures.items():
                 for picture in waiting[digests[i]]:
                     log.skip(picture.name, 0, "undecodable image", reason)
-            vectors = model.encode_pictures([p for p, *_ in prepared]).numpy() if good else ()
-            contents = [
-                Content(digests[i], vector.astype(np.float16), thumbnail, width, height)
-                for i, vector, (_, thumbnail, width, height) in zip(good, vectors, prepared, strict=True)
-            ]
-            put(contents, [(picture, digests[i]) for i in good for picture in waiting[digests[i]]])
-            embedded += len(good)
-            bar.update(len(good) + len(failures))
+            put(contents, [(picture, content.hash) for content in contents for picture in waiting[content.hash]])
+            embedded += len(contents)
+            bar.update(len(contents) + len(failures))
     return kept, embedded
 
 
@@ -164,7 +215,7 @@ def _digest(picture: Picture, log: SkipLog) -> tuple[bytes | None, float]:
     """SHA-256 of a picture's bytes, and when it was taken; None if they cannot be read."""
     try:
         data = picture.place.read()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError) as error:
         log.skip(picture.name, 0, "unreadable image", error)
         return None, 0.0
     return hashlib.sha256(data).digest(), date_taken(data) or picture.taken
@@ -174,7 +225,10 @@ def date_taken(data: bytes) -> float | None:
     """When a camera says that it took a picture, in seconds since 1970 (of a time zone it says nothing: it is taken for
     this machine's)."""
     try:
-        exif = Image.open(io.BytesIO(data)).getexif()
+        header = Image.open(io.BytesIO(data), formats=readable_formats())
+        if header.format == "PNG" and "exif" not in header.info:
+            return None  # or Pillow decodes the whole picture to look behind it
+        exif = header.getexif()
         written = exif.get_ifd(EXIF).get(DATE_TAKEN) or exif.get(DATE)
         return datetime.strptime(str(written)[:19], "%Y:%m:%d %H:%M:%S").timestamp()
     except Exception:  # hostile headers make Pillow raise almost anything; a date is no reason to leave a picture out

@@ -30,4 +30,5 @@ def open_engine(where: str, write: bool = False, **options: int) -> Engine:
 
         return LocalIndex(Path(where), write, **options)
     except ModuleNotFoundError as error:
-        raise ImportError(f"{where}: an index needs `pip install llm2clip[search]` ({error})") from error
+        extra = "qdrant" if where.startswith(QDRANT) else "search"
+        raise ImportError(f"{where}: this index needs `pip install 'llm2clip[{extra}]'` ({error})") from error

@@ -98,7 +98,7 @@ class Engine(Protocol):
         ...
 
     def known(self, sources: Sequence[str]) -> dict[str, tuple[str, tuple[str, ...]]]:
-        """Stamp and captions by name, of the pictures of some sources."""
+        """Stamp and captions by name, of the pictures that came from some sources or lie under them."""
         ...
 
     def have(self, hashes: Iterable[bytes]) -> set[bytes]:

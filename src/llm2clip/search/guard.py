@@ -24,6 +24,7 @@ METHODS = ("GET", "POST", "HEAD", "OPTIONS")  # that are counted by their names;
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
 }
@@ -32,6 +33,7 @@ TROUBLES: dict[int | str, dict[str, Any]] = {
     for code, what in {
         400: "not a request",
         401: "no token, or a wrong one",
+        403: "from a page of another site",
         404: "there is none",
         413: "too large",
         422: "not as it must be; the message says what",
@@ -41,7 +43,7 @@ TROUBLES: dict[int | str, dict[str, Any]] = {
 }
 
 
-class _BodyTooLarge(HTTPException):
+class _Refused(HTTPException):
     """FastAPI lets its own exceptions pass where it reads a body."""
 
 
@@ -50,6 +52,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, service: Service, token: str | None) -> None:
         self.app, self.service, self.token = app, service, token
+        self.held = 0  # bytes of the bodies of all requests that are under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -72,22 +75,29 @@ class Guard:
             trouble = {"message": message, "type": TROUBLES[code]["description"], "code": code}
             await JSONResponse({"error": trouble}, code, headers)(scope, receive, sending)
 
+        got = 0
         try:
-            request, limit, got = Request(scope), self.service.limits.body, 0
+            request, limit = Request(scope), self.service.limits.body
             length = request.headers.get("content-length", "")
 
             async def receiving() -> Message:
                 nonlocal got
                 message = await receive()
-                got += len(message.get("body", b""))
+                size = len(message.get("body", b""))
+                got += size
+                self.held += size
                 if got > limit:
-                    raise _BodyTooLarge(413, f"more than {limit:,} bytes")
+                    raise _Refused(413, f"more than {limit:,} bytes")
+                if self.held > self.service.limits.held:
+                    raise _Refused(429, "too many bytes are waiting", {"Retry-After": "1"})
                 return message
 
             if not self._may(request):
                 await refuse(
                     401, "send Authorization: Bearer TOKEN, or open /?token=TOKEN", {"WWW-Authenticate": "Bearer"}
                 )
+            elif request.headers.get("sec-fetch-site") == "cross-site" and scope["path"] != "/":
+                await refuse(403, "this is not for pages of other sites")
             elif length.isdigit() and int(length) > limit:
                 await refuse(413, f"{int(length):,} bytes are more than {limit:,}")
             else:
@@ -97,11 +107,12 @@ class Guard:
             if began:
                 raise
             await refuse(504, f"it took longer than {self.service.limits.seconds:g} seconds")
-        except _BodyTooLarge as error:
+        except _Refused as error:
             if began:
                 raise
-            await refuse(413, str(error.detail))
+            await refuse(error.status_code, str(error.detail), dict(error.headers or {}))
         finally:
+            self.held -= got
             route = scope.get("route")
             path = getattr(route, "path", "other")
             method = scope["method"] if scope["method"] in METHODS else "other"
@@ -109,11 +120,12 @@ class Guard:
             self.service.seconds.labels(path).observe(time.perf_counter() - start)
 
     def _may(self, request: Request) -> bool:
-        if self.token is None or request.url.path == "/health":
+        path = request.scope["path"]  # and not request.url, into which the Host header goes
+        if self.token is None or path == "/health":
             return True
         kind, _, bearer = request.headers.get("authorization", "").partition(" ")
         given = [bearer if kind.lower() == "bearer" else "", request.cookies.get(COOKIE, "")]
-        if request.url.path == "/":
+        if path == "/":
             given.append(request.query_params.get("token", ""))
         return any(secrets.compare_digest(some.encode(), self.token.encode()) for some in given)
 

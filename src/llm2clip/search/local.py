@@ -15,7 +15,6 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,9 @@ APPROXIMATE_ABOVE = 1_000_000
 SCHEMA = """
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE contents (
-  id INTEGER PRIMARY KEY AUTOINCREMENT, hash BLOB NOT NULL UNIQUE, vector BLOB NOT NULL, width INTEGER NOT NULL,
-  height INTEGER NOT NULL);
+  id INTEGER PRIMARY KEY AUTOINCREMENT, hash BLOB NOT NULL UNIQUE, vector BLOB NOT NULL, largest REAL NOT NULL,
+  width INTEGER NOT NULL, height INTEGER NOT NULL);
+CREATE INDEX contents_largest ON contents(largest);
 CREATE TABLE thumbnails (id INTEGER PRIMARY KEY REFERENCES contents(id) ON DELETE CASCADE, jpeg BLOB NOT NULL);
 CREATE TABLE pictures (
   name TEXT PRIMARY KEY, content INTEGER NOT NULL REFERENCES contents(id), place TEXT NOT NULL, source TEXT NOT NULL,
@@ -39,6 +39,8 @@ CREATE INDEX pictures_source ON pictures(source);
 CREATE INDEX pictures_taken ON pictures(taken);
 PRAGMA user_version = 1;
 """
+# In a folder, a tar or a parquet file, or itself.
+UNDER = "substr(name, 1, length(:under)) = :under AND substr(name, length(:under) + 1, 1) IN ('', '/', '!', '[')"
 FIELDS = "name, place, source, stamp, captions, taken"
 
 
@@ -61,16 +63,22 @@ class LocalIndex:
         if not write and not file.exists():
             raise FileNotFoundError(f"{folder} is no index: llm2clip index PHOTOS --model MODEL --out {folder}")
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.RLock()
-        self._db = sqlite3.connect(file, check_same_thread=False, isolation_level=None, timeout=60)
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA foreign_keys = ON")
-        self._db.create_function("contains", 2, _contains, deterministic=True)
-        if not (version := self._db.execute("PRAGMA user_version").fetchone()[0]):
-            self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
-        elif version != 1:
+        self._file, self._lock, self._reading = file, threading.RLock(), threading.Lock()
+        try:
+            self._db = sqlite3.connect(file, check_same_thread=False, isolation_level=None, timeout=60)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA foreign_keys = ON")
+            self._db.create_function("contains", 2, _contains, deterministic=True)
+            if not (version := self._db.execute("PRAGMA user_version").fetchone()[0]):
+                self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
+        except sqlite3.Error as error:
+            raise OSError(f"{file}: {error}") from error
+        if version not in (0, 1):
             raise ValueError(f"{file} is of version {version}, and 1 is what can be read; index into another --out")
-        self._nearest: tuple[int, Nearest] | None = None
+        if not write and not self.about():
+            raise FileNotFoundError(f"{folder} is an index that nothing was ever put into")
+        self._orphans = True  # contents that no picture has may be there
+        self._nearest: tuple[tuple[int, int, int], Nearest] | None = None
 
     def close(self) -> None:
         self._db.close()
@@ -90,20 +98,25 @@ class LocalIndex:
             self._db.executemany("INSERT OR REPLACE INTO about VALUES (?, ?)", rows)
 
     def known(self, sources: Sequence[str]) -> dict[str, tuple[str, tuple[str, ...]]]:
-        sql = f"SELECT name, stamp, captions FROM pictures WHERE source IN ({_marks(sources)})"
-        return {name: (stamp, tuple(json.loads(texts))) for name, stamp, texts in self._read(sql, sources)}
+        found: dict[str, tuple[str, tuple[str, ...]]] = {}
+        for source in sources:
+            sql = f"SELECT name, stamp, captions FROM pictures WHERE source = :under OR ({UNDER})"
+            rows = self._read(sql, {"under": source})
+            found.update((name, (stamp, tuple(json.loads(texts)))) for name, stamp, texts in rows)
+        return found
 
     def have(self, hashes: Iterable[bytes]) -> set[bytes]:
         return {h for h in hashes if self._read("SELECT 1 FROM contents WHERE hash = ?", (h,))}
 
     def put(self, contents: Sequence[Content], pictures: Sequence[tuple[Picture, bytes]]) -> None:
         with self._lock, _Transaction(self._db):
+            self._orphans = True
             for c in contents:
                 vector = np.ascontiguousarray(c.vector, dtype="<f2").tobytes()
                 row = self._db.execute(
-                    "INSERT INTO contents (hash, vector, width, height) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING "
-                    "RETURNING id",
-                    (c.hash, vector, c.width, c.height),
+                    "INSERT INTO contents (hash, vector, largest, width, height) VALUES (?, ?, ?, ?, ?) "
+                    "ON CONFLICT DO NOTHING RETURNING id",
+                    (c.hash, vector, float(np.abs(c.vector).max()), c.width, c.height),
                 ).fetchone()
                 if row is not None:
                     self._db.execute("INSERT INTO thumbnails VALUES (?, ?)", (row[0], c.thumbnail))
@@ -117,14 +130,17 @@ class LocalIndex:
             )
 
     def forget(self, names: Sequence[str]) -> None:
+        if not names and not self._orphans:
+            return  # to write nothing new would make every reader read all again
         with self._lock, _Transaction(self._db):
             self._db.executemany("DELETE FROM pictures WHERE name = ?", [(name,) for name in names])
             self._db.execute("DELETE FROM contents WHERE id NOT IN (SELECT content FROM pictures)")
+            self._orphans = False
 
     def finish(self) -> None:
         ids = self._ids()
         if len(ids) >= self.approximate_above:
-            grown(self.folder, ids, self._vectors, int(self.about()["width"]))
+            grown(self.folder, ids, self._vectors, int(self.about()["width"]), self._largest())
 
     # -- asking it
 
@@ -172,20 +188,28 @@ class LocalIndex:
 
     def _searcher(self) -> Nearest:
         """What searches the vectors; another once something was written."""
-        with self._lock:
+        with self._reading:  # one reads, and those that wait take what it made
             ((version,),) = self._read("PRAGMA data_version")
-            version += self._db.total_changes << 32
-            if self._nearest is None or self._nearest[0] != version:
-                width, ids = int(self.about()["width"]), self._ids()
-                codes = partial(self._codes, width)
-                self._nearest = version, Nearest(codes, self._vectors, graph_of(self.folder, ids))
+            graph = self.folder / "graph.json"
+            state = version, self._db.total_changes, graph.stat().st_mtime_ns if graph.exists() else 0
+            if self._nearest is None or self._nearest[0] != state:
+                self._nearest = None  # before the next is read: both may not fit
+                ids = self._ids()
+                self._nearest = state, Nearest(self._codes, self._vectors, graph_of(self.folder, ids))
             return self._nearest[1]
 
-    def _codes(self, width: int) -> Codes:
-        return Codes(self._chunks(), width)
+    def _codes(self) -> Codes:
+        return Codes(self._chunks(), int(self.about()["width"]), 127 / self._largest())
+
+    def _largest(self) -> float:
+        """The largest number in any vector."""
+        ((largest,),) = self._read("SELECT max(largest) FROM contents")
+        return max(float(largest or 0), 1e-6)
 
     def _chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        with self._lock, closing(self._db.execute("SELECT id, vector FROM contents ORDER BY id")) as cursor:
+        # Through a connection of its own: this takes seconds, in which others ask.
+        with closing(sqlite3.connect(self._file, timeout=60)) as db:
+            cursor = db.execute("SELECT id, vector FROM contents ORDER BY id")
             while rows := cursor.fetchmany(CHUNK):
                 vectors = np.frombuffer(b"".join(v for _, v in rows), "<f2")
                 yield np.array([i for i, _ in rows], dtype=np.int64), vectors.reshape(len(rows), -1)
@@ -203,8 +227,7 @@ class LocalIndex:
     def _among(self, only: Filter) -> np.ndarray:
         """Ids of the contents of the pictures that a filter lets through, sorted."""
         tests = {
-            "under": "substr(name, 1, length(:under)) = :under AND "
-            "substr(name, length(:under) + 1, 1) IN ('', '/', '!', '[')",  # of folders, tars, parquet files
+            "under": UNDER,
             "caption": "contains(captions, :caption)",
             "after": "taken >= :after",
             "before": "taken <= :before",

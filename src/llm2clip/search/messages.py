@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from llm2clip.data.formats import readable_formats
 from llm2clip.data.images import ImageError, load
 from llm2clip.search.entries import Filter, Hit
 
@@ -25,6 +26,7 @@ class Limits:
 
     Args:
         body: bytes of a request.
+        held: bytes of all requests that are under way; beyond it others are refused (429).
         pixels: of a picture, decoded.
         waiting: texts, or pictures, that may wait for the model; more are refused (429).
         seconds: that a request may take; then it is given up (504).
@@ -32,6 +34,7 @@ class Limits:
     """
 
     body: int = 32 << 20
+    held: int = 512 << 20
     pixels: int = 50_000_000
     waiting: int = 512
     seconds: float = 30.0
@@ -188,7 +191,7 @@ def picture_of(data: bytes, pixels: int) -> Any:
         ImageError: it cannot be read.
     """
     try:
-        with Image.open(io.BytesIO(data)) as header:
+        with Image.open(io.BytesIO(data), formats=readable_formats()) as header:
             width, height = header.size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLarge(str(error)) from error

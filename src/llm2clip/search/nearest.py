@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -23,27 +23,25 @@ Fetch = Callable[[np.ndarray], np.ndarray]  # ids (N,) -> float16 (N, D), in the
 
 
 class Codes:
-    """Vectors in a byte a dimension: round(127 x / largest), the largest of the first ones; beyond it they are cut."""
+    """Vectors in a byte a dimension: round(scale x), cut at 127. One scale for all, or products would not compare."""
 
-    def __init__(self, chunks: Iterable[tuple[np.ndarray, np.ndarray]], width: int, scale: float | None = None) -> None:
+    def __init__(self, chunks: Iterable[tuple[np.ndarray, np.ndarray]], width: int, scale: float) -> None:
         """
         Args:
             chunks: ids int64 (N,) and float16 (N, D), one after the other.
             width: D.
-            scale: of codes that these go to; None finds one.
+            scale: 127 / the largest number in any of them.
         """
         self.scale, ids, codes = scale, [np.empty(0, np.int64)], [np.empty((0, width), np.int8)]
         for some, vectors in chunks:
             ids.append(some)
-            codes.append(self.of(vectors))
+            codes.append(coded(vectors, scale))
         self.ids, self.codes = np.concatenate(ids), np.concatenate(codes)
 
-    def of(self, vectors: np.ndarray) -> np.ndarray:
-        """(N, D) floats to int8 (N, D)."""
-        exact = vectors.astype(np.float32)
-        if self.scale is None:
-            self.scale = 127 / max(float(np.abs(exact).max()), 1e-6)
-        return np.clip(np.rint(exact * self.scale), -127, 127).astype(np.int8)
+
+def coded(vectors: np.ndarray, scale: float) -> np.ndarray:
+    """(N, D) floats to int8 (N, D)."""
+    return np.clip(np.rint(vectors.astype(np.float32) * scale), -127, 127).astype(np.int8)
 
 
 class Nearest:
@@ -56,11 +54,16 @@ class Nearest:
             fetch: the vectors themselves, for the few that are measured.
             graph: of the same ids, `graph_of` opened it.
         """
-        self._codes, self.fetch, self.graph = codes, fetch, graph
+        self._make, self.fetch, self.graph = codes, fetch, graph
+        self._made: Codes | None = None
+        self._lock = Lock()
 
-    @cached_property
+    @property
     def codes(self) -> Codes:
-        return self._codes()
+        with self._lock:  # several threads search, one makes them
+            if self._made is None:
+                self._made = self._make()
+            return self._made
 
     def search(self, query: np.ndarray, count: int, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Ids int64 (k,) and cosines float32 (k,), the best first; equal ones by their ids.
@@ -85,18 +88,25 @@ class Nearest:
         if among is None and self.graph is not None:
             return self.graph.search(code, wanted).keys.astype(np.int64)
         ids, codes = self.codes.ids, self.codes.codes
-        if among is not None:
-            rows = np.isin(ids, among, assume_unique=True)
-            ids, codes = ids[rows], codes[rows]
-        if len(ids) <= wanted:
-            return ids
-        return ids[scan(codes, code, wanted, MetricKind.IP, exact=True).keys.astype(np.int64)]
+        rows = None if among is None else np.flatnonzero(np.isin(ids, among, assume_unique=True))
+        if len(ids if rows is None else rows) <= wanted:
+            return ids if rows is None else ids[rows]
+        if rows is None:
+            return ids[scan(codes, code, wanted, MetricKind.IP, exact=True).keys.astype(np.int64)]
+        kept, far = [], []  # block by block: all that a filter lets through at once could be the whole matrix again
+        for start in range(0, len(rows), CHUNK):
+            some = rows[start : start + CHUNK]
+            found = scan(codes[some], code, min(wanted, len(some)), MetricKind.IP, exact=True)
+            kept.append(some[found.keys.astype(np.int64)])
+            far.append(found.distances)
+        best = np.argsort(np.concatenate(far), kind="stable")[:wanted]
+        return ids[np.concatenate(kept)[best]]
 
 
 # ---- the graph ------------------------------------------------------------------------------------------------------
 
 
-def grown(folder: Path, ids: np.ndarray, fetch: Fetch, width: int) -> None:
+def grown(folder: Path, ids: np.ndarray, fetch: Fetch, width: int, largest: float) -> None:
     """Bring the graph in a folder to these ids: what is new is added, what is gone is taken out.
 
     Args:
@@ -104,17 +114,18 @@ def grown(folder: Path, ids: np.ndarray, fetch: Fetch, width: int) -> None:
         ids: sorted int64 (N,).
         fetch: their vectors.
         width: D.
+        largest: number in any vector; where it is far beyond what it was, the graph is grown anew.
     """
     from tqdm.auto import tqdm
     from usearch.index import Index, MetricKind
 
     file, about = folder / "graph.usearch", folder / "graph.json"
     graph = Index(ndim=width, metric=MetricKind.IP, dtype="i8")
-    codes = Codes([], width)
-    if about.exists():
-        codes.scale = json.loads(about.read_text())["scale"]
+    scale = 127 / largest
+    if about.exists() and json.loads(about.read_text())["scale"] < 1.1 * scale:
+        scale = json.loads(about.read_text())["scale"]
         graph.load(str(file))
-    held = np.sort(np.array(graph.keys, dtype=np.int64))
+    held = np.sort(np.fromiter(graph.keys, np.int64, len(graph)))
     gone, new = np.setdiff1d(held, ids, assume_unique=True), np.setdiff1d(ids, held, assume_unique=True)
     if not len(gone) and not len(new):
         return
@@ -123,13 +134,13 @@ def grown(folder: Path, ids: np.ndarray, fetch: Fetch, width: int) -> None:
     with tqdm(total=len(new), desc="graph", unit="picture") as bar:
         for start in range(0, len(new), CHUNK):
             some = new[start : start + CHUNK]
-            graph.add(some, codes.of(fetch(some)))
+            graph.add(some, coded(fetch(some), scale))
             bar.update(len(some))
     about.unlink(missing_ok=True)  # what is not described is not read
     graph.save(str(file.with_suffix(".part")))
     file.with_suffix(".part").replace(file)
     part = about.with_suffix(".part")
-    part.write_text(json.dumps({"scale": codes.scale, "count": len(ids), "last": int(ids[-1]), "sum": int(ids.sum())}))
+    part.write_text(json.dumps({"scale": scale, "count": len(ids), "last": int(ids[-1]), "sum": int(ids.sum())}))
     part.replace(about)
 
 

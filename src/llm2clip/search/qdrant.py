@@ -49,8 +49,8 @@ class QdrantIndex:
             exists = index.client.collection_exists(index.collection)
         except Exception as error:  # the client's own, and those of two libraries below it
             raise OSError(f"{named[1]}: {error}") from error
-        if not write and not exists:
-            raise FileNotFoundError(f"{named[1]} has no collection {named[2]}")
+        if not write and not (exists and index.about()):
+            raise FileNotFoundError(f"{named[1]} has no index of pictures in a collection {named[2]}")
         return index
 
     # -- filling it
@@ -82,12 +82,13 @@ class QdrantIndex:
         self.client.upsert(self.collection, [point])
 
     def known(self, sources: Sequence[str]) -> dict[str, tuple[str, tuple[str, ...]]]:
-        asked = models.FieldCondition(key="sources", match=models.MatchAny(any=list(sources)))
+        keys = ("sources", "within")
+        asked: list[Any] = [models.FieldCondition(key=key, match=models.MatchAny(any=list(sources))) for key in keys]
         return {
             p.name: (p.stamp, p.captions)
-            for payload in self._all(models.Filter(must=[asked]))
+            for payload in self._all(models.Filter(should=asked, must_not=[_not_about()]))
             for p in _pictures(payload)
-            if p.source in sources
+            if p.source in sources or set(_within(p.name)) & set(sources)
         }
 
     def have(self, hashes: Iterable[bytes]) -> set[bytes]:
@@ -133,13 +134,15 @@ class QdrantIndex:
         self._take_out(set(names))
 
     def finish(self) -> None:
-        """Qdrant keeps its own graph."""
+        """Qdrant keeps its own graph; what is counted here is how many pictures there are."""
+        sizes = [len(_pictures(payload)) for payload in self._all(None)]
+        self.begin({**self.about(), "pictures": sum(sizes), "contents": len(sizes)})
 
     # -- asking it
 
     def count(self) -> tuple[int, int]:
-        sizes = [len(_pictures(payload)) for payload in self._all(None)]
-        return sum(sizes), len(sizes)
+        about = self.about()
+        return about.get("pictures", 0), about.get("contents", 0)
 
     def copies(self, limit: int = 10) -> list[list[str]]:
         groups = [sorted(p.name for p in _pictures(payload)) for payload in self._all(None)]
@@ -254,4 +257,8 @@ def _filter(only: Filter) -> models.Filter:
         must.append(models.FieldCondition(key="taken", range=models.Range(gte=only.after, lte=only.before)))
     if only.larger is not None:
         must.append(models.FieldCondition(key="side", range=models.Range(gte=only.larger)))
-    return models.Filter(must=must, must_not=[models.HasIdCondition(has_id=[_point(ABOUT.encode())])])
+    return models.Filter(must=must, must_not=[_not_about()])
+
+
+def _not_about() -> models.HasIdCondition:
+    return models.HasIdCondition(has_id=[_point(ABOUT.encode())])

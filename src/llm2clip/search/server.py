@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -19,7 +20,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from llm2clip import __version__
+from llm2clip.data.formats import readable_formats
 from llm2clip.models.dual import DualEncoder
+from llm2clip.search.build import check_model
 from llm2clip.search.entries import Engine
 from llm2clip.search.guard import COOKIE, TROUBLES, Guard, answer_troubles
 from llm2clip.search.messages import (
@@ -58,7 +61,12 @@ def create_app(
             `/?token=TOKEN` sets; None asks for none.
         hosts: names that the server goes by; None allows any. A page elsewhere that points a name of its own at this
             machine gets nothing (DNS rebinding).
+
+    Raises:
+        ValueError: the index is of another model.
     """
+    if engine is not None:
+        check_model(engine.about(), model)
     limits = limits or Limits()
     service = Service(model, engine, limits)
 
@@ -132,12 +140,16 @@ def create_app(
         return await embedded(await service.see([await file.read() for file in files]), "float")
 
     @app.get("/thumbnail/{hit}", response_class=Response, responses=slow)
-    async def thumbnail(hit: str) -> Response:
+    async def thumbnail(hit: str, request: Request) -> Response:
         """A hit's picture, JPEG, 256 pixels at most a side."""
         jpeg = await run_in_threadpool(service.indexed().thumbnail, hit)
         if jpeg is None:
             raise Missing(f"there is no picture {hit}")
-        return Response(jpeg, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
+        tag = f'"{hashlib.sha256(jpeg).hexdigest()[:32]}"'  # ids are of this index, and begin anew in another
+        headers = {"Cache-Control": "private, no-cache", "ETag": tag}
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=headers)
+        return Response(jpeg, media_type="image/jpeg", headers=headers)
 
     @app.get("/picture/{hit}", response_class=Response, responses=slow)
     async def picture(hit: str) -> Response:
@@ -172,11 +184,13 @@ def _original(engine: Engine, hit: str) -> tuple[bytes, str]:
     for picture in engine.pictures(hit):
         try:
             data = picture.place.read()
-            with Image.open(io.BytesIO(data)) as header:  # a file may have become anything since it was indexed
+            with Image.open(
+                io.BytesIO(data), formats=readable_formats()
+            ) as header:  # a file may have become anything since it was indexed
                 kind = Image.MIME.get(header.format or "", "application/octet-stream")
         except Exception:
             continue
-        if kind.startswith("image/") and "svg" not in kind:
+        if kind.startswith("image/"):
             return data, kind
     raise Missing(f"there is no picture {hit}, or its file is gone")
 

@@ -35,7 +35,8 @@ class Service:
         )
         self._one = ThreadPoolExecutor(1, "model")  # at a time: two batches beside each other take longer than in turn
         self._decoders = ThreadPoolExecutor(2, "decode")
-        self._decoding = 0
+        self._decoding = self._queries = 0
+        self._searches = asyncio.Semaphore(2)  # at a time: each reads all vectors, and more only wait for the memory
         self.texts: Batcher[str, np.ndarray] = self._batcher("text", lambda some: model.encode_text(some).numpy())
         self.images: Batcher[Any, np.ndarray] = self._batcher("image", lambda some: model.encode_pictures(some).numpy())
         waiting = Gauge("llm2clip_waiting", "Items that wait for the model.", ["kind"], registry=self.registry)
@@ -60,10 +61,7 @@ class Service:
         Raises:
             ValueError: one of them is nothing to the model.
         """
-        vectors = await self.texts.ask(texts)
-        if not all(np.isfinite(vector).all() for vector in vectors):
-            raise ValueError("a text is nothing to the model: it has no token, or none that it can read")
-        return vectors
+        return _finite(await self.texts.ask(texts), "a text")
 
     async def see(self, encoded: Sequence[bytes]) -> list[np.ndarray]:
         """Vectors of pictures.
@@ -80,7 +78,7 @@ class Service:
             prepared = [await loop.run_in_executor(self._decoders, self._prepare, data) for data in encoded]
         finally:
             self._decoding -= len(encoded)
-        return await self.images.ask(prepared)
+        return _finite(await self.images.ask(prepared), "a picture")
 
     def _prepare(self, data: bytes) -> Any:
         return self.model.transform(picture_of(data, self.limits.pixels))
@@ -104,10 +102,23 @@ class Service:
             liked.append(vector)
         wanted = [*liked, *await vectors(request.texts, request.images)]
         query = mixed(wanted, await vectors(request.without_texts, request.without_images))
-        hits = await run_in_threadpool(engine.search, query, request.top, request.only.filter())
+        if self._queries >= self.limits.waiting:
+            raise Busy(f"{self._queries:,} searches are waiting")
+        self._queries += 1
+        try:
+            async with self._searches:
+                hits = await run_in_threadpool(engine.search, query, request.top, request.only.filter())
+        finally:
+            self._queries -= 1
         return [Found.of(hit) for hit in hits]
 
     def indexed(self) -> Engine:
         if self.engine is None:
             raise Missing("this server has no index: llm2clip serve --index INDEX")
         return self.engine
+
+
+def _finite(vectors: list[np.ndarray], of: str) -> list[np.ndarray]:
+    if not all(np.isfinite(vector).all() for vector in vectors):
+        raise ValueError(f"{of} is nothing to the model: its vector is not finite")
+    return vectors

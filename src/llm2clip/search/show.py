@@ -28,14 +28,19 @@ def print_hits(hits: Sequence[Hit], engine: Engine, console: Console, pictures: 
     table.add_column("file", overflow="fold")
     for number, hit in enumerate(hits, 1):
         first, *others = hit.pictures
-        name = RichText(first.name)
+        name = RichText(_printable(first.name))
         if others:
             name.append(f"\nand {len(others)} more of the same bytes", style="dim")
         if first.captions:
-            name.append("\n" + shorten(first.captions[0], 160, placeholder=" …"), style="dim")
+            name.append("\n" + shorten(_printable(first.captions[0]), 160, placeholder=" …"), style="dim")
         picture = [_drawn(engine.thumbnail(hit.id))] if shown else []
         table.add_row(str(number), f"{hit.score:.3f}", *picture, name)
     console.print(table)
+
+
+def _printable(text: str) -> str:
+    """Without what a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _drawn(jpeg: bytes | None) -> RichText:

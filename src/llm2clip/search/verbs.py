@@ -15,7 +15,7 @@ from rich.console import Console
 from llm2clip.data.skips import SkipLog
 from llm2clip.models.dual import open_dual
 from llm2clip.processes import say
-from llm2clip.search.build import index
+from llm2clip.search.build import check_model, index
 from llm2clip.search.engines import open_engine
 from llm2clip.search.entries import Filter
 from llm2clip.search.query import Query, vector_of
@@ -33,23 +33,31 @@ def index_verb(
     batch: int,
     workers: int | None,
     approximate_above: int,
+    gone: bool,
 ) -> list[str]:
     """Fill an index, once or again and again; lines that say what is in it.
 
     Args:
-        sources, columns, batch, workers: as of `index`.
+        sources, columns, batch, workers, gone: as of `index`.
         model: its name.
         out: folder or URL of the index.
         watch: seconds from one look at the sources to the next; None looks once.
         max_skipped: largest share of pictures that cannot be read.
         approximate_above: different pictures from which a graph is searched.
     """
+    dual, first = open_dual(model), True  # before anything is made at `out`
     engine = open_engine(out, write=True, approximate_above=approximate_above)
     list_of_bad = None if "://" in out else Path(out) / "skipped.jsonl"
-    dual, first = open_dual(model), True
     while True:
         log = SkipLog(list_of_bad, max_skipped)
-        report = index(sources, dual, engine, log, columns, batch, workers)
+        try:
+            report = index(sources, dual, engine, log, columns, batch, workers, gone)
+        except (OSError, ValueError) as error:
+            if first:
+                raise
+            say(f"{datetime.now():%H:%M:%S} {error}")  # a disk that is away comes back
+            time.sleep(watch or 1)
+            continue
         if first or report:
             say(f"{datetime.now():%H:%M:%S} {report}" if watch else str(report), log.summary())
         if watch is None:
@@ -83,6 +91,7 @@ def search_verb(
     engine = open_engine(where)
     about = engine.about()
     dual = open_dual(model or about["model"])
+    check_model(about, dual)
     query = Query(texts, images, without, without_images)
     hits = engine.search(vector_of(dual, query), top, only)
     if not hits:
@@ -137,13 +146,20 @@ def serve_verb(
     return ["Stopped; what was under way was answered."]
 
 
-def seconds(date: str | None) -> float | None:
-    """A date or time as ISO 8601 writes it, in seconds since 1970.
+def seconds(date: str | None, end: bool = False) -> float | None:
+    """A date or time as ISO 8601 writes it, in seconds since 1970; of a day its first second, or its last.
 
     Raises:
         ValueError: it is none.
     """
-    return None if date is None else datetime.fromisoformat(date).timestamp()
+    if date is None:
+        return None
+    return datetime.fromisoformat(f"{date}T23:59:59" if end and len(date) == 10 else date).timestamp()
+
+
+def place(path: str | None) -> str | None:
+    """A path as names in an index are written."""
+    return os.path.realpath(os.path.expanduser(path)) if path is not None else None
 
 
 def _in_words(query: Query) -> str:

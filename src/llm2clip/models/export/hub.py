@@ -151,6 +151,7 @@ def exportable(model: LLM2CLIP) -> LLM2CLIPExport:
         projection=c.projection,
         projection_bias=c.projection_bias,
         pooling=pooling,
+        logit_bias=c.logit_bias,
         header_tokens=0 if encoder.st[1].include_prompt else header,
     )
     whole = LLM2CLIPExport(config).float().eval()
@@ -160,6 +161,8 @@ def exportable(model: LLM2CLIP) -> LLM2CLIPExport:
     whole.adapter.load_state_dict(model.adapter.state_dict())
     with torch.no_grad():
         whole.logit_scale.copy_(model.logit_scale[0])
+        if model.logit_bias is not None and whole.logit_bias is not None:
+            whole.logit_bias.copy_(model.logit_bias[0])
     return whole
 
 

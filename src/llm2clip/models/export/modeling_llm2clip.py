@@ -34,6 +34,7 @@ class LLM2CLIPExportConfig(PretrainedConfig):
         adapter, adapter_depth, adapter_expansion, normalize_input: of texts; "residual", "glu" or "none".
         projection, projection_bias: of images; "linear" or "glu".
         pooling: mean, lasttoken or cls.
+        logit_bias: the logits have one, as the sigmoid loss wants.
         header_tokens: at the start of every text, which are not pooled.
     """
 
@@ -53,13 +54,14 @@ class LLM2CLIPExportConfig(PretrainedConfig):
         projection_bias: bool = False,
         pooling: str = "mean",
         header_tokens: int = 0,
+        logit_bias: bool = False,
         **others: Any,
     ) -> None:
         super().__init__(**others)
         self.tower, self.text, self.text_width, self.width = tower or {}, text or {}, text_width, width
         self.adapter, self.adapter_depth, self.adapter_expansion = adapter, adapter_depth, adapter_expansion
         self.normalize_input, self.projection, self.projection_bias = normalize_input, projection, projection_bias
-        self.pooling, self.header_tokens = pooling, header_tokens
+        self.pooling, self.header_tokens, self.logit_bias = pooling, header_tokens, logit_bias
 
 
 class LLM2CLIPExport(PreTrainedModel):
@@ -87,6 +89,7 @@ class LLM2CLIPExport(PreTrainedModel):
         else:
             self.adapter = Adapter(c.text_width, c.width, c.adapter_depth, c.adapter_expansion, c.normalize_input)
         self.logit_scale = nn.Parameter(torch.zeros(()))
+        self.logit_bias = nn.Parameter(torch.zeros(())) if c.logit_bias else None
         self.post_init()
 
     def get_text_features(
@@ -125,10 +128,12 @@ class LLM2CLIPExport(PreTrainedModel):
         attention_mask: Tensor | None = None,
         **_: Any,
     ) -> CLIPOutput:
-        """Either side or both; with both, the cosines times the logit scale."""
+        """Either side or both; with both, the cosines times the logit scale, and the bias if there is one."""
         text = None if input_ids is None else self.get_text_features(input_ids, attention_mask).pooler_output
         image = None if pixel_values is None else self.get_image_features(pixel_values).pooler_output
         logits = None if text is None or image is None else text @ image.T * self.logit_scale.exp()
+        if logits is not None and self.logit_bias is not None:
+            logits = logits + self.logit_bias
         return CLIPOutput(
             text_embeds=text,
             image_embeds=image,

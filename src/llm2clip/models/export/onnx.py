@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 
 tokenizer = Tokenizer.from_file("tokenizer.json")      # the template is in it
 tokenizer.enable_padding(pad_id=PAD, pad_token="")
+tokenizer.enable_truncation(MOST)
 encoded = tokenizer.encode_batch(["a long description ..."])
 ids = np.array([e.ids for e in encoded]); mask = np.array([e.attention_mask for e in encoded])
 texts = onnxruntime.InferenceSession("text.onnx").run(None, {"input_ids": ids, "attention_mask": mask})[0]
@@ -111,19 +112,21 @@ def to_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
         assert program is not None
         program.save(str(file))
         fewer = tuple(x[:1] for x in inputs)
-        cosine = min(_agreement(onnxruntime, file, module, names, some) for some in (inputs, fewer))
-        if cosine < 0.9999:
+        cosine = float(np.min([_agreement(onnxruntime, file, module, names, some) for some in (inputs, fewer)]))
+        if not cosine >= 0.9999:  # nor if it is no number
             raise ValueError(f"{file.name} gives other vectors than PyTorch: cosine {cosine:.5f}")
         lines.append(f"{file.name}: smallest cosine to PyTorch's vectors {cosine:.6f}")
         if int8:
             from onnxruntime.quantization import QuantType, quantize_dynamic
 
             small = folder / f"{name}-int8.onnx"
-            quantize_dynamic(file, small, weight_type=QuantType.QInt8, per_channel=True)
+            large = sum(f.stat().st_size for f in folder.glob(f"{name}.onnx*")) > 1 << 30  # one file holds up to 2 GB
+            quantize_dynamic(file, small, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=large)
             cosine = _agreement(onnxruntime, small, module, names, inputs)
             share = small.stat().st_size / sum(f.stat().st_size for f in folder.glob(f"{name}.onnx*"))
             lines.append(f"{small.name}: smallest cosine {cosine:.4f}, {share:.0%} of the size")
-    (folder / "USE.md").write_text(f"```python\n{USE.replace('PAD', str(tokenizer.pad_token_id))}```\n")
+    use = USE.replace("PAD", str(tokenizer.pad_token_id)).replace("MOST", str(tokenizer.model_max_length))
+    (folder / "USE.md").write_text(f"```python\n{use}```\n")
     return lines
 
 
@@ -133,4 +136,4 @@ def _agreement(runtime: Any, file: Path, module: nn.Module, names: Sequence[str]
     found = session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})[0]
     expected = module(*inputs).numpy()
     norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
-    return float(((found * expected).sum(1) / norms).min())
+    return float(np.min((found * expected).sum(1) / norms))

@@ -74,5 +74,10 @@ def to_open_clip(model: LLM2CLIP, folder: Path) -> None:
             tensor = model.logit_scale[0]
         elif tensor.is_floating_point():
             tensor = torch.full_like(tensor, torch.nan)
+        if tensor.shape != built.state_dict()[name].shape:
+            raise ValueError(
+                f"open_clip would build the tower {tower['architecture']} with {name} "
+                f"{tuple(built.state_dict()[name].shape)}, here it is {tuple(tensor.shape)}: it runs at another size"
+            )
         state[name] = tensor.detach().cpu().clone().contiguous()
     save_file(state, folder / "open_clip_model.safetensors", {"format": "pt"})

@@ -69,7 +69,7 @@ def push_verb(source: str, name: str, private: bool, licence: str | None) -> lis
     from huggingface_hub import HfApi
 
     folder = Path(source)
-    if not (folder / "config.json").is_file() and not (folder / "open_clip_config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", "open_clip_config.json", "text.onnx")):
         raise FileNotFoundError(f"{source} is not a model folder: it has no config.json")
     api = HfApi()
     url = api.create_repo(name, private=private, exist_ok=True)

@@ -129,6 +129,7 @@ function moreLike(hit) {
 
 async function without(hit) {
   const response = await fetch(`/thumbnail/${hit.id}`);
+  if (!response.ok || query.withoutImages.length >= 16) return;
   query.withoutImages.push(await uri(await response.blob()));
   settle();
 }
@@ -275,6 +276,7 @@ addEventListener("paste", (event) => {
 function fromHash() {
   const asked = new URLSearchParams(location.hash.slice(1));
   $("text").value = asked.get("q") || "";
+  Object.assign(query, { images: [], withoutImages: [] });
   query.like = (asked.get("like") || "").split(",").filter(Boolean);
   grow();
   chips();
