@@ -66,6 +66,7 @@ class LocalIndex:
         self._file, self._lock, self._reading = file, threading.RLock(), threading.Lock()
         try:
             self._db = sqlite3.connect(file, check_same_thread=False, isolation_level=None, timeout=60)
+            self._db.execute("PRAGMA page_size = 16384")  # of a new file: a vector of 2 KB leaves little of it empty
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA foreign_keys = ON")
             self._db.create_function("contains", 2, _contains, deterministic=True)
