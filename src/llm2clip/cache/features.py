@@ -26,7 +26,7 @@ from llm2clip.cache.store import EmbeddingStore
 from llm2clip.cpu import quick_products, reuse_memory
 from llm2clip.data.decoding import in_batches
 from llm2clip.data.images import EvalTransform
-from llm2clip.data.refs import FileImage, ImageRef
+from llm2clip.data.refs import FileImage, ImageRef, plain
 from llm2clip.data.skips import SkipLog
 from llm2clip.models.identity import weights_hash
 from llm2clip.models.vision import VisionTower
@@ -37,14 +37,13 @@ def image_name(ref: ImageRef) -> str:
     """What an image is called in a store: where it is, and the size and time of change of the file that holds it, so
     that another picture of the same name is another image."""
     name = ref.key
-    path = getattr(ref, "path", None) or getattr(ref, "folder", None)
-    if path is not None:
+    if (path := ref.held_in) is not None:
         try:
             there = _stat(path) if not isinstance(ref, FileImage) else os.stat(path)
             name = f"{name} {there.st_size} {there.st_mtime_ns}"
         except OSError:
             pass
-    return name.encode("utf-8", "backslashreplace").decode()
+    return plain(name)
 
 
 @lru_cache(maxsize=65536)

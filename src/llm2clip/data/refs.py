@@ -28,6 +28,11 @@ class ImageRef(ABC):
         """Equal for the same image and for no other, however its path is written."""
         return str(self)
 
+    @property
+    def held_in(self) -> str | None:
+        """The file or folder that its bytes are in; None of one in memory."""
+        return getattr(self, "path", None) or getattr(self, "folder", None)
+
     @abstractmethod
     def open(self) -> BinaryIO:
         """The bytes as a stream, for who needs only the header."""
@@ -54,6 +59,11 @@ class FileImage(ImageRef):
 
     def __str__(self) -> str:
         return self.path
+
+
+def plain(name: str) -> str:
+    """A name that can be written as text: bytes that are no UTF-8 are spelt out."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 @functools.lru_cache(maxsize=4096)

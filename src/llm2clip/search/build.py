@@ -24,6 +24,7 @@ from llm2clip.data.archives import files_in
 from llm2clip.data.decoding import in_batches
 from llm2clip.data.formats import readable_formats
 from llm2clip.data.records import Source, open_records
+from llm2clip.data.refs import plain
 from llm2clip.data.skips import SkipLog
 from llm2clip.models.dual import DualEncoder
 from llm2clip.models.identity import fingerprint
@@ -139,7 +140,7 @@ def pictures(source: Source, log: SkipLog, gone: bool = False) -> Iterator[Pictu
         if type(record.image).__name__ not in PLACES:
             raise ValueError(f"{source}: its pictures are not in files here; save_to_disk makes files of it")
         try:
-            there = os.stat(getattr(record.image, "path", None) or record.image.folder)  # type: ignore[attr-defined]
+            there = os.stat(record.image.held_in or "")
         except FileNotFoundError:
             continue  # it went while this looked
         stamp = f"{there.st_size} {there.st_mtime_ns}"
@@ -149,11 +150,6 @@ def pictures(source: Source, log: SkipLog, gone: bool = False) -> Iterator[Pictu
 def _absolute(source: Source, columns: dict[str, str]) -> Source:
     path = source.path if source.path.startswith("hf:") else os.path.realpath(os.path.expanduser(source.path))
     return dataclasses.replace(source, path=path, columns={**source.columns, **columns})
-
-
-def plain(name: str) -> str:
-    """A name that can be written as text: bytes that are no UTF-8 are spelt out."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _add(

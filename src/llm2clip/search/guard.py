@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm2clip.data.images import ImageError
+from llm2clip.data.refs import plain
 from llm2clip.search.batching import Busy
 from llm2clip.search.messages import Missing, TooLarge, TroubleAnswer
 from llm2clip.search.service import Service
@@ -41,6 +42,12 @@ TROUBLES: dict[int | str, dict[str, Any]] = {
         504: "it took too long",
     }.items()
 }
+
+
+def trouble(code: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """An error as OpenAI's API writes it."""
+    kind = str(TROUBLES.get(code, {}).get("description", "error"))
+    return JSONResponse({"error": {"message": message, "type": kind, "code": code}}, code, headers)
 
 
 class _Refused(HTTPException):
@@ -72,8 +79,7 @@ class Guard:
             await send(message)
 
         async def refuse(code: int, message: str, headers: dict[str, str] | None = None) -> None:
-            trouble = {"message": message, "type": TROUBLES[code]["description"], "code": code}
-            await JSONResponse({"error": trouble}, code, headers)(scope, receive, sending)
+            await trouble(code, message, headers)(scope, receive, sending)
 
         got = 0
         try:
@@ -133,24 +139,20 @@ class Guard:
 def answer_troubles(app: FastAPI) -> None:
     """Every error in one form, OpenAI's."""
 
-    def answer(code: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-        trouble = {"message": message, "type": str(TROUBLES.get(code, {}).get("description", "error")), "code": code}
-        return JSONResponse({"error": trouble}, code, headers)
-
     def of(code: int, headers: dict[str, str] | None = None) -> Callable[[Request, Exception], Awaitable[Response]]:
         async def handle(_: Request, error: Exception) -> Response:
-            return answer(code, str(error), headers)
+            return trouble(code, str(error), headers)
 
         return handle
 
     async def http(_: Request, error: Exception) -> Response:
         assert isinstance(error, StarletteHTTPException)
-        return answer(error.status_code, str(error.detail), dict(error.headers or {}))
+        return trouble(error.status_code, str(error.detail), dict(error.headers or {}))
 
     async def invalid(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3]]
-        return answer(422, "; ".join(first).encode("utf-8", "backslashreplace").decode())
+        return trouble(422, plain("; ".join(first)))
 
     app.add_exception_handler(StarletteHTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)

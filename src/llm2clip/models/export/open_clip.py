@@ -64,20 +64,21 @@ def to_open_clip(model: LLM2CLIP, folder: Path) -> None:
         raise ValueError(f"open_clip crops nothing off; this model's pictures lose {1 - prepared.crop_pct:.0%}")
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1))
     built = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-    state = {}
-    for name, tensor in built.state_dict().items():
+    trunk, head, state = model.tower.backbone.state_dict(), model.projection.state_dict(), {}
+    for name, theirs in built.state_dict().items():
+        tensor = theirs
         if name.startswith("visual.trunk."):
-            tensor = model.tower.backbone.state_dict()[name.removeprefix("visual.trunk.")]
+            tensor = trunk[name.removeprefix("visual.trunk.")]
         elif name.startswith("visual.head.proj."):
-            tensor = model.projection.state_dict()[name.removeprefix("visual.head.proj.")]
+            tensor = head[name.removeprefix("visual.head.proj.")]
         elif name == "logit_scale":
             tensor = model.logit_scale[0]
         elif tensor.is_floating_point():
             tensor = torch.full_like(tensor, torch.nan)
-        if tensor.shape != built.state_dict()[name].shape:
+        if tensor.shape != theirs.shape:
             raise ValueError(
                 f"open_clip would build the tower {tower['architecture']} with {name} "
-                f"{tuple(built.state_dict()[name].shape)}, here it is {tuple(tensor.shape)}: it runs at another size"
+                f"{tuple(theirs.shape)}, here it is {tuple(tensor.shape)}: it runs at another size"
             )
         state[name] = tensor.detach().cpu().clone().contiguous()
     save_file(state, folder / "open_clip_model.safetensors", {"format": "pt"})
