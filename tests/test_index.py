@@ -196,6 +196,13 @@ def test_a_folder_with_all_that_is_in_it(pictures: Path, model: DualEncoder, tmp
     assert names(engine) == {"1.png", "2.png"}
 
 
+def test_splits_of_one_file_do_not_drop_each_other(pictures: Path, model: DualEncoder, tmp_path: Path) -> None:
+    engine, file = LocalIndex(tmp_path / "index", write=True), pictures / "captions.jsonl"
+    train = index([f"{file}@train"], model, engine, SkipLog(None, 1.0)).added
+    report = index([f"{file}@val"], model, engine, SkipLog(None, 1.0))
+    assert (report.added, report.dropped) == (6, 0) and engine.count() == (train + 6, train + 6)
+
+
 def test_sources_that_are_gone(pictures: Path, model: DualEncoder, tmp_path: Path) -> None:
     engine, photos = LocalIndex(tmp_path / "index", write=True), tmp_path / "photos"
     (photos / "sub").mkdir(parents=True)

@@ -96,7 +96,7 @@ def index(
                 texts = tuple(dict.fromkeys([*same.captions, *picture.captions]))
                 picture = dataclasses.replace(same, captions=texts)
             found[picture.name] = picture
-    known = engine.known([plain(str(source.path)) for source in parsed])
+    known = engine.known([plain(str(source)) for source in parsed])
     fresh = [p for p in found.values() if known.get(p.name) != (p.stamp, p.captions)]
     kept, embedded = _add(fresh, model, engine, log, batch, workers)
     stale = {p.name for p in fresh} - kept  # whose file changed to what cannot be read
@@ -144,7 +144,7 @@ def pictures(source: Source, log: SkipLog, gone: bool = False) -> Iterator[Pictu
         except FileNotFoundError:
             continue  # it went while this looked
         stamp = f"{there.st_size} {there.st_mtime_ns}"
-        yield Picture(plain(record.image.key), record.image, plain(source.path), stamp, record.texts, there.st_mtime)
+        yield Picture(plain(record.image.key), record.image, plain(str(source)), stamp, record.texts, there.st_mtime)
 
 
 def _absolute(source: Source, columns: dict[str, str]) -> Source:
