@@ -32,7 +32,7 @@ class Codes:
             width: D.
             scale: 127 / the largest number in any of them.
         """
-        self.scale, ids, codes = scale, [np.empty(0, np.int64)], [np.empty((0, width), np.int8)]
+        ids, codes = [np.empty(0, np.int64)], [np.empty((0, width), np.int8)]
         for some, vectors in chunks:
             ids.append(some)
             codes.append(coded(vectors, scale))
@@ -122,8 +122,8 @@ def grown(folder: Path, ids: np.ndarray, fetch: Fetch, width: int, largest: floa
     file, about = folder / "graph.usearch", folder / "graph.json"
     graph = Index(ndim=width, metric=MetricKind.IP, dtype="i8")
     scale = 127 / largest
-    if about.exists() and json.loads(about.read_text())["scale"] < 1.1 * scale:
-        scale = json.loads(about.read_text())["scale"]
+    if about.exists() and (before := json.loads(about.read_text())["scale"]) < 1.1 * scale:
+        scale = before
         graph.load(str(file))
     held = np.sort(np.fromiter(graph.keys, np.int64, len(graph)))
     gone, new = np.setdiff1d(held, ids, assume_unique=True), np.setdiff1d(ids, held, assume_unique=True)

@@ -1,4 +1,4 @@
-"""`llm2clip index` and `llm2clip search`, as they are typed."""
+"""`llm2clip index`, `search` and `serve`, as they are typed."""
 
 from __future__ import annotations
 
