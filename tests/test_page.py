@@ -112,6 +112,19 @@ def test_by_keys_alone(page: Any) -> None:
     assert page.evaluate("document.activeElement.id") == "text" and page.locator("#text").input_value() == "blue"
 
 
+def test_a_closed_detail_view_takes_no_focus_back(page: Any) -> None:
+    page.locator("#text").fill("blue")
+    page.keyboard.press("Enter")
+    found(page).first.locator("button").click()
+    hurry = """() => new Promise((done) => {
+        const detail = document.getElementById('detail'), text = document.getElementById('text');
+        detail.addEventListener('close', () => setTimeout(() => done(document.activeElement.id)));
+        detail.close();
+        text.focus();  // before the browser tells of the closing
+    })"""
+    assert page.evaluate(hurry) == "text"
+
+
 def test_a_picture_chosen_and_one_dropped(page: Any, pictures: Path) -> None:
     page.locator("#file").set_input_files(pictures / "4.png")
     until(page, "document.querySelector('#grid .score')?.textContent === '1.000'")

@@ -227,7 +227,10 @@ $("unlike").addEventListener("click", () => without(hits[open]));
 $("back").addEventListener("click", () => detail(open - 1));
 $("next").addEventListener("click", () => detail(open + 1));
 $("close").addEventListener("click", () => $("detail").close());
-$("detail").addEventListener("close", () => { if (hits[open]) focus(open); });
+$("detail").addEventListener("close", () => {
+  // The event comes a moment after the closing: whoever has gone on to the search box by then stays there.
+  if (hits[open] && [document.body, ...$("grid").querySelectorAll("button")].includes(document.activeElement)) focus(open);
+});
 $("detail").addEventListener("click", (event) => { if (event.target === $("detail")) $("detail").close(); });
 
 function focus(n) {
