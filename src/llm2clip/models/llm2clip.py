@@ -162,10 +162,16 @@ class LLM2CLIP(nn.Module):
         return torch.cat(parts)
 
     @torch.inference_mode()
-    def encode_text(self, texts: str | Sequence[str], progress: bool = False) -> Tensor:
-        """Texts to vectors: (N, width) float32, L2-normalised, on the CPU."""
+    def encode_text(self, texts: str | Sequence[str], progress: bool = False, precision: str = "fp32") -> Tensor:
+        """Texts to vectors: (N, width) float32, L2-normalised, on the CPU.
+
+        Args:
+            texts: one or some.
+            progress: show a bar.
+            precision: of the caption encoder, as in `CaptionEncoder.encode`.
+        """
         captions = [texts] if isinstance(texts, str) else list(texts)
-        return self.embeddings_to_text(self.encoder.encode(captions, progress=progress))
+        return self.embeddings_to_text(self.encoder.encode(captions, progress=progress, precision=precision))
 
     @torch.inference_mode()
     def embeddings_to_text(self, embeddings: Tensor) -> Tensor:

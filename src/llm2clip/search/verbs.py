@@ -115,6 +115,7 @@ def serve_verb(
     batch: int,
     waiting: int,
     seconds: float,
+    precision: str,
 ) -> list[str]:
     """Serve until ctrl-c or SIGTERM.
 
@@ -134,7 +135,7 @@ def serve_verb(
     near = host in ("127.0.0.1", "::1", "localhost")
     token = token or os.environ.get("LLM2CLIP_TOKEN") or (None if near else secrets.token_urlsafe(24))
     app = create_app(
-        open_dual(name),
+        open_dual(name, precision=precision),
         engine,
         Limits(waiting=waiting, seconds=seconds, batch=batch),
         token,

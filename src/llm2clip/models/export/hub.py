@@ -17,6 +17,7 @@ from llm2clip.models.export import modeling_llm2clip
 from llm2clip.models.export.modeling_llm2clip import LLM2CLIPExport, LLM2CLIPExportConfig
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text import CaptionEncoder
+from llm2clip.models.vision import VisionTower
 
 POOLINGS = ("mean", "lasttoken", "cls")
 CODE = "modeling_llm2clip.py"
@@ -80,32 +81,34 @@ def to_vision(model: LLM2CLIP, folder: Path) -> None:
     Raises:
         ValueError: transformers has no class for the tower.
     """
-    config: dict[str, Any] = model.tower.config
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.tower.backbone.state_dict().items()}
-    processor = model.tower.preprocess.to_dict()
-    if config["library"] == "timm":
-        from transformers import TimmWrapperConfig
-
-        own: Any = TimmWrapperConfig(
-            architecture=config["architecture"],
-            model_args={name: value for name, value in config["args"].items() if name != "num_classes"},
-        )
-        own.num_labels = 0
-        own.architectures, prefix = ["TimmWrapperModel"], "timm_model."
-    else:
-        from transformers import AutoConfig
-
-        own = AutoConfig.for_model(**config["architecture"])
-        kinds = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel"}
-        made = type(model.tower.backbone).__name__
-        own.architectures = [kinds.get(own.model_type, made)]
-        prefix = ""
-    own.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1))
-    save_file({prefix + name: tensor for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    vision_model(model.tower).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(model.tower.preprocess.to_dict(), indent=1))
 
 
 # ---- what they share ------------------------------------------------------------------------------------------------
+
+
+def vision_model(tower: VisionTower) -> Any:
+    """The tower as a model of transformers' own, with weights of its own, on the CPU in float32 and eval mode."""
+    from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel, TimmWrapperConfig, TimmWrapperModel
+
+    config: dict[str, Any] = tower.config
+    state = {name: tensor.detach().cpu() for name, tensor in tower.backbone.state_dict().items()}
+    if config["library"] == "timm":
+        args = {name: value for name, value in config["args"].items() if name != "num_classes"}
+        own: Any = TimmWrapperConfig(architecture=config["architecture"], model_args=args)
+        own.num_labels = 0
+        model: Any = TimmWrapperModel(own)
+        model.timm_model.load_state_dict(state)
+        return model.float().eval()
+    from transformers import AutoConfig
+
+    own = AutoConfig.for_model(**config["architecture"])
+    kinds: dict[str, Any] = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
+    kind = kinds.get(own.model_type)
+    model = kind(own) if kind else AutoModel.from_config(own)
+    getattr(model, "vision_model", model).load_state_dict(state)  # one floor more, before transformers 5.3 or so
+    return model.float().eval()
 
 
 def exportable(model: LLM2CLIP) -> LLM2CLIPExport:

@@ -1,0 +1,181 @@
+"""A multimodal model of transformers' own classes: a vision tower, a two-layer projector, any causal LLM.
+
+LLaVA-1.5 (arXiv 2310.03744): the projector turns patch features, those of the layer before the last, into tokens that
+the LLM reads in the place of `<image>`. Towers of transformers go into `LlavaForConditionalGeneration`. Convolutional
+towers of timm give their last feature map, which `FastVlmForConditionalGeneration` reads: the same projector and LLM.
+Either is opened by `AutoModelForImageTextToText.from_pretrained` and `pipeline("image-text-to-text")` without this
+package.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llm2clip.llava.prompts import IMAGE, chat_template, check_template
+from llm2clip.models.export.hub import vision_model
+from llm2clip.models.vision import VisionTower
+
+
+def build(tower: VisionTower, llm: str, out: str | Path, seed: int = 0) -> Path:
+    """Write an untrained multimodal model: whole, or not at all. Its projector is random, the rest is as it was.
+
+    Args:
+        tower: whose patch features the LLM will see.
+        llm: folder or hub id of a causal LLM with its tokenizer; its precision is kept.
+        out: folder, not there yet.
+        seed: of the projector.
+
+    Raises:
+        ValueError: the tower has no patch features that transformers' classes read, or the LLM has no head.
+        FileExistsError: `out` is there.
+    """
+    from transformers import AutoTokenizer
+
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out} is there already; choose another place")
+    tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
+    model, processor = assembled(tower, causal_llm(llm), tokenizer, seed)
+    tmp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    try:
+        model.save_pretrained(tmp)
+        processor.save_pretrained(tmp)
+        os.replace(tmp, out)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    return out
+
+
+def causal_llm(name: str) -> Any:
+    """A decoder with its head, in the precision that it was saved in.
+
+    Raises:
+        ValueError: it was saved without one.
+    """
+    from transformers import AutoModelForCausalLM
+
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        name, dtype="auto", trust_remote_code=False, output_loading_info=True
+    )
+    llm, report = found
+    if report["missing_keys"]:
+        raise ValueError(f"{name} is no whole causal LLM: it lacks {sorted(report['missing_keys'])[:3]}")
+    return llm
+
+
+def assembled(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
+    """The model and its processor, of parts that become its own; see `build`."""
+    from transformers import CLIPImageProcessor, GenerationConfig, LlavaProcessor
+
+    vision = vision_model(tower)
+    patches, extra = _patches(vision, tower)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]}, replace_extra_special_tokens=False)
+    if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
+        llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    check_template(tokenizer)
+
+    model = _whole(vision, llm, tokenizer, patches + extra, seed)
+    generation = GenerationConfig.from_model_config(llm.config)
+    generation.update(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.generation_config = generation
+    side = tower.preprocess.size
+    patch = side // math.isqrt(patches)
+    if (side // patch) ** 2 != patches:  # this is how the processor counts them
+        raise ValueError(f"{patches} features of {side} pixels are no square grid that transformers' processor counts")
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor.from_dict(tower.preprocess.to_dict()),
+        tokenizer=tokenizer,
+        patch_size=patch,
+        vision_feature_select_strategy="default" if _has_class_token(vision) else "full",
+        num_additional_image_tokens=extra + _has_class_token(vision),
+        image_token=IMAGE,
+        chat_template=chat_template(tokenizer),
+    )
+    return model.eval(), processor
+
+
+def _whole(vision: Any, llm: Any, tokenizer: Any, tokens: int, seed: int) -> Any:
+    """The parts in one model; nothing is initialised but the projector."""
+    from transformers import FastVlmConfig, FastVlmForConditionalGeneration, LlavaConfig, LlavaForConditionalGeneration
+
+    common: dict[str, Any] = {
+        "vision_config": vision.config,
+        "text_config": llm.config,
+        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE),
+        "image_seq_length": tokens,
+        "tie_word_embeddings": llm.config.tie_word_embeddings,
+    }
+    kind: Any
+    config: Any
+    if vision.config.model_type == "timm_wrapper":
+        vision.config.hidden_size = vision.timm_model.num_features
+        kind, config = FastVlmForConditionalGeneration, FastVlmConfig(**common)
+    else:
+        strategy: Any = "default" if _has_class_token(vision) else "full"
+        config = LlavaConfig(**common, vision_feature_layer=-2, vision_feature_select_strategy=strategy)
+        kind = LlavaForConditionalGeneration
+    with torch.device("meta"):
+        model = kind(config)
+    model.model.vision_tower = vision
+    model.model.language_model = llm.get_decoder()
+    model.lm_head = llm.get_output_embeddings()
+    torch.manual_seed(seed)
+    model.model.multi_modal_projector = type(model.model.multi_modal_projector)(config)
+    model.config.dtype = llm.dtype
+    return model.to(llm.dtype)
+
+
+def _patches(vision: Any, tower: VisionTower) -> tuple[int, int]:
+    """How many patch features the LLM is to see of a picture, and how many tokens without a place beside them.
+
+    Raises:
+        ValueError: they are none that transformers' classes read.
+    """
+    size = tower.preprocess.size
+    kind = vision.config.model_type
+    if kind == "timm_wrapper":
+        with torch.inference_mode():
+            last = vision(torch.zeros(1, 3, size, size)).last_hidden_state
+        if last.ndim != 4 or last.shape[1] != vision.timm_model.num_features:
+            raise ValueError(
+                f"{vision.config.architecture} gives no map of features (channels first) that transformers' classes "
+                "read; convolutional towers of timm do, and CLIP, SigLIP and DINO towers of transformers"
+            )
+        return last.shape[2] * last.shape[3], 0
+    if kind in ("clip_vision_model", "siglip_vision_model") and vision.config.image_size != size:
+        _resize_positions(vision, size)
+    return (size // vision.config.patch_size) ** 2, getattr(vision.config, "num_register_tokens", 0)
+
+
+def _has_class_token(vision: Any) -> bool:
+    return vision.config.model_type not in ("timm_wrapper", "siglip_vision_model")
+
+
+def _resize_positions(vision: Any, size: int) -> None:
+    """Position embeddings for another size than the tower's first, in the weights: LLaVA's classes resize none."""
+    inner = getattr(vision, "vision_model", vision)
+    embeddings = inner.embeddings
+    old = embeddings.position_embedding.weight
+    count = (size // vision.config.patch_size) ** 2
+    beside = len(old) - (vision.config.image_size // vision.config.patch_size) ** 2
+    dummy = torch.zeros(1, count + beside, old.shape[1])
+    with torch.no_grad():
+        new = embeddings.interpolate_pos_encoding(dummy, size, size)[0]
+    embeddings.position_embedding = nn.Embedding.from_pretrained(new.contiguous(), freeze=False)
+    embeddings.image_size = vision.config.image_size = size
+    embeddings.num_patches = count
+    embeddings.num_positions = len(new)
+    embeddings.register_buffer("position_ids", torch.arange(len(new)).expand((1, -1)), persistent=False)

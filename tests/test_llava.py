@@ -1,0 +1,387 @@
+"""The vision tower inside a multimodal LLM: what is built, what is read, what is learned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from conftest import Killed, make_llm
+from llm2clip.cli import main
+from llm2clip.data.records import Record, open_records
+from llm2clip.data.refs import FileImage
+from llm2clip.data.skips import SkipLog, TooManySkipped
+from llm2clip.llava import train as training
+from llm2clip.llava.batches import Collate, Conversations
+from llm2clip.llava.build import assembled, build
+from llm2clip.llava.conversations import captioning, instructions, read_llava
+from llm2clip.llava.pixels import Pixels
+from llm2clip.llava.pope import Sampling, ask, named, read_objects
+from llm2clip.llava.prompts import IGNORED, IMAGE, Conversation, chat_template, mark, messages
+from llm2clip.llava.train import train
+from llm2clip.models.vision import VisionTower
+from llm2clip.recipes import LlavaRecipe
+from test_export import hf_tower, timm_tower
+
+TOWERS = ["timm", "clip_vision_model", "clip at another size", "siglip_vision_model", "dinov2"]
+
+
+def tower(kind: str, folder: Path) -> VisionTower:
+    if kind == "timm":
+        return timm_tower(64)
+    if kind == "clip at another size":
+        return hf_tower(folder, "clip_vision_model", 48)
+    return hf_tower(folder, kind)
+
+
+def opened(folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+
+
+def tokenizer_of(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+# ---- building -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_the_llm_reads_projected_patches_in_the_image_s_place(
+    kind: str, llm: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Against the parts one by one: features before the last block, projector, text, LLM."""
+    seeing = tower(kind, tmp_path)
+    model, processor = opened(build(seeing, str(llm), tmp_path / "built"))
+    picture = Image.open(pictures / "3.png").convert("RGB").crop((4, 0, 44, 40))
+    asked = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
+    inputs = processor.apply_chat_template(
+        asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        found = model(**inputs).logits
+
+    pixels = inputs["pixel_values"]
+    backbone, size = seeing.backbone, seeing.preprocess.size
+    with torch.no_grad():
+        if kind == "timm":
+            patches = backbone.forward_features(pixels).flatten(2).mT
+        else:
+            more: dict[str, Any] = {"interpolate_pos_encoding": True} if size != 32 and kind != "dinov2" else {}
+            patches = backbone(pixel_values=pixels, output_hidden_states=True, **more).hidden_states[-2]
+            patches = patches if kind == "siglip_vision_model" else patches[:, 1:]
+        projector = model.model.multi_modal_projector
+        shown = F.linear(F.gelu(F.linear(patches, projector.linear_1.weight, projector.linear_1.bias)),
+                         projector.linear_2.weight, projector.linear_2.bias)  # fmt: skip
+        read = model.get_input_embeddings()(inputs["input_ids"])[0]
+        at = (inputs["input_ids"][0] == processor.tokenizer.convert_tokens_to_ids(IMAGE)).nonzero()[:, 0]
+        assert len(at) == patches.shape[1] == model.config.image_seq_length
+        read = torch.cat([read[: at[0]], shown[0], read[at[-1] + 1 :]])
+        states = model.model.language_model(inputs_embeds=read[None]).last_hidden_state
+        expected = states @ model.get_input_embeddings().weight.T
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] <= inputs["input_ids"].shape[1] + 3
+
+
+def test_the_pipeline_opens_it_and_our_pixels_are_the_processor_s(llm: Path, pictures: Path, tmp_path: Path) -> None:
+    from transformers import pipeline
+
+    folder = build(timm_tower(76), str(llm), tmp_path / "built")
+    asked = [{"role": "user", "content": [{"type": "image", "path": str(pictures / "1.png")}]}]
+    said = pipeline("image-text-to-text", model=str(folder))(text=asked, max_new_tokens=4)
+    assert said[0]["generated_text"][-1]["role"] == "assistant"
+
+    processor = opened(folder)[1]
+    picture = np.asarray(Image.open(pictures / "1.png").convert("RGB").crop((4, 0, 44, 40)))
+    ours = Pixels(processor)(torch.tensor(picture).permute(2, 0, 1))
+    theirs = processor.image_processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)
+
+
+def test_the_command_takes_our_model_folders(llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from searching import make_model
+
+    ours = make_model(tmp_path)
+    out = str(tmp_path / "built")
+    assert main(["llava", "build", "--vision", str(ours), "--llm", str(llm), "--out", out]) == 0
+    assert "1 tokens a picture" in capsys.readouterr().out
+    trained = opened(tmp_path / "built")[0].model.vision_tower.timm_model.state_dict()
+    from llm2clip import LLM2CLIP
+
+    for name, tensor in LLM2CLIP.from_pretrained(ours).tower.backbone.state_dict().items():
+        assert torch.equal(tensor, trained[name])
+    assert main(["llava", "build", "--vision", str(ours), "--llm", str(llm), "--out", out]) == 1
+    size = ["--image_size", "96"]
+    assert main(["llava", "build", "--vision", str(ours), "--llm", str(llm), "--out", out + "2", *size]) == 1
+    said = capsys.readouterr().err
+    assert "is there already" in said and "was trained at 32 pixels" in said
+    with pytest.raises(ValueError, match="gives no map of features"):
+        build(VisionTower.from_pretrained("test_vit", pretrained=False), str(llm), tmp_path / "no")
+    assert not (tmp_path / "no").exists() and not (tmp_path / "built2").exists()
+
+
+# ---- conversations --------------------------------------------------------------------------------------------------
+
+
+def test_answers_alone_are_labelled(llm: Path) -> None:
+    tokenizer = tokenizer_of(llm)
+    assembled(timm_tower(64), _llm(llm), tokenizer)  # adds <image>
+    one = Conversation("", FileImage("x"), ((f"{IMAGE}\nWhat?", "A dog."), ("Sure?", " Yes. ")))
+    marked = mark(one, tokenizer, 2)
+    whole = "<|user|><image><image>\nWhat?<|end|><|user|>A dog.<|end|><|user|>Sure?<|end|><|user|>Yes.<|end|>"
+    assert tokenizer.decode(marked.ids) == whole
+    assert tokenizer.decode([label for label in marked.labels if label != IGNORED]) == "A dog.<|end|>Yes.<|end|>"
+    assert all(label in (token, IGNORED) for token, label in zip(marked.ids, marked.labels, strict=True))
+
+    tokenizer.chat_template = None  # Vicuna's, as LLaVA-1.5 was trained
+    tokenizer.chat_template = chat_template(tokenizer)
+    text = tokenizer.decode(mark(one, tokenizer, 1).ids)
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. "
+    )
+    assert text == system + "USER: <image>\nWhat? ASSISTANT: A dog.<|end|>USER: Sure? ASSISTANT: Yes.<|end|>"
+    prompt = tokenizer.apply_chat_template(messages(one)[:1], tokenize=False, add_generation_prompt=True)
+    assert text.startswith(prompt), "what is answered goes on where the prompt ends"
+
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    with pytest.raises(ValueError, match="no special token after an answer"):
+        mark(one, tokenizer, 1)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="drops an answer"):
+        mark(one, tokenizer, 1)
+
+
+def _llm(folder: Path) -> Any:
+    from llm2clip.llava.build import causal_llm
+
+    return causal_llm(str(folder))
+
+
+def said(*values: str) -> list[dict[str, str]]:
+    return [{"from": ("human", "gpt")[n % 2], "value": value} for n, value in enumerate(values)]
+
+
+def test_files_in_llava_s_form(pictures: Path, tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "image": "1.png", "conversations": said("<image>\nWhat?", "Red.", "Sure?", "Yes.")},
+        {"id": "b", "conversations": said("Tell me.", "No.")},
+        {"id": "c", "image": "none.png", "conversations": said("<image>\nWhat?", "Red.")},
+        {"id": "d", "image": "../x.png", "conversations": said("What?\n<image>", "Red.")},
+        {"id": "e", "conversations": said("Only a question")},
+        {"id": "f", "conversations": said("What?", "  ")},
+        {"conversations": list(reversed(said("a", "b")))},
+        [1],
+    ]
+    file = tmp_path / "mix.json"
+    file.write_text(json.dumps(rows))
+    log = SkipLog(tmp_path / "skipped.jsonl", 1.0)
+    found = read_llava(file, pictures, log)
+    assert [one.id for one in found] == ["a", "b"] and found[1].image is None
+    assert found[0].turns == (("What?", "Red."), ("Sure?", "Yes.")) and str(found[0].image) == str(pictures / "1.png")
+    listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [(one["row"], one["reason"]) for one in listed] == [
+        (3, "no image"), *((n, "no conversation") for n in (4, 5, 6, 7, 8)),
+    ]  # fmt: skip
+    lines = tmp_path / "mix.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]) + "{broken\n")
+    assert read_llava(lines, pictures, SkipLog(None, 1.0)) == found
+    with pytest.raises(TooManySkipped):
+        read_llava(file, pictures, SkipLog())
+
+
+def test_records_as_questions_and_answers() -> None:
+    records = [
+        Record("1", FileImage("1.jpg"), ("A dog and a man.", "Two animals."), long_captions=("A dog. A man. Snow.",)),
+        Record("2", FileImage("2.jpg"), ("A cat on a bench.",)),
+        Record("3", None, ("A text.",)),
+    ]
+    captions = captioning(records)
+    assert [one.turns[0][1] for one in captions] == [
+        "A dog and a man.", "Two animals.", "A dog. A man. Snow.", "A cat on a bench.",
+    ]  # fmt: skip
+    questions = {one.turns[0][0] for one in captions}
+    assert any("detail" in q or "long" in q or "paragraph" in q for q in questions)
+    more = instructions(records)[len(captions) :]
+    assert {one.id for one in more} == {"1", "2"}
+    for one in more:
+        answers = [answer for _, answer in one.turns]
+        assert answers.count("Yes.") == answers.count("No.") > 0
+
+
+# ---- POPE -----------------------------------------------------------------------------------------------------------
+
+
+def test_objects_are_found_in_captions() -> None:
+    names = read_objects(Path(training.__file__).with_name("objects.txt"))
+    assert named(["Two MEN eat hot dogs near their bikes."], names) == {"person", "hot dog", "bicycle"}
+    assert named(["A dogged catalogue of carpets"], names) == set()
+    assert names["puppies"] == "dog" and names["benches"] == "bench" and names["buses"] == "bus"
+
+
+def test_pope_s_three_samplings(tmp_path: Path) -> None:
+    objects = tmp_path / "objects.txt"
+    objects.write_text("dog\ncat  # purrs\nball: globe\nkite\nowl\n")
+    shown = [("dog", "ball"), ("dog", "ball"), ("dog", "kite"), ("cat", "kite"), ("cat",), ("owl",), ("x",)]
+    records = [
+        Record(str(n), FileImage(f"{n}.jpg"), tuple(f"a {o.replace('ball', 'globe')} here" for o in some))
+        for n, some in enumerate(shown)
+    ]
+    often = {"dog": 3, "ball": 2, "kite": 2, "cat": 2, "owl": 1}
+    for sampling in Sampling:
+        questions = ask(records, sampling, objects=objects)
+        assert (
+            len({(q.record, q.object) for q in questions})
+            == len(questions)
+            == 2 * sum(min(len(s), 3) for s in shown[:6])
+        )
+        for n, some in enumerate(shown[:6]):
+            mine = [q for q in questions if q.record == str(n)]
+            assert {q.object for q in mine if q.answer == "yes"} == set(some)
+            absent = [q.object for q in mine if q.answer == "no"]
+            assert len(absent) == len(some) and not set(absent) & set(some)
+            if sampling is Sampling.POPULAR:
+                best = sorted((often[o] for o in often if o not in some), reverse=True)[: len(some)]
+                assert sorted((often[o] for o in absent), reverse=True) == best
+    adversarial = {q.record: q for q in ask(records, Sampling.ADVERSARIAL, objects=objects) if q.answer == "no"}
+    assert adversarial["4"].object == "kite"  # the cat's only companion
+    assert ask(records, Sampling.RANDOM, objects=objects, seed=1) == ask(
+        records, Sampling.RANDOM, objects=objects, seed=1
+    )
+    assert ask(records, Sampling.POPULAR, objects=objects)[-1].text == "Is there a dog in the image?"
+    assert {q.text for q in ask(records, Sampling.RANDOM, objects=objects)} >= {"Is there an owl in the image?"}
+    objects.write_text("dog: hound\ncat: hound\n")
+    with pytest.raises(ValueError, match="'hound' is both 'dog' and 'cat'"):
+        read_objects(objects.rename(tmp_path / "other.txt"))
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llava")
+    return build(timm_tower(64), str(make_llm(folder / "llm", layers=2)), folder / "built")
+
+
+@pytest.fixture(scope="module")
+def talks(pictures: Path) -> list[Conversation]:
+    records = list(open_records(f"{pictures / 'captions.jsonl'}@train"))
+    return [*captioning(records)[:20], Conversation("text", None, (("Hello?", "Hello."),))]
+
+
+SMALL = LlavaRecipe(
+    pretrain_epochs=1, pretrain_batch=4, epochs=1, batch=4, micro_batch=2, lr=1e-2, pretrain_lr=1e-2,
+    checkpoint_every=2, precision="fp32",
+)  # fmt: skip
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = opened(folder)[0].state_dict()
+    return found
+
+
+def test_each_stage_changes_its_own_weights(built: Path, talks: list[Conversation], tmp_path: Path) -> None:
+    before = state(built)
+    first = state(train(str(built), talks, [], SMALL, tmp_path / "first", SkipLog()))
+    changed = {name for name in before if not torch.equal(before[name], first[name])}
+    assert changed and all("multi_modal_projector" in name for name in changed)
+    both = state(train(str(built), talks, talks, SMALL, tmp_path / "both", SkipLog()))
+    changed = {name for name in before if not torch.equal(first[name], both[name])}
+    assert {name for name in before if "vision_tower" not in name} == changed
+    lora = LlavaRecipe(**{**vars(SMALL), "lora_r": 4, "lora_alpha": 8})
+    low = state(train(str(built), [], talks, lora, tmp_path / "lora", SkipLog()))
+    changed = {name for name in before if not torch.equal(before[name], low[name])}
+    assert changed == {n for n in before if "projector" in n or ("language_model" in n and "_proj" in n)}
+    losses = [json.loads(line) for line in (tmp_path / "both/instruct/metrics.jsonl").read_text().splitlines()]
+    assert losses[-1]["train_loss"] > 0
+
+
+def test_kept_features_train_as_pixels_do(built: Path, talks: list[Conversation], tmp_path: Path) -> None:
+    kept = state(train(str(built), talks, talks, SMALL, tmp_path / "kept", SkipLog()))
+    assert (tmp_path / "kept/features/manifest.json").is_file()
+    seen = LlavaRecipe(**{**vars(SMALL), "cache_gb": 0})
+    pixels = state(train(str(built), talks, talks, seen, tmp_path / "pixels", SkipLog()))
+    assert not (tmp_path / "pixels/features").exists()
+    for name, tensor in kept.items():
+        torch.testing.assert_close(tensor, pixels[name], atol=2e-3, rtol=0, msg=name)
+
+
+def test_goes_on_exactly_after_a_kill(
+    built: Path, talks: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = state(train(str(built), talks, talks, SMALL, tmp_path / "whole", SkipLog()))
+    steps = 0
+
+    def killed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps in (4, 12, 20):
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    step = training._Trainer.training_step
+    monkeypatch.setattr(training._Trainer, "training_step", killed)
+    for _ in range(3):
+        with pytest.raises(Killed):
+            train(str(built), talks, talks, SMALL, tmp_path / "killed", SkipLog())
+    broken = tmp_path / "killed/instruct/checkpoint-99"
+    broken.mkdir(parents=True)  # half-written
+    again = state(train(str(built), talks, talks, SMALL, tmp_path / "killed", SkipLog()))
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, again[name]), name
+
+
+def test_padding_changes_nothing_and_grouping_saves_it(built: Path, talks: list[Conversation]) -> None:
+    model, processor = opened(built)
+    data = Conversations(talks, processor, 4, 512)
+    collate = Collate(processor.tokenizer.pad_token_id, features=False)
+    short, long = sorted((data[n] for n in range(20)), key=lambda item: len(item["ids"]))[::19]
+    together = collate([short, long])
+    assert together["input_ids"].shape == together["labels"].shape and together["pixel_values"].shape[0] == 2
+    with torch.no_grad():
+        alone = model(**collate([short])).logits[0]
+        padded = model(**together).logits[0, : len(short["ids"])]
+    torch.testing.assert_close(alone, padded, atol=1e-5, rtol=1e-4)
+    assert (together["labels"][0, len(short["ids"]) :] == IGNORED).all()
+    real = [len(data[n]["ids"]) for n in range(len(data))]
+    assert np.corrcoef(real, data.lengths())[0, 1] > 0.9
+
+
+def test_the_command_trains_on_records_and_on_llava_s_json(
+    built: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mix.json"
+    rows = [{"id": n, "image": f"{n}.png", "conversations": said("<image>\nWhat?", "It is red.")} for n in range(8)]
+    file.write_text(json.dumps(rows))
+    common = [
+        "--llava.micro_batch",
+        "4",
+        "--llava.pretrain_batch",
+        "16",
+        "--llava.batch",
+        "4",
+        "--images",
+        str(pictures),
+    ]
+    line = ["llava", "train", str(built), "--pretrain", f"{pictures}/captions.jsonl@train", "--instruct", str(file)]
+    out = ["--out", str(tmp_path / "run")]
+    assert main([*line, *out, *common]) == 0
+    said_there = capsys.readouterr().out
+    assert "105 conversations for the projector, 8 for the language model" in said_there
+    assert opened(tmp_path / "run/model")[0].config.model_type == "fast_vlm"
+    assert main([*line, *out, *common]) == 0, "again: it is there"
+    assert main([*line, *out, *common, "--llava.lr", "1"]) == 1
+    assert main(["llava", "train", str(built), "--out", str(tmp_path / "none")]) == 1
+    assert "begun with other settings" in (err := capsys.readouterr().err) and "no conversations" in err
