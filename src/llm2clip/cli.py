@@ -247,6 +247,23 @@ def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], list[str]]]
     some.add_argument("--out", type=str, required=True, help="run folder; OUT/model is the result")
     _reading(some)
     some.add_class_arguments(LlavaRecipe, "llava")
+    some = kind("evaluate", "Models on LLaVA-1.5's benchmarks, on captions, and on what pictures show.")
+    some.add_argument("models", nargs="+", type=str, help="folders or hub ids of models for images and text")
+    some.add_argument("--benchmarks", nargs="+", type=str, default=[], help="by name, see `llava benchmarks`; or all")
+    some.add_argument("--root", type=str, default="benchmarks", help="folder that holds the benchmarks' folders")
+    some.add_argument("--captions", nargs="+", type=str, default=[], help="records: BLEU-4 and CIDEr-D of captions")
+    some.add_argument("--pope", nargs="+", type=str, default=[], help="records: POPE about what their captions name")
+    some.add_argument("--out", type=str, required=True, help="folder for answers and report.html")
+    some.add_argument("--beams", type=int, default=3, help="of captions; benchmarks are greedy")
+    some.add_argument("--choose", action="store_true", help="multiple choice by likelihood, not by the letter said")
+    some.add_argument("--batch", type=int, default=16, help="questions in a pass")
+    some.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the model")
+    some.add_argument("--limit", type=int, help="only the first questions of each, to try")
+    some.add_argument("--judge", type=str, help="address of OpenAI's form for free answers, up to /v1")
+    some.add_argument("--judge_model", type=str, default="gpt-4-0613", help="the judge's name there")
+    _reading(some)
+    some = kind("benchmarks", "LLaVA-1.5's benchmarks: which are here, and where to get the others.")
+    some.add_argument("--root", type=str, default="benchmarks", help="folder that holds the benchmarks' folders")
     sub = verb("push", _push, "A model folder, or an exported one, to the hub, with a model card.")
     sub.add_argument("model", type=str, help="folder")
     sub.add_argument("name", type=str, help="USER/NAME on the hub")
@@ -423,6 +440,18 @@ def _llava(given: Namespace) -> list[str]:
         from llm2clip.llava.verbs import build_verb
 
         return build_verb(resolve(of.vision), resolve(of.llm), of.out, of.image_size)
+    if what == "benchmarks":
+        from llm2clip.llava.verbs import tasks_verb
+
+        return tasks_verb(of.root)
+    if what == "evaluate":
+        from llm2clip.llava.tasks.judged import OpenAIJudge
+        from llm2clip.llava.verbs import evaluate_verb
+
+        judge = OpenAIJudge(of.judge, of.judge_model, os.environ.get("OPENAI_API_KEY", "")) if of.judge else None
+        apart = ("models", "out", "judge", "judge_model", "config")
+        others = {name: value for name, value in of.items() if name not in apart}
+        return evaluate_verb(of.models, of.out, judge=judge, **others)
     from llm2clip.llava.verbs import train_verb
 
     reading = {name: of[name] for name in ("images", "columns", "max_skipped")}

@@ -1,8 +1,10 @@
-"""`llm2clip llava build` and `train`, as they are typed."""
+"""`llm2clip llava build`, `train` and `evaluate`, as they are typed."""
 
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,8 @@ from llm2clip.data.skips import SkipLog
 from llm2clip.llava.build import build
 from llm2clip.llava.conversations import captioning, instructions, read_llava
 from llm2clip.llava.prompts import Conversation
+from llm2clip.llava.tasks import TASKS, Asked, Task
+from llm2clip.llava.tasks.judged import OpenAIJudge
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.vision import VisionTower
 from llm2clip.processes import processes, say
@@ -83,6 +87,79 @@ def train_verb(
     ]
 
 
+def evaluate_verb(
+    models: Sequence[str],
+    out: str,
+    *,
+    benchmarks: Sequence[str],
+    root: str,
+    captions: Sequence[str],
+    pope: Sequence[str],
+    columns: dict[str, str],
+    max_skipped: float,
+    beams: int,
+    choose: bool,
+    batch: int,
+    precision: str,
+    limit: int | None,
+    judge: OpenAIJudge | None,
+) -> list[str]:
+    """Measure models, write the report, and say what came out.
+
+    Raises:
+        ValueError: nothing is to be measured, or a benchmark is not known.
+        FileNotFoundError: a benchmark's files are not there.
+    """
+    from llm2clip.llava.evaluate import Ways, captions_of, measure, pope_task
+    from llm2clip.llava.report import write_report
+
+    folder = Path(out)
+    log = SkipLog(folder / "skipped.jsonl", max_skipped)
+    work: list[tuple[Task, list[Asked]]] = []
+    for name in TASKS if list(benchmarks) == ["all"] else benchmarks:
+        if name not in TASKS:
+            raise ValueError(f"there is no benchmark {name!r}; there are {', '.join(TASKS)}")
+        if list(benchmarks) == ["all"] and not (Path(root) / name).is_dir():
+            continue
+        work.append((TASKS[name], TASKS[name].read(Path(root) / name, log)))
+    if captions:
+        work.append(captions_of(_records(captions, columns, log)))
+    if pope:
+        work.append(pope_task(_records(pope, columns, log)))
+    if not work:
+        raise ValueError("name --captions DATA, --pope DATA, or --benchmarks with their folders under --root")
+    log.check()
+    work = [(task, asked[:limit]) for task, asked in work]
+    ways = Ways(beams, choose, batch, precision, judge)
+    measured = [found for model in models for found in measure(model, work, ways, folder, log)]
+    log.check()
+    (folder / "results.json").write_text(json.dumps([m.to_dict() for m in measured], indent=1))
+    page = write_report(measured, f"llm2clip {shlex.join(sys.argv[1:])}", folder)
+    lines = []
+    for m in measured:
+        figures = ", ".join(f"{name} {value:.1f}" for name, value in list(m.figures.items())[:4])
+        lines.append(f"{m.model}, {m.task} ({len(m.asked):,} questions): {figures or 'answered, not scored'}")
+    return [*lines, log.summary(), f"Report: {page}"]
+
+
+def _records(sources: Sequence[str], columns: dict[str, str], log: SkipLog) -> list[Record]:
+    parsed = [Source.parse(name) for name in sources]
+    return [
+        record
+        for source in parsed
+        for record in open_records(replace(source, columns={**source.columns, **columns}), log)
+    ]
+
+
+def tasks_verb(root: str) -> list[str]:
+    """A line for each benchmark: whether its folder is there, what it asks, where its files are from."""
+    width = max(map(len, TASKS))
+    return [
+        f"{name:<{width}}  {'here' if (Path(root) / name).is_dir() else 'absent':<6}  {task.about}; {task.get}"
+        for name, task in TASKS.items()
+    ]
+
+
 def conversations(
     sources: Sequence[str],
     made: Callable[[Iterable[Record], int], list[Conversation]],
@@ -97,9 +174,7 @@ def conversations(
         if is_llava(name):
             found += read_llava(name, images, log)
         else:
-            source = Source.parse(name)
-            source = replace(source, columns={**source.columns, **columns})
-            found += made(open_records(source, log), seed)
+            found += made(_records([name], columns, log), seed)
     return found
 
 

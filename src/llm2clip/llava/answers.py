@@ -1,0 +1,134 @@
+"""A multimodal model that answers questions about pictures, many at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm2clip.cpu import quick_products, reuse_memory
+from llm2clip.data.decoding import decoded
+from llm2clip.data.refs import ImageRef
+from llm2clip.llava.pixels import Pixels
+from llm2clip.llava.prompts import IGNORED, IMAGE, Conversation, mark, messages
+from llm2clip.llava.tasks.base import Asked
+from llm2clip.models.precision import chosen_precision
+
+
+class Answerer:
+    """A model of transformers for images and text, as `llm2clip llava` makes them.
+
+    Its answers are greedy, or the best of a beam. Pictures that cannot be decoded have no answer (None).
+    """
+
+    def __init__(self, name: str, device: torch.device | str | None = None, precision: str = "auto", batch: int = 16):
+        """
+        Args:
+            name: folder or hub id.
+            device: by default a GPU when there is one.
+            precision: fp32, bf16, or auto: bf16 where the device multiplies it in hardware.
+            batch: questions in a pass.
+        """
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        low = chosen_precision(precision, self.device) == "bf16"
+        dtype = torch.bfloat16 if low else torch.float32
+        model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+        self.name, self.model, self.batch = name, model.to(self.device).eval(), batch
+        self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        self.tokenizer, self.pixels = self.processor.tokenizer, Pixels(self.processor)
+        self.tokens: int = self.model.config.image_seq_length
+        reuse_memory(self.device)
+
+    def answer(self, asked: Sequence[Asked], tokens: int, beams: int = 1) -> Iterator[tuple[int, str | None]]:
+        """Answers as they come: the number of a question, and what was said.
+
+        Args:
+            asked: the questions; those of similar length are answered together.
+            tokens: longest answer.
+            beams: of beam search; 1 is greedy.
+        """
+        for numbers, batch in self._batches(asked):
+            with torch.inference_mode(), quick_products():
+                said = self.model.generate(
+                    **batch, max_new_tokens=tokens, do_sample=False, num_beams=beams,
+                    bad_words_ids=[[self.tokenizer.convert_tokens_to_ids(IMAGE)]],
+                )  # fmt: skip
+            answers = self.tokenizer.batch_decode(said[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            yield from ((n, answer.strip()) for n, answer in zip(numbers, answers, strict=True))
+        yield from ((n, None) for n in self._undecodable)
+
+    def choose(self, asked: Sequence[Asked]) -> Iterator[tuple[int, int | None]]:
+        """The likeliest option of each question, by the mean log-likelihood of its tokens: the number of the question,
+        and that of the option."""
+        undecodable = []
+        for n, one in enumerate(asked):
+            seen = self._seen([one])
+            if isinstance(seen, str):
+                undecodable.append(n)
+                continue
+            rows = [
+                mark(Conversation(one.id, one.image, ((one.prompt, option),)), self.tokenizer, self.tokens)
+                for option in one.options
+            ]
+            length = max(len(row.ids) for row in rows)
+            pad = self.tokenizer.pad_token_id
+            ids = torch.tensor([row.ids + [pad] * (length - len(row.ids)) for row in rows])
+            labels = torch.tensor([row.labels + [IGNORED] * (length - len(row.ids)) for row in rows])
+            mask = torch.tensor([[1] * len(row.ids) + [0] * (length - len(row.ids)) for row in rows])
+            pixels = {} if seen is None else {"pixel_values": seen.expand(len(rows), -1, -1, -1)}
+            batch = {"input_ids": ids, "attention_mask": mask, **pixels}
+            with torch.inference_mode(), quick_products():
+                logits = self.model(**{k: v.to(self.device) for k, v in batch.items()}).logits.float().cpu()
+            losses = F.cross_entropy(
+                logits[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none"
+            )
+            yield n, int((losses.sum(1) / (labels[:, 1:] != IGNORED).sum(1)).argmin())
+        yield from ((n, None) for n in undecodable)
+
+    def _batches(self, asked: Sequence[Asked]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Numbers of questions, and their tokens, padded on the left, with their pixels. Questions with a picture are
+        apart from those without."""
+        self._undecodable: list[int] = []
+        self.tokenizer.padding_side = "left"
+        prompts = [self.prompt(one) for one in asked]
+        order = sorted(range(len(asked)), key=lambda n: (asked[n].image is None, -len(prompts[n])))
+        for pictured in (True, False):
+            mine = [n for n in order if (asked[n].image is not None) is pictured]
+            for start in range(0, len(mine), self.batch):
+                numbers, pixels = [], []
+                for n in mine[start : start + self.batch]:
+                    image = asked[n].image
+                    seen = decoded(image, self.pixels) if image is not None else None
+                    if isinstance(seen, str):
+                        self._undecodable.append(n)
+                        continue
+                    numbers.append(n)
+                    if seen is not None:
+                        pixels.append(seen)
+                if not numbers:
+                    continue
+                batch = dict(self.tokenizer.pad({"input_ids": [prompts[n] for n in numbers]}, return_tensors="pt"))
+                if pixels:
+                    batch["pixel_values"] = torch.stack(pixels).to(self.model.dtype)
+                yield numbers, {k: v.to(self.device) for k, v in batch.items()}
+
+    def prompt(self, one: Asked) -> list[int]:
+        """Token ids up to where the answer begins."""
+        said = messages(Conversation(one.id, one.image, ((one.prompt, ""),)))[:1]
+        text = self.processor.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        text = text.replace(IMAGE, IMAGE * self.tokens)
+        starts_itself = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=not starts_itself)["input_ids"]
+        return ids
+
+    def _seen(self, asked: Sequence[Asked]) -> Tensor | str | None:
+        image: ImageRef | None = asked[0].image
+        if image is None:
+            return None
+        seen = decoded(image, self.pixels)
+        return seen if isinstance(seen, str) else seen[None].to(self.model.dtype)

@@ -1,0 +1,115 @@
+"""What a benchmark of multimodal LLMs is: questions from files in their official form, and figures from the answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm2clip.data.refs import FileImage, ImageRef
+from llm2clip.data.skips import SkipLog
+
+SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's three forms of a question; this is one,
+LETTER = "\nAnswer with the option's letter from the given choices directly."  # this another, and none the third
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question to a model.
+
+    Args:
+        id: of the question, unique in its benchmark.
+        image: what it is about; None is a question of text alone.
+        prompt: as it is put to the model, without a mark of the image.
+        truth: what the answer is scored by; None where only a server knows.
+        group: the part of the benchmark that it belongs to.
+        options: of a multiple choice, in their order.
+    """
+
+    id: str
+    image: ImageRef | None
+    prompt: str
+    truth: Any = None
+    group: str = ""
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark.
+
+    Args:
+        name: what it is called on the command line.
+        about: one line: its protocol in short.
+        get: where its files are from, and how they lie in its folder.
+        read: the questions in a folder; questions without their image go to the log.
+        score: figures from questions and answers, in percent where nothing else is said; the first is the one that
+            LLaVA-1.5's table has.
+        submission: what a server takes, in its form, from questions and answers; file name to content.
+        tokens: longest answer.
+        judge: what a judge makes of an answer, which is then scored in its place: question, answer and judge to it.
+    """
+
+    name: str
+    about: str
+    get: str
+    read: Callable[[Path, SkipLog], list[Asked]]
+    score: Callable[[Sequence[Asked], Sequence[Any]], dict[str, float]]
+    submission: Callable[[Sequence[Asked], Sequence[str]], dict[str, Any]] | None = None
+    tokens: int = 128
+    judge: Callable[[Asked, str, Any], Any] | None = None
+
+
+def mean(values: Sequence[float]) -> float:
+    """In percent; of none, not a number."""
+    return 100 * sum(values) / len(values) if values else float("nan")
+
+
+def grouped(asked: Sequence[Asked], values: Sequence[float]) -> dict[str, list[float]]:
+    """Values by the group of their question, groups in the order in which they come."""
+    found: dict[str, list[float]] = {}
+    for one, value in zip(asked, values, strict=True):
+        found.setdefault(one.group, []).append(value)
+    return found
+
+
+def picture(path: Path, log: SkipLog, file: Path, number: int) -> FileImage | None:
+    """The image of a question; one that is not there is a row skipped."""
+    log.seen_one()
+    if path.is_file():
+        return FileImage(str(path))
+    log.skip(str(file), number, "no image", path)
+    return None
+
+
+def first_of(folder: Path, *names: str) -> Path:
+    """The first of some files (patterns) that is there.
+
+    Raises:
+        FileNotFoundError: none is.
+    """
+    for name in names:
+        if found := sorted(folder.glob(name)):
+            return found[0]
+    raise FileNotFoundError(f"{folder} has none of {', '.join(names)}")
+
+
+def from_json(file: Path) -> Any:
+    """Raises ValueError, naming the file, if it is no JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+
+
+def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a file with one object a line, and their numbers. Raises ValueError, naming file and row."""
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{file}, row {number}, is no JSON: {error}") from error
