@@ -1,8 +1,8 @@
 """Throughput of `/embed` under many clients: requests batched together on the model, against one at a time.
 
-    python benchmarks/serve.py MODEL [--clients 32] [--seconds 30] [--restart]
+    python benchmarks/serve.py MODEL [--clients 32] [--seconds 30] [--precision auto fp32] [--only batched] [--restart]
 
-Each way is `llm2clip serve` in a process of its own, the second with `--batch 1`; clients are threads that send a text
+Each way is `llm2clip serve` in a process of its own, the first with `--batch 1`; clients are threads that send a text
 of 5 to 40 words and wait for its vector, again and again. Answers are compared with the model's own. `--restart` stops
 and starts the server in the middle (SIGTERM); clients ask again after a refused connection, and every text must have
 got its vector in the end.
@@ -29,9 +29,10 @@ PORT = 7961
 TALE = "a red dog and an old man play in the snow behind a small blue house near the street while children look on"
 
 
-def started(model: str, batch: int) -> subprocess.Popen[bytes]:
+def started(model: str, batch: int, precision: str) -> subprocess.Popen[bytes]:
     """A server that answers."""
-    command = [sys.executable, "-m", "llm2clip", "serve", "--model", model, "--port", str(PORT), "--batch", str(batch)]
+    command = [sys.executable, "-m", "llm2clip", "serve", "--model", model, "--port", str(PORT)]
+    command += ["--batch", str(batch), "--precision", precision]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while True:
         try:
@@ -89,15 +90,23 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--precision", nargs="+", default=["auto"], help="of the texts, one after the other")
+    parser.add_argument("--only", choices=["one at a time", "batched"])
     parser.add_argument("--restart", action="store_true")
     given = parser.parse_args()
     dual, rates = open_dual(given.model), []
+    ways = [
+        (f"{name}, {precision}", batch, precision)
+        for precision in given.precision
+        for name, batch in (("one at a time", 1), ("batched", 32))
+        if given.only in (None, name)
+    ]
     print(
         "| way | answers/s | against the first | median, ms | p95, ms | errors | smallest cosine with the model's own |"
     )
     print("|---|---|---|---|---|---|---|")
-    for name, batch in (("one at a time", 1), ("batched", 32)):
-        server = started(given.model, batch)
+    for name, batch, precision in ways:
+        server = started(given.model, batch, precision)
         end = threading.Event()
         crowd = [Client(n, end) for n in range(given.clients)]
         start = time.perf_counter()
@@ -106,7 +115,7 @@ def main() -> None:
         time.sleep(given.seconds / 2)
         if given.restart:
             stopped(server)
-            server = started(given.model, batch)
+            server = started(given.model, batch, precision)
         time.sleep(given.seconds / 2)
         end.set()
         for client in crowd:

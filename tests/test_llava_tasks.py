@@ -229,7 +229,7 @@ def test_mmbench(tmp_path: Path) -> None:
     }
     assert {said: mmbench_letter(said, ["a dog", "a cat"]) for said in cases} == cases
     picture = base64.b64encode(image(tmp_path / "x.png").read_bytes()).decode()
-    head = "index question hint A B C D answer category image".split()
+    head = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image"]
     rows = [
         ["1", "Which?", "A hint", "dog", "cat", "", "", "A", "CP", picture],
         ["1000001", "Which?", "A hint", "cat", "dog", "", "", "B", "CP", "1"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
+LINGER = 0.03  # seconds, at most
 
 
 class Busy(Exception):
@@ -25,7 +27,9 @@ class _Asked(Generic[Item, Answer]):
 class Batcher(Generic[Item, Answer]):
     """Calls `work` with the items of several callers at once.
 
-    While a batch is worked out the next one gathers, so that nobody waits for company who could be served.
+    While a batch is worked out the next one gathers. One that is smaller than the last waits a tenth of that one's time
+    for company: its callers are on their way back with their next items, and a batch of the first of them alone would
+    keep the others waiting. Whoever comes alone, again and again, does not wait.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Batcher(Generic[Item, Answer]):
         self.work, self.executor, self.most, self.waiting, self.seen = work, executor, most, waiting, seen
         self._queue: asyncio.Queue[_Asked[Item, Answer]] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
+        self._last, self._seconds = 0, 0.0  # the size of the last batch, and its time
 
     def __len__(self) -> int:
         """How many items wait."""
@@ -88,12 +93,16 @@ class Batcher(Generic[Item, Answer]):
     async def _run(self) -> None:
         while True:
             batch = [await self._queue.get()]
+            if len(self) + 1 < min(self._last, self.most):
+                await asyncio.sleep(min(LINGER, self._seconds / 10))
             while len(batch) < self.most and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             batch = [one for one in batch if not one.answer.done()]
             if batch:
                 self.seen(len(batch))
+                self._last, start = len(batch), time.perf_counter()
                 await self._answer(batch)
+                self._seconds = time.perf_counter() - start
 
     async def _answer(self, batch: list[_Asked[Item, Answer]]) -> None:
         loop = asyncio.get_running_loop()

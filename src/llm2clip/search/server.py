@@ -7,6 +7,7 @@ import hashlib
 import io
 import secrets
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def create_app(
     limits: Limits | None = None,
     token: str | None = None,
     hosts: Sequence[str] | None = LOOPBACK,
+    thread: ThreadPoolExecutor | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -61,6 +63,7 @@ def create_app(
             `/?token=TOKEN` sets; None asks for none.
         hosts: names that the server goes by; None allows any. A page elsewhere that points a name of its own at this
             machine gets nothing (DNS rebinding).
+        thread: in which the model was opened: see `Service`.
 
     Raises:
         ValueError: the index is of another model.
@@ -68,7 +71,7 @@ def create_app(
     if engine is not None:
         check_model(engine.about(), model)
     limits = limits or Limits()
-    service = Service(model, engine, limits)
+    service = Service(model, engine, limits, thread)
 
     @asynccontextmanager
     async def alive(_: FastAPI) -> AsyncIterator[None]:

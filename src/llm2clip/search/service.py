@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.concurrency import run_in_threadpool
 
@@ -21,7 +22,18 @@ from llm2clip.search.query import mixed
 class Service:
     """The model and the index behind the requests of many clients."""
 
-    def __init__(self, model: DualEncoder, engine: Engine | None, limits: Limits) -> None:
+    def __init__(
+        self, model: DualEncoder, engine: Engine | None, limits: Limits, thread: ThreadPoolExecutor | None = None
+    ) -> None:
+        """
+        Args:
+            model: whose vectors are given.
+            engine: the index; None serves embeddings alone.
+            limits: what it puts up with.
+            thread: an executor of one thread, in which the model was opened, and in which it will work. On a CPU each
+                thread that computes has OpenMP threads of its own, and where there are more of all than cores, none
+                waits awake for its next piece of work: two computing threads make one half as fast.
+        """
         self.model, self.engine, self.limits = model, engine, limits
         self.registry = CollectorRegistry()
         self.requests = Counter("llm2clip_requests", "Requests.", ["method", "path", "status"], registry=self.registry)
@@ -33,8 +45,9 @@ class Service:
             buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=self.registry,
         )
-        self._one = ThreadPoolExecutor(1, "model")  # at a time: two batches beside each other take longer than in turn
-        self._decoders = ThreadPoolExecutor(2, "decode")
+        self._one = thread or ThreadPoolExecutor(1, "model")  # two batches beside each other take longer than in turn
+        self._one.submit(torch.get_num_threads).result()  # it counts its threads before the decoders have theirs
+        self._decoders = ThreadPoolExecutor(2, "decode", torch.set_num_threads, (1,))
         self._decoding = self._queries = 0
         self._searches = asyncio.Semaphore(2)  # at a time: each reads all vectors, and more only wait for the memory
         self.texts: Batcher[str, np.ndarray] = self._batcher("text", lambda some: model.encode_text(some).numpy())

@@ -6,6 +6,7 @@ import os
 import secrets
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -134,13 +135,10 @@ def serve_verb(
         raise ValueError("name an index with --index, or a model with --model")
     near = host in ("127.0.0.1", "::1", "localhost")
     token = token or os.environ.get("LLM2CLIP_TOKEN") or (None if near else secrets.token_urlsafe(24))
-    app = create_app(
-        open_dual(name, precision=precision),
-        engine,
-        Limits(waiting=waiting, seconds=seconds, batch=batch),
-        token,
-        LOOPBACK if near else None,
-    )
+    thread = ThreadPoolExecutor(1, "model")
+    dual = thread.submit(open_dual, name, precision=precision).result()
+    limits = Limits(waiting=waiting, seconds=seconds, batch=batch)
+    app = create_app(dual, engine, limits, token, LOOPBACK if near else None, thread)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
     say(f"Serving at {address}{f'?token={token}' if token else ''}", "Its API is at /openapi.json; ctrl-c ends it.")
     serve(app, host, port)
