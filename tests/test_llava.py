@@ -385,3 +385,40 @@ def test_the_command_trains_on_records_and_on_llava_s_json(
     assert main([*line, *out, *common, "--llava.lr", "1"]) == 1
     assert main(["llava", "train", str(built), "--out", str(tmp_path / "none")]) == 1
     assert "begun with other settings" in (err := capsys.readouterr().err) and "no conversations" in err
+
+
+# ---- what it would take ---------------------------------------------------------------------------------------------
+
+
+def test_the_plan_counts_what_a_step_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from llm2clip.plan.llava import llava_plan
+    from llm2clip.plan.work import counted
+
+    llm = make_llm(tmp_path / "llm", layers=4)
+    seeing = hf_tower(tmp_path, "clip_vision_model")
+    model, processor = opened(build(seeing, str(llm), tmp_path / "built"))
+    talk = Conversation("", None, (("What is it?" * 8, "An answer of some length." * 4),))
+    ids = torch.tensor([mark(talk, processor.tokenizer, 0).ids])
+    found = llava_plan(
+        LlavaRecipe(precision="fp32"), str(llm), str(tmp_path / "clip_vision_model"), None,
+        {"pretrain": 1000, "instruct": 1000}, {"pretrain": ids.shape[1] - 16, "instruct": ids.shape[1] - 16}, "h100",
+    )  # fmt: skip
+    assert found.image_tokens == model.config.image_seq_length == 16
+    counts = {
+        "vision tower": sum(p.numel() for p in model.model.vision_tower.parameters()),
+        "projector": sum(p.numel() for p in model.model.multi_modal_projector.parameters()),
+        "language model": sum(p.numel() for p in model.model.language_model.parameters()),
+    }
+    counts["language model"] -= 20 * 32  # rows of the table for <image>, and to a multiple of 64
+    assert found.parameters == counts
+    for stage in ("pretrain", "instruct"):
+        model.requires_grad_(stage == "instruct")
+        inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
+        step = counted(lambda inputs=inputs: model(inputs_embeds=inputs, labels=ids).loss.backward())
+        assert found.flop[stage] == pytest.approx(step, rel=0.15), stage
+    assert main(["llava", "plan", "--device", "a100-80", "--count", "8"]) == 0
+    assert "does not fit into 80 GB: try --use_fsdp" in capsys.readouterr().out
+    recipe = str(Path(__file__).parents[1] / "recipes/llava-1.5-7b.yaml")
+    assert main(["llava", "plan", "--device", "a100-80", "--count", "8", "--use_fsdp", "--config", recipe]) == 0
+    said = capsys.readouterr().out
+    assert "576 tokens a picture" in said and said.count("(fits)") == 2

@@ -247,6 +247,21 @@ def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], list[str]]]
     some.add_argument("--out", type=str, required=True, help="run folder; OUT/model is the result")
     _reading(some)
     some.add_class_arguments(LlavaRecipe, "llava")
+    some = kind("plan", "What training would take: parameters, memory and hours; nothing is fetched or run.")
+    some.add_argument("--llm", type=str, default="lmsys/vicuna-7b-v1.5", help="as of `llava build`")
+    some.add_argument("--vision", type=str, default="openai/clip-vit-large-patch14-336", help="as of `llava build`")
+    some.add_argument("--image_size", type=int, help="pixels; null is what the tower was trained with")
+    some.add_argument("--pretrain", type=int, default=558_128, help="conversations of the first stage")
+    some.add_argument("--instruct", type=int, default=665_298, help="conversations of the second")
+    some.add_argument("--pretrain_tokens", type=float, default=60, help="of a conversation, beside the picture's")
+    some.add_argument("--instruct_tokens", type=float, default=300, help="the same of the second; LLaVA's are assumed")
+    some.add_argument("--device", type=str, required=True, help=f"{', '.join(DEVICES)}; or any, with its numbers")
+    some.add_argument("--count", type=int, default=1, help="devices")
+    some.add_argument("--mfu", type=float, default=0.4, help="share of the device's products that is reached; assumed")
+    some.add_argument("--tflops", type=float, help="10^12 FLOP/s of the device, if it is not known or not as said")
+    some.add_argument("--memory", type=float, help="GB of the device, likewise")
+    some.add_argument("--use_fsdp", action="store_true", help="weights shared out, as accelerate launch does it")
+    some.add_class_arguments(LlavaRecipe, "llava")
     some = kind("evaluate", "Models on LLaVA-1.5's benchmarks, on captions, and on what pictures show.")
     some.add_argument("models", nargs="+", type=str, help="folders or hub ids of models for images and text")
     some.add_argument("--benchmarks", nargs="+", type=str, default=[], help="by name, see `llava benchmarks`; or all")
@@ -444,6 +459,13 @@ def _llava(given: Namespace) -> list[str]:
         from llm2clip.llava.verbs import tasks_verb
 
         return tasks_verb(of.root)
+    if what == "plan":
+        from llm2clip.plan.llava import llava_plan, plan_lines
+
+        asked = {stage: of[stage] for stage in ("pretrain", "instruct")}
+        tokens = {stage: of[f"{stage}_tokens"] for stage in asked}
+        machine = (of.device, of.count, of.mfu, of.tflops, of.memory, of.use_fsdp)
+        return plan_lines(llava_plan(of.llava, of.llm, of.vision, of.image_size, asked, tokens, *machine), asked)
     if what == "evaluate":
         from llm2clip.llava.tasks.judged import OpenAIJudge
         from llm2clip.llava.verbs import evaluate_verb

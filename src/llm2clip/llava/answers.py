@@ -11,7 +11,6 @@ from torch import Tensor
 
 from llm2clip.cpu import quick_products, reuse_memory
 from llm2clip.data.decoding import decoded
-from llm2clip.data.refs import ImageRef
 from llm2clip.llava.pixels import Pixels
 from llm2clip.llava.prompts import IGNORED, IMAGE, Conversation, mark, messages
 from llm2clip.llava.tasks.base import Asked
@@ -65,30 +64,35 @@ class Answerer:
     def choose(self, asked: Sequence[Asked]) -> Iterator[tuple[int, int | None]]:
         """The likeliest option of each question, by the mean log-likelihood of its tokens: the number of the question,
         and that of the option."""
-        undecodable = []
         for n, one in enumerate(asked):
-            seen = self._seen([one])
-            if isinstance(seen, str):
-                undecodable.append(n)
-                continue
-            rows = [
-                mark(Conversation(one.id, one.image, ((one.prompt, option),)), self.tokenizer, self.tokens)
-                for option in one.options
-            ]
-            length = max(len(row.ids) for row in rows)
-            pad = self.tokenizer.pad_token_id
-            ids = torch.tensor([row.ids + [pad] * (length - len(row.ids)) for row in rows])
-            labels = torch.tensor([row.labels + [IGNORED] * (length - len(row.ids)) for row in rows])
-            mask = torch.tensor([[1] * len(row.ids) + [0] * (length - len(row.ids)) for row in rows])
-            pixels = {} if seen is None else {"pixel_values": seen.expand(len(rows), -1, -1, -1)}
-            batch = {"input_ids": ids, "attention_mask": mask, **pixels}
-            with torch.inference_mode(), quick_products():
-                logits = self.model(**{k: v.to(self.device) for k, v in batch.items()}).logits.float().cpu()
-            losses = F.cross_entropy(
-                logits[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none"
-            )
-            yield n, int((losses.sum(1) / (labels[:, 1:] != IGNORED).sum(1)).argmin())
-        yield from ((n, None) for n in undecodable)
+            found = self.likelihoods(one, one.options)
+            yield n, None if found is None else int((found[:, 0] / found[:, 1]).argmax())
+
+    def likelihoods(self, one: Asked, answers: Sequence[str]) -> Tensor | None:
+        """Of each answer to a question: the sum of its tokens' log-likelihoods, how many they are, and how many of them
+        are the likeliest there, (answers, 3) float32; None if the picture cannot be decoded."""
+        seen = decoded(one.image, self.pixels) if one.image is not None else None
+        if isinstance(seen, str):
+            return None
+        rows = [
+            mark(Conversation(one.id, one.image, ((one.prompt, answer),)), self.tokenizer, self.tokens)
+            for answer in answers
+        ]
+        length, pad = max(len(row.ids) for row in rows), self.tokenizer.pad_token_id
+        gaps = [length - len(row.ids) for row in rows]
+        batch = {
+            "input_ids": torch.tensor([row.ids + [pad] * gap for row, gap in zip(rows, gaps, strict=True)]),
+            "attention_mask": torch.tensor([[1] * (length - gap) + [0] * gap for gap in gaps]),
+        }
+        if seen is not None:
+            batch["pixel_values"] = seen.to(self.model.dtype).expand(len(rows), -1, -1, -1)
+        labels = torch.tensor([row.labels + [IGNORED] * gap for row, gap in zip(rows, gaps, strict=True)])[:, 1:]
+        with torch.inference_mode(), quick_products():
+            logits = self.model(**{k: v.to(self.device) for k, v in batch.items()}).logits[:, :-1].float().cpu()
+        said = labels != IGNORED
+        losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+        greedy = (logits.argmax(-1) == labels) & said
+        return torch.stack([-losses.sum(1), said.sum(1).float(), greedy.sum(1).float()], 1)
 
     def _batches(self, asked: Sequence[Asked]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Numbers of questions, and their tokens, padded on the left, with their pixels. Questions with a picture are
@@ -125,10 +129,3 @@ class Answerer:
         starts_itself = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         ids: list[int] = self.tokenizer(text, add_special_tokens=not starts_itself)["input_ids"]
         return ids
-
-    def _seen(self, asked: Sequence[Asked]) -> Tensor | str | None:
-        image: ImageRef | None = asked[0].image
-        if image is None:
-            return None
-        seen = decoded(image, self.pixels)
-        return seen if isinstance(seen, str) else seen[None].to(self.model.dtype)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from llm2clip.cache.store import EmbeddingStore
@@ -217,6 +217,16 @@ class _Trainer(Trainer):
     """transformers' own, with batches of conversations of similar length."""
 
     lengths: list[int] | None = None
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """A checkpoint of the first stage holds the projector alone: the rest is as it was."""
+        if isinstance(self.model, PreTrainedModel):
+            learned = {name for name, p in self.model.named_parameters() if p.requires_grad}
+            state = self.model.state_dict() if state_dict is None else state_dict
+            if any("multi_modal_projector" not in name for name in learned):
+                learned = set(state)
+            state_dict = {name: tensor for name, tensor in state.items() if name in learned}
+        super()._save(output_dir, state_dict)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.lengths is None:

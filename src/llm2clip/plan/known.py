@@ -33,6 +33,8 @@ def _shape(
 
 _LLAMA_8B = _shape("llama", 4096, 32, 32, 8, 14336, 128256)
 _LLAMA_1B = _shape("llama", 2048, 16, 32, 8, 8192, 128256, head_dim=64)
+_VICUNA_7B = _shape("llama", 4096, 32, 32, 32, 11008, 32000)
+_VICUNA_13B = _shape("llama", 5120, 40, 40, 40, 13824, 32000)
 _NEMO = _shape("mistral", 5120, 40, 32, 8, 14336, 131072, head_dim=128)
 _QWEN = _shape("qwen2", 896, 24, 14, 2, 4864, 151936)
 _SMOLLM2 = _shape("llama", 576, 30, 9, 3, 1536, 49152)
@@ -47,6 +49,8 @@ LLMS = {
     "meta-llama/llama-3.1-8b-instruct": _LLAMA_8B,
     "meta-llama/llama-3.2-1b": _LLAMA_1B,
     "meta-llama/llama-3.2-1b-instruct": _LLAMA_1B,
+    "lmsys/vicuna-7b-v1.5": _VICUNA_7B,
+    "lmsys/vicuna-13b-v1.5": _VICUNA_13B,
     "mistralai/mistral-nemo-base-2407": _NEMO,
     "mistralai/mistral-nemo-instruct-2407": _NEMO,
     "qwen/qwen2.5-0.5b": _QWEN,

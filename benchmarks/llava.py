@@ -1,0 +1,140 @@
+"""Two towers inside the same multimodal LLM: as it comes, and as `align` trained it. And what a step of training costs.
+
+    python benchmarks/llava.py DATA --aligned MODEL [--seeds 3] [--pretrain_steps 60] [--steps 120] [--out FOLDER]
+    python benchmarks/llava.py DATA --aligned MODEL --only speed
+
+DATA holds flickr8k/, coco_img/ and ade20k_ids/ (`captions.jsonl` each); MODEL is a model folder whose tower began as
+EfficientNet-Lite0, with nothing of flickr8k's val in its training. SmolLM2-135M-Instruct learns from flickr8k's train
+split, coco_img and ade20k_ids, with either tower on the same conversations in the same order for the same steps, and
+describes flickr8k's val: CIDEr-D and BLEU-4 against its five captions, and POPE about what they name.
+
+`--only speed`: conversations a second in training, the same model and data three ways: batches as they come, batches of
+similar length, and those with the tower's features kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from llm2clip.data.records import Record, open_records
+from llm2clip.data.skips import SkipLog
+from llm2clip.llava.build import build
+from llm2clip.llava.conversations import captioning, instructions
+from llm2clip.llava.evaluate import Ways, captions_of, measure, pope_task
+from llm2clip.llava.prompts import Conversation
+from llm2clip.llava.train import train
+from llm2clip.llava.verbs import tower_of
+from llm2clip.quickstart.assets import resolve
+from llm2clip.recipes import LlavaRecipe
+
+TRAIN = ("flickr8k/captions.jsonl@train", "coco_img/captions.jsonl", "ade20k_ids/captions.jsonl")
+RECIPE = LlavaRecipe(pretrain_lr=2e-3, pretrain_batch=64, lr=2e-4, batch=64, micro_batch=32, checkpoint_every=1000)
+
+
+def records(data: Path, names: tuple[str, ...]) -> list[Record]:
+    return [record for name in names for record in open_records(str(data / name))]
+
+
+def some(conversations: list[Conversation], count: int, seed: int) -> list[Conversation]:
+    """As many as a run sees, by lot: the same for both towers."""
+    return random.Random(seed).sample(conversations, min(count, len(conversations)))
+
+
+def compare(given: argparse.Namespace, towers: dict[str, Any], known: list[Record]) -> None:
+    held = records(given.data, ("flickr8k/captions.jsonl@val",))
+    asked = random.Random(0).sample(held, min(given.images, len(held)))
+    work = [captions_of(asked), pope_task(asked[: given.pope_images])]
+    first, second = captioning(known), instructions(known)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in towers}
+    print("| tower | seed | CIDEr-D | BLEU-4 | POPE accuracy | POPE F1 | minutes |\n|---|---|---|---|---|---|---|")
+    for seed in range(given.seeds):
+        for name, tower in towers.items():
+            run = given.out / f"{name}-{seed}"
+            start = time.perf_counter()
+            recipe = dataclasses.replace(RECIPE, seed=seed)
+            if not (run / "model").is_dir():
+                built = given.out / f"built-{name}-{seed}"
+                if not built.is_dir():
+                    build(tower, resolve("smollm2-135m"), built, seed)
+                pretrain = some(first, given.pretrain_steps * recipe.pretrain_batch, seed)
+                instruct = some(second, given.steps * recipe.batch, seed)
+                train(str(built), pretrain, instruct, recipe, run, SkipLog())
+                shutil.rmtree(built)
+            figures: dict[str, float] = {}
+            for measured in measure(str(run / "model"), work, Ways(beams=3), run, SkipLog()):
+                figures |= measured.figures
+            minutes = (time.perf_counter() - start) / 60
+            found[name].append(figures)
+            (run / "figures.json").write_text(json.dumps(figures, indent=1))
+            print(f"| {name} | {seed} | {_row(figures)} | {minutes:.1f} |", flush=True)
+    for name, runs in found.items():
+        shown = []
+        for key in ("CIDEr-D", "BLEU-4", "accuracy", "F1"):
+            values = [run[key] for run in runs]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            shown.append(f"{statistics.mean(values):.1f}{spread}")
+        print(f"| {name}, mean | | {' | '.join(shown)} | |")
+
+
+def _row(figures: dict[str, float]) -> str:
+    return " | ".join(f"{figures[key]:.1f}" for key in ("CIDEr-D", "BLEU-4", "accuracy", "F1"))
+
+
+def speed(given: argparse.Namespace, tower: Any, known: list[Record]) -> None:
+    talks = some(instructions(known), 768, 0)
+    built = given.out / "built-speed"
+    if not built.is_dir():
+        build(tower, resolve("smollm2-135m"), built)
+    print("| batches | tower | conversations/s | against the first |\n|---|---|---|---|")
+    rates: list[float] = []
+    for name, grouped, cache in (
+        ("as they come", False, 0.0),
+        ("of similar length", True, 0.0),
+        ("the same", True, 20.0),
+    ):
+        recipe = dataclasses.replace(RECIPE, grouped=grouped, cache_gb=cache)
+        run = given.out / f"speed-{len(rates)}"
+        shutil.rmtree(run, ignore_errors=True)
+        if cache:  # the features are kept before the clock starts: they are worked out once for all passes
+            train(str(built), [], talks, dataclasses.replace(recipe, epochs=0), run, SkipLog())
+            shutil.rmtree(run / "model")
+        start = time.perf_counter()
+        train(str(built), [], talks, recipe, run, SkipLog())
+        lines = [json.loads(line) for line in (run / "instruct/metrics.jsonl").read_text().splitlines()]
+        rates.append(lines[-1]["train_samples_per_second"])
+        shown = "kept features" if cache else "in each step"
+        print(f"| {name} | {shown} | {rates[-1]:.2f} | {rates[-1] / rates[0]:.2f}x |", flush=True)
+        print(f"  ({time.perf_counter() - start:.0f} s with opening and writing the model)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--aligned", required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pretrain_steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--images", type=int, default=1000, help="of val that are described")
+    parser.add_argument("--pope_images", type=int, default=200, help="of those that are asked about")
+    parser.add_argument("--only", choices=["towers", "speed"])
+    parser.add_argument("--out", type=Path, default=Path("runs/llava"))
+    given = parser.parse_args()
+    aligned = tower_of(given.aligned)
+    plain = tower_of(resolve("efficientnet-lite0"), aligned.preprocess.size)
+    known = records(given.data, TRAIN)
+    if given.only != "speed":
+        compare(given, {"as it comes": plain, "aligned": aligned}, known)
+    if given.only != "towers":
+        speed(given, aligned, known)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""A multimodal model inside lmms-eval, which finds it by an entry point where both are installed:
+
+python -m lmms_eval --model llm2clip_llava --model_args pretrained=RUN/model --tasks pope --batch_size 16
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+
+from llm2clip.data.refs import MemoryImage
+from llm2clip.llava.answers import Answerer
+from llm2clip.llava.tasks import Asked
+
+MANIFEST = ModelManifest("llm2clip_llava", simple_class_path="llm2clip.llava.lmms.Lmms")
+
+
+class Lmms(lmms):
+    """lmms-eval's model: greedy answers, and likelihoods of answers, to questions with a picture or with none."""
+
+    def __init__(
+        self, pretrained: str, device: str | None = None, batch_size: int | str = 16, precision: str = "auto", **_: Any
+    ) -> None:
+        """
+        Args:
+            pretrained: folder or hub id of the model.
+            device: by default a GPU when there is one.
+            batch_size: questions in a pass.
+            precision: fp32, bf16 or auto.
+        """
+        super().__init__()
+        self.answerer = Answerer(pretrained, device, precision, int(batch_size))
+
+    def _asked(self, n: int, context: str, to_visual: Any, doc_id: Any, task: str, split: str) -> Asked:
+        """A request as a question. Raises ValueError for several pictures, or a film."""
+        pictures = (to_visual(self.task_dict[task][split][doc_id]) if to_visual else None) or []
+        if len(pictures) > 1 or any(isinstance(one, str) for one in pictures):
+            raise ValueError(f"{task}: questions about one picture alone; this has {len(pictures)}, or a film")
+        image = None
+        if pictures:
+            stream = io.BytesIO()
+            pictures[0].convert("RGB").save(stream, "PNG")
+            image = MemoryImage(stream.getvalue(), f"{task} {doc_id}")
+        return Asked(str(n), image, context)
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """Answers in the order of the requests; what stands before `until`."""
+        asked, limits, ends = [], [], []
+        for n, request in enumerate(requests):
+            context, settings, *rest = request.args
+            asked.append(self._asked(n, context, *rest))
+            limits.append(int(settings.get("max_new_tokens", 128)))
+            until = settings.get("until") or []
+            ends.append([until] if isinstance(until, str) else until)
+        found = [""] * len(asked)
+        for limit in sorted(set(limits)):
+            mine = [n for n, own in enumerate(limits) if own == limit]
+            for k, said in self.answerer.answer([asked[n] for n in mine], limit):
+                for end in ends[mine[k]]:
+                    said = (said or "").partition(end)[0]
+                found[mine[k]] = (said or "").strip()
+        return found
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """The log-likelihood of each answer, and whether it is what would be said."""
+        found = []
+        for n, request in enumerate(requests):
+            context, target, to_visual, doc_id, task, split = request.args
+            answer = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
+            total = self.answerer.likelihoods(self._asked(n, context, to_visual, doc_id, task, split), [answer])
+            if total is None:
+                raise ValueError(f"{task} {doc_id}: its picture cannot be decoded")
+            found.append((float(total[0, 0]), bool(total[0, 1] == total[0, 2])))
+        return found
+
+    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+        raise NotImplementedError("questions of one round alone")
