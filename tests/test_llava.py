@@ -409,7 +409,6 @@ def test_the_plan_counts_what_a_step_does(tmp_path: Path, capsys: pytest.Capture
         "projector": sum(p.numel() for p in model.model.multi_modal_projector.parameters()),
         "language model": sum(p.numel() for p in model.model.language_model.parameters()),
     }
-    counts["language model"] -= 20 * 32  # rows of the table for <image>, and to a multiple of 64
     assert found.parameters == counts
     for stage in ("pretrain", "instruct"):
         model.requires_grad_(stage == "instruct")
