@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,15 @@ from llm2clip.models.vision import VisionTower
 from llm2clip.recipes import LlavaRecipe
 from test_export import hf_tower, timm_tower
 
-TOWERS = ["timm", "clip_vision_model", "clip at another size", "siglip_vision_model", "dinov2"]
+TOWERS = ["timm", "timm's transformer", "clip_vision_model", "clip at another size", "siglip_vision_model", "dinov2"]
 
 
 def tower(kind: str, folder: Path) -> VisionTower:
     if kind == "timm":
         return timm_tower(64)
+    if kind == "timm's transformer":
+        torch.manual_seed(0)
+        return VisionTower.from_pretrained("test_vit", image_size=64, pretrained=False)
     if kind == "clip at another size":
         return hf_tower(folder, "clip_vision_model", 48)
     return hf_tower(folder, kind)
@@ -75,6 +79,11 @@ def test_the_llm_reads_projected_patches_in_the_image_s_place(
     with torch.no_grad():
         if kind == "timm":
             patches = backbone.forward_features(pixels).flatten(2).mT
+        elif kind == "timm's transformer":
+            seen = []
+            backbone.blocks[-1].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+            backbone(pixels)
+            patches = seen[0][:, backbone.num_prefix_tokens :]
         else:
             more: dict[str, Any] = {"interpolate_pos_encoding": True} if size != 32 and kind != "dinov2" else {}
             patches = backbone(pixel_values=pixels, output_hidden_states=True, **more).hidden_states[-2]
@@ -125,8 +134,33 @@ def test_the_command_takes_our_model_folders(llm: Path, tmp_path: Path, capsys: 
     said = capsys.readouterr().err
     assert "is there already" in said and "was trained at 32 pixels" in said
     with pytest.raises(ValueError, match="gives no map of features"):
-        build(VisionTower.from_pretrained("test_vit", pretrained=False), str(llm), tmp_path / "no")
+        build(VisionTower.from_pretrained("test_convmixer", pretrained=False), str(llm), tmp_path / "no")
     assert not (tmp_path / "no").exists() and not (tmp_path / "built2").exists()
+
+
+def test_a_transformer_of_timm_is_opened_without_us(llm: Path, pictures: Path, tmp_path: Path) -> None:
+    from test_export import alone
+
+    folder = build(tower("timm's transformer", tmp_path), str(llm), tmp_path / "built")
+    model, processor = opened(folder)
+    assert type(model).__module__ == "llm2clip.llava.modeling_patches"
+    text = f"<|user|>{IMAGE}What?<|end|>"
+    picture = Image.open(pictures / "3.png").convert("RGB")
+    with torch.no_grad():
+        expected = model(**processor(images=picture, text=text, return_tensors="pt")).logits
+    code = f"""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    model = AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(FOLDER)
+    with torch.no_grad():
+        found["logits"] = model(**processor(images=images[0], text={text!r}, return_tensors="pt")).logits.numpy()
+    """
+    found = alone(textwrap.dedent(code), {"built": folder}, [pictures / "3.png"], tmp_path)["built"]["logits"]
+    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=1e-4)
+    again = train(str(folder), [Conversation("", FileImage(str(pictures / "3.png")), (("What?", "Red."),))], [],
+                  SMALL, tmp_path / "run", SkipLog())  # fmt: skip
+    assert (again / "modeling_patches.py").is_file() and "auto_map" in (again / "config.json").read_text()
 
 
 # ---- conversations --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llm2clip.cpu import quick_products, reuse_memory
 from llm2clip.data.decoding import decoded
+from llm2clip.llava import modeling_patches  # noqa: F401  (transformers learns of its classes)
 from llm2clip.llava.pixels import Pixels
 from llm2clip.llava.prompts import IGNORED, IMAGE, Conversation, mark, messages
 from llm2clip.llava.tasks.base import Asked

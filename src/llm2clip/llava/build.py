@@ -3,12 +3,14 @@
 LLaVA-1.5 (arXiv 2310.03744): the projector turns patch features, those of the layer before the last, into tokens that
 the LLM reads in the place of `<image>`. Towers of transformers go into `LlavaForConditionalGeneration`. Convolutional
 towers of timm give their last feature map, which `FastVlmForConditionalGeneration` reads: the same projector and LLM.
-Either is opened by `AutoModelForImageTextToText.from_pretrained` and `pipeline("image-text-to-text")` without this
-package.
+Both are opened by `AutoModelForImageTextToText.from_pretrained` and `pipeline("image-text-to-text")` without this
+package. timm's vision transformers, which no class of transformers reads, take a file of code in the folder
+(`modeling_patches.py`), and with it `trust_remote_code=True` where this package is not imported.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llm2clip.llava import modeling_patches
 from llm2clip.llava.prompts import IMAGE, chat_template, check_template
 from llm2clip.models.export.hub import vision_model
 from llm2clip.models.vision import VisionTower
@@ -47,12 +50,27 @@ def build(tower: VisionTower, llm: str, out: str | Path, seed: int = 0) -> Path:
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
     try:
-        model.save_pretrained(tmp)
-        processor.save_pretrained(tmp)
+        save(model, processor, tmp)
         os.replace(tmp, out)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return out
+
+
+def save(model: Any, processor: Any, folder: Path) -> None:
+    """Write the parts of a model folder, with the file of code where its tower needs one."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    if isinstance(model, modeling_patches.PatchLlava):
+        code = Path(modeling_patches.__file__)
+        (folder / code.name).write_text(code.read_text(encoding="utf-8"), encoding="utf-8")
+        file = folder / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config["auto_map"] = {
+            "AutoConfig": f"{code.stem}.{modeling_patches.PatchLlavaConfig.__name__}",
+            "AutoModelForImageTextToText": f"{code.stem}.{modeling_patches.PatchLlava.__name__}",
+        }
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def causal_llm(name: str) -> Any:
@@ -76,7 +94,7 @@ def assembled(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0) -> tu
     """The model and its processor, of parts that become its own; see `build`."""
     from transformers import CLIPImageProcessor, GenerationConfig, LlavaProcessor
 
-    vision = vision_model(tower)
+    vision = _seeing(tower)
     patches, extra = _patches(vision, tower)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]}, replace_extra_special_tokens=False)
     if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
@@ -120,7 +138,12 @@ def _whole(vision: Any, llm: Any, tokenizer: Any, tokens: int, seed: int) -> Any
     }
     kind: Any
     config: Any
-    if vision.config.model_type == "timm_wrapper":
+    if isinstance(vision, modeling_patches.PatchTower):
+        kind = modeling_patches.PatchLlava
+        config = modeling_patches.PatchLlavaConfig(
+            **common, vision_feature_layer=-2, vision_feature_select_strategy="full"
+        )
+    elif vision.config.model_type == "timm_wrapper":
         vision.config.hidden_size = vision.timm_model.num_features
         kind, config = FastVlmForConditionalGeneration, FastVlmConfig(**common)
     else:
@@ -138,6 +161,22 @@ def _whole(vision: Any, llm: Any, tokenizer: Any, tokens: int, seed: int) -> Any
     return model.to(llm.dtype)
 
 
+def _seeing(tower: VisionTower) -> Any:
+    """The tower as a model whose patch features LLaVA's classes read, in float32."""
+    backbone: Any = tower.backbone
+    if tower.config["library"] != "timm" or not hasattr(getattr(backbone, "patch_embed", None), "num_patches"):
+        return vision_model(tower)
+    args = {name: value for name, value in tower.config["args"].items() if name != "num_classes"}
+    config = modeling_patches.PatchTowerConfig(
+        architecture=tower.config["architecture"],
+        model_args=args,
+        hidden_size=backbone.embed_dim,
+    )
+    vision = modeling_patches.PatchTower(config)
+    vision.timm_model.load_state_dict({name: t.detach().cpu() for name, t in backbone.state_dict().items()})
+    return vision.float().eval()
+
+
 def _patches(vision: Any, tower: VisionTower) -> tuple[int, int]:
     """How many patch features the LLM is to see of a picture, and how many tokens without a place beside them.
 
@@ -146,13 +185,16 @@ def _patches(vision: Any, tower: VisionTower) -> tuple[int, int]:
     """
     size = tower.preprocess.size
     kind = vision.config.model_type
+    if isinstance(vision, modeling_patches.PatchTower):
+        embedded: Any = vision.timm_model.patch_embed
+        return int(embedded.num_patches), 0
     if kind == "timm_wrapper":
         with torch.inference_mode():
             last = vision(torch.zeros(1, 3, size, size)).last_hidden_state
         if last.ndim != 4 or last.shape[1] != vision.timm_model.num_features:
             raise ValueError(
-                f"{vision.config.architecture} gives no map of features (channels first) that transformers' classes "
-                "read; convolutional towers of timm do, and CLIP, SigLIP and DINO towers of transformers"
+                f"{vision.config.architecture} gives no map of features, channels first: take a convolutional net or a "
+                "vision transformer of timm, or a CLIP, SigLIP or DINO tower of transformers"
             )
         return last.shape[2] * last.shape[3], 0
     if kind in ("clip_vision_model", "siglip_vision_model") and vision.config.image_size != size:
@@ -161,7 +203,7 @@ def _patches(vision: Any, tower: VisionTower) -> tuple[int, int]:
 
 
 def _has_class_token(vision: Any) -> bool:
-    return vision.config.model_type not in ("timm_wrapper", "siglip_vision_model")
+    return vision.config.model_type not in ("timm_wrapper", "siglip_vision_model", "llm2clip_patches")
 
 
 def _resize_positions(vision: Any, size: int) -> None:

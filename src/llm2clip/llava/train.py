@@ -32,6 +32,7 @@ from llm2clip.cache.store import EmbeddingStore
 from llm2clip.cpu import quick_products, reuse_memory
 from llm2clip.data.skips import SkipLog
 from llm2clip.llava.batches import Collate, Conversations
+from llm2clip.llava.build import save
 from llm2clip.llava.pixels import keep_features, without_tower
 from llm2clip.llava.prompts import Conversation
 from llm2clip.models.precision import chosen_precision
@@ -95,8 +96,7 @@ def train(
     if state.is_main_process:
         tmp = out / ".model.tmp"
         shutil.rmtree(tmp, ignore_errors=True)
-        model.save_pretrained(tmp)
-        processor.save_pretrained(tmp)
+        save(model, processor, tmp)
         os.replace(tmp, result)
         for stage in ("pretrain", "instruct"):
             for checkpoint in (out / stage).glob("checkpoint-*"):
