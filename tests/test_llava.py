@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from conftest import Killed, make_llm
+from conftest import Killed, distributed, make_llm, share_out
 from llm2clip.cli import main
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.refs import FileImage
 from llm2clip.data.skips import SkipLog, TooManySkipped
 from llm2clip.llava import train as training
-from llm2clip.llava.batches import Collate, Conversations
+from llm2clip.llava.batches import ByLength, Collate, Conversations
 from llm2clip.llava.build import assembled, build
 from llm2clip.llava.conversations import captioning, instructions, read_llava
 from llm2clip.llava.pixels import Pixels
@@ -109,11 +109,49 @@ def test_the_pipeline_opens_it_and_our_pixels_are_the_processor_s(llm: Path, pic
     said = pipeline("image-text-to-text", model=str(folder))(text=asked, max_new_tokens=4)
     assert said[0]["generated_text"][-1]["role"] == "assistant"
 
-    processor = opened(folder)[1]
     picture = np.asarray(Image.open(pictures / "1.png").convert("RGB").crop((4, 0, 44, 40)))
-    ours = Pixels(processor)(torch.tensor(picture).permute(2, 0, 1))
-    theirs = processor.image_processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"][0]
-    torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)
+    wide = np.asarray(Image.open(pictures / "1.png").convert("RGB"))
+    for kind in ("timm", "siglip_vision_model"):
+        processor = assembled(tower_of_size(kind, tmp_path), _llm(llm), tokenizer_of(llm))[1]
+        assert processor.image_processor.to_dict()["do_pad"] is (kind == "timm")
+        for pixels in (picture, wide):
+            ours = Pixels(processor)(torch.tensor(pixels).permute(2, 0, 1))
+            theirs = processor.image_processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
+            torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)
+    cropped = assembled(timm_tower(76), _llm(llm), tokenizer_of(llm), pad=False)[1]
+    assert not cropped.image_processor.to_dict()["do_pad"]
+
+
+def tower_of_size(kind: str, folder: Path) -> VisionTower:
+    return timm_tower(76) if kind == "timm" else hf_tower(folder, kind, 40)
+
+
+def test_llms_that_the_class_has_no_place_for_are_refused(tmp_path: Path) -> None:
+    """Cohere scales its logits, and nothing of LLaVA's would."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    make_llm(tmp_path / "llm")  # for its tokenizer
+    config = AutoConfig.for_model(
+        "cohere", vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, logit_scale=0.25, pad_token_id=0, bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "cohere")
+    tokenizer_of(tmp_path / "llm").save_pretrained(tmp_path / "cohere")
+    with pytest.raises(ValueError, match="no place for"):
+        build(timm_tower(64), str(tmp_path / "cohere"), tmp_path / "built")
+    assert not (tmp_path / "built").exists()
+
+
+def test_an_answer_ends_where_the_template_ends_it(llm: Path, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(llm)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|stop|>"]}, replace_extra_special_tokens=False)
+    tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m['content'] }}<|stop|>{% endfor %}"
+    decoder = _llm(llm)
+    decoder.generation_config.eos_token_id = [0, 7]
+    model, processor = assembled(timm_tower(64), decoder, tokenizer)
+    stop = processor.tokenizer.convert_tokens_to_ids("<|stop|>")
+    assert model.generation_config.eos_token_id == sorted([0, 7, stop])
 
 
 def test_the_command_takes_our_model_folders(llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,8 +171,9 @@ def test_the_command_takes_our_model_folders(llm: Path, tmp_path: Path, capsys: 
     assert main(["llava", "build", "--vision", str(ours), "--llm", str(llm), "--out", out + "2", *size]) == 1
     said = capsys.readouterr().err
     assert "is there already" in said and "was trained at 32 pixels" in said
-    with pytest.raises(ValueError, match="gives no map of features"):
-        build(VisionTower.from_pretrained("test_convmixer", pretrained=False), str(llm), tmp_path / "no")
+    with pytest.raises(ValueError, match="does not give patches block by block"):
+        hierarchical = VisionTower.from_pretrained("swin_tiny_patch4_window7_224", pretrained=False)
+        build(hierarchical, str(llm), tmp_path / "no")
     assert not (tmp_path / "no").exists() and not (tmp_path / "built2").exists()
 
 
@@ -281,7 +320,7 @@ def test_pope_s_three_samplings(tmp_path: Path) -> None:
             == 2 * sum(min(len(s), 3) for s in shown[:6])
         )
         for n, some in enumerate(shown[:6]):
-            mine = [q for q in questions if q.record == str(n)]
+            mine = [q for q in questions if q.record == n]
             assert {q.object for q in mine if q.answer == "yes"} == set(some)
             absent = [q.object for q in mine if q.answer == "no"]
             assert len(absent) == len(some) and not set(absent) & set(some)
@@ -289,7 +328,7 @@ def test_pope_s_three_samplings(tmp_path: Path) -> None:
                 best = sorted((often[o] for o in often if o not in some), reverse=True)[: len(some)]
                 assert sorted((often[o] for o in absent), reverse=True) == best
     adversarial = {q.record: q for q in ask(records, Sampling.ADVERSARIAL, objects=objects) if q.answer == "no"}
-    assert adversarial["4"].object == "kite"  # the cat's only companion
+    assert adversarial[4].object == "kite"  # the cat's only companion
     assert ask(records, Sampling.RANDOM, objects=objects, seed=1) == ask(
         records, Sampling.RANDOM, objects=objects, seed=1
     )
@@ -352,16 +391,21 @@ def test_kept_features_train_as_pixels_do(built: Path, talks: list[Conversation]
         torch.testing.assert_close(tensor, pixels[name], atol=2e-3, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize("case", ["convolutional", "CLIP", "LoRA"])
 def test_goes_on_exactly_after_a_kill(
-    built: Path, talks: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, built: Path, talks: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = state(train(str(built), talks, talks, SMALL, tmp_path / "whole", SkipLog()))
+    if case == "CLIP":  # transformers writes its weights under other names than it has them
+        built = build(tower("clip_vision_model", tmp_path), str(make_llm(tmp_path / "llm", layers=2)), tmp_path / "b")
+    options = {"lora_r": 4, "lora_alpha": 8} if case == "LoRA" else {}
+    recipe = LlavaRecipe(**{**vars(SMALL), **options, "epochs": 2})
+    whole = state(train(str(built), talks, talks, recipe, tmp_path / "whole", SkipLog()))
     steps = 0
 
     def killed(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal steps
         steps += 1
-        if steps in (4, 12, 20):
+        if steps in (5, 13, 30):  # in the first stage, and in both epochs of the second
             raise Killed
         return step(self, *args, **kwargs)
 
@@ -369,26 +413,83 @@ def test_goes_on_exactly_after_a_kill(
     monkeypatch.setattr(training._Trainer, "training_step", killed)
     for _ in range(3):
         with pytest.raises(Killed):
-            train(str(built), talks, talks, SMALL, tmp_path / "killed", SkipLog())
+            train(str(built), talks, talks, recipe, tmp_path / "killed", SkipLog())
     broken = tmp_path / "killed/instruct/checkpoint-99"
     broken.mkdir(parents=True)  # half-written
-    again = state(train(str(built), talks, talks, SMALL, tmp_path / "killed", SkipLog()))
+    again = state(train(str(built), talks, talks, recipe, tmp_path / "killed", SkipLog()))
     for name, tensor in whole.items():
         assert torch.equal(tensor, again[name]), name
+
+
+def test_what_is_not_finite_is_no_model(built: Path, talks: list[Conversation], tmp_path: Path) -> None:
+    wild = LlavaRecipe(**{**vars(SMALL), "lr": 1e30, "pretrain_lr": 1e30})
+    with pytest.raises(FloatingPointError):
+        train(str(built), talks, talks, wild, tmp_path / "run", SkipLog())
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_settings_that_do_not_fit(built: Path, talks: list[Conversation], tmp_path: Path, caplog: Any) -> None:
+    short = LlavaRecipe(**{**vars(SMALL), "max_length": 40})
+    with pytest.raises(ValueError, match="max_length must be"):
+        train(str(built), talks, [], short, tmp_path / "short", SkipLog())
+    with pytest.raises(ValueError, match="no conversations"):
+        train(str(built), talks[-1:], [], SMALL, tmp_path / "none", SkipLog())
+    bad = [Conversation("bad", FileImage(str(built / "config.json")), (("What?", "Red."),)), *talks[:7]]
+    seen = LlavaRecipe(**{**vars(SMALL), "cache_gb": 0})
+    assert train(str(built), bad, [], seen, tmp_path / "bad", SkipLog()).is_dir()
+    assert "cannot be decoded" in caplog.text
+    with pytest.raises(ValueError, match="nothing after it can be used"):
+        train(str(built), bad[:1], [], seen, tmp_path / "all", SkipLog())
+    log = SkipLog(tmp_path / "skipped.jsonl", 0.5)
+    assert train(str(built), bad, [], SMALL, tmp_path / "kept", log).is_dir() and log.skipped.total() == 1
+
+
+def _in_two(source: str, talks: list[Conversation], out: str) -> None:
+    train(source, talks, talks, TWO, Path(out), SkipLog())
+
+
+TWO = LlavaRecipe(**{**vars(SMALL), "epochs": 1, "micro_batch": 2})
+
+
+def test_two_processes_train_as_one(built: Path, talks: list[Conversation], tmp_path: Path) -> None:
+    """Even where a batch of one of them has no picture."""
+    some = [*talks[:12], *[Conversation(f"t{n}", None, (("Hello?" * n, "Hi."),)) for n in range(1, 9)]]
+    distributed(2, _in_two, str(built), some, str(tmp_path / "two"))
+    one = state(train(str(built), some, some, TWO, tmp_path / "one", SkipLog()))
+    for name, tensor in state(tmp_path / "two/model").items():
+        torch.testing.assert_close(tensor, one[name], atol=2e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_padding_changes_nothing_and_grouping_saves_it(built: Path, talks: list[Conversation]) -> None:
     model, processor = opened(built)
     data = Conversations(talks, processor, 4, 512)
-    collate = Collate(processor.tokenizer.pad_token_id, features=False)
+    collate = Collate(processor.tokenizer.pad_token_id, model.config.image_token_id, 4, torch.zeros(3, 64, 64))
     short, long = sorted((data[n] for n in range(20)), key=lambda item: len(item["ids"]))[::19]
+
+    def logits(items: list[dict[str, Any]]) -> torch.Tensor:
+        batch = {k: v for k, v in collate(items).items() if isinstance(v, torch.Tensor)}
+        with torch.no_grad():
+            found: torch.Tensor = model(**batch).logits
+        return found
+
     together = collate([short, long])
     assert together["input_ids"].shape == together["labels"].shape and together["pixel_values"].shape[0] == 2
-    with torch.no_grad():
-        alone = model(**collate([short])).logits[0]
-        padded = model(**together).logits[0, : len(short["ids"])]
-    torch.testing.assert_close(alone, padded, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits([short])[0], logits([short, long])[0, : len(short["ids"])], atol=1e-5, rtol=1e-4)
     assert (together["labels"][0, len(short["ids"]) :] == IGNORED).all()
+    text = data[20]
+    alone = model(input_ids=torch.tensor([text["ids"]])).logits[0]
+    torch.testing.assert_close(logits([text])[0, : len(text["ids"])], alone, atol=1e-5, rtol=1e-4)
+
+    lengths = np.random.default_rng(0).integers(10, 200, 1003)
+    order = ByLength(lengths, 8, seed=1)
+    first = list(order)
+    assert sorted(first) == list(range(1003)) and first == list(order)
+    order.set_epoch(1)
+    assert first != list(order)
+    padded = [
+        sum(8 * max(lengths[some[n : n + 8]]) for n in range(0, 1000, 8)) for some in (np.array(first), np.arange(1003))
+    ]
+    assert padded[0] < 1.1 * lengths.sum() < 1.5 * lengths.sum() < padded[1]
     real = [len(data[n]["ids"]) for n in range(len(data))]
     assert np.corrcoef(real, data.lengths())[0, 1] > 0.9
 
@@ -431,7 +532,8 @@ def test_the_plan_counts_what_a_step_does(tmp_path: Path, capsys: pytest.Capture
     llm = make_llm(tmp_path / "llm", layers=4)
     seeing = hf_tower(tmp_path, "clip_vision_model")
     model, processor = opened(build(seeing, str(llm), tmp_path / "built"))
-    talk = Conversation("", None, (("What is it?" * 8, "An answer of some length." * 4),))
+    model.set_attn_implementation("eager")  # whose products are counted
+    talk = Conversation("", None, (("Q?", "An"),))
     ids = torch.tensor([mark(talk, processor.tokenizer, 0).ids])
     found = llava_plan(
         LlavaRecipe(precision="fp32"), str(llm), str(tmp_path / "clip_vision_model"), None,
@@ -455,3 +557,34 @@ def test_the_plan_counts_what_a_step_does(tmp_path: Path, capsys: pytest.Capture
     assert main(["llava", "plan", "--device", "a100-80", "--count", "8", "--use_fsdp", "--config", recipe]) == 0
     said = capsys.readouterr().out
     assert "576 tokens a picture" in said and said.count("(fits)") == 2
+
+
+def _shared(source: str, talks: list[Conversation], out: str) -> None:
+    from accelerate.state import AcceleratorState
+    from torch.distributed.fsdp import FSDPModule
+
+    share_out()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    step, steps = training._Trainer.training_step, []
+
+    def dies(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        inner = model.get_decoder() if hasattr(model, "get_decoder") else model
+        assert isinstance(model, FSDPModule) and isinstance(inner.layers[0], FSDPModule)
+        steps.append(1)
+        if len(steps) in (3, 8):  # after a checkpoint of either stage
+            raise Killed
+        return step(self, model, *args, **kwargs)
+
+    training._Trainer.training_step = dies  # type: ignore[method-assign]
+    for _ in range(2):
+        with pytest.raises(Killed):
+            train(source, talks, talks, TWO, Path(out), SkipLog())
+    train(source, talks, talks, TWO, Path(out), SkipLog())
+
+
+def test_weights_shared_out_train_as_one(built: Path, talks: list[Conversation], tmp_path: Path) -> None:
+    some = [*talks[:12], *[Conversation(f"t{n}", None, (("Hello?" * n, "Hi."),)) for n in range(1, 9)]]
+    distributed(2, _shared, str(built), some, str(tmp_path / "two"))
+    one = state(train(str(built), some, some, TWO, tmp_path / "one", SkipLog()))
+    for name, tensor in state(tmp_path / "two/model").items():
+        torch.testing.assert_close(tensor, one[name], atol=2e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}")

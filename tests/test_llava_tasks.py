@@ -224,6 +224,7 @@ def test_mmbench(tmp_path: Path) -> None:
         "(B)": "B",
         "B. a cat": "B",
         "A fish swims on mats": None,
+        "A fish is here so B.": "B",
         "It is a dog.": "A",
         "a dog or a cat": None,
     }
@@ -284,7 +285,7 @@ def test_llava_bench(tmp_path: Path) -> None:
 
     def judge(messages: list[dict[str, str]], temperature: float, tokens: int) -> str:
         seen.append((messages, temperature, tokens))
-        return ("8, 6\nBecause.", "I cannot say.")[len(seen) - 1]
+        return ("8 6\nBecause.", "8, 6\nThree parts, so nothing.")[len(seen) - 1]
 
     points = [judge_llava_bench(one, "A hill", judge) for one in asked]
     assert points == [(8.0, 6.0), (-1.0, -1.0)]
@@ -317,7 +318,7 @@ def test_mm_vet(tmp_path: Path) -> None:
         return next(replies)
 
     points = [judge_mm_vet(one, "x = -1", judge) for one in asked]
-    assert points == [0.5, 1.0] and [temperature for _, temperature in seen] == [0, 0, 0.5, 1.0]
+    assert points == [0.5, 1.0] and [temperature for _, temperature in seen] == [0, 0, 0, 0.5]
     assert seen[0][0] == f"{MM_VET}\nWhat is x? | -1 <AND> -5 | x = -1 | "
     assert TASKS["mm-vet"].score(asked, points) == {"total": 75, "ocr": 75, "math": 50, "math+ocr": 50}
     assert judge_mm_vet(asked[0], "x", lambda *_: "?") == 0
@@ -347,6 +348,7 @@ def test_a_judge_at_an_address() -> None:
 def test_words_are_split_as_coco_s_tokenizer_does() -> None:
     assert words("A man's dog doesn't run, it sits; (really!)") == "a man 's dog does n't run it sits really"
     assert words("A T-shirt -- red & blue... 3.5 m") == "a t-shirt red & blue 3.5 m"
+    assert words("1,000 people at 5:30, they cannot go.") == "1,000 people at 5:30 they can not go"
 
 
 def naive_cider(captions: list[str], references: list[list[str]]) -> float:

@@ -239,6 +239,7 @@ def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], list[str]]]
     some.add_argument("--llm", type=str, required=True, help="folder or hub id of a causal LLM; or smollm2-135m")
     some.add_argument("--image_size", type=int, help="pixels; null is what the tower was trained with")
     some.add_argument("--out", type=str, required=True, help="folder")
+    some.add_argument("--pad", type=bool, default=True, help="pictures to squares, as LLaVA-1.5 does; else cropped")
     some = kind("train", "Its projector alone, then the LLM with it; resumable.")
     some.add_argument("model", type=str, help="what `llava build` made")
     some.add_argument("--pretrain", nargs="+", type=str, default=[], help="for the projector: records, or LLaVA's JSON")
@@ -454,7 +455,7 @@ def _llava(given: Namespace) -> list[str]:
     if what == "build":
         from llm2clip.llava.verbs import build_verb
 
-        return build_verb(resolve(of.vision), resolve(of.llm), of.out, of.image_size)
+        return build_verb(resolve(of.vision), resolve(of.llm), of.out, of.image_size, of.pad)
     if what == "benchmarks":
         from llm2clip.llava.verbs import tasks_verb
 

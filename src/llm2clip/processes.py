@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import nn
 
 
 def processes() -> PartialState:
@@ -29,6 +30,25 @@ def processes() -> PartialState:
 def joined() -> bool:
     """Whether this process is one of a group, to gather from."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def weights_shared_out() -> bool:
+    """Whether the launcher wants the weights shared out."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def by_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Tell Accelerate to share out a model by these blocks of it, if the launcher wants it shared out.
+
+    Raises:
+        ValueError: it wants it done by the first version of FSDP.
+    """
+    if not weights_shared_out():
+        return
+    if os.environ.setdefault("FSDP_VERSION", "2") != "2":
+        raise ValueError("weights are shared out with FSDP2: give accelerate launch --fsdp_version 2")
+    os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP" if blocks else "NO_WRAP"
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(dict.fromkeys(type(block).__name__ for block in blocks))
 
 
 def say(*lines: str) -> None:

@@ -61,6 +61,12 @@ class FileImage(ImageRef):
         return self.path
 
 
+def within(name: str) -> bool:
+    """Whether the name of a file, as someone else wrote it, stays in its folder; links in the folder are its owner's
+    affair."""
+    return not os.path.isabs(name) and ".." not in name.replace("\\", "/").split("/")
+
+
 def plain(name: str) -> str:
     """A name that can be written as text: bytes that are no UTF-8 are spelt out."""
     return name.encode("utf-8", "backslashreplace").decode()

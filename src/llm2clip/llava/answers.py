@@ -16,6 +16,7 @@ from llm2clip.llava.pixels import Pixels
 from llm2clip.llava.prompts import IGNORED, IMAGE, Conversation, mark, messages
 from llm2clip.llava.tasks.base import Asked
 from llm2clip.models.precision import chosen_precision
+from llm2clip.processes import processes
 
 
 class Answerer:
@@ -28,19 +29,20 @@ class Answerer:
         """
         Args:
             name: folder or hub id.
-            device: by default a GPU when there is one.
+            device: by default this process's.
             precision: fp32, bf16, or auto: bf16 where the device multiplies it in hardware.
             batch: questions in a pass.
         """
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(device) if device is not None else processes().device
         low = chosen_precision(precision, self.device) == "bf16"
         dtype = torch.bfloat16 if low else torch.float32
         model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False)
         self.name, self.model, self.batch = name, model.to(self.device).eval(), batch
         self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
         self.tokenizer, self.pixels = self.processor.tokenizer, Pixels(self.processor)
+        self.tokenizer.chat_template = self.processor.chat_template or self.tokenizer.chat_template
         self.tokens: int = self.model.config.image_seq_length
         reuse_memory(self.device)
 
@@ -100,8 +102,7 @@ class Answerer:
         apart from those without."""
         self._undecodable: list[int] = []
         self.tokenizer.padding_side = "left"
-        prompts = [self.prompt(one) for one in asked]
-        order = sorted(range(len(asked)), key=lambda n: (asked[n].image is None, -len(prompts[n])))
+        order = sorted(range(len(asked)), key=lambda n: (asked[n].image is None, -len(asked[n].prompt)))
         for pictured in (True, False):
             mine = [n for n in order if (asked[n].image is not None) is pictured]
             for start in range(0, len(mine), self.batch):
@@ -117,7 +118,8 @@ class Answerer:
                         pixels.append(seen)
                 if not numbers:
                     continue
-                batch = dict(self.tokenizer.pad({"input_ids": [prompts[n] for n in numbers]}, return_tensors="pt"))
+                prompts = {"input_ids": [self.prompt(asked[n]) for n in numbers]}
+                batch = dict(self.tokenizer.pad(prompts, return_tensors="pt"))
                 if pixels:
                     batch["pixel_values"] = torch.stack(pixels).to(self.model.dtype)
                 yield numbers, {k: v.to(self.device) for k, v in batch.items()}

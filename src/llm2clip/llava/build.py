@@ -21,22 +21,27 @@ import torch
 from torch import nn
 
 from llm2clip.llava import modeling_patches
-from llm2clip.llava.prompts import IMAGE, chat_template, check_template
+from llm2clip.llava.prompts import IMAGE, chat_template, check_template, ends_of_answers
 from llm2clip.models.export.hub import vision_model
 from llm2clip.models.vision import VisionTower
 
 
-def build(tower: VisionTower, llm: str, out: str | Path, seed: int = 0) -> Path:
-    """Write an untrained multimodal model: whole, or not at all. Its projector is random, the rest is as it was.
+def build(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pad: bool = True) -> Path:
+    """Write an untrained multimodal model: whole, or not at all. Its projector is random, the rest is as it was, but
+    that the tower takes the LLM's precision. What was written is opened again, and must say of a text what the LLM
+    does.
 
     Args:
         tower: whose patch features the LLM will see.
         llm: folder or hub id of a causal LLM with its tokenizer; its precision is kept.
         out: folder, not there yet.
         seed: of the projector.
+        pad: pictures are padded to squares, as LLaVA-1.5's are; else a tower that was trained on the middle of pictures
+            sees that alone.
 
     Raises:
-        ValueError: the tower has no patch features that transformers' classes read, or the LLM has no head.
+        ValueError: the tower has no patch features that transformers' classes read; or the LLM has no head, or one that
+            they have no place for.
         FileExistsError: `out` is there.
     """
     from transformers import AutoTokenizer
@@ -45,16 +50,42 @@ def build(tower: VisionTower, llm: str, out: str | Path, seed: int = 0) -> Path:
     if out.exists():
         raise FileExistsError(f"{out} is there already; choose another place")
     tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
-    model, processor = assembled(tower, causal_llm(llm), tokenizer, seed)
+    decoder = causal_llm(llm)
+    ids = tokenizer("A photograph of a dog and two cats.", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        expected = decoder(input_ids=ids).logits.float()
+    model, processor = assembled(tower, decoder, tokenizer, seed, pad)
     tmp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
     try:
         save(model, processor, tmp)
+        del model, decoder
+        _check(tmp, llm, ids, expected)
         os.replace(tmp, out)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return out
+
+
+def _check(folder: Path, llm: str, ids: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raises ValueError if what is in the folder does not say of a text what the LLM does, or does not take a
+    picture."""
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
+    with torch.inference_mode():
+        found = model(input_ids=ids).logits.float()[..., : expected.shape[-1]]
+        close = 1e-3 if model.dtype == torch.float32 else 5e-2
+        if found.shape != expected.shape or (found - expected).norm() > close * expected.norm():
+            raise ValueError(
+                f"{llm} has something that LLaVA's class in transformers has no place for (such as a bias or a scale "
+                "of its logits): in it, it would say something else. Take another LLM"
+            )
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        inputs = processor(images=Image.new("RGB", (64, 48)), text=IMAGE, return_tensors="pt")
+        model(**inputs.to(model.dtype))
 
 
 def save(model: Any, processor: Any, folder: Path) -> None:
@@ -90,9 +121,9 @@ def causal_llm(name: str) -> Any:
     return llm
 
 
-def assembled(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
+def assembled(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, pad: bool = True) -> tuple[Any, Any]:
     """The model and its processor, of parts that become its own; see `build`."""
-    from transformers import CLIPImageProcessor, GenerationConfig, LlavaProcessor
+    from transformers import GenerationConfig, LlavaImageProcessor, LlavaProcessor
 
     vision = _seeing(tower)
     patches, extra = _patches(vision, tower)
@@ -105,16 +136,23 @@ def assembled(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0) -> tu
 
     model = _whole(vision, llm, tokenizer, patches + extra, seed)
     generation = GenerationConfig.from_model_config(llm.config)
+    own = llm.generation_config.eos_token_id
+    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]), *ends_of_answers(tokenizer)]
     generation.update(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=sorted({end for end in ends if end is not None}),
+        pad_token_id=tokenizer.pad_token_id,
     )
     model.generation_config = generation
     side = tower.preprocess.size
     patch = side // math.isqrt(patches)
     if (side // patch) ** 2 != patches:  # this is how the processor counts them
         raise ValueError(f"{patches} features of {side} pixels are no square grid that transformers' processor counts")
+    settings = tower.preprocess.to_dict() | {"image_processor_type": "LlavaImageProcessor"}
+    settings["do_pad"] = pad and tower.preprocess.resize == "shortest"
+    image_processor = LlavaImageProcessor.from_dict(settings)
     processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor.from_dict(tower.preprocess.to_dict()),
+        image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=patch,
         vision_feature_select_strategy="default" if _has_class_token(vision) else "full",
@@ -186,8 +224,12 @@ def _patches(vision: Any, tower: VisionTower) -> tuple[int, int]:
     size = tower.preprocess.size
     kind = vision.config.model_type
     if isinstance(vision, modeling_patches.PatchTower):
-        embedded: Any = vision.timm_model.patch_embed
-        return int(embedded.num_patches), 0
+        try:
+            with torch.inference_mode():
+                patches = int(vision(torch.zeros(1, 3, size, size)).hidden_states[-2].shape[1])
+        except (AssertionError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{vision.config.architecture} does not give patches block by block: {error}") from error
+        return patches, 0
     if kind == "timm_wrapper":
         with torch.inference_mode():
             last = vision(torch.zeros(1, 3, size, size)).last_hidden_state

@@ -1,7 +1,8 @@
 """Captions of a model against those of people: BLEU-4 and CIDEr-D.
 
 The scores are pycocoevalcap's, the code that COCO's captions are scored by. Its tokenizer is a Java program; here words
-are split by the same rules (Penn Treebank's: n't and 's apart, no punctuation, lower case) without it.
+are split as it does it in captions (Penn Treebank's way: n't and 's apart, no punctuation, lower case), without its
+rules for what captions hardly have. Figures differ from those by its tokenizer where captions have such things.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import re
 from collections.abc import Sequence
 
 _CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))(?!\w)")
-_WORD = re.compile(r"n't|'(?:s|re|ve|ll|d|m)(?!\w)|[\w$%&@+*/]+(?:[-'./]\w+)*", re.UNICODE)
+_WORD = re.compile(r"n't|'(?:s|re|ve|ll|d|m)(?!\w)|[\w$%&@+*/#]+(?:[-'./,:]\w+)*", re.UNICODE)
+_APART = {"cannot": "can not", "gonna": "gon na", "wanna": "wan na", "gotta": "got ta"}
 
 
 def words(text: str) -> str:
     """A caption as it is compared: its words in lower case, one space between them."""
     text = text.lower().replace("’", "'")
-    return " ".join(_WORD.findall(_CLITIC.sub(r" \1", text)))
+    return " ".join(_APART.get(word, word) for word in _WORD.findall(_CLITIC.sub(r" \1", text)))
 
 
 def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.data.records import Record
-from llm2clip.data.refs import FileImage
+from llm2clip.data.refs import FileImage, within
 from llm2clip.data.skips import SkipLog
 from llm2clip.llava.pope import Sampling, ask
 from llm2clip.llava.prompts import Conversation, plain
@@ -77,6 +77,8 @@ def _rows(file: Path) -> Iterator[tuple[int, Any]]:
 def _conversation(row: Any, root: Path, number: str) -> Conversation:
     """Raises KeyError, TypeError or ValueError if the row is none, FileNotFoundError without its image."""
     said = row["conversations"]
+    if said and said[0]["from"] != "human":
+        said = said[1:]  # as LLaVA reads it
     if len(said) < 2 or len(said) % 2 or [one["from"] for one in said] != ["human", "gpt"] * (len(said) // 2):
         raise ValueError("human and gpt do not take turns")
     values = [plain(one["value"]) for one in said]
@@ -84,9 +86,9 @@ def _conversation(row: Any, root: Path, number: str) -> Conversation:
         raise ValueError("an answer is empty")
     image = None
     if row.get("image"):
-        path = root / row["image"]
-        if not path.resolve().is_relative_to(root.resolve()):
+        if not within(row["image"]):
             raise ValueError(f"{row['image']} leads out of {root}")
+        path = root / row["image"]
         if not path.is_file():
             raise FileNotFoundError(str(path))
         image = FileImage(str(path))
@@ -110,12 +112,12 @@ def instructions(records: Iterable[Record], seed: int = 0) -> list[Conversation]
     """The captions of each picture one by one, and in one conversation more what is in it and what is not: yes and no,
     as often one as the other."""
     records = list(records)
-    found, about = captioning(records, seed), {record.id: record for record in records}
-    asked: dict[str, list[tuple[str, str]]] = {}
+    found = captioning(records, seed)
+    asked: dict[int, list[tuple[str, str]]] = {}
     for question in ask(records, Sampling.RANDOM, seed=seed):
         asked.setdefault(question.record, []).append((question.text, question.answer.capitalize() + "."))
     rng = random.Random(seed)
-    for name, turns in asked.items():
+    for number, turns in asked.items():
         rng.shuffle(turns)
-        found.append(Conversation(name, about[name].image, tuple(turns)))
+        found.append(Conversation(records[number].id, records[number].image, tuple(turns)))
     return found

@@ -8,6 +8,7 @@ OUT/results.json, report.html, report.md
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +17,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from llm2clip.cache.features import image_name
 from llm2clip.data.records import Record
 from llm2clip.data.skips import SkipLog
 from llm2clip.llava.answers import Answerer
@@ -24,6 +26,7 @@ from llm2clip.llava.conversations import BRIEF
 from llm2clip.llava.tasks import Asked, Task
 from llm2clip.llava.tasks.yesno import pope_of, score_pope
 from llm2clip.models.identity import fingerprint, weights_hash
+from llm2clip.processes import processes
 
 
 @dataclass
@@ -104,7 +107,8 @@ def measure(
         beams = ways.beams if task.name == "captions" else 1
         identity = {
             "weights": weights, "dtype": str(model.model.dtype), "beams": beams, "choose": choose,
-            "tokens": task.tokens, "template": model.processor.chat_template,
+            "tokens": task.tokens, "template": model.tokenizer.chat_template,
+            "pixels": model.processor.image_processor.to_dict(),
         }  # fmt: skip
         file = out / "answers" / f"{task.name.replace(' ', '-')}-{fingerprint(identity)[:8]}.jsonl"
         answers = _kept(file, asked, task.name, partial(_said, model, task, beams, choose))
@@ -116,9 +120,10 @@ def measure(
         questions, said = [one for one, _ in known], [answer for _, answer in known]
         if task.submission:
             for written, rows in task.submission(questions, said).items():
-                place = out / "submissions" / Path(name).name / written
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.write_text(json.dumps(rows, ensure_ascii=False))
+                place = out / "submissions" / f"{weights[:8]}-{written}"
+                if processes().is_main_process:
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    place.write_text(json.dumps(rows, ensure_ascii=False))
         yield Measured(name, task.name, _figures(task, questions, said, ways, file), questions, said)
 
 
@@ -130,7 +135,8 @@ def _figures(task: Task, asked: list[Asked], answers: list[str], ways: Ways, fil
     if ways.judge is None:
         return {}
     of = dict(zip((one.id for one in asked), answers, strict=True))
-    judged = file.with_suffix(f".{fingerprint({'judge': str(getattr(ways.judge, 'model', ''))})[:8]}.jsonl")
+    by = fingerprint({"judge": str(getattr(ways.judge, "model", ""))})[:8]
+    judged = file.with_name(f"{file.stem}-judged-{by}.jsonl")
     judge = task.judge
     points = _kept(
         judged, asked, f"{task.name}, judged",
@@ -153,29 +159,48 @@ def _said(
 def _kept(
     file: Path, asked: Sequence[Asked], name: str, answer: Callable[[list[Asked]], Iterator[tuple[int, Any]]]
 ) -> list[Any]:
-    """Answers in the order of their questions: those in the file, and the others, which are added to it as they
-    come. A question is known by its id and its words; a line that was cut off is asked again."""
+    """Answers in the order of their questions: those in the file and beside it, and the others, which are added as they
+    come, each process asking its share and writing its own file. A question is known by its words and its picture; a
+    line that was cut off is asked again, and so is a picture that could not be decoded."""
+    state = processes()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    there = _read(file)
+    questions = [_question(one) for one in asked]
+    new = [n for n, question in enumerate(questions) if question not in there]
+    state.wait_for_everyone()  # all have read before one writes
+    mine = new[state.process_index :: state.num_processes]
+    own = file if state.is_main_process else file.with_suffix(f".{state.process_index}.jsonl")
+    if mine:
+        bar = tqdm(total=len(mine), desc=name, unit="question", disable=not state.is_main_process)
+        with own.open("a", encoding="utf-8") as kept, bar:
+            if kept.tell():
+                kept.write("\n")  # after a line that was cut off
+            for n, said in answer([asked[n] for n in mine]):
+                bar.update()
+                if said is None:
+                    continue
+                row = {"question": questions[mine[n]], "id": asked[mine[n]].id, "answer": said}
+                kept.write(json.dumps(row, ensure_ascii=False) + "\n")
+                kept.flush()
+    state.wait_for_everyone()
+    there = _read(file)
+    return [there.get(question) for question in questions]
+
+
+def _question(one: Asked) -> str:
+    return fingerprint({"id": one.id, "prompt": one.prompt, "image": image_name(one.image) if one.image else ""})
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The answers in a file and in those of other processes beside it."""
     there: dict[str, Any] = {}
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
+    for one in sorted(file.parent.glob(f"{file.stem}*.jsonl")):
+        if not re.fullmatch(r"(\.\d+)?", one.stem[len(file.stem) :]):
+            continue  # of a judge
+        for line in one.read_text(encoding="utf-8").splitlines():
             try:
                 row = json.loads(line)
                 there[row["question"]] = row["answer"]
             except (ValueError, KeyError, TypeError):
                 continue
-    questions = [fingerprint({"id": one.id, "prompt": one.prompt, "image": str(one.image)}) for one in asked]
-    new = [n for n, question in enumerate(questions) if question not in there]
-    if new:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8") as kept, tqdm(total=len(asked), desc=name, unit="question") as bar:
-            if kept.tell():
-                kept.write("\n")  # after a line that was cut off
-            bar.update(len(asked) - len(new))
-            for n, said in answer([asked[n] for n in new]):
-                question = questions[new[n]]
-                there[question] = said
-                row = {"question": question, "id": asked[new[n]].id, "answer": said}
-                kept.write(json.dumps(row, ensure_ascii=False) + "\n")
-                kept.flush()
-                bar.update()
-    return [there[question] for question in questions]
+    return there

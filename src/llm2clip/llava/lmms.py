@@ -14,7 +14,9 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from llm2clip.data.refs import MemoryImage
 from llm2clip.llava.answers import Answerer
 from llm2clip.llava.tasks import Asked
+from llm2clip.processes import processes
 
+TOGETHER = 256  # requests whose pictures are held at once
 MANIFEST = ModelManifest("llm2clip_llava", simple_class_path="llm2clip.llava.lmms.Lmms")
 
 
@@ -27,12 +29,13 @@ class Lmms(lmms):
         """
         Args:
             pretrained: folder or hub id of the model.
-            device: by default a GPU when there is one.
+            device: by default this process's.
             batch_size: questions in a pass.
             precision: fp32, bf16 or auto.
         """
         super().__init__()
         self.answerer = Answerer(pretrained, device, precision, int(batch_size))
+        self._rank, self._world_size = processes().process_index, processes().num_processes
 
     def _asked(self, n: int, context: str, to_visual: Any, doc_id: Any, task: str, split: str) -> Asked:
         """A request as a question. Raises ValueError for several pictures, or a film."""
@@ -48,20 +51,18 @@ class Lmms(lmms):
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Answers in the order of the requests; what stands before `until`."""
-        asked, limits, ends = [], [], []
-        for n, request in enumerate(requests):
-            context, settings, *rest = request.args
-            asked.append(self._asked(n, context, *rest))
-            limits.append(int(settings.get("max_new_tokens", 128)))
-            until = settings.get("until") or []
-            ends.append([until] if isinstance(until, str) else until)
-        found = [""] * len(asked)
-        for limit in sorted(set(limits)):
-            mine = [n for n, own in enumerate(limits) if own == limit]
-            for k, said in self.answerer.answer([asked[n] for n in mine], limit):
-                for end in ends[mine[k]]:
-                    said = (said or "").partition(end)[0]
-                found[mine[k]] = (said or "").strip()
+        found = [""] * len(requests)
+        settings = [request.args[1] for request in requests]
+        for limit in sorted({int(some.get("max_new_tokens", 128)) for some in settings}):
+            mine = [n for n, some in enumerate(settings) if int(some.get("max_new_tokens", 128)) == limit]
+            for start in range(0, len(mine), TOGETHER):
+                part = mine[start : start + TOGETHER]
+                asked = [self._asked(n, requests[n].args[0], *requests[n].args[2:]) for n in part]
+                for k, said in self.answerer.answer(asked, limit):
+                    until = settings[part[k]].get("until") or []
+                    for end in [until] if isinstance(until, str) else until:
+                        said = (said or "").partition(end)[0]
+                    found[part[k]] = (said or "").strip()
         return found
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:

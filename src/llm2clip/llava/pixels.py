@@ -1,9 +1,12 @@
-"""What the LLM is shown of a picture: the pixels that the tower takes, or the patch features that it gave for them."""
+"""What the LLM is shown of a picture: the tower's input, and the patch features that it gives for it.
+
+The tower is frozen in training, so it stands outside of the model that learns: `Given` is in its place and passes on
+its features, which come from a store, or from the tower a moment before.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,76 +20,106 @@ from llm2clip.data.refs import ImageRef
 from llm2clip.data.skips import SkipLog
 from llm2clip.models.identity import weights_hash
 
+SHARD = 1 << 30  # bytes of a shard of features, at most
+
 
 class Pixels:
-    """Decoded pictures to the tower's input, as the processor would make it."""
+    """Decoded pictures to the tower's input, as the processor makes it."""
 
     def __init__(self, processor: Any) -> None:
-        preprocess = Preprocess.from_dict(processor.image_processor.to_dict())
-        self.transform = EvalTransform(preprocess)
-        self.mean = torch.tensor(preprocess.mean).view(3, 1, 1)
-        self.std = torch.tensor(preprocess.std).view(3, 1, 1)
+        settings = processor.image_processor.to_dict()
+        self.preprocess = Preprocess.from_dict(settings)
+        self.transform = EvalTransform(self.preprocess)
+        self.mean = torch.tensor(self.preprocess.mean).view(3, 1, 1)
+        self.std = torch.tensor(self.preprocess.std).view(3, 1, 1)
+        self.pad = bool(settings.get("do_pad"))
 
     def __call__(self, picture: Tensor) -> Tensor:
         """uint8 (3, H, W) to float32 (3, S, S), normalised."""
+        if self.pad:
+            picture = squared(picture, [int(255 * value) for value in self.preprocess.mean])
         pixels: Tensor = self.transform(picture)
         return (pixels.float() / 255 - self.mean) / self.std
 
 
-class PatchFeatures:
-    """A multimodal model's tower as the side of a store: (tokens * width) numbers a picture, before the projector."""
+def squared(picture: Tensor, colour: Sequence[int]) -> Tensor:
+    """A picture (3, H, W) in the middle of a square of a colour, as LLaVA-1.5 sees it: nothing is cut off."""
+    height, width = picture.shape[-2:]
+    side = max(height, width)
+    left, above = (side - width) // 2, (side - height) // 2
+    if height == width:
+        return picture
+    padded = torch.stack([torch.full((side, side), value, dtype=picture.dtype) for value in colour])
+    padded[:, above : above + height, left : left + width] = picture
+    return padded
 
-    def __init__(self, model: Any, processor: Any) -> None:
-        self.model, self.transform = model.eval(), Pixels(processor)
-        size = self.transform.transform.preprocess.size
-        self.tokens, self.patch_width = self._seen(torch.zeros(1, 3, size, size)).shape[1:]
+
+class PatchFeatures:
+    """A multimodal model's tower: pixels to what goes into the projector, (N, tokens, width)."""
+
+    def __init__(self, model: Any, processor: Any, low: bool = False) -> None:
+        """
+        Args:
+            model: its tower is put in eval mode, and keeps its device.
+            processor: of the model.
+            low: multiply in bf16.
+        """
+        self.tower, self.config, self.transform, self.low = (
+            model.model.vision_tower.eval(), model.config, Pixels(processor), low,
+        )  # fmt: skip
+        size = self.transform.preprocess.size
+        self.tokens, self.patch_width = self(torch.zeros(1, 3, size, size)).shape[1:]
         self.width = self.tokens * self.patch_width
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.tower.parameters()).device
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.to(self.device, self.tower.dtype)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low):
+            if self.config.model_type == "fast_vlm":
+                found: Tensor = self.tower(pixels).last_hidden_state.flatten(2).transpose(1, 2)
+                return found
+            states = self.tower(pixels, output_hidden_states=True).hidden_states
+            layers = self.config.vision_feature_layer
+            chosen = [states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+            if self.config.vision_feature_select_strategy == "default":
+                chosen = [state[:, 1:] for state in chosen]
+            return torch.cat(chosen, -1)
 
     def identity(self) -> dict[str, Any]:
         """All that changes a feature."""
-        tower = self.model.model.vision_tower
         return {
-            "tower": tower.config.to_dict(),
-            "weights": weights_hash(tower),
-            "preprocess": self.transform.transform.preprocess.to_dict(),
+            "tower": self.tower.config.to_dict(),
+            "weights": weights_hash(self.tower),
+            "preprocess": {**self.transform.preprocess.to_dict(), "pad": self.transform.pad},
+            "layer": self.config.vision_feature_layer,
             "patches": self.tokens,
+            "low": self.low,
         }
 
-    @torch.no_grad()
     def encode_pictures(self, pictures: list[Any]) -> Tensor:
-        return self._seen(torch.stack(pictures)).float().flatten(1).cpu()
-
-    @torch.no_grad()
-    def _seen(self, pixels: Tensor) -> Tensor:
-        """What goes into the projector, (N, tokens, width)."""
-        found: list[Tensor] = []
-        hook = self.model.model.multi_modal_projector.register_forward_pre_hook(lambda _, given: found.append(given[0]))
-        try:
-            self.model.get_image_features(pixel_values=pixels.to(self.model.device, self.model.dtype))
-        finally:
-            hook.remove()
-        return found[0]
+        """As the side of a store: (N, tokens * width) float32 on the CPU."""
+        return self(torch.stack(pictures)).float().flatten(1).cpu()
 
 
 def keep_features(
-    refs: Sequence[ImageRef], model: Any, processor: Any, folder: Path, log: SkipLog, workers: int | None = None
-) -> tuple[EmbeddingStore, int]:
-    """The store of pictures' patch features at `folder`, float16, filled where it is not yet; and the tokens of a
-    picture.
+    refs: Sequence[ImageRef], side: PatchFeatures, folder: Path, log: SkipLog, workers: int | None = None
+) -> EmbeddingStore:
+    """The store of pictures' patch features at `folder`, float16, filled where it is not yet.
 
     Raises:
         StoreError: the store there is another tower's.
     """
-    side = PatchFeatures(model, processor)
-    size = max(1, min(8192, (1 << 30) // (2 * side.width)))  # shards of a gigabyte at most
-    identity = side.identity()
-    store = embed_images(refs, side, identity, folder, log, batch=32, workers=workers, shard_size=size)
-    return store, side.tokens
+    size = max(1, min(8192, SHARD // (2 * side.width)))
+    return embed_images(refs, side, side.identity(), folder, log, batch=32, workers=workers, shard_size=size)
 
 
 class Given(nn.Module):
-    """Stands where the tower was: passes on features that it gave before, in the form in which the model expects
-    them."""
+    """Stands where the tower was: passes on features that it gave, in the form in which the model expects them. It is
+    asked for the last layer, and for all of its tokens: see `Collate`."""
 
     def __init__(self, maps: bool) -> None:
         super().__init__()
@@ -97,15 +130,4 @@ class Given(nn.Module):
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         last: Any = pixel_values.transpose(1, 2) if self.maps else pixel_values
-        return BaseModelOutputWithPooling(last_hidden_state=last, hidden_states=(pixel_values, pixel_values))
-
-
-@contextmanager
-def without_tower(model: Any) -> Iterator[None]:
-    """The model takes patch features for pixels, with `vision_feature_select_strategy="full"`; its tower waits."""
-    tower = model.model.vision_tower
-    model.model.vision_tower = Given(maps=model.config.model_type == "fast_vlm")
-    try:
-        yield
-    finally:
-        model.model.vision_tower = tower
+        return BaseModelOutputWithPooling(last_hidden_state=last, hidden_states=(pixel_values,))

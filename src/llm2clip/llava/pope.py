@@ -1,12 +1,12 @@
 """Yes-or-no questions about what a picture shows, from its captions: POPE (arXiv 2305.10355) of any captioned set.
 
-POPE asks about objects that annotators marked. Here an object is there if a caption of the picture names it, and absent
-if none does: five captions name most of what stands out, and not all of what is there, so a "no" is sometimes wrong,
-for every model alike.
+POPE asks about objects that annotators marked in pictures with three or more. Here an object is there if a caption of
+the picture names it, and absent if none does: five captions name most of what stands out, and not all of what is there,
+so a "no" is sometimes wrong, for every model alike.
 
     random        absent objects as they come
     popular       the absent objects that are named most often in the whole set
-    adversarial   the absent objects that are named most often together with those that are there
+    adversarial   the absent objects that are named most often together with the one just asked about
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from llm2clip.data.records import Record
 from llm2clip.data.refs import ImageRef
 
 OBJECTS = Path(__file__).with_name("objects.txt")
+UNCOUNTED = ("snow",)
 EACH = 3  # objects of a picture that are asked about, and as many that are absent: the paper's k
 
 
@@ -37,9 +38,9 @@ class Sampling(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question about a picture; `answer` is yes or no, `record` the id of the picture's record."""
+    """A question about a picture; `answer` is yes or no, `record` the number of the picture's record."""
 
-    record: str
+    record: int
     image: ImageRef
     object: str
     text: str
@@ -59,29 +60,24 @@ def ask(
         objects: a file with an object a line and what else it is called: see `objects.txt` beside this file.
     """
     names = read_objects(objects)
-    shown = [(record, sorted(named(record.texts, names))) for record in records if record.image is not None]
-    shown = [(record, found) for record, found in shown if found]
-    often: Counter[str] = Counter(name for _, found in shown for name in found)
+    shown = [(n, r, sorted(named(r.texts, names))) for n, r in enumerate(records) if r.image is not None]
+    shown = [(n, record, found) for n, record, found in shown if found]
+    often: Counter[str] = Counter(name for *_, found in shown for name in found)
     beside: dict[str, Counter[str]] = {name: Counter() for name in often}
-    for _, found in shown:
+    for *_, found in shown:
         for name in found:
             beside[name].update(other for other in found if other != name)
     rng, questions = random.Random(seed), []
-    for record, found in shown:
-        there = rng.sample(found, min(each, len(found)))
+    for number, record, found in shown:
+        assert record.image is not None
         absent = sorted(set(often) - set(found))
-        if sampling is Sampling.RANDOM:
-            rng.shuffle(absent)
-        elif sampling is Sampling.POPULAR:
-            absent.sort(key=lambda name: -often[name])
-        else:
-            together = sum((beside[name] for name in found), Counter[str]())
-            absent.sort(key=lambda name: -together[name])
-        image = record.image
-        assert image is not None
-        for yes, no in zip(there, absent, strict=False):
-            questions.append(Question(record.id, image, yes, _question(yes), "yes"))
-            questions.append(Question(record.id, image, no, _question(no), "no"))
+        rng.shuffle(absent)
+        for yes in rng.sample(found, min(each, len(found), len(absent))):
+            rank = {Sampling.RANDOM: Counter[str](), Sampling.POPULAR: often}.get(sampling, beside[yes])
+            absent.sort(key=lambda name, rank=rank: -rank[name])  # type: ignore[misc]
+            no = absent.pop(0)
+            questions.append(Question(number, record.image, yes, _question(yes), "yes"))
+            questions.append(Question(number, record.image, no, _question(no), "no"))
     return questions
 
 
@@ -126,5 +122,6 @@ def _plural(word: str) -> str:
 
 
 def _question(name: str) -> str:
-    article = "an" if name[0] in "aeiou" else "a"
-    return f"Is there {article} {name} in the image?"
+    if name in UNCOUNTED:
+        return f"Is there {name} in the image?"
+    return f"Is there {'an' if name[0] in 'aeiou' else 'a'} {name} in the image?"

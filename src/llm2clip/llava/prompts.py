@@ -90,7 +90,15 @@ def messages(conversation: Conversation) -> list[dict[str, Any]]:
 
 def plain(text: str) -> str:
     """Without marks of a picture, whose place is known, and without space around."""
-    return text.replace(IMAGE, "").strip()
+    while IMAGE in text:  # again, for one within another
+        text = text.replace(IMAGE, "")
+    return text.strip()
+
+
+def ends_of_answers(tokenizer: Any) -> set[int]:
+    """The special tokens that end answers in the template."""
+    marked = mark(Conversation("", None, (("A question?", "An answer."),)), tokenizer, 0)
+    return {max((n, label) for n, label in enumerate(marked.labels) if label != IGNORED)[1]}
 
 
 def mark(conversation: Conversation, tokenizer: Any, tokens: int) -> Marked:
@@ -147,4 +155,6 @@ def _place(n: int) -> str:
 
 
 def _specials(tokenizer: Any) -> list[str]:
-    return sorted(set(tokenizer.all_special_tokens) - {IMAGE}, key=len, reverse=True)
+    """All that the tokenizer reads as one token of its own; transformers counts only some of them as special."""
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return sorted({*tokenizer.all_special_tokens, *added} - {IMAGE}, key=len, reverse=True)

@@ -2,9 +2,10 @@
 model with it on conversations. The vision tower stays as it is.
 
 transformers' Trainer does the work, so `torchrun`, `accelerate launch` with DDP or FSDP, and bf16 are as everywhere.
+Each stage begins with the model as it was and what the stage before it learned, and leaves what it learned itself.
 
     RUN/features/     the tower's patch features, where they are kept
-    RUN/pretrain/     checkpoints and metrics.jsonl of the first stage; projector.safetensors, its result
+    RUN/pretrain/     checkpoints and metrics.jsonl of the first stage; learned.safetensors, its result
     RUN/instruct/     those of the second
     RUN/model/        the result: opened by AutoModelForImageTextToText.from_pretrained
 """
@@ -16,30 +17,32 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainerCallback, TrainingArguments
 
+from llm2clip.cache.features import image_name
+from llm2clip.cache.lock import alone
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.cpu import quick_products, reuse_memory
 from llm2clip.data.skips import SkipLog
-from llm2clip.llava.batches import Collate, Conversations
+from llm2clip.llava.batches import ByLength, Collate, Conversations
 from llm2clip.llava.build import save
-from llm2clip.llava.pixels import keep_features, without_tower
-from llm2clip.llava.prompts import Conversation
+from llm2clip.llava.pixels import Given, PatchFeatures, keep_features
+from llm2clip.llava.prompts import IMAGE, Conversation
 from llm2clip.models.precision import chosen_precision
-from llm2clip.processes import processes, say
+from llm2clip.processes import by_blocks, processes, say
 from llm2clip.recipes import LlavaRecipe
 
-WHOLE = ("trainer_state.json", "optimizer.pt", "scheduler.pt")  # of a checkpoint that was written to its end
+LEARNED = "learned.safetensors"  # in a stage's folder, and in each of its checkpoints
+WHOLE = "whole"  # a file that a checkpoint gets last
+STAGES = ("pretrain", "instruct")
 
 
 def train(
@@ -54,227 +57,299 @@ def train(
 
     Args:
         source: folder or hub id of a model that `build` made, or another of its kind.
-        pretrain: what the projector learns from alone; may be empty.
+        pretrain: what the projector learns from alone; may be empty. Those without a picture teach it nothing, and
+            are left out.
         instruct: what the language model learns from with it; may be empty.
         recipe: the settings.
         out: run folder.
-        log: where pictures that cannot be decoded are listed.
+        log: where pictures that cannot be decoded are listed, if their features are kept; else they are warned of.
 
     Raises:
-        ValueError: there is nothing to learn from.
+        ValueError: there is nothing to learn from, or a setting does not fit.
+        StoreError: another run is at work in the folder.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
+    pretrain = [one for one in pretrain if one.image is not None]
     if not pretrain and not instruct:
         raise ValueError("there are no conversations to train on")
-    result = out / "model"
+    result, state = out / "model", processes()
     if (result / "config.json").is_file():
         return result
-    dtype = torch.float32 if not recipe.lora_r or not torch.cuda.is_available() else torch.bfloat16
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, trust_remote_code=False)
-    processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    state = processes()
-    model.to(state.device)
+    out.mkdir(parents=True, exist_ok=True)
     reuse_memory(state.device)
-    store = _kept([*pretrain, *instruct], model, processor, recipe, out / "features", log)
-    if store is not None:
-        pretrain, instruct = (_readable(some, store) for some in (pretrain, instruct))
-        log.check()
-    _freeze(model.model.vision_tower)
-    with quick_products(), without_tower(model) if store is not None else nullcontext():
-        projector = out / "pretrain" / "projector.safetensors"
-        if pretrain and recipe.pretrain_epochs and not projector.is_file():
-            _freeze(model.model.language_model, model.lm_head)
-            _stage(model, processor, pretrain, recipe, out / "pretrain", store)
-            if state.is_main_process:
-                _save(model.model.multi_modal_projector, projector)
-            state.wait_for_everyone()
-        if projector.is_file():
-            model.model.multi_modal_projector.load_state_dict(load_file(projector))
-        if instruct and recipe.epochs:
-            model = _instructed(model, processor, instruct, recipe, out / "instruct", store)
-    if state.is_main_process:
-        tmp = out / ".model.tmp"
-        shutil.rmtree(tmp, ignore_errors=True)
-        save(model, processor, tmp)
-        os.replace(tmp, result)
-        for stage in ("pretrain", "instruct"):
-            for checkpoint in (out / stage).glob("checkpoint-*"):
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    with alone(out) if state.is_main_process else nullcontext(), quick_products():
+        work = {"pretrain": pretrain if recipe.pretrain_epochs else [], "instruct": instruct if recipe.epochs else []}
+        store = _kept(source, [*work["pretrain"], *work["instruct"]], processor, recipe, out / "features", log)
+        for stage in STAGES:
+            some = _readable(work[stage], store) if store is not None else work[stage]
+            if some and not (out / stage / LEARNED).is_file():
+                _Stage(source, processor, stage, recipe, out, store).run(some)
+        if state.is_main_process:
+            tmp = out / ".model.tmp"
+            shutil.rmtree(tmp, ignore_errors=True)
+            save(_result(source, recipe, out), processor, tmp)
+            os.replace(tmp, result)
+            for checkpoint in out.glob("*/checkpoint-*"):
                 shutil.rmtree(checkpoint, ignore_errors=True)
     state.wait_for_everyone()
     return result
 
 
-def _kept(
-    conversations: Sequence[Conversation], model: Any, processor: Any, recipe: LlavaRecipe, folder: Path, log: SkipLog
-) -> EmbeddingStore | None:
-    """The store of patch features, where it is not too large."""
-    refs = list({one.image.key: one.image for one in conversations if one.image is not None}.values())
-    vision: int = model.config.vision_config.hidden_size
-    size = len(refs) * model.config.image_seq_length * vision * 2 / 1e9
-    if not refs or size > recipe.cache_gb:
-        return None
-    say(f"the tower's features of {len(refs):,} pictures: {size:.1f} GB in {folder}")
-    for _ in refs:
-        log.seen_one()
-    return keep_features(refs, model, processor, folder, log, recipe.workers or None)[0]
+# ---- the model of a stage -------------------------------------------------------------------------------------------
 
 
-def _readable(conversations: Sequence[Conversation], store: EmbeddingStore) -> list[Conversation]:
-    """Those whose picture is in the store, and those without one."""
-    from llm2clip.cache.features import image_name
-
-    return [one for one in conversations if one.image is None or image_name(one.image) in store]
+def _opened(source: str, dtype: torch.dtype = torch.float32) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, trust_remote_code=False)
 
 
-def _instructed(
-    model: Any,
-    processor: Any,
-    conversations: Sequence[Conversation],
-    recipe: LlavaRecipe,
-    out: Path,
-    store: EmbeddingStore | None,
-) -> Any:
-    model.model.multi_modal_projector.requires_grad_(True)
+def _learning(model: Any, stage: str, recipe: LlavaRecipe, out: Path) -> Any:
+    """The model with what the stage before it learned, and with gradients for what learns now; with LoRA on it, where
+    that is asked for."""
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.float().requires_grad_(True)  # it learns, whatever the others are rounded to
+    if stage == "pretrain":
+        return model
+    if (out / "pretrain" / LEARNED).is_file():
+        _put(model, out / "pretrain" / LEARNED)
     if not recipe.lora_r:
-        for module in (model.model.language_model, model.lm_head):
-            module.requires_grad_(True)
-        _stage(model, processor, conversations, recipe, out, store)
+        model.model.language_model.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
         return model
     from peft import LoraConfig, get_peft_model
 
     linear = [
-        f"model.language_model.{name}"
+        re.escape(f"model.language_model.{name}")
         for name, module in model.model.language_model.named_modules()
         if isinstance(module, nn.Linear)
     ]
     config = LoraConfig(
         r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,
-        target_modules=f"({'|'.join(map(re.escape, linear))})",
+        target_modules=f"({'|'.join(linear)})",
         modules_to_save=["multi_modal_projector"],
     )
     torch.manual_seed(recipe.seed)
-    with_lora = get_peft_model(model, config)
-    _stage(with_lora, processor, conversations, recipe, out, store)
-    return with_lora.merge_and_unload()
+    with_lora: Any = get_peft_model(model, config)
+    for parameter in with_lora.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return with_lora
 
 
-def _stage(
-    model: Any,
-    processor: Any,
+def _learned(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a state dict what learns."""
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: state[name].detach().cpu().contiguous() for name in sorted(names)}
+
+
+def _put(model: nn.Module, file: Path) -> None:
+    """Put what was learned back into a model, whose parameters have the same names.
+
+    Raises:
+        ValueError: they have not.
+    """
+    own, there = dict(model.named_parameters()), load_file(file)
+    if not there.keys() <= own.keys() or any(own[name].shape != tensor.shape for name, tensor in there.items()):
+        raise ValueError(f"{file} is not of this model: begin again in another folder")
+    with torch.no_grad():
+        for name, tensor in there.items():
+            own[name].copy_(tensor)
+
+
+def _result(source: str, recipe: LlavaRecipe, out: Path) -> Any:
+    """The whole model in float32, with what both stages learned; LoRA is merged."""
+    model = _opened(source)
+    last = "instruct" if (out / "instruct" / LEARNED).is_file() else "pretrain"
+    if not (out / last / LEARNED).is_file():
+        return model
+    model = _learning(model, last, recipe, out)
+    _put(model, out / last / LEARNED)
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+def _kept(
+    source: str,
     conversations: Sequence[Conversation],
+    processor: Any,
     recipe: LlavaRecipe,
-    out: Path,
-    store: EmbeddingStore | None,
-) -> None:
-    """Train what asks for gradients, from the last whole checkpoint on."""
-    first = out.name == "pretrain"
-    tokenizer = processor.tokenizer
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    data = Conversations(conversations, processor, inner.config.image_seq_length, recipe.max_length, store)
-    state, device = processes(), processes().device
-    batch = recipe.pretrain_batch if first else recipe.batch
-    micro = min(recipe.micro_batch, max(1, batch // state.num_processes))
-    precision = chosen_precision(recipe.precision, device)
-    arguments = TrainingArguments(
-        output_dir=str(out),
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=max(1, batch // (micro * state.num_processes)),
-        num_train_epochs=recipe.pretrain_epochs if first else recipe.epochs,
-        learning_rate=recipe.pretrain_lr if first else recipe.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=recipe.warmup,
-        weight_decay=recipe.weight_decay,
-        bf16=precision == "bf16",
-        use_cpu=device.type == "cpu",
-        gradient_checkpointing=recipe.recompute,
-        logging_steps=10,
-        save_steps=recipe.checkpoint_every,
-        save_total_limit=2,
-        dataloader_num_workers=recipe.workers,
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=any(one.image is None for one in conversations),
-        label_names=["labels"],
-        report_to="none",
-        seed=recipe.seed,
-    )
-    collate = Collate(tokenizer.pad_token_id, features=store is not None)
-    trainer = _Trainer(
-        model=model, args=arguments, train_dataset=data, data_collator=collate, callbacks=[_Metrics(out)]
-    )
-    trainer.lengths = data.lengths() if recipe.grouped else None
-    if recipe.recompute:
-        inner.config.use_cache = False
-    with _training(inner):
-        trainer.train(resume_from_checkpoint=_last(out))
-    if not math.isfinite(trainer.state.log_history[-1].get("train_loss", math.nan)):
-        raise FloatingPointError(f"the loss is not finite; see {out / 'metrics.jsonl'}")
-    trainer.accelerator.wait_for_everyone()
+    folder: Path,
+    log: SkipLog,
+) -> EmbeddingStore | None:
+    """The store of patch features, where it is not too large."""
+    refs = list({one.image.key: one.image for one in conversations if one.image is not None}.values())
+    if not refs or not recipe.cache_gb:
+        return None
+    side = PatchFeatures(_opened(source).to(processes().device), processor)
+    size = len(refs) * side.width * 2 / 1e9
+    if size > recipe.cache_gb:
+        return None
+    say(f"the tower's features of {len(refs):,} pictures: {size:.1f} GB in {folder}")
+    for _ in refs:
+        log.seen_one()
+    store = keep_features(refs, side, folder, log, recipe.workers or None)
+    log.check()
+    return store
+
+
+def _readable(conversations: Sequence[Conversation], store: EmbeddingStore) -> list[Conversation]:
+    """Those whose picture is in the store, and those without one."""
+    return [one for one in conversations if one.image is None or image_name(one.image) in store]
+
+
+# ---- a stage --------------------------------------------------------------------------------------------------------
+
+
+class _Stage:
+    """One stage: its model, its batches, its trainer."""
+
+    def __init__(
+        self, source: str, processor: Any, stage: str, recipe: LlavaRecipe, out: Path, store: EmbeddingStore | None
+    ) -> None:
+        self.stage, self.recipe, self.out, self.store, self.processor = stage, recipe, out / stage, store, processor
+        device = processes().device
+        self.precision = chosen_precision(recipe.precision, device)
+        low = bool(recipe.lora_r) and self.precision == "bf16" and device.type == "cuda"
+        model = _opened(source, torch.bfloat16 if low else torch.float32)
+        self.seeing = None
+        if store is None:
+            model.model.vision_tower.to(device)
+            self.seeing = PatchFeatures(model, processor, self.precision == "bf16" and device.type == "cuda")
+        self.tokens: int = model.config.image_seq_length
+        self.width: int = model.model.multi_modal_projector.linear_1.in_features
+        model.model.vision_tower = Given(maps=model.config.model_type == "fast_vlm")
+        model.config.get_text_config().use_cache = False
+        self.model = _learning(model, stage, recipe, out)
+        by_blocks(model.model.language_model.layers)
+
+    def run(self, conversations: Sequence[Conversation]) -> None:
+        """Train from the last whole checkpoint on, and leave what was learned."""
+        recipe, tokenizer = self.recipe, self.processor.tokenizer
+        data = Conversations(conversations, self.processor, self.tokens, recipe.max_length, self.store)
+        empty = torch.zeros(self.tokens, self.width)
+        if self.seeing is not None:
+            size = self.seeing.transform.preprocess.size
+            empty = torch.zeros(3, size, size)
+        trainer = _Trainer(
+            model=self.model,
+            args=self._arguments(),
+            train_dataset=data,
+            data_collator=Collate(
+                tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids(IMAGE), self.tokens, empty
+            ),
+            callbacks=[_Notes(self.out)],
+        )  # fmt: skip
+        trainer.seeing = self.seeing
+        if recipe.grouped:
+            size = recipe.pretrain_batch if self.stage == "pretrain" else recipe.batch
+            trainer.sampler = ByLength(data.lengths(), size, recipe.seed)
+        trainer.train(resume_from_checkpoint=_last(self.out))
+        state = trainer.accelerator.get_state_dict(trainer.model)  # of all processes, where weights are shared out
+        if processes().is_main_process:
+            learned = _learned(self.model, state)
+            if not all(tensor.isfinite().all() for tensor in learned.values()):
+                raise FloatingPointError(f"what was learned is not finite; see {self.out / 'metrics.jsonl'}")
+            _save(learned, self.out / LEARNED)
+        processes().wait_for_everyone()
+
+    def _arguments(self) -> TrainingArguments:
+        recipe, state = self.recipe, processes()
+        first = self.stage == "pretrain"
+        batch = recipe.pretrain_batch if first else recipe.batch
+        if batch % state.num_processes:
+            raise ValueError(f"a batch of {batch} cannot be shared out to {state.num_processes} processes evenly")
+        own = batch // state.num_processes
+        micro = max(n for n in range(1, min(recipe.micro_batch, own) + 1) if own % n == 0)
+        arguments = TrainingArguments(
+            output_dir=str(self.out),
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=own // micro,
+            num_train_epochs=recipe.pretrain_epochs if first else recipe.epochs,
+            learning_rate=recipe.pretrain_lr if first else recipe.lr,
+            lr_scheduler_type="cosine",
+            warmup_steps=recipe.warmup,
+            weight_decay=recipe.weight_decay,
+            bf16=self.precision == "bf16",
+            use_cpu=state.device.type == "cpu",
+            gradient_checkpointing=recipe.recompute,
+            logging_steps=10,
+            logging_nan_inf_filter=False,
+            save_steps=recipe.checkpoint_every,
+            save_total_limit=2,
+            dataloader_num_workers=recipe.workers,
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+            label_names=["labels"],
+            report_to="none",
+            accelerator_config={"use_configured_state": True},  # the processes are joined already
+            seed=recipe.seed,
+        )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # or one process would take all devices, and so many times the batch
+        return arguments
 
 
 class _Trainer(Trainer):
-    """transformers' own, with batches of conversations of similar length."""
+    """transformers' own, with batches of conversations of similar length, the tower beside the model, and checkpoints
+    that hold what learns, under the names that it has here."""
 
-    lengths: list[int] | None = None
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """A checkpoint of the first stage holds the projector alone: the rest is as it was."""
-        if isinstance(self.model, PreTrainedModel):
-            learned = {name for name, p in self.model.named_parameters() if p.requires_grad}
-            state = self.model.state_dict() if state_dict is None else state_dict
-            if any("multi_modal_projector" not in name for name in learned):
-                learned = set(state)
-            state_dict = {name: tensor for name, tensor in state.items() if name in learned}
-        super()._save(output_dir, state_dict)
+    sampler: ByLength | None = None
+    seeing: PatchFeatures | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.lengths is None:
-            return super()._get_train_sampler(train_dataset)
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(size, lengths=self.lengths)
+        return self.sampler if self.sampler is not None else super()._get_train_sampler(train_dataset)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = super()._prepare_inputs(inputs)
+        if self.seeing is not None:
+            found["pixel_values"] = self.seeing(found["pixel_values"])
+        return found
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:  # all processes come here
+            return
+        model: Any = self.model
+        state = model.state_dict() if state_dict is None else state_dict
+        _save(_learned(model, state), Path(str(output_dir)) / LEARNED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            own: Any = self.model
+            _put(own, Path(resume_from_checkpoint) / LEARNED)
 
 
-class _Metrics(TrainerCallback):
-    """A line of metrics.jsonl for each log."""
+class _Notes(TrainerCallback):
+    """A line of metrics.jsonl for each log; a mark on each checkpoint that was written to its end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise FloatingPointError(f"the loss is {logs['loss']} after {state.global_step} steps")
         if state.is_world_process_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        processes().wait_for_everyone()
+        if state.is_world_process_zero:
+            (self.folder / f"checkpoint-{state.global_step}" / WHOLE).write_text("")
 
 
 def _last(out: Path) -> str | None:
-    """The last checkpoint that was written to its end; the others are of no use."""
-    steps = {int(folder.name.rpartition("-")[2]): folder for folder in out.glob("checkpoint-*")}
-    whole = [step for step, folder in steps.items() if all((folder / name).is_file() for name in WHOLE)]
-    return str(steps[max(whole)]) if whole else None
+    """The last checkpoint that was written to its end."""
+    steps = {int(file.parent.name.rpartition("-")[2]): file.parent for file in out.glob(f"checkpoint-*/{WHOLE}")}
+    return str(steps[max(steps)]) if steps else None
 
 
-def _freeze(*modules: nn.Module) -> None:
-    for module in modules:
-        module.requires_grad_(False)
-
-
-@contextmanager
-def _training(model: Any) -> Iterator[None]:
-    """The tower stays in eval mode whatever the trainer asks of the model: batch norms are not to move."""
-    tower = model.model.vision_tower
-    tower.eval()
-    tower.train = MethodType(lambda self, mode=True: self, tower)
-    try:
-        yield
-    finally:
-        del tower.train
-        model.eval()
-
-
-def _save(module: nn.Module, file: Path) -> None:
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     tmp = file.with_suffix(".tmp")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}, tmp)
+    save_file(tensors, tmp)
     os.replace(tmp, file)

@@ -22,9 +22,9 @@ from llm2clip.processes import processes, say
 from llm2clip.recipes import LlavaRecipe, keep
 
 
-def build_verb(vision: str, llm: str, out: str, image_size: int | None) -> list[str]:
+def build_verb(vision: str, llm: str, out: str, image_size: int | None, pad: bool) -> list[str]:
     """Lines that say what was written; `vision` is a model folder of ours, or a tower by its name."""
-    folder = build(tower_of(vision, image_size), llm, out)
+    folder = build(tower_of(vision, image_size), llm, out, pad=pad)
     config = json.loads((folder / "config.json").read_text())
     return [
         f"Built: {folder} ({config['image_seq_length']} tokens a picture; its projector is random)",
@@ -114,7 +114,8 @@ def evaluate_verb(
     from llm2clip.llava.report import write_report
 
     folder = Path(out)
-    log = SkipLog(folder / "skipped.jsonl", max_skipped)
+    main = processes().is_main_process
+    log = SkipLog(folder / "skipped.jsonl" if main else None, max_skipped)
     work: list[tuple[Task, list[Asked]]] = []
     for name in TASKS if list(benchmarks) == ["all"] else benchmarks:
         if name not in TASKS:
@@ -133,6 +134,8 @@ def evaluate_verb(
     ways = Ways(beams, choose, batch, precision, judge)
     measured = [found for model in models for found in measure(model, work, ways, folder, log)]
     log.check()
+    if not main:
+        return []
     (folder / "results.json").write_text(json.dumps([m.to_dict() for m in measured], indent=1))
     page = write_report(measured, f"llm2clip {shlex.join(sys.argv[1:])}", folder)
     lines = []

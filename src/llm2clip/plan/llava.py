@@ -106,15 +106,21 @@ def llava_plan(
 
 
 def _patches(tower: Any) -> tuple[int, int]:
-    """Patch features of a picture, and their width."""
+    """Patch features of a picture, and their width.
+
+    Raises:
+        ValueError: the tower gives none that `llava build` takes.
+    """
     size = tower.preprocess.size
     backbone = tower.backbone
     if tower.config["library"] == "transformers":
         return (size // backbone.config.patch_size) ** 2, backbone.config.hidden_size
-    if hasattr(backbone, "patch_embed") and hasattr(backbone.patch_embed, "num_patches"):
+    if hasattr(getattr(backbone, "patch_embed", None), "num_patches"):
         return int(backbone.patch_embed.num_patches), tower.width
     with torch.no_grad():
         last = backbone.forward_features(torch.zeros(1, 3, size, size, device="meta"))
+    if last.ndim != 4 or last.shape[1] != backbone.num_features:
+        raise ValueError(f"{tower.config['architecture']} gives no map of features, channels first: no LLaVA of it")
     return last.shape[2] * last.shape[3], last.shape[1]
 
 

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.processes import weights_shared_out
 from llm2clip.train.engine import MetricsLog
-from llm2clip.train.sharding import asked, whole
+from llm2clip.train.sharding import whole
 
 WEIGHTS, FIGURES = "model.safetensors", "figures.json"
 
@@ -60,11 +61,11 @@ class Best:
         if self.validate is None:
             return {}
         figures: dict[str, float] = {}
-        if self.accelerator.is_main_process or asked():
+        if self.accelerator.is_main_process or weights_shared_out():
             model.eval()
             figures = self.validate(model)
         better = self.log is not None and figures["score"] > self.highest
-        if asked() or better:
+        if weights_shared_out() or better:
             state = {name: whole(t).detach().cpu().contiguous() for name, t in model.state_dict().items()}
         if better:
             self.highest = figures["score"]

@@ -32,7 +32,7 @@ from llm2clip.data.skips import SkipLog
 from llm2clip.models.identity import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.tower_lora import merge_lora
-from llm2clip.processes import processes
+from llm2clip.processes import by_blocks, processes, weights_shared_out
 from llm2clip.recipes import FREE, AlignRecipe
 from llm2clip.train.best import Best
 from llm2clip.train.ema import Ema
@@ -51,7 +51,7 @@ from llm2clip.train.engine import (
 from llm2clip.train.grad_cache import cached
 from llm2clip.train.losses import cosine_loss, info_nce, sigmoid_loss
 from llm2clip.train.rates import choose_trained, parameter_groups
-from llm2clip.train.sharding import asked, by_blocks, reassembled, whole, without_weights
+from llm2clip.train.sharding import reassembled, whole, without_weights
 from llm2clip.train.steps import Batch, Steps
 
 Validate = Callable[[LLM2CLIP], dict[str, float]]
@@ -151,7 +151,7 @@ class Training:
         groups = parameter_groups(model, recipe)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(self.steps, recipe.warmup))
-        bare = without_weights(model) if asked() else None
+        bare = without_weights(model) if weights_shared_out() else None
         if recipe.recompute:
             model.tower.set_grad_checkpointing()
         if recipe.compile:

@@ -7,8 +7,6 @@ must make the same number of them. A trained weight is whole only once it is gat
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,25 +16,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llm2clip.processes import joined
-
-
-def asked() -> bool:
-    """Whether the launcher wants the weights shared out."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-
-
-def by_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Tell Accelerate to share out a model by these blocks of it, if the launcher wants it shared out.
-
-    Raises:
-        ValueError: it wants it done by the first version of FSDP.
-    """
-    if not asked():
-        return
-    if os.environ.setdefault("FSDP_VERSION", "2") != "2":
-        raise ValueError("weights are shared out with FSDP2: give accelerate launch --fsdp_version 2")
-    os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP" if blocks else "NO_WRAP"
-    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(dict.fromkeys(type(block).__name__ for block in blocks))
 
 
 def spare_passes(model: nn.Module, made: int, device: torch.device) -> int:

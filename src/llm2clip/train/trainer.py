@@ -20,7 +20,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from llm2clip.cpu import quick_products, reuse_memory
 from llm2clip.models.text import CaptionEncoder
-from llm2clip.processes import processes
+from llm2clip.processes import by_blocks, processes
 from llm2clip.recipes import TuneRecipe
 from llm2clip.train.engine import (
     MetricsLog,
@@ -30,7 +30,7 @@ from llm2clip.train.engine import (
     step_of,
     use_precision,
 )
-from llm2clip.train.sharding import by_blocks, put, reassembled, whole, without_weights
+from llm2clip.train.sharding import put, reassembled, whole, without_weights
 
 TRAINED = "trained.safetensors"
 

@@ -24,12 +24,11 @@ from llm2clip.models.batches import default_batch_tokens
 from llm2clip.models.lora import Training, merged, need_four_bits
 from llm2clip.models.precision import chosen_precision
 from llm2clip.models.text import CaptionEncoder
-from llm2clip.processes import processes
+from llm2clip.processes import processes, weights_shared_out
 from llm2clip.recipes import TuneRecipe
 from llm2clip.train.contrastive import PairCollator, PairLoss
 from llm2clip.train.engine import digest
 from llm2clip.train.mntp import MASK, MaskedTokenLoss, MaskingCollator
-from llm2clip.train.sharding import asked
 from llm2clip.train.trainer import train
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,7 +71,7 @@ def _rows(sources: Sequence[Sequence[Item]], encoder: CaptionEncoder, recipe: Tu
         raise ValueError("--tune.merge false keeps what caption-contrastive steps change: --tune.steps has none")
     if recipe.quantize:
         need_four_bits()
-    if recipe.quantize and asked():
+    if recipe.quantize and weights_shared_out():
         raise ValueError("--tune.quantize does not go with weights shared out over processes: leave out --use_fsdp")
     if not recipe.merge and isinstance(encoder.st[0].model, PeftModel):
         raise ValueError("the encoder is LoRA beside an LLM already: a second one beside it needs --tune.merge true")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm2clip.data.records import Record
-from llm2clip.data.refs import FileImage, ImageRef
+from llm2clip.data.refs import FileImage, ImageRef, within
 
 
 class Absent(Exception):
@@ -149,7 +149,7 @@ def picture(folder: Path, name: str) -> FileImage:
         Malformed: the name leads out of it.
     """
     path = folder / name
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    if not within(name):
         raise Malformed(f"{folder}: the image name {name!r} leads out of it")
     return FileImage(str(path))
 

@@ -6,11 +6,12 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from llm2clip.data.refs import FileImage, ImageRef
+from llm2clip.data.refs import FileImage, ImageRef, within
 from llm2clip.data.skips import SkipLog
 
+T = TypeVar("T")
 SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's three forms of a question; this is one,
 LETTER = "\nAnswer with the option's letter from the given choices directly."  # this another, and none the third
 
@@ -67,20 +68,23 @@ def mean(values: Sequence[float]) -> float:
     return 100 * sum(values) / len(values) if values else float("nan")
 
 
-def grouped(asked: Sequence[Asked], values: Sequence[float]) -> dict[str, list[float]]:
+def grouped(asked: Sequence[Asked], values: Sequence[T]) -> dict[str, list[T]]:
     """Values by the group of their question, groups in the order in which they come."""
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[T]] = {}
     for one, value in zip(asked, values, strict=True):
         found.setdefault(one.group, []).append(value)
     return found
 
 
-def picture(path: Path, log: SkipLog, file: Path, number: int) -> FileImage | None:
-    """The image of a question; one that is not there is a row skipped."""
+def picture(folder: Path, name: str, log: SkipLog, file: Path, number: int) -> FileImage | None:
+    """The image of a question, by its name in a folder; one that is not there, or not in it, is a row skipped."""
     log.seen_one()
-    if path.is_file():
-        return FileImage(str(path))
-    log.skip(str(file), number, "no image", path)
+    if not within(name):
+        log.skip(str(file), number, "name leads out of the folder", name)
+    elif not (folder / name).is_file():
+        log.skip(str(file), number, "no image", folder / name)
+    else:
+        return FileImage(str(folder / name))
     return None
 
 

@@ -36,7 +36,7 @@ def read_scienceqa(folder: Path, log: SkipLog) -> list[Asked]:
         row = problems[name]
         if not row["image"]:
             continue
-        if image := picture(folder / "images" / "test" / name / row["image"], log, file, number):
+        if image := picture(file.parent / "images" / "test" / name, row["image"], log, file, number):
             context = f"Context: {row['hint']}\n" if row["hint"] else ""
             prompt = listed(context + row["question"], row["choices"])
             options = tuple(row["choices"])
@@ -78,7 +78,7 @@ def read_mmbench_cn(folder: Path, log: SkipLog) -> list[Asked]:
 
 
 def _mmbench(file: Path, log: SkipLog, ending: str) -> list[Asked]:
-    csv.field_size_limit(min(sys.maxsize, 1 << 30))
+    csv.field_size_limit(max(csv.field_size_limit(), min(sys.maxsize, 1 << 30)))  # for pictures in cells
     found = []
     images: dict[str, MemoryImage] = {}
     with file.open(encoding="utf-8", newline="") as table:
@@ -86,7 +86,7 @@ def _mmbench(file: Path, log: SkipLog, ending: str) -> list[Asked]:
             log.seen_one()
             options: list[str] = []
             for letter in "ABCD":
-                if (row.get(letter) or "nan").strip() in ("nan", ""):
+                if _empty(row.get(letter)):
                     break
                 options.append(row[letter])
             try:
@@ -94,8 +94,7 @@ def _mmbench(file: Path, log: SkipLog, ending: str) -> list[Asked]:
             except ValueError as error:
                 log.skip(str(file), number, "no image", error)
                 continue
-            hint = (row.get("hint") or "").strip()
-            question = f"{hint}\n{row['question']}" if hint and hint != "nan" else row["question"]
+            question = row["question"] if _empty(row.get("hint")) else f"{row['hint']}\n{row['question']}"
             found.append(
                 Asked(
                     row["index"], image, listed(question, options, ending), row.get("answer") or None,
@@ -105,13 +104,18 @@ def _mmbench(file: Path, log: SkipLog, ending: str) -> list[Asked]:
     return found
 
 
+def _empty(cell: str | None) -> bool:
+    """What pandas, by which LLaVA reads the table, takes for nothing, or what LLaVA does."""
+    return (cell or "").strip().lower() in ("", "nan", "none", "na", "n/a", "null", "<na>")
+
+
 def _from_table(row: dict[str, Any], images: dict[str, MemoryImage]) -> MemoryImage:
     """A cell with a picture, or with the index of the row that has it.
 
     Raises:
         ValueError: it is neither.
     """
-    cell = row["image"]
+    cell = row["image"] or ""
     if cell in images:
         return images[cell]
     if len(cell) < 64:
@@ -129,7 +133,7 @@ def mmbench_letter(answer: str, options: Sequence[str]) -> str | None:
         there = [letter for letter in letters if form.format(letter) in words]
         if len(there) == 1:
             if there[0] == "A" and form == "{}" and len(words) > 3:
-                break  # an article
+                continue  # an article
             return there[0]
     contained = [letter for letter, option in zip(letters, options, strict=False) if option.lower() in answer.lower()]
     return contained[0] if len(contained) == 1 else None
@@ -168,10 +172,10 @@ def read_seed(folder: Path, log: SkipLog) -> list[Asked]:
     for number, row in enumerate(data["questions"], 1):
         kind, name = row["question_type_id"], str(row["question_id"])
         if row["data_type"] == "image":
-            path = folder / "SEED-Bench-image" / row["data_id"]
+            image = picture(folder / "SEED-Bench-image", row["data_id"], log, file, number)
         else:
-            path = folder / "SEED-Bench-video-image" / f"{kind}_{name}.png"
-        if image := picture(path, log, file, number):
+            image = picture(folder / "SEED-Bench-video-image", f"{kind}_{name}.png", log, file, number)
+        if image:
             options = tuple(str(row[f"choice_{letter}"]) for letter in "abcd")
             prompt = listed(row["question"], options)
             found.append(Asked(f"{row['data_type']}/{name}", image, prompt, row["answer"], names[kind], options))
@@ -191,11 +195,11 @@ def score_seed(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, floa
 
 TASKS = (
     Task("scienceqa", "ScienceQA, the test questions with an image", "github.com/lupantech/ScienceQA",
-         read_scienceqa, score_scienceqa, tokens=64),
+         read_scienceqa, score_scienceqa, tokens=1024),
     Task("mmbench", "MMBench dev: every rotation of the options right", "github.com/open-compass/MMBench",
-         read_mmbench, score_mmbench, tokens=64),
+         read_mmbench, score_mmbench, tokens=1024),
     Task("mmbench-cn", "MMBench dev in Chinese", "github.com/open-compass/MMBench",
-         read_mmbench_cn, score_mmbench, tokens=64),
+         read_mmbench_cn, score_mmbench, tokens=1024),
     Task("seed", "SEED-Bench: images, and the middle frame of videos", "huggingface.co AILab-CVPR/SEED-Bench",
-         read_seed, score_seed, tokens=16),
+         read_seed, score_seed, tokens=128),
 )  # fmt: skip

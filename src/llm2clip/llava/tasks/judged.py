@@ -7,6 +7,7 @@ benchmarks: figures of other judges than theirs (gpt-4-0314 and gpt-4-0613) are 
 from __future__ import annotations
 
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -18,6 +19,17 @@ from llm2clip.data.skips import SkipLog
 from llm2clip.llava.tasks.base import Asked, Task, first_of, from_json, grouped, json_lines, mean, picture
 
 TRIES = 5
+LARGEST = 1 << 20  # bytes of a judge's reply
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A key is for the address that the user named, and for no other."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_DIRECT = urllib.request.build_opener(_NoRedirect)
 
 Judge = Callable[[list[dict[str, str]], float, int], str]
 
@@ -51,12 +63,19 @@ class OpenAIJudge:
         request = urllib.request.Request(
             f"{self.address.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers
         )
-        try:
-            with urllib.request.urlopen(request, timeout=self.seconds) as answer:
-                return str(json.load(answer)["choices"][0]["message"]["content"])
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            said = error.read(500).decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else ""
-            raise ConnectionError(f"the judge at {self.address}: {error} {said}".strip()) from error
+        for wait in (1, 4, 16, 0):
+            try:
+                with _DIRECT.open(request, timeout=self.seconds) as answer:
+                    return str(json.loads(answer.read(LARGEST))["choices"][0]["message"]["content"])
+            except urllib.error.HTTPError as error:
+                if wait and error.code in (429, 500, 502, 503, 504):
+                    time.sleep(wait)
+                    continue
+                said = error.read(500).decode(errors="replace")
+                raise ConnectionError(f"the judge at {self.address}: {error} {said}".strip()) from error
+            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+                raise ConnectionError(f"the judge at {self.address}: {error}") from error
+        raise AssertionError("the last try returns or raises")
 
 
 # ---- LLaVA-Bench ----------------------------------------------------------------------------------------------------
@@ -83,7 +102,7 @@ def read_llava_bench(folder: Path, log: SkipLog) -> list[Asked]:
     reference = {row["question_id"]: row["text"] for _, row in json_lines(first_of(folder, "answers_gpt4.jsonl"))}
     found = []
     for number, row in json_lines(file):
-        if image := picture(folder / "images" / row["image"], log, file, number):
+        if image := picture(folder / "images", row["image"], log, file, number):
             said = context[row["image"]]
             truth = {
                 "question": row["text"],
@@ -104,7 +123,7 @@ def judge_llava_bench(one: Asked, answer: str, judge: Judge) -> tuple[float, flo
         f"[Assistant 2]\n{answer}\n\n[End of Assistant 2]\n\n[System]\n{_RULE}\n\n"
     )
     said = judge([{"role": "system", "content": _HELPFUL}, {"role": "user", "content": asked}], 0.2, 1024)
-    numbers = said.partition("\n")[0].replace(",", " ").split()
+    numbers = said.partition("\n")[0].replace(",", " ").split(" ")  # "8, 6" is three parts to it, and so nothing
     try:
         first, second = map(float, numbers)
     except ValueError:
@@ -115,10 +134,7 @@ def judge_llava_bench(one: Asked, answer: str, judge: Judge) -> tuple[float, flo
 def score_llava_bench(asked: Sequence[Asked], points: Sequence[Any]) -> dict[str, float]:
     """Our mean over GPT-4's in percent, over all questions and by category."""
     found = {"relative": _relative(points)}
-    groups: dict[str, list[Any]] = {}
-    for one, both in zip(asked, points, strict=True):
-        groups.setdefault(one.group, []).append(both)
-    return found | {name: _relative(some) for name, some in groups.items()}
+    return found | {name: _relative(some) for name, some in grouped(asked, points).items()}
 
 
 def _relative(points: Sequence[Any]) -> float:
@@ -163,7 +179,7 @@ def read_mm_vet(folder: Path, log: SkipLog) -> list[Asked]:
     file = first_of(folder, "mm-vet.json", "*/mm-vet.json")
     found = []
     for number, (name, row) in enumerate(from_json(file).items(), 1):
-        if image := picture(file.parent / "images" / row["imagename"], log, file, number):
+        if image := picture(file.parent / "images", row["imagename"], log, file, number):
             truth = {"question": row["question"], "answer": row["answer"], "capability": row["capability"]}
             found.append(Asked(name, image, row["question"], truth, "+".join(sorted(row["capability"]))))
     return found
@@ -174,14 +190,14 @@ def judge_mm_vet(one: Asked, answer: str, judge: Judge) -> float:
     truth = one.truth["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     prompt = f"{MM_VET}\n{one.truth['question']} | {truth} | {answer} | "
     for attempt in range(TRIES):
-        said = judge([{"role": "user", "content": prompt}], 0.5 * attempt, 3).split()
+        again = "" if attempt == 0 else "\nPredict the correctness of the answer (digit): "
+        said = judge([{"role": "user", "content": prompt + again}], 0.5 * max(0, attempt - 1), 3).split()
         try:
             score = float(said[0])
         except (ValueError, IndexError):
             score = -1.0
         if 0 <= score <= 1:
             return score
-        prompt += "\nPredict the correctness of the answer (digit): "
     return 0.0
 
 

@@ -81,7 +81,8 @@ def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
 
 
 def vizwiz_accuracy(answer: str, answers: Sequence[str]) -> float:
-    """VizWiz's: people's answers are compared as they are."""
+    """VizWiz's: people's answers are compared as they are. (Its own scorer writes contractions with a typographic
+    apostrophe, by which they never agree; here it is straight.)"""
     return agreement(normalised(answer), answers)
 
 
@@ -104,7 +105,7 @@ def read_vqav2(folder: Path, log: SkipLog) -> list[Asked]:
     found = []
     for number, row in enumerate(from_json(file)["questions"], 1):
         name = f"COCO_{images}_{row['image_id']:012d}.jpg"
-        if image := picture(folder / images / name, log, file, number):
+        if image := picture(folder / images, name, log, file, number):
             said = answers.get(row["question_id"])
             truth = [a["answer"] for a in said["answers"]] if said else None
             group = said["answer_type"] if said else ""
@@ -127,7 +128,8 @@ def score_vqav2(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, flo
 
 
 def submit_vqav2(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, Any]:
-    """For EvalAI's challenge 830."""
+    """For EvalAI's challenge 830. Questions of the whole test set that were not asked are for the sender to add: it
+    takes an answer to each, "" for none."""
     rows = [{"question_id": int(one.id), "answer": processed(a)} for one, a in zip(asked, answers, strict=True)]
     return {"vqav2.json": rows}
 
@@ -140,7 +142,7 @@ def read_vizwiz(folder: Path, log: SkipLog) -> list[Asked]:
     file = first_of(folder, "val.json", "test.json", "Annotations/val.json", "Annotations/test.json")
     found = []
     for number, row in enumerate(from_json(file), 1):
-        if image := picture(folder / file.stem / row["image"], log, file, number):
+        if image := picture(folder / file.stem, row["image"], log, file, number):
             unsure = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
             truth = [a["answer"] for a in row["answers"]] if "answers" in row else None
             prompt = row["question"].capitalize() + unsure + SHORT
@@ -169,7 +171,7 @@ def read_textvqa(folder: Path, log: SkipLog) -> list[Asked]:
     seen = {row["image_id"]: row["ocr_tokens"] for row in words}
     found = []
     for number, row in enumerate(from_json(file)["data"], 1):
-        if image := picture(folder / "train_images" / f"{row['image_id']}.jpg", log, file, number):
+        if image := picture(folder / "train_images", f"{row['image_id']}.jpg", log, file, number):
             tokens = ", ".join(seen.get(row["image_id"], []))
             prompt = f"{row['question'].capitalize()}\nReference OCR token: {tokens}{SHORT}"
             found.append(Asked(str(row["question_id"]), image, prompt, row["answers"]))
@@ -185,11 +187,11 @@ def score_textvqa(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, f
 
 
 def read_gqa(folder: Path, log: SkipLog) -> list[Asked]:
-    """testdev_balanced_questions.json; images in images/."""
+    """testdev_balanced_questions.json, and images/ beside it."""
     file = first_of(folder, "testdev_balanced_questions.json", "*/testdev_balanced_questions.json")
     found = []
     for number, (name, row) in enumerate(from_json(file).items(), 1):
-        if image := picture(folder / "images" / f"{row['imageId']}.jpg", log, file, number):
+        if image := picture(file.parent / "images", f"{row['imageId']}.jpg", log, file, number):
             group = "open" if row.get("types", {}).get("structural") == "query" else "binary"
             found.append(Asked(name, image, row["question"] + SHORT, row["answer"], group))
     return found

@@ -26,7 +26,7 @@ def read_pope(folder: Path, log: SkipLog) -> list[Asked]:
     for sampling in Sampling:
         file = first_of(folder, f"coco_pope_{sampling}.json", f"*/coco_pope_{sampling}.json")
         for number, row in json_lines(file):
-            if image := picture(folder / "val2014" / row["image"], log, file, number):
+            if image := picture(folder / "val2014", row["image"], log, file, number):
                 name = f"{sampling}-{row['question_id']}"
                 found.append(Asked(name, image, row["text"] + SHORT, row["label"], sampling))
     return found
@@ -46,7 +46,7 @@ def score_pope(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, floa
     of answers that are yes."""
     found: dict[str, float] = {}
     pairs = [(one.truth == "yes", says_yes(answer)) for one, answer in zip(asked, answers, strict=True)]
-    for sampling, some in _pairs(asked, pairs).items():
+    for sampling, some in grouped(asked, pairs).items():
         right = sum(truth and said for truth, said in some)
         said_yes, true = sum(said for _, said in some), sum(truth for truth, _ in some)
         precision = right / said_yes if said_yes else 0.0
@@ -58,13 +58,6 @@ def score_pope(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, floa
     f1s = [value for name, value in found.items() if name.endswith("F1")]
     accuracies = [value for name, value in found.items() if name.endswith("accuracy")]
     return {"F1": sum(f1s) / len(f1s), "accuracy": sum(accuracies) / len(accuracies), **found} if f1s else {}
-
-
-def _pairs(asked: Sequence[Asked], pairs: Sequence[tuple[bool, bool]]) -> dict[str, list[tuple[bool, bool]]]:
-    found: dict[str, list[tuple[bool, bool]]] = {}
-    for one, pair in zip(asked, pairs, strict=True):
-        found.setdefault(one.group, []).append(pair)
-    return found
 
 
 # ---- MME (arXiv 2306.13394) -----------------------------------------------------------------------------------------
@@ -85,13 +78,13 @@ def read_mme(folder: Path, log: SkipLog) -> list[Asked]:
         images = place / "images" if (place / "images").is_dir() else place
         texts = place / "questions_answers_YN" if (place / "questions_answers_YN").is_dir() else place
         for file in sorted(texts.glob("*.txt")):
-            path = next((p for p in (images / f"{file.stem}.{e}" for e in ("jpg", "png")) if p.is_file()), images)
+            name = next((f"{file.stem}.{e}" for e in ("jpg", "png") if (images / f"{file.stem}.{e}").is_file()), "")
             for number, line in enumerate(file.read_text(encoding="utf-8").strip().splitlines(), 1):
                 question, _, truth = line.rpartition("\t")
-                if image := picture(path, log, file, number):
+                if image := picture(images, name, log, file, number):
                     question = question.strip().removesuffix("Please answer yes or no.").strip()
-                    name = f"{subtask}/{file.stem}/{number}"
-                    found.append(Asked(name, image, question + SHORT, truth.strip().lower(), subtask))
+                    known = f"{subtask}/{file.stem}/{number}"
+                    found.append(Asked(known, image, question + SHORT, truth.strip().lower(), subtask))
     return found
 
 
