@@ -9,7 +9,7 @@ quickstart: $(VENV)/ready
 	$(BIN)/llm2clip quickstart --out runs/quickstart
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -12,7 +12,8 @@ from llm2clip.cli import build
 from llm2clip.plan.plan import plan
 from llm2clip.recipes import AlignRecipe, FitRecipe
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+FOLDER = Path(__file__).parent.parent / "recipes"
+RECIPES = sorted(recipe for recipe in FOLDER.glob("*.yaml") if not recipe.name.startswith("llava-"))
 LLMS = {"llama-3-8b", "llama-3.1-8b", "llama-3.2-1b", "mistral-nemo-12b", "qwen2.5-0.5b"}
 TOWERS = [recipe for recipe in RECIPES if recipe.name.startswith("tower-")]
 
@@ -41,6 +42,17 @@ def test_recipes_can_be_planned_and_fit_into_an_h100(recipe: Path) -> None:
     with_llm = [recipe.parent / "qwen2.5-0.5b.yaml"] if recipe in TOWERS or recipe.stem == "lit" else []
     found = plan(read(*with_llm, recipe), 3_000_000, 2, 84, "h100", 8)
     assert all(found.fits.values()) and not found.ways_out
+
+
+def test_llava_s_recipe_has_its_authors_settings() -> None:
+    """And those are the defaults."""
+    parser, _ = build()
+    line = ["llava", "train", "b", "--out", "r"]
+    given = parser.parse_args([*line, "--config", str(FOLDER / "llava-1.5-7b.yaml")]).llava.train.llava
+    usual = parser.parse_args(line).llava.train.llava
+    machine = ("precision", "recompute", "cache_gb", "workers", "micro_batch")
+    assert all(given[name] == usual[name] for name in vars(usual) if name not in machine)
+    assert (given.pretrain_batch, given.pretrain_lr, given.batch, given.lr) == (256, 1e-3, 128, 2e-5)
 
 
 def test_pairs_of_a_language_model_and_a_tower_are_both() -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from torch import nn
 
 
@@ -49,6 +50,16 @@ def by_blocks(blocks: Sequence[nn.Module]) -> None:
         raise ValueError("weights are shared out with FSDP2: give accelerate launch --fsdp_version 2")
     os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP" if blocks else "NO_WRAP"
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(dict.fromkeys(type(block).__name__ for block in blocks))
+
+
+def use_precision(precision: str) -> str:
+    """Accelerate's name for fp32, bf16 or fp16; what another stage or the launcher has chosen is forgotten."""
+    name = {"fp32": "no"}.get(precision, precision)
+    os.environ["ACCELERATE_MIXED_PRECISION"] = name
+    AcceleratorState._reset_state()
+    if PartialState._shared_state.get("distributed_type") is DistributedType.FSDP:  # else its plugin is forgotten, too
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return name
 
 
 def say(*lines: str) -> None:

@@ -37,7 +37,7 @@ from llm2clip.llava.build import save
 from llm2clip.llava.pixels import Given, PatchFeatures, keep_features
 from llm2clip.llava.prompts import IMAGE, Conversation
 from llm2clip.models.precision import chosen_precision
-from llm2clip.processes import by_blocks, processes, say
+from llm2clip.processes import by_blocks, processes, say, use_precision
 from llm2clip.recipes import LlavaRecipe
 
 LEARNED = "learned.safetensors"  # in a stage's folder, and in each of its checkpoints
@@ -262,6 +262,7 @@ class _Stage:
             raise ValueError(f"a batch of {batch} cannot be shared out to {state.num_processes} processes evenly")
         own = batch // state.num_processes
         micro = max(n for n in range(1, min(recipe.micro_batch, own) + 1) if own % n == 0)
+        use_precision(self.precision)
         arguments = TrainingArguments(
             output_dir=str(self.out),
             per_device_train_batch_size=micro,

@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-from accelerate.state import AcceleratorState
 
 COMPLETE = "complete"
 
@@ -73,14 +70,6 @@ def prune_checkpoints(folder: Path, keep: int = 2, prefix: str = "step-") -> Non
     paths = sorted((p for p in folder.glob(f"{prefix}*") if numbered.fullmatch(p.name)), key=step_of)
     for path in paths[:-keep]:
         shutil.rmtree(path)
-
-
-def use_precision(precision: str) -> str:
-    """Accelerate's name for fp32, bf16 or fp16; what another stage or the launcher has chosen is forgotten."""
-    name = {"fp32": "no"}.get(precision, precision)
-    os.environ["ACCELERATE_MIXED_PRECISION"] = name
-    AcceleratorState._reset_state()
-    return name
 
 
 def trackers(names: list[str], folder: Path) -> tuple[list[str], dict[str, Any]]:

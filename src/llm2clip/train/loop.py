@@ -32,7 +32,7 @@ from llm2clip.data.skips import SkipLog
 from llm2clip.models.identity import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.tower_lora import merge_lora
-from llm2clip.processes import by_blocks, processes, weights_shared_out
+from llm2clip.processes import by_blocks, processes, use_precision, weights_shared_out
 from llm2clip.recipes import FREE, AlignRecipe
 from llm2clip.train.best import Best
 from llm2clip.train.ema import Ema
@@ -46,7 +46,6 @@ from llm2clip.train.engine import (
     resumable,
     step_of,
     trackers,
-    use_precision,
 )
 from llm2clip.train.grad_cache import cached
 from llm2clip.train.losses import cosine_loss, info_nce, sigmoid_loss

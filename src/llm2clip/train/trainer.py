@@ -20,7 +20,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from llm2clip.cpu import quick_products, reuse_memory
 from llm2clip.models.text import CaptionEncoder
-from llm2clip.processes import by_blocks, processes
+from llm2clip.processes import by_blocks, processes, use_precision
 from llm2clip.recipes import TuneRecipe
 from llm2clip.train.engine import (
     MetricsLog,
@@ -28,7 +28,6 @@ from llm2clip.train.engine import (
     mark_complete,
     resumable,
     step_of,
-    use_precision,
 )
 from llm2clip.train.sharding import put, reassembled, whole, without_weights
 
