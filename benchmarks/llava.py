@@ -24,11 +24,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skips import SkipLog
 from llm2clip.llava.build import build
 from llm2clip.llava.conversations import captioning, instructions
 from llm2clip.llava.evaluate import Ways, captions_of, measure, pope_task
+from llm2clip.llava.pixels import PatchFeatures, keep_features
 from llm2clip.llava.prompts import Conversation
 from llm2clip.llava.train import train
 from llm2clip.llava.verbs import tower_of
@@ -66,6 +69,11 @@ def compare(given: argparse.Namespace, towers: dict[str, Any], known: list[Recor
                     build(tower, resolve("smollm2-135m"), built, seed)
                 pretrain = some(first, given.pretrain_steps * recipe.pretrain_batch, seed)
                 instruct = some(second, given.steps * recipe.batch, seed)
+                shared = given.out / f"features-{name}"
+                shared.mkdir(parents=True, exist_ok=True)
+                run.mkdir(parents=True, exist_ok=True)
+                if not (run / "features").is_symlink():
+                    (run / "features").symlink_to(shared.resolve())
                 train(str(built), pretrain, instruct, recipe, run, SkipLog())
                 shutil.rmtree(built)
             figures: dict[str, float] = {}
@@ -104,8 +112,9 @@ def speed(given: argparse.Namespace, tower: Any, known: list[Record]) -> None:
         run = given.out / f"speed-{len(rates)}"
         shutil.rmtree(run, ignore_errors=True)
         if cache:  # the features are kept before the clock starts: they are worked out once for all passes
-            train(str(built), [], talks, dataclasses.replace(recipe, epochs=0), run, SkipLog())
-            shutil.rmtree(run / "model")
+            model = AutoModelForImageTextToText.from_pretrained(built)
+            side = PatchFeatures(model, AutoProcessor.from_pretrained(built))
+            keep_features([one.image for one in talks if one.image is not None], side, run / "features", SkipLog())
         start = time.perf_counter()
         train(str(built), [], talks, recipe, run, SkipLog())
         lines = [json.loads(line) for line in (run / "instruct/metrics.jsonl").read_text().splitlines()]
