@@ -388,6 +388,10 @@ def test_captions_are_scored_as_by_hand() -> None:
     assert found["CIDEr-D"] == pytest.approx(naive_cider(captions, references), rel=1e-9)
     same = caption_scores(captions, [[c] for c in captions])
     assert same["BLEU-4"] == pytest.approx(100) and same["CIDEr-D"] == pytest.approx(1000)
+    known = [["a man speaks.", "someone speaks.", "a man is speaking while a bird is chirping in the background"],
+             ["rain is falling hard on a surface"]]  # fmt: skip
+    example = caption_scores(["a man is speaking", "rain falls"], known)
+    assert example["CIDEr-D"] == pytest.approx(96.14, abs=0.005)  # 0.9614 in the documentation of aac-metrics
     with pytest.raises(ValueError, match="two pictures at least"):
         caption_scores(captions[:1], references[:1])
 
