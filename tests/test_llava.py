@@ -460,6 +460,11 @@ def test_two_processes_train_as_one(built: Path, talks: list[Conversation], tmp_
         torch.testing.assert_close(tensor, one[name], atol=2e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def together_of(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch for a model that has its tower."""
+    return {name: value for name, value in batch.items() if not name.startswith("vision_")}
+
+
 def test_padding_changes_nothing_and_grouping_saves_it(built: Path, talks: list[Conversation]) -> None:
     model, processor = opened(built)
     data = Conversations(talks, processor, 4, 512)
@@ -467,15 +472,23 @@ def test_padding_changes_nothing_and_grouping_saves_it(built: Path, talks: list[
     short, long = sorted((data[n] for n in range(20)), key=lambda item: len(item["ids"]))[::19]
 
     def logits(items: list[dict[str, Any]]) -> torch.Tensor:
-        batch = {k: v for k, v in collate(items).items() if isinstance(v, torch.Tensor)}
+        batch = {k: v for k, v in collate(items).items() if k in ("input_ids", "attention_mask", "pixel_values")}
         with torch.no_grad():
             found: torch.Tensor = model(**batch).logits
         return found
 
     together = collate([short, long])
-    assert together["input_ids"].shape == together["labels"].shape and together["pixel_values"].shape[0] == 2
+    assert together["pixel_values"].shape[0] == 2 and together["input_ids"].shape[1] == len(long["ids"])
+    kept = together["logits_to_keep"]
+    assert together["labels"].shape[1] == kept < len(long["ids"])
     torch.testing.assert_close(logits([short])[0], logits([short, long])[0, : len(short["ids"])], atol=1e-5, rtol=1e-4)
-    assert (together["labels"][0, len(short["ids"]) :] == IGNORED).all()
+    learned = [[label for label in row.tolist() if label != IGNORED] for row in together["labels"]]
+    assert learned == [[label for label in item["labels"] if label != IGNORED] for item in (short, long)]
+    whole = {k: v for k, v in together.items() if k in ("input_ids", "attention_mask", "pixel_values")}
+    labels = torch.full_like(whole["input_ids"], IGNORED)
+    labels[:, -kept:] = together["labels"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(**together_of(together)).loss, model(**whole, labels=labels).loss)
     text = data[20]
     alone = model(input_ids=torch.tensor([text["ids"]])).logits[0]
     torch.testing.assert_close(logits([text])[0, : len(text["ids"])], alone, atol=1e-5, rtol=1e-4)

@@ -112,7 +112,9 @@ class Collate:
         self.pad, self.image, self.tokens, self.empty = pad, image, tokens, empty
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """input_ids, labels and attention_mask (B, T) int64; pixel_values of those with pictures, float32.
+        """input_ids and attention_mask (B, T) int64; pixel_values of those with pictures, float32; and labels (B, K) of
+        the last K places, from the one before the first answer on: logits of what comes before, system prompt and
+        picture most of it, would be of no use.
 
         Where no conversation has a picture an empty one stands behind the end of the first, where nothing sees it: the
         projector is then in use in every batch and on every device, as DDP and FSDP want it.
@@ -125,9 +127,12 @@ class Collate:
             labels[0] += [IGNORED] * self.tokens
             seen = [self.empty]
         longest = max(map(len, rows))
+        first = min(next(n for n, label in enumerate(own) if label != IGNORED) for own in labels)
+        kept = longest - max(0, first - 1)
         return {
             "input_ids": _padded(rows, longest, self.pad),
-            "labels": _padded(labels, longest, IGNORED),
+            "labels": _padded(labels, longest, IGNORED)[:, -kept:],
+            "logits_to_keep": kept,
             "attention_mask": _padded([[1] * len(row) for row in rows], longest, 0),
             "pixel_values": torch.stack(seen),
             "vision_feature_layer": -1,  # of what `Given` gives, which has been chosen already
