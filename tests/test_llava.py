@@ -451,15 +451,6 @@ def _in_two(source: str, talks: list[Conversation], out: str) -> None:
 TWO = LlavaRecipe(**{**vars(SMALL), "epochs": 1, "micro_batch": 2})
 
 
-def test_two_processes_train_as_one(built: Path, talks: list[Conversation], tmp_path: Path) -> None:
-    """Even where a batch of one of them has no picture."""
-    some = [*talks[:12], *[Conversation(f"t{n}", None, (("Hello?" * n, "Hi."),)) for n in range(1, 9)]]
-    distributed(2, _in_two, str(built), some, str(tmp_path / "two"))
-    one = state(train(str(built), some, some, TWO, tmp_path / "one", SkipLog()))
-    for name, tensor in state(tmp_path / "two/model").items():
-        torch.testing.assert_close(tensor, one[name], atol=2e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
-
-
 def together_of(batch: dict[str, Any]) -> dict[str, Any]:
     """A batch for a model that has its tower."""
     return {name: value for name, value in batch.items() if not name.startswith("vision_")}
@@ -595,9 +586,11 @@ def _shared(source: str, talks: list[Conversation], out: str) -> None:
     train(source, talks, talks, TWO, Path(out), SkipLog())
 
 
-def test_weights_shared_out_train_as_one(built: Path, talks: list[Conversation], tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [_in_two, _shared], ids=["DDP", "FSDP2"])
+def test_two_processes_train_as_one(rank: Any, built: Path, talks: list[Conversation], tmp_path: Path) -> None:
+    """Even where a batch of one of them has no picture, and where the weights are shared out and the run is killed."""
     some = [*talks[:12], *[Conversation(f"t{n}", None, (("Hello?" * n, "Hi."),)) for n in range(1, 9)]]
-    distributed(2, _shared, str(built), some, str(tmp_path / "two"))
+    distributed(2, rank, str(built), some, str(tmp_path / "two"))
     one = state(train(str(built), some, some, TWO, tmp_path / "one", SkipLog()))
     for name, tensor in state(tmp_path / "two/model").items():
         torch.testing.assert_close(tensor, one[name], atol=2e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode, decode_image, encode_jpeg
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -335,3 +335,14 @@ class TrainTransform:
                 return int(down * (height - crop_h + 1)), int(right * (width - crop_w + 1)), crop_h, crop_w
         crop_w, crop_h = min(width, round(height * high)), min(height, round(width / low))
         return (height - crop_h) // 2, (width - crop_w) // 2, max(crop_h, 1), max(crop_w, 1)
+
+
+# ---- pixels to bytes ------------------------------------------------------------------------------------------------
+
+
+def thumbnail(image: Tensor, side: int) -> bytes:
+    """uint8 (3, H, W) to a JPEG of at most so many pixels a side."""
+    height, width = image.shape[-2:]
+    shrink = min(1.0, side / max(height, width))
+    small = F.resize(image, [max(1, round(height * shrink)), max(1, round(width * shrink))], antialias=True)
+    return cast(bytes, encode_jpeg(small.contiguous(), quality=80).numpy().tobytes())

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
-from llm2clip.data.images import ImageError, load
+from llm2clip.data.images import ImageError, load, thumbnail
+from llm2clip.data.refs import ImageRef
 from llm2clip.llava.evaluate import Measured
 from llm2clip.page import Block, Command, Heading, Shot, Shots, Table, Text, write_page
 
@@ -48,7 +46,7 @@ PAPER: dict[str, dict[str, float]] = {
         "mmbench": 68.29, "mmbench-cn": 60.40, "llava-bench": 62.7, "mm-vet": 34.8, "seed": 60.96,
     },
 }  # fmt: skip
-SHOWN = 12
+SHOWN, SIDE = 12, 280  # pictures, and pixels of their longer side
 SPLITS = {  # where the figures above are of questions whose answers only a server knows
     "vqav2": "The paper's figures are of test-dev; what is scored here is val2014.",
     "vizwiz": "The paper's figures are of the test set; what is scored here is val.",
@@ -100,12 +98,8 @@ def _pictures(measured: Sequence[Measured]) -> list[Block]:
     return blocks
 
 
-def _small(image: object) -> bytes | None:
+def _small(image: ImageRef) -> bytes | None:
     try:
-        picture = Image.fromarray(load(image).permute(1, 2, 0).numpy())  # type: ignore[arg-type]
+        return thumbnail(load(image), SIDE)
     except (ImageError, OSError):
         return None
-    picture.thumbnail((280, 280))
-    stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=80)
-    return stream.getvalue()

@@ -182,7 +182,10 @@ def _kept(
     refs = list({one.image.key: one.image for one in conversations if one.image is not None}.values())
     if not refs or not recipe.cache_gb:
         return None
-    side = PatchFeatures(_opened(source).to(processes().device), processor)
+    model = _opened(source)
+    model.model.vision_tower.to(processes().device)  # the language model has nothing to do here
+    side = PatchFeatures(model, processor)
+    del model
     size = len(refs) * side.width * 2 / 1e9
     if size > recipe.cache_gb:
         return None

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torchvision.io import encode_jpeg
-from torchvision.transforms.v2 import functional as F
 from tqdm.auto import tqdm
 
 from llm2clip.data.archives import files_in
 from llm2clip.data.decoding import in_batches
 from llm2clip.data.formats import readable_formats
+from llm2clip.data.images import thumbnail
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.refs import plain
 from llm2clip.data.skips import SkipLog
@@ -239,12 +238,4 @@ class Prepared:
 
     def __call__(self, image: Tensor) -> tuple[Any, bytes, int, int]:
         height, width = image.shape[-2:]
-        return self.transform(image), thumbnail(image), width, height
-
-
-def thumbnail(image: Tensor) -> bytes:
-    """uint8 (3, H, W) to a JPEG of at most 256 pixels a side."""
-    height, width = image.shape[-2:]
-    shrink = min(1.0, THUMBNAIL / max(height, width))
-    small = F.resize(image, [max(1, round(height * shrink)), max(1, round(width * shrink))], antialias=True)
-    return encode_jpeg(small.contiguous(), quality=80).numpy().tobytes()
+        return self.transform(image), thumbnail(image, THUMBNAIL), width, height
