@@ -23,10 +23,10 @@ from llm2clip.llava.build import build
 from llm2clip.llava.captions import caption_scores, words
 from llm2clip.llava.evaluate import Ways, captions_of, measure, pope_task
 from llm2clip.llava.tasks import TASKS, Asked
-from llm2clip.llava.tasks.base import LETTER, SHORT
+from llm2clip.llava.tasks.base import LETTER, SHORT, first_units
 from llm2clip.llava.tasks.choices import MMBENCH_CN, mmbench_letter, scienceqa_letter
 from llm2clip.llava.tasks.judged import MM_VET, OpenAIJudge, judge_llava_bench, judge_mm_vet
-from llm2clip.llava.tasks.vqa import agreement, contractions, normalised, processed, vqa_accuracy
+from llm2clip.llava.tasks.vqa import agreement, contractions, normalised, processed, vizwiz_accuracy, vqa_accuracy
 from llm2clip.llava.tasks.yesno import mme_answer, says_yes
 from searching import served
 from test_export import hf_tower
@@ -122,6 +122,8 @@ def test_vizwiz(tmp_path: Path) -> None:
     assert asked[0].prompt == "What is this?" + unsure + SHORT
     assert scored("vizwiz", asked, "Unanswerable") == {"accuracy": 100.0, "unanswerable": 100.0}
     assert scored("vizwiz", asked, "Coke")["accuracy"] == 0, "people's answers are not normalised"
+    assert vizwiz_accuracy("dont", ["don't"] * 10) == 0, "its scorer mends with a typographic apostrophe"
+    assert vizwiz_accuracy("dont", ["don\u2019t"] * 10) == 1 == vizwiz_accuracy("cant", ["can't"] * 10)
 
 
 def test_textvqa(tmp_path: Path) -> None:
@@ -196,6 +198,14 @@ def test_mme(tmp_path: Path) -> None:
     assert perfect["perception"] == 2000 and perfect["cognition"] == 800
     always = scored("mme", asked, *["Yes"] * 28)
     assert always["perception"] == 500 and always["existence"] == 50, "half the questions, no image whole"
+    assert len(first_units(asked, 3)) == 6, "an image's two questions count together"
+
+
+def test_a_benchmark_may_lie_as_llavas_tree_has_it(tmp_path: Path) -> None:
+    assert TASKS["mme"].place(tmp_path) == tmp_path / "mme", "the name to use where neither is there"
+    (tmp_path / "MME").mkdir()
+    assert TASKS["mme"].place(tmp_path) == tmp_path / "MME"
+    assert TASKS["gqa"].place(tmp_path) == tmp_path / "gqa"
 
 
 # ---- multiple choice ------------------------------------------------------------------------------------------------
@@ -246,6 +256,8 @@ def test_mmbench(tmp_path: Path) -> None:
     assert asked[2].options == ("x", "y", "z")
     assert scored("mmbench", asked, "A", "B", "C") == {"accuracy": 100, "not circular": 100, "CP": 100, "LR": 100}
     assert scored("mmbench", asked, "A", "A", "C") == {"accuracy": 50, "not circular": 66.67, "CP": 0, "LR": 100}
+    assert [one.id for one in first_units(asked, 1)] == ["1", "1000001"], "a limit does not cut a circle"
+    assert first_units(asked, None) == asked and first_units(asked, 9) == asked
     write(tmp_path / "mmbench_dev_cn_20231003.tsv", table)
     assert read("mmbench-cn", tmp_path, SkipLog(None, 1.0))[0].prompt.endswith(MMBENCH_CN)
 

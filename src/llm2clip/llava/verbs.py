@@ -15,6 +15,7 @@ from llm2clip.llava.build import build
 from llm2clip.llava.conversations import captioning, instructions, read_llava
 from llm2clip.llava.prompts import Conversation
 from llm2clip.llava.tasks import TASKS, Asked, Task
+from llm2clip.llava.tasks.base import first_units
 from llm2clip.llava.tasks.judged import OpenAIJudge
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.vision import VisionTower
@@ -120,9 +121,10 @@ def evaluate_verb(
     for name in TASKS if list(benchmarks) == ["all"] else benchmarks:
         if name not in TASKS:
             raise ValueError(f"there is no benchmark {name!r}; there are {', '.join(TASKS)}")
-        if list(benchmarks) == ["all"] and not (Path(root) / name).is_dir():
+        place = TASKS[name].place(root)
+        if list(benchmarks) == ["all"] and not place.is_dir():
             continue
-        work.append((TASKS[name], TASKS[name].read(Path(root) / name, log)))
+        work.append((TASKS[name], TASKS[name].read(place, log)))
     if captions:
         work.append(captions_of(_records(captions, columns, log)))
     if pope:
@@ -130,7 +132,7 @@ def evaluate_verb(
     if not work:
         raise ValueError("name --captions DATA, --pope DATA, or --benchmarks with their folders under --root")
     log.check()
-    work = [(task, asked[:limit]) for task, asked in work]
+    work = [(task, first_units(asked, limit)) for task, asked in work]
     ways = Ways(beams, choose, batch, precision, judge)
     measured = [found for model in models for found in measure(model, work, ways, folder, log)]
     log.check()
@@ -158,7 +160,7 @@ def tasks_verb(root: str) -> list[str]:
     """A line for each benchmark: whether its folder is there, what it asks, where its files are from."""
     width = max(map(len, TASKS))
     return [
-        f"{name:<{width}}  {'here' if (Path(root) / name).is_dir() else 'absent':<6}  {task.about}; {task.get}"
+        f"{name:<{width}}  {'here' if task.place(root).is_dir() else 'absent':<6}  {task.about}; {task.get}"
         for name, task in TASKS.items()
     ]
 

@@ -27,6 +27,8 @@ class Asked:
         truth: what the answer is scored by; None where only a server knows.
         group: the part of the benchmark that it belongs to.
         options: of a multiple choice, in their order.
+        unit: questions with the same one are scored together, such as the rotations of a multiple choice; empty is a
+            question that is scored alone.
     """
 
     id: str
@@ -35,6 +37,7 @@ class Asked:
     truth: Any = None
     group: str = ""
     options: tuple[str, ...] = ()
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Task:
         submission: what a server takes, in its form, from questions and answers; file name to content.
         tokens: longest answer.
         judge: what a judge makes of an answer, which is then scored in its place: question, answer and judge to it.
+        folder: what LLaVA-1.5's own tree of benchmarks calls its folder, where that is not its name.
     """
 
     name: str
@@ -61,11 +65,24 @@ class Task:
     submission: Callable[[Sequence[Asked], Sequence[str]], dict[str, Any]] | None = None
     tokens: int = 128
     judge: Callable[[Asked, str, Any], Any] | None = None
+    folder: str = ""
+
+    def place(self, root: str | Path) -> Path:
+        """Its folder under the one of all benchmarks: by its name, or as LLaVA-1.5's tree has it; it need not exist."""
+        named, theirs = Path(root) / self.name, Path(root) / self.folder
+        return theirs if self.folder and not named.is_dir() and theirs.is_dir() else named
 
 
 def mean(values: Sequence[float]) -> float:
     """In percent; of none, not a number."""
     return 100 * sum(values) / len(values) if values else float("nan")
+
+
+def first_units(asked: Sequence[Asked], count: int | None) -> list[Asked]:
+    """The questions of the first so many units: what is scored together is never cut. None is all."""
+    units = list(dict.fromkeys(one.unit or one.id for one in asked))[:count]
+    kept = set(units)
+    return [one for one in asked if (one.unit or one.id) in kept]
 
 
 def grouped(asked: Sequence[Asked], values: Sequence[T]) -> dict[str, list[T]]:

@@ -98,7 +98,7 @@ def _mmbench(file: Path, log: SkipLog, ending: str) -> list[Asked]:
             found.append(
                 Asked(
                     row["index"], image, listed(question, options, ending), row.get("answer") or None,
-                    row.get("category") or "", tuple(options),
+                    row.get("category") or "", tuple(options), str(int(row["index"]) % _BASE),
                 )
             )  # fmt: skip
     return found
@@ -146,12 +146,11 @@ def score_mmbench(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, f
     known = [(one, a) for one, a in zip(asked, answers, strict=True) if one.truth is not None]
     if not known:
         return {}
-    right: dict[int, list[float]] = {}
-    group: dict[int, str] = {}
+    right: dict[str, list[float]] = {}
+    group: dict[str, str] = {}
     for one, answer in known:
-        base = int(one.id) % _BASE
-        right.setdefault(base, []).append(float(mmbench_letter(answer, one.options) == one.truth))
-        group.setdefault(base, one.group)
+        right.setdefault(one.unit, []).append(float(mmbench_letter(answer, one.options) == one.truth))
+        group.setdefault(one.unit, one.group)
     circular = {base: min(some) for base, some in right.items()}
     found = {"accuracy": mean(list(circular.values())), "not circular": mean([v for s in right.values() for v in s])}
     for name in dict.fromkeys(group.values()):
@@ -199,7 +198,7 @@ TASKS = (
     Task("mmbench", "MMBench dev: every rotation of the options right", "github.com/open-compass/MMBench",
          read_mmbench, score_mmbench, tokens=1024),
     Task("mmbench-cn", "MMBench dev in Chinese", "github.com/open-compass/MMBench",
-         read_mmbench_cn, score_mmbench, tokens=1024),
+         read_mmbench_cn, score_mmbench, tokens=1024, folder="mmbench_cn"),
     Task("seed", "SEED-Bench: images, and the middle frame of videos", "huggingface.co AILab-CVPR/SEED-Bench",
-         read_seed, score_seed, tokens=128),
+         read_seed, score_seed, folder="seed_bench"),
 )  # fmt: skip

@@ -214,7 +214,8 @@ def score_mm_vet(asked: Sequence[Asked], points: Sequence[Any]) -> dict[str, flo
 
 TASKS = (
     Task("llava-bench", "LLaVA-Bench (in the wild): free answers, judged", "huggingface.co liuhaotian/"
-         "llava-bench-in-the-wild", read_llava_bench, score_llava_bench, tokens=1024, judge=judge_llava_bench),
+         "llava-bench-in-the-wild", read_llava_bench, score_llava_bench, tokens=1024, judge=judge_llava_bench,
+         folder="llava-bench-in-the-wild"),
     Task("mm-vet", "MM-Vet: free answers, judged", "github.com/yuweihao/MM-Vet release", read_mm_vet, score_mm_vet,
          tokens=1024, judge=judge_mm_vet),
 )  # fmt: skip

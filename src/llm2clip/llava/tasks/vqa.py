@@ -32,6 +32,21 @@ def contractions() -> dict[str, str]:
     return dict(line.split(" ", 1) for line in lines)
 
 
+_STRAIGHT = {"aint", "arent", "cant", "couldve", "couldnt", "couldn'tve", "hadn'tve", "weve", "wheres", "whove"}
+
+
+@lru_cache
+def curly_contractions() -> dict[str, str]:
+    """The table of VizWiz's scorer: nearly all of its apostrophes are typographic, so that what it mends never equals
+    a person's answer with a straight one."""
+    found = {}
+    for word, mended in contractions().items():
+        key = word if word in _STRAIGHT else word.replace("'", "\u2019")
+        kept = word in _STRAIGHT and "'" not in word
+        found[key] = mended if kept else mended.replace("'", "\u2019")
+    return found
+
+
 def _punctuation(text: str, commas: bool = True) -> str:
     """A mark with a space beside it is taken out, any other becomes a space; in a text with a number such as 1,000 all
     are taken out."""
@@ -42,19 +57,20 @@ def _punctuation(text: str, commas: bool = True) -> str:
     return _PERIOD.sub("", out, count=_PERIODS)
 
 
-def _words(text: str) -> str:
+def _words(text: str, table: dict[str, str] | None = None) -> str:
     """Lower case, numbers to ten as digits, no articles, contractions with their apostrophe."""
+    table = table if table is not None else contractions()
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
-    return " ".join(contractions().get(word, word) for word in words if word not in ARTICLES)
+    return " ".join(table.get(word, word) for word in words if word not in ARTICLES)
 
 
 def _line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def normalised(answer: str) -> str:
-    """An answer as VQA's scorer compares it."""
-    return _words(_punctuation(_line(answer)))
+def normalised(answer: str, table: dict[str, str] | None = None) -> str:
+    """An answer as VQA's scorer compares it, or another with its table of contractions."""
+    return _words(_punctuation(_line(answer)), table)
 
 
 def processed(answer: str) -> str:
@@ -81,9 +97,8 @@ def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
 
 
 def vizwiz_accuracy(answer: str, answers: Sequence[str]) -> float:
-    """VizWiz's: people's answers are compared as they are. (Its own scorer writes contractions with a typographic
-    apostrophe, by which they never agree; here it is straight.)"""
-    return agreement(normalised(answer), answers)
+    """VizWiz's: people's answers are compared as they are."""
+    return agreement(normalised(answer, curly_contractions()), answers)
 
 
 def textvqa_accuracy(answer: str, answers: Sequence[str]) -> float:

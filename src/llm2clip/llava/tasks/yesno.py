@@ -83,8 +83,8 @@ def read_mme(folder: Path, log: SkipLog) -> list[Asked]:
                 question, _, truth = line.rpartition("\t")
                 if image := picture(images, name, log, file, number):
                     question = question.strip().removesuffix("Please answer yes or no.").strip()
-                    known = f"{subtask}/{file.stem}/{number}"
-                    found.append(Asked(known, image, question + SHORT, truth.strip().lower(), subtask))
+                    pair, truth = f"{subtask}/{file.stem}", truth.strip().lower()
+                    found.append(Asked(f"{pair}/{number}", image, question + SHORT, truth, subtask, unit=pair))
     return found
 
 
@@ -104,7 +104,7 @@ def score_mme(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, float
     for subtask, values in grouped(asked, right).items():
         images: dict[str, list[float]] = {}
         for one, value in zip((a for a in asked if a.group == subtask), values, strict=True):
-            images.setdefault(one.id.rpartition("/")[0], []).append(value)
+            images.setdefault(one.unit, []).append(value)
         points[subtask] = mean(values) + mean([min(both) for both in images.values()])
     total: dict[str, Any] = {
         "perception": sum(points.get(name, 0.0) for name in PERCEPTION),
@@ -116,5 +116,6 @@ def score_mme(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, float
 TASKS = (
     Task("pope", "POPE: objects that are there or not, three samplings",
          "github.com/AoiDragon/POPE output/coco, and COCO's val2014 images", read_pope, score_pope),
-    Task("mme", "MME: yes or no, fourteen subtasks, in points", "its authors give it on request", read_mme, score_mme),
+    Task("mme", "MME: yes or no, fourteen subtasks, in points", "its authors give it on request", read_mme, score_mme,
+         folder="MME"),
 )  # fmt: skip
