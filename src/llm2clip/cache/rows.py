@@ -18,7 +18,7 @@ from threading import Lock
 from typing import Generic, TypeVar
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 
 from llm2clip.cache.format import BROKEN, DTYPES, Shard, StoreError, embeddings_path, scales_path
