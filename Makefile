@@ -15,6 +15,7 @@ check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports > /dev/null
 
 docs: $(VENV)/ready
 	$(BIN)/mkdocs build --quiet

@@ -33,11 +33,11 @@ from llm2clip.cache.writer import stored_as
 from llm2clip.cpu import quick_products, reuse_memory
 from llm2clip.data.records import open_records
 from llm2clip.evaluate.captions import caption_accuracy
+from llm2clip.models.assets import resolve
 from llm2clip.models.batches import default_batch_tokens
 from llm2clip.models.budget import fastest_budget
 from llm2clip.models.precision import calibrated
 from llm2clip.models.text import CaptionEncoder
-from llm2clip.quickstart.assets import resolve
 
 LLM2VEC = """
 import torch

@@ -35,7 +35,7 @@ from llm2clip.llava.pixels import PatchFeatures, keep_features
 from llm2clip.llava.prompts import Conversation
 from llm2clip.llava.train import train
 from llm2clip.llava.verbs import tower_of
-from llm2clip.quickstart.assets import resolve
+from llm2clip.models.assets import resolve
 from llm2clip.recipes import LlavaRecipe
 
 TRAIN = ("flickr8k/captions.jsonl@train", "coco_img/captions.jsonl", "ade20k_ids/captions.jsonl")

@@ -115,7 +115,7 @@ def photographs(data: Path, dense: bool) -> Iterator[dict[str, Any]]:
 def run(command: Sequence[str], log: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as out:
-        done = subprocess.run([sys.executable, "-m", "llm2clip.cli", *command], stdout=out, stderr=out)
+        done = subprocess.run([sys.executable, "-m", "llm2clip", *command], stdout=out, stderr=out)
     if done.returncode:
         raise SystemExit(f"failed, see {log}: llm2clip {shlex.join(command)}")
 

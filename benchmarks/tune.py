@@ -21,11 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from llm2clip.cpu import reuse_memory
 from llm2clip.data.pairs import Captions, batches_of_pairs
 from llm2clip.data.records import open_records
+from llm2clip.models.assets import resolve
 from llm2clip.models.batches import default_batch_tokens
 from llm2clip.models.packing import PACKED
 from llm2clip.models.precision import chosen_precision
 from llm2clip.models.text import CaptionEncoder
-from llm2clip.quickstart.assets import resolve
 from llm2clip.train.contrastive import PairCollator, PairLoss
 
 FIXED = 32  # texts in a pass, as trainers have it

@@ -24,7 +24,7 @@ BOXES = {  # name: x, y, colour
 
 def path() -> str:
     """The way of a caption and of an image."""
-    figure, axes = plots._axes(9.5, 2.4)
+    figure, axes = plots.axes_of(9.5, 2.4)
     axes.axis("off")
     axes.set(xlim=(-0.5, 5.5), ylim=(-0.5, 1.5))
     for name, (x, y, colour) in BOXES.items():
@@ -37,7 +37,7 @@ def path() -> str:
         arrow = {"arrowstyle": "->", "color": GREY, "shrinkA": 46, "shrinkB": 46}
         axes.annotate("", (u, v), (x, y), arrowprops=arrow)
     axes.text(4.9, -0.35, "green: what align trains", ha="center", color=COLOURS[2], fontsize=8)
-    return plots._svg(figure)
+    return plots.svg_of(figure)
 
 
 def cra(run: Path) -> str:

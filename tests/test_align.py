@@ -19,6 +19,7 @@ from llm2clip.cache.embed import embed
 from llm2clip.cache.format import StoreError
 from llm2clip.cache.lock import alone
 from llm2clip.cache.store import EmbeddingStore
+from llm2clip.checkpoints import read_metrics
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skips import SkipLog
 from llm2clip.evaluate.model import validator, with_store
@@ -29,7 +30,6 @@ from llm2clip.models.vision import VisionTower
 from llm2clip.recipes import AlignRecipe
 from llm2clip.train.align import align
 from llm2clip.train.ema import Ema
-from llm2clip.train.engine import read_metrics
 from llm2clip.train.steps import Steps
 from written import write_tar
 

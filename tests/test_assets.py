@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llm2clip.models import gguf
-from llm2clip.quickstart import assets, emoji, wording
-from llm2clip.quickstart.assets import Asset, AssetError, Wheel, resolve
+from llm2clip.models import assets, gguf
+from llm2clip.models.assets import Asset, AssetError, Wheel, resolve
+from llm2clip.quickstart import emoji, wording
 from llm2clip.quickstart.picture import _matplotlib_font, draw_results
 
 FILES = {"thing/a.txt": b"a", "thing/sub/b.txt": b"b", "thing/.hidden.txt": b"", "thing/c.py": b"", "other/d.txt": b"d"}

@@ -16,6 +16,7 @@ from PIL import Image
 
 from llm2clip.data.images import load
 from llm2clip.data.records import Record
+from llm2clip.data.refs import FileImage
 from llm2clip.evaluate.benchmarks import BENCHMARKS, Absent, Choice, Classes, Malformed
 from llm2clip.evaluate.benchmarks.classes import folder_of_classes
 from llm2clip.evaluate.benchmarks.karpathy import untagged
@@ -285,6 +286,7 @@ def test_objectnet_without_its_border(tmp_path: Path) -> None:
     assert list(found.names) == ["chair"] and len(found.images) == 1
     pixels = load(found.images[0])
     assert pixels.shape == (3, 6, 8) and pixels[0].max() == 0 and pixels[2].min() == 255
+    assert found.images[0].key != FileImage(str(root / "images/chair/1.png")).key, "it has other vectors"
 
 
 def test_cifar_in_its_binary_form(tmp_path: Path) -> None:

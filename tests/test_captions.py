@@ -7,6 +7,7 @@ from llm2clip.data.captions import caption_key, epoch_order, unique
 
 def test_keys_and_orders() -> None:
     assert caption_key("a") == caption_key("a") != caption_key("A")
+    assert caption_key("a").hex() == "ca978112ca1bbdcafac231b39a23dc4d", "the key of every store on disk: SHA-256"
     assert unique(["b", "a", "b"]) == ["b", "a"]
     assert sorted(epoch_order(9, 0, 1).tolist()) == list(range(9))
     assert epoch_order(9, 0, 1).tolist() == epoch_order(9, 0, 1).tolist() != epoch_order(9, 0, 2).tolist()

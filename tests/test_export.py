@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sentence_transformers.base.modules import Dense
 
 from conftest import make_llm
 from llm2clip.cli import main
@@ -270,6 +271,10 @@ def test_refused(tmp_path: Path) -> None:
     model = make(tmp_path, timm_tower(), text_pooling="max")
     with pytest.raises(ValueError, match="pools by 'max'"):
         export(model, "transformers", tmp_path / "out")
+    odd = make(tmp_path / "odd", timm_tower())
+    odd.encoder.st.append(Dense(32, 32, bias=True))  # trained after the pooling
+    with pytest.raises(ValueError, match="has a part that the form has no place for"):
+        export(odd, "transformers", tmp_path / "out")
     with pytest.raises(ValueError, match="there is no form 'tf'"):
         export(model, "tf", tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))

@@ -530,6 +530,7 @@ def test_the_command_trains_on_records_and_on_llava_s_json(
 
 
 def test_the_plan_counts_what_a_step_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from llm2clip.plan.devices import Machine
     from llm2clip.plan.llava import llava_plan
     from llm2clip.plan.work import counted
 
@@ -540,8 +541,8 @@ def test_the_plan_counts_what_a_step_does(tmp_path: Path, capsys: pytest.Capture
     talk = Conversation("", None, (("Q?", "An"),))
     ids = torch.tensor([mark(talk, processor.tokenizer, 0).ids])
     found = llava_plan(
-        LlavaRecipe(precision="fp32"), str(llm), str(tmp_path / "clip_vision_model"), None,
-        {"pretrain": 1000, "instruct": 1000}, {"pretrain": ids.shape[1] - 16, "instruct": ids.shape[1] - 16}, "h100",
+        LlavaRecipe(precision="fp32"), Machine("h100"), str(llm), str(tmp_path / "clip_vision_model"), None,
+        {"pretrain": 1000, "instruct": 1000}, {"pretrain": ids.shape[1] - 16, "instruct": ids.shape[1] - 16},
     )  # fmt: skip
     assert found.image_tokens == model.config.image_seq_length == 16
     counts = {

@@ -106,7 +106,7 @@ def test_vqav2(tmp_path: Path) -> None:
     assert submit is not None
     rows = [{"question_id": 1000, "answer": "no"}, {"question_id": 2000, "answer": "2"}]
     assert submit(asked, ["No.", "Two"]) == {"vqav2.json": rows}
-    with pytest.raises(FileNotFoundError, match="has none of v2_OpenEnded"):
+    with pytest.raises(FileNotFoundError, match="has no v2_OpenEnded"):
         read("vqav2", tmp_path / "elsewhere")
 
 

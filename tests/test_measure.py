@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -116,8 +117,9 @@ def test_models_side_by_side_and_the_report(
     said = capsys.readouterr().out
     assert "no vector of 1 of 8 images" in said and "7.png for one" in said
     np.savez(file, images=images.numpy())
-    assert main([*command, "--against", str(file)]) == 1
-    assert "no array 'image_names'" in capsys.readouterr().err
+    assert main([*command, "--against", str(file), "no/such-model"]) == 0, "the first model's report is not lost"
+    said = capsys.readouterr().out
+    assert "no array 'image_names'" in said and "such-model is left out" in said and "It takes" not in said
 
 
 def test_what_a_file_of_vectors_may_not_be(tmp_path: Path) -> None:
@@ -154,7 +156,7 @@ def test_one_that_fails_does_not_take_the_others_with_it(
         Image.new("RGB", (8, 8), (n, 0, 0)).save(folder / f"{n}.png")
     (folder / "broken.png").write_bytes(b"\x89PNG")
     names = ["--benchmarks", "flickr30k", f"folder:{tmp_path / 'mine'}", "--root", str(root), "--out", str(out)]
-    command = ["evaluate", str(clip), *names, "--against", str(file), "--evaluate.linear_probe", "true"]
+    command = ["evaluate", str(clip), *names, "--against", str(file), "--linear_probe"]
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "theirs.npz on flickr30k is left out" in said and "no linear probe: " in said
@@ -190,7 +192,7 @@ def test_a_folder_of_ones_own_and_its_probe(clip: Path, pictures: Path, tmp_path
         place.mkdir(parents=True, exist_ok=True)
         Image.open(pictures / f"{n}.png").save(place / f"{n:02}.png")
         parts[part].append((place / f"{n:02}.png", n // 18))
-    names = ["--benchmarks", f"folder:{folder}", "--evaluate.linear_probe", "true"]
+    names = ["--benchmarks", f"folder:{folder}", "--linear_probe"]
     assert main(["evaluate", str(clip), *names, "--out", str(tmp_path / "out")]) == 0
     [found] = json.loads((tmp_path / "out/results.json").read_text())["results"]
     figures = found["figures"]
@@ -224,9 +226,26 @@ def test_what_is_not_there(clip: Path, root: Path, capsys: pytest.CaptureFixture
     assert main(["evaluate", str(clip), "--benchmarks", "flickr31k", "--root", str(root)]) == 1
     assert "there are flickr30k, coco" in capsys.readouterr().err
     assert main(["evaluate", str(clip), "--benchmarks", "docci", "--root", str(root)]) == 1
-    assert "none of these benchmarks could be measured" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "nothing could be measured" in said and "docci is left out" in said and "It takes docci_descriptions" in said
     assert main(["evaluate", "--benchmarks", "docci", "--root", str(root)]) == 1
     assert "name the model" in capsys.readouterr().err
     assert main(["benchmarks", "--root", str(root)]) == 0
     said = capsys.readouterr().out
     assert "docci_images.tar.gz" in said and "How to get the others" in said and "flickr30k_test.json" not in said
+
+
+def test_a_row_that_is_not_as_expected_costs_its_benchmark_alone(
+    clip: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(root, broken)
+    docci = broken / "docci"
+    docci.mkdir()
+    (docci / "images").mkdir()
+    (docci / "docci_descriptions.jsonlines").write_text('{"split": "test", "description": "a dog"}\n')
+    command = ["evaluate", str(clip), "--benchmarks", "docci", "flickr30k", "--root", str(broken)]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "docci is left out" in said and "not in the form of docci (KeyError('image_file'))" in said
+    assert "flickr30k: 1,000 images" in said

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,12 @@ from transformers import AutoConfig, AutoModel, LlamaConfig
 
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.vision import VisionTower
-from llm2clip.plan.devices import DEVICES, find_device
+from llm2clip.plan.devices import DEVICES, Machine
 from llm2clip.plan.kept import Kept
 from llm2clip.plan.known import LLMS, TOWERS, build_llm, build_tower, llm_config
 from llm2clip.plan.memory import align_memory, peak, tune_memory
 from llm2clip.plan.plan import Plan, plan
-from llm2clip.plan.report import plan_verb
+from llm2clip.plan.report import report
 from llm2clip.plan.work import caption_work, counted, image_work
 from llm2clip.recipes import AlignRecipe, EncoderRecipe, FitRecipe, TuneRecipe
 
@@ -38,8 +39,8 @@ TINY = LlamaConfig(
 )
 
 
-def planned(recipe: FitRecipe = SMALL, device: str = "h100", count: int = 1, **more: float) -> Plan:
-    return plan(recipe, 10_000, 2, 30, device, count, **more)
+def planned(recipe: FitRecipe = SMALL, device: str = "h100", count: int = 1, **more: Any) -> Plan:
+    return plan(recipe, Machine(device, count, **more), 10_000, 2, 30)
 
 
 def small(**settings: object) -> FitRecipe:
@@ -238,7 +239,7 @@ def test_every_way_out_fits(too_much: str, tmp_path: Path) -> None:
             options = dict(zip(words[::2], words[1::2], strict=True))
             change = {k.split(".")[1]: True if v == "true" else int(v) for k, v in options.items()}
             changed = dataclasses.replace(recipe, **{stage: dataclasses.replace(getattr(recipe, stage), **change)})
-            again = planned(changed, count=8, memory=memory, shared_out="--use_fsdp" in name)
+            again = planned(changed, count=8, memory=memory, use_fsdp="--use_fsdp" in name)
             assert again.fits[stage], name
             assert peak(again.memory[stage]) == pytest.approx(size)
 
@@ -288,27 +289,29 @@ def test_precision_decides_the_rate() -> None:
 
 
 def test_devices() -> None:
-    assert find_device("H100", memory=40).memory == 40
-    assert find_device("cpu", tflops=1.5, memory=24).rate("fp32") == 1.5e12
+    assert Machine("H100", memory=40).each.memory == 40
+    assert Machine("cpu", tflops=1.5, memory=24).each.rate("fp32") == 1.5e12
+    with pytest.raises(ValueError, match="t4 has no bf16"):
+        DEVICES["t4"].rate("bf16")
     with pytest.raises(ValueError, match=r"--device cpu is not one of h100, .*--tflops"):
-        find_device("cpu", memory=24)
+        Machine("cpu", memory=24)
     with pytest.raises(ValueError, match="--tflops is more than 0"):
-        find_device("h100", tflops=0)
+        Machine("h100", tflops=0)
 
 
 @pytest.mark.parametrize(("name", "value"), [("mfu", 0), ("mfu", 2), ("images", 0), ("count", -1)])
 def test_numbers_that_make_no_sense(name: str, value: float) -> None:
-    given = {"images": 10, "captions_per_image": 1, "tokens_per_caption": 9, "device": "l4", name: value}
+    given: dict[str, Any] = {"images": 10, "count": 1, "mfu": 0.4, name: value}
     with pytest.raises(ValueError, match=f"--{name} is"):
-        plan(SMALL, **given)  # type: ignore[arg-type]
+        plan(SMALL, Machine("l4", given["count"], given["mfu"]), given["images"], 1, 9)
 
 
 def test_the_page() -> None:
-    page = "\n".join(plan_verb(SMALL, 10_000, 2, 30, "h100"))
+    page = report(planned())
     for part in ("134,515,008", "GFLOP", "most at once", "Store", "instead of a store", "(MFU)", "not measured"):
         assert part in page
     assert "OUT OF MEMORY" not in page
-    page = "\n".join(plan_verb(small(batch=8192), 10_000, 2, 30, "l4"))
+    page = report(planned(small(batch=8192), "l4"))
     assert "OUT OF MEMORY in align" in page and "would fit: --align.recompute true" in page
     untouched = dataclasses.replace(SMALL, tune=TuneRecipe(steps=0))
-    assert "tune" not in planned(untouched).memory and plan_verb(untouched, 10_000, 2, 30, "h100")
+    assert "tune" not in planned(untouched).memory and report(planned(untouched))

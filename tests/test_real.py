@@ -10,8 +10,8 @@ from sentence_transformers import SentenceTransformer
 
 from llm2clip.data.records import open_records
 from llm2clip.evaluate.captions import caption_accuracy
+from llm2clip.models.assets import resolve
 from llm2clip.models.text import CaptionEncoder
-from llm2clip.quickstart.assets import resolve
 
 CAPTIONS = ["A dog runs.", "Two children in red coats build a snowman in front of a house.", "一只狗在跑。"]
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from itertools import product
 from pathlib import Path
 
 import pytest
+import yaml
 
 from llm2clip.cli import build
+from llm2clip.plan.devices import Machine
 from llm2clip.plan.plan import plan
-from llm2clip.recipes import AlignRecipe, FitRecipe
+from llm2clip.recipes import RARE, AlignRecipe, FitRecipe, LlavaRecipe, ReproduceRecipe, keep
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(recipe for recipe in FOLDER.glob("*.yaml") if not recipe.name.startswith("llava-"))
@@ -40,7 +43,7 @@ def test_recipes_parse(recipe: Path) -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_recipes_can_be_planned_and_fit_into_an_h100(recipe: Path) -> None:
     with_llm = [recipe.parent / "qwen2.5-0.5b.yaml"] if recipe in TOWERS or recipe.stem == "lit" else []
-    found = plan(read(*with_llm, recipe), 3_000_000, 2, 84, "h100", 8)
+    found = plan(read(*with_llm, recipe), Machine("h100", 8), 3_000_000, 2, 84)
     assert all(found.fits.values()) and not found.ways_out
 
 
@@ -98,3 +101,41 @@ def test_an_unknown_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         parser.parse_args(["fit", "a.jsonl", "--out", "r", "--align.epocs", "7"])
     assert "align.epocs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["tune"], ["embed", "d"], ["align", "d", "--store", "s"], ["evaluate", "m"]])
+def test_one_file_serves_every_stage(verb: list[str], tmp_path: Path) -> None:
+    """What is fit's and not the verb's is left out; what nobody knows is not."""
+    parser, _ = build()
+    whole = tmp_path / "recipe.yaml"
+    keep({"data": ["x.csv"], **dataclasses.asdict(FitRecipe())}, whole)
+    out = [] if verb[0] == "evaluate" else ["--out", "o"]
+    for recipe in (*RECIPES, whole):
+        given = parser.parse_args([*verb, *out, "--config", str(recipe)])[verb[0]]
+        expected = yaml.safe_load(recipe.read_text()).get(verb[0], {})
+        assert all(given[verb[0]][name] == value for name, value in expected.items() if name != "data")
+    for bad in (
+        "embed:\n  shrd: 1\n",
+        "tunee:\n  steps: 1\n",
+        "align:\n  epochs: x\n" if verb[0] == "align" else "x: 1\n",
+    ):
+        whole.write_text(bad)
+        with pytest.raises(SystemExit):
+            parser.parse_args([*verb, *out, "--config", str(whole)])
+    with pytest.raises(SystemExit):
+        parser.parse_args([*verb, *out, "--llava.lr", "1"])
+
+
+def test_rare_settings_are_settings() -> None:
+    known = {"encoder", "tune", "embed", "align", "evaluate", "llava", "reproduce"}
+    recipes = {**vars(FitRecipe()), "llava": LlavaRecipe(), "reproduce": ReproduceRecipe()}
+    assert {name.split(".")[0] for name in RARE} <= known
+    assert all(hasattr(recipes[section], name) for section, name in (rare.split(".") for rare in RARE))
+
+
+def test_help_shows_about_forty_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("fit", "tune", "embed", "align", "plan", "evaluate", "reproduce"):
+        with pytest.raises(SystemExit):
+            build()[0].parse_args([verb, "--help"])
+        shown = re.findall(r"^  (--[\w.]+)", capsys.readouterr().out, re.M)
+        assert len(shown) <= 48, (verb, len(shown))

@@ -117,3 +117,13 @@ def test_chance_is_the_mean_over_all_orders(items: int, right: int) -> None:
     for k in (1, 2, 5):
         hits = [any(i < right for i in drawn) for drawn in itertools.combinations(range(items), k)]
         assert chance([right], items, (k,))[f"R@{k}"] == pytest.approx(100 * sum(hits) / len(hits))
+
+
+def test_chance_of_ragged_captions_is_the_mean_of_each() -> None:
+    assert chance([1, 2, 2], 6, (1,))["R@1"] == pytest.approx(100 * 5 / 18)
+
+
+def test_images_without_a_caption_change_no_interval() -> None:
+    """Image numbers with gaps, as of captions of one length alone."""
+    ranks, groups = torch.tensor([0, 3, 0, 1, 0, 2]), torch.tensor([0, 0, 1, 2, 2, 3])
+    assert intervals(ranks, groups, (1,)) == intervals(ranks, 3 * groups, (1,))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from llm2clip.data.pairs import Captions, Pair
+from llm2clip.data.records import EARLY, open_records
 from llm2clip.data.skips import SkipLog
+from llm2clip.data.split import Data, read_data, stream, tuning_sources
 from llm2clip.recipes import EvaluateRecipe, RecipeChanged, TuneRecipe, keep
-from llm2clip.split import Data, read_data, tuning_sources
 
 
 @pytest.fixture
@@ -154,3 +157,25 @@ def test_a_mistake_can_be_mended_before_anything_was_made(tmp_path: Path) -> Non
     keep({"data": "right", "embed": {"batch_tokens": 2}}, file)  # how fast, not what
     with pytest.raises(RecipeChanged, match="data: 'right' there, 'wrong' now"):
         keep({"data": "wrong", "embed": {"batch_tokens": 2}}, file)
+
+
+def test_a_tar_by_another_path_is_the_same_images(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(photo, "PNG")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for n in range(4):
+            for suffix, data in (("png", photo.getvalue()), ("txt", f"{n}".encode())):
+                info = tarfile.TarInfo(f"{n}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    monkeypatch.chdir(tmp_path)
+    one, other = (next(open_records(path)).image for path in ("x.tar", str(tmp_path / "x.tar")))
+    assert one is not None and other is not None and one.key == other.key
+
+
+def test_a_second_source_with_a_bad_first_row_is_read(write) -> None:
+    good = write("a.jsonl", *(row(n) for n in range(EARLY + 1)))
+    other = write("b.jsonl", *(row(n) for n in range(50)))
+    Path(other).write_text("{broken\n" + Path(other).read_text())
+    log = SkipLog()
+    assert sum(1 for _ in stream([good, other], {}, log)) == EARLY + 51 and log.skipped.total() == 1

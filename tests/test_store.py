@@ -27,7 +27,7 @@ from llm2clip.cache.format import StoreError, read_shards, replacing
 from llm2clip.cache.incoming import Incoming, receive
 from llm2clip.cache.index import Index, build_index
 from llm2clip.cache.lock import alone
-from llm2clip.cache.store import EmbeddingStore, Reading
+from llm2clip.cache.store import EmbeddingStore, Reading, refused_captions
 from llm2clip.cache.upkeep import merge, repair
 from llm2clip.cache.writer import StoreWriter
 from llm2clip.cli import main
@@ -267,11 +267,13 @@ def test_a_shard_of_another_encoder_is_not_taken_in(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_a_store_is_not_written(tmp_path: Path) -> None:
-    writer = StoreWriter(tmp_path, IDENTITY, 2)
     keys = np.zeros((1, 16), np.uint8)
-    for bad in (np.nan, np.inf, 70000.0):
-        with pytest.raises(StoreError, match="does not fit float16"):
-            writer.write_keyed(0, keys, [1], np.array([[1, bad]]))
+    for dtype in ("float32", "int8", "float16"):
+        writer = StoreWriter(tmp_path / dtype, IDENTITY, 2, dtype)
+        for bad in (np.nan, np.inf, *([70000.0] if dtype == "float16" else [])):
+            with pytest.raises(StoreError, match="does not fit"):
+                writer.write_keyed(0, keys, [1], np.array([[1, bad]]))
+    writer = StoreWriter(tmp_path, IDENTITY, 2)
     for args in ((keys, [1], np.ones((1, 3))), (keys, [1, 2], np.ones((1, 2))), (keys[:, :8], [1], np.ones((1, 2)))):
         with pytest.raises(StoreError, match="takes vectors of 2 numbers"):
             writer.write_keyed(0, *args)
@@ -355,6 +357,10 @@ def test_captions_that_the_tokenizer_refuses_are_listed(
     assert len(store) == 2 and "good" in store and "bad" not in store
     refused = [json.loads(line) for line in (tmp_path / "refused-00000.jsonl").read_text().splitlines()]
     assert refused == [{"caption": "bad", "why": "RuntimeError: cannot"}, {"caption": "", "why": "no tokens"}]
+    odd = "bad\u2028one"  # Python takes it for the end of a line
+    embed([odd], encoder, tmp_path / "odd")
+    both = merge(tmp_path / "both", [tmp_path, tmp_path / "odd"])
+    assert refused_captions(both.folder) == {"bad", "", odd}
     again = embed(["bad", "", "good"], encoder, tmp_path)  # they are not tried again
     assert [s.number for s in again.shards] == [0]
     records = [Record("1", None, ("good", "bad"), ("bad",)), Record("2", None, ("bad",))]
@@ -559,6 +565,8 @@ def test_parquet_there_and_back(encoder: CaptionEncoder, tmp_path: Path) -> None
     pq.write_table(table, tmp_path / "theirs.parquet")
     with pytest.raises(StoreError, match="does not say which encoder"):
         from_parquet(tmp_path / "theirs.parquet", tmp_path / "theirs")
+    table = pa.table({"caption": [" a", "b "], "embedding": [[1.0, 2.0], [3.0, 4.0]]})  # records strip captions, too
+    pq.write_table(table, tmp_path / "theirs.parquet")
     theirs = from_parquet(tmp_path / "theirs.parquet", tmp_path / "theirs", IDENTITY)
     assert theirs.take(theirs.rows(["b"])).tolist() == [[3, 4]]
     with pytest.raises(StoreError, match="another encoder"):
@@ -605,6 +613,12 @@ def test_the_official_tars_there_and_back(encoder: CaptionEncoder, tmp_path: Pat
         pass
     with pytest.raises(StoreError, match="not a pair"):
         from_official([tmp_path / "01.tar"], tmp_path / "bad", IDENTITY)
+    with tarfile.open(tmp_path / "00.tar") as whole, tarfile.open(tmp_path / "00a.tar", "w") as tar:
+        for member in list(whole)[:-2]:
+            tar.addfile(member, whole.extractfile(member))
+    (tmp_path / "00a_text_embeddings.tar").write_bytes((tmp_path / "00_text_embeddings.tar").read_bytes())
+    with pytest.raises(StoreError, match="0011, which"):
+        from_official([tmp_path / "00a.tar"], tmp_path / "longer", IDENTITY)
     with tarfile.open(tmp_path / "02.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("0.jpg"))
     with pytest.raises(StoreError, match="0 has no JSON of captions"):

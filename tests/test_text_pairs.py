@@ -55,3 +55,11 @@ def test_a_file_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"image": "a.jpg", "caption": "x"}')
     with pytest.raises(ValueError, match="no column for query"):
         list(open_pairs(str(tmp_path / "a.jsonl")))
+
+
+def test_bytes_that_are_no_text_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"anchor,positive\nq,d\nq,caf\xe9\n")
+    log = SkipLog(limit=1.0)
+    assert list(open_pairs(str(tmp_path / "a.csv"), log)) == [Pair("q", "d")] and log.skipped == {
+        "not valid Unicode": 1
+    }

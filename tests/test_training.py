@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from conftest import CAPTIONS, TUNE, Killed, distributed, make_llm
 from llm2clip.cache.embed import embed
 from llm2clip.cache.store import EmbeddingStore
+from llm2clip.checkpoints import MetricsLog, latest_checkpoint, mark_complete, read_metrics, resumable
 from llm2clip.data.captions import epoch_order
 from llm2clip.data.images import EvalTransform, load
 from llm2clip.data.records import Record, open_records
@@ -29,16 +30,8 @@ from llm2clip.models.vision import VisionTower
 from llm2clip.recipes import AlignRecipe
 from llm2clip.train import loop
 from llm2clip.train.align import align
-from llm2clip.train.engine import (
-    MetricsLog,
-    cosine_schedule,
-    latest_checkpoint,
-    mark_complete,
-    read_metrics,
-    resumable,
-)
 from llm2clip.train.losses import info_nce
-from llm2clip.train.rates import choose_trained, parameter_groups
+from llm2clip.train.rates import choose_trained, cosine_schedule, parameter_groups
 from llm2clip.train.steps import Batch, Steps
 from llm2clip.train.tune import tune
 

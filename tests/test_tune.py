@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from conftest import CAPTIONS, TUNE, Killed, distributed, make_llm, share_out
+from llm2clip.checkpoints import read_metrics
 from llm2clip.data.pairs import Pair, batches_of_pairs
 from llm2clip.models.precision import chosen_precision
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.recipes import TuneRecipe
 from llm2clip.train.contrastive import PairCollator, PairLoss, pair_loss
-from llm2clip.train.engine import read_metrics
 from llm2clip.train.mntp import MaskedTokenLoss, MaskingCollator, hidden_positions, output_layer
 from llm2clip.train.tune import tune
 

@@ -10,7 +10,7 @@ A run folder holds everything a run made:
       align/                 metrics.jsonl, evaluations.jsonl, logs/ (TensorBoard), checkpoints/, best/
       evaluate/              raw.json, tuned.json (CRA), untrained.json, trained.json (retrieval)
       model/                 the result
-      report.md, curves.png
+      report.md, report.html
 
 A stage's result appears by a rename, so what is there is whole, and the same command goes on where it was stopped.
 """
@@ -20,26 +20,25 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llm2clip.checkpoints import read_metrics
+from llm2clip.data.split import read_data, tuning_sources
 from llm2clip.evaluate.captions import caption_accuracy
 from llm2clip.evaluate.model import evaluate_model, validator, with_store
 from llm2clip.evaluate.report import write_report
 from llm2clip.evaluate.vectors import Vectors
+from llm2clip.files import write_whole
 from llm2clip.models.card import card
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text import CaptionEncoder
-from llm2clip.processes import once, processes, say
+from llm2clip.processes import once, processes, say, typed
 from llm2clip.recipes import FitRecipe
-from llm2clip.split import read_data, tuning_sources
 from llm2clip.stages import begin, fill, new_model, open_encoder, readable
 from llm2clip.train.align import align
-from llm2clip.train.engine import read_metrics
 from llm2clip.train.steps import check_batch
 from llm2clip.train.tune import tune
 
@@ -104,15 +103,15 @@ def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
     model = LLM2CLIP.from_pretrained(model_folder)
     trained = once(out / "evaluate/trained.json", lambda: measure(model))
     if state.is_main_process:
-        report = write_report(
+        report, page = write_report(
             out,
-            command=shlex.join(["llm2clip", *sys.argv[1:]]),
+            command=typed(),
             data=f"{records.summary}. {log.summary()}.",
             cra=(cra[0], cra[1]) if measurable else None,
             untrained=json.loads((out / "evaluate/untrained.json").read_text()),
             trained=trained,
             curves={s: read_metrics(out / s / "metrics.jsonl") for s in ("tune", "align")},
         )
-        (model_folder / "README.md").write_text(card(model_folder, out.resolve().name))
-        say(report.read_text(), f"\nModel:  {model_folder}\nReport: {report}")
+        write_whole(model_folder / "README.md", card(model_folder, out.resolve().name))
+        say(report.read_text(encoding="utf-8"), f"\nModel:  {model_folder}\nReport: {page}")
     return model_folder

@@ -13,6 +13,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from llm2clip.files import write_whole
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2127; --dim: #5f6b7a; --line: #d9dee5; --paper: #fff; --soft: #f4f6f9;
   --good: #16794c; --bad: #b3261e; --so: #8a6100; }
@@ -73,9 +75,17 @@ class Command:
 
 
 @dataclass(frozen=True)
+class Code:
+    """Lines to copy, in a language that markdown knows by name."""
+
+    text: str
+    language: str = ""
+
+
+@dataclass(frozen=True)
 class Table:
-    """Floats are shown with one decimal, None as a dash; `strong` are the rows to look at; `moods` a cell's mood by its
-    text."""
+    """Floats are shown with one decimal, small ones with one digit, None as a dash; `strong` are the rows to look at;
+    `moods` a cell's mood by its text."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Any]]
@@ -108,7 +118,7 @@ class Shots:
     shots: Sequence[Shot]
 
 
-Block = Heading | Text | Command | Table | Plot | Shots
+Block = Heading | Text | Command | Code | Table | Plot | Shots
 
 
 def write_page(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> tuple[Path, Path]:
@@ -116,9 +126,7 @@ def write_page(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> 
     written = []
     for suffix, text in ((".md", markdown(title, blocks, f"{name}.html")), (".html", html(title, blocks))):
         file = folder / f"{name}{suffix}"
-        part = file.with_name(f".{file.name}.part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(file)
+        write_whole(file, text)
         written.append(file)
     return written[0], written[1]
 
@@ -139,7 +147,9 @@ def short(paths: Sequence[str]) -> list[str]:
 
 def cell(value: Any) -> str:
     """A table's cell as text."""
-    return "–" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.1f}" if value == 0 or abs(value) >= 0.1 else f"{value:.1g}"
+    return "–" if value is None else str(value)
 
 
 def markdown(title: str, blocks: Sequence[Block], page: str) -> str:
@@ -152,6 +162,8 @@ def markdown(title: str, blocks: Sequence[Block], page: str) -> str:
             parts.append(f"**{block.text}**" if block.mood else block.text)
         elif isinstance(block, Command):
             parts.append(f"```\n{block.text}\n```")
+        elif isinstance(block, Code):
+            parts.append(f"```{block.language}\n{block.text}\n```")
         elif isinstance(block, Table):
             lines = [list(block.header), ["---"] * len(block.header), *([cell(v) for v in row] for row in block.rows)]
             shown = [[text.replace("|", "\\|").replace("\n", " ") for text in line] for line in lines]
@@ -178,7 +190,7 @@ def _html(block: Block) -> str:
         return f"<h{block.level}>{_inline(block.text)}</h{block.level}>"
     if isinstance(block, Text):
         return f'<p class="{block.mood}">{_inline(block.text)}</p>' if block.mood else f"<p>{_inline(block.text)}</p>"
-    if isinstance(block, Command):
+    if isinstance(block, Command | Code):
         return f"<pre>{escape(block.text)}</pre>"
     if isinstance(block, Table):
         return _table(block)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +18,8 @@ import torch
 from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from torch import nn
+
+from llm2clip.files import write_whole
 
 
 def processes() -> PartialState:
@@ -62,6 +66,11 @@ def use_precision(precision: str) -> str:
     return name
 
 
+def typed() -> str:
+    """The command that this process was begun with, as it would be typed again."""
+    return shlex.join(["llm2clip", *sys.argv[1:]])
+
+
 def say(*lines: str) -> None:
     """Print once in a distributed run."""
     if lines and processes().is_main_process:
@@ -72,10 +81,7 @@ def once(file: Path, measure: Callable[[], Any]) -> Any:
     """The JSON in `file`, made by the main process if it is not there yet."""
     state = processes()
     if state.is_main_process and not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        tmp = file.with_suffix(f".{os.getpid()}.tmp")
-        tmp.write_text(json.dumps(measure(), indent=1))
-        tmp.replace(file)
+        write_whole(file, json.dumps(measure(), indent=1))
     state.wait_for_everyone()
     return json.loads(file.read_text())
 

@@ -1,17 +1,27 @@
 """The settings of every stage, one dataclass each: what a YAML file holds and what `--stage.name value` overrides.
 
-This is the bottom of the house: it imports nothing of ours and nothing heavy, so that `llm2clip --help` is instant and
+This is the bottom of the house: it imports nothing heavy, so that `llm2clip --help` is instant and
 any stage can be typed by its recipe. `recipes/two-cores.yaml` in the repository is for a machine without a GPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from llm2clip.files import write_whole
+
+
+def at_least(recipe: Any, section: str, least: int, *names: str) -> None:
+    """Raises ValueError if one of these settings is a number below the least; None is none."""
+    for name in names:
+        if (value := getattr(recipe, name)) is not None and value < least:
+            raise ValueError(f"--{section}.{name} is {least} or more, not {value}")
 
 
 @dataclass
@@ -54,11 +64,8 @@ class TuneRecipe:
         lengths: how often a pair of captions is of two short ones, a short and a long one, two long ones, where an
             image has such pairs.
         exclude: sources whose images must not be tuned on, as held-out ones never are.
-        exclude_id: regular expression; what it matches of an id is compared, across sources: the leading number, else
-            all of it.
         steps: optimizer steps; 0 leaves the LLM raw.
         mntp_steps: steps of masked next-token prediction before, on the same texts.
-        mntp_mask: share of the tokens that those hide.
         batch: pairs in a step and on each device; every other caption of the step is a negative.
         alike: images that come into a batch together since their captions are alike, as harder negatives: 32 suits
             tens of thousands of images; among millions, near-duplicates would meet. 1 draws all at random.
@@ -67,7 +74,6 @@ class TuneRecipe:
         temperature: of the contrastive loss; cosines are divided by it.
         symmetric: the second text of a pair must find the first, too.
         widths: also train the first so many numbers of a vector to do alone (Matryoshka), such as [256, 512].
-        weight_decay: of AdamW.
         lora_r: rank of LoRA on all linear layers; 0 tunes all weights instead, but for the table of token embeddings.
         lora_alpha: scale of LoRA.
         lora_dropout: dropout before LoRA.
@@ -83,7 +89,6 @@ class TuneRecipe:
         batch_tokens: tokens in a forward pass, padding included; null chooses for the device.
         precision: fp32, bf16 or fp16; auto is bf16 where the device multiplies it in hardware, else fp32. Under LoRA
             the matrices that it leaves alone are rounded to it, as those of an LLM published in bf16 are already.
-        max_grad_norm: gradients are clipped to this norm.
         checkpoint_every: steps between checkpoints.
         seed: of pairs, LoRA and dropout.
     """
@@ -93,10 +98,8 @@ class TuneRecipe:
     weights: list[float] = field(default_factory=list)
     lengths: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
     exclude: list[str] = field(default_factory=list)
-    exclude_id: str = r"^\d{5,}|^.+"
     steps: int = 150
     mntp_steps: int = 0
-    mntp_mask: float = 0.2
     batch: int = 128
     alike: int = 1
     lr: float = 1e-3
@@ -104,7 +107,6 @@ class TuneRecipe:
     temperature: float = 0.05
     symmetric: bool = True
     widths: list[int] = field(default_factory=list)
-    weight_decay: float = 0.0
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.0
@@ -115,9 +117,17 @@ class TuneRecipe:
     recompute: bool = False
     batch_tokens: int | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    max_grad_norm: float = 1.0
     checkpoint_every: int = 25
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that make no sense."""
+        at_least(self, "tune", 1, "batch", "alike", "batch_tokens", "checkpoint_every")
+        at_least(self, "tune", 0, "steps", "mntp_steps", "lr", "lora_r")
+        if self.temperature <= 0:
+            raise ValueError(f"--tune.temperature is above 0, not {self.temperature}")
+        if not self.lora_r and (self.quantize or not self.merge):
+            raise ValueError("--tune.quantize and --tune.merge are LoRA's, which --tune.lora_r 0 does without")
 
 
 @dataclass
@@ -140,6 +150,13 @@ class EmbedRecipe:
     dtype: Literal["float16", "int8"] = "float16"
     engine: Literal["local", "ray"] = "local"
     workers: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that make no sense, and for a precision that there is not."""
+        at_least(self, "embed", 1, "shard_size", "batch_tokens")
+        at_least(self, "embed", 0, "workers")
+        if not re.fullmatch(r"auto|fp32|bf16(\+\d+)?", self.precision):
+            raise ValueError(f"--embed.precision is auto, fp32, bf16 or bf16+N, not {self.precision!r}")
 
 
 @dataclass
@@ -171,7 +188,8 @@ class AlignRecipe:
         head_epochs: passes of the projection and the adapter alone, before the rest, over vectors that the tower gives
             as it is: each image goes through it once, so these passes take seconds.
         head_batch: images in a step of those on each device, or as many as there are.
-        cache_features: the same for all epochs, with `batch`: the tower stays as it is, its images uncropped.
+        cache_features: the tower stays as it is and sees each image once, uncropped; the heads learn on its features in
+            all epochs, seconds each.
         tower_lr: peak learning rate of the vision tower; 0 freezes it.
         lr: peak learning rate of the projection and the adapter.
         projection_lr: of the projection, if it is to be another.
@@ -248,13 +266,9 @@ class AlignRecipe:
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that make no sense, and for settings that contradict each other."""
-        least_one = ("width", "batch", "accumulate", "head_batch", "checkpoint_every", "micro_batch", "train_layers")
-        for name in least_one:
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--align.{name} is at least 1, not {value}")
-        for name in ("captions", "head_epochs", "lora_r", "tower_lr", "evaluate_every"):
-            if (value := getattr(self, name)) is not None and value < 0:
-                raise ValueError(f"--align.{name} is not below 0, as {value} is")
+        at_least(self, "align", 1, "width", "batch", "accumulate", "head_batch", "checkpoint_every", "micro_batch")
+        at_least(self, "align", 1, "train_layers")
+        at_least(self, "align", 0, "captions", "head_epochs", "lora_r", "tower_lr", "evaluate_every", "workers")
         if self.epochs <= 0:
             raise ValueError(f"--align.epochs is above 0, not {self.epochs}")
         for name, high in (("crop", True), ("layer_decay", True), ("warmup", True), ("ema", False)):
@@ -283,17 +297,11 @@ class EvaluateRecipe:
         data: sources to test on; empty takes the held-out part of the training data.
         fields: caption columns to test, each on its own, such as captions_zh; `captions` always is.
         batch: images in a forward pass.
-        all_pairs: of captions alone, also let each caption look for any other of its image.
-        mistakes: of captions alone, how many of the worst mistakes to print.
-        linear_probe: of classes, also fit logistic regression to the training images.
     """
 
     data: list[str] = field(default_factory=list)
     fields: list[str] = field(default_factory=list)
     batch: int = 64
-    all_pairs: bool = False
-    mistakes: int = 3
-    linear_probe: bool = False
 
 
 @dataclass
@@ -376,8 +384,9 @@ class ReproduceRecipe:
 
 @dataclass
 class LlavaRecipe:
-    """Training a multimodal model: the projector alone, then the language model with it (LLaVA-1.5, arXiv 2310.03744,
-    whose settings these are).
+    """Training a multimodal model: first the projector alone, then the LLM with it.
+
+    The settings are LLaVA-1.5's (arXiv 2310.03744).
 
     Args:
         pretrain_epochs: passes over what the projector alone learns from.
@@ -393,7 +402,6 @@ class LlavaRecipe:
         grouped: conversations of similar length in a batch, so that little of it is padding.
         cache_gb: the frozen tower sees each picture once, and its patch features are kept, if all take at most so many
             GB; 0 lets it see them in every pass.
-        weight_decay: of AdamW.
         warmup: share of the steps; then a cosine to zero.
         precision: fp32, bf16, or auto: bf16 where the device multiplies it in hardware.
         recompute: recompute activations in the backward pass (gradient checkpointing).
@@ -414,7 +422,6 @@ class LlavaRecipe:
     max_length: int = 2048
     grouped: bool = True
     cache_gb: float = 20.0
-    weight_decay: float = 0.0
     warmup: float = 0.03
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     recompute: bool = False
@@ -422,15 +429,39 @@ class LlavaRecipe:
     checkpoint_every: int = 200
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that make no sense."""
+        at_least(self, "llava", 1, "pretrain_batch", "batch", "micro_batch", "max_length", "checkpoint_every")
+        at_least(self, "llava", 0, "pretrain_epochs", "epochs", "pretrain_lr", "lr", "lora_r", "cache_gb", "workers")
+
 
 class RecipeChanged(ValueError):
     """A run folder was begun with other settings."""
 
 
+# Settings that few ever change: help leaves them out, --print_config and the reference have them.
+RARE = {
+    *(f"encoder.{name}" for name in ("bidirectional", "width", "attention")),
+    *(f"tune.{name}" for name in ("weights", "lengths", "mntp_steps", "alike", "warmup", "lora_alpha", "lora_dropout")),
+    *(f"tune.{name}" for name in ("lora_targets", "symmetric", "widths", "merge", "checkpoint_every", "seed")),
+    *(f"embed.{name}" for name in ("shard_size", "batch_tokens", "workers")),
+    *(f"align.{name}" for name in ("pretrained", "adapter_depth", "adapter_expansion", "normalize_input")),
+    *(
+        f"align.{name}"
+        for name in ("projection", "mix", "accumulate", "head_epochs", "head_batch", "projection_lr", "scale_lr")
+    ),
+    *(f"align.{name}" for name in ("layer_decay", "train_layers", "lora_alpha", "weight_decay", "warmup", "ema")),
+    *(f"align.{name}" for name in ("max_grad_norm", "crop", "hflip", "augment", "compile", "evaluate_every", "keep")),
+    *(f"align.{name}" for name in ("track", "checkpoint_every", "seed")),
+    *(f"llava.{name}" for name in ("lora_alpha", "grouped", "warmup", "checkpoint_every", "seed")),
+    *("evaluate.batch", "reproduce.cost_images", "reproduce.cost_steps"),
+}
+
+
 # What may differ when a run goes on: it changes how long the work takes, not what comes out.
 FREE = (
     *("workers", "checkpoint_every", "batch_tokens", "shard_size", "max_skipped", "grad_cache", "micro_batch"),
-    *("recompute", "compile", "track", "linear_probe", "cost_images", "cost_steps"),
+    *("recompute", "compile", "track", "cost_images", "cost_steps"),
 )
 
 
@@ -454,7 +485,7 @@ def keep(settings: dict[str, Any], file: Path) -> None:
     plain = _plain(settings)
     begun = file.exists() and any(p.name not in (file.name, "skipped.jsonl", ".lock") for p in file.parent.iterdir())
     if begun:
-        there = yaml.safe_load(file.read_text())
+        there = yaml.safe_load(file.read_text(encoding="utf-8"))
         differences = [d for d in _differences(there, plain) if d[0].rsplit(".", 1)[-1] not in FREE]
         if not any((file.parent / trace).exists() for trace in ITS_TRACES):
             differences = [d for d in differences if not d[0].startswith(f"{LAST_STAGE}.")]
@@ -464,10 +495,7 @@ def keep(settings: dict[str, Any], file: Path) -> None:
                 f"{file} was begun with other settings ({'; '.join(changed)}). "
                 "Use another --out, or delete this folder to begin again"
             )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tmp = file.with_suffix(".tmp")
-    tmp.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
-    tmp.replace(file)
+    write_whole(file, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
 def _plain(value: Any) -> Any:

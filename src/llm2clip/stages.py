@@ -11,23 +11,18 @@ from typing import Any
 import torch
 
 from llm2clip.cache.embed import embed
-from llm2clip.cache.exchange import from_official, from_parquet, to_official, to_parquet
 from llm2clip.cache.format import check_identity
 from llm2clip.cache.ray_engine import embed_with_ray
 from llm2clip.cache.store import EmbeddingStore, refused_captions
-from llm2clip.cache.upkeep import merge, repair
 from llm2clip.data.records import KINDS, Record
 from llm2clip.data.skips import SkipLog
-from llm2clip.evaluate.captions import TextEncoder
+from llm2clip.data.split import Data, read, read_data, stream, tuning_sources
 from llm2clip.evaluate.model import validator
-from llm2clip.models.clip_text import clip_text, has_text_tower
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.models.vision import VisionTower
 from llm2clip.processes import processes, say
-from llm2clip.quickstart.assets import resolve
 from llm2clip.recipes import AlignRecipe, EmbedRecipe, EncoderRecipe, EvaluateRecipe, TuneRecipe, keep
-from llm2clip.split import Data, read, read_data, stream, tuning_sources
 from llm2clip.train.align import align
 from llm2clip.train.tune import tune
 
@@ -43,6 +38,8 @@ def tune_stage(
     """`llm2clip tune`: the folder of the tuned caption encoder, `out/encoder`."""
     settings = {"data": list(data), "columns": columns, "encoder": encoder, "tune": recipe}
     log = begin(out, settings, max_skipped)
+    if (out / "encoder").exists():
+        return out / "encoder"
     sources = dataclasses.replace(recipe, data=[*data, *recipe.data])
     if not sources.data and not sources.pairs:
         raise ValueError("name sources of captions, or of text pairs with --tune.pairs")
@@ -107,43 +104,6 @@ def align_stage(
     return folder
 
 
-def store_verb(what: str, given: Any) -> list[str]:
-    """`llm2clip store WHAT`: lines that say what was done.
-
-    Raises:
-        StoreError: a store is damaged or of another encoder.
-        ValueError: neither or both of a parquet file and tars are named.
-    """
-    if what in ("export", "import") and (given.parquet is None) == (given.tars is None):
-        raise ValueError("name either --parquet FILE or --tars X.tar ...")
-    if what == "verify":
-        store = EmbeddingStore(given.folder)
-        store.verify(progress=True)
-        return [f"{given.folder}: {len(store):,} captions in {len(store.shards)} shards, all as they were written"]
-    if what == "repair":
-        dropped = repair(given.folder, progress=True)
-        left = f"{len(EmbeddingStore(given.folder)):,} captions are left; `llm2clip embed` encodes the others again"
-        return [f"dropped: {', '.join(dropped) or 'nothing'}", left]
-    if what == "merge":
-        return [f"{given.out}: {len(merge(given.out, given.folders)):,} captions"]
-    if what == "export":
-        if given.parquet:
-            to_parquet(EmbeddingStore(given.folder), given.parquet)
-            return [given.parquet]
-        return list(map(str, to_official(EmbeddingStore(given.folder), given.tars)))
-    identity = (
-        None
-        if given.parquet and given.encoder == EncoderRecipe()
-        else open_encoder(given.encoder).identity(given.precision)
-    )
-    if given.parquet:
-        store = from_parquet(given.parquet, given.out, identity)
-    else:
-        assert identity is not None
-        store = from_official(given.tars, given.out, identity)
-    return [f"{given.out}: {len(store):,} captions"]
-
-
 # ---- what the stages share ------------------------------------------------------------------------------------------
 
 
@@ -174,29 +134,15 @@ def readable(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
 
 
 def open_encoder(recipe: EncoderRecipe, tuning: TuneRecipe | None = None) -> CaptionEncoder:
-    """The caption encoder of a recipe, fetched first if it goes by one of our names; on the CPU if tuning is to make it
-    small for the device."""
-    options = dataclasses.asdict(recipe)
+    """The caption encoder of a recipe; on the CPU if tuning is to make it small for the device."""
     device = "cpu" if tuning is not None and tuning.quantize else None
-    return CaptionEncoder.from_pretrained(resolve(options.pop("path")), **options, device=device)
-
-
-def open_text(recipe: EncoderRecipe) -> TextEncoder:
-    """Any text encoder, to be measured: a recipe's caption encoder, or another CLIP's text tower."""
-    path = resolve(recipe.path)
-    if not has_text_tower(path):
-        return open_encoder(recipe)
-    if options := [name for name, value in dataclasses.asdict(recipe).items() if name != "path" and value is not None]:
-        raise ValueError(f"{path} is a CLIP, whose text tower is taken as it is: leave out {', '.join(options)}")
-    return clip_text(path)
+    return CaptionEncoder.from_pretrained(**dataclasses.asdict(recipe), device=device)
 
 
 def new_model(recipe: AlignRecipe, store: EmbeddingStore) -> LLM2CLIP:
     """A model to be trained: its tower pretrained, its heads drawn from the recipe's seed."""
     torch.manual_seed(recipe.seed)
-    tower = VisionTower.from_pretrained(
-        resolve(recipe.tower), image_size=recipe.image_size, pretrained=recipe.pretrained
-    )
+    tower = VisionTower.from_pretrained(recipe.tower, image_size=recipe.image_size, pretrained=recipe.pretrained)
     tower.freeze_norm = recipe.pretrained  # else there is nothing in the norms to be kept
     config = LLM2CLIPConfig(
         tower=tower.config,

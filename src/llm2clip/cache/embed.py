@@ -25,6 +25,7 @@ from llm2clip.cache.lock import alone
 from llm2clip.cache.store import EmbeddingStore, refused_captions
 from llm2clip.cache.writer import StoreWriter
 from llm2clip.cpu import reuse_memory
+from llm2clip.files import write_whole
 from llm2clip.models.batches import Tokens, default_batch_tokens
 from llm2clip.models.budget import WORTH_TRYING, fastest_budget
 from llm2clip.models.precision import fastest
@@ -151,7 +152,7 @@ def filling(
 
 
 @dataclass(frozen=True)
-class Reading:
+class Tokenized:
     """Captions of a shard and their tokens; those that the tokenizer refused, with why."""
 
     captions: list[str]
@@ -159,12 +160,12 @@ class Reading:
     refused: list[tuple[str, str]]
 
 
-def tokenized(captions: Sequence[str], encoder: CaptionEncoder) -> Reading:
+def tokenized(captions: Sequence[str], encoder: CaptionEncoder) -> Tokenized:
     """Captions to tokens. One without any, or that the tokenizer fails on, is refused; the others are kept."""
     try:
         tokens = encoder.tokenize(captions)
         if all(tokens.ids):
-            return Reading(list(captions), tokens, [])
+            return Tokenized(list(captions), tokens, [])
     except Exception:  # which one it was shows below
         pass
     good, refused = [], []
@@ -176,10 +177,10 @@ def tokenized(captions: Sequence[str], encoder: CaptionEncoder) -> Reading:
                 refused.append((caption, "no tokens"))
         except Exception as error:
             refused.append((caption, f"{type(error).__name__}: {error}"))
-    return Reading(good, encoder.tokenize(good), refused)
+    return Tokenized(good, encoder.tokenize(good), refused)
 
 
-def keep(writer: StoreWriter, number: int, found: Reading, vectors: np.ndarray, say: Callable[[str], object]) -> None:
+def keep(writer: StoreWriter, number: int, found: Tokenized, vectors: np.ndarray, say: Callable[[str], object]) -> None:
     """Write a shard, and lists of the captions that were cut or refused."""
     tokens = found.tokens
     cut = [{"caption": found.captions[i]} for i in tokens.truncated]
@@ -187,7 +188,7 @@ def keep(writer: StoreWriter, number: int, found: Reading, vectors: np.ndarray, 
     for name, rows in (("truncated", cut), ("refused", refused)):
         if rows:
             file = writer.folder / f"{name}-{number:05d}.jsonl"
-            file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             say(f"{len(rows)} captions {name}: see {file}")
     writer.write(number, found.captions, [len(i) for i in tokens.ids], vectors)
 

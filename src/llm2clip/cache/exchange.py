@@ -92,7 +92,7 @@ def from_parquet(
             named = batch["key" if "key" in names else "caption"]
             lengths = pc.unique(pc.list_value_length(batch["embedding"]))
             if batch["embedding"].null_count or named.null_count or len(lengths) != 1:
-                raise StoreError(f"{file}: a row without embedding, {named.type} or of another width than the others")
+                raise StoreError(f"{file}: a row without embedding, key or caption, or of another width")
             vectors = batch["embedding"].flatten().to_numpy(zero_copy_only=False).reshape(len(batch), -1)
             if "key" in names:
                 whole = b"".join(named.to_pylist())
@@ -100,7 +100,7 @@ def from_parquet(
                     raise StoreError(f"{file}: a key is 16 bytes, the first of the caption's SHA-256")
                 keys = np.frombuffer(whole, np.uint8).reshape(-1, 16)
             else:
-                keys = keys_of(named.to_pylist())
+                keys = keys_of([caption.strip() for caption in named.to_pylist()])
             tokens = batch["tokens"].fill_null(0).to_pylist() if "tokens" in names else [0] * len(batch)
             yield keys, tokens, vectors
 
@@ -136,6 +136,8 @@ def from_official(
                         if kind.lower() not in found:
                             raise StoreError(f"{other}: {name} has no {kind.lower()}")
                         yield captions[kind], np.frombuffer(found[kind.lower()], "<f4")
+            if (more := next(vectors, None)) is not None:
+                raise StoreError(f"{other}: {more[0]}, which {tar} has not: not a pair")
 
     def rows() -> Iterator[tuple[np.ndarray, list[int], np.ndarray]]:
         for group in groups(pairs(), SHARD):
@@ -175,9 +177,7 @@ def _captions(tar: Path, name: str, parts: dict[str, bytes]) -> dict[str, Any]:
     """A sample's JSON, of which OFFICIAL's are texts or lists that begin with one."""
     try:
         captions: dict[str, Any] = json.loads(parts["json"])
-        kinds = {k: v if isinstance(v, str) else v[0] for k, v in captions.items() if k in OFFICIAL}
-        if not all(isinstance(text, str) for text in kinds.values()):
-            raise TypeError("a caption is not text")
+        kinds = {k: (v if isinstance(v, str) else v[0]).strip() for k, v in captions.items() if k in OFFICIAL}
     except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise StoreError(f"{tar}: {name} has no JSON of captions ({error!r})") from error
     return kinds

@@ -148,8 +148,14 @@ def embed_images(
             if good:
                 kept = [names[i] for i in good]
                 work.writer.write(number, kept, [0] * len(kept), vectors.numpy())
-        log.check()
-    return EmbeddingStore(folder)
+    store = EmbeddingStore(folder)
+    # Judged when all are through, and by all alike: a process that gave up alone would leave the others waiting. What
+    # this one saw fail is counted already, with the reason.
+    for ref, row in zip(by_name.values(), store.find(keys_of(list(by_name))), strict=True):
+        if row < 0:
+            log.skip(str(ref), 0, "undecodable image", "")
+    log.check()
+    return store
 
 
 def embed_texts(

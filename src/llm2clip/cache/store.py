@@ -6,7 +6,6 @@ Reading it: `rows` finds captions, `take` gives their vectors, in any order at t
 from __future__ import annotations
 
 import filecmp
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -34,6 +33,7 @@ from llm2clip.cache.format import (
 )
 from llm2clip.cache.index import Index, build_index
 from llm2clip.cache.rows import MappedRows, PositionalRows, Rows, spare_memory
+from llm2clip.files import json_lines
 
 Reading = Literal["auto", "map", "positional"]
 
@@ -131,10 +131,14 @@ class EmbeddingStore:
                 raise StoreError(f"{index} is damaged; `llm2clip store repair {self.folder}` makes it again")
 
 
+def refused_rows(folder: Path) -> list[dict[str, Any]]:
+    """The captions that the tokenizer refused when the store was filled, with why: it has no vectors of them."""
+    return [row for file in sorted(folder.glob("refused-*.jsonl")) for _, row in json_lines(file)]
+
+
 def refused_captions(folder: Path) -> set[str]:
-    """The captions that the tokenizer refused when the store was filled: it has no vectors of them."""
-    lines = (line for file in sorted(folder.glob("refused-*.jsonl")) for line in file.read_text().splitlines())
-    return {json.loads(line)["caption"] for line in lines}
+    """The same without why."""
+    return {row["caption"] for row in refused_rows(folder)}
 
 
 def damaged_shards(folder: Path, shards: Sequence[Shard], kind: Kind, progress: bool = False) -> list[int]:

@@ -6,6 +6,7 @@ Nothing here encodes: what repair drops, `llm2clip embed` encodes again, and onl
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -30,8 +31,9 @@ from llm2clip.cache.format import (
     sweep,
 )
 from llm2clip.cache.lock import alone
-from llm2clip.cache.store import EmbeddingStore, damaged_shards
+from llm2clip.cache.store import EmbeddingStore, damaged_shards, refused_rows
 from llm2clip.cache.writer import StoreWriter, summarise
+from llm2clip.files import write_whole
 
 
 def repair(folder: str | Path, progress: bool = False) -> list[str]:
@@ -115,6 +117,10 @@ def merge(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingStore:
                         _put(path_of(folder, shard.number), path_of(out, number))
                 there.add(content)
                 number += 1
+        refused = {row["caption"]: row for folder in folders for row in refused_rows(folder)}
+        if left := [row for row in refused_rows(out) if row["caption"] not in refused] + list(refused.values()):
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in left)
+            write_whole(out / "refused-merged.jsonl", lines)
         writer.finish()
     return EmbeddingStore(out)
 

@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from llm2clip.data.formats import readable_formats
+from llm2clip.data.refs import ImageRef
 
 MAX_PIXELS = 100_000_000
 """A picture that claims more than this is refused before anything is decoded: 300 MB of RGB."""
@@ -106,9 +107,9 @@ class Preprocess:
             resize=resize,
             # Some processors of transformers have a crop_pct of their own, with another meaning beside other sizes.
             crop_pct=crop_pct if crop_pct and math.floor(crop / crop_pct + 1e-6) == scaled else crop / scaled,
-            interpolation="bilinear" if int(config.get("resample", 3)) == 2 else "bicubic",
-            mean=_triple(config["image_mean"]),
-            std=_triple(config["image_std"]),
+            interpolation=_interpolation(int(config.get("resample", 3))),
+            mean=_triple(config, "image_mean"),
+            std=_triple(config, "image_std"),
         )
 
 
@@ -124,8 +125,17 @@ def _square(size: Any) -> int:
     return int(sides.pop())
 
 
-def _triple(values: Any) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
+def _interpolation(resample: int) -> Literal["bilinear", "bicubic"]:
+    """Of Pillow's numbers for ways to resample, which processors have."""
+    if resample not in (2, 3):
+        raise ValueError(f"the image processor resamples by Pillow's way {resample}, not 2 (bilinear) or 3 (bicubic)")
+    return "bilinear" if resample == 2 else "bicubic"
+
+
+def _triple(config: dict[str, Any], name: str) -> tuple[float, float, float]:
+    if name not in config:
+        raise ValueError(f"the image processor has no {name}")
+    red, green, blue = (float(value) for value in config[name])
     return red, green, blue
 
 
@@ -144,8 +154,10 @@ def load(image: ImageLike) -> Tensor:
         return image
     if isinstance(image, bytes):
         return decode(image)
-    if isinstance(image, Image.Image):
-        name: object = getattr(image, "filename", "")
+    if isinstance(image, ImageRef):
+        name: object = image
+    elif isinstance(image, Image.Image):
+        name = getattr(image, "filename", "")
     elif isinstance(image, str | Path):
         name = image
     elif isinstance(image, Readable):

@@ -55,7 +55,7 @@ def find(path: str, whole: bool = False) -> list[tuple[str, str]]:
         if not matches:
             raise FileNotFoundError(_absent(name))
         for match in matches:
-            found += find(match)
+            found += find(match, whole)
     return found
 
 

@@ -154,6 +154,7 @@ class _Opening:
         self.source, self.log, self.images, self.captionless = source, log, images, captionless
         self.met: dict[str, None] = {}  # column names, in order
         self.texts_met = False
+        self.seen = 0  # rows of this source; the log counts those of all
         self.splits_met: Counter[str] = Counter()
         self._chosen: dict[tuple[str, ...], dict[str, str]] = {}
 
@@ -166,7 +167,7 @@ class _Opening:
             if kind in ("csv", "tsv", "captions.txt"):
                 rows = _grouped(rows)
             for row in rows:
-                self.log.seen_one()
+                self.seen_one()
                 try:
                     record = self.record(row)
                 except _Skip as skip:
@@ -182,9 +183,13 @@ class _Opening:
             listed = f"; its splits: {splits}" if splits else ""
             raise ValueError(f"{self.source}: no record{listed}; {self.log.summary()}")
 
+    def seen_one(self) -> None:
+        self.seen += 1
+        self.log.seen_one()
+
     def skip(self, file: str, row: int, skip: _Skip) -> None:
         self.log.skip(file, row, skip.reason, skip.value)
-        if self.log.seen >= EARLY:
+        if self.seen >= EARLY:
             if not self.texts_met and not self.captionless:
                 self.check_columns()
             self.log.check()
@@ -261,7 +266,7 @@ class _Opening:
                     split,
                 )
             except _Skip as skip:
-                self.log.seen_one()
+                self.seen_one()
                 self.skip(file, number, skip)
 
     def strings(self, file: str, row: int, value: Any, lists: bool) -> tuple[str, ...]:

@@ -26,7 +26,8 @@ class ImageRef(ABC):
     @property
     def key(self) -> str:
         """Equal for the same image and for no other, however its path is written."""
-        return str(self)
+        here = self.held_in
+        return str(self) if here is None else _real(here) + str(self)[len(here) :]
 
     @property
     def held_in(self) -> str | None:

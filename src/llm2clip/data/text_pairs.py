@@ -58,9 +58,14 @@ def open_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
                 if log.seen >= EARLY:
                     log.check()
                 continue
-            count += 1
             wrong = _strings(fields.get(columns.get("negatives", "")))
             instruction = _text(fields.get(columns.get("instruction", "")))
+            try:
+                "".join([query, positive, *wrong, instruction]).encode()
+            except UnicodeEncodeError as error:
+                log.skip(where, number, "not valid Unicode", error)
+                continue
+            count += 1
             yield Pair(
                 query,
                 positive,

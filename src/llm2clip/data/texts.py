@@ -52,7 +52,10 @@ def read_csv(path: str, delimiter: str) -> Iterator[RawRow]:
     # surrogateescape: bytes that are no UTF-8 stay visible to `records`, which refuses the row and not the file
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
-        header = [name.strip() for name in next(rows, [])]
+        try:
+            header = [name.strip() for name in next(rows, [])]
+        except csv.Error as error:
+            raise ValueError(f"{path}: its header is not CSV ({error})") from error
         while True:
             number = rows.line_num + 1
             try:

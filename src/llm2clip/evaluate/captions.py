@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip.data.captions import unique
-from llm2clip.evaluate.ranks import positive_ranks
+from llm2clip.evaluate.ranks import positive_ranks, two_way_ranks
 from llm2clip.evaluate.retrieval import KS, bootstrap, chance, recall
 
 
@@ -23,6 +23,10 @@ class TextEncoder(Protocol):
 
     def encode(self, captions: Sequence[str], *, progress: bool = ...) -> Tensor:
         """Texts to vectors, (N, width) float32 on the CPU."""
+        ...
+
+    def cut(self, captions: Sequence[str]) -> int | None:
+        """How many of some texts are longer than its window, and lose their end; None where nobody can say."""
         ...
 
 
@@ -48,7 +52,8 @@ def caption_accuracy(
     Returns:
         "CRA": top-1 of the paper's protocol, mean of both directions; "CRA interval": by a bootstrap of images, 95%;
         "first to second" and "second to first": R@1/5/10; "positives" and "negatives": mean cosine of captions of one
-        image and of different images; "images", "left out", "chance" (of CRA). With `all_pairs`: "all pairs" and "all
+        image and of different images; "images", "left out", "cut" (captions longer than the encoder's window),
+        "chance" (of CRA). With `all_pairs`: "all pairs" and "all
         pairs chance", R@1/5/10, and "captions", their number. With `mistakes`: "mistakes", see `worst_mistakes`. With
         `hits`: "hits", 0, 0.5 or 1 by image.
 
@@ -63,8 +68,7 @@ def caption_accuracy(
     number = {text: n for n, text in enumerate(texts)}
     vectors = F.normalize(encoder.encode(texts, progress=progress), dim=-1)
     first, second = (vectors[[number[captions[side]] for captions in different]] for side in (0, 1))
-    own = [[i] for i in range(len(different))]
-    there, again = positive_ranks(first, second, own), positive_ranks(second, first, own)
+    there, again = two_way_ranks(first, second, range(len(first)))
     forth, back = recall(there), recall(again)
     by_image = ((there < 1).double() + (again < 1)) / 2
     low, high = (100 * bootstrap(by_image[:, None], torch.ones(len(by_image)))).flatten().tolist()
@@ -78,6 +82,7 @@ def caption_accuracy(
         "negatives": negatives,
         "images": len(different),
         "left out": len(images) - len(different),
+        "cut": encoder.cut(texts),
         "chance": 100.0 / len(different),
     }
     if all_pairs:

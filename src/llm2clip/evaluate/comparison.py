@@ -10,7 +10,7 @@ from llm2clip.evaluate import plots
 from llm2clip.evaluate.benchmarks import Benchmark
 from llm2clip.evaluate.details import FIRST, Details
 from llm2clip.evaluate.paper import CRA, of_paper
-from llm2clip.evaluate.report import KS
+from llm2clip.evaluate.retrieval import KS
 from llm2clip.page import Block, Heading, Plot, Table, Text
 
 WAYS = ("I2T", "T2I")
@@ -59,6 +59,16 @@ def caption_blocks(name: str, figures: dict[str, Any]) -> list[Block]:
     rows: list[list[Any]] = [[f"paper: {model}, COCO", cra, None, 5000] for model, cra in CRA.items()]
     rows.append([name, figures["CRA"], f"{low:.1f} to {high:.1f}", figures["images"]])
     rows.append(["chance", figures["chance"], None, figures["images"]])
+    ways = [way for way in ("first to second", "second to first", "all pairs") if way in figures]
+    by_way = [
+        [way, *_recalls_at(figures[way]), figures[f"{way} chance"]["R@1"] if way == "all pairs" else figures["chance"]]
+        for way in ways
+    ]
+    said = [
+        f"Mean cosine: {figures['positives']:.3f} of captions of one image, {figures['negatives']:.3f} of others'.",
+        f"{figures['left out']:,} images with fewer than two different captions are left out. Cut to the encoder's "
+        f"window: {'not known' if figures['cut'] is None else figures['cut']} of the captions.",
+    ]
     mistakes = [
         [m["caption"], m["found"], m["right"], f"{m['found cosine']:.2f} / {m['right cosine']:.2f}"]
         for m in figures.get("mistakes", ())
@@ -66,11 +76,13 @@ def caption_blocks(name: str, figures: dict[str, Any]) -> list[Block]:
     return [
         Heading("CRA: the first two captions of each image find each other"),
         Table(["", "CRA, %", "95%", "images"], rows, frozenset([len(CRA)])),
+        Table(["", *(f"R@{k}, %" for k in KS), "chance of R@1"], by_way),
+        *map(Text, said),
         *([Table(["caption", "found", "should have found", "cosines"], mistakes)] if mistakes else []),
     ]
 
 
-def recall_table(rows: Sequence[tuple[Result, dict[str, Any]]], paper: dict[str, tuple[float, ...]]) -> Table:
+def recall_table(rows: Sequence[tuple[Result, dict[str, Any]]], paper: dict[str, tuple[float | None, ...]]) -> Table:
     """The paper's rows, chance, the models' with intervals, and what the first is above the others."""
     header = ["", *(name for way in WAYS for name in (f"{way} R@1", "95%", "R@5", "R@10")), "median rank", "cut"]
     body: list[list[Any]] = [[f"paper: {name}", *_spread(figures), None, None] for name, figures in paper.items()]
@@ -82,12 +94,13 @@ def recall_table(rows: Sequence[tuple[Result, dict[str, Any]]], paper: dict[str,
         ranks = " / ".join(f"{row[way]['median rank']:g}" for way in WAYS)
         body.append([result.model, *sides, ranks, share(row["cut"], row["texts"])])
     first, figures = rows[0]
-    own = [figures[way][k] for way in WAYS for k in KS]
-    others: dict[str, list[float | None]] = {r.model: [row[way][k] for way in WAYS for k in KS] for r, row in rows[1:]}
+    own = [value for way in WAYS for value in _recalls_at(figures[way])]
+    others: dict[str, list[float | None]] = {
+        r.model: [v for way in WAYS for v in _recalls_at(row[way])] for r, row in rows[1:]
+    }
     for name, printed in paper.items():
         if name in OURS:
-            full = len(printed) == len(own)
-            others[f"the paper's {name}"] = list(printed) if full else [printed[0], None, None, printed[1], None, None]
+            others[f"the paper's {name}"] = list(printed)
     for name, other in others.items():
         gains = [None if b is None else f"{a - b:+.1f}" for a, b in zip(own, other, strict=True)]
         body.append(
@@ -156,10 +169,14 @@ def _figures(results: Sequence[Result]) -> Table:
     return Table(["", "images", *names, "cut"], body)
 
 
-def _spread(figures: Sequence[float]) -> list[float | None]:
-    """The paper's two or six figures under a table's columns."""
-    i1, i5, i10, t1, t5, t10 = figures if len(figures) == 6 else (figures[0], None, None, figures[1], None, None)
+def _spread(figures: Sequence[float | None]) -> list[float | None]:
+    """The paper's six figures under a table's columns."""
+    i1, i5, i10, t1, t5, t10 = figures
     return [i1, None, i5, i10, t1, None, t5, t10]
+
+
+def _recalls_at(figures: dict[str, float]) -> list[float]:
+    return [figures[f"R@{k}"] for k in KS]
 
 
 def _recalls(figures: dict[str, float], ends: Sequence[float] | None = None) -> list[Any]:

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 
 from llm2clip.data.captions import unique
-from llm2clip.evaluate.benchmarks import BENCHMARKS, Absent, Benchmark, Choice, Classes, Judged, Malformed
-from llm2clip.evaluate.benchmarks.classes import FOLDER, any_folder
+from llm2clip.evaluate.benchmarks import Absent, Benchmark, Choice, Classes, Judged, Malformed
 from llm2clip.evaluate.choice import choices
 from llm2clip.evaluate.classification import accuracy, class_vectors, linear_probe, prompts
 from llm2clip.evaluate.judged import judged_figures
-from llm2clip.evaluate.model import Ranked, rank, row
-from llm2clip.evaluate.report import table
+from llm2clip.evaluate.model import Ranked, rank, rows
 from llm2clip.evaluate.vectors import VectorSource
 from llm2clip.processes import say
 
@@ -27,7 +25,8 @@ class Measured:
 
     Args:
         figures: what goes into a file: "benchmark" and "kind"; of retrieval "rows", see `evaluate_model`; else
-            "figures" in percent, the numbers of "images" and "texts", and of those that the model "cut".
+            "figures" in percent (but for "its C", a linear probe's), the numbers of "images" and "texts", and of those
+            that the model "cut".
         ranked: of retrieval, what the rows were made of, by the kind of caption.
     """
 
@@ -50,10 +49,10 @@ def measure(benchmark: Benchmark, folder: Path, vectors: VectorSource, probe: bo
         TooManySkipped: images cannot be decoded.
     """
     found: dict[str, Any] = {"benchmark": benchmark.name, "kind": benchmark.kind}
-    data = benchmark.read(folder)
+    data = benchmark.load(folder)
     if benchmark.kind == "retrieval":
         ranked = rank(vectors, data)
-        return Measured(found | {"rows": [row(vectors, name, some) for name, some in ranked.items()]}, ranked)
+        return Measured(found | {"rows": rows(vectors, ranked)}, ranked)
     if benchmark.kind == "judged":
         figures, images, texts = _judged(data, vectors)
     elif benchmark.kind == "choice":
@@ -66,7 +65,7 @@ def measure(benchmark: Benchmark, folder: Path, vectors: VectorSource, probe: bo
 def _training(benchmark: Benchmark, folder: Path) -> Classes | None:
     """What a linear probe learns from, where there is something."""
     try:
-        train = benchmark.train(folder) if benchmark.train is not None else None
+        train = benchmark.load_train(folder)
     except Absent as error:
         say(f"{benchmark.name}: no linear probe: {error}")
         return None
@@ -109,29 +108,3 @@ def _classes(classes: Classes, vectors: VectorSource, train: Classes | None) -> 
         fitted = linear_probe(known, [train.labels[i] for i in of], seen, [classes.labels[i] for i in kept])
         figures |= {"linear probe": fitted["top-1"], "its C": fitted["C"]}
     return figures, len(kept), texts
-
-
-def named(names: Sequence[str]) -> list[Benchmark]:
-    """The benchmarks of these names; "all" is every public one, folder:PATH one's own folder of classes.
-
-    Raises:
-        ValueError: there is none of a name.
-    """
-    own = [any_folder(name.removeprefix(FOLDER)) for name in names if name.startswith(FOLDER)]
-    if unknown := [n for n in names if n not in BENCHMARKS and n != "all" and not n.startswith(FOLDER)]:
-        raise ValueError(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}, all, and {FOLDER}PATH")
-    return [*(b for b in BENCHMARKS.values() if "all" in names or b.name in names), *own]
-
-
-def listed(root: Path) -> list[str]:
-    """Lines to print: every benchmark, whether it is under `root`, and how to get those that are not."""
-    rows, missing = [], []
-    for benchmark in BENCHMARKS.values():
-        try:
-            where = str(benchmark.find(root).relative_to(root))
-        except Absent:
-            where = "–"
-            missing.append(f"{benchmark.name}: {benchmark.folders[0]}/ with {benchmark.get}")
-        rows.append([benchmark.name, benchmark.kind, benchmark.about, where])
-    lines = [table(["benchmark", "kind", "what it is", f"under {root}"], rows)]
-    return [*lines, *(["How to get the others:", *missing] if missing else [])]

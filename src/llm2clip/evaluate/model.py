@@ -95,24 +95,30 @@ def evaluate_model(vectors: VectorSource, fields: Mapping[str, Sequence[Record]]
     Raises:
         ValueError: there is nothing to measure.
     """
-    return [row(vectors, name, ranked) for name, ranked in rank(vectors, fields).items()]
+    return rows(vectors, rank(vectors, fields))
 
 
-def row(vectors: VectorSource, name: str, ranked: Ranked) -> dict[str, Any]:
-    """One kind of caption in figures."""
-    captions = ranked.captions
-    counts = {"images": len(ranked.records), "texts": len(captions), "cut": vectors.cut(captions)}
-    return {"captions": name, **counts, **figures(ranked.of_image, ranked.of_text, ranked.image_of_text)}
+def rows(vectors: VectorSource, ranked: Mapping[str, Ranked]) -> list[dict[str, Any]]:
+    """What `evaluate_model` returns, of what `rank` does."""
+    found = []
+    for name, some in ranked.items():
+        captions = some.captions
+        counts = {"images": len(some.records), "texts": len(captions), "cut": vectors.cut(captions)}
+        found.append({"captions": name, **counts, **figures(some.of_image, some.of_text, some.image_of_text)})
+    return found
 
 
 def validator(
     fields: Mapping[str, Sequence[Record]], log: SkipLog, store: EmbeddingStore, batch: int = 64
 ) -> Callable[[LLM2CLIP], dict[str, float]]:
     """What to measure while training: R@1 of each kind of caption both ways and, as `score`, the mean of the first
-    kind's two. Arguments as in `evaluate_model`.
+    kind's two. The function raises ValueError if there is nothing to measure.
 
-    Raises:
-        ValueError: there is nothing to measure.
+    Args:
+        fields: as of `rank`.
+        log: where images that cannot be decoded are counted and listed.
+        store: of the captions' embeddings.
+        batch: images in a forward pass.
     """
 
     def measure(model: LLM2CLIP) -> dict[str, float]:

@@ -58,8 +58,13 @@ NAMES = {
 }
 
 
-def of_paper(benchmark: str) -> dict[str, tuple[float, ...]]:
-    """The paper's rows for one of our benchmarks: R@1 of I2T and T2I, or for Chinese sets R@1, 5, 10 of both; none
-    where the paper does not have it."""
+def of_paper(benchmark: str) -> dict[str, tuple[float | None, ...]]:
+    """The paper's rows for one of our benchmarks: R@1, 5 and 10 of I2T, then of T2I, None for what it does not print
+    (of sets that are not Chinese R@5 and R@10); empty where it does not have the benchmark."""
     name = NAMES.get(benchmark, "")
-    return CHINESE.get(name) or {row: figures[name] for row, figures in TABLE.items() if name in figures}
+    rows: dict[str, tuple[float | None, ...]] = {**CHINESE.get(name, {})}
+    for row, figures in TABLE.items():
+        if name in figures:
+            i2t, t2i = figures[name]
+            rows[row] = (i2t, None, None, t2i, None, None)
+    return rows

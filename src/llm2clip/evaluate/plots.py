@@ -33,7 +33,7 @@ def curves(
         ticks: names of the points, in place of numbers.
         log: the points on a logarithmic axis.
     """
-    figure, axes = _axes(6.6, 3.6)
+    figure, axes = axes_of(6.6, 3.6)
     for n, (name, heights) in enumerate(lines.items()):
         colour = COLOURS[n % len(COLOURS)]
         axes.plot(at, heights, color=colour, linewidth=1.8, marker="o" if len(at) < 12 else None, ms=4, label=name)
@@ -50,24 +50,24 @@ def curves(
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, labelcolor=GREY, fontsize=8)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def intervals(sides: Mapping[str, tuple[float, float, float]], xlabel: str) -> str:
     """A dot with its interval a line: name to middle, low, high; the first on top."""
-    figure, axes = _axes(7.5, 0.5 + 0.36 * len(sides))
+    figure, axes = axes_of(7.5, 0.5 + 0.36 * len(sides))
     for n, (middle, low, high) in enumerate(sides.values()):
         axes.plot([low, high], [-n, -n], color=COLOURS[0], linewidth=2.5, alpha=0.5, solid_capstyle="round")
         axes.plot([middle], [-n], "o", color=COLOURS[0], ms=6)
     axes.set_yticks([-n for n in range(len(sides))], list(sides), fontsize=8)
     axes.set_ylim(-len(sides) + 0.4, 0.6)
     axes.set(xlabel=xlabel)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def matrix(scores: Tensor, xlabel: str, ylabel: str) -> str:
     """Cosines, (rows, columns): dark is high."""
-    figure, axes = _axes(4.2, 3.8)
+    figure, axes = axes_of(4.2, 3.8)
     shown = axes.imshow(scores.numpy(), cmap="magma_r", interpolation="nearest")
     axes.grid(False)
     axes.set_xticks([])
@@ -76,7 +76,7 @@ def matrix(scores: Tensor, xlabel: str, ylabel: str) -> str:
     bar = figure.colorbar(shown, ax=axes, shrink=0.85)
     bar.ax.tick_params(colors=GREY, labelsize=8)
     bar.outline.set_edgecolor(GREY)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def length_bins(words: Sequence[int], most: int = 6, least: int = 20) -> list[tuple[int, int]]:
@@ -90,7 +90,8 @@ def length_bins(words: Sequence[int], most: int = 6, least: int = 20) -> list[tu
     return list(zip(lows, highs, strict=True))
 
 
-def _axes(width: float, height: float) -> tuple[Any, Any]:
+def axes_of(width: float, height: float) -> tuple[Any, Any]:
+    """A figure of so many inches, and its axes."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -110,7 +111,8 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _svg(figure: Any) -> str:
+def svg_of(figure: Any) -> str:
+    """A figure as SVG that is the same to the letter each time."""
     import matplotlib
 
     stream = io.StringIO()

@@ -18,6 +18,7 @@ from llm2clip.data.refs import ImageRef
 from llm2clip.data.skips import SkipLog
 from llm2clip.evaluate.ranks import check_finite
 
+SAVED = ".npz"
 ARRAYS = ("images", "image_names", "texts", "captions")
 
 

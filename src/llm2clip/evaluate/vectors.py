@@ -15,8 +15,10 @@ from llm2clip.data.captions import unique
 from llm2clip.data.refs import ImageRef
 from llm2clip.data.skips import SkipLog
 from llm2clip.evaluate.ranks import check_finite
-from llm2clip.models.dual import DualEncoder
+from llm2clip.evaluate.saved import SAVED, SavedVectors
+from llm2clip.models.dual import DualEncoder, open_dual
 from llm2clip.models.identity import fingerprint
+from llm2clip.processes import processes
 
 
 class VectorSource(Protocol):
@@ -35,6 +37,25 @@ class VectorSource(Protocol):
     def cut(self, texts: Sequence[str]) -> int | None:
         """How many of some texts are longer than the model's window, and lose their end; None where nobody can say."""
         ...
+
+
+def open_vectors(model: str, log: SkipLog, out: Path | None, batch: int) -> VectorSource:
+    """A model's vectors, or a file of them.
+
+    Args:
+        model: as of `open_dual`, or FILE.npz.
+        log: where images that cannot be decoded are counted and listed.
+        out: folder whose `vectors/` keeps them; None keeps none.
+        batch: images in a forward pass.
+
+    Raises:
+        ValueError: it is no model, or no such file.
+        OSError: there is none of that name.
+        ImportError: the library that it takes is not installed.
+    """
+    if model.endswith(SAVED):
+        return SavedVectors(Path(model), log)
+    return Vectors(open_dual(model, processes().device), log, out / "vectors" if out else None, batch)
 
 
 class Vectors:

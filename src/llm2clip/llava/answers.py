@@ -43,6 +43,8 @@ class Answerer:
         self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
         self.tokenizer, self.pixels = self.processor.tokenizer, Pixels(self.processor)
         self.tokenizer.chat_template = self.processor.chat_template or self.tokenizer.chat_template
+        if getattr(self.model.config, "image_seq_length", None) is None:
+            raise ValueError(f"{name} is not of LLaVA's kind, whose pictures are always as many tokens")
         self.tokens: int = self.model.config.image_seq_length
         reuse_memory(self.device)
 

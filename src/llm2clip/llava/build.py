@@ -22,6 +22,7 @@ from torch import nn
 
 from llm2clip.llava import modeling_patches
 from llm2clip.llava.prompts import IMAGE, chat_template, check_template, ends_of_answers
+from llm2clip.models.assets import resolve
 from llm2clip.models.export.hub import vision_model
 from llm2clip.models.vision import VisionTower
 
@@ -33,7 +34,7 @@ def build(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pad: boo
 
     Args:
         tower: whose patch features the LLM will see.
-        llm: folder or hub id of a causal LLM with its tokenizer; its precision is kept.
+        llm: folder, hub id, or name of `models/assets.py`, of a causal LLM with its tokenizer; its precision is kept.
         out: folder, not there yet.
         seed: of the projector.
         pad: pictures are padded to squares, as LLaVA-1.5's are; else a tower that was trained on the middle of pictures
@@ -46,7 +47,7 @@ def build(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pad: boo
     """
     from transformers import AutoTokenizer
 
-    out = Path(out)
+    out, llm = Path(out), resolve(llm)
     if out.exists():
         raise FileExistsError(f"{out} is there already; choose another place")
     tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=False)

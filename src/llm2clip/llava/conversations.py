@@ -11,6 +11,7 @@ from typing import Any
 from llm2clip.data.records import Record
 from llm2clip.data.refs import FileImage, within
 from llm2clip.data.skips import SkipLog
+from llm2clip.files import json_file
 from llm2clip.llava.pope import Sampling, ask
 from llm2clip.llava.prompts import Conversation, plain
 
@@ -66,9 +67,9 @@ def _rows(file: Path) -> Iterator[tuple[int, Any]]:
                     try:
                         yield number, json.loads(line)
                     except ValueError as error:
-                        yield number, {"error": str(error)}
+                        yield number, error
         return
-    rows = json.loads(file.read_text(encoding="utf-8"))
+    rows = json_file(file)
     if not isinstance(rows, list):
         raise ValueError(f"{file} is no list of conversations")
     yield from enumerate(rows, 1)
@@ -76,6 +77,8 @@ def _rows(file: Path) -> Iterator[tuple[int, Any]]:
 
 def _conversation(row: Any, root: Path, number: str) -> Conversation:
     """Raises KeyError, TypeError or ValueError if the row is none, FileNotFoundError without its image."""
+    if isinstance(row, ValueError):
+        raise row
     said = row["conversations"]
     if said and said[0]["from"] != "human":
         said = said[1:]  # as LLaVA reads it

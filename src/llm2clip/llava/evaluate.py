@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from llm2clip.cache.features import image_name
 from llm2clip.data.records import Record
 from llm2clip.data.skips import SkipLog
+from llm2clip.files import write_whole
 from llm2clip.llava.answers import Answerer
 from llm2clip.llava.captions import caption_scores
 from llm2clip.llava.conversations import BRIEF
@@ -122,8 +123,7 @@ def measure(
             for written, rows in task.submission(questions, said).items():
                 place = out / "submissions" / f"{weights[:8]}-{written}"
                 if processes().is_main_process:
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    place.write_text(json.dumps(rows, ensure_ascii=False))
+                    write_whole(place, json.dumps(rows, ensure_ascii=False))
         yield Measured(name, task.name, _figures(task, questions, said, ways, file), questions, said)
 
 
@@ -197,7 +197,7 @@ def _read(file: Path) -> dict[str, Any]:
     for one in sorted(file.parent.glob(f"{file.stem}*.jsonl")):
         if not re.fullmatch(r"(\.\d+)?", one.stem[len(file.stem) :]):
             continue  # of a judge
-        for line in one.read_text(encoding="utf-8").splitlines():
+        for line in one.read_text(encoding="utf-8").split("\n"):
             try:
                 row = json.loads(line)
                 there[row["question"]] = row["answer"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pad, resize
 
 from llm2clip.cache.features import embed_images
 from llm2clip.cache.store import EmbeddingStore
@@ -37,9 +38,19 @@ class Pixels:
     def __call__(self, picture: Tensor) -> Tensor:
         """uint8 (3, H, W) to float32 (3, S, S), normalised."""
         if self.pad:
+            most = 8 * self.preprocess.scaled
+            if max(picture.shape[-2:]) > most:  # or the square of a long one would fill the memory
+                picture = shrunk(picture, most)
             picture = squared(picture, [int(255 * value) for value in self.preprocess.mean])
         pixels: Tensor = self.transform(picture)
         return (pixels.float() / 255 - self.mean) / self.std
+
+
+def shrunk(picture: Tensor, most: int) -> Tensor:
+    """A picture (3, H, W) so small that its longer side is `most`."""
+    height, width = picture.shape[-2:]
+    part = most / max(height, width)
+    return resize(picture, [max(1, round(height * part)), max(1, round(width * part))], antialias=True)
 
 
 def squared(picture: Tensor, colour: Sequence[int]) -> Tensor:
@@ -47,11 +58,14 @@ def squared(picture: Tensor, colour: Sequence[int]) -> Tensor:
     height, width = picture.shape[-2:]
     side = max(height, width)
     left, above = (side - width) // 2, (side - height) // 2
-    if height == width:
-        return picture
-    padded = torch.stack([torch.full((side, side), value, dtype=picture.dtype) for value in colour])
-    padded[:, above : above + height, left : left + width] = picture
-    return padded
+    return pad(picture, [left, above, side - width - left, side - height - above], fill=list(colour))
+
+
+def features_width(config: Any) -> int:
+    """The width of a patch's features, of a multimodal model's config."""
+    layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
+    width: int = config.vision_config.hidden_size * layers
+    return width
 
 
 class PatchFeatures:
@@ -68,8 +82,8 @@ class PatchFeatures:
             model.model.vision_tower.eval(), model.config, Pixels(processor), low,
         )  # fmt: skip
         size = self.transform.preprocess.size
-        self.tokens, self.patch_width = self(torch.zeros(1, 3, size, size)).shape[1:]
-        self.width = self.tokens * self.patch_width
+        self.tokens, width = self(torch.zeros(1, 3, size, size)).shape[1:]
+        self.width = self.tokens * width
 
     @property
     def device(self) -> torch.device:

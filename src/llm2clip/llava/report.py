@@ -80,7 +80,7 @@ def write_report(measured: Sequence[Measured], command: str, out: Path) -> Path:
             )
         if task == "captions":
             blocks += _pictures(mine)
-    return write_page(out, "report", "A multimodal LLM, measured", blocks)[0]
+    return write_page(out, "report", "A multimodal LLM, measured", blocks)[1]
 
 
 def _pictures(measured: Sequence[Measured]) -> list[Block]:

@@ -25,23 +25,30 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from llm2clip.cache.features import image_name
+from llm2clip.cache.features import image_keys
 from llm2clip.cache.lock import alone
 from llm2clip.cache.store import EmbeddingStore
+from llm2clip.checkpoints import MetricsLog, digest, latest_checkpoint, mark_complete, resumable, step_of
 from llm2clip.cpu import quick_products, reuse_memory
 from llm2clip.data.skips import SkipLog
 from llm2clip.llava.batches import ByLength, Collate, Conversations
 from llm2clip.llava.build import save
-from llm2clip.llava.pixels import Given, PatchFeatures, keep_features
+from llm2clip.llava.pixels import Given, PatchFeatures, features_width, keep_features
 from llm2clip.llava.prompts import IMAGE, Conversation
 from llm2clip.models.precision import chosen_precision
 from llm2clip.processes import by_blocks, processes, say, use_precision
 from llm2clip.recipes import LlavaRecipe
 
 LEARNED = "learned.safetensors"  # in a stage's folder, and in each of its checkpoints
-WHOLE = "whole"  # a file that a checkpoint gets last
 STAGES = ("pretrain", "instruct")
 
 
@@ -69,8 +76,9 @@ def train(
         StoreError: another run is at work in the folder.
     """
     pretrain = [one for one in pretrain if one.image is not None]
-    if not pretrain and not instruct:
-        raise ValueError("there are no conversations to train on")
+    work = {"pretrain": pretrain if recipe.pretrain_epochs else [], "instruct": instruct if recipe.epochs else []}
+    if not any(work.values()):
+        raise ValueError("there are no conversations to train on, or no epochs")
     result, state = out / "model", processes()
     if (result / "config.json").is_file():
         return result
@@ -78,10 +86,11 @@ def train(
     reuse_memory(state.device)
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     with alone(out) if state.is_main_process else nullcontext(), quick_products():
-        work = {"pretrain": pretrain if recipe.pretrain_epochs else [], "instruct": instruct if recipe.epochs else []}
         store = _kept(source, [*work["pretrain"], *work["instruct"]], processor, recipe, out / "features", log)
         for stage in STAGES:
             some = _readable(work[stage], store) if store is not None else work[stage]
+            if work[stage] and not some:
+                raise ValueError(f"no picture of the {stage} conversations can be decoded")
             if some and not (out / stage / LEARNED).is_file():
                 _Stage(source, processor, stage, recipe, out, store).run(some)
         if state.is_main_process:
@@ -182,13 +191,14 @@ def _kept(
     refs = list({one.image.key: one.image for one in conversations if one.image is not None}.values())
     if not refs or not recipe.cache_gb:
         return None
+    config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    size = len(refs) * config.image_seq_length * features_width(config) * 2 / 1e9
+    if size > recipe.cache_gb:
+        return None
     model = _opened(source)
     model.model.vision_tower.to(processes().device)  # the language model has nothing to do here
     side = PatchFeatures(model, processor)
     del model
-    size = len(refs) * side.width * 2 / 1e9
-    if size > recipe.cache_gb:
-        return None
     say(f"the tower's features of {len(refs):,} pictures: {size:.1f} GB in {folder}")
     for _ in refs:
         log.seen_one()
@@ -199,7 +209,9 @@ def _kept(
 
 def _readable(conversations: Sequence[Conversation], store: EmbeddingStore) -> list[Conversation]:
     """Those whose picture is in the store, and those without one."""
-    return [one for one in conversations if one.image is None or image_name(one.image) in store]
+    pictured = [one.image for one in conversations if one.image is not None]
+    there = iter(store.find(image_keys(pictured)) >= 0)
+    return [one for one in conversations if one.image is None or next(there)]
 
 
 # ---- a stage --------------------------------------------------------------------------------------------------------
@@ -212,6 +224,7 @@ class _Stage:
         self, source: str, processor: Any, stage: str, recipe: LlavaRecipe, out: Path, store: EmbeddingStore | None
     ) -> None:
         self.stage, self.recipe, self.out, self.store, self.processor = stage, recipe, out / stage, store, processor
+        self.batch = recipe.pretrain_batch if stage == "pretrain" else recipe.batch
         device = processes().device
         self.precision = chosen_precision(recipe.precision, device)
         low = bool(recipe.lora_r) and self.precision == "bf16" and device.type == "cuda"
@@ -235,6 +248,13 @@ class _Stage:
         if self.seeing is not None:
             size = self.seeing.transform.preprocess.size
             empty = torch.zeros(3, size, size)
+        plan = {
+            "batch": self.batch,
+            "conversations": digest(json.dumps([one.id, *one.turns]) for one in conversations),
+            "processes": processes().num_processes,
+        }
+        with processes().main_process_first():
+            resume = resumable(latest_checkpoint(self.out, "checkpoint-"), plan)
         trainer = _Trainer(
             model=self.model,
             args=self._arguments(),
@@ -242,13 +262,12 @@ class _Stage:
             data_collator=Collate(
                 tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids(IMAGE), self.tokens, empty
             ),
-            callbacks=[_Notes(self.out)],
+            callbacks=[_Notes(self.out, step_of(resume) if resume else 0, plan)],
         )  # fmt: skip
         trainer.seeing = self.seeing
         if recipe.grouped:
-            size = recipe.pretrain_batch if self.stage == "pretrain" else recipe.batch
-            trainer.sampler = ByLength(data.lengths(), size, recipe.seed)
-        trainer.train(resume_from_checkpoint=_last(self.out))
+            trainer.sampler = ByLength(data.lengths(), self.batch, recipe.seed)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         state = trainer.accelerator.get_state_dict(trainer.model)  # of all processes, where weights are shared out
         if processes().is_main_process:
             learned = _learned(self.model, state)
@@ -260,10 +279,9 @@ class _Stage:
     def _arguments(self) -> TrainingArguments:
         recipe, state = self.recipe, processes()
         first = self.stage == "pretrain"
-        batch = recipe.pretrain_batch if first else recipe.batch
-        if batch % state.num_processes:
-            raise ValueError(f"a batch of {batch} cannot be shared out to {state.num_processes} processes evenly")
-        own = batch // state.num_processes
+        if self.batch % state.num_processes:
+            raise ValueError(f"a batch of {self.batch} cannot be shared out to {state.num_processes} processes evenly")
+        own = self.batch // state.num_processes
         micro = max(n for n in range(1, min(recipe.micro_batch, own) + 1) if own % n == 0)
         use_precision(self.precision)
         arguments = TrainingArguments(
@@ -274,7 +292,6 @@ class _Stage:
             learning_rate=recipe.pretrain_lr if first else recipe.lr,
             lr_scheduler_type="cosine",
             warmup_steps=recipe.warmup,
-            weight_decay=recipe.weight_decay,
             bf16=self.precision == "bf16",
             use_cpu=state.device.type == "cpu",
             gradient_checkpointing=recipe.recompute,
@@ -328,28 +345,22 @@ class _Trainer(Trainer):
 class _Notes(TrainerCallback):
     """A line of metrics.jsonl for each log; a mark on each checkpoint that was written to its end."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, resume_step: int, plan: dict[str, Any]) -> None:
+        self.folder, self.plan = folder, plan
+        self.log = MetricsLog(folder / "metrics.jsonl", resume_step) if processes().is_main_process else None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         logs = logs or {}
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise FloatingPointError(f"the loss is {logs['loss']} after {state.global_step} steps")
-        if state.is_world_process_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise FloatingPointError(f"{name} is {logs[name]} after {state.global_step} steps")
+        if self.log is not None:
+            self.log.write(state.global_step, **logs)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         processes().wait_for_everyone()
         if state.is_world_process_zero:
-            (self.folder / f"checkpoint-{state.global_step}" / WHOLE).write_text("")
-
-
-def _last(out: Path) -> str | None:
-    """The last checkpoint that was written to its end."""
-    steps = {int(file.parent.name.rpartition("-")[2]): file.parent for file in out.glob(f"checkpoint-*/{WHOLE}")}
-    return str(steps[max(steps)]) if steps else None
+            mark_complete(self.folder / f"checkpoint-{state.global_step}", self.plan)
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from llm2clip.data.records import Record, Source, open_records
+from llm2clip.data.records import Record
 from llm2clip.data.skips import SkipLog
+from llm2clip.data.split import stream
+from llm2clip.files import write_whole
 from llm2clip.llava.build import build
 from llm2clip.llava.conversations import captioning, instructions, read_llava
 from llm2clip.llava.prompts import Conversation
 from llm2clip.llava.tasks import TASKS, Asked, Task
 from llm2clip.llava.tasks.base import first_units
 from llm2clip.llava.tasks.judged import OpenAIJudge
-from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
 from llm2clip.models.vision import VisionTower
-from llm2clip.processes import processes, say
+from llm2clip.processes import processes, say, typed
 from llm2clip.recipes import LlavaRecipe, keep
 
 
@@ -39,8 +38,7 @@ def tower_of(name: str, image_size: int | None = None) -> VisionTower:
     Raises:
         ValueError: another size is asked of a trained model.
     """
-    file = Path(name) / "config.json"
-    if file.is_file() and json.loads(file.read_text()).get("model_type") == "llm2clip":
+    if is_model_folder(name):
         tower = LLM2CLIP.from_pretrained(name, device="cpu").tower
         if image_size not in (None, tower.preprocess.size):
             raise ValueError(f"{name} was trained at {tower.preprocess.size} pixels, and takes no other size here")
@@ -138,8 +136,8 @@ def evaluate_verb(
     log.check()
     if not main:
         return []
-    (folder / "results.json").write_text(json.dumps([m.to_dict() for m in measured], indent=1))
-    page = write_report(measured, f"llm2clip {shlex.join(sys.argv[1:])}", folder)
+    write_whole(folder / "results.json", json.dumps([m.to_dict() for m in measured], indent=1))
+    page = write_report(measured, typed(), folder)
     lines = []
     for m in measured:
         figures = ", ".join(f"{name} {value:.1f}" for name, value in list(m.figures.items())[:4])
@@ -148,12 +146,7 @@ def evaluate_verb(
 
 
 def _records(sources: Sequence[str], columns: dict[str, str], log: SkipLog) -> list[Record]:
-    parsed = [Source.parse(name) for name in sources]
-    return [
-        record
-        for source in parsed
-        for record in open_records(replace(source, columns={**source.columns, **columns}), log)
-    ]
+    return [record for _, record in stream(sources, columns, log)]
 
 
 def tasks_verb(root: str) -> list[str]:
@@ -186,7 +179,7 @@ def conversations(
 def is_llava(name: str) -> bool:
     """Whether a source is a file of conversations in LLaVA's form."""
     path = Path(name)
-    if path.suffix == ".jsonl" and path.is_file():
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            return '"conversations"' in lines.readline()
-    return path.suffix == ".json"
+    if path.suffix not in (".json", ".jsonl") or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b'"conversations"' in file.read(1 << 16)

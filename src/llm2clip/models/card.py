@@ -64,7 +64,7 @@ def card(folder: Path, name: str, licence: str | None = None) -> str:
         parts.append(f"## Load it\n\n{LOAD[kind].format(name=name, width=config['width'])}")
     recipe, report = (folder.parent / beside for beside in ("recipe.yaml", "report.md"))
     if kind == "llm2clip" and report.is_file():
-        parts.append("## What it measured\n\n" + _public(_lowered(report.read_text())))
+        parts.append("## What it measured\n\n" + _public(_lowered(report.read_text(encoding="utf-8"))))
     if kind == "llm2clip" and recipe.is_file():
         parts.append(f"## How it was trained\n\n```yaml\n{_public(recipe.read_text().strip())}\n```")
     parts.append(
@@ -106,7 +106,7 @@ def _lowered(report: str) -> str:
     lines, fenced = [], False
     for line in report.splitlines():
         fenced ^= line.startswith("```")
-        if line.startswith("# ") and not fenced:
-            continue
+        if line.startswith(("# ", "Plots and pictures are in ")) and not fenced:
+            continue  # of the report as a file
         lines.append("##" + line if line.startswith("#") and not fenced else line)
     return "\n".join(lines).strip()

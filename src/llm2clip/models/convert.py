@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
 from llm2clip.models.official import (
     CLIP_FIELDS,
     EVA_ARGS,
@@ -31,7 +31,7 @@ from llm2clip.models.official import (
 )
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.models.vision import VisionTower
-from llm2clip.models.weight_files import read_files, read_json
+from llm2clip.models.weight_files import read_files
 
 # Which published language model an adapter of a width was trained with.
 PAIRS = {
@@ -236,7 +236,7 @@ def convert_verb(source: str, out: str, text: str | None = None, form: str | Non
         ValueError, FileNotFoundError, FileExistsError: as `from_official` and `to_official`; and `out` is there and is
             not a model folder.
     """
-    ours = read_json(Path(source) / "config.json").get("model_type") == "llm2clip"
+    ours = is_model_folder(source)
     if form is not None:
         if text is not None:
             raise ValueError("the official forms hold no caption encoder: leave out --text or --form")
@@ -244,7 +244,7 @@ def convert_verb(source: str, out: str, text: str | None = None, form: str | Non
         return [f"Checkpoint in the official form {form}: {written}"]
     if ours and text is None:
         raise ValueError(f"{source} is a model folder already: say --form hf or eva, or --text ENCODER to add one")
-    if Path(out).exists() and read_json(Path(out) / "config.json").get("model_type") != "llm2clip":
+    if Path(out).exists() and not is_model_folder(out):
         raise FileExistsError(f"{out} is there and is not a model folder; choose another place")
     if ours:
         model = LLM2CLIP.from_pretrained(source, device="cpu")

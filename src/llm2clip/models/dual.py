@@ -9,11 +9,9 @@ st:NAME                      a sentence-transformers model that takes pictures
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +23,7 @@ from llm2clip.cpu import quick_products
 from llm2clip.data.images import EvalTransform
 from llm2clip.models.clip_text import OPEN_CLIP, ClipText, clip_text, has_text_tower
 from llm2clip.models.identity import weights_hash
-from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
 from llm2clip.models.precision import fastest
 
 SENTENCES = "st:"
@@ -84,7 +82,7 @@ def open_dual(name: str, device: torch.device | str | None = None, precision: st
         return _sentence_transformer(name, device)
     if name.startswith(OPEN_CLIP):
         return _open_clip(name, device)
-    if _is_ours(Path(name)) or not has_text_tower(name):
+    if is_model_folder(name) or not has_text_tower(name):
         return _ours(name, device, precision)
     return _transformers(name, device)
 
@@ -99,7 +97,7 @@ def of_model(model: LLM2CLIP, name: str, precision: str = "fp32") -> DualEncoder
         EvalTransform(model.tower.preprocess),
         lambda pictures: _first(model(pixels=torch.stack(pictures).to(model.device))),
         lambda texts, progress: model.encode_text(texts, progress, precision),
-        lambda texts: len(model.encoder.tokenize(texts).truncated) if model.has_encoder else None,
+        lambda texts: model.encoder.cut(texts) if model.has_encoder else None,
     )
 
 
@@ -109,14 +107,6 @@ def _first(sides: Sequence[Tensor]) -> Tensor:
 
 def _identity(name: str, model: torch.nn.Module) -> dict[str, Any]:
     return {"name": name, "weights": weights_hash(model)}
-
-
-def _is_ours(folder: Path) -> bool:
-    file = folder / "config.json"
-    try:
-        return bool(json.loads(file.read_text())["model_type"] == "llm2clip")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _ours(name: str, device: torch.device, precision: str) -> DualEncoder:

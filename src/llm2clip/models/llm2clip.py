@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llm2clip.cpu import quick_products
@@ -24,6 +24,7 @@ from llm2clip.models.card import card
 from llm2clip.models.identity import fingerprint
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.models.vision import VisionTower
+from llm2clip.models.weight_files import read_tensors
 
 MAX_SCALE = 100.0
 
@@ -199,13 +200,13 @@ class LLM2CLIP(nn.Module):
             encoder: one to save; neither saves the one in the model, if it has one.
         """
         folder = Path(folder)
-        if folder.exists() and not (folder / "config.json").exists():
+        if folder.exists() and not is_model_folder(folder):
             raise FileExistsError(f"{folder} is there and is not a model folder; choose another place")
         tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
         config = {"model_type": "llm2clip", **dataclasses.asdict(self.config)}
-        config["encoder_fingerprint"] = fingerprint(self.config.encoder)
+        config["encoder_fingerprint"] = fingerprint(self.config.encoder)  # for who compares folders by eye
         (tmp / "config.json").write_text(json.dumps(config, indent=1))
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(state, tmp / "model.safetensors")
@@ -242,9 +243,20 @@ class LLM2CLIP(nn.Module):
         names = {f.name for f in dataclasses.fields(LLM2CLIPConfig)}
         config = LLM2CLIPConfig(**{k: v for k, v in raw.items() if k in names})
         model = cls(config, VisionTower.from_config(config.tower))
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        try:
+            model.load_state_dict(read_tensors(folder / "model.safetensors"))
+        except RuntimeError as error:
+            raise ValueError(f"{folder}: config.json and model.safetensors are not of one model ({error})") from error
         model._text_folder = folder / "text" if (folder / "text").is_dir() else None
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def is_model_folder(path: str | Path) -> bool:
+    """Whether a folder is one that `save_pretrained` wrote."""
+    try:
+        return bool(json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["model_type"] == "llm2clip")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _projection(config: LLM2CLIPConfig, tower_width: int) -> nn.Module:

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from llm2clip.cpu import flex_attention_is_right, quick_products
 from llm2clip.models import lora
+from llm2clip.models.assets import resolve
 from llm2clip.models.batches import Tokens, default_batch_tokens
 from llm2clip.models.packing import PACKED, can_pack, packed
 from llm2clip.models.precision import in_precision, parse
@@ -60,8 +61,8 @@ class CaptionEncoder(nn.Module):
         512 tokens.
 
         Args:
-            path: folder or hub id of a transformers or sentence-transformers model, a model folder of ours, or a
-                `.gguf` file.
+            path: folder or hub id of a transformers or sentence-transformers model, a model folder of ours, a
+                `.gguf` file, or a name of `models/assets.py`, which is fetched.
             bidirectional: every token attends to every token (True) or only to earlier ones (False).
             layers: keep only the first N blocks; the final norm stays.
             template: text around the caption, such as `"<|im_start|>user\\n{caption}<|im_end|>"`. What stands before
@@ -79,6 +80,7 @@ class CaptionEncoder(nn.Module):
             ValueError: an option does not fit the model.
             OSError: there is no such model.
         """
+        path = resolve(str(path))
         if (Path(path) / "text/modules.json").is_file():  # a model folder
             path = Path(path) / "text"
         if str(path).endswith(".gguf"):
@@ -140,6 +142,10 @@ class CaptionEncoder(nn.Module):
         """The template's text before the caption."""
         name = self.st.default_prompt_name
         return (self.st.prompts[name] or "") if name else ""
+
+    def cut(self, captions: Sequence[str]) -> int:
+        """How many of some captions are longer than `max_length`, and lose their end."""
+        return len(self.tokenize(captions).truncated)
 
     def tokenize(self, captions: Sequence[str], prompts: Sequence[str] | None = None) -> Tokens:
         """Captions to token ids, header and special tokens included, cut to the encoder's `max_length`.

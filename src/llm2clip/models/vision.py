@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from llm2clip.data.images import Preprocess
+from llm2clip.models.assets import resolve
 
 log = logging.getLogger(__name__)
 
@@ -82,12 +83,12 @@ class VisionTower(nn.Module):
     def from_pretrained(cls, name: str | Path, *, image_size: int | None = None, pretrained: bool = True) -> Self:
         """Load a tower, in float32 and eval mode.
 
-        `name` is `timm:NAME`, `hf:NAME`, a folder saved by either library, a hub id (with a slash) or a timm model
-        name. `image_size` trains and runs it at another resolution than its own. `pretrained=False` keeps the random
-        weights. Code that comes with a model is never run. Raises ValueError for a model that is not supported, OSError
-        for one that cannot be found.
+        `name` is `timm:NAME`, `hf:NAME`, a folder saved by either library, a hub id (with a slash), a timm model
+        name, or a name of `models/assets.py`, which is fetched. `image_size` trains and runs it at another resolution
+        than its own. `pretrained=False` keeps the random weights. Code that comes with a model is never run. Raises
+        ValueError for a model that is not supported, OSError for one that cannot be found.
         """
-        library, source = _resolve(str(name))
+        library, source = _parsed(resolve(str(name)))
         build = _timm_from_source if library == "timm" else _hf_from_source
         backbone, config = build(source, image_size, pretrained)
         return cls(backbone, config, _width(backbone, config)).eval()
@@ -190,7 +191,7 @@ def _width(backbone: Any, config: dict[str, Any]) -> int:
 # ---- what a name means ----------------------------------------------------------------------------------------------
 
 
-def _resolve(name: str) -> tuple[str, str]:
+def _parsed(name: str) -> tuple[str, str]:
     """("timm" or "transformers", a folder, hub id or registry name)."""
     prefix, colon, rest = name.partition(":")
     if colon and prefix in ("timm", "hf"):
@@ -205,7 +206,14 @@ def _resolve(name: str) -> tuple[str, str]:
     else:
         from huggingface_hub import hf_hub_download
 
-        config = json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
+        try:
+            config = json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(f"{name} is neither a folder here nor a tower on the hub ({error})") from error
+    if config.get("model_type") == "llm2clip":
+        raise ValueError(
+            f"{name} is a model folder of ours: give the tower that it began as, or export its vision side"
+        )
     if "model_type" in config:
         return "transformers", name
     if "architecture" in config:

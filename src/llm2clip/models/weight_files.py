@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llm2clip.data.images import Preprocess
@@ -57,9 +58,11 @@ def choose(names: list[str], where: str) -> str:
 def _load(path: Path) -> dict[str, Any]:
     """Tensors by name, out of what they may be wrapped in."""
     if path.suffix == ".safetensors":
-        return load_file(path)
+        return read_tensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is damaged, or was not fetched whole ({str(error).splitlines()[0]})") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors, and to read that is to run it. If you trust it, keep its state dict "
@@ -71,6 +74,18 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name")
     return dict(content)
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """What a file of safetensors holds.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or was not fetched whole ({error})") from error
 
 
 def _load_shards(index: Path) -> dict[str, Any]:
@@ -86,6 +101,7 @@ def _load_shards(index: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is no file."""
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 

@@ -24,10 +24,21 @@ class Device:
     memory: float
     bf16: bool = True
 
+    def precision(self, asked: str) -> str:
+        """fp32, bf16 or fp16: auto is bf16 where the hardware has it, bf16+N counts as bf16.
+
+        Raises:
+            ValueError: bf16 is asked of hardware that has none.
+        """
+        if asked == "auto":
+            return "bf16" if self.bf16 else "fp32"
+        if asked.startswith("bf16") and not self.bf16:
+            raise ValueError(f"{self.name} has no bf16: plan with fp16, fp32 or auto")
+        return asked.partition("+")[0]
+
     def rate(self, precision: str) -> float:
-        """FLOP/s in fp32, bf16, bf16+N, fp16, or auto, which is bf16 where the hardware has it."""
-        half = self.bf16 if precision == "auto" else precision != "fp32"
-        return 1e12 * (self.half if half else self.full)
+        """FLOP/s in a precision as of `precision`."""
+        return 1e12 * (self.full if self.precision(precision) == "fp32" else self.half)
 
 
 DEVICES = {
@@ -51,27 +62,47 @@ DEVICES = {
 }
 
 
-def find_device(name: str, tflops: float | None = None, memory: float | None = None) -> Device:
-    """A device of the table, or any other by its numbers.
+@dataclass
+class Machine:
+    """What a plan is for.
 
     Args:
-        name: in `DEVICES`; another, such as cpu, needs both numbers.
-        tflops: 10^12 FLOP/s, in place of the table's, whatever the precision.
-        memory: GB, in place of the table's.
-
-    Raises:
-        ValueError: it is not in the table and a number is missing, or a number is not positive.
+        device: h100, h200, a100-80, a100-40, l40s, rtx4090, l4, t4; or any name, with its numbers.
+        count: devices, in as many processes.
+        mfu: share of the device's products per second that training reaches; assumed.
+        tflops: 10^12 FLOP/s of the device in the recipe's precision, if it is not known or not as said.
+        memory: GB of the device, likewise.
+        use_fsdp: weights are shared out over the devices (FSDP2).
     """
-    for option, value in (("tflops", tflops), ("memory", memory)):
-        if value is not None and value <= 0:
-            raise ValueError(f"--{option} is more than 0; got {value}")
-    known = DEVICES.get(name.lower())
-    if known is None and (tflops is None or memory is None):
-        raise ValueError(
-            f"--device {name} is not one of {', '.join(DEVICES)}: give what it does with --tflops (10^12 products and "
-            "sums a second in the recipe's precision) and --memory (GB)"
-        )
-    known = known or Device(name, 0, 0, 0)
-    if tflops is not None:
-        known = dataclasses.replace(known, half=tflops, full=tflops)
-    return dataclasses.replace(known, memory=memory) if memory is not None else known
+
+    device: str
+    count: int = 1
+    mfu: float = 0.4
+    tflops: float | None = None
+    memory: float | None = None
+    use_fsdp: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a device that is neither known nor described, and for numbers that make no sense."""
+        for name in ("count", "mfu", "tflops", "memory"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"--{name} is more than 0; got {value}")
+        if self.mfu > 1:
+            raise ValueError(f"--mfu is a share of the device's products, at most 1; got {self.mfu}")
+        if self.device.lower() not in DEVICES and (self.tflops is None or self.memory is None):
+            raise ValueError(
+                f"--device {self.device} is not one of {', '.join(DEVICES)}: give what it does with --tflops (10^12 "
+                "products and sums a second in the recipe's precision) and --memory (GB)"
+            )
+
+    @property
+    def each(self) -> Device:
+        """One of its devices, by the table and by what was said in its place."""
+        known = DEVICES.get(self.device.lower()) or Device(self.device, 0, 0, 0)
+        if self.tflops is not None:
+            known = dataclasses.replace(known, half=self.tflops, full=self.tflops)
+        return dataclasses.replace(known, memory=self.memory) if self.memory is not None else known
+
+    def hours(self, flop: float, precision: str) -> float:
+        """How long so many FLOP take."""
+        return flop / (self.count * self.mfu * self.each.rate(precision)) / 3600

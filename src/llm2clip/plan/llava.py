@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llm2clip.plan.devices import Device, find_device
+from llm2clip.plan.devices import Machine
 from llm2clip.plan.known import build_tower, llm_config
 from llm2clip.plan.memory import LIBRARIES, bytes_of, fits, peak
 from llm2clip.plan.work import CaptionWork, caption_work, counted
@@ -22,7 +22,7 @@ class LlavaPlan:
     """What comes out; bytes of a device by part, hours on all devices together, by stage.
 
     Args:
-        device, count, mfu: what was asked.
+        machine: what was asked.
         image_tokens: of a picture.
         parameters: of each part.
         flop: of a conversation in each stage, and of a picture through the tower.
@@ -30,9 +30,7 @@ class LlavaPlan:
         memory, fits, hours: of each stage.
     """
 
-    device: Device
-    count: int
-    mfu: float
+    machine: Machine
     image_tokens: int
     parameters: dict[str, int]
     flop: dict[str, float]
@@ -44,34 +42,27 @@ class LlavaPlan:
 
 def llava_plan(
     recipe: LlavaRecipe,
+    machine: Machine,
     llm: str,
     vision: str,
     image_size: int | None,
     conversations: dict[str, int],
     text_tokens: dict[str, float],
-    device: str,
-    count: int = 1,
-    mfu: float = 0.4,
-    tflops: float | None = None,
-    memory: float | None = None,
-    shared_out: bool = False,
 ) -> LlavaPlan:
     """Work out what both stages take.
 
     Args:
         recipe: of the training.
+        machine: that it would run on.
         llm, vision, image_size: as of `llava build`; known ones need no network.
         conversations: of each stage, each with a picture.
         text_tokens: of a conversation, beside its picture's, on average.
-        device, count, mfu, tflops, memory, shared_out: as of `plan`.
 
     Raises:
-        ValueError: an unknown model or device.
+        ValueError: an unknown model, or a precision that the device has not.
     """
-    machine = find_device(device, tflops, memory)
-    precision = recipe.precision
-    if precision == "auto":
-        precision = "bf16" if machine.bf16 else "fp32"
+    device, count, shared_out = machine.each, machine.count, machine.use_fsdp
+    precision = device.precision(recipe.precision)
     encoder = EncoderRecipe(path=llm)
     config = llm_config(encoder)
     work = caption_work(encoder, TuneRecipe(lora_r=recipe.lora_r, recompute=recipe.recompute), precision)
@@ -97,11 +88,11 @@ def llava_plan(
         passes = conversations[stage] * epochs[stage]
         flop[stage] = _conversation(work, head, projector, tokens, length, stage, recipe)
         total = passes * flop[stage] + (conversations[stage] if kept else passes) * seeing
-        hours[stage] = total / (count * mfu * machine.rate(precision)) / 3600
+        hours[stage] = machine.hours(total, precision)
         parts[stage] = _memory(work, parameters, head, length, stage, recipe, precision, count, shared_out, kept)
     return LlavaPlan(
-        machine, count, mfu, tokens, parameters, flop, features, parts,
-        {stage: fits(some, machine.memory) for stage, some in parts.items()}, hours,
+        machine, tokens, parameters, flop, features, parts,
+        {stage: fits(some, device.memory) for stage, some in parts.items()}, hours,
     )  # fmt: skip
 
 
@@ -185,14 +176,14 @@ def plan_lines(found: LlavaPlan, conversations: dict[str, int]) -> list[str]:
     lines = [f"Parameters: {billions}; {found.image_tokens} tokens a picture"]
     for stage in STAGES:
         most = peak(found.memory[stage])
-        fit = "fits" if found.fits[stage] else f"does not fit into {found.device.memory:.0f} GB: try --use_fsdp"
+        fit = "fits" if found.fits[stage] else f"does not fit into {found.machine.each.memory:.0f} GB: try --use_fsdp"
         largest = sorted(found.memory[stage].items(), key=lambda part: -part[1])[:4]
         parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in largest)
         lines += [
-            f"{stage}: {found.hours[stage]:.1f} hours on {found.count} x {found.device.name} for "
+            f"{stage}: {found.hours[stage]:.1f} hours on {found.machine.count} x {found.machine.device} for "
             f"{conversations[stage]:,} conversations of {found.flop[stage] / 1e12:.1f} TFLOP",
             f"  {most / 1e9:.0f} GB of each device ({fit}): {parts}",
         ]
         lines.append(f"  the tower's features, were they kept: {found.features[stage] / 1e9:,.0f} GB")
-    lines.append(f"Assumed: {found.mfu:.0%} of the device's products a second. Estimates, not measurements.")
+    lines.append(f"Assumed: {found.machine.mfu:.0%} of the device's products a second. Estimates, not measurements.")
     return lines

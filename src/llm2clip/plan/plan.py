@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from llm2clip.plan.devices import Device, find_device
+from llm2clip.plan.devices import Device, Machine
 from llm2clip.plan.memory import align_memory, embed_memory, fits, peak, tune_memory
 from llm2clip.plan.work import CaptionWork, ImageWork, caption_work, image_work, without_tower
 from llm2clip.recipes import AlignRecipe, FitRecipe, TuneRecipe
@@ -27,8 +27,7 @@ class Plan:
     hours are on all devices together.
 
     Args:
-        device, count, mfu, images, captions_per_image, tokens_per_caption, shared_out: what was asked.
-        recipe: the same.
+        recipe, machine, images, captions_per_image, tokens_per_caption: what was asked.
         captions: of an image in a step.
         parameters: of each part, and those that learn in each stage.
         flop: of one caption or image in each kind of pass.
@@ -43,14 +42,11 @@ class Plan:
             hours of all stages after tune, times ours; bytes of its weights in half precision.
     """
 
-    device: Device
-    count: int
-    mfu: float
+    recipe: FitRecipe
+    machine: Machine
     images: int
     captions_per_image: float
     tokens_per_caption: float
-    shared_out: bool
-    recipe: FitRecipe
     captions: float
     parameters: dict[str, int]
     flop: dict[str, float]
@@ -65,41 +61,27 @@ class Plan:
 
 
 def plan(
-    recipe: FitRecipe,
-    images: int,
-    captions_per_image: float,
-    tokens_per_caption: float,
-    device: str,
-    count: int = 1,
-    mfu: float = 0.4,
-    tflops: float | None = None,
-    memory: float | None = None,
-    shared_out: bool = False,
+    recipe: FitRecipe, machine: Machine, images: int, captions_per_image: float, tokens_per_caption: float
 ) -> Plan:
     """Work out what a fit takes.
 
     Args:
         recipe: of all stages.
+        machine: that it would run on.
         images: that align trains on.
         captions_per_image: on average; each is taken to be another, and is encoded once.
         tokens_per_caption: on average, the template's among them.
-        device: in `devices.DEVICES`, or any name with `tflops` and `memory`.
-        count: devices, in as many processes.
-        mfu: share of the device's products per second that training reaches; assumed.
-        tflops, memory: 10^12 FLOP/s and GB of the device, in place of the table's.
-        shared_out: weights are shared out over the devices (FSDP2).
 
     Raises:
-        ValueError: an unknown model or device, or numbers that make no sense.
+        ValueError: an unknown model, or numbers that make no sense.
     """
     given = {"images": images, "captions_per_image": captions_per_image, "tokens_per_caption": tokens_per_caption}
-    for name, value in (*given.items(), ("count", count), ("mfu", mfu)):
+    for name, value in given.items():
         if value <= 0:
             raise ValueError(f"--{name} is more than 0; got {value}")
-    if mfu > 1:
-        raise ValueError(f"--mfu is a share of the device's products, at most 1; got {mfu}")
-    machine, tokens = find_device(device, tflops, memory), min(tokens_per_caption, recipe.encoder.max_length or 512)
-    tuned = _precision(recipe.tune.precision, machine)
+    device, count, shared_out = machine.each, machine.count, machine.use_fsdp
+    tokens = min(tokens_per_caption, recipe.encoder.max_length or 512)
+    tuned = device.precision(recipe.tune.precision)
     text = caption_work(recipe.encoder, recipe.tune, tuned)
     align = recipe.align
     captions = min(align.captions or captions_per_image, captions_per_image)
@@ -116,28 +98,25 @@ def plan(
     rows = images * captions_per_image
     forward = text.forward(tokens)
 
-    def hours(flop: float, precision: str) -> float:
-        return flop / (count * mfu * machine.rate(precision)) / 3600
-
     texts = 2 * recipe.tune.steps + recipe.tune.mntp_steps  # of each device, times its batch
     parts = {
         "tune": tune_memory(text, recipe.tune, tokens, tuned, count, shared_out),
-        "embed": embed_memory(text, _precision(recipe.embed.precision, machine)),
+        "embed": embed_memory(text, device.precision(recipe.embed.precision)),
         "align": align_memory(image, align, captions, text.width, count, shared_out),
     }
     if texts == 0:
         del parts["tune"]
     took = {
-        "tune": hours(texts * recipe.tune.batch * count * tune_step, tuned),
-        "embed": hours(rows * forward, recipe.embed.precision),
-        "align": hours(once + heads + passes * steps["step"], align.precision),
+        "tune": machine.hours(texts * recipe.tune.batch * count * tune_step, tuned),
+        "embed": machine.hours(rows * forward, recipe.embed.precision),
+        "align": machine.hours(once + heads + passes * steps["step"], align.precision),
     }
     step_online = steps["step"] + captions * forward
-    online = hours(once + heads + passes * steps["step"], align.precision) + hours(
+    online = machine.hours(once + heads + passes * steps["step"], align.precision) + machine.hours(
         passes * captions * forward, recipe.embed.precision
     )
     found = Plan(
-        machine, count, mfu, images, captions_per_image, tokens_per_caption, shared_out, recipe, captions,
+        recipe, machine, images, captions_per_image, tokens_per_caption, captions,
         parameters={
             "caption encoder": text.parameters,
             "tune learns": text.trained if texts else 0,
@@ -150,7 +129,7 @@ def plan(
         store=rows * (text.width * 2 if recipe.embed.dtype == "float16" else text.width + 4) + 16 * rows,
         features=images * (2 * image.feature + 16) if once else 0.0,
         memory=parts,
-        fits={stage: fits(part, machine.memory) for stage, part in parts.items()},
+        fits={stage: fits(part, device.memory) for stage, part in parts.items()},
         hours=took,
         decoded=0.0 if align.cache_features else passes / (took["align"] * 3600 * count),
         online={
@@ -160,17 +139,10 @@ def plan(
         },
     )  # fmt: skip
     if not found.fits.get("tune", True):
-        found.ways_out["tune"] = _fitting(_tune_settings(recipe.tune, text, tokens, tuned, count), machine)
+        found.ways_out["tune"] = _fitting(_tune_settings(recipe.tune, text, tokens, tuned, count), device)
     if not found.fits["align"]:
-        found.ways_out["align"] = _fitting(_align_settings(align, image, text.width, captions, count), machine)
+        found.ways_out["align"] = _fitting(_align_settings(align, image, text.width, captions, count), device)
     return found
-
-
-def _precision(precision: str, device: Device) -> str:
-    """fp32, bf16 or fp16 of a recipe's."""
-    if precision == "auto":
-        return "bf16" if device.bf16 else "fp32"
-    return precision.partition("+")[0]
 
 
 def _align_flop(work: ImageWork, recipe: AlignRecipe, captions: float, count: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A plan in tables, and the verb that prints it."""
+"""A plan in tables."""
 
 from __future__ import annotations
 
@@ -8,25 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llm2clip.plan.memory import ROOM, peak
-from llm2clip.plan.plan import STAGES, Plan, plan
-from llm2clip.recipes import FitRecipe
-
-
-def plan_verb(
-    recipe: FitRecipe,
-    images: int,
-    captions_per_image: float,
-    tokens_per_caption: float,
-    device: str,
-    count: int = 1,
-    mfu: float = 0.4,
-    tflops: float | None = None,
-    memory: float | None = None,
-    use_fsdp: bool = False,
-) -> list[str]:
-    """`llm2clip plan`: the lines to print. Arguments and errors are those of `plan`."""
-    found = plan(recipe, images, captions_per_image, tokens_per_caption, device, count, mfu, tflops, memory, use_fsdp)
-    return report(found).splitlines()
+from llm2clip.plan.plan import STAGES, Plan
 
 
 def report(found: Plan, width: int = 110) -> str:
@@ -83,7 +65,9 @@ def _flop(found: Plan) -> Table:
 
 def _memory(found: Plan) -> Table:
     stages = [stage for stage in STAGES if stage in found.memory]
-    table = _table(f"GB on each device (10^9 bytes; {found.device.name} has {found.device.memory:g})", *stages)
+    table = _table(
+        f"GB on each device (10^9 bytes; {found.machine.each.name} has {found.machine.each.memory:g})", *stages
+    )
     parts = dict.fromkeys(
         part for stage in stages for part in found.memory[stage] if part not in ("libraries", "loading")
     )
@@ -99,8 +83,8 @@ def _memory(found: Plan) -> Table:
 
 
 def _hours(found: Plan) -> Table:
-    recipe, count = found.recipe, found.count
-    table = _table(f"Time on {count} x {found.device.name}", "", "", words=True)
+    recipe, count = found.recipe, found.machine.count
+    table = _table(f"Time on {count} x {found.machine.each.name}", "", "", words=True)
     if "tune" in found.memory:
         steps, batch = recipe.tune.steps + recipe.tune.mntp_steps, recipe.tune.batch * count
         table.add_row("tune", _time(found.hours["tune"]), f"{steps:,} steps of {batch:,} pairs")
@@ -147,7 +131,8 @@ def _ways_out(found: Plan) -> list[str]:
 
 def _assumptions(found: Plan) -> str:
     return (
-        f"Arithmetic, not measured. Assumed: {found.mfu:.0%} of the device's products per second are reached (MFU), "
+        "Arithmetic, not measured. "
+        f"Assumed: {found.machine.mfu:.0%} of the device's products per second are reached (MFU), "
         f"{1 - ROOM:.0%} of its memory is lost between pieces, every caption differs, and images are decoded in time."
     )
 

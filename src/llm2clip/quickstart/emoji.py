@@ -26,8 +26,8 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
+from llm2clip.models.assets import resolve
 from llm2clip.models.gguf import cache_folder
-from llm2clip.quickstart.assets import resolve
 from llm2clip.quickstart.wording import describe, long_caption, plain
 
 __all__ = ["LANGUAGES", "Emoji", "emoji_records", "read_emoji", "rows"]

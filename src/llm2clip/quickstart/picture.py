@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from llm2clip.quickstart.assets import AssetError, resolve
+from llm2clip.models.assets import AssetError, resolve
 
 __all__ = ["Row", "draw_results", "wrap"]
 

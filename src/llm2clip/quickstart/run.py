@@ -10,10 +10,11 @@ import json
 from pathlib import Path
 
 from llm2clip.data.records import open_records
+from llm2clip.files import json_lines, write_whole
 from llm2clip.fit import fit
+from llm2clip.models.assets import resolve
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.processes import processes, say
-from llm2clip.quickstart.assets import resolve
 from llm2clip.quickstart.emoji import emoji_records
 from llm2clip.quickstart.picture import draw_results
 from llm2clip.recipes import AlignRecipe, EmbedRecipe, EncoderRecipe, EvaluateRecipe, FitRecipe, TuneRecipe
@@ -87,16 +88,12 @@ def _records(emoji: Path, file: Path) -> Path:
     if file.exists():
         return file
     lines = []
-    for line in (emoji / "captions.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for _, row in json_lines(emoji / "captions.jsonl"):
         row["image"] = str((emoji / row["image"]).absolute())
         if row["split"] == "train":
             row["captions"] += [name for code in LANGUAGES for name in row.get(f"captions_{code}", ())]
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tmp = file.with_suffix(".tmp")
-    tmp.write_text("".join(lines), encoding="utf-8")
-    tmp.replace(file)
+    write_whole(file, "".join(lines))
     return file
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from llm2clip.data.pairs import Captions, Pair
 from llm2clip.data.records import Record
 from llm2clip.data.skips import SkipLog
+from llm2clip.data.split import Data, only, read, read_data, tuning_sources
 from llm2clip.data.text_pairs import open_pairs
 from llm2clip.processes import say
 from llm2clip.recipes import EvaluateRecipe, ReproduceRecipe, TuneRecipe
-from llm2clip.split import Data, only, read, read_data, tuning_sources
 
 WORDNET = Path("/usr/share/wordnet")
 PARTS = ("noun", "verb", "adj", "adv")

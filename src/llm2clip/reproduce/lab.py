@@ -191,6 +191,9 @@ class _Stored:
     def encode(self, captions: Sequence[str], *, progress: bool = False) -> Tensor:
         return torch.from_numpy(self.store.take(self.store.rows(captions))).float()
 
+    def cut(self, captions: Sequence[str]) -> None:
+        return None
+
 
 def _file(name: str) -> str:
     return name.replace(" ", "-")

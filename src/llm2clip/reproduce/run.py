@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
-import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llm2clip.evaluate import plots
 from llm2clip.page import BAD, GOOD, SO, Block, Command, Heading, Plot, Table, Text, write_page
-from llm2clip.processes import once, processes, say
+from llm2clip.processes import once, processes, say, typed
 from llm2clip.recipes import ReproduceRecipe
 from llm2clip.reproduce.claims import ALIKE, CLAIMS, HOLDS, REVERSED, UNTESTED, WAY, Claim, Comparison, Interval
 from llm2clip.reproduce.data import Sets
@@ -46,23 +45,26 @@ def reproduce(data: Path, out: Path, recipe: ReproduceRecipe, claims: Sequence[i
     for number in claims:
         start, file = time.time(), out / "claims" / f"{number}.json"
         try:
-            once(file, lambda number=number: dataclasses.asdict(CLAIMS[number](lab)))  # type: ignore[misc]
+            claim = of_json(once(file, partial(_tested, number, lab)))
         except (ValueError, OSError, FloatingPointError) as error:
             say(f"claim {number} is not tested: {error}")
             untested.append(Claim(number, notes=[str(error)]))
             continue
-        claim = of_json(json.loads(file.read_text()))
         say(f"claim {number}: {claim.verdict} ({(time.time() - start) / 60:.0f} minutes)")
     found = [of_json(json.loads(f.read_text())) for n in CLAIMS if (f := out / "claims" / f"{n}.json").exists()]
     if not found:
         raise ValueError("no claim could be tested: " + "; ".join(f"{c.number}: {c.notes[0]}" for c in untested))
     found = sorted([*found, *untested], key=lambda claim: claim.number)
-    command = shlex.join(["llm2clip", *sys.argv[1:]])
+    command = typed()
     page, whole = write_page(
         out, "report", "Does it hold? The claims of LLM2CLIP, tested here", blocks(found, recipe, command)
     )
     say(page.read_text(), log.summary())
     return whole
+
+
+def _tested(number: int, lab: Lab) -> dict[str, Any]:
+    return dataclasses.asdict(CLAIMS[number](lab))
 
 
 def of_json(fields: dict[str, Any]) -> Claim:

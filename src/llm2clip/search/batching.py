@@ -93,7 +93,7 @@ class Batcher(Generic[Item, Answer]):
     async def _run(self) -> None:
         while True:
             batch = [await self._queue.get()]
-            if len(self) + 1 < min(self._last, self.most):
+            if len(self) + 1 < self._last:
                 await asyncio.sleep(min(LINGER, self._seconds / 10))
             while len(batch) < self.most and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
@@ -101,7 +101,11 @@ class Batcher(Generic[Item, Answer]):
             if batch:
                 self.seen(len(batch))
                 self._last, start = len(batch), time.perf_counter()
-                await self._answer(batch)
+                try:
+                    await self._answer(batch)
+                finally:
+                    for one in batch:  # whoever was not answered, since all this is ended, must not wait for ever
+                        one.answer.cancel()
                 self._seconds = time.perf_counter() - start
 
     async def _answer(self, batch: list[_Asked[Item, Answer]]) -> None:

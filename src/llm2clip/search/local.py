@@ -13,7 +13,7 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -81,12 +81,24 @@ class LocalIndex:
         self._orphans = True  # contents that no picture has may be there
         self._nearest: tuple[tuple[int, int, int], Nearest] | None = None
 
-    def close(self) -> None:
-        self._db.close()
-
     def _read(self, sql: str, values: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
-        with self._lock:
+        with self._lock, self._named():
             return self._db.execute(sql, values).fetchall()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """All of a block, or nothing."""
+        with self._lock, self._named(), self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            yield
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """SQLite's errors (a full disk, a lock that another holds too long) as the system's, with the file's name."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise OSError(f"{self._file}: {error}") from error
 
     # -- filling it
 
@@ -95,7 +107,7 @@ class LocalIndex:
 
     def begin(self, about: Mapping[str, Any]) -> None:
         rows = [(key, json.dumps(value)) for key, value in about.items()]
-        with self._lock:
+        with self._writing():
             self._db.executemany("INSERT OR REPLACE INTO about VALUES (?, ?)", rows)
 
     def known(self, sources: Sequence[str]) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -110,7 +122,7 @@ class LocalIndex:
         return {h for h in hashes if self._read("SELECT 1 FROM contents WHERE hash = ?", (h,))}
 
     def put(self, contents: Sequence[Content], pictures: Sequence[tuple[Picture, bytes]]) -> None:
-        with self._lock, _Transaction(self._db):
+        with self._writing():
             self._orphans = True
             for c in contents:
                 vector = np.ascontiguousarray(c.vector, dtype="<f2").tobytes()
@@ -133,7 +145,7 @@ class LocalIndex:
     def forget(self, names: Sequence[str]) -> None:
         if not names and not self._orphans:
             return  # to write nothing new would make every reader read all again
-        with self._lock, _Transaction(self._db):
+        with self._writing():
             self._db.executemany("DELETE FROM pictures WHERE name = ?", [(name,) for name in names])
             self._db.execute("DELETE FROM contents WHERE id NOT IN (SELECT content FROM pictures)")
             self._orphans = False
@@ -209,7 +221,7 @@ class LocalIndex:
 
     def _chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         # Through a connection of its own: this takes seconds, in which others ask.
-        with closing(sqlite3.connect(self._file, timeout=60)) as db:
+        with self._named(), closing(sqlite3.connect(self._file, timeout=60)) as db:
             cursor = db.execute("SELECT id, vector FROM contents ORDER BY id")
             while rows := cursor.fetchmany(CHUNK):
                 vectors = np.frombuffer(b"".join(v for _, v in rows), "<f2")
@@ -245,19 +257,6 @@ class LocalIndex:
 
 def _contains(captions: str, words: str) -> bool:
     return any(words.casefold() in caption.casefold() for caption in json.loads(captions))
-
-
-class _Transaction:
-    """All of a block, or nothing."""
-
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self.db = db
-
-    def __enter__(self) -> None:
-        self.db.execute("BEGIN IMMEDIATE")
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self.db.execute("ROLLBACK" if kind else "COMMIT")
 
 
 def _marks(values: Sequence[Any]) -> str:

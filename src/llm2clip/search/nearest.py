@@ -14,6 +14,11 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
+from usearch.index import Index, MetricKind
+from usearch.index import search as scan
+
+from llm2clip.files import write_whole
 
 SPARE = 128  # candidates that are measured at the least; of a scan of a million none was missed with them
 FEW = 2048  # vectors that are measured sooner than coded
@@ -79,9 +84,6 @@ class Nearest:
         return ids[best], scores[best]
 
     def _candidates(self, query: np.ndarray, wanted: int, among: np.ndarray | None) -> np.ndarray:
-        from usearch.index import MetricKind
-        from usearch.index import search as scan
-
         code = np.rint(query * (127 / max(float(np.abs(query).max()), 1e-6))).astype(np.int8)  # at a scale of its own
         if among is not None and len(among) <= FEW:
             return among
@@ -116,9 +118,6 @@ def grown(folder: Path, ids: np.ndarray, fetch: Fetch, width: int, largest: floa
         width: D.
         largest: number in any vector; where it is far beyond what it was, the graph is grown anew.
     """
-    from tqdm.auto import tqdm
-    from usearch.index import Index, MetricKind
-
     file, about = folder / "graph.usearch", folder / "graph.json"
     graph = Index(ndim=width, metric=MetricKind.IP, dtype="i8")
     scale = 127 / largest
@@ -139,15 +138,12 @@ def grown(folder: Path, ids: np.ndarray, fetch: Fetch, width: int, largest: floa
     about.unlink(missing_ok=True)  # what is not described is not read
     graph.save(str(file.with_suffix(".part")))
     file.with_suffix(".part").replace(file)
-    part = about.with_suffix(".part")
-    part.write_text(json.dumps({"scale": scale, "count": len(ids), "last": int(ids[-1]), "sum": int(ids.sum())}))
-    part.replace(about)
+    held_now = {"scale": scale, "count": len(ids), "last": int(ids[-1]), "sum": int(ids.sum())}
+    write_whole(about, json.dumps(held_now))
 
 
 def graph_of(folder: Path, ids: np.ndarray) -> Any:
     """The graph in a folder, mapped and not read; None if there is none of these ids."""
-    from usearch.index import Index
-
     about = folder / "graph.json"
     if not about.exists():
         return None

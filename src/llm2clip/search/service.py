@@ -84,6 +84,8 @@ class Service:
             Busy: too many wait.
         """
         loop = asyncio.get_running_loop()
+        if len(encoded) > self.limits.waiting:
+            raise ValueError(f"{len(encoded):,} pictures at once; {self.limits.waiting:,} at most")
         if self._decoding + len(encoded) > self.limits.waiting:
             raise Busy(f"{self._decoding:,} pictures are waiting")
         self._decoding += len(encoded)

@@ -133,7 +133,7 @@ def serve_verb(
     name = model or (engine.about()["model"] if engine else None)
     if name is None:
         raise ValueError("name an index with --index, or a model with --model")
-    near = host in ("127.0.0.1", "::1", "localhost")
+    near = host in LOOPBACK
     token = token or os.environ.get("LLM2CLIP_TOKEN") or (None if near else secrets.token_urlsafe(24))
     thread = ThreadPoolExecutor(1, "model")
     dual = thread.submit(open_dual, name, precision=precision).result()

@@ -11,9 +11,9 @@ from pathlib import Path
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from llm2clip.checkpoints import MetricsLog
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.processes import weights_shared_out
-from llm2clip.train.engine import MetricsLog
 from llm2clip.train.sharding import whole
 
 WEIGHTS, FIGURES = "model.safetensors", "figures.json"

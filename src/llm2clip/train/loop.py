@@ -26,6 +26,15 @@ from tqdm.auto import tqdm
 
 from llm2clip.cache.features import TowerFeatures, embed_images
 from llm2clip.cache.store import EmbeddingStore
+from llm2clip.checkpoints import (
+    COMPLETE,
+    MetricsLog,
+    latest_checkpoint,
+    mark_complete,
+    prune_checkpoints,
+    resumable,
+    step_of,
+)
 from llm2clip.cpu import reuse_memory
 from llm2clip.data.records import Record
 from llm2clip.data.skips import SkipLog
@@ -36,22 +45,12 @@ from llm2clip.processes import by_blocks, processes, use_precision, weights_shar
 from llm2clip.recipes import FREE, AlignRecipe
 from llm2clip.train.best import Best
 from llm2clip.train.ema import Ema
-from llm2clip.train.engine import (
-    COMPLETE,
-    MetricsLog,
-    cosine_schedule,
-    latest_checkpoint,
-    mark_complete,
-    prune_checkpoints,
-    resumable,
-    step_of,
-    trackers,
-)
 from llm2clip.train.grad_cache import cached
 from llm2clip.train.losses import cosine_loss, info_nce, sigmoid_loss
-from llm2clip.train.rates import choose_trained, parameter_groups
+from llm2clip.train.rates import choose_trained, cosine_schedule, parameter_groups
 from llm2clip.train.sharding import reassembled, whole, without_weights
 from llm2clip.train.steps import Batch, Steps
+from llm2clip.train.trackers import trackers
 
 Validate = Callable[[LLM2CLIP], dict[str, float]]
 MOST_SKIPPED = 20  # in a row: fp16's scaler halves its factor with each, so more of them are no matter of the factor
@@ -99,10 +98,10 @@ class Training:
         set_seed(recipe.seed)
         choose_trained(model, recipe)
         by_blocks(model.tower.blocks())
-        kinds, options = trackers(recipe.track, folder)
+        options = trackers(recipe.track, folder)
         self.accelerator = Accelerator(
             mixed_precision=use_precision(recipe.precision),
-            log_with=kinds or None,
+            log_with=list(options) or None,
             project_config=ProjectConfiguration(str(folder), str(folder / "logs")),
         )
         if recipe.precision == "fp16" and self.accelerator.scaler is None:
@@ -133,7 +132,7 @@ class Training:
         every = recipe.evaluate_every
         self.evaluate_every = max(1, round(self.data.per_epoch)) if every is None else every
         self.best = Best(folder, self.first, validate if self.evaluate_every else None, self.accelerator)
-        self._start_trackers(kinds, options)
+        self._start_trackers(options)
 
     def _resumable(self) -> Path | None:
         """The checkpoint to go on from."""
@@ -309,8 +308,8 @@ class Training:
             f"checkpoint: {last or 'none'}. Lower --align.lr or --align.tower_lr, or use fp32"
         )
 
-    def _start_trackers(self, kinds: list[str], options: dict[str, Any]) -> None:
-        if not kinds:
+    def _start_trackers(self, options: dict[str, Any]) -> None:
+        if not options:
             return
         if "tensorboard" in options and self.resume is not None:
             options["tensorboard"]["purge_step"] = self.first + 1  # what will be done again

@@ -28,6 +28,7 @@ from llm2clip.models.text import CaptionEncoder
 from llm2clip.processes import joined
 from llm2clip.train.sharding import spare_passes
 
+HIDDEN = 0.2  # of the tokens, as LLM2Vec does
 MASK = "_"  # LLMs have no mask token; LLM2Vec hides with this one
 
 

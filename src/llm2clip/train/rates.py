@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -61,3 +63,15 @@ def parameter_groups(model: LLM2CLIP, recipe: AlignRecipe) -> list[dict[str, Any
         decay = recipe.weight_decay if p.ndim > 1 else 0.0
         groups.setdefault((part, lr, decay), []).append(p)
     return [{"params": ps, "lr": lr, "weight_decay": decay} for (_, lr, decay), ps in groups.items()]
+
+
+def cosine_schedule(steps: int, warmup: float) -> Callable[[int], float]:
+    """Factor on the learning rate at a step: linear up over `warmup` of the steps, then a cosine to zero."""
+    rise = max(1, round(steps * warmup))
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise))))
+
+    return factor

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from llm2clip.cache.epochs import CaptionRows
 from llm2clip.cache.features import image_keys
 from llm2clip.cache.store import EmbeddingStore
+from llm2clip.checkpoints import digest
 from llm2clip.data.captions import epoch_order
 from llm2clip.data.decoding import decoded
 from llm2clip.data.images import TrainTransform
 from llm2clip.data.records import KINDS, Record
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.recipes import AlignRecipe
-from llm2clip.train.engine import digest
 
 
 def check_batch(images: int, recipe: AlignRecipe, world: int) -> int:

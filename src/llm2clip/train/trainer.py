@@ -18,17 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from llm2clip.checkpoints import MetricsLog, latest_checkpoint, mark_complete, resumable, step_of
 from llm2clip.cpu import quick_products, reuse_memory
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.processes import by_blocks, processes, use_precision
 from llm2clip.recipes import TuneRecipe
-from llm2clip.train.engine import (
-    MetricsLog,
-    latest_checkpoint,
-    mark_complete,
-    resumable,
-    step_of,
-)
 from llm2clip.train.sharding import put, reassembled, whole, without_weights
 
 TRAINED = "trained.safetensors"
@@ -77,8 +71,6 @@ def train(
         learning_rate=recipe.lr,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, round(recipe.warmup * steps)),
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         use_cpu=state.device.type == "cpu",

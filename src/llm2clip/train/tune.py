@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
 
+from llm2clip.cache.lock import alone
+from llm2clip.checkpoints import digest
 from llm2clip.data.captions import unique
 from llm2clip.data.pairs import Item, batches_of_pairs
 from llm2clip.models.batches import default_batch_tokens
@@ -27,8 +30,7 @@ from llm2clip.models.text import CaptionEncoder
 from llm2clip.processes import processes, weights_shared_out
 from llm2clip.recipes import TuneRecipe
 from llm2clip.train.contrastive import PairCollator, PairLoss
-from llm2clip.train.engine import digest
-from llm2clip.train.mntp import MASK, MaskedTokenLoss, MaskingCollator
+from llm2clip.train.mntp import HIDDEN, MASK, MaskedTokenLoss, MaskingCollator
 from llm2clip.train.trainer import train
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,20 +55,20 @@ def tune(sources: Sequence[Sequence[Item]], encoder: CaptionEncoder, recipe: Tun
     done, state = folder / "encoder", processes()
     if not done.exists():
         rows = _rows(sources, encoder, recipe)  # what is wrong with the settings shows before any work
-        if recipe.mntp_steps > 0:
-            _predict_hidden_tokens(sources, encoder, recipe, folder / "mntp")
-        if rows:
-            _tell_apart(rows, encoder, recipe, folder)
-    if state.is_main_process and not done.exists():
-        _save(encoder, done)
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone(folder) if state.is_main_process else nullcontext():
+            if recipe.mntp_steps > 0:
+                _predict_hidden_tokens(sources, encoder, recipe, folder / "mntp")
+            if rows:
+                _tell_apart(rows, encoder, recipe, folder)
+            if state.is_main_process:
+                _save(encoder, done)
     state.wait_for_everyone()
     return done
 
 
 def _rows(sources: Sequence[Sequence[Item]], encoder: CaptionEncoder, recipe: TuneRecipe) -> list[dict[str, Any]]:
     """The pairs of all steps, on every process alike."""
-    if not recipe.lora_r and (recipe.quantize or not recipe.merge):
-        raise ValueError("--tune.quantize and --tune.merge are LoRA's, which --tune.lora_r 0 does without")
     if not recipe.merge and recipe.steps <= 0:
         raise ValueError("--tune.merge false keeps what caption-contrastive steps change: --tune.steps has none")
     if recipe.quantize:
@@ -126,11 +128,13 @@ def _predict_hidden_tokens(
     texts = unique(text for source in sources for item in source for text in item.texts)
     per_step = recipe.batch * processes().num_processes
     rng = np.random.default_rng(recipe.seed)
-    order = (int(i) for _ in iter(int, 1) for i in rng.permutation(len(texts)))
+    if not texts:
+        raise ValueError("there is no text to predict hidden tokens of: leave out --tune.mntp_steps")
+    order = (int(i) for _ in count() for i in rng.permutation(len(texts)))
     chosen = list(islice(order, recipe.mntp_steps * per_step))
     rows = [{"text": texts[i], "seed": f"{recipe.seed} {n}"} for n, i in enumerate(chosen)]
     mask = encoder.tokenizer(MASK, add_special_tokens=False)["input_ids"][0]
-    collator = MaskingCollator(preprocess_fn=encoder.tokenize, share=recipe.mntp_mask, mask=mask)
+    collator = MaskingCollator(preprocess_fn=encoder.tokenize, share=HIDDEN, mask=mask)
     precision, lora = _prepare(encoder, recipe)
     loss = MaskedTokenLoss(encoder, recipe.batch_tokens or default_batch_tokens(encoder.device))
     plan = {

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from llm2clip.data.records import Record
 from llm2clip.data.refs import FileImage, ImageRef, within
+from llm2clip.files import Absent, Malformed
 
-
-class Absent(Exception):
-    """A benchmark, or a part of it, is not in its folder; the message names what is missing."""
-
-
-class Malformed(ValueError):
-    """A file of a benchmark is not what it should be; the message names the file and the place."""
+T = TypeVar("T")
+Fields = Mapping[str, Sequence[Record]]  # of each kind of caption, the images that have some
 
 
 @dataclass(frozen=True)
@@ -66,9 +61,9 @@ class Benchmark:
             of `Choice`; classification, `Classes`.
         about: images, captions and protocol in a line.
         folders: where it is looked for under a root, the first that is there.
-        read: from its folder; raises `Absent` or `Malformed`.
+        read: from its folder; what it raises is made `Absent` or `Malformed` by `load`.
         get: how to get it.
-        train: of classes, the images that a linear probe learns from; raises likewise.
+        train: of classes, the images that a linear probe learns from.
     """
 
     name: str
@@ -90,56 +85,25 @@ class Benchmark:
                 return root / name
         raise Absent(f"{root} has no folder {' or '.join(self.folders)}")
 
+    def load(self, folder: Path) -> Any:
+        """What its reader makes of a folder.
 
-def first(folder: Path, *names: str) -> Path:
-    """The first of these files or folders that is there; a name may be a pattern.
+        Raises:
+            Absent: something is missing.
+            Malformed: a file is not what it should be.
+        """
+        return _guarded(self.read, folder, self.name)
 
-    Raises:
-        Absent: none is.
-    """
-    for name in names:
-        if any(c in name for c in "*?["):
-            if found := sorted(folder.glob(name)):
-                return found[0]
-        elif (folder / name).exists():
-            return folder / name
-    raise Absent(f"{folder} has no {' or '.join(names)}")
+    def load_train(self, folder: Path) -> Classes | None:
+        """The images that a linear probe learns from; None where the set has none. Raises as `load` does."""
+        return None if self.train is None else _guarded(self.train, folder, self.name)
 
 
-def json_file(file: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        Malformed: it is not JSON.
-    """
+def _guarded(read: Callable[[Path], T], folder: Path, name: str) -> T:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise Malformed(f"{file}: not JSON ({error})") from error
-
-
-def json_lines(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines.
-
-    Raises:
-        Malformed: a line is not a JSON object.
-    """
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise Malformed(f"{file}, line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise Malformed(f"{file}, line {number}: not an object")
-            rows.append(row)
-    return rows
-
-
-def text_lines(file: Path) -> list[str]:
-    """The lines of a text file that are not empty; a last line without an end counts."""
-    return [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        return read(folder)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise Malformed(f"{folder}: a row is not in the form of {name} ({error!r})") from error
 
 
 def picture(folder: Path, name: str) -> FileImage:
@@ -179,11 +143,8 @@ def captioned(pairs: Iterable[tuple[ImageRef, Sequence[str]]], source: Path) -> 
         texts = tuple(c.strip() for c in captions)
         if not texts or not all(texts):
             raise Malformed(f"{source}: {image} has no caption, or an empty one")
-        records.append(Record(Path(str(image)).stem, image, texts))
+        records.append(Record(Path(image.path).stem if isinstance(image, FileImage) else str(image), image, texts))
     check_files([record.image for record in records if record.image is not None], source)
     if not records:
         raise Malformed(f"{source} has no image of the test split")
     return records
-
-
-Fields = Mapping[str, Sequence[Record]]

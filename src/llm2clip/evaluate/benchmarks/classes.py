@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from llm2clip.data.refs import FileImage, MemoryImage
-from llm2clip.evaluate.benchmarks.base import Absent, Benchmark, Classes, Malformed, first, json_file, text_lines
+from llm2clip.evaluate.benchmarks.base import Benchmark, Classes
+from llm2clip.files import Absent, Malformed, first, json_file, text_lines
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a close-up photo of a {}.", "a photo of the {}.")
@@ -132,6 +133,11 @@ class _Bordered(FileImage):
     """A picture with a border of two pixels that is not a part of it."""
 
     __slots__ = ()
+
+    @property
+    def key(self) -> str:
+        """Not the whole picture's: it has other vectors."""
+        return f"{super().key} without its border"
 
     def open(self) -> io.BytesIO:
         with Image.open(self.path) as image:

@@ -7,18 +7,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from llm2clip.data.refs import MemoryImage
-from llm2clip.evaluate.benchmarks.base import (
-    Absent,
-    Benchmark,
-    Choice,
-    Malformed,
-    check_files,
-    first,
-    json_file,
-    json_lines,
-    picture,
-)
+from llm2clip.evaluate.benchmarks.base import Benchmark, Choice, check_files, picture
 from llm2clip.evaluate.benchmarks.karpathy import COCO
+from llm2clip.files import Absent, Malformed, first, json_file, json_lines
 
 SUGARCREPE = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 
@@ -33,7 +24,7 @@ def _winoground(folder: Path) -> list[Choice]:
         return _winoground_parquet(first(folder, "data/test-*.parquet", "test-*.parquet"))
     images = first(file.parent, "images")
     chosen = []
-    for row in json_lines(file):
+    for _, row in json_lines(file):
         names = [row[key] if Path(row[key]).suffix else f"{row[key]}.png" for key in ("image_0", "image_1")]
         refs = tuple(picture(images, name) for name in names)
         chosen.append(Choice(str(row["id"]), "winoground", refs, (row["caption_0"], row["caption_1"])))

@@ -11,17 +11,9 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from llm2clip.evaluate.benchmarks.base import (
-    Absent,
-    Benchmark,
-    Judged,
-    Malformed,
-    check_files,
-    first,
-    json_file,
-    picture,
-)
+from llm2clip.evaluate.benchmarks.base import Benchmark, Judged, check_files, picture
 from llm2clip.evaluate.benchmarks.karpathy import COCO
+from llm2clip.files import Absent, Malformed, first, json_file
 
 ANNOTATIONS = "captions_val2014.json"
 
@@ -46,11 +38,8 @@ def _judged(folder: Path) -> Judged:
     root = first(folder, "val2014", "images/val2014")
     pool = judgements().coco_ids.tolist()
     rows = json_file(file)
-    try:
-        names = {row["id"]: row["file_name"] for row in rows["images"]}
-        captions = {row["id"]: (row["image_id"], row["caption"].strip()) for row in rows["annotations"]}
-    except (KeyError, TypeError) as error:
-        raise Malformed(f"{file}: not COCO's captions ({error!r})") from error
+    names = {row["id"]: row["file_name"] for row in rows["images"]}
+    captions = {row["id"]: (row["image_id"], row["caption"].strip()) for row in rows["annotations"]}
     if lacking := [n for n in pool if n not in captions]:
         raise Malformed(f"{file} lacks {len(lacking):,} of the {len(pool):,} captions, number {lacking[0]} for one")
     images = list(dict.fromkeys(captions[n][0] for n in pool))

@@ -13,18 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm2clip.data.records import Record
-from llm2clip.evaluate.benchmarks.base import (
-    Absent,
-    Benchmark,
-    Fields,
-    Malformed,
-    anywhere,
-    captioned,
-    first,
-    json_file,
-    picture,
-    text_lines,
-)
+from llm2clip.evaluate.benchmarks.base import Benchmark, Fields, anywhere, captioned, picture
+from llm2clip.files import Absent, Malformed, first, json_file, text_lines
 
 COCO = ("coco", "COCO", "mscoco")
 IMAGES = {

@@ -11,19 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm2clip.data.refs import ImageRef, MemoryImage
-from llm2clip.evaluate.benchmarks.base import (
-    Absent,
-    Benchmark,
-    Fields,
-    Malformed,
-    anywhere,
-    captioned,
-    first,
-    json_lines,
-    picture,
-    text_lines,
-)
+from llm2clip.evaluate.benchmarks.base import Benchmark, Fields, anywhere, captioned, picture
 from llm2clip.evaluate.benchmarks.karpathy import COCO, IMAGES, keyed_captions, listed
+from llm2clip.files import Absent, Malformed, first, json_lines, text_lines
 
 XTD10 = {
     **{f"XTD10/test_1kcaptions_{name}.txt": name for name in ("es", "it", "ko", "pl", "ru", "tr", "zh")},
@@ -37,7 +27,7 @@ def chinese_clip(folder: Path) -> Fields:
     test_imgs.tsv, "ID<tab>base64"."""
     texts, images = folder / "test_texts.jsonl", folder / "test_imgs.tsv"
     captions: dict[str, list[str]] = {}
-    for number, row in enumerate(json_lines(texts), 1):
+    for number, row in json_lines(texts):
         if len(row["image_ids"]) != 1:
             raise Malformed(f"{texts}, line {number}: a text of {len(row['image_ids'])} images; here each has one")
         captions.setdefault(str(row["image_ids"][0]), []).append(row["text"])
@@ -107,9 +97,9 @@ def _flickr8k_cn(folder: Path) -> Fields:
 def _xm3600(folder: Path) -> Fields:
     """3,600 images, all captions of each of 36 languages (arXiv 2205.12522); some tools take the first alone."""
     file = first(folder, "captions.jsonl", "annotations/captions.jsonl")
-    rows, images = json_lines(file), first(folder, "images")
+    images = first(folder, "images")
     captions: dict[str, list[tuple[ImageRef, list[str]]]] = {}
-    for number, row in enumerate(rows, 1):
+    for number, row in json_lines(file):
         if "image/key" not in row:
             raise Malformed(f"{file}, line {number}: no image/key")
         for language, there in row.items():
@@ -128,7 +118,7 @@ def _xtd10(folder: Path) -> Fields:
         there = next((f for f in (folder / file, folder / Path(file).name) if f.exists()), None)
         if there is None:
             continue
-        texts = there.read_text(encoding="utf-8").splitlines()
+        texts = there.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         if len(texts) != len(names):
             raise Malformed(f"{there}: {len(texts)} captions for {len(names)} images")
         refs = []

@@ -6,16 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llm2clip.evaluate.benchmarks.base import (
-    Absent,
-    Benchmark,
-    Fields,
-    Malformed,
-    captioned,
-    first,
-    json_lines,
-    picture,
-)
+from llm2clip.evaluate.benchmarks.base import Benchmark, Fields, captioned, picture
+from llm2clip.files import Absent, Malformed, first, json_lines
 
 SHARE = "share-captioner_coco_lcs_sam_1246k_1107.json"
 
@@ -56,10 +48,7 @@ def _sharegpt4v(folder: Path) -> Fields:
     file = first(folder, SHARE)
     rows = head(file, 1000)
     root = folder if (folder / "sam").exists() else first(folder, "images", "data")
-    try:
-        pairs = [(picture(root, r["image"]), [" ".join(r["conversations"][1]["value"].split("\n"))]) for r in rows]
-    except (KeyError, IndexError, TypeError) as error:
-        raise Malformed(f"{file}: a record without image or conversations[1].value ({error})") from error
+    pairs = [(picture(root, r["image"]), [" ".join(r["conversations"][1]["value"].split("\n"))]) for r in rows]
     return {"captions": captioned(pairs, file)}
 
 
@@ -76,7 +65,7 @@ def _docci(folder: Path) -> Fields:
     """`docci_descriptions.jsonlines`, rows whose split is exactly "test", since there is a "qual_test" (arXiv
     2404.19753); images in `images/`."""
     file = first(folder, "docci_descriptions.jsonlines")
-    rows = [row for row in json_lines(file) if row["split"] == "test"]
+    rows = [row for _, row in json_lines(file) if row["split"] == "test"]
     images = first(folder, "images", "test_images")
     return {"captions": captioned(((picture(images, r["image_file"]), [r["description"]]) for r in rows), file)}
 

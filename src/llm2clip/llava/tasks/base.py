@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -103,34 +102,3 @@ def picture(folder: Path, name: str, log: SkipLog, file: Path, number: int) -> F
     else:
         return FileImage(str(folder / name))
     return None
-
-
-def first_of(folder: Path, *names: str) -> Path:
-    """The first of some files (patterns) that is there.
-
-    Raises:
-        FileNotFoundError: none is.
-    """
-    for name in names:
-        if found := sorted(folder.glob(name)):
-            return found[0]
-    raise FileNotFoundError(f"{folder} has none of {', '.join(names)}")
-
-
-def from_json(file: Path) -> Any:
-    """Raises ValueError, naming the file, if it is no JSON."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
-
-
-def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of a file with one object a line, and their numbers. Raises ValueError, naming file and row."""
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{file}, row {number}, is no JSON: {error}") from error

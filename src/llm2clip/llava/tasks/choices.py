@@ -12,7 +12,8 @@ from typing import Any
 
 from llm2clip.data.refs import MemoryImage
 from llm2clip.data.skips import SkipLog
-from llm2clip.llava.tasks.base import LETTER, Asked, Task, first_of, from_json, grouped, mean, picture
+from llm2clip.files import first, json_file
+from llm2clip.llava.tasks.base import LETTER, Asked, Task, grouped, mean, picture
 
 LETTERS = "ABCDE"
 
@@ -29,10 +30,10 @@ def listed(question: str, options: Sequence[str], ending: str = LETTER) -> str:
 def read_scienceqa(folder: Path, log: SkipLog) -> list[Asked]:
     """problems.json and pid_splits.json; of the test split what has an image, in images/test/ID/image.png (the part
     that LLaVA-1.5's table has)."""
-    file = first_of(folder, "problems.json", "*/problems.json")
-    problems = from_json(file)
+    file = first(folder, "problems.json", "*/problems.json")
+    problems = json_file(file)
     found = []
-    for number, name in enumerate(from_json(first_of(folder, "pid_splits.json", "*/pid_splits.json"))["test"], 1):
+    for number, name in enumerate(json_file(first(folder, "pid_splits.json", "*/pid_splits.json"))["test"], 1):
         row = problems[name]
         if not row["image"]:
             continue
@@ -69,12 +70,12 @@ _DECORATED = ("{}", "{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", 
 
 def read_mmbench(folder: Path, log: SkipLog) -> list[Asked]:
     """mmbench_dev_20230712.tsv, or a newer one in English: images in the table, base64."""
-    return _mmbench(first_of(folder, "mmbench_dev_2*.tsv", "mmbench_dev_en_*.tsv"), log, LETTER)
+    return _mmbench(first(folder, "mmbench_dev_2*.tsv", "mmbench_dev_en_*.tsv"), log, LETTER)
 
 
 def read_mmbench_cn(folder: Path, log: SkipLog) -> list[Asked]:
     """mmbench_dev_cn_20231003.tsv."""
-    return _mmbench(first_of(folder, "mmbench_dev_cn_*.tsv"), log, MMBENCH_CN)
+    return _mmbench(first(folder, "mmbench_dev_cn_*.tsv"), log, MMBENCH_CN)
 
 
 def _mmbench(file: Path, log: SkipLog, ending: str) -> list[Asked]:
@@ -164,8 +165,8 @@ def score_mmbench(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, f
 def read_seed(folder: Path, log: SkipLog) -> list[Asked]:
     """SEED-Bench.json; images in SEED-Bench-image/, and of videos the frame in the middle, as LLaVA-1.5 shows it, in
     SEED-Bench-video-image/TYPE_QUESTION.png."""
-    file = first_of(folder, "SEED-Bench.json")
-    data = from_json(file)
+    file = first(folder, "SEED-Bench.json")
+    data = json_file(file)
     names = {number: name for name, number in data["question_type"].items()}
     found = []
     for number, row in enumerate(data["questions"], 1):

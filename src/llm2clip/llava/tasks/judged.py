@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.data.skips import SkipLog
-from llm2clip.llava.tasks.base import Asked, Task, first_of, from_json, grouped, json_lines, mean, picture
+from llm2clip.files import first, json_file, json_lines
+from llm2clip.llava.tasks.base import Asked, Task, grouped, mean, picture
 
 TRIES = 5
 LARGEST = 1 << 20  # bytes of a judge's reply
@@ -97,9 +98,9 @@ _RULE = (
 def read_llava_bench(folder: Path, log: SkipLog) -> list[Asked]:
     """questions.jsonl, context.jsonl, answers_gpt4.jsonl and images/, as the hub's liuhaotian/llava-bench-in-the-wild
     has them."""
-    file = first_of(folder, "questions.jsonl")
-    context = {row["image"]: row["caption"] for _, row in json_lines(first_of(folder, "context.jsonl"))}
-    reference = {row["question_id"]: row["text"] for _, row in json_lines(first_of(folder, "answers_gpt4.jsonl"))}
+    file = first(folder, "questions.jsonl")
+    context = {row["image"]: row["caption"] for _, row in json_lines(first(folder, "context.jsonl"))}
+    reference = {row["question_id"]: row["text"] for _, row in json_lines(first(folder, "answers_gpt4.jsonl"))}
     found = []
     for number, row in json_lines(file):
         if image := picture(folder / "images", row["image"], log, file, number):
@@ -176,9 +177,9 @@ MM_VET = (
 
 def read_mm_vet(folder: Path, log: SkipLog) -> list[Asked]:
     """mm-vet.json and images/, as its release has them."""
-    file = first_of(folder, "mm-vet.json", "*/mm-vet.json")
+    file = first(folder, "mm-vet.json", "*/mm-vet.json")
     found = []
-    for number, (name, row) in enumerate(from_json(file).items(), 1):
+    for number, (name, row) in enumerate(json_file(file).items(), 1):
         if image := picture(file.parent / "images", row["imagename"], log, file, number):
             truth = {"question": row["question"], "answer": row["answer"], "capability": row["capability"]}
             found.append(Asked(name, image, row["question"], truth, "+".join(sorted(row["capability"]))))

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.data.skips import SkipLog
-from llm2clip.llava.tasks.base import SHORT, Asked, Task, first_of, from_json, grouped, mean, picture
+from llm2clip.files import first, json_file
+from llm2clip.llava.tasks.base import SHORT, Asked, Task, grouped, mean, picture
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {word: str(n) for n, word in enumerate(_DIGITS)}
@@ -112,13 +113,13 @@ def textvqa_accuracy(answer: str, answers: Sequence[str]) -> float:
 def read_vqav2(folder: Path, log: SkipLog) -> list[Asked]:
     """v2_OpenEnded_mscoco_SPLIT_questions.json, with v2_mscoco_SPLIT_annotations.json where people's answers are
     public, and images in SPLIT/: val2014 if it is there, else test-dev2015, whose images are in test2015/."""
-    file = first_of(folder, "v2_OpenEnded_mscoco_val2014_questions.json", "v2_OpenEnded_mscoco_test*_questions.json")
+    file = first(folder, "v2_OpenEnded_mscoco_val2014_questions.json", "v2_OpenEnded_mscoco_test*_questions.json")
     split = file.name.split("_")[3]
     images = split.replace("test-dev", "test")
     known = folder / f"v2_mscoco_{split}_annotations.json"
-    answers = {a["question_id"]: a for a in from_json(known)["annotations"]} if known.is_file() else {}
+    answers = {a["question_id"]: a for a in json_file(known)["annotations"]} if known.is_file() else {}
     found = []
-    for number, row in enumerate(from_json(file)["questions"], 1):
+    for number, row in enumerate(json_file(file)["questions"], 1):
         name = f"COCO_{images}_{row['image_id']:012d}.jpg"
         if image := picture(folder / images, name, log, file, number):
             said = answers.get(row["question_id"])
@@ -154,9 +155,9 @@ def submit_vqav2(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, An
 
 def read_vizwiz(folder: Path, log: SkipLog) -> list[Asked]:
     """val.json, else test.json, whose answers only the server knows; images in val/ or test/."""
-    file = first_of(folder, "val.json", "test.json", "Annotations/val.json", "Annotations/test.json")
+    file = first(folder, "val.json", "test.json", "Annotations/val.json", "Annotations/test.json")
     found = []
-    for number, row in enumerate(from_json(file), 1):
+    for number, row in enumerate(json_file(file), 1):
         if image := picture(folder / file.stem, row["image"], log, file, number):
             unsure = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
             truth = [a["answer"] for a in row["answers"]] if "answers" in row else None
@@ -181,11 +182,11 @@ def submit_vizwiz(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, A
 def read_textvqa(folder: Path, log: SkipLog) -> list[Asked]:
     """TextVQA_0.5.1_val.json with TextVQA_Rosetta_OCR_v0.2_val.json, whose words LLaVA-1.5 shows with the question;
     images in train_images/."""
-    file = first_of(folder, "TextVQA_0.5.1_val.json")
-    words = from_json(first_of(folder, "TextVQA_Rosetta_OCR_v0.2_val.json"))["data"]
+    file = first(folder, "TextVQA_0.5.1_val.json")
+    words = json_file(first(folder, "TextVQA_Rosetta_OCR_v0.2_val.json"))["data"]
     seen = {row["image_id"]: row["ocr_tokens"] for row in words}
     found = []
-    for number, row in enumerate(from_json(file)["data"], 1):
+    for number, row in enumerate(json_file(file)["data"], 1):
         if image := picture(folder / "train_images", f"{row['image_id']}.jpg", log, file, number):
             tokens = ", ".join(seen.get(row["image_id"], []))
             prompt = f"{row['question'].capitalize()}\nReference OCR token: {tokens}{SHORT}"
@@ -203,9 +204,9 @@ def score_textvqa(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, f
 
 def read_gqa(folder: Path, log: SkipLog) -> list[Asked]:
     """testdev_balanced_questions.json, and images/ beside it."""
-    file = first_of(folder, "testdev_balanced_questions.json", "*/testdev_balanced_questions.json")
+    file = first(folder, "testdev_balanced_questions.json", "*/testdev_balanced_questions.json")
     found = []
-    for number, (name, row) in enumerate(from_json(file).items(), 1):
+    for number, (name, row) in enumerate(json_file(file).items(), 1):
         if image := picture(file.parent / "images", f"{row['imageId']}.jpg", log, file, number):
             group = "open" if row.get("types", {}).get("structural") == "query" else "binary"
             found.append(Asked(name, image, row["question"] + SHORT, row["answer"], group))

@@ -8,8 +8,9 @@ from typing import Any
 
 from llm2clip.data.records import Record
 from llm2clip.data.skips import SkipLog
+from llm2clip.files import first, json_lines
 from llm2clip.llava.pope import Sampling, ask
-from llm2clip.llava.tasks.base import SHORT, Asked, Task, first_of, grouped, json_lines, mean, picture
+from llm2clip.llava.tasks.base import SHORT, Asked, Task, grouped, mean, picture
 
 # ---- POPE (arXiv 2305.10355) ----------------------------------------------------------------------------------------
 
@@ -24,7 +25,7 @@ def read_pope(folder: Path, log: SkipLog) -> list[Asked]:
     """coco_pope_{random,popular,adversarial}.json, an object a line, in coco/ or in the folder; images in val2014/."""
     found = []
     for sampling in Sampling:
-        file = first_of(folder, f"coco_pope_{sampling}.json", f"*/coco_pope_{sampling}.json")
+        file = first(folder, f"coco_pope_{sampling}.json", f"*/coco_pope_{sampling}.json")
         for number, row in json_lines(file):
             if image := picture(folder / "val2014", row["image"], log, file, number):
                 name = f"{sampling}-{row['question_id']}"
@@ -74,7 +75,7 @@ def read_mme(folder: Path, log: SkipLog) -> list[Asked]:
     root = next((f for f in (*folder.glob("MME_Benchmark_release_version*"), folder) if f.is_dir()), folder)
     found = []
     for subtask in (*PERCEPTION, *COGNITION):
-        place = first_of(root, subtask, f"*/{subtask}")
+        place = first(root, subtask, f"*/{subtask}")
         images = place / "images" if (place / "images").is_dir() else place
         texts = place / "questions_answers_YN" if (place / "questions_answers_YN").is_dir() else place
         for file in sorted(texts.glob("*.txt")):

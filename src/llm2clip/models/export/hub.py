@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ from llm2clip.models.vision import VisionTower
 
 POOLINGS = ("mean", "lasttoken", "cls")
 CODE = "modeling_llm2clip.py"
+TEXTS = (
+    "a dog",
+    "Two children in red jackets are playing in the snow while an old man watches them from a wooden bench.",
+    "一只猫坐在窗台上",
+)
 
 
 def to_transformers(model: LLM2CLIP, folder: Path) -> None:
@@ -166,7 +172,22 @@ def exportable(model: LLM2CLIP) -> LLM2CLIPExport:
         whole.logit_scale.copy_(model.logit_scale[0])
         if model.logit_bias is not None and whole.logit_bias is not None:
             whole.logit_bias.copy_(model.logit_bias[0])
+    _check(whole, model)
     return whole
+
+
+@torch.inference_mode()
+def _check(whole: LLM2CLIPExport, model: LLM2CLIP) -> None:
+    """Raises ValueError if texts get other vectors than ours: the encoder has a part that this form has no place for,
+    such as a layer of its own after the pooling."""
+    tokenizer = tokenizer_of(model.encoder)
+    found: list[Any] = [whole.get_text_features(**tokenizer(t, return_tensors="pt")).pooler_output for t in TEXTS]
+    least = float((torch.cat(found) * model.encode_text(TEXTS)).sum(1).min())
+    if not least >= 0.9999:
+        raise ValueError(
+            f"in this form the caption encoder would give other vectors (cosine {least:.4f}): it has a part that the "
+            "form has no place for"
+        )
 
 
 def tokenizer_of(encoder: CaptionEncoder) -> Any:
@@ -180,10 +201,8 @@ def tokenizer_of(encoder: CaptionEncoder) -> Any:
     if header := encoder.header:
         from tokenizers.processors import TemplateProcessing
 
-        start = tokenizer(header, add_special_tokens=False)["input_ids"]
-        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-        full = encoder.tokenizer(header + "a")["input_ids"]
-        before, after = full[: full.index(plain[0], len(start) - 1)], full[full.index(plain[-1], len(start) - 1) + 1 :]
+        one, other = (encoder.tokenizer(header + text)["input_ids"] for text in ("a", "1"))
+        before, after = _common(one, other), _common(one[::-1], other[::-1])[::-1]
         specials, pieces = [], ["$A"]
         for name, ids in (("<before>", before), ("<after>", after)):
             if ids:
@@ -196,6 +215,11 @@ def tokenizer_of(encoder: CaptionEncoder) -> Any:
             if tokenizer(text)["input_ids"] != encoder.tokenizer(header + text)["input_ids"]:
                 raise ValueError(f"the header {header!r} and {text!r} are other tokens together than one by one")
     return tokenizer
+
+
+def _common(one: list[int], other: list[int]) -> list[int]:
+    """What two lists begin with alike."""
+    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
 
 
 def one_file() -> str:

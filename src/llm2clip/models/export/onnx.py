@@ -11,15 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llm2clip.models.export.hub import exportable, tokenizer_of
+from llm2clip.models.export.hub import TEXTS, exportable, tokenizer_of
 from llm2clip.models.export.modeling_llm2clip import LLM2CLIPExport
 from llm2clip.models.llm2clip import LLM2CLIP
 
-TEXTS = (
-    "a dog",
-    "Two children in red jackets are playing in the snow while an old man watches them from a wooden bench.",
-    "一只猫坐在窗台上",
-)
 USE = """import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
@@ -120,14 +115,19 @@ def to_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
             from onnxruntime.quantization import QuantType, quantize_dynamic
 
             small = folder / f"{name}-int8.onnx"
-            large = sum(f.stat().st_size for f in folder.glob(f"{name}.onnx*")) > 1 << 30  # one file holds up to 2 GB
+            large = _size(folder, f"{name}.onnx") > 1 << 30  # one file holds up to 2 GB
             quantize_dynamic(file, small, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=large)
             cosine = _agreement(onnxruntime, small, module, names, inputs)
-            share = small.stat().st_size / sum(f.stat().st_size for f in folder.glob(f"{name}.onnx*"))
+            share = _size(folder, f"{name}-int8.onnx") / _size(folder, f"{name}.onnx")
             lines.append(f"{small.name}: smallest cosine {cosine:.4f}, {share:.0%} of the size")
     use = USE.replace("PAD", str(tokenizer.pad_token_id)).replace("MOST", str(tokenizer.model_max_length))
     (folder / "USE.md").write_text(f"```python\n{use}```\n")
     return lines
+
+
+def _size(folder: Path, name: str) -> int:
+    """Bytes of a graph and of the weights beside it."""
+    return sum(file.stat().st_size for file in folder.glob(f"{name}*"))
 
 
 def _agreement(runtime: Any, file: Path, module: nn.Module, names: Sequence[str], inputs: tuple[Tensor, ...]) -> float:

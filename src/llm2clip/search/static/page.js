@@ -4,7 +4,7 @@
 
 const $ = (id) => document.getElementById(id);
 const LARGEST = 1024; // pixels of a side, to which a picture is made smaller before it is sent
-const query = { images: [], like: [], withoutLike: [], withoutImages: [] }; // images: data URIs; like: ids of hits
+const query = { images: [], like: [], withoutImages: [] }; // images: data URIs; like: ids of hits
 let hits = [], open = -1, asked = 0;
 
 // ---- asking ---------------------------------------------------------------------------------------------------------
@@ -31,18 +31,19 @@ function request() {
 }
 
 async function search(remember = true) {
-  const body = request();
+  const body = request(), mine = ++asked;
   if (!body.texts.length && !body.images.length && !body.like.length) {
     show([]);
     say("");
     $("empty").hidden = false;
+    document.body.classList.remove("searching");
     return;
   }
   if (remember) {
     const hash = "#" + new URLSearchParams({ q: $("text").value.trim(), like: query.like.join(",") });
     if (hash !== location.hash) history.pushState(null, "", hash);
   }
-  const mine = ++asked, start = performance.now();
+  const start = performance.now();
   document.body.classList.add("searching");
   say("Searching…");
   try {
@@ -74,6 +75,7 @@ function say(text, bad = false) {
 // ---- what was found -------------------------------------------------------------------------------------------------
 
 function show(found) {
+  if ($("detail").open) $("detail").close(); // it shows one of the hits that go now
   hits = found;
   $("empty").hidden = true;
   $("grid").replaceChildren(...found.map((hit, n) => {

@@ -134,17 +134,17 @@ def tuning_sources(data: Data, recipe: TuneRecipe, columns: dict[str, str], log:
         raise ValueError(
             f"{len(recipe.weights)} --tune.weights for {named} sources of captions and pairs; give one for each"
         )
-    barred = {_comparable(r.id, recipe.exclude_id) for _, r in stream(recipe.exclude, columns, log, "ignore")}
+    barred = {_comparable(r.id) for _, r in stream(recipe.exclude, columns, log, "ignore")}
     offered = [] if recipe.pairs else [data.train]
     if recipe.data:
         groups = [[s] for s in recipe.data] if recipe.weights else [recipe.data]
         offered = [[r for _, r in read(group, columns, log, "ignore")] for group in groups]
-        barred |= {_comparable(r.id, recipe.exclude_id) for f in data.held_out.values() for r in f}
+        barred |= {_comparable(r.id) for f in data.held_out.values() for r in f}
     allowed: list[list[Item]] = [
         [
             Captions(r.captions + r.short_captions, r.long_captions)
             for r in records
-            if not barred or _comparable(r.id, recipe.exclude_id) not in barred
+            if not barred or _comparable(r.id) not in barred
         ]
         for records in offered
     ]
@@ -164,8 +164,9 @@ def tuning_sources(data: Data, recipe: TuneRecipe, columns: dict[str, str], log:
     return [*allowed, *pairs]
 
 
-def _comparable(name: str, pattern: str) -> str:
-    found = re.search(pattern, name)
+def _comparable(name: str) -> str:
+    """What of an id is the same in all sources of an image: the number that it begins with, else all of it."""
+    found = re.match(r"\d{5,}", name)
     return found[0] if found else name
 
 

@@ -85,7 +85,7 @@ def resolve(
     target = cache_folder() / asset.name
     if not target.is_dir():
         if offline:
-            command = f"python -c \"from llm2clip.quickstart.assets import resolve; resolve('{asset.name}')\""
+            command = f"python -c \"from llm2clip.models.assets import resolve; resolve('{asset.name}')\""
             raise AssetError(f"{asset.name} is not in {cache_folder()}, and offline is on. With a network: {command}")
         _fetch(asset, target, Console(stderr=True, quiet=not progress))
     return str(target)

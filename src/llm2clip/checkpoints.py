@@ -1,16 +1,19 @@
-"""What both stages need of a training run beyond their loop: checkpoints that are whole, a log, a schedule."""
+"""Checkpoints that are whole or as good as absent, and the log of a run that goes on from one.
+
+At the bottom of the house: whatever trains is killed and gone on with by the same rules.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import shutil
-from collections.abc import Callable, Iterable
-from importlib.util import find_spec
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from llm2clip.files import write_whole
 
 COMPLETE = "complete"
 
@@ -23,9 +26,7 @@ def mark_complete(checkpoint: Path, plan: dict[str, Any]) -> None:
         plan: what a run must have in common with this one to go on from here, such as steps, batch and a hash of the
             data.
     """
-    tmp = checkpoint / f".{COMPLETE}"
-    tmp.write_text(json.dumps(plan))
-    tmp.replace(checkpoint / COMPLETE)
+    write_whole(checkpoint / COMPLETE, json.dumps(plan))
 
 
 def resumable(checkpoint: Path | None, plan: dict[str, Any]) -> Path | None:
@@ -72,27 +73,6 @@ def prune_checkpoints(folder: Path, keep: int = 2, prefix: str = "step-") -> Non
         shutil.rmtree(path)
 
 
-def trackers(names: list[str], folder: Path) -> tuple[list[str], dict[str, Any]]:
-    """Accelerate's names of trackers, and their options for a run in `folder` that may be gone on with.
-
-    Raises:
-        ValueError: there is no such tracker.
-        ImportError: its package is missing.
-    """
-    run = digest([str(folder.resolve())])
-    options: dict[str, Any] = {
-        "tensorboard": {},
-        "wandb": {"id": run, "resume": "allow"},
-        "trackio": {"name": f"{folder.parent.name}-{run}", "resume": "allow"},
-    }
-    for name in names:
-        if name not in options:
-            raise ValueError(f"--align.track knows {', '.join(options)}, not {name!r}")
-        if find_spec(name) is None:
-            raise ModuleNotFoundError(f"--align.track {name} needs the package {name}: pip install {name}")
-    return names, {name: options[name] for name in names}
-
-
 def digest(texts: Iterable[str]) -> str:
     """A hash of texts in their order."""
     whole = hashlib.sha256()
@@ -107,9 +87,8 @@ class MetricsLog:
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         """Open `path` for appending; lines after `resume_step` are of steps that will be done again and are dropped."""
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, **values: Any) -> None:
         with self.path.open("a") as f:
@@ -125,15 +104,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
-
-
-def cosine_schedule(steps: int, warmup: float) -> Callable[[int], float]:
-    """Factor on the learning rate at a step: linear up over `warmup` of the steps, then a cosine to zero."""
-    rise = max(1, round(steps * warmup))
-
-    def factor(step: int) -> float:
-        if step < rise:
-            return (step + 1) / rise
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise))))
-
-    return factor
