@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: quickstart test check docs clean
 
-quickstart: $(VENV)/ready
+quickstart: $(VENV)/quickstart
 	$(BIN)/llm2clip quickstart --out runs/quickstart
 
 test: $(VENV)/ready
@@ -19,6 +19,11 @@ check: $(VENV)/ready
 
 docs: $(VENV)/ready
 	$(BIN)/mkdocs build --quiet
+
+$(VENV)/quickstart: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --progress-bar off -e '.[quickstart]'
+	touch $@
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -274,7 +274,7 @@ def test_a_batch_is_whole_or_absent(tmp_path: Path) -> None:
     engine = LocalIndex(tmp_path, write=True)
     content = Content(b"a", np.zeros(4, np.float16), b"jpeg", 1, 1)
     fine = Picture("a", FileImage("a"), "s", "1")
-    with pytest.raises(OSError, match="pictures.sqlite"):  # the second picture's content is not there
+    with pytest.raises(OSError, match=r"pictures\.sqlite"):  # the second picture's content is not there
         engine.put([content], [(fine, b"a"), (Picture("b", FileImage("b"), "s", "1"), b"b")])
     assert engine.count() == (0, 0)
 

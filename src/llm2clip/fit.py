@@ -7,7 +7,7 @@ A run folder holds everything a run made:
       skipped.jsonl          rows and images that could not be used, with file and row
       tune/                  encoder/ (the tuned caption encoder), metrics.jsonl, checkpoints/
       store/                 every caption's embedding
-      align/                 metrics.jsonl, evaluations.jsonl, logs/ (TensorBoard), checkpoints/, best/
+      align/                 metrics.jsonl, evaluations.jsonl, checkpoints/, best/
       evaluate/              raw.json, tuned.json (CRA), untrained.json, trained.json (retrieval)
       model/                 the result
       report.md, report.html

@@ -260,7 +260,7 @@ class AlignRecipe:
     workers: int = 1
     evaluate_every: int | None = None
     keep: Literal["last", "best"] = "last"
-    track: list[str] = field(default_factory=lambda: ["tensorboard"])
+    track: list[str] = field(default_factory=list)
     checkpoint_every: int = 50
     seed: int = 0
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import difflib
 import glob
-import importlib
 import os
 from collections.abc import Iterator, Sequence
+
+from braceexpand import braceexpand
 
 from llm2clip.data.archives import files_in, images_in, read_images, read_tar
 from llm2clip.data.rows import Choose, RawRow
@@ -90,10 +91,6 @@ def _find_all(folder: str) -> list[tuple[str, str]]:
 
 
 def _braces(pattern: str) -> list[str]:
-    try:  # not through webdataset.shardlists, which imports torch
-        braceexpand = importlib.import_module("braceexpand").braceexpand
-    except ImportError as error:
-        raise ImportError(f"{pattern}: patterns in braces need `pip install llm2clip[tars]`") from error
     return list(braceexpand(pattern))
 
 

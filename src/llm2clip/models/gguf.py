@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,6 @@ def convert_gguf(gguf: str | Path, out: str | Path) -> Path:
     gguf, out = _existing(gguf), Path(out)
     if out.exists():
         raise FileExistsError(f"{out}: exists already; remove it or name another folder")
-    if find_spec("gguf") is None:
-        raise ModuleNotFoundError(f"reading {gguf.name} needs the package gguf: pip install llm2clip[gguf]")
 
     import torch
     from transformers import AutoModel, AutoTokenizer
