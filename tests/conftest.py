@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from llm2clip.data.pairs import Captions
+from llm2clip.models.assets import AssetError
 from llm2clip.processes import leave, processes
 from llm2clip.recipes import TuneRecipe
 from written import ROWS, image_bytes
@@ -147,6 +148,17 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("LLM2CLIP_DATA is not set: no real data here")
     return Path(folder)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """A test marked `weights` skips where they can be neither found nor fetched."""
+    try:
+        return (yield)
+    except AssetError as error:
+        if item.get_closest_marker("weights") is None:
+            raise
+        pytest.skip(f"no weights here: {error}")
 
 
 class Killed(BaseException):

@@ -395,9 +395,9 @@ def test_tars_are_shuffled_whole_and_gone_on_with(
         ({"epochs": 0}, "epochs is above 0"),
         ({"ema": 1.0}, "ema is a share"),
         ({"crop": 3.0}, "crop is a share"),
-        ({"micro_batch": 0}, "micro_batch is at least 1"),
+        ({"micro_batch": 0}, "micro_batch is 1 or more"),
         ({"train_layers": 1, "tower_lr": 0.0}, "needs --align.tower_lr"),
-        ({"captions": -1}, "captions is not below 0"),
+        ({"captions": -1}, "captions is 0 or more"),
     ],
 )
 def test_wrong_settings_show_at_once(change: dict[str, Any], says: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import make_llm
 from llm2clip import LLM2CLIP
 from llm2clip.models.adapter import Adapter
 from llm2clip.models.llm2clip import LLM2CLIPConfig
@@ -111,3 +112,35 @@ def test_an_llm_of_another_width_is_refused(model: LLM2CLIP, tmp_path: Path) -> 
     folder = model.save_pretrained(tmp_path / "m")
     with pytest.raises(ValueError, match=r"width 32.*takes 48"):
         LLM2CLIP.from_pretrained(folder, device="cpu").encode_text(["a"])
+
+
+def test_another_caption_encoder_is_refused(model: LLM2CLIP, tmp_path: Path) -> None:
+    """Of the right width, too: the adapter would read its vectors as noise."""
+    other = CaptionEncoder.from_pretrained(make_llm(tmp_path / "other", seed=1), device="cpu")
+    with pytest.raises(ValueError, match="another caption encoder: it differs in weights"):
+        model.set_encoder(other)
+    model.set_encoder(model.encoder)
+
+
+def test_a_probe_can_be_trained_on_what_encode_gives(model: LLM2CLIP) -> None:
+    weight = torch.zeros(12, requires_grad=True)
+    (model.encode_text(["a"]) @ weight).sum().backward()
+    (model.encode_image(torch.zeros(3, 64, 64, dtype=torch.uint8)) @ weight).sum().backward()
+
+
+def test_a_folder_is_saved_again_without_opening_its_llm(
+    model: LLM2CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = model.save_pretrained(tmp_path / "first")
+    opened = LLM2CLIP.from_pretrained(first, device="cpu")
+    monkeypatch.setattr(CaptionEncoder, "from_pretrained", None)
+    again = opened.save_pretrained(tmp_path / "again")
+    files = {p.relative_to(first / "text"): p.read_bytes() for p in (first / "text").rglob("*") if p.is_file()}
+    assert files == {p.relative_to(again / "text"): p.read_bytes() for p in (again / "text").rglob("*") if p.is_file()}
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm/config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(FileExistsError):
+        opened.save_pretrained(tmp_path / "llm")
+    (again / "model.safetensors").write_bytes(b"version https://git-lfs")
+    with pytest.raises(ValueError, match="is damaged"):
+        LLM2CLIP.from_pretrained(again)

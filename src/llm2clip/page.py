@@ -47,6 +47,7 @@ figcaption { color: var(--dim); font-size: .85rem; }
 .shot { width: 8.75rem; font-size: .75rem; color: var(--dim); }
 .shot img { width: 100%; height: 8.75rem; object-fit: cover; border-radius: 6px; border: 3px solid var(--line);
   display: block; }
+.shot .none { height: 8.75rem; display: grid; place-items: center; border: 1px dashed var(--line); border-radius: 6px; }
 .shot.good img { border-color: var(--good); } .shot.bad img { border-color: var(--bad); }
 .shot.good, .shot.bad { font-weight: 400; }
 """
@@ -103,9 +104,9 @@ class Plot:
 
 @dataclass(frozen=True)
 class Shot:
-    """A picture, JPEG, whether it is right (None: nobody asked), and a line under it."""
+    """A picture, JPEG (None: it cannot be shown), whether it is right (None: nobody asked), and a line under it."""
 
-    jpeg: bytes
+    jpeg: bytes | None
     right: bool | None
     line: str
 
@@ -221,9 +222,11 @@ def _table(table: Table) -> str:
 
 def _shot(shot: Shot) -> str:
     mood = "" if shot.right is None else f" {GOOD if shot.right else BAD}"
-    data = base64.b64encode(shot.jpeg).decode()
     mark = {None: "", True: "right: ", False: "wrong: "}[shot.right]
     line = escape(shot.line)
+    if shot.jpeg is None:
+        return f'<div class="shot{mood}"><div class="none">cannot be shown</div>{mark}{line}</div>'
+    data = base64.b64encode(shot.jpeg).decode()
     return f'<div class="shot{mood}"><img src="data:image/jpeg;base64,{data}" alt="{mark}{line}">{mark}{line}</div>'
 
 

@@ -14,7 +14,7 @@ from llm2clip.cache.embed import embed
 from llm2clip.cache.format import check_identity
 from llm2clip.cache.ray_engine import embed_with_ray
 from llm2clip.cache.store import EmbeddingStore, refused_captions
-from llm2clip.data.records import KINDS, Record
+from llm2clip.data.records import KINDS, Record, Source
 from llm2clip.data.skips import SkipLog
 from llm2clip.data.split import Data, read, read_data, stream, tuning_sources
 from llm2clip.evaluate.model import validator
@@ -76,7 +76,8 @@ def align_stage(
     held_out: Sequence[str] = (),
     features: Path | None = None,
 ) -> Path:
-    """`llm2clip align`: the trained model folder, `out/model`. The captions of `held_out` must be in the store, too."""
+    """`llm2clip align`: the trained model folder, `out/model`. Of sources without named splits what a fit holds out is
+    left out. The captions of `held_out` must be in the store, too."""
     settings = {"data": list(data), "held_out": list(held_out), "columns": columns, "store": store_folder}
     settings |= {"encoder": encoder, "align": recipe}
     log = begin(out, settings, max_skipped)
@@ -89,12 +90,12 @@ def align_stage(
         identity = store.manifest["identity"]
         check_identity(identity, open_encoder(encoder).identity(identity["precision"]), store_folder)
     processes().wait_for_everyone()
-    records = [r for _, r in read(data, columns, log)]
-    apart = {r.image.key for _, r in read(held_out, columns, log) if r.image is not None}
-    tested = read_data([], EvaluateRecipe(data=list(held_out)), columns, log).held_out if held_out else {}
-    if leaked := sum(r.image is not None and r.image.key in apart for r in records):
-        records = [r for r in records if r.image is None or r.image.key not in apart]
-        say(f"{leaked:,} images left out of training since they are held out")
+    if held_out or any(not Source.parse(d).splits for d in data):  # what a fit holds out is not trained on here either
+        found = read_data(data, EvaluateRecipe(data=list(held_out)), columns, log)
+        records, tested = found.train, found.held_out if held_out else {}
+        say(found.summary)
+    else:
+        records, tested = [r for _, r in read(data, columns, log)], {}
     say(log.summary())
     fields = {name: readable(some, store) for name, some in tested.items()}
     validate = validator(fields, log, store) if fields else None

@@ -352,6 +352,14 @@ class TrainTransform:
 # ---- pixels to bytes ------------------------------------------------------------------------------------------------
 
 
+def thumbnail_of(image: ImageLike, side: int) -> bytes | None:
+    """A picture as `thumbnail` makes it; None of one that cannot be read."""
+    try:
+        return thumbnail(load(image), side)
+    except (ImageError, OSError):
+        return None
+
+
 def thumbnail(image: Tensor, side: int) -> bytes:
     """uint8 (3, H, W) to a JPEG of at most so many pixels a side."""
     height, width = image.shape[-2:]

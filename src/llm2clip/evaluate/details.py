@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import to_pil_image
 
-from llm2clip.data.images import ImageError, load
+from llm2clip.data.images import thumbnail_of
 from llm2clip.evaluate.model import Ranked
-from llm2clip.evaluate.plots import length_bins
 from llm2clip.evaluate.retrieval import intervals
 from llm2clip.page import Shot, Shots
 
 FIRST = 50  # ranks of the curve
-SIDE = 168  # pixels of a thumbnail
+SIDE = 280  # pixels of a thumbnail
 BEST = 5  # pictures shown of a query
 
 
@@ -63,7 +59,7 @@ def details(ranked: Ranked, queries: int = 6, most: int = 20) -> Details:
         bins,
         by_length(ranked, lengths, bins),
         ranked.texts[first] @ ranked.images[spread].T,
-        [shots(ranked, t) for t in torch.linspace(0, len(captions) - 1, queries).long().tolist()] if queries else [],
+        [shots(ranked, t) for t in torch.linspace(0, len(captions) - 1, queries).long().tolist()],
         [shots(ranked, t) for t in worst(ranked, queries)],
     )
 
@@ -81,6 +77,17 @@ def length_of(captions: Sequence[str]) -> tuple[str, list[int]]:
     if sorted(words)[len(words) // 2] <= 2 < sorted(map(len, captions))[len(captions) // 2] / 3:
         return "characters", [len(caption) for caption in captions]
     return "words", words
+
+
+def length_bins(words: Sequence[int], most: int = 6, least: int = 20) -> list[tuple[int, int]]:
+    """Ranges of words, from and to (inclusive), that hold about as many captions each: at most `most`, each of at least
+    `least` captions where there are as many."""
+    counts = torch.tensor(sorted(words))
+    parts = max(1, min(most, len(counts) // least))
+    edges = sorted({int(counts[min(len(counts) - 1, len(counts) * n // parts)]) for n in range(1, parts)})
+    lows = [int(counts[0]), *(edge for edge in edges if edge > counts[0])]
+    highs = [*(low - 1 for low in lows[1:]), int(counts[-1])]
+    return list(zip(lows, highs, strict=True))
 
 
 def by_length(
@@ -119,11 +126,5 @@ def shots(ranked: Ranked, text: int) -> Shots:
 
 def _shot(ranked: Ranked, image: int, right: bool, line: str) -> Shot:
     ref = ranked.records[image].image
-    try:
-        picture = to_pil_image(load(ref)) if ref is not None else Image.new("RGB", (1, 1))
-    except (ImageError, OSError):  # there when it was encoded, or of a file of vectors
-        picture = Image.new("RGB", (SIDE, SIDE), (128, 128, 128))
-    picture.thumbnail((2 * SIDE, SIDE))
-    stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=82)
-    return Shot(stream.getvalue(), right, line)
+    assert ref is not None  # who has none is not ranked
+    return Shot(thumbnail_of(ref, SIDE), right, line)

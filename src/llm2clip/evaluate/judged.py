@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm2clip.cpu import quick_products
 from llm2clip.evaluate.benchmarks.base import Judged
 from llm2clip.evaluate.benchmarks.judged import judgements
-from llm2clip.evaluate.nearest import nearest
 from llm2clip.evaluate.retrieval import KS
 
 LONGEST = 64  # a list holds as many as the most that are right for one query, 48
@@ -45,3 +45,30 @@ def judged_figures(data: Judged, images: Tensor, captions: Tensor) -> dict[str, 
         for way in ("I2T", "T2I")
         for name, shown in names.items()
     }
+
+
+@quick_products()
+def nearest(queries: Tensor, items: Tensor, k: int, tile: int = 2048) -> tuple[Tensor, Tensor]:
+    """The `k` items that score highest for each query, best first; equal ones in any order.
+
+    Args:
+        queries: (Q, D), L2-normalised.
+        items: (N, D), L2-normalised.
+        k: how many, at most N.
+        tile: queries and items at a time; no more scores than tile * (tile + k) are kept.
+
+    Returns:
+        Their scores, float32 (Q, k), and which they are, int64 (Q, k).
+    """
+    k = min(k, len(items))
+    scores, which = torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
+    for start in range(0, len(queries), tile):
+        q = queries[start : start + tile].float()
+        best, at = torch.empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64)
+        for lo in range(0, len(items), tile):
+            some = q @ items[lo : lo + tile].float().T
+            here, there = some.topk(min(k, some.shape[1]))
+            best, order = torch.cat([best, here], 1).topk(min(k, best.shape[1] + here.shape[1]))
+            at = torch.cat([at, there + lo], 1).gather(1, order)
+        scores[start : start + tile], which[start : start + tile] = best, at
+    return scores, which

@@ -7,7 +7,6 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 GREY = "#808994"
@@ -77,17 +76,6 @@ def matrix(scores: Tensor, xlabel: str, ylabel: str) -> str:
     bar.ax.tick_params(colors=GREY, labelsize=8)
     bar.outline.set_edgecolor(GREY)
     return svg_of(figure)
-
-
-def length_bins(words: Sequence[int], most: int = 6, least: int = 20) -> list[tuple[int, int]]:
-    """Ranges of words, from and to (inclusive), that hold about as many captions each: at most `most`, each of at least
-    `least` captions where there are as many."""
-    counts = torch.tensor(sorted(words))
-    parts = max(1, min(most, len(counts) // least))
-    edges = sorted({int(counts[min(len(counts) - 1, len(counts) * n // parts)]) for n in range(1, parts)})
-    lows = [int(counts[0]), *(edge for edge in edges if edge > counts[0])]
-    highs = [*(low - 1 for low in lows[1:]), int(counts[-1])]
-    return list(zip(lows, highs, strict=True))
 
 
 def axes_of(width: float, height: float) -> tuple[Any, Any]:

@@ -54,7 +54,8 @@ def shrunk(picture: Tensor, most: int) -> Tensor:
 
 
 def squared(picture: Tensor, colour: Sequence[int]) -> Tensor:
-    """A picture (3, H, W) in the middle of a square of a colour, as LLaVA-1.5 sees it: nothing is cut off."""
+    """A picture (3, H, W) in the middle of a square of a colour, as LLaVA-1.5 sees it. What the tower's own
+    preparation crops (a crop_pct below 1) is cut off all the same."""
     height, width = picture.shape[-2:]
     side = max(height, width)
     left, above = (side - width) // 2, (side - height) // 2

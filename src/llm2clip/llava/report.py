@@ -6,8 +6,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm2clip.data.images import ImageError, load, thumbnail
-from llm2clip.data.refs import ImageRef
+from llm2clip.data.images import thumbnail_of
 from llm2clip.llava.evaluate import Measured
 from llm2clip.page import Block, Command, Heading, Shot, Shots, Table, Text, write_page
 
@@ -92,14 +91,7 @@ def _pictures(measured: Sequence[Measured]) -> list[Block]:
         shots = []
         for n in numbers:
             one = measured[0].asked[n]
-            if one.id in said and one.image is not None and (jpeg := _small(one.image)):
-                shots.append(Shot(jpeg, None, f"{said[one.id]} — people: {one.truth[0]}"))
+            if one.id in said and one.image is not None:
+                shots.append(Shot(thumbnail_of(one.image, SIDE), None, f"{said[one.id]} — people: {one.truth[0]}"))
         blocks.append(Shots(m.model, shots))
     return blocks
-
-
-def _small(image: ImageRef) -> bytes | None:
-    try:
-        return thumbnail(load(image), SIDE)
-    except (ImageError, OSError):
-        return None

@@ -136,11 +136,26 @@ class LLM2CLIP(nn.Module):
         return bool(self._encoder) or self._text_folder is not None
 
     def set_encoder(self, encoder: CaptionEncoder) -> None:
-        """Take a caption encoder for the one that the adapter was trained with."""
-        self._encoder[:] = [encoder]
-        self.config.encoder = encoder.identity()
+        """Take a caption encoder for the one that the adapter was trained with.
 
-    @torch.inference_mode()
+        Raises:
+            ValueError: it is not that one, where the model knows which it was, or its width is not the adapter's.
+        """
+        if encoder.width != self.config.text_width:
+            raise ValueError(
+                f"the encoder gives vectors of width {encoder.width}, the adapter takes {self.config.text_width}: "
+                "they are not a pair"
+            )
+        there, now = self.config.encoder, encoder.identity()
+        if differs := [name for name in now if name in there and name != "precision" and there[name] != now[name]]:
+            raise ValueError(
+                f"the adapter was trained on another caption encoder: it differs in {', '.join(differs)}; open the one "
+                "that was used, with the same settings"
+            )
+        self._encoder[:] = [encoder]
+        self.config.encoder = {**now, **there}
+
+    @torch.no_grad()  # and not inference_mode, whose tensors no probe could be trained on
     @quick_products()
     def encode_image(self, images: Any, batch: int = 64) -> Tensor:
         """Pictures to vectors: (N, width) float32, L2-normalised, on the CPU.
@@ -162,7 +177,7 @@ class LLM2CLIP(nn.Module):
             parts.append(vectors.cpu())
         return torch.cat(parts)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_text(self, texts: str | Sequence[str], progress: bool = False, precision: str = "fp32") -> Tensor:
         """Texts to vectors: (N, width) float32, L2-normalised, on the CPU.
 
@@ -174,7 +189,7 @@ class LLM2CLIP(nn.Module):
         captions = [texts] if isinstance(texts, str) else list(texts)
         return self.embeddings_to_text(self.encoder.encode(captions, progress=progress, precision=precision))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embeddings_to_text(self, embeddings: Tensor) -> Tensor:
         """Cached embeddings (N, text_width) to text vectors (N, width) float32, L2-normalised, on the CPU."""
         self.eval()
@@ -213,6 +228,8 @@ class LLM2CLIP(nn.Module):
         (tmp / "preprocessor_config.json").write_text(json.dumps(self.tower.preprocess.to_dict(), indent=1))
         if text_folder is not None:
             shutil.copytree(text_folder, tmp / "text")
+        elif encoder is None and not self._encoder and self._text_folder is not None:
+            shutil.copytree(self._text_folder, tmp / "text")  # not opened, and not to be changed
         elif encoder is not None or self.has_encoder:
             (encoder or self.encoder).save_pretrained(tmp / "text")
         (tmp / "README.md").write_text(card(tmp, folder.name))

@@ -217,7 +217,7 @@ class CaptionEncoder(nn.Module):
         vectors: Tensor = self.st(self.features(ids))["sentence_embedding"]
         return vectors
 
-    @torch.inference_mode()
+    @torch.no_grad()
     @quick_products()
     def encode(
         self,

@@ -99,8 +99,8 @@ def index(
     fresh = [p for p in found.values() if known.get(p.name) != (p.stamp, p.captions)]
     kept, embedded = _add(fresh, model, engine, log, batch, workers)
     stale = {p.name for p in fresh} - kept  # whose file changed to what cannot be read
+    log.check()  # before anything is lost: a disk that gives errors is no reason to forget its pictures
     engine.forget([name for name in known if name not in found or name in stale])
-    log.check()
     engine.finish()
     dropped = sum(name not in found for name in known)
     return Report(len(kept - known.keys()), len(kept & known.keys()), dropped, embedded)

@@ -154,6 +154,10 @@ def answer_troubles(app: FastAPI) -> None:
         first = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3]]
         return trouble(422, plain("; ".join(first)))
 
+    async def broken(_: Request, error: Exception) -> JSONResponse:
+        return trouble(500, "the server failed at this; its own output says more")
+
+    app.add_exception_handler(Exception, broken)
     app.add_exception_handler(StarletteHTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Busy, of(429, {"Retry-After": "1"}))

@@ -77,7 +77,7 @@ def contact_sheet(query: str, hits: Sequence[Hit], engine: Engine, folder: Path 
     folder = folder or Path(tempfile.mkdtemp(prefix="llm2clip-"))
     folder.mkdir(parents=True, exist_ok=True)
     shots = [
-        Shot(engine.thumbnail(hit.id) or b"", None, f"{n}. {hit.score:.3f} {Path(hit.pictures[0].name).name}")
+        Shot(engine.thumbnail(hit.id), None, f"{n}. {hit.score:.3f} {Path(hit.pictures[0].name).name}")
         for n, hit in enumerate(hits, 1)
     ]
     blocks: list[Block] = [Shots(query, shots), Text(f"{len(hits)} pictures, the closest first, with their cosine.")]
