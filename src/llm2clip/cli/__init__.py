@@ -36,7 +36,9 @@ settings that matter most; --print_config shows all."""
 
 def build() -> tuple[ArgumentParser, dict[str, Run]]:
     """The parser, and what each verb runs."""
-    parser = ArgumentParser(prog="llm2clip", description=ABOUT, formatter_class=Formatter)
+    parser = ArgumentParser(  # all verbs' are like it: without abbreviations, a misspelt setting is not another
+        prog="llm2clip", description=ABOUT, formatter_class=Formatter, allow_abbrev=False
+    )
     commands = Commands(parser, "VERB")
     for room in (starting, training, evaluating, searching, models, llava):
         room.add(commands)

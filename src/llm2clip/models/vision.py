@@ -211,9 +211,7 @@ def _parsed(name: str) -> tuple[str, str]:
         except (OSError, ValueError) as error:
             raise FileNotFoundError(f"{name} is neither a folder here nor a tower on the hub ({error})") from error
     if config.get("model_type") == "llm2clip":
-        raise ValueError(
-            f"{name} is a model folder of ours: give the tower that it began as, or export its vision side"
-        )
+        raise ValueError(f"{name} is a model folder of ours: give the tower it began as, or export it --to vision")
     if "model_type" in config:
         return "transformers", name
     if "architecture" in config:
