@@ -288,6 +288,14 @@ class AlignRecipe:
         if self.keep == "best" and self.evaluate_every == 0:
             raise ValueError("--align.keep best needs evaluations: leave out --align.evaluate_every 0")
 
+    def heads(self) -> AlignRecipe:
+        """The recipe of the passes in which the heads learn alone, `head_epochs`."""
+        return dataclasses.replace(
+            self, epochs=self.head_epochs, batch=self.head_batch, micro_batch=None, accumulate=1, cache_features=True,
+            tower_lr=0.0, lora_r=0, train_layers=None, ema=0.0, evaluate_every=0, keep="last",
+            checkpoint_every=1 << 30,  # at the end alone: they take seconds
+        )  # fmt: skip
+
 
 @dataclass
 class EvaluateRecipe:

@@ -145,18 +145,7 @@ def new_model(recipe: AlignRecipe, store: EmbeddingStore) -> LLM2CLIP:
     torch.manual_seed(recipe.seed)
     tower = VisionTower.from_pretrained(recipe.tower, image_size=recipe.image_size, pretrained=recipe.pretrained)
     tower.freeze_norm = recipe.pretrained  # else there is nothing in the norms to be kept
-    config = LLM2CLIPConfig(
-        tower=tower.config,
-        text_width=store.width,
-        width=store.width if recipe.adapter == "none" else recipe.width,
-        adapter=recipe.adapter,
-        adapter_depth=recipe.adapter_depth,
-        adapter_expansion=recipe.adapter_expansion,
-        normalize_input=recipe.normalize_input,
-        projection=recipe.projection,
-        logit_bias=recipe.loss == "sigmoid",
-        encoder=store.manifest["identity"],
-    )
+    config = LLM2CLIPConfig.of_recipe(recipe, tower.config, store.width, store.manifest["identity"])
     return LLM2CLIP(config, tower).to(processes().device)
 
 

@@ -29,6 +29,7 @@ from llm2clip.data.images import EvalTransform
 from llm2clip.data.refs import FileImage, ImageRef, plain
 from llm2clip.data.skips import SkipLog
 from llm2clip.models.identity import weights_hash
+from llm2clip.models.precision import DTYPES
 from llm2clip.models.vision import VisionTower
 from llm2clip.processes import processes
 
@@ -90,8 +91,8 @@ class TowerFeatures:
     @torch.no_grad()
     def encode_pictures(self, pictures: list[Any]) -> Tensor:
         device = next(self.tower.parameters()).device
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+        low = self.precision != "fp32"
+        with torch.autocast(device.type, DTYPES[self.precision]) if low else nullcontext():
             return self.tower(torch.stack(pictures).to(device)).float().cpu()
 
 

@@ -25,6 +25,7 @@ from llm2clip.models.identity import fingerprint
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.models.vision import VisionTower
 from llm2clip.models.weight_files import read_tensors
+from llm2clip.recipes import AlignRecipe
 
 MAX_SCALE = 100.0
 
@@ -58,6 +59,24 @@ class LLM2CLIPConfig:
     projection_bias: bool = False
     logit_bias: bool = False
     encoder: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_recipe(
+        cls, recipe: AlignRecipe, tower: dict[str, Any], text_width: int, encoder: dict[str, Any] | None = None
+    ) -> LLM2CLIPConfig:
+        """What align trains by a recipe, on a tower and an encoder's vectors; arguments as above."""
+        return cls(
+            tower=tower,
+            text_width=text_width,
+            width=text_width if recipe.adapter == "none" else recipe.width,
+            adapter=recipe.adapter,
+            adapter_depth=recipe.adapter_depth,
+            adapter_expansion=recipe.adapter_expansion,
+            normalize_input=recipe.normalize_input,
+            projection=recipe.projection,
+            logit_bias=recipe.loss == "sigmoid",
+            encoder=encoder or {},
+        )
 
 
 class LLM2CLIP(nn.Module):

@@ -49,7 +49,7 @@ class Training:
         self.whole = _to_four_bits(transformer.model, dtype, device) if four_bits else {}
         transformer.model = get_peft_model(transformer.model.to(device), config)
         if not four_bits:
-            _cast_frozen(transformer.model, dtype)
+            cast_frozen(transformer.model, dtype)
 
     def finish(self, merge: bool) -> None:
         """Leave the LLM with LoRA's changes added to its weights, in float32, or beside them."""
@@ -63,7 +63,7 @@ class Training:
             llm.is_loaded_in_4bit = False
             model = get_peft_model(llm, self.config)
             set_peft_model_state_dict(model, state)
-        _cast_frozen(model, torch.float32)  # before LoRA's small changes are added
+        cast_frozen(model, torch.float32)  # before LoRA's small changes are added
         if merge:
             transformer.model = model.merge_and_unload()
         else:
@@ -83,7 +83,7 @@ def need_four_bits() -> None:
         raise ModuleNotFoundError("--tune.quantize needs the package bitsandbytes: pip install 'llm2clip[qlora]'")
 
 
-def _cast_frozen(llm: nn.Module, dtype: torch.dtype) -> None:
+def cast_frozen(llm: nn.Module, dtype: torch.dtype) -> None:
     """The weights of linear layers that are not trained; norms and embeddings stay, since all that follows adds to
     what they give."""
     for module in llm.modules():

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 if TYPE_CHECKING:
     from llm2clip.models.text import CaptionEncoder
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LEAST_COSINE = 0.999
 CAPTIONS = (
     "Two ducks floating together on a body of water.",

@@ -16,12 +16,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llm2clip.models.precision import blocks_of
+from llm2clip.models.lora import cast_frozen
+from llm2clip.models.precision import DTYPES, blocks_of
 from llm2clip.plan.known import build_llm, build_model
 from llm2clip.recipes import AlignRecipe, TuneRecipe
 from llm2clip.train.rates import choose_trained
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Kept:
@@ -57,9 +56,7 @@ def kept_by_llm(config: Any, tune: TuneRecipe, precision: str, layers: int) -> t
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for something by its old name
             net = get_peft_model(llm, lora)
-        for module in net.modules():
-            if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-                module.to(DTYPES[precision])
+        cast_frozen(net, DTYPES[precision])
     found = []
     with FakeTensorMode(allow_non_fake_inputs=True), _autocast(precision):
         net.to_empty(device="cpu")

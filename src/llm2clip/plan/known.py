@@ -142,16 +142,6 @@ def build_tower(recipe: AlignRecipe) -> VisionTower:
 def build_model(recipe: AlignRecipe, text_width: int) -> LLM2CLIP:
     """The model of align, in training mode, on the meta device."""
     tower = build_tower(recipe)
-    config = LLM2CLIPConfig(
-        tower=tower.config,
-        text_width=text_width,
-        width=text_width if recipe.adapter == "none" else recipe.width,
-        adapter=recipe.adapter,
-        adapter_depth=recipe.adapter_depth,
-        adapter_expansion=recipe.adapter_expansion,
-        normalize_input=recipe.normalize_input,
-        projection=recipe.projection,
-        logit_bias=recipe.loss == "sigmoid",
-    )
+    config = LLM2CLIPConfig.of_recipe(recipe, tower.config, text_width)
     with torch.device("meta"):
         return LLM2CLIP(config, tower).train()

@@ -10,7 +10,7 @@ import torch
 
 from llm2clip.plan.devices import Machine
 from llm2clip.plan.known import build_tower, llm_config
-from llm2clip.plan.memory import LIBRARIES, bytes_of, fits, peak
+from llm2clip.plan.memory import LIBRARIES, bytes_of, fits, learning, peak
 from llm2clip.plan.work import CaptionWork, caption_work, counted
 from llm2clip.recipes import AlignRecipe, EncoderRecipe, LlavaRecipe, TuneRecipe
 
@@ -157,8 +157,7 @@ def _memory(
         parts["copies in half precision"] = low * (work.largest_linear if shared_out else work.linear + head)
     if shared_out:
         parts["gathered"] = 2.0 * low * work.largest_linear
-    parts["gradients"] = 4.0 * learned / shares * (2 if count > 1 and not shared_out else 1)
-    parts["AdamW"] = 8.0 * learned / shares
+    parts |= learning(learned, count, shared_out)
     if not kept:
         parts["tower"] = 4.0 * parameters["vision tower"]
     micro = max(1, math.ceil(min(recipe.micro_batch, (recipe.pretrain_batch if stage == "pretrain" else recipe.batch)

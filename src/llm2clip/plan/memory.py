@@ -22,7 +22,7 @@ def bytes_of(precision: str) -> int:
     return 4 if precision == "fp32" else 2
 
 
-def _learning(trained: float, count: int, shared_out: bool) -> dict[str, float]:
+def learning(trained: float, count: int, shared_out: bool) -> dict[str, float]:
     """Gradients and AdamW of so many weights, without the weights."""
     if shared_out:
         return {"gradients": 4 * trained / count, "AdamW": 8 * trained / count}
@@ -66,7 +66,7 @@ def tune_memory(
             parts["copies in half precision"] = 2 * (work.largest_linear if shared_out else work.linear)
     if shared_out:
         parts["gathered"] = 2 * low * work.largest_linear  # one block in use, the next on its way
-    parts |= _learning(work.trained, count, shared_out)
+    parts |= learning(work.trained, count, shared_out)
     parts["activations"] = _passing(in_pass * (kept + block + work.kept_outside), work.trained / shares)
     parts["libraries"] = LIBRARIES
     parts["loading"] = 0.0 if recipe.quantize or shared_out else 4 * work.parameters + LIBRARIES
@@ -100,7 +100,7 @@ def align_memory(
     kept = work.kept
     if recipe.recompute and work.kept > work.block_input:
         kept = work.block_input + work.block_kept
-    parts = {"model": 4 * parameters / shares, **_learning(work.trained, count, shared_out)}
+    parts = {"model": 4 * parameters / shares, **learning(work.trained, count, shared_out)}
     if recipe.ema:
         parts["running mean"] = 4 * work.trained / shares
     if recipe.precision != "fp32":

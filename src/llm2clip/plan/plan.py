@@ -13,7 +13,7 @@ from typing import Any
 
 from llm2clip.plan.devices import Device, Machine
 from llm2clip.plan.memory import align_memory, embed_memory, fits, peak, tune_memory
-from llm2clip.plan.work import CaptionWork, ImageWork, caption_work, image_work, without_tower
+from llm2clip.plan.work import CaptionWork, ImageWork, caption_work, image_work
 from llm2clip.recipes import AlignRecipe, FitRecipe, TuneRecipe
 
 STAGES = ("tune", "embed", "align")
@@ -92,7 +92,7 @@ def plan(
     passes, heads = images * align.epochs, 0.0
     once = images * image.tower_forward if align.cache_features or align.head_epochs else 0.0
     if align.head_epochs:
-        alone = without_tower(align)
+        alone = align.heads()
         of_heads = image_work(alone, text.width, captions)
         heads = images * align.head_epochs * _align_flop(of_heads, alone, captions, count)["step"]
     rows = images * captions_per_image

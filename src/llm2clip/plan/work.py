@@ -8,7 +8,6 @@ counted on two and three of its blocks.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -204,11 +203,3 @@ def _lora(module: nn.Module, rank: int) -> int:
 
 def _table(llm: Any) -> int:
     return int(llm.get_input_embeddings().weight.numel())
-
-
-def without_tower(recipe: AlignRecipe) -> AlignRecipe:
-    """The recipe of the passes in which the heads learn alone, as `align` makes it."""
-    return dataclasses.replace(
-        recipe, epochs=recipe.head_epochs, batch=recipe.head_batch, micro_batch=None, accumulate=1,
-        cache_features=True, tower_lr=0.0, lora_r=0, train_layers=None, ema=0.0,
-    )  # fmt: skip

@@ -9,7 +9,6 @@ tower noise until they fit it (arXiv 2202.10054). That is the same training with
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -62,20 +61,5 @@ def align(
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder) if state.is_main_process else nullcontext():
         if recipe.head_epochs and newest_checkpoint(folder / "checkpoints") is None:
-            heads = dataclasses.replace(
-                recipe,
-                epochs=recipe.head_epochs,
-                batch=recipe.head_batch,
-                micro_batch=None,
-                accumulate=1,
-                cache_features=True,
-                tower_lr=0.0,
-                lora_r=0,
-                train_layers=None,
-                ema=0.0,
-                evaluate_every=0,
-                keep="last",
-                checkpoint_every=1 << 30,  # at the end alone: they take seconds
-            )
-            model = Training(records, store, model, heads, folder / "heads", features, log, heads=True).run()
+            model = Training(records, store, model, recipe.heads(), folder / "heads", features, log, heads=True).run()
         return Training(records, store, model, recipe, folder, features, log, validate).run()

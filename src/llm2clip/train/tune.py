@@ -25,15 +25,13 @@ from llm2clip.data.captions import unique
 from llm2clip.data.pairs import Item, batches_of_pairs
 from llm2clip.models.batches import default_batch_tokens
 from llm2clip.models.lora import Training, merged, need_four_bits
-from llm2clip.models.precision import chosen_precision
+from llm2clip.models.precision import DTYPES, chosen_precision
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.processes import processes, weights_shared_out
 from llm2clip.recipes import TuneRecipe
 from llm2clip.train.contrastive import PairCollator, PairLoss
 from llm2clip.train.mntp import HIDDEN, MASK, MaskedTokenLoss, MaskingCollator
 from llm2clip.train.trainer import train
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def tune(sources: Sequence[Sequence[Item]], encoder: CaptionEncoder, recipe: TuneRecipe, folder: Path) -> Path:
