@@ -23,12 +23,7 @@ from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.vision import VisionTower
 from llm2clip.train.grad_cache import cached
 from llm2clip.train.losses import info_nce
-
-
-def status(name: str) -> float:
-    """MB of this process."""
-    with open("/proc/self/status") as f:
-        return next(float(line.split()[1]) for line in f if line.startswith(name)) / 1e3
+from shared import memory, peak_from_here
 
 
 @quick_products()
@@ -51,16 +46,14 @@ def step(batch: int, micro_batch: int, tower: str, size: int) -> str:
     def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         return info_nce(image, text, scale.mean())
 
-    with open("/proc/self/clear_refs", "w") as f:
-        f.write("5")  # the peak starts anew
-    before, start = status("VmRSS"), time.perf_counter()
+    before, start = peak_from_here(), time.perf_counter()
     starts = range(0, batch, micro_batch)
     value = loss(*run(0)) if len(starts) == 1 else cached([partial(run, n) for n in starts], loss, model, device)
     value.backward()
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else status("VmHWM") - before
+    peak = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else memory("VmHWM") - before
     return f"{peak:,.0f} | {batch / seconds:.0f}"
 
 

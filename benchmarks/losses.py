@@ -23,6 +23,7 @@ from torch import Tensor
 
 from llm2clip.cpu import quick_products
 from llm2clip.train.losses import info_nce, sigmoid_loss
+from shared import memory, peak_from_here
 
 SCALE, BIAS = 20.0, -10.0
 clip, siglip = ClipLoss(), SigLipLoss()
@@ -64,17 +65,9 @@ def peak(way: str, n: int, d: int, device: str) -> float:
         before = torch.cuda.memory_allocated()
         once(way, given)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    with open("/proc/self/clear_refs", "w") as f:
-        f.write("5")  # the peak starts anew
-    before = _status("VmRSS")
+    before = peak_from_here()
     once(way, given)
-    return (_status("VmHWM") - before) / 1e3
-
-
-def _status(name: str) -> float:
-    """kB."""
-    with open("/proc/self/status") as f:
-        return next(float(line.split()[1]) for line in f if line.startswith(name))
+    return memory("VmHWM") - before
 
 
 if __name__ == "__main__":

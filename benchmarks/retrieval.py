@@ -23,12 +23,7 @@ from torch import Tensor
 
 from llm2clip.evaluate.ranks import two_way_ranks
 from llm2clip.evaluate.retrieval import KS, recall
-
-
-def status(name: str) -> float:
-    """MB of this process."""
-    with open("/proc/self/status") as f:
-        return next(float(line.split()[1]) for line in f if line.startswith(name)) / 1e3
+from shared import memory, peak_from_here
 
 
 def vectors(images: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,12 +62,10 @@ def one(way: str, images: int, width: int) -> str:
     way_of = theirs if way == "theirs" else ours
     way_of(*vectors(64, width, torch.float32))
     image, text, owner = vectors(images, width, torch.float16 if way == "large" else torch.float32)
-    with open("/proc/self/clear_refs", "w") as f:
-        f.write("5")  # the peak starts anew
-    before, start = status("VmRSS"), time.perf_counter()
+    before, start = peak_from_here(), time.perf_counter()
     figures = way_of(image, text, owner)
     seconds = time.perf_counter() - start
-    return json.dumps([seconds, status("VmHWM") - before, figures])
+    return json.dumps([seconds, memory("VmHWM") - before, figures])
 
 
 def measured(way: str, images: int, width: int, turns: int) -> tuple[float, float, list[float]]:

@@ -20,13 +20,13 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from llm2clip.reproduce.data import WORDNET, glosses
+from shared import lines, run, write
 
 BASE = [
     *("--encoder.path", "smollm2-135m", "--encoder.layers", "12", "--tune.lora_r", "0", "--tune.lr", "4e-4"),
@@ -61,21 +61,6 @@ MEASURED: dict[str, list[str]] = {
 CUT = {"cc": (256, 128, 64), "cc-matryoshka": (256, 128, 64)}  # the same vectors, cut
 
 
-def write(file: Path, rows: Iterator[dict[str, Any]]) -> Path:
-    """The rows as JSON lines, unless they are there."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        part.replace(file)
-    return file
-
-
-def lines(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as rows:
-        yield from map(json.loads, rows)
-
-
 def halves(paragraphs: Path, split: str) -> Iterator[dict[str, Any]]:
     """The first and the last sentences of each paragraph of a split; to train on, the first one and the whole too."""
     for row in lines(paragraphs):
@@ -100,14 +85,6 @@ def general_pairs() -> Iterator[dict[str, Any]]:
             yield {
                 "query": found[1], "positive": body[:600], "instruction": "Given a title, find the description:",
             }  # fmt: skip
-
-
-def run(command: list[str], log: Path) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as out:
-        done = subprocess.run([sys.executable, "-m", "llm2clip", *command], stdout=out, stderr=out)
-    if done.returncode:
-        raise SystemExit(f"failed, see {log}: llm2clip {shlex.join(command)}")
 
 
 if __name__ == "__main__":

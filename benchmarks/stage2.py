@@ -26,11 +26,11 @@ import json
 import re
 import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from shared import lines, run, write
 
 SIZE = ["--align.image_size", "160", "--align.width", "256", "--align.captions", "0"]
 HEADS = [*SIZE, "--align.tower_lr", "0", "--align.cache_features", "true", "--align.evaluate_every", "1000"]
@@ -83,27 +83,16 @@ TABLES: dict[str, dict[str, tuple[str, list[str]]]] = {
 SEEDS = {"frozen": 3, "towers": 3, "neighbours": 1, "captions": 3, "dense": 1}
 
 
-def lines(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as rows:
-        for row in rows:
-            fields = json.loads(row)
-            yield fields | {"image": str(file.parent / fields["image"])}
-
-
-def write(file: Path, rows: Iterator[dict[str, Any]]) -> str:
-    """The rows as JSON lines, unless they are there; the file's name."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        part.replace(file)
-    return str(file)
+def pictured(file: Path) -> Iterator[dict[str, Any]]:
+    """Rows whose images are named by their whole paths."""
+    for row in lines(file):
+        yield row | {"image": str(file.parent / row["image"])}
 
 
 def photographs(data: Path, dense: bool) -> Iterator[dict[str, Any]]:
     """What is trained on; with dense captions, the short ones joined, and without ade20k_ids."""
     for name in ("flickr8k", "coco_img", *(() if dense else ("ade20k_ids",))):
-        for row in lines(data / name / "captions.jsonl"):
+        for row in pictured(data / name / "captions.jsonl"):
             if name == "flickr8k" and row["split"] == "val":
                 continue
             texts: dict[str, Any] = {k: row[k] for k in ("captions", "long_captions") if k in row}
@@ -112,17 +101,9 @@ def photographs(data: Path, dense: bool) -> Iterator[dict[str, Any]]:
             yield {"image": row["image"], "id": row["id"], "split": "train", **texts}
 
 
-def run(command: Sequence[str], log: Path) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as out:
-        done = subprocess.run([sys.executable, "-m", "llm2clip", *command], stdout=out, stderr=out)
-    if done.returncode:
-        raise SystemExit(f"failed, see {log}: llm2clip {shlex.join(command)}")
-
-
 def sentences(data: Path) -> Iterator[dict[str, Any]]:
     """ADE20K's images with the first sentence of their long captions, and with all."""
-    for row in lines(data / "ade20k_ids/captions.jsonl"):
+    for row in pictured(data / "ade20k_ids/captions.jsonl"):
         texts = {"captions": row["sentences"][:1], "long_captions": row["long_captions"]}
         yield {"image": row["image"], "id": row["id"], **texts}
 
@@ -163,9 +144,9 @@ if __name__ == "__main__":
     data, out = given.data.resolve(), given.out
     encoders = {"raw": "smollm2-135m", "minilm": "all-minilm-l6-v2", **dict(e.split("=", 1) for e in given.encoder)}
 
-    train = write(out / "data/train.jsonl", photographs(data, dense=False))
-    dense = write(out / "data/dense.jsonl", photographs(data, dense=True))
-    rooms = write(out / "data/ade20k.jsonl", sentences(data))
+    train = str(write(out / "data/train.jsonl", photographs(data, dense=False)))
+    dense = str(write(out / "data/dense.jsonl", photographs(data, dense=True)))
+    rooms = str(write(out / "data/ade20k.jsonl", sentences(data)))
     val = f"{data / 'flickr8k/captions.jsonl'}@val"
     embedded: set[tuple[str, bool]] = set()
     for table in given.only:
