@@ -12,18 +12,8 @@ from PIL import Image
 from conftest import make_llm
 from llm2clip.cli import main
 from llm2clip.page import Command, Heading, Plot, Shot, Shots, Table, Text, html, markdown
-from llm2clip.reproduce.claims import (
-    ALIKE,
-    HOLDS,
-    REVERSED,
-    UNTESTED,
-    WAY,
-    Claim,
-    Comparison,
-    compare,
-    interval,
-)
 from llm2clip.reproduce.data import glosses, halves, sentences
+from llm2clip.reproduce.verdicts import ALIKE, HOLDS, REVERSED, UNTESTED, WAY, Claim, Comparison, compare, interval
 
 
 def command(pictures: Path, models: Path, out: Path, *more: str) -> list[str]:

@@ -17,9 +17,9 @@ from llm2clip.files import write_whole
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2127; --dim: #5f6b7a; --line: #d9dee5; --paper: #fff; --soft: #f4f6f9;
-  --good: #16794c; --bad: #b3261e; --so: #8a6100; }
+  --good: #16794c; --bad: #b3261e; --unsure: #8a6100; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --dim: #9aa5b3; --line: #363d47; --paper: #14181d;
-  --soft: #1d2229; --good: #58c48f; --bad: #f2857c; --so: #e3b341; } }
+  --soft: #1d2229; --good: #58c48f; --bad: #f2857c; --unsure: #e3b341; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2rem 1.25rem 5rem; max-width: 72rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, sans-serif; }
@@ -38,7 +38,7 @@ code, pre { font: .85rem/1.5 ui-monospace, monospace; background: var(--soft); b
 code { padding: .1rem .3rem; }
 pre { padding: .6rem .8rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
-.so { color: var(--so); font-weight: 600; } .dim { color: var(--dim); }
+.unsure { color: var(--unsure); font-weight: 600; } .dim { color: var(--dim); }
 figure { display: inline-block; vertical-align: top; max-width: 100%; margin: 1rem 1.5rem 1rem 0; }
 figure svg { max-width: 100%; height: auto; color: var(--dim); }
 figcaption { color: var(--dim); font-size: .85rem; }
@@ -51,7 +51,7 @@ figcaption { color: var(--dim); font-size: .85rem; }
 .shot.good img { border-color: var(--good); } .shot.bad img { border-color: var(--bad); }
 .shot.good, .shot.bad { font-weight: 400; }
 """
-GOOD, BAD, SO = "good", "bad", "so"
+GOOD, BAD, UNSURE = "good", "bad", "unsure"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `code` in it is set as such. `mood`: good, bad or so, of a verdict."""
+    """A paragraph; `code` in it is set as such. `mood`: good, bad or unsure, of a verdict."""
 
     text: str
     mood: str = ""

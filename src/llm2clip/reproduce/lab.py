@@ -9,6 +9,9 @@ Each is worked out once and kept in the run's folder, so that a run which was st
       features/            the frozen tower's features
       models/NAME-SEED/    aligned models
       ranks/NAME-SEED-TEST.json
+      vectors/             of images and texts, by model
+      work/                an alignment under way
+      claims/N.json        what each claim came to
 """
 
 from __future__ import annotations

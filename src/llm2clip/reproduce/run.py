@@ -11,15 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.evaluate import plots
-from llm2clip.page import BAD, GOOD, SO, Block, Command, Heading, Plot, Table, Text, write_page
+from llm2clip.page import BAD, GOOD, UNSURE, Block, Command, Heading, Plot, Table, Text, write_page
 from llm2clip.processes import once, processes, say, typed
 from llm2clip.recipes import ReproduceRecipe
-from llm2clip.reproduce.claims import ALIKE, CLAIMS, HOLDS, REVERSED, UNTESTED, WAY, Claim, Comparison, Interval
+from llm2clip.reproduce.claims import CLAIMS
 from llm2clip.reproduce.data import Sets
 from llm2clip.reproduce.lab import Lab
+from llm2clip.reproduce.verdicts import ALIKE, HOLDS, REVERSED, UNTESTED, WAY, Claim, Comparison, Interval
 from llm2clip.stages import begin
 
-MOODS = {HOLDS: GOOD, WAY: SO, ALIKE: SO, "holds in part": SO, REVERSED: BAD, "does not hold": BAD, UNTESTED: SO}
+MOODS = {
+    HOLDS: GOOD,
+    WAY: UNSURE,
+    ALIKE: UNSURE,
+    "holds in part": UNSURE,
+    REVERSED: BAD,
+    "does not hold": BAD,
+    UNTESTED: UNSURE,
+}
 
 
 def reproduce(data: Path, out: Path, recipe: ReproduceRecipe, claims: Sequence[int], max_skipped: float) -> Path:

@@ -154,14 +154,14 @@ def _cifar(folder: Path, files: Sequence[str], names: str, skipped: int) -> Clas
     for file, data in parts.items():
         if len(data) % (skipped + 1 + 3072):
             raise Malformed(f"{folder / file}: {len(data):,} bytes are no whole number of images")
-    file = ", ".join(files)
+    places = [(file, n) for file, data in parts.items() for n in range(len(data) // (skipped + 1 + 3072))]
     rows = np.concatenate(list(parts.values())).reshape(-1, skipped + 1 + 3072)
     classes = [name.replace("_", " ") for name in text_lines(first(folder, names))]
     labels = rows[:, skipped].astype(int).tolist()
     if labels and max(labels) >= len(classes):
-        raise Malformed(f"{folder / file}: label {max(labels)} of {len(classes)} classes")
+        raise Malformed(f"{folder / places[int(np.argmax(labels))][0]}: label {max(labels)} of {len(classes)} classes")
     images = []
-    for n, row in enumerate(rows):
+    for (file, n), row in zip(places, rows, strict=True):
         stream = io.BytesIO()
         pixels = np.ascontiguousarray(row[skipped + 1 :].reshape(3, 32, 32).transpose(1, 2, 0))
         Image.fromarray(pixels).save(stream, "PNG", compress_level=1)
