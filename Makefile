@@ -15,7 +15,7 @@ check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports > /dev/null
+	@found=$$($(BIN)/lint-imports) || { echo "$$found"; exit 1; }
 
 docs: $(VENV)/ready
 	$(BIN)/mkdocs build --quiet

@@ -111,6 +111,9 @@ class Stored:
         rows, scales = stored_as(np.stack([self.vectors[c] for c in captions]), self.dtype)
         return torch.from_numpy(rows.astype(np.float32) if scales is None else rows * scales[:, None])
 
+    def cut(self, captions: Sequence[str]) -> None:
+        return None
+
 
 def retrieval(encoder: CaptionEncoder, images: list[list[str]], precisions: Sequence[str]) -> Iterator[str]:
     texts = list(dict.fromkeys(c for captions in images for c in captions))

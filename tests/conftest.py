@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from llm2clip.data.pairs import Captions
-from llm2clip.models.assets import AssetError
+from llm2clip.models.assets import Unreachable
 from llm2clip.processes import leave, processes
 from llm2clip.recipes import TuneRecipe
 from written import ROWS, image_bytes
@@ -155,7 +155,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """A test marked `weights` skips where they can be neither found nor fetched."""
     try:
         return (yield)
-    except AssetError as error:
+    except Unreachable as error:
         if item.get_closest_marker("weights") is None:
             raise
         pytest.skip(f"no weights here: {error}")

@@ -53,8 +53,7 @@ def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
     captions = [r.captions for r in records.held_out["captions"]]
     # An LLM that is to be tuned in four bits is taken for one that the device cannot hold whole.
     measurable = sum(len(set(c)) > 1 for c in captions) > 1 and not recipe.tune.quantize
-    if not recipe.align.cache_features:  # else a batch larger than all images is all of them
-        check_batch(sum(r.image is not None for r in records.train), recipe.align, state.num_processes)
+    check_batch(sum(r.image is not None for r in records.train), recipe.align, state.num_processes)
     encoder_folder = out / "tune" / "encoder"
     untuned = not encoder_folder.exists()
     state.wait_for_everyone()  # all have looked before anyone tunes

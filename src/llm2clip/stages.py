@@ -37,9 +37,12 @@ def tune_stage(
 ) -> Path:
     """`llm2clip tune`: the folder of the tuned caption encoder, `out/encoder`."""
     settings = {"data": list(data), "columns": columns, "encoder": encoder, "tune": recipe}
+    done = out / "encoder"
+    if done.exists():
+        keep(settings, out / "recipe.yaml")  # are they those of the one that is there?
+        return done
     log = begin(out, settings, max_skipped)
-    if (out / "encoder").exists():
-        return out / "encoder"
+    processes().wait_for_everyone()  # all have looked before anyone is done
     sources = dataclasses.replace(recipe, data=[*data, *recipe.data])
     if not sources.data and not sources.pairs:
         raise ValueError("name sources of captions, or of text pairs with --tune.pairs")

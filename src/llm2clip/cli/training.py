@@ -40,7 +40,7 @@ def add(commands: Commands) -> None:
     sub.add_class_arguments(EmbedRecipe, "embed")
 
     sub = commands.add("align", _align, "Stage 2: train a vision tower against a store.")
-    sub.add_argument("data", nargs="+", type=str, help=DATA_HELP)
+    sub.add_argument("data", nargs="+", type=str, help=f"{DATA_HELP}; without, what a fit holds out is left out")
     sub.add_argument("--store", type=str, required=True, help="store of DATA's captions, made by `embed`")
     sub.add_argument("--held_out", nargs="+", type=str, help="sources to evaluate on while training")
     sub.add_argument(

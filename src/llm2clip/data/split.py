@@ -36,7 +36,7 @@ def read_data(sources: Sequence[str], recipe: EvaluateRecipe, columns: dict[str,
     A source with its splits named (PATH@train+none) is trained on as it is. Of any other, records of no split or of a
     training split are trained on; records of the split named val (or validation, valid, dev; else test) are held out.
     Where nothing is held out and `recipe.data` names no source, a tenth of the images, at most 1,000, is, chosen by a
-    hash of the record.
+    hash of the record, of the sources without named splits if there are some.
     """
     opened = read(sources, columns, log)
     train = [(s, r) for s, r in opened if s.splits or _split(r) in TRAIN]
@@ -54,7 +54,8 @@ def read_data(sources: Sequence[str], recipe: EvaluateRecipe, columns: dict[str,
         held = [(s, r) for s, r in rest if _split(r) == named]
         rest = [(s, r) for s, r in rest if _split(r) != named]
     else:
-        pictured = sorted((r for _, r in train if r.image is not None), key=_lot)
+        drawn_from = [r for s, r in train if not s.splits] or [r for _, r in train]
+        pictured = sorted((r for r in drawn_from if r.image is not None), key=_lot)
         chosen = {id(r) for r in pictured[: min(1000, max(1, len(pictured) // 10))]}
         held = [(s, r) for s, r in train if id(r) in chosen]
         train = [(s, r) for s, r in train if id(r) not in chosen]

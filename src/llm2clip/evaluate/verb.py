@@ -23,6 +23,7 @@ from llm2clip.files import Absent, write_whole
 from llm2clip.models.assets import resolve
 from llm2clip.models.clip_text import clip_text, has_text_tower
 from llm2clip.models.dual import SENTENCES
+from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
 from llm2clip.models.text import CaptionEncoder
 from llm2clip.page import Block, Command, Heading, Table, Text, markdown, short, write_page
 from llm2clip.processes import processes, say, typed
@@ -139,6 +140,8 @@ class _Measuring:
         try:
             vectors = open_vectors(model, self.log, self.out, self.batch)
         except (OSError, ValueError, ImportError) as error:
+            if first or processes().num_processes > 1:  # others would wait for one that goes on without them
+                raise
             self.failures.append(f"{name} is left out: {error}")
             return
         wanted = self.out is not None and processes().is_main_process
@@ -148,6 +151,8 @@ class _Measuring:
             try:
                 measured = measure(benchmark, folder, vectors, self.probe)
             except (OSError, ValueError) as error:
+                if processes().num_processes > 1 and not isinstance(error, Absent | ValueError):
+                    raise
                 self.failures.append(_left_out(f"{name} on {benchmark.name}", benchmark, error))
                 continue
             kinds = list(measured.ranked.items()) if wanted else []
@@ -191,12 +196,18 @@ def _text_side(model: str | None, encoder: EncoderRecipe) -> TextEncoder:
     given = [name for name, value in dataclasses.asdict(encoder).items() if value != getattr(EncoderRecipe(), name)]
     if model is not None and (model.endswith(SAVED) or model.startswith(SENTENCES)):
         raise ValueError(f"{model} has no caption encoder that can be opened alone: leave out --captions")
-    if (model is not None and given) or (clip and set(given) - {"path"}):
-        options = ", ".join(f"--encoder.{name}" for name in given if model is not None or name != "path")
-        raise ValueError(f"{path} is taken as it is: leave out {options}")
+    if model is None and clip and (options := [f"--encoder.{name}" for name in given if name != "path"]):
+        raise ValueError(f"{path} is taken as it is: leave out {', '.join(options)}")
     if clip:
         return clip_text(path)
-    return CaptionEncoder.from_pretrained(**({"path": path} if model else dataclasses.asdict(encoder)))
+    if model is None:
+        return CaptionEncoder.from_pretrained(**dataclasses.asdict(encoder))
+    return CaptionEncoder.from_pretrained(model) if _is_encoder(model) else LLM2CLIP.from_pretrained(model).encoder
+
+
+def _is_encoder(model: str) -> bool:
+    """Whether a folder is a caption encoder's, and not a model's that has one."""
+    return Path(model).is_dir() and not is_model_folder(model)
 
 
 def _own(data: Sequence[str], recipe: EvaluateRecipe, columns: dict[str, str], log: SkipLog) -> list[Benchmark]:

