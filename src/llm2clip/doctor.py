@@ -6,10 +6,12 @@ one that `llm2clip fit` would stumble over; a note is something that only some o
 
 from __future__ import annotations
 
+import http.client
 import os
 import platform
 import shutil
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -206,7 +208,9 @@ def hub() -> Iterator[Check]:
         return
     try:
         urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=5).close()
-    except OSError as error:
+    except urllib.error.HTTPError as error:
+        yield Check("hub", "ok", f"{ENDPOINT} answers, with {error.code}")
+    except (OSError, ValueError, http.client.HTTPException) as error:
         way = "models by folder, or by our names (smollm2-135m), still work; HF_ENDPOINT names a mirror"
         yield Check("hub", "note", f"{ENDPOINT} does not answer: {error}", way)
     else:

@@ -117,9 +117,9 @@ def merge(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingStore:
                         _put(path_of(folder, shard.number), path_of(out, number))
                 there.add(content)
                 number += 1
-        refused = {row["caption"]: row for folder in folders for row in refused_rows(folder)}
-        if left := [row for row in refused_rows(out) if row["caption"] not in refused] + list(refused.values()):
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in left)
+        refused = {row["caption"]: row for folder in (out, *folders) for row in refused_rows(folder)}
+        if refused:
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in refused.values())
             write_whole(out / "refused-merged.jsonl", lines)
         writer.finish()
     return EmbeddingStore(out)

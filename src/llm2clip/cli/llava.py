@@ -50,7 +50,7 @@ def add(commands: Commands) -> None:
     some.add_argument("--choose", action="store_true", help="multiple choice by likelihood, not by the letter said")
     some.add_argument("--batch", type=int, default=16, help="questions in a pass")
     some.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the model")
-    some.add_argument("--limit", type=int, help="only so many questions of each, to try")
+    some.add_argument("--limit", type=int, help="only so many of each, to try; what is scored together counts as one")
     some.add_argument("--judge", type=str, help="address of OpenAI's form for free answers, up to /v1")
     some.add_argument("--judge_model", type=str, default="gpt-4-0613", help="the judge's name there")
     reading(some)

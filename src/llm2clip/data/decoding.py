@@ -22,7 +22,7 @@ def decoded(ref: ImageRef, transform: Callable[[Tensor], T]) -> T | str:
     try:
         return transform(load(ref))
     except (ImageError, OSError) as error:
-        return str(error)
+        return str(error).removeprefix(f"{ref}: ")  # whoever lists it names the image
 
 
 def in_batches(

@@ -26,8 +26,10 @@ class ImageRef(ABC):
     @property
     def key(self) -> str:
         """Equal for the same image and for no other, however its path is written."""
-        here = self.held_in
-        return str(self) if here is None else _real(here) + str(self)[len(here) :]
+        if (here := self.held_in) is None:
+            return str(self)
+        folder, name = os.path.split(here)
+        return os.path.join(_real(folder), name) + str(self)[len(here) :]
 
     @property
     def held_in(self) -> str | None:

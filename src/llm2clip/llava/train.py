@@ -254,7 +254,8 @@ class _Stage:
             "processes": processes().num_processes,
         }
         with processes().main_process_first():
-            resume = resumable(latest_checkpoint(self.out, "checkpoint-"), plan)
+            latest = latest_checkpoint(self.out, "checkpoint-")
+        resume = resumable(latest, plan)  # outside: who raises within would leave the others waiting
         trainer = _Trainer(
             model=self.model,
             args=self._arguments(),

@@ -62,7 +62,8 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is damaged, or was not fetched whole ({str(error).splitlines()[0]})") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is damaged, or was not fetched whole ({reason})") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors, and to read that is to run it. If you trust it, keep its state dict "

@@ -91,7 +91,8 @@ def train(
     args._n_gpu = 1  # one process a device, under a launcher: never torch.nn.DataParallel
     plan = dict(plan)
     with state.main_process_first():
-        resume = resumable(latest_checkpoint(folder / "checkpoints", "checkpoint-"), plan)
+        latest = latest_checkpoint(folder / "checkpoints", "checkpoint-")
+    resume = resumable(latest, plan)  # outside: who raises within would leave the others waiting
     trainer = TuneTrainer(
         model=encoder.st,
         args=args,
