@@ -171,6 +171,9 @@ def test_a_tar_by_another_path_is_the_same_images(write, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     one, other = (next(open_records(path)).image for path in ("x.tar", str(tmp_path / "x.tar")))
     assert one is not None and other is not None and one.key == other.key
+    (tmp_path / "link.tar").symlink_to(tmp_path / "x.tar")
+    link = next(open_records("link.tar")).image
+    assert link is not None and link.key.startswith(str(tmp_path / "link.tar")), "it is found where it was put"
 
 
 def test_a_second_source_with_a_bad_first_row_is_read(write) -> None:

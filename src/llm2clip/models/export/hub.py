@@ -181,9 +181,8 @@ def _check(whole: LLM2CLIPExport, model: LLM2CLIP) -> None:
     """Raises ValueError if texts get other vectors than ours: the encoder has a part that this form has no place for,
     such as a layer of its own after the pooling."""
     tokenizer = tokenizer_of(model.encoder)
-    found: list[Any] = [
-        whole.get_text_features(**tokenizer(t, truncation=True, return_tensors="pt")).pooler_output for t in TEXTS
-    ]
+    batches = (tokenizer(text, truncation=True, return_tensors="pt") for text in TEXTS)
+    found: list[Any] = [whole.get_text_features(**batch).pooler_output for batch in batches]
     least = float((torch.cat(found) * model.encode_text(TEXTS)).sum(1).min())
     if not least >= 0.9999:
         raise ValueError(
