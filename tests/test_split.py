@@ -182,3 +182,12 @@ def test_a_second_source_with_a_bad_first_row_is_read(write) -> None:
     Path(other).write_text("{broken\n" + Path(other).read_text())
     log = SkipLog()
     assert sum(1 for _ in stream([good, other], {}, log)) == EARLY + 51 and log.skipped.total() == 1
+
+
+def test_a_source_that_is_read_again_counts_once(write) -> None:
+    """As fit reads the captions of other languages, and align the features' images."""
+    file, log = write("a.jsonl", *(row(n) for n in range(20))), SkipLog()
+    Path(file).write_text(Path(file).read_text() + "{broken\n")
+    for _ in range(2):
+        assert len(list(stream([file], {}, log))) == 20
+    assert log.summary().startswith("1 of 21 rows")

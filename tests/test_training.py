@@ -127,7 +127,7 @@ def test_a_frozen_tower_learns_on_its_features(records: list[Record], store: Emb
     )
     before = fresh_model("test_vit").state_dict()
     log = SkipLog(tmp_path / "skipped.jsonl", limit=1.0)
-    log.seen = 31
+    log.at_least(31)
     model = align([*records, broken], store, fresh_model("test_vit"), recipe, tmp_path / "run", log)
     assert "broken.png" in (tmp_path / "skipped.jsonl").read_text()
     for name, tensor in model.state_dict().items():
@@ -228,12 +228,12 @@ def test_an_undecodable_image_is_replaced_counted_and_listed(
     cut.write_bytes(Path(str(records[0].image)).read_bytes()[:300])
     broken = next(iter(open_records({"path": str(_one_row(cut, records[0]))}, images="exists")))
     log = SkipLog(tmp_path / "skipped.jsonl", limit=0.5)
-    log.seen = len(records)
+    log.at_least(len(records))
     align([broken, *records[1:]], store, fresh_model(), ALIGN, tmp_path / "run", log)
     listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [e["reason"] for e in listed] == ["undecodable image"] and "cut.png" in listed[0]["file"]
     strict = SkipLog(limit=0.0)
-    strict.seen = len(records)
+    strict.at_least(len(records))
     with pytest.raises(TooManySkipped):
         align([broken, *records[1:]], store, fresh_model(), ALIGN, tmp_path / "strict", strict)
 

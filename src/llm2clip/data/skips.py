@@ -22,7 +22,7 @@ class SkipLog:
     def __init__(self, path: str | os.PathLike[str] | None = None, limit: float = 0.05) -> None:
         self.path = None if path is None else Path(path)
         self.limit = limit
-        self.seen = 0
+        self._seen, self._rows = 0, dict[str, int]()  # one by one, and of sources that may be read again
         self.skipped: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self.examples: list[str] = []
@@ -31,8 +31,22 @@ class SkipLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("")
 
+    @property
+    def seen(self) -> int:
+        """The rows that there were; of a source that was read twice, once."""
+        return self._seen + sum(self._rows.values())
+
     def seen_one(self) -> None:
-        self.seen += 1
+        """One more row."""
+        self._seen += 1
+
+    def seen_rows(self, source: str, count: int) -> None:
+        """So many rows of a source by now, in this pass over it."""
+        self._rows[source] = max(count, self._rows.get(source, 0))
+
+    def at_least(self, count: int) -> None:
+        """There were so many rows, if nobody counted them."""
+        self._seen = max(self._seen, count - sum(self._rows.values()))
 
     def skip(self, file: str, row: int, reason: str, value: object) -> None:
         """A row that gives no record. One that was skipped before, in an earlier pass or stage, counts once."""

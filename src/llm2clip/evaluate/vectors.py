@@ -83,7 +83,7 @@ class Vectors:
             TooManySkipped: too many cannot.
             ValueError: a vector is not finite.
         """
-        self.log.seen = max(self.log.seen, len(refs))  # of a benchmark nobody counted rows
+        self.log.at_least(len(refs))  # of a benchmark nobody counted rows
         if self.folder is not None:
             store = embed_images(
                 refs, self.model, self.identity, self.folder / "images", self.log, dtype="float32", batch=self.batch
