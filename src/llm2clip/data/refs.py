@@ -29,7 +29,7 @@ class ImageRef(ABC):
         if (here := self.held_in) is None:
             return str(self)
         folder, name = os.path.split(here)
-        return os.path.join(_real(folder), name) + str(self)[len(here) :]
+        return os.path.join(_real(os.path.abspath(folder)), name) + str(self)[len(here) :]
 
     @property
     def held_in(self) -> str | None:
@@ -55,7 +55,7 @@ class FileImage(ImageRef):
     @property
     def key(self) -> str:
         folder, name = os.path.split(self.path)
-        return os.path.join(_real(folder), name)
+        return os.path.join(_real(os.path.abspath(folder)), name)
 
     def open(self) -> BinaryIO:
         return open(self.path, "rb")
