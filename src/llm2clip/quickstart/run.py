@@ -99,7 +99,7 @@ def _records(emoji: Path, file: Path) -> Path:
 
 def _goodbye(out: Path) -> Path:
     picture = out / "quickstart.png"
-    say(f"\nModel:   {out / 'model'}\nReport:  {out / 'report.md'}\nPicture: {picture}   <- look at it")
+    say(f"\nModel:   {out / 'model'}\nReport:  {out / 'report.html'}\nPicture: {picture}   <- look at it")
     say(
         "\nNext:\n"
         f"  python -c \"from llm2clip import LLM2CLIP; m = LLM2CLIP.from_pretrained('{out / 'model'}'); "
