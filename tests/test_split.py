@@ -191,3 +191,5 @@ def test_a_source_that_is_read_again_counts_once(write) -> None:
     for _ in range(2):
         assert len(list(stream([file], {}, log))) == 20
     assert log.summary().startswith("1 of 21 rows")
+    list(stream([f"{file}@none"], {}, log))
+    assert log.summary().startswith("1 of 21 rows")

@@ -149,7 +149,7 @@ def short(paths: Sequence[str]) -> list[str]:
 def cell(value: Any) -> str:
     """A table's cell as text."""
     if isinstance(value, float):
-        return f"{value:.1f}" if value == 0 or abs(value) >= 0.1 else f"{value:.1g}"
+        return f"{value:.1g}" if 0.0005 <= abs(value) < 0.1 else f"{value:.1f}"
     return "–" if value is None else str(value)
 
 

@@ -185,7 +185,7 @@ class _Opening:
 
     def seen_one(self) -> None:
         self.seen += 1
-        self.log.seen_rows(str(self.source), self.seen)
+        self.log.seen_rows(self.source.path, "+".join(sorted(self.source.splits)), self.seen)
 
     def skip(self, file: str, row: int, skip: _Skip) -> None:
         self.log.skip(file, row, skip.reason, skip.value)

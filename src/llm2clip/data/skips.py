@@ -22,7 +22,8 @@ class SkipLog:
     def __init__(self, path: str | os.PathLike[str] | None = None, limit: float = 0.05) -> None:
         self.path = None if path is None else Path(path)
         self.limit = limit
-        self._seen, self._rows = 0, dict[str, int]()  # one by one, and of sources that may be read again
+        self._seen = 0  # counted one by one
+        self._rows: dict[str, dict[str, int]] = {}  # of sources, which may be read again, by their splits; "" is all
         self.skipped: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self.examples: list[str] = []
@@ -34,19 +35,20 @@ class SkipLog:
     @property
     def seen(self) -> int:
         """The rows that there were; of a source that was read twice, once."""
-        return self._seen + sum(self._rows.values())
+        return self._seen + sum(by.get("") or sum(by.values()) for by in self._rows.values())
 
     def seen_one(self) -> None:
         """One more row."""
         self._seen += 1
 
-    def seen_rows(self, source: str, count: int) -> None:
-        """So many rows of a source by now, in this pass over it."""
-        self._rows[source] = max(count, self._rows.get(source, 0))
+    def seen_rows(self, path: str, splits: str, count: int) -> None:
+        """So many rows of some splits of a source by now, in this pass over it."""
+        by = self._rows.setdefault(path, {})
+        by[splits] = max(count, by.get(splits, 0))
 
     def at_least(self, count: int) -> None:
         """There were so many rows, if nobody counted them."""
-        self._seen = max(self._seen, count - sum(self._rows.values()))
+        self._seen += max(0, count - self.seen)
 
     def skip(self, file: str, row: int, reason: str, value: object) -> None:
         """A row that gives no record. One that was skipped before, in an earlier pass or stage, counts once."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from llm2clip.data.images import thumbnail_of
 from llm2clip.llava.evaluate import Measured
-from llm2clip.page import Block, Command, Heading, Shot, Shots, Table, Text, write_page
+from llm2clip.page import Block, Command, Heading, Shot, Shots, Table, Text, short, write_page
 
 # LLM2CLIP's project page, the table of LLaVA-1.5 with its tower: the figure of a task, as it names it.
 COLUMNS = {
@@ -55,6 +56,9 @@ SPLITS = {  # where the figures above are of questions whose answers only a serv
 
 def write_report(measured: Sequence[Measured], command: str, out: Path) -> Path:
     """Write `out/report.html` and `out/report.md`; the page's path."""
+    models = list(dict.fromkeys(m.model for m in measured))
+    called = dict(zip(models, short(models), strict=True))
+    measured = [replace(m, model=called[m.model]) for m in measured]
     blocks: list[Block] = [Command(command)]
     public = [task for task in COLUMNS if any(m.task == task for m in measured)]
     if public:
