@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -139,3 +141,9 @@ def test_help_shows_about_forty_settings(capsys: pytest.CaptureFixture[str]) -> 
             build()[0].parse_args([verb, "--help"])
         shown = re.findall(r"^  (--[\w.]+)", capsys.readouterr().out, re.M)
         assert len(shown) <= 48, (verb, len(shown))
+
+
+def test_help_waits_for_nothing_heavy() -> None:
+    code = "import sys, llm2clip.cli as c; c.build(); print({'torch', 'transformers', 'numpy'} & sys.modules.keys())"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "set()"
