@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from llm2clip.evaluate.ranks import positive_ranks, two_way_ranks
-from llm2clip.evaluate.retrieval import chance, intervals, recall, retrieval
+from llm2clip.evaluate.retrieval import chance, ends, intervals, recall, retrieval
 
 
 def sorted_rank(scores: torch.Tensor, positives: list[int]) -> int:
@@ -82,6 +83,15 @@ def test_figures_of_a_small_case() -> None:
     assert figures["I2T"]["R@1"] == 100.0 and figures["I2T interval"]["R@1"] == (100.0, 100.0)
     low, high = figures["T2I interval"]["R@1"]
     assert 0 <= low < 75 < high <= 100
+    assert figures["T2I chance"]["R@1"] == pytest.approx(100 / 3)
+    assert figures["I2T chance"]["R@1"] == pytest.approx(100 * (1 + 2 + 1) / 4 / 3)
+    assert figures["I2T chance"]["R@10"] == 100
+
+
+def test_the_ends_are_the_percentiles() -> None:
+    means = torch.rand(1000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = np.percentile(means.numpy(), [2.5, 97.5], axis=0)
+    assert torch.allclose(ends(means), torch.from_numpy(expected))
 
 
 def test_a_model_that_says_the_same_of_everything_is_at_the_bottom() -> None:
