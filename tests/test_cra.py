@@ -185,3 +185,21 @@ def test_the_command_prints_the_table_and_the_mistakes(
     assert "leave out --encoder.layers" in capsys.readouterr().err
     for words in ("CRA, %", "first to second", "all pairs", "Mean cosine", "should have found", "Cut to the encoder's"):
         assert words in said, words
+
+
+def test_all_that_caption_accuracy_says_is_of_the_same_hits() -> None:
+    figures = caption_accuracy(RAGGED, Fake(), hits=True, mistakes=2)
+    first, second = (F.normalize(torch.stack([Fake().vector(c[n]) for c in RAGGED[:-1]]), dim=-1) for n in (0, 1))
+    scores = first @ second.T
+    there, again = (s.argmax(1) == torch.arange(30) for s in (scores, scores.T))
+    assert figures["hits"] == ((there.double() + again) / 2).tolist()
+    low, high = figures["CRA interval"]
+    assert figures["CRA"] == pytest.approx(100 * sum(figures["hits"]) / 30) and low <= figures["CRA"] <= high <= 100
+    assert (figures["first to second"]["R@1"], figures["second to first"]["R@1"]) == pytest.approx(
+        (100 * float(there.double().mean()), 100 * float(again.double().mean()))
+    )
+    assert (figures["positives"], figures["negatives"]) == mean_cosines(first, second)
+    assert figures["chance"] == pytest.approx(100 / 30) and figures["left out"] == 1
+    assert figures["cut"] == sum(len(c) > 20 for some in RAGGED[:-1] for c in some[:2])
+    assert figures["mistakes"] == worst_mistakes(first, second, RAGGED[:-1], 2)
+    assert not {"hits", "mistakes", "all pairs"} & caption_accuracy(RAGGED, Fake()).keys()
