@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llm2clip.files import write_whole
+from llm2clip.files import write_lines, write_whole
 
 COMPLETE = "complete"
 
@@ -88,7 +88,7 @@ class MetricsLog:
         """Open `path` for appending; lines after `resume_step` are of steps that will be done again and are dropped."""
         self.path = path
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_lines(path, kept)
 
     def write(self, step: int, **values: Any) -> None:
         with self.path.open("a") as f:

@@ -7,7 +7,6 @@ encoded, the one before it is written and the one after it read and split into t
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +24,7 @@ from llm2clip.cache.lock import alone
 from llm2clip.cache.store import EmbeddingStore, refused_captions
 from llm2clip.cache.writer import StoreWriter
 from llm2clip.cpu import reuse_memory
-from llm2clip.files import write_whole
+from llm2clip.files import write_lines
 from llm2clip.models.batches import Tokens, default_batch_tokens
 from llm2clip.models.budget import WORTH_TRYING, fastest_budget
 from llm2clip.models.precision import fastest
@@ -188,7 +187,7 @@ def keep(writer: StoreWriter, number: int, found: Tokenized, vectors: np.ndarray
     for name, rows in (("truncated", cut), ("refused", refused)):
         if rows:
             file = writer.folder / f"{name}-{number:05d}.jsonl"
-            write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_lines(file, rows)
             say(f"{len(rows)} captions {name}: see {file}")
     writer.write(number, found.captions, [len(i) for i in tokens.ids], vectors)
 

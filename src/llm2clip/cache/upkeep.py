@@ -6,7 +6,6 @@ Nothing here encodes: what repair drops, `llm2clip embed` encodes again, and onl
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -33,7 +32,7 @@ from llm2clip.cache.format import (
 from llm2clip.cache.lock import alone
 from llm2clip.cache.store import EmbeddingStore, damaged_shards, refused_rows
 from llm2clip.cache.writer import StoreWriter, summarise
-from llm2clip.files import write_whole
+from llm2clip.files import write_lines
 
 
 def repair(folder: str | Path, progress: bool = False) -> list[str]:
@@ -119,8 +118,7 @@ def merge(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingStore:
                 number += 1
         refused = {row["caption"]: row for folder in (out, *folders) for row in refused_rows(folder)}
         if refused:
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in refused.values())
-            write_whole(out / "refused-merged.jsonl", lines)
+            write_lines(out / "refused-merged.jsonl", refused.values())
         writer.finish()
     return EmbeddingStore(out)
 

@@ -191,18 +191,18 @@ def _text_side(model: str | None, encoder: EncoderRecipe) -> TextEncoder:
     Raises:
         ValueError: there is none, or settings are given for an encoder that takes none.
     """
-    path = model or resolve(encoder.path)
-    clip = has_text_tower(path)
-    given = [name for name, value in dataclasses.asdict(encoder).items() if value != getattr(EncoderRecipe(), name)]
-    if model is not None and (model.endswith(SAVED) or model.startswith(SENTENCES)):
-        raise ValueError(f"{model} has no caption encoder that can be opened alone: leave out --captions")
-    if model is None and clip and (options := [f"--encoder.{name}" for name in given if name != "path"]):
-        raise ValueError(f"{path} is taken as it is: leave out {', '.join(options)}")
-    if clip:
-        return clip_text(path)
-    if model is None:
+    if model is not None:
+        if model.endswith(SAVED) or model.startswith(SENTENCES):
+            raise ValueError(f"{model} has no caption encoder that can be opened alone: leave out --captions")
+        if has_text_tower(model):
+            return clip_text(model)
+        return CaptionEncoder.from_pretrained(model) if _is_encoder(model) else LLM2CLIP.from_pretrained(model).encoder
+    path, usual = resolve(encoder.path), EncoderRecipe(path=encoder.path)
+    if not has_text_tower(path):
         return CaptionEncoder.from_pretrained(**dataclasses.asdict(encoder))
-    return CaptionEncoder.from_pretrained(model) if _is_encoder(model) else LLM2CLIP.from_pretrained(model).encoder
+    if options := [f"--encoder.{name}" for name, value in vars(encoder).items() if value != getattr(usual, name)]:
+        raise ValueError(f"{path} is taken as it is: leave out {', '.join(options)}")
+    return clip_text(path)
 
 
 def _is_encoder(model: str) -> bool:

@@ -6,11 +6,10 @@ their names. It is `llm2clip fit` with a recipe; all that is added here is fetch
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from llm2clip.data.records import open_records
-from llm2clip.files import json_lines, write_whole
+from llm2clip.files import json_lines, write_lines
 from llm2clip.fit import fit
 from llm2clip.models.assets import resolve
 from llm2clip.models.llm2clip import LLM2CLIP
@@ -87,13 +86,13 @@ def _records(emoji: Path, file: Path) -> Path:
     the training rows: the model is to be searched in them. Held-out rows keep languages apart, to be tested apart."""
     if file.exists():
         return file
-    lines = []
+    rows = []
     for _, row in json_lines(emoji / "captions.jsonl"):
         row["image"] = str((emoji / row["image"]).absolute())
         if row["split"] == "train":
             row["captions"] += [name for code in LANGUAGES for name in row.get(f"captions_{code}", ())]
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_whole(file, "".join(lines))
+        rows.append(row)
+    write_lines(file, rows)
     return file
 
 
