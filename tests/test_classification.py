@@ -58,6 +58,15 @@ def test_the_probe_finds_what_a_line_parts() -> None:
     assert noise["top-1"] < 70
 
 
+def test_the_probe_takes_the_penalty_that_does_best_on_what_it_holds_back() -> None:
+    """Classes of different sizes and small numbers: a strong penalty calls all of them the larger one."""
+    g = torch.Generator().manual_seed(0)
+    labels = (torch.arange(400) % 3 == 0).long()
+    x = 0.05 * (torch.randn(400, 4, generator=g) + 4 * labels[:, None])
+    found = linear_probe(x[:300], labels[:300].tolist(), x[300:], labels[300:].tolist())
+    assert found["top-1"] > 95 and found["C"] >= 1
+
+
 def test_winogrounds_three_scores() -> None:
     """Cosines with the captions, image by image; a tie is wrong."""
     cases = {  # (c0, c1) of image 0, of image 1: text, image, group

@@ -43,6 +43,13 @@ def test_the_same_seed_gives_the_same_pairs_and_a_pass_sees_every_image() -> Non
         assert len({p.first.split(" caption")[0] for batch in batches for p in batch}) == 40
 
 
+def test_what_waits_for_its_text_loses_no_turn() -> None:
+    """Two of four pairs have a text in common, and so are never in one batch of two: all come equally often."""
+    pairs = [Pair("shared", "a"), Pair("b", "shared"), Pair("c", "d"), Pair("e", "f")]
+    seen = Counter(pair for batch in batches_of_pairs([pairs], [], 2, 200, seed=0) for pair in batch)
+    assert set(seen) == set(pairs) and all(abs(count - 100) <= 2 for count in seen.values())
+
+
 def test_too_few_images_is_an_error() -> None:
     with pytest.raises(ValueError, match="there are 40"):
         of_one_source(IMAGES, 41, 1, seed=0)

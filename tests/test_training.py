@@ -199,6 +199,43 @@ def test_gradients_that_are_not_finite_stop_before_the_weights_are(
     assert not list((tmp_path / "checkpoints").glob("*/complete"))
 
 
+def test_align_is_adamw_written_out(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
+    """Six steps by hand: rates by part, warm-up and cosine, gradients clipped, decay of matrices alone."""
+    recipe = dataclasses.replace(
+        ALIGN, epochs=2, lr=3e-3, projection_lr=2e-3, scale_lr=1e-2, tower_lr=1e-3, layer_decay=1.0, warmup=0.34,
+        weight_decay=0.3, max_grad_norm=0.5,
+    )  # fmt: skip
+    trained = align(records, store, fresh_model("test_vit"), recipe, tmp_path / "run", SkipLog(limit=1.0))
+    log = list(read_metrics(tmp_path / "run/metrics.jsonl"))
+
+    model = fresh_model("test_vit").train()
+    rates = {"tower": 1e-3, "projection": 2e-3, "adapter": 3e-3, "logit_scale": 1e-2}
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
+    factors = [1 / 2, 1, 1, 0.5 + 0.5 * 2**-0.5, 0.5, 0.5 - 0.5 * 2**-0.5]  # two of six steps up, four down
+    norms = []
+    for n, (batch, factor) in enumerate(zip(Steps(records, store, model, recipe).batches(0), factors, strict=True)):
+        texts = torch.from_numpy(store.take(batch.rows))
+        image, text, scale, _ = model(pixels=batch.images, embeddings=texts)
+        loss = info_nce(image, text, scale, torch.from_numpy(batch.owner), torch.from_numpy(batch.rows))
+        learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, [p for _, p in learning], allow_unused=True)
+        norms.append(sum(float(g.square().sum()) for g in gradients if g is not None) ** 0.5)
+        line = {"loss": loss.item(), "grad_norm": norms[-1], "scale": scale.item(), "lr": 3e-3 * factor}
+        assert {name: log[n][name] for name in line} == pytest.approx(line, rel=1e-3)
+        for (name, p), gradient in zip(learning, gradients, strict=True):
+            if gradient is None:
+                continue
+            rate, (mean, square) = rates[name.partition(".")[0]] * factor, moments[name]
+            gradient = gradient * min(1.0, 0.5 / norms[-1])
+            mean.lerp_(gradient, 0.1)
+            square.lerp_(gradient**2, 0.001)
+            p.data -= rate * (0.3 if p.ndim > 1 else 0.0) * p.data
+            p.data -= rate * (mean / (1 - 0.9 ** (n + 1))) / ((square / (1 - 0.999 ** (n + 1))).sqrt() + 1e-8)
+    assert max(norms) > 0.5, "nothing was clipped"
+    for name, p in trained.state_dict().items():
+        torch.testing.assert_close(p, model.state_dict()[name], atol=2e-4, rtol=1e-3, msg=lambda m, name=name: name + m)
+
+
 def test_short_and_long_captions_are_drawn_by_their_share(records: list[Record], store: EmbeddingStore) -> None:
     for share in (0.0, 1.0, 0.3):
         recipe = dataclasses.replace(ALIGN, mix={"captions": 1 - share, "long_captions": share})
@@ -219,6 +256,23 @@ def test_short_and_long_captions_are_drawn_by_their_share(records: list[Record],
     assert {row in steps.by_kind[0].rows_of(2) for e in range(9) for row in steps.rows(e, 2)} == {True, False}
     with pytest.raises(ValueError, match="mix knows the kinds"):
         Steps(records, store, fresh_model(), dataclasses.replace(ALIGN, mix={"dense": 1}))
+
+
+def test_each_image_comes_once_an_epoch_whatever_the_devices(records: list[Record], store: EmbeddingStore) -> None:
+    """Two batches a step on two devices, 28 of 30 images an epoch: the devices' parts are those of one device."""
+    recipe = dataclasses.replace(ALIGN, epochs=3, batch=7, accumulate=2)
+    alone = dataclasses.replace(recipe, batch=14)
+    one = [m for part in Steps(records, store, fresh_model(), alone).members(0) for m in part]
+    steps = [Steps(records, store, fresh_model(), recipe, world=2, rank=rank) for rank in (0, 1)]
+    assert len(steps[0]) == 3 and steps[0].step_size == 28
+    parts = [list(some.members(0)) for some in steps]
+    assert [len(part) for some in parts for part in some] == [7] * 12
+    both = [m for left, right in zip(*parts, strict=True) for pair in zip(left, right, strict=True) for m in pair]
+    assert both == one
+    for epoch in range(3):
+        seen = [image for e, image in both if e == epoch]
+        assert len(seen) == len(set(seen)) == 28 and set(seen) < set(range(30))
+    assert list(steps[1].members(2)) == parts[1][4:], "from any step on"
 
 
 def test_an_undecodable_image_is_replaced_counted_and_listed(

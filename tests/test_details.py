@@ -1,0 +1,76 @@
+"""What stands behind a recall: its curve, its bins by length and its worst failures, against counting."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llm2clip.data.records import Record
+from llm2clip.data.refs import MemoryImage
+from llm2clip.evaluate.details import by_length, curve, details, length_bins, length_of, worst
+from llm2clip.evaluate.model import Ranked
+from llm2clip.evaluate.ranks import two_way_ranks
+from llm2clip.evaluate.retrieval import recall
+from written import image_bytes
+
+
+def test_the_curve_is_recall_at_each_k() -> None:
+    ranks = torch.tensor([0, 0, 3, 49, 50, 700, 1, 9])
+    assert curve(ranks) == pytest.approx([recall(ranks, (k,))[f"R@{k}"] for k in range(1, 51)])
+
+
+def test_bins_hold_about_as_many_captions_each() -> None:
+    assert length_bins(list(range(1, 101))) == [(1, 20), (21, 40), (41, 60), (61, 80), (81, 100)]
+    assert length_bins(list(range(1, 241)))[-1] == (201, 240) and len(length_bins(list(range(1, 241)))) == 6
+    assert length_bins([7] * 100) == [(7, 7)]
+    assert length_bins([3, 9, 5]) == [(3, 9)]
+    assert length_bins([5] * 50 + [8] * 50) == [(5, 7), (8, 8)]
+
+
+def test_lengths_are_in_words_or_where_there_are_none_in_characters() -> None:
+    assert length_of(["a dog runs", "two words"]) == ("words", [3, 2])
+    assert length_of(["一只狗在草地上奔跑", "两只猫"]) == ("characters", [9, 3])
+    assert length_of(["dog", "cat", "a bird"]) == ("words", [1, 1, 2])
+
+
+@pytest.fixture
+def ranked() -> Ranked:
+    g = torch.Generator().manual_seed(0)
+    owner = torch.arange(12).repeat_interleave(5)
+    images = F.normalize(torch.randn(12, 6, generator=g), dim=-1)
+    texts = F.normalize(images[owner] + 1.2 * torch.randn(60, 6, generator=g), dim=-1)
+    captions = [" ".join(["word"] * (1 + 2 * (n % 6))) for n in range(60)]
+    records = [
+        Record(str(n), MemoryImage(image_bytes(n), f"{n}.jpg"), tuple(captions[5 * n : 5 * n + 5])) for n in range(12)
+    ]
+    return Ranked(records, images, texts, owner, *two_way_ranks(images, texts, owner))
+
+
+def test_recall_by_length(ranked: Ranked) -> None:
+    _, lengths = length_of(ranked.captions)
+    bins = [(1, 4), (5, 11)]
+    for (low, high), (share, *ends) in zip(bins, by_length(ranked, lengths, bins), strict=True):
+        hits = [int(r) == 0 for r, length in zip(ranked.of_text, lengths, strict=True) if low <= length <= high]
+        assert share == pytest.approx(100 * sum(hits) / len(hits)) and ends[0] <= share <= ends[1]
+
+
+def test_the_worst_are_of_different_images_and_come_last(ranked: Ranked) -> None:
+    found = worst(ranked, 4)
+    of_image = {i: int(ranked.of_text[ranked.image_of_text == i].max()) for i in range(12)}
+    assert len({int(ranked.image_of_text[t]) for t in found}) == 4
+    assert [int(ranked.of_text[t]) for t in found] == sorted(of_image.values(), reverse=True)[:4]
+
+
+def test_details_show_what_was_found(ranked: Ranked) -> None:
+    found = details(ranked, queries=3, most=4)
+    chosen = [0, 3, 7, 11]
+    assert torch.equal(found.matrix, ranked.texts[[5 * i for i in chosen]] @ ranked.images[chosen].T)
+    assert [shots.query for shots in found.found] == [ranked.captions[t] for t in (0, 29, 59)]
+    scores = ranked.images @ ranked.texts[29]
+    best = scores.argsort(descending=True)[:5].tolist()
+    shown = found.found[1].shots
+    assert [shot.right for shot in shown[:5]] == [i == 5 for i in best]
+    assert sum(shot.right for shot in shown) == 1, "its own picture is among them, or after them"
+    assert shown[0].line == f"1. cosine {float(scores.max()):.2f}"
+    assert details(ranked, queries=0).found == []
