@@ -87,8 +87,14 @@ def from_parquet(
     elif identity is None:
         raise StoreError(f"{file} does not say which encoder its vectors are of; name it")
 
+    def batches() -> Iterator[pa.RecordBatch]:
+        try:
+            yield from source.iter_batches(SHARD)
+        except pa.ArrowException as error:  # also what pyarrow before 26 says of a null among lists of one length
+            raise StoreError(f"{file}: a row without embedding, or a file that is damaged ({error})") from error
+
     def rows() -> Iterator[tuple[np.ndarray, list[int], np.ndarray]]:
-        for batch in source.iter_batches(SHARD):
+        for batch in batches():
             named = batch["key" if "key" in names else "caption"]
             lengths = pc.unique(pc.list_value_length(batch["embedding"]))
             if batch["embedding"].null_count or named.null_count or len(lengths) != 1:

@@ -257,7 +257,7 @@ def _timm_from_source(source: str, image_size: int | None, pretrained: bool) -> 
             f"{source} prepares pictures by {data['crop_mode']!r}; only 'center' and 'squash' are supported"
         )
     preprocess = Preprocess(
-        size=image_size or height,
+        size=args.get("img_size") or image_size or height,  # timm before 1.0.31 keeps the default as a cut model's input
         resize="squash" if data["crop_mode"] == "squash" else "shortest",
         crop_pct=data["crop_pct"],
         interpolation="bilinear" if data["interpolation"] == "bilinear" else "bicubic",
