@@ -245,19 +245,24 @@ def _timm_from_source(source: str, image_size: int | None, pretrained: bool) -> 
     if cfg.get("fixed_input_size") or "img_size" in args:
         # Position embeddings or windows are built for one size; timm resizes the pretrained ones to it. Always written
         # down, because another tag of the same architecture may default to another.
-        args["img_size"] = image_size or args.get("img_size") or cfg["input_size"][-1]
+        built = args.get("img_size") or cfg["input_size"][-2:]
+        sides = {built} if isinstance(built, int) else set(built)
+        if image_size is None and len(sides) > 1:
+            raise ValueError(f"{source} was built for {built} pixels; only squares are supported")
+        args["img_size"] = image_size or sides.pop()
     backbone = timm.create_model(source, pretrained=pretrained, **args)
 
     data = resolve_model_data_config(backbone)
     height, width = data["input_size"][-2:]
-    if image_size is None and height != width:
+    size = args.get("img_size") or image_size  # timm before 1.0.31 does not say in its data what size it built
+    if size is None and height != width:
         raise ValueError(f"{source} was trained on {height} x {width} pixels; only squares are supported")
     if data["crop_mode"] not in ("center", "squash"):
         raise ValueError(
             f"{source} prepares pictures by {data['crop_mode']!r}; only 'center' and 'squash' are supported"
         )
     preprocess = Preprocess(
-        size=args.get("img_size") or image_size or height,  # timm before 1.0.31 keeps the default as a cut model's input
+        size=size or height,
         resize="squash" if data["crop_mode"] == "squash" else "shortest",
         crop_pct=data["crop_pct"],
         interpolation="bilinear" if data["interpolation"] == "bilinear" else "bicubic",
