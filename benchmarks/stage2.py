@@ -10,7 +10,7 @@ captions. `raw` is SmolLM2-135M, `minilm` all-MiniLM-L6-v2; the encoders named o
 
     frozen      text tower by text tower: the heads alone, on features of EfficientNet-Lite0 at 160 pixels
     towers      the same heads, and then two passes that train the tower's last eight blocks with them
-    neighbours  LLM2CLIP, LiT, SAIL and LIFT at the same number of passes over the images
+    neighbours  LLM2CLIP, LiT, SAIL and LIFT, each with the passes that its row tells
     captions    one caption of each image in a step against all of them, heads alone, run by run of as many passes
     dense       how often a caption is a dense one: 0, 50, 100%, heads alone; trained without ade20k_ids, where an
                 image's captions joined are its dense one, and tested on ade20k_ids with whole captions and with their

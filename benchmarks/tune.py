@@ -1,6 +1,6 @@
 """What a step of tune costs, side by side, with the same texts and the same loss: passes of a fixed size padded to
-their longest, passes of similar length, the same without padding; in fp32 and, where the device multiplies it, in bf16,
-with plain attention and with PyTorch's fused one.
+their longest, passes of similar length, the same without padding; in fp32 and, where the device multiplies it, in bf16.
+Padded ones with plain attention and with PyTorch's fused one; packed ones have an attention of their own.
 
     python benchmarks/tune.py CAPTIONS [--encoder smollm2-135m] [--layers 12] [--pairs 64] [--steps 3]
 """
@@ -68,23 +68,24 @@ if __name__ == "__main__":
     budget = default_batch_tokens(device)
     precisions = ["fp32"] + (["bf16"] if chosen_precision("auto", device) == "bf16" else [])
     ways = [
-        (f"{kind}, {precision}, {kernel} attention", cls, attention, precision, kernel)
+        (f"{kind}, {precision}", cls, attention, precision, "plain" in kind)
         for precision in precisions
-        for kernel in ("fused", "plain")
         for kind, cls, attention in (
-            ("fixed passes, padded", FixedPasses, "sdpa"),
-            ("similar lengths, padded", PairLoss, "sdpa"),
-            ("similar lengths, packed", PairLoss, PACKED),
+            ("fixed passes, padded, fused attention", FixedPasses, "sdpa"),
+            ("fixed passes, padded, plain attention", FixedPasses, "sdpa"),
+            ("similar lengths, padded, fused attention", PairLoss, "sdpa"),
+            ("similar lengths, padded, plain attention", PairLoss, "sdpa"),
+            ("similar lengths, packed: what tune does", PairLoss, PACKED),
         )
     ]
     times: dict[str, list[float]] = {name: [] for name, *_ in ways}
     losses: dict[str, float] = {}
     for step, batch in enumerate(inputs):  # turn by turn, so that whatever else the machine does meets all alike
-        for name, cls, attention, precision, kernel in ways:
+        for name, cls, attention, precision, plain in ways:
             encoder.llm.set_attn_implementation(attention)
             loss = cls(encoder, 0.05, budget)
             start = time.perf_counter()
-            with sdpa_kernel(SDPBackend.MATH) if kernel == "plain" else nullcontext():
+            with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                     value = loss([batch])
                 value.backward()
