@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -25,8 +26,9 @@ from llm2clip.cache.epochs import CaptionRows
 from llm2clip.cache.exchange import from_official, from_parquet, to_official, to_parquet
 from llm2clip.cache.format import StoreError, read_shards, replacing
 from llm2clip.cache.incoming import Incoming, receive
-from llm2clip.cache.index import Index, build_index
+from llm2clip.cache.index import Index, build_index, halves, sorted_parts
 from llm2clip.cache.lock import alone
+from llm2clip.cache.rows import Recent, spare_memory
 from llm2clip.cache.store import EmbeddingStore, Reading, refused_captions
 from llm2clip.cache.upkeep import merge, repair
 from llm2clip.cache.writer import StoreWriter
@@ -156,8 +158,10 @@ def test_killed_at_any_moment_nothing_is_lost(encoder: CaptionEncoder, llm: Path
 
 def test_another_encoders_store_is_refused_by_name(tmp_path: Path) -> None:
     StoreWriter(tmp_path, IDENTITY, 4)
-    with pytest.raises(StoreError, match=r"layers: 3 there, 2 here"):
+    with pytest.raises(StoreError, match=r"\(layers: 3 there, 2 here\)"):  # and nothing that is the same
         StoreWriter(tmp_path, {**IDENTITY, "layers": 2}, 4)
+    with pytest.raises(StoreError, match=r"\(layers: 3 there, None here; template: None there, 'x' here\)"):
+        StoreWriter(tmp_path, {"weights": "abc", "template": "x"}, 4)
 
 
 def flip(file: Path, at: int) -> None:
@@ -266,6 +270,17 @@ def test_a_shard_of_another_encoder_is_not_taken_in(tmp_path: Path) -> None:
     assert "ours" in EmbeddingStore(tmp_path / "ours") and "theirs" not in EmbeddingStore(tmp_path / "ours")
 
 
+def test_without_a_manifest_a_store_is_what_most_of_its_shards_are(tmp_path: Path) -> None:
+    for name, number, layers in (("alien", 0, 9), ("one", 1, 3), ("two", 2, 3)):
+        writer = StoreWriter(tmp_path / name, {**IDENTITY, "layers": layers}, 2)
+        writer.write(number, [name], [1], np.ones((1, 2)))
+        for path in (tmp_path / name).glob("*-0000*"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    repair(tmp_path)
+    store = EmbeddingStore(tmp_path)
+    assert store.manifest["identity"] == IDENTITY and "alien" not in store and "one" in store and "two" in store
+
+
 def test_what_does_not_fit_a_store_is_not_written(tmp_path: Path) -> None:
     keys = np.zeros((1, 16), np.uint8)
     for dtype in ("float32", "int8", "float16"):
@@ -303,10 +318,14 @@ def test_repair_clears_what_a_kill_left_and_leaves_the_rest(encoder: CaptionEnco
     files = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert repair(tmp_path) == []
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files
-    left = {"embeddings-00009.npy", ".keys-00009.parquet.77.tmp", ".index-1.npy-xyz"}
+    left = {"embeddings-00009.npy", ".keys-00009.parquet.77.tmp", ".index-1.npy-xyz", ".index-2.npy-xyz"}
     for name in left:
         (tmp_path / name).write_bytes(b"half")
+    (tmp_path / ".index-2.npy-xyz").unlink()
+    (tmp_path / ".index-2.npy-xyz").mkdir()
+    (tmp_path / "index-0123456789ab.npy").write_bytes(b"of shards that are no more")
     assert set(repair(tmp_path)) == left
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files
     for path in tmp_path.glob("keys-*"):
         path.write_bytes(b"")
     (tmp_path / "manifest.json").unlink()
@@ -403,6 +422,39 @@ def test_few_files_are_open_at_once(tmp_path: Path, reading: Reading, monkeypatc
         assert store.take([8, 0, 5, 1])[:, 0].tolist() == [8, 0, 5, 1]
         assert np.allclose(store.take(range(9))[:, 2], range(9), atol=1e-5)
     assert len(os.listdir("/proc/self/fd")) <= before + 4
+    del store
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before, "files stay open"
+
+
+def test_what_was_asked_for_last_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm2clip.cache.rows.OPEN_FILES", 2)
+    closed: list[int] = []
+    recent = Recent(lambda n: n, closed.append)
+    for n in (1, 2, 1, 3):
+        assert recent[n] == n
+    assert closed == [2] and set(recent.items) == {1, 3}
+
+
+def test_a_shard_that_was_cut_while_it_is_read_is_told(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path, IDENTITY, 4)
+    writer.write(0, ["a", "b"], [1, 1], np.ones((2, 4)))
+    writer.finish()
+    store = EmbeddingStore(tmp_path, "positional")
+    os.truncate(tmp_path / "embeddings-00000.npy", 140)
+    with pytest.raises(StoreError, match="a shard became shorter while it was read"):
+        store.take([1])
+
+
+def test_memory_that_is_left_is_the_control_groups_too(tmp_path: Path) -> None:
+    free = spare_memory(tmp_path / "none")
+    assert free > 1 << 20
+    for limit, spare in (("max\n", free), ("3000000\n", 1000000)):
+        (tmp_path / "memory.max").write_text(limit)
+        (tmp_path / "memory.current").write_text("2000000\n")
+        assert spare_memory(tmp_path) == pytest.approx(spare, rel=0.3)
+    (tmp_path / "memory.current").unlink()
+    assert spare_memory(tmp_path) > 2000000
 
 
 @pytest.mark.parametrize("reading", ["map", "positional"])
@@ -441,6 +493,27 @@ def test_stores_of_several_machines_become_one(encoder: CaptionEncoder, tmp_path
     flip(parts[1] / "embeddings-00000.npy", -1)
     with pytest.raises(StoreError, match="damaged"):
         merge(tmp_path / "more", parts)
+
+
+def test_stores_of_one_kind_become_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where files cannot be linked; a store given twice adds nothing; another kind is refused by name."""
+    for name, width, dtype in (("a", 2, "int8"), ("b", 2, "int8"), ("wide", 3, "int8"), ("half", 2, "float16")):
+        writer = StoreWriter(tmp_path / name, IDENTITY, width, dtype)
+        writer.write(4, [name], [1], np.full((1, width), len(name)))
+        writer.finish()
+    a, b = tmp_path / "a", tmp_path / "b"
+    for out, link in (("deep/linked", os.link), ("copied", None)):
+        if link is None:
+            monkeypatch.setattr("os.link", lambda *paths: (_ for _ in ()).throw(OSError("another disk")))
+        store = merge(tmp_path / out, [a, b, a])
+        assert [shard.number for shard in store.shards] == [0, 1] and store.manifest["dtype"] == "int8"
+        assert store.take(store.rows(["b", "a"])).tolist() == [[1, 1], [1, 1]]
+        store.verify()
+    for other, says in (("wide", r"wide has width 3, .*a 2$"), ("half", r"half has dtype float16, .*a int8$")):
+        with pytest.raises(StoreError, match=says):
+            merge(tmp_path / "more", [a, tmp_path / other])
+    with pytest.raises(StoreError, match=r"^name the stores to merge$"):
+        merge(tmp_path / "more", [])
 
 
 def test_auto_precision_is_that_of_the_store(
@@ -503,6 +576,11 @@ def test_an_index_of_many_parts_is_a_dictionary(tmp_path: Path, monkeypatch: pyt
     asked[-1, 15] ^= 1  # the same first half, nowhere
     assert index.find(asked).tolist() == [expected.get(bytes(key), -1) for key in asked]
     assert list(tmp_path.iterdir()) == [tmp_path / "index.npy"]
+    records = np.stack([*halves(keys), np.arange(3000, dtype=np.uint64)], axis=1)
+    records.tofile(tmp_path / "records")
+    parts = list(sorted_parts(tmp_path / "records", 3000))
+    assert len(parts) == 32 and max(map(len, parts)) < 250, "memory is that of a part"
+    assert np.array_equal(np.concatenate(parts), records[np.lexsort(records.T[::-1])])
     assert build_index(tmp_path / "none.npy", []) == 0 and Index(tmp_path / "none.npy").find(asked)[0] == -1
 
 

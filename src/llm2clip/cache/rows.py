@@ -189,10 +189,10 @@ def _all(reads: Sequence[Callable[[], None]]) -> None:
         read()
 
 
-def spare_memory() -> int:
+def spare_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes that this process may still take, by the machine and by its control group."""
     spare = int(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    limit, used = group / "memory.max", group / "memory.current"
     if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
         spare = min(spare, int(most) - int(used.read_text()))
     return spare
