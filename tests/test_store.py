@@ -28,7 +28,7 @@ from llm2clip.cache.format import StoreError, read_shards, replacing
 from llm2clip.cache.incoming import Incoming, receive
 from llm2clip.cache.index import Index, build_index, halves, sorted_parts
 from llm2clip.cache.lock import alone
-from llm2clip.cache.rows import Recent, spare_memory
+from llm2clip.cache.rows import MappedRows, PositionalRows, Recent, spare_memory
 from llm2clip.cache.store import EmbeddingStore, Reading, refused_captions
 from llm2clip.cache.upkeep import merge, repair
 from llm2clip.cache.writer import StoreWriter
@@ -54,8 +54,8 @@ def test_vectors_are_found_by_text_in_any_order(encoder: CaptionEncoder, tmp_pat
     assert found.dtype == np.float32
     direct = encoder.encode(asked).numpy()
     assert np.allclose(found, direct, rtol=1e-3, atol=1e-3)  # float16
-    with pytest.raises(StoreError, match="never seen"):
-        store.rows(["never seen"])
+    with pytest.raises(StoreError, match=r"no vector for the caption 'never seen'"):
+        store.rows([CAPTIONS[0], CAPTIONS[1], "never seen", "nor this"])
     store.verify()
 
 
@@ -286,8 +286,10 @@ def test_what_does_not_fit_a_store_is_not_written(tmp_path: Path) -> None:
     for dtype in ("float32", "int8", "float16"):
         writer = StoreWriter(tmp_path / dtype, IDENTITY, 2, dtype)
         for bad in (np.nan, np.inf, *([70000.0] if dtype == "float16" else [])):
-            with pytest.raises(StoreError, match="does not fit"):
+            with pytest.raises(StoreError, match=f"vector of the key 0{{32}} does not fit {dtype}"):
                 writer.write_keyed(0, keys, [1], np.array([[1, bad]]))
+            with pytest.raises(StoreError, match=f"vector of 'second' does not fit {dtype}"):
+                writer.write(0, ["first", "second"], [1, 1], np.array([[1, 2], [1, bad]]))
     writer = StoreWriter(tmp_path, IDENTITY, 2)
     for args in ((keys, [1], np.ones((1, 3))), (keys, [1, 2], np.ones((1, 2))), (keys[:, :8], [1], np.ones((1, 2)))):
         with pytest.raises(StoreError, match="takes vectors of 2 numbers"):
@@ -405,7 +407,7 @@ def test_rows_are_read_as_they_were_written(tmp_path: Path, reading: Reading, dt
     assert (np.abs(found - vectors[asked]) <= bound[asked]).all()
     assert store.take([]).shape == (0, 12)
     for wrong in (-1, 70):
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match="rows are between 0 and 69"):
             store.take([wrong])
 
 
@@ -446,7 +448,7 @@ def test_a_shard_that_was_cut_while_it_is_read_is_told(tmp_path: Path) -> None:
         store.take([1])
 
 
-def test_memory_that_is_left_is_the_control_groups_too(tmp_path: Path) -> None:
+def test_what_a_control_group_leaves_is_what_there_is(tmp_path: Path) -> None:
     free = spare_memory(tmp_path / "none")
     assert free > 1 << 20
     for limit, spare in (("max\n", free), ("3000000\n", 1000000)):
@@ -455,6 +457,19 @@ def test_memory_that_is_left_is_the_control_groups_too(tmp_path: Path) -> None:
         assert spare_memory(tmp_path) == pytest.approx(spare, rel=0.3)
     (tmp_path / "memory.current").unlink()
     assert spare_memory(tmp_path) > 2000000
+
+
+def test_a_store_is_mapped_where_twice_its_size_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = StoreWriter(tmp_path, IDENTITY, 3)
+    writer.write(0, list("abcde"), [1] * 5, np.ones((5, 3)))  # 30 bytes of vectors
+    writer.finish()
+    for free, kind in ((61, MappedRows), (60, PositionalRows)):
+        monkeypatch.setattr("llm2clip.cache.store.spare_memory", lambda free=free: free)
+        store = EmbeddingStore(tmp_path)
+        assert type(store._rows) is kind
+        assert type(pickle.loads(pickle.dumps(store))._rows) is kind
+    assert type(EmbeddingStore(tmp_path, "map")._rows) is MappedRows
+    assert isinstance(EmbeddingStore(tmp_path, "map")._rows.maps[0], np.memmap), "it is not read into memory"
 
 
 @pytest.mark.parametrize("reading", ["map", "positional"])
@@ -512,6 +527,10 @@ def test_stores_of_one_kind_become_one(tmp_path: Path, monkeypatch: pytest.Monke
     for other, says in (("wide", r"wide has width 3, .*a 2$"), ("half", r"half has dtype float16, .*a int8$")):
         with pytest.raises(StoreError, match=says):
             merge(tmp_path / "more", [a, tmp_path / other])
+    writer = StoreWriter(a, IDENTITY, 2, "int8")
+    writer.write(5, ["new"], [1], np.ones((1, 2)))
+    writer.finish()
+    assert "new" in merge(tmp_path / "copied", [a, b]), "what comes after a shard that is there already"
     with pytest.raises(StoreError, match=r"^name the stores to merge$"):
         merge(tmp_path / "more", [])
 
@@ -574,6 +593,9 @@ def test_an_index_of_many_parts_is_a_dictionary(tmp_path: Path, monkeypatch: pyt
     index = Index(tmp_path / "index.npy")
     asked = np.concatenate([keys, rng.integers(0, 256, (500, 16), dtype=np.uint8), keys[800:801]])
     asked[-1, 15] ^= 1  # the same first half, nowhere
+    first = keys[np.lexsort(keys.T[::-1])[0]].copy()
+    first[:8] = 0  # below all others, with the second half of the one that is above it
+    asked = np.concatenate([asked, first[None]])
     assert index.find(asked).tolist() == [expected.get(bytes(key), -1) for key in asked]
     assert list(tmp_path.iterdir()) == [tmp_path / "index.npy"]
     records = np.stack([*halves(keys), np.arange(3000, dtype=np.uint64)], axis=1)
