@@ -26,6 +26,8 @@ def test_bins_hold_about_as_many_captions_each() -> None:
     assert length_bins([7] * 100) == [(7, 7)]
     assert length_bins([3, 9, 5]) == [(3, 9)]
     assert length_bins([5] * 50 + [8] * 50) == [(5, 7), (8, 8)]
+    assert length_bins([1] + [2] * 59 + [3] * 60) == [(1, 2), (3, 3)], "no bin of one caption"
+    assert length_bins([2] * 60 + [3] * 59 + [9]) == [(2, 2), (3, 9)]
 
 
 def test_lengths_are_in_words_or_where_there_are_none_in_characters() -> None:
@@ -60,6 +62,8 @@ def test_the_worst_are_of_different_images_and_come_last(ranked: Ranked) -> None
     of_image = {i: int(ranked.of_text[ranked.image_of_text == i].max()) for i in range(12)}
     assert len({int(ranked.image_of_text[t]) for t in found}) == 4
     assert [int(ranked.of_text[t]) for t in found] == sorted(of_image.values(), reverse=True)[:4]
+    every = worst(ranked, 99)  # all that failed, and none that did not
+    assert len(every) == sum(rank > 0 for rank in of_image.values()) and all(ranked.of_text[t] > 0 for t in every)
 
 
 def test_details_show_what_was_found(ranked: Ranked) -> None:
@@ -72,5 +76,12 @@ def test_details_show_what_was_found(ranked: Ranked) -> None:
     shown = found.found[1].shots
     assert [shot.right for shot in shown[:5]] == [i == 5 for i in best]
     assert sum(shot.right for shot in shown) == 1, "its own picture is among them, or after them"
-    assert shown[0].line == f"1. cosine {float(scores.max()):.2f}"
+    assert shown[0].line == f"1. cosine {float(scores.max()):.2f}" and all(shot.jpeg for shot in shown)
+    assert found.curves == {"I2T": curve(ranked.of_image), "T2I": curve(ranked.of_text)}
+    unit, lengths = length_of(ranked.captions)
+    assert (found.unit, found.bins) == (unit, length_bins(lengths))
+    assert found.by_length == by_length(ranked, lengths, found.bins)
+    last = found.failures[0].shots[-1]  # of the one that came last, after the five that came before
+    assert len(found.failures) == 3 and len(found.failures[0].shots) == 6 and last.right
+    assert last.line.startswith(f"{int(ranked.of_text.max()) + 1}. cosine ")
     assert details(ranked, queries=0).found == []

@@ -51,10 +51,14 @@ def test_what_waits_for_its_text_loses_no_turn() -> None:
 
 
 def test_too_few_images_is_an_error() -> None:
-    with pytest.raises(ValueError, match="there are 40"):
+    with pytest.raises(ValueError, match="as many images with two different captions; there are 40"):
         of_one_source(IMAGES, 41, 1, seed=0)
     with pytest.raises(ValueError, match="without a text in common"):
         of_one_source([Captions(("a", "b")), Captions(("b", "a")), Captions(("a", "b"))], 2, 1, seed=0)
+    with pytest.raises(ValueError, match="lengths are three weights"):
+        next(batches_of_pairs([IMAGES], [], 2, 1, seed=0, lengths=(1, 1)))
+    with pytest.raises(ValueError, match="a source has no captions or pairs left to tune on"):
+        next(batches_of_pairs([IMAGES, []], [], 2, 1, seed=0))
     with pytest.raises(ValueError, match="needs as many text pairs; there are 1"):
         next(batches_of_pairs([[Pair("a", "b")]], [], 2, 1, seed=0))
 
@@ -91,12 +95,21 @@ def test_lengths_are_as_often_as_their_weights_say() -> None:
     first = Counter(draw_pair(captions, (0, 1, 0), rng).first[0] for _ in range(1000))
     assert first["l"] == pytest.approx(500, abs=60)  # a long one is as often the first
     assert kinds(Captions(("s0", "s1"), ("long",)), (0.5, 0, 1)).keys() == {"ss"}  # what there is, by what is wanted
+    two = kinds(Captions(("s",), ("long 0", "long 1")), (1, 1, 3))
+    assert set(two) == {"ls", "ll"} and two["ll"] == pytest.approx(2250, abs=100)
 
 
 def test_images_without_a_pair_that_is_wanted_are_left_out() -> None:
     assert can_pair(Captions(("a",), ("b",)))
     assert not can_pair(Captions(("a",), ("b",)), (1, 0, 1))
     assert not can_pair(Captions(("a", "a"), ("a",)), LENGTHS)
+    images = [
+        *(Captions((f"short {i}",), (f"long {i}",)) for i in range(9)),
+        *(Captions((f"a{i}", f"b{i}")) for i in range(9)),
+    ]
+    for lengths, first in (((1, 0, 0), {"a", "b"}), ((0, 1, 0), {"s", "l"})):
+        batches = batches_of_pairs([images], [], 9, 5, 0, lengths=lengths)  # as many as there are
+        assert {text[0] for batch in batches for pair in batch for text in pair.texts} == first
 
 
 TOPICS = (
@@ -105,6 +118,17 @@ TOPICS = (
     ("一只黑猫睡在沙发上", "猫躺在沙发上"),
     ("a guitarist sings on a dark stage", "the band plays music for a crowd"),
 )
+
+
+def test_a_batch_is_of_images_that_are_alike() -> None:
+    """Eight images of each topic: batches of four are of fewer topics where alike is four."""
+    images = [Captions(tuple(f"{text} n{n}x{i}" for text in topic)) for n, topic in enumerate(TOPICS) for i in range(8)]
+    topic_of = {text: n // 8 for n, captions in enumerate(images) for text in captions.texts}
+
+    def topics(alike: int) -> list[int]:
+        return [len({topic_of[p.first] for p in batch}) for batch in of_one_source(images, 4, 16, 0, alike)]
+
+    assert np.mean(topics(4)) < 0.85 * np.mean(topics(1))
 
 
 def test_runs_are_of_images_whose_captions_are_alike() -> None:

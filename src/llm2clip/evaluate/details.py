@@ -85,7 +85,10 @@ def length_bins(words: Sequence[int], most: int = 6, least: int = 20) -> list[tu
     counts = torch.tensor(sorted(words))
     parts = max(1, min(most, len(counts) // least))
     edges = sorted({int(counts[min(len(counts) - 1, len(counts) * n // parts)]) for n in range(1, parts)})
-    lows = [int(counts[0]), *(edge for edge in edges if edge > counts[0])]
+    lows = [int(counts[0])]
+    for edge in edges:
+        if int(((counts >= lows[-1]) & (counts < edge)).sum()) >= least and int((counts >= edge).sum()) >= least:
+            lows.append(edge)
     highs = [*(low - 1 for low in lows[1:]), int(counts[-1])]
     return list(zip(lows, highs, strict=True))
 
