@@ -78,8 +78,7 @@ def test_the_fast_path_is_taken_and_the_slow_path_agrees(monkeypatch: pytest.Mon
     alpha.putalpha(Image.linear_gradient("L").resize(alpha.size))
     files = [
         encode(photo(), "JPEG"),
-        encode(photo(), "PNG"),
-        encode(alpha, "PNG"),
+        *([encode(photo(), "PNG"), encode(alpha, "PNG")] if "PNG" in images._FAST else []),
         encode(alpha, "WEBP", lossless=True),
     ]
     with monkeypatch.context() as patch:
@@ -149,9 +148,11 @@ def test_first_frame_of_an_animation() -> None:
 def test_half_a_file_is_an_error_not_half_a_picture(kind: str, pil_forgives: bool, monkeypatch: Any) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", pil_forgives)
     data = encode(photo(), kind)
-    for keep in (0.05, 0.5, 0.9):
-        with pytest.raises(ImageError):
-            decode(data[: int(len(data) * keep)])
+    for fast in {images._FAST, images._FAST[:3]}:  # with and without torchvision's PNG
+        monkeypatch.setattr(images, "_FAST", fast)
+        for keep in (0.05, 0.5, 0.9):
+            with pytest.raises(ImageError):
+                decode(data[: int(len(data) * keep)])
 
 
 def test_truncated_progressive_jpeg_and_missing_tail() -> None:
@@ -162,10 +163,11 @@ def test_truncated_progressive_jpeg_and_missing_tail() -> None:
                 decode(data[:-cut])
 
 
-def png_header(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
+
+def png_header(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
@@ -183,6 +185,20 @@ def test_what_is_not_a_picture() -> None:
     for data in (b"", b"hello", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n" + b"\0" * 40, postscript, b"<svg/>"):
         with pytest.raises(ImageError):
             decode(data)
+
+
+def test_a_png_of_damaged_pixels_does_not_end_the_process() -> None:
+    whole = png_header(4, 4)
+    broken = whole[: whole.index(b"IDAT") - 4] + chunk(b"IDAT", b"garbage") + chunk(b"IEND", b"")
+    with pytest.raises(ImageError):
+        decode(broken)
+
+
+def test_pillow_and_torchvision_decode_the_same_png(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(photo(40, 30), "PNG")
+    fast = decode(data)
+    monkeypatch.setattr(images, "_FAST", ("JPEG",))
+    assert torch.equal(decode(data), fast)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the damage
