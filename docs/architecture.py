@@ -40,12 +40,12 @@ def needed(edges: dict[str, set[str]]) -> list[tuple[str, str]]:
     def reach(room: str) -> set[str]:
         return edges.get(room, set()).union(*(reach(other) for other in edges.get(room, set())))
 
-    return [
+    return sorted(  # sets have another order in each run, and the drawing is to be the same
         (room, other)
         for room, others in edges.items()
         for other in others
         if not any(other in reach(between) for between in others - {other})
-    ]
+    )
 
 
 def drawing() -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, LlamaConfig
@@ -133,8 +134,8 @@ def test_formulas_of_the_language_model_against_a_counter(rank: int, tmp_path: P
         llm = AutoModel.from_config(AutoConfig.from_pretrained(tmp_path))
         ids = torch.zeros(1, tokens, dtype=torch.long)
     llm.config.is_causal, llm.config.use_cache = False, False
-    # torch 2.10 counts a ten-thousandth more than 2.13.
-    assert counted(lambda: llm(input_ids=ids)) == pytest.approx(found.forward(tokens), rel=1e-4)
+    near = 1e-6 if Version(torch.__version__) >= Version("2.13") else 1e-4  # torch 2.10 counts a bit more
+    assert counted(lambda: llm(input_ids=ids)) == pytest.approx(found.forward(tokens), rel=near)
     if rank:
         with torch.device("meta"):
             llm = get_peft_model(llm, LoraConfig(r=rank, target_modules="all-linear"))
