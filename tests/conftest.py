@@ -17,6 +17,7 @@ from PIL import Image
 
 from llm2clip.data.pairs import Captions
 from llm2clip.models.assets import Unreachable
+from llm2clip.models.text import CaptionEncoder
 from llm2clip.processes import leave, processes
 from llm2clip.recipes import TuneRecipe
 from written import ROWS, image_bytes
@@ -101,6 +102,11 @@ def make_llm(folder: Path, family: str = "llama", layers: int = 3, seed: int = 0
 @pytest.fixture(scope="session")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llm(tmp_path_factory.mktemp("llm"))
+
+
+@pytest.fixture
+def encoder(llm: Path) -> CaptionEncoder:
+    return CaptionEncoder.from_pretrained(llm, device="cpu")
 
 
 @pytest.fixture(scope="session")

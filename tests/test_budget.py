@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +10,6 @@ import torch
 from llm2clip.models import budget
 from llm2clip.models.batches import Tokens
 from llm2clip.models.text import CaptionEncoder
-
-
-@pytest.fixture
-def encoder(llm: Path) -> CaptionEncoder:
-    return CaptionEncoder.from_pretrained(llm, device="cpu")
 
 
 def test_the_fastest_budget_is_taken(encoder: CaptionEncoder, monkeypatch: pytest.MonkeyPatch) -> None:

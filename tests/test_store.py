@@ -1,35 +1,27 @@
-"""The store: rows by key, shards whole or absent, other encoders refused, work resumed."""
+"""The store: vectors by caption, shards whole or absent, other encoders refused, work resumed."""
 
 from __future__ import annotations
 
-import gc
-import io
 import json
 import os
-import pickle
 import subprocess
 import sys
-import tarfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from llm2clip.cache.embed import embed
-from llm2clip.cache.epochs import CaptionRows
-from llm2clip.cache.exchange import from_official, from_parquet, to_official, to_parquet
 from llm2clip.cache.format import StoreError, read_shards, replacing
 from llm2clip.cache.incoming import Incoming, receive
 from llm2clip.cache.index import Index, build_index, halves, sorted_parts
 from llm2clip.cache.lock import alone
-from llm2clip.cache.rows import MappedRows, PositionalRows, Recent, spare_memory
-from llm2clip.cache.store import EmbeddingStore, Reading, refused_captions
+from llm2clip.cache.store import EmbeddingStore, refused_captions
 from llm2clip.cache.upkeep import merge, repair
 from llm2clip.cache.writer import StoreWriter
 from llm2clip.cli import main
@@ -39,11 +31,6 @@ from llm2clip.stages import readable
 
 CAPTIONS = [f"caption number {i} of some" for i in range(50)]
 IDENTITY = {"weights": "abc", "layers": 3}
-
-
-@pytest.fixture
-def encoder(llm: Path) -> CaptionEncoder:
-    return CaptionEncoder.from_pretrained(llm, device="cpu")
 
 
 def test_vectors_are_found_by_text_in_any_order(encoder: CaptionEncoder, tmp_path: Path) -> None:
@@ -388,102 +375,27 @@ def test_captions_that_the_tokenizer_refuses_are_listed(
     assert readable(records, store) == [Record("1", None, ("good",), ())]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
-@pytest.mark.parametrize("reading", ["map", "positional"])
-def test_rows_are_read_as_they_were_written(tmp_path: Path, reading: Reading, dtype: str) -> None:
-    """Any rows, repeated or not, in any order, over many shards; int8 is within half a step of each row's scale."""
-    rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(70, 12)).astype(np.float32) * 10 ** rng.uniform(-2, 1, (70, 1)).astype(np.float32)
-    vectors[3] = 0
-    writer = StoreWriter(tmp_path, IDENTITY, 12, dtype)
-    for number, start in enumerate(range(0, 70, 16)):
-        texts = [str(i) for i in range(start, min(start + 16, 70))]
-        writer.write(number, texts, [1] * len(texts), vectors[start : start + 16])
+def test_a_caption_that_was_encoded_twice_moves_no_other(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path, IDENTITY, 1)
+    writer.write(0, ["a", "b"], [1, 1], np.array([[1], [2]]))
+    writer.write(1, ["b", "c"], [1, 1], np.array([[2], [3]]))
     writer.finish()
-    store = pickle.loads(pickle.dumps(EmbeddingStore(tmp_path, reading)))
-    asked = rng.integers(0, 70, 200)
-    found = store.take(store.rows([str(i) for i in asked]))
-    bound = np.abs(vectors).max(1, keepdims=True) / 254 + 1e-6 if dtype == "int8" else np.abs(vectors) / 1024 + 1e-7
-    assert (np.abs(found - vectors[asked]) <= bound[asked]).all()
-    assert store.take([]).shape == (0, 12)
-    for wrong in (-1, 70):
-        with pytest.raises(IndexError, match="rows are between 0 and 69"):
-            store.take([wrong])
+    store = EmbeddingStore(tmp_path)
+    assert store.take(store.rows(["c", "b", "a"])).ravel().tolist() == [3, 2, 1]
 
 
-@pytest.mark.parametrize("reading", ["map", "positional"])
-def test_few_files_are_open_at_once(tmp_path: Path, reading: Reading, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm2clip.cache.rows.OPEN_FILES", 2)
-    writer = StoreWriter(tmp_path, IDENTITY, 3, "int8")
-    for number in range(9):
-        writer.write(number, [str(number)], [1], np.full((1, 3), number))
-    writer.finish()
-    store = EmbeddingStore(tmp_path, reading)
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(2):
-        assert store.take([8, 0, 5, 1])[:, 0].tolist() == [8, 0, 5, 1]
-        assert np.allclose(store.take(range(9))[:, 2], range(9), atol=1e-5)
-    assert len(os.listdir("/proc/self/fd")) <= before + 4
-    del store
-    gc.collect()
-    assert len(os.listdir("/proc/self/fd")) <= before, "files stay open"
+def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path, IDENTITY, 2)
+    with pytest.raises(StoreError, match="too big"), np.errstate(over="ignore"):
+        writer.write(0, ["fine", "too big"], [1, 1], np.array([[1, 1], [1e6, 0]]))
+    assert read_shards(tmp_path) == []
 
 
-def test_what_was_asked_for_last_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm2clip.cache.rows.OPEN_FILES", 2)
-    closed: list[int] = []
-    recent = Recent(lambda n: n, closed.append)
-    for n in (1, 2, 1, 3):
-        assert recent[n] == n
-    assert closed == [2] and set(recent.items) == {1, 3}
-
-
-def test_a_shard_that_was_cut_while_it_is_read_is_told(tmp_path: Path) -> None:
-    writer = StoreWriter(tmp_path, IDENTITY, 4)
-    writer.write(0, ["a", "b"], [1, 1], np.ones((2, 4)))
-    writer.finish()
-    store = EmbeddingStore(tmp_path, "positional")
-    os.truncate(tmp_path / "embeddings-00000.npy", 140)
-    with pytest.raises(StoreError, match="a shard became shorter while it was read"):
-        store.take([1])
-
-
-def test_what_a_control_group_leaves_is_what_there_is(tmp_path: Path) -> None:
-    free = spare_memory(tmp_path / "none")
-    assert free > 1 << 20
-    for limit, spare in (("max\n", free), ("3000000\n", 1000000)):
-        (tmp_path / "memory.max").write_text(limit)
-        (tmp_path / "memory.current").write_text("2000000\n")
-        assert spare_memory(tmp_path) == pytest.approx(spare, rel=0.3)
-    (tmp_path / "memory.current").unlink()
-    assert spare_memory(tmp_path) > 2000000
-
-
-def test_a_store_is_mapped_where_twice_its_size_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = StoreWriter(tmp_path, IDENTITY, 3)
-    writer.write(0, list("abcde"), [1] * 5, np.ones((5, 3)))  # 30 bytes of vectors
-    writer.finish()
-    for free, kind in ((61, MappedRows), (60, PositionalRows)):
-        monkeypatch.setattr("llm2clip.cache.store.spare_memory", lambda free=free: free)
-        store = EmbeddingStore(tmp_path)
-        assert type(store._rows) is kind
-        assert type(pickle.loads(pickle.dumps(store))._rows) is kind
-    assert type(EmbeddingStore(tmp_path, "map")._rows) is MappedRows
-    assert isinstance(EmbeddingStore(tmp_path, "map")._rows.maps[0], np.memmap), "it is not read into memory"
-
-
-@pytest.mark.parametrize("reading", ["map", "positional"])
-def test_a_store_that_was_read_is_read_in_forked_workers(
-    encoder: CaptionEncoder, tmp_path: Path, reading: Reading
-) -> None:
-    embed(CAPTIONS, encoder, tmp_path, shard_size=8)
-    store = EmbeddingStore(tmp_path, reading)
-    data = CaptionRows(store, [[c] for c in CAPTIONS])
-    expected = [data[n] for n in range(50)]  # its threads are up now
-    loader = torch.utils.data.DataLoader(
-        data, batch_size=5, num_workers=2, collate_fn=list, multiprocessing_context="fork", timeout=30
-    )
-    assert all(torch.equal(x, y) for x, y in zip((x for b in loader for x in b), expected, strict=True))
+def test_cut_captions_are_listed(llm: Path, tmp_path: Path) -> None:
+    encoder = CaptionEncoder.from_pretrained(llm, max_length=8, device="cpu")
+    embed(["short", "far too long for eight"], encoder, tmp_path)
+    listed = [json.loads(line) for line in (tmp_path / "truncated-00000.jsonl").read_text().splitlines()]
+    assert listed == [{"caption": "far too long for eight"}]
 
 
 def test_a_store_keeps_its_dtype(tmp_path: Path) -> None:
@@ -575,6 +487,20 @@ def test_the_store_command(
     assert "not a store" in run("verify", tmp_path / "nowhere")
 
 
+def test_two_processes_write_what_one_writes(encoder: CaptionEncoder, llm: Path, tmp_path: Path) -> None:
+    """The shards of both ranks, split statically, are those of a single process."""
+    from conftest import distributed
+
+    distributed(2, _embed_rank, str(llm), str(tmp_path / "two"))
+    two, one = EmbeddingStore(tmp_path / "two"), embed(CAPTIONS, encoder, tmp_path / "one", shard_size=8)
+    assert two.manifest["shards"] == one.manifest["shards"]
+    assert torch.equal(torch.from_numpy(two.take(two.rows(CAPTIONS))), torch.from_numpy(one.take(one.rows(CAPTIONS))))
+
+
+def _embed_rank(llm: str, folder: str) -> None:
+    embed(CAPTIONS, CaptionEncoder.from_pretrained(llm, device="cpu"), folder, shard_size=8)
+
+
 # ---- keys to rows ---------------------------------------------------------------------------------------------------
 
 
@@ -625,138 +551,3 @@ def test_incoming_captions_keep_their_order(
     (tmp_path / "none").mkdir()
     receive([], tmp_path / "none", None)
     assert len(Incoming(tmp_path / "none")) == 0
-
-
-# ---- all captions of an image ---------------------------------------------------------------------------------------
-
-
-def test_all_captions_of_an_image(encoder: CaptionEncoder, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    images = [[CAPTIONS[i] for i in rng.integers(0, 50, n)] for n in rng.integers(0, 6, 30)]
-    store = embed(CAPTIONS, encoder, tmp_path, shard_size=8)
-    data = CaptionRows(store, images)
-    assert len(data) == 30
-    for n, captions in enumerate(images):
-        assert torch.equal(data[n], torch.from_numpy(store.take(store.rows(captions))))
-    several = data.__getitems__([3, 0, 29])
-    assert all(torch.equal(one, data[n]) for one, n in zip(several, (3, 0, 29), strict=True))
-    orders = []
-    for epoch in (0, 1, 0):
-        seen = list(data.block_shuffled(5, epoch, block=4, at_once=3))
-        assert sorted(n for n, _ in seen) == [n for n, captions in enumerate(images) if captions]
-        assert all(torch.equal(vectors, data[n]) for n, vectors in seen)
-        orders.append([n for n, _ in seen])
-    assert orders[0] == orders[2] != orders[1]
-    loader = torch.utils.data.DataLoader(data, batch_size=7, num_workers=2, collate_fn=list)
-    assert all(torch.equal(x, data[n]) for n, x in enumerate(x for batch in loader for x in batch))
-
-
-# ---- other forms ----------------------------------------------------------------------------------------------------
-
-
-def test_parquet_there_and_back(encoder: CaptionEncoder, tmp_path: Path) -> None:
-    store = embed(CAPTIONS, encoder, tmp_path / "store", shard_size=16)
-    to_parquet(store, tmp_path / "all.parquet")
-    back = from_parquet(tmp_path / "all.parquet", tmp_path / "back")
-    assert back.manifest["identity"] == store.manifest["identity"]
-    assert np.array_equal(back.take(back.rows(CAPTIONS)), store.take(store.rows(CAPTIONS)))
-    assert len(from_parquet(tmp_path / "all.parquet", tmp_path / "back").shards) == len(back.shards)
-    table = pa.table({"caption": ["a", "b"], "embedding": [[1.0, 2.0], [3.0, 4.0]]})
-    pq.write_table(table, tmp_path / "theirs.parquet")
-    with pytest.raises(StoreError, match="does not say which encoder"):
-        from_parquet(tmp_path / "theirs.parquet", tmp_path / "theirs")
-    table = pa.table({"caption": [" a", "b "], "embedding": [[1.0, 2.0], [3.0, 4.0]]})  # records strip captions, too
-    pq.write_table(table, tmp_path / "theirs.parquet")
-    theirs = from_parquet(tmp_path / "theirs.parquet", tmp_path / "theirs", IDENTITY)
-    assert theirs.take(theirs.rows(["b"])).tolist() == [[3, 4]]
-    with pytest.raises(StoreError, match="another encoder"):
-        from_parquet(tmp_path / "all.parquet", tmp_path / "other", IDENTITY)
-    ragged, gap = [[1.0, 2.0, 3.0], [4.0]], pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2))
-    for embedding in (ragged, gap):
-        pq.write_table(pa.table({"caption": ["a", "b"], "embedding": embedding}), tmp_path / "bad.parquet")
-        with pytest.raises(StoreError, match="a row without"):
-            from_parquet(tmp_path / "bad.parquet", tmp_path / "bad", IDENTITY)
-    pq.write_table(pa.table({"key": [b"short"], "embedding": [[1.0]]}), tmp_path / "bad.parquet")
-    with pytest.raises(StoreError, match="a key is 16 bytes"):
-        from_parquet(tmp_path / "bad.parquet", tmp_path / "bad", IDENTITY)
-    flip(tmp_path / "store/embeddings-00000.npy", -1)
-    with pytest.raises(StoreError, match="damaged"):
-        to_parquet(store, tmp_path / "damaged.parquet")
-    assert not (tmp_path / "damaged.parquet").exists()
-    pq.write_table(table.select(["caption"]), tmp_path / "bad.parquet")
-    with pytest.raises(StoreError, match="needed are embedding"):
-        from_parquet(tmp_path / "bad.parquet", tmp_path / "bad")
-
-
-def test_the_official_tars_there_and_back(encoder: CaptionEncoder, tmp_path: Path) -> None:
-    """As their code reads them: the same samples in the same order, raw float32 by name."""
-    samples = {f"{n:04d}": {k: [f"{k} {n % 5}"] for k in ("shortSV_captions", "longSV_captions")} for n in range(12)}
-    with tarfile.open(tmp_path / "00.tar", "w") as tar:
-        for name, captions in samples.items():
-            for suffix, data in (("jpg", b"..."), ("json", json.dumps(captions).encode())):
-                info = tarfile.TarInfo(f"./{name}.{suffix}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    texts = list(dict.fromkeys(c[0] for s in samples.values() for c in s.values()))
-    store = embed(texts, encoder, tmp_path / "store")
-    assert to_official(store, [tmp_path / "00.tar"]) == [tmp_path / "00_text_embeddings.tar"]
-    with tarfile.open(tmp_path / "00_text_embeddings.tar") as tar:
-        members = {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
-    assert [m.split(".")[0] for m in members][::2] == list(samples)
-    raw = np.frombuffer(members["0007.longsv_captions"], np.float32)
-    assert np.array_equal(raw, store.take(store.rows(["longSV_captions 2"]))[0])
-    back = from_official([tmp_path / "00.tar"], tmp_path / "back", store.manifest["identity"])
-    assert len(back) == 10
-    assert np.array_equal(back.take(back.rows(texts)), store.take(store.rows(texts)))
-    (tmp_path / "01.tar").write_bytes((tmp_path / "00.tar").read_bytes())
-    with tarfile.open(tmp_path / "01_text_embeddings.tar", "w"):
-        pass
-    with pytest.raises(StoreError, match="not a pair"):
-        from_official([tmp_path / "01.tar"], tmp_path / "bad", IDENTITY)
-    with tarfile.open(tmp_path / "00.tar") as whole, tarfile.open(tmp_path / "00a.tar", "w") as tar:
-        for member in list(whole)[:-2]:
-            tar.addfile(member, whole.extractfile(member))
-    (tmp_path / "00a_text_embeddings.tar").write_bytes((tmp_path / "00_text_embeddings.tar").read_bytes())
-    with pytest.raises(StoreError, match="0011, which"):
-        from_official([tmp_path / "00a.tar"], tmp_path / "longer", IDENTITY)
-    with tarfile.open(tmp_path / "02.tar", "w") as tar:
-        tar.addfile(tarfile.TarInfo("0.jpg"))
-    with pytest.raises(StoreError, match="0 has no JSON of captions"):
-        to_official(store, [tmp_path / "02.tar"])
-
-
-def test_a_caption_that_was_encoded_twice_moves_no_other(tmp_path: Path) -> None:
-    writer = StoreWriter(tmp_path, IDENTITY, 1)
-    writer.write(0, ["a", "b"], [1, 1], np.array([[1], [2]]))
-    writer.write(1, ["b", "c"], [1, 1], np.array([[2], [3]]))
-    writer.finish()
-    store = EmbeddingStore(tmp_path)
-    assert store.take(store.rows(["c", "b", "a"])).ravel().tolist() == [3, 2, 1]
-
-
-def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
-    writer = StoreWriter(tmp_path, IDENTITY, 2)
-    with pytest.raises(StoreError, match="too big"), np.errstate(over="ignore"):
-        writer.write(0, ["fine", "too big"], [1, 1], np.array([[1, 1], [1e6, 0]]))
-    assert read_shards(tmp_path) == []
-
-
-def test_cut_captions_are_listed(llm: Path, tmp_path: Path) -> None:
-    encoder = CaptionEncoder.from_pretrained(llm, max_length=8, device="cpu")
-    embed(["short", "far too long for eight"], encoder, tmp_path)
-    listed = [json.loads(line) for line in (tmp_path / "truncated-00000.jsonl").read_text().splitlines()]
-    assert listed == [{"caption": "far too long for eight"}]
-
-
-def test_two_processes_write_what_one_writes(encoder: CaptionEncoder, llm: Path, tmp_path: Path) -> None:
-    """The shards of both ranks, split statically, are those of a single process."""
-    from conftest import distributed
-
-    distributed(2, _embed_rank, str(llm), str(tmp_path / "two"))
-    two, one = EmbeddingStore(tmp_path / "two"), embed(CAPTIONS, encoder, tmp_path / "one", shard_size=8)
-    assert two.manifest["shards"] == one.manifest["shards"]
-    assert torch.equal(torch.from_numpy(two.take(two.rows(CAPTIONS))), torch.from_numpy(one.take(one.rows(CAPTIONS))))
-
-
-def _embed_rank(llm: str, folder: str) -> None:
-    embed(CAPTIONS, CaptionEncoder.from_pretrained(llm, device="cpu"), folder, shard_size=8)

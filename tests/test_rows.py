@@ -1,0 +1,142 @@
+"""Rows of a store are read as they were written, mapped or positionally, in workers, and all of an image at once."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llm2clip.cache.embed import embed
+from llm2clip.cache.epochs import CaptionRows
+from llm2clip.cache.format import StoreError
+from llm2clip.cache.rows import MappedRows, PositionalRows, Recent, spare_memory
+from llm2clip.cache.store import EmbeddingStore, Reading
+from llm2clip.cache.writer import StoreWriter
+from llm2clip.models.text import CaptionEncoder
+
+CAPTIONS = [f"caption number {i} of some" for i in range(50)]
+IDENTITY = {"weights": "abc", "layers": 3}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("reading", ["map", "positional"])
+def test_rows_are_read_as_they_were_written(tmp_path: Path, reading: Reading, dtype: str) -> None:
+    """Any rows, repeated or not, in any order, over many shards; int8 is within half a step of each row's scale."""
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(70, 12)).astype(np.float32) * 10 ** rng.uniform(-2, 1, (70, 1)).astype(np.float32)
+    vectors[3] = 0
+    writer = StoreWriter(tmp_path, IDENTITY, 12, dtype)
+    for number, start in enumerate(range(0, 70, 16)):
+        texts = [str(i) for i in range(start, min(start + 16, 70))]
+        writer.write(number, texts, [1] * len(texts), vectors[start : start + 16])
+    writer.finish()
+    store = pickle.loads(pickle.dumps(EmbeddingStore(tmp_path, reading)))
+    asked = rng.integers(0, 70, 200)
+    found = store.take(store.rows([str(i) for i in asked]))
+    bound = np.abs(vectors).max(1, keepdims=True) / 254 + 1e-6 if dtype == "int8" else np.abs(vectors) / 1024 + 1e-7
+    assert (np.abs(found - vectors[asked]) <= bound[asked]).all()
+    assert store.take([]).shape == (0, 12)
+    for wrong in (-1, 70):
+        with pytest.raises(IndexError, match="rows are between 0 and 69"):
+            store.take([wrong])
+
+
+@pytest.mark.parametrize("reading", ["map", "positional"])
+def test_few_files_are_open_at_once(tmp_path: Path, reading: Reading, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm2clip.cache.rows.OPEN_FILES", 2)
+    writer = StoreWriter(tmp_path, IDENTITY, 3, "int8")
+    for number in range(9):
+        writer.write(number, [str(number)], [1], np.full((1, 3), number))
+    writer.finish()
+    store = EmbeddingStore(tmp_path, reading)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        assert store.take([8, 0, 5, 1])[:, 0].tolist() == [8, 0, 5, 1]
+        assert np.allclose(store.take(range(9))[:, 2], range(9), atol=1e-5)
+    assert len(os.listdir("/proc/self/fd")) <= before + 4
+    del store
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before, "files stay open"
+
+
+def test_what_was_asked_for_last_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm2clip.cache.rows.OPEN_FILES", 2)
+    closed: list[int] = []
+    recent = Recent(lambda n: n, closed.append)
+    for n in (1, 2, 1, 3):
+        assert recent[n] == n
+    assert closed == [2] and set(recent.items) == {1, 3}
+
+
+def test_a_shard_that_was_cut_while_it_is_read_is_told(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path, IDENTITY, 4)
+    writer.write(0, ["a", "b"], [1, 1], np.ones((2, 4)))
+    writer.finish()
+    store = EmbeddingStore(tmp_path, "positional")
+    os.truncate(tmp_path / "embeddings-00000.npy", 140)
+    with pytest.raises(StoreError, match="a shard became shorter while it was read"):
+        store.take([1])
+
+
+def test_what_a_control_group_leaves_is_what_there_is(tmp_path: Path) -> None:
+    free = spare_memory(tmp_path / "none")
+    assert free > 1 << 20
+    for limit, spare in (("max\n", free), ("3000000\n", 1000000)):
+        (tmp_path / "memory.max").write_text(limit)
+        (tmp_path / "memory.current").write_text("2000000\n")
+        assert spare_memory(tmp_path) == pytest.approx(spare, rel=0.3)
+    (tmp_path / "memory.current").unlink()
+    assert spare_memory(tmp_path) > 2000000
+
+
+def test_a_store_is_mapped_where_twice_its_size_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = StoreWriter(tmp_path, IDENTITY, 3)
+    writer.write(0, list("abcde"), [1] * 5, np.ones((5, 3)))  # 30 bytes of vectors
+    writer.finish()
+    for free, kind in ((61, MappedRows), (60, PositionalRows)):
+        monkeypatch.setattr("llm2clip.cache.store.spare_memory", lambda free=free: free)
+        store = EmbeddingStore(tmp_path)
+        assert type(store._rows) is kind
+        assert type(pickle.loads(pickle.dumps(store))._rows) is kind
+    assert type(EmbeddingStore(tmp_path, "map")._rows) is MappedRows
+    assert isinstance(EmbeddingStore(tmp_path, "map")._rows.maps[0], np.memmap), "it is not read into memory"
+
+
+@pytest.mark.parametrize("reading", ["map", "positional"])
+def test_a_store_that_was_read_is_read_in_forked_workers(
+    encoder: CaptionEncoder, tmp_path: Path, reading: Reading
+) -> None:
+    embed(CAPTIONS, encoder, tmp_path, shard_size=8)
+    store = EmbeddingStore(tmp_path, reading)
+    data = CaptionRows(store, [[c] for c in CAPTIONS])
+    expected = [data[n] for n in range(50)]  # its threads are up now
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=5, num_workers=2, collate_fn=list, multiprocessing_context="fork", timeout=30
+    )
+    assert all(torch.equal(x, y) for x, y in zip((x for b in loader for x in b), expected, strict=True))
+
+
+def test_all_captions_of_an_image(encoder: CaptionEncoder, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = [[CAPTIONS[i] for i in rng.integers(0, 50, n)] for n in rng.integers(0, 6, 30)]
+    store = embed(CAPTIONS, encoder, tmp_path, shard_size=8)
+    data = CaptionRows(store, images)
+    assert len(data) == 30
+    for n, captions in enumerate(images):
+        assert torch.equal(data[n], torch.from_numpy(store.take(store.rows(captions))))
+    several = data.__getitems__([3, 0, 29])
+    assert all(torch.equal(one, data[n]) for one, n in zip(several, (3, 0, 29), strict=True))
+    orders = []
+    for epoch in (0, 1, 0):
+        seen = list(data.block_shuffled(5, epoch, block=4, at_once=3))
+        assert sorted(n for n, _ in seen) == [n for n, captions in enumerate(images) if captions]
+        assert all(torch.equal(vectors, data[n]) for n, vectors in seen)
+        orders.append([n for n, _ in seen])
+    assert orders[0] == orders[2] != orders[1]
+    loader = torch.utils.data.DataLoader(data, batch_size=7, num_workers=2, collate_fn=list)
+    assert all(torch.equal(x, data[n]) for n, x in enumerate(x for batch in loader for x in batch))
