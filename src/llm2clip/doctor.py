@@ -127,7 +127,7 @@ def computing() -> Iterator[Check]:
         about = f"{device.type}, {torch.get_num_threads()} threads of {os.cpu_count()} processors"
     fast = chosen_precision("auto", device)
     way = "" if fast == "bf16" else "this device has no bf16: the work is done in fp32, at about half the speed"
-    yield Check("device", "ok", f"{about}; --precision auto is {fast}", way)
+    yield Check("device", "ok", f"{about}; where precision is auto, it is {fast}", way)
     if shutil.which("nvidia-smi") and device.type != "cuda":
         yield Check("torch", "bad", f"torch {torch.__version__} sees no GPU, but there is a driver for one",
                     "install the torch that fits the driver: pytorch.org/get-started")  # fmt: skip

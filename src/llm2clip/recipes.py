@@ -30,10 +30,10 @@ class EncoderRecipe:
 
     Args:
         path: folder or hub id of a decoder LLM or a sentence-transformers model, a .gguf file, or a name that
-            `llm2clip` fetches: smollm2-135m, all-minilm-l6-v2.
+            `llm2clip` fetches: smollm2-135m, all-minilm-l6-v2, gemma3-270m.
         bidirectional: every token sees every token; null leaves it as the folder says, and on for a bare LLM.
         layers: keep only the first N blocks; null keeps all.
-        template: text around the caption, with {caption} in it; null is none.
+        template: text before the caption, {caption}, and after it nothing or one special token; null is none.
         pooling: mean, weightedmean, lasttoken; null leaves it as the folder says, and mean for a bare LLM.
         max_length: longest caption in tokens; null leaves it as the folder says, and 512 for a bare LLM.
         width: keep only the first so many numbers of a vector, as an encoder tuned for it (--tune.widths) allows.
@@ -138,7 +138,8 @@ class EmbedRecipe:
         shard_size: captions in a shard, the unit of resuming, and of batching by length.
         batch_tokens: tokens in a batch, padding included; null tries which number is the fastest here.
         precision: fp32; bf16; bf16+N, where the first N blocks are in fp32; auto measures once which of them is the
-            fastest that keeps the encoder's vectors, where the device multiplies bf16 in hardware, else fp32.
+            fastest that keeps a cosine of 0.999 on sixteen captions, where the device multiplies bf16 in hardware,
+            else fp32.
         dtype: of the store: float16, or int8 with a scale for each vector, half the size.
         engine: local is this process and those that torchrun or accelerate started with it; ray is a Ray cluster.
         workers: of Ray; 0 is one for each GPU, or for each two CPUs.

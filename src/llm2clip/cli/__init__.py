@@ -21,7 +21,7 @@ In the order of things:
   llm2clip tune | embed | align           one stage at a time
   llm2clip evaluate MODEL DATA
   llm2clip index PHOTOS --model MODEL --out INDEX    then: search INDEX "a whole sentence", serve --index INDEX
-  llm2clip reproduce DATA                 does the paper hold? its claims, tested
+  llm2clip reproduce SETS                 does the paper hold? its claims, tested
   llm2clip plan --config RECIPE --images N --device h100     what all that would take, before it runs
   llm2clip store verify | repair | merge | export | import
   llm2clip convert CHECKPOINT --out MODEL   published LLM2CLIP checkpoints, and back

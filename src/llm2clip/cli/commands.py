@@ -16,7 +16,7 @@ from llm2clip.recipes import RARE, FitRecipe
 
 DATA_HELP = "sources of images and captions: PATH, or PATH@split+split"
 FIT: dict[str, Any] = dataclasses.asdict(FitRecipe())  # the sections of a recipe file, and what each may hold
-SECTIONS = {name for name, value in FIT.items() if isinstance(value, dict)} | {"llava", "reproduce"}
+SECTIONS = {name for name, value in FIT.items() if isinstance(value, dict) and value} | {"llava", "reproduce"}
 Run = Callable[[Namespace], list[str]]
 
 

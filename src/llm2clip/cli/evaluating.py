@@ -22,7 +22,8 @@ def add(commands: Commands) -> None:
         help="model folder or hub id; or one to compare with: a transformers model of images and texts, "
         "open_clip:NAME/PRETRAINED, st:NAME (sentence-transformers), FILE.npz of vectors; not needed with --captions",
     )
-    sub.add_argument("data", nargs="*", type=str, help=f"{DATA_HELP}; without splits, what a fit of it holds out")
+    about = f"{DATA_HELP}; without splits, what a fit of it holds out"
+    sub.add_argument("data", nargs="*", type=str, default=[], help=about)
     sub.add_argument("--against", nargs="+", type=str, help="other models in the same tables")
     sub.add_argument("--captions", nargs="+", type=str, help="sources of captions for caption retrieval (CRA)")
     sub.add_argument(

@@ -27,7 +27,7 @@ def add(commands: Commands) -> None:
         "search", _search, "Find pictures of an index by texts and pictures, in any language that the model knows."
     )
     sub.add_argument("index", type=str, help="index folder or URL")
-    sub.add_argument("texts", nargs="*", type=str, help="what the pictures show")
+    sub.add_argument("texts", nargs="*", type=str, default=[], help="what the pictures show")
     sub.add_argument("--images", nargs="+", type=str, default=[], help="pictures that they are like")
     sub.add_argument("--without", nargs="+", type=str, default=[], help="what they do not show")
     sub.add_argument("--without_images", nargs="+", type=str, default=[], help="pictures that they are unlike")

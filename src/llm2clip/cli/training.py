@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
     sub.add_class_arguments(EvaluateRecipe, "evaluate")
 
     sub = commands.add("tune", _tune, "Stage 1: teach the language model to tell captions apart.")
-    sub.add_argument("data", nargs="*", type=str, help="sources of captions; images are not needed")
+    sub.add_argument("data", nargs="*", type=str, default=[], help="sources of captions; images are not needed")
     sub.add_argument("--out", type=str, required=True, help="folder; OUT/encoder is the result")
     reading(sub)
     sub.add_class_arguments(EncoderRecipe, "encoder")

@@ -6,6 +6,9 @@ their names. It is `llm2clip fit` with a recipe; all that is added here is fetch
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from pathlib import Path
 
 from llm2clip.data.records import open_records
@@ -98,12 +101,13 @@ def _records(emoji: Path, file: Path) -> Path:
 
 def _goodbye(out: Path) -> Path:
     picture = out / "quickstart.png"
+    here = "" if shutil.which("llm2clip") else f"{os.path.relpath(Path(sys.executable).parent)}/"
     say(f"\nModel:   {out / 'model'}\nReport:  {out / 'report.html'}\nPicture: {picture}   <- look at it")
     say(
         "\nNext:\n"
-        f"  python -c \"from llm2clip import LLM2CLIP; m = LLM2CLIP.from_pretrained('{out / 'model'}'); "
+        f"  {here}python -c \"from llm2clip import LLM2CLIP; m = LLM2CLIP.from_pretrained('{out / 'model'}'); "
         "print(m.encode_text(['a sad face', '一只猫']).shape)\"\n"
-        "  llm2clip fit YOUR_CAPTIONS.jsonl --out runs/mine     # your own pictures\n"
-        "  llm2clip fit --help                                  # every setting"
+        f"  {here}llm2clip fit YOUR_CAPTIONS.jsonl --out runs/mine     # your own pictures\n"
+        f"  {here}llm2clip fit --help                                  # every setting"
     )
     return picture
