@@ -8,11 +8,15 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from gguf import GGUFWriter
 from PIL import Image
+from safetensors.numpy import load_file
 
 from llm2clip.models import assets, gguf
 from llm2clip.models.assets import Asset, AssetError, Wheel, resolve
+from llm2clip.models.text import CaptionEncoder
 from llm2clip.quickstart import emoji, wording
 from llm2clip.quickstart.picture import _matplotlib_font, draw_results
 
@@ -302,3 +306,57 @@ def test_the_upright_face_is_chosen_whatever_the_order_of_the_list(monkeypatch: 
         assert Path(_matplotlib_font("DejaVu Sans")).name == "DejaVuSans.ttf"
     _matplotlib_font.cache_clear()
     assert _matplotlib_font("No Such Family") is None
+
+
+def write_gguf(file: Path, without: str = "") -> dict[str, np.ndarray]:
+    """A tiny Llama in llama.cpp's form, perhaps without one of its weights; the weights."""
+    writer = GGUFWriter(str(file), "llama")
+    for add, value in (
+        (writer.add_block_count, 2), (writer.add_context_length, 64), (writer.add_embedding_length, 32),
+        (writer.add_feed_forward_length, 48), (writer.add_head_count, 4), (writer.add_head_count_kv, 2),
+        (writer.add_layer_norm_rms_eps, 1e-5), (writer.add_rope_dimension_count, 8), (writer.add_vocab_size, 260),
+        (writer.add_tokenizer_model, "gpt2"), (writer.add_eos_token_id, 0), (writer.add_bos_token_id, 0),
+    ):  # fmt: skip
+        add(value)
+    letters = [chr(0x100 + n) for n in range(258)]
+    writer.add_token_list(["<|end|>", *letters, letters[0] + letters[1]])
+    writer.add_token_types([3] + [1] * 259)
+    writer.add_token_merges([f"{letters[0]} {letters[1]}"])
+    block = {
+        "attn_norm": (32,), "ffn_norm": (32,), "attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32),
+        "attn_output": (32, 32), "ffn_gate": (48, 32), "ffn_up": (48, 32), "ffn_down": (32, 48),
+    }  # fmt: skip
+    shapes = {f"blk.{n}.{name}.weight": shape for n in range(2) for name, shape in block.items()}
+    rng = np.random.default_rng(0)
+    weights = {
+        name: rng.normal(size=shape).astype(np.float32)
+        for name, shape in {"token_embd.weight": (260, 32), "output_norm.weight": (32,), **shapes}.items()
+        if name != without
+    }
+    for name, array in weights.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+def test_a_gguf_file_becomes_a_folder_of_its_weights(tmp_path: Path) -> None:
+    written = write_gguf(tmp_path / "tiny.gguf")
+    folder = gguf.convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    found = load_file(folder / "model.safetensors")
+    pairs = {"embed_tokens": "token_embd", "norm": "output_norm"}
+    pairs |= {f"layers.{n}.mlp.{part}_proj": f"blk.{n}.ffn_{part}" for n in range(2) for part in ("gate", "up", "down")}
+    pairs |= {f"layers.{n}.self_attn.v_proj": f"blk.{n}.attn_v" for n in range(2)}
+    for ours, theirs in pairs.items():
+        assert np.array_equal(found[f"{ours}.weight"], written[f"{theirs}.weight"]), ours
+    assert CaptionEncoder.from_pretrained(folder, device="cpu").encode([chr(0x100)]).isfinite().all()
+
+
+def test_a_gguf_file_without_a_weight_is_refused(tmp_path: Path) -> None:
+    """transformers leaves what it does not find random, and only warns; an old `gguf` finds nothing."""
+    write_gguf(tmp_path / "tiny.gguf", without="blk.1.ffn_up.weight")
+    with pytest.raises(ValueError, match=r"lacks 1 weights, layers\.1\.mlp\.up_proj"):
+        gguf.convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoConfig, AutoModel
@@ -156,8 +157,20 @@ def test_lost_lengths_are_an_error(llm: Path) -> None:
 
 
 def test_an_empty_text_among_others(llm: Path) -> None:
-    vectors = CaptionEncoder.from_pretrained(llm, device="cpu").encode(["", "a dog", ""])
-    assert torch.equal(vectors[0], torch.zeros(32)) and vectors[1].any()
+    encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
+    for batch_tokens in (None, 3):
+        vectors = encoder.encode(["", "a dog", ""], batch_tokens=batch_tokens)
+        assert torch.equal(vectors[0], torch.zeros(32)) and vectors[1].any()
+    assert torch.equal(encoder.encode(""), torch.zeros(1, 32))
+
+
+def test_an_llm_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
+    folder = make_llm(tmp_path / "llm")
+    weights = load_file(folder / "model.safetensors")
+    del weights["layers.1.mlp.up_proj.weight"]  # transformers would leave it random, and only warn
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights, layers\.1\.mlp\.up_proj"):
+        CaptionEncoder.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "weightedmean", "lasttoken", "max", "cls"])

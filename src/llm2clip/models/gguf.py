@@ -54,7 +54,13 @@ def convert_gguf(gguf: str | Path, out: str | Path) -> Path:
     from transformers import AutoModel, AutoTokenizer
 
     folder = str(gguf.absolute().parent)
-    model = AutoModel.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
+    model, report = AutoModel.from_pretrained(
+        folder, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
+    )
+    if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers, and only warns
+        raise ValueError(
+            f"{gguf}: it lacks {len(missing):,} weights, {missing[0]} among them, or the package gguf is too old"
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
     _clear_quantisation_marks(model)
 

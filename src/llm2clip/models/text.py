@@ -230,7 +230,7 @@ class CaptionEncoder(nn.Module):
         """Captions to vectors, (N, width) float32 on the CPU, in the order given and not normalised.
 
         Captions are batched with others of their length, so that hardly a token is padding; a caption's vector does
-        not depend on its neighbours (to 1e-5).
+        not depend on its neighbours (to 1e-5). That of a text without any token is zero.
 
         Args:
             captions: texts, or what `tokenize` made of them.
@@ -238,6 +238,9 @@ class CaptionEncoder(nn.Module):
             precision: fp32; bf16 for two to three times the speed; or bf16+N, the first N blocks in fp32, where plain
                 bf16 is too coarse: see `models/precision.py`.
             progress: show a bar, or the bar to move on.
+
+        Raises:
+            ValueError: the attention does not do the precision.
         """
         parse(precision)
         if "flash" in self.attention and precision == "fp32":
@@ -245,7 +248,7 @@ class CaptionEncoder(nn.Module):
         if isinstance(captions, str):
             captions = [captions]
         tokens = captions if isinstance(captions, Tokens) else self.tokenize(list(captions))
-        out = torch.empty(len(tokens.ids), self.width)
+        out = torch.zeros(len(tokens.ids), self.width)
         done: list[tuple[list[int], Tensor]] = []
 
         def collect() -> None:
@@ -263,8 +266,9 @@ class CaptionEncoder(nn.Module):
         )
         with in_precision(self.llm, self.device, precision):
             for length, rows in tokens.batches(budget):
-                features = self.features([tokens.ids[r] for r in rows], length)
-                done.append((rows, self.st(features)["sentence_embedding"].float()))
+                if some := [r for r in rows if len(tokens.ids[r])]:
+                    features = self.features([tokens.ids[r] for r in some], length)
+                    done.append((some, self.st(features)["sentence_embedding"].float()))
                 if sum(len(rows) for rows, _ in done) >= COLLECTED:
                     collect()
                 bar.update(len(rows))
@@ -307,7 +311,7 @@ def _open(path: str, pooling: str, device: str | torch.device | None) -> Sentenc
     modules = cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False)
     if modules is not None:
         return SentenceTransformer(path, device=dev, trust_remote_code=False, model_kwargs={"dtype": torch.float32})
-    transformer = Transformer(
+    transformer = _Whole(
         path,
         model_kwargs={"dtype": torch.float32, "trust_remote_code": False},
         processor_kwargs={"trust_remote_code": False},
@@ -316,7 +320,8 @@ def _open(path: str, pooling: str, device: str | torch.device | None) -> Sentenc
         modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
         module_output_name="token_embeddings",
     )
-    tokenizer = transformer.tokenizer
+    transformer.__class__ = Transformer
+    tokenizer: Any = transformer.tokenizer
     tokenizer.chat_template = None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -324,6 +329,17 @@ def _open(path: str, pooling: str, device: str | torch.device | None) -> Sentenc
     st.max_seq_length = min(512, transformer.max_seq_length or 512)
     _set_bidirectional(transformer.model, True)
     return st
+
+
+class _Whole(Transformer):
+    """Refuses a folder that lacks weights: transformers only warns, and leaves these random."""
+
+    def _load_model(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
+        loaded: Any = super()._load_model(model_name_or_path, *args, **kwargs, output_loading_info=True)
+        model, report = loaded
+        if missing := sorted(name for name in report["missing_keys"] if not name.startswith("pooler.")):  # unused
+            raise ValueError(f"{model_name_or_path} lacks {len(missing):,} weights, {missing[0]} among them")
+        return model
 
 
 def _is_encoder(llm: Any) -> bool:
