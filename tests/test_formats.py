@@ -12,11 +12,13 @@ import pytest
 from PIL import Image
 
 from llm2clip.data.records import Source, open_records
-from llm2clip.data.refs import FileImage, MemoryImage, ParquetImage, TarImage
+from llm2clip.data.refs import FileImage, MemoryImage, ParquetImage, TarImage, digest_of
 from llm2clip.data.skips import SkipLog
 from written import (
     FORMATS,
     ROWS,
+    as_csv_of_rows,
+    as_tsv_of_rows,
     embedded,
     image_bytes,
     write_jsonl,
@@ -37,7 +39,8 @@ def test_every_format_gives_the_same_records(folder: Path, write: Callable[[Path
             assert Image.open(stream).size == Image.open(folder / row["image"]).size
         assert str(folder) in str(image)
         assert not isinstance(image, MemoryImage)  # all of these can be read again, so nothing is held
-    assert (log.seen, log.skipped.total(), log.dropped.total()) == (3, 0, 0)
+    rows = sum(len(r["captions"]) for r in ROWS) if write in (as_csv_of_rows, as_tsv_of_rows) else len(ROWS)
+    assert (log.seen, log.skipped.total(), log.dropped.total()) == (rows, 0, 0)
     assert (folder / "skipped.jsonl").read_text() == ""
     assert [(r.id, r.captions) for r in open_records(path, images="ignore")] == [(r.id, r.captions) for r in records]
 
@@ -124,8 +127,35 @@ def test_parquet_cells_may_be_paths_of_files_and_are_found_across_row_groups(fol
     assert records[5].image is None
     for number in (8, 0, 3, 7):
         image = records[number].image
-        assert image == ParquetImage(str(folder / "x.parquet"), number, "image")
+        digest = digest_of(rows[number]["image"]["bytes"])
+        assert image == ParquetImage(str(folder / "x.parquet"), number, "image", digest)
         assert image.read() == rows[number]["image"]["bytes"]
     raw = pa.table({"image": [row["image"]["bytes"] for row in rows[:3]], "text": ["x", "y", "z"]})
     pq.write_table(raw, folder / "raw.parquet")
     assert [r.image.read() for r in open_records(folder / "raw.parquet") if r.image] == raw["image"].to_pylist()
+
+
+def test_columns_of_one_name_are_a_list(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("id,caption,caption,caption\n1,one,two,\n")
+    assert [r.captions for r in open_records(tmp_path / "x.csv")] == [("one", "two")]
+
+
+def test_pictures_of_one_name_in_a_tar_are_two(tmp_path: Path) -> None:
+    """Shards that were joined, or `tar -r`."""
+    members = [("0.png", image_bytes(1, "PNG")), ("0.txt", b"red"), ("1.png", image_bytes(2, "PNG")), ("1.txt", b"x")]
+    path = write_tar(tmp_path / "x.tar", [*members, ("0.png", image_bytes(3, "PNG")), ("0.txt", b"blue")])
+    first, _, last = open_records(path)
+    assert first.image is not None and last.image is not None
+    assert first.image.key != last.image.key and str(first.image) == str(last.image)
+    log = SkipLog(limit=1)
+    path = write_tar(tmp_path / "y.tar", [*members[:2], *members])  # neighbours: whose is whose?
+    assert [r.id for r in open_records(path, log)] == ["1"] and log.skipped == {"name twice in a tar": 1}
+
+
+def test_a_cell_of_a_file_that_is_cut_is_no_picture(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [image_bytes(0)], "caption": ["a"]}), tmp_path / "x.parquet")
+    (record,) = open_records(tmp_path / "x.parquet")
+    (tmp_path / "x.parquet").write_bytes((tmp_path / "x.parquet").read_bytes()[:100])
+    assert record.image is not None
+    with pytest.raises(OSError, match=r"x\.parquet\[0\]\.image"):
+        record.image.read()

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llm2clip.data.records import Source, open_records
+from llm2clip.data.records import EARLY, Source, open_records
 from llm2clip.data.skips import SkipLog, TooManySkipped
 from written import (
     as_tar,
@@ -69,7 +69,7 @@ def test_every_row_left_out_of_a_jsonl_is_listed(folder: Path) -> None:
     ignored = list(open_records(source, SkipLog(limit=1.0), images="ignore"))
     assert [r.id for r in ignored] == ["a", "none", "torn", "huge", "a", "t", "dir"]
     there = [None if r.image is None else os.path.basename(str(r.image)) for r in ignored]
-    assert there == ["a.jpg", None, "torn.jpg", "huge.png", None, None, None]
+    assert there == ["a.jpg", "none.jpg", "torn.jpg", "huge.png", "a.jpg", None, "dir.jpg"]  # as they are named
 
 
 def test_rows_left_out_of_a_csv_are_listed_by_line(folder: Path) -> None:
@@ -88,7 +88,7 @@ def test_rows_left_out_of_a_csv_are_listed_by_line(folder: Path) -> None:
         (10, "malformed row"),
         (11, "malformed row"),
     ]
-    assert (log.seen, log.skipped.total(), log.dropped.total()) == (7, 5, 2)  # the two captions of none.jpg are one row
+    assert (log.seen, log.skipped.total(), log.dropped.total()) == (9, 6, 2)  # none.jpg has two rows
 
 
 def test_damaged_files_keep_what_was_read(folder: Path) -> None:
@@ -187,3 +187,29 @@ def test_a_skip_log_writes_short_values_and_any_file_name(tmp_path: Path) -> Non
     log.skip("odd\udcff.jsonl", 3, "no caption", "长" * 500)
     entry = json.loads((tmp_path / "log.jsonl").read_text(encoding="utf-8"))
     assert entry == {"file": "odd\udcff.jsonl", "row": 3, "reason": "no caption", "value": "长" * 200}
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl"])
+def test_a_few_bad_rows_of_many_are_few_in_every_format(tmp_path: Path, name: str) -> None:
+    """A .csv is grouped before its records come: its rows are counted as they are read all the same."""
+    good, bad = ("{n}.jpg,one", "a,b,c") if name == "x.csv" else ('{{"image": "{n}.jpg", "caption": "one"}}', "{")
+    lines = [bad if n % 40 == 0 else good.format(n=n // 5) for n in range(2 * EARLY * 20)]
+    (tmp_path / name).write_text("image,caption\n" * (name == "x.csv") + "\n".join(lines))
+    log = SkipLog()
+    assert len(list(open_records(tmp_path / name, log, "ignore"))) > EARLY
+    assert log.summary() == "1,000 of 40,000 rows skipped (malformed row: 1,000)"
+
+
+def test_what_a_damaged_parquet_file_lacks_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    table = pa.table({"caption": [f"caption {n} {n * 7919 % 1000}" for n in range(10_000)]})
+    pq.write_table(table, path, row_group_size=2000, compression="snappy", use_dictionary=False)
+    at = pq.read_metadata(path).row_group(1).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[at : at + 2000] = bytes(2000)
+    path.write_bytes(data)
+    log = SkipLog(limit=1)
+    found = len(list(open_records(path, log)))
+    assert found < 3000 and log.skipped["unreadable file"] == log.seen - found == 10_000 - found
+    with pytest.raises(TooManySkipped):
+        list(open_records(path))

@@ -92,6 +92,8 @@ def read_tar(path: str) -> Iterator[RawRow]:
                     number += 1
                     yield path, number, sample.row(path, file)
                 sample = _Sample(key)
+            if suffix.lower() in sample.members:
+                sample.twice = member.name
             sample.members[suffix.lower()] = member
         if sample.members and (not damage or sample.whole()):  # else the damage is what is wrong with it
             number += 1
@@ -129,11 +131,14 @@ class _Sample:
 
     def __init__(self, key: str) -> None:
         self.key, self.members = key, dict[str, tarfile.TarInfo]()
+        self.twice = ""  # a name that two neighbouring members have
 
     def whole(self) -> bool:
         return bool(self.members.keys() & IMAGE_SUFFIXES and self.members.keys() & {"txt", "json"})
 
     def row(self, path: str, file: BinaryIO) -> dict[str, Any] | Bad:
+        if self.twice:
+            return Bad("name twice in a tar", self.twice)
         fields: dict[str, Any] = {}
         for suffix in ("json", "txt"):
             member = self.members.get(suffix)

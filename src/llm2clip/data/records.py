@@ -112,7 +112,7 @@ def open_records(
 
     images: "header" opens each image as far as its size (about 0.1 ms from a warm disk; damage further in is not
     found), "exists" asks whether the file is there, "ignore" is for reading texts: no row is left out for its image,
-    and `image` is None where the file is absent or its bytes were not read. A row without an image is a record too.
+    and `image` is what the row names, there or not. A row without an image is a record too.
     captionless: so is one without captions, if it has an image, and nobody asks for a column of them; a folder is read
     with all that is in it.
 
@@ -129,8 +129,8 @@ def open_records(
 class _Skip(Exception):
     """Raised where a row turns out to give no record."""
 
-    def __init__(self, reason: str, value: object) -> None:
-        self.reason, self.value = reason, value
+    def __init__(self, reason: str, value: object, rows: int = 1) -> None:
+        self.reason, self.value, self.rows = reason, value, rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +145,7 @@ class _Row:
     short_captions: tuple[str, ...]
     long_captions: tuple[str, ...]
     split: str | None
+    rows: int = 1  # of the source
 
 
 class _Opening:
@@ -167,10 +168,10 @@ class _Opening:
             if kind in ("csv", "tsv", "captions.txt"):
                 rows = _grouped(rows)
             for row in rows:
-                self.seen_one()
                 try:
                     record = self.record(row)
                 except _Skip as skip:
+                    skip.rows = row.rows
                     self.skip(row.file, row.row, skip)
                     continue
                 count += 1
@@ -183,12 +184,12 @@ class _Opening:
             listed = f"; its splits: {splits}" if splits else ""
             raise ValueError(f"{self.source}: no record{listed}; {self.log.summary()}")
 
-    def seen_one(self) -> None:
-        self.seen += 1
+    def saw(self, rows: int = 1) -> None:
+        self.seen += rows
         self.log.seen_rows(self.source.path, "+".join(sorted(self.source.splits)), self.seen)
 
     def skip(self, file: str, row: int, skip: _Skip) -> None:
-        self.log.skip(file, row, skip.reason, skip.value)
+        self.log.skip(file, row, skip.reason, skip.value, skip.rows)
         if self.seen >= EARLY:
             if not self.texts_met and not self.captionless:
                 self.check_columns()
@@ -247,7 +248,7 @@ class _Opening:
         for file, number, fields in raw:
             try:
                 if isinstance(fields, Bad):
-                    raise _Skip(fields.reason, fields.value)
+                    raise _Skip(fields.reason, fields.value, fields.rows)
                 chosen = self.choose(file, list(fields)) if table else self.of_row(fields)
                 values = {name: fields.get(column) for name, column in chosen.items()}
                 split = _name(values, "split")
@@ -255,7 +256,7 @@ class _Opening:
                 self.splits_met[split or NO_SPLIT] += 1
                 if self.source.splits and (split or NO_SPLIT) not in self.source.splits:
                     continue
-                yield _Row(
+                row = _Row(
                     file,
                     number,
                     _name(values, "id"),
@@ -266,8 +267,11 @@ class _Opening:
                     split,
                 )
             except _Skip as skip:
-                self.seen_one()
+                self.saw(skip.rows)
                 self.skip(file, number, skip)
+                continue
+            self.saw()
+            yield row
 
     def strings(self, file: str, row: int, value: Any, lists: bool) -> tuple[str, ...]:
         """The captions of a field: a string is one, a list is several, the empty ones among them are dropped."""
@@ -298,8 +302,6 @@ class _Opening:
             raise _Skip("no image and no caption" if self.captionless else "no caption", image or row.id or "")
         if row.image is not None and self.images != "ignore":
             _check_image(row.image, self.images)
-        elif isinstance(image, FileImage) and not os.path.isfile(image.path):
-            image = None
         stem = os.path.splitext(os.path.basename(row.image.name or ""))[0] if row.image else ""
         identity = row.id or stem or f"{os.path.basename(row.file).split('.')[0]}:{row.row}"
         return Record(identity, image, row.captions, row.short_captions, row.long_captions, row.split)
@@ -316,7 +318,7 @@ def _grouped(rows: Iterable[_Row]) -> Iterator[_Row]:
         texts: dict[str, Any] = {
             kind: sum((getattr(row, kind) for row in others), getattr(first, kind)) for kind in KINDS
         }
-        yield replace(first, **texts)
+        yield replace(first, rows=1 + len(others), **texts)
 
 
 def _null(value: object) -> bool:

@@ -26,10 +26,20 @@ class ImageRef(ABC):
     @property
     def key(self) -> str:
         """Equal for the same image and for no other, however its path is written."""
+        return self.place
+
+    @property
+    def place(self) -> str:
+        """Where it is, however its path is written."""
         if (here := self.held_in) is None:
             return str(self)
         folder, name = os.path.split(here)
         return os.path.join(_real(os.path.abspath(folder)), name) + str(self)[len(here) :]
+
+    @property
+    def told(self) -> bool:
+        """Whether `key` tells it from others, which that of a cell whose bytes were not read does not."""
+        return True
 
     @property
     def held_in(self) -> str | None:
@@ -53,7 +63,7 @@ class FileImage(ImageRef):
     path: str
 
     @property
-    def key(self) -> str:
+    def place(self) -> str:
         folder, name = os.path.split(self.path)
         return os.path.join(_real(os.path.abspath(folder)), name)
 
@@ -62,6 +72,11 @@ class FileImage(ImageRef):
 
     def __str__(self) -> str:
         return self.path
+
+
+def digest_of(data: bytes) -> str:
+    """What tells an image by its bytes."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def within(name: str) -> bool:
@@ -88,6 +103,10 @@ class TarImage(ImageRef):
     offset: int
     size: int
     name: str = ""
+
+    @property
+    def key(self) -> str:
+        return f"{self.place}@{self.offset}"  # a tar may hold several of one name
 
     def open(self) -> BinaryIO:
         return io.BufferedReader(_Window(self.path, self.offset, self.size))
@@ -130,17 +149,30 @@ class ParquetImage(ImageRef):
 
     The first read of a row group decodes its whole image column; four such columns are kept a process. Reading in file
     order is therefore cheap, and reading at random costs a row group an image: write small row groups (HF's are 100).
+    `digest` is that of the bytes, where they were met: a table may have a row for each caption, the image in each.
     """
 
     path: str
     row: int
     column: str
+    digest: str = ""
+
+    @property
+    def key(self) -> str:
+        return self.digest or self.place
+
+    @property
+    def told(self) -> bool:
+        return bool(self.digest)
 
     def open(self) -> BinaryIO:
         stamp = _stamp(self.path)
-        starts = _row_group_starts(self.path, stamp)
-        group = bisect_right(starts, self.row) - 1
-        column = _parquet_column(self.path, stamp, group, self.column)
+        try:
+            starts = _row_group_starts(self.path, stamp)
+            group = bisect_right(starts, self.row) - 1
+            column = _parquet_column(self.path, stamp, group, self.column)
+        except pa.ArrowException as error:  # some are ValueErrors
+            raise OSError(f"{self}: {error}") from error
         if self.row - starts[group] >= len(column):
             raise FileNotFoundError(f"{self} is not there any more")
         value = column[self.row - starts[group]].as_py()
@@ -174,17 +206,25 @@ def _parquet_column(path: str, stamp: tuple[int, int], group: int, column: str) 
 
 @dataclass(frozen=True, slots=True)
 class DatasetImage(ImageRef):
-    """A cell of a Hugging Face data set saved by `save_to_disk`: memory-mapped, so random access is cheap."""
+    """A cell of a Hugging Face data set saved by `save_to_disk`: memory-mapped, so random access is cheap. `digest` as
+    above."""
 
     folder: str
     split: str | None
     row: int
     column: str
+    digest: str = ""
+
+    @property
+    def key(self) -> str:
+        return self.digest or self.place
 
     def open(self) -> BinaryIO:
-        return _open_cell(
-            _saved(self.folder, _stamp(self.folder), self.split)[self.row][self.column], self.folder, str(self)
-        )
+        try:
+            value = _saved(self.folder, _stamp(self.folder), self.split)[self.row][self.column]
+        except (pa.ArrowException, IndexError) as error:
+            raise OSError(f"{self}: {error}") from error
+        return _open_cell(value, self.folder, str(self))
 
     def __str__(self) -> str:
         return f"{self.folder}{'/' + self.split if self.split else ''}[{self.row}].{self.column}"
@@ -224,7 +264,7 @@ class MemoryImage(ImageRef):
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
+        return digest_of(self.data)
 
     def open(self) -> BinaryIO:
         return io.BytesIO(self.data)

@@ -24,10 +24,11 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Bad:
-    """A row that cannot be read: the reason it is counted under, and what was found."""
+    """A row that cannot be read: the reason it is counted under, and what was found; and the rows that go with it."""
 
     reason: str
     value: str
+    rows: int = 1
 
 
 def guessed(names: Mapping[str, Sequence[str]], columns: Collection[str]) -> dict[str, str]:

@@ -50,12 +50,13 @@ class SkipLog:
         """There were so many rows, if nobody counted them."""
         self._seen += max(0, count - self.seen)
 
-    def skip(self, file: str, row: int, reason: str, value: object) -> None:
-        """A row that gives no record. One that was skipped before, in an earlier pass or stage, counts once."""
+    def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
+        """A row that gives no record, or so many from it on. One that was skipped before, in an earlier pass or stage,
+        counts once."""
         if (file, row, reason) in self._known:
             return
         self._known.add((file, row, reason))
-        self.skipped[reason] += 1
+        self.skipped[reason] += rows
         if len(self.examples) < 3:
             self.examples.append(f"{file}, row {row}: {reason}: {str(value)[:200]}")
         self._write(file, row, reason, value)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm2clip.data.refs import DatasetImage, ImageRef, ParquetImage, undecoded
+from llm2clip.data.refs import DatasetImage, ParquetImage, digest_of, undecoded
 from llm2clip.data.rows import Bad, Choose, Held, RawRow
 
 
 def read_parquet(path: str, choose: Choose, image_bytes: bool) -> Iterator[RawRow]:
     """Rows in batches, the chosen columns only. An embedded image comes as a reference to its cell."""
-    row = 0
+    row = total = 0
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
+            total = file.metadata.num_rows
             schema = file.schema_arrow
             wanted = list(dict.fromkeys(choose(path, schema.names).values()))
             cells = {name for name in wanted if _holds_bytes(schema.field(name).type)}
@@ -31,7 +33,7 @@ def read_parquet(path: str, choose: Choose, image_bytes: bool) -> Iterator[RawRo
                     row += 1
                     yield path, row, fields
     except (pa.ArrowException, OSError) as error:
-        yield path, row + 1, Bad("unreadable file", str(error))
+        yield path, row + 1, Bad("unreadable file", str(error), max(1, total - row))
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
@@ -40,12 +42,12 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _held(ref: ImageRef, value: Any, unread: bool = False) -> Any:
+def _held(ref: ParquetImage | DatasetImage, value: Any, unread: bool = False) -> Any:
     """The cell's value as records take it: nothing, a path, or bytes that `ref` finds again."""
     data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if value is None or (data is None and not unread):
         return name  # without bytes, a struct's path is that of a file
-    return Held(ref, data, name)
+    return Held(ref if data is None else replace(ref, digest=digest_of(data)), data, name)
 
 
 def read_huggingface(name: str, saved: bool, choose: Choose, splits: Sequence[str] | None) -> Iterator[RawRow]:

@@ -48,7 +48,8 @@ def read_json(path: str) -> Iterator[RawRow]:
 
 
 def read_csv(path: str, delimiter: str) -> Iterator[RawRow]:
-    """Rows under a header line. A row with more or fewer fields than the header is bad, not guessed at."""
+    """Rows under a header line; columns of one name are a list. A row with more or fewer fields than the header is bad,
+    not guessed at."""
     # surrogateescape: bytes that are no UTF-8 stay visible to `records`, which refuses the row and not the file
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
@@ -56,6 +57,7 @@ def read_csv(path: str, delimiter: str) -> Iterator[RawRow]:
             header = [name.strip() for name in next(rows, [])]
         except csv.Error as error:
             raise ValueError(f"{path}: its header is not CSV ({error})") from error
+        repeated = {name for name in header if header.count(name) > 1}
         while True:
             number = rows.line_num + 1
             try:
@@ -68,7 +70,10 @@ def read_csv(path: str, delimiter: str) -> Iterator[RawRow]:
                 yield path, number, Bad("malformed row", str(error))
                 continue
             if len(cells) == len(header):
-                yield path, number, dict(zip(header, cells, strict=True))
+                fields: dict[str, Any] = dict(zip(header, cells, strict=True))
+                for name in repeated:
+                    fields[name] = [cell for column, cell in zip(header, cells, strict=True) if column == name]
+                yield path, number, fields
             elif cells:
                 yield path, number, Bad("malformed row", f"{len(cells)} fields, the header has {len(header)}: {cells}")
 

@@ -143,7 +143,7 @@ def pictures(source: Source, log: SkipLog, gone: bool = False) -> Iterator[Pictu
         except FileNotFoundError:
             continue  # it went while this looked
         stamp = f"{there.st_size} {there.st_mtime_ns}"
-        yield Picture(plain(record.image.key), record.image, plain(str(source)), stamp, record.texts, there.st_mtime)
+        yield Picture(plain(record.image.place), record.image, plain(str(source)), stamp, record.texts, there.st_mtime)
 
 
 def _absolute(source: Source, columns: dict[str, str]) -> Source:
