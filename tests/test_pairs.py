@@ -50,6 +50,20 @@ def test_what_waits_for_its_text_loses_no_turn() -> None:
     assert set(seen) == set(pairs) and all(abs(count - 100) <= 2 for count in seen.values())
 
 
+def test_a_caption_that_many_images_share_costs_nothing_and_starves_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 images 30 are also called "image": at most one of them by it in a batch, and batch after batch."""
+    items = [Captions((f"{n} a", "image" if n < 30 else f"{n} b")) for n in range(100)]
+    looked = []
+    monkeypatch.setattr("llm2clip.data.pairs.draw_pair", lambda *args: looked.append(1) or draw_pair(*args))
+    seen: Counter[str] = Counter()
+    for batch in batches_of_pairs([items], [], 20, 300, seed=0):
+        texts = [text for pair in batch for text in pair.texts]
+        assert len(set(texts)) == 40
+        seen.update(text for text in texts if text.endswith("a"))
+    assert len(looked) < 300 * 60, "what waits is looked at once a batch"
+    assert len(seen) == 100 and min(seen[f"{n} a"] for n in range(30, 100)) > 60
+
+
 def test_too_few_images_is_an_error() -> None:
     with pytest.raises(ValueError, match="as many images with two different captions; there are 40"):
         of_one_source(IMAGES, 41, 1, seed=0)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from llm2clip.data.pairs import Captions, Pair
 from llm2clip.data.records import EARLY, open_records
 from llm2clip.data.skips import SkipLog
-from llm2clip.data.split import Data, read_data, stream, tuning_sources
+from llm2clip.data.split import Data, read, read_data, stream, tuning_data, tuning_sources
 from llm2clip.recipes import EvaluateRecipe, RecipeChanged, TuneRecipe, keep
+from written import image_bytes
 
 
 @pytest.fixture
@@ -35,6 +41,13 @@ def row(n: int, split: str | None = None, **more: object) -> dict:
 
 def ids(data: Data) -> tuple[list[str], list[str]]:
     return [r.id for r in data.train], [r.id for r in data.held_out["captions"]]
+
+
+def tuned_on(data: Data, recipe: TuneRecipe) -> list:
+    """As `fit` asks for it."""
+    own = [] if recipe.data or recipe.pairs else [data.train]
+    held_out = [r for some in data.held_out.values() for r in some]
+    return tuning_sources(own, held_out, dataclasses.replace(recipe, batch=1), {}, SkipLog())
 
 
 def test_splits_by_name(write) -> None:
@@ -108,33 +121,33 @@ def test_one_caption_an_image_cannot_be_tuned_on(write) -> None:
         [write("a.jsonl", *({**row(n), "captions": ["one"]} for n in range(3)))], EvaluateRecipe(), {}, SkipLog()
     )
     with pytest.raises(ValueError, match=r"--tune\.steps 0"):
-        tuning_sources(data, TuneRecipe(), {}, SkipLog())
+        tuned_on(data, TuneRecipe())
 
 
 def test_other_sources_lose_the_captions_of_held_out_images(write) -> None:
     photos = write("f8k.jsonl", row(1, "train", id="1000001_aa"), row(2, "val", id="1000002_bb"))
     texts = write("f30k.jsonl", *({"id": f"100000{n}", "captions": [f"x{n}", f"y{n}"]} for n in (1, 2, 3, 4)))
-    barred = write("more.jsonl", {"id": "1000003_cc", "captions": ["z"]})
+    barred = write("more.jsonl", {"id": "1000003_cc", "captions": ["z", "zz"]})
     data = read_data([photos], EvaluateRecipe(), {}, SkipLog())
-    assert tuning_sources(data, TuneRecipe(), {}, SkipLog()) == [[Captions(("1 a", "1 b"))]]
+    assert tuned_on(data, TuneRecipe()) == [[Captions(("1 a", "1 b"))]]
     rest = [Captions(c) for c in (("x1", "y1"), ("x3", "y3"), ("x4", "y4"))]
-    assert tuning_sources(data, TuneRecipe(data=[texts]), {}, SkipLog()) == [rest]
-    left = tuning_sources(data, TuneRecipe(data=[texts], exclude=[barred]), {}, SkipLog())
+    assert tuned_on(data, TuneRecipe(data=[texts])) == [rest]
+    left = tuned_on(data, TuneRecipe(data=[texts], exclude=[barred]))
     assert left == [[rest[0], rest[2]]]
     weighted = TuneRecipe(data=[texts, barred], weights=[1, 2])
-    assert tuning_sources(data, weighted, {}, SkipLog()) == [rest, [Captions(("z",))]]
+    assert tuned_on(data, weighted) == [rest, [Captions(("z", "zz"))]]
     pairs = write("pairs.jsonl", {"query": "q", "positive": "p"})
-    assert tuning_sources(data, TuneRecipe(pairs=[pairs]), {}, SkipLog()) == [[Pair("q", "p")]]
+    assert tuned_on(data, TuneRecipe(pairs=[pairs])) == [[Pair("q", "p")]]
     both = TuneRecipe(data=[texts], pairs=[pairs], weights=[1, 2])
-    assert tuning_sources(data, both, {}, SkipLog()) == [rest, [Pair("q", "p")]]
+    assert tuned_on(data, both) == [rest, [Pair("q", "p")]]
     with pytest.raises(ValueError, match=r"2 --tune\.weights for 1 sources"):
-        tuning_sources(data, TuneRecipe(data=[texts], weights=[1, 2]), {}, SkipLog())
+        tuned_on(data, TuneRecipe(data=[texts], weights=[1, 2]))
 
 
 def test_photos_of_the_same_day_are_not_the_same_photo(write) -> None:
     file = write("a.jsonl", row(1, "train", id="20240131_0001"), row(2, "val", id="20240131_0002"))
     data = read_data([file], EvaluateRecipe(), {}, SkipLog())
-    assert tuning_sources(data, TuneRecipe(), {}, SkipLog()) == [[Captions(("1 a", "1 b"))]]
+    assert tuned_on(data, TuneRecipe()) == [[Captions(("1 a", "1 b"))]]
 
 
 def test_settings_of_align_can_be_mended_until_it_has_left_something(tmp_path: Path) -> None:
@@ -193,3 +206,58 @@ def test_a_source_that_is_read_again_counts_once(write) -> None:
     assert log.summary().startswith("1 of 21 rows")
     list(stream([f"{file}@none"], {}, log))
     assert log.summary().startswith("1 of 21 rows")
+
+
+def test_an_image_in_a_row_for_each_caption_is_one_image(tmp_path: Path) -> None:
+    """As Hugging Face's sets often are; else its captions are each other's negatives, and held-out ones trained on."""
+    pictures = [image_bytes(seed) for seed in range(20)]
+    rows = [{"image": pictures[n], "caption": f"{n} {k}"} for n in range(20) for k in range(5)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for source in ("x.parquet", "saved"):
+        data = read_data([str(tmp_path / source)], EvaluateRecipe(), {}, SkipLog())
+        held = data.held_out["captions"]
+        assert (len(data.train), len(held)) == (18, 2) and all(len(r.captions) == 5 for r in [*data.train, *held])
+    texts = [{"image": {"bytes": None, "path": f"{n}.jpg"}, "caption": f"{n} {k}"} for n in range(4) for k in range(2)]
+    pq.write_table(pa.Table.from_pylist(texts), tmp_path / "texts.parquet")
+    named = [{"image": f"{n}.jpg", "caption": f"{n} {k}"} for n in range(4) for k in range(2)]
+    (tmp_path / "named.jsonl").write_text("".join(json.dumps(line) + "\n" for line in named))
+    unnamed = [{"id": n, "caption": f"{n} {k}"} for n in range(4) for k in range(2)]
+    (tmp_path / "unnamed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in unnamed))
+    for source in ("texts.parquet", "named.jsonl", "unnamed.jsonl"):  # without a file there
+        found = read([str(tmp_path / source)], {}, SkipLog(), "ignore")
+        assert [r.captions for _, r in found] == [(f"{n} 0", f"{n} 1") for n in range(4)]
+
+
+def test_tuning_leaves_out_what_a_fit_of_the_same_data_holds_out(write) -> None:
+    file = write("a.jsonl", *(row(n, "test" if n < 2 else "train" if n < 6 else "odd") for n in range(8)))
+    own, held = tuning_data([file], TuneRecipe(), {}, SkipLog())
+    assert [[r.id for r in some] for some in own] == [["2", "3", "4", "5"]] and [r.id for r in held] == ["0", "1"]
+    own, held = tuning_data([f"{file}@test", file], TuneRecipe(weights=[1, 1]), {}, SkipLog())
+    assert [[r.id for r in some] for some in own] == [["0", "1"], ["2", "3", "4", "5"]], "what is named is taken"
+    drawn = write("b.jsonl", *(row(n) for n in range(20)))
+    own, held = tuning_data([drawn], TuneRecipe(), {}, SkipLog())
+    fitted = read_data([drawn], EvaluateRecipe(), {}, SkipLog())
+    assert ([r.id for r in own[0]], [r.id for r in held]) == ids(fitted) and len(held) == 2
+    assert tuning_data([], TuneRecipe(), {}, SkipLog()) == ([], [])
+
+
+def test_excluding_nothing_is_said(write, capsys: pytest.CaptureFixture[str]) -> None:
+    data = read_data([f"{write('a.jsonl', row(1), row(2))}@none"], EvaluateRecipe(data=[]), {}, SkipLog())
+    other = write("b.jsonl", row(7, id="000000391895"))
+    tuning_sources([data.train], [], TuneRecipe(exclude=[other], batch=1), {}, SkipLog())
+    assert "none of its images" in capsys.readouterr().out
+    coco = write("c.jsonl", row(8, id="391895"), row(9, id="COCO_val2014_000000391895"))
+    train = [r for _, r in read([coco], {}, SkipLog())]
+    assert tuning_sources([train], [], TuneRecipe(exclude=[other], batch=1), {}, SkipLog()) == [
+        [Captions(("9 a", "9 b"))]
+    ], "numbers are numbers, however many zeros they begin with"
+
+
+def test_names_that_are_no_utf8_are_held_out_like_others(tmp_path: Path) -> None:
+    for n in range(20):
+        stem = os.fsencode(tmp_path) + b"/\xff%d" % n
+        Image.new("RGB", (8, 8), (n, 0, 0)).save(tmp_path / "x.png")
+        os.rename(tmp_path / "x.png", stem + b".png")
+        Path(os.fsdecode(stem + b".txt")).write_text("one\ntwo")
+    assert len(read_data([str(tmp_path)], EvaluateRecipe(), {}, SkipLog()).held_out["captions"]) == 2

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.checkpoints import read_metrics
+from llm2clip.data.pairs import Item
 from llm2clip.data.split import read_data, tuning_sources
 from llm2clip.evaluate.captions import caption_accuracy
 from llm2clip.evaluate.model import evaluate_model, validator, with_store
@@ -58,7 +59,11 @@ def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
     untuned = not encoder_folder.exists()
     state.wait_for_everyone()  # all have looked before anyone tunes
     tunes = recipe.tune.steps or recipe.tune.mntp_steps
-    sources = tuning_sources(records, recipe.tune, recipe.columns, log) if untuned and tunes else []
+    sources: list[list[Item]] = []
+    if untuned and tunes:
+        own = [] if recipe.tune.data or recipe.tune.pairs else [records.train]
+        tested = (r for some in records.held_out.values() for r in some)
+        sources = tuning_sources(own, tested, recipe.tune, recipe.columns, log)
     raw = open_encoder(recipe.encoder, recipe.tune) if untuned else None
     cra = []
     if measurable:

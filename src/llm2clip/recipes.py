@@ -63,7 +63,7 @@ class TuneRecipe:
             empty mixes all captions, and takes as many batches of a source as it has items.
         lengths: how often a pair of captions is of two short ones, a short and a long one, two long ones, where an
             image has such pairs.
-        exclude: sources whose images must not be tuned on, as held-out ones never are.
+        exclude: sources whose images must not be tuned on, as those that the run holds out never are.
         steps: optimizer steps; 0 leaves the LLM raw.
         mntp_steps: steps of masked next-token prediction before, on the same texts.
         batch: pairs in a step and on each device; every other caption of the step is a negative.

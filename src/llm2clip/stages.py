@@ -16,7 +16,7 @@ from llm2clip.cache.ray_engine import embed_with_ray
 from llm2clip.cache.store import EmbeddingStore, refused_captions
 from llm2clip.data.records import KINDS, Record, Source
 from llm2clip.data.skips import SkipLog
-from llm2clip.data.split import Data, read, read_data, stream, tuning_sources
+from llm2clip.data.split import read, read_data, stream, tuning_data, tuning_sources
 from llm2clip.evaluate.model import validator
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.text import CaptionEncoder
@@ -35,7 +35,8 @@ def tune_stage(
     columns: dict[str, str],
     max_skipped: float,
 ) -> Path:
-    """`llm2clip tune`: the folder of the tuned caption encoder, `out/encoder`."""
+    """`llm2clip tune`: the folder of the tuned caption encoder, `out/encoder`. Of sources without named splits what a
+    fit holds out is left out."""
     settings = {"data": list(data), "columns": columns, "encoder": encoder, "tune": recipe}
     done = out / "encoder"
     if done.exists():
@@ -43,10 +44,10 @@ def tune_stage(
         return done
     log = begin(out, settings, max_skipped)
     processes().wait_for_everyone()  # all have looked before anyone is done
-    sources = dataclasses.replace(recipe, data=[*data, *recipe.data])
-    if not sources.data and not sources.pairs:
+    if not (data or recipe.data or recipe.pairs):
         raise ValueError("name sources of captions, or of text pairs with --tune.pairs")
-    items = tuning_sources(Data([], {}, ""), sources, columns, log)
+    own, held_out = tuning_data(data, recipe, columns, log)
+    items = tuning_sources(own, held_out, recipe, columns, log)
     say(log.summary())
     return tune(items, open_encoder(encoder, recipe), recipe, out)
 

@@ -26,7 +26,8 @@ def add(commands: Commands) -> None:
     sub.add_class_arguments(EvaluateRecipe, "evaluate")
 
     sub = commands.add("tune", _tune, "Stage 1: teach the language model to tell captions apart.")
-    sub.add_argument("data", nargs="*", type=str, default=[], help="sources of captions; images are not needed")
+    about = "sources of captions, images not needed; without splits, what a fit holds out is left out"
+    sub.add_argument("data", nargs="*", type=str, default=[], help=about)
     sub.add_argument("--out", type=str, required=True, help="folder; OUT/encoder is the result")
     reading(sub)
     sub.add_class_arguments(EncoderRecipe, "encoder")

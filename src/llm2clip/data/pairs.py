@@ -58,8 +58,8 @@ def batches_of_pairs(
     """`steps` batches of `batch` pairs. All pairs of a batch are of one source, so that negatives are of a kind.
 
     Within a batch no image comes twice and no text comes twice, so that no other caption of an anchor's image is its
-    negative. An item whose text would repeat waits for the next batch. Each pass over a source draws a new order and
-    new pairs.
+    negative. An item whose text would repeat waits for the next batch, and joins no new pass while it waits. Each pass
+    over a source draws a new order and new pairs.
 
     Args:
         sources: each the captions of its images, or its text pairs; images without a pair are left out.
@@ -90,12 +90,7 @@ def batches_of_pairs(
 def _batches(
     items: Sequence[Item], batch: int, steps: int, seed: int, alike: int, lengths: Sequence[float]
 ) -> Iterator[list[Pair]]:
-    usable = [item for item in items if isinstance(item, Pair) or can_pair(item, lengths)]
-    if len(usable) < batch:
-        kind = "text pairs" if items and isinstance(items[0], Pair) else "images with two different captions"
-        raise ValueError(
-            f"a batch of {batch} pairs needs as many {kind}; there are {len(usable)}: lower the batch or add data"
-        )
+    usable = pairable(items, batch, lengths)
     rng = np.random.default_rng(seed)
     at = points([item.texts for item in usable]) if alike > 1 else np.empty((len(usable), 0))
     order: list[int] = []
@@ -107,7 +102,10 @@ def _batches(
         failed = 0
         while len(pairs) < batch:
             if not order:
-                order = grouped_order(at, alike, rng).tolist()
+                late = set(waiting)
+                order = [n for n in grouped_order(at, alike, rng).tolist() if n not in late]
+            if not order:  # all others are in this batch: the late ones try other captions
+                order, waiting = waiting, []
             number = order.pop()
             item = usable[number]
             pair = item if isinstance(item, Pair) else draw_pair(item, lengths, rng)
@@ -121,8 +119,23 @@ def _batches(
             taken.add(number)
             seen.update(pair.texts)
             pairs.append(pair)
-        order.extend(waiting)
+        order.extend(reversed(waiting))  # who waits longest comes first
         yield pairs
+
+
+def pairable(items: Sequence[Item], batch: int, lengths: Sequence[float] = LENGTHS) -> list[Item]:
+    """The items of a source that give a pair.
+
+    Raises:
+        ValueError: they are fewer than a batch.
+    """
+    usable = [item for item in items if isinstance(item, Pair) or can_pair(item, lengths)]
+    if len(usable) < batch:
+        kind = "text pairs" if items and isinstance(items[0], Pair) else "images with two different captions"
+        raise ValueError(
+            f"a batch of {batch} pairs needs as many {kind}; there are {len(usable)}: lower --tune.batch or add data"
+        )
+    return usable
 
 
 def can_pair(captions: Captions, lengths: Sequence[float] = LENGTHS) -> bool:

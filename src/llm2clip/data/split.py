@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 from llm2clip.data.captions import unique
-from llm2clip.data.pairs import Captions, Item, can_pair
+from llm2clip.data.pairs import Captions, Item, can_pair, pairable
 from llm2clip.data.records import KINDS, Images, Record, Source, open_records
 from llm2clip.data.skips import SkipLog
 from llm2clip.data.text_pairs import open_pairs
-from llm2clip.processes import say
+from llm2clip.processes import processes, say
 from llm2clip.recipes import EvaluateRecipe, TuneRecipe
 
 TRAIN, HELD_OUT = {None, "none", "train", "training", "restval"}, ("val", "validation", "valid", "dev", "test")
@@ -30,21 +30,23 @@ class Data:
     summary: str
 
 
-def read_data(sources: Sequence[str], recipe: EvaluateRecipe, columns: dict[str, str], log: SkipLog) -> Data:
+def read_data(
+    sources: Sequence[str], recipe: EvaluateRecipe, columns: dict[str, str], log: SkipLog, images: Images = "header"
+) -> Data:
     """Training and held-out records of some sources; an image that several rows or sources name is one record.
 
     A source with its splits named (PATH@train+none) is trained on as it is. Of any other, records of no split or of a
     training split are trained on; records of the split named val (or validation, valid, dev; else test) are held out.
     Where nothing is held out and `recipe.data` names no source, a tenth of the images, at most 1,000, is, chosen by a
-    hash of the record, of the sources without named splits if there are some.
+    hash of the record, of the sources without named splits if there are some. `images` is as of `open_records`.
     """
-    opened = read(sources, columns, log)
+    opened = read(sources, columns, log, images)
     train = [(s, r) for s, r in opened if s.splits or _split(r) in TRAIN]
     rest = [(s, r) for s, r in opened if not s.splits and _split(r) not in TRAIN]
     named = next((name for name in HELD_OUT if any(_split(r) == name for _, r in rest)), None)
     notes = []
     if recipe.data:
-        held = read(recipe.data, columns, log)
+        held = read(recipe.data, columns, log, images)
         tested = {r.image.key for _, r in held if r.image is not None}
         kept = [(s, r) for s, r in train if r.image is None or r.image.key not in tested]
         if leaked := len(train) - len(kept):
@@ -55,16 +57,16 @@ def read_data(sources: Sequence[str], recipe: EvaluateRecipe, columns: dict[str,
         rest = [(s, r) for s, r in rest if _split(r) != named]
     else:
         drawn_from = [r for s, r in train if not s.splits] or [r for _, r in train]
-        pictured = sorted((r for r in drawn_from if r.image is not None), key=_lot)
-        chosen = {id(r) for r in pictured[: min(1000, max(1, len(pictured) // 10))]}
+        drawn = sorted((r for r in drawn_from if r.image is not None), key=_lot)
+        chosen = {id(r) for r in drawn[: min(1000, max(1, len(drawn) // 10))]}
         held = [(s, r) for s, r in train if id(r) in chosen]
         train = [(s, r) for s, r in train if id(r) not in chosen]
     if rest:
         splits = ", ".join(sorted({str(r.split) for _, r in rest}))
         notes.append(f"{len(rest):,} of other splits ({splits}) unused")
     held = [(s, r) for s, r in held if r.image is not None]
-    images = sum(r.image is not None for _, r in train)
-    summary = ", ".join([f"{images:,} images to train on", f"{len(held):,} held out", *notes])
+    pictured = sum(r.image is not None for _, r in train)
+    summary = ", ".join([f"{pictured:,} images to train on", f"{len(held):,} held out", *notes])
     return Data([r for _, r in train], _by_field(held, recipe.fields, columns), summary)
 
 
@@ -72,10 +74,12 @@ def read(
     sources: Sequence[str | Source], columns: dict[str, str], log: SkipLog, images: Images = "header"
 ) -> list[tuple[Source, Record]]:
     """The records of some sources and where each is from, one record an image: rows and sources that name the same
-    image become one with all their captions, of the split and source that came first."""
+    image become one with all their captions, of the split and source that came first. Where a row names no image, rows
+    of a source and split that share an id do."""
     found: dict[Any, tuple[Source, Record]] = {}
-    for n, (source, record) in enumerate(stream(sources, columns, log, images)):
-        key = record.image.key if record.image is not None else n
+    for source, record in stream(sources, columns, log, images):
+        told = record.image is not None and record.image.told
+        key = record.image.key if told and record.image else (source.path, record.split, record.id)
         if key in found:
             source, first = found[key]
             texts: dict[str, Any] = {
@@ -120,36 +124,62 @@ def only(record: Record, captions: tuple[str, ...]) -> Record:
     return dataclasses.replace(record, captions=captions, short_captions=(), long_captions=())
 
 
-def tuning_sources(data: Data, recipe: TuneRecipe, columns: dict[str, str], log: SkipLog) -> list[list[Item]]:
+def tuning_data(
+    sources: Sequence[str], recipe: TuneRecipe, columns: dict[str, str], log: SkipLog
+) -> tuple[list[list[Record]], list[Record]]:
+    """Of sources whose captions are to be tuned on: the records that a fit of them would train on, source by source if
+    they have weights, else as one; and those that it would hold out."""
+    groups = [[s] for s in sources] if recipe.weights else [sources] if sources else []
+    train, held = list[list[Record]](), list[Record]()
+    for group in groups:
+        if all(Source.parse(s).splits for s in group):
+            train.append([r for _, r in read(group, columns, log, "ignore")])
+            continue
+        found = read_data(group, EvaluateRecipe(), columns, log, "ignore")
+        train.append(found.train)
+        if some := [r for records in found.held_out.values() for r in records]:
+            held += some
+            say(found.summary)
+    return train, held
+
+
+def tuning_sources(
+    own: Sequence[Sequence[Record]],
+    held_out: Iterable[Record],
+    recipe: TuneRecipe,
+    columns: dict[str, str],
+    log: SkipLog,
+) -> list[list[Item]]:
     """What stage 1 sees, source by source: the captions of images that it may see, then text pairs.
 
-    The captions are `recipe.data`'s or else, where there are no pairs either, the training data's, without those of
-    images that are held out (in other sources too, by the comparable part of their ids) or excluded. They come source
-    by source if the sources have weights, else all as one.
+    The captions are those of `own`, which holds nothing that is held out, and of `recipe.data`, without images that are
+    held out, by the comparable part of their ids; of neither those that `recipe.exclude` names. What `recipe.data` has
+    comes source by source if the sources have weights, else all as one.
 
     Raises:
-        ValueError: there is not a weight for each source, or no image has two captions and there are no pairs.
+        ValueError: there is not a weight for each source, no image has two captions and there are no pairs, or a source
+            has fewer pairs than a batch.
     """
-    named = len(recipe.data) + len(recipe.pairs)
+    groups = [[s] for s in recipe.data] if recipe.weights else [recipe.data] if recipe.data else []
+    named = len(own) + len(groups) + len(recipe.pairs)
     if recipe.weights and len(recipe.weights) != named:
         raise ValueError(
             f"{len(recipe.weights)} --tune.weights for {named} sources of captions and pairs; give one for each"
         )
-    barred = {_comparable(r.id) for _, r in stream(recipe.exclude, columns, log, "ignore")}
-    offered = [] if recipe.pairs else [data.train]
-    if recipe.data:
-        groups = [[s] for s in recipe.data] if recipe.weights else [recipe.data]
-        offered = [[r for _, r in read(group, columns, log, "ignore")] for group in groups]
-        barred |= {_comparable(r.id) for f in data.held_out.values() for r in f}
+    excluded = {_comparable(r.id) for _, r in stream(recipe.exclude, columns, log, "ignore")}
+    barred = excluded | {_comparable(r.id) for r in held_out}
+    offered = [*own, *([r for _, r in read(group, columns, log, "ignore")] for group in groups)]
     allowed: list[list[Item]] = [
         [
             Captions(r.captions + r.short_captions, r.long_captions)
             for r in records
-            if not barred or _comparable(r.id) not in barred
+            if _comparable(r.id) not in (excluded if n < len(own) else barred)
         ]
-        for records in offered
+        for n, records in enumerate(offered)
     ]
     left = sum(map(len, offered)) - sum(map(len, allowed))
+    if recipe.exclude and not left:
+        say("--tune.exclude: none of its images is among those to tune on")
     if (
         recipe.steps
         and not recipe.pairs
@@ -160,6 +190,9 @@ def tuning_sources(data: Data, recipe: TuneRecipe, columns: dict[str, str], log:
             "it is; --tune.data takes captions from elsewhere; --encoder.path takes an LLM that was tuned before"
         )
     pairs: list[list[Item]] = [list(open_pairs(path, log)) for path in recipe.pairs]
+    if recipe.steps:
+        for items in [*allowed, *pairs]:
+            pairable(items, recipe.batch * processes().num_processes, recipe.lengths)
     counts = [f"the captions of {len(a):,} images" for a in allowed] + [f"{len(p):,} text pairs" for p in pairs]
     say(f"tuning on {' + '.join(counts)}" + (f"; {left:,} images excluded" if left else ""))
     return [*allowed, *pairs]
@@ -167,8 +200,8 @@ def tuning_sources(data: Data, recipe: TuneRecipe, columns: dict[str, str], log:
 
 def _comparable(name: str) -> str:
     """What of an id is the same in all sources of an image: the number that it begins with, else all of it."""
-    found = re.match(r"\d{5,}", name)
-    return found[0] if found else name
+    found = re.match(r"0*(\d{5,})|0*(\d+)$", name)
+    return found[1] or found[2] if found else name
 
 
 def _split(record: Record) -> str | None:
@@ -176,4 +209,4 @@ def _split(record: Record) -> str | None:
 
 
 def _lot(record: Record) -> str:
-    return hashlib.sha256("\0".join([record.id, *record.texts]).encode()).hexdigest()
+    return hashlib.sha256("\0".join([record.id, *record.texts]).encode(errors="surrogatepass")).hexdigest()

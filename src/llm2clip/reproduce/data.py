@@ -11,7 +11,7 @@ from pathlib import Path
 from llm2clip.data.pairs import Captions, Pair
 from llm2clip.data.records import Record
 from llm2clip.data.skips import SkipLog
-from llm2clip.data.split import Data, only, read, read_data, tuning_sources
+from llm2clip.data.split import only, read, read_data, tuning_sources
 from llm2clip.data.text_pairs import open_pairs
 from llm2clip.processes import say
 from llm2clip.recipes import EvaluateRecipe, ReproduceRecipe, TuneRecipe
@@ -39,7 +39,7 @@ class Sets:
         """Captions by image, and two long ones of each that has four: its first captions joined, and its last."""
         sources = [str(self.folder / s) for s in self.recipe.tune]
         excluded = [str(self.folder / s) for s in [*self.recipe.exclude, *self.recipe.test, *self.recipe.cra]]
-        (items,) = tuning_sources(Data([], {}, ""), TuneRecipe(data=sources, exclude=excluded), {}, self.log)
+        (items,) = tuning_sources([], [], TuneRecipe(data=sources, exclude=excluded, steps=0), {}, self.log)
         return [dataclasses.replace(i, long=i.long or halves(i.short)) for i in items if isinstance(i, Captions)]
 
     @cached_property
