@@ -21,6 +21,7 @@ from llm2clip.cache.lock import alone
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.checkpoints import read_metrics
 from llm2clip.data.records import Record, open_records
+from llm2clip.data.refs import FileImage
 from llm2clip.data.skips import SkipLog
 from llm2clip.evaluate.model import validator, with_store
 from llm2clip.evaluate.vectors import Vectors
@@ -211,6 +212,28 @@ def _rank(records: list[Record], store: str, recipe: AlignRecipe, folder: str, f
     if torch.distributed.get_rank() == 0:
         save_file(model.state_dict(), Path(folder) / "trained.safetensors")
     torch.distributed.barrier()
+
+
+def test_pictures_that_any_process_cannot_read_are_listed(
+    records: list[Record], store: EmbeddingStore, tmp_path: Path
+) -> None:
+    broken = {n: tmp_path / f"{n}.png" for n in range(0, len(records), 5)}
+    for n, file in broken.items():
+        file.write_bytes(Path(str(records[n].image)).read_bytes()[:300])
+    some = [
+        dataclasses.replace(r, image=FileImage(str(broken[n]))) if n in broken else r for n, r in enumerate(records)
+    ]
+    distributed(2, _listing_rank, some, str(store.folder), str(tmp_path))
+    listed = [json.loads(line)["file"] for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(listed) == sorted(map(str, broken.values()))
+
+
+def _listing_rank(records: list[Record], store: str, folder: str) -> None:
+    log = SkipLog(Path(folder) / "skipped.jsonl" if torch.distributed.get_rank() == 0 else None, limit=0.5)
+    log.at_least(len(records))
+    half = dataclasses.replace(ALIGN, batch=ALIGN.batch // 2)
+    align(records, EmbeddingStore(store), fresh_model(), half, Path(folder) / "run", log)
+    assert log.skipped["undecodable image"] == len(range(0, len(records), 5)), "all processes judge alike"
 
 
 def test_the_running_mean_of_the_weights() -> None:

@@ -136,6 +136,12 @@ def test_what_a_file_of_vectors_may_not_be(tmp_path: Path) -> None:
         found.images([FileImage("/train/cat/1.jpg"), FileImage("/test/cat/1.jpg")])
     with pytest.raises(ValueError, match="no vector of 1 of 1 texts"):
         found.texts(["y"])
+    assert found.texts(["x"]).shape == (1, 3)
+    np.savez(file, images=np.eye(1, 3), image_names=["1.jpg"], texts=np.ones((2, 3)), captions=[" x ", "x"])
+    assert SavedVectors(file, SkipLog()).texts(["x"]).shape == (1, 3), "stripped, as records are"
+    np.savez(file, images=np.eye(1, 3), image_names=["1.jpg"], texts=np.eye(2, 3), captions=[" x ", "x"])
+    with pytest.raises(ValueError, match="'x' has two vectors"):
+        SavedVectors(file, SkipLog())
     with pytest.raises(ValueError, match="some are the same"):
         saved(["1.jpg", "1.jpg"], np.ones((1, 3)))
     with pytest.raises(ValueError, match="not finite"):

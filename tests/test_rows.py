@@ -1,4 +1,4 @@
-"""Rows of a store are read as they were written, mapped or positionally, in workers, and all of an image at once."""
+"""Rows of a store are read as they were written, mapped or positionally, here and in workers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from llm2clip.cache.embed import embed
-from llm2clip.cache.epochs import CaptionRows
 from llm2clip.cache.format import StoreError
 from llm2clip.cache.rows import MappedRows, PositionalRows, Recent, spare_memory
 from llm2clip.cache.store import EmbeddingStore, Reading
@@ -90,6 +89,8 @@ def test_what_a_control_group_leaves_is_what_there_is(tmp_path: Path) -> None:
         (tmp_path / "memory.max").write_text(limit)
         (tmp_path / "memory.current").write_text("2000000\n")
         assert spare_memory(tmp_path) == pytest.approx(spare, rel=0.3)
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 600000\nactive_file 7\n")
+    assert spare_memory(tmp_path) == 1600000, "pages of files that were read are given back"
     (tmp_path / "memory.current").unlink()
     assert spare_memory(tmp_path) > 2000000
 
@@ -113,30 +114,20 @@ def test_a_store_that_was_read_is_read_in_forked_workers(
 ) -> None:
     embed(CAPTIONS, encoder, tmp_path, shard_size=8)
     store = EmbeddingStore(tmp_path, reading)
-    data = CaptionRows(store, [[c] for c in CAPTIONS])
-    expected = [data[n] for n in range(50)]  # its threads are up now
+    data = [store.rows([c]) for c in CAPTIONS]
+    expected = [store.take(rows) for rows in data]  # its threads are up now
     loader = torch.utils.data.DataLoader(
-        data, batch_size=5, num_workers=2, collate_fn=list, multiprocessing_context="fork", timeout=30
+        _Taken(store, data), batch_size=5, num_workers=2, collate_fn=list, multiprocessing_context="fork", timeout=30
     )
-    assert all(torch.equal(x, y) for x, y in zip((x for b in loader for x in b), expected, strict=True))
+    assert np.array_equal([x for batch in loader for x in batch], expected)
 
 
-def test_all_captions_of_an_image(encoder: CaptionEncoder, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    images = [[CAPTIONS[i] for i in rng.integers(0, 50, n)] for n in rng.integers(0, 6, 30)]
-    store = embed(CAPTIONS, encoder, tmp_path, shard_size=8)
-    data = CaptionRows(store, images)
-    assert len(data) == 30
-    for n, captions in enumerate(images):
-        assert torch.equal(data[n], torch.from_numpy(store.take(store.rows(captions))))
-    several = data.__getitems__([3, 0, 29])
-    assert all(torch.equal(one, data[n]) for one, n in zip(several, (3, 0, 29), strict=True))
-    orders = []
-    for epoch in (0, 1, 0):
-        seen = list(data.block_shuffled(5, epoch, block=4, at_once=3))
-        assert sorted(n for n, _ in seen) == [n for n, captions in enumerate(images) if captions]
-        assert all(torch.equal(vectors, data[n]) for n, vectors in seen)
-        orders.append([n for n, _ in seen])
-    assert orders[0] == orders[2] != orders[1]
-    loader = torch.utils.data.DataLoader(data, batch_size=7, num_workers=2, collate_fn=list)
-    assert all(torch.equal(x, data[n]) for n, x in enumerate(x for batch in loader for x in batch))
+class _Taken(torch.utils.data.Dataset[np.ndarray]):
+    def __init__(self, store: EmbeddingStore, rows: list[np.ndarray]) -> None:
+        self.store, self.rows = store, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, n: int) -> np.ndarray:
+        return self.store.take(self.rows[n])

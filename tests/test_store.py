@@ -374,6 +374,15 @@ def test_captions_that_the_tokenizer_refuses_are_listed(
     records = [Record("1", None, ("good", "bad"), ("bad",)), Record("2", None, ("bad",))]
     assert readable(records, store) == [Record("1", None, ("good",), ())]
 
+    def dies(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("llm2clip.cache.writer.StoreWriter.write", dies)
+        embed(["bad 1", "a", "bad 2", "b"], encoder, tmp_path / "killed", shard_size=2)
+    embed(["bad 1", "a", "bad 2", "b"], encoder, tmp_path / "killed", shard_size=2)
+    assert refused_captions(tmp_path / "killed") == {"bad 1", "bad 2"}, "the list of a shard that never came is kept"
+
 
 def test_a_caption_that_was_encoded_twice_moves_no_other(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path, IDENTITY, 1)

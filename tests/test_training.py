@@ -242,18 +242,18 @@ def test_short_and_long_captions_are_drawn_by_their_share(records: list[Record],
         steps = Steps(records, store, fresh_model(), recipe)
         short, long = steps.by_kind
         drawn = {(e, i): steps.rows(e, i) for e in range(20) for i in range(len(records))}
-        are_long = [row in long.rows_of(i) for (_, i), rows in drawn.items() for row in rows[:1]]
+        are_long = [row in long[i] for (_, i), rows in drawn.items() for row in rows[:1]]
         assert np.mean(are_long) == pytest.approx(share, abs=0.06 if 0 < share < 1 else 0)
         for (_, i), rows in drawn.items():
-            assert len(rows) == len(set(rows)) and set(rows) <= {*short.rows_of(i), *long.rows_of(i)}
+            assert len(rows) == len(set(rows)) and set(rows) <= {*short[i], *long[i]}
             if share == 0.0:  # of two or three short captions no more than there are
-                assert set(rows) == set(short.rows_of(i).tolist())
+                assert set(rows) == set(short[i].tolist())
     for mix, wanted in (({"captions": 1}, 0), ({"long_captions": 2}, 1)):  # all captions of the kinds that count
         steps = Steps(records, store, fresh_model(), dataclasses.replace(ALIGN, captions=0, mix=mix))
-        assert sorted(steps.rows(3, 7)) == sorted(steps.by_kind[wanted].rows_of(7))
+        assert sorted(steps.rows(3, 7)) == sorted(steps.by_kind[wanted][7])
     none = dataclasses.replace(ALIGN, mix={"short_captions": 1})  # which no image has: then all that they have
     steps = Steps(records, store, fresh_model(), none)
-    assert {row in steps.by_kind[0].rows_of(2) for e in range(9) for row in steps.rows(e, 2)} == {True, False}
+    assert {row in steps.by_kind[0][2] for e in range(9) for row in steps.rows(e, 2)} == {True, False}
     with pytest.raises(ValueError, match="mix knows the kinds"):
         Steps(records, store, fresh_model(), dataclasses.replace(ALIGN, mix={"dense": 1}))
 

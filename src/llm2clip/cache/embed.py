@@ -24,7 +24,7 @@ from llm2clip.cache.lock import alone
 from llm2clip.cache.store import EmbeddingStore, refused_captions
 from llm2clip.cache.writer import StoreWriter
 from llm2clip.cpu import reuse_memory
-from llm2clip.files import write_lines
+from llm2clip.files import json_lines, write_lines
 from llm2clip.models.batches import Tokens, default_batch_tokens
 from llm2clip.models.budget import WORTH_TRYING, fastest_budget
 from llm2clip.models.precision import fastest
@@ -187,7 +187,8 @@ def keep(writer: StoreWriter, number: int, found: Tokenized, vectors: np.ndarray
     for name, rows in (("truncated", cut), ("refused", refused)):
         if rows:
             file = writer.folder / f"{name}-{number:05d}.jsonl"
-            write_lines(file, rows)
+            lines = [row for _, row in json_lines(file)] if file.is_file() else []  # a run ended before this shard
+            write_lines(file, {row["caption"]: row for row in [*lines, *rows]}.values())
             say(f"{len(rows)} captions {name}: see {file}")
     writer.write(number, found.captions, [len(i) for i in tokens.ids], vectors)
 

@@ -8,6 +8,7 @@ system is told that they come in no order. In both, rows go in the order of thei
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -192,7 +193,8 @@ def _all(reads: Sequence[Callable[[], None]]) -> None:
 def spare_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes that this process may still take, by the machine and by its control group."""
     spare = int(psutil.virtual_memory().available)
-    limit, used = group / "memory.max", group / "memory.current"
+    limit, used, stat = (group / f"memory.{name}" for name in ("max", "current", "stat"))
     if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
-        spare = min(spare, int(most) - int(used.read_text()))
+        pages = re.search(r"^inactive_file (\d+)$", stat.read_text() if stat.is_file() else "", re.MULTILINE)
+        spare = min(spare, int(most) - int(used.read_text()) + (int(pages[1]) if pages else 0))
     return spare

@@ -49,7 +49,11 @@ class SavedVectors:
         self._images, self._texts = (F.normalize(torch.from_numpy(v).float(), dim=-1) for v in (images, texts))
         check_finite(self._images, self._texts)
         self._names = {PurePosixPath(str(name)).as_posix(): n for n, name in enumerate(names)}
-        self._captions = {str(caption): n for n, caption in enumerate(captions)}
+        self._captions: dict[str, int] = {}
+        for n, caption in enumerate(captions):  # stripped, as those of records are
+            first = self._captions.setdefault(str(caption).strip(), n)
+            if not torch.allclose(self._texts[first], self._texts[n], atol=1e-3):
+                raise ValueError(f"{file}: the caption {str(caption)!r} has two vectors")
         if len(self._names) < len(names):
             raise ValueError(f"{file}: of {len(names):,} image_names some are the same; give more of their paths")
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -245,10 +245,13 @@ class Training:
     def _gradients(self, net: nn.Module, parts: Sequence[Batch], step: int) -> tuple[float, float]:
         """Add up the gradients of a step; the loss of the whole batch and the logit scale, the same everywhere."""
         accelerator, values, scale = self.accelerator, [], torch.zeros(())
+        failures = [failure for part in parts for failure in part.failures.items()]
+        if accelerator.num_processes > 1:  # the main process lists those of all, and all judge alike
+            failures = gather_object(failures)
+        for name, reason in failures:
+            self.log.skip(name, 0, "undecodable image", reason)
+            self.log.check()
         for n, part in enumerate(parts):
-            for name, reason in part.failures.items():
-                self.log.skip(name, 0, "undecodable image", reason)
-                self.log.check()
             with accelerator.no_sync(net) if n < len(parts) - 1 else nullcontext():
                 loss, scale = self._loss(net, part)
                 values.append(accelerator.reduce(loss.detach(), "mean").item())

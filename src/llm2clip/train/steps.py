@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from llm2clip.cache.epochs import CaptionRows
 from llm2clip.cache.features import image_keys
 from llm2clip.cache.store import EmbeddingStore
 from llm2clip.checkpoints import digest
@@ -63,6 +62,33 @@ class Batch:
     """Of the images."""
     failures: dict[str, str]
     """Images that could not be decoded, and why; others of the batch stand in for them."""
+
+
+class CaptionRows:
+    """Of each image the store's rows of its captions, ragged over images: two arrays, whatever the number of images."""
+
+    def __init__(self, store: EmbeddingStore, captions: Iterable[Sequence[str]]) -> None:
+        """
+        Args:
+            store: holds every caption.
+            captions: of each image, in its order.
+
+        Raises:
+            StoreError: a caption was never encoded.
+        """
+        counts: list[int] = []
+
+        def flat() -> Iterator[str]:
+            for some in captions:
+                counts.append(len(some))
+                yield from some
+
+        self.rows = store.rows(flat())
+        self.starts = np.cumsum([0, *counts])
+
+    def __getitem__(self, image: int) -> np.ndarray:
+        """int64 (captions,), each row once however often its caption comes."""
+        return np.unique(self.rows[self.starts[image] : self.starts[image + 1]])
 
 
 class Steps:
@@ -120,7 +146,7 @@ class Steps:
         image that has only kinds of weight 0 takes from all that it has.
         """
         rng = np.random.default_rng([self.recipe.seed, epoch, index])
-        kinds = [(some.rows_of(index), weight) for some, weight in zip(self.by_kind, self.weights, strict=True)]
+        kinds = [(some[index], weight) for some, weight in zip(self.by_kind, self.weights, strict=True)]
         kinds = [(rows, weight) for rows, weight in kinds if len(rows)]
         if not any(weight for _, weight in kinds):
             kinds = [(rows, 1.0) for rows, _ in kinds]
