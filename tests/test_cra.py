@@ -14,19 +14,23 @@ from safetensors.torch import save_file
 from conftest import save_tokenizer
 from llm2clip.cli import main
 from llm2clip.evaluate.captions import caption_accuracy, mean_cosines, worst_mistakes
+from llm2clip.evaluate.retrieval import bootstrap
 from llm2clip.models.clip_text import clip_text, has_text_tower
 from llm2clip.models.text import CaptionEncoder
 
 
 class Fake:
-    """Vectors made up for each text."""
+    """Vectors made up for each text; those of texts that end in the same word are near."""
 
     def __init__(self, dims: int = 5) -> None:
         self.dims = dims
 
     def vector(self, text: str) -> torch.Tensor:
-        g = torch.Generator().manual_seed(sum(ord(c) * 31**n for n, c in enumerate(text)) % 2**31)
-        return torch.randn(self.dims, generator=g)
+        def drawn(seed: str) -> torch.Tensor:
+            g = torch.Generator().manual_seed(sum(ord(c) * 31**n for n, c in enumerate(seed)) % 2**31)
+            return torch.randn(self.dims, generator=g)
+
+        return drawn(text.split()[-1]) + 0.7 * drawn(text)
 
     def encode(self, captions: Sequence[str], *, progress: bool = False) -> torch.Tensor:
         return torch.stack([self.vector(c) for c in captions])
@@ -102,6 +106,8 @@ def test_the_worst_mistakes_come_first(tile: int) -> None:
     mistakes = worst_mistakes(first, second, captions, 100, tile)
     assert [m["caption"] for m in mistakes] == [f"a{i}" for i in expected]
     assert [m["found"] for m in mistakes] == [f"b{margins[i][1]}" for i in expected]
+    assert [m["right cosine"] for m in mistakes] == pytest.approx([float(scores[i, i]) for i in expected])
+    assert [m["found cosine"] for m in mistakes] == pytest.approx([float(scores[i, margins[i][1]]) for i in expected])
     assert all(m["right"] == "b" + m["caption"][1:] for m in mistakes)
     assert worst_mistakes(first, second, captions, 2, tile) == mistakes[:2]
 
@@ -167,6 +173,17 @@ def test_open_clips_text_tower(tmp_path: Path) -> None:
         clip_text("open_clip:ViT-S-32-alt")
 
 
+def test_images_of_one_caption_each_cannot_be_told_apart() -> None:
+    with pytest.raises(ValueError, match="needs images with two captions"):
+        caption_accuracy([["a"], ["b", "b"]], Fake())
+
+
+def test_of_equal_mistakes_the_first_image_comes_first_and_a_tie_is_one() -> None:
+    first = torch.tensor([[1.0, 0.0]] * 40)
+    mistakes = worst_mistakes(first, first, [[f"a{i}", f"b{i}"] for i in range(40)], 3)
+    assert [(m["caption"], m["found"]) for m in mistakes] == [("a0", "b1"), ("a1", "b0"), ("a2", "b0")]
+
+
 def test_llms_and_sentence_encoders_are_no_clips(llm: Path, tmp_path: Path) -> None:
     assert not has_text_tower(str(llm))
     CaptionEncoder.from_pretrained(llm, device="cpu").save_pretrained(tmp_path / "st")
@@ -193,7 +210,10 @@ def test_all_that_caption_accuracy_says_is_of_the_same_hits() -> None:
     scores = first @ second.T
     there, again = (s.argmax(1) == torch.arange(30) for s in (scores, scores.T))
     assert figures["hits"] == ((there.double() + again) / 2).tolist()
+    assert {0.0, 0.5, 1.0} == set(figures["hits"]), "else nothing was asked"
     low, high = figures["CRA interval"]
+    by_image = torch.tensor(figures["hits"], dtype=torch.float64)[:, None]
+    assert (low, high) == pytest.approx((100 * bootstrap(by_image, torch.ones(30))).flatten().tolist())
     assert figures["CRA"] == pytest.approx(100 * sum(figures["hits"]) / 30) and low <= figures["CRA"] <= high <= 100
     assert (figures["first to second"]["R@1"], figures["second to first"]["R@1"]) == pytest.approx(
         (100 * float(there.double().mean()), 100 * float(again.double().mean()))
