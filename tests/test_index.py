@@ -10,6 +10,7 @@ import shutil
 import tarfile
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,10 +23,12 @@ from llm2clip.data.skips import SkipLog
 from llm2clip.models.dual import DualEncoder, open_dual
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.search.build import date_taken, index
+from llm2clip.search.engines import open_engine
 from llm2clip.search.entries import Content, Engine, Filter, Picture, place_of_json, place_to_json
 from llm2clip.search.local import LocalIndex
 from llm2clip.search.nearest import Codes, Nearest, graph_of, grown
 from llm2clip.search.query import AWAY, Query, mixed, see, vector_of
+from llm2clip.search.verbs import place, seconds
 from searching import make_model
 
 
@@ -279,6 +282,89 @@ def test_a_batch_is_whole_or_absent(tmp_path: Path) -> None:
     assert engine.count() == (0, 0)
 
 
+@pytest.mark.parametrize("kind", ["local", "qdrant"])
+def test_a_sibling_whose_name_goes_on_is_no_part_of_a_folder(
+    kind: str, pictures: Path, model: DualEncoder, tmp_path: Path
+) -> None:
+    """`!` and `[`, which stand after a tar and a table, stand in names of folders and files, too."""
+    engine, home = engine_at(kind, tmp_path / "index"), tmp_path / "p"
+    for n, name in enumerate(("trip/a.png", "trip[2019]/b.png", "trip!/c.png", "trip[1].png")):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pictures / f"{n}.png", home / name)
+    with tarfile.open(home / "trip.tar", "w") as tar:
+        tar.add(pictures / "4.png", "4.png")
+    assert index([str(home)], model, engine, SkipLog(None, 1.0)).added == 5
+    assert not index([str(home / "trip")], model, engine, SkipLog(None, 1.0))
+    assert names(engine, Filter(under=str(home / "trip"))) == {"a.png"}
+    assert names(engine, Filter(under=str(home / "trip.tar"))) == {"trip.tar!4.png"}
+    assert len(names(engine, Filter(under="/"))) == 5
+    (home / "copy.png").write_bytes((home / "trip/a.png").read_bytes())
+    os.utime(home / "copy.png", (1, 1))
+    index([str(home)], model, engine, SkipLog(None, 1.0))
+    both = Filter(under=str(home / "trip"), before=2)
+    assert names(engine, both) == set(), "each copy meets half of it, and none all"
+
+
+def test_a_disk_that_gives_an_error_takes_no_picture_with_it(
+    photos: Path, model: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = LocalIndex(tmp_path / "index", write=True)
+    index([str(photos)], model, engine, SkipLog(None, 1.0))
+    opened = FileImage.open
+
+    def fails(ref: FileImage) -> Any:
+        if ref.path.endswith("2.png"):
+            raise OSError(5, "Input/output error")
+        return opened(ref)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileImage, "open", fails)
+        assert not index([str(photos)], model, engine, SkipLog(None, 1.0))
+    assert engine.count() == (7, 6)
+    (photos / "3.png").write_bytes((photos / "3.png").read_bytes()[:300])  # its header is read, the rest is gone
+    assert index([str(photos)], model, engine, SkipLog(None, 1.0)).dropped == 1 and engine.count() == (6, 5)
+    listed = tmp_path / "some.jsonl"
+    listed.write_text("".join(json.dumps({"image": str(photos / f"{n}.png"), "caption": "x"}) + "\n" for n in (1, 2)))
+    index([str(listed)], model, engine, SkipLog(None, 1.0))
+    listed.write_text(listed.read_text().splitlines()[0])
+    assert index([str(listed)], model, engine, SkipLog(None, 1.0)).dropped == 1, "a list that leaves it out lets it go"
+
+
+def test_two_pictures_of_one_name_in_a_tar(pictures: Path, model: DualEncoder, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "some.tar", "w") as tar:
+        for n, name in ((1, "a.png"), (2, "b.png"), (3, "a.png")):
+            tar.add(pictures / f"{n}.png", name)
+    engine = LocalIndex(tmp_path / "index", write=True)
+    assert index([str(tmp_path / "some.tar")], model, engine, SkipLog(None, 1.0)).added == 3
+    assert not index([str(tmp_path / "some.tar")], model, engine, SkipLog(None, 1.0))
+
+
+def test_an_index_that_can_only_be_read_is_read(
+    photos: Path, model: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "index"
+    writer = LocalIndex(folder, write=True)
+    index([str(photos)], model, writer, SkipLog(None, 1.0))
+    monkeypatch.setattr("llm2clip.search.local.os.access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(OSError, match="has not ended"):
+        LocalIndex(folder)
+    writer._db.close()
+    there = {file.name for file in folder.iterdir()}
+    assert names(LocalIndex(folder)) >= {"1.png", "5.png", "old.jpg"}
+    assert {file.name for file in folder.iterdir()} == there == {"pictures.sqlite"}, "nothing is written beside it"
+
+
+def test_what_an_index_is_called(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"qdrant\+http"):
+        open_engine("http://localhost:6333/photos", write=True)
+    assert not Path("http:").exists()
+    day = datetime(2024, 5, 31).timestamp()
+    for written in ("2024-05-31", "20240531"):
+        assert seconds(written) == day and day + 86399 < (seconds(written, end=True) or 0) < day + 86400
+    assert seconds("2024-05-31T12:00") == seconds("2024-05-31T12:00", end=True) == day + 43200
+    assert place(os.fsdecode(b"/x/\xff.png")) == "/x/\\udcff.png"
+
+
 def test_tars_and_parquet(pictures: Path, model: DualEncoder, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -299,8 +385,8 @@ def test_tars_and_parquet(pictures: Path, model: DualEncoder, tmp_path: Path) ->
 
 
 def test_places() -> None:
-    for place in (FileImage("/a b"), TarImage("/t.tar", 512, 9, "n"), ParquetImage("/p", 3, "image")):
-        assert place_of_json(place_to_json(place)) == place
+    for where in (FileImage("/a b"), TarImage("/t.tar", 512, 9, "n"), ParquetImage("/p", 3, "image")):
+        assert place_of_json(place_to_json(where)) == where
     with pytest.raises(ValueError, match="no place"):
         place_of_json('["Popen", {}]')
 

@@ -288,6 +288,27 @@ def test_too_many_are_sent_away_and_late_ones_told(model: DualEncoder) -> None:
         assert late.status_code == 504 and "longer than 0.1 seconds" in late.json()["error"]["message"]
 
 
+def test_searches_that_nobody_waits_for_do_not_pile_up(model: DualEncoder, engine: LocalIndex) -> None:
+    beside, most, lock = 0, 0, threading.Lock()
+
+    class Slow(LocalIndex):
+        def search(self, *_: Any) -> list[Any]:
+            nonlocal beside, most
+            with lock:
+                beside += 1
+                most = max(most, beside)
+            time.sleep(0.6)
+            with lock:
+                beside -= 1
+            return []
+
+    app = create_app(model, Slow(engine.folder), Limits(seconds=0.1))
+    with TestClient(app, base_url=HOST) as client:
+        for _ in range(6):
+            assert client.post("/search", json={"texts": ["x"]}).status_code == 504
+    assert most == 2
+
+
 def test_one_bad_item_does_not_spoil_its_batch() -> None:
     calls: list[list[int]] = []
 

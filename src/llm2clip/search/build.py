@@ -23,7 +23,7 @@ from llm2clip.data.decoding import in_batches
 from llm2clip.data.formats import readable_formats
 from llm2clip.data.images import thumbnail
 from llm2clip.data.records import Source, open_records
-from llm2clip.data.refs import plain
+from llm2clip.data.refs import TarImage, plain
 from llm2clip.data.skips import SkipLog
 from llm2clip.models.dual import DualEncoder
 from llm2clip.models.identity import fingerprint
@@ -91,7 +91,11 @@ def index(
     found: dict[str, Picture] = {}
     for source in parsed:
         for picture in pictures(source, log, gone):
-            if (same := found.get(picture.name)) is not None:  # captions in a file beside the pictures, say
+            same = found.get(picture.name)
+            if same is not None and isinstance(same.place, TarImage) and same.place != picture.place:
+                picture = dataclasses.replace(picture, name=plain(picture.place.key))  # a tar may hold two of one name
+                same = found.get(picture.name)
+            if same is not None:  # captions in a file beside the pictures, say
                 texts = tuple(dict.fromkeys([*same.captions, *picture.captions]))
                 picture = dataclasses.replace(same, captions=texts)
             found[picture.name] = picture
@@ -99,11 +103,23 @@ def index(
     fresh = [p for p in found.values() if known.get(p.name) != (p.stamp, p.captions)]
     kept, embedded = _add(fresh, model, engine, log, batch, workers)
     stale = {p.name for p in fresh} - kept  # whose file changed to what cannot be read
-    log.check()  # before anything is lost: a disk that gives errors is no reason to forget its pictures
-    engine.forget([name for name in known if name not in found or name in stale])
+    log.check()  # before anything is lost
+    folders = [f"{source.path.rstrip('/')}/" for source in parsed if os.path.isdir(source.path)]
+    gone_names = [n for n, (stamp, _) in known.items() if n not in found and not _unread(n, stamp, folders)]
+    engine.forget([*gone_names, *(n for n in known if n in stale)])
     engine.finish()
-    dropped = sum(name not in found for name in known)
+    dropped = len(gone_names) + len(stale & known.keys())
     return Report(len(kept - known.keys()), len(kept & known.keys()), dropped, embedded)
+
+
+def _unread(name: str, stamp: str, folders: Sequence[str]) -> bool:
+    """Whether a picture that was not found is in one of the folders as it was: its disk gave an error, and that is no
+    reason to forget it."""
+    try:
+        there = os.stat(name)
+    except (OSError, ValueError):
+        return False
+    return stamp == f"{there.st_size} {there.st_mtime_ns}" and any(name.startswith(folder) for folder in folders)
 
 
 def check_model(about: Mapping[str, Any], model: DualEncoder) -> None:

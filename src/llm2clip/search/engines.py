@@ -20,8 +20,11 @@ def open_engine(where: str, write: bool = False, **options: int) -> Engine:
     Raises:
         FileNotFoundError: there is no index.
         ImportError: what it takes is not installed.
+        ValueError: it is a URL of something else.
     """
     try:
+        if "://" in where and not where.startswith(QDRANT):
+            raise ValueError(f"{where}: an index elsewhere is written {QDRANT}http://HOST:6333/COLLECTION")
         if where.startswith(QDRANT):
             from llm2clip.search.qdrant import QdrantIndex
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llm2clip.data.refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage
+from llm2clip.data.refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage, plain
 
 PLACES: dict[str, type[ImageRef]] = {kind.__name__: kind for kind in (FileImage, TarImage, ParquetImage, DatasetImage)}
 
@@ -33,6 +33,14 @@ class Picture:
     stamp: str
     captions: tuple[str, ...] = ()
     taken: float = 0.0
+
+
+def holder(name: str, place: ImageRef) -> str:
+    """What in a picture's name is the file that holds it; all of it where it is a file of its own."""
+    if isinstance(place, FileImage):
+        return name
+    rest = plain(str(place)[len(place.held_in or "") :])
+    return name.removesuffix(rest)
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,8 @@ class Engine(Protocol):
         ...
 
     def put(self, contents: Sequence[Content], pictures: Sequence[tuple[Picture, bytes]]) -> None:
-        """Add contents, and pictures with the hash of theirs, all or none; a picture of the same name is replaced."""
+        """Add contents, and pictures with the hash of theirs, all or none (in Qdrant, one by one); one of the same name
+        is replaced."""
         ...
 
     def forget(self, names: Sequence[str]) -> None:

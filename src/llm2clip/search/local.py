@@ -10,6 +10,7 @@ SQLite writes a batch whole or not at all, lets others read meanwhile, and is on
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip.search.entries import Content, Filter, Hit, Picture, place_of_json, place_to_json
+from llm2clip.search.entries import Content, Filter, Hit, Picture, holder, place_of_json, place_to_json
 from llm2clip.search.nearest import CHUNK, Codes, Nearest, graph_of, grown
 
 APPROXIMATE_ABOVE = 1_000_000
@@ -39,8 +40,9 @@ CREATE INDEX pictures_source ON pictures(source);
 CREATE INDEX pictures_taken ON pictures(taken);
 PRAGMA user_version = 1;
 """
-# In a folder, a tar or a parquet file, or itself.
-UNDER = "substr(name, 1, length(:under)) = :under AND substr(name, length(:under) + 1, 1) IN ('', '/', '!', '[')"
+# In a folder, a tar or a parquet file, or itself. A folder's name may hold a ! or a [, too.
+UNDER = """substr(name, 1, length(:under)) = :under AND (substr(name, length(:under) + 1, 1) IN ('', '/')
+  OR (substr(name, length(:under) + 1, 1) IN ('!', '[') AND held(name, place) = :under))"""
 FIELDS = "name, place, source, stamp, captions, taken"
 
 
@@ -64,22 +66,34 @@ class LocalIndex:
             raise FileNotFoundError(f"{folder} is no index: llm2clip index PHOTOS --model MODEL --out {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         self._file, self._lock, self._reading = file, threading.RLock(), threading.Lock()
+        self._fixed = not write and not os.access(folder, os.W_OK)  # SQLite would write beside it even to read
+        if self._fixed and (log := folder / "pictures.sqlite-wal").exists() and log.stat().st_size:
+            raise OSError(f"{folder} cannot be written to, and whoever filled it has not ended: open it there, or wait")
         try:
-            self._db = sqlite3.connect(file, check_same_thread=False, isolation_level=None, timeout=60)
-            self._db.execute("PRAGMA page_size = 16384")  # of a new file: a vector of 2 KB leaves little of it empty
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA foreign_keys = ON")
+            self._db = self._connected()
             self._db.create_function("contains", 2, _contains, deterministic=True)
-            if not (version := self._db.execute("PRAGMA user_version").fetchone()[0]):
+            self._db.create_function("held", 2, lambda n, p: holder(n, place_of_json(p)), deterministic=True)
+            if write:
+                self._db.execute(
+                    "PRAGMA page_size = 16384"
+                )  # of a new file: a vector of 2 KB leaves little of it empty
+                self._db.execute("PRAGMA journal_mode = WAL")
+                self._db.execute("PRAGMA foreign_keys = ON")
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if write and not version:
                 self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
         except sqlite3.Error as error:
             raise OSError(f"{file}: {error}") from error
         if version not in (0, 1):
             raise ValueError(f"{file} is of version {version}, and 1 is what can be read; index into another --out")
-        if not write and not self.about():
+        if not write and not (version and self.about()):
             raise FileNotFoundError(f"{folder} is an index that nothing was ever put into")
         self._orphans = True  # contents that no picture has may be there
         self._nearest: tuple[tuple[int, int, int], Nearest] | None = None
+
+    def _connected(self) -> sqlite3.Connection:
+        where = f"{self._file.absolute().as_uri()}?immutable=1" if self._fixed else self._file
+        return sqlite3.connect(where, uri=self._fixed, check_same_thread=False, isolation_level=None, timeout=60)
 
     def _read(self, sql: str, values: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
         with self._lock, self._named():
@@ -174,9 +188,10 @@ class LocalIndex:
         ids, scores = self._searcher().search(vector.astype(np.float32), count, among)
         hits = []
         for number, score in zip(ids.tolist(), scores.tolist(), strict=True):
-            if pictures := self.pictures(str(number)):  # else it went while this search ran
-                ((width, height),) = self._read("SELECT width, height FROM contents WHERE id = ?", (number,))
-                hits.append(Hit(str(number), score, pictures, width, height))
+            pictures = self.pictures(str(number))
+            sizes = self._read("SELECT width, height FROM contents WHERE id = ?", (number,))
+            if pictures and sizes:  # else it went while this search ran
+                hits.append(Hit(str(number), score, pictures, *sizes[0]))
         return hits
 
     def vector(self, hit: str) -> np.ndarray | None:
@@ -221,7 +236,7 @@ class LocalIndex:
 
     def _chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         # Through a connection of its own: this takes seconds, in which others ask.
-        with self._named(), closing(sqlite3.connect(self._file, timeout=60)) as db:
+        with self._named(), closing(self._connected()) as db:
             cursor = db.execute("SELECT id, vector FROM contents ORDER BY id")
             while rows := cursor.fetchmany(CHUNK):
                 vectors = np.frombuffer(b"".join(v for _, v in rows), "<f2")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from qdrant_client import QdrantClient, models
 
-from llm2clip.search.entries import Content, Filter, Hit, Picture, place_of_json, place_to_json
+from llm2clip.search.entries import Content, Filter, Hit, Picture, holder, place_of_json, place_to_json
 
 ABOUT = "llm2clip"  # key of the collection's own point, which says what made it
 PAGE = 1000
@@ -88,7 +89,7 @@ class QdrantIndex:
             p.name: (p.stamp, p.captions)
             for payload in self._all(models.Filter(should=asked, must_not=[_not_about()]))
             for p in _pictures(payload)
-            if p.source in sources or set(_within(p.name)) & set(sources)
+            if p.source in sources or set(_within(p)) & set(sources)
         }
 
     def have(self, hashes: Iterable[bytes]) -> set[bytes]:
@@ -159,7 +160,7 @@ class QdrantIndex:
         return [
             Hit(str(p.id), p.score, _pictures(p.payload), p.payload["width"], p.payload["height"])
             for p in found.points
-            if p.payload
+            if p.payload and any(_lets_through(only, picture) for picture in _pictures(p.payload))
         ]
 
     def vector(self, hit: str) -> np.ndarray | None:
@@ -229,7 +230,7 @@ def _payload(pictures: Sequence[Picture]) -> dict[str, Any]:
         "pictures": json.dumps(fields),
         "names": [p.name for p in pictures],
         "sources": sorted({p.source for p in pictures}),
-        "within": sorted({part for p in pictures for part in _within(p.name)}),
+        "within": sorted({part for p in pictures for part in _within(p)}),
         "captions": [caption for p in pictures for caption in p.captions],
         "taken": [p.taken for p in pictures],
     }
@@ -242,14 +243,23 @@ def _pictures(payload: Any) -> tuple[Picture, ...]:
     )
 
 
-def _within(name: str) -> list[str]:
+def _within(picture: Picture) -> list[str]:
     """All folders, tars and files that a picture lies in, and itself."""
-    return [name[: m.start()] for m in re.finditer(r"[/!\[]", name) if m.start()] + [name]
+    name = picture.name
+    return [name[: m.start()] for m in re.finditer("/", name) if m.start()] + [holder(name, picture.place), name]
+
+
+def _lets_through(only: Filter, picture: Picture) -> bool:
+    """Whether one picture meets what Qdrant asks of all copies of a content together."""
+    under = only.under.rstrip("/") if only.under is not None else ""
+    after = -math.inf if only.after is None else only.after
+    before = math.inf if only.before is None else only.before
+    return (not under or under in _within(picture)) and after <= picture.taken <= before
 
 
 def _filter(only: Filter) -> models.Filter:
     must: list[Any] = []
-    if only.under is not None:
+    if only.under is not None and only.under.rstrip("/"):
         must.append(models.FieldCondition(key="within", match=models.MatchValue(value=only.under.rstrip("/"))))
     if only.caption is not None:
         must.append(models.FieldCondition(key="captions", match=models.MatchPhrase(phrase=only.caption)))

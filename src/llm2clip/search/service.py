@@ -49,7 +49,9 @@ class Service:
         self._one.submit(torch.get_num_threads).result()  # it counts its threads before the decoders have theirs
         self._decoders = ThreadPoolExecutor(2, "decode", torch.set_num_threads, (1,))
         self._decoding = self._queries = 0
-        self._searches = asyncio.Semaphore(2)  # at a time: each reads all vectors, and more only wait for the memory
+        # Two at a time: each reads all vectors, and more only wait for the memory. Threads of their own, which one that
+        # was given up on keeps until it ends.
+        self._searching = ThreadPoolExecutor(2, "search")
         self.texts: Batcher[str, np.ndarray] = self._batcher("text", lambda some: model.encode_text(some).numpy())
         self.images: Batcher[Any, np.ndarray] = self._batcher("image", lambda some: model.encode_pictures(some).numpy())
         waiting = Gauge("llm2clip_waiting", "Items that wait for the model.", ["kind"], registry=self.registry)
@@ -65,7 +67,7 @@ class Service:
     async def close(self) -> None:
         await self.texts.close()
         await self.images.close()
-        for pool in (self._one, self._decoders):
+        for pool in (self._one, self._decoders, self._searching):
             pool.shutdown(cancel_futures=True)
 
     async def read(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -121,8 +123,8 @@ class Service:
             raise Busy(f"{self._queries:,} searches are waiting")
         self._queries += 1
         try:
-            async with self._searches:
-                hits = await run_in_threadpool(engine.search, query, request.top, request.only.filter())
+            loop, only = asyncio.get_running_loop(), request.only.filter()
+            hits = await loop.run_in_executor(self._searching, engine.search, query, request.top, only)
         finally:
             self._queries -= 1
         return [Found.of(hit) for hit in hits]

@@ -7,12 +7,16 @@ import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date as date_of
 from datetime import datetime
+from datetime import time as time_of
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from rich.console import Console
 
+from llm2clip.data.refs import plain
 from llm2clip.data.skips import SkipLog
 from llm2clip.models.dual import open_dual
 from llm2clip.processes import say
@@ -89,6 +93,8 @@ def search_verb(
     opened: bool,
 ) -> list[str]:
     """Print what an index finds; see the arguments of `llm2clip search`."""
+    if top < 1:
+        raise ValueError(f"--top is 1 or more, not {top}")
     engine = open_engine(where)
     about = engine.about()
     dual = open_dual(model or about["model"])
@@ -140,7 +146,8 @@ def serve_verb(
     limits = Limits(waiting=waiting, seconds=seconds, batch=batch)
     app = create_app(dual, engine, limits, token, LOOPBACK if near else None, thread)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-    say(f"Serving at {address}{f'?token={token}' if token else ''}", "Its API is at /openapi.json; ctrl-c ends it.")
+    entry = f"{address}?token={quote(token, safe='')}" if token else address
+    say(f"Serving at {entry}", "Its API is at /openapi.json; ctrl-c ends it.")
     serve(app, host, port)
     return ["Stopped; what was under way was answered."]
 
@@ -153,12 +160,16 @@ def seconds(date: str | None, end: bool = False) -> float | None:
     """
     if date is None:
         return None
-    return datetime.fromisoformat(f"{date}T23:59:59" if end and len(date) == 10 else date).timestamp()
+    try:
+        day = datetime.combine(date_of.fromisoformat(date), time_of.max if end else time_of.min)
+    except ValueError:
+        return datetime.fromisoformat(date).timestamp()
+    return day.timestamp()
 
 
 def place(path: str | None) -> str | None:
     """A path as names in an index are written."""
-    return os.path.realpath(os.path.expanduser(path)) if path is not None else None
+    return plain(os.path.realpath(os.path.expanduser(path))) if path is not None else None
 
 
 def _in_words(query: Query) -> str:
