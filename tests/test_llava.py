@@ -26,6 +26,7 @@ from llm2clip.llava.pixels import Pixels
 from llm2clip.llava.pope import Sampling, ask, named, read_objects
 from llm2clip.llava.prompts import IGNORED, IMAGE, Conversation, chat_template, mark, messages
 from llm2clip.llava.train import train
+from llm2clip.llava.verbs import _records
 from llm2clip.models.vision import VisionTower
 from llm2clip.recipes import LlavaRecipe
 from test_export import hf_tower, timm_tower
@@ -205,6 +206,24 @@ def test_a_transformer_of_timm_is_opened_without_us(llm: Path, pictures: Path, t
 # ---- conversations --------------------------------------------------------------------------------------------------
 
 
+def test_a_space_of_an_answer_is_learned_whatever_its_offsets(llm: Path) -> None:
+    """Tokenizers of some LLMs tell spaces alone as empty."""
+    from tokenizers.processors import ByteLevel
+
+    tokenizer = tokenizer_of(llm)
+    assembled(timm_tower(64), _llm(llm), tokenizer)
+    plain_offsets = mark(Conversation("", None, (("What?", "A  big dog."),)), tokenizer, 1)
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    assert mark(Conversation("", None, (("What?", "A  big dog."),)), tokenizer, 1) == plain_offsets
+
+
+def test_what_another_row_says_of_a_picture_is_of_the_picture(pictures: Path, tmp_path: Path) -> None:
+    rows = [{"image": str(pictures / f"{n}.png"), "caption": c} for n, c in ((1, "a dog"), (2, "a cat"), (1, "a man"))]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = _records([str(tmp_path / "x.jsonl")], {}, SkipLog())
+    assert [r.captions for r in found] == [("a dog", "a man"), ("a cat",)]
+
+
 def test_answers_alone_are_labelled(llm: Path) -> None:
     tokenizer = tokenizer_of(llm)
     assembled(timm_tower(64), _llm(llm), tokenizer)  # adds <image>
@@ -256,6 +275,9 @@ def test_files_in_llava_s_form(pictures: Path, tmp_path: Path) -> None:
         {"id": "f", "conversations": said("What?", "  ")},
         {"conversations": list(reversed(said("a", "b")))},
         [1],
+        {"id": "i", "conversations": said("Half an emoji \ud83d", "Yes.")},
+        {"id": "j", "conversations": said("What is \ue0000\ue001?", "A mark of ours.")},
+        {"id": "k", "conversations": [{"from": "human", "value": ["x"]}, {"from": "gpt", "value": "y"}]},
     ]
     file = tmp_path / "mix.json"
     file.write_text(json.dumps(rows))
@@ -265,7 +287,7 @@ def test_files_in_llava_s_form(pictures: Path, tmp_path: Path) -> None:
     assert found[0].turns == (("What?", "Red."), ("Sure?", "Yes.")) and str(found[0].image) == str(pictures / "1.png")
     listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [(one["row"], one["reason"]) for one in listed] == [
-        (3, "no image"), *((n, "no conversation") for n in (4, 5, 6, 7, 8)),
+        (3, "no image"), *((n, "no conversation") for n in range(4, 12)),
     ]  # fmt: skip
     lines = tmp_path / "mix.jsonl"
     lines.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]) + "{broken\n")
@@ -542,7 +564,7 @@ def test_the_plan_counts_what_a_step_does(tmp_path: Path, capsys: pytest.Capture
     ids = torch.tensor([mark(talk, processor.tokenizer, 0).ids])
     found = llava_plan(
         LlavaRecipe(precision="fp32"), Machine("h100"), str(llm), str(tmp_path / "clip_vision_model"), None,
-        {"pretrain": 1000, "instruct": 1000}, {"pretrain": ids.shape[1] - 16, "instruct": ids.shape[1] - 16},
+        {"pretrain": 1000, "instruct": 1000}, {"pretrain": ids.shape[1], "instruct": ids.shape[1]},
     )  # fmt: skip
     assert found.image_tokens == model.config.image_seq_length == 16
     counts = {
@@ -553,8 +575,9 @@ def test_the_plan_counts_what_a_step_does(tmp_path: Path, capsys: pytest.Capture
     assert found.parameters == counts
     for stage in ("pretrain", "instruct"):
         model.requires_grad_(stage == "instruct")
-        inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
-        step = counted(lambda inputs=inputs: model(inputs_embeds=inputs, labels=ids).loss.backward())
+        inputs = model.get_input_embeddings()(torch.cat([ids.new_zeros(1, 16), ids], 1)).detach().requires_grad_()
+        read = {"labels": ids, "logits_to_keep": ids.shape[1]}  # the picture's 16 tokens have no logits
+        step = counted(lambda inputs=inputs, read=read: model(inputs_embeds=inputs, **read).loss.backward())
         assert found.flop[stage] == pytest.approx(step, rel=0.15), stage
     assert main(["llava", "plan", "--device", "a100-80", "--count", "8"]) == 0
     assert "does not fit into 80 GB: try --use_fsdp" in capsys.readouterr().out

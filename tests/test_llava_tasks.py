@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import math
+import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from PIL import Image
 from llm2clip.cli import main
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.refs import FileImage, MemoryImage
-from llm2clip.data.skips import SkipLog
+from llm2clip.data.skips import SkipLog, TooManySkipped
 from llm2clip.llava.answers import Answerer
 from llm2clip.llava.build import build
 from llm2clip.llava.captions import caption_scores, words
@@ -342,16 +344,28 @@ def test_a_judge_at_an_address() -> None:
     @app.post("/v1/chat/completions")
     async def complete(request: Request) -> dict[str, Any]:
         seen.append((await request.json(), request.headers["authorization"]))
-        return {"choices": [{"message": {"content": "0.7"}}]}
+        return {"choices": [{"message": {"content": None if seen[-1][0]["max_tokens"] == 99 else "0.7"}}]}
 
     with served(app) as address:
         judge = OpenAIJudge(f"{address}v1", "some-model", "SECRET")
         assert judge([{"role": "user", "content": "x"}], 0.5, 3) == "0.7"
         assert seen[0][1] == "Bearer SECRET" and seen[0][0]["model"] == "some-model" and seen[0][0]["max_tokens"] == 3
+        with pytest.raises(ConnectionError, match="it said None"):  # a refusal is no opinion
+            judge([], 0, 99)
         with pytest.raises(ConnectionError, match="404"):
             OpenAIJudge(f"{address}v2", "m")([], 0, 1)
     with pytest.raises(ConnectionError, match="no http address"):
         OpenAIJudge("file:///etc", "m")([], 0, 1)
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as other:
+        other.submit(_answers_nonsense, server)
+        with pytest.raises(ConnectionError, match="the judge at"):
+            OpenAIJudge(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "m")([], 0, 1)
+
+
+def _answers_nonsense(server: socket.socket) -> None:
+    with server.accept()[0] as client:
+        client.recv(1 << 16)
+        client.sendall(b"no status line\r\n\r\n")
 
 
 # ---- captions -------------------------------------------------------------------------------------------------------
@@ -493,6 +507,22 @@ def test_what_was_answered_is_not_asked_again(
     again = list(measure(str(built), work, ways, tmp_path, SkipLog()))
     assert [m.figures for m in first] == [m.figures for m in again]
     assert calls == [6, 12, 4]
+
+
+def test_too_many_pictures_that_cannot_be_decoded_are_no_result(built: Path, tmp_path: Path) -> None:
+    image(tmp_path / "0.jpg")
+    (tmp_path / "1.jpg").write_bytes((tmp_path / "0.jpg").read_bytes()[:60])
+    records = [Record(f"{n}", FileImage(str(tmp_path / f"{n}.jpg")), ("a dog",)) for n in (0, 1)]
+    log = SkipLog(limit=0.05)
+    log.at_least(1000)  # many rows of other things hide nothing
+    with pytest.raises(TooManySkipped, match=r"of 2 questions the pictures of 1 cannot be decoded, .*1\.jpg"):
+        list(measure(str(built), [captions_of(records)], Ways(beams=1), tmp_path, log))
+
+
+def test_a_limit_takes_of_each_group_in_turn() -> None:
+    asked = [Asked(f"{n}", None, "?", group=group) for n, group in enumerate("aaaabbbbcc")]
+    assert [one.id for one in first_units(asked, 4)] == ["0", "1", "4", "8"]
+    assert len(first_units(asked, 9)) == 9
 
 
 def test_the_command_measures_and_reports(

@@ -142,6 +142,10 @@ def test_what_a_file_of_vectors_may_not_be(tmp_path: Path) -> None:
     np.savez(file, images=np.eye(1, 3), image_names=["1.jpg"], texts=np.eye(2, 3), captions=[" x ", "x"])
     with pytest.raises(ValueError, match="'x' has two vectors"):
         SavedVectors(file, SkipLog())
+    np.save(tmp_path / "matrix.npy", np.eye(3))
+    (tmp_path / "matrix.npy").rename(tmp_path / "matrix.npz")
+    with pytest.raises(ValueError, match=r"matrix\.npz"):
+        SavedVectors(tmp_path / "matrix.npz", SkipLog())
     with pytest.raises(ValueError, match="some are the same"):
         saved(["1.jpg", "1.jpg"], np.ones((1, 3)))
     with pytest.raises(ValueError, match="not finite"):

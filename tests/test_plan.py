@@ -19,11 +19,12 @@ from llm2clip.models.vision import VisionTower
 from llm2clip.plan.devices import DEVICES, Machine
 from llm2clip.plan.kept import Kept
 from llm2clip.plan.known import LLMS, TOWERS, build_llm, build_tower, llm_config
+from llm2clip.plan.llava import llava_plan
 from llm2clip.plan.memory import align_memory, peak, tune_memory
 from llm2clip.plan.plan import Plan, plan
 from llm2clip.plan.report import report
 from llm2clip.plan.work import caption_work, counted, image_work
-from llm2clip.recipes import AlignRecipe, EncoderRecipe, FitRecipe, TuneRecipe
+from llm2clip.recipes import AlignRecipe, EncoderRecipe, FitRecipe, LlavaRecipe, TuneRecipe
 
 PAPERS = AlignRecipe(adapter_depth=4, width=1280, captions=1, precision="bf16")
 SMALL = FitRecipe(align=AlignRecipe(tower="test_vit", captions=1))
@@ -83,6 +84,37 @@ def test_the_papers_models_have_their_published_parameters(tower: str, parameter
     assert found.adapter == 273_769_728
 
 
+def test_lora_is_on_the_layers_that_were_named() -> None:
+    """Of Qwen2.5-0.5B, 24 blocks: queries 896 to 896, values 896 to 128."""
+    some, all_of_them = (
+        caption_work(EncoderRecipe("qwen/qwen2.5-0.5b"), TuneRecipe(lora_r=16, lora_targets=targets), "bf16")
+        for targets in (["q_proj", "v_proj"], "all-linear")
+    )
+    assert some.trained == 24 * 16 * (896 + 896 + 896 + 128) < all_of_them.trained
+    assert some.kept_per_token < all_of_them.kept_per_token
+
+
+@pytest.mark.parametrize(
+    ("llm", "parameters"),
+    [("qwen/qwen2.5-0.5b", 494_032_768), ("smollm2-135m", 134_515_008), ("lmsys/vicuna-7b-v1.5", 6_738_415_616)],
+)
+def test_a_head_that_is_the_table_of_tokens_counts_once(llm: str, parameters: int) -> None:
+    many = dict.fromkeys(("pretrain", "instruct"), 1000)
+    found = llava_plan(LlavaRecipe(), Machine("h100"), llm, "openai/clip-vit-base-patch32", None, many, many)
+    assert found.parameters["language model"] == parameters
+
+
+def test_features_of_both_stages_are_kept_or_of_neither() -> None:
+    many, said = dict.fromkeys(("pretrain", "instruct"), 200_000), dict.fromkeys(("pretrain", "instruct"), 300)
+
+    def towers(gigabytes: float) -> list[bool]:
+        recipe = LlavaRecipe(cache_gb=gigabytes)
+        found = llava_plan(recipe, Machine("h100"), "smollm2-135m", "openai/clip-vit-base-patch32", None, many, said)
+        return ["tower" in parts for parts in found.memory.values()]
+
+    assert towers(20) == [True, True] and towers(31) == [False, False]  # 15 GB each
+
+
 def test_every_name_in_the_tables_is_built() -> None:
     for name in LLMS:
         assert llm_config(EncoderRecipe(name)).num_hidden_layers > 1
@@ -93,7 +125,7 @@ def test_every_name_in_the_tables_is_built() -> None:
 def test_fewer_blocks_and_numbers_of_a_vector() -> None:
     found = caption_work(EncoderRecipe("smollm2-135m", layers=12, width=256), TuneRecipe(lora_r=0), "fp32")
     assert found.layers == 12 and found.width == 256
-    assert found.trained == found.parameters - found.table
+    assert found.trained == found.parameters - 49_152 * 576
 
 
 def test_an_unknown_model_is_named() -> None:
@@ -173,6 +205,10 @@ def test_what_is_frozen_costs_no_backward_pass() -> None:
     assert frozen.backward < lora.backward < learns.backward
     assert frozen.kept <= some.kept < learns.kept
     assert frozen.trained < lora.trained < learns.trained
+    one, more, two = (image_work(dataclasses.replace(recipe, tower_lr=0), 96, n) for n in (1, 1.25, 2))
+    for name in ("heads_forward", "backward", "kept"):
+        low, middle, high = (getattr(work, name) for work in (one, more, two))
+        assert middle == pytest.approx(low + 0.25 * (high - low)), name
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

@@ -144,6 +144,7 @@ def test_intervals_of_images_and_of_seeds() -> None:
     assert middle == 25 and high - low > 1.5 * 2 * spread
     assert interval(torch.zeros(2, 100)) == (0.0, 0.0, 3.0)
     assert interval(torch.ones(2, 100)) == (100.0, 97.0, 100.0)
+    assert interval(-torch.ones(2, 100)) == (-100.0, -100.0, -97.0)
 
 
 def test_texts_that_are_made() -> None:

@@ -39,7 +39,7 @@ class SavedVectors:
                 if lacking := [name for name in ARRAYS if name not in arrays]:
                     raise ValueError(f"no array {lacking[0]!r}; it takes {', '.join(ARRAYS)}")
                 images, names, texts, captions = (arrays[name] for name in ARRAYS)
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (AttributeError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:  # a .npy by another name
             raise ValueError(f"{file}: {error}") from error
         for what, vectors, keys in (("images", images, names), ("texts", texts, captions)):
             if vectors.ndim != 2 or keys.ndim != 1 or len(vectors) != len(keys):

@@ -82,7 +82,10 @@ class Conversations(Dataset):
     def _item(self, index: int) -> dict[str, Any] | str:
         """A conversation, or why it cannot be used."""
         one = self.conversations[index]
-        marked = mark(one, self.tokenizer, self.tokens)
+        try:
+            marked = mark(one, self.tokenizer, self.tokens)
+        except (TypeError, ValueError) as error:
+            return f"conversation {one.id} cannot be read by the LLM ({error})"
         item: dict[str, Any] = {"ids": marked.ids[: self.max_length], "labels": marked.labels[: self.max_length]}
         if all(label == IGNORED for label in item["labels"]):
             return f"conversation {one.id} has no answer within {self.max_length} tokens"

@@ -52,7 +52,7 @@ def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> lis
         log.seen_one()
         try:
             found.append(_conversation(row, root, str(number)))
-        except (KeyError, TypeError, ValueError, OSError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             reason = "no image" if isinstance(error, FileNotFoundError) else "no conversation"
             log.skip(str(file), number, reason, error)
     log.check()

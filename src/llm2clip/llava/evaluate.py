@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from llm2clip.cache.features import image_name
 from llm2clip.data.records import Record
-from llm2clip.data.skips import SkipLog
+from llm2clip.data.skips import SkipLog, TooManySkipped
 from llm2clip.files import write_whole
 from llm2clip.llava.answers import Answerer
 from llm2clip.llava.captions import caption_scores
@@ -32,7 +32,7 @@ from llm2clip.processes import processes
 
 @dataclass
 class Measured:
-    """A model's figures on a task; `judged` are the judge's points where there is one, else the answers."""
+    """A model's figures on a task, and what it said."""
 
     model: str
     task: str
@@ -100,6 +100,9 @@ def measure(
         ways: how they are answered.
         out: folder for answers and submissions.
         log: where pictures that cannot be decoded are listed.
+
+    Raises:
+        TooManySkipped: so are too many of a task's.
     """
     model = Answerer(name, precision=ways.precision, batch=ways.batch)
     weights = weights_hash(model.model)
@@ -114,10 +117,14 @@ def measure(
         file = out / "answers" / f"{task.name.replace(' ', '-')}-{fingerprint(identity)[:8]}.jsonl"
         answers = _kept(file, asked, task.name, partial(_said, model, task, beams, choose))
         known = [(one, answer) for one, answer in zip(asked, answers, strict=True) if answer is not None]
-        for one, answer in zip(asked, answers, strict=True):
-            log.seen_one()
-            if answer is None:
-                log.skip(str(one.image), 0, "undecodable image", task.name)
+        lost = [one for one, answer in zip(asked, answers, strict=True) if answer is None]
+        for one in lost:
+            log.skip(str(one.image), 0, "undecodable image", task.name)
+        if len(lost) > log.limit * len(asked):
+            raise TooManySkipped(
+                f"{task.name}: of {len(asked):,} questions the pictures of {len(lost):,} cannot be decoded, "
+                f"{lost[0].image} for one; mend them, or raise --max_skipped"
+            )
         questions, said = [one for one, _ in known], [answer for _, answer in known]
         if task.submission:
             for written, rows in task.submission(questions, said).items():

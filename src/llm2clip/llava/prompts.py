@@ -13,6 +13,7 @@ from typing import Any
 from llm2clip.data.refs import ImageRef
 
 IMAGE = "<image>"
+PLACE = ("\ue000", "\ue001")  # around the number of an answer, while the template is filled in
 IGNORED = -100  # the label of a token that is no answer, as transformers' losses have it
 
 _FLAT = """{%- set flat = namespace(messages=[]) -%}
@@ -89,7 +90,14 @@ def messages(conversation: Conversation) -> list[dict[str, Any]]:
 
 
 def plain(text: str) -> str:
-    """Without marks of a picture, whose place is known, and without space around."""
+    """Without marks of a picture, whose place is known, and without space around.
+
+    Raises:
+        ValueError: it is not valid Unicode, or holds what `mark` puts in the place of an answer.
+    """
+    text.encode()  # half of an emoji, say, which no tokenizer takes
+    if PLACE[0] in text or PLACE[1] in text:
+        raise ValueError(f"the characters {PLACE[0]!r} and {PLACE[1]!r} are for private use")
     while IMAGE in text:  # again, for one within another
         text = text.replace(IMAGE, "")
     return text.strip()
@@ -141,17 +149,17 @@ def _tokens(text: str, spans: list[tuple[int, int]], tokenizer: Any, tokens: int
     image = tokenizer.convert_tokens_to_ids(IMAGE)
     ids: list[int] = []
     labels: list[int] = []
-    for token, (start, end) in zip(read["input_ids"], read["offset_mapping"], strict=True):
+    for token, (_, end) in zip(read["input_ids"], read["offset_mapping"], strict=True):
         times = tokens if token == image else 1
         ids += [token] * times
         # A space before an answer is part of its first token in some tokenizers: what ends in an answer is of it.
-        answer = end > start and any(a < end <= b for a, b in spans)
+        answer = any(a < end <= b for a, b in spans)
         labels += [token if answer and token != image else IGNORED] * times
     return Marked(ids, labels)
 
 
 def _place(n: int) -> str:
-    return f"\ue000{n}\ue001"
+    return f"{PLACE[0]}{n}{PLACE[1]}"
 
 
 def _specials(tokenizer: Any) -> list[str]:

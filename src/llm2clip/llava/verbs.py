@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llm2clip.data.records import Record
 from llm2clip.data.skips import SkipLog
-from llm2clip.data.split import stream
+from llm2clip.data.split import read
 from llm2clip.files import write_whole
 from llm2clip.llava.build import build
 from llm2clip.llava.conversations import captioning, instructions, read_llava
@@ -122,7 +122,10 @@ def evaluate_verb(
         place = TASKS[name].place(root)
         if list(benchmarks) == ["all"] and not place.is_dir():
             continue
-        work.append((TASKS[name], TASKS[name].read(place, log)))
+        try:
+            work.append((TASKS[name], TASKS[name].read(place, log)))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{name}: {place} is not in its official form ({error!r})") from error
     if captions:
         work.append(captions_of(_records(captions, columns, log)))
     if pope:
@@ -146,7 +149,8 @@ def evaluate_verb(
 
 
 def _records(sources: Sequence[str], columns: dict[str, str], log: SkipLog) -> list[Record]:
-    return [record for _, record in stream(sources, columns, log)]
+    """One an image: what another row says of it is no negative, and a caption to be scored against."""
+    return [record for _, record in read(sources, columns, log)]
 
 
 def tasks_verb(root: str) -> list[str]:

@@ -52,7 +52,7 @@ def kept_by_llm(config: Any, tune: TuneRecipe, precision: str, layers: int) -> t
     blocks, net = blocks_of(llm), llm
     llm.get_input_embeddings().requires_grad_(False)
     if tune.lora_r:
-        lora = LoraConfig(r=tune.lora_r, lora_dropout=tune.lora_dropout, target_modules="all-linear")
+        lora = LoraConfig(r=tune.lora_r, lora_dropout=tune.lora_dropout, target_modules=tune.lora_targets)
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for something by its old name
             net = get_peft_model(llm, lora)

@@ -32,12 +32,12 @@ def _shape(
 
 
 _LLAMA_8B = _shape("llama", 4096, 32, 32, 8, 14336, 128256)
-_LLAMA_1B = _shape("llama", 2048, 16, 32, 8, 8192, 128256, head_dim=64)
+_LLAMA_1B = _shape("llama", 2048, 16, 32, 8, 8192, 128256, head_dim=64, tie_word_embeddings=True)
 _VICUNA_7B = _shape("llama", 4096, 32, 32, 32, 11008, 32000)
 _VICUNA_13B = _shape("llama", 5120, 40, 40, 40, 13824, 32000)
 _NEMO = _shape("mistral", 5120, 40, 32, 8, 14336, 131072, head_dim=128)
-_QWEN = _shape("qwen2", 896, 24, 14, 2, 4864, 151936)
-_SMOLLM2 = _shape("llama", 576, 30, 9, 3, 1536, 49152)
+_QWEN = _shape("qwen2", 896, 24, 14, 2, 4864, 151936, tie_word_embeddings=True)
+_SMOLLM2 = _shape("llama", 576, 30, 9, 3, 1536, 49152, tie_word_embeddings=True)
 _GEMMA3 = _shape("gemma3_text", 640, 18, 4, 1, 2048, 262144, head_dim=256)
 _MINILM = _shape("bert", 384, 6, 12, 12, 1536, 30522)
 

@@ -79,17 +79,20 @@ def llava_plan(
         "projector": projector,
         "language model": work.parameters + (0 if config.tie_word_embeddings else head),
     }
-    flop, hours, parts, features = {"picture": seeing}, {}, {}, {}
+    flop, hours, parts = {"picture": seeing}, {}, {}
     epochs = {"pretrain": recipe.pretrain_epochs, "instruct": recipe.epochs}
+    features = {stage: 2.0 * conversations[stage] * tokens * width for stage in STAGES}
+    # Kept for both stages or for none; that the pictures of one are not those of the other is assumed.
+    kept = 0 < sum(features[stage] for stage in STAGES if epochs[stage]) <= recipe.cache_gb * 1e9
     for stage in STAGES:
         length = min(recipe.max_length, tokens + text_tokens[stage])
-        features[stage] = 2.0 * conversations[stage] * tokens * width
-        kept = 0 < features[stage] <= recipe.cache_gb * 1e9
         passes = conversations[stage] * epochs[stage]
         flop[stage] = _conversation(work, head, projector, tokens, length, stage, recipe)
         total = passes * flop[stage] + (conversations[stage] if kept else passes) * seeing
         hours[stage] = machine.hours(total, precision)
-        parts[stage] = _memory(work, parameters, head, length, stage, recipe, precision, count, shared_out, kept)
+        parts[stage] = _memory(
+            work, parameters, head, tokens, length, stage, recipe, precision, count, shared_out, kept
+        )
     return LlavaPlan(
         machine, tokens, parameters, flop, features, parts,
         {stage: fits(some, device.memory) for stage, some in parts.items()}, hours,
@@ -121,11 +124,12 @@ def _conversation(
     """FLOP of a conversation in a step: forward through LLM, head and projector; back through all of it, with the
     gradients of the weights that learn. Attention looks back only, which kernels for it make half the work."""
     attention = work.forward(length) - 2 * work.linear * length
-    outside = 2 * head * length + 2 * projector * tokens
+    outside = 2 * head * (length - tokens) + 2 * projector * tokens  # a picture's tokens have no logits
     forward = 2 * work.linear * length + attention / 2 + outside
     back = 2 * work.linear * length + attention + outside + 2 * projector * tokens
     if stage == "instruct":
-        back += 4 * work.trained * length if recipe.lora_r else 2 * (work.linear + head) * length
+        whole = 2 * work.linear * length + 2 * head * (length - tokens)
+        back += 4 * work.trained * length if recipe.lora_r else whole
         forward += 2 * work.trained * length if recipe.lora_r else 0
     return forward * (1 + recipe.recompute) + back
 
@@ -134,6 +138,7 @@ def _memory(
     work: CaptionWork,
     parameters: dict[str, int],
     head: int,
+    tokens: int,
     length: float,
     stage: str,
     recipe: LlavaRecipe,
@@ -165,7 +170,7 @@ def _memory(
     block = work.kept_per_token
     through = work.layers * work.input_per_token + block if recipe.recompute else work.layers * block
     vocabulary = head // work.width * (low + 4 + 4)  # logits, the same in fp32, and their gradient
-    parts["activations"] = micro * length * (through + block + work.kept_outside + vocabulary)
+    parts["activations"] = micro * (length * (through + block + work.kept_outside) + (length - tokens) * vocabulary)
     return {**parts, "libraries": LIBRARIES, "loading": 0.0}
 
 

@@ -9,10 +9,12 @@ counted on two and three of its blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,7 +35,6 @@ class CaptionWork:
         parameters: all of them, without a head.
         linear: weights of the linear layers of its blocks, which do nearly all the work.
         largest_linear: those of one block.
-        table: weights of the table of tokens.
         layers: blocks.
         heads_width: heads times their width.
         trained: parameters that tune changes.
@@ -46,7 +47,6 @@ class CaptionWork:
     parameters: int
     linear: int
     largest_linear: int
-    table: int
     layers: int
     heads_width: int
     trained: int
@@ -113,14 +113,13 @@ def caption_work(encoder: EncoderRecipe, tune: TuneRecipe, precision: str) -> Ca
     blocks = blocks_of(llm)
     linear = _linear(blocks)
     heads = config.num_attention_heads
-    trained = _lora(blocks, tune.lora_r) if tune.lora_r else _count(llm) - _table(llm)
+    trained = _lora(blocks, tune.lora_r, tune.lora_targets) if tune.lora_r else _count(llm) - _table(llm)
     two, three = (kept_by_llm(config, tune, precision, n) for n in (2, 3))
     return CaptionWork(
         width=encoder.width or config.hidden_size,
         parameters=_count(llm),
         linear=linear,
         largest_linear=max(_linear(block) for block in blocks),
-        table=_table(llm),
         layers=len(blocks),
         heads_width=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
         trained=trained,
@@ -141,19 +140,30 @@ def image_work(recipe: AlignRecipe, text_width: int, captions: float) -> ImageWo
     parts = (_count(model.tower), _count(model.projection), _count(model.adapter))
     with torch.device("meta"):
         choose_trained(model, recipe)  # with LoRA, if there is to be some
-    n = max(1, math.ceil(captions))  # whole captions go through; their share is taken afterwards
-    size, share = tower.preprocess.size, captions / n
+    size = tower.preprocess.size
     pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8, device="meta")
     features = torch.zeros(1, tower.width, device="meta")
-    texts = torch.zeros(n, text_width, device="meta")
+    given = {"features": features} if recipe.cache_features else {"pixels": pixels}
     with all_of(model, False):
         tower_forward = counted(lambda: model.tower(pixels))
-        heads = counted(lambda: model(features=features)) + share * counted(lambda: model(embeddings=texts))
-    given = {"features": features} if recipe.cache_features else {"pixels": pixels}
-    image, text, *_ = model(embeddings=texts, **given)
-    learned = [x.sum() for x in (image, text) if x.requires_grad]
-    backward = counted(lambda: torch.stack(learned).sum().backward()) if learned else 0.0
-    one, two = kept_by_model(recipe, text_width, n)
+        of_image = counted(lambda: model(features=features))
+
+    def counts(n: int) -> np.ndarray:
+        """With n captions: FLOP of the heads and backwards, and what is kept of one image and of two."""
+        texts = torch.zeros(n, text_width, device="meta")
+        with all_of(model, False):
+            heads = of_image + counted(lambda: model(embeddings=texts))
+        image, text, *_ = model(embeddings=texts, **given)
+        learned = [x.sum() for x in (image, text) if x.requires_grad]
+        backward = counted(lambda: torch.stack(learned).sum().backward()) if learned else 0.0
+        return np.array([heads, backward, *chain(*kept_by_model(recipe, text_width, n))])
+
+    few = max(1, math.floor(captions))  # whole captions go through; between two numbers of them lies what is asked for
+    found = counts(few)
+    if captions > few:
+        found = found + (captions - few) * (counts(few + 1) - found)
+    heads, backward, *kept = found.tolist()
+    one, two = kept[:3], kept[3:]
     return ImageWork(
         *parts,
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -197,8 +207,12 @@ def _linear(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
-def _lora(module: nn.Module, rank: int) -> int:
-    return sum(rank * (m.in_features + m.out_features) for m in module.modules() if isinstance(m, nn.Linear))
+def _lora(module: nn.Module, rank: int, targets: str | Sequence[str]) -> int:
+    linear = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+    if targets != "all-linear":
+        named = {targets} if isinstance(targets, str) else set(targets)
+        linear = {name: m for name, m in linear.items() if name.rpartition(".")[2] in named}
+    return sum(rank * (m.in_features + m.out_features) for m in linear.values())
 
 
 def _table(llm: Any) -> int:

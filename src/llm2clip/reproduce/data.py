@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from llm2clip.data.pairs import Captions, Pair
-from llm2clip.data.records import Record
+from llm2clip.data.records import Record, Source
 from llm2clip.data.skips import SkipLog
 from llm2clip.data.split import only, read, read_data, tuning_sources
 from llm2clip.data.text_pairs import open_pairs
@@ -38,7 +38,8 @@ class Sets:
     def tune(self) -> list[Captions]:
         """Captions by image, and two long ones of each that has four: its first captions joined, and its last."""
         sources = [str(self.folder / s) for s in self.recipe.tune]
-        excluded = [str(self.folder / s) for s in [*self.recipe.exclude, *self.recipe.test, *self.recipe.cra]]
+        dense = [s for s in self.recipe.dense if (self.folder / Source.parse(s).path).exists()]
+        excluded = [str(self.folder / s) for s in [*self.recipe.exclude, *self.recipe.test, *self.recipe.cra, *dense]]
         (items,) = tuning_sources([], [], TuneRecipe(data=sources, exclude=excluded, steps=0), {}, self.log)
         return [dataclasses.replace(i, long=i.long or halves(i.short)) for i in items if isinstance(i, Captions)]
 

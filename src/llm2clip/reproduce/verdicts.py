@@ -91,12 +91,13 @@ def interval(values: Tensor) -> Interval:
     """Mean of values in percent, and its 95% interval by a bootstrap of images and of seeds.
 
     Args:
-        values: (seeds, images). Where all are alike, as none found, the interval reaches to 3 / images: the rule of
-            three (JAMA 249:1743, 1983).
+        values: (seeds, images), 0 to 1, or gains, -1 to 1. Where all are alike, as none found, the interval reaches
+            3 / images further: the rule of three (JAMA 249:1743, 1983).
     """
     low, high = shown_ends(resampled(values))
     if values.min() == values.max():
-        low, high = (0.0, 300 / values.shape[1]) if values.max() == 0 else (low - 300 / values.shape[1], high)
+        reach, least = 300 / values.shape[1], -100.0 if float(values.min()) < 0 else 0.0
+        low, high = max(least, low - reach), min(100.0, high + reach)
     return 100 * float(values.mean()), low, high
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,9 +79,13 @@ def mean(values: Sequence[float]) -> float:
 
 
 def first_units(asked: Sequence[Asked], count: int | None) -> list[Asked]:
-    """The questions of the first so many units: what is scored together is never cut. None is all."""
-    units = list(dict.fromkeys(one.unit or one.id for one in asked))[:count]
-    kept = set(units)
+    """The questions of the first so many units, of each group in turn: what is scored together is never cut. None is
+    all."""
+    groups: dict[str, dict[str, None]] = {}
+    for one in asked:
+        groups.setdefault(one.group, {})[one.unit or one.id] = None
+    turns = chain.from_iterable(zip_longest(*groups.values()))
+    kept = set(islice(dict.fromkeys(unit for unit in turns if unit is not None), count))
     return [one for one in asked if (one.unit or one.id) in kept]
 
 

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +68,21 @@ class OpenAIJudge:
         for wait in (1, 4, 16, 0):
             try:
                 with _DIRECT.open(request, timeout=self.seconds) as answer:
-                    return str(json.loads(answer.read(LARGEST))["choices"][0]["message"]["content"])
+                    said = json.loads(answer.read(LARGEST))["choices"][0]["message"]["content"]
+                if not isinstance(said, str):  # a refusal is no opinion
+                    raise ValueError(f"it said {said!r}")
+                return said
             except urllib.error.HTTPError as error:
                 if wait and error.code in (429, 500, 502, 503, 504):
                     time.sleep(wait)
                     continue
                 said = error.read(500).decode(errors="replace")
                 raise ConnectionError(f"the judge at {self.address}: {error} {said}".strip()) from error
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            except TimeoutError as error:
+                if not wait:
+                    raise ConnectionError(f"the judge at {self.address} took over {self.seconds:g} s") from error
+                time.sleep(wait)
+            except (OSError, HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
                 raise ConnectionError(f"the judge at {self.address}: {error}") from error
         raise AssertionError("the last try returns or raises")
 
