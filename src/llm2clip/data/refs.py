@@ -143,19 +143,12 @@ class _Window(io.RawIOBase):
         super().close()
 
 
-@dataclass(frozen=True, slots=True)
-class ParquetImage(ImageRef):
-    """A cell of a parquet file (bytes, or a struct of bytes and path).
+class _Cell(ImageRef):
+    """A cell of a table, told by the digest of its bytes where they were met: a table may have a row for each caption,
+    the image in each."""
 
-    The first read of a row group decodes its whole image column; four such columns are kept a process. Reading in file
-    order is therefore cheap, and reading at random costs a row group an image: write small row groups (HF's are 100).
-    `digest` is that of the bytes, where they were met: a table may have a row for each caption, the image in each.
-    """
-
-    path: str
-    row: int
-    column: str
-    digest: str = ""
+    __slots__ = ()
+    digest: str
 
     @property
     def key(self) -> str:
@@ -164,6 +157,20 @@ class ParquetImage(ImageRef):
     @property
     def told(self) -> bool:
         return bool(self.digest)
+
+
+@dataclass(frozen=True, slots=True)
+class ParquetImage(_Cell):
+    """A cell of a parquet file (bytes, or a struct of bytes and path).
+
+    The first read of a row group decodes its whole image column; four such columns are kept a process. Reading in file
+    order is therefore cheap, and reading at random costs a row group an image: write small row groups (HF's are 100).
+    """
+
+    path: str
+    row: int
+    column: str
+    digest: str = ""
 
     def open(self) -> BinaryIO:
         stamp = _stamp(self.path)
@@ -205,19 +212,14 @@ def _parquet_column(path: str, stamp: tuple[int, int], group: int, column: str) 
 
 
 @dataclass(frozen=True, slots=True)
-class DatasetImage(ImageRef):
-    """A cell of a Hugging Face data set saved by `save_to_disk`: memory-mapped, so random access is cheap. `digest` as
-    above."""
+class DatasetImage(_Cell):
+    """A cell of a Hugging Face data set saved by `save_to_disk`: memory-mapped, so random access is cheap."""
 
     folder: str
     split: str | None
     row: int
     column: str
     digest: str = ""
-
-    @property
-    def key(self) -> str:
-        return self.digest or self.place
 
     def open(self) -> BinaryIO:
         try:
