@@ -138,6 +138,8 @@ def test_parquet_cells_may_be_paths_of_files_and_are_found_across_row_groups(fol
 def test_columns_of_one_name_are_a_list(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("id,caption,caption,caption\n1,one,two,\n")
     assert [r.captions for r in open_records(tmp_path / "x.csv")] == [("one", "two")]
+    (tmp_path / "y.csv").write_text("id,caption,id\n1,one,2\n")  # two tables that were joined
+    assert [(r.id, r.captions) for r in open_records(tmp_path / "y.csv")] == [("2", ("one",))]
 
 
 def test_pictures_of_one_name_in_a_tar_are_two(tmp_path: Path) -> None:

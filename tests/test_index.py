@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import sqlite3
 import tarfile
 from datetime import datetime
 from pathlib import Path
@@ -24,7 +25,7 @@ from llm2clip.models.dual import DualEncoder, open_dual
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.search.build import date_taken, index
 from llm2clip.search.engines import open_engine
-from llm2clip.search.entries import Content, Engine, Filter, Picture, place_of_json, place_to_json
+from llm2clip.search.entries import Content, Engine, Filter, Picture, holder, place_of_json, place_to_json
 from llm2clip.search.local import LocalIndex
 from llm2clip.search.nearest import Codes, Nearest, graph_of, grown
 from llm2clip.search.query import AWAY, Query, mixed, see, vector_of
@@ -337,21 +338,41 @@ def test_two_pictures_of_one_name_in_a_tar(pictures: Path, model: DualEncoder, t
     engine = LocalIndex(tmp_path / "index", write=True)
     assert index([str(tmp_path / "some.tar")], model, engine, SkipLog(None, 1.0)).added == 3
     assert not index([str(tmp_path / "some.tar")], model, engine, SkipLog(None, 1.0))
+    assert len(names(engine, Filter(under=str(tmp_path / "some.tar")))) == 3
+    assert holder(f"{tmp_path}/some.tar!a.png@2048", TarImage(f"{tmp_path}/some.tar", 2048, 9, "a.png")).endswith(
+        ".tar"
+    )
 
 
 def test_an_index_that_can_only_be_read_is_read(
     photos: Path, model: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "index"
+    """As where a folder is mounted to be read: root, who runs the tests elsewhere, may write anywhere."""
+    folder, connect = tmp_path / "index", sqlite3.connect
     writer = LocalIndex(folder, write=True)
     index([str(photos)], model, writer, SkipLog(None, 1.0))
-    monkeypatch.setattr("llm2clip.search.local.os.access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(OSError, match="has not ended"):
-        LocalIndex(folder)
+
+    def only_reads(where: Any, **options: Any) -> sqlite3.Connection:
+        if not options.get("uri"):
+            raise sqlite3.OperationalError("attempt to write a readonly database")
+        return connect(where, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llm2clip.search.local.os.access", lambda *_: False)
+        patch.setattr(sqlite3, "connect", only_reads)
+        with pytest.raises(OSError, match="readonly"):  # what the writer has not brought in yet would be missed
+            LocalIndex(folder)
+        writer._db.close()
+        reader = LocalIndex(folder)
+        assert names(reader) >= {"1.png", "5.png", "old.jpg"}
+        assert {file.name for file in folder.iterdir()} == {"pictures.sqlite"}, "nothing is written beside it"
+    (photos / "1.png").unlink()
+    writer = LocalIndex(folder, write=True)
+    index([str(photos)], model, writer, SkipLog(None, 1.0))
     writer._db.close()
-    there = {file.name for file in folder.iterdir()}
-    assert names(LocalIndex(folder)) >= {"1.png", "5.png", "old.jpg"}
-    assert {file.name for file in folder.iterdir()} == there == {"pictures.sqlite"}, "nothing is written beside it"
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "connect", only_reads)
+        assert "1.png" not in names(reader), "what changed is read anew"
 
 
 def test_what_an_index_is_called(tmp_path: Path) -> None:

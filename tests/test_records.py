@@ -140,7 +140,7 @@ def test_paths_that_are_wrong_fail_at_once_and_say_how(folder: Path) -> None:
     as_tars_in_braces(folder)
     with pytest.raises(FileNotFoundError, match=r"shard-003\.tar: no such file"):
         open_records(folder / "shard-{000..003}.tar")
-    with pytest.raises(ValueError, match="images='all'; it is one of header, exists, ignore"):
+    with pytest.raises(ValueError, match="images='all'; it is one of header, exists, named, ignore"):
         open_records(folder / "x.jsonl", images="all")  # type: ignore[arg-type]
     (folder / "shard-{9}.tar").write_bytes((folder / "shard-000.tar").read_bytes())
     assert [r.id for r in open_records(folder / "shard-{9}.tar")] == ["a"]  # a name, for it exists

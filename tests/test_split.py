@@ -18,7 +18,7 @@ from PIL import Image
 from llm2clip.data.pairs import Captions, Pair
 from llm2clip.data.records import EARLY, open_records
 from llm2clip.data.skips import SkipLog
-from llm2clip.data.split import Data, read, read_data, stream, tuning_data, tuning_sources
+from llm2clip.data.split import Data, read, read_data, stream, tuning_sources
 from llm2clip.recipes import EvaluateRecipe, RecipeChanged, TuneRecipe, keep
 from written import image_bytes
 
@@ -45,9 +45,9 @@ def ids(data: Data) -> tuple[list[str], list[str]]:
 
 def tuned_on(data: Data, recipe: TuneRecipe) -> list:
     """As `fit` asks for it."""
-    own = [] if recipe.data or recipe.pairs else [data.train]
+    train = [] if recipe.data or recipe.pairs else data.train
     held_out = [r for some in data.held_out.values() for r in some]
-    return tuning_sources(own, held_out, dataclasses.replace(recipe, batch=1), {}, SkipLog())
+    return tuning_sources(train, held_out, dataclasses.replace(recipe, batch=1), {}, SkipLog())
 
 
 def test_splits_by_name(write) -> None:
@@ -225,33 +225,59 @@ def test_an_image_in_a_row_for_each_caption_is_one_image(tmp_path: Path) -> None
     unnamed = [{"id": n, "caption": f"{n} {k}"} for n in range(4) for k in range(2)]
     (tmp_path / "unnamed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in unnamed))
     for source in ("texts.parquet", "named.jsonl", "unnamed.jsonl"):  # without a file there
-        found = read([str(tmp_path / source)], {}, SkipLog(), "ignore")
+        found = read([str(tmp_path / source)], {}, SkipLog(), "named")
         assert [r.captions for _, r in found] == [(f"{n} 0", f"{n} 1") for n in range(4)]
 
 
-def test_tuning_leaves_out_what_a_fit_of_the_same_data_holds_out(write) -> None:
+def test_tuning_leaves_out_what_a_fit_of_the_same_data_holds_out(write, tmp_path: Path) -> None:
+    def tuned(sources: list[str], recipe: TuneRecipe) -> list[set[str]]:
+        """The numbers of the images whose captions `llm2clip tune` sees, by source."""
+        held = [r for some in read_data(sources, EvaluateRecipe(), {}, SkipLog()).held_out.values() for r in some]
+        items = tuning_sources([], held, dataclasses.replace(recipe, batch=1), {}, SkipLog(), own=sources)
+        return [{item.texts[0].split()[0] for item in some} for some in items]
+
     file = write("a.jsonl", *(row(n, "test" if n < 2 else "train" if n < 6 else "odd") for n in range(8)))
-    own, held = tuning_data([file], TuneRecipe(), {}, SkipLog())
-    assert [[r.id for r in some] for some in own] == [["2", "3", "4", "5"]] and [r.id for r in held] == ["0", "1"]
-    own, held = tuning_data([f"{file}@test", file], TuneRecipe(weights=[1, 1]), {}, SkipLog())
-    assert [[r.id for r in some] for some in own] == [["0", "1"], ["2", "3", "4", "5"]], "what is named is taken"
+    assert tuned([file], TuneRecipe()) == [{"2", "3", "4", "5"}]
+    named, rest = tuned([f"{file}@test", file], TuneRecipe(weights=[1, 1]))
+    assert named == {"0", "1"} and len(rest) == 3 and rest < {"2", "3", "4", "5"}, (
+        "named ones as they are; one is drawn"
+    )
     drawn = write("b.jsonl", *(row(n) for n in range(20)))
-    own, held = tuning_data([drawn], TuneRecipe(), {}, SkipLog())
-    fitted = read_data([drawn], EvaluateRecipe(), {}, SkipLog())
-    assert ([r.id for r in own[0]], [r.id for r in held]) == ids(fitted) and len(held) == 2
-    assert tuning_data([], TuneRecipe(), {}, SkipLog()) == ([], [])
+    train, held = ids(read_data([drawn], EvaluateRecipe(), {}, SkipLog()))
+    assert tuned([drawn], TuneRecipe()) == [set(train)] and len(held) == 2
+    again = write("c.jsonl", *({**row(n), "captions": [f"{n} c", f"{n} d"], "id": f"x{n}"} for n in range(20)))
+    both = read_data([drawn, again], EvaluateRecipe(), {}, SkipLog())
+    assert tuned([drawn, again], TuneRecipe(weights=[1, 1])) == [{r.id for r in both.train}] * 2, "of both sources"
+    assert tuned([drawn], TuneRecipe(data=[again])) == [set(train)], "one source of both, an image of both once"
 
 
-def test_excluding_nothing_is_said(write, capsys: pytest.CaptureFixture[str]) -> None:
-    data = read_data([f"{write('a.jsonl', row(1), row(2))}@none"], EvaluateRecipe(data=[]), {}, SkipLog())
-    other = write("b.jsonl", row(7, id="000000391895"))
-    tuning_sources([data.train], [], TuneRecipe(exclude=[other], batch=1), {}, SkipLog())
-    assert "none of its images" in capsys.readouterr().out
-    coco = write("c.jsonl", row(8, id="391895"), row(9, id="COCO_val2014_000000391895"))
+def test_numbers_are_numbers_however_many_zeros_they_begin_with(write, capsys: pytest.CaptureFixture[str]) -> None:
+    """COCO's files are called 000000000139, its ids are 139."""
+    coco = write("c.jsonl", row(8, id="139"), row(7, id="391895"), row(9, id="COCO_val2014_000000391895"))
     train = [r for _, r in read([coco], {}, SkipLog())]
-    assert tuning_sources([train], [], TuneRecipe(exclude=[other], batch=1), {}, SkipLog()) == [
-        [Captions(("9 a", "9 b"))]
-    ], "numbers are numbers, however many zeros they begin with"
+
+    def left(*barred: str) -> list[str]:
+        other = write("b.jsonl", *(row(n, id=name) for n, name in enumerate(barred)))
+        (items,) = tuning_sources(train, [], TuneRecipe(exclude=[other], batch=1), {}, SkipLog())
+        return [item.texts[0].split()[0] for item in items]
+
+    assert left("000000391895", "000000000139") == ["9"]
+    capsys.readouterr()
+    assert left("000000000140") == ["8", "7", "9"]
+    assert "none of its images" in capsys.readouterr().out
+
+
+def test_rows_that_name_nothing_are_each_their_own(tmp_path: Path) -> None:
+    for n in range(2):
+        (tmp_path / f"data.{n}.jsonl").write_text("".join(json.dumps({"caption": f"{n} {k}"}) + "\n" for k in range(3)))
+    (tmp_path / "some").mkdir()
+    for n in range(2):
+        os.rename(tmp_path / f"data.{n}.jsonl", tmp_path / f"some/data.{n}.jsonl")
+    assert len(read([str(tmp_path / "some/data.{0..1}.jsonl")], {}, SkipLog(), "named")) == 6
+    cells = [{"image": {"bytes": image_bytes(n), "path": "image.png"}, "caption": f"{n}"} for n in range(6)]
+    pq.write_table(pa.Table.from_pylist(cells), tmp_path / "x.parquet")
+    for images in ("header", "named", "ignore"):
+        assert len(read([str(tmp_path / "x.parquet")], {}, SkipLog(), images)) == 6  # type: ignore[arg-type]
 
 
 def test_names_that_are_no_utf8_are_held_out_like_others(tmp_path: Path) -> None:

@@ -61,9 +61,9 @@ def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
     tunes = recipe.tune.steps or recipe.tune.mntp_steps
     sources: list[list[Item]] = []
     if untuned and tunes:
-        own = [] if recipe.tune.data or recipe.tune.pairs else [records.train]
-        tested = (r for some in records.held_out.values() for r in some)
-        sources = tuning_sources(own, tested, recipe.tune, recipe.columns, log)
+        train = [] if recipe.tune.data or recipe.tune.pairs else records.train
+        tested = [r for some in records.held_out.values() for r in some]
+        sources = tuning_sources(train, tested, recipe.tune, recipe.columns, log)
     raw = open_encoder(recipe.encoder, recipe.tune) if untuned else None
     cra = []
     if measurable:

@@ -56,7 +56,8 @@ class TuneRecipe:
     """Stage 1: caption-contrastive tuning of the LLM, with LoRA or of all its weights.
 
     Args:
-        data: sources of captions, images not needed: PATH or PATH@split+split; empty takes the training data's.
+        data: sources of captions, images not needed: PATH (its training rows, and those of no split) or
+            PATH@split+split; empty takes the training data's.
         pairs: sources of general text pairs, rows of query and positive, and perhaps negatives and instruction. Where
             there are some and no `data`, the training data's captions are left out.
         weights: how often a batch is of each source of captions and then of each of pairs, all its pairs of that one;

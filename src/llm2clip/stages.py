@@ -16,7 +16,7 @@ from llm2clip.cache.ray_engine import embed_with_ray
 from llm2clip.cache.store import EmbeddingStore, refused_captions
 from llm2clip.data.records import KINDS, Record, Source
 from llm2clip.data.skips import SkipLog
-from llm2clip.data.split import read, read_data, stream, tuning_data, tuning_sources
+from llm2clip.data.split import read, read_data, stream, tuning_sources
 from llm2clip.evaluate.model import validator
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.text import CaptionEncoder
@@ -46,8 +46,13 @@ def tune_stage(
     processes().wait_for_everyone()  # all have looked before anyone is done
     if not (data or recipe.data or recipe.pairs):
         raise ValueError("name sources of captions, or of text pairs with --tune.pairs")
-    own, held_out = tuning_data(data, recipe, columns, log)
-    items = tuning_sources(own, held_out, recipe, columns, log)
+    held_out: list[Record] = []
+    if any(not Source.parse(d).splits for d in data):  # what a fit holds out is not tuned on here either
+        found = read_data(data, EvaluateRecipe(), columns, log, "named")
+        held_out = [r for some in found.held_out.values() for r in some]
+        if held_out:
+            say(found.summary)
+    items = tuning_sources([], held_out, recipe, columns, log, own=data)
     say(log.summary())
     return tune(items, open_encoder(encoder, recipe), recipe, out)
 

@@ -26,7 +26,7 @@ from llm2clip.data.refs import FileImage, ImageRef, MemoryImage
 from llm2clip.data.rows import Bad, Held, RawRow, guessed
 from llm2clip.data.skips import SkipLog
 
-Images = Literal["header", "exists", "ignore"]
+Images = Literal["header", "exists", "named", "ignore"]
 MAX_PIXELS = 100_000_000
 EARLY = 1000  # rows after which a source that is going wrong is stopped before its end
 NO_SPLIT = "none"  # in a selection and in data: the records of no split
@@ -44,7 +44,8 @@ KINDS = ("captions", "short_captions", "long_captions")  # of texts: as they cam
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """An image and what is said of it. `image` is None in a source of texts; captions are stripped, never cut."""
+    """An image and what is said of it. `image` is None in a source of texts; captions are stripped, never cut; `named`
+    says whether the id is the source's."""
 
     id: str
     image: ImageRef | None
@@ -52,6 +53,7 @@ class Record:
     short_captions: tuple[str, ...] = ()
     long_captions: tuple[str, ...] = ()
     split: str | None = None
+    named: bool = field(default=True, compare=False)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -111,8 +113,9 @@ def open_records(
     for a caption's row may be anywhere in them: rows of the same image and split become one record, at its first row.
 
     images: "header" opens each image as far as its size (about 0.1 ms from a warm disk; damage further in is not
-    found), "exists" asks whether the file is there, "ignore" is for reading texts: no row is left out for its image,
-    and `image` is what the row names, there or not. A row without an image is a record too.
+    found), "exists" asks whether the file is there. "named" and "ignore" are for reading texts: no row is left out for
+    its image, and `image` is what the row names, there or not; "ignore" does not read the bytes in a table, either,
+    without which its images cannot be told apart. A row without an image is a record too.
     captionless: so is one without captions, if it has an image, and nobody asks for a column of them; a folder is read
     with all that is in it.
 
@@ -251,6 +254,8 @@ class _Opening:
                     raise _Skip(fields.reason, fields.value, fields.rows)
                 chosen = self.choose(file, list(fields)) if table else self.of_row(fields)
                 values = {name: fields.get(column) for name, column in chosen.items()}
+                if kind in ("csv", "tsv"):  # of columns of one name the last, but for captions
+                    values |= {n: v[-1] for n, v in values.items() if n not in KINDS and isinstance(v, list)}
                 split = _name(values, "split")
                 split = None if split == NO_SPLIT else split
                 self.splits_met[split or NO_SPLIT] += 1
@@ -300,11 +305,12 @@ class _Opening:
         image = row.image.ref if row.image else None
         if not any(getattr(row, kind) for kind in KINDS) and not (self.captionless and image):
             raise _Skip("no image and no caption" if self.captionless else "no caption", image or row.id or "")
-        if row.image is not None and self.images != "ignore":
+        if row.image is not None and self.images in ("header", "exists"):
             _check_image(row.image, self.images)
         stem = os.path.splitext(os.path.basename(row.image.name or ""))[0] if row.image else ""
         identity = row.id or stem or f"{os.path.basename(row.file).split('.')[0]}:{row.row}"
-        return Record(identity, image, row.captions, row.short_captions, row.long_captions, row.split)
+        texts = (row.captions, row.short_captions, row.long_captions)
+        return Record(identity, image, *texts, row.split, named=row.id is not None)
 
 
 def _grouped(rows: Iterable[_Row]) -> Iterator[_Row]:
@@ -364,7 +370,7 @@ def _reference(value: Any, file: str, images: Images) -> Held | None:
         return Held(MemoryImage(value, name or f"image in {file}"), value, name)
     if not isinstance(value, str):
         raise _Skip("malformed row", f"an image is a path, bytes or null, not {value!r}")
-    if images != "ignore" and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", value):
+    if images in ("header", "exists") and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", value):
         raise _Skip("image is a URL", value)
     path = os.path.join(os.path.dirname(file), value)
     return Held(FileImage(path), None, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -75,11 +75,12 @@ def read(
 ) -> list[tuple[Source, Record]]:
     """The records of some sources and where each is from, one record an image: rows and sources that name the same
     image become one with all their captions, of the split and source that came first. Where a row names no image, rows
-    of a source and split that share an id do."""
+    of a source and split that give the same id do."""
     found: dict[Any, tuple[Source, Record]] = {}
-    for source, record in stream(sources, columns, log, images):
-        told = record.image is not None and record.image.told
-        key = record.image.key if told and record.image else (source.path, record.split, record.id)
+    for n, (source, record) in enumerate(stream(sources, columns, log, images)):
+        key: Any = (source.path, record.split, record.id) if record.named else n
+        if record.image is not None and record.image.told:
+            key = record.image.key
         if key in found:
             source, first = found[key]
             texts: dict[str, Any] = {
@@ -124,60 +125,59 @@ def only(record: Record, captions: tuple[str, ...]) -> Record:
     return dataclasses.replace(record, captions=captions, short_captions=(), long_captions=())
 
 
-def tuning_data(
-    sources: Sequence[str], recipe: TuneRecipe, columns: dict[str, str], log: SkipLog
-) -> tuple[list[list[Record]], list[Record]]:
-    """Of sources whose captions are to be tuned on: the records that a fit of them would train on, source by source if
-    they have weights, else as one; and those that it would hold out."""
-    groups = [[s] for s in sources] if recipe.weights else [sources] if sources else []
-    train, held = list[list[Record]](), list[Record]()
-    for group in groups:
-        if all(Source.parse(s).splits for s in group):
-            train.append([r for _, r in read(group, columns, log, "ignore")])
-            continue
-        found = read_data(group, EvaluateRecipe(), columns, log, "ignore")
-        train.append(found.train)
-        if some := [r for records in found.held_out.values() for r in records]:
-            held += some
-            say(found.summary)
-    return train, held
-
-
 def tuning_sources(
-    own: Sequence[Sequence[Record]],
-    held_out: Iterable[Record],
+    train: Sequence[Record],
+    held_out: Sequence[Record],
     recipe: TuneRecipe,
     columns: dict[str, str],
     log: SkipLog,
+    own: Sequence[str] = (),
 ) -> list[list[Item]]:
     """What stage 1 sees, source by source: the captions of images that it may see, then text pairs.
 
-    The captions are those of `own`, which holds nothing that is held out, and of `recipe.data`, without images that are
-    held out, by the comparable part of their ids; of neither those that `recipe.exclude` names. What `recipe.data` has
-    comes source by source if the sources have weights, else all as one.
+    The captions come source by source if the sources have weights, else all as one. Of a source without named splits
+    they are those of its training rows.
+
+    Args:
+        train: records whose captions are tuned on, read already.
+        held_out: records of images that must not be; in `own` they are known as images, in `recipe.data` by the
+            comparable part of their ids. `recipe.exclude` bars images likewise, wherever they are.
+        recipe: its sources come after `own`.
+        columns: our field to the sources' column.
+        log: where rows that cannot be used are listed.
+        own: sources of which some is held out.
 
     Raises:
         ValueError: there is not a weight for each source, no image has two captions and there are no pairs, or a source
             has fewer pairs than a batch.
     """
-    groups = [[s] for s in recipe.data] if recipe.weights else [recipe.data] if recipe.data else []
-    named = len(own) + len(groups) + len(recipe.pairs)
+    sources = [*own, *recipe.data]
+    groups = [[s] for s in sources] if recipe.weights else [sources] if sources else []
+    named = bool(train) + len(groups) + len(recipe.pairs)
     if recipe.weights and len(recipe.weights) != named:
         raise ValueError(
             f"{len(recipe.weights)} --tune.weights for {named} sources of captions and pairs; give one for each"
         )
     excluded = {_comparable(r.id) for _, r in stream(recipe.exclude, columns, log, "ignore")}
     barred = excluded | {_comparable(r.id) for r in held_out}
-    offered = [*own, *([r for _, r in read(group, columns, log, "ignore")] for group in groups)]
+    tested = {r.image.key for r in held_out if r.image is not None}
+    mine = {(source.path, source.splits) for source in map(Source.parse, own)}
+
+    def may(source: Source, record: Record) -> bool:
+        if not source.splits and _split(record) not in TRAIN:
+            return False
+        if (source.path, source.splits) not in mine:
+            return _comparable(record.id) not in barred
+        return _comparable(record.id) not in excluded and (record.image is None or record.image.key not in tested)
+
+    read_here = [read(group, columns, log, "named") for group in groups]
+    offered = [[r for source, r in some if may(source, r)] for some in read_here]
+    if train:
+        offered = [[r for r in train if _comparable(r.id) not in excluded], *offered]
     allowed: list[list[Item]] = [
-        [
-            Captions(r.captions + r.short_captions, r.long_captions)
-            for r in records
-            if _comparable(r.id) not in (excluded if n < len(own) else barred)
-        ]
-        for n, records in enumerate(offered)
+        [Captions(r.captions + r.short_captions, r.long_captions) for r in records] for records in offered
     ]
-    left = sum(map(len, offered)) - sum(map(len, allowed))
+    left = len(train) + sum(map(len, read_here)) - sum(map(len, allowed))
     if recipe.exclude and not left:
         say("--tune.exclude: none of its images is among those to tune on")
     if (
@@ -194,14 +194,16 @@ def tuning_sources(
         for items in [*allowed, *pairs]:
             pairable(items, recipe.batch * processes().num_processes, recipe.lengths)
     counts = [f"the captions of {len(a):,} images" for a in allowed] + [f"{len(p):,} text pairs" for p in pairs]
-    say(f"tuning on {' + '.join(counts)}" + (f"; {left:,} images excluded" if left else ""))
+    say(f"tuning on {' + '.join(counts)}" + (f"; {left:,} images left out" if left else ""))
     return [*allowed, *pairs]
 
 
 def _comparable(name: str) -> str:
     """What of an id is the same in all sources of an image: the number that it begins with, else all of it."""
-    found = re.match(r"0*(\d{5,})|0*(\d+)$", name)
-    return found[1] or found[2] if found else name
+    if name.isdecimal():
+        return name.lstrip("0") or "0"  # COCO's files are called 000000000139, its ids are 139
+    found = re.match(r"\d{5,}", name)
+    return found[0] if found else name
 
 
 def _split(record: Record) -> str | None:

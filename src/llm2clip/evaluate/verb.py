@@ -84,7 +84,7 @@ def evaluate_verb(
     report: list[Block] = [Command(typed())]
     log = _log(out, "records", max_skipped)
     if captions:
-        texts = [r.captions for _, r in read(captions, columns, log, "ignore")]
+        texts = [r.captions for _, r in read(captions, columns, log, "named")]
         text = _text_side(models[0] if models else None, encoder)
         figures = caption_accuracy(texts, text, all_pairs=all_pairs, mistakes=mistakes)
         found["captions"] = figures

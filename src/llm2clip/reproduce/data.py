@@ -31,7 +31,7 @@ class Sets:
         self.folder, self.recipe, self.log = folder, recipe, log
 
     def _read(self, sources: Sequence[str], images: bool = True) -> list[Record]:
-        found = read([str(self.folder / s) for s in sources], {}, self.log, "header" if images else "ignore")
+        found = read([str(self.folder / s) for s in sources], {}, self.log, "header" if images else "named")
         return [record for _, record in found]
 
     @cached_property

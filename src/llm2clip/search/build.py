@@ -113,8 +113,8 @@ def index(
 
 
 def _unread(name: str, stamp: str, folders: Sequence[str]) -> bool:
-    """Whether a picture that was not found is in one of the folders as it was: its disk gave an error, and that is no
-    reason to forget it."""
+    """Whether a picture that was not found is a file that lies in one of the folders as it was: its disk gave an error,
+    and that is no reason to forget it."""
     try:
         there = os.stat(name)
     except (OSError, ValueError):

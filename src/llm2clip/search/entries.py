@@ -39,8 +39,9 @@ def holder(name: str, place: ImageRef) -> str:
     """What in a picture's name is the file that holds it; all of it where it is a file of its own."""
     if isinstance(place, FileImage):
         return name
-    rest = plain(str(place)[len(place.held_in or "") :])
-    return name.removesuffix(rest)
+    if isinstance(place, TarImage):
+        name = name.removesuffix(f"@{place.offset}")  # of the second of one name
+    return name.removesuffix(plain(str(place)[len(place.held_in or "") :]))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip.search.entries import Content, Filter, Hit, Picture, holder, place_of_json, place_to_json
+from llm2clip.search.entries import Content, Filter, Hit, Picture, place_of_json, place_to_json
 from llm2clip.search.nearest import CHUNK, Codes, Nearest, graph_of, grown
 
 APPROXIMATE_ABOVE = 1_000_000
@@ -40,9 +41,10 @@ CREATE INDEX pictures_source ON pictures(source);
 CREATE INDEX pictures_taken ON pictures(taken);
 PRAGMA user_version = 1;
 """
-# In a folder, a tar or a parquet file, or itself. A folder's name may hold a ! or a [, too.
+# In a folder, a tar or a parquet file, or itself. A ! or a [ ends the name of a tar or a table only: it is `base`.
 UNDER = """substr(name, 1, length(:under)) = :under AND (substr(name, length(:under) + 1, 1) IN ('', '/')
-  OR (substr(name, length(:under) + 1, 1) IN ('!', '[') AND held(name, place) = :under))"""
+  OR (substr(name, length(:under) + 1, 1) IN ('!', '[') AND place NOT LIKE '["FileImage"%'
+      AND '/' || json_extract(place, '$[1].path') LIKE '%/' || :base ESCAPE '\\'))"""
 FIELDS = "name, place, source, stamp, captions, taken"
 
 
@@ -66,13 +68,9 @@ class LocalIndex:
             raise FileNotFoundError(f"{folder} is no index: llm2clip index PHOTOS --model MODEL --out {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         self._file, self._lock, self._reading = file, threading.RLock(), threading.Lock()
-        self._fixed = not write and not os.access(folder, os.W_OK)  # SQLite would write beside it even to read
-        if self._fixed and (log := folder / "pictures.sqlite-wal").exists() and log.stat().st_size:
-            raise OSError(f"{folder} cannot be written to, and whoever filled it has not ended: open it there, or wait")
+        self._fixed: tuple[int, int] | None = None
         try:
             self._db = self._connected()
-            self._db.create_function("contains", 2, _contains, deterministic=True)
-            self._db.create_function("held", 2, lambda n, p: holder(n, place_of_json(p)), deterministic=True)
             if write:
                 self._db.execute(
                     "PRAGMA page_size = 16384"
@@ -89,14 +87,33 @@ class LocalIndex:
         if not write and not (version and self.about()):
             raise FileNotFoundError(f"{folder} is an index that nothing was ever put into")
         self._orphans = True  # contents that no picture has may be there
-        self._nearest: tuple[tuple[int, int, int], Nearest] | None = None
+        self._nearest: tuple[tuple[Any, ...], Nearest] | None = None
 
     def _connected(self) -> sqlite3.Connection:
-        where = f"{self._file.absolute().as_uri()}?immutable=1" if self._fixed else self._file
-        return sqlite3.connect(where, uri=self._fixed, check_same_thread=False, isolation_level=None, timeout=60)
+        """Where nothing can be written beside the file, as SQLite does even to read, it is read as it lies there."""
+        options: dict[str, Any] = {"check_same_thread": False, "isolation_level": None, "timeout": 60}
+        if self._fixed is None:
+            try:
+                db = sqlite3.connect(self._file, **options)
+                db.execute("PRAGMA user_version")
+            except sqlite3.OperationalError:
+                log = self._file.with_name("pictures.sqlite-wal")
+                if os.access(self._file.parent, os.W_OK) or (log.exists() and log.stat().st_size):
+                    raise
+                self._fixed = self._state()
+        if self._fixed is not None:
+            db = sqlite3.connect(f"{self._file.absolute().as_uri()}?immutable=1", uri=True, **options)
+        db.create_function("contains", 2, _contains, deterministic=True)
+        return db
+
+    def _state(self) -> tuple[int, int]:
+        there = self._file.stat()
+        return there.st_size, there.st_mtime_ns
 
     def _read(self, sql: str, values: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
         with self._lock, self._named():
+            if self._fixed is not None and self._fixed != (now := self._state()):
+                self._fixed, self._db = now, self._connected()  # somebody who may write has
             return self._db.execute(sql, values).fetchall()
 
     @contextmanager
@@ -128,7 +145,7 @@ class LocalIndex:
         found: dict[str, tuple[str, tuple[str, ...]]] = {}
         for source in sources:
             sql = f"SELECT name, stamp, captions FROM pictures WHERE source = :under OR ({UNDER})"
-            rows = self._read(sql, {"under": source})
+            rows = self._read(sql, {"under": source, "base": _base(source)})
             found.update((name, (stamp, tuple(json.loads(texts)))) for name, stamp, texts in rows)
         return found
 
@@ -219,7 +236,7 @@ class LocalIndex:
         with self._reading:  # one reads, and those that wait take what it made
             ((version,),) = self._read("PRAGMA data_version")
             graph = self.folder / "graph.json"
-            state = version, self._db.total_changes, graph.stat().st_mtime_ns if graph.exists() else 0
+            state = version, self._db.total_changes, graph.stat().st_mtime_ns if graph.exists() else 0, self._fixed
             if self._nearest is None or self._nearest[0] != state:
                 self._nearest = None  # before the next is read: both may not fit
                 ids = self._ids()
@@ -264,10 +281,16 @@ class LocalIndex:
         asked = {name: value for name, value in asdict(only).items() if value is not None}
         if "under" in asked:
             asked["under"] = asked["under"].rstrip("/")
-        where = " AND ".join(tests[name] for name in asked)
+            asked["base"] = _base(asked["under"])
+        where = " AND ".join(tests[name] for name in asked if name in tests)
         sql = "SELECT DISTINCT contents.id FROM pictures JOIN contents ON contents.id = content"
         rows = self._read(f"{sql} WHERE {where} ORDER BY contents.id", asked)
         return np.array([i for (i,) in rows], dtype=np.int64)
+
+
+def _base(path: str) -> str:
+    """The last part of a path, as LIKE takes it."""
+    return re.sub(r"([%_\\])", r"\\\1", os.path.basename(path))
 
 
 def _contains(captions: str, words: str) -> bool:
