@@ -318,10 +318,10 @@ def write_gguf(file: Path, without: str = "") -> dict[str, np.ndarray]:
         (writer.add_tokenizer_model, "gpt2"), (writer.add_eos_token_id, 0), (writer.add_bos_token_id, 0),
     ):  # fmt: skip
         add(value)
-    letters = [chr(0x100 + n) for n in range(258)]
-    writer.add_token_list(["<|end|>", *letters, letters[0] + letters[1]])
+    letters = [chr(0x100 + n) for n in range(257)]
+    writer.add_token_list(["<|end|>", *letters, letters[0] + letters[1], letters[2] + letters[3]])
     writer.add_token_types([3] + [1] * 259)
-    writer.add_token_merges([f"{letters[0]} {letters[1]}"])
+    writer.add_token_merges([f"{letters[0]} {letters[1]}", f"{letters[2]} {letters[3]}"])
     block = {
         "attn_norm": (32,), "ffn_norm": (32,), "attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32),
         "attn_output": (32, 32), "ffn_gate": (48, 32), "ffn_up": (48, 32), "ffn_down": (32, 48),
