@@ -121,6 +121,14 @@ def test_processes_give_the_gradients_of_one(processes: int, tmp_path: Path) -> 
     assert sum(p["loss"] for p in parts).item() / processes == pytest.approx(loss.item(), abs=1e-6)
 
 
+def test_pairs_without_negatives_by_hand() -> None:
+    first, second = (F.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(n)), dim=-1) for n in (0, 1))
+    logits, own = 20 * first.double() @ second.double().T, torch.arange(5)
+    there, back = (F.cross_entropy(x, own).item() for x in (logits, logits.T))
+    assert pair_loss(first, second, 20, torch.arange(10)).item() == pytest.approx((there + back) / 2, rel=1e-5)
+    assert pair_loss(first, second, 20, torch.arange(10), symmetric=False).item() == pytest.approx(there, rel=1e-5)
+
+
 def _loss_inputs(weight: torch.Tensor, rows: range) -> tuple[Any, ...]:
     g = torch.Generator().manual_seed(0)
     first, second, wrong = (F.normalize(torch.randn(8, 6, generator=g) @ weight, dim=-1) for _ in range(3))
