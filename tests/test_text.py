@@ -17,7 +17,7 @@ from conftest import FAMILIES, make_llm, save_tokenizer
 from llm2clip.cpu import flex_attention_is_right
 from llm2clip.models.batches import length_batches
 from llm2clip.models.identity import fingerprint
-from llm2clip.models.packing import first_tokens
+from llm2clip.models.packing import can_pack, first_tokens, plain_attention
 from llm2clip.models.precision import CAPTIONS, calibrated
 from llm2clip.models.text import CaptionEncoder
 
@@ -146,6 +146,34 @@ def test_what_would_run_over_from_caption_to_caption_is_padded(family: str, opti
     encoder = CaptionEncoder.from_pretrained(tmp_path, device="cpu")
     assert encoder.attention == "sdpa"
     assert torch.allclose(encoder.encode(TEXTS, batch_tokens=10_000)[0], encoder.encode(TEXTS[:1])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize("length", [1, 2, 5])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_as_two_products_is_attention(scaling: float | None, length: int, causal: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(3, heads, length, 8, generator=g) for heads in (4, 2, 2))
+    found = plain_attention(query, key, value, None, causal, scaling)
+    key, value = (x.double().repeat_interleave(2, 1) for x in (key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query.double(), key, value, is_causal=causal, scale=scaling
+    )
+    assert torch.allclose(found.double(), expected.transpose(1, 2), atol=1e-5)
+    low = plain_attention(*(x.bfloat16() for x in (query, key[:, ::2], value[:, ::2])), None, causal, scaling)
+    assert low.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "change", [{"layer_types": ["chunked_attention"] * 3}, {"use_bidirectional_attention": True}, {"is_causal": None}]
+)
+def test_layers_that_would_run_over_are_not_packed(llm: Path, change: dict) -> None:
+    model = AutoModel.from_pretrained(llm)
+    model.config.is_causal = False
+    assert can_pack(model)
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    assert not can_pack(model)
 
 
 def test_lost_lengths_are_an_error(llm: Path) -> None:
