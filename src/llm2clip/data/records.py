@@ -27,6 +27,7 @@ from llm2clip.data.rows import Bad, Held, RawRow, guessed
 from llm2clip.data.skips import SkipLog
 
 Images = Literal["header", "exists", "named", "ignore"]
+LOOKED_FOR = ("header", "exists")  # then a row without its image is left out
 MAX_PIXELS = 100_000_000
 EARLY = 1000  # rows after which a source that is going wrong is stopped before its end
 NO_SPLIT = "none"  # in a selection and in data: the records of no split
@@ -305,7 +306,7 @@ class _Opening:
         image = row.image.ref if row.image else None
         if not any(getattr(row, kind) for kind in KINDS) and not (self.captionless and image):
             raise _Skip("no image and no caption" if self.captionless else "no caption", image or row.id or "")
-        if row.image is not None and self.images in ("header", "exists"):
+        if row.image is not None and self.images in LOOKED_FOR:
             _check_image(row.image, self.images)
         stem = os.path.splitext(os.path.basename(row.image.name or ""))[0] if row.image else ""
         identity = row.id or stem or f"{os.path.basename(row.file).split('.')[0]}:{row.row}"
@@ -370,7 +371,7 @@ def _reference(value: Any, file: str, images: Images) -> Held | None:
         return Held(MemoryImage(value, name or f"image in {file}"), value, name)
     if not isinstance(value, str):
         raise _Skip("malformed row", f"an image is a path, bytes or null, not {value!r}")
-    if images in ("header", "exists") and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", value):
+    if images in LOOKED_FOR and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", value):
         raise _Skip("image is a URL", value)
     path = os.path.join(os.path.dirname(file), value)
     return Held(FileImage(path), None, path)

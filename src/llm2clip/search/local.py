@@ -72,9 +72,8 @@ class LocalIndex:
         try:
             self._db = self._connected()
             if write:
-                self._db.execute(
-                    "PRAGMA page_size = 16384"
-                )  # of a new file: a vector of 2 KB leaves little of it empty
+                # Of a new file: a vector of 2 KB leaves little of such a page empty.
+                self._db.execute("PRAGMA page_size = 16384")
                 self._db.execute("PRAGMA journal_mode = WAL")
                 self._db.execute("PRAGMA foreign_keys = ON")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
