@@ -29,15 +29,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip.cache.writer import stored_as
-from llm2clip.cpu import quick_products, reuse_memory
+from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.records import open_records
-from llm2clip.evaluate.captions import caption_accuracy
-from llm2clip.models.assets import resolve
-from llm2clip.models.batches import default_batch_tokens
-from llm2clip.models.budget import fastest_budget
-from llm2clip.models.precision import calibrated
-from llm2clip.models.text import CaptionEncoder
+from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
+from llm2clip.models.batch_size_tuner import tune_batch_tokens
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.length_batching import default_batch_tokens
+from llm2clip.models.precision import calibrate_precision
+from llm2clip.models.pretrained import resolve_pretrained
+from llm2clip.store.writer import stored_bytes
 
 LLM2VEC = """
 import torch
@@ -108,7 +108,7 @@ class Stored:
         self.vectors, self.dtype = vectors, dtype
 
     def encode(self, captions: Sequence[str], *, progress: bool = False) -> Tensor:
-        rows, scales = stored_as(np.stack([self.vectors[c] for c in captions]), self.dtype)
+        rows, scales = stored_bytes(np.stack([self.vectors[c] for c in captions]), self.dtype)
         return torch.from_numpy(rows.astype(np.float32) if scales is None else rows * scales[:, None])
 
     def cut(self, captions: Sequence[str]) -> None:
@@ -120,7 +120,9 @@ def retrieval(encoder: CaptionEncoder, images: list[list[str]], precisions: Sequ
     for precision in precisions:
         vectors = encoder.encode(texts, precision=precision, progress=True).numpy()
         for dtype in ("float16", "int8"):
-            found = caption_accuracy(images, Stored(dict(zip(texts, vectors, strict=True)), dtype), progress=False)
+            found = caption_retrieval_accuracy(
+                images, Stored(dict(zip(texts, vectors, strict=True)), dtype), progress=False
+            )
             recalls = (found["first to second"]["R@10"] + found["second to first"]["R@10"]) / 2
             yield f"| {precision} | {dtype} | {found['CRA']:.2f} | {recalls:.2f} |"
 
@@ -130,7 +132,7 @@ def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> f
     return 1 - sum(lengths) / padded
 
 
-@quick_products()
+@onednn_matmul()
 def product_peak(precision: str, tokens: int, width: int) -> float:
     """FLOP/s of a plain product of the sizes that the encoder's are."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -158,8 +160,8 @@ if __name__ == "__main__":
     parser.add_argument("--cra", help="captions to measure retrieval on")
     given = parser.parse_args()
 
-    encoder = CaptionEncoder.from_pretrained(resolve(given.encoder), layers=given.layers)
-    auto = calibrated(encoder)
+    encoder = CaptionEncoder.from_pretrained(resolve_pretrained(given.encoder), layers=given.layers)
+    auto = calibrate_precision(encoder)
     print(f"auto is {auto} for this encoder")
     if given.cra:
         print("| precision | store | CRA | R@10 |\n| --- | --- | --- | --- |")
@@ -179,7 +181,7 @@ if __name__ == "__main__":
     folder = Path(temporary.name)
     encoder.save_pretrained(folder / "encoder")
     (folder / "texts.json").write_text(json.dumps(texts))
-    reuse_memory(encoder.device)
+    keep_freed_memory(encoder.device)
     budgets: dict[str, int] = {}
 
     def ours(attention: str, precision: str) -> Callable[[], tuple[np.ndarray, float]]:
@@ -191,7 +193,7 @@ if __name__ == "__main__":
             return vectors.numpy(), time.perf_counter() - start
 
         encoder.llm.set_attn_implementation(attention)
-        budgets[f"{attention}, {precision}"] = fastest_budget(encoder, tokens, precision)
+        budgets[f"{attention}, {precision}"] = tune_batch_tokens(encoder, tokens, precision)
         return run
 
     theirs = Peer(sys.executable, SENTENCE_TRANSFORMERS, folder)

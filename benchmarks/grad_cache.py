@@ -18,20 +18,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from llm2clip.cpu import quick_products, reuse_memory
+from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
-from llm2clip.models.vision import VisionTower
-from llm2clip.train.grad_cache import cached
+from llm2clip.models.vision_tower import VisionTower
+from llm2clip.train.grad_cache import cached_backward
 from llm2clip.train.losses import info_nce
 from shared import memory, peak_from_here
 
 
-@quick_products()
+@onednn_matmul()
 def step(batch: int, micro_batch: int, tower: str, size: int) -> str:
     """MB at the peak of a step, and its images/s."""
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reuse_memory(device)
+    keep_freed_memory(device)
     vision = VisionTower.from_pretrained(f"timm:{tower}", pretrained=False, image_size=size)
     model = LLM2CLIP(LLM2CLIPConfig(vision.config, 576, width=512, adapter_depth=1), vision).to(device).train()
     pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
@@ -48,7 +48,9 @@ def step(batch: int, micro_batch: int, tower: str, size: int) -> str:
 
     before, start = peak_from_here(), time.perf_counter()
     starts = range(0, batch, micro_batch)
-    value = loss(*run(0)) if len(starts) == 1 else cached([partial(run, n) for n in starts], loss, model, device)
+    value = (
+        loss(*run(0)) if len(starts) == 1 else cached_backward([partial(run, n) for n in starts], loss, model, device)
+    )
     value.backward()
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -17,8 +17,8 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from llm2clip.data.archives import images_in
-from llm2clip.data.images import Preprocess, TrainTransform, load
+from llm2clip.data.images import Preprocess, TrainTransform, load_image
+from llm2clip.data.readers.tar import list_images
 
 MEAN = STD = (0.5, 0.5, 0.5)
 
@@ -38,11 +38,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    paths = [Path(path) for path in images_in(str(given.pictures))][: given.count]
+    paths = [Path(path) for path in list_images(str(given.pictures))][: given.count]
     transform = TrainTransform(Preprocess(given.size, "shortest", 1.0, "bicubic", MEAN, STD))
 
     def ours(n: int) -> torch.Tensor:
-        return transform(load(paths[n]), torch.Generator().manual_seed(n))
+        return transform(load_image(paths[n]), torch.Generator().manual_seed(n))
 
     crops = []
     for n, path in enumerate(paths):  # those that ours draws

@@ -26,20 +26,22 @@ from typing import Any
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from llm2clip.config import LlavaConfig
 from llm2clip.data.records import Record, open_records
-from llm2clip.data.skips import SkipLog
-from llm2clip.llava.build import build
-from llm2clip.llava.conversations import captioning, instructions
-from llm2clip.llava.evaluate import Ways, captions_of, measure, pope_task
-from llm2clip.llava.pixels import PatchFeatures, keep_features
-from llm2clip.llava.prompts import Conversation
-from llm2clip.llava.train import train
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.llava.build import build_llava
+from llm2clip.llava.chat_template import Conversation
+from llm2clip.llava.datasets import captioning_conversations, instruction_conversations
+from llm2clip.llava.evaluate import GenerationOptions, caption_task, pope_task, run_task
+from llm2clip.llava.image_features import PatchFeatures, cache_patch_features
+from llm2clip.llava.train import train_llava
 from llm2clip.llava.verbs import tower_of
-from llm2clip.models.assets import resolve
-from llm2clip.recipes import LlavaRecipe
+from llm2clip.models.pretrained import resolve_pretrained
 
 TRAIN = ("flickr8k/captions.jsonl@train", "coco_img/captions.jsonl", "ade20k_ids/captions.jsonl")
-RECIPE = LlavaRecipe(pretrain_lr=2e-3, pretrain_batch=64, lr=2e-4, batch=64, micro_batch=32, checkpoint_every=1000)
+RECIPE = LlavaConfig(
+    pretrain_lr=2e-3, pretrain_batch_size=64, lr=2e-4, batch_size=64, micro_batch_size=32, save_steps=1000
+)
 
 
 def records(data: Path, names: tuple[str, ...]) -> list[Record]:
@@ -54,30 +56,30 @@ def some(conversations: list[Conversation], count: int, seed: int) -> list[Conve
 def compare(given: argparse.Namespace, towers: dict[str, Any], known: list[Record]) -> None:
     held = records(given.data, ("flickr8k/captions.jsonl@val",))
     asked = random.Random(0).sample(held, min(given.images, len(held)))
-    work = [captions_of(asked), pope_task(asked[: given.pope_images])]
-    first, second = captioning(known), instructions(known)
+    work = [caption_task(asked), pope_task(asked[: given.pope_images])]
+    first, second = captioning_conversations(known), instruction_conversations(known)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in towers}
     print("| tower | seed | CIDEr-D | BLEU-4 | POPE accuracy | POPE F1 | minutes |\n|---|---|---|---|---|---|---|")
     for seed in range(given.seeds):
         for name, tower in towers.items():
             run = given.out / f"{name}-{seed}"
             start = time.perf_counter()
-            recipe = dataclasses.replace(RECIPE, seed=seed)
+            config = dataclasses.replace(RECIPE, seed=seed)
             if not (run / "model").is_dir():
                 built = given.out / f"built-{name}-{seed}"
                 if not built.is_dir():
-                    build(tower, resolve("smollm2-135m"), built, seed)
-                pretrain = some(first, given.pretrain_steps * recipe.pretrain_batch, seed)
-                instruct = some(second, given.steps * recipe.batch, seed)
+                    build_llava(tower, resolve_pretrained("smollm2-135m"), built, seed)
+                pretrain = some(first, given.pretrain_steps * config.pretrain_batch_size, seed)
+                instruct = some(second, given.steps * config.batch_size, seed)
                 shared = given.out / f"features-{name}"
                 shared.mkdir(parents=True, exist_ok=True)
                 run.mkdir(parents=True, exist_ok=True)
                 if not (run / "features").is_symlink():
                     (run / "features").symlink_to(shared.resolve())
-                train(str(built), pretrain, instruct, recipe, run, SkipLog())
+                train_llava(str(built), pretrain, instruct, config, run, SkipLog())
                 shutil.rmtree(built)
             figures: dict[str, float] = {}
-            for measured in measure(str(run / "model"), work, Ways(beams=3), run, SkipLog()):
+            for measured in run_task(str(run / "model"), work, GenerationOptions(beams=3), run, SkipLog()):
                 figures |= measured.figures
             minutes = (time.perf_counter() - start) / 60
             found[name].append(figures)
@@ -97,10 +99,10 @@ def _row(figures: dict[str, float]) -> str:
 
 
 def speed(given: argparse.Namespace, tower: Any, known: list[Record]) -> None:
-    talks = some(instructions(known), 768, 0)
+    talks = some(instruction_conversations(known), 768, 0)
     built = given.out / "built-speed"
     if not built.is_dir():
-        build(tower, resolve("smollm2-135m"), built)
+        build_llava(tower, resolve_pretrained("smollm2-135m"), built)
     print("| batches | tower | conversations/s | against the first |\n|---|---|---|---|")
     rates: list[float] = []
     for name, grouped, cache in (
@@ -108,15 +110,17 @@ def speed(given: argparse.Namespace, tower: Any, known: list[Record]) -> None:
         ("of similar length", True, 0.0),
         ("the same", True, 20.0),
     ):
-        recipe = dataclasses.replace(RECIPE, grouped=grouped, cache_gb=cache)
+        config = dataclasses.replace(RECIPE, group_by_length=grouped, cache_gb=cache)
         run = given.out / f"speed-{len(rates)}"
         shutil.rmtree(run, ignore_errors=True)
         if cache:  # the features are kept before the clock starts: they are worked out once for all passes
             model = AutoModelForImageTextToText.from_pretrained(built)
             side = PatchFeatures(model, AutoProcessor.from_pretrained(built))
-            keep_features([one.image for one in talks if one.image is not None], side, run / "features", SkipLog())
+            cache_patch_features(
+                [one.image for one in talks if one.image is not None], side, run / "features", SkipLog()
+            )
         start = time.perf_counter()
-        train(str(built), [], talks, recipe, run, SkipLog())
+        train_llava(str(built), [], talks, config, run, SkipLog())
         lines = [json.loads(line) for line in (run / "instruct/metrics.jsonl").read_text().splitlines()]
         rates.append(lines[-1]["train_samples_per_second"])
         shown = "kept features" if cache else "in each step"
@@ -137,7 +141,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/llava"))
     given = parser.parse_args()
     aligned = tower_of(given.aligned)
-    plain = tower_of(resolve("efficientnet-lite0"), aligned.preprocess.size)
+    plain = tower_of(resolve_pretrained("efficientnet-lite0"), aligned.preprocess.size)
     known = records(given.data, TRAIN)
     if given.only != "speed":
         compare(given, {"as it comes": plain, "aligned": aligned}, known)

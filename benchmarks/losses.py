@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
-from llm2clip.cpu import quick_products
+from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.train.losses import info_nce, sigmoid_loss
 from shared import memory, peak_from_here
 
@@ -78,7 +78,7 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    with quick_products():
+    with onednn_matmul():
         if given.peak:
             print(peak(given.peak, given.sizes[0], given.width, given.device))
             sys.exit()

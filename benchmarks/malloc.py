@@ -11,8 +11,8 @@ import time
 
 import torch
 
-from llm2clip.cpu import reuse_memory
-from llm2clip.models.vision import VisionTower
+from llm2clip.cpu_tuning import keep_freed_memory
+from llm2clip.models.vision_tower import VisionTower
 
 
 def images_per_second(size: int, batch: int, steps: int = 3) -> float:
@@ -34,7 +34,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     if given.one:
         if given.one == "reuse":
-            reuse_memory(torch.device("cpu"))
+            keep_freed_memory(torch.device("cpu"))
         print(images_per_second(given.size, given.batch))
     else:
         command = [sys.executable, __file__, "--size", str(given.size), "--batch", str(given.batch), "--one"]

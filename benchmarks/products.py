@@ -1,6 +1,6 @@
 """GFLOP/s of products on this CPU by MKL and by oneDNN, in the sizes of SmolLM2-135M's blocks, turn by turn; and how
 far they are from those in float64. Some CPUs (AMX) multiply bf16 where oneDNN is asked for float32 that may be rounded:
-such a rate is that of bf16, and `llm2clip.cpu.quick_products` leaves it alone.
+such a rate is that of bf16, and `llm2clip.cpu_tuning.quick_products` leaves it alone.
 
 python benchmarks/products.py [--tokens 1024]
 """

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip.evaluate.ranks import two_way_ranks
-from llm2clip.evaluate.retrieval import KS, recall
+from llm2clip.evaluate.recall import KS, recall
 from shared import memory, peak_from_here
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from llm2clip.data.refs import FileImage
-from llm2clip.search.entries import Content, Filter, Picture
-from llm2clip.search.local import LocalIndex
+from llm2clip.data.image_refs import FileImage
+from llm2clip.search.sqlite_backend import SqliteBackend
+from llm2clip.search.types import Filter, IndexedContent, IndexedImage
 
 K = 10
 
@@ -67,7 +67,7 @@ def main() -> None:
     import faiss
 
     flat, start = faiss.IndexFlatIP(given.width), time.perf_counter()
-    engine = LocalIndex(folder / "index", write=True, approximate_above=1 << 60)
+    engine = SqliteBackend(folder / "index", write=True, approximate_above=1 << 60)
     filled = engine.count()[1] == given.count
     engine.begin({"model": "none", "fingerprint": "none", "width": given.width})
     spent = 0.0
@@ -77,9 +77,10 @@ def main() -> None:
             first, start = 10_000 * n, time.perf_counter()
             names = [f"/photos/{first + i}.jpg" for i in range(len(some))]
             contents = [
-                Content(name.encode(), v.astype(np.float16), b"", 1, 1) for name, v in zip(names, some, strict=True)
+                IndexedContent(name.encode(), v.astype(np.float16), b"", 1, 1)
+                for name, v in zip(names, some, strict=True)
             ]
-            pictures = [(Picture(name, FileImage(name), "/photos", "1"), name.encode()) for name in names]
+            pictures = [(IndexedImage(name, FileImage(name), "/photos", "1"), name.encode()) for name in names]
             engine.put(contents, pictures)
             spent += time.perf_counter() - start
     print(f"{given.count:,} vectors of width {given.width}; into the index in {spent:.0f} s")

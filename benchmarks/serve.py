@@ -23,7 +23,7 @@ import time
 
 import numpy as np
 
-from llm2clip.models.dual import open_dual
+from llm2clip.models.dual_encoder import open_dual_encoder
 
 PORT = 7961
 TALE = "a red dog and an old man play in the snow behind a small blue house near the street while children look on"
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["one at a time", "batched"])
     parser.add_argument("--restart", action="store_true")
     given = parser.parse_args()
-    dual, rates = open_dual(given.model), []
+    dual, rates = open_dual_encoder(given.model), []
     ways = [
         (f"{name}, {precision}", batch, precision)
         for precision in given.precision

@@ -25,12 +25,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llm2clip.reproduce.data import WORDNET, glosses
+from llm2clip.tools.reproduce.datasets import WORDNET, glosses
 from shared import lines, run, write
 
 BASE = [
     *("--encoder.path", "smollm2-135m", "--encoder.layers", "12", "--tune.lora_r", "0", "--tune.lr", "4e-4"),
-    *("--tune.batch", "128", "--tune.alike", "32", "--tune.warmup", "0.05"),
+    *("--tune.batch_size", "128", "--tune.hard_negative_group_size", "32", "--tune.warmup_ratio", "0.05"),
 ]
 LORA = ["--tune.lora_r", "16", "--tune.lr", "1e-3"]
 # name: (settings that differ from the base, sources: captions, long captions too, pairs)
@@ -40,10 +40,10 @@ TUNED: dict[str, tuple[list[str], str]] = {
     "cc-template": (["--encoder.template", "<|im_start|>user\n{caption}<|im_end|>"], "captions"),
     "cc-6-layers": (["--encoder.layers", "6"], "captions"),
     "cc-30-layers": (["--encoder.layers", "30"], "captions"),
-    "cc-random": (["--tune.alike", "1"], "captions"),
+    "cc-random": (["--tune.hard_negative_group_size", "1"], "captions"),
     "cc-lora": (LORA, "captions"),
     "cc-asymmetric": (["--tune.symmetric", "false"], "captions"),
-    "cc-matryoshka": (["--tune.widths", "[256,128,64]"], "captions"),
+    "cc-matryoshka": (["--tune.matryoshka_dims", "[256,128,64]"], "captions"),
     "mntp-cc": (["--tune.mntp_steps", "50"], "captions"),
     "tc": ([], "pairs"),
     "tc-cc": ([], "captions pairs"),
@@ -124,9 +124,9 @@ if __name__ == "__main__":
                 sources.append(str(write(out / "paragraphs.jsonl", halves(paragraphs, "val"))))
             pairs = []
             if "pairs" in kinds:
-                pairs = ["--tune.pairs", json.dumps([str(write(out / "pairs.jsonl", general_pairs()))])]
+                pairs = ["--tune.text_pairs", json.dumps([str(write(out / "pairs.jsonl", general_pairs()))])]
             if len(sources) + len(pairs) // 2 > 1:
-                pairs += ["--tune.weights", "[1,1]"]
+                pairs += ["--tune.source_weights", "[1,1]"]
             folder = out / name
             tuning = ["tune", *sources, "--out", str(folder), *BASE, "--tune.steps", str(given.steps),
                       "--tune.exclude", excluded, *pairs, *settings]  # fmt: skip
@@ -135,7 +135,7 @@ if __name__ == "__main__":
             encoder = ["--encoder.path", str(folder / "encoder")]
         for width in (None, *CUT.get(name, ())):
             shown = {"name": name if width is None else f"{name}, {width} wide"}
-            options = encoder if width is None else [*encoder, "--encoder.width", str(width)]
+            options = encoder if width is None else [*encoder, "--encoder.truncate_dim", str(width)]
             for test, source in tests.items():
                 if width is not None and test != "COCO":
                     shown[test] = "–"

@@ -32,12 +32,22 @@ from typing import Any
 
 from shared import lines, run, write
 
-SIZE = ["--align.image_size", "160", "--align.width", "256", "--align.captions", "0"]
-HEADS = [*SIZE, "--align.tower_lr", "0", "--align.cache_features", "true", "--align.evaluate_every", "1000"]
-FROZEN = [*HEADS, "--align.epochs", "10", "--align.batch", "512"]
+SIZE = ["--align.image_size", "160", "--align.embed_dim", "256", "--align.captions_per_image", "0"]
+HEADS = [*SIZE, "--align.tower_lr", "0", "--align.cache_features", "true", "--align.eval_steps", "1000"]
+FROZEN = [*HEADS, "--align.epochs", "10", "--align.batch_size", "512"]
 TRAINED = [
-    *(*SIZE, "--align.head_epochs", "10", "--align.epochs", "2", "--align.batch", "128", "--align.tower_lr", "3e-4"),
-    *("--align.train_layers", "8", "--align.crop", "0.6", "--align.hflip", "true", "--align.ema", "0.99"),
+    *(
+        *SIZE,
+        "--align.head_epochs",
+        "10",
+        "--align.epochs",
+        "2",
+        "--align.batch_size",
+        "128",
+        "--align.tower_lr",
+        "3e-4",
+    ),
+    *("--align.train_layers", "8", "--align.min_crop_scale", "0.6", "--align.hflip", "true", "--align.ema", "0.99"),
 ]
 SAIL = [*HEADS, "--align.projection", "glu", "--align.adapter", "glu", "--align.loss", "sigmoid"]
 # table: {row: (encoder, settings)}
@@ -49,11 +59,11 @@ TABLES: dict[str, dict[str, tuple[str, list[str]]]] = {
         "LiT: tower locked": ("cc", [*TRAINED, "--align.tower_lr", "0", "--align.train_layers", "null"]),
         "SAIL, 2 passes of batch 512: tower and LLM frozen, GLU heads, sigmoid": (
             "cc",
-            [*SAIL, "--align.epochs", "2", "--align.batch", "512"],
+            [*SAIL, "--align.epochs", "2", "--align.batch_size", "512"],
         ),
         "SAIL, 40 passes of batch 2,048 over the features of one": (
             "cc",
-            [*SAIL, "--align.epochs", "40", "--align.batch", "2048"],
+            [*SAIL, "--align.epochs", "40", "--align.batch_size", "2048"],
         ),
         "LIFT: cosine to the captions' vectors, tower trained": (
             "cc",
@@ -63,7 +73,7 @@ TABLES: dict[str, dict[str, tuple[str, list[str]]]] = {
     "captions": {
         f"{k or 'all'} a step, {passes} passes": (
             "minilm",
-            [*FROZEN, "--align.captions", str(k), "--align.epochs", str(passes)],
+            [*FROZEN, "--align.captions_per_image", str(k), "--align.epochs", str(passes)],
         )
         for k in (1, 0)
         for passes in (2, 4, 8, 16)
@@ -72,7 +82,7 @@ TABLES: dict[str, dict[str, tuple[str, list[str]]]] = {
         f"{share}% dense, {name}": (
             name,
             [
-                *(*FROZEN, "--align.captions", "2", "--align.mix"),
+                *(*FROZEN, "--align.captions_per_image", "2", "--align.caption_mix"),
                 json.dumps({"captions": 100 - share, "long_captions": share}),
             ],
         )

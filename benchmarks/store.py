@@ -23,19 +23,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llm2clip.cache.format import embeddings_path, shard_numbers
-from llm2clip.cache.store import EmbeddingStore
-from llm2clip.cache.writer import StoreWriter
-from llm2clip.cpu import reuse_memory
+from llm2clip.cpu_tuning import keep_freed_memory
+from llm2clip.store.layout import embeddings_path, shard_numbers
+from llm2clip.store.store import EmbeddingStore
+from llm2clip.store.writer import StoreWriter
 
 SHARD = 65536
 CAPTIONS = """
 import random, sys, time
 from pathlib import Path
 import numpy as np
-from llm2clip.cache.embed import filling
-from llm2clip.cache.incoming import Incoming, groups
-from llm2clip.cache.store import EmbeddingStore
+from llm2clip.store.encode import filling
+from llm2clip.store.dedup import Incoming, groups
+from llm2clip.store.store import EmbeddingStore
 
 count, folder = int(sys.argv[1]), Path(sys.argv[2])
 THINGS = "dog man woman child horse bird boat train street beach field kitchen table window tree ball".split()
@@ -118,7 +118,7 @@ if __name__ == "__main__":
         "here, mapped, in order": EmbeddingStore(given.folder, "map"),
         "here, positional": EmbeddingStore(given.folder, "positional"),
     }
-    reuse_memory(torch.device("cpu"))  # as training does
+    keep_freed_memory(torch.device("cpu"))  # as training does
     rng = np.random.default_rng(1)
     rates: dict[str, dict[str, list[float]]] = {name: {"cold": [], "hot": []} for name in ways}
 

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from llm2clip.cpu import reuse_memory
-from llm2clip.data.pairs import Captions, batches_of_pairs
+from llm2clip.cpu_tuning import keep_freed_memory
+from llm2clip.data.pairs import ImageCaptions, pair_batches
 from llm2clip.data.records import open_records
-from llm2clip.models.assets import resolve
-from llm2clip.models.batches import default_batch_tokens
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.length_batching import default_batch_tokens
 from llm2clip.models.packing import PACKED
-from llm2clip.models.precision import chosen_precision
-from llm2clip.models.text import CaptionEncoder
-from llm2clip.train.contrastive import PairCollator, PairLoss
+from llm2clip.models.precision import resolve_device_precision
+from llm2clip.models.pretrained import resolve_pretrained
+from llm2clip.train.pair_loss import PairCollator, PairLoss
 
 FIXED = 32  # texts in a pass, as trainers have it
 
@@ -53,20 +53,20 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=3)
     given = parser.parse_args()
 
-    encoder = CaptionEncoder.from_pretrained(resolve(given.encoder), layers=given.layers)
+    encoder = CaptionEncoder.from_pretrained(resolve_pretrained(given.encoder), layers=given.layers)
     encoder.llm.get_input_embeddings().requires_grad_(False)
     encoder.train()
     device = encoder.device
-    reuse_memory(device)
-    images = [Captions(r.captions, r.long_captions) for r in open_records(given.captions, images="ignore")]
-    batches = list(batches_of_pairs([images], [], given.pairs, given.steps + 1, seed=0))
+    keep_freed_memory(device)
+    images = [ImageCaptions(r.captions, r.long_captions) for r in open_records(given.captions, images="ignore")]
+    batches = list(pair_batches([images], [], given.pairs, given.steps + 1, seed=0))
     collator = PairCollator(preprocess_fn=encoder.tokenize)
     inputs = [collator([dataclasses.asdict(pair) for pair in batch]) for batch in batches]
     lengths = [len(ids) for batch in inputs for ids in batch["tokens"]]
     print(f"{2 * given.pairs} texts a step; tokens: median {statistics.median(lengths)}, longest {max(lengths)}")
 
     budget = default_batch_tokens(device)
-    precisions = ["fp32"] + (["bf16"] if chosen_precision("auto", device) == "bf16" else [])
+    precisions = ["fp32"] + (["bf16"] if resolve_device_precision("auto", device) == "bf16" else [])
     ways = [
         (f"{kind}, {precision}", cls, attention, precision, "plain" in kind)
         for precision in precisions

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import grimp
 
-from llm2clip.evaluate import plots
-from llm2clip.evaluate.plots import COLOURS, GREY
+from llm2clip.evaluate.reporting import plots
+from llm2clip.evaluate.reporting.plots import COLOURS, GREY
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src/llm2clip"
@@ -51,7 +51,7 @@ def needed(edges: dict[str, set[str]]) -> list[tuple[str, str]]:
 def drawing() -> str:
     """Rooms on their floors, each arrow an import; SVG."""
     rows = floors()
-    figure, axes = plots.axes_of(9.5, 0.72 * len(rows))
+    figure, axes = plots.new_axes(9.5, 0.72 * len(rows))
     axes.axis("off")
     place = {
         room: ((n + 0.5) / len(row) if len(row) > 1 else 0.5, -y)
@@ -72,7 +72,7 @@ def drawing() -> str:
             "alpha": 1.0,
         }
         axes.text(x, y, f"{room}/" if folder else room, ha="center", va="center", fontsize=9, color="#333", bbox=box)
-    return plots.svg_of(figure)
+    return plots.to_svg(figure)
 
 
 def files() -> str:

@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from llm2clip.evaluate import plots
-from llm2clip.evaluate.plots import COLOURS, GREY
+from llm2clip.evaluate.reporting import plots
+from llm2clip.evaluate.reporting.plots import COLOURS, GREY
 
 FIGURES = Path(__file__).parent / "figures"
 BOXES = {  # name: x, y, colour
@@ -24,7 +24,7 @@ BOXES = {  # name: x, y, colour
 
 def path() -> str:
     """The way of a caption and of an image."""
-    figure, axes = plots.axes_of(9.5, 2.4)
+    figure, axes = plots.new_axes(9.5, 2.4)
     axes.axis("off")
     axes.set(xlim=(-0.5, 5.5), ylim=(-0.5, 1.5))
     for name, (x, y, colour) in BOXES.items():
@@ -37,7 +37,7 @@ def path() -> str:
         arrow = {"arrowstyle": "->", "color": GREY, "shrinkA": 46, "shrinkB": 46}
         axes.annotate("", (u, v), (x, y), arrowprops=arrow)
     axes.text(4.9, -0.35, "green: what align trains", ha="center", color=COLOURS[2], fontsize=8)
-    return plots.svg_of(figure)
+    return plots.to_svg(figure)
 
 
 def cra(run: Path) -> str:
@@ -47,7 +47,7 @@ def cra(run: Path) -> str:
     for comparison in claim["comparisons"]:
         for side in ("low", "high"):
             sides[comparison[side]] = tuple(comparison[f"{side}_figure"])
-    return plots.intervals(
+    return plots.plot_intervals(
         dict(sorted(sides.items(), key=lambda item: item[1][0])), "CRA, % (COCO's 5,000 test images)"
     )
 

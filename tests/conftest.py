@@ -15,12 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from llm2clip.data.pairs import Captions
-from llm2clip.models.assets import Unreachable
-from llm2clip.models.text import CaptionEncoder
-from llm2clip.processes import leave, processes
-from llm2clip.recipes import TuneRecipe
-from written import ROWS, image_bytes
+from format_fixtures import ROWS, image_bytes
+from llm2clip.config import TuneConfig
+from llm2clip.data.pairs import ImageCaptions
+from llm2clip.distributed import process_state, shutdown
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.pretrained import Unreachable
 
 with suppress(ImportError):  # its distutils first: compiling flex attention fails where the standard one came before it
     import setuptools  # noqa: F401
@@ -41,10 +41,12 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 CAPTIONS = [
-    Captions(tuple(f"image {i} shows {w}" for w in ("a dog", "two cats in the snow", "x")), (f"A longer text of {i}.",))
+    ImageCaptions(
+        tuple(f"image {i} shows {w}" for w in ("a dog", "two cats in the snow", "x")), (f"A longer text of {i}.",)
+    )
     for i in range(24)
 ]
-TUNE = TuneRecipe(steps=6, batch=6, lr=1e-2, checkpoint_every=2, lora_dropout=0.1, precision="fp32")
+TUNE = TuneConfig(steps=6, batch_size=6, lr=1e-2, save_steps=2, lora_dropout=0.1, precision="fp32")
 SHAPES = ("left half", "right half", "upper half", "lower half", "middle", "border")
 
 
@@ -190,11 +192,11 @@ def _rank(rank: int, count: int, port: int, function: Callable[..., None], args:
         ACCELERATE_USE_CPU="true",
     )
     assert (
-        processes().num_processes == count
+        process_state().num_processes == count
     )  # else each would do all the work, and the test would compare one with one
     torch.set_num_threads(1)
     function(*args)
-    leave()
+    shutdown()
 
 
 def share_out() -> None:

@@ -15,27 +15,35 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import Killed, distributed, share_out
-from llm2clip.cache.embed import embed
-from llm2clip.cache.format import StoreError
-from llm2clip.cache.lock import alone
-from llm2clip.cache.store import EmbeddingStore
-from llm2clip.checkpoints import read_metrics
+from format_fixtures import write_tar
+from llm2clip.checkpoint import read_metrics
+from llm2clip.config import AlignConfig
+from llm2clip.data.image_refs import FileImage
 from llm2clip.data.records import Record, open_records
-from llm2clip.data.refs import FileImage
-from llm2clip.data.skips import SkipLog
-from llm2clip.evaluate.model import validator, with_store
-from llm2clip.evaluate.vectors import Vectors
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.evaluate.embeddings import ModelEmbeddings
+from llm2clip.evaluate.retrieval_eval import encode_from_store, make_validator
+from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.llm2clip import LLM2CLIP, MAX_SCALE, LLM2CLIPConfig
-from llm2clip.models.text import CaptionEncoder
-from llm2clip.models.vision import VisionTower
-from llm2clip.recipes import AlignRecipe
+from llm2clip.models.vision_tower import VisionTower
+from llm2clip.store.encode import embed
+from llm2clip.store.layout import StoreError
+from llm2clip.store.lock import folder_lock
+from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.align import align
+from llm2clip.train.align_data import AlignBatches
 from llm2clip.train.ema import Ema
-from llm2clip.train.steps import Steps
-from written import write_tar
 
-ALIGN = AlignRecipe(
-    width=12, epochs=2, batch=10, checkpoint_every=2, workers=0, image_size=64, evaluate_every=0, track=[], captions=2
+ALIGN = AlignConfig(
+    embed_dim=12,
+    epochs=2,
+    batch_size=10,
+    save_steps=2,
+    workers=0,
+    image_size=64,
+    eval_steps=0,
+    report_to=[],
+    captions_per_image=2,
 )
 
 
@@ -51,7 +59,7 @@ def store(pictures: Path, llm: Path, tmp_path_factory: pytest.TempPathFactory) -
     return embed(texts, encoder, tmp_path_factory.mktemp("store") / "store")
 
 
-def fresh_model(recipe: AlignRecipe = ALIGN, tower: str = "test_vit", **options: Any) -> LLM2CLIP:
+def fresh_model(recipe: AlignConfig = ALIGN, tower: str = "test_vit", **options: Any) -> LLM2CLIP:
     torch.manual_seed(0)
     vision = VisionTower.from_pretrained(f"timm:{tower}", pretrained=False, image_size=64)
     for module in vision.backbone.modules():  # chance in the forward pass, too
@@ -73,7 +81,7 @@ def trained(
     records: list[Record],
     store: EmbeddingStore,
     folder: Path,
-    recipe: AlignRecipe,
+    recipe: AlignConfig,
     validate: Any = None,
     **options: Any,
 ) -> LLM2CLIP:
@@ -85,7 +93,7 @@ def agreement(records: list[Record], store: EmbeddingStore) -> Any:
 
     def measure(model: LLM2CLIP) -> dict[str, float]:
         assert not model.training
-        vectors = Vectors(with_store(model, store), SkipLog(limit=1.0), progress=False)
+        vectors = ModelEmbeddings(encode_from_store(model, store), SkipLog(limit=1.0), progress=False)
         images, kept = vectors.images([r.image for r in records if r.image is not None])
         texts = vectors.texts([records[i].captions[0] for i in kept])
         return {"score": float((images * texts).sum(-1).mean())}
@@ -122,7 +130,10 @@ def test_a_batch_in_parts_has_the_gradients_of_the_batch_in_one(
     )
     for parts in (None, 4):
         trained(
-            records, store, tmp_path / str(parts), dataclasses.replace(ALIGN, micro_batch=parts, epochs=1, **change)
+            records,
+            store,
+            tmp_path / str(parts),
+            dataclasses.replace(ALIGN, micro_batch_size=parts, epochs=1, **change),
         )
     assert len(found) == 2 * 3
     for one, two in zip(found[:3], found[3:], strict=True):
@@ -143,7 +154,7 @@ def test_parts_have_the_same_dropout_both_times(
         return seen[-1]
 
     monkeypatch.setattr(VisionTower, "forward", watched)
-    trained(records, store, tmp_path, dataclasses.replace(ALIGN, micro_batch=5, epochs=1), dropout=0.3)
+    trained(records, store, tmp_path, dataclasses.replace(ALIGN, micro_batch_size=5, epochs=1), dropout=0.3)
     assert len(seen) == 3 * 2 * 2
     for n in range(0, len(seen), 4):
         assert torch.equal(seen[n], seen[n + 2]) and torch.equal(seen[n + 1], seen[n + 3])
@@ -153,7 +164,7 @@ def test_parts_have_the_same_dropout_both_times(
 def test_accumulated_batches_are_a_batch(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
     """Where there are no negatives, two batches of 5 are one of 10: the cosine loss."""
     whole = dataclasses.replace(ALIGN, loss="cosine", adapter="none")
-    parts = dataclasses.replace(whole, batch=5, accumulate=2)
+    parts = dataclasses.replace(whole, batch_size=5, accumulate=2)
     one, two = (trained(records, store, tmp_path / str(r.accumulate), r) for r in (whole, parts))
     same_run(one, two.state_dict(), tmp_path / "1", tmp_path / "2")
     assert one.logit_scale.item() == fresh_model(whole).logit_scale.item()
@@ -183,8 +194,8 @@ def test_weights_shared_out_over_processes_align_as_one(
     _as_one(records, store, tmp_path, dataclasses.replace(ALIGN, **change), fsdp=True)
 
 
-def _as_one(records: list[Record], store: EmbeddingStore, folder: Path, recipe: AlignRecipe, fsdp: bool) -> None:
-    recipe = dataclasses.replace(recipe, evaluate_every=2, keep="best")
+def _as_one(records: list[Record], store: EmbeddingStore, folder: Path, recipe: AlignConfig, fsdp: bool) -> None:
+    recipe = dataclasses.replace(recipe, eval_steps=2, load_best_at_end="best")
     distributed(2, _rank, records, str(store.folder), recipe, str(folder / "two"), fsdp)
     one = trained(records, store, folder / "one", recipe, agreement(records, store))
     same_run(one, load_file(folder / "two" / "trained.safetensors"), folder / "one", folder / "two", atol=1e-4)
@@ -192,21 +203,21 @@ def _as_one(records: list[Record], store: EmbeddingStore, folder: Path, recipe: 
     assert len(scores[0]) == 3 and scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
-def _rank(records: list[Record], store: str, recipe: AlignRecipe, folder: str, fsdp: bool) -> None:
-    half = dataclasses.replace(recipe, batch=recipe.batch // 2, head_batch=recipe.head_batch // 2)
+def _rank(records: list[Record], store: str, recipe: AlignConfig, folder: str, fsdp: bool) -> None:
+    half = dataclasses.replace(recipe, batch_size=recipe.batch_size // 2, head_batch=recipe.head_batch // 2)
     validate = agreement(records, EmbeddingStore(store))
     if fsdp:
         share_out()
-        whole = Steps.batches
+        whole = AlignBatches.batches
 
-        def dies(self: Steps, first: int) -> Any:
+        def dies(self: AlignBatches, first: int) -> Any:
             for n, batch in enumerate(whole(self, first), start=first):
                 if n == 5:
                     raise Killed
                 yield batch
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(Steps, "batches", dies)
+            patch.setattr(AlignBatches, "batches", dies)
             trained(records, EmbeddingStore(store), Path(folder), half, validate)
     model = trained(records, EmbeddingStore(store), Path(folder), half, validate)
     if torch.distributed.get_rank() == 0:
@@ -231,7 +242,7 @@ def test_pictures_that_any_process_cannot_read_are_listed(
 def _listing_rank(records: list[Record], store: str, folder: str) -> None:
     log = SkipLog(Path(folder) / "skipped.jsonl" if torch.distributed.get_rank() == 0 else None, limit=0.5)
     log.at_least(len(records))
-    half = dataclasses.replace(ALIGN, batch=ALIGN.batch // 2)
+    half = dataclasses.replace(ALIGN, batch_size=ALIGN.batch // 2)
     align(records, EmbeddingStore(store), fresh_model(), half, Path(folder) / "run", log)
     assert log.skipped["undecodable image"] == len(range(0, len(records), 5)), "all processes judge alike"
 
@@ -261,19 +272,19 @@ def test_goes_on_exactly(
     held_out = {"captions": [r for r in open_records(pictures / "captions.jsonl") if r.split == "val"]}
 
     def run(folder: Path) -> LLM2CLIP:
-        validate = validator(held_out, SkipLog(limit=1.0), store)
+        validate = make_validator(held_out, SkipLog(limit=1.0), store)
         return align(records, store, fresh_model(recipe), recipe, folder, SkipLog(limit=1.0), validate)
 
-    whole, batches = run(tmp_path / "whole"), Steps.batches
+    whole, batches = run(tmp_path / "whole"), AlignBatches.batches
 
-    def dies(self: Steps, first: int) -> Any:
+    def dies(self: AlignBatches, first: int) -> Any:
         for n, batch in enumerate(batches(self, first)):
             if n == 5 * recipe.accumulate:
                 raise Killed
             yield batch
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Steps, "batches", dies)
+        patch.setattr(AlignBatches, "batches", dies)
         run(tmp_path / "cut")
     again = run(tmp_path / "cut")
     for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
@@ -297,7 +308,7 @@ def test_the_best_weights_are_kept(records: list[Record], store: EmbeddingStore,
             weights[len(weights)] = model.projection.weight.detach().clone()
             return {"score": [1.0, 5.0, 3.0][len(weights) - 1]}
 
-        recipe = dataclasses.replace(ALIGN, evaluate_every=2, keep=keep, ema=0.5)
+        recipe = dataclasses.replace(ALIGN, eval_steps=2, load_best_at_end=keep, ema=0.5)
         return align(records, store, fresh_model(), recipe, tmp_path / keep, SkipLog(limit=1.0), validate)
 
     last, best = run("last"), run("best")
@@ -336,22 +347,22 @@ def test_the_scale_stays_below_its_limit(
 def test_trackers_by_name(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    recipe = dataclasses.replace(ALIGN, track=["tensorboard"])
+    recipe = dataclasses.replace(ALIGN, report_to=["tensorboard"])
     trained(records, store, tmp_path, recipe)
     events = EventAccumulator(str(next((tmp_path / "logs").rglob("events*")).parent)).Reload()
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [e.step for e in events.Scalars("loss")] == [line["step"] for line in lines]
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
     with pytest.raises(ValueError, match="knows tensorboard, wandb, trackio, not 'paper'"):
-        trained(records, store, tmp_path / "a", dataclasses.replace(ALIGN, track=["paper"]))
+        trained(records, store, tmp_path / "a", dataclasses.replace(ALIGN, report_to=["paper"]))
     with pytest.raises(ModuleNotFoundError, match="pip install wandb"):
-        trained(records, store, tmp_path / "b", dataclasses.replace(ALIGN, track=["wandb"]))
+        trained(records, store, tmp_path / "b", dataclasses.replace(ALIGN, report_to=["wandb"]))
 
 
 def test_a_part_of_an_epoch(records: list[Record], store: EmbeddingStore) -> None:
-    assert [len(Steps(records, store, fresh_model(), dataclasses.replace(ALIGN, epochs=e))) for e in (0.5, 1, 2.3)] == [
-        *(2, 3, 7)
-    ]
+    assert [
+        len(AlignBatches(records, store, fresh_model(), dataclasses.replace(ALIGN, epochs=e))) for e in (0.5, 1, 2.3)
+    ] == [*(2, 3, 7)]
 
 
 def test_compiled_is_the_same(
@@ -372,10 +383,10 @@ def test_compiled_is_the_same(
 
 
 def test_augmented_pictures_depend_on_seed_and_step_alone(records: list[Record], store: EmbeddingStore) -> None:
-    plain = next(Steps(records, store, fresh_model(), ALIGN).batches(0)).images
+    plain = next(AlignBatches(records, store, fresh_model(), ALIGN).batches(0)).images
     for augment in ("color", "randaugment", "trivialaugment"):
         recipe: Any = dataclasses.replace(ALIGN, augment=augment)
-        one, two = (Steps(records, store, fresh_model(), recipe) for _ in range(2))
+        one, two = (AlignBatches(records, store, fresh_model(), recipe) for _ in range(2))
         torch.manual_seed(1)
         seen = next(one.batches(0)).images
         torch.manual_seed(2)
@@ -401,8 +412,8 @@ def test_tars_are_shuffled_whole_and_gone_on_with(
     assert len(packed) == 30
     model = fresh_model()
     for first in (0, 4):
-        ours = Steps(packed, store, model, dataclasses.replace(ALIGN, workers=1)).batches(first)
-        theirs = Steps(records, store, model, ALIGN).batches(first)
+        ours = AlignBatches(packed, store, model, dataclasses.replace(ALIGN, workers=1)).batches(first)
+        theirs = AlignBatches(records, store, model, ALIGN).batches(first)
         for a, b in zip(ours, theirs, strict=True):
             assert torch.equal(a.images, b.images) and np.array_equal(a.rows, b.rows)
             assert len({name.split("!")[0] for name in a.names}) == 2
@@ -430,14 +441,14 @@ def test_wrong_settings_show_at_once(change: dict[str, Any], says: str) -> None:
 
 def test_wrong_settings_for_what_is_there(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name some with --held_out"):
-        trained(records, store, tmp_path / "a", dataclasses.replace(ALIGN, keep="best", evaluate_every=None))
+        trained(records, store, tmp_path / "a", dataclasses.replace(ALIGN, load_best_at_end="best", eval_steps=None))
     with pytest.raises(ValueError, match="fp16 is for GPUs"):
         trained(records, store, tmp_path / "b", dataclasses.replace(ALIGN, precision="fp16"))
     with pytest.raises(ValueError, match="train_layers finds no blocks"):
         trained(records, store, tmp_path / "c", dataclasses.replace(ALIGN, train_layers=1), tower="vgg11")
     with pytest.raises(ValueError, match="cannot recompute activations of vgg11"):
-        trained(records, store, tmp_path / "d", dataclasses.replace(ALIGN, recompute=True), tower="vgg11")
-    with alone(tmp_path), pytest.raises(StoreError, match="another run"):
+        trained(records, store, tmp_path / "d", dataclasses.replace(ALIGN, gradient_checkpointing=True), tower="vgg11")
+    with folder_lock(tmp_path), pytest.raises(StoreError, match="another run"):
         trained(records, store, tmp_path, ALIGN)
 
 
@@ -447,7 +458,7 @@ def test_heads_of_other_settings_are_trained_anew(records: list[Record], store: 
     for lr in (1e-2, 1e-2, 1e-4):
         heads = read_metrics(tmp_path / "heads/metrics.jsonl")
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(Steps, "batches", _only_features)
+            patch.setattr(AlignBatches, "batches", _only_features)
             trained(records, store, tmp_path, dataclasses.replace(recipe, lr=lr))
         same = [line["loss"] for line in heads] == [
             line["loss"] for line in read_metrics(tmp_path / "heads/metrics.jsonl")
@@ -456,10 +467,10 @@ def test_heads_of_other_settings_are_trained_anew(records: list[Record], store: 
     assert len(list(tmp_path.glob("features-*"))) == 1
 
 
-_batches = Steps.batches
+_batches = AlignBatches.batches
 
 
-def _only_features(self: Steps, first: int) -> Any:
+def _only_features(self: AlignBatches, first: int) -> Any:
     if self.features is None:
         raise Killed
     return _batches(self, first)
@@ -467,18 +478,18 @@ def _only_features(self: Steps, first: int) -> Any:
 
 def test_best_weights_of_another_run_are_no_ones(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
     """Killed after an evaluation and before a checkpoint: what it kept is of steps that are done again."""
-    recipe = dataclasses.replace(ALIGN, evaluate_every=1, keep="best", checkpoint_every=100)
+    recipe = dataclasses.replace(ALIGN, eval_steps=1, load_best_at_end="best", save_steps=100)
     scores = iter([9.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0])
 
     def validate(model: LLM2CLIP) -> dict[str, float]:
         return {"score": next(scores)}
 
-    def dies(self: Steps, first: int) -> Any:
+    def dies(self: AlignBatches, first: int) -> Any:
         yield next(_batches(self, first))
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Steps, "batches", dies)
+        patch.setattr(AlignBatches, "batches", dies)
         align(records, store, fresh_model(), recipe, tmp_path, SkipLog(limit=1.0), validate)
     assert json.loads((tmp_path / "best/figures.json").read_text())["score"] == 9.0
     align(records, store, fresh_model(), recipe, tmp_path, SkipLog(limit=1.0), validate)

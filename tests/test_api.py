@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from llm2clip.models.dual import open_dual
-from llm2clip.search.messages import Limits
+from llm2clip.models.dual_encoder import open_dual_encoder
+from llm2clip.search.schemas import Limits
 from llm2clip.search.server import create_app
-from searching import make_index, make_model, served
+from search_fixtures import make_index, make_model, served
 
 schemathesis = pytest.importorskip("schemathesis")
 hypothesis = pytest.importorskip("hypothesis")
@@ -42,7 +42,7 @@ ASKED = (
 
 @pytest.fixture(scope="module")
 def operations(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Iterator[dict[str, Any]]:
-    model = open_dual(str(make_model(tmp_path_factory.mktemp("model"))))
+    model = open_dual_encoder(str(make_model(tmp_path_factory.mktemp("model"))))
     engine = make_index(tmp_path_factory.mktemp("index"), pictures, model)
     with served(create_app(model, engine, Limits(body=1 << 20))) as address:
         schema = schemathesis.openapi.from_url(f"{address}openapi.json")

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from llm2clip.data.images import load
+from llm2clip.data.image_refs import FileImage
+from llm2clip.data.images import load_image
 from llm2clip.data.records import Record
-from llm2clip.data.refs import FileImage
 from llm2clip.evaluate.benchmarks import BENCHMARKS, Absent, Choice, Classes, Malformed
-from llm2clip.evaluate.benchmarks.classes import folder_of_classes
-from llm2clip.evaluate.benchmarks.karpathy import untagged
+from llm2clip.evaluate.benchmarks.classification import folder_of_classes
+from llm2clip.evaluate.benchmarks.karpathy_splits import strip_tags
 
 
 def draw(file: Path, colour: tuple[int, int, int] = (200, 10, 10)) -> None:
@@ -123,13 +123,13 @@ def test_long_captions(tmp_path: Path) -> None:
 
 def test_the_first_thousand_of_a_large_list_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes behind them is not read, cut off as it may be."""
-    from llm2clip.evaluate.benchmarks.long import head
+    from llm2clip.evaluate.benchmarks.long_captions import first_rows
 
     rows = [{"n": n, "text": "x" * 5000} for n in range(400)]
     put(tmp_path / "big.json", json.dumps(rows)[:-100_000])
-    assert [row["n"] for row in head(tmp_path / "big.json", 300)] == list(range(300))
+    assert [row["n"] for row in first_rows(tmp_path / "big.json", 300)] == list(range(300))
     with pytest.raises(Malformed, match="object 381 is cut off"):
-        head(tmp_path / "big.json", 400)
+        first_rows(tmp_path / "big.json", 400)
 
 
 @pytest.mark.parametrize("alphabet", [base64.b64encode, base64.urlsafe_b64encode])
@@ -143,7 +143,7 @@ def test_chinese_clips_form(tmp_path: Path, alphabet: Callable[[bytes], bytes]) 
     put(tmp_path / "flickr30k-cn/test_texts.jsonl", "\n".join(map(json.dumps, texts)))
     found = read("flickr30k-cn", tmp_path)["captions_zh"]
     assert [r.captions for r in found] == [("第0句", "第2句"), ("第1句", "第3句")]
-    assert found[1].image is not None and load(found[1].image)[1, 0, 0] == 252
+    assert found[1].image is not None and load_image(found[1].image)[1, 0, 0] == 252
 
 
 def test_flickr30k_cn_as_its_authors_give_it(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_flickr30k_cn_as_its_authors_give_it(tmp_path: Path) -> None:
     lines = ["17#zhm#0 一个:m 男人:n ，:wd 跑步:v", "18#zhm#0 没有:v", "17#zhm#1 他:r 走:v"]
     put(test / "TextData/seg.flickr30kzhmbosontest.caption.txt", "\n".join(lines))
     assert shown(read("flickr30k-cn", tmp_path)["captions_zh"]) == [("17.jpg", ("一个男人，跑步", "他走"))]
-    assert untagged("a dog at 10:30 runs") == "a dog at 10:30 runs"
+    assert strip_tags("a dog at 10:30 runs") == "a dog at 10:30 runs"
 
 
 def test_coco_cn_takes_what_people_wrote(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_winoground_in_both_forms(tmp_path: Path) -> None:
     put(tmp_path / "winoground/examples.jsonl", json.dumps(row))
     [choice] = read("winoground", tmp_path)
     assert choice.captions == ("a man on a dog", "a dog on a man") and choice.kind == "winoground"
-    pixels = [load(image) for image in choice.images]
+    pixels = [load_image(image) for image in choice.images]
     (tmp_path / "winoground/examples.jsonl").unlink()
     data = {n: (tmp_path / f"winoground/images/ex_7_img_{n}.png").read_bytes() for n in (0, 1)}
     cells = {f"image_{n}": [{"bytes": data[n], "path": "x.png"}] for n in (0, 1)}
@@ -238,7 +238,7 @@ def test_winoground_in_both_forms(tmp_path: Path) -> None:
     pq.write_table(pa.table({**texts, **cells}), tmp_path / "winoground/data/test-00000-of-00001.parquet")
     [again] = read("winoground", tmp_path)
     assert again.captions == choice.captions and again.id == "7"
-    assert all((a == load(b)).all() for a, b in zip(pixels, again.images, strict=True))
+    assert all((a == load_image(b)).all() for a, b in zip(pixels, again.images, strict=True))
 
 
 def test_sugarcrepe_by_file(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_objectnet_without_its_border(tmp_path: Path) -> None:
         image.save(root / "images/chair/1.png")
     found: Classes = read("objectnet", tmp_path)
     assert list(found.names) == ["chair"] and len(found.images) == 1
-    pixels = load(found.images[0])
+    pixels = load_image(found.images[0])
     assert pixels.shape == (3, 6, 8) and pixels[0].max() == 0 and pixels[2].min() == 255
     assert found.images[0].key != FileImage(str(root / "images/chair/1.png")).key, "it has other vectors"
 
@@ -297,7 +297,7 @@ def test_cifar_in_its_binary_form(tmp_path: Path) -> None:
     put(tmp_path / "cifar10/batches.meta.txt", "airplane\nautomobile\n\n")
     found: Classes = read("cifar10", tmp_path)
     assert list(found.labels) == [1, 0] and list(found.names) == ["airplane", "automobile"]
-    assert np.array_equal(load(found.images[1]).numpy(), pixels[1])
+    assert np.array_equal(load_image(found.images[1]).numpy(), pixels[1])
     (tmp_path / "cifar-100-binary").mkdir()
     (tmp_path / "cifar-100-binary/test.bin").write_bytes(b"".join(bytes([5]) + row for row in rows))
     put(tmp_path / "cifar-100-binary/fine_label_names.txt", "apple\naquarium_fish\n")

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from conftest import make_llm
 from llm2clip import LLM2CLIP
-from llm2clip.models import convert
-from llm2clip.models.adapter import GatedLayer
-from llm2clip.models.convert import convert_verb, fill, from_official, to_official
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.convert import convert
+from llm2clip.models.convert.checkpoint_layout import Checkpoint, infer_config, is_computed_buffer, to_official_name
+from llm2clip.models.convert.convert import convert_verb, fill_weights, from_official, to_official
+from llm2clip.models.heads import GatedLayer
 from llm2clip.models.llm2clip import LLM2CLIPConfig
-from llm2clip.models.official import Checkpoint, computed, config_of, official_name
-from llm2clip.models.text import CaptionEncoder
-from llm2clip.models.vision import VisionTower
+from llm2clip.models.vision_tower import VisionTower
 
 TEXT, WIDTH = 32, 12  # the caption encoder's width and the shared one
 CLIP = {"width": 64, "depth": 2, "hidden": 96, "patch": 8, "size": 24}
@@ -161,9 +161,9 @@ def test_the_published_parameter_counts(tower: dict[str, int], size: int, count:
     assert sum(math.prod(shape) for shape in shapes.values()) == count
     with torch.device("meta"):
         read = as_read({name: torch.empty(shape) for name, shape in shapes.items()}, "hf")
-        config = config_of(read)
+        config = infer_config(read)
         model = LLM2CLIP(config, VisionTower.from_config(config.tower))
-        fill(model, read)
+        fill_weights(model, read)
     assert sum(p.numel() for p in model.parameters()) == count
     assert (config.text_width, config.width, config.adapter_depth, config.adapter_expansion) == (4096, 1280, 4, 2)
     assert config.tower["architecture"]["num_attention_heads"] == tower["width"] // 64
@@ -188,10 +188,10 @@ def test_the_eva_towers_are_open_clips(tower: dict[str, int], size: int, name: s
     shapes = official_shapes("eva", 4096, 1280, **tower, size=size)
     with torch.device("meta"):
         read = as_read({name: torch.empty(shape) for name, shape in shapes.items()}, "eva")
-        config = config_of(read)
+        config = infer_config(read)
         model = LLM2CLIP(config, VisionTower.from_config(config.tower))
         trunk = open_clip.create_model(reference, load_weights=False, device="meta").visual.trunk
-        fill(model, read)
+        fill_weights(model, read)
     assert config.tower["architecture"] == name
     assert config.tower["args"] == {"num_classes": 0, "img_size": size}
     theirs = {n: p.shape for n, p in trunk.named_parameters() if not n.startswith("head.")}
@@ -208,7 +208,7 @@ def test_the_eva_towers_are_open_clips(tower: dict[str, int], size: int, name: s
 def test_the_adapter_of_the_1b_model() -> None:
     with torch.device("meta"):
         shapes = official_shapes("eva", 2048, 1280, **EVA_LARGE, size=336)
-        config = config_of(as_read({n: torch.empty(s) for n, s in shapes.items()}, "eva"))
+        config = infer_config(as_read({n: torch.empty(s) for n, s in shapes.items()}, "eva"))
     assert (config.text_width, config.width) == (2048, 1280)
 
 
@@ -348,7 +348,7 @@ def test_names_both_ways() -> None:
         },
     }
     for form, names in pairs.items():
-        assert {ours: official_name(ours, form, 4) for ours in names} == names
+        assert {ours: to_official_name(ours, form, 4) for ours in names} == names
 
 
 def test_timm_reads_the_same_from_eva_names(tmp_path: Path) -> None:
@@ -363,7 +363,7 @@ def test_timm_reads_the_same_from_eva_names(tmp_path: Path) -> None:
 
 def test_rotary_tables_are_those_of_the_formula(tmp_path: Path) -> None:
     model = from_official(write(checkpoint("eva"), "eva", tmp_path))
-    tables = computed(model, "eva")
+    tables = is_computed_buffer(model, "eva")
     for table, expected in zip(("cos", "sin"), rotary(3), strict=True):
         torch.testing.assert_close(tables[f"visual.blocks.1.attn.rope.freqs_{table}"], expected)
 
@@ -456,7 +456,7 @@ def test_hf_files(kind: str, tmp_path: Path) -> None:
     model = from_official(source)
     for name, own in model.state_dict().items():
         assert own.dtype == torch.float32
-        assert torch.equal(own.reshape(-1), tensors[official_name(name, "hf", 4)].float().reshape(-1))
+        assert torch.equal(own.reshape(-1), tensors[to_official_name(name, "hf", 4)].float().reshape(-1))
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "module", "prefix", "original"])

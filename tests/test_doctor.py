@@ -9,8 +9,8 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from llm2clip import doctor
 from llm2clip.cli import main
+from llm2clip.tools import doctor
 
 
 def test_a_healthy_machine(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -21,9 +21,9 @@ def test_a_healthy_machine(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
 
 
 def test_versions_outside_their_ranges() -> None:
-    assert doctor.amiss(Requirement("torch>=2.6")) is None
-    assert doctor.amiss(Requirement("torch<2")) == f"torch {metadata.version('torch')} is not <2"
-    assert doctor.amiss(Requirement("no-such-package>=1")) == "no-such-package is missing"
+    assert doctor.version_problem(Requirement("torch>=2.6")) is None
+    assert doctor.version_problem(Requirement("torch<2")) == f"torch {metadata.version('torch')} is not <2"
+    assert doctor.version_problem(Requirement("no-such-package>=1")) == "no-such-package is missing"
     base = {one.name for one in doctor.requirements()[""]}
     assert {"torch", "transformers", "timm"} <= base and "fastapi" not in base
 
@@ -49,13 +49,13 @@ def test_a_wrong_gradient_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     from llm2clip.train import losses
 
     right = losses.info_nce
-    assert doctor.a_step(torch.device("cpu")).verdict == "ok"
+    assert doctor.check_gradient(torch.device("cpu")).verdict == "ok"
     monkeypatch.setattr(losses, "info_nce", lambda image, text, scale, gather: 2 * right(image, text, scale))
-    assert doctor.a_step(torch.device("cpu")).verdict == "bad"
+    assert doctor.check_gradient(torch.device("cpu")).verdict == "bad"
 
 
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    (check,) = doctor.hub()
+    (check,) = doctor.check_hub()
     assert check.verdict == "note" and "HF_ENDPOINT" in check.do

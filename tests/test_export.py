@@ -18,12 +18,12 @@ from sentence_transformers.base.modules import Dense
 
 from conftest import make_llm
 from llm2clip.cli import main
-from llm2clip.models.card import card
+from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.export import verb
-from llm2clip.models.export.verb import export
+from llm2clip.models.export.model_card import render_model_card
+from llm2clip.models.export.verb import export_model
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
-from llm2clip.models.text import CaptionEncoder
-from llm2clip.models.vision import VisionTower
+from llm2clip.models.vision_tower import VisionTower
 
 TEXTS = ["a dog", "Two children in the snow, and an old man who watches them.", "一只猫", "x" * 600]
 
@@ -34,7 +34,7 @@ def make(folder: Path, tower: VisionTower, family: str = "llama", **options: Any
     text = {k.removeprefix("text_"): v for k, v in options.items() if k.startswith("text_")}
     encoder = CaptionEncoder.from_pretrained(make_llm(folder / "llm", family), device="cpu", **text)
     others = {k: v for k, v in options.items() if not k.startswith("text_")}
-    config = LLM2CLIPConfig(tower=tower.config, text_width=encoder.width, width=16, adapter_depth=2, **others)
+    config = LLM2CLIPConfig(tower=tower.config, text_width=encoder.truncate_dim, width=16, adapter_depth=2, **others)
     model = LLM2CLIP(config, tower, encoder).eval()
     with torch.no_grad():
         model.logit_scale.fill_(2.5)
@@ -142,7 +142,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory, photos: list[Path]) -> Open
     root = tmp_path_factory.mktemp("exports")
     models = {case: model_of(case, root / case) for case in CASES}
     for case, model in models.items():
-        export(model, "sentence-transformers", root / case / "out")
+        export_model(model, "sentence-transformers", root / case / "out")
     found = alone(
         """
 import torch
@@ -184,7 +184,7 @@ def test_the_bare_tower(tmp_path: Path, photos: list[Path]) -> None:
     towers["timm"] = timm_tower(32)
     for kind, tower in towers.items():
         (tmp_path / "of" / kind).mkdir(parents=True)
-        export(make(tmp_path / "of" / kind, tower), "vision", tmp_path / "of" / kind / "out")
+        export_model(make(tmp_path / "of" / kind, tower), "vision", tmp_path / "of" / kind / "out")
     found = alone(
         """
 import torch
@@ -215,7 +215,7 @@ def test_onnx(tmp_path: Path, photos: list[Path]) -> None:
     pytest.importorskip("onnxscript")
     models = {case: model_of(case, tmp_path / case) for case in ("template", "clip")}
     for case, model in models.items():
-        lines = export(model, "onnx", tmp_path / case / "out", int8=case == "clip")
+        lines = export_model(model, "onnx", tmp_path / case / "out", int8=case == "clip")
         assert len(lines) == (4 if case == "clip" else 2)
         assert all("PyTorch's vectors 1.0000" in line or "int8" in line for line in lines)
     use = (tmp_path / "clip/out/USE.md").read_text().split("```python\n")[1].rsplit("```", 1)[0]
@@ -245,7 +245,7 @@ def test_open_clip(tmp_path: Path, photos: list[Path]) -> None:
     tower.config["preprocess"]["crop_pct"] = 1.0
     tower.config["preprocess"]["size"] = {"shortest_edge": tower.preprocess.size}
     model = make(tmp_path, VisionTower.from_config(tower.config))
-    export(model, "open_clip", tmp_path / "out")
+    export_model(model, "open_clip", tmp_path / "out")
     found = alone(
         """
 import open_clip, torch
@@ -263,27 +263,27 @@ with torch.no_grad():
     assert ((found["images"] * images).sum(1) > 0.999).all()
     assert np.isnan(found["texts"]).all()
     with pytest.raises(ValueError, match="towers of timm"):
-        export(make(tmp_path, hf_tower(tmp_path, "clip_vision_model")), "open_clip", tmp_path / "other")
+        export_model(make(tmp_path, hf_tower(tmp_path, "clip_vision_model")), "open_clip", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
 def test_refused(tmp_path: Path) -> None:
     model = make(tmp_path, timm_tower(), text_pooling="max")
     with pytest.raises(ValueError, match="pools by 'max'"):
-        export(model, "transformers", tmp_path / "out")
+        export_model(model, "transformers", tmp_path / "out")
     odd = make(tmp_path / "odd", timm_tower())
     odd.encoder.st.append(Dense(32, 32, bias=True))  # trained after the pooling
     with pytest.raises(ValueError, match="has a part that the form has no place for"):
-        export(odd, "transformers", tmp_path / "out")
+        export_model(odd, "transformers", tmp_path / "out")
     short = make(tmp_path / "short", timm_tower())
     short.encoder.st.max_seq_length = 12
-    export(short, "transformers", tmp_path / "short out")
+    export_model(short, "transformers", tmp_path / "short out")
     with pytest.raises(ValueError, match="there is no form 'tf'"):
-        export(model, "tf", tmp_path / "out")
+        export_model(model, "tf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     with pytest.raises(FileExistsError):
-        export(model, "vision", tmp_path / "out")
+        export_model(model, "vision", tmp_path / "out")
 
 
 def test_the_command_the_card_and_the_hub(
@@ -297,7 +297,7 @@ def test_the_command_the_card_and_the_hub(
     assert main(["export", str(folder), "--to", "vision", "--out", str(tmp_path / "tower")]) == 0
     assert "AutoModel.from_pretrained" in capsys.readouterr().out
     assert main(["export", str(folder), "--to", "vision", "--out", str(tmp_path / "x"), "--int8"]) == 1
-    text = card(folder, "me/finder", "apache-2.0")
+    text = render_model_card(folder, "me/finder", "apache-2.0")
     assert text.startswith("---\nlibrary_name: llm2clip\n") and "license: apache-2.0" in text
     assert "somebody" not in text and "photos.csv" in text and "hf:some/name" in text and "12/34" in text
     assert "#### Figures" in text and "\n# llm2clip fit" in text and "test_efficientnet (timm), 76 pixels" in text
@@ -320,11 +320,11 @@ def test_images_are_read_as_ours(tmp_path: Path, photos: list[Path]) -> None:
     from transformers import AutoImageProcessor
 
     model = make(tmp_path, timm_tower())
-    export(model, "transformers", tmp_path / "out")
+    export_model(model, "transformers", tmp_path / "out")
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
     large = Image.open(photos[0]).convert("RGB").resize((300, 200))
     theirs = processor(images=[large], return_tensors="pt")["pixel_values"][0]
-    from llm2clip.data.images import EvalTransform, load
+    from llm2clip.data.images import EvalTransform, load_image
 
-    ours = (EvalTransform(model.tower.preprocess)(load(large)).float() / 255 - model.tower.mean) / model.tower.std
+    ours = (EvalTransform(model.tower.preprocess)(load_image(large)).float() / 255 - model.tower.mean) / model.tower.std
     assert theirs.shape == ours.shape and (theirs - ours).abs().mean() < 0.02

@@ -15,13 +15,13 @@ from PIL import Image
 
 from llm2clip import LLM2CLIP
 from llm2clip.cli import main
-from llm2clip.recipes import RecipeChanged, keep
+from llm2clip.config import ConfigChangedError, save_or_check_config
 
 
 def command(pictures: Path, llm: Path, out: Path) -> list[str]:
     return [
         *("fit", str(pictures / "captions.jsonl"), "--out", str(out)),
-        *("--encoder.path", str(llm), "--tune.steps", "6", "--tune.batch", "8", "--tune.checkpoint_every", "3"),
+        *("--encoder.path", str(llm), "--tune.steps", "6", "--tune.batch_size", "8", "--tune.save_steps", "3"),
         *(
             "--evaluate.fields",
             '["captions_xx"]',
@@ -32,7 +32,7 @@ def command(pictures: Path, llm: Path, out: Path) -> list[str]:
             "--align.pretrained",
             "false",
         ),
-        *("--align.image_size", "64", "--align.width", "16", "--align.epochs", "40", "--align.batch", "15"),
+        *("--align.image_size", "64", "--align.embed_dim", "16", "--align.epochs", "40", "--align.batch_size", "15"),
         *("--align.tower_lr", "3e-3", "--align.lr", "3e-3", "--align.workers", "0"),
     ]
 
@@ -45,7 +45,7 @@ def run(pictures: Path, llm: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_fit_leaves_what_it_promises(run: Path) -> None:
-    for name in ("recipe.yaml", "skipped.jsonl", "tune/encoder/modules.json", "store/manifest.json", "report.md"):
+    for name in ("config.yaml", "skipped.jsonl", "tune/encoder/modules.json", "store/manifest.json", "report.md"):
         assert (run / name).exists(), name
     names = {p.name for p in (run / "model").iterdir()}
     assert names == {"config.json", "model.safetensors", "preprocessor_config.json", "text", "README.md"}
@@ -62,7 +62,7 @@ def test_fit_leaves_what_it_promises(run: Path) -> None:
 def test_fit_runs_under_torchrun(pictures: Path, llm: Path, tmp_path: Path) -> None:
     """Two processes make one run, with the same command."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llm2clip"]
-    halves = ["--tune.batch", "4", "--align.batch", "7", "--align.epochs", "2"]
+    halves = ["--tune.batch_size", "4", "--align.batch_size", "7", "--align.epochs", "2"]
     done = subprocess.run(
         [sys.executable, *launcher, *command(pictures, llm, tmp_path / "run"), *halves],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -140,11 +140,11 @@ def test_stages_one_at_a_time_and_evaluate(pictures: Path, llm: Path, tmp_path: 
     data, enc = str(pictures / "captions.jsonl"), str(tmp_path / "tuned/encoder")
     train = f"{data}@train"
     assert main(["tune", train, "--out", str(tmp_path / "tuned"), "--encoder.path", str(llm), "--tune.steps", "2",
-                 "--tune.batch", "4"]) == 0  # fmt: skip
+                 "--tune.batch_size", "4"]) == 0  # fmt: skip
     assert main(["embed", data, "--out", str(tmp_path / "store"), "--encoder.path", enc]) == 0
     align = ["align", train, "--store", str(tmp_path / "store"), "--encoder.path", enc, "--out", str(tmp_path / "run"),
              "--align.tower", "timm:test_efficientnet", "--align.pretrained", "false", "--align.image_size", "64",
-             "--align.epochs", "1", "--align.batch", "15", "--align.workers", "0"]  # fmt: skip
+             "--align.epochs", "1", "--align.batch_size", "15", "--align.workers", "0"]  # fmt: skip
     assert main(align) == 0
     out = tmp_path / "results"
     assert main(["evaluate", str(tmp_path / "run/model"), f"{data}@val", "--captions", data,
@@ -170,8 +170,8 @@ def test_mistakes_are_one_clear_message(tmp_path: Path, llm: Path, capsys: pytes
 
 
 def test_keep_names_what_changed(tmp_path: Path) -> None:
-    keep({"a": {"b": 1, "c": [1]}}, tmp_path / "r.yaml")
-    keep({"a": {"b": 1, "c": [1]}}, tmp_path / "r.yaml")
+    save_or_check_config({"a": {"b": 1, "c": [1]}}, tmp_path / "r.yaml")
+    save_or_check_config({"a": {"b": 1, "c": [1]}}, tmp_path / "r.yaml")
     (tmp_path / "tune").mkdir()
-    with pytest.raises(RecipeChanged, match=r"a\.b: 1 there, 2 now"):
-        keep({"a": {"b": 2, "c": [1]}}, tmp_path / "r.yaml")
+    with pytest.raises(ConfigChangedError, match=r"a\.b: 1 there, 2 now"):
+        save_or_check_config({"a": {"b": 2, "c": [1]}}, tmp_path / "r.yaml")

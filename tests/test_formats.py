@@ -11,10 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from llm2clip.data.records import Source, open_records
-from llm2clip.data.refs import FileImage, MemoryImage, ParquetImage, TarImage, digest_of
-from llm2clip.data.skips import SkipLog
-from written import (
+from format_fixtures import (
     FORMATS,
     ROWS,
     as_csv_of_rows,
@@ -24,6 +21,9 @@ from written import (
     write_jsonl,
     write_tar,
 )
+from llm2clip.data.image_refs import FileImage, MemoryImage, ParquetImage, TarImage, file_digest
+from llm2clip.data.records import Source, open_records
+from llm2clip.data.skip_log import SkipLog
 
 
 @pytest.mark.parametrize("write", FORMATS, ids=lambda write: write.__name__)
@@ -127,7 +127,7 @@ def test_parquet_cells_may_be_paths_of_files_and_are_found_across_row_groups(fol
     assert records[5].image is None
     for number in (8, 0, 3, 7):
         image = records[number].image
-        digest = digest_of(rows[number]["image"]["bytes"])
+        digest = file_digest(rows[number]["image"]["bytes"])
         assert image == ParquetImage(str(folder / "x.parquet"), number, "image", digest)
         assert image.read() == rows[number]["image"]["bytes"]
     raw = pa.table({"image": [row["image"]["bytes"] for row in rows[:3]], "text": ["x", "y", "z"]})

@@ -18,10 +18,11 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
-from llm2clip.data import decoding, images
-from llm2clip.data.decoding import in_batches
-from llm2clip.data.images import EvalTransform, ImageError, Preprocess, TrainTransform, decode, load
-from llm2clip.data.refs import FileImage
+from llm2clip.data import image_loader as decoding
+from llm2clip.data import images
+from llm2clip.data.image_loader import image_batches
+from llm2clip.data.image_refs import FileImage
+from llm2clip.data.images import EvalTransform, ImageError, Preprocess, TrainTransform, decode_image, load_image
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -59,7 +60,7 @@ def difference(a: Tensor, b: Tensor) -> int:
 def test_jpeg_equals_pil(mode: str) -> None:
     for progressive in (False, True):
         data = encode(photo().convert(mode), "JPEG", quality=92, progressive=progressive)
-        assert difference(decode(data), by_pil(data)) <= 1
+        assert difference(decode_image(data), by_pil(data)) <= 1
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_jpeg_equals_pil(mode: str) -> None:
 def test_other_formats_equal_pil(kind: str, mode: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encode(photo().convert(mode), kind, **options)
-    assert difference(decode(data), by_pil(data)) == 0
+    assert difference(decode_image(data), by_pil(data)) == 0
 
 
 def test_the_fast_path_is_taken_and_the_slow_path_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,14 +84,14 @@ def test_the_fast_path_is_taken_and_the_slow_path_agrees(monkeypatch: pytest.Mon
     ]
     with monkeypatch.context() as patch:
         patch.setattr(images, "_decode_fast", lambda *_: None)
-        slow = [decode(data) for data in files]
+        slow = [decode_image(data) for data in files]
 
     def refuse(*_: object) -> Tensor:
         raise AssertionError("Pillow was asked")
 
     monkeypatch.setattr(images, "_from_pil", refuse)
     for data, expected in zip(files, slow, strict=True):
-        assert difference(decode(data), expected) <= 1
+        assert difference(decode_image(data), expected) <= 1
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -100,10 +101,10 @@ def test_exif_orientation_is_honoured(kind: str) -> None:
         exif[0x0112] = orientation
         options = {"lossless": True} if kind == "WEBP" else {}
         data = encode(photo(), kind, exif=exif, **options)
-        pixels = decode(data)
+        pixels = decode_image(data)
         assert pixels.shape == ((3, 160, 120) if orientation < 5 else (3, 120, 160))
         assert difference(pixels, by_pil(data)) <= 1, orientation
-        assert difference(load(Image.open(io.BytesIO(data))), pixels) <= 1
+        assert difference(load_image(Image.open(io.BytesIO(data))), pixels) <= 1
 
 
 def test_alpha_lies_on_white() -> None:
@@ -111,34 +112,34 @@ def test_alpha_lies_on_white() -> None:
     image.putpixel((1, 0), (200, 0, 0, 255))
     image.putpixel((2, 0), (200, 100, 0, 128))
     for data in (encode(image, "PNG"), encode(image, "WEBP", lossless=True, exact=True), encode(image, "TIFF")):
-        pixels = decode(data)
+        pixels = decode_image(data)
         assert pixels[:, 0, 0].tolist() == [255, 255, 255]
         assert pixels[:, 0, 1].tolist() == [200, 0, 0]
         assert pixels[:, 0, 2].tolist() == [227, 177, 127]
-    grey = decode(encode(image.convert("LA"), "PNG"))
+    grey = decode_image(encode(image.convert("LA"), "PNG"))
     assert grey[:, 0, 0].tolist() == [255, 255, 255]
     palette = Image.new("P", (2, 1), 0)
     palette.putpalette([9, 9, 9, 40, 50, 60])
     palette.putpixel((1, 0), 1)
     for kind in ("PNG", "GIF"):
-        pixels = decode(encode(palette, kind, transparency=0))
+        pixels = decode_image(encode(palette, kind, transparency=0))
         assert pixels[:, 0].T.tolist() == [[255, 255, 255], [40, 50, 60]]
 
 
 def test_sixteen_bits_are_scaled_not_cut_off() -> None:
     values = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
     for kind in ("PNG", "TIFF"):
-        assert decode(encode(Image.fromarray(values), kind))[0].tolist() == [[0, 1, 128, 255]]
-    assert load(Image.fromarray(values.astype(np.int32)))[2].tolist() == [[0, 1, 128, 255]]
+        assert decode_image(encode(Image.fromarray(values), kind))[0].tolist() == [[0, 1, 128, 255]]
+    assert load_image(Image.fromarray(values.astype(np.int32)))[2].tolist() == [[0, 1, 128, 255]]
     with pytest.raises(ImageError, match="floating-point"):
-        load(Image.fromarray(values.astype(np.float32)))
+        load_image(Image.fromarray(values.astype(np.float32)))
 
 
 def test_first_frame_of_an_animation() -> None:
     frames = {"save_all": True, "append_images": [photo().rotate(180)]}
     for kind, options in (("GIF", {}), ("WEBP", {"lossless": True})):
         data = encode(photo(), kind, **frames, **options)
-        assert difference(decode(data), by_pil(data)) == 0
+        assert difference(decode_image(data), by_pil(data)) == 0
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_half_a_file_is_an_error_not_half_a_picture(kind: str, pil_forgives: boo
         monkeypatch.setattr(images, "_FAST", fast)
         for keep in (0.05, 0.5, 0.9):
             with pytest.raises(ImageError):
-                decode(data[: int(len(data) * keep)])
+                decode_image(data[: int(len(data) * keep)])
 
 
 def test_truncated_progressive_jpeg_and_missing_tail() -> None:
@@ -160,7 +161,7 @@ def test_truncated_progressive_jpeg_and_missing_tail() -> None:
         data = encode(photo(), "JPEG", progressive=progressive)
         for cut in (len(data) // 2, 100):
             with pytest.raises(ImageError, match="truncated"):
-                decode(data[:-cut])
+                decode_image(data[:-cut])
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:
@@ -177,28 +178,28 @@ def test_bombs_are_refused_by_their_header(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(images, "_from_pil", lambda *_: pytest.fail("it was decoded"))
     for side in (10_001, 100_000):  # the second is more than Pillow itself bears
         with pytest.raises(ImageError, match="pixels"), pytest.warns() if side < 13_000 else contextlib.nullcontext():
-            decode(png_header(side, side))
+            decode_image(png_header(side, side))
 
 
 def test_what_is_not_a_picture() -> None:
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
     for data in (b"", b"hello", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n" + b"\0" * 40, postscript, b"<svg/>"):
         with pytest.raises(ImageError):
-            decode(data)
+            decode_image(data)
 
 
 def test_a_png_of_damaged_pixels_does_not_end_the_process() -> None:
     whole = png_header(4, 4)
     broken = whole[: whole.index(b"IDAT") - 4] + chunk(b"IDAT", b"garbage") + chunk(b"IEND", b"")
     with pytest.raises(ImageError):
-        decode(broken)
+        decode_image(broken)
 
 
 def test_pillow_and_torchvision_decode_the_same_png(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode(photo(40, 30), "PNG")
-    fast = decode(data)
+    fast = decode_image(data)
     monkeypatch.setattr(images, "_FAST", ("JPEG",))
-    assert torch.equal(decode(data), fast)
+    assert torch.equal(decode_image(data), fast)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the damage
@@ -211,7 +212,7 @@ def test_random_damage_never_escapes_as_another_error() -> None:
             for place in rng.integers(0, min(len(bad), 400), 6):
                 bad[place] = rng.integers(256)
             try:
-                pixels = decode(bytes(bad))
+                pixels = decode_image(bytes(bad))
             except ImageError:
                 continue
             assert pixels.dtype == torch.uint8
@@ -225,24 +226,24 @@ def test_load_takes_every_kind(tmp_path: Path) -> None:
     data = encode(photo(), "PNG")
     path = tmp_path / "a picture.png"
     path.write_bytes(data)
-    expected = decode(data)
+    expected = decode_image(data)
     with path.open("rb") as file:
         for image in (str(path), path, data, io.BytesIO(data), file, photo(), Image.open(path), expected):
-            assert torch.equal(load(image), expected)
+            assert torch.equal(load_image(image), expected)
 
 
 def test_errors_name_the_file(tmp_path: Path) -> None:
     path = tmp_path / "broken.jpg"
     with pytest.raises(ImageError, match=r"broken\.jpg: No such file"):
-        load(path)
+        load_image(path)
     data = encode(photo(), "JPEG")
     path.write_bytes(data[: len(data) // 2])
     for image in (path, str(path), path.open("rb"), Image.open(path)):
         with pytest.raises(ImageError, match=r"broken\.jpg: .*truncated"):
-            load(image)
+            load_image(image)
     for wrong in (3, None, torch.zeros(3, 4, 4), torch.zeros(4, 4, dtype=torch.uint8)):
         with pytest.raises(ImageError):
-            load(wrong)  # type: ignore[arg-type]
+            load_image(wrong)  # type: ignore[arg-type]
 
 
 # ---- preprocessing --------------------------------------------------------------------------------------------------
@@ -263,7 +264,7 @@ def test_preprocess_survives_json_and_transformers_reads_it(
     # A square, because transformers rounds the corner of a centre crop down where torchvision (so timm, open_clip and
     # OpenAI's CLIP) rounds it to even: on other shapes the two can lie one pixel apart.
     expected = torch.as_tensor(theirs(photo(301, 301), return_tensors="pt")["pixel_values"][0])
-    gap = ((EvalTransform(ours)(load(photo(301, 301))) / 255 - 0.5) / 0.5 - expected).abs()
+    gap = ((EvalTransform(ours)(load_image(photo(301, 301))) / 255 - 0.5) / 0.5 - expected).abs()
     assert gap.mean() < 5e-3
     assert gap.max() < 2.01 / 255 / 0.5
 
@@ -294,7 +295,7 @@ def test_eval_transform_equals_timm(shape: tuple[int, int], crop_mode: str, inte
     ours = EvalTransform(
         Preprocess(224, "squash" if crop_mode == "squash" else "shortest", 0.9, interpolation, mean, std)
     )
-    pixels = ours(load(photo(*shape)))
+    pixels = ours(load_image(photo(*shape)))
     assert pixels.dtype == torch.uint8
     normalised = (pixels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     gap = (normalised - theirs(photo(*shape))).abs()
@@ -313,7 +314,7 @@ def test_eval_transform_equals_transformers_on_pil(shape: tuple[int, int]) -> No
     assert preprocess == Preprocess(224, "shortest", 1.0, "bicubic", preprocess.mean, preprocess.std)
     expected = torch.as_tensor(theirs(photo(*shape), return_tensors="pt")["pixel_values"][0])
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (preprocess.mean, preprocess.std))
-    gap = ((EvalTransform(preprocess)(load(photo(*shape))) / 255 - mean) / std - expected).abs()
+    gap = ((EvalTransform(preprocess)(load_image(photo(*shape))) / 255 - mean) / std - expected).abs()
     assert gap.mean() < 5e-3
     assert gap.max() < 2.01 / 255 / min(preprocess.std)
 
@@ -329,7 +330,7 @@ def test_a_ribbon_does_not_fill_the_memory() -> None:
 
 def test_train_transform_depends_on_its_generator_alone() -> None:
     transform = pickle.loads(pickle.dumps(TrainTransform(Preprocess(64, "shortest", 1.0, "bicubic", *HALF))))
-    image = load(photo(150, 150))
+    image = load_image(photo(150, 150))
 
     def draw(seed: int) -> Tensor:
         return transform(image, torch.Generator().manual_seed(seed))
@@ -376,11 +377,11 @@ def test_batches_are_the_same_by_workers_and_say_what_they_lack(
     )
     for n, ref in enumerate(refs):
         Path(ref.path).write_bytes(encode(photo(60 + n), "JPEG")[: 200 if n in (1, 6) else None])
-    alone = list(in_batches(refs, transform, 3))
+    alone = list(image_batches(refs, transform, 3))
     monkeypatch.setattr(decoding, "MANY", 7)
-    for (good, pixels, failures), other in zip(alone, in_batches(refs, transform, 3, workers=2), strict=True):
+    for (good, pixels, failures), other in zip(alone, image_batches(refs, transform, 3, workers=2), strict=True):
         assert (good, failures) == (other[0], other[2])
         assert all(torch.equal(a, b) for a, b in zip(pixels, other[1], strict=True))
     assert [good for good, _, _ in alone] == [[0, 2], [3, 4, 5], []]
     assert [list(failures) for _, _, failures in alone] == [[1], [], [6]]
-    assert torch.equal(alone[0][1][1], transform(load(refs[2])))
+    assert torch.equal(alone[0][1][1], transform(load_image(refs[2])))

@@ -15,20 +15,27 @@ from PIL import Image
 
 from conftest import Killed, distributed, make_llm, share_out
 from llm2clip.cli import main
+from llm2clip.config import LlavaConfig
+from llm2clip.data.image_refs import FileImage
 from llm2clip.data.records import Record, open_records
-from llm2clip.data.refs import FileImage
-from llm2clip.data.skips import SkipLog, TooManySkipped
-from llm2clip.llava import train as training
-from llm2clip.llava.batches import ByLength, Collate, Conversations
-from llm2clip.llava.build import assembled, build
-from llm2clip.llava.conversations import captioning, instructions, read_llava
-from llm2clip.llava.pixels import Pixels
-from llm2clip.llava.pope import Sampling, ask, named, read_objects
-from llm2clip.llava.prompts import IGNORED, IMAGE, Conversation, chat_template, mark, messages
-from llm2clip.llava.train import train
+from llm2clip.data.skip_log import SkipLog, TooManySkipped
+from llm2clip.llava import train_llava as training
+from llm2clip.llava.build import assemble_llava, build_llava
+from llm2clip.llava.chat_template import (
+    IGNORED,
+    IMAGE,
+    Conversation,
+    get_chat_template,
+    to_messages,
+    tokenize_and_label,
+)
+from llm2clip.llava.collator import ConversationDataset, LengthGroupedSampler, LlavaCollator
+from llm2clip.llava.datasets import captioning_conversations, instruction_conversations, read_llava
+from llm2clip.llava.image_features import LlavaImageProcessor
+from llm2clip.llava.pope import Sampling, make_questions, mentioned_objects, read_objects
+from llm2clip.llava.train import train_llava
 from llm2clip.llava.verbs import _records
-from llm2clip.models.vision import VisionTower
-from llm2clip.recipes import LlavaRecipe
+from llm2clip.models.vision_tower import VisionTower
 from test_export import hf_tower, timm_tower
 
 TOWERS = ["timm", "timm's transformer", "clip_vision_model", "clip at another size", "siglip_vision_model", "dinov2"]
@@ -66,7 +73,7 @@ def test_the_llm_reads_projected_patches_in_the_image_s_place(
 ) -> None:
     """Against the parts one by one: features before the last block, projector, text, LLM."""
     seeing = tower(kind, tmp_path)
-    model, processor = opened(build(seeing, str(llm), tmp_path / "built"))
+    model, processor = opened(build_llava(seeing, str(llm), tmp_path / "built"))
     picture = Image.open(pictures / "3.png").convert("RGB").crop((4, 0, 44, 40))
     asked = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
     inputs = processor.apply_chat_template(
@@ -105,7 +112,7 @@ def test_the_llm_reads_projected_patches_in_the_image_s_place(
 def test_the_pipeline_opens_it_and_our_pixels_are_the_processor_s(llm: Path, pictures: Path, tmp_path: Path) -> None:
     from transformers import pipeline
 
-    folder = build(timm_tower(76), str(llm), tmp_path / "built")
+    folder = build_llava(timm_tower(76), str(llm), tmp_path / "built")
     asked = [{"role": "user", "content": [{"type": "image", "path": str(pictures / "1.png")}]}]
     said = pipeline("image-text-to-text", model=str(folder))(text=asked, max_new_tokens=4)
     assert said[0]["generated_text"][-1]["role"] == "assistant"
@@ -113,13 +120,13 @@ def test_the_pipeline_opens_it_and_our_pixels_are_the_processor_s(llm: Path, pic
     picture = np.asarray(Image.open(pictures / "1.png").convert("RGB").crop((4, 0, 44, 40)))
     wide = np.asarray(Image.open(pictures / "1.png").convert("RGB"))
     for kind in ("timm", "siglip_vision_model"):
-        processor = assembled(tower_of_size(kind, tmp_path), _llm(llm), tokenizer_of(llm))[1]
+        processor = assemble_llava(tower_of_size(kind, tmp_path), _llm(llm), tokenizer_of(llm))[1]
         assert processor.image_processor.to_dict()["do_pad"] is (kind == "timm")
         for pixels in (picture, wide):
-            ours = Pixels(processor)(torch.tensor(pixels).permute(2, 0, 1))
+            ours = LlavaImageProcessor(processor)(torch.tensor(pixels).permute(2, 0, 1))
             theirs = processor.image_processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
             torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)
-    cropped = assembled(timm_tower(76), _llm(llm), tokenizer_of(llm), pad=False)[1]
+    cropped = assemble_llava(timm_tower(76), _llm(llm), tokenizer_of(llm), pad=False)[1]
     assert not cropped.image_processor.to_dict()["do_pad"]
 
 
@@ -140,7 +147,7 @@ def test_llms_that_the_class_has_no_place_for_are_refused(tmp_path: Path) -> Non
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "cohere")
     tokenizer_of(tmp_path / "llm").save_pretrained(tmp_path / "cohere")
     with pytest.raises(ValueError, match="no place for"):
-        build(timm_tower(64), str(tmp_path / "cohere"), tmp_path / "built")
+        build_llava(timm_tower(64), str(tmp_path / "cohere"), tmp_path / "built")
     assert not (tmp_path / "built").exists()
 
 
@@ -150,13 +157,13 @@ def test_an_answer_ends_where_the_template_ends_it(llm: Path, tmp_path: Path) ->
     tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m['content'] }}<|stop|>{% endfor %}"
     decoder = _llm(llm)
     decoder.generation_config.eos_token_id = [0, 7]
-    model, processor = assembled(timm_tower(64), decoder, tokenizer)
+    model, processor = assemble_llava(timm_tower(64), decoder, tokenizer)
     stop = processor.tokenizer.convert_tokens_to_ids("<|stop|>")
     assert model.generation_config.eos_token_id == sorted([0, 7, stop])
 
 
 def test_the_command_takes_our_model_folders(llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from searching import make_model
+    from search_fixtures import make_model
 
     ours = make_model(tmp_path)
     out = str(tmp_path / "built")
@@ -174,14 +181,14 @@ def test_the_command_takes_our_model_folders(llm: Path, tmp_path: Path, capsys: 
     assert "is there already" in said and "was trained at 32 pixels" in said
     with pytest.raises(ValueError, match="does not give patches block by block"):
         hierarchical = VisionTower.from_pretrained("swin_tiny_patch4_window7_224", pretrained=False)
-        build(hierarchical, str(llm), tmp_path / "no")
+        build_llava(hierarchical, str(llm), tmp_path / "no")
     assert not (tmp_path / "no").exists() and not (tmp_path / "built2").exists()
 
 
 def test_a_transformer_of_timm_is_opened_without_us(llm: Path, pictures: Path, tmp_path: Path) -> None:
     from test_export import alone
 
-    folder = build(tower("timm's transformer", tmp_path), str(llm), tmp_path / "built")
+    folder = build_llava(tower("timm's transformer", tmp_path), str(llm), tmp_path / "built")
     model, processor = opened(folder)
     assert type(model).__module__ == "llm2clip.llava.modeling_patches"
     text = f"<|user|>{IMAGE}What?<|end|>"
@@ -198,7 +205,7 @@ def test_a_transformer_of_timm_is_opened_without_us(llm: Path, pictures: Path, t
     """
     found = alone(textwrap.dedent(code), {"built": folder}, [pictures / "3.png"], tmp_path)["built"]["logits"]
     torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=1e-4)
-    again = train(str(folder), [Conversation("", FileImage(str(pictures / "3.png")), (("What?", "Red."),))], [],
+    again = train_llava(str(folder), [Conversation("", FileImage(str(pictures / "3.png")), (("What?", "Red."),))], [],
                   SMALL, tmp_path / "run", SkipLog())  # fmt: skip
     assert (again / "modeling_patches.py").is_file() and "auto_map" in (again / "config.json").read_text()
 
@@ -211,10 +218,10 @@ def test_a_space_of_an_answer_is_learned_whatever_its_offsets(llm: Path) -> None
     from tokenizers.processors import ByteLevel
 
     tokenizer = tokenizer_of(llm)
-    assembled(timm_tower(64), _llm(llm), tokenizer)
-    plain_offsets = mark(Conversation("", None, (("What?", "A  big dog."),)), tokenizer, 1)
+    assemble_llava(timm_tower(64), _llm(llm), tokenizer)
+    plain_offsets = tokenize_and_label(Conversation("", None, (("What?", "A  big dog."),)), tokenizer, 1)
     tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
-    assert mark(Conversation("", None, (("What?", "A  big dog."),)), tokenizer, 1) == plain_offsets
+    assert tokenize_and_label(Conversation("", None, (("What?", "A  big dog."),)), tokenizer, 1) == plain_offsets
 
 
 def test_what_another_row_says_of_a_picture_is_of_the_picture(pictures: Path, tmp_path: Path) -> None:
@@ -226,39 +233,39 @@ def test_what_another_row_says_of_a_picture_is_of_the_picture(pictures: Path, tm
 
 def test_answers_alone_are_labelled(llm: Path) -> None:
     tokenizer = tokenizer_of(llm)
-    assembled(timm_tower(64), _llm(llm), tokenizer)  # adds <image>
+    assemble_llava(timm_tower(64), _llm(llm), tokenizer)  # adds <image>
     one = Conversation("", FileImage("x"), ((f"{IMAGE}\nWhat?", "A dog."), ("Sure?", " Yes. ")))
-    marked = mark(one, tokenizer, 2)
+    marked = tokenize_and_label(one, tokenizer, 2)
     whole = "<|user|><image><image>\nWhat?<|end|><|user|>A dog.<|end|><|user|>Sure?<|end|><|user|>Yes.<|end|>"
     assert tokenizer.decode(marked.ids) == whole
     assert tokenizer.decode([label for label in marked.labels if label != IGNORED]) == "A dog.<|end|>Yes.<|end|>"
     assert all(label in (token, IGNORED) for token, label in zip(marked.ids, marked.labels, strict=True))
 
     tokenizer.chat_template = None  # Vicuna's, as LLaVA-1.5 was trained
-    tokenizer.chat_template = chat_template(tokenizer)
-    text = tokenizer.decode(mark(one, tokenizer, 1).ids)
+    tokenizer.chat_template = get_chat_template(tokenizer)
+    text = tokenizer.decode(tokenize_and_label(one, tokenizer, 1).ids)
     system = (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions. "
     )
     assert text == system + "USER: <image>\nWhat? ASSISTANT: A dog.<|end|>USER: Sure? ASSISTANT: Yes.<|end|>"
-    prompt = tokenizer.apply_chat_template(messages(one)[:1], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(to_messages(one)[:1], tokenize=False, add_generation_prompt=True)
     assert text.startswith(prompt), "what is answered goes on where the prompt ends"
 
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     with pytest.raises(ValueError, match="no special token after an answer"):
-        mark(one, tokenizer, 1)
+        tokenize_and_label(one, tokenizer, 1)
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
     with pytest.raises(ValueError, match="drops an answer"):
-        mark(one, tokenizer, 1)
+        tokenize_and_label(one, tokenizer, 1)
 
 
 def _llm(folder: Path) -> Any:
-    from llm2clip.llava.build import causal_llm
+    from llm2clip.llava.build import load_causal_llm
 
-    return causal_llm(str(folder))
+    return load_causal_llm(str(folder))
 
 
 def said(*values: str) -> list[dict[str, str]]:
@@ -302,13 +309,13 @@ def test_records_as_questions_and_answers() -> None:
         Record("2", FileImage("2.jpg"), ("A cat on a bench.",)),
         Record("3", None, ("A text.",)),
     ]
-    captions = captioning(records)
+    captions = captioning_conversations(records)
     assert [one.turns[0][1] for one in captions] == [
         "A dog and a man.", "Two animals.", "A dog. A man. Snow.", "A cat on a bench.",
     ]  # fmt: skip
     questions = {one.turns[0][0] for one in captions}
     assert any("detail" in q or "long" in q or "paragraph" in q for q in questions)
-    more = instructions(records)[len(captions) :]
+    more = instruction_conversations(records)[len(captions) :]
     assert {one.id for one in more} == {"1", "2"}
     for one in more:
         answers = [answer for _, answer in one.turns]
@@ -320,8 +327,8 @@ def test_records_as_questions_and_answers() -> None:
 
 def test_objects_are_found_in_captions() -> None:
     names = read_objects(Path(training.__file__).with_name("objects.txt"))
-    assert named(["Two MEN eat hot dogs near their bikes."], names) == {"person", "hot dog", "bicycle"}
-    assert named(["A dogged catalogue of carpets"], names) == set()
+    assert mentioned_objects(["Two MEN eat hot dogs near their bikes."], names) == {"person", "hot dog", "bicycle"}
+    assert mentioned_objects(["A dogged catalogue of carpets"], names) == set()
     assert names["puppies"] == "dog" and names["benches"] == "bench" and names["buses"] == "bus"
 
 
@@ -335,7 +342,7 @@ def test_pope_s_three_samplings(tmp_path: Path) -> None:
     ]
     often = {"dog": 3, "ball": 2, "kite": 2, "cat": 2, "owl": 1}
     for sampling in Sampling:
-        questions = ask(records, sampling, objects=objects)
+        questions = make_questions(records, sampling, objects=objects)
         assert (
             len({(q.record, q.object) for q in questions})
             == len(questions)
@@ -349,13 +356,17 @@ def test_pope_s_three_samplings(tmp_path: Path) -> None:
             if sampling is Sampling.POPULAR:
                 best = sorted((often[o] for o in often if o not in some), reverse=True)[: len(some)]
                 assert sorted((often[o] for o in absent), reverse=True) == best
-    adversarial = {q.record: q for q in ask(records, Sampling.ADVERSARIAL, objects=objects) if q.answer == "no"}
+    adversarial = {
+        q.record: q for q in make_questions(records, Sampling.ADVERSARIAL, objects=objects) if q.answer == "no"
+    }
     assert adversarial[4].object == "kite"  # the cat's only companion
-    assert ask(records, Sampling.RANDOM, objects=objects, seed=1) == ask(
+    assert make_questions(records, Sampling.RANDOM, objects=objects, seed=1) == make_questions(
         records, Sampling.RANDOM, objects=objects, seed=1
     )
-    assert ask(records, Sampling.POPULAR, objects=objects)[-1].text == "Is there a dog in the image?"
-    assert {q.text for q in ask(records, Sampling.RANDOM, objects=objects)} >= {"Is there an owl in the image?"}
+    assert make_questions(records, Sampling.POPULAR, objects=objects)[-1].text == "Is there a dog in the image?"
+    assert {q.text for q in make_questions(records, Sampling.RANDOM, objects=objects)} >= {
+        "Is there an owl in the image?"
+    }
     objects.write_text("dog: hound\ncat: hound\n")
     with pytest.raises(ValueError, match="'hound' is both 'dog' and 'cat'"):
         read_objects(objects.rename(tmp_path / "other.txt"))
@@ -367,18 +378,18 @@ def test_pope_s_three_samplings(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llava")
-    return build(timm_tower(64), str(make_llm(folder / "llm", layers=2)), folder / "built")
+    return build_llava(timm_tower(64), str(make_llm(folder / "llm", layers=2)), folder / "built")
 
 
 @pytest.fixture(scope="module")
 def talks(pictures: Path) -> list[Conversation]:
     records = list(open_records(f"{pictures / 'captions.jsonl'}@train"))
-    return [*captioning(records)[:20], Conversation("text", None, (("Hello?", "Hello."),))]
+    return [*captioning_conversations(records)[:20], Conversation("text", None, (("Hello?", "Hello."),))]
 
 
-SMALL = LlavaRecipe(
-    pretrain_epochs=1, pretrain_batch=4, epochs=1, batch=4, micro_batch=2, lr=1e-2, pretrain_lr=1e-2,
-    checkpoint_every=2, precision="fp32",
+SMALL = LlavaConfig(
+    pretrain_epochs=1, pretrain_batch_size=4, epochs=1, batch_size=4, micro_batch_size=2, lr=1e-2, pretrain_lr=1e-2,
+    save_steps=2, precision="fp32",
 )  # fmt: skip
 
 
@@ -389,14 +400,14 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_each_stage_changes_its_own_weights(built: Path, talks: list[Conversation], tmp_path: Path) -> None:
     before = state(built)
-    first = state(train(str(built), talks, [], SMALL, tmp_path / "first", SkipLog()))
+    first = state(train_llava(str(built), talks, [], SMALL, tmp_path / "first", SkipLog()))
     changed = {name for name in before if not torch.equal(before[name], first[name])}
     assert changed and all("multi_modal_projector" in name for name in changed)
-    both = state(train(str(built), talks, talks, SMALL, tmp_path / "both", SkipLog()))
+    both = state(train_llava(str(built), talks, talks, SMALL, tmp_path / "both", SkipLog()))
     changed = {name for name in before if not torch.equal(first[name], both[name])}
     assert {name for name in before if "vision_tower" not in name} == changed
-    lora = LlavaRecipe(**{**vars(SMALL), "lora_r": 4, "lora_alpha": 8})
-    low = state(train(str(built), [], talks, lora, tmp_path / "lora", SkipLog()))
+    lora = LlavaConfig(**{**vars(SMALL), "lora_r": 4, "lora_alpha": 8})
+    low = state(train_llava(str(built), [], talks, lora, tmp_path / "lora", SkipLog()))
     changed = {name for name in before if not torch.equal(before[name], low[name])}
     assert changed == {n for n in before if "projector" in n or ("language_model" in n and "_proj" in n)}
     losses = [json.loads(line) for line in (tmp_path / "both/instruct/metrics.jsonl").read_text().splitlines()]
@@ -404,10 +415,10 @@ def test_each_stage_changes_its_own_weights(built: Path, talks: list[Conversatio
 
 
 def test_kept_features_train_as_pixels_do(built: Path, talks: list[Conversation], tmp_path: Path) -> None:
-    kept = state(train(str(built), talks, talks, SMALL, tmp_path / "kept", SkipLog()))
+    kept = state(train_llava(str(built), talks, talks, SMALL, tmp_path / "kept", SkipLog()))
     assert (tmp_path / "kept/features/manifest.json").is_file()
-    seen = LlavaRecipe(**{**vars(SMALL), "cache_gb": 0})
-    pixels = state(train(str(built), talks, talks, seen, tmp_path / "pixels", SkipLog()))
+    seen = LlavaConfig(**{**vars(SMALL), "cache_gb": 0})
+    pixels = state(train_llava(str(built), talks, talks, seen, tmp_path / "pixels", SkipLog()))
     assert not (tmp_path / "pixels/features").exists()
     for name, tensor in kept.items():
         torch.testing.assert_close(tensor, pixels[name], atol=2e-3, rtol=0, msg=name)
@@ -418,10 +429,12 @@ def test_goes_on_exactly_after_a_kill(
     case: str, built: Path, talks: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if case == "CLIP":  # transformers writes its weights under other names than it has them
-        built = build(tower("clip_vision_model", tmp_path), str(make_llm(tmp_path / "llm", layers=2)), tmp_path / "b")
+        built = build_llava(
+            tower("clip_vision_model", tmp_path), str(make_llm(tmp_path / "llm", layers=2)), tmp_path / "b"
+        )
     options = {"lora_r": 4, "lora_alpha": 8} if case == "LoRA" else {}
-    recipe = LlavaRecipe(**{**vars(SMALL), **options, "epochs": 2})
-    whole = state(train(str(built), talks, talks, recipe, tmp_path / "whole", SkipLog()))
+    recipe = LlavaConfig(**{**vars(SMALL), **options, "epochs": 2})
+    whole = state(train_llava(str(built), talks, talks, recipe, tmp_path / "whole", SkipLog()))
     steps = 0
 
     def killed(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -435,42 +448,42 @@ def test_goes_on_exactly_after_a_kill(
     monkeypatch.setattr(training._Trainer, "training_step", killed)
     for _ in range(3):
         with pytest.raises(Killed):
-            train(str(built), talks, talks, recipe, tmp_path / "killed", SkipLog())
+            train_llava(str(built), talks, talks, recipe, tmp_path / "killed", SkipLog())
     broken = tmp_path / "killed/instruct/checkpoint-99"
     broken.mkdir(parents=True)  # half-written
-    again = state(train(str(built), talks, talks, recipe, tmp_path / "killed", SkipLog()))
+    again = state(train_llava(str(built), talks, talks, recipe, tmp_path / "killed", SkipLog()))
     for name, tensor in whole.items():
         assert torch.equal(tensor, again[name]), name
 
 
 def test_what_is_not_finite_is_no_model(built: Path, talks: list[Conversation], tmp_path: Path) -> None:
-    wild = LlavaRecipe(**{**vars(SMALL), "lr": 1e30, "pretrain_lr": 1e30})
+    wild = LlavaConfig(**{**vars(SMALL), "lr": 1e30, "pretrain_lr": 1e30})
     with pytest.raises(FloatingPointError):
-        train(str(built), talks, talks, wild, tmp_path / "run", SkipLog())
+        train_llava(str(built), talks, talks, wild, tmp_path / "run", SkipLog())
     assert not (tmp_path / "run/model").exists()
 
 
 def test_settings_that_do_not_fit(built: Path, talks: list[Conversation], tmp_path: Path, caplog: Any) -> None:
-    short = LlavaRecipe(**{**vars(SMALL), "max_length": 40})
+    short = LlavaConfig(**{**vars(SMALL), "max_length": 40})
     with pytest.raises(ValueError, match="max_length must be"):
-        train(str(built), talks, [], short, tmp_path / "short", SkipLog())
+        train_llava(str(built), talks, [], short, tmp_path / "short", SkipLog())
     with pytest.raises(ValueError, match="no conversations"):
-        train(str(built), talks[-1:], [], SMALL, tmp_path / "none", SkipLog())
+        train_llava(str(built), talks[-1:], [], SMALL, tmp_path / "none", SkipLog())
     bad = [Conversation("bad", FileImage(str(built / "config.json")), (("What?", "Red."),)), *talks[:7]]
-    seen = LlavaRecipe(**{**vars(SMALL), "cache_gb": 0})
-    assert train(str(built), bad, [], seen, tmp_path / "bad", SkipLog()).is_dir()
+    seen = LlavaConfig(**{**vars(SMALL), "cache_gb": 0})
+    assert train_llava(str(built), bad, [], seen, tmp_path / "bad", SkipLog()).is_dir()
     assert "cannot be decoded" in caplog.text
     with pytest.raises(ValueError, match="nothing after it can be used"):
-        train(str(built), bad[:1], [], seen, tmp_path / "all", SkipLog())
+        train_llava(str(built), bad[:1], [], seen, tmp_path / "all", SkipLog())
     log = SkipLog(tmp_path / "skipped.jsonl", 0.5)
-    assert train(str(built), bad, [], SMALL, tmp_path / "kept", log).is_dir() and log.skipped.total() == 1
+    assert train_llava(str(built), bad, [], SMALL, tmp_path / "kept", log).is_dir() and log.skipped.total() == 1
 
 
 def _in_two(source: str, talks: list[Conversation], out: str) -> None:
-    train(source, talks, talks, TWO, Path(out), SkipLog())
+    train_llava(source, talks, talks, TWO, Path(out), SkipLog())
 
 
-TWO = LlavaRecipe(**{**vars(SMALL), "epochs": 1, "micro_batch": 2})
+TWO = LlavaConfig(**{**vars(SMALL), "epochs": 1, "micro_batch": 2})
 
 
 def together_of(batch: dict[str, Any]) -> dict[str, Any]:
@@ -480,8 +493,8 @@ def together_of(batch: dict[str, Any]) -> dict[str, Any]:
 
 def test_padding_changes_nothing_and_grouping_saves_it(built: Path, talks: list[Conversation]) -> None:
     model, processor = opened(built)
-    data = Conversations(talks, processor, 4, 512)
-    collate = Collate(processor.tokenizer.pad_token_id, model.config.image_token_id, 4, torch.zeros(3, 64, 64))
+    data = ConversationDataset(talks, processor, 4, 512)
+    collate = LlavaCollator(processor.tokenizer.pad_token_id, model.config.image_token_id, 4, torch.zeros(3, 64, 64))
     short, long = sorted((data[n] for n in range(20)), key=lambda item: len(item["ids"]))[::19]
 
     def logits(items: list[dict[str, Any]]) -> torch.Tensor:
@@ -507,7 +520,7 @@ def test_padding_changes_nothing_and_grouping_saves_it(built: Path, talks: list[
     torch.testing.assert_close(logits([text])[0, : len(text["ids"])], alone, atol=1e-5, rtol=1e-4)
 
     lengths = np.random.default_rng(0).integers(10, 200, 1003)
-    order = ByLength(lengths, 8, seed=1)
+    order = LengthGroupedSampler(lengths, 8, seed=1)
     first = list(order)
     assert sorted(first) == list(range(1003)) and first == list(order)
     order.set_epoch(1)
@@ -527,11 +540,11 @@ def test_the_command_trains_on_records_and_on_llava_s_json(
     rows = [{"id": n, "image": f"{n}.png", "conversations": said("<image>\nWhat?", "It is red.")} for n in range(8)]
     file.write_text(json.dumps(rows))
     common = [
-        "--llava.micro_batch",
+        "--llava.micro_batch_size",
         "4",
-        "--llava.pretrain_batch",
+        "--llava.pretrain_batch_size",
         "16",
-        "--llava.batch",
+        "--llava.batch_size",
         "4",
         "--images",
         str(pictures),
@@ -552,18 +565,18 @@ def test_the_command_trains_on_records_and_on_llava_s_json(
 
 
 def test_the_plan_counts_what_a_step_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from llm2clip.plan.devices import Machine
-    from llm2clip.plan.llava import llava_plan
-    from llm2clip.plan.work import counted
+    from llm2clip.tools.plan.devices import Machine
+    from llm2clip.tools.plan.flops import count_flops
+    from llm2clip.tools.plan.llava import plan_llava
 
     llm = make_llm(tmp_path / "llm", layers=4)
     seeing = hf_tower(tmp_path, "clip_vision_model")
-    model, processor = opened(build(seeing, str(llm), tmp_path / "built"))
+    model, processor = opened(build_llava(seeing, str(llm), tmp_path / "built"))
     model.set_attn_implementation("eager")  # whose products are counted
     talk = Conversation("", None, (("Q?", "An"),))
-    ids = torch.tensor([mark(talk, processor.tokenizer, 0).ids])
-    found = llava_plan(
-        LlavaRecipe(precision="fp32"), Machine("h100"), str(llm), str(tmp_path / "clip_vision_model"), None,
+    ids = torch.tensor([tokenize_and_label(talk, processor.tokenizer, 0).ids])
+    found = plan_llava(
+        LlavaConfig(precision="fp32"), Machine("h100"), str(llm), str(tmp_path / "clip_vision_model"), None,
         {"pretrain": 1000, "instruct": 1000}, {"pretrain": ids.shape[1], "instruct": ids.shape[1]},
     )  # fmt: skip
     assert found.image_tokens == model.config.image_seq_length == 16
@@ -577,7 +590,7 @@ def test_the_plan_counts_what_a_step_does(tmp_path: Path, capsys: pytest.Capture
         model.requires_grad_(stage == "instruct")
         inputs = model.get_input_embeddings()(torch.cat([ids.new_zeros(1, 16), ids], 1)).detach().requires_grad_()
         read = {"labels": ids, "logits_to_keep": ids.shape[1]}  # the picture's 16 tokens have no logits
-        step = counted(lambda inputs=inputs, read=read: model(inputs_embeds=inputs, **read).loss.backward())
+        step = count_flops(lambda inputs=inputs, read=read: model(inputs_embeds=inputs, **read).loss.backward())
         assert found.flop[stage] == pytest.approx(step, rel=0.15), stage
     assert main(["llava", "plan", "--device", "a100-80", "--count", "8"]) == 0
     assert "does not fit into 80 GB: try --use_fsdp" in capsys.readouterr().out
@@ -606,8 +619,8 @@ def _shared(source: str, talks: list[Conversation], out: str) -> None:
     training._Trainer.training_step = dies  # type: ignore[method-assign]
     for _ in range(2):
         with pytest.raises(Killed):
-            train(source, talks, talks, TWO, Path(out), SkipLog())
-    train(source, talks, talks, TWO, Path(out), SkipLog())
+            train_llava(source, talks, talks, TWO, Path(out), SkipLog())
+    train_llava(source, talks, talks, TWO, Path(out), SkipLog())
 
 
 @pytest.mark.parametrize("rank", [_in_two, _shared], ids=["DDP", "FSDP2"])
@@ -615,6 +628,6 @@ def test_two_processes_train_as_one(rank: Any, built: Path, talks: list[Conversa
     """Even where a batch of one of them has no picture, and where the weights are shared out and the run is killed."""
     some = [*talks[:12], *[Conversation(f"t{n}", None, (("Hello?" * n, "Hi."),)) for n in range(1, 9)]]
     distributed(2, rank, str(built), some, str(tmp_path / "two"))
-    one = state(train(str(built), some, some, TWO, tmp_path / "one", SkipLog()))
+    one = state(train_llava(str(built), some, some, TWO, tmp_path / "one", SkipLog()))
     for name, tensor in state(tmp_path / "two/model").items():
         torch.testing.assert_close(tensor, one[name], atol=2e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}")

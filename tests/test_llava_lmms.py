@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from llm2clip.data.refs import FileImage
-from llm2clip.llava.answers import Answerer
-from llm2clip.llava.build import build
+from llm2clip.data.image_refs import FileImage
+from llm2clip.llava.build import build_llava
+from llm2clip.llava.generate import Generator
 from llm2clip.llava.tasks import Asked
 from test_export import hf_tower
 
@@ -55,7 +55,7 @@ metric_list:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, llm: Path) -> Path:
     folder = tmp_path_factory.mktemp("llava")
-    return build(hf_tower(folder, "clip_vision_model"), str(llm), folder / "built")
+    return build_llava(hf_tower(folder, "clip_vision_model"), str(llm), folder / "built")
 
 
 def local(folder: Path, pictures: Path) -> list[dict[str, Any]]:
@@ -72,17 +72,17 @@ def test_a_local_task_is_answered_as_by_our_own_evaluation(model: Path, pictures
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
-    from llm2clip.llava.lmms import MANIFEST, Lmms
+    from llm2clip.llava.lmms import MANIFEST, LmmsModel
 
-    assert MANIFEST.simple_class_path == f"{Lmms.__module__}.{Lmms.__qualname__}"
+    assert MANIFEST.simple_class_path == f"{LmmsModel.__module__}.{LmmsModel.__qualname__}"
     rows = local(tmp_path / "tasks", pictures)
     manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
     found = simple_evaluate(
-        model=Lmms(str(model), "cpu", 2, "fp32"), tasks=["local_say"], task_manager=manager, log_samples=False,
+        model=LmmsModel(str(model), "cpu", 2, "fp32"), tasks=["local_say"], task_manager=manager, log_samples=False,
         bootstrap_iters=0,
     )  # fmt: skip
     asked = [Asked(str(n), FileImage(row["picture"]), row["question"]) for n, row in enumerate(rows)]
-    own = dict(Answerer(str(model), "cpu", "fp32", 2).answer(asked, 6))
+    own = dict(Generator(str(model), "cpu", "fp32", 2).answer(asked, 6))
     (said,) = [v for k, v in found["results"]["local_say"].items() if k.partition(",")[0] == "said"]
     assert said == " | ".join(str(own[n]) for n in range(5))
 
@@ -90,13 +90,13 @@ def test_a_local_task_is_answered_as_by_our_own_evaluation(model: Path, pictures
 def test_likelihoods_are_the_model_s_own(model: Path, pictures: Path) -> None:
     from PIL import Image
 
-    from llm2clip.llava.lmms import Lmms
+    from llm2clip.llava.lmms import LmmsModel
 
-    inside = Lmms(str(model), "cpu", 2, "fp32")
+    inside = LmmsModel(str(model), "cpu", 2, "fp32")
     path = pictures / "1.png"
     inside.task_dict = {"t": {"test": {0: {"picture": path}}}}
     arguments = ("Is it?", "Yes", lambda doc: [Image.open(doc["picture"])], 0, "t", "test")
     (found,) = inside.loglikelihood([SimpleNamespace(args=arguments)])
-    own = Answerer(str(model), "cpu", "fp32").likelihoods(Asked("", FileImage(str(path)), "Is it?"), ["Yes"])
+    own = Generator(str(model), "cpu", "fp32").likelihoods(Asked("", FileImage(str(path)), "Is it?"), ["Yes"])
     assert own is not None and found[0] == pytest.approx(float(own[0, 0]), abs=1e-4)
     assert found[1] is bool(own[0, 1] == own[0, 2])

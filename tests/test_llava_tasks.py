@@ -17,20 +17,27 @@ from fastapi import FastAPI, Request
 from PIL import Image
 
 from llm2clip.cli import main
+from llm2clip.data.image_refs import FileImage, MemoryImage
 from llm2clip.data.records import Record, open_records
-from llm2clip.data.refs import FileImage, MemoryImage
-from llm2clip.data.skips import SkipLog, TooManySkipped
-from llm2clip.llava.answers import Answerer
-from llm2clip.llava.build import build
+from llm2clip.data.skip_log import SkipLog, TooManySkipped
+from llm2clip.llava.build import build_llava
 from llm2clip.llava.captions import caption_scores, words
-from llm2clip.llava.evaluate import Ways, captions_of, measure, pope_task
+from llm2clip.llava.evaluate import GenerationOptions, caption_task, pope_task, run_task
+from llm2clip.llava.generate import Generator
 from llm2clip.llava.tasks import TASKS, Asked
 from llm2clip.llava.tasks.base import LETTER, SHORT, first_units
-from llm2clip.llava.tasks.choices import MMBENCH_CN, mmbench_letter, scienceqa_letter
-from llm2clip.llava.tasks.judged import MM_VET, OpenAIJudge, judge_llava_bench, judge_mm_vet
-from llm2clip.llava.tasks.vqa import agreement, contractions, normalised, processed, vizwiz_accuracy, vqa_accuracy
-from llm2clip.llava.tasks.yesno import mme_answer, says_yes
-from searching import served
+from llm2clip.llava.tasks.llm_judge import MM_VET, OpenAIJudge, judge_llava_bench, judge_mm_vet
+from llm2clip.llava.tasks.multiple_choice import MMBENCH_CN, mmbench_letter, scienceqa_letter
+from llm2clip.llava.tasks.vqa import (
+    agreement,
+    contractions,
+    normalize_answer,
+    process_answer,
+    vizwiz_accuracy,
+    vqa_accuracy,
+)
+from llm2clip.llava.tasks.yes_no import mme_answer, says_yes
+from search_fixtures import served
 from test_export import hf_tower
 
 
@@ -71,8 +78,8 @@ def test_answers_are_normalised_as_the_protocol_has_it() -> None:
         "it's 10:30": "it's 10:30",
         "somebody'd": "somebodyd",
     }.items():
-        assert normalised(raw) == expected, raw
-    assert processed("Jack's 1,000?") == "jack 's 1000" and normalised("Jack's 1,000?") == "jack's 1000"
+        assert normalize_answer(raw) == expected, raw
+    assert process_answer("Jack's 1,000?") == "jack 's 1000" and normalize_answer("Jack's 1,000?") == "jack's 1000"
 
 
 def test_agreement_with_ten_people() -> None:
@@ -428,12 +435,12 @@ def test_captions_are_scored_as_by_hand() -> None:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, llm: Path) -> Path:
     folder = tmp_path_factory.mktemp("llava")
-    return build(hf_tower(folder, "clip_vision_model"), str(llm), folder / "built")
+    return build_llava(hf_tower(folder, "clip_vision_model"), str(llm), folder / "built")
 
 
 def test_answers_do_not_depend_on_their_neighbours(built: Path, pictures: Path) -> None:
     """Nor on the batch: each is what transformers says to the question alone."""
-    model = Answerer(str(built), "cpu", "fp32", batch=3)
+    model = Generator(str(built), "cpu", "fp32", batch=3)
     asked = [Asked(str(n), FileImage(str(pictures / f"{n}.png")), "What?" * (1 + n % 3)) for n in range(5)]
     asked.append(Asked("text", None, "Hello?"))
     asked.append(Asked("bad", MemoryImage(b"no image", "bad"), "What?"))
@@ -450,9 +457,9 @@ def test_answers_do_not_depend_on_their_neighbours(built: Path, pictures: Path) 
                 return_tensors="pt",
             )  # fmt: skip
             if one.image is not None:  # the processor crops an odd margin elsewhere
-                from llm2clip.data.images import load
+                from llm2clip.data.images import load_image
 
-                inputs["pixel_values"] = model.pixels(load(str(one.image)))[None]
+                inputs["pixel_values"] = model.pixels(load_image(str(one.image)))[None]
             ids = inputs["input_ids"][0].tolist()
             assert model.prompt(one) == ids
             said = model.model.generate(
@@ -464,21 +471,23 @@ def test_answers_do_not_depend_on_their_neighbours(built: Path, pictures: Path) 
 
 
 def test_the_likeliest_option_is_that_of_the_model_s_own_loss(built: Path, pictures: Path) -> None:
-    model = Answerer(str(built), "cpu", "fp32")
+    model = Generator(str(built), "cpu", "fp32")
     options = ("Yes", "No, never", "A rather long one")
     asked = [
         Asked("1", FileImage(str(pictures / "1.png")), "Is it?", options=options),
         Asked("2", None, "Q", options=options),
     ]
     found = dict(model.choose(asked))
-    from llm2clip.data.images import load
-    from llm2clip.llava.prompts import Conversation, mark
+    from llm2clip.data.images import load_image
+    from llm2clip.llava.chat_template import Conversation, tokenize_and_label
 
     for n, one in enumerate(asked):
         losses = []
         for option in options:
-            row = mark(Conversation("", one.image, ((one.prompt, option),)), model.tokenizer, model.tokens)
-            pixels = {"pixel_values": model.pixels(load(str(one.image)))[None]} if one.image is not None else {}
+            row = tokenize_and_label(
+                Conversation("", one.image, ((one.prompt, option),)), model.tokenizer, model.tokens
+            )
+            pixels = {"pixel_values": model.pixels(load_image(str(one.image)))[None]} if one.image is not None else {}
             with torch.no_grad():
                 ids, labels = torch.tensor([row.ids]), torch.tensor([row.labels])
                 losses.append(float(model.model(input_ids=ids, labels=labels, **pixels).loss))
@@ -490,21 +499,21 @@ def test_what_was_answered_is_not_asked_again(
 ) -> None:
     records = list(open_records(f"{pictures / 'captions.jsonl'}@val"))
     named = [Record(str(n), FileImage(str(pictures / f"{n}.png")), (f"a {o}",)) for n, o in enumerate(("dog", "cat"))]
-    work = [captions_of(records), pope_task(named)]
+    work = [caption_task(records), pope_task(named)]
     calls: list[int] = []
-    answer: Callable[..., Any] = Answerer.answer
+    answer: Callable[..., Any] = Generator.answer
 
-    def counted(self: Answerer, asked: list[Asked], *args: Any) -> Any:
+    def counted(self: Generator, asked: list[Asked], *args: Any) -> Any:
         calls.append(len(asked))
         return answer(self, asked, *args)
 
-    monkeypatch.setattr(Answerer, "answer", counted)
-    ways = Ways(beams=2, precision="fp32")
-    first = list(measure(str(built), work, ways, tmp_path, SkipLog()))
+    monkeypatch.setattr(Generator, "answer", counted)
+    ways = GenerationOptions(beams=2, precision="fp32")
+    first = list(run_task(str(built), work, ways, tmp_path, SkipLog()))
     (kept,) = (tmp_path / "answers").glob("captions-*.jsonl")
     lines = kept.read_text().splitlines()
     kept.write_text("\n".join([*lines[:2], lines[2][:20]]))  # cut off in its third line
-    again = list(measure(str(built), work, ways, tmp_path, SkipLog()))
+    again = list(run_task(str(built), work, ways, tmp_path, SkipLog()))
     assert [m.figures for m in first] == [m.figures for m in again]
     assert calls == [6, 12, 4]
 
@@ -516,7 +525,7 @@ def test_too_many_pictures_that_cannot_be_decoded_are_no_result(built: Path, tmp
     log = SkipLog(limit=0.05)
     log.at_least(1000)  # many rows of other things hide nothing
     with pytest.raises(TooManySkipped, match=r"of 2 questions the pictures of 1 cannot be decoded, .*1\.jpg"):
-        list(measure(str(built), [captions_of(records)], Ways(beams=1), tmp_path, log))
+        list(run_task(str(built), [caption_task(records)], GenerationOptions(beams=1), tmp_path, log))
 
 
 def test_a_limit_takes_of_each_group_in_turn() -> None:

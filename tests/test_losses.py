@@ -71,7 +71,7 @@ def with_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Ten
 @pytest.fixture(params=[5, 1 << 20])
 def strips(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Strips of one row, and all in one."""
-    monkeypatch.setitem(losses.STRIP, "cpu", request.param)
+    monkeypatch.setitem(losses.CHUNK, "cpu", request.param)
 
 
 RAGGED = [(OWNER, IDS), (OWNER, list(range(11))), (list(range(6)), [0, 1, 0, 2, 2, 2]), ([0, 1, 2, 3], [7, 7, 7, 7])]
@@ -151,7 +151,7 @@ def test_logits_are_float32_under_autocast() -> None:
 
 def test_memory_does_not_grow_with_the_square(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor of the loss is as large as a tenth of all logits."""
-    monkeypatch.setitem(losses.STRIP, "cpu", 1 << 12)
+    monkeypatch.setitem(losses.CHUNK, "cpu", 1 << 12)
     largest = 0
 
     class Watching(TorchDispatchMode):

@@ -14,20 +14,20 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, LlamaConfig
 
+from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, LlavaConfig, TuneConfig
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
-from llm2clip.models.vision import VisionTower
-from llm2clip.plan.devices import DEVICES, Machine
-from llm2clip.plan.kept import Kept
-from llm2clip.plan.known import LLMS, TOWERS, build_llm, build_tower, llm_config
-from llm2clip.plan.llava import llava_plan
-from llm2clip.plan.memory import align_memory, peak, tune_memory
-from llm2clip.plan.plan import Plan, plan
-from llm2clip.plan.report import report
-from llm2clip.plan.work import caption_work, counted, image_work
-from llm2clip.recipes import AlignRecipe, EncoderRecipe, FitRecipe, LlavaRecipe, TuneRecipe
+from llm2clip.models.vision_tower import VisionTower
+from llm2clip.tools.plan.activations import SavedTensorBytes
+from llm2clip.tools.plan.devices import DEVICES, Machine
+from llm2clip.tools.plan.flops import count_flops, image_costs, text_costs
+from llm2clip.tools.plan.llava import plan_llava
+from llm2clip.tools.plan.memory import align_memory, peak_memory, tune_memory
+from llm2clip.tools.plan.model_configs import LLMS, TOWERS, build_llm, build_tower, get_llm_config
+from llm2clip.tools.plan.plan import Plan, plan_fit
+from llm2clip.tools.plan.report import format_plan
 
-PAPERS = AlignRecipe(adapter_depth=4, width=1280, captions=1, precision="bf16")
-SMALL = FitRecipe(align=AlignRecipe(tower="test_vit", captions=1))
+PAPERS = AlignConfig(adapter_depth=4, embed_dim=1280, captions_per_image=1, precision="bf16")
+SMALL = FitConfig(align=AlignConfig(tower="test_vit", captions_per_image=1))
 TINY = LlamaConfig(
     hidden_size=64,
     num_hidden_layers=3,
@@ -41,11 +41,11 @@ TINY = LlamaConfig(
 )
 
 
-def planned(recipe: FitRecipe = SMALL, device: str = "h100", count: int = 1, **more: Any) -> Plan:
-    return plan(recipe, Machine(device, count, **more), 10_000, 2, 30)
+def planned(recipe: FitConfig = SMALL, device: str = "h100", count: int = 1, **more: Any) -> Plan:
+    return plan_fit(recipe, Machine(device, count, **more), 10_000, 2, 30)
 
 
-def small(**settings: object) -> FitRecipe:
+def small(**settings: object) -> FitConfig:
     return dataclasses.replace(SMALL, align=dataclasses.replace(SMALL.align, **settings))
 
 
@@ -66,11 +66,11 @@ def small(**settings: object) -> FitRecipe:
     ],
 )
 def test_language_models_have_their_parameters(name: str, parameters: int) -> None:
-    found = caption_work(EncoderRecipe(path=name), TuneRecipe(), "bf16")
+    found = text_costs(EncoderConfig(path=name), TuneConfig(), "bf16")
     assert (
         found.parameters
         == parameters
-        == sum(p.numel() for p in build_llm(llm_config(EncoderRecipe(name))).parameters())
+        == sum(p.numel() for p in build_llm(get_llm_config(EncoderConfig(name))).parameters())
     )
 
 
@@ -79,7 +79,7 @@ def test_language_models_have_their_parameters(name: str, parameters: int) -> No
     [("openai/clip-vit-large-patch14-336", 578_587_905), ("openai/clip-vit-base-patch16", 360_552_193)],
 )
 def test_the_papers_models_have_their_published_parameters(tower: str, parameters: int) -> None:
-    found = image_work(dataclasses.replace(PAPERS, tower=tower), 4096, 1)
+    found = image_costs(dataclasses.replace(PAPERS, tower=tower), 4096, 1)
     assert found.trained == found.tower + found.projection + found.adapter + 1 == parameters
     assert found.adapter == 273_769_728
 
@@ -87,7 +87,7 @@ def test_the_papers_models_have_their_published_parameters(tower: str, parameter
 def test_lora_is_on_the_layers_that_were_named() -> None:
     """Of Qwen2.5-0.5B, 24 blocks: queries 896 to 896, values 896 to 128."""
     some, all_of_them = (
-        caption_work(EncoderRecipe("qwen/qwen2.5-0.5b"), TuneRecipe(lora_r=16, lora_targets=targets), "bf16")
+        text_costs(EncoderConfig("qwen/qwen2.5-0.5b"), TuneConfig(lora_r=16, lora_targets=targets), "bf16")
         for targets in (["q_proj", "v_proj"], "all-linear")
     )
     assert some.trained == 24 * 16 * (896 + 896 + 896 + 128) < all_of_them.trained
@@ -100,7 +100,7 @@ def test_lora_is_on_the_layers_that_were_named() -> None:
 )
 def test_a_head_that_is_the_table_of_tokens_counts_once(llm: str, parameters: int) -> None:
     many = dict.fromkeys(("pretrain", "instruct"), 1000)
-    found = llava_plan(LlavaRecipe(), Machine("h100"), llm, "openai/clip-vit-base-patch32", None, many, many)
+    found = plan_llava(LlavaConfig(), Machine("h100"), llm, "openai/clip-vit-base-patch32", None, many, many)
     assert found.parameters["language model"] == parameters
 
 
@@ -108,8 +108,8 @@ def test_features_of_both_stages_are_kept_or_of_neither() -> None:
     many, said = dict.fromkeys(("pretrain", "instruct"), 200_000), dict.fromkeys(("pretrain", "instruct"), 300)
 
     def towers(gigabytes: float) -> list[bool]:
-        recipe = LlavaRecipe(cache_gb=gigabytes)
-        found = llava_plan(recipe, Machine("h100"), "smollm2-135m", "openai/clip-vit-base-patch32", None, many, said)
+        recipe = LlavaConfig(cache_gb=gigabytes)
+        found = plan_llava(recipe, Machine("h100"), "smollm2-135m", "openai/clip-vit-base-patch32", None, many, said)
         return ["tower" in parts for parts in found.memory.values()]
 
     assert towers(20) == [True, True] and towers(31) == [False, False]  # 15 GB each
@@ -117,22 +117,22 @@ def test_features_of_both_stages_are_kept_or_of_neither() -> None:
 
 def test_every_name_in_the_tables_is_built() -> None:
     for name in LLMS:
-        assert llm_config(EncoderRecipe(name)).num_hidden_layers > 1
+        assert get_llm_config(EncoderConfig(name)).num_hidden_layers > 1
     for name, (_, size) in TOWERS.items():
-        assert build_tower(AlignRecipe(tower=name)).preprocess.size == size
+        assert build_tower(AlignConfig(tower=name)).preprocess.size == size
 
 
 def test_fewer_blocks_and_numbers_of_a_vector() -> None:
-    found = caption_work(EncoderRecipe("smollm2-135m", layers=12, width=256), TuneRecipe(lora_r=0), "fp32")
+    found = text_costs(EncoderConfig("smollm2-135m", layers=12, truncate_dim=256), TuneConfig(lora_r=0), "fp32")
     assert found.layers == 12 and found.width == 256
     assert found.trained == found.parameters - 49_152 * 576
 
 
 def test_an_unknown_model_is_named() -> None:
     with pytest.raises(ValueError, match=r"--encoder\.path no/such: .*meta-llama/llama-3\.2-1b"):
-        caption_work(EncoderRecipe("no/such"), TuneRecipe(), "fp32")
+        text_costs(EncoderConfig("no/such"), TuneConfig(), "fp32")
     with pytest.raises(ValueError, match=r"--align\.tower no/such: .*openai/clip-vit-base-patch16"):
-        build_tower(AlignRecipe(tower="no/such"))
+        build_tower(AlignConfig(tower="no/such"))
 
 
 # ---- products -------------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_an_unknown_model_is_named() -> None:
 )
 def test_a_training_step_of_the_papers_towers(tower: str, gigaflop: float) -> None:
     recipe = dataclasses.replace(PAPERS, tower=f"openai/clip-vit-{tower}")
-    found = image_work(recipe, 4096, 1)
+    found = image_costs(recipe, 4096, 1)
     heads = 3 * found.heads_forward
     assert (found.tower_forward + found.heads_forward + found.backward - heads) / 1e9 == pytest.approx(
         gigaflop, rel=0.01
@@ -153,21 +153,21 @@ def test_a_training_step_of_the_papers_towers(tower: str, gigaflop: float) -> No
 
 @pytest.mark.parametrize(("name", "gigaflop"), [("llama-3.1-8b", 1172), ("llama-3.2-1b", 164)])
 def test_a_caption_through_the_papers_language_models(name: str, gigaflop: float) -> None:
-    found = caption_work(EncoderRecipe(f"meta-llama/{name}"), TuneRecipe(), "bf16")
+    found = text_costs(EncoderConfig(f"meta-llama/{name}"), TuneConfig(), "bf16")
     assert found.forward(84) / 1e9 == pytest.approx(gigaflop, rel=0.01)
 
 
 @pytest.mark.parametrize("rank", [0, 8])
 def test_formulas_of_the_language_model_against_a_counter(rank: int, tmp_path: Path) -> None:
     TINY.save_pretrained(tmp_path)
-    tune, tokens = TuneRecipe(lora_r=rank), 40
-    found = caption_work(EncoderRecipe(str(tmp_path)), tune, "fp32")
+    tune, tokens = TuneConfig(lora_r=rank), 40
+    found = text_costs(EncoderConfig(str(tmp_path)), tune, "fp32")
     with torch.device("meta"):
         llm = AutoModel.from_config(AutoConfig.from_pretrained(tmp_path))
         ids = torch.zeros(1, tokens, dtype=torch.long)
     llm.config.is_causal, llm.config.use_cache = False, False
     near = 1e-6 if Version(torch.__version__) >= Version("2.13") else 1e-4  # torch 2.10 counts a bit more
-    assert counted(lambda: llm(input_ids=ids)) == pytest.approx(found.forward(tokens), rel=near)
+    assert count_flops(lambda: llm(input_ids=ids)) == pytest.approx(found.forward(tokens), rel=near)
     if rank:
         with torch.device("meta"):
             llm = get_peft_model(llm, LoraConfig(r=rank, target_modules="all-linear"))
@@ -176,9 +176,9 @@ def test_formulas_of_the_language_model_against_a_counter(rank: int, tmp_path: P
     # Recomputing, or whatever comes before the first block, makes it give gradients by what goes in.
     llm.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
     out = llm(input_ids=ids).last_hidden_state.sum()
-    assert counted(out.backward) == pytest.approx(found.backward(tokens, rank > 0))
+    assert count_flops(out.backward) == pytest.approx(found.backward(tokens, rank > 0))
     step, forward = found.step(tokens, tune), found.forward(tokens)
-    again = dataclasses.replace(tune, recompute=True, grad_cache=True)
+    again = dataclasses.replace(tune, gradient_checkpointing=True, grad_cache=True)
     assert found.step(tokens, again) - step == pytest.approx(
         2 * (forward + (2 * found.trained * tokens if rank else 0))
     )
@@ -188,24 +188,24 @@ def test_convolutions_in_groups_are_not_counted_as_one() -> None:
     for groups in (1, 8):
         layer = nn.Conv2d(8, 16, 3, groups=groups, device="meta")
         x = torch.zeros(2, 8, 10, 10, device="meta", requires_grad=True)
-        forward = counted(lambda layer=layer, x=x: layer(x))
+        forward = count_flops(lambda layer=layer, x=x: layer(x))
         assert forward == 2 * 2 * 16 * 8 * 8 * 8 * 9 / groups
-        assert counted(layer(x).sum().backward) == 2 * forward
+        assert count_flops(layer(x).sum().backward) == 2 * forward
 
 
 def test_what_is_frozen_costs_no_backward_pass() -> None:
-    recipe = dataclasses.replace(PAPERS, tower="test_vit", width=64)
-    learns = image_work(recipe, 96, 2)
-    frozen = image_work(dataclasses.replace(recipe, tower_lr=0), 96, 2)
-    cached = image_work(dataclasses.replace(recipe, tower_lr=0, cache_features=True), 96, 2)
-    lora = image_work(dataclasses.replace(recipe, lora_r=4), 96, 2)
-    some = image_work(dataclasses.replace(recipe, train_layers=1), 96, 2)
+    recipe = dataclasses.replace(PAPERS, tower="test_vit", embed_dim=64)
+    learns = image_costs(recipe, 96, 2)
+    frozen = image_costs(dataclasses.replace(recipe, tower_lr=0), 96, 2)
+    cached = image_costs(dataclasses.replace(recipe, tower_lr=0, cache_features=True), 96, 2)
+    lora = image_costs(dataclasses.replace(recipe, lora_r=4), 96, 2)
+    some = image_costs(dataclasses.replace(recipe, train_layers=1), 96, 2)
     assert frozen.backward == cached.backward < 2 * frozen.heads_forward
     assert frozen.backward < some.backward < learns.backward
     assert frozen.backward < lora.backward < learns.backward
     assert frozen.kept <= some.kept < learns.kept
     assert frozen.trained < lora.trained < learns.trained
-    one, more, two = (image_work(dataclasses.replace(recipe, tower_lr=0), 96, n) for n in (1, 1.25, 2))
+    one, more, two = (image_costs(dataclasses.replace(recipe, tower_lr=0), 96, n) for n in (1, 1.25, 2))
     for name in ("heads_forward", "backward", "kept"):
         low, middle, high = (getattr(work, name) for work in (one, more, two))
         assert middle == pytest.approx(low + 0.25 * (high - low)), name
@@ -216,38 +216,43 @@ def test_what_is_frozen_costs_no_backward_pass() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_autograd_keeps_is_what_a_real_pass_keeps(precision: str) -> None:
-    recipe = AlignRecipe(tower="test_vit", width=32, precision=precision)  # type: ignore[arg-type]
+    recipe = AlignConfig(tower="test_vit", embed_dim=32, precision=precision)  # type: ignore[arg-type]
     tower = VisionTower.from_pretrained("test_vit", pretrained=False)
     model = LLM2CLIP(LLM2CLIPConfig(tower.config, 48, 32, adapter_depth=1), tower).train()
     kept = []
     for images in (1, 2):
-        seen = Kept(model)
+        seen = SavedTensorBytes(model)
         size = tower.preprocess.size
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), seen.hooks:
             out = model(torch.zeros(images, 3, size, size, dtype=torch.uint8), torch.ones(images, 48))
         kept.append(seen.bytes)
         del out
-    found = image_work(recipe, 48, 1)
+    found = image_costs(recipe, 48, 1)
     assert found.kept == pytest.approx(kept[1] - kept[0], rel=0.01)
     assert found.copies == pytest.approx(2 * kept[0] - kept[1], rel=0.01, abs=64)
 
 
 def test_settings_change_the_memory_of_align_as_they_should() -> None:
-    recipe = dataclasses.replace(SMALL.align, batch=1024)
-    found = image_work(recipe, 64, 1)
+    recipe = dataclasses.replace(SMALL.align, batch_size=1024)
+    found = image_costs(recipe, 64, 1)
 
     def align(count: int = 1, shared_out: bool = False, **settings: object) -> dict[str, float]:
         return align_memory(found, dataclasses.replace(recipe, **settings), 1, 64, count, shared_out)
 
-    assert peak(align(micro_batch=64)) < peak(align(recompute=True)) < peak(align()) < peak(align(ema=0.99))
+    assert (
+        peak_memory(align(micro_batch=64))
+        < peak_memory(align(recompute=True))
+        < peak_memory(align())
+        < peak_memory(align(ema=0.99))
+    )
     assert align(8)["gradients"] == 2 * align()["gradients"]
     several, shared = align(8), align(8, True)
     assert shared["AdamW"] * 8 == several["AdamW"] and shared["model"] * 8 == several["model"]
 
 
 def test_settings_change_the_memory_of_tune_as_they_should() -> None:
-    recipe = TuneRecipe(precision="bf16", batch=64)
-    found = caption_work(EncoderRecipe(), recipe, "bf16")
+    recipe = TuneConfig(precision="bf16", batch_size=64)
+    found = text_costs(EncoderConfig(), recipe, "bf16")
 
     def tune(**settings: object) -> dict[str, float]:
         return tune_memory(found, dataclasses.replace(recipe, **settings), 30, "bf16", 1)
@@ -261,12 +266,14 @@ def test_settings_change_the_memory_of_tune_as_they_should() -> None:
 @pytest.mark.parametrize("too_much", ["activations", "weights"])
 def test_every_way_out_fits(too_much: str, tmp_path: Path) -> None:
     TINY.save_pretrained(tmp_path)
-    memory, align = 2, AlignRecipe(tower="test_vit", batch=2048, captions=1)
-    recipe = FitRecipe(encoder=EncoderRecipe(str(tmp_path)), tune=TuneRecipe(batch=4096, precision="bf16"), align=align)
+    memory, align = 2, AlignConfig(tower="test_vit", batch_size=2048, captions_per_image=1)
+    recipe = FitConfig(
+        encoder=EncoderConfig(str(tmp_path)), tune=TuneConfig(batch_size=4096, precision="bf16"), align=align
+    )
     if too_much == "weights":
-        memory, tune = 6, TuneRecipe(batch=8, lora_r=0, precision="bf16")
-        align = dataclasses.replace(align, adapter_expansion=200, batch=8)
-        recipe = FitRecipe(encoder=EncoderRecipe("Qwen/Qwen2.5-0.5B"), tune=tune, align=align)
+        memory, tune = 6, TuneConfig(batch_size=8, lora_r=0, precision="bf16")
+        align = dataclasses.replace(align, adapter_expansion=200, batch_size=8)
+        recipe = FitConfig(encoder=EncoderConfig("Qwen/Qwen2.5-0.5B"), tune=tune, align=align)
     found = planned(recipe, count=8, memory=memory)
     assert not found.fits["tune"] and not found.fits["align"]
     assert found.ways_out["tune"] and found.ways_out["align"]
@@ -279,7 +286,7 @@ def test_every_way_out_fits(too_much: str, tmp_path: Path) -> None:
             changed = dataclasses.replace(recipe, **{stage: dataclasses.replace(getattr(recipe, stage), **change)})
             again = planned(changed, count=8, memory=memory, use_fsdp="--use_fsdp" in name)
             assert again.fits[stage], name
-            assert peak(again.memory[stage]) == pytest.approx(size)
+            assert peak_memory(again.memory[stage]) == pytest.approx(size)
 
 
 # ---- hours ----------------------------------------------------------------------------------------------------------
@@ -292,7 +299,7 @@ def test_hours_are_products_over_rate() -> None:
     assert found.hours["embed"] * 3600 == pytest.approx(20_000 * found.flop["caption forward"] / (0.5 * 100e12))
     tune = recipe.tune
     assert found.hours["tune"] * 3600 == pytest.approx(
-        2 * tune.steps * tune.batch * found.flop["caption tune"] / (0.5 * 100e12)
+        2 * tune.steps * tune.batch_size * found.flop["caption tune"] / (0.5 * 100e12)
     )
     assert found.decoded == pytest.approx(30_000 / (3600 * found.hours["align"]))
     assert found.store == 20_000 * (576 * 2 + 16)
@@ -307,7 +314,7 @@ def test_passes_that_are_made_again_are_counted() -> None:
     assert both.flop["image again"] == pytest.approx(2 * found.flop["tower forward"], rel=0.35)
     cached = planned(small(batch=64, tower_lr=0.0, cache_features=True))
     assert cached.flop["step"] < 0.1 * found.flop["step"]
-    assert cached.features == 10_000 * (2 * cached.recipe.align.captions * 64 + 16) and cached.decoded == 0
+    assert cached.features == 10_000 * (2 * cached.recipe.align.captions_per_image * 64 + 16) and cached.decoded == 0
     heads = planned(small(batch=64, head_epochs=5))
     assert found.hours["align"] < heads.hours["align"] < 2 * found.hours["align"]
 
@@ -341,15 +348,15 @@ def test_devices() -> None:
 def test_numbers_that_make_no_sense(name: str, value: float) -> None:
     given: dict[str, Any] = {"images": 10, "count": 1, "mfu": 0.4, name: value}
     with pytest.raises(ValueError, match=f"--{name} is"):
-        plan(SMALL, Machine("l4", given["count"], given["mfu"]), given["images"], 1, 9)
+        plan_fit(SMALL, Machine("l4", given["count"], given["mfu"]), given["images"], 1, 9)
 
 
 def test_the_page() -> None:
-    page = report(planned())
+    page = format_plan(planned())
     for part in ("134,515,008", "GFLOP", "most at once", "Store", "instead of a store", "(MFU)", "not measured"):
         assert part in page
     assert "OUT OF MEMORY" not in page
-    page = report(planned(small(batch=8192), "l4"))
-    assert "OUT OF MEMORY in align" in page and "would fit: --align.recompute true" in page
-    untouched = dataclasses.replace(SMALL, tune=TuneRecipe(steps=0))
-    assert "tune" not in planned(untouched).memory and report(planned(untouched))
+    page = format_plan(planned(small(batch=8192), "l4"))
+    assert "OUT OF MEMORY in align" in page and "would fit: --align.gradient_checkpointing true" in page
+    untouched = dataclasses.replace(SMALL, tune=TuneConfig(steps=0))
+    assert "tune" not in planned(untouched).memory and format_plan(planned(untouched))

@@ -18,17 +18,17 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from llm2clip.cache.format import StoreError
-from llm2clip.cache.index import Index, build_index
-from llm2clip.cache.store import EmbeddingStore, Reading
-from llm2clip.cache.upkeep import merge, repair
-from llm2clip.cache.writer import StoreWriter
-from llm2clip.data.captions import epoch_order, unique
+from llm2clip.data.hashing import epoch_permutation, unique_captions
 from llm2clip.data.records import Source, open_records
-from llm2clip.data.skips import SkipLog
-from llm2clip.evaluate.captions import caption_accuracy
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.ranks import positive_ranks, two_way_ranks
-from llm2clip.evaluate.retrieval import chance, figures, recall
+from llm2clip.evaluate.recall import chance_recall, recall, retrieval_metrics
+from llm2clip.store.key_index import KeyIndex, build_key_index
+from llm2clip.store.layout import StoreError
+from llm2clip.store.maintenance import merge_stores, repair_store
+from llm2clip.store.store import EmbeddingStore, Reading
+from llm2clip.store.writer import StoreWriter
 
 # The same examples in each run: a run that fails fails again.
 some = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -97,8 +97,8 @@ def test_a_source_is_read_as_it_is_shown(path: str, splits: list[str]) -> None:
 @some
 @given(st.integers(0, 50), st.integers(0, 2**31), st.integers(0, 9))
 def test_an_epoch_has_each_item_once(n: int, seed: int, epoch: int) -> None:
-    order = epoch_order(n, seed, epoch)
-    assert sorted(order) == list(range(n)) and np.array_equal(order, epoch_order(n, seed, epoch))
+    order = epoch_permutation(n, seed, epoch)
+    assert sorted(order) == list(range(n)) and np.array_equal(order, epoch_permutation(n, seed, epoch))
 
 
 # ---- the store -----------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def written(folder: Path, shards: Sequence[Sequence[str]], dtype: str = "float16
 )
 def test_a_store_is_a_dictionary(shards: list[list[str]], data: st.DataObject, dtype: str, reading: Reading) -> None:
     """Captions in any order, repeated within and across shards, asked for in any order and as often as one likes."""
-    everything = unique(caption for captions in shards for caption in captions)
+    everything = unique_captions(caption for captions in shards for caption in captions)
     asked = data.draw(st.lists(st.sampled_from(everything), max_size=12))
     with TemporaryDirectory() as folder:
         written(Path(folder), shards, dtype)
@@ -153,8 +153,8 @@ def test_merged_stores_hold_what_each_of_them_holds(first: list[list[str]], seco
         written(a, first)
         written(b, second)
         for _ in range(2):  # a merge that is given again changes nothing
-            store = merge(both, [a, b])
-            captions = unique(caption for shard in (*first, *second) for caption in shard)
+            store = merge_stores(both, [a, b])
+            captions = unique_captions(caption for shard in (*first, *second) for caption in shard)
             assert len(store) == len(captions)
             assert np.array_equal(store.take(store.rows(captions)), vectors_of(captions))
             store.verify()
@@ -164,7 +164,7 @@ def test_merged_stores_hold_what_each_of_them_holds(first: list[list[str]], seco
 @given(st.lists(CAPTIONS, min_size=2, max_size=3), st.data())
 def test_a_damaged_store_says_so_and_is_repaired(shards: list[list[str]], data: st.DataObject) -> None:
     """One byte of one file is another: opening or verifying tells, and after a repair no vector is a wrong one."""
-    captions = unique(caption for shard in shards for caption in shard)
+    captions = unique_captions(caption for shard in shards for caption in shard)
     with TemporaryDirectory() as name:
         folder = Path(name)
         written(folder, shards)
@@ -182,7 +182,7 @@ def test_a_damaged_store_says_so_and_is_repaired(shards: list[list[str]], data: 
         except StoreError as error:
             said = str(error)
         assert not said or folder.name in said
-        repair(folder)
+        repair_store(folder)
         store = EmbeddingStore(folder)
         store.verify()
         left = [caption for caption in captions if caption in store]
@@ -203,8 +203,8 @@ def test_an_index_finds_the_first_row_of_a_key(parts: list[list[bytes]], head: i
     asked = [*first, b"\0" * 16, b"\xff" * 16, *(key[:8] + b"\x01" * 8 for key in first)]
     with TemporaryDirectory() as folder:
         file = Path(folder, "index.npy")
-        assert build_index(file, arrays) == len(first)
-        found = Index(file).find(np.frombuffer(b"".join(asked), np.uint8).reshape(-1, 16))
+        assert build_key_index(file, arrays) == len(first)
+        found = KeyIndex(file).find(np.frombuffer(b"".join(asked), np.uint8).reshape(-1, 16))
         assert found.tolist() == [first.get(key, -1) for key in asked]
         del found
 
@@ -258,8 +258,8 @@ def test_figures_do_not_depend_on_the_order(
     random.shuffle(shuffled)
     place = {old: new for new, old in enumerate(renumbered)}
     other = [place[owner[t]] for t in shuffled]
-    before = figures(*two_way_ranks(images, texts, owner), owner)
-    after = figures(*two_way_ranks(images[renumbered], texts[shuffled], other), other)
+    before = retrieval_metrics(*two_way_ranks(images, texts, owner), owner)
+    after = retrieval_metrics(*two_way_ranks(images[renumbered], texts[shuffled], other), other)
     for way in ("I2T", "T2I", "I2T chance", "T2I chance"):
         assert after[way] == pytest.approx(before[way])
         at = [before[way][f"R@{k}"] for k in (1, 5, 10)]
@@ -274,7 +274,7 @@ def test_figures_do_not_depend_on_the_order(
 def test_chance_is_the_share_of_draws_that_hit(positives: list[int], items: int, k: int) -> None:
     drawn = min(k, items)
     exact = [1 - math.comb(items - p, drawn) / math.comb(items, drawn) for p in positives]
-    assert chance(positives, items, (k,))[f"R@{k}"] == pytest.approx(100 * sum(exact) / len(exact))
+    assert chance_recall(positives, items, (k,))[f"R@{k}"] == pytest.approx(100 * sum(exact) / len(exact))
 
 
 @some
@@ -298,12 +298,12 @@ class Hashing:
 def test_caption_accuracy_of_any_captions(images: list[list[str]]) -> None:
     """Between 0 and 100, the mean of what each image hits, and within its interval's reach; images are left out or
     counted; the other protocol counts each caption of those."""
-    different = [c for c in map(unique, images) if len(c) > 1]
+    different = [c for c in map(unique_captions, images) if len(c) > 1]
     if not different:
         with pytest.raises(ValueError, match="two captions"):
-            caption_accuracy(images, Hashing(), progress=False)
+            caption_retrieval_accuracy(images, Hashing(), progress=False)
         return
-    found = caption_accuracy(images, Hashing(), all_pairs=True, hits=True, mistakes=9, progress=False)
+    found = caption_retrieval_accuracy(images, Hashing(), all_pairs=True, hits=True, mistakes=9, progress=False)
     assert found["images"] == len(different) and found["left out"] == len(images) - len(different)
     assert found["CRA"] == pytest.approx(100 * sum(found["hits"]) / len(different))
     assert found["captions"] == sum(map(len, different)) and set(found["hits"]) <= {0, 0.5, 1}

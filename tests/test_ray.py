@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm2clip.cache.embed import embed
-from llm2clip.cache.format import StoreError
-from llm2clip.cache.lock import alone
-from llm2clip.cache.ray_engine import embed_with_ray
-from llm2clip.models.text import CaptionEncoder
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.store.encode import embed
+from llm2clip.store.layout import StoreError
+from llm2clip.store.lock import folder_lock
+from llm2clip.store.ray_engine import embed_with_ray
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 CAPTIONS = [f"caption number {i % 40} of some" for i in range(60)]
@@ -37,5 +37,5 @@ def test_workers_fill_the_store_that_one_process_fills(cluster: None, llm: Path,
     assert len(first) == 20 and len(store) == 40
     assert [s.sha256 for s in store.shards] == [s.sha256 for s in one.shards]
     assert np.array_equal(store.take(store.rows(CAPTIONS)), one.take(one.rows(CAPTIONS)))
-    with alone(tmp_path / "ray"), pytest.raises(StoreError, match="another run"):
+    with folder_lock(tmp_path / "ray"), pytest.raises(StoreError, match="another run"):
         embed_with_ray(CAPTIONS, opening, tmp_path / "ray")

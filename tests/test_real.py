@@ -9,9 +9,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from llm2clip.data.records import open_records
-from llm2clip.evaluate.captions import caption_accuracy
-from llm2clip.models.assets import resolve
-from llm2clip.models.text import CaptionEncoder
+from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.pretrained import resolve_pretrained
 
 CAPTIONS = ["A dog runs.", "Two children in red coats build a snowman in front of a house.", "一只狗在跑。"]
 
@@ -19,7 +19,7 @@ CAPTIONS = ["A dog runs.", "Two children in red coats build a snowman in front o
 @pytest.mark.weights
 def test_smollm2_as_a_caption_encoder(tmp_path: Path) -> None:
     """No chat template, no padding and no reloading changes a vector of the real model."""
-    encoder = CaptionEncoder.from_pretrained(resolve("smollm2-135m"), layers=4, device="cpu")
+    encoder = CaptionEncoder.from_pretrained(resolve_pretrained("smollm2-135m"), layers=4, device="cpu")
     vectors = encoder.encode(CAPTIONS)
     assert [len(i) for i in encoder.tokenize(CAPTIONS[:1]).ids] == [4]
     for caption, vector in zip(CAPTIONS, vectors, strict=True):
@@ -36,5 +36,7 @@ def test_cra_of_minilm_on_coco(real_data: Path) -> None:
     code."""
     records = open_records(f"{real_data}/coco_text/captions.jsonl@karpathy_test", images="ignore")
     captions = [r.captions for r, _ in zip(records, range(1000), strict=False)]
-    encoder = CaptionEncoder.from_pretrained(resolve("all-minilm-l6-v2"), device="cpu")
-    assert caption_accuracy(captions, encoder, progress=False)["first to second"]["R@1"] == pytest.approx(43.9, abs=0.2)
+    encoder = CaptionEncoder.from_pretrained(resolve_pretrained("all-minilm-l6-v2"), device="cpu")
+    assert caption_retrieval_accuracy(captions, encoder, progress=False)["first to second"]["R@1"] == pytest.approx(
+        43.9, abs=0.2
+    )

@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llm2clip.data.records import Record, Source, open_records
-from llm2clip.data.skips import SkipLog
-from written import (
+from format_fixtures import (
     ROWS,
     as_jsonl,
     as_tars_in_braces,
     write_jsonl,
 )
+from llm2clip.data.records import Record, Source, open_records
+from llm2clip.data.skip_log import SkipLog
 
 # ---- what a row may hold -------------------------------------------------------------------------------------------
 

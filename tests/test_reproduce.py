@@ -11,9 +11,29 @@ from PIL import Image
 
 from conftest import make_llm
 from llm2clip.cli import main
-from llm2clip.page import Command, Heading, Plot, Shot, Shots, Table, Text, html, markdown
-from llm2clip.reproduce.data import glosses, halves, sentences
-from llm2clip.reproduce.verdicts import ALIKE, HOLDS, REVERSED, UNTESTED, WAY, Claim, Comparison, compare, interval
+from llm2clip.html_report import (
+    Command,
+    Heading,
+    Paragraph,
+    Plot,
+    ResultImage,
+    ResultImages,
+    Table,
+    to_html,
+    to_markdown,
+)
+from llm2clip.tools.reproduce.datasets import glosses, sentences, split_in_two
+from llm2clip.tools.reproduce.statistics import (
+    ALIKE,
+    HOLDS,
+    REVERSED,
+    UNTESTED,
+    WAY,
+    Claim,
+    Comparison,
+    bootstrap_interval,
+    compare_hits,
+)
 
 
 def command(pictures: Path, models: Path, out: Path, *more: str) -> list[str]:
@@ -77,7 +97,7 @@ def test_all_claims_and_again(
         raise AssertionError("this was done before")
 
     for name in ("tune", "fill", "align", "caption_accuracy"):
-        monkeypatch.setattr(f"llm2clip.reproduce.lab.{name}", never)
+        monkeypatch.setattr(f"llm2clip.tools.reproduce.experiments.{name}", never)
     capsys.readouterr()
     assert main(command(pictures, models, out)) == 0
     assert "claim 6:" in capsys.readouterr().out
@@ -88,7 +108,7 @@ def test_all_claims_and_again(
 def test_a_claim_without_its_data_is_said_to_be_untested(
     pictures: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = command(pictures, models, tmp_path / "run", "--reproduce.foreign", "captions_yy", "--claims")
+    run = command(pictures, models, tmp_path / "run", "--reproduce.foreign_column", "captions_yy", "--claims")
     assert main([*run, "4"]) == 1
     assert "no claim could be tested: 4: " in capsys.readouterr().err
     assert main([*run, "1", "4"]) == 0
@@ -108,7 +128,7 @@ def test_verdicts() -> None:
         return values
 
     def compared(low: torch.Tensor, high: torch.Tensor) -> Comparison:
-        return compare("a", "b", "R@1", low, high)
+        return compare_hits("a", "b", "R@1", low, high)
 
     apart, back = compared(found(20), found(100)), compared(found(100), found(20))
     way = compared(found(50), found(60))  # the same images and ten more
@@ -135,21 +155,21 @@ def test_intervals_of_images_and_of_seeds() -> None:
     values = torch.zeros(1, 200, dtype=torch.float64)
     values[:, :50] = 1
     spread = 196 * (0.25 * 0.75 / 200) ** 0.5
-    assert interval(values) == pytest.approx((25, 25 - spread, 25 + spread), abs=0.8)
-    assert interval(values.repeat(3, 1)) == pytest.approx(interval(values), abs=1e-9)
+    assert bootstrap_interval(values) == pytest.approx((25, 25 - spread, 25 + spread), abs=0.8)
+    assert bootstrap_interval(values.repeat(3, 1)) == pytest.approx(bootstrap_interval(values), abs=1e-9)
     seeds = values.repeat(3, 1)
     seeds[0] = 0
     seeds[2, 50:100] = 1
-    middle, low, high = interval(seeds)
+    middle, low, high = bootstrap_interval(seeds)
     assert middle == 25 and high - low > 1.5 * 2 * spread
-    assert interval(torch.zeros(2, 100)) == (0.0, 0.0, 3.0)
-    assert interval(torch.ones(2, 100)) == (100.0, 97.0, 100.0)
-    assert interval(-torch.ones(2, 100)) == (-100.0, -100.0, -97.0)
+    assert bootstrap_interval(torch.zeros(2, 100)) == (0.0, 0.0, 3.0)
+    assert bootstrap_interval(torch.ones(2, 100)) == (100.0, 97.0, 100.0)
+    assert bootstrap_interval(-torch.ones(2, 100)) == (-100.0, -100.0, -97.0)
 
 
 def test_texts_that_are_made() -> None:
-    assert halves(("a", "b", "c", "d", "e")) == ("a b", "c d e")
-    assert halves(("a", "b", "c")) == ()
+    assert split_in_two(("a", "b", "c", "d", "e")) == ("a b", "c d e")
+    assert split_in_two(("a", "b", "c")) == ()
     assert sentences("A room. It has 2 chairs! Is it red?") == ["A room.", "It has 2 chairs!", "Is it red?"]
 
 
@@ -175,12 +195,12 @@ def test_a_page_escapes_what_it_is_given() -> None:
     picture = Image.new("RGB", (2, 2))
     file = Path(__file__)  # any bytes will do
     blocks = [
-        Heading(evil), Text(evil), Command(evil), Table([evil], [[evil], [1.25], [None]]), Plot("<svg></svg>", evil),
-        Shots(evil, [Shot(file.read_bytes()[:10], True, evil), Shot(picture.tobytes(), None, evil)]),
+        Heading(evil), Paragraph(evil), Command(evil), Table([evil], [[evil], [1.25], [None]]), Plot("<svg></svg>", evil),
+        ResultImages(evil, [ResultImage(file.read_bytes()[:10], True, evil), ResultImage(picture.tobytes(), None, evil)]),
     ]  # fmt: skip
-    page = html(evil, blocks)
+    page = to_html(evil, blocks)
     assert "<img src=x" not in page and page.count("&lt;img src=x") == 13
     assert "<code>code</code>" in page and ">1.2<" in page and ">–<" in page
     assert "right: " in page and "wrong: " not in page
-    text = markdown("T", blocks, "page.html")
+    text = to_markdown("T", blocks, "page.html")
     assert "page.html" in text and "\\| `code`" in text

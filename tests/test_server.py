@@ -19,30 +19,30 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from llm2clip.models.dual import DualEncoder, open_dual
-from llm2clip.search.batching import Batcher, Busy
-from llm2clip.search.entries import Filter
-from llm2clip.search.local import LocalIndex
-from llm2clip.search.messages import TEXT, TEXTS, Limits
-from llm2clip.search.query import Query, see, vector_of
+from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
+from llm2clip.search.batching import Batcher, QueueFull
+from llm2clip.search.query_embedding import Query, embed_query, embed_texts
+from llm2clip.search.schemas import TEXT, TEXTS, Limits
 from llm2clip.search.server import create_app
-from searching import make_index, make_model
+from llm2clip.search.sqlite_backend import SqliteBackend
+from llm2clip.search.types import Filter
+from search_fixtures import make_index, make_model
 
 HOST = "http://localhost"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> DualEncoder:
-    return open_dual(str(make_model(tmp_path_factory.mktemp("model"))))
+    return open_dual_encoder(str(make_model(tmp_path_factory.mktemp("model"))))
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory, pictures: Path, model: DualEncoder) -> LocalIndex:
+def engine(tmp_path_factory: pytest.TempPathFactory, pictures: Path, model: DualEncoder) -> SqliteBackend:
     return make_index(tmp_path_factory.mktemp("index"), pictures, model)
 
 
 @pytest.fixture(scope="module")
-def client(model: DualEncoder, engine: LocalIndex) -> Iterator[TestClient]:
+def client(model: DualEncoder, engine: SqliteBackend) -> Iterator[TestClient]:
     app = create_app(model, engine, Limits(body=1 << 20, pixels=1_000_000))
     with TestClient(app, base_url=HOST, raise_server_exceptions=False) as client:
         yield client
@@ -56,13 +56,13 @@ def uri(data: bytes) -> str:
 
 
 def test_search_finds_what_the_index_finds(
-    client: TestClient, model: DualEncoder, engine: LocalIndex, pictures: Path
+    client: TestClient, model: DualEncoder, engine: SqliteBackend, pictures: Path
 ) -> None:
     picture = (pictures / "9.png").read_bytes()
     body = {"texts": ["red"], "images": [uri(picture)], "without_texts": ["a dog"], "top": 4, "only": {"larger": 40}}
     answer = client.post("/search", json=body)
     assert answer.status_code == 200
-    query = vector_of(model, Query(["red"], [picture], ["a dog"]))
+    query = embed_query(model, Query(["red"], [picture], ["a dog"]))
     expected = engine.search(query, 4, Filter(larger=40))
     assert [hit["id"] for hit in answer.json()["hits"]] == [hit.id for hit in expected]
     assert answer.json()["hits"][0]["pictures"][0]["captions"]
@@ -75,7 +75,7 @@ def test_embeddings_are_the_models(client: TestClient, model: DualEncoder, pictu
     picture = (pictures / "3.png").read_bytes()
     inputs = ["red", uri(picture), "eine lange Beschreibung. " * 50]
     answer = client.post("/v1/embeddings", json={"input": inputs, "model": "any"}).json()
-    texts, image = model.encode_text([inputs[0], inputs[2]]).numpy(), see(model, [picture]).numpy()
+    texts, image = model.encode_text([inputs[0], inputs[2]]).numpy(), embed_texts(model, [picture]).numpy()
     vectors = np.array([row["embedding"] for row in answer["data"]])
     np.testing.assert_allclose(vectors, [texts[0], image[0], texts[1]], atol=1e-5)
     assert [row["index"] for row in answer["data"]] == [0, 1, 2] and answer["object"] == "list"
@@ -87,7 +87,7 @@ def test_embeddings_are_the_models(client: TestClient, model: DualEncoder, pictu
     np.testing.assert_allclose(uploaded["data"][0]["embedding"], image[0], atol=1e-5)
 
 
-def test_pictures_page_health_and_metrics(client: TestClient, engine: LocalIndex, pictures: Path) -> None:
+def test_pictures_page_health_and_metrics(client: TestClient, engine: SqliteBackend, pictures: Path) -> None:
     hit = client.post("/search", json={"texts": ["red"], "top": 1}).json()["hits"][0]
     assert client.get(f"/picture/{hit['id']}").content == Path(hit["pictures"][0]["name"]).read_bytes()
     small = client.get(f"/thumbnail/{hit['id']}")
@@ -228,7 +228,7 @@ def test_odd_pictures_are_read_or_refused(client: TestClient, pictures: Path) ->
     assert set(codes) <= {200, 413, 422} and codes[422] > 20
 
 
-def test_a_token_is_asked_for(model: DualEncoder, engine: LocalIndex) -> None:
+def test_a_token_is_asked_for(model: DualEncoder, engine: SqliteBackend) -> None:
     with TestClient(create_app(model, engine, token="secret", hosts=None), base_url="http://example.org") as client:
         assert client.get("/health").status_code == 200
         refused = client.post("/embed", json={"input": "a"})
@@ -288,10 +288,10 @@ def test_too_many_are_sent_away_and_late_ones_told(model: DualEncoder) -> None:
         assert late.status_code == 504 and "longer than 0.1 seconds" in late.json()["error"]["message"]
 
 
-def test_searches_that_nobody_waits_for_do_not_pile_up(model: DualEncoder, engine: LocalIndex) -> None:
+def test_searches_that_nobody_waits_for_do_not_pile_up(model: DualEncoder, engine: SqliteBackend) -> None:
     beside, most, lock = 0, 0, threading.Lock()
 
-    class Slow(LocalIndex):
+    class Slow(SqliteBackend):
         def search(self, *_: Any) -> list[Any]:
             nonlocal beside, most
             with lock:
@@ -327,7 +327,7 @@ def test_one_bad_item_does_not_spoil_its_batch() -> None:
                 await batcher.ask(list(range(11)))
             waiting = asyncio.create_task(batcher.ask([5, 6, 7, 8]))
             await asyncio.sleep(0)
-            with pytest.raises(Busy):
+            with pytest.raises(QueueFull):
                 await batcher.ask(list(range(9)))
             assert await waiting == [10, 12, 14, 16]
             cancelled = asyncio.create_task(batcher.ask([9]))

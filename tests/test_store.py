@@ -16,18 +16,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from llm2clip.cache.embed import embed
-from llm2clip.cache.format import StoreError, read_shards, replacing
-from llm2clip.cache.incoming import Incoming, receive
-from llm2clip.cache.index import Index, build_index, halves, sorted_parts
-from llm2clip.cache.lock import alone
-from llm2clip.cache.store import EmbeddingStore, refused_captions
-from llm2clip.cache.upkeep import merge, repair
-from llm2clip.cache.writer import StoreWriter
 from llm2clip.cli import main
 from llm2clip.data.records import Record
-from llm2clip.models.text import CaptionEncoder
-from llm2clip.stages import readable
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.pipeline import readable
+from llm2clip.store.dedup import PendingCaptions, ingest
+from llm2clip.store.encode import embed
+from llm2clip.store.key_index import KeyIndex, build_key_index, sorted_partitions, split_keys
+from llm2clip.store.layout import StoreError, atomic_path, read_shards
+from llm2clip.store.lock import folder_lock
+from llm2clip.store.maintenance import merge_stores, repair_store
+from llm2clip.store.store import EmbeddingStore, refused_captions
+from llm2clip.store.writer import StoreWriter
 
 CAPTIONS = [f"caption number {i} of some" for i in range(50)]
 IDENTITY = {"weights": "abc", "layers": 3}
@@ -89,7 +89,7 @@ def test_killed_inside_a_shard_it_is_absent(tmp_path: Path, monkeypatch: pytest.
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("llm2clip.cache.writer.pq.write_table", dies)  # embeddings are down, keys are not
+        patch.setattr("llm2clip.store.writer.pq.write_table", dies)  # embeddings are down, keys are not
         writer.write(0, ["a"], [1], np.zeros((1, 4)))
     assert read_shards(tmp_path) == []
     assert not list(tmp_path.glob(".*.tmp"))
@@ -100,9 +100,9 @@ def test_killed_inside_a_shard_it_is_absent(tmp_path: Path, monkeypatch: pytest.
 
 KILLED = """
 import os, signal, sys
-import llm2clip.cache.writer as writer
-from llm2clip.cache.embed import embed
-from llm2clip.models.text import CaptionEncoder
+import llm2clip.store.writer as writer
+from llm2clip.store.encode import embed
+from llm2clip.models.caption_encoder import CaptionEncoder
 
 llm, out, captions = sys.argv[1], sys.argv[2], sys.argv[3:]
 encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
@@ -194,7 +194,7 @@ def test_damage_is_found_and_repaired(encoder: CaptionEncoder, tmp_path: Path, w
     else:
         with pytest.raises(StoreError, match=r"damaged shards 00001;|index-.* is damaged"):
             EmbeddingStore(tmp_path).verify()
-    repair(tmp_path)
+    repair_store(tmp_path)
     EmbeddingStore(tmp_path).verify()
     again = embed(CAPTIONS, encoder, tmp_path, shard_size=16, dtype=store.manifest["dtype"])
     again.verify()
@@ -225,7 +225,7 @@ def test_no_flipped_bit_is_read_as_right(tmp_path: Path) -> None:
                 assert np.array_equal(store.take(store.rows(texts)), before), (path, at)
             except StoreError:
                 found += 1
-            repair(tmp_path / "store")
+            repair_store(tmp_path / "store")
             EmbeddingStore(tmp_path / "store").verify()
             for each, content in files.items():
                 each.write_bytes(content)
@@ -253,7 +253,7 @@ def test_a_shard_of_another_encoder_is_not_taken_in(tmp_path: Path) -> None:
         (tmp_path / "ours" / path.name).write_bytes(path.read_bytes())
     with pytest.raises(StoreError, match="is not of this store's encoder"):
         StoreWriter(tmp_path / "ours", IDENTITY, 2).finish()
-    assert "keys-00006.parquet" in repair(tmp_path / "ours")
+    assert "keys-00006.parquet" in repair_store(tmp_path / "ours")
     assert "ours" in EmbeddingStore(tmp_path / "ours") and "theirs" not in EmbeddingStore(tmp_path / "ours")
 
 
@@ -263,7 +263,7 @@ def test_without_a_manifest_a_store_is_what_most_of_its_shards_are(tmp_path: Pat
         writer.write(number, [name], [1], np.ones((1, 2)))
         for path in (tmp_path / name).glob("*-0000*"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    repair(tmp_path)
+    repair_store(tmp_path)
     store = EmbeddingStore(tmp_path)
     assert store.manifest["identity"] == IDENTITY and "alien" not in store and "one" in store and "two" in store
 
@@ -290,14 +290,14 @@ def test_what_does_not_fit_a_store_is_not_written(tmp_path: Path) -> None:
 
 def test_a_link_that_a_kill_left_is_not_written_through(tmp_path: Path) -> None:
     (tmp_path / "source").write_text("theirs")
-    with replacing(tmp_path / "target") as tmp:
+    with atomic_path(tmp_path / "target") as tmp:
         name = tmp
         tmp.write_text("")
     os.link(tmp_path / "source", name)
-    with replacing(tmp_path / "target") as tmp:
+    with atomic_path(tmp_path / "target") as tmp:
         tmp.write_text("ours")
     assert (tmp_path / "source").read_text() == "theirs" and (tmp_path / "target").read_text() == "ours"
-    with replacing(tmp_path / "target") as tmp:
+    with atomic_path(tmp_path / "target") as tmp:
         os.link(tmp_path / "target", tmp)  # two names of one file: renaming does nothing
     assert not name.exists()
 
@@ -305,7 +305,7 @@ def test_a_link_that_a_kill_left_is_not_written_through(tmp_path: Path) -> None:
 def test_repair_clears_what_a_kill_left_and_leaves_the_rest(encoder: CaptionEncoder, tmp_path: Path) -> None:
     embed(CAPTIONS, encoder, tmp_path, shard_size=16)
     files = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    assert repair(tmp_path) == []
+    assert repair_store(tmp_path) == []
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files
     left = {"embeddings-00009.npy", ".keys-00009.parquet.77.tmp", ".index-1.npy-xyz", ".index-2.npy-xyz"}
     for name in left:
@@ -313,13 +313,13 @@ def test_repair_clears_what_a_kill_left_and_leaves_the_rest(encoder: CaptionEnco
     (tmp_path / ".index-2.npy-xyz").unlink()
     (tmp_path / ".index-2.npy-xyz").mkdir()
     (tmp_path / "index-0123456789ab.npy").write_bytes(b"of shards that are no more")
-    assert set(repair(tmp_path)) == left
+    assert set(repair_store(tmp_path)) == left
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files
     for path in tmp_path.glob("keys-*"):
         path.write_bytes(b"")
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(StoreError, match=r"nothing of .* is whole"):
-        repair(tmp_path)
+        repair_store(tmp_path)
 
 
 def test_a_full_disk_leaves_whole_shards_only(
@@ -335,7 +335,7 @@ def test_a_full_disk_leaves_whole_shards_only(
         save(file, array, **options)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr("llm2clip.cache.writer.np.save", full)
+        patch.setattr("llm2clip.store.writer.np.save", full)
         embed(CAPTIONS, encoder, tmp_path, shard_size=16)
     assert [s.number for s in read_shards(tmp_path)] == [0, 1]
     assert not list(tmp_path.glob(".*.tmp"))
@@ -345,7 +345,7 @@ def test_a_full_disk_leaves_whole_shards_only(
 
 
 def test_two_runs_do_not_fill_one_store(encoder: CaptionEncoder, tmp_path: Path) -> None:
-    with alone(tmp_path), pytest.raises(StoreError, match="another run is filling"):
+    with folder_lock(tmp_path), pytest.raises(StoreError, match="another run is filling"):
         embed(CAPTIONS, encoder, tmp_path)
     assert len(embed(CAPTIONS, encoder, tmp_path)) == 50
 
@@ -367,7 +367,7 @@ def test_captions_that_the_tokenizer_refuses_are_listed(
     assert refused == [{"caption": "bad", "why": "RuntimeError: cannot"}, {"caption": "", "why": "no tokens"}]
     odd = "bad\u2028one"  # Python takes it for the end of a line
     embed([odd], encoder, tmp_path / "odd")
-    both = merge(tmp_path / "both", [tmp_path, tmp_path / "odd"])
+    both = merge_stores(tmp_path / "both", [tmp_path, tmp_path / "odd"])
     assert refused_captions(both.folder) == {"bad", "", odd}
     again = embed(["bad", "", "good"], encoder, tmp_path)  # they are not tried again
     assert [s.number for s in again.shards] == [0]
@@ -378,7 +378,7 @@ def test_captions_that_the_tokenizer_refuses_are_listed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("llm2clip.cache.writer.StoreWriter.write", dies)
+        patch.setattr("llm2clip.store.writer.StoreWriter.write", dies)
         embed(["bad 1", "a", "bad 2", "b"], encoder, tmp_path / "killed", shard_size=2)
     embed(["bad 1", "a", "bad 2", "b"], encoder, tmp_path / "killed", shard_size=2)
     assert refused_captions(tmp_path / "killed") == {"bad 1", "bad 2"}, "the list of a shard that never came is kept"
@@ -418,17 +418,17 @@ def test_stores_of_several_machines_become_one(encoder: CaptionEncoder, tmp_path
     for part, captions in zip(parts, (CAPTIONS[:20], CAPTIONS[10:35], CAPTIONS[35:]), strict=True):
         embed(captions, encoder, part, shard_size=8)
     whole = embed(CAPTIONS, encoder, tmp_path / "whole")
-    store = merge(tmp_path / "merged", parts)
+    store = merge_stores(tmp_path / "merged", parts)
     assert len(store) == 50
     assert np.allclose(store.take(store.rows(CAPTIONS)), whole.take(whole.rows(CAPTIONS)), atol=1e-3)
-    assert len(merge(tmp_path / "merged", parts).shards) == len(store.shards)  # given again, it adds nothing
+    assert len(merge_stores(tmp_path / "merged", parts).shards) == len(store.shards)  # given again, it adds nothing
     store.verify()
     StoreWriter(tmp_path / "other", IDENTITY, 32)
     with pytest.raises(StoreError, match="another encoder"):
-        merge(tmp_path / "more", [parts[0], tmp_path / "other"])
+        merge_stores(tmp_path / "more", [parts[0], tmp_path / "other"])
     flip(parts[1] / "embeddings-00000.npy", -1)
     with pytest.raises(StoreError, match="damaged"):
-        merge(tmp_path / "more", parts)
+        merge_stores(tmp_path / "more", parts)
 
 
 def test_stores_of_one_kind_become_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,19 +441,19 @@ def test_stores_of_one_kind_become_one(tmp_path: Path, monkeypatch: pytest.Monke
     for out, link in (("deep/linked", os.link), ("copied", None)):
         if link is None:
             monkeypatch.setattr("os.link", lambda *paths: (_ for _ in ()).throw(OSError("another disk")))
-        store = merge(tmp_path / out, [a, b, a])
+        store = merge_stores(tmp_path / out, [a, b, a])
         assert [shard.number for shard in store.shards] == [0, 1] and store.manifest["dtype"] == "int8"
         assert store.take(store.rows(["b", "a"])).tolist() == [[1, 1], [1, 1]]
         store.verify()
     for other, says in (("wide", r"wide has width 3, .*a 2$"), ("half", r"half has dtype float16, .*a int8$")):
         with pytest.raises(StoreError, match=says):
-            merge(tmp_path / "more", [a, tmp_path / other])
+            merge_stores(tmp_path / "more", [a, tmp_path / other])
     writer = StoreWriter(a, IDENTITY, 2, "int8")
     writer.write(5, ["new"], [1], np.ones((1, 2)))
     writer.finish()
-    assert "new" in merge(tmp_path / "copied", [a, b]), "what comes after a shard that is there already"
+    assert "new" in merge_stores(tmp_path / "copied", [a, b]), "what comes after a shard that is there already"
     with pytest.raises(StoreError, match=r"^name the stores to merge$"):
-        merge(tmp_path / "more", [])
+        merge_stores(tmp_path / "more", [])
 
 
 def test_auto_precision_is_that_of_the_store(
@@ -515,7 +515,7 @@ def _embed_rank(llm: str, folder: str) -> None:
 
 def test_an_index_of_many_parts_is_a_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sorted in small parts, with repeated keys, equal first halves, and keys that are not there."""
-    monkeypatch.setattr("llm2clip.cache.index.PART", 100)
+    monkeypatch.setattr("llm2clip.store.key_index.PART", 100)
     rng = np.random.default_rng(0)
     keys = rng.integers(0, 256, (3000, 16), dtype=np.uint8)
     keys[500:600] = keys[:100]
@@ -523,9 +523,9 @@ def test_an_index_of_many_parts_is_a_dictionary(tmp_path: Path, monkeypatch: pyt
     expected: dict[bytes, int] = {}
     for row, key in enumerate(map(bytes, keys)):
         expected.setdefault(key, row)
-    different = build_index(tmp_path / "index.npy", (keys[i : i + 64] for i in range(0, 3000, 64)))
+    different = build_key_index(tmp_path / "index.npy", (keys[i : i + 64] for i in range(0, 3000, 64)))
     assert different == len(expected)
-    index = Index(tmp_path / "index.npy")
+    index = KeyIndex(tmp_path / "index.npy")
     asked = np.concatenate([keys, rng.integers(0, 256, (500, 16), dtype=np.uint8), keys[800:801]])
     asked[-1, 15] ^= 1  # the same first half, nowhere
     first = keys[np.lexsort(keys.T[::-1])[0]].copy()
@@ -533,30 +533,30 @@ def test_an_index_of_many_parts_is_a_dictionary(tmp_path: Path, monkeypatch: pyt
     asked = np.concatenate([asked, first[None]])
     assert index.find(asked).tolist() == [expected.get(bytes(key), -1) for key in asked]
     assert list(tmp_path.iterdir()) == [tmp_path / "index.npy"]
-    records = np.stack([*halves(keys), np.arange(3000, dtype=np.uint64)], axis=1)
+    records = np.stack([*split_keys(keys), np.arange(3000, dtype=np.uint64)], axis=1)
     records.tofile(tmp_path / "records")
-    parts = list(sorted_parts(tmp_path / "records", 3000))
+    parts = list(sorted_partitions(tmp_path / "records", 3000))
     assert len(parts) == 32 and max(map(len, parts)) < 250, "memory is that of a part"
     assert np.array_equal(np.concatenate(parts), records[np.lexsort(records.T[::-1])])
-    assert build_index(tmp_path / "none.npy", []) == 0 and Index(tmp_path / "none.npy").find(asked)[0] == -1
+    assert build_key_index(tmp_path / "none.npy", []) == 0 and KeyIndex(tmp_path / "none.npy").find(asked)[0] == -1
 
 
 def test_incoming_captions_keep_their_order(
     encoder: CaptionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm2clip.cache.incoming.GROUP", 7)
-    monkeypatch.setattr("llm2clip.cache.index.PART", 10)
+    monkeypatch.setattr("llm2clip.store.dedup.GROUP", 7)
+    monkeypatch.setattr("llm2clip.store.key_index.PART", 10)
     store = embed(["d", "z"], encoder, tmp_path / "store")
     rng = np.random.default_rng(0)
     stream = [str(i) for i in rng.integers(0, 40, 200)] + ["z", "a", "d", "a"]
     (tmp_path / "in").mkdir()
-    receive(iter(stream), tmp_path / "in", store)
-    incoming = Incoming(tmp_path / "in")
+    ingest(iter(stream), tmp_path / "in", store)
+    incoming = PendingCaptions(tmp_path / "in")
     expected = [c for c in dict.fromkeys(stream) if c not in "dz"]
     assert len(incoming) == len(expected)
     for size in (1, 5, 100):
         found = [c for start in range(0, len(incoming), size) for c in incoming[start : start + size]]
         assert found == expected
     (tmp_path / "none").mkdir()
-    receive([], tmp_path / "none", None)
-    assert len(Incoming(tmp_path / "none")) == 0
+    ingest([], tmp_path / "none", None)
+    assert len(PendingCaptions(tmp_path / "none")) == 0

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from llm2clip.data.pairs import Pair
-from llm2clip.data.skips import SkipLog, TooManySkipped
-from llm2clip.data.text_pairs import open_pairs
+from llm2clip.data.skip_log import SkipLog, TooManySkipped
+from llm2clip.data.text_pairs import read_text_pairs
 
 
 def test_e5s_form(tmp_path: Path) -> None:
@@ -21,22 +21,22 @@ def test_e5s_form(tmp_path: Path) -> None:
         {"query": "where?", "positive": ["here", "there"], "negatives": None},
     ]
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert list(open_pairs(str(file))) == [Pair("who?", "she", ("he",), "Find who:\n"), Pair("where?", "here")]
+    assert list(read_text_pairs(str(file))) == [Pair("who?", "she", ("he",), "Find who:\n"), Pair("where?", "here")]
 
 
 def test_other_names_and_formats(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("anchor,document,task\nq,d,T:\n")
-    assert list(open_pairs(str(tmp_path / "a.csv"))) == [Pair("q", "d", (), "T:\n")]
+    assert list(read_text_pairs(str(tmp_path / "a.csv"))) == [Pair("q", "d", (), "T:\n")]
     table = pa.table({"question": ["a", "c"], "answer": ["b", "d"], "split": ["train", "test"]})
     pq.write_table(table, tmp_path / "a.parquet")
-    assert list(open_pairs(f"{tmp_path / 'a.parquet'}@train")) == [Pair("a", "b")]
+    assert list(read_text_pairs(f"{tmp_path / 'a.parquet'}@train")) == [Pair("a", "b")]
 
 
 def test_sentences_with_a_score_are_no_pairs(tmp_path: Path) -> None:
     """Contradictions and a similarity of 0 stand among them."""
     (tmp_path / "a.csv").write_text("sentence1,sentence2,score\na,b,0.0\n")
     with pytest.raises(ValueError, match="no column for query"):
-        list(open_pairs(str(tmp_path / "a.csv")))
+        list(read_text_pairs(str(tmp_path / "a.csv")))
 
 
 def test_bad_rows_are_counted_and_listed(tmp_path: Path) -> None:
@@ -45,21 +45,21 @@ def test_bad_rows_are_counted_and_listed(tmp_path: Path) -> None:
     bad = [json.dumps({"query": "q", "positive": "q"}), json.dumps({"positive": "p"}), "{"]
     file.write_text("\n".join([*good, *bad]))
     log = SkipLog(tmp_path / "skipped.jsonl")
-    assert len(list(open_pairs(str(file), log))) == 97
+    assert len(list(read_text_pairs(str(file), log))) == 97
     assert log.skipped == {"no pair of two texts": 2, "malformed row": 1}
     with pytest.raises(TooManySkipped):
-        list(open_pairs(str(file), SkipLog(limit=0.01)))
+        list(read_text_pairs(str(file), SkipLog(limit=0.01)))
 
 
 def test_a_file_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"image": "a.jpg", "caption": "x"}')
     with pytest.raises(ValueError, match="no column for query"):
-        list(open_pairs(str(tmp_path / "a.jsonl")))
+        list(read_text_pairs(str(tmp_path / "a.jsonl")))
 
 
 def test_bytes_that_are_no_text_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"anchor,positive\nq,d\nq,caf\xe9\n")
     log = SkipLog(limit=1.0)
-    assert list(open_pairs(str(tmp_path / "a.csv"), log)) == [Pair("q", "d")] and log.skipped == {
+    assert list(read_text_pairs(str(tmp_path / "a.csv"), log)) == [Pair("q", "d")] and log.skipped == {
         "not valid Unicode": 1
     }

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from conftest import CAPTIONS, TUNE, Killed, distributed, make_llm, share_out
-from llm2clip.checkpoints import read_metrics
-from llm2clip.data.pairs import Pair, batches_of_pairs
-from llm2clip.models.precision import chosen_precision
-from llm2clip.models.text import CaptionEncoder
-from llm2clip.recipes import TuneRecipe
-from llm2clip.train.contrastive import PairCollator, PairLoss, pair_loss
+from llm2clip.checkpoint import read_metrics
+from llm2clip.config import TuneConfig
+from llm2clip.data.pairs import Pair, pair_batches
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.precision import resolve_device_precision
 from llm2clip.train.mntp import MaskedTokenLoss, MaskingCollator, hidden_positions, output_layer
+from llm2clip.train.pair_loss import PairCollator, PairLoss, pair_loss
 from llm2clip.train.tune import tune
 
 ROWS = [
@@ -232,7 +232,7 @@ def kill_and_go_on(
     llm: Path,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
-    recipe: TuneRecipe,
+    recipe: TuneConfig,
 ) -> None:
     """Tune in folder/whole, and in folder/cut with a kill at a step of `loss`; both end with the same weights."""
     whole = tune([CAPTIONS], fresh(llm), recipe, folder / "whole")
@@ -328,7 +328,7 @@ def test_four_bits_while_lora_trains(llm: Path, tmp_path: Path, monkeypatch: pyt
         return forward(self, *args)
 
     monkeypatch.setattr(PairLoss, "forward", watched)
-    recipe = dataclasses.replace(TUNE, quantize=True, lora_targets=["q_proj", "up_proj"], steps=2)
+    recipe = dataclasses.replace(TUNE, qlora=True, lora_targets=["q_proj", "up_proj"], steps=2)
     folder = tune([CAPTIONS], encoder, recipe, tmp_path)
     kinds = {name.split("mlp.")[1]: kind for name, kind in seen[0].items()}
     assert kinds["down_proj.weight"] == kinds["up_proj.base_layer.weight"] == (torch.uint8, False)
@@ -390,7 +390,7 @@ def test_full_tuning_leaves_the_table_of_token_embeddings(llm: Path, tmp_path: P
 def test_text_pairs_leave_an_encoder_that_does_not_pool_instructions(llm: Path, tmp_path: Path) -> None:
     """The saved folder reads a prompt as tuning did, in sentence-transformers too."""
     pairs = [Pair(f"question {n}", f"answer {n}", (f"wrong {n}",), "find:\n") for n in range(12)]
-    folder = tune([CAPTIONS, pairs], fresh(llm), dataclasses.replace(TUNE, weights=[1, 1]), tmp_path)
+    folder = tune([CAPTIONS, pairs], fresh(llm), dataclasses.replace(TUNE, source_weights=[1, 1]), tmp_path)
     encoder = fresh(folder)
     found = encoder.tokenize(["a dog"], ["find:\n"])
     assert found.unpooled == [6]
@@ -409,11 +409,11 @@ def test_precision_is_what_the_device_is_good_at(
     asked: str, capable: str, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capable: True}, raising=False)
-    assert chosen_precision(asked, torch.device("cpu")) == chosen
+    assert resolve_device_precision(asked, torch.device("cpu")) == chosen
 
 
 def test_tune_stops_at_a_loss_that_is_not_finite(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm2clip.train.contrastive.pair_loss", lambda a, b, *_: (a * b).sum() * math.nan)
+    monkeypatch.setattr("llm2clip.train.pair_loss.pair_loss", lambda a, b, *_: (a * b).sum() * math.nan)
     with pytest.raises(FloatingPointError, match="step 1"):
         tune([CAPTIONS], fresh(llm), TUNE, tmp_path)
     assert not (tmp_path / "encoder").exists()
@@ -432,9 +432,9 @@ def test_two_processes_tune_as_one(llm: Path, tmp_path: Path, grad_cache: bool) 
         assert torch.allclose(tensor, load_file(tmp_path / "two/encoder/model.safetensors")[name], atol=1e-4), name
 
 
-def _plain(batch: int, grad_cache: bool) -> TuneRecipe:
+def _plain(batch: int, grad_cache: bool) -> TuneConfig:
     return dataclasses.replace(
-        TUNE, batch=batch, steps=3, mntp_steps=3, lora_dropout=0.0, lr=1e-4, batch_tokens=64, grad_cache=grad_cache
+        TUNE, batch_size=batch, steps=3, mntp_steps=3, lora_dropout=0.0, lr=1e-4, batch_tokens=64, grad_cache=grad_cache
     )
 
 
@@ -450,7 +450,7 @@ def _tune_rank(llm: str, folder: str, grad_cache: bool) -> None:
 def test_weights_shared_out_over_processes_tune_as_one(llm: Path, tmp_path: Path, change: dict) -> None:
     """FSDP: two ranks with different numbers of passes, stopped and gone on, do what one process does."""
     distributed(2, _sharded_rank, str(llm), str(tmp_path / "two"), change)
-    recipe = dataclasses.replace(SHARDED, batch=6, **change)
+    recipe = dataclasses.replace(SHARDED, batch_size=6, **change)
     one = tune([CAPTIONS], fresh(llm), recipe, tmp_path / "one")
     lines = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("one", "two")]
     close = 2e-3 if recipe.precision == "fp32" else 3e-2  # FSDP rounds more than autocast does
@@ -470,7 +470,7 @@ def _sharded_rank(llm: str, folder: str, change: dict) -> None:
     from torch.distributed.fsdp import FSDPModule
 
     share_out()
-    recipe, forward, calls = dataclasses.replace(SHARDED, batch=3, **change), PairLoss.forward, []
+    recipe, forward, calls = dataclasses.replace(SHARDED, batch_size=3, **change), PairLoss.forward, []
 
     def dies(self: PairLoss, *args: Any) -> torch.Tensor:
         assert isinstance(self.model, FSDPModule) and isinstance(self._encoder[0].llm.layers[0], FSDPModule)
@@ -514,5 +514,5 @@ def test_autocast_does_not_end_with_the_first_of_two_trainings(
 
 
 def test_the_rows_of_a_batch_are_plain_data() -> None:
-    batch = next(batches_of_pairs([CAPTIONS], [], 4, 1, 0))
+    batch = next(pair_batches([CAPTIONS], [], 4, 1, 0))
     json.dumps([dataclasses.asdict(pair) for pair in batch])

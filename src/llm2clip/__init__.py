@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm2clip.models.caption_encoder import CaptionEncoder
     from llm2clip.models.llm2clip import LLM2CLIP
-    from llm2clip.models.text import CaptionEncoder
 
 __all__ = ["LLM2CLIP", "CaptionEncoder"]
 __version__ = "0.1.0"
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return LLM2CLIP
     if name == "CaptionEncoder":
-        from llm2clip.models.text import CaptionEncoder
+        from llm2clip.models.caption_encoder import CaptionEncoder
 
         return CaptionEncoder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,7 @@
 A run folder holds everything a run made:
 
     RUN/
-      recipe.yaml            the resolved settings; other settings in the same folder are refused
+      config.yaml            the resolved settings; other settings in the same folder are refused
       skipped.jsonl          rows and images that could not be used, with file and row
       tune/                  encoder/ (the tuned caption encoder), metrics.jsonl, checkpoints/
       store/                 every caption's embedding
@@ -25,98 +25,103 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llm2clip.checkpoints import read_metrics
+from llm2clip.checkpoint import read_metrics
+from llm2clip.config import FitConfig
 from llm2clip.data.pairs import Item
-from llm2clip.data.split import read_data, tuning_sources
-from llm2clip.evaluate.captions import caption_accuracy
-from llm2clip.evaluate.model import evaluate_model, validator, with_store
-from llm2clip.evaluate.report import write_report
-from llm2clip.evaluate.vectors import Vectors
-from llm2clip.files import write_whole
-from llm2clip.models.card import card
+from llm2clip.data.splits import read_data, tuning_sources
+from llm2clip.distributed import cached_json, command_line, print_once, process_state
+from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
+from llm2clip.evaluate.embeddings import ModelEmbeddings
+from llm2clip.evaluate.reporting.fit_report import write_fit_report
+from llm2clip.evaluate.retrieval_eval import encode_from_store, evaluate_model, make_validator
+from llm2clip.io_utils import atomic_write_text
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.export.model_card import render_model_card
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.text import CaptionEncoder
-from llm2clip.processes import once, processes, say, typed
-from llm2clip.recipes import FitRecipe
-from llm2clip.stages import begin, fill, new_model, open_encoder, readable
+from llm2clip.pipeline import begin, fill, new_model, open_encoder, readable
 from llm2clip.train.align import align
-from llm2clip.train.steps import check_batch
+from llm2clip.train.align_data import check_batch
 from llm2clip.train.tune import tune
 
 
-def fit(data: Sequence[str], out: Path, recipe: FitRecipe) -> Path:
+def fit(data: Sequence[str], out: Path, config: FitConfig) -> Path:
     """Tune, embed, align, evaluate; returns the model folder. See `llm2clip fit --help`."""
-    state = processes()
-    log = begin(out, {"data": list(data), **dataclasses.asdict(recipe)}, recipe.max_skipped)
-    records = read_data(data, recipe.evaluate, recipe.columns, log)
-    say(records.summary, log.summary())
+    state = process_state()
+    log = begin(out, {"data": list(data), **dataclasses.asdict(config)}, config.max_skipped)
+    records = read_data(data, config.evaluate, config.columns, log)
+    print_once(records.summary, log.summary())
 
     captions = [r.captions for r in records.held_out["captions"]]
     # An LLM that is to be tuned in four bits is taken for one that the device cannot hold whole.
-    measurable = sum(len(set(c)) > 1 for c in captions) > 1 and not recipe.tune.quantize
-    check_batch(sum(r.image is not None for r in records.train), recipe.align, state.num_processes)
+    measurable = sum(len(set(c)) > 1 for c in captions) > 1 and not config.tune.qlora
+    check_batch(sum(r.image is not None for r in records.train), config.align, state.num_processes)
     encoder_folder = out / "tune" / "encoder"
     untuned = not encoder_folder.exists()
     state.wait_for_everyone()  # all have looked before anyone tunes
-    tunes = recipe.tune.steps or recipe.tune.mntp_steps
+    tunes = config.tune.steps or config.tune.mntp_steps
     sources: list[list[Item]] = []
     if untuned and tunes:
-        train = [] if recipe.tune.data or recipe.tune.pairs else records.train
+        train = [] if config.tune.data or config.tune.text_pairs else records.train
         tested = [r for some in records.held_out.values() for r in some]
-        sources = tuning_sources(train, tested, recipe.tune, recipe.columns, log)
-    raw = open_encoder(recipe.encoder, recipe.tune) if untuned else None
+        sources = tuning_sources(train, tested, config.tune, config.columns, log)
+    raw = open_encoder(config.encoder, config.tune) if untuned else None
     cra = []
     if measurable:
         cra.append(
-            once(out / "evaluate/raw.json", lambda: caption_accuracy(captions, raw or open_encoder(recipe.encoder)))
+            cached_json(
+                out / "evaluate/raw.json",
+                lambda: caption_retrieval_accuracy(captions, raw or open_encoder(config.encoder)),
+            )
         )
     if raw is not None:
-        say("1/4 tune: the language model learns to tell captions apart")
-        tune(sources, raw, recipe.tune, out / "tune")
+        print_once("1/4 tune: the language model learns to tell captions apart")
+        tune(sources, raw, config.tune, out / "tune")
         raw = None
-    opening = partial(CaptionEncoder.from_pretrained, encoder_folder, attention=recipe.encoder.attention)
+    opening = partial(CaptionEncoder.from_pretrained, encoder_folder, attention=config.encoder.attention)
     if measurable:
-        cra.append(once(out / "evaluate/tuned.json", lambda: caption_accuracy(captions, opening())))
+        cra.append(cached_json(out / "evaluate/tuned.json", lambda: caption_retrieval_accuracy(captions, opening())))
 
-    say("2/4 embed: every caption once into the store")
+    print_once("2/4 embed: every caption once into the store")
     everything = (t for r in [*records.train, *(r for f in records.held_out.values() for r in f)] for t in r.texts)
-    store = fill(everything, opening, out / "store", recipe.embed)
+    store = fill(everything, opening, out / "store", config.embed)
 
     train = readable(records.train, store)
     held_out = {name: readable(some, store) for name, some in records.held_out.items()}
 
-    say("3/4 align: the vision tower learns from the store")
+    print_once("3/4 align: the vision tower learns from the store")
 
     def measure(model: LLM2CLIP) -> list[dict[str, Any]]:
-        return evaluate_model(Vectors(with_store(model, store), log, batch=recipe.evaluate.batch), held_out)
+        return evaluate_model(
+            ModelEmbeddings(encode_from_store(model, store), log, batch=config.evaluate.batch), held_out
+        )
 
     gc.collect()  # the LLM's memory is free for the vision tower
     model_folder = out / "model"
     if not model_folder.exists():
         if state.is_main_process:
             (out / "evaluate/trained.json").unlink(missing_ok=True)  # of a model that was deleted since
-        model = new_model(recipe.align, store)
+        model = new_model(config.align, store)
         if state.is_main_process and not (out / "align/checkpoints").exists():
             (out / "evaluate/untrained.json").unlink(missing_ok=True)  # align's settings may have been mended
-        once(out / "evaluate/untrained.json", lambda: measure(model))
-        validate = validator(held_out, log, store, recipe.evaluate.batch)
-        model = align(train, store, model, recipe.align, out / "align", log, validate)
+        cached_json(out / "evaluate/untrained.json", lambda: measure(model))
+        validate = make_validator(held_out, log, store, config.evaluate.batch)
+        model = align(train, store, model, config.align, out / "align", log, validate)
         if state.is_main_process:
             model.save_pretrained(model_folder, text_folder=encoder_folder)
         state.wait_for_everyone()
-    say("4/4 evaluate: on held-out images")
+    print_once("4/4 evaluate: on held-out images")
     model = LLM2CLIP.from_pretrained(model_folder)
-    trained = once(out / "evaluate/trained.json", lambda: measure(model))
+    trained = cached_json(out / "evaluate/trained.json", lambda: measure(model))
     if state.is_main_process:
-        report, page = write_report(
+        report, page = write_fit_report(
             out,
-            command=typed(),
+            command=command_line(),
             data=f"{records.summary}. {log.summary()}.",
             cra=(cra[0], cra[1]) if measurable else None,
             untrained=json.loads((out / "evaluate/untrained.json").read_text()),
             trained=trained,
             curves={s: read_metrics(out / s / "metrics.jsonl") for s in ("tune", "align")},
         )
-        write_whole(model_folder / "README.md", card(model_folder, out.resolve().name))
-        say(report.read_text(encoding="utf-8"), f"\nModel:  {model_folder}\nReport: {page}")
+        atomic_write_text(model_folder / "README.md", render_model_card(model_folder, out.resolve().name))
+        print_once(report.read_text(encoding="utf-8"), f"\nModel:  {model_folder}\nReport: {page}")
     return model_folder

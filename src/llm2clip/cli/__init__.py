@@ -8,8 +8,13 @@ import sys
 
 from jsonargparse import ArgumentParser
 
-from llm2clip.cli import evaluating, llava, models, searching, starting, training
-from llm2clip.cli.commands import Commands, Formatter, Run
+from llm2clip.cli import evaluate as evaluating
+from llm2clip.cli import export as models
+from llm2clip.cli import llava
+from llm2clip.cli import search as searching
+from llm2clip.cli import setup as starting
+from llm2clip.cli import train as training
+from llm2clip.cli.commands import Commands, HelpFormatter, Run
 
 ABOUT = """Give any CLIP a large language model's understanding of text.
 
@@ -37,7 +42,7 @@ settings that matter most; --print_config shows all."""
 def build() -> tuple[ArgumentParser, dict[str, Run]]:
     """The parser, and what each verb runs."""
     parser = ArgumentParser(  # all verbs' are like it: without abbreviations, a misspelt setting is not another
-        prog="llm2clip", description=ABOUT, formatter_class=Formatter, allow_abbrev=False
+        prog="llm2clip", description=ABOUT, formatter_class=HelpFormatter, allow_abbrev=False
     )
     commands = Commands(parser, "VERB")
     for room in (starting, training, evaluating, searching, models, llava):
@@ -57,10 +62,10 @@ def main(args: list[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it speaks of kernels not used here
     try:
         goodbye = run[verb](settings[verb])
-        from llm2clip.processes import leave, say
+        from llm2clip.distributed import print_once, shutdown
 
-        say(*goodbye)
-        leave()
+        print_once(*goodbye)
+        shutdown()
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from here.", file=sys.stderr)
         return 130

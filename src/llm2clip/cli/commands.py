@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
-from llm2clip.plan.devices import Machine
-from llm2clip.recipes import RARE, FitRecipe
+from llm2clip.config import RARE, FitConfig
+from llm2clip.tools.plan.devices import Machine
 
 DATA_HELP = "sources of images and captions: PATH, or PATH@split+split"
-FIT: dict[str, Any] = dataclasses.asdict(FitRecipe())  # the sections of a recipe file, and what each may hold
+FIT: dict[str, Any] = dataclasses.asdict(FitConfig())  # the sections of a recipe file, and what each may hold
 SECTIONS = {name for name, value in FIT.items() if isinstance(value, dict) and value} | {"llava", "reproduce"}
 Run = Callable[[Namespace], list[str]]
 
@@ -29,7 +29,9 @@ class Commands:
     def add(self, name: str, run: Run, about: str) -> ArgumentParser:
         """A verb; its parser."""
         parser = ArgumentParser(description=about)
-        parser.add_argument("--config", action=SettingsFile, help="YAML file of settings; later arguments override it")
+        parser.add_argument(
+            "--config", action=ConfigFileAction, help="YAML file of settings; later arguments override it"
+        )
         self._parsers.add_subcommand(name, parser, help=about)
         self.run[name] = run
         return parser
@@ -43,7 +45,7 @@ class Commands:
         return below
 
 
-class SettingsFile(ActionConfigFile):
+class ConfigFileAction(ActionConfigFile):
     """A file of settings. What is `fit`'s and not this verb's is left out, so that one file serves all stages."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
@@ -69,7 +71,7 @@ def _own(found: dict[str, Any], known: set[str]) -> dict[str, Any]:
     return kept
 
 
-class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Help that keeps the line breaks of a description, and leaves out settings that few ever change; they are typed
     like the others."""
 
@@ -83,23 +85,23 @@ class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
             super().add_argument(action)
 
 
-def reading(parser: ArgumentParser) -> None:
+def add_reading_arguments(parser: ArgumentParser) -> None:
     """The arguments of whatever reads records."""
     parser.add_argument("--columns", type=dict[str, str], default={}, help="our field to the source's column")
     parser.add_argument("--max_skipped", type=float, default=0.05, help="largest share of bad rows put up with")
 
 
-def machine(parser: ArgumentParser) -> None:
+def add_machine_arguments(parser: ArgumentParser) -> None:
     """The arguments of a plan: what it would run on."""
     parser.add_class_arguments(Machine, skip={"use_fsdp"})
     parser.add_argument("--use_fsdp", action="store_true", help="weights shared out, as accelerate launch does it")
 
 
-def machine_of(given: Namespace) -> Machine:
+def machine_from_args(given: Namespace) -> Machine:
     """Raises ValueError for a device that is not known, or numbers that make no sense."""
-    return Machine(**picked(given, *(f.name for f in dataclasses.fields(Machine))))
+    return Machine(**select(given, *(f.name for f in dataclasses.fields(Machine))))
 
 
-def picked(given: Namespace, *names: str) -> dict[str, Any]:
+def select(given: Namespace, *names: str) -> dict[str, Any]:
     """Some of the arguments, by name."""
     return {name: given[name] for name in names}

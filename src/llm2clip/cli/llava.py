@@ -6,8 +6,8 @@ import os
 
 from jsonargparse import Namespace
 
-from llm2clip.cli.commands import Commands, machine, machine_of, picked, reading
-from llm2clip.recipes import LlavaRecipe
+from llm2clip.cli.commands import Commands, add_machine_arguments, add_reading_arguments, machine_from_args, select
+from llm2clip.config import LlavaConfig
 
 
 def add(commands: Commands) -> None:
@@ -25,8 +25,8 @@ def add(commands: Commands) -> None:
     some.add_argument("--instruct", nargs="+", type=str, default=[], help="for the LLM: the same kinds of sources")
     some.add_argument("--images", type=str, help="folder of the images that LLaVA's JSON names; null is the file's own")
     some.add_argument("--out", type=str, required=True, help="run folder; OUT/model is the result")
-    reading(some)
-    some.add_class_arguments(LlavaRecipe, "llava")
+    add_reading_arguments(some)
+    some.add_class_arguments(LlavaConfig, "llava")
     some = llava.add(
         "plan", _plan, "What training would take: parameters, memory and hours; nothing is fetched or run."
     )
@@ -37,8 +37,8 @@ def add(commands: Commands) -> None:
     some.add_argument("--instruct", type=int, default=665_298, help="conversations of the second")
     some.add_argument("--pretrain_tokens", type=float, default=60, help="of a conversation, beside the picture's")
     some.add_argument("--instruct_tokens", type=float, default=300, help="the same of the second; LLaVA's are assumed")
-    machine(some)
-    some.add_class_arguments(LlavaRecipe, "llava")
+    add_machine_arguments(some)
+    some.add_class_arguments(LlavaConfig, "llava")
     some = llava.add("evaluate", _evaluate, "Models on LLaVA-1.5's benchmarks, on captions, and on what pictures show.")
     some.add_argument("models", nargs="+", type=str, help="folders or hub ids of models for images and text")
     some.add_argument("--benchmarks", nargs="+", type=str, default=[], help="by name, see `llava benchmarks`; or all")
@@ -53,7 +53,7 @@ def add(commands: Commands) -> None:
     some.add_argument("--limit", type=int, help="only so many of each, to try; what is scored together counts as one")
     some.add_argument("--judge", type=str, help="address of OpenAI's form for free answers, up to /v1")
     some.add_argument("--judge_model", type=str, default="gpt-4-0613", help="the judge's name there")
-    reading(some)
+    add_reading_arguments(some)
     some = llava.add("benchmarks", _benchmarks, "LLaVA-1.5's benchmarks: which are here, and where to get the others.")
     some.add_argument("--root", type=str, default="benchmarks", help="folder that holds the benchmarks' folders")
 
@@ -67,28 +67,29 @@ def _build(given: Namespace) -> list[str]:
 def _train(given: Namespace) -> list[str]:
     from llm2clip.llava.verbs import train_verb
 
-    reads = picked(given, "images", "columns", "max_skipped")
-    return train_verb(given.model, given.pretrain, given.instruct, given.out, recipe=given.llava, **reads)
+    reads = select(given, "images", "columns", "max_skipped")
+    return train_verb(given.model, given.pretrain, given.instruct, given.out, config=given.llava, **reads)
 
 
 def _plan(given: Namespace) -> list[str]:
-    from llm2clip.plan.llava import llava_plan, plan_lines
+    from llm2clip.tools.plan.llava import format_llava_plan, plan_llava
 
-    asked = picked(given, "pretrain", "instruct")
+    asked = select(given, "pretrain", "instruct")
     tokens = {stage: given[f"{stage}_tokens"] for stage in asked}
-    return plan_lines(
-        llava_plan(given.llava, machine_of(given), given.llm, given.vision, given.image_size, asked, tokens), asked
+    return format_llava_plan(
+        plan_llava(given.llava, machine_from_args(given), given.llm, given.vision, given.image_size, asked, tokens),
+        asked,
     )
 
 
 def _evaluate(given: Namespace) -> list[str]:
-    from llm2clip.llava.tasks.judged import OpenAIJudge
+    from llm2clip.llava.tasks.llm_judge import OpenAIJudge
     from llm2clip.llava.verbs import evaluate_verb
 
     judge = OpenAIJudge(given.judge, given.judge_model, os.environ.get("OPENAI_API_KEY", "")) if given.judge else None
     names = ("benchmarks", "root", "captions", "pope", "columns", "max_skipped")
     how = ("beams", "choose", "batch", "precision", "limit")
-    return evaluate_verb(given.models, given.out, judge=judge, **picked(given, *names, *how))
+    return evaluate_verb(given.models, given.out, judge=judge, **select(given, *names, *how))
 
 
 def _benchmarks(given: Namespace) -> list[str]:

@@ -19,13 +19,13 @@ import torchvision
 from packaging.version import Version
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image, encode_jpeg
+from torchvision.io import ImageReadMode, encode_jpeg
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from llm2clip.data.formats import readable_formats
-from llm2clip.data.refs import ImageRef
+from llm2clip.data.image_formats import readable_formats
+from llm2clip.data.image_refs import ImageRef
 
 MAX_PIXELS = 100_000_000
 """A picture that claims more than this is refused before anything is decoded: 300 MB of RGB."""
@@ -146,7 +146,7 @@ def _triple(config: dict[str, Any], name: str) -> tuple[float, float, float]:
 # ---- bytes to pixels ------------------------------------------------------------------------------------------------
 
 
-def load(image: ImageLike) -> Tensor:
+def load_image(image: ImageLike) -> Tensor:
     """A picture from wherever it is, as uint8 (3, H, W) RGB, upright.
 
     Takes a path, encoded bytes, an open file, a PIL image, or a uint8 (3, H, W) tensor, which is returned as it is.
@@ -157,7 +157,7 @@ def load(image: ImageLike) -> Tensor:
             raise ImageError(f"a tensor must be uint8 (3, height, width), not {image.dtype} {tuple(image.shape)}")
         return image
     if isinstance(image, bytes):
-        return decode(image)
+        return decode_image(image)
     if isinstance(image, ImageRef):
         name: object = image
     elif isinstance(image, Image.Image):
@@ -172,13 +172,13 @@ def load(image: ImageLike) -> Tensor:
         if isinstance(image, Image.Image):
             _check_size(image)
             return _from_pil(image)
-        return decode(Path(image).read_bytes() if isinstance(image, str | Path) else image.read())
+        return decode_image(Path(image).read_bytes() if isinstance(image, str | Path) else image.read())
     except (ImageError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ImageError(f"{name}: {reason}" if name else str(reason)) from error
 
 
-def decode(data: bytes) -> Tensor:
+def decode_image(data: bytes) -> Tensor:
     """Encoded bytes to uint8 (3, H, W) RGB, upright by EXIF, alpha over white, the first frame of an animation.
 
     torchvision decodes JPEG, WebP and, where it is safe, PNG (twice as fast as Pillow); Pillow decodes the rest, and
@@ -361,15 +361,15 @@ class TrainTransform:
 # ---- pixels to bytes ------------------------------------------------------------------------------------------------
 
 
-def thumbnail_of(image: ImageLike, side: int) -> bytes | None:
+def encode_thumbnail(image: ImageLike, side: int) -> bytes | None:
     """A picture as `thumbnail` makes it; None of one that cannot be read."""
     try:
-        return thumbnail(load(image), side)
+        return make_thumbnail(load_image(image), side)
     except (ImageError, OSError):
         return None
 
 
-def thumbnail(image: Tensor, side: int) -> bytes:
+def make_thumbnail(image: Tensor, side: int) -> bytes:
     """uint8 (3, H, W) to a JPEG of at most so many pixels a side."""
     height, width = image.shape[-2:]
     shrink = min(1.0, side / max(height, width))

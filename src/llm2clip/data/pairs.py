@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llm2clip.data.alike import grouped_order, points
-from llm2clip.data.captions import unique
+from llm2clip.data.hard_negatives import caption_vectors, grouped_permutation
+from llm2clip.data.hashing import unique_captions
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class Captions:
+class ImageCaptions:
     """All that is said of one image."""
 
     short: tuple[str, ...]
@@ -42,18 +42,18 @@ class Captions:
         return self.short + self.long
 
 
-Item = Captions | Pair
-LENGTHS = (1.0, 1.0, 1.0)
+Item = ImageCaptions | Pair
+PAIR_KINDS = (1.0, 1.0, 1.0)
 
 
-def batches_of_pairs(
+def pair_batches(
     sources: Sequence[Sequence[Item]],
     weights: Sequence[float],
     batch: int,
     steps: int,
     seed: int,
     alike: int = 1,
-    lengths: Sequence[float] = LENGTHS,
+    lengths: Sequence[float] = PAIR_KINDS,
 ) -> Iterator[list[Pair]]:
     """`steps` batches of `batch` pairs. All pairs of a batch are of one source, so that negatives are of a kind.
 
@@ -90,9 +90,9 @@ def batches_of_pairs(
 def _batches(
     items: Sequence[Item], batch: int, steps: int, seed: int, alike: int, lengths: Sequence[float]
 ) -> Iterator[list[Pair]]:
-    usable = pairable(items, batch, lengths)
+    usable = pairable_items(items, batch, lengths)
     rng = np.random.default_rng(seed)
-    at = points([item.texts for item in usable]) if alike > 1 else np.empty((len(usable), 0))
+    at = caption_vectors([item.texts for item in usable]) if alike > 1 else np.empty((len(usable), 0))
     order: list[int] = []
     for _ in range(steps):
         pairs: list[Pair] = []
@@ -103,7 +103,7 @@ def _batches(
         while len(pairs) < batch:
             if not order:
                 late = set(waiting)
-                order = [n for n in grouped_order(at, alike, rng).tolist() if n not in late]
+                order = [n for n in grouped_permutation(at, alike, rng).tolist() if n not in late]
             if not order:  # all others are in this batch: the late ones try other captions
                 order, waiting = waiting, []
             number = order.pop()
@@ -123,7 +123,7 @@ def _batches(
         yield pairs
 
 
-def pairable(items: Sequence[Item], batch: int, lengths: Sequence[float] = LENGTHS) -> list[Item]:
+def pairable_items(items: Sequence[Item], batch: int, lengths: Sequence[float] = PAIR_KINDS) -> list[Item]:
     """The items of a source that give a pair.
 
     Raises:
@@ -133,17 +133,17 @@ def pairable(items: Sequence[Item], batch: int, lengths: Sequence[float] = LENGT
     if len(usable) < batch:
         kind = "text pairs" if items and isinstance(items[0], Pair) else "images with two different captions"
         raise ValueError(
-            f"a batch of {batch} pairs needs as many {kind}; there are {len(usable)}: lower --tune.batch or add data"
+            f"a batch of {batch} pairs needs as many {kind}; there are {len(usable)}: lower --tune.batch_size or add data"
         )
     return usable
 
 
-def can_pair(captions: Captions, lengths: Sequence[float] = LENGTHS) -> bool:
+def can_pair(captions: ImageCaptions, lengths: Sequence[float] = PAIR_KINDS) -> bool:
     """Whether an image has two different captions of lengths that are wanted."""
     return any(weight > 0 for _, weight in _kinds(captions, lengths))
 
 
-def draw_pair(captions: Captions, lengths: Sequence[float], rng: np.random.Generator) -> Pair:
+def draw_pair(captions: ImageCaptions, lengths: Sequence[float], rng: np.random.Generator) -> Pair:
     """Two different captions of one image, their lengths chosen by weight among those that it has."""
     kinds = [(kind, weight) for kind, weight in _kinds(captions, lengths) if weight > 0]
     chosen = 0
@@ -158,10 +158,10 @@ def draw_pair(captions: Captions, lengths: Sequence[float], rng: np.random.Gener
     return Pair(*(texts if rng.random() < 0.5 else reversed(texts)))
 
 
-def _kinds(captions: Captions, lengths: Sequence[float]) -> list[tuple[tuple[list[str], list[str]], float]]:
+def _kinds(captions: ImageCaptions, lengths: Sequence[float]) -> list[tuple[tuple[list[str], list[str]], float]]:
     """The pairs of lists that two captions can be of, and their weights: short and short, short and long, long both."""
-    short = unique(captions.short)
-    long = [c for c in unique(captions.long) if c not in short]
+    short = unique_captions(captions.short)
+    long = [c for c in unique_captions(captions.long) if c not in short]
     kinds = ((short, short), (short, long), (long, long))
     enough = (len(short) > 1, bool(short and long), len(long) > 1)
     return [(kind, weight) for kind, weight, there in zip(kinds, lengths, enough, strict=True) if there]

@@ -21,10 +21,10 @@ from typing import Any, Literal, get_args
 from PIL import Image
 
 from llm2clip.data import readers
-from llm2clip.data.formats import readable_formats
-from llm2clip.data.refs import FileImage, ImageRef, MemoryImage
-from llm2clip.data.rows import Bad, Held, RawRow, guessed
-from llm2clip.data.skips import SkipLog
+from llm2clip.data.image_formats import readable_formats
+from llm2clip.data.image_refs import FileImage, ImageRef, MemoryImage
+from llm2clip.data.raw_rows import BadRow, LoadedImage, RawRow, guess_columns
+from llm2clip.data.skip_log import SkipLog
 
 Images = Literal["header", "exists", "named", "ignore"]
 LOOKED_FOR = ("header", "exists")  # then a row without its image is left out
@@ -126,7 +126,7 @@ def open_records(
     source = Source.parse(source)
     if images not in get_args(Images):
         raise ValueError(f"images={images!r}; it is one of {', '.join(get_args(Images))}")
-    files = readers.find(source.path, whole=captionless)
+    files = readers.find_source(source.path, whole=captionless)
     return _Opening(source, SkipLog() if log is None else log, images, captionless).records(files)
 
 
@@ -144,7 +144,7 @@ class _Row:
     file: str
     row: int
     id: str | None
-    image: Held | None
+    image: LoadedImage | None
     captions: tuple[str, ...]
     short_captions: tuple[str, ...]
     long_captions: tuple[str, ...]
@@ -167,7 +167,7 @@ class _Opening:
         count = 0
         wanted = None if "split" in self.source.columns else self.source.splits
         for kind, path in files:
-            raw = readers.read(kind, path, self.choose, self.images != "ignore", wanted)
+            raw = readers.read_source(kind, path, self.choose, self.images != "ignore", wanted)
             rows: Iterable[_Row] = self.rows(raw, kind)
             if kind in ("csv", "tsv", "captions.txt"):
                 rows = _grouped(rows)
@@ -213,7 +213,7 @@ class _Opening:
 
     def choose_some(self, names: Sequence[str]) -> dict[str, str]:
         """As `choose`, of names of which some may be missing, as they may from one row of JSON."""
-        chosen = guessed(NAMES | {name: (column,) for name, column in self.source.columns.items()}, names)
+        chosen = guess_columns(NAMES | {name: (column,) for name, column in self.source.columns.items()}, names)
         # Sentences beside a long caption are what it is made of (image paragraphs), not captions of the image.
         guess = "captions" not in self.source.columns and chosen.get("captions")
         if guess in ("sentences", "sentence") and "long_captions" in chosen:
@@ -251,7 +251,7 @@ class _Opening:
         lists = kind in ("csv", "tsv", "tar")  # a cell of text may be a list written out
         for file, number, fields in raw:
             try:
-                if isinstance(fields, Bad):
+                if isinstance(fields, BadRow):
                     raise _Skip(fields.reason, fields.value, fields.rows)
                 chosen = self.choose(file, list(fields)) if table else self.of_row(fields)
                 values = {name: fields.get(column) for name, column in chosen.items()}
@@ -355,7 +355,7 @@ def _written_list(text: str) -> list[Any]:
     return [text]
 
 
-def _reference(value: Any, file: str, images: Images) -> Held | None:
+def _reference(value: Any, file: str, images: Images) -> LoadedImage | None:
     """What an image's cell refers to. A path is relative to the folder of the file that names it."""
     name = None
     if isinstance(value, dict) and {"bytes", "path"} & value.keys():  # as Hugging Face writes an image
@@ -363,21 +363,21 @@ def _reference(value: Any, file: str, images: Images) -> Held | None:
         value = value["bytes"] if value.get("bytes") is not None else name
     if _null(value) or value == b"":
         return None
-    if isinstance(value, Held):
+    if isinstance(value, LoadedImage):
         return value
     if isinstance(value, ImageRef):
-        return Held(value, None, str(value))
+        return LoadedImage(value, None, str(value))
     if isinstance(value, bytes):
-        return Held(MemoryImage(value, name or f"image in {file}"), value, name)
+        return LoadedImage(MemoryImage(value, name or f"image in {file}"), value, name)
     if not isinstance(value, str):
         raise _Skip("malformed row", f"an image is a path, bytes or null, not {value!r}")
     if images in LOOKED_FOR and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", value):
         raise _Skip("image is a URL", value)
     path = os.path.join(os.path.dirname(file), value)
-    return Held(FileImage(path), None, path)
+    return LoadedImage(FileImage(path), None, path)
 
 
-def _check_image(held: Held, images: Images) -> None:
+def _check_image(held: LoadedImage, images: Images) -> None:
     """Raises if the image is not there or, for "header", does not begin like an image of a size one can decode."""
     if isinstance(held.ref, FileImage) and not os.path.isfile(held.ref.path):
         raise _Skip("missing image", held.ref)

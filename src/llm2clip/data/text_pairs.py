@@ -12,9 +12,9 @@ from typing import Any
 
 from llm2clip.data import readers
 from llm2clip.data.pairs import Pair
+from llm2clip.data.raw_rows import BadRow, guess_columns
 from llm2clip.data.records import EARLY, NO_SPLIT, Source
-from llm2clip.data.rows import Bad, guessed
-from llm2clip.data.skips import SkipLog
+from llm2clip.data.skip_log import SkipLog
 
 NAMES = {  # what the fields are commonly called; the first that is there is taken
     "query": ("query", "anchor", "question", "title"),
@@ -25,7 +25,7 @@ NAMES = {  # what the fields are commonly called; the first that is there is tak
 }
 
 
-def open_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
+def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
     """The pairs of a source (PATH or PATH@split), one at a time, in its order. Of several positives the first is taken.
 
     A row that lacks a text, or whose two texts are the same, is skipped, counted and listed in `log`.
@@ -36,9 +36,9 @@ def open_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
     """
     log, source = SkipLog() if log is None else log, Source.parse(path)
     count, columns_met = 0, False
-    for kind, file in readers.find(source.path):
-        for where, number, fields in readers.read(kind, file, _choose, image_bytes=False, splits=source.splits):
-            if isinstance(fields, Bad):
+    for kind, file in readers.find_source(source.path):
+        for where, number, fields in readers.read_source(kind, file, _choose, image_bytes=False, splits=source.splits):
+            if isinstance(fields, BadRow):
                 log.seen_one()
                 log.skip(where, number, fields.reason, fields.value)
                 continue
@@ -79,7 +79,7 @@ def open_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
 
 def _choose(file: str, names: Sequence[str]) -> dict[str, str]:
     """Our field to the column that holds it."""
-    chosen = guessed(NAMES, names)
+    chosen = guess_columns(NAMES, names)
     for ours in ("query", "positive"):
         if ours not in chosen:
             raise ValueError(

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llm2clip.cpu import quick_products
+from llm2clip.cpu_tuning import onednn_matmul
 
 TILE = 512  # images in a tile, with four times as many texts: 4 MB of float32 scores, which a CPU's cache holds
 
 
-@quick_products()
+@onednn_matmul()
 def positive_ranks(
     queries: Tensor,
     items: Tensor,
@@ -74,7 +74,7 @@ def positive_ranks(
     return ranks
 
 
-@quick_products()
+@onednn_matmul()
 def two_way_ranks(
     images: Tensor,
     texts: Tensor,

@@ -9,30 +9,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llm2clip.config import EncoderConfig, EvaluateConfig
 from llm2clip.data.records import Source
-from llm2clip.data.skips import SkipLog
-from llm2clip.data.split import read, read_data
-from llm2clip.evaluate.benchmarks import Benchmark, named
-from llm2clip.evaluate.captions import TextEncoder, caption_accuracy
-from llm2clip.evaluate.comparison import Result, blocks, caption_blocks
-from llm2clip.evaluate.details import details
-from llm2clip.evaluate.measure import measure
-from llm2clip.evaluate.saved import SAVED
-from llm2clip.evaluate.vectors import open_vectors
-from llm2clip.files import Absent, write_whole
-from llm2clip.models.assets import resolve
-from llm2clip.models.clip_text import clip_text, has_text_tower
-from llm2clip.models.dual import SENTENCES
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.splits import read_data, read_records
+from llm2clip.distributed import command_line, print_once, process_state
+from llm2clip.evaluate.benchmarks import Benchmark, get_benchmarks
+from llm2clip.evaluate.caption_retrieval import TextEncoder, caption_retrieval_accuracy
+from llm2clip.evaluate.embeddings import open_embeddings
+from llm2clip.evaluate.precomputed import SAVED
+from llm2clip.evaluate.reporting.comparison import ModelResult, caption_blocks, result_blocks
+from llm2clip.evaluate.reporting.error_analysis import analyze_errors
+from llm2clip.evaluate.runner import run_benchmark
+from llm2clip.html_report import Block, Command, Heading, Paragraph, Table, short_model_name, to_markdown, write_page
+from llm2clip.io_utils import MissingFileError, atomic_write_text
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.clip_text_encoder import has_text_tower, load_clip_text
+from llm2clip.models.dual_encoder import SENTENCES
 from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
-from llm2clip.models.text import CaptionEncoder
-from llm2clip.page import Block, Command, Heading, Table, Text, markdown, short, write_page
-from llm2clip.processes import processes, say, typed
-from llm2clip.recipes import EncoderRecipe, EvaluateRecipe
+from llm2clip.models.pretrained import resolve_pretrained
 
 OWN = "data"
 
 
-def evaluate_verb(
+def evaluate_models(
     models: Sequence[str],
     data: Sequence[str],
     *,
@@ -40,8 +40,8 @@ def evaluate_verb(
     root: Path,
     captions: Sequence[str],
     out: Path | None,
-    encoder: EncoderRecipe,
-    recipe: EvaluateRecipe,
+    encoder: EncoderConfig,
+    config: EvaluateConfig,
     columns: dict[str, str],
     max_skipped: float,
     all_pairs: bool,
@@ -78,40 +78,43 @@ def evaluate_verb(
         raise ValueError("name the model to measure, before the data or --benchmarks")
     if not captions and not asked:
         raise ValueError("name a model folder and data or --benchmarks to test it on, or --captions and --encoder.path")
-    if processes().num_processes > 1 and out is None:
+    if process_state().num_processes > 1 and out is None:
         raise ValueError("several processes share their work through a folder: name one with --out")
     found: dict[str, Any] = {}
-    report: list[Block] = [Command(typed())]
+    report: list[Block] = [Command(command_line())]
     log = _log(out, "records", max_skipped)
     if captions:
-        texts = [r.captions for _, r in read(captions, columns, log, "named")]
+        texts = [r.captions for _, r in read_records(captions, columns, log, "named")]
         text = _text_side(models[0] if models else None, encoder)
-        figures = caption_accuracy(texts, text, all_pairs=all_pairs, mistakes=mistakes)
+        figures = caption_retrieval_accuracy(texts, text, all_pairs=all_pairs, mistakes=mistakes)
         found["captions"] = figures
-        shown = caption_blocks(short(models or [encoder.path])[0], figures)
-        say(markdown("Caption retrieval", shown, ""))
+        shown = caption_blocks(short_model_name(models or [encoder.path])[0], figures)
+        print_once(to_markdown("Caption retrieval", shown, ""))
         report += shown
         _write(out, found)
     failures: list[str] = []
     if asked:
-        places, failures = _places([*_own(data, recipe, columns, log), *named(benchmarks)], root)
-        measuring = _Measuring(places, out, recipe.batch, linear_probe, log, max_skipped)
+        places, failures = _places([*_own(data, config, columns, log), *get_benchmarks(benchmarks)], root)
+        measuring = _Measuring(places, out, config.batch_size, linear_probe, log, max_skipped)
         for n, model in enumerate(models if places else []):
-            measuring.measure(model, short(models)[n], first=n == 0)
+            measuring.measure(model, short_model_name(models)[n], first=n == 0)
             found["results"] = measuring.results()
             _write(out, found)  # what is done is not lost with the next model
         failures += measuring.failures
         if not measuring.found:
             raise ValueError("\n".join(["nothing could be measured:", *failures]))
         parts = [
-            block for n, (_, b) in enumerate(places) if (some := measuring.found.get(n)) for block in blocks(b, some)
+            block
+            for n, (_, b) in enumerate(places)
+            if (some := measuring.found.get(n))
+            for block in result_blocks(b, some)
         ]
-        report += [*(Text(line) for line in [*measuring.skipped(), *failures]), *parts]
-        say(markdown("Results", [b for b in parts if isinstance(b, Heading | Table)], ""))
+        report += [*(Paragraph(line) for line in [*measuring.skipped(), *failures]), *parts]
+        print_once(to_markdown("Results", [b for b in parts if isinstance(b, Heading | Table)], ""))
     lines = [*([log.summary()] if log.seen else []), *failures]
-    if out is not None and processes().is_main_process:
+    if out is not None and process_state().is_main_process:
         _write(out, found)
-        title = f"{short(models or [encoder.path])[0]}, measured"
+        title = f"{short_model_name(models or [encoder.path])[0]}, measured"
         lines.append(f"Report: {write_page(out, 'report', title, report)[1]}")
     return lines
 
@@ -129,7 +132,7 @@ class _Measuring:
         max_skipped: float,
     ) -> None:
         self.places, self.out, self.batch, self.probe, self.log = places, out, batch, probe, log
-        self.found: dict[int, list[Result]] = {}
+        self.found: dict[int, list[ModelResult]] = {}
         self.failures: list[str] = []
         self.logs = {
             n: log if b.name == OWN else _log(out, f"{n}-{b.name}", max_skipped) for n, (_, b) in enumerate(places)
@@ -138,27 +141,27 @@ class _Measuring:
     def measure(self, model: str, name: str, first: bool) -> None:
         """One model on all benchmarks; of the first, pictures are kept."""
         try:
-            vectors = open_vectors(model, self.log, self.out, self.batch)
+            vectors = open_embeddings(model, self.log, self.out, self.batch)
         except (OSError, ValueError, ImportError) as error:
-            if first or processes().num_processes > 1:  # others would wait for one that goes on without them
+            if first or process_state().num_processes > 1:  # others would wait for one that goes on without them
                 raise
             self.failures.append(f"{name} is left out: {error}")
             return
-        wanted = self.out is not None and processes().is_main_process
+        wanted = self.out is not None and process_state().is_main_process
         for n, (folder, benchmark) in enumerate(self.places):
-            say(f"{name}: {benchmark.name}")
+            print_once(f"{name}: {benchmark.name}")
             vectors.log = self.logs[n]
             try:
-                measured = measure(benchmark, folder, vectors, self.probe)
+                measured = run_benchmark(benchmark, folder, vectors, self.probe)
             except (OSError, ValueError) as error:
-                if processes().num_processes > 1 and not isinstance(error, Absent | ValueError):
+                if process_state().num_processes > 1 and not isinstance(error, MissingFileError | ValueError):
                     raise
                 self.failures.append(_left_out(f"{name} on {benchmark.name}", benchmark, error))
                 continue
             kinds = list(measured.ranked.items()) if wanted else []
             # Pictures of the first kind alone: a set in 36 languages would fill the page with two thousand.
-            shown = {k: details(r, queries=6 if first and i == 0 else 0) for i, (k, r) in enumerate(kinds)}
-            self.found.setdefault(n, []).append(Result(name, measured.figures, shown))
+            shown = {k: analyze_errors(r, queries=6 if first and i == 0 else 0) for i, (k, r) in enumerate(kinds)}
+            self.found.setdefault(n, []).append(ModelResult(name, measured.figures, shown))
 
     def results(self) -> list[dict[str, Any]]:
         return [{"model": r.model, **r.figures} for some in self.found.values() for r in some]
@@ -175,17 +178,17 @@ def _places(benchmarks: Sequence[Benchmark], root: Path) -> tuple[list[tuple[Pat
     for benchmark in benchmarks:
         try:
             found.append((benchmark.find(root), benchmark))
-        except Absent as error:
+        except MissingFileError as error:
             missing.append(_left_out(benchmark.name, benchmark, error))
     return found, missing
 
 
 def _left_out(what: str, benchmark: Benchmark, error: Exception) -> str:
-    way = f". It takes {benchmark.get}" if isinstance(error, Absent) else ""
+    way = f". It takes {benchmark.get}" if isinstance(error, MissingFileError) else ""
     return f"{what} is left out: {error}{way}"
 
 
-def _text_side(model: str | None, encoder: EncoderRecipe) -> TextEncoder:
+def _text_side(model: str | None, encoder: EncoderConfig) -> TextEncoder:
     """What encodes captions: of a model that is named, its own; else the encoder of the settings, ours or a CLIP's.
 
     Raises:
@@ -195,14 +198,14 @@ def _text_side(model: str | None, encoder: EncoderRecipe) -> TextEncoder:
         if model.endswith(SAVED) or model.startswith(SENTENCES):
             raise ValueError(f"{model} has no caption encoder that can be opened alone: leave out --captions")
         if has_text_tower(model):
-            return clip_text(model)
+            return load_clip_text(model)
         return CaptionEncoder.from_pretrained(model) if _is_encoder(model) else LLM2CLIP.from_pretrained(model).encoder
-    path, usual = resolve(encoder.path), EncoderRecipe(path=encoder.path)
+    path, usual = resolve_pretrained(encoder.path), EncoderConfig(path=encoder.path)
     if not has_text_tower(path):
         return CaptionEncoder.from_pretrained(**dataclasses.asdict(encoder))
     if options := [f"--encoder.{name}" for name, value in vars(encoder).items() if value != getattr(usual, name)]:
         raise ValueError(f"{path} is taken as it is: leave out {', '.join(options)}")
-    return clip_text(path)
+    return load_clip_text(path)
 
 
 def _is_encoder(model: str) -> bool:
@@ -210,7 +213,7 @@ def _is_encoder(model: str) -> bool:
     return Path(model).is_dir() and not is_model_folder(model)
 
 
-def _own(data: Sequence[str], recipe: EvaluateRecipe, columns: dict[str, str], log: SkipLog) -> list[Benchmark]:
+def _own(data: Sequence[str], config: EvaluateConfig, columns: dict[str, str], log: SkipLog) -> list[Benchmark]:
     """One's own data as a benchmark, if there are any.
 
     Raises:
@@ -224,9 +227,9 @@ def _own(data: Sequence[str], recipe: EvaluateRecipe, columns: dict[str, str], l
             f"{whole[0]}: name the splits to test on (PATH@test) of all sources or of none; of a source without, "
             "what a fit holds out is tested on"
         )
-    of = (whole, recipe) if whole else ([], dataclasses.replace(recipe, data=list(data)))
+    of = (whole, config) if whole else ([], dataclasses.replace(config, data=list(data)))
     records = read_data(*of, columns, log)
-    say(records.summary)
+    print_once(records.summary)
     about = f"{len(records.held_out['captions']):,} images of your own"
     return [Benchmark(OWN, "retrieval", about, (str(Path.cwd()),), lambda _: records.held_out, "images with captions")]
 
@@ -234,9 +237,9 @@ def _own(data: Sequence[str], recipe: EvaluateRecipe, columns: dict[str, str], l
 def _log(out: Path | None, name: str, limit: float) -> SkipLog:
     """What is skipped of one source, listed in a file by its name where there is a folder."""
     file = re.sub(r"[^\w.-]+", "-", name)
-    return SkipLog(out / "skipped" / f"{file}.jsonl" if out and processes().is_main_process else None, limit)
+    return SkipLog(out / "skipped" / f"{file}.jsonl" if out and process_state().is_main_process else None, limit)
 
 
 def _write(out: Path | None, found: dict[str, Any]) -> None:
-    if out is not None and processes().is_main_process:
-        write_whole(out / "results.json", json.dumps(found, indent=1, ensure_ascii=False))
+    if out is not None and process_state().is_main_process:
+        atomic_write_text(out / "results.json", json.dumps(found, indent=1, ensure_ascii=False))

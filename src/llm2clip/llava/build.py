@@ -21,13 +21,13 @@ import torch
 from torch import nn
 
 from llm2clip.llava import modeling_patches
-from llm2clip.llava.prompts import IMAGE, chat_template, check_template, ends_of_answers
-from llm2clip.models.assets import resolve
-from llm2clip.models.export.hub import vision_model
-from llm2clip.models.vision import VisionTower
+from llm2clip.llava.chat_template import IMAGE, answer_end_tokens, check_template, get_chat_template
+from llm2clip.models.export.transformers import vision_model
+from llm2clip.models.pretrained import resolve_pretrained
+from llm2clip.models.vision_tower import VisionTower
 
 
-def build(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pad: bool = True) -> Path:
+def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pad: bool = True) -> Path:
     """Write an untrained multimodal model: whole, or not at all. Its projector is random, the rest is as it was, but
     that the tower takes the LLM's precision. What was written is opened again, and must say of a text what the LLM
     does.
@@ -47,20 +47,20 @@ def build(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pad: boo
     """
     from transformers import AutoTokenizer
 
-    out, llm = Path(out), resolve(llm)
+    out, llm = Path(out), resolve_pretrained(llm)
     if out.exists():
         raise FileExistsError(f"{out} is there already; choose another place")
     tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
-    decoder = causal_llm(llm)
+    decoder = load_causal_llm(llm)
     ids = tokenizer("A photograph of a dog and two cats.", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         expected = decoder(input_ids=ids).logits.float()
-    model, processor = assembled(tower, decoder, tokenizer, seed, pad)
+    model, processor = assemble_llava(tower, decoder, tokenizer, seed, pad)
     tmp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
     try:
-        save(model, processor, tmp)
+        save_llava(model, processor, tmp)
         del model, decoder
         _check(tmp, llm, ids, expected)
         os.replace(tmp, out)
@@ -89,7 +89,7 @@ def _check(folder: Path, llm: str, ids: torch.Tensor, expected: torch.Tensor) ->
         model(**inputs.to(model.dtype))
 
 
-def save(model: Any, processor: Any, folder: Path) -> None:
+def save_llava(model: Any, processor: Any, folder: Path) -> None:
     """Write the parts of a model folder, with the file of code where its tower needs one."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -105,7 +105,7 @@ def save(model: Any, processor: Any, folder: Path) -> None:
         file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def causal_llm(name: str) -> Any:
+def load_causal_llm(name: str) -> Any:
     """A decoder with its head, in the precision that it was saved in.
 
     Raises:
@@ -122,7 +122,7 @@ def causal_llm(name: str) -> Any:
     return llm
 
 
-def assembled(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, pad: bool = True) -> tuple[Any, Any]:
+def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, pad: bool = True) -> tuple[Any, Any]:
     """The model and its processor, of parts that become its own; see `build`."""
     from transformers import GenerationConfig, LlavaImageProcessor, LlavaProcessor
 
@@ -138,7 +138,7 @@ def assembled(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, pad: 
     model = _whole(vision, llm, tokenizer, patches + extra, seed)
     generation = GenerationConfig.from_model_config(llm.config)
     own = llm.generation_config.eos_token_id
-    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]), *ends_of_answers(tokenizer)]
+    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]), *answer_end_tokens(tokenizer)]
     generation.update(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=sorted({end for end in ends if end is not None}),
@@ -159,7 +159,7 @@ def assembled(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, pad: 
         vision_feature_select_strategy="default" if _has_class_token(vision) else "full",
         num_additional_image_tokens=extra + _has_class_token(vision),
         image_token=IMAGE,
-        chat_template=chat_template(tokenizer),
+        get_chat_template=get_chat_template(tokenizer),
     )
     return model.eval(), processor
 

@@ -17,27 +17,27 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from llm2clip.cache.features import image_name
 from llm2clip.data.records import Record
-from llm2clip.data.skips import SkipLog, TooManySkipped
-from llm2clip.files import write_whole
-from llm2clip.llava.answers import Answerer
+from llm2clip.data.skip_log import SkipLog, TooManySkipped
+from llm2clip.distributed import process_state
+from llm2clip.io_utils import atomic_write_text
 from llm2clip.llava.captions import caption_scores
-from llm2clip.llava.conversations import BRIEF
-from llm2clip.llava.tasks import Asked, Task
-from llm2clip.llava.tasks.yesno import pope_of, score_pope
-from llm2clip.models.identity import fingerprint, weights_hash
-from llm2clip.processes import processes
+from llm2clip.llava.datasets import BRIEF
+from llm2clip.llava.generate import Generator
+from llm2clip.llava.tasks import Question, Task
+from llm2clip.llava.tasks.yes_no import pope_metrics, score_pope
+from llm2clip.models.fingerprint import fingerprint, hash_weights
+from llm2clip.store.image_features import image_name
 
 
 @dataclass
-class Measured:
+class LlavaResult:
     """A model's figures on a task, and what it said."""
 
     model: str
     task: str
     figures: dict[str, float]
-    asked: list[Asked] = field(repr=False)
+    asked: list[Question] = field(repr=False)
     answers: list[str] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Ways:
+class GenerationOptions:
     """How questions are answered.
 
     Args:
@@ -63,35 +63,35 @@ class Ways:
     judge: Any = None
 
 
-def captions_of(records: Sequence[Record]) -> tuple[Task, list[Asked]]:
+def caption_task(records: Sequence[Record]) -> tuple[Task, list[Question]]:
     """Captions of pictures, scored against people's."""
     task = Task("captions", "BLEU-4 and CIDEr-D against people's captions", "", _nothing, _score_captions, tokens=32)
     asked = [
-        Asked(f"{n}/{record.id}", record.image, BRIEF[0], list(record.captions))
+        Question(f"{n}/{record.id}", record.image, BRIEF[0], list(record.captions))
         for n, record in enumerate(records)
         if record.image is not None and record.captions
     ]
     return task, asked
 
 
-def pope_task(records: Sequence[Record], seed: int = 0) -> tuple[Task, list[Asked]]:
+def pope_task(records: Sequence[Record], seed: int = 0) -> tuple[Task, list[Question]]:
     """POPE of captioned pictures."""
     task = Task("pope of captions", "objects that captions name or do not", "", _nothing, score_pope, tokens=8)
-    return task, pope_of(records, seed=seed)
+    return task, pope_metrics(records, seed=seed)
 
 
-def _score_captions(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, float]:
+def _score_captions(asked: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
     scores = caption_scores(answers, [one.truth for one in asked])
     return {"CIDEr-D": scores["CIDEr-D"], "BLEU-4": scores["BLEU-4"]}
 
 
-def _nothing(folder: Path, log: SkipLog) -> list[Asked]:
+def _nothing(folder: Path, log: SkipLog) -> list[Question]:
     return []
 
 
-def measure(
-    name: str, work: Sequence[tuple[Task, list[Asked]]], ways: Ways, out: Path, log: SkipLog
-) -> Iterator[Measured]:
+def run_task(
+    name: str, work: Sequence[tuple[Task, list[Question]]], ways: GenerationOptions, out: Path, log: SkipLog
+) -> Iterator[LlavaResult]:
     """A model's figures, task after task.
 
     Args:
@@ -104,8 +104,8 @@ def measure(
     Raises:
         TooManySkipped: so are too many of a task's.
     """
-    model = Answerer(name, precision=ways.precision, batch=ways.batch)
-    weights = weights_hash(model.model)
+    model = Generator(name, precision=ways.precision, batch=ways.batch)
+    weights = hash_weights(model.model)
     for task, asked in work:
         choose = ways.choose and any(one.options for one in asked)
         beams = ways.beams if task.name == "captions" else 1
@@ -129,12 +129,14 @@ def measure(
         if task.submission:
             for written, rows in task.submission(questions, said).items():
                 place = out / "submissions" / f"{weights[:8]}-{written}"
-                if processes().is_main_process:
-                    write_whole(place, json.dumps(rows, ensure_ascii=False))
-        yield Measured(name, task.name, _figures(task, questions, said, ways, file), questions, said)
+                if process_state().is_main_process:
+                    atomic_write_text(place, json.dumps(rows, ensure_ascii=False))
+        yield LlavaResult(name, task.name, _figures(task, questions, said, ways, file), questions, said)
 
 
-def _figures(task: Task, asked: list[Asked], answers: list[str], ways: Ways, file: Path) -> dict[str, float]:
+def _figures(
+    task: Task, asked: list[Question], answers: list[str], ways: GenerationOptions, file: Path
+) -> dict[str, float]:
     if not asked:
         return {}
     if task.judge is None:
@@ -153,7 +155,7 @@ def _figures(task: Task, asked: list[Asked], answers: list[str], ways: Ways, fil
 
 
 def _said(
-    model: Answerer, task: Task, beams: int, choose: bool, asked: Sequence[Asked]
+    model: Generator, task: Task, beams: int, choose: bool, asked: Sequence[Question]
 ) -> Iterator[tuple[int, str | None]]:
     """Answers; of a choice by likelihood the letter."""
     if not choose:
@@ -164,12 +166,12 @@ def _said(
 
 
 def _kept(
-    file: Path, asked: Sequence[Asked], name: str, answer: Callable[[list[Asked]], Iterator[tuple[int, Any]]]
+    file: Path, asked: Sequence[Question], name: str, answer: Callable[[list[Question]], Iterator[tuple[int, Any]]]
 ) -> list[Any]:
     """Answers in the order of their questions: those in the file and beside it, and the others, which are added as they
     come, each process asking its share and writing its own file. A question is known by its words and its picture; a
     line that was cut off is asked again, and so is a picture that could not be decoded."""
-    state = processes()
+    state = process_state()
     file.parent.mkdir(parents=True, exist_ok=True)
     there = _read(file)
     questions = [_question(one) for one in asked]
@@ -194,7 +196,7 @@ def _kept(
     return [there.get(question) for question in questions]
 
 
-def _question(one: Asked) -> str:
+def _question(one: Question) -> str:
     return fingerprint({"id": one.id, "prompt": one.prompt, "image": image_name(one.image) if one.image else ""})
 
 

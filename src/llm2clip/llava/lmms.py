@@ -11,16 +11,16 @@ from typing import Any
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from llm2clip.data.refs import MemoryImage
-from llm2clip.llava.answers import Answerer
-from llm2clip.llava.tasks import Asked
-from llm2clip.processes import processes
+from llm2clip.data.image_refs import MemoryImage
+from llm2clip.distributed import process_state
+from llm2clip.llava.generate import Generator
+from llm2clip.llava.tasks import Question
 
 TOGETHER = 256  # requests whose pictures are held at once
-MANIFEST = ModelManifest("llm2clip_llava", simple_class_path="llm2clip.llava.lmms.Lmms")
+MANIFEST = ModelManifest("llm2clip_llava", simple_class_path="llm2clip.llava.lmms.LmmsModel")
 
 
-class Lmms(lmms):
+class LmmsModel(lmms):
     """lmms-eval's model: greedy answers, and likelihoods of answers, to questions with a picture or with none."""
 
     def __init__(
@@ -34,10 +34,10 @@ class Lmms(lmms):
             precision: fp32, bf16 or auto.
         """
         super().__init__()
-        self.answerer = Answerer(pretrained, device, precision, int(batch_size))
-        self._rank, self._world_size = processes().process_index, processes().num_processes
+        self.answerer = Generator(pretrained, device, precision, int(batch_size))
+        self._rank, self._world_size = process_state().process_index, process_state().num_processes
 
-    def _asked(self, n: int, context: str, to_visual: Any, doc_id: Any, task: str, split: str) -> Asked:
+    def _asked(self, n: int, context: str, to_visual: Any, doc_id: Any, task: str, split: str) -> Question:
         """A request as a question. Raises ValueError for several pictures, or a film."""
         pictures = (to_visual(self.task_dict[task][split][doc_id]) if to_visual else None) or []
         if len(pictures) > 1 or any(isinstance(one, str) for one in pictures):
@@ -47,7 +47,7 @@ class Lmms(lmms):
             stream = io.BytesIO()
             pictures[0].convert("RGB").save(stream, "PNG")
             image = MemoryImage(stream.getvalue(), f"{task} {doc_id}")
-        return Asked(str(n), image, context)
+        return Question(str(n), image, context)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Answers in the order of the requests; what stands before `until`."""

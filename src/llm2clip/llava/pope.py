@@ -20,8 +20,8 @@ from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
 
+from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.records import Record
-from llm2clip.data.refs import ImageRef
 
 OBJECTS = Path(__file__).with_name("objects.txt")
 UNCOUNTED = ("snow",)
@@ -47,7 +47,7 @@ class Question:
     answer: str
 
 
-def ask(
+def make_questions(
     records: Iterable[Record], sampling: Sampling, each: int = EACH, seed: int = 0, objects: Path = OBJECTS
 ) -> list[Question]:
     """As many questions with yes as with no, picture after picture.
@@ -60,7 +60,7 @@ def ask(
         objects: a file with an object a line and what else it is called: see `objects.txt` beside this file.
     """
     names = read_objects(objects)
-    shown = [(n, r, sorted(named(r.texts, names))) for n, r in enumerate(records) if r.image is not None]
+    shown = [(n, r, sorted(mentioned_objects(r.texts, names))) for n, r in enumerate(records) if r.image is not None]
     shown = [(n, record, found) for n, record, found in shown if found]
     often: Counter[str] = Counter(name for *_, found in shown for name in found)
     beside: dict[str, Counter[str]] = {name: Counter() for name in often}
@@ -81,7 +81,7 @@ def ask(
     return questions
 
 
-def named(texts: Iterable[str], names: dict[str, str]) -> set[str]:
+def mentioned_objects(texts: Iterable[str], names: dict[str, str]) -> set[str]:
     """The objects that some texts name: the longest names first, so that a hot dog is no dog."""
     pattern = _pattern(tuple(names))
     return {names[found.lower()] for text in texts for found in pattern.findall(text)}

@@ -7,9 +7,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from llm2clip.data.images import thumbnail_of
-from llm2clip.llava.evaluate import Measured
-from llm2clip.page import Block, Command, Heading, Shot, Shots, Table, Text, short, write_page
+from llm2clip.data.images import encode_thumbnail
+from llm2clip.html_report import (
+    Block,
+    Command,
+    Heading,
+    Paragraph,
+    ResultImage,
+    ResultImages,
+    Table,
+    short_model_name,
+    write_page,
+)
+from llm2clip.llava.evaluate import LlavaResult
 
 # LLM2CLIP's project page, the table of LLaVA-1.5 with its tower: the figure of a task, as it names it.
 COLUMNS = {
@@ -54,15 +64,15 @@ SPLITS = {  # where the figures above are of questions whose answers only a serv
 }
 
 
-def write_report(measured: Sequence[Measured], command: str, out: Path) -> Path:
+def write_llava_report(measured: Sequence[LlavaResult], command: str, out: Path) -> Path:
     """Write `out/report.html` and `out/report.md`; the page's path."""
     models = list(dict.fromkeys(m.model for m in measured))
-    called = dict(zip(models, short(models), strict=True))
+    called = dict(zip(models, short_model_name(models), strict=True))
     measured = [replace(m, model=called[m.model]) for m in measured]
     blocks: list[Block] = [Command(command)]
     public = [task for task in COLUMNS if any(m.task == task for m in measured)]
     if public:
-        blocks += [Heading("Beside the paper"), Text("In percent; MME in points. The paper's model is Vicuna-7B with "
+        blocks += [Heading("Beside the paper"), Paragraph("In percent; MME in points. The paper's model is Vicuna-7B with "
                    "CLIP L/14 at 336 pixels.")]  # fmt: skip
         rows = [[name, *(figures.get(task) for task in public)] for name, figures in PAPER.items()]
         for name in dict.fromkeys(m.model for m in measured):
@@ -74,9 +84,11 @@ def write_report(measured: Sequence[Measured], command: str, out: Path) -> Path:
         names = list(dict.fromkeys(name for m in mine for name in m.figures))
         blocks.append(Heading(f"{task}: {len(mine[0].asked):,} questions"))
         rows = [[m.model, *(m.figures.get(name) for name in names)] for m in mine]
-        blocks.append(Table(["", *names], rows) if names else Text("Answers are written; nobody here scores them."))
+        blocks.append(
+            Table(["", *names], rows) if names else Paragraph("Answers are written; nobody here scores them.")
+        )
         if task in SPLITS and names:
-            blocks.append(Text(SPLITS[task]))
+            blocks.append(Paragraph(SPLITS[task]))
         if task == "pope":
             blocks.append(
                 Table(["F1 in the paper", "random", "adversarial", "popular"], [[n, *v] for n, v in POPE.items()])
@@ -86,7 +98,7 @@ def write_report(measured: Sequence[Measured], command: str, out: Path) -> Path:
     return write_page(out, "report", "A multimodal LLM, measured", blocks)[1]
 
 
-def _pictures(measured: Sequence[Measured]) -> list[Block]:
+def _pictures(measured: Sequence[LlavaResult]) -> list[Block]:
     """The same pictures, chosen by lot, with each model's caption and one of people's."""
     blocks: list[Block] = []
     numbers = random.Random(0).sample(range(len(measured[0].asked)), min(SHOWN, len(measured[0].asked)))
@@ -96,6 +108,8 @@ def _pictures(measured: Sequence[Measured]) -> list[Block]:
         for n in numbers:
             one = measured[0].asked[n]
             if one.id in said and one.image is not None:
-                shots.append(Shot(thumbnail_of(one.image, SIDE), None, f"{said[one.id]} — people: {one.truth[0]}"))
-        blocks.append(Shots(m.model, shots))
+                shots.append(
+                    ResultImage(encode_thumbnail(one.image, SIDE), None, f"{said[one.id]} — people: {one.truth[0]}")
+                )
+        blocks.append(ResultImages(m.model, shots))
     return blocks

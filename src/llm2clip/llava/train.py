@@ -34,29 +34,36 @@ from transformers import (
     TrainingArguments,
 )
 
-from llm2clip.cache.features import image_keys
-from llm2clip.cache.lock import alone
-from llm2clip.cache.store import EmbeddingStore
-from llm2clip.checkpoints import MetricsLog, digest, latest_checkpoint, mark_complete, resumable, step_of
-from llm2clip.cpu import quick_products, reuse_memory
-from llm2clip.data.skips import SkipLog
-from llm2clip.llava.batches import ByLength, Collate, Conversations
-from llm2clip.llava.build import save
-from llm2clip.llava.pixels import Given, PatchFeatures, features_width, keep_features
-from llm2clip.llava.prompts import IMAGE, Conversation
-from llm2clip.models.precision import chosen_precision
-from llm2clip.processes import by_blocks, processes, say, use_precision
-from llm2clip.recipes import LlavaRecipe
+from llm2clip.checkpoint import (
+    MetricsLog,
+    checkpoint_step,
+    hash_texts,
+    latest_checkpoint,
+    mark_complete,
+    validate_resume,
+)
+from llm2clip.config import LlavaConfig
+from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.distributed import print_once, process_state, set_fsdp_wrap_policy, set_mixed_precision
+from llm2clip.llava.build import save_llava
+from llm2clip.llava.chat_template import IMAGE, Conversation
+from llm2clip.llava.collator import ConversationDataset, LengthGroupedSampler, LlavaCollator
+from llm2clip.llava.image_features import PatchFeatures, PrecomputedVision, cache_patch_features, patch_feature_size
+from llm2clip.models.precision import resolve_device_precision
+from llm2clip.store.image_features import image_keys
+from llm2clip.store.lock import folder_lock
+from llm2clip.store.store import EmbeddingStore
 
-LEARNED = "learned.safetensors"  # in a stage's folder, and in each of its checkpoints
+TRAINED_WEIGHTS = "learned.safetensors"  # in a stage's folder, and in each of its checkpoints
 STAGES = ("pretrain", "instruct")
 
 
-def train(
+def train_llava(
     source: str,
     pretrain: Sequence[Conversation],
     instruct: Sequence[Conversation],
-    recipe: LlavaRecipe,
+    config: LlavaConfig,
     out: Path,
     log: SkipLog,
 ) -> Path:
@@ -76,27 +83,27 @@ def train(
         StoreError: another run is at work in the folder.
     """
     pretrain = [one for one in pretrain if one.image is not None]
-    work = {"pretrain": pretrain if recipe.pretrain_epochs else [], "instruct": instruct if recipe.epochs else []}
+    work = {"pretrain": pretrain if config.pretrain_epochs else [], "instruct": instruct if config.epochs else []}
     if not any(work.values()):
         raise ValueError("there are no conversations to train on, or no epochs")
-    result, state = out / "model", processes()
+    result, state = out / "model", process_state()
     if (result / "config.json").is_file():
         return result
     out.mkdir(parents=True, exist_ok=True)
-    reuse_memory(state.device)
+    keep_freed_memory(state.device)
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    with alone(out) if state.is_main_process else nullcontext(), quick_products():
-        store = _kept(source, [*work["pretrain"], *work["instruct"]], processor, recipe, out / "features", log)
+    with folder_lock(out) if state.is_main_process else nullcontext(), onednn_matmul():
+        store = _kept(source, [*work["pretrain"], *work["instruct"]], processor, config, out / "features", log)
         for stage in STAGES:
             some = _readable(work[stage], store) if store is not None else work[stage]
             if work[stage] and not some:
                 raise ValueError(f"no picture of the {stage} conversations can be decoded")
-            if some and not (out / stage / LEARNED).is_file():
-                _Stage(source, processor, stage, recipe, out, store).run(some)
+            if some and not (out / stage / TRAINED_WEIGHTS).is_file():
+                _Stage(source, processor, stage, config, out, store).run(some)
         if state.is_main_process:
             tmp = out / ".model.tmp"
             shutil.rmtree(tmp, ignore_errors=True)
-            save(_result(source, recipe, out), processor, tmp)
+            save_llava(_result(source, config, out), processor, tmp)
             os.replace(tmp, result)
             for checkpoint in out.glob("*/checkpoint-*"):
                 shutil.rmtree(checkpoint, ignore_errors=True)
@@ -111,16 +118,16 @@ def _opened(source: str, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, trust_remote_code=False)
 
 
-def _learning(model: Any, stage: str, recipe: LlavaRecipe, out: Path) -> Any:
+def _learning(model: Any, stage: str, config: LlavaConfig, out: Path) -> Any:
     """The model with what the stage before it learned, and with gradients for what learns now; with LoRA on it, where
     that is asked for."""
     model.requires_grad_(False)
     model.model.multi_modal_projector.float().requires_grad_(True)  # it learns, whatever the others are rounded to
     if stage == "pretrain":
         return model
-    if (out / "pretrain" / LEARNED).is_file():
-        _put(model, out / "pretrain" / LEARNED)
-    if not recipe.lora_r:
+    if (out / "pretrain" / TRAINED_WEIGHTS).is_file():
+        _put(model, out / "pretrain" / TRAINED_WEIGHTS)
+    if not config.lora_r:
         model.model.language_model.requires_grad_(True)
         model.lm_head.requires_grad_(True)
         return model
@@ -132,12 +139,12 @@ def _learning(model: Any, stage: str, recipe: LlavaRecipe, out: Path) -> Any:
         if isinstance(module, nn.Linear)
     ]
     config = LoraConfig(
-        r=recipe.lora_r,
-        lora_alpha=recipe.lora_alpha,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
         target_modules=f"({'|'.join(linear)})",
         modules_to_save=["multi_modal_projector"],
     )
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(config.seed)
     with_lora: Any = get_peft_model(model, config)
     for parameter in with_lora.parameters():
         if parameter.requires_grad:
@@ -165,14 +172,14 @@ def _put(model: nn.Module, file: Path) -> None:
             own[name].copy_(tensor)
 
 
-def _result(source: str, recipe: LlavaRecipe, out: Path) -> Any:
+def _result(source: str, config: LlavaConfig, out: Path) -> Any:
     """The whole model in float32, with what both stages learned; LoRA is merged."""
     model = _opened(source)
-    last = "instruct" if (out / "instruct" / LEARNED).is_file() else "pretrain"
-    if not (out / last / LEARNED).is_file():
+    last = "instruct" if (out / "instruct" / TRAINED_WEIGHTS).is_file() else "pretrain"
+    if not (out / last / TRAINED_WEIGHTS).is_file():
         return model
-    model = _learning(model, last, recipe, out)
-    _put(model, out / last / LEARNED)
+    model = _learning(model, last, config, out)
+    _put(model, out / last / TRAINED_WEIGHTS)
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
@@ -183,26 +190,26 @@ def _kept(
     source: str,
     conversations: Sequence[Conversation],
     processor: Any,
-    recipe: LlavaRecipe,
+    config: LlavaConfig,
     folder: Path,
     log: SkipLog,
 ) -> EmbeddingStore | None:
     """The store of patch features, where it is not too large."""
     refs = list({one.image.key: one.image for one in conversations if one.image is not None}.values())
-    if not refs or not recipe.cache_gb:
+    if not refs or not config.cache_gb:
         return None
     config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    size = len(refs) * config.image_seq_length * features_width(config) * 2 / 1e9
-    if size > recipe.cache_gb:
+    size = len(refs) * config.image_seq_length * patch_feature_size(config) * 2 / 1e9
+    if size > config.cache_gb:
         return None
     model = _opened(source)
-    model.model.vision_tower.to(processes().device)  # the language model has nothing to do here
+    model.model.vision_tower.to(process_state().device)  # the language model has nothing to do here
     side = PatchFeatures(model, processor)
     del model
-    say(f"the tower's features of {len(refs):,} pictures: {size:.1f} GB in {folder}")
+    print_once(f"the tower's features of {len(refs):,} pictures: {size:.1f} GB in {folder}")
     for _ in refs:
         log.seen_one()
-    store = keep_features(refs, side, folder, log, recipe.workers or None)
+    store = cache_patch_features(refs, side, folder, log, config.workers or None)
     log.check()
     return store
 
@@ -221,13 +228,13 @@ class _Stage:
     """One stage: its model, its batches, its trainer."""
 
     def __init__(
-        self, source: str, processor: Any, stage: str, recipe: LlavaRecipe, out: Path, store: EmbeddingStore | None
+        self, source: str, processor: Any, stage: str, config: LlavaConfig, out: Path, store: EmbeddingStore | None
     ) -> None:
-        self.stage, self.recipe, self.out, self.store, self.processor = stage, recipe, out / stage, store, processor
-        self.batch = recipe.pretrain_batch if stage == "pretrain" else recipe.batch
-        device = processes().device
-        self.precision = chosen_precision(recipe.precision, device)
-        low = bool(recipe.lora_r) and self.precision == "bf16" and device.type == "cuda"
+        self.stage, self.config, self.out, self.store, self.processor = stage, config, out / stage, store, processor
+        self.batch = config.pretrain_batch_size if stage == "pretrain" else config.batch_size
+        device = process_state().device
+        self.precision = resolve_device_precision(config.precision, device)
+        low = bool(config.lora_r) and self.precision == "bf16" and device.type == "cuda"
         model = _opened(source, torch.bfloat16 if low else torch.float32)
         self.seeing = None
         if store is None:
@@ -235,78 +242,78 @@ class _Stage:
             self.seeing = PatchFeatures(model, processor, self.precision == "bf16" and device.type == "cuda")
         self.tokens: int = model.config.image_seq_length
         self.width: int = model.model.multi_modal_projector.linear_1.in_features
-        model.model.vision_tower = Given(maps=model.config.model_type == "fast_vlm")
+        model.model.vision_tower = PrecomputedVision(maps=model.config.model_type == "fast_vlm")
         model.config.get_text_config().use_cache = False
-        self.model = _learning(model, stage, recipe, out)
-        by_blocks(model.model.language_model.layers)
+        self.model = _learning(model, stage, config, out)
+        set_fsdp_wrap_policy(model.model.language_model.layers)
 
     def run(self, conversations: Sequence[Conversation]) -> None:
         """Train from the last whole checkpoint on, and leave what was learned."""
-        recipe, tokenizer = self.recipe, self.processor.tokenizer
-        data = Conversations(conversations, self.processor, self.tokens, recipe.max_length, self.store)
+        config, tokenizer = self.config, self.processor.tokenizer
+        data = ConversationDataset(conversations, self.processor, self.tokens, config.max_length, self.store)
         empty = torch.zeros(self.tokens, self.width)
         if self.seeing is not None:
             size = self.seeing.transform.preprocess.size
             empty = torch.zeros(3, size, size)
         plan = {
             "batch": self.batch,
-            "conversations": digest(json.dumps([one.id, *one.turns]) for one in conversations),
-            "processes": processes().num_processes,
+            "conversations": hash_texts(json.dumps([one.id, *one.turns]) for one in conversations),
+            "processes": process_state().num_processes,
         }
-        with processes().main_process_first():
+        with process_state().main_process_first():
             latest = latest_checkpoint(self.out, "checkpoint-")
-        resume = resumable(latest, plan)  # outside: who raises within would leave the others waiting
+        resume = validate_resume(latest, plan)  # outside: who raises within would leave the others waiting
         trainer = _Trainer(
             model=self.model,
             args=self._arguments(),
             train_dataset=data,
-            data_collator=Collate(
+            data_collator=LlavaCollator(
                 tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids(IMAGE), self.tokens, empty
             ),
-            callbacks=[_Notes(self.out, step_of(resume) if resume else 0, plan)],
+            callbacks=[_Notes(self.out, checkpoint_step(resume) if resume else 0, plan)],
         )  # fmt: skip
         trainer.seeing = self.seeing
-        if recipe.grouped:
-            trainer.sampler = ByLength(data.lengths(), self.batch, recipe.seed)
+        if config.group_by_length:
+            trainer.sampler = LengthGroupedSampler(data.lengths(), self.batch, config.seed)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         state = trainer.accelerator.get_state_dict(trainer.model)  # of all processes, where weights are shared out
-        if processes().is_main_process:
+        if process_state().is_main_process:
             learned = _learned(self.model, state)
             if not all(tensor.isfinite().all() for tensor in learned.values()):
                 raise FloatingPointError(f"what was learned is not finite; see {self.out / 'metrics.jsonl'}")
-            _save(learned, self.out / LEARNED)
-        processes().wait_for_everyone()
+            _save(learned, self.out / TRAINED_WEIGHTS)
+        process_state().wait_for_everyone()
 
     def _arguments(self) -> TrainingArguments:
-        recipe, state = self.recipe, processes()
+        config, state = self.config, process_state()
         first = self.stage == "pretrain"
         if self.batch % state.num_processes:
             raise ValueError(f"a batch of {self.batch} cannot be shared out to {state.num_processes} processes evenly")
         own = self.batch // state.num_processes
-        micro = max(n for n in range(1, min(recipe.micro_batch, own) + 1) if own % n == 0)
-        use_precision(self.precision)
+        micro = max(n for n in range(1, min(config.micro_batch_size, own) + 1) if own % n == 0)
+        set_mixed_precision(self.precision)
         arguments = TrainingArguments(
             output_dir=str(self.out),
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=own // micro,
-            num_train_epochs=recipe.pretrain_epochs if first else recipe.epochs,
-            learning_rate=recipe.pretrain_lr if first else recipe.lr,
+            num_train_epochs=config.pretrain_epochs if first else config.epochs,
+            learning_rate=config.pretrain_lr if first else config.lr,
             lr_scheduler_type="cosine",
-            warmup_steps=recipe.warmup,
+            warmup_steps=config.warmup_ratio,
             bf16=self.precision == "bf16",
             use_cpu=state.device.type == "cpu",
-            gradient_checkpointing=recipe.recompute,
+            gradient_checkpointing=config.gradient_checkpointing,
             logging_steps=10,
             logging_nan_inf_filter=False,
-            save_steps=recipe.checkpoint_every,
+            save_steps=config.save_steps,
             save_total_limit=2,
-            dataloader_num_workers=recipe.workers,
+            dataloader_num_workers=config.workers,
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,
             label_names=["labels"],
             report_to="none",
             accelerator_config={"use_configured_state": True},  # the processes are joined already
-            seed=recipe.seed,
+            seed=config.seed,
         )
         arguments._n_gpu = min(arguments.n_gpu, 1)  # or one process would take all devices, and so many times the batch
         return arguments
@@ -316,7 +323,7 @@ class _Trainer(Trainer):
     """transformers' own, with batches of conversations of similar length, the tower beside the model, and checkpoints
     that hold what learns, under the names that it has here."""
 
-    sampler: ByLength | None = None
+    sampler: LengthGroupedSampler | None = None
     seeing: PatchFeatures | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -333,14 +340,14 @@ class _Trainer(Trainer):
             return
         model: Any = self.model
         state = model.state_dict() if state_dict is None else state_dict
-        _save(_learned(model, state), Path(str(output_dir)) / LEARNED)
+        _save(_learned(model, state), Path(str(output_dir)) / TRAINED_WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             own: Any = self.model
-            _put(own, Path(resume_from_checkpoint) / LEARNED)
+            _put(own, Path(resume_from_checkpoint) / TRAINED_WEIGHTS)
 
 
 class _Notes(TrainerCallback):
@@ -348,7 +355,7 @@ class _Notes(TrainerCallback):
 
     def __init__(self, folder: Path, resume_step: int, plan: dict[str, Any]) -> None:
         self.folder, self.plan = folder, plan
-        self.log = MetricsLog(folder / "metrics.jsonl", resume_step) if processes().is_main_process else None
+        self.log = MetricsLog(folder / "metrics.jsonl", resume_step) if process_state().is_main_process else None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         logs = logs or {}
@@ -359,7 +366,7 @@ class _Notes(TrainerCallback):
             self.log.write(state.global_step, **logs)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        processes().wait_for_everyone()
+        process_state().wait_for_everyone()
         if state.is_world_process_zero:
             mark_complete(self.folder / f"checkpoint-{state.global_step}", self.plan)
 

@@ -6,25 +6,25 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from llm2clip.config import LlavaConfig, save_or_check_config
 from llm2clip.data.records import Record
-from llm2clip.data.skips import SkipLog
-from llm2clip.data.split import read
-from llm2clip.files import write_whole
-from llm2clip.llava.build import build
-from llm2clip.llava.conversations import captioning, instructions, read_llava
-from llm2clip.llava.prompts import Conversation
-from llm2clip.llava.tasks import TASKS, Asked, Task
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.splits import read_records
+from llm2clip.distributed import command_line, print_once, process_state
+from llm2clip.io_utils import atomic_write_text
+from llm2clip.llava.build import build_llava
+from llm2clip.llava.chat_template import Conversation
+from llm2clip.llava.datasets import captioning_conversations, instruction_conversations, read_llava
+from llm2clip.llava.tasks import TASKS, Question, Task
 from llm2clip.llava.tasks.base import first_units
-from llm2clip.llava.tasks.judged import OpenAIJudge
+from llm2clip.llava.tasks.llm_judge import OpenAIJudge
 from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
-from llm2clip.models.vision import VisionTower
-from llm2clip.processes import processes, say, typed
-from llm2clip.recipes import LlavaRecipe, keep
+from llm2clip.models.vision_tower import VisionTower
 
 
 def build_verb(vision: str, llm: str, out: str, image_size: int | None, pad: bool) -> list[str]:
     """Lines that say what was written; `vision` is a model folder of ours, or a tower by its name."""
-    folder = build(tower_of(vision, image_size), llm, out, pad=pad)
+    folder = build_llava(tower_of(vision, image_size), llm, out, pad=pad)
     config = json.loads((folder / "config.json").read_text())
     return [
         f"Built: {folder} ({config['image_seq_length']} tokens a picture; its projector is random)",
@@ -55,7 +55,7 @@ def train_verb(
     images: str | None,
     columns: dict[str, str],
     max_skipped: float,
-    recipe: LlavaRecipe,
+    recipe: LlavaConfig,
 ) -> list[str]:
     """Train, and say where the result is.
 
@@ -67,18 +67,18 @@ def train_verb(
         columns, max_skipped: as of `fit`.
         recipe: the settings.
     """
-    from llm2clip.llava.train import train
+    from llm2clip.llava.train import train_llava
 
     run = Path(out)
-    main = processes().is_main_process
+    main = process_state().is_main_process
     if main:
         sources = {"pretrain": list(pretrain), "instruct": list(instruct), "images": images, "columns": columns}
-        keep({"model": model, **sources, "llava": recipe}, run / "recipe.yaml")
+        save_or_check_config({"model": model, **sources, "llava": recipe}, run / "recipe.yaml")
     log = SkipLog(run / "skipped.jsonl" if main else None, max_skipped)
-    first = conversations(pretrain, captioning, images, columns, log, recipe.seed)
-    second = conversations(instruct, instructions, images, columns, log, recipe.seed)
-    say(f"{len(first):,} conversations for the projector, {len(second):,} for the language model", log.summary())
-    folder = train(model, first, second, recipe, run, log)
+    first = conversations(pretrain, captioning_conversations, images, columns, log, recipe.seed)
+    second = conversations(instruct, instruction_conversations, images, columns, log, recipe.seed)
+    print_once(f"{len(first):,} conversations for the projector, {len(second):,} for the language model", log.summary())
+    folder = train_llava(model, first, second, recipe, run, log)
     return [
         f"Model: {folder}",
         f"Next: llm2clip llava evaluate {folder} --captions DATA --pope DATA",
@@ -109,13 +109,13 @@ def evaluate_verb(
         ValueError: nothing is to be measured, or a benchmark is not known.
         FileNotFoundError: a benchmark's files are not there.
     """
-    from llm2clip.llava.evaluate import Ways, captions_of, measure, pope_task
-    from llm2clip.llava.report import write_report
+    from llm2clip.llava.evaluate import GenerationOptions, caption_task, pope_task, run_task
+    from llm2clip.llava.report import write_llava_report
 
     folder = Path(out)
-    main = processes().is_main_process
+    main = process_state().is_main_process
     log = SkipLog(folder / "skipped.jsonl" if main else None, max_skipped)
-    work: list[tuple[Task, list[Asked]]] = []
+    work: list[tuple[Task, list[Question]]] = []
     for name in TASKS if list(benchmarks) == ["all"] else benchmarks:
         if name not in TASKS:
             raise ValueError(f"there is no benchmark {name!r}; there are {', '.join(TASKS)}")
@@ -127,20 +127,20 @@ def evaluate_verb(
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{name}: {place} is not in its official form ({error!r})") from error
     if captions:
-        work.append(captions_of(_records(captions, columns, log)))
+        work.append(caption_task(_records(captions, columns, log)))
     if pope:
         work.append(pope_task(_records(pope, columns, log)))
     if not work:
         raise ValueError("name --captions DATA, --pope DATA, or --benchmarks with their folders under --root")
     log.check()
     work = [(task, first_units(asked, limit)) for task, asked in work]
-    ways = Ways(beams, choose, batch, precision, judge)
-    measured = [found for model in models for found in measure(model, work, ways, folder, log)]
+    ways = GenerationOptions(beams, choose, batch, precision, judge)
+    measured = [found for model in models for found in run_task(model, work, ways, folder, log)]
     log.check()
     if not main:
         return []
-    write_whole(folder / "results.json", json.dumps([m.to_dict() for m in measured], indent=1))
-    page = write_report(measured, typed(), folder)
+    atomic_write_text(folder / "results.json", json.dumps([m.to_dict() for m in measured], indent=1))
+    page = write_llava_report(measured, command_line(), folder)
     lines = []
     for m in measured:
         figures = ", ".join(f"{name} {value:.1f}" for name, value in list(m.figures.items())[:4])
@@ -150,7 +150,7 @@ def evaluate_verb(
 
 def _records(sources: Sequence[str], columns: dict[str, str], log: SkipLog) -> list[Record]:
     """One an image: what another row says of it is no negative, and a caption to be scored against."""
-    return [record for _, record in read(sources, columns, log)]
+    return [record for _, record in read_records(sources, columns, log)]
 
 
 def tasks_verb(root: str) -> list[str]:

@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llm2clip.cpu import quick_products
-from llm2clip.data.images import EvalTransform, load
-from llm2clip.models.adapter import Adapter, GatedLayer
-from llm2clip.models.card import card
-from llm2clip.models.identity import fingerprint
-from llm2clip.models.text import CaptionEncoder
-from llm2clip.models.vision import VisionTower
-from llm2clip.models.weight_files import read_tensors
-from llm2clip.recipes import AlignRecipe
+from llm2clip.config import AlignConfig
+from llm2clip.cpu_tuning import onednn_matmul
+from llm2clip.data.images import EvalTransform, load_image
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.convert.checkpoint_io import read_tensors
+from llm2clip.models.export.model_card import render_model_card
+from llm2clip.models.fingerprint import fingerprint
+from llm2clip.models.heads import Adapter, GatedLayer
+from llm2clip.models.vision_tower import VisionTower
 
 MAX_SCALE = 100.0
 
@@ -62,13 +62,13 @@ class LLM2CLIPConfig:
 
     @classmethod
     def of_recipe(
-        cls, recipe: AlignRecipe, tower: dict[str, Any], text_width: int, encoder: dict[str, Any] | None = None
+        cls, recipe: AlignConfig, tower: dict[str, Any], text_width: int, encoder: dict[str, Any] | None = None
     ) -> LLM2CLIPConfig:
         """What align trains by a recipe, on a tower and an encoder's vectors; arguments as above."""
         return cls(
             tower=tower,
             text_width=text_width,
-            width=text_width if recipe.adapter == "none" else recipe.width,
+            width=text_width if recipe.adapter == "none" else recipe.embed_dim,
             adapter=recipe.adapter,
             adapter_depth=recipe.adapter_depth,
             adapter_expansion=recipe.adapter_expansion,
@@ -142,9 +142,9 @@ class LLM2CLIP(nn.Module):
                     "llm2clip convert MODEL --text ENCODER --out MODEL"
                 )
             encoder = CaptionEncoder.from_pretrained(self._text_folder, device=self.device)
-            if encoder.width != self.config.text_width:
+            if encoder.truncate_dim != self.config.text_width:
                 raise ValueError(
-                    f"{self._text_folder} gives vectors of width {encoder.width}, "
+                    f"{self._text_folder} gives vectors of width {encoder.truncate_dim}, "
                     f"the adapter takes {self.config.text_width}: they are not a pair"
                 )
             self._encoder.append(encoder)
@@ -160,9 +160,9 @@ class LLM2CLIP(nn.Module):
         Raises:
             ValueError: it is not that one, where the model knows which it was, or its width is not the adapter's.
         """
-        if encoder.width != self.config.text_width:
+        if encoder.truncate_dim != self.config.text_width:
             raise ValueError(
-                f"the encoder gives vectors of width {encoder.width}, the adapter takes {self.config.text_width}: "
+                f"the encoder gives vectors of width {encoder.truncate_dim}, the adapter takes {self.config.text_width}: "
                 "they are not a pair"
             )
         there, now = self.config.encoder, encoder.identity()
@@ -176,7 +176,7 @@ class LLM2CLIP(nn.Module):
         self.config.encoder = {**now, **there}
 
     @torch.no_grad()  # and not inference_mode, whose tensors no probe could be trained on
-    @quick_products()
+    @onednn_matmul()
     def encode_image(self, images: Any, batch: int = 64) -> Tensor:
         """Pictures to vectors: (N, width) float32, L2-normalised, on the CPU.
 
@@ -192,7 +192,7 @@ class LLM2CLIP(nn.Module):
         self.eval()
         parts = [torch.empty(0, self.config.width)]
         for start in range(0, len(items), batch):
-            pixels = torch.stack([transform(load(i)) for i in items[start : start + batch]])
+            pixels = torch.stack([transform(load_image(i)) for i in items[start : start + batch]])
             vectors, *_ = self(pixels=pixels.to(self.device))
             parts.append(vectors.cpu())
         return torch.cat(parts)
@@ -252,7 +252,7 @@ class LLM2CLIP(nn.Module):
             shutil.copytree(self._text_folder, tmp / "text")  # not opened, and not to be changed
         elif encoder is not None or self.has_encoder:
             (encoder or self.encoder).save_pretrained(tmp / "text")
-        (tmp / "README.md").write_text(card(tmp, folder.name))
+        (tmp / "README.md").write_text(render_model_card(tmp, folder.name))
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         if folder.exists():
             os.replace(folder, old)

@@ -25,12 +25,12 @@ from sentence_transformers.util import import_from_string
 from torch import nn
 from transformers import AutoConfig
 
-from llm2clip.models.gguf import cache_folder
+from llm2clip.models.convert.gguf import cache_folder
 
 ADAPTER = "adapter_config.json"
 
 
-class Training:
+class LoraSession:
     """An LLM with LoRA on it, from here to `finish`."""
 
     def __init__(self, encoder: Any, config: LoraConfig, dtype: torch.dtype, device: torch.device, four_bits: bool):
@@ -70,17 +70,17 @@ class Training:
             transformer.model, transformer.__class__ = model, LoraTransformer
 
 
-def merged(encoder: Any) -> None:
+def merge_adapter(encoder: Any) -> None:
     """Make an ordinary LLM of one that an earlier tuning left with LoRA beside it."""
     transformer = encoder.st[0]
     if isinstance(transformer.model, PeftModel):
         transformer.model, transformer.__class__ = transformer.model.merge_and_unload(), Transformer
 
 
-def need_four_bits() -> None:
+def check_qlora_available() -> None:
     """Raises ModuleNotFoundError where bitsandbytes is missing."""
     if find_spec("bitsandbytes") is None:
-        raise ModuleNotFoundError("--tune.quantize needs the package bitsandbytes: pip install 'llm2clip[qlora]'")
+        raise ModuleNotFoundError("--tune.qlora needs the package bitsandbytes: pip install 'llm2clip[qlora]'")
 
 
 def cast_frozen(llm: nn.Module, dtype: torch.dtype) -> None:
@@ -150,7 +150,7 @@ class LoraTransformer(Transformer):
 _NAME = f"{LoraTransformer.__module__}.{LoraTransformer.__name__}"
 
 
-def is_lora(folder: str | Path) -> bool:
+def is_lora_folder(folder: str | Path) -> bool:
     """Whether a folder holds LoRA apart from its LLM, as we write it.
 
     Raises:
@@ -162,7 +162,7 @@ def is_lora(folder: str | Path) -> bool:
     return modules.is_file() and json.loads(modules.read_text())[0]["type"] == _NAME
 
 
-def open_lora(folder: str | Path, device: str | None) -> SentenceTransformer:
+def load_lora(folder: str | Path, device: str | None) -> SentenceTransformer:
     """The encoder of such a folder, its LLM in float32.
 
     Raises:

@@ -25,7 +25,7 @@ PACKED = "packed"
 SHORT = 512  # tokens, up to which scores may lie in memory
 
 
-def packed(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
+def use_packing(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
     """Token ids of B captions, T in all, as a model with `attention` reads them in one row.
 
     Returns:
@@ -66,7 +66,7 @@ def can_pack(llm: Any) -> bool:
     )
 
 
-def first_tokens(features: dict[str, Any]) -> list[int]:
+def first_token_indices(features: dict[str, Any]) -> list[int]:
     """Where each caption of a batch begins among all tokens of the batch, padding included, row after row."""
     if "cu_seq_lens_q" in features:
         return [int(start) for start in features["cu_seq_lens_q"][:-1]]

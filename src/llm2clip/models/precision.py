@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    from llm2clip.models.text import CaptionEncoder
+    from llm2clip.models.caption_encoder import CaptionEncoder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LEAST_COSINE = 0.999
@@ -45,7 +45,7 @@ CAPTIONS = (
 )
 
 
-def chosen_precision(precision: str, device: torch.device) -> str:
+def resolve_device_precision(precision: str, device: torch.device) -> str:
     """fp32, bf16 or fp16: `auto` is bf16 where the device multiplies it in hardware, as GPUs do, and CPUs with AMX or
     with AVX-512's instructions for it."""
     if precision != "auto":
@@ -57,7 +57,7 @@ def chosen_precision(precision: str, device: torch.device) -> str:
     return "bf16" if able else "fp32"
 
 
-def parse(precision: str) -> tuple[bool, int]:
+def parse_precision(precision: str) -> tuple[bool, int]:
     """Whether it is bf16, and how many first blocks stay in fp32: of `fp32`, `bf16`, or `bf16+12`.
 
     Raises:
@@ -70,13 +70,13 @@ def parse(precision: str) -> tuple[bool, int]:
 
 
 @contextmanager
-def in_precision(llm: Any, device: torch.device, precision: str) -> Iterator[None]:
+def autocast_precision(llm: Any, device: torch.device, precision: str) -> Iterator[None]:
     """Run a transformers model in a precision as `parse` has it."""
-    low, blocks = parse(precision)
+    low, blocks = parse_precision(precision)
     if not low:
         yield
         return
-    whole = blocks_of(llm)[:blocks]
+    whole = get_layers(llm)[:blocks]
     for block in whole:
         block.forward = _in_fp32(block.forward, device)
     try:
@@ -87,12 +87,12 @@ def in_precision(llm: Any, device: torch.device, precision: str) -> Iterator[Non
             del block.forward
 
 
-def fastest(encoder: CaptionEncoder) -> str:
+def fastest_precision(encoder: CaptionEncoder) -> str:
     """What `auto` stands for: the fastest on this device that keeps the encoder's vectors."""
-    return "fp32" if chosen_precision("auto", encoder.device) == "fp32" else calibrated(encoder)
+    return "fp32" if resolve_device_precision("auto", encoder.device) == "fp32" else calibrate_precision(encoder)
 
 
-def calibrated(encoder: CaptionEncoder) -> str:
+def calibrate_precision(encoder: CaptionEncoder) -> str:
     """The fastest precision in which all of some captions keep a cosine of 0.999 with their fp32 vectors: `bf16`,
     `bf16+N`, or `fp32` if only that does."""
     exact = encoder.encode(CAPTIONS)
@@ -103,14 +103,14 @@ def calibrated(encoder: CaptionEncoder) -> str:
 
     if holds("bf16"):
         return "bf16"
-    low, high = 0, len(blocks_of(encoder.llm))  # low does not hold; high is fp32
+    low, high = 0, len(get_layers(encoder.llm))  # low does not hold; high is fp32
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(f"bf16+{middle}") else (middle, high)
-    return f"bf16+{high}" if high < len(blocks_of(encoder.llm)) else "fp32"
+    return f"bf16+{high}" if high < len(get_layers(encoder.llm)) else "fp32"
 
 
-def blocks_of(llm: Any) -> Any:
+def get_layers(llm: Any) -> Any:
     """The blocks of a decoder, or of BERT and its kin."""
     return llm.layers if hasattr(llm, "layers") else llm.encoder.layer
 

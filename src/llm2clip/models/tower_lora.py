@@ -8,10 +8,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from llm2clip.models.vision import VisionTower
+from llm2clip.models.vision_tower import VisionTower
 
 
-def add_lora(tower: VisionTower, rank: int, alpha: int) -> None:
+def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
     """Put LoRA on the linear layers and the 1 x 1 convolutions of the tower's blocks; only it is to be trained.
 
     Raises:
@@ -42,7 +42,7 @@ def _pointwise(module: nn.Module) -> bool:
     return type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.groups == 1
 
 
-def merge_lora(tower: VisionTower) -> None:
+def merge_tower_lora(tower: VisionTower) -> None:
     """Add LoRA's changes to the weights, and leave the layers as they were before; nothing happens without LoRA."""
     layers = {name: m for name, m in tower.backbone.named_modules() if isinstance(m, BaseTunerLayer)}
     for name, layer in layers.items():

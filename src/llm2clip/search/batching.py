@@ -14,7 +14,7 @@ Answer = TypeVar("Answer")
 LINGER = 0.03  # seconds, at most
 
 
-class Busy(Exception):
+class QueueFull(Exception):
     """Too much is waiting: come again."""
 
 
@@ -68,7 +68,7 @@ class Batcher(Generic[Item, Answer]):
         if len(items) > self.waiting:
             raise ValueError(f"{len(items):,} at once; {self.waiting:,} at most")
         if len(self) + len(items) > self.waiting:
-            raise Busy(f"{len(self):,} requests are waiting")
+            raise QueueFull(f"{len(self):,} requests are waiting")
         loop = asyncio.get_running_loop()
         if self._task is None:
             self._task = loop.create_task(self._run())

@@ -18,16 +18,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llm2clip.data.archives import files_in
-from llm2clip.data.decoding import in_batches
-from llm2clip.data.formats import readable_formats
-from llm2clip.data.images import thumbnail
+from llm2clip.data.image_formats import readable_formats
+from llm2clip.data.image_loader import image_batches
+from llm2clip.data.image_refs import TarImage, printable
+from llm2clip.data.images import make_thumbnail
+from llm2clip.data.readers.tar import list_tar_files
 from llm2clip.data.records import Source, open_records
-from llm2clip.data.refs import TarImage, plain
-from llm2clip.data.skips import SkipLog
-from llm2clip.models.dual import DualEncoder
-from llm2clip.models.identity import fingerprint
-from llm2clip.search.entries import PLACES, Content, Engine, Picture
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.models.fingerprint import fingerprint
+from llm2clip.search.types import PLACES, Backend, IndexedContent, IndexedImage
 
 THUMBNAIL = 256  # pixels of the longer side
 CHUNK = 8192  # pictures that are read before the new ones among them are embedded
@@ -36,7 +36,7 @@ EXIF, DATE_TAKEN, DATE = 0x8769, 0x9003, 0x0132  # tags
 
 
 @dataclass
-class Report:
+class IndexReport:
     """How many pictures were added, changed and dropped by a run, and how many had to be embedded."""
 
     added: int = 0
@@ -54,16 +54,16 @@ class Report:
         )
 
 
-def index(
+def build_index(
     sources: Sequence[str],
     model: DualEncoder,
-    engine: Engine,
+    engine: Backend,
     log: SkipLog,
     columns: dict[str, str] | None = None,
     batch: int = 64,
     workers: int | None = None,
     gone: bool = False,
-) -> Report:
+) -> IndexReport:
     """Bring an index to what sources hold now.
 
     Args:
@@ -88,18 +88,20 @@ def index(
         name = os.path.abspath(model.name) if os.path.isdir(model.name) else model.name
         engine.begin({"model": name, "fingerprint": fingerprint(model.identity()), "width": model.width})
     parsed = [_absolute(Source.parse(s), columns or {}) for s in sources]
-    found: dict[str, Picture] = {}
+    found: dict[str, IndexedImage] = {}
     for source in parsed:
-        for picture in pictures(source, log, gone):
+        for picture in find_images(source, log, gone):
             same = found.get(picture.name)
             if same is not None and isinstance(same.place, TarImage) and same.place != picture.place:
-                picture = dataclasses.replace(picture, name=plain(picture.place.key))  # a tar may hold two of one name
+                picture = dataclasses.replace(
+                    picture, name=printable(picture.place.key)
+                )  # a tar may hold two of one name
                 same = found.get(picture.name)
             if same is not None:  # captions in a file beside the pictures, say
                 texts = tuple(dict.fromkeys([*same.captions, *picture.captions]))
                 picture = dataclasses.replace(same, captions=texts)
             found[picture.name] = picture
-    known = engine.known([plain(str(source)) for source in parsed])
+    known = engine.known([printable(str(source)) for source in parsed])
     fresh = [p for p in found.values() if known.get(p.name) != (p.stamp, p.captions)]
     kept, embedded = _add(fresh, model, engine, log, batch, workers)
     stale = {p.name for p in fresh} - kept  # whose file changed to what cannot be read
@@ -109,7 +111,7 @@ def index(
     engine.forget([*gone_names, *(n for n in known if n in stale)])
     engine.finish()
     dropped = len(gone_names) + len(stale & known.keys())
-    return Report(len(kept - known.keys()), len(kept & known.keys()), dropped, embedded)
+    return IndexReport(len(kept - known.keys()), len(kept & known.keys()), dropped, embedded)
 
 
 def _unread(name: str, stamp: str, folders: Sequence[str]) -> bool:
@@ -131,7 +133,7 @@ def check_model(about: Mapping[str, Any], model: DualEncoder) -> None:
         )
 
 
-def pictures(source: Source, log: SkipLog, gone: bool = False) -> Iterator[Picture]:
+def find_images(source: Source, log: SkipLog, gone: bool = False) -> Iterator[IndexedImage]:
     """What a source holds, as far as the files' headers tell.
 
     Raises:
@@ -145,7 +147,7 @@ def pictures(source: Source, log: SkipLog, gone: bool = False) -> Iterator[Pictu
             return
         raise FileNotFoundError(f"{error}\nif it is gone for good, --gone drops its pictures from the index") from error
     if os.path.isdir(source.path):
-        for path in files_in(source.path, UNREAD):
+        for path in list_tar_files(source.path, UNREAD):
             log.seen_one()
             log.skip(path, 0, "unknown format", "")
     for record in records:
@@ -159,7 +161,9 @@ def pictures(source: Source, log: SkipLog, gone: bool = False) -> Iterator[Pictu
         except FileNotFoundError:
             continue  # it went while this looked
         stamp = f"{there.st_size} {there.st_mtime_ns}"
-        yield Picture(plain(record.image.place), record.image, plain(str(source)), stamp, record.texts, there.st_mtime)
+        yield IndexedImage(
+            printable(record.image.place), record.image, printable(str(source)), stamp, record.texts, there.st_mtime
+        )
 
 
 def _absolute(source: Source, columns: dict[str, str]) -> Source:
@@ -168,9 +172,9 @@ def _absolute(source: Source, columns: dict[str, str]) -> Source:
 
 
 def _add(
-    fresh: Sequence[Picture],
+    fresh: Sequence[IndexedImage],
     model: DualEncoder,
-    engine: Engine,
+    engine: Backend,
     log: SkipLog,
     batch: int,
     workers: int | None,
@@ -185,12 +189,12 @@ def _add(
 
 
 def _add_chunk(
-    fresh: Sequence[Picture], model: DualEncoder, engine: Engine, log: SkipLog, batch: int, workers: int | None
+    fresh: Sequence[IndexedImage], model: DualEncoder, engine: Backend, log: SkipLog, batch: int, workers: int | None
 ) -> tuple[set[str], int]:
     kept: set[str] = set()
-    waiting: dict[bytes, list[Picture]] = defaultdict(list)  # by their bytes, which are not in the index yet
+    waiting: dict[bytes, list[IndexedImage]] = defaultdict(list)  # by their bytes, which are not in the index yet
 
-    def put(contents: list[Content], some: list[tuple[Picture, bytes]]) -> None:
+    def put(contents: list[IndexedContent], some: list[tuple[IndexedImage, bytes]]) -> None:
         engine.put(contents, some)
         kept.update(picture.name for picture, _ in some)
 
@@ -205,12 +209,12 @@ def _add_chunk(
     refs = [waiting[digest][0].place for digest in digests]
     embedded = 0
     with tqdm(total=len(refs), desc="embed", unit="picture", disable=not refs) as bar:
-        for good, prepared, failures in in_batches(refs, Prepared(model.transform), batch, workers):
+        for good, prepared, failures in image_batches(refs, PreparedImages(model.transform), batch, workers):
             vectors = model.encode_pictures([p for p, *_ in prepared]).numpy() if good else ()
             contents = []
             for i, vector, (_, small, width, height) in zip(good, vectors, prepared, strict=True):
                 if np.isfinite(vector).all():
-                    contents.append(Content(digests[i], vector.astype(np.float16), small, width, height))
+                    contents.append(IndexedContent(digests[i], vector.astype(np.float16), small, width, height))
                 else:
                     failures[i] = "the model's vector of it is not finite"
             for i, reason in failures.items():
@@ -222,7 +226,7 @@ def _add_chunk(
     return kept, embedded
 
 
-def _digest(picture: Picture, log: SkipLog) -> tuple[bytes | None, float]:
+def _digest(picture: IndexedImage, log: SkipLog) -> tuple[bytes | None, float]:
     """SHA-256 of a picture's bytes, and when it was taken; None if they cannot be read."""
     try:
         data = picture.place.read()
@@ -247,11 +251,11 @@ def date_taken(data: bytes) -> float | None:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedImages:
     """A decoded picture to what the model takes, a thumbnail (JPEG), its width and its height."""
 
     transform: Callable[[Tensor], Any]
 
     def __call__(self, image: Tensor) -> tuple[Any, bytes, int, int]:
         height, width = image.shape[-2:]
-        return self.transform(image), thumbnail(image, THUMBNAIL), width, height
+        return self.transform(image), make_thumbnail(image, THUMBNAIL), width, height

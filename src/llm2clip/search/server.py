@@ -21,25 +21,25 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from llm2clip import __version__
-from llm2clip.data.formats import readable_formats
-from llm2clip.models.dual import DualEncoder
+from llm2clip.data.image_formats import readable_formats
+from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search.build import check_model
-from llm2clip.search.entries import Engine
-from llm2clip.search.guard import COOKIE, TROUBLES, Guard, answer_troubles
-from llm2clip.search.messages import (
+from llm2clip.search.inference import InferenceService
+from llm2clip.search.middleware import COOKIE, TROUBLES, RequestMiddleware, add_error_handlers
+from llm2clip.search.schemas import (
     DATA_URI,
     IMAGES,
-    EmbedAnswer,
-    Embedding,
+    EmbeddingItem,
     EmbedRequest,
-    Health,
+    EmbedResponse,
+    HealthResponse,
     Limits,
-    Missing,
-    SearchAnswer,
+    NotFound,
     SearchRequest,
-    bytes_of_uri,
+    SearchResponse,
+    decode_data_uri,
 )
-from llm2clip.search.service import Service
+from llm2clip.search.types import Backend
 
 STATIC = Path(__file__).parent / "static"
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
@@ -47,7 +47,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 def create_app(
     model: DualEncoder,
-    engine: Engine | None = None,
+    engine: Backend | None = None,
     limits: Limits | None = None,
     token: str | None = None,
     hosts: Sequence[str] | None = LOOPBACK,
@@ -71,7 +71,7 @@ def create_app(
     if engine is not None:
         check_model(engine.about(), model)
     limits = limits or Limits()
-    service = Service(model, engine, limits, thread)
+    service = InferenceService(model, engine, limits, thread)
 
     @asynccontextmanager
     async def alive(_: FastAPI) -> AsyncIterator[None]:
@@ -91,10 +91,10 @@ def create_app(
     slow: dict[int | str, dict[str, Any]] = {code: TROUBLES[code] for code in (400, 404, 422, 429, 504)}
 
     @app.get("/health")
-    async def health() -> Health:
+    async def health() -> HealthResponse:
         """Whether it answers, with what model, over how many pictures."""
         count = (await run_in_threadpool(engine.count))[0] if engine else 0
-        return Health(model=Path(model.name).name, width=model.width, pictures=count)
+        return HealthResponse(model=Path(model.name).name, width=model.width, pictures=count)
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
@@ -102,23 +102,23 @@ def create_app(
         return Response(await run_in_threadpool(generate_latest, service.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.post("/search", responses=slow)
-    async def search(request: SearchRequest) -> SearchAnswer:
+    async def search(request: SearchRequest) -> SearchResponse:
         """The pictures closest to texts, pictures and pictures of the index, and away from others."""
-        return SearchAnswer(hits=await service.search(request))
+        return SearchResponse(hits=await service.search(request))
 
-    async def embedded(vectors: Sequence[np.ndarray], form: str) -> EmbedAnswer:
+    async def embedded(vectors: Sequence[np.ndarray], form: str) -> EmbedResponse:
         data = [
-            Embedding(
+            EmbeddingItem(
                 index=n,
                 embedding=v.tolist() if form == "float" else base64.b64encode(v.astype("<f4").tobytes()).decode(),
             )
             for n, v in enumerate(vectors)
         ]
-        return EmbedAnswer(data=data, model=Path(model.name).name, usage={"prompt_tokens": 0, "total_tokens": 0})
+        return EmbedResponse(data=data, model=Path(model.name).name, usage={"prompt_tokens": 0, "total_tokens": 0})
 
     @app.post("/v1/embeddings", responses=slow, include_in_schema=False)
     @app.post("/embed", responses=slow)
-    async def embed(request: EmbedRequest) -> EmbedAnswer:
+    async def embed(request: EmbedRequest) -> EmbedResponse:
         """Vectors of texts and of pictures (data URIs), in the form of OpenAI's embeddings; /v1/embeddings is the
         same."""
         if request.dimensions not in (None, model.width):
@@ -127,7 +127,7 @@ def create_app(
         seen = [n for n, text in enumerate(inputs) if text.startswith(DATA_URI)]
         if len(seen) > IMAGES:
             raise ValueError(f"{len(seen)} pictures; {IMAGES} at most")
-        pictures = await service.see([bytes_of_uri(inputs[n]) for n in seen])
+        pictures = await service.see([decode_data_uri(inputs[n]) for n in seen])
         texts = await service.read([text for n, text in enumerate(inputs) if n not in set(seen)])
         found = dict(zip(seen, pictures, strict=True))
         rest = iter(texts)
@@ -136,7 +136,7 @@ def create_app(
         )
 
     @app.post("/embed/upload", responses=slow)
-    async def upload(files: list[UploadFile]) -> EmbedAnswer:
+    async def upload(files: list[UploadFile]) -> EmbedResponse:
         """Vectors of uploaded pictures."""
         if len(files) > IMAGES:
             raise ValueError(f"{len(files)} pictures; {IMAGES} at most")
@@ -147,7 +147,7 @@ def create_app(
         """A hit's picture, JPEG, 256 pixels at most a side."""
         jpeg = await run_in_threadpool(service.indexed().thumbnail, hit)
         if jpeg is None:
-            raise Missing(f"there is no picture {hit}")
+            raise NotFound(f"there is no picture {hit}")
         tag = f'"{hashlib.sha256(jpeg).hexdigest()[:32]}"'  # ids are of this index, and begin anew in another
         headers = {"Cache-Control": "private, no-cache", "ETag": tag}
         if request.headers.get("if-none-match") == tag:
@@ -172,17 +172,17 @@ def create_app(
     @app.get("/static/{name}", include_in_schema=False)
     async def static(name: str) -> Response:
         if name not in ("page.css", "page.js"):
-            raise Missing(f"there is no {name}")
+            raise NotFound(f"there is no {name}")
         return FileResponse(STATIC / name)
 
-    answer_troubles(app)
-    app.add_middleware(Guard, service=service, token=token)
+    add_error_handlers(app)
+    app.add_middleware(RequestMiddleware, service=service, token=token)
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     return app
 
 
-def _original(engine: Engine, hit: str) -> tuple[bytes, str]:
+def _original(engine: Backend, hit: str) -> tuple[bytes, str]:
     """The bytes of the first copy that is still a picture, and their media type."""
     for picture in engine.pictures(hit):
         try:
@@ -195,7 +195,7 @@ def _original(engine: Engine, hit: str) -> tuple[bytes, str]:
             continue
         if kind.startswith("image/"):
             return data, kind
-    raise Missing(f"there is no picture {hit}, or its file is gone")
+    raise NotFound(f"there is no picture {hit}, or its file is gone")
 
 
 def serve(app: FastAPI, host: str, port: int) -> None:

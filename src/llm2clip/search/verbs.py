@@ -16,15 +16,15 @@ from urllib.parse import quote
 
 from rich.console import Console
 
-from llm2clip.data.refs import plain
-from llm2clip.data.skips import SkipLog
-from llm2clip.models.dual import open_dual
-from llm2clip.processes import say
-from llm2clip.search.build import check_model, index
-from llm2clip.search.engines import open_engine
-from llm2clip.search.entries import Filter
-from llm2clip.search.query import Query, vector_of
-from llm2clip.search.show import contact_sheet, look, print_hits
+from llm2clip.data.image_refs import printable
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.distributed import print_once
+from llm2clip.models.dual_encoder import open_dual_encoder
+from llm2clip.search.backends import open_backend
+from llm2clip.search.build import build_index, check_model
+from llm2clip.search.query_embedding import Query, embed_query
+from llm2clip.search.render import open_in_browser, print_hits, write_contact_sheet
+from llm2clip.search.types import Filter
 
 
 def index_verb(
@@ -50,25 +50,25 @@ def index_verb(
         max_skipped: largest share of pictures that cannot be read.
         approximate_above: different pictures from which a graph is searched.
     """
-    dual, first = open_dual(model), True  # before anything is made at `out`
-    engine = open_engine(out, write=True, approximate_above=approximate_above)
+    dual, first = open_dual_encoder(model), True  # before anything is made at `out`
+    engine = open_backend(out, write=True, approximate_above=approximate_above)
     list_of_bad = None if "://" in out else Path(out) / "skipped.jsonl"
     while True:
         log = SkipLog(list_of_bad, max_skipped)
         try:
-            report = index(sources, dual, engine, log, columns, batch, workers, gone)
+            report = build_index(sources, dual, engine, log, columns, batch, workers, gone)
         except (OSError, ValueError) as error:
             if first:
                 raise
-            say(f"{datetime.now():%H:%M:%S} {error}")  # a disk that is away comes back
+            print_once(f"{datetime.now():%H:%M:%S} {error}")  # a disk that is away comes back
             time.sleep(watch or 1)
             continue
         if first or report:
-            say(f"{datetime.now():%H:%M:%S} {report}" if watch else str(report), log.summary())
+            print_once(f"{datetime.now():%H:%M:%S} {report}" if watch else str(report), log.summary())
         if watch is None:
             break
         if first:
-            say(f"watching {', '.join(sources)}; ctrl-c ends it")
+            print_once(f"watching {', '.join(sources)}; ctrl-c ends it")
         first = False
         time.sleep(watch)
     pictures, contents = engine.count()
@@ -95,20 +95,20 @@ def search_verb(
     """Print what an index finds; see the arguments of `llm2clip search`."""
     if top < 1:
         raise ValueError(f"--top is 1 or more, not {top}")
-    engine = open_engine(where)
+    engine = open_backend(where)
     about = engine.about()
-    dual = open_dual(model or about["model"])
+    dual = open_dual_encoder(model or about["model"])
     check_model(about, dual)
     query = Query(texts, images, without, without_images)
-    hits = engine.search(vector_of(dual, query), top, only)
+    hits = engine.search(embed_query(dual, query), top, only)
     if not hits:
         return ["Nothing: the index is empty, or its filters let nothing through."]
     print_hits(hits, engine, Console())
     if not opened and sheet is None:
         return []
-    page = contact_sheet(_in_words(query), hits, engine, Path(sheet) if sheet else None)
+    page = write_contact_sheet(_in_words(query), hits, engine, Path(sheet) if sheet else None)
     if opened:
-        look(page)
+        open_in_browser(page)
     return [f"Contact sheet: {page}"]
 
 
@@ -131,28 +131,28 @@ def serve_verb(
         ImportError: what it takes is not installed.
     """
     try:
-        from llm2clip.search.messages import Limits
+        from llm2clip.search.schemas import Limits
         from llm2clip.search.server import LOOPBACK, create_app, serve
     except ModuleNotFoundError as error:
         raise ImportError(f"serving needs `pip install llm2clip[search]` ({error})") from error
-    engine = open_engine(where) if where else None
+    engine = open_backend(where) if where else None
     name = model or (engine.about()["model"] if engine else None)
     if name is None:
         raise ValueError("name an index with --index, or a model with --model")
     near = host in LOOPBACK
     token = token or os.environ.get("LLM2CLIP_TOKEN") or (None if near else secrets.token_urlsafe(24))
     thread = ThreadPoolExecutor(1, "model")
-    dual = thread.submit(open_dual, name, precision=precision).result()
+    dual = thread.submit(open_dual_encoder, name, precision=precision).result()
     limits = Limits(waiting=waiting, seconds=seconds, batch=batch)
     app = create_app(dual, engine, limits, token, LOOPBACK if near else None, thread)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
     entry = f"{address}?token={quote(token, safe='')}" if token else address
-    say(f"Serving at {entry}", "Its API is at /openapi.json; ctrl-c ends it.")
+    print_once(f"Serving at {entry}", "Its API is at /openapi.json; ctrl-c ends it.")
     serve(app, host, port)
     return ["Stopped; what was under way was answered."]
 
 
-def seconds(date: str | None, end: bool = False) -> float | None:
+def parse_time(date: str | None, end: bool = False) -> float | None:
     """A date or time as ISO 8601 writes it, in seconds since 1970; of a day its first second, or its last.
 
     Raises:
@@ -167,9 +167,9 @@ def seconds(date: str | None, end: bool = False) -> float | None:
     return day.timestamp()
 
 
-def place(path: str | None) -> str | None:
+def canonical_path(path: str | None) -> str | None:
     """A path as names in an index are written."""
-    return plain(os.path.realpath(os.path.expanduser(path))) if path is not None else None
+    return printable(os.path.realpath(os.path.expanduser(path))) if path is not None else None
 
 
 def _in_words(query: Query) -> str:

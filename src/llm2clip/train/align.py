@@ -13,23 +13,23 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from llm2clip.cache.lock import alone
-from llm2clip.cache.store import EmbeddingStore
-from llm2clip.cpu import quick_products
+from llm2clip.config import AlignConfig
+from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.records import Record
-from llm2clip.data.skips import SkipLog
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.distributed import process_state
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.processes import processes
-from llm2clip.recipes import AlignRecipe
-from llm2clip.train.loop import Training, Validate, newest_checkpoint
+from llm2clip.store.lock import folder_lock
+from llm2clip.store.store import EmbeddingStore
+from llm2clip.train.align_trainer import AlignTrainer, Validate, latest_checkpoint_all_ranks
 
 
-@quick_products()
+@onednn_matmul()
 def align(
     records: Sequence[Record],
     store: EmbeddingStore,
     model: LLM2CLIP,
-    recipe: AlignRecipe,
+    config: AlignConfig,
     folder: Path,
     log: SkipLog,
     validate: Validate | None = None,
@@ -55,11 +55,15 @@ def align(
         TooManySkipped: too many images cannot be decoded.
         FloatingPointError: the loss or a gradient is not finite; the message names the step and the last checkpoint.
     """
-    if recipe.keep == "best" and validate is None:
-        raise ValueError("--align.keep best needs held-out images to evaluate on: name some with --held_out")
-    state = processes()  # before Accelerate decides by itself whether this is one of several
+    if config.load_best_at_end == "best" and validate is None:
+        raise ValueError(
+            "--align.load_best_at_end best needs held-out images to evaluate on: name some with --held_out"
+        )
+    state = process_state()  # before Accelerate decides by itself whether this is one of several
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder) if state.is_main_process else nullcontext():
-        if recipe.head_epochs and newest_checkpoint(folder / "checkpoints") is None:
-            model = Training(records, store, model, recipe.heads(), folder / "heads", features, log, heads=True).run()
-        return Training(records, store, model, recipe, folder, features, log, validate).run()
+    with folder_lock(folder) if state.is_main_process else nullcontext():
+        if config.head_epochs and latest_checkpoint_all_ranks(folder / "checkpoints") is None:
+            model = AlignTrainer(
+                records, store, model, config.heads(), folder / "heads", features, log, heads=True
+            ).run()
+        return AlignTrainer(records, store, model, config, folder, features, log, validate).run()

@@ -18,7 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 Pass = Callable[[], tuple[Tensor, ...]]
 
 
-def cached(passes: Sequence[Pass], loss: Callable[..., Tensor], model: nn.Module, device: torch.device) -> Tensor:
+def cached_backward(
+    passes: Sequence[Pass], loss: Callable[..., Tensor], model: nn.Module, device: torch.device
+) -> Tensor:
     """The loss of all passes' outputs together, whose backward pass runs each of them again.
 
     Args:

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip.train.gather import Ragged
+from llm2clip.train.distributed import RaggedGather
 
-STRIP = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits in a strip: what stays in a CPU's cache; 256 MB
+CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits in a strip: what stays in a CPU's cache; 256 MB
 
 
 def info_nce(
@@ -114,7 +114,7 @@ class _Between:
 
     def __init__(self, images: int, owner: Tensor, ids: Tensor | None, gather: bool) -> None:
         device = owner.device
-        self.images, self.texts = Ragged(images, device, gather), Ragged(len(owner), device, gather)
+        self.images, self.texts = RaggedGather(images, device, gather), RaggedGather(len(owner), device, gather)
         self.mine = owner
         self.owner = self.texts.all(owner + self.images.first)
         self.weights = self.texts.all(_weights(owner, images))
@@ -128,7 +128,7 @@ class _Between:
 
     def strips(self, rows: int, columns: int) -> Iterator[slice]:
         """Slices of rows, a strip of logits each."""
-        size = max(1, STRIP.get(self.owner.device.type, STRIP["cuda"]) // max(1, columns))
+        size = max(1, CHUNK.get(self.owner.device.type, CHUNK["cuda"]) // max(1, columns))
         for start in range(0, rows, size):
             yield slice(start, min(start + size, rows))
 

@@ -21,12 +21,12 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from llm2clip.data.captions import text_id
-from llm2clip.models.batches import length_batches
-from llm2clip.models.packing import first_tokens
-from llm2clip.models.text import CaptionEncoder
-from llm2clip.processes import joined
-from llm2clip.train.sharding import spare_passes
+from llm2clip.data.hashing import text_key
+from llm2clip.distributed import is_distributed
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.length_batching import length_batches
+from llm2clip.models.packing import first_token_indices
+from llm2clip.train.fsdp import extra_forward_passes
 
 HIDDEN = 0.2  # of the tokens, as LLM2Vec does
 MASK = "_"  # LLMs have no mask token; LLM2Vec hides with this one
@@ -58,7 +58,7 @@ class MaskingCollator(SentenceTransformerDataCollator):
 def hidden_positions(length: int, share: float, seed: str, first: int = 1) -> list[int]:
     """Which of `length` tokens are hidden, at least one of those from `first` on: the very first has nothing before it,
     and a template's header tells nothing."""
-    draws = torch.rand(max(0, length - first), generator=torch.Generator().manual_seed(text_id(seed)))
+    draws = torch.rand(max(0, length - first), generator=torch.Generator().manual_seed(text_key(seed)))
     found = [i + first for i, draw in enumerate(draws.tolist()) if draw < share]
     return found or ([int(draws.argmin()) + first] if len(draws) else [])
 
@@ -78,17 +78,17 @@ class MaskedTokenLoss(nn.Module):
     def forward(self, features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         batch, encoder = next(iter(features)), self._encoder[0]
         total = torch.tensor(float(sum(len(at) for at in batch["hidden"])), device=encoder.device)
-        if joined():  # processes have different numbers, and DDP takes their mean
+        if is_distributed():  # processes have different numbers, and DDP takes their mean
             dist.all_reduce(total)
             total /= dist.get_world_size()
         losses = []
         passes = list(length_batches([len(ids) for ids in batch["tokens"]], self.batch_tokens))
-        spare = spare_passes(self.model, len(passes), encoder.device)
+        spare = extra_forward_passes(self.model, len(passes), encoder.device)
         for n, rows in enumerate([*passes, *[passes[-1]] * spare]):
             hidden = [batch["hidden"][r] if n < len(passes) else [] for r in rows]
             inputs = encoder.features([batch["tokens"][r] for r in rows], 0)
             states = self.model(inputs)["token_embeddings"].flatten(0, 1)
-            starts = first_tokens(inputs)
+            starts = first_token_indices(inputs)
             at = [start + i - 1 for start, of_row in zip(starts, hidden, strict=True) for i in of_row]
             targets = [t for r, of_row in zip(rows, hidden, strict=True) if of_row for t in batch["targets"][r]]
             before = states[torch.tensor(at, device=states.device, dtype=torch.long)]

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llm2clip.checkpoints import digest
+from llm2clip.checkpoint import hash_texts
 
 
 def trackers(names: list[str], folder: Path) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def trackers(names: list[str], folder: Path) -> dict[str, Any]:
         ValueError: there is no such tracker.
         ImportError: its package is missing.
     """
-    run = digest([str(folder.resolve())])
+    run = hash_texts([str(folder.resolve())])
     options: dict[str, Any] = {
         "tensorboard": {},
         "wandb": {"id": run, "resume": "allow"},
@@ -24,7 +24,7 @@ def trackers(names: list[str], folder: Path) -> dict[str, Any]:
     }
     for name in names:
         if name not in options:
-            raise ValueError(f"--align.track knows {', '.join(options)}, not {name!r}")
+            raise ValueError(f"--align.report_to knows {', '.join(options)}, not {name!r}")
         if find_spec(name) is None:
-            raise ModuleNotFoundError(f"--align.track {name} needs the package {name}: pip install {name}")
+            raise ModuleNotFoundError(f"--align.report_to {name} needs the package {name}: pip install {name}")
     return {name: options[name] for name in names}

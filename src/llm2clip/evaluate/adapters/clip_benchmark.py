@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm2clip.data.images import load
-from llm2clip.models.dual import DualEncoder, open_dual
+from llm2clip.data.images import load_image
+from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 
 NAME = "llm2clip"
 
 
-class Texts(list[str]):
+class TokenizedTexts(list[str]):
     """Texts where a tensor of tokens is expected: `.to(device)` changes nothing."""
 
-    def to(self, device: Any) -> Texts:
+    def to(self, device: Any) -> TokenizedTexts:
         return self
 
 
-class Adapted(nn.Module):
+class CLIPBenchmarkModel(nn.Module):
     """`encode_image` of a batch that the transform made, `encode_text` of `Texts`: (N, width) float32, L2-normalised,
     on the device."""
 
@@ -38,7 +38,7 @@ class Adapted(nn.Module):
     def encode_image(self, pixels: Tensor) -> Tensor:
         return self.model.encode_pictures(list(pixels.cpu())).to(self.device)
 
-    def encode_text(self, texts: Texts) -> Tensor:
+    def encode_text(self, texts: TokenizedTexts) -> Tensor:
         return self.model.encode_text(texts).to(self.device)
 
 
@@ -49,7 +49,7 @@ class Transform:
         self.transform = transform
 
     def __call__(self, picture: Any) -> Tensor:
-        found = self.transform(load(picture))
+        found = self.transform(load_image(picture))
         if not isinstance(found, Tensor):
             raise TypeError("CLIP_benchmark batches tensors, and this model takes pictures as they are")
         return found
@@ -57,7 +57,7 @@ class Transform:
 
 def load_model(
     model_name: str, pretrained: str = "", cache_dir: str | None = None, device: torch.device | str = "cpu"
-) -> tuple[Adapted, Transform, type[Texts]]:
+) -> tuple[CLIPBenchmarkModel, Transform, type[TokenizedTexts]]:
     """What CLIP_benchmark asks of a model type: a model, a transform, a tokenizer.
 
     Args:
@@ -65,11 +65,11 @@ def load_model(
         pretrained, cache_dir: not used.
         device: where the model runs.
     """
-    model = open_dual(model_name, device)
-    return Adapted(model, device).eval(), Transform(model.transform), Texts
+    model = open_dual_encoder(model_name, device)
+    return CLIPBenchmarkModel(model, device).eval(), Transform(model.transform), TokenizedTexts
 
 
-def register() -> None:
+def register_model() -> None:
     """Add the model type to the installed CLIP_benchmark.
 
     Raises:
@@ -83,7 +83,7 @@ def register() -> None:
 
 
 if __name__ == "__main__":
-    register()
+    register_model()
     from clip_benchmark.cli import main
 
     main()

@@ -20,9 +20,9 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ScoringFunction
 from torch.utils.data import DataLoader
 
-from llm2clip.data.images import load
-from llm2clip.models.dual import open_dual
-from llm2clip.models.identity import fingerprint
+from llm2clip.data.images import load_image
+from llm2clip.models.dual_encoder import open_dual_encoder
+from llm2clip.models.fingerprint import fingerprint
 
 
 class MTEBModel(AbsEncoder):
@@ -34,7 +34,7 @@ class MTEBModel(AbsEncoder):
             name: as of `open_dual`.
             device: where it runs; None is a GPU where there is one.
         """
-        self.model = open_dual(name, device)
+        self.model = open_dual_encoder(name, device)
         parts = [part for part in name.replace(":", "/").split("/") if part not in ("", ".", "..")]
         facts = {
             "name": "/".join(["llm2clip", *parts][-2:]),
@@ -51,7 +51,7 @@ class MTEBModel(AbsEncoder):
         for batch in inputs:
             sides = []
             if batch.get("image"):
-                sides.append(self.model.encode_pictures([self.model.transform(load(p)) for p in batch["image"]]))
+                sides.append(self.model.encode_pictures([self.model.transform(load_image(p)) for p in batch["image"]]))
             if batch.get("text"):
                 sides.append(self.model.encode_text(batch["text"]))
             if not sides:

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from llm2clip.data.image_refs import FileImage, ImageRef, is_inside
 from llm2clip.data.records import Record
-from llm2clip.data.refs import FileImage, ImageRef, within
-from llm2clip.files import Absent, Malformed
+from llm2clip.io_utils import DataFormatError, MissingFileError
 
 T = TypeVar("T")
 Fields = Mapping[str, Sequence[Record]]  # of each kind of caption, the images that have some
 
 
 @dataclass(frozen=True)
-class Choice:
+class CompositionalExample:
     """Images and captions of which each belongs to one: which do a model's cosines put together?
 
     Caption i is right for image i; captions beyond the images are right for none.
@@ -30,7 +30,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Classes:
+class ClassificationData:
     """Images that each show one of some classes."""
 
     images: Sequence[ImageRef]
@@ -42,7 +42,7 @@ class Classes:
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedRetrieval:
     """COCO's test images and captions by COCO's own numbers, by which people have judged what else is right."""
 
     images: Sequence[ImageRef]
@@ -72,7 +72,7 @@ class Benchmark:
     folders: tuple[str, ...]
     read: Callable[[Path], Any]
     get: str
-    train: Callable[[Path], Classes] | None = None
+    train: Callable[[Path], ClassificationData] | None = None
 
     def find(self, root: Path) -> Path:
         """Its folder under a root.
@@ -83,7 +83,7 @@ class Benchmark:
         for name in self.folders:
             if (root / name).is_dir():
                 return root / name
-        raise Absent(f"{root} has no folder {' or '.join(self.folders)}")
+        raise MissingFileError(f"{root} has no folder {' or '.join(self.folders)}")
 
     def load(self, folder: Path) -> Any:
         """What its reader makes of a folder.
@@ -94,7 +94,7 @@ class Benchmark:
         """
         return _guarded(self.read, folder, self.name)
 
-    def load_train(self, folder: Path) -> Classes | None:
+    def load_train(self, folder: Path) -> ClassificationData | None:
         """The images that a linear probe learns from; None where the set has none. Raises as `load` does."""
         return None if self.train is None else _guarded(self.train, folder, self.name)
 
@@ -103,24 +103,24 @@ def _guarded(read: Callable[[Path], T], folder: Path, name: str) -> T:
     try:
         return read(folder)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise Malformed(f"{folder}: a row is not in the form of {name} ({error!r})") from error
+        raise DataFormatError(f"{folder}: a row is not in the form of {name} ({error!r})") from error
 
 
-def picture(folder: Path, name: str) -> FileImage:
+def image_file(folder: Path, name: str) -> FileImage:
     """An image under a folder.
 
     Raises:
         Malformed: the name leads out of it.
     """
     path = folder / name
-    if not within(name):
-        raise Malformed(f"{folder}: the image name {name!r} leads out of it")
+    if not is_inside(name):
+        raise DataFormatError(f"{folder}: the image name {name!r} leads out of it")
     return FileImage(str(path))
 
 
-def anywhere(folders: Sequence[Path], name: str) -> FileImage:
+def find_image(folders: Sequence[Path], name: str) -> FileImage:
     """An image in the first of some folders that has it; where none has, what it would be called in the first."""
-    places = [picture(folder, name) for folder in folders]
+    places = [image_file(folder, name) for folder in folders]
     return next((ref for ref in places if Path(ref.path).is_file()), places[0])
 
 
@@ -128,10 +128,12 @@ def check_files(refs: Sequence[ImageRef], source: Path) -> None:
     """Raises Absent if image files are missing; the message counts them and names the first."""
     missing = [ref for ref in refs if isinstance(ref, FileImage) and not Path(ref.path).is_file()]
     if missing:
-        raise Absent(f"{len(missing):,} of {len(refs):,} images of {source} are missing, {missing[0]} for one")
+        raise MissingFileError(
+            f"{len(missing):,} of {len(refs):,} images of {source} are missing, {missing[0]} for one"
+        )
 
 
-def captioned(pairs: Iterable[tuple[ImageRef, Sequence[str]]], source: Path) -> list[Record]:
+def captioned_records(pairs: Iterable[tuple[ImageRef, Sequence[str]]], source: Path) -> list[Record]:
     """Records of images and their captions, in order; captions are stripped, and otherwise as they came.
 
     Raises:
@@ -142,9 +144,9 @@ def captioned(pairs: Iterable[tuple[ImageRef, Sequence[str]]], source: Path) -> 
     for image, captions in pairs:
         texts = tuple(c.strip() for c in captions)
         if not texts or not all(texts):
-            raise Malformed(f"{source}: {image} has no caption, or an empty one")
+            raise DataFormatError(f"{source}: {image} has no caption, or an empty one")
         records.append(Record(Path(image.path).stem if isinstance(image, FileImage) else str(image), image, texts))
     check_files([record.image for record in records if record.image is not None], source)
     if not records:
-        raise Malformed(f"{source} has no image of the test split")
+        raise DataFormatError(f"{source} has no image of the test split")
     return records

@@ -6,61 +6,61 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from llm2clip.data.refs import MemoryImage
-from llm2clip.evaluate.benchmarks.base import Benchmark, Choice, check_files, picture
-from llm2clip.evaluate.benchmarks.karpathy import COCO
-from llm2clip.files import Absent, Malformed, first, json_file, json_lines
+from llm2clip.data.image_refs import MemoryImage
+from llm2clip.evaluate.benchmarks.base import Benchmark, CompositionalExample, check_files, image_file
+from llm2clip.evaluate.benchmarks.karpathy_splits import COCO
+from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json, read_jsonl
 
 SUGARCREPE = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 
 
-def _winoground(folder: Path) -> list[Choice]:
+def _winoground(folder: Path) -> list[CompositionalExample]:
     """400 pairs of images and captions of the same words (arXiv 2204.03162). With s(c, i), and > strict: text,
     s(c0, i0) > s(c1, i0) and s(c1, i1) > s(c0, i1); image, s(c0, i0) > s(c0, i1) and s(c1, i1) > s(c1, i0); group,
     both."""
     try:
-        file = first(folder, "examples.jsonl", "data/examples.jsonl")
-    except Absent:
-        return _winoground_parquet(first(folder, "data/test-*.parquet", "test-*.parquet"))
-    images = first(file.parent, "images")
+        file = first_existing(folder, "examples.jsonl", "data/examples.jsonl")
+    except MissingFileError:
+        return _winoground_parquet(first_existing(folder, "data/test-*.parquet", "test-*.parquet"))
+    images = first_existing(file.parent, "images")
     chosen = []
-    for _, row in json_lines(file):
+    for _, row in read_jsonl(file):
         names = [row[key] if Path(row[key]).suffix else f"{row[key]}.png" for key in ("image_0", "image_1")]
-        refs = tuple(picture(images, name) for name in names)
-        chosen.append(Choice(str(row["id"]), "winoground", refs, (row["caption_0"], row["caption_1"])))
+        refs = tuple(image_file(images, name) for name in names)
+        chosen.append(CompositionalExample(str(row["id"]), "winoground", refs, (row["caption_0"], row["caption_1"])))
     return _with_files(chosen, file)
 
 
-def _winoground_parquet(file: Path) -> list[Choice]:
+def _winoground_parquet(file: Path) -> list[CompositionalExample]:
     chosen = []
     columns = ["id", "image_0", "image_1", "caption_0", "caption_1"]
     for row in pq.read_table(file, columns=columns).to_pylist():
         refs = tuple(MemoryImage(row[key]["bytes"], f"{file}, {row['id']}, {key}") for key in ("image_0", "image_1"))
-        chosen.append(Choice(str(row["id"]), "winoground", refs, (row["caption_0"], row["caption_1"])))
+        chosen.append(CompositionalExample(str(row["id"]), "winoground", refs, (row["caption_0"], row["caption_1"])))
     return chosen
 
 
-def _sugarcrepe(folder: Path) -> list[Choice]:
+def _sugarcrepe(folder: Path) -> list[CompositionalExample]:
     """7,511 images of COCO's val2017, a caption and one with a thing added, replaced or swapped (arXiv 2306.14610).
     Right where the caption's cosine is above the other's; accuracies are by file, and their mean over the files."""
     data = folder / "data" if (folder / "data").is_dir() else folder
     places = [folder, *(folder.parent / name for name in COCO)]
     images = next((p / "val2017" for p in places if (p / "val2017").is_dir()), None)
     if images is None:
-        raise Absent(f"{folder} has no val2017, nor has a folder coco beside it")
+        raise MissingFileError(f"{folder} has no val2017, nor has a folder coco beside it")
     chosen = []
     for kind in SUGARCREPE:
-        file = first(data, f"{kind}.json")
-        rows = json_file(file)
+        file = first_existing(data, f"{kind}.json")
+        rows = read_json(file)
         if not isinstance(rows, dict):
-            raise Malformed(f"{file}: not an object of numbered rows")
+            raise DataFormatError(f"{file}: not an object of numbered rows")
         for key, row in rows.items():
             texts = (row["caption"].strip(), row["negative_caption"].strip())
-            chosen.append(Choice(f"{kind} {key}", kind, (picture(images, row["filename"]),), texts))
+            chosen.append(CompositionalExample(f"{kind} {key}", kind, (image_file(images, row["filename"]),), texts))
     return _with_files(chosen, data)
 
 
-def _with_files(chosen: list[Choice], source: Path) -> list[Choice]:
+def _with_files(chosen: list[CompositionalExample], source: Path) -> list[CompositionalExample]:
     check_files([image for choice in chosen for image in choice.images], source)
     return chosen
 

@@ -8,8 +8,8 @@ from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llm2clip.data.refs import FileImage, ImageRef, within
-from llm2clip.data.skips import SkipLog
+from llm2clip.data.image_refs import FileImage, ImageRef, is_inside
+from llm2clip.data.skip_log import SkipLog
 
 T = TypeVar("T")
 SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA-1.5's three forms of a question; this is one,
@@ -17,7 +17,7 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."  #
 
 
 @dataclass(frozen=True)
-class Asked:
+class Question:
     """One question to a model.
 
     Args:
@@ -60,11 +60,11 @@ class Task:
     name: str
     about: str
     get: str
-    read: Callable[[Path, SkipLog], list[Asked]]
-    score: Callable[[Sequence[Asked], Sequence[Any]], dict[str, float]]
-    submission: Callable[[Sequence[Asked], Sequence[str]], dict[str, Any]] | None = None
+    read: Callable[[Path, SkipLog], list[Question]]
+    score: Callable[[Sequence[Question], Sequence[Any]], dict[str, float]]
+    submission: Callable[[Sequence[Question], Sequence[str]], dict[str, Any]] | None = None
     tokens: int = 128
-    judge: Callable[[Asked, str, Any], Any] | None = None
+    judge: Callable[[Question, str, Any], Any] | None = None
     folder: str = ""
 
     def place(self, root: str | Path) -> Path:
@@ -73,12 +73,12 @@ class Task:
         return theirs if self.folder and not named.is_dir() and theirs.is_dir() else named
 
 
-def mean(values: Sequence[float]) -> float:
+def mean_score(values: Sequence[float]) -> float:
     """In percent; of none, not a number."""
     return 100 * sum(values) / len(values) if values else float("nan")
 
 
-def first_units(asked: Sequence[Asked], count: int | None) -> list[Asked]:
+def first_units(asked: Sequence[Question], count: int | None) -> list[Question]:
     """The questions of the first so many units, of each group in turn: what is scored together is never cut. None is
     all."""
     groups: dict[str, dict[str, None]] = {}
@@ -89,7 +89,7 @@ def first_units(asked: Sequence[Asked], count: int | None) -> list[Asked]:
     return [one for one in asked if (one.unit or one.id) in kept]
 
 
-def grouped(asked: Sequence[Asked], values: Sequence[T]) -> dict[str, list[T]]:
+def group_by(asked: Sequence[Question], values: Sequence[T]) -> dict[str, list[T]]:
     """Values by the group of their question, groups in the order in which they come."""
     found: dict[str, list[T]] = {}
     for one, value in zip(asked, values, strict=True):
@@ -97,10 +97,10 @@ def grouped(asked: Sequence[Asked], values: Sequence[T]) -> dict[str, list[T]]:
     return found
 
 
-def picture(folder: Path, name: str, log: SkipLog, file: Path, number: int) -> FileImage | None:
+def image_file(folder: Path, name: str, log: SkipLog, file: Path, number: int) -> FileImage | None:
     """The image of a question, by its name in a folder; one that is not there, or not in it, is a row skipped."""
     log.seen_one()
-    if not within(name):
+    if not is_inside(name):
         log.skip(str(file), number, "name leads out of the folder", name)
     elif not (folder / name).is_file():
         log.skip(str(file), number, "no image", folder / name)

@@ -12,9 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from llm2clip.data.skips import SkipLog
-from llm2clip.files import first, json_file
-from llm2clip.llava.tasks.base import SHORT, Asked, Task, grouped, mean, picture
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.io_utils import first_existing, read_json
+from llm2clip.llava.tasks.base import SHORT, Question, Task, group_by, image_file, mean_score
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {word: str(n) for n, word in enumerate(_DIGITS)}
@@ -69,12 +69,12 @@ def _line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def normalised(answer: str, table: dict[str, str] | None = None) -> str:
+def normalize_answer(answer: str, table: dict[str, str] | None = None) -> str:
     """An answer as VQA's scorer compares it, or another with its table of contractions."""
     return _words(_punctuation(_line(answer)), table)
 
 
-def processed(answer: str) -> str:
+def process_answer(answer: str) -> str:
     """An answer as TextVQA's scorer compares it, and as LLaVA sends it to servers."""
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return _words(_punctuation(_line(text), commas=False))
@@ -93,108 +93,112 @@ def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
     """VQA's accuracy of one answer, 0 to 1. Where all answers of people are the same, nothing is normalised."""
     answer, answers = _line(answer), [_line(a) for a in answers]
     if len(set(answers)) > 1:
-        answer, answers = normalised(answer), [normalised(a) for a in answers]
+        answer, answers = normalize_answer(answer), [normalize_answer(a) for a in answers]
     return agreement(answer, answers)
 
 
 def vizwiz_accuracy(answer: str, answers: Sequence[str]) -> float:
     """VizWiz's: people's answers are compared as they are."""
-    return agreement(normalised(answer, curly_contractions()), answers)
+    return agreement(normalize_answer(answer, curly_contractions()), answers)
 
 
 def textvqa_accuracy(answer: str, answers: Sequence[str]) -> float:
     """TextVQA's: both sides are always processed."""
-    return agreement(processed(answer), [processed(a) for a in answers])
+    return agreement(process_answer(answer), [process_answer(a) for a in answers])
 
 
 # ---- VQAv2 ----------------------------------------------------------------------------------------------------------
 
 
-def read_vqav2(folder: Path, log: SkipLog) -> list[Asked]:
+def read_vqav2(folder: Path, log: SkipLog) -> list[Question]:
     """v2_OpenEnded_mscoco_SPLIT_questions.json, with v2_mscoco_SPLIT_annotations.json where people's answers are
     public, and images in SPLIT/: val2014 if it is there, else test-dev2015, whose images are in test2015/."""
-    file = first(folder, "v2_OpenEnded_mscoco_val2014_questions.json", "v2_OpenEnded_mscoco_test*_questions.json")
+    file = first_existing(
+        folder, "v2_OpenEnded_mscoco_val2014_questions.json", "v2_OpenEnded_mscoco_test*_questions.json"
+    )
     split = file.name.split("_")[3]
     images = split.replace("test-dev", "test")
     known = folder / f"v2_mscoco_{split}_annotations.json"
-    answers = {a["question_id"]: a for a in json_file(known)["annotations"]} if known.is_file() else {}
+    answers = {a["question_id"]: a for a in read_json(known)["annotations"]} if known.is_file() else {}
     found = []
-    for number, row in enumerate(json_file(file)["questions"], 1):
+    for number, row in enumerate(read_json(file)["questions"], 1):
         name = f"COCO_{images}_{row['image_id']:012d}.jpg"
-        if image := picture(folder / images, name, log, file, number):
+        if image := image_file(folder / images, name, log, file, number):
             said = answers.get(row["question_id"])
             truth = [a["answer"] for a in said["answers"]] if said else None
             group = said["answer_type"] if said else ""
-            found.append(Asked(str(row["question_id"]), image, row["question"] + SHORT, truth, group))
+            found.append(Question(str(row["question_id"]), image, row["question"] + SHORT, truth, group))
     return found
 
 
-def _vqa_scores(asked: Sequence[Asked], answers: Sequence[str], accuracy: Any) -> dict[str, float]:
+def _vqa_scores(asked: Sequence[Question], answers: Sequence[str], accuracy: Any) -> dict[str, float]:
     known = [(one, answer) for one, answer in zip(asked, answers, strict=True) if one.truth is not None]
     if not known:
         return {}
     values = [accuracy(answer, one.truth) for one, answer in known]
-    by = grouped([one for one, _ in known], values)
-    return {"accuracy": mean(values), **{group: mean(some) for group, some in by.items() if group}}
+    by = group_by([one for one, _ in known], values)
+    return {"accuracy": mean_score(values), **{group: mean_score(some) for group, some in by.items() if group}}
 
 
-def score_vqav2(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, float]:
+def score_vqav2(asked: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
     """Accuracy, and that of questions for yes or no, for numbers, and others."""
     return _vqa_scores(asked, answers, vqa_accuracy)
 
 
-def submit_vqav2(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, Any]:
+def submit_vqav2(asked: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
     """For EvalAI's challenge 830. Questions of the whole test set that were not asked are for the sender to add: it
     takes an answer to each, "" for none."""
-    rows = [{"question_id": int(one.id), "answer": processed(a)} for one, a in zip(asked, answers, strict=True)]
+    rows = [{"question_id": int(one.id), "answer": process_answer(a)} for one, a in zip(asked, answers, strict=True)]
     return {"vqav2.json": rows}
 
 
 # ---- VizWiz ---------------------------------------------------------------------------------------------------------
 
 
-def read_vizwiz(folder: Path, log: SkipLog) -> list[Asked]:
+def read_vizwiz(folder: Path, log: SkipLog) -> list[Question]:
     """val.json, else test.json, whose answers only the server knows; images in val/ or test/."""
-    file = first(folder, "val.json", "test.json", "Annotations/val.json", "Annotations/test.json")
+    file = first_existing(folder, "val.json", "test.json", "Annotations/val.json", "Annotations/test.json")
     found = []
-    for number, row in enumerate(json_file(file), 1):
-        if image := picture(folder / file.stem, row["image"], log, file, number):
+    for number, row in enumerate(read_json(file), 1):
+        if image := image_file(folder / file.stem, row["image"], log, file, number):
             unsure = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
             truth = [a["answer"] for a in row["answers"]] if "answers" in row else None
             prompt = row["question"].capitalize() + unsure + SHORT
-            found.append(Asked(row["image"], image, prompt, truth, row.get("answer_type", "")))
+            found.append(Question(row["image"], image, prompt, truth, row.get("answer_type", "")))
     return found
 
 
-def score_vizwiz(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, float]:
+def score_vizwiz(asked: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
     """Accuracy, and that of each type of answer."""
     return _vqa_scores(asked, answers, vizwiz_accuracy)
 
 
-def submit_vizwiz(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, Any]:
+def submit_vizwiz(asked: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
     """For EvalAI's challenge 1911."""
-    return {"vizwiz.json": [{"image": one.id, "answer": processed(a)} for one, a in zip(asked, answers, strict=True)]}
+    return {
+        "vizwiz.json": [{"image": one.id, "answer": process_answer(a)} for one, a in zip(asked, answers, strict=True)]
+    }
 
 
 # ---- TextVQA --------------------------------------------------------------------------------------------------------
 
 
-def read_textvqa(folder: Path, log: SkipLog) -> list[Asked]:
+def read_textvqa(folder: Path, log: SkipLog) -> list[Question]:
     """TextVQA_0.5.1_val.json with TextVQA_Rosetta_OCR_v0.2_val.json, whose words LLaVA-1.5 shows with the question;
     images in train_images/."""
-    file = first(folder, "TextVQA_0.5.1_val.json")
-    words = json_file(first(folder, "TextVQA_Rosetta_OCR_v0.2_val.json"))["data"]
+    file = first_existing(folder, "TextVQA_0.5.1_val.json")
+    words = read_json(first_existing(folder, "TextVQA_Rosetta_OCR_v0.2_val.json"))["data"]
     seen = {row["image_id"]: row["ocr_tokens"] for row in words}
     found = []
-    for number, row in enumerate(json_file(file)["data"], 1):
-        if image := picture(folder / "train_images", f"{row['image_id']}.jpg", log, file, number):
+    for number, row in enumerate(read_json(file)["data"], 1):
+        if image := image_file(folder / "train_images", f"{row['image_id']}.jpg", log, file, number):
             tokens = ", ".join(seen.get(row["image_id"], []))
             prompt = f"{row['question'].capitalize()}\nReference OCR token: {tokens}{SHORT}"
-            found.append(Asked(str(row["question_id"]), image, prompt, row["answers"]))
+            found.append(Question(str(row["question_id"]), image, prompt, row["answers"]))
     return found
 
 
-def score_textvqa(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, float]:
+def score_textvqa(asked: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
     """Accuracy."""
     return _vqa_scores(asked, answers, textvqa_accuracy)
 
@@ -202,21 +206,24 @@ def score_textvqa(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, f
 # ---- GQA ------------------------------------------------------------------------------------------------------------
 
 
-def read_gqa(folder: Path, log: SkipLog) -> list[Asked]:
+def read_gqa(folder: Path, log: SkipLog) -> list[Question]:
     """testdev_balanced_questions.json, and images/ beside it."""
-    file = first(folder, "testdev_balanced_questions.json", "*/testdev_balanced_questions.json")
+    file = first_existing(folder, "testdev_balanced_questions.json", "*/testdev_balanced_questions.json")
     found = []
-    for number, (name, row) in enumerate(json_file(file).items(), 1):
-        if image := picture(file.parent / "images", f"{row['imageId']}.jpg", log, file, number):
+    for number, (name, row) in enumerate(read_json(file).items(), 1):
+        if image := image_file(file.parent / "images", f"{row['imageId']}.jpg", log, file, number):
             group = "open" if row.get("types", {}).get("structural") == "query" else "binary"
-            found.append(Asked(name, image, row["question"] + SHORT, row["answer"], group))
+            found.append(Question(name, image, row["question"] + SHORT, row["answer"], group))
     return found
 
 
-def score_gqa(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, float]:
+def score_gqa(asked: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
     """Accuracy: the answer in lower case, without periods at its end, is the one; and of binary and open questions."""
     values = [float(a.rstrip(".").lower() == one.truth) for one, a in zip(asked, answers, strict=True)]
-    return {"accuracy": mean(values), **{group: mean(some) for group, some in grouped(asked, values).items()}}
+    return {
+        "accuracy": mean_score(values),
+        **{group: mean_score(some) for group, some in group_by(asked, values).items()},
+    }
 
 
 TASKS = (

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, CLIPVisionModel, PretrainedConfi
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPOutput
 
-from llm2clip.models.adapter import Adapter, GatedLayer
+from llm2clip.models.heads import Adapter, GatedLayer
 
 
 class LLM2CLIPExportConfig(PretrainedConfig):

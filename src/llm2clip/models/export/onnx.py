@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llm2clip.models.export.hub import TEXTS, exportable, tokenizer_of
 from llm2clip.models.export.modeling_llm2clip import LLM2CLIPExport
+from llm2clip.models.export.transformers import TEXTS, check_exportable, get_tokenizer
 from llm2clip.models.llm2clip import LLM2CLIP
 
 USE = """import numpy as np
@@ -32,7 +32,7 @@ scores = texts @ images.T
 """
 
 
-class Vision(nn.Module):
+class VisionModule(nn.Module):
     """uint8 (N, 3, S, S) to (N, width), L2-normalised."""
 
     mean: Tensor
@@ -49,7 +49,7 @@ class Vision(nn.Module):
         return cast(Tensor, self.whole.get_image_features(normal).pooler_output)
 
 
-class Texts(nn.Module):
+class TextModule(nn.Module):
     """Token ids and mask, int64 (N, T), to (N, width), L2-normalised."""
 
     def __init__(self, whole: LLM2CLIPExport) -> None:
@@ -61,7 +61,7 @@ class Texts(nn.Module):
 
 
 @torch.no_grad()
-def to_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
+def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     """Write `vision.onnx` and `text.onnx`, with the tokenizer and the preparation of pictures; with `int8` also
     `vision-int8.onnx` and `text-int8.onnx`, whose weights are rounded to bytes.
 
@@ -77,12 +77,12 @@ def to_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"ONNX needs `pip install llm2clip[onnx]` ({error})") from error
-    whole = exportable(model)
+    whole = check_exportable(model)
     size = model.tower.preprocess.size
-    tokenizer = tokenizer_of(model.encoder)
+    tokenizer = get_tokenizer(model.encoder)
     tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(model.tower.preprocess.to_dict(), indent=1))
-    vision, texts = Vision(whole, model.tower.mean.cpu(), model.tower.std.cpu()).eval(), Texts(whole).eval()
+    vision, texts = VisionModule(whole, model.tower.mean.cpu(), model.tower.std.cpu()).eval(), TextModule(whole).eval()
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (3, 3, size, size), generator=generator, dtype=torch.uint8)
     padded = dict(tokenizer(list(TEXTS), padding=True, return_tensors="pt"))

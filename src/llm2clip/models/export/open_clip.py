@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from llm2clip.models.llm2clip import LLM2CLIP
 
 
-def to_open_clip(model: LLM2CLIP, folder: Path) -> None:
+def export_open_clip(model: LLM2CLIP, folder: Path) -> None:
     """Write a folder that `open_clip.create_model_and_transforms("local-dir:FOLDER")` opens, whose `encode_image`
     gives the model's vectors.
 

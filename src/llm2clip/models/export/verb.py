@@ -8,22 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llm2clip.models.card import card
-from llm2clip.models.export.hub import to_sentence_transformers, to_transformers, to_vision
-from llm2clip.models.export.onnx import to_onnx
-from llm2clip.models.export.open_clip import to_open_clip
+from llm2clip.models.export.model_card import render_model_card
+from llm2clip.models.export.onnx import export_onnx
+from llm2clip.models.export.open_clip import export_open_clip
+from llm2clip.models.export.transformers import export_sentence_transformers, export_transformers, export_vision
 from llm2clip.models.llm2clip import LLM2CLIP
 
 FORMS: dict[str, tuple[Callable[..., Any], str]] = {
-    "transformers": (to_transformers, 'AutoModel.from_pretrained("{out}", trust_remote_code=True)'),
-    "sentence-transformers": (to_sentence_transformers, 'SentenceTransformer("{out}", trust_remote_code=True)'),
-    "vision": (to_vision, 'AutoModel.from_pretrained("{out}")'),
-    "onnx": (to_onnx, 'onnxruntime.InferenceSession("{out}/text.onnx"); see {out}/USE.md'),
-    "open_clip": (to_open_clip, 'open_clip.create_model_and_transforms("local-dir:{out}")'),
+    "transformers": (export_transformers, 'AutoModel.from_pretrained("{out}", trust_remote_code=True)'),
+    "sentence-transformers": (export_sentence_transformers, 'SentenceTransformer("{out}", trust_remote_code=True)'),
+    "vision": (export_vision, 'AutoModel.from_pretrained("{out}")'),
+    "onnx": (export_onnx, 'onnxruntime.InferenceSession("{out}/text.onnx"); see {out}/USE.md'),
+    "open_clip": (export_open_clip, 'open_clip.create_model_and_transforms("local-dir:{out}")'),
 }
 
 
-def export(model: LLM2CLIP, form: str, out: str | Path, **options: Any) -> list[str]:
+def export_model(model: LLM2CLIP, form: str, out: str | Path, **options: Any) -> list[str]:
     """Write a model in a form of `FORMS`: whole, or not at all.
 
     Args:
@@ -60,7 +60,7 @@ def export_verb(source: str, form: str, out: str, int8: bool) -> list[str]:
     """Lines that say what was written and how it is opened."""
     if int8 and form != "onnx":
         raise ValueError("--int8 is for --to onnx")
-    lines = export(LLM2CLIP.from_pretrained(source, device="cpu"), form, out, **({"int8": True} if int8 else {}))
+    lines = export_model(LLM2CLIP.from_pretrained(source, device="cpu"), form, out, **({"int8": True} if int8 else {}))
     return [*lines, f"Exported: {out}", f"Open it with: {FORMS[form][1].format(out=out)}"]
 
 
@@ -73,7 +73,7 @@ def push_verb(source: str, name: str, private: bool, licence: str | None) -> lis
         raise FileNotFoundError(f"{source} is not a model folder: it has no config.json")
     api = HfApi()
     url = api.create_repo(name, private=private, exist_ok=True)
-    text = card(folder, name, licence)
+    text = render_model_card(folder, name, licence)
     api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=name)
     api.upload_folder(folder_path=folder, repo_id=name, ignore_patterns=["README.md", ".*"])
     return [f"Pushed: {url}"]

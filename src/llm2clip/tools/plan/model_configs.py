@@ -1,0 +1,147 @@
+"""The models of a recipe without their weights, and for those listed here without a network either.
+
+They are built on PyTorch's meta device: shapes and no numbers. A language model's shape is its published config.json's;
+a vision tower that the hub knows by one name is found under timm's, which has the same shape.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm2clip.config import AlignConfig, EncoderConfig
+from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.vision_tower import VisionTower
+
+
+def _shape(
+    kind: str, width: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int, **more: int
+) -> dict[str, Any]:
+    return {
+        "model_type": kind,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": ffn,
+        "vocab_size": vocab,
+        **more,
+    }
+
+
+_LLAMA_8B = _shape("llama", 4096, 32, 32, 8, 14336, 128256)
+_LLAMA_1B = _shape("llama", 2048, 16, 32, 8, 8192, 128256, head_dim=64, tie_word_embeddings=True)
+_VICUNA_7B = _shape("llama", 4096, 32, 32, 32, 11008, 32000)
+_VICUNA_13B = _shape("llama", 5120, 40, 40, 40, 13824, 32000)
+_NEMO = _shape("mistral", 5120, 40, 32, 8, 14336, 131072, head_dim=128)
+_QWEN = _shape("qwen2", 896, 24, 14, 2, 4864, 151936, tie_word_embeddings=True)
+_SMOLLM2 = _shape("llama", 576, 30, 9, 3, 1536, 49152, tie_word_embeddings=True)
+_GEMMA3 = _shape("gemma3_text", 640, 18, 4, 1, 2048, 262144, head_dim=256)
+_MINILM = _shape("bert", 384, 6, 12, 12, 1536, 30522)
+
+# By hub id, in lower case, or by a name that `llm2clip` fetches.
+LLMS = {
+    "meta-llama/meta-llama-3-8b": _LLAMA_8B,
+    "meta-llama/meta-llama-3-8b-instruct": _LLAMA_8B,
+    "meta-llama/llama-3.1-8b": _LLAMA_8B,
+    "meta-llama/llama-3.1-8b-instruct": _LLAMA_8B,
+    "meta-llama/llama-3.2-1b": _LLAMA_1B,
+    "meta-llama/llama-3.2-1b-instruct": _LLAMA_1B,
+    "lmsys/vicuna-7b-v1.5": _VICUNA_7B,
+    "lmsys/vicuna-13b-v1.5": _VICUNA_13B,
+    "mistralai/mistral-nemo-base-2407": _NEMO,
+    "mistralai/mistral-nemo-instruct-2407": _NEMO,
+    "qwen/qwen2.5-0.5b": _QWEN,
+    "qwen/qwen2.5-0.5b-instruct": _QWEN,
+    "qwen/qwen3-embedding-8b": _shape("qwen3", 4096, 36, 32, 8, 12288, 151665, head_dim=128),
+    "smollm2-135m": _SMOLLM2,
+    "huggingfacetb/smollm2-135m-instruct": _SMOLLM2,
+    "gemma3-270m": _GEMMA3,
+    "google/gemma-3-270m": _GEMMA3,
+    "all-minilm-l6-v2": _MINILM,
+    "sentence-transformers/all-minilm-l6-v2": _MINILM,
+}
+
+# The hub's name, or one that `llm2clip` fetches, to timm's and the pixels that it is used with.
+TOWERS: dict[str, tuple[str, int]] = {
+    "openai/clip-vit-base-patch32": ("vit_base_patch32_clip_quickgelu_224", 224),
+    "openai/clip-vit-base-patch16": ("vit_base_patch16_clip_quickgelu_224", 224),
+    "openai/clip-vit-large-patch14": ("vit_large_patch14_clip_quickgelu_224", 224),
+    "openai/clip-vit-large-patch14-336": ("vit_large_patch14_clip_quickgelu_336", 336),
+    "google/siglip2-base-patch16-224": ("vit_base_patch16_siglip_224", 224),
+    "google/siglip2-so400m-patch14-224": ("vit_so400m_patch14_siglip_224", 224),
+    "google/siglip2-so400m-patch14-384": ("vit_so400m_patch14_siglip_378", 378),
+    "google/siglip2-so400m-patch16-256": ("vit_so400m_patch16_siglip_256", 256),
+    "google/siglip2-so400m-patch16-384": ("vit_so400m_patch16_siglip_384", 384),
+    "facebook/dinov2-base": ("vit_base_patch14_dinov2", 224),
+    "facebook/dinov2-large": ("vit_large_patch14_dinov2", 224),
+    "efficientnet-lite0": ("tf_efficientnet_lite0", 224),
+    "efficientnet-lite2": ("tf_efficientnet_lite2", 260),
+}
+
+
+def get_llm_config(encoder: EncoderConfig) -> Any:
+    """The transformers config of an encoder's language model, cut to the recipe's `layers`.
+
+    Raises:
+        ValueError: nothing here says what it looks like.
+    """
+    from transformers import AutoConfig
+
+    path = encoder.path
+    folder = Path(path) / "text" if (Path(path) / "text/config.json").is_file() else Path(path)  # a model folder
+    if not folder.exists() and path.lower() in LLMS:
+        config = AutoConfig.for_model(**LLMS[path.lower()])
+    else:
+        try:
+            if folder.suffix == ".gguf":
+                config = AutoConfig.from_pretrained(str(folder.parent), gguf_file=folder.name, trust_remote_code=False)
+            else:
+                config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"--encoder.path {path}: neither a folder with a config.json, nor a model whose shape is known here "
+                f"({', '.join(LLMS)}), and the hub did not answer: {str(error).splitlines()[0]}"
+            ) from error
+    config = getattr(config, "text_config", config)
+    if encoder.layers is not None:
+        config.num_hidden_layers = min(encoder.layers, config.num_hidden_layers)
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: config.num_hidden_layers]
+    config.use_cache = False
+    return config
+
+
+def build_llm(config: Any) -> Any:
+    """The language model of a config on the meta device, without its head."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        return AutoModel.from_config(config, dtype=torch.float32)
+
+
+def build_tower(recipe: AlignConfig) -> VisionTower:
+    """The recipe's vision tower on the meta device.
+
+    Raises:
+        ValueError: nothing here says what it looks like.
+    """
+    name, size = TOWERS.get(recipe.tower.lower().removeprefix("hf:"), (recipe.tower, None))
+    try:
+        with torch.device("meta"):
+            return VisionTower.from_pretrained(name, image_size=recipe.image_size or size, pretrained=False)
+    except OSError as error:
+        raise ValueError(
+            f"--align.tower {recipe.tower}: neither a folder, nor timm's name of a model, nor one known here "
+            f"({', '.join(TOWERS)}), and the hub did not answer: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def build_model(recipe: AlignConfig, text_width: int) -> LLM2CLIP:
+    """The model of align, in training mode, on the meta device."""
+    tower = build_tower(recipe)
+    config = LLM2CLIPConfig.of_recipe(recipe, tower.config, text_width)
+    with torch.device("meta"):
+        return LLM2CLIP(config, tower).train()

@@ -1,0 +1,141 @@
+"""Any model's vectors are those that its own library gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llm2clip.data.image_loader import image_batches
+from llm2clip.data.records import open_records
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.evaluate.embeddings import ModelEmbeddings
+from llm2clip.evaluate.retrieval_eval import evaluate_model
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
+from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.vision_tower import VisionTower
+from test_caption_retrieval import make_clip
+
+TEXTS = ["a dog", "two cats", "a text of more than the twenty-four tokens that there is room for"]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import CLIPImageProcessor
+
+    folder = make_clip(tmp_path_factory.mktemp("clip") / "clip", "clip")
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def both(model: DualEncoder, pictures: Path) -> tuple[Tensor, Tensor, list[str]]:
+    """Vectors of eight pictures and of `TEXTS`; the pictures' files."""
+    refs = [r.image for r in open_records(pictures / "captions.jsonl") if r.image is not None][:8]
+    [(good, seen, failures)] = image_batches(refs, model.transform)
+    assert good == list(range(8)) and not failures
+    images, texts = model.encode_pictures(seen), model.encode_text(TEXTS)
+    assert images.shape == (8, model.width) and texts.shape == (3, model.width)
+    assert images.dtype == texts.dtype == torch.float32
+    return images, texts, [str(ref) for ref in refs]
+
+
+def as_theirs(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, F.normalize(theirs.float(), dim=-1), atol=1e-5, rtol=0)
+
+
+def test_a_transformers_model(clip: Path, pictures: Path) -> None:
+    from transformers import AutoModel, AutoProcessor
+
+    model = open_dual_encoder(str(clip), "cpu")
+    images, texts, files = both(model, pictures)
+    assert model.cut(TEXTS) == 1
+    peer, processor = AutoModel.from_pretrained(clip).eval(), AutoProcessor.from_pretrained(clip)
+    with torch.no_grad():
+        pixels = processor(images=[Image.open(f).convert("RGB") for f in files], return_tensors="pt")
+        as_theirs(images, peer.get_image_features(**pixels).pooler_output)
+        for text, vector in zip(TEXTS, texts, strict=True):
+            tokens = processor.tokenizer(text, truncation=True, max_length=24, return_tensors="pt")
+            as_theirs(vector[None], peer.get_text_features(input_ids=tokens["input_ids"]).pooler_output)
+
+
+def test_a_sentence_transformers_model(clip: Path, pictures: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model = open_dual_encoder(f"st:{clip}", "cpu")
+    peer = SentenceTransformer(str(clip), device="cpu")
+    refs = [r.image for r in open_records(pictures / "captions.jsonl") if r.image is not None][:8]
+    [(_, seen, _)] = image_batches(refs, model.transform)
+    as_theirs(model.encode_pictures(seen), peer.encode([Image.open(str(r)) for r in refs], convert_to_tensor=True))
+    as_theirs(model.encode_text(TEXTS[:2]), peer.encode(TEXTS[:2], convert_to_tensor=True))
+    assert model.cut(TEXTS) is None
+
+
+def test_an_open_clip_model(tmp_path: Path, pictures: Path) -> None:
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
+    peer = open_clip.create_model("ViT-S-32-alt").eval()
+    config = {"model_cfg": open_clip.get_model_config("ViT-S-32-alt"), "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(peer.state_dict(), tmp_path / "open_clip_model.safetensors")
+    images, texts, files = both(open_dual_encoder(f"open_clip:{tmp_path}", "cpu"), pictures)
+    transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")[2]
+    with torch.no_grad():
+        as_theirs(images, peer.encode_image(torch.stack([transform(Image.open(f)) for f in files])))
+        as_theirs(texts, peer.encode_text(open_clip.get_tokenizer("ViT-S-32-alt")(TEXTS)))
+
+
+def test_our_model_in_its_folder(llm: Path, tmp_path: Path, pictures: Path) -> None:
+    encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
+    tower = VisionTower.from_pretrained("timm:test_vit", pretrained=False, image_size=64)
+    config = LLM2CLIPConfig(tower.config, encoder.truncate_dim, width=12, adapter_depth=1, encoder=encoder.identity())
+    LLM2CLIP(config, tower).save_pretrained(tmp_path / "model", encoder=encoder)
+    model = open_dual_encoder(str(tmp_path / "model"), "cpu")
+    images, texts, files = both(model, pictures)
+    peer = LLM2CLIP.from_pretrained(tmp_path / "model", "cpu")
+    as_theirs(images, peer.encode_image(files))
+    as_theirs(texts, peer.encode_text(TEXTS))
+    assert model.cut(TEXTS) == 0 and model.identity() == open_dual_encoder(str(tmp_path / "model"), "cpu").identity()
+
+
+def test_the_same_measure_for_all(clip: Path, pictures: Path) -> None:
+    """A model that was never trained is about at chance, and its cut texts are counted."""
+    records = list(open_records(pictures / "captions.jsonl"))
+    vectors = ModelEmbeddings(open_dual_encoder(str(clip), "cpu"), SkipLog(), progress=False)
+    [row] = evaluate_model(vectors, {"captions": records})
+    assert row["images"] == len(records) and row["cut"] is not None
+    low, high = row["T2I interval"]["R@10"]
+    assert low <= row["T2I"]["R@10"] <= high
+
+
+def test_vectors_that_are_kept_are_the_same_and_are_not_made_again(
+    clip: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = list(open_records(pictures / "captions.jsonl"))
+    model = open_dual_encoder(str(clip), "cpu")
+    once = evaluate_model(ModelEmbeddings(model, SkipLog(), progress=False), {"captions": records})
+    kept = evaluate_model(ModelEmbeddings(model, SkipLog(), tmp_path), {"captions": records[:20]})
+    assert kept[0]["images"] == 20
+    assert evaluate_model(ModelEmbeddings(model, SkipLog(), tmp_path), {"captions": records}) == once
+
+    def never(*_: object) -> Tensor:
+        raise AssertionError("encoded again")
+
+    again = dataclasses.replace(model, see=never, read=never)
+    assert evaluate_model(ModelEmbeddings(again, SkipLog(), tmp_path), {"captions": records}) == once
+    other = dataclasses.replace(again, identity=lambda: {"name": "another"})
+    with pytest.raises(AssertionError, match="encoded again"):
+        evaluate_model(ModelEmbeddings(other, SkipLog(), tmp_path), {"captions": records})
+
+
+def test_no_model_of_that_name(tmp_path: Path, llm: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        open_dual_encoder(str(tmp_path / "nothing"), "cpu")
+    with pytest.raises(ValueError, match="not 'llm2clip'"):
+        open_dual_encoder(str(llm), "cpu")

@@ -1,0 +1,146 @@
+"""The adapter and the model around it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import make_llm
+from llm2clip import LLM2CLIP
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.heads import Adapter
+from llm2clip.models.llm2clip import LLM2CLIPConfig
+from llm2clip.models.vision_tower import VisionTower
+
+
+@pytest.fixture
+def model(llm: Path) -> LLM2CLIP:
+    torch.manual_seed(0)
+    encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
+    tower = VisionTower.from_pretrained("timm:test_efficientnet", pretrained=False, image_size=64)
+    config = LLM2CLIPConfig(tower.config, encoder.truncate_dim, width=12, adapter_depth=2, encoder=encoder.identity())
+    return LLM2CLIP(config, tower, encoder).eval()
+
+
+@pytest.mark.parametrize(("text_width", "millions"), [(4096, 273.8), (2048, 69.8)])
+def test_the_papers_parameter_counts(text_width: int, millions: float) -> None:
+    """273.8 M from 4096 to 1280 and 69.8 M from 2048, as in the published checkpoints."""
+    with torch.device("meta"):
+        adapter = Adapter(text_width, 1280)
+    assert round(sum(p.numel() for p in adapter.parameters()) / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_adapter_by_its_formula(normalize: bool) -> None:
+    adapter = Adapter(6, 4, depth=2, expansion=3, normalize_input=normalize).double()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    y = x / x.norm(dim=1, keepdim=True) if normalize else x
+
+    def norm(v: torch.Tensor, layer: torch.nn.LayerNorm) -> torch.Tensor:
+        centred = v - v.mean(1, keepdim=True)
+        return centred / (v.var(1, correction=0, keepdim=True) + layer.eps).sqrt() * layer.weight + layer.bias
+
+    for block in adapter.blocks:
+        hidden = norm(y, block.norm) @ block.up.weight.T + block.up.bias
+        hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+        y = y + hidden @ block.down.weight.T + block.down.bias
+    y = norm(y, adapter.norm) @ adapter.out.weight.T + adapter.out.bias
+    assert torch.allclose(adapter(x), y)
+
+
+def test_either_side_or_both(model: LLM2CLIP) -> None:
+    pixels, embeddings = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8), torch.randn(2, 32)
+    image, text, scale, _ = model(pixels, embeddings)
+    assert image.shape == (3, 12) and text.shape == (2, 12)
+    assert scale.item() == pytest.approx(1 / 0.07)
+    assert torch.equal(model(pixels=pixels)[0], image) and model(pixels=pixels)[1] is None
+    assert torch.equal(model(embeddings=embeddings)[1], text) and model(embeddings=embeddings)[0] is None
+
+
+def test_the_scale_is_clamped(model: LLM2CLIP) -> None:
+    with torch.no_grad():
+        model.logit_scale.fill_(9.0)
+    assert model()[2].item() == pytest.approx(100)
+    model.clamp_scale()
+    assert model.logit_scale.item() == pytest.approx(math.log(100))
+
+
+def test_the_llm_is_not_among_the_parameters(model: LLM2CLIP) -> None:
+    tops = {name.split(".")[0] for name, _ in model.named_parameters()}
+    assert tops == {"tower", "projection", "adapter", "logit_scale"}
+
+
+def test_encode_text_is_encoder_then_adapter(model: LLM2CLIP) -> None:
+    texts = ["a dog", "a much longer caption of a dog"]
+    with torch.no_grad():
+        step_by_step = F.normalize(model.adapter(model.encoder.encode(texts)), dim=-1)
+    assert torch.allclose(model.encode_text(texts), step_by_step, atol=1e-6)
+
+
+def test_the_folder_holds_no_pickle_and_says_what_it_is(model: LLM2CLIP, tmp_path: Path) -> None:
+    folder = model.save_pretrained(tmp_path / "m")
+    assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "llm2clip" and len(config["encoder_fingerprint"]) == 32
+    loaded = LLM2CLIP.from_pretrained(folder, device="cpu")
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
+
+
+def test_wrong_folders_are_refused(model: LLM2CLIP, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        LLM2CLIP.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(ValueError, match="'clip'"):
+        LLM2CLIP.from_pretrained(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/precious.txt").write_text("x")
+    with pytest.raises(FileExistsError, match="not a model folder"):
+        model.save_pretrained(tmp_path / "data")
+    assert (tmp_path / "data/precious.txt").exists()
+
+
+def test_an_llm_of_another_width_is_refused(model: LLM2CLIP, tmp_path: Path) -> None:
+    model.config.text_width = 48
+    model.adapter = Adapter(48, 12, 2)
+    folder = model.save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match=r"width 32.*takes 48"):
+        LLM2CLIP.from_pretrained(folder, device="cpu").encode_text(["a"])
+
+
+def test_another_caption_encoder_is_refused(model: LLM2CLIP, tmp_path: Path) -> None:
+    """Of the right width, too: the adapter would read its vectors as noise."""
+    other = CaptionEncoder.from_pretrained(make_llm(tmp_path / "other", seed=1), device="cpu")
+    with pytest.raises(ValueError, match="another caption encoder: it differs in weights"):
+        model.set_encoder(other)
+    model.set_encoder(model.encoder)
+
+
+def test_a_probe_can_be_trained_on_what_encode_gives(model: LLM2CLIP) -> None:
+    weight = torch.zeros(12, requires_grad=True)
+    (model.encode_text(["a"]) @ weight).sum().backward()
+    (model.encode_image(torch.zeros(3, 64, 64, dtype=torch.uint8)) @ weight).sum().backward()
+
+
+def test_a_folder_is_saved_again_without_opening_its_llm(
+    model: LLM2CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = model.save_pretrained(tmp_path / "first")
+    opened = LLM2CLIP.from_pretrained(first, device="cpu")
+    monkeypatch.setattr(CaptionEncoder, "from_pretrained", None)
+    again = opened.save_pretrained(tmp_path / "again")
+    files = {p.relative_to(first / "text"): p.read_bytes() for p in (first / "text").rglob("*") if p.is_file()}
+    assert files == {p.relative_to(again / "text"): p.read_bytes() for p in (again / "text").rglob("*") if p.is_file()}
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm/config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(FileExistsError):
+        opened.save_pretrained(tmp_path / "llm")
+    (again / "model.safetensors").write_bytes(b"version https://git-lfs")
+    with pytest.raises(ValueError, match="is damaged"):
+        LLM2CLIP.from_pretrained(again)

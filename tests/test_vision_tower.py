@@ -1,0 +1,343 @@
+"""One interface over timm and transformers: every family, tiny and random, saved to a folder and read back."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from llm2clip.data.images import Preprocess
+from llm2clip.models.tower_lora import add_tower_lora, merge_tower_lora
+from llm2clip.models.vision_tower import VisionTower
+
+TINY = {"embed_dim": 64, "depth": 3, "num_heads": 2, "img_size": 64}
+TIMM: dict[str, dict[str, Any]] = {
+    **{f"test_{name}": {} for name in ("vit", "vit3", "efficientnet", "resnet", "convnext", "mambaout")},
+    "eva02_base_patch16_clip_224": TINY,
+    "eva_giant_patch14_clip_224": TINY | {"img_size": 56, "mlp_ratio": 2.0},  # one product for q, k and v
+    "vit_pe_core_small_patch16_384": TINY,
+    "vit_base_patch16_siglip_224": TINY,
+    "vit_base_patch16_clip_224": TINY,
+}
+HF = ["clip", "clip_vision_model", "siglip", "siglip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit"]
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def save_timm(name: str, folder: Path) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False, num_classes=7, **TIMM[name])
+    timm.models.save_for_hf(model, folder, model_args=TIMM[name])
+    return model.eval()
+
+
+def save_hf(kind: str, folder: Path, processor: bool = True) -> nn.Module:
+    """Save a model of this type as people publish it, and return the part that sees."""
+    import transformers as tf
+
+    torch.manual_seed(0)
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"vocab_size": 9, "max_position_embeddings": 5, "projection_size": 32}
+    builders: dict[str, Any] = {
+        "clip": lambda: tf.CLIPModel(tf.CLIPConfig(vision_config=SMALL, text_config=text, projection_dim=16)),
+        "clip_vision_model": lambda: tf.CLIPVisionModelWithProjection(tf.CLIPVisionConfig(**SMALL)),
+        "siglip": lambda: tf.SiglipModel(tf.SiglipConfig(vision_config=SMALL, text_config=text)),
+        "siglip_vision_model": lambda: tf.SiglipVisionModel(tf.SiglipVisionConfig(**SMALL)),
+        "dinov2": lambda: tf.Dinov2Model(tf.Dinov2Config(**SMALL)),
+        "dinov2_with_registers": lambda: tf.Dinov2WithRegistersModel(tf.Dinov2WithRegistersConfig(**SMALL)),
+        "dinov3_vit": lambda: tf.DINOv3ViTModel(tf.DINOv3ViTConfig(**SMALL, num_register_tokens=2)),
+    }
+    model = builders[kind]().eval()
+    for parameter in model.parameters():  # random biases and scales too, so that nothing swapped goes unseen
+        parameter.data.add_(torch.randn_like(parameter) * 0.02)
+    model.half().save_pretrained(folder)  # as most checkpoints are
+    model.float()
+    if processor:
+        if kind.startswith("siglip"):
+            tf.SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+        else:
+            tf.CLIPImageProcessor(size={"shortest_edge": 36}, crop_size=32).save_pretrained(folder)
+    return getattr(model, "vision_model", model)
+
+
+def pixels(size: int, count: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+def normalised(x: Tensor, preprocess: Preprocess) -> Tensor:
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (preprocess.mean, preprocess.std))
+    return (x / 255 - mean) / std
+
+
+def checkpoints(tower: nn.Module) -> bool:
+    flags = ("grad_checkpointing", "gradient_checkpointing")
+    return any(getattr(module, flag, False) is True for module in tower.modules() for flag in flags)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, nn.Module]]:
+    """Family to its folder and the library's own model."""
+    root = tmp_path_factory.mktemp("towers")
+    families = {name: (root / name, save_timm(name, root / name)) for name in TIMM}
+    return families | {kind: (root / kind, save_hf(kind, root / kind)) for kind in HF}
+
+
+def test_a_tower_that_is_not_square_is_refused(tmp_path: Path) -> None:
+    args = {"img_size": (64, 48), "depth": 1, "embed_dim": 32, "num_heads": 2}
+    timm.models.save_for_hf(timm.create_model("vit_base_patch16_clip_224", **args), tmp_path, model_args=args)
+    with pytest.raises(ValueError, match="only squares"):
+        VisionTower.from_pretrained(tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [*TIMM, *HF])
+def test_family(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
+    folder, library = saved[family]
+    tower = VisionTower.from_pretrained(folder)
+    assert not tower.training
+    assert {parameter.dtype for parameter in tower.parameters()} == {torch.float32}
+    size = tower.preprocess.size
+    assert size == (TIMM[family].get("img_size", 160) if family in TIMM else 32)
+
+    x = pixels(size)
+    features = tower(x)
+    assert features.shape == (2, tower.width)
+    assert torch.equal(features, tower(x / 255))
+
+    # the same as the library's own model on the same pixels
+    if family in TIMM:
+        library.reset_classifier(0)  # type: ignore[operator]
+        expected = library(normalised(x, tower.preprocess))
+    else:
+        expected = library(pixel_values=normalised(x, tower.preprocess)).pooler_output
+    # half precision is what was on the disk
+    torch.testing.assert_close(features, expected, atol=1e-4 if family in TIMM else 2e-2, rtol=1e-3)
+    assert (features[0] - features[1]).abs().max() > 1e-4
+
+    # rebuilt from JSON with no folder in reach, then given the weights
+    config = json.loads(json.dumps(tower.config))
+    assert str(folder.parent) not in json.dumps(config)
+    again = VisionTower.from_config(config)
+    assert all(name.startswith("backbone.") for name in tower.state_dict())
+    again.load_state_dict(tower.state_dict())
+    assert torch.equal(again(x), features)
+    assert (again.preprocess, again.width) == (tower.preprocess, tower.width)
+
+
+@pytest.mark.parametrize("family", [*TIMM, *HF])
+def test_training(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
+    tower = VisionTower.from_pretrained(saved[family][0]).train()
+    x = pixels(tower.preprocess.size)
+    torch.manual_seed(0)
+    tower(x).square().sum().backward()
+    # DDP waits for ever for a parameter without a gradient
+    assert [n for n, p in tower.named_parameters() if p.requires_grad and p.grad is None] == []
+
+    depth = tower.layer_of()
+    assert depth.keys() == {name for name, _ in tower.named_parameters()}
+    assert set(depth.values()) == set(range(tower.num_layers))
+    assert tower.num_layers >= 4
+    if family in HF:
+        assert tower.num_layers == 5
+        assert {depth[name] for name in depth if "embeddings" in name or "pre_layr" in name} == {0}
+    else:
+        assert depth[next(name for name, p in tower.named_parameters() if p.ndim == 4)] == 0  # the first convolution
+
+    gradients = {name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None}
+    tower.zero_grad()
+    tower.set_grad_checkpointing()
+    assert checkpoints(tower)
+    torch.manual_seed(0)
+    tower(x).square().sum().backward()
+    for name, parameter in tower.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(
+                parameter.grad, gradients[name], rtol=1e-3, atol=1e-4 * gradients[name].abs().max()
+            )
+    tower.set_grad_checkpointing(False)
+    assert not checkpoints(tower)
+
+
+@pytest.mark.parametrize("family", [*TIMM, *HF])
+def test_lora(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
+    """It changes nothing at first, all of it learns, and once merged the tower gives what it gave with it."""
+    tower = VisionTower.from_pretrained(saved[family][0])
+    names, x = list(tower.state_dict()), pixels(tower.preprocess.size)
+    for name, parameter in tower.named_parameters():
+        if parameter.ndim == 1 and "bias" not in name:  # untrained residual branches weigh nothing
+            nn.init.ones_(parameter)
+    with torch.no_grad():
+        before = tower(x)
+    assert len(tower.blocks()) >= 3
+    add_tower_lora(tower, 2, 4)
+    torch.testing.assert_close(tower(x), before, atol=1e-5, rtol=1e-5)
+    trained = {name: p for name, p in tower.named_parameters() if p.requires_grad}
+    assert trained and all(".lora_" in name for name in trained)
+    assert tower.layer_of().keys() == dict(tower.named_parameters()).keys()
+    for name, parameter in trained.items():
+        if ".lora_B" in name:  # zero at first, which would leave the others without a gradient
+            nn.init.normal_(parameter, std=0.05)
+    changed = tower(x)
+    changed.square().sum().backward()
+    # A layer that the tower multiplies past LoRA would show here.
+    assert [n for n, p in trained.items() if p.grad is None or not p.grad.abs().sum()] == []
+    merge_tower_lora(tower)
+    assert list(tower.state_dict()) == names and all(p.requires_grad for p in tower.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(tower(x), changed, atol=1e-4 * changed.abs().max().item(), rtol=1e-4)
+    assert (changed - before).abs().max() > 1e-4
+
+
+def test_depth_goes_from_input_to_output() -> None:
+    depth = VisionTower.from_pretrained("test_vit", pretrained=False).layer_of()
+    blocks = [depth[f"backbone.blocks.{i}.attn.qkv.weight"] for i in range(6)]
+    assert blocks == sorted(set(blocks))
+    assert depth["backbone.patch_embed.proj.weight"] == 0
+    assert (
+        depth["backbone.fc_norm.weight" if "backbone.fc_norm.weight" in depth else "backbone.norm.weight"] == blocks[-1]
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [*TIMM, "clip", "siglip", "dinov2", "dinov3_vit"])
+def test_another_resolution(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
+    folder, _ = saved[family]
+    own = VisionTower.from_pretrained(folder)
+    size = own.preprocess.size * 3 // 2
+    tower = VisionTower.from_pretrained(folder, image_size=size)
+    assert tower.preprocess.size == size
+    assert tower.preprocess.crop_pct == pytest.approx(own.preprocess.crop_pct)
+    x = pixels(size)
+    assert tower(x).shape == (2, own.width)
+    again = VisionTower.from_config(json.loads(json.dumps(tower.config)))
+    again.load_state_dict(tower.state_dict())
+    assert torch.equal(again(x), tower(x))
+    # the pretrained weights are in it: a plain picture means the same to both
+    plain = torch.full((1, 3, 1, 1), 200, dtype=torch.uint8)
+    both = [t(plain.expand(1, 3, t.preprocess.size, t.preprocess.size)) for t in (own, tower)]
+    assert torch.cosine_similarity(*both).item() > 0.9
+
+
+def test_preprocessing_is_the_towers_own(saved: dict[str, tuple[Path, nn.Module]]) -> None:
+    vit = VisionTower.from_pretrained(saved["test_vit"][0]).preprocess
+    assert vit == Preprocess(160, "shortest", 0.95, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert VisionTower.from_pretrained(saved["test_resnet"][0]).preprocess.interpolation == "bilinear"
+    clip = VisionTower.from_pretrained(saved["clip"][0]).preprocess
+    assert (clip.size, clip.scaled, clip.resize, clip.mean[0]) == (32, 36, "shortest", 0.48145466)
+    siglip = VisionTower.from_pretrained(saved["siglip"][0]).preprocess
+    assert (siglip.size, siglip.scaled, siglip.resize, siglip.mean[0]) == (32, 32, "squash", 0.5)
+
+
+def test_no_preprocessor_config_means_the_usual_and_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_hf("dinov2", tmp_path, processor=False)
+    with caplog.at_level(logging.WARNING):
+        tower = VisionTower.from_pretrained(tmp_path)
+    assert "says nothing about preprocessing" in caplog.text
+    assert tower.preprocess == Preprocess(
+        32, "shortest", 0.875, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    )
+
+
+def test_names(tmp_path: Path, saved: dict[str, tuple[Path, nn.Module]]) -> None:
+    for name in ("test_resnet", "timm:test_resnet", "timm:test_resnet.r160_in1k"):
+        tower = VisionTower.from_pretrained(name, pretrained=False)
+        assert (tower.config["library"], tower.config["architecture"]) == ("timm", "test_resnet")
+    for prefix, family in (("timm:", "test_vit"), ("hf:", "clip"), ("", "clip")):
+        named = VisionTower.from_pretrained(f"{prefix}{saved[family][0]}")
+        assert torch.equal(*(next(t.parameters()) for t in (named, VisionTower.from_pretrained(saved[family][0]))))
+    random = VisionTower.from_pretrained(f"hf:{saved['clip'][0]}", pretrained=False)
+    assert not torch.equal(*(next(t.parameters()) for t in (random, VisionTower.from_pretrained(saved["clip"][0]))))
+
+    for name in ("no_such_model", "test_resnet.no_such_tag"):
+        with pytest.raises(ValueError, match="no_such"):
+            VisionTower.from_pretrained(name)
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        VisionTower.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="neither"):
+        VisionTower.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "message"), [("siglip2", "NaFlex"), ("bert", "supported are")])
+def test_unsupported_models_are_named(kind: str, message: str, tmp_path: Path) -> None:
+    import transformers
+
+    transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        VisionTower.from_pretrained(tmp_path)
+
+
+def test_code_in_a_folder_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    marker = tmp_path / "ran"
+    (tmp_path / "configuration_evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    config = {"model_type": "evil", "auto_map": {"AutoConfig": "configuration_evil.Evil"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match=r"evil|trust_remote_code"):
+        VisionTower.from_pretrained(tmp_path)
+    assert not marker.exists()
+
+
+def test_missing_weights_are_an_error_not_random_numbers(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_hf("clip_vision_model", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "layers.1." not in k}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match="lacks the weights"):
+        VisionTower.from_pretrained(tmp_path)
+
+
+def test_batch_norm_stays_frozen_while_training() -> None:
+    tower = VisionTower.from_pretrained("test_resnet", pretrained=False)
+    x = pixels(160, 4)
+    before = {name: value.clone() for name, value in tower.state_dict().items() if "running" in name}
+    assert before
+    tower.train()
+    assert tower.training
+    together = tower(x)
+    assert torch.allclose(together[:1], tower(x[:1]), atol=1e-5)  # no picture depends on the others
+    assert all(torch.equal(tower.state_dict()[name], value) for name, value in before.items())
+
+    tower.freeze_norm = False
+    tower.train()
+    assert not torch.allclose(tower(x)[:1], tower(x[:2])[:1], atol=1e-3)
+    assert not all(torch.equal(tower.state_dict()[name], value) for name, value in before.items())
+    tower.eval()
+    assert not any(module.training for module in tower.modules())
+
+    vit = VisionTower.from_pretrained("test_vit", pretrained=False).train()
+    assert all(module.training for module in vit.modules())
+
+
+@torch.no_grad()
+def test_normalisation_stays_exact_in_half_precision_and_through_meta(saved: dict[str, tuple[Path, nn.Module]]) -> None:
+    tower = VisionTower.from_pretrained(saved["clip"][0])
+    expected = tower(pixels(32))
+    mean = tower.mean.clone()
+    tower.to(torch.bfloat16)
+    assert torch.equal(tower.mean, mean)
+    assert tower(pixels(32)).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.cosine_similarity(tower.float()(pixels(32)).float(), expected).min() > 0.99
+
+    with torch.device("meta"):
+        empty = VisionTower.from_config(tower.config)
+    assert empty.mean.is_meta
+    empty.to_empty(device="cpu")
+    assert torch.equal(empty.mean, mean)
