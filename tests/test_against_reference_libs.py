@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from llm2clip import LLM2CLIP
 from llm2clip.data.images import load_image
 from llm2clip.evaluate.adapters import clip_benchmark as adapter
-from llm2clip.evaluate.benchmarks import BENCHMARKS, Malformed
+from llm2clip.evaluate.benchmarks import BENCHMARKS, DataFormatError
 from llm2clip.evaluate.eccv_caption import judged_metrics, top_k_neighbors
 from llm2clip.evaluate.recall import evaluate_retrieval
 from llm2clip.models.caption_encoder import CaptionEncoder
@@ -134,7 +134,7 @@ def test_judged_figures_are_those_of_whole_lists(tmp_path: Path) -> None:
         for k in (1, 5, 10):
             assert ours[f"{way} COCO R@{k}"] == pytest.approx(plain[way][f"R@{k}"], abs=1e-6)
     file.write_text(json.dumps({**annotations, "annotations": annotations["annotations"][1:]}))
-    with pytest.raises(Malformed, match="lacks 1 of the 25,000"):
+    with pytest.raises(DataFormatError, match="lacks 1 of the 25,000"):
         BENCHMARKS["eccv-caption"].read(tmp_path / "coco")
 
 

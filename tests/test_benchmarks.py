@@ -17,7 +17,7 @@ from PIL import Image
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
 from llm2clip.data.records import Record
-from llm2clip.evaluate.benchmarks import BENCHMARKS, Absent, Choice, Classes, Malformed
+from llm2clip.evaluate.benchmarks import BENCHMARKS, Choice, Classes, DataFormatError, MissingFileError
 from llm2clip.evaluate.benchmarks.classification import folder_of_classes
 from llm2clip.evaluate.benchmarks.karpathy_splits import strip_tags
 
@@ -128,7 +128,7 @@ def test_the_first_thousand_of_a_large_list_alone(tmp_path: Path, monkeypatch: p
     rows = [{"n": n, "text": "x" * 5000} for n in range(400)]
     put(tmp_path / "big.json", json.dumps(rows)[:-100_000])
     assert [row["n"] for row in first_rows(tmp_path / "big.json", 300)] == list(range(300))
-    with pytest.raises(Malformed, match="object 381 is cut off"):
+    with pytest.raises(DataFormatError, match="object 381 is cut off"):
         first_rows(tmp_path / "big.json", 400)
 
 
@@ -214,7 +214,7 @@ def test_many_languages(tmp_path: Path) -> None:
     assert list(found) == ["captions_tr", "captions_ja"]
     assert shown(found["captions_ja"]) == [(names[0], ("犬",)), (names[1], ("猫",))]
     put(tmp_path / "xtd10/XTD10/test_1kcaptions_ko.txt", "개\n")
-    with pytest.raises(Malformed, match="1 captions for 2 images"):
+    with pytest.raises(DataFormatError, match="1 captions for 2 images"):
         read("xtd10", tmp_path)
 
 
@@ -304,7 +304,7 @@ def test_cifar_in_its_binary_form(tmp_path: Path) -> None:
     fine: Classes = read("cifar100", tmp_path)
     assert list(fine.labels) == [1, 0] and fine.names[1] == "aquarium fish"
     (tmp_path / "cifar10/test_batch.bin").write_bytes(rows[0][:-1])
-    with pytest.raises(Malformed, match="no whole number"):
+    with pytest.raises(DataFormatError, match="no whole number"):
         read("cifar10", tmp_path)
 
 
@@ -320,7 +320,7 @@ def test_any_folder_of_classes(tmp_path: Path) -> None:
     found = folder_of_classes(tmp_path)
     assert list(found.names) == ["a large dog", "a cat"] and list(found.templates) == ["here is {}"]
     put(tmp_path / "templates.txt", "here it is\n")
-    with pytest.raises(Malformed, match=r"no \{\} for the name"):
+    with pytest.raises(DataFormatError, match=r"no \{\} for the name"):
         folder_of_classes(tmp_path)
 
 
@@ -328,19 +328,19 @@ def test_any_folder_of_classes(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(Absent, match="no folder coco or COCO"):
+    with pytest.raises(MissingFileError, match="no folder coco or COCO"):
         read("coco", tmp_path)
     (tmp_path / "coco/val2014").mkdir(parents=True)
-    with pytest.raises(Absent, match=r"no coco_karpathy_test.json or annotations/coco_karpathy_test.json"):
+    with pytest.raises(MissingFileError, match=r"no coco_karpathy_test.json or annotations/coco_karpathy_test.json"):
         read("coco", tmp_path)
     put(tmp_path / "coco/coco_karpathy_test.json", [{"image": "val2014/a.jpg", "caption": ["x"]}] * 3)
-    with pytest.raises(Absent, match=r"3 of 3 images .* are missing, .*a.jpg for one"):
+    with pytest.raises(MissingFileError, match=r"3 of 3 images .* are missing, .*a.jpg for one"):
         read("coco", tmp_path)
     put(tmp_path / "coco/coco_karpathy_test.json", [{"image": "../secret.jpg", "caption": ["x"]}])
-    with pytest.raises(Malformed, match="leads out of it"):
+    with pytest.raises(DataFormatError, match="leads out of it"):
         read("coco", tmp_path)
     put(tmp_path / "coco/coco_karpathy_test.json", "[{")
-    with pytest.raises(Malformed, match="not JSON"):
+    with pytest.raises(DataFormatError, match="not JSON"):
         read("coco", tmp_path)
 
 

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from llm2clip.cli import build
-from llm2clip.config import RARE, AlignConfig, FitConfig, LlavaConfig, ReproduceConfig, save_or_check_config
+from llm2clip.config import AlignConfig, FitConfig, LlavaConfig, ReproduceConfig
+from llm2clip.run_config import save_or_check_config
 from llm2clip.tools.plan.devices import Machine
 from llm2clip.tools.plan.plan import plan_fit
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from llm2clip import LLM2CLIP
 from llm2clip.cli import main
-from llm2clip.config import ConfigChangedError, save_or_check_config
+from llm2clip.run_config import ConfigChangedError, save_or_check_config
 
 
 def command(pictures: Path, llm: Path, out: Path) -> list[str]:

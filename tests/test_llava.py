@@ -19,7 +19,7 @@ from llm2clip.config import LlavaConfig
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
-from llm2clip.llava import train_llava as training
+from llm2clip.llava import train as training
 from llm2clip.llava.build import assemble_llava, build_llava
 from llm2clip.llava.chat_template import (
     IGNORED,

@@ -12,7 +12,7 @@ import pytest
 from llm2clip.data.image_refs import FileImage
 from llm2clip.llava.build import build_llava
 from llm2clip.llava.generate import Generator
-from llm2clip.llava.tasks import Asked
+from llm2clip.llava.tasks import Question
 from test_export import hf_tower
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
@@ -81,7 +81,7 @@ def test_a_local_task_is_answered_as_by_our_own_evaluation(model: Path, pictures
         model=LmmsModel(str(model), "cpu", 2, "fp32"), tasks=["local_say"], task_manager=manager, log_samples=False,
         bootstrap_iters=0,
     )  # fmt: skip
-    asked = [Asked(str(n), FileImage(row["picture"]), row["question"]) for n, row in enumerate(rows)]
+    asked = [Question(str(n), FileImage(row["picture"]), row["question"]) for n, row in enumerate(rows)]
     own = dict(Generator(str(model), "cpu", "fp32", 2).answer(asked, 6))
     (said,) = [v for k, v in found["results"]["local_say"].items() if k.partition(",")[0] == "said"]
     assert said == " | ".join(str(own[n]) for n in range(5))
@@ -97,6 +97,6 @@ def test_likelihoods_are_the_model_s_own(model: Path, pictures: Path) -> None:
     inside.task_dict = {"t": {"test": {0: {"picture": path}}}}
     arguments = ("Is it?", "Yes", lambda doc: [Image.open(doc["picture"])], 0, "t", "test")
     (found,) = inside.loglikelihood([SimpleNamespace(args=arguments)])
-    own = Generator(str(model), "cpu", "fp32").likelihoods(Asked("", FileImage(str(path)), "Is it?"), ["Yes"])
+    own = Generator(str(model), "cpu", "fp32").likelihoods(Question("", FileImage(str(path)), "Is it?"), ["Yes"])
     assert own is not None and found[0] == pytest.approx(float(own[0, 0]), abs=1e-4)
     assert found[1] is bool(own[0, 1] == own[0, 2])

@@ -24,7 +24,7 @@ from llm2clip.llava.build import build_llava
 from llm2clip.llava.captions import caption_scores, words
 from llm2clip.llava.evaluate import GenerationOptions, caption_task, pope_task, run_task
 from llm2clip.llava.generate import Generator
-from llm2clip.llava.tasks import TASKS, Asked
+from llm2clip.llava.tasks import TASKS, Question
 from llm2clip.llava.tasks.base import LETTER, SHORT, first_units
 from llm2clip.llava.tasks.llm_judge import MM_VET, OpenAIJudge, judge_llava_bench, judge_mm_vet
 from llm2clip.llava.tasks.multiple_choice import MMBENCH_CN, mmbench_letter, scienceqa_letter
@@ -52,11 +52,11 @@ def write(path: Path, data: Any) -> None:
     path.write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
 
 
-def read(name: str, folder: Path, log: SkipLog | None = None) -> list[Asked]:
+def read(name: str, folder: Path, log: SkipLog | None = None) -> list[Question]:
     return TASKS[name].read(folder, log or SkipLog())
 
 
-def scored(name: str, asked: list[Asked], *answers: str) -> dict[str, float]:
+def scored(name: str, asked: list[Question], *answers: str) -> dict[str, float]:
     return {k: round(v, 2) for k, v in TASKS[name].score(asked, answers).items()}
 
 
@@ -441,9 +441,9 @@ def built(tmp_path_factory: pytest.TempPathFactory, llm: Path) -> Path:
 def test_answers_do_not_depend_on_their_neighbours(built: Path, pictures: Path) -> None:
     """Nor on the batch: each is what transformers says to the question alone."""
     model = Generator(str(built), "cpu", "fp32", batch=3)
-    asked = [Asked(str(n), FileImage(str(pictures / f"{n}.png")), "What?" * (1 + n % 3)) for n in range(5)]
-    asked.append(Asked("text", None, "Hello?"))
-    asked.append(Asked("bad", MemoryImage(b"no image", "bad"), "What?"))
+    asked = [Question(str(n), FileImage(str(pictures / f"{n}.png")), "What?" * (1 + n % 3)) for n in range(5)]
+    asked.append(Question("text", None, "Hello?"))
+    asked.append(Question("bad", MemoryImage(b"no image", "bad"), "What?"))
     for beams in (1, 2):
         found = dict(model.answer(asked, 6, beams))
         assert found[6] is None and len(found) == 7
@@ -474,8 +474,8 @@ def test_the_likeliest_option_is_that_of_the_model_s_own_loss(built: Path, pictu
     model = Generator(str(built), "cpu", "fp32")
     options = ("Yes", "No, never", "A rather long one")
     asked = [
-        Asked("1", FileImage(str(pictures / "1.png")), "Is it?", options=options),
-        Asked("2", None, "Q", options=options),
+        Question("1", FileImage(str(pictures / "1.png")), "Is it?", options=options),
+        Question("2", None, "Q", options=options),
     ]
     found = dict(model.choose(asked))
     from llm2clip.data.images import load_image
@@ -503,7 +503,7 @@ def test_what_was_answered_is_not_asked_again(
     calls: list[int] = []
     answer: Callable[..., Any] = Generator.answer
 
-    def counted(self: Generator, asked: list[Asked], *args: Any) -> Any:
+    def counted(self: Generator, asked: list[Question], *args: Any) -> Any:
         calls.append(len(asked))
         return answer(self, asked, *args)
 
@@ -529,7 +529,7 @@ def test_too_many_pictures_that_cannot_be_decoded_are_no_result(built: Path, tmp
 
 
 def test_a_limit_takes_of_each_group_in_turn() -> None:
-    asked = [Asked(f"{n}", None, "?", group=group) for n, group in enumerate("aaaabbbbcc")]
+    asked = [Question(f"{n}", None, "?", group=group) for n, group in enumerate("aaaabbbbcc")]
     assert [one.id for one in first_units(asked, 4)] == ["0", "1", "4", "8"]
     assert len(first_units(asked, 9)) == 9
 

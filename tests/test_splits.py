@@ -16,11 +16,12 @@ import pytest
 from PIL import Image
 
 from format_fixtures import image_bytes
-from llm2clip.config import ConfigChangedError, EvaluateConfig, TuneConfig, save_or_check_config
+from llm2clip.config import EvaluateConfig, TuneConfig
 from llm2clip.data.pairs import ImageCaptions, Pair
 from llm2clip.data.records import EARLY, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import Data, read_data, read_records, stream_records, tuning_sources
+from llm2clip.run_config import ConfigChangedError, save_or_check_config
 
 
 @pytest.fixture

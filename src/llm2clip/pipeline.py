@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, EvaluateConfig, TuneConfig, save_or_check_config
+from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, EvaluateConfig, TuneConfig
 from llm2clip.data.records import KINDS, Record, Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import read_data, read_records, stream_records, tuning_sources
@@ -19,6 +19,7 @@ from llm2clip.evaluate.retrieval_eval import make_validator
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.vision_tower import VisionTower
+from llm2clip.run_config import save_or_check_config
 from llm2clip.store.encode import embed
 from llm2clip.store.layout import check_identity
 from llm2clip.store.ray_engine import embed_with_ray

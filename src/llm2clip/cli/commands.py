@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
-from llm2clip.config import RARE, FitConfig
+from llm2clip.config import FitConfig
 from llm2clip.tools.plan.devices import Machine
 
 DATA_HELP = "sources of images and captions: PATH, or PATH@split+split"
@@ -81,7 +81,7 @@ class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         super().add_usage(usage, shown, *more, **named)
 
     def add_argument(self, action: Action) -> None:
-        if action.dest not in RARE and action.dest not in SECTIONS:
+        if action.dest not in SECTIONS:
             super().add_argument(action)
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from llm2clip.config import LlavaConfig, save_or_check_config
+from llm2clip.config import LlavaConfig
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import read_records
@@ -20,6 +20,7 @@ from llm2clip.llava.tasks.base import first_units
 from llm2clip.llava.tasks.llm_judge import OpenAIJudge
 from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
 from llm2clip.models.vision_tower import VisionTower
+from llm2clip.run_config import save_or_check_config
 
 
 def build_verb(vision: str, llm: str, out: str, image_size: int | None, pad: bool) -> list[str]:
@@ -73,7 +74,7 @@ def train_verb(
     main = process_state().is_main_process
     if main:
         sources = {"pretrain": list(pretrain), "instruct": list(instruct), "images": images, "columns": columns}
-        save_or_check_config({"model": model, **sources, "llava": recipe}, run / "recipe.yaml")
+        save_or_check_config({"model": model, **sources, "llava": recipe}, run)
     log = SkipLog(run / "skipped.jsonl" if main else None, max_skipped)
     first = conversations(pretrain, captioning_conversations, images, columns, log, recipe.seed)
     second = conversations(instruct, instruction_conversations, images, columns, log, recipe.seed)

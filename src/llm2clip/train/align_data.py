@@ -43,7 +43,7 @@ def check_batch(images: int, config: AlignConfig, world: int) -> int:
 def limit_threads(images: int, config: AlignConfig, world: int) -> AlignConfig:
     """The recipe with a batch of all images, where their features are cached and there are fewer than it wants."""
     if not config.cache_features:
-        return recipe
+        return config
     most = images // (world * config.accumulate)
     return dataclasses.replace(config, batch_size=max(1, min(config.batch_size, most)))
 

@@ -33,7 +33,7 @@ from llm2clip.checkpoint import (
     prune_checkpoints,
     validate_resume,
 )
-from llm2clip.config import RESUME_SAFE, AlignConfig
+from llm2clip.config import AlignConfig
 from llm2clip.cpu_tuning import keep_freed_memory
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
@@ -41,6 +41,7 @@ from llm2clip.distributed import fsdp_enabled, process_state, set_fsdp_wrap_poli
 from llm2clip.models.fingerprint import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.tower_lora import merge_tower_lora
+from llm2clip.run_config import RESUME_SAFE
 from llm2clip.store.image_features import TowerFeatures, store_image_features
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.align_data import AlignBatches, Batch

@@ -218,5 +218,5 @@ def _align_settings(
 
 def _named(stage: str, recipe: Any, change: dict[str, Any]) -> str:
     """The options of a change, without what is so already."""
-    new = {k: v for k, v in change.items() if getattr(config, k) != v}
+    new = {k: v for k, v in change.items() if getattr(recipe, k) != v}
     return " ".join(f"--{stage}.{k} {str(v).lower()}" for k, v in new.items())

@@ -7,7 +7,7 @@ from io import StringIO
 from rich.console import Console
 from rich.table import Table
 
-from llm2clip.tools.plan.memory import peak_memory
+from llm2clip.tools.plan.memory import USABLE_FRACTION, peak_memory
 from llm2clip.tools.plan.plan import STAGES, Plan
 
 
@@ -133,7 +133,7 @@ def _assumptions(found: Plan) -> str:
     return (
         "Arithmetic, not measured. "
         f"Assumed: {found.machine.mfu:.0%} of the device's products per second are reached (MFU), "
-        f"{1 - ROOM:.0%} of its memory is lost between pieces, every caption differs, and images are decoded in time."
+        f"{1 - USABLE_FRACTION:.0%} of its memory is lost between pieces, every caption differs, and images are decoded in time."
     )
 
 

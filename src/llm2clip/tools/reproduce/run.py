@@ -49,7 +49,7 @@ def reproduce(data: Path, out: Path, config: ReproduceConfig, claims: Sequence[i
         raise ValueError(f"no claim {unknown[0]}; there are {', '.join(map(str, CLAIMS))}")
     if process_state().num_processes > 1:
         raise ValueError("reproduce runs in one process: start it without torchrun or accelerate launch")
-    log = begin(out, {"data": data, "reproduce": recipe}, max_skipped)
+    log = begin(out, {"data": data, "reproduce": config}, max_skipped)
     lab, untested = Experiments(ClaimData(data, config, log), config, out), []
     for number in claims:
         start, file = time.time(), out / "claims" / f"{number}.json"

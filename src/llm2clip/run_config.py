@@ -1,0 +1,93 @@
+"""The config saved in a run directory, checked whenever the run is resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llm2clip.io_utils import atomic_write_text
+
+CONFIG_FILE = "config.yaml"
+
+# Settings that may change when a run is resumed: they affect speed and memory, not the result.
+RESUME_SAFE = (
+    "workers",
+    "save_steps",
+    "batch_tokens",
+    "max_skipped",
+    "grad_cache",
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "report_to",
+    "cost_images",
+    "cost_steps",
+)
+
+# The align settings of a run may still change as long as the run directory has none of align's outputs.
+ALIGN_OUTPUTS = ("align/checkpoints", "checkpoints", "model")
+
+
+class ConfigChangedError(ValueError):
+    """The run directory was created with a different config."""
+
+
+def save_or_check_config(config: dict[str, Any], run_dir: Path) -> None:
+    """Save the config of a run in its directory, or check that it equals the saved one.
+
+    A directory without any outputs accepts a new config. The `align` section may change until align has outputs.
+
+    Args:
+        config: names to values; dataclasses are converted to dicts.
+        run_dir: run directory; the config is saved as `config.yaml`.
+
+    Raises:
+        ConfigChangedError: naming each setting that differs.
+    """
+    file = run_dir / CONFIG_FILE
+    new = _to_plain(config)
+    if file.exists() and _has_outputs(run_dir):
+        saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+        changes = [(name, old, value) for name, old, value in _differences(saved, new) if not _is_resume_safe(name)]
+        if not any((run_dir / output).exists() for output in ALIGN_OUTPUTS):
+            changes = [change for change in changes if not change[0].startswith("align.")]
+        if changes:
+            listed = "; ".join(f"{name}: {old!r} saved, {value!r} now" for name, old, value in changes)
+            raise ConfigChangedError(
+                f"{file} has different settings ({listed}). Use the saved settings, choose another --out, or delete "
+                f"{run_dir} to start over"
+            )
+    atomic_write_text(file, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
+
+
+def _has_outputs(run_dir: Path) -> bool:
+    ignored = (CONFIG_FILE, "skipped.jsonl", ".lock")
+    return any(path.name not in ignored for path in run_dir.iterdir())
+
+
+def _is_resume_safe(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] in RESUME_SAFE
+
+
+def _to_plain(value: Any) -> Any:
+    """Convert dataclasses, tuples and paths to what YAML can hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _to_plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {str(name): _to_plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _differences(saved: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Return (dotted name, saved value, new value) of every setting that differs."""
+    if not (isinstance(saved, dict) and isinstance(new, dict)):
+        return [] if saved == new else [(name, saved, new)]
+    differences = []
+    for key in [*saved, *(key for key in new if key not in saved)]:
+        dotted = f"{name}.{key}" if name else key
+        differences += _differences(saved.get(key), new.get(key), dotted)
+    return differences
