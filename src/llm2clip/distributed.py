@@ -1,7 +1,4 @@
-"""The processes of a run, as `torchrun` or `accelerate launch` started them; one alone where nobody did.
-
-This is at the bottom of the house: every stage asks here who it is and waits here for the others.
-"""
+"""Distributed runs: ranks, barriers, FSDP settings, and output that is printed once."""
 
 from __future__ import annotations
 
@@ -23,71 +20,79 @@ from llm2clip.io_utils import atomic_write_text
 
 
 def process_state() -> PartialState:
-    """This process among the others of its run; the first call joins them.
+    """Return Accelerate's state: rank, world size and device. The first call initialises the process group.
 
-    Accelerate takes processes on machines without an accelerator for strangers unless it is told that they compute on
-    the CPU. Whoever waits for another's measurement waits as long as it takes.
+    Without an accelerator, Accelerate only forms a group if told to use the CPU. The timeout is long because ranks
+    wait while one of them measures.
     """
-    cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
-    return PartialState(cpu=cpu, timeout=timedelta(days=1))
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    return PartialState(cpu=use_cpu or not torch.accelerator.is_available(), timeout=timedelta(days=1))
 
 
 def is_distributed() -> bool:
-    """Whether this process is one of a group, to gather from."""
+    """Return True if this process is a member of an initialised process group."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def fsdp_enabled() -> bool:
-    """Whether the launcher wants the weights shared out."""
+    """Return True if `accelerate launch --use_fsdp` was used."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
-def set_fsdp_wrap_policy(blocks: Sequence[nn.Module]) -> None:
-    """Tell Accelerate to share out a model by these blocks of it, if the launcher wants it shared out.
+def set_fsdp_wrap_policy(layers: Sequence[nn.Module]) -> None:
+    """With FSDP, make Accelerate shard a model layer by layer.
+
+    Args:
+        layers: the transformer layers; if empty, the model is sharded as one unit.
 
     Raises:
-        ValueError: it wants it done by the first version of FSDP.
+        ValueError: the launcher selected FSDP version 1.
     """
     if not fsdp_enabled():
         return
     if os.environ.setdefault("FSDP_VERSION", "2") != "2":
-        raise ValueError("weights are shared out with FSDP2: give accelerate launch --fsdp_version 2")
-    os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP" if blocks else "NO_WRAP"
-    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(dict.fromkeys(type(block).__name__ for block in blocks))
+        raise ValueError("FSDP version 1 is not supported: run accelerate launch with --fsdp_version 2")
+    layer_classes = dict.fromkeys(type(layer).__name__ for layer in layers)
+    os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP" if layers else "NO_WRAP"
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(layer_classes)
 
 
 def set_mixed_precision(precision: str) -> str:
-    """Accelerate's name for fp32, bf16 or fp16; what another stage or the launcher has chosen is forgotten."""
-    name = {"fp32": "no"}.get(precision, precision)
+    """Set Accelerate's mixed precision to fp32, bf16 or fp16, and return Accelerate's name for it.
+
+    Overrides what an earlier stage in this process or the launcher chose.
+    """
+    name = "no" if precision == "fp32" else precision
     os.environ["ACCELERATE_MIXED_PRECISION"] = name
     AcceleratorState._reset_state()
-    if PartialState._shared_state.get("distributed_type") is DistributedType.FSDP:  # else its plugin is forgotten, too
+    # After the reset, Accelerate would forget its FSDP plugin unless the type is derived from the environment again.
+    if PartialState._shared_state.get("distributed_type") is DistributedType.FSDP:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return name
 
 
 def command_line() -> str:
-    """The command that this process was begun with, as it would be typed again."""
+    """Return the command that started this process, quoted for a shell."""
     return shlex.join(["llm2clip", *sys.argv[1:]])
 
 
 def print_once(*lines: str) -> None:
-    """Print once in a distributed run."""
+    """Print lines on the main process only."""
     if lines and process_state().is_main_process:
         print(*lines, sep="\n", flush=True)
 
 
-def cached_json(file: Path, measure: Callable[[], Any]) -> Any:
-    """The JSON in `file`, made by the main process if it is not there yet."""
+def cached_json(file: Path, compute: Callable[[], Any]) -> Any:
+    """Return the content of a JSON file; the main process computes and writes it if it does not exist."""
     state = process_state()
     if state.is_main_process and not file.exists():
-        atomic_write_text(file, json.dumps(measure(), indent=1))
+        atomic_write_text(file, json.dumps(compute(), indent=1))
     state.wait_for_everyone()
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def shutdown() -> None:
-    """Part from the other processes once all are here; one that just ends can fail those that still work."""
+    """Wait for all ranks, then destroy the process group; a rank that just exits can fail the others."""
     if is_distributed():
         process_state().wait_for_everyone()
         torch.distributed.destroy_process_group()

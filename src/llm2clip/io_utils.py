@@ -1,45 +1,120 @@
-"""Files of others, read with errors that name the place; files of our own, which appear whole or not at all.
-
-At the bottom of the house: whatever reads a public set's files or leaves a result does it with these.
-"""
+"""Atomic writes, and readers for JSON and text files whose errors name the file and the line."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
 class MissingFileError(FileNotFoundError):
-    """A set, or a part of it, is not in its folder; the message names what is missing."""
+    """A file or folder of a data set is missing; the message names it."""
 
 
 class DataFormatError(ValueError):
-    """A file is not what it should be; the message names the file and the place."""
+    """A file has the wrong format; the message names the file and the place."""
+
+
+# ---- atomic writes -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_path(file: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `file`; on success, fsync it and rename it to `file`.
+
+    Readers see either the old file or the complete new one. If the block raises, the temporary file is removed. The
+    parent folder is created if needed.
+    """
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays at the end: np.save, for one, appends its own to a path without it.
+    temporary = file.with_name(f".{file.stem}.{os.getpid()}.part{file.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+        fsync_folder(file.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_dir(folder: str | Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `folder`; on success, rename it to `folder`, which must not exist.
+
+    If the block raises, the temporary folder is removed.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        temporary.replace(folder)
+        fsync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def atomic_write_text(file: str | Path, text: str) -> None:
+    """Write a text file atomically, see `atomic_path`."""
+    with atomic_path(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def atomic_write_jsonl(file: str | Path, rows: Iterable[Any]) -> None:
+    """Write rows as JSON lines atomically, see `atomic_path`."""
+    atomic_write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def fsync_folder(folder: Path) -> None:
+    """Flush a folder to disk, so that a rename inside it survives a power cut."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows cannot open folders
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems do not support fsync on folders
+        pass
+    finally:
+        os.close(descriptor)
+
+
+# ---- readers -------------------------------------------------------------------------------------------------------
 
 
 def first_existing(folder: Path, *names: str) -> Path:
-    """The first of these files or folders that is there; a name may be a pattern.
+    """Return the first of these files or folders that exists in `folder`; a name may be a glob pattern.
 
     Raises:
-        Absent: none is.
+        MissingFileError: none exists.
     """
     for name in names:
         if any(c in name for c in "*?["):
-            if found := sorted(folder.glob(name)):
-                return found[0]
+            matches = sorted(folder.glob(name))
+            if matches:
+                return matches[0]
         elif (folder / name).exists():
             return folder / name
     raise MissingFileError(f"{folder} has no {' or '.join(names)}")
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file holds.
+    """Read a JSON file.
 
     Raises:
-        Malformed: it is not JSON.
+        DataFormatError: it is not JSON.
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -48,33 +123,35 @@ def read_json(file: Path) -> Any:
 
 
 def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a file of JSON lines and their numbers, from 1; empty lines are passed over.
+    """Yield (line number from 1, object) for each line of a JSON-lines file; empty lines are ignored.
 
     Raises:
-        Malformed: a line is not a JSON object.
+        DataFormatError: a line is not a JSON object.
     """
-    for number, line in _lines(file):
+    for number, line in _numbered_lines(file):
         try:
             row = json.loads(line)
         except ValueError as error:
             raise DataFormatError(f"{file}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
-            raise DataFormatError(f"{file}, line {number}: not an object")
+            raise DataFormatError(f"{file}, line {number}: not a JSON object")
         yield number, row
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a text file that are not empty; a last line without an end counts.
+    """Return the non-empty lines of a UTF-8 text file.
 
     Raises:
-        Malformed: it is not UTF-8.
+        DataFormatError: it is not UTF-8.
     """
-    return [line for _, line in _lines(file)]
+    return [line for _, line in _numbered_lines(file)]
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Lines with something in them, and their numbers. A line ends where the file says so, and not at the separators
-    that `str.splitlines` also takes for ends (U+2028, U+0085): they occur within captions."""
+def _numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Yield (number from 1, line) for each non-empty line.
+
+    Lines end at newlines only, unlike `str.splitlines`, which also splits at U+2028 and U+0085: captions contain them.
+    """
     with file.open(encoding="utf-8-sig") as stream:
         try:
             for number, line in enumerate(stream, 1):
@@ -82,19 +159,3 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
                     yield number, line.rstrip("\n")
         except UnicodeDecodeError as error:
             raise DataFormatError(f"{file}: not UTF-8 ({error})") from error
-
-
-def atomic_write_text(file: Path, text: str) -> None:
-    """Write a text by a rename, so that whoever looks sees the old file or the new one; its folder is made."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def atomic_write_jsonl(file: Path, rows: Iterable[Any]) -> None:
-    """Write rows as JSON lines, as `write_whole` does."""
-    atomic_write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
