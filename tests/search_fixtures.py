@@ -27,7 +27,7 @@ def make_model(folder: Path) -> Path:
     torch.manual_seed(0)
     tower = VisionTower.from_pretrained("test_efficientnet", image_size=32, pretrained=False)
     encoder = CaptionEncoder.from_pretrained(make_llm(folder / "llm"))
-    model = LLM2CLIP(LLM2CLIPConfig(tower=tower.config, text_width=encoder.truncate_dim, width=16), tower, encoder)
+    model = LLM2CLIP(LLM2CLIPConfig(tower=tower.config, text_width=encoder.width, width=16), tower, encoder)
     model.config.encoder = encoder.identity()
     return model.eval().save_pretrained(folder / "model")
 
@@ -40,8 +40,8 @@ def make_index(folder: Path, pictures: Path, model: DualEncoder) -> SqliteBacken
 
 
 @contextmanager
-def served(app: Any) -> Iterator[str]:
-    """The address of an application that is served by a thread."""
+def running_server(app: Any) -> Iterator[str]:
+    """The address of an application that a thread serves."""
     import uvicorn
 
     with socket.socket() as free:

@@ -15,7 +15,7 @@ import pytest
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.search.schemas import Limits
 from llm2clip.search.server import create_app
-from search_fixtures import make_index, make_model, served
+from search_fixtures import make_index, make_model, running_server
 
 schemathesis = pytest.importorskip("schemathesis")
 hypothesis = pytest.importorskip("hypothesis")
@@ -44,7 +44,7 @@ ASKED = (
 def operations(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Iterator[dict[str, Any]]:
     model = open_dual_encoder(str(make_model(tmp_path_factory.mktemp("model"))))
     engine = make_index(tmp_path_factory.mktemp("index"), pictures, model)
-    with served(create_app(model, engine, Limits(body=1 << 20))) as address:
+    with running_server(create_app(model, engine, Limits(max_body_bytes=1 << 20))) as address:
         schema = schemathesis.openapi.from_url(f"{address}openapi.json")
         yield {operation.ok().label: operation.ok() for operation in schema.get_all_operations()}
 

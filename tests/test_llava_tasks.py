@@ -37,7 +37,7 @@ from llm2clip.llava.tasks.vqa import (
     vqa_accuracy,
 )
 from llm2clip.llava.tasks.yes_no import mme_answer, says_yes
-from search_fixtures import served
+from search_fixtures import running_server
 from test_export import hf_tower
 
 
@@ -353,7 +353,7 @@ def test_a_judge_at_an_address() -> None:
         seen.append((await request.json(), request.headers["authorization"]))
         return {"choices": [{"message": {"content": None if seen[-1][0]["max_tokens"] == 99 else "0.7"}}]}
 
-    with served(app) as address:
+    with running_server(app) as address:
         judge = OpenAIJudge(f"{address}v1", "some-model", "SECRET")
         assert judge([{"role": "user", "content": "x"}], 0.5, 3) == "0.7"
         assert seen[0][1] == "Bearer SECRET" and seen[0][0]["model"] == "some-model" and seen[0][0]["max_tokens"] == 3

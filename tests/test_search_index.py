@@ -57,7 +57,7 @@ def engine_at(kind: str, folder: Path) -> Backend:
     qdrant = pytest.importorskip("llm2clip.search.qdrant_backend")
     from qdrant_client import QdrantClient
 
-    return qdrant.QdrantIndex(QdrantClient(path=str(folder)), "pictures")
+    return qdrant.QdrantBackend(QdrantClient(path=str(folder)), "pictures")
 
 
 def names(engine: Backend, only: Filter | None = None, count: int = 100) -> set[str]:

@@ -11,7 +11,7 @@ import pytest
 
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.search.server import create_app
-from search_fixtures import make_index, make_model, served
+from search_fixtures import make_index, make_model, running_server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -20,7 +20,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 def address(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Iterator[str]:
     """A server on a free port, in a thread."""
     model = open_dual_encoder(str(make_model(tmp_path_factory.mktemp("model"))))
-    with served(create_app(model, make_index(tmp_path_factory.mktemp("index"), pictures, model))) as address:
+    with running_server(create_app(model, make_index(tmp_path_factory.mktemp("index"), pictures, model))) as address:
         yield address
 
 

@@ -43,7 +43,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory, pictures: Path, model: Dual
 
 @pytest.fixture(scope="module")
 def client(model: DualEncoder, engine: SqliteBackend) -> Iterator[TestClient]:
-    app = create_app(model, engine, Limits(body=1 << 20, pixels=1_000_000))
+    app = create_app(model, engine, Limits(max_body_bytes=1 << 20, max_pixels=1_000_000))
     with TestClient(app, base_url=HOST, raise_server_exceptions=False) as client:
         yield client
 
@@ -271,18 +271,18 @@ def test_requests_of_many_clients_go_together(model: DualEncoder) -> None:
 
 
 def test_too_many_are_sent_away_and_late_ones_told(model: DualEncoder) -> None:
-    app = create_app(slow(model, 0.3, []), None, Limits(waiting=3, batch=1))
+    app = create_app(slow(model, 0.3, []), None, Limits(max_queue=3, batch_size=1))
     with TestClient(app, base_url=HOST) as client, ThreadPoolExecutor(12) as clients:
         answers = list(clients.map(lambda n: client.post("/embed", json={"input": f"{n}"}), range(12)))
         assert {a.status_code for a in answers} == {200, 429}
         assert all(a.headers["retry-after"] for a in answers if a.status_code == 429)
         assert client.post("/embed", json={"input": "after"}).status_code == 200
-    app = create_app(slow(model, 0.3, []), None, Limits(held=3000))
+    app = create_app(slow(model, 0.3, []), None, Limits(max_bytes_in_flight=3000))
     with TestClient(app, base_url=HOST) as client, ThreadPoolExecutor(6) as clients:
         answers = list(clients.map(lambda n: client.post("/embed", json={"input": f"{n}" * 2000}), range(6)))
         assert {a.status_code for a in answers} == {200, 429}
         assert client.post("/embed", json={"input": "1" * 2000}).status_code == 200  # what was held is given back
-    app = create_app(slow(model, 0.5, []), None, Limits(seconds=0.1))
+    app = create_app(slow(model, 0.5, []), None, Limits(timeout=0.1))
     with TestClient(app, base_url=HOST) as client:
         late = client.post("/embed", json={"input": "a"})
         assert late.status_code == 504 and "longer than 0.1 seconds" in late.json()["error"]["message"]
@@ -302,7 +302,7 @@ def test_searches_that_nobody_waits_for_do_not_pile_up(model: DualEncoder, engin
                 beside -= 1
             return []
 
-    app = create_app(model, Slow(engine.folder), Limits(seconds=0.1))
+    app = create_app(model, Slow(engine.folder), Limits(timeout=0.1))
     with TestClient(app, base_url=HOST) as client:
         for _ in range(6):
             assert client.post("/search", json={"texts": ["x"]}).status_code == 504

@@ -62,7 +62,7 @@ class InferenceService:
 
     def _batcher(self, kind: str, work: Callable[[list[Any]], Any]) -> Batcher[Any, np.ndarray]:
         seen = self.batches.labels(kind).observe
-        return Batcher(work, self._one, self.limits.batch, self.limits.waiting, seen)
+        return Batcher(work, self._one, self.limits.batch_size, self.limits.max_queue, seen)
 
     async def close(self) -> None:
         await self.texts.close()
@@ -86,9 +86,9 @@ class InferenceService:
             Busy: too many wait.
         """
         loop = asyncio.get_running_loop()
-        if len(encoded) > self.limits.waiting:
-            raise ValueError(f"{len(encoded):,} pictures at once; {self.limits.waiting:,} at most")
-        if self._decoding + len(encoded) > self.limits.waiting:
+        if len(encoded) > self.limits.max_queue:
+            raise ValueError(f"{len(encoded):,} pictures at once; {self.limits.max_queue:,} at most")
+        if self._decoding + len(encoded) > self.limits.max_queue:
             raise QueueFull(f"{self._decoding:,} pictures are waiting")
         self._decoding += len(encoded)
         try:
@@ -98,7 +98,7 @@ class InferenceService:
         return _finite(await self.images.ask(prepared), "a picture")
 
     def _prepare(self, data: bytes) -> Any:
-        return self.model.transform(load_request_image(data, self.limits.pixels))
+        return self.model.transform(load_request_image(data, self.limits.max_pixels))
 
     async def search(self, request: SearchRequest) -> list[HitResponse]:
         """The answer to a search.
@@ -119,7 +119,7 @@ class InferenceService:
             liked.append(vector)
         wanted = [*liked, *await vectors(request.texts, request.images)]
         query = combine(wanted, await vectors(request.without_texts, request.without_images))
-        if self._queries >= self.limits.waiting:
+        if self._queries >= self.limits.max_queue:
             raise QueueFull(f"{self._queries:,} searches are waiting")
         self._queries += 1
         try:

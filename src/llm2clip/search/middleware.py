@@ -83,7 +83,7 @@ class RequestMiddleware:
 
         got = 0
         try:
-            request, limit = Request(scope), self.service.limits.body
+            request, limit = Request(scope), self.service.limits.max_body_bytes
             length = request.headers.get("content-length", "")
 
             async def receiving() -> Message:
@@ -94,7 +94,7 @@ class RequestMiddleware:
                 self.held += size
                 if got > limit:
                     raise _Refused(413, f"more than {limit:,} bytes")
-                if self.held > self.service.limits.held:
+                if self.held > self.service.limits.max_bytes_in_flight:
                     raise _Refused(429, "too many bytes are waiting", {"Retry-After": "1"})
                 return message
 
@@ -107,12 +107,12 @@ class RequestMiddleware:
             elif length.isdigit() and int(length) > limit:
                 await refuse(413, f"{int(length):,} bytes are more than {limit:,}")
             else:
-                async with asyncio.timeout(self.service.limits.seconds):
+                async with asyncio.timeout(self.service.limits.timeout):
                     await self.app(scope, receiving, sending)
         except TimeoutError:
             if began:
                 raise
-            await refuse(504, f"it took longer than {self.service.limits.seconds:g} seconds")
+            await refuse(504, f"it took longer than {self.service.limits.timeout:g} seconds")
         except _Refused as error:
             if began:
                 raise

@@ -25,20 +25,20 @@ class Limits:
     """What a server puts up with.
 
     Args:
-        body: bytes of a request.
-        held: bytes of all requests that are under way; beyond it others are refused (429).
-        pixels: of a picture, decoded.
-        waiting: texts, or pictures, that may wait for the model; more are refused (429).
-        seconds: that a request may take; then it is given up (504).
-        batch: texts, or pictures, that go through the model together.
+        max_body_bytes: bytes of a request.
+        max_bytes_in_flight: bytes of all requests that are under way; beyond it others are refused (429).
+        max_pixels: of a picture, decoded.
+        max_queue: texts, or pictures, that may wait for the model; more are refused (429).
+        timeout: that a request may take; then it is given up (504).
+        batch_size: texts, or pictures, that go through the model together.
     """
 
-    body: int = 32 << 20
-    held: int = 512 << 20
-    pixels: int = 50_000_000
-    waiting: int = 512
-    seconds: float = 30.0
-    batch: int = 32
+    max_body_bytes: int = 32 << 20
+    max_bytes_in_flight: int = 512 << 20
+    max_pixels: int = 50_000_000
+    max_queue: int = 512
+    timeout: float = 30.0
+    batch_size: int = 32
 
 
 def _said(text: str) -> str:

@@ -143,7 +143,7 @@ def serve_verb(
     token = token or os.environ.get("LLM2CLIP_TOKEN") or (None if near else secrets.token_urlsafe(24))
     thread = ThreadPoolExecutor(1, "model")
     dual = thread.submit(open_dual_encoder, name, precision=precision).result()
-    limits = Limits(waiting=waiting, seconds=seconds, batch=batch)
+    limits = Limits(max_queue=waiting, timeout=seconds, batch_size=batch)
     app = create_app(dual, engine, limits, token, LOOPBACK if near else None, thread)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
     entry = f"{address}?token={quote(token, safe='')}" if token else address
