@@ -20,7 +20,7 @@ from llm2clip.config import TuneConfig
 from llm2clip.data.pairs import ImageCaptions
 from llm2clip.distributed import process_state, shutdown
 from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.pretrained import Unreachable
+from llm2clip.models.pretrained import AssetUnavailableError
 
 with suppress(ImportError):  # its distutils first: compiling flex attention fails where the standard one came before it
     import setuptools  # noqa: F401
@@ -163,7 +163,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """A test marked `weights` skips where they can be neither found nor fetched."""
     try:
         return (yield)
-    except Unreachable as error:
+    except AssetUnavailableError as error:
         if item.get_closest_marker("weights") is None:
             raise
         pytest.skip(f"no weights here: {error}")

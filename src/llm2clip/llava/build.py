@@ -22,7 +22,7 @@ from torch import nn
 
 from llm2clip.llava import modeling_patches
 from llm2clip.llava.chat_template import IMAGE, answer_end_tokens, check_template, get_chat_template
-from llm2clip.models.export.transformers import vision_model
+from llm2clip.models.export.transformers import build_vision_model
 from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.models.vision_tower import VisionTower
 
@@ -204,7 +204,7 @@ def _seeing(tower: VisionTower) -> Any:
     """The tower as a model whose patch features LLaVA's classes read, in float32."""
     backbone: Any = tower.backbone
     if tower.config["library"] != "timm" or not hasattr(getattr(backbone, "patch_embed", None), "num_patches"):
-        return vision_model(tower)
+        return build_vision_model(tower)
     args = {name: value for name, value in tower.config["args"].items() if name != "num_classes"}
     config = modeling_patches.PatchTowerConfig(
         architecture=tower.config["architecture"],

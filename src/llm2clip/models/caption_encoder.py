@@ -84,9 +84,9 @@ class CaptionEncoder(nn.Module):
         if (Path(path) / "text/modules.json").is_file():  # a model folder
             path = Path(path) / "text"
         if str(path).endswith(".gguf"):
-            from llm2clip.models.convert.gguf import cached_gguf
+            from llm2clip.models.pretrained import resolve_gguf
 
-            path = cached_gguf(Path(path))
+            path = resolve_gguf(Path(path))
         st = _open(str(path), pooling or "mean", device)
         encoder = cls(st)
         if layers is not None:

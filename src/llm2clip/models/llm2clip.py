@@ -21,7 +21,7 @@ from llm2clip.config import AlignConfig
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.images import EvalTransform, load_image
 from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.convert.checkpoint_io import read_tensors
+from llm2clip.models.convert.checkpoint_io import read_safetensors
 from llm2clip.models.export.model_card import render_model_card
 from llm2clip.models.fingerprint import fingerprint
 from llm2clip.models.heads import Adapter, GatedLayer
@@ -281,7 +281,7 @@ class LLM2CLIP(nn.Module):
         config = LLM2CLIPConfig(**{k: v for k, v in raw.items() if k in names})
         model = cls(config, VisionTower.from_config(config.tower))
         try:
-            model.load_state_dict(read_tensors(folder / "model.safetensors"))
+            model.load_state_dict(read_safetensors(folder / "model.safetensors"))
         except RuntimeError as error:
             raise ValueError(f"{folder}: config.json and model.safetensors are not of one model ({error})") from error
         model._text_folder = folder / "text" if (folder / "text").is_dir() else None

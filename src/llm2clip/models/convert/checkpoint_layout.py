@@ -112,7 +112,7 @@ class Checkpoint:
         prefixes = " or ".join(" + ".join(p[f] for p in (_TOWER, _PROJECTION, _ADAPTER)) for f in FORMS)
         raise ValueError(
             f"{where} is no LLM2CLIP checkpoint: its tensors would begin with {prefixes}; here they are "
-            f"{expected_shapes(settled)}. Supported are those with a CLIP tower of transformers and those with an EVA-02 tower"
+            f"{format_shapes(settled)}. Supported are those with a CLIP tower of transformers and those with an EVA-02 tower"
         )
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -154,7 +154,7 @@ def to_official_name(name: str, form: str, depth: int) -> str:
     return name  # logit_scale
 
 
-def is_computed_buffer(model: LLM2CLIP, form: str) -> dict[str, Tensor]:
+def computed_buffers(model: LLM2CLIP, form: str) -> dict[str, Tensor]:
     """Tensors that official checkpoints may hold and that follow from the architecture: position numbers, or the
     cosines and sines of EVA's rotary embedding, once for the tower and once for every block."""
     backbone: Any = model.tower.backbone
@@ -267,7 +267,7 @@ def _heads(checkpoint: Checkpoint, width: int, head: int) -> int:
     return width // head
 
 
-def expected_shapes(names: Mapping[str, Any], most: int = 8) -> str:
+def format_shapes(names: Mapping[str, Any], most: int = 8) -> str:
     """Names with their shapes, the first few."""
     shown = [f"{n} {tuple(t.shape)}" if isinstance(t, Tensor) else n for n, t in sorted(names.items())[:most]]
     return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -18,15 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.convert.checkpoint_io import find_checkpoint_files
+from llm2clip.models.convert.checkpoint_io import read_checkpoint
 from llm2clip.models.convert.checkpoint_layout import (
     CLIP_FIELDS,
     EVA_ARGS,
     FORMS,
     Checkpoint,
-    expected_shapes,
+    computed_buffers,
+    format_shapes,
     infer_config,
-    is_computed_buffer,
     is_ignored_key,
     to_official_name,
 )
@@ -46,7 +46,7 @@ _SPECIAL = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|
 # ---- in -------------------------------------------------------------------------------------------------------------
 
 
-def from_official(
+def load_official(
     source: str | Path, *, text: str | Path | None = None, normalize_input: bool | None = None
 ) -> LLM2CLIP:
     """A published checkpoint as our model, in float32, on the CPU, in eval mode.
@@ -61,12 +61,12 @@ def from_official(
         FileNotFoundError: there is no such checkpoint.
         ValueError: it is not one, a tensor is missing, left over or of another shape, or `text` is not its pair.
     """
-    checkpoint = Checkpoint.of(str(source), *find_checkpoint_files(source))
+    checkpoint = Checkpoint.of(str(source), *read_checkpoint(source))
     config = infer_config(checkpoint, normalize_input)
     model = LLM2CLIP(config, VisionTower.from_config(config.tower)).eval()
     fill_weights(model, checkpoint)
     if text is not None:
-        find_encoder(model, text)
+        attach_caption_encoder(model, text)
     return model
 
 
@@ -92,15 +92,15 @@ def fill_weights(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
             wrong.append(f"{theirs} is {tensor.dtype} {tuple(tensor.shape)}, not floats {tuple(own.shape)}")
         else:
             found.append((own, tensor))
-    for name, own in is_computed_buffer(model, form).items():
+    for name, own in computed_buffers(model, form).items():
         tensor = left.pop(name, None)
         if tensor is not None and not _agree(own, tensor):
             wrong.append(f"{name} {tuple(tensor.shape)} is not what follows from the architecture")
     left = {name: tensor for name, tensor in left.items() if not is_ignored_key(name, form)}
     if missing or left or wrong:
         told = (
-            [f"lacks {expected_shapes(missing)}"] * bool(missing)
-            + [f"has besides {expected_shapes(left)}"] * bool(left)
+            [f"lacks {format_shapes(missing)}"] * bool(missing)
+            + [f"has besides {format_shapes(left)}"] * bool(left)
             + wrong
         )
         raise ValueError(f"{checkpoint.where} does not fit the architecture of its form {form}: " + "; ".join(told))
@@ -113,7 +113,7 @@ def _agree(own: Tensor, theirs: Tensor) -> bool:
     return own.shape == theirs.shape and torch.allclose(theirs.to(own.dtype), own, rtol=0, atol=4e-3)
 
 
-def find_encoder(model: LLM2CLIP, text: str | Path) -> CaptionEncoder:
+def attach_caption_encoder(model: LLM2CLIP, text: str | Path) -> CaptionEncoder:
     """Open a caption encoder and give it to the model; a published language model gets the template it was tuned with.
 
     Raises:
@@ -148,7 +148,7 @@ def _template(text: str | Path) -> str | None:
 # ---- out ------------------------------------------------------------------------------------------------------------
 
 
-def to_official(model: LLM2CLIP, out: str | Path, form: str) -> Path:
+def save_official(model: LLM2CLIP, out: str | Path, form: str) -> Path:
     """Write a model under the names of the official code: whole, or not at all.
 
     Args:
@@ -179,7 +179,7 @@ def to_official(model: LLM2CLIP, out: str | Path, form: str) -> Path:
     if form == "eva":
         if not model.config.projection_bias:  # the official projection has one
             tensors["visual.head.bias"] = torch.zeros(model.config.width)
-        tensors |= {name: tensor.cpu().clone() for name, tensor in is_computed_buffer(model, form).items()}
+        tensors |= {name: tensor.cpu().clone() for name, tensor in computed_buffers(model, form).items()}
         torch.save(tensors, tmp)
     else:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -215,10 +215,6 @@ def _check_can(model: LLM2CLIP, form: str) -> None:
         no.append(f"the tower is {kind}, the form takes {wanted}")
     elif form == "hf" and tower["architecture"]["image_size"] != model.tower.preprocess.size:
         no.append("the tower runs at another resolution than its position embeddings are for")
-    if config.adapter != "residual" or config.projection != "linear":
-        no.append(
-            f"the adapter is {config.adapter!r} and the projection {config.projection!r}, not residual and linear"
-        )
     if config.projection_bias and form == "hf":
         no.append("the projection has a bias")
     if config.logit_bias:
@@ -237,14 +233,14 @@ def convert_verb(source: str, out: str, text: str | None = None, form: str | Non
     with `text` alone, a model folder to one with that caption encoder. Returns lines to end with.
 
     Raises:
-        ValueError, FileNotFoundError, FileExistsError: as `from_official` and `to_official`; and `out` is there and is
+        ValueError, FileNotFoundError, FileExistsError: as `load_official` and `save_official`; and `out` is there and is
             not a model folder.
     """
     ours = is_model_folder(source)
     if form is not None:
         if text is not None:
             raise ValueError("the official forms hold no caption encoder: leave out --text or --form")
-        written = to_official(LLM2CLIP.from_pretrained(source, device="cpu"), out, form)
+        written = save_official(LLM2CLIP.from_pretrained(source, device="cpu"), out, form)
         return [f"Checkpoint in the official form {form}: {written}"]
     if ours and text is None:
         raise ValueError(f"{source} is a model folder already: say --form hf or eva, or --text ENCODER to add one")
@@ -256,9 +252,9 @@ def convert_verb(source: str, out: str, text: str | None = None, form: str | Non
             raise ValueError(
                 f"{source} has a caption encoder, {Path(source) / 'text'}, which its adapter was trained on"
             )
-        find_encoder(model, str(text))
+        attach_caption_encoder(model, str(text))
     else:
-        model = from_official(source, text=text)
+        model = load_official(source, text=text)
     folder = model.save_pretrained(out)
     if model.has_encoder:
         return [f"Model: {folder}", f"Next: llm2clip evaluate {folder} DATA"]

@@ -10,33 +10,10 @@ float16. Cost: 4 bytes a parameter on the disk.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
-
-__all__ = ["cache_folder", "convert_gguf", "cached_gguf"]
-
-
-def cache_folder() -> Path:
-    """$LLM2CLIP_CACHE, else $XDG_CACHE_HOME/llm2clip, else ~/.cache/llm2clip."""
-    if own := os.environ.get("LLM2CLIP_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "llm2clip"
-
-
-def cached_gguf(gguf: str | Path) -> Path:
-    """The folder that `gguf` was converted to, in the user's cache; converted now if it has not been.
-
-    A file is known by its path, size and time of change: hashing one of many gigabytes would cost more than it tells.
-    """
-    gguf = _existing(gguf)
-    facts = gguf.stat()
-    key = hashlib.sha256(f"{gguf.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}".encode()).hexdigest()[:12]
-    out = cache_folder() / "gguf" / f"{gguf.stem}-{key}"
-    return out if out.is_dir() else convert_gguf(gguf, out)
 
 
 def convert_gguf(gguf: str | Path, out: str | Path) -> Path:

@@ -79,13 +79,13 @@ def _made_of(config: dict[str, Any], tower: dict[str, Any]) -> list[tuple[str, A
     architecture = tower.get("architecture")
     named = architecture if isinstance(architecture, str) else (architecture or {}).get("model_type")
     size = (tower.get("preprocess") or {}).get("crop_size", {}).get("height") or tower.get("image_size")
-    encoder, text, kind = config.get("encoder") or {}, config.get("text") or {}, config.get("adapter")
+    encoder, text = config.get("encoder") or {}, config.get("text") or {}
     rows = [
         ("vision tower", f"{named} ({tower.get('library')}), {size} pixels"),
         ("language model's vectors", config.get("text_width")),
         ("language model's blocks", encoder.get("layers") or text.get("num_hidden_layers")),
         ("reads in both directions", encoder.get("bidirectional", not text.get("is_causal", True))),
-        ("adapter", f"{kind}, {config.get('adapter_depth')} blocks" if kind == "residual" else kind),
+        ("adapter", f"{config.get('adapter_depth')} residual blocks"),
         ("shared space", f"{config.get('width')} wide"),
     ]
     return [(what, value) for what, value in rows if value is not None]

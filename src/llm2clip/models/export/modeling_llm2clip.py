@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, CLIPVisionModel, PretrainedConfi
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPOutput
 
-from llm2clip.models.heads import Adapter, GatedLayer
+from llm2clip.models.heads import Adapter
 
 
 class LLM2CLIPExportConfig(PretrainedConfig):
@@ -31,8 +31,8 @@ class LLM2CLIPExportConfig(PretrainedConfig):
         tower: `library` (timm or transformers), `architecture` and `args` of the vision tower; its `image_size`.
         text: configuration of the language model.
         text_width, width: of a caption's embedding, of the shared space.
-        adapter, adapter_depth, adapter_expansion, normalize_input: of texts; "residual", "glu" or "none".
-        projection, projection_bias: of images; "linear" or "glu".
+        adapter_depth, adapter_expansion, normalize_input: arguments of `Adapter`.
+        projection_bias: whether the image projection has a bias.
         pooling: mean, lasttoken or cls.
         logit_bias: the logits have one, as the sigmoid loss wants.
         header_tokens: at the start of every text, which are not pooled.
@@ -46,11 +46,9 @@ class LLM2CLIPExportConfig(PretrainedConfig):
         text: dict[str, Any] | None = None,
         text_width: int = 0,
         width: int = 0,
-        adapter: str = "residual",
         adapter_depth: int = 4,
         adapter_expansion: int = 2,
         normalize_input: bool = True,
-        projection: str = "linear",
         projection_bias: bool = False,
         pooling: str = "mean",
         header_tokens: int = 0,
@@ -59,8 +57,8 @@ class LLM2CLIPExportConfig(PretrainedConfig):
     ) -> None:
         super().__init__(**others)
         self.tower, self.text, self.text_width, self.width = tower or {}, text or {}, text_width, width
-        self.adapter, self.adapter_depth, self.adapter_expansion = adapter, adapter_depth, adapter_expansion
-        self.normalize_input, self.projection, self.projection_bias = normalize_input, projection, projection_bias
+        self.adapter_depth, self.adapter_expansion = adapter_depth, adapter_expansion
+        self.normalize_input, self.projection_bias = normalize_input, projection_bias
         self.pooling, self.header_tokens, self.logit_bias = pooling, header_tokens, logit_bias
 
 
@@ -77,17 +75,8 @@ class LLM2CLIPExport(PreTrainedModel):
         self.vision = _tower(config.tower)
         self.llm = AutoModel.from_config(AutoConfig.for_model(**config.text))
         c = config
-        in_width = c.tower["width"]
-        if c.projection == "glu":
-            self.projection: nn.Module = GatedLayer(in_width, c.width, c.adapter_expansion)
-        else:
-            self.projection = nn.Linear(in_width, c.width, bias=c.projection_bias)
-        if c.adapter == "glu":
-            self.adapter: nn.Module = GatedLayer(c.text_width, c.width, c.adapter_expansion, c.normalize_input)
-        elif c.adapter == "none":
-            self.adapter = nn.Identity()
-        else:
-            self.adapter = Adapter(c.text_width, c.width, c.adapter_depth, c.adapter_expansion, c.normalize_input)
+        self.projection = nn.Linear(c.tower["width"], c.width, bias=c.projection_bias)
+        self.adapter = Adapter(c.text_width, c.width, c.adapter_depth, c.adapter_expansion, c.normalize_input)
         self.logit_scale = nn.Parameter(torch.zeros(()))
         self.logit_bias = nn.Parameter(torch.zeros(())) if c.logit_bias else None
         self.post_init()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llm2clip.models.export.modeling_llm2clip import LLM2CLIPExport
-from llm2clip.models.export.transformers import TEXTS, check_exportable, get_tokenizer
+from llm2clip.models.export.transformers import TEXTS, build_export_model, build_tokenizer
 from llm2clip.models.llm2clip import LLM2CLIP
 
 USE = """import numpy as np
@@ -77,9 +77,9 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"ONNX needs `pip install llm2clip[onnx]` ({error})") from error
-    whole = check_exportable(model)
+    whole = build_export_model(model)
     size = model.tower.preprocess.size
-    tokenizer = get_tokenizer(model.encoder)
+    tokenizer = build_tokenizer(model.encoder)
     tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(model.tower.preprocess.to_dict(), indent=1))
     vision, texts = VisionModule(whole, model.tower.mean.cpu(), model.tower.std.cpu()).eval(), TextModule(whole).eval()

@@ -33,10 +33,10 @@ def export_open_clip(model: LLM2CLIP, folder: Path) -> None:
     except ImportError as error:
         raise ImportError(f"the open_clip form needs `pip install open-clip-torch` ({error})") from error
     tower: dict[str, Any] = model.tower.config
-    if tower["library"] != "timm" or model.config.projection != "linear":
+    if tower["library"] != "timm":
         raise ValueError(
-            f"open_clip's form is for towers of timm with a linear projection; this is one of {tower['library']} with "
-            f"{model.config.projection!r}. A CLIP tower of transformers goes to `--to transformers` or `--to vision`"
+            f"open_clip's form is for towers of timm; this is one of {tower['library']}. "
+            "A CLIP tower of transformers goes to `--to transformers` or `--to vision`"
         )
     prepared = model.tower.preprocess
     others = {k: v for k, v in tower["args"].items() if k not in ("num_classes", "img_size")}

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from llm2clip.models import heads as adapter
-from llm2clip.models import lora
+from llm2clip.models import heads, lora
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.export import modeling_llm2clip
 from llm2clip.models.export.modeling_llm2clip import LLM2CLIPExport, LLM2CLIPExportConfig
@@ -41,7 +40,7 @@ def export_transformers(model: LLM2CLIP, folder: Path) -> None:
     Raises:
         ValueError: its caption encoder has a part that the form has no place for.
     """
-    whole = check_exportable(model)
+    whole = build_export_model(model)
     whole.config.architectures = [LLM2CLIPExport.__name__]
     whole.config.auto_map = {
         "AutoConfig": f"modeling_llm2clip.{LLM2CLIPExportConfig.__name__}",
@@ -50,8 +49,8 @@ def export_transformers(model: LLM2CLIP, folder: Path) -> None:
     whole.config.save_pretrained(folder)
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in whole.state_dict().items()}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    (folder / CODE).write_text(one_file())
-    get_tokenizer(model.encoder).save_pretrained(folder)
+    (folder / CODE).write_text(standalone_source())
+    build_tokenizer(model.encoder).save_pretrained(folder)
     processor = model.tower.preprocess.to_dict()
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1))
     (folder / "processor_config.json").write_text(json.dumps({"processor_class": "CLIPProcessor"}))
@@ -88,14 +87,14 @@ def export_vision(model: LLM2CLIP, folder: Path) -> None:
     Raises:
         ValueError: transformers has no class for the tower.
     """
-    vision_model(model.tower).save_pretrained(folder)
+    build_vision_model(model.tower).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(model.tower.preprocess.to_dict(), indent=1))
 
 
 # ---- what they share ------------------------------------------------------------------------------------------------
 
 
-def vision_model(tower: VisionTower) -> Any:
+def build_vision_model(tower: VisionTower) -> Any:
     """The tower as a model of transformers' own, with weights of its own, on the CPU in float32 and eval mode."""
     from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel, TimmWrapperConfig, TimmWrapperModel
 
@@ -118,7 +117,7 @@ def vision_model(tower: VisionTower) -> Any:
     return model.float().eval()
 
 
-def check_exportable(model: LLM2CLIP) -> LLM2CLIPExport:
+def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
     """The model as one of transformers', with weights of its own, on the CPU in eval mode; LoRA is merged.
 
     Raises:
@@ -154,11 +153,9 @@ def check_exportable(model: LLM2CLIP) -> LLM2CLIPExport:
         text=text,
         text_width=c.text_width,
         width=c.width,
-        adapter=c.adapter,
         adapter_depth=c.adapter_depth,
         adapter_expansion=c.adapter_expansion,
         normalize_input=c.normalize_input,
-        projection=c.projection,
         projection_bias=c.projection_bias,
         pooling=pooling,
         logit_bias=c.logit_bias,
@@ -181,7 +178,7 @@ def check_exportable(model: LLM2CLIP) -> LLM2CLIPExport:
 def _check(whole: LLM2CLIPExport, model: LLM2CLIP) -> None:
     """Raises ValueError if texts get other vectors than ours: the encoder has a part that this form has no place for,
     such as a layer of its own after the pooling."""
-    tokenizer = get_tokenizer(model.encoder)
+    tokenizer = build_tokenizer(model.encoder)
     batches = (tokenizer(text, truncation=True, return_tensors="pt") for text in TEXTS)
     found: list[Any] = [whole.get_text_features(**batch).pooler_output for batch in batches]
     least = float((torch.cat(found) * model.encode_text(TEXTS)).sum(1).min())
@@ -192,7 +189,7 @@ def _check(whole: LLM2CLIPExport, model: LLM2CLIP) -> None:
         )
 
 
-def get_tokenizer(encoder: CaptionEncoder) -> Any:
+def build_tokenizer(encoder: CaptionEncoder) -> Any:
     """A tokenizer that puts the template around a text by itself.
 
     Raises:
@@ -224,10 +221,10 @@ def _common(one: list[int], other: list[int]) -> list[int]:
     return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
 
 
-def one_file() -> str:
+def standalone_source() -> str:
     """The code that a folder carries: ours, with the heads written out in the place of their import."""
     code = inspect.getsource(modeling_llm2clip)
-    heads = "\n\n".join(inspect.getsource(part) for part in (adapter.Block, adapter.Adapter, adapter.GatedLayer))
-    imported = "from llm2clip.models.heads import Adapter, GatedLayer\n"
+    code_of_heads = "\n\n".join(inspect.getsource(part) for part in (heads.Block, heads.Adapter))
+    imported = "from llm2clip.models.heads import Adapter\n"
     assert imported in code
-    return code.replace(imported, "\n" + heads)
+    return code.replace(imported, "\n" + code_of_heads)

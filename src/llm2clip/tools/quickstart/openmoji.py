@@ -26,8 +26,7 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from llm2clip.models.convert.gguf import cache_folder
-from llm2clip.models.pretrained import resolve_pretrained
+from llm2clip.models.pretrained import cache_dir, resolve_pretrained
 from llm2clip.tools.quickstart.captions import describe, long_caption, plain_name
 
 __all__ = ["LANGUAGES", "Emoji", "emoji_records", "read_emoji", "rows"]
@@ -79,7 +78,7 @@ def emoji_records(
 
     By default in the user's cache. Making it fetches 32 MB and draws for about 10 s on one core; 12 MB on the disk.
     """
-    folder = Path(out) if out is not None else cache_folder() / f"openmoji-records-{size}"
+    folder = Path(out) if out is not None else cache_dir() / f"openmoji-records-{size}"
     if (folder / "captions.jsonl").is_file():
         return folder
     openmoji, keywords, groups = (
