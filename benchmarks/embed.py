@@ -111,7 +111,7 @@ class Stored:
         rows, scales = stored_bytes(np.stack([self.vectors[c] for c in captions]), self.dtype)
         return torch.from_numpy(rows.astype(np.float32) if scales is None else rows * scales[:, None])
 
-    def cut(self, captions: Sequence[str]) -> None:
+    def count_truncated(self, captions: Sequence[str]) -> None:
         return None
 
 

@@ -17,8 +17,9 @@ from llm2clip import LLM2CLIP
 from llm2clip.data.images import load_image
 from llm2clip.evaluate.adapters import clip_benchmark as adapter
 from llm2clip.evaluate.benchmarks import BENCHMARKS, DataFormatError
-from llm2clip.evaluate.eccv_caption import judged_metrics, top_k_neighbors
+from llm2clip.evaluate.eccv_caption import eccv_metrics
 from llm2clip.evaluate.recall import evaluate_retrieval
+from llm2clip.evaluate.top_k import top_k_neighbors
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.llm2clip import LLM2CLIPConfig
@@ -111,7 +112,7 @@ def test_judged_figures_are_those_of_whole_lists(tmp_path: Path) -> None:
     at = {image: n for n, image in enumerate(data.image_ids)}
     owner = torch.tensor([at[image] for _, image in rows])
     captions = F.normalize(images[owner] + 0.35 * torch.randn(25000, 16, generator=g), dim=-1)
-    ours = judged_metrics(data, images, captions)
+    ours = eccv_metrics(data, images, captions)
 
     caption_ids = torch.tensor(data.caption_ids)
     scores = images @ captions.T

@@ -22,7 +22,7 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.retrieval_eval import encode_from_store, make_validator
+from llm2clip.evaluate.retrieval_eval import dual_encoder_from_store, make_validator
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.llm2clip import LLM2CLIP, MAX_SCALE, LLM2CLIPConfig
 from llm2clip.models.vision_tower import VisionTower
@@ -93,7 +93,7 @@ def agreement(records: list[Record], store: EmbeddingStore) -> Any:
 
     def measure(model: LLM2CLIP) -> dict[str, float]:
         assert not model.training
-        vectors = ModelEmbeddings(encode_from_store(model, store), SkipLog(limit=1.0), progress=False)
+        vectors = ModelEmbeddings(dual_encoder_from_store(model, store), SkipLog(limit=1.0), progress=False)
         images, kept = vectors.images([r.image for r in records if r.image is not None])
         texts = vectors.texts([records[i].captions[0] for i in kept])
         return {"score": float((images * texts).sum(-1).mean())}

@@ -17,7 +17,13 @@ from PIL import Image
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
 from llm2clip.data.records import Record
-from llm2clip.evaluate.benchmarks import BENCHMARKS, Choice, Classes, DataFormatError, MissingFileError
+from llm2clip.evaluate.benchmarks import (
+    BENCHMARKS,
+    CompositionalExample,
+    ClassificationData,
+    DataFormatError,
+    MissingFileError,
+)
 from llm2clip.evaluate.benchmarks.classification import folder_of_classes
 from llm2clip.evaluate.benchmarks.karpathy_splits import strip_tags
 
@@ -247,7 +253,7 @@ def test_sugarcrepe_by_file(tmp_path: Path) -> None:
     for kind in kinds:
         row = {"filename": "000000000001.jpg", "caption": f"{kind} ", "negative_caption": "no"}
         put(tmp_path / f"sugar-crepe/data/{kind}.json", {"0": row, "17": row})
-    found: list[Choice] = read("sugarcrepe", tmp_path)
+    found: list[CompositionalExample] = read("sugarcrepe", tmp_path)
     assert [c.kind for c in found] == [kind for kind in kinds for _ in range(2)]
     assert found[1].id == "add_att 17" and found[0].captions == ("add_att", "no") and len(found[0].images) == 1
 
@@ -262,13 +268,13 @@ def test_imagenet_and_variants(tmp_path: Path) -> None:
         draw(tmp_path / f"imagenet-a/{wnid}/a.jpg")
     put(tmp_path / "imagenet-a/README.txt", "classes")
     for name in ("imagenet", "imagenet-a"):
-        found: Classes = read(name, tmp_path)
+        found: ClassificationData = read(name, tmp_path)
         assert list(found.names) == ["tench", "goldfish"] and list(found.labels) == [0, 1]
         assert len(found.templates) == 80 and all(t.count("{}") == 1 for t in found.templates)
         assert "n01440764" in str(found.images[0])
     for n in range(1000):
         draw(tmp_path / f"imagenetv2/{n}/x.jpeg")
-    v2: Classes = read("imagenet-v2", tmp_path)
+    v2: ClassificationData = read("imagenet-v2", tmp_path)
     at = next(n for n, image in enumerate(v2.images) if "/2/" in str(image))
     assert v2.labels[at] == 2 and v2.names[2] == "great white shark" and len(v2.names) == 1000
 
@@ -282,7 +288,7 @@ def test_objectnet_without_its_border(tmp_path: Path) -> None:
     with Image.open(root / "images/chair/1.png") as image:
         image.paste((0, 0, 255), (2, 2, 10, 8))
         image.save(root / "images/chair/1.png")
-    found: Classes = read("objectnet", tmp_path)
+    found: ClassificationData = read("objectnet", tmp_path)
     assert list(found.names) == ["chair"] and len(found.images) == 1
     pixels = load_image(found.images[0])
     assert pixels.shape == (3, 6, 8) and pixels[0].max() == 0 and pixels[2].min() == 255
@@ -295,13 +301,13 @@ def test_cifar_in_its_binary_form(tmp_path: Path) -> None:
     (tmp_path / "cifar10").mkdir()
     (tmp_path / "cifar10/test_batch.bin").write_bytes(b"".join(rows))
     put(tmp_path / "cifar10/batches.meta.txt", "airplane\nautomobile\n\n")
-    found: Classes = read("cifar10", tmp_path)
+    found: ClassificationData = read("cifar10", tmp_path)
     assert list(found.labels) == [1, 0] and list(found.names) == ["airplane", "automobile"]
     assert np.array_equal(load_image(found.images[1]).numpy(), pixels[1])
     (tmp_path / "cifar-100-binary").mkdir()
     (tmp_path / "cifar-100-binary/test.bin").write_bytes(b"".join(bytes([5]) + row for row in rows))
     put(tmp_path / "cifar-100-binary/fine_label_names.txt", "apple\naquarium_fish\n")
-    fine: Classes = read("cifar100", tmp_path)
+    fine: ClassificationData = read("cifar100", tmp_path)
     assert list(fine.labels) == [1, 0] and fine.names[1] == "aquarium fish"
     (tmp_path / "cifar10/test_batch.bin").write_bytes(rows[0][:-1])
     with pytest.raises(DataFormatError, match="no whole number"):

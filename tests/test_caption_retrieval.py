@@ -35,7 +35,7 @@ class Fake:
     def encode(self, captions: Sequence[str], *, progress: bool = False) -> torch.Tensor:
         return torch.stack([self.vector(c) for c in captions])
 
-    def cut(self, captions: Sequence[str]) -> int:
+    def count_truncated(self, captions: Sequence[str]) -> int:
         return sum(len(c) > 20 for c in captions)
 
 
@@ -52,7 +52,7 @@ def test_cra_by_hand(llm: Path) -> None:
         ("a house", "homes"),
     ]
     figures = caption_retrieval_accuracy(images, encoder, progress=False)
-    assert (figures["images"], figures["left out"]) == (3, 1)
+    assert (figures["images"], figures["excluded"]) == (3, 1)
     first = F.normalize(encoder.encode(["a dog", "two cats", "a house"]).double(), dim=-1)
     second = F.normalize(encoder.encode(["the dog!", "cats, two", "homes"]).double(), dim=-1)
     scores, own = first @ second.T, torch.arange(3)
@@ -145,7 +145,7 @@ def test_a_clips_text_tower(kind: str, tmp_path: Path) -> None:
     tower = load_clip_text(folder, torch.device("cpu"))
     texts = ["a dog", "two cats", "a text of more than the twenty-four tokens that there is room for"]
     vectors = tower.encode(texts)
-    assert tower.cut(texts) == 1 and vectors.shape == (3, 16)
+    assert tower.count_truncated(texts) == 1 and vectors.shape == (3, 16)
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     for text, vector in zip(texts, vectors, strict=True):
         padding = {"padding": "max_length"} if kind == "siglip" else {}
@@ -165,7 +165,7 @@ def test_open_clips_text_tower(tmp_path: Path) -> None:
     tower = load_clip_text(f"open_clip:{tmp_path}", torch.device("cpu"))
     texts = ["a dog", "word " * 100]
     vectors = tower.encode(texts)
-    assert tower.cut(texts) == 1
+    assert tower.count_truncated(texts) == 1
     tokens = open_clip.get_tokenizer("ViT-S-32-alt")(texts)
     with torch.no_grad():
         assert torch.allclose(model.encode_text(tokens), vectors, atol=1e-5)
@@ -205,7 +205,7 @@ def test_the_command_prints_the_table_and_the_mistakes(
 
 
 def test_all_that_caption_accuracy_says_is_of_the_same_hits() -> None:
-    figures = caption_retrieval_accuracy(RAGGED, Fake(), hits=True, mistakes=2)
+    figures = caption_retrieval_accuracy(RAGGED, Fake(), return_hits=True, num_mistakes=2)
     first, second = (F.normalize(torch.stack([Fake().vector(c[n]) for c in RAGGED[:-1]]), dim=-1) for n in (0, 1))
     scores = first @ second.T
     there, again = (s.argmax(1) == torch.arange(30) for s in (scores, scores.T))
@@ -218,8 +218,8 @@ def test_all_that_caption_accuracy_says_is_of_the_same_hits() -> None:
     assert (figures["first to second"]["R@1"], figures["second to first"]["R@1"]) == pytest.approx(
         (100 * float(there.double().mean()), 100 * float(again.double().mean()))
     )
-    assert (figures["positives"], figures["negatives"]) == mean_cosines(first, second)
-    assert figures["chance"] == pytest.approx(100 / 30) and figures["left out"] == 1
-    assert figures["cut"] == sum(len(c) > 20 for some in RAGGED[:-1] for c in some[:2])
+    assert (figures["positive cosine"], figures["negative cosine"]) == mean_cosines(first, second)
+    assert figures["chance"] == pytest.approx(100 / 30) and figures["excluded"] == 1
+    assert figures["truncated"] == sum(len(c) > 20 for some in RAGGED[:-1] for c in some[:2])
     assert figures["mistakes"] == worst_mistakes(first, second, RAGGED[:-1], 2)
     assert not {"hits", "mistakes", "all pairs"} & caption_retrieval_accuracy(RAGGED, Fake()).keys()

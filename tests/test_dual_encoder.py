@@ -17,7 +17,7 @@ from llm2clip.data.image_loader import image_batches
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.retrieval_eval import evaluate_model
+from llm2clip.evaluate.retrieval_eval import evaluate_caption_fields
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
@@ -56,7 +56,7 @@ def test_a_transformers_model(clip: Path, pictures: Path) -> None:
 
     model = open_dual_encoder(str(clip), "cpu")
     images, texts, files = both(model, pictures)
-    assert model.cut(TEXTS) == 1
+    assert model.count_truncated(TEXTS) == 1
     peer, processor = AutoModel.from_pretrained(clip).eval(), AutoProcessor.from_pretrained(clip)
     with torch.no_grad():
         pixels = processor(images=[Image.open(f).convert("RGB") for f in files], return_tensors="pt")
@@ -75,7 +75,7 @@ def test_a_sentence_transformers_model(clip: Path, pictures: Path) -> None:
     [(_, seen, _)] = image_batches(refs, model.transform)
     as_theirs(model.encode_pictures(seen), peer.encode([Image.open(str(r)) for r in refs], convert_to_tensor=True))
     as_theirs(model.encode_text(TEXTS[:2]), peer.encode(TEXTS[:2], convert_to_tensor=True))
-    assert model.cut(TEXTS) is None
+    assert model.count_truncated(TEXTS) is None
 
 
 def test_an_open_clip_model(tmp_path: Path, pictures: Path) -> None:
@@ -101,15 +101,15 @@ def test_our_model_in_its_folder(llm: Path, tmp_path: Path, pictures: Path) -> N
     peer = LLM2CLIP.from_pretrained(tmp_path / "model", "cpu")
     as_theirs(images, peer.encode_image(files))
     as_theirs(texts, peer.encode_text(TEXTS))
-    assert model.cut(TEXTS) == 0 and model.identity() == open_dual_encoder(str(tmp_path / "model"), "cpu").identity()
+    assert model.count_truncated(TEXTS) == 0 and model.identity() == open_dual_encoder(str(tmp_path / "model"), "cpu").identity()
 
 
 def test_the_same_measure_for_all(clip: Path, pictures: Path) -> None:
     """A model that was never trained is about at chance, and its cut texts are counted."""
     records = list(open_records(pictures / "captions.jsonl"))
     vectors = ModelEmbeddings(open_dual_encoder(str(clip), "cpu"), SkipLog(), progress=False)
-    [row] = evaluate_model(vectors, {"captions": records})
-    assert row["images"] == len(records) and row["cut"] is not None
+    [row] = evaluate_caption_fields(vectors, {"captions": records})
+    assert row["images"] == len(records) and row["truncated"] is not None
     low, high = row["T2I interval"]["R@10"]
     assert low <= row["T2I"]["R@10"] <= high
 
@@ -119,19 +119,19 @@ def test_vectors_that_are_kept_are_the_same_and_are_not_made_again(
 ) -> None:
     records = list(open_records(pictures / "captions.jsonl"))
     model = open_dual_encoder(str(clip), "cpu")
-    once = evaluate_model(ModelEmbeddings(model, SkipLog(), progress=False), {"captions": records})
-    kept = evaluate_model(ModelEmbeddings(model, SkipLog(), tmp_path), {"captions": records[:20]})
+    once = evaluate_caption_fields(ModelEmbeddings(model, SkipLog(), progress=False), {"captions": records})
+    kept = evaluate_caption_fields(ModelEmbeddings(model, SkipLog(), tmp_path), {"captions": records[:20]})
     assert kept[0]["images"] == 20
-    assert evaluate_model(ModelEmbeddings(model, SkipLog(), tmp_path), {"captions": records}) == once
+    assert evaluate_caption_fields(ModelEmbeddings(model, SkipLog(), tmp_path), {"captions": records}) == once
 
     def never(*_: object) -> Tensor:
         raise AssertionError("encoded again")
 
     again = dataclasses.replace(model, see=never, read=never)
-    assert evaluate_model(ModelEmbeddings(again, SkipLog(), tmp_path), {"captions": records}) == once
+    assert evaluate_caption_fields(ModelEmbeddings(again, SkipLog(), tmp_path), {"captions": records}) == once
     other = dataclasses.replace(again, identity=lambda: {"name": "another"})
     with pytest.raises(AssertionError, match="encoded again"):
-        evaluate_model(ModelEmbeddings(other, SkipLog(), tmp_path), {"captions": records})
+        evaluate_caption_fields(ModelEmbeddings(other, SkipLog(), tmp_path), {"captions": records})
 
 
 def test_no_model_of_that_name(tmp_path: Path, llm: Path) -> None:

@@ -60,17 +60,17 @@ def test_recall_by_length(ranked: RetrievalRanks) -> None:
     _, lengths = length_of(ranked.captions)
     bins = [(1, 4), (5, 11)]
     for (low, high), (share, *ends) in zip(bins, recall_by_length(ranked, lengths, bins), strict=True):
-        hits = [int(r) == 0 for r, length in zip(ranked.of_text, lengths, strict=True) if low <= length <= high]
+        hits = [int(r) == 0 for r, length in zip(ranked.text_ranks, lengths, strict=True) if low <= length <= high]
         assert share == pytest.approx(100 * sum(hits) / len(hits)) and ends[0] <= share <= ends[1]
 
 
 def test_the_worst_are_of_different_images_and_come_last(ranked: RetrievalRanks) -> None:
     found = worst_failures(ranked, 4)
-    of_image = {i: int(ranked.of_text[ranked.image_of_text == i].max()) for i in range(12)}
+    of_image = {i: int(ranked.text_ranks[ranked.image_of_text == i].max()) for i in range(12)}
     assert len({int(ranked.image_of_text[t]) for t in found}) == 4
-    assert [int(ranked.of_text[t]) for t in found] == sorted(of_image.values(), reverse=True)[:4]
+    assert [int(ranked.text_ranks[t]) for t in found] == sorted(of_image.values(), reverse=True)[:4]
     every = worst_failures(ranked, 99)  # all that failed, and none that did not
-    assert len(every) == sum(rank > 0 for rank in of_image.values()) and all(ranked.of_text[t] > 0 for t in every)
+    assert len(every) == sum(rank > 0 for rank in of_image.values()) and all(ranked.text_ranks[t] > 0 for t in every)
 
 
 def test_details_show_what_was_found(ranked: RetrievalRanks) -> None:
@@ -84,11 +84,11 @@ def test_details_show_what_was_found(ranked: RetrievalRanks) -> None:
     assert [shot.right for shot in shown[:5]] == [i == 5 for i in best]
     assert sum(shot.right for shot in shown) == 1, "its own picture is among them, or after them"
     assert shown[0].line == f"1. cosine {float(scores.max()):.2f}" and all(shot.jpeg for shot in shown)
-    assert found.curves == {"I2T": recall_curve(ranked.of_image), "T2I": recall_curve(ranked.of_text)}
+    assert found.curves == {"I2T": recall_curve(ranked.image_ranks), "T2I": recall_curve(ranked.text_ranks)}
     unit, lengths = length_of(ranked.captions)
     assert (found.unit, found.bins) == (unit, length_bins(lengths))
     assert found.by_length == recall_by_length(ranked, lengths, found.bins)
     last = found.failures[0].shots[-1]  # of the one that came last, after the five that came before
     assert len(found.failures) == 3 and len(found.failures[0].shots) == 6 and last.right
-    assert last.line.startswith(f"{int(ranked.of_text.max()) + 1}. cosine ")
+    assert last.line.startswith(f"{int(ranked.text_ranks.max()) + 1}. cosine ")
     assert analyze_errors(ranked, queries=0).found == []

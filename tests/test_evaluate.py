@@ -18,7 +18,7 @@ from llm2clip.data.images import load_image
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.precomputed import PrecomputedEmbeddings
-from llm2clip.html_report import short_model_name
+from llm2clip.models.display_names import display_names
 from llm2clip.models.dual_encoder import open_dual_encoder
 from test_benchmarks import put
 from test_dual_encoder import both
@@ -77,7 +77,7 @@ def test_benchmarks_by_the_command(
         scores = images[n : n + 2] @ model.encode_text([f"c {n}", f"d {n} " + "x" * 99]).T
         hits += bool(scores[0, 0] > scores[0, 1] and scores[1, 1] > scores[1, 0])
     assert results[1]["figures"]["text"] == pytest.approx(100 * hits / 3)
-    assert results[1]["cut"] == 3 and results[1]["texts"] == 6
+    assert results[1]["truncated"] == 3 and results[1]["texts"] == 6
     assert results[2]["figures"]["chance"] == 50 and 0 <= results[2]["figures"]["top-1"] <= 100
 
 
@@ -105,7 +105,7 @@ def test_models_side_by_side_and_the_report(
     assert ours["model"] == clip.name and theirs["model"] == "theirs.npz"
     for key in ("I2T", "T2I", "I2T interval", "T2I chance"):
         assert ours["rows"][0][key] == theirs["rows"][0][key]
-    assert theirs["rows"][0]["cut"] is None and ours["rows"][0]["cut"] > 0
+    assert theirs["rows"][0]["truncated"] is None and ours["rows"][0]["truncated"] > 0
     page, said = (out / "report.html").read_text(), (out / "report.md").read_text()
     assert page.count("<svg") >= 2 and page.count("data:image/jpeg") >= 5 * 6
     assert "right: " in page and "wrong: " in page and "<script" not in page
@@ -186,12 +186,12 @@ def test_names_for_tables(tmp_path: Path) -> None:
     for name in ("a/model", "b/model", "b/other/model"):
         (tmp_path / name).mkdir(parents=True)
     paths = [str(tmp_path / n) for n in ("a/model", "b/model", "b")]
-    assert short_model_name(paths[:2]) == ["a", "b"] and short_model_name([paths[0], "st:some/model"]) == [
+    assert display_names(paths[:2]) == ["a", "b"] and display_names([paths[0], "st:some/model"]) == [
         "a",
         "st:some/model",
     ]
-    assert short_model_name(paths) == paths  # "b" would stand twice
-    assert short_model_name([paths[0]] * 2) == [paths[0], f"{paths[0]} (2)"]
+    assert display_names(paths) == paths  # "b" would stand twice
+    assert display_names([paths[0]] * 2) == [paths[0], f"{paths[0]} (2)"]
 
 
 def test_a_folder_of_ones_own_and_its_probe(clip: Path, pictures: Path, tmp_path: Path) -> None:

@@ -289,7 +289,7 @@ class Hashing:
     def encode(self, captions: Sequence[str], *, progress: bool = True) -> torch.Tensor:
         return F.normalize(torch.from_numpy(vectors_of([c[:1] for c in captions]) + 0.01).float(), dim=-1)
 
-    def cut(self, captions: Sequence[str]) -> int | None:
+    def count_truncated(self, captions: Sequence[str]) -> int | None:
         return None
 
 
@@ -303,8 +303,8 @@ def test_caption_accuracy_of_any_captions(images: list[list[str]]) -> None:
         with pytest.raises(ValueError, match="two captions"):
             caption_retrieval_accuracy(images, Hashing(), progress=False)
         return
-    found = caption_retrieval_accuracy(images, Hashing(), all_pairs=True, hits=True, mistakes=9, progress=False)
-    assert found["images"] == len(different) and found["left out"] == len(images) - len(different)
+    found = caption_retrieval_accuracy(images, Hashing(), all_pairs=True, return_hits=True, num_mistakes=9, progress=False)
+    assert found["images"] == len(different) and found["excluded"] == len(images) - len(different)
     assert found["CRA"] == pytest.approx(100 * sum(found["hits"]) / len(different))
     assert found["captions"] == sum(map(len, different)) and set(found["hits"]) <= {0, 0.5, 1}
     vectors = Hashing().encode([c for pair in different for c in pair[:2]]).double()

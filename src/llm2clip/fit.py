@@ -33,7 +33,7 @@ from llm2clip.distributed import cached_json, command_line, print_once, process_
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.reporting.fit_report import write_fit_report
-from llm2clip.evaluate.retrieval_eval import encode_from_store, evaluate_model, make_validator
+from llm2clip.evaluate.retrieval_eval import dual_encoder_from_store, evaluate_caption_fields, make_validator
 from llm2clip.io_utils import atomic_write_text
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.export.model_card import render_model_card
@@ -91,8 +91,8 @@ def fit(data: Sequence[str], out: Path, config: FitConfig) -> Path:
     print_once("3/4 align: the vision tower learns from the store")
 
     def measure(model: LLM2CLIP) -> list[dict[str, Any]]:
-        return evaluate_model(
-            ModelEmbeddings(encode_from_store(model, store), log, batch=config.evaluate.batch), held_out
+        return evaluate_caption_fields(
+            ModelEmbeddings(dual_encoder_from_store(model, store), log), held_out
         )
 
     gc.collect()  # the LLM's memory is free for the vision tower
@@ -104,7 +104,7 @@ def fit(data: Sequence[str], out: Path, config: FitConfig) -> Path:
         if state.is_main_process and not (out / "align/checkpoints").exists():
             (out / "evaluate/untrained.json").unlink(missing_ok=True)  # align's settings may have been mended
         cached_json(out / "evaluate/untrained.json", lambda: measure(model))
-        validate = make_validator(held_out, log, store, config.evaluate.batch)
+        validate = make_validator(held_out, log, store)
         model = align(train, store, model, config.align, out / "align", log, validate)
         if state.is_main_process:
             model.save_pretrained(model_folder, text_folder=encoder_folder)

@@ -33,7 +33,7 @@ th, td { padding: .3rem .7rem; text-align: left; border-bottom: 1px solid var(--
 th { font-weight: 600; color: var(--dim); border-bottom-width: 2px; }
 td { white-space: nowrap; } td:first-child, td.long { white-space: normal; min-width: 12rem; }
 td:first-child.number { min-width: 0; } td.number { text-align: right; }
-tr.strong td { font-weight: 600; background: var(--soft); }
+tr.highlighted td { font-weight: 600; background: var(--soft); }
 code, pre { font: .85rem/1.5 ui-monospace, monospace; background: var(--soft); border-radius: 4px; }
 code { padding: .1rem .3rem; }
 pre { padding: .6rem .8rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -62,10 +62,10 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A paragraph; `code` in it is set as such. `mood`: good, bad or unsure, of a verdict."""
+    """A paragraph; `code` in it is set as such. `status`: good, bad or unsure, of a verdict."""
 
     text: str
-    mood: str = ""
+    status: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,13 @@ class Code:
 
 @dataclass(frozen=True)
 class Table:
-    """Floats are shown with one decimal, small ones with one digit, None as a dash; `strong` are the rows to look at;
-    `moods` a cell's mood by its text."""
+    """Floats are shown with one decimal, small ones with one digit, None as a dash; `highlighted` are the rows to look at;
+    `statuses` a cell's status by its text."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Any]]
-    strong: frozenset[int] = frozenset()
-    moods: tuple[tuple[str, str], ...] = ()
+    highlighted: frozenset[int] = frozenset()
+    statuses: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class ResultImages:
 Block = Heading | Paragraph | Command | Code | Table | Plot | ResultImages
 
 
-def write_page(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> tuple[Path, Path]:
+def write_report(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> tuple[Path, Path]:
     """Write `name`.md and `name`.html in a folder, each by a rename; their paths."""
     written = []
     for suffix, text in ((".md", to_markdown(title, blocks, f"{name}.html")), (".html", to_html(title, blocks))):
@@ -130,20 +130,6 @@ def write_page(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> 
         atomic_write_text(file, text)
         written.append(file)
     return written[0], written[1]
-
-
-def short_model_name(paths: Sequence[str]) -> list[str]:
-    """Names for tables: of a path its last part, or of RUN/model and RUN/encoder the run's; whole where two would be
-    the same, and numbered where they are."""
-    found = []
-    for name in paths:
-        path = Path(name)
-        last = path.resolve().parent.name if path.name in ("model", "encoder") else path.resolve().name
-        found.append(last if last and path.exists() else name)
-    if len(set(found)) < len(found):
-        found = list(paths)
-    again = [found[:n].count(name) for n, name in enumerate(found)]
-    return [f"{name} ({times + 1})" if times else name for name, times in zip(found, again, strict=True)]
 
 
 def format_cell(value: Any) -> str:
@@ -160,7 +146,7 @@ def to_markdown(title: str, blocks: Sequence[Block], page: str) -> str:
         if isinstance(block, Heading):
             parts.append(f"{'#' * block.level} {block.text}")
         elif isinstance(block, Paragraph):
-            parts.append(f"**{block.text}**" if block.mood else block.text)
+            parts.append(f"**{block.text}**" if block.status else block.text)
         elif isinstance(block, Command):
             parts.append(f"```\n{block.text}\n```")
         elif isinstance(block, Code):
@@ -194,7 +180,9 @@ def _html(block: Block) -> str:
     if isinstance(block, Heading):
         return f"<h{block.level}>{_inline(block.text)}</h{block.level}>"
     if isinstance(block, Paragraph):
-        return f'<p class="{block.mood}">{_inline(block.text)}</p>' if block.mood else f"<p>{_inline(block.text)}</p>"
+        return (
+            f'<p class="{block.status}">{_inline(block.text)}</p>' if block.status else f"<p>{_inline(block.text)}</p>"
+        )
     if isinstance(block, Command | Code):
         return f"<pre>{escape(block.text)}</pre>"
     if isinstance(block, Table):
@@ -207,31 +195,31 @@ def _html(block: Block) -> str:
 
 def _table(table: Table) -> str:
     head = "".join(f"<th>{_inline(name)}</th>" for name in table.header)
-    moods, lines = dict(table.moods), []
+    statuses, lines = dict(table.statuses), []
     for n, row in enumerate(table.rows):
         cells = []
         for value in row:
             text = format_cell(value)
             kinds = [
-                moods.get(text, ""),
+                statuses.get(text, ""),
                 "long" if len(text) > 30 else "",
                 "number" if re.fullmatch(r"[-+±–×x., \d%]+", text) else "",
             ]
             names = " ".join(kind for kind in kinds if kind)
             cells.append(f'<td class="{names}">{_inline(text)}</td>' if names else f"<td>{_inline(text)}</td>")
-        strong = ' class="strong"' if n in table.strong else ""
-        lines.append(f"<tr{strong}>{''.join(cells)}</tr>")
+        highlighted = ' class="strong"' if n in table.highlighted else ""
+        lines.append(f"<tr{highlighted}>{''.join(cells)}</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def _shot(shot: ResultImage) -> str:
-    mood = "" if shot.right is None else f" {GOOD if shot.right else BAD}"
+    status = "" if shot.right is None else f" {GOOD if shot.right else BAD}"
     mark = {None: "", True: "right: ", False: "wrong: "}[shot.right]
     line = escape(shot.line)
     if shot.jpeg is None:
-        return f'<div class="shot{mood}"><div class="none">cannot be shown</div>{mark}{line}</div>'
+        return f'<div class="shot{status}"><div class="none">cannot be shown</div>{mark}{line}</div>'
     data = base64.b64encode(shot.jpeg).decode()
-    return f'<div class="shot{mood}"><img src="data:image/jpeg;base64,{data}" alt="{mark}{line}">{mark}{line}</div>'
+    return f'<div class="shot{status}"><img src="data:image/jpeg;base64,{data}" alt="{mark}{line}">{mark}{line}</div>'
 
 
 def _inline(text: str) -> str:

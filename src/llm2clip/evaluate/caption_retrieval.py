@@ -25,7 +25,7 @@ class TextEncoder(Protocol):
         """Texts to vectors, (N, width) float32 on the CPU."""
         ...
 
-    def cut(self, captions: Sequence[str]) -> int | None:
+    def count_truncated(self, captions: Sequence[str]) -> int | None:
         """How many of some texts are longer than its window, and lose their end; None where nobody can say."""
         ...
 
@@ -35,8 +35,8 @@ def caption_retrieval_accuracy(
     encoder: TextEncoder,
     *,
     all_pairs: bool = False,
-    mistakes: int = 0,
-    hits: bool = False,
+    num_mistakes: int = 0,
+    return_hits: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """How well an encoder tells the captions of images apart, in percent.
@@ -52,7 +52,7 @@ def caption_retrieval_accuracy(
     Returns:
         "CRA": top-1 of the paper's protocol, mean of both directions; "CRA interval": by a bootstrap of images, 95%;
         "first to second" and "second to first": R@1/5/10; "positives" and "negatives": mean cosine of captions of one
-        image and of different images; "images", "left out", "cut" (captions longer than the encoder's window),
+        image and of different images; "images", "excluded", "truncated" (captions longer than the encoder's window),
         "chance" (of CRA). With `all_pairs`: "all pairs" and "all
         pairs chance", R@1/5/10, and "captions", their number. With `mistakes`: "mistakes", see `worst_mistakes`. With
         `hits`: "hits", 0, 0.5 or 1 by image.
@@ -78,11 +78,11 @@ def caption_retrieval_accuracy(
         "CRA interval": (low, high),
         "first to second": forth,
         "second to first": back,
-        "positives": positives,
-        "negatives": negatives,
+        "positive cosine": positives,
+        "negative cosine": negatives,
         "images": len(different),
-        "left out": len(images) - len(different),
-        "cut": encoder.cut(texts),
+        "excluded": len(images) - len(different),
+        "truncated": encoder.count_truncated(texts),
         "chance": 100.0 / len(different),
     }
     if all_pairs:
@@ -95,10 +95,10 @@ def caption_retrieval_accuracy(
         found["captions"] = count
         found["all pairs"] = recall(positive_ranks(everything, everything, others, itself=range(count)))
         found["all pairs chance"] = chance_recall([len(o) for o in others], count - 1, KS)
-    if hits:
+    if return_hits:
         found["hits"] = by_image.tolist()
-    if mistakes:
-        found["mistakes"] = worst_mistakes(first, second, different, mistakes)
+    if num_mistakes:
+        found["mistakes"] = worst_mistakes(first, second, different, num_mistakes)
     return found
 
 

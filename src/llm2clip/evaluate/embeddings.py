@@ -34,7 +34,7 @@ class EmbeddingSource(Protocol):
         """Of texts, in their order."""
         ...
 
-    def cut(self, texts: Sequence[str]) -> int | None:
+    def count_truncated(self, texts: Sequence[str]) -> int | None:
         """How many of some texts are longer than the model's window, and lose their end; None where nobody can say."""
         ...
 
@@ -106,8 +106,8 @@ class ModelEmbeddings:
         )
         return self._finite(torch.from_numpy(store.take(store.rows(texts))))
 
-    def cut(self, texts: Sequence[str]) -> int | None:
-        return self.model.cut(texts)
+    def count_truncated(self, texts: Sequence[str]) -> int | None:
+        return self.model.count_truncated(texts)
 
     @staticmethod
     def _finite(vectors: Tensor) -> Tensor:

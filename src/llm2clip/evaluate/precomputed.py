@@ -93,5 +93,5 @@ class PrecomputedEmbeddings:
             )
         return self._texts[torch.tensor(rows)]
 
-    def cut(self, texts: Sequence[str]) -> int | None:
+    def count_truncated(self, texts: Sequence[str]) -> int | None:
         return None

@@ -15,7 +15,7 @@ CRA = {
 }
 
 # EVA02 ViT-L/14 with a text tower: R@1 of I2T and T2I. (COCO's of its own tower are printed alike both ways.)
-TABLE: dict[str, dict[str, Any]] = {
+RETRIEVAL: dict[str, dict[str, Any]] = {
     name: dict(zip(("Flickr30k", "COCO", "ShareGPT4v", "Urban-1k", "DOCCI", "average", "CRA"), figures, strict=True))
     for name, figures in {
         "its own text tower": ((89.8, 73.3), (63.8, 63.8), (89.3, 91.9), (68.5, 73.3), (75.0, 73.4), 76.2, 69.8),
@@ -63,7 +63,7 @@ def published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
     (of sets that are not Chinese R@5 and R@10); empty where it does not have the benchmark."""
     name = NAMES.get(benchmark, "")
     rows: dict[str, tuple[float | None, ...]] = {**CHINESE.get(name, {})}
-    for row, figures in TABLE.items():
+    for row, figures in RETRIEVAL.items():
         if name in figures:
             i2t, t2i = figures[name]
             rows[row] = (i2t, None, None, t2i, None, None)

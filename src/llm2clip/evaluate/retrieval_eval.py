@@ -20,13 +20,13 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.store.store import EmbeddingStore
 
 
-def encode_from_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncoder:
+def dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncoder:
     """A model that takes its texts' embeddings from a store and does not run its caption encoder."""
 
     def read(texts: Sequence[str], progress: bool) -> Tensor:
         return model.embeddings_to_text(torch.from_numpy(store.take(store.rows(texts))))
 
-    return dataclasses.replace(from_llm2clip(model, "llm2clip"), read=read, cut=lambda texts: None)
+    return dataclasses.replace(from_llm2clip(model, "llm2clip"), read=read, count_truncated=lambda texts: None)
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,23 @@ class RetrievalRanks:
         images: their vectors, (I, D).
         texts: those of all their captions, (T, D).
         image_of_text: int64 (T,), for each caption the index of its image.
-        of_image: int64 (I,), rank of the best-placed caption of each image, from 0.
-        of_text: int64 (T,), rank of the image of each caption.
+        image_ranks: int64 (I,), rank of the best-placed caption of each image, from 0.
+        text_ranks: int64 (T,), rank of the image of each caption.
     """
 
     records: list[Record]
     images: Tensor
     texts: Tensor
     image_of_text: Tensor
-    of_image: Tensor
-    of_text: Tensor
+    image_ranks: Tensor
+    text_ranks: Tensor
 
     @property
     def captions(self) -> list[str]:
         return [caption for record in self.records for caption in record.captions]
 
 
-def rank_retrieval(vectors: EmbeddingSource, fields: Mapping[str, Sequence[Record]]) -> dict[str, RetrievalRanks]:
+def rank_caption_fields(vectors: EmbeddingSource, fields: Mapping[str, Sequence[Record]]) -> dict[str, RetrievalRanks]:
     """Rank each kind of caption that has any.
 
     Args:
@@ -82,7 +82,7 @@ def rank_retrieval(vectors: EmbeddingSource, fields: Mapping[str, Sequence[Recor
     return ranked
 
 
-def evaluate_model(vectors: EmbeddingSource, fields: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
+def evaluate_caption_fields(vectors: EmbeddingSource, fields: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
     """Retrieval on each kind of caption.
 
     Args:
@@ -95,16 +95,18 @@ def evaluate_model(vectors: EmbeddingSource, fields: Mapping[str, Sequence[Recor
     Raises:
         ValueError: there is nothing to measure.
     """
-    return rows(vectors, rank_retrieval(vectors, fields))
+    return rows(vectors, rank_caption_fields(vectors, fields))
 
 
 def rows(vectors: EmbeddingSource, ranked: Mapping[str, RetrievalRanks]) -> list[dict[str, Any]]:
-    """What `evaluate_model` returns, of what `rank` does."""
+    """What `evaluate_caption_fields` returns, of what `rank` does."""
     found = []
     for name, some in ranked.items():
         captions = some.captions
-        counts = {"images": len(some.records), "texts": len(captions), "cut": vectors.cut(captions)}
-        found.append({"captions": name, **counts, **retrieval_metrics(some.of_image, some.of_text, some.image_of_text)})
+        counts = {"images": len(some.records), "texts": len(captions), "truncated": vectors.count_truncated(captions)}
+        found.append(
+            {"captions": name, **counts, **retrieval_metrics(some.image_ranks, some.text_ranks, some.image_of_text)}
+        )
     return found
 
 
@@ -122,10 +124,10 @@ def make_validator(
     """
 
     def measure(model: LLM2CLIP) -> dict[str, float]:
-        vectors = ModelEmbeddings(encode_from_store(model, store), log, batch=batch, progress=False)
+        vectors = ModelEmbeddings(dual_encoder_from_store(model, store), log, batch=batch, progress=False)
         found = {}
-        for name, ranked in rank_retrieval(vectors, fields).items():
-            for way, ranks in (("I2T", ranked.of_image), ("T2I", ranked.of_text)):
+        for name, ranked in rank_caption_fields(vectors, fields).items():
+            for way, ranks in (("I2T", ranked.image_ranks), ("T2I", ranked.text_ranks)):
                 found[f"{name} {way} R@1"] = recall(ranks, (1,))["R@1"]
         return {"score": sum(list(found.values())[:2]) / 2, **found}
 

@@ -20,9 +20,9 @@ from llm2clip.evaluate.benchmarks import (
     MissingFileError,
 )
 from llm2clip.evaluate.compositional import compositional_accuracy
-from llm2clip.evaluate.eccv_caption import judged_metrics
+from llm2clip.evaluate.eccv_caption import eccv_metrics
 from llm2clip.evaluate.embeddings import EmbeddingSource
-from llm2clip.evaluate.retrieval_eval import RetrievalRanks, rank_retrieval, rows
+from llm2clip.evaluate.retrieval_eval import RetrievalRanks, rank_caption_fields, rows
 from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts, classification_accuracy, linear_probe
 
 
@@ -31,9 +31,9 @@ class BenchmarkResult:
     """A model on a benchmark.
 
     Args:
-        figures: what goes into a file: "benchmark" and "kind"; of retrieval "rows", see `evaluate_model`; else
+        figures: what goes into a file: "benchmark" and "kind"; of retrieval "rows", see `evaluate_caption_fields`; else
             "figures" in percent (but for "its C", a linear probe's), the numbers of "images" and "texts", and of those
-            that the model "cut".
+            that the model "truncated".
         ranked: of retrieval, what the rows were made of, by the kind of caption.
     """
 
@@ -58,7 +58,7 @@ def run_benchmark(benchmark: Benchmark, folder: Path, vectors: EmbeddingSource, 
     found: dict[str, Any] = {"benchmark": benchmark.name, "kind": benchmark.kind}
     data = benchmark.load(folder)
     if benchmark.kind == "retrieval":
-        ranked = rank_retrieval(vectors, data)
+        ranked = rank_caption_fields(vectors, data)
         return BenchmarkResult(found | {"rows": rows(vectors, ranked)}, ranked)
     if benchmark.kind == "judged":
         figures, images, texts = _judged(data, vectors)
@@ -67,7 +67,7 @@ def run_benchmark(benchmark: Benchmark, folder: Path, vectors: EmbeddingSource, 
     else:
         figures, images, texts = _classes(data, vectors, _training(benchmark, folder) if probe else None)
     return BenchmarkResult(
-        found | {"images": images, "texts": len(texts), "cut": vectors.cut(texts), "figures": figures}
+        found | {"images": images, "texts": len(texts), "truncated": vectors.count_truncated(texts), "figures": figures}
     )
 
 
@@ -92,7 +92,7 @@ def _judged(data: JudgedRetrieval, vectors: EmbeddingSource) -> tuple[dict[str, 
             f"{len(data.images) - len(kept):,} images cannot be decoded, {lost} for one; all are needed"
         )
     texts = list(data.captions)
-    return judged_metrics(data, seen, vectors.texts(texts)), len(kept), texts
+    return eccv_metrics(data, seen, vectors.texts(texts)), len(kept), texts
 
 
 def _choices(

@@ -21,10 +21,11 @@ from llm2clip.evaluate.precomputed import SAVED
 from llm2clip.evaluate.reporting.comparison import ModelResult, caption_blocks, result_blocks
 from llm2clip.evaluate.reporting.error_analysis import analyze_errors
 from llm2clip.evaluate.runner import run_benchmark
-from llm2clip.html_report import Block, Command, Heading, Paragraph, Table, short_model_name, to_markdown, write_page
+from llm2clip.html_report import Block, Command, Heading, Paragraph, Table, to_markdown, write_report
 from llm2clip.io_utils import MissingFileError, atomic_write_text
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.clip_text_encoder import has_text_tower, load_clip_text
+from llm2clip.models.display_names import display_names
 from llm2clip.models.dual_encoder import SENTENCES
 from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
 from llm2clip.models.pretrained import resolve_pretrained
@@ -86,18 +87,18 @@ def evaluate_models(
     if captions:
         texts = [r.captions for _, r in read_records(captions, columns, log, "named")]
         text = _text_side(models[0] if models else None, encoder)
-        figures = caption_retrieval_accuracy(texts, text, all_pairs=all_pairs, mistakes=mistakes)
+        figures = caption_retrieval_accuracy(texts, text, all_pairs=all_pairs, num_mistakes=mistakes)
         found["captions"] = figures
-        shown = caption_blocks(short_model_name(models or [encoder.path])[0], figures)
+        shown = caption_blocks(display_names(models or [encoder.path])[0], figures)
         print_once(to_markdown("Caption retrieval", shown, ""))
         report += shown
         _write(out, found)
     failures: list[str] = []
     if asked:
         places, failures = _places([*_own(data, config, columns, log), *get_benchmarks(benchmarks)], root)
-        measuring = _Measuring(places, out, config.batch_size, linear_probe, log, max_skipped)
+        measuring = _Measuring(places, out, 64, linear_probe, log, max_skipped)
         for n, model in enumerate(models if places else []):
-            measuring.measure(model, short_model_name(models)[n], first=n == 0)
+            measuring.measure(model, display_names(models)[n], first=n == 0)
             found["results"] = measuring.results()
             _write(out, found)  # what is done is not lost with the next model
         failures += measuring.failures
@@ -114,8 +115,8 @@ def evaluate_models(
     lines = [*([log.summary()] if log.seen else []), *failures]
     if out is not None and process_state().is_main_process:
         _write(out, found)
-        title = f"{short_model_name(models or [encoder.path])[0]}, measured"
-        lines.append(f"Report: {write_page(out, 'report', title, report)[1]}")
+        title = f"{display_names(models or [encoder.path])[0]}, measured"
+        lines.append(f"Report: {write_report(out, 'report', title, report)[1]}")
     return lines
 
 

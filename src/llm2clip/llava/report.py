@@ -16,10 +16,10 @@ from llm2clip.html_report import (
     ResultImage,
     ResultImages,
     Table,
-    short_model_name,
-    write_page,
+    write_report,
 )
 from llm2clip.llava.evaluate import LlavaResult
+from llm2clip.models.display_names import display_names
 
 # LLM2CLIP's project page, the table of LLaVA-1.5 with its tower: the figure of a task, as it names it.
 COLUMNS = {
@@ -67,7 +67,7 @@ SPLITS = {  # where the figures above are of questions whose answers only a serv
 def write_llava_report(measured: Sequence[LlavaResult], command: str, out: Path) -> Path:
     """Write `out/report.html` and `out/report.md`; the page's path."""
     models = list(dict.fromkeys(m.model for m in measured))
-    called = dict(zip(models, short_model_name(models), strict=True))
+    called = dict(zip(models, display_names(models), strict=True))
     measured = [replace(m, model=called[m.model]) for m in measured]
     blocks: list[Block] = [Command(command)]
     public = [task for task in COLUMNS if any(m.task == task for m in measured)]
@@ -95,7 +95,7 @@ def write_llava_report(measured: Sequence[LlavaResult], command: str, out: Path)
             )
         if task == "captions":
             blocks += _pictures(mine)
-    return write_page(out, "report", "A multimodal LLM, measured", blocks)[1]
+    return write_report(out, "report", "A multimodal LLM, measured", blocks)[1]
 
 
 def _pictures(measured: Sequence[LlavaResult]) -> list[Block]:

@@ -143,7 +143,7 @@ class CaptionEncoder(nn.Module):
         name = self.st.default_prompt_name
         return (self.st.prompts[name] or "") if name else ""
 
-    def cut(self, captions: Sequence[str]) -> int:
+    def count_truncated(self, captions: Sequence[str]) -> int:
         """How many of some captions are longer than `max_length`, and lose their end."""
         return len(self.tokenize(captions).truncated)
 

@@ -55,7 +55,7 @@ class ClipTextEncoder:
             out[rows] = self._forward(**self._tokenize([captions[i] for i in rows])).float().cpu()
         return out
 
-    def cut(self, captions: Sequence[str]) -> int:
+    def count_truncated(self, captions: Sequence[str]) -> int:
         """How many of these texts are longer than the window, and lose their end."""
         return sum(self._length(caption) > self.window for caption in captions)
 

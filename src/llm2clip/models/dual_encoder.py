@@ -40,7 +40,7 @@ class DualEncoder:
         transform: a decoded picture, uint8 (3, H, W), to what the image side takes; it can be pickled.
         see: a batch of those to vectors (N, width).
         read: texts to vectors (N, width).
-        cut: how many of some texts are longer than the window, and lose their end; None where nobody can say.
+        count_truncated: how many of some texts are longer than the window, and lose their end; None where nobody can say.
     """
 
     name: str
@@ -49,7 +49,7 @@ class DualEncoder:
     transform: Callable[[Tensor], Any]
     see: Callable[[list[Any]], Tensor]
     read: Callable[[Sequence[str], bool], Tensor]
-    cut: Callable[[Sequence[str]], int | None] = lambda texts: None
+    count_truncated: Callable[[Sequence[str]], int | None] = lambda texts: None
 
     @torch.inference_mode()
     @onednn_matmul()
@@ -97,7 +97,7 @@ def from_llm2clip(model: LLM2CLIP, name: str, precision: str = "fp32") -> DualEn
         EvalTransform(model.tower.preprocess),
         lambda pictures: _first(model(pixels=torch.stack(pictures).to(model.device))),
         lambda texts, progress: model.encode_text(texts, progress, precision),
-        lambda texts: model.encoder.cut(texts) if model.has_encoder else None,
+        lambda texts: model.encoder.count_truncated(texts) if model.has_encoder else None,
     )
 
 
@@ -156,7 +156,7 @@ def _beside(
         return text.encode(texts, progress=progress)
 
     identity = partial(_identity, name, text.model)
-    return DualEncoder(name, text.width, identity, transform, see, read, text.cut)
+    return DualEncoder(name, text.width, identity, transform, see, read, text.count_truncated)
 
 
 def _sentence_transformer(name: str, device: torch.device) -> DualEncoder:

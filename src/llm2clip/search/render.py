@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
-from llm2clip.html_report import Block, ResultImage, ResultImages, Text, write_page
+from llm2clip.html_report import Block, Paragraph, ResultImage, ResultImages, write_report
 from llm2clip.search.types import Backend, Hit
 
 
@@ -82,9 +82,9 @@ def write_contact_sheet(query: str, hits: Sequence[Hit], engine: Backend, folder
     ]
     blocks: list[Block] = [
         ResultImages(query, shots),
-        Text(f"{len(hits)} pictures, the closest first, with their cosine."),
+        Paragraph(f"{len(hits)} pictures, the closest first, with their cosine."),
     ]
-    return write_page(folder, "found", "Found", blocks)[1]
+    return write_report(folder, "found", "Found", blocks)[1]
 
 
 def open_in_browser(page: Path) -> None:

@@ -65,9 +65,9 @@ def caption_blocks(name: str, figures: dict[str, Any]) -> list[Block]:
         for way in ways
     ]
     said = [
-        f"Mean cosine: {figures['positives']:.3f} of captions of one image, {figures['negatives']:.3f} of others'.",
-        f"{figures['left out']:,} images with fewer than two different captions are left out. Cut to the encoder's "
-        f"window: {'not known' if figures['cut'] is None else figures['cut']} of the captions.",
+        f"Mean cosine: {figures['positive cosine']:.3f} of captions of one image, {figures['negative cosine']:.3f} of others'.",
+        f"{figures['excluded']:,} images with fewer than two different captions are left out. Cut to the encoder's "
+        f"window: {'not known' if figures['truncated'] is None else figures['truncated']} of the captions.",
     ]
     mistakes = [
         [m["caption"], m["found"], m["right"], f"{m['found cosine']:.2f} / {m['right cosine']:.2f}"]
@@ -94,7 +94,7 @@ def recall_table(
     for result, row in rows:
         sides = [v for way in WAYS for v in _recalls(row[way], row[f"{way} interval"]["R@1"])]
         ranks = " / ".join(f"{row[way]['median rank']:g}" for way in WAYS)
-        body.append([result.model, *sides, ranks, format_percent(row["cut"], row["texts"])])
+        body.append([result.model, *sides, ranks, format_percent(row["truncated"], row["texts"])])
     first, figures = rows[0]
     own = [value for way in WAYS for value in _recalls_at(figures[way])]
     others: dict[str, list[float | None]] = {
@@ -166,7 +166,7 @@ def _figures(results: Sequence[ModelResult]) -> Table:
             r.model,
             r.figures["images"],
             *(r.figures["figures"].get(name) for name in names),
-            format_percent(r.figures["cut"], r.figures["texts"]),
+            format_percent(r.figures["truncated"], r.figures["texts"]),
         ]
         for r in results
     ]

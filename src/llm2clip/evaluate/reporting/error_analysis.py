@@ -54,7 +54,7 @@ def analyze_errors(ranked: RetrievalRanks, queries: int = 6, most: int = 20) -> 
     spread = torch.linspace(0, len(ranked.records) - 1, min(most, len(ranked.records))).long()
     first = torch.tensor([int((ranked.image_of_text == i).nonzero()[0]) for i in spread])
     return ErrorAnalysis(
-        {"I2T": recall_curve(ranked.of_image), "T2I": recall_curve(ranked.of_text)},
+        {"I2T": recall_curve(ranked.image_ranks), "T2I": recall_curve(ranked.text_ranks)},
         unit,
         bins,
         recall_by_length(ranked, lengths, bins),
@@ -100,7 +100,7 @@ def recall_by_length(
     length, found = torch.tensor(lengths), []
     for low, high in bins:
         chosen = (length >= low) & (length <= high)
-        ranks = ranked.of_text[chosen]
+        ranks = ranked.text_ranks[chosen]
         ends = recall_intervals(ranks, ranked.image_of_text[chosen], (1,))["R@1"]
         found.append((100 * float((ranks < 1).double().mean()), *ends))
     return found
@@ -109,8 +109,8 @@ def recall_by_length(
 def worst_failures(ranked: RetrievalRanks, count: int) -> list[int]:
     """Captions of different images whose own image has the highest rank."""
     chosen: dict[int, int] = {}
-    for t in ranked.of_text.argsort(descending=True, stable=True).tolist():
-        if len(chosen) == count or ranked.of_text[t] == 0:
+    for t in ranked.text_ranks.argsort(descending=True, stable=True).tolist():
+        if len(chosen) == count or ranked.text_ranks[t] == 0:
             break
         chosen.setdefault(int(ranked.image_of_text[t]), t)
     return list(chosen.values())
@@ -118,7 +118,7 @@ def worst_failures(ranked: RetrievalRanks, count: int) -> list[int]:
 
 def failure_images(ranked: RetrievalRanks, text: int) -> ResultImages:
     """The pictures that a caption found, and its own where it is not among them."""
-    own, rank = int(ranked.image_of_text[text]), int(ranked.of_text[text])
+    own, rank = int(ranked.image_of_text[text]), int(ranked.text_ranks[text])
     scores = ranked.images @ ranked.texts[text]
     best = scores.topk(min(BEST, len(scores))).indices.tolist()
     shown = [_shot(ranked, i, i == own, f"{n}. cosine {float(scores[i]):.2f}") for n, i in enumerate(best, 1)]

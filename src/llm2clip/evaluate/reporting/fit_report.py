@@ -8,7 +8,7 @@ from typing import Any
 
 from llm2clip.evaluate.recall import KS
 from llm2clip.evaluate.reporting import plots
-from llm2clip.html_report import Block, Code, Command, Heading, Paragraph, Plot, Table, write_page
+from llm2clip.html_report import Block, Code, Command, Heading, Paragraph, Plot, Table, write_report
 
 
 def write_fit_report(
@@ -28,7 +28,7 @@ def write_fit_report(
         command: that made it.
         data: a line about what was trained on and held out.
         cra: figures of `caption_accuracy` before and after tuning; None if they could not be measured.
-        untrained, trained: figures of `evaluate_model` before and after alignment.
+        untrained, trained: figures of `evaluate_caption_fields` before and after alignment.
         curves: by stage, the lines of its metrics.jsonl.
     """
     what = "Caption retrieval accuracy: the first two captions of each held-out image retrieve each other."
@@ -53,7 +53,7 @@ def write_fit_report(
             "python",
         ),
     ]
-    return write_page(folder, "report", "Report", blocks)
+    return write_report(folder, "report", "Report", blocks)
 
 
 def cra_table(raw: dict[str, Any], tuned: dict[str, Any]) -> Table:

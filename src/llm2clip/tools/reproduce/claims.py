@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm2clip.evaluate.published_results import CRA, TABLE
+from llm2clip.evaluate.published_results import CRA, RETRIEVAL
 from llm2clip.tools.reproduce.experiments import Experiments
 from llm2clip.tools.reproduce.statistics import Claim, Comparison, Interval, bootstrap_interval, compare_hits
 from llm2clip.tools.reproduce.step_time import measure_step_times
@@ -45,7 +45,7 @@ def towers_in_order(lab: Experiments) -> Claim:
         2,
         "average of five sets: "
         + ", ".join(
-            f"{name} {TABLE[name]['average']}" for name in ("Llama3-8B", "Jina Bert", "Llama3-8B-TC", "Llama3-8B-CC")
+            f"{name} {RETRIEVAL[name]['average']}" for name in ("Llama3-8B", "Jina Bert", "Llama3-8B-TC", "Llama3-8B-CC")
         ),
         ["text tower", "I2T R@1", "T2I R@1", "mean", "95%"],
     )
@@ -74,7 +74,7 @@ def long_captions(lab: Experiments) -> Claim:
         3,
         "gain of Llama3-8B-CC over EVA02's own tower, mean of I2T and T2I: "
         + ", ".join(
-            f"{name} {_mean(TABLE['Llama3-8B-CC'][name]) - _mean(TABLE['its own text tower'][name]):+.1f}"
+            f"{name} {_mean(RETRIEVAL['Llama3-8B-CC'][name]) - _mean(RETRIEVAL['its own text tower'][name]):+.1f}"
             for name in ("Flickr30k", "COCO", "ShareGPT4v", "Urban-1k", "DOCCI")
         ),
         ["text tower, T2I R@1", *lab.sets.dense],
@@ -120,7 +120,7 @@ def larger_llm(lab: Experiments) -> Claim:
         5,
         "average of five sets: "
         + ", ".join(
-            f"{name} {TABLE[name]['average']}" for name in ("Llama3.2-1B-CC", "Llama3-8B-CC", "Mistral-Nemo-12B-CC")
+            f"{name} {RETRIEVAL[name]['average']}" for name in ("Llama3.2-1B-CC", "Llama3-8B-CC", "Mistral-Nemo-12B-CC")
         ),
         ["text tower", "I2T R@1", "T2I R@1", "mean", "95%"],
     )

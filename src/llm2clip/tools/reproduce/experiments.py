@@ -33,9 +33,9 @@ from llm2clip.data.pairs import Item
 from llm2clip.distributed import cached_json, print_once
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.retrieval_eval import RetrievalRanks, encode_from_store, rank_retrieval
-from llm2clip.html_report import short_model_name
+from llm2clip.evaluate.retrieval_eval import RetrievalRanks, dual_encoder_from_store, rank_caption_fields
 from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.display_names import display_names
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.pipeline import fill, new_model, open_encoder, readable
 from llm2clip.store.layout import keys_of
@@ -75,7 +75,7 @@ class Experiments:
         """What a caption encoder is called in a table."""
         encoder, tuning = self.encoders[name]
         paths = [self.config.llm, self.config.baseline_encoder, self.config.multilingual_llm]
-        short_name = short_model_name(paths)[paths.index(encoder.path)]
+        short_name = display_names(paths)[paths.index(encoder.path)]
         blocks = f", first {encoder.layers} blocks" if encoder.layers else ""
         kind = "captions" if name.endswith("cc") else "general text pairs"
         how = f" after {tuning.steps} steps of {kind}" if tuning else "" if name == "plain" else ", raw"
@@ -104,7 +104,7 @@ class Experiments:
         def measure() -> dict[str, Any]:
             print_once(f"caption retrieval: {self.label(name)}")
             store = self.store(name, [c for captions in self.sets.cra for c in unique_captions(captions)[:2]])
-            return caption_retrieval_accuracy(self.sets.cra, _Stored(store), hits=True)
+            return caption_retrieval_accuracy(self.sets.cra, _Stored(store), return_hits=True)
 
         return dict(cached_json(self.out / "cra" / f"{_file(name)}.json", measure))
 
@@ -161,8 +161,8 @@ class Experiments:
         model, records = self.model(name, seed), self.sets.test(test)
         together = [test] if test in ("captions", "foreign") else list(self.sets.dense)  # are embedded
         store = self.store(name, [t for some in together for r in self.sets.test(some) for t in r.captions])
-        vectors = ModelEmbeddings(encode_from_store(model, store), self.sets.log, self.out / "vectors")
-        return rank_retrieval(vectors, {test: readable(records, store)})[test]
+        vectors = ModelEmbeddings(dual_encoder_from_store(model, store), self.sets.log, self.out / "vectors")
+        return rank_caption_fields(vectors, {test: readable(records, store)})[test]
 
     def hits(self, name: str, test: str, way: str) -> Tensor:
         """How often the first answer is right, by image; their mean is R@1.
@@ -180,7 +180,7 @@ class Experiments:
 
             def measure(seed: int = seed) -> dict[str, list[int]]:
                 found = self.ranked(name, seed, test)
-                tensors = {"of_image": found.of_image, "of_text": found.of_text, "owner": found.image_of_text}
+                tensors = {"of_image": found.image_ranks, "of_text": found.text_ranks, "owner": found.image_of_text}
                 return {key: tensor.tolist() for key, tensor in tensors.items()}
 
             found = cached_json(self.out / "ranks" / f"{_file(name)}-{seed}-{_file(test)}.json", measure)
@@ -199,7 +199,7 @@ class _Stored:
     def encode(self, captions: Sequence[str], *, progress: bool = False) -> Tensor:
         return torch.from_numpy(self.store.take(self.store.rows(captions))).float()
 
-    def cut(self, captions: Sequence[str]) -> None:
+    def count_truncated(self, captions: Sequence[str]) -> None:
         return None
 
 

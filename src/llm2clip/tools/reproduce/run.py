@@ -13,14 +13,14 @@ from typing import Any
 from llm2clip.config import ReproduceConfig
 from llm2clip.distributed import cached_json, command_line, print_once, process_state
 from llm2clip.evaluate.reporting import plots
-from llm2clip.html_report import BAD, GOOD, UNSURE, Block, Command, Heading, Paragraph, Plot, Table, write_page
+from llm2clip.html_report import BAD, GOOD, UNSURE, Block, Command, Heading, Paragraph, Plot, Table, write_report
 from llm2clip.pipeline import begin
 from llm2clip.tools.reproduce.claims import CLAIMS
 from llm2clip.tools.reproduce.datasets import ClaimData
 from llm2clip.tools.reproduce.experiments import Experiments
 from llm2clip.tools.reproduce.statistics import ALIKE, HOLDS, REVERSED, UNTESTED, WAY, Claim, Comparison, Interval
 
-MOODS = {
+STATUSES = {
     HOLDS: GOOD,
     WAY: UNSURE,
     ALIKE: UNSURE,
@@ -65,7 +65,7 @@ def reproduce(data: Path, out: Path, config: ReproduceConfig, claims: Sequence[i
         raise ValueError("no claim could be tested: " + "; ".join(f"{c.number}: {c.notes[0]}" for c in untested))
     found = sorted([*found, *untested], key=lambda claim: claim.number)
     command = command_line()
-    page, whole = write_page(
+    page, whole = write_report(
         out, "report", "Does it hold? The claims of LLM2CLIP, tested here", claim_blocks(found, config, command)
     )
     print_once(page.read_text(), log.summary())
@@ -85,14 +85,14 @@ def claim_from_json(fields: dict[str, Any]) -> Claim:
 
 def claim_blocks(claims: Sequence[Claim], config: ReproduceConfig, command: str) -> list[Block]:
     """The report."""
-    moods = tuple(MOODS.items())
+    statuses = tuple(STATUSES.items())
     found: list[Block] = [
         Paragraph(
             "Each claim of the paper (arXiv 2411.04997), at the scale of this machine: small models, few images, the "
             "same method."
         ),
         Command(command),
-        Table(["", "claim", "here"], [[c.number, c.title, c.verdict] for c in claims], moods=moods),
+        Table(["", "claim", "here"], [[c.number, c.title, c.verdict] for c in claims], statuses=statuses),
         Paragraph(
             f"Heads learn between a text tower and a frozen vision tower ({config.tower}, {config.image_size} pixels) "
             f"in {config.epochs:g} passes; figures are means of {config.seeds} seeds. A comparison holds where the 95% "
@@ -101,7 +101,7 @@ def claim_blocks(claims: Sequence[Claim], config: ReproduceConfig, command: str)
         ),
     ]
     for claim in claims:
-        found += [Heading(f"{claim.number}. {claim.title}"), Paragraph(claim.verdict, MOODS.get(claim.verdict, ""))]
+        found += [Heading(f"{claim.number}. {claim.title}"), Paragraph(claim.verdict, STATUSES.get(claim.verdict, ""))]
         if claim.verdict == UNTESTED:
             found += [Paragraph(note) for note in claim.notes]
             continue
@@ -132,7 +132,7 @@ def claim_blocks(claims: Sequence[Claim], config: ReproduceConfig, command: str)
             [c.low, c.high, c.of, *(_figure(i, c.of) for i in (c.low_figure, c.high_figure, c.difference)), c.verdict]
             for c in claim.comparisons
         ]
-        found.append(Table(header, rows, moods=moods))
+        found.append(Table(header, rows, statuses=statuses))
         found += [Paragraph(note) for note in claim.notes]
         found.append(Paragraph(f"This claim alone: `{command} --claims {claim.number}`"))
     return found
