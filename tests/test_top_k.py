@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm2clip.evaluate.eccv_caption import top_k_neighbors
+from llm2clip.evaluate.top_k import top_k_neighbors
 
 
 @pytest.mark.parametrize(("k", "tile"), [(1, 7), (5, 7), (9, 4), (40, 16), (100, 2048)])
