@@ -33,7 +33,7 @@ def step(batch: int, micro_batch: int, tower: str, size: int) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory(device)
     vision = VisionTower.from_pretrained(f"timm:{tower}", pretrained=False, image_size=size)
-    model = LLM2CLIP(LLM2CLIPConfig(vision.config, 576, width=512, adapter_depth=1), vision).to(device).train()
+    model = LLM2CLIP(LLM2CLIPConfig(vision.config, 576, embed_dim=512, adapter_depth=1), vision).to(device).train()
     pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
     embeddings = torch.randn(batch, 576)
 

@@ -128,7 +128,7 @@ def main() -> None:
             for kind, count in client.errors.items():
                 errors[kind] = errors.get(kind, 0) + count
         some = [client.answers[n] for client in crowd for n in (0, -1) if client.answers]
-        own = dual.encode_text([text for text, _ in some]).numpy()
+        own = dual.encode_texts([text for text, _ in some]).numpy()
         cosine = (own * np.array([vector for _, vector in some])).sum(1).min()
         lost = sum(client.unanswered for client in crowd)
         told = ", ".join(f"{kind}: {count}" for kind, count in errors.items()) or "none"

@@ -135,7 +135,7 @@ if __name__ == "__main__":
             encoder = ["--encoder.path", str(folder / "encoder")]
         for width in (None, *CUT.get(name, ())):
             shown = {"name": name if width is None else f"{name}, {width} wide"}
-            options = encoder if width is None else [*encoder, "--encoder.truncate_dim", str(width)]
+            options = encoder if width is None else [*encoder, "--encoder.embed_dim", str(width)]
             for test, source in tests.items():
                 if width is not None and test != "COCO":
                     shown[test] = "–"

@@ -39,7 +39,7 @@ class FixedPasses(PairLoss):
             rows = list(range(start, min(start + FIXED, len(tokens))))
 
             def run(rows: list[int] = rows) -> Any:
-                return self.model(self._encoder[0].features([tokens[r] for r in rows], 0))["sentence_embedding"].float()
+                return self.model(self._encoder[0].collate([tokens[r] for r in rows], 0))["sentence_embedding"].float()
 
             yield rows, run
 

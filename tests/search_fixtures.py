@@ -27,7 +27,7 @@ def make_model(folder: Path) -> Path:
     torch.manual_seed(0)
     tower = VisionTower.from_pretrained("test_efficientnet", image_size=32, pretrained=False)
     encoder = CaptionEncoder.from_pretrained(make_llm(folder / "llm"))
-    model = LLM2CLIP(LLM2CLIPConfig(tower=tower.config, text_width=encoder.width, width=16), tower, encoder)
+    model = LLM2CLIP(LLM2CLIPConfig(tower=tower.config, text_dim=encoder.embed_dim, embed_dim=16), tower, encoder)
     model.config.encoder = encoder.identity()
     return model.eval().save_pretrained(folder / "model")
 

@@ -44,7 +44,7 @@ def folder(llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     encoder = CaptionEncoder.from_pretrained(llm, layers=1)
     tower = VisionTower.from_pretrained("timm:test_efficientnet", pretrained=False, image_size=32)
-    config = LLM2CLIPConfig(tower.config, encoder.truncate_dim, width=8, encoder=encoder.identity())
+    config = LLM2CLIPConfig(tower.config, encoder.embed_dim, embed_dim=8, encoder=encoder.identity())
     return LLM2CLIP(config, tower).save_pretrained(tmp_path_factory.mktemp("model") / "model", encoder=encoder)
 
 
@@ -154,8 +154,8 @@ def test_our_model_in_clip_benchmark(folder: Path, pictures: Path) -> None:
     loader: DataLoader[Any] = DataLoader(items, batch_size=5, collate_fn=collate)  # type: ignore[arg-type]
     theirs = zeroshot_retrieval.evaluate(model, loader, tokenizer, "cpu", amp=False, recall_k_list=[1, 5])
     dual = open_dual_encoder(str(folder), "cpu")
-    images = dual.encode_pictures([dual.transform(load_image(picture)) for picture, _ in items])
-    texts = dual.encode_text([caption for _, captions in items for caption in captions])
+    images = dual.encode_images([dual.transform(load_image(picture)) for picture, _ in items])
+    texts = dual.encode_texts([caption for _, captions in items for caption in captions])
     ours = evaluate_retrieval(images, texts, OWNER)
     for k in (1, 5):
         assert theirs[f"image_retrieval_recall@{k}"] == pytest.approx(ours["T2I"][f"R@{k}"] / 100, abs=1e-6)
@@ -202,7 +202,7 @@ def test_our_model_in_mteb(folder: Path, pictures: Path) -> None:
     model = MTEBModel(str(folder), "cpu")
     result = mteb.evaluate(model, Local(), cache=None, show_progress_bar=False)  # type: ignore[arg-type]
     scores = result.task_results[0].scores["test"][0]
-    images = model.model.encode_pictures([model.model.transform(load_image(picture)) for picture, _ in items])
-    ours = evaluate_retrieval(images, model.model.encode_text(texts), OWNER)
+    images = model.model.encode_images([model.model.transform(load_image(picture)) for picture, _ in items])
+    ours = evaluate_retrieval(images, model.model.encode_texts(texts), OWNER)
     for k in (1, 5, 10):
         assert scores[f"hit_rate_at_{k}"] == pytest.approx(ours["T2I"][f"R@{k}"] / 100, abs=1e-4)

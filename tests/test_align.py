@@ -24,7 +24,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.retrieval_eval import dual_encoder_from_store, make_validator
 from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.llm2clip import LLM2CLIP, MAX_SCALE, LLM2CLIPConfig
+from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE, LLM2CLIPConfig
 from llm2clip.models.vision_tower import VisionTower
 from llm2clip.store.encode import embed
 from llm2clip.store.layout import StoreError
@@ -68,7 +68,7 @@ def fresh_model(recipe: AlignConfig = ALIGN, tower: str = "test_vit", **options:
     config = LLM2CLIPConfig(
         vision.config,
         32,
-        width=32 if recipe.adapter == "none" else 12,
+        embed_dim=32 if recipe.adapter == "none" else 12,
         adapter=recipe.adapter,
         adapter_depth=1,
         projection=recipe.projection,
@@ -340,8 +340,8 @@ def test_the_scale_stays_below_its_limit(
     model.logit_scale.data.fill_(9.0)
     align(records, store, model, recipe, tmp_path, SkipLog())
     scales = [line["scale"] for line in read_metrics(tmp_path / "metrics.jsonl")]
-    assert scales[0] == pytest.approx(MAX_SCALE) and max(scales) <= MAX_SCALE * (1 + 1e-6)
-    assert scales[-1] < MAX_SCALE / 2 and model.logit_scale.item() < math.log(MAX_SCALE)
+    assert scales[0] == pytest.approx(MAX_LOGIT_SCALE) and max(scales) <= MAX_LOGIT_SCALE * (1 + 1e-6)
+    assert scales[-1] < MAX_LOGIT_SCALE / 2 and model.logit_scale.item() < math.log(MAX_LOGIT_SCALE)
 
 
 def test_trackers_by_name(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def store(records: list[Record], llm: Path, tmp_path: Path) -> EmbeddingStore:
 def fresh_model(tower: str = "test_efficientnet", **settings: Any) -> LLM2CLIP:
     torch.manual_seed(0)
     vision = VisionTower.from_pretrained(f"timm:{tower}", pretrained=False, image_size=64)
-    return LLM2CLIP(LLM2CLIPConfig(vision.config, 32, **{"width": 12, "adapter_depth": 1, **settings}), vision)
+    return LLM2CLIP(LLM2CLIPConfig(vision.config, 32, **{"embed_dim": 12, "adapter_depth": 1, **settings}), vision)
 
 
 @pytest.mark.parametrize("head_epochs", [0, 3])
@@ -150,7 +150,7 @@ def test_a_frozen_tower_learns_on_its_features(records: list[Record], store: Emb
     right = info_nce(image, text, scale, owner, torch.from_numpy(rows)).item()
     assert right == pytest.approx(losses[0], abs=2e-3)  # the features are kept in float16
     features = EmbeddingStore(next((tmp_path / "run").glob("features-*")))
-    assert len(features) == 30 and features.width == model.tower.width
+    assert len(features) == 30 and features.width == model.tower.feature_dim
 
 
 def test_other_data_or_another_batch_is_not_gone_on_with(
@@ -322,7 +322,7 @@ def test_rates_by_part() -> None:
     assert of[id(model.adapter.out.weight)]["weight_decay"] == 0.1
     for number in (model.logit_scale, model.logit_bias):
         assert of[id(number)]["lr"] == 1e-4 and of[id(number)]["weight_decay"] == 0
-    depth = model.tower.layer_of()
+    depth = model.tower.parameter_depths()
     for name, p in model.tower.named_parameters():
         assert of[id(p)]["lr"] == pytest.approx(1e-3 * 0.5 ** (model.tower.num_layers - 1 - depth[name]))
     set_trainable(model, dataclasses.replace(recipe, tower_lr=0.0))

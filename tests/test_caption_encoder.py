@@ -18,7 +18,7 @@ from llm2clip.cpu_tuning import flex_attention_is_correct
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.fingerprint import fingerprint
 from llm2clip.models.length_batching import length_batches
-from llm2clip.models.packing import can_pack, first_token_indices, plain_attention
+from llm2clip.models.packing import can_pack, first_token_indices, unfused_attention
 from llm2clip.models.precision import CAPTIONS, calibrate_precision
 
 TEXTS = ["a dog", "a very long caption about two dogs that run through deep snow near a house", "猫"]
@@ -31,7 +31,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def first_state(encoder: CaptionEncoder, batch: list[str]) -> torch.Tensor:
     """The state of the first real token of the batch's first text."""
-    features = encoder.features(encoder.tokenize(batch).ids)
+    features = encoder.collate(encoder.tokenize(batch).ids)
     states: torch.Tensor = encoder.st[0](features)["token_embeddings"].flatten(0, 1)
     return states[first_token_indices(features)[0]]
 
@@ -96,7 +96,7 @@ def test_packing_does_not_leak(
     peer = CaptionEncoder.from_pretrained(folder, bidirectional=bidirectional, attention="eager", device="cpu")
     texts = [TEXTS[1], "two dogs", "two cats", "a dog", "two mice", "x"]
     ids = encoder.tokenize(texts).ids
-    features = encoder.features(ids)
+    features = encoder.collate(ids)
     assert features["input_ids"].shape == (1, sum(map(len, ids)))
     states = encoder.st[0](features)["token_embeddings"][0].split([len(row) for row in ids])
     for row, found in zip(ids, states, strict=True):
@@ -105,7 +105,7 @@ def test_packing_does_not_leak(
     if window and family != "llama":  # which has none
         unlimited = CaptionEncoder.from_pretrained(folders[family], bidirectional=bidirectional, device="cpu")
         assert not torch.allclose(unlimited.llm(input_ids=torch.tensor([ids[0]])).last_hidden_state[0], states[0])
-    other = encoder.st[0](encoder.features([*ids[:2], ids[2][::-1], *ids[3:]]))["token_embeddings"][0]
+    other = encoder.st[0](encoder.collate([*ids[:2], ids[2][::-1], *ids[3:]]))["token_embeddings"][0]
     for n, found in enumerate(other.split([len(row) for row in ids])):
         assert torch.equal(found, states[n]) == (n != 2)
 
@@ -154,13 +154,13 @@ def test_what_would_run_over_from_caption_to_caption_is_padded(family: str, opti
 def test_attention_as_two_products_is_attention(scaling: float | None, length: int, causal: bool) -> None:
     g = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(3, heads, length, 8, generator=g) for heads in (4, 2, 2))
-    found = plain_attention(query, key, value, None, causal, scaling)
+    found = unfused_attention(query, key, value, None, causal, scaling)
     key, value = (x.double().repeat_interleave(2, 1) for x in (key, value))
     expected = torch.nn.functional.scaled_dot_product_attention(
         query.double(), key, value, is_causal=causal, scale=scaling
     )
     assert torch.allclose(found.double(), expected.transpose(1, 2), atol=1e-5)
-    low = plain_attention(*(x.bfloat16() for x in (query, key[:, ::2], value[:, ::2])), None, causal, scaling)
+    low = unfused_attention(*(x.bfloat16() for x in (query, key[:, ::2], value[:, ::2])), None, causal, scaling)
     assert low.dtype == torch.bfloat16
 
 
@@ -178,7 +178,7 @@ def test_layers_that_would_run_over_are_not_packed(llm: Path, change: dict) -> N
 
 def test_lost_lengths_are_an_error(llm: Path) -> None:
     encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
-    features = encoder.features(encoder.tokenize(TEXTS).ids)
+    features = encoder.collate(encoder.tokenize(TEXTS).ids)
     del features["caption_lengths"]
     with pytest.raises(ValueError, match="would see each other"):
         encoder.st(features)
@@ -300,7 +300,7 @@ def test_pooling_and_templates_on_tokens_by_hand(
     token = encoder.tokenizer.convert_tokens_to_ids
     ids = [*(b if isinstance(b, int) else token(b) for b in before), *token(list("dog")), *after]
     assert encoder.tokenize(["dog"]).ids == [ids]
-    assert encoder.tokenize(["dog"]).unpooled == [len(before)]
+    assert encoder.tokenize(["dog"]).prompt_lengths == [len(before)]
     states = encoder.llm(input_ids=torch.tensor([ids])).last_hidden_state[0].double()
     weights = torch.arange(1.0, len(ids) + 1) if pooling == "weightedmean" else torch.ones(len(ids))
     weights[: len(before)] = 0
@@ -324,22 +324,22 @@ def test_an_instruction_that_ends_in_a_space_takes_no_token_of_the_caption(tmp_p
     tokenizer.save_pretrained(tmp_path)
     encoder = CaptionEncoder.from_pretrained(tmp_path, device="cpu")
     found = encoder.tokenize(["abc"], ["go: "])
-    assert found.unpooled == [3] and len(found.ids[0]) == 6  # g o : | _a b c
+    assert found.prompt_lengths == [3] and len(found.ids[0]) == 6  # g o : | _a b c
     with pytest.raises(ValueError, match="may not end in a space"):
         CaptionEncoder.from_pretrained(tmp_path, template="go: {caption}", device="cpu")
 
 
 def test_a_shorter_vector_is_the_first_part_of_the_whole(llm: Path, tmp_path: Path) -> None:
     whole = CaptionEncoder.from_pretrained(llm, device="cpu")
-    cut = CaptionEncoder.from_pretrained(llm, width=12, device="cpu")
-    assert cut.width == 12 and torch.equal(cut.encode(TEXTS), whole.encode(TEXTS)[:, :12])
+    cut = CaptionEncoder.from_pretrained(llm, truncate_dim=12, device="cpu")
+    assert cut.embed_dim == 12 and torch.equal(cut.encode(TEXTS), whole.encode(TEXTS)[:, :12])
     cut.save_pretrained(tmp_path)
     assert torch.equal(CaptionEncoder.from_pretrained(tmp_path, device="cpu").encode(TEXTS), cut.encode(TEXTS))
     peer = SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS, convert_to_tensor=True)
     assert torch.allclose(peer, cut.encode(TEXTS), atol=1e-5)
     assert fingerprint(cut.identity()) != fingerprint(whole.identity())
     with pytest.raises(ValueError, match="between 1 and 32"):
-        CaptionEncoder.from_pretrained(llm, width=33, device="cpu")
+        CaptionEncoder.from_pretrained(llm, truncate_dim=33, device="cpu")
 
 
 def test_layers_keeps_the_first_blocks(llm: Path, tmp_path: Path) -> None:

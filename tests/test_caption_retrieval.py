@@ -16,7 +16,7 @@ from llm2clip.cli import main
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy, mean_cosines, worst_mistakes
 from llm2clip.evaluate.recall import bootstrap
 from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.clip_text_encoder import has_text_tower, load_clip_text
+from llm2clip.models.clip_text_encoder import has_text_tower, load_clip_text_encoder
 
 
 class Fake:
@@ -142,7 +142,7 @@ def test_a_clips_text_tower(kind: str, tmp_path: Path) -> None:
 
     folder = str(make_clip(tmp_path / kind, kind))
     assert has_text_tower(folder)
-    tower = load_clip_text(folder, torch.device("cpu"))
+    tower = load_clip_text_encoder(folder, torch.device("cpu"))
     texts = ["a dog", "two cats", "a text of more than the twenty-four tokens that there is room for"]
     vectors = tower.encode(texts)
     assert tower.count_truncated(texts) == 1 and vectors.shape == (3, 16)
@@ -162,7 +162,7 @@ def test_open_clips_text_tower(tmp_path: Path) -> None:
     config = {"model_cfg": open_clip.get_model_config("ViT-S-32-alt"), "preprocess_cfg": {}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
-    tower = load_clip_text(f"open_clip:{tmp_path}", torch.device("cpu"))
+    tower = load_clip_text_encoder(f"open_clip:{tmp_path}", torch.device("cpu"))
     texts = ["a dog", "word " * 100]
     vectors = tower.encode(texts)
     assert tower.count_truncated(texts) == 1
@@ -170,7 +170,7 @@ def test_open_clips_text_tower(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.allclose(model.encode_text(tokens), vectors, atol=1e-5)
     with pytest.raises(ValueError, match="names no weights"):
-        load_clip_text("open_clip:ViT-S-32-alt")
+        load_clip_text_encoder("open_clip:ViT-S-32-alt")
 
 
 def test_images_of_one_caption_each_cannot_be_told_apart() -> None:

@@ -164,7 +164,7 @@ def test_the_published_parameter_counts(tower: dict[str, int], size: int, count:
         model = LLM2CLIP(config, VisionTower.from_config(config.tower))
         fill_weights(model, read)
     assert sum(p.numel() for p in model.parameters()) == count
-    assert (config.text_width, config.width, config.adapter_depth, config.adapter_expansion) == (4096, 1280, 4, 2)
+    assert (config.text_dim, config.embed_dim, config.adapter_depth, config.adapter_expansion) == (4096, 1280, 4, 2)
     assert config.tower["architecture"]["num_attention_heads"] == tower["width"] // 64
     assert config.tower["architecture"]["hidden_act"] == "quick_gelu"  # as OpenAI trained them
     assert config.normalize_input and not config.projection_bias
@@ -208,7 +208,7 @@ def test_the_adapter_of_the_1b_model() -> None:
     with torch.device("meta"):
         shapes = official_shapes("eva", 2048, 1280, **EVA_LARGE, size=336)
         config = infer_config(as_read({n: torch.empty(s) for n, s in shapes.items()}, "eva"))
-    assert (config.text_width, config.width) == (2048, 1280)
+    assert (config.text_dim, config.embed_dim) == (2048, 1280)
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -590,7 +590,7 @@ def test_a_published_language_model_gets_its_template(tmp_path: Path) -> None:
     tokenizer.save_pretrained(folder)
     model = load_official(write(checkpoint("hf"), "hf", tmp_path / "official"), text=folder)
     encoder = model.encoder
-    assert encoder.header == "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"
+    assert encoder.prefix == "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"
     (ids,) = encoder.tokenize(["a dog"]).ids
     assert tokenizer.convert_ids_to_tokens([ids[0], ids[1], ids[-1]]) == [convert._SPECIAL[i] for i in (0, 1, 3)]
     # an encoder that was saved by ours says itself how it reads
@@ -610,7 +610,7 @@ def test_the_verb(llm: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "model/text").exists()
     bare = LLM2CLIP.from_pretrained(out, device="cpu")
     assert bare.encode_image([pixels()[0]]).shape == (1, WIDTH)
-    assert bare.embeddings_to_text(torch.randn(2, TEXT)).shape == (2, WIDTH)
+    assert bare.project_text_embeddings(torch.randn(2, TEXT)).shape == (2, WIDTH)
     with pytest.raises(ValueError, match=r"no caption encoder.*--text ENCODER"):
         bare.encode_text(["a dog"])
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm2clip import cpu_tuning as cpu
-from llm2clip.models.packing import plain_attention
+from llm2clip.models.packing import unfused_attention
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_plain_attention_is_attention(causal: bool, masked: bool) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 6, 7, 8), torch.randn(3, 2, 7, 8), torch.randn(3, 2, 7, 5)
     sees = torch.eye(7, dtype=torch.bool) | (torch.rand(7, 7) < 0.5) if masked else torch.ones(7, 7, dtype=torch.bool)
-    found = plain_attention(q, k, v, sees[None, None] if masked else None, causal, 0.3)
+    found = unfused_attention(q, k, v, sees[None, None] if masked else None, causal, 0.3)
     assert found.shape == (3, 7, 6, 5)
     for head in range(6):
         scores = 0.3 * q[:, head].double() @ k[:, head // 3].double().transpose(1, 2)

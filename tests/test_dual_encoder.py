@@ -41,8 +41,8 @@ def both(model: DualEncoder, pictures: Path) -> tuple[Tensor, Tensor, list[str]]
     refs = [r.image for r in open_records(pictures / "captions.jsonl") if r.image is not None][:8]
     [(good, seen, failures)] = image_batches(refs, model.transform)
     assert good == list(range(8)) and not failures
-    images, texts = model.encode_pictures(seen), model.encode_text(TEXTS)
-    assert images.shape == (8, model.width) and texts.shape == (3, model.width)
+    images, texts = model.encode_images(seen), model.encode_texts(TEXTS)
+    assert images.shape == (8, model.embed_dim) and texts.shape == (3, model.embed_dim)
     assert images.dtype == texts.dtype == torch.float32
     return images, texts, [str(ref) for ref in refs]
 
@@ -73,8 +73,8 @@ def test_a_sentence_transformers_model(clip: Path, pictures: Path) -> None:
     peer = SentenceTransformer(str(clip), device="cpu")
     refs = [r.image for r in open_records(pictures / "captions.jsonl") if r.image is not None][:8]
     [(_, seen, _)] = image_batches(refs, model.transform)
-    as_theirs(model.encode_pictures(seen), peer.encode([Image.open(str(r)) for r in refs], convert_to_tensor=True))
-    as_theirs(model.encode_text(TEXTS[:2]), peer.encode(TEXTS[:2], convert_to_tensor=True))
+    as_theirs(model.encode_images(seen), peer.encode([Image.open(str(r)) for r in refs], convert_to_tensor=True))
+    as_theirs(model.encode_texts(TEXTS[:2]), peer.encode(TEXTS[:2], convert_to_tensor=True))
     assert model.count_truncated(TEXTS) is None
 
 
@@ -94,7 +94,7 @@ def test_an_open_clip_model(tmp_path: Path, pictures: Path) -> None:
 def test_our_model_in_its_folder(llm: Path, tmp_path: Path, pictures: Path) -> None:
     encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
     tower = VisionTower.from_pretrained("timm:test_vit", pretrained=False, image_size=64)
-    config = LLM2CLIPConfig(tower.config, encoder.truncate_dim, width=12, adapter_depth=1, encoder=encoder.identity())
+    config = LLM2CLIPConfig(tower.config, encoder.embed_dim, embed_dim=12, adapter_depth=1, encoder=encoder.identity())
     LLM2CLIP(config, tower).save_pretrained(tmp_path / "model", encoder=encoder)
     model = open_dual_encoder(str(tmp_path / "model"), "cpu")
     images, texts, files = both(model, pictures)
@@ -127,7 +127,7 @@ def test_vectors_that_are_kept_are_the_same_and_are_not_made_again(
     def never(*_: object) -> Tensor:
         raise AssertionError("encoded again")
 
-    again = dataclasses.replace(model, see=never, read=never)
+    again = dataclasses.replace(model, encode_images_raw=never, encode_texts_raw=never)
     assert evaluate_caption_fields(ModelEmbeddings(again, SkipLog(), tmp_path), {"captions": records}) == once
     other = dataclasses.replace(again, identity=lambda: {"name": "another"})
     with pytest.raises(AssertionError, match="encoded again"):

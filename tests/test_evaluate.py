@@ -67,14 +67,14 @@ def test_benchmarks_by_the_command(
     model = open_dual_encoder(str(clip), "cpu")
     images, _, _ = both(model, pictures)
     captions = [list(r.captions) for r in open_records(pictures / "captions.jsonl")][:8]
-    texts = model.encode_text([c for some in captions for c in some])
+    texts = model.encode_texts([c for some in captions for c in some])
     owner = torch.tensor([n for n, some in enumerate(captions) for _ in some])
     best = (texts @ images.T).argmax(1)
     [row] = results[0]["rows"]
     assert row["T2I"]["R@1"] == pytest.approx(100 * float((best == owner).double().mean()))
     hits = 0
     for n in (0, 2, 4):
-        scores = images[n : n + 2] @ model.encode_text([f"c {n}", f"d {n} " + "x" * 99]).T
+        scores = images[n : n + 2] @ model.encode_texts([f"c {n}", f"d {n} " + "x" * 99]).T
         hits += bool(scores[0, 0] > scores[0, 1] and scores[1, 1] > scores[1, 0])
     assert results[1]["figures"]["text"] == pytest.approx(100 * hits / 3)
     assert results[1]["truncated"] == 3 and results[1]["texts"] == 6
@@ -214,7 +214,7 @@ def test_a_folder_of_ones_own_and_its_probe(clip: Path, pictures: Path, tmp_path
 
     def encoded(part: str) -> tuple[np.ndarray, list[int]]:
         pictures = [model.transform(load_image(file)) for file, _ in parts[part]]
-        return model.encode_pictures(pictures).numpy(), [label for _, label in parts[part]]
+        return model.encode_images(pictures).numpy(), [label for _, label in parts[part]]
 
     probe = LogisticRegression(C=figures["its C"], max_iter=1000).fit(*encoded("train"))
     assert figures["linear probe"] == pytest.approx(100 * probe.score(*encoded("test")))

@@ -34,7 +34,7 @@ def make(folder: Path, tower: VisionTower, family: str = "llama", **options: Any
     text = {k.removeprefix("text_"): v for k, v in options.items() if k.startswith("text_")}
     encoder = CaptionEncoder.from_pretrained(make_llm(folder / "llm", family), device="cpu", **text)
     others = {k: v for k, v in options.items() if not k.startswith("text_")}
-    config = LLM2CLIPConfig(tower=tower.config, text_width=encoder.truncate_dim, width=16, adapter_depth=2, **others)
+    config = LLM2CLIPConfig(tower=tower.config, text_dim=encoder.embed_dim, embed_dim=16, adapter_depth=2, **others)
     model = LLM2CLIP(config, tower, encoder).eval()
     with torch.no_grad():
         model.logit_scale.fill_(2.5)
@@ -117,7 +117,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "template": {"text_template": "<|user|>Caption:\n{caption}<|end|>"},
     "causal, last token": {"text_bidirectional": False, "text_pooling": "lasttoken"},
-    "truncated, projection bias": {"text_width": 16, "projection_bias": True, "family": "gemma3_text"},
+    "truncated, projection bias": {"text_dim": 16, "projection_bias": True, "family": "gemma3_text"},
     "clip": {"tower": "clip_vision_model"},
     "clip at another size": {"tower": "clip_vision_model", "size": 48},
     "siglip": {"tower": "siglip_vision_model", "family": "qwen3"},

@@ -23,7 +23,7 @@ def model(llm: Path) -> LLM2CLIP:
     torch.manual_seed(0)
     encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
     tower = VisionTower.from_pretrained("timm:test_efficientnet", pretrained=False, image_size=64)
-    config = LLM2CLIPConfig(tower.config, encoder.truncate_dim, width=12, adapter_depth=2, encoder=encoder.identity())
+    config = LLM2CLIPConfig(tower.config, encoder.embed_dim, embed_dim=12, adapter_depth=2, encoder=encoder.identity())
     return LLM2CLIP(config, tower, encoder).eval()
 
 
@@ -66,7 +66,7 @@ def test_the_scale_is_clamped(model: LLM2CLIP) -> None:
     with torch.no_grad():
         model.logit_scale.fill_(9.0)
     assert model()[2].item() == pytest.approx(100)
-    model.clamp_scale()
+    model.clamp_logit_scale()
     assert model.logit_scale.item() == pytest.approx(math.log(100))
 
 
@@ -107,7 +107,7 @@ def test_wrong_folders_are_refused(model: LLM2CLIP, tmp_path: Path) -> None:
 
 
 def test_an_llm_of_another_width_is_refused(model: LLM2CLIP, tmp_path: Path) -> None:
-    model.config.text_width = 48
+    model.config.text_dim = 48
     model.adapter = Adapter(48, 12, 2)
     folder = model.save_pretrained(tmp_path / "m")
     with pytest.raises(ValueError, match=r"width 32.*takes 48"):

@@ -182,7 +182,7 @@ def test_odd_names_odd_vectors_and_turned_pictures(pictures: Path, model: DualEn
     assert (turned.width, turned.height) == (40, 48) == Image.open(io.BytesIO(engine.thumbnail(turned.id) or b"")).size
     assert turned.pictures[0].taken == datetime(2002, 3, 4, 5, 6, 7).timestamp()
     assert hits[r"caf\udce9.png"].pictures[0].place.read() == (pictures / "1.png").read_bytes()
-    broken = dataclasses.replace(model, see=lambda some: torch.full((len(some), 16), torch.nan))
+    broken = dataclasses.replace(model, encode_images_raw=lambda some: torch.full((len(some), 16), torch.nan))
     shutil.copy(pictures / "3.png", photos / "3.png")
     again = SkipLog(None, 1.0)
     assert build_index([str(photos)], broken, engine, again).added == 0 and again.skipped["undecodable image"] == 1
@@ -432,8 +432,8 @@ def test_date_taken(pictures: Path) -> None:
 
 
 def test_queries(model: DualEncoder, pictures: Path) -> None:
-    red, dog = model.encode_text(["red", "dog"])
-    seen = torch.nn.functional.normalize(model.encode_pictures([model.transform(torch.zeros(3, 9, 9).byte())]), dim=1)
+    red, dog = model.encode_texts(["red", "dog"])
+    seen = torch.nn.functional.normalize(model.encode_images([model.transform(torch.zeros(3, 9, 9).byte())]), dim=1)
     assert combine([red.numpy()]) == pytest.approx(red.numpy(), abs=1e-6)
     both = embed_query(model, Query(["red"], [torch.zeros(3, 9, 9).byte()]))
     assert both == pytest.approx(torch.nn.functional.normalize(red + seen[0], dim=0).numpy(), abs=1e-6)

@@ -75,7 +75,7 @@ def test_embeddings_are_the_models(client: TestClient, model: DualEncoder, pictu
     picture = (pictures / "3.png").read_bytes()
     inputs = ["red", uri(picture), "eine lange Beschreibung. " * 50]
     answer = client.post("/v1/embeddings", json={"input": inputs, "model": "any"}).json()
-    texts, image = model.encode_text([inputs[0], inputs[2]]).numpy(), embed_texts(model, [picture]).numpy()
+    texts, image = model.encode_texts([inputs[0], inputs[2]]).numpy(), embed_texts(model, [picture]).numpy()
     vectors = np.array([row["embedding"] for row in answer["data"]])
     np.testing.assert_allclose(vectors, [texts[0], image[0], texts[1]], atol=1e-5)
     assert [row["index"] for row in answer["data"]] == [0, 1, 2] and answer["object"] == "list"
@@ -255,9 +255,9 @@ def slow(model: DualEncoder, seconds: float, sizes: list[int]) -> DualEncoder:
     def read(texts: Sequence[str], progress: bool) -> Any:
         sizes.append(len(texts))
         time.sleep(seconds)
-        return model.read(texts, progress)
+        return model.encode_texts_raw(texts, progress)
 
-    return dataclasses.replace(model, read=read)
+    return dataclasses.replace(model, encode_texts_raw=read)
 
 
 def test_requests_of_many_clients_go_together(model: DualEncoder) -> None:
@@ -265,7 +265,7 @@ def test_requests_of_many_clients_go_together(model: DualEncoder) -> None:
     with TestClient(create_app(slow(model, 0.05, sizes)), base_url=HOST) as client, ThreadPoolExecutor(24) as clients:
         texts = [f"text {n}" for n in range(48)]
         answers = list(clients.map(lambda text: client.post("/embed", json={"input": text}).json(), texts))
-    expected = model.encode_text(texts).numpy()
+    expected = model.encode_texts(texts).numpy()
     np.testing.assert_allclose([a["data"][0]["embedding"] for a in answers], expected, atol=1e-5)
     assert sum(sizes) == 48 and max(sizes) > 4 and len(sizes) < 24
 

@@ -61,7 +61,7 @@ def reference(vectors: dict[tuple[str, str], torch.Tensor], pairs: list[Pair], s
 def test_the_loss_is_that_of_the_definition(llm: Path, symmetric: bool, widths: tuple[int, ...]) -> None:
     """With negatives, a duplicate text, instructions that are not pooled, in small passes of similar length."""
     encoder = fresh(llm)
-    encoder.leave_prompts_out(["find: "])  # a byte is a token here, and a space joins nothing
+    encoder.exclude_prompts_from_pooling(["find: "])  # a byte is a token here, and a space joins nothing
     loss = PairLoss(encoder, 0.05, batch_tokens=64, symmetric=symmetric, widths=widths)([batch_of(encoder)])
     texts = {(p.prompt, p.first) for p in ROWS} | {("", t) for p in ROWS for t in (p.second, *p.negatives)}
     vectors = {}
@@ -311,7 +311,7 @@ def test_lora_whose_llm_is_gone_says_so(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("LLM2CLIP_CACHE", str(tmp_path / "cache"))  # as of another machine
     (tmp_path / "cache").mkdir()
     (tmp_path / "elsewhere").rename(tmp_path / "cache/llm")
-    assert fresh(folder).width == 32
+    assert fresh(folder).embed_dim == 32
     (folder / "modules.json").unlink()
     with pytest.raises(ValueError, match="an adapter of PEFT alone"):
         fresh(folder)
@@ -393,7 +393,7 @@ def test_text_pairs_leave_an_encoder_that_does_not_pool_instructions(llm: Path, 
     folder = tune([CAPTIONS, pairs], fresh(llm), dataclasses.replace(TUNE, source_weights=[1, 1]), tmp_path)
     encoder = fresh(folder)
     found = encoder.tokenize(["a dog"], ["find:\n"])
-    assert found.unpooled == [6]
+    assert found.prompt_lengths == [6]
     ours = encoder.encode(found)
     states = encoder.llm(input_ids=torch.tensor(found.ids)).last_hidden_state[0]
     assert torch.allclose(ours[0], states[6:].mean(0), atol=1e-5)

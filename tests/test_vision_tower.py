@@ -114,7 +114,7 @@ def test_family(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
 
     x = pixels(size)
     features = tower(x)
-    assert features.shape == (2, tower.width)
+    assert features.shape == (2, tower.feature_dim)
     assert torch.equal(features, tower(x / 255))
 
     # the same as the library's own model on the same pixels
@@ -134,7 +134,7 @@ def test_family(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
     assert all(name.startswith("backbone.") for name in tower.state_dict())
     again.load_state_dict(tower.state_dict())
     assert torch.equal(again(x), features)
-    assert (again.preprocess, again.width) == (tower.preprocess, tower.width)
+    assert (again.preprocess, again.feature_dim) == (tower.preprocess, tower.feature_dim)
 
 
 @pytest.mark.parametrize("family", [*TIMM, *HF])
@@ -146,7 +146,7 @@ def test_training(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None
     # DDP waits for ever for a parameter without a gradient
     assert [n for n, p in tower.named_parameters() if p.requires_grad and p.grad is None] == []
 
-    depth = tower.layer_of()
+    depth = tower.parameter_depths()
     assert depth.keys() == {name for name, _ in tower.named_parameters()}
     assert set(depth.values()) == set(range(tower.num_layers))
     assert tower.num_layers >= 4
@@ -186,7 +186,7 @@ def test_lora(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
     torch.testing.assert_close(tower(x), before, atol=1e-5, rtol=1e-5)
     trained = {name: p for name, p in tower.named_parameters() if p.requires_grad}
     assert trained and all(".lora_" in name for name in trained)
-    assert tower.layer_of().keys() == dict(tower.named_parameters()).keys()
+    assert tower.parameter_depths().keys() == dict(tower.named_parameters()).keys()
     for name, parameter in trained.items():
         if ".lora_B" in name:  # zero at first, which would leave the others without a gradient
             nn.init.normal_(parameter, std=0.05)
@@ -202,7 +202,7 @@ def test_lora(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
 
 
 def test_depth_goes_from_input_to_output() -> None:
-    depth = VisionTower.from_pretrained("test_vit", pretrained=False).layer_of()
+    depth = VisionTower.from_pretrained("test_vit", pretrained=False).parameter_depths()
     blocks = [depth[f"backbone.blocks.{i}.attn.qkv.weight"] for i in range(6)]
     assert blocks == sorted(set(blocks))
     assert depth["backbone.patch_embed.proj.weight"] == 0
@@ -221,7 +221,7 @@ def test_another_resolution(family: str, saved: dict[str, tuple[Path, nn.Module]
     assert tower.preprocess.size == size
     assert tower.preprocess.crop_pct == pytest.approx(own.preprocess.crop_pct)
     x = pixels(size)
-    assert tower(x).shape == (2, own.width)
+    assert tower(x).shape == (2, own.feature_dim)
     again = VisionTower.from_config(json.loads(json.dumps(tower.config)))
     again.load_state_dict(tower.state_dict())
     assert torch.equal(again(x), tower(x))

@@ -155,7 +155,7 @@ def new_model(recipe: AlignConfig, store: EmbeddingStore) -> LLM2CLIP:
     torch.manual_seed(recipe.seed)
     tower = VisionTower.from_pretrained(recipe.tower, image_size=recipe.image_size, pretrained=recipe.pretrained)
     tower.freeze_norm = recipe.pretrained  # else there is nothing in the norms to be kept
-    config = LLM2CLIPConfig.of_recipe(recipe, tower.config, store.width, store.manifest["identity"])
+    config = LLM2CLIPConfig.from_config(recipe, tower.config, store.width, store.manifest["identity"])
     return LLM2CLIP(config, tower).to(process_state().device)
 
 

@@ -100,9 +100,9 @@ class ModelEmbeddings:
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Of texts, in their order."""
         if self.folder is None:
-            return self._finite(self.model.encode_text(texts, self.progress))
+            return self._finite(self.model.encode_texts(texts, self.progress))
         store = store_text_embeddings(
-            unique_captions(texts), self.model.encode_text, self.model.width, self.identity, self.folder / "texts"
+            unique_captions(texts), self.model.encode_texts, self.model.embed_dim, self.identity, self.folder / "texts"
         )
         return self._finite(torch.from_numpy(store.take(store.rows(texts))))
 

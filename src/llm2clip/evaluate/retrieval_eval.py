@@ -24,9 +24,9 @@ def dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncod
     """A model that takes its texts' embeddings from a store and does not run its caption encoder."""
 
     def read(texts: Sequence[str], progress: bool) -> Tensor:
-        return model.embeddings_to_text(torch.from_numpy(store.take(store.rows(texts))))
+        return model.project_text_embeddings(torch.from_numpy(store.take(store.rows(texts))))
 
-    return dataclasses.replace(from_llm2clip(model, "llm2clip"), read=read, count_truncated=lambda texts: None)
+    return dataclasses.replace(from_llm2clip(model, "llm2clip"), encode_texts_raw=read, count_truncated=lambda texts: None)
 
 
 @dataclass(frozen=True)

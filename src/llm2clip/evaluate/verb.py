@@ -24,7 +24,7 @@ from llm2clip.evaluate.runner import run_benchmark
 from llm2clip.html_report import Block, Command, Heading, Paragraph, Table, to_markdown, write_report
 from llm2clip.io_utils import MissingFileError, atomic_write_text
 from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.clip_text_encoder import has_text_tower, load_clip_text
+from llm2clip.models.clip_text_encoder import has_text_tower, load_clip_text_encoder
 from llm2clip.models.display_names import display_names
 from llm2clip.models.dual_encoder import SENTENCES
 from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
@@ -199,14 +199,14 @@ def _text_side(model: str | None, encoder: EncoderConfig) -> TextEncoder:
         if model.endswith(SAVED) or model.startswith(SENTENCES):
             raise ValueError(f"{model} has no caption encoder that can be opened alone: leave out --captions")
         if has_text_tower(model):
-            return load_clip_text(model)
+            return load_clip_text_encoder(model)
         return CaptionEncoder.from_pretrained(model) if _is_encoder(model) else LLM2CLIP.from_pretrained(model).encoder
     path, usual = resolve_pretrained(encoder.path), EncoderConfig(path=encoder.path)
     if not has_text_tower(path):
         return CaptionEncoder.from_pretrained(**dataclasses.asdict(encoder))
     if options := [f"--encoder.{name}" for name, value in vars(encoder).items() if value != getattr(usual, name)]:
         raise ValueError(f"{path} is taken as it is: leave out {', '.join(options)}")
-    return load_clip_text(path)
+    return load_clip_text_encoder(path)
 
 
 def _is_encoder(model: str) -> bool:

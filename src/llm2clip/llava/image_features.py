@@ -84,7 +84,7 @@ class PatchFeatures:
         )  # fmt: skip
         size = self.transform.preprocess.size
         self.tokens, width = self(torch.zeros(1, 3, size, size)).shape[1:]
-        self.width = self.tokens * width
+        self.embed_dim = self.tokens * width
 
     @property
     def device(self) -> torch.device:
@@ -115,7 +115,7 @@ class PatchFeatures:
             "low": self.low,
         }
 
-    def encode_pictures(self, pictures: list[Any]) -> Tensor:
+    def encode_images(self, pictures: list[Any]) -> Tensor:
         """As the side of a store: (N, tokens * width) float32 on the CPU."""
         return self(torch.stack(pictures)).float().flatten(1).cpu()
 
@@ -128,7 +128,7 @@ def cache_patch_features(
     Raises:
         StoreError: the store there is another tower's.
     """
-    size = max(1, min(8192, SHARD // (2 * side.width)))
+    size = max(1, min(8192, SHARD // (2 * side.embed_dim)))
     return store_image_features(refs, side, side.identity(), folder, log, batch=32, workers=workers, shard_size=size)
 
 

@@ -49,7 +49,7 @@ def tokens_per_second(encoder: CaptionEncoder, tokens: TokenizedTexts, budget: i
     some = [batches[i] for i in sorted({0, *(len(batches) * n // 6 for n in (1, 3, 5))})]
     done, took = 0, 0.0
     for turn, rows in enumerate([some[0], *some]):
-        ids, unpooled = [tokens.ids[r] for r in rows], [tokens.unpooled[r] for r in rows]
+        ids, unpooled = [tokens.ids[r] for r in rows], [tokens.prompt_lengths[r] for r in rows]
         start = time.perf_counter()
         encoder.encode(TokenizedTexts(ids, [], unpooled), batch_tokens=budget, precision=precision)
         if turn:  # the first one warms up

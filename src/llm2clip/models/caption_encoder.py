@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from llm2clip.cpu_tuning import flex_attention_is_correct, onednn_matmul
 from llm2clip.models import lora
 from llm2clip.models.length_batching import TokenizedTexts, default_batch_tokens
-from llm2clip.models.packing import PACKED, can_pack, use_packing
+from llm2clip.models.packing import PACKED, can_pack, pack_batch
 from llm2clip.models.precision import autocast_precision, parse_precision
 from llm2clip.models.pretrained import resolve_pretrained
 
@@ -51,7 +51,7 @@ class CaptionEncoder(nn.Module):
         template: str | None = None,
         pooling: str | None = None,
         max_length: int | None = None,
-        width: int | None = None,
+        truncate_dim: int | None = None,
         attention: str | None = None,
         device: str | torch.device | None = None,
     ) -> CaptionEncoder:
@@ -70,7 +70,7 @@ class CaptionEncoder(nn.Module):
                 the paper does). It takes the place of special tokens that the tokenizer adds by itself.
             pooling: a pooling mode of sentence-transformers: mean, weightedmean, lasttoken, cls, max.
             max_length: longest input in tokens, template included.
-            width: keep only the first so many numbers of a vector, as one tuned for it (Matryoshka) allows.
+            truncate_dim: keep only the first so many numbers of a vector, as one tuned for it (Matryoshka) allows.
             attention: how it is computed, a name that transformers knows, such as sdpa, eager, flex_attention or
                 flash_attention_2; by default `packed` (see `models/packing.py`) for decoders that can. Under `packed`
                 and flash attention, which takes bf16 alone, no token is padding.
@@ -94,13 +94,13 @@ class CaptionEncoder(nn.Module):
         if bidirectional is not None:
             _set_bidirectional(encoder.llm, bidirectional)
         if pooling is not None:
-            st[1] = Pooling(encoder.truncate_dim, pooling, include_prompt=st[1].include_prompt)
+            st[1] = Pooling(encoder.embed_dim, pooling, include_prompt=st[1].include_prompt)
         if template is not None:
             _set_template(st, template)
         if max_length is not None:
             st.max_seq_length = max_length
-        if width is not None:
-            _cut(st, width)
+        if truncate_dim is not None:
+            _cut(st, truncate_dim)
         if attention is not None:
             if attention == "flex_attention" and encoder.device.type == "cpu" and not flex_attention_is_correct():
                 raise ValueError(
@@ -122,11 +122,11 @@ class CaptionEncoder(nn.Module):
         return self.st.tokenizer
 
     @property
-    def width(self) -> int:
+    def embed_dim(self) -> int:
         """Width of a caption's vector."""
-        width = self.st.get_embedding_dimension()
-        assert width is not None
-        return width
+        dimension = self.st.get_embedding_dimension()
+        assert dimension is not None
+        return dimension
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +138,7 @@ class CaptionEncoder(nn.Module):
         return str(self.llm.config._attn_implementation)
 
     @property
-    def header(self) -> str:
+    def prefix(self) -> str:
         """The template's text before the caption."""
         name = self.st.default_prompt_name
         return (self.st.prompts[name] or "") if name else ""
@@ -157,17 +157,17 @@ class CaptionEncoder(nn.Module):
         """
         if not captions:
             return TokenizedTexts([], [], [])
-        prefixes = [self.header + p for p in prompts] if prompts else [self.header] * len(captions)
+        prefixes = [self.prefix + p for p in prompts] if prompts else [self.prefix] * len(captions)
         texts = [prefix + caption for prefix, caption in zip(prefixes, captions, strict=True)]
         ids = self.tokenizer(texts, verbose=False, return_attention_mask=False)["input_ids"]
         limit = self.st.max_seq_length
         truncated = [i for i, row in enumerate(ids) if limit and len(row) > limit]
         for i in truncated:
             ids[i] = self.tokenizer(texts[i], truncation=True, max_length=limit)["input_ids"]
-        unpooled = {prefix: self._tokens_of_prefix(prefix) for prefix in dict.fromkeys(prefixes)}
+        unpooled = {prefix: self.prompt_length(prefix) for prefix in dict.fromkeys(prefixes)}
         return TokenizedTexts(ids, truncated, [unpooled[prefix] for prefix in prefixes])
 
-    def _tokens_of_prefix(self, prefix: str) -> int:
+    def prompt_length(self, prefix: str) -> int:
         """How many tokens a text before the caption takes, the special token that may begin it among them.
 
         They are those that do not depend on the caption. Counting the tokens of the prefix alone is wrong where it ends
@@ -180,7 +180,7 @@ class CaptionEncoder(nn.Module):
             self._prefixes[prefix] = next(n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
         return self._prefixes[prefix]
 
-    def features(self, ids: Sequence[Sequence[int]], unpooled: int | None = None) -> dict[str, Any]:
+    def collate(self, ids: Sequence[Sequence[int]], unpooled: int | None = None) -> dict[str, Any]:
         """A batch of token ids as the model reads it: padded, with input_ids and attention_mask, both (B, T) int64; or
         in one row, where attention can do it, as `packed` describes.
 
@@ -189,23 +189,23 @@ class CaptionEncoder(nn.Module):
             unpooled: tokens at the start of each that are not pooled; None is those of the header.
         """
         if self.attention == PACKED or "flash" in self.attention:
-            batch = use_packing(ids, self.attention, self.device)
+            batch = pack_batch(ids, self.attention, self.device)
         else:
             batch = dict(self.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt"))
             batch = {k: v.to(self.device) for k, v in batch.items() if k in ("input_ids", "attention_mask")}
-        if length := self._tokens_of_prefix(self.header) if unpooled is None else unpooled:
+        if length := self.prompt_length(self.prefix) if unpooled is None else unpooled:
             batch["prompt_length"] = length
         return batch
 
-    def leave_prompts_out(self, prompts: Iterable[str]) -> None:
+    def exclude_prompts_from_pooling(self, prompts: Iterable[str]) -> None:
         """Pool the caption's tokens alone where a text is read after an instruction, here and in the saved folder.
 
         Raises:
             ValueError: sentence-transformers would count the tokens of one of `prompts` wrongly.
         """
         for prompt in prompts:
-            whole = self.header + prompt
-            if self.st[0]._get_prompt_length(whole) != self._tokens_of_prefix(whole):
+            whole = self.prefix + prompt
+            if self.st[0]._get_prompt_length(whole) != self.prompt_length(whole):
                 raise ValueError(
                     f"sentence-transformers would count the tokens of the instruction {prompt!r} wrongly: it may not "
                     "end in a space or in a special token; end it with a line break"
@@ -214,7 +214,7 @@ class CaptionEncoder(nn.Module):
 
     def forward(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """Token ids of B captions to their vectors, (B, width), with gradients when enabled."""
-        vectors: Tensor = self.st(self.features(ids))["sentence_embedding"]
+        vectors: Tensor = self.st(self.collate(ids))["sentence_embedding"]
         return vectors
 
     @torch.no_grad()
@@ -248,7 +248,7 @@ class CaptionEncoder(nn.Module):
         if isinstance(captions, str):
             captions = [captions]
         tokens = captions if isinstance(captions, TokenizedTexts) else self.tokenize(list(captions))
-        out = torch.zeros(len(tokens.ids), self.width)
+        out = torch.zeros(len(tokens.ids), self.embed_dim)
         done: list[tuple[list[int], Tensor]] = []
 
         def collect() -> None:
@@ -267,7 +267,7 @@ class CaptionEncoder(nn.Module):
         with autocast_precision(self.llm, self.device, precision):
             for length, rows in tokens.batches(budget):
                 if some := [r for r in rows if len(tokens.ids[r])]:
-                    features = self.features([tokens.ids[r] for r in some], length)
+                    features = self.collate([tokens.ids[r] for r in some], length)
                     done.append((some, self.st(features)["sentence_embedding"].float()))
                 if sum(len(rows) for rows, _ in done) >= COLLECTED:
                     collect()
@@ -288,7 +288,7 @@ class CaptionEncoder(nn.Module):
             "bidirectional": not getattr(self.llm.config, "is_causal", not _is_encoder(self.llm)),
             "layers": self.llm.config.num_hidden_layers,
             "config": hashlib.sha256(json.dumps(_forward_config(self.llm), sort_keys=True).encode()).hexdigest()[:32],
-            "header": self.header,
+            "header": self.prefix,
             "modules": [type(m).__name__ for m in self.st],
             "pooling": self.st[1].get_config_dict(),
             "max_length": self.st.max_seq_length,
@@ -399,7 +399,7 @@ def _set_template(st: Any, template: str) -> None:
         st.prompts["caption"] = header
         st.default_prompt_name = "caption"
         st[1].include_prompt = False
-        if st[0]._get_prompt_length(header) != CaptionEncoder(st)._tokens_of_prefix(header):
+        if st[0]._get_prompt_length(header) != CaptionEncoder(st).prompt_length(header):
             raise ValueError(
                 f"sentence-transformers would count the tokens of the template's header {header!r} wrongly: it may not "
                 f"end in a space, nor in a special token where nothing follows {CAPTION}"

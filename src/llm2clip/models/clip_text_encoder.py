@@ -41,7 +41,7 @@ class ClipTextEncoder:
             forward: that batch to vectors, (N, width).
             length: of a text in tokens.
         """
-        self.model, self.window, self.width = model, window, width
+        self.model, self.window, self.embed_dim = model, window, width
         self._tokenize, self._forward, self._length = tokenize, forward, length
 
     @torch.inference_mode()
@@ -49,7 +49,7 @@ class ClipTextEncoder:
     def encode(self, captions: Sequence[str], *, progress: bool = False, batch: int = 64) -> Tensor:
         """Texts to vectors, (N, width) float32 on the CPU, in the order given."""
         order = sorted(range(len(captions)), key=lambda i: -len(captions[i]))
-        out = torch.empty(len(captions), self.width)
+        out = torch.empty(len(captions), self.embed_dim)
         for lo in tqdm(range(0, len(order), batch), desc="encode", unit="batch", disable=not progress):
             rows = order[lo : lo + batch]
             out[rows] = self._forward(**self._tokenize([captions[i] for i in rows])).float().cpu()
@@ -73,7 +73,7 @@ def has_text_tower(path: str) -> bool:
     return type(config) in MODEL_MAPPING and hasattr(MODEL_MAPPING[type(config)], "get_text_features")
 
 
-def load_clip_text(path: str, device: torch.device | None = None) -> ClipTextEncoder:
+def load_clip_text_encoder(path: str, device: torch.device | None = None) -> ClipTextEncoder:
     """The text tower of a transformers folder or hub id, or of `open_clip:NAME/PRETRAINED`; a folder that open_clip
     saved or `hf-hub:ID` may stand for the latter.
 

@@ -21,7 +21,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.images import EvalTransform
-from llm2clip.models.clip_text_encoder import OPEN_CLIP, ClipTextEncoder, has_text_tower, load_clip_text
+from llm2clip.models.clip_text_encoder import OPEN_CLIP, ClipTextEncoder, has_text_tower, load_clip_text_encoder
 from llm2clip.models.fingerprint import hash_weights
 from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
 from llm2clip.models.precision import fastest_precision
@@ -35,32 +35,32 @@ class DualEncoder:
 
     Args:
         name: as it was asked for.
-        width: of its vectors.
+        embed_dim: of its vectors.
         identity: works out all that changes a vector, but for the precision that texts are read in.
         transform: a decoded picture, uint8 (3, H, W), to what the image side takes; it can be pickled.
-        see: a batch of those to vectors (N, width).
-        read: texts to vectors (N, width).
+        encode_images_raw: a batch of those to vectors (N, width).
+        encode_texts_raw: texts to vectors (N, width).
         count_truncated: how many of some texts are longer than the window, and lose their end; None where nobody can say.
     """
 
     name: str
-    width: int
+    embed_dim: int
     identity: Callable[[], dict[str, Any]]
     transform: Callable[[Tensor], Any]
-    see: Callable[[list[Any]], Tensor]
-    read: Callable[[Sequence[str], bool], Tensor]
+    encode_images_raw: Callable[[list[Any]], Tensor]
+    encode_texts_raw: Callable[[Sequence[str], bool], Tensor]
     count_truncated: Callable[[Sequence[str]], int | None] = lambda texts: None
 
     @torch.inference_mode()
     @onednn_matmul()
-    def encode_pictures(self, pictures: list[Any]) -> Tensor:
+    def encode_images(self, pictures: list[Any]) -> Tensor:
         """What `transform` made of pictures, to vectors (N, width) float32, L2-normalised, on the CPU."""
-        return F.normalize(self.see(pictures).float(), dim=-1).cpu()
+        return F.normalize(self.encode_images_raw(pictures).float(), dim=-1).cpu()
 
     @torch.inference_mode()
-    def encode_text(self, texts: Sequence[str], progress: bool = False) -> Tensor:
+    def encode_texts(self, texts: Sequence[str], progress: bool = False) -> Tensor:
         """Texts to vectors (N, width) float32, L2-normalised, on the CPU."""
-        return F.normalize(self.read(texts, progress).float(), dim=-1).cpu()
+        return F.normalize(self.encode_texts_raw(texts, progress).float(), dim=-1).cpu()
 
 
 def open_dual_encoder(name: str, device: torch.device | str | None = None, precision: str = "fp32") -> DualEncoder:
@@ -92,7 +92,7 @@ def from_llm2clip(model: LLM2CLIP, name: str, precision: str = "fp32") -> DualEn
     model.eval()
     return DualEncoder(
         name,
-        model.config.width,
+        model.config.embed_dim,
         lambda: {"llm2clip": dataclasses.asdict(model.config), "weights": hash_weights(model)},
         EvalTransform(model.tower.preprocess),
         lambda pictures: _first(model(pixels=torch.stack(pictures).to(model.device))),
@@ -119,7 +119,7 @@ def _ours(name: str, device: torch.device, precision: str) -> DualEncoder:
 def _transformers(name: str, device: torch.device) -> DualEncoder:
     from transformers import AutoImageProcessor
 
-    text = load_clip_text(name, device)
+    text = load_clip_text_encoder(name, device)
     processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
 
     def see(pictures: list[Tensor]) -> Tensor:
@@ -136,7 +136,7 @@ def _processed(processor: Any, picture: Tensor) -> Tensor:
 
 
 def _open_clip(name: str, device: torch.device) -> DualEncoder:
-    text = load_clip_text(name, device)
+    text = load_clip_text_encoder(name, device)
     from open_clip import get_model_preprocess_cfg
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
@@ -156,7 +156,7 @@ def _beside(
         return text.encode(texts, progress=progress)
 
     identity = partial(_identity, name, text.model)
-    return DualEncoder(name, text.width, identity, transform, see, read, text.count_truncated)
+    return DualEncoder(name, text.embed_dim, identity, transform, see, read, text.count_truncated)
 
 
 def _sentence_transformer(name: str, device: torch.device) -> DualEncoder:

@@ -23,13 +23,13 @@ class TokenizedTexts:
 
     ids: list[list[int]]
     truncated: list[int]
-    unpooled: list[int]
+    prompt_lengths: list[int]
 
     def batches(self, budget: int) -> Iterator[tuple[int, list[int]]]:
         """Rows that can be read together: of one number of unpooled tokens, which comes first, and similar length, at
         most `budget` tokens with their padding."""
-        for length in sorted(set(self.unpooled)):
-            members = [i for i, u in enumerate(self.unpooled) if u == length]
+        for length in sorted(set(self.prompt_lengths)):
+            members = [i for i, u in enumerate(self.prompt_lengths) if u == length]
             for group in length_batches([len(self.ids[i]) for i in members], budget):
                 yield length, [members[g] for g in group]
 

@@ -27,7 +27,8 @@ from llm2clip.models.fingerprint import fingerprint
 from llm2clip.models.heads import Adapter, GatedLayer
 from llm2clip.models.vision_tower import VisionTower
 
-MAX_SCALE = 100.0
+MAX_LOGIT_SCALE = 100.0
+_NAMES_IN_0_1 = {"text_width": "text_dim", "width": "embed_dim"}
 
 
 @dataclass
@@ -36,8 +37,8 @@ class LLM2CLIPConfig:
 
     Args:
         tower: the vision tower's own config (`VisionTower.config`).
-        text_width: width of the caption encoder's vectors.
-        width: of the shared space.
+        text_dim: width of the caption encoder's vectors.
+        embed_dim: of the shared space.
         adapter: of texts, "residual" (`Adapter`), "glu" (`GatedLayer`), or "none": their embeddings as they are.
         adapter_depth: as in `Adapter`.
         adapter_expansion: as in `Adapter`, and of gated layers.
@@ -49,8 +50,8 @@ class LLM2CLIPConfig:
     """
 
     tower: dict[str, Any]
-    text_width: int
-    width: int = 1280
+    text_dim: int
+    embed_dim: int = 1280
     adapter: str = "residual"
     adapter_depth: int = 4
     adapter_expansion: int = 2
@@ -61,14 +62,14 @@ class LLM2CLIPConfig:
     encoder: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of_recipe(
+    def from_config(
         cls, recipe: AlignConfig, tower: dict[str, Any], text_width: int, encoder: dict[str, Any] | None = None
     ) -> LLM2CLIPConfig:
         """What align trains by a recipe, on a tower and an encoder's vectors; arguments as above."""
         return cls(
             tower=tower,
-            text_width=text_width,
-            width=text_width if recipe.adapter == "none" else recipe.embed_dim,
+            text_dim=text_width,
+            embed_dim=text_width if recipe.adapter == "none" else recipe.embed_dim,
             adapter=recipe.adapter,
             adapter_depth=recipe.adapter_depth,
             adapter_expansion=recipe.adapter_expansion,
@@ -77,6 +78,12 @@ class LLM2CLIPConfig:
             logit_bias=recipe.loss == "sigmoid",
             encoder=encoder or {},
         )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LLM2CLIPConfig:
+        """Read the content of a model folder's config.json, written by this version or by 0.1."""
+        values = {_NAMES_IN_0_1.get(name, name): value for name, value in values.items()}
+        return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
 
 
 class LLM2CLIP(nn.Module):
@@ -90,7 +97,7 @@ class LLM2CLIP(nn.Module):
         super().__init__()
         self.config = config
         self.tower = tower
-        self.projection = _projection(config, tower.width)
+        self.projection = _projection(config, tower.feature_dim)
         self.adapter = _adapter(config)
         # Of one number and not of none, so that it can be shared out over processes.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(10 if config.logit_bias else 1 / 0.07)]))
@@ -106,7 +113,7 @@ class LLM2CLIP(nn.Module):
         Args:
             pixels: (N, 3, S, S) uint8.
             embeddings: (M, text_width) floats of the caption encoder.
-            features: (N, tower.width) floats, what the tower gave for some pixels, in their place.
+            features: (N, tower.feature_dim) floats, what the tower gave for some pixels, in their place.
 
         Returns:
             Image vectors (N, width) and text vectors (M, width), L2-normalised float32, None for a side that was not
@@ -116,13 +123,15 @@ class LLM2CLIP(nn.Module):
             features = self.tower(pixels)
         image = F.normalize(self.projection(features).float(), dim=-1) if features is not None else None
         text = F.normalize(self.adapter(embeddings).float(), dim=-1) if embeddings is not None else None
-        scale = self.logit_scale.float().exp().clamp(max=MAX_SCALE)[0]
+        scale = self.logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE)[0]
         return image, text, scale, scale.new_zeros(()) if self.logit_bias is None else self.logit_bias.float()[0]
 
     @torch.no_grad()
-    def clamp_scale(self) -> None:
+    def clamp_logit_scale(self) -> None:
         """Keep the logit scale's parameter where its gradient lives; call after every optimizer step."""
-        self.logit_scale.clamp_(max=math.log(MAX_SCALE) - 1e-6)  # at the limit itself there is no gradient to leave it
+        self.logit_scale.clamp_(
+            max=math.log(MAX_LOGIT_SCALE) - 1e-6
+        )  # at the limit itself there is no gradient to leave it
 
     @property
     def device(self) -> torch.device:
@@ -142,10 +151,10 @@ class LLM2CLIP(nn.Module):
                     "llm2clip convert MODEL --text ENCODER --out MODEL"
                 )
             encoder = CaptionEncoder.from_pretrained(self._text_folder, device=self.device)
-            if encoder.truncate_dim != self.config.text_width:
+            if encoder.embed_dim != self.config.text_dim:
                 raise ValueError(
-                    f"{self._text_folder} gives vectors of width {encoder.truncate_dim}, "
-                    f"the adapter takes {self.config.text_width}: they are not a pair"
+                    f"{self._text_folder} gives vectors of width {encoder.embed_dim}, "
+                    f"the adapter takes {self.config.text_dim}: they are not a pair"
                 )
             self._encoder.append(encoder)
         return self._encoder[0]
@@ -160,9 +169,9 @@ class LLM2CLIP(nn.Module):
         Raises:
             ValueError: it is not that one, where the model knows which it was, or its width is not the adapter's.
         """
-        if encoder.truncate_dim != self.config.text_width:
+        if encoder.embed_dim != self.config.text_dim:
             raise ValueError(
-                f"the encoder gives vectors of width {encoder.truncate_dim}, the adapter takes {self.config.text_width}: "
+                f"the encoder gives vectors of width {encoder.embed_dim}, the adapter takes {self.config.text_dim}: "
                 "they are not a pair"
             )
         there, now = self.config.encoder, encoder.identity()
@@ -190,7 +199,7 @@ class LLM2CLIP(nn.Module):
         items = list(images) if isinstance(images, list | tuple) else [images]
         transform = EvalTransform(self.tower.preprocess)
         self.eval()
-        parts = [torch.empty(0, self.config.width)]
+        parts = [torch.empty(0, self.config.embed_dim)]
         for start in range(0, len(items), batch):
             pixels = torch.stack([transform(load_image(i)) for i in items[start : start + batch]])
             vectors, *_ = self(pixels=pixels.to(self.device))
@@ -207,10 +216,10 @@ class LLM2CLIP(nn.Module):
             precision: of the caption encoder, as in `CaptionEncoder.encode`.
         """
         captions = [texts] if isinstance(texts, str) else list(texts)
-        return self.embeddings_to_text(self.encoder.encode(captions, progress=progress, precision=precision))
+        return self.project_text_embeddings(self.encoder.encode(captions, progress=progress, precision=precision))
 
     @torch.no_grad()
-    def embeddings_to_text(self, embeddings: Tensor) -> Tensor:
+    def project_text_embeddings(self, embeddings: Tensor) -> Tensor:
         """Cached embeddings (N, text_width) to text vectors (N, width) float32, L2-normalised, on the CPU."""
         self.eval()
         _, text, *_ = self(embeddings=embeddings.to(self.device))
@@ -277,8 +286,7 @@ class LLM2CLIP(nn.Module):
         raw = json.loads(file.read_text())
         if raw.get("model_type") != "llm2clip":
             raise ValueError(f"{file}: model_type is {raw.get('model_type')!r}, not 'llm2clip'")
-        names = {f.name for f in dataclasses.fields(LLM2CLIPConfig)}
-        config = LLM2CLIPConfig(**{k: v for k, v in raw.items() if k in names})
+        config = LLM2CLIPConfig.from_dict(raw)
         model = cls(config, VisionTower.from_config(config.tower))
         try:
             model.load_state_dict(read_safetensors(folder / "model.safetensors"))
@@ -298,23 +306,23 @@ def is_model_folder(path: str | Path) -> bool:
 
 def _projection(config: LLM2CLIPConfig, tower_width: int) -> nn.Module:
     if config.projection == "glu":
-        return GatedLayer(tower_width, config.width, config.adapter_expansion)
-    linear = nn.Linear(tower_width, config.width, bias=config.projection_bias)
+        return GatedLayer(tower_width, config.embed_dim, config.adapter_expansion)
+    linear = nn.Linear(tower_width, config.embed_dim, bias=config.projection_bias)
     nn.init.normal_(linear.weight, std=tower_width**-0.5)
     return linear
 
 
 def _adapter(config: LLM2CLIPConfig) -> nn.Module:
     if config.adapter == "glu":
-        return GatedLayer(config.text_width, config.width, config.adapter_expansion, config.normalize_input)
+        return GatedLayer(config.text_dim, config.embed_dim, config.adapter_expansion, config.normalize_input)
     if config.adapter == "none":
-        if config.text_width != config.width:
+        if config.text_dim != config.embed_dim:
             raise ValueError(
-                f"without an adapter the shared width is the texts', {config.text_width}, not {config.width}"
+                f"without an adapter the shared width is the texts', {config.text_dim}, not {config.embed_dim}"
             )
         return nn.Identity()
     return Adapter(
-        config.text_width, config.width, config.adapter_depth, config.adapter_expansion, config.normalize_input
+        config.text_dim, config.embed_dim, config.adapter_depth, config.adapter_expansion, config.normalize_input
     )
 
 

@@ -25,7 +25,7 @@ PACKED = "packed"
 SHORT = 512  # tokens, up to which scores may lie in memory
 
 
-def use_packing(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
+def pack_batch(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
     """Token ids of B captions, T in all, as a model with `attention` reads them in one row.
 
     Returns:
@@ -117,7 +117,7 @@ def packed_attention(
             mask = (back >= 0) & (back < sliding_window) if is_causal else back.abs() <= sliding_window
             mask = mask[None, None]
         if query.device.type == "cpu" and length <= SHORT and not kwargs.get("dropout"):
-            out = plain_attention(q, k, v, mask, is_causal, kwargs.get("scaling"))
+            out = unfused_attention(q, k, v, mask, is_causal, kwargs.get("scaling"))
         else:
             out, _ = sdpa_attention_forward(module, q, k, v, mask, is_causal=is_causal, **kwargs)
         parts.append(out.flatten(0, 1))
@@ -125,7 +125,7 @@ def packed_attention(
     return torch.cat(parts)[None], None
 
 
-def plain_attention(
+def unfused_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scaling: float | None
 ) -> Tensor:
     """Attention as two batched products: on a CPU, captions are too short for PyTorch's fused one to pay.

@@ -33,7 +33,7 @@ def lora_targets(tower: VisionTower) -> list[str]:
         name
         for name, module in tower.backbone.named_modules()
         if (isinstance(module, nn.Linear) or _pointwise(module))
-        and tower.in_blocks(name)
+        and tower.is_in_block(name)
         and not any(name.startswith(f"{parent}.") for parent in inside)  # it reads their weights past them
     ]
 

@@ -52,7 +52,7 @@ class VisionTower(nn.Module):
         backbone: the library's module; all parameters are under this name.
         config: JSON-able; `from_config(config)` builds the same architecture with random weights, offline.
         preprocess: how the pictures must be prepared; `preprocess.size` is S.
-        width: of the feature.
+        feature_dim: of the feature.
         freeze_norm: keep batch norms in eval mode while training, so that the small batches of a fine-tune do not
             spoil the running statistics and no pair sees the others' pixels through a batch's mean. Takes effect at the
             next `train()`. Norms without running statistics are untouched.
@@ -65,7 +65,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.config = config
-        self.width = width
+        self.feature_dim = width
         self.preprocess = Preprocess.from_dict(config["preprocess"])
         self.freeze_norm = True
         self.register_buffer("mean", torch.empty(0), persistent=False)
@@ -153,7 +153,7 @@ class VisionTower(nn.Module):
 
     # ---- depth ------------------------------------------------------------------------------------------------------
 
-    def layer_of(self) -> dict[str, int]:
+    def parameter_depths(self) -> dict[str, int]:
         """The depth of every parameter, by its name in this module: 0 is the stem or the embeddings, the largest is
         next to the output. For learning rates that decay with depth, and for training the last few layers only."""
         if self.config["library"] == "timm":
@@ -165,7 +165,7 @@ class VisionTower(nn.Module):
             depths = _hf_depths([name for name, _ in self.backbone.named_parameters()])
         return {f"backbone.{name}": depth for name, depth in depths.items()}
 
-    def in_blocks(self, name: str) -> bool:
+    def is_in_block(self, name: str) -> bool:
         """Whether a module of the backbone, by its name there, is inside the blocks that repeat, and not in the stem or
         in what comes after them."""
         return _BLOCK.search(name) is not None
@@ -177,8 +177,8 @@ class VisionTower(nn.Module):
 
     @property
     def num_layers(self) -> int:
-        """The number of depths in `layer_of`."""
-        return 1 + max(self.layer_of().values())
+        """The number of depths in `parameter_depths`."""
+        return 1 + max(self.parameter_depths().values())
 
 
 def _width(backbone: Any, config: dict[str, Any]) -> int:

@@ -86,7 +86,7 @@ def build_index(
         check_model(about, model)
     else:
         name = os.path.abspath(model.name) if os.path.isdir(model.name) else model.name
-        engine.begin({"model": name, "fingerprint": fingerprint(model.identity()), "width": model.width})
+        engine.begin({"model": name, "fingerprint": fingerprint(model.identity()), "width": model.embed_dim})
     parsed = [_absolute(Source.parse(s), columns or {}) for s in sources]
     found: dict[str, IndexedImage] = {}
     for source in parsed:
@@ -210,7 +210,7 @@ def _add_chunk(
     embedded = 0
     with tqdm(total=len(refs), desc="embed", unit="picture", disable=not refs) as bar:
         for good, prepared, failures in image_batches(refs, PreparedImages(model.transform), batch, workers):
-            vectors = model.encode_pictures([p for p, *_ in prepared]).numpy() if good else ()
+            vectors = model.encode_images([p for p, *_ in prepared]).numpy() if good else ()
             contents = []
             for i, vector, (_, small, width, height) in zip(good, vectors, prepared, strict=True):
                 if np.isfinite(vector).all():

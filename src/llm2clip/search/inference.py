@@ -52,8 +52,8 @@ class InferenceService:
         # Two at a time: each reads all vectors, and more only wait for the memory. Threads of their own, which one that
         # was given up on keeps until it ends.
         self._searching = ThreadPoolExecutor(2, "search")
-        self.texts: Batcher[str, np.ndarray] = self._batcher("text", lambda some: model.encode_text(some).numpy())
-        self.images: Batcher[Any, np.ndarray] = self._batcher("image", lambda some: model.encode_pictures(some).numpy())
+        self.texts: Batcher[str, np.ndarray] = self._batcher("text", lambda some: model.encode_texts(some).numpy())
+        self.images: Batcher[Any, np.ndarray] = self._batcher("image", lambda some: model.encode_images(some).numpy())
         waiting = Gauge("llm2clip_waiting", "Items that wait for the model.", ["kind"], registry=self.registry)
         waiting.labels("text").set_function(lambda: len(self.texts))
         waiting.labels("image").set_function(lambda: len(self.images))

@@ -33,8 +33,8 @@ def embed_texts(model: DualEncoder, images: Sequence[Any]) -> Tensor:
         ImageError: one cannot be read.
     """
     if not images:
-        return torch.empty(0, model.width)
-    return model.encode_pictures([model.transform(load_image(image)) for image in images])
+        return torch.empty(0, model.embed_dim)
+    return model.encode_images([model.transform(load_image(image)) for image in images])
 
 
 def combine(wanted: Sequence[np.ndarray], unwanted: Sequence[np.ndarray] = ()) -> np.ndarray:
@@ -65,7 +65,7 @@ def embed_query(model: DualEncoder, query: Query) -> np.ndarray:
     """
 
     def vectors(texts: Sequence[str], images: Sequence[Any]) -> list[np.ndarray]:
-        return [*(model.encode_text(list(texts)).numpy() if texts else ()), *embed_texts(model, images).numpy()]
+        return [*(model.encode_texts(list(texts)).numpy() if texts else ()), *embed_texts(model, images).numpy()]
 
     return combine(vectors(query.texts, query.images), vectors(query.without_texts, query.without_images))
 

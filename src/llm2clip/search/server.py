@@ -94,7 +94,7 @@ def create_app(
     async def health() -> HealthResponse:
         """Whether it answers, with what model, over how many pictures."""
         count = (await run_in_threadpool(engine.count))[0] if engine else 0
-        return HealthResponse(model=Path(model.name).name, width=model.width, pictures=count)
+        return HealthResponse(model=Path(model.name).name, width=model.embed_dim, pictures=count)
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
@@ -121,8 +121,8 @@ def create_app(
     async def embed(request: EmbedRequest) -> EmbedResponse:
         """Vectors of texts and of pictures (data URIs), in the form of OpenAI's embeddings; /v1/embeddings is the
         same."""
-        if request.dimensions not in (None, model.width):
-            raise ValueError(f"dimensions: the model's vectors have {model.width}")
+        if request.dimensions not in (None, model.embed_dim):
+            raise ValueError(f"dimensions: the model's vectors have {model.embed_dim}")
         inputs = request.inputs
         seen = [n for n, text in enumerate(inputs) if text.startswith(DATA_URI)]
         if len(seen) > IMAGES:

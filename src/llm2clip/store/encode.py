@@ -63,9 +63,7 @@ def embed(
     """
     keep_freed_memory(encoder.device)
     state, precision = process_state(), resolve_precision(precision, encoder, Path(folder))
-    with open_for_writing(
-        captions, folder, encoder.identity(precision), encoder.truncate_dim, dtype, shard_size
-    ) as work:
+    with open_for_writing(captions, folder, encoder.identity(precision), encoder.embed_dim, dtype, shard_size) as work:
         mine = work.parts[state.process_index :: state.num_processes]
         total = sum(part.stop - part.start for _, part in mine)
         with (

@@ -61,12 +61,12 @@ class ImageEncoder(Protocol):
     """What makes vectors of pictures: a tower, or any model."""
 
     @property
-    def width(self) -> int: ...
+    def embed_dim(self) -> int: ...
 
     @property
     def transform(self) -> Callable[[Tensor], Any]: ...
 
-    def encode_pictures(self, pictures: list[Any]) -> Tensor:
+    def encode_images(self, pictures: list[Any]) -> Tensor:
         """What `transform` made of decoded images, to (N, width) float32 on the CPU."""
         ...
 
@@ -80,7 +80,7 @@ class TowerFeatures:
             tower: on its device; put in eval mode.
             precision: fp32, bf16 or fp16, by autocast.
         """
-        self.tower, self.precision, self.width = tower.eval(), precision, tower.width
+        self.tower, self.precision, self.embed_dim = tower.eval(), precision, tower.feature_dim
         self.transform: Callable[[Tensor], Any] = EvalTransform(tower.preprocess)
         keep_freed_memory(next(tower.parameters()).device)
 
@@ -89,7 +89,7 @@ class TowerFeatures:
         return {"tower": self.tower.config, "weights": hash_weights(self.tower), "precision": self.precision}
 
     @torch.no_grad()
-    def encode_pictures(self, pictures: list[Any]) -> Tensor:
+    def encode_images(self, pictures: list[Any]) -> Tensor:
         device = next(self.tower.parameters()).device
         low = self.precision != "fp32"
         with torch.autocast(device.type, DTYPES[self.precision]) if low else nullcontext():
@@ -101,12 +101,12 @@ def encode_image_batches(
 ) -> tuple[Tensor, list[int]]:
     """Vectors (N, width) float32 of those images that can be decoded, and which they are; the others are counted and
     listed in `log`, all are in `bar`."""
-    parts, kept = [torch.empty(0, side.width)], []
+    parts, kept = [torch.empty(0, side.embed_dim)], []
     for good, pictures, failures in image_batches(refs, side.transform, batch, workers):
         for i, reason in failures.items():
             log.skip(str(refs[i]), 0, "undecodable image", reason)
         if good:
-            parts.append(side.encode_pictures(pictures))
+            parts.append(side.encode_images(pictures))
             kept += good
         bar.update(len(good) + len(failures))
     return torch.cat(parts), kept
@@ -143,7 +143,7 @@ def store_image_features(
         TooManySkipped: too many images cannot be decoded.
     """
     by_name = {image_name(ref): ref for ref in refs}
-    with open_for_writing(by_name, folder, identity, side.width, dtype, shard_size) as work:
+    with open_for_writing(by_name, folder, identity, side.embed_dim, dtype, shard_size) as work:
         for number, names, bar in _mine(work, "features", "image"):
             vectors, good = encode_image_batches([by_name[name] for name in names], side, log, bar, batch, workers)
             if good:

@@ -87,7 +87,7 @@ def embed_with_ray(
         raise ValueError("--embed.engine ray starts its own workers: run it once, without torchrun")
     encoder = open_encoder()
     precision = resolve_precision(precision, encoder, Path(folder))
-    identity, width = encoder.identity(precision), encoder.truncate_dim
+    identity, width = encoder.identity(precision), encoder.embed_dim
     del encoder
     started = not ray.is_initialized()
     if started:

@@ -198,7 +198,7 @@ class AlignTrainer:
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            model.clamp_scale()
+            model.clamp_logit_scale()
             skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
             if skipped >= MAX_SKIPPED_STEPS:
                 self._stop(f"{skipped} steps in a row had gradients that are not finite", step, parts)

@@ -47,7 +47,7 @@ class MaskingCollator(SentenceTransformerDataCollator):
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         found = self.preprocess_fn([row["text"] for row in rows])
         whole, hidden, inputs = found.ids, [], []
-        for row, ids, header in zip(rows, whole, found.unpooled, strict=True):
+        for row, ids, header in zip(rows, whole, found.prompt_lengths, strict=True):
             at = hidden_positions(len(ids), self.share, row["seed"], max(1, header))
             hidden.append(at)
             inputs.append([self.mask if i in at else token for i, token in enumerate(ids)])
@@ -86,7 +86,7 @@ class MaskedTokenLoss(nn.Module):
         spare = extra_forward_passes(self.model, len(passes), encoder.device)
         for n, rows in enumerate([*passes, *[passes[-1]] * spare]):
             hidden = [batch["hidden"][r] if n < len(passes) else [] for r in rows]
-            inputs = encoder.features([batch["tokens"][r] for r in rows], 0)
+            inputs = encoder.collate([batch["tokens"][r] for r in rows], 0)
             states = self.model(inputs)["token_embeddings"].flatten(0, 1)
             starts = first_token_indices(inputs)
             at = [start + i - 1 for start, of_row in zip(starts, hidden, strict=True) for i in of_row]

@@ -25,8 +25,8 @@ def set_trainable(model: LLM2CLIP, config: AlignConfig) -> None:
     if config.lora_r:
         add_tower_lora(tower, config.lora_r, config.lora_alpha)
     elif not frozen and config.train_layers is not None:
-        depth = tower.layer_of()
-        blocks = sorted({depth[name] for name in depth if tower.in_blocks(name)})
+        depth = tower.parameter_depths()
+        blocks = sorted({depth[name] for name in depth if tower.is_in_block(name)})
         if not blocks:
             raise ValueError("--align.train_layers finds no blocks in this tower: train all of it, or LoRA")
         first = blocks[-min(config.train_layers, len(blocks))]
@@ -45,7 +45,7 @@ def parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str, Any
     Vectors (biases, norms, the scale) get no weight decay, as in CLIP.
     """
     tower = model.tower
-    depth, top = tower.layer_of(), tower.num_layers - 1
+    depth, top = tower.parameter_depths(), tower.num_layers - 1
     if config.layer_decay < 1 and top == 0:
         raise ValueError(
             "--align.layer_decay: timm does not say which layers of this tower are above which; leave it out"

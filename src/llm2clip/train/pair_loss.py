@@ -33,7 +33,7 @@ class PairCollator(SentenceTransformerDataCollator):
         texts = [row["first"] for row in rows] + others
         found = self.preprocess_fn(texts, [row["prompt"] for row in rows] + [""] * len(others))
         names = torch.tensor([text_key(text) for text in texts])
-        return {"tokens": found.ids, "unpooled": found.unpooled, "names": names, "pairs": len(rows)}
+        return {"tokens": found.ids, "unpooled": found.prompt_lengths, "names": names, "pairs": len(rows)}
 
 
 class PairLoss(nn.Module):
@@ -88,7 +88,7 @@ class PairLoss(nn.Module):
         for length, rows in TokenizedTexts(tokens, [], unpooled).batches(self.batch_tokens):
 
             def run(rows: list[int] = rows, length: int = length) -> Tensor:
-                inputs = encoder.features([tokens[r] for r in rows], length)
+                inputs = encoder.collate([tokens[r] for r in rows], length)
                 vectors: Tensor = self.model(inputs)["sentence_embedding"].float()
                 return vectors
 

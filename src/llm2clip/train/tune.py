@@ -75,9 +75,9 @@ def _rows(sources: Sequence[Sequence[Item]], encoder: CaptionEncoder, recipe: Tu
         raise ValueError("--tune.qlora does not go with weights shared out over processes: leave out --use_fsdp")
     if not recipe.merge and isinstance(encoder.st[0].model, PeftModel):
         raise ValueError("the encoder is LoRA beside an LLM already: a second one beside it needs --tune.merge true")
-    if any(not 0 < width < encoder.truncate_dim for width in recipe.matryoshka_dims):
+    if any(not 0 < width < encoder.embed_dim for width in recipe.matryoshka_dims):
         raise ValueError(
-            f"--tune.matryoshka_dims are between 1 and {encoder.truncate_dim - 1}, below the encoder's own; got {recipe.matryoshka_dims}"
+            f"--tune.matryoshka_dims are between 1 and {encoder.embed_dim - 1}, below the encoder's own; got {recipe.matryoshka_dims}"
         )
     if recipe.steps <= 0:
         return []
@@ -93,7 +93,7 @@ def _rows(sources: Sequence[Sequence[Item]], encoder: CaptionEncoder, recipe: Tu
     )
     rows = [asdict(pair) for batch in batches for pair in batch]
     if prompts := {row["prompt"] for row in rows} - {""}:
-        encoder.leave_prompts_out(sorted(prompts))
+        encoder.exclude_prompts_from_pooling(sorted(prompts))
     return rows
 
 

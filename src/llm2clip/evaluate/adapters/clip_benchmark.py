@@ -36,10 +36,10 @@ class CLIPBenchmarkModel(nn.Module):
         self.model, self.device = model, device
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        return self.model.encode_pictures(list(pixels.cpu())).to(self.device)
+        return self.model.encode_images(list(pixels.cpu())).to(self.device)
 
     def encode_text(self, texts: TokenizedTexts) -> Tensor:
-        return self.model.encode_text(texts).to(self.device)
+        return self.model.encode_texts(texts).to(self.device)
 
 
 class Transform:

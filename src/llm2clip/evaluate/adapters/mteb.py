@@ -41,7 +41,7 @@ class MTEBModel(AbsEncoder):
             "revision": fingerprint(self.model.identity())[:12],
             "modalities": ["image", "text"],
             "similarity_fn_name": ScoringFunction.COSINE,
-            "embed_dim": self.model.width,
+            "embed_dim": self.model.embed_dim,
         }
         self.mteb_model_meta = ModelMeta.create_empty(overwrites=facts)
 
@@ -51,9 +51,9 @@ class MTEBModel(AbsEncoder):
         for batch in inputs:
             sides = []
             if batch.get("image"):
-                sides.append(self.model.encode_pictures([self.model.transform(load_image(p)) for p in batch["image"]]))
+                sides.append(self.model.encode_images([self.model.transform(load_image(p)) for p in batch["image"]]))
             if batch.get("text"):
-                sides.append(self.model.encode_text(batch["text"]))
+                sides.append(self.model.encode_texts(batch["text"]))
             if not sides:
                 raise ValueError(f"a batch with neither text nor image, but {', '.join(batch)}")
             parts.append(F.normalize(torch.stack(sides).sum(0), dim=-1))

@@ -190,8 +190,8 @@ def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) ->
     hidden = checkpoint.shape(f"{prefix}0.fn.0.weight")[0] if depth else 2 * text_width
     return LLM2CLIPConfig(
         tower=_clip_tower(checkpoint) if form == "hf" else _eva_tower(checkpoint),
-        text_width=text_width,
-        width=checkpoint.shape(f"{prefix}{depth + 1}.weight")[0],
+        text_dim=text_width,
+        embed_dim=checkpoint.shape(f"{prefix}{depth + 1}.weight")[0],
         adapter_depth=depth,
         adapter_expansion=hidden // text_width,
         normalize_input=not checkpoint.online if normalize_input is None else normalize_input,

@@ -120,11 +120,11 @@ def attach_caption_encoder(model: LLM2CLIP, text: str | Path) -> CaptionEncoder:
         ValueError: its vectors are not as wide as the adapter's input.
     """
     encoder = CaptionEncoder.from_pretrained(text, template=_template(text), device=model.device)
-    wanted = model.config.text_width
-    if encoder.truncate_dim != wanted:
+    wanted = model.config.text_dim
+    if encoder.embed_dim != wanted:
         known = ", ".join(f"{width} is {name}" for width, name in PAIRS.items())
         raise ValueError(
-            f"{text} gives vectors of width {encoder.truncate_dim}, the adapter takes {wanted}: they are not a pair. "
+            f"{text} gives vectors of width {encoder.embed_dim}, the adapter takes {wanted}: they are not a pair. "
             f"Give the caption encoder that the adapter was trained with; of the published ones, {known}"
         )
     model.set_encoder(encoder)
@@ -178,7 +178,7 @@ def save_official(model: LLM2CLIP, out: str | Path, form: str) -> Path:
     tmp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     if form == "eva":
         if not model.config.projection_bias:  # the official projection has one
-            tensors["visual.head.bias"] = torch.zeros(model.config.width)
+            tensors["visual.head.bias"] = torch.zeros(model.config.embed_dim)
         tensors |= {name: tensor.cpu().clone() for name, tensor in computed_buffers(model, form).items()}
         torch.save(tensors, tmp)
     else:
@@ -186,7 +186,7 @@ def save_official(model: LLM2CLIP, out: str | Path, form: str) -> Path:
         tmp.mkdir()
         architecture = model.tower.config["architecture"]
         vision = {"model_type": "clip_vision_model"} | {key: architecture[key] for key in CLIP_FIELDS}
-        config = {"model_type": "clip", "projection_dim": model.config.width, "vision_config": vision}
+        config = {"model_type": "clip", "projection_dim": model.config.embed_dim, "vision_config": vision}
         (tmp / "config.json").write_text(json.dumps(config, indent=1))
         (tmp / "preprocessor_config.json").write_text(json.dumps(model.tower.preprocess.to_dict(), indent=1))
         save_file(tensors, tmp / "model.safetensors", {"format": "pt"})
@@ -258,7 +258,7 @@ def convert_verb(source: str, out: str, text: str | None = None, form: str | Non
     folder = model.save_pretrained(out)
     if model.has_encoder:
         return [f"Model: {folder}", f"Next: llm2clip evaluate {folder} DATA"]
-    encoder = PAIRS.get(model.config.text_width, f"an encoder of width {model.config.text_width}")
+    encoder = PAIRS.get(model.config.text_dim, f"an encoder of width {model.config.text_dim}")
     return [
         f"Model: {folder}",
         "It reads images and cached embeddings; for texts it needs the caption encoder that it was trained with.",

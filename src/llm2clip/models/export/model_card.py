@@ -60,8 +60,9 @@ def render_model_card(folder: Path, name: str, licence: str | None = None) -> st
     )
     if tower := config.get("tower"):
         parts.append(f"## What it is made of\n\n{_table(_made_of(config, tower))}")
+    embed_dim = config.get("embed_dim", config.get("width"))  # version 0.1 and exported models call it width
     if kind in LOAD:
-        parts.append(f"## Load it\n\n{LOAD[kind].format(name=name, width=config['width'])}")
+        parts.append(f"## Load it\n\n{LOAD[kind].format(name=name, width=embed_dim)}")
     recipe, report = (folder.parent / beside for beside in ("recipe.yaml", "report.md"))
     if kind == "llm2clip" and report.is_file():
         parts.append("## What it measured\n\n" + _public(_lowered(report.read_text(encoding="utf-8"))))
@@ -82,11 +83,11 @@ def _made_of(config: dict[str, Any], tower: dict[str, Any]) -> list[tuple[str, A
     encoder, text = config.get("encoder") or {}, config.get("text") or {}
     rows = [
         ("vision tower", f"{named} ({tower.get('library')}), {size} pixels"),
-        ("language model's vectors", config.get("text_width")),
+        ("language model's vectors", config.get("text_dim", config.get("text_width"))),
         ("language model's blocks", encoder.get("layers") or text.get("num_hidden_layers")),
         ("reads in both directions", encoder.get("bidirectional", not text.get("is_causal", True))),
         ("adapter", f"{config.get('adapter_depth')} residual blocks"),
-        ("shared space", f"{config.get('width')} wide"),
+        ("shared space", f"{config.get('embed_dim', config.get('width'))} wide"),
     ]
     return [(what, value) for what, value in rows if value is not None]
 

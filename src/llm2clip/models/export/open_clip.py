@@ -52,7 +52,7 @@ def export_open_clip(model: LLM2CLIP, folder: Path) -> None:
     }
     text = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
     config = {
-        "model_cfg": {"embed_dim": model.config.width, "vision_cfg": vision, "text_cfg": text},
+        "model_cfg": {"embed_dim": model.config.embed_dim, "vision_cfg": vision, "text_cfg": text},
         "preprocess_cfg": {
             "mean": list(prepared.mean),
             "std": list(prepared.std),

@@ -141,18 +141,18 @@ def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
         "library": tower["library"],
         "architecture": tower["architecture"],
         "args": {**tower.get("args", {}), "num_classes": 0} if tower["library"] == "timm" else {},
-        "width": model.tower.width,
+        "width": model.tower.feature_dim,
         "image_size": size,
         "interpolates": tower["library"] == "transformers"
         and tower["architecture"]["model_type"] in ("clip_vision_model", "siglip_vision_model")
         and tower["architecture"]["image_size"] != size,
     }
-    header = encoder._tokens_of_prefix(encoder.header)
+    header = encoder.prompt_length(encoder.prefix)
     config = LLM2CLIPExportConfig(
         tower=shown,
         text=text,
-        text_width=c.text_width,
-        width=c.width,
+        text_width=c.text_dim,
+        width=c.embed_dim,
         adapter_depth=c.adapter_depth,
         adapter_expansion=c.adapter_expansion,
         normalize_input=c.normalize_input,
@@ -197,7 +197,7 @@ def build_tokenizer(encoder: CaptionEncoder) -> Any:
     """
     tokenizer = copy.deepcopy(encoder.tokenizer)
     tokenizer.model_max_length = encoder.st.max_seq_length or 512
-    if header := encoder.header:
+    if header := encoder.prefix:
         from tokenizers.processors import TemplateProcessing
 
         one, other = (encoder.tokenizer(header + text)["input_ids"] for text in ("a", "1"))

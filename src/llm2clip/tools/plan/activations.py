@@ -84,7 +84,7 @@ def kept_by_model(recipe: AlignConfig, text_width: int, captions: int) -> list[t
             given: dict[str, Tensor] = {"embeddings": torch.zeros(images * captions, text_width)}
             pixels = torch.zeros(images, 3, size, size, dtype=torch.uint8)
             if recipe.cache_features:
-                given["features"] = torch.zeros(images, model.tower.width)
+                given["features"] = torch.zeros(images, model.tower.feature_dim)
             else:
                 given["pixels"] = pixels
             kept = SavedTensorBytes(model)

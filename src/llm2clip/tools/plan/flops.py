@@ -142,7 +142,7 @@ def image_costs(recipe: AlignConfig, text_width: int, captions: float) -> ImageC
         set_trainable(model, recipe)  # with LoRA, if there is to be some
     size = tower.preprocess.size
     pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8, device="meta")
-    features = torch.zeros(1, tower.width, device="meta")
+    features = torch.zeros(1, tower.feature_dim, device="meta")
     given = {"features": features} if recipe.cache_features else {"pixels": pixels}
     with saved_by_model(model, False):
         tower_forward = count_flops(lambda: model.tower(pixels))
@@ -167,8 +167,8 @@ def image_costs(recipe: AlignConfig, text_width: int, captions: float) -> ImageC
     return ImageCosts(
         *parts,
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        feature=tower.width,
-        shared=model.config.width,
+        feature=tower.feature_dim,
+        shared=model.config.embed_dim,
         tower_forward=tower_forward,
         heads_forward=heads,
         backward=backward,

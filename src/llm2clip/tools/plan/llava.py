@@ -112,7 +112,7 @@ def _patches(tower: Any) -> tuple[int, int]:
     if tower.config["library"] == "transformers":
         return (size // backbone.config.patch_size) ** 2, backbone.config.hidden_size
     if hasattr(getattr(backbone, "patch_embed", None), "num_patches"):
-        return int(backbone.patch_embed.num_patches), tower.width
+        return int(backbone.patch_embed.num_patches), tower.feature_dim
     with torch.no_grad():
         last = backbone.forward_features(torch.zeros(1, 3, size, size, device="meta"))
     if last.ndim != 4 or last.shape[1] != backbone.num_features:

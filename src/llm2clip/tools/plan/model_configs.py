@@ -142,6 +142,6 @@ def build_tower(recipe: AlignConfig) -> VisionTower:
 def build_model(recipe: AlignConfig, text_width: int) -> LLM2CLIP:
     """The model of align, in training mode, on the meta device."""
     tower = build_tower(recipe)
-    config = LLM2CLIPConfig.of_recipe(recipe, tower.config, text_width)
+    config = LLM2CLIPConfig.from_config(recipe, tower.config, text_width)
     with torch.device("meta"):
         return LLM2CLIP(config, tower).train()
