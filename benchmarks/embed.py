@@ -146,7 +146,7 @@ def product_peak(precision: str, tokens: int, width: int) -> float:
 
 
 def captions_of(sources: Sequence[str]) -> list[list[str]]:
-    return [list(r.texts) for source in sources for r in open_records(source, images="ignore")]
+    return [list(r.texts) for source in sources for r in open_records(source, image_check="ignore")]
 
 
 if __name__ == "__main__":

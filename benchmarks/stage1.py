@@ -76,7 +76,7 @@ def halves(paragraphs: Path, split: str) -> Iterator[dict[str, Any]]:
 def general_pairs() -> Iterator[dict[str, Any]]:
     """A word's definition for the sentence that uses it or for the word; a package's title for its description."""
     for pair in glosses(WORDNET):
-        yield {"query": pair.first, "positive": pair.second, "instruction": pair.prompt}
+        yield {"query": pair.anchor, "positive": pair.positive, "instruction": pair.instruction}
     listed = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=True).stdout
     for entry in listed.split("\n\n"):
         found = re.search(r"^Description(?:-en)?: (.+)\n((?: .+\n?)+)", entry, re.MULTILINE)

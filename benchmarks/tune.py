@@ -58,7 +58,7 @@ if __name__ == "__main__":
     encoder.train()
     device = encoder.device
     keep_freed_memory(device)
-    images = [ImageCaptions(r.captions, r.long_captions) for r in open_records(given.captions, images="ignore")]
+    images = [ImageCaptions(r.captions, r.long_captions) for r in open_records(given.captions, image_check="ignore")]
     batches = list(pair_batches([images], [], given.pairs, given.steps + 1, seed=0))
     collator = PairCollator(preprocess_fn=encoder.tokenize)
     inputs = [collator([dataclasses.asdict(pair) for pair in batch]) for batch in batches]

@@ -69,7 +69,7 @@ def logged(path: Path) -> list[tuple[str, int, str]]:
 
 def refused(source: Path, log: Path, **options: Any) -> tuple[list[str], list[tuple[str, int, str]]]:
     """The ids that come through with no limit on skips, and the (file name, row, reason) of what does not."""
-    ids = [record.id for record in open_records(source, SkipLog(log, limit=1.0), **options)]
+    ids = [record.id for record in open_records(source, SkipLog(log, max_skipped=1.0), **options)]
     return ids, [(os.path.basename(file), row, reason) for file, row, reason in logged(log)]
 
 

@@ -85,7 +85,7 @@ def trained(
     validate: Any = None,
     **options: Any,
 ) -> LLM2CLIP:
-    return align(records, store, fresh_model(recipe, **options), recipe, folder, SkipLog(limit=1.0), validate)
+    return align(records, store, fresh_model(recipe, **options), recipe, folder, SkipLog(max_skipped=1.0), validate)
 
 
 def agreement(records: list[Record], store: EmbeddingStore) -> Any:
@@ -93,7 +93,7 @@ def agreement(records: list[Record], store: EmbeddingStore) -> Any:
 
     def measure(model: LLM2CLIP) -> dict[str, float]:
         assert not model.training
-        vectors = ModelEmbeddings(dual_encoder_from_store(model, store), SkipLog(limit=1.0), progress=False)
+        vectors = ModelEmbeddings(dual_encoder_from_store(model, store), SkipLog(max_skipped=1.0), progress=False)
         images, kept = vectors.images([r.image for r in records if r.image is not None])
         texts = vectors.texts([records[i].captions[0] for i in kept])
         return {"score": float((images * texts).sum(-1).mean())}
@@ -241,7 +241,7 @@ def test_pictures_that_any_process_cannot_read_are_listed(
 
 def _listing_rank(records: list[Record], store: str, folder: str) -> None:
     log = SkipLog(Path(folder) / "skipped.jsonl" if torch.distributed.get_rank() == 0 else None, limit=0.5)
-    log.at_least(len(records))
+    log.count_at_least(len(records))
     half = dataclasses.replace(ALIGN, batch_size=ALIGN.batch // 2)
     align(records, EmbeddingStore(store), fresh_model(), half, Path(folder) / "run", log)
     assert log.skipped["undecodable image"] == len(range(0, len(records), 5)), "all processes judge alike"
@@ -272,8 +272,8 @@ def test_goes_on_exactly(
     held_out = {"captions": [r for r in open_records(pictures / "captions.jsonl") if r.split == "val"]}
 
     def run(folder: Path) -> LLM2CLIP:
-        validate = make_validator(held_out, SkipLog(limit=1.0), store)
-        return align(records, store, fresh_model(recipe), recipe, folder, SkipLog(limit=1.0), validate)
+        validate = make_validator(held_out, SkipLog(max_skipped=1.0), store)
+        return align(records, store, fresh_model(recipe), recipe, folder, SkipLog(max_skipped=1.0), validate)
 
     whole, batches = run(tmp_path / "whole"), AlignBatches.batches
 
@@ -309,7 +309,7 @@ def test_the_best_weights_are_kept(records: list[Record], store: EmbeddingStore,
             return {"score": [1.0, 5.0, 3.0][len(weights) - 1]}
 
         recipe = dataclasses.replace(ALIGN, eval_steps=2, load_best_at_end=keep, ema=0.5)
-        return align(records, store, fresh_model(), recipe, tmp_path / keep, SkipLog(limit=1.0), validate)
+        return align(records, store, fresh_model(), recipe, tmp_path / keep, SkipLog(max_skipped=1.0), validate)
 
     last, best = run("last"), run("best")
     assert json.loads((tmp_path / "best/best/figures.json").read_text()) == {"step": 4, "score": 5.0}
@@ -490,9 +490,9 @@ def test_best_weights_of_another_run_are_no_ones(records: list[Record], store: E
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(AlignBatches, "batches", dies)
-        align(records, store, fresh_model(), recipe, tmp_path, SkipLog(limit=1.0), validate)
+        align(records, store, fresh_model(), recipe, tmp_path, SkipLog(max_skipped=1.0), validate)
     assert json.loads((tmp_path / "best/figures.json").read_text())["score"] == 9.0
-    align(records, store, fresh_model(), recipe, tmp_path, SkipLog(limit=1.0), validate)
+    align(records, store, fresh_model(), recipe, tmp_path, SkipLog(max_skipped=1.0), validate)
     assert json.loads((tmp_path / "best/figures.json").read_text()) == {"step": 2, "score": 2.0}
 
 

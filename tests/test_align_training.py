@@ -133,8 +133,8 @@ def test_a_frozen_tower_learns_on_its_features(records: list[Record], store: Emb
         captions_per_image=0,
     )
     before = fresh_model("test_vit").state_dict()
-    log = SkipLog(tmp_path / "skipped.jsonl", limit=1.0)
-    log.at_least(31)
+    log = SkipLog(tmp_path / "skipped.jsonl", max_skipped=1.0)
+    log.count_at_least(31)
     model = align([*records, broken], store, fresh_model("test_vit"), recipe, tmp_path / "run", log)
     assert "broken.png" in (tmp_path / "skipped.jsonl").read_text()
     for name, tensor in model.state_dict().items():
@@ -212,7 +212,7 @@ def test_align_is_adamw_written_out(records: list[Record], store: EmbeddingStore
         ALIGN, epochs=2, lr=3e-3, projection_lr=2e-3, scale_lr=1e-2, tower_lr=1e-3, layer_decay=1.0, warmup_ratio=0.34,
         weight_decay=0.3, max_grad_norm=0.5,
     )  # fmt: skip
-    trained = align(records, store, fresh_model("test_vit"), recipe, tmp_path / "run", SkipLog(limit=1.0))
+    trained = align(records, store, fresh_model("test_vit"), recipe, tmp_path / "run", SkipLog(max_skipped=1.0))
     log = list(read_metrics(tmp_path / "run/metrics.jsonl"))
 
     model = fresh_model("test_vit").train()
@@ -291,14 +291,14 @@ def test_an_undecodable_image_is_replaced_counted_and_listed(
 ) -> None:
     cut = tmp_path / "cut.png"
     cut.write_bytes(Path(str(records[0].image)).read_bytes()[:300])
-    broken = next(iter(open_records({"path": str(_one_row(cut, records[0]))}, images="exists")))
-    log = SkipLog(tmp_path / "skipped.jsonl", limit=0.5)
-    log.at_least(len(records))
+    broken = next(iter(open_records({"path": str(_one_row(cut, records[0]))}, image_check="exists")))
+    log = SkipLog(tmp_path / "skipped.jsonl", max_skipped=0.5)
+    log.count_at_least(len(records))
     align([broken, *records[1:]], store, fresh_model(), ALIGN, tmp_path / "run", log)
     listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [e["reason"] for e in listed] == ["undecodable image"] and "cut.png" in listed[0]["file"]
-    strict = SkipLog(limit=0.0)
-    strict.at_least(len(records))
+    strict = SkipLog(max_skipped=0.0)
+    strict.count_at_least(len(records))
     with pytest.raises(TooManySkipped):
         align([broken, *records[1:]], store, fresh_model(), ALIGN, tmp_path / "strict", strict)
 

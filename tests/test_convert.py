@@ -201,7 +201,7 @@ def test_the_eva_towers_are_open_clips(tower: dict[str, int], size: int, name: s
     assert count == sum(math.prod(shape) for shape in shapes.values())
     if size == 336:
         assert count == 578_727_361
-    assert model.tower.preprocess.scaled == size  # timm's own setting at 224 leaves a margin
+    assert model.tower.preprocess.resize_size == size  # timm's own setting at 224 leaves a margin
 
 
 def test_the_adapter_of_the_1b_model() -> None:

@@ -21,7 +21,7 @@ from format_fixtures import (
     write_jsonl,
     write_tar,
 )
-from llm2clip.data.image_refs import FileImage, MemoryImage, ParquetImage, TarImage, file_digest
+from llm2clip.data.image_refs import FileImage, MemoryImage, ParquetImage, TarImage, content_digest
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog
 
@@ -40,9 +40,11 @@ def test_every_format_gives_the_same_records(folder: Path, write: Callable[[Path
         assert str(folder) in str(image)
         assert not isinstance(image, MemoryImage)  # all of these can be read again, so nothing is held
     rows = sum(len(r["captions"]) for r in ROWS) if write in (as_csv_of_rows, as_tsv_of_rows) else len(ROWS)
-    assert (log.seen, log.skipped.total(), log.dropped.total()) == (rows, 0, 0)
+    assert (log.rows_seen, log.skipped.total(), log.dropped.total()) == (rows, 0, 0)
     assert (folder / "skipped.jsonl").read_text() == ""
-    assert [(r.id, r.captions) for r in open_records(path, images="ignore")] == [(r.id, r.captions) for r in records]
+    assert [(r.id, r.captions) for r in open_records(path, image_check="ignore")] == [
+        (r.id, r.captions) for r in records
+    ]
 
 
 def test_hub_names_are_streamed_with_the_splits_of_the_data_set(folder: Path) -> None:
@@ -112,7 +114,9 @@ def test_a_tar_takes_text_files_and_other_names(folder: Path) -> None:
     assert second.texts == ("x", "y", "long")
     assert isinstance(second.image, TarImage)
     assert second.image.read() == picture
-    *_, mapped = open_records(Source(str(path), columns={"image": "seg.png"}), SkipLog(limit=1), images="exists")
+    *_, mapped = open_records(
+        Source(str(path), columns={"image": "seg.png"}), SkipLog(max_skipped=1), image_check="exists"
+    )
     assert mapped.image is not None
     assert mapped.image.read() == image_bytes(2, "PNG")
 
@@ -127,7 +131,7 @@ def test_parquet_cells_may_be_paths_of_files_and_are_found_across_row_groups(fol
     assert records[5].image is None
     for number in (8, 0, 3, 7):
         image = records[number].image
-        digest = file_digest(rows[number]["image"]["bytes"])
+        digest = content_digest(rows[number]["image"]["bytes"])
         assert image == ParquetImage(str(folder / "x.parquet"), number, "image", digest)
         assert image.read() == rows[number]["image"]["bytes"]
     raw = pa.table({"image": [row["image"]["bytes"] for row in rows[:3]], "text": ["x", "y", "z"]})
@@ -149,7 +153,7 @@ def test_pictures_of_one_name_in_a_tar_are_two(tmp_path: Path) -> None:
     first, _, last = open_records(path)
     assert first.image is not None and last.image is not None
     assert first.image.key != last.image.key and str(first.image) == str(last.image)
-    log = SkipLog(limit=1)
+    log = SkipLog(max_skipped=1)
     path = write_tar(tmp_path / "y.tar", [*members[:2], *members])  # neighbours: whose is whose?
     assert [r.id for r in open_records(path, log)] == ["1"] and log.skipped == {"name twice in a tar": 1}
 

@@ -522,8 +522,8 @@ def test_too_many_pictures_that_cannot_be_decoded_are_no_result(built: Path, tmp
     image(tmp_path / "0.jpg")
     (tmp_path / "1.jpg").write_bytes((tmp_path / "0.jpg").read_bytes()[:60])
     records = [Record(f"{n}", FileImage(str(tmp_path / f"{n}.jpg")), ("a dog",)) for n in (0, 1)]
-    log = SkipLog(limit=0.05)
-    log.at_least(1000)  # many rows of other things hide nothing
+    log = SkipLog(max_skipped=0.05)
+    log.count_at_least(1000)  # many rows of other things hide nothing
     with pytest.raises(TooManySkipped, match=r"of 2 questions the pictures of 1 cannot be decoded, .*1\.jpg"):
         list(run_task(str(built), [caption_task(records)], GenerationOptions(beams=1), tmp_path, log))
 

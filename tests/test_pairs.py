@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llm2clip.data.hard_negatives import caption_vectors, grouped_permutation
-from llm2clip.data.pairs import PAIR_KINDS, ImageCaptions, Pair, can_pair, draw_pair, pair_batches
+from llm2clip.data.pairs import EQUAL_MIX, ImageCaptions, Pair, can_pair, draw_pair, pair_batches
 
 IMAGES = [
     *(ImageCaptions(tuple(f"image {i} caption {j}" for j in range(2 + i % 4))) for i in range(40)),
@@ -28,10 +28,10 @@ def test_a_batch_has_each_image_and_each_text_once() -> None:
     for batch in of_one_source(images, 30, 20, seed=1):
         texts = [t for pair in batch for t in pair.texts]
         assert len(set(texts)) == len(texts) == 60
-        owners = [owner.get(p.first, owner.get(p.second)) for p in batch]
+        owners = [owner.get(p.anchor, owner.get(p.positive)) for p in batch]
         assert len(set(owners)) == 30
         for pair in batch:
-            assert any({pair.first, pair.second} <= set(captions.texts) for captions in images)
+            assert any({pair.anchor, pair.positive} <= set(captions.texts) for captions in images)
 
 
 def test_the_same_seed_gives_the_same_pairs_and_a_pass_sees_every_image() -> None:
@@ -40,7 +40,7 @@ def test_the_same_seed_gives_the_same_pairs_and_a_pass_sees_every_image() -> Non
     alike = of_one_source(IMAGES, 8, 5, seed=3, alike=4)
     assert alike == of_one_source(IMAGES, 8, 5, seed=3, alike=4) != one
     for batches in (one, alike):  # 5 batches of 8 are one pass
-        assert len({p.first.split(" caption")[0] for batch in batches for p in batch}) == 40
+        assert len({p.anchor.split(" caption")[0] for batch in batches for p in batch}) == 40
 
 
 def test_what_waits_for_its_text_loses_no_turn() -> None:
@@ -65,15 +65,15 @@ def test_a_caption_that_many_images_share_costs_nothing_and_starves_nobody(monke
 
 
 def test_too_few_images_is_an_error() -> None:
-    with pytest.raises(ValueError, match="as many images with two different captions; there are 40"):
+    with pytest.raises(ValueError, match="at least 41 images with two different captions, but a source has 40"):
         of_one_source(IMAGES, 41, 1, seed=0)
     with pytest.raises(ValueError, match="without a text in common"):
         of_one_source([ImageCaptions(("a", "b")), ImageCaptions(("b", "a")), ImageCaptions(("a", "b"))], 2, 1, seed=0)
-    with pytest.raises(ValueError, match="lengths are three weights"):
-        next(pair_batches([IMAGES], [], 2, 1, seed=0, lengths=(1, 1)))
-    with pytest.raises(ValueError, match="a source has no captions or pairs left to tune on"):
+    with pytest.raises(ValueError, match="pair_mix must be three weights"):
+        next(pair_batches([IMAGES], [], 2, 1, seed=0, pair_mix=(1, 1)))
+    with pytest.raises(ValueError, match="a source has no captions or pairs to tune on"):
         next(pair_batches([IMAGES, []], [], 2, 1, seed=0))
-    with pytest.raises(ValueError, match="needs as many text pairs; there are 1"):
+    with pytest.raises(ValueError, match="needs at least 2 text pairs, but a source has 1"):
         next(pair_batches([[Pair("a", "b")]], [], 2, 1, seed=0))
 
 
@@ -81,15 +81,15 @@ def test_a_batch_is_of_one_source_as_often_as_its_weight_says() -> None:
     other = [Pair(f"other {i}", f"other answer {i}", (f"wrong {i}",), "find: ") for i in range(20)]
     sources = [IMAGES, other]
     batches = list(pair_batches(sources, [1, 3], 8, 400, seed=0))
-    kinds = [{pair.first.startswith("other") for pair in batch} for batch in batches]
+    kinds = [{pair.anchor.startswith("other") for pair in batch} for batch in batches]
     assert all(len(k) == 1 for k in kinds)
     assert sum(k == {True} for k in kinds) == pytest.approx(300, abs=30)
-    assert {p for batch in batches for p in batch if p.prompt} == set(other)  # as they were given
+    assert {p for batch in batches for p in batch if p.instruction} == set(other)  # as they were given
     assert batches == list(pair_batches(sources, [1, 3], 8, 400, seed=0))
-    by_size = [batch[0].prompt for batch in pair_batches(sources, [], 8, 400, seed=0)]
+    by_size = [batch[0].instruction for batch in pair_batches(sources, [], 8, 400, seed=0)]
     assert by_size.count("find: ") == pytest.approx(400 * 20 / 62, abs=30)
     for wrong in ([1], [1, 0]):
-        with pytest.raises(ValueError, match="2 sources need"):
+        with pytest.raises(ValueError, match="source_weights must be 2 weights"):
             next(pair_batches(sources, wrong, 8, 1, seed=0))
 
 
@@ -99,14 +99,14 @@ def test_lengths_are_as_often_as_their_weights_say() -> None:
 
     def kinds(captions: ImageCaptions, lengths: tuple[float, ...]) -> Counter[str]:
         pairs = [draw_pair(captions, lengths, rng) for _ in range(3000)]
-        assert all(p.first != p.second for p in pairs)
+        assert all(p.anchor != p.positive for p in pairs)
         return Counter("".join(sorted(text[0] for text in p.texts)) for p in pairs)
 
     drawn = kinds(captions, (1, 2, 3))
     for kind, share in (("ss", 1 / 6), ("ls", 2 / 6), ("ll", 3 / 6)):
         assert drawn[kind] == pytest.approx(3000 * share, abs=100)
     assert set(kinds(captions, (0, 1, 0))) == {"ls"}
-    first = Counter(draw_pair(captions, (0, 1, 0), rng).first[0] for _ in range(1000))
+    first = Counter(draw_pair(captions, (0, 1, 0), rng).anchor[0] for _ in range(1000))
     assert first["l"] == pytest.approx(500, abs=60)  # a long one is as often the first
     assert kinds(ImageCaptions(("s0", "s1"), ("long",)), (0.5, 0, 1)).keys() == {
         "ss"
@@ -118,13 +118,13 @@ def test_lengths_are_as_often_as_their_weights_say() -> None:
 def test_images_without_a_pair_that_is_wanted_are_left_out() -> None:
     assert can_pair(ImageCaptions(("a",), ("b",)))
     assert not can_pair(ImageCaptions(("a",), ("b",)), (1, 0, 1))
-    assert not can_pair(ImageCaptions(("a", "a"), ("a",)), PAIR_KINDS)
+    assert not can_pair(ImageCaptions(("a", "a"), ("a",)), EQUAL_MIX)
     images = [
         *(ImageCaptions((f"short {i}",), (f"long {i}",)) for i in range(9)),
         *(ImageCaptions((f"a{i}", f"b{i}")) for i in range(9)),
     ]
     for lengths, first in (((1, 0, 0), {"a", "b"}), ((0, 1, 0), {"s", "l"})):
-        batches = pair_batches([images], [], 9, 5, 0, lengths=lengths)  # as many as there are
+        batches = pair_batches([images], [], 9, 5, 0, pair_mix=lengths)  # as many as there are
         assert {text[0] for batch in batches for pair in batch for text in pair.texts} == first
 
 
@@ -144,7 +144,7 @@ def test_a_batch_is_of_images_that_are_alike() -> None:
     topic_of = {text: n // 8 for n, captions in enumerate(images) for text in captions.texts}
 
     def topics(alike: int) -> list[int]:
-        return [len({topic_of[p.first] for p in batch}) for batch in of_one_source(images, 4, 16, 0, alike)]
+        return [len({topic_of[p.anchor] for p in batch}) for batch in of_one_source(images, 4, 16, 0, alike)]
 
     assert np.mean(topics(4)) < 0.85 * np.mean(topics(1))
 

@@ -58,7 +58,7 @@ def test_captions_come_back_as_they_were_written(rows: list[list[str]]) -> None:
         lines.write_text("".join(json.dumps({"captions": r}, ensure_ascii=False) + "\n" for r in rows), "utf-8")
         pq.write_table(pa.table({"captions": rows}), table)
         for file in (lines, table):
-            log = SkipLog(limit=1.0)
+            log = SkipLog(max_skipped=1.0)
             assert [r.captions for r in open_records(file, log)] == [captions for captions in kept if captions]
             assert log.skipped == ({"no caption": kept.count(())} if () in kept else {})
             assert log.dropped.total() == sum(not text.strip() for captions in rows for text in captions)
@@ -71,7 +71,7 @@ def test_each_row_is_a_record_or_is_counted(rows: list[Any]) -> None:
     with TemporaryDirectory() as folder:
         file = Path(folder, "x.jsonl")
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-        log, records, said = SkipLog(limit=1.0), [], ""
+        log, records, said = SkipLog(max_skipped=1.0), [], ""
         try:
             for record in open_records(file, log):
                 records.append(record)
@@ -80,7 +80,7 @@ def test_each_row_is_a_record_or_is_counted(rows: list[Any]) -> None:
         assert "x.jsonl" in said if said else records
         if "no column of captions" in said:  # said at the end, when all rows have been looked at
             assert not records
-        assert len(records) + log.skipped.total() == log.seen == len(rows)
+        assert len(records) + log.skipped.total() == log.rows_seen == len(rows)
         assert all(record.texts for record in records)
 
 

@@ -34,7 +34,7 @@ def test_smollm2_as_a_caption_encoder(tmp_path: Path) -> None:
 def test_cra_of_minilm_on_coco(real_data: Path) -> None:
     """43.9 from first to second caption on the first 1,000 images of the Karpathy test split: measured apart from this
     code."""
-    records = open_records(f"{real_data}/coco_text/captions.jsonl@karpathy_test", images="ignore")
+    records = open_records(f"{real_data}/coco_text/captions.jsonl@karpathy_test", image_check="ignore")
     captions = [r.captions for r, _ in zip(records, range(1000), strict=False)]
     encoder = CaptionEncoder.from_pretrained(resolve_pretrained("all-minilm-l6-v2"), device="cpu")
     assert caption_retrieval_accuracy(captions, encoder, progress=False)["first to second"]["R@1"] == pytest.approx(

@@ -90,7 +90,7 @@ def test_splits_are_selected_and_a_wrong_one_names_those_there_are(folder: Path)
     assert [r.id for r in open_records(f"{path}@train+none")] == ["a", "c"]
     log = SkipLog()
     assert [r.id for r in open_records(f"{path}@val", log)] == ["b"]
-    assert log.seen == 1
+    assert log.rows_seen == 1
     write_jsonl(folder / "y.jsonl", [{"text": "x", "split": "none"}, {"text": "y", "split": "a"}])
     assert [(r.captions, r.split) for r in open_records(f"{folder / 'y.jsonl'}@none")] == [(("x",), None)]
     with pytest.raises(ValueError, match=r"@tarin: no record; its splits: train \(1 rows\), val \(1 rows\), none"):
@@ -113,7 +113,7 @@ def test_columns_are_mapped_and_wrong_names_are_explained(tmp_path: Path) -> Non
     german = Source(csv_path, columns={"captions": "beschreibung"})
     assert [r.captions for r in open_records(german)] == [("eins",)]
     with pytest.raises(ValueError, match="no column 'captions_fr' for captions"):
-        list(open_records(Source(path, columns={"captions": "captions_fr"}), SkipLog(limit=1)))
+        list(open_records(Source(path, columns={"captions": "captions_fr"}), SkipLog(max_skipped=1)))
     (tmp_path / "pandas.csv").write_text(",id,caption,split\n0,a,x,val\n")  # to_csv writes its index under no name
     unnamed = Source(str(tmp_path / "pandas.csv"), columns={"split": "", "id": ""})
     assert list(open_records(unnamed)) == [Record("pandas:2", None, ("x",))]
@@ -140,8 +140,8 @@ def test_paths_that_are_wrong_fail_at_once_and_say_how(folder: Path) -> None:
     as_tars_in_braces(folder)
     with pytest.raises(FileNotFoundError, match=r"shard-003\.tar: no such file"):
         open_records(folder / "shard-{000..003}.tar")
-    with pytest.raises(ValueError, match="images='all'; it is one of header, exists, named, ignore"):
-        open_records(folder / "x.jsonl", images="all")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="image_check='all'; it is one of header, exists, unchecked, ignore"):
+        open_records(folder / "x.jsonl", image_check="all")  # type: ignore[arg-type]
     (folder / "shard-{9}.tar").write_bytes((folder / "shard-000.tar").read_bytes())
     assert [r.id for r in open_records(folder / "shard-{9}.tar")] == ["a"]  # a name, for it exists
 
@@ -166,7 +166,7 @@ def test_rows_are_read_as_they_are_asked_for(folder: Path) -> None:
     log = SkipLog()
     records = open_records(folder / "x.jsonl", log)
     assert next(records).id == "a"
-    assert log.seen == 1
+    assert log.rows_seen == 1
 
 
 def test_reading_records_needs_no_torch() -> None:
@@ -187,9 +187,9 @@ def test_the_real_sets_are_read_whole() -> None:
         "coco_text@karpathy_test": 5000, "ade20k_ids_text": 5702, "stanford_paragraphs_text": 4976,
     }  # fmt: skip
     for name, count in counts.items():
-        log = SkipLog(limit=0.0)
+        log = SkipLog(max_skipped=0.0)
         records = list(open_records(f"{data / name}", log))
-        assert (name, len(records), log.seen) == (name, count, count)
+        assert (name, len(records), log.rows_seen) == (name, count, count)
         assert not log.dropped
         pictures = "_text" not in name
         assert all((record.image is not None) == pictures and record.texts for record in records)

@@ -183,7 +183,7 @@ def test_glosses_of_wordnet(tmp_path: Path) -> None:
     for part in ("noun", "verb", "adj", "adv"):
         (tmp_path / f"data.{part}").write_text(licence + (lines if part == "noun" else ""))
     found = list(glosses(tmp_path))
-    assert [(pair.first, pair.second) for pair in found] == [
+    assert [(pair.anchor, pair.positive) for pair in found] == [
         ("entity, thing of", "that which is"),
         ("one", "entity: that which is"),
         ("physical entity", "an entity that has existence"),

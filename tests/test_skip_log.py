@@ -21,7 +21,7 @@ from format_fixtures import (
     write_jsonl,
     write_tar,
 )
-from llm2clip.data.records import EARLY, Source, open_records
+from llm2clip.data.records import EARLY_CHECK_ROWS, Source, open_records
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 
 
@@ -64,9 +64,9 @@ def test_every_row_left_out_of_a_jsonl_is_listed(folder: Path) -> None:
         (18, "missing image"),
     ]]  # fmt: skip
     assert refused(source, folder / "log.jsonl") == (ids, skips)  # a second run starts the list anew
-    exists = refused(source, folder / "log.jsonl", images="exists")[0]
+    exists = refused(source, folder / "log.jsonl", image_check="exists")[0]
     assert exists == ["a", "torn", "huge", "t"]
-    ignored = list(open_records(source, SkipLog(limit=1.0), images="ignore"))
+    ignored = list(open_records(source, SkipLog(max_skipped=1.0), image_check="ignore"))
     assert [r.id for r in ignored] == ["a", "none", "torn", "huge", "a", "t", "dir"]
     there = [None if r.image is None else os.path.basename(str(r.image)) for r in ignored]
     assert there == ["a.jpg", "none.jpg", "torn.jpg", "huge.png", "a.jpg", None, "dir.jpg"]  # as they are named
@@ -76,7 +76,7 @@ def test_rows_left_out_of_a_csv_are_listed_by_line(folder: Path) -> None:
     lines = ["image,caption", "images/a.jpg,one", "images/a.jpg,too,many", "images/a.jpg,", '"images/b.png","two']
     lines += ['lines"', "images/none.jpg,x", "images/none.jpg,y", "images/c.jpg, ", 'images/a.jpg,"bad" quote']
     (folder / "x.csv").write_bytes("\n".join(lines).encode() + b"\nimages/a.jpg,\xff\n")
-    log = SkipLog(folder / "log.jsonl", limit=1.0)
+    log = SkipLog(folder / "log.jsonl", max_skipped=1.0)
     records = list(open_records(folder / "x.csv", log))
     assert [(r.id, r.captions) for r in records] == [("a", ("one",)), ("b", ("two\nlines",))]
     assert sorted((row, reason) for _, row, reason in logged(folder / "log.jsonl")) == [
@@ -88,7 +88,7 @@ def test_rows_left_out_of_a_csv_are_listed_by_line(folder: Path) -> None:
         (10, "malformed row"),
         (11, "malformed row"),
     ]
-    assert (log.seen, log.skipped.total(), log.dropped.total()) == (9, 6, 2)  # none.jpg has two rows
+    assert (log.rows_seen, log.skipped.total(), log.dropped.total()) == (9, 6, 2)  # none.jpg has two rows
 
 
 def test_damaged_files_keep_what_was_read(folder: Path) -> None:
@@ -162,7 +162,7 @@ def test_too_many_skips_end_the_reading(tmp_path: Path) -> None:
     log = SkipLog(tmp_path / "lists/skipped.jsonl")
     with pytest.raises(TooManySkipped) as caught:
         list(open_records(path, log))
-    assert log.seen == 1001  # the first skip after a thousand rows
+    assert log.rows_seen == 1001  # the first skip after a thousand rows
     message = str(caught.value)
     assert "101 of 1,001 rows skipped (missing image: 101)" in message
     assert "over the limit of 5.0%" in message
@@ -170,7 +170,7 @@ def test_too_many_skips_end_the_reading(tmp_path: Path) -> None:
     assert message.count(": missing image: ") == 3
     assert str(tmp_path / "lists/skipped.jsonl") in message
     assert "--max_skipped" in message
-    enough = SkipLog(limit=0.11)
+    enough = SkipLog(max_skipped=0.11)
     assert len(list(open_records(path, enough))) == 2700
     assert enough.summary() == (
         "300 of 3,000 rows skipped (missing image: 300); parts of rows dropped (empty caption: 3,000)"
@@ -178,12 +178,12 @@ def test_too_many_skips_end_the_reading(tmp_path: Path) -> None:
     few = write_jsonl(tmp_path / "few.jsonl", rows[:5])
     with pytest.raises(TooManySkipped, match="1 of 5 rows skipped"):
         list(open_records(few))
-    assert len(list(open_records(few, SkipLog(limit=0.2)))) == 4
+    assert len(list(open_records(few, SkipLog(max_skipped=0.2)))) == 4
 
 
 def test_a_skip_log_writes_short_values_and_any_file_name(tmp_path: Path) -> None:
     log = SkipLog(tmp_path / "log.jsonl")
-    log.seen_one()
+    log.count_row()
     log.skip("odd\udcff.jsonl", 3, "no caption", "长" * 500)
     entry = json.loads((tmp_path / "log.jsonl").read_text(encoding="utf-8"))
     assert entry == {"file": "odd\udcff.jsonl", "row": 3, "reason": "no caption", "value": "长" * 200}
@@ -193,10 +193,10 @@ def test_a_skip_log_writes_short_values_and_any_file_name(tmp_path: Path) -> Non
 def test_a_few_bad_rows_of_many_are_few_in_every_format(tmp_path: Path, name: str) -> None:
     """A .csv is grouped before its records come: its rows are counted as they are read all the same."""
     good, bad = ("{n}.jpg,one", "a,b,c") if name == "x.csv" else ('{{"image": "{n}.jpg", "caption": "one"}}', "{")
-    lines = [bad if n % 40 == 0 else good.format(n=n // 5) for n in range(2 * EARLY * 20)]
+    lines = [bad if n % 40 == 0 else good.format(n=n // 5) for n in range(2 * EARLY_CHECK_ROWS * 20)]
     (tmp_path / name).write_text("image,caption\n" * (name == "x.csv") + "\n".join(lines))
     log = SkipLog()
-    assert len(list(open_records(tmp_path / name, log, "ignore"))) > EARLY
+    assert len(list(open_records(tmp_path / name, log, "ignore"))) > EARLY_CHECK_ROWS
     assert log.summary() == "1,000 of 40,000 rows skipped (malformed row: 1,000)"
 
 
@@ -208,8 +208,8 @@ def test_what_a_damaged_parquet_file_lacks_is_counted(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[at : at + 2000] = bytes(2000)
     path.write_bytes(data)
-    log = SkipLog(limit=1)
+    log = SkipLog(max_skipped=1)
     found = len(list(open_records(path, log)))
-    assert found < 3000 and log.skipped["unreadable file"] == log.seen - found == 10_000 - found
+    assert found < 3000 and log.skipped["unreadable file"] == log.rows_seen - found == 10_000 - found
     with pytest.raises(TooManySkipped):
         list(open_records(path))

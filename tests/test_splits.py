@@ -17,10 +17,12 @@ from PIL import Image
 
 from format_fixtures import image_bytes
 from llm2clip.config import EvaluateConfig, TuneConfig
+from llm2clip.data.merged_records import read_merged_records, stream_records
 from llm2clip.data.pairs import ImageCaptions, Pair
-from llm2clip.data.records import EARLY, open_records
+from llm2clip.data.records import EARLY_CHECK_ROWS, open_records
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import Data, read_data, read_records, stream_records, tuning_sources
+from llm2clip.data.splits import DataSplits, read_splits
+from llm2clip.data.read_tuning_sources import read_tuning_sources
 from llm2clip.run_config import ConfigChangedError, save_or_check_config
 
 
@@ -40,23 +42,23 @@ def row(n: int, split: str | None = None, **more: object) -> dict:
     return {"image": f"{n}.png", "id": str(n), "captions": [f"{n} a", f"{n} b"], "split": split, **more}
 
 
-def ids(data: Data) -> tuple[list[str], list[str]]:
+def ids(data: DataSplits) -> tuple[list[str], list[str]]:
     return [r.id for r in data.train], [r.id for r in data.held_out["captions"]]
 
 
-def tuned_on(data: Data, config: TuneConfig) -> list:
+def tuned_on(data: DataSplits, config: TuneConfig) -> list:
     """As `fit` asks for it."""
     train = [] if config.data or config.text_pairs else data.train
     held_out = [r for some in data.held_out.values() for r in some]
-    return tuning_sources(train, held_out, dataclasses.replace(config, batch_size=1), {}, SkipLog())
+    return read_tuning_sources(train, held_out, dataclasses.replace(config, batch_size=1), {}, SkipLog())
 
 
 def test_splits_by_name(write) -> None:
     file = write("a.jsonl", row(1, "train"), row(2), row(3, "none"), row(4, "val"), row(5, "test"))
-    data = read_data([file], EvaluateConfig(), {}, SkipLog())
+    data = read_splits([file], EvaluateConfig(), {}, SkipLog())
     assert ids(data) == (["1", "2", "3"], ["4"])
     assert "1 of other splits (test) unused" in data.summary
-    assert ids(read_data([f"{file}@train+val"], EvaluateConfig(data=[f"{file}@test"]), {}, SkipLog())) == (
+    assert ids(read_splits([f"{file}@train+val"], EvaluateConfig(data=[f"{file}@test"]), {}, SkipLog())) == (
         ["1", "4"],
         ["5"],
     )
@@ -64,25 +66,25 @@ def test_splits_by_name(write) -> None:
 
 def test_without_splits_a_tenth_is_held_out_by_id(write) -> None:
     file = write("a.jsonl", *(row(n) for n in range(40)))
-    data = read_data([file], EvaluateConfig(), {}, SkipLog())
+    data = read_splits([file], EvaluateConfig(), {}, SkipLog())
     train, held = ids(data)
     assert len(held) == 4 and not set(train) & set(held) and len(train) == 36
-    assert ids(read_data([file], EvaluateConfig(), {}, SkipLog())) == (train, held)
+    assert ids(read_splits([file], EvaluateConfig(), {}, SkipLog())) == (train, held)
 
 
 def test_rows_of_one_image_are_one_record(write) -> None:
     """One row a caption: the image must not stand on both sides of the split, nor be its own rival."""
     lines = [{**row(n), "captions": [f"{n} {c}"], "id": f"{n}-{c}"} for n in range(20) for c in "abc"]
-    data = read_data([write("a.jsonl", *lines)], EvaluateConfig(), {}, SkipLog())
+    data = read_splits([write("a.jsonl", *lines)], EvaluateConfig(), {}, SkipLog())
     assert len(data.train) == 18 and len(data.held_out["captions"]) == 2
     assert all(len(r.captions) == 3 for r in [*data.train, *data.held_out["captions"]])
 
 
 def test_an_image_that_is_tested_on_is_not_trained_on(write) -> None:
     train, test = write("a.jsonl", row(1), row(2), row(3)), write("b.jsonl", row(2))
-    data = read_data([train], EvaluateConfig(data=[test]), {}, SkipLog())
+    data = read_splits([train], EvaluateConfig(data=[test]), {}, SkipLog())
     assert ids(data) == (["1", "3"], ["2"])
-    assert "1 left out of training" in data.summary
+    assert "1 removed from training" in data.summary
 
 
 def test_an_image_is_one_record_however_it_is_written(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,20 +93,20 @@ def test_an_image_is_one_record_however_it_is_written(write, tmp_path: Path, mon
     (tmp_path / "sub").mkdir()
     more = [{"image": f"../{n}.png", "captions": [f"{n} c"], "split": s} for n, s in ((1, "val"), (2, "train"))]
     (tmp_path / "sub/b.jsonl").write_text("".join(json.dumps(m) + "\n" for m in more))
-    data = read_data([a, str(tmp_path / "sub/b.jsonl")], EvaluateConfig(), {}, SkipLog())
+    data = read_splits([a, str(tmp_path / "sub/b.jsonl")], EvaluateConfig(), {}, SkipLog())
     assert ids(data) == (["1"], ["2"])
     assert data.held_out["captions"][0].captions == ("2 a", "2 b", "2 c")
     monkeypatch.chdir(tmp_path)
-    tested = read_data(["a.jsonl@train+val"], EvaluateConfig(data=["sub/b.jsonl@train"]), {}, SkipLog())
-    assert [r.id for r in tested.train] == ["1"] and "1 left out of training" in tested.summary
+    tested = read_splits(["a.jsonl@train+val"], EvaluateConfig(data=["sub/b.jsonl@train"]), {}, SkipLog())
+    assert [r.id for r in tested.train] == ["1"] and "1 removed from training" in tested.summary
 
 
 def test_splits_in_capitals_and_of_other_names(write) -> None:
     file = write("a.jsonl", row(1, "Train"), row(2, "Val"), row(3, "extra"))
-    data = read_data([file], EvaluateConfig(), {}, SkipLog())
+    data = read_splits([file], EvaluateConfig(), {}, SkipLog())
     assert ids(data) == (["1"], ["2"]) and "1 of other splits (extra) unused" in data.summary
     file = write("b.jsonl", *(row(n) for n in range(20)), row(20, "extra"))
-    assert "1 of other splits (extra) unused" in read_data([file], EvaluateConfig(), {}, SkipLog()).summary
+    assert "1 of other splits (extra) unused" in read_splits([file], EvaluateConfig(), {}, SkipLog()).summary
 
 
 def test_the_held_out_tenth_is_drawn_where_ids_repeat(write, tmp_path: Path) -> None:
@@ -113,12 +115,12 @@ def test_the_held_out_tenth_is_drawn_where_ids_repeat(write, tmp_path: Path) -> 
             (tmp_path / f"sku{n}").mkdir(exist_ok=True)
             Image.new("RGB", (8, 8)).save(tmp_path / f"sku{n}/{side}.png")
     sides = [{"image": f"sku{n}/{s}.png", "captions": [f"{s} of {n}"]} for s in ("front", "back") for n in range(20)]
-    data = read_data([write("a.jsonl", *sides)], EvaluateConfig(), {}, SkipLog())
+    data = read_splits([write("a.jsonl", *sides)], EvaluateConfig(), {}, SkipLog())
     assert len({r.captions[0].split()[0] for r in data.held_out["captions"]}) == 2
 
 
 def test_one_caption_an_image_cannot_be_tuned_on(write) -> None:
-    data = read_data(
+    data = read_splits(
         [write("a.jsonl", *({**row(n), "captions": ["one"]} for n in range(3)))], EvaluateConfig(), {}, SkipLog()
     )
     with pytest.raises(ValueError, match=r"--tune\.steps 0"):
@@ -129,7 +131,7 @@ def test_other_sources_lose_the_captions_of_held_out_images(write) -> None:
     photos = write("f8k.jsonl", row(1, "train", id="1000001_aa"), row(2, "val", id="1000002_bb"))
     texts = write("f30k.jsonl", *({"id": f"100000{n}", "captions": [f"x{n}", f"y{n}"]} for n in (1, 2, 3, 4)))
     barred = write("more.jsonl", {"id": "1000003_cc", "captions": ["z", "zz"]})
-    data = read_data([photos], EvaluateConfig(), {}, SkipLog())
+    data = read_splits([photos], EvaluateConfig(), {}, SkipLog())
     assert tuned_on(data, TuneConfig()) == [[ImageCaptions(("1 a", "1 b"))]]
     rest = [ImageCaptions(c) for c in (("x1", "y1"), ("x3", "y3"), ("x4", "y4"))]
     assert tuned_on(data, TuneConfig(data=[texts])) == [rest]
@@ -141,13 +143,13 @@ def test_other_sources_lose_the_captions_of_held_out_images(write) -> None:
     assert tuned_on(data, TuneConfig(text_pairs=[pairs])) == [[Pair("q", "p")]]
     both = TuneConfig(data=[texts], text_pairs=[pairs], source_weights=[1, 2])
     assert tuned_on(data, both) == [rest, [Pair("q", "p")]]
-    with pytest.raises(ValueError, match=r"2 --tune\.weights for 1 sources"):
+    with pytest.raises(ValueError, match=r"one weight for each of the 1 sources.*\(got 2\)"):
         tuned_on(data, TuneConfig(data=[texts], source_weights=[1, 2]))
 
 
 def test_photos_of_the_same_day_are_not_the_same_photo(write) -> None:
     file = write("a.jsonl", row(1, "train", id="20240131_0001"), row(2, "val", id="20240131_0002"))
-    data = read_data([file], EvaluateConfig(), {}, SkipLog())
+    data = read_splits([file], EvaluateConfig(), {}, SkipLog())
     assert tuned_on(data, TuneConfig()) == [[ImageCaptions(("1 a", "1 b"))]]
 
 
@@ -191,11 +193,11 @@ def test_a_tar_by_another_path_is_the_same_images(write, tmp_path: Path, monkeyp
 
 
 def test_a_second_source_with_a_bad_first_row_is_read(write) -> None:
-    good = write("a.jsonl", *(row(n) for n in range(EARLY + 1)))
+    good = write("a.jsonl", *(row(n) for n in range(EARLY_CHECK_ROWS + 1)))
     other = write("b.jsonl", *(row(n) for n in range(50)))
     Path(other).write_text("{broken\n" + Path(other).read_text())
     log = SkipLog()
-    assert sum(1 for _ in stream_records([good, other], {}, log)) == EARLY + 51 and log.skipped.total() == 1
+    assert sum(1 for _ in stream_records([good, other], {}, log)) == EARLY_CHECK_ROWS + 51 and log.skipped.total() == 1
 
 
 def test_a_source_that_is_read_again_counts_once(write) -> None:
@@ -216,7 +218,7 @@ def test_an_image_in_a_row_for_each_caption_is_one_image(tmp_path: Path) -> None
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     for source in ("x.parquet", "saved"):
-        data = read_data([str(tmp_path / source)], EvaluateConfig(), {}, SkipLog())
+        data = read_splits([str(tmp_path / source)], EvaluateConfig(), {}, SkipLog())
         held = data.held_out["captions"]
         assert (len(data.train), len(held)) == (18, 2) and all(len(r.captions) == 5 for r in [*data.train, *held])
     texts = [{"image": {"bytes": None, "path": f"{n}.jpg"}, "caption": f"{n} {k}"} for n in range(4) for k in range(2)]
@@ -226,15 +228,17 @@ def test_an_image_in_a_row_for_each_caption_is_one_image(tmp_path: Path) -> None
     unnamed = [{"id": n, "caption": f"{n} {k}"} for n in range(4) for k in range(2)]
     (tmp_path / "unnamed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in unnamed))
     for source in ("texts.parquet", "named.jsonl", "unnamed.jsonl"):  # without a file there
-        found = read_records([str(tmp_path / source)], {}, SkipLog(), "named")
+        found = read_merged_records([str(tmp_path / source)], {}, SkipLog(), "unchecked")
         assert [r.captions for _, r in found] == [(f"{n} 0", f"{n} 1") for n in range(4)]
 
 
 def test_tuning_leaves_out_what_a_fit_of_the_same_data_holds_out(write, tmp_path: Path) -> None:
     def tuned(sources: list[str], config: TuneConfig) -> list[set[str]]:
         """The numbers of the images whose captions `llm2clip tune` sees, by source."""
-        held = [r for some in read_data(sources, EvaluateConfig(), {}, SkipLog()).held_out.values() for r in some]
-        items = tuning_sources([], held, dataclasses.replace(config, batch_size=1), {}, SkipLog(), own=sources)
+        held = [r for some in read_splits(sources, EvaluateConfig(), {}, SkipLog()).held_out.values() for r in some]
+        items = read_tuning_sources(
+            [], held, dataclasses.replace(config, batch_size=1), {}, SkipLog(), training_sources=sources
+        )
         return [{item.texts[0].split()[0] for item in some} for some in items]
 
     file = write("a.jsonl", *(row(n, "test" if n < 2 else "train" if n < 6 else "odd") for n in range(8)))
@@ -244,10 +248,10 @@ def test_tuning_leaves_out_what_a_fit_of_the_same_data_holds_out(write, tmp_path
         "named ones as they are; one is drawn"
     )
     drawn = write("b.jsonl", *(row(n) for n in range(20)))
-    train, held = ids(read_data([drawn], EvaluateConfig(), {}, SkipLog()))
+    train, held = ids(read_splits([drawn], EvaluateConfig(), {}, SkipLog()))
     assert tuned([drawn], TuneConfig()) == [set(train)] and len(held) == 2
     again = write("c.jsonl", *({**row(n), "captions": [f"{n} c", f"{n} d"], "id": f"x{n}"} for n in range(20)))
-    both = read_data([drawn, again], EvaluateConfig(), {}, SkipLog())
+    both = read_splits([drawn, again], EvaluateConfig(), {}, SkipLog())
     assert tuned([drawn, again], TuneConfig(source_weights=[1, 1])) == [{r.id for r in both.train}] * 2, (
         "of both sources"
     )
@@ -257,11 +261,11 @@ def test_tuning_leaves_out_what_a_fit_of_the_same_data_holds_out(write, tmp_path
 def test_numbers_are_numbers_however_many_zeros_they_begin_with(write, capsys: pytest.CaptureFixture[str]) -> None:
     """COCO's files are called 000000000139, its ids are 139."""
     coco = write("c.jsonl", row(8, id="139"), row(7, id="391895"), row(9, id="COCO_val2014_000000391895"))
-    train = [r for _, r in read_records([coco], {}, SkipLog())]
+    train = [r for _, r in read_merged_records([coco], {}, SkipLog())]
 
     def left(*barred: str) -> list[str]:
         other = write("b.jsonl", *(row(n, id=name) for n, name in enumerate(barred)))
-        (items,) = tuning_sources(train, [], TuneConfig(exclude=[other], batch_size=1), {}, SkipLog())
+        (items,) = read_tuning_sources(train, [], TuneConfig(exclude=[other], batch_size=1), {}, SkipLog())
         return [item.texts[0].split()[0] for item in items]
 
     assert left("000000391895", "000000000139") == ["9"]
@@ -276,11 +280,11 @@ def test_rows_that_name_nothing_are_each_their_own(tmp_path: Path) -> None:
     (tmp_path / "some").mkdir()
     for n in range(2):
         os.rename(tmp_path / f"data.{n}.jsonl", tmp_path / f"some/data.{n}.jsonl")
-    assert len(read_records([str(tmp_path / "some/data.{0..1}.jsonl")], {}, SkipLog(), "named")) == 6
+    assert len(read_merged_records([str(tmp_path / "some/data.{0..1}.jsonl")], {}, SkipLog(), "unchecked")) == 6
     cells = [{"image": {"bytes": image_bytes(n), "path": "image.png"}, "caption": f"{n}"} for n in range(6)]
     pq.write_table(pa.Table.from_pylist(cells), tmp_path / "x.parquet")
-    for images in ("header", "named", "ignore"):
-        assert len(read_records([str(tmp_path / "x.parquet")], {}, SkipLog(), images)) == 6  # type: ignore[arg-type]
+    for images in ("header", "unchecked", "ignore"):
+        assert len(read_merged_records([str(tmp_path / "x.parquet")], {}, SkipLog(), images)) == 6  # type: ignore[arg-type]
 
 
 def test_names_that_are_no_utf8_are_held_out_like_others(tmp_path: Path) -> None:
@@ -289,4 +293,4 @@ def test_names_that_are_no_utf8_are_held_out_like_others(tmp_path: Path) -> None
         Image.new("RGB", (8, 8), (n, 0, 0)).save(tmp_path / "x.png")
         os.rename(tmp_path / "x.png", stem + b".png")
         Path(os.fsdecode(stem + b".txt")).write_text("one\ntwo")
-    assert len(read_data([str(tmp_path)], EvaluateConfig(), {}, SkipLog()).held_out["captions"]) == 2
+    assert len(read_splits([str(tmp_path)], EvaluateConfig(), {}, SkipLog()).held_out["captions"]) == 2

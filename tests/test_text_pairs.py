@@ -48,7 +48,7 @@ def test_bad_rows_are_counted_and_listed(tmp_path: Path) -> None:
     assert len(list(read_text_pairs(str(file), log))) == 97
     assert log.skipped == {"no pair of two texts": 2, "malformed row": 1}
     with pytest.raises(TooManySkipped):
-        list(read_text_pairs(str(file), SkipLog(limit=0.01)))
+        list(read_text_pairs(str(file), SkipLog(max_skipped=0.01)))
 
 
 def test_a_file_of_something_else(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_file_of_something_else(tmp_path: Path) -> None:
 
 def test_bytes_that_are_no_text_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"anchor,positive\nq,d\nq,caf\xe9\n")
-    log = SkipLog(limit=1.0)
+    log = SkipLog(max_skipped=1.0)
     assert list(read_text_pairs(str(tmp_path / "a.csv"), log)) == [Pair("q", "d")] and log.skipped == {
         "not valid Unicode": 1
     }

@@ -46,9 +46,9 @@ def reference(vectors: dict[tuple[str, str], torch.Tensor], pairs: list[Pair], s
     total = torch.zeros((), dtype=torch.float64)
     wrong = [("", text) for p in pairs for text in p.negatives]
     for p in pairs:
-        ways = [((p.prompt, p.first), ("", p.second), [("", q.second) for q in pairs] + wrong)]
+        ways = [((p.instruction, p.anchor), ("", p.positive), [("", q.positive) for q in pairs] + wrong)]
         if symmetric:
-            ways.append((("", p.second), (p.prompt, p.first), [(q.prompt, q.first) for q in pairs]))
+            ways.append((("", p.positive), (p.instruction, p.anchor), [(q.instruction, q.anchor) for q in pairs]))
         for query, answer, candidates in ways:
             right = 20 * unit[query] @ unit[answer]
             others = [20 * unit[query] @ unit[c] for c in candidates if c[1] not in (query[1], answer[1])]
@@ -63,7 +63,7 @@ def test_the_loss_is_that_of_the_definition(llm: Path, symmetric: bool, widths: 
     encoder = fresh(llm)
     encoder.exclude_prompts_from_pooling(["find: "])  # a byte is a token here, and a space joins nothing
     loss = PairLoss(encoder, 0.05, batch_tokens=64, symmetric=symmetric, widths=widths)([batch_of(encoder)])
-    texts = {(p.prompt, p.first) for p in ROWS} | {("", t) for p in ROWS for t in (p.second, *p.negatives)}
+    texts = {(p.instruction, p.anchor) for p in ROWS} | {("", t) for p in ROWS for t in (p.positive, *p.negatives)}
     vectors = {}
     for prompt, text in texts:
         ids = encoder.tokenizer(prompt + text)["input_ids"]

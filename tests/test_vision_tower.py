@@ -236,9 +236,9 @@ def test_preprocessing_is_the_towers_own(saved: dict[str, tuple[Path, nn.Module]
     assert vit == Preprocess(160, "shortest", 0.95, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert VisionTower.from_pretrained(saved["test_resnet"][0]).preprocess.interpolation == "bilinear"
     clip = VisionTower.from_pretrained(saved["clip"][0]).preprocess
-    assert (clip.size, clip.scaled, clip.resize, clip.mean[0]) == (32, 36, "shortest", 0.48145466)
+    assert (clip.size, clip.resize_size, clip.resize, clip.mean[0]) == (32, 36, "shortest", 0.48145466)
     siglip = VisionTower.from_pretrained(saved["siglip"][0]).preprocess
-    assert (siglip.size, siglip.scaled, siglip.resize, siglip.mean[0]) == (32, 32, "squash", 0.5)
+    assert (siglip.size, siglip.resize_size, siglip.resize, siglip.mean[0]) == (32, 32, "squash", 0.5)
 
 
 def test_no_preprocessor_config_means_the_usual_and_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

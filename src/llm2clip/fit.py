@@ -27,8 +27,9 @@ from typing import Any
 
 from llm2clip.checkpoint import read_metrics
 from llm2clip.config import FitConfig
-from llm2clip.data.pairs import Item
-from llm2clip.data.splits import read_data, tuning_sources
+from llm2clip.data.pairs import TuningItem
+from llm2clip.data.splits import read_splits
+from llm2clip.data.read_tuning_sources import read_tuning_sources
 from llm2clip.distributed import cached_json, command_line, print_once, process_state
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
@@ -48,7 +49,7 @@ def fit(data: Sequence[str], out: Path, config: FitConfig) -> Path:
     """Tune, embed, align, evaluate; returns the model folder. See `llm2clip fit --help`."""
     state = process_state()
     log = begin(out, {"data": list(data), **dataclasses.asdict(config)}, config.max_skipped)
-    records = read_data(data, config.evaluate, config.columns, log)
+    records = read_splits(data, config.evaluate, config.columns, log)
     print_once(records.summary, log.summary())
 
     captions = [r.captions for r in records.held_out["captions"]]
@@ -59,11 +60,11 @@ def fit(data: Sequence[str], out: Path, config: FitConfig) -> Path:
     untuned = not encoder_folder.exists()
     state.wait_for_everyone()  # all have looked before anyone tunes
     tunes = config.tune.steps or config.tune.mntp_steps
-    sources: list[list[Item]] = []
+    sources: list[list[TuningItem]] = []
     if untuned and tunes:
         train = [] if config.tune.data or config.tune.text_pairs else records.train
         tested = [r for some in records.held_out.values() for r in some]
-        sources = tuning_sources(train, tested, config.tune, config.columns, log)
+        sources = read_tuning_sources(train, tested, config.tune, config.columns, log)
     raw = open_encoder(config.encoder, config.tune) if untuned else None
     cra = []
     if measurable:

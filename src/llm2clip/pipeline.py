@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, EvaluateConfig, TuneConfig
-from llm2clip.data.records import KINDS, Record, Source
+from llm2clip.data.merged_records import read_merged_records, stream_records
+from llm2clip.data.records import CAPTION_FIELDS, Record, Source
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import read_data, read_records, stream_records, tuning_sources
+from llm2clip.data.splits import read_splits
+from llm2clip.data.read_tuning_sources import read_tuning_sources
 from llm2clip.distributed import print_once, process_state
 from llm2clip.evaluate.retrieval_eval import make_validator
 from llm2clip.models.caption_encoder import CaptionEncoder
@@ -49,11 +51,11 @@ def tune_stage(
         raise ValueError("name sources of captions, or of text pairs with --tune.text_pairs")
     held_out: list[Record] = []
     if any(not Source.parse(d).splits for d in data):  # what a fit holds out is not tuned on here either
-        found = read_data(data, EvaluateConfig(), columns, log, "named")
+        found = read_splits(data, EvaluateConfig(), columns, log, "unchecked")
         held_out = [r for some in found.held_out.values() for r in some]
         if held_out:
             print_once(found.summary)
-    items = tuning_sources([], held_out, recipe, columns, log, own=data)
+    items = read_tuning_sources([], held_out, recipe, columns, log, training_sources=data)
     print_once(log.summary())
     return tune(items, open_encoder(encoder, recipe), recipe, out)
 
@@ -101,11 +103,11 @@ def align_stage(
         check_identity(identity, open_encoder(encoder).identity(identity["precision"]), store_folder)
     process_state().wait_for_everyone()
     if held_out or any(not Source.parse(d).splits for d in data):  # what a fit holds out is not trained on here either
-        found = read_data(data, EvaluateConfig(data=list(held_out)), columns, log)
+        found = read_splits(data, EvaluateConfig(data=list(held_out)), columns, log)
         records, tested = found.train, found.held_out if held_out else {}
         print_once(found.summary)
     else:
-        records, tested = [r for _, r in read_records(data, columns, log)], {}
+        records, tested = [r for _, r in read_merged_records(data, columns, log)], {}
     print_once(log.summary())
     fields = {name: readable(some, store) for name, some in tested.items()}
     validate = make_validator(fields, log, store) if fields else None
@@ -138,7 +140,7 @@ def readable(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
         return tuple(c for c in captions if c not in refused)
 
     def without(record: Record) -> Record:
-        texts: dict[str, Any] = {kind: left(getattr(record, kind)) for kind in KINDS}
+        texts: dict[str, Any] = {kind: left(getattr(record, kind)) for kind in CAPTION_FIELDS}
         return dataclasses.replace(record, **texts)
 
     return [r for r in map(without, records) if r.texts]

@@ -14,7 +14,7 @@ from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import ImageError, load_image
 
 T = TypeVar("T")
-MANY = 2048  # images that take longer to decode than a process to start
+MIN_IMAGES_FOR_WORKERS = 2048  # images that take longer to decode than a process to start
 
 
 def decode_or_error(ref: ImageRef, transform: Callable[[Tensor], T]) -> T | str:
@@ -26,14 +26,14 @@ def decode_or_error(ref: ImageRef, transform: Callable[[Tensor], T]) -> T | str:
 
 
 def image_batches(
-    refs: Sequence[ImageRef], transform: Callable[[Tensor], Any], batch: int = 64, workers: int | None = None
+    refs: Sequence[ImageRef], transform: Callable[[Tensor], Any], batch_size: int = 64, workers: int | None = None
 ) -> Iterator[tuple[list[int], list[Any], dict[int, str]]]:
     """Decoded images in their order, `batch` of them at a time.
 
     Args:
         refs: of the images.
         transform: of the decoded image, uint8 (3, H, W).
-        batch: images at a time.
+        batch_size: images at a time.
         workers: processes that decode, where there are enough images; None is half of the cores, at most 8.
 
     Yields:
@@ -42,10 +42,10 @@ def image_batches(
     """
     if workers is None:
         workers = min(8, len(os.sched_getaffinity(0)) // 2 if hasattr(os, "sched_getaffinity") else 1)
-    workers = workers if len(refs) >= MANY else 0
+    workers = workers if len(refs) >= MIN_IMAGES_FOR_WORKERS else 0
     loader = DataLoader(
         _Decoded(refs, transform),
-        batch_size=batch,
+        batch_size=batch_size,
         num_workers=workers,
         collate_fn=list,
         multiprocessing_context="spawn" if workers else None,

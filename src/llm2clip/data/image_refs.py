@@ -26,23 +26,23 @@ class ImageRef(ABC):
     @property
     def key(self) -> str:
         """Equal for the same image and for no other, however its path is written."""
-        return self.place
+        return self.canonical_path
 
     @property
-    def place(self) -> str:
+    def canonical_path(self) -> str:
         """Where it is, however its path is written."""
-        if (here := self.held_in) is None:
+        if (here := self.container_path) is None:
             return str(self)
         folder, name = os.path.split(here)
         return os.path.join(_real(os.path.abspath(folder)), name) + str(self)[len(here) :]
 
     @property
-    def told(self) -> bool:
+    def identifies_image(self) -> bool:
         """Whether `key` tells it from others, which that of a cell whose bytes were not read does not."""
         return True
 
     @property
-    def held_in(self) -> str | None:
+    def container_path(self) -> str | None:
         """The file or folder that its bytes are in; None of one in memory."""
         return getattr(self, "path", None) or getattr(self, "folder", None)
 
@@ -63,7 +63,7 @@ class FileImage(ImageRef):
     path: str
 
     @property
-    def place(self) -> str:
+    def canonical_path(self) -> str:
         folder, name = os.path.split(self.path)
         return os.path.join(_real(os.path.abspath(folder)), name)
 
@@ -74,7 +74,7 @@ class FileImage(ImageRef):
         return self.path
 
 
-def file_digest(data: bytes) -> str:
+def content_digest(data: bytes) -> str:
     """What tells an image by its bytes."""
     return hashlib.sha256(data).hexdigest()
 
@@ -106,7 +106,7 @@ class TarImage(ImageRef):
 
     @property
     def key(self) -> str:
-        return f"{self.place}@{self.offset}"  # a tar may hold several of one name
+        return f"{self.canonical_path}@{self.offset}"  # a tar may hold several of one name
 
     def open(self) -> BinaryIO:
         return io.BufferedReader(_Window(self.path, self.offset, self.size))
@@ -152,10 +152,10 @@ class _Cell(ImageRef):
 
     @property
     def key(self) -> str:
-        return self.digest or self.place
+        return self.digest or self.canonical_path
 
     @property
-    def told(self) -> bool:
+    def identifies_image(self) -> bool:
         return bool(self.digest)
 
 
@@ -266,7 +266,7 @@ class MemoryImage(ImageRef):
 
     @property
     def key(self) -> str:
-        return file_digest(self.data)
+        return content_digest(self.data)
 
     def open(self) -> BinaryIO:
         return io.BytesIO(self.data)

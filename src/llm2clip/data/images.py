@@ -20,11 +20,11 @@ from packaging.version import Version
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, encode_jpeg
-from torchvision.transforms import v2
+from torchvision.io import decode_image as torchvision_decode_image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from llm2clip.data.image_formats import readable_formats
+from llm2clip.data.image_header import readable_formats
 from llm2clip.data.image_refs import ImageRef
 
 MAX_PIXELS = 100_000_000
@@ -69,13 +69,13 @@ class Preprocess:
     std: tuple[float, float, float]
 
     @property
-    def scaled(self) -> int:
+    def resize_size(self) -> int:
         """The side before the crop. The small term undoes rounding: 224 / (224 / 256) must be 256."""
         return math.floor(self.size / self.crop_pct + 1e-6)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of preprocessor_config.json: what transformers reads, and the exact crop_pct."""
-        scaled = self.scaled
+        scaled = self.resize_size
         edge = {"shortest_edge": scaled} if self.resize == "shortest" else {"height": scaled, "width": scaled}
         return {
             "image_processor_type": "CLIPImageProcessor",
@@ -217,7 +217,7 @@ def _decode_fast(data: bytes, header: Image.Image) -> Tensor | None:
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
         # apply_exif_orientation covers JPEG and PNG; torchvision does not look for it in WebP.
-        pixels = decode_image(
+        pixels = torchvision_decode_image(
             encoded, ImageReadMode.RGB_ALPHA if alpha else ImageReadMode.RGB, apply_exif_orientation=True
         )
     except RuntimeError as error:
@@ -290,7 +290,7 @@ class EvalTransform:
     preprocess: Preprocess
 
     def __call__(self, image: Tensor) -> Tensor:
-        size, scaled = self.preprocess.size, self.preprocess.scaled
+        size, scaled = self.preprocess.size, self.preprocess.resize_size
         if self.preprocess.resize == "shortest":
             # The ends of a ribbon are cropped anyway; resized first, a 1 x 1,000,000 picture would fill the memory.
             height, width = image.shape[-2:]
@@ -301,67 +301,59 @@ class EvalTransform:
         return cast(Tensor, F.center_crop(image, [size, size]).contiguous())
 
 
-_AUGMENT = {
-    "color": v2.Compose([v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4), v2.RandomGrayscale(0.1)]),
-    "randaugment": v2.RandAugment(),
-    "trivialaugment": v2.TrivialAugmentWide(),
-}
-
-
 @dataclass(frozen=True)
 class TrainTransform:
-    """uint8 (3, H, W) to uint8 (3, S, S): a random crop of the given share of the area, resized to the square; with a
-    share of 1 what evaluation sees.
+    """Random crop for training: uint8 (3, H, W) to uint8 (3, S, S).
 
-    All chance comes from the generator of the call, so seed it from (seed, epoch, index) and the picture of a sample
-    does not depend on which worker draws it. Mirroring is off by default: captions name left and right. After the crop,
-    `augment` is "color" (brightness, contrast and saturation, each 0.6 to 1.4 times; one in ten grey), or torchvision's
-    "randaugment" or "trivialaugment".
+    The crop covers a random share of the area, at least `min_crop_scale`, with an aspect ratio of 3/4 to 4/3, and is
+    resized to the square. With a `min_crop_scale` of 1 the transform equals `EvalTransform`. Images are not flipped,
+    since captions mention left and right.
+
+    All randomness comes from the generator of the call. Seeded from (seed, epoch, index), it gives a sample the same
+    crop in whichever worker process the sample is decoded.
     """
 
     preprocess: Preprocess
-    scale: tuple[float, float] = (0.9, 1.0)
-    hflip: bool = False
-    augment: str | None = None
+    min_crop_scale: float = 0.9
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        if self.min_crop_scale >= 1:
+            return EvalTransform(self.preprocess)(image)
+        top, left, height, width = self._crop(image.shape[-2], image.shape[-1], generator)
         size = self.preprocess.size
-        if self.scale[0] >= 1:
-            image = EvalTransform(self.preprocess)(image)
-        else:
-            image = F.resized_crop(
-                image,
-                *self._crop(image.shape[-2], image.shape[-1], generator),
-                [size, size],
-                interpolation=InterpolationMode(self.preprocess.interpolation),
-                antialias=True,
-            )
-        if self.hflip and torch.rand((), generator=generator) < 0.5:
-            image = F.horizontal_flip(image)
-        if self.augment is not None:
-            with torch.random.fork_rng(devices=[]):  # torchvision draws from the process's random state
-                torch.manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
-                image = _AUGMENT[self.augment](image)
+        image = F.resized_crop(
+            image,
+            top,
+            left,
+            height,
+            width,
+            [size, size],
+            interpolation=InterpolationMode(self.preprocess.interpolation),
+            antialias=True,
+        )
         return image.contiguous()
 
     def _crop(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
-        """Top, left, height, width: torchvision's RandomResizedCrop, ratio 3/4 to 4/3, with a generator."""
-        low, high = 3 / 4, 4 / 3
+        """Return top, left, height and width of a crop: torchvision's RandomResizedCrop, but with a generator."""
+        min_ratio, max_ratio = 3 / 4, 4 / 3
         for _ in range(10):
             share, log_ratio, down, right = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-            area = height * width * (self.scale[0] + share * (self.scale[1] - self.scale[0]))
-            ratio = math.exp(math.log(low) + log_ratio * (math.log(high) - math.log(low)))
-            crop_w, crop_h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if 0 < crop_w <= width and 0 < crop_h <= height:
-                return int(down * (height - crop_h + 1)), int(right * (width - crop_w + 1)), crop_h, crop_w
-        crop_w, crop_h = min(width, round(height * high)), min(height, round(width / low))
-        return (height - crop_h) // 2, (width - crop_w) // 2, max(crop_h, 1), max(crop_w, 1)
+            area = height * width * (self.min_crop_scale + share * (1.0 - self.min_crop_scale))
+            ratio = math.exp(math.log(min_ratio) + log_ratio * (math.log(max_ratio) - math.log(min_ratio)))
+            crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < crop_width <= width and 0 < crop_height <= height:
+                top, left = int(down * (height - crop_height + 1)), int(right * (width - crop_width + 1))
+                return top, left, crop_height, crop_width
+        # No crop fits, as in very elongated images: the largest central crop of an allowed aspect ratio.
+        crop_width, crop_height = min(width, round(height * max_ratio)), min(height, round(width / min_ratio))
+        top, left = (height - crop_height) // 2, (width - crop_width) // 2
+        return top, left, max(crop_height, 1), max(crop_width, 1)
 
 
 # ---- pixels to bytes ------------------------------------------------------------------------------------------------
 
 
-def encode_thumbnail(image: ImageLike, side: int) -> bytes | None:
+def load_thumbnail(image: ImageLike, side: int) -> bytes | None:
     """A picture as `thumbnail` makes it; None of one that cannot be read."""
     try:
         return make_thumbnail(load_image(image), side)

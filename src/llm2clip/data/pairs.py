@@ -1,7 +1,7 @@
-"""Which pairs of texts a step of tune sees: two captions of one image, or a general text pair.
+"""Batches of positive text pairs for `tune`: two captions of the same image, or a general text pair.
 
-Everything here is a pure function of (seed, step): a run that was killed at step 1,234 goes on with exactly the
-texts that it would have seen, and the order does not depend on how many machines read it.
+The batches are a function of the seed alone, so a resumed run sees the texts that it would have seen without the
+interruption, and the order does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -17,22 +17,28 @@ from llm2clip.data.hashing import unique_captions
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two texts that mean the same; texts that do not, if any are known; and an instruction that `first` is read after,
-    outside the pooling."""
+    """A positive pair of texts.
 
-    first: str
-    second: str
+    Attributes:
+        anchor: The query.
+        positive: A text with the same meaning, or the answer.
+        negatives: Known hard negatives, which may be empty.
+        instruction: Text put before the anchor and excluded from pooling.
+    """
+
+    anchor: str
+    positive: str
     negatives: tuple[str, ...] = ()
-    prompt: str = ""
+    instruction: str = ""
 
     @property
     def texts(self) -> tuple[str, ...]:
-        return (self.first, self.second)
+        return (self.anchor, self.positive)
 
 
 @dataclass(frozen=True, slots=True)
 class ImageCaptions:
-    """All that is said of one image."""
+    """All captions of an image."""
 
     short: tuple[str, ...]
     long: tuple[str, ...] = ()
@@ -42,126 +48,146 @@ class ImageCaptions:
         return self.short + self.long
 
 
-Item = ImageCaptions | Pair
-PAIR_KINDS = (1.0, 1.0, 1.0)
+TuningItem = ImageCaptions | Pair
+EQUAL_MIX = (1.0, 1.0, 1.0)
 
 
 def pair_batches(
-    sources: Sequence[Sequence[Item]],
-    weights: Sequence[float],
-    batch: int,
+    sources: Sequence[Sequence[TuningItem]],
+    source_weights: Sequence[float],
+    batch_size: int,
     steps: int,
     seed: int,
-    alike: int = 1,
-    lengths: Sequence[float] = PAIR_KINDS,
+    hard_negative_group_size: int = 1,
+    pair_mix: Sequence[float] = EQUAL_MIX,
 ) -> Iterator[list[Pair]]:
-    """`steps` batches of `batch` pairs. All pairs of a batch are of one source, so that negatives are of a kind.
+    """Yield `steps` batches of `batch_size` pairs, each from a single source, so that its negatives are comparable.
 
-    Within a batch no image comes twice and no text comes twice, so that no other caption of an anchor's image is its
-    negative. An item whose text would repeat waits for the next batch, and joins no new pass while it waits. Each pass
-    over a source draws a new order and new pairs.
+    Within a batch no image and no text occurs twice, so that no other caption of an anchor's image is a negative of the
+    anchor. An item whose text is in the batch already is deferred to the next batch; it does not join a new pass until
+    it has been used. Every pass over a source draws a new order and new pairs.
 
     Args:
-        sources: each the captions of its images, or its text pairs; images without a pair are left out.
-        weights: how often a batch is of each source; they need not sum to 1. None are the sources' sizes.
-        batch: pairs in a batch.
-        steps: number of batches.
-        seed: of order and choice.
-        alike: items that come together because their texts are alike, as harder negatives; 1 is at random.
-        lengths: how often a pair of captions is of two short ones, a short and a long one, two long ones, where an
-            image has such pairs.
+        sources: For each source the captions of its images, or its text pairs. Images without a pair are not used.
+        source_weights: Sampling weight of each source. Empty: proportional to the number of items.
+        batch_size: Pairs per batch.
+        steps: Number of batches.
+        seed: Seed of the order and of the choice of captions.
+        hard_negative_group_size: Put this many items with similar captions into the same batch. 1: random batches.
+        pair_mix: Weights of the kinds of caption pairs: two short captions, a short and a long one, two long ones. For
+            each image, a kind is drawn from those that the image has.
 
     Raises:
-        ValueError: there is not one positive weight a source, or a source has fewer usable items than a batch.
+        ValueError: A weight is missing or not positive, or a source has fewer usable items than a batch.
     """
-    if len(lengths) != 3 or min(lengths) < 0:
-        raise ValueError(f"lengths are three weights: short and short, short and long, long and long; got {lengths}")
+    if len(pair_mix) != 3 or min(pair_mix) < 0:
+        raise ValueError(
+            "pair_mix must be three weights of at least 0, for short-short, short-long and long-long pairs "
+            f"(got {list(pair_mix)})"
+        )
     if any(not items for items in sources):
-        raise ValueError("a source has no captions or pairs left to tune on")
-    weights = list(weights) or [float(len(items)) for items in sources]
+        raise ValueError("a source has no captions or pairs to tune on")
+    weights = list(source_weights) or [float(len(items)) for items in sources]
     if len(weights) != len(sources) or min(weights) <= 0:
-        raise ValueError(f"{len(sources)} sources need as many positive weights, not {weights}")
-    of_source = [_batches(items, batch, steps, seed + n, alike, lengths) for n, items in enumerate(sources)]
-    share = np.asarray(weights) / np.sum(weights)
-    for n in np.random.default_rng([seed, len(sources)]).choice(len(sources), steps, p=share):
-        yield next(of_source[n])
+        raise ValueError(f"source_weights must be {len(sources)} weights greater than 0 (got {weights})")
+    batches = [
+        _batches_of_source(items, batch_size, steps, seed + index, hard_negative_group_size, pair_mix)
+        for index, items in enumerate(sources)
+    ]
+    probabilities = np.asarray(weights) / np.sum(weights)
+    for index in np.random.default_rng([seed, len(sources)]).choice(len(sources), steps, p=probabilities):
+        yield next(batches[index])
 
 
-def _batches(
-    items: Sequence[Item], batch: int, steps: int, seed: int, alike: int, lengths: Sequence[float]
-) -> Iterator[list[Pair]]:
-    usable = pairable_items(items, batch, lengths)
-    rng = np.random.default_rng(seed)
-    at = caption_vectors([item.texts for item in usable]) if alike > 1 else np.empty((len(usable), 0))
-    order: list[int] = []
-    for _ in range(steps):
-        pairs: list[Pair] = []
-        seen: set[str] = set()
-        taken: set[int] = set()
-        waiting: list[int] = []
-        failed = 0
-        while len(pairs) < batch:
-            if not order:
-                late = set(waiting)
-                order = [n for n in grouped_permutation(at, alike, rng).tolist() if n not in late]
-            if not order:  # all others are in this batch: the late ones try other captions
-                order, waiting = waiting, []
-            number = order.pop()
-            item = usable[number]
-            pair = item if isinstance(item, Pair) else draw_pair(item, lengths, rng)
-            if number in taken or pair.first in seen or pair.second in seen:
-                waiting.append(number)
-                failed += 1
-                if failed > 10 * len(usable):
-                    raise ValueError(f"found no {batch} pairs without a text in common; lower the batch")
-                continue
-            failed = 0
-            taken.add(number)
-            seen.update(pair.texts)
-            pairs.append(pair)
-        order.extend(reversed(waiting))  # who waits longest comes first
-        yield pairs
-
-
-def pairable_items(items: Sequence[Item], batch: int, lengths: Sequence[float] = PAIR_KINDS) -> list[Item]:
-    """The items of a source that give a pair.
+def pairable_items(
+    items: Sequence[TuningItem], batch_size: int, pair_mix: Sequence[float] = EQUAL_MIX
+) -> list[TuningItem]:
+    """Return the items of a source that can give a pair.
 
     Raises:
-        ValueError: they are fewer than a batch.
+        ValueError: There are fewer than `batch_size`.
     """
-    usable = [item for item in items if isinstance(item, Pair) or can_pair(item, lengths)]
-    if len(usable) < batch:
+    usable = [item for item in items if isinstance(item, Pair) or can_pair(item, pair_mix)]
+    if len(usable) < batch_size:
         kind = "text pairs" if items and isinstance(items[0], Pair) else "images with two different captions"
         raise ValueError(
-            f"a batch of {batch} pairs needs as many {kind}; there are {len(usable)}: lower --tune.batch_size or add data"
+            f"a batch of {batch_size} pairs needs at least {batch_size} {kind}, but a source has {len(usable)}. Lower "
+            "--tune.batch_size or add data"
         )
     return usable
 
 
-def can_pair(captions: ImageCaptions, lengths: Sequence[float] = PAIR_KINDS) -> bool:
-    """Whether an image has two different captions of lengths that are wanted."""
-    return any(weight > 0 for _, weight in _kinds(captions, lengths))
+def can_pair(captions: ImageCaptions, pair_mix: Sequence[float] = EQUAL_MIX) -> bool:
+    """Return whether an image has two different captions of a kind whose weight is not 0."""
+    return bool(_available_kinds(captions, pair_mix))
 
 
-def draw_pair(captions: ImageCaptions, lengths: Sequence[float], rng: np.random.Generator) -> Pair:
-    """Two different captions of one image, their lengths chosen by weight among those that it has."""
-    kinds = [(kind, weight) for kind, weight in _kinds(captions, lengths) if weight > 0]
+def draw_pair(captions: ImageCaptions, pair_mix: Sequence[float], rng: np.random.Generator) -> Pair:
+    """Draw two different captions of an image, of a kind drawn by weight from those that the image has."""
+    kinds = _available_kinds(captions, pair_mix)
     chosen = 0
     if len(kinds) > 1:
-        share = np.array([weight for _, weight in kinds])
-        chosen = int(rng.choice(len(kinds), p=share / share.sum()))
-    one, other = kinds[chosen][0]
-    if one is other:
-        first, second = (one[i] for i in rng.choice(len(one), 2, replace=False))
-        return Pair(first, second)
-    texts = [str(rng.choice(one)), str(rng.choice(other))]
-    return Pair(*(texts if rng.random() < 0.5 else reversed(texts)))
+        weights = np.array([weight for _, _, weight in kinds])
+        chosen = int(rng.choice(len(kinds), p=weights / weights.sum()))
+    captions_a, captions_b, _ = kinds[chosen]
+    if captions_a is captions_b:
+        first, second = rng.choice(len(captions_a), 2, replace=False)
+        return Pair(captions_a[first], captions_a[second])
+    texts = str(rng.choice(captions_a)), str(rng.choice(captions_b))
+    anchor, positive = texts if rng.random() < 0.5 else texts[::-1]
+    return Pair(anchor, positive)
 
 
-def _kinds(captions: ImageCaptions, lengths: Sequence[float]) -> list[tuple[tuple[list[str], list[str]], float]]:
-    """The pairs of lists that two captions can be of, and their weights: short and short, short and long, long both."""
+def _available_kinds(
+    captions: ImageCaptions, pair_mix: Sequence[float]
+) -> list[tuple[Sequence[str], Sequence[str], float]]:
+    """Return (captions of one text, captions of the other, weight) for the kinds of pairs that an image has."""
     short = unique_captions(captions.short)
-    long = [c for c in unique_captions(captions.long) if c not in short]
-    kinds = ((short, short), (short, long), (long, long))
-    enough = (len(short) > 1, bool(short and long), len(long) > 1)
-    return [(kind, weight) for kind, weight, there in zip(kinds, lengths, enough, strict=True) if there]
+    long = [caption for caption in unique_captions(captions.long) if caption not in short]
+    short_short, short_long, long_long = pair_mix
+    kinds = []
+    if len(short) > 1 and short_short > 0:
+        kinds.append((short, short, short_short))
+    if short and long and short_long > 0:
+        kinds.append((short, long, short_long))
+    if len(long) > 1 and long_long > 0:
+        kinds.append((long, long, long_long))
+    return kinds
+
+
+def _batches_of_source(
+    items: Sequence[TuningItem], batch_size: int, steps: int, seed: int, group_size: int, pair_mix: Sequence[float]
+) -> Iterator[list[Pair]]:
+    usable = pairable_items(items, batch_size, pair_mix)
+    rng = np.random.default_rng(seed)
+    vectors = caption_vectors([item.texts for item in usable]) if group_size > 1 else np.empty((len(usable), 0))
+    order: list[int] = []  # items left in this pass, the next one last
+    for _ in range(steps):
+        pairs: list[Pair] = []
+        used_texts: set[str] = set()
+        used_items: set[int] = set()
+        deferred: list[int] = []
+        num_conflicts = 0  # since the last pair
+        while len(pairs) < batch_size:
+            if not order:  # a new pass, without the items that are still due in the last one
+                due = set(deferred)
+                order = [n for n in grouped_permutation(vectors, group_size, rng).tolist() if n not in due]
+            if not order:  # every other item is in this batch: the deferred ones try other captions
+                order, deferred = deferred, []
+            index = order.pop()
+            item = usable[index]
+            pair = item if isinstance(item, Pair) else draw_pair(item, pair_mix, rng)
+            if index in used_items or pair.anchor in used_texts or pair.positive in used_texts:
+                deferred.append(index)
+                num_conflicts += 1
+                if num_conflicts > 10 * len(usable):
+                    raise ValueError(
+                        f"a source does not have {batch_size} pairs without a text in common: lower --tune.batch_size"
+                    )
+                continue
+            num_conflicts = 0
+            used_items.add(index)
+            used_texts.update(pair.texts)
+            pairs.append(pair)
+        order.extend(reversed(deferred))  # the first one deferred comes first
+        yield pairs

@@ -21,15 +21,15 @@ from typing import Any, Literal, get_args
 from PIL import Image
 
 from llm2clip.data import readers
-from llm2clip.data.image_formats import readable_formats
+from llm2clip.data.image_header import readable_formats
 from llm2clip.data.image_refs import FileImage, ImageRef, MemoryImage
 from llm2clip.data.raw_rows import BadRow, LoadedImage, RawRow, guess_columns
 from llm2clip.data.skip_log import SkipLog
 
-Images = Literal["header", "exists", "named", "ignore"]
+ImageCheck = Literal["header", "exists", "unchecked", "ignore"]
 LOOKED_FOR = ("header", "exists")  # then a row without its image is left out
 MAX_PIXELS = 100_000_000
-EARLY = 1000  # rows after which a source that is going wrong is stopped before its end
+EARLY_CHECK_ROWS = 1000  # rows after which a source that is going wrong is stopped before its end
 NO_SPLIT = "none"  # in a selection and in data: the records of no split
 
 NAMES = {  # what our fields are commonly called; the first that is there is taken
@@ -40,7 +40,11 @@ NAMES = {  # what our fields are commonly called; the first that is there is tak
     "long_captions": ("long_captions", "long_caption"),
     "split": ("split",),
 }
-KINDS = ("captions", "short_captions", "long_captions")  # of texts: as they came; and written anew, short and long
+CAPTION_FIELDS = (
+    "captions",
+    "short_captions",
+    "long_captions",
+)  # of texts: as they came; and written anew, short and long
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,7 @@ class Record:
     short_captions: tuple[str, ...] = ()
     long_captions: tuple[str, ...] = ()
     split: str | None = None
-    named: bool = field(default=True, compare=False)
+    id_from_source: bool = field(default=True, compare=False)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -105,8 +109,8 @@ class Source:
 def open_records(
     source: str | os.PathLike[str] | Mapping[str, Any] | Source,
     log: SkipLog | None = None,
-    images: Images = "header",
-    captionless: bool = False,
+    image_check: ImageCheck = "header",
+    require_captions: bool = True,
 ) -> Iterator[Record]:
     """The records of a source, one at a time, in its order.
 
@@ -114,7 +118,7 @@ def open_records(
     for a caption's row may be anywhere in them: rows of the same image and split become one record, at its first row.
 
     images: "header" opens each image as far as its size (about 0.1 ms from a warm disk; damage further in is not
-    found), "exists" asks whether the file is there. "named" and "ignore" are for reading texts: no row is left out for
+    found), "exists" asks whether the file is there. "unchecked" and "ignore" are for reading texts: no row is left out for
     its image, and `image` is what the row names, there or not; "ignore" does not read the bytes in a table, either,
     without which its images cannot be told apart. A row without an image is a record too.
     captionless: so is one without captions, if it has an image, and nobody asks for a column of them; a folder is read
@@ -124,10 +128,10 @@ def open_records(
     there and for a source or a selection of splits without any record.
     """
     source = Source.parse(source)
-    if images not in get_args(Images):
-        raise ValueError(f"images={images!r}; it is one of {', '.join(get_args(Images))}")
-    files = readers.find_source(source.path, whole=captionless)
-    return _Opening(source, SkipLog() if log is None else log, images, captionless).records(files)
+    if image_check not in get_args(ImageCheck):
+        raise ValueError(f"image_check={image_check!r}; it is one of {', '.join(get_args(ImageCheck))}")
+    files = readers.find_source(source.path, whole=not require_captions)
+    return _Opening(source, SkipLog() if log is None else log, image_check, not require_captions).records(files)
 
 
 class _Skip(Exception):
@@ -155,8 +159,8 @@ class _Row:
 class _Opening:
     """One reading of a source: its columns, and what has been met so far."""
 
-    def __init__(self, source: Source, log: SkipLog, images: Images, captionless: bool = False) -> None:
-        self.source, self.log, self.images, self.captionless = source, log, images, captionless
+    def __init__(self, source: Source, log: SkipLog, image_check: ImageCheck, captionless: bool = False) -> None:
+        self.source, self.log, self.image_check, self.captionless = source, log, image_check, captionless
         self.met: dict[str, None] = {}  # column names, in order
         self.texts_met = False
         self.seen = 0  # rows of this source; the log counts those of all
@@ -167,7 +171,7 @@ class _Opening:
         count = 0
         wanted = None if "split" in self.source.columns else self.source.splits
         for kind, path in files:
-            raw = readers.read_source(kind, path, self.choose, self.images != "ignore", wanted)
+            raw = readers.read_source(kind, path, self.choose, self.image_check != "ignore", wanted)
             rows: Iterable[_Row] = self.rows(raw, kind)
             if kind in ("csv", "tsv", "captions.txt"):
                 rows = _grouped(rows)
@@ -190,11 +194,11 @@ class _Opening:
 
     def saw(self, rows: int = 1) -> None:
         self.seen += rows
-        self.log.seen_rows(self.source.path, "+".join(sorted(self.source.splits)), self.seen)
+        self.log.count_source_rows(self.source.path, "+".join(sorted(self.source.splits)), self.seen)
 
     def skip(self, file: str, row: int, skip: _Skip) -> None:
         self.log.skip(file, row, skip.reason, skip.value, skip.rows)
-        if self.seen >= EARLY:
+        if self.seen >= EARLY_CHECK_ROWS:
             if not self.texts_met and not self.captionless:
                 self.check_columns()
             self.log.check()
@@ -207,7 +211,7 @@ class _Opening:
         if key not in self._chosen:
             self.met |= dict.fromkeys(names)
             chosen = self._chosen[key] = self.choose_some(key)
-            self.texts_met |= bool(chosen.keys() & {*KINDS})
+            self.texts_met |= bool(chosen.keys() & {*CAPTION_FIELDS})
             self.check_columns(file)
         return self._chosen[key]
 
@@ -228,7 +232,7 @@ class _Opening:
         if key not in self._chosen:  # rows have few shapes
             self.met |= dict.fromkeys(names)
             chosen = self._chosen[key] = self.choose_some(names) | self.choose_some(filled)
-            self.texts_met |= bool(chosen.keys() & {*KINDS})
+            self.texts_met |= bool(chosen.keys() & {*CAPTION_FIELDS})
         return self._chosen[key]
 
     def check_columns(self, file: str = "") -> None:
@@ -256,7 +260,7 @@ class _Opening:
                 chosen = self.choose(file, list(fields)) if table else self.of_row(fields)
                 values = {name: fields.get(column) for name, column in chosen.items()}
                 if kind in ("csv", "tsv"):  # of columns of one name the last, but for captions
-                    values |= {n: v[-1] for n, v in values.items() if n not in KINDS and isinstance(v, list)}
+                    values |= {n: v[-1] for n, v in values.items() if n not in CAPTION_FIELDS and isinstance(v, list)}
                 split = _name(values, "split")
                 split = None if split == NO_SPLIT else split
                 self.splits_met[split or NO_SPLIT] += 1
@@ -266,7 +270,7 @@ class _Opening:
                     file,
                     number,
                     _name(values, "id"),
-                    _reference(values.get("image"), file, self.images),
+                    _reference(values.get("image"), file, self.image_check),
                     self.strings(file, number, values.get("captions"), lists),
                     self.strings(file, number, values.get("short_captions") or None, lists),
                     self.strings(file, number, values.get("long_captions") or None, lists),
@@ -304,14 +308,14 @@ class _Opening:
 
     def record(self, row: _Row) -> Record:
         image = row.image.ref if row.image else None
-        if not any(getattr(row, kind) for kind in KINDS) and not (self.captionless and image):
+        if not any(getattr(row, kind) for kind in CAPTION_FIELDS) and not (self.captionless and image):
             raise _Skip("no image and no caption" if self.captionless else "no caption", image or row.id or "")
-        if row.image is not None and self.images in LOOKED_FOR:
-            _check_image(row.image, self.images)
+        if row.image is not None and self.image_check in LOOKED_FOR:
+            _check_image(row.image, self.image_check)
         stem = os.path.splitext(os.path.basename(row.image.name or ""))[0] if row.image else ""
         identity = row.id or stem or f"{os.path.basename(row.file).split('.')[0]}:{row.row}"
         texts = (row.captions, row.short_captions, row.long_captions)
-        return Record(identity, image, *texts, row.split, named=row.id is not None)
+        return Record(identity, image, *texts, row.split, id_from_source=row.id is not None)
 
 
 def _grouped(rows: Iterable[_Row]) -> Iterator[_Row]:
@@ -323,7 +327,7 @@ def _grouped(rows: Iterable[_Row]) -> Iterator[_Row]:
         groups.setdefault(key, []).append(row)
     for first, *others in groups.values():
         texts: dict[str, Any] = {
-            kind: sum((getattr(row, kind) for row in others), getattr(first, kind)) for kind in KINDS
+            kind: sum((getattr(row, kind) for row in others), getattr(first, kind)) for kind in CAPTION_FIELDS
         }
         yield replace(first, rows=1 + len(others), **texts)
 
@@ -355,7 +359,7 @@ def _written_list(text: str) -> list[Any]:
     return [text]
 
 
-def _reference(value: Any, file: str, images: Images) -> LoadedImage | None:
+def _reference(value: Any, file: str, images: ImageCheck) -> LoadedImage | None:
     """What an image's cell refers to. A path is relative to the folder of the file that names it."""
     name = None
     if isinstance(value, dict) and {"bytes", "path"} & value.keys():  # as Hugging Face writes an image
@@ -377,7 +381,7 @@ def _reference(value: Any, file: str, images: Images) -> LoadedImage | None:
     return LoadedImage(FileImage(path), None, path)
 
 
-def _check_image(held: LoadedImage, images: Images) -> None:
+def _check_image(held: LoadedImage, images: ImageCheck) -> None:
     """Raises if the image is not there or, for "header", does not begin like an image of a size one can decode."""
     if isinstance(held.ref, FileImage) and not os.path.isfile(held.ref.path):
         raise _Skip("missing image", held.ref)

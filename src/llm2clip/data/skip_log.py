@@ -19,9 +19,9 @@ class SkipLog:
     `dropped`. One writer a file: give each process its own path, or only the first one.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, limit: float = 0.05) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None = None, max_skipped: float = 0.05) -> None:
         self.path = None if path is None else Path(path)
-        self.limit = limit
+        self.max_skipped = max_skipped
         self._seen = 0  # counted one by one
         self._rows: dict[str, dict[str, int]] = {}  # of sources, which may be read again, by their splits; "" is all
         self.skipped: Counter[str] = Counter()
@@ -33,22 +33,22 @@ class SkipLog:
             self.path.write_text("")
 
     @property
-    def seen(self) -> int:
+    def rows_seen(self) -> int:
         """The rows that there were; of a source that was read twice, once."""
         return self._seen + sum(by.get("") or sum(by.values()) for by in self._rows.values())
 
-    def seen_one(self) -> None:
+    def count_row(self) -> None:
         """One more row."""
         self._seen += 1
 
-    def seen_rows(self, path: str, splits: str, count: int) -> None:
+    def count_source_rows(self, path: str, splits: str, count: int) -> None:
         """So many rows of some splits of a source by now, in this pass over it."""
         by = self._rows.setdefault(path, {})
         by[splits] = max(count, by.get(splits, 0))
 
-    def at_least(self, count: int) -> None:
+    def count_at_least(self, count: int) -> None:
         """There were so many rows, if nobody counted them."""
-        self._seen += max(0, count - self.seen)
+        self._seen += max(0, count - self.rows_seen)
 
     def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
         """A row that gives no record, or so many from it on. One that was skipped before, in an earlier pass or stage,
@@ -76,16 +76,16 @@ class SkipLog:
 
     def summary(self) -> str:
         """One line: how many of how many, and why."""
-        skipped = f"{self.skipped.total():,} of {self.seen:,} rows skipped{_counts(self.skipped)}"
+        skipped = f"{self.skipped.total():,} of {self.rows_seen:,} rows skipped{_counts(self.skipped)}"
         return skipped + (f"; parts of rows dropped{_counts(self.dropped)}" if self.dropped else "")
 
     def check(self) -> None:
         """Raises `TooManySkipped` when the share of skipped rows is over the limit."""
-        if self.skipped.total() > self.limit * self.seen:
+        if self.skipped.total() > self.max_skipped * self.rows_seen:
             listed = f"\nall are listed in {self.path}" if self.path else ""
             examples = "".join(f"\n  {example}" for example in self.examples)
             raise TooManySkipped(
-                f"{self.summary()}, over the limit of {self.limit:.1%}{examples}{listed}"
+                f"{self.summary()}, over the limit of {self.max_skipped:.1%}{examples}{listed}"
                 "\nmend the source, or raise --max_skipped if this is how it is"
             )
 

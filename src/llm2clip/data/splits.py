@@ -1,216 +1,145 @@
-"""Which images are trained on, which are held out, and whose captions stage 1 may see."""
+"""Split policy: which images are trained on and which are held out."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
 
-from llm2clip.config import EvaluateConfig, TuneConfig
-from llm2clip.data.hashing import unique_captions
-from llm2clip.data.pairs import ImageCaptions, Item, can_pair, pairable_items
-from llm2clip.data.records import KINDS, Images, Record, Source, open_records
+from llm2clip.config import EvaluateConfig
+from llm2clip.data.merged_records import SourcedRecord, read_merged_records
+from llm2clip.data.records import CAPTION_FIELDS, NO_SPLIT, ImageCheck, Record, Source
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.text_pairs import read_text_pairs
-from llm2clip.distributed import print_once, process_state
 
-TRAIN, HELD_OUT = {None, "none", "train", "training", "restval"}, ("val", "validation", "valid", "dev", "test")
+TRAIN_SPLITS = (NO_SPLIT, "train", "training", "restval")
+HELD_OUT_SPLITS = ("val", "validation", "valid", "dev", "test")  # the first of these that a source has is held out
+HELD_OUT_FRACTION = 10  # without such a split, one image in ten is held out,
+MAX_HELD_OUT = 1000  # and at most this many
 
 
 @dataclass
-class Data:
-    """Records to train on; records held out, by the kind of their captions; and one line about both."""
+class DataSplits:
+    """Training records and held-out records.
+
+    Attributes:
+        train: Records to train on.
+        held_out: Held-out records with an image, by caption field: `captions`, `short_captions` and `long_captions`
+            where there are any, and each column of `EvaluateConfig.fields`. A record of a field other than `captions`
+            has the texts of that field as its captions.
+        summary: A one-line description of both for the user.
+    """
 
     train: list[Record]
     held_out: dict[str, list[Record]]
     summary: str
 
 
-def read_data(
-    sources: Sequence[str], config: EvaluateConfig, columns: dict[str, str], log: SkipLog, images: Images = "header"
-) -> Data:
-    """Training and held-out records of some sources; an image that several rows or sources name is one record.
+def read_splits(
+    sources: Sequence[str],
+    config: EvaluateConfig,
+    columns: dict[str, str],
+    log: SkipLog,
+    image_check: ImageCheck = "header",
+) -> DataSplits:
+    """Read sources and divide them into training and held-out records, one record per image.
 
-    A source with its splits named (PATH@train+none) is trained on as it is. Of any other, records of no split or of a
-    training split are trained on; records of the split named val (or validation, valid, dev; else test) are held out.
-    Where nothing is held out and `config.data` names no source, a tenth of the images, at most 1,000, is, chosen by a
-    hash of the record, of the sources without named splits if there are some. `images` is as of `open_records`.
+    A source with named splits (`PATH@train+none`) is trained on as it is. Records of the other sources are trained on
+    if they have no split or a training split. What is held out is the first of these that applies:
+
+    1. The records of `config.data`, if it names sources. Their images are removed from the training records.
+    2. The records of the split named val, validation, valid, dev or test, in this order of preference.
+    3. A tenth of the training images, at most 1,000, chosen by a hash of the record. They are drawn from the sources
+       without named splits if there are any.
+
+    Args:
+        sources: Paths, with or without `@split+split`.
+        config: Held-out sources and additional caption columns.
+        columns: Column mapping that is added to the mapping of every source.
+        log: Receives the rows that cannot be used.
+        image_check: See `open_records`.
     """
-    opened = read_records(sources, columns, log, images)
-    train = [(s, r) for s, r in opened if s.splits or _split(r) in TRAIN]
-    rest = [(s, r) for s, r in opened if not s.splits and _split(r) not in TRAIN]
-    named = next((name for name in HELD_OUT if any(_split(r) == name for _, r in rest)), None)
+    records = read_merged_records(sources, columns, log, image_check)
+    train = [(source, record) for source, record in records if source.splits or is_training_split(record)]
+    other = [(source, record) for source, record in records if not source.splits and not is_training_split(record)]
     notes = []
+    held_out_split = _held_out_split(other)
     if config.data:
-        held = read_records(config.data, columns, log, images)
-        tested = {r.image.key for _, r in held if r.image is not None}
-        kept = [(s, r) for s, r in train if r.image is None or r.image.key not in tested]
-        if leaked := len(train) - len(kept):
-            notes.append(f"{leaked:,} left out of training since they are tested on")
-        train = kept
-    elif named is not None:
-        held = [(s, r) for s, r in rest if _split(r) == named]
-        rest = [(s, r) for s, r in rest if _split(r) != named]
+        held_out = read_merged_records(config.data, columns, log, image_check)
+        num_before = len(train)
+        train = _without_images_of(held_out, train)
+        if num_leaked := num_before - len(train):
+            notes.append(f"{num_leaked:,} removed from training because they are held out")
+    elif held_out_split is not None:
+        held_out = [(source, record) for source, record in other if _split_name(record) == held_out_split]
+        other = [(source, record) for source, record in other if _split_name(record) != held_out_split]
     else:
-        drawn_from = [r for s, r in train if not s.splits] or [r for _, r in train]
-        drawn = sorted((r for r in drawn_from if r.image is not None), key=_lot)
-        chosen = {id(r) for r in drawn[: min(1000, max(1, len(drawn) // 10))]}
-        held = [(s, r) for s, r in train if id(r) in chosen]
-        train = [(s, r) for s, r in train if id(r) not in chosen]
-    if rest:
-        splits = ", ".join(sorted({str(r.split) for _, r in rest}))
-        notes.append(f"{len(rest):,} of other splits ({splits}) unused")
-    held = [(s, r) for s, r in held if r.image is not None]
-    pictured = sum(r.image is not None for _, r in train)
-    summary = ", ".join([f"{pictured:,} images to train on", f"{len(held):,} held out", *notes])
-    return Data([r for _, r in train], _by_field(held, config.fields, columns), summary)
+        train, held_out = _draw_held_out(train)
+    if other:
+        names = ", ".join(sorted({str(record.split) for _, record in other}))
+        notes.append(f"{len(other):,} of other splits ({names}) unused")
+    held_out = [(source, record) for source, record in held_out if record.image is not None]
+    num_images = sum(record.image is not None for _, record in train)
+    return DataSplits(
+        train=[record for _, record in train],
+        held_out=_by_caption_field(held_out, config.fields, columns),
+        summary=", ".join([f"{num_images:,} training images", f"{len(held_out):,} held out", *notes]),
+    )
 
 
-def read_records(
-    sources: Sequence[str | Source], columns: dict[str, str], log: SkipLog, images: Images = "header"
-) -> list[tuple[Source, Record]]:
-    """The records of some sources and where each is from, one record an image: rows and sources that name the same
-    image become one with all their captions, of the split and source that came first. Where a row names no image, rows
-    of a source and split that give the same id do."""
-    found: dict[Any, tuple[Source, Record]] = {}
-    for n, (source, record) in enumerate(stream_records(sources, columns, log, images)):
-        key: Any = (source.path, record.split, record.id) if record.named else n
-        if record.image is not None and record.image.told:
-            key = record.image.key
-        if key in found:
-            source, first = found[key]
-            texts: dict[str, Any] = {
-                kind: tuple(unique_captions([*getattr(first, kind), *getattr(record, kind)])) for kind in KINDS
-            }
-            record = dataclasses.replace(first, **texts)
-        found[key] = source, record
-    return list(found.values())
+def is_training_split(record: Record) -> bool:
+    """Return whether a record has no split or one that is commonly used for training."""
+    return _split_name(record) in TRAIN_SPLITS
 
 
-def stream_records(
-    sources: Sequence[str | Source], columns: dict[str, str], log: SkipLog, images: Images = "header"
-) -> Iterator[tuple[Source, Record]]:
-    """The records of some sources as they come, and where each is from."""
-    for name in sources:
-        parsed = Source.parse(name)
-        source = dataclasses.replace(parsed, columns={**parsed.columns, **columns})
-        for record in open_records(source, log, images):
-            yield source, record
-
-
-def _by_field(
-    held: Sequence[tuple[Source, Record]], names: Sequence[str], columns: dict[str, str]
-) -> dict[str, list[Record]]:
-    """Held-out records by the kind of their captions: captions, long_captions, and the columns named."""
-    records = [r for _, r in held]
-    fields = {"captions": [r for r in records if r.captions]}
-    for kind in KINDS[1:]:
-        if any(getattr(r, kind) for r in records):
-            fields[kind] = [select_splits(r, getattr(r, kind)) for r in records]
-    images = {r.image.key for r in records if r.image is not None}
-    sources = [Source(path, splits) for path, splits in dict.fromkeys((s.path, s.splits) for s, _ in held)]
-    for name in names:
-        quiet = SkipLog(limit=1.0)  # a row without a caption in this language is no fault of the row
-        of_name = read_records(
-            sources, {**columns, **dict.fromkeys(KINDS, ""), "captions": name}, quiet, images="exists"
-        )
-        fields[name] = [r for _, r in of_name if r.image is not None and r.image.key in images]
-    return fields
-
-
-def select_splits(record: Record, captions: tuple[str, ...]) -> Record:
-    """The record with these captions and no others."""
+def with_captions(record: Record, captions: tuple[str, ...]) -> Record:
+    """Return a copy of the record that has only these captions."""
     return dataclasses.replace(record, captions=captions, short_captions=(), long_captions=())
 
 
-def tuning_sources(
-    train: Sequence[Record],
-    held_out: Sequence[Record],
-    config: TuneConfig,
-    columns: dict[str, str],
-    log: SkipLog,
-    own: Sequence[str] = (),
-) -> list[list[Item]]:
-    """What stage 1 sees, source by source: the captions of images that it may see, then text pairs.
-
-    The captions come source by source if the sources have weights, else all as one. Of a source without named splits
-    they are those of its training rows.
-
-    Args:
-        train: records whose captions are tuned on, read already.
-        held_out: records of images that must not be; in `own` they are known as images, in `config.data` by the
-            comparable part of their ids. `config.exclude` bars images likewise, wherever they are.
-        recipe: its sources come after `own`.
-        columns: our field to the sources' column.
-        log: where rows that cannot be used are listed.
-        own: sources of which some is held out.
-
-    Raises:
-        ValueError: there is not a weight for each source, no image has two captions and there are no pairs, or a source
-            has fewer pairs than a batch.
-    """
-    sources = [*own, *config.data]
-    groups = [[s] for s in sources] if config.source_weights else [sources] if sources else []
-    named = bool(train) + len(groups) + len(config.text_pairs)
-    if config.source_weights and len(config.source_weights) != named:
-        raise ValueError(
-            f"{len(config.source_weights)} --tune.source_weights for {named} sources of captions and pairs; give one for each"
-        )
-    excluded = {_comparable(r.id) for _, r in stream_records(config.exclude, columns, log, "ignore")}
-    barred = excluded | {_comparable(r.id) for r in held_out}
-    tested = {r.image.key for r in held_out if r.image is not None}
-    mine = {(source.path, source.splits) for source in map(Source.parse, own)}
-
-    def may(source: Source, record: Record) -> bool:
-        if not source.splits and _split(record) not in TRAIN:
-            return False
-        if (source.path, source.splits) not in mine:
-            return _comparable(record.id) not in barred
-        return _comparable(record.id) not in excluded and (record.image is None or record.image.key not in tested)
-
-    read_here = [read_records(group, columns, log, "named") for group in groups]
-    offered = [[r for source, r in some if may(source, r)] for some in read_here]
-    if train:
-        offered = [[r for r in train if _comparable(r.id) not in excluded], *offered]
-    allowed: list[list[Item]] = [
-        [ImageCaptions(r.captions + r.short_captions, r.long_captions) for r in records] for records in offered
-    ]
-    left = len(train) + sum(map(len, read_here)) - sum(map(len, allowed))
-    if config.exclude and not left:
-        print_once("--tune.exclude: none of its images is among those to tune on")
-    if (
-        config.steps
-        and not config.text_pairs
-        and not any(can_pair(c, config.lengths) for c in chain(*allowed) if isinstance(c, ImageCaptions))
-    ):
-        raise ValueError(
-            "no image has two different captions, and tuning learns from such pairs. --tune.steps 0 leaves the LLM as "
-            "it is; --tune.data takes captions from elsewhere; --encoder.path takes an LLM that was tuned before"
-        )
-    pairs: list[list[Item]] = [list(read_text_pairs(path, log)) for path in config.text_pairs]
-    if config.steps:
-        for items in [*allowed, *pairs]:
-            pairable_items(items, config.batch_size * process_state().num_processes, config.lengths)
-    counts = [f"the captions of {len(a):,} images" for a in allowed] + [f"{len(p):,} text pairs" for p in pairs]
-    print_once(f"tuning on {' + '.join(counts)}" + (f"; {left:,} images left out" if left else ""))
-    return [*allowed, *pairs]
+def _split_name(record: Record) -> str:
+    return record.split.lower() if record.split else NO_SPLIT
 
 
-def _comparable(name: str) -> str:
-    """What of an id is the same in all sources of an image: the number that it begins with, else all of it."""
-    if name.isdecimal():
-        return name.lstrip("0") or "0"  # COCO's files are called 000000000139, its ids are 139
-    found = re.match(r"\d{5,}", name)
-    return found[0] if found else name
+def _held_out_split(records: Sequence[SourcedRecord]) -> str | None:
+    names = {_split_name(record) for _, record in records}
+    return next((name for name in HELD_OUT_SPLITS if name in names), None)
 
 
-def _split(record: Record) -> str | None:
-    return record.split.lower() if record.split else None
+def _without_images_of(held_out: Sequence[SourcedRecord], train: Sequence[SourcedRecord]) -> list[SourcedRecord]:
+    held_out_keys = {record.image.key for _, record in held_out if record.image is not None}
+    return [(s, record) for s, record in train if record.image is None or record.image.key not in held_out_keys]
 
 
-def _lot(record: Record) -> str:
+def _draw_held_out(train: Sequence[SourcedRecord]) -> tuple[list[SourcedRecord], list[SourcedRecord]]:
+    """Divide training records into those that stay and a random tenth of the images."""
+    candidates = [record for source, record in train if not source.splits] or [record for _, record in train]
+    shuffled = sorted((record for record in candidates if record.image is not None), key=_record_hash)
+    count = min(MAX_HELD_OUT, max(1, len(shuffled) // HELD_OUT_FRACTION))
+    drawn = {id(record) for record in shuffled[:count]}
+    held_out = [(source, record) for source, record in train if id(record) in drawn]
+    return [(source, record) for source, record in train if id(record) not in drawn], held_out
+
+
+def _record_hash(record: Record) -> str:
+    # With the captions, since ids may repeat. surrogatepass: ids may come from file names that are not UTF-8.
     return hashlib.sha256("\0".join([record.id, *record.texts]).encode(errors="surrogatepass")).hexdigest()
+
+
+def _by_caption_field(
+    held_out: Sequence[SourcedRecord], extra_columns: Sequence[str], columns: dict[str, str]
+) -> dict[str, list[Record]]:
+    """Group held-out records by caption field; read their sources again for each of the extra caption columns."""
+    records = [record for _, record in held_out]
+    fields = {"captions": [record for record in records if record.captions]}
+    for name in CAPTION_FIELDS[1:]:
+        if any(getattr(record, name) for record in records):
+            fields[name] = [with_captions(record, getattr(record, name)) for record in records]
+    held_out_keys = {record.image.key for record in records if record.image is not None}
+    sources = [Source(path, splits) for path, splits in dict.fromkeys((s.path, s.splits) for s, _ in held_out)]
+    for name in extra_columns:
+        only_this_column = {**columns, **dict.fromkeys(CAPTION_FIELDS, ""), "captions": name}
+        quiet = SkipLog(max_skipped=1.0)  # rows without a caption in this column are expected
+        candidates = read_merged_records(sources, only_this_column, quiet, image_check="exists")
+        fields[name] = [r for _, r in candidates if r.image is not None and r.image.key in held_out_keys]
+    return fields

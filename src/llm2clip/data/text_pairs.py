@@ -13,7 +13,7 @@ from typing import Any
 from llm2clip.data import readers
 from llm2clip.data.pairs import Pair
 from llm2clip.data.raw_rows import BadRow, guess_columns
-from llm2clip.data.records import EARLY, NO_SPLIT, Source
+from llm2clip.data.records import EARLY_CHECK_ROWS, NO_SPLIT, Source
 from llm2clip.data.skip_log import SkipLog
 
 NAMES = {  # what the fields are commonly called; the first that is there is taken
@@ -39,12 +39,12 @@ def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
     for kind, file in readers.find_source(source.path):
         for where, number, fields in readers.read_source(kind, file, _choose, image_bytes=False, splits=source.splits):
             if isinstance(fields, BadRow):
-                log.seen_one()
+                log.count_row()
                 log.skip(where, number, fields.reason, fields.value)
                 continue
             if source.splits and (_text(fields.get("split")) or NO_SPLIT) not in source.splits:
                 continue
-            log.seen_one()
+            log.count_row()
             try:
                 columns = _choose(where, list(fields))
                 columns_met = True
@@ -55,7 +55,7 @@ def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
             query, positive = (_text(fields.get(columns.get(name, ""))) for name in ("query", "positive"))
             if not query or not positive or query == positive:
                 log.skip(where, number, "no pair of two texts", f"{query[:80]!r}, {positive[:80]!r}")
-                if log.seen >= EARLY:
+                if log.rows_seen >= EARLY_CHECK_ROWS:
                     log.check()
                 continue
             wrong = _strings(fields.get(columns.get("negatives", "")))

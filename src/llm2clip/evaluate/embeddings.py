@@ -85,7 +85,7 @@ class ModelEmbeddings:
             TooManySkipped: too many cannot.
             ValueError: a vector is not finite.
         """
-        self.log.at_least(len(refs))  # of a benchmark nobody counted rows
+        self.log.count_at_least(len(refs))  # of a benchmark nobody counted rows
         if self.folder is not None:
             store = store_image_features(
                 refs, self.model, self.identity, self.folder / "images", self.log, dtype="float32", batch=self.batch

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.config import EncoderConfig, EvaluateConfig
+from llm2clip.data.merged_records import read_merged_records
 from llm2clip.data.records import Source
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import read_data, read_records
+from llm2clip.data.splits import read_splits
 from llm2clip.distributed import command_line, print_once, process_state
 from llm2clip.evaluate.benchmarks import Benchmark, get_benchmarks
 from llm2clip.evaluate.caption_retrieval import TextEncoder, caption_retrieval_accuracy
@@ -62,7 +63,7 @@ def evaluate_models(
         out: folder.
         encoder: for caption retrieval, where no model is named.
         recipe: kinds of captions, and images in a forward pass.
-        columns, max_skipped: as of `read_data`.
+        columns, max_skipped: as of `read_splits`.
         all_pairs, mistakes: of caption retrieval, as of `caption_accuracy`.
         linear_probe: of classes, fit one, too.
 
@@ -85,7 +86,7 @@ def evaluate_models(
     report: list[Block] = [Command(command_line())]
     log = _log(out, "records", max_skipped)
     if captions:
-        texts = [r.captions for _, r in read_records(captions, columns, log, "named")]
+        texts = [r.captions for _, r in read_merged_records(captions, columns, log, "unchecked")]
         text = _text_side(models[0] if models else None, encoder)
         figures = caption_retrieval_accuracy(texts, text, all_pairs=all_pairs, num_mistakes=mistakes)
         found["captions"] = figures
@@ -112,7 +113,7 @@ def evaluate_models(
         ]
         report += [*(Paragraph(line) for line in [*measuring.skipped(), *failures]), *parts]
         print_once(to_markdown("Results", [b for b in parts if isinstance(b, Heading | Table)], ""))
-    lines = [*([log.summary()] if log.seen else []), *failures]
+    lines = [*([log.summary()] if log.rows_seen else []), *failures]
     if out is not None and process_state().is_main_process:
         _write(out, found)
         title = f"{display_names(models or [encoder.path])[0]}, measured"
@@ -229,7 +230,7 @@ def _own(data: Sequence[str], config: EvaluateConfig, columns: dict[str, str], l
             "what a fit holds out is tested on"
         )
     of = (whole, config) if whole else ([], dataclasses.replace(config, data=list(data)))
-    records = read_data(*of, columns, log)
+    records = read_splits(*of, columns, log)
     print_once(records.summary)
     about = f"{len(records.held_out['captions']):,} images of your own"
     return [Benchmark(OWN, "retrieval", about, (str(Path.cwd()),), lambda _: records.held_out, "images with captions")]

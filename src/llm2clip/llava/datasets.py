@@ -49,7 +49,7 @@ def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> lis
     root = Path(images) if images is not None else file.parent
     found = []
     for number, row in _rows(file):
-        log.seen_one()
+        log.count_row()
         try:
             found.append(_conversation(row, root, str(number)))
         except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:

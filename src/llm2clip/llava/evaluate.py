@@ -120,7 +120,7 @@ def run_task(
         lost = [one for one, answer in zip(asked, answers, strict=True) if answer is None]
         for one in lost:
             log.skip(str(one.image), 0, "undecodable image", task.name)
-        if len(lost) > log.limit * len(asked):
+        if len(lost) > log.max_skipped * len(asked):
             raise TooManySkipped(
                 f"{task.name}: of {len(asked):,} questions the pictures of {len(lost):,} cannot be decoded, "
                 f"{lost[0].image} for one; mend them, or raise --max_skipped"

@@ -38,7 +38,7 @@ class LlavaImageProcessor:
     def __call__(self, picture: Tensor) -> Tensor:
         """uint8 (3, H, W) to float32 (3, S, S), normalised."""
         if self.pad:
-            most = 8 * self.preprocess.scaled
+            most = 8 * self.preprocess.resize_size
             if max(picture.shape[-2:]) > most:  # or the square of a long one would fill the memory
                 picture = resize_shortest(picture, most)
             picture = pad_to_square(picture, [int(255 * value) for value in self.preprocess.mean])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from llm2clip.data.images import encode_thumbnail
+from llm2clip.data.images import load_thumbnail
 from llm2clip.html_report import (
     Block,
     Command,
@@ -109,7 +109,7 @@ def _pictures(measured: Sequence[LlavaResult]) -> list[Block]:
             one = measured[0].asked[n]
             if one.id in said and one.image is not None:
                 shots.append(
-                    ResultImage(encode_thumbnail(one.image, SIDE), None, f"{said[one.id]} — people: {one.truth[0]}")
+                    ResultImage(load_thumbnail(one.image, SIDE), None, f"{said[one.id]} — people: {one.truth[0]}")
                 )
         blocks.append(ResultImages(m.model, shots))
     return blocks

@@ -208,7 +208,7 @@ def _kept(
     del model
     print_once(f"the tower's features of {len(refs):,} pictures: {size:.1f} GB in {folder}")
     for _ in refs:
-        log.seen_one()
+        log.count_row()
     store = cache_patch_features(refs, side, folder, log, config.workers or None)
     log.check()
     return store

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from llm2clip.config import LlavaConfig
+from llm2clip.data.merged_records import read_merged_records
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import read_records
 from llm2clip.distributed import command_line, print_once, process_state
 from llm2clip.io_utils import atomic_write_text
 from llm2clip.llava.build import build_llava
@@ -151,7 +151,7 @@ def evaluate_verb(
 
 def _records(sources: Sequence[str], columns: dict[str, str], log: SkipLog) -> list[Record]:
     """One an image: what another row says of it is no negative, and a caption to be scored against."""
-    return [record for _, record in read_records(sources, columns, log)]
+    return [record for _, record in read_merged_records(sources, columns, log)]
 
 
 def tasks_verb(root: str) -> list[str]:

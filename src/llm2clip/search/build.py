@@ -18,11 +18,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llm2clip.data.image_formats import readable_formats
+from llm2clip.data.image_header import readable_formats
 from llm2clip.data.image_loader import image_batches
 from llm2clip.data.image_refs import TarImage, printable
 from llm2clip.data.images import make_thumbnail
-from llm2clip.data.readers.tar import list_tar_files
+from llm2clip.data.readers.tar import list_files
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import DualEncoder
@@ -141,14 +141,14 @@ def find_images(source: Source, log: SkipLog, gone: bool = False) -> Iterator[In
         OSError: as of `index`.
     """
     try:
-        records = open_records(source, log, captionless=True)
+        records = open_records(source, log, require_captions=False)
     except FileNotFoundError as error:
         if gone:
             return
         raise FileNotFoundError(f"{error}\nif it is gone for good, --gone drops its pictures from the index") from error
     if os.path.isdir(source.path):
-        for path in list_tar_files(source.path, UNREAD):
-            log.seen_one()
+        for path in list_files(source.path, UNREAD):
+            log.count_row()
             log.skip(path, 0, "unknown format", "")
     for record in records:
         if record.image is None:
@@ -157,12 +157,17 @@ def find_images(source: Source, log: SkipLog, gone: bool = False) -> Iterator[In
         if type(record.image).__name__ not in PLACES:
             raise ValueError(f"{source}: its pictures are not in files here; save_to_disk makes files of it")
         try:
-            there = os.stat(record.image.held_in or "")
+            there = os.stat(record.image.container_path or "")
         except FileNotFoundError:
             continue  # it went while this looked
         stamp = f"{there.st_size} {there.st_mtime_ns}"
         yield IndexedImage(
-            printable(record.image.place), record.image, printable(str(source)), stamp, record.texts, there.st_mtime
+            printable(record.image.canonical_path),
+            record.image,
+            printable(str(source)),
+            stamp,
+            record.texts,
+            there.st_mtime,
         )
 
 

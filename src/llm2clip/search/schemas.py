@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from llm2clip.data.image_formats import readable_formats
+from llm2clip.data.image_header import readable_formats
 from llm2clip.data.images import ImageError, load_image
 from llm2clip.search.types import Filter, Hit
 

@@ -21,7 +21,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from llm2clip import __version__
-from llm2clip.data.image_formats import readable_formats
+from llm2clip.data.image_header import readable_formats
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search.build import check_model
 from llm2clip.search.inference import InferenceService

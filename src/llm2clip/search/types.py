@@ -41,7 +41,7 @@ def container_path(name: str, place: ImageRef) -> str:
         return name
     if isinstance(place, TarImage):
         name = name.removesuffix(f"@{place.offset}")  # of the second of one name
-    return name.removesuffix(printable(str(place)[len(place.held_in or "") :]))
+    return name.removesuffix(printable(str(place)[len(place.container_path or "") :]))
 
 
 @dataclass(frozen=True)

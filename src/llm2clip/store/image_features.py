@@ -38,7 +38,7 @@ def image_name(ref: ImageRef) -> str:
     """What an image is called in a store: where it is, and the size and time of change of the file that holds it, so
     that another picture of the same name is another image."""
     name = ref.key
-    if (path := ref.held_in) is not None:
+    if (path := ref.container_path) is not None:
         try:
             there = _stat(path) if not isinstance(ref, FileImage) else os.stat(path)
             name = f"{name} {there.st_size} {there.st_mtime_ns}"

@@ -17,7 +17,7 @@ from llm2clip.config import AlignConfig
 from llm2clip.data.hashing import epoch_permutation
 from llm2clip.data.image_loader import decode_or_error
 from llm2clip.data.images import TrainTransform
-from llm2clip.data.records import KINDS, Record
+from llm2clip.data.records import CAPTION_FIELDS, Record
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.store.image_features import image_keys
 from llm2clip.store.store import EmbeddingStore
@@ -29,8 +29,10 @@ def check_batch(images: int, config: AlignConfig, world: int) -> int:
     Raises:
         ValueError: there are fewer, or the recipe's numbers make no sense.
     """
-    if unknown := config.caption_mix.keys() - set(KINDS):
-        raise ValueError(f"--align.caption_mix knows the kinds {', '.join(KINDS)}, not {', '.join(sorted(unknown))}")
+    if unknown := config.caption_mix.keys() - set(CAPTION_FIELDS):
+        raise ValueError(
+            f"--align.caption_mix knows the kinds {', '.join(CAPTION_FIELDS)}, not {', '.join(sorted(unknown))}"
+        )
     if any(weight < 0 for weight in config.caption_mix.values()):
         raise ValueError("--align.caption_mix takes no negative numbers")
     config = limit_threads(images, config, world)
@@ -130,10 +132,10 @@ class AlignBatches:
         self.count = len(usable)
         self.digest = hash_texts(str(r.image) for r in usable)
         self.captions = hash_texts(text for r in usable for text in r.texts)
-        kinds = [kind for kind in KINDS if any(getattr(r, kind) for r in usable)]
+        kinds = [kind for kind in CAPTION_FIELDS if any(getattr(r, kind) for r in usable)]
         self.by_kind = [CaptionIndex(store, (getattr(r, kind) for r in usable)) for kind in kinds]
         self.weights = np.array([config.caption_mix.get(kind, 0.0) for kind in kinds])
-        transform = TrainTransform(model.tower.preprocess, (config.min_crop_scale, 1.0), config.hflip, config.augment)
+        transform = TrainTransform(model.tower.preprocess, config.min_crop_scale)
         self.images = _Images(usable, transform, config.seed)
 
     def __len__(self) -> int:

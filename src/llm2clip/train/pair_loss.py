@@ -29,9 +29,9 @@ class PairCollator(SentenceTransformerDataCollator):
     encoder's `tokenize`."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        others = [row["second"] for row in rows] + [text for row in rows for text in row["negatives"]]
-        texts = [row["first"] for row in rows] + others
-        found = self.preprocess_fn(texts, [row["prompt"] for row in rows] + [""] * len(others))
+        others = [row["positive"] for row in rows] + [text for row in rows for text in row["negatives"]]
+        texts = [row["anchor"] for row in rows] + others
+        found = self.preprocess_fn(texts, [row["instruction"] for row in rows] + [""] * len(others))
         names = torch.tensor([text_key(text) for text in texts])
         return {"tokens": found.ids, "unpooled": found.prompt_lengths, "names": names, "pairs": len(rows)}
 

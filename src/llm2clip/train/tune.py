@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftModel
 from llm2clip.checkpoint import hash_texts
 from llm2clip.config import TuneConfig
 from llm2clip.data.hashing import unique_captions
-from llm2clip.data.pairs import Item, pair_batches
+from llm2clip.data.pairs import TuningItem, pair_batches
 from llm2clip.distributed import fsdp_enabled, process_state
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.length_batching import default_batch_tokens
@@ -34,7 +34,7 @@ from llm2clip.train.pair_loss import PairCollator, PairLoss
 from llm2clip.train.tune_trainer import train_captions
 
 
-def tune(sources: Sequence[Sequence[Item]], encoder: CaptionEncoder, recipe: TuneConfig, folder: Path) -> Path:
+def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, recipe: TuneConfig, folder: Path) -> Path:
     """Tune `encoder` on pairs of texts and save it to `folder/encoder`; a killed run goes on.
 
     Args:
@@ -65,7 +65,7 @@ def tune(sources: Sequence[Sequence[Item]], encoder: CaptionEncoder, recipe: Tun
     return done
 
 
-def _rows(sources: Sequence[Sequence[Item]], encoder: CaptionEncoder, recipe: TuneConfig) -> list[dict[str, Any]]:
+def _rows(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, recipe: TuneConfig) -> list[dict[str, Any]]:
     """The pairs of all steps, on every process alike."""
     if not recipe.merge and recipe.steps <= 0:
         raise ValueError("--tune.merge false keeps what caption-contrastive steps change: --tune.steps has none")
@@ -89,10 +89,9 @@ def _rows(sources: Sequence[Sequence[Item]], encoder: CaptionEncoder, recipe: Tu
         recipe.steps,
         recipe.seed,
         recipe.hard_negative_group_size,
-        recipe.lengths,
     )
     rows = [asdict(pair) for batch in batches for pair in batch]
-    if prompts := {row["prompt"] for row in rows} - {""}:
+    if prompts := {row["instruction"] for row in rows} - {""}:
         encoder.exclude_prompts_from_pooling(sorted(prompts))
     return rows
 
@@ -108,7 +107,7 @@ def _tell_apart(rows: list[dict[str, Any]], encoder: CaptionEncoder, recipe: Tun
         widths=recipe.matryoshka_dims,
         grad_cache=recipe.grad_cache,
     )
-    texts = hash_texts(text for row in rows for text in (row["prompt"], row["first"], row["second"], *row["negatives"]))
+    texts = hash_texts(text for row in rows for text in (row["instruction"], row["anchor"], row["positive"], *row["negatives"]))
     plan = {
         "steps": recipe.steps,
         "pairs": recipe.batch_size * process_state().num_processes,
@@ -123,7 +122,7 @@ def _tell_apart(rows: list[dict[str, Any]], encoder: CaptionEncoder, recipe: Tun
 
 
 def _predict_hidden_tokens(
-    sources: Sequence[Sequence[Item]], encoder: CaptionEncoder, recipe: TuneConfig, folder: Path
+    sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, recipe: TuneConfig, folder: Path
 ) -> None:
     """Masked next-token prediction on the same texts, each as often as any other."""
     if (folder / "encoder").exists():

@@ -14,7 +14,7 @@ from braceexpand import braceexpand
 
 from llm2clip.data.raw_rows import ColumnChooser, RawRow
 from llm2clip.data.readers.tables import read_huggingface, read_parquet
-from llm2clip.data.readers.tar import list_images, list_tar_files, read_images, read_tar
+from llm2clip.data.readers.tar import list_files, list_images, read_images, read_tar
 from llm2clip.data.readers.text import read_captions_txt, read_csv, read_json, read_jsonl
 
 FORMATS = {  # what a name ends with -> the format's name in `read`
@@ -86,7 +86,7 @@ def _find_all(folder: str) -> list[tuple[str, str]]:
     if next(list_images(folder), None) is not None:
         found.append(("images", folder))
     for suffix in ("tar", "parquet"):
-        found += [(suffix, path) for path in list_tar_files(folder, frozenset({suffix}))]
+        found += [(suffix, path) for path in list_files(folder, frozenset({suffix}))]
     if not found:
         raise FileNotFoundError(f"{folder}: a folder without images, tars or parquet")
     return found

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm2clip.data.image_refs import DatasetImage, ParquetImage, disable_image_decoding, file_digest
+from llm2clip.data.image_refs import DatasetImage, ParquetImage, content_digest, disable_image_decoding
 from llm2clip.data.raw_rows import BadRow, ColumnChooser, LoadedImage, RawRow
 
 
@@ -47,7 +47,7 @@ def _held(ref: ParquetImage | DatasetImage, value: Any, unread: bool = False) ->
     data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if value is None or (data is None and not unread):
         return name  # without bytes, a struct's path is that of a file
-    return LoadedImage(ref if data is None else replace(ref, digest=file_digest(data)), data, name)
+    return LoadedImage(ref if data is None else replace(ref, digest=content_digest(data)), data, name)
 
 
 def read_huggingface(name: str, saved: bool, choose: ColumnChooser, splits: Sequence[str] | None) -> Iterator[RawRow]:

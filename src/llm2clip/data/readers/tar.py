@@ -17,10 +17,10 @@ MAX_CAPTION_BYTES = 1 << 20  # a caption file in a tar larger than this is no ca
 
 def list_images(folder: str) -> Iterator[str]:
     """The paths of the images under a folder, in order; what is hidden is passed over."""
-    return list_tar_files(folder, IMAGE_SUFFIXES)
+    return list_files(folder, IMAGE_SUFFIXES)
 
 
-def list_tar_files(folder: str, suffixes: frozenset[str]) -> Iterator[str]:
+def list_files(folder: str, suffixes: frozenset[str]) -> Iterator[str]:
     """The paths of the files of some kinds under a folder, likewise.
 
     Raises:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llm2clip.data.images import encode_thumbnail
+from llm2clip.data.images import load_thumbnail
 from llm2clip.evaluate.recall import recall_intervals
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks
 from llm2clip.html_report import ResultImage, ResultImages
@@ -130,4 +130,4 @@ def failure_images(ranked: RetrievalRanks, text: int) -> ResultImages:
 def _shot(ranked: RetrievalRanks, image: int, right: bool, line: str) -> ResultImage:
     ref = ranked.records[image].image
     assert ref is not None  # who has none is not ranked
-    return ResultImage(encode_thumbnail(ref, SIDE), right, line)
+    return ResultImage(load_thumbnail(ref, SIDE), right, line)

@@ -99,7 +99,7 @@ def group_by(asked: Sequence[Question], values: Sequence[T]) -> dict[str, list[T
 
 def image_file(folder: Path, name: str, log: SkipLog, file: Path, number: int) -> FileImage | None:
     """The image of a question, by its name in a folder; one that is not there, or not in it, is a row skipped."""
-    log.seen_one()
+    log.count_row()
     if not is_inside(name):
         log.skip(str(file), number, "name leads out of the folder", name)
     elif not (folder / name).is_file():

@@ -87,7 +87,7 @@ def _mmbench(file: Path, log: SkipLog, ending: str) -> list[Question]:
     images: dict[str, MemoryImage] = {}
     with file.open(encoding="utf-8", newline="") as table:
         for number, row in enumerate(csv.DictReader(table, delimiter="\t"), 1):
-            log.seen_one()
+            log.count_row()
             options: list[str] = []
             for letter in "ABCD":
                 if _empty(row.get(letter)):

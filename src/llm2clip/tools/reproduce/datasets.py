@@ -9,11 +9,13 @@ from functools import cached_property
 from pathlib import Path
 
 from llm2clip.config import EvaluateConfig, ReproduceConfig, TuneConfig
+from llm2clip.data.merged_records import read_merged_records
 from llm2clip.data.pairs import ImageCaptions, Pair
 from llm2clip.data.records import Record, Source
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import read_data, read_records, select_splits, tuning_sources
+from llm2clip.data.splits import read_splits, with_captions
 from llm2clip.data.text_pairs import read_text_pairs
+from llm2clip.data.read_tuning_sources import read_tuning_sources
 from llm2clip.distributed import print_once
 
 WORDNET = Path("/usr/share/wordnet")
@@ -31,7 +33,9 @@ class ClaimData:
         self.folder, self.config, self.log = folder, config, log
 
     def _read(self, sources: Sequence[str], images: bool = True) -> list[Record]:
-        found = read_records([str(self.folder / s) for s in sources], {}, self.log, "header" if images else "named")
+        found = read_merged_records(
+            [str(self.folder / s) for s in sources], {}, self.log, "header" if images else "unchecked"
+        )
         return [record for _, record in found]
 
     @cached_property
@@ -40,7 +44,7 @@ class ClaimData:
         sources = [str(self.folder / s) for s in self.config.tune]
         dense = [s for s in self.config.long_caption_sources if (self.folder / Source.parse(s).path).exists()]
         excluded = [str(self.folder / s) for s in [*self.config.exclude, *self.config.test, *self.config.cra, *dense]]
-        (items,) = tuning_sources([], [], TuneConfig(data=sources, exclude=excluded, steps=0), {}, self.log)
+        (items,) = read_tuning_sources([], [], TuneConfig(data=sources, exclude=excluded, steps=0), {}, self.log)
         return [
             dataclasses.replace(i, long=i.long or split_in_two(i.short)) for i in items if isinstance(i, ImageCaptions)
         ]
@@ -104,11 +108,11 @@ class ClaimData:
         if not parts:
             raise ValueError("no images with long captions: name some with --reproduce.long_caption_sources")
         tests = {
-            f"{n} sentence{'s' if n > 1 else ''}": [select_splits(r, (" ".join(some[:n]),)) for r, some in parts]
+            f"{n} sentence{'s' if n > 1 else ''}": [with_captions(r, (" ".join(some[:n]),)) for r, some in parts]
             for n in range(1, 1 + min(len(some) for _, some in parts))
             if any(len(some) > n for _, some in parts)  # else it is the whole
         }
-        return {**tests, "whole": [select_splits(r, (r.long_captions[0],)) for r, _ in parts]}
+        return {**tests, "whole": [with_captions(r, (r.long_captions[0],)) for r, _ in parts]}
 
     def test(self, name: str) -> list[Record]:
         """Images to retrieve: `captions`, `foreign`, or a name in `dense`."""
@@ -116,7 +120,7 @@ class ClaimData:
 
     def _held_out(self, fields: list[str]) -> dict[str, list[Record]]:
         sources = [str(self.folder / s) for s in self.config.test]
-        return read_data([], EvaluateConfig(data=sources, fields=fields), {}, self.log).held_out
+        return read_splits([], EvaluateConfig(data=sources, fields=fields), {}, self.log).held_out
 
 
 def split_in_two(captions: Sequence[str]) -> tuple[str, ...]:

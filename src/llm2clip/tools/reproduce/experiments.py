@@ -29,7 +29,7 @@ from torch import Tensor
 
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, ReproduceConfig, TuneConfig
 from llm2clip.data.hashing import unique_captions
-from llm2clip.data.pairs import Item
+from llm2clip.data.pairs import TuningItem
 from llm2clip.distributed import cached_json, print_once
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
@@ -89,7 +89,7 @@ class Experiments:
         folder = self.out / "encoders" / _file(name)
         if not (folder / "encoder").exists():
             print_once(f"tune: {self.label(name)}")
-            items: Sequence[Item] = self.sets.pairs if name.endswith("tc") else self.sets.tune
+            items: Sequence[TuningItem] = self.sets.pairs if name.endswith("tc") else self.sets.tune
             if not items and name.endswith("tc"):
                 raise ValueError(
                     "no general text pairs: apt-get install wordnet-base, or name some with --reproduce.text_pairs"

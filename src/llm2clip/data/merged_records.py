@@ -1,0 +1,71 @@
+"""Several sources read as one list of records, with one record per image."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from llm2clip.data.hashing import unique_captions
+from llm2clip.data.records import CAPTION_FIELDS, ImageCheck, Record, Source, open_records
+from llm2clip.data.skip_log import SkipLog
+
+SourcedRecord = tuple[Source, Record]
+
+
+def read_merged_records(
+    sources: Sequence[str | Source], columns: dict[str, str], log: SkipLog, image_check: ImageCheck = "header"
+) -> list[SourcedRecord]:
+    """Read all records of several sources and merge the records of the same image.
+
+    Rows and sources that refer to the same image become one record with all their captions, each caption once. It
+    keeps the id, split and source of the first. Rows without an image are merged if they have the same id, source path
+    and split.
+
+    Args:
+        sources: Paths or sources.
+        columns: Column mapping that is added to the mapping of every source.
+        log: Receives the rows that cannot be used.
+        image_check: See `open_records`.
+
+    Returns:
+        (source, record) for each image, in the order of first appearance.
+    """
+    merged: dict[Any, SourcedRecord] = {}
+    for number, (source, record) in enumerate(stream_records(sources, columns, log, image_check)):
+        key = _merge_key(source, record, number)
+        if key in merged:
+            first_source, first = merged[key]
+            merged[key] = first_source, _merge(first, record)
+        else:
+            merged[key] = source, record
+    return list(merged.values())
+
+
+def stream_records(
+    sources: Sequence[str | Source], columns: dict[str, str], log: SkipLog, image_check: ImageCheck = "header"
+) -> Iterator[SourcedRecord]:
+    """Yield (source, record) for each record of several sources, in order and without merging.
+
+    The arguments are those of `read_merged_records`.
+    """
+    for name in sources:
+        parsed = Source.parse(name)
+        source = dataclasses.replace(parsed, columns={**parsed.columns, **columns})
+        for record in open_records(source, log, image_check):
+            yield source, record
+
+
+def _merge_key(source: Source, record: Record, number: int) -> Any:
+    if record.image is not None and record.image.identifies_image:
+        return record.image.key
+    if record.id_from_source:
+        return source.path, record.split, record.id
+    return number  # nothing identifies the image: never merged
+
+
+def _merge(first: Record, second: Record) -> Record:
+    texts: dict[str, Any] = {}
+    for name in CAPTION_FIELDS:
+        texts[name] = tuple(unique_captions([*getattr(first, name), *getattr(second, name)]))
+    return dataclasses.replace(first, **texts)
