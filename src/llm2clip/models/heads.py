@@ -42,20 +42,3 @@ class Adapter(nn.Module):
     def forward(self, embeddings: Tensor) -> Tensor:
         x = F.normalize(embeddings, dim=-1) if self.normalize_input else embeddings
         return self.out(self.norm(self.blocks(x)))
-
-
-class GatedLayer(nn.Module):
-    """L2-normalise (optional) -> LayerNorm -> Linear(ReLU6(Linear(x)) * Linear(x)). (N, in_width) to (N, width), the
-    hidden layer `expansion` times as wide as the input."""
-
-    def __init__(self, in_width: int, width: int, expansion: int = 2, normalize_input: bool = False) -> None:
-        super().__init__()
-        self.normalize_input = normalize_input
-        self.norm = nn.LayerNorm(in_width)
-        self.gate = nn.Linear(in_width, expansion * in_width)
-        self.up = nn.Linear(in_width, expansion * in_width)
-        self.out = nn.Linear(expansion * in_width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(F.normalize(x, dim=-1) if self.normalize_input else x)
-        return self.out(F.relu6(self.gate(x)) * self.up(x))

@@ -24,7 +24,7 @@ from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.convert.checkpoint_io import read_safetensors
 from llm2clip.models.export.model_card import render_model_card
 from llm2clip.models.fingerprint import fingerprint
-from llm2clip.models.heads import Adapter, GatedLayer
+from llm2clip.models.heads import Adapter
 from llm2clip.models.vision_tower import VisionTower
 
 MAX_LOGIT_SCALE = 100.0
@@ -39,11 +39,9 @@ class LLM2CLIPConfig:
         tower: the vision tower's own config (`VisionTower.config`).
         text_dim: width of the caption encoder's vectors.
         embed_dim: of the shared space.
-        adapter: of texts, "residual" (`Adapter`), "glu" (`GatedLayer`), or "none": their embeddings as they are.
         adapter_depth: as in `Adapter`.
         adapter_expansion: as in `Adapter`, and of gated layers.
         normalize_input: as in `Adapter`.
-        projection: of images, "linear" or "glu".
         projection_bias: a linear projection adds one.
         logit_bias: there is a bias on the logits, as the sigmoid loss wants.
         encoder: identity of the caption encoder whose embeddings the adapter was trained on.
@@ -52,11 +50,9 @@ class LLM2CLIPConfig:
     tower: dict[str, Any]
     text_dim: int
     embed_dim: int = 1280
-    adapter: str = "residual"
     adapter_depth: int = 4
     adapter_expansion: int = 2
     normalize_input: bool = True
-    projection: str = "linear"
     projection_bias: bool = False
     logit_bias: bool = False
     encoder: dict[str, Any] = field(default_factory=dict)
@@ -69,12 +65,9 @@ class LLM2CLIPConfig:
         return cls(
             tower=tower,
             text_dim=text_width,
-            embed_dim=text_width if recipe.adapter == "none" else recipe.embed_dim,
-            adapter=recipe.adapter,
+            embed_dim=recipe.embed_dim,
             adapter_depth=recipe.adapter_depth,
-            adapter_expansion=recipe.adapter_expansion,
             normalize_input=recipe.normalize_input,
-            projection=recipe.projection,
             logit_bias=recipe.loss == "sigmoid",
             encoder=encoder or {},
         )
@@ -304,23 +297,13 @@ def is_model_folder(path: str | Path) -> bool:
         return False
 
 
-def _projection(config: LLM2CLIPConfig, tower_width: int) -> nn.Module:
-    if config.projection == "glu":
-        return GatedLayer(tower_width, config.embed_dim, config.adapter_expansion)
-    linear = nn.Linear(tower_width, config.embed_dim, bias=config.projection_bias)
-    nn.init.normal_(linear.weight, std=tower_width**-0.5)
+def _projection(config: LLM2CLIPConfig, feature_dim: int) -> nn.Linear:
+    linear = nn.Linear(feature_dim, config.embed_dim, bias=config.projection_bias)
+    nn.init.normal_(linear.weight, std=feature_dim**-0.5)
     return linear
 
 
-def _adapter(config: LLM2CLIPConfig) -> nn.Module:
-    if config.adapter == "glu":
-        return GatedLayer(config.text_dim, config.embed_dim, config.adapter_expansion, config.normalize_input)
-    if config.adapter == "none":
-        if config.text_dim != config.embed_dim:
-            raise ValueError(
-                f"without an adapter the shared width is the texts', {config.text_dim}, not {config.embed_dim}"
-            )
-        return nn.Identity()
+def _adapter(config: LLM2CLIPConfig) -> Adapter:
     return Adapter(
         config.text_dim, config.embed_dim, config.adapter_depth, config.adapter_expansion, config.normalize_input
     )

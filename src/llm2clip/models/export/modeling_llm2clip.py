@@ -96,7 +96,7 @@ class LLM2CLIPExport(PreTrainedModel):
             pooled = mask * (place == 1)
         weights = pooled.unsqueeze(-1).to(states.dtype)
         mean = (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
-        text = F.normalize(self.adapter(mean[:, : self.config.text_dim]).float(), dim=-1)
+        text = F.normalize(self.adapter(mean[:, : self.config.text_width]).float(), dim=-1)
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=text)
 
     def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
