@@ -240,7 +240,7 @@ def test_pictures_that_any_process_cannot_read_are_listed(
 
 
 def _listing_rank(records: list[Record], store: str, folder: str) -> None:
-    log = SkipLog(Path(folder) / "skipped.jsonl" if torch.distributed.get_rank() == 0 else None, limit=0.5)
+    log = SkipLog(Path(folder) / "skipped.jsonl" if torch.distributed.get_rank() == 0 else None, max_skipped=0.5)
     log.count_at_least(len(records))
     half = dataclasses.replace(ALIGN, batch_size=ALIGN.batch // 2)
     align(records, EmbeddingStore(store), fresh_model(), half, Path(folder) / "run", log)

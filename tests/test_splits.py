@@ -22,7 +22,7 @@ from llm2clip.data.pairs import ImageCaptions, Pair
 from llm2clip.data.records import EARLY_CHECK_ROWS, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import DataSplits, read_splits
-from llm2clip.data.read_tuning_sources import read_tuning_sources
+from llm2clip.data.tuning_sources import read_tuning_sources
 from llm2clip.run_config import ConfigChangedError, save_or_check_config
 
 

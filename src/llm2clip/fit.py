@@ -29,7 +29,7 @@ from llm2clip.checkpoint import read_metrics
 from llm2clip.config import FitConfig
 from llm2clip.data.pairs import TuningItem
 from llm2clip.data.splits import read_splits
-from llm2clip.data.read_tuning_sources import read_tuning_sources
+from llm2clip.data.tuning_sources import read_tuning_sources
 from llm2clip.distributed import cached_json, command_line, print_once, process_state
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings

@@ -15,7 +15,7 @@ from llm2clip.data.merged_records import read_merged_records, stream_records
 from llm2clip.data.records import CAPTION_FIELDS, Record, Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import read_splits
-from llm2clip.data.read_tuning_sources import read_tuning_sources
+from llm2clip.data.tuning_sources import read_tuning_sources
 from llm2clip.distributed import print_once, process_state
 from llm2clip.evaluate.retrieval_eval import make_validator
 from llm2clip.models.caption_encoder import CaptionEncoder
