@@ -1,169 +1,316 @@
-"""Each stage as its own verb, and what the verbs share: opening an encoder, building a model, beginning a run."""
+"""The four stages, tune, embed, align and evaluate, and `fit`, which runs them in this order.
+
+The command line and `reproduce` call the same functions. Each stage writes its result atomically and skips work that
+is already done, so running the same command again resumes the run. The run directory of `fit`:
+
+    RUN/
+      config.yaml            all settings; a different config in the same directory is rejected
+      skipped.jsonl          rows and images that could not be used, with file and row
+      tune/                  encoder/ (the tuned caption encoder), metrics.jsonl, cra_*.json, checkpoints/
+      store/                 the embedding of every caption
+      align/                 metrics.jsonl, evaluations.jsonl, checkpoints/, best/
+      evaluate/              untrained.json and trained.json: retrieval before and after alignment
+      model/                 the result
+      report.md, report.html
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import gc
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, EvaluateConfig, TuneConfig
-from llm2clip.data.merged_records import read_merged_records, stream_records
-from llm2clip.data.records import CAPTION_FIELDS, Record, Source
+from llm2clip.checkpoint import read_metrics
+from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, FitConfig, TuneConfig
+from llm2clip.data.pairs import Item
+from llm2clip.data.records import KINDS, Record
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import read_splits
-from llm2clip.data.tuning_sources import read_tuning_sources
-from llm2clip.distributed import print_once, process_state
-from llm2clip.evaluate.retrieval_eval import make_validator
+from llm2clip.data.splits import read_data, tuning_sources
+from llm2clip.distributed import cached_json, command_line, print_once, process_state
+from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
+from llm2clip.evaluate.embeddings import ModelEmbeddings
+from llm2clip.evaluate.reporting.fit_report import write_fit_report
+from llm2clip.evaluate.retrieval_eval import encode_from_store, evaluate_model, make_validator
+from llm2clip.io_utils import atomic_write_text
 from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.export.model_card import render_model_card
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.vision_tower import VisionTower
 from llm2clip.run_config import save_or_check_config
-from llm2clip.store.encode import embed
-from llm2clip.store.layout import check_identity
+from llm2clip.store.encode import embed as embed_locally
 from llm2clip.store.ray_engine import embed_with_ray
 from llm2clip.store.store import EmbeddingStore, refused_captions
-from llm2clip.train.align import align
-from llm2clip.train.tune import tune
+from llm2clip.train.align import align as train_align
+from llm2clip.train.align_data import check_batch
+from llm2clip.train.tune import tune as train_tune
+
+HeldOut = Mapping[str, Sequence[Record]]  # caption column -> records
 
 
-def tune_stage(
-    data: Sequence[str],
+def fit(sources: Sequence[str], run_dir: Path, config: FitConfig) -> Path:
+    """Run all stages on images and captions.
+
+    Args:
+        sources: PATH or PATH@split+split, see `llm2clip.data.records.Source`.
+        run_dir: run directory; an interrupted run resumes here.
+        config: settings of all stages.
+
+    Returns:
+        The model folder.
+
+    Raises:
+        ConfigChangedError: the run directory has different settings.
+        TooManySkipped: more than `config.max_skipped` of the rows cannot be used.
+        ValueError: the data is too small for the settings, or has no captions to learn from.
+    """
+    log = start_run(run_dir, {"data": list(sources), **dataclasses.asdict(config)}, config.max_skipped)
+    data = read_data(sources, config.evaluate, config.columns, log)
+    print_once(data.summary, log.summary())
+    check_batch(sum(r.image is not None for r in data.train), config.align, process_state().num_processes)
+
+    print_once("1/4 tune: contrastive training of the language model on captions")
+    pairs = _tuning_pairs(data.train, data.held_out, config, run_dir / "tune", log)
+    held_out_captions = [record.captions for record in data.held_out["captions"]]
+    encoder = EncoderConfig(path=str(tune(pairs, run_dir / "tune", config.encoder, config.tune, held_out_captions)))
+
+    print_once("2/4 embed: encoding every caption into the store")
+    records = [*data.train, *(record for column in data.held_out.values() for record in column)]
+    store = embed((text for r in records for text in r.texts), run_dir / "store", encoder, config.embed)
+
+    print_once("3/4 align: training the vision tower against the store")
+    train = drop_refused_captions(data.train, store)
+    held_out = {column: drop_refused_captions(records, store) for column, records in data.held_out.items()}
+    model_dir = align(train, store, run_dir / "align", config.align, log, held_out, encoder, run_dir / "model")
+
+    print_once("4/4 evaluate: retrieval on held-out images")
+    trained = evaluate(model_dir, held_out, run_dir / "evaluate", log, store)
+    if process_state().is_main_process:
+        _write_report(run_dir, model_dir, trained, f"{data.summary}. {log.summary()}.")
+    return model_dir
+
+
+def tune(
+    pairs: Sequence[Sequence[Item]],
     out: Path,
     encoder: EncoderConfig,
-    recipe: TuneConfig,
-    columns: dict[str, str],
-    max_skipped: float,
+    config: TuneConfig,
+    held_out_captions: Sequence[Sequence[str]] = (),
 ) -> Path:
-    """`llm2clip tune`: the folder of the tuned caption encoder, `out/encoder`. Of sources without named splits what a
-    fit holds out is left out."""
-    settings = {"data": list(data), "columns": columns, "encoder": encoder, "tune": recipe}
-    done = out / "encoder"
-    if done.exists():
-        save_or_check_config(settings, out / "recipe.yaml")  # are they those of the one that is there?
-        return done
-    log = begin(out, settings, max_skipped)
-    process_state().wait_for_everyone()  # all have looked before anyone is done
-    if not (data or recipe.data or recipe.pairs):
-        raise ValueError("name sources of captions, or of text pairs with --tune.text_pairs")
-    held_out: list[Record] = []
-    if any(not Source.parse(d).splits for d in data):  # what a fit holds out is not tuned on here either
-        found = read_splits(data, EvaluateConfig(), columns, log, "unchecked")
-        held_out = [r for some in found.held_out.values() for r in some]
-        if held_out:
-            print_once(found.summary)
-    items = read_tuning_sources([], held_out, recipe, columns, log, training_sources=data)
-    print_once(log.summary())
-    return tune(items, open_encoder(encoder, recipe), recipe, out)
+    """Stage 1: tune the caption encoder on pairs of texts.
+
+    Args:
+        pairs: image captions or text pairs, one list per source, see `tuning_sources`.
+        out: folder of the stage.
+        encoder: the encoder to start from.
+        config: settings of the stage.
+        held_out_captions: captions of each held-out image. If enough images have two, caption retrieval accuracy is
+            measured before and after tuning and saved in cra_raw.json and cra_tuned.json.
+
+    Returns:
+        The folder of the tuned caption encoder, `out/encoder`.
+    """
+    encoder_dir = out / "encoder"
+    is_done = encoder_dir.exists()
+    process_state().wait_for_everyone()  # every rank must look before one of them writes the folder
+    # QLoRA is for LLMs that do not fit the device unquantised, so the raw LLM is not evaluated.
+    measure = sum(len(set(captions)) > 1 for captions in held_out_captions) > 1 and not config.qlora
+    raw = None if is_done else open_encoder(encoder, device="cpu" if config.qlora else None)
+    if measure:
+        cached_json(
+            out / "cra_raw.json",
+            lambda: caption_retrieval_accuracy(held_out_captions, raw or open_encoder(encoder)),
+        )
+    if raw is not None:
+        train_tune(pairs, raw, config, out)
+        del raw
+    if measure:
+        cached_json(
+            out / "cra_tuned.json",
+            lambda: caption_retrieval_accuracy(held_out_captions, CaptionEncoder.from_pretrained(encoder_dir)),
+        )
+    return encoder_dir
 
 
-def embed_stage(
-    data: Sequence[str],
+def embed(
+    captions: Iterable[str],
     out: Path,
     encoder: EncoderConfig,
-    recipe: EmbedConfig,
-    columns: dict[str, str],
-    max_skipped: float,
+    config: EmbedConfig,
+    *,
+    engine: Literal["local", "ray"] = "local",
+    ray_workers: int = 0,
 ) -> EmbeddingStore:
-    """`llm2clip embed`: the store at `out`; captions that it holds already are kept."""
-    log = SkipLog(out / "skipped.jsonl" if process_state().is_main_process else None, max_skipped)
-    records = stream_records(data, columns, log, "ignore")
-    captions = (text for _, record in records for text in record.texts)
-    store = fill(captions, partial(open_encoder, encoder), out, recipe)
-    print_once(log.summary())
-    return store
+    """Encode captions into a store; captions that it already has are skipped.
+
+    Args:
+        captions: any number of texts, with or without duplicates.
+        out: store folder.
+        encoder: the frozen caption encoder.
+        config: settings of the stage.
+        engine: local uses this process and the other ranks of the launcher; ray uses a Ray cluster.
+        ray_workers: Ray workers; 0 uses one per GPU, or one per two CPU cores.
+    """
+    options = dataclasses.asdict(config)
+    if engine == "ray":
+        return embed_with_ray(captions, partial(open_encoder, encoder), out, workers=ray_workers, **options)
+    return embed_locally(captions, open_encoder(encoder), out, **options)
 
 
-def align_stage(
-    data: Sequence[str],
-    store_folder: Path,
+def align(
+    train: Sequence[Record],
+    store: EmbeddingStore,
     out: Path,
-    encoder: EncoderConfig,
-    recipe: AlignConfig,
-    columns: dict[str, str],
-    max_skipped: float,
-    held_out: Sequence[str] = (),
+    config: AlignConfig,
+    log: SkipLog,
+    held_out: HeldOut | None = None,
+    encoder: EncoderConfig | None = None,
+    model_dir: Path | None = None,
     features: Path | None = None,
 ) -> Path:
-    """`llm2clip align`: the trained model folder, `out/model`. Of sources without named splits what a fit holds out is
-    left out. The captions of `held_out` must be in the store, too."""
-    settings = {"data": list(data), "held_out": list(held_out), "columns": columns, "store": store_folder}
-    settings |= {"encoder": encoder, "align": recipe}
-    log = begin(out, settings, max_skipped)
-    folder = out / "model"
-    if folder.exists():
-        return folder
-    store = EmbeddingStore(store_folder)
-    if process_state().is_main_process:
-        store.verify(progress=True)
-        identity = store.manifest["identity"]
-        check_identity(identity, open_encoder(encoder).identity(identity["precision"]), store_folder)
-    process_state().wait_for_everyone()
-    if held_out or any(not Source.parse(d).splits for d in data):  # what a fit holds out is not trained on here either
-        found = read_splits(data, EvaluateConfig(data=list(held_out)), columns, log)
-        records, tested = found.train, found.held_out if held_out else {}
-        print_once(found.summary)
+    """Stage 2: train a vision tower, its projection and the adapter against the store.
+
+    Args:
+        train: records whose captions are in the store.
+        store: cached caption embeddings.
+        out: folder of the stage.
+        config: settings of the stage.
+        log: counts and lists images that cannot be decoded.
+        held_out: records to evaluate on before, during and after training, by caption column.
+        encoder: caption encoder to save with the model; None saves the model without one.
+        model_dir: model folder to write. Default: `out/model`.
+        features: store of the frozen tower's features, shared by several runs. Default: in `out`.
+
+    Returns:
+        The model folder.
+    """
+    state = process_state()
+    model_dir = model_dir or out / "model"
+    if model_dir.exists():
+        return model_dir
+    gc.collect()  # free the LLM's memory before the vision tower is opened
+    model = new_model(config, store)
+    validate = None
+    if held_out:
+        evaluations = out.parent / "evaluate"
+        if state.is_main_process:  # results of an earlier model or of other settings
+            (evaluations / "trained.json").unlink(missing_ok=True)
+            if not (out / "checkpoints").exists():
+                (evaluations / "untrained.json").unlink(missing_ok=True)
+        cached_json(evaluations / "untrained.json", lambda: _evaluate_from_store(model, held_out, store, log))
+        validate = make_validator(held_out, log, store)
+    model = train_align(train, store, model, config, out, log, validate, features)
+    if state.is_main_process:
+        _save_model(model, model_dir, encoder)
+    state.wait_for_everyone()
+    return model_dir
+
+
+def evaluate(
+    model_dir: Path, held_out: HeldOut, out: Path, log: SkipLog, store: EmbeddingStore
+) -> list[dict[str, Any]]:
+    """Measure retrieval of a trained model on held-out images, with text embeddings from the store.
+
+    Args:
+        model_dir: model folder.
+        held_out: records by caption column.
+        out: folder of the stage; the result is saved in `trained.json`.
+        log: counts and lists images that cannot be decoded.
+        store: embeddings of the held-out captions.
+
+    Returns:
+        One row per caption column, see `evaluate_model`.
+    """
+    model = LLM2CLIP.from_pretrained(model_dir)
+    rows: list[dict[str, Any]] = cached_json(
+        out / "trained.json", lambda: _evaluate_from_store(model, held_out, store, log)
+    )
+    return rows
+
+
+# ---- shared by the stages and the command line ---------------------------------------------------------------------
+
+
+def start_run(run_dir: Path, config: dict[str, Any], max_skipped: float) -> SkipLog:
+    """Save the run config, or raise if the run directory has a different one. Return the skip log."""
+    is_main = process_state().is_main_process
+    if is_main:
+        save_or_check_config(config, run_dir)
+    return SkipLog(run_dir / "skipped.jsonl" if is_main else None, max_skipped)
+
+
+def open_encoder(config: EncoderConfig, device: str | None = None) -> CaptionEncoder:
+    """Open the caption encoder of a config. Default device: this rank's."""
+    return CaptionEncoder.from_pretrained(**dataclasses.asdict(config), device=device)
+
+
+def new_model(config: AlignConfig, store: EmbeddingStore) -> LLM2CLIP:
+    """Create an untrained model: a pretrained tower, and heads initialised from the config's seed."""
+    torch.manual_seed(config.seed)
+    tower = VisionTower.from_pretrained(config.tower, image_size=config.image_size)
+    tower.freeze_norm = True  # keep the pretrained batch statistics
+    model_config = LLM2CLIPConfig.from_config(config, tower.config, store.dim, store.manifest["identity"])
+    return LLM2CLIP(model_config, tower).to(process_state().device)
+
+
+def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
+    """Remove captions that the tokenizer could not encode: the store lacks them. Drop records without any other."""
+    refused = set(refused_captions(store.folder))
+    remaining = []
+    for record in records:
+        captions: dict[str, Any] = {
+            kind: tuple(c for c in getattr(record, kind) if c not in refused) for kind in KINDS
+        }
+        record = dataclasses.replace(record, **captions)
+        if record.texts:
+            remaining.append(record)
+    return remaining
+
+
+def _tuning_pairs(
+    train: Sequence[Record], held_out: HeldOut, config: FitConfig, out: Path, log: SkipLog
+) -> list[list[Item]]:
+    """Return the text pairs that `fit` tunes on; none if nothing is left to tune."""
+    if config.tune.steps == 0 or (out / "encoder").exists():
+        return []
+    own_captions = [] if config.tune.data or config.tune.text_pairs else train
+    excluded = [record for records in held_out.values() for record in records]
+    return tuning_sources(own_captions, excluded, config.tune, config.columns, log)
+
+
+def _evaluate_from_store(
+    model: LLM2CLIP, held_out: HeldOut, store: EmbeddingStore, log: SkipLog
+) -> list[dict[str, Any]]:
+    return evaluate_model(ModelEmbeddings(encode_from_store(model, store), log), held_out)
+
+
+def _save_model(model: LLM2CLIP, folder: Path, encoder: EncoderConfig | None) -> None:
+    """Save a model with its caption encoder, whose folder is copied where that is enough."""
+    if encoder is None:
+        model.save_pretrained(folder)
+    elif encoder == EncoderConfig(path=encoder.path) and (Path(encoder.path) / "modules.json").is_file():
+        model.save_pretrained(folder, text_folder=encoder.path)
     else:
-        records, tested = [r for _, r in read_merged_records(data, columns, log)], {}
-    print_once(log.summary())
-    fields = {name: readable(some, store) for name, some in tested.items()}
-    validate = make_validator(fields, log, store) if fields else None
-    model = align(readable(records, store), store, new_model(recipe, store), recipe, out, log, validate, features)
-    if process_state().is_main_process:
         model.save_pretrained(folder, encoder=open_encoder(encoder))
-    return folder
 
 
-# ---- what the stages share ------------------------------------------------------------------------------------------
-
-
-def fill(
-    captions: Iterable[str], opening: Callable[[], CaptionEncoder], out: Path, recipe: EmbedConfig
-) -> EmbeddingStore:
-    """The store at `out` with all captions, by the recipe's engine."""
-    options = dataclasses.asdict(recipe)
-    engine, workers = options.pop("engine"), options.pop("workers")
-    if engine == "ray":
-        return embed_with_ray(captions, opening, out, workers=workers, **options)
-    return embed(captions, opening(), out, **options)
-
-
-def readable(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
-    """Records without the captions that the tokenizer refused, which the store therefore lacks."""
-    if not (refused := refused_captions(store.folder)):
-        return list(records)
-
-    def left(captions: Sequence[str]) -> tuple[str, ...]:
-        return tuple(c for c in captions if c not in refused)
-
-    def without(record: Record) -> Record:
-        texts: dict[str, Any] = {kind: left(getattr(record, kind)) for kind in CAPTION_FIELDS}
-        return dataclasses.replace(record, **texts)
-
-    return [r for r in map(without, records) if r.texts]
-
-
-def open_encoder(recipe: EncoderConfig, tuning: TuneConfig | None = None) -> CaptionEncoder:
-    """The caption encoder of a recipe; on the CPU if tuning is to make it small for the device."""
-    device = "cpu" if tuning is not None and tuning.quantize else None
-    return CaptionEncoder.from_pretrained(**dataclasses.asdict(recipe), device=device)
-
-
-def new_model(recipe: AlignConfig, store: EmbeddingStore) -> LLM2CLIP:
-    """A model to be trained: its tower pretrained, its heads drawn from the recipe's seed."""
-    torch.manual_seed(recipe.seed)
-    tower = VisionTower.from_pretrained(recipe.tower, image_size=recipe.image_size, pretrained=recipe.pretrained)
-    tower.freeze_norm = recipe.pretrained  # else there is nothing in the norms to be kept
-    config = LLM2CLIPConfig.from_config(recipe, tower.config, store.width, store.manifest["identity"])
-    return LLM2CLIP(config, tower).to(process_state().device)
-
-
-def begin(out: Path, settings: dict[str, Any], max_skipped: float) -> SkipLog:
-    """Keep the settings of a run in its folder, or refuse others; the log of what it skips."""
-    main = process_state().is_main_process
-    if main:
-        save_or_check_config(settings, out / "recipe.yaml")
-    return SkipLog(out / "skipped.jsonl" if main else None, max_skipped)
+def _write_report(run_dir: Path, model_dir: Path, trained: list[dict[str, Any]], data_summary: str) -> None:
+    """Write the report of a `fit` run and the model card, and print the report."""
+    cra_files = (run_dir / "tune" / "cra_raw.json", run_dir / "tune" / "cra_tuned.json")
+    cra = [json.loads(file.read_text()) for file in cra_files if file.exists()]
+    report, page = write_fit_report(
+        run_dir,
+        command=command_line(),
+        data=data_summary,
+        cra=(cra[0], cra[1]) if len(cra) == 2 else None,
+        untrained=json.loads((run_dir / "evaluate" / "untrained.json").read_text()),
+        trained=trained,
+        curves={stage: read_metrics(run_dir / stage / "metrics.jsonl") for stage in ("tune", "align")},
+    )
+    atomic_write_text(model_dir / "README.md", render_model_card(model_dir, run_dir.resolve().name))
+    print_once(report.read_text(encoding="utf-8"), f"\nReport: {page}")

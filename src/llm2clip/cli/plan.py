@@ -1,0 +1,48 @@
+"""The `plan` command, and the arguments that describe a machine (also used by `llava plan`)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jsonargparse import ArgumentParser, Namespace
+
+from llm2clip.cli.commands import Commands, select
+from llm2clip.cli.train import add_stage_settings
+from llm2clip.config import FitConfig
+from llm2clip.tools.plan.devices import Machine
+
+
+def add(commands: Commands) -> None:
+    """Add the command of this module."""
+    parser = commands.add(
+        "plan", _plan, "Estimate what `fit` takes: parameters, FLOPs, memory and hours. Downloads and runs nothing."
+    )
+    parser.add_argument("--images", type=int, required=True, help="Number of training images.")
+    parser.add_argument("--captions_per_image", type=float, default=2.0, help="Average number of captions per image.")
+    parser.add_argument("--tokens_per_caption", type=float, default=84.0, help="Average caption length in tokens.")
+    add_machine_arguments(parser)
+    add_stage_settings(parser)
+
+
+def add_machine_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments that describe the machine of a plan."""
+    parser.add_class_arguments(Machine, skip={"use_fsdp"})
+    parser.add_argument("--use_fsdp", action="store_true", help="Shard the weights, as `accelerate launch --use_fsdp`.")
+
+
+def machine_from_args(args: Namespace) -> Machine:
+    """Return the machine that the arguments describe.
+
+    Raises:
+        ValueError: unknown device, or a value out of range.
+    """
+    return Machine(**select(args, *(field.name for field in dataclasses.fields(Machine))))
+
+
+def _plan(args: Namespace) -> list[str]:
+    from llm2clip.tools.plan.plan import plan_fit
+    from llm2clip.tools.plan.report import format_plan
+
+    config = FitConfig(**select(args, "encoder", "tune", "embed", "align"))
+    data = select(args, "images", "captions_per_image", "tokens_per_caption")
+    return format_plan(plan_fit(config, machine_from_args(args), **data)).splitlines()

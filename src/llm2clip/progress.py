@@ -1,0 +1,67 @@
+"""Progress bars for terminals, notebooks and log files."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from tqdm.auto import tqdm
+
+LOG_INTERVAL = 10.0  # seconds between two lines in a log file
+
+
+class ProgressBar(tqdm):
+    """tqdm, except that a bar in a log file (stderr is not a terminal) is a new line every few seconds.
+
+    Takes the arguments of `tqdm.auto.tqdm`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._writes_lines = not sys.stderr.isatty() and "ipykernel" not in sys.modules
+        self._last_line_time = time.monotonic()
+        self._last_line = ""
+        super().__init__(*args, **kwargs)
+        if self._writes_lines and not self.disable and self.total is not None:
+            self.bar_format = "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
+    def display(self, msg: str | None = None, pos: int | None = None, **kwargs: Any) -> Any:
+        """Show the bar: redraw it in place, or write a line if the last one is `LOG_INTERVAL` seconds old."""
+        if not self._writes_lines:
+            return super().display(msg, pos, **kwargs)
+        is_complete = self.total is not None and self.n >= self.total
+        is_due = time.monotonic() - self._last_line_time >= LOG_INTERVAL
+        line = (msg if msg is not None else str(self)).strip()
+        if (is_complete or is_due) and line and line != self._last_line:
+            self._write_line(line)
+        return True
+
+    def close(self) -> None:
+        """Close the bar; in a log file, write its last state."""
+        if not self._writes_lines:
+            return super().close()
+        if self.disable:
+            return None
+        self.disable = True
+        line = str(self).strip()
+        already_written = self._last_line.startswith(line.split("[")[0])  # the same count; the rate may differ
+        if self.leave and self.n and not already_written:
+            self._write_line(line)
+        self._decr_instances(self)
+        return None
+
+    def moveto(self, n: int) -> None:
+        """Move the cursor; a log file has none."""
+        if not self._writes_lines:
+            super().moveto(n)
+
+    def clear(self, *args: Any, **kwargs: Any) -> None:
+        """Clear the bar before a message is printed; lines in a log file stay."""
+        if not self._writes_lines:
+            super().clear(*args, **kwargs)
+
+    def _write_line(self, line: str) -> None:
+        self.fp.write(line + "\n")
+        self.fp.flush()
+        self._last_line = line
+        self._last_line_time = time.monotonic()
