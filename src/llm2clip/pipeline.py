@@ -36,7 +36,7 @@ from llm2clip.distributed import cached_json, command_line, print_once, process_
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.reporting.fit_report import write_fit_report
-from llm2clip.evaluate.retrieval_eval import encode_from_store, evaluate_model, make_validator
+from llm2clip.evaluate.retrieval_eval import dual_encoder_from_store, evaluate_caption_fields, make_validator
 from llm2clip.io_utils import atomic_write_text
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.export.model_card import render_model_card
@@ -224,7 +224,7 @@ def evaluate(
         store: embeddings of the held-out captions.
 
     Returns:
-        One row per caption column, see `evaluate_model`.
+        One row per caption column, see `evaluate_caption_fields`.
     """
     model = LLM2CLIP.from_pretrained(model_dir)
     rows: list[dict[str, Any]] = cached_json(
@@ -254,7 +254,7 @@ def new_model(config: AlignConfig, store: EmbeddingStore) -> LLM2CLIP:
     torch.manual_seed(config.seed)
     tower = VisionTower.from_pretrained(config.tower, image_size=config.image_size)
     tower.freeze_norm = True  # keep the pretrained batch statistics
-    model_config = LLM2CLIPConfig.from_config(config, tower.config, store.dim, store.manifest["identity"])
+    model_config = LLM2CLIPConfig.from_config(config, tower.config, store.width, store.manifest["identity"])
     return LLM2CLIP(model_config, tower).to(process_state().device)
 
 
@@ -263,9 +263,7 @@ def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> l
     refused = set(refused_captions(store.folder))
     remaining = []
     for record in records:
-        captions: dict[str, Any] = {
-            kind: tuple(c for c in getattr(record, kind) if c not in refused) for kind in KINDS
-        }
+        captions: dict[str, Any] = {kind: tuple(c for c in getattr(record, kind) if c not in refused) for kind in KINDS}
         record = dataclasses.replace(record, **captions)
         if record.texts:
             remaining.append(record)
@@ -286,7 +284,7 @@ def _tuning_pairs(
 def _evaluate_from_store(
     model: LLM2CLIP, held_out: HeldOut, store: EmbeddingStore, log: SkipLog
 ) -> list[dict[str, Any]]:
-    return evaluate_model(ModelEmbeddings(encode_from_store(model, store), log), held_out)
+    return evaluate_caption_fields(ModelEmbeddings(dual_encoder_from_store(model, store), log), held_out)
 
 
 def _save_model(model: LLM2CLIP, folder: Path, encoder: EncoderConfig | None) -> None:

@@ -47,7 +47,7 @@ class ProgressBar(tqdm):
         already_written = self._last_line.startswith(line.split("[")[0])  # the same count; the rate may differ
         if self.leave and self.n and not already_written:
             self._write_line(line)
-        self._decr_instances(self)
+        type(self)._decr_instances(self)  # type: ignore[attr-defined]
         return None
 
     def moveto(self, n: int) -> None:

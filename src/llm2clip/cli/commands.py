@@ -134,7 +134,7 @@ def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> 
         "--columns",
         type=dict[str, str],
         default={},
-        help="Column of the source for each of our fields, e.g. '{\"captions\": \"text\"}'.",
+        help='Column of the source for each of our fields, e.g. \'{"captions": "text"}\'.',
     )
     parser.add_argument(
         "--max_skipped",

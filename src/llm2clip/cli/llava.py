@@ -6,7 +6,8 @@ import os
 
 from jsonargparse import Namespace
 
-from llm2clip.cli.commands import Commands, add_machine_arguments, add_reading_arguments, machine_from_args, select
+from llm2clip.cli.commands import Commands, add_reading_arguments, select
+from llm2clip.cli.plan import add_machine_arguments, machine_from_args
 from llm2clip.config import LlavaConfig
 
 

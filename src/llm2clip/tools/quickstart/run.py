@@ -14,10 +14,10 @@ from pathlib import Path
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, EvaluateConfig, FitConfig, TuneConfig
 from llm2clip.data.records import open_records
 from llm2clip.distributed import print_once, process_state
-from llm2clip.fit import fit
 from llm2clip.io_utils import atomic_write_jsonl, read_jsonl
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.pretrained import resolve_pretrained
+from llm2clip.pipeline import fit
 from llm2clip.tools.quickstart.figure import draw_results
 from llm2clip.tools.quickstart.openmoji import emoji_records
 
@@ -63,6 +63,7 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> Path:
             epochs=12,
             batch_size=96,
             tower_lr=5e-4,
+            precision="fp32",
             caption_mix={"captions": 4, "long_captions": 1},
             save_steps=50,
         ),

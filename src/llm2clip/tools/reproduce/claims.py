@@ -45,7 +45,8 @@ def towers_in_order(lab: Experiments) -> Claim:
         2,
         "average of five sets: "
         + ", ".join(
-            f"{name} {RETRIEVAL[name]['average']}" for name in ("Llama3-8B", "Jina Bert", "Llama3-8B-TC", "Llama3-8B-CC")
+            f"{name} {RETRIEVAL[name]['average']}"
+            for name in ("Llama3-8B", "Jina Bert", "Llama3-8B-TC", "Llama3-8B-CC")
         ),
         ["text tower", "I2T R@1", "T2I R@1", "mean", "95%"],
     )

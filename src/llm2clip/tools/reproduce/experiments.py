@@ -17,10 +17,8 @@ Each is worked out once and kept in the run's folder, so that a run which was st
 from __future__ import annotations
 
 import dataclasses
-import gc
 import shutil
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +35,10 @@ from llm2clip.evaluate.retrieval_eval import RetrievalRanks, dual_encoder_from_s
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.display_names import display_names
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.pipeline import fill, new_model, open_encoder, readable
+from llm2clip.pipeline import align, drop_refused_captions, embed, open_encoder, tune
 from llm2clip.store.layout import keys_of
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.tools.reproduce.datasets import ClaimData
-from llm2clip.train.align import align
-from llm2clip.train.tune import tune
 
 
 class Experiments:
@@ -57,8 +53,6 @@ class Experiments:
             batch_size=config.batch_size,
             warmup_ratio=0.05,
             hard_negative_group_size=32,
-            lengths=[2.0, 0.0, 1.0],
-            merge=True,
         )
         whole = dataclasses.replace(every, lr=config.lr, lora_r=0)
         part = dataclasses.replace(every, lr=config.multilingual_lr)
@@ -82,21 +76,25 @@ class Experiments:
         return f"{short_name}{blocks}{how}"
 
     def encoder(self, name: str) -> CaptionEncoder:
-        """A caption encoder, tuned first where it is to be."""
+        """Open a caption encoder, tuned first if it is one of the tuned ones."""
+        return open_encoder(self._encoder_config(name))
+
+    def _encoder_config(self, name: str) -> EncoderConfig:
+        """Return the config of a caption encoder; tune the encoder first if needed."""
         config, tuning = self.encoders[name]
         if tuning is None:
-            return open_encoder(config)
+            return config
         folder = self.out / "encoders" / _file(name)
         if not (folder / "encoder").exists():
             print_once(f"tune: {self.label(name)}")
             items: Sequence[TuningItem] = self.sets.pairs if name.endswith("tc") else self.sets.tune
             if not items and name.endswith("tc"):
                 raise ValueError(
-                    "no general text pairs: apt-get install wordnet-base, or name some with --reproduce.text_pairs"
+                    "no general text pairs: install Debian's wordnet-base, or give sources with --reproduce.text_pairs"
                 )
-            tune([items], open_encoder(config, tuning), tuning, folder)
+            tune([items], folder, config, tuning)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        return CaptionEncoder.from_pretrained(folder / "encoder")
+        return EncoderConfig(path=str(folder / "encoder"))
 
     def cra(self, name: str) -> dict[str, Any]:
         """Caption retrieval of one encoder, as of `caption_accuracy`, with its hits."""
@@ -116,38 +114,34 @@ class Experiments:
             if (store.find(keys_of(unique_captions(texts))) >= 0).all():
                 return store
         print_once(f"embed: {self.label(name)}")
-        return fill(texts, partial(self.encoder, name), folder, EmbedConfig())
+        return embed(texts, folder, self._encoder_config(name), EmbedConfig())
 
     def model(self, name: str, seed: int) -> LLM2CLIP:
         """Heads trained between the frozen tower and one caption encoder's store."""
         folder = self.out / "models" / f"{_file(name)}-{seed}"
         if not folder.exists():
-            store = self.store(name, [t for r in self.sets.train for t in r.texts])
+            store = self.store(name, [text for record in self.sets.train for text in record.texts])
             print_once(f"align: {self.label(name)}, seed {seed}")
-            config = self.align_recipe(seed)
-            model, work = new_model(config, store), self.out / "work" / folder.name
+            work = self.out / "work" / folder.name
             align(
-                readable(self.sets.train, store),
+                drop_refused_captions(self.sets.train, store),
                 store,
-                model,
-                config,
                 work,
+                self.align_config(seed),
                 self.sets.log,
+                model_dir=folder,
                 features=self.out / "features",
             )
-            model.save_pretrained(folder)
-            shutil.rmtree(work)
-            gc.collect()
+            shutil.rmtree(work, ignore_errors=True)
         return LLM2CLIP.from_pretrained(folder)
 
-    def align_recipe(self, seed: int) -> AlignConfig:
-        r = self.recipe
+    def align_config(self, seed: int) -> AlignConfig:
+        r = self.config
         return AlignConfig(
             tower=r.tower,
             image_size=r.image_size,
-            embed_dim=r.width,
+            embed_dim=r.embed_dim,
             tower_lr=0.0,
-            cache_features=True,
             captions_per_image=0,
             batch_size=min(512, len(self.sets.train)),
             epochs=r.epochs,
@@ -162,7 +156,7 @@ class Experiments:
         together = [test] if test in ("captions", "foreign") else list(self.sets.dense)  # are embedded
         store = self.store(name, [t for some in together for r in self.sets.test(some) for t in r.captions])
         vectors = ModelEmbeddings(dual_encoder_from_store(model, store), self.sets.log, self.out / "vectors")
-        return rank_caption_fields(vectors, {test: readable(records, store)})[test]
+        return rank_caption_fields(vectors, {test: drop_refused_captions(records, store)})[test]
 
     def hits(self, name: str, test: str, way: str) -> Tensor:
         """How often the first answer is right, by image; their mean is R@1.

@@ -14,7 +14,7 @@ from llm2clip.config import ReproduceConfig
 from llm2clip.distributed import cached_json, command_line, print_once, process_state
 from llm2clip.evaluate.reporting import plots
 from llm2clip.html_report import BAD, GOOD, UNSURE, Block, Command, Heading, Paragraph, Plot, Table, write_report
-from llm2clip.pipeline import begin
+from llm2clip.pipeline import start_run
 from llm2clip.tools.reproduce.claims import CLAIMS
 from llm2clip.tools.reproduce.datasets import ClaimData
 from llm2clip.tools.reproduce.experiments import Experiments
@@ -49,7 +49,7 @@ def reproduce(data: Path, out: Path, config: ReproduceConfig, claims: Sequence[i
         raise ValueError(f"no claim {unknown[0]}; there are {', '.join(map(str, CLAIMS))}")
     if process_state().num_processes > 1:
         raise ValueError("reproduce runs in one process: start it without torchrun or accelerate launch")
-    log = begin(out, {"data": data, "reproduce": config}, max_skipped)
+    log = start_run(out, {"data": data, "reproduce": config}, max_skipped)
     lab, untested = Experiments(ClaimData(data, config, log), config, out), []
     for number in claims:
         start, file = time.time(), out / "claims" / f"{number}.json"
