@@ -28,10 +28,11 @@ import torch
 
 from llm2clip.checkpoint import read_metrics
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, FitConfig, TuneConfig
-from llm2clip.data.pairs import Item
-from llm2clip.data.records import KINDS, Record
+from llm2clip.data.pairs import TuningItem
+from llm2clip.data.records import CAPTION_FIELDS, Record
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import read_data, tuning_sources
+from llm2clip.data.splits import read_splits
+from llm2clip.data.tuning_sources import read_tuning_sources
 from llm2clip.distributed import cached_json, command_line, print_once, process_state
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
@@ -70,7 +71,7 @@ def fit(sources: Sequence[str], run_dir: Path, config: FitConfig) -> Path:
         ValueError: the data is too small for the settings, or has no captions to learn from.
     """
     log = start_run(run_dir, {"data": list(sources), **dataclasses.asdict(config)}, config.max_skipped)
-    data = read_data(sources, config.evaluate, config.columns, log)
+    data = read_splits(sources, config.evaluate, config.columns, log)
     print_once(data.summary, log.summary())
     check_batch(sum(r.image is not None for r in data.train), config.align, process_state().num_processes)
 
@@ -96,7 +97,7 @@ def fit(sources: Sequence[str], run_dir: Path, config: FitConfig) -> Path:
 
 
 def tune(
-    pairs: Sequence[Sequence[Item]],
+    pairs: Sequence[Sequence[TuningItem]],
     out: Path,
     encoder: EncoderConfig,
     config: TuneConfig,
@@ -105,7 +106,7 @@ def tune(
     """Stage 1: tune the caption encoder on pairs of texts.
 
     Args:
-        pairs: image captions or text pairs, one list per source, see `tuning_sources`.
+        pairs: image captions or text pairs, one list per source, see `read_tuning_sources`.
         out: folder of the stage.
         encoder: the encoder to start from.
         config: settings of the stage.
@@ -263,7 +264,9 @@ def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> l
     refused = set(refused_captions(store.folder))
     remaining = []
     for record in records:
-        captions: dict[str, Any] = {kind: tuple(c for c in getattr(record, kind) if c not in refused) for kind in KINDS}
+        captions: dict[str, Any] = {
+            kind: tuple(c for c in getattr(record, kind) if c not in refused) for kind in CAPTION_FIELDS
+        }
         record = dataclasses.replace(record, **captions)
         if record.texts:
             remaining.append(record)
@@ -272,13 +275,13 @@ def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> l
 
 def _tuning_pairs(
     train: Sequence[Record], held_out: HeldOut, config: FitConfig, out: Path, log: SkipLog
-) -> list[list[Item]]:
+) -> list[list[TuningItem]]:
     """Return the text pairs that `fit` tunes on; none if nothing is left to tune."""
     if config.tune.steps == 0 or (out / "encoder").exists():
         return []
     own_captions = [] if config.tune.data or config.tune.text_pairs else train
     excluded = [record for records in held_out.values() for record in records]
-    return tuning_sources(own_captions, excluded, config.tune, config.columns, log)
+    return read_tuning_sources(own_captions, excluded, config.tune, config.columns, log)
 
 
 def _evaluate_from_store(

@@ -89,7 +89,8 @@ def _fit(args: Namespace) -> list[str]:
 
 def _tune(args: Namespace) -> list[str]:
     from llm2clip.data.records import Record, Source
-    from llm2clip.data.splits import read_data, tuning_sources
+    from llm2clip.data.splits import read_splits
+    from llm2clip.data.tuning_sources import read_tuning_sources
     from llm2clip.distributed import print_once
     from llm2clip.pipeline import start_run, tune
 
@@ -102,19 +103,19 @@ def _tune(args: Namespace) -> list[str]:
             raise ValueError("Nothing to tune on: give caption sources, or text pairs with --tune.text_pairs")
         held_out: list[Record] = []
         if any(not Source.parse(source).splits for source in sources):
-            data = read_data(sources, EvaluateConfig(), args.columns, log, "named")
+            data = read_splits(sources, EvaluateConfig(), args.columns, log, "unchecked")
             held_out = [record for records in data.held_out.values() for record in records]
             if held_out:
                 print_once(data.summary)
-        pairs = tuning_sources([], held_out, args.tune, args.columns, log, own=sources)
+        pairs = read_tuning_sources([], held_out, args.tune, args.columns, log, training_sources=sources)
         print_once(log.summary())
     encoder = tune(pairs, out, args.encoder, args.tune)
     return [f"Caption encoder: {encoder}", f"Next: llm2clip embed DATA --encoder.path {encoder} --out STORE"]
 
 
 def _embed(args: Namespace) -> list[str]:
+    from llm2clip.data.merged_records import stream_records
     from llm2clip.data.skip_log import SkipLog
-    from llm2clip.data.splits import stream_records
     from llm2clip.distributed import print_once, process_state
     from llm2clip.pipeline import embed
 
@@ -131,8 +132,9 @@ def _embed(args: Namespace) -> list[str]:
 
 
 def _align(args: Namespace) -> list[str]:
+    from llm2clip.data.merged_records import read_merged_records
     from llm2clip.data.records import Source
-    from llm2clip.data.splits import read_data, read_records
+    from llm2clip.data.splits import read_splits
     from llm2clip.distributed import print_once
     from llm2clip.pipeline import align, drop_refused_captions, start_run
     from llm2clip.store.store import EmbeddingStore
@@ -145,11 +147,11 @@ def _align(args: Namespace) -> list[str]:
         store = EmbeddingStore(args.store)
         _check_store(store, args.encoder)
         if held_out_sources or any(not Source.parse(source).splits for source in args.data):
-            data = read_data(args.data, EvaluateConfig(data=held_out_sources), args.columns, log)
+            data = read_splits(args.data, EvaluateConfig(data=held_out_sources), args.columns, log)
             train, held_out = data.train, data.held_out if held_out_sources else {}
             print_once(data.summary)
         else:
-            train, held_out = [record for _, record in read_records(args.data, args.columns, log)], {}
+            train, held_out = [record for _, record in read_merged_records(args.data, args.columns, log)], {}
         print_once(log.summary())
         model_dir = align(
             drop_refused_captions(train, store),

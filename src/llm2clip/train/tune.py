@@ -107,7 +107,9 @@ def _tell_apart(rows: list[dict[str, Any]], encoder: CaptionEncoder, recipe: Tun
         widths=recipe.matryoshka_dims,
         grad_cache=recipe.grad_cache,
     )
-    texts = hash_texts(text for row in rows for text in (row["instruction"], row["anchor"], row["positive"], *row["negatives"]))
+    texts = hash_texts(
+        text for row in rows for text in (row["instruction"], row["anchor"], row["positive"], *row["negatives"])
+    )
     plan = {
         "steps": recipe.steps,
         "pairs": recipe.batch_size * process_state().num_processes,

@@ -52,7 +52,7 @@ def measure_step_times(lab: Experiments, name: str) -> dict[str, Any]:
     chosen = [r for r in records if r.texts][: config.cost_images]
     texts, count = [r.texts[0] for r in chosen], len(chosen)
     store, encoder = lab.store(name, [t for r in records for t in r.texts]), lab.encoder(name)
-    model = new_model(lab.align_recipe(0), store)
+    model = new_model(lab.align_config(0), store)
     keep_freed_memory(model.device)
     tower = ClipTextTower(config.embed_dim).to(model.device)
     transform = EvalTransform(model.tower.preprocess)
