@@ -11,11 +11,11 @@ from pathlib import Path
 from llm2clip.config import EvaluateConfig, ReproduceConfig, TuneConfig
 from llm2clip.data.merged_records import read_merged_records
 from llm2clip.data.pairs import ImageCaptions, Pair
-from llm2clip.data.read_tuning_sources import read_tuning_sources
 from llm2clip.data.records import Record, Source
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import read_splits
+from llm2clip.data.splits import read_splits, with_captions
 from llm2clip.data.text_pairs import read_text_pairs
+from llm2clip.data.tuning_sources import read_tuning_sources
 from llm2clip.distributed import print_once
 
 WORDNET = Path("/usr/share/wordnet")
