@@ -101,6 +101,21 @@ def make_llm(folder: Path, family: str = "llama", layers: int = 3, seed: int = 0
     return folder
 
 
+def make_tower(folder: Path, architecture: str = "test_efficientnet") -> Path:
+    """Save a random timm model as a local checkpoint that `--align.tower FOLDER` opens."""
+    import timm
+
+    torch.manual_seed(0)
+    timm.models.save_for_hf(timm.create_model(architecture), folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random EfficientNet, as a timm checkpoint folder."""
+    return make_tower(tmp_path_factory.mktemp("tower"))
+
+
 @pytest.fixture(scope="session")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llm(tmp_path_factory.mktemp("llm"))
