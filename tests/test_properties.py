@@ -312,4 +312,4 @@ def test_caption_accuracy_of_any_captions(images: list[list[str]]) -> None:
     hits = [(rank(row, {i}) == 0) for i, row in enumerate(scores)]
     hits += [(rank([row[i] for row in scores], {i}) == 0) for i in range(len(scores))]
     assert found["CRA"] == pytest.approx(100 * sum(hits) / len(hits))
-    assert all(m["found cosine"] >= m["right cosine"] for m in found["mistakes"])
+    assert all(m["retrieved cosine"] >= m["correct cosine"] for m in found["mistakes"])

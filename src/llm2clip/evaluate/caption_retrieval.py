@@ -1,7 +1,8 @@
-"""CRA, caption retrieval accuracy: does a text encoder tell captions apart? (arXiv 2411.04997, section 3.1).
+"""Caption retrieval accuracy (CRA) of a text encoder (arXiv 2411.04997, section 3.1).
 
-Two protocols. The paper's: the first two captions of each image retrieve each other. All pairs: each caption looks for
-any other caption of its image among all captions but itself. A tie with a wrong caption counts as a miss in both.
+Two protocols. In the paper's, the first two captions of each image retrieve each other. In "all pairs", each caption
+retrieves any other caption of its image among all captions except itself. In both, a tie with a wrong caption counts as
+a miss.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from llm2clip.evaluate.recall import KS, bootstrap, chance_recall, recall
 
 
 class TextEncoder(Protocol):
-    """Whatever gives texts vectors: a `CaptionEncoder`, or another's text tower."""
+    """Anything that embeds texts: a `CaptionEncoder` or the text tower of another model."""
 
     def encode(self, captions: Sequence[str], *, progress: bool = ...) -> Tensor:
-        """Texts to vectors, (N, width) float32 on the CPU."""
+        """Return embeddings, (N, D) float32 on the CPU."""
         ...
 
     def count_truncated(self, captions: Sequence[str]) -> int | None:
-        """How many of some texts are longer than its window, and lose their end; None where nobody can say."""
+        """Return how many texts exceed the maximum length and are truncated; None if unknown."""
         ...
 
 
@@ -39,113 +40,132 @@ def caption_retrieval_accuracy(
     return_hits: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """How well an encoder tells the captions of images apart, in percent.
+    """Return how well a text encoder matches captions of the same image, in percent.
 
     Args:
-        images: the captions of each image, in order; those with fewer than two different ones are left out, counted.
-        encoder: any text encoder.
-        all_pairs: measure the other protocol too.
-        mistakes: how many of the first protocol's worst mistakes to list.
-        hits: list what the CRA is the mean of.
-        progress: show a bar.
+        images: Captions of each image, in order. Images with fewer than two different captions are excluded.
+        encoder: Any text encoder.
+        all_pairs: Also measure the second protocol.
+        num_mistakes: How many of the worst mistakes of the first protocol to return.
+        return_hits: Also return the accuracy of each image.
+        progress: Show a progress bar.
 
     Returns:
-        "CRA": top-1 of the paper's protocol, mean of both directions; "CRA interval": by a bootstrap of images, 95%;
-        "first to second" and "second to first": R@1/5/10; "positives" and "negatives": mean cosine of captions of one
-        image and of different images; "images", "excluded", "truncated" (captions longer than the encoder's window),
-        "chance" (of CRA). With `all_pairs`: "all pairs" and "all
-        pairs chance", R@1/5/10, and "captions", their number. With `mistakes`: "mistakes", see `worst_mistakes`. With
-        `hits`: "hits", 0, 0.5 or 1 by image.
+        "CRA": top-1 accuracy of the paper's protocol, mean of both directions. "CRA interval": 95% bootstrap confidence
+        interval over images. "first to second", "second to first": R@1/5/10. "positive cosine", "negative cosine": mean
+        cosine similarity of captions of the same image and of different images. "images", "excluded": numbers of
+        images. "truncated": number of captions that exceed the encoder's maximum length. "chance": chance level of CRA.
+        With `all_pairs`: "all pairs" and "all pairs chance", R@1/5/10, and "captions", the number of captions.
+        With `return_hits`: "hits", 0, 0.5 or 1 per image. With `num_mistakes`: "mistakes", see `worst_mistakes`.
 
     Raises:
-        ValueError: no image has two captions.
+        ValueError: If no image has two different captions.
     """
-    different = [captions for captions in map(unique_captions, images) if len(captions) > 1]
-    if not different:
-        raise ValueError("caption retrieval needs images with two captions; there is none")
-    used = different if all_pairs else [captions[:2] for captions in different]
+    caption_lists = [captions for captions in map(unique_captions, images) if len(captions) > 1]
+    if not caption_lists:
+        raise ValueError("caption retrieval needs images with two different captions, and there are none")
+    used = caption_lists if all_pairs else [captions[:2] for captions in caption_lists]
     texts = unique_captions(caption for captions in used for caption in captions)
-    number = {text: n for n, text in enumerate(texts)}
-    vectors = F.normalize(encoder.encode(texts, progress=progress), dim=-1)
-    first, second = (vectors[[number[captions[side]] for captions in different]] for side in (0, 1))
-    there, again = two_way_ranks(first, second, range(len(first)))
-    forth, back = recall(there), recall(again)
-    by_image = ((there < 1).double() + (again < 1)) / 2
-    low, high = (100 * bootstrap(by_image[:, None], torch.ones(len(by_image)))).flatten().tolist()
-    positives, negatives = mean_cosines(first, second)
-    found: dict[str, Any] = {
-        "CRA": (forth["R@1"] + back["R@1"]) / 2,
+    row_of_text = {text: row for row, text in enumerate(texts)}
+    embeddings = F.normalize(encoder.encode(texts, progress=progress), dim=-1)
+    first = embeddings[[row_of_text[captions[0]] for captions in caption_lists]]
+    second = embeddings[[row_of_text[captions[1]] for captions in caption_lists]]
+
+    first_ranks, second_ranks = two_way_ranks(first, second, range(len(first)))
+    first_recall, second_recall = recall(first_ranks), recall(second_ranks)
+    hits = ((first_ranks < 1).double() + (second_ranks < 1)) / 2  # per image
+    low, high = (100 * bootstrap(hits[:, None], torch.ones(len(hits)))).flatten().tolist()
+    positive_cosine, negative_cosine = mean_cosines(first, second)
+    metrics: dict[str, Any] = {
+        "CRA": (first_recall["R@1"] + second_recall["R@1"]) / 2,
         "CRA interval": (low, high),
-        "first to second": forth,
-        "second to first": back,
-        "positive cosine": positives,
-        "negative cosine": negatives,
-        "images": len(different),
-        "excluded": len(images) - len(different),
+        "first to second": first_recall,
+        "second to first": second_recall,
+        "positive cosine": positive_cosine,
+        "negative cosine": negative_cosine,
+        "images": len(caption_lists),
+        "excluded": len(images) - len(caption_lists),
         "truncated": encoder.count_truncated(texts),
-        "chance": 100.0 / len(different),
+        "chance": 100.0 / len(caption_lists),
     }
     if all_pairs:
-        at, count = [], 0
-        for captions in different:
-            at.append(range(count, count + len(captions)))
-            count += len(captions)
-        everything = vectors[[number[caption] for captions in different for caption in captions]]
-        others = [[j for j in group if j != i] for group in at for i in group]
-        found["captions"] = count
-        found["all pairs"] = recall(positive_ranks(everything, everything, others, itself=range(count)))
-        found["all pairs chance"] = chance_recall([len(o) for o in others], count - 1, KS)
+        rows = [row_of_text[caption] for captions in caption_lists for caption in captions]
+        metrics |= _all_pairs_metrics(embeddings[rows], [len(captions) for captions in caption_lists])
     if return_hits:
-        found["hits"] = by_image.tolist()
+        metrics["hits"] = hits.tolist()
     if num_mistakes:
-        found["mistakes"] = worst_mistakes(first, second, different, num_mistakes)
-    return found
+        metrics["mistakes"] = worst_mistakes(first, second, caption_lists, num_mistakes)
+    return metrics
+
+
+def _all_pairs_metrics(embeddings: Tensor, captions_per_image: Sequence[int]) -> dict[str, Any]:
+    """Return recall when each caption retrieves the other captions of its image.
+
+    Args:
+        embeddings: (captions, D), L2-normalised, image by image.
+        captions_per_image: Number of captions of each image.
+    """
+    positives: list[list[int]] = []
+    for count in captions_per_image:
+        start = len(positives)
+        group = range(start, start + count)
+        positives += [[other for other in group if other != caption] for caption in group]
+    total = len(positives)
+    ranks = positive_ranks(embeddings, embeddings, positives, self_index=range(total))
+    return {
+        "captions": total,
+        "all pairs": recall(ranks),
+        "all pairs chance": chance_recall([len(others) for others in positives], total - 1, KS),
+    }
 
 
 def mean_cosines(first: Tensor, second: Tensor) -> tuple[float, float]:
-    """The mean of first[i] . second[i], and that of first[i] . second[j] over all i other than j.
+    """Return the mean of first[i] · second[i], and the mean of first[i] · second[j] over all i != j.
 
     Args:
         first, second: (N, D), L2-normalised.
     """
     a, b = first.double(), second.double()
-    same = float((a * b).sum())
-    everything = float(a.sum(0) @ b.sum(0))
+    diagonal_sum = float((a * b).sum())
+    total_sum = float(a.sum(0) @ b.sum(0))
     n = len(a)
-    return same / n, (everything - same) / max(1, n * (n - 1))
+    return diagonal_sum / n, (total_sum - diagonal_sum) / max(1, n * (n - 1))
 
 
 def worst_mistakes(
-    first: Tensor, second: Tensor, captions: Sequence[Sequence[str]], count: int, tile: int = 4096
+    first: Tensor, second: Tensor, captions: Sequence[Sequence[str]], count: int, chunk_size: int = 4096
 ) -> list[dict[str, Any]]:
-    """The queries whose best wrong answer is furthest above the right one.
+    """Return the queries whose best wrong answer scores highest above the correct one.
 
     Args:
         first, second: (N, D), L2-normalised: the first and second captions of N images.
-        captions: the captions of each image.
-        count: of mistakes, at most.
-        tile: queries at a time.
+        captions: Captions of each image.
+        count: Maximum number of mistakes.
+        chunk_size: Queries per matmul.
 
     Returns:
-        The worst first: "caption", what it should have found ("right") and what it found ("found"), with their cosines
-        ("right cosine", "found cosine").
+        The worst first: "caption" (the query), "correct" and "retrieved" (captions), "correct cosine" and "retrieved
+        cosine".
     """
-    right = (first * second).sum(1)
-    best, which = torch.empty(len(first)), torch.empty(len(first), dtype=torch.int64)
-    for lo in range(0, len(first), tile):
-        scores = first[lo : lo + tile] @ second.T
-        here = torch.arange(len(scores))
-        scores[here, here + lo] = -torch.inf
-        best[lo : lo + tile], which[lo : lo + tile] = scores.max(1)
-    order = (best - right).argsort(descending=True, stable=True)
-    return [
-        {
-            "caption": captions[i][0],
-            "right": captions[i][1],
-            "right cosine": float(right[i]),
-            "found": captions[int(which[i])][1],
-            "found cosine": float(best[i]),
-        }
-        for i in order[:count].tolist()
-        if best[i] >= right[i]
-    ]
+    correct_scores = (first * second).sum(1)
+    wrong_scores, wrong_indices = torch.empty(len(first)), torch.empty(len(first), dtype=torch.int64)
+    for start in range(0, len(first), chunk_size):
+        scores = first[start : start + chunk_size] @ second.T  # (queries, captions)
+        rows = torch.arange(len(scores))
+        scores[rows, rows + start] = -torch.inf
+        wrong_scores[start : start + chunk_size], wrong_indices[start : start + chunk_size] = scores.max(1)
+    order = (wrong_scores - correct_scores).argsort(descending=True, stable=True)
+    mistakes = []
+    for i in order[:count].tolist():
+        if wrong_scores[i] < correct_scores[i]:
+            break
+        mistakes.append(
+            {
+                "caption": captions[i][0],
+                "correct": captions[i][1],
+                "correct cosine": float(correct_scores[i]),
+                "retrieved": captions[int(wrong_indices[i])][1],
+                "retrieved cosine": float(wrong_scores[i]),
+            }
+        )
+    return mistakes

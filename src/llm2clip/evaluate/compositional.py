@@ -1,4 +1,7 @@
-"""Compositional tests: which caption does a model put to which image? Ties count as wrong."""
+"""Accuracy on compositional benchmarks: does a model match images with captions of nearly the same words?
+
+Ties count as wrong.
+"""
 
 from __future__ import annotations
 
@@ -11,34 +14,42 @@ from llm2clip.evaluate.benchmarks.base import CompositionalExample
 
 
 def compositional_accuracy(
-    items: Sequence[CompositionalExample], image: Mapping[str, Tensor], text: Mapping[str, Tensor]
+    examples: Sequence[CompositionalExample],
+    image_embeddings: Mapping[str, Tensor],
+    text_embeddings: Mapping[str, Tensor],
 ) -> dict[str, float]:
-    """Scores of items in percent.
+    """Return accuracies in percent.
 
-    Two images with two captions (Winoground, arXiv 2204.03162): "text", each image scores its own caption higher;
-    "image", each caption scores its own image higher; "group", both; by chance 25, 25 and 16.7. One image with a right
-    and a wrong caption (SugarCrepe, arXiv 2306.14610): how often the right one scores higher, by kind, and "mean" over
-    the kinds; by chance 50.
+    Examples of two images with two captions (Winoground, arXiv 2204.03162) give "text" (each image scores its own
+    caption higher), "image" (each caption scores its own image higher) and "group" (both); the chance levels are 25, 25
+    and 16.7. Examples of one image with a correct and a wrong caption (SugarCrepe, arXiv 2306.14610) give the accuracy
+    of each kind and "mean" over the kinds; the chance level is 50.
 
     Args:
-        items: of one benchmark.
-        image: vectors of the images by their key, (D,) L2-normalised.
-        text: vectors of the captions.
+        examples: Examples of one benchmark.
+        image_embeddings: Image key to embedding, (D,) L2-normalised.
+        text_embeddings: Caption to embedding, (D,) L2-normalised.
     """
     hits: dict[str, list[bool]] = {}
-    for item in items:
-        seen = torch.stack([image[ref.key] for ref in item.images])
-        scores = seen @ torch.stack([text[caption] for caption in item.captions]).T
-        if len(item.images) == 1:
-            hits.setdefault(item.kind, []).append(bool(scores[0, 0] > scores[0, 1:].max()))
-            continue
-        own = scores.diagonal()
-        others = ~torch.eye(len(scores), dtype=torch.bool)
-        by_text = bool((own[:, None] > scores)[others].all())
-        by_image = bool((own[None] > scores)[others].all())
-        for name, hit in (("text", by_text), ("image", by_image), ("group", by_text and by_image)):
-            hits.setdefault(name, []).append(hit)
-    found = {name: 100.0 * sum(some) / len(some) for name, some in hits.items()}
-    if "group" not in found:
-        found["mean"] = sum(found.values()) / len(found)
-    return found
+    for example in examples:
+        images = torch.stack([image_embeddings[ref.key] for ref in example.images])
+        captions = torch.stack([text_embeddings[caption] for caption in example.captions])
+        scores = images @ captions.T  # (images, captions)
+        if len(images) == 1:
+            hits.setdefault(example.kind, []).append(bool(scores[0, 0] > scores[0, 1:].max()))
+        else:
+            for name, is_hit in _pair_scores(scores).items():
+                hits.setdefault(name, []).append(is_hit)
+    accuracies = {name: 100.0 * sum(values) / len(values) for name, values in hits.items()}
+    if "group" not in accuracies:
+        accuracies["mean"] = sum(accuracies.values()) / len(accuracies)
+    return accuracies
+
+
+def _pair_scores(scores: Tensor) -> dict[str, bool]:
+    """Return Winoground's three scores of an example, from its similarity matrix (images, captions)."""
+    correct = scores.diagonal()
+    off_diagonal = ~torch.eye(len(scores), dtype=torch.bool)
+    text = bool((correct[:, None] > scores)[off_diagonal].all())
+    image = bool((correct[None] > scores)[off_diagonal].all())
+    return {"text": text, "image": image, "group": text and image}

@@ -1,4 +1,4 @@
-"""A model's vectors of images and texts, worked out once and kept where there is a folder for them."""
+"""Image and text embeddings of a model for evaluation, computed once and cached on disk if there is a folder for them."""
 
 from __future__ import annotations
 
@@ -14,102 +14,106 @@ from llm2clip.data.hashing import unique_captions
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.distributed import process_state
-from llm2clip.evaluate.precomputed import SAVED, PrecomputedEmbeddings
+from llm2clip.evaluate.precomputed import PRECOMPUTED_SUFFIX, PrecomputedEmbeddings
 from llm2clip.evaluate.ranks import check_finite
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.fingerprint import fingerprint
 from llm2clip.store.image_features import encode_image_batches, image_keys, store_image_features, store_text_embeddings
 
+BATCH_SIZE = 64  # images per forward pass
+
 
 class EmbeddingSource(Protocol):
-    """Whatever has vectors of images and texts, (N, width) float32, L2-normalised, on the CPU."""
+    """Anything that provides embeddings of images and texts: (N, D) float32, L2-normalised, on the CPU."""
 
     log: SkipLog
+    """Counts and lists images that cannot be decoded."""
 
-    def images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
-        """Of those images that can be decoded, and which they are."""
+    def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
+        """Return embeddings of the images that can be decoded, and the indices of these images in `refs`."""
         ...
 
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """Of texts, in their order."""
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return the embedding of each text."""
         ...
 
     def count_truncated(self, texts: Sequence[str]) -> int | None:
-        """How many of some texts are longer than the model's window, and lose their end; None where nobody can say."""
+        """Return how many texts exceed the model's maximum length and are truncated; None if unknown."""
         ...
 
 
-def open_embeddings(model: str, log: SkipLog, out: Path | None, batch: int) -> EmbeddingSource:
-    """A model's vectors, or a file of them.
+def open_embedding_source(model: str, log: SkipLog, cache_dir: Path | None) -> EmbeddingSource:
+    """Open a model, or a file of precomputed embeddings.
 
     Args:
-        model: as of `open_dual`, or FILE.npz.
-        log: where images that cannot be decoded are counted and listed.
-        out: folder whose `vectors/` keeps them; None keeps none.
-        batch: images in a forward pass.
+        model: See `open_dual_encoder`, or FILE.npz.
+        log: Counts and lists images that cannot be decoded.
+        cache_dir: Folder where the model's embeddings are stored. None stores nothing.
 
     Raises:
-        ValueError: it is no model, or no such file.
-        OSError: there is none of that name.
-        ImportError: the library that it takes is not installed.
+        ValueError: If this is not a model of images and texts, or the .npz file is invalid.
+        OSError: If there is no model or file of this name.
+        ImportError: If the library that the model needs is not installed.
     """
-    if model.endswith(SAVED):
+    if model.endswith(PRECOMPUTED_SUFFIX):
         return PrecomputedEmbeddings(Path(model), log)
-    return ModelEmbeddings(
-        open_dual_encoder(model, process_state().device), log, out / "vectors" if out else None, batch
-    )
+    return ModelEmbeddings(open_dual_encoder(model, process_state().device), log, cache_dir)
 
 
 class ModelEmbeddings:
-    """Vectors by a model, (N, width) float32, L2-normalised, on the CPU."""
+    """Embeddings that a model computes, (N, D) float32, L2-normalised, on the CPU."""
 
     def __init__(
-        self, model: DualEncoder, log: SkipLog, folder: Path | None = None, batch: int = 64, progress: bool = True
+        self, model: DualEncoder, log: SkipLog, cache_dir: Path | None = None, progress: bool = True
     ) -> None:
         """
         Args:
-            model: any.
-            log: where images that cannot be decoded are counted and listed.
-            folder: for stores of vectors, by model; None keeps none.
-            batch: images in a forward pass.
-            progress: show bars.
+            model: Any model of images and texts.
+            log: Counts and lists images that cannot be decoded.
+            cache_dir: Folder for embedding stores, one per model. None stores nothing.
+            progress: Show progress bars.
         """
-        self.model, self.log, self.batch, self.progress = model, log, batch, progress
-        self.identity = model.identity() if folder is not None else {}
-        self.folder = folder / fingerprint(self.identity)[:12] if folder is not None else None
+        self.model, self.log, self.progress = model, log, progress
+        self.identity = model.identity() if cache_dir is not None else {}
+        self.folder = cache_dir / fingerprint(self.identity)[:12] if cache_dir is not None else None
 
-    def images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
-        """Of those images that can be decoded, and which they are.
+    def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
+        """Return embeddings of the images that can be decoded, and the indices of these images in `refs`.
 
         Raises:
-            TooManySkipped: too many cannot.
-            ValueError: a vector is not finite.
+            TooManySkipped: If too many images cannot be decoded.
+            ValueError: If an embedding is not finite.
         """
-        self.log.count_at_least(len(refs))  # of a benchmark nobody counted rows
-        if self.folder is not None:
-            store = store_image_features(
-                refs, self.model, self.identity, self.folder / "images", self.log, dtype="float32", batch=self.batch
-            )
-            rows = store.find(image_keys(refs))
-            return self._finite(torch.from_numpy(store.take(rows[rows >= 0]))), (rows >= 0).nonzero()[0].tolist()
-        with tqdm(total=len(refs), desc="images", unit="image", disable=not self.progress) as bar:
-            found = encode_image_batches(refs, self.model, self.log, bar, self.batch)
-        self.log.check()
-        return self._finite(found[0]), found[1]
-
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """Of texts, in their order."""
+        self.log.count_at_least(len(refs))  # benchmark readers do not count rows
         if self.folder is None:
-            return self._finite(self.model.encode_texts(texts, self.progress))
-        store = store_text_embeddings(
-            unique_captions(texts), self.model.encode_texts, self.model.embed_dim, self.identity, self.folder / "texts"
-        )
-        return self._finite(torch.from_numpy(store.take(store.rows(texts))))
+            with tqdm(total=len(refs), desc="images", unit="image", disable=not self.progress) as bar:
+                embeddings, indices = encode_image_batches(refs, self.model, self.log, bar, BATCH_SIZE)
+            self.log.check()
+        else:
+            store = store_image_features(
+                refs, self.model, self.identity, self.folder / "images", self.log, dtype="float32", batch=BATCH_SIZE
+            )
+            rows = store.find(image_keys(refs))  # -1 for images that could not be decoded
+            indices = (rows >= 0).nonzero()[0].tolist()
+            embeddings = torch.from_numpy(store.take(rows[rows >= 0]))
+        check_finite(embeddings)
+        return embeddings, indices
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return the embedding of each text.
+
+        Raises:
+            ValueError: If an embedding is not finite.
+        """
+        if self.folder is None:
+            embeddings = self.model.encode_texts(texts, self.progress)
+        else:
+            store = store_text_embeddings(
+                unique_captions(texts), self.model.encode_texts, self.model.embed_dim, self.identity, self.folder / "texts"
+            )
+            embeddings = torch.from_numpy(store.take(store.rows(texts)))
+        check_finite(embeddings)
+        return embeddings
 
     def count_truncated(self, texts: Sequence[str]) -> int | None:
         return self.model.count_truncated(texts)
-
-    @staticmethod
-    def _finite(vectors: Tensor) -> Tensor:
-        check_finite(vectors)
-        return vectors

@@ -1,6 +1,6 @@
-"""Vectors that some other program made, in a file: a competitor that need not run here.
+"""Embeddings computed by another program, read from an .npz file, to compare with models that cannot run here.
 
-np.savez("theirs.npz", images=vectors, image_names=paths, texts=vectors, captions=strings)
+np.savez("other.npz", images=image_embeddings, image_names=paths, texts=text_embeddings, captions=strings)
 """
 
 from __future__ import annotations
@@ -18,80 +18,97 @@ from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.ranks import check_finite
 
-SAVED = ".npz"
+PRECOMPUTED_SUFFIX = ".npz"
 ARRAYS = ("images", "image_names", "texts", "captions")
 
 
 class PrecomputedEmbeddings:
-    """Of images (N, width) by their names, and of texts (M, width) by what they say.
+    """Embeddings of images by name, (N, D), and of texts by content, (M, D).
 
-    An image is looked for by its whole path, then without its first folder, and so on to its bare name.
+    An image is looked up by its full path, then by the path without its first folder, and so on down to its file name.
     """
 
     def __init__(self, file: Path, log: SkipLog) -> None:
         """
+        Args:
+            file: An .npz file with the arrays images, image_names, texts and captions.
+            log: Not used, because no image is decoded here.
+
         Raises:
-            ValueError: the file is not such a file, or a vector is not finite; the message says what is wrong.
+            ValueError: If an array is missing or has a wrong shape, an embedding is not finite, or a name is ambiguous.
         """
         self.file, self.log = file, log
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                if lacking := [name for name in ARRAYS if name not in arrays]:
-                    raise ValueError(f"no array {lacking[0]!r}; it takes {', '.join(ARRAYS)}")
-                images, names, texts, captions = (arrays[name] for name in ARRAYS)
-        except (AttributeError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:  # a .npy by another name
-            raise ValueError(f"{file}: {error}") from error
-        for what, vectors, keys in (("images", images, names), ("texts", texts, captions)):
-            if vectors.ndim != 2 or keys.ndim != 1 or len(vectors) != len(keys):
-                raise ValueError(f"{file}: {what} are {vectors.shape}, for {keys.shape} names")
+        images, names, texts, captions = self._read_arrays()
+        for name, embeddings, keys in (("images", images, names), ("texts", texts, captions)):
+            if embeddings.ndim != 2 or keys.ndim != 1 or len(embeddings) != len(keys):
+                raise ValueError(f"{file}: {name} have shape {embeddings.shape}, but their names have {keys.shape}")
         if images.shape[1] != texts.shape[1]:
-            raise ValueError(f"{file}: images are {images.shape[1]} wide, texts {texts.shape[1]}")
-        self._images, self._texts = (F.normalize(torch.from_numpy(v).float(), dim=-1) for v in (images, texts))
+            raise ValueError(f"{file}: images have {images.shape[1]} dimensions, but texts have {texts.shape[1]}")
+        self._images = F.normalize(torch.from_numpy(images).float(), dim=-1)
+        self._texts = F.normalize(torch.from_numpy(texts).float(), dim=-1)
         check_finite(self._images, self._texts)
-        self._names = {PurePosixPath(str(name)).as_posix(): n for n, name in enumerate(names)}
-        self._captions: dict[str, int] = {}
-        for n, caption in enumerate(captions):  # stripped, as those of records are
-            first = self._captions.setdefault(str(caption).strip(), n)
-            if not torch.allclose(self._texts[first], self._texts[n], atol=1e-3):
-                raise ValueError(f"{file}: the caption {str(caption)!r} has two vectors")
-        if len(self._names) < len(names):
-            raise ValueError(f"{file}: of {len(names):,} image_names some are the same; give more of their paths")
+        self._row_of_image = {PurePosixPath(str(name)).as_posix(): row for row, name in enumerate(names)}
+        if len(self._row_of_image) < len(names):
+            raise ValueError(f"{file}: some of the {len(names):,} image_names are equal; use longer paths")
+        self._row_of_text: dict[str, int] = {}
+        for row, caption in enumerate(captions):
+            first_row = self._row_of_text.setdefault(str(caption).strip(), row)  # records are stripped, too
+            if not torch.allclose(self._texts[first_row], self._texts[row], atol=1e-3):
+                raise ValueError(f"{file}: the caption {str(caption)!r} has two different embeddings")
 
-    def images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
-        """
+    def _read_arrays(self) -> list[np.ndarray]:
+        try:
+            with np.load(self.file, allow_pickle=False) as arrays:
+                for name in ARRAYS:
+                    if name not in arrays:
+                        raise ValueError(f"no array {name!r}; the file must have {', '.join(ARRAYS)}")
+                return [arrays[name] for name in ARRAYS]
+        # AttributeError and TypeError: a renamed .npy file, which loads as a plain array.
+        except (AttributeError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{self.file}: {error}") from error
+
+    def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
+        """Return the embedding of each image, and the indices of all images.
+
         Raises:
-            ValueError: the file lacks an image, or has one vector for two.
+            ValueError: If the file lacks an image, or two images match the same embedding.
         """
-        rows = [self._row(ref) for ref in refs]
-        if lacking := [str(ref) for ref, row in zip(refs, rows, strict=True) if row is None]:
+        rows = [self._find_image(ref) for ref in refs]
+        missing = [ref for ref, row in zip(refs, rows, strict=True) if row is None]
+        if missing:
             raise ValueError(
-                f"{self.file} has no vector of {len(lacking):,} of {len(refs):,} images, {lacking[0]} for one"
+                f"{self.file} has no embedding for {len(missing):,} of {len(refs):,} images, e.g. {missing[0]}"
             )
-        taken: dict[int | None, ImageRef] = {}
+        image_of_row: dict[int | None, ImageRef] = {}
         for ref, row in zip(refs, rows, strict=True):
-            if taken.setdefault(row, ref).key != ref.key:
-                raise ValueError(f"{self.file} has one vector for {taken[row]} and {ref}: give more of their paths")
+            other = image_of_row.setdefault(row, ref)
+            if other.key != ref.key:
+                raise ValueError(
+                    f"{self.file} has only one embedding for {other} and {ref}: use longer paths in image_names"
+                )
         return self._images[torch.tensor(rows)], list(range(len(refs)))
 
-    def _row(self, ref: ImageRef) -> int | None:
-        for path in (PurePosixPath(str(ref)), PurePosixPath(str(ref).replace("!", "/"))):  # a tar's member after it
+    def _find_image(self, ref: ImageRef) -> int | None:
+        """Return the row of an image, or None. The member of a tar (FILE.tar!MEMBER) also matches by its own path."""
+        for path in (PurePosixPath(str(ref)), PurePosixPath(str(ref).replace("!", "/"))):
             for start in range(len(path.parts)):
                 name = PurePosixPath(*path.parts[start:]).as_posix()
-                if name in self._names:
-                    return self._names[name]
+                if name in self._row_of_image:
+                    return self._row_of_image[name]
         return None
 
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return the embedding of each text.
+
         Raises:
-            ValueError: the file lacks a text.
+            ValueError: If the file lacks a text.
         """
-        rows = [self._captions.get(text) for text in texts]
-        if lacking := [text for text, row in zip(texts, rows, strict=True) if row is None]:
+        missing = [text for text in texts if text not in self._row_of_text]
+        if missing:
             raise ValueError(
-                f"{self.file} has no vector of {len(lacking):,} of {len(texts):,} texts, {lacking[0]!r} for one"
+                f"{self.file} has no embedding for {len(missing):,} of {len(texts):,} texts, e.g. {missing[0]!r}"
             )
-        return self._texts[torch.tensor(rows)]
+        return self._texts[torch.tensor([self._row_of_text[text] for text in texts])]
 
     def count_truncated(self, texts: Sequence[str]) -> int | None:
         return None

@@ -1,8 +1,8 @@
-"""Ranks of right answers, the one thing that recall is made of.
+"""Ranks of the correct answers in retrieval, from which recall is computed.
 
-No matrix of scores is kept and nothing is sorted: tile by tile, the answers that score above the best right one are
-counted, both ways from the same products. A wrong answer that ties with it counts as above, so that a model which gives
-every pair the same score is at the bottom and not at the top.
+The score matrix is never stored and nothing is sorted. Tile by tile, the wrong answers that score at least as high as
+the best correct one are counted, in both directions from the same matmul. A wrong answer with an equal score counts as
+better, so a model that gives every pair the same score gets the worst ranks, not the best.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from llm2clip.cpu_tuning import onednn_matmul
 
-TILE = 512  # images in a tile, with four times as many texts: 4 MB of float32 scores, which a CPU's cache holds
+TILE = 512  # images per tile, with four times as many texts: 4 MB of float32 scores, which fit a CPU cache
 
 
 @onednn_matmul()
@@ -24,54 +24,72 @@ def positive_ranks(
     queries: Tensor,
     items: Tensor,
     positives: Sequence[Sequence[int]],
-    tile: int = 2 * TILE,
-    itself: Sequence[int] | None = None,
+    tile_size: int = 2 * TILE,
+    self_index: Sequence[int] | None = None,
 ) -> Tensor:
-    """Rank of each query's best-placed positive among all items: int64 (Q,), 0 is the top.
+    """Return the rank of each query's best positive among all items: int64 (Q,), 0 is the top.
 
-    For one direction and for any relation; `two_way_ranks` does both of an image's own captions at once.
+    Works in one direction, for any relation between queries and items. `two_way_ranks` computes both directions
+    between images and their captions in one pass.
 
     Args:
         queries: (Q, D), L2-normalised.
         items: (N, D), L2-normalised.
-        positives: the items that are right for each query, at least one. For 3 images with 2, 1 and 2 captions,
-            image-to-text is [[0, 1], [2], [3, 4]] and text-to-image is [[0], [0], [1], [2], [2]].
-        tile: queries and items in a tile.
-        itself: for each query an item that is no answer, right or wrong: the query where queries are items too.
+        positives: Indices of the correct items of each query, at least one per query. For 3 images with 2, 1 and 2
+            captions, image-to-text is [[0, 1], [2], [3, 4]] and text-to-image is [[0], [0], [1], [2], [2]].
+        tile_size: Queries and items per tile.
+        self_index: For each query, the index of an item to ignore: the query itself, if queries are also items.
 
     Raises:
-        ValueError: a query has no positive, or a vector is not finite.
+        ValueError: If a query has no positive, or an embedding is not finite.
     """
-    if any(len(p) == 0 for p in positives):
-        raise ValueError(f"query {next(i for i, p in enumerate(positives) if len(p) == 0)} has no right answer")
+    for n, indices in enumerate(positives):
+        if len(indices) == 0:
+            raise ValueError(f"query {n} has no positive item")
     check_finite(queries, items)
-    wide = min(tile, len(items))
-
-    def against(q: Tensor, lo: int) -> Tensor:
-        return (q @ _tile(items[lo : lo + wide].float(), wide).T)[:, : len(items) - lo]
-
+    width = min(tile_size, len(items))
     ranks = torch.zeros(len(queries), dtype=torch.int64)
-    for start in range(0, len(queries), tile):
-        block = positives[start : start + tile]
-        q = queries[start : start + tile].float()
-        row = torch.tensor([r for r, p in enumerate(block) for _ in p])
-        col = torch.tensor([c for p in block for c in p])
-        # The best positive's score is from the same products as those it is compared with, so that ties are exact.
-        best = torch.full((len(q),), -torch.inf)
-        for lo in (col // wide).unique().mul(wide).tolist():
-            scores = against(q, lo)
-            here = (col >= lo) & (col < lo + wide)
-            best.scatter_reduce_(0, row[here], scores[row[here], col[here] - lo], "amax")
-        for lo in range(0, len(items), wide):
-            scores = against(q, lo)
-            here = (col >= lo) & (col < lo + wide)
-            scores[row[here], col[here] - lo] = -torch.inf
-            if itself is not None:
-                own = torch.tensor(itself[start : start + tile]) - lo
-                here = (own >= 0) & (own < scores.shape[1])
-                scores[here.nonzero()[:, 0], own[here]] = -torch.inf
-            ranks[start : start + tile] += _reach(scores, best[:, None]).sum(1).long()
+    for start in range(0, len(queries), tile_size):
+        rows = slice(start, start + tile_size)
+        query_tile = queries[rows].float()
+        row, column = _positive_coordinates(positives[rows])
+        best = _best_positive_scores(query_tile, items, row, column, width)
+        for offset in range(0, len(items), width):
+            scores = _item_scores(query_tile, items, offset, width)
+            inside = (column >= offset) & (column < offset + width)
+            scores[row[inside], column[inside] - offset] = -torch.inf
+            if self_index is not None:
+                own_column = torch.tensor(self_index[rows]) - offset
+                inside = (own_column >= 0) & (own_column < scores.shape[1])
+                scores[inside.nonzero()[:, 0], own_column[inside]] = -torch.inf
+            ranks[rows] += _at_least(scores, best[:, None]).sum(1).long()
     return ranks
+
+
+def _positive_coordinates(positives: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return the rows and columns of the positives in the score matrix, int64 (P,) each."""
+    rows = torch.tensor([row for row, columns in enumerate(positives) for _ in columns])
+    columns = torch.tensor([column for columns in positives for column in columns])
+    return rows, columns
+
+
+def _best_positive_scores(query_tile: Tensor, items: Tensor, row: Tensor, column: Tensor, width: int) -> Tensor:
+    """Return the score of each query's best positive, (Q,). The positives are at `row` and `column`.
+
+    The scores come from the same matmuls as the scores they are compared with, so that ties are exact.
+    """
+    best = torch.full((len(query_tile),), -torch.inf)
+    for offset in (column // width).unique().mul(width).tolist():
+        scores = _item_scores(query_tile, items, offset, width)
+        inside = (column >= offset) & (column < offset + width)
+        best.scatter_reduce_(0, row[inside], scores[row[inside], column[inside] - offset], "amax")
+    return best
+
+
+def _item_scores(query_tile: Tensor, items: Tensor, offset: int, width: int) -> Tensor:
+    """Return the scores of the queries against `width` items from `offset` on, or fewer at the end."""
+    scores = query_tile @ _pad_tile(items[offset : offset + width].float(), width).T
+    return scores[:, : len(items) - offset]
 
 
 @onednn_matmul()
@@ -79,90 +97,134 @@ def two_way_ranks(
     images: Tensor,
     texts: Tensor,
     image_of_text: Sequence[int] | Tensor,
-    tile: int = TILE,
+    tile_size: int = TILE,
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Ranks of the best-placed caption for each image and of the image for each caption, from 0, the top.
+    """Return the rank of each image's best caption and of each caption's image, 0 is the top.
 
     Args:
-        images: (I, D), L2-normalised; float32, or float16 to save memory: products are float32.
-        texts: (T, D), the same; in the order of their images they need not be copied.
-        image_of_text: for each text the index of its image; every image has at least one.
-        tile: images in a tile; a multiple of 16, lest equal vectors round differently.
-        device: where the products are made; None is where the vectors are.
-        progress: show a bar.
+        images: (I, D), L2-normalised; float32, or float16 to save memory: scores are always float32.
+        texts: (T, D), likewise. They are not copied if they are in the order of their images.
+        image_of_text: Index of the image of each text. Every image must have at least one text.
+        tile_size: Images per tile. Must be a multiple of 16, because otherwise equal vectors may get scores that round
+            differently.
+        device: Device of the matmuls. Default: the device of the images.
+        progress: Show a progress bar.
 
     Returns:
-        int64 (I,) and (T,).
+        Image ranks, int64 (I,), and text ranks, int64 (T,), on the CPU.
 
     Raises:
-        ValueError: an image has no text, or a vector is not finite.
+        ValueError: If an image has no text, or an embedding is not finite.
     """
     owner = torch.as_tensor(image_of_text)
     counts = torch.bincount(owner, minlength=len(images))
     if len(counts) > len(images) or not counts.all():
-        raise ValueError(f"{len(images)} images: each needs a text, and each text one of them")
+        raise ValueError(f"each of the {len(images)} images needs a text, and each text must belong to one of them")
     check_finite(images, texts)
-    device = torch.device(device or images.device)
-    order = None if (owner[1:] >= owner[:-1]).all() else owner.argsort(stable=True)
-    owner = (owner if order is None else owner[order]).to(device)
+    tiles = _ScoreTiles(images, texts, owner, tile_size, torch.device(device or images.device))
+    best_image, best_text = _best_match_scores(tiles)
 
-    def image_tile(i: int) -> Tensor:
-        return _tile(images[i * tile : (i + 1) * tile].to(device, torch.float32), tile)
-
-    def text_tile(j: int) -> Tensor:
-        part = slice(j * wide, (j + 1) * wide)
-        return _tile((texts[part] if order is None else texts[order[part]]).to(device, torch.float32), wide)
-
-    def own(i: int, j: int) -> tuple[Tensor, Tensor]:
-        """Where a tile has right answers."""
-        rows = owner[j * wide : (j + 1) * wide] - i * tile
-        columns = ((rows >= 0) & (rows < tile)).nonzero()[:, 0]
-        return rows[columns], columns
-
-    wide = 4 * tile
-    tall, long = -(-len(images) // tile), -(-len(owner) // wide)
-    best_image = torch.full((tall * tile,), torch.inf, device=device)  # of what fills the last tile: out of reach
-    best_text = torch.full((long * wide,), torch.inf, device=device)
-    best_image[: len(images)] = -torch.inf
-    for j in range(long):  # the right answers, from the very products that hold the wrong ones
-        some, first, last = text_tile(j), int(owner[j * wide]), int(owner[min((j + 1) * wide, len(owner)) - 1])
-        for i in range(first // tile, last // tile + 1):
-            rows, columns = own(i, j)
-            right = (image_tile(i) @ some.T)[rows, columns]
-            best_text[columns + j * wide] = right
-            best_image.scatter_reduce_(0, rows + i * tile, right, "amax")
-    of_image, of_text = torch.zeros_like(best_image), torch.zeros_like(best_text)
-    with tqdm(total=tall * long, desc="ranks", unit="tile", disable=not progress) as bar:
-        for j in range(long):
-            some, here = text_tile(j), slice(j * wide, (j + 1) * wide)
-            for i in range(tall):
-                scores, there = image_tile(i) @ some.T, slice(i * tile, (i + 1) * tile)
-                scores[own(i, j)] = -torch.inf
-                scores[len(images) - i * tile :] = -torch.inf
-                scores[:, len(owner) - j * wide :] = -torch.inf
-                of_image[there] += _reach(scores, best_image[there, None]).sum(1)
-                of_text[here] += _reach(scores, best_text[here]).sum(0)
+    # Counts of wrong answers, in float32: at most 2**24 texts per image are counted exactly.
+    image_counts, text_counts = torch.zeros_like(best_image), torch.zeros_like(best_text)
+    with tqdm(total=tiles.rows * tiles.columns, desc="ranks", unit="tile", disable=not progress) as bar:
+        for j in range(tiles.columns):
+            text_tile, text_range = tiles.texts(j), tiles.text_range(j)
+            for i in range(tiles.rows):
+                scores, image_range = tiles.images(i) @ text_tile.T, tiles.image_range(i)
+                scores[tiles.positives(i, j)] = -torch.inf
+                scores[len(images) - image_range.start :] = -torch.inf  # padding
+                scores[:, len(texts) - text_range.start :] = -torch.inf
+                image_counts[image_range] += _at_least(scores, best_image[image_range, None]).sum(1)
+                text_counts[text_range] += _at_least(scores, best_text[text_range]).sum(0)
                 bar.update()
-    image_ranks, text_ranks = of_image[: len(images)].long().cpu(), of_text[: len(owner)].long().cpu()
-    if order is not None:
-        text_ranks = torch.empty_like(text_ranks).index_copy_(0, order, text_ranks)
+    image_ranks = image_counts[: len(images)].long().cpu()
+    text_ranks = text_counts[: len(texts)].long().cpu()
+    if tiles.order is not None:
+        text_ranks = torch.empty_like(text_ranks).index_copy_(0, tiles.order, text_ranks)
     return image_ranks, text_ranks
 
 
-def _tile(vectors: Tensor, size: int) -> Tensor:
-    """Filled up with zeros: products of one shape round alike, so that equal vectors have equal scores anywhere."""
+class _ScoreTiles:
+    """The image-text score matrix as a grid of tiles, `tile_size` images by 4 * `tile_size` texts each.
+
+    Texts are in the order of their images, so that positives lie in few tiles.
+    """
+
+    def __init__(self, images: Tensor, texts: Tensor, owner: Tensor, tile_size: int, device: torch.device) -> None:
+        self._images, self._texts, self._device = images, texts, device
+        self.num_images = len(images)
+        self.height, self.width = tile_size, 4 * tile_size
+        self.rows = -(-len(images) // self.height)
+        self.columns = -(-len(texts) // self.width)
+        is_sorted = bool((owner[1:] >= owner[:-1]).all())
+        self.order = None if is_sorted else owner.argsort(stable=True)
+        self.owner = (owner if self.order is None else owner[self.order]).to(device)
+
+    def image_range(self, i: int) -> slice:
+        return slice(i * self.height, (i + 1) * self.height)
+
+    def text_range(self, j: int) -> slice:
+        return slice(j * self.width, (j + 1) * self.width)
+
+    def images(self, i: int) -> Tensor:
+        """Return the images of row `i`, float32 (height, D), zero-padded."""
+        return _pad_tile(self._images[self.image_range(i)].to(self._device, torch.float32), self.height)
+
+    def texts(self, j: int) -> Tensor:
+        """Return the texts of column `j`, float32 (width, D), zero-padded."""
+        text_range = self.text_range(j)
+        texts = self._texts[text_range if self.order is None else self.order[text_range]]
+        return _pad_tile(texts.to(self._device, torch.float32), self.width)
+
+    def positives(self, i: int, j: int) -> tuple[Tensor, Tensor]:
+        """Return the rows and columns of the positives in tile (i, j)."""
+        rows = self.owner[self.text_range(j)] - i * self.height
+        columns = ((rows >= 0) & (rows < self.height)).nonzero()[:, 0]
+        return rows[columns], columns
+
+    def rows_with_positives(self, j: int) -> range:
+        """Return the rows of tiles that have positives in column `j`."""
+        owners = self.owner[self.text_range(j)]
+        return range(int(owners[0]) // self.height, int(owners[-1]) // self.height + 1)
+
+
+def _best_match_scores(tiles: _ScoreTiles) -> tuple[Tensor, Tensor]:
+    """Return the score of the best caption of each image and of the image of each caption.
+
+    The scores come from the same matmuls as the scores they are compared with, so that ties are exact. The padding of
+    the last tiles has infinite scores, which nothing reaches.
+    """
+    device = tiles.owner.device
+    best_image = torch.full((tiles.rows * tiles.height,), torch.inf, device=device)
+    best_text = torch.full((tiles.columns * tiles.width,), torch.inf, device=device)
+    best_image[: tiles.num_images] = -torch.inf
+    for j in range(tiles.columns):
+        text_tile = tiles.texts(j)
+        for i in tiles.rows_with_positives(j):
+            rows, columns = tiles.positives(i, j)
+            scores = (tiles.images(i) @ text_tile.T)[rows, columns]
+            best_text[columns + j * tiles.width] = scores
+            best_image.scatter_reduce_(0, rows + i * tiles.height, scores, "amax")
+    return best_image, best_text
+
+
+def _pad_tile(vectors: Tensor, size: int) -> Tensor:
+    """Pad with zero rows to `size`: matmuls of equal shape round equally, so equal vectors get equal scores."""
     return vectors if len(vectors) == size else F.pad(vectors, (0, 0, 0, size - len(vectors)))
 
 
-def _reach(scores: Tensor, best: Tensor) -> Tensor:
-    """1.0 where a score reaches the best: floats, whose sums are ten times as fast as those of truth values."""
-    return torch.ge(scores, best, out=torch.empty_like(scores))
+def _at_least(scores: Tensor, threshold: Tensor) -> Tensor:
+    """Return 1.0 where a score reaches the threshold. Floats, because they sum ten times as fast as booleans."""
+    return torch.ge(scores, threshold, out=torch.empty_like(scores))
 
 
-def check_finite(*vectors: Tensor) -> None:
-    """Raises ValueError if a number is not finite: nothing is above NaN, and so a broken model would be the best."""
-    for some in vectors:
-        if not all(torch.isfinite(part).all() for part in some.split(8192)):
-            raise ValueError("a vector is not finite: the model is broken, and its recall would mean nothing")
+def check_finite(*embeddings: Tensor) -> None:
+    """Raise ValueError if a value is not finite.
+
+    No score is greater than NaN, so a broken model would otherwise get perfect ranks.
+    """
+    for vectors in embeddings:
+        if not all(torch.isfinite(part).all() for part in vectors.split(8192)):
+            raise ValueError("an embedding is not finite (NaN or infinity): the model is broken")

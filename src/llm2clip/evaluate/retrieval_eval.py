@@ -1,4 +1,4 @@
-"""What a model is worth on records: its vectors, and its retrieval figures by the kind of caption."""
+"""Retrieval evaluation of a model on records, separately for each caption field (captions, captions_zh, ...)."""
 
 from __future__ import annotations
 
@@ -19,28 +19,20 @@ from llm2clip.models.dual_encoder import DualEncoder, from_llm2clip
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.store.store import EmbeddingStore
 
-
-def dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncoder:
-    """A model that takes its texts' embeddings from a store and does not run its caption encoder."""
-
-    def read(texts: Sequence[str], progress: bool) -> Tensor:
-        return model.project_text_embeddings(torch.from_numpy(store.take(store.rows(texts))))
-
-    return dataclasses.replace(
-        from_llm2clip(model, "llm2clip"), encode_texts_raw=read, count_truncated=lambda texts: None
-    )
+CaptionFields = Mapping[str, Sequence[Record]]
+"""Name of a caption field to the records that have it, with the field's texts as `captions`."""
 
 
 @dataclass(frozen=True)
 class RetrievalRanks:
-    """One kind of caption, ranked both ways.
+    """Ranks of one caption field in both directions, with what they were computed from.
 
     Args:
-        records: whose images could be decoded, each with a caption.
-        images: their vectors, (I, D).
-        texts: those of all their captions, (T, D).
-        image_of_text: int64 (T,), for each caption the index of its image.
-        image_ranks: int64 (I,), rank of the best-placed caption of each image, from 0.
+        records: Records whose image could be decoded and which have a caption.
+        images: Image embeddings, (I, D).
+        texts: Embeddings of all captions, (T, D).
+        image_of_text: int64 (T,), index of the image of each caption.
+        image_ranks: int64 (I,), rank of the best caption of each image, from 0.
         text_ranks: int64 (T,), rank of the image of each caption.
     """
 
@@ -56,81 +48,113 @@ class RetrievalRanks:
         return [caption for record in self.records for caption in record.captions]
 
 
-def rank_caption_fields(vectors: EmbeddingSource, fields: Mapping[str, Sequence[Record]]) -> dict[str, RetrievalRanks]:
-    """Rank each kind of caption that has any.
+def evaluate_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> list[dict[str, Any]]:
+    """Return retrieval metrics of each caption field.
 
     Args:
-        vectors: of any model; images that cannot be decoded are left out, counted and listed in its log.
-        fields: name of the kind (captions, captions_zh, ...) to records that carry it; an image that stands in
-            several kinds is encoded once.
+        embeddings, fields: See `rank_caption_fields`.
+
+    Returns:
+        See `caption_field_metrics`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: If no image has a caption.
     """
-    refs = list({r.image.key: r.image for f in fields.values() for r in f if r.image is not None}.values())
-    found, kept = vectors.images(refs)
-    of = {refs[i].key: n for n, i in enumerate(kept)}
+    return caption_field_metrics(embeddings, rank_caption_fields(embeddings, fields))
+
+
+def rank_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> dict[str, RetrievalRanks]:
+    """Return the ranks of each caption field that is not empty.
+
+    An image that is in several fields is encoded once.
+
+    Args:
+        embeddings: Embeddings of any model. Images that cannot be decoded are excluded, and listed in its log.
+        fields: Records of each caption field.
+
+    Raises:
+        ValueError: If no image has a caption.
+    """
+    unique_refs = {r.image.key: r.image for records in fields.values() for r in records if r.image is not None}
+    refs = list(unique_refs.values())
+    image_embeddings, indices = embeddings.encode_images(refs)
+    row_of_image = {refs[i].key: row for row, i in enumerate(indices)}
     ranked = {}
     for name, records in fields.items():
-        seen = [r for r in records if r.image is not None and r.image.key in of and r.captions]
-        if not seen:
+        usable, rows = [], []
+        for record in records:
+            if record.image is not None and record.image.key in row_of_image and record.captions:
+                usable.append(record)
+                rows.append(row_of_image[record.image.key])
+        if not usable:
             continue
-        image_of_text = torch.tensor([n for n, r in enumerate(seen) for _ in r.captions])
-        images = found[torch.tensor([of[r.image.key] for r in seen if r.image is not None])]
-        texts = vectors.texts([caption for r in seen for caption in r.captions])
-        ranked[name] = RetrievalRanks(seen, images, texts, image_of_text, *two_way_ranks(images, texts, image_of_text))
+        image_of_text = torch.tensor([n for n, record in enumerate(usable) for _ in record.captions])
+        images = image_embeddings[torch.tensor(rows)]
+        texts = embeddings.encode_texts([caption for record in usable for caption in record.captions])
+        image_ranks, text_ranks = two_way_ranks(images, texts, image_of_text)
+        ranked[name] = RetrievalRanks(
+            records=usable,
+            images=images,
+            texts=texts,
+            image_of_text=image_of_text,
+            image_ranks=image_ranks,
+            text_ranks=text_ranks,
+        )
     if not ranked:
-        raise ValueError("no held-out image has a caption: there is nothing to measure")
+        raise ValueError("there is nothing to evaluate: no image has a caption")
     return ranked
 
 
-def evaluate_caption_fields(vectors: EmbeddingSource, fields: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
-    """Retrieval on each kind of caption.
-
-    Args:
-        vectors, fields: as of `rank`.
+def caption_field_metrics(embeddings: EmbeddingSource, ranked: Mapping[str, RetrievalRanks]) -> list[dict[str, Any]]:
+    """Return one row per caption field.
 
     Returns:
-        A row a kind: its name, numbers of images and texts, how many texts were cut to the model's window, and what
-        `figures` returns.
-
-    Raises:
-        ValueError: there is nothing to measure.
+        Rows of "captions" (the name of the field), "images" and "texts" (their numbers), "truncated" (how many texts
+        exceed the model's maximum length), and what `retrieval_metrics` returns.
     """
-    return rows(vectors, rank_caption_fields(vectors, fields))
-
-
-def rows(vectors: EmbeddingSource, ranked: Mapping[str, RetrievalRanks]) -> list[dict[str, Any]]:
-    """What `evaluate_caption_fields` returns, of what `rank` does."""
-    found = []
-    for name, some in ranked.items():
-        captions = some.captions
-        counts = {"images": len(some.records), "texts": len(captions), "truncated": vectors.count_truncated(captions)}
-        found.append(
-            {"captions": name, **counts, **retrieval_metrics(some.image_ranks, some.text_ranks, some.image_of_text)}
-        )
-    return found
+    rows = []
+    for name, ranks in ranked.items():
+        captions = ranks.captions
+        row = {
+            "captions": name,
+            "images": len(ranks.records),
+            "texts": len(captions),
+            "truncated": embeddings.count_truncated(captions),
+        }
+        rows.append(row | retrieval_metrics(ranks.image_ranks, ranks.text_ranks, ranks.image_of_text))
+    return rows
 
 
 def make_validator(
-    fields: Mapping[str, Sequence[Record]], log: SkipLog, store: EmbeddingStore, batch: int = 64
+    fields: CaptionFields, log: SkipLog, store: EmbeddingStore
 ) -> Callable[[LLM2CLIP], dict[str, float]]:
-    """What to measure while training: R@1 of each kind of caption both ways and, as `score`, the mean of the first
-    kind's two. The function raises ValueError if there is nothing to measure.
+    """Return a function that evaluates a model during training.
+
+    The function returns R@1 of each caption field in both directions and, as "score", the mean of the two R@1 of the
+    first field. It raises ValueError if no image has a caption.
 
     Args:
-        fields: as of `rank`.
-        log: where images that cannot be decoded are counted and listed.
-        store: of the captions' embeddings.
-        batch: images in a forward pass.
+        fields: Records of each caption field.
+        log: Counts and lists images that cannot be decoded.
+        store: Embeddings of the captions.
     """
 
-    def measure(model: LLM2CLIP) -> dict[str, float]:
-        vectors = ModelEmbeddings(dual_encoder_from_store(model, store), log, batch=batch, progress=False)
-        found = {}
-        for name, ranked in rank_caption_fields(vectors, fields).items():
-            for way, ranks in (("I2T", ranked.image_ranks), ("T2I", ranked.text_ranks)):
-                found[f"{name} {way} R@1"] = recall(ranks, (1,))["R@1"]
-        return {"score": sum(list(found.values())[:2]) / 2, **found}
+    def validate(model: LLM2CLIP) -> dict[str, float]:
+        embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), log, progress=False)
+        metrics = {}
+        for name, ranks in rank_caption_fields(embeddings, fields).items():
+            metrics[f"{name} I2T R@1"] = recall(ranks.image_ranks, (1,))["R@1"]
+            metrics[f"{name} T2I R@1"] = recall(ranks.text_ranks, (1,))["R@1"]
+        i2t, t2i, *_ = metrics.values()
+        return {"score": (i2t + t2i) / 2, **metrics}
 
-    return measure
+    return validate
+
+
+def dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncoder:
+    """Return the model with texts read from a store, so that the caption encoder is not run."""
+
+    def read_texts(texts: Sequence[str], progress: bool) -> Tensor:
+        return model.project_text_embeddings(torch.from_numpy(store.take(store.rows(texts))))
+
+    return dataclasses.replace(from_llm2clip(model, "llm2clip"), encode_texts_raw=read_texts, count_truncated=lambda texts: None)

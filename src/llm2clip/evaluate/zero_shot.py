@@ -1,4 +1,4 @@
-"""Zero-shot classification by the names of classes, and a linear probe."""
+"""Zero-shot classification with class names, and linear probes."""
 
 from __future__ import annotations
 
@@ -13,83 +13,89 @@ from torch import Tensor
 from llm2clip.evaluate.benchmarks.base import ClassificationData
 
 
-def class_prompts(classes: ClassificationData) -> list[str]:
-    """Every name in every template, name by name."""
-    return [template.replace("{}", name) for name in classes.names for template in classes.templates]
+def class_prompts(data: ClassificationData) -> list[str]:
+    """Return every class name in every template, class by class."""
+    return [template.replace("{}", name) for name in data.names for template in data.templates]
 
 
-def class_embeddings(texts: Tensor, classes: int) -> Tensor:
-    """A vector a class: the mean of those of its prompts, L2-normalised before and after (CLIP, arXiv 2103.00020).
+def class_embeddings(prompts: Tensor, num_classes: int) -> Tensor:
+    """Return one embedding per class: the mean over its prompts, L2-normalised before and after (arXiv 2103.00020).
 
     Args:
-        texts: (classes * templates, D), of `prompts`.
-        classes: their number.
+        prompts: (classes * templates, D), embeddings of `class_prompts`.
+        num_classes: Number of classes.
 
     Returns:
         (classes, D) float32.
     """
-    return F.normalize(F.normalize(texts.float(), dim=-1).reshape(classes, -1, texts.shape[1]).mean(1), dim=-1)
+    by_class = F.normalize(prompts.float(), dim=-1).reshape(num_classes, -1, prompts.shape[1])
+    return F.normalize(by_class.mean(1), dim=-1)
 
 
 def classification_accuracy(
-    images: Tensor, labels: Sequence[int], vectors: Tensor, tile: int = 4096
+    images: Tensor, labels: Sequence[int], classes: Tensor, chunk_size: int = 4096
 ) -> dict[str, float]:
-    """Of images against classes, in percent: "top-1", "top-5", and "mean per class", of top-1.
+    """Return "top-1", "top-5" and "mean per class" (top-1) accuracy in percent.
 
-    Of classes that tie the first is above, as argmax has it: two of ImageNet's have the same name.
+    If classes tie, the first one is ranked first, as by argmax: two classes of ImageNet have the same name.
 
     Args:
         images: (N, D), L2-normalised.
-        labels: the class of each.
-        vectors: (classes, D), L2-normalised.
-        tile: images at a time.
+        labels: Class index of each image.
+        classes: (classes, D), L2-normalised.
+        chunk_size: Images per matmul.
     """
-    right, ranks = torch.tensor(labels), []
-    for lo in range(0, len(images), tile):
-        scores = images[lo : lo + tile].float() @ vectors.T
-        own = scores.gather(1, right[lo : lo + tile, None])
-        before = torch.arange(len(vectors)) < right[lo : lo + tile, None]
-        ranks.append(((scores > own) | ((scores == own) & before)).sum(1))
-    rank = torch.cat(ranks)
-    first = (rank < 1).double()
-    counts = torch.bincount(right)
-    by_class = (
-        torch.zeros(len(counts), dtype=torch.float64).index_add_(0, right, first)[counts > 0] / counts[counts > 0]
-    )
+    targets = torch.tensor(labels)
+    rank_chunks = []
+    for start in range(0, len(images), chunk_size):
+        target = targets[start : start + chunk_size, None]
+        scores = images[start : start + chunk_size].float() @ classes.T  # (images, classes)
+        target_score = scores.gather(1, target)
+        is_earlier_class = torch.arange(len(classes)) < target
+        is_ranked_higher = (scores > target_score) | ((scores == target_score) & is_earlier_class)
+        rank_chunks.append(is_ranked_higher.sum(1))
+    ranks = torch.cat(rank_chunks)
+    hits = (ranks < 1).double()
+    counts = torch.bincount(targets)
+    hits_per_class = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, targets, hits)
+    class_accuracy = hits_per_class[counts > 0] / counts[counts > 0]
     return {
-        "top-1": 100 * float(first.mean()),
-        "top-5": 100 * float((rank < 5).double().mean()),
-        "mean per class": 100 * float(by_class.mean()),
+        "top-1": 100 * float(hits.mean()),
+        "top-5": 100 * float((ranks < 5).double().mean()),
+        "mean per class": 100 * float(class_accuracy.mean()),
     }
 
 
 def linear_probe(
     train: Tensor, train_labels: Sequence[int], test: Tensor, test_labels: Sequence[int], seed: int = 0
 ) -> dict[str, float]:
-    """Logistic regression on frozen vectors, its penalty chosen on a fifth of the training images (CLIP, arXiv
-    2103.00020, appendix A.3, on a grid of powers of ten).
+    """Fit a logistic regression to frozen embeddings and return its test accuracy.
+
+    The regularisation strength is chosen on a fifth of the training images, from powers of ten (arXiv 2103.00020,
+    appendix A.3).
 
     Args:
-        train, test: (N, D).
-        train_labels, test_labels: the class of each.
-        seed: of the split.
+        train, test: Embeddings, (N, D).
+        train_labels, test_labels: Class index of each image.
+        seed: Seed of the split.
 
     Returns:
-        "top-1" in percent, and "C", the inverse of the penalty that was chosen.
+        "top-1" accuracy in percent, and "C", the inverse regularisation strength that was chosen.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import train_test_split
 
-    x, y = train.numpy(), np.asarray(train_labels)
-    counts = np.unique(y, return_counts=True)[1]
-    every = counts.min() > 1 and math.ceil(0.2 * len(y)) >= len(counts)  # a fifth holds an image of each class
-    part = train_test_split(x, y, test_size=0.2, random_state=seed, stratify=y if every else None)
-    inner, held, inner_labels, held_labels = part
-
-    def fitted(c: float, images: np.ndarray, labels: np.ndarray) -> LogisticRegression:
+    def fit(c: float, images: np.ndarray, labels: np.ndarray) -> LogisticRegression:
         return LogisticRegression(C=c, max_iter=1000).fit(images, labels)
 
-    grid = [10.0**e for e in range(-3, 5)]
-    best = max(grid, key=lambda c: fitted(c, inner, inner_labels).score(held, held_labels))
-    top = fitted(best, x, y).score(test.numpy(), np.asarray(test_labels))
-    return {"top-1": 100 * float(top), "C": best}
+    x, y = train.numpy(), np.asarray(train_labels)
+    class_counts = np.unique(y, return_counts=True)[1]
+    # Stratification needs two images of each class, and a validation part with room for every class.
+    can_stratify = class_counts.min() > 1 and math.ceil(0.2 * len(y)) >= len(class_counts)
+    fit_x, validation_x, fit_y, validation_y = train_test_split(
+        x, y, test_size=0.2, random_state=seed, stratify=y if can_stratify else None
+    )
+    candidates = [10.0**exponent for exponent in range(-3, 5)]
+    best_c = max(candidates, key=lambda c: fit(c, fit_x, fit_y).score(validation_x, validation_y))
+    accuracy = fit(best_c, x, y).score(test.numpy(), np.asarray(test_labels))
+    return {"top-1": 100 * float(accuracy), "C": best_c}

@@ -18,7 +18,7 @@ from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing,
 ANNOTATIONS = "captions_val2014.json"
 
 
-def read_judgements() -> Any:
+def load_judgements() -> Any:
     """The package's `Metrics`.
 
     Raises:
@@ -36,7 +36,7 @@ def _judged(folder: Path) -> JudgedRetrieval:
     "caption"}]}, and `val2014/`."""
     file = first_existing(folder, f"annotations/{ANNOTATIONS}", ANNOTATIONS)
     root = first_existing(folder, "val2014", "images/val2014")
-    pool = read_judgements().coco_ids.tolist()
+    pool = load_judgements().coco_ids.tolist()
     rows = read_json(file)
     names = {row["id"]: row["file_name"] for row in rows["images"]}
     captions = {row["id"]: (row["image_id"], row["caption"].strip()) for row in rows["annotations"]}
