@@ -12,7 +12,7 @@ from PIL import Image
 from conftest import make_llm
 from llm2clip.cli import main
 from llm2clip.html_report import (
-    Command,
+    Code,
     Heading,
     Paragraph,
     Plot,
@@ -195,7 +195,7 @@ def test_a_page_escapes_what_it_is_given() -> None:
     picture = Image.new("RGB", (2, 2))
     file = Path(__file__)  # any bytes will do
     blocks = [
-        Heading(evil), Paragraph(evil), Command(evil), Table([evil], [[evil], [1.25], [None]]), Plot("<svg></svg>", evil),
+        Heading(evil), Paragraph(evil), Code(evil), Table([evil], [[evil], [1.25], [None]]), Plot("<svg></svg>", evil),
         ResultImages(evil, [ResultImage(file.read_bytes()[:10], True, evil), ResultImage(picture.tobytes(), None, evil)]),
     ]  # fmt: skip
     page = to_html(evil, blocks)

@@ -22,7 +22,7 @@ from llm2clip.evaluate.precomputed import SAVED
 from llm2clip.evaluate.reporting.comparison import ModelResult, caption_blocks, result_blocks
 from llm2clip.evaluate.reporting.error_analysis import analyze_errors
 from llm2clip.evaluate.runner import run_benchmark
-from llm2clip.html_report import Block, Command, Heading, Paragraph, Table, to_markdown, write_report
+from llm2clip.html_report import Block, Code, Heading, Paragraph, Table, to_markdown, write_report
 from llm2clip.io_utils import MissingFileError, atomic_write_text
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.clip_text_encoder import has_text_tower, load_clip_text_encoder
@@ -83,7 +83,7 @@ def evaluate_models(
     if process_state().num_processes > 1 and out is None:
         raise ValueError("several processes share their work through a folder: name one with --out")
     found: dict[str, Any] = {}
-    report: list[Block] = [Command(command_line())]
+    report: list[Block] = [Code(command_line())]
     log = _log(out, "records", max_skipped)
     if captions:
         texts = [r.captions for _, r in read_merged_records(captions, columns, log, "unchecked")]

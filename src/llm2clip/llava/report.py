@@ -10,7 +10,7 @@ from pathlib import Path
 from llm2clip.data.images import load_thumbnail
 from llm2clip.html_report import (
     Block,
-    Command,
+    Code,
     Heading,
     Paragraph,
     ResultImage,
@@ -69,7 +69,7 @@ def write_llava_report(measured: Sequence[LlavaResult], command: str, out: Path)
     models = list(dict.fromkeys(m.model for m in measured))
     called = dict(zip(models, display_names(models), strict=True))
     measured = [replace(m, model=called[m.model]) for m in measured]
-    blocks: list[Block] = [Command(command)]
+    blocks: list[Block] = [Code(command)]
     public = [task for task in COLUMNS if any(m.task == task for m in measured)]
     if public:
         blocks += [Heading("Beside the paper"), Paragraph("In percent; MME in points. The paper's model is Vicuna-7B with "

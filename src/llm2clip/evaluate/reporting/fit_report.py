@@ -8,7 +8,7 @@ from typing import Any
 
 from llm2clip.evaluate.recall import KS
 from llm2clip.evaluate.reporting import plots
-from llm2clip.html_report import Block, Code, Command, Heading, Paragraph, Plot, Table, write_report
+from llm2clip.html_report import Block, Code, Heading, Paragraph, Plot, Table, write_report
 
 
 def write_fit_report(
@@ -32,7 +32,7 @@ def write_fit_report(
         curves: by stage, the lines of its metrics.jsonl.
     """
     what = "Caption retrieval accuracy: the first two captions of each held-out image retrieve each other."
-    blocks: list[Block] = [Command(command), Paragraph(data), Heading("Caption encoder"), Paragraph(what)]
+    blocks: list[Block] = [Code(command), Paragraph(data), Heading("Caption encoder"), Paragraph(what)]
     blocks.append(cra_table(*cra) if cra else Paragraph("Not measured: too few held-out images have two captions."))
     blocks += [
         Heading("Retrieval"),

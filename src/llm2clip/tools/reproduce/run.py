@@ -13,7 +13,7 @@ from typing import Any
 from llm2clip.config import ReproduceConfig
 from llm2clip.distributed import cached_json, command_line, print_once, process_state
 from llm2clip.evaluate.reporting import plots
-from llm2clip.html_report import BAD, GOOD, UNSURE, Block, Command, Heading, Paragraph, Plot, Table, write_report
+from llm2clip.html_report import BAD, GOOD, UNSURE, Block, Code, Heading, Paragraph, Plot, Table, write_report
 from llm2clip.pipeline import start_run
 from llm2clip.tools.reproduce.claims import CLAIMS
 from llm2clip.tools.reproduce.datasets import ClaimData
@@ -85,14 +85,13 @@ def claim_from_json(fields: dict[str, Any]) -> Claim:
 
 def claim_blocks(claims: Sequence[Claim], config: ReproduceConfig, command: str) -> list[Block]:
     """The report."""
-    statuses = tuple(STATUSES.items())
     found: list[Block] = [
         Paragraph(
             "Each claim of the paper (arXiv 2411.04997), at the scale of this machine: small models, few images, the "
             "same method."
         ),
-        Command(command),
-        Table(["", "claim", "here"], [[c.number, c.title, c.verdict] for c in claims], statuses=statuses),
+        Code(command),
+        Table(["", "claim", "here"], [[c.number, c.title, c.verdict] for c in claims], statuses=STATUSES),
         Paragraph(
             f"Heads learn between a text tower and a frozen vision tower ({config.tower}, {config.image_size} pixels) "
             f"in {config.epochs:g} passes; figures are means of {config.seeds} seeds. A comparison holds where the 95% "
@@ -132,7 +131,7 @@ def claim_blocks(claims: Sequence[Claim], config: ReproduceConfig, command: str)
             [c.low, c.high, c.of, *(_figure(i, c.of) for i in (c.low_figure, c.high_figure, c.difference)), c.verdict]
             for c in claim.comparisons
         ]
-        found.append(Table(header, rows, statuses=statuses))
+        found.append(Table(header, rows, statuses=STATUSES))
         found += [Paragraph(note) for note in claim.notes]
         found.append(Paragraph(f"This claim alone: `{command} --claims {claim.number}`"))
     return found
