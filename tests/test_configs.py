@@ -1,4 +1,4 @@
-"""The recipes in the repository are read by the command, overrides act on them, and they can be planned."""
+"""Settings and built-in configs: names, number, parsing, and the values that the paper publishes."""
 
 from __future__ import annotations
 
@@ -8,146 +8,213 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from llm2clip.cli import build
-from llm2clip.config import AlignConfig, FitConfig, LlavaConfig, ReproduceConfig
-from llm2clip.run_config import save_or_check_config
+from llm2clip.cli.commands import builtin_configs
+from llm2clip.config import (
+    AlignConfig,
+    EmbedConfig,
+    EncoderConfig,
+    EvaluateConfig,
+    FitConfig,
+    TuneConfig,
+)
+from llm2clip.run_config import ConfigChangedError, save_or_check_config
 from llm2clip.tools.plan.devices import Machine
 from llm2clip.tools.plan.plan import plan_fit
 
-FOLDER = Path(__file__).parent.parent / "recipes"
-RECIPES = sorted(config for config in FOLDER.glob("*.yaml") if not config.name.startswith("llava-"))
-LLMS = {"llama-3-8b", "llama-3.1-8b", "llama-3.2-1b", "mistral-nemo-12b", "qwen2.5-0.5b"}
-TOWERS = [config for config in RECIPES if config.name.startswith("tower-")]
+FIT_CONFIGS = [name for name in builtin_configs() if not name.startswith("llava-")]
+LLMS = ["llama-3-8b", "llama-3.1-8b", "llama-3.2-1b", "mistral-nemo-12b", "qwen2.5-0.5b"]
+TOWERS = [name for name in FIT_CONFIGS if name.startswith("tower-")]
+STAGES = (EncoderConfig, TuneConfig, EmbedConfig, AlignConfig, EvaluateConfig)
+MAX_FIT_SETTINGS = 60  # frozen, see CONTRIBUTING.md: a new setting must replace one
 
 
-def read(*recipes: Path, more: tuple[str, ...] = ()) -> FitConfig:
+def parse_fit(*configs: str) -> FitConfig:
     parser, _ = build()
-    files = [word for config in recipes for word in ("--config", str(config))]
-    given = parser.instantiate(parser.parse_args(["fit", "a.jsonl", "--out", "r", *files, *more])).fit
-    return FitConfig(**{field.name: given[field.name] for field in dataclasses.fields(FitConfig)})
+    flags = [word for config in configs for word in ("--config", config)]
+    args = parser.instantiate(parser.parse_args(["fit", "a.jsonl", "--out", "r", *flags])).fit
+    return FitConfig(**{field.name: args[field.name] for field in dataclasses.fields(FitConfig)})
 
 
-@pytest.mark.parametrize("config", RECIPES, ids=lambda p: p.stem)
-def test_recipes_parse(config: Path) -> None:
+# ---- settings ------------------------------------------------------------------------------------------------------
+
+
+def test_fit_settings_are_frozen() -> None:
+    top_level = [field for field in dataclasses.fields(FitConfig) if not dataclasses.is_dataclass(field.default_factory)]
+    assert sum(len(dataclasses.fields(stage)) for stage in STAGES) + len(top_level) == MAX_FIT_SETTINGS
+
+
+def test_every_setting_is_documented_in_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build()[0].parse_args(["fit", "--help"])
+    text = capsys.readouterr().out
+    for section, stage in zip(("encoder", "tune", "embed", "align", "evaluate"), STAGES, strict=True):
+        for field in dataclasses.fields(stage):
+            entry = re.search(rf"^  --{section}\.{field.name}\b(.*?)(?=^  --|^\S|\Z)", text, re.M | re.S)
+            assert entry, f"{section}.{field.name} is not in the help"
+            assert len(entry[1].split()) > 4, f"{section}.{field.name} has no description"
+    assert "type:" not in text and "null" not in text
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, llm2clip.cli as c; c.build(); print({'torch', 'transformers', 'numpy'} & sys.modules.keys())"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "message"),
+    [
+        (AlignConfig, {"epochs": 0}, r"--align.epochs must be greater than 0 \(got 0\)"),
+        (TuneConfig, {"batch_size": -4}, r"--tune.batch_size must be at least 1 \(got -4\)"),
+        (TuneConfig, {"warmup_ratio": 2}, r"--tune.warmup_ratio must be between 0 and 1 \(got 2\)"),
+        (TuneConfig, {"temperature": 0}, r"--tune.temperature must be greater than 0"),
+        (TuneConfig, {"qlora": True, "lora_r": 0}, r"--tune.qlora needs LoRA"),
+        (AlignConfig, {"min_crop_scale": 0}, r"--align.min_crop_scale must be greater than 0"),
+        (AlignConfig, {"lora_r": 4, "tower_lr": 0}, r"--align.lora_r trains the tower"),
+        (AlignConfig, {"load_best_at_end": True, "eval_steps": 0}, r"needs evaluations"),
+        (EmbedConfig, {"precision": "fp8"}, r"--embed.precision must be auto, fp32"),
+    ],
+)
+def test_config_rejects_values_out_of_range(config: type, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**values)
+
+
+# ---- built-in configs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FIT_CONFIGS)
+def test_builtin_config_parses_and_flags_override_it(name: str) -> None:
     parser, _ = build()
-    given = parser.parse_args(["fit", "a.jsonl", "--out", "r", "--config", str(config), "--align.epochs", "7"]).fit
-    assert given.align.epochs == 7
-    assert given.data == ["a.jsonl"]
-    assert config in TOWERS or config.stem in ("sail", "lift", "lit") or given.align.batch_size == 128
-    AlignConfig(**vars(given.align))
-    template = given.encoder.template
+    args = parser.parse_args(["fit", "a.jsonl", "--out", "r", "--config", name, "--align.epochs", "7"]).fit
+    assert args.align.epochs == 7
+    assert args.data == ["a.jsonl"]
+    template = args.encoder.template
     assert template is None or template.count("{caption}") == 1
 
 
-@pytest.mark.parametrize("config", RECIPES, ids=lambda p: p.stem)
-def test_recipes_can_be_planned_and_fit_into_an_h100(config: Path) -> None:
-    with_llm = [config.parent / "qwen2.5-0.5b.yaml"] if config in TOWERS or config.stem == "lit" else []
-    found = plan_fit(read(*with_llm, config), Machine("h100", 8), 3_000_000, 2, 84)
-    assert all(found.fits.values()) and not found.ways_out
+@pytest.mark.parametrize("name", FIT_CONFIGS)
+def test_builtin_config_fits_eight_h100(name: str) -> None:
+    llm = ["qwen2.5-0.5b"] if name in TOWERS or name == "lit" else []
+    plan = plan_fit(parse_fit(*llm, name), Machine("h100", 8), 3_000_000, 2, 84)
+    assert all(plan.fits.values())
 
 
-def test_llava_s_recipe_has_its_authors_settings() -> None:
-    """And those are the defaults."""
-    parser, _ = build()
-    line = ["llava", "train", "b", "--out", "r"]
-    given = parser.parse_args([*line, "--config", str(FOLDER / "llava-1.5-7b.yaml")]).llava.train.llava
-    usual = parser.parse_args(line).llava.train.llava
-    machine = ("precision", "recompute", "cache_gb", "workers", "micro_batch")
-    assert all(given[name] == usual[name] for name in vars(usual) if name not in machine)
-    assert (given.pretrain_batch, given.pretrain_lr, given.batch, given.lr) == (256, 1e-3, 128, 2e-5)
-
-
-def test_pairs_of_a_language_model_and_a_tower_are_both() -> None:
+def test_llm_and_tower_configs_combine() -> None:
     assert len(TOWERS) == 6
-    for llm, tower in product((config for config in RECIPES if config.name.removesuffix(".yaml") in LLMS), TOWERS):
-        both, one, other = read(llm, tower), read(llm), read(tower)
-        assert (both.encoder, both.tune) == (one.encoder, one.tune)
-        assert both.align == other.align
-        assert both.encoder != other.encoder and both.align != one.align
+    for llm, tower in product(LLMS, TOWERS):
+        combined, llm_only, tower_only = parse_fit(llm, tower), parse_fit(llm), parse_fit(tower)
+        assert (combined.encoder, combined.tune) == (llm_only.encoder, llm_only.tune)
+        assert combined.align == tower_only.align
+        assert combined.encoder != tower_only.encoder and combined.align != llm_only.align
 
 
-def test_the_papers_towers_are_aligned_as_it_says() -> None:
+def test_tower_configs_have_the_settings_of_the_paper() -> None:
     for tower in TOWERS:
-        align = read(tower).align
-        assert align.batch_size * 8 == 4096 and align.embed_dim == (1152 if "siglip" in tower.stem else 1280)
-        assert (align.tower_lr, align.lr, align.layer_decay, align.weight_decay) == (1e-5, 1e-5, 0.85, 0.05)
-        assert (align.loss, align.adapter, align.adapter_depth, align.adapter_expansion) == (
-            "infonce",
-            "residual",
-            4,
-            2,
-        )
-        assert (align.min_crop_scale, align.hflip, align.max_grad_norm, align.captions_per_image) == (
-            0.9,
-            False,
-            5.0,
-            1,
-        )
+        align = parse_fit(tower).align
+        assert align.batch_size * 8 == 4096
+        assert align.embed_dim == (1152 if "siglip" in tower else 1280)
+        assert (align.tower_lr, align.lr, align.layer_decay) == (1e-5, 1e-5, 0.85)
+        assert (align.loss, align.adapter_depth) == ("infonce", 4)
+        assert (align.min_crop_scale, align.captions_per_image) == (0.9, 1)
         assert align.caption_mix == {"captions": 1, "long_captions": 1}
 
 
-def test_the_papers_text_towers_have_recipes_that_tune_reads() -> None:
-    parser, _ = build()
-    papers = [r for r in RECIPES if r.name.removesuffix(".yaml") in LLMS]
-    assert len(papers) == len(LLMS)
-    for config in papers:
-        tune = parser.parse_args(["tune", "a.jsonl", "--out", "r", "--config", str(config)]).tune.tune
-        assert (tune.temperature, tune.lora_r, tune.lora_alpha, tune.lora_dropout) == (0.02, 16, 32, 0.05)
+def test_llm_configs_have_the_settings_of_the_paper() -> None:
+    for llm in LLMS:
+        tune = parse_fit(llm).tune
+        assert (tune.temperature, tune.lora_r, tune.lora_dropout) == (0.02, 16, 0.05)
         assert tune.lr == 2e-4 and tune.batch_size * 8 == 512 and tune.warmup_ratio * tune.steps == 300
 
 
-def test_there_are_recipes() -> None:
-    assert RECIPES
-
-
-def test_an_unknown_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_llava_config_equals_the_defaults_except_for_hardware_settings() -> None:
     parser, _ = build()
+    command = ["llava", "train", "b", "--out", "r"]
+    config = parser.parse_args([*command, "--config", "llava-1.5-7b"]).llava.train.llava
+    default = parser.parse_args(command).llava.train.llava
+    hardware = ("precision", "gradient_checkpointing", "cache_gb", "workers", "micro_batch_size")
+    assert all(config[name] == default[name] for name in vars(default) if name not in hardware)
+    assert (config.pretrain_batch_size, config.pretrain_lr, config.batch_size, config.lr) == (256, 1e-3, 128, 2e-5)
+
+
+# ---- --config ------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_setting_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parser.parse_args(["fit", "a.jsonl", "--out", "r", "--align.epocs", "7"])
+        build()[0].parse_args(["fit", "a.jsonl", "--out", "r", "--align.epocs", "7"])
     assert "align.epocs" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", [["tune"], ["embed", "d"], ["align", "d", "--store", "s"], ["evaluate", "m"]])
-def test_one_file_serves_every_stage(verb: list[str], tmp_path: Path) -> None:
-    """What is fit's and not the verb's is left out; what nobody knows is not."""
-    parser, _ = build()
-    whole = tmp_path / "config.yaml"
-    save_or_check_config({"data": ["x.csv"], **dataclasses.asdict(FitConfig())}, whole)
-    out = [] if verb[0] == "evaluate" else ["--out", "o"]
-    for config in (*RECIPES, whole):
-        given = parser.parse_args([*verb, *out, "--config", str(config)])[verb[0]]
-        expected = yaml.safe_load(config.read_text()).get(verb[0], {})
-        assert all(given[verb[0]][name] == value for name, value in expected.items() if name != "data")
-    for bad in (
-        "embed:\n  shrd: 1\n",
-        "tunee:\n  steps: 1\n",
-        "align:\n  epochs: x\n" if verb[0] == "align" else "x: 1\n",
-    ):
-        whole.write_text(bad)
-        with pytest.raises(SystemExit):
-            parser.parse_args([*verb, *out, "--config", str(whole)])
+def test_unknown_config_name_lists_the_builtin_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parser.parse_args([*verb, *out, "--llava.lr", "1"])
+        build()[0].parse_args(["fit", "a.jsonl", "--out", "r", "--config", "llama-4"])
+    error = capsys.readouterr().err
+    assert "llama-4" in error and "llama-3.2-1b" in error
 
 
-def test_rare_settings_are_settings() -> None:
-    known = {"encoder", "tune", "embed", "align", "evaluate", "llava", "reproduce"}
-    recipes = {**vars(FitConfig()), "llava": LlavaConfig(), "reproduce": ReproduceConfig()}
+@pytest.mark.parametrize("command", [["tune"], ["embed", "d"], ["align", "d", "--store", "s"], ["evaluate", "m"]])
+def test_one_config_file_serves_every_stage(command: list[str], tmp_path: Path) -> None:
+    parser, _ = build()
+    save_or_check_config({"data": ["x.csv"], **dataclasses.asdict(FitConfig())}, tmp_path)
+    out = [] if command[0] == "evaluate" else ["--out", "o"]
+    texts = {**{name: builtin_configs()[name] for name in FIT_CONFIGS}}
+    texts[str(tmp_path / "config.yaml")] = (tmp_path / "config.yaml").read_text()
+    for config, text in texts.items():
+        args = parser.parse_args([*command, *out, "--config", config])[command[0]]
+        expected = yaml.safe_load(text).get(command[0], {})
+        assert all(args[command[0]][name] == value for name, value in expected.items() if name != "data")
 
 
-def test_help_shows_about_forty_settings(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("fit", "tune", "embed", "align", "plan", "evaluate", "reproduce"):
+@pytest.mark.parametrize("text", ["embed:\n  shrd: 1\n", "tunee:\n  steps: 1\n", "x: 1\n"])
+def test_config_file_with_unknown_settings_is_an_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    for command in (["tune", "--out", "o"], ["embed", "d", "--out", "o"]):
         with pytest.raises(SystemExit):
-            build()[0].parse_args([verb, "--help"])
-        shown = re.findall(r"^  (--[\w.]+)", capsys.readouterr().out, re.M)
-        assert len(shown) <= 48, (verb, len(shown))
+            build()[0].parse_args([*command, "--config", str(tmp_path / "bad.yaml")])
 
 
-def test_help_waits_for_nothing_heavy() -> None:
-    code = "import sys, llm2clip.cli as c; c.build(); print({'torch', 'transformers', 'numpy'} & sys.modules.keys())"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said.strip() == "set()"
+def test_configs_command_lists_each_config_with_a_description(capsys: pytest.CaptureFixture[str]) -> None:
+    from llm2clip.cli import main
+
+    assert main(["configs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(builtin_configs())
+    assert any(line.startswith("llama-3.2-1b ") and "Llama-3.2-1B" in line for line in lines)
+
+
+# ---- the config saved in a run directory ---------------------------------------------------------------------------
+
+
+def test_changed_config_error_names_the_setting(tmp_path: Path) -> None:
+    save_or_check_config({"a": {"b": 1, "c": [1]}}, tmp_path)
+    save_or_check_config({"a": {"b": 1, "c": [1]}}, tmp_path)
+    (tmp_path / "tune").mkdir()
+    with pytest.raises(ConfigChangedError, match=r"a\.b: 1 saved, 2 now"):
+        save_or_check_config({"a": {"b": 2, "c": [1]}}, tmp_path)
+
+
+def test_align_settings_may_change_until_align_has_outputs(tmp_path: Path) -> None:
+    save_or_check_config({"tune": {"lr": 1}, "align": {"batch_size": 4096}}, tmp_path)
+    (tmp_path / "store").mkdir()
+    save_or_check_config({"tune": {"lr": 1}, "align": {"batch_size": 64}}, tmp_path)
+    with pytest.raises(ConfigChangedError, match=r"tune\.lr"):
+        save_or_check_config({"tune": {"lr": 2}, "align": {"batch_size": 64}}, tmp_path)
+    (tmp_path / "align/checkpoints").mkdir(parents=True)
+    with pytest.raises(ConfigChangedError, match=r"align\.batch_size: 64 saved, 32 now"):
+        save_or_check_config({"tune": {"lr": 1}, "align": {"batch_size": 32}}, tmp_path)
+
+
+def test_run_directory_without_outputs_accepts_a_new_config(tmp_path: Path) -> None:
+    save_or_check_config({"data": "typo", "embed": {"batch_tokens": 1}}, tmp_path)
+    save_or_check_config({"data": "right", "embed": {"batch_tokens": 1}}, tmp_path)
+    (tmp_path / "tune").mkdir()
+    save_or_check_config({"data": "right", "embed": {"batch_tokens": 2}}, tmp_path)  # affects speed only
+    with pytest.raises(ConfigChangedError, match="data: 'right' saved, 'wrong' now"):
+        save_or_check_config({"data": "wrong", "embed": {"batch_tokens": 2}}, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable
 from importlib.resources import files
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, set_docstring_parse_options
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from llm2clip.config import FitConfig
 
@@ -23,7 +24,7 @@ SECTIONS = {name for name, value in FIT_SETTINGS.items() if isinstance(value, di
 # The body of a command: parsed arguments to the last lines it prints (where the result is, what to run next).
 Run = Callable[[Namespace], list[str]]
 
-set_docstring_parse_options(attribute_docstrings=True)  # help of a setting = the docstring under its dataclass field
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # help: the docstrings under the dataclass fields
 
 
 class Commands:
@@ -115,6 +116,11 @@ class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     def add_argument(self, action: Action) -> None:
         if action.dest not in SECTIONS:  # `--align CONFIG` repeats what --config does
             super().add_argument(action)
+
+    def _format_action_invocation(self, action: Action) -> str:
+        text = super()._format_action_invocation(action)
+        text = re.sub(r", --[\w.]+\+( \[.*\])?$", "", text)  # the append form, `--tune.data+`
+        return text.replace(",null}", "}").replace("[=flags]", "")
 
     def _get_help_string(self, action: Action) -> str:
         text = action.help or ""
