@@ -63,9 +63,7 @@ def open_embedding_source(model: str, log: SkipLog, cache_dir: Path | None) -> E
 class ModelEmbeddings:
     """Embeddings that a model computes, (N, D) float32, L2-normalised, on the CPU."""
 
-    def __init__(
-        self, model: DualEncoder, log: SkipLog, cache_dir: Path | None = None, progress: bool = True
-    ) -> None:
+    def __init__(self, model: DualEncoder, log: SkipLog, cache_dir: Path | None = None, progress: bool = True) -> None:
         """
         Args:
             model: Any model of images and texts.
@@ -109,7 +107,11 @@ class ModelEmbeddings:
             embeddings = self.model.encode_texts(texts, self.progress)
         else:
             store = store_text_embeddings(
-                unique_captions(texts), self.model.encode_texts, self.model.embed_dim, self.identity, self.folder / "texts"
+                unique_captions(texts),
+                self.model.encode_texts,
+                self.model.embed_dim,
+                self.identity,
+                self.folder / "texts",
             )
             embeddings = torch.from_numpy(store.take(store.rows(texts)))
         check_finite(embeddings)

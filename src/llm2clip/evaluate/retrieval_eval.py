@@ -157,4 +157,6 @@ def dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncod
     def read_texts(texts: Sequence[str], progress: bool) -> Tensor:
         return model.project_text_embeddings(torch.from_numpy(store.take(store.rows(texts))))
 
-    return dataclasses.replace(from_llm2clip(model, "llm2clip"), encode_texts_raw=read_texts, count_truncated=lambda texts: None)
+    return dataclasses.replace(
+        from_llm2clip(model, "llm2clip"), encode_texts_raw=read_texts, count_truncated=lambda texts: None
+    )

@@ -52,7 +52,7 @@ def kept_by_llm(config: Any, tune: TuneConfig, precision: str, layers: int) -> t
     blocks, net = get_layers(llm), llm
     llm.get_input_embeddings().requires_grad_(False)
     if tune.lora_r:
-        lora = LoraConfig(r=tune.lora_r, lora_dropout=tune.lora_dropout, target_modules=tune.lora_targets)
+        lora = LoraConfig(r=tune.lora_r, lora_dropout=tune.lora_dropout, target_modules="all-linear")
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for something by its old name
             net = get_peft_model(llm, lora)
@@ -83,7 +83,7 @@ def kept_by_model(recipe: AlignConfig, text_width: int, captions: int) -> list[t
         for images in (1, 2):
             given: dict[str, Tensor] = {"embeddings": torch.zeros(images * captions, text_width)}
             pixels = torch.zeros(images, 3, size, size, dtype=torch.uint8)
-            if recipe.cache_features:
+            if recipe.tower_lr == 0:
                 given["features"] = torch.zeros(images, model.tower.feature_dim)
             else:
                 given["pixels"] = pixels
@@ -93,7 +93,7 @@ def kept_by_model(recipe: AlignConfig, text_width: int, captions: int) -> list[t
             whole, sizes = kept.bytes, _input_sizes(blocks)
             del held
             kept = SavedTensorBytes(model)
-            if not recipe.cache_features:
+            if not recipe.tower_lr == 0:
                 with saved_by_model(model.tower, True), kept.hooks:
                     held = model.tower(pixels)
                 del held

@@ -9,7 +9,7 @@ counted on two and three of its blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -113,7 +113,7 @@ def text_costs(encoder: EncoderConfig, tune: TuneConfig, precision: str) -> Text
     blocks = get_layers(llm)
     linear = _linear(blocks)
     heads = config.num_attention_heads
-    trained = _lora(blocks, tune.lora_r, tune.lora_targets) if tune.lora_r else _count(llm) - _table(llm)
+    trained = _lora(blocks, tune.lora_r) if tune.lora_r else _count(llm) - _table(llm)
     two, three = (kept_by_llm(config, tune, precision, n) for n in (2, 3))
     return TextCosts(
         width=encoder.truncate_dim or config.hidden_size,
@@ -143,7 +143,7 @@ def image_costs(recipe: AlignConfig, text_width: int, captions: float) -> ImageC
     size = tower.preprocess.size
     pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8, device="meta")
     features = torch.zeros(1, tower.feature_dim, device="meta")
-    given = {"features": features} if recipe.cache_features else {"pixels": pixels}
+    given = {"features": features} if recipe.tower_lr == 0 else {"pixels": pixels}
     with saved_by_model(model, False):
         tower_forward = count_flops(lambda: model.tower(pixels))
         of_image = count_flops(lambda: model(features=features))
@@ -207,12 +207,9 @@ def _linear(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
-def _lora(module: nn.Module, rank: int, targets: str | Sequence[str]) -> int:
-    linear = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
-    if targets != "all-linear":
-        named = {targets} if isinstance(targets, str) else set(targets)
-        linear = {name: m for name, m in linear.items() if name.rpartition(".")[2] in named}
-    return sum(rank * (m.in_features + m.out_features) for m in linear.values())
+def _lora(module: nn.Module, rank: int) -> int:
+    linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    return sum(rank * (m.in_features + m.out_features) for m in linear)
 
 
 def _table(llm: Any) -> int:

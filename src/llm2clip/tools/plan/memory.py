@@ -110,14 +110,12 @@ def align_memory(
     if config.gradient_checkpointing and work.kept > work.block_input:
         kept = work.block_input + work.block_kept
     parts = {"model": 4 * parameters / shares, **optimizer_memory(work.trained, count, shared_out)}
-    if config.ema:
-        parts["running mean"] = 4 * work.trained / shares
     if config.precision != "fp32":
         parts["copies in half precision"] = work.copies / shares
     parts["activations"] = _passing(size * (kept + work.block_kept), work.trained / shares)
-    if config.loss != "cosine":  # vectors, gathered vectors and their gradients; a strip of logits and two like it
-        strip = min(CHUNK["cuda"], config.batch_size * texts)
-        parts["loss"] = 12 * work.shared * (images + texts) + 12 * strip
+    # Embeddings, gathered embeddings and their gradients; a chunk of logits and two tensors of its size.
+    chunk = min(CHUNK["cuda"], config.batch_size * texts)
+    parts["loss"] = 12 * work.shared * (images + texts) + 12 * chunk
     parts["captions"] = 4 * text_width * size * captions
     return {**parts, "libraries": FRAMEWORK_OVERHEAD, "loading": 0.0}
 

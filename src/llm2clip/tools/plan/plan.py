@@ -18,7 +18,7 @@ from llm2clip.tools.plan.memory import align_memory, embed_memory, fits, peak_me
 
 STAGES = ("tune", "embed", "align")
 # Products of the images' and the texts' vectors in the loss and its gradient: alone, and among processes.
-PRODUCTS = {"infonce": (4, 5), "sigmoid": (3, 4), "cosine": (0, 0)}
+PRODUCTS = {"infonce": (4, 5), "sigmoid": (3, 4)}
 
 
 @dataclass
@@ -83,22 +83,19 @@ def plan_fit(
     tokens = min(tokens_per_caption, config.encoder.max_length or 512)
     tuned = device.precision(config.tune.precision)
     text = text_costs(config.encoder, config.tune, tuned)
-    align = config.align
+    align = dataclasses.replace(config.align, precision=device.precision(config.align.precision))
+    features_cached = align.tower_lr == 0
     captions = min(align.captions_per_image or captions_per_image, captions_per_image)
     image = image_costs(align, text.width, captions)
 
     steps = _align_flop(image, align, captions, count)
     tune_step = text.step(tokens, config.tune)
-    passes, heads = images * align.epochs, 0.0
-    once = images * image.tower_forward if align.cache_features or align.head_epochs else 0.0
-    if align.head_epochs:
-        alone = align.heads()
-        of_heads = image_costs(alone, text.width, captions)
-        heads = images * align.head_epochs * _align_flop(of_heads, alone, captions, count)["step"]
+    passes = images * align.epochs
+    once = images * image.tower_forward if features_cached else 0.0
     rows = images * captions_per_image
     forward = text.forward(tokens)
 
-    texts = 2 * config.tune.steps + config.tune.mntp_steps  # of each device, times its batch
+    texts = 2 * config.tune.steps  # of each device, times its batch
     parts = {
         "tune": tune_memory(text, config.tune, tokens, tuned, count, shared_out),
         "embed": embed_memory(text, device.precision(config.embed.precision)),
@@ -109,10 +106,10 @@ def plan_fit(
     took = {
         "tune": machine.hours(texts * config.tune.batch_size * count * tune_step, tuned),
         "embed": machine.hours(rows * forward, config.embed.precision),
-        "align": machine.hours(once + heads + passes * steps["step"], align.precision),
+        "align": machine.hours(once + passes * steps["step"], align.precision),
     }
     step_online = steps["step"] + captions * forward
-    online = machine.hours(once + heads + passes * steps["step"], align.precision) + machine.hours(
+    online = machine.hours(once + passes * steps["step"], align.precision) + machine.hours(
         passes * captions * forward, config.embed.precision
     )
     found = Plan(
@@ -131,7 +128,7 @@ def plan_fit(
         memory=parts,
         fits={stage: fits(part, device.memory) for stage, part in parts.items()},
         hours=took,
-        decoded=0.0 if align.cache_features else passes / (took["align"] * 3600 * count),
+        decoded=0.0 if features_cached else passes / (took["align"] * 3600 * count),
         online={
             "step": step_online / steps["step"],
             "hours": online / (took["embed"] + took["align"]),
@@ -148,7 +145,7 @@ def plan_fit(
 def _align_flop(work: ImageCosts, config: AlignConfig, captions: float, count: int) -> dict[str, float]:
     """FLOP of an image and its captions in a step of align: the forward and backward pass, the passes that are made
     again, the loss, and all of it."""
-    tower = 0.0 if config.cache_features else work.tower_forward
+    tower = 0.0 if config.tower_lr == 0 else work.tower_forward
     forward = tower + work.heads_forward
     again = tower if config.gradient_checkpointing and work.kept > work.block_input > 0 else 0.0
     cached = forward if (config.micro_batch_size or config.batch_size) < config.batch_size else 0.0
@@ -179,17 +176,17 @@ def _options(name: str) -> set[str]:
 def _tune_settings(
     config: TuneConfig, work: TextCosts, tokens: float, precision: str, count: int
 ) -> Iterator[Suggestion]:
-    changes: list[dict[str, Any]] = [{"recompute": True}, {"grad_cache": True}]
-    small: dict[str, Any] = {"recompute": True, "grad_cache": True}
+    changes: list[dict[str, Any]] = [{"gradient_checkpointing": True}, {"grad_cache": True}]
+    small: dict[str, Any] = {"gradient_checkpointing": True, "grad_cache": True}
     changes += [{**small, "batch_tokens": n} for n in (32768, 16384, 8192, 4096)]
     if config.lora_r:
-        changes += [{"quantize": True}, *({**small, "quantize": True, "batch_tokens": n} for n in (16384, 4096))]
+        changes += [{"qlora": True}, *({**small, "qlora": True, "batch_tokens": n} for n in (16384, 4096))]
     for change in changes:
         changed = dataclasses.replace(config, **change)
         yield _named("tune", config, change), tune_memory(work, changed, tokens, precision, count)
     if count > 1:  # FSDP2 and 4 bits do not go together
         for change in ({}, {**small, "batch_tokens": 8192}):
-            changed = dataclasses.replace(config, **{**change, "quantize": False})
+            changed = dataclasses.replace(config, **{**change, "qlora": False})
             name = _named("tune", config, change)
             yield f"--use_fsdp {name}".rstrip(), tune_memory(work, changed, tokens, precision, count, True)
 
@@ -198,18 +195,21 @@ def _align_settings(
     config: AlignConfig, work: ImageCosts, text_width: int, captions: float, count: int
 ) -> Iterator[Suggestion]:
     sizes = [2**n for n in range(16, -1, -1) if 2**n < (config.micro_batch_size or config.batch_size)]
-    changes: list[dict[str, Any]] = [{"recompute": True}, *({"micro_batch": n} for n in sizes)]
-    changes += [{"recompute": True, "micro_batch": n} for n in sizes]
+    changes: list[dict[str, Any]] = [{"gradient_checkpointing": True}, *({"micro_batch_size": n} for n in sizes)]
+    changes += [{"gradient_checkpointing": True, "micro_batch_size": n} for n in sizes]
     for change in changes:
         changed = dataclasses.replace(config, **change)
         yield _named("align", config, change), align_memory(work, changed, captions, text_width, count)
-    small: dict[str, Any] = {"recompute": True, "micro_batch": min(16, config.micro_batch_size or config.batch_size)}
+    small: dict[str, Any] = {
+        "gradient_checkpointing": True,
+        "micro_batch_size": min(16, config.micro_batch_size or config.batch_size),
+    }
     if count > 1:
         for change in ({}, small):
             changed = dataclasses.replace(config, **change)
             name = _named("align", config, change)
             yield f"--use_fsdp {name}".rstrip(), align_memory(work, changed, captions, text_width, count, True)
-    if config.tower_lr > 0 and not config.lora_r and config.train_layers is None:
+    if config.tower_lr > 0 and not config.lora_r:
         small["lora_r"] = 16
         changed = dataclasses.replace(config, **small)
         of = image_costs(changed, text_width, captions)

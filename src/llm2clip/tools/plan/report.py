@@ -54,10 +54,10 @@ def _flop(found: Plan) -> Table:
     captions = "its caption" if found.captions == 1 else f"its {found.captions:g} captions"
     table.add_row(f"an image and {captions} in a step of align", _giga(flop["step"]))
     table.add_row(
-        "  forward and backward" + (", from features" if align.cache_features else ""), _giga(flop["image once"])
+        "  forward and backward" + (", from features" if align.tower_lr == 0 else ""), _giga(flop["image once"])
     )
     if flop["image again"]:
-        why = [name for name in ("recompute", "micro_batch") if getattr(align, name)]
+        why = [name for name in ("gradient_checkpointing", "micro_batch_size") if getattr(align, name)]
         table.add_row(f"  forward again ({', '.join(why)})", _giga(flop["image again"]))
     table.add_row("  loss", _giga(flop["image loss"]))
     return table
@@ -86,11 +86,11 @@ def _hours(found: Plan) -> Table:
     config, count = found.config, found.machine.count
     table = _table(f"Time on {count} x {found.machine.each.name}", "", "", words=True)
     if "tune" in found.memory:
-        steps, batch = config.tune.steps + config.tune.mntp_steps, config.tune.batch_size * count
+        steps, batch = config.tune.steps, config.tune.batch_size * count
         table.add_row("tune", _time(found.hours["tune"]), f"{steps:,} steps of {batch:,} pairs")
     rows = found.images * found.captions_per_image
     table.add_row("embed", _time(found.hours["embed"]), f"{rows:,.0f} captions")
-    batch = config.align.batch_size * count * config.align.accumulate
+    batch = config.align.batch_size * count
     about = f"{config.align.epochs:g} epochs of {found.images:,} images, {batch:,} in a step"
     if found.decoded:
         about += f"; {found.decoded:,.0f} images/s to be decoded for each device"
