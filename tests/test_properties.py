@@ -27,7 +27,7 @@ from llm2clip.evaluate.recall import chance_recall, recall, retrieval_metrics
 from llm2clip.store.key_index import KeyIndex, build_key_index
 from llm2clip.store.layout import StoreError
 from llm2clip.store.maintenance import merge_stores, repair_store
-from llm2clip.store.store import EmbeddingStore, Reading
+from llm2clip.store.store import EmbeddingStore, ReadMode
 from llm2clip.store.writer import StoreWriter
 
 # The same examples in each run: a run that fails fails again.
@@ -124,15 +124,15 @@ def written(folder: Path, shards: Sequence[Sequence[str]], dtype: str = "float16
     st.lists(CAPTIONS, min_size=1, max_size=4),
     st.data(),
     st.sampled_from(["float16", "float32", "int8"]),
-    st.sampled_from(["map", "positional"]),
+    st.sampled_from(["mmap", "pread"]),
 )
-def test_a_store_is_a_dictionary(shards: list[list[str]], data: st.DataObject, dtype: str, reading: Reading) -> None:
+def test_a_store_is_a_dictionary(shards: list[list[str]], data: st.DataObject, dtype: str, read_mode: ReadMode) -> None:
     """Captions in any order, repeated within and across shards, asked for in any order and as often as one likes."""
     everything = unique_captions(caption for captions in shards for caption in captions)
     asked = data.draw(st.lists(st.sampled_from(everything), max_size=12))
     with TemporaryDirectory() as folder:
         written(Path(folder), shards, dtype)
-        store = EmbeddingStore(folder, reading)
+        store = EmbeddingStore(folder, read_mode)
         assert len(store) == len(everything)
         found, right = store.take(store.rows(asked)), vectors_of(asked).reshape(-1, 3)
         assert found.dtype == np.float32
@@ -140,7 +140,7 @@ def test_a_store_is_a_dictionary(shards: list[list[str]], data: st.DataObject, d
         assert (np.abs(found - right) <= (largest / 127 / 2 + 1e-5 if dtype == "int8" else 0)).all()
         absent = data.draw(TEXT.filter(lambda text: text not in everything))
         assert absent not in store and all(caption in store for caption in asked)
-        with pytest.raises(StoreError, match="no vector for the caption"):
+        with pytest.raises(StoreError, match="no embedding of the caption"):
             store.rows([*asked, absent])
         store.verify()
 

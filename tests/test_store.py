@@ -1,9 +1,11 @@
-"""The store: vectors by caption, shards whole or absent, other encoders refused, work resumed."""
+"""Embedding store: lookup, atomic shards, identity of the encoder, resuming, repair, merging, and the key index."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,45 +14,80 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from llm2clip.cli import main
 from llm2clip.data.records import Record
+from llm2clip.io_utils import atomic_path
 from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.pipeline import readable
+from llm2clip.models.fingerprint import fingerprint
 from llm2clip.store.dedup import PendingCaptions, ingest
 from llm2clip.store.encode import embed
 from llm2clip.store.key_index import KeyIndex, build_key_index, sorted_partitions, split_keys
-from llm2clip.store.layout import StoreError, atomic_path, read_shards
+from llm2clip.store.layout import StoreError, read_shards
 from llm2clip.store.lock import folder_lock
 from llm2clip.store.maintenance import merge_stores, repair_store
-from llm2clip.store.store import EmbeddingStore, refused_captions
+from llm2clip.store.store import EmbeddingStore, drop_refused_captions, refused_captions
 from llm2clip.store.writer import StoreWriter
 
 CAPTIONS = [f"caption number {i} of some" for i in range(50)]
 IDENTITY = {"weights": "abc", "layers": 3}
 
 
-def test_vectors_are_found_by_text_in_any_order(encoder: CaptionEncoder, tmp_path: Path) -> None:
+# ---- encoding and lookup -------------------------------------------------------------------------------------------
+
+
+def test_store_finds_embeddings_by_caption_in_any_order(encoder: CaptionEncoder, tmp_path: Path) -> None:
     store = embed(CAPTIONS, encoder, tmp_path, shard_size=16)
     assert len(store.manifest["shards"]) == 4
-    asked = [CAPTIONS[i] for i in (49, 3, 3, 17, 0, 32)]
-    found = store.take(store.rows(asked))
-    assert found.dtype == np.float32
-    direct = encoder.encode(asked).numpy()
-    assert np.allclose(found, direct, rtol=1e-3, atol=1e-3)  # float16
-    with pytest.raises(StoreError, match=r"no vector for the caption 'never seen'"):
+    captions = [CAPTIONS[i] for i in (49, 3, 3, 17, 0, 32)]
+    embeddings = store.take(store.rows(captions))
+    assert embeddings.dtype == np.float32
+    expected = encoder.encode(captions).numpy()
+    assert np.allclose(embeddings, expected, rtol=1e-3, atol=1e-3)  # stored as float16
+    with pytest.raises(StoreError, match=r"no embedding of the caption 'never seen'"):
         store.rows([CAPTIONS[0], CAPTIONS[1], "never seen", "nor this"])
     store.verify()
 
 
-def test_a_repeated_caption_is_encoded_once(encoder: CaptionEncoder, tmp_path: Path) -> None:
+def test_store_opens_the_documented_layout(tmp_path: Path) -> None:
+    """The files of version 0.1, written without any code of the store."""
+    captions, embeddings = ["a dog", "two cats"], np.array([[1, 2, 3], [4, 5, 6]], np.float16)
+    np.save(tmp_path / "embeddings-00000.npy", embeddings)
+    file_digest = hashlib.sha256((tmp_path / "embeddings-00000.npy").read_bytes()).digest()
+    sha256 = hashlib.sha256(file_digest).hexdigest()
+    metadata = {"sha256": sha256, "rows": "2", "width": "3", "dtype": "float16", "identity": json.dumps(IDENTITY)}
+    keys = pa.array([hashlib.sha256(caption.encode()).digest()[:16] for caption in captions], pa.binary(16))
+    table = pa.table({"key": keys, "tokens": pa.array([2, 3], pa.int32())}).replace_schema_metadata(metadata)
+    pq.write_table(table, tmp_path / "keys-00000.parquet", write_page_checksum=True)
+    manifest = {
+        "fingerprint": fingerprint(IDENTITY),
+        "identity": IDENTITY,
+        "width": 3,
+        "dtype": "float16",
+        "captions": 2,
+        "shards": [{"number": 0, "start": 0, "rows": 2, "sha256": sha256}],
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    store = EmbeddingStore(tmp_path)
+    store.verify()
+    assert store.take(store.rows(["two cats", "a dog"])).tolist() == [[4, 5, 6], [1, 2, 3]]
+    writer = StoreWriter(tmp_path, IDENTITY, 3)
+    writer.write(1, ["new"], [1], np.full((1, 3), 7))
+    writer.finish()
+    store = EmbeddingStore(tmp_path)
+    store.verify()
+    assert store.take(store.rows(["new", "a dog"])).tolist() == [[7, 7, 7], [1, 2, 3]]
+
+
+def test_embed_encodes_a_repeated_caption_once(encoder: CaptionEncoder, tmp_path: Path) -> None:
     assert len(embed(["a", "b", "a", "a"], encoder, tmp_path)) == 2
 
 
-def test_new_captions_leave_old_shards_alone(encoder: CaptionEncoder, tmp_path: Path) -> None:
+def test_embed_leaves_existing_shards_unchanged(encoder: CaptionEncoder, tmp_path: Path) -> None:
     embed(CAPTIONS[:20], encoder, tmp_path, shard_size=16)
     before = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("embeddings-*")}
     store = embed(CAPTIONS, encoder, tmp_path, shard_size=16)
@@ -58,48 +95,149 @@ def test_new_captions_leave_old_shards_alone(encoder: CaptionEncoder, tmp_path: 
     assert len(store) == 50 and before.items() <= after.items()
 
 
-def test_killed_between_shards_it_goes_on(
+def test_store_finds_the_first_row_of_a_caption_in_two_shards(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path, IDENTITY, 1)
+    writer.write(0, ["a", "b"], [1, 1], np.array([[1], [2]]))
+    writer.write(1, ["b", "c"], [1, 1], np.array([[2], [3]]))
+    writer.finish()
+    store = EmbeddingStore(tmp_path)
+    assert store.take(store.rows(["c", "b", "a"])).ravel().tolist() == [3, 2, 1]
+
+
+def test_embed_lists_truncated_captions(llm: Path, tmp_path: Path) -> None:
+    encoder = CaptionEncoder.from_pretrained(llm, max_length=8, device="cpu")
+    embed(["short", "far too long for eight"], encoder, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "truncated-00000.jsonl").read_text().splitlines()]
+    assert rows == [{"caption": "far too long for eight"}]
+
+
+def test_embed_lists_captions_that_the_tokenizer_cannot_encode(
+    encoder: CaptionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenize = encoder.tokenize
+
+    def failing_tokenize(captions: list[str], *rest: Any) -> Any:
+        if any("bad" in caption for caption in captions):
+            raise RuntimeError("cannot")
+        return tokenize(captions, *rest)
+
+    monkeypatch.setattr(encoder, "tokenize", failing_tokenize)
+    store = embed(["good", "bad", "", "fine"], encoder, tmp_path)
+    assert len(store) == 2 and "good" in store and "bad" not in store
+    refused = [json.loads(line) for line in (tmp_path / "refused-00000.jsonl").read_text().splitlines()]
+    assert refused == [{"caption": "bad", "why": "RuntimeError: cannot"}, {"caption": "", "why": "no tokens"}]
+    again = embed(["bad", "", "good"], encoder, tmp_path)
+    assert [shard.number for shard in again.shards] == [0], "refused captions are not tried again"
+    records = [Record("1", None, ("good", "bad"), ("bad",)), Record("2", None, ("bad",))]
+    assert drop_refused_captions(records, store) == [Record("1", None, ("good",), ())]
+
+    two_lines = "bad\u2028one"  # str.splitlines splits here
+    embed([two_lines], encoder, tmp_path / "second")
+    merged = merge_stores(tmp_path / "merged", [tmp_path, tmp_path / "second"])
+    assert _refused(merged.folder) == {"bad", "", two_lines}
+
+
+def test_embed_keeps_the_refused_list_of_a_shard_that_was_never_written(
+    encoder: CaptionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenize = encoder.tokenize
+
+    def failing_tokenize(captions: list[str], *rest: Any) -> Any:
+        if any("bad" in caption for caption in captions):
+            raise RuntimeError("cannot")
+        return tokenize(captions, *rest)
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encoder, "tokenize", failing_tokenize)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("llm2clip.store.writer.StoreWriter.write", interrupt)
+        embed(["bad 1", "a", "bad 2", "b"], encoder, tmp_path, shard_size=2)
+    embed(["bad 1", "a", "bad 2", "b"], encoder, tmp_path, shard_size=2)
+    assert _refused(tmp_path) == {"bad 1", "bad 2"}
+
+
+def _refused(folder: Path) -> set[str]:
+    return {row["caption"] for row in refused_captions(folder)}
+
+
+def test_embed_auto_precision_follows_the_store(
+    encoder: CaptionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False}, raising=False)
+    assert embed(CAPTIONS[:9], encoder, tmp_path / "slow").manifest["identity"]["precision"] == "fp32"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert embed(CAPTIONS, encoder, tmp_path / "slow").manifest["identity"]["precision"] == "fp32"
+    assert embed(CAPTIONS, encoder, tmp_path / "fast").manifest["identity"]["precision"] == "bf16"
+    with pytest.raises(StoreError, match="precision: 'bf16' then, 'fp32' now"):
+        embed(CAPTIONS, encoder, tmp_path / "fast", precision="fp32")
+
+
+def test_embed_writes_the_same_store_with_two_processes(encoder: CaptionEncoder, llm: Path, tmp_path: Path) -> None:
+    from conftest import distributed
+
+    distributed(2, _embed_rank, str(llm), str(tmp_path / "two"))
+    two, one = EmbeddingStore(tmp_path / "two"), embed(CAPTIONS, encoder, tmp_path / "one", shard_size=8)
+    assert two.manifest["shards"] == one.manifest["shards"]
+    assert torch.equal(torch.from_numpy(two.take(two.rows(CAPTIONS))), torch.from_numpy(one.take(one.rows(CAPTIONS))))
+
+
+def _embed_rank(llm: str, folder: str) -> None:
+    embed(CAPTIONS, CaptionEncoder.from_pretrained(llm, device="cpu"), folder, shard_size=8)
+
+
+# ---- interrupts ----------------------------------------------------------------------------------------------------
+
+
+def test_embed_resumes_after_an_interrupt(
     encoder: CaptionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[int] = []
     write = StoreWriter.write
 
-    def dies(self: StoreWriter, number: int, *rest: object) -> None:
+    def interrupted_write(self: StoreWriter, number: int, *rest: object) -> None:
         if number == 2:
             raise KeyboardInterrupt
         written.append(number)
         write(self, number, *rest)  # type: ignore[arg-type]
 
-    before = set(threading.enumerate())
-    monkeypatch.setattr(StoreWriter, "write", dies)
-    with pytest.raises(KeyboardInterrupt) as stopped:
+    threads_before = set(threading.enumerate())
+    monkeypatch.setattr(StoreWriter, "write", interrupted_write)
+    with pytest.raises(KeyboardInterrupt) as interrupt:
         embed(CAPTIONS, encoder, tmp_path, shard_size=16)
-    assert stopped.tb and not any("Pool" in t.name for t in set(threading.enumerate()) - before)  # ended, not left
+    new_threads = set(threading.enumerate()) - threads_before
+    assert interrupt.tb and not any("Pool" in thread.name for thread in new_threads), "the thread pools are closed"
     monkeypatch.setattr(StoreWriter, "write", write)
     store = embed(CAPTIONS, encoder, tmp_path, shard_size=16)
     assert written == [0, 1]
-    whole = embed(CAPTIONS, encoder, tmp_path / "whole", shard_size=16)
-    assert np.array_equal(store.take(store.rows(CAPTIONS)), whole.take(whole.rows(CAPTIONS)))
+    uninterrupted = embed(CAPTIONS, encoder, tmp_path / "uninterrupted", shard_size=16)
+    assert np.array_equal(_embeddings(store), _embeddings(uninterrupted))
 
 
-def test_killed_inside_a_shard_it_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _embeddings(store: EmbeddingStore) -> np.ndarray:
+    return store.take(store.rows(CAPTIONS))
+
+
+def test_writer_leaves_no_shard_after_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = StoreWriter(tmp_path, IDENTITY, 4)
 
-    def dies(*_: object, **__: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("llm2clip.store.writer.pq.write_table", dies)  # embeddings are down, keys are not
+        patch.setattr("llm2clip.store.writer.pq.write_table", interrupt)  # after the embeddings, before the keys
         writer.write(0, ["a"], [1], np.zeros((1, 4)))
     assert read_shards(tmp_path) == []
-    assert not list(tmp_path.glob(".*.tmp"))
+    assert not list(tmp_path.glob(".*.part*"))
     writer.write(0, ["a"], [1], np.ones((1, 4)))
     writer.finish()
     assert EmbeddingStore(tmp_path).take([0]).tolist() == [[1.0] * 4]
 
 
-KILLED = """
+EMBED_AND_KILL = """
 import os, signal, sys
+from pathlib import Path
 import llm2clip.store.writer as writer
 from llm2clip.store.encode import embed
 from llm2clip.models.caption_encoder import CaptionEncoder
@@ -107,48 +245,156 @@ from llm2clip.models.caption_encoder import CaptionEncoder
 llm, out, captions = sys.argv[1], sys.argv[2], sys.argv[3:]
 encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
 
-def at_its_third_call(name, owner):
-    real, calls = getattr(owner, name), []
-    def call(file, *rest, **options):
+def kill_at_third_call(name, owner):
+    function, calls = getattr(owner, name), []
+    def call(first, *rest, **options):
         calls.append(1)
         if len(calls) == 3:
-            if hasattr(file, "write"):
-                file.write(b"half of it")
-                file.flush()
+            if name == "save":
+                Path(first).write_bytes(b"half of the file")
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(file, *rest, **options)
+        return function(first, *rest, **options)
     setattr(owner, name, call)
 
-for name, owner in (("save", writer.np), ("write_table", writer.pq), ("summarise", writer)):
+for name, owner in (("save", writer.np), ("write_table", writer.pq), ("write_manifest", writer)):
     if child := os.fork():
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
     else:
-        at_its_third_call(name, owner)
+        kill_at_third_call(name, owner)
         embed(captions, encoder, f"{out}/{name}", shard_size=16, precision="fp32")
-        sys.exit(1)  # it was not killed
+        sys.exit(1)  # not reached
 """
 
 
-def test_killed_at_any_moment_nothing_is_lost(encoder: CaptionEncoder, llm: Path, tmp_path: Path) -> None:
-    """`kill -9` within a shard's vectors, before its keys, and before the manifest knows of the shards."""
-    command = [sys.executable, "-c", KILLED, str(llm), str(tmp_path), *CAPTIONS]
+def test_embed_resumes_after_kill_at_any_moment(encoder: CaptionEncoder, llm: Path, tmp_path: Path) -> None:
+    """SIGKILL while embeddings are written, before the keys, and before the last manifest."""
+    command = [sys.executable, "-c", EMBED_AND_KILL, str(llm), str(tmp_path), *CAPTIONS]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    whole = embed(CAPTIONS, encoder, tmp_path / "whole", shard_size=16, precision="fp32")
-    for moment, shards in (("save", 2), ("write_table", 2), ("summarise", 4)):
-        left = tmp_path / moment
-        assert len(read_shards(left)) == shards and (left / ".incoming").exists()
-        store = embed(CAPTIONS, encoder, left, shard_size=16, precision="fp32")
+    uninterrupted = embed(CAPTIONS, encoder, tmp_path / "uninterrupted", shard_size=16, precision="fp32")
+    for moment, shards in (("save", 2), ("write_table", 2), ("write_manifest", 4)):
+        folder = tmp_path / moment
+        assert len(read_shards(folder)) == shards and (folder / ".incoming").exists()
+        store = embed(CAPTIONS, encoder, folder, shard_size=16, precision="fp32")
         store.verify()
-        assert np.array_equal(store.take(store.rows(CAPTIONS)), whole.take(whole.rows(CAPTIONS)))
-        assert not (left / ".incoming").exists()
+        assert np.array_equal(_embeddings(store), _embeddings(uninterrupted))
+        assert not (folder / ".incoming").exists() and not list(folder.glob(".*.part*"))
 
 
-def test_another_encoders_store_is_refused_by_name(tmp_path: Path) -> None:
+def test_embed_leaves_complete_shards_when_the_disk_is_full(
+    encoder: CaptionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, calls = np.save, []
+
+    def save_to_full_disk(file: Path, array: np.ndarray, **options: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            file.write_bytes(b"half of the file")
+            raise OSError(28, "No space left on device")
+        save(file, array, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("llm2clip.store.writer.np.save", save_to_full_disk)
+        embed(CAPTIONS, encoder, tmp_path, shard_size=16)
+    assert [shard.number for shard in read_shards(tmp_path)] == [0, 1]
+    assert not list(tmp_path.glob(".*.part*"))
+    store = embed(CAPTIONS, encoder, tmp_path, shard_size=16)
+    store.verify()
+    assert len(store) == 50 and not (tmp_path / ".incoming").exists()
+
+
+def test_embed_raises_while_another_run_holds_the_lock(encoder: CaptionEncoder, tmp_path: Path) -> None:
+    with folder_lock(tmp_path), pytest.raises(StoreError, match="another run is writing to"):
+        embed(CAPTIONS, encoder, tmp_path)
+    assert len(embed(CAPTIONS, encoder, tmp_path)) == 50
+
+
+LOCK_AND_WAIT = """
+import sys, time
+from pathlib import Path
+from llm2clip.store.lock import folder_lock
+
+with folder_lock(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_lock_is_released_when_its_process_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LOCK_AND_WAIT, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "locked\n"
+        with pytest.raises(StoreError, match="another run is writing to"), folder_lock(tmp_path):
+            pass
+        process.send_signal(signal.SIGKILL)
+    with folder_lock(tmp_path):
+        pass
+
+
+def test_atomic_path_does_not_write_through_a_leftover_hard_link(tmp_path: Path) -> None:
+    """A killed merge leaves a temporary hard link to another store's file; process ids are reused."""
+    (tmp_path / "source").write_text("other store")
+    with atomic_path(tmp_path / "target") as temporary:
+        temporary.write_text("")
+    os.link(tmp_path / "source", temporary)
+    with atomic_path(tmp_path / "target") as temporary:
+        temporary.write_text("this store")
+    assert (tmp_path / "source").read_text() == "other store" and (tmp_path / "target").read_text() == "this store"
+    with atomic_path(tmp_path / "target") as temporary:
+        os.link(tmp_path / "target", temporary)  # renaming one hard link of a file to another does nothing
+    assert not temporary.exists()
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+
+def test_writer_names_what_differs_from_the_stores_encoder(tmp_path: Path) -> None:
     StoreWriter(tmp_path, IDENTITY, 4)
-    with pytest.raises(StoreError, match=r"\(layers: 3 there, 2 here\)"):  # and nothing that is the same
+    with pytest.raises(StoreError, match=r"\(layers: 3 then, 2 now\)"):  # settings that agree are not listed
         StoreWriter(tmp_path, {**IDENTITY, "layers": 2}, 4)
-    with pytest.raises(StoreError, match=r"\(layers: 3 there, None here; template: None there, 'x' here\)"):
+    with pytest.raises(StoreError, match=r"\(layers: 3 then, None now; template: None then, 'x' now\)"):
         StoreWriter(tmp_path, {"weights": "abc", "template": "x"}, 4)
+
+
+def test_writer_rejects_another_dtype_or_dimension(tmp_path: Path) -> None:
+    StoreWriter(tmp_path, IDENTITY, 4, "int8")
+    with pytest.raises(StoreError, match="has dtype int8, not float16"):
+        StoreWriter(tmp_path, IDENTITY, 4)
+    with pytest.raises(StoreError, match="has width 4, not 3"):
+        StoreWriter(tmp_path, IDENTITY, 3, "int8")
+
+
+def test_writer_rejects_invalid_embeddings(tmp_path: Path) -> None:
+    keys = np.zeros((1, 16), np.uint8)
+    for dtype in ("float32", "int8", "float16"):
+        writer = StoreWriter(tmp_path / dtype, IDENTITY, 2, dtype)
+        for value in (np.nan, np.inf, *([70000.0] if dtype == "float16" else [])):
+            with pytest.raises(StoreError, match=f"embedding of key 0{{32}} is not finite in {dtype}"):
+                writer.write_keyed(0, keys, [1], np.array([[1, value]]))
+            with pytest.raises(StoreError, match=f"embedding of 'second' is not finite in {dtype}"):
+                writer.write(0, ["first", "second"], [1, 1], np.array([[1, 2], [1, value]]))
+    writer = StoreWriter(tmp_path, IDENTITY, 2)
+    for args in ((keys, [1], np.ones((1, 3))), (keys, [1, 2], np.ones((1, 2))), (keys[:, :8], [1], np.ones((1, 2)))):
+        with pytest.raises(StoreError, match="needs embeddings of 2 dimensions"):
+            writer.write_keyed(0, *args)
+    with pytest.raises(StoreError, match="is not valid Unicode text"):
+        writer.write(0, ["\ud800"], [1], np.ones((1, 2)))
+    assert read_shards(tmp_path) == []
+
+
+def test_writer_rejects_a_shard_of_another_encoder(tmp_path: Path) -> None:
+    for name, identity in (("ours", IDENTITY), ("theirs", {**IDENTITY, "layers": 9})):
+        writer = StoreWriter(tmp_path / name, identity, 2)
+        writer.write(len(name), [name], [1], np.ones((1, 2)))
+        writer.finish()
+    for path in (tmp_path / "theirs").glob("*-00006.*"):
+        (tmp_path / "ours" / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(StoreError, match="was written by another encoder than this store"):
+        StoreWriter(tmp_path / "ours", IDENTITY, 2).finish()
+    assert "keys-00006.parquet" in repair_store(tmp_path / "ours")
+    assert "ours" in EmbeddingStore(tmp_path / "ours") and "theirs" not in EmbeddingStore(tmp_path / "ours")
+
+
+# ---- damage and repair ---------------------------------------------------------------------------------------------
 
 
 def flip(file: Path, at: int) -> None:
@@ -163,101 +409,89 @@ def change(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new))
 
 
-DAMAGE: dict[str, tuple[Callable[[Path], object], bool]] = {  # whether opening shows it, or only reading all does
-    "embeddings-00001.npy, a bit": (lambda f: flip(f / "embeddings-00001.npy", -1), False),
-    "embeddings-00001.npy, cut": (lambda f: os.truncate(f / "embeddings-00001.npy", 200), True),
-    "embeddings-00001.npy, gone": (lambda f: (f / "embeddings-00001.npy").unlink(), True),
+# Each kind of damage, and whether opening the store detects it; otherwise only `verify` does.
+DAMAGE: dict[str, tuple[Callable[[Path], object], bool]] = {
+    "embeddings-00001.npy, flipped bit": (lambda f: flip(f / "embeddings-00001.npy", -1), False),
+    "embeddings-00001.npy, truncated": (lambda f: os.truncate(f / "embeddings-00001.npy", 200), True),
+    "embeddings-00001.npy, missing": (lambda f: (f / "embeddings-00001.npy").unlink(), True),
     "embeddings-00001.npy, no array": (lambda f: flip(f / "embeddings-00001.npy", 0), True),
-    "keys-00001.parquet, a bit": (lambda f: flip(f / "keys-00001.parquet", 40), False),
-    "keys-00001.parquet, cut": (lambda f: os.truncate(f / "keys-00001.parquet", 100), False),
-    "keys-00001.parquet, gone": (lambda f: (f / "keys-00001.parquet").unlink(), False),
-    "scales-00001.npy, a bit": (lambda f: flip(f / "scales-00001.npy", -1), False),
-    "scales-00001.npy, gone": (lambda f: (f / "scales-00001.npy").unlink(), True),
-    "index-*.npy, a bit": (lambda f: flip(next(f.glob("index-*.npy")), -1), False),
-    "manifest.json, cut": (lambda f: os.truncate(f / "manifest.json", 30), True),
-    "manifest.json, a start": (lambda f: change(f / "manifest.json", '"start": 16', '"start": 14'), True),
-    "manifest.json, its encoder": (lambda f: change(f / "manifest.json", '"layers": ', '"layers": 1'), True),
+    "keys-00001.parquet, flipped bit": (lambda f: flip(f / "keys-00001.parquet", 40), False),
+    "keys-00001.parquet, truncated": (lambda f: os.truncate(f / "keys-00001.parquet", 100), False),
+    "keys-00001.parquet, missing": (lambda f: (f / "keys-00001.parquet").unlink(), False),
+    "scales-00001.npy, flipped bit": (lambda f: flip(f / "scales-00001.npy", -1), False),
+    "scales-00001.npy, missing": (lambda f: (f / "scales-00001.npy").unlink(), True),
+    "index-*.npy, flipped bit": (lambda f: flip(next(f.glob("index-*.npy")), -1), False),
+    "manifest.json, truncated": (lambda f: os.truncate(f / "manifest.json", 30), True),
+    "manifest.json, first row": (lambda f: change(f / "manifest.json", '"start": 16', '"start": 14'), True),
+    "manifest.json, identity": (lambda f: change(f / "manifest.json", '"layers": ', '"layers": 1'), True),
 }
 
 
-@pytest.mark.parametrize("what", DAMAGE)
-def test_damage_is_found_and_repaired(encoder: CaptionEncoder, tmp_path: Path, what: str) -> None:
-    """Whatever is hit: it is named, dropped, and only what it held is encoded again."""
-    store = embed(CAPTIONS, encoder, tmp_path, shard_size=16, dtype="int8" if "scales" in what else "float16")
-    before = store.take(store.rows(CAPTIONS))
-    kept = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("embeddings-*") if "-00001" not in p.name}
-    hit, shows_at_once = DAMAGE[what]
-    hit(tmp_path)
-    if shows_at_once:
-        with pytest.raises(StoreError, match=what.split(",")[0]):
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_repair_deletes_only_what_is_damaged(encoder: CaptionEncoder, tmp_path: Path, damage: str) -> None:
+    """The damaged file is named and deleted, and only its captions are encoded again."""
+    store = embed(CAPTIONS, encoder, tmp_path, shard_size=16, dtype="int8" if "scales" in damage else "float16")
+    before = _embeddings(store)
+    intact = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("embeddings-*") if "-00001" not in p.name}
+    apply_damage, detected_on_opening = DAMAGE[damage]
+    apply_damage(tmp_path)
+    if detected_on_opening:
+        with pytest.raises(StoreError, match=damage.split(",")[0]):
             EmbeddingStore(tmp_path)
     else:
-        with pytest.raises(StoreError, match=r"damaged shards 00001;|index-.* is damaged"):
+        with pytest.raises(StoreError, match=r"damaged shards: 00001\.|index-.* is damaged"):
             EmbeddingStore(tmp_path).verify()
     repair_store(tmp_path)
     EmbeddingStore(tmp_path).verify()
     again = embed(CAPTIONS, encoder, tmp_path, shard_size=16, dtype=store.manifest["dtype"])
     again.verify()
-    assert np.array_equal(again.take(again.rows(CAPTIONS)), before)
-    assert kept.items() <= {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("embeddings-*")}.items()
+    assert np.array_equal(_embeddings(again), before)
+    assert intact.items() <= {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("embeddings-*")}.items()
 
 
-def test_no_flipped_bit_is_read_as_right(tmp_path: Path) -> None:
-    """Anywhere in a small store: it is found, or changes nothing; repair always leaves a sound store."""
-    writer = StoreWriter(tmp_path / "store", IDENTITY, 2)
+def test_verify_detects_any_flipped_bit_that_matters(tmp_path: Path) -> None:
+    """Flip bits all over a small store: each is detected or changes nothing, and repair leaves an intact store."""
+    folder = tmp_path / "store"
+    writer = StoreWriter(folder, IDENTITY, 2)
     for number in range(2):
-        texts = [f"{number} {n}" for n in range(2)]
-        writer.write(number, texts, [1, 2], np.arange(4).reshape(2, 2) + 10 * number)
+        writer.write(number, [f"{number} {n}" for n in range(2)], [1, 2], np.arange(4).reshape(2, 2) + 10 * number)
     writer.finish()
     texts = [f"{number} {n}" for number in range(2) for n in range(2)]
-    before = EmbeddingStore(tmp_path / "store").take(EmbeddingStore(tmp_path / "store").rows(texts))
-    files = {p: p.read_bytes() for p in (tmp_path / "store").iterdir() if p.name != ".lock"}
+    before = EmbeddingStore(folder).take(EmbeddingStore(folder).rows(texts))
+    files = {path: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
     rng = np.random.default_rng(0)
-    found = 0
-    for path, whole in files.items():
-        for at in range(0, len(whole), 1 + len(whole) // 60):
-            data = bytearray(whole)
+    detected = 0
+    for path, content in files.items():
+        for at in range(0, len(content), 1 + len(content) // 60):
+            data = bytearray(content)
             data[at] ^= 1 << int(rng.integers(8))
             path.write_bytes(data)
             try:
-                store = EmbeddingStore(tmp_path / "store")
+                store = EmbeddingStore(folder)
                 store.verify()
                 assert np.array_equal(store.take(store.rows(texts)), before), (path, at)
             except StoreError:
-                found += 1
-            repair_store(tmp_path / "store")
-            EmbeddingStore(tmp_path / "store").verify()
-            for each, content in files.items():
-                each.write_bytes(content)
-    assert found > 100
+                detected += 1
+            repair_store(folder)
+            EmbeddingStore(folder).verify()
+            for file, original in files.items():
+                file.write_bytes(original)
+    assert detected > 100
 
 
-def test_an_index_that_is_lost_is_made_again(encoder: CaptionEncoder, tmp_path: Path) -> None:
+def test_store_rebuilds_a_missing_or_damaged_index(encoder: CaptionEncoder, tmp_path: Path) -> None:
     store = embed(CAPTIONS, encoder, tmp_path, shard_size=16)
     (index,) = tmp_path.glob("index-*.npy")
-    whole = index.read_bytes()
-    for left in (b"", whole[:50], None):
+    content = index.read_bytes()
+    for damaged in (b"", content[:50], None):
         index.unlink()
-        if left is not None:
-            index.write_bytes(left)
+        if damaged is not None:
+            index.write_bytes(damaged)
         assert EmbeddingStore(tmp_path).rows(CAPTIONS).tolist() == store.rows(CAPTIONS).tolist()
-        assert index.read_bytes() == whole
+        assert index.read_bytes() == content
 
 
-def test_a_shard_of_another_encoder_is_not_taken_in(tmp_path: Path) -> None:
-    for name, identity in (("ours", IDENTITY), ("theirs", {**IDENTITY, "layers": 9})):
-        writer = StoreWriter(tmp_path / name, identity, 2)
-        writer.write(len(name), [name], [1], np.ones((1, 2)))
-        writer.finish()
-    for path in (tmp_path / "theirs").glob("*-00006.*"):
-        (tmp_path / "ours" / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(StoreError, match="is not of this store's encoder"):
-        StoreWriter(tmp_path / "ours", IDENTITY, 2).finish()
-    assert "keys-00006.parquet" in repair_store(tmp_path / "ours")
-    assert "ours" in EmbeddingStore(tmp_path / "ours") and "theirs" not in EmbeddingStore(tmp_path / "ours")
-
-
-def test_without_a_manifest_a_store_is_what_most_of_its_shards_are(tmp_path: Path) -> None:
+def test_repair_without_manifest_keeps_the_encoder_of_most_shards(tmp_path: Path) -> None:
     for name, number, layers in (("alien", 0, 9), ("one", 1, 3), ("two", 2, 3)):
         writer = StoreWriter(tmp_path / name, {**IDENTITY, "layers": layers}, 2)
         writer.write(number, [name], [1], np.ones((1, 2)))
@@ -268,160 +502,44 @@ def test_without_a_manifest_a_store_is_what_most_of_its_shards_are(tmp_path: Pat
     assert store.manifest["identity"] == IDENTITY and "alien" not in store and "one" in store and "two" in store
 
 
-def test_what_does_not_fit_a_store_is_not_written(tmp_path: Path) -> None:
-    keys = np.zeros((1, 16), np.uint8)
-    for dtype in ("float32", "int8", "float16"):
-        writer = StoreWriter(tmp_path / dtype, IDENTITY, 2, dtype)
-        for bad in (np.nan, np.inf, *([70000.0] if dtype == "float16" else [])):
-            with pytest.raises(StoreError, match=f"vector of the key 0{{32}} does not fit {dtype}"):
-                writer.write_keyed(0, keys, [1], np.array([[1, bad]]))
-            with pytest.raises(StoreError, match=f"vector of 'second' does not fit {dtype}"):
-                writer.write(0, ["first", "second"], [1, 1], np.array([[1, 2], [1, bad]]))
-    writer = StoreWriter(tmp_path, IDENTITY, 2)
-    for args in ((keys, [1], np.ones((1, 3))), (keys, [1, 2], np.ones((1, 2))), (keys[:, :8], [1], np.ones((1, 2)))):
-        with pytest.raises(StoreError, match="takes vectors of 2 numbers"):
-            writer.write_keyed(0, *args)
-    with pytest.raises(StoreError, match="is not a text"):
-        writer.write(0, ["\ud800"], [1], np.ones((1, 2)))
-    with pytest.raises(StoreError, match="holds width 2, not 3"):
-        StoreWriter(tmp_path, IDENTITY, 3)
-    assert read_shards(tmp_path) == []
-
-
-def test_a_link_that_a_kill_left_is_not_written_through(tmp_path: Path) -> None:
-    (tmp_path / "source").write_text("theirs")
-    with atomic_path(tmp_path / "target") as tmp:
-        name = tmp
-        tmp.write_text("")
-    os.link(tmp_path / "source", name)
-    with atomic_path(tmp_path / "target") as tmp:
-        tmp.write_text("ours")
-    assert (tmp_path / "source").read_text() == "theirs" and (tmp_path / "target").read_text() == "ours"
-    with atomic_path(tmp_path / "target") as tmp:
-        os.link(tmp_path / "target", tmp)  # two names of one file: renaming does nothing
-    assert not name.exists()
-
-
-def test_repair_clears_what_a_kill_left_and_leaves_the_rest(encoder: CaptionEncoder, tmp_path: Path) -> None:
+def test_repair_deletes_leftovers_of_killed_processes(encoder: CaptionEncoder, tmp_path: Path) -> None:
     embed(CAPTIONS, encoder, tmp_path, shard_size=16)
     files = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert repair_store(tmp_path) == []
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files
-    left = {"embeddings-00009.npy", ".keys-00009.parquet.77.tmp", ".index-1.npy-xyz", ".index-2.npy-xyz"}
-    for name in left:
+    leftovers = {
+        "embeddings-00009.npy",
+        ".keys-00009.77.part.parquet",
+        ".keys-00009.parquet.77.tmp",  # version 0.1
+        ".index-1.npy-xyz",
+        ".index-2.npy-xyz",
+    }
+    for name in leftovers:
         (tmp_path / name).write_bytes(b"half")
     (tmp_path / ".index-2.npy-xyz").unlink()
     (tmp_path / ".index-2.npy-xyz").mkdir()
-    (tmp_path / "index-0123456789ab.npy").write_bytes(b"of shards that are no more")
-    assert set(repair_store(tmp_path)) == left
+    (tmp_path / "index-0123456789ab.npy").write_bytes(b"index of deleted shards")
+    assert set(repair_store(tmp_path)) == leftovers
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files
     for path in tmp_path.glob("keys-*"):
         path.write_bytes(b"")
     (tmp_path / "manifest.json").unlink()
-    with pytest.raises(StoreError, match=r"nothing of .* is whole"):
+    with pytest.raises(StoreError, match="has no intact manifest or shard"):
         repair_store(tmp_path)
 
 
-def test_a_full_disk_leaves_whole_shards_only(
-    encoder: CaptionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save, calls = np.save, []
-
-    def full(file: Any, array: np.ndarray, **options: Any) -> None:
-        calls.append(1)
-        if len(calls) == 3:
-            file.write(b"half of it")
-            raise OSError(28, "No space left on device")
-        save(file, array, **options)
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr("llm2clip.store.writer.np.save", full)
-        embed(CAPTIONS, encoder, tmp_path, shard_size=16)
-    assert [s.number for s in read_shards(tmp_path)] == [0, 1]
-    assert not list(tmp_path.glob(".*.tmp"))
-    store = embed(CAPTIONS, encoder, tmp_path, shard_size=16)
-    store.verify()
-    assert len(store) == 50 and not (tmp_path / ".incoming").exists()
+# ---- merging -------------------------------------------------------------------------------------------------------
 
 
-def test_two_runs_do_not_fill_one_store(encoder: CaptionEncoder, tmp_path: Path) -> None:
-    with folder_lock(tmp_path), pytest.raises(StoreError, match="another run is filling"):
-        embed(CAPTIONS, encoder, tmp_path)
-    assert len(embed(CAPTIONS, encoder, tmp_path)) == 50
-
-
-def test_captions_that_the_tokenizer_refuses_are_listed(
-    encoder: CaptionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenize = encoder.tokenize
-
-    def fails(captions: list[str], *rest: Any) -> Any:
-        if any("bad" in c for c in captions):
-            raise RuntimeError("cannot")
-        return tokenize(captions, *rest)
-
-    monkeypatch.setattr(encoder, "tokenize", fails)
-    store = embed(["good", "bad", "", "fine"], encoder, tmp_path)
-    assert len(store) == 2 and "good" in store and "bad" not in store
-    refused = [json.loads(line) for line in (tmp_path / "refused-00000.jsonl").read_text().splitlines()]
-    assert refused == [{"caption": "bad", "why": "RuntimeError: cannot"}, {"caption": "", "why": "no tokens"}]
-    odd = "bad\u2028one"  # Python takes it for the end of a line
-    embed([odd], encoder, tmp_path / "odd")
-    both = merge_stores(tmp_path / "both", [tmp_path, tmp_path / "odd"])
-    assert refused_captions(both.folder) == {"bad", "", odd}
-    again = embed(["bad", "", "good"], encoder, tmp_path)  # they are not tried again
-    assert [s.number for s in again.shards] == [0]
-    records = [Record("1", None, ("good", "bad"), ("bad",)), Record("2", None, ("bad",))]
-    assert readable(records, store) == [Record("1", None, ("good",), ())]
-
-    def dies(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("llm2clip.store.writer.StoreWriter.write", dies)
-        embed(["bad 1", "a", "bad 2", "b"], encoder, tmp_path / "killed", shard_size=2)
-    embed(["bad 1", "a", "bad 2", "b"], encoder, tmp_path / "killed", shard_size=2)
-    assert refused_captions(tmp_path / "killed") == {"bad 1", "bad 2"}, "the list of a shard that never came is kept"
-
-
-def test_a_caption_that_was_encoded_twice_moves_no_other(tmp_path: Path) -> None:
-    writer = StoreWriter(tmp_path, IDENTITY, 1)
-    writer.write(0, ["a", "b"], [1, 1], np.array([[1], [2]]))
-    writer.write(1, ["b", "c"], [1, 1], np.array([[2], [3]]))
-    writer.finish()
-    store = EmbeddingStore(tmp_path)
-    assert store.take(store.rows(["c", "b", "a"])).ravel().tolist() == [3, 2, 1]
-
-
-def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
-    writer = StoreWriter(tmp_path, IDENTITY, 2)
-    with pytest.raises(StoreError, match="too big"), np.errstate(over="ignore"):
-        writer.write(0, ["fine", "too big"], [1, 1], np.array([[1, 1], [1e6, 0]]))
-    assert read_shards(tmp_path) == []
-
-
-def test_cut_captions_are_listed(llm: Path, tmp_path: Path) -> None:
-    encoder = CaptionEncoder.from_pretrained(llm, max_length=8, device="cpu")
-    embed(["short", "far too long for eight"], encoder, tmp_path)
-    listed = [json.loads(line) for line in (tmp_path / "truncated-00000.jsonl").read_text().splitlines()]
-    assert listed == [{"caption": "far too long for eight"}]
-
-
-def test_a_store_keeps_its_dtype(tmp_path: Path) -> None:
-    StoreWriter(tmp_path, IDENTITY, 4, "int8")
-    with pytest.raises(StoreError, match="holds dtype int8, not float16"):
-        StoreWriter(tmp_path, IDENTITY, 4)
-
-
-def test_stores_of_several_machines_become_one(encoder: CaptionEncoder, tmp_path: Path) -> None:
+def test_merge_combines_stores_of_several_machines(encoder: CaptionEncoder, tmp_path: Path) -> None:
     parts = [tmp_path / name for name in "abc"]
     for part, captions in zip(parts, (CAPTIONS[:20], CAPTIONS[10:35], CAPTIONS[35:]), strict=True):
         embed(captions, encoder, part, shard_size=8)
-    whole = embed(CAPTIONS, encoder, tmp_path / "whole")
+    single = embed(CAPTIONS, encoder, tmp_path / "single")
     store = merge_stores(tmp_path / "merged", parts)
     assert len(store) == 50
-    assert np.allclose(store.take(store.rows(CAPTIONS)), whole.take(whole.rows(CAPTIONS)), atol=1e-3)
-    assert len(merge_stores(tmp_path / "merged", parts).shards) == len(store.shards)  # given again, it adds nothing
+    assert np.allclose(_embeddings(store), _embeddings(single), atol=1e-3)
+    assert len(merge_stores(tmp_path / "merged", parts).shards) == len(store.shards), "merging again adds nothing"
     store.verify()
     StoreWriter(tmp_path / "other", IDENTITY, 32)
     with pytest.raises(StoreError, match="another encoder"):
@@ -431,11 +549,10 @@ def test_stores_of_several_machines_become_one(encoder: CaptionEncoder, tmp_path
         merge_stores(tmp_path / "more", parts)
 
 
-def test_stores_of_one_kind_become_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where files cannot be linked; a store given twice adds nothing; another kind is refused by name."""
-    for name, width, dtype in (("a", 2, "int8"), ("b", 2, "int8"), ("wide", 3, "int8"), ("half", 2, "float16")):
-        writer = StoreWriter(tmp_path / name, IDENTITY, width, dtype)
-        writer.write(4, [name], [1], np.full((1, width), len(name)))
+def test_merge_links_or_copies_each_shard_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, embed_dim, dtype in (("a", 2, "int8"), ("b", 2, "int8"), ("wide", 3, "int8"), ("half", 2, "float16")):
+        writer = StoreWriter(tmp_path / name, IDENTITY, embed_dim, dtype)
+        writer.write(4, [name], [1], np.full((1, embed_dim), len(name)))
         writer.finish()
     a, b = tmp_path / "a", tmp_path / "b"
     for out, link in (("deep/linked", os.link), ("copied", None)):
@@ -445,32 +562,24 @@ def test_stores_of_one_kind_become_one(tmp_path: Path, monkeypatch: pytest.Monke
         assert [shard.number for shard in store.shards] == [0, 1] and store.manifest["dtype"] == "int8"
         assert store.take(store.rows(["b", "a"])).tolist() == [[1, 1], [1, 1]]
         store.verify()
-    for other, says in (("wide", r"wide has width 3, .*a 2$"), ("half", r"half has dtype float16, .*a int8$")):
-        with pytest.raises(StoreError, match=says):
+    for other, message in (
+        ("wide", r"wide has width 3, .*a has 2$"),
+        ("half", r"half has dtype float16, .*a has int8$"),
+    ):
+        with pytest.raises(StoreError, match=message):
             merge_stores(tmp_path / "more", [a, tmp_path / other])
     writer = StoreWriter(a, IDENTITY, 2, "int8")
     writer.write(5, ["new"], [1], np.ones((1, 2)))
     writer.finish()
-    assert "new" in merge_stores(tmp_path / "copied", [a, b]), "what comes after a shard that is there already"
-    with pytest.raises(StoreError, match=r"^name the stores to merge$"):
+    assert "new" in merge_stores(tmp_path / "copied", [a, b]), "a shard after one that exists already"
+    with pytest.raises(StoreError, match="no stores to merge"):
         merge_stores(tmp_path / "more", [])
 
 
-def test_auto_precision_is_that_of_the_store(
-    encoder: CaptionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False}, raising=False)
-    assert embed(CAPTIONS[:9], encoder, tmp_path / "slow").manifest["identity"]["precision"] == "fp32"
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
-    assert embed(CAPTIONS, encoder, tmp_path / "slow").manifest["identity"]["precision"] == "fp32"
-    assert embed(CAPTIONS, encoder, tmp_path / "fast").manifest["identity"]["precision"] == "bf16"
-    with pytest.raises(StoreError, match="precision: 'bf16' there, 'fp32' here"):
-        embed(CAPTIONS, encoder, tmp_path / "fast", precision="fp32")
+# ---- command -------------------------------------------------------------------------------------------------------
 
 
-def test_the_store_command(
-    encoder: CaptionEncoder, llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_store_command(encoder: CaptionEncoder, llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     embed(CAPTIONS[:30], encoder, tmp_path / "a", shard_size=16, precision="fp32")
     embed(CAPTIONS[20:], encoder, tmp_path / "b", shard_size=16, precision="fp32")
 
@@ -483,39 +592,27 @@ def test_the_store_command(
     assert "50 captions" in run("merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c")
     run("export", tmp_path / "c", "--parquet", tmp_path / "c.parquet")
     assert "50 captions" in run("import", "--parquet", tmp_path / "c.parquet", "--out", tmp_path / "d")
-    theirs = pq.read_table(tmp_path / "c.parquet").replace_schema_metadata()
-    pq.write_table(theirs, tmp_path / "nameless.parquet")
-    assert "name it" in run("import", "--parquet", tmp_path / "nameless.parquet", "--out", tmp_path / "e")
-    named = run("import", "--parquet", tmp_path / "nameless.parquet", "--out", tmp_path / "e", "--encoder.path", llm)
+    table = pq.read_table(tmp_path / "c.parquet").replace_schema_metadata()
+    pq.write_table(table, tmp_path / "unnamed.parquet")
+    assert "Name it with --encoder.path" in run(
+        "import", "--parquet", tmp_path / "unnamed.parquet", "--out", tmp_path / "e"
+    )
+    named = run("import", "--parquet", tmp_path / "unnamed.parquet", "--out", tmp_path / "e", "--encoder.path", llm)
     assert "50 captions" in named
     assert EmbeddingStore(tmp_path / "e").manifest["identity"] == EmbeddingStore(tmp_path / "c").manifest["identity"]
-    assert "name either" in run("export", tmp_path / "c")
+    assert "specify either" in run("export", tmp_path / "c")
     flip(tmp_path / "c/embeddings-00001.npy", -1)
-    assert "damaged shards 00001" in run("verify", tmp_path / "c")
+    assert "damaged shards: 00001" in run("verify", tmp_path / "c")
     assert "embeddings-00001.npy" in run("repair", tmp_path / "c")
     assert "not a store" in run("verify", tmp_path / "nowhere")
 
 
-def test_two_processes_write_what_one_writes(encoder: CaptionEncoder, llm: Path, tmp_path: Path) -> None:
-    """The shards of both ranks, split statically, are those of a single process."""
-    from conftest import distributed
-
-    distributed(2, _embed_rank, str(llm), str(tmp_path / "two"))
-    two, one = EmbeddingStore(tmp_path / "two"), embed(CAPTIONS, encoder, tmp_path / "one", shard_size=8)
-    assert two.manifest["shards"] == one.manifest["shards"]
-    assert torch.equal(torch.from_numpy(two.take(two.rows(CAPTIONS))), torch.from_numpy(one.take(one.rows(CAPTIONS))))
+# ---- key index and deduplication -----------------------------------------------------------------------------------
 
 
-def _embed_rank(llm: str, folder: str) -> None:
-    embed(CAPTIONS, CaptionEncoder.from_pretrained(llm, device="cpu"), folder, shard_size=8)
-
-
-# ---- keys to rows ---------------------------------------------------------------------------------------------------
-
-
-def test_an_index_of_many_parts_is_a_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sorted in small parts, with repeated keys, equal first halves, and keys that are not there."""
-    monkeypatch.setattr("llm2clip.store.key_index.PART", 100)
+def test_key_index_of_many_partitions_matches_a_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small partitions, repeated keys, keys with equal first halves, and missing keys."""
+    monkeypatch.setattr("llm2clip.store.key_index.PARTITION_SIZE", 100)
     rng = np.random.default_rng(0)
     keys = rng.integers(0, 256, (3000, 16), dtype=np.uint8)
     keys[500:600] = keys[:100]
@@ -523,40 +620,48 @@ def test_an_index_of_many_parts_is_a_dictionary(tmp_path: Path, monkeypatch: pyt
     expected: dict[bytes, int] = {}
     for row, key in enumerate(map(bytes, keys)):
         expected.setdefault(key, row)
-    different = build_key_index(tmp_path / "index.npy", (keys[i : i + 64] for i in range(0, 3000, 64)))
-    assert different == len(expected)
+    distinct = build_key_index(tmp_path / "index.npy", (keys[i : i + 64] for i in range(0, 3000, 64)))
+    assert distinct == len(expected)
     index = KeyIndex(tmp_path / "index.npy")
-    asked = np.concatenate([keys, rng.integers(0, 256, (500, 16), dtype=np.uint8), keys[800:801]])
-    asked[-1, 15] ^= 1  # the same first half, nowhere
-    first = keys[np.lexsort(keys.T[::-1])[0]].copy()
-    first[:8] = 0  # below all others, with the second half of the one that is above it
-    asked = np.concatenate([asked, first[None]])
-    assert index.find(asked).tolist() == [expected.get(bytes(key), -1) for key in asked]
-    assert list(tmp_path.iterdir()) == [tmp_path / "index.npy"]
+    missing = rng.integers(0, 256, (500, 16), dtype=np.uint8)
+    same_first_half = keys[800:801].copy()
+    same_first_half[0, 15] ^= 1
+    below_all = keys[np.lexsort(keys.T[::-1])[:1]].copy()  # with the second half of the smallest key
+    below_all[0, :8] = 0
+    queries = np.concatenate([keys, missing, same_first_half, below_all])
+    assert index.find(queries).tolist() == [expected.get(bytes(key), -1) for key in queries]
+    assert list(tmp_path.iterdir()) == [tmp_path / "index.npy"], "temporary files are deleted"
+    assert build_key_index(tmp_path / "none.npy", []) == 0 and KeyIndex(tmp_path / "none.npy").find(queries)[0] == -1
+
+
+def test_sorted_partitions_sorts_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm2clip.store.key_index.PARTITION_SIZE", 100)
+    keys = np.random.default_rng(0).integers(0, 256, (3000, 16), dtype=np.uint8)
+    keys[500:600] = keys[:100]
+    keys[700:800, :8] = keys[800, :8]
     records = np.stack([*split_keys(keys), np.arange(3000, dtype=np.uint64)], axis=1)
     records.tofile(tmp_path / "records")
-    parts = list(sorted_partitions(tmp_path / "records", 3000))
-    assert len(parts) == 32 and max(map(len, parts)) < 250, "memory is that of a part"
-    assert np.array_equal(np.concatenate(parts), records[np.lexsort(records.T[::-1])])
-    assert build_key_index(tmp_path / "none.npy", []) == 0 and KeyIndex(tmp_path / "none.npy").find(asked)[0] == -1
+    partitions = list(sorted_partitions(tmp_path / "records", 3000))
+    assert len(partitions) == 32 and max(map(len, partitions)) < 250
+    assert np.array_equal(np.concatenate(partitions), records[np.lexsort(records.T[::-1])])
 
 
-def test_incoming_captions_keep_their_order(
+def test_ingest_deduplicates_in_the_order_of_the_stream(
     encoder: CaptionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm2clip.store.dedup.GROUP", 7)
-    monkeypatch.setattr("llm2clip.store.key_index.PART", 10)
+    monkeypatch.setattr("llm2clip.store.dedup.ROW_GROUP_SIZE", 7)
+    monkeypatch.setattr("llm2clip.store.key_index.PARTITION_SIZE", 10)
     store = embed(["d", "z"], encoder, tmp_path / "store")
     rng = np.random.default_rng(0)
     stream = [str(i) for i in rng.integers(0, 40, 200)] + ["z", "a", "d", "a"]
     (tmp_path / "in").mkdir()
     ingest(iter(stream), tmp_path / "in", store)
-    incoming = PendingCaptions(tmp_path / "in")
-    expected = [c for c in dict.fromkeys(stream) if c not in "dz"]
-    assert len(incoming) == len(expected)
+    pending = PendingCaptions(tmp_path / "in")
+    expected = [caption for caption in dict.fromkeys(stream) if caption not in "dz"]
+    assert len(pending) == len(expected)
     for size in (1, 5, 100):
-        found = [c for start in range(0, len(incoming), size) for c in incoming[start : start + size]]
-        assert found == expected
+        captions = [c for start in range(0, len(pending), size) for c in pending[start : start + size]]
+        assert captions == expected
     (tmp_path / "none").mkdir()
     ingest([], tmp_path / "none", None)
     assert len(PendingCaptions(tmp_path / "none")) == 0

@@ -15,7 +15,7 @@ from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.store.encode import embed
 from llm2clip.store.layout import StoreError
 from llm2clip.store.readers import LRUCache, MmapReader, PreadReader, available_memory
-from llm2clip.store.store import EmbeddingStore, Reading
+from llm2clip.store.store import EmbeddingStore, ReadMode
 from llm2clip.store.writer import StoreWriter
 
 CAPTIONS = [f"caption number {i} of some" for i in range(50)]
@@ -23,8 +23,8 @@ IDENTITY = {"weights": "abc", "layers": 3}
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
-@pytest.mark.parametrize("reading", ["map", "positional"])
-def test_rows_are_read_as_they_were_written(tmp_path: Path, reading: Reading, dtype: str) -> None:
+@pytest.mark.parametrize("read_mode", ["mmap", "pread"])
+def test_rows_are_read_as_they_were_written(tmp_path: Path, read_mode: ReadMode, dtype: str) -> None:
     """Any rows, repeated or not, in any order, over many shards; int8 is within half a step of each row's scale."""
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(70, 12)).astype(np.float32) * 10 ** rng.uniform(-2, 1, (70, 1)).astype(np.float32)
@@ -34,25 +34,25 @@ def test_rows_are_read_as_they_were_written(tmp_path: Path, reading: Reading, dt
         texts = [str(i) for i in range(start, min(start + 16, 70))]
         writer.write(number, texts, [1] * len(texts), vectors[start : start + 16])
     writer.finish()
-    store = pickle.loads(pickle.dumps(EmbeddingStore(tmp_path, reading)))
+    store = pickle.loads(pickle.dumps(EmbeddingStore(tmp_path, read_mode)))
     asked = rng.integers(0, 70, 200)
     found = store.take(store.rows([str(i) for i in asked]))
     bound = np.abs(vectors).max(1, keepdims=True) / 254 + 1e-6 if dtype == "int8" else np.abs(vectors) / 1024 + 1e-7
     assert (np.abs(found - vectors[asked]) <= bound[asked]).all()
     assert store.take([]).shape == (0, 12)
     for wrong in (-1, 70):
-        with pytest.raises(IndexError, match="rows are between 0 and 69"):
+        with pytest.raises(IndexError, match="must be between 0 and 69"):
             store.take([wrong])
 
 
-@pytest.mark.parametrize("reading", ["map", "positional"])
-def test_few_files_are_open_at_once(tmp_path: Path, reading: Reading, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm2clip.store.readers.OPEN_FILES", 2)
+@pytest.mark.parametrize("read_mode", ["mmap", "pread"])
+def test_few_files_are_open_at_once(tmp_path: Path, read_mode: ReadMode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm2clip.store.readers.MAX_OPEN_FILES", 2)
     writer = StoreWriter(tmp_path, IDENTITY, 3, "int8")
     for number in range(9):
         writer.write(number, [str(number)], [1], np.full((1, 3), number))
     writer.finish()
-    store = EmbeddingStore(tmp_path, reading)
+    store = EmbeddingStore(tmp_path, read_mode)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(2):
         assert store.take([8, 0, 5, 1])[:, 0].tolist() == [8, 0, 5, 1]
@@ -64,7 +64,7 @@ def test_few_files_are_open_at_once(tmp_path: Path, reading: Reading, monkeypatc
 
 
 def test_what_was_asked_for_last_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm2clip.store.readers.OPEN_FILES", 2)
+    monkeypatch.setattr("llm2clip.store.readers.MAX_OPEN_FILES", 2)
     closed: list[int] = []
     recent = LRUCache(lambda n: n, closed.append)
     for n in (1, 2, 1, 3):
@@ -76,9 +76,9 @@ def test_a_shard_that_was_cut_while_it_is_read_is_told(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path, IDENTITY, 4)
     writer.write(0, ["a", "b"], [1, 1], np.ones((2, 4)))
     writer.finish()
-    store = EmbeddingStore(tmp_path, "positional")
+    store = EmbeddingStore(tmp_path, "pread")
     os.truncate(tmp_path / "embeddings-00000.npy", 140)
-    with pytest.raises(StoreError, match="a shard became shorter while it was read"):
+    with pytest.raises(StoreError, match="truncated while it was being read"):
         store.take([1])
 
 
@@ -100,20 +100,20 @@ def test_a_store_is_mapped_where_twice_its_size_is_free(tmp_path: Path, monkeypa
     writer.write(0, list("abcde"), [1] * 5, np.ones((5, 3)))  # 30 bytes of vectors
     writer.finish()
     for free, kind in ((61, MmapReader), (60, PreadReader)):
-        monkeypatch.setattr("llm2clip.store.store.spare_memory", lambda free=free: free)
+        monkeypatch.setattr("llm2clip.store.store.available_memory", lambda free=free: free)
         store = EmbeddingStore(tmp_path)
-        assert type(store._rows) is kind
-        assert type(pickle.loads(pickle.dumps(store))._rows) is kind
-    assert type(EmbeddingStore(tmp_path, "map")._rows) is MmapReader
-    assert isinstance(EmbeddingStore(tmp_path, "map")._rows.maps[0], np.memmap), "it is not read into memory"
+        assert type(store._reader) is kind
+        assert type(pickle.loads(pickle.dumps(store))._reader) is kind
+    assert type(EmbeddingStore(tmp_path, "mmap")._reader) is MmapReader
+    assert isinstance(EmbeddingStore(tmp_path, "mmap")._reader.maps[0], np.memmap), "it is not read into memory"
 
 
-@pytest.mark.parametrize("reading", ["map", "positional"])
+@pytest.mark.parametrize("read_mode", ["mmap", "pread"])
 def test_a_store_that_was_read_is_read_in_forked_workers(
-    encoder: CaptionEncoder, tmp_path: Path, reading: Reading
+    encoder: CaptionEncoder, tmp_path: Path, read_mode: ReadMode
 ) -> None:
     embed(CAPTIONS, encoder, tmp_path, shard_size=8)
-    store = EmbeddingStore(tmp_path, reading)
+    store = EmbeddingStore(tmp_path, read_mode)
     data = [store.rows([c]) for c in CAPTIONS]
     expected = [store.take(rows) for rows in data]  # its threads are up now
     loader = torch.utils.data.DataLoader(

@@ -33,6 +33,7 @@ def atomic_path(file: str | Path) -> Iterator[Path]:
     file.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays at the end: np.save, for one, appends its own to a path without it.
     temporary = file.with_name(f".{file.stem}.{os.getpid()}.part{file.suffix}")
+    temporary.unlink(missing_ok=True)  # a killed process with this id may have left it, as a hard link to another file
     try:
         yield temporary
         with temporary.open("rb") as stream:

@@ -29,7 +29,7 @@ import torch
 from llm2clip.checkpoint import read_metrics
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, FitConfig, TuneConfig
 from llm2clip.data.pairs import TuningItem
-from llm2clip.data.records import CAPTION_FIELDS, Record
+from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import read_splits
 from llm2clip.data.tuning_sources import read_tuning_sources
@@ -46,7 +46,7 @@ from llm2clip.models.vision_tower import VisionTower
 from llm2clip.run_config import save_or_check_config
 from llm2clip.store.encode import embed as embed_locally
 from llm2clip.store.ray_engine import embed_with_ray
-from llm2clip.store.store import EmbeddingStore, refused_captions
+from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.train.align import align as train_align
 from llm2clip.train.align_data import check_batch
 from llm2clip.train.tune import tune as train_tune
@@ -255,22 +255,8 @@ def new_model(config: AlignConfig, store: EmbeddingStore) -> LLM2CLIP:
     torch.manual_seed(config.seed)
     tower = VisionTower.from_pretrained(config.tower, image_size=config.image_size)
     tower.freeze_norm = True  # keep the pretrained batch statistics
-    model_config = LLM2CLIPConfig.from_config(config, tower.config, store.width, store.manifest["identity"])
+    model_config = LLM2CLIPConfig.from_config(config, tower.config, store.embed_dim, store.manifest["identity"])
     return LLM2CLIP(model_config, tower).to(process_state().device)
-
-
-def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
-    """Remove captions that the tokenizer could not encode: the store lacks them. Drop records without any other."""
-    refused = set(refused_captions(store.folder))
-    remaining = []
-    for record in records:
-        captions: dict[str, Any] = {
-            kind: tuple(c for c in getattr(record, kind) if c not in refused) for kind in CAPTION_FIELDS
-        }
-        record = dataclasses.replace(record, **captions)
-        if record.texts:
-            remaining.append(record)
-    return remaining
 
 
 def _tuning_pairs(

@@ -9,7 +9,7 @@ import warnings
 
 from jsonargparse import ArgumentParser
 
-from llm2clip.cli import evaluate, export, llava, plan, search, setup, train
+from llm2clip.cli import evaluate, export, llava, plan, search, setup, store, train
 from llm2clip.cli.commands import Commands, HelpFormatter, Run
 
 DESCRIPTION = """Give any CLIP a large language model's understanding of text.
@@ -53,7 +53,7 @@ def build() -> tuple[ArgumentParser, dict[str, Run]]:
         allow_abbrev=False,  # otherwise a misspelt setting could match another one
     )
     commands = Commands(parser, "COMMAND")
-    for module in (setup, train, plan, evaluate, search, export, llava):
+    for module in (setup, train, store, plan, evaluate, search, export, llava):
         module.add(commands)
     return parser, commands.run
 

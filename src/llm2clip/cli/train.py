@@ -136,8 +136,8 @@ def _align(args: Namespace) -> list[str]:
     from llm2clip.data.records import Source
     from llm2clip.data.splits import read_splits
     from llm2clip.distributed import print_once
-    from llm2clip.pipeline import align, drop_refused_captions, start_run
-    from llm2clip.store.store import EmbeddingStore
+    from llm2clip.pipeline import align, start_run
+    from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 
     out, held_out_sources = Path(args.out), args.held_out or []
     settings = {"data": args.data, "held_out": held_out_sources, "columns": args.columns, "store": args.store}

@@ -129,7 +129,7 @@ def cache_patch_features(
         StoreError: the store there is another tower's.
     """
     size = max(1, min(8192, SHARD // (2 * side.embed_dim)))
-    return store_image_features(refs, side, side.identity(), folder, log, batch=32, workers=workers, shard_size=size)
+    return store_image_features(refs, side, side.identity(), folder, log, batch_size=32, workers=workers, shard_size=size)
 
 
 class PrecomputedVision(nn.Module):

@@ -1,104 +1,109 @@
-"""Captions on their way into a store: any number of them, each kept once, in memory that does not grow with them.
+"""Deduplication of a stream of captions before they are encoded, with memory that does not grow with their number.
 
-They come as a stream, once. Their texts go to a file, row group by row group; their keys, with their places in the
-stream, into parts by the keys' first bits, so that equal ones meet. What remains is one byte a caption on the disk:
-whether it is the first of its text and new to the store. The order of the stream is kept, so that captions of one image
-stay neighbours, and any process can read any shard of what remains.
+`ingest` reads the stream once and writes to a folder:
+
+    captions.parquet   the texts, in the order of the stream
+    wanted.bytes       one byte per caption: 1 if it is the first copy of its text and the store does not have it yet
+
+Equal captions are found by an external sort of the keys, see `key_index`. `PendingCaptions` then reads any slice of the
+captions that are left, from any process. The order of the stream is kept: captions of the same image stay together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm2clip.store.key_index import sorted_partitions, write_records
-from llm2clip.store.layout import keys_of
+from llm2clip.store.layout import caption_keys, iter_chunks
 from llm2clip.store.store import EmbeddingStore
 
-T = TypeVar("T")
-GROUP = 1 << 14  # captions in a row group, and held in memory
+ROW_GROUP_SIZE = 1 << 14  # captions per row group, and in memory
 TEXTS, WANTED = "captions.parquet", "wanted.bytes"
 
 
 def ingest(captions: Iterable[str], folder: Path, store: EmbeddingStore | None) -> None:
-    """Read a stream of captions into `folder`, for `Incoming`.
+    """Read a stream of captions into `folder`, for `PendingCaptions`.
 
     Args:
-        captions: texts, repeated or not.
-        folder: an empty one.
-        store: what it holds already is not wanted again.
+        captions: Texts, with or without duplicates.
+        folder: An empty folder.
+        store: Captions in this store are not wanted again.
     """
+    count = write_records(_write_captions(captions, folder, store), folder / "keys")
+    wanted = _wanted(folder, "r+")
+    for partition in sorted_partitions(folder / "keys", count):
+        repeated = (partition[1:, :2] == partition[:-1, :2]).all(axis=1)
+        wanted[partition[1:][repeated, 2].astype(np.int64)] = False
 
-    def keys() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+
+def _write_captions(
+    captions: Iterable[str], folder: Path, store: EmbeddingStore | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Write the texts, and which are wanted as far as a row group can show; yield keys and positions of the wanted."""
+    schema = pa.schema([("text", pa.string())])
+    with (
+        pq.ParquetWriter(folder / TEXTS, schema, compression="zstd") as writer,
+        (folder / WANTED).open("wb") as wanted_file,
+    ):
         start = 0
-        with (
-            pq.ParquetWriter(folder / TEXTS, pa.schema([("text", pa.string())]), compression="zstd") as writer,
-            (folder / WANTED).open("wb") as wanted,
-        ):
-            for group in iter_groups(captions, GROUP):
-                writer.write_table(pa.table({"text": group}))
-                names = keys_of(group)
-                new = np.ones(len(group), np.bool_) if store is None else store.find(names) < 0
-                first = np.unique(names.view("V16")[:, 0], return_index=True)[1]
-                new &= np.bincount(first, minlength=len(group)).astype(np.bool_)
-                new.tofile(wanted)
-                places = np.flatnonzero(new)
-                yield names[places], (start + places).astype(np.uint64)
-                start += len(group)
-
-    count = write_records(keys(), folder / "keys")
-    wanted = _flags(folder, "r+")
-    for part in sorted_partitions(folder / "keys", count):
-        repeated = (part[1:, :2] == part[:-1, :2]).all(axis=1)
-        wanted[part[1:][repeated, 2].astype(np.int64)] = False
+        for texts in iter_chunks(captions, ROW_GROUP_SIZE):
+            writer.write_table(pa.table({"text": texts}))
+            keys = caption_keys(texts)
+            wanted = np.zeros(len(texts), np.bool_)
+            first_copies = np.unique(keys.view("V16")[:, 0], return_index=True)[1]
+            wanted[first_copies] = True
+            if store is not None:
+                wanted &= store.find(keys) < 0
+            wanted.tofile(wanted_file)
+            positions = np.flatnonzero(wanted)
+            yield keys[positions], (start + positions).astype(np.uint64)
+            start += len(texts)
 
 
-def _flags(folder: Path, mode: Literal["r", "r+"]) -> np.ndarray:
-    """A byte for each caption that came: whether it is wanted."""
+def _wanted(folder: Path, mode: Literal["r", "r+"]) -> np.ndarray:
+    """Map the wanted flags: one bool per caption of the stream."""
     file = folder / WANTED
-    return np.memmap(file, np.bool_, mode) if file.stat().st_size else np.empty(0, np.bool_)
+    if file.stat().st_size == 0:  # an empty file cannot be mapped
+        return np.empty(0, np.bool_)
+    return np.memmap(file, np.bool_, mode)
 
 
 class PendingCaptions:
-    """The captions that are wanted, of a folder that `receive` has filled."""
+    """The wanted captions in a folder that `ingest` has filled, as a sequence that supports slices."""
 
     def __init__(self, folder: Path) -> None:
         self.texts = pq.ParquetFile(folder / TEXTS)
-        self.wanted = _flags(folder, "r")
-        sizes = [self.texts.metadata.row_group(n).num_rows for n in range(self.texts.num_row_groups)]
-        self.starts = np.cumsum([0, *sizes])
-        counts = [int(self.wanted[a:b].sum()) for a, b in zip(self.starts[:-1], self.starts[1:], strict=True)]
-        self.before = np.cumsum([0, *counts])
+        self.wanted = _wanted(folder, "r")
+        metadata = self.texts.metadata
+        sizes = [metadata.row_group(number).num_rows for number in range(self.texts.num_row_groups)]
+        self.starts = np.cumsum([0, *sizes])  # of each row group in the stream
+        counts = [int(self.wanted[lo:hi].sum()) for lo, hi in zip(self.starts[:-1], self.starts[1:], strict=True)]
+        self.wanted_before = np.cumsum([0, *counts])  # wanted captions before each row group
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self.texts.close()
         self.wanted = np.empty(0, np.bool_)
 
     def __len__(self) -> int:
-        return int(self.before[-1])
+        return int(self.wanted_before[-1])
 
     def __getitem__(self, part: slice) -> list[str]:
-        """Some of them, in the order in which they came."""
+        """Return a slice of the captions, in the order of the stream."""
         start, stop, _ = part.indices(len(self))
-        first = int(np.searchsorted(self.before, start, side="right")) - 1
-        found: list[str] = []
-        for n in range(first, len(self.starts) - 1):
-            if self.before[n] >= stop:
+        first_group = int(np.searchsorted(self.wanted_before, start, side="right")) - 1
+        captions: list[str] = []
+        for group in range(first_group, len(self.starts) - 1):
+            if self.wanted_before[group] >= stop:
                 break
-            texts = self.texts.read_row_group(n)["text"]
-            found += texts.filter(pa.array(self.wanted[self.starts[n] : self.starts[n + 1]])).to_pylist()
-        return found[start - int(self.before[first]) :][: stop - start]
-
-
-def iter_groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items, the last perhaps shorter."""
-    rest = iter(items)
-    while group := list(islice(rest, size)):
-        yield group
+            texts = self.texts.read_row_group(group)["text"]
+            wanted = self.wanted[self.starts[group] : self.starts[group + 1]]
+            captions += texts.filter(pa.array(wanted)).to_pylist()
+        offset = start - int(self.wanted_before[first_group])
+        return captions[offset : offset + stop - start]

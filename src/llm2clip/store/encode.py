@@ -1,16 +1,15 @@
-"""Captions to store: each text once, shard by shard, by any number of processes, resumable.
+"""Encoding of captions into a store: each text once, shard by shard, resumable, on any number of processes.
 
-The captions that no whole shard holds are cut into shards in the order in which they came; process r of n takes every
-n-th of them. Killed at any point and started again, it encodes what is missing and nothing twice. While a shard is
-encoded, the one before it is written and the one after it read and split into tokens.
+Captions without an embedding are cut into shards in the order of the stream; with n processes, each encodes every n-th
+shard. After an interrupt, only missing shards are encoded. While a shard is encoded, the previous one is written and
+the next one is read and tokenized.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,10 +24,10 @@ from llm2clip.models.batch_size_tuner import MIN_CAPTIONS_TO_TUNE, tune_batch_to
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.length_batching import TokenizedTexts, default_batch_tokens
 from llm2clip.models.precision import fastest_precision
-from llm2clip.store.dedup import PendingCaptions, ingest
-from llm2clip.store.layout import MANIFEST, read_manifest, remove_temp_files, shard_numbers
-from llm2clip.store.lock import folder_lock
-from llm2clip.store.store import EmbeddingStore, refused_captions
+from llm2clip.store.dedup import PendingCaptions
+from llm2clip.store.layout import MANIFEST, read_manifest
+from llm2clip.store.store import EmbeddingStore
+from llm2clip.store.write_plan import WritePlan, open_for_writing
 from llm2clip.store.writer import StoreWriter
 
 T = TypeVar("T")
@@ -44,50 +43,45 @@ def embed(
     precision: str = "auto",
     dtype: str = "float16",
 ) -> EmbeddingStore:
-    """Fill the store at `folder` with the vectors of `captions` and open it.
+    """Encode captions into the store at `folder` and open it.
 
-    Captions longer than the encoder's `max_length` are cut, counted, and listed in `folder/truncated-*.jsonl`; those
-    that the tokenizer refuses are left out, counted, and listed in `folder/refused-*.jsonl`.
+    Captions longer than the encoder's `max_length` are truncated, counted, and listed in `folder/truncated-*.jsonl`.
+    Captions that the tokenizer cannot encode are skipped, counted, and listed in `folder/refused-*.jsonl`.
 
     Args:
-        captions: texts, repeated or not, as a stream that the main process reads once.
-        encoder: the frozen caption encoder.
-        folder: of the store; what it holds already is kept.
-        shard_size: captions in a shard, the unit of resuming and of batching by length.
-        batch_tokens: as in `CaptionEncoder.encode`; None tries which is the fastest, where there is a lot to encode.
-        precision: the same, or auto: see `settled`.
-        dtype: float16, or int8 with a scale a row, which halves the store.
+        captions: Texts, with or without duplicates, as a stream that the main process reads once.
+        encoder: The frozen caption encoder.
+        folder: Folder of the store. Captions that the store already has are not encoded again.
+        shard_size: Captions per shard, the unit of resuming and of batching by length.
+        batch_tokens: Tokens per batch, see `CaptionEncoder.encode`. None measures which is fastest if there are many
+            captions to encode.
+        precision: See `CaptionEncoder.encode`; or auto, see `resolve_precision`.
+        dtype: float16, or int8 with a scale per row, which halves the store.
 
     Raises:
-        StoreError: the store there was made by another encoder, or another run is filling it.
+        StoreError: the store was made by another encoder, or another run is writing to it.
     """
     keep_freed_memory(encoder.device)
-    state, precision = process_state(), resolve_precision(precision, encoder, Path(folder))
-    with open_for_writing(captions, folder, encoder.identity(precision), encoder.embed_dim, dtype, shard_size) as work:
-        mine = work.parts[state.process_index :: state.num_processes]
-        total = sum(part.stop - part.start for _, part in mine)
-        with (
-            tqdm(total=total, desc="embed", unit="caption", disable=not state.is_main_process or not mine) as bar,
-            closing(PendingCaptions(work.came)) as incoming,
-        ):
-            if batch_tokens is None and work.parts:
-                batch_tokens = tuned_batch_tokens(encoder, incoming[work.parts[0][1]], precision, Path(folder))
-            readings = ((number, tokenize_ahead(incoming[part], encoder)) for number, part in mine)
-            with closing(prefetch(readings)) as read, ThreadPoolExecutor(1) as pool:
-                written: Future[None] | None = None
-                for number, found in read:
-                    vectors = encoder.encode(found.tokens, batch_tokens=batch_tokens, precision=precision, progress=bar)
-                    if written is not None:
-                        written.result()
-                    written = pool.submit(write_embeddings, work.writer, number, found, vectors.numpy(), bar.write)
-                if written is not None:
-                    written.result()
+    folder = Path(folder)
+    precision = resolve_precision(precision, encoder, folder)
+    identity = encoder.identity(precision)
+    with (
+        open_for_writing(captions, folder, identity, encoder.embed_dim, dtype=dtype, shard_size=shard_size) as plan,
+        closing(PendingCaptions(plan.incoming)) as pending,
+    ):
+        if batch_tokens is None and plan.shards:
+            _, first_slice = plan.shards[0]
+            batch_tokens = tuned_batch_tokens(encoder, pending[first_slice], precision, folder)
+        _encode_local_shards(plan, pending, encoder, batch_tokens, precision)
     return EmbeddingStore(folder)
 
 
 def resolve_precision(precision: str, encoder: CaptionEncoder, folder: Path) -> str:
-    """A precision in place of auto: that of the store which is there; else what is fastest on this device and keeps
-    the encoder's vectors, measured by the main process for all."""
+    """Replace the precision "auto" by that of the store at `folder`.
+
+    Without a store, the main process measures which precision is fastest on this device and accurate enough, for all
+    processes.
+    """
     if precision != "auto":
         return precision
     if (folder / MANIFEST).is_file():
@@ -96,113 +90,108 @@ def resolve_precision(precision: str, encoder: CaptionEncoder, folder: Path) -> 
 
 
 def tuned_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], precision: str, folder: Path) -> int:
-    """The fastest token budget for such captions, tried by the main process for all; a run that goes on keeps it, so
-    that its vectors are the same to the last bit."""
+    """Return the fastest number of tokens per batch for these captions, measured by the main process for all processes.
+
+    The result is saved in the store's folder, so that a resumed run computes embeddings equal to the last bit.
+    """
     if len(captions) < MIN_CAPTIONS_TO_TUNE:
         return default_batch_tokens(encoder.device)
-    file = folder / f"batch_tokens-{encoder.device.type}.json"
-    return int(
-        cached_json(file, lambda: tune_batch_tokens(encoder, tokenize_ahead(captions, encoder).tokens, precision))
-    )
+
+    def measure() -> int:
+        return tune_batch_tokens(encoder, tokenize_shard(captions, encoder).tokens, precision)
+
+    return int(cached_json(folder / f"batch_tokens-{encoder.device.type}.json", measure))
 
 
-@dataclass(frozen=True)
-class WritePlan:
-    """What is to be done for a store: the captions that came, in `came`, cut into the shards `parts`."""
-
-    writer: StoreWriter
-    came: Path
-    parts: list[tuple[int, slice]]
-
-
-@contextmanager
-def open_for_writing(
-    captions: Iterable[str], folder: str | Path, identity: dict[str, Any], width: int, dtype: str, shard_size: int
-) -> Iterator[WritePlan]:
-    """Receive the captions and say which shards are missing; at the end the store is whole. All processes enter it
-    together; the main one does the work."""
-    state, folder = process_state(), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with folder_lock(folder) if state.is_main_process else nullcontext():
-        with state.main_process_first():
-            writer = StoreWriter(folder, identity, width, dtype)
-        came = folder / ".incoming"
-        if state.is_main_process:
-            shutil.rmtree(came, ignore_errors=True)
-            came.mkdir(exist_ok=True)
-            remove_temp_files(folder)
-            writer.finish()
-            store = None
-            if shard_numbers(folder):  # what is there is gone on with only if it is as it was written
-                store = EmbeddingStore(folder)
-                store.verify(progress=True)
-            refused = refused_captions(folder)
-            stream = tqdm(captions, "read", unit="caption", leave=False, delay=1)
-            ingest((c for c in stream if c not in refused) if refused else stream, came, store)
-        state.wait_for_everyone()
-        with closing(PendingCaptions(came)) as incoming:
-            first, count = max(shard_numbers(folder), default=-1) + 1, len(incoming)
-        state.wait_for_everyone()  # all have seen the same shards before anyone adds one
-        cuts = [slice(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
-        yield WritePlan(writer, came, list(enumerate(cuts, first)))
-        state.wait_for_everyone()
-        if state.is_main_process:
-            writer.finish()
-            shutil.rmtree(came, ignore_errors=True)  # a file that is open elsewhere may linger on a network's disk
-        state.wait_for_everyone()
+def _encode_local_shards(
+    plan: WritePlan, pending: PendingCaptions, encoder: CaptionEncoder, batch_tokens: int | None, precision: str
+) -> None:
+    """Encode and write this process's shards; tokenize ahead and write behind in two threads."""
+    shards = plan.local_shards()
+    total = sum(part.stop - part.start for _, part in shards)
+    hide_bar = not process_state().is_main_process or not shards
+    tokenized_shards = ((number, tokenize_shard(pending[part], encoder)) for number, part in shards)
+    with (
+        tqdm(total=total, desc="embed", unit="caption", disable=hide_bar) as bar,
+        closing(prefetch(tokenized_shards)) as prefetched,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        writing: Future[None] | None = None
+        for number, shard in prefetched:
+            embeddings = encoder.encode(shard.tokens, batch_tokens=batch_tokens, precision=precision, progress=bar)
+            if writing is not None:
+                writing.result()
+            writing = pool.submit(write_shard, plan.writer, number, shard, embeddings.numpy(), bar.write)
+        if writing is not None:
+            writing.result()
 
 
 @dataclass(frozen=True)
 class TokenizedShard:
-    """Captions of a shard and their tokens; those that the tokenizer refused, with why."""
+    """Captions of a shard with their tokens.
+
+    Attributes:
+        captions: The captions that could be tokenized.
+        tokens: Their tokens.
+        refused: The other captions, each with the reason.
+    """
 
     captions: list[str]
     tokens: TokenizedTexts
     refused: list[tuple[str, str]]
 
 
-def tokenize_ahead(captions: Sequence[str], encoder: CaptionEncoder) -> TokenizedShard:
-    """Captions to tokens. One without any, or that the tokenizer fails on, is refused; the others are kept."""
+def tokenize_shard(captions: Sequence[str], encoder: CaptionEncoder) -> TokenizedShard:
+    """Tokenize captions. A caption without tokens, or for which the tokenizer raises, is put into `refused`."""
     try:
         tokens = encoder.tokenize(captions)
         if all(tokens.ids):
             return TokenizedShard(list(captions), tokens, [])
-    except Exception:  # which one it was shows below
+    except Exception:  # the loop below finds the caption that raises
         pass
-    good, refused = [], []
+    valid, refused = [], []
     for caption in captions:
         try:
             if encoder.tokenize([caption]).ids[0]:
-                good.append(caption)
+                valid.append(caption)
             else:
                 refused.append((caption, "no tokens"))
         except Exception as error:
             refused.append((caption, f"{type(error).__name__}: {error}"))
-    return TokenizedShard(good, encoder.tokenize(good), refused)
+    return TokenizedShard(valid, encoder.tokenize(valid), refused)
 
 
-def write_embeddings(
-    writer: StoreWriter, number: int, found: TokenizedShard, vectors: np.ndarray, say: Callable[[str], object]
+def write_shard(
+    writer: StoreWriter, number: int, shard: TokenizedShard, embeddings: np.ndarray, log: Callable[[str], object]
 ) -> None:
-    """Write a shard, and lists of the captions that were cut or refused."""
-    tokens = found.tokens
-    cut = [{"caption": found.captions[i]} for i in tokens.truncated]
-    refused = [{"caption": caption, "why": why} for caption, why in found.refused]
-    for name, rows in (("truncated", cut), ("refused", refused)):
+    """Write a shard, and the lists of its truncated and refused captions; report the lists with `log`."""
+    truncated = [{"caption": shard.captions[i]} for i in shard.tokens.truncated]
+    refused = [{"caption": caption, "why": why} for caption, why in shard.refused]
+    for name, rows in (("truncated", truncated), ("refused", refused)):
         if rows:
             file = writer.folder / f"{name}-{number:05d}.jsonl"
-            lines = [row for _, row in read_jsonl(file)] if file.is_file() else []  # a run ended before this shard
-            atomic_write_jsonl(file, {row["caption"]: row for row in [*lines, *rows]}.values())
-            say(f"{len(rows)} captions {name}: see {file}")
-    writer.write(number, found.captions, [len(i) for i in tokens.ids], vectors)
+            _add_caption_rows(file, rows)
+            log(f"{len(rows)} captions {name}: see {file}")
+    writer.write(number, shard.captions, [len(ids) for ids in shard.tokens.ids], embeddings)
+
+
+def _add_caption_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows to a list of captions, which exists if an earlier run was killed before it had written the shard."""
+    by_caption: dict[str, dict[str, Any]] = {}
+    if file.is_file():
+        by_caption |= {row["caption"]: row for _, row in read_jsonl(file)}
+    by_caption |= {row["caption"]: row for row in rows}
+    atomic_write_jsonl(file, by_caption.values())
 
 
 def prefetch(items: Iterator[T]) -> Generator[T, None, None]:
-    """The items, each worked out while the one before it is used. Close it: a thread must not end where the garbage
-    collector happens to find it."""
+    """Yield items, computing each in a thread while the previous one is in use.
+
+    Close the generator explicitly: the garbage collector might otherwise run its cleanup in the thread itself.
+    """
     end: Any = object()
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, items, end)
+        upcoming = pool.submit(next, items, end)
+        while (item := upcoming.result()) is not end:
+            upcoming = pool.submit(next, items, end)
             yield item

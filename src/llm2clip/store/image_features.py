@@ -1,8 +1,8 @@
-"""Vectors of images, and of texts of any model, in stores of their own: each goes through a model once.
+"""Stores of image features, and of text embeddings of any model, so that each input is encoded only once.
 
-They are stores like that of the captions; the keys of images are their names. What trains on the features of a frozen
-tower trains in seconds (SAIL, arXiv 2412.04616; LiT, arXiv 2111.07991), and what was measured once is measured again in
-no time.
+They have the same layout as the store of captions; the keys of images are hashes of their names, see `image_name`. A
+frozen tower trained on cached features trains in seconds (SAIL, arXiv 2412.04616; LiT, arXiv 2111.07991), and repeated
+evaluations encode nothing.
 """
 
 from __future__ import annotations
@@ -29,36 +29,13 @@ from llm2clip.models.fingerprint import hash_weights
 from llm2clip.models.precision import DTYPES
 from llm2clip.models.vision_tower import VisionTower
 from llm2clip.store.dedup import PendingCaptions
-from llm2clip.store.encode import WritePlan, open_for_writing
-from llm2clip.store.layout import keys_of
+from llm2clip.store.layout import caption_keys
 from llm2clip.store.store import EmbeddingStore
-
-
-def image_name(ref: ImageRef) -> str:
-    """What an image is called in a store: where it is, and the size and time of change of the file that holds it, so
-    that another picture of the same name is another image."""
-    name = ref.key
-    if (path := ref.container_path) is not None:
-        try:
-            there = _stat(path) if not isinstance(ref, FileImage) else os.stat(path)
-            name = f"{name} {there.st_size} {there.st_mtime_ns}"
-        except OSError:
-            pass
-    return printable(name)
-
-
-@lru_cache(maxsize=65536)
-def _stat(path: str) -> os.stat_result:
-    return os.stat(path)  # of a tar, once and not for each of its images
-
-
-def image_keys(refs: Iterable[ImageRef]) -> np.ndarray:
-    """The keys of images in a store, (N, 16) uint8."""
-    return keys_of([image_name(ref) for ref in refs])
+from llm2clip.store.write_plan import WritePlan, open_for_writing
 
 
 class ImageEncoder(Protocol):
-    """What makes vectors of pictures: a tower, or any model."""
+    """A model that encodes images: a vision tower, or the image side of any dual encoder."""
 
     @property
     def embed_dim(self) -> int: ...
@@ -66,93 +43,114 @@ class ImageEncoder(Protocol):
     @property
     def transform(self) -> Callable[[Tensor], Any]: ...
 
-    def encode_images(self, pictures: list[Any]) -> Tensor:
-        """What `transform` made of decoded images, to (N, width) float32 on the CPU."""
+    def encode_images(self, images: list[Any]) -> Tensor:
+        """Encode images that `transform` has prepared; return (N, embed_dim) float32 on the CPU."""
         ...
 
 
-class TowerFeatures:
-    """A vision tower's features, as they go into a projection."""
+class TowerEncoder:
+    """Encodes images to the features of a vision tower, before the projection."""
 
     def __init__(self, tower: VisionTower, precision: str) -> None:
         """
         Args:
-            tower: on its device; put in eval mode.
-            precision: fp32, bf16 or fp16, by autocast.
+            tower: Vision tower, on its device; set to eval mode.
+            precision: fp32, or bf16 or fp16 by autocast.
         """
         self.tower, self.precision, self.embed_dim = tower.eval(), precision, tower.feature_dim
         self.transform: Callable[[Tensor], Any] = EvalTransform(tower.preprocess)
         keep_freed_memory(next(tower.parameters()).device)
 
     def identity(self) -> dict[str, Any]:
-        """All that changes a feature: the architecture, the preparation of pictures, the weights, the precision."""
+        """Return all that changes a feature: architecture and preprocessing, weights, precision."""
         return {"tower": self.tower.config, "weights": hash_weights(self.tower), "precision": self.precision}
 
     @torch.no_grad()
-    def encode_images(self, pictures: list[Any]) -> Tensor:
+    def encode_images(self, images: list[Any]) -> Tensor:
         device = next(self.tower.parameters()).device
-        low = self.precision != "fp32"
-        with torch.autocast(device.type, DTYPES[self.precision]) if low else nullcontext():
-            return self.tower(torch.stack(pictures).to(device)).float().cpu()
+        autocast = torch.autocast(device.type, DTYPES[self.precision]) if self.precision != "fp32" else nullcontext()
+        with autocast:
+            return self.tower(torch.stack(images).to(device)).float().cpu()
 
 
-def encode_image_batches(
-    refs: Sequence[ImageRef], side: ImageEncoder, log: SkipLog, bar: tqdm, batch: int = 64, workers: int | None = None
-) -> tuple[Tensor, list[int]]:
-    """Vectors (N, width) float32 of those images that can be decoded, and which they are; the others are counted and
-    listed in `log`, all are in `bar`."""
-    parts, kept = [torch.empty(0, side.embed_dim)], []
-    for good, pictures, failures in image_batches(refs, side.transform, batch, workers):
-        for i, reason in failures.items():
-            log.skip(str(refs[i]), 0, "undecodable image", reason)
-        if good:
-            parts.append(side.encode_images(pictures))
-            kept += good
-        bar.update(len(good) + len(failures))
-    return torch.cat(parts), kept
+# ---- keys of images ------------------------------------------------------------------------------------------------
+
+
+def image_keys(refs: Iterable[ImageRef]) -> np.ndarray:
+    """Return the keys of images in a store, (N, 16) uint8."""
+    return caption_keys([image_name(ref) for ref in refs])
+
+
+def image_name(ref: ImageRef) -> str:
+    """Return the name of an image in a store: its path, with the size and modification time of the file that holds it.
+
+    If the file changes, the name changes, and the image is encoded again.
+    """
+    name = ref.key
+    path = ref.container_path
+    if path is not None:
+        try:
+            stat = os.stat(path) if isinstance(ref, FileImage) else _cached_stat(path)
+            name = f"{name} {stat.st_size} {stat.st_mtime_ns}"
+        except OSError:
+            pass
+    return printable(name)
+
+
+@lru_cache(maxsize=65536)
+def _cached_stat(path: str) -> os.stat_result:
+    """Return the status of a tar or table, looked up once for all of its images."""
+    return os.stat(path)
+
+
+# ---- filling stores ------------------------------------------------------------------------------------------------
 
 
 @onednn_matmul()
 def store_image_features(
     refs: Sequence[ImageRef],
-    side: ImageEncoder,
+    encoder: ImageEncoder,
     identity: dict[str, Any],
     folder: str | Path,
     log: SkipLog,
     *,
     dtype: str = "float16",
-    batch: int = 64,
+    batch_size: int = 64,
     workers: int | None = None,
     shard_size: int = 8192,
 ) -> EmbeddingStore:
-    """Fill the store at `folder` with the images' vectors; what it holds already is kept. All processes take a share.
+    """Encode images into the store at `folder` and open it; the shards are split over all processes.
 
     Args:
-        refs: of the images.
-        side: what makes the vectors.
-        identity: all that changes a vector.
-        folder: of the store.
-        log: where images that cannot be decoded are counted and listed; the store goes without them.
-        dtype: of the store.
-        batch: images in a forward pass.
-        workers: processes that decode images, as of `in_batches`.
-        shard_size: images in a shard, the unit of resuming.
+        refs: References of the images. Images that the store already has are not encoded again.
+        encoder: Encoder of the images.
+        identity: All that changes a feature.
+        folder: Folder of the store.
+        log: Counts and lists the images that cannot be decoded; the store lacks them.
+        dtype: dtype of the store.
+        batch_size: Images per forward pass.
+        workers: Processes that decode images, see `image_batches`.
+        shard_size: Images per shard, the unit of resuming.
 
     Raises:
-        StoreError: the store there is another model's.
+        StoreError: the store was made by another encoder.
         TooManySkipped: too many images cannot be decoded.
     """
-    by_name = {image_name(ref): ref for ref in refs}
-    with open_for_writing(by_name, folder, identity, side.embed_dim, dtype, shard_size) as work:
-        for number, names, bar in _mine(work, "features", "image"):
-            vectors, good = encode_image_batches([by_name[name] for name in names], side, log, bar, batch, workers)
-            if good:
-                kept = [names[i] for i in good]
-                work.writer.write(number, kept, [0] * len(kept), vectors.numpy())
+    refs_by_name = {image_name(ref): ref for ref in refs}
+    with open_for_writing(
+        refs_by_name, folder, identity, encoder.embed_dim, dtype=dtype, shard_size=shard_size
+    ) as plan:
+        for number, names, bar in _iter_shards(plan, "features", "image"):
+            shard_refs = [refs_by_name[name] for name in names]
+            features, decoded = encode_image_batches(shard_refs, encoder, log, bar, batch_size, workers)
+            if decoded:
+                decoded_names = [names[i] for i in decoded]
+                plan.writer.write(number, decoded_names, [0] * len(decoded_names), features.numpy())
     store = EmbeddingStore(folder)
-    # Judged when all are through, and by all alike: a process that gave up alone would leave the others waiting. What
-    # this one saw fail is counted already, with the reason.
-    for ref, row in zip(by_name.values(), store.find(keys_of(list(by_name))), strict=True):
+    # The limit is checked at the end and by all processes: one that raised earlier would leave the others waiting. The
+    # failures of this process are already in the log, with the reason; those of the others are added here.
+    rows = store.find(caption_keys(list(refs_by_name)))
+    for ref, row in zip(refs_by_name.values(), rows, strict=True):
         if row < 0:
             log.skip(str(ref), 0, "undecodable image", "")
     log.check()
@@ -162,28 +160,51 @@ def store_image_features(
 def store_text_embeddings(
     texts: Sequence[str],
     encode: Callable[[list[str]], Tensor],
-    width: int,
+    embed_dim: int,
     identity: dict[str, Any],
     folder: str | Path,
     *,
     dtype: str = "float32",
     shard_size: int = 8192,
 ) -> EmbeddingStore:
-    """The same of texts, by whatever makes vectors (N, width) of them."""
-    with open_for_writing(texts, folder, identity, width, dtype, shard_size) as work:
-        for number, some, bar in _mine(work, "texts", "text"):
-            work.writer.write(number, some, [0] * len(some), encode(some).numpy())
-            bar.update(len(some))
+    """Encode texts with `encode`, which returns (N, embed_dim), into the store at `folder` and open it."""
+    with open_for_writing(texts, folder, identity, embed_dim, dtype=dtype, shard_size=shard_size) as plan:
+        for number, shard_texts, bar in _iter_shards(plan, "texts", "text"):
+            plan.writer.write(number, shard_texts, [0] * len(shard_texts), encode(shard_texts).numpy())
+            bar.update(len(shard_texts))
     return EmbeddingStore(folder)
 
 
-def _mine(work: WritePlan, name: str, unit: str) -> Iterator[tuple[int, list[str], tqdm]]:
-    """This process's shards: number, what is in it, and a bar over all."""
-    state = process_state()
-    mine = work.parts[state.process_index :: state.num_processes]
-    with closing(PendingCaptions(work.came)) as incoming:
-        parts = [(number, list(incoming[part])) for number, part in mine]
-    total = sum(len(some) for _, some in parts)
-    with tqdm(total=total, desc=name, unit=unit, disable=not (state.is_main_process and total)) as bar:
-        for number, some in parts:
-            yield number, some, bar
+def encode_image_batches(
+    refs: Sequence[ImageRef],
+    encoder: ImageEncoder,
+    log: SkipLog,
+    bar: tqdm,
+    batch_size: int = 64,
+    workers: int | None = None,
+) -> tuple[Tensor, list[int]]:
+    """Encode the images that can be decoded; count and list the others in `log`.
+
+    Returns:
+        The embeddings, (N, embed_dim) float32, and the indices of their images in `refs`.
+    """
+    embeddings, indices = [torch.empty(0, encoder.embed_dim)], []
+    for decoded, images, failures in image_batches(refs, encoder.transform, batch_size, workers):
+        for i, reason in failures.items():
+            log.skip(str(refs[i]), 0, "undecodable image", reason)
+        if decoded:
+            embeddings.append(encoder.encode_images(images))
+            indices += decoded
+        bar.update(len(decoded) + len(failures))
+    return torch.cat(embeddings), indices
+
+
+def _iter_shards(plan: WritePlan, description: str, unit: str) -> Iterator[tuple[int, list[str], tqdm]]:
+    """Yield this process's shards: number, names or texts, and a progress bar over all of them."""
+    with closing(PendingCaptions(plan.incoming)) as pending:
+        shards = [(number, pending[part]) for number, part in plan.local_shards()]
+    total = sum(len(items) for _, items in shards)
+    hide_bar = not process_state().is_main_process or not total
+    with tqdm(total=total, desc=description, unit=unit, disable=hide_bar) as bar:
+        for number, items in shards:
+            yield number, items, bar

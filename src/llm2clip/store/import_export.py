@@ -1,9 +1,9 @@
-"""Stores to and from other forms: parquet, and the tars of the official LLM2CLIP code.
+"""Export and import of stores: Parquet, and the tar files of the official LLM2CLIP code.
 
-The official code trains from pairs of tars: `X.tar` with images and, for each sample, a JSON of captions, and
-`X_text_embeddings.tar` with the same samples in the same order, whose members `KEY.shortsv_captions` and
-`KEY.longsv_captions` are one vector each, raw float32. Its vectors are found by position and by the samples' names;
-here the captions themselves are hashed, so that they are found by text from then on.
+The official code trains on pairs of webdataset tars. `X.tar` holds images and one JSON of captions per sample.
+`X_text_embeddings.tar` holds the same samples in the same order; its members `KEY.shortsv_captions` and
+`KEY.longsv_captions` are one embedding each, raw float32. The official code finds an embedding by the position and the
+name of its sample. An import hashes the captions, so that embeddings are found by text.
 """
 
 from __future__ import annotations
@@ -21,213 +21,245 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from llm2clip.store.dedup import iter_groups
+from llm2clip.io_utils import atomic_path
 from llm2clip.store.layout import (
+    KEY_BYTES,
     StoreError,
-    atomic_path,
+    caption_keys,
     check_identity,
-    keys_of,
+    iter_chunks,
     keys_path,
+    next_shard_number,
     read_keys,
     read_shards,
-    shard_numbers,
+    remove_temp_files,
 )
 from llm2clip.store.lock import folder_lock
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import StoreWriter
 
-SHARD = 8192
-LARGEST = 64 << 20  # bytes of a member
-OFFICIAL = ("shortSV_captions", "longSV_captions")
+SHARD_SIZE = 8192
+MAX_MEMBER_BYTES = 64 << 20  # of a tar member that is read into memory
+CAPTION_FIELDS = ("shortSV_captions", "longSV_captions")  # of the official code's JSON
+
+Rows = tuple[np.ndarray, list[int], np.ndarray]  # keys (n, 16) uint8, numbers of tokens, embeddings (n, embed_dim)
 
 
-def to_parquet(store: EmbeddingStore, file: str | Path) -> None:
-    """One row for each of the store's: `key`, 16 bytes, the first of the caption's SHA-256; `tokens`; `embedding`, a
-    list of float16. The encoder's identity is in the file's metadata.
+# ---- Parquet -------------------------------------------------------------------------------------------------------
+
+
+def export_parquet(store: EmbeddingStore, file: str | Path) -> None:
+    """Write a store to a Parquet file.
+
+    The columns are `key` (the first 16 bytes of the caption's SHA-256), `tokens`, and `embedding` (a list of float16).
+    The identity of the encoder is in the file's metadata.
 
     Raises:
         StoreError: the store is damaged.
     """
     store.verify()
-    kind = pa.list_(pa.float16(), store.width)
-    meta = {"identity": json.dumps(store.manifest["identity"]), "width": str(store.width)}
-    schema = pa.schema([("key", pa.binary(16)), ("tokens", pa.int32()), ("embedding", kind)], metadata=meta)
-    with atomic_path(Path(file)) as tmp, pq.ParquetWriter(tmp, schema) as writer:
+    embedding_type = pa.list_(pa.float16(), store.embed_dim)
+    fields = [("key", pa.binary(KEY_BYTES)), ("tokens", pa.int32()), ("embedding", embedding_type)]
+    metadata = {"identity": json.dumps(store.manifest["identity"]), "width": str(store.embed_dim)}
+    schema = pa.schema(fields, metadata=metadata)
+    with atomic_path(file) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for shard in store.shards:
-            known = pq.read_table(keys_path(store.folder, shard.number), page_checksum_verification=True)
-            vectors = store.take(np.arange(shard.start, shard.start + shard.rows)).astype(np.float16)
-            embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), store.width)
-            writer.write_table(
-                pa.table([known["key"], known["tokens"], embedding], schema=schema), row_group_size=SHARD
-            )
+            keys = pq.read_table(keys_path(store.folder, shard.number), page_checksum_verification=True)
+            embeddings = store.take(np.arange(shard.start, shard.start + shard.rows)).astype(np.float16)
+            column = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), store.embed_dim)
+            table = pa.table([keys["key"], keys["tokens"], column], schema=schema)
+            writer.write_table(table, row_group_size=SHARD_SIZE)
 
 
-def from_parquet(
+def import_parquet(
     file: str | Path, out: str | Path, identity: dict[str, Any] | None = None, dtype: str = "float16"
 ) -> EmbeddingStore:
-    """A store of the rows of a parquet file, as `to_parquet` writes it, or with a column `caption` in place of `key`.
+    """Make a store of a Parquet file.
 
     Args:
-        file: with columns `key` or `caption`, `embedding` and perhaps `tokens`.
-        out: folder of the store.
-        identity: of the encoder; None takes it from the file's metadata.
-        dtype: of the store.
+        file: File with the columns `key` (as in `export_parquet`) or `caption`, `embedding`, and optionally `tokens`.
+        out: Folder of the store.
+        identity: Identity of the encoder. None reads it from the file's metadata.
+        dtype: dtype of the store.
 
     Raises:
-        StoreError: a column is missing or has gaps, the file is of another encoder, or nothing says of which.
+        StoreError: a column is missing or has nulls, the file was made by another encoder, or the encoder is unknown.
     """
     source = pq.ParquetFile(file)
-    names, meta = set(source.schema_arrow.names), source.schema_arrow.metadata or {}
-    if "embedding" not in names or not names & {"key", "caption"}:
-        raise StoreError(f"{file} has columns {sorted(names)}; needed are embedding, and key or caption")
-    if b"identity" in meta:
-        own = json.loads(meta[b"identity"])
-        check_identity(own, identity or own, file)
-        identity = own
+    columns, metadata = set(source.schema_arrow.names), source.schema_arrow.metadata or {}
+    if "embedding" not in columns or not columns & {"key", "caption"}:
+        raise StoreError(f"{file} must have the columns embedding, and key or caption (it has {sorted(columns)})")
+    if b"identity" in metadata:
+        file_identity = json.loads(metadata[b"identity"])
+        check_identity(file_identity, identity or file_identity, file)
+        identity = file_identity
     elif identity is None:
-        raise StoreError(f"{file} does not say which encoder its vectors are of; name it")
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        try:
-            yield from source.iter_batches(SHARD)
-        except pa.ArrowException as error:  # also what pyarrow before 26 says of a null among lists of one length
-            raise StoreError(f"{file}: a row without embedding, or a file that is damaged ({error})") from error
-
-    def rows() -> Iterator[tuple[np.ndarray, list[int], np.ndarray]]:
-        for batch in batches():
-            named = batch["key" if "key" in names else "caption"]
-            lengths = pc.unique(pc.list_value_length(batch["embedding"]))
-            if batch["embedding"].null_count or named.null_count or len(lengths) != 1:
-                raise StoreError(f"{file}: a row without embedding, key or caption, or of another width")
-            vectors = batch["embedding"].flatten().to_numpy(zero_copy_only=False).reshape(len(batch), -1)
-            if "key" in names:
-                whole = b"".join(named.to_pylist())
-                if len(whole) != 16 * len(batch):
-                    raise StoreError(f"{file}: a key is 16 bytes, the first of the caption's SHA-256")
-                keys = np.frombuffer(whole, np.uint8).reshape(-1, 16)
-            else:
-                keys = keys_of([caption.strip() for caption in named.to_pylist()])
-            tokens = batch["tokens"].fill_null(0).to_pylist() if "tokens" in names else [0] * len(batch)
-            yield keys, tokens, vectors
-
-    return _filled(Path(out), identity, dtype, rows())
+        raise StoreError(f"{file} does not name the encoder of its embeddings. Name it with --encoder.path")
+    return _fill_store(Path(out), identity, dtype, _parquet_rows(file, source))
 
 
-def from_official(
-    tars: Sequence[str | Path], out: str | Path, identity: dict[str, Any], dtype: str = "float16"
-) -> EmbeddingStore:
-    """A store of the official code's tars.
+def _parquet_rows(file: str | Path, source: pq.ParquetFile) -> Iterator[Rows]:
+    """Read a Parquet file in batches."""
+    columns = set(source.schema_arrow.names)
+    key_column = "key" if "key" in columns else "caption"
+    for batch in _parquet_batches(file, source):
+        names, embedding = batch[key_column], batch["embedding"]
+        lengths = pc.unique(pc.list_value_length(embedding))
+        if embedding.null_count or names.null_count or len(lengths) != 1:
+            raise StoreError(f"{file} has a row without embedding, key or caption, or embeddings of several lengths")
+        if key_column == "key":
+            values = b"".join(names.to_pylist())
+            if len(values) != KEY_BYTES * len(batch):
+                raise StoreError(f"{file}: keys must be the first 16 bytes of the SHA-256 of the caption")
+            keys = np.frombuffer(values, np.uint8).reshape(-1, KEY_BYTES)
+        else:
+            keys = caption_keys([caption.strip() for caption in names.to_pylist()])
+        tokens = batch["tokens"].fill_null(0).to_pylist() if "tokens" in columns else [0] * len(batch)
+        yield keys, tokens, embedding.flatten().to_numpy(zero_copy_only=False).reshape(len(batch), -1)
 
-    Args:
-        tars: the tars with the samples; beside each `X.tar` lies `X_text_embeddings.tar`.
-        out: folder of the store.
-        identity: of the encoder that made them.
-        dtype: of the store.
+
+def _parquet_batches(file: str | Path, source: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from source.iter_batches(SHARD_SIZE)
+    except pa.ArrowException as error:  # pyarrow before 26 raises it for a null in a column of fixed-size lists, too
+        raise StoreError(f"{file} has a row without embedding, or is damaged ({error})") from error
+
+
+# ---- tar files of the official code --------------------------------------------------------------------------------
+
+
+def export_official_tars(store: EmbeddingStore, tars: Sequence[str | Path]) -> list[Path]:
+    """Write `X_text_embeddings.tar` beside each `X.tar` of samples; return the paths of the new files.
 
     Raises:
-        StoreError: the two tars of a pair do not hold the same samples, or a vector is missing.
-    """
-
-    def pairs() -> Iterator[tuple[str, np.ndarray]]:
-        for tar in map(Path, tars):
-            other = tar.with_name(f"{tar.stem}_text_embeddings.tar")
-            vectors = _members(other, [name.lower() for name in OFFICIAL])
-            for name, parts in _members(tar, ["json"]):
-                theirs, found = next(vectors, (None, {}))
-                if theirs != name:
-                    raise StoreError(f"{other}: {theirs} where {tar} has {name}: not a pair")
-                captions = _captions(tar, name, parts)
-                for kind in OFFICIAL:
-                    if kind in captions:
-                        if kind.lower() not in found:
-                            raise StoreError(f"{other}: {name} has no {kind.lower()}")
-                        yield captions[kind], np.frombuffer(found[kind.lower()], "<f4")
-            if (more := next(vectors, None)) is not None:
-                raise StoreError(f"{other}: {more[0]}, which {tar} has not: not a pair")
-
-    def rows() -> Iterator[tuple[np.ndarray, list[int], np.ndarray]]:
-        for group in iter_groups(pairs(), SHARD):
-            fresh: dict[str, np.ndarray] = dict(group)
-            if len({len(vector) for vector in fresh.values()}) > 1:
-                raise StoreError("the tars' vectors are not all of one width")
-            yield keys_of(list(fresh)), [0] * len(fresh), np.stack(list(fresh.values()))
-
-    return _filled(Path(out), identity, dtype, rows())
-
-
-def to_official(store: EmbeddingStore, tars: Sequence[str | Path]) -> list[Path]:
-    """Write beside each `X.tar` an `X_text_embeddings.tar` as the official code reads it, from a store that holds the
-    captions of its samples.
-
-    Raises:
-        StoreError: the store is damaged, or lacks a caption.
+        StoreError: the store is damaged, or lacks a caption of the samples.
     """
     store.verify()
-    written = []
+    targets = []
     for tar in map(Path, tars):
-        target = tar.with_name(f"{tar.stem}_text_embeddings.tar")
-        with atomic_path(target) as tmp, tarfile.open(tmp, "w") as out:
-            for name, parts in _members(tar, ["json"]):
-                captions = _captions(tar, name, parts)
-                for kind in OFFICIAL:
-                    if kind in captions:
-                        data = store.take(store.rows([captions[kind]]))[0].astype("<f4").tobytes()
-                        info = tarfile.TarInfo(f"{name}.{kind.lower()}")
-                        info.size = len(data)
-                        out.addfile(info, io.BytesIO(data))
-        written.append(target)
-    return written
+        target = _embeddings_tar(tar)
+        with atomic_path(target) as temporary, tarfile.open(temporary, "w") as stream:
+            for name, members in _read_samples(tar, ["json"]):
+                for field, caption in _sample_captions(tar, name, members).items():
+                    embedding = store.take(store.rows([caption]))[0]
+                    _add_member(stream, f"{name}.{field.lower()}", embedding.astype("<f4").tobytes())
+        targets.append(target)
+    return targets
 
 
-def _captions(tar: Path, name: str, parts: dict[str, bytes]) -> dict[str, Any]:
-    """A sample's JSON, of which OFFICIAL's are texts or lists that begin with one."""
+def import_official_tars(
+    tars: Sequence[str | Path], out: str | Path, identity: dict[str, Any], dtype: str = "float16"
+) -> EmbeddingStore:
+    """Make a store of the official code's tars.
+
+    Args:
+        tars: Tars of samples, with `X_text_embeddings.tar` beside each `X.tar`.
+        out: Folder of the store.
+        identity: Identity of the encoder that made the embeddings.
+        dtype: dtype of the store.
+
+    Raises:
+        StoreError: the two tars of a pair hold different samples, or an embedding is missing.
+    """
+    return _fill_store(Path(out), identity, dtype, _official_rows([Path(tar) for tar in tars]))
+
+
+def _official_rows(tars: Sequence[Path]) -> Iterator[Rows]:
+    """Read captions and their embeddings in batches; captions that repeat within a batch are read once."""
+    pairs = (pair for tar in tars for pair in _captions_with_embeddings(tar))
+    for chunk in iter_chunks(pairs, SHARD_SIZE):
+        embeddings = dict(chunk)
+        if len({len(embedding) for embedding in embeddings.values()}) > 1:
+            raise StoreError("the tars hold embeddings of several lengths")
+        yield caption_keys(list(embeddings)), [0] * len(embeddings), np.stack(list(embeddings.values()))
+
+
+def _captions_with_embeddings(tar: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield each caption of a tar with its embedding from the tar beside it."""
+    other = _embeddings_tar(tar)
+    embedding_samples = _read_samples(other, [field.lower() for field in CAPTION_FIELDS])
+    for name, members in _read_samples(tar, ["json"]):
+        other_name, embeddings = next(embedding_samples, (None, {}))
+        if other_name != name:
+            raise StoreError(f"{other} has sample {other_name} where {tar} has {name}: the tars are not a pair")
+        for field, caption in _sample_captions(tar, name, members).items():
+            if field.lower() not in embeddings:
+                raise StoreError(f"{other}: sample {name} has no {field.lower()}")
+            yield caption, np.frombuffer(embeddings[field.lower()], "<f4")
+    extra = next(embedding_samples, None)
+    if extra is not None:
+        raise StoreError(f"{other} has sample {extra[0]}, which {tar} lacks: the tars are not a pair")
+
+
+def _embeddings_tar(tar: Path) -> Path:
+    return tar.with_name(f"{tar.stem}_text_embeddings.tar")
+
+
+def _sample_captions(tar: Path, name: str, members: dict[str, bytes]) -> dict[str, str]:
+    """Return the captions of a sample by field: each is a string in its JSON, or the first of a list."""
     try:
-        captions: dict[str, Any] = json.loads(parts["json"])
-        kinds = {k: (v if isinstance(v, str) else v[0]).strip() for k, v in captions.items() if k in OFFICIAL}
+        fields = json.loads(members["json"])
+        captions = {}
+        for field in CAPTION_FIELDS:
+            if field in fields:
+                value = fields[field]
+                captions[field] = (value if isinstance(value, str) else value[0]).strip()
+        return captions
     except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise StoreError(f"{tar}: {name} has no JSON of captions ({error!r})") from error
-    return kinds
+        raise StoreError(f"{tar}: sample {name} has no valid JSON of captions ({error!r})") from error
 
 
-def _members(tar: Path, suffixes: Iterable[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """A tar's samples, in its order: what members of one name and different endings hold."""
+def _read_samples(tar: Path, suffixes: Iterable[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield the samples of a webdataset tar in order: name, and the members with these suffixes."""
     wanted, current = set(suffixes), None
-    parts: dict[str, bytes] = {}
-    with tarfile.open(tar) as source:
-        for member in source:
-            folder, _, base = member.name.removeprefix("./").rpartition("/")
-            name, _, suffix = base.partition(".")
-            name = f"{folder}/{name}" if folder else name
-            if not member.isfile():
+    members: dict[str, bytes] = {}
+    with tarfile.open(tar) as stream:
+        for info in stream:
+            if not info.isfile():
                 continue
+            folder, _, base = info.name.removeprefix("./").rpartition("/")
+            name, _, suffix = base.partition(".")
+            name, suffix = f"{folder}/{name}" if folder else name, suffix.lower()
             if name != current:
                 if current is not None:
-                    yield current, parts
-                current, parts = name, {}
-            if suffix.lower() in wanted and member.size > LARGEST:
-                raise StoreError(f"{tar}: {member.name} has {member.size:,} bytes; a caption or a vector has fewer")
-            if suffix.lower() in wanted and (data := source.extractfile(member)) is not None:
-                parts[suffix.lower()] = data.read()
+                    yield current, members
+                current, members = name, {}
+            if suffix in wanted:
+                if info.size > MAX_MEMBER_BYTES:
+                    raise StoreError(f"{tar}: {info.name} is too large for a caption or embedding: {info.size:,} bytes")
+                data = stream.extractfile(info)
+                if data is not None:
+                    members[suffix] = data.read()
     if current is not None:
-        yield current, parts
+        yield current, members
 
 
-def _filled(
-    out: Path, identity: dict[str, Any], dtype: str, rows: Iterator[tuple[np.ndarray, list[int], np.ndarray]]
-) -> EmbeddingStore:
+def _add_member(stream: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    stream.addfile(info, io.BytesIO(data))
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def _fill_store(out: Path, identity: dict[str, Any], dtype: str, batches: Iterator[Rows]) -> EmbeddingStore:
+    """Write each batch as a shard of the store at `out`; skip batches whose keys an existing shard has."""
     out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out):
-        first = next(rows, None)
-        if first is None:
-            raise StoreError("there is not one vector to take in")
-        writer = StoreWriter(out, identity, first[2].shape[1], dtype)
-        number = max(shard_numbers(out), default=-1) + 1
-        there = {sha256(read_keys(out, shard).tobytes()).digest() for shard in read_shards(out)}
-        while first is not None:
-            keys, tokens, vectors = first
-            if sha256(keys.tobytes()).digest() not in there:
-                writer.write_keyed(number, keys, tokens, vectors)
+        remove_temp_files(out)
+        batch = next(batches, None)
+        if batch is None:
+            raise StoreError("there are no embeddings to import")
+        embed_dim = batch[2].shape[1]
+        writer = StoreWriter(out, identity, embed_dim, dtype)
+        number = next_shard_number(out)
+        existing = {sha256(read_keys(out, shard).tobytes()).digest() for shard in read_shards(out)}
+        while batch is not None:
+            keys, tokens, embeddings = batch
+            if sha256(keys.tobytes()).digest() not in existing:
+                writer.write_keyed(number, keys, tokens, embeddings)
                 number += 1
-            first = next(rows, None)
+            batch = next(batches, None)
         writer.finish()
     return EmbeddingStore(out)

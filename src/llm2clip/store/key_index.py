@@ -1,9 +1,14 @@
-"""Which row of a store holds a caption: all keys sorted, on disk, in memory that does not grow with their number.
+"""Key index of a store: maps the key of a caption to its row, with memory that does not grow with the number of keys.
 
-A key is 16 bytes; the index is one array of three lines, (3, N) uint64: the keys' first halves in order, their second
-halves, the rows. It is mapped, not read: finding a caption touches a few pages. It is built as an external sort: keys
-are dealt into parts by their first bits, and one part is sorted at a time. 24 bytes a caption, beside some thousands
-for its vector.
+A key has 16 bytes, handled as two uint64 halves. The index is one array (3, N) uint64, sorted by key: first halves,
+second halves, rows. It is memory-mapped: a lookup touches only a few pages. Its size is 24 bytes per caption; the
+embedding takes a few thousand.
+
+The index is built by an external sort, which `dedup` also uses:
+
+1. `write_records` appends every key with its position to a file of records.
+2. `sorted_partitions` splits that file into partitions by the first bits of the keys, so that each fits in memory and
+   equal keys meet in the same partition. It then sorts one partition after the other.
 """
 
 from __future__ import annotations
@@ -11,116 +16,139 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
-PART = 1 << 22  # keys that are sorted at once: 100 MB, and as much again to sort them
+from llm2clip.io_utils import atomic_path
+
+PARTITION_SIZE = 1 << 22  # records sorted at once: 100 MB, and as much again for sorting
 
 
 class KeyIndex:
-    """Finds the rows of keys in an index file."""
+    """A memory-mapped index file."""
 
     def __init__(self, file: Path) -> None:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
         if array.ndim != 2 or len(array) != 3 or array.dtype != np.uint64:
-            raise ValueError(f"{file} is not an index")
+            raise ValueError(f"{file} is not a key index")
         self.high, self.low, self.row = array
 
     def __len__(self) -> int:
         return len(self.high)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Rows of keys, (N, 16) uint8, as (N,) int64; -1 where there is none, the first where there are several."""
+        """Look up keys, (N, 16) uint8; return their rows, (N,) int64.
+
+        The row is -1 for a key that is not in the index, and the first row for a key with several.
+        """
         high, low = split_keys(keys)
-        order = np.argsort(high)  # neighbours are on the same pages
-        found = np.full(len(keys), -1, np.int64)
-        at = np.searchsorted(self.high, high[order])
-        waiting = order
-        while len(waiting):  # more than one round only where first halves are equal and second ones are not
-            inside = at < len(self)
-            waiting, at = waiting[inside], at[inside]
-            same = self.high[at] == high[waiting]
-            waiting, at = waiting[same], at[same]
-            hit = self.low[at] == low[waiting]
-            found[waiting[hit]] = self.row[at[hit]].astype(np.int64)
-            waiting, at = waiting[~hit], at[~hit] + 1
-        return found
+        rows = np.full(len(keys), -1, np.int64)
+        pending = np.argsort(high)  # in sorted order, neighbouring lookups touch the same pages
+        position = np.searchsorted(self.high, high[pending])
+        # Each round compares one entry per pending key. More than one round is needed only where the first halves are
+        # equal and the second halves differ.
+        while len(pending):
+            in_range = position < len(self)
+            pending, position = pending[in_range], position[in_range]
+            same_high = self.high[position] == high[pending]
+            pending, position = pending[same_high], position[same_high]
+            match = self.low[position] == low[pending]
+            rows[pending[match]] = self.row[position[match]].astype(np.int64)
+            pending, position = pending[~match], position[~match] + 1
+        return rows
 
 
 def build_key_index(file: Path, keys: Iterable[np.ndarray]) -> int:
-    """Write the index of a store's keys to `file`, whole or not at all; the number of different keys.
+    """Write the index of a store's keys to `file` atomically; return the number of distinct keys.
 
     Args:
-        file: of the index, .npy.
-        keys: of all rows in their order, in pieces of (n, 16) uint8.
+        file: Path of the index, ending in .npy.
+        keys: Keys of all rows in order, in chunks of (n, 16) uint8.
     """
-    with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as temporary:
-        records, whole = Path(temporary) / "keys", Path(temporary) / file.name
-        count, start, different = write_records(numbered_keys(keys), records), 0, 0
-        out = np.lib.format.open_memmap(whole, mode="w+", dtype=np.uint64, shape=(3, count))
-        if hasattr(os, "posix_fallocate"):  # a disk that is full says so here; in a map it would kill the process
-            with whole.open("r+b") as f:
-                os.posix_fallocate(f.fileno(), 0, whole.stat().st_size)
-        for part in sorted_partitions(records, count):
-            out[:, start : start + len(part)] = part.T
-            start += len(part)
-            different += 1 + int((part[1:, :2] != part[:-1, :2]).any(axis=1).sum())
-        out.flush()
-        del out
-        os.replace(whole, file)
-    return different
+    with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as temporary_folder:
+        records = Path(temporary_folder) / "records"
+        count = write_records(_with_row_numbers(keys), records)
+        with atomic_path(file) as temporary:
+            index = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint64, shape=(3, count))
+            _allocate_on_disk(temporary)
+            start, distinct = 0, 0
+            for partition in sorted_partitions(records, count):
+                index[:, start : start + len(partition)] = partition.T
+                start += len(partition)
+                repeated = (partition[1:, :2] == partition[:-1, :2]).all(axis=1)
+                distinct += len(partition) - int(repeated.sum())
+            index.flush()
+            del index  # closes the map
+    return distinct
 
 
-def numbered_keys(keys: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pieces of keys with their places, uint64, which count through all of them."""
+def _with_row_numbers(keys: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield each chunk of keys with its row numbers, uint64, counted over all chunks."""
+    start = 0
+    for chunk in keys:
+        yield chunk, np.arange(start, start + len(chunk), dtype=np.uint64)
+        start += len(chunk)
+
+
+def _allocate_on_disk(file: Path) -> None:
+    """Allocate the blocks of a file, so that a full disk raises OSError here; writing to the map would be a SIGBUS."""
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+
+
+# ---- external sort -------------------------------------------------------------------------------------------------
+
+
+def write_records(chunks: Iterable[tuple[np.ndarray, np.ndarray]], file: Path) -> int:
+    """Write records (first half of the key, second half, position) to a file; return their number.
+
+    Args:
+        chunks: Keys (n, 16) uint8 with their positions (n,) uint64. Positions must increase over all chunks.
+        file: File to write: an array (number of records, 3) uint64 without header.
+    """
     count = 0
-    for some in keys:
-        yield some, np.arange(count, count + len(some), dtype=np.uint64)
-        count += len(some)
-
-
-def write_records(keys: Iterable[tuple[np.ndarray, np.ndarray]], file: Path) -> int:
-    """Write pieces of keys and places as records (first half, second half, place) to a file; their number."""
-    count = 0
-    with file.open("wb") as out:
-        for some, places in keys:
-            np.stack([*split_keys(some), places], axis=1).tofile(out)
-            count += len(some)
+    with file.open("wb") as stream:
+        for keys, positions in chunks:
+            np.stack([*split_keys(keys), positions], axis=1).tofile(stream)
+            count += len(keys)
     return count
 
 
 def sorted_partitions(file: Path, count: int) -> Iterator[np.ndarray]:
-    """The `count` records of a file in order, by key and then place, in parts (n, 3) uint64 that no key straddles. The
-    file is used up."""
-    bits = max(0, (count - 1) // PART).bit_length()
-    for part in [file] if bits == 0 else _parted(file, bits):
-        records = np.fromfile(part, np.uint64).reshape(-1, 3)
-        part.unlink()
+    """Sort the `count` records of a file by key, then position; delete the file.
+
+    Yields:
+        Consecutive parts of the sorted records, (n, 3) uint64. All records of a key are in the same part.
+    """
+    bits = max(0, (count - 1) // PARTITION_SIZE).bit_length()
+    for partition in _split_by_key(file, bits) if bits else [file]:
+        records = np.fromfile(partition, np.uint64).reshape(-1, 3)
+        partition.unlink()
         if len(records):
-            yield records[np.lexsort((records[:, 2], records[:, 1], records[:, 0]))]
+            # lexsort is stable and positions increase within the file, so they need not be a sort key.
+            yield records[np.lexsort((records[:, 1], records[:, 0]))]
+
+
+def _split_by_key(file: Path, bits: int) -> list[Path]:
+    """Split a file of records into 2 ** bits files by the first bits of the keys; delete the file."""
+    partitions = [file.with_name(f"{file.name}-{number}") for number in range(1 << bits)]
+    with ExitStack() as stack:
+        streams = [stack.enter_context(partition.open("wb")) for partition in partitions]
+        source = stack.enter_context(file.open("rb"))
+        while len(records := np.fromfile(source, np.uint64, count=3 * PARTITION_SIZE).reshape(-1, 3)):
+            number = (records[:, 0] >> np.uint64(64 - bits)).astype(np.int64)
+            ordered = records[np.argsort(number, kind="stable")]
+            ends = np.cumsum(np.bincount(number, minlength=len(partitions)))
+            for stream, part in zip(streams, np.split(ordered, ends[:-1]), strict=True):
+                part.tofile(stream)
+    file.unlink()
+    return partitions
 
 
 def split_keys(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keys (N, 16) uint8 as two numbers each, which order as the bytes do."""
-    both = np.ascontiguousarray(keys).view(">u8").astype(np.uint64)
-    return both[:, 0], both[:, 1]
-
-
-def _parted(whole: Path, bits: int) -> list[Path]:
-    """The records of a file in files by the first bits of their keys."""
-    parts = [whole.with_name(f"{whole.name}-{n}") for n in range(1 << bits)]
-    files = [part.open("wb") for part in parts]
-    try:
-        with whole.open("rb") as source:
-            while len(records := np.fromfile(source, np.uint64, count=3 * PART).reshape(-1, 3)):
-                group = records[:, 0] >> np.uint64(64 - bits)
-                records = records[np.argsort(group, kind="stable")]
-                bounds = np.searchsorted(np.sort(group), np.arange((1 << bits) + 1, dtype=np.uint64))
-                for file, lo, hi in zip(files, bounds[:-1], bounds[1:], strict=True):
-                    records[lo:hi].tofile(file)
-    finally:
-        for file in files:
-            file.close()
-    whole.unlink()
-    return parts
+    """Split keys, (N, 16) uint8, into two uint64 halves, (N,) each, that sort like the bytes."""
+    halves = np.ascontiguousarray(keys).view(">u8").astype(np.uint64)
+    return halves[:, 0], halves[:, 1]

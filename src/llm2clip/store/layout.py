@@ -1,31 +1,31 @@
-"""How a store lies on the disk.
+"""On-disk layout of the embedding store.
 
     store/
-      manifest.json          identity of the encoder, width, dtype, counts, shards with row ranges and checksums
-      keys-00000.parquet     of each row the caption's key and its number of tokens; in the file's metadata the checksum
-                             of the vectors
+      manifest.json          identity of the encoder, width, dtype, number of captions, shards with row ranges and
+                             checksums
+      keys-00000.parquet     per row, key of the caption and its number of tokens; in the metadata, the checksum of the
+                             embeddings
       embeddings-00000.npy   (rows, width) float16, int8 or float32, C order
-      scales-00000.npy       of int8: what each row is multiplied by, (rows,) float32
-      index-1a2b3c4d.npy     keys to rows, made again from the shards where it is absent
+      scales-00000.npy       int8 only: factor of each row, (rows,) float32
+      index-1a2b3c4d.npy     key index, see `key_index`
 
-A shard is written to temporary names, flushed to the disk and renamed; its keys come last, so a shard with keys is
-whole. The shards are the truth and the rest is their summary, made again from them after a kill. Rows are found by the
-hash of the caption's text, never by position, so data may be reordered, extended or filtered under a store.
+Each file of a shard is written to a temporary name, fsynced and renamed. The keys are written last, so a shard with a
+keys file is complete. Manifest and index only summarize the shards: both are rebuilt from them after an interrupt.
+Rows are found by the hash of the caption, never by position, so the data may be reordered, extended or filtered.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from tokenize import TokenError
-from typing import IO, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -34,26 +34,34 @@ import pyarrow.parquet as pq
 from llm2clip.data.hashing import caption_key
 from llm2clip.models.fingerprint import fingerprint
 
+T = TypeVar("T")
 DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float16", "int8", "float32")}
 MANIFEST = "manifest.json"
-StoreSpec = tuple[dict[str, Any], int, str]  # identity of the encoder, width, dtype: what all shards of a store share
-# What reading a file whose bytes are not those that were written may raise.
+KEY_BYTES = 16
+# All shards of a store share these three: identity of the encoder, embedding dimension ("width" on disk), dtype.
+StoreSpec = tuple[dict[str, Any], int, str]
+# Exceptions that reading a damaged JSON, Parquet or .npy file may raise.
 READ_ERRORS = (ValueError, KeyError, TypeError, OSError, EOFError, SyntaxError, TokenError, pa.ArrowException)
 
 
 class StoreError(ValueError):
-    """The store is damaged, is another encoder's, or lacks a caption."""
+    """A store is damaged, was made by another encoder, is in use, or lacks a caption."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard of a store: its number in the files' names, its first row, how many, and the checksum of its vectors
-    and scales."""
+    """A shard of a store: its number in file names, first row, number of rows, and checksum of embeddings and scales.
+
+    The field names are keys of the manifest.
+    """
 
     number: int
     start: int
     rows: int
     sha256: str
+
+
+# ---- file names ----------------------------------------------------------------------------------------------------
 
 
 def keys_path(folder: Path, number: int) -> Path:
@@ -68,39 +76,58 @@ def scales_path(folder: Path, number: int) -> Path:
     return folder / f"scales-{number:05d}.npy"
 
 
+def index_path(folder: Path, shards: Sequence[Shard]) -> Path:
+    """Return the path of the key index of exactly these shards; the name contains a hash of them."""
+    digest = hashlib.sha256(repr([(s.number, s.rows, s.sha256) for s in shards]).encode()).hexdigest()
+    return folder / f"index-{digest[:12]}.npy"
+
+
+# ---- shards --------------------------------------------------------------------------------------------------------
+
+
 def shard_numbers(folder: Path) -> list[int]:
-    """Numbers of the whole shards, sorted."""
-    found = (re.fullmatch(r"keys-(\d{5,})\.parquet", p.name) for p in folder.iterdir())
-    return sorted(int(m[1]) for m in found if m and embeddings_path(folder, int(m[1])).is_file())
+    """Return the sorted numbers of the complete shards."""
+    numbers = []
+    for path in folder.iterdir():
+        match = re.fullmatch(r"keys-(\d{5,})\.parquet", path.name)
+        if match and embeddings_path(folder, int(match[1])).is_file():
+            numbers.append(int(match[1]))
+    return sorted(numbers)
 
 
-def read_meta(folder: Path, number: int) -> tuple[int, str, StoreSpec]:
-    """What a shard says of itself: rows, checksum, kind.
+def next_shard_number(folder: Path) -> int:
+    """Return the number after that of the last complete shard, or 0."""
+    return max(shard_numbers(folder), default=-1) + 1
+
+
+def read_shard_metadata(folder: Path, number: int) -> tuple[int, str, StoreSpec]:
+    """Read the number of rows, the checksum and the spec of a shard from the metadata of its keys file.
 
     Raises:
-        StoreError: its keys file cannot be read.
+        StoreError: the file cannot be read.
     """
     path = keys_path(folder, number)
     try:
-        meta = pq.read_schema(path).metadata
-        kind = json.loads(meta[b"identity"]), int(meta[b"width"]), meta[b"dtype"].decode()
-        return int(meta[b"rows"]), meta[b"sha256"].decode(), kind
+        metadata = pq.read_schema(path).metadata
+        spec = json.loads(metadata[b"identity"]), int(metadata[b"width"]), metadata[b"dtype"].decode()
+        return int(metadata[b"rows"]), metadata[b"sha256"].decode(), spec
     except READ_ERRORS as error:
-        raise StoreError(f"{path} is damaged ({error}); `llm2clip store repair {folder}`") from error
+        raise damage_error(path, error) from error
 
 
-def read_shards(folder: Path, kind: StoreSpec | None = None) -> list[Shard]:
-    """The whole shards, in the order of their numbers, by their own metadata.
+def read_shards(folder: Path, spec: StoreSpec | None = None) -> list[Shard]:
+    """List the complete shards in the order of their numbers, from the metadata of their keys files.
 
     Raises:
-        StoreError: a keys file cannot be read, or is not of `kind`.
+        StoreError: a keys file cannot be read, or its spec is not `spec`.
     """
     shards, start = [], 0
     for number in shard_numbers(folder):
-        rows, sha256, own = read_meta(folder, number)
-        if kind is not None and own != kind:
+        rows, sha256, shard_spec = read_shard_metadata(folder, number)
+        if spec is not None and shard_spec != spec:
             raise StoreError(
-                f"{keys_path(folder, number)} is not of this store's encoder; `llm2clip store repair {folder}` drops it"
+                f"{keys_path(folder, number)} was written by another encoder than this store. "
+                f"Run `llm2clip store repair {folder}` to delete that shard"
             )
         shards.append(Shard(number, start, rows, sha256))
         start += rows
@@ -108,115 +135,118 @@ def read_shards(folder: Path, kind: StoreSpec | None = None) -> list[Shard]:
 
 
 def read_keys(folder: Path, shard: Shard) -> np.ndarray:
-    """The keys of a shard's rows, (rows, 16) uint8.
+    """Read the keys of a shard's rows, (rows, 16) uint8.
 
     Raises:
-        StoreError: they cannot be read, or are not as many as the rows.
+        StoreError: the keys cannot be read, or their number differs from the number of rows.
     """
     path = keys_path(folder, shard.number)
     try:
         column = pq.read_table(path, columns=["key"], page_checksum_verification=True)["key"].combine_chunks()
     except READ_ERRORS as error:
-        raise StoreError(f"{path} is damaged ({error}); `llm2clip store repair {folder}`") from error
-    if len(column) != shard.rows or column.type != pa.binary(16):
-        raise StoreError(f"{path}: {len(column)} keys for {shard.rows} rows; `llm2clip store repair {folder}`")
-    return np.frombuffer(column.buffers()[1], np.uint8)[column.offset * 16 :][: shard.rows * 16].reshape(-1, 16)
+        raise damage_error(path, error) from error
+    if len(column) != shard.rows or column.type != pa.binary(KEY_BYTES):
+        raise damage_error(path, f"{len(column)} keys of type {column.type}, expected {shard.rows} of 16 bytes")
+    values = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * KEY_BYTES :]
+    return values[: shard.rows * KEY_BYTES].reshape(-1, KEY_BYTES)
 
 
-def keys_of(captions: Sequence[str]) -> np.ndarray:
-    """The keys of texts, (N, 16) uint8.
-
-    Raises:
-        StoreError: one is not text: it has half of a character (a lone surrogate).
-    """
-    try:
-        return np.frombuffer(b"".join(map(caption_key, captions)), np.uint8).reshape(-1, 16)
-    except UnicodeEncodeError as error:
-        raise StoreError(f"{error.object[:120]!a} is not a text: {error.reason}") from error
+def shard_checksum(folder: Path, number: int) -> str:
+    """Compute the SHA-256 of a shard's embeddings and, if it has them, scales."""
+    combined = hashlib.sha256()
+    for path in (embeddings_path(folder, number), scales_path(folder, number)):
+        if path.is_file():
+            with path.open("rb") as stream:
+                combined.update(hashlib.file_digest(stream, "sha256").digest())
+    return combined.hexdigest()
 
 
-def check_identity(stored: dict[str, Any], ours: dict[str, Any], where: Path | str) -> None:
-    """Refuse vectors of another encoder.
+def damage_error(path: Path, reason: object) -> StoreError:
+    """Return the error to raise for a damaged file of a store."""
+    return StoreError(f"{path} is damaged ({reason}). Run `llm2clip store repair {path.parent}`")
 
-    Raises:
-        StoreError: naming each setting that differs, with both values.
-    """
-    if fingerprint(stored) != fingerprint(ours):
-        names = sorted(k for k in stored.keys() | ours.keys() if stored.get(k) != ours.get(k))
-        differs = "; ".join(f"{k}: {stored.get(k)!r} there, {ours.get(k)!r} here" for k in names)
-        raise StoreError(f"{where} was made by another encoder ({differs}). Use that encoder or another folder")
+
+# ---- manifest ------------------------------------------------------------------------------------------------------
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a store.
+    """Read and check the manifest of a store.
 
     Raises:
-        StoreError: there is none, or it is not as it was written.
+        StoreError: the manifest is missing, damaged or inconsistent.
     """
     file = folder / MANIFEST
     if not file.is_file():
-        raise StoreError(f"{folder} is not a store: it has no {MANIFEST} (run `llm2clip embed`)")
+        raise StoreError(f"{folder} is not a store: it has no {MANIFEST}. `llm2clip embed` creates a store")
     try:
         manifest: dict[str, Any] = json.loads(file.read_text())
         shards = [Shard(**shard) for shard in manifest["shards"]]
         starts = [0, *accumulate(shard.rows for shard in shards)]
-        if manifest["fingerprint"] != fingerprint(manifest["identity"]) or [s.start for s in shards] != starts[:-1]:
-            raise ValueError("its parts contradict each other")
+        if manifest["fingerprint"] != fingerprint(manifest["identity"]):
+            raise ValueError("fingerprint and identity contradict each other")
+        if [shard.start for shard in shards] != starts[:-1]:
+            raise ValueError("the shards' first rows and numbers of rows contradict each other")
         int(manifest["width"]), DTYPES[manifest["dtype"]], int(manifest["captions"])
     except READ_ERRORS as error:
-        raise StoreError(f"{file} is damaged ({error!r}); `llm2clip store repair {folder}`") from error
+        raise damage_error(file, repr(error)) from error
     return manifest
 
 
 def store_spec(manifest: dict[str, Any]) -> StoreSpec:
-    """What all shards of a manifest's store share."""
+    """Return what all shards of the manifest's store share."""
     return manifest["identity"], manifest["width"], manifest["dtype"]
 
 
-def index_path(folder: Path, shards: Sequence[Shard]) -> Path:
-    """The index of just these shards."""
-    named = hashlib.sha256(repr([(s.number, s.rows, s.sha256) for s in shards]).encode())
-    return folder / f"index-{named.hexdigest()[:12]}.npy"
+def check_identity(stored: dict[str, Any], current: dict[str, Any], path: Path | str) -> None:
+    """Check that stored embeddings were made by the current encoder.
+
+    Args:
+        stored: Identity of the encoder that made the embeddings.
+        current: Identity of the encoder in use.
+        path: Store or file of the embeddings, for the message.
+
+    Raises:
+        StoreError: the encoders differ; the message lists each setting that differs, with both values.
+    """
+    if fingerprint(stored) == fingerprint(current):
+        return
+    names = sorted(name for name in stored.keys() | current.keys() if stored.get(name) != current.get(name))
+    differences = "; ".join(f"{name}: {stored.get(name)!r} then, {current.get(name)!r} now" for name in names)
+    raise StoreError(f"{path} was made by another encoder ({differences}). Use that encoder, or another folder")
 
 
-def checksum(folder: Path, number: int) -> str:
-    """SHA-256 of a shard's vectors and, where it has some, scales."""
-    whole = hashlib.sha256()
-    for path in (embeddings_path(folder, number), scales_path(folder, number)):
-        if path.is_file():
-            with path.open("rb") as f:
-                whole.update(hashlib.file_digest(f, "sha256").digest())
-    return whole.hexdigest()
+# ---- keys ----------------------------------------------------------------------------------------------------------
 
 
-class atomic_path:
-    """`with replacing(path) as tmp`: a temporary sibling that becomes `path` if the block ends well."""
+def caption_keys(captions: Sequence[str]) -> np.ndarray:
+    """Return the keys of captions, (N, 16) uint8: the first 16 bytes of the SHA-256 of the text.
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.tmp = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        self.tmp.unlink(missing_ok=True)  # of a kill: it may be a link to another store's file
-        return self.tmp
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            os.replace(self.tmp, self.path)
-        self.tmp.unlink(missing_ok=True)  # it stays where both were names of one file
+    Raises:
+        StoreError: a caption contains a lone surrogate, which UTF-8 cannot encode.
+    """
+    try:
+        return np.frombuffer(b"".join(map(caption_key, captions)), np.uint8).reshape(-1, KEY_BYTES)
+    except UnicodeEncodeError as error:
+        raise StoreError(f"caption {error.object[:120]!a} is not valid Unicode text: {error.reason}") from error
 
 
-def fsync_folder(f: IO[Any]) -> None:
-    """To the disk, not only to the system."""
-    f.flush()
-    os.fsync(f.fileno())
+def iter_chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield lists of `size` items; the last may be shorter."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+# ---- leftovers -----------------------------------------------------------------------------------------------------
 
 
 def remove_temp_files(folder: Path) -> list[str]:
-    """Remove what a kill left half-written; the names."""
-    left = [path for pattern in (".*.tmp", ".index-*") for path in folder.glob(pattern)]
-    for path in left:
+    """Delete temporary files that killed processes left behind, also those of version 0.1; return their names."""
+    leftovers = [path for pattern in (".*.part*", ".*.tmp", ".index-*") for path in folder.glob(pattern)]
+    leftovers = sorted(set(leftovers))
+    for path in leftovers:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    return sorted(path.name for path in left)
+    return [path.name for path in leftovers]

@@ -1,39 +1,39 @@
-"""One run at a time in a folder that is being filled."""
+"""Lock of a folder that one run at a time may write to."""
 
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llm2clip.store.layout import StoreError
+from filelock import FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked
-    fcntl = None  # type: ignore[assignment]
+from llm2clip.store.layout import StoreError
 
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system gives back when the process ends, however it ends.
+    """Hold the lock of a folder. The operating system releases it when the process ends, even if it is killed.
+
+    On file systems without locks nothing is locked.
 
     Raises:
-        StoreError: another run holds it.
+        StoreError: another run holds the lock.
     """
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise StoreError(
-                        f"another run is filling {folder}; wait for it, or choose another folder"
-                    ) from None
-                # else: a file system without locks
+        lock.acquire()
+    except Timeout:
+        raise StoreError(
+            f"another run is writing to {folder}. Wait until it has finished, or use another folder"
+        ) from None
+    except NotImplementedError:
+        pass  # before filelock 3.20: no locks on this file system
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+    try:
         yield
     finally:
-        os.close(file)
+        lock.release()

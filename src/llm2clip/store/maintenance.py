@@ -1,7 +1,4 @@
-"""Looking after stores: damaged shards dropped, those of several machines put together.
-
-Nothing here encodes: what repair drops, `llm2clip embed` encodes again, and only that.
-"""
+"""Repair of damaged stores, and merging of stores from several machines. Neither encodes captions."""
 
 from __future__ import annotations
 
@@ -12,18 +9,18 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm2clip.io_utils import atomic_write_jsonl
+from llm2clip.io_utils import atomic_path, atomic_write_jsonl
 from llm2clip.store.layout import (
     Shard,
     StoreError,
     StoreSpec,
-    atomic_path,
     check_identity,
     embeddings_path,
     keys_path,
+    next_shard_number,
     read_keys,
     read_manifest,
-    read_meta,
+    read_shard_metadata,
     read_shards,
     remove_temp_files,
     scales_path,
@@ -31,106 +28,138 @@ from llm2clip.store.layout import (
     store_spec,
 )
 from llm2clip.store.lock import folder_lock
-from llm2clip.store.store import EmbeddingStore, damaged_shards, refused_rows
+from llm2clip.store.store import EmbeddingStore, damaged_shards, refused_captions
 from llm2clip.store.writer import StoreWriter, write_manifest
+
+# ---- repair --------------------------------------------------------------------------------------------------------
 
 
 def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
-    """Drop what is damaged or half-written, and write manifest and index again from what is sound.
+    """Delete damaged shards and incomplete files; write manifest and index again from the intact shards.
+
+    `llm2clip embed` encodes the captions of deleted shards again.
 
     Returns:
-        The names of the files that were dropped.
+        The names of the deleted files.
 
     Raises:
-        StoreError: nothing there says which encoder the store is of, or another run is filling it.
+        StoreError: neither the manifest nor any shard names the encoder, or another run is writing to the store.
     """
-    folder, dropped = Path(folder), []
-
-    def drop(*paths: Path) -> None:
-        for path in paths:
-            if path.exists():
-                path.unlink()
-                dropped.append(path.name)
-
+    folder = Path(folder)
+    deleted: list[str] = []
     with folder_lock(folder):
-        kinds: list[StoreSpec] = []
-        for number in shard_numbers(folder):
-            try:
-                kinds.append(read_meta(folder, number)[2])
-            except StoreError:
-                drop(keys_path(folder, number))
+        specs = _readable_specs(folder, deleted)
         try:
-            kind = store_spec(read_manifest(folder))
+            spec = store_spec(read_manifest(folder))
         except StoreError as error:
-            if not kinds:
-                raise StoreError(f"nothing of {folder} is whole: delete it and run `llm2clip embed`") from error
-            kind = max(kinds, key=kinds.count)
-        for number in damaged_shards(folder, read_shards(folder), kind, progress):
-            drop(keys_path(folder, number))
-        dropped += remove_temp_files(folder)
-        whole = set(shard_numbers(folder))
-        for path in sorted(folder.iterdir()):  # keys come last: vectors without them are of a kill, or of a drop above
-            name = re.fullmatch(r"(?:embeddings|scales|keys)-(\d{5,})\.(?:npy|parquet)", path.name)
-            if name and int(name[1]) not in whole:
-                drop(path)
+            if not specs:
+                raise StoreError(
+                    f"{folder} has no intact manifest or shard. Delete it and run `llm2clip embed`"
+                ) from error
+            spec = max(specs, key=specs.count)  # that of most shards
+        for number in damaged_shards(folder, read_shards(folder), spec, progress):
+            _delete(keys_path(folder, number), deleted)
+        deleted += remove_temp_files(folder)
+        _delete_incomplete_shards(folder, deleted)
         for index in folder.glob("index-*.npy"):
             index.unlink()
-        write_manifest(folder, *kind)
-    return dropped
+        write_manifest(folder, *spec)
+    return deleted
+
+
+def _readable_specs(folder: Path, deleted: list[str]) -> list[StoreSpec]:
+    """Return the spec of each shard; delete keys files that cannot be read."""
+    specs = []
+    for number in shard_numbers(folder):
+        try:
+            _, _, spec = read_shard_metadata(folder, number)
+            specs.append(spec)
+        except StoreError:
+            _delete(keys_path(folder, number), deleted)
+    return specs
+
+
+def _delete_incomplete_shards(folder: Path, deleted: list[str]) -> None:
+    """Delete files of shards that lack their keys or their embeddings: of interrupted writes, or damaged."""
+    complete = set(shard_numbers(folder))
+    for path in sorted(folder.iterdir()):
+        match = re.fullmatch(r"(?:embeddings|scales|keys)-(\d{5,})\.(?:npy|parquet)", path.name)
+        if match and int(match[1]) not in complete:
+            _delete(path, deleted)
+
+
+def _delete(path: Path, deleted: list[str]) -> None:
+    path.unlink()
+    deleted.append(path.name)
+
+
+# ---- merging -------------------------------------------------------------------------------------------------------
 
 
 def merge_stores(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingStore:
-    """Put the shards of `sources` into the store at `out`, as links where the file system has them, else as copies.
+    """Add the shards of `sources` to the store at `out`, as hard links if the file system supports them, else copies.
 
-    A shard that `out` holds already is passed over, so that a merge can be given again; a caption of several stores
-    is found in the first of them.
+    Shards that `out` already has are skipped, so that merging may be repeated. A caption of several stores is read from
+    the first of them.
 
     Raises:
-        StoreError: a source is of another encoder, width or dtype, or is damaged.
+        StoreError: a source is damaged, or the sources differ in encoder, dimension or dtype.
     """
     out, folders = Path(out), [Path(source) for source in sources]
-    manifests = [read_manifest(folder) for folder in folders]
-    if not manifests:
-        raise StoreError("name the stores to merge")
-    for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
-        check_identity(manifest["identity"], manifests[0]["identity"], folder)
-        for name in ("width", "dtype"):
-            if manifest[name] != manifests[0][name]:
-                raise StoreError(f"{folder} has {name} {manifest[name]}, {folders[0]} {manifests[0][name]}")
-    for folder, manifest in zip(folders, manifests, strict=True):
-        # All that lie there, of which the manifest may not know.
-        if damaged := damaged_shards(folder, read_shards(folder), store_spec(manifest)):
-            raise StoreError(f"{folder}: damaged shards {damaged}; `llm2clip store repair {folder}` drops them")
+    identity, embed_dim, dtype = _check_sources(folders)
     out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out):
-        first = manifests[0]
-        writer = StoreWriter(out, first["identity"], first["width"], first["dtype"])
-        there = {_content(out, shard) for shard in read_shards(out)}
-        number = max(shard_numbers(out), default=-1) + 1
+        remove_temp_files(out)
+        writer = StoreWriter(out, identity, embed_dim, dtype)
+        existing = {_shard_content(out, shard) for shard in read_shards(out)}
+        number = next_shard_number(out)
         for folder in folders:
             for shard in read_shards(folder):
-                if (content := _content(folder, shard)) in there:
-                    continue
-                for path_of in (embeddings_path, scales_path, keys_path):
-                    if path_of(folder, shard.number).is_file():
-                        _put(path_of(folder, shard.number), path_of(out, number))
-                there.add(content)
-                number += 1
-        refused = {row["caption"]: row for folder in (out, *folders) for row in refused_rows(folder)}
+                content = _shard_content(folder, shard)
+                if content not in existing:
+                    _link_shard(folder, shard.number, out, number)
+                    existing.add(content)
+                    number += 1
+        refused = {row["caption"]: row for folder in (out, *folders) for row in refused_captions(folder)}
         if refused:
             atomic_write_jsonl(out / "refused-merged.jsonl", refused.values())
         writer.finish()
     return EmbeddingStore(out)
 
 
-def _content(folder: Path, shard: Shard) -> tuple[str, str]:
-    """What a shard holds: checksums of its vectors and of its keys."""
+def _check_sources(folders: Sequence[Path]) -> StoreSpec:
+    """Check that stores can be merged; return their common spec."""
+    if not folders:
+        raise StoreError("no stores to merge")
+    manifests = [read_manifest(folder) for folder in folders]
+    for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
+        check_identity(manifest["identity"], manifests[0]["identity"], folder)
+        for name in ("width", "dtype"):
+            if manifest[name] != manifests[0][name]:
+                raise StoreError(
+                    f"cannot merge: {folder} has {name} {manifest[name]}, {folders[0]} has {manifests[0][name]}"
+                )
+    for folder, manifest in zip(folders, manifests, strict=True):
+        # All shards in the folder: after an interrupt, the manifest may lack some.
+        damaged = damaged_shards(folder, read_shards(folder), store_spec(manifest))
+        if damaged:
+            raise StoreError(f"{folder} has damaged shards: {damaged}. Run `llm2clip store repair {folder}`")
+    return store_spec(manifests[0])
+
+
+def _shard_content(folder: Path, shard: Shard) -> tuple[str, str]:
+    """Return the checksums of a shard's embeddings and keys, which identify its content."""
     return shard.sha256, hashlib.sha256(read_keys(folder, shard).tobytes()).hexdigest()
 
 
-def _put(source: Path, target: Path) -> None:
-    with atomic_path(target) as tmp:
-        try:
-            os.link(source, tmp)
-        except OSError:
-            shutil.copyfile(source, tmp)
+def _link_shard(source: Path, source_number: int, out: Path, number: int) -> None:
+    """Link or copy the files of a shard to another store; the keys last, because they mark the shard as complete."""
+    for file_path in (embeddings_path, scales_path, keys_path):
+        file = file_path(source, source_number)
+        if not file.is_file():  # only int8 stores have scales
+            continue
+        with atomic_path(file_path(out, number)) as temporary:
+            try:
+                os.link(file, temporary)
+            except OSError:
+                shutil.copyfile(file, temporary)

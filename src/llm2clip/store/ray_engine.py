@@ -1,57 +1,27 @@
-"""The embedding stage on a Ray cluster: any number of workers, which may come and go.
+"""Encoding of captions into a store on a Ray cluster whose workers may come and go.
 
-The captions are received once, by the driver; each worker holds the encoder and takes shard after shard of them from
-the store's folder, which all machines must see. A shard that dies with its worker is given to another. The store is the
-one that `embed` would have made.
+The driver reads and deduplicates the captions. Each worker opens the encoder once and takes one shard after the other
+from the store's folder, which all machines must see. If a worker dies, Ray gives its shard to another. The store is the
+same as that of `encode.embed`.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 
 from llm2clip.cpu_tuning import keep_freed_memory
 from llm2clip.distributed import process_state
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.store.dedup import PendingCaptions
-from llm2clip.store.encode import (
-    open_for_writing,
-    resolve_precision,
-    tokenize_ahead,
-    tuned_batch_tokens,
-    write_embeddings,
-)
+from llm2clip.store.encode import resolve_precision, tokenize_shard, tuned_batch_tokens, write_shard
 from llm2clip.store.store import EmbeddingStore
+from llm2clip.store.write_plan import WritePlan, open_for_writing
 from llm2clip.store.writer import StoreWriter
-
-
-class ShardWorker:
-    """Encodes shards; Ray makes one for each worker."""
-
-    def __init__(
-        self,
-        open_encoder: Callable[[], CaptionEncoder],
-        writer: StoreWriter,
-        came: Path,
-        batch_tokens: int | None,
-        precision: str,
-    ) -> None:
-        self.encoder, self.writer, self.incoming = open_encoder(), writer, PendingCaptions(came)
-        self.batch_tokens, self.precision = batch_tokens, precision
-        keep_freed_memory(self.encoder.device)
-
-    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        for number, start, stop in zip(rows["number"], rows["start"], rows["stop"], strict=True):
-            captions = self.incoming[int(start) : int(stop)]
-            if self.batch_tokens is None:
-                self.batch_tokens = tuned_batch_tokens(self.encoder, captions, self.precision, self.writer.folder)
-            found = tokenize_ahead(captions, self.encoder)
-            vectors = self.encoder.encode(found.tokens, batch_tokens=self.batch_tokens, precision=self.precision)
-            write_embeddings(self.writer, int(number), found, vectors.numpy(), print)
-        return {"captions": rows["stop"] - rows["start"]}
 
 
 def embed_with_ray(
@@ -65,49 +35,92 @@ def embed_with_ray(
     precision: str = "auto",
     dtype: str = "float16",
 ) -> EmbeddingStore:
-    """Fill the store at `folder` on the Ray cluster that RAY_ADDRESS names, else on this machine.
+    """Encode captions into the store at `folder`, on the Ray cluster of RAY_ADDRESS or else on this machine.
 
     Args:
-        captions, shard_size, batch_tokens, precision, dtype: as in `embed`.
-        open_encoder: opens the encoder, here to identify it and in each worker.
-        folder: of the store, on a disk that all machines see.
-        workers: how many; 0 is one for each GPU of the cluster, or, where there is none, for each two CPUs.
+        captions, shard_size, batch_tokens, precision, dtype: See `encode.embed`.
+        open_encoder: Opens the encoder; called once in the driver, for the identity, and once in each worker.
+        folder: Folder of the store, on a file system that all machines share.
+        workers: Number of workers. 0 means one per GPU of the cluster, or one per two CPUs without GPUs.
 
     Raises:
-        ModuleNotFoundError: Ray is missing.
-        ValueError: this is one of several processes.
-        StoreError: the store there was made by another encoder, or another run is filling it.
+        ModuleNotFoundError: Ray is not installed.
+        ValueError: the command was started with several processes.
+        StoreError: the store was made by another encoder, or another run is writing to it.
     """
     try:
         import ray
         import ray.data
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("--embed.engine ray needs Ray: pip install 'llm2clip[ray]'") from error
+        raise ModuleNotFoundError("--engine ray needs Ray: pip install 'llm2clip[ray]'") from error
     if process_state().num_processes > 1:
-        raise ValueError("--embed.engine ray starts its own workers: run it once, without torchrun")
+        raise ValueError("--engine ray starts its own workers: run the command without torchrun")
     encoder = open_encoder()
     precision = resolve_precision(precision, encoder, Path(folder))
-    identity, width = encoder.identity(precision), encoder.embed_dim
-    del encoder
-    started = not ray.is_initialized()
-    if started:
+    identity, embed_dim = encoder.identity(precision), encoder.embed_dim
+    del encoder  # before the workers start: they need the memory
+    gc.collect()
+    torch.cuda.empty_cache()
+    start_ray = not ray.is_initialized()
+    if start_ray:
         ray.init(log_to_driver=False)
     try:
-        with open_for_writing(captions, Path(folder).resolve(), identity, width, dtype, shard_size) as work:
-            if work.parts:
-                resources = ray.cluster_resources()
-                gpus = int(resources.get("GPU", 0))
-                workers = min(workers or gpus or max(1, int(resources["CPU"]) // 2), len(work.parts))
-                rows = [{"number": n, "start": part.start, "stop": part.stop} for n, part in work.parts]
-                settings: tuple[Any, ...] = (open_encoder, work.writer, work.came, batch_tokens, precision)
-                ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-                    ShardWorker,
-                    fn_constructor_args=settings,
-                    batch_size=1,
-                    concurrency=workers,
-                    num_gpus=1 if gpus else 0,
-                ).materialize()
+        with open_for_writing(
+            captions, Path(folder).resolve(), identity, embed_dim, dtype=dtype, shard_size=shard_size
+        ) as plan:
+            if plan.shards:
+                _run_workers(plan, open_encoder, workers, batch_tokens, precision)
     finally:
-        if started:
+        if start_ray:
             ray.shutdown()
     return EmbeddingStore(folder)
+
+
+def _run_workers(
+    plan: WritePlan,
+    open_encoder: Callable[[], CaptionEncoder],
+    workers: int,
+    batch_tokens: int | None,
+    precision: str,
+) -> None:
+    """Encode all missing shards on the cluster."""
+    import ray
+    import ray.data
+
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
+    default_workers = gpus or max(1, int(resources["CPU"]) // 2)
+    rows = [{"number": number, "start": part.start, "stop": part.stop} for number, part in plan.shards]
+    ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        ShardWorker,
+        fn_constructor_args=(open_encoder, plan.writer, plan.incoming, batch_tokens, precision),
+        batch_size=1,
+        concurrency=min(workers or default_workers, len(rows)),
+        num_gpus=1 if gpus else 0,
+    ).materialize()
+
+
+class ShardWorker:
+    """Encodes shards. Ray creates one instance per worker."""
+
+    def __init__(
+        self,
+        open_encoder: Callable[[], CaptionEncoder],
+        writer: StoreWriter,
+        incoming: Path,
+        batch_tokens: int | None,
+        precision: str,
+    ) -> None:
+        self.encoder, self.writer, self.pending = open_encoder(), writer, PendingCaptions(incoming)
+        self.batch_tokens, self.precision = batch_tokens, precision
+        keep_freed_memory(self.encoder.device)
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        for number, start, stop in zip(rows["number"], rows["start"], rows["stop"], strict=True):
+            captions = self.pending[int(start) : int(stop)]
+            if self.batch_tokens is None:
+                self.batch_tokens = tuned_batch_tokens(self.encoder, captions, self.precision, self.writer.folder)
+            shard = tokenize_shard(captions, self.encoder)
+            embeddings = self.encoder.encode(shard.tokens, batch_tokens=self.batch_tokens, precision=self.precision)
+            write_shard(self.writer, int(number), shard, embeddings.numpy(), print)
+        return {"captions": rows["stop"] - rows["start"]}

@@ -1,8 +1,8 @@
-"""Reading rows of a store from its files: mapped where all of it fits in memory, else asked for one by one.
+"""Readers of rows from the files of a store: memory maps, or positional reads for stores larger than memory.
 
-A map makes the system read whole neighbourhoods around every row that is asked for; when the store is larger than
-memory these are thrown out before they are of use. Then each row is one positional read, from several threads, and the
-system is told that they come in no order. In both, rows go in the order of their place on the disk.
+A memory map makes the operating system read ahead around every row. If the store is larger than memory, these pages are
+evicted before they are used. `PreadReader` therefore reads each row with its own positional read, from several threads,
+and announces random access to the operating system. Both readers visit rows in the order of their place on disk.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
@@ -22,144 +23,139 @@ import numpy as np
 import psutil
 import torch
 
-from llm2clip.store.layout import DTYPES, READ_ERRORS, Shard, StoreError, embeddings_path, scales_path
+from llm2clip.store.layout import (
+    DTYPES,
+    READ_ERRORS,
+    Shard,
+    StoreError,
+    damage_error,
+    embeddings_path,
+    scales_path,
+)
 
 T = TypeVar("T")
-THREADS = 16  # positional reads under way at once: a disk is asked for many things, it answers in its own order
-OPEN_FILES = 256  # at most, of each kind: a system allows a process about a thousand
+THREADS = 16  # concurrent positional reads, so that the disk can reorder them
+MAX_OPEN_FILES = 256  # of each kind; a process may often open about a thousand
 
 
-class LRUCache(Generic[T]):
-    """What was opened for the shards asked for last."""
+@dataclass(frozen=True)
+class ShardRows:
+    """Rows to read from one shard.
 
-    def __init__(self, opened: Callable[[int], T], close: Callable[[T], object] | None = None) -> None:
-        self.opened, self.close = opened, close
-        self.items: OrderedDict[int, T] = OrderedDict()
+    Attributes:
+        shard: Position of the shard in the list of shards.
+        rows: Ascending row numbers within the shard, (n,) int64.
+        out: Array to fill, (n, embed_dim), in the dtype of the store.
+    """
 
-    def __getitem__(self, n: int) -> T:
-        if n in self.items:
-            self.items.move_to_end(n)
-            return self.items[n]
-        while len(self.items) >= OPEN_FILES:
-            self.drop()
-        self.items[n] = self.opened(n)
-        return self.items[n]
-
-    def drop(self) -> None:
-        _, oldest = self.items.popitem(last=False)
-        if self.close is not None:
-            self.close(oldest)
+    shard: int
+    rows: np.ndarray
+    out: np.ndarray
 
 
 class RowReader(ABC):
-    """Vectors of rows, in the order asked for. Subclasses read the numbers as they lie in a shard."""
+    """Reads embeddings by row number. Subclasses read the stored values of one shard."""
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], width: int, dtype: str) -> None:
-        """
+    def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str) -> None:
+        """Check the files of all shards.
+
         Raises:
-            StoreError: a shard is missing, or has the wrong size.
+            StoreError: a file is missing or has the wrong size.
         """
-        self.folder, self.shards, self.width, self.dtype = folder, list(shards), width, DTYPES[dtype]
-        self.bounds = np.array([*(s.start for s in shards), *(s.start + s.rows for s in shards[-1:])], np.int64)
-        self.data_at = [self._check(embeddings_path(folder, s.number), s, width * self.dtype.itemsize) for s in shards]
+        self.folder, self.shards, self.embed_dim, self.dtype = folder, list(shards), embed_dim, DTYPES[dtype]
+        ends = [shard.start + shard.rows for shard in shards]
+        self.bounds = np.array([*(shard.start for shard in shards), *ends[-1:]], np.int64)
+        row_bytes = embed_dim * self.dtype.itemsize
+        self.data_offsets = [_data_offset(embeddings_path(folder, s.number), s.rows, row_bytes) for s in shards]
         self.scales: LRUCache[np.ndarray] | None = None
         if self.dtype == np.int8:
             for shard in shards:
-                self._check(scales_path(folder, shard.number), shard, 4)
-            self.scales = LRUCache(lambda n: _mapped(scales_path(folder, shards[n].number)))
-
-    def _check(self, path: Path, shard: Shard, row: int) -> int:
-        """Where the numbers of a file begin."""
-        if not path.is_file():
-            raise StoreError(f"{path} is missing; `llm2clip store repair {self.folder}`")
-        header = path.stat().st_size - shard.rows * row
-        with path.open("rb") as f:
-            try:
-                version = np.lib.format.read_magic(f)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, fortran, dtype = read(f)
-                whole = f.tell() == header and shape[0] == shard.rows and not fortran
-                whole &= dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64)) == row
-            except READ_ERRORS:
-                whole = False
-        if not whole:
-            raise StoreError(
-                f"{path} is damaged: not the size that its keys say; `llm2clip store repair {self.folder}`"
-            )
-        return header
+                _data_offset(scales_path(folder, shard.number), shard.rows, row_bytes=4)
+            self.scales = LRUCache(lambda n: _memory_map(scales_path(folder, shards[n].number)))
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Float32 (N, width) of row numbers, int64 (N,).
+        """Read rows, (N,) int64; return (N, embed_dim) float32 in the given order.
 
         Raises:
-            IndexError: there is no such row.
+            IndexError: a row number is out of range.
         """
         total = int(self.bounds[-1]) if len(self.bounds) else 0
         if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < total):
-            raise IndexError(f"rows are between 0 and {total - 1}")
+            raise IndexError(f"row numbers must be between 0 and {total - 1}")
         order = np.argsort(rows, kind="stable")
-        ordered = rows[order]
-        stored = np.empty((len(rows), self.width), self.dtype)
-        cuts = np.searchsorted(ordered, self.bounds)
-        parts = [(n, lo, hi) for n, (lo, hi) in enumerate(pairwise(cuts)) if lo < hi]
-        self._read([(n, ordered[lo:hi] - self.shards[n].start, stored[lo:hi]) for n, lo, hi in parts])
-        place = np.empty_like(order)
-        place[order] = np.arange(len(order))
-        out = torch.from_numpy(stored)[torch.from_numpy(place)].float()  # faster than NumPy's, and on several threads
+        sorted_rows = rows[order]
+        stored = np.empty((len(rows), self.embed_dim), self.dtype)
+        parts = self._split_by_shard(sorted_rows, stored)
+        self._read(parts)
+        position = np.empty_like(order)  # of each requested row among the sorted ones
+        position[order] = np.arange(len(order))
+        # torch is faster than NumPy here, and uses several threads.
+        embeddings = torch.from_numpy(stored)[torch.from_numpy(position)].float()
         if self.scales is not None:
-            scale = np.empty(len(rows), np.float32)
-            for n, lo, hi in parts:
-                scale[lo:hi] = self.scales[n][ordered[lo:hi] - self.shards[n].start]
-            out *= torch.from_numpy(scale[place])[:, None]
-        return out.numpy()
+            scales = np.concatenate([np.empty(0, np.float32), *(self.scales[p.shard][p.rows] for p in parts)])
+            embeddings *= torch.from_numpy(scales[position])[:, None]
+        return embeddings.numpy()
+
+    def _split_by_shard(self, sorted_rows: np.ndarray, out: np.ndarray) -> list[ShardRows]:
+        """Split rows, and the array to fill, by the shard that holds them."""
+        parts = []
+        cuts = np.searchsorted(sorted_rows, self.bounds)
+        for shard, (start, stop) in enumerate(pairwise(cuts)):
+            if start < stop:
+                rows = sorted_rows[start:stop] - self.shards[shard].start
+                parts.append(ShardRows(shard, rows, out[start:stop]))
+        return parts
 
     @abstractmethod
-    def _read(self, parts: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
-        """Fill arrays (n, width) with rows of shards, both given with the shard's place among all."""
+    def _read(self, parts: list[ShardRows]) -> None:
+        """Fill `out` of each part with the stored values of its rows."""
 
 
 class MmapReader(RowReader):
-    """Shards as memory maps."""
+    """Reads shards through memory maps."""
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], width: int, dtype: str) -> None:
-        super().__init__(folder, shards, width, dtype)
-        self.maps = LRUCache(lambda n: _mapped(embeddings_path(folder, shards[n].number)))
+    def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str) -> None:
+        super().__init__(folder, shards, embed_dim, dtype)
+        self.maps = LRUCache(lambda n: _memory_map(embeddings_path(folder, shards[n].number)))
 
-    def _read(self, parts: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
-        for n, rows, out in parts:
-            np.take(self.maps[n], rows, axis=0, out=out, mode="clip")  # they are in range; otherwise it copies twice
+    def _read(self, parts: list[ShardRows]) -> None:
+        for part in parts:
+            # All rows are in range; with mode="raise", NumPy would copy the output twice.
+            np.take(self.maps[part.shard], part.rows, axis=0, out=part.out, mode="clip")
 
 
 class PreadReader(RowReader):
-    """Each run of neighbouring rows as one read at its place, many at once."""
+    """Reads each run of consecutive rows with one positional read, several at a time."""
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], width: int, dtype: str) -> None:
-        super().__init__(folder, shards, width, dtype)
+    def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str) -> None:
+        super().__init__(folder, shards, embed_dim, dtype)
         self.files = LRUCache(self._open, os.close)
-        self._start()
+        self._start_threads()
 
-    def _start(self) -> None:
-        self.process, self.pool, self.lock = os.getpid(), ThreadPoolExecutor(THREADS), Lock()
+    def _start_threads(self) -> None:
+        self.process_id, self.pool, self.lock = os.getpid(), ThreadPoolExecutor(THREADS), Lock()
 
-    def _read(self, parts: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
-        if self.process != os.getpid():  # forked: threads stay behind
-            self._start()
-        with self.lock:  # no file is closed while another thread's reads are under way
-            self._read_all(parts)
+    def _read(self, parts: list[ShardRows]) -> None:
+        if self.process_id != os.getpid():  # after a fork: the parent's threads do not exist in this process
+            self._start_threads()
+        with self.lock:  # else another thread's call could close a file that is being read
+            for first in range(0, len(parts), MAX_OPEN_FILES):
+                self._read_parts(parts[first : first + MAX_OPEN_FILES])
 
-    def _read_all(self, parts: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
-        wide = self.width * self.dtype.itemsize
-        for first in range(0, len(parts), OPEN_FILES):
-            reads: list[Callable[[], None]] = []
-            for n, rows, out in parts[first : first + OPEN_FILES]:
-                file, data = self.files[n], out.view(np.uint8).reshape(-1).data
-                breaks = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
-                for lo, hi in pairwise(breaks):
-                    reads.append(_reading(file, data[lo * wide : hi * wide], self.data_at[n] + int(rows[lo]) * wide))
-            chunk = -(-len(reads) // (4 * THREADS)) or 1
-            jobs = [self.pool.submit(_all, reads[i : i + chunk]) for i in range(0, len(reads), chunk)]
-            for job in jobs:
-                job.result()
+    def _read_parts(self, parts: list[ShardRows]) -> None:
+        row_bytes = self.embed_dim * self.dtype.itemsize
+        reads: list[tuple[int, memoryview, int]] = []  # file descriptor, memory to fill, offset in the file
+        for part in parts:
+            file, offset = self.files[part.shard], self.data_offsets[part.shard]
+            memory = part.out.view(np.uint8).reshape(-1).data
+            run_ends = (np.flatnonzero(np.diff(part.rows) != 1) + 1).tolist()
+            for start, stop in pairwise([0, *run_ends, len(part.rows)]):
+                at = offset + int(part.rows[start]) * row_bytes
+                reads.append((file, memory[start * row_bytes : stop * row_bytes], at))
+        chunk_size = -(-len(reads) // (4 * THREADS)) or 1
+        chunks = [reads[i : i + chunk_size] for i in range(0, len(reads), chunk_size)]
+        for _ in self.pool.map(_read_chunk, chunks):
+            pass  # raises what a thread has raised
 
     def _open(self, n: int) -> int:
         file = os.open(embeddings_path(self.folder, self.shards[n].number), os.O_RDONLY)
@@ -168,33 +164,84 @@ class PreadReader(RowReader):
         return file
 
     def __del__(self) -> None:
-        while hasattr(self, "files") and self.files.items:
-            self.files.drop()
+        if hasattr(self, "files"):  # not if __init__ has raised
+            self.files.clear()
 
 
-def _mapped(file: Path) -> np.ndarray:
+def _read_chunk(reads: Sequence[tuple[int, memoryview, int]]) -> None:
+    for file, memory, offset in reads:
+        if os.preadv(file, [memory], offset) != len(memory):
+            raise StoreError("a shard was truncated while it was being read")
+
+
+class LRUCache(Generic[T]):
+    """Open files or maps of the most recently used shards."""
+
+    def __init__(self, open_item: Callable[[int], T], close_item: Callable[[T], object] | None = None) -> None:
+        self.open_item, self.close_item = open_item, close_item
+        self.items: OrderedDict[int, T] = OrderedDict()
+
+    def __getitem__(self, n: int) -> T:
+        if n in self.items:
+            self.items.move_to_end(n)
+            return self.items[n]
+        while len(self.items) >= MAX_OPEN_FILES:
+            self._drop_oldest()
+        self.items[n] = self.open_item(n)
+        return self.items[n]
+
+    def clear(self) -> None:
+        """Close all items."""
+        while self.items:
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        _, item = self.items.popitem(last=False)
+        if self.close_item is not None:
+            self.close_item(item)
+
+
+def _memory_map(file: Path) -> np.ndarray:
     array: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
     return array
 
 
-def _reading(file: int, out: memoryview, at: int) -> Callable[[], None]:
-    def read() -> None:
-        if os.preadv(file, [out], at) != len(out):
-            raise StoreError("a shard became shorter while it was read")
+def _data_offset(path: Path, rows: int, row_bytes: int) -> int:
+    """Return the offset of the data in a .npy file, after checking its shape and size.
 
-    return read
+    Raises:
+        StoreError: the file is missing, or does not have `rows` rows of `row_bytes` bytes.
+    """
+    if not path.is_file():
+        raise StoreError(f"{path} is missing. Run `llm2clip store repair {path.parent}`")
+    offset = path.stat().st_size - rows * row_bytes
+    with path.open("rb") as stream:
+        try:
+            version = np.lib.format.read_magic(stream)
+            if version == (1, 0):
+                shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+            else:
+                shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(stream)
+            stored_row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+            valid = shape[:1] == (rows,) and stored_row_bytes == row_bytes and not fortran_order
+            valid = valid and stream.tell() == offset
+        except READ_ERRORS:
+            valid = False
+    if not valid:
+        raise damage_error(path, "its shape or size does not match the keys file")
+    return offset
 
 
-def _all(reads: Sequence[Callable[[], None]]) -> None:
-    for read in reads:
-        read()
-
-
-def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process may still take, by the machine and by its control group."""
-    spare = int(psutil.virtual_memory().available)
-    limit, used, stat = (group / f"memory.{name}" for name in ("max", "current", "stat"))
-    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
-        pages = re.search(r"^inactive_file (\d+)$", stat.read_text() if stat.is_file() else "", re.MULTILINE)
-        spare = min(spare, int(most) - int(used.read_text()) + (int(pages[1]) if pages else 0))
-    return spare
+def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the number of bytes that this process can still allocate, limited by the machine and its control group."""
+    available = int(psutil.virtual_memory().available)
+    limit_file, usage_file, stat_file = (cgroup / f"memory.{name}" for name in ("max", "current", "stat"))
+    if not (limit_file.is_file() and usage_file.is_file()):
+        return available
+    limit = limit_file.read_text().strip()
+    if limit == "max":
+        return available
+    stat = stat_file.read_text() if stat_file.is_file() else ""
+    reclaimable = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)  # cached pages of files
+    left = int(limit) - int(usage_file.read_text()) + (int(reclaimable[1]) if reclaimable else 0)
+    return min(available, left)

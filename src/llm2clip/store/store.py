@@ -1,22 +1,24 @@
-"""The store: every caption of a data set encoded once, by one encoder. `format` says how it lies on the disk.
+"""Read access to an embedding store: the embedding of every caption of a data set, by one encoder.
 
-Reading it: `rows` finds captions, `take` gives their vectors, in any order at the speed of the disk.
+`EmbeddingStore.rows` looks captions up and `EmbeddingStore.take` reads their embeddings, in any order. See `layout` for
+the files of a store.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import filecmp
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from llm2clip.data.records import CAPTION_FIELDS, Record
 from llm2clip.io_utils import read_jsonl
 from llm2clip.store.key_index import KeyIndex, build_key_index
 from llm2clip.store.layout import (
@@ -25,135 +27,176 @@ from llm2clip.store.layout import (
     Shard,
     StoreError,
     StoreSpec,
-    checksum,
+    caption_keys,
     index_path,
-    keys_of,
+    iter_chunks,
     read_keys,
     read_manifest,
-    read_meta,
+    read_shard_metadata,
+    shard_checksum,
     store_spec,
 )
 from llm2clip.store.readers import MmapReader, PreadReader, RowReader, available_memory
 
-Reading = Literal["auto", "map", "positional"]
+ReadMode = Literal["auto", "mmap", "pread"]
+LOOKUP_CHUNK = 1 << 18  # captions hashed and looked up at once
 
 
 class EmbeddingStore:
-    """Read access to a store that `llm2clip embed` has finished. Workers and other processes open their own: nothing
-    is copied to them but the folder's name."""
+    """Read access to a store that `llm2clip embed` has finished.
 
-    def __init__(self, folder: str | Path, reading: Reading = "auto") -> None:
-        """Open the store at `folder`; its keys and vectors stay on the disk.
+    Pickling copies only the path of the folder: worker processes open the store again.
+    """
+
+    def __init__(self, folder: str | Path, read_mode: ReadMode = "auto") -> None:
+        """Open the store at `folder`. Keys and embeddings stay on disk.
 
         Args:
-            folder: of the store.
-            reading: vectors through memory maps, or by positional reads; auto maps what takes less than half of the
-                memory that is free.
+            folder: Folder of the store.
+            read_mode: "mmap" reads embeddings through memory maps, "pread" with positional reads. "auto" chooses mmap
+                if the embeddings take less than half of the available memory.
 
         Raises:
-            StoreError: there is no finished store, or a shard is missing or has the wrong size.
+            StoreError: the folder has no finished store, or a shard is missing or has the wrong size.
         """
-        self.folder, self.reading = Path(folder), reading
+        self.folder, self.read_mode = Path(folder), read_mode
         self.manifest: dict[str, Any] = read_manifest(self.folder)
-        self.width: int = self.manifest["width"]
+        self.embed_dim: int = self.manifest["width"]
         self.shards = [Shard(**shard) for shard in self.manifest["shards"]]
-        if reading == "auto":
-            size = sum(s.rows for s in self.shards) * self.width * DTYPES[self.manifest["dtype"]].itemsize
-            reading = "map" if size < available_memory() / 2 else "positional"
-        kind: type[RowReader] = MmapReader if reading == "map" else PreadReader
-        self._rows = kind(self.folder, self.shards, self.width, self.manifest["dtype"])
+        self._total_rows = sum(shard.rows for shard in self.shards)
+        dtype = self.manifest["dtype"]
+        if read_mode == "auto":
+            size = self._total_rows * self.embed_dim * DTYPES[dtype].itemsize
+            read_mode = "mmap" if size < available_memory() / 2 else "pread"
+        reader_class: type[RowReader] = MmapReader if read_mode == "mmap" else PreadReader
+        self._reader = reader_class(self.folder, self.shards, self.embed_dim, dtype)
         self._index = self._open_index()
 
     def _open_index(self) -> KeyIndex:
+        """Open the index of the keys; build it if it is missing or damaged."""
         file = index_path(self.folder, self.shards)
         if file.is_file():
             try:
                 index = KeyIndex(file)
-                if len(index) == sum(s.rows for s in self.shards):
+                if len(index) == self._total_rows:
                     return index
             except READ_ERRORS:
-                pass  # damaged: it is made again
+                pass  # damaged, so it is built again below
         build_key_index(file, (read_keys(self.folder, shard) for shard in self.shards))
         return KeyIndex(file)
 
-    def __reduce__(self) -> tuple[type[EmbeddingStore], tuple[Path, Reading]]:
-        return EmbeddingStore, (self.folder, self.reading)
+    def __reduce__(self) -> tuple[type[EmbeddingStore], tuple[Path, ReadMode]]:
+        return EmbeddingStore, (self.folder, self.read_mode)
 
     def __len__(self) -> int:
-        """How many different captions it holds."""
+        """Return the number of distinct captions."""
         return int(self.manifest["captions"])
 
     def __contains__(self, caption: str) -> bool:
-        return bool(self.find(keys_of([caption]))[0] >= 0)
+        return bool(self.find(caption_keys([caption]))[0] >= 0)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """The rows of keys, (N, 16) uint8, as int64 (N,); -1 for one that it does not hold."""
+        """Look up keys, (N, 16) uint8; return their rows, (N,) int64, with -1 for missing keys."""
         return self._index.find(keys)
 
     def rows(self, captions: Iterable[str]) -> np.ndarray:
-        """The rows of captions, int64 (N,).
+        """Look up captions; return their rows, (N,) int64.
 
         Raises:
-            StoreError: a caption was never encoded; the message quotes it.
+            StoreError: a caption is not in the store; the message quotes it.
         """
-        captions, found = iter(captions), [np.empty(0, np.int64)]
-        while some := list(islice(captions, 1 << 18)):
-            rows = self.find(keys_of(some))
-            if (rows < 0).any():
-                absent = some[int((rows < 0).argmax())]
-                raise StoreError(f"{self.folder} has no vector for the caption {absent[:120]!r}; run `llm2clip embed`")
-            found.append(rows)
-        return np.concatenate(found)
+        parts = [np.empty(0, np.int64)]
+        for chunk in iter_chunks(captions, LOOKUP_CHUNK):
+            rows = self.find(caption_keys(chunk))
+            missing = rows < 0
+            if missing.any():
+                caption = chunk[int(missing.argmax())]
+                raise StoreError(
+                    f"{self.folder} has no embedding of the caption {caption[:120]!r}; run `llm2clip embed`"
+                )
+            parts.append(rows)
+        return np.concatenate(parts)
 
     def take(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
-        """The vectors of some rows, float32 (N, width), in the order asked.
+        """Read the embeddings of rows, in the given order; return (N, embed_dim) float32.
 
         Raises:
-            IndexError: there is no such row.
+            IndexError: a row number is out of range.
         """
-        return self._rows.take(np.asarray(rows, dtype=np.int64))
+        return self._reader.take(np.asarray(rows, dtype=np.int64))
 
     def verify(self, progress: bool = False) -> None:
-        """Read every shard and compare its checksum, and make the index again.
+        """Read every shard and compare its checksum; build the index again and compare it.
 
         Raises:
-            StoreError: naming the shards whose bytes are not those that were written, or the index.
+            StoreError: shards or the index are damaged; the message names them.
         """
-        if damaged := damaged_shards(self.folder, self.shards, store_spec(self.manifest), progress):
-            names = ", ".join(f"{n:05d}" for n in damaged)
-            raise StoreError(f"{self.folder}: damaged shards {names}; `llm2clip store repair {self.folder}` drops them")
+        damaged = damaged_shards(self.folder, self.shards, store_spec(self.manifest), progress)
+        if damaged:
+            numbers = ", ".join(f"{number:05d}" for number in damaged)
+            raise StoreError(
+                f"{self.folder} has damaged shards: {numbers}. Run `llm2clip store repair {self.folder}` to delete them"
+            )
         index = index_path(self.folder, self.shards)
-        beside = self.folder if os.access(self.folder, os.W_OK) else None
-        with tempfile.TemporaryDirectory(prefix=".index-", dir=beside) as temporary:
-            again = Path(temporary) / index.name
-            build_key_index(again, (read_keys(self.folder, shard) for shard in self.shards))
-            if not filecmp.cmp(index, again, shallow=False):
-                raise StoreError(f"{index} is damaged; `llm2clip store repair {self.folder}` makes it again")
+        parent = self.folder if os.access(self.folder, os.W_OK) else None
+        with tempfile.TemporaryDirectory(prefix=".index-", dir=parent) as temporary:
+            rebuilt = Path(temporary) / index.name
+            build_key_index(rebuilt, (read_keys(self.folder, shard) for shard in self.shards))
+            if not filecmp.cmp(index, rebuilt, shallow=False):
+                raise StoreError(
+                    f"{index} is damaged. Run `llm2clip store repair {self.folder}` to build the index again"
+                )
 
 
-def refused_rows(folder: Path) -> list[dict[str, Any]]:
-    """The captions that the tokenizer refused when the store was filled, with why: it has no vectors of them."""
-    return [row for file in sorted(folder.glob("refused-*.jsonl")) for _, row in read_jsonl(file)]
+def damaged_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, progress: bool = False) -> list[int]:
+    """Return the numbers of shards that are missing, do not match their checksum, or belong to another store."""
 
-
-def refused_captions(folder: Path) -> set[str]:
-    """The same without why."""
-    return {row["caption"] for row in refused_rows(folder)}
-
-
-def damaged_shards(folder: Path, shards: Sequence[Shard], kind: StoreSpec, progress: bool = False) -> list[int]:
-    """Numbers of the shards whose bytes are not those that were written, that are of another kind, or not there."""
-
-    def sound(shard: Shard) -> bool:
+    def is_intact(shard: Shard) -> bool:
         try:
-            rows, sha256, own = read_meta(folder, shard.number)
-            said = (rows, sha256, own) == (shard.rows, shard.sha256, kind)
-            return said and checksum(folder, shard.number) == sha256 and len(read_keys(folder, shard)) == rows
+            metadata = read_shard_metadata(folder, shard.number)
+            return (
+                metadata == (shard.rows, shard.sha256, spec)
+                and shard_checksum(folder, shard.number) == shard.sha256
+                and len(read_keys(folder, shard)) == shard.rows
+            )
         except READ_ERRORS:
             return False
 
     with ThreadPoolExecutor(4) as pool:
         results = tqdm(
-            pool.map(sound, shards), "verify", len(shards), unit="shard", disable=not progress, delay=1, leave=False
+            pool.map(is_intact, shards),
+            desc="verify",
+            total=len(shards),
+            unit="shard",
+            disable=not progress,
+            delay=1,
+            leave=False,
         )
-        return [shard.number for shard, good in zip(shards, results, strict=True) if not good]
+        return [shard.number for shard, intact in zip(shards, results, strict=True) if not intact]
+
+
+# ---- captions without an embedding ---------------------------------------------------------------------------------
+
+
+def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
+    """Remove the captions that the tokenizer could not encode: the store has no embeddings of them.
+
+    Records without any other caption are dropped.
+    """
+    refused = {row["caption"] for row in refused_captions(store.folder)}
+    if not refused:
+        return list(records)
+    remaining = []
+    for record in records:
+        captions: dict[str, Any] = {}
+        for field in CAPTION_FIELDS:
+            captions[field] = tuple(caption for caption in getattr(record, field) if caption not in refused)
+        record = dataclasses.replace(record, **captions)
+        if record.texts:
+            remaining.append(record)
+    return remaining
+
+
+def refused_captions(folder: Path) -> list[dict[str, Any]]:
+    """Read the captions that the tokenizer could not encode, as {"caption": ..., "why": ...}, from refused-*.jsonl."""
+    return [row for file in sorted(folder.glob("refused-*.jsonl")) for _, row in read_jsonl(file)]

@@ -1,4 +1,4 @@
-"""Writing a store: shard by shard, each whole or absent; damaged ones dropped; other stores taken in."""
+"""Writing shards of a store, and the manifest and key index that summarize them."""
 
 from __future__ import annotations
 
@@ -12,73 +12,76 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llm2clip.io_utils import atomic_path, atomic_write_text
 from llm2clip.models.fingerprint import fingerprint
 from llm2clip.store.key_index import build_key_index
 from llm2clip.store.layout import (
     DTYPES,
+    KEY_BYTES,
     MANIFEST,
     StoreError,
-    atomic_path,
+    caption_keys,
     check_identity,
-    checksum,
     embeddings_path,
-    fsync_folder,
     index_path,
-    keys_of,
     keys_path,
     read_keys,
     read_manifest,
     read_shards,
     scales_path,
+    shard_checksum,
     shard_numbers,
 )
 
 
 class StoreWriter:
-    """Adds shards to a store. Several processes may write shards of different numbers at once; one then finishes."""
+    """Adds shards to a store.
 
-    def __init__(self, folder: str | Path, identity: dict[str, Any], width: int, dtype: str = "float16") -> None:
-        """Create the store at `folder`, or go on with it.
+    Several processes may write shards of different numbers at the same time. One of them calls `finish` afterwards.
+    """
+
+    def __init__(self, folder: str | Path, identity: dict[str, Any], embed_dim: int, dtype: str = "float16") -> None:
+        """Create the store at `folder`, or continue it.
 
         Args:
-            folder: of the store.
-            identity: of the encoder.
-            width: of the vectors.
-            dtype: float16, float32, or int8 with a scale for each row.
+            folder: Folder of the store.
+            identity: Identity of the encoder, see `fingerprint`.
+            embed_dim: Embedding dimension.
+            dtype: float16, float32, or int8 with a scale per row.
 
         Raises:
-            StoreError: the store there was made by another encoder, or has another width or dtype; the message names
-                what differs.
+            StoreError: the store was made by another encoder, or has another dimension or dtype; the message lists the
+                differences.
         """
         if dtype not in DTYPES:
-            raise StoreError(f"vectors are stored as {' or '.join(DTYPES)}, not {dtype!r}")
-        identity = json.loads(json.dumps(identity))  # as it is read again
-        self.folder, self.identity, self.width, self.dtype = Path(folder), identity, width, dtype
+            raise StoreError(f"dtype of a store must be {', '.join(DTYPES)} (got {dtype!r})")
+        identity = json.loads(json.dumps(identity))  # tuples become lists, as in the stored identity
+        self.folder, self.identity, self.embed_dim, self.dtype = Path(folder), identity, embed_dim, dtype
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / MANIFEST).is_file():
             manifest = read_manifest(self.folder)
             check_identity(manifest["identity"], identity, self.folder)
-            for name, ours in (("dtype", dtype), ("width", width)):
-                if manifest[name] != ours:
-                    raise StoreError(f"{self.folder} holds {name} {manifest[name]}, not {ours}; choose another folder")
+            for name, value in (("dtype", dtype), ("width", embed_dim)):
+                if manifest[name] != value:
+                    raise StoreError(f"{self.folder} has {name} {manifest[name]}, not {value}. Use another folder")
         elif shard_numbers(self.folder):
-            raise StoreError(f"{self.folder} has shards but no {MANIFEST}; `llm2clip store repair {self.folder}`")
+            raise StoreError(f"{self.folder} has shards but no {MANIFEST}. Run `llm2clip store repair {self.folder}`")
         else:
             self.finish()
 
     def write(self, number: int, captions: Sequence[str], tokens: Sequence[int], embeddings: np.ndarray) -> None:
-        """Write one shard of captions, whole or not at all.
+        """Write one shard of captions atomically.
 
         Args:
-            number: of the shard; not one that is there.
+            number: Number of the shard; no shard with this number may exist.
             captions: N texts.
-            tokens: N lengths in tokens, kept for planning and for curves against length.
-            embeddings: (N, width) floats.
+            tokens: N lengths in tokens, stored for planning and for plots against length.
+            embeddings: (N, embed_dim) floats.
 
         Raises:
             StoreError: a value is not finite, or too large for float16.
         """
-        self.write_keyed(number, keys_of(captions), tokens, embeddings, captions)
+        self.write_keyed(number, caption_keys(captions), tokens, embeddings, captions)
 
     def write_keyed(
         self,
@@ -86,78 +89,90 @@ class StoreWriter:
         keys: np.ndarray,
         tokens: Sequence[int],
         embeddings: np.ndarray,
-        names: Sequence[str] | None = None,
+        captions: Sequence[str] | None = None,
     ) -> None:
-        """The same by keys, (N, 16) uint8, in place of texts; `names` are for an error's message.
+        """Write one shard by keys, (N, 16) uint8, instead of captions. `captions` are used in error messages only.
 
         Raises:
-            StoreError: a value is not finite, or too large for float16, or the sizes do not fit the store.
+            StoreError: a value is not finite or too large for float16, or the shapes do not fit the store.
         """
-        if keys.shape != (len(embeddings), 16) or embeddings.shape[1:] != (self.width,) or len(tokens) != len(keys):
-            raise StoreError(
-                f"{self.folder} takes vectors of {self.width} numbers, each with a key and a number of tokens; not an "
-                f"array {embeddings.shape} with keys {keys.shape} and {len(tokens)} numbers of tokens"
-            )
-        bad = ~np.isfinite(embeddings).all(axis=1)
-        if self.dtype == "float16":
-            with np.errstate(over="ignore"):
-                bad |= ~np.isfinite(embeddings.astype(np.float16)).all(axis=1)
-        if bad.any():
-            first = int(bad.argmax())
-            name = repr(names[first][:120]) if names else f"the key {keys[first].tobytes().hex()}"
-            raise StoreError(f"the vector of {name} does not fit {self.dtype}; is the encoder broken?")
-        stored, scales = stored_bytes(embeddings, self.dtype)
-        for path, array in ((embeddings_path(self.folder, number), stored), (scales_path(self.folder, number), scales)):
-            if array is not None:
-                with atomic_path(path) as tmp, tmp.open("wb") as f:
-                    np.save(f, array, allow_pickle=False)
-                    fsync_folder(f)
-        column = pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(16), len(keys), [None, pa.py_buffer(np.ascontiguousarray(keys).tobytes())]
-        )
-        table = pa.table({"key": column, "tokens": pa.array(tokens, pa.int32())})
-        meta = {
-            "sha256": checksum(self.folder, number), "rows": str(len(keys)), "width": str(self.width),
-            "dtype": self.dtype, "identity": json.dumps(self.identity),
-        }  # fmt: skip
-        with atomic_path(keys_path(self.folder, number)) as tmp, tmp.open("wb") as f:
-            pq.write_table(table.replace_schema_metadata(meta), f, write_page_checksum=True)
-            fsync_folder(f)
+        self._check_shapes(keys, tokens, embeddings)
+        self._check_values(keys, embeddings, captions)
+        stored, scales = quantize_rows(embeddings, self.dtype)
+        with atomic_path(embeddings_path(self.folder, number)) as temporary:
+            np.save(temporary, stored, allow_pickle=False)
+        if scales is not None:
+            with atomic_path(scales_path(self.folder, number)) as temporary:
+                np.save(temporary, scales, allow_pickle=False)
+        # Keys last: they mark the shard as complete.
+        buffer = pa.py_buffer(np.ascontiguousarray(keys).tobytes())
+        key_column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(keys), [None, buffer])
+        table = pa.table({"key": key_column, "tokens": pa.array(tokens, pa.int32())})
+        metadata = {
+            "sha256": shard_checksum(self.folder, number),
+            "rows": str(len(keys)),
+            "width": str(self.embed_dim),
+            "dtype": self.dtype,
+            "identity": json.dumps(self.identity),
+        }
+        with atomic_path(keys_path(self.folder, number)) as temporary:
+            pq.write_table(table.replace_schema_metadata(metadata), temporary, write_page_checksum=True)
 
     def finish(self) -> None:
-        """Write the index and the manifest from the shards that are there."""
-        write_manifest(self.folder, self.identity, self.width, self.dtype)
+        """Write the key index and the manifest of the complete shards."""
+        write_manifest(self.folder, self.identity, self.embed_dim, self.dtype)
+
+    def _check_shapes(self, keys: np.ndarray, tokens: Sequence[int], embeddings: np.ndarray) -> None:
+        count = len(embeddings)
+        if keys.shape != (count, KEY_BYTES) or embeddings.shape[1:] != (self.embed_dim,) or len(tokens) != count:
+            raise StoreError(
+                f"{self.folder} needs embeddings of {self.embed_dim} dimensions, each with a key and a token count "
+                f"(got embeddings {embeddings.shape}, keys {keys.shape}, {len(tokens)} token counts)"
+            )
+
+    def _check_values(self, keys: np.ndarray, embeddings: np.ndarray, captions: Sequence[str] | None) -> None:
+        invalid = ~np.isfinite(embeddings).all(axis=1)
+        if self.dtype == "float16":
+            with np.errstate(over="ignore"):
+                invalid |= ~np.isfinite(embeddings.astype(np.float16)).all(axis=1)
+        if invalid.any():
+            row = int(invalid.argmax())
+            name = repr(captions[row][:120]) if captions else f"key {keys[row].tobytes().hex()}"
+            raise StoreError(f"the embedding of {name} is not finite in {self.dtype}. Check the encoder's weights")
 
 
-def write_manifest(folder: Path, identity: dict[str, Any], width: int, dtype: str) -> None:
-    """Write the index and the manifest of a folder's whole shards.
+def write_manifest(folder: Path, identity: dict[str, Any], embed_dim: int, dtype: str) -> None:
+    """Write the key index and the manifest of a folder's complete shards; delete older indexes.
 
     Raises:
-        StoreError: a shard is not of this encoder, width and dtype.
+        StoreError: a shard has another identity, dimension or dtype.
     """
-    shards = read_shards(folder, (identity, width, dtype))
+    shards = read_shards(folder, (identity, embed_dim, dtype))
     index = index_path(folder, shards)
-    different = build_key_index(index, (read_keys(folder, shard) for shard in shards))
+    distinct = build_key_index(index, (read_keys(folder, shard) for shard in shards))
     manifest = {
         "fingerprint": fingerprint(identity),
         "identity": identity,
-        "width": width,
+        "width": embed_dim,
         "dtype": dtype,
-        "captions": different,
+        "captions": distinct,
         "shards": [asdict(shard) for shard in shards],
     }
-    with atomic_path(folder / MANIFEST) as tmp, tmp.open("w") as f:
-        json.dump(manifest, f, indent=1)
-        fsync_folder(f)
-    for old in set(folder.glob("index-*.npy")) - {index}:
-        old.unlink()
+    atomic_write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
+    for old_index in set(folder.glob("index-*.npy")) - {index}:
+        old_index.unlink()
 
 
-def stored_bytes(embeddings: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Vectors (N, width) as they are stored: float16 or float32; or int8, each row with its scale, which makes its
-    largest value 127."""
+def quantize_rows(embeddings: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Convert embeddings (N, embed_dim) to the dtype of a store.
+
+    Returns:
+        The converted embeddings; for int8 also the factor of each row, (N,) float32, chosen so that the row's largest
+        absolute value becomes 127.
+    """
     if dtype != "int8":
         return np.ascontiguousarray(embeddings, DTYPES[dtype]), None
     exact = np.asarray(embeddings, np.float32)
     scales = np.abs(exact).max(axis=1) / 127
-    return np.rint(exact / np.where(scales > 0, scales, 1)[:, None]).astype(np.int8), scales.astype(np.float32)
+    divisors = np.where(scales > 0, scales, 1)  # an all-zero row stays zero
+    return np.rint(exact / divisors[:, None]).astype(np.int8), scales.astype(np.float32)

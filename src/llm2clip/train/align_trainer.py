@@ -42,7 +42,7 @@ from llm2clip.models.fingerprint import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.tower_lora import merge_tower_lora
 from llm2clip.run_config import RESUME_SAFE
-from llm2clip.store.image_features import TowerFeatures, store_image_features
+from llm2clip.store.image_features import TowerEncoder, store_image_features
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.align_data import AlignBatches, Batch
 from llm2clip.train.best_checkpoint import BestCheckpoint
@@ -114,7 +114,7 @@ class AlignTrainer:
         vectors = None
         if config.cache_features:
             refs = [r.image for r in records if r.image is not None]
-            tower = TowerFeatures(model.tower, config.precision)
+            tower = TowerEncoder(model.tower, config.precision)
             identity = tower.identity()
             if features is None:  # of just this tower: settings may have been mended since
                 features = (folder.parent if heads else folder) / f"features-{fingerprint(identity)[:8]}"

@@ -35,9 +35,9 @@ from llm2clip.evaluate.retrieval_eval import RetrievalRanks, dual_encoder_from_s
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.display_names import display_names
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.pipeline import align, drop_refused_captions, embed, open_encoder, tune
-from llm2clip.store.layout import keys_of
-from llm2clip.store.store import EmbeddingStore
+from llm2clip.pipeline import align, embed, open_encoder, tune
+from llm2clip.store.layout import caption_keys
+from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.tools.reproduce.datasets import ClaimData
 
 
@@ -111,7 +111,7 @@ class Experiments:
         folder = self.out / "stores" / _file(name)
         if (folder / "manifest.json").exists():
             store = EmbeddingStore(folder)
-            if (store.find(keys_of(unique_captions(texts))) >= 0).all():
+            if (store.find(caption_keys(unique_captions(texts))) >= 0).all():
                 return store
         print_once(f"embed: {self.label(name)}")
         return embed(texts, folder, self._encoder_config(name), EmbedConfig())

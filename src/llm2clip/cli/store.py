@@ -1,0 +1,111 @@
+"""Commands `llm2clip store verify | repair | merge | export | import`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jsonargparse import Namespace
+
+from llm2clip.cli.commands import Commands
+from llm2clip.config import EncoderConfig
+
+if TYPE_CHECKING:
+    from llm2clip.store.store import EmbeddingStore
+
+
+def add(commands: Commands) -> None:
+    """Add the commands of this module."""
+    group = commands.group("store", "Check, repair, merge, export and import embedding stores.")
+
+    parser = group.add("verify", _verify, "Read every shard and compare its checksum.")
+    parser.add_argument("folder", type=str, help="Store folder.")
+
+    parser = group.add("repair", _repair, "Delete damaged shards; `llm2clip embed` then encodes their captions again.")
+    parser.add_argument("folder", type=str, help="Store folder.")
+
+    parser = group.add("merge", _merge, "Merge stores that were filled on several machines by the same encoder.")
+    parser.add_argument("folders", nargs="+", type=str, help="Store folders to merge.")
+    parser.add_argument("--out", type=str, required=True, help="Folder of the merged store.")
+
+    parser = group.add("export", _export, "Export a store to Parquet, or to tar files for the official LLM2CLIP code.")
+    parser.add_argument("folder", type=str, help="Store folder.")
+    parser.add_argument("--parquet", type=str, help="Parquet file to write.")
+    parser.add_argument(
+        "--tars",
+        nargs="+",
+        type=str,
+        help="Webdataset tars of samples; X_text_embeddings.tar is written beside each X.tar.",
+    )
+
+    parser = group.add(
+        "import", _import, "Make a store from a Parquet file, or from tars of the official LLM2CLIP code."
+    )
+    parser.add_argument("--parquet", type=str, help="Parquet file with the columns embedding, and key or caption.")
+    parser.add_argument(
+        "--tars", nargs="+", type=str, help="Webdataset tars of samples, with X_text_embeddings.tar beside each X.tar."
+    )
+    parser.add_argument("--out", type=str, required=True, help="Store folder.")
+    parser.add_argument(
+        "--precision", type=str, default="fp32", help="Precision in which the embeddings were computed."
+    )
+    parser.add_class_arguments(EncoderConfig, "encoder")
+
+
+def _verify(args: Namespace) -> list[str]:
+    from llm2clip.store.store import EmbeddingStore
+
+    store = EmbeddingStore(args.folder)
+    store.verify(progress=True)
+    return [f"{args.folder}: {len(store):,} captions in {len(store.shards)} shards, all checksums match"]
+
+
+def _repair(args: Namespace) -> list[str]:
+    from llm2clip.store.maintenance import repair_store
+    from llm2clip.store.store import EmbeddingStore
+
+    deleted = repair_store(args.folder, progress=True)
+    count = len(EmbeddingStore(args.folder))
+    return [
+        f"Deleted: {', '.join(deleted) or 'nothing'}",
+        f"The store has {count:,} captions; `llm2clip embed` encodes those that were deleted again",
+    ]
+
+
+def _merge(args: Namespace) -> list[str]:
+    from llm2clip.store.maintenance import merge_stores
+
+    return _summary(args.out, merge_stores(args.out, args.folders))
+
+
+def _export(args: Namespace) -> list[str]:
+    from llm2clip.store.import_export import export_official_tars, export_parquet
+    from llm2clip.store.store import EmbeddingStore
+
+    _check_format(args)
+    store = EmbeddingStore(args.folder)
+    if args.parquet:
+        export_parquet(store, args.parquet)
+        return [args.parquet]
+    return [str(file) for file in export_official_tars(store, args.tars)]
+
+
+def _import(args: Namespace) -> list[str]:
+    from llm2clip.pipeline import open_encoder
+    from llm2clip.store.import_export import import_official_tars, import_parquet
+
+    _check_format(args)
+    if args.parquet and args.encoder == EncoderConfig():  # the identity of the encoder is in the file's metadata
+        return _summary(args.out, import_parquet(args.parquet, args.out))
+    identity = open_encoder(args.encoder).identity(args.precision)
+    if args.parquet:
+        return _summary(args.out, import_parquet(args.parquet, args.out, identity))
+    return _summary(args.out, import_official_tars(args.tars, args.out, identity))
+
+
+def _check_format(args: Namespace) -> None:
+    if (args.parquet is None) == (args.tars is None):
+        raise ValueError("specify either --parquet FILE or --tars X.tar ...")
+
+
+def _summary(out: str, store: EmbeddingStore) -> list[str]:
+    return [f"{out}: {len(store):,} captions"]

@@ -1,0 +1,110 @@
+"""Preparation of a store before new captions are encoded, and completion afterwards, for any number of processes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from llm2clip.distributed import process_state
+from llm2clip.store.dedup import PendingCaptions, ingest
+from llm2clip.store.layout import next_shard_number, remove_temp_files, shard_numbers
+from llm2clip.store.lock import folder_lock
+from llm2clip.store.store import EmbeddingStore, refused_captions
+from llm2clip.store.writer import StoreWriter
+
+
+@dataclass(frozen=True)
+class WritePlan:
+    """The shards that are missing from a store.
+
+    Attributes:
+        writer: Writer of the store.
+        incoming: Folder of the captions to encode; `PendingCaptions` reads it.
+        shards: Number of each missing shard, with its slice of the pending captions.
+    """
+
+    writer: StoreWriter
+    incoming: Path
+    shards: list[tuple[int, slice]]
+
+    def local_shards(self) -> list[tuple[int, slice]]:
+        """Return the shards that this process must write: with n processes, every n-th shard."""
+        state = process_state()
+        return self.shards[state.process_index :: state.num_processes]
+
+
+@contextmanager
+def open_for_writing(
+    captions: Iterable[str],
+    folder: str | Path,
+    identity: dict[str, Any],
+    embed_dim: int,
+    *,
+    dtype: str,
+    shard_size: int,
+) -> Iterator[WritePlan]:
+    """Read the captions and yield the shards that are missing; on success, write manifest and index.
+
+    All processes must enter and leave together. The main process locks the store, checks the existing shards and
+    deduplicates the captions; captions that are in the store, or that the tokenizer could not encode, are skipped.
+
+    Args:
+        captions: Texts, or names of images, with or without duplicates; only the main process reads them, once.
+        folder: Folder of the store.
+        identity: Identity of the encoder.
+        embed_dim: Embedding dimension.
+        dtype: dtype of the store.
+        shard_size: Captions per shard.
+
+    Raises:
+        StoreError: the store is damaged, was made by another encoder, or another run is writing to it.
+    """
+    state, folder = process_state(), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    incoming = folder / ".incoming"
+    with folder_lock(folder) if state.is_main_process else nullcontext():
+        with state.main_process_first():
+            writer = StoreWriter(folder, identity, embed_dim, dtype)
+        if state.is_main_process:
+            _prepare(writer, captions, incoming)
+        state.wait_for_everyone()
+        shards = _missing_shards(folder, incoming, shard_size)
+        state.wait_for_everyone()  # no process may add a shard before all have listed the existing ones
+        yield WritePlan(writer, incoming, shards)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            writer.finish()
+            shutil.rmtree(incoming, ignore_errors=True)  # network file systems may keep files that are still open
+        state.wait_for_everyone()
+
+
+def _prepare(writer: StoreWriter, captions: Iterable[str], incoming: Path) -> None:
+    """Clean up after an interrupted run, verify the existing shards and deduplicate the captions."""
+    folder = writer.folder
+    shutil.rmtree(incoming, ignore_errors=True)
+    incoming.mkdir(exist_ok=True)
+    remove_temp_files(folder)
+    writer.finish()
+    store = None
+    if shard_numbers(folder):
+        store = EmbeddingStore(folder)
+        store.verify(progress=True)
+    refused = {row["caption"] for row in refused_captions(folder)}
+    stream: Iterable[str] = tqdm(captions, "read", unit="caption", leave=False, delay=1)
+    if refused:
+        stream = (caption for caption in stream if caption not in refused)
+    ingest(stream, incoming, store)
+
+
+def _missing_shards(folder: Path, incoming: Path, shard_size: int) -> list[tuple[int, slice]]:
+    """Cut the pending captions into shards with new numbers."""
+    with closing(PendingCaptions(incoming)) as pending:
+        count = len(pending)
+    slices = [slice(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
+    return list(enumerate(slices, next_shard_number(folder)))
