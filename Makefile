@@ -1,4 +1,4 @@
-# The two commands of the README, and the checks behind them. PYTHON is the interpreter that makes the environment.
+# PYTHON creates the virtual environment in VENV.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,7 @@ check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	@found=$$($(BIN)/lint-imports) || { echo "$$found"; exit 1; }
+	@report=$$($(BIN)/lint-imports) || { echo "$$report"; exit 1; }
 
 docs: $(VENV)/ready
 	$(BIN)/mkdocs build --quiet

@@ -1,4 +1,4 @@
-"""The commands of the README and the documentation are ones that the command understands."""
+"""Every command and link in the README and the documentation is valid."""
 
 from __future__ import annotations
 
@@ -14,29 +14,32 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def commands() -> list[tuple[str, str]]:
-    """Lines of code blocks that begin with our command, and on which page they are."""
-    found = []
+def documented_commands() -> list[tuple[str, str]]:
+    """Return (page, command) for each line of a code block that starts with `llm2clip`."""
+    commands = []
     for page in PAGES:
         for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL):
-            whole = re.sub(r"\\\n\s*", "", block)
-            found += [(page.name, line) for line in whole.splitlines() if re.match(r"llm2clip [a-z]", line)]
-    return found
+            joined = re.sub(r"\\\n\s*", "", block)
+            commands += [(page.name, line) for line in joined.splitlines() if re.match(r"llm2clip [a-z]", line)]
+    return commands
 
 
-@pytest.mark.parametrize(("page", "line"), commands())
-def test_it_is_understood(page: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("page", "command"), documented_commands())
+def test_documented_command_parses(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    parser, verbs = build()
+    parser, run = build()
     try:
-        given = parser.parse_args(shlex.split(line, comments=True)[1:])
+        args = parser.parse_args(shlex.split(command, comments=True)[1:])
     except SystemExit as error:
-        raise AssertionError(f"{page}: {line}") from error
-    assert given.subcommand in verbs
+        raise AssertionError(f"{page}: {command}") from error
+    assert args.subcommand in run
 
 
-def test_there_are_some_and_their_files_exist() -> None:
-    assert len(commands()) > 40
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+def test_documentation_has_commands() -> None:
+    assert len(documented_commands()) > 40
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_documentation_links_exist(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target

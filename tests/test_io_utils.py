@@ -1,4 +1,4 @@
-"""Files of others, read with errors that name the place; files of our own, whole or not at all."""
+"""Atomic writes, and readers whose errors name the file and line."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 from llm2clip.io_utils import (
     DataFormatError,
     MissingFileError,
+    atomic_dir,
+    atomic_path,
     atomic_write_text,
     first_existing,
     read_json,
@@ -18,39 +20,63 @@ from llm2clip.io_utils import (
 )
 
 
-def test_a_caption_may_hold_what_python_takes_for_the_end_of_a_line(tmp_path: Path) -> None:
-    caption = "one\u2028two\x85three\x0cfour"
+def test_read_jsonl_splits_at_newlines_only(tmp_path: Path) -> None:
+    caption = "one\u2028two\x85three\x0cfour"  # str.splitlines would split here
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"caption": caption}, ensure_ascii=False) + "\n\n" + '{"caption": "last"}', "utf-8")
     assert list(read_jsonl(file)) == [(1, {"caption": caption}), (3, {"caption": "last"})]
     assert len(read_lines(file)) == 2
 
 
-@pytest.mark.parametrize(("bad", "said"), [("{", "line 2: not JSON"), ("[1]", "line 2: not an object")])
-def test_a_bad_line_is_named(tmp_path: Path, bad: str, said: str) -> None:
+@pytest.mark.parametrize(("line", "message"), [("{", "line 2: not JSON"), ("[1]", "line 2: not a JSON object")])
+def test_readers_name_the_invalid_line(tmp_path: Path, line: str, message: str) -> None:
     file = tmp_path / "a.jsonl"
-    file.write_text('{"a": 1}\n' + bad, encoding="utf-8")
-    with pytest.raises(DataFormatError, match=said):
+    file.write_text('{"a": 1}\n' + line, encoding="utf-8")
+    with pytest.raises(DataFormatError, match=message):
         list(read_jsonl(file))
     with pytest.raises(DataFormatError, match=r"a\.jsonl: not JSON"):
         read_json(file)
+
+
+def test_readers_reject_files_that_are_not_utf8(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
     file.write_bytes(b"\xff\xfe\xff")
     for read in (read_lines, read_json, lambda f: list(read_jsonl(f))):
         with pytest.raises(DataFormatError, match=r"a\.jsonl"):
             read(file)
 
 
-def test_the_first_that_is_there(tmp_path: Path) -> None:
+def test_first_existing_matches_patterns(tmp_path: Path) -> None:
     (tmp_path / "b1.txt").touch()
     assert first_existing(tmp_path, "a.txt", "b*.txt") == tmp_path / "b1.txt"
     with pytest.raises(MissingFileError, match=r"has no a.txt or c\*.txt"):
         first_existing(tmp_path, "a.txt", "c*.txt")
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     file = tmp_path / "new" / "a.txt"
     atomic_write_text(file, "größer")
     assert file.read_bytes() == "größer".encode()
     with pytest.raises(UnicodeEncodeError):
         atomic_write_text(file, "half\ud800")
-    assert file.read_bytes() == "größer".encode() and [p.name for p in file.parent.iterdir()] == ["a.txt"]
+    assert file.read_bytes() == "größer".encode()
+    assert [path.name for path in file.parent.iterdir()] == ["a.txt"]
+
+
+def test_atomic_path_shows_the_file_only_when_complete(tmp_path: Path) -> None:
+    file = tmp_path / "a.npy"
+    with atomic_path(file) as temporary:
+        temporary.write_text("half")
+        assert not file.exists() and temporary.suffix == ".npy"
+    assert file.read_text() == "half" and not temporary.exists()
+
+
+def test_atomic_dir_appears_complete_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    with pytest.raises(RuntimeError), atomic_dir(folder) as temporary:
+        (temporary / "part").touch()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with atomic_dir(folder) as temporary:
+        (temporary / "part").write_text("x")
+    assert [path.name for path in folder.iterdir()] == ["part"]
