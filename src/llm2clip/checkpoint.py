@@ -1,102 +1,176 @@
-"""Checkpoints that are whole or as good as absent, and the log of a run that goes on from one.
+"""Checkpoints and metrics of a training run, the same for tune, align and LLaVA.
 
-At the bottom of the house: whatever trains is killed and gone on with by the same rules.
+A run writes `checkpoints/checkpoint-N` every few steps and appends a line to `metrics.jsonl` for every logged step. A
+checkpoint counts once its marker file exists, so that it is either complete or ignored. The marker holds the signature
+of the run (its settings and a hash of its data); training resumes only from a checkpoint with the same signature.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
+
+from llm2clip.distributed import process_state
 from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text
 
+PREFIX = "checkpoint-"  # the name that transformers' Trainer gives its checkpoints
 COMPLETE_MARKER = "complete"
+MAX_CHECKPOINTS = 2  # older ones are removed
 
 
-def mark_complete(checkpoint: Path, plan: dict[str, Any]) -> None:
-    """Declare a checkpoint whole: all its files were written. One without the mark is as good as absent.
+class Checkpoints:
+    """Checkpoints of one training run. The methods must be called by all ranks.
 
-    Args:
-        checkpoint: its folder.
-        plan: what a run must have in common with this one to go on from here, such as steps, batch and a hash of the
-            data.
+    Attributes:
+        latest: Checkpoint to resume from; None starts from the beginning.
+        step: Step of that checkpoint, or 0.
     """
-    atomic_write_text(checkpoint / COMPLETE_MARKER, json.dumps(plan))
+
+    def __init__(self, folder: Path, signature: Mapping[str, Any]) -> None:
+        """Find the checkpoint to resume from and remove incomplete ones.
+
+        Args:
+            folder: Folder of the checkpoints. It need not exist.
+            signature: What a run must have in common with a checkpoint to resume from it, such as the number of steps,
+                the batch size and a hash of the data. JSON values.
+
+        Raises:
+            ValueError: The latest checkpoint has a different signature, or is not visible on this rank.
+        """
+        self.folder, self.signature = folder, dict(signature)
+        state = process_state()
+        latest = None
+        if state.is_main_process:
+            _remove_incomplete(folder)
+            latest = latest_checkpoint(folder)
+        if state.num_processes > 1:
+            latest = broadcast_object_list([latest])[0]
+        if latest is not None:
+            if not (latest / COMPLETE_MARKER).exists():
+                raise ValueError(f"{latest} is not visible on all ranks: the run directory must be on a shared disk")
+            validate_resume(latest, self.signature)
+        self.latest: Path | None = latest
+        self.step = 0 if latest is None else checkpoint_step(latest)
+
+    def path(self, step: int) -> Path:
+        """Return the folder of the checkpoint of a step."""
+        return self.folder / f"{PREFIX}{step}"
+
+    def commit(self, step: int) -> None:
+        """Mark the checkpoint of a step as complete once all ranks have written their part; remove old checkpoints."""
+        state = process_state()
+        state.wait_for_everyone()
+        if state.is_main_process:
+            mark_complete(self.path(step), self.signature)
+            prune_checkpoints(self.folder)
 
 
-def validate_resume(checkpoint: Path | None, plan: dict[str, Any]) -> Path | None:
-    """The checkpoint, if a run of this plan can go on from it.
+class MetricsLog:
+    """A JSONL file of metrics: one object per line, each with its `step`."""
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        """Open `path` for appending. Lines after `resume_step` are dropped: their steps will be repeated."""
+        self.path = path
+        lines = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
+        atomic_write_jsonl(path, lines)
+
+    def write(self, step: int, **values: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+class TrainingLog(TrainerCallback):
+    """Callback for transformers' Trainer: writes metrics, stops at non-finite values and commits checkpoints."""
+
+    def __init__(self, metrics: Path, checkpoints: Checkpoints, advice: str = "", log_summary: bool = False) -> None:
+        """
+        Args:
+            metrics: JSONL file, written by the main process.
+            checkpoints: Checkpoints in the output directory of the Trainer.
+            advice: End of the error message for a non-finite loss or gradient: what to change.
+            log_summary: Also write the Trainer's summary at the end of training (run time, mean loss).
+        """
+        self.checkpoints, self.advice, self.log_summary = checkpoints, advice, log_summary
+        self.log = MetricsLog(metrics, checkpoints.step) if process_state().is_main_process else None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        # A non-finite gradient makes the weights non-finite. Only fp16 expects such steps: its scaler skips them.
+        for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
+            check_finite(name, logs.get(name, 0.0), state.global_step, self.checkpoints, self.advice)
+        if self.log is not None and ("loss" in logs or self.log_summary):
+            self.log.write(state.global_step, **logs)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.checkpoints.commit(state.global_step)
+
+
+def check_finite(name: str, value: float, step: int, checkpoints: Checkpoints, advice: str = "") -> None:
+    """Raise FloatingPointError, naming the step and the last complete checkpoint, unless `value` is finite."""
+    if math.isfinite(value):
+        return
+    last = latest_checkpoint(checkpoints.folder)
+    raise FloatingPointError(f"{name} is {value} at step {step}. Last complete checkpoint: {last}. {advice}".rstrip())
+
+
+def mark_complete(checkpoint: Path, signature: Mapping[str, Any]) -> None:
+    """Write the marker of a checkpoint whose files have all been written."""
+    atomic_write_text(checkpoint / COMPLETE_MARKER, json.dumps(signature))
+
+
+def validate_resume(checkpoint: Path, signature: Mapping[str, Any]) -> None:
+    """Check that a run with this signature can resume from a checkpoint.
 
     Raises:
-        ValueError: the checkpoint is of another plan; the message names what differs.
+        ValueError: The checkpoint has a different signature; the message names what differs.
     """
-    if checkpoint is None:
-        return None
-    there = json.loads((checkpoint / COMPLETE_MARKER).read_text())
-    differs = "; ".join(f"{k}: {there.get(k)} there, {v} now" for k, v in plan.items() if there.get(k) != v)
-    if differs:
+    saved = json.loads((checkpoint / COMPLETE_MARKER).read_text())
+    changes = [
+        f"{name}: {saved.get(name)} then, {value} now" for name, value in signature.items() if saved.get(name) != value
+    ]
+    if changes:
         raise ValueError(
-            f"{checkpoint} cannot be gone on from: {differs}. Give the run the data and the number of processes that "
-            f"it was begun with, or delete {checkpoint.parent} to begin the stage again"
+            f"Cannot resume from {checkpoint}: {'; '.join(changes)}. Use the same data, settings and number of "
+            f"processes, or delete {checkpoint.parent} to start this stage over"
         )
-    return checkpoint
 
 
-def latest_checkpoint(folder: Path, prefix: str = "step-") -> Path | None:
-    """The newest whole checkpoint `folder/PREFIXn`; half-written ones, left by a kill, are removed."""
-    found: list[tuple[int, Path]] = []
-    for path in folder.glob(f"{prefix}*") if folder.is_dir() else ():
-        if not (number := re.fullmatch(re.escape(prefix) + r"(\d+)", path.name)):
-            continue
-        if (path / COMPLETE_MARKER).exists():
-            found.append((int(number[1]), path))
-        else:
-            shutil.rmtree(path)
-    return max(found)[1] if found else None
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Return the complete checkpoint with the largest step, or None."""
+    complete = [path for path in _checkpoints(folder) if (path / COMPLETE_MARKER).exists()]
+    return complete[-1] if complete else None
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The number in a checkpoint's name."""
-    return int(checkpoint.name.rsplit("-", 1)[1])
+    """Return the step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix(PREFIX))
 
 
-def prune_checkpoints(folder: Path, keep: int = 2, prefix: str = "step-") -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    numbered = re.compile(re.escape(prefix) + r"\d+")
-    paths = sorted((p for p in folder.glob(f"{prefix}*") if numbered.fullmatch(p.name)), key=checkpoint_step)
-    for path in paths[:-keep]:
+def prune_checkpoints(folder: Path, keep: int = MAX_CHECKPOINTS) -> None:
+    """Remove all but the latest `keep` checkpoints."""
+    for path in _checkpoints(folder)[:-keep]:
         shutil.rmtree(path)
 
 
 def hash_texts(texts: Iterable[str]) -> str:
-    """A hash of texts in their order."""
-    whole = hashlib.sha256()
+    """Return a hash of texts that depends on their order, as 16 hexadecimal digits."""
+    total = hashlib.sha256()
     for text in texts:
-        whole.update(hashlib.sha256(text.encode(errors="surrogateescape")).digest())
-    return whole.hexdigest()[:16]
-
-
-class MetricsLog:
-    """A JSONL file of metrics, one object a line, each with its `step`."""
-
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
-        """Open `path` for appending; lines after `resume_step` are of steps that will be done again and are dropped."""
-        self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
-        atomic_write_jsonl(path, kept)
-
-    def write(self, step: int, **values: Any) -> None:
-        with self.path.open("a") as f:
-            f.write(json.dumps({"step": step, **values}) + "\n")
+        total.update(hashlib.sha256(text.encode(errors="surrogateescape")).digest())
+    return total.hexdigest()[:16]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line cut off by a kill is left out."""
+    """Read a metrics file. A last line that was cut off by a kill is ignored."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -104,3 +178,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints in a folder by step, complete or not."""
+    pattern = re.compile(re.escape(PREFIX) + r"\d+")
+    return sorted((path for path in folder.glob(f"{PREFIX}*") if pattern.fullmatch(path.name)), key=checkpoint_step)
+
+
+def _remove_incomplete(folder: Path) -> None:
+    for path in _checkpoints(folder):
+        if not (path / COMPLETE_MARKER).exists():
+            shutil.rmtree(path)

@@ -48,7 +48,7 @@ from llm2clip.store.encode import embed as embed_locally
 from llm2clip.store.ray_engine import embed_with_ray
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.train.align import align as train_align
-from llm2clip.train.align_data import check_batch
+from llm2clip.train.sampling import check_batch_size
 from llm2clip.train.tune import tune as train_tune
 
 HeldOut = Mapping[str, Sequence[Record]]  # caption column -> records
@@ -73,7 +73,7 @@ def fit(sources: Sequence[str], run_dir: Path, config: FitConfig) -> Path:
     log = start_run(run_dir, {"data": list(sources), **dataclasses.asdict(config)}, config.max_skipped)
     data = read_splits(sources, config.evaluate, config.columns, log)
     print_once(data.summary, log.summary())
-    check_batch(sum(r.image is not None for r in data.train), config.align, process_state().num_processes)
+    check_batch_size(sum(r.image is not None for r in data.train), config.align, process_state().num_processes)
 
     print_once("1/4 tune: contrastive training of the language model on captions")
     pairs = _tuning_pairs(data.train, data.held_out, config, run_dir / "tune", log)

@@ -13,7 +13,6 @@ Each stage begins with the model as it was and what the stage before it learned,
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -30,18 +29,10 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
-from llm2clip.checkpoint import (
-    MetricsLog,
-    checkpoint_step,
-    hash_texts,
-    latest_checkpoint,
-    mark_complete,
-    validate_resume,
-)
+from llm2clip.checkpoint import Checkpoints, TrainingLog, hash_texts
 from llm2clip.config import LlavaConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.skip_log import SkipLog
@@ -260,9 +251,8 @@ class _Stage:
             "conversations": hash_texts(json.dumps([one.id, *one.turns]) for one in conversations),
             "processes": process_state().num_processes,
         }
-        with process_state().main_process_first():
-            latest = latest_checkpoint(self.out, "checkpoint-")
-        resume = validate_resume(latest, plan)  # outside: who raises within would leave the others waiting
+        checkpoints = Checkpoints(self.out, plan)
+        log = TrainingLog(self.out / "metrics.jsonl", checkpoints, "Lower the learning rate", log_summary=True)
         trainer = _Trainer(
             model=self.model,
             args=self._arguments(),
@@ -270,12 +260,12 @@ class _Stage:
             data_collator=LlavaCollator(
                 tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids(IMAGE), self.tokens, empty
             ),
-            callbacks=[_Notes(self.out, checkpoint_step(resume) if resume else 0, plan)],
+            callbacks=[log],
         )  # fmt: skip
         trainer.seeing = self.seeing
         if config.group_by_length:
             trainer.sampler = LengthGroupedSampler(data.lengths(), self.batch, config.seed)
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
         state = trainer.accelerator.get_state_dict(trainer.model)  # of all processes, where weights are shared out
         if process_state().is_main_process:
             learned = _learned(self.model, state)
@@ -348,27 +338,6 @@ class _Trainer(Trainer):
         else:
             own: Any = self.model
             _put(own, Path(resume_from_checkpoint) / TRAINED_WEIGHTS)
-
-
-class _Notes(TrainerCallback):
-    """A line of metrics.jsonl for each log; a mark on each checkpoint that was written to its end."""
-
-    def __init__(self, folder: Path, resume_step: int, plan: dict[str, Any]) -> None:
-        self.folder, self.plan = folder, plan
-        self.log = MetricsLog(folder / "metrics.jsonl", resume_step) if process_state().is_main_process else None
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        logs = logs or {}
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(logs.get(name, 0.0)):
-                raise FloatingPointError(f"{name} is {logs[name]} after {state.global_step} steps")
-        if self.log is not None:
-            self.log.write(state.global_step, **logs)
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        process_state().wait_for_everyone()
-        if state.is_world_process_zero:
-            mark_complete(self.folder / f"checkpoint-{state.global_step}", self.plan)
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:

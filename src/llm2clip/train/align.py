@@ -1,27 +1,53 @@
-"""Stage 2, align: the vision tower, its projection and the adapter learn from the store.
+"""Stage 2, align: train the vision tower, its projection and the adapter against cached caption embeddings.
 
-Each step takes a batch of images and some cached captions of each, and lowers a contrastive loss between them. The LLM
-is not here: its embeddings are rows of the store.
-
-The heads may learn first, alone, on features that the tower gives as it is: heads drawn at random send a pretrained
-tower noise until they fit it (arXiv 2202.10054). That is the same training with the tower frozen.
+Each step takes a batch of images and some captions of each, and lowers a contrastive loss between them. The LLM is not
+used: its embeddings are rows of the store. If the tower is frozen (`tower_lr` 0), its features are computed once, and
+training reads them from a second store.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from llm2clip.checkpoint import Checkpoints, MetricsLog, check_finite, hash_texts
 from llm2clip.config import AlignConfig
-from llm2clip.cpu_tuning import onednn_matmul
+from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.distributed import process_state
+from llm2clip.distributed import fsdp_enabled, process_state, set_fsdp_wrap_policy, set_mixed_precision
+from llm2clip.models.fingerprint import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.precision import resolve_device_precision
+from llm2clip.models.tower_lora import merge_tower_lora
+from llm2clip.run_config import RESUME_SAFE
+from llm2clip.store.image_features import TowerEncoder, store_image_features
 from llm2clip.store.lock import folder_lock
 from llm2clip.store.store import EmbeddingStore
-from llm2clip.train.align_trainer import AlignTrainer, Validate, latest_checkpoint_all_ranks
+from llm2clip.train.best_checkpoint import BestCheckpoint, Validate
+from llm2clip.train.distributed import empty_copy, full_tensor, gather_to_cpu
+from llm2clip.train.grad_cache import cached_backward
+from llm2clip.train.losses import info_nce, sigmoid_loss
+from llm2clip.train.optim import MAX_GRAD_NORM, cosine_schedule, make_optimizer, set_trainable
+from llm2clip.train.sampling import AlignBatches, Batch, decoding_workers
+
+# With fp16, the gradient scaler skips steps with non-finite gradients and halves its factor. After this many skipped
+# steps in a row the factor is not the cause.
+MAX_SKIPPED_STEPS = 20
 
 
 @onednn_matmul()
@@ -30,40 +56,298 @@ def align(
     store: EmbeddingStore,
     model: LLM2CLIP,
     config: AlignConfig,
-    folder: Path,
+    run_dir: Path,
     log: SkipLog,
     validate: Validate | None = None,
     features: Path | None = None,
 ) -> LLM2CLIP:
-    """Train a model on `records`; a killed run goes on from its last checkpoint.
+    """Train a model on the images of `records` and their captions; an interrupted run resumes from its last checkpoint.
 
     Args:
-        records: with images; their captions must be in the store.
-        store: the captions' embeddings.
-        model: freshly initialised, its tower pretrained; changed in place.
-        recipe: the settings.
-        folder: keeps checkpoints/step-N, metrics.jsonl, evaluations.jsonl, best/, and heads/ where they learn first.
-        log: where unreadable images are counted and listed.
-        validate: figures of the model in eval mode on held-out images, `score` among them, higher is better.
-        features: store of the tower's features, where the recipe wants them; filled first; None is one in `folder`.
+        records: Training data. All captions must be in the store.
+        store: Cached embeddings of the captions.
+        model: Untrained model with a pretrained tower; changed in place.
+        config: Settings.
+        run_dir: Run directory: checkpoints/, metrics.jsonl, evaluations.jsonl, best/.
+        log: Counts and lists images that cannot be decoded.
+        validate: Evaluation on held-out images.
+        features: Store of the frozen tower's features, filled first; used if `tower_lr` is 0. Default: in `run_dir`.
 
     Returns:
-        The trained model, in eval mode: `model` itself, or the same with whole weights where they were shared out.
+        The trained model in eval mode: `model`, or with FSDP an unsharded copy.
 
     Raises:
-        ValueError: there are fewer images than a batch, or settings do not go together.
-        TooManySkipped: too many images cannot be decoded.
-        FloatingPointError: the loss or a gradient is not finite; the message names the step and the last checkpoint.
+        ValueError: There are fewer images than one step takes, settings contradict each other, or the checkpoints are
+            those of a run with other settings or data.
+        TooManySkipped: Too many images cannot be decoded.
+        FloatingPointError: The loss or a gradient is not finite.
     """
-    if config.load_best_at_end == "best" and validate is None:
-        raise ValueError(
-            "--align.load_best_at_end best needs held-out images to evaluate on: name some with --held_out"
-        )
-    state = process_state()  # before Accelerate decides by itself whether this is one of several
-    folder.mkdir(parents=True, exist_ok=True)
-    with folder_lock(folder) if state.is_main_process else nullcontext():
-        if config.head_epochs and latest_checkpoint_all_ranks(folder / "checkpoints") is None:
-            model = AlignTrainer(
-                records, store, model, config.heads(), folder / "heads", features, log, heads=True
-            ).run()
-        return AlignTrainer(records, store, model, config, folder, features, log, validate).run()
+    if config.load_best_at_end and validate is None:
+        raise ValueError("--align.load_best_at_end needs held-out images to evaluate on: set --held_out")
+    state = process_state()  # must come before the Accelerator, which would set up the ranks differently
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with folder_lock(run_dir) if state.is_main_process else nullcontext():
+        return _train(records, store, model, config, run_dir, log, validate, features)
+
+
+def _train(
+    records: Sequence[Record],
+    store: EmbeddingStore,
+    model: LLM2CLIP,
+    config: AlignConfig,
+    run_dir: Path,
+    log: SkipLog,
+    validate: Validate | None,
+    features: Path | None,
+) -> LLM2CLIP:
+    """The training loop. Arguments as in `align`."""
+    # Trained parameters (LoRA layers are initialised here), precision and device.
+    set_seed(config.seed)
+    set_trainable(model, config)
+    set_fsdp_wrap_policy(model.tower.blocks())
+    precision = resolve_align_precision(config.precision, process_state().device)
+    trackers = _tracker_options(config.report_to, run_dir)
+    accelerator = Accelerator(
+        mixed_precision=set_mixed_precision(precision),
+        log_with=list(trackers) or None,
+        project_config=ProjectConfiguration(str(run_dir), str(run_dir / "logs")),
+    )
+    if precision == "fp16" and accelerator.scaler is None:
+        raise ValueError(f"--align.precision fp16 needs a GPU: use bf16 or fp32 on this device ({accelerator.device})")
+    keep_freed_memory(accelerator.device)
+
+    # Data: the batches of all steps, of pixels or of the frozen tower's features.
+    feature_store = None
+    if config.tower_lr == 0:
+        feature_store = _compute_features(records, model, config, precision, features, run_dir, log)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    data = AlignBatches(records, store, model, config, world_size, rank, feature_store)
+    steps = len(data)
+
+    # The checkpoint to resume from, and the best weights of earlier evaluations.
+    checkpoints = Checkpoints(run_dir / "checkpoints", _signature(data, store, config, precision))
+    eval_steps = data.steps_per_epoch if config.eval_steps is None else config.eval_steps
+    best = BestCheckpoint(run_dir, checkpoints.step, validate if eval_steps else None, accelerator)
+    metrics = MetricsLog(run_dir / "metrics.jsonl", checkpoints.step) if accelerator.is_main_process else None
+    _start_trackers(accelerator, trackers, config, checkpoints.step)
+
+    # Model and optimizer.
+    optimizer = make_optimizer(model, config)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(steps, config.warmup_ratio))
+    unsharded = empty_copy(model) if fsdp_enabled() else None
+    if config.gradient_checkpointing:
+        model.tower.set_grad_checkpointing()
+    net, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(schedule)
+    load_options: dict[str, Any] = {}
+    if unsharded is None:  # checkpoints leave out frozen weights
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        accelerator.register_save_state_pre_hook(partial(_drop_frozen_weights, frozen))
+        load_options["strict"] = False
+    set_seed(config.seed, device_specific=True)  # each rank draws its own dropout
+    if checkpoints.latest is not None:
+        accelerator.load_state(str(checkpoints.latest), **load_options)
+
+    model.train()
+    batches = data.batches(checkpoints.step)
+    skipped_steps = 0  # in a row, with non-finite gradients
+    progress = tqdm(total=steps, initial=checkpoints.step, desc="align", unit="step", disable=metrics is None)
+    clock = time.perf_counter()
+    for step in range(checkpoints.step + 1, steps + 1):
+        # Batch.
+        batch = next(batches)
+        data_seconds = time.perf_counter() - clock
+        _log_failures(batch, log, accelerator)
+
+        # Forward and backward.
+        local_loss, logit_scale = _batch_loss(net, batch, store, config, accelerator)
+        loss = accelerator.reduce(local_loss.detach(), "mean").item()
+        _check_finite("loss", loss, step, batch, checkpoints, run_dir)
+        accelerator.backward(local_loss)
+        grad_norm = float(full_tensor(accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)))
+        skipped_steps = 0 if math.isfinite(grad_norm) else skipped_steps + 1
+        if accelerator.scaler is None or skipped_steps >= MAX_SKIPPED_STEPS:
+            _check_finite("grad_norm", grad_norm, step, batch, checkpoints, run_dir)
+
+        # Optimizer step.
+        lr = config.lr * schedule.lr_lambdas[0](step - 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        model.clamp_logit_scale()
+
+        # Metrics.
+        step_seconds = time.perf_counter() - clock
+        line = {
+            "loss": loss,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "logit_scale": logit_scale.item(),
+            "lr": lr,
+            "images_per_second": len(batch.images) * world_size / step_seconds,
+            "data_wait": data_seconds / step_seconds,  # fraction of the step spent waiting for the batch
+        }
+        if metrics is not None:
+            metrics.write(step, **line)
+        accelerator.log({name: value for name, value in line.items() if value is not None}, step)
+        progress.update()
+        progress.set_postfix(loss=f"{loss:.3f}")
+
+        # Evaluation and checkpoint.
+        if best.validate and (step % eval_steps == 0 or step == steps):
+            accelerator.log(best.evaluate(model, step), step)
+            model.train()
+        if step % config.save_steps == 0 or step == steps:
+            accelerator.save_state(str(checkpoints.path(step)))
+            checkpoints.commit(step)
+        clock = time.perf_counter()
+    progress.close()
+    batches.close()
+    for tracker in accelerator.trackers:
+        tracker.finish()  # accelerator.end_training() would also destroy the process group
+
+    # The plain model again: without wrappers, checkpointing and LoRA layers.
+    accelerator.unwrap_model(net, keep_fp32_wrapper=False)
+    if unsharded is not None:
+        model = gather_to_cpu(unsharded, model).to(accelerator.device)  # type: ignore[assignment]
+    if config.load_best_at_end:
+        best.restore(model)
+    if config.gradient_checkpointing:
+        model.tower.set_grad_checkpointing(False)
+    merge_tower_lora(model.tower)
+    return model.requires_grad_(True).eval()
+
+
+def resolve_align_precision(precision: str, device: torch.device) -> str:
+    """Return fp32, bf16 or fp16. `auto` is bf16 on GPUs that support it, otherwise fp32."""
+    if precision == "auto" and device.type == "cpu":
+        return "fp32"
+    return resolve_device_precision(precision, device)
+
+
+def _compute_features(
+    records: Sequence[Record],
+    model: LLM2CLIP,
+    config: AlignConfig,
+    precision: str,
+    folder: Path | None,
+    run_dir: Path,
+    log: SkipLog,
+) -> EmbeddingStore:
+    """Compute the frozen tower's features of all images; features that the store already has are kept."""
+    refs = [record.image for record in records if record.image is not None]
+    encoder = TowerEncoder(model.tower, precision)
+    identity = encoder.identity()
+    folder = folder or run_dir / f"features-{fingerprint(identity)[:8]}"
+    return store_image_features(refs, encoder, identity, folder, log, workers=decoding_workers(config))
+
+
+def _signature(data: AlignBatches, store: EmbeddingStore, config: AlignConfig, precision: str) -> dict[str, Any]:
+    """Return what a run must have in common with a checkpoint to resume from it."""
+    settings = {**vars(config), "precision": precision}
+    return {
+        "steps": len(data),
+        "images per step": data.images_per_step,
+        "images": data.image_hash,
+        "captions": data.caption_hash,
+        "caption encoder": store.manifest["fingerprint"],
+        **{f"--align.{name}": value for name, value in settings.items() if name not in RESUME_SAFE},
+    }
+
+
+def _log_failures(batch: Batch, log: SkipLog, accelerator: Accelerator) -> None:
+    """Count the images that could not be decoded on any rank. Every rank counts all, so that all stop together."""
+    failures = list(batch.failures.items())
+    if accelerator.num_processes > 1:
+        failures = gather_object(failures)
+    for name, reason in failures:
+        log.skip(name, 0, "undecodable image", reason)
+        log.check()
+
+
+def _batch_loss(
+    net: nn.Module, batch: Batch, store: EmbeddingStore, config: AlignConfig, accelerator: Accelerator
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of a batch and the logit scale, in one forward pass or in several with gradient caching."""
+    device = accelerator.device
+    embeddings = torch.from_numpy(store.take(batch.caption_rows))  # (M, text_dim)
+    image_of_text = torch.from_numpy(batch.image_of_caption).to(device)
+    text_ids = torch.from_numpy(batch.caption_rows).to(device)
+    image_argument = "pixels" if batch.images.dtype == torch.uint8 else "features"
+
+    # Part n has the images from image_bounds[n] to image_bounds[n + 1], and their captions.
+    size = config.micro_batch_size or len(batch.images)
+    image_bounds = [*range(0, len(batch.images), size), len(batch.images)]
+    text_bounds = np.searchsorted(batch.image_of_caption, image_bounds).tolist()
+
+    def forward(part: int) -> tuple[Tensor, ...]:
+        images = batch.images[image_bounds[part] : image_bounds[part + 1]].to(device)
+        texts = embeddings[text_bounds[part] : text_bounds[part + 1]].to(device)
+        with accelerator.autocast():
+            image, text, scale, bias = net(**{image_argument: images, "embeddings": texts})
+        return image, text, scale[None], bias[None]
+
+    logit_scale = torch.zeros(())
+
+    def loss_function(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        nonlocal logit_scale
+        logit_scale = scale.detach().mean()  # the same in all parts
+        if config.loss == "sigmoid":
+            return sigmoid_loss(image, text, scale.mean(), bias.mean(), image_of_text, text_ids)
+        return info_nce(image, text, scale.mean(), image_of_text, text_ids)
+
+    parts = range(len(image_bounds) - 1)
+    if len(parts) == 1:
+        loss = loss_function(*forward(0))
+    else:
+        loss = cached_backward([partial(forward, part) for part in parts], loss_function, net, device)
+    return loss, logit_scale
+
+
+def _check_finite(name: str, value: float, step: int, batch: Batch, checkpoints: Checkpoints, run_dir: Path) -> None:
+    """Stop if a value is not finite, and list the images of the step in a file."""
+    if math.isfinite(value):
+        return
+    file = run_dir / f"not-finite-{step}-{process_state().process_index}.json"
+    file.write_text(json.dumps({"step": step, "images": batch.image_names}, indent=1))
+    advice = f"The images of this step are listed in {file}. Lower --align.lr or --align.tower_lr, or use fp32"
+    check_finite(name, value, step, checkpoints, advice)
+
+
+def _drop_frozen_weights(
+    frozen: set[str], models: list[nn.Module], states: list[dict[str, Tensor]], _folder: str
+) -> None:
+    """Remove weights that are not trained from a checkpoint before it is written."""
+    for state in states:
+        for name in list(state):
+            if name.removeprefix("module.") in frozen:  # "module." is DDP's
+                del state[name]
+
+
+def _tracker_options(names: list[str], run_dir: Path) -> dict[str, Any]:
+    """Return Accelerate's options of each tracker, by its name. A resumed run continues its run in the tracker.
+
+    Raises:
+        ValueError: Unknown tracker.
+        ModuleNotFoundError: The package of a tracker is missing.
+    """
+    run_id = hash_texts([str(run_dir.resolve())])
+    options: dict[str, Any] = {
+        "tensorboard": {},
+        "wandb": {"id": run_id, "resume": "allow"},
+        "trackio": {"name": f"{run_dir.parent.name}-{run_id}", "resume": "allow"},
+    }
+    for name in names:
+        if name not in options:
+            raise ValueError(f"--align.report_to must be one of {', '.join(options)} (got {name!r})")
+        if find_spec(name) is None:
+            raise ModuleNotFoundError(f"--align.report_to {name} needs the package {name}: pip install {name}")
+    return {name: options[name] for name in names}
+
+
+def _start_trackers(accelerator: Accelerator, options: dict[str, Any], config: AlignConfig, resume_step: int) -> None:
+    if not options:
+        return
+    if "tensorboard" in options and resume_step:
+        options["tensorboard"]["purge_step"] = resume_step + 1  # steps that will be repeated
+    settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(config).items()}
+    accelerator.init_trackers("llm2clip", settings, options)

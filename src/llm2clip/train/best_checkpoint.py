@@ -1,4 +1,4 @@
-"""Evaluation while training, and the best weights so far."""
+"""Evaluation during training, and the weights with the best score so far."""
 
 from __future__ import annotations
 
@@ -13,73 +13,75 @@ from safetensors.torch import load_file, save_file
 
 from llm2clip.checkpoint import MetricsLog
 from llm2clip.distributed import fsdp_enabled
+from llm2clip.io_utils import atomic_path, atomic_write_text
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.train.fsdp import full_tensor
+from llm2clip.train.distributed import full_tensor
 
-WEIGHTS, FIGURES = "model.safetensors", "figures.json"
+WEIGHTS, METRICS = "model.safetensors", "metrics.json"
+
+Validate = Callable[[LLM2CLIP], dict[str, float]]
+"""Returns metrics of a model in eval mode on held-out images. `score` must be among them; higher is better."""
 
 
 class BestCheckpoint:
-    """Measures the model now and then, and keeps the weights that scored highest in `folder/best`."""
+    """Evaluates the model during training and saves the weights with the best score in `run_dir/best`."""
 
-    def __init__(
-        self,
-        folder: Path,
-        resume_step: int,
-        validate: Callable[[LLM2CLIP], dict[str, float]] | None,
-        accelerator: Accelerator,
-    ) -> None:
+    def __init__(self, run_dir: Path, resume_step: int, validate: Validate | None, accelerator: Accelerator) -> None:
         """
         Args:
-            folder: of the run.
-            resume_step: what was measured after it will be measured again.
-            validate: figures of a model, `score` among them, higher is better; None measures nothing.
-            accelerator: for the other processes.
+            run_dir: Run directory; every evaluation is a line of its evaluations.jsonl.
+            resume_step: Step that training resumes from. Later evaluations will be repeated and are dropped.
+            validate: Evaluation; None never evaluates.
+            accelerator: The accelerator of the run.
         """
-        self.folder, self.validate, self.accelerator = folder / "best", validate, accelerator
+        self.folder, self.validate, self.accelerator = run_dir / "best", validate, accelerator
         self.log: MetricsLog | None = None
-        self.highest = float("-inf")
-        if (
-            accelerator.is_main_process and self._step() > resume_step
-        ):  # of steps that will be done again, or another run
-            shutil.rmtree(self.folder, ignore_errors=True)
-        if validate is not None and accelerator.is_main_process:
-            self.log = MetricsLog(folder / "evaluations.jsonl", resume_step)
-            if self._step() >= 0:
-                self.highest = json.loads((self.folder / FIGURES).read_text())["score"]
+        self.best_score = float("-inf")
+        if accelerator.is_main_process:
+            if self._saved_step() > resume_step:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            if validate is not None:
+                self.log = MetricsLog(run_dir / "evaluations.jsonl", resume_step)
+                if self._saved_step() >= 0:
+                    self.best_score = json.loads((self.folder / METRICS).read_text())["score"]
         accelerator.wait_for_everyone()
 
-    def _step(self) -> int:
-        """The step of the weights that are kept; -1 where there are none."""
-        try:
-            return int(json.loads((self.folder / FIGURES).read_text())["step"])
-        except (OSError, ValueError, KeyError):
-            return -1 if not self.folder.exists() else sys.maxsize
+    def evaluate(self, model: LLM2CLIP, step: int) -> dict[str, float]:
+        """Evaluate the model and save its weights if they are the best so far. Must be called by all ranks.
 
-    def measure(self, model: LLM2CLIP, step: int) -> dict[str, float]:
-        """Figures of the model at a step; on the main process, but where weights are shared out, which all must do."""
+        Returns:
+            The metrics on the main process; on other ranks too if the model is sharded. The model is left in eval mode.
+        """
         if self.validate is None:
             return {}
-        figures: dict[str, float] = {}
-        if self.accelerator.is_main_process or fsdp_enabled():
+        metrics: dict[str, float] = {}
+        if self.accelerator.is_main_process or fsdp_enabled():  # all ranks must run a sharded model
             model.eval()
-            figures = self.validate(model)
-        better = self.log is not None and figures["score"] > self.highest
-        if fsdp_enabled() or better:
+            metrics = self.validate(model)
+        is_best = self.log is not None and metrics["score"] > self.best_score
+        if is_best or fsdp_enabled():
             state = {name: full_tensor(t).detach().cpu().contiguous() for name, t in model.state_dict().items()}
-        if better:
-            self.highest = figures["score"]
+        if is_best:
+            self.best_score = metrics["score"]
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / FIGURES).unlink(missing_ok=True)  # weights without figures are as good as absent
-            tmp = self.folder / f".{WEIGHTS}.tmp"
-            save_file(state, tmp, {"step": str(step)})
-            tmp.replace(self.folder / WEIGHTS)
-            (self.folder / FIGURES).write_text(json.dumps({"step": step, **figures}, indent=1))
+            (self.folder / METRICS).unlink(missing_ok=True)  # weights without metrics do not count
+            with atomic_path(self.folder / WEIGHTS) as file:
+                save_file(state, file, {"step": str(step)})
+            atomic_write_text(self.folder / METRICS, json.dumps({"step": step, **metrics}, indent=1))
         if self.log is not None:
-            self.log.write(step, **figures)
+            self.log.write(step, **metrics)
         self.accelerator.wait_for_everyone()
-        return figures
+        return metrics
 
-    def put(self, model: LLM2CLIP) -> None:
-        """Give the model the best weights."""
+    def restore(self, model: LLM2CLIP) -> None:
+        """Load the best weights into the model."""
         model.load_state_dict(load_file(self.folder / WEIGHTS))
+
+    def _saved_step(self) -> int:
+        """Return the step of the saved weights: -1 if there are none, very large if they are incomplete."""
+        if not self.folder.exists():
+            return -1
+        try:
+            return int(json.loads((self.folder / METRICS).read_text())["step"])
+        except (OSError, ValueError, KeyError):
+            return sys.maxsize

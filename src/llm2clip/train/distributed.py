@@ -1,67 +1,129 @@
-"""What the losses take from the other processes. Alone, a process has it all already."""
+"""Collectives over ranks: gathering rows, and helpers for models sharded with FSDP2.
+
+`accelerate launch --use_fsdp --fsdp_version 2` shards the weights; Accelerate does the sharding itself. Two things are
+left to the training loops. Every forward pass gathers weights from all ranks, so all ranks must make the same number of
+forward passes. And a parameter is complete only after it has been gathered, for a checkpoint or at the end.
+"""
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llm2clip.distributed import is_distributed
 
 
+class RaggedGather:
+    """All-gather of rows when each rank may have a different number of them.
+
+    Each rank pads its rows to the largest number on any rank; the padding is removed after the gather. In a single
+    process nothing is gathered.
+
+    Attributes:
+        single_process: Nothing is gathered: the rows of this process are all rows.
+        local_size: Number of rows on this rank.
+        max_size: Largest number of rows on any rank.
+        total_size: Number of rows on all ranks.
+        offset: Index of this rank's first row among all rows.
+    """
+
+    def __init__(self, local_size: int, device: torch.device, gather: bool = True) -> None:
+        """Exchange the numbers of rows. Must be called by all ranks.
+
+        Args:
+            local_size: Number of rows on this rank.
+            device: Device of the tensors that will be gathered.
+            gather: False treats this process as the only one.
+        """
+        self.single_process = not (gather and is_distributed())
+        self.local_size = self.max_size = self.total_size = local_size
+        self.offset = 0
+        if not self.single_process:
+            sizes = all_gather(torch.tensor([local_size], device=device)).tolist()
+            self.max_size, self.total_size = max(sizes), sum(sizes)
+            self.offset = sum(sizes[: dist.get_rank()])
+            valid_rows = [torch.arange(size, device=device) + rank * self.max_size for rank, size in enumerate(sizes)]
+            self._valid_rows = torch.cat(valid_rows)
+
+    @property
+    def local_slice(self) -> slice:
+        """This rank's rows among all rows."""
+        return slice(self.offset, self.offset + self.local_size)
+
+    def gather(self, x: Tensor, gradients: bool = False) -> Tensor:
+        """Return the rows of all ranks, (total_size, ...). Must be called by all ranks."""
+        if self.single_process or not self.max_size:
+            return x
+        padded = torch.cat([x, x.new_zeros(self.max_size - len(x), *x.shape[1:])])
+        gathered = all_gather_with_grad(padded) if gradients else all_gather(padded)
+        return gathered[self._valid_rows]
+
+    def log_sum_exp(self, x: Tensor) -> Tensor:
+        """Return log(sum over ranks of exp(x)), elementwise. Must be called by all ranks."""
+        if self.single_process:
+            return x
+        largest = x.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        total = torch.where(largest == -torch.inf, 0.0, (x - largest).exp())
+        dist.all_reduce(total)
+        return largest + total.log()
+
+
 def all_gather(x: Tensor) -> Tensor:
-    """The rows of all processes, as many of each, without gradients."""
+    """Return the rows of all ranks, without gradients. All ranks must have the same number of rows."""
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
 
 def all_gather_with_grad(x: Tensor) -> Tensor:
-    """The rows of all processes, as many of each."""
+    """Return the rows of all ranks, with gradients. All ranks must have the same number of rows."""
     from torch.distributed.nn.functional import all_gather
 
     return torch.cat(all_gather(x))
 
 
-class RaggedGather:
-    """Rows of which the processes have different numbers: filled up for the way, and cut again."""
+# ---- FSDP2 -----------------------------------------------------------------------------------------------------------
 
-    def __init__(self, mine: int, device: torch.device, gather: bool = True) -> None:
-        """
-        Args:
-            mine: the number of this process's rows.
-            device: of what will be gathered.
-            gather: false takes this process for the only one.
-        """
-        self.alone = not (gather and is_distributed())
-        self.mine = self.most = self.total = mine
-        self.first = 0
-        if not self.alone:
-            counts = all_gather(torch.tensor([mine], device=device)).tolist()
-            self.most, self.total = max(counts), sum(counts)
-            self.first = sum(counts[: dist.get_rank()])
-            self.kept = torch.cat(
-                [torch.arange(count, device=device) + rank * self.most for rank, count in enumerate(counts)]
-            )
 
-    @property
-    def own(self) -> slice:
-        """Where this process's rows are among all."""
-        return slice(self.first, self.first + self.mine)
+def extra_forward_passes(model: nn.Module, passes: int, device: torch.device) -> int:
+    """Return how many dummy forward passes this rank must add to `passes`, so that all ranks make the same number."""
+    if not isinstance(model, FSDPModule) or not is_distributed():
+        return 0
+    largest = torch.tensor(passes, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest) - passes
 
-    def all(self, x: Tensor, gradients: bool = False) -> Tensor:
-        """The rows of all processes, which must all call this."""
-        if self.alone or not self.most:
-            return x
-        filled = torch.cat([x, x.new_zeros(self.most - len(x), *x.shape[1:])])
-        return (all_gather_with_grad(filled) if gradients else all_gather(filled))[self.kept]
 
-    def log_sum_exp(self, x: Tensor) -> Tensor:
-        """The log of the sum of exp(x) over all processes, elementwise."""
-        if self.alone:
-            return x
-        most = x.clone()
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        total = torch.where(most == -torch.inf, 0.0, (x - most).exp())
-        dist.all_reduce(total)
-        return most + total.log()
+def full_tensor(weight: Tensor) -> Tensor:
+    """Return a parameter as one unsharded tensor. Must be called by all ranks."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def copy_into(weight: Tensor, value: Tensor) -> None:
+    """Copy an unsharded value into a parameter, or this rank's shard of it into this rank's shard."""
+    value = value.to(weight.device)
+    if isinstance(weight, DTensor):
+        value = distribute_tensor(value, weight.device_mesh, weight.placements)
+    weight.copy_(value)
+
+
+def empty_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model whose parameters are on the meta device, where they take no memory."""
+    meta_parameters: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
+    }
+    return copy.deepcopy(model, meta_parameters)
+
+
+def gather_to_cpu(empty_model: nn.Module, sharded_model: nn.Module) -> nn.Module:
+    """Load the unsharded weights of a sharded model into its `empty_copy`, on the CPU. Must be called by all ranks."""
+    state = {name: full_tensor(tensor).cpu() for name, tensor in sharded_model.state_dict().items()}
+    empty_model.load_state_dict(state, assign=True)
+    return empty_model.cpu()

@@ -1,9 +1,12 @@
-"""Gradient caching (GradCache, arXiv 2101.06983): a loss over more than fits into one pass of the model.
+"""Gradient caching (GradCache, arXiv 2101.06983): contrastive losses over more than fits into one forward pass.
 
-A contrastive loss needs the vectors of the whole batch, and its gradient by them needs nothing else. So the model runs
-over the batch part by part, keeping no activations; the loss gives its gradient by the vectors; and the model runs over
-each part again, this time for the backward pass. The gradients are those of one pass over the whole batch, memory is
-that of a part, and the price is one more forward pass.
+A contrastive loss needs the embeddings of the whole batch, and its gradient by the embeddings needs nothing else. So:
+
+1. Run the model over the batch part by part, without keeping activations.
+2. Compute the loss of all embeddings and its gradient by the embeddings.
+3. Run the model over each part again, and backpropagate that gradient through it.
+
+The gradients are those of one pass over the whole batch. Memory is that of one part. The cost is one more forward pass.
 """
 
 from __future__ import annotations
@@ -15,48 +18,52 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-Pass = Callable[[], tuple[Tensor, ...]]
+ForwardPass = Callable[[], tuple[Tensor, ...]]
 
 
 def cached_backward(
-    passes: Sequence[Pass], loss: Callable[..., Tensor], model: nn.Module, device: torch.device
+    passes: Sequence[ForwardPass], loss_function: Callable[..., Tensor], model: nn.Module, device: torch.device
 ) -> Tensor:
-    """The loss of all passes' outputs together, whose backward pass runs each of them again.
+    """Return the loss over the outputs of all passes. Its backward() runs each pass again.
 
     Args:
-        passes: each runs `model` once on a part of the batch and gives tensors with rows, as many of them as the
-            others give.
-        loss: takes the rows of all passes, one argument for each of those tensors; gives a scalar.
-        model: as it is distributed; its gradients are exchanged once, in the last pass.
-        device: whose random state the passes use.
+        passes: Each runs `model` on a part of the batch and returns tensors with rows; all return the same number of
+            tensors.
+        loss_function: Maps the concatenated tensors of all passes, one argument for each of them, to a scalar.
+        model: The model, with its DDP or FSDP wrapper. DDP exchanges its gradients once, in the last pass.
+        device: Device whose random state the passes use.
     """
-    states, parts = [], []
+    # 1. Forward passes without activations.
+    random_states, outputs = [], []
     with torch.no_grad():
         for run in passes:
-            states.append(_random_state(device))
-            parts.append(tuple(x.detach() for x in run()))  # a view of a parameter would ask for its gradient
-    outputs = [torch.cat(some).requires_grad_() for some in zip(*parts, strict=True)]
-    value = loss(*outputs)
-    value.backward()
-    rows = [[len(x) for x in some] for some in zip(*parts, strict=True)]
-    gradients = [
-        torch.zeros_like(x).split(n) if x.grad is None else x.grad.split(n) for x, n in zip(outputs, rows, strict=True)
-    ]
+            random_states.append(_random_state(device))
+            outputs.append(tuple(x.detach() for x in run()))  # detached: a view of a parameter would need a gradient
 
-    def again(upstream: Tensor) -> None:
-        after = _random_state(device)
-        for n, (run, state) in enumerate(zip(passes, states, strict=True)):
+    # 2. Loss, and its gradient by the outputs.
+    joined = [torch.cat(parts).requires_grad_() for parts in zip(*outputs, strict=True)]
+    loss = loss_function(*joined)
+    loss.backward()
+    gradients = []  # for each tensor of the outputs, its gradient in the parts of the passes
+    for x, parts in zip(joined, zip(*outputs, strict=True), strict=True):
+        gradient = torch.zeros_like(x) if x.grad is None else x.grad
+        gradients.append(gradient.split([len(part) for part in parts]))
+
+    # 3. Forward and backward passes, once backward() is called on the loss.
+    def backward(grad_output: Tensor) -> None:
+        state_after = _random_state(device)
+        for n, (run, state) in enumerate(zip(passes, random_states, strict=True)):
             last = n == len(passes) - 1
-            alone = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
-            with torch.enable_grad(), alone:
-                _set_random_state(state)  # the same dropout as before
-                outputs = zip(run(), (some[n] for some in gradients), strict=True)
-                torch.stack([(x * gradient).sum() for x, gradient in outputs]).sum().mul(upstream).backward()
-        _set_random_state(after)
+            no_sync = isinstance(model, DistributedDataParallel) and not last
+            with torch.enable_grad(), model.no_sync() if no_sync else nullcontext():
+                _set_random_state(state)  # the same dropout as in the first pass
+                products = [(x * parts[n]).sum() for x, parts in zip(run(), gradients, strict=True)]
+                torch.stack(products).sum().mul(grad_output).backward()
+        _set_random_state(state_after)
 
-    value = value.detach().requires_grad_()
-    value.register_hook(again)
-    return value
+    loss = loss.detach().requires_grad_()
+    loss.register_hook(backward)
+    return loss
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

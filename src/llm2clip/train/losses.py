@@ -1,15 +1,17 @@
-"""Contrastive losses between images and the texts of a step, exact for any batch and any number of processes.
+"""Contrastive losses between the images and the texts of a batch.
 
-An image may have several texts, of any number; a text that several images have is no negative of any of them. Each
-image weighs the same, and each of its texts the same part of that. Logits are float32 whatever the precision.
+An image may have any number of texts. All images have the same weight in the loss, and so have all texts of an image. A
+text that several images share is not a negative of any of them. Logits are float32 whatever the precision of training.
 
-The matrix of all logits is never there. It is made strip by strip, some images against all texts, once for the loss
-and once more for its gradient, which is written out by hand: memory grows with the batch and not with its square, and
-four products of matrices are done where automatic differentiation does six. Among processes the vectors are gathered
-without gradients and the sums of exponentials exchanged, after which each process's gradient is its own affair.
+`info_nce_reference` and `sigmoid_reference` are the definitions in plain PyTorch, for one process. `info_nce` and
+`sigmoid_loss` compute the same values for large batches and several ranks:
 
-Averaged over processes, as DistributedDataParallel does, values and gradients are those of one process with the whole
-batch.
+- The matrix of all logits never exists. It is computed in chunks of rows, once for the loss and once more for the
+  gradient, which is written out by hand. Memory grows with the batch size, not with its square, and the loss takes
+  four matmuls where automatic differentiation takes six.
+- Across ranks, embeddings are gathered without gradients and sums of exponentials are exchanged; each rank then
+  computes the gradients of its own embeddings. Averaged over ranks, as DistributedDataParallel does, values and
+  gradients are those of a single process with the whole batch.
 """
 
 from __future__ import annotations
@@ -23,267 +25,357 @@ from torch import Tensor
 
 from llm2clip.train.distributed import RaggedGather
 
-CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits in a strip: what stays in a CPU's cache; 256 MB
+CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits in a chunk: what fits into the cache of a CPU; 256 MB on a GPU
+
+
+def info_nce_reference(
+    image: Tensor, text: Tensor, logit_scale: Tensor | float, image_of_text: Tensor, text_ids: Tensor
+) -> Tensor:
+    """Compute `info_nce` in a single process from the full matrix of logits. Arguments as in `info_nce`."""
+    own, positive, weights = _reference_masks(len(image), image_of_text, text_ids)
+    logits = logit_scale * image @ text.T  # (images, texts)
+
+    # Image to text: the image of each text must rank this text above the texts of other images.
+    target = torch.arange(len(text), device=text.device)
+    excluded = positive.T[image_of_text]  # (texts, texts)
+    excluded[target, target] = False
+    candidates = logits[image_of_text].masked_fill(excluded, -torch.inf)
+    image_to_text = F.cross_entropy(candidates, target, reduction="none")
+
+    # Text to image: each text must rank its image above the images that do not have this text.
+    candidates = logits.T.masked_fill(positive & ~own, -torch.inf)
+    text_to_image = F.cross_entropy(candidates, image_of_text, reduction="none")
+    return (weights * (image_to_text + text_to_image)).sum() / 2
+
+
+def sigmoid_reference(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    image_of_text: Tensor,
+    text_ids: Tensor,
+) -> Tensor:
+    """Compute `sigmoid_loss` in a single process from the full matrix of logits. Arguments as in `sigmoid_loss`."""
+    own, positive, weights = _reference_masks(len(image), image_of_text, text_ids)
+    logits = logit_scale * text @ image.T + logit_bias  # (texts, images)
+    loss = -F.logsigmoid(torch.where(own, logits, -logits))
+    return (weights[:, None] * loss.masked_fill(positive & ~own, 0)).sum()
+
+
+def _reference_masks(images: int, image_of_text: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return two bool masks (texts, images) and the weight of each text (texts,).
+
+    The first mask is true for the image of each text, the second for all images that have an equal text.
+    """
+    own = F.one_hot(image_of_text, images).bool()
+    equal = text_ids[:, None] == text_ids[None, :]  # (texts, texts)
+    positive = equal.float() @ own.float() > 0
+    return own, positive, _text_weights(image_of_text, images)
 
 
 def info_nce(
     image: Tensor,
     text: Tensor,
-    scale: Tensor | float,
-    owner: Tensor | None = None,
-    ids: Tensor | None = None,
+    logit_scale: Tensor | float,
+    image_of_text: Tensor | None = None,
+    text_ids: Tensor | None = None,
     gather: bool = True,
 ) -> Tensor:
-    """Symmetric InfoNCE (CLIP, arXiv 2103.00020), with any number of texts an image.
+    """Compute symmetric InfoNCE (CLIP, arXiv 2103.00020) for any number of texts per image.
 
-    Each text of an image must be found by the image among the texts of all other images, the image's other texts being
-    no candidates; and each text must find its image among all images. With one text an image this is CLIP's loss.
+    Each text of an image is retrieved by its image among the texts of all other images; the image's other texts are not
+    candidates. And each text retrieves its image among all images. With one text per image this is CLIP's loss.
 
     Args:
         image: (N, D), L2-normalised.
         text: (M, D), L2-normalised.
-        scale: factor on the cosines, 1 / temperature.
-        owner: int64 (M,), ascending: the image of each text; every image has one. None: text i is image i's.
-        ids: int64 (M,) naming the texts; equal ones are one text. None: all differ.
-        gather: take the negatives of all processes, which then must all call this.
+        logit_scale: Factor on the cosine similarities, 1 / temperature.
+        image_of_text: int64 (M,), ascending: index of each text's image. Every image has a text. None: text i belongs
+            to image i.
+        text_ids: int64 (M,). Texts with equal ids are equal. None: all texts differ.
+        gather: Use the texts and images of all ranks as negatives. All ranks must then call this function.
 
     Returns:
-        float32 scalar, the mean of both directions over this process's images.
+        float32 scalar, the mean over both directions and over the images of this rank.
     """
-    return _apply(_InfoNCE, image, text, scale, owner, ids, gather)
+    return _apply(_InfoNCE, image, text, logit_scale, None, image_of_text, text_ids, gather)
 
 
 def sigmoid_loss(
     image: Tensor,
     text: Tensor,
-    scale: Tensor | float,
-    bias: Tensor | float,
-    owner: Tensor | None = None,
-    ids: Tensor | None = None,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    image_of_text: Tensor | None = None,
+    text_ids: Tensor | None = None,
     gather: bool = True,
 ) -> Tensor:
-    """The pairwise sigmoid loss (SigLIP, arXiv 2303.15343): each pair of an image and a text is a question of its own.
+    """Compute the pairwise sigmoid loss (SigLIP, arXiv 2303.15343): a binary classification of every image-text pair.
 
     Args:
-        bias: added to the logits.
-        image, text, scale, owner, ids, gather: as in `info_nce`.
+        logit_bias: Added to the logits.
+        image, text, logit_scale, image_of_text, text_ids, gather: As in `info_nce`.
 
     Returns:
-        float32 scalar: the sum over all pairs, each text weighing 1 / (its image's texts), over the number of images.
+        float32 scalar: the sum over all pairs, divided by the number of images. Each text has a weight of
+        1 / (number of texts of its image).
     """
-    return _apply(_Sigmoid, image, text, scale, owner, ids, gather, bias)
-
-
-def cosine_loss(image: Tensor, text: Tensor, owner: Tensor | None = None) -> Tensor:
-    """1 - cosine of each text and its image, and no negatives (LIFT, arXiv 2506.04209).
-
-    The texts' side must stay as it is, or all vectors become one. Arguments as in `info_nce`.
-    """
-    if owner is None:
-        owner = torch.arange(len(text), device=text.device)
-    cosines = (image.float()[owner] * text.float()).sum(1)
-    return (_weights(owner, len(image)) * (1 - cosines)).sum()
+    return _apply(_Sigmoid, image, text, logit_scale, logit_bias, image_of_text, text_ids, gather)
 
 
 def _apply(
     function: type[torch.autograd.Function],
     image: Tensor,
     text: Tensor,
-    scale: Tensor | float,
-    owner: Tensor | None,
-    ids: Tensor | None,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None,
+    image_of_text: Tensor | None,
+    text_ids: Tensor | None,
     gather: bool,
-    *more: Tensor | float,
 ) -> Tensor:
-    numbers = [torch.as_tensor(x, device=image.device, dtype=torch.float32).reshape(()) for x in (scale, *more)]
-    if owner is None:
-        owner = torch.arange(len(text), device=text.device)
+    """Call an autograd function with float32 tensors, outside autocast."""
+    scalars = [x for x in (logit_scale, logit_bias) if x is not None]
+    scalars = [torch.as_tensor(x, device=image.device, dtype=torch.float32).reshape(()) for x in scalars]
+    if image_of_text is None:
+        image_of_text = torch.arange(len(text), device=text.device)
     with torch.autocast(image.device.type, enabled=False):
-        between = _Between(len(image), owner, ids, gather)
-        return function.apply(image.float(), text.float(), *numbers, between)
+        layout = _PairLayout(len(image), image_of_text, text_ids, gather)
+        return function.apply(image.float(), text.float(), *scalars, layout)
 
 
-def _weights(owner: Tensor, images: int) -> Tensor:
-    """Of each text: 1 / (images * texts of its image)."""
-    counts = torch.bincount(owner, minlength=images)
-    return 1 / (images * counts[owner]).float()
-
-
-class _Between:
-    """Which texts belong to which images, on all processes, and strips of the logits between them."""
-
-    def __init__(self, images: int, owner: Tensor, ids: Tensor | None, gather: bool) -> None:
-        device = owner.device
-        self.images, self.texts = RaggedGather(images, device, gather), RaggedGather(len(owner), device, gather)
-        self.mine = owner
-        self.owner = self.texts.all(owner + self.images.first)
-        self.weights = self.texts.all(_weights(owner, images))
-        self.starts = torch.searchsorted(owner, torch.arange(images + 1, device=device)).tolist()  # of images' texts
-        self.names: Tensor | None = None  # a number from 0 of each text, where some are equal
-        if ids is not None:
-            different, names = self.texts.all(ids).unique(return_inverse=True)
-            if len(different) < len(names):
-                self.names, self.order = names, names.argsort(stable=True)
-                self.first = F.pad(torch.bincount(names).cumsum(0), (1, 0))
-
-    def strips(self, rows: int, columns: int) -> Iterator[slice]:
-        """Slices of rows, a strip of logits each."""
-        size = max(1, CHUNK.get(self.owner.device.type, CHUNK["cuda"]) // max(1, columns))
-        for start in range(0, rows, size):
-            yield slice(start, min(start + size, rows))
-
-    def of_images(self, strip: slice) -> slice:
-        """This process's texts of a strip of its images."""
-        return slice(self.starts[strip.start], self.starts[strip.stop])
-
-    def equals(self, texts: slice) -> tuple[Tensor, Tensor]:
-        """For some of this process's texts, counted from the first of them: each, as often as there are texts equal to
-        it among all, and where those are."""
-        device, first = self.owner.device, self.texts.first
-        here = torch.arange(texts.stop - texts.start, device=device)
-        if self.names is None:
-            return here, here + texts.start + first
-        names = self.names[texts.start + first : texts.stop + first]
-        counts = self.first[names + 1] - self.first[names]
-        which = here.repeat_interleave(counts)
-        nth = torch.arange(len(which), device=device) - (counts.cumsum(0) - counts)[which]
-        return which, self.order[self.first[names][which] + nth]
-
-    def to_texts(self, image: Tensor, texts: Tensor, scale: Tensor, strip: slice) -> Tensor:
-        """Logits of a strip of this process's images against all texts, -inf where the text is the image's."""
-        logits = (image[strip] * scale) @ texts.T
-        own = self.of_images(strip)
-        which, equal = self.equals(own)
-        logits[self.mine[own][which] - strip.start, equal] = -torch.inf
-        return logits
-
-    def to_images(self, text: Tensor, images: Tensor, scale: Tensor, strip: slice) -> Tensor:
-        """Logits of a strip of this process's texts against all images, -inf where the text is the image's."""
-        logits = (text[strip] * scale) @ images.T
-        which, equal = self.equals(strip)
-        logits[which, self.owner[equal]] = -torch.inf
-        return logits
-
-    def positives(self, image: Tensor, text: Tensor) -> Tensor:
-        """Cosines of this process's texts and their images, (M,)."""
-        out = image.new_empty(len(text))
-        for strip in self.strips(len(image), text.shape[1]):
-            own = self.of_images(strip)
-            out[own] = (image[self.mine[own]] * text[own]).sum(1)
-        return out
+# ---- the losses in chunks --------------------------------------------------------------------------------------------
 
 
 class _InfoNCE(torch.autograd.Function):
-    """softplus(n - p) for each text, from its image's side and from its own: p its logit, n the log-sum-exp of the
-    negatives' logits there."""
+    """Multi-positive InfoNCE.
+
+    With p the logit of a text t and its image i, and n the logits of the negatives, each text adds in each direction
+
+        -log(exp(p) / (exp(p) + sum exp(n))) = softplus(lse - p)    with lse = log(sum exp(n))
+
+    where the negatives are those of the image (`image_lse`, one value per image) or of the text (`text_lse`, one value
+    per text). With w the weight of a text, the derivatives are
+
+        by p:                     -w_t * (sigmoid(image_lse_i - p) + sigmoid(text_lse_t - p))   =: -coef_t
+        by a negative logit l_it: a_i * exp(l_it - image_lse_i) + b_t * exp(l_it - text_lse_t)
+
+    with a_i = sum over the texts of i of w * sigmoid(image_lse_i - p), and b_t = w_t * sigmoid(text_lse_t - p). The
+    factors a and b are moved into the exponents (`_shifted_lse`).
+    """
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, between: _Between) -> Tensor:
-        texts = between.texts.all(text)
-        of_image, of_text = image.new_empty(len(image)), image.new_full((len(texts),), -torch.inf)
-        for strip in between.strips(len(image), len(texts)):
-            logits = between.to_texts(image, texts, scale, strip)
-            of_image[strip], columns = _log_sums(logits)
-            of_text = torch.logaddexp(of_text, columns)
-        of_text = between.texts.log_sum_exp(of_text)
-        positive = scale * between.positives(image, text)
-        owner, own, weights = between.mine, between.texts.own, between.weights[between.texts.own]
-        from_image, from_text = of_image[owner] - positive, of_text[own] - positive
-        # The derivative by a negative's logit is exp(logit - its image's) + exp(logit - its text's) of these two.
-        pulls = weights * from_image.sigmoid()
-        by_image = _over(of_image, image.new_zeros(len(image)).index_add(0, owner, pulls))
-        by_text = _over(of_text, between.texts.all(weights * from_text.sigmoid()))
-        pulls = pulls + weights * from_text.sigmoid()
-        ctx.between = between
-        ctx.save_for_backward(image, text, scale, texts, by_image, by_text, pulls)
-        return (weights * (F.softplus(from_image) + F.softplus(from_text))).sum() / 2
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, layout: _PairLayout) -> Tensor:
+        all_text = layout.texts.gather(text)
+        image_lse = image.new_empty(len(image))
+        text_lse = image.new_full((len(all_text),), -torch.inf)
+        for rows in layout.row_chunks(len(image), len(all_text)):
+            logits = layout.image_logits(image, all_text, scale, rows)
+            image_lse[rows] = logits.logsumexp(1)
+            text_lse = torch.logaddexp(text_lse, logits.logsumexp(0))
+        text_lse = layout.texts.log_sum_exp(text_lse)
+
+        local = layout.texts.local_slice
+        image_of_text, weights = layout.image_of_text, layout.weights[local]
+        positive = scale * layout.positive_cosines(image, text)
+        image_margin = image_lse[image_of_text] - positive  # (texts of this rank,)
+        text_margin = text_lse[local] - positive
+
+        coef = weights * image_margin.sigmoid()
+        a = image.new_zeros(len(image)).index_add(0, image_of_text, coef)
+        b = layout.texts.gather(weights * text_margin.sigmoid())
+        coef = coef + weights * text_margin.sigmoid()
+        image_shift, text_shift = _shifted_lse(image_lse, a), _shifted_lse(text_lse, b)
+        ctx.layout = layout
+        ctx.save_for_backward(image, text, scale, all_text, image_shift, text_shift, coef)
+        return (weights * (F.softplus(image_margin) + F.softplus(text_margin))).sum() / 2
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        image, text, scale, texts, by_image, by_text, pulls = ctx.saved_tensors
-        between: _Between = ctx.between
-        to_image, to_text = torch.empty_like(image), torch.zeros_like(text)
-        alone = between.texts.alone
-        for strip in between.strips(len(image), len(texts)):
-            logits = between.to_texts(image, texts, scale, strip)
-            pull = torch.exp(logits - by_image[strip, None]).add_(logits.sub_(by_text).exp_())
-            to_image[strip] = pull @ texts
-            if alone:
-                to_text.addmm_(pull.T, image[strip])
-            _pull_together(to_image, to_text, image, text, pulls, between, strip)
-        if not alone:
-            images, by_images = between.images.all(image), between.images.all(by_image)
-            own = by_text[between.texts.own]
-            for strip in between.strips(len(text), len(images)):
-                logits = between.to_images(text, images, scale, strip)
-                pull = torch.exp(logits - own[strip, None]).add_(logits.sub_(by_images).exp_())
-                to_text[strip].addmm_(pull, images)
-        return *_scaled(to_image, to_text, image, scale, upstream / 2), None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        image, text, scale, all_text, image_shift, text_shift, coef = ctx.saved_tensors
+        layout: _PairLayout = ctx.layout
+        single_process = layout.texts.single_process
+        grad_image, grad_text = torch.empty_like(image), torch.zeros_like(text)
+
+        # Images of this rank against the texts of all ranks.
+        for rows in layout.row_chunks(len(image), len(all_text)):
+            logits = layout.image_logits(image, all_text, scale, rows)
+            grad_logits = torch.exp(logits - image_shift[rows, None]).add_(logits.sub_(text_shift).exp_())
+            grad_image[rows] = grad_logits @ all_text
+            if single_process:
+                grad_text.addmm_(grad_logits.T, image[rows])
+            _add_positive_grads(grad_image, grad_text, image, text, coef, layout, rows)
+
+        # Texts of this rank against the images of all ranks.
+        if not single_process:
+            all_image, all_image_shift = layout.images.gather(image), layout.images.gather(image_shift)
+            local_text_shift = text_shift[layout.texts.local_slice]
+            for rows in layout.row_chunks(len(text), len(all_image)):
+                logits = layout.text_logits(text, all_image, scale, rows)
+                grad_logits = torch.exp(logits - local_text_shift[rows, None]).add_(logits.sub_(all_image_shift).exp_())
+                grad_text[rows].addmm_(grad_logits, all_image)
+        return *_scale_grads(grad_image, grad_text, image, scale, grad_output / 2), None
 
 
 class _Sigmoid(torch.autograd.Function):
-    """softplus(logit) for each pair that is none, softplus(-logit) for each that is one. Nothing has to be known of the
-    others, so the gradient is worked out with the value, in one sweep of three products."""
+    """Pairwise sigmoid loss.
+
+    A pair adds softplus(-logit) if the text belongs to the image and softplus(logit) if it is a negative. The terms do
+    not depend on other pairs, so value and gradient are computed together in one pass with three matmuls.
+    """
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, between: _Between) -> Tensor:
-        texts, alone = between.texts.all(text), between.texts.alone
-        weights, own = between.weights, between.weights[between.texts.own]
-        positive = scale * between.positives(image, text) + bias
-        pulls = own * (-positive).sigmoid()
-        loss, to_bias = (own * F.softplus(-positive)).sum(), -pulls.sum()
-        to_image, to_text = torch.empty_like(image), torch.zeros_like(text)
-        for strip in between.strips(len(image), len(texts)):
-            logits = between.to_texts(image, texts, scale, strip).add_(bias)
-            pull = logits.sigmoid().mul_(weights)
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, layout: _PairLayout) -> Tensor:
+        all_text, single_process = layout.texts.gather(text), layout.texts.single_process
+        weights, local_weights = layout.weights, layout.weights[layout.texts.local_slice]
+        grad_image, grad_text = torch.empty_like(image), torch.zeros_like(text)
+
+        # Positive pairs: the derivative of softplus(-logit) is -sigmoid(-logit).
+        positive = scale * layout.positive_cosines(image, text) + bias
+        coef = local_weights * (-positive).sigmoid()
+        loss, grad_bias = (local_weights * F.softplus(-positive)).sum(), -coef.sum()
+
+        # Negative pairs: the derivative of softplus(logit) is sigmoid(logit).
+        for rows in layout.row_chunks(len(image), len(all_text)):
+            logits = layout.image_logits(image, all_text, scale, rows).add_(bias)
+            grad_logits = logits.sigmoid().mul_(weights)
             loss += F.softplus(logits).sum(0) @ weights
-            to_bias += pull.sum()
-            to_image[strip] = pull @ texts
-            if alone:
-                to_text.addmm_(pull.T, image[strip])
-            _pull_together(to_image, to_text, image, text, pulls, between, strip)
-        if not alone:
-            images = between.images.all(image)
-            for strip in between.strips(len(text), len(images)):
-                logits = between.to_images(text, images, scale, strip).add_(bias)
-                to_text[strip].addmm_(logits.sigmoid_().mul_(own[strip, None]), images)
+            grad_bias += grad_logits.sum()
+            grad_image[rows] = grad_logits @ all_text
+            if single_process:
+                grad_text.addmm_(grad_logits.T, image[rows])
+            _add_positive_grads(grad_image, grad_text, image, text, coef, layout, rows)
+        if not single_process:
+            all_image = layout.images.gather(image)
+            for rows in layout.row_chunks(len(text), len(all_image)):
+                logits = layout.text_logits(text, all_image, scale, rows).add_(bias)
+                grad_text[rows].addmm_(logits.sigmoid_().mul_(local_weights[rows, None]), all_image)
         ctx.save_for_backward(image, scale)
-        ctx.gradients = [to_image, to_text, to_bias]
+        ctx.gradients = [grad_image, grad_text, grad_bias]
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         image, scale = ctx.saved_tensors
         if not ctx.gradients:
-            raise RuntimeError("sigmoid_loss goes backward once: its gradients were given away")
-        to_bias, to_text, to_image = (ctx.gradients.pop() for _ in range(3))
-        return *_scaled(to_image, to_text, image, scale, upstream), to_bias * upstream, None
+            raise RuntimeError("sigmoid_loss does not support a second backward(): its saved gradients have been freed")
+        grad_image, grad_text, grad_bias = ctx.gradients
+        ctx.gradients = None  # they are scaled in place
+        return *_scale_grads(grad_image, grad_text, image, scale, grad_output), grad_bias * grad_output, None
 
 
-def _pull_together(
-    to_image: Tensor, to_text: Tensor, image: Tensor, text: Tensor, pulls: Tensor, between: _Between, strip: slice
+class _PairLayout:
+    """Assignment of texts to images on all ranks, and the logits between them in chunks of rows.
+
+    Attributes:
+        images, texts: Gather the images and the texts of all ranks.
+        image_of_text: int64 (texts of this rank,), index of each text's image among the images of this rank.
+        all_image_of_text: int64 (texts of all ranks,), index of each text's image among the images of all ranks.
+        weights: float32 (texts of all ranks,), weight of each text in the loss of its rank.
+    """
+
+    def __init__(self, images: int, image_of_text: Tensor, text_ids: Tensor | None, gather: bool) -> None:
+        device = image_of_text.device
+        self.images = RaggedGather(images, device, gather)
+        self.texts = RaggedGather(len(image_of_text), device, gather)
+        self.image_of_text = image_of_text
+        self.all_image_of_text = self.texts.gather(image_of_text + self.images.offset)
+        self.weights = self.texts.gather(_text_weights(image_of_text, images))
+        # Texts of image i: text_starts[i] to text_starts[i + 1].
+        self.text_starts = torch.searchsorted(image_of_text, torch.arange(images + 1, device=device)).tolist()
+
+        # Where some texts are equal: `group` numbers the different texts from 0; `by_group` lists all texts sorted by
+        # their group, and `group_starts` is where each group starts in that list.
+        self.group: Tensor | None = None
+        if text_ids is not None:
+            different, group = self.texts.gather(text_ids).unique(return_inverse=True)
+            if len(different) < len(group):
+                self.group, self.by_group = group, group.argsort(stable=True)
+                self.group_starts = F.pad(torch.bincount(group).cumsum(0), (1, 0))
+
+    def row_chunks(self, rows: int, columns: int) -> Iterator[slice]:
+        """Yield slices of rows with at most CHUNK logits each, but at least one row."""
+        chunk = CHUNK.get(self.image_of_text.device.type, CHUNK["cuda"])
+        size = max(1, chunk // max(1, columns))
+        for start in range(0, rows, size):
+            yield slice(start, min(start + size, rows))
+
+    def texts_of(self, images: slice) -> slice:
+        """Return the texts of a slice of this rank's images."""
+        return slice(self.text_starts[images.start], self.text_starts[images.stop])
+
+    def equal_texts(self, texts: slice) -> tuple[Tensor, Tensor]:
+        """Find all texts of all ranks that are equal to one of a slice of this rank's texts.
+
+        Returns:
+            Two int64 vectors of the same length: the position of a text in the slice, and the index of an equal text
+            among the texts of all ranks. Every text is equal to itself.
+        """
+        device, offset = self.image_of_text.device, self.texts.offset
+        positions = torch.arange(texts.stop - texts.start, device=device)
+        if self.group is None:
+            return positions, positions + texts.start + offset
+        groups = self.group[texts.start + offset : texts.stop + offset]
+        counts = self.group_starts[groups + 1] - self.group_starts[groups]
+        repeated = positions.repeat_interleave(counts)
+        index_in_group = torch.arange(len(repeated), device=device) - (counts.cumsum(0) - counts)[repeated]
+        return repeated, self.by_group[self.group_starts[groups][repeated] + index_in_group]
+
+    def image_logits(self, image: Tensor, all_text: Tensor, scale: Tensor, rows: slice) -> Tensor:
+        """Return the logits of a slice of this rank's images and all texts, with -inf where the text is positive."""
+        logits = (image[rows] * scale) @ all_text.T  # (rows, texts of all ranks)
+        texts = self.texts_of(rows)
+        positions, equal = self.equal_texts(texts)
+        logits[self.image_of_text[texts][positions] - rows.start, equal] = -torch.inf
+        return logits
+
+    def text_logits(self, text: Tensor, all_image: Tensor, scale: Tensor, rows: slice) -> Tensor:
+        """Return the logits of a slice of this rank's texts and all images, with -inf where the image is positive."""
+        logits = (text[rows] * scale) @ all_image.T  # (rows, images of all ranks)
+        positions, equal = self.equal_texts(rows)
+        logits[positions, self.all_image_of_text[equal]] = -torch.inf
+        return logits
+
+    def positive_cosines(self, image: Tensor, text: Tensor) -> Tensor:
+        """Return the cosine similarity of each of this rank's texts and its image, (texts of this rank,)."""
+        cosines = image.new_empty(len(text))
+        for rows in self.row_chunks(len(image), text.shape[1]):
+            texts = self.texts_of(rows)
+            cosines[texts] = (image[self.image_of_text[texts]] * text[texts]).sum(1)
+        return cosines
+
+
+def _add_positive_grads(
+    grad_image: Tensor,
+    grad_text: Tensor,
+    image: Tensor,
+    text: Tensor,
+    coef: Tensor,
+    layout: _PairLayout,
+    rows: slice,
 ) -> None:
-    """The part of the gradients that is of a strip of images and their own texts."""
-    own = between.of_images(strip)
-    owner, pull = between.mine[own], pulls[own, None]
-    to_image.index_add_(0, owner, text[own] * pull, alpha=-1)
-    to_text[own] -= image[owner] * pull
+    """Add the gradients from the positive pairs of a slice of images, in place; their derivative is -coef."""
+    texts = layout.texts_of(rows)
+    image_of_text, coef = layout.image_of_text[texts], coef[texts, None]
+    grad_image.index_add_(0, image_of_text, text[texts] * coef, alpha=-1)
+    grad_text[texts] -= image[image_of_text] * coef
 
 
-def _scaled(
-    to_image: Tensor, to_text: Tensor, image: Tensor, scale: Tensor, upstream: Tensor
+def _scale_grads(
+    grad_image: Tensor, grad_text: Tensor, image: Tensor, scale: Tensor, grad_output: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by the images, the texts and the scale, in place from those of logits that are the cosines alone."""
-    to_scale = torch.linalg.vecdot(image, to_image).sum() * upstream  # logits are scale * cosines
-    factor = scale * upstream
-    return to_image.mul_(factor), to_text.mul_(factor), to_scale
+    """Return the gradients by image, text and scale from those for logits without the scale; changes them in place."""
+    grad_scale = torch.linalg.vecdot(image, grad_image).sum() * grad_output  # logits = scale * cosines
+    factor = scale * grad_output
+    return grad_image.mul_(factor), grad_text.mul_(factor), grad_scale
 
 
-def _over(log_sum: Tensor, pulls: Tensor) -> Tensor:
-    """log_sum - log(pulls), so that exp(logit - this) is pulls * softmax; infinite where nothing pulls."""
-    return torch.where(pulls > 0, log_sum - pulls.log(), torch.inf)
+def _shifted_lse(lse: Tensor, coef: Tensor) -> Tensor:
+    """Return lse - log(coef), so that exp(logit - result) = coef * exp(logit - lse); infinite where coef is 0."""
+    return torch.where(coef > 0, lse - coef.log(), torch.inf)
 
 
-def _log_sums(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of the rows and of the columns."""
-    return logits.logsumexp(1), logits.logsumexp(0)
+def _text_weights(image_of_text: Tensor, images: int) -> Tensor:
+    """Return the weight of each text: 1 / (number of images * number of texts of its image)."""
+    texts_per_image = torch.bincount(image_of_text, minlength=images)
+    return 1 / (images * texts_per_image[image_of_text]).float()

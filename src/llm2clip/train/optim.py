@@ -1,4 +1,4 @@
-"""Which part of the model learns, and at which rate."""
+"""Optimization of align: which parameters are trained, at which learning rate, with which schedule."""
 
 from __future__ import annotations
 
@@ -6,72 +6,98 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from llm2clip.config import AlignConfig
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.tower_lora import add_tower_lora
+from llm2clip.models.vision_tower import VisionTower
+
+# Weight decay and gradient clipping are those of the paper's training script (arXiv 2411.04997).
+WEIGHT_DECAY = 0.05
+MAX_GRAD_NORM = 5.0
+ADAM_BETAS = (0.9, 0.999)
 
 
 def set_trainable(model: LLM2CLIP, config: AlignConfig) -> None:
-    """Let those parameters ask for gradients that the recipe trains; put LoRA on the tower if it asks for it.
+    """Set `requires_grad` of the tower's parameters, and add LoRA layers to the tower if the config has a LoRA rank.
+
+    The projection, the adapter and the logit scale are always trained.
 
     Raises:
-        ValueError: the tower has not what the recipe asks for.
+        ValueError: The tower has no layers for LoRA.
     """
     tower = model.tower
-    frozen = config.tower_lr <= 0
-    tower.requires_grad_(not frozen)
+    tower.requires_grad_(config.tower_lr > 0)
     if config.lora_r:
-        add_tower_lora(tower, config.lora_r, config.lora_alpha)
-    elif not frozen and config.train_layers is not None:
-        depth = tower.parameter_depths()
-        blocks = sorted({depth[name] for name in depth if tower.is_in_block(name)})
-        if not blocks:
-            raise ValueError("--align.train_layers finds no blocks in this tower: train all of it, or LoRA")
-        first = blocks[-min(config.train_layers, len(blocks))]
-        for name, p in tower.named_parameters():
-            p.requires_grad_(depth[name] >= first)
-    for name, p in tower.named_parameters():
-        if name.endswith("mask_token"):  # no gradient ever reaches it
-            p.requires_grad_(False)
-    model.logit_scale.requires_grad_(config.loss != "cosine")
+        add_tower_lora(tower, config.lora_r, 2 * config.lora_r)
+    for name, parameter in tower.named_parameters():
+        if name.endswith("mask_token"):  # used in DINO's pretraining only: it never has a gradient
+            parameter.requires_grad_(False)
+
+
+def make_optimizer(model: LLM2CLIP, config: AlignConfig) -> torch.optim.AdamW:
+    """Return AdamW over the trained parameters."""
+    return torch.optim.AdamW(parameter_groups(model, config), betas=ADAM_BETAS)
 
 
 def parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str, Any]]:
-    """AdamW's groups of what is trained: the logit scale and bias, the tower by layer with its decay, the projection
-    and the adapter.
+    """Group the trained parameters by learning rate and weight decay.
 
-    Vectors (biases, norms, the scale) get no weight decay, as in CLIP.
+    The tower has its own learning rate, multiplied by `layer_decay` for each layer below the top. Vectors and scalars
+    (biases, norms, the logit scale and bias) have no weight decay, as in CLIP.
+
+    Raises:
+        ValueError: Layer decay was requested for a tower whose layers are not ordered.
     """
-    tower = model.tower
-    depth, top = tower.parameter_depths(), tower.num_layers - 1
+    layers = _tower_layers(model.tower)
+    top = max(layers.values())
     if config.layer_decay < 1 and top == 0:
-        raise ValueError(
-            "--align.layer_decay: timm does not say which layers of this tower are above which; leave it out"
-        )
-    scale_lr = config.lr if config.scale_lr is None else config.scale_lr
-    projection_lr = config.lr if config.projection_lr is None else config.projection_lr
-    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
-    for name, p in model.named_parameters():
-        part = name.partition(".")[0]
-        if not p.requires_grad:
+        raise ValueError("--align.layer_decay is not possible: timm does not list the layers of this tower in order")
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
             continue
-        lr = {"projection": projection_lr, "adapter": config.lr}.get(part, scale_lr)
-        if part == "tower":
-            lr = config.tower_lr * config.layer_decay ** (top - depth[name.removeprefix("tower.")])
-        decay = config.weight_decay if p.ndim > 1 else 0.0
-        groups.setdefault((part, lr, decay), []).append(p)
-    return [{"params": ps, "lr": lr, "weight_decay": decay} for (_, lr, decay), ps in groups.items()]
+        lr = config.lr
+        if name.startswith("tower."):
+            layers_below_top = top - layers[name.removeprefix("tower.")]
+            lr = config.tower_lr * config.layer_decay**layers_below_top
+        weight_decay = WEIGHT_DECAY if parameter.ndim > 1 else 0.0
+        groups.setdefault((lr, weight_decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": lr, "weight_decay": weight_decay}
+        for (lr, weight_decay), parameters in groups.items()
+    ]
 
 
-def cosine_schedule(steps: int, warmup: float) -> Callable[[int], float]:
-    """Factor on the learning rate at a step: linear up over `warmup` of the steps, then a cosine to zero."""
-    rise = max(1, round(steps * warmup))
+def cosine_schedule(steps: int, warmup_ratio: float) -> Callable[[int], float]:
+    """Return the factor on the learning rate as a function of the step: linear warm-up, then a cosine to zero.
+
+    transformers' schedule of this shape has a learning rate of 0 in the first step, which then changes nothing.
+    """
+    warmup = max(1, round(steps * warmup_ratio))
 
     def factor(step: int) -> float:
-        if step < rise:
-            return (step + 1) / rise
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise))))
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return 0.5 * (1 + math.cos(math.pi * progress))
 
     return factor
+
+
+def _tower_layers(tower: VisionTower) -> dict[str, int]:
+    """Return the layer of each parameter of the tower: 0 for the stem, then the blocks, then what follows them.
+
+    What follows the blocks (the final norm) is a layer of its own, as in the paper: it has the full learning rate, and
+    the top block has `layer_decay` times that. timm counts the final norm to the last block.
+    """
+    layers = tower.parameter_depths()
+    block_layers = [layer for name, layer in layers.items() if tower.is_in_block(name)]
+    if not block_layers:
+        return layers
+    top_block = max(block_layers)
+    return {
+        name: layer if tower.is_in_block(name) or layer < top_block else top_block + 1 for name, layer in layers.items()
+    }

@@ -1,13 +1,15 @@
-"""Tune's loss: pairs of texts through the caption encoder in batches of similar length, then InfoNCE over all of them.
+"""Loss of tune: InfoNCE over pairs of texts, encoded in batches of similar length.
 
-A caption has 12 tokens or 200: padding a whole batch to its longest wastes half the compute, so texts are sorted by
-length and go through in batches of a token budget; with gradient caching, one of them is in memory at a time.
+Captions have 10 to 200 tokens. Padding a whole batch to its longest text would waste half the compute, so the texts are
+sorted by length and encoded in passes with a budget of tokens. With gradient caching, only one pass is in memory at a
+time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,26 +20,89 @@ from torch import Tensor, nn
 from llm2clip.data.hashing import text_key
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.length_batching import TokenizedTexts
-from llm2clip.train.distributed import RaggedGather
-from llm2clip.train.fsdp import extra_forward_passes
+from llm2clip.train.distributed import RaggedGather, extra_forward_passes
 from llm2clip.train.grad_cache import cached_backward
+
+
+def pair_loss(
+    anchor: Tensor,
+    positive: Tensor,
+    scale: float,
+    text_ids: Tensor,
+    negatives: Tensor | None = None,
+    symmetric: bool = True,
+    gather: bool = True,
+) -> Tensor:
+    """Compute InfoNCE over pairs of texts: each anchor retrieves its positive among all positives and hard negatives.
+
+    A candidate that equals the anchor or its positive is not a negative. In a distributed run, the candidates of all
+    ranks are gathered with gradients. Averaged over ranks, as DDP does, the gradients are those of a single process
+    with the whole batch.
+
+    Args:
+        anchor, positive: (N, D) of this rank, L2-normalised; row i of both is a pair. N is the same on all ranks.
+        scale: Factor on the cosine similarities, 1 / temperature.
+        text_ids: (2 N + M,) int64, ids of the anchors, positives and negatives. Texts with equal ids are equal.
+        negatives: (M, D), known negatives of any anchor. M may differ between ranks.
+        symmetric: Each positive must also retrieve its anchor among all anchors.
+        gather: Use the candidates of all ranks. All ranks must then call this function.
+
+    Returns:
+        float32 scalar: the mean over the pairs of this rank, and over both directions if symmetric.
+    """
+    n = len(anchor)
+    if negatives is None:
+        negatives = anchor[:0]
+    anchor, positive, negatives = anchor.float(), positive.float(), negatives.float()
+    anchor_ids, positive_ids, negative_ids = text_ids[:n], text_ids[n : 2 * n], text_ids[2 * n :]
+
+    # Texts of all ranks.
+    pairs = RaggedGather(n, anchor.device, gather)
+    extra = RaggedGather(len(negatives), anchor.device, gather)
+    all_anchors, all_positives = pairs.gather(anchor, gradients=True), pairs.gather(positive, gradients=True)
+    all_negatives = extra.gather(negatives, gradients=True)
+    all_anchor_ids, all_positive_ids = pairs.gather(anchor_ids), pairs.gather(positive_ids)
+    candidate_ids = torch.cat([all_positive_ids, extra.gather(negative_ids)])
+    target = torch.arange(n, device=anchor.device) + pairs.offset  # index of each pair among those of all ranks
+
+    def retrieval_loss(query: Tensor, query_ids: Tensor, answer_ids: Tensor, items: Tensor, item_ids: Tensor) -> Tensor:
+        """Cross-entropy of retrieving item `target` with each query."""
+        excluded = (item_ids[None, :] == query_ids[:, None]) | (item_ids[None, :] == answer_ids[:, None])
+        excluded = excluded.scatter(1, target[:, None], False)  # but not the target itself
+        logits = scale * query @ items.T  # (queries, items)
+        return F.cross_entropy(logits.masked_fill(excluded, -torch.inf), target)
+
+    with torch.autocast(anchor.device.type, enabled=False):
+        candidates = torch.cat([all_positives, all_negatives])
+        loss = retrieval_loss(anchor, anchor_ids, positive_ids, candidates, candidate_ids)
+        if symmetric:
+            loss = (loss + retrieval_loss(positive, positive_ids, anchor_ids, all_anchors, all_anchor_ids)) / 2
+    return loss
 
 
 @dataclass
 class PairCollator(SentenceTransformerDataCollator):
-    """Rows of pairs to token ids, not padded: all first texts, all second ones, all negatives. `preprocess_fn` is the
-    encoder's `tokenize`."""
+    """Tokenizes rows of pairs, without padding: all anchors, then all positives, then all hard negatives.
+
+    `preprocess_fn` is the encoder's `tokenize`.
+    """
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        others = [row["positive"] for row in rows] + [text for row in rows for text in row["negatives"]]
-        texts = [row["anchor"] for row in rows] + others
-        found = self.preprocess_fn(texts, [row["instruction"] for row in rows] + [""] * len(others))
-        names = torch.tensor([text_key(text) for text in texts])
-        return {"tokens": found.ids, "unpooled": found.prompt_lengths, "names": names, "pairs": len(rows)}
+        anchors = [row["anchor"] for row in rows]
+        others = [row["positive"] for row in rows]
+        others += [text for row in rows for text in row["negatives"]]
+        instructions = [row["instruction"] for row in rows] + [""] * len(others)
+        tokenized = self.preprocess_fn(anchors + others, instructions)
+        return {
+            "tokens": tokenized.ids,
+            "prompt_lengths": tokenized.prompt_lengths,
+            "text_ids": torch.tensor([text_key(text) for text in anchors + others]),
+            "pairs": len(rows),
+        }
 
 
 class PairLoss(nn.Module):
-    """The loss of a batch of `PairCollator`, as the trainer calls it."""
+    """`pair_loss` of a batch from `PairCollator`, in the form that sentence-transformers' trainer calls."""
 
     def __init__(
         self,
@@ -46,108 +111,59 @@ class PairLoss(nn.Module):
         batch_tokens: int,
         *,
         symmetric: bool = True,
-        widths: Sequence[int] = (),
+        matryoshka_dims: Sequence[int] = (),
         grad_cache: bool = False,
     ) -> None:
         """
         Args:
-            encoder: the caption encoder that is trained.
-            temperature: cosines are divided by it.
-            batch_tokens: tokens in a forward pass, padding included.
-            symmetric: second texts look for first ones, too.
-            widths: the mean of the losses of the whole vector and of its first so many numbers (Matryoshka, arXiv
-                2205.13147).
-            grad_cache: keep no activations between passes.
+            encoder: Caption encoder to train.
+            temperature: Cosine similarities are divided by it.
+            batch_tokens: Tokens per forward pass, padding included.
+            symmetric: As in `pair_loss`.
+            matryoshka_dims: Return the mean of the losses of the full embedding and of these truncated sizes
+                (Matryoshka, arXiv 2205.13147).
+            grad_cache: Keep no activations between the forward passes.
         """
         super().__init__()
-        self.model = encoder.st  # the trainer puts the distributed wrapper here
-        self._encoder = [encoder]
+        self.model = encoder.st  # the trainer replaces it by its distributed wrapper
+        self._encoder = [encoder]  # in a list, so that it is not a submodule
         self.scale = 1 / temperature
         self.batch_tokens = batch_tokens
-        self.symmetric, self.widths, self.grad_cache = symmetric, tuple(widths), grad_cache
+        self.symmetric, self.matryoshka_dims, self.grad_cache = symmetric, tuple(matryoshka_dims), grad_cache
 
     def forward(self, features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
-        batch = next(iter(features))
-        passes = list(self._passes(batch["tokens"], batch["unpooled"]))
-        shortest = passes[-1][1]
-        spare = extra_forward_passes(self.model, len(passes), self._encoder[0].device)
-        passes += [([], lambda: shortest()[:0])] * spare
-        back = torch.tensor([row for rows, _ in passes for row in rows]).argsort()
+        """Return the loss of one batch, the only element of `features`."""
+        batch, device = next(iter(features)), self._encoder[0].device
+        passes = list(self._passes(batch["tokens"], batch["prompt_lengths"]))
+        order = torch.tensor([row for rows, _ in passes for row in rows]).argsort()  # back to the order of the batch
 
-        def loss(vectors: Tensor) -> Tensor:
-            return self._of_vectors(vectors[back], batch["pairs"], batch["names"].to(vectors.device))
+        # With FSDP, ranks with fewer passes repeat their last and shortest one, and drop its output.
+        run_shortest = passes[-1][1]
+        runs = [run for _, run in passes]
+        runs += [lambda: run_shortest()[:0]] * extra_forward_passes(self.model, len(passes), device)
+
+        def loss_function(embeddings: Tensor) -> Tensor:
+            return self._loss(embeddings[order], batch["pairs"], batch["text_ids"].to(embeddings.device))
 
         if self.grad_cache and torch.is_grad_enabled():
-            parts = [lambda run=run: (run(),) for _, run in passes]
-            return cached_backward(parts, loss, self.model, self._encoder[0].device)
-        return loss(torch.cat([run() for _, run in passes]))
+            return cached_backward([lambda run=run: (run(),) for run in runs], loss_function, self.model, device)
+        return loss_function(torch.cat([run() for run in runs]))
 
-    def _passes(self, tokens: list[list[int]], unpooled: list[int]) -> Iterator[tuple[list[int], Callable[[], Tensor]]]:
-        """The forward passes of a batch: which rows, and what gives their vectors."""
-        encoder = self._encoder[0]
-        for length, rows in TokenizedTexts(tokens, [], unpooled).batches(self.batch_tokens):
+    def _passes(
+        self, tokens: list[list[int]], prompt_lengths: list[int]
+    ) -> Iterator[tuple[list[int], Callable[[], Tensor]]]:
+        """Yield the forward passes of a batch: row numbers, and a function that encodes these rows."""
+        for prompt_length, rows in TokenizedTexts(tokens, [], prompt_lengths).batches(self.batch_tokens):
+            yield rows, partial(self._encode, [tokens[row] for row in rows], prompt_length)
 
-            def run(rows: list[int] = rows, length: int = length) -> Tensor:
-                inputs = encoder.collate([tokens[r] for r in rows], length)
-                vectors: Tensor = self.model(inputs)["sentence_embedding"].float()
-                return vectors
+    def _encode(self, tokens: list[list[int]], prompt_length: int) -> Tensor:
+        embeddings: Tensor = self.model(self._encoder[0].collate(tokens, prompt_length))["sentence_embedding"]
+        return embeddings.float()
 
-            yield rows, run
-
-    def _of_vectors(self, vectors: Tensor, pairs: int, names: Tensor) -> Tensor:
+    def _loss(self, embeddings: Tensor, pairs: int, text_ids: Tensor) -> Tensor:
         losses = []
-        for width in (vectors.shape[1], *self.widths):
-            unit = F.normalize(vectors[:, :width], dim=-1)
-            first, second, negatives = unit[:pairs], unit[pairs : 2 * pairs], unit[2 * pairs :]
-            losses.append(pair_loss(first, second, self.scale, names, negatives, self.symmetric))
+        for dim in (embeddings.shape[1], *self.matryoshka_dims):
+            unit = F.normalize(embeddings[:, :dim], dim=-1)
+            anchor, positive, negatives = unit[:pairs], unit[pairs : 2 * pairs], unit[2 * pairs :]
+            losses.append(pair_loss(anchor, positive, self.scale, text_ids, negatives, self.symmetric))
         return torch.stack(losses).mean()
-
-
-def pair_loss(
-    first: Tensor,
-    second: Tensor,
-    scale: float,
-    ids: Tensor,
-    negatives: Tensor | None = None,
-    symmetric: bool = True,
-    gather: bool = True,
-) -> Tensor:
-    """InfoNCE over pairs of texts: each first text finds its second among all second texts and all known negatives.
-
-    No text counts against itself: a candidate with the text of the query or of its answer is left out. In a distributed
-    run the candidates of all processes are gathered with gradients; averaged over processes, as DDP does, the gradients
-    are those of one process with the whole batch.
-
-    Args:
-        first, second: (N, D) of this process, L2-normalised; row i of both is a pair; N is the same everywhere.
-        scale: factor on the cosines, 1 / temperature.
-        ids: (2 N + M,) int64 naming the texts of `first`, `second` and `negatives`.
-        negatives: (M, D) known wrong answers, of any of the queries; M may differ among processes.
-        symmetric: each second text must find its first, too; the negatives have no part in that.
-        gather: take the candidates of all processes, which then must all call this.
-
-    Returns:
-        float32 scalar: mean over this process's pairs, and over both directions if symmetric.
-    """
-    n = len(first)
-    if negatives is None:
-        negatives = first[:0]
-    first, second, negatives = (x.float() for x in (first, second, negatives))
-    first_ids, second_ids, wrong_ids = ids[:n], ids[n : 2 * n], ids[2 * n :]
-    pairs, others = RaggedGather(n, first.device, gather), RaggedGather(len(negatives), first.device, gather)
-    firsts, seconds = pairs.all(first, gradients=True), pairs.all(second, gradients=True)
-    wrong = others.all(negatives, gradients=True)
-    firsts_ids, seconds_ids, wrong_ids = pairs.all(first_ids), pairs.all(second_ids), others.all(wrong_ids)
-    target = torch.arange(n, device=first.device) + pairs.first
-
-    def direction(queries: Tensor, asked: Tensor, answers: Tensor, items: Tensor, items_ids: Tensor) -> Tensor:
-        same = (items_ids[None, :] == asked[:, None]) | (items_ids[None, :] == answers[:, None])
-        logits = scale * queries @ items.T
-        return F.cross_entropy(logits.masked_fill(same.scatter(1, target[:, None], False), -torch.inf), target)
-
-    with torch.autocast(first.device.type, enabled=False):
-        candidates, candidate_ids = torch.cat([seconds, wrong]), torch.cat([seconds_ids, wrong_ids])
-        loss = direction(first, first_ids, second_ids, candidates, candidate_ids)
-        if symmetric:
-            loss = (loss + direction(second, second_ids, first_ids, firsts, firsts_ids)) / 2
-    return loss

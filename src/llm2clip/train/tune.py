@@ -1,209 +1,299 @@
-"""Stage 1, tune: a decoder LLM learns to tell captions apart (caption-contrastive fine-tuning, "CC").
+"""Stage 1, tune: contrastive training of a decoder LLM on captions ("CC"), with LoRA or of all weights.
 
-Two captions of one image are a positive pair, the captions of the other images of the batch its negatives; general
-text pairs ("TC") may come between or instead. First, if asked, masked next-token prediction gets the LLM used to
-reading both ways. Each of the two is a run of the trainer of its own; what they leave is an ordinary encoder.
+Two captions of one image are a positive pair; the other texts of the batch are negatives. General text pairs ("TC") can
+be mixed in or used instead. The result is an ordinary encoder in sentence-transformers layout: LoRA is merged.
+
+sentence-transformers' trainer runs the loop, with a metrics log, a progress bar and checkpoints of the trained weights
+only.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import torch
-from peft import LoraConfig, PeftModel
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import BatchSampler, SequentialSampler
+from transformers import PrinterCallback, ProgressCallback
 
-from llm2clip.checkpoint import hash_texts
+from llm2clip.checkpoint import Checkpoints, TrainingLog, hash_texts
 from llm2clip.config import TuneConfig
-from llm2clip.data.hashing import unique_captions
+from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.pairs import TuningItem, pair_batches
-from llm2clip.distributed import fsdp_enabled, process_state
+from llm2clip.distributed import fsdp_enabled, process_state, set_fsdp_wrap_policy, set_mixed_precision
+from llm2clip.io_utils import atomic_dir
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.length_batching import default_batch_tokens
 from llm2clip.models.lora import LoraSession, check_qlora_available, merge_adapter
-from llm2clip.models.precision import DTYPES, resolve_device_precision
+from llm2clip.models.precision import DTYPES, get_layers, resolve_device_precision
 from llm2clip.store.lock import folder_lock
-from llm2clip.train.mntp import HIDDEN, MASK, MaskedTokenLoss, MaskingCollator
+from llm2clip.train.distributed import copy_into, empty_copy, full_tensor, gather_to_cpu
 from llm2clip.train.pair_loss import PairCollator, PairLoss
-from llm2clip.train.tune_trainer import train_captions
+
+TRAINED_WEIGHTS = "trained.safetensors"
 
 
-def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, recipe: TuneConfig, folder: Path) -> Path:
-    """Tune `encoder` on pairs of texts and save it to `folder/encoder`; a killed run goes on.
+def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, config: TuneConfig, run_dir: Path) -> Path:
+    """Tune a caption encoder and save it to `run_dir/encoder`; an interrupted run resumes from its last checkpoint.
 
     Args:
-        sources: captions of images or text pairs, source by source: one, or as many as `recipe.source_weights`.
-        encoder: the raw caption encoder; changed in place.
-        recipe: the settings.
-        folder: keeps checkpoints and metrics.jsonl, of the first part in `folder/mntp`; `folder/encoder` appears when
-            the work is done.
+        sources: Captions of images or text pairs, one list per source.
+        encoder: Raw caption encoder; changed in place.
+        config: Settings. With `steps` 0, the encoder is saved as it is.
+        run_dir: Run directory: checkpoints/, metrics.jsonl, and encoder/ once training is complete.
 
     Returns:
         The folder of the tuned encoder, in sentence-transformers layout.
 
     Raises:
-        ValueError: a source has too few items for the batch.
+        ValueError: A source has too few items for a batch, settings contradict each other, or the checkpoints are those
+            of a run with other settings or data.
+        FloatingPointError: The loss or a gradient is not finite.
     """
-    done, state = folder / "encoder", process_state()
-    if not done.exists():
-        rows = _rows(sources, encoder, recipe)  # what is wrong with the settings shows before any work
-        folder.mkdir(parents=True, exist_ok=True)
-        with folder_lock(folder) if state.is_main_process else nullcontext():
-            if recipe.mntp_steps > 0:
-                _predict_hidden_tokens(sources, encoder, recipe, folder / "mntp")
+    state = process_state()
+    encoder_dir = run_dir / "encoder"
+    if not encoder_dir.exists():
+        rows = _sample_rows(sources, encoder, config)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with folder_lock(run_dir) if state.is_main_process else nullcontext():
             if rows:
-                _tell_apart(rows, encoder, recipe, folder)
+                precision, lora = _set_trainable(encoder, config)
+                _train(rows, encoder, config, run_dir, precision)
+                _finish(encoder, lora)
             if state.is_main_process:
-                _save(encoder, done)
+                with atomic_dir(encoder_dir) as folder:
+                    encoder.save_pretrained(folder)
     state.wait_for_everyone()
-    return done
+    return encoder_dir
 
 
-def _rows(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, recipe: TuneConfig) -> list[dict[str, Any]]:
-    """The pairs of all steps, on every process alike."""
-    if not recipe.merge and recipe.steps <= 0:
-        raise ValueError("--tune.merge false keeps what caption-contrastive steps change: --tune.steps has none")
-    if recipe.qlora:
+def _sample_rows(
+    sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, config: TuneConfig
+) -> list[dict[str, Any]]:
+    """Check the settings and return the pairs of all steps, the same on all ranks."""
+    if config.qlora:
         check_qlora_available()
-    if recipe.qlora and fsdp_enabled():
-        raise ValueError("--tune.qlora does not go with weights shared out over processes: leave out --use_fsdp")
-    if not recipe.merge and isinstance(encoder.st[0].model, PeftModel):
-        raise ValueError("the encoder is LoRA beside an LLM already: a second one beside it needs --tune.merge true")
-    if any(not 0 < width < encoder.embed_dim for width in recipe.matryoshka_dims):
+        if fsdp_enabled():
+            raise ValueError("--tune.qlora does not work with FSDP: remove --use_fsdp")
+    if any(not 0 < dim < encoder.embed_dim for dim in config.matryoshka_dims):
         raise ValueError(
-            f"--tune.matryoshka_dims are between 1 and {encoder.embed_dim - 1}, below the encoder's own; got {recipe.matryoshka_dims}"
+            f"--tune.matryoshka_dims must be between 1 and {encoder.embed_dim - 1}, less than the encoder's embedding "
+            f"size (got {config.matryoshka_dims})"
         )
-    if recipe.steps <= 0:
+    if config.steps == 0:
         return []
-    batch = recipe.batch_size * process_state().num_processes
+    pairs_per_step = config.batch_size * process_state().num_processes
     batches = pair_batches(
         sources,
-        recipe.source_weights,
-        batch,
-        recipe.steps,
-        recipe.seed,
-        recipe.hard_negative_group_size,
+        config.source_weights,
+        pairs_per_step,
+        config.steps,
+        seed=config.seed,
+        hard_negative_group_size=config.hard_negative_group_size,
     )
     rows = [asdict(pair) for batch in batches for pair in batch]
-    if prompts := {row["instruction"] for row in rows} - {""}:
-        encoder.exclude_prompts_from_pooling(sorted(prompts))
+    instructions = {row["instruction"] for row in rows} - {""}
+    if instructions:
+        encoder.exclude_prompts_from_pooling(sorted(instructions))
     return rows
 
 
-def _tell_apart(rows: list[dict[str, Any]], encoder: CaptionEncoder, recipe: TuneConfig, folder: Path) -> None:
-    """Caption-contrastive tuning."""
-    precision, lora = _prepare(encoder, recipe)
-    loss = PairLoss(
-        encoder,
-        recipe.temperature,
-        recipe.batch_tokens or default_batch_tokens(encoder.device),
-        symmetric=recipe.symmetric,
-        widths=recipe.matryoshka_dims,
-        grad_cache=recipe.grad_cache,
-    )
-    texts = hash_texts(
-        text for row in rows for text in (row["instruction"], row["anchor"], row["positive"], *row["negatives"])
-    )
-    plan = {
-        "steps": recipe.steps,
-        "pairs": recipe.batch_size * process_state().num_processes,
-        "precision": precision,
-        "captions": texts,
-    }
-    collator = PairCollator(preprocess_fn=encoder.tokenize)
-    train_captions(
-        rows, encoder, loss, collator, recipe, folder, name="tune", steps=recipe.steps, precision=precision, plan=plan
-    )
-    _finish(encoder, lora, recipe.merge)
+def _set_trainable(encoder: CaptionEncoder, config: TuneConfig) -> tuple[str, LoraSession | None]:
+    """Choose the trained weights: LoRA layers, or all weights of the LLM but its token embeddings.
 
+    Under LoRA, the frozen matrices, nearly all of the memory, are stored in the precision of training, or in 4 bits.
 
-def _predict_hidden_tokens(
-    sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, recipe: TuneConfig, folder: Path
-) -> None:
-    """Masked next-token prediction on the same texts, each as often as any other."""
-    if (folder / "encoder").exists():
-        options: dict[str, Any] = {"device": encoder.device, "attention": encoder.attention}
-        encoder.st = None  # one LLM in memory at a time
-        encoder.st = CaptionEncoder.from_pretrained(folder / "encoder", **options).st
-        return
-    texts = unique_captions(text for source in sources for item in source for text in item.texts)
-    per_step = recipe.batch_size * process_state().num_processes
-    rng = np.random.default_rng(recipe.seed)
-    if not texts:
-        raise ValueError("there is no text to predict hidden tokens of: leave out --tune.mntp_steps")
-    order = (int(i) for _ in count() for i in rng.permutation(len(texts)))
-    chosen = list(islice(order, recipe.mntp_steps * per_step))
-    rows = [{"text": texts[i], "seed": f"{recipe.seed} {n}"} for n, i in enumerate(chosen)]
-    mask = encoder.tokenizer(MASK, add_special_tokens=False)["input_ids"][0]
-    collator = MaskingCollator(preprocess_fn=encoder.tokenize, share=HIDDEN, mask=mask)
-    precision, lora = _prepare(encoder, recipe)
-    loss = MaskedTokenLoss(encoder, recipe.batch_tokens or default_batch_tokens(encoder.device))
-    plan = {
-        "steps": recipe.mntp_steps,
-        "texts": per_step,
-        "precision": precision,
-        "captions": hash_texts(row["text"] for row in rows),
-    }
-    train_captions(
-        rows, encoder, loss, collator, recipe, folder, name="mntp", steps=recipe.mntp_steps, precision=precision,
-        plan=plan,
-    )  # fmt: skip
-    _finish(encoder, lora, merge=True)
-    if process_state().is_main_process:
-        _save(encoder, folder / "encoder")
-    process_state().wait_for_everyone()
-    encoder.llm.name_or_path = str(folder / "encoder")  # what LoRA belongs to from here on
-
-
-def _prepare(encoder: CaptionEncoder, recipe: TuneConfig) -> tuple[str, LoraSession | None]:
-    """Choose which weights are trained; the precision they are trained in, and LoRA if that is what is trained.
-
-    Under LoRA the matrices that stay as they are, nearly all of the memory, are held in that precision, or less.
+    Returns:
+        The precision of training (fp32, bf16 or fp16), and LoRA on the LLM if it is used.
     """
-    torch.manual_seed(recipe.seed)
-    merge_adapter(encoder)
-    precision, lora = resolve_device_precision(recipe.precision, process_state().device), None
-    encoder.st.requires_grad_(False)  # what comes after the LLM, such as a cut to fewer numbers, stays
-    pooler = getattr(encoder.llm, "pooler", None)  # of BERT and its kin: no vector of ours goes through it
-    if recipe.lora_r:
-        config = LoraConfig(
-            r=recipe.lora_r,
-            lora_alpha=recipe.lora_alpha,
-            lora_dropout=recipe.lora_dropout,
-            target_modules=recipe.lora_targets if isinstance(recipe.lora_targets, str) else list(recipe.lora_targets),
+    torch.manual_seed(config.seed)
+    device = process_state().device
+    precision = resolve_device_precision(config.precision, device)
+    merge_adapter(encoder)  # of an earlier tuning
+    llm = encoder.llm
+    pooler = getattr(llm, "pooler", None)  # BERT and similar models have one; our pooling does not use it
+    encoder.st.requires_grad_(False)  # including modules after the LLM, such as the truncation of the embedding
+    lora = None
+    if config.lora_r:
+        lora_config = LoraConfig(
+            r=config.lora_r,
+            lora_alpha=2 * config.lora_r,
+            lora_dropout=config.lora_dropout,
+            target_modules="all-linear",
             exclude_modules=["pooler.dense"] if pooler is not None else None,
         )
-        lora = LoraSession(encoder, config, DTYPES[precision], process_state().device, recipe.qlora)
-    else:  # the table is large, and captions read few rows of it
-        encoder.llm.requires_grad_(True)
-        encoder.llm.get_input_embeddings().requires_grad_(False)
+        lora = LoraSession(encoder, lora_config, DTYPES[precision], device, config.qlora)
+    else:
+        llm.requires_grad_(True)
+        llm.get_input_embeddings().requires_grad_(False)  # a large table, of which captions use few rows
         if pooler is not None:
             pooler.requires_grad_(False)
-    encoder.to(process_state().device)
-    if recipe.gradient_checkpointing:
+    encoder.to(device)
+    if config.gradient_checkpointing:
         encoder.llm.gradient_checkpointing_enable({"use_reentrant": False})
         encoder.llm.enable_input_require_grads()
     return precision, lora
 
 
-def _finish(encoder: CaptionEncoder, lora: LoraSession | None, merge: bool) -> None:
-    """An ordinary LLM again: LoRA merged or beside it, nothing recomputed."""
+@onednn_matmul()
+def _train(
+    rows: Sequence[Mapping[str, Any]], encoder: CaptionEncoder, config: TuneConfig, run_dir: Path, precision: str
+) -> None:
+    """Train the weights that require gradients, from the last checkpoint if there is one.
+
+    Args:
+        rows: Pairs of all steps, in the order in which they are used.
+        encoder: Caption encoder; changed in place.
+        config: Settings.
+        run_dir: Run directory.
+        precision: fp32, bf16 or fp16.
+    """
+    state = process_state()
+    set_mixed_precision(precision)
+    set_fsdp_wrap_policy(get_layers(encoder.llm))
+    args = _training_arguments(config, run_dir, precision)
+    keep_freed_memory(args.device)
+    texts = (text for r in rows for text in (r["instruction"], r["anchor"], r["positive"], *r["negatives"]))
+    signature = {
+        "steps": config.steps,
+        "pairs per step": config.batch_size * state.num_processes,
+        "precision": precision,
+        "texts": hash_texts(texts),
+    }
+    checkpoints = Checkpoints(run_dir / "checkpoints", signature)
+    loss = PairLoss(
+        encoder,
+        config.temperature,
+        config.batch_tokens or default_batch_tokens(encoder.device),
+        symmetric=config.symmetric,
+        matryoshka_dims=config.matryoshka_dims,
+        grad_cache=config.grad_cache,
+    )
+    trainer = _TuneTrainer(
+        model=encoder.st,
+        args=args,
+        train_dataset=Dataset.from_list([dict(row) for row in rows]),
+        loss=loss,
+        data_collator=cast(Any, PairCollator(preprocess_fn=encoder.tokenize)),
+        callbacks=[TrainingLog(run_dir / "metrics.jsonl", checkpoints, "Lower --tune.lr, or use fp32")],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_ProgressBar)
+    unsharded = empty_copy(encoder.st) if trainer.is_fsdp_enabled else None
+    with _attention_backend(args.device):
+        trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
+    if unsharded is not None:
+        encoder.st = gather_to_cpu(unsharded, encoder.st)
+    else:
+        trainer.accelerator.unwrap_model(encoder.st, keep_fp32_wrapper=False)  # removes autocast
+        vars(encoder.st).pop("_is_accelerate_prepared", None)  # or a later training would run without autocast
+
+
+def _finish(encoder: CaptionEncoder, lora: LoraSession | None) -> None:
+    """Make the LLM an ordinary one again: merge LoRA and disable gradient checkpointing."""
     if getattr(encoder.llm, "is_gradient_checkpointing", False):
         encoder.llm.gradient_checkpointing_disable()
         encoder.llm.disable_input_require_grads()
     if lora is not None:
-        lora.finish(merge)
+        lora.finish(merge=True)
     encoder.eval()
 
 
-def _save(encoder: CaptionEncoder, folder: Path) -> None:
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    encoder.save_pretrained(part)
-    part.replace(folder)
+def _training_arguments(config: TuneConfig, run_dir: Path, precision: str) -> SentenceTransformerTrainingArguments:
+    args = SentenceTransformerTrainingArguments(
+        output_dir=str(run_dir / "checkpoints"),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, round(config.warmup_ratio * config.steps)),
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        use_cpu=process_state().device.type == "cpu",
+        seed=config.seed,
+        batch_sampler=cast(Any, _sequential_batches),
+        save_steps=config.save_steps,
+        logging_steps=1,
+        report_to="none",
+        dataloader_drop_last=True,
+        logging_nan_inf_filter=False,
+        # Ranks make different numbers of forward passes, depending on the lengths of their texts: a forward pass must
+        # not call a collective.
+        ddp_broadcast_buffers=False,
+        ddp_find_unused_parameters=False,
+        disable_tqdm=False,
+    )
+    args._n_gpu = 1  # one process per device, under a launcher; never torch.nn.DataParallel
+    return args
+
+
+class _TuneTrainer(SentenceTransformerTrainer):
+    """sentence-transformers' trainer with checkpoints that hold the trained weights only, in safetensors."""
+
+    def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], None]:
+        """Pass a batch of `PairCollator` to the loss as it is."""
+        return [inputs], None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        assert output_dir is not None  # a checkpoint: the trainer saves nothing else
+        folder = Path(output_dir)
+        weights = {name: full_tensor(p).cpu().contiguous() for name, p in self._trained_weights().items()}
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(weights, folder / TRAINED_WEIGHTS)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        process_state().wait_for_everyone()
+        if self.args.should_save:  # with FSDP, the trainer also saves all weights once more
+            checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            for path in checkpoint.glob("pytorch_model_fsdp*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved, trained = load_file(Path(resume_from_checkpoint) / TRAINED_WEIGHTS), self._trained_weights()
+        if saved.keys() != trained.keys():
+            raise ValueError(
+                f"{resume_from_checkpoint} has other weights than those that this run trains. "
+                "Use the same settings, or delete it to start over"
+            )
+        for name, parameter in trained.items():
+            copy_into(parameter, saved[name])
+
+    def _trained_weights(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+class _ProgressBar(ProgressCallback):
+    """Progress bar that shows the loss, instead of a printed line every few steps."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("tune")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+def _attention_backend(device: torch.device) -> AbstractContextManager[None]:
+    """On a CPU, use plain matmuls instead of PyTorch's fused attention, whose backward pass is slow for short captions
+    in bf16 (see `benchmarks/tune.py`)."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
+def _sequential_batches(dataset: Dataset, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:
+    """Return the batches in the order of the rows."""
+    return BatchSampler(SequentialSampler(dataset), batch_size=batch_size, drop_last=drop_last)

@@ -1,0 +1,278 @@
+"""Sampling for align: the images, captions and crops of each step, as a function of (seed, step) alone.
+
+A resumed run therefore sees what it would have seen without the interruption, whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from llm2clip.checkpoint import hash_texts
+from llm2clip.config import AlignConfig
+from llm2clip.data.hashing import epoch_permutation
+from llm2clip.data.image_loader import decode_or_error
+from llm2clip.data.images import TrainTransform
+from llm2clip.data.records import CAPTION_FIELDS, Record
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.store.image_features import image_keys
+from llm2clip.store.store import EmbeddingStore
+
+Sample = tuple[int, int]  # epoch, index of the image
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The part of a step that one rank sees: N images and M of their captions."""
+
+    images: Tensor
+    """(N, 3, S, S) uint8 pixels, or (N, feature_dim) float32 features of the frozen tower."""
+    caption_rows: np.ndarray
+    """int64 (M,): store rows of the captions. Equal rows are equal captions."""
+    image_of_caption: np.ndarray
+    """int64 (M,), ascending: index of each caption's image."""
+    image_names: list[str]
+    """Names of the images, for messages."""
+    failures: dict[str, str]
+    """Images that could not be decoded, and why. They are replaced by other images of the batch."""
+
+
+class AlignBatches:
+    """All batches of a run, from any step on.
+
+    Attributes:
+        images_per_step: Images of a step on all ranks.
+        steps_per_epoch: Steps of an epoch. Images that do not fill a step are left out; each epoch has another order.
+        image_hash, caption_hash: Hashes of the image names and of the captions.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        store: EmbeddingStore,
+        model: LLM2CLIP,
+        config: AlignConfig,
+        world_size: int = 1,
+        rank: int = 0,
+        features: EmbeddingStore | None = None,
+    ) -> None:
+        """
+        Args:
+            records: Records without an image are ignored.
+            store: Embeddings of the captions.
+            model: Model whose vision tower the images are prepared for.
+            config: Batch size, captions per image, caption mix, crops, workers.
+            world_size: Number of ranks.
+            rank: This rank.
+            features: Store of the tower's features, by image. Batches then have features in place of pixels, and images
+                without features are ignored.
+
+        Raises:
+            ValueError: There are fewer images than one step takes, or the caption mix is invalid.
+            StoreError: A caption is not in the store.
+        """
+        usable = [record for record in records if record.image is not None]
+        self.features, self.feature_rows = features, np.empty(0, np.int64)
+        if features is not None:
+            rows = features.find(image_keys([r.image for r in usable if r.image is not None]))
+            usable = [record for record, row in zip(usable, rows, strict=True) if row >= 0]
+            self.feature_rows = rows[rows >= 0]
+        self.images_per_step = check_batch_size(len(usable), config, world_size)
+        self.steps_per_epoch = len(usable) // self.images_per_step
+        self.config, self.world_size, self.rank = config, world_size, rank
+        self.image_count = len(usable)
+        self.image_hash = hash_texts(str(record.image) for record in usable)
+        self.caption_hash = hash_texts(text for record in usable for text in record.texts)
+        kinds = [kind for kind in CAPTION_FIELDS if any(getattr(record, kind) for record in usable)]
+        self.captions_by_kind = [CaptionIndex(store, (getattr(record, kind) for record in usable)) for kind in kinds]
+        self.kind_weights = [config.caption_mix.get(kind, 0.0) for kind in kinds]
+        transform = TrainTransform(model.tower.preprocess, config.min_crop_scale)
+        self.images = _ImageDataset(usable, transform, config.seed)
+
+    def __len__(self) -> int:
+        """Return the number of steps of the run."""
+        return max(1, round(self.steps_per_epoch * self.config.epochs))
+
+    def batches(self, first_step: int) -> Generator[Batch]:
+        """Yield this rank's batch of each step from `first_step` on.
+
+        Raises:
+            ValueError: No image of a batch can be decoded.
+        """
+        if self.features is not None:
+            for samples in self.samples(first_step):
+                rows = self.feature_rows[[image for _, image in samples]]
+                yield self._make_batch(torch.from_numpy(self.features.take(rows)), samples, failures={})
+            return
+        workers = decoding_workers(self.config)
+        loader = DataLoader(
+            self.images,
+            batch_sampler=_BatchSampler(self, first_step),
+            num_workers=workers,
+            collate_fn=list,
+            persistent_workers=False,
+            multiprocessing_context="spawn" if workers else None,
+            generator=torch.Generator(),  # so that the loader draws nothing from the global random state
+        )
+        for items in loader:
+            failures = {name: result for name, result, _ in items if isinstance(result, str)}
+            decoded = [(result, sample) for _, result, sample in items if not isinstance(result, str)]
+            if not decoded:
+                name, reason = next(iter(failures.items()))
+                raise ValueError(f"no image of a batch can be decoded; the first is {name}: {reason}")
+            # Images that cannot be decoded are replaced by others of the batch. The loss does not count equal captions
+            # as negatives.
+            decoded += [decoded[n % len(decoded)] for n in range(len(items) - len(decoded))]
+            pixels, samples = zip(*decoded, strict=True)
+            yield self._make_batch(torch.stack(pixels), list(samples), failures)
+
+    def samples(self, first_step: int) -> Iterator[list[Sample]]:
+        """Yield the samples of this rank in each step from `first_step` on."""
+        order, order_epoch = np.empty(0, np.int64), -1
+        for step in range(first_step, len(self)):
+            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = epoch_permutation(self.image_count, self.config.seed, epoch), epoch
+            start = step_in_epoch * self.images_per_step
+            images = order[start : start + self.images_per_step]
+            yield [(epoch, int(image)) for image in images[self.rank :: self.world_size]]
+
+    def draw_captions(self, epoch: int, image: int) -> list[int]:
+        """Return the store rows of the captions that an image gets in an epoch.
+
+        The kind of each caption is drawn by the caption mix. No caption is drawn twice, so an image with few captions
+        of a kind gets fewer. An image that has only kinds of weight 0 draws from all its captions.
+        """
+        rng = np.random.default_rng([self.config.seed, epoch, image])
+        kinds = [
+            (captions[image], weight) for captions, weight in zip(self.captions_by_kind, self.kind_weights, strict=True)
+        ]
+        kinds = [(rows, weight) for rows, weight in kinds if len(rows)]
+        if not any(weight for _, weight in kinds):
+            kinds = [(rows, 1.0) for rows, _ in kinds]
+        kinds = [(rng.permutation(rows), weight) for rows, weight in kinds if weight]
+        if self.config.captions_per_image == 0:
+            return [int(row) for rows, _ in kinds for row in rows]
+
+        weights = np.array([weight for _, weight in kinds])
+        drawn_kinds = rng.choice(len(kinds), self.config.captions_per_image, p=weights / weights.sum())
+        drawn_rows: list[int] = []
+        used: Counter[int] = Counter()
+        for kind in drawn_kinds.tolist():
+            rows = kinds[kind][0]
+            if used[kind] < len(rows):
+                drawn_rows.append(int(rows[used[kind]]))
+            used[kind] += 1
+        return drawn_rows
+
+    def _make_batch(self, images: Tensor, samples: list[Sample], failures: dict[str, str]) -> Batch:
+        rows = [self.draw_captions(epoch, image) for epoch, image in samples]
+        return Batch(
+            images=images,
+            caption_rows=np.array([row for rows_of_image in rows for row in rows_of_image]),
+            image_of_caption=np.repeat(np.arange(len(rows)), [len(rows_of_image) for rows_of_image in rows]),
+            image_names=[str(self.images.refs[image]) for _, image in samples],
+            failures=failures,
+        )
+
+
+class CaptionIndex:
+    """Store rows of the captions of each image, as two arrays whatever the number of images."""
+
+    def __init__(self, store: EmbeddingStore, captions: Iterable[Sequence[str]]) -> None:
+        """
+        Args:
+            store: Store with every caption.
+            captions: The captions of each image.
+
+        Raises:
+            StoreError: A caption is not in the store.
+        """
+        counts: list[int] = []
+
+        def all_captions() -> Iterator[str]:
+            for captions_of_image in captions:
+                counts.append(len(captions_of_image))
+                yield from captions_of_image
+
+        self.rows = store.rows(all_captions())
+        self.starts = np.cumsum([0, *counts])
+
+    def __getitem__(self, image: int) -> np.ndarray:
+        """Return the rows of an image's captions, int64 (captions,), without duplicates."""
+        return np.unique(self.rows[self.starts[image] : self.starts[image + 1]])
+
+
+def check_batch_size(images: int, config: AlignConfig, world_size: int) -> int:
+    """Check that there are enough images for a step. Return the number of images in a step on all ranks.
+
+    Raises:
+        ValueError: There are fewer images than one step takes, or the caption mix is invalid.
+    """
+    if unknown := config.caption_mix.keys() - set(CAPTION_FIELDS):
+        raise ValueError(
+            f"--align.caption_mix has unknown kinds of captions: {', '.join(sorted(unknown))}. "
+            f"The kinds are {', '.join(CAPTION_FIELDS)}"
+        )
+    if any(weight < 0 for weight in config.caption_mix.values()):
+        raise ValueError("the weights of --align.caption_mix must be at least 0")
+    batch_size = limit_batch_size(config.batch_size, images, config, world_size)
+    images_per_step = batch_size * world_size
+    if images < images_per_step:
+        raise ValueError(
+            f"{images} images are fewer than a step takes ({images_per_step}): lower --align.batch_size or add images"
+        )
+    return images_per_step
+
+
+def limit_batch_size(batch_size: int, images: int, config: AlignConfig, world_size: int) -> int:
+    """Limit the batch size to the number of images if the tower is frozen, since large batches are then cheap."""
+    if config.tower_lr > 0:
+        return batch_size
+    return max(1, min(batch_size, images // world_size))
+
+
+def decoding_workers(config: AlignConfig) -> int:
+    """Return the number of worker processes of this rank: by default one per two CPU cores, 1 to 16."""
+    if config.workers is not None:
+        return config.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(16, cores // (2 * local_ranks)))
+
+
+class _BatchSampler(Sampler[list[Sample]]):
+    """Batch sampler over the samples of each step, computed while it is read."""
+
+    def __init__(self, data: AlignBatches, first_step: int) -> None:
+        self.data, self.first_step = data, first_step
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        return self.data.samples(self.first_step)
+
+    def __len__(self) -> int:
+        return len(self.data) - self.first_step
+
+
+class _ImageDataset(Dataset):
+    """Maps a sample to its decoded and cropped image, the same in any worker."""
+
+    def __init__(self, records: Sequence[Record], transform: TrainTransform, seed: int) -> None:
+        self.refs = [record.image for record in records if record.image is not None]
+        self.transform, self.seed = transform, seed
+
+    def __getitem__(self, sample: Sample) -> tuple[str, Tensor | str, Sample]:
+        """Return the image's name, its pixels or the reason why it cannot be decoded, and the sample."""
+        epoch, image = sample
+        ref = self.refs[image]
+        seed = int(np.random.SeedSequence([self.seed, epoch, image]).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(seed)
+        return str(ref), decode_or_error(ref, partial(self.transform, generator=generator)), sample
