@@ -1,4 +1,4 @@
-"""What a caption is called, and in which order an epoch goes."""
+"""Caption keys, deduplication and the order of items in an epoch."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import numpy as np
 
 
 def caption_key(caption: str) -> bytes:
-    """The name of a caption in a store: the first 16 bytes of the SHA-256 of its text."""
+    """Return the key of a caption in an embedding store: the first 16 bytes of the SHA-256 of its text."""
     return hashlib.sha256(caption.encode()).digest()[:16]
 
 
 def text_key(text: str) -> int:
-    """A number that names a text on every process: int64."""
+    """Return a 64-bit signed integer hash of a text that is the same in every process."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
 
 
 def unique_captions(captions: Iterable[str]) -> list[str]:
-    """The captions without repetitions, in order of first appearance."""
+    """Return the captions without duplicates, in order of first appearance."""
     return list(dict.fromkeys(captions))
 
 
 def epoch_permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of `n` items in one epoch: int64 (n,), the same for the same (seed, epoch)."""
+    """Return a permutation of `n` items, int64 (n,), that depends only on the seed and the epoch."""
     return np.random.default_rng([seed, epoch]).permutation(n)

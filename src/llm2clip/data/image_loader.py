@@ -1,4 +1,4 @@
-"""Images decoded for inference, in order and in batches, by other processes where there are many."""
+"""Image decoding for inference: in batches and in order, with worker processes for large numbers of images."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import ImageError, load_image
 
 T = TypeVar("T")
-MIN_IMAGES_FOR_WORKERS = 2048  # images that take longer to decode than a process to start
+MIN_IMAGES_FOR_WORKERS = 2048  # fewer images are decoded before a worker process has started
 
 
 def decode_or_error(ref: ImageRef, transform: Callable[[Tensor], T]) -> T | str:
-    """The transformed image, or why it cannot be decoded."""
+    """Return the transformed image, or the reason why it cannot be decoded."""
     try:
         return transform(load_image(ref))
     except (ImageError, OSError) as error:
-        return str(error).removeprefix(f"{ref}: ")  # whoever lists it names the image
+        return str(error).removeprefix(f"{ref}: ")  # the caller adds the name of the image
 
 
 def image_batches(
     refs: Sequence[ImageRef], transform: Callable[[Tensor], Any], batch_size: int = 64, workers: int | None = None
 ) -> Iterator[tuple[list[int], list[Any], dict[int, str]]]:
-    """Decoded images in their order, `batch` of them at a time.
+    """Yield decoded and transformed images in order, `batch_size` at a time.
 
     Args:
-        refs: of the images.
-        transform: of the decoded image, uint8 (3, H, W).
-        batch_size: images at a time.
-        workers: processes that decode, where there are enough images; None is half of the cores, at most 8.
+        refs: The images.
+        transform: Applied to each decoded image, uint8 (3, H, W).
+        batch_size: Images per batch, including those that cannot be decoded.
+        workers: Number of worker processes, used from 2,048 images on. Default: half of the CPU cores, at most 8.
 
     Yields:
-        The indices of those that can be decoded, what `transform` made of them, and why each other cannot, by its
-        index.
+        The indices of the images that could be decoded, their transformed values, and {index: reason} for the others.
     """
     if workers is None:
         workers = min(8, len(os.sched_getaffinity(0)) // 2 if hasattr(os, "sched_getaffinity") else 1)
     workers = workers if len(refs) >= MIN_IMAGES_FOR_WORKERS else 0
     loader = DataLoader(
-        _Decoded(refs, transform),
+        _DecodedImages(refs, transform),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=list,
         multiprocessing_context="spawn" if workers else None,
-        generator=torch.Generator(),  # and not the process's random state
+        generator=torch.Generator(),  # leaves the global random state unchanged
     )
     for items in loader:
-        good = {i: found for i, found in items if not isinstance(found, str)}
-        yield list(good), list(good.values()), {i: found for i, found in items if isinstance(found, str)}
+        decoded = {index: value for index, value in items if not isinstance(value, str)}
+        failures = {index: value for index, value in items if isinstance(value, str)}
+        yield list(decoded), list(decoded.values()), failures
 
 
-class _Decoded(Dataset):
+class _DecodedImages(Dataset):
     def __init__(self, refs: Sequence[ImageRef], transform: Callable[[Tensor], Any]) -> None:
         self.refs, self.transform = refs, transform
 

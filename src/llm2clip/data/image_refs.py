@@ -1,6 +1,6 @@
-"""References to images: where the bytes are, and how they are found again.
+"""References to images: where the encoded bytes of an image are.
 
-A record holds a reference and not the image, so that a list of records is small and goes to any process.
+Records hold references instead of images, so a list of records is small and can be sent to other processes.
 """
 
 from __future__ import annotations
@@ -19,41 +19,57 @@ import pyarrow.parquet as pq
 
 
 class ImageRef(ABC):
-    """Where an image's bytes are: small, picklable, readable in any process. `str()` names it in messages."""
+    """Location of an image's bytes: small, picklable and readable in any process. `str()` is its name in messages."""
 
     __slots__ = ()
 
     @property
     def key(self) -> str:
-        """Equal for the same image and for no other, however its path is written."""
+        """A string that is equal for references to the same image, whatever the spelling of the path."""
         return self.canonical_path
 
     @property
     def canonical_path(self) -> str:
-        """Where it is, however its path is written."""
-        if (here := self.container_path) is None:
+        """The location with an absolute path, in which links to folders are resolved."""
+        container = self.container_path
+        if container is None:
             return str(self)
-        folder, name = os.path.split(here)
-        return os.path.join(_real(os.path.abspath(folder)), name) + str(self)[len(here) :]
+        return _resolve_folder(container) + str(self)[len(container) :]
 
     @property
     def identifies_image(self) -> bool:
-        """Whether `key` tells it from others, which that of a cell whose bytes were not read does not."""
+        """Whether `key` identifies the image. False for a table cell whose bytes have not been read: other cells may
+        hold the same image."""
         return True
 
     @property
     def container_path(self) -> str | None:
-        """The file or folder that its bytes are in; None of one in memory."""
+        """The file or folder that contains the bytes, or None for an image in memory."""
         return getattr(self, "path", None) or getattr(self, "folder", None)
 
     @abstractmethod
     def open(self) -> BinaryIO:
-        """The bytes as a stream, for who needs only the header."""
+        """Open the encoded bytes as a stream, e.g. to read only the header."""
 
     def read(self) -> bytes:
-        """All the encoded bytes (not decoded)."""
+        """Return all encoded bytes."""
         with self.open() as stream:
             return stream.read()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedImage:
+    """A reference together with the image's bytes, if they have been read.
+
+    Attributes:
+        ref: The reference.
+        data: The encoded bytes, or None if they have not been read.
+        name: The original file name, if known.
+    """
+
+    ref: ImageRef
+    data: bytes | None
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +80,7 @@ class FileImage(ImageRef):
 
     @property
     def canonical_path(self) -> str:
-        folder, name = os.path.split(self.path)
-        return os.path.join(_real(os.path.abspath(folder)), name)
+        return _resolve_folder(self.path)
 
     def open(self) -> BinaryIO:
         return open(self.path, "rb")
@@ -74,30 +89,9 @@ class FileImage(ImageRef):
         return self.path
 
 
-def content_digest(data: bytes) -> str:
-    """What tells an image by its bytes."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def is_inside(name: str) -> bool:
-    """Whether the name of a file, as someone else wrote it, stays in its folder; links in the folder are its owner's
-    affair."""
-    return not os.path.isabs(name) and ".." not in name.replace("\\", "/").split("/")
-
-
-def printable(name: str) -> str:
-    """A name that can be written as text: bytes that are no UTF-8 are spelt out."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
-@functools.lru_cache(maxsize=4096)
-def _real(folder: str) -> str:
-    return os.path.realpath(folder)
-
-
 @dataclass(frozen=True, slots=True)
 class TarImage(ImageRef):
-    """A member of an uncompressed tar, read by seeking: any member costs the same, nothing is extracted."""
+    """A member of an uncompressed tar, read by seeking to its offset: all members take the same time."""
 
     path: str
     offset: int
@@ -106,20 +100,21 @@ class TarImage(ImageRef):
 
     @property
     def key(self) -> str:
-        return f"{self.canonical_path}@{self.offset}"  # a tar may hold several of one name
+        return f"{self.canonical_path}@{self.offset}"  # a tar may have several members of the same name
 
     def open(self) -> BinaryIO:
-        return io.BufferedReader(_Window(self.path, self.offset, self.size))
+        return io.BufferedReader(_FileSlice(self.path, self.offset, self.size))
 
     def __str__(self) -> str:
         return f"{self.path}!{self.name or self.offset}"
 
 
-class _Window(io.RawIOBase):
-    """A stretch of a file as a stream of its own, so that PIL can read a header without the whole member."""
+class _FileSlice(io.RawIOBase):
+    """Part of a file as a stream, so that PIL can read a header without reading the whole tar member."""
 
     def __init__(self, path: str, offset: int, size: int) -> None:
-        self._file, self._offset, self._size, self._at = open(path, "rb", buffering=0), offset, size, 0  # noqa: SIM115
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self._offset, self._size, self._position = offset, size, 0
 
     def readable(self) -> bool:
         return True
@@ -128,24 +123,25 @@ class _Window(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = max(0, (0, self._at, self._size)[whence] + offset)
-        return self._at
+        start = (0, self._position, self._size)[whence]
+        self._position = max(0, start + offset)
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
-        wanted = max(0, min(len(buffer), self._size - self._at))
-        self._file.seek(self._offset + self._at)
-        got = self._file.readinto(memoryview(buffer)[:wanted]) or 0
-        self._at += got
-        return got
+        size = max(0, min(len(buffer), self._size - self._position))
+        self._file.seek(self._offset + self._position)
+        count = self._file.readinto(memoryview(buffer)[:size]) or 0
+        self._position += count
+        return count
 
     def close(self) -> None:
         self._file.close()
         super().close()
 
 
-class _Cell(ImageRef):
-    """A cell of a table, told by the digest of its bytes where they were met: a table may have a row for each caption,
-    the image in each."""
+class _TableCell(ImageRef):
+    """A cell of a table. It is identified by the digest of its bytes, since a table may repeat an image in a row for
+    each caption. The digest is empty if the bytes were not read."""
 
     __slots__ = ()
     digest: str
@@ -160,11 +156,11 @@ class _Cell(ImageRef):
 
 
 @dataclass(frozen=True, slots=True)
-class ParquetImage(_Cell):
-    """A cell of a parquet file (bytes, or a struct of bytes and path).
+class ParquetImage(_TableCell):
+    """A cell of a parquet file: bytes, or a struct of bytes and path.
 
-    The first read of a row group decodes its whole image column; four such columns are kept a process. Reading in file
-    order is therefore cheap, and reading at random costs a row group an image: write small row groups (HF's are 100).
+    The first read of a row group decodes its complete image column; each process caches four such columns. Reading in
+    file order is therefore cheap, while each random read costs a row group: use small row groups (Hugging Face: 100).
     """
 
     path: str
@@ -173,15 +169,15 @@ class ParquetImage(_Cell):
     digest: str = ""
 
     def open(self) -> BinaryIO:
-        stamp = _stamp(self.path)
+        version = _file_version(self.path)
         try:
-            starts = _row_group_starts(self.path, stamp)
+            starts = _row_group_starts(self.path, version)
             group = bisect_right(starts, self.row) - 1
-            column = _parquet_column(self.path, stamp, group, self.column)
-        except pa.ArrowException as error:  # some are ValueErrors
+            column = _parquet_column(self.path, version, group, self.column)
+        except pa.ArrowException as error:  # some of them are ValueErrors
             raise OSError(f"{self}: {error}") from error
         if self.row - starts[group] >= len(column):
-            raise FileNotFoundError(f"{self} is not there any more")
+            raise FileNotFoundError(f"{self} no longer exists")
         value = column[self.row - starts[group]].as_py()
         return _open_cell(value, os.path.dirname(self.path), str(self))
 
@@ -189,31 +185,9 @@ class ParquetImage(_Cell):
         return f"{self.path}[{self.row}].{self.column}"
 
 
-def _stamp(path: str) -> tuple[int, int]:
-    """Changes with a file, so that what is kept of an older one is not taken for it."""
-    there = os.stat(path)
-    return there.st_size, there.st_mtime_ns
-
-
-@functools.lru_cache(maxsize=1024)
-def _row_group_starts(path: str, stamp: tuple[int, int]) -> list[int]:
-    meta = pq.read_metadata(path)
-    starts = [0]
-    for group in range(meta.num_row_groups - 1):
-        starts.append(starts[-1] + meta.row_group(group).num_rows)
-    return starts
-
-
-@functools.lru_cache(maxsize=4)
-def _parquet_column(path: str, stamp: tuple[int, int], group: int, column: str) -> pa.ChunkedArray:
-    # Opened anew and read on this thread: a handle or a thread pool kept over a fork is what hangs data loaders.
-    with pq.ParquetFile(path) as file:
-        return file.read_row_group(group, columns=[column], use_threads=False).column(0)
-
-
 @dataclass(frozen=True, slots=True)
-class DatasetImage(_Cell):
-    """A cell of a Hugging Face data set saved by `save_to_disk`: memory-mapped, so random access is cheap."""
+class DatasetImage(_TableCell):
+    """A cell of a Hugging Face data set written by `save_to_disk`. It is memory-mapped: random access is cheap."""
 
     folder: str
     split: str | None
@@ -223,7 +197,7 @@ class DatasetImage(_Cell):
 
     def open(self) -> BinaryIO:
         try:
-            value = _saved(self.folder, _stamp(self.folder), self.split)[self.row][self.column]
+            value = _saved_dataset(self.folder, _file_version(self.folder), self.split)[self.row][self.column]
         except (pa.ArrowException, IndexError) as error:
             raise OSError(f"{self}: {error}") from error
         return _open_cell(value, self.folder, str(self))
@@ -232,34 +206,9 @@ class DatasetImage(_Cell):
         return f"{self.folder}{'/' + self.split if self.split else ''}[{self.row}].{self.column}"
 
 
-@functools.lru_cache(maxsize=16)
-def _saved(folder: str, stamp: tuple[int, int], split: str | None) -> Any:
-    from datasets import load_from_disk
-
-    loaded = load_from_disk(folder)
-    return disable_image_decoding(loaded[split] if split is not None and isinstance(loaded, dict) else loaded)
-
-
-def disable_image_decoding(part: Any) -> Any:
-    """A Hugging Face data set whose images come as they are stored: bytes and path."""
-    import datasets
-
-    for column, feature in (part.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            part = part.cast_column(column, datasets.Image(decode=False))
-    return part
-
-
-def _open_cell(value: Any, folder: str, name: str) -> BinaryIO:
-    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-    if data is None and path is None:
-        raise FileNotFoundError(f"{name} holds no image")
-    return io.BytesIO(data) if data is not None else open(os.path.join(folder, str(path)), "rb")
-
-
 @dataclass(frozen=True, slots=True)
 class MemoryImage(ImageRef):
-    """Bytes in memory, for sources that can be read only once. Keep few."""
+    """Encoded bytes in memory, for sources that can be read only once."""
 
     data: bytes
     name: str = "image in memory"
@@ -273,3 +222,82 @@ class MemoryImage(ImageRef):
 
     def __str__(self) -> str:
         return self.name
+
+
+def content_digest(data: bytes) -> str:
+    """Return the SHA-256 of an image's bytes in hexadecimal, which identifies the image."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def is_inside(name: str) -> bool:
+    """Return whether a file name from a data set stays in its folder: it is neither absolute nor contains "..".
+
+    Symbolic links in the folder are followed without a check.
+    """
+    return not os.path.isabs(name) and ".." not in name.replace("\\", "/").split("/")
+
+
+def printable(name: str) -> str:
+    """Return a file name as valid Unicode: bytes that are not UTF-8 are written as escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def disable_image_decoding(dataset: Any) -> Any:
+    """Return a Hugging Face data set whose images are given as stored: {"bytes", "path"}."""
+    import datasets
+
+    for column, feature in (dataset.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset
+
+
+def _resolve_folder(path: str) -> str:
+    """Make a path absolute and resolve links in its folder. The last part may itself be a link and is kept."""
+    folder, name = os.path.split(path)
+    return os.path.join(_real_path(os.path.abspath(folder)), name)
+
+
+@functools.lru_cache(maxsize=4096)
+def _real_path(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def _file_version(path: str) -> tuple[int, int]:
+    """Return size and modification time. As part of the cache keys they prevent reads from an outdated cache."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=1024)
+def _row_group_starts(path: str, version: tuple[int, int]) -> list[int]:
+    metadata = pq.read_metadata(path)
+    starts = [0]
+    for group in range(metadata.num_row_groups - 1):
+        starts.append(starts[-1] + metadata.row_group(group).num_rows)
+    return starts
+
+
+@functools.lru_cache(maxsize=4)
+def _parquet_column(path: str, version: tuple[int, int], group: int, column: str) -> pa.ChunkedArray:
+    # Opened again each time and read without threads: file handles and thread pools that survive a fork deadlock in
+    # data loader workers.
+    with pq.ParquetFile(path) as file:
+        return file.read_row_group(group, columns=[column], use_threads=False).column(0)
+
+
+@functools.lru_cache(maxsize=16)
+def _saved_dataset(folder: str, version: tuple[int, int], split: str | None) -> Any:
+    from datasets import load_from_disk
+
+    loaded = load_from_disk(folder)
+    return disable_image_decoding(loaded[split] if split is not None and isinstance(loaded, dict) else loaded)
+
+
+def _open_cell(value: Any, folder: str, name: str) -> BinaryIO:
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if data is not None:
+        return io.BytesIO(data)
+    if path is None:
+        raise FileNotFoundError(f"{name} does not contain an image")
+    return open(os.path.join(folder, str(path)), "rb")

@@ -1,7 +1,7 @@
-"""Pictures: bytes to pixels, and pixels to the square a vision tower was trained on.
+"""Images: decoding to RGB pixels, and the transforms to the input size of a vision tower.
 
-Everything here is uint8 RGB, shape (3, H, W). Normalising is the tower's work, on the device, so a quarter of the
-bytes travel from the loading workers to it.
+All pixels are uint8 RGB of shape (3, H, W). The vision tower normalises them on its device, so the data loader
+workers transfer a quarter of the bytes that float32 would take.
 """
 
 from __future__ import annotations
@@ -24,25 +24,22 @@ from torchvision.io import decode_image as torchvision_decode_image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from llm2clip.data.image_header import readable_formats
+from llm2clip.data.image_header import MAX_PIXELS, open_header, readable_formats
 from llm2clip.data.image_refs import ImageRef
 
-MAX_PIXELS = 100_000_000
-"""A picture that claims more than this is refused before anything is decoded: 300 MB of RGB."""
-
-_RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers, which preprocessor_config.json uses
+_RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's constants, which preprocessor_config.json contains
 _ORIENTATION = 0x0112  # the EXIF tag
-# torchvision 0.29's PNG decoder ends the process (segmentation fault) where the compressed pixels are damaged.
-_FAST = ("JPEG", "MPO", "WEBP", *(("PNG",) if Version(torchvision.__version__) < Version("0.29") else ()))
+# Formats that torchvision decodes. The PNG decoder of torchvision 0.29 crashes (segmentation fault) on damaged pixels.
+_FAST_FORMATS = ("JPEG", "MPO", "WEBP", *(("PNG",) if Version(torchvision.__version__) < Version("0.29") else ()))
 
 
 class ImageError(ValueError):
-    """A picture that cannot be read; the message says why and, where it has one, names its file."""
+    """An image cannot be read. The message has the reason and, if there is one, the file name."""
 
 
 @runtime_checkable
 class Readable(Protocol):
-    """An open file, or anything like one."""
+    """An open binary file, or an object with its `read` method."""
 
     def read(self) -> bytes: ...
 
@@ -50,15 +47,23 @@ class Readable(Protocol):
 ImageLike = str | Path | bytes | Image.Image | Tensor | Readable
 
 
-# ---- what a tower was trained with ----------------------------------------------------------------------------------
+# ---- preprocessing config ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How the pictures of a vision tower were prepared when it was trained.
+    """Preprocessing of a vision tower.
 
-    `size` is the side of the square the tower sees. The picture is brought to floor(size / crop_pct), its shortest side
-    ("shortest") or both sides ("squash"), and the centre is cropped: the rule of timm's evaluation transforms.
+    The image is resized to floor(size / crop_pct), then its centre is cropped: the rule of timm's evaluation
+    transforms.
+
+    Attributes:
+        size: Side of the square input in pixels.
+        resize: "shortest" resizes the shortest side and keeps the aspect ratio, "squash" resizes both sides.
+        crop_pct: Fraction of the resized image that the centre crop keeps.
+        interpolation: Interpolation of the resizing.
+        mean: Mean per channel for normalisation, for pixels from 0 to 1.
+        std: Standard deviation per channel.
     """
 
     size: int
@@ -70,18 +75,17 @@ class Preprocess:
 
     @property
     def resize_size(self) -> int:
-        """The side before the crop. The small term undoes rounding: 224 / (224 / 256) must be 256."""
-        return math.floor(self.size / self.crop_pct + 1e-6)
+        """The side in pixels before the centre crop."""
+        return _resize_size(self.size, self.crop_pct)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of preprocessor_config.json: what transformers reads, and the exact crop_pct."""
-        scaled = self.resize_size
-        edge = {"shortest_edge": scaled} if self.resize == "shortest" else {"height": scaled, "width": scaled}
+        """Return the content of preprocessor_config.json, which transformers can read, with the exact crop_pct."""
+        side = self.resize_size
         return {
             "image_processor_type": "CLIPImageProcessor",
             "do_convert_rgb": True,
             "do_resize": True,
-            "size": edge,
+            "size": {"shortest_edge": side} if self.resize == "shortest" else {"height": side, "width": side},
             "resample": _RESAMPLE[self.interpolation],
             "do_center_crop": True,
             "crop_size": {"height": self.size, "width": self.size},
@@ -95,83 +99,87 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Preprocess:
-        """Read what `to_dict` wrote, or the configuration of a transformers image processor.
+        """Create the preprocessing from the output of `to_dict` or the config of a transformers image processor.
 
-        Raises ValueError for one that does not end in a square of fixed size.
+        Raises:
+            ValueError: The config does not produce squares of a fixed size, or lacks a value.
         """
-        size = config.get("size", config.get("crop_size"))
-        if isinstance(size, int):  # files from before 2022; a plain number meant the shortest side
-            size = {"shortest_edge": size}
-        resize: Literal["shortest", "squash"] = "shortest" if "shortest_edge" in (size or {}) else "squash"
-        scaled = _square(size)
-        crop = _square(config["crop_size"]) if config.get("do_center_crop") else scaled
+        resize_config = config.get("size", config.get("crop_size"))
+        if isinstance(resize_config, int):  # configs from before 2022: an int is the shortest side
+            resize_config = {"shortest_edge": resize_config}
+        resize: Literal["shortest", "squash"] = "shortest" if "shortest_edge" in (resize_config or {}) else "squash"
+        resize_size = _square_side(resize_config)
+        size = _square_side(config["crop_size"]) if config.get("do_center_crop") else resize_size
         crop_pct = config.get("crop_pct")
+        # Some transformers processors have a crop_pct with another meaning; theirs does not match the two sizes.
+        if not crop_pct or _resize_size(size, crop_pct) != resize_size:
+            crop_pct = size / resize_size
         return cls(
-            size=crop,
+            size=size,
             resize=resize,
-            # Some processors of transformers have a crop_pct of their own, with another meaning beside other sizes.
-            crop_pct=crop_pct if crop_pct and math.floor(crop / crop_pct + 1e-6) == scaled else crop / scaled,
+            crop_pct=crop_pct,
             interpolation=_interpolation(int(config.get("resample", 3))),
-            mean=_triple(config, "image_mean"),
-            std=_triple(config, "image_std"),
+            mean=_channels(config, "image_mean"),
+            std=_channels(config, "image_std"),
         )
 
 
-def _square(size: Any) -> int:
-    """The side of 224, {"height": 224, "width": 224} or {"shortest_edge": 224}."""
+def _resize_size(size: int, crop_pct: float) -> int:
+    # The small term corrects rounding errors: 224 / (224 / 256) must be 256.
+    return math.floor(size / crop_pct + 1e-6)
+
+
+def _square_side(size: Any) -> int:
+    """Return the side of a square given as 224, {"height": 224, "width": 224} or {"shortest_edge": 224}."""
     if isinstance(size, int):
         return size
-    sides = (
-        {size[key] for key in ("shortest_edge", "height", "width") if key in size} if isinstance(size, dict) else set()
-    )
+    sides = set()
+    if isinstance(size, dict):
+        sides = {size[key] for key in ("shortest_edge", "height", "width") if key in size}
     if len(sides) != 1:
-        raise ValueError(f"the image processor asks for {size}; only squares are supported")
+        raise ValueError(f"the size of the image processor is {size}; only squares are supported")
     return int(sides.pop())
 
 
 def _interpolation(resample: int) -> Literal["bilinear", "bicubic"]:
-    """Of Pillow's numbers for ways to resample, which processors have."""
     if resample not in (2, 3):
-        raise ValueError(f"the image processor resamples by Pillow's way {resample}, not 2 (bilinear) or 3 (bicubic)")
+        raise ValueError(
+            f"the resampling filter of the image processor must be Pillow's 2 (bilinear) or 3 (bicubic) (got {resample})"
+        )
     return "bilinear" if resample == 2 else "bicubic"
 
 
-def _triple(config: dict[str, Any], name: str) -> tuple[float, float, float]:
+def _channels(config: dict[str, Any], name: str) -> tuple[float, float, float]:
     if name not in config:
         raise ValueError(f"the image processor has no {name}")
     red, green, blue = (float(value) for value in config[name])
     return red, green, blue
 
 
-# ---- bytes to pixels ------------------------------------------------------------------------------------------------
+# ---- decoding ------------------------------------------------------------------------------------------------------
 
 
 def load_image(image: ImageLike) -> Tensor:
-    """A picture from wherever it is, as uint8 (3, H, W) RGB, upright.
+    """Decode an image from any input to uint8 (3, H, W) RGB, rotated as its EXIF orientation says.
 
-    Takes a path, encoded bytes, an open file, a PIL image, or a uint8 (3, H, W) tensor, which is returned as it is.
-    Raises ImageError, naming the file where there is one.
+    Args:
+        image: A path, encoded bytes, an open file, an `ImageRef`, a PIL image, or a uint8 (3, H, W) tensor, which is
+            returned unchanged.
+
+    Raises:
+        ImageError: The image cannot be read, or the input has another type. The message names the file, if any.
     """
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-            raise ImageError(f"a tensor must be uint8 (3, height, width), not {image.dtype} {tuple(image.shape)}")
+            raise ImageError(f"a tensor must be uint8 (3, H, W) (got {image.dtype} {tuple(image.shape)})")
         return image
     if isinstance(image, bytes):
         return decode_image(image)
-    if isinstance(image, ImageRef):
-        name: object = image
-    elif isinstance(image, Image.Image):
-        name = getattr(image, "filename", "")
-    elif isinstance(image, str | Path):
-        name = image
-    elif isinstance(image, Readable):
-        name = getattr(image, "name", "")
-    else:
-        raise ImageError(f"{type(image).__name__} is not a path, bytes, an open file, a PIL image or a tensor")
+    name = _name_of(image)
     try:
         if isinstance(image, Image.Image):
             _check_size(image)
-            return _from_pil(image)
+            return _decode_with_pillow(image)
         return decode_image(Path(image).read_bytes() if isinstance(image, str | Path) else image.read())
     except (ImageError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
@@ -179,23 +187,40 @@ def load_image(image: ImageLike) -> Tensor:
 
 
 def decode_image(data: bytes) -> Tensor:
-    """Encoded bytes to uint8 (3, H, W) RGB, upright by EXIF, alpha over white, the first frame of an animation.
+    """Decode bytes to uint8 (3, H, W) RGB.
 
-    torchvision decodes JPEG, WebP and, where it is safe, PNG (twice as fast as Pillow); Pillow decodes the rest, and
-    reads the header of all. Colour profiles are ignored, as they were when the towers were trained. Raises ImageError.
+    The EXIF orientation is applied, transparent pixels are blended with white, and of an animation the first frame is
+    used. torchvision decodes JPEG, WebP and, where it is safe, PNG (twice as fast as Pillow); Pillow decodes the other
+    formats and reads all headers. Colour profiles are ignored, as in the training of the vision towers.
+
+    Raises:
+        ImageError: The bytes are not an image of a supported format, are damaged, or have more than `MAX_PIXELS`.
     """
     try:
-        header = Image.open(BytesIO(data), formats=readable_formats())
+        header = open_header(BytesIO(data))
         _check_size(header)
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
-        what = "it is empty" if not data else "none of " + ", ".join(readable_formats())
-        raise ImageError(f"not a picture: {what}") from None
-    except Exception as error:  # hostile headers make Pillow raise almost anything
-        raise ImageError(f"unreadable picture: {error}") from error
-    pixels = _decode_fast(data, header)
-    return _from_pil(header) if pixels is None else pixels
+        reason = "it is empty" if not data else f"it is none of {', '.join(readable_formats())}"
+        raise ImageError(f"not an image: {reason}") from None
+    except Exception as error:  # malicious headers make Pillow raise almost any type
+        raise ImageError(f"unreadable image: {error}") from error
+    pixels = _decode_with_torchvision(data, header)
+    return _decode_with_pillow(header) if pixels is None else pixels
+
+
+def _name_of(image: object) -> object:
+    """Return the file name of an input for error messages, or an empty string."""
+    if isinstance(image, ImageRef | str | Path):
+        return image
+    if isinstance(image, Image.Image):
+        return getattr(image, "filename", "")
+    if isinstance(image, Readable):
+        return getattr(image, "name", "")
+    raise ImageError(
+        f"an image must be a path, bytes, an open file, a PIL image or a tensor (got {type(image).__name__})"
+    )
 
 
 def _check_size(image: Image.Image) -> None:
@@ -204,99 +229,105 @@ def _check_size(image: Image.Image) -> None:
         raise ImageError(f"{width} x {height} is more than {MAX_PIXELS:,} pixels")
 
 
-def _decode_fast(data: bytes, header: Image.Image) -> Tensor | None:
-    """torchvision's pixels, or None where Pillow must decide."""
-    if header.format == "PNG" and "PNG" not in _FAST and ImageFile.LOAD_TRUNCATED_IMAGES:
+def _decode_with_torchvision(data: bytes, header: Image.Image) -> Tensor | None:
+    """Return the pixels, or None if Pillow must decode the image or report the error."""
+    if header.format == "PNG" and "PNG" not in _FAST_FORMATS and ImageFile.LOAD_TRUNCATED_IMAGES:
         try:
-            Image.open(BytesIO(data), formats=["PNG"]).verify()  # what Pillow would fill with grey is an error here
+            Image.open(BytesIO(data), formats=["PNG"]).verify()  # missing pixels must be an error, not grey
         except Exception as error:
-            raise ImageError(f"unreadable picture: {error}") from error
-    if header.format not in _FAST or "transparency" in header.info:
+            raise ImageError(f"unreadable image: {error}") from error
+    if header.format not in _FAST_FORMATS or "transparency" in header.info:
         return None
-    alpha = header.mode in ("RGBA", "LA")
+    has_alpha = header.mode in ("RGBA", "LA")
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    mode = ImageReadMode.RGB_ALPHA if has_alpha else ImageReadMode.RGB
     try:
-        # apply_exif_orientation covers JPEG and PNG; torchvision does not look for it in WebP.
-        pixels = torchvision_decode_image(
-            encoded, ImageReadMode.RGB_ALPHA if alpha else ImageReadMode.RGB, apply_exif_orientation=True
-        )
+        # torchvision applies the orientation of JPEG and PNG; it ignores that of WebP.
+        pixels = torchvision_decode_image(encoded, mode, apply_exif_orientation=True)
     except RuntimeError as error:
         if ImageFile.LOAD_TRUNCATED_IMAGES and header.format != "WEBP":
-            # Somebody in this process told Pillow to fill what is missing with grey: do not ask it.
-            raise ImageError(f"unreadable picture: {str(error).rpartition(', ')[2]}") from error
+            # Pillow was configured to fill missing pixels with grey, so it would not report the error.
+            raise ImageError(f"unreadable image: {str(error).rpartition(', ')[2]}") from error
         return None
-    if pixels.dtype == torch.uint16:  # PNG of 16 bits
-        pixels = _from_16_bits(pixels)
+    if pixels.dtype == torch.uint16:  # 16-bit PNG
+        pixels = _to_8_bits(pixels)
     if header.format == "WEBP":
-        pixels = _upright(pixels, header.getexif().get(_ORIENTATION, 1))
-    return _over_white(pixels) if alpha else pixels
+        pixels = _apply_orientation(pixels, header.getexif().get(_ORIENTATION, 1))
+    return _blend_with_white(pixels) if has_alpha else pixels
 
 
-def _from_pil(image: Image.Image) -> Tensor:
-    """Any mode of Pillow to uint8 (3, H, W). Raises ImageError."""
+def _decode_with_pillow(image: Image.Image) -> Tensor:
+    """Convert a Pillow image of any mode to uint8 (3, H, W).
+
+    Raises:
+        ImageError: The image is damaged, or its pixels are floats.
+    """
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode == "F":
-            raise ImageError("its pixels are floating-point numbers of unknown range")
-        if image.mode.startswith("I"):  # Pillow's own conversion cuts 16 bits off at 255
+            raise ImageError("its pixels are floating-point values of unknown range")
+        if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit values at 255
             grey = torch.from_numpy(np.asarray(image).astype(np.int64)).clamp(0, 65535)
-            return _from_16_bits(grey).expand(3, -1, -1).contiguous()
-        alpha = image.has_transparency_data
-        pixels = torch.from_numpy(np.array(image.convert("RGBA" if alpha else "RGB"))).permute(2, 0, 1)
+            return _to_8_bits(grey).expand(3, -1, -1).contiguous()
+        has_alpha = image.has_transparency_data
+        pixels = torch.from_numpy(np.array(image.convert("RGBA" if has_alpha else "RGB"))).permute(2, 0, 1)
     except ImageError:
         raise
-    except Exception as error:  # as above
-        raise ImageError(f"unreadable picture: {error}") from error
-    return _over_white(pixels) if alpha else pixels.contiguous()
+    except Exception as error:  # malicious files make Pillow raise almost any type
+        raise ImageError(f"unreadable image: {error}") from error
+    return _blend_with_white(pixels) if has_alpha else pixels.contiguous()
 
 
-def _from_16_bits(pixels: Tensor) -> Tensor:
-    found = torch.empty(pixels.shape, dtype=torch.uint8)
-    for strip, out in zip(_strips(pixels), _strips(found), strict=True):
-        out.copy_((strip.to(torch.int32) + 128) // 257)
-    return found
+def _to_8_bits(pixels: Tensor) -> Tensor:
+    """Scale pixels from 0-65535 to 0-255, rounded: uint8 of the same shape."""
+    result = torch.empty(pixels.shape, dtype=torch.uint8)
+    for chunk, out in zip(_row_chunks(pixels), _row_chunks(result), strict=True):
+        out.copy_((chunk.to(torch.int32) + 128) // 257)
+    return result
 
 
-def _over_white(pixels: Tensor) -> Tensor:
-    """uint8 (4, H, W) RGBA laid over white: (3, H, W)."""
-    found = torch.empty(3, *pixels.shape[1:], dtype=torch.uint8)
-    for strip, out in zip(_strips(pixels), _strips(found), strict=True):
-        colour, alpha = strip[:3].to(torch.int32), strip[3:].to(torch.int32)
+def _blend_with_white(pixels: Tensor) -> Tensor:
+    """Blend uint8 (4, H, W) RGBA with a white background: uint8 (3, H, W)."""
+    result = torch.empty(3, *pixels.shape[1:], dtype=torch.uint8)
+    for chunk, out in zip(_row_chunks(pixels), _row_chunks(result), strict=True):
+        colour, alpha = chunk[:3].to(torch.int32), chunk[3:].to(torch.int32)
         out.copy_((colour * alpha + 255 * (255 - alpha) + 127) // 255)
-    return found
+    return result
 
 
-def _strips(pixels: Tensor) -> Sequence[Tensor]:
-    """A picture in strips of about a million pixels, in which wider numbers take little memory."""
+def _row_chunks(pixels: Tensor) -> Sequence[Tensor]:
+    """Split an image into chunks of rows with about a million pixels, to limit the memory of int32 intermediates."""
     return pixels.split(max(1, (1 << 20) // max(1, pixels.shape[-1])), dim=-2)
 
 
-def _upright(pixels: Tensor, orientation: int) -> Tensor:
-    """Undo an EXIF orientation (1 to 8; others count as 1)."""
+def _apply_orientation(pixels: Tensor, orientation: int) -> Tensor:
+    """Rotate and flip an image by its EXIF orientation, 1 to 8; other values have no effect."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 2)
     flips = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation)
     return pixels.flip(flips) if flips else pixels
 
 
-# ---- pixels to the tower's square -----------------------------------------------------------------------------------
+# ---- transforms ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """uint8 (3, H, W) to uint8 (3, S, S): resize and crop the centre, as the tower's own evaluation does."""
+    """Resize and centre crop of the vision tower's evaluation: uint8 (3, H, W) to uint8 (3, S, S)."""
 
     preprocess: Preprocess
 
     def __call__(self, image: Tensor) -> Tensor:
-        size, scaled = self.preprocess.size, self.preprocess.resize_size
+        size, resize_size = self.preprocess.size, self.preprocess.resize_size
+        side = [resize_size, resize_size]
         if self.preprocess.resize == "shortest":
-            # The ends of a ribbon are cropped anyway; resized first, a 1 x 1,000,000 picture would fill the memory.
+            # The centre crop discards the ends of an elongated image anyway. Without this crop, resizing an image of
+            # 1 x 1,000,000 pixels would exhaust the memory.
             height, width = image.shape[-2:]
             shortest = min(height, width)
             image = F.center_crop(image, [min(height, 8 * shortest), min(width, 8 * shortest)])
-        side = [scaled] if self.preprocess.resize == "shortest" else [scaled, scaled]
+            side = [resize_size]
         image = F.resize(image, side, interpolation=InterpolationMode(self.preprocess.interpolation), antialias=True)
         return cast(Tensor, F.center_crop(image, [size, size]).contiguous())
 
@@ -350,11 +381,11 @@ class TrainTransform:
         return top, left, max(crop_height, 1), max(crop_width, 1)
 
 
-# ---- pixels to bytes ------------------------------------------------------------------------------------------------
+# ---- thumbnails ----------------------------------------------------------------------------------------------------
 
 
 def load_thumbnail(image: ImageLike, side: int) -> bytes | None:
-    """A picture as `thumbnail` makes it; None of one that cannot be read."""
+    """Load an image and return its thumbnail, see `make_thumbnail`; return None if the image cannot be read."""
     try:
         return make_thumbnail(load_image(image), side)
     except (ImageError, OSError):
@@ -362,8 +393,8 @@ def load_thumbnail(image: ImageLike, side: int) -> bytes | None:
 
 
 def make_thumbnail(image: Tensor, side: int) -> bytes:
-    """uint8 (3, H, W) to a JPEG of at most so many pixels a side."""
+    """Encode uint8 (3, H, W) as a JPEG whose longer side has at most `side` pixels."""
     height, width = image.shape[-2:]
-    shrink = min(1.0, side / max(height, width))
-    small = F.resize(image, [max(1, round(height * shrink)), max(1, round(width * shrink))], antialias=True)
+    scale = min(1.0, side / max(height, width))
+    small = F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
     return cast(bytes, encode_jpeg(small.contiguous(), quality=80).numpy().tobytes())

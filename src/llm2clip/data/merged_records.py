@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llm2clip.data.hashing import unique_captions
-from llm2clip.data.records import CAPTION_FIELDS, ImageCheck, Record, Source, open_records
+from llm2clip.data.columns import CAPTION_FIELDS
+from llm2clip.data.records import ImageCheck, Record, Source, open_records
 from llm2clip.data.skip_log import SkipLog
 
 SourcedRecord = tuple[Source, Record]

@@ -1,4 +1,4 @@
-"""What is left out of a source: counted, listed with file and row, and refused where it is too much."""
+"""Log of skipped rows: each is counted and listed with file and row, and too many of them are an error."""
 
 from __future__ import annotations
 
@@ -9,86 +9,107 @@ from pathlib import Path
 
 
 class TooManySkipped(ValueError):
-    """More of the rows than allowed gave no record: the source or its mapping is wrong, rather than a few rows."""
+    """More rows than allowed were skipped: the source or its column mapping is probably wrong."""
 
 
 class SkipLog:
-    """Counts what is left out and lists it, a JSON object a line, in `path` (emptied here, so a rerun starts anew).
+    """Counts skipped rows and lists them as JSON lines.
 
-    limit: the share of rows that may be skipped. Empty captions dropped from a row that stays are counted apart, in
-    `dropped`. One writer a file: give each process its own path, or only the first one.
+    Each file must have a single writer: give every process its own path, or a path only to the first.
+
+    Args:
+        path: Where the rows are listed. The file is emptied here, so every run starts a new list. None: no list.
+        max_skipped: Fraction of the rows that may be skipped.
+
+    Attributes:
+        skipped: Number of skipped rows by reason.
+        dropped: Number of dropped parts of rows (such as empty captions) by reason; these rows are not skipped.
+        examples: Descriptions of the first three skipped rows.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, max_skipped: float = 0.05) -> None:
         self.path = None if path is None else Path(path)
         self.max_skipped = max_skipped
-        self._seen = 0  # counted one by one
-        self._rows: dict[str, dict[str, int]] = {}  # of sources, which may be read again, by their splits; "" is all
         self.skipped: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self.examples: list[str] = []
-        self._known: set[tuple[str, int, str]] = set()
+        self._single_rows = 0  # counted one by one
+        self._source_rows: dict[str, dict[str, int]] = {}  # path -> splits -> rows; splits "" are all rows of the path
+        self._skipped_rows: set[tuple[str, int, str]] = set()
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("")
 
     @property
     def rows_seen(self) -> int:
-        """The rows that there were; of a source that was read twice, once."""
-        return self._seen + sum(by.get("") or sum(by.values()) for by in self._rows.values())
+        """The number of rows read so far. A source that is read several times counts once."""
+        source_rows = sum(splits.get("") or sum(splits.values()) for splits in self._source_rows.values())
+        return self._single_rows + source_rows
 
     def count_row(self) -> None:
-        """One more row."""
-        self._seen += 1
+        """Count one row."""
+        self._single_rows += 1
 
     def count_source_rows(self, path: str, splits: str, count: int) -> None:
-        """So many rows of some splits of a source by now, in this pass over it."""
-        by = self._rows.setdefault(path, {})
-        by[splits] = max(count, by.get(splits, 0))
+        """Set the number of rows that the current pass over a source has read so far.
+
+        Args:
+            path: Path of the source.
+            splits: The selected splits; empty if the pass reads all rows.
+            count: Number of rows.
+        """
+        counts = self._source_rows.setdefault(path, {})
+        counts[splits] = max(count, counts.get(splits, 0))
 
     def count_at_least(self, count: int) -> None:
-        """There were so many rows, if nobody counted them."""
-        self._seen += max(0, count - self.rows_seen)
+        """Raise the number of rows to `count`, for data whose rows were not counted while reading."""
+        self._single_rows += max(0, count - self.rows_seen)
 
     def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
-        """A row that gives no record, or so many from it on. One that was skipped before, in an earlier pass or stage,
-        counts once."""
-        if (file, row, reason) in self._known:
+        """Record a skipped row, or `rows` of them from this one on.
+
+        A row that was skipped before for the same reason, in an earlier pass or stage, is not recorded again.
+        """
+        if (file, row, reason) in self._skipped_rows:
             return
-        self._known.add((file, row, reason))
+        self._skipped_rows.add((file, row, reason))
         self.skipped[reason] += rows
         if len(self.examples) < 3:
             self.examples.append(f"{file}, row {row}: {reason}: {str(value)[:200]}")
         self._write(file, row, reason, value)
 
     def drop(self, file: str, row: int, reason: str, value: object) -> None:
-        """A part of a row that is left out while the row stays."""
+        """Record a part of a row that was dropped; the row itself is used."""
         self.dropped[reason] += 1
         self._write(file, row, reason, value)
 
-    def _write(self, file: str, row: int, reason: str, value: object) -> None:
-        if self.path is not None:
-            entry = {"file": file, "row": row, "reason": reason, "value": str(value)[:200]}
-            # Opened a line at a time: skips are rare, and what is listed is on disk whatever happens next.
-            # backslashreplace: bytes of a file name that are no UTF-8 become \udcXX, which is an escape JSON knows.
-            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file_:
-                file_.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
     def summary(self) -> str:
-        """One line: how many of how many, and why."""
-        skipped = f"{self.skipped.total():,} of {self.rows_seen:,} rows skipped{_counts(self.skipped)}"
-        return skipped + (f"; parts of rows dropped{_counts(self.dropped)}" if self.dropped else "")
+        """Return one line with the numbers of skipped rows and dropped parts and their reasons."""
+        summary = f"{self.skipped.total():,} of {self.rows_seen:,} rows skipped{_format_counts(self.skipped)}"
+        if self.dropped:
+            summary += f"; parts of rows dropped{_format_counts(self.dropped)}"
+        return summary
 
     def check(self) -> None:
-        """Raises `TooManySkipped` when the share of skipped rows is over the limit."""
-        if self.skipped.total() > self.max_skipped * self.rows_seen:
-            listed = f"\nall are listed in {self.path}" if self.path else ""
-            examples = "".join(f"\n  {example}" for example in self.examples)
-            raise TooManySkipped(
-                f"{self.summary()}, over the limit of {self.max_skipped:.1%}{examples}{listed}"
-                "\nmend the source, or raise --max_skipped if this is how it is"
-            )
+        """Raise `TooManySkipped` if the fraction of skipped rows is above the limit."""
+        if self.skipped.total() <= self.max_skipped * self.rows_seen:
+            return
+        examples = "".join(f"\n  {example}" for example in self.examples)
+        listed = f"\nAll of them are listed in {self.path}." if self.path else ""
+        raise TooManySkipped(
+            f"{self.summary()}, over the limit of {self.max_skipped:.1%}{examples}{listed}"
+            "\nFix the source, or raise the limit with --max_skipped."
+        )
+
+    def _write(self, file: str, row: int, reason: str, value: object) -> None:
+        if self.path is None:
+            return
+        entry = {"file": file, "row": row, "reason": reason, "value": str(value)[:200]}
+        # Opened for each line: skipped rows are rare, and the list must be on disk if the run is killed.
+        # backslashreplace: file names that are not UTF-8 contain lone surrogates, which become JSON's \udcXX escapes.
+        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
-def _counts(counter: Counter[str]) -> str:
+def _format_counts(counter: Counter[str]) -> str:
     return f" ({', '.join(f'{reason}: {count:,}' for reason, count in counter.most_common())})" if counter else ""

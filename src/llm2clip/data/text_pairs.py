@@ -1,22 +1,24 @@
-"""General text pairs: questions and answers, titles and documents, paraphrases, as E5's data are (arXiv 2212.03533).
+"""General text pairs for `tune`, such as questions with answers, titles with documents, and paraphrases.
 
-A row is `{"query": ..., "positive": ..., "negatives": [...], "instruction": ...}` in any format of tables that records
-are read from; negatives and instruction are optional, and the columns may go by other names of the field. Two sentences
-with a label or a score are not taken for a pair: they may contradict each other.
+The format is that of E5's training data (arXiv 2212.03533). A row is `{"query": ..., "positive": ..., "negatives":
+[...], "instruction": ...}` in any table format that records are read from. Negatives and instruction are optional, and
+the columns may have other common names. Two sentences with a label or a score are not accepted as a pair, since they
+may contradict each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llm2clip.data import readers
+from llm2clip.data.columns import guess_columns
 from llm2clip.data.pairs import Pair
-from llm2clip.data.raw_rows import BadRow, guess_columns
+from llm2clip.data.raw_rows import BadRow
 from llm2clip.data.records import EARLY_CHECK_ROWS, NO_SPLIT, Source
 from llm2clip.data.skip_log import SkipLog
 
-NAMES = {  # what the fields are commonly called; the first that is there is taken
+COLUMN_NAMES = {  # field of a pair -> its usual column names, the preferred one first
     "query": ("query", "anchor", "question", "title"),
     "positive": ("positive", "pos", "positives", "document", "answer", "passage", "text"),
     "negatives": ("negatives", "negative", "neg", "hard_negatives"),
@@ -26,74 +28,85 @@ NAMES = {  # what the fields are commonly called; the first that is there is tak
 
 
 def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
-    """The pairs of a source (PATH or PATH@split), one at a time, in its order. Of several positives the first is taken.
+    """Yield the pairs of a source (`PATH` or `PATH@split`) in order. Of several positives the first is used.
 
-    A row that lacks a text, or whose two texts are the same, is skipped, counted and listed in `log`.
+    Rows that lack a text, or whose two texts are equal, are skipped, counted and listed in `log`.
 
     Raises:
-        ValueError: there is no column of queries or of positives, or no pair at all.
-        TooManySkipped: too many rows are bad.
+        ValueError: There is no column of queries or of positives, or no pair at all.
+        TooManySkipped: Too many rows were skipped.
     """
     log, source = SkipLog() if log is None else log, Source.parse(path)
-    count, columns_met = 0, False
-    for kind, file in readers.find_source(source.path):
-        for where, number, fields in readers.read_source(kind, file, _choose, image_bytes=False, splits=source.splits):
+    num_pairs, columns_known = 0, False
+    for kind, file in readers.find_files(source.path):
+        rows = readers.read_source(kind, file, _choose_columns, image_bytes=False, splits=source.splits)
+        for row_file, number, fields in rows:
             if isinstance(fields, BadRow):
                 log.count_row()
-                log.skip(where, number, fields.reason, fields.value)
+                log.skip(row_file, number, fields.reason, fields.value)
                 continue
-            if source.splits and (_text(fields.get("split")) or NO_SPLIT) not in source.splits:
+            if source.splits and (_first_text(fields.get("split")) or NO_SPLIT) not in source.splits:
                 continue
             log.count_row()
             try:
-                columns = _choose(where, list(fields))
-                columns_met = True
+                columns = _choose_columns(row_file, list(fields))
+                columns_known = True
             except ValueError:
-                if not columns_met:  # the file is of something else
+                if not columns_known:  # the first row: this is not a file of pairs
                     raise
-                columns = {}  # a row of JSON has names of its own, and may lack one
-            query, positive = (_text(fields.get(columns.get(name, ""))) for name in ("query", "positive"))
-            if not query or not positive or query == positive:
-                log.skip(where, number, "no pair of two texts", f"{query[:80]!r}, {positive[:80]!r}")
+                columns = {}  # a JSON object without these keys
+            pair = _to_pair(fields, columns)
+            if pair.anchor == pair.positive or not pair.anchor or not pair.positive:
+                log.skip(row_file, number, "no pair of two texts", f"{pair.anchor[:80]!r}, {pair.positive[:80]!r}")
                 if log.rows_seen >= EARLY_CHECK_ROWS:
                     log.check()
                 continue
-            wrong = _strings(fields.get(columns.get("negatives", "")))
-            instruction = _text(fields.get(columns.get("instruction", "")))
             try:
-                "".join([query, positive, *wrong, instruction]).encode()
+                "".join([*pair.texts, *pair.negatives, pair.instruction]).encode()
             except UnicodeEncodeError as error:
-                log.skip(where, number, "not valid Unicode", error)
+                log.skip(row_file, number, "not valid Unicode", error)
                 continue
-            count += 1
-            yield Pair(
-                query,
-                positive,
-                tuple(text for text in wrong if text not in (query, positive)),
-                f"{instruction}\n" if instruction else "",  # a space would join the word after it
-            )
+            num_pairs += 1
+            yield pair
     log.check()
-    if not count:
-        raise ValueError(f"{path}: no text pair; {log.summary()}")
+    if not num_pairs:
+        raise ValueError(f"{path}: no text pairs; {log.summary()}")
 
 
-def _choose(file: str, names: Sequence[str]) -> dict[str, str]:
-    """Our field to the column that holds it."""
-    chosen = guess_columns(NAMES, names)
-    for ours in ("query", "positive"):
-        if ours not in chosen:
-            raise ValueError(
-                f"{file}: no column for {ours} (one of {', '.join(NAMES[ours])}); it has {', '.join(names)}"
-            )
+def _choose_columns(file: str, columns: Sequence[str]) -> dict[str, str]:
+    """Map the fields of a pair to columns.
+
+    Raises:
+        ValueError: There is no column for the query or the positive.
+    """
+    chosen = guess_columns(COLUMN_NAMES, columns)
+    for field in ("query", "positive"):
+        if field not in chosen:
+            names = ", ".join(COLUMN_NAMES[field])
+            raise ValueError(f"{file}: no column for {field} (one of {names}); it has {', '.join(columns)}")
     return chosen
 
 
-def _text(value: Any) -> str:
-    """The first text of a cell, or nothing."""
-    return next(iter(_strings(value)), "")
+def _to_pair(fields: Mapping[str, Any], columns: Mapping[str, str]) -> Pair:
+    query = _first_text(fields.get(columns.get("query", "")))
+    positive = _first_text(fields.get(columns.get("positive", "")))
+    negatives = _texts(fields.get(columns.get("negatives", "")))
+    instruction = _first_text(fields.get(columns.get("instruction", "")))
+    return Pair(
+        anchor=query,
+        positive=positive,
+        negatives=tuple(text for text in negatives if text not in (query, positive)),
+        # A tokenizer would merge a space with the word that follows it, but not a newline.
+        instruction=f"{instruction}\n" if instruction else "",
+    )
 
 
-def _strings(value: Any) -> list[str]:
-    """The texts of a cell: one, or a list of them."""
+def _first_text(value: Any) -> str:
+    """Return the first text of a cell, or an empty string."""
+    return next(iter(_texts(value)), "")
+
+
+def _texts(value: Any) -> list[str]:
+    """Return the texts of a cell, which holds one text or a list of them."""
     values = value if isinstance(value, list) else [value]
     return [text.strip() for text in values if isinstance(text, str) and text.strip()]

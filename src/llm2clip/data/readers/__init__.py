@@ -1,6 +1,6 @@
-"""Formats in, raw rows out: which files of which format a path stands for, and the reader of each format.
+"""Readers of all supported formats: which files a path stands for, and the raw rows of a file.
 
-The readers are small functions, one a format: `texts`, `archives` and `tables`.
+The reader of each format is a function in `text`, `tables` or `tar`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from braceexpand import braceexpand
 
 from llm2clip.data.raw_rows import ColumnChooser, RawRow
 from llm2clip.data.readers.tables import read_huggingface, read_parquet
-from llm2clip.data.readers.tar import list_files, list_images, read_images, read_tar
-from llm2clip.data.readers.text import read_captions_txt, read_csv, read_json, read_jsonl
+from llm2clip.data.readers.tar import list_files, list_images, read_image_folder, read_tar
+from llm2clip.data.readers.text import read_captions_txt, read_csv, read_json_lines, read_json_list
 
-FORMATS = {  # what a name ends with -> the format's name in `read`
+FORMATS = {  # suffix of a file -> name of its format in `read_source`
     ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
     ".tar": "tar", ".txt": "captions.txt",
 }  # fmt: skip
@@ -26,94 +26,62 @@ CAPTION_FILES = (
     "captions.txt",
 )  # fmt: skip
 READABLE_FORMATS = (
-    f"files ending in {', '.join(FORMATS)} (.txt: lines of 'name.jpg,caption' or 'name.jpg#0<TAB>caption'; tars "
-    "uncompressed), globs and {000..010} patterns of them, a folder of tars, of parquet files, of images with x.txt or "
-    "x.json beside each x.jpg, or with captions.jsonl or metadata.csv, a folder written by save_to_disk, and "
+    f"files ending in {', '.join(FORMATS)} (.txt: lines of 'name.jpg,caption' or 'name.jpg#0<TAB>caption'; tars must "
+    "be uncompressed), globs and {000..010} patterns of them, a folder of tars, of parquet files, of images with x.txt "
+    "or x.json beside each x.jpg, or with captions.jsonl or metadata.csv, a folder written by save_to_disk, and "
     "hf:NAME[:CONFIG]"
 )
 
 
-def find_source(path: str, whole: bool = False) -> list[tuple[str, str]]:
-    """The `(format, file)` pairs a path stands for, in order. A path that exists is itself, whatever its characters.
+def find_files(path: str, all_files: bool = False) -> list[tuple[str, str]]:
+    """Return the `(format, file)` pairs that a path stands for, in order.
 
-    whole: of a folder all that is in it, and not the first of its forms: captions, images, tars and parquet files, in
-    its folders too.
+    A path that exists is taken literally, even if it contains glob or brace characters.
+
+    Args:
+        path: A file, folder, glob or brace pattern, or `hf:NAME`.
+        all_files: Use everything in a folder and its subfolders: caption files, images, tars and parquet files. If
+            False, only the first of these kinds that the folder itself has.
+
+    Raises:
+        FileNotFoundError: Nothing matches the path; the message suggests similar names.
+        ValueError: The format is not supported.
     """
     if path.startswith("hf:"):
-        return [("hf", path[3:])]
+        return [("hf", path.removeprefix("hf:"))]
     path = os.path.expanduser(path)
     if os.path.isdir(path):
-        return _find_all(path) if whole else _find_in_folder(path)
+        return _all_in_folder(path) if all_files else _first_kind_in_folder(path)
     if os.path.exists(path):
-        suffixes = [suffix for suffix in FORMATS if path.lower().endswith(suffix)]
-        if not suffixes:
-            raise ValueError(f"{path}: unknown format; these can be read: {READABLE_FORMATS}")
-        return [(FORMATS[suffixes[0]], path)]
-    names = _braces(path) if "{" in path else [path]
-    found: list[tuple[str, str]] = []
-    for name in names:
-        matches = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name] * os.path.exists(name)
+        for suffix, name in FORMATS.items():
+            if path.lower().endswith(suffix):
+                return [(name, path)]
+        raise ValueError(f"{path}: unknown format; supported are {READABLE_FORMATS}")
+    files: list[tuple[str, str]] = []
+    for pattern in braceexpand(path) if "{" in path else [path]:
+        if glob.has_magic(pattern):
+            matches = sorted(glob.glob(pattern, recursive=True))
+        else:
+            matches = [pattern] if os.path.exists(pattern) else []
         if not matches:
-            raise FileNotFoundError(_absent(name))
+            raise FileNotFoundError(_not_found(pattern))
         for match in matches:
-            found += find_source(match, whole)
-    return found
-
-
-def _find_in_folder(folder: str) -> list[tuple[str, str]]:
-    names = sorted(os.listdir(folder))
-    if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names):
-        return [("saved", folder)]
-    for name in CAPTION_FILES:
-        if name in names:
-            return find_source(os.path.join(folder, name))
-    for suffix in (".tar", ".parquet"):
-        files = [os.path.join(folder, name) for name in names if name.lower().endswith(suffix)]
-        if files:
-            return [(FORMATS[suffix], file) for file in files]
-    if next(list_images(folder), None) is None:
-        raise ValueError(
-            f"{folder}: a folder without images, tars, parquet or captions; these can be read: {READABLE_FORMATS}"
-        )
-    return [("images", folder)]
-
-
-def _find_all(folder: str) -> list[tuple[str, str]]:
-    names = os.listdir(folder)
-    if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names):
-        return [("saved", folder)]
-    found = [pair for name in CAPTION_FILES if name in names for pair in find_source(os.path.join(folder, name))]
-    if next(list_images(folder), None) is not None:
-        found.append(("images", folder))
-    for suffix in ("tar", "parquet"):
-        found += [(suffix, path) for path in list_files(folder, frozenset({suffix}))]
-    if not found:
-        raise FileNotFoundError(f"{folder}: a folder without images, tars or parquet")
-    return found
-
-
-def _braces(pattern: str) -> list[str]:
-    return list(braceexpand(pattern))
-
-
-def _absent(path: str) -> str:
-    """The message for a path that is not there: how far it exists, and what there looks like it."""
-    parent, name = os.path.split(os.path.abspath(path))
-    while not os.path.isdir(parent):
-        parent, name = os.path.split(parent)
-    near = [os.path.join(parent, match) for match in difflib.get_close_matches(name, os.listdir(parent), n=3)]
-    hint = f"did you mean {' or '.join(near)}?" if near else f"{parent} has no '{name}'"
-    return f"{path}: no such file or folder; {hint}"
+            files += find_files(match, all_files)
+    return files
 
 
 def read_source(
     kind: str, path: str, choose: ColumnChooser, image_bytes: bool = True, splits: Sequence[str] | None = ()
 ) -> Iterator[RawRow]:
-    """The raw rows of one file or folder of a format named by `find`.
+    """Return an iterator over the raw rows of a file or folder.
 
-    choose: from a table's column names, those wanted; the others are not read. image_bytes: whether images embedded in
-    parquet are read while scanning. splits: which of a Hugging Face data set's splits (empty: all), whose name becomes
-    the rows' `split`; None: all, and the rows keep their own.
+    Args:
+        kind: Name of the format, from `find_files`.
+        path: The file or folder.
+        choose: Selects the columns of a table; the others are not read.
+        image_bytes: Whether images embedded in parquet files are read.
+        splits: Splits of a Hugging Face data set to read (empty: all); the name becomes the `split` of the rows. None
+            reads all splits and leaves the `split` column of the rows as it is.
     """
     if kind == "parquet":
         return read_parquet(path, choose, image_bytes)
@@ -121,5 +89,61 @@ def read_source(
         return read_huggingface(path, kind == "saved", choose, splits)
     if kind in ("csv", "tsv"):
         return read_csv(path, "\t" if kind == "tsv" else ",")
-    readers = {"jsonl": read_jsonl, "json": read_json, "captions.txt": read_captions_txt, "tar": read_tar}
-    return readers.get(kind, read_images)(path)
+    readers = {
+        "jsonl": read_json_lines,
+        "json": read_json_list,
+        "captions.txt": read_captions_txt,
+        "tar": read_tar,
+        "images": read_image_folder,
+    }
+    return readers[kind](path)
+
+
+def _first_kind_in_folder(folder: str) -> list[tuple[str, str]]:
+    names = sorted(os.listdir(folder))
+    if _is_saved_dataset(names):
+        return [("saved", folder)]
+    for name in CAPTION_FILES:
+        if name in names:
+            return find_files(os.path.join(folder, name))
+    for suffix in (".tar", ".parquet"):
+        files = [os.path.join(folder, name) for name in names if name.lower().endswith(suffix)]
+        if files:
+            return [(FORMATS[suffix], file) for file in files]
+    if next(list_images(folder), None) is None:
+        raise ValueError(
+            f"{folder}: the folder has no images, tars, parquet files or captions; supported are {READABLE_FORMATS}"
+        )
+    return [("images", folder)]
+
+
+def _all_in_folder(folder: str) -> list[tuple[str, str]]:
+    names = os.listdir(folder)
+    if _is_saved_dataset(names):
+        return [("saved", folder)]
+    files: list[tuple[str, str]] = []
+    for name in CAPTION_FILES:
+        if name in names:
+            files += find_files(os.path.join(folder, name))
+    if next(list_images(folder), None) is not None:
+        files.append(("images", folder))
+    for suffix in ("tar", "parquet"):
+        files += [(suffix, path) for path in list_files(folder, frozenset({suffix}))]
+    if not files:
+        raise FileNotFoundError(f"{folder}: the folder has no images, tars or parquet files")
+    return files
+
+
+def _is_saved_dataset(names: Sequence[str]) -> bool:
+    """Return whether the files of a folder are those that `save_to_disk` writes."""
+    return "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names)
+
+
+def _not_found(path: str) -> str:
+    """Return the error message for a missing path, with similar names from its deepest folder that exists."""
+    parent, name = os.path.split(os.path.abspath(path))
+    while not os.path.isdir(parent):
+        parent, name = os.path.split(parent)
+    similar = [os.path.join(parent, match) for match in difflib.get_close_matches(name, os.listdir(parent), n=3)]
+    hint = f"did you mean {' or '.join(similar)}?" if similar else f"{parent} has no '{name}'"
+    return f"{path}: no such file or folder; {hint}"

@@ -1,8 +1,7 @@
-"""Image files with their captions beside them as raw rows: a folder of them, or a tar."""
+"""Readers of image files with captions beside them: folders of images and webdataset tars."""
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
 from collections.abc import Iterator
@@ -10,21 +9,28 @@ from typing import Any, BinaryIO
 
 from llm2clip.data.image_refs import FileImage, TarImage
 from llm2clip.data.raw_rows import BadRow, RawRow
+from llm2clip.data.readers.text import parse_json
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2"})
-MAX_CAPTION_BYTES = 1 << 20  # a caption file in a tar larger than this is no caption
+MAX_CAPTION_BYTES = 1 << 20  # larger caption files in a tar are rejected
 
 
 def list_images(folder: str) -> Iterator[str]:
-    """The paths of the images under a folder, in order; what is hidden is passed over."""
+    """Yield the paths of all images in a folder and its subfolders, see `list_files`."""
     return list_files(folder, IMAGE_SUFFIXES)
 
 
 def list_files(folder: str, suffixes: frozenset[str]) -> Iterator[str]:
-    """The paths of the files of some kinds under a folder, likewise.
+    """Yield the paths of all files with these suffixes in a folder and its subfolders, sorted within each folder.
+
+    Hidden files and folders are skipped.
+
+    Args:
+        folder: The folder.
+        suffixes: In lower case, without the dot.
 
     Raises:
-        OSError: a folder cannot be listed; passed over, what is in it would look as if it were gone.
+        OSError: A folder cannot be listed. Skipping it would look as if its files had been deleted.
     """
 
     def fail(error: OSError) -> None:
@@ -37,42 +43,34 @@ def list_files(folder: str, suffixes: frozenset[str]) -> Iterator[str]:
                 yield os.path.join(parent, name)
 
 
-def read_images(folder: str) -> Iterator[RawRow]:
-    """Every image under a folder, with the captions beside it: `x.json`, or `x.txt` with a caption a line."""
+def read_image_folder(folder: str) -> Iterator[RawRow]:
+    """Yield the images of a folder with the captions beside them: `x.json`, or `x.txt` with one caption per line."""
     for number, path in enumerate(list_images(folder), 1):
         stem = path.rpartition(".")[0]
         fields: dict[str, Any] | BadRow = {}
         if os.path.isfile(stem + ".json"):
             with open(stem + ".json", "rb") as file:
-                fields = _sidecar(file.read())
-        if not isinstance(fields, BadRow) and os.path.isfile(stem + ".txt"):
+                fields = _parse_caption_json(file.read())
+        if isinstance(fields, BadRow):
+            yield path, number, fields
+            continue
+        if os.path.isfile(stem + ".txt"):
             with open(stem + ".txt", encoding="utf-8-sig", errors="surrogateescape") as lines:
                 fields["txt"] = [line for line in lines if line.strip()]
-        if not isinstance(fields, BadRow):
-            fields["image"] = FileImage(path)
+        fields["image"] = FileImage(path)
         yield path, number, fields
 
 
-def _sidecar(data: bytes) -> dict[str, Any] | BadRow:
-    """A caption file as fields: an object is them, a list or a string is the captions."""
-    try:
-        value = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        return BadRow("malformed row", f"{error}: {data[:200].decode('utf-8', 'replace')}")
-    if isinstance(value, dict):
-        return value
-    return {"captions": value} if isinstance(value, list | str) else BadRow("malformed row", f"no captions: {value!r}")
-
-
 def read_tar(path: str) -> Iterator[RawRow]:
-    """The samples of a webdataset tar: neighbouring members whose names agree up to the first dot of the last part.
+    """Yield the samples of a webdataset tar: adjacent members whose names are equal up to the first dot.
 
-    One pass over the headers; only .txt and .json members are read, images are remembered by offset. A tar that ends
-    early yields what it holds and then one bad row. Names are only keys: nothing is written, whatever they say.
+    The tar is scanned once. Only .txt and .json members are read; images are referenced by their offset. A truncated
+    tar gives the samples that are complete and then one `BadRow`. Member names are used only as keys; nothing is
+    extracted.
     """
     number, sample = 0, _Sample("")
     try:
-        tar = tarfile.open(path, "r:")  # noqa: SIM115 - closed below, and opening is what fails
+        tar = tarfile.open(path, "r:")  # noqa: SIM115 - closed below; only opening may fail here
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         yield path, 1, BadRow("unreadable tar", str(error))
         return
@@ -90,20 +88,31 @@ def read_tar(path: str) -> Iterator[RawRow]:
             if key != sample.key:
                 if sample.members:
                     number += 1
-                    yield path, number, sample.row(path, file)
+                    yield path, number, sample.to_row(path, file)
                 sample = _Sample(key)
-            if suffix.lower() in sample.members:
-                sample.twice = member.name
-            sample.members[suffix.lower()] = member
-        if sample.members and (not damage or sample.whole()):  # else the damage is what is wrong with it
+            sample.add(suffix.lower(), member)
+        if sample.members and (not damage or sample.is_complete()):  # otherwise the damage is in this sample
             number += 1
-            yield path, number, sample.row(path, file)
+            yield path, number, sample.to_row(path, file)
         if damage:
             yield path, number + 1, BadRow("truncated tar", damage)
 
 
+def _parse_caption_json(data: bytes) -> dict[str, Any] | BadRow:
+    """Parse a caption file: an object gives the fields; a list or a string gives the captions."""
+    value = parse_json(data)
+    if isinstance(value, dict | BadRow):
+        return value
+    if isinstance(value, list | str):
+        return {"captions": value}
+    return BadRow("malformed row", f"no captions: {value!r}")
+
+
 def _members(tar: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo | str]:
-    """The tar's members and, if it is damaged, a last string saying how: `tarfile` ends at damage without a word."""
+    """Yield the members of a tar and, if it is damaged, a description of the damage as the last item.
+
+    `tarfile` itself stops at damage without an error.
+    """
     size, end = os.fstat(file.fileno()).st_size, 0
     while True:
         try:
@@ -113,32 +122,38 @@ def _members(tar: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo |
             return
         if member is None:
             break
-        if member.size < 0 or member.offset_data < end:  # a header that points backwards would be read for ever
-            yield f"after byte {end}: a header without sense"
+        if member.size < 0 or member.offset_data < end:  # a header that points backwards would be read forever
+            yield f"after byte {end}: invalid header"
             return
         end = member.offset_data + member.size
         if member.isreg() and end > size:
-            yield f"{member.name} ends at byte {end}, the file at {size}"
+            yield f"{member.name} ends at byte {end}, but the file at {size}"
             return
         yield member
     file.seek(tar.offset)
     if file.read(512) != bytes(512):
-        yield f"no end-of-archive mark at byte {tar.offset}"
+        yield f"no end-of-archive marker at byte {tar.offset}"
 
 
 class _Sample:
-    """The members of a tar that share a key, by suffix."""
+    """The members of a tar with the same key, by suffix."""
 
     def __init__(self, key: str) -> None:
         self.key, self.members = key, dict[str, tarfile.TarInfo]()
-        self.twice = ""  # a name that two neighbouring members have
+        self.duplicate = ""  # a name that occurs twice
 
-    def whole(self) -> bool:
+    def add(self, suffix: str, member: tarfile.TarInfo) -> None:
+        if suffix in self.members:
+            self.duplicate = member.name
+        self.members[suffix] = member
+
+    def is_complete(self) -> bool:
+        """Return whether the sample has an image and captions."""
         return bool(self.members.keys() & IMAGE_SUFFIXES and self.members.keys() & {"txt", "json"})
 
-    def row(self, path: str, file: BinaryIO) -> dict[str, Any] | BadRow:
-        if self.twice:
-            return BadRow("name twice in a tar", self.twice)
+    def to_row(self, path: str, file: BinaryIO) -> dict[str, Any] | BadRow:
+        if self.duplicate:
+            return BadRow("name twice in a tar", self.duplicate)
         fields: dict[str, Any] = {}
         for suffix in ("json", "txt"):
             member = self.members.get(suffix)
@@ -150,15 +165,15 @@ class _Sample:
             data = file.read(member.size)
             if suffix == "txt":
                 fields["txt"] = data.decode("utf-8-sig", "surrogateescape")
-            elif isinstance(sidecar := _sidecar(data), BadRow):
-                return sidecar
-            else:
-                fields = sidecar
-        images = {
-            suffix: TarImage(path, member.offset_data, member.size, member.name)
-            for suffix, member in self.members.items()
-            if suffix.rpartition(".")[2] in IMAGE_SUFFIXES
-        }
-        fields |= images  # by suffix too, so that `columns` can name one of several
-        fields["image"] = next((images[suffix] for suffix in images if suffix in IMAGE_SUFFIXES), None)
+                continue
+            parsed = _parse_caption_json(data)
+            if isinstance(parsed, BadRow):
+                return parsed
+            fields = parsed
+        images = {}
+        for suffix, member in self.members.items():
+            if suffix.rpartition(".")[2] in IMAGE_SUFFIXES:
+                images[suffix] = TarImage(path, member.offset_data, member.size, member.name)
+        fields |= images  # also by suffix, so that a column mapping can select one of several images
+        fields["image"] = next((image for suffix, image in images.items() if suffix in IMAGE_SUFFIXES), None)
         return {"id": os.path.basename(self.key)} | fields

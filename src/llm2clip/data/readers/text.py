@@ -1,4 +1,4 @@
-"""Text files as raw rows: JSON lines, JSON, CSV, TSV and captions.txt. Their images are named, not held."""
+"""Readers of text files: JSON lines, JSON, CSV, TSV and captions.txt. They contain the paths of images."""
 
 from __future__ import annotations
 
@@ -13,50 +13,61 @@ from typing import Any
 
 from llm2clip.data.raw_rows import BadRow, RawRow
 
+FLICKR8K_IMAGE_FOLDERS = ("images", "Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images")
 
-def read_jsonl(path: str) -> Iterator[RawRow]:
-    """An object a line, also gzipped. Lines are decoded one by one, so that one bad line costs one row."""
+
+def read_json_lines(path: str) -> Iterator[RawRow]:
+    """Yield the objects of a .jsonl or .jsonl.gz file. A line that is not valid UTF-8 costs only one row."""
     number = 0
     try:
         with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield path, number, _object(line)
+                    yield path, number, _require_object(parse_json(line))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         yield path, number + 1, BadRow("truncated file", str(error))
 
 
-def _object(line: bytes) -> dict[str, Any] | BadRow:
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        return BadRow("malformed row", f"{error}: {line[:200].decode('utf-8', 'replace')}")
-    return value if isinstance(value, dict) else BadRow("malformed row", f"not an object: {value!r}")
+def read_json_list(path: str) -> Iterator[RawRow]:
+    """Yield the objects of a JSON file that contains a list. The file is read into memory at once.
 
-
-def read_json(path: str) -> Iterator[RawRow]:
-    """A list of objects. Read whole, as JSON must be: write large sets as .jsonl."""
+    Raises:
+        ValueError: The file is not JSON or not a list.
+    """
     try:
         with open(path, encoding="utf-8-sig") as file:
             rows = json.load(file)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); if it holds an object a line, name it .jsonl") from error
+        raise ValueError(f"{path}: not JSON ({error}). If it has one object per line, rename it to .jsonl") from error
     if not isinstance(rows, list):
-        raise ValueError(f"{path}: a .json source is a list of objects, this holds one {type(rows).__name__}")
+        raise ValueError(f"{path}: a .json source must be a list of objects (got {type(rows).__name__})")
     for number, row in enumerate(rows, 1):
-        yield path, number, row if isinstance(row, dict) else BadRow("malformed row", f"not an object: {row!r}")
+        yield path, number, _require_object(row)
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON in UTF-8; return a `BadRow` if it is malformed."""
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        return BadRow("malformed row", f"{error}: {data[:200].decode('utf-8', 'replace')}")
 
 
 def read_csv(path: str, delimiter: str) -> Iterator[RawRow]:
-    """Rows under a header line; columns of one name are a list. A row with more or fewer fields than the header is bad,
-    not guessed at."""
-    # surrogateescape: bytes that are no UTF-8 stay visible to `records`, which refuses the row and not the file
+    """Yield the rows of a CSV or TSV file with a header line.
+
+    Columns with the same name become a list. A row with more or fewer fields than the header is a `BadRow`.
+
+    Raises:
+        ValueError: The header is malformed, or a quote is never closed.
+    """
+    # surrogateescape: bytes that are not UTF-8 stay visible to `records`, which skips the row instead of the file
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
         try:
             header = [name.strip() for name in next(rows, [])]
         except csv.Error as error:
-            raise ValueError(f"{path}: its header is not CSV ({error})") from error
+            raise ValueError(f"{path}: malformed CSV header ({error})") from error
         repeated = {name for name in header if header.count(name) > 1}
         while True:
             number = rows.line_num + 1
@@ -65,7 +76,7 @@ def read_csv(path: str, delimiter: str) -> Iterator[RawRow]:
             except StopIteration:
                 return
             except csv.Error as error:
-                if "unexpected end" in str(error) or "field limit" in str(error):  # it has swallowed the rows after it
+                if "unexpected end" in str(error) or "field limit" in str(error):  # the following rows are in the quote
                     raise ValueError(f"{path}: a quote opened in the row at line {number} is not closed") from error
                 yield path, number, BadRow("malformed row", str(error))
                 continue
@@ -75,16 +86,16 @@ def read_csv(path: str, delimiter: str) -> Iterator[RawRow]:
                     fields[name] = [cell for column, cell in zip(header, cells, strict=True) if column == name]
                 yield path, number, fields
             elif cells:
-                yield (
-                    path,
-                    number,
-                    BadRow("malformed row", f"{len(cells)} fields, the header has {len(header)}: {cells}"),
-                )
+                problem = f"{len(cells)} fields, but the header has {len(header)}: {cells}"
+                yield path, number, BadRow("malformed row", problem)
 
 
 def read_captions_txt(path: str) -> Iterator[RawRow]:
-    """Flickr8k's two forms: `name.jpg,caption`, with or without a header, and `name.jpg#0<TAB>caption`."""
-    folder, prefix = os.path.dirname(path), None
+    """Yield the captions of Flickr8k's two formats.
+
+    They are `name.jpg,caption`, with or without a header line, and `name.jpg#0<TAB>caption`.
+    """
+    folder, image_folder = os.path.dirname(path), None
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
             name, comma, caption = re.sub(r"#\d+\t", ",", line.strip(), count=1).partition(",")
@@ -95,7 +106,20 @@ def read_captions_txt(path: str) -> Iterator[RawRow]:
                 continue
             if len(caption) > 1 and caption[0] == caption[-1] == '"':
                 caption = caption[1:-1].replace('""', '"')
-            if prefix is None:  # the published archives keep the images in a folder beside this file
-                places = ("", "images", "Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images")
-                prefix = next((p for p in places if os.path.isfile(os.path.join(folder, p, name))), "")
-            yield path, number, {"image": os.path.join(prefix, name.strip()), "caption": caption}
+            if image_folder is None:
+                image_folder = _find_image_folder(folder, name)
+            yield path, number, {"image": os.path.join(image_folder, name.strip()), "caption": caption}
+
+
+def _require_object(value: Any) -> dict[str, Any] | BadRow:
+    if isinstance(value, dict | BadRow):
+        return value
+    return BadRow("malformed row", f"not an object: {value!r}")
+
+
+def _find_image_folder(folder: str, image: str) -> str:
+    """Return the subfolder with the images: the published archives have them beside captions.txt or in a subfolder."""
+    for name in ("", *FLICKR8K_IMAGE_FOLDERS):
+        if os.path.isfile(os.path.join(folder, name, image)):
+            return name
+    return ""

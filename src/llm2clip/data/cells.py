@@ -1,0 +1,136 @@
+"""Conversion of cell values to captions, names and image references, and the check of images."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import os
+import re
+from typing import Any
+
+from PIL import Image
+
+from llm2clip.data.columns import is_null
+from llm2clip.data.image_header import MAX_PIXELS, open_header
+from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage, MemoryImage
+from llm2clip.data.skip_log import SkipLog
+
+
+class UnusableRow(Exception):
+    """A row gives no record, for a reason under which it is counted and listed."""
+
+    def __init__(self, reason: str, value: object) -> None:
+        super().__init__(reason, value)
+        self.reason, self.value = reason, value
+
+
+def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: int) -> tuple[str, ...]:
+    """Return the captions of a cell, stripped: a string is one caption, a list is several.
+
+    Args:
+        value: The cell.
+        parse_lists: Whether a string may contain a list in JSON or Python notation.
+        log: Receives the empty captions, which are dropped.
+        file: Source file, for the log.
+        row: Row number, for the log.
+
+    Raises:
+        UnusableRow: The value is of another type, or a caption is not valid Unicode.
+    """
+    if isinstance(value, str):
+        value = _parse_list(value) if parse_lists else [value]
+    elif is_null(value):
+        return ()
+    if not isinstance(value, list):
+        raise UnusableRow("malformed row", f"captions must be text or a list of texts (got {value!r})")
+    captions = []
+    for text in value:
+        if not isinstance(text, str) and text is not None:
+            raise UnusableRow("malformed row", f"a caption must be text (got {text!r})")
+        text = (text or "").strip()
+        if not text:
+            log.drop(file, row, "empty caption", value)
+            continue
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UnusableRow("malformed row", f"not valid Unicode: {text!r}") from error
+        captions.append(text)
+    return tuple(captions)
+
+
+def parse_name(value: Any, field: str) -> str | None:
+    """Return an id or a split as text, or None for a missing value.
+
+    Raises:
+        UnusableRow: The value is neither text nor a number.
+    """
+    if is_null(value):
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UnusableRow("malformed row", f"{field} must be text or a number (got {value!r})")
+    return str(value).strip() or None
+
+
+def parse_image(value: Any, file: str, reject_urls: bool) -> LoadedImage | None:
+    """Return a reference to the image of a cell, or None for a missing value.
+
+    A cell is a path relative to the folder of `file`, encoded bytes, Hugging Face's {"bytes", "path"}, or a reference
+    that the reader has made.
+
+    Raises:
+        UnusableRow: The value is of another type, or a URL while `reject_urls` is set.
+    """
+    name = None
+    if isinstance(value, dict) and {"bytes", "path"} & value.keys():
+        name = value.get("path")
+        value = value["bytes"] if value.get("bytes") is not None else name
+    if is_null(value) or value == b"":
+        return None
+    if isinstance(value, LoadedImage):
+        return value
+    if isinstance(value, ImageRef):
+        return LoadedImage(value, None, str(value))
+    if isinstance(value, bytes):
+        return LoadedImage(MemoryImage(value, name or f"image in {file}"), value, name)
+    if not isinstance(value, str):
+        raise UnusableRow("malformed row", f"an image must be a path, bytes or null (got {value!r})")
+    if reject_urls and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", value):
+        raise UnusableRow("image is a URL", value)
+    path = os.path.join(os.path.dirname(file), value)
+    return LoadedImage(FileImage(path), None, path)
+
+
+def check_image(image: LoadedImage, read_header: bool) -> None:
+    """Check that an image file exists and, with `read_header`, that its format and size are supported.
+
+    Raises:
+        UnusableRow: The image is missing, unreadable or larger than `MAX_PIXELS`.
+    """
+    if isinstance(image.ref, FileImage) and not os.path.isfile(image.ref.path):
+        raise UnusableRow("missing image", image.ref)
+    if not read_header:
+        return
+    try:
+        with io.BytesIO(image.data) if image.data is not None else image.ref.open() as stream:
+            width, height = open_header(stream).size
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limits
+        raise UnusableRow("image too large", f"{image.ref}: {error}") from error
+    except Exception as error:  # Pillow's plugins raise any type of exception on malicious bytes
+        raise UnusableRow("unreadable image", f"{image.ref}: {error}") from error
+    if width * height > MAX_PIXELS:
+        raise UnusableRow("image too large", f"{image.ref}: {width} x {height}")
+
+
+def _parse_list(text: str) -> list[Any]:
+    """Parse a list of texts in JSON or Python notation; any other text is a list of itself."""
+    if text.lstrip().startswith("["):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                value = parse(text.strip())
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+            if isinstance(value, list) and all(isinstance(item, str | None) for item in value):
+                return value
+    return [text]
