@@ -19,8 +19,8 @@ from llm2clip.data.images import load_image
 from llm2clip.data.records import Record
 from llm2clip.evaluate.benchmarks import (
     BENCHMARKS,
-    CompositionalExample,
     ClassificationData,
+    CompositionalExample,
     DataFormatError,
     MissingFileError,
 )

@@ -79,17 +79,17 @@ def test_the_fast_path_is_taken_and_the_slow_path_agrees(monkeypatch: pytest.Mon
     alpha.putalpha(Image.linear_gradient("L").resize(alpha.size))
     files = [
         encode(photo(), "JPEG"),
-        *([encode(photo(), "PNG"), encode(alpha, "PNG")] if "PNG" in images._FAST else []),
+        *([encode(photo(), "PNG"), encode(alpha, "PNG")] if "PNG" in images._FAST_FORMATS else []),
         encode(alpha, "WEBP", lossless=True),
     ]
     with monkeypatch.context() as patch:
-        patch.setattr(images, "_decode_fast", lambda *_: None)
+        patch.setattr(images, "_decode_with_torchvision", lambda *_: None)
         slow = [decode_image(data) for data in files]
 
     def refuse(*_: object) -> Tensor:
         raise AssertionError("Pillow was asked")
 
-    monkeypatch.setattr(images, "_from_pil", refuse)
+    monkeypatch.setattr(images, "_decode_with_pillow", refuse)
     for data, expected in zip(files, slow, strict=True):
         assert difference(decode_image(data), expected) <= 1
 
@@ -149,8 +149,8 @@ def test_first_frame_of_an_animation() -> None:
 def test_half_a_file_is_an_error_not_half_a_picture(kind: str, pil_forgives: bool, monkeypatch: Any) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", pil_forgives)
     data = encode(photo(), kind)
-    for fast in {images._FAST, images._FAST[:3]}:  # with and without torchvision's PNG
-        monkeypatch.setattr(images, "_FAST", fast)
+    for fast in {images._FAST_FORMATS, images._FAST_FORMATS[:3]}:  # with and without torchvision's PNG
+        monkeypatch.setattr(images, "_FAST_FORMATS", fast)
         for keep in (0.05, 0.5, 0.9):
             with pytest.raises(ImageError):
                 decode_image(data[: int(len(data) * keep)])
@@ -174,8 +174,8 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def test_bombs_are_refused_by_their_header(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_decode_fast", lambda *_: pytest.fail("it was decoded"))
-    monkeypatch.setattr(images, "_from_pil", lambda *_: pytest.fail("it was decoded"))
+    monkeypatch.setattr(images, "_decode_with_torchvision", lambda *_: pytest.fail("it was decoded"))
+    monkeypatch.setattr(images, "_decode_with_pillow", lambda *_: pytest.fail("it was decoded"))
     for side in (10_001, 100_000):  # the second is more than Pillow itself bears
         with pytest.raises(ImageError, match="pixels"), pytest.warns() if side < 13_000 else contextlib.nullcontext():
             decode_image(png_header(side, side))
@@ -198,7 +198,7 @@ def test_a_png_of_damaged_pixels_does_not_end_the_process() -> None:
 def test_pillow_and_torchvision_decode_the_same_png(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode(photo(40, 30), "PNG")
     fast = decode_image(data)
-    monkeypatch.setattr(images, "_FAST", ("JPEG",))
+    monkeypatch.setattr(images, "_FAST_FORMATS", ("JPEG",))
     assert torch.equal(decode_image(data), fast)
 
 

@@ -79,9 +79,9 @@ def test_source_parse(tmp_path: Path) -> None:
     assert Source.parse({"path": "x@a", "splits": "b+c"}).splits == ("b", "c")
     assert str(Source.parse(Source("x", ("a", "b")))) == "x@a+b"
     assert pickle.loads(pickle.dumps(Source("x", ("a",), {"id": "k"}))) == Source("x", ("a",), {"id": "k"})
-    with pytest.raises(ValueError, match="unknown field 'caption'; ours are id, image, captions"):
+    with pytest.raises(ValueError, match="unknown field 'caption'; the fields are id, image, captions"):
         Source("x", columns={"caption": "text"})
-    with pytest.raises(ValueError, match=r"path, splits and columns; this has path, split$"):
+    with pytest.raises(ValueError, match=r"must have a path .*\(got path, split\)$"):
         Source.parse({"path": "x", "split": "a"})
 
 
@@ -93,7 +93,7 @@ def test_splits_are_selected_and_a_wrong_one_names_those_there_are(folder: Path)
     assert log.rows_seen == 1
     write_jsonl(folder / "y.jsonl", [{"text": "x", "split": "none"}, {"text": "y", "split": "a"}])
     assert [(r.captions, r.split) for r in open_records(f"{folder / 'y.jsonl'}@none")] == [(("x",), None)]
-    with pytest.raises(ValueError, match=r"@tarin: no record; its splits: train \(1 rows\), val \(1 rows\), none"):
+    with pytest.raises(ValueError, match=r"@tarin: no records; its splits: train \(1 rows\), val \(1 rows\), none"):
         list(open_records(f"{path}@tarin"))
 
 
@@ -105,7 +105,7 @@ def test_columns_are_mapped_and_wrong_names_are_explained(tmp_path: Path) -> Non
     (tmp_path / "x.csv").write_text("bild,beschreibung\na.jpg,eins\n")
     csv_path = str(tmp_path / "x.csv")
     with pytest.raises(
-        ValueError, match=r"x\.csv: no column of captions; it has bild, beschreibung; map it with columns"
+        ValueError, match=r"x\.csv: no column of captions; it has bild, beschreibung\. Name one with --columns"
     ):
         list(open_records(csv_path))
     with pytest.raises(ValueError, match=r"no column 'beschreibun' for captions \(did you mean beschreibung\?\)"):
@@ -132,15 +132,15 @@ def test_paths_that_are_wrong_fail_at_once_and_say_how(folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"imagse/deep: no such file or folder; did you mean .*images"):
         open_records(folder / "imagse/deep")
     (folder / "x.xlsx").touch()
-    with pytest.raises(ValueError, match=r"x\.xlsx: unknown format; these can be read: files ending in \.jsonl"):
+    with pytest.raises(ValueError, match=r"x\.xlsx: unknown format; supported are files ending in \.jsonl"):
         open_records(folder / "x.xlsx")
     (folder / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty: a folder without images, tars, parquet or captions"):
+    with pytest.raises(ValueError, match="empty: the folder has no images, tars, parquet files or captions"):
         open_records(folder / "empty")
     as_tars_in_braces(folder)
     with pytest.raises(FileNotFoundError, match=r"shard-003\.tar: no such file"):
         open_records(folder / "shard-{000..003}.tar")
-    with pytest.raises(ValueError, match="image_check='all'; it is one of header, exists, unchecked, ignore"):
+    with pytest.raises(ValueError, match=r"image_check must be one of header, exists, unchecked, ignore \(got 'all'\)"):
         open_records(folder / "x.jsonl", image_check="all")  # type: ignore[arg-type]
     (folder / "shard-{9}.tar").write_bytes((folder / "shard-000.tar").read_bytes())
     assert [r.id for r in open_records(folder / "shard-{9}.tar")] == ["a"]  # a name, for it exists
@@ -148,16 +148,16 @@ def test_paths_that_are_wrong_fail_at_once_and_say_how(folder: Path) -> None:
 
 def test_whole_files_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"captions": []}')
-    with pytest.raises(ValueError, match="a list of objects, this holds one dict"):
+    with pytest.raises(ValueError, match=r"must be a list of objects \(got dict\)"):
         list(open_records(tmp_path / "x.json"))
     (tmp_path / "y.json").write_text('{"text": "a"}\n{"text": "b"}\n')
-    with pytest.raises(ValueError, match=r"y\.json: not JSON .*name it \.jsonl"):
+    with pytest.raises(ValueError, match=r"y\.json: not JSON .*rename it to \.jsonl"):
         list(open_records(tmp_path / "y.json"))
     (tmp_path / "x.csv").write_text('id,caption\n1,"fine"\n2,"open\n' + "3,lost\n" * 1000)
     with pytest.raises(ValueError, match="a quote opened in the row at line 3 is not closed"):
         list(open_records(tmp_path / "x.csv"))
     (tmp_path / "z.jsonl").touch()
-    with pytest.raises(ValueError, match=r"z\.jsonl: no record"):
+    with pytest.raises(ValueError, match=r"z\.jsonl: no records"):
         list(open_records(tmp_path / "z.jsonl"))
 
 

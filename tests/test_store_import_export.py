@@ -14,7 +14,7 @@ import pytest
 
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.store.encode import embed
-from llm2clip.store.import_export import import_official_tars, import_parquet, export_official_tars, export_parquet
+from llm2clip.store.import_export import export_official_tars, export_parquet, import_official_tars, import_parquet
 from llm2clip.store.layout import StoreError
 
 CAPTIONS = [f"caption number {i} of some" for i in range(50)]

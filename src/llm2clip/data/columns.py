@@ -89,7 +89,7 @@ class ColumnMapper:
                 raise ValueError(f"{where}: no column {column!r} for {field}{hint}; {existing}")
         if self.require_captions and not self.has_captions:
             raise ValueError(
-                f"{where}: no column of captions; {existing}. Name one with --columns '{{\"captions\": \"NAME\"}}'"
+                f'{where}: no column of captions; {existing}. Name one with --columns \'{{"captions": "NAME"}}\''
             )
 
     def _guess(self, columns: Sequence[str]) -> dict[str, str]:

@@ -144,7 +144,7 @@ def _square_side(size: Any) -> int:
 def _interpolation(resample: int) -> Literal["bilinear", "bicubic"]:
     if resample not in (2, 3):
         raise ValueError(
-            f"the resampling filter of the image processor must be Pillow's 2 (bilinear) or 3 (bicubic) (got {resample})"
+            f"the image processor's resampling filter must be 2 (bilinear) or 3 (bicubic) in Pillow (got {resample})"
         )
     return "bilinear" if resample == 2 else "bicubic"
 

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llm2clip.data.hashing import unique_captions
 from llm2clip.data.columns import CAPTION_FIELDS
+from llm2clip.data.hashing import unique_captions
 from llm2clip.data.records import ImageCheck, Record, Source, open_records
 from llm2clip.data.skip_log import SkipLog
 

@@ -140,7 +140,7 @@ def draw_pair(captions: ImageCaptions, pair_mix: Sequence[float], rng: np.random
 
 def _available_kinds(
     captions: ImageCaptions, pair_mix: Sequence[float]
-) -> list[tuple[Sequence[str], Sequence[str], float]]:
+) -> list[tuple[list[str], list[str], float]]:
     """Return (captions of one text, captions of the other, weight) for the kinds of pairs that an image has."""
     short = unique_captions(captions.short)
     long = [caption for caption in unique_captions(captions.long) if caption not in short]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llm2clip.config import EvaluateConfig
-from llm2clip.data.merged_records import SourcedRecord, read_merged_records
 from llm2clip.data.columns import CAPTION_FIELDS
+from llm2clip.data.merged_records import SourcedRecord, read_merged_records
 from llm2clip.data.records import NO_SPLIT, ImageCheck, Record, Source
 from llm2clip.data.skip_log import SkipLog
 

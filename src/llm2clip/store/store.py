@@ -18,7 +18,8 @@ from typing import Any, Literal
 import numpy as np
 from tqdm.auto import tqdm
 
-from llm2clip.data.records import CAPTION_FIELDS, Record
+from llm2clip.data.columns import CAPTION_FIELDS
+from llm2clip.data.records import Record
 from llm2clip.io_utils import read_jsonl
 from llm2clip.store.key_index import KeyIndex, build_key_index
 from llm2clip.store.layout import (
