@@ -1,4 +1,4 @@
-"""`llm2clip evaluate`, `benchmarks` and `reproduce`."""
+"""Evaluation commands: `evaluate`, `benchmarks` and `reproduce`."""
 
 from __future__ import annotations
 
@@ -9,73 +9,97 @@ from jsonargparse import Namespace
 from llm2clip.cli.commands import DATA_HELP, Commands, add_reading_arguments, select
 from llm2clip.config import EncoderConfig, EvaluateConfig, ReproduceConfig
 
+ROOT_HELP = "Folder that contains the folders of the benchmarks."
+
 
 def add(commands: Commands) -> None:
-    """The verbs of this file."""
-    sub = commands.add(
-        "evaluate", _evaluate, "Any model on your data or on public benchmarks, or CRA of any caption encoder."
+    """Add the commands of this module."""
+    parser = commands.add(
+        "evaluate", _evaluate, "Evaluate any model on your data or on public benchmarks, or any text encoder on CRA."
     )
-    sub.add_argument(
+    parser.add_argument(
         "model",
         nargs="?",
         type=str,
-        help="model folder or hub id; or one to compare with: a transformers model of images and texts, "
-        "open_clip:NAME/PRETRAINED, st:NAME (sentence-transformers), FILE.npz of vectors; not needed with --captions",
+        help="Model folder or hub id; a transformers model of images and texts; open_clip:NAME/PRETRAINED; st:NAME "
+        "(sentence-transformers); or FILE.npz (precomputed embeddings). Optional with --captions.",
     )
-    about = f"{DATA_HELP}; without splits, what a fit of it holds out"
-    sub.add_argument("data", nargs="*", type=str, default=[], help=about)
-    sub.add_argument("--against", nargs="+", type=str, help="other models in the same tables")
-    sub.add_argument("--captions", nargs="+", type=str, help="sources of captions for caption retrieval (CRA)")
-    sub.add_argument(
-        "--benchmarks", nargs="+", type=str, help="public ones by name, see `llm2clip benchmarks`; all; folder:PATH"
+    parser.add_argument(
+        "data",
+        nargs="*",
+        type=str,
+        default=[],
+        help=f"{DATA_HELP} Of sources without splits, the part that `fit` holds out is used.",
     )
-    sub.add_argument("--root", type=str, default="benchmarks", help="folder that holds the benchmarks' folders")
-    sub.add_argument(
-        "--out", type=str, help="folder for report.html, results.json, and vectors, which are then made once"
+    parser.add_argument("--baselines", nargs="+", type=str, help="Other models, shown in the same tables.")
+    parser.add_argument(
+        "--benchmarks",
+        nargs="+",
+        type=str,
+        help="Names of public benchmarks (see `llm2clip benchmarks`), `all`, or folder:PATH for image classes.",
     )
-    sub.add_argument("--all_pairs", action="store_true", help="CRA: each caption also looks for any other of its image")
-    sub.add_argument("--mistakes", type=int, default=3, help="CRA: how many of the worst to show")
-    sub.add_argument("--linear_probe", action="store_true", help="of classes: fit one to the training images, too")
-    add_reading_arguments(sub)
-    sub.add_class_arguments(EncoderConfig, "encoder")
-    sub.add_class_arguments(EvaluateConfig, "evaluate", skip={"data"})
-
-    sub = commands.add("benchmarks", _benchmarks, "The public benchmarks: which are here, and how to get the others.")
-    sub.add_argument("--root", type=str, default="benchmarks", help="folder that holds the benchmarks' folders")
-
-    sub = commands.add(
-        "reproduce", _reproduce, "Test the paper's claims on your data, and say of each whether it holds."
+    parser.add_argument("--root", type=str, default="benchmarks", help=ROOT_HELP)
+    parser.add_argument(
+        "--out", type=str, help="Output folder: report.html, results.json, and embeddings, which are then reused."
     )
-    sub.add_argument("data", type=str, help="folder that the sources of --reproduce are relative to")
-    sub.add_argument("--out", type=str, default="runs/reproduce", help="run folder; OUT/report.html is the result")
-    sub.add_argument("--claims", nargs="+", type=int, default=[1, 2, 3, 4, 5, 6], help="their numbers")
-    sub.add_argument("--max_skipped", type=float, default=0.05, help="largest share of bad rows put up with")
-    sub.add_class_arguments(ReproduceConfig, "reproduce")
+    parser.add_argument(
+        "--linear_probe", action="store_true", help="For classification, also fit a linear probe to training images."
+    )
+    parser.add_argument("--captions", nargs="+", type=str, help="Sources for caption retrieval accuracy (CRA).")
+    parser.add_argument(
+        "--all_pairs", action="store_true", help="CRA: also let each caption retrieve any other caption of its image."
+    )
+    parser.add_argument("--mistakes", type=int, default=3, help="CRA: number of the worst mistakes to show.")
+    add_reading_arguments(parser)
+    parser.add_class_arguments(EncoderConfig, "encoder")
+    parser.add_class_arguments(EvaluateConfig, "evaluate", skip={"data"})
+
+    parser = commands.add("benchmarks", _benchmarks, "List the public benchmarks and where to download them.")
+    parser.add_argument("--root", type=str, default="benchmarks", help=ROOT_HELP)
+
+    parser = commands.add("reproduce", _reproduce, "Test the paper's claims on your data.")
+    parser.add_argument("data", type=str, help="Folder that the sources of --reproduce are relative to.")
+    parser.add_argument(
+        "--out", type=str, default="runs/reproduce", help="Run directory; the result is OUT/report.html."
+    )
+    parser.add_argument("--claims", nargs="+", type=int, default=[1, 2, 3, 4, 5, 6], help="Numbers of the claims.")
+    parser.add_argument(
+        "--max_skipped", type=float, default=0.05, help="Stop if more than this fraction of the rows cannot be used."
+    )
+    parser.add_class_arguments(ReproduceConfig, "reproduce")
 
 
-def _evaluate(given: Namespace) -> list[str]:
-    from llm2clip.evaluate.verb import evaluate_models
+def _evaluate(args: Namespace) -> list[str]:
+    from llm2clip.evaluate.runner import evaluate_models
 
+    models = [args.model] if args.model else []
     return evaluate_models(
-        [m for m in (given.model, *(given.against or [])) if m],
-        given.data or [],
-        benchmarks=given.benchmarks or [],
-        root=Path(given.root),
-        captions=given.captions or [],
-        out=Path(given.out) if given.out else None,
-        config=given.evaluate,
-        **select(given, "encoder", "columns", "max_skipped", "all_pairs", "mistakes", "linear_probe"),
+        models + (args.baselines or []),
+        args.data or [],
+        benchmarks=args.benchmarks or [],
+        root=Path(args.root),
+        captions=args.captions or [],
+        out=Path(args.out) if args.out else None,
+        config=args.evaluate,
+        num_mistakes=args.mistakes,
+        **select(args, "encoder", "columns", "max_skipped", "all_pairs", "linear_probe"),
     )
 
 
-def _benchmarks(given: Namespace) -> list[str]:
+def _benchmarks(args: Namespace) -> list[str]:
     from llm2clip.evaluate.benchmarks import list_benchmarks
 
-    return list_benchmarks(Path(given.root))
+    return list_benchmarks(Path(args.root))
 
 
-def _reproduce(given: Namespace) -> list[str]:
+def _reproduce(args: Namespace) -> list[str]:
     from llm2clip.tools.reproduce.run import reproduce
 
-    page = reproduce(Path(given.data), Path(given.out), given.reproduce, given.claims, given.max_skipped)
+    page = reproduce(
+        data=Path(args.data),
+        out=Path(args.out),
+        config=args.reproduce,
+        claims=args.claims,
+        max_skipped=args.max_skipped,
+    )
     return [f"Report: {page}"]

@@ -1,4 +1,4 @@
-"""Image and text embeddings of a model for evaluation, computed once and cached on disk if there is a folder for them."""
+"""Image and text embeddings of a model for evaluation, optionally cached on disk."""
 
 from __future__ import annotations
 
@@ -89,7 +89,13 @@ class ModelEmbeddings:
             self.log.check()
         else:
             store = store_image_features(
-                refs, self.model, self.identity, self.folder / "images", self.log, dtype="float32", batch_size=BATCH_SIZE
+                refs,
+                self.model,
+                self.identity,
+                self.folder / "images",
+                self.log,
+                dtype="float32",
+                batch_size=BATCH_SIZE,
             )
             rows = store.find(image_keys(refs))  # -1 for images that could not be decoded
             indices = (rows >= 0).nonzero()[0].tolist()

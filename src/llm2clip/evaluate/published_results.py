@@ -1,4 +1,4 @@
-"""The figures of LLM2CLIP (arXiv 2411.04997), as its project page prints them, to stand beside what is measured."""
+"""Results of LLM2CLIP (arXiv 2411.04997) as printed on its project page, for comparison."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ CRA = {
     "Llama3.2-1B-CC": 72.8,
 }
 
-# EVA02 ViT-L/14 with a text tower: R@1 of I2T and T2I. (COCO's of its own tower are printed alike both ways.)
+# EVA02 ViT-L/14 with different text towers: R@1 of I2T and T2I per benchmark, their average, and CRA. (For COCO with
+# its own text tower, the page prints the same value for both directions.)
+RETRIEVAL_COLUMNS = ("Flickr30k", "COCO", "ShareGPT4v", "Urban-1k", "DOCCI", "average", "CRA")
+RETRIEVAL_ROWS: dict[str, tuple[Any, ...]] = {
+    "its own text tower": ((89.8, 73.3), (63.8, 63.8), (89.3, 91.9), (68.5, 73.3), (75.0, 73.4), 76.2, 69.8),
+    "Jina Bert": ((87.9, 77.9), (60.9, 50.3), (95.3, 95.1), (79.4, 83.8), (73.8, 77.9), 78.2, 74.2),
+    "Llama3-8B": ((87.1, 75.3), (56.4, 41.6), (89.3, 91.4), (58.6, 60.9), (51.7, 50.6), 66.3, 18.4),
+    "Llama3-8B-TC": ((92.7, 82.1), (68.1, 54.6), (97.7, 98.2), (88.9, 93.8), (85.0, 87.8), 84.8, 71.3),
+    "Llama3-8B-CC": ((92.0, 82.8), (68.5, 54.8), (98.6, 99.0), (88.1, 94.0), (88.2, 90.4), 85.6, 73.0),
+    "Llama3.2-1B-CC": ((91.6, 81.3), (65.8, 52.5), (98.3, 98.2), (84.5, 91.9), (83.4, 86.4), 83.4, 72.8),
+    "Mistral-Nemo-12B-CC": ((93.5, 83.7), (68.5, 54.7), (98.6, 98.9), (90.4, 94.3), (88.0, 89.7), 86.0, 73.3),
+}
 RETRIEVAL: dict[str, dict[str, Any]] = {
-    name: dict(zip(("Flickr30k", "COCO", "ShareGPT4v", "Urban-1k", "DOCCI", "average", "CRA"), figures, strict=True))
-    for name, figures in {
-        "its own text tower": ((89.8, 73.3), (63.8, 63.8), (89.3, 91.9), (68.5, 73.3), (75.0, 73.4), 76.2, 69.8),
-        "Jina Bert": ((87.9, 77.9), (60.9, 50.3), (95.3, 95.1), (79.4, 83.8), (73.8, 77.9), 78.2, 74.2),
-        "Llama3-8B": ((87.1, 75.3), (56.4, 41.6), (89.3, 91.4), (58.6, 60.9), (51.7, 50.6), 66.3, 18.4),
-        "Llama3-8B-TC": ((92.7, 82.1), (68.1, 54.6), (97.7, 98.2), (88.9, 93.8), (85.0, 87.8), 84.8, 71.3),
-        "Llama3-8B-CC": ((92.0, 82.8), (68.5, 54.8), (98.6, 99.0), (88.1, 94.0), (88.2, 90.4), 85.6, 73.0),
-        "Llama3.2-1B-CC": ((91.6, 81.3), (65.8, 52.5), (98.3, 98.2), (84.5, 91.9), (83.4, 86.4), 83.4, 72.8),
-        "Mistral-Nemo-12B-CC": ((93.5, 83.7), (68.5, 54.7), (98.6, 98.9), (90.4, 94.3), (88.0, 89.7), 86.0, 73.3),
-    }.items()
+    name: dict(zip(RETRIEVAL_COLUMNS, values, strict=True)) for name, values in RETRIEVAL_ROWS.items()
 }
 
-# Chinese sets: R@1, R@5 and R@10 of I2T, then of T2I.
-CHINESE: dict[str, dict[str, tuple[float, ...]]] = {
+# Chinese benchmarks: R@1, R@5 and R@10 of I2T, then of T2I.
+CHINESE_RETRIEVAL: dict[str, dict[str, tuple[float, ...]]] = {
     "Flickr30k-CN": {
         "Wukong": (76.1, 94.8, 97.5, 51.7, 78.9, 86.3),
         "CN-CLIP": (80.2, 96.6, 98.2, 68.0, 90.7, 95.4),
@@ -46,8 +48,8 @@ CHINESE: dict[str, dict[str, tuple[float, ...]]] = {
     },
 }
 
-# Our benchmarks by the paper's names of them.
-NAMES = {
+# Our names of benchmarks to the names above.
+PUBLISHED_NAMES = {
     "flickr30k": "Flickr30k",
     "coco": "COCO",
     "sharegpt4v": "ShareGPT4v",
@@ -59,12 +61,15 @@ NAMES = {
 
 
 def published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
-    """The paper's rows for one of our benchmarks: R@1, 5 and 10 of I2T, then of T2I, None for what it does not print
-    (of sets that are not Chinese R@5 and R@10); empty where it does not have the benchmark."""
-    name = NAMES.get(benchmark, "")
-    rows: dict[str, tuple[float | None, ...]] = {**CHINESE.get(name, {})}
-    for row, figures in RETRIEVAL.items():
-        if name in figures:
-            i2t, t2i = figures[name]
-            rows[row] = (i2t, None, None, t2i, None, None)
+    """Return the published rows of one of our benchmarks; empty if there are none.
+
+    Returns:
+        Model to R@1, R@5 and R@10 of I2T, then of T2I. R@5 and R@10 are None if only R@1 was published.
+    """
+    name = PUBLISHED_NAMES.get(benchmark, "")
+    rows: dict[str, tuple[float | None, ...]] = {**CHINESE_RETRIEVAL.get(name, {})}
+    for model, results in RETRIEVAL.items():
+        if name in results:
+            i2t, t2i = results[name]
+            rows[model] = (i2t, None, None, t2i, None, None)
     return rows

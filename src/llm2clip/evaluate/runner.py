@@ -1,125 +1,302 @@
-"""A model on the public benchmarks: each by its kind's protocol, from vectors that are worked out once."""
+"""Evaluation of several models on a user's data and on public benchmarks, with tables and a report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from llm2clip.config import EncoderConfig, EvaluateConfig
+from llm2clip.data.merged_records import read_merged_records
+from llm2clip.data.records import Source
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.splits import read_splits
+from llm2clip.distributed import command_line, print_once, process_state
+from llm2clip.evaluate.benchmark_eval import run_benchmark
+from llm2clip.evaluate.benchmarks import Benchmark, get_benchmarks
+from llm2clip.evaluate.caption_retrieval import TextEncoder, caption_retrieval_accuracy
+from llm2clip.evaluate.embeddings import open_embedding_source
+from llm2clip.evaluate.precomputed import PRECOMPUTED_SUFFIX
+from llm2clip.evaluate.reporting.comparison import ModelResult, benchmark_blocks, caption_retrieval_blocks
+from llm2clip.evaluate.reporting.error_analysis import analyze_errors
+from llm2clip.html_report import Block, Code, Heading, Paragraph, Table, to_markdown, write_report
+from llm2clip.io_utils import MissingFileError, atomic_write_text
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.clip_text_encoder import has_text_tower, load_clip_text_encoder
+from llm2clip.models.display_names import display_names
+from llm2clip.models.dual_encoder import SENTENCES
+from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
+from llm2clip.models.pretrained import resolve_pretrained
 
-from llm2clip.data.hashing import unique_captions
-from llm2clip.distributed import print_once
-from llm2clip.evaluate.benchmarks import (
-    Benchmark,
-    ClassificationData,
-    CompositionalExample,
-    DataFormatError,
-    JudgedRetrieval,
-    MissingFileError,
-)
-from llm2clip.evaluate.compositional import compositional_accuracy
-from llm2clip.evaluate.eccv_caption import eccv_metrics
-from llm2clip.evaluate.embeddings import EmbeddingSource
-from llm2clip.evaluate.retrieval_eval import RetrievalRanks, rank_caption_fields, rows
-from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts, classification_accuracy, linear_probe
+USER_DATA = "data"  # benchmark name of the user's own images and captions
+EXAMPLE_QUERIES = 6  # queries of each kind that the report shows with images
 
 
-@dataclass
-class BenchmarkResult:
-    """A model on a benchmark.
+def evaluate_models(
+    models: Sequence[str] = (),
+    data: Sequence[str] = (),
+    *,
+    benchmarks: Sequence[str] = (),
+    root: Path = Path("benchmarks"),
+    captions: Sequence[str] = (),
+    encoder: EncoderConfig | None = None,
+    out: Path | None = None,
+    config: EvaluateConfig | None = None,
+    columns: Mapping[str, str] | None = None,
+    max_skipped: float = 0.05,
+    all_pairs: bool = False,
+    num_mistakes: int = 3,
+    linear_probe: bool = False,
+) -> list[str]:
+    """Evaluate models, print tables, and write results.json, report.md and report.html to `out`.
+
+    In a distributed run, all ranks share the encoding; then each computes the metrics, and the main process reports.
 
     Args:
-        figures: what goes into a file: "benchmark" and "kind"; of retrieval "rows", see `evaluate_caption_fields`; else
-            "figures" in percent (but for "its C", a linear probe's), the numbers of "images" and "texts", and of those
-            that the model "truncated".
-        ranked: of retrieval, what the rows were made of, by the kind of caption.
-    """
+        models: The model to evaluate, then baselines. See `open_dual_encoder`; or .npz files of embeddings.
+        data: Sources of images and captions. Of sources without named splits, the part that `fit` holds out is used.
+        benchmarks: Names of public benchmarks, see `get_benchmarks`.
+        root: Folder that contains the folders of the benchmarks.
+        captions: Sources for caption retrieval accuracy (CRA).
+        encoder: Caption encoder for CRA if no model is given.
+        out: Output folder, in which embeddings are cached, too. None writes nothing.
+        config: Caption fields to evaluate in addition to `captions`.
+        columns: Column mapping of the sources, see `read_splits`.
+        max_skipped: Stop if more than this fraction of the rows cannot be used.
+        all_pairs, num_mistakes: Options of CRA, see `caption_retrieval_accuracy`.
+        linear_probe: For classification benchmarks, also fit a linear probe to the training images.
 
-    figures: dict[str, Any]
-    ranked: dict[str, RetrievalRanks] = field(default_factory=dict)
-
-
-def run_benchmark(benchmark: Benchmark, folder: Path, vectors: EmbeddingSource, probe: bool = False) -> BenchmarkResult:
-    """A model's figures on one benchmark.
-
-    Args:
-        benchmark: which.
-        folder: of the benchmark.
-        vectors: by the model.
-        probe: of classes, fit a linear one, too, where there are training images.
+    Returns:
+        Last lines to print: what was skipped, what failed, and the path of the report. results.json has "caption
+        retrieval" (see `caption_retrieval_accuracy`) and "results", a list of `BenchmarkResult.summary` with "model".
 
     Raises:
-        MissingFileError: something is missing in the folder.
-        DataFormatError: a file is not what it should be.
-        TooManySkipped: images cannot be decoded.
+        ValueError: If there is nothing to evaluate, a benchmark does not exist, or every evaluation failed.
     """
-    found: dict[str, Any] = {"benchmark": benchmark.name, "kind": benchmark.kind}
-    data = benchmark.load(folder)
-    if benchmark.kind == "retrieval":
-        ranked = rank_caption_fields(vectors, data)
-        return BenchmarkResult(found | {"rows": rows(vectors, ranked)}, ranked)
-    if benchmark.kind == "judged":
-        figures, images, texts = _judged(data, vectors)
-    elif benchmark.kind == "choice":
-        figures, images, texts = _choices(data, vectors)
+    encoder, config, columns = encoder or EncoderConfig(), config or EvaluateConfig(), dict(columns or {})
+    _check_arguments(models, data, benchmarks, captions, out)
+    results: dict[str, Any] = {}
+    report: list[Block] = [Code(command_line())]
+    failures: list[str] = []
+    log = _skip_log(out, "records", max_skipped)
+    title_name = display_names(models or [encoder.path])[0]
+
+    if captions:
+        records = read_merged_records(captions, columns, log, "unchecked")
+        text_encoder = _open_text_encoder(models[0] if models else None, encoder)
+        metrics = caption_retrieval_accuracy(
+            [record.captions for _, record in records], text_encoder, all_pairs=all_pairs, num_mistakes=num_mistakes
+        )
+        results["caption retrieval"] = metrics
+        blocks = caption_retrieval_blocks(title_name, metrics)
+        print_once(to_markdown("Caption retrieval", blocks))
+        report += blocks
+        _write_results(out, results)
+
+    if data or benchmarks:
+        user_data = [_user_benchmark(data, config, columns, log)] if data else []
+        found, failures = _find_benchmarks([*user_data, *get_benchmarks(benchmarks)], root)
+        runner = BenchmarkRunner(found, out=out, log=log, max_skipped=max_skipped, linear_probe=linear_probe)
+        for n, name in enumerate(display_names(models) if found else []):
+            runner.run(models[n], name, is_baseline=n > 0)
+            results["results"] = runner.summaries()
+            _write_results(out, results)  # after each model, so that an interruption does not lose it
+        failures += runner.failures
+        if not runner.summaries():
+            raise ValueError("\n".join(["nothing could be evaluated:", *failures]))
+        blocks = runner.blocks()
+        report += [Paragraph(line) for line in [*runner.skipped_rows(), *failures]] + blocks
+        print_once(to_markdown("Results", [block for block in blocks if isinstance(block, Heading | Table)]))
+
+    last_lines = [log.summary()] if log.rows_seen else []
+    last_lines += failures
+    if out is not None and process_state().is_main_process:
+        _write_results(out, results)
+        _, html_file = write_report(out, "report", f"Evaluation of {title_name}", report)
+        last_lines.append(f"Report: {html_file}")
+    return last_lines
+
+
+class BenchmarkRunner:
+    """Runs models on benchmarks. What fails is recorded in `failures`, and the rest continues."""
+
+    def __init__(
+        self,
+        benchmarks: Sequence[tuple[Benchmark, Path]],
+        *,
+        out: Path | None,
+        log: SkipLog,
+        max_skipped: float,
+        linear_probe: bool,
+    ) -> None:
+        """
+        Args:
+            benchmarks: Benchmarks and their folders.
+            out: Output folder; embeddings are cached in it, and only with it are errors analysed for the report.
+            log: Skip log of the user's data.
+            max_skipped: Fraction of the images of a benchmark that may be undecodable.
+            linear_probe: For classification benchmarks, also fit a linear probe.
+        """
+        self.benchmarks = benchmarks
+        self.results: list[list[ModelResult]] = [[] for _ in benchmarks]
+        self.failures: list[str] = []
+        self._out = out
+        self._linear_probe = linear_probe
+        self._logs = []
+        for n, (benchmark, _) in enumerate(benchmarks):
+            is_user_data = benchmark.name == USER_DATA
+            self._logs.append(log if is_user_data else _skip_log(out, f"{n}-{benchmark.name}", max_skipped))
+
+    def run(self, model: str, name: str, is_baseline: bool) -> None:
+        """Run a model on all benchmarks. The report shows example images only for a model that is not a baseline.
+
+        Args:
+            model: See `open_dual_encoder`; or an .npz file.
+            name: Name in tables.
+            is_baseline: Whether the evaluation continues if the model cannot be opened.
+        """
+        is_distributed = process_state().num_processes > 1
+        try:
+            embeddings = open_embedding_source(model, self._logs[0], self._out / "vectors" if self._out else None)
+        except (OSError, ValueError, ImportError) as error:
+            if not is_baseline or is_distributed:  # the other ranks would wait for this one
+                raise
+            self.failures.append(f"Skipped {name}: {error}")
+            return
+        for n, (benchmark, folder) in enumerate(self.benchmarks):
+            print_once(f"{name}: {benchmark.name}")
+            embeddings.log = self._logs[n]
+            try:
+                result = run_benchmark(benchmark, folder, embeddings, self._linear_probe)
+            except (OSError, ValueError) as error:
+                # Bad data fails on all ranks alike; other errors may be limited to this one.
+                if is_distributed and not isinstance(error, MissingFileError | ValueError):
+                    raise
+                self.failures.append(_failure(f"{name} on {benchmark.name}", benchmark, error))
+                continue
+            model_result = ModelResult(name, result.summary)
+            if self._out is not None and process_state().is_main_process:
+                for field_index, (field, ranks) in enumerate(result.ranks.items()):
+                    # Images of the first field only: 36 languages would fill the page with two thousand of them.
+                    with_examples = not is_baseline and field_index == 0
+                    analysis = analyze_errors(ranks, num_queries=EXAMPLE_QUERIES if with_examples else 0)
+                    model_result.error_analysis[field] = analysis
+            self.results[n].append(model_result)
+
+    def summaries(self) -> list[dict[str, Any]]:
+        """Return the entries of results.json."""
+        return [{"model": result.model, **result.summary} for results in self.results for result in results]
+
+    def blocks(self) -> list[Block]:
+        """Return the report's section of each benchmark that has a result."""
+        blocks: list[Block] = []
+        for (benchmark, _), results in zip(self.benchmarks, self.results, strict=True):
+            if results:
+                blocks += benchmark_blocks(benchmark, results)
+        return blocks
+
+    def skipped_rows(self) -> list[str]:
+        """Return a line for each benchmark of which rows were skipped, and one for the user's data."""
+        lines = []
+        for (benchmark, _), log in zip(self.benchmarks, self._logs, strict=True):
+            if log.skipped or benchmark.name == USER_DATA:
+                lines.append(f"{benchmark.name}: {log.summary()}.")
+        return lines
+
+
+def _check_arguments(
+    models: Sequence[str], data: Sequence[str], benchmarks: Sequence[str], captions: Sequence[str], out: Path | None
+) -> None:
+    """Raise ValueError if there is nothing to evaluate, or if ranks have no folder to exchange embeddings."""
+    if (data or benchmarks) and not models:
+        raise ValueError("no model: name the model to evaluate before the data or --benchmarks")
+    if not (captions or data or benchmarks):
+        raise ValueError("nothing to evaluate: name a model and data or --benchmarks, or --captions and --encoder.path")
+    if process_state().num_processes > 1 and out is None:
+        raise ValueError("a distributed evaluation needs --out, because ranks exchange embeddings in this folder")
+
+
+def _user_benchmark(data: Sequence[str], config: EvaluateConfig, columns: dict[str, str], log: SkipLog) -> Benchmark:
+    """Return the user's data as a retrieval benchmark.
+
+    Raises:
+        ValueError: If some sources have named splits and others have not.
+    """
+    without_splits = [source for source in data if not Source.parse(source).splits]
+    if not without_splits:
+        splits = read_splits([], dataclasses.replace(config, data=list(data)), columns, log)
+    elif len(without_splits) == len(data):
+        splits = read_splits(data, config, columns, log)
     else:
-        figures, images, texts = _classes(data, vectors, _training(benchmark, folder) if probe else None)
-    return BenchmarkResult(
-        found | {"images": images, "texts": len(texts), "truncated": vectors.count_truncated(texts), "figures": figures}
+        raise ValueError(
+            f"{without_splits[0]}: name the splits to evaluate (PATH@test) of all sources or of none. Without splits, "
+            "the part that `fit` holds out is evaluated"
+        )
+    print_once(splits.summary)
+    return Benchmark(
+        name=USER_DATA,
+        kind="retrieval",
+        description=f"{len(splits.held_out['captions']):,} of your images",
+        folders=(str(Path.cwd()),),  # not used, but must exist
+        read=lambda _: splits.held_out,
+        source="images with captions",
     )
 
 
-def _training(benchmark: Benchmark, folder: Path) -> ClassificationData | None:
-    """What a linear probe learns from, where there is something."""
-    try:
-        train = benchmark.load_train(folder)
-    except MissingFileError as error:
-        print_once(f"{benchmark.name}: no linear probe: {error}")
-        return None
-    if train is None or len(set(train.labels)) < 2:
-        print_once(f"{benchmark.name}: no linear probe: it takes training images of two classes")
-        return None
-    return train
+def _find_benchmarks(benchmarks: Sequence[Benchmark], root: Path) -> tuple[list[tuple[Benchmark, Path]], list[str]]:
+    """Return the benchmarks that exist with their folders, and a line for each that is missing."""
+    found, failures = [], []
+    for benchmark in benchmarks:
+        try:
+            found.append((benchmark, benchmark.find(root)))
+        except MissingFileError as error:
+            failures.append(_failure(benchmark.name, benchmark, error))
+    return found, failures
 
 
-def _judged(data: JudgedRetrieval, vectors: EmbeddingSource) -> tuple[dict[str, float], int, list[str]]:
-    seen, kept = vectors.images(data.images)
-    if len(kept) < len(data.images):
-        lost = next(str(ref) for n, ref in enumerate(data.images) if n not in set(kept))
-        raise DataFormatError(
-            f"{len(data.images) - len(kept):,} images cannot be decoded, {lost} for one; all are needed"
+def _failure(name: str, benchmark: Benchmark, error: Exception) -> str:
+    source = f". Needed files: {benchmark.source}" if isinstance(error, MissingFileError) else ""
+    return f"Skipped {name}: {error}{source}"
+
+
+def _open_text_encoder(model: str | None, encoder: EncoderConfig) -> TextEncoder:
+    """Open the text encoder of a model, or the caption encoder of the config if there is no model.
+
+    Raises:
+        ValueError: If the model has no text encoder of its own, or the config has settings that it cannot apply.
+    """
+    if model is not None:
+        if model.endswith(PRECOMPUTED_SUFFIX) or model.startswith(SENTENCES):
+            raise ValueError(f"{model} has no separate caption encoder: remove --captions")
+        if has_text_tower(model):
+            return load_clip_text_encoder(model)
+        if Path(model).is_dir() and not is_model_folder(model):
+            return CaptionEncoder.from_pretrained(model)
+        return LLM2CLIP.from_pretrained(model).encoder
+    path = resolve_pretrained(encoder.path)
+    if not has_text_tower(path):
+        return CaptionEncoder.from_pretrained(**dataclasses.asdict(encoder))
+    defaults = vars(EncoderConfig(path=encoder.path))
+    changed = [f"--encoder.{name}" for name, value in vars(encoder).items() if value != defaults[name]]
+    if changed:
+        raise ValueError(
+            f"{path} is the text tower of a CLIP model and has no such settings: remove {', '.join(changed)}"
         )
-    texts = list(data.captions)
-    return eccv_metrics(data, seen, vectors.texts(texts)), len(kept), texts
+    return load_clip_text_encoder(path)
 
 
-def _choices(
-    items: Sequence[CompositionalExample], vectors: EmbeddingSource
-) -> tuple[dict[str, float], int, list[str]]:
-    refs = list({ref.key: ref for item in items for ref in item.images}.values())
-    texts = unique_captions(caption for item in items for caption in item.captions)
-    seen, kept = vectors.images(refs)
-    image = {refs[i].key: vector for i, vector in zip(kept, seen, strict=True)}
-    text = dict(zip(texts, vectors.texts(texts), strict=True))
-    whole = [item for item in items if all(ref.key in image for ref in item.images)]
-    return compositional_accuracy(whole, image, text), len(image), texts
+def _skip_log(out: Path | None, name: str, max_skipped: float) -> SkipLog:
+    """Return a skip log. The main process lists what is skipped in `out/skipped/NAME.jsonl`."""
+    file = None
+    if out is not None and process_state().is_main_process:
+        safe_name = re.sub(r"[^\w.-]+", "-", name)
+        file = out / "skipped" / f"{safe_name}.jsonl"
+    return SkipLog(file, max_skipped)
 
 
-def _classes(
-    classes: ClassificationData, vectors: EmbeddingSource, train: ClassificationData | None
-) -> tuple[dict[str, float], int, list[str]]:
-    seen, kept = vectors.images(classes.images)
-    texts = class_prompts(classes)
-    found = class_embeddings(vectors.texts(texts), len(classes.names))
-    figures = classification_accuracy(seen, [classes.labels[i] for i in kept], found)
-    counts = torch.bincount(torch.tensor([classes.labels[i] for i in kept]))
-    figures["chance"] = 100.0 / int((counts > 0).sum())
-    if train is not None:
-        if list(train.names) != list(classes.names):
-            raise DataFormatError("the training images are of other classes than those tested, or in another order")
-        known, of = vectors.images(train.images)
-        fitted = linear_probe(known, [train.labels[i] for i in of], seen, [classes.labels[i] for i in kept])
-        figures |= {"linear probe": fitted["top-1"], "its C": fitted["C"]}
-    return figures, len(kept), texts
+def _write_results(out: Path | None, results: dict[str, Any]) -> None:
+    if out is not None and process_state().is_main_process:
+        atomic_write_text(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False))

@@ -1,1 +1,1 @@
-"""Our models as others' benchmarks take them."""
+"""llm2clip models in the benchmark suites of other projects."""

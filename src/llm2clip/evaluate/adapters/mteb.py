@@ -1,11 +1,11 @@
-"""Any model that `open_dual` opens, in mteb.
+"""Any model that `open_dual_encoder` opens, as a model of mteb.
 
     import mteb
     from llm2clip.evaluate.adapters.mteb import MTEBModel
 
     mteb.evaluate(MTEBModel("runs/mine/model"), mteb.get_tasks(["Flickr30kT2IRetrieval"]))
 
-Vectors are compared by their cosine, as mteb's base class does it.
+Embeddings are compared by cosine similarity, as in mteb's base class.
 """
 
 from __future__ import annotations
@@ -26,35 +26,40 @@ from llm2clip.models.fingerprint import fingerprint
 
 
 class MTEBModel(AbsEncoder):
-    """Texts, pictures, or both of an item, whose vector is then the normalised sum of its two."""
+    """Encoder of texts, images, or items with both, whose embedding is the normalised sum of the two."""
 
     def __init__(self, name: str, device: torch.device | str | None = None) -> None:
         """
         Args:
-            name: as of `open_dual`.
-            device: where it runs; None is a GPU where there is one.
+            name: See `open_dual_encoder`.
+            device: Device of the model. Default: a GPU if there is one.
         """
         self.model = open_dual_encoder(name, device)
         parts = [part for part in name.replace(":", "/").split("/") if part not in ("", ".", "..")]
-        facts = {
+        metadata = {
             "name": "/".join(["llm2clip", *parts][-2:]),
             "revision": fingerprint(self.model.identity())[:12],
             "modalities": ["image", "text"],
             "similarity_fn_name": ScoringFunction.COSINE,
             "embed_dim": self.model.embed_dim,
         }
-        self.mteb_model_meta = ModelMeta.create_empty(overwrites=facts)
+        self.mteb_model_meta = ModelMeta.create_empty(overwrites=metadata)
 
     def encode(self, inputs: DataLoader[Any], **_: Any) -> np.ndarray:
-        """Batches with columns text, image (PIL) or both, to (N, width) float32, L2-normalised. No prompt is added."""
-        parts = []
+        """Return embeddings, (N, D) float32, L2-normalised. No prompt is added.
+
+        Args:
+            inputs: Batches with the columns text, image (PIL) or both.
+        """
+        chunks = []
         for batch in inputs:
-            sides = []
+            modalities = []
             if batch.get("image"):
-                sides.append(self.model.encode_images([self.model.transform(load_image(p)) for p in batch["image"]]))
+                images = [self.model.transform(load_image(image)) for image in batch["image"]]
+                modalities.append(self.model.encode_images(images))
             if batch.get("text"):
-                sides.append(self.model.encode_texts(batch["text"]))
-            if not sides:
-                raise ValueError(f"a batch with neither text nor image, but {', '.join(batch)}")
-            parts.append(F.normalize(torch.stack(sides).sum(0), dim=-1))
-        return torch.cat(parts).numpy()
+                modalities.append(self.model.encode_texts(batch["text"]))
+            if not modalities:
+                raise ValueError(f"a batch must have a column text or image (got {', '.join(batch)})")
+            chunks.append(F.normalize(torch.stack(modalities).sum(0), dim=-1))
+        return torch.cat(chunks).numpy()

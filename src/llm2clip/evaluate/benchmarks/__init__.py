@@ -1,26 +1,22 @@
-"""Readers of the public sets, in the form in which the field hands them out, each with its protocol and its source."""
+"""Readers of public benchmarks in their distributed form, each with its protocol and its source."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm2clip.evaluate.benchmarks import classification as classes
-from llm2clip.evaluate.benchmarks import compositional
-from llm2clip.evaluate.benchmarks import eccv_caption as judged
-from llm2clip.evaluate.benchmarks import karpathy_splits as karpathy
-from llm2clip.evaluate.benchmarks import long_captions as long
-from llm2clip.evaluate.benchmarks import multilingual as languages
+from llm2clip.evaluate.benchmarks import (
+    classification,
+    compositional,
+    eccv_caption,
+    karpathy_splits,
+    long_captions,
+    multilingual,
+)
 from llm2clip.evaluate.benchmarks.base import Benchmark, ClassificationData, CompositionalExample, JudgedRetrieval
-from llm2clip.evaluate.benchmarks.classification import FOLDER, folder_benchmark
+from llm2clip.evaluate.benchmarks.classification import FOLDER_PREFIX, folder_benchmark
 from llm2clip.html_report import Table, to_markdown
 from llm2clip.io_utils import DataFormatError, MissingFileError
-
-BENCHMARKS = {
-    benchmark.name: benchmark
-    for room in (karpathy, judged, long, languages, compositional, classes)
-    for benchmark in room.BENCHMARKS
-}
 
 __all__ = [
     "BENCHMARKS",
@@ -34,28 +30,36 @@ __all__ = [
     "list_benchmarks",
 ]
 
+_MODULES = (karpathy_splits, eccv_caption, long_captions, multilingual, compositional, classification)
+BENCHMARKS = {benchmark.name: benchmark for module in _MODULES for benchmark in module.BENCHMARKS}
+
 
 def get_benchmarks(names: Sequence[str]) -> list[Benchmark]:
-    """The benchmarks of these names; "all" is every public one, folder:PATH one's own folder of classes.
+    """Return benchmarks by name. "all" is every public one; folder:PATH is a folder of image classes.
 
     Raises:
-        ValueError: there is none of a name.
+        ValueError: If there is no benchmark of a name.
     """
-    own = [folder_benchmark(name.removeprefix(FOLDER)) for name in names if name.startswith(FOLDER)]
-    if unknown := [n for n in names if n not in BENCHMARKS and n != "all" and not n.startswith(FOLDER)]:
-        raise ValueError(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}, all, and {FOLDER}PATH")
-    return [*(b for b in BENCHMARKS.values() if "all" in names or b.name in names), *own]
+    folders = [name for name in names if name.startswith(FOLDER_PREFIX)]
+    for name in names:
+        if name not in BENCHMARKS and name != "all" and name not in folders:
+            raise ValueError(f"no benchmark {name!r}; choose from {', '.join(BENCHMARKS)}, all, {FOLDER_PREFIX}PATH")
+    public = [benchmark for benchmark in BENCHMARKS.values() if "all" in names or benchmark.name in names]
+    return public + [folder_benchmark(name.removeprefix(FOLDER_PREFIX)) for name in folders]
 
 
 def list_benchmarks(root: Path) -> list[str]:
-    """Lines to print: every benchmark, whether it is under `root`, and how to get those that are not."""
+    """Return lines to print: every benchmark, its folder under `root`, and the source of those that are missing."""
     rows, missing = [], []
     for benchmark in BENCHMARKS.values():
         try:
-            where = str(benchmark.find(root).relative_to(root))
+            folder = str(benchmark.find(root).relative_to(root))
         except MissingFileError:
-            where = "–"
-            missing.append(f"{benchmark.name}: {benchmark.folders[0]}/ with {benchmark.get}")
-        rows.append([benchmark.name, benchmark.kind, benchmark.about, where])
-    table = to_markdown("Benchmarks", [Table(["benchmark", "kind", "what it is", f"under {root}"], rows)], "")
-    return [table, *(["How to get the others:", *missing] if missing else [])]
+            folder = "–"
+            missing.append(f"{benchmark.name}: {benchmark.folders[0]}/ with {benchmark.source}")
+        rows.append([benchmark.name, benchmark.kind, benchmark.description, folder])
+    table = Table(["benchmark", "kind", "description", f"folder in {root}"], rows)
+    lines = [to_markdown("Benchmarks", [table])]
+    if missing:
+        lines += ["Sources of the missing benchmarks:", *missing]
+    return lines

@@ -1,4 +1,4 @@
-"""What a benchmark is, and what its readers share."""
+"""Types of benchmarks and helpers shared by their readers."""
 
 from __future__ import annotations
 
@@ -12,38 +12,40 @@ from llm2clip.data.records import Record
 from llm2clip.io_utils import DataFormatError, MissingFileError
 
 T = TypeVar("T")
-Fields = Mapping[str, Sequence[Record]]  # of each kind of caption, the images that have some
+
+CaptionFields = Mapping[str, Sequence[Record]]
+"""Name of a caption field (captions, captions_zh, ...) to the records that have it."""
 
 
 @dataclass(frozen=True)
 class CompositionalExample:
-    """Images and captions of which each belongs to one: which do a model's cosines put together?
+    """Images and captions that a model must match by cosine similarity.
 
-    Caption i is right for image i; captions beyond the images are right for none.
+    Caption i belongs to image i. Captions beyond the number of images are wrong for every image.
     """
 
     id: str
     kind: str
-    """Of the items that are averaged together."""
+    """Accuracies are averaged over the examples of one kind."""
     images: tuple[ImageRef, ...]
     captions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """Images that each show one of some classes."""
+    """Images with class labels, and the texts of the classes."""
 
     images: Sequence[ImageRef]
     labels: Sequence[int]
-    """Of each image, an index into `names`."""
+    """Index into `names` for each image."""
     names: Sequence[str]
     templates: Sequence[str]
-    """Sentences with {} where a name goes."""
+    """Prompts with {} in place of the class name."""
 
 
 @dataclass(frozen=True)
 class JudgedRetrieval:
-    """COCO's test images and captions by COCO's own numbers, by which people have judged what else is right."""
+    """COCO test images and captions with their COCO ids, for which people's relevance judgements exist."""
 
     images: Sequence[ImageRef]
     image_ids: Sequence[int]
@@ -53,32 +55,32 @@ class JudgedRetrieval:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A public set, as the field hands it out.
+    """A public data set in its distributed form.
 
     Args:
-        name: as on the command line.
-        kind: retrieval, whose reader gives records by the name of their captions; judged, `Judged`; choice, a list
-            of `Choice`; classification, `Classes`.
-        about: images, captions and protocol in a line.
-        folders: where it is looked for under a root, the first that is there.
-        read: from its folder; what it raises is made `Absent` or `Malformed` by `load`.
-        get: how to get it.
-        train: of classes, the images that a linear probe learns from.
+        name: Name on the command line.
+        kind: Determines the metrics and what `read` returns: retrieval, `CaptionFields`; judged retrieval,
+            `JudgedRetrieval`; compositional, a list of `CompositionalExample`; classification, `ClassificationData`.
+        description: Size and split, in a line.
+        folders: Names under a root folder, in order of preference.
+        read: Reads the data from its folder.
+        source: Files that are needed, and where to download them.
+        read_train: For classification, reads the training images for a linear probe.
     """
 
     name: str
-    kind: Literal["retrieval", "judged", "choice", "classification"]
-    about: str
+    kind: Literal["retrieval", "judged retrieval", "compositional", "classification"]
+    description: str
     folders: tuple[str, ...]
     read: Callable[[Path], Any]
-    get: str
-    train: Callable[[Path], ClassificationData] | None = None
+    source: str
+    read_train: Callable[[Path], ClassificationData] | None = None
 
     def find(self, root: Path) -> Path:
-        """Its folder under a root.
+        """Return the folder of the benchmark.
 
         Raises:
-            Absent: there is none.
+            MissingFileError: If `root` has none of its folders.
         """
         for name in self.folders:
             if (root / name).is_dir():
@@ -86,66 +88,65 @@ class Benchmark:
         raise MissingFileError(f"{root} has no folder {' or '.join(self.folders)}")
 
     def load(self, folder: Path) -> Any:
-        """What its reader makes of a folder.
+        """Read the data. See `kind` for the type.
 
         Raises:
-            Absent: something is missing.
-            Malformed: a file is not what it should be.
+            MissingFileError: If a file is missing.
+            DataFormatError: If a file does not have the expected format.
         """
-        return _guarded(self.read, folder, self.name)
+        return _with_format_errors(self.read, folder, self.name)
 
     def load_train(self, folder: Path) -> ClassificationData | None:
-        """The images that a linear probe learns from; None where the set has none. Raises as `load` does."""
-        return None if self.train is None else _guarded(self.train, folder, self.name)
+        """Read the training images for a linear probe; None if the benchmark has none. Raises as `load` does."""
+        return None if self.read_train is None else _with_format_errors(self.read_train, folder, self.name)
 
 
-def _guarded(read: Callable[[Path], T], folder: Path, name: str) -> T:
+def _with_format_errors(read: Callable[[Path], T], folder: Path, name: str) -> T:
+    """Call a reader, and raise DataFormatError for a row with missing or wrong fields."""
     try:
         return read(folder)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise DataFormatError(f"{folder}: a row is not in the form of {name} ({error!r})") from error
+        raise DataFormatError(f"{folder}: a row does not have the format of {name} ({error!r})") from error
 
 
 def image_file(folder: Path, name: str) -> FileImage:
-    """An image under a folder.
+    """Return a reference to an image under a folder.
 
     Raises:
-        Malformed: the name leads out of it.
+        DataFormatError: If the path leads out of the folder.
     """
-    path = folder / name
     if not is_inside(name):
-        raise DataFormatError(f"{folder}: the image name {name!r} leads out of it")
-    return FileImage(str(path))
+        raise DataFormatError(f"{folder}: the image path {name!r} leads out of the folder")
+    return FileImage(str(folder / name))
 
 
 def find_image(folders: Sequence[Path], name: str) -> FileImage:
-    """An image in the first of some folders that has it; where none has, what it would be called in the first."""
-    places = [image_file(folder, name) for folder in folders]
-    return next((ref for ref in places if Path(ref.path).is_file()), places[0])
+    """Return a reference to an image in the first folder that has it, or in the first folder if none has it."""
+    candidates = [image_file(folder, name) for folder in folders]
+    return next((ref for ref in candidates if Path(ref.path).is_file()), candidates[0])
 
 
 def check_files(refs: Sequence[ImageRef], source: Path) -> None:
-    """Raises Absent if image files are missing; the message counts them and names the first."""
+    """Raise MissingFileError if image files are missing; the message has their number and the first one."""
     missing = [ref for ref in refs if isinstance(ref, FileImage) and not Path(ref.path).is_file()]
     if missing:
-        raise MissingFileError(
-            f"{len(missing):,} of {len(refs):,} images of {source} are missing, {missing[0]} for one"
-        )
+        raise MissingFileError(f"{len(missing):,} of {len(refs):,} images of {source} are missing, e.g. {missing[0]}")
 
 
 def captioned_records(pairs: Iterable[tuple[ImageRef, Sequence[str]]], source: Path) -> list[Record]:
-    """Records of images and their captions, in order; captions are stripped, and otherwise as they came.
+    """Return records of images with captions, in order. Captions are stripped and otherwise unchanged.
 
     Raises:
-        Absent: image files are missing; the message counts them and names the first.
-        Malformed: an image has no caption.
+        MissingFileError: If image files are missing.
+        DataFormatError: If there are no images, or an image has no caption or an empty one.
     """
     records = []
     for image, captions in pairs:
-        texts = tuple(c.strip() for c in captions)
+        texts = tuple(caption.strip() for caption in captions)
         if not texts or not all(texts):
             raise DataFormatError(f"{source}: {image} has no caption, or an empty one")
-        records.append(Record(Path(image.path).stem if isinstance(image, FileImage) else str(image), image, texts))
+        record_id = Path(image.path).stem if isinstance(image, FileImage) else str(image)
+        records.append(Record(record_id, image, texts))
     check_files([record.image for record in records if record.image is not None], source)
     if not records:
         raise DataFormatError(f"{source} has no image of the test split")

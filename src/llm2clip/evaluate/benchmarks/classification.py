@@ -1,8 +1,8 @@
-"""Zero-shot classification: ImageNet and its variants, CIFAR, and any folder of classes.
+"""Zero-shot classification: ImageNet and its variants, ObjectNet, CIFAR, and any folder of image classes.
 
-A class is the mean of its name's vectors in all templates (CLIP, arXiv 2103.00020). ImageNet's names and its 80
-templates are OpenAI's, which the package open_clip carries; the order of the classes is that of their sorted WordNet
-ids, which timm carries.
+The embedding of a class is the mean over its name in all templates (CLIP, arXiv 2103.00020). ImageNet's class names and
+80 templates are OpenAI's, from the package open_clip. The order of the classes is that of the sorted WordNet ids, from
+timm.
 """
 
 from __future__ import annotations
@@ -15,78 +15,96 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llm2clip.data.image_refs import FileImage, MemoryImage
+from llm2clip.data.image_refs import FileImage, ImageRef, MemoryImage
 from llm2clip.evaluate.benchmarks.base import Benchmark, ClassificationData
 from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json, read_lines
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a close-up photo of a {}.", "a photo of the {}.")
 NAMES_FILE, TEMPLATES_FILE = "classnames.txt", "templates.txt"
-FOLDER = "folder:"
-
-
-def folder_of_classes(folder: Path, part: str = "") -> ClassificationData:
-    """Folders of images, one a class, in `folder` or in its folder `part`. `classnames.txt` in `folder`,
-    "FOLDER<tab>NAME" a line, gives names; else they are the folders', with blanks for underscores. `templates.txt` has
-    a sentence with {} a line.
-
-    Raises:
-        Absent: there is no folder with images.
-        Malformed: a name or a template is missing.
-    """
-    place = folder / part
-    parts = sorted(p for p in place.iterdir() if p.is_dir() and any(_images(p))) if place.is_dir() else []
-    if not parts:
-        raise MissingFileError(f"{place} has no folders with images, one a class")
-    names = {p.name: p.name.replace("_", " ") for p in parts}
-    if (folder / NAMES_FILE).exists():
-        pairs = [line.split("\t") for line in read_lines(folder / NAMES_FILE)]
-        if any(len(pair) != 2 for pair in pairs):
-            raise DataFormatError(f"{folder / NAMES_FILE}: a line is not FOLDER<tab>NAME")
-        given = {key: name.strip() for key, name in pairs}
-        if lacking := [p.name for p in parts if p.name not in given]:
-            raise DataFormatError(f"{folder / NAMES_FILE} has no name for {lacking[0]}")
-        names = {p.name: given[p.name] for p in parts}
-    templates: Sequence[str] = TEMPLATES
-    if (folder / TEMPLATES_FILE).exists():
-        templates = read_lines(folder / TEMPLATES_FILE)
-        if wrong := [t for t in templates if "{}" not in t]:
-            raise DataFormatError(f"{folder / TEMPLATES_FILE}: no {{}} for the name in {wrong[0]!r}")
-    return _of_folders(parts, [names[p.name] for p in parts], templates)
+FOLDER_PREFIX = "folder:"
+CIFAR_PIXELS = 3 * 32 * 32
 
 
 def folder_benchmark(name: str) -> Benchmark:
-    """A benchmark of one's own: a folder of classes, or one with such folders test/ (or val/) and train/ in it.
+    """Return a benchmark of a user's images.
 
     Args:
-        name: path of the folder.
+        name: Path of a folder with one folder of images per class, or with test/ (or val/) and train/ of this form.
     """
 
     def read(folder: Path) -> ClassificationData:
-        return folder_of_classes(folder, next((p for p in ("test", "val") if any(folder.glob(f"{p}/*/"))), ""))
+        split = next((split for split in ("test", "val") if any(folder.glob(f"{split}/*/"))), "")
+        return read_class_folders(folder, split)
 
     return Benchmark(
-        FOLDER + name,
-        "classification",
-        "a folder of images a class",
-        (str(Path(name).expanduser().absolute()),),
-        read,
-        "folders of images, one a class",
-        lambda folder: folder_of_classes(folder, "train"),
+        name=FOLDER_PREFIX + name,
+        kind="classification",
+        description="one folder of images per class",
+        folders=(str(Path(name).expanduser().absolute()),),
+        read=read,
+        source="one folder of images per class",
+        read_train=lambda folder: read_class_folders(folder, "train"),
     )
 
 
-def _images(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
+def read_class_folders(folder: Path, split: str = "") -> ClassificationData:
+    """Read one folder of images per class, from `folder` or from `folder/split`.
+
+    Class names are the names of the folders with spaces for underscores, unless `folder` has a `classnames.txt` with
+    lines of "FOLDER<tab>NAME". `templates.txt` may have one prompt with {} per line.
+
+    Raises:
+        MissingFileError: If there is no folder with images.
+        DataFormatError: If a class has no name, or a template has no {}.
+    """
+    root = folder / split
+    class_dirs = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    class_dirs = [path for path in class_dirs if _image_files(path)]
+    if not class_dirs:
+        raise MissingFileError(f"{root} has no folders of images, one per class")
+    names = [path.name.replace("_", " ") for path in class_dirs]
+    if (folder / NAMES_FILE).exists():
+        names = _read_class_names(folder / NAMES_FILE, class_dirs)
+    templates: Sequence[str] = TEMPLATES
+    if (folder / TEMPLATES_FILE).exists():
+        templates = read_lines(folder / TEMPLATES_FILE)
+        for template in templates:
+            if "{}" not in template:
+                raise DataFormatError(f"{folder / TEMPLATES_FILE}: no {{}} for the class name in {template!r}")
+    return _read_images(class_dirs, names, templates)
 
 
-def _of_folders(parts: Sequence[Path], names: Sequence[str], templates: Sequence[str]) -> ClassificationData:
-    found = [(FileImage(str(file)), n) for n, part in enumerate(parts) for file in _images(part)]
-    return ClassificationData([image for image, _ in found], [n for _, n in found], names, templates)
+def _read_class_names(file: Path, class_dirs: Sequence[Path]) -> list[str]:
+    name_of_folder = {}
+    for line in read_lines(file):
+        fields = line.split("\t")
+        if len(fields) != 2:
+            raise DataFormatError(f"{file}: expected lines of FOLDER<tab>NAME")
+        name_of_folder[fields[0]] = fields[1].strip()
+    for path in class_dirs:
+        if path.name not in name_of_folder:
+            raise DataFormatError(f"{file} has no name for the folder {path.name}")
+    return [name_of_folder[path.name] for path in class_dirs]
 
 
-def _imagenet_names() -> tuple[list[str], list[str], list[str]]:
-    """WordNet ids in order, OpenAI's names of them, and templates."""
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _read_images(class_dirs: Sequence[Path], names: Sequence[str], templates: Sequence[str]) -> ClassificationData:
+    """Return the images of folders, one folder per class."""
+    images: list[ImageRef] = []
+    labels: list[int] = []
+    for label, class_dir in enumerate(class_dirs):
+        files = _image_files(class_dir)
+        images += [FileImage(str(file)) for file in files]
+        labels += [label] * len(files)
+    return ClassificationData(images, labels, names, templates)
+
+
+def _imagenet_texts() -> tuple[list[str], list[str], list[str]]:
+    """Return the WordNet ids in order, OpenAI's class names and OpenAI's templates."""
     if importlib.util.find_spec("open_clip") is None:
         raise MissingFileError("ImageNet's class names and templates come with open_clip: pip install open-clip-torch")
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
@@ -96,164 +114,179 @@ def _imagenet_names() -> tuple[list[str], list[str], list[str]]:
     return list(ImageNetInfo("imagenet-1k").label_names()), list(IMAGENET_CLASSNAMES), templates
 
 
-def _imagenet(folder: Path) -> ClassificationData:
-    """`val/WNID/*.JPEG`; variants (Sketch, A, R) have those of their classes among which they are told apart."""
-    return _by_id(folder / "val" if (folder / "val").is_dir() else folder)
+def _read_imagenet(folder: Path) -> ClassificationData:
+    """Read `val/WNID/*.JPEG`. Variants (Sketch, A, R) have fewer classes, and only these are the candidates."""
+    return _read_wordnet_folders(folder / "val" if (folder / "val").is_dir() else folder)
 
 
-def _by_id(root: Path) -> ClassificationData:
-    ids, names, templates = _imagenet_names()
-    parts = [root / name for name in ids if (root / name).is_dir()]
-    if not parts:
+def _read_imagenet_train(folder: Path) -> ClassificationData:
+    return _read_wordnet_folders(first_existing(folder, "train"))
+
+
+def _read_wordnet_folders(root: Path) -> ClassificationData:
+    ids, names, templates = _imagenet_texts()
+    class_dirs, class_names = [], []
+    for wordnet_id, name in zip(ids, names, strict=True):
+        if (root / wordnet_id).is_dir():
+            class_dirs.append(root / wordnet_id)
+            class_names.append(name)
+    if not class_dirs:
         raise MissingFileError(f"{root} has no folders named by WordNet ids, such as n01440764")
-    return _of_folders(parts, [names[ids.index(p.name)] for p in parts], templates)
+    return _read_images(class_dirs, class_names, templates)
 
 
-def _imagenet_v2(folder: Path) -> ClassificationData:
-    """`.../0` to `.../999`: the folder's name is the class's number, which sorting as text would shuffle."""
-    _, names, templates = _imagenet_names()
+def _read_imagenet_v2(folder: Path) -> ClassificationData:
+    """Read `.../0` to `.../999`. The name of a folder is the class index; sorted as text, the order would be wrong."""
+    _, names, templates = _imagenet_texts()
     root = folder if (folder / "0").is_dir() else first_existing(folder, "imagenetv2-matched-frequency-format-val")
-    return _of_folders([first_existing(root, str(n)) for n in range(len(names))], names, templates)
+    return _read_images([first_existing(root, str(n)) for n in range(len(names))], names, templates)
 
 
-def _objectnet(folder: Path) -> ClassificationData:
-    """The 113 classes that ImageNet has, too, by ObjectNet's names; the two pixels of red border are cut off (the
-    protocol of its authors' README; NeurIPS 2019)."""
+def _read_objectnet(folder: Path) -> ClassificationData:
+    """Read the 113 classes shared with ImageNet, by ObjectNet's names, without the red border of two pixels.
+
+    This is the protocol of the authors' README (NeurIPS 2019).
+    """
     labels = read_json(first_existing(folder, "mappings/folder_to_objectnet_label.json"))
-    shared = read_json(first_existing(folder, "mappings/objectnet_to_imagenet_1k.json"))
+    shared_labels = read_json(first_existing(folder, "mappings/objectnet_to_imagenet_1k.json"))
     root = first_existing(folder, "images")
-    parts = sorted(p for p in root.iterdir() if p.is_dir() and labels.get(p.name) in shared)
-    names = [labels[p.name].lower() for p in parts]
-    _, _, templates = _imagenet_names()
-    found = _of_folders(parts, names, templates)
-    return ClassificationData([_Bordered(str(image)) for image in found.images], found.labels, names, templates)
+    class_dirs = sorted(path for path in root.iterdir() if path.is_dir() and labels.get(path.name) in shared_labels)
+    names = [labels[path.name].lower() for path in class_dirs]
+    _, _, templates = _imagenet_texts()
+    data = _read_images(class_dirs, names, templates)
+    return ClassificationData([_BorderedImage(str(ref)) for ref in data.images], data.labels, names, templates)
 
 
-class _Bordered(FileImage):
-    """A picture with a border of two pixels that is not a part of it."""
+class _BorderedImage(FileImage):
+    """An image file with a border of two pixels, which is removed."""
 
     __slots__ = ()
 
     @property
     def key(self) -> str:
-        """Not the whole picture's: it has other vectors."""
+        """Differs from the key of the image with its border, because the embedding differs."""
         return f"{super().key} without its border"
 
     def open(self) -> io.BytesIO:
         with Image.open(self.path) as image:
             inner = image.convert("RGB").crop((2, 2, image.width - 2, image.height - 2))
-        stream = io.BytesIO()
-        inner.save(stream, "PNG", compress_level=1)
-        stream.seek(0)
-        return stream
+        return _png(inner)
 
 
-def _cifar(folder: Path, files: Sequence[str], names: str, skipped: int) -> ClassificationData:
-    """Rows of labels, then 1,024 red, green and blue bytes; of CIFAR-100 the first label is the coarse one."""
-    parts = {file: np.fromfile(first_existing(folder, file), np.uint8) for file in files}
-    for file, data in parts.items():
-        if len(data) % (skipped + 1 + 3072):
-            raise DataFormatError(f"{folder / file}: {len(data):,} bytes are no whole number of images")
-    places = [(file, n) for file, data in parts.items() for n in range(len(data) // (skipped + 1 + 3072))]
-    rows = np.concatenate(list(parts.values())).reshape(-1, skipped + 1 + 3072)
-    classes = [name.replace("_", " ") for name in read_lines(first_existing(folder, names))]
-    labels = rows[:, skipped].astype(int).tolist()
-    if labels and max(labels) >= len(classes):
-        raise DataFormatError(
-            f"{folder / places[int(np.argmax(labels))][0]}: label {max(labels)} of {len(classes)} classes"
-        )
-    images = []
-    for (file, n), row in zip(places, rows, strict=True):
-        stream = io.BytesIO()
-        pixels = np.ascontiguousarray(row[skipped + 1 :].reshape(3, 32, 32).transpose(1, 2, 0))
-        Image.fromarray(pixels).save(stream, "PNG", compress_level=1)
-        images.append(MemoryImage(stream.getvalue(), f"{folder / file}, image {n}"))
-    return ClassificationData(images, labels, classes, TEMPLATES)
+def _png(image: Image.Image) -> io.BytesIO:
+    stream = io.BytesIO()
+    image.save(stream, "PNG", compress_level=1)
+    stream.seek(0)
+    return stream
 
 
-def _cifar10(folder: Path) -> ClassificationData:
-    return _cifar(folder, ["test_batch.bin"], "batches.meta.txt", 0)
+def _read_cifar(folder: Path, files: Sequence[str], names_file: str, skipped_labels: int) -> ClassificationData:
+    """Read CIFAR's binary form: rows of label bytes, then 1,024 red, green and blue bytes.
+
+    CIFAR-100 has two labels per row, of which the first is the coarse one.
+    """
+    row_size = skipped_labels + 1 + CIFAR_PIXELS
+    names = [name.replace("_", " ") for name in read_lines(first_existing(folder, names_file))]
+    images: list[ImageRef] = []
+    labels: list[int] = []
+    for file in files:
+        data = np.fromfile(first_existing(folder, file), np.uint8)
+        if len(data) % row_size:
+            raise DataFormatError(f"{folder / file}: {len(data):,} bytes are not a multiple of {row_size:,} per image")
+        for n, row in enumerate(data.reshape(-1, row_size)):
+            label = int(row[skipped_labels])
+            if label >= len(names):
+                raise DataFormatError(f"{folder / file}: label {label}, but there are {len(names)} classes")
+            pixels = row[skipped_labels + 1 :].reshape(3, 32, 32).transpose(1, 2, 0)
+            png = _png(Image.fromarray(np.ascontiguousarray(pixels)))
+            images.append(MemoryImage(png.getvalue(), f"{folder / file}, image {n}"))
+            labels.append(label)
+    return ClassificationData(images, labels, names, TEMPLATES)
 
 
-def _cifar10_train(folder: Path) -> ClassificationData:
-    return _cifar(folder, [f"data_batch_{n}.bin" for n in range(1, 6)], "batches.meta.txt", 0)
+def _read_cifar10(folder: Path) -> ClassificationData:
+    return _read_cifar(folder, ["test_batch.bin"], "batches.meta.txt", 0)
 
 
-def _cifar100(folder: Path) -> ClassificationData:
-    return _cifar(folder, ["test.bin"], "fine_label_names.txt", 1)
+def _read_cifar10_train(folder: Path) -> ClassificationData:
+    return _read_cifar(folder, [f"data_batch_{n}.bin" for n in range(1, 6)], "batches.meta.txt", 0)
 
 
-def _cifar100_train(folder: Path) -> ClassificationData:
-    return _cifar(folder, ["train.bin"], "fine_label_names.txt", 1)
+def _read_cifar100(folder: Path) -> ClassificationData:
+    return _read_cifar(folder, ["test.bin"], "fine_label_names.txt", 1)
+
+
+def _read_cifar100_train(folder: Path) -> ClassificationData:
+    return _read_cifar(folder, ["train.bin"], "fine_label_names.txt", 1)
 
 
 BENCHMARKS = (
     Benchmark(
-        "imagenet",
-        "classification",
-        "50,000 images, 1,000 classes",
-        ("imagenet", "ImageNet", "imagenet-1k"),
-        _imagenet,
-        "val/WNID/*.JPEG: ILSVRC2012_img_val.tar (image-net.org) sorted into folders by class; for a linear probe "
-        "train/ too",
-        lambda folder: _by_id(first_existing(folder, "train")),
+        name="imagenet",
+        kind="classification",
+        description="50,000 images, 1,000 classes",
+        folders=("imagenet", "ImageNet", "imagenet-1k"),
+        read=_read_imagenet,
+        source="val/WNID/*.JPEG: ILSVRC2012_img_val.tar (image-net.org) sorted into one folder per class; for a linear "
+        "probe also train/",
+        read_train=_read_imagenet_train,
     ),
     Benchmark(
-        "imagenet-v2",
-        "classification",
-        "10,000 images, 1,000 classes (arXiv 1902.10811)",
-        ("imagenet-v2", "imagenetv2", "imagenetv2-matched-frequency-format-val"),
-        _imagenet_v2,
-        "imagenetv2-matched-frequency.tar.gz (huggingface.co/datasets/vaishaal/ImageNetV2)",
+        name="imagenet-v2",
+        kind="classification",
+        description="10,000 images, 1,000 classes (arXiv 1902.10811)",
+        folders=("imagenet-v2", "imagenetv2", "imagenetv2-matched-frequency-format-val"),
+        read=_read_imagenet_v2,
+        source="imagenetv2-matched-frequency.tar.gz (huggingface.co/datasets/vaishaal/ImageNetV2)",
     ),
     Benchmark(
-        "imagenet-sketch",
-        "classification",
-        "50,889 images, 1,000 classes (arXiv 1905.13549)",
-        ("imagenet-sketch", "sketch"),
-        _imagenet,
-        "github.com/HaohanWang/ImageNet-Sketch",
+        name="imagenet-sketch",
+        kind="classification",
+        description="50,889 images, 1,000 classes (arXiv 1905.13549)",
+        folders=("imagenet-sketch", "sketch"),
+        read=_read_imagenet,
+        source="github.com/HaohanWang/ImageNet-Sketch",
     ),
     Benchmark(
-        "imagenet-a",
-        "classification",
-        "7,500 images, 200 classes (arXiv 1907.07174)",
-        ("imagenet-a",),
-        _imagenet,
-        "imagenet-a.tar (github.com/hendrycks/natural-adv-examples)",
+        name="imagenet-a",
+        kind="classification",
+        description="7,500 images, 200 classes (arXiv 1907.07174)",
+        folders=("imagenet-a",),
+        read=_read_imagenet,
+        source="imagenet-a.tar (github.com/hendrycks/natural-adv-examples)",
     ),
     Benchmark(
-        "imagenet-r",
-        "classification",
-        "30,000 images, 200 classes (arXiv 2006.16241)",
-        ("imagenet-r",),
-        _imagenet,
-        "imagenet-r.tar (github.com/hendrycks/imagenet-r)",
+        name="imagenet-r",
+        kind="classification",
+        description="30,000 images, 200 classes (arXiv 2006.16241)",
+        folders=("imagenet-r",),
+        read=_read_imagenet,
+        source="imagenet-r.tar (github.com/hendrycks/imagenet-r)",
     ),
     Benchmark(
-        "objectnet",
-        "classification",
-        "18,574 images, the 113 classes shared with ImageNet",
-        ("objectnet", "objectnet-1.0"),
-        _objectnet,
-        "objectnet-1.0.zip (objectnet.dev)",
+        name="objectnet",
+        kind="classification",
+        description="18,574 images, the 113 classes shared with ImageNet",
+        folders=("objectnet", "objectnet-1.0"),
+        read=_read_objectnet,
+        source="objectnet-1.0.zip (objectnet.dev)",
     ),
     Benchmark(
-        "cifar10",
-        "classification",
-        "10,000 images, 10 classes",
-        ("cifar10", "cifar-10-batches-bin"),
-        _cifar10,
-        "cifar-10-binary.tar.gz (cs.toronto.edu/~kriz/cifar.html)",
-        _cifar10_train,
+        name="cifar10",
+        kind="classification",
+        description="10,000 images, 10 classes",
+        folders=("cifar10", "cifar-10-batches-bin"),
+        read=_read_cifar10,
+        source="cifar-10-binary.tar.gz (cs.toronto.edu/~kriz/cifar.html)",
+        read_train=_read_cifar10_train,
     ),
     Benchmark(
-        "cifar100",
-        "classification",
-        "10,000 images, 100 classes",
-        ("cifar100", "cifar-100-binary"),
-        _cifar100,
-        "cifar-100-binary.tar.gz (cs.toronto.edu/~kriz/cifar.html)",
-        _cifar100_train,
+        name="cifar100",
+        kind="classification",
+        description="10,000 images, 100 classes",
+        folders=("cifar100", "cifar-100-binary"),
+        read=_read_cifar100,
+        source="cifar-100-binary.tar.gz (cs.toronto.edu/~kriz/cifar.html)",
+        read_train=_read_cifar100_train,
     ),
 )

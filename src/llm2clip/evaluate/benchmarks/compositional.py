@@ -1,4 +1,4 @@
-"""Winoground and SugarCrepe: does a model tell captions apart that have nearly the same words?"""
+"""Winoground and SugarCrepe: images with captions of nearly the same words."""
 
 from __future__ import annotations
 
@@ -8,78 +8,87 @@ import pyarrow.parquet as pq
 
 from llm2clip.data.image_refs import MemoryImage
 from llm2clip.evaluate.benchmarks.base import Benchmark, CompositionalExample, check_files, image_file
-from llm2clip.evaluate.benchmarks.karpathy_splits import COCO
+from llm2clip.evaluate.benchmarks.karpathy_splits import COCO_FOLDERS
 from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json, read_jsonl
 
-SUGARCREPE = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
+SUGARCREPE_KINDS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 
 
-def _winoground(folder: Path) -> list[CompositionalExample]:
-    """400 pairs of images and captions of the same words (arXiv 2204.03162). With s(c, i), and > strict: text,
-    s(c0, i0) > s(c1, i0) and s(c1, i1) > s(c0, i1); image, s(c0, i0) > s(c0, i1) and s(c1, i1) > s(c1, i0); group,
-    both."""
+def _read_winoground(folder: Path) -> list[CompositionalExample]:
+    """Read 400 examples of two images and two captions with the same words (arXiv 2204.03162).
+
+    With the score s(caption, image) and strict inequalities: "text" is s(c0, i0) > s(c1, i0) and
+    s(c1, i1) > s(c0, i1); "image" is s(c0, i0) > s(c0, i1) and s(c1, i1) > s(c1, i0); "group" is both.
+    """
     try:
         file = first_existing(folder, "examples.jsonl", "data/examples.jsonl")
     except MissingFileError:
-        return _winoground_parquet(first_existing(folder, "data/test-*.parquet", "test-*.parquet"))
-    images = first_existing(file.parent, "images")
-    chosen = []
+        return _read_winoground_parquet(first_existing(folder, "data/test-*.parquet", "test-*.parquet"))
+    image_dir = first_existing(file.parent, "images")
+    examples = []
     for _, row in read_jsonl(file):
-        names = [row[key] if Path(row[key]).suffix else f"{row[key]}.png" for key in ("image_0", "image_1")]
-        refs = tuple(image_file(images, name) for name in names)
-        chosen.append(CompositionalExample(str(row["id"]), "winoground", refs, (row["caption_0"], row["caption_1"])))
-    return _with_files(chosen, file)
+        names = [row["image_0"], row["image_1"]]
+        refs = tuple(image_file(image_dir, name if Path(name).suffix else f"{name}.png") for name in names)
+        captions = (row["caption_0"], row["caption_1"])
+        examples.append(CompositionalExample(str(row["id"]), "winoground", refs, captions))
+    _check_image_files(examples, file)
+    return examples
 
 
-def _winoground_parquet(file: Path) -> list[CompositionalExample]:
-    chosen = []
+def _read_winoground_parquet(file: Path) -> list[CompositionalExample]:
+    """Read the form of the Hugging Face hub, with the images in the table."""
+    examples = []
     columns = ["id", "image_0", "image_1", "caption_0", "caption_1"]
     for row in pq.read_table(file, columns=columns).to_pylist():
         refs = tuple(MemoryImage(row[key]["bytes"], f"{file}, {row['id']}, {key}") for key in ("image_0", "image_1"))
-        chosen.append(CompositionalExample(str(row["id"]), "winoground", refs, (row["caption_0"], row["caption_1"])))
-    return chosen
+        captions = (row["caption_0"], row["caption_1"])
+        examples.append(CompositionalExample(str(row["id"]), "winoground", refs, captions))
+    return examples
 
 
-def _sugarcrepe(folder: Path) -> list[CompositionalExample]:
-    """7,511 images of COCO's val2017, a caption and one with a thing added, replaced or swapped (arXiv 2306.14610).
-    Right where the caption's cosine is above the other's; accuracies are by file, and their mean over the files."""
-    data = folder / "data" if (folder / "data").is_dir() else folder
-    places = [folder, *(folder.parent / name for name in COCO)]
-    images = next((p / "val2017" for p in places if (p / "val2017").is_dir()), None)
-    if images is None:
-        raise MissingFileError(f"{folder} has no val2017, nor has a folder coco beside it")
-    chosen = []
-    for kind in SUGARCREPE:
-        file = first_existing(data, f"{kind}.json")
+def _read_sugarcrepe(folder: Path) -> list[CompositionalExample]:
+    """Read 7,511 images of COCO val2017, each with a caption and a wrong variant of it (arXiv 2306.14610).
+
+    In the variant, something is added, replaced or swapped. Accuracies are per file, and averaged over the files.
+    """
+    data_dir = folder / "data" if (folder / "data").is_dir() else folder
+    roots = [folder, *(folder.parent / name for name in COCO_FOLDERS)]
+    image_dir = next((root / "val2017" for root in roots if (root / "val2017").is_dir()), None)
+    if image_dir is None:
+        raise MissingFileError(f"no val2017 in {folder}, or in a folder coco beside it")
+    examples = []
+    for kind in SUGARCREPE_KINDS:
+        file = first_existing(data_dir, f"{kind}.json")
         rows = read_json(file)
         if not isinstance(rows, dict):
-            raise DataFormatError(f"{file}: not an object of numbered rows")
+            raise DataFormatError(f"{file}: expected an object of numbered rows")
         for key, row in rows.items():
-            texts = (row["caption"].strip(), row["negative_caption"].strip())
-            chosen.append(CompositionalExample(f"{kind} {key}", kind, (image_file(images, row["filename"]),), texts))
-    return _with_files(chosen, data)
+            refs = (image_file(image_dir, row["filename"]),)
+            captions = (row["caption"].strip(), row["negative_caption"].strip())
+            examples.append(CompositionalExample(f"{kind} {key}", kind, refs, captions))
+    _check_image_files(examples, data_dir)
+    return examples
 
 
-def _with_files(chosen: list[CompositionalExample], source: Path) -> list[CompositionalExample]:
-    check_files([image for choice in chosen for image in choice.images], source)
-    return chosen
+def _check_image_files(examples: list[CompositionalExample], source: Path) -> None:
+    check_files([image for example in examples for image in example.images], source)
 
 
 BENCHMARKS = (
     Benchmark(
-        "winoground",
-        "choice",
-        "400 pairs of two images and two captions of the same words",
-        ("winoground", "Winoground"),
-        _winoground,
-        "examples.jsonl and images/ (huggingface.co/datasets/facebook/winoground, behind its licence)",
+        name="winoground",
+        kind="compositional",
+        description="400 examples of two images and two captions with the same words",
+        folders=("winoground", "Winoground"),
+        read=_read_winoground,
+        source="examples.jsonl and images/ (huggingface.co/datasets/facebook/winoground; you must accept its licence)",
     ),
     Benchmark(
-        "sugarcrepe",
-        "choice",
-        "7,511 images, a right and a wrong caption each",
-        ("sugarcrepe", "sugar-crepe", "SugarCrepe"),
-        _sugarcrepe,
-        "data/*.json of github.com/RAIVNLab/sugar-crepe, and COCO's val2017/",
+        name="sugarcrepe",
+        kind="compositional",
+        description="7,511 images, each with a correct and a wrong caption",
+        folders=("sugarcrepe", "sugar-crepe", "SugarCrepe"),
+        read=_read_sugarcrepe,
+        source="data/*.json of github.com/RAIVNLab/sugar-crepe, and COCO's val2017/",
     ),
 )

@@ -1,6 +1,6 @@
 """Captions in other languages: Flickr30k-CN, COCO-CN, Flickr8k-CN, Crossmodal-3600, XTD10.
 
-The pool is that of one language: its captions against the images, both directions, as in `karpathy`.
+Each language is evaluated on its own: its captions against the images, in both directions, as in `karpathy_splits`.
 """
 
 from __future__ import annotations
@@ -11,173 +11,202 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm2clip.data.image_refs import ImageRef, MemoryImage
-from llm2clip.evaluate.benchmarks.base import Benchmark, Fields, captioned_records, find_image, image_file
-from llm2clip.evaluate.benchmarks.karpathy_splits import COCO, IMAGES, keyed_captions, numbered_captions
+from llm2clip.data.records import Record
+from llm2clip.evaluate.benchmarks.base import Benchmark, CaptionFields, captioned_records, find_image, image_file
+from llm2clip.evaluate.benchmarks.karpathy_splits import (
+    COCO_FOLDERS,
+    IMAGE_FOLDERS,
+    read_caption_lines,
+    read_listed_images,
+)
 from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_jsonl, read_lines
 
-XTD10 = {
+XTD10_FILES = {
     **{f"XTD10/test_1kcaptions_{name}.txt": name for name in ("es", "it", "ko", "pl", "ru", "tr", "zh")},
     **{f"MIC/test_1kcaptions_{name}.txt": name for name in ("en", "de", "fr")},
     "STAIR/test_1kcaptions_jp.txt": "ja",
 }
 
 
-def chinese_clip(folder: Path) -> Fields:
-    """The form of Chinese-CLIP (arXiv 2211.01335): test_texts.jsonl, {"text_id", "text", "image_ids"}, and
-    test_imgs.tsv, "ID<tab>base64"."""
+def read_chinese_clip(folder: Path) -> CaptionFields:
+    """Read the form of Chinese-CLIP (arXiv 2211.01335).
+
+    test_texts.jsonl has {"text_id", "text", "image_ids"}, and test_imgs.tsv has "ID<tab>BASE64".
+    """
     texts, images = folder / "test_texts.jsonl", folder / "test_imgs.tsv"
     captions: dict[str, list[str]] = {}
     for number, row in read_jsonl(texts):
         if len(row["image_ids"]) != 1:
-            raise DataFormatError(
-                f"{texts}, line {number}: a text of {len(row['image_ids'])} images; here each has one"
-            )
+            raise DataFormatError(f"{texts}, line {number}: expected one image id, found {len(row['image_ids'])}")
         captions.setdefault(str(row["image_ids"][0]), []).append(row["text"])
-    refs: dict[str, ImageRef] = {}
-    with images.open(encoding="ascii") as stream:
-        for number, line in enumerate(stream, 1):
-            key, tab, data = line.rstrip("\n").partition("\t")
-            try:
-                # Both alphabets of base64 are about.
-                decoded = base64.b64decode(data.translate(str.maketrans("-_", "+/")), validate=True)
-            except binascii.Error as error:
-                raise DataFormatError(f"{images}, line {number}: not an id, a tab and base64 ({error})") from error
-            if not tab:
-                raise DataFormatError(f"{images}, line {number}: not an id, a tab and base64")
-            if key in captions:
-                refs[key] = MemoryImage(decoded, f"{images}, line {number}")
-    if absent := [key for key in captions if key not in refs]:
-        raise DataFormatError(f"{images} has no image {absent[0]}, which {texts} names")
+    refs = _read_base64_images(images, set(captions))
+    for key in captions:
+        if key not in refs:
+            raise DataFormatError(f"{images} has no image {key}, which {texts} names")
     return {"captions_zh": captioned_records(((refs[key], captions[key]) for key in captions), texts)}
 
 
-def _flickr30k_cn(folder: Path) -> Fields:
-    """1,000 images, 5,000 captions translated by people (arXiv 1708.04390)."""
+def _read_base64_images(file: Path, ids: set[str]) -> dict[str, ImageRef]:
+    """Read the images with these ids from lines of "ID<tab>BASE64"."""
+    refs: dict[str, ImageRef] = {}
+    with file.open(encoding="ascii") as stream:
+        for number, line in enumerate(stream, 1):
+            key, tab, data = line.rstrip("\n").partition("\t")
+            try:
+                # Files in the standard and in the URL-safe alphabet exist.
+                image = base64.b64decode(data.translate(str.maketrans("-_", "+/")), validate=True)
+            except binascii.Error as error:
+                raise DataFormatError(f"{file}, line {number}: expected an id, a tab and base64 ({error})") from error
+            if not tab:
+                raise DataFormatError(f"{file}, line {number}: expected an id, a tab and base64")
+            if key in ids:
+                refs[key] = MemoryImage(image, f"{file}, line {number}")
+    return refs
+
+
+def _read_flickr30k_cn(folder: Path) -> CaptionFields:
+    """Read 1,000 images with 5,000 captions translated by people (arXiv 1708.04390)."""
     if (folder / "test_texts.jsonl").exists():
-        return chinese_clip(folder)
-    images = [first_existing(folder, *IMAGES["flickr30k"], *(f"../flickr30k/{name}" for name in IMAGES["flickr30k"]))]
-    if (folder / "flickr30k_cn_test.txt").exists():
-        file = folder / "flickr30k_cn_test.txt"
-        captions = keyed_captions(file)
-        pairs = ((image_file(images[0], f"{name}.jpg"), texts) for name, texts in captions.items())
+        return read_chinese_clip(folder)
+    image_dir = _image_dir(folder, "flickr30k")
+    file = folder / "flickr30k_cn_test.txt"
+    if file.exists():
+        pairs = [(image_file(image_dir, f"{name}.jpg"), texts) for name, texts in read_caption_lines(file).items()]
         return {"captions_zh": captioned_records(pairs, file)}
-    test = first_existing(folder, "flickr30kzhmbosontest")
-    file = first_existing(test, "TextData/seg.flickr30kzhmbosontest.caption.txt", "TextData/*.caption.txt")
-    names = first_existing(test, "ImageSets/flickr30kzhmbosontest.txt", "ImageSets/*.txt")
-    return {"captions_zh": numbered_captions(names, file, images)}
+    test_dir = first_existing(folder, "flickr30kzhmbosontest")
+    captions = first_existing(test_dir, "TextData/seg.flickr30kzhmbosontest.caption.txt", "TextData/*.caption.txt")
+    names = first_existing(test_dir, "ImageSets/flickr30kzhmbosontest.txt", "ImageSets/*.txt")
+    return {"captions_zh": read_listed_images(names, captions, [image_dir])}
 
 
-def _coco_cn(folder: Path) -> Fields:
-    """1,000 images, the 1,053 captions that people wrote for them (arXiv 1805.08661), and not the translated ones."""
+def _read_coco_cn(folder: Path) -> CaptionFields:
+    """Read 1,000 images with the 1,053 captions written by people, not the translated ones (arXiv 1805.08661)."""
     if (folder / "test_texts.jsonl").exists():
-        return chinese_clip(folder)
-    names, file = (
-        first_existing(folder, "coco-cn_test.txt"),
-        first_existing(folder, "imageid.human-written-caption.txt"),
-    )
-    roots = [r for r in (folder, folder / "images", *(folder.parent / c for c in COCO)) if r.is_dir()]
-    images = [root / part for root in roots for part in ("val2014", "train2014") if (root / part).is_dir()]
-    if not images:
-        raise MissingFileError(f"{folder} has no val2014 and train2014, nor has a folder coco beside it")
-    return {"captions_zh": numbered_captions(names, file, images)}
+        return read_chinese_clip(folder)
+    names = first_existing(folder, "coco-cn_test.txt")
+    captions = first_existing(folder, "imageid.human-written-caption.txt")
+    roots = [folder, folder / "images", *(folder.parent / name for name in COCO_FOLDERS)]
+    candidates = [root / split for root in roots for split in ("val2014", "train2014")]
+    image_dirs = [candidate for candidate in candidates if candidate.is_dir()]
+    if not image_dirs:
+        raise MissingFileError(f"no val2014 or train2014 in {folder}, or in a folder coco beside it")
+    return {"captions_zh": read_listed_images(names, captions, image_dirs)}
 
 
-def _flickr8k_cn(folder: Path) -> Fields:
-    """The test split's captions written by people, and those that people translated (ICMR 2016,
+def _read_flickr8k_cn(folder: Path) -> CaptionFields:
+    """Read the test captions written by people, and those translated by people (ICMR 2016,
     10.1145/2911996.2912049)."""
-    images = [first_existing(folder, *IMAGES["flickr8k"], *(f"../flickr8k/{name}" for name in IMAGES["flickr8k"]))]
-    data = folder / "data" if (folder / "data").is_dir() else folder
-    names, fields = first_existing(data, "flickr8ktest.txt"), {}
-    for name, key in (
-        ("flickr8kzhc.caption.txt", "captions_zh"),
-        ("flickr8kzhmtest.captions.txt", "captions_zh_translated"),
-    ):
-        if (data / name).exists():
-            fields[key] = numbered_captions(names, data / name, images)
+    image_dir = _image_dir(folder, "flickr8k")
+    data_dir = folder / "data" if (folder / "data").is_dir() else folder
+    names = first_existing(data_dir, "flickr8ktest.txt")
+    files = {
+        "captions_zh": data_dir / "flickr8kzhc.caption.txt",
+        "captions_zh_translated": data_dir / "flickr8kzhmtest.captions.txt",
+    }
+    fields = {}
+    for field, file in files.items():
+        if file.exists():
+            fields[field] = read_listed_images(names, file, [image_dir])
     if not fields:
-        raise MissingFileError(f"{data} has no flickr8kzhc.caption.txt")
+        raise MissingFileError(f"{data_dir} has no flickr8kzhc.caption.txt")
     return fields
 
 
-def _xm3600(folder: Path) -> Fields:
-    """3,600 images, all captions of each of 36 languages (arXiv 2205.12522); some tools take the first alone."""
+def _image_dir(folder: Path, dataset: str) -> Path:
+    """Return the folder of Flickr30k's or Flickr8k's images, in the benchmark's folder or in the data set's own."""
+    names = IMAGE_FOLDERS[dataset]
+    return first_existing(folder, *names, *(f"../{dataset}/{name}" for name in names))
+
+
+def _read_xm3600(folder: Path) -> CaptionFields:
+    """Read 3,600 images with all captions in each of 36 languages (arXiv 2205.12522).
+
+    Some other tools use only the first caption.
+    """
     file = first_existing(folder, "captions.jsonl", "annotations/captions.jsonl")
-    images = first_existing(folder, "images")
-    captions: dict[str, list[tuple[ImageRef, list[str]]]] = {}
+    image_dir = first_existing(folder, "images")
+    pairs: dict[str, list[tuple[ImageRef, list[str]]]] = {}
     for number, row in read_jsonl(file):
         if "image/key" not in row:
             raise DataFormatError(f"{file}, line {number}: no image/key")
-        for language, there in row.items():
-            if isinstance(there, dict) and there.get("caption"):
-                image = image_file(images, f"{row['image/key']}.jpg")
-                captions.setdefault(f"captions_{language}", []).append((image, there["caption"]))
-    return {name: captioned_records(pairs, file) for name, pairs in sorted(captions.items())}
+        image = image_file(image_dir, f"{row['image/key']}.jpg")
+        for language, value in row.items():
+            if isinstance(value, dict) and value.get("caption"):
+                pairs.setdefault(f"captions_{language}", []).append((image, value["caption"]))
+    return {field: captioned_records(field_pairs, file) for field, field_pairs in sorted(pairs.items())}
 
 
-def _xtd10(folder: Path) -> Fields:
-    """1,000 images of COCO, one caption in each of 11 languages (arXiv 2012.05107); line i is image i's."""
+def _read_xtd10(folder: Path) -> CaptionFields:
+    """Read 1,000 images of COCO with one caption in each of 11 languages (arXiv 2012.05107).
+
+    Line i of a caption file belongs to image i.
+    """
     names = read_lines(first_existing(folder, "XTD10/test_image_names.txt", "test_image_names.txt"))
-    roots = [r for r in (folder, *(folder.parent / name for name in COCO)) if r.is_dir()]
-    fields: dict[str, Sequence] = {}
-    for file, language in XTD10.items():
-        there = next((f for f in (folder / file, folder / Path(file).name) if f.exists()), None)
-        if there is None:
-            continue
-        texts = there.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        if len(texts) != len(names):
-            raise DataFormatError(f"{there}: {len(texts)} captions for {len(names)} images")
-        refs = []
-        for name in names:
-            part = "train2014" if "train2014" in name else "val2014"
-            refs.append(find_image(roots, f"{part}/{name}"))
-        fields[f"captions_{language}"] = captioned_records(((r, [t]) for r, t in zip(refs, texts, strict=True)), there)
+    roots = [root for root in (folder, *(folder.parent / name for name in COCO_FOLDERS)) if root.is_dir()]
+    refs = []
+    for name in names:
+        split = "train2014" if "train2014" in name else "val2014"
+        refs.append(find_image(roots, f"{split}/{name}"))
+    fields: dict[str, list[Record]] = {}
+    for name, language in XTD10_FILES.items():
+        file = next((path for path in (folder / name, folder / Path(name).name) if path.exists()), None)
+        if file is not None:
+            fields[f"captions_{language}"] = _read_parallel_captions(file, refs)
     if not fields:
-        raise MissingFileError(f"{folder} has no file of captions, such as XTD10/test_1kcaptions_es.txt")
+        raise MissingFileError(f"{folder} has no caption files, such as XTD10/test_1kcaptions_es.txt")
     return fields
+
+
+def _read_parallel_captions(file: Path, refs: Sequence[ImageRef]) -> list[Record]:
+    """Read one caption per line, for the images in order. Blank lines count."""
+    captions = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    if len(captions) != len(refs):
+        raise DataFormatError(f"{file}: {len(captions)} captions for {len(refs)} images")
+    return captioned_records(((ref, [caption]) for ref, caption in zip(refs, captions, strict=True)), file)
 
 
 BENCHMARKS = (
     Benchmark(
-        "flickr30k-cn",
-        "retrieval",
-        "1,000 images, 5,000 Chinese captions",
-        ("flickr30k-cn", "Flickr30k-CN", "flickr30k_cn"),
-        _flickr30k_cn,
-        "test_texts.jsonl and test_imgs.tsv (Flickr30k-CN.zip of github.com/OFA-Sys/Chinese-CLIP), or "
+        name="flickr30k-cn",
+        kind="retrieval",
+        description="1,000 images, 5,000 Chinese captions",
+        folders=("flickr30k-cn", "Flickr30k-CN", "flickr30k_cn"),
+        read=_read_flickr30k_cn,
+        source="test_texts.jsonl and test_imgs.tsv (Flickr30k-CN.zip of github.com/OFA-Sys/Chinese-CLIP), or "
         "flickr30kzhmbosontest/ (github.com/li-xirong/cross-lingual-cap) and Flickr30k's images",
     ),
     Benchmark(
-        "coco-cn",
-        "retrieval",
-        "1,000 images, 1,053 Chinese captions written by people",
-        ("coco-cn", "COCO-CN", "coco_cn"),
-        _coco_cn,
-        "coco-cn-version1805v1.1.tar.gz (github.com/li-xirong/coco-cn) and COCO's val2014/ and train2014/; or the "
-        "form of Chinese-CLIP",
+        name="coco-cn",
+        kind="retrieval",
+        description="1,000 images, 1,053 Chinese captions written by people",
+        folders=("coco-cn", "COCO-CN", "coco_cn"),
+        read=_read_coco_cn,
+        source="coco-cn-version1805v1.1.tar.gz (github.com/li-xirong/coco-cn) and COCO's val2014/ and train2014/; or "
+        "the form of Chinese-CLIP",
     ),
     Benchmark(
-        "flickr8k-cn",
-        "retrieval",
-        "1,000 images, 5,000 Chinese captions, and 5,000 translated ones",
-        ("flickr8k-cn", "flickr8kcn", "Flickr8k-CN"),
-        _flickr8k_cn,
-        "data/ of github.com/li-xirong/flickr8kcn and Flickr8k's images",
+        name="flickr8k-cn",
+        kind="retrieval",
+        description="1,000 images, 5,000 Chinese captions and 5,000 translated ones",
+        folders=("flickr8k-cn", "flickr8kcn", "Flickr8k-CN"),
+        read=_read_flickr8k_cn,
+        source="data/ of github.com/li-xirong/flickr8kcn, and Flickr8k's images",
     ),
     Benchmark(
-        "xm3600",
-        "retrieval",
-        "3,600 images, captions in 36 languages",
-        ("xm3600", "XM3600", "crossmodal-3600"),
-        _xm3600,
-        "captions.zip (google.github.io/crossmodal-3600/web-data) and images.tgz "
+        name="xm3600",
+        kind="retrieval",
+        description="3,600 images, captions in 36 languages",
+        folders=("xm3600", "XM3600", "crossmodal-3600"),
+        read=_read_xm3600,
+        source="captions.zip (google.github.io/crossmodal-3600/web-data) and images.tgz "
         "(open-images-dataset.s3.amazonaws.com/crossmodal-3600)",
     ),
     Benchmark(
-        "xtd10",
-        "retrieval",
-        "1,000 images, a caption in each of 11 languages",
-        ("xtd10", "XTD10", "Cross-lingual-Test-Dataset-XTD10"),
-        _xtd10,
-        "github.com/adobe-research/Cross-lingual-Test-Dataset-XTD10, and COCO's train2014/ and val2014/",
+        name="xtd10",
+        kind="retrieval",
+        description="1,000 images, one caption in each of 11 languages",
+        folders=("xtd10", "XTD10", "Cross-lingual-Test-Dataset-XTD10"),
+        read=_read_xtd10,
+        source="github.com/adobe-research/Cross-lingual-Test-Dataset-XTD10, and COCO's train2014/ and val2014/",
     ),
 )

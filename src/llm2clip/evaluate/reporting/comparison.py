@@ -1,8 +1,8 @@
-"""Models side by side on benchmarks, beside the paper's figures: the tables, plots and pictures of a report."""
+"""Tables, plots and example images that compare models with each other and with published results."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,178 +10,212 @@ from llm2clip.evaluate.benchmarks import Benchmark
 from llm2clip.evaluate.published_results import CRA, published_rows
 from llm2clip.evaluate.recall import KS
 from llm2clip.evaluate.reporting import plots
-from llm2clip.evaluate.reporting.error_analysis import FIRST, ErrorAnalysis
+from llm2clip.evaluate.reporting.error_analysis import MAX_K, ErrorAnalysis
 from llm2clip.html_report import Block, Heading, Paragraph, Plot, Table
 
-WAYS = ("I2T", "T2I")
-OURS = ("Llama3-8B-CC", "EVA02 + LLM2CLIP")  # the paper's rows that a model is held against
+DIRECTIONS = ("I2T", "T2I")
+REFERENCE_MODELS = ("Llama3-8B-CC", "EVA02 + LLM2CLIP")  # published models whose difference is shown
 
 
 @dataclass
 class ModelResult:
-    """One model on one benchmark.
+    """Result of one model on one benchmark.
 
     Args:
-        model: its name.
-        figures: as of `Measured`.
-        details: by the kind of caption.
+        model: Display name.
+        summary: See `BenchmarkResult`.
+        error_analysis: Error analysis of each caption field.
     """
 
     model: str
-    figures: dict[str, Any]
-    details: dict[str, ErrorAnalysis] = field(default_factory=dict)
+    summary: dict[str, Any]
+    error_analysis: dict[str, ErrorAnalysis] = field(default_factory=dict)
 
 
-def result_blocks(benchmark: Benchmark, results: Sequence[ModelResult]) -> list[Block]:
-    """A benchmark's part of the report, its models in the order given."""
-    found: list[Block] = [Heading(f"{benchmark.name}: {benchmark.about}")]
+def benchmark_blocks(benchmark: Benchmark, results: Sequence[ModelResult]) -> list[Block]:
+    """Return a benchmark's section of the report, with the models in the given order."""
+    blocks: list[Block] = [Heading(f"{benchmark.name}: {benchmark.description}")]
     if benchmark.kind != "retrieval":
-        return [*found, _figures(results)]
-    for n, first in enumerate(results[0].figures["rows"]):
-        kind = first["captions"]
-        rows = [(r, next(row for row in r.figures["rows"] if row["captions"] == kind)) for r in results]
-        found.append(Heading(f"{kind}: {first['images']:,} images, {first['texts']:,} texts", 3))
-        found.append(recall_table(rows, published_rows(benchmark.name) if n == 0 else {}))
-        seen = {r.model: r.details[kind] for r, _ in rows if kind in r.details}
-        if seen:
-            found += example_blocks(seen)
-    return found
+        return [*blocks, metrics_table(results)]
+    for n, first_row in enumerate(results[0].summary["rows"]):
+        field_name = first_row["captions"]
+        rows = {}
+        for result in results:
+            rows[result.model] = next(row for row in result.summary["rows"] if row["captions"] == field_name)
+        blocks.append(Heading(f"{field_name}: {first_row['images']:,} images, {first_row['texts']:,} texts", 3))
+        blocks.append(recall_table(rows, published_rows(benchmark.name) if n == 0 else {}))
+        analyses = {r.model: r.error_analysis[field_name] for r in results if field_name in r.error_analysis}
+        if analyses:
+            blocks += error_analysis_blocks(analyses)
+    return blocks
 
 
-def caption_blocks(name: str, figures: dict[str, Any]) -> list[Block]:
-    """Caption retrieval beside the paper's, on COCO's 5,000 images, and what was confused most.
+def caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
+    """Return the caption retrieval section: CRA next to published results on COCO (5,000 images), and mistakes.
 
     Args:
-        name: of the text encoder.
-        figures: as of `caption_accuracy`.
+        name: Display name of the text encoder.
+        metrics: See `caption_retrieval_accuracy`.
     """
-    low, high = figures["CRA interval"]
+    low, high = metrics["CRA interval"]
     rows: list[list[Any]] = [[f"paper: {model}, COCO", cra, None, 5000] for model, cra in CRA.items()]
-    rows.append([name, figures["CRA"], f"{low:.1f} to {high:.1f}", figures["images"]])
-    rows.append(["chance", figures["chance"], None, figures["images"]])
-    ways = [way for way in ("first to second", "second to first", "all pairs") if way in figures]
-    by_way = [
-        [way, *_recalls_at(figures[way]), figures[f"{way} chance"]["R@1"] if way == "all pairs" else figures["chance"]]
-        for way in ways
+    rows.append([name, metrics["CRA"], f"{low:.1f} to {high:.1f}", metrics["images"]])
+    rows.append(["chance", metrics["chance"], None, metrics["images"]])
+    direction_rows: list[list[Any]] = []
+    for protocol in ("first to second", "second to first", "all pairs"):
+        if protocol in metrics:
+            chance = metrics["all pairs chance"]["R@1"] if protocol == "all pairs" else metrics["chance"]
+            direction_rows.append([protocol, *_recalls(metrics[protocol]), chance])
+    truncated = "unknown" if metrics["truncated"] is None else f"{metrics['truncated']:,}"
+    blocks: list[Block] = [
+        Heading("CRA: the first two captions of each image retrieve each other"),
+        Table(["", "CRA, %", "95% interval", "images"], rows, highlight=frozenset([len(CRA)])),
+        Table(["", *(f"R@{k}, %" for k in KS), "chance of R@1"], direction_rows),
+        Paragraph(
+            f"Mean cosine: {metrics['positive cosine']:.3f} for captions of the same image, "
+            f"{metrics['negative cosine']:.3f} for captions of different images."
+        ),
+        Paragraph(
+            f"Images excluded because they have fewer than two different captions: {metrics['excluded']:,}. Captions "
+            f"truncated to the encoder's maximum length: {truncated}."
+        ),
     ]
-    said = [
-        f"Mean cosine: {figures['positive cosine']:.3f} of captions of one image, {figures['negative cosine']:.3f} of others'.",
-        f"{figures['excluded']:,} images with fewer than two different captions are left out. Cut to the encoder's "
-        f"window: {'not known' if figures['truncated'] is None else figures['truncated']} of the captions.",
-    ]
-    mistakes = [
-        [m["caption"], m["found"], m["right"], f"{m['found cosine']:.2f} / {m['right cosine']:.2f}"]
-        for m in figures.get("mistakes", ())
-    ]
-    return [
-        Heading("CRA: the first two captions of each image find each other"),
-        Table(["", "CRA, %", "95%", "images"], rows, frozenset([len(CRA)])),
-        Table(["", *(f"R@{k}, %" for k in KS), "chance of R@1"], by_way),
-        *map(Paragraph, said),
-        *([Table(["caption", "found", "should have found", "cosines"], mistakes)] if mistakes else []),
-    ]
+    mistakes: list[list[Any]] = []
+    for mistake in metrics.get("mistakes", ()):
+        cosines = f"{mistake['retrieved cosine']:.2f} / {mistake['correct cosine']:.2f}"
+        mistakes.append([mistake["caption"], mistake["retrieved"], mistake["correct"], cosines])
+    if mistakes:
+        blocks.append(Table(["caption", "retrieved", "correct", "cosines"], mistakes))
+    return blocks
 
 
-def recall_table(
-    rows: Sequence[tuple[ModelResult, dict[str, Any]]], paper: dict[str, tuple[float | None, ...]]
-) -> Table:
-    """The paper's rows, chance, the models' with intervals, and what the first is above the others."""
-    header = ["", *(name for way in WAYS for name in (f"{way} R@1", "95%", "R@5", "R@10")), "median rank", "cut"]
-    body: list[list[Any]] = [[f"paper: {name}", *_spread(figures), None, None] for name, figures in paper.items()]
-    _, some = rows[0]
-    body.append(["chance", *(v for w in WAYS for v in _recalls(some[f"{w} chance"])), None, None])
-    strong = frozenset(range(len(body), len(body) + len(rows)))
-    for result, row in rows:
-        sides = [v for way in WAYS for v in _recalls(row[way], row[f"{way} interval"]["R@1"])]
-        ranks = " / ".join(f"{row[way]['median rank']:g}" for way in WAYS)
-        body.append([result.model, *sides, ranks, format_percent(row["truncated"], row["texts"])])
-    first, figures = rows[0]
-    own = [value for way in WAYS for value in _recalls_at(figures[way])]
-    others: dict[str, list[float | None]] = {
-        r.model: [v for way in WAYS for v in _recalls_at(row[way])] for r, row in rows[1:]
-    }
-    for name, printed in paper.items():
-        if name in OURS:
-            others[f"the paper's {name}"] = list(printed)
-    for name, other in others.items():
-        gains = [None if b is None else f"{a - b:+.1f}" for a, b in zip(own, other, strict=True)]
-        body.append(
-            [f"{first.model} above {name}", gains[0], None, *gains[1:3], gains[3], None, *gains[4:], None, None]
-        )
-    return Table(header, body, strong)
+def recall_table(results: Mapping[str, dict[str, Any]], published: Mapping[str, tuple[float | None, ...]]) -> Table:
+    """Return a table of published results, chance, and each model with its confidence intervals and differences.
 
+    The last rows are the differences between the first model and the other ones.
 
-def example_blocks(seen: dict[str, ErrorAnalysis]) -> list[Block]:
-    """Plots of all models; the matrix and the pictures of the first."""
-    found: list[Block] = []
-    lines = {f"{name} {way}": d.curves[way] for name, d in seen.items() for way in WAYS}
-    found.append(
-        Plot(
-            plots.plot_curves(lines, range(1, FIRST + 1), "k", "R@k, %", log=True), "Recall among the first k answers."
-        )
-    )
-    name, first = next(iter(seen.items()))
-    if len(first.bins) > 1:
-        found.append(
-            Plot(
-                plots.plot_curves(
-                    {model: [middle for middle, *_ in d.by_length] for model, d in seen.items()},
-                    range(len(first.bins)),
-                    f"{first.unit} of the caption",
-                    "T2I R@1, %",
-                    {model: [(low, high) for _, low, high in d.by_length] for model, d in seen.items()},
-                    [f"{low}–{high}" if low < high else str(low) for low, high in first.bins],
-                ),
-                "Recall against the length of the caption, with 95% intervals.",
+    Args:
+        results: Model to its row, see `caption_field_metrics`.
+        published: Model to published recalls, see `published_rows`.
+    """
+    header = [""]
+    for direction in DIRECTIONS:
+        header += [f"{direction} R@1", "95% interval", "R@5", "R@10"]
+    header += ["median rank", "truncated"]
+    rows: list[list[Any]] = [_table_row(f"paper: {model}", recalls) for model, recalls in published.items()]
+    first_model, first_row = next(iter(results.items()))
+    rows.append(_table_row("chance", _both_recalls(first_row, " chance")))
+    highlight = frozenset(range(len(rows), len(rows) + len(results)))
+    for model, row in results.items():
+        limits = [row[f"{direction} interval"]["R@1"] for direction in DIRECTIONS]
+        rows.append(
+            _table_row(
+                model,
+                _both_recalls(row),
+                intervals=[f"{low:.1f} to {high:.1f}" for low, high in limits],
+                median_rank=" / ".join(f"{row[direction]['median rank']:g}" for direction in DIRECTIONS),
+                truncated=format_truncated(row["truncated"], row["texts"]),
             )
         )
-    found.append(
-        Plot(
-            plots.plot_matrix(first.matrix, "images", "their first captions"),
-            f"Cosines by {name}: what belongs together is on the diagonal.",
+    others: dict[str, Sequence[float | None]] = {}
+    for model, row in results.items():
+        if model != first_model:
+            others[model] = _both_recalls(row)
+    for model, published_recalls in published.items():
+        if model in REFERENCE_MODELS:
+            others[f"the paper's {model}"] = published_recalls
+    for model, other_recalls in others.items():
+        differences = []
+        for ours, other in zip(_both_recalls(first_row), other_recalls, strict=True):
+            differences.append(None if other is None else f"{ours - other:+.1f}")
+        rows.append(_table_row(f"{first_model} minus {model}", differences))
+    return Table(header, rows, highlight)
+
+
+def error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[Block]:
+    """Return plots of all models, and the similarity matrix and example images of the first one.
+
+    Args:
+        analyses: Model to its error analysis.
+    """
+    name, first = next(iter(analyses.items()))
+    blocks: list[Block] = [_recall_curve_plot(analyses)]
+    if len(first.length_bins) > 1:
+        blocks.append(_length_plot(analyses))
+    matrix = plots.plot_matrix(first.similarity, "images", "their first captions")
+    blocks.append(Plot(matrix, f"Cosine similarities of {name}: matching pairs are on the diagonal."))
+    if first.examples:
+        text = (
+            f"Captions evenly spaced over the data, and the images that {name} retrieves; the caption's own image is "
         )
-    )
-    if first.found:
-        found += [
-            Heading("What was found", 3),
-            Paragraph(
-                f"Captions evenly spread over the set, and the pictures that {name} finds; its own is marked as right."
-            ),
-            *first.found,
-        ]
+        blocks += [Heading("Examples", 3), Paragraph(f"{text}marked as right."), *first.examples]
     if first.failures:
-        found += [Heading("The worst failures", 3), Paragraph("Captions whose own picture came last."), *first.failures]
-    return found
+        text = "Captions whose own image has the worst rank."
+        blocks += [Heading("Worst failures", 3), Paragraph(text), *first.failures]
+    return blocks
 
 
-def format_percent(cut: int | None, texts: int) -> str:
-    """How many texts were cut to a model's window."""
-    return "not known" if cut is None else f"{100 * cut / max(1, texts):.1f}% of the texts" if cut else "none"
+def _recall_curve_plot(analyses: Mapping[str, ErrorAnalysis]) -> Plot:
+    curves = {}
+    for name, analysis in analyses.items():
+        for direction in DIRECTIONS:
+            curves[f"{name} {direction}"] = analysis.curves[direction]
+    svg = plots.plot_curves(curves, range(1, MAX_K + 1), "k", "R@k, %", log_x=True)
+    return Plot(svg, "Recall among the top k.")
 
 
-def _figures(results: Sequence[ModelResult]) -> Table:
-    names = list(dict.fromkeys(name for r in results for name in r.figures["figures"]))
-    body = [
-        [
-            r.model,
-            r.figures["images"],
-            *(r.figures["figures"].get(name) for name in names),
-            format_percent(r.figures["truncated"], r.figures["texts"]),
-        ]
-        for r in results
-    ]
-    return Table(["", "images", *names, "cut"], body)
+def _length_plot(analyses: Mapping[str, ErrorAnalysis]) -> Plot:
+    first = next(iter(analyses.values()))
+    curves, bands = {}, {}
+    for name, analysis in analyses.items():
+        curves[name] = [recall for recall, _, _ in analysis.recall_by_length]
+        bands[name] = [(low, high) for _, low, high in analysis.recall_by_length]
+    svg = plots.plot_curves(
+        curves,
+        x=range(len(first.length_bins)),
+        xlabel=f"{first.length_unit} in the caption",
+        ylabel="T2I R@1, %",
+        bands=bands,
+        tick_labels=[f"{low}–{high}" if low < high else str(low) for low, high in first.length_bins],
+    )
+    return Plot(svg, "Recall by caption length, with 95% confidence intervals.")
 
 
-def _spread(figures: Sequence[float | None]) -> list[float | None]:
-    """The paper's six figures under a table's columns."""
-    i1, i5, i10, t1, t5, t10 = figures
-    return [i1, None, i5, i10, t1, None, t5, t10]
+def metrics_table(results: Sequence[ModelResult]) -> Table:
+    """Return a table of the metrics of a benchmark that is not a retrieval benchmark."""
+    names = list(dict.fromkeys(name for result in results for name in result.summary["metrics"]))
+    rows: list[list[Any]] = []
+    for result in results:
+        summary = result.summary
+        values = [summary["metrics"].get(name) for name in names]
+        truncated = format_truncated(summary["truncated"], summary["texts"])
+        rows.append([result.model, summary["images"], *values, truncated])
+    return Table(["", "images", *names, "truncated"], rows)
 
 
-def _recalls_at(figures: dict[str, float]) -> list[float]:
-    return [figures[f"R@{k}"] for k in KS]
+def format_truncated(truncated: int | None, texts: int) -> str:
+    """Return the fraction of texts that exceed a model's maximum length, as text."""
+    if truncated is None:
+        return "unknown"
+    return f"{100 * truncated / max(1, texts):.1f}% of the texts" if truncated else "none"
 
 
-def _recalls(figures: dict[str, float], ends: Sequence[float] | None = None) -> list[Any]:
-    return [figures["R@1"], f"{ends[0]:.1f} to {ends[1]:.1f}" if ends else None, figures["R@5"], figures["R@10"]]
+def _table_row(
+    name: str,
+    recalls: Sequence[Any],
+    intervals: Sequence[str | None] = (None, None),
+    median_rank: str | None = None,
+    truncated: str | None = None,
+) -> list[Any]:
+    """Return a row of `recall_table`, from R@1, R@5 and R@10 of I2T, then of T2I."""
+    i2t, t2i = recalls[: len(KS)], recalls[len(KS) :]
+    return [name, i2t[0], intervals[0], *i2t[1:], t2i[0], intervals[1], *t2i[1:], median_rank, truncated]
+
+
+def _both_recalls(row: dict[str, Any], suffix: str = "") -> list[float]:
+    """Return R@1, R@5 and R@10 of I2T, then of T2I."""
+    return [value for direction in DIRECTIONS for value in _recalls(row[direction + suffix])]
+
+
+def _recalls(metrics: dict[str, float]) -> list[float]:
+    return [metrics[f"R@{k}"] for k in KS]

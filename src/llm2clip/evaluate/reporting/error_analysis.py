@@ -1,4 +1,4 @@
-"""What is behind a recall: how it grows with k and with the length of a caption, and pictures that were found."""
+"""Details behind a recall: by k, by caption length, and the images that single captions retrieve."""
 
 from __future__ import annotations
 
@@ -13,121 +13,135 @@ from llm2clip.evaluate.recall import recall_intervals
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks
 from llm2clip.html_report import ResultImage, ResultImages
 
-FIRST = 50  # ranks of the curve
-SIDE = 280  # pixels of a thumbnail
-BEST = 5  # pictures shown of a query
+MAX_K = 50  # of the recall curve
+THUMBNAIL_SIDE = 280  # pixels
+TOP_IMAGES = 5  # images shown per query
 
 
 @dataclass
 class ErrorAnalysis:
-    """Of one model on one kind of caption.
+    """Error analysis of one model on one caption field.
 
     Args:
-        curves: R@1 to R@50 in percent, of I2T and T2I.
-        unit: in what captions are measured: words, or characters where they are not parted.
-        bins: ranges of lengths, from and to.
-        by_length: T2I R@1 of captions of those lengths, with the ends of its interval.
-        matrix: cosines of some images (columns) and the first caption of each (rows).
-        found: queries evenly spread over the captions, with what they found.
-        failures: those whose image came last, likewise.
+        curves: R@1 to R@50 in percent, for "I2T" and "T2I".
+        length_unit: Unit of caption lengths: "words", or "characters" for languages without spaces.
+        length_bins: Ranges of lengths, first and last.
+        recall_by_length: T2I R@1 of the captions in each bin, with the limits of its confidence interval.
+        similarity: Cosines of some images (columns) and the first caption of each (rows).
+        examples: Captions evenly spaced over the data, with the images that they retrieve.
+        failures: Captions whose image has the worst rank, with the images that they retrieve.
     """
 
     curves: dict[str, list[float]]
-    unit: str
-    bins: list[tuple[int, int]]
-    by_length: list[tuple[float, float, float]]
-    matrix: Tensor
-    found: list[ResultImages] = field(default_factory=list)
+    length_unit: str
+    length_bins: list[tuple[int, int]]
+    recall_by_length: list[tuple[float, float, float]]
+    similarity: Tensor
+    examples: list[ResultImages] = field(default_factory=list)
     failures: list[ResultImages] = field(default_factory=list)
 
 
-def analyze_errors(ranked: RetrievalRanks, queries: int = 6, most: int = 20) -> ErrorAnalysis:
-    """
+def analyze_errors(ranks: RetrievalRanks, num_queries: int = 6, matrix_size: int = 20) -> ErrorAnalysis:
+    """Return the error analysis of one caption field.
+
     Args:
-        ranked: what was ranked.
-        queries: of each kind that are shown with pictures; 0 shows none.
-        most: images of the matrix.
+        ranks: Ranks and embeddings.
+        num_queries: Number of examples and of failures, which are shown with images.
+        matrix_size: Number of images in the similarity matrix.
     """
-    captions = ranked.captions
-    unit, lengths = length_of(captions)
+    captions = ranks.captions
+    unit, lengths = caption_lengths(captions)
     bins = length_bins(lengths)
-    spread = torch.linspace(0, len(ranked.records) - 1, min(most, len(ranked.records))).long()
-    first = torch.tensor([int((ranked.image_of_text == i).nonzero()[0]) for i in spread])
+    num_images = len(ranks.records)
+    image_rows = torch.linspace(0, num_images - 1, min(matrix_size, num_images)).long()
+    first_captions = torch.tensor([int((ranks.image_of_text == i).nonzero()[0]) for i in image_rows])
+    example_rows = torch.linspace(0, len(captions) - 1, num_queries).long().tolist()
     return ErrorAnalysis(
-        {"I2T": recall_curve(ranked.image_ranks), "T2I": recall_curve(ranked.text_ranks)},
-        unit,
-        bins,
-        recall_by_length(ranked, lengths, bins),
-        ranked.texts[first] @ ranked.images[spread].T,
-        [failure_images(ranked, t) for t in torch.linspace(0, len(captions) - 1, queries).long().tolist()],
-        [failure_images(ranked, t) for t in worst_failures(ranked, queries)],
+        curves={"I2T": recall_curve(ranks.image_ranks), "T2I": recall_curve(ranks.text_ranks)},
+        length_unit=unit,
+        length_bins=bins,
+        recall_by_length=recall_by_length(ranks, lengths, bins),
+        similarity=ranks.texts[first_captions] @ ranks.images[image_rows].T,
+        examples=[retrieved_images(ranks, text) for text in example_rows],
+        failures=[retrieved_images(ranks, text) for text in worst_captions(ranks, num_queries)],
     )
 
 
 def recall_curve(ranks: Tensor) -> list[float]:
-    """R@1 to R@50 in percent."""
-    counts = torch.bincount(ranks.clamp(max=FIRST), minlength=FIRST + 1)[:FIRST]
-    shares: list[float] = (100 * counts.cumsum(0).double() / len(ranks)).tolist()
-    return shares
+    """Return R@1 to R@50 in percent."""
+    counts = torch.bincount(ranks.clamp(max=MAX_K), minlength=MAX_K + 1)[:MAX_K]
+    curve: list[float] = (100 * counts.cumsum(0).double() / len(ranks)).tolist()
+    return curve
 
 
-def length_of(captions: Sequence[str]) -> tuple[str, list[int]]:
-    """How long captions are: in words, or in characters where most are one word (Chinese, Japanese)."""
+def caption_lengths(captions: Sequence[str]) -> tuple[str, list[int]]:
+    """Return the unit and the lengths of captions.
+
+    The unit is words, or characters if most captions have no spaces between words (Chinese, Japanese).
+    """
     words = [len(caption.split()) for caption in captions]
-    if sorted(words)[len(words) // 2] <= 2 < sorted(map(len, captions))[len(captions) // 2] / 3:
-        return "characters", [len(caption) for caption in captions]
+    characters = [len(caption) for caption in captions]
+    middle = len(captions) // 2
+    if sorted(words)[middle] <= 2 < sorted(characters)[middle] / 3:
+        return "characters", characters
     return "words", words
 
 
-def length_bins(words: Sequence[int], most: int = 6, least: int = 20) -> list[tuple[int, int]]:
-    """Ranges of words, from and to (inclusive), that hold about as many captions each: at most `most`, each of at least
-    `least` captions where there are as many."""
-    counts = torch.tensor(sorted(words))
-    parts = max(1, min(most, len(counts) // least))
-    edges = sorted({int(counts[min(len(counts) - 1, len(counts) * n // parts)]) for n in range(1, parts)})
-    lows = [int(counts[0])]
+def length_bins(lengths: Sequence[int], max_bins: int = 6, min_captions: int = 20) -> list[tuple[int, int]]:
+    """Return ranges of lengths (first, last) with about as many captions each.
+
+    There are at most `max_bins`, each with at least `min_captions` captions if there are enough.
+    """
+    ordered = torch.tensor(sorted(lengths))
+    num_bins = max(1, min(max_bins, len(ordered) // min_captions))
+    quantiles = [len(ordered) * n // num_bins for n in range(1, num_bins)]
+    edges = sorted({int(ordered[min(len(ordered) - 1, q)]) for q in quantiles})
+    starts = [int(ordered[0])]
     for edge in edges:
-        if int(((counts >= lows[-1]) & (counts < edge)).sum()) >= least and int((counts >= edge).sum()) >= least:
-            lows.append(edge)
-    highs = [*(low - 1 for low in lows[1:]), int(counts[-1])]
-    return list(zip(lows, highs, strict=True))
+        num_below = int(((ordered >= starts[-1]) & (ordered < edge)).sum())
+        num_above = int((ordered >= edge).sum())
+        if num_below >= min_captions and num_above >= min_captions:
+            starts.append(edge)
+    ends = [start - 1 for start in starts[1:]] + [int(ordered[-1])]
+    return list(zip(starts, ends, strict=True))
 
 
 def recall_by_length(
-    ranked: RetrievalRanks, lengths: Sequence[int], bins: Sequence[tuple[int, int]]
+    ranks: RetrievalRanks, lengths: Sequence[int], bins: Sequence[tuple[int, int]]
 ) -> list[tuple[float, float, float]]:
-    """T2I R@1 of the captions in each bin, with the ends of its interval."""
-    length, found = torch.tensor(lengths), []
-    for low, high in bins:
-        chosen = (length >= low) & (length <= high)
-        ranks = ranked.text_ranks[chosen]
-        ends = recall_intervals(ranks, ranked.image_of_text[chosen], (1,))["R@1"]
-        found.append((100 * float((ranks < 1).double().mean()), *ends))
-    return found
+    """Return T2I R@1 of the captions in each bin, with the limits of its confidence interval."""
+    length = torch.tensor(lengths)
+    recalls = []
+    for first, last in bins:
+        in_bin = (length >= first) & (length <= last)
+        bin_ranks = ranks.text_ranks[in_bin]
+        low, high = recall_intervals(bin_ranks, ranks.image_of_text[in_bin], (1,))["R@1"]
+        recalls.append((100 * float((bin_ranks < 1).double().mean()), low, high))
+    return recalls
 
 
-def worst_failures(ranked: RetrievalRanks, count: int) -> list[int]:
-    """Captions of different images whose own image has the highest rank."""
-    chosen: dict[int, int] = {}
-    for t in ranked.text_ranks.argsort(descending=True, stable=True).tolist():
-        if len(chosen) == count or ranked.text_ranks[t] == 0:
+def worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
+    """Return the captions whose image has the worst rank, at most one caption per image, without hits."""
+    caption_of_image: dict[int, int] = {}
+    for text in ranks.text_ranks.argsort(descending=True, stable=True).tolist():
+        if len(caption_of_image) == count or ranks.text_ranks[text] == 0:
             break
-        chosen.setdefault(int(ranked.image_of_text[t]), t)
-    return list(chosen.values())
+        caption_of_image.setdefault(int(ranks.image_of_text[text]), text)
+    return list(caption_of_image.values())
 
 
-def failure_images(ranked: RetrievalRanks, text: int) -> ResultImages:
-    """The pictures that a caption found, and its own where it is not among them."""
-    own, rank = int(ranked.image_of_text[text]), int(ranked.text_ranks[text])
-    scores = ranked.images @ ranked.texts[text]
-    best = scores.topk(min(BEST, len(scores))).indices.tolist()
-    shown = [_shot(ranked, i, i == own, f"{n}. cosine {float(scores[i]):.2f}") for n, i in enumerate(best, 1)]
-    if own not in best:
-        shown.append(_shot(ranked, own, True, f"{rank + 1}. cosine {float(scores[own]):.2f}"))
-    return ResultImages(ranked.captions[text], shown)
-
-
-def _shot(ranked: RetrievalRanks, image: int, right: bool, line: str) -> ResultImage:
-    ref = ranked.records[image].image
-    assert ref is not None  # who has none is not ranked
-    return ResultImage(load_thumbnail(ref, SIDE), right, line)
+def retrieved_images(ranks: RetrievalRanks, text: int) -> ResultImages:
+    """Return the top images of a caption, followed by its own image if that is not among them."""
+    own_image, own_rank = int(ranks.image_of_text[text]), int(ranks.text_ranks[text])
+    scores = ranks.images @ ranks.texts[text]
+    top_images = scores.topk(min(TOP_IMAGES, len(scores))).indices.tolist()
+    positions = list(enumerate(top_images, 1))
+    if own_image not in top_images:
+        positions.append((own_rank + 1, own_image))
+    images = []
+    for position, image in positions:
+        ref = ranks.records[image].image
+        assert ref is not None  # records without an image are not ranked
+        caption = f"{position}. cosine {float(scores[image]):.2f}"
+        images.append(ResultImage(load_thumbnail(ref, THUMBNAIL_SIDE), image == own_image, caption))
+    return ResultImages(ranks.captions[text], images)

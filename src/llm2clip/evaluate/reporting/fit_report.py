@@ -1,4 +1,4 @@
-"""The report of a fit, report.md and report.html: what tuning and alignment changed, and their loss."""
+"""The report of a `fit` run, report.md and report.html: metrics before and after each stage, and the losses."""
 
 from __future__ import annotations
 
@@ -21,29 +21,31 @@ def write_fit_report(
     trained: Sequence[dict[str, Any]],
     curves: dict[str, list[dict[str, Any]]],
 ) -> tuple[Path, Path]:
-    """Write `folder/report.md` and `folder/report.html`; their paths.
+    """Write `folder/report.md` and `folder/report.html`, and return their paths.
 
     Args:
-        folder: of the run, with `model/`.
-        command: that made it.
-        data: a line about what was trained on and held out.
-        cra: figures of `caption_accuracy` before and after tuning; None if they could not be measured.
-        untrained, trained: figures of `evaluate_caption_fields` before and after alignment.
-        curves: by stage, the lines of its metrics.jsonl.
+        folder: Run directory, with `model/`.
+        command: Command line of the run.
+        data: A line about the training data and the held-out data.
+        cra: Results of `caption_retrieval_accuracy` before and after tuning; None if it was not measured.
+        untrained, trained: Results of `evaluate_caption_fields` before and after alignment.
+        curves: Rows of metrics.jsonl of each stage.
     """
-    what = "Caption retrieval accuracy: the first two captions of each held-out image retrieve each other."
-    blocks: list[Block] = [Code(command), Paragraph(data), Heading("Caption encoder"), Paragraph(what)]
-    blocks.append(cra_table(*cra) if cra else Paragraph("Not measured: too few held-out images have two captions."))
-    blocks += [
+    blocks: list[Block] = [
+        Code(command),
+        Paragraph(data),
+        Heading("Caption encoder"),
+        Paragraph("Caption retrieval accuracy: the first two captions of each held-out image retrieve each other."),
+        cra_table(*cra) if cra else Paragraph("Not measured: too few held-out images have two captions."),
         Heading("Retrieval"),
         Paragraph(
-            "Recall in percent on held-out images. I2T: an image finds one of its captions; T2I: a caption finds its "
-            "image. A tie with a wrong answer counts as a miss."
+            "Recall in percent on held-out images. I2T: an image retrieves one of its captions; T2I: a caption "
+            "retrieves its image. A tie with a wrong answer counts as a miss."
         ),
         retrieval_table(untrained, trained),
         Heading("Training"),
-        *(loss_plot(stage, lines) for stage, lines in curves.items() if lines),
-        Heading("Use it"),
+        *(loss_plot(stage, rows) for stage, rows in curves.items() if rows),
+        Heading("How to use the model"),
         Code(
             "from llm2clip import LLM2CLIP\n\n"
             f'model = LLM2CLIP.from_pretrained("{folder / "model"}")\n'
@@ -57,31 +59,31 @@ def write_fit_report(
 
 
 def cra_table(raw: dict[str, Any], tuned: dict[str, Any]) -> Table:
-    """CRA before and after tuning, beside chance."""
+    """Return a table of CRA before and after tuning, with the chance level."""
     rows = [["chance", raw["chance"]], ["raw", raw["CRA"]], ["tuned", tuned["CRA"]]]
     return Table([f"caption encoder ({raw['images']:,} images)", "CRA top-1, %"], rows, frozenset([2]))
 
 
 def retrieval_table(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> Table:
-    """Recall of the untrained and of the trained model, kind of caption by kind, beside chance."""
+    """Return a table of chance, untrained and trained recall for each caption field."""
+    columns = [(direction, f"R@{k}") for direction in ("I2T", "T2I") for k in KS]
     rows: list[list[Any]] = []
     for before, after in zip(untrained, trained, strict=True):
         name = f"{after['captions']} ({after['images']:,} images, {after['texts']:,} texts)"
-        for label, figures, suffix in (
-            ("chance", after, " chance"),
-            ("untrained", before, ""),
-            ("trained", after, ""),
-        ):
-            both = [figures[side + suffix][f"R@{k}"] for side in ("I2T", "T2I") for k in KS]
-            rows.append([name if label == "chance" else "", label, *both])
-    strong = frozenset(range(2, len(rows), 3))
-    return Table(["captions", "model", *(f"{side} R@{k}" for side in ("I2T", "T2I") for k in KS)], rows, strong)
+        rows.append([name, "chance", *(after[f"{direction} chance"][metric] for direction, metric in columns)])
+        rows.append(["", "untrained", *(before[direction][metric] for direction, metric in columns)])
+        rows.append(["", "trained", *(after[direction][metric] for direction, metric in columns)])
+    header = ["captions", "model", *(f"{direction} {metric}" for direction, metric in columns)]
+    return Table(header, rows, highlight=frozenset(range(2, len(rows), 3)))
 
 
-def loss_plot(stage: str, lines: Sequence[dict[str, Any]]) -> Plot:
-    """The loss of each step of a stage, and its mean over the last twentieth of them."""
-    loss = [line["loss"] for line in lines]
-    span = max(1, len(loss) // 20)
-    smooth = [sum(loss[max(0, i - span) : i + 1]) / len(loss[max(0, i - span) : i + 1]) for i in range(len(loss))]
-    shown = {"each step": loss, f"mean of {span + 1} steps": smooth}
-    return Plot(plots.plot_curves(shown, [line["step"] for line in lines], "step", "loss"), f"Loss of {stage}.")
+def loss_plot(stage: str, rows: Sequence[dict[str, Any]]) -> Plot:
+    """Return a plot of the loss at each step of a stage, and of its moving average over a twentieth of the steps."""
+    losses = [row["loss"] for row in rows]
+    window = max(1, len(losses) // 20) + 1
+    averages = []
+    for n in range(len(losses)):
+        recent = losses[max(0, n + 1 - window) : n + 1]
+        averages.append(sum(recent) / len(recent))
+    curves = {"each step": losses, f"mean of {window} steps": averages}
+    return Plot(plots.plot_curves(curves, [row["step"] for row in rows], "step", "loss"), f"Loss of {stage}.")

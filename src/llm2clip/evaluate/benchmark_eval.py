@@ -1,0 +1,139 @@
+"""Evaluation of one model on one benchmark, with the protocol of the benchmark's kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm2clip.data.hashing import unique_captions
+from llm2clip.distributed import print_once
+from llm2clip.evaluate.benchmarks import (
+    Benchmark,
+    ClassificationData,
+    CompositionalExample,
+    DataFormatError,
+    JudgedRetrieval,
+    MissingFileError,
+)
+from llm2clip.evaluate.compositional import compositional_accuracy
+from llm2clip.evaluate.eccv_caption import eccv_metrics
+from llm2clip.evaluate.embeddings import EmbeddingSource
+from llm2clip.evaluate.retrieval_eval import RetrievalRanks, caption_field_metrics, rank_caption_fields
+from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts, classification_accuracy, linear_probe
+
+
+@dataclass
+class BenchmarkResult:
+    """Result of one model on one benchmark.
+
+    Args:
+        summary: The entry in results.json: "benchmark" and "kind"; for retrieval "rows", see `caption_field_metrics`;
+            otherwise "metrics" in percent (except "linear probe C"), the numbers of "images" and "texts", and
+            "truncated", the number of texts that exceed the model's maximum length.
+        ranks: For retrieval, the ranks of each caption field.
+    """
+
+    summary: dict[str, Any]
+    ranks: dict[str, RetrievalRanks] = field(default_factory=dict)
+
+
+def run_benchmark(
+    benchmark: Benchmark, folder: Path, embeddings: EmbeddingSource, with_linear_probe: bool = False
+) -> BenchmarkResult:
+    """Evaluate a model on a benchmark.
+
+    Args:
+        benchmark: The benchmark.
+        folder: Folder of the benchmark.
+        embeddings: Embeddings of the model.
+        with_linear_probe: For classification, also fit a linear probe if there are training images.
+
+    Raises:
+        MissingFileError: If a file is missing.
+        DataFormatError: If a file does not have the expected format.
+        TooManySkipped: If too many images cannot be decoded.
+    """
+    summary: dict[str, Any] = {"benchmark": benchmark.name, "kind": benchmark.kind}
+    data = benchmark.load(folder)
+    if benchmark.kind == "retrieval":
+        ranks = rank_caption_fields(embeddings, data)
+        return BenchmarkResult(summary | {"rows": caption_field_metrics(embeddings, ranks)}, ranks)
+    if benchmark.kind == "judged retrieval":
+        metrics, num_images, texts = _evaluate_judged_retrieval(data, embeddings)
+    elif benchmark.kind == "compositional":
+        metrics, num_images, texts = _evaluate_compositional(data, embeddings)
+    else:
+        train = _load_probe_data(benchmark, folder) if with_linear_probe else None
+        metrics, num_images, texts = _evaluate_classification(data, embeddings, train)
+    summary |= {
+        "images": num_images,
+        "texts": len(texts),
+        "truncated": embeddings.count_truncated(texts),
+        "metrics": metrics,
+    }
+    return BenchmarkResult(summary)
+
+
+# Each of the following returns metrics, the number of images that could be decoded, and the texts.
+
+
+def _evaluate_judged_retrieval(
+    data: JudgedRetrieval, embeddings: EmbeddingSource
+) -> tuple[dict[str, float], int, list[str]]:
+    images, indices = embeddings.encode_images(data.images)
+    undecodable = set(range(len(data.images))) - set(indices)
+    if undecodable:
+        raise DataFormatError(
+            f"{len(undecodable):,} images cannot be decoded, e.g. {data.images[min(undecodable)]}; "
+            "this benchmark needs all images"
+        )
+    texts = list(data.captions)
+    return eccv_metrics(data, images, embeddings.encode_texts(texts)), len(images), texts
+
+
+def _evaluate_compositional(
+    examples: Sequence[CompositionalExample], embeddings: EmbeddingSource
+) -> tuple[dict[str, float], int, list[str]]:
+    refs = list({ref.key: ref for example in examples for ref in example.images}.values())
+    texts = unique_captions(caption for example in examples for caption in example.captions)
+    images, indices = embeddings.encode_images(refs)
+    image_embeddings = {refs[i].key: image for i, image in zip(indices, images, strict=True)}
+    text_embeddings = dict(zip(texts, embeddings.encode_texts(texts), strict=True))
+    complete = [example for example in examples if all(ref.key in image_embeddings for ref in example.images)]
+    return compositional_accuracy(complete, image_embeddings, text_embeddings), len(image_embeddings), texts
+
+
+def _evaluate_classification(
+    data: ClassificationData, embeddings: EmbeddingSource, train: ClassificationData | None
+) -> tuple[dict[str, float], int, list[str]]:
+    images, indices = embeddings.encode_images(data.images)
+    labels = [data.labels[i] for i in indices]
+    prompts = class_prompts(data)
+    classes = class_embeddings(embeddings.encode_texts(prompts), len(data.names))
+    metrics = classification_accuracy(images, labels, classes)
+    images_per_class = torch.bincount(torch.tensor(labels))
+    metrics["chance"] = 100.0 / int((images_per_class > 0).sum())
+    if train is not None:
+        if list(train.names) != list(data.names):
+            raise DataFormatError("the training images and the test images do not have the same classes in equal order")
+        train_images, train_indices = embeddings.encode_images(train.images)
+        probe = linear_probe(train_images, [train.labels[i] for i in train_indices], images, labels)
+        metrics |= {"linear probe": probe["top-1"], "linear probe C": probe["C"]}
+    return metrics, len(images), prompts
+
+
+def _load_probe_data(benchmark: Benchmark, folder: Path) -> ClassificationData | None:
+    """Return the training images for a linear probe, or print why there are none and return None."""
+    try:
+        train = benchmark.load_train(folder)
+    except MissingFileError as error:
+        print_once(f"{benchmark.name}: no linear probe: {error}")
+        return None
+    if train is None or len(set(train.labels)) < 2:
+        print_once(f"{benchmark.name}: no linear probe: it needs training images of at least two classes")
+        return None
+    return train
