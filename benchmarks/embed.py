@@ -35,7 +35,7 @@ from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.models.batch_size_tuner import tune_batch_tokens
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.length_batching import default_batch_tokens
-from llm2clip.models.precision import calibrate_precision
+from llm2clip.models.precision_calibration import calibrate_precision
 from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.store.writer import stored_bytes
 

@@ -21,7 +21,7 @@ from llm2clip.evaluate.precomputed import PrecomputedEmbeddings
 from llm2clip.models.display_names import display_names
 from llm2clip.models.dual_encoder import open_dual_encoder
 from test_benchmarks import write
-from test_dual_encoder import both
+from test_dual_encoder import encode_both
 from test_dual_encoder import clip as clip  # the fixture
 
 
@@ -68,7 +68,7 @@ def test_evaluate_command_matches_direct_computation(
     assert read_results(out) == results
 
     model = open_dual_encoder(str(clip), "cpu")
-    images, _, _ = both(model, pictures)
+    images, _, _ = encode_both(model, pictures)
     captions = [list(r.captions) for r in open_records(pictures / "captions.jsonl")][:8]
     texts = model.encode_texts([caption for image_captions in captions for caption in image_captions])
     owner = torch.tensor([n for n, image_captions in enumerate(captions) for _ in image_captions])
@@ -89,7 +89,7 @@ def test_evaluate_compares_baselines_in_a_report(
 ) -> None:
     """A file of a model's own embeddings, in another order of images, gives the metrics of the model."""
     model, out = open_dual_encoder(str(clip), "cpu"), tmp_path / "out"
-    images, _, _ = both(model, pictures)
+    images, _, _ = encode_both(model, pictures)
     captions = [c for r in list(open_records(pictures / "captions.jsonl"))[:8] for c in r.captions]
     names = [f"flickr30k-images/{n}.png" for n in range(8)]
     file = tmp_path / "other.npz"

@@ -206,7 +206,7 @@ def _finish(encoder: CaptionEncoder, lora: LoraSession | None) -> None:
         encoder.llm.gradient_checkpointing_disable()
         encoder.llm.disable_input_require_grads()
     if lora is not None:
-        lora.finish(merge=True)
+        lora.finish()
     encoder.eval()
 
 
