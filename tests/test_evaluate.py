@@ -21,8 +21,8 @@ from llm2clip.evaluate.precomputed import PrecomputedEmbeddings
 from llm2clip.models.display_names import display_names
 from llm2clip.models.dual_encoder import open_dual_encoder
 from test_benchmarks import write
-from test_dual_encoder import encode_both
 from test_dual_encoder import clip as clip  # the fixture
+from test_dual_encoder import encode_both
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def test_evaluate_reports_missing_benchmarks_and_models(
 def test_benchmarks_command_lists_sources_of_missing_benchmarks(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["benchmarks", "--root", str(root)]) == 0
     output = capsys.readouterr().out
-    assert "docci_images.tar.gz" in output and "Sources of the missing" in output
+    assert "docci_images.tar.gz" in output and "To use the missing benchmarks" in output
     assert "flickr30k_test.json" not in output
 
 
