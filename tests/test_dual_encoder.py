@@ -36,9 +36,9 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def encode_both(model: DualEncoder, pictures: Path) -> tuple[Tensor, Tensor, list[str]]:
+def encode_both(model: DualEncoder, image_folder: Path) -> tuple[Tensor, Tensor, list[str]]:
     """Return the embeddings of eight images and of `TEXTS`, and the files of the images."""
-    refs = [r.image for r in open_records(pictures / "captions.jsonl") if r.image is not None][:8]
+    refs = [r.image for r in open_records(image_folder / "captions.jsonl") if r.image is not None][:8]
     [(decoded, inputs, failures)] = image_batches(refs, model.transform)
     assert decoded == list(range(8)) and not failures
     images, texts = model.encode_images(inputs), model.encode_texts(TEXTS)
@@ -51,11 +51,11 @@ def assert_same_embeddings(ours: Tensor, reference: Tensor) -> None:
     torch.testing.assert_close(ours, F.normalize(reference.float(), dim=-1), atol=1e-5, rtol=0)
 
 
-def test_transformers_model_matches_transformers(clip: Path, pictures: Path) -> None:
+def test_transformers_model_matches_transformers(clip: Path, image_folder: Path) -> None:
     from transformers import AutoModel, AutoProcessor
 
     model = open_dual_encoder(str(clip), "cpu")
-    images, texts, files = encode_both(model, pictures)
+    images, texts, files = encode_both(model, image_folder)
     assert model.count_truncated(TEXTS) == 1
     reference, processor = AutoModel.from_pretrained(clip).eval(), AutoProcessor.from_pretrained(clip)
     with torch.no_grad():
@@ -68,12 +68,12 @@ def test_transformers_model_matches_transformers(clip: Path, pictures: Path) -> 
             )
 
 
-def test_sentence_transformers_model_matches_sentence_transformers(clip: Path, pictures: Path) -> None:
+def test_sentence_transformers_model_matches_sentence_transformers(clip: Path, image_folder: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
     model = open_dual_encoder(f"st:{clip}", "cpu")
     reference = SentenceTransformer(str(clip), device="cpu")
-    refs = [r.image for r in open_records(pictures / "captions.jsonl") if r.image is not None][:8]
+    refs = [r.image for r in open_records(image_folder / "captions.jsonl") if r.image is not None][:8]
     [(_, inputs, _)] = image_batches(refs, model.transform)
     assert_same_embeddings(
         model.encode_images(inputs), reference.encode([Image.open(str(r)) for r in refs], convert_to_tensor=True)
@@ -82,26 +82,26 @@ def test_sentence_transformers_model_matches_sentence_transformers(clip: Path, p
     assert model.count_truncated(TEXTS) is None
 
 
-def test_open_clip_model_matches_open_clip(tmp_path: Path, pictures: Path) -> None:
+def test_open_clip_model_matches_open_clip(tmp_path: Path, image_folder: Path) -> None:
     open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
     reference = open_clip.create_model("ViT-S-32-alt").eval()
     config = {"model_cfg": open_clip.get_model_config("ViT-S-32-alt"), "preprocess_cfg": {}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     save_file(reference.state_dict(), tmp_path / "open_clip_model.safetensors")
-    images, texts, files = encode_both(open_dual_encoder(f"open_clip:{tmp_path}", "cpu"), pictures)
+    images, texts, files = encode_both(open_dual_encoder(f"open_clip:{tmp_path}", "cpu"), image_folder)
     transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")[2]
     with torch.no_grad():
         assert_same_embeddings(images, reference.encode_image(torch.stack([transform(Image.open(f)) for f in files])))
         assert_same_embeddings(texts, reference.encode_text(open_clip.get_tokenizer("ViT-S-32-alt")(TEXTS)))
 
 
-def test_model_folder_matches_llm2clip(llm: Path, tmp_path: Path, pictures: Path) -> None:
+def test_model_folder_matches_llm2clip(llm: Path, tmp_path: Path, image_folder: Path) -> None:
     encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
     tower = VisionTower.from_pretrained("timm:test_vit", pretrained=False, image_size=64)
     config = LLM2CLIPConfig(tower.config, encoder.embed_dim, embed_dim=12, adapter_depth=1, encoder=encoder.identity())
     LLM2CLIP(config, tower).save_pretrained(tmp_path / "model", encoder=encoder)
     model = open_dual_encoder(str(tmp_path / "model"), "cpu")
-    images, texts, files = encode_both(model, pictures)
+    images, texts, files = encode_both(model, image_folder)
     reference = LLM2CLIP.from_pretrained(tmp_path / "model", "cpu")
     assert_same_embeddings(images, reference.encode_image(files))
     assert_same_embeddings(texts, reference.encode_text(TEXTS))
@@ -111,9 +111,9 @@ def test_model_folder_matches_llm2clip(llm: Path, tmp_path: Path, pictures: Path
     )
 
 
-def test_untrained_model_is_at_chance_and_truncation_is_counted(clip: Path, pictures: Path) -> None:
+def test_untrained_model_is_at_chance_and_truncation_is_counted(clip: Path, image_folder: Path) -> None:
     """An untrained model is about at chance, and its truncated texts are counted."""
-    records = list(open_records(pictures / "captions.jsonl"))
+    records = list(open_records(image_folder / "captions.jsonl"))
     vectors = ModelEmbeddings(open_dual_encoder(str(clip), "cpu"), SkipLog(), progress=False)
     [row] = evaluate_caption_fields(vectors, {"captions": records})
     assert row["images"] == len(records) and row["truncated"] is not None
@@ -122,9 +122,9 @@ def test_untrained_model_is_at_chance_and_truncation_is_counted(clip: Path, pict
 
 
 def test_cached_embeddings_are_reused(
-    clip: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clip: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    records = list(open_records(pictures / "captions.jsonl"))
+    records = list(open_records(image_folder / "captions.jsonl"))
     model = open_dual_encoder(str(clip), "cpu")
     once = evaluate_caption_fields(ModelEmbeddings(model, SkipLog(), progress=False), {"captions": records})
     kept = evaluate_caption_fields(ModelEmbeddings(model, SkipLog(), tmp_path), {"captions": records[:20]})
