@@ -1,9 +1,10 @@
-"""Shared fixtures: tiny random models and generated data, so that the test suite runs offline."""
+"""Tiny random models and generated data: the whole suite runs offline on them."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable, Generator
 from contextlib import suppress
@@ -20,17 +21,17 @@ from llm2clip.config import TuneConfig
 from llm2clip.data.pairs import ImageCaptions
 from llm2clip.distributed import process_state, shutdown
 from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.pretrained import AssetUnavailableError
 
-# setuptools must be imported before the standard library's distutils, or compiling flex attention fails.
-with suppress(ImportError):
+with suppress(ImportError):  # its distutils first: compiling flex attention fails where the standard one came before it
     import setuptools  # noqa: F401
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _CAPABILITIES = {**getattr(torch.cpu, "get_capabilities", dict)(), "amx_bf16": False, "avx512_bf16": False}
-torch.cpu.get_capabilities = lambda: _CAPABILITIES  # auto is fp32 on every machine
-torch.set_num_threads(1)  # tiny models are slower with more threads
+torch.cpu.get_capabilities = lambda: _CAPABILITIES  # the same precision is chosen on any machine
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3")
 COLOURS = {
@@ -52,7 +53,7 @@ SHAPES = ("left half", "right half", "upper half", "lower half", "middle", "bord
 
 
 def save_tokenizer(folder: Path, chat_template: bool = True) -> None:
-    """Save a byte-level tokenizer whose pad token is its end token, with a chat template."""
+    """A byte-level tokenizer whose pad token is its end token, with a chat template: both traps at once."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -73,7 +74,7 @@ def save_tokenizer(folder: Path, chat_template: bool = True) -> None:
 
 
 def make_llm(folder: Path, family: str = "llama", layers: int = 3, seed: int = 0) -> Path:
-    """Save a random decoder LLM with hidden size 32, and its tokenizer."""
+    """A random decoder of a family, width 32, saved with its tokenizer."""
     from transformers import AutoConfig, AutoModel
 
     torch.manual_seed(seed)
@@ -93,7 +94,7 @@ def make_llm(folder: Path, family: str = "llama", layers: int = 3, seed: int = 0
         tie_word_embeddings=True,
     )
     model = AutoModel.from_config(config)
-    with torch.no_grad():  # large weights, so that attention matters
+    with torch.no_grad():  # far from zero, so that attention matters
         for p in model.parameters():
             if p.ndim > 1:
                 p.normal_(std=0.2)
@@ -119,20 +120,18 @@ def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random decoder LLM, as a folder."""
     return make_llm(tmp_path_factory.mktemp("llm"))
 
 
 @pytest.fixture
 def encoder(llm: Path) -> CaptionEncoder:
-    """A caption encoder on a random LLM."""
     return CaptionEncoder.from_pretrained(llm, device="cpu")
 
 
 @pytest.fixture(scope="session")
-def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """36 images of one colour on grey, with a varying number of captions and a long one each, split train and val."""
-    folder = tmp_path_factory.mktemp("images")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 pictures of a colour on another, each with captions of ragged number and a long one, split train and val."""
+    folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     lines = []
     for n, (colour, shape) in enumerate((c, s) for c in COLOURS for s in SHAPES):
@@ -159,15 +158,8 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def pictures(image_folder: Path) -> Path:
-    """The former name of `image_folder`."""
-    return image_folder
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The images of the records in `format_fixtures.ROWS`."""
     (tmp_path / "images").mkdir()
     for seed, row in enumerate(ROWS):
         (tmp_path / row["image"]).write_bytes(image_bytes(seed, "PNG" if row["image"].endswith("png") else "JPEG"))
@@ -175,31 +167,63 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random LLM2CLIP model."""
+    from search_fixtures import make_model
+
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def dual_encoder(model_folder: Path) -> DualEncoder:
+    """The model of `model_folder`."""
+    return open_dual_encoder(str(model_folder))
+
+
+@pytest.fixture
+def photos(tmp_path: Path, pictures: Path) -> Path:
+    """Seven images in two folders, two of them with the same bytes, one from 2001, one with a caption; two damaged."""
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    for n in range(4):
+        shutil.copy(pictures / f"{n}.png", folder / f"{n}.png")
+    shutil.copy(pictures / "5.png", folder / "sub/5.png")
+    shutil.copy(pictures / "5.png", folder / "sub/copy.png")
+    (folder / "0.txt").write_text("Ein roter Ärmel\n")
+    (folder / "bad.jpg").write_bytes(b"\xff\xd8\xff not an image")
+    (folder / "half.png").write_bytes((pictures / "6.png").read_bytes()[:300])
+    exif = Image.Exif()
+    exif[0x0132] = "2001:02:03 04:05:06"
+    Image.open(pictures / "7.png").resize((80, 64)).convert("RGB").save(folder / "old.jpg", exif=exif)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real data, for tests marked `data`; skips the test if there is none."""
+    """The folder of real data, for tests marked `data`."""
     folder = os.environ.get("LLM2CLIP_DATA")
     if not folder:
-        pytest.skip("LLM2CLIP_DATA is not set: no real data")
+        pytest.skip("LLM2CLIP_DATA is not set: no real data here")
     return Path(folder)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Skip a test marked `weights` if the weights are neither cached nor can be downloaded."""
+    """A test marked `weights` skips where they can be neither found nor fetched."""
     try:
         return (yield)
     except AssetUnavailableError as error:
         if item.get_closest_marker("weights") is None:
             raise
-        pytest.skip(f"no weights: {error}")
+        pytest.skip(f"no weights here: {error}")
 
 
 class Killed(BaseException):
-    """Simulates kill -9: no code catches it."""
+    """Stands for kill -9: nothing catches it."""
 
 
-def run_distributed(count: int, function: Callable[..., None], *args: Any) -> None:
-    """Run `function(*args)` in `count` gloo processes, with the environment that torchrun would set."""
+def distributed(count: int, function: Callable[..., None], *args: Any) -> None:
+    """Run `function(*args)` in as many gloo processes, as torchrun would start them."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -216,23 +240,21 @@ def _rank(rank: int, count: int, port: int, function: Callable[..., None], args:
         MASTER_PORT=str(port),
         ACCELERATE_USE_CPU="true",
     )
-    # Otherwise every process would do all the work, and the test would not test anything.
-    assert process_state().num_processes == count
+    assert (
+        process_state().num_processes == count
+    )  # else each would do all the work, and the test would compare one with one
     torch.set_num_threads(1)
     function(*args)
     shutdown()
 
 
-def emulate_fsdp_launch() -> None:
-    """Set up a process of `run_distributed` as `accelerate launch --use_fsdp --fsdp_version 2` does.
+def share_out() -> None:
+    """In a process of `distributed`: what `accelerate launch --use_fsdp --fsdp_version 2` asks for.
 
-    Accelerate supports FSDP on accelerators only, so it is made to treat the CPU as one.
+    Accelerate shares weights out over accelerators only: here it is told that the CPU is one.
     """
     from accelerate.state import DistributedType, PartialState
 
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
     os.environ.update(ACCELERATE_USE_FSDP="true")
-
-
-distributed, share_out = run_distributed, emulate_fsdp_launch  # former names

@@ -224,7 +224,7 @@ def _common(one: list[int], other: list[int]) -> list[int]:
 def standalone_source() -> str:
     """The code that a folder carries: ours, with the heads written out in the place of their import."""
     code = inspect.getsource(modeling_llm2clip)
-    code_of_heads = "\n\n".join(inspect.getsource(part) for part in (heads.ResidualBlock, heads.Adapter))
+    code_of_heads = "\n\n".join(inspect.getsource(part) for part in (heads.Block, heads.Adapter))
     imported = "from llm2clip.models.heads import Adapter\n"
     assert imported in code
     return code.replace(imported, "\n" + code_of_heads)
