@@ -1,4 +1,4 @@
-"""Three records, and how they are written in every format that is read."""
+"""Three records, and functions that write them in every supported format."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from llm2clip.data.records import open_records
+from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog
 
-ROWS: list[dict[str, Any]] = [  # ragged on purpose
+ROWS: list[dict[str, Any]] = [  # different numbers of captions on purpose
     {"id": "a", "image": "images/a.jpg", "captions": ["a cat", "一只猫, sitting"], "split": "train"},
     {"id": "b", "image": "images/b.png", "captions": ['a "dog"'], "split": "val"},
     {"id": "c", "image": "images/c.jpg", "captions": ["one", "two", "three"], "split": None},
@@ -28,21 +28,37 @@ ROWS: list[dict[str, Any]] = [  # ragged on purpose
 
 
 def image_bytes(seed: int, kind: str = "JPEG") -> bytes:
+    """Encode a small image whose width depends on the seed."""
     data = io.BytesIO()
     Image.linear_gradient("L").resize((24 + seed, 32)).convert("RGB").save(data, kind)
     return data.getvalue()
 
 
-def embedded(folder: Path) -> list[dict[str, Any]]:
-    return [
-        row | {"image": {"bytes": (folder / row["image"]).read_bytes(), "path": Path(row["image"]).name}}
-        for row in ROWS
-    ]
+def rows_with_image_bytes(folder: Path) -> list[dict[str, Any]]:
+    """Return `ROWS` with the images as Hugging Face's {"bytes", "path"}."""
+    rows = []
+    for row in ROWS:
+        image = {"bytes": (folder / row["image"]).read_bytes(), "path": Path(row["image"]).name}
+        rows.append(row | {"image": image})
+    return rows
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def image_row(n: int, split: str | None = None, **more: object) -> dict[str, Any]:
+    """Return a row of image `n`, which `write_images_and_jsonl` creates, with two captions."""
+    return {"image": f"{n}.png", "id": str(n), "captions": [f"{n} a", f"{n} b"], "split": split, **more}
+
+
+def write_images_and_jsonl(path: Path, *rows: dict[str, Any]) -> str:
+    """Write rows to a .jsonl file and create the images that they name; return the path."""
+    for row in rows:
+        if row.get("image"):
+            Image.new("RGB", (8, 8)).save(path.parent / row["image"])
+    return str(write_jsonl(path, rows))
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
@@ -55,22 +71,24 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
 
 
 def tar_members(folder: Path, rows: Iterable[dict[str, Any]]) -> Iterable[tuple[str, bytes]]:
+    """Yield the name and content of an image and a JSON member for each row."""
     for row in rows:
         suffix = row["image"].rpartition(".")[2]
         yield f"x/{row['id']}.{suffix}", (folder / row["image"]).read_bytes()
         yield f"x/{row['id']}.json", json.dumps({"captions": row["captions"], "split": row["split"]}).encode()
 
 
-def logged(path: Path) -> list[tuple[str, int, str]]:
+def read_skip_log(path: Path) -> list[tuple[str, int, str]]:
+    """Return (file, row, reason) of every entry."""
     entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert all(entry.keys() == {"file", "row", "reason", "value"} for entry in entries)
     return [(entry["file"], entry["row"], entry["reason"]) for entry in entries]
 
 
-def refused(source: Path, log: Path, **options: Any) -> tuple[list[str], list[tuple[str, int, str]]]:
-    """The ids that come through with no limit on skips, and the (file name, row, reason) of what does not."""
+def ids_and_skips(source: Source, log: Path, **options: Any) -> tuple[list[str], list[tuple[str, int, str]]]:
+    """Read a source without a limit on skipped rows; return the ids and (file name, row, reason) of all skips."""
     ids = [record.id for record in open_records(source, SkipLog(log, max_skipped=1.0), **options)]
-    return ids, [(os.path.basename(file), row, reason) for file, row, reason in logged(log)]
+    return ids, [(os.path.basename(file), row, reason) for file, row, reason in read_skip_log(log)]
 
 
 def as_jsonl(folder: Path) -> str:
@@ -88,13 +106,13 @@ def as_json(folder: Path) -> str:
 
 
 def as_csv_of_rows(folder: Path, name: str = "x.csv", delimiter: str = ",") -> str:
-    """A row a caption, the first captions of all images before the second ones."""
+    """Write a row for each caption: the first caption of every image, then the second, and so on."""
     with (folder / name).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter=delimiter)
         writer.writerow(["id", "filename", "caption", "split"])
-        for place in range(3):
+        for index in range(3):
             for row in ROWS:
-                for caption in row["captions"][place : place + 1]:
+                for caption in row["captions"][index : index + 1]:
                     writer.writerow([row["id"], row["image"], caption, row["split"] or ""])
     return str(folder / name)
 
@@ -107,9 +125,9 @@ def as_csv_of_lists(folder: Path) -> str:
     with (folder / "x.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "image", "captions", "split"])
-        for place, row in enumerate(ROWS):  # as JSON, and as pandas prints a list
-            written = json.dumps(row["captions"]) if place else repr(row["captions"])
-            writer.writerow([row["id"], row["image"], written, row["split"] or "none"])
+        for index, row in enumerate(ROWS):  # the first list as pandas writes it, the others as JSON
+            captions = json.dumps(row["captions"]) if index else repr(row["captions"])
+            writer.writerow([row["id"], row["image"], captions, row["split"] or "none"])
     return str(folder / "x.csv")
 
 
@@ -119,13 +137,13 @@ def as_parquet_of_paths(folder: Path) -> str:
 
 
 def as_parquet_of_bytes(folder: Path) -> str:
-    pq.write_table(pa.Table.from_pylist(embedded(folder)), folder / "x.parquet", row_group_size=2)
+    pq.write_table(pa.Table.from_pylist(rows_with_image_bytes(folder)), folder / "x.parquet", row_group_size=2)
     return str(folder / "x.parquet")
 
 
 def as_folder_of_parquet(folder: Path) -> str:
     (folder / "tables").mkdir()
-    rows = embedded(folder)
+    rows = rows_with_image_bytes(folder)
     pq.write_table(pa.Table.from_pylist(rows[:2]), folder / "tables/0.parquet")
     pq.write_table(pa.Table.from_pylist(rows[2:]), folder / "tables/1.parquet")
     return str(folder / "tables")
@@ -133,8 +151,8 @@ def as_folder_of_parquet(folder: Path) -> str:
 
 def as_images_with_json(folder: Path) -> str:
     for row in ROWS:
-        side = {"captions": row["captions"], "split": row["split"]}
-        (folder / row["image"]).with_suffix(".json").write_text(json.dumps(side))
+        captions = {"captions": row["captions"], "split": row["split"]}
+        (folder / row["image"]).with_suffix(".json").write_text(json.dumps(captions))
     return str(folder / "images")
 
 
@@ -166,8 +184,24 @@ def as_saved_dataset(folder: Path) -> str:
         captions=datasets.Sequence(datasets.Value("string")),
         split=datasets.Value("string"),
     )
-    datasets.Dataset.from_list(embedded(folder), features=features).save_to_disk(folder / "saved")
+    datasets.Dataset.from_list(rows_with_image_bytes(folder), features=features).save_to_disk(folder / "saved")
     return str(folder / "saved")
 
 
-FORMATS = [value for name, value in list(globals().items()) if name.startswith("as_")]
+FORMATS = [
+    as_jsonl,
+    as_jsonl_gz,
+    as_json,
+    as_csv_of_rows,
+    as_tsv_of_rows,
+    as_csv_of_lists,
+    as_parquet_of_paths,
+    as_parquet_of_bytes,
+    as_folder_of_parquet,
+    as_images_with_json,
+    as_folder_with_captions,
+    as_tar,
+    as_tars_in_braces,
+    as_glob_of_tars,
+    as_saved_dataset,
+]

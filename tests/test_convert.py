@@ -1,4 +1,4 @@
-"""Published checkpoints: read strictly, the same vectors as independent references, and back to the bit."""
+"""Conversion of official checkpoints: strict loading, embeddings equal to independent references, exact round trips."""
 
 from __future__ import annotations
 
@@ -16,23 +16,28 @@ from torch import Tensor
 
 from conftest import make_llm
 from llm2clip import LLM2CLIP
+from llm2clip.cli import main
 from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.convert import convert
-from llm2clip.models.convert.checkpoint_layout import Checkpoint, computed_buffers, infer_config, to_official_name
-from llm2clip.models.convert.convert import convert_verb, fill_weights, load_official, save_official
+from llm2clip.models.convert import load
+from llm2clip.models.convert.checkpoint_layout import EVA, LAYOUTS, Checkpoint, computed_buffers, official_name
+from llm2clip.models.convert.infer_config import infer_config
+from llm2clip.models.convert.load import fill_weights, load_official
+from llm2clip.models.convert.save import save_official
 from llm2clip.models.llm2clip import LLM2CLIPConfig
 from llm2clip.models.vision_tower import VisionTower
 
-TEXT, WIDTH = 32, 12  # the caption encoder's width and the shared one
-CLIP = {"width": 64, "depth": 2, "hidden": 96, "patch": 8, "size": 24}
-EVA = {"width": 128, "depth": 2, "hidden": 341, "patch": 8, "size": 24}
+TEXT_DIM, EMBED_DIM = 32, 12
+CLIP_SIZES = {"width": 64, "depth": 2, "hidden": 96, "patch": 8, "size": 24}
+EVA_SIZES = {"width": 128, "depth": 2, "hidden": 341, "patch": 8, "size": 24}
 PREFIX = {"hf": "text_adapter.adaptor.", "eva": "text.text_adaptor."}
 
 
-# ---- official checkpoints, written down by hand ---------------------------------------------------------------------
+# ---- official checkpoints, specified by hand ------------------------------------------------------------------------
 
 
-def adapter_shapes(prefix: str, text: int = TEXT, width: int = WIDTH, depth: int = 4) -> dict[str, tuple[int, ...]]:
+def adapter_shapes(
+    prefix: str, text: int = TEXT_DIM, width: int = EMBED_DIM, depth: int = 4
+) -> dict[str, tuple[int, ...]]:
     named: dict[str, tuple[int, ...]] = {}
     for i in range(depth):
         named |= {f"{prefix}{i}.ln.weight": (text,), f"{prefix}{i}.ln.bias": (text,)}
@@ -43,7 +48,7 @@ def adapter_shapes(prefix: str, text: int = TEXT, width: int = WIDTH, depth: int
 
 
 def clip_shapes(width: int, depth: int, hidden: int, patch: int, size: int) -> dict[str, tuple[int, ...]]:
-    """The vision tower by the names of transformers."""
+    """Return the shapes of a CLIP tower's tensors under transformers' names."""
     named: dict[str, tuple[int, ...]] = {
         "embeddings.class_embedding": (width,),
         "embeddings.patch_embedding.weight": (width, 3, patch, patch),
@@ -60,7 +65,7 @@ def clip_shapes(width: int, depth: int, hidden: int, patch: int, size: int) -> d
 
 
 def eva_shapes(width: int, depth: int, hidden: int, patch: int, size: int) -> dict[str, tuple[int, ...]]:
-    """The vision tower by the names of the EVA code, as LLM2CLIP changed it."""
+    """Return the shapes of an EVA-02 tower's tensors under the names of LLM2CLIP's version of the EVA-CLIP code."""
     named: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, width),
         "pos_embed": (1, (size // patch) ** 2 + 1, width),
@@ -79,16 +84,18 @@ def eva_shapes(width: int, depth: int, hidden: int, patch: int, size: int) -> di
     return {f"visual.{name}": shape for name, shape in named.items()}
 
 
-def official_shapes(form: str, text: int = TEXT, shared: int = WIDTH, **tower: int) -> dict[str, tuple[int, ...]]:
-    if form == "hf":
+def official_shapes(
+    layout: str, text: int = TEXT_DIM, shared: int = EMBED_DIM, **tower: int
+) -> dict[str, tuple[int, ...]]:
+    if layout == "hf":
         rest = clip_shapes(**tower) | {"visual_projection.weight": (shared, tower["width"])}
     else:
         rest = eva_shapes(**tower) | {"visual.head.weight": (shared, tower["width"]), "visual.head.bias": (shared,)}
-    return rest | adapter_shapes(PREFIX[form], text, shared) | {"logit_scale": ()}
+    return rest | adapter_shapes(PREFIX[layout], text, shared) | {"logit_scale": ()}
 
 
-def random(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
-    """Tensors of these shapes: every one other than its neighbours and than its initial value."""
+def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
+    """Return random tensors of these shapes, all different from each other and from their initial values."""
     torch.manual_seed(seed)
     tensors = {name: torch.randn(shape) * 0.2 for name, shape in shapes.items()}
     for name, tensor in tensors.items():
@@ -99,41 +106,40 @@ def random(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tenso
 
 
 def rotary(side: int, head: int = 64, trained: int = 16) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of EVA-02's rotary embedding, (side^2, head): half of a head's numbers turn with the row and
-    half with the column, in pairs, at positions stretched to the grid of the first training."""
-    speeds = 10000.0 ** (-torch.arange(0, head // 2, 2) / (head // 2))
-    angles = (torch.arange(side) / side * trained)[:, None] * speeds
+    """Return the cosines and sines of EVA-02's rotary embedding, each (side * side, head).
+
+    Half of a head's dimensions rotate with the row and half with the column, in pairs. Positions are stretched to the
+    grid of the original training, `trained` patches per side.
+    """
+    frequencies = 10000.0 ** (-torch.arange(0, head // 2, 2) / (head // 2))
+    angles = (torch.arange(side) / side * trained)[:, None] * frequencies
     angles = angles.repeat_interleave(2, dim=1)
     row, column = (torch.arange(side * side) // side), (torch.arange(side * side) % side)
-    whole = torch.cat([angles[row], angles[column]], dim=1)
-    return whole.cos(), whole.sin()
+    angles = torch.cat([angles[row], angles[column]], dim=1)
+    return angles.cos(), angles.sin()
 
 
-def checkpoint(form: str, seed: int = 0) -> dict[str, Tensor]:
-    tensors = random(official_shapes(form, **(CLIP if form == "hf" else EVA)), seed)
-    if form == "eva":
+def make_checkpoint(layout: str, seed: int = 0) -> dict[str, Tensor]:
+    tensors = random_tensors(official_shapes(layout, **(CLIP_SIZES if layout == "hf" else EVA_SIZES)), seed)
+    if layout == "eva":
         cos, sin = rotary(3)
-        for place in ("", "blocks.0.attn.", "blocks.1.attn."):
-            tensors |= {f"visual.{place}rope.freqs_cos": cos, f"visual.{place}rope.freqs_sin": sin}
+        for owner in ("", "blocks.0.attn.", "blocks.1.attn."):
+            tensors |= {f"visual.{owner}rope.freqs_cos": cos, f"visual.{owner}rope.freqs_sin": sin}
     return tensors
 
 
-def write(tensors: dict[str, Tensor], form: str, folder: Path) -> Path:
+def write_checkpoint(tensors: dict[str, Tensor], layout: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    if form == "eva":
+    if layout == "eva":
         torch.save(tensors, folder / "official.pt")
         return folder / "official.pt"
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 1}
     vision |= {"image_size": 24, "patch_size": 8}
-    text = {"model_type": "clip_text_model", "hidden_size": 768}  # as published, and without a meaning
-    config = {"model_type": "clip", "projection_dim": WIDTH, "vision_config": vision, "text_config": text}
+    text = {"model_type": "clip_text_model", "hidden_size": 768}  # present in the published files, but not used
+    config = {"model_type": "clip", "projection_dim": EMBED_DIM, "vision_config": vision, "text_config": text}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
-
-
-def as_read(tensors: dict[str, Tensor], form: str) -> Checkpoint:
-    return Checkpoint.of("here", tensors, {}, None)
 
 
 def pixels(size: int = 24) -> Tensor:
@@ -147,22 +153,24 @@ def normalised(x: Tensor) -> Tensor:
 
 # ---- architecture ---------------------------------------------------------------------------------------------------
 
-LARGE = {"width": 1024, "depth": 24, "hidden": 4096, "patch": 14}
-BASE = {"width": 768, "depth": 12, "hidden": 3072, "patch": 16}
+LARGE_CLIP = {"width": 1024, "depth": 24, "hidden": 4096, "patch": 14}
+BASE_CLIP = {"width": 768, "depth": 12, "hidden": 3072, "patch": 16}
 
 
 @pytest.mark.parametrize(
-    ("tower", "size", "count"), [(LARGE, 336, 578_587_905), (BASE, 224, 360_552_193)], ids=["L-14-336", "B-16"]
+    ("tower", "size", "count"),
+    [(LARGE_CLIP, 336, 578_587_905), (BASE_CLIP, 224, 360_552_193)],
+    ids=["L-14-336", "B-16"],
 )
-def test_the_published_parameter_counts(tower: dict[str, int], size: int, count: int) -> None:
-    """As the hub gives them: vision tower, projection to 1280 without a bias, adapter from 4096, logit scale."""
+def test_infer_config_matches_published_hf_parameter_counts(tower: dict[str, int], size: int, count: int) -> None:
+    """The counts on the hub: vision tower, projection to 1280 without bias, adapter from 4096, logit scale."""
     shapes = official_shapes("hf", 4096, 1280, **tower, size=size)
     assert sum(math.prod(shape) for shape in shapes.values()) == count
     with torch.device("meta"):
-        read = as_read({name: torch.empty(shape) for name, shape in shapes.items()}, "hf")
-        config = infer_config(read)
+        checkpoint = Checkpoint.from_tensors("memory", {name: torch.empty(shape) for name, shape in shapes.items()})
+        config = infer_config(checkpoint)
         model = LLM2CLIP(config, VisionTower.from_config(config.tower))
-        fill_weights(model, read)
+        fill_weights(model, checkpoint)
     assert sum(p.numel() for p in model.parameters()) == count
     assert (config.text_dim, config.embed_dim, config.adapter_depth, config.adapter_expansion) == (4096, 1280, 4, 2)
     assert config.tower["architecture"]["num_attention_heads"] == tower["width"] // 64
@@ -170,27 +178,27 @@ def test_the_published_parameter_counts(tower: dict[str, int], size: int, count:
     assert config.normalize_input and not config.projection_bias
 
 
-EVA_LARGE, EVA_BASE = LARGE | {"hidden": 2730}, BASE | {"hidden": 2048}
+LARGE_EVA, BASE_EVA = LARGE_CLIP | {"hidden": 2730}, BASE_CLIP | {"hidden": 2048}
 
 
 @pytest.mark.parametrize(
     ("tower", "size", "name", "reference"),
     [
-        (EVA_LARGE, 336, "eva02_large_patch14_clip_336", "EVA02-L-14-336"),
-        (EVA_LARGE, 224, "eva02_large_patch14_clip_224", "EVA02-L-14"),
-        (EVA_BASE, 224, "eva02_base_patch16_clip_224", "EVA02-B-16"),
+        (LARGE_EVA, 336, "eva02_large_patch14_clip_336", "EVA02-L-14-336"),
+        (LARGE_EVA, 224, "eva02_large_patch14_clip_224", "EVA02-L-14"),
+        (BASE_EVA, 224, "eva02_base_patch16_clip_224", "EVA02-B-16"),
     ],
 )
-def test_the_eva_towers_are_open_clips(tower: dict[str, int], size: int, name: str, reference: str) -> None:
+def test_infer_config_eva_towers_match_open_clip(tower: dict[str, int], size: int, name: str, reference: str) -> None:
     import open_clip
 
     shapes = official_shapes("eva", 4096, 1280, **tower, size=size)
     with torch.device("meta"):
-        read = as_read({name: torch.empty(shape) for name, shape in shapes.items()}, "eva")
-        config = infer_config(read)
+        checkpoint = Checkpoint.from_tensors("memory", {name: torch.empty(shape) for name, shape in shapes.items()})
+        config = infer_config(checkpoint)
         model = LLM2CLIP(config, VisionTower.from_config(config.tower))
         trunk = open_clip.create_model(reference, load_weights=False, device="meta").visual.trunk
-        fill_weights(model, read)
+        fill_weights(model, checkpoint)
     assert config.tower["architecture"] == name
     assert config.tower["args"] == {"num_classes": 0, "img_size": size}
     theirs = {n: p.shape for n, p in trunk.named_parameters() if not n.startswith("head.")}
@@ -201,22 +209,22 @@ def test_the_eva_towers_are_open_clips(tower: dict[str, int], size: int, name: s
     assert count == sum(math.prod(shape) for shape in shapes.values())
     if size == 336:
         assert count == 578_727_361
-    assert model.tower.preprocess.resize_size == size  # timm's own setting at 224 leaves a margin
+    assert model.tower.preprocess.resize_size == size  # timm's own setting at 224 crops 10% off
 
 
-def test_the_adapter_of_the_1b_model() -> None:
+def test_infer_config_reads_the_adapter_of_the_1b_encoder() -> None:
     with torch.device("meta"):
-        shapes = official_shapes("eva", 2048, 1280, **EVA_LARGE, size=336)
-        config = infer_config(as_read({n: torch.empty(s) for n, s in shapes.items()}, "eva"))
+        shapes = official_shapes("eva", 2048, 1280, **LARGE_EVA, size=336)
+        config = infer_config(Checkpoint.from_tensors("memory", {n: torch.empty(s) for n, s in shapes.items()}))
     assert (config.text_dim, config.embed_dim) == (2048, 1280)
 
 
-# ---- numbers --------------------------------------------------------------------------------------------------------
+# ---- embeddings -----------------------------------------------------------------------------------------------------
 
 
 def adapter_reference(w: dict[str, Tensor], prefix: str, x: Tensor, normalise: bool = True) -> Tensor:
     def norm(x: Tensor, name: str) -> Tensor:
-        return F.layer_norm(x, (TEXT,), w[f"{name}.weight"], w[f"{name}.bias"])
+        return F.layer_norm(x, (TEXT_DIM,), w[f"{name}.weight"], w[f"{name}.bias"])
 
     x = x / x.norm(dim=1, keepdim=True) if normalise else x
     for i in range(4):
@@ -227,7 +235,7 @@ def adapter_reference(w: dict[str, Tensor], prefix: str, x: Tensor, normalise: b
 
 
 def eva_reference(w: dict[str, Tensor], x: Tensor, heads: int = 2) -> Tensor:
-    """EVA-02 as its paper has it (arXiv 2303.11331): pre-norm, rotary embedding, a norm inside attention and SwiGLU."""
+    """EVA-02 as in its paper (arXiv 2303.11331): pre-norm, rotary embedding, a norm inside attention and SwiGLU."""
 
     def norm(x: Tensor, name: str) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], w[f"visual.{name}.weight"], w[f"visual.{name}.bias"], 1e-6)
@@ -256,24 +264,24 @@ def eva_reference(w: dict[str, Tensor], x: Tensor, heads: int = 2) -> Tensor:
 
 
 @torch.no_grad()
-def test_clip_vectors_are_those_of_transformers(tmp_path: Path) -> None:
+def test_load_official_image_embeddings_match_transformers(tmp_path: Path) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
     small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     reference = CLIPVisionModelWithProjection(
-        CLIPVisionConfig(**small, image_size=24, patch_size=8, projection_dim=WIDTH)
+        CLIPVisionConfig(**small, image_size=24, patch_size=8, projection_dim=EMBED_DIM)
     ).eval()
     for parameter in reference.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.1)
     reference.save_pretrained(tmp_path / "vision")
     theirs = load_file(tmp_path / "vision/model.safetensors")
-    tensors = theirs | random(adapter_shapes(PREFIX["hf"]))
-    assert {n: tuple(t.shape) for n, t in tensors.items()} == official_shapes("hf", **CLIP)
+    tensors = theirs | random_tensors(adapter_shapes(PREFIX["hf"]))
+    assert {n: tuple(t.shape) for n, t in tensors.items()} == official_shapes("hf", **CLIP_SIZES)
 
-    folder = write(tensors, "hf", tmp_path / "official")
+    folder = write_checkpoint(tensors, "hf", tmp_path / "official")
     config = json.loads((folder / "config.json").read_text())
-    config["vision_config"]["num_attention_heads"] = 4  # no shape tells
+    config["vision_config"]["num_attention_heads"] = 4  # not visible in any shape
     (folder / "config.json").write_text(json.dumps(config))
     model = load_official(folder)
     x = pixels()
@@ -282,41 +290,40 @@ def test_clip_vectors_are_those_of_transformers(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_eva_vectors_are_those_of_its_formulas(tmp_path: Path) -> None:
-    tensors = checkpoint("eva")
-    model = load_official(write(tensors, "eva", tmp_path))
+def test_load_official_eva_image_embeddings_match_reference(tmp_path: Path) -> None:
+    tensors = make_checkpoint("eva")
+    model = load_official(write_checkpoint(tensors, "eva", tmp_path))
     expected = eva_reference(tensors, normalised(pixels()))
     torch.testing.assert_close(model(pixels=pixels())[0], expected, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["hf", "eva"])
-def test_text_vectors_and_scale(form: str, tmp_path: Path) -> None:
-    tensors = checkpoint(form)
-    model = load_official(write(tensors, form, tmp_path))
-    x = torch.randn(5, TEXT) * 3
+@pytest.mark.parametrize("layout", ["hf", "eva"])
+def test_load_official_text_embeddings_and_scale_match_reference(layout: str, tmp_path: Path) -> None:
+    tensors = make_checkpoint(layout)
+    model = load_official(write_checkpoint(tensors, layout, tmp_path))
+    x = torch.randn(5, TEXT_DIM) * 3
     _, text, scale, _ = model(embeddings=x)
-    torch.testing.assert_close(text, adapter_reference(tensors, PREFIX[form], x), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(text, adapter_reference(tensors, PREFIX[layout], x), atol=1e-6, rtol=1e-5)
     assert scale.item() == pytest.approx(math.exp(3.25))
     assert model.logit_scale.item() == 3.25
 
-    other = load_official(write(tensors, form, tmp_path), normalize_input=False)
-    expected = adapter_reference(tensors, PREFIX[form], x, normalise=False)
+    other = load_official(write_checkpoint(tensors, layout, tmp_path), normalize_input=False)
+    expected = adapter_reference(tensors, PREFIX[layout], x, normalise=False)
     torch.testing.assert_close(other(embeddings=x)[1], expected, atol=1e-6, rtol=1e-5)
     assert not torch.allclose(text, expected, atol=1e-2)
 
 
-def test_an_adapter_trained_with_the_llm_running_does_not_normalise(tmp_path: Path) -> None:
-    tensors = {n.replace("text.text_", "text.text_proj.text_"): t for n, t in checkpoint("eva").items()}
+def test_load_official_online_adapter_does_not_normalise_its_input(tmp_path: Path) -> None:
+    tensors = {n.replace("text.text_", "text.text_proj.text_"): t for n, t in make_checkpoint("eva").items()}
     tensors["text.text.model.layers.0.mlp.up_proj.weight"] = torch.zeros(2, 2)
-    assert not load_official(write(tensors, "eva", tmp_path)).config.normalize_input
+    assert not load_official(write_checkpoint(tensors, "eva", tmp_path)).config.normalize_input
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------
 
 
-def test_names_both_ways() -> None:
-    """A list made by hand."""
+def test_official_name_matches_hand_written_list() -> None:
     pairs = {
         "hf": {
             "tower.backbone.embeddings.class_embedding": "vision_model.embeddings.class_embedding",
@@ -346,42 +353,42 @@ def test_names_both_ways() -> None:
             "adapter.out.weight": "text.text_adaptor.5.weight",
         },
     }
-    for form, names in pairs.items():
-        assert {ours: to_official_name(ours, form, 4) for ours in names} == names
+    for layout, names in pairs.items():
+        assert {name: official_name(name, LAYOUTS[layout], 4) for name in names} == names
 
 
-def test_timm_reads_the_same_from_eva_names(tmp_path: Path) -> None:
+def test_load_official_eva_names_match_timm(tmp_path: Path) -> None:
     from timm.models.eva import checkpoint_filter_fn
 
-    tensors = checkpoint("eva")
-    model = load_official(write(tensors, "eva", tmp_path))
+    tensors = make_checkpoint("eva")
+    model = load_official(write_checkpoint(tensors, "eva", tmp_path))
     theirs = checkpoint_filter_fn(tensors, model.tower.backbone)
     assert set(theirs) - set(model.tower.backbone.state_dict()) == {"head.weight", "head.bias"}
-    assert all(torch.equal(theirs[name], own) for name, own in model.tower.backbone.state_dict().items())
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in model.tower.backbone.state_dict().items())
 
 
-def test_rotary_tables_are_those_of_the_formula(tmp_path: Path) -> None:
-    model = load_official(write(checkpoint("eva"), "eva", tmp_path))
-    tables = computed_buffers(model, "eva")
-    for table, expected in zip(("cos", "sin"), rotary(3), strict=True):
-        torch.testing.assert_close(tables[f"visual.blocks.1.attn.rope.freqs_{table}"], expected)
+def test_computed_buffers_match_rotary_formula(tmp_path: Path) -> None:
+    model = load_official(write_checkpoint(make_checkpoint("eva"), "eva", tmp_path))
+    buffers = computed_buffers(model, EVA)
+    for function, expected in zip(("cos", "sin"), rotary(3), strict=True):
+        torch.testing.assert_close(buffers[f"visual.blocks.1.attn.rope.freqs_{function}"], expected)
 
 
-# ---- back -----------------------------------------------------------------------------------------------------------
+# ---- save_official --------------------------------------------------------------------------------------------------
 
 
-def content(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
     return torch.load(path, weights_only=True) if path.suffix == ".pt" else load_file(path / "model.safetensors")
 
 
-@pytest.mark.parametrize("form", ["hf", "eva"])
-def test_round_trips_to_the_bit(form: str, tmp_path: Path) -> None:
-    tensors = checkpoint(form)
-    source = write(tensors, form, tmp_path / "official")
+@pytest.mark.parametrize("layout", ["hf", "eva"])
+def test_save_official_round_trip_is_exact(layout: str, tmp_path: Path) -> None:
+    tensors = make_checkpoint(layout)
+    source = write_checkpoint(tensors, layout, tmp_path / "official")
     load_official(source).save_pretrained(tmp_path / "model")
     model = LLM2CLIP.from_pretrained(tmp_path / "model", device="cpu")
-    back = save_official(model, tmp_path / ("back.pt" if form == "eva" else "back"), form)
-    written = content(back)
+    back = save_official(model, tmp_path / ("back.pt" if layout == "eva" else "back"), layout)
+    written = load_tensors(back)
     assert written.keys() == tensors.keys()
     for name, tensor in tensors.items():
         if "rope" in name:
@@ -395,26 +402,26 @@ def test_round_trips_to_the_bit(form: str, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["official", "model", back.name])
 
 
-def test_a_projection_without_bias_gets_one_of_zeros(tmp_path: Path) -> None:
-    model = load_official(write(checkpoint("eva"), "eva", tmp_path))
+def test_save_official_eva_adds_a_zero_projection_bias(tmp_path: Path) -> None:
+    model = load_official(write_checkpoint(make_checkpoint("eva"), "eva", tmp_path))
     config = LLM2CLIPConfig(**{**vars(model.config), "projection_bias": False})
     ours = LLM2CLIP(config, model.tower).eval()
     again = load_official(save_official(ours, tmp_path / "back.pt", "eva"))
     assert torch.allclose(again.encode_image([pixels()[0]]), ours.encode_image([pixels()[0]]), atol=1e-6)
 
 
-def test_what_has_no_place_in_an_official_form(tmp_path: Path) -> None:
-    clip = load_official(write(checkpoint("hf"), "hf", tmp_path / "hf"))
-    eva = load_official(write(checkpoint("eva"), "eva", tmp_path / "eva"))
-    with pytest.raises(ValueError, match=r"tower is clip_vision_model.*EVA-02"):
+def test_save_official_rejects_models_that_the_layout_cannot_represent(tmp_path: Path) -> None:
+    clip = load_official(write_checkpoint(make_checkpoint("hf"), "hf", tmp_path / "hf"))
+    eva = load_official(write_checkpoint(make_checkpoint("eva"), "eva", tmp_path / "eva"))
+    with pytest.raises(ValueError, match=r"vision tower is clip_vision_model.*EVA-02"):
         save_official(clip, tmp_path / "x.pt", "eva")
-    with pytest.raises(ValueError, match=r"tower is timm:eva02.*CLIP tower.*projection has a bias"):
+    with pytest.raises(ValueError, match=r"vision tower is timm:eva02.*CLIP tower.*projection has a bias"):
         save_official(eva, tmp_path / "x", "hf")
     with pytest.raises(ValueError, match="'onnx'"):
         save_official(clip, tmp_path / "x", "onnx")
-    with pytest.raises(ValueError, match=r"one \.pt file"):
+    with pytest.raises(ValueError, match=r"must end in \.pt"):
         save_official(eva, tmp_path / "x", "eva")
-    with pytest.raises(FileExistsError, match="another place"):
+    with pytest.raises(FileExistsError, match="another path"):
         save_official(clip, tmp_path / "hf", "hf")
     clip.config.normalize_input = False
     with pytest.raises(ValueError, match="does not normalise"):
@@ -422,13 +429,13 @@ def test_what_has_no_place_in_an_official_form(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- checkpoint files -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["file", "shards", "bin", "half", "positions"])
-def test_hf_files(kind: str, tmp_path: Path) -> None:
-    tensors = checkpoint("hf")
-    folder = source = write(tensors, "hf", tmp_path)
+def test_load_official_reads_hf_weight_files(kind: str, tmp_path: Path) -> None:
+    tensors = make_checkpoint("hf")
+    folder = source = write_checkpoint(tensors, "hf", tmp_path)
     weights = folder / "model.safetensors"
     if kind == "file":
         source = weights
@@ -436,9 +443,9 @@ def test_hf_files(kind: str, tmp_path: Path) -> None:
         weights.unlink()
         names = sorted(tensors)
         parts = {f"model-0000{i}-of-00002.safetensors": names[i - 1 :: 2] for i in (1, 2)}
-        for file, some in parts.items():
-            save_file({name: tensors[name] for name in some}, folder / file)
-        index = {"metadata": {}, "weight_map": {name: file for file, some in parts.items() for name in some}}
+        for file, shard in parts.items():
+            save_file({name: tensors[name] for name in shard}, folder / file)
+        index = {"metadata": {}, "weight_map": {name: file for file, shard in parts.items() for name in shard}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     elif kind == "bin":
         weights.unlink()
@@ -450,47 +457,59 @@ def test_hf_files(kind: str, tmp_path: Path) -> None:
         more = {"vision_model.embeddings.position_ids": torch.arange(10)[None]}
         save_file(tensors | more | {"text_model.final_layer_norm.weight": torch.ones(2)}, weights)
     model = load_official(source)
-    for name, own in model.state_dict().items():
-        assert own.dtype == torch.float32
-        assert torch.equal(own.reshape(-1), tensors[to_official_name(name, "hf", 4)].float().reshape(-1))
+    for name, tensor in model.state_dict().items():
+        official = tensors[official_name(name, LAYOUTS["hf"], 4)]
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor.reshape(-1), official.float().reshape(-1))
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "module", "prefix", "original"])
-def test_eva_files(wrapper: str, tmp_path: Path) -> None:
-    tensors: dict[str, Any] = checkpoint("eva")
+def test_load_official_reads_eva_weight_files(wrapper: str, tmp_path: Path) -> None:
+    tensors: dict[str, Any] = make_checkpoint("eva")
     wrapped: dict[str, Any] = {"epoch": 3, wrapper: tensors}
     if wrapper == "prefix":
         wrapped = {f"module.{name}": tensor for name, tensor in tensors.items()}
-    elif wrapper == "original":  # EVA-CLIP's own names for two biases
+    elif wrapper == "original":  # the original EVA-CLIP's names of two biases
         wrapped = {n.replace("q_proj.bias", "q_bias").replace("v_proj.bias", "v_bias"): t for n, t in tensors.items()}
         assert "visual.blocks.1.attn.q_bias" in wrapped
     torch.save(wrapped, tmp_path / "LLM2CLIP-EVA02-B-16.pt")
-    (tmp_path / "model.safetensors").write_bytes(b"another form, which is not read")
+    (tmp_path / "model.safetensors").write_bytes(b"another format, which is not read")
     model = load_official(tmp_path)
     assert torch.equal(model.projection.bias, tensors["visual.head.bias"])
     assert torch.equal(model.tower.backbone.blocks[1].attn.q_proj.bias, tensors["visual.blocks.1.attn.q_proj.bias"])
 
 
-def test_a_hub_repository_is_fetched_without_what_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write(checkpoint("hf"), "hf", tmp_path)
-    asked: list[Any] = []
-    files = ["config.json", "modeling_clip.py", "model.safetensors", "pytorch_model.bin"]
-    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: files)
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.extend(allow_patterns) or str(folder)
-    )
+def test_load_official_downloads_only_the_needed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_checkpoint(make_checkpoint("hf"), "hf", tmp_path)
+    repository = ["config.json", "modeling_clip.py", "model.safetensors", "pytorch_model.bin"]
+    patterns: list[str] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        patterns.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: repository)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     load_official("microsoft/LLM2CLIP-Openai-B-16")
-    assert set(asked) == {"config.json", "preprocessor_config.json", "model.safetensors"}
+    assert set(patterns) == {"config.json", "preprocessor_config.json", "model.safetensors"}
 
 
-def test_no_such_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no/such-thing"):
-        load_official("no/such-thing")
-    with pytest.raises(ValueError, match=r"holds none of model\.safetensors"):
+def test_load_official_reports_missing_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(name: str) -> list[str]:
+        from huggingface_hub.errors import HTTPError  # not an OSError when the host cannot be reached
+
+        raise HTTPError("no network")
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", offline)
+    with pytest.raises(FileNotFoundError, match="no/such-model"):
+        load_official("no/such-model")
+    with pytest.raises(ValueError, match=r"has none of model\.safetensors"):
         load_official(tmp_path)
 
 
-class Evil:
+class TouchOnLoad:
+    """An object that creates a file when it is unpickled."""
+
     def __init__(self, marker: Path) -> None:
         self.marker = marker
 
@@ -498,74 +517,80 @@ class Evil:
         return Path.touch, (self.marker,)
 
 
-def test_a_pickle_is_not_run(tmp_path: Path) -> None:
-    torch.save(checkpoint("eva") | {"more": Evil(tmp_path / "ran")}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match=r"evil\.pt holds more than tensors"):
+def test_load_official_does_not_execute_pickles(tmp_path: Path) -> None:
+    torch.save(make_checkpoint("eva") | {"more": TouchOnLoad(tmp_path / "ran")}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match=r"evil\.pt contains more than tensors"):
         load_official(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
 
 
-# ---- strictness -----------------------------------------------------------------------------------------------------
+# ---- strict loading -------------------------------------------------------------------------------------------------
 
 
-def test_every_tensor_has_its_place(tmp_path: Path) -> None:
-    def refused(form: str, message: str, **changes: Tensor | None) -> None:
-        tensors = checkpoint(form)
+def test_load_official_rejects_missing_unexpected_and_mismatched_tensors(tmp_path: Path) -> None:
+    def check_change(layout: str, message: str, **changes: Tensor | None) -> None:
+        tensors = make_checkpoint(layout)
         for name, tensor in changes.items():
             del tensors[name]
             if tensor is not None:
                 tensors[name] = tensor
         with pytest.raises(ValueError, match=message):
-            load_official(write(tensors, form, tmp_path / form))
+            load_official(write_checkpoint(tensors, layout, tmp_path / layout))
 
-    def added(form: str, message: str, **more: Tensor) -> None:
+    def check_extra(layout: str, message: str, **more: Tensor) -> None:
         with pytest.raises(ValueError, match=message):
-            load_official(write(checkpoint(form) | more, form, tmp_path / form))
+            load_official(write_checkpoint(make_checkpoint(layout) | more, layout, tmp_path / layout))
 
-    refused("hf", r"lacks vision_model\.post_layernorm\.bias \(64,\)$", **{"vision_model.post_layernorm.bias": None})
-    refused("eva", r"lacks visual\.head\.bias \(12,\)$", **{"visual.head.bias": None})
-    refused("hf", r"lacks logit_scale", logit_scale=None)
-    refused("hf", r"lacks the tensor text_adapter\.adaptor\.5\.weight", **{"text_adapter.adaptor.5.weight": None})
-    refused(
+    check_change(
+        "hf", r"missing vision_model\.post_layernorm\.bias \(64,\)$", **{"vision_model.post_layernorm.bias": None}
+    )
+    check_change("eva", r"missing visual\.head\.bias \(12,\)$", **{"visual.head.bias": None})
+    check_change("hf", r"missing logit_scale", logit_scale=None)
+    check_change("hf", r"lacks text_adapter\.adaptor\.5\.weight", **{"text_adapter.adaptor.5.weight": None})
+    check_change(
         "hf",
-        r"visual_projection\.weight is torch\.float32 \(12, 63\), not floats \(12, 64\)",
+        r"visual_projection\.weight is torch\.float32 \(12, 63\), expected floating-point \(12, 64\)",
         **{"visual_projection.weight": torch.zeros(12, 63)},
     )
-    refused(
+    check_change(
         "eva",
         r"visual\.norm\.bias is torch\.int64",
         **{"visual.norm.bias": torch.zeros(128, dtype=torch.int64)},
     )
-    added("hf", r"has besides visual_projection\.bias \(12,\)$", **{"visual_projection.bias": torch.zeros(12)})
-    added("eva", r"has besides visual\.mask_token", **{"visual.mask_token": torch.zeros(1, 1, 128)})
-    added("eva", r"twice", **{"visual.blocks.0.attn.q_bias": torch.zeros(128)})
-    added("eva", r"freqs_cos \(9, 64\) is not what follows", **{"visual.rope.freqs_cos": rotary(3, trained=14)[0]})
-    added(
+    check_extra("hf", r"unexpected visual_projection\.bias \(12,\)$", **{"visual_projection.bias": torch.zeros(12)})
+    check_extra("eva", r"unexpected visual\.mask_token", **{"visual.mask_token": torch.zeros(1, 1, 128)})
+    check_extra("eva", r"twice", **{"visual.blocks.0.attn.q_bias": torch.zeros(128)})
+    check_extra(
+        "eva",
+        r"freqs_cos \(9, 64\) does not match the architecture",
+        **{"visual.rope.freqs_cos": rotary(3, trained=14)[0]},
+    )
+    check_extra(
         "hf",
-        r"position_ids \(1, 9\) is not what follows",
+        r"position_ids \(1, 9\) does not match the architecture",
         **{"vision_model.embeddings.position_ids": torch.arange(9)[None]},
     )
 
 
-def test_other_models_are_named(tmp_path: Path) -> None:
-    tensors = {name: t for name, t in checkpoint("hf").items() if "adaptor" not in name}
-    with pytest.raises(ValueError, match=r"is no LLM2CLIP checkpoint.*text_adapter\.adaptor"):
-        load_official(write(tensors, "hf", tmp_path))
-    folder = write(checkpoint("hf"), "hf", tmp_path)
+def test_load_official_rejects_other_models(tmp_path: Path) -> None:
+    tensors = {name: t for name, t in make_checkpoint("hf").items() if "adaptor" not in name}
+    with pytest.raises(ValueError, match=r"is not an LLM2CLIP checkpoint.*text_adapter\.adaptor"):
+        load_official(write_checkpoint(tensors, "hf", tmp_path))
+    folder = write_checkpoint(make_checkpoint("hf"), "hf", tmp_path)
     (folder / "config.json").write_text('{"vision_config": {"model_type": "siglip_vision_model"}}')
-    with pytest.raises(ValueError, match=r"'siglip_vision_model'; only CLIP's"):
+    with pytest.raises(ValueError, match=r"'siglip_vision_model'; only CLIP towers"):
         load_official(folder)
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="a list, not tensors by name"):
         load_official(tmp_path / "list.pt")
 
 
-# ---- pairing --------------------------------------------------------------------------------------------------------
+# ---- caption encoder ------------------------------------------------------------------------------------------------
 
 
-def test_with_its_caption_encoder(llm: Path, tmp_path: Path) -> None:
-    tensors = checkpoint("hf")
-    model = load_official(write(tensors, "hf", tmp_path / "official"), text=llm)
+def test_load_official_attaches_the_caption_encoder(llm: Path, tmp_path: Path) -> None:
+    tensors = make_checkpoint("hf")
+    model = load_official(write_checkpoint(tensors, "hf", tmp_path / "official"), text=llm)
     folder = model.save_pretrained(tmp_path / "model")
     loaded = LLM2CLIP.from_pretrained(folder, device="cpu")
     assert loaded.config.encoder == CaptionEncoder.from_pretrained(llm, device="cpu").identity()
@@ -575,60 +600,65 @@ def test_with_its_caption_encoder(llm: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.encode_text(captions), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_a_wrong_pair_is_refused_with_both_widths(llm: Path, tmp_path: Path) -> None:
-    tensors = random(official_shapes("hf", text=48, **CLIP))
-    with pytest.raises(ValueError, match=r"width 32, the adapter takes 48.*4096 is .*Llama-3-8B.*2048 is .*3\.2-1B"):
-        load_official(write(tensors, "hf", tmp_path), text=llm)
+def test_load_official_rejects_an_encoder_of_another_size(llm: Path, tmp_path: Path) -> None:
+    tensors = random_tensors(official_shapes("hf", text=48, **CLIP_SIZES))
+    with pytest.raises(ValueError, match=r"size 32, but the adapter takes 48.*Llama-3-8B.*\(4096\).*3\.2-1B.*\(2048\)"):
+        load_official(write_checkpoint(tensors, "hf", tmp_path), text=llm)
 
 
-def test_a_published_language_model_gets_its_template(tmp_path: Path) -> None:
+def test_load_official_gives_published_llms_their_template(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     folder = make_llm(tmp_path / "llama")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(convert._SPECIAL)})
+    tokenizer.add_special_tokens({"additional_special_tokens": list(load.TEMPLATE_TOKENS)})
     tokenizer.save_pretrained(folder)
-    model = load_official(write(checkpoint("hf"), "hf", tmp_path / "official"), text=folder)
+    model = load_official(write_checkpoint(make_checkpoint("hf"), "hf", tmp_path / "official"), text=folder)
     encoder = model.encoder
     assert encoder.prefix == "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"
     (ids,) = encoder.tokenize(["a dog"]).ids
-    assert tokenizer.convert_ids_to_tokens([ids[0], ids[1], ids[-1]]) == [convert._SPECIAL[i] for i in (0, 1, 3)]
-    # an encoder that was saved by ours says itself how it reads
+    assert tokenizer.convert_ids_to_tokens([ids[0], ids[1], ids[-1]]) == [load.TEMPLATE_TOKENS[i] for i in (0, 1, 3)]
+    # A folder saved by this package has its own template.
     plain = make_llm(tmp_path / "plain")
     CaptionEncoder.from_pretrained(plain, device="cpu").save_pretrained(tmp_path / "ours")
     shutil.copy(folder / "tokenizer.json", tmp_path / "ours/tokenizer.json")
-    assert convert._template(tmp_path / "ours") is None and convert._template(plain) is None
+    assert load._published_template(tmp_path / "ours") is None and load._published_template(plain) is None
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def test_the_verb(llm: Path, tmp_path: Path) -> None:
-    source, out = str(write(checkpoint("hf"), "hf", tmp_path / "official")), str(tmp_path / "model")
-    lines = convert_verb(source, out)
-    assert lines[0] == f"Model: {out}" and "--text ENCODER" in lines[-1]
-    assert not (tmp_path / "model/text").exists()
+def test_convert_command(llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def convert(*args: str | Path) -> str:
+        assert main(["convert", *map(str, args)]) == 0
+        return capsys.readouterr().out
+
+    def error_of(*args: str | Path) -> str:
+        assert main(["convert", *map(str, args)]) == 1
+        return capsys.readouterr().err
+
+    source, out = write_checkpoint(make_checkpoint("hf"), "hf", tmp_path / "official"), tmp_path / "model"
+    output = convert(source, "--out", out)
+    assert f"Model: {out}" in output and "--text ENCODER" in output
+    assert not (out / "text").exists()
     bare = LLM2CLIP.from_pretrained(out, device="cpu")
-    assert bare.encode_image([pixels()[0]]).shape == (1, WIDTH)
-    assert bare.project_text_embeddings(torch.randn(2, TEXT)).shape == (2, WIDTH)
+    assert bare.encode_image([pixels()[0]]).shape == (1, EMBED_DIM)
+    assert bare.project_text_embeddings(torch.randn(2, TEXT_DIM)).shape == (2, EMBED_DIM)
     with pytest.raises(ValueError, match=r"no caption encoder.*--text ENCODER"):
         bare.encode_text(["a dog"])
 
-    assert convert_verb(out, out, text=str(llm))[-1] == f"Next: llm2clip evaluate {out} DATA"
-    whole = LLM2CLIP.from_pretrained(out, device="cpu")
-    assert whole.encode_text(["a dog"]).shape == (1, WIDTH)
-    assert torch.equal(whole.encode_image([pixels()[0]]), bare.encode_image([pixels()[0]]))
-
-    with pytest.raises(ValueError, match="has a caption encoder"):
-        convert_verb(out, str(tmp_path / "x"), text=str(llm))
+    assert f"Next: llm2clip evaluate {out} DATA" in convert(out, "--out", out, "--text", llm)
+    complete = LLM2CLIP.from_pretrained(out, device="cpu")
+    assert complete.encode_text(["a dog"]).shape == (1, EMBED_DIM)
+    assert torch.equal(complete.encode_image([pixels()[0]]), bare.encode_image([pixels()[0]]))
 
     back = tmp_path / "back"
-    assert str(back) in convert_verb(out, str(back), form="hf")[0]
-    assert all(torch.equal(content(back)[name], tensor) for name, tensor in checkpoint("hf").items())
+    assert str(back) in convert(out, "--out", back, "--to", "hf")
+    assert all(torch.equal(load_tensors(back)[name], tensor) for name, tensor in make_checkpoint("hf").items())
 
-    with pytest.raises(ValueError, match="model folder already"):
-        convert_verb(out, str(tmp_path / "x"))
-    with pytest.raises(ValueError, match="hold no caption encoder"):
-        convert_verb(out, str(tmp_path / "x"), text=str(llm), form="hf")
-    with pytest.raises(FileExistsError, match="not a model folder"):
-        convert_verb(source, source)
+    other = tmp_path / "other"
+    assert "already has the caption encoder" in error_of(out, "--out", other, "--text", llm)
+    assert "already a model folder" in error_of(out, "--out", other)
+    assert "do not contain a caption encoder" in error_of(out, "--out", other, "--text", llm, "--to", "hf")
+    assert "not a model folder" in error_of(source, "--out", source)
+    assert not other.exists()

@@ -1,4 +1,4 @@
-"""Every format gives the same records."""
+"""Readers: every format gives the same records."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from format_fixtures import (
     ROWS,
     as_csv_of_rows,
     as_tsv_of_rows,
-    embedded,
     image_bytes,
+    rows_with_image_bytes,
     write_jsonl,
     write_tar,
 )
@@ -38,16 +38,16 @@ def test_every_format_gives_the_same_records(folder: Path, write: Callable[[Path
         with image.open() as stream:
             assert Image.open(stream).size == Image.open(folder / row["image"]).size
         assert str(folder) in str(image)
-        assert not isinstance(image, MemoryImage)  # all of these can be read again, so nothing is held
-    rows = sum(len(r["captions"]) for r in ROWS) if write in (as_csv_of_rows, as_tsv_of_rows) else len(ROWS)
-    assert (log.rows_seen, log.skipped.total(), log.dropped.total()) == (rows, 0, 0)
+        assert not isinstance(image, MemoryImage)  # these formats allow random access: no bytes in memory
+    num_rows = sum(len(r["captions"]) for r in ROWS) if write in (as_csv_of_rows, as_tsv_of_rows) else len(ROWS)
+    assert (log.rows_seen, log.skipped.total(), log.dropped.total()) == (num_rows, 0, 0)
     assert (folder / "skipped.jsonl").read_text() == ""
     assert [(r.id, r.captions) for r in open_records(path, image_check="ignore")] == [
         (r.id, r.captions) for r in records
     ]
 
 
-def test_hub_names_are_streamed_with_the_splits_of_the_data_set(folder: Path) -> None:
+def test_hub_datasets_are_streamed_with_their_splits(folder: Path) -> None:
     pytest.importorskip("datasets")
     (folder / "hub").mkdir()
     for split, rows in (("train", ROWS[:2]), ("test", ROWS[2:])):
@@ -62,7 +62,7 @@ def test_hub_names_are_streamed_with_the_splits_of_the_data_set(folder: Path) ->
     assert [r.captions for r in open_records(f"hf:{folder / 'hub'}@test")] == [("one",)]
 
 
-def test_a_saved_dict_gives_its_keys_as_splits(folder: Path) -> None:
+def test_saved_dataset_dict_gives_its_keys_as_splits(folder: Path) -> None:
     datasets = pytest.importorskip("datasets")
     parts = {name: datasets.Dataset.from_dict({"text": [name], "split": ["mine"]}) for name in ("train", "val")}
     datasets.DatasetDict(parts).save_to_disk(folder / "saved")
@@ -74,7 +74,7 @@ def test_a_saved_dict_gives_its_keys_as_splits(folder: Path) -> None:
     assert [r.split for r in open_records(mapped)] == ["mine", "mine"]
 
 
-def test_side_car_texts_have_a_caption_a_line(folder: Path) -> None:
+def test_image_folder_reads_captions_from_txt_and_json(folder: Path) -> None:
     (folder / "images/a.txt").write_text("first\n\n second \n")
     (folder / "images/b.json").write_text('["a list"]')
     (folder / "images/c.json").write_text('"a string"')
@@ -90,19 +90,19 @@ def test_side_car_texts_have_a_caption_a_line(folder: Path) -> None:
         'a.jpg#0\tone, two\nb.png#0\tsay "hi", he said\na.jpg#1\tthree\n',
     ],
 )
-def test_flickr8k_captions_beside_a_folder_of_images(folder: Path, text: str) -> None:
+def test_captions_txt_finds_the_image_folder(folder: Path, text: str) -> None:
     (folder / "captions.txt").write_text(text)
     records = list(open_records(folder))
     assert [r.captions for r in records] == [("one, two", "three"), ('say "hi", he said',)]
     assert records[0].image == FileImage(str(folder / "images/a.jpg"))
 
 
-def test_a_tar_takes_text_files_and_other_names(folder: Path) -> None:
-    picture = image_bytes(1)
+def test_tar_reads_txt_json_and_other_suffixes(folder: Path) -> None:
+    image = image_bytes(1)
     members = [
-        ("../../etc/a.jpg", picture),  # hostile, and only a key
+        ("../../etc/a.jpg", image),  # a malicious path, used only as a key
         ("../../etc/a.txt", b"one\ncaption"),
-        ("b.JPEG", picture),
+        ("b.JPEG", image),
         ("b.seg.png", image_bytes(2, "PNG")),
         ("b.json", b'{"caption": null, "long_captions": ["long"]}'),
         ("b.txt", b'["x", "y"]'),
@@ -113,7 +113,7 @@ def test_a_tar_takes_text_files_and_other_names(folder: Path) -> None:
     assert (second.id, second.captions, second.long_captions) == ("b", ("x", "y"), ("long",))
     assert second.texts == ("x", "y", "long")
     assert isinstance(second.image, TarImage)
-    assert second.image.read() == picture
+    assert second.image.read() == image
     *_, mapped = open_records(
         Source(str(path), columns={"image": "seg.png"}), SkipLog(max_skipped=1), image_check="exists"
     )
@@ -121,8 +121,8 @@ def test_a_tar_takes_text_files_and_other_names(folder: Path) -> None:
     assert mapped.image.read() == image_bytes(2, "PNG")
 
 
-def test_parquet_cells_may_be_paths_of_files_and_are_found_across_row_groups(folder: Path) -> None:
-    rows = embedded(folder) * 3
+def test_parquet_images_are_paths_or_cells_of_any_row_group(folder: Path) -> None:
+    rows = rows_with_image_bytes(folder) * 3
     rows[4] = rows[4] | {"image": {"bytes": None, "path": "images/b.png"}}
     rows[5] = rows[5] | {"image": None}
     pq.write_table(pa.Table.from_pylist(rows), folder / "x.parquet", row_group_size=4)
@@ -139,26 +139,28 @@ def test_parquet_cells_may_be_paths_of_files_and_are_found_across_row_groups(fol
     assert [r.image.read() for r in open_records(folder / "raw.parquet") if r.image] == raw["image"].to_pylist()
 
 
-def test_columns_of_one_name_are_a_list(tmp_path: Path) -> None:
+def test_csv_columns_with_the_same_name_become_a_list(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("id,caption,caption,caption\n1,one,two,\n")
     assert [r.captions for r in open_records(tmp_path / "x.csv")] == [("one", "two")]
-    (tmp_path / "y.csv").write_text("id,caption,id\n1,one,2\n")  # two tables that were joined
+    (tmp_path / "y.csv").write_text("id,caption,id\n1,one,2\n")  # two joined tables: the last id is used
     assert [(r.id, r.captions) for r in open_records(tmp_path / "y.csv")] == [("2", ("one",))]
 
 
-def test_pictures_of_one_name_in_a_tar_are_two(tmp_path: Path) -> None:
-    """Shards that were joined, or `tar -r`."""
+def test_tar_members_with_the_same_name_are_different_images(tmp_path: Path) -> None:
+    """Such tars come from joined shards or `tar -r`."""
     members = [("0.png", image_bytes(1, "PNG")), ("0.txt", b"red"), ("1.png", image_bytes(2, "PNG")), ("1.txt", b"x")]
     path = write_tar(tmp_path / "x.tar", [*members, ("0.png", image_bytes(3, "PNG")), ("0.txt", b"blue")])
     first, _, last = open_records(path)
     assert first.image is not None and last.image is not None
     assert first.image.key != last.image.key and str(first.image) == str(last.image)
     log = SkipLog(max_skipped=1)
-    path = write_tar(tmp_path / "y.tar", [*members[:2], *members])  # neighbours: whose is whose?
+    path = write_tar(
+        tmp_path / "y.tar", [*members[:2], *members]
+    )  # adjacent: which text belongs to which image is unknown
     assert [r.id for r in open_records(path, log)] == ["1"] and log.skipped == {"name twice in a tar": 1}
 
 
-def test_a_cell_of_a_file_that_is_cut_is_no_picture(tmp_path: Path) -> None:
+def test_parquet_image_of_a_truncated_file_raises_os_error(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [image_bytes(0)], "caption": ["a"]}), tmp_path / "x.parquet")
     (record,) = open_records(tmp_path / "x.parquet")
     (tmp_path / "x.parquet").write_bytes((tmp_path / "x.parquet").read_bytes()[:100])

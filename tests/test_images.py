@@ -1,4 +1,4 @@
-"""Decoding whatever people have, and preparing it exactly as the towers' own libraries do."""
+"""Image decoding, and transforms compared with those of timm and transformers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
-from llm2clip.data import image_loader as decoding
-from llm2clip.data import images
+from llm2clip.data import image_loader, images
 from llm2clip.data.image_loader import image_batches
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import EvalTransform, ImageError, Preprocess, TrainTransform, decode_image, load_image
@@ -28,7 +27,7 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def photo(width: int = 120, height: int = 160) -> Image.Image:
-    """Smooth patches, edges and a little grain: compresses and resizes as a photograph does."""
+    """An image with smooth areas, edges and noise, which compresses and resizes like a photograph."""
     rng = np.random.default_rng(width * 10_000 + height)
     coarse = Image.fromarray(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
     pixels = np.asarray(coarse).astype(int) + rng.integers(-6, 7, (height, width, 3))
@@ -42,12 +41,12 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def by_pil(data: bytes) -> Tensor:
+def decode_with_pil(data: bytes) -> Tensor:
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def difference(a: Tensor, b: Tensor) -> int:
+def max_difference(a: Tensor, b: Tensor) -> int:
     assert a.shape == b.shape
     assert a.dtype == b.dtype == torch.uint8
     return int((a.int() - b.int()).abs().max())
@@ -57,10 +56,10 @@ def difference(a: Tensor, b: Tensor) -> int:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_jpeg_equals_pil(mode: str) -> None:
+def test_decode_image_of_jpeg_equals_pil(mode: str) -> None:
     for progressive in (False, True):
         data = encode(photo().convert(mode), "JPEG", quality=92, progressive=progressive)
-        assert difference(decode_image(data), by_pil(data)) <= 1
+        assert max_difference(decode_image(data), decode_with_pil(data)) <= 1
 
 
 @pytest.mark.parametrize(
@@ -68,13 +67,13 @@ def test_jpeg_equals_pil(mode: str) -> None:
     [(kind, mode) for kind in ("PNG", "GIF", "BMP", "TIFF") for mode in ("RGB", "L", "1", "P")]
     + [("WEBP", "RGB"), ("PPM", "RGB"), ("PPM", "L"), ("TIFF", "CMYK")],
 )
-def test_other_formats_equal_pil(kind: str, mode: str) -> None:
+def test_decode_image_of_other_formats_equals_pil(kind: str, mode: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encode(photo().convert(mode), kind, **options)
-    assert difference(decode_image(data), by_pil(data)) == 0
+    assert max_difference(decode_image(data), decode_with_pil(data)) == 0
 
 
-def test_the_fast_path_is_taken_and_the_slow_path_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvision_and_pillow_decode_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     alpha = photo().convert("RGBA")
     alpha.putalpha(Image.linear_gradient("L").resize(alpha.size))
     files = [
@@ -84,18 +83,18 @@ def test_the_fast_path_is_taken_and_the_slow_path_agrees(monkeypatch: pytest.Mon
     ]
     with monkeypatch.context() as patch:
         patch.setattr(images, "_decode_with_torchvision", lambda *_: None)
-        slow = [decode_image(data) for data in files]
+        expected_pixels = [decode_image(data) for data in files]
 
-    def refuse(*_: object) -> Tensor:
-        raise AssertionError("Pillow was asked")
+    def fail(*_: object) -> Tensor:
+        raise AssertionError("decoded by Pillow")
 
-    monkeypatch.setattr(images, "_decode_with_pillow", refuse)
-    for data, expected in zip(files, slow, strict=True):
-        assert difference(decode_image(data), expected) <= 1
+    monkeypatch.setattr(images, "_decode_with_pillow", fail)
+    for data, expected in zip(files, expected_pixels, strict=True):
+        assert max_difference(decode_image(data), expected) <= 1
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_exif_orientation_is_honoured(kind: str) -> None:
+def test_decode_image_applies_exif_orientation(kind: str) -> None:
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -103,11 +102,11 @@ def test_exif_orientation_is_honoured(kind: str) -> None:
         data = encode(photo(), kind, exif=exif, **options)
         pixels = decode_image(data)
         assert pixels.shape == ((3, 160, 120) if orientation < 5 else (3, 120, 160))
-        assert difference(pixels, by_pil(data)) <= 1, orientation
-        assert difference(load_image(Image.open(io.BytesIO(data))), pixels) <= 1
+        assert max_difference(pixels, decode_with_pil(data)) <= 1, orientation
+        assert max_difference(load_image(Image.open(io.BytesIO(data))), pixels) <= 1
 
 
-def test_alpha_lies_on_white() -> None:
+def test_decode_image_blends_alpha_with_white() -> None:
     image = Image.new("RGBA", (4, 2), (200, 0, 0, 0))
     image.putpixel((1, 0), (200, 0, 0, 255))
     image.putpixel((2, 0), (200, 100, 0, 128))
@@ -126,7 +125,7 @@ def test_alpha_lies_on_white() -> None:
         assert pixels[:, 0].T.tolist() == [[255, 255, 255], [40, 50, 60]]
 
 
-def test_sixteen_bits_are_scaled_not_cut_off() -> None:
+def test_decode_image_scales_16_bit_pixels() -> None:
     values = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
     for kind in ("PNG", "TIFF"):
         assert decode_image(encode(Image.fromarray(values), kind))[0].tolist() == [[0, 1, 128, 255]]
@@ -135,33 +134,33 @@ def test_sixteen_bits_are_scaled_not_cut_off() -> None:
         load_image(Image.fromarray(values.astype(np.float32)))
 
 
-def test_first_frame_of_an_animation() -> None:
+def test_decode_image_returns_the_first_frame() -> None:
     frames = {"save_all": True, "append_images": [photo().rotate(180)]}
     for kind, options in (("GIF", {}), ("WEBP", {"lossless": True})):
         data = encode(photo(), kind, **frames, **options)
-        assert difference(decode_image(data), by_pil(data)) == 0
+        assert max_difference(decode_image(data), decode_with_pil(data)) == 0
 
 
 @pytest.mark.parametrize(
-    ("kind", "pil_forgives"),
+    ("kind", "load_truncated"),
     [(kind, False) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")] + [("JPEG", True), ("PNG", True)],
 )
-def test_half_a_file_is_an_error_not_half_a_picture(kind: str, pil_forgives: bool, monkeypatch: Any) -> None:
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", pil_forgives)
+def test_decode_image_rejects_truncated_files(kind: str, load_truncated: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", load_truncated)
     data = encode(photo(), kind)
-    for fast in {images._FAST_FORMATS, images._FAST_FORMATS[:3]}:  # with and without torchvision's PNG
-        monkeypatch.setattr(images, "_FAST_FORMATS", fast)
-        for keep in (0.05, 0.5, 0.9):
+    for formats in {images._FAST_FORMATS, images._FAST_FORMATS[:3]}:  # with and without torchvision's PNG decoder
+        monkeypatch.setattr(images, "_FAST_FORMATS", formats)
+        for fraction in (0.05, 0.5, 0.9):
             with pytest.raises(ImageError):
-                decode_image(data[: int(len(data) * keep)])
+                decode_image(data[: int(len(data) * fraction)])
 
 
-def test_truncated_progressive_jpeg_and_missing_tail() -> None:
+def test_decode_image_reports_truncated_jpegs() -> None:
     for progressive in (False, True):
         data = encode(photo(), "JPEG", progressive=progressive)
-        for cut in (len(data) // 2, 100):
+        for missing in (len(data) // 2, 100):
             with pytest.raises(ImageError, match="truncated"):
-                decode_image(data[:-cut])
+                decode_image(data[:-missing])
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:
@@ -173,46 +172,46 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
-def test_bombs_are_refused_by_their_header(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_decode_with_torchvision", lambda *_: pytest.fail("it was decoded"))
-    monkeypatch.setattr(images, "_decode_with_pillow", lambda *_: pytest.fail("it was decoded"))
-    for side in (10_001, 100_000):  # the second is more than Pillow itself bears
+def test_decode_image_rejects_huge_images_by_their_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_decode_with_torchvision", lambda *_: pytest.fail("pixels were decoded"))
+    monkeypatch.setattr(images, "_decode_with_pillow", lambda *_: pytest.fail("pixels were decoded"))
+    for side in (10_001, 100_000):  # the second exceeds Pillow's own limit
         with pytest.raises(ImageError, match="pixels"), pytest.warns() if side < 13_000 else contextlib.nullcontext():
             decode_image(png_header(side, side))
 
 
-def test_what_is_not_a_picture() -> None:
+def test_decode_image_rejects_other_data() -> None:
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
     for data in (b"", b"hello", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n" + b"\0" * 40, postscript, b"<svg/>"):
         with pytest.raises(ImageError):
             decode_image(data)
 
 
-def test_a_png_of_damaged_pixels_does_not_end_the_process() -> None:
-    whole = png_header(4, 4)
-    broken = whole[: whole.index(b"IDAT") - 4] + chunk(b"IDAT", b"garbage") + chunk(b"IEND", b"")
+def test_decode_image_survives_a_png_with_damaged_pixels() -> None:
+    valid = png_header(4, 4)
+    broken = valid[: valid.index(b"IDAT") - 4] + chunk(b"IDAT", b"garbage") + chunk(b"IEND", b"")
     with pytest.raises(ImageError):
         decode_image(broken)
 
 
-def test_pillow_and_torchvision_decode_the_same_png(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_png_pixels_are_equal_with_and_without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode(photo(40, 30), "PNG")
-    fast = decode_image(data)
+    expected = decode_image(data)
     monkeypatch.setattr(images, "_FAST_FORMATS", ("JPEG",))
-    assert torch.equal(decode_image(data), fast)
+    assert torch.equal(decode_image(data), expected)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the damage
-def test_random_damage_never_escapes_as_another_error() -> None:
+@pytest.mark.filterwarnings("ignore::UserWarning")  # from Pillow, about the damage
+def test_random_damage_raises_only_image_error() -> None:
     rng = np.random.default_rng(0)
     for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"):
-        good = encode(photo(40, 30), kind)
+        valid = encode(photo(40, 30), kind)
         for _ in range(30):
-            bad = bytearray(good)
-            for place in rng.integers(0, min(len(bad), 400), 6):
-                bad[place] = rng.integers(256)
+            damaged = bytearray(valid)
+            for position in rng.integers(0, min(len(damaged), 400), 6):
+                damaged[position] = rng.integers(256)
             try:
-                pixels = decode_image(bytes(bad))
+                pixels = decode_image(bytes(damaged))
             except ImageError:
                 continue
             assert pixels.dtype == torch.uint8
@@ -222,9 +221,9 @@ def test_random_damage_never_escapes_as_another_error() -> None:
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
-def test_load_takes_every_kind(tmp_path: Path) -> None:
+def test_load_image_accepts_every_input_type(tmp_path: Path) -> None:
     data = encode(photo(), "PNG")
-    path = tmp_path / "a picture.png"
+    path = tmp_path / "an image.png"
     path.write_bytes(data)
     expected = decode_image(data)
     with path.open("rb") as file:
@@ -232,7 +231,7 @@ def test_load_takes_every_kind(tmp_path: Path) -> None:
             assert torch.equal(load_image(image), expected)
 
 
-def test_errors_name_the_file(tmp_path: Path) -> None:
+def test_load_image_names_the_file_in_errors(tmp_path: Path) -> None:
     path = tmp_path / "broken.jpg"
     with pytest.raises(ImageError, match=r"broken\.jpg: No such file"):
         load_image(path)
@@ -251,32 +250,33 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("resize", ["shortest", "squash"])
 @pytest.mark.parametrize(("size", "crop_pct"), [(224, 0.9), (224, 224 / 256), (260, 0.95), (384, 1.0), (98, 0.7)])
-def test_preprocess_survives_json_and_transformers_reads_it(
+def test_preprocess_round_trips_and_transformers_reads_it(
     resize: Any, size: int, crop_pct: float, tmp_path: Path
 ) -> None:
     from transformers import CLIPImageProcessor
 
-    ours = Preprocess(size, resize, crop_pct, "bilinear", *HALF)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(ours.to_dict()))
-    assert Preprocess.from_dict(json.loads((tmp_path / "preprocessor_config.json").read_text())) == ours
+    preprocess = Preprocess(size, resize, crop_pct, "bilinear", *HALF)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocess.to_dict()))
+    assert Preprocess.from_dict(json.loads((tmp_path / "preprocessor_config.json").read_text())) == preprocess
 
-    theirs = CLIPImageProcessor.from_pretrained(tmp_path)
-    # A square, because transformers rounds the corner of a centre crop down where torchvision (so timm, open_clip and
-    # OpenAI's CLIP) rounds it to even: on other shapes the two can lie one pixel apart.
-    expected = torch.as_tensor(theirs(photo(301, 301), return_tensors="pt")["pixel_values"][0])
-    gap = ((EvalTransform(ours)(load_image(photo(301, 301))) / 255 - 0.5) / 0.5 - expected).abs()
+    processor = CLIPImageProcessor.from_pretrained(tmp_path)
+    # A square image: transformers rounds the corner of a centre crop down, while torchvision (and so timm, open_clip
+    # and OpenAI's CLIP) rounds it to even. On other shapes the crops can differ by one pixel.
+    expected = torch.as_tensor(processor(photo(301, 301), return_tensors="pt")["pixel_values"][0])
+    gap = ((EvalTransform(preprocess)(load_image(photo(301, 301))) / 255 - 0.5) / 0.5 - expected).abs()
     assert gap.mean() < 5e-3
     assert gap.max() < 2.01 / 255 / 0.5
 
 
-def test_preprocess_reads_the_processors_of_transformers() -> None:
+def test_preprocess_reads_transformers_processors() -> None:
     old = {"size": 224, "crop_size": 224, "do_center_crop": True, "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}
     assert Preprocess.from_dict(old) == Preprocess(224, "shortest", 1.0, "bicubic", (0.1, 0.2, 0.3), (1, 1, 1))
     dino = {**old, "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "resample": 3}
     assert Preprocess.from_dict(dino).resize_size == 256
     siglip = {**old, "size": {"height": 384, "width": 384}, "do_center_crop": None, "resample": 2}
-    read = Preprocess.from_dict(siglip)
-    assert (read.size, read.resize, read.resize_size, read.interpolation) == (384, "squash", 384, "bilinear")
+    preprocess = Preprocess.from_dict(siglip)
+    assert (preprocess.size, preprocess.resize, preprocess.resize_size) == (384, "squash", 384)
+    assert preprocess.interpolation == "bilinear"
     for bad in ({"height": 224, "width": 196}, {"longest_edge": 512}, None):
         with pytest.raises(ValueError, match="only squares"):
             Preprocess.from_dict({**siglip, "size": bad, "crop_size": None})
@@ -289,17 +289,17 @@ def test_eval_transform_equals_timm(shape: tuple[int, int], crop_mode: str, inte
     from timm.data import create_transform
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    theirs = create_transform(
+    timm_transform = create_transform(
         (3, 224, 224), crop_pct=0.9, crop_mode=crop_mode, interpolation=interpolation, mean=mean, std=std
     )
-    ours = EvalTransform(
+    transform = EvalTransform(
         Preprocess(224, "squash" if crop_mode == "squash" else "shortest", 0.9, interpolation, mean, std)
     )
-    pixels = ours(load_image(photo(*shape)))
+    pixels = transform(load_image(photo(*shape)))
     assert pixels.dtype == torch.uint8
     normalised = (pixels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    gap = (normalised - theirs(photo(*shape))).abs()
-    # Rounding falls the other way in places: usually 5e-5 on the mean, at worst 4e-3; a crop one pixel off gives 4e-2.
+    gap = (normalised - timm_transform(photo(*shape))).abs()
+    # Rounding differs for some pixels: on average 5e-5, at most 4e-3. A crop one pixel off would give 4e-2.
     assert gap.mean() < 5e-3
     assert gap.max() < 2.01 / 255 / min(std)
 
@@ -308,27 +308,27 @@ def test_eval_transform_equals_timm(shape: tuple[int, int], crop_mode: str, inte
 def test_eval_transform_equals_transformers_on_pil(shape: tuple[int, int]) -> None:
     import transformers
 
-    # The one on Pillow has the plain name in older versions.
-    theirs = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)()
-    preprocess = Preprocess.from_dict(theirs.to_dict())
+    # In older versions the processor that uses Pillow has the plain name.
+    processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)()
+    preprocess = Preprocess.from_dict(processor.to_dict())
     assert preprocess == Preprocess(224, "shortest", 1.0, "bicubic", preprocess.mean, preprocess.std)
-    expected = torch.as_tensor(theirs(photo(*shape), return_tensors="pt")["pixel_values"][0])
+    expected = torch.as_tensor(processor(photo(*shape), return_tensors="pt")["pixel_values"][0])
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (preprocess.mean, preprocess.std))
     gap = ((EvalTransform(preprocess)(load_image(photo(*shape))) / 255 - mean) / std - expected).abs()
     assert gap.mean() < 5e-3
     assert gap.max() < 2.01 / 255 / min(preprocess.std)
 
 
-def test_a_ribbon_does_not_fill_the_memory() -> None:
+def test_transforms_of_very_elongated_images_use_little_memory() -> None:
     preprocess = Preprocess(64, "shortest", 1.0, "bicubic", *HALF)
-    ribbon = torch.zeros(3, 1, 3_000_000, dtype=torch.uint8)
-    ribbon[:, :, 1_499_000:1_501_000] = 200
-    for image in (ribbon, ribbon.transpose(1, 2)):
+    strip = torch.zeros(3, 1, 3_000_000, dtype=torch.uint8)
+    strip[:, :, 1_499_000:1_501_000] = 200
+    for image in (strip, strip.transpose(1, 2)):
         assert (EvalTransform(preprocess)(image) == 200).all()
         assert TrainTransform(preprocess)(image, torch.Generator().manual_seed(0)).shape == (3, 64, 64)
 
 
-def test_train_transform_depends_on_its_generator_alone() -> None:
+def test_train_transform_depends_only_on_its_generator() -> None:
     transform = pickle.loads(pickle.dumps(TrainTransform(Preprocess(64, "shortest", 1.0, "bicubic", *HALF))))
     image = load_image(photo(150, 150))
 
@@ -344,7 +344,7 @@ def test_train_transform_depends_on_its_generator_alone() -> None:
     assert not torch.equal(draw(2), first)
 
 
-def test_train_transform_keeps_its_promises_about_the_crop() -> None:
+def test_train_transform_crops_have_the_documented_size_and_ratio() -> None:
     transform = TrainTransform(Preprocess(32, "shortest", 1.0, "bicubic", *HALF), min_crop_scale=0.5)
     generator = torch.Generator().manual_seed(0)
     boxes = [transform._crop(300, 300, generator) for _ in range(300)]
@@ -356,20 +356,19 @@ def test_train_transform_keeps_its_promises_about_the_crop() -> None:
     assert {math.copysign(1, width - height) for _, _, height, width in boxes} == {1.0, -1.0}
 
 
-def test_batches_are_the_same_by_workers_and_say_what_they_lack(
+def test_image_batches_are_equal_with_workers_and_report_failures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refs, transform = (
-        [FileImage(str(tmp_path / f"{n}.jpg")) for n in range(7)],
-        EvalTransform(Preprocess(32, "squash", 1.0, "bicubic", *HALF)),
-    )
+    refs = [FileImage(str(tmp_path / f"{n}.jpg")) for n in range(7)]
+    transform = EvalTransform(Preprocess(32, "squash", 1.0, "bicubic", *HALF))
     for n, ref in enumerate(refs):
         Path(ref.path).write_bytes(encode(photo(60 + n), "JPEG")[: 200 if n in (1, 6) else None])
-    alone = list(image_batches(refs, transform, 3))
-    monkeypatch.setattr(decoding, "MIN_IMAGES_FOR_WORKERS", 7)
-    for (good, pixels, failures), other in zip(alone, image_batches(refs, transform, 3, workers=2), strict=True):
-        assert (good, failures) == (other[0], other[2])
-        assert all(torch.equal(a, b) for a, b in zip(pixels, other[1], strict=True))
-    assert [good for good, _, _ in alone] == [[0, 2], [3, 4, 5], []]
-    assert [list(failures) for _, _, failures in alone] == [[1], [], [6]]
-    assert torch.equal(alone[0][1][1], transform(load_image(refs[2])))
+    batches = list(image_batches(refs, transform, 3))
+    monkeypatch.setattr(image_loader, "MIN_IMAGES_FOR_WORKERS", 7)
+    batches_of_workers = list(image_batches(refs, transform, 3, workers=2))
+    for (indices, pixels, failures), of_workers in zip(batches, batches_of_workers, strict=True):
+        assert (indices, failures) == (of_workers[0], of_workers[2])
+        assert all(torch.equal(a, b) for a, b in zip(pixels, of_workers[1], strict=True))
+    assert [indices for indices, _, _ in batches] == [[0, 2], [3, 4, 5], []]
+    assert [list(failures) for _, _, failures in batches] == [[1], [], [6]]
+    assert torch.equal(batches[0][1][1], transform(load_image(refs[2])))

@@ -1,4 +1,4 @@
-"""What must hold for any input: records of any rows, stores of any keys and any damage, metrics of any vectors."""
+"""Property-based tests (Hypothesis): records of any rows, stores with any keys or damage, metrics of any embeddings."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from llm2clip.store.maintenance import merge_stores, repair_store
 from llm2clip.store.store import EmbeddingStore, ReadMode
 from llm2clip.store.writer import StoreWriter
 
-# The same examples in each run: a run that fails fails again.
-some = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-few = settings(some, max_examples=25)
+# derandomize: every run uses the same examples, so that a failure repeats.
+default_settings = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+slow_settings = settings(default_settings, max_examples=25)
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 JSON = st.recursive(
@@ -46,57 +46,57 @@ NAMES = st.sampled_from(["captions", "caption", "text", "long_captions", "image"
 # ---- records -------------------------------------------------------------------------------------------------------
 
 
-@some
+@default_settings
 @given(st.lists(st.lists(TEXT, min_size=1, max_size=4), min_size=1, max_size=6))
-@example([["a\u2028b", "\ufeff", " \x1c "]])  # ends of lines that are none, and white space that is not a space
-def test_captions_come_back_as_they_were_written(rows: list[list[str]]) -> None:
-    """From JSON lines and from parquet: stripped, in order; empty ones are dropped, and rows of only those skipped."""
-    kept = [tuple(text.strip() for text in captions if text.strip()) for captions in rows]
-    assume(any(kept))
+@example([["a\u2028b", "\ufeff", " \x1c "]])  # not a line break for JSON lines; no white space; white space
+def test_open_records_returns_stripped_captions_in_order(rows: list[list[str]]) -> None:
+    """JSON lines and Parquet: empty captions are dropped, and rows without any other caption are skipped."""
+    expected = [tuple(text.strip() for text in captions if text.strip()) for captions in rows]
+    assume(any(expected))
     with TemporaryDirectory() as folder:
-        lines, table = Path(folder, "x.jsonl"), Path(folder, "x.parquet")
-        lines.write_text("".join(json.dumps({"captions": r}, ensure_ascii=False) + "\n" for r in rows), "utf-8")
-        pq.write_table(pa.table({"captions": rows}), table)
-        for file in (lines, table):
+        jsonl, parquet = Path(folder, "x.jsonl"), Path(folder, "x.parquet")
+        jsonl.write_text("".join(json.dumps({"captions": r}, ensure_ascii=False) + "\n" for r in rows), "utf-8")
+        pq.write_table(pa.table({"captions": rows}), parquet)
+        for file in (jsonl, parquet):
             log = SkipLog(max_skipped=1.0)
-            assert [r.captions for r in open_records(file, log)] == [captions for captions in kept if captions]
-            assert log.skipped == ({"no caption": kept.count(())} if () in kept else {})
+            assert [r.captions for r in open_records(file, log)] == [captions for captions in expected if captions]
+            assert log.skipped == ({"no caption": expected.count(())} if () in expected else {})
             assert log.dropped.total() == sum(not text.strip() for captions in rows for text in captions)
 
 
-@some
+@default_settings
 @given(st.lists(st.dictionaries(NAMES, JSON, max_size=4) | JSON, min_size=1, max_size=8))
-def test_each_row_is_a_record_or_is_counted(rows: list[Any]) -> None:
-    """Rows of any shape: nothing is lost, and nothing but an error of ours is raised."""
+def test_open_records_returns_or_counts_each_row(rows: list[Any]) -> None:
+    """Rows of any shape: each is a record or is counted as skipped, and only ValueError is raised."""
     with TemporaryDirectory() as folder:
         file = Path(folder, "x.jsonl")
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-        log, records, said = SkipLog(max_skipped=1.0), [], ""
+        log, records, message = SkipLog(max_skipped=1.0), [], ""
         try:
             for record in open_records(file, log):
                 records.append(record)
         except ValueError as error:
-            said = str(error)
-        assert "x.jsonl" in said if said else records
-        if "no column of captions" in said:  # said at the end, when all rows have been looked at
+            message = str(error)
+        assert "x.jsonl" in message if message else records
+        if "no column of captions" in message:  # raised after all rows
             assert not records
         assert len(records) + log.skipped.total() == log.rows_seen == len(rows)
         assert all(record.texts for record in records)
 
 
-@some
+@default_settings
 @given(
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="@\0"), min_size=1, max_size=12),
     st.lists(st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=6), max_size=3),
 )
-def test_a_source_is_read_as_it_is_shown(path: str, splits: list[str]) -> None:
+def test_source_parse_inverts_str(path: str, splits: list[str]) -> None:
     source = Source(path, tuple(splits))
     assert Source.parse(str(source)) == source == Source.parse({"path": path, "splits": splits})
 
 
-@some
+@default_settings
 @given(st.integers(0, 50), st.integers(0, 2**31), st.integers(0, 9))
-def test_an_epoch_has_each_item_once(n: int, seed: int, epoch: int) -> None:
+def test_epoch_permutation_has_each_item_once(n: int, seed: int, epoch: int) -> None:
     order = epoch_permutation(n, seed, epoch)
     assert sorted(order) == list(range(n)) and np.array_equal(order, epoch_permutation(n, seed, epoch))
 
@@ -107,209 +107,217 @@ CAPTIONS = st.lists(TEXT, min_size=1, max_size=6)
 IDENTITY = {"weights": "abc"}
 
 
-def vectors_of(captions: Sequence[str], width: int = 3) -> np.ndarray:
-    """A vector for each text, the same for the same text, and numbers that float16 holds."""
-    return np.array([np.random.default_rng(list(text.encode())).integers(-99, 99, width) for text in captions], float)
+def embeddings_of(captions: Sequence[str], embed_dim: int = 3) -> np.ndarray:
+    """Return an embedding that depends on the text only, with values that float16 represents exactly."""
+    rows = [np.random.default_rng(list(text.encode())).integers(-99, 99, embed_dim) for text in captions]
+    return np.array(rows, float)
 
 
-def written(folder: Path, shards: Sequence[Sequence[str]], dtype: str = "float16") -> None:
+def write_store(folder: Path, shards: Sequence[Sequence[str]], dtype: str = "float16") -> None:
     writer = StoreWriter(folder, IDENTITY, 3, dtype)
     for number, captions in enumerate(shards):
-        writer.write(number, captions, [len(c) for c in captions], vectors_of(captions))
+        writer.write(number, captions, [len(c) for c in captions], embeddings_of(captions))
     writer.finish()
 
 
-@few
+@slow_settings
 @given(
     st.lists(CAPTIONS, min_size=1, max_size=4),
     st.data(),
     st.sampled_from(["float16", "float32", "int8"]),
     st.sampled_from(["mmap", "pread"]),
 )
-def test_a_store_is_a_dictionary(shards: list[list[str]], data: st.DataObject, dtype: str, read_mode: ReadMode) -> None:
-    """Captions in any order, repeated within and across shards, asked for in any order and as often as one likes."""
-    everything = unique_captions(caption for captions in shards for caption in captions)
-    asked = data.draw(st.lists(st.sampled_from(everything), max_size=12))
+def test_store_matches_a_dictionary(
+    shards: list[list[str]], data: st.DataObject, dtype: str, read_mode: ReadMode
+) -> None:
+    """Captions repeat within and across shards; lookups repeat and are in any order."""
+    distinct = unique_captions(caption for captions in shards for caption in captions)
+    queries = data.draw(st.lists(st.sampled_from(distinct), max_size=12))
     with TemporaryDirectory() as folder:
-        written(Path(folder), shards, dtype)
+        write_store(Path(folder), shards, dtype)
         store = EmbeddingStore(folder, read_mode)
-        assert len(store) == len(everything)
-        found, right = store.take(store.rows(asked)), vectors_of(asked).reshape(-1, 3)
-        assert found.dtype == np.float32
-        largest = np.abs(right).max(1, initial=0, keepdims=True)
-        assert (np.abs(found - right) <= (largest / 127 / 2 + 1e-5 if dtype == "int8" else 0)).all()
-        absent = data.draw(TEXT.filter(lambda text: text not in everything))
-        assert absent not in store and all(caption in store for caption in asked)
+        assert len(store) == len(distinct)
+        result, expected = store.take(store.rows(queries)), embeddings_of(queries).reshape(-1, 3)
+        assert result.dtype == np.float32
+        largest = np.abs(expected).max(1, initial=0, keepdims=True)
+        assert (np.abs(result - expected) <= (largest / 127 / 2 + 1e-5 if dtype == "int8" else 0)).all()
+        missing = data.draw(TEXT.filter(lambda text: text not in distinct))
+        assert missing not in store and all(caption in store for caption in queries)
         with pytest.raises(StoreError, match="no embedding of the caption"):
-            store.rows([*asked, absent])
+            store.rows([*queries, missing])
         store.verify()
 
 
-@few
+@slow_settings
 @given(st.lists(CAPTIONS, min_size=1, max_size=3), st.lists(CAPTIONS, min_size=1, max_size=3))
-def test_merged_stores_hold_what_each_of_them_holds(first: list[list[str]], second: list[list[str]]) -> None:
+def test_merged_store_has_the_captions_of_its_sources(first: list[list[str]], second: list[list[str]]) -> None:
     with TemporaryDirectory() as folder:
-        a, b, both = (Path(folder, name) for name in "abc")
-        written(a, first)
-        written(b, second)
-        for _ in range(2):  # a merge that is given again changes nothing
-            store = merge_stores(both, [a, b])
+        a, b, merged = (Path(folder, name) for name in "abc")
+        write_store(a, first)
+        write_store(b, second)
+        for _ in range(2):  # merging again changes nothing
+            store = merge_stores(merged, [a, b])
             captions = unique_captions(caption for shard in (*first, *second) for caption in shard)
             assert len(store) == len(captions)
-            assert np.array_equal(store.take(store.rows(captions)), vectors_of(captions))
+            assert np.array_equal(store.take(store.rows(captions)), embeddings_of(captions))
             store.verify()
 
 
-@some
+@default_settings
 @given(st.lists(CAPTIONS, min_size=2, max_size=3), st.data())
-def test_a_damaged_store_says_so_and_is_repaired(shards: list[list[str]], data: st.DataObject) -> None:
-    """One byte of one file is another: opening or verifying tells, and after a repair no vector is a wrong one."""
+def test_damaged_byte_is_detected_and_repaired(shards: list[list[str]], data: st.DataObject) -> None:
+    """Change one byte of one file: opening or verifying raises, and after a repair no embedding is wrong."""
     captions = unique_captions(caption for shard in shards for caption in shard)
     with TemporaryDirectory() as name:
         folder = Path(name)
-        written(folder, shards)
+        write_store(folder, shards)
         file = folder / data.draw(st.sampled_from(sorted(path.name for path in folder.iterdir())))
         content = bytearray(file.read_bytes())
         at = data.draw(st.integers(0, len(content) - 1))
         content[at] ^= data.draw(st.integers(1, 255))
         file.write_bytes(content)
-        said = ""
+        message = ""
         try:
             store = EmbeddingStore(folder)
             store.verify()
-            # What is not told is not harmful: such a byte is one that nothing depends on.
-            assert np.array_equal(store.take(store.rows(captions)), vectors_of(captions))
+            # An undetected change must be harmless.
+            assert np.array_equal(store.take(store.rows(captions)), embeddings_of(captions))
         except StoreError as error:
-            said = str(error)
-        assert not said or folder.name in said
+            message = str(error)
+        assert not message or folder.name in message
         repair_store(folder)
         store = EmbeddingStore(folder)
         store.verify()
-        left = [caption for caption in captions if caption in store]
-        assert np.array_equal(store.take(store.rows(left)), vectors_of(left).reshape(-1, 3))
-        lost = set(captions) - set(left)
-        assert not lost or any(lost <= set(shard) for shard in shards), "more than a shard is lost"
+        remaining = [caption for caption in captions if caption in store]
+        assert np.array_equal(store.take(store.rows(remaining)), embeddings_of(remaining).reshape(-1, 3))
+        lost = set(captions) - set(remaining)
+        assert not lost or any(lost <= set(shard) for shard in shards), "more than one shard is lost"
 
 
-@some
-@given(st.lists(st.lists(st.binary(min_size=2, max_size=2), max_size=8), max_size=4), st.integers(0, 3))
-def test_an_index_finds_the_first_row_of_a_key(parts: list[list[bytes]], head: int) -> None:
-    """Keys that share their first half, or all of it, against a dictionary."""
-    parts = [[key[:1] * 8 + key[1:] * 8 if head else key * 8 for key in some] for some in parts]
-    arrays = [np.frombuffer(b"".join(some), np.uint8).reshape(-1, 16) for some in parts]
-    first: dict[bytes, int] = {}
-    for row, key in enumerate(key for some in parts for key in some):
-        first.setdefault(key, row)
-    asked = [*first, b"\0" * 16, b"\xff" * 16, *(key[:8] + b"\x01" * 8 for key in first)]
+@default_settings
+@given(st.lists(st.lists(st.binary(min_size=2, max_size=2), max_size=8), max_size=4), st.booleans())
+def test_key_index_finds_the_first_row_of_a_key(chunks: list[list[bytes]], share_halves: bool) -> None:
+    """Keys with equal first halves, or equal in full, against a dictionary."""
+    keys = [[key[:1] * 8 + key[1:] * 8 if share_halves else key * 8 for key in chunk] for chunk in chunks]
+    arrays = [np.frombuffer(b"".join(chunk), np.uint8).reshape(-1, 16) for chunk in keys]
+    first_row: dict[bytes, int] = {}
+    for row, key in enumerate(key for chunk in keys for key in chunk):
+        first_row.setdefault(key, row)
+    queries = [*first_row, b"\0" * 16, b"\xff" * 16, *(key[:8] + b"\x01" * 8 for key in first_row)]
     with TemporaryDirectory() as folder:
         file = Path(folder, "index.npy")
-        assert build_key_index(file, arrays) == len(first)
-        found = KeyIndex(file).find(np.frombuffer(b"".join(asked), np.uint8).reshape(-1, 16))
-        assert found.tolist() == [first.get(key, -1) for key in asked]
-        del found
+        assert build_key_index(file, arrays) == len(first_row)
+        rows = KeyIndex(file).find(np.frombuffer(b"".join(queries), np.uint8).reshape(-1, 16))
+        assert rows.tolist() == [first_row.get(key, -1) for key in queries]
 
 
 # ---- metrics -------------------------------------------------------------------------------------------------------
 
 
 @st.composite
-def collections(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Images, texts and the image of each, every image with one at least. Vectors of small whole numbers: products are
-    exact, and ties are many."""
+def retrieval_sets(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Draw images, texts, and the image of each text; each image has a text.
+
+    Embeddings are small integers: dot products are exact, and ties are frequent.
+    """
     images = draw(st.integers(1, 7))
-    owner = [*range(images), *draw(st.lists(st.integers(0, images - 1), max_size=9))]
-    owner = draw(st.permutations(owner))
-    number = st.integers(-2, 2).map(float)
-    vectors = [
-        torch.tensor(draw(st.lists(st.lists(number, min_size=3, max_size=3), min_size=n, max_size=n)))
-        for n in (images, len(owner))
+    image_of_text = [*range(images), *draw(st.lists(st.integers(0, images - 1), max_size=9))]
+    image_of_text = draw(st.permutations(image_of_text))
+    value = st.integers(-2, 2).map(float)
+    embeddings = [
+        torch.tensor(draw(st.lists(st.lists(value, min_size=3, max_size=3), min_size=n, max_size=n)))
+        for n in (images, len(image_of_text))
     ]
-    return vectors[0], vectors[1], owner
+    return embeddings[0], embeddings[1], image_of_text
 
 
-def rank(scores: list[float], right: set[int]) -> int:
-    """How many wrong answers are as good as the best right one, or better."""
-    best = max(scores[j] for j in right)
-    return sum(score >= best for j, score in enumerate(scores) if j not in right)
+def rank(scores: list[float], positives: set[int]) -> int:
+    """Count the negatives that score at least as high as the best positive."""
+    best = max(scores[j] for j in positives)
+    return sum(score >= best for j, score in enumerate(scores) if j not in positives)
 
 
-@some
-@given(collections(), st.sampled_from([16, 32, 512]))
-def test_ranks_are_those_of_counting(collection: tuple[torch.Tensor, torch.Tensor, list[int]], tile: int) -> None:
-    images, texts, owner = collection
-    of_image, of_text = two_way_ranks(images, texts, owner, tile)
+@default_settings
+@given(retrieval_sets(), st.sampled_from([16, 32, 512]))
+def test_ranks_match_counting(retrieval_set: tuple[torch.Tensor, torch.Tensor, list[int]], tile: int) -> None:
+    images, texts, image_of_text = retrieval_set
+    image_ranks, text_ranks = two_way_ranks(images, texts, image_of_text, tile)
     scores = (images.double() @ texts.double().T).tolist()
-    texts_of = [{t for t, i in enumerate(owner) if i == image} for image in range(len(images))]
-    assert of_image.tolist() == [rank(scores[i], texts_of[i]) for i in range(len(images))]
-    assert of_text.tolist() == [rank([row[t] for row in scores], {owner[t]}) for t in range(len(texts))]
-    assert torch.equal(of_text, positive_ranks(texts, images, [[i] for i in owner], tile))
-    assert torch.equal(of_image, positive_ranks(images, texts, [sorted(some) for some in texts_of], tile))
+    texts_of_image = [{t for t, i in enumerate(image_of_text) if i == image} for image in range(len(images))]
+    assert image_ranks.tolist() == [rank(scores[i], texts_of_image[i]) for i in range(len(images))]
+    text_scores = [[row[t] for row in scores] for t in range(len(texts))]
+    assert text_ranks.tolist() == [rank(text_scores[t], {image_of_text[t]}) for t in range(len(texts))]
+    assert torch.equal(text_ranks, positive_ranks(texts, images, [[i] for i in image_of_text], tile))
+    assert torch.equal(image_ranks, positive_ranks(images, texts, [sorted(ts) for ts in texts_of_image], tile))
 
 
-@few
-@given(collections(), st.randoms(use_true_random=False))
-def test_figures_do_not_depend_on_the_order(
-    collection: tuple[torch.Tensor, torch.Tensor, list[int]], random: Any
+@slow_settings
+@given(retrieval_sets(), st.randoms(use_true_random=False))
+def test_retrieval_metrics_do_not_depend_on_the_order(
+    retrieval_set: tuple[torch.Tensor, torch.Tensor, list[int]], random: Any
 ) -> None:
-    """Images and texts renumbered: the same recall; and it grows with k, from none to all."""
-    images, texts, owner = collection
-    renumbered, shuffled = list(range(len(images))), list(range(len(texts)))
-    random.shuffle(renumbered)
-    random.shuffle(shuffled)
-    place = {old: new for new, old in enumerate(renumbered)}
-    other = [place[owner[t]] for t in shuffled]
-    before = retrieval_metrics(*two_way_ranks(images, texts, owner), owner)
-    after = retrieval_metrics(*two_way_ranks(images[renumbered], texts[shuffled], other), other)
-    for way in ("I2T", "T2I", "I2T chance", "T2I chance"):
-        assert after[way] == pytest.approx(before[way])
-        at = [before[way][f"R@{k}"] for k in (1, 5, 10)]
-        assert 0 <= at[0] <= at[1] <= at[2] <= 100 + 1e-9
-    for way in ("I2T", "T2I"):
-        for name, (low, high) in before[f"{way} interval"].items():
-            assert 0 <= low <= before[way][name] <= high <= 100, name
+    """Shuffle images and texts: recall is the same, grows with k, and is between 0 and 100."""
+    images, texts, image_of_text = retrieval_set
+    image_order, text_order = list(range(len(images))), list(range(len(texts)))
+    random.shuffle(image_order)
+    random.shuffle(text_order)
+    new_position = {old: new for new, old in enumerate(image_order)}
+    shuffled_image_of_text = [new_position[image_of_text[t]] for t in text_order]
+    before = retrieval_metrics(*two_way_ranks(images, texts, image_of_text), image_of_text)
+    ranks = two_way_ranks(images[image_order], texts[text_order], shuffled_image_of_text)
+    after = retrieval_metrics(*ranks, shuffled_image_of_text)
+    for direction in ("I2T", "T2I", "I2T chance", "T2I chance"):
+        assert after[direction] == pytest.approx(before[direction])
+        recalls = [before[direction][f"R@{k}"] for k in (1, 5, 10)]
+        assert 0 <= recalls[0] <= recalls[1] <= recalls[2] <= 100 + 1e-9
+    for direction in ("I2T", "T2I"):
+        for name, (low, high) in before[f"{direction} interval"].items():
+            assert 0 <= low <= before[direction][name] <= high <= 100, name
 
 
-@some
+@default_settings
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(6, 12), st.integers(1, 12))
-def test_chance_is_the_share_of_draws_that_hit(positives: list[int], items: int, k: int) -> None:
+def test_chance_recall_is_the_hypergeometric_probability(positives: list[int], items: int, k: int) -> None:
     drawn = min(k, items)
     exact = [1 - math.comb(items - p, drawn) / math.comb(items, drawn) for p in positives]
     assert chance_recall(positives, items, (k,))[f"R@{k}"] == pytest.approx(100 * sum(exact) / len(exact))
 
 
-@some
+@default_settings
 @given(st.lists(st.integers(0, 12), min_size=1), st.integers(1, 12))
-def test_recall_is_the_share_below_k(ranks: list[int], k: int) -> None:
+def test_recall_is_the_share_of_ranks_below_k(ranks: list[int], k: int) -> None:
     assert recall(torch.tensor(ranks), (k,))[f"R@{k}"] == pytest.approx(100 * sum(r < k for r in ranks) / len(ranks))
 
 
-class Hashing:
-    """A text encoder that gives each text numbers of its own; texts that begin alike are near each other."""
+class FirstLetterEncoder:
+    """A text encoder whose embedding depends on the first letter only, so that ties are frequent."""
 
     def encode(self, captions: Sequence[str], *, progress: bool = True) -> torch.Tensor:
-        return F.normalize(torch.from_numpy(vectors_of([c[:1] for c in captions]) + 0.01).float(), dim=-1)
+        return F.normalize(torch.from_numpy(embeddings_of([c[:1] for c in captions]) + 0.01).float(), dim=-1)
 
     def count_truncated(self, captions: Sequence[str]) -> int | None:
         return None
 
 
-@few
+@slow_settings
 @given(st.lists(st.lists(TEXT.filter(bool), max_size=3), min_size=1, max_size=6))
-def test_caption_accuracy_of_any_captions(images: list[list[str]]) -> None:
-    """Between 0 and 100, the mean of what each image hits, and within its interval's reach; images are left out or
-    counted; the other protocol counts each caption of those."""
-    different = [c for c in map(unique_captions, images) if len(c) > 1]
-    if not different:
-        with pytest.raises(ValueError, match="two captions"):
-            caption_retrieval_accuracy(images, Hashing(), progress=False)
+def test_caption_retrieval_accuracy_matches_counting(images: list[list[str]]) -> None:
+    """CRA is the mean over images and directions; images with fewer than two distinct captions are excluded."""
+    distinct = [captions for captions in map(unique_captions, images) if len(captions) > 1]
+    encoder = FirstLetterEncoder()
+    if not distinct:
+        with pytest.raises(ValueError, match="two different captions"):
+            caption_retrieval_accuracy(images, encoder, progress=False)
         return
-    found = caption_retrieval_accuracy(images, Hashing(), all_pairs=True, return_hits=True, num_mistakes=9, progress=False)
-    assert found["images"] == len(different) and found["excluded"] == len(images) - len(different)
-    assert found["CRA"] == pytest.approx(100 * sum(found["hits"]) / len(different))
-    assert found["captions"] == sum(map(len, different)) and set(found["hits"]) <= {0, 0.5, 1}
-    vectors = Hashing().encode([c for pair in different for c in pair[:2]]).double()
-    scores = (vectors[::2] @ vectors[1::2].T).round(decimals=6).tolist()
+    result = caption_retrieval_accuracy(
+        images, encoder, all_pairs=True, return_hits=True, num_mistakes=9, progress=False
+    )
+    assert result["images"] == len(distinct) and result["excluded"] == len(images) - len(distinct)
+    assert result["CRA"] == pytest.approx(100 * sum(result["hits"]) / len(distinct))
+    assert result["captions"] == sum(map(len, distinct)) and set(result["hits"]) <= {0, 0.5, 1}
+    embeddings = encoder.encode([c for captions in distinct for c in captions[:2]]).double()
+    scores = (embeddings[::2] @ embeddings[1::2].T).round(decimals=6).tolist()
     hits = [(rank(row, {i}) == 0) for i, row in enumerate(scores)]
     hits += [(rank([row[i] for row in scores], {i}) == 0) for i in range(len(scores))]
-    assert found["CRA"] == pytest.approx(100 * sum(hits) / len(hits))
-    assert all(m["retrieved cosine"] >= m["correct cosine"] for m in found["mistakes"])
+    assert result["CRA"] == pytest.approx(100 * sum(hits) / len(hits))
+    assert all(m["retrieved cosine"] >= m["correct cosine"] for m in result["mistakes"])

@@ -1,4 +1,4 @@
-"""Embedding on a local Ray cluster of several workers: the store is the one that a single process makes."""
+"""Encoding on a local Ray cluster with several workers."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def test_workers_fill_the_store_that_one_process_fills(cluster: None, llm: Path, tmp_path: Path) -> None:
-    opening = partial(CaptionEncoder.from_pretrained, llm, device="cpu")
-    first = embed_with_ray(CAPTIONS[:20], opening, tmp_path / "ray", workers=2, shard_size=8)
+def test_embed_with_ray_writes_the_store_of_embed(cluster: None, llm: Path, tmp_path: Path) -> None:
+    open_encoder = partial(CaptionEncoder.from_pretrained, llm, device="cpu")
+    first = embed_with_ray(CAPTIONS[:20], open_encoder, tmp_path / "ray", workers=2, shard_size=8)
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "ray").glob("embeddings-*")}
-    store = embed_with_ray(CAPTIONS, opening, tmp_path / "ray", workers=2, shard_size=8)
+    store = embed_with_ray(CAPTIONS, open_encoder, tmp_path / "ray", workers=2, shard_size=8)
     assert times.items() <= {p.name: p.stat().st_mtime_ns for p in (tmp_path / "ray").glob("embeddings-*")}.items()
-    embed(CAPTIONS[:20], opening(), tmp_path / "one", shard_size=8)
-    one = embed(CAPTIONS, opening(), tmp_path / "one", shard_size=8)
+    embed(CAPTIONS[:20], open_encoder(), tmp_path / "local", shard_size=8)
+    local = embed(CAPTIONS, open_encoder(), tmp_path / "local", shard_size=8)
     assert len(first) == 20 and len(store) == 40
-    assert [s.sha256 for s in store.shards] == [s.sha256 for s in one.shards]
-    assert np.array_equal(store.take(store.rows(CAPTIONS)), one.take(one.rows(CAPTIONS)))
+    assert [shard.sha256 for shard in store.shards] == [shard.sha256 for shard in local.shards]
+    assert np.array_equal(store.take(store.rows(CAPTIONS)), local.take(local.rows(CAPTIONS)))
     with folder_lock(tmp_path / "ray"), pytest.raises(StoreError, match="another run"):
-        embed_with_ray(CAPTIONS, opening, tmp_path / "ray")
+        embed_with_ray(CAPTIONS, open_encoder, tmp_path / "ray")

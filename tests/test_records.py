@@ -1,4 +1,4 @@
-"""What a row may hold, and what a source is: its splits, columns and paths."""
+"""Reading of records: row contents, splits, column mappings and paths."""
 
 from __future__ import annotations
 
@@ -12,24 +12,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from format_fixtures import (
-    ROWS,
-    as_jsonl,
-    as_tars_in_braces,
-    write_jsonl,
-)
+from format_fixtures import ROWS, as_jsonl, as_tars_in_braces, write_jsonl
 from llm2clip.data.records import Record, Source, open_records
 from llm2clip.data.skip_log import SkipLog
 
-# ---- what a row may hold -------------------------------------------------------------------------------------------
+# ---- row contents --------------------------------------------------------------------------------------------------
 
 
-def test_captions_are_stripped_kept_whole_and_guessed_in_order(tmp_path: Path) -> None:
+def test_open_records_strips_captions_and_guesses_their_column(tmp_path: Path) -> None:
     long = "word " * 5000
     rows = [
         {"captions": "  one string \n", "sentences": ["no"]},
         {"captions": [], "caption": "fallback"},
-        {"sentences": ["part", "part"], "long_captions": [long]},  # as ADE20K's: the parts of the long one
+        {"sentences": ["part", "part"], "long_captions": [long]},  # as in ADE20K: the parts of the long caption
         {"sentences": ["whole"]},
         {"captions": ["x"], "long_captions": "y", "id": 7},
         {"captions": float("nan"), "text": "after NaN"},
@@ -41,7 +36,7 @@ def test_captions_are_stripped_kept_whole_and_guessed_in_order(tmp_path: Path) -
     assert all(r.image is None for r in records)
 
 
-def test_images_are_relative_to_the_file_or_absolute_and_give_an_id(folder: Path) -> None:
+def test_open_records_resolves_image_paths_and_takes_ids_from_them(folder: Path) -> None:
     rows = [{"path": "../images/a.jpg", "text": "x"}, {"path": str(folder / "images/b.png"), "text": "y"}]
     (folder / "deep").mkdir()
     records = list(open_records(write_jsonl(folder / "deep/x.jsonl", rows)))
@@ -51,7 +46,7 @@ def test_images_are_relative_to_the_file_or_absolute_and_give_an_id(folder: Path
     ]
 
 
-def test_csv_without_images_is_grouped_by_id_and_by_split(tmp_path: Path) -> None:
+def test_open_records_merges_csv_rows_by_id_and_split(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text("id, caption, split\n1, one, a\n2, two, a\n1, uno, a\n1, eins, b\n, x, a\n, y, a\n")
     records = [(r.id, r.captions, r.split) for r in open_records(path)]
@@ -67,14 +62,14 @@ def test_csv_without_images_is_grouped_by_id_and_by_split(tmp_path: Path) -> Non
 # ---- sources: splits, columns, paths -------------------------------------------------------------------------------
 
 
-def test_source_parse(tmp_path: Path) -> None:
+def test_source_parse_accepts_paths_splits_and_mappings(tmp_path: Path) -> None:
     assert Source.parse("photos.csv@train+none") == Source("photos.csv", ("train", "none"))
     assert Source.parse("a@b/photos.csv") == Source("a@b/photos.csv")
     assert Source.parse("hf:org/name:config@test") == Source("hf:org/name:config", ("test",))
     (tmp_path / "x@train").mkdir()
-    there = str(tmp_path / "x@train")
-    assert Source.parse(there) == Source(there)
-    assert Source.parse(f"{there}@val") == Source(there, ("val",))
+    existing = str(tmp_path / "x@train")
+    assert Source.parse(existing) == Source(existing)
+    assert Source.parse(f"{existing}@val") == Source(existing, ("val",))
     assert Source.parse({"path": "x@a", "columns": {"id": "key"}}) == Source("x", ("a",), {"id": "key"})
     assert Source.parse({"path": "x@a", "splits": "b+c"}).splits == ("b", "c")
     assert str(Source.parse(Source("x", ("a", "b")))) == "x@a+b"
@@ -85,7 +80,7 @@ def test_source_parse(tmp_path: Path) -> None:
         Source.parse({"path": "x", "split": "a"})
 
 
-def test_splits_are_selected_and_a_wrong_one_names_those_there_are(folder: Path) -> None:
+def test_open_records_selects_splits_and_lists_them_in_errors(folder: Path) -> None:
     path = as_jsonl(folder)
     assert [r.id for r in open_records(f"{path}@train+none")] == ["a", "c"]
     log = SkipLog()
@@ -97,7 +92,7 @@ def test_splits_are_selected_and_a_wrong_one_names_those_there_are(folder: Path)
         list(open_records(f"{path}@tarin"))
 
 
-def test_columns_are_mapped_and_wrong_names_are_explained(tmp_path: Path) -> None:
+def test_open_records_maps_columns_and_explains_missing_ones(tmp_path: Path) -> None:
     rows = [{"key": 1, "captions": ["en"], "captions_de": ["de"], "part": "a"}, {"key": 2, "captions": ["en"]}]
     path = str(write_jsonl(tmp_path / "x.jsonl", rows))
     mapped = Source(path, ("a",), {"captions": "captions_de", "id": "key", "split": "part"})
@@ -114,7 +109,9 @@ def test_columns_are_mapped_and_wrong_names_are_explained(tmp_path: Path) -> Non
     assert [r.captions for r in open_records(german)] == [("eins",)]
     with pytest.raises(ValueError, match="no column 'captions_fr' for captions"):
         list(open_records(Source(path, columns={"captions": "captions_fr"}), SkipLog(max_skipped=1)))
-    (tmp_path / "pandas.csv").write_text(",id,caption,split\n0,a,x,val\n")  # to_csv writes its index under no name
+    (tmp_path / "pandas.csv").write_text(
+        ",id,caption,split\n0,a,x,val\n"
+    )  # pandas writes the index in a column without a name
     unnamed = Source(str(tmp_path / "pandas.csv"), columns={"split": "", "id": ""})
     assert list(open_records(unnamed)) == [Record("pandas:2", None, ("x",))]
     write_jsonl(tmp_path / "y.jsonl", [{"words": "x"}])
@@ -125,7 +122,7 @@ def test_columns_are_mapped_and_wrong_names_are_explained(tmp_path: Path) -> Non
         list(open_records(tmp_path / "y.parquet"))
 
 
-def test_paths_that_are_wrong_fail_at_once_and_say_how(folder: Path) -> None:
+def test_open_records_rejects_wrong_paths_immediately(folder: Path) -> None:
     as_jsonl(folder)
     with pytest.raises(FileNotFoundError, match=r"x\.json1: no such file or folder; did you mean .*x\.jsonl\?"):
         open_records(folder / "x.json1")
@@ -143,10 +140,10 @@ def test_paths_that_are_wrong_fail_at_once_and_say_how(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"image_check must be one of header, exists, unchecked, ignore \(got 'all'\)"):
         open_records(folder / "x.jsonl", image_check="all")  # type: ignore[arg-type]
     (folder / "shard-{9}.tar").write_bytes((folder / "shard-000.tar").read_bytes())
-    assert [r.id for r in open_records(folder / "shard-{9}.tar")] == ["a"]  # a name, for it exists
+    assert [r.id for r in open_records(folder / "shard-{9}.tar")] == ["a"]  # taken literally, since it exists
 
 
-def test_whole_files_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+def test_open_records_rejects_malformed_files(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"captions": []}')
     with pytest.raises(ValueError, match=r"must be a list of objects \(got dict\)"):
         list(open_records(tmp_path / "x.json"))
@@ -161,7 +158,7 @@ def test_whole_files_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         list(open_records(tmp_path / "z.jsonl"))
 
 
-def test_rows_are_read_as_they_are_asked_for(folder: Path) -> None:
+def test_open_records_reads_rows_on_demand(folder: Path) -> None:
     write_jsonl(folder / "x.jsonl", ROWS * 10_000)
     log = SkipLog()
     records = open_records(folder / "x.jsonl", log)
@@ -169,7 +166,7 @@ def test_rows_are_read_as_they_are_asked_for(folder: Path) -> None:
     assert log.rows_seen == 1
 
 
-def test_reading_records_needs_no_torch() -> None:
+def test_records_module_imports_neither_torch_nor_datasets() -> None:
     code = "import sys, llm2clip.data.records; sys.exit(bool({'torch', 'datasets'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -178,8 +175,8 @@ def test_reading_records_needs_no_torch() -> None:
 
 
 @pytest.mark.data
-@pytest.mark.skipif("LLM2CLIP_DATA" not in os.environ, reason="set LLM2CLIP_DATA to the folder of real data")
-def test_the_real_sets_are_read_whole() -> None:
+@pytest.mark.skipif("LLM2CLIP_DATA" not in os.environ, reason="LLM2CLIP_DATA is not set")
+def test_open_records_reads_all_rows_of_real_data() -> None:
     data = Path(os.environ["LLM2CLIP_DATA"])
     counts = {
         "flickr8k": 7090, "flickr8k@train": 5999, "flickr8k@none": 91, "coco_img": 1813, "ade20k_ids": 432,
@@ -191,10 +188,10 @@ def test_the_real_sets_are_read_whole() -> None:
         records = list(open_records(f"{data / name}", log))
         assert (name, len(records), log.rows_seen) == (name, count, count)
         assert not log.dropped
-        pictures = "_text" not in name
-        assert all((record.image is not None) == pictures and record.texts for record in records)
+        has_images = "_text" not in name
+        assert all((record.image is not None) == has_images and record.texts for record in records)
     long = list(open_records(data / "ade20k_ids"))
-    assert sum(bool(record.captions) for record in long) == 27  # the sentences are no captions beside the long one
+    assert sum(bool(record.captions) for record in long) == 27  # sentences next to a long caption are its parts
     assert all(len(record.long_captions) == 1 for record in long)
     german = Source(str(data / "flickr30k_text"), columns={"captions": "captions_de"})
     assert sum(len(record.captions) for record in open_records(german)) == 5 * 31014

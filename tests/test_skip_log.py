@@ -1,4 +1,4 @@
-"""What gives no record is listed with its file and row; too much of it ends the reading."""
+"""Skipped rows: each is listed with file and row, and too many of them are an error."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 
 from format_fixtures import (
     as_tar,
+    ids_and_skips,
     image_bytes,
-    logged,
-    refused,
+    read_skip_log,
     write_jsonl,
     write_tar,
 )
@@ -25,17 +25,17 @@ from llm2clip.data.records import EARLY_CHECK_ROWS, Source, open_records
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 
 
-def test_every_row_left_out_of_a_jsonl_is_listed(folder: Path) -> None:
-    (folder / "images/torn.jpg").write_bytes(image_bytes(0)[:20])
+def test_skip_log_lists_every_skipped_row_of_a_jsonl(folder: Path) -> None:
+    (folder / "images/truncated.jpg").write_bytes(image_bytes(0)[:20])
     huge = bytearray(image_bytes(0, "PNG"))
-    huge[16:24] = (20_000).to_bytes(4, "big") * 2  # the size in the header; the check reads no further
+    huge[16:24] = (20_000).to_bytes(4, "big") * 2  # only the size in the header is checked
     huge[29:33] = zlib.crc32(huge[12:29]).to_bytes(4, "big")
     (folder / "images/huge.png").write_bytes(huge)
     (folder / "images/dir.jpg").mkdir()
     lines = [
         b'{"image": "images/a.jpg", "captions": ["kept", " ", "also"]}',
         b'{"image": "images/none.jpg", "captions": ["x"]}',
-        b'{"image": "images/torn.jpg", "captions": ["x"]}',
+        b'{"image": "images/truncated.jpg", "captions": ["x"]}',
         b'{"image": "images/huge.png", "captions": ["x"]}',
         b'{"image": "https://example.org/a.jpg", "captions": ["x"]}',
         b'{"image": "images/a.jpg", "captions": []}',
@@ -54,7 +54,7 @@ def test_every_row_left_out_of_a_jsonl_is_listed(folder: Path) -> None:
     ]
     (folder / "x.jsonl").write_bytes(b"\n".join(lines))
     source = Source(str(folder / "x.jsonl"))
-    ids, skips = refused(source, folder / "log.jsonl")
+    ids, skips = ids_and_skips(source, folder / "log.jsonl")
     assert ids == ["a", "t"]
     assert skips == [("x.jsonl", row, reason) for row, reason in [
         (1, "empty caption"), (2, "missing image"), (3, "unreadable image"), (4, "image too large"),
@@ -63,23 +63,23 @@ def test_every_row_left_out_of_a_jsonl_is_listed(folder: Path) -> None:
         (12, "malformed row"), (13, "malformed row"), (14, "malformed row"), (15, "malformed row"),
         (18, "missing image"),
     ]]  # fmt: skip
-    assert refused(source, folder / "log.jsonl") == (ids, skips)  # a second run starts the list anew
-    exists = refused(source, folder / "log.jsonl", image_check="exists")[0]
-    assert exists == ["a", "torn", "huge", "t"]
-    ignored = list(open_records(source, SkipLog(max_skipped=1.0), image_check="ignore"))
-    assert [r.id for r in ignored] == ["a", "none", "torn", "huge", "a", "t", "dir"]
-    there = [None if r.image is None else os.path.basename(str(r.image)) for r in ignored]
-    assert there == ["a.jpg", "none.jpg", "torn.jpg", "huge.png", "a.jpg", None, "dir.jpg"]  # as they are named
+    assert ids_and_skips(source, folder / "log.jsonl") == (ids, skips)  # a second run starts a new list
+    ids, _ = ids_and_skips(source, folder / "log.jsonl", image_check="exists")
+    assert ids == ["a", "truncated", "huge", "t"]
+    records = list(open_records(source, SkipLog(max_skipped=1.0), image_check="ignore"))
+    assert [r.id for r in records] == ["a", "none", "truncated", "huge", "a", "t", "dir"]
+    names = [None if r.image is None else os.path.basename(str(r.image)) for r in records]
+    assert names == ["a.jpg", "none.jpg", "truncated.jpg", "huge.png", "a.jpg", None, "dir.jpg"]
 
 
-def test_rows_left_out_of_a_csv_are_listed_by_line(folder: Path) -> None:
+def test_skip_log_lists_csv_rows_by_line(folder: Path) -> None:
     lines = ["image,caption", "images/a.jpg,one", "images/a.jpg,too,many", "images/a.jpg,", '"images/b.png","two']
     lines += ['lines"', "images/none.jpg,x", "images/none.jpg,y", "images/c.jpg, ", 'images/a.jpg,"bad" quote']
     (folder / "x.csv").write_bytes("\n".join(lines).encode() + b"\nimages/a.jpg,\xff\n")
     log = SkipLog(folder / "log.jsonl", max_skipped=1.0)
     records = list(open_records(folder / "x.csv", log))
     assert [(r.id, r.captions) for r in records] == [("a", ("one",)), ("b", ("two\nlines",))]
-    assert sorted((row, reason) for _, row, reason in logged(folder / "log.jsonl")) == [
+    assert sorted((row, reason) for _, row, reason in read_skip_log(folder / "log.jsonl")) == [
         (3, "malformed row"),
         (4, "empty caption"),
         (7, "missing image"),
@@ -91,51 +91,51 @@ def test_rows_left_out_of_a_csv_are_listed_by_line(folder: Path) -> None:
     assert (log.rows_seen, log.skipped.total(), log.dropped.total()) == (9, 6, 2)  # none.jpg has two rows
 
 
-def test_damaged_files_keep_what_was_read(folder: Path) -> None:
-    whole = Path(as_tar(folder)).read_bytes()
+def test_damaged_files_give_the_rows_before_the_damage(folder: Path) -> None:
+    data = Path(as_tar(folder)).read_bytes()
     with tarfile.open(folder / "x.tar") as tar:
-        third, text_of_third = tar.getmember("x/c.jpg"), tar.getmember("x/c.json")
-    cuts = {  # where the tar ends: which samples are whole before it
+        third, third_json = tar.getmember("x/c.jpg"), tar.getmember("x/c.json")
+    complete_samples = {  # end of the truncated tar -> samples that are complete before it
         third.offset_data + 100: ["a", "b"],
         third.offset + 100: ["a", "b"],
-        text_of_third.offset_data + 5: ["a", "b"],
-        text_of_third.offset_data + 512: ["a", "b", "c"],  # all there but for the mark of the end
+        third_json.offset_data + 5: ["a", "b"],
+        third_json.offset_data + 512: ["a", "b", "c"],  # only the end-of-archive marker is missing
     }
     log = folder / "log.jsonl"
-    for cut, kept in cuts.items():
-        (folder / "cut.tar").write_bytes(whole[:cut])
-        ids, skips = refused(Source(str(folder / "cut.tar")), log)
-        assert (cut, ids, skips) == (cut, kept, [("cut.tar", len(kept) + 1, "truncated tar")])
-    (folder / "cut.tar").write_bytes(whole[: third.offset] + b"garbage" * 500)
-    assert refused(Source(str(folder / "cut.tar")), log)[1] == [("cut.tar", 3, "truncated tar")]
+    for end, complete in complete_samples.items():
+        (folder / "cut.tar").write_bytes(data[:end])
+        ids, skips = ids_and_skips(Source(str(folder / "cut.tar")), log)
+        assert (end, ids, skips) == (end, complete, [("cut.tar", len(complete) + 1, "truncated tar")])
+    (folder / "cut.tar").write_bytes(data[: third.offset] + b"garbage" * 500)
+    assert ids_and_skips(Source(str(folder / "cut.tar")), log)[1] == [("cut.tar", 3, "truncated tar")]
     (folder / "shard-0.tar").write_bytes(b"no tar")
-    (folder / "shard-1.tar").write_bytes(whole)
-    ids, skips = refused(Source(str(folder / "shard-{0,1}.tar")), log)
+    (folder / "shard-1.tar").write_bytes(data)
+    ids, skips = ids_and_skips(Source(str(folder / "shard-{0,1}.tar")), log)
     assert (ids, skips) == (["a", "b", "c"], [("shard-0.tar", 1, "unreadable tar")])
 
     packed = gzip.compress(b"".join(b'{"text": "%d"}\n' % number**9 for number in range(500)))
     (folder / "cut.jsonl.gz").write_bytes(packed[: len(packed) // 2])
-    ids, skips = refused(Source(str(folder / "cut.jsonl.gz")), log)
+    ids, skips = ids_and_skips(Source(str(folder / "cut.jsonl.gz")), log)
     assert len(ids) > 50
     assert skips == [("cut.jsonl.gz", len(ids) + 1, "truncated file")]
 
     (folder / "tables").mkdir()
     pq.write_table(pa.table({"text": ["x"]}), folder / "tables/0.parquet")
     (folder / "tables/1.parquet").write_bytes(b"PAR1 no parquet")
-    assert refused(Source(str(folder / "tables")), log) == (["0:1"], [("1.parquet", 1, "unreadable file")])
+    assert ids_and_skips(Source(str(folder / "tables")), log) == (["0:1"], [("1.parquet", 1, "unreadable file")])
 
 
-def test_samples_of_a_tar_and_side_cars_are_left_out_one_by_one(folder: Path) -> None:
-    picture, log = image_bytes(1), folder / "log.jsonl"
+def test_bad_tar_samples_and_caption_files_are_skipped_one_by_one(folder: Path) -> None:
+    image, log = image_bytes(1), folder / "log.jsonl"
     members = [
-        ("a.jpg", picture), ("a.txt", b"x" * (1 << 20 | 1)),
-        ("b.jpg", picture), ("b.json", b"{broken"),
-        ("c.jpg", picture), ("c.json", b"3"),
-        ("d.jpg", picture), ("d.txt", b"\xff\xfe"),
-        ("e.jpg", picture), ("f.jpg", picture[:10]), ("f.txt", b"text"),
-        ("g.txt", b"no image"), ("h.jpg", picture), ("h.txt", b"fine"),
+        ("a.jpg", image), ("a.txt", b"x" * (1 << 20 | 1)),
+        ("b.jpg", image), ("b.json", b"{broken"),
+        ("c.jpg", image), ("c.json", b"3"),
+        ("d.jpg", image), ("d.txt", b"\xff\xfe"),
+        ("e.jpg", image), ("f.jpg", image[:10]), ("f.txt", b"text"),
+        ("g.txt", b"no image"), ("h.jpg", image), ("h.txt", b"fine"),
     ]  # fmt: skip
-    ids, skips = refused(Source(str(write_tar(folder / "x.tar", members))), log)
+    ids, skips = ids_and_skips(Source(str(write_tar(folder / "x.tar", members))), log)
     assert ids == ["g", "h"]
     reasons = [
         "caption file over 1 MB",
@@ -149,20 +149,20 @@ def test_samples_of_a_tar_and_side_cars_are_left_out_one_by_one(folder: Path) ->
     (folder / "images/a.txt").write_bytes(b"\xff")
     (folder / "images/b.json").write_text("{broken")
     (folder / "images/c.txt").write_text("fine")
-    (folder / "images/d.jpg").write_bytes(picture)
-    assert refused(Source(str(folder / "images")), log) == (
+    (folder / "images/d.jpg").write_bytes(image)
+    assert ids_and_skips(Source(str(folder / "images")), log) == (
         ["c"],
         [("a.jpg", 1, "malformed row"), ("b.png", 2, "malformed row"), ("d.jpg", 4, "no caption")],
     )
 
 
-def test_too_many_skips_end_the_reading(tmp_path: Path) -> None:
+def test_open_records_stops_when_too_many_rows_are_skipped(tmp_path: Path) -> None:
     rows = [{"image": f"{n}.jpg" if n % 10 == 0 else None, "captions": ["x", ""]} for n in range(3000)]
     path = write_jsonl(tmp_path / "x.jsonl", rows)
     log = SkipLog(tmp_path / "lists/skipped.jsonl")
     with pytest.raises(TooManySkipped) as caught:
         list(open_records(path, log))
-    assert log.rows_seen == 1001  # the first skip after a thousand rows
+    assert log.rows_seen == 1001  # at the first skipped row after 1,000 rows
     message = str(caught.value)
     assert "101 of 1,001 rows skipped (missing image: 101)" in message
     assert "over the limit of 5.0%" in message
@@ -170,9 +170,9 @@ def test_too_many_skips_end_the_reading(tmp_path: Path) -> None:
     assert message.count(": missing image: ") == 3
     assert str(tmp_path / "lists/skipped.jsonl") in message
     assert "--max_skipped" in message
-    enough = SkipLog(max_skipped=0.11)
-    assert len(list(open_records(path, enough))) == 2700
-    assert enough.summary() == (
+    tolerant = SkipLog(max_skipped=0.11)
+    assert len(list(open_records(path, tolerant))) == 2700
+    assert tolerant.summary() == (
         "300 of 3,000 rows skipped (missing image: 300); parts of rows dropped (empty caption: 3,000)"
     )
     few = write_jsonl(tmp_path / "few.jsonl", rows[:5])
@@ -181,7 +181,7 @@ def test_too_many_skips_end_the_reading(tmp_path: Path) -> None:
     assert len(list(open_records(few, SkipLog(max_skipped=0.2)))) == 4
 
 
-def test_a_skip_log_writes_short_values_and_any_file_name(tmp_path: Path) -> None:
+def test_skip_log_truncates_values_and_writes_any_file_name(tmp_path: Path) -> None:
     log = SkipLog(tmp_path / "log.jsonl")
     log.count_row()
     log.skip("odd\udcff.jsonl", 3, "no caption", "长" * 500)
@@ -190,8 +190,8 @@ def test_a_skip_log_writes_short_values_and_any_file_name(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x.jsonl"])
-def test_a_few_bad_rows_of_many_are_few_in_every_format(tmp_path: Path, name: str) -> None:
-    """A .csv is grouped before its records come: its rows are counted as they are read all the same."""
+def test_skip_limit_counts_all_rows_in_every_format(tmp_path: Path, name: str) -> None:
+    """A .csv is read completely before its first record; its rows must be counted while reading."""
     good, bad = ("{n}.jpg,one", "a,b,c") if name == "x.csv" else ('{{"image": "{n}.jpg", "caption": "one"}}', "{")
     lines = [bad if n % 40 == 0 else good.format(n=n // 5) for n in range(2 * EARLY_CHECK_ROWS * 20)]
     (tmp_path / name).write_text("image,caption\n" * (name == "x.csv") + "\n".join(lines))
@@ -200,7 +200,7 @@ def test_a_few_bad_rows_of_many_are_few_in_every_format(tmp_path: Path, name: st
     assert log.summary() == "1,000 of 40,000 rows skipped (malformed row: 1,000)"
 
 
-def test_what_a_damaged_parquet_file_lacks_is_counted(tmp_path: Path) -> None:
+def test_lost_rows_of_a_damaged_parquet_file_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     table = pa.table({"caption": [f"caption {n} {n * 7919 % 1000}" for n in range(10_000)]})
     pq.write_table(table, path, row_group_size=2000, compression="snappy", use_dictionary=False)
@@ -209,7 +209,8 @@ def test_what_a_damaged_parquet_file_lacks_is_counted(tmp_path: Path) -> None:
     data[at : at + 2000] = bytes(2000)
     path.write_bytes(data)
     log = SkipLog(max_skipped=1)
-    found = len(list(open_records(path, log)))
-    assert found < 3000 and log.skipped["unreadable file"] == log.rows_seen - found == 10_000 - found
+    num_records = len(list(open_records(path, log)))
+    assert num_records < 3000
+    assert log.skipped["unreadable file"] == log.rows_seen - num_records == 10_000 - num_records
     with pytest.raises(TooManySkipped):
         list(open_records(path))

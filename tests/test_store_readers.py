@@ -1,4 +1,4 @@
-"""Rows of a store are read as they were written, mapped or positionally, here and in workers."""
+"""Readers of store rows: memory-mapped and positional, in this process and in forked workers."""
 
 from __future__ import annotations
 
@@ -24,29 +24,34 @@ IDENTITY = {"weights": "abc", "layers": 3}
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 @pytest.mark.parametrize("read_mode", ["mmap", "pread"])
-def test_rows_are_read_as_they_were_written(tmp_path: Path, read_mode: ReadMode, dtype: str) -> None:
-    """Any rows, repeated or not, in any order, over many shards; int8 is within half a step of each row's scale."""
+def test_take_returns_the_written_rows(tmp_path: Path, read_mode: ReadMode, dtype: str) -> None:
+    """Repeated rows of many shards, in any order; int8 is within half a quantization step of each row."""
     rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(70, 12)).astype(np.float32) * 10 ** rng.uniform(-2, 1, (70, 1)).astype(np.float32)
-    vectors[3] = 0
+    embeddings = rng.normal(size=(70, 12)).astype(np.float32) * 10 ** rng.uniform(-2, 1, (70, 1)).astype(np.float32)
+    embeddings[3] = 0
     writer = StoreWriter(tmp_path, IDENTITY, 12, dtype)
     for number, start in enumerate(range(0, 70, 16)):
         texts = [str(i) for i in range(start, min(start + 16, 70))]
-        writer.write(number, texts, [1] * len(texts), vectors[start : start + 16])
+        writer.write(number, texts, [1] * len(texts), embeddings[start : start + 16])
     writer.finish()
     store = pickle.loads(pickle.dumps(EmbeddingStore(tmp_path, read_mode)))
-    asked = rng.integers(0, 70, 200)
-    found = store.take(store.rows([str(i) for i in asked]))
-    bound = np.abs(vectors).max(1, keepdims=True) / 254 + 1e-6 if dtype == "int8" else np.abs(vectors) / 1024 + 1e-7
-    assert (np.abs(found - vectors[asked]) <= bound[asked]).all()
+    order = rng.integers(0, 70, 200)
+    result = store.take(store.rows([str(i) for i in order]))
+    if dtype == "int8":
+        tolerance = np.abs(embeddings).max(1, keepdims=True) / 254 + 1e-6
+    else:
+        tolerance = np.abs(embeddings) / 1024 + 1e-7
+    assert (np.abs(result - embeddings[order]) <= tolerance[order]).all()
     assert store.take([]).shape == (0, 12)
-    for wrong in (-1, 70):
-        with pytest.raises(IndexError, match="must be between 0 and 69"):
-            store.take([wrong])
+    for row in (-1, 70):
+        with pytest.raises(IndexError, match="row numbers must be between 0 and 69"):
+            store.take([row])
 
 
 @pytest.mark.parametrize("read_mode", ["mmap", "pread"])
-def test_few_files_are_open_at_once(tmp_path: Path, read_mode: ReadMode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readers_limit_and_close_open_files(
+    tmp_path: Path, read_mode: ReadMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("llm2clip.store.readers.MAX_OPEN_FILES", 2)
     writer = StoreWriter(tmp_path, IDENTITY, 3, "int8")
     for number in range(9):
@@ -63,16 +68,16 @@ def test_few_files_are_open_at_once(tmp_path: Path, read_mode: ReadMode, monkeyp
     assert len(os.listdir("/proc/self/fd")) <= before, "files stay open"
 
 
-def test_what_was_asked_for_last_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lru_cache_closes_the_least_recently_used_item(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llm2clip.store.readers.MAX_OPEN_FILES", 2)
     closed: list[int] = []
-    recent = LRUCache(lambda n: n, closed.append)
+    cache = LRUCache(lambda n: n, closed.append)
     for n in (1, 2, 1, 3):
-        assert recent[n] == n
-    assert closed == [2] and set(recent.items) == {1, 3}
+        assert cache[n] == n
+    assert closed == [2] and set(cache.items) == {1, 3}
 
 
-def test_a_shard_that_was_cut_while_it_is_read_is_told(tmp_path: Path) -> None:
+def test_pread_reader_raises_if_a_shard_is_truncated_later(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path, IDENTITY, 4)
     writer.write(0, ["a", "b"], [1, 1], np.ones((2, 4)))
     writer.finish()
@@ -82,47 +87,52 @@ def test_a_shard_that_was_cut_while_it_is_read_is_told(tmp_path: Path) -> None:
         store.take([1])
 
 
-def test_what_a_control_group_leaves_is_what_there_is(tmp_path: Path) -> None:
-    free = available_memory(tmp_path / "none")
-    assert free > 1 << 20
-    for limit, spare in (("max\n", free), ("3000000\n", 1000000)):
+def test_available_memory_respects_the_control_group(tmp_path: Path) -> None:
+    machine = available_memory(tmp_path / "none")
+    assert machine > 1 << 20
+    for limit, available in (("max\n", machine), ("3000000\n", 1000000)):
         (tmp_path / "memory.max").write_text(limit)
         (tmp_path / "memory.current").write_text("2000000\n")
-        assert available_memory(tmp_path) == pytest.approx(spare, rel=0.3)
+        assert available_memory(tmp_path) == pytest.approx(available, rel=0.3)
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 600000\nactive_file 7\n")
-    assert available_memory(tmp_path) == 1600000, "pages of files that were read are given back"
+    assert available_memory(tmp_path) == 1600000, "inactive page cache counts as available"
     (tmp_path / "memory.current").unlink()
     assert available_memory(tmp_path) > 2000000
 
 
-def test_a_store_is_mapped_where_twice_its_size_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_is_mapped_if_it_takes_less_than_half_of_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     writer = StoreWriter(tmp_path, IDENTITY, 3)
-    writer.write(0, list("abcde"), [1] * 5, np.ones((5, 3)))  # 30 bytes of vectors
+    writer.write(0, list("abcde"), [1] * 5, np.ones((5, 3)))  # 30 bytes of embeddings
     writer.finish()
-    for free, kind in ((61, MmapReader), (60, PreadReader)):
-        monkeypatch.setattr("llm2clip.store.store.available_memory", lambda free=free: free)
+    for memory, reader in ((61, MmapReader), (60, PreadReader)):
+        monkeypatch.setattr("llm2clip.store.store.available_memory", lambda memory=memory: memory)
         store = EmbeddingStore(tmp_path)
-        assert type(store._reader) is kind
-        assert type(pickle.loads(pickle.dumps(store))._reader) is kind
-    assert type(EmbeddingStore(tmp_path, "mmap")._reader) is MmapReader
-    assert isinstance(EmbeddingStore(tmp_path, "mmap")._reader.maps[0], np.memmap), "it is not read into memory"
+        assert type(store._reader) is reader
+        assert type(pickle.loads(pickle.dumps(store))._reader) is reader
+    mapped = EmbeddingStore(tmp_path, "mmap")._reader
+    assert type(mapped) is MmapReader and isinstance(mapped.maps[0], np.memmap)
 
 
 @pytest.mark.parametrize("read_mode", ["mmap", "pread"])
-def test_a_store_that_was_read_is_read_in_forked_workers(
-    encoder: CaptionEncoder, tmp_path: Path, read_mode: ReadMode
-) -> None:
+def test_store_can_be_read_in_forked_workers(encoder: CaptionEncoder, tmp_path: Path, read_mode: ReadMode) -> None:
     embed(CAPTIONS, encoder, tmp_path, shard_size=8)
     store = EmbeddingStore(tmp_path, read_mode)
-    data = [store.rows([c]) for c in CAPTIONS]
-    expected = [store.take(rows) for rows in data]  # its threads are up now
+    data = [store.rows([caption]) for caption in CAPTIONS]
+    expected = [store.take(rows) for rows in data]  # starts the threads of this process
     loader = torch.utils.data.DataLoader(
-        _Taken(store, data), batch_size=5, num_workers=2, collate_fn=list, multiprocessing_context="fork", timeout=30
+        RowDataset(store, data),
+        batch_size=5,
+        num_workers=2,
+        collate_fn=list,
+        multiprocessing_context="fork",
+        timeout=30,
     )
-    assert np.array_equal([x for batch in loader for x in batch], expected)
+    assert np.array_equal([embedding for batch in loader for embedding in batch], expected)
 
 
-class _Taken(torch.utils.data.Dataset[np.ndarray]):
+class RowDataset(torch.utils.data.Dataset[np.ndarray]):
     def __init__(self, store: EmbeddingStore, rows: list[np.ndarray]) -> None:
         self.store, self.rows = store, rows
 

@@ -1,4 +1,4 @@
-"""General text pairs, as the field writes them."""
+"""Reading of general text pairs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.data.text_pairs import read_text_pairs
 
 
-def test_e5s_form(tmp_path: Path) -> None:
+def test_read_text_pairs_reads_the_e5_format(tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     rows = [
         {"query": " who? ", "positive": "she", "negatives": ["he", "she", ""], "instruction": "Find who:"},
@@ -24,7 +24,7 @@ def test_e5s_form(tmp_path: Path) -> None:
     assert list(read_text_pairs(str(file))) == [Pair("who?", "she", ("he",), "Find who:\n"), Pair("where?", "here")]
 
 
-def test_other_names_and_formats(tmp_path: Path) -> None:
+def test_read_text_pairs_accepts_other_column_names_and_formats(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("anchor,document,task\nq,d,T:\n")
     assert list(read_text_pairs(str(tmp_path / "a.csv"))) == [Pair("q", "d", (), "T:\n")]
     table = pa.table({"question": ["a", "c"], "answer": ["b", "d"], "split": ["train", "test"]})
@@ -32,14 +32,14 @@ def test_other_names_and_formats(tmp_path: Path) -> None:
     assert list(read_text_pairs(f"{tmp_path / 'a.parquet'}@train")) == [Pair("a", "b")]
 
 
-def test_sentences_with_a_score_are_no_pairs(tmp_path: Path) -> None:
-    """Contradictions and a similarity of 0 stand among them."""
+def test_read_text_pairs_rejects_sentence_pairs_with_scores(tmp_path: Path) -> None:
+    """They include contradictions and pairs with a similarity of 0."""
     (tmp_path / "a.csv").write_text("sentence1,sentence2,score\na,b,0.0\n")
     with pytest.raises(ValueError, match="no column for query"):
         list(read_text_pairs(str(tmp_path / "a.csv")))
 
 
-def test_bad_rows_are_counted_and_listed(tmp_path: Path) -> None:
+def test_read_text_pairs_counts_and_lists_bad_rows(tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     good = [json.dumps({"query": f"q{n}", "positive": f"p{n}"}) for n in range(97)]
     bad = [json.dumps({"query": "q", "positive": "q"}), json.dumps({"positive": "p"}), "{"]
@@ -51,15 +51,14 @@ def test_bad_rows_are_counted_and_listed(tmp_path: Path) -> None:
         list(read_text_pairs(str(file), SkipLog(max_skipped=0.01)))
 
 
-def test_a_file_of_something_else(tmp_path: Path) -> None:
+def test_read_text_pairs_rejects_files_without_pairs(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"image": "a.jpg", "caption": "x"}')
     with pytest.raises(ValueError, match="no column for query"):
         list(read_text_pairs(str(tmp_path / "a.jsonl")))
 
 
-def test_bytes_that_are_no_text_are_skipped(tmp_path: Path) -> None:
+def test_read_text_pairs_skips_invalid_unicode(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"anchor,positive\nq,d\nq,caf\xe9\n")
     log = SkipLog(max_skipped=1.0)
-    assert list(read_text_pairs(str(tmp_path / "a.csv"), log)) == [Pair("q", "d")] and log.skipped == {
-        "not valid Unicode": 1
-    }
+    assert list(read_text_pairs(str(tmp_path / "a.csv"), log)) == [Pair("q", "d")]
+    assert log.skipped == {"not valid Unicode": 1}

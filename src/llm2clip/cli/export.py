@@ -1,49 +1,113 @@
-"""`llm2clip convert`, `export` and `push`: models in other forms, in and out."""
+"""Commands for other model formats: `convert`, `export` and `push`."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
 from llm2clip.cli.commands import Commands
 
+if TYPE_CHECKING:
+    from llm2clip.models.llm2clip import LLM2CLIP
+
+FORMATS = ["transformers", "sentence-transformers", "vision", "onnx", "open_clip"]
+
 
 def add(commands: Commands) -> None:
-    """The verbs of this file."""
-    sub = commands.add("convert", _convert, "Published LLM2CLIP checkpoints to model folders, and back.")
-    sub.add_argument("source", type=str, help="official folder, file or hub id; or a model folder")
-    sub.add_argument("--out", type=str, required=True, help="model folder, or what to write in an official form")
+    """Add the commands of this file to the parser."""
+    sub = commands.add("convert", _convert, "Convert an official LLM2CLIP checkpoint to a model folder, or back.")
+    sub.add_argument("source", type=str, help="official checkpoint (folder, file or hub id), or a model folder")
+    sub.add_argument("--out", type=str, required=True, help="model folder to write; with --to, the checkpoint to write")
     sub.add_argument("--text", type=str, help="caption encoder that the checkpoint's adapter was trained with")
-    sub.add_argument("--form", choices=["hf", "eva"], help="write a model folder in this official form")
-    sub = commands.add(
-        "export", _export, "A model for other tools: transformers, sentence-transformers, ONNX, open_clip."
-    )
+    sub.add_argument("--to", choices=["hf", "eva"], help="write a model folder in this official checkpoint layout")
+
+    sub = commands.add("export", _export, "Export a model to transformers, sentence-transformers, ONNX or open_clip.")
     sub.add_argument("model", type=str, help="model folder or hub id")
     sub.add_argument(
-        "--to", choices=["transformers", "sentence-transformers", "vision", "onnx", "open_clip"], required=True,
-        help="the form; vision is the bare tower, for LLaVA and its kin",
-    )  # fmt: skip
-    sub.add_argument("--out", type=str, required=True, help="folder")
-    sub.add_argument("--int8", action="store_true", help="onnx: with weights rounded to bytes, too")
-    sub = commands.add("push", _push, "A model folder, or an exported one, to the hub, with a model card.")
-    sub.add_argument("model", type=str, help="folder")
-    sub.add_argument("name", type=str, help="USER/NAME on the hub")
-    sub.add_argument("--private", action="store_true", help="if it is made anew")
-    sub.add_argument("--license", type=str, help="as the hub calls it, such as apache-2.0")
+        "--to", choices=FORMATS, required=True, help="format; vision: the vision tower alone, as for LLaVA"
+    )
+    sub.add_argument("--out", type=str, required=True, help="folder to write")
+    sub.add_argument("--int8", action="store_true", help="with --to onnx: also write graphs with 8-bit weights")
+
+    sub = commands.add("push", _push, "Upload a model folder or an exported folder to the hub, with a model card.")
+    sub.add_argument("model", type=str, help="folder to upload")
+    sub.add_argument("repo_id", type=str, help="USER/NAME on the hub; created if it does not exist")
+    sub.add_argument("--private", action="store_true", help="create a private repository")
+    sub.add_argument("--license", type=str, help="the hub's identifier of a license, such as apache-2.0")
 
 
-def _convert(given: Namespace) -> list[str]:
-    from llm2clip.models.convert.convert import convert_verb
+def _convert(args: Namespace) -> list[str]:
+    from llm2clip.models.convert.load import load_official
+    from llm2clip.models.convert.save import save_official
+    from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
 
-    return convert_verb(given.source, given.out, given.text, given.form)
+    if args.to is not None:
+        if args.text is not None:
+            raise ValueError("official checkpoints do not contain a caption encoder: give either --text or --to")
+        written = save_official(LLM2CLIP.from_pretrained(args.source, device="cpu"), args.out, args.to)
+        return [f"Checkpoint in the official layout {args.to!r}: {written}"]
+    if Path(args.out).exists() and not is_model_folder(args.out):
+        raise FileExistsError(f"{args.out} exists and is not a model folder: choose another folder")
+    if is_model_folder(args.source):
+        model = _add_caption_encoder(args.source, args.text)
+    else:
+        model = load_official(args.source, text=args.text)
+    return _saved(model, model.save_pretrained(args.out))
 
 
-def _export(given: Namespace) -> list[str]:
-    from llm2clip.models.export.verb import export_verb
+def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
+    """Open a model folder that has no caption encoder, and attach one."""
+    from llm2clip.models.convert.load import attach_caption_encoder
+    from llm2clip.models.llm2clip import LLM2CLIP
 
-    return export_verb(given.model, given.to, given.out, given.int8)
+    if text is None:
+        raise ValueError(
+            f"{source} is already a model folder: use --to hf or --to eva to write an official checkpoint, or --text "
+            "ENCODER to add a caption encoder"
+        )
+    model = LLM2CLIP.from_pretrained(source, device="cpu")
+    if model.has_encoder:
+        raise ValueError(f"{source} already has the caption encoder of its adapter: {Path(source) / 'text'}")
+    attach_caption_encoder(model, text)
+    return model
 
 
-def _push(given: Namespace) -> list[str]:
-    from llm2clip.models.export.verb import push_verb
+def _saved(model: LLM2CLIP, folder: Path) -> list[str]:
+    """Return the closing lines of `convert`: the result and the next command."""
+    from llm2clip.models.convert.load import PUBLISHED_ENCODERS
 
-    return push_verb(given.model, given.name, given.private, given.license)
+    if model.has_encoder:
+        return [f"Model: {folder}", f"Next: llm2clip evaluate {folder} DATA"]
+    text_dim = model.config.text_dim
+    encoder = PUBLISHED_ENCODERS.get(text_dim, f"an encoder with embeddings of size {text_dim}")
+    return [
+        f"Model: {folder}",
+        "It can encode images and cached embeddings. To encode texts, add the caption encoder of its adapter:",
+        f"Next: llm2clip convert {folder} --out {folder} --text ENCODER      ({encoder})",
+    ]
+
+
+def _export(args: Namespace) -> list[str]:
+    from llm2clip.models.export.formats import FORMATS, export_model
+    from llm2clip.models.llm2clip import LLM2CLIP
+
+    messages = export_model(LLM2CLIP.from_pretrained(args.model, device="cpu"), args.to, args.out, int8=args.int8)
+    return [*messages, f"Exported: {args.out}", f"Load it with: {FORMATS[args.to].load.format(out=args.out)}"]
+
+
+def _push(args: Namespace) -> list[str]:
+    from huggingface_hub import HfApi
+
+    from llm2clip.models.export.model_card import render_model_card
+
+    folder = Path(args.model)
+    if not any((folder / name).is_file() for name in ("config.json", "open_clip_config.json", "text.onnx")):
+        raise FileNotFoundError(f"{args.model} is not a model folder: it has no config.json")
+    api = HfApi()
+    url = api.create_repo(args.repo_id, private=args.private, exist_ok=True)
+    card = render_model_card(folder, args.repo_id, args.license)
+    api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=args.repo_id)
+    api.upload_folder(folder_path=folder, repo_id=args.repo_id, ignore_patterns=["README.md", ".*"])
+    return [f"Pushed: {url}"]

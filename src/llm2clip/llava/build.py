@@ -22,7 +22,7 @@ from torch import nn
 
 from llm2clip.llava import modeling_patches
 from llm2clip.llava.chat_template import IMAGE, answer_end_tokens, check_template, get_chat_template
-from llm2clip.models.export.transformers import build_vision_model
+from llm2clip.models.export.vision import build_vision_model
 from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.models.vision_tower import VisionTower
 

@@ -1,8 +1,10 @@
-"""The files of a published checkpoint: a folder, a file or a hub repository to tensors by name. No code is run."""
+"""Reading of published checkpoints: find the weight files in a folder or hub repository and load their tensors.
+
+No code from a checkpoint is executed: weights are safetensors, or pickles loaded with `weights_only`.
+"""
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,111 +15,134 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llm2clip.data.images import Preprocess
+from llm2clip.io_utils import read_json
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+CONFIG_FILE = "config.json"
+PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
 def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any], Preprocess | None]:
-    """What a checkpoint holds by name, its config.json, and its preprocessor_config.json where there is one.
+    """Read the tensors and the configuration of a checkpoint.
 
     Args:
-        source: a folder or hub id with model.safetensors (also in shards), pytorch_model.bin, or one .pt file; or one
-            such file of weights, beside which nothing is read.
+        source: a folder or hub id with model.safetensors or pytorch_model.bin (either may be sharded) or with a single
+            .pt file; or the path of one weight file, in which case no configuration is read.
+
+    Returns:
+        The tensors by name, the content of config.json ({} if there is none), and the preprocessing described by
+        preprocessor_config.json (None if there is none).
 
     Raises:
-        FileNotFoundError: there is no such file, folder or repository.
-        ValueError: it holds no weights, or more than tensors.
+        FileNotFoundError: the file, folder or repository does not exist.
+        ValueError: there are no weights, or a file contains more than tensors.
     """
     path = Path(source)
     if path.is_file():
-        return _load(path), {}, None
+        return _load_weights(path), {}, None
     folder = path if path.is_dir() else _download(str(source))
-    name = select_weights_file([p.name for p in folder.iterdir()], str(source))
-    tensors = _load_shards(folder / name) if name.endswith(".index.json") else _load(folder / name)
-    preprocess = read_json(folder / "preprocessor_config.json")
-    return tensors, read_json(folder / "config.json"), Preprocess.from_dict(preprocess) if preprocess else None
+    weights = folder / select_weights_file([file.name for file in folder.iterdir()], str(source))
+    tensors = _load_shards(weights) if weights.name.endswith(".index.json") else _load_weights(weights)
+    preprocess = _read_optional_json(folder / PREPROCESSOR_FILE)
+    return tensors, _read_optional_json(folder / CONFIG_FILE), Preprocess.from_dict(preprocess) if preprocess else None
 
 
-def select_weights_file(names: list[str], where: str) -> str:
-    """The file of weights, or their index, among the files of a folder.
+def select_weights_file(names: list[str], source: str) -> str:
+    """Return which of a folder's files has the weights, or the index of the shards.
 
-    The repositories of EVA towers hold a .pt file beside another form, whose text half is not LLM2CLIP's.
+    A .pt file with "EVA" in its name comes first: the repositories of the EVA towers contain a second set of weights in
+    another format, whose text half is not LLM2CLIP's.
+
+    Raises:
+        ValueError: no weights, or several .pt files.
     """
-    pickles = [name for name in names if name.endswith(".pt")]
-    if len(eva := [name for name in pickles if "EVA" in name]) == 1:
-        return eva[0]
-    whole = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    for name in whole:
+    pt_files = [name for name in names if name.endswith(".pt")]
+    eva_files = [name for name in pt_files if "EVA" in name]
+    if len(eva_files) == 1:
+        return eva_files[0]
+    for name in WEIGHT_FILES:
         if name in names:
             return name
-    if len(pickles) == 1:
-        return pickles[0]
+    if len(pt_files) == 1:
+        return pt_files[0]
     raise ValueError(
-        f"{where} holds none of {', '.join(whole)}, nor a single .pt file; name the file of weights instead"
+        f"{source} has none of {', '.join(WEIGHT_FILES)}, nor a single .pt file: give the path of the weight file"
     )
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """Tensors by name, out of what they may be wrapped in."""
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """Load a safetensors file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or incomplete ({error})") from error
+
+
+def _load_weights(path: Path) -> dict[str, Any]:
+    """Load one weight file and unwrap its state dict."""
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is damaged, or was not fetched whole ({reason})") from error
+        raise ValueError(f"{path} is damaged or incomplete ({reason})") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds more than tensors, and to read that is to run it. If you trust it, keep its state dict "
-            f"alone, with safetensors.torch.save_file or torch.save, where you made it ({str(error).splitlines()[0]})"
+            f"{path} contains more than tensors, and loading it could run code. If you trust the file, extract its "
+            f"state dict and save that with safetensors.torch.save_file ({str(error).splitlines()[0]})"
         ) from error
-    for wrapper in ("state_dict", "module", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+    for key in ("state_dict", "module", "model"):  # where training scripts put the state dict
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name")
+        raise ValueError(f"{path} contains a {type(content).__name__}, not tensors by name")
     return dict(content)
 
 
-def read_safetensors(path: Path) -> dict[str, Any]:
-    """What a file of safetensors holds.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or was not fetched whole ({error})") from error
-
-
 def _load_shards(index: Path) -> dict[str, Any]:
-    placed: dict[str, str] = read_json(index)["weight_map"]
+    """Load all shards listed in an index file."""
+    shard_of: dict[str, str] = read_json(index)["weight_map"]
     tensors: dict[str, Any] = {}
-    for name in sorted(set(placed.values())):
-        if Path(name).name != name:
-            raise ValueError(f"{index} names a shard {name!r} outside its folder")
-        tensors |= _load(index.parent / name)
-    if odd := sorted(tensors.keys() ^ placed.keys()):
-        raise ValueError(f"{index} and its shards do not agree on {odd[:8]}")
+    for shard in sorted(set(shard_of.values())):
+        if Path(shard).name != shard:
+            raise ValueError(f"{index} lists a shard outside its folder: {shard!r}")
+        tensors |= _load_weights(index.parent / shard)
+    differing = sorted(tensors.keys() ^ shard_of.keys())
+    if differing:
+        raise ValueError(f"{index} and its shards have different tensors: {differing[:8]}")
     return tensors
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one where there is no file."""
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+def _read_optional_json(path: Path) -> dict[str, Any]:
+    return dict(read_json(path)) if path.is_file() else {}
 
 
 def _download(name: str) -> Path:
-    """A hub repository: the files that are read and no others."""
+    """Download the weights and configuration of a hub repository, and no other files; without a network, use the
+    hub's local cache."""
     from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
-    beside = ["config.json", "preprocessor_config.json"]
     try:
-        chosen = select_weights_file(list_repo_files(name), name)
-        shards = chosen.removesuffix(".index.json").replace(".", "-*.") if chosen.endswith(".index.json") else chosen
-        return Path(snapshot_download(name, allow_patterns=[chosen, shards, *beside]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        weights = select_weights_file(list_repo_files(name), name)
+        patterns = [weights, CONFIG_FILE, PREPROCESSOR_FILE]
+        if weights.endswith(".index.json"):
+            patterns.append(weights.removesuffix(".index.json").replace(".", "-*."))  # model-*.safetensors
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HFValidationError, HTTPError, LocalEntryNotFoundError, OSError) as error:
         try:
             return Path(snapshot_download(name, local_files_only=True))
         except (HFValidationError, LocalEntryNotFoundError, OSError):
-            raise FileNotFoundError(f"{name} is neither a file or folder here nor on the hub ({error})") from error
+            raise FileNotFoundError(
+                f"{name} is not a local file or folder, nor a model on the hub ({error})"
+            ) from error

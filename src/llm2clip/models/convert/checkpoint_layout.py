@@ -1,273 +1,218 @@
-"""What the published LLM2CLIP checkpoints call their tensors, and which architecture their shapes are of.
+"""Tensor names of the official LLM2CLIP checkpoints, and their mapping to ours.
 
-They come in two forms. "hf" is a transformers checkpoint: OpenAI's vision tower under the names of transformers, a
-projection without a bias, an adapter. "eva" is a state dict of the EVA-CLIP code: an EVA-02 tower, which timm has under
-its own names, a projection with a bias, the same adapter. Everything here works on names and shapes alone.
+Official checkpoints come in two layouts:
+
+- "hf", a transformers checkpoint: OpenAI's CLIP vision tower under transformers' names, a projection without bias, and
+  an adapter.
+- "eva", a state dict of the EVA-CLIP code: an EVA-02 tower (which timm has under other names), a projection with bias,
+  and the same adapter.
+
+The layout is recognised by tensor names alone.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor
 
 from llm2clip.data.images import Preprocess
-from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.llm2clip import LLM2CLIP
 
-FORMS = ("hf", "eva")
-HEAD_WIDTH = 64  # of all published towers: 12 heads at 768, 16 at 1024
 
-_ADAPTER = {"hf": "text_adapter.adaptor.", "eva": "text.text_adaptor."}
-_TOWER = {"hf": "vision_model.", "eva": "visual."}
-_PROJECTION = {"hf": "visual_projection.", "eva": "visual.head."}
-_LAYER = {"norm": "ln", "up": "fn.0", "down": "fn.3"}  # of a block of the adapter
-# timm's names and the EVA code's, where they differ.
-_EVA = {
+@dataclass(frozen=True)
+class Layout:
+    """Tensor names of one kind of official checkpoint.
+
+    Attributes:
+        name: "hf" or "eva".
+        tower: prefix of the vision tower's tensors.
+        projection: prefix of the image projection.
+        adapter: prefix of the text adapter.
+        ignored: names of parts that are not needed for image and text embeddings: the text half of the CLIP model that
+            the tower comes from, and the LLM.
+    """
+
+    name: str
+    tower: str
+    projection: str
+    adapter: str
+    ignored: re.Pattern[str]
+
+
+HF = Layout(
+    name="hf",
+    tower="vision_model.",
+    projection="visual_projection.",
+    adapter="text_adapter.adaptor.",
+    ignored=re.compile(r"text_model\.|text_projection\.weight$"),
+)
+EVA = Layout(
+    name="eva",
+    tower="visual.",
+    projection="visual.head.",
+    adapter="text.text_adaptor.",
+    ignored=re.compile(r"text\.text\."),
+)
+LAYOUTS = {layout.name: layout for layout in (HF, EVA)}
+
+# Our names of the layers in an adapter block, and the official ones.
+_ADAPTER_LAYERS = {"norm": "ln", "up": "fn.0", "down": "fn.3"}
+# timm's names in an EVA-02 block, and those of the EVA-CLIP code where they differ.
+_TIMM_TO_EVA = {
     "attn.norm.": "attn.inner_attn_ln.",
     "mlp.norm.": "mlp.ffn_ln.",
     "mlp.fc1_g.": "mlp.w1.",
     "mlp.fc1_x.": "mlp.w2.",
     "mlp.fc2.": "mlp.w3.",
 }
-# The same tensors under the names of other versions of the official code. The original EVA-CLIP keeps the biases of
-# queries and values beside their weights; an adapter that was trained with the LLM running has it beside it.
-_ONLINE = "text.text_proj.text_adaptor."
-_VARIANTS = {"attn.q_bias": "attn.q_proj.bias", "attn.v_bias": "attn.v_proj.bias", _ONLINE: _ADAPTER["eva"]}
-# What a checkpoint may hold besides, none of which has a part in image and text vectors: the text half of the CLIP
-# that the tower is from, and the language model.
-_OTHERS = {"hf": re.compile(r"text_model\.|text_projection\.weight$"), "eva": re.compile(r"text\.text\.")}
-# timm's towers by patch, width, depth and hidden width, at their own image size.
-_EVA_TOWERS = {
-    (16, 768, 12, 2048): {224: "eva02_base_patch16_clip_224"},
-    (14, 1024, 24, 2730): {224: "eva02_large_patch14_clip_224", 336: "eva02_large_patch14_clip_336"},
+# An adapter that was trained with the LLM in the training loop is stored under another prefix.
+_ONLINE_ADAPTER = "text.text_proj.text_adaptor."
+# Names in other versions of the official code. The original EVA-CLIP stores the biases of queries and values
+# next to the weights.
+_ALIASES = {
+    "attn.q_bias": "attn.q_proj.bias",
+    "attn.v_bias": "attn.v_proj.bias",
+    _ONLINE_ADAPTER: EVA.adapter,
 }
-
-
-# What makes a tower of transformers or timm, in their words.
-CLIP_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_channels",
-    "image_size",
-    "patch_size",
-    "hidden_act",
-    "layer_norm_eps",
-)
-EVA_ARGS = ("num_classes", "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
 
 @dataclass
 class Checkpoint:
-    """The tensors of an official checkpoint under one set of names, and what stood beside them.
+    """An official checkpoint: its tensors under canonical names, and its configuration.
 
     Attributes:
-        where: the file or folder, for messages.
+        source: file, folder or hub id, for messages.
+        layout: which names the tensors have.
         tensors: by name.
-        config: of its config.json, where there is one.
-        preprocess: of its preprocessor_config.json, where there is one.
-        form: "hf" or "eva".
-        online: the language model ran while the adapter was trained.
+        online: the adapter was trained with the LLM in the training loop, not on cached embeddings.
+        config: content of config.json, {} if there is none.
+        preprocess: content of preprocessor_config.json, None if there is none.
     """
 
-    where: str
+    source: str
+    layout: Layout
     tensors: dict[str, Tensor]
-    config: dict[str, Any]
-    preprocess: Preprocess | None
-    form: str
-    online: bool
+    online: bool = False
+    config: dict[str, Any] = field(default_factory=dict)
+    preprocess: Preprocess | None = None
 
     @classmethod
-    def of(
-        cls, where: str, tensors: Mapping[str, Any], config: dict[str, Any], preprocess: Preprocess | None
+    def from_tensors(
+        cls,
+        source: str,
+        tensors: Mapping[str, Any],
+        config: dict[str, Any] | None = None,
+        preprocess: Preprocess | None = None,
     ) -> Checkpoint:
-        """Recognise the form and settle on its names.
+        """Recognise the layout and rename aliases.
 
         Raises:
-            ValueError: the tensors are of neither form.
+            ValueError: the tensors match neither layout.
         """
-        if tensors and all(name.startswith("module.") for name in tensors):
+        if tensors and all(name.startswith("module.") for name in tensors):  # saved from DistributedDataParallel
             tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-        online = any(name.startswith(_ONLINE) for name in tensors)
-        settled: dict[str, Tensor] = {}
-        for name, value in tensors.items():
-            if not isinstance(value, Tensor):
-                raise ValueError(f"{where}: {name} is a {type(value).__name__}, not a tensor: this is no state dict")
-            renamed = name
-            for variant, usual in _VARIANTS.items():
-                renamed = renamed.replace(variant, usual)
-            if renamed in settled:
-                raise ValueError(f"{where} holds {renamed} twice, once as {name}: it is unclear which is meant")
-            settled[renamed] = value
-        for form in FORMS:
-            if all(any(n.startswith(p[form]) for n in settled) for p in (_ADAPTER, _TOWER, _PROJECTION)):
-                return cls(where, settled, config, preprocess, form, online)
-        prefixes = " or ".join(" + ".join(p[f] for p in (_TOWER, _PROJECTION, _ADAPTER)) for f in FORMS)
-        raise ValueError(
-            f"{where} is no LLM2CLIP checkpoint: its tensors would begin with {prefixes}; here they are "
-            f"{format_shapes(settled)}. Supported are those with a CLIP tower of transformers and those with an EVA-02 tower"
-        )
+        online = any(name.startswith(_ONLINE_ADAPTER) for name in tensors)
+        renamed = _rename_aliases(source, tensors)
+        layout = _recognise_layout(source, renamed)
+        return cls(source, layout, renamed, online, config or {}, preprocess)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor.
+        """Return the shape of a tensor.
 
         Raises:
-            ValueError: there is none of that name.
+            ValueError: there is no tensor of that name.
         """
         if name not in self.tensors:
-            raise ValueError(
-                f"{self.where} lacks the tensor {name}, which every checkpoint of the form {self.form} has"
-            )
+            raise ValueError(f"{self.source} lacks {name}, which every checkpoint of layout {self.layout.name!r} has")
         return tuple(self.tensors[name].shape)
 
-    def count(self, pattern: str) -> int:
-        """How many numbers stand in the place of {} in names that begin so."""
-        begin, end = (re.escape(part) for part in pattern.split("{}"))
-        return len({m[1] for name in self.tensors if (m := re.match(rf"{begin}(\d+){end}", name))})
+    def count_blocks(self, prefix: str, suffix: str = ".") -> int:
+        """Count the different numbers N in tensor names that start with prefix + N + suffix."""
+        pattern = re.compile(rf"{re.escape(prefix)}(\d+){re.escape(suffix)}")
+        matches = [pattern.match(name) for name in self.tensors]
+        return len({match[1] for match in matches if match})
 
 
-# ---- names ----------------------------------------------------------------------------------------------------------
-
-
-def to_official_name(name: str, form: str, depth: int) -> str:
-    """What the official code calls a tensor of our model; `depth` is that of the adapter."""
+def official_name(name: str, layout: Layout, adapter_depth: int) -> str:
+    """Return the official name of one of our model's tensors; `adapter_depth` is the number of adapter blocks."""
     part, _, rest = name.partition(".")
-    if part == "projection":
-        return _PROJECTION[form] + rest
-    if part == "adapter":
-        *block, layer, kind = rest.split(".")
-        if block:
-            return f"{_ADAPTER[form]}{block[1]}.{_LAYER[layer]}.{kind}"
-        return f"{_ADAPTER[form]}{depth + ('norm', 'out').index(layer)}.{kind}"
     if part == "tower":
-        rest = rest.removeprefix("backbone.")
-        for ours, theirs in _EVA.items() if form == "eva" else ():
-            rest = rest.replace(ours, theirs)
-        return _TOWER[form] + rest
+        return layout.tower + _official_tower_name(rest.removeprefix("backbone."), layout)
+    if part == "projection":
+        return layout.projection + rest
+    if part == "adapter":
+        return layout.adapter + _official_adapter_name(rest, adapter_depth)
     return name  # logit_scale
 
 
-def computed_buffers(model: LLM2CLIP, form: str) -> dict[str, Tensor]:
-    """Tensors that official checkpoints may hold and that follow from the architecture: position numbers, or the
-    cosines and sines of EVA's rotary embedding, once for the tower and once for every block."""
-    backbone: Any = model.tower.backbone
-    if form == "hf":
-        count = backbone.embeddings.position_embedding.num_embeddings
-        return {"vision_model.embeddings.position_ids": torch.arange(count)[None]}
-    sin, cos = backbone.rope.get_embed().chunk(2, dim=-1)
-    places = ["", *(f"blocks.{i}.attn." for i in range(len(backbone.blocks)))]
-    return {f"visual.{p}rope.freqs_{k}": t for p in places for k, t in (("cos", cos), ("sin", sin))}
+def computed_buffers(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
+    """Return the tensors that official checkpoints may contain although the architecture determines them.
 
-
-def is_ignored_key(name: str, form: str) -> bool:
-    """Whether a tensor of a checkpoint belongs to a part that image and text vectors do not need."""
-    return _OTHERS[form].match(name) is not None
-
-
-# ---- architecture ---------------------------------------------------------------------------------------------------
-
-
-def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) -> LLM2CLIPConfig:
-    """The architecture of a checkpoint, from its config.json and the shapes of its tensors.
-
-    The official adapter L2-normalises the embeddings it is given. The published checkpoints were trained so, on cached
-    embeddings. Where the language model runs in the training loop, the official code switches that off; such
-    checkpoints are known by their names. No file says it, so `normalize_input` may overrule.
-
-    Raises:
-        ValueError: a tensor that tells is missing, or the tower is of a kind that is not supported.
+    For "hf" these are the position ids; for "eva" the cosines and sines of the rotary embedding, once for the tower and
+    once for each block.
     """
-    form, prefix = checkpoint.form, _ADAPTER[checkpoint.form]
-    depth = checkpoint.count(prefix + "{}.ln.")
-    text_width = checkpoint.shape(f"{prefix}{depth}.weight")[0]
-    hidden = checkpoint.shape(f"{prefix}0.fn.0.weight")[0] if depth else 2 * text_width
-    return LLM2CLIPConfig(
-        tower=_clip_tower(checkpoint) if form == "hf" else _eva_tower(checkpoint),
-        text_dim=text_width,
-        embed_dim=checkpoint.shape(f"{prefix}{depth + 1}.weight")[0],
-        adapter_depth=depth,
-        adapter_expansion=hidden // text_width,
-        normalize_input=not checkpoint.online if normalize_input is None else normalize_input,
-        projection_bias=form == "eva",
+    backbone: Any = model.tower.backbone
+    if layout is HF:
+        positions = backbone.embeddings.position_embedding.num_embeddings
+        return {"vision_model.embeddings.position_ids": torch.arange(positions)[None]}
+    sin, cos = backbone.rope.get_embed().chunk(2, dim=-1)
+    buffers = {}
+    for owner in ("", *(f"blocks.{i}.attn." for i in range(len(backbone.blocks)))):
+        buffers[f"visual.{owner}rope.freqs_cos"] = cos
+        buffers[f"visual.{owner}rope.freqs_sin"] = sin
+    return buffers
+
+
+def describe_tensors(tensors: Mapping[str, Any], limit: int = 8) -> str:
+    """List names and shapes, at most `limit`."""
+    described = []
+    for name, value in sorted(tensors.items())[:limit]:
+        described.append(f"{name} {tuple(value.shape)}" if isinstance(value, Tensor) else name)
+    more = f" and {len(tensors) - limit} more" if len(tensors) > limit else ""
+    return ", ".join(described) + more
+
+
+def _rename_aliases(source: str, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{source} is not a state dict: {name} is a {type(value).__name__}, not a tensor")
+        canonical = name
+        for alias, replacement in _ALIASES.items():
+            canonical = canonical.replace(alias, replacement)
+        if canonical in renamed:
+            raise ValueError(f"{source} contains {canonical} twice, the second time as {name}")
+        renamed[canonical] = value
+    return renamed
+
+
+def _recognise_layout(source: str, tensors: Mapping[str, Tensor]) -> Layout:
+    for layout in LAYOUTS.values():
+        prefixes = (layout.tower, layout.projection, layout.adapter)
+        if all(any(name.startswith(prefix) for name in tensors) for prefix in prefixes):
+            return layout
+    expected = " or ".join(f"{layout.tower}, {layout.projection} and {layout.adapter}" for layout in LAYOUTS.values())
+    raise ValueError(
+        f"{source} is not an LLM2CLIP checkpoint: tensor names must start with {expected}, but it has "
+        f"{describe_tensors(tensors)}. Supported are checkpoints with a CLIP tower of transformers or an EVA-02 tower"
     )
 
 
-def _clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A VisionTower's config: what config.json says about the tower, else what the shapes do; then it is OpenAI's."""
-    from transformers import CLIPVisionConfig
-
-    said = checkpoint.config.get("vision_config")
-    if said:
-        if (kind := said.get("model_type", "clip_vision_model")) != "clip_vision_model":
-            raise ValueError(f"{checkpoint.where}: the tower is a {kind!r}; only CLIP's can be read")
-        fields = {key: value for key, value in said.items() if key in CLIP_FIELDS}
-    else:
-        width, _, patch, _ = checkpoint.shape("vision_model.embeddings.patch_embedding.weight")
-        positions = checkpoint.shape("vision_model.embeddings.position_embedding.weight")[0]
-        fields = {
-            "hidden_size": width,
-            "intermediate_size": checkpoint.shape("vision_model.encoder.layers.0.mlp.fc1.weight")[0],
-            "num_hidden_layers": checkpoint.count("vision_model.encoder.layers.{}."),
-            "num_attention_heads": _heads(checkpoint, width, HEAD_WIDTH),
-            "image_size": _side(checkpoint, positions) * patch,
-            "patch_size": patch,
-        }
-    config = CLIPVisionConfig(**fields)
-    architecture: dict[str, Any] = {key: getattr(config, key) for key in CLIP_FIELDS}
-    architecture["model_type"] = "clip_vision_model"
-    preprocess = checkpoint.preprocess or _preprocess(architecture["image_size"])
-    return {"library": "transformers", "architecture": architecture, "preprocess": preprocess.to_dict()}
+def _official_tower_name(name: str, layout: Layout) -> str:
+    if layout is EVA:
+        for timm_name, eva_name in _TIMM_TO_EVA.items():
+            name = name.replace(timm_name, eva_name)
+    return name
 
 
-def _eva_tower(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A VisionTower's config: one of timm's EVA-02 towers for CLIP, or one of that kind with other sizes."""
-    width, _, patch, _ = checkpoint.shape("visual.patch_embed.proj.weight")
-    size = _side(checkpoint, checkpoint.shape("visual.pos_embed")[1]) * patch
-    depth = checkpoint.count("visual.blocks.{}.")
-    hidden = checkpoint.shape("visual.blocks.0.mlp.w1.weight")[0]
-    rotary = checkpoint.tensors.get("visual.rope.freqs_cos")
-    heads = _heads(checkpoint, width, HEAD_WIDTH if rotary is None else rotary.shape[-1])
-    args: dict[str, Any] = {"num_classes": 0, "img_size": size}
-    usual = _EVA_TOWERS.get((patch, width, depth, hidden), {}) if heads == width // HEAD_WIDTH else {}
-    architecture = usual.get(size)
-    if architecture is None:
-        architecture = "eva02_large_patch14_clip_336"
-        args |= {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
-        args["mlp_ratio"] = (hidden + 0.5) / width  # timm rounds down
-    preprocess = checkpoint.preprocess or _preprocess(size)
-    return {"library": "timm", "architecture": architecture, "args": args, "preprocess": preprocess.to_dict()}
-
-
-def _preprocess(size: int) -> Preprocess:
-    """As OpenAI's towers and EVA's were trained and are evaluated by the official code: shortest side, no margin.
-
-    timm's own settings of the EVA towers at 224 leave a margin of a tenth.
-    """
-    return Preprocess(size, "shortest", 1.0, "bicubic", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-
-
-def _side(checkpoint: Checkpoint, positions: int) -> int:
-    """Patches along a side, of the number of positions, one of which is the class token's."""
-    side = math.isqrt(positions - 1)
-    if side * side != positions - 1:
-        raise ValueError(f"{checkpoint.where} has {positions} positions, which is not a square and one")
-    return side
-
-
-def _heads(checkpoint: Checkpoint, width: int, head: int) -> int:
-    if width % head:
-        raise ValueError(f"{checkpoint.where}: the tower's width {width} does not divide into heads of {head}")
-    return width // head
-
-
-def format_shapes(names: Mapping[str, Any], most: int = 8) -> str:
-    """Names with their shapes, the first few."""
-    shown = [f"{n} {tuple(t.shape)}" if isinstance(t, Tensor) else n for n, t in sorted(names.items())[:most]]
-    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _official_adapter_name(name: str, depth: int) -> str:
+    """Map blocks.N.LAYER.weight, norm.weight and out.weight; officially all are entries of one nn.Sequential."""
+    *block, layer, kind = name.split(".")
+    if block:
+        return f"{block[1]}.{_ADAPTER_LAYERS[layer]}.{kind}"
+    return f"{depth + ('norm', 'out').index(layer)}.{kind}"

@@ -1,20 +1,23 @@
-"""A model card: what a model is made of, how it was trained, what it measured, how it is loaded."""
+"""Model cards: architecture, usage, evaluation and training config of a model, in markdown."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-LOAD = {
+from llm2clip.io_utils import read_json
+from llm2clip.run_config import CONFIG_FILE
+
+# model_type in config.json -> how to load the model.
+USAGE = {
     "llm2clip": """```python
 from llm2clip import LLM2CLIP
 
 model = LLM2CLIP.from_pretrained("{name}")
-images = model.encode_image(["cat.jpg"])                    # (N, {width}) float32, L2-normalised
+images = model.encode_image(["cat.jpg"])                    # (N, {embed_dim}) float32, L2-normalised
 texts = model.encode_text(["a long description ..."])
 scores = model.similarity(texts, images)
 ```""",
@@ -26,88 +29,113 @@ processor = AutoProcessor.from_pretrained("{name}")
 texts = model.get_text_features(**processor(text=["a long description ..."], padding=True, return_tensors="pt"))
 ```""",
 }
+INTRODUCTION = (
+    "A vision tower and a large language model as its text tower, in one embedding space (LLM2CLIP, arXiv 2411.04997), "
+    "trained with llm2clip. It retrieves images with words, sentences and paragraphs."
+)
+LIMITATIONS = (
+    "The model reproduces the errors and biases of the images and captions that it was trained on. The licenses of the "
+    "vision tower, the language model and the training data apply to its use."
+)
 
 
-def render_model_card(folder: Path, name: str, licence: str | None = None) -> str:
-    """The card of a model folder, markdown with front matter. The settings and the report of the run that made it are
-    in it where they lie beside it (RUN/recipe.yaml, RUN/report.md).
+def render_model_card(folder: Path, name: str, license: str | None = None) -> str:
+    """Render the card of a model folder, as markdown with YAML front matter.
+
+    The config and the report of the training run are included if they are next to the folder (RUN/config.yaml and
+    RUN/report.md for RUN/model), without the names of local folders.
 
     Args:
-        folder: a model folder of ours, or an exported one.
-        name: what it is called where it is loaded from.
-        licence: as the hub calls it; what the weights and the data that it was made of allow is for its maker to say.
+        folder: a model folder, or an exported one.
+        name: path or hub id that users load the model by.
+        license: the hub's identifier of a license. There is no default: it depends on the weights and the data.
     """
-    file = folder / "config.json"
-    config: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    kind = config.get("model_type", "")
-    library, task = "transformers", "image-feature-extraction"  # a bare tower
-    if kind in LOAD or (folder / "open_clip_config.json").is_file() or (folder / "text.onnx").is_file():
-        task = "zero-shot-image-classification"
-        library = "llm2clip" if kind == "llm2clip" else "transformers"
-        library = "open_clip" if (folder / "open_clip_config.json").is_file() else library
-        library = "onnx" if (folder / "text.onnx").is_file() else library
-    front: dict[str, Any] = {
+    config_file = folder / "config.json"
+    config: dict[str, Any] = read_json(config_file) if config_file.is_file() else {}
+    model_type = config.get("model_type", "")
+    # Version 0.1 called the size of the shared space "width".
+    embed_dim = config.get("embed_dim", config.get("width"))
+
+    sections = [_front_matter(folder, model_type, license), f"# {name}", INTRODUCTION]
+    if config.get("tower"):
+        sections.append(f"## Architecture\n\n{_architecture_table(config, embed_dim)}")
+    if model_type in USAGE:
+        sections.append(f"## Usage\n\n{USAGE[model_type].format(name=name, embed_dim=embed_dim)}")
+    if model_type == "llm2clip":
+        sections += _training_sections(folder.parent)
+    sections.append(f"## Limitations\n\n{LIMITATIONS}")
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(folder: Path, model_type: str, license: str | None) -> str:
+    task = "zero-shot-image-classification"
+    if (folder / "text.onnx").is_file():
+        library = "onnx"
+    elif (folder / "open_clip_config.json").is_file():
+        library = "open_clip"
+    elif model_type == "llm2clip":
+        library = "llm2clip"
+    else:
+        library = "transformers"
+        if model_type not in USAGE:  # a vision tower alone
+            task = "image-feature-extraction"
+    fields: dict[str, Any] = {
         "library_name": library,
         "pipeline_tag": task,
         "tags": ["llm2clip", "image-retrieval", "clip", "arxiv:2411.04997"],
     }
-    if licence:
-        front["license"] = licence
-    parts = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {name}"]
-    parts.append(
-        "A vision tower and a large language model as its text tower, in one space (LLM2CLIP, arXiv 2411.04997), made "
-        "with llm2clip. It finds pictures by words, sentences and paragraphs."
-    )
-    if tower := config.get("tower"):
-        parts.append(f"## What it is made of\n\n{_table(_made_of(config, tower))}")
-    embed_dim = config.get("embed_dim", config.get("width"))  # version 0.1 and exported models call it width
-    if kind in LOAD:
-        parts.append(f"## Load it\n\n{LOAD[kind].format(name=name, width=embed_dim)}")
-    recipe, report = (folder.parent / beside for beside in ("recipe.yaml", "report.md"))
-    if kind == "llm2clip" and report.is_file():
-        parts.append("## What it measured\n\n" + _public(_lowered(report.read_text(encoding="utf-8"))))
-    if kind == "llm2clip" and recipe.is_file():
-        parts.append(f"## How it was trained\n\n```yaml\n{_public(recipe.read_text().strip())}\n```")
-    parts.append(
-        "## Before you use it\n\nIt learned from the pictures and captions that it was shown, with what they get wrong "
-        "about people. Licences of the vision tower, the language model and the data bind its use."
-    )
-    return "\n\n".join(parts) + "\n"
+    if license:
+        fields["license"] = license
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
 
-def _made_of(config: dict[str, Any], tower: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Rows of what a model is made of, as far as its config says."""
-    architecture = tower.get("architecture")
-    named = architecture if isinstance(architecture, str) else (architecture or {}).get("model_type")
-    size = (tower.get("preprocess") or {}).get("crop_size", {}).get("height") or tower.get("image_size")
-    encoder, text = config.get("encoder") or {}, config.get("text") or {}
-    rows = [
-        ("vision tower", f"{named} ({tower.get('library')}), {size} pixels"),
-        ("language model's vectors", config.get("text_dim", config.get("text_width"))),
-        ("language model's blocks", encoder.get("layers") or text.get("num_hidden_layers")),
-        ("reads in both directions", encoder.get("bidirectional", not text.get("is_causal", True))),
-        ("adapter", f"{config.get('adapter_depth')} residual blocks"),
-        ("shared space", f"{config.get('embed_dim', config.get('width'))} wide"),
-    ]
-    return [(what, value) for what, value in rows if value is not None]
+def _architecture_table(config: dict[str, Any], embed_dim: int | None) -> str:
+    """Render a table of what config.json says about the architecture."""
+    tower = config["tower"]
+    architecture = tower.get("architecture")  # a name for timm, a config for transformers
+    if not isinstance(architecture, str):
+        architecture = (architecture or {}).get("model_type")
+    image_size = (tower.get("preprocess") or {}).get("crop_size", {}).get("height") or tower.get("image_size")
+    encoder, llm = config.get("encoder") or {}, config.get("text") or {}
+    rows = {
+        "vision tower": f"{architecture} ({tower.get('library')}), {image_size} pixels",
+        "LLM layers": encoder.get("layers") or llm.get("num_hidden_layers"),
+        "bidirectional attention": encoder.get("bidirectional", not llm.get("is_causal", True)),
+        "caption embedding": config.get("text_dim", config.get("text_width")),
+        "adapter": f"{config.get('adapter_depth')} residual blocks",
+        "shared embedding": embed_dim,
+    }
+    lines = [f"| {label} | {value} |" for label, value in rows.items() if value is not None]
+    return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def _table(rows: list[tuple[str, Any]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)])
+def _training_sections(run: Path) -> list[str]:
+    """Render the report and the config of a run, if the run directory has them."""
+    sections = []
+    report, config = run / "report.md", run / CONFIG_FILE
+    if report.is_file():
+        sections.append("## Evaluation\n\n" + _hide_folders(_nest_report(report.read_text(encoding="utf-8"))))
+    if config.is_file():
+        sections.append(
+            f"## Training config\n\n```yaml\n{_hide_folders(config.read_text(encoding='utf-8').strip())}\n```"
+        )
+    return sections
 
 
-def _public(text: str) -> str:
-    """Without the folders that things lay in: /home/somebody/photos.csv is photos.csv."""
+def _nest_report(report: str) -> str:
+    """Move a report's headings two levels down and remove its title and the link to its plots, outside code blocks."""
+    lines, in_code = [], False
+    for line in report.splitlines():
+        if line.startswith("```"):
+            in_code = not in_code
+        if in_code:
+            lines.append(line)
+        elif not line.startswith(("# ", "Plots and ")):
+            lines.append("##" + line if line.startswith("#") else line)
+    return "\n".join(lines).strip()
+
+
+def _hide_folders(text: str) -> str:
+    """Shorten absolute paths to their last part: /home/user/photos.csv becomes photos.csv."""
     quoted = re.sub(r"(['\"])(?:file://)?/[^'\"\n]*/([^'\"/\n]+)\1", r"\1\2\1", text)
     return re.sub(r"(?<![\w.:/])(?:file://)?/(?:[^\s/`'\"]+/)+", "", quoted)
-
-
-def _lowered(report: str) -> str:
-    """A report's headings two levels lower, without its title; what is fenced stays as it is."""
-    lines, fenced = [], False
-    for line in report.splitlines():
-        fenced ^= line.startswith("```")
-        if line.startswith(("# ", "Plots and pictures are in ")) and not fenced:
-            continue  # of the report as a file
-        lines.append("##" + line if line.startswith("#") and not fenced else line)
-    return "\n".join(lines).strip()

@@ -7,7 +7,7 @@
     images = model.get_image_features(**processor(images=[image], return_tensors="pt"))
     scores = texts.pooler_output @ images.pooler_output.T
 
-Needs torch, transformers >= 5.2 and, for towers of timm, timm.
+Requires torch, transformers >= 5.2 and, for timm vision towers, timm.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from llm2clip.models.heads import Adapter
 
 
 class LLM2CLIPExportConfig(PretrainedConfig):
-    """What the model is made of.
+    """Architecture of an exported model.
 
     Args:
-        tower: `library` (timm or transformers), `architecture` and `args` of the vision tower; its `image_size`.
-        text: configuration of the language model.
-        text_width, width: of a caption's embedding, of the shared space.
+        tower: the vision tower: `library` ("timm" or "transformers"), `architecture`, `args` (timm's), `feature_dim`,
+            `image_size`, and `interpolate_pos_encoding` (transformers: run at another size than the trained one).
+        text: config of the LLM.
+        text_dim: size of a caption embedding.
+        embed_dim: size of the shared embedding space.
         adapter_depth, adapter_expansion, normalize_input: arguments of `Adapter`.
         projection_bias: whether the image projection has a bias.
-        pooling: mean, lasttoken or cls.
-        logit_bias: the logits have one, as the sigmoid loss wants.
-        header_tokens: at the start of every text, which are not pooled.
+        pooling: "mean", "lasttoken" or "cls".
+        prompt_tokens: number of tokens at the start of each text that mean pooling skips.
+        logit_bias: whether the logits have a bias, as in the sigmoid loss.
     """
 
     model_type = "llm2clip_export"
@@ -44,26 +46,33 @@ class LLM2CLIPExportConfig(PretrainedConfig):
         self,
         tower: dict[str, Any] | None = None,
         text: dict[str, Any] | None = None,
-        text_width: int = 0,
-        width: int = 0,
+        text_dim: int = 0,
+        embed_dim: int = 0,
         adapter_depth: int = 4,
         adapter_expansion: int = 2,
         normalize_input: bool = True,
         projection_bias: bool = False,
         pooling: str = "mean",
-        header_tokens: int = 0,
+        prompt_tokens: int = 0,
         logit_bias: bool = False,
-        **others: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(**others)
-        self.tower, self.text, self.text_width, self.width = tower or {}, text or {}, text_width, width
-        self.adapter_depth, self.adapter_expansion = adapter_depth, adapter_expansion
-        self.normalize_input, self.projection_bias = normalize_input, projection_bias
-        self.pooling, self.header_tokens, self.logit_bias = pooling, header_tokens, logit_bias
+        super().__init__(**kwargs)
+        self.tower = tower or {}
+        self.text = text or {}
+        self.text_dim = text_dim
+        self.embed_dim = embed_dim
+        self.adapter_depth = adapter_depth
+        self.adapter_expansion = adapter_expansion
+        self.normalize_input = normalize_input
+        self.projection_bias = projection_bias
+        self.pooling = pooling
+        self.prompt_tokens = prompt_tokens
+        self.logit_bias = logit_bias
 
 
 class LLM2CLIPExport(PreTrainedModel):
-    """Vision tower + projection, language model + adapter, in one space."""
+    """Vision tower + projection, and LLM + adapter, in one embedding space."""
 
     config_class = LLM2CLIPExportConfig
     base_model_prefix = "llm2clip"
@@ -72,39 +81,38 @@ class LLM2CLIPExport(PreTrainedModel):
 
     def __init__(self, config: LLM2CLIPExportConfig) -> None:
         super().__init__(config)
-        self.vision = _tower(config.tower)
+        self.vision = _build_tower(config.tower)
         self.llm = AutoModel.from_config(AutoConfig.for_model(**config.text))
-        c = config
-        self.projection = nn.Linear(c.tower["width"], c.width, bias=c.projection_bias)
-        self.adapter = Adapter(c.text_width, c.width, c.adapter_depth, c.adapter_expansion, c.normalize_input)
+        self.projection = nn.Linear(config.tower["feature_dim"], config.embed_dim, bias=config.projection_bias)
+        self.adapter = Adapter(
+            config.text_dim,
+            config.embed_dim,
+            depth=config.adapter_depth,
+            expansion=config.adapter_expansion,
+            normalize_input=config.normalize_input,
+        )
         self.logit_scale = nn.Parameter(torch.zeros(()))
-        self.logit_bias = nn.Parameter(torch.zeros(())) if c.logit_bias else None
+        self.logit_bias = nn.Parameter(torch.zeros(())) if config.logit_bias else None
         self.post_init()
 
     def get_text_features(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Token ids (N, T) to `pooler_output` (N, width), L2-normalised."""
+        """Encode token ids (N, T); `pooler_output` is (N, embed_dim) float32, L2-normalised."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        states = self.llm(input_ids=input_ids, attention_mask=mask).last_hidden_state
-        place = mask.cumsum(1)  # of a token among those of its text, from 1, whichever side is padded
-        if self.config.pooling == "mean":
-            pooled = mask * (place > self.config.header_tokens)
-        elif self.config.pooling == "lasttoken":
-            pooled = mask * (place == place[:, -1:])
-        else:
-            pooled = mask * (place == 1)
-        weights = pooled.unsqueeze(-1).to(states.dtype)
-        mean = (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
-        text = F.normalize(self.adapter(mean[:, : self.config.text_width]).float(), dim=-1)
-        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=text)
+        hidden = self.llm(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        weights = self._pooling_mask(mask).unsqueeze(-1).to(hidden.dtype)  # (N, T, 1)
+        pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+        text = F.normalize(self.adapter(pooled[:, : self.config.text_dim]).float(), dim=-1)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=text)
 
-    def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
-        """Pixels (N, 3, S, S), normalised by the processor, to `pooler_output` (N, width), L2-normalised."""
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Encode pixels (N, 3, S, S) normalised by the processor; `pooler_output` is (N, embed_dim) float32,
+        L2-normalised."""
         tower = self.config.tower
         if tower["library"] == "timm":
             feature = self.vision(pixel_values)
-        elif tower["interpolates"]:
+        elif tower["interpolate_pos_encoding"]:
             feature = self.vision(pixel_values=pixel_values, interpolate_pos_encoding=True).pooler_output
         else:
             feature = self.vision(pixel_values=pixel_values).pooler_output
@@ -115,14 +123,18 @@ class LLM2CLIPExport(PreTrainedModel):
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        **_: Any,
+        **kwargs: Any,
     ) -> CLIPOutput:
-        """Either side or both; with both, the cosines times the logit scale, and the bias if there is one."""
-        text = None if input_ids is None else self.get_text_features(input_ids, attention_mask).pooler_output
-        image = None if pixel_values is None else self.get_image_features(pixel_values).pooler_output
-        logits = None if text is None or image is None else text @ image.T * self.logit_scale.exp()
-        if logits is not None and self.logit_bias is not None:
-            logits = logits + self.logit_bias
+        """Encode texts, images or both; with both, also return the logits: scale * cosine + bias."""
+        text = image = logits = None
+        if input_ids is not None:
+            text = self.get_text_features(input_ids, attention_mask).pooler_output
+        if pixel_values is not None:
+            image = self.get_image_features(pixel_values).pooler_output
+        if text is not None and image is not None:
+            logits = text @ image.T * self.logit_scale.exp()
+            if self.logit_bias is not None:
+                logits = logits + self.logit_bias
         return CLIPOutput(
             text_embeds=text,
             image_embeds=image,
@@ -130,13 +142,25 @@ class LLM2CLIPExport(PreTrainedModel):
             logits_per_image=None if logits is None else logits.T,
         )
 
+    def _pooling_mask(self, mask: Tensor) -> Tensor:
+        """Return which tokens are pooled, (N, T), given the attention mask. Works for padding on either side."""
+        position = mask.cumsum(1)  # of a token within its text, from 1
+        if self.config.pooling == "mean":
+            return mask * (position > self.config.prompt_tokens)
+        if self.config.pooling == "lasttoken":
+            return mask * (position == position[:, -1:])
+        return mask * (position == 1)
 
-def _tower(config: dict[str, Any]) -> nn.Module:
+
+def _build_tower(config: dict[str, Any]) -> nn.Module:
     if config["library"] == "timm":
         import timm
 
         return timm.create_model(config["architecture"], pretrained=False, **config["args"])
-    own = AutoConfig.for_model(**config["architecture"])
+    hf_config = AutoConfig.for_model(**config["architecture"])
     classes = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
-    made = classes[own.model_type](own) if own.model_type in classes else AutoModel.from_config(own)
-    return getattr(made, "vision_model", made)
+    if hf_config.model_type in classes:
+        model = classes[hf_config.model_type](hf_config)
+    else:
+        model = AutoModel.from_config(hf_config)
+    return getattr(model, "vision_model", model)

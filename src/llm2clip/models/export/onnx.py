@@ -1,9 +1,10 @@
-"""A model for onnxruntime: one graph for pictures, one for texts, each checked against PyTorch."""
+"""Export to ONNX: one graph for images and one for texts, each checked against PyTorch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,128 +13,174 @@ import torch
 from torch import Tensor, nn
 
 from llm2clip.models.export.modeling_llm2clip import LLM2CLIPExport
-from llm2clip.models.export.transformers import TEXTS, build_export_model, build_tokenizer
+from llm2clip.models.export.tokenizer import build_tokenizer
+from llm2clip.models.export.transformers import MIN_COSINE, SAMPLE_TEXTS, build_export_model
 from llm2clip.models.llm2clip import LLM2CLIP
 
-USE = """import numpy as np
+USAGE = """```python
+import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
-tokenizer = Tokenizer.from_file("tokenizer.json")      # the template is in it
-tokenizer.enable_padding(pad_id=PAD, pad_token="")
-tokenizer.enable_truncation(MOST)
+tokenizer = Tokenizer.from_file("tokenizer.json")      # adds the template by itself
+tokenizer.enable_padding(pad_id={pad_id}, pad_token="")
+tokenizer.enable_truncation({max_length})
 encoded = tokenizer.encode_batch(["a long description ..."])
 ids = np.array([e.ids for e in encoded]); mask = np.array([e.attention_mask for e in encoded])
-texts = onnxruntime.InferenceSession("text.onnx").run(None, {"input_ids": ids, "attention_mask": mask})[0]
+texts = onnxruntime.InferenceSession("text.onnx").run(None, {{"input_ids": ids, "attention_mask": mask}})[0]
 
 pixels = ...   # uint8 (N, 3, S, S), resized and cropped as preprocessor_config.json says; not normalised
-images = onnxruntime.InferenceSession("vision.onnx").run(None, {"pixels": pixels})[0]
+images = onnxruntime.InferenceSession("vision.onnx").run(None, {{"pixels": pixels}})[0]
 scores = texts @ images.T
+```
 """
+EXTERNAL_DATA_BYTES = 1 << 30  # larger graphs store their weights in a second file; one ONNX file can hold 2 GB
+
+
+@dataclass
+class _Graph:
+    """One graph to export.
+
+    Attributes:
+        name: "vision" or "text", the file name without its suffix.
+        module: PyTorch module to trace.
+        inputs: sample inputs by name, with more than one row.
+        dynamic_shapes: for each input, its dynamic dimensions.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    dynamic_shapes: tuple[Any, ...]
 
 
 class VisionModule(nn.Module):
-    """uint8 (N, 3, S, S) to (N, width), L2-normalised."""
+    """Encode uint8 pixels (N, 3, S, S) to embeddings (N, embed_dim) float32, L2-normalised."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, whole: LLM2CLIPExport, mean: Tensor, std: Tensor) -> None:
+    def __init__(self, model: LLM2CLIPExport, mean: Tensor, std: Tensor) -> None:
         super().__init__()
-        self.whole = whole
+        self.model = model
         self.register_buffer("mean", mean.clone())
         self.register_buffer("std", std.clone())
 
     def forward(self, pixels: Tensor) -> Tensor:
-        normal = (pixels.float() / 255 - self.mean) / self.std
-        return cast(Tensor, self.whole.get_image_features(normal).pooler_output)
+        normalised = (pixels.float() / 255 - self.mean) / self.std
+        return cast(Tensor, self.model.get_image_features(normalised).pooler_output)
 
 
 class TextModule(nn.Module):
-    """Token ids and mask, int64 (N, T), to (N, width), L2-normalised."""
+    """Encode token ids and attention mask, int64 (N, T), to embeddings (N, embed_dim) float32, L2-normalised."""
 
-    def __init__(self, whole: LLM2CLIPExport) -> None:
+    def __init__(self, model: LLM2CLIPExport) -> None:
         super().__init__()
-        self.whole = whole
+        self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return cast(Tensor, self.whole.get_text_features(input_ids, attention_mask).pooler_output)
+        return cast(Tensor, self.model.get_text_features(input_ids, attention_mask).pooler_output)
 
 
 @torch.no_grad()
 def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
-    """Write `vision.onnx` and `text.onnx`, with the tokenizer and the preparation of pictures; with `int8` also
-    `vision-int8.onnx` and `text-int8.onnx`, whose weights are rounded to bytes.
+    """Write vision.onnx and text.onnx, the tokenizer, the preprocessing, and USE.md with an example.
+
+    Args:
+        model: a model with its caption encoder.
+        folder: an existing, empty folder.
+        int8: also write vision-int8.onnx and text-int8.onnx, whose weights are quantized to 8 bits.
 
     Returns:
-        Lines that say how far each graph is from PyTorch: the smallest cosine over a few inputs.
+        One line per graph with its smallest cosine similarity to PyTorch's embeddings, over a few inputs.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
-        ValueError: a graph does not give PyTorch's vectors (to a cosine of 0.9999; of int8 it is only told).
+        ValueError: a graph's embeddings differ from PyTorch's (cosine below 0.9999; not checked for int8).
     """
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"ONNX needs `pip install llm2clip[onnx]` ({error})") from error
-    whole = build_export_model(model)
-    size = model.tower.preprocess.size
-    tokenizer = build_tokenizer(model.encoder)
+        raise ImportError(f"exporting to ONNX requires `pip install llm2clip[onnx]` ({error})") from error
+    exported, tokenizer = build_export_model(model), build_tokenizer(model.encoder)
+    messages = []
+    for graph in (_vision_graph(exported, model), _text_graph(exported, tokenizer)):
+        messages.append(_export_graph(graph, folder))
+        if int8:
+            messages.append(_quantize_graph(graph, folder))
     tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(model.tower.preprocess.to_dict(), indent=1))
-    vision, texts = VisionModule(whole, model.tower.mean.cpu(), model.tower.std.cpu()).eval(), TextModule(whole).eval()
+    usage = USAGE.format(pad_id=tokenizer.pad_token_id, max_length=tokenizer.model_max_length)
+    (folder / "USE.md").write_text(usage)
+    return messages
+
+
+def _vision_graph(exported: LLM2CLIPExport, model: LLM2CLIP) -> _Graph:
+    size = model.tower.preprocess.size
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (3, 3, size, size), generator=generator, dtype=torch.uint8)
-    padded = dict(tokenizer(list(TEXTS), padding=True, return_tensors="pt"))
-    tokens = (padded["input_ids"], padded["attention_mask"])
-    count, length = torch.export.Dim("count"), torch.export.Dim("length")
-    parts: list[tuple[str, nn.Module, tuple[Tensor, ...], list[str], tuple[Any, ...]]] = [
-        ("vision", vision, (pixels,), ["pixels"], ({0: count},)),
-        ("text", texts, tokens, ["input_ids", "attention_mask"], ({0: count, 1: length}, {0: count, 1: length})),
-    ]
-    lines = []
-    for name, module, inputs, names, shapes in parts:
-        file = folder / f"{name}.onnx"
-        program = torch.onnx.export(
-            module,
-            inputs,
-            dynamo=True,
-            input_names=names,
-            output_names=["vectors"],
-            dynamic_shapes=shapes,
-            verbose=False,
-        )
-        assert program is not None
-        program.save(str(file))
-        fewer = tuple(x[:1] for x in inputs)
-        cosine = float(np.min([_agreement(onnxruntime, file, module, names, some) for some in (inputs, fewer)]))
-        if not cosine >= 0.9999:  # nor if it is no number
-            raise ValueError(f"{file.name} gives other vectors than PyTorch: cosine {cosine:.5f}")
-        lines.append(f"{file.name}: smallest cosine to PyTorch's vectors {cosine:.6f}")
-        if int8:
-            from onnxruntime.quantization import QuantType, quantize_dynamic
-
-            small = folder / f"{name}-int8.onnx"
-            large = _size(folder, f"{name}.onnx") > 1 << 30  # one file holds up to 2 GB
-            quantize_dynamic(file, small, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=large)
-            cosine = _agreement(onnxruntime, small, module, names, inputs)
-            share = _size(folder, f"{name}-int8.onnx") / _size(folder, f"{name}.onnx")
-            lines.append(f"{small.name}: smallest cosine {cosine:.4f}, {share:.0%} of the size")
-    use = USE.replace("PAD", str(tokenizer.pad_token_id)).replace("MOST", str(tokenizer.model_max_length))
-    (folder / "USE.md").write_text(f"```python\n{use}```\n")
-    return lines
+    module = VisionModule(exported, model.tower.mean.cpu(), model.tower.std.cpu()).eval()
+    return _Graph("vision", module, {"pixels": pixels}, ({0: torch.export.Dim("count")},))
 
 
-def _size(folder: Path, name: str) -> int:
-    """Bytes of a graph and of the weights beside it."""
+def _text_graph(exported: LLM2CLIPExport, tokenizer: Any) -> _Graph:
+    tokens = tokenizer(list(SAMPLE_TEXTS), padding=True, return_tensors="pt")
+    inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+    shape = {0: torch.export.Dim("count"), 1: torch.export.Dim("length")}
+    return _Graph("text", TextModule(exported).eval(), inputs, (shape, shape))
+
+
+def _export_graph(graph: _Graph, folder: Path) -> str:
+    """Write a graph, check it against PyTorch and return a message."""
+    file = folder / f"{graph.name}.onnx"
+    program = torch.onnx.export(
+        graph.module,
+        tuple(graph.inputs.values()),
+        dynamo=True,
+        input_names=list(graph.inputs),
+        output_names=["embeddings"],
+        dynamic_shapes=graph.dynamic_shapes,
+        verbose=False,
+    )
+    assert program is not None
+    program.save(str(file))
+    one_row = {name: tensor[:1] for name, tensor in graph.inputs.items()}
+    cosine = float(np.min([_min_cosine(file, graph.module, inputs) for inputs in (graph.inputs, one_row)]))
+    if not cosine >= MIN_COSINE:  # also for NaN
+        raise ValueError(f"the embeddings of {file.name} differ from PyTorch's: cosine {cosine:.5f}")
+    return f"{file.name}: smallest cosine to PyTorch's embeddings {cosine:.6f}"
+
+
+def _quantize_graph(graph: _Graph, folder: Path) -> str:
+    """Write a graph with 8-bit weights and return a message."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    file, quantized = folder / f"{graph.name}.onnx", folder / f"{graph.name}-int8.onnx"
+    full_size = _total_size(folder, file.name)
+    quantize_dynamic(
+        file,
+        quantized,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        use_external_data_format=full_size > EXTERNAL_DATA_BYTES,
+    )
+    cosine = _min_cosine(quantized, graph.module, graph.inputs)
+    ratio = _total_size(folder, quantized.name) / full_size
+    return f"{quantized.name}: smallest cosine {cosine:.4f}, {ratio:.0%} of the size"
+
+
+def _total_size(folder: Path, name: str) -> int:
+    """Return the bytes of a graph, including the file of its weights."""
     return sum(file.stat().st_size for file in folder.glob(f"{name}*"))
 
 
-def _agreement(runtime: Any, file: Path, module: nn.Module, names: Sequence[str], inputs: tuple[Tensor, ...]) -> float:
-    """The smallest cosine of a graph's vectors and a module's."""
-    session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    found = session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})[0]
-    expected = module(*inputs).numpy()
-    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
-    return float(np.min((found * expected).sum(1) / norms))
+def _min_cosine(file: Path, module: nn.Module, inputs: Mapping[str, Tensor]) -> float:
+    """Return the smallest cosine similarity between the embeddings of a graph and of a module."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    embeddings = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0]
+    expected = module(*inputs.values()).numpy()
+    norms = np.linalg.norm(embeddings, axis=1) * np.linalg.norm(expected, axis=1)
+    return float(np.min((embeddings * expected).sum(1) / norms))

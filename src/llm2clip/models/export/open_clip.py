@@ -1,4 +1,4 @@
-"""A model's vision side for open_clip, where its towers are the same."""
+"""Export of the vision side to open_clip, for timm vision towers."""
 
 from __future__ import annotations
 
@@ -8,77 +8,98 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from llm2clip.models.llm2clip import LLM2CLIP
 
+# The smallest text tower that open_clip builds, as a placeholder.
+PLACEHOLDER_TEXT = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
+
 
 def export_open_clip(model: LLM2CLIP, folder: Path) -> None:
-    """Write a folder that `open_clip.create_model_and_transforms("local-dir:FOLDER")` opens, whose `encode_image`
-    gives the model's vectors.
+    """Write a folder that `open_clip.create_model_and_transforms("local-dir:FOLDER")` can load.
 
-    open_clip has no text tower that reads a language model in both directions with an adapter behind it. The folder's
-    text tower is a place-holder whose weights are not numbers, so that whoever calls `encode_text` gets NaN and not
-    vectors of nothing: encode texts by this package, by the `sentence-transformers` form or by text.onnx.
+    Its `encode_image` returns the model's image embeddings. open_clip has no text tower that reads an LLM
+    bidirectionally and has an adapter, so the text tower is a placeholder whose weights are NaN: `encode_text` returns
+    NaN rather than meaningless numbers. Encode texts with this package, or with the sentence-transformers or ONNX
+    export.
 
     Args:
-        model: with a tower of timm and a linear projection.
-        folder: there already, and empty.
+        model: a model with a timm vision tower.
+        folder: an existing, empty folder.
 
     Raises:
-        ValueError: open_clip has no place for the model's vision side.
+        ValueError: open_clip cannot represent the vision side.
         ImportError: open_clip is not installed.
     """
     try:
         import open_clip
     except ImportError as error:
-        raise ImportError(f"the open_clip form needs `pip install open-clip-torch` ({error})") from error
-    tower: dict[str, Any] = model.tower.config
+        raise ImportError(f"exporting to open_clip requires `pip install open-clip-torch` ({error})") from error
+    _check_tower(model)
+    (folder / "open_clip_config.json").write_text(json.dumps(_open_clip_config(model), indent=1))
+    target = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    tensors = _open_clip_tensors(model, target.state_dict())
+    save_file(tensors, folder / "open_clip_model.safetensors", {"format": "pt"})
+
+
+def _check_tower(model: LLM2CLIP) -> None:
+    tower, preprocess = model.tower.config, model.tower.preprocess
     if tower["library"] != "timm":
         raise ValueError(
-            f"open_clip's form is for towers of timm; this is one of {tower['library']}. "
-            "A CLIP tower of transformers goes to `--to transformers` or `--to vision`"
+            f"the open_clip format needs a timm vision tower, but this one is from {tower['library']}. "
+            "For a CLIP tower of transformers, use `--to transformers` or `--to vision`"
         )
-    prepared = model.tower.preprocess
-    others = {k: v for k, v in tower["args"].items() if k not in ("num_classes", "img_size")}
-    if others:
-        raise ValueError(f"open_clip builds towers of timm as they are; this one has {others}")
+    changed = {key: value for key, value in tower["args"].items() if key not in ("num_classes", "img_size")}
+    if changed:
+        raise ValueError(f"open_clip builds timm towers with their default arguments, but this one has {changed}")
+    if preprocess.crop_pct != 1:
+        raise ValueError(
+            f"open_clip does not crop images, but this model's preprocessing crops {1 - preprocess.crop_pct:.0%} off"
+        )
+
+
+def _open_clip_config(model: LLM2CLIP) -> dict[str, Any]:
+    """Return the content of open_clip_config.json."""
+    preprocess = model.tower.preprocess
     vision = {
-        "image_size": prepared.size,
-        "timm_model_name": tower["architecture"],
+        "image_size": preprocess.size,
+        "timm_model_name": model.tower.config["architecture"],
         "timm_model_pretrained": False,
         "timm_pool": "",
         "timm_proj": "linear",
         "timm_proj_bias": model.config.projection_bias,
     }
-    text = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
-    config = {
-        "model_cfg": {"embed_dim": model.config.embed_dim, "vision_cfg": vision, "text_cfg": text},
+    return {
+        "model_cfg": {"embed_dim": model.config.embed_dim, "vision_cfg": vision, "text_cfg": PLACEHOLDER_TEXT},
         "preprocess_cfg": {
-            "mean": list(prepared.mean),
-            "std": list(prepared.std),
-            "interpolation": prepared.interpolation,
-            "resize_mode": "squash" if prepared.resize == "squash" else "shortest",
+            "mean": list(preprocess.mean),
+            "std": list(preprocess.std),
+            "interpolation": preprocess.interpolation,
+            "resize_mode": preprocess.resize,
         },
     }
-    if prepared.crop_pct != 1:
-        raise ValueError(f"open_clip crops nothing off; this model's pictures lose {1 - prepared.crop_pct:.0%}")
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1))
-    built = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-    trunk, head, state = model.tower.backbone.state_dict(), model.projection.state_dict(), {}
-    for name, theirs in built.state_dict().items():
-        tensor = theirs
+
+
+def _open_clip_tensors(model: LLM2CLIP, target: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the values of the tensors in `target`, the state dict of the model that open_clip builds."""
+    backbone, projection = model.tower.backbone.state_dict(), model.projection.state_dict()
+    tensors = {}
+    for name, expected in target.items():
         if name.startswith("visual.trunk."):
-            tensor = trunk[name.removeprefix("visual.trunk.")]
+            tensor = backbone[name.removeprefix("visual.trunk.")]
         elif name.startswith("visual.head.proj."):
-            tensor = head[name.removeprefix("visual.head.proj.")]
+            tensor = projection[name.removeprefix("visual.head.proj.")]
         elif name == "logit_scale":
             tensor = model.logit_scale[0]
-        elif tensor.is_floating_point():
-            tensor = torch.full_like(tensor, torch.nan)
-        if tensor.shape != theirs.shape:
+        elif expected.is_floating_point():  # the placeholder text tower
+            tensor = torch.full_like(expected, torch.nan)
+        else:
+            tensor = expected
+        if tensor.shape != expected.shape:
             raise ValueError(
-                f"open_clip would build the tower {tower['architecture']} with {name} "
-                f"{tuple(theirs.shape)}, here it is {tuple(tensor.shape)}: it runs at another size"
+                f"open_clip builds {model.tower.config['architecture']} with {name} of shape {tuple(expected.shape)}, "
+                f"but this model has {tuple(tensor.shape)}: its image size differs from the default"
             )
-        state[name] = tensor.detach().cpu().clone().contiguous()
-    save_file(state, folder / "open_clip_model.safetensors", {"format": "pt"})
+        tensors[name] = tensor.detach().cpu().clone().contiguous()
+    return tensors

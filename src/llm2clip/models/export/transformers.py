@@ -1,12 +1,10 @@
-"""A model for the tools of Hugging Face: for transformers with one file of code, for sentence-transformers, or the bare
-vision tower in its own class."""
+"""Export to transformers and sentence-transformers, with one file of remote code."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import json
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,14 @@ from llm2clip.models import heads, lora
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.export import modeling_llm2clip
 from llm2clip.models.export.modeling_llm2clip import LLM2CLIPExport, LLM2CLIPExportConfig
+from llm2clip.models.export.tokenizer import build_tokenizer
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.vision_tower import VisionTower
 
 POOLINGS = ("mean", "lasttoken", "cls")
-CODE = "modeling_llm2clip.py"
-TEXTS = (
+CODE_FILE = "modeling_llm2clip.py"
+MIN_COSINE = 0.9999  # between the embeddings of the exported model and of the original
+SAMPLE_TEXTS = (
     "a dog",
     "Two children in red jackets are playing in the snow while an old man watches them from a wooden bench.",
     "一只猫坐在窗台上",
@@ -30,201 +30,150 @@ TEXTS = (
 
 
 def export_transformers(model: LLM2CLIP, folder: Path) -> None:
-    """Write a folder that `AutoModel.from_pretrained(..., trust_remote_code=True)` opens without this package, and
-    `AutoProcessor` its tokenizer and image processor.
+    """Write a folder that `AutoModel.from_pretrained(..., trust_remote_code=True)` and `AutoProcessor` can load without
+    this package.
 
     Args:
-        model: with its caption encoder.
-        folder: there already, and empty.
+        model: a model with its caption encoder.
+        folder: an existing, empty folder.
 
     Raises:
-        ValueError: its caption encoder has a part that the form has no place for.
+        ValueError: the format cannot represent the caption encoder.
     """
-    whole = build_export_model(model)
-    whole.config.architectures = [LLM2CLIPExport.__name__]
-    whole.config.auto_map = {
-        "AutoConfig": f"modeling_llm2clip.{LLM2CLIPExportConfig.__name__}",
-        "AutoModel": f"modeling_llm2clip.{LLM2CLIPExport.__name__}",
+    exported = build_export_model(model)
+    exported.config.architectures = [LLM2CLIPExport.__name__]
+    module = CODE_FILE.removesuffix(".py")
+    exported.config.auto_map = {
+        "AutoConfig": f"{module}.{LLM2CLIPExportConfig.__name__}",
+        "AutoModel": f"{module}.{LLM2CLIPExport.__name__}",
     }
-    whole.config.save_pretrained(folder)
-    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in whole.state_dict().items()}
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    (folder / CODE).write_text(standalone_source())
+    exported.config.save_pretrained(folder)
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in exported.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / CODE_FILE).write_text(standalone_source())
     build_tokenizer(model.encoder).save_pretrained(folder)
-    processor = model.tower.preprocess.to_dict()
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1))
-    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "CLIPProcessor"}))
+    _write_json(folder / "preprocessor_config.json", model.tower.preprocess.to_dict())
+    _write_json(folder / "processor_config.json", {"processor_class": "CLIPProcessor"})
 
 
 def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
-    """The same folder, which `SentenceTransformer(..., trust_remote_code=True)` opens too; its `encode` takes texts and
-    PIL images.
+    """Write a folder that `SentenceTransformer(..., trust_remote_code=True)` can load, and that transformers can load
+    as well. Its `encode` accepts texts and PIL images.
 
-    Args, Raises: as of `to_transformers`.
+    Args and errors are those of `export_transformers`.
     """
     export_transformers(model, folder)
-    sides = {
-        kind: {"method": f"get_{kind}_features", "method_output_name": "pooler_output"} for kind in ("text", "image")
+    modalities = {
+        "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
+        "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
     }
-    settings = {
+    module_settings = {
         "transformer_task": "feature-extraction",
-        "modality_config": sides,
+        "modality_config": modalities,
         "module_output_name": "sentence_embedding",
     }
-    (folder / "sentence_bert_config.json").write_text(json.dumps(settings, indent=1))
-    kind = "sentence_transformers.base.modules.transformer.Transformer"
-    modules = [{"idx": 0, "name": "0", "path": "", "type": kind}]
-    (folder / "modules.json").write_text(json.dumps(modules, indent=1))
-    about = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine", "prompts": {}}
-    (folder / "config_sentence_transformers.json").write_text(json.dumps(about, indent=1))
+    module_type = "sentence_transformers.base.modules.transformer.Transformer"
+    model_settings = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine", "prompts": {}}
+    _write_json(folder / "sentence_bert_config.json", module_settings)
+    _write_json(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": module_type}])
+    _write_json(folder / "config_sentence_transformers.json", model_settings)
 
 
-def export_vision(model: LLM2CLIP, folder: Path) -> None:
-    """The vision tower alone, without the projection, as transformers' own class (`CLIPVisionModel`,
-    `SiglipVisionModel`, ...; for towers of timm `TimmWrapperModel`), which `AutoModel.from_pretrained` opens without
-    code of ours. For models that look at patch features, as LLaVA does.
-
-    Raises:
-        ValueError: transformers has no class for the tower.
-    """
-    build_vision_model(model.tower).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(model.tower.preprocess.to_dict(), indent=1))
-
-
-# ---- what they share ------------------------------------------------------------------------------------------------
-
-
-def build_vision_model(tower: VisionTower) -> Any:
-    """The tower as a model of transformers' own, with weights of its own, on the CPU in float32 and eval mode."""
-    from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel, TimmWrapperConfig, TimmWrapperModel
-
-    config: dict[str, Any] = tower.config
-    state = {name: tensor.detach().cpu() for name, tensor in tower.backbone.state_dict().items()}
-    if config["library"] == "timm":
-        args = {name: value for name, value in config["args"].items() if name != "num_classes"}
-        own: Any = TimmWrapperConfig(architecture=config["architecture"], model_args=args)
-        own.num_labels = 0
-        model: Any = TimmWrapperModel(own)
-        model.timm_model.load_state_dict(state)
-        return model.float().eval()
-    from transformers import AutoConfig
-
-    own = AutoConfig.for_model(**config["architecture"])
-    kinds: dict[str, Any] = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
-    kind = kinds.get(own.model_type)
-    model = kind(own) if kind else AutoModel.from_config(own)
-    getattr(model, "vision_model", model).load_state_dict(state)  # one floor more, before transformers 5.3 or so
-    return model.float().eval()
-
-
+@torch.no_grad()
 def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
-    """The model as one of transformers', with weights of its own, on the CPU in eval mode; LoRA is merged.
+    """Build a transformers model with a copy of the weights, LoRA merged, in float32, on the CPU, in eval mode.
 
     Raises:
-        ValueError: as of `to_transformers`.
+        ValueError: the format cannot represent the caption encoder.
     """
-    encoder, c = model.encoder, model.config
-    pooling = encoder.st[1].get_config_dict()["pooling_mode"]
-    if pooling not in POOLINGS:
-        raise ValueError(f"the caption encoder pools by {pooling!r}; this form has {', '.join(POOLINGS)}")
-    if len(encoder.st) > 3:
-        raise ValueError(f"the caption encoder has {len(encoder.st)} parts; this form has a place for three")
-    st = copy.deepcopy(encoder.st).cpu()
-    merged = CaptionEncoder(st)
-    lora.merge_adapter(merged)
-    llm = merged.llm.float()
+    _check_modules(model.encoder)
+    encoder = CaptionEncoder(copy.deepcopy(model.encoder.st).cpu())
+    lora.merge_adapter(encoder)
+    llm = encoder.llm.float()
     llm.set_attn_implementation("sdpa")
-    text = {k: v for k, v in llm.config.to_dict().items() if k not in ("_name_or_path", "architectures", "dtype")}
-    tower: dict[str, Any] = model.tower.config
-    size = model.tower.preprocess.size
-    shown = {
-        "library": tower["library"],
-        "architecture": tower["architecture"],
-        "args": {**tower.get("args", {}), "num_classes": 0} if tower["library"] == "timm" else {},
-        "width": model.tower.feature_dim,
-        "image_size": size,
-        "interpolates": tower["library"] == "transformers"
-        and tower["architecture"]["model_type"] in ("clip_vision_model", "siglip_vision_model")
-        and tower["architecture"]["image_size"] != size,
-    }
-    header = encoder.prompt_length(encoder.prefix)
-    config = LLM2CLIPExportConfig(
-        tower=shown,
-        text=text,
-        text_width=c.text_dim,
-        width=c.embed_dim,
-        adapter_depth=c.adapter_depth,
-        adapter_expansion=c.adapter_expansion,
-        normalize_input=c.normalize_input,
-        projection_bias=c.projection_bias,
-        pooling=pooling,
-        logit_bias=c.logit_bias,
-        header_tokens=0 if encoder.st[1].include_prompt else header,
-    )
-    whole = LLM2CLIPExport(config).float().eval()
-    whole.vision.load_state_dict(model.tower.backbone.state_dict())
-    whole.llm.load_state_dict(llm.state_dict())
-    whole.projection.load_state_dict(model.projection.state_dict())
-    whole.adapter.load_state_dict(model.adapter.state_dict())
-    with torch.no_grad():
-        whole.logit_scale.copy_(model.logit_scale[0])
-        if model.logit_bias is not None and whole.logit_bias is not None:
-            whole.logit_bias.copy_(model.logit_bias[0])
-    _check(whole, model)
-    return whole
 
-
-@torch.inference_mode()
-def _check(whole: LLM2CLIPExport, model: LLM2CLIP) -> None:
-    """Raises ValueError if texts get other vectors than ours: the encoder has a part that this form has no place for,
-    such as a layer of its own after the pooling."""
-    tokenizer = build_tokenizer(model.encoder)
-    batches = (tokenizer(text, truncation=True, return_tensors="pt") for text in TEXTS)
-    found: list[Any] = [whole.get_text_features(**batch).pooler_output for batch in batches]
-    least = float((torch.cat(found) * model.encode_text(TEXTS)).sum(1).min())
-    if not least >= 0.9999:
-        raise ValueError(
-            f"in this form the caption encoder would give other vectors (cosine {least:.4f}): it has a part that the "
-            "form has no place for"
-        )
-
-
-def build_tokenizer(encoder: CaptionEncoder) -> Any:
-    """A tokenizer that puts the template around a text by itself.
-
-    Raises:
-        ValueError: a header in front of a text is not the tokens of both, one after the other.
-    """
-    tokenizer = copy.deepcopy(encoder.tokenizer)
-    tokenizer.model_max_length = encoder.st.max_seq_length or 512
-    if header := encoder.prefix:
-        from tokenizers.processors import TemplateProcessing
-
-        one, other = (encoder.tokenizer(header + text)["input_ids"] for text in ("a", "1"))
-        before, after = _common(one, other), _common(one[::-1], other[::-1])[::-1]
-        specials, pieces = [], ["$A"]
-        for name, ids in (("<before>", before), ("<after>", after)):
-            if ids:
-                specials.append({"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)})
-                pieces = [name, *pieces] if name == "<before>" else [*pieces, name]
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single=" ".join(pieces), special_tokens=specials
-        )
-        for text in ("a", "Two dogs, running.", "一只猫", "1"):
-            if tokenizer(text)["input_ids"] != encoder.tokenizer(header + text)["input_ids"]:
-                raise ValueError(f"the header {header!r} and {text!r} are other tokens together than one by one")
-    return tokenizer
-
-
-def _common(one: list[int], other: list[int]) -> list[int]:
-    """What two lists begin with alike."""
-    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+    exported = LLM2CLIPExport(_export_config(model, llm)).float().eval()
+    exported.vision.load_state_dict(model.tower.backbone.state_dict())
+    exported.llm.load_state_dict(llm.state_dict())
+    exported.projection.load_state_dict(model.projection.state_dict())
+    exported.adapter.load_state_dict(model.adapter.state_dict())
+    exported.logit_scale.copy_(model.logit_scale[0])
+    if model.logit_bias is not None and exported.logit_bias is not None:
+        exported.logit_bias.copy_(model.logit_bias[0])
+    _check_text_embeddings(exported, model)
+    return exported
 
 
 def standalone_source() -> str:
-    """The code that a folder carries: ours, with the heads written out in the place of their import."""
-    code = inspect.getsource(modeling_llm2clip)
-    code_of_heads = "\n\n".join(inspect.getsource(part) for part in (heads.Block, heads.Adapter))
-    imported = "from llm2clip.models.heads import Adapter\n"
-    assert imported in code
-    return code.replace(imported, "\n" + code_of_heads)
+    """Return the source of modeling_llm2clip.py with the adapter's classes in place of their import."""
+    source = inspect.getsource(modeling_llm2clip)
+    adapter_source = "\n\n".join(inspect.getsource(part) for part in (heads.Block, heads.Adapter))
+    import_line = "from llm2clip.models.heads import Adapter\n"
+    assert import_line in source
+    return source.replace(import_line, "\n" + adapter_source)
+
+
+def _check_modules(encoder: CaptionEncoder) -> None:
+    pooling = encoder.st[1].get_config_dict()["pooling_mode"]
+    if pooling not in POOLINGS:
+        raise ValueError(f"the caption encoder has {pooling!r} pooling, but the format supports {', '.join(POOLINGS)}")
+    if len(encoder.st) > 3:
+        raise ValueError(f"the caption encoder has {len(encoder.st)} modules, but the format supports at most 3")
+
+
+def _export_config(model: LLM2CLIP, llm: Any) -> LLM2CLIPExportConfig:
+    encoder, pooling = model.encoder, model.encoder.st[1]
+    not_architecture = ("_name_or_path", "architectures", "dtype")
+    return LLM2CLIPExportConfig(
+        tower=_tower_config(model.tower),
+        text={key: value for key, value in llm.config.to_dict().items() if key not in not_architecture},
+        text_dim=model.config.text_dim,
+        embed_dim=model.config.embed_dim,
+        adapter_depth=model.config.adapter_depth,
+        adapter_expansion=model.config.adapter_expansion,
+        normalize_input=model.config.normalize_input,
+        projection_bias=model.config.projection_bias,
+        pooling=pooling.get_config_dict()["pooling_mode"],
+        prompt_tokens=0 if pooling.include_prompt else encoder.prompt_length(encoder.prefix),
+        logit_bias=model.config.logit_bias,
+    )
+
+
+def _tower_config(tower: VisionTower) -> dict[str, Any]:
+    library, architecture = tower.config["library"], tower.config["architecture"]
+    is_timm = library == "timm"
+    # DINO's towers interpolate their position embeddings without being asked.
+    needs_flag = not is_timm and architecture["model_type"] in ("clip_vision_model", "siglip_vision_model")
+    return {
+        "library": library,
+        "architecture": architecture,
+        "args": {**tower.config.get("args", {}), "num_classes": 0} if is_timm else {},
+        "feature_dim": tower.feature_dim,
+        "image_size": tower.preprocess.size,
+        "interpolate_pos_encoding": needs_flag and architecture["image_size"] != tower.preprocess.size,
+    }
+
+
+@torch.inference_mode()
+def _check_text_embeddings(exported: LLM2CLIPExport, model: LLM2CLIP) -> None:
+    """Check that sample texts get the same embeddings from both models.
+
+    They differ if the caption encoder has a module that the format cannot represent, such as a trained layer after the
+    pooling.
+    """
+    tokenizer = build_tokenizer(model.encoder)
+    embeddings: list[Any] = []
+    for text in SAMPLE_TEXTS:
+        tokens = tokenizer(text, truncation=True, return_tensors="pt")
+        embeddings.append(exported.get_text_features(**tokens).pooler_output)
+    cosines = (torch.cat(embeddings) * model.encode_text(SAMPLE_TEXTS)).sum(1)
+    min_cosine = float(cosines.min())
+    if not min_cosine >= MIN_COSINE:  # also for NaN
+        raise ValueError(
+            f"the exported text embeddings would differ (cosine {min_cosine:.4f}): the caption encoder has a module "
+            "that the format does not support"
+        )
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=1))

@@ -1,0 +1,139 @@
+"""The architecture of an official checkpoint, inferred from its config.json and the shapes of its tensors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from llm2clip.data.images import Preprocess
+from llm2clip.models.convert.checkpoint_layout import EVA, HF, Checkpoint
+from llm2clip.models.llm2clip import LLM2CLIPConfig
+
+HEAD_DIM = 64  # of all published towers: 12 heads at width 768, 16 at 1024
+
+# Fields of a transformers CLIP vision config that define the architecture.
+CLIP_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+)
+# Arguments of timm's EVA-02 models that may differ from the defaults.
+EVA_ARGS = ("num_classes", "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+
+# (patch size, width, depth, MLP width) -> image size -> timm's model.
+_TIMM_EVA_TOWERS = {
+    (16, 768, 12, 2048): {224: "eva02_base_patch16_clip_224"},
+    (14, 1024, 24, 2730): {224: "eva02_large_patch14_clip_224", 336: "eva02_large_patch14_clip_336"},
+}
+
+
+def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) -> LLM2CLIPConfig:
+    """Return the architecture of a checkpoint.
+
+    Args:
+        checkpoint: an official checkpoint.
+        normalize_input: whether the adapter L2-normalises its input. No file records this. Default: True unless the
+            checkpoint was trained with the LLM in the training loop, for which the official code turns it off.
+
+    Raises:
+        ValueError: a tensor is missing, or the vision tower is not supported.
+    """
+    prefix = checkpoint.layout.adapter
+    depth = checkpoint.count_blocks(prefix, ".ln.")
+    text_dim = checkpoint.shape(f"{prefix}{depth}.weight")[0]
+    hidden = checkpoint.shape(f"{prefix}0.fn.0.weight")[0] if depth else 2 * text_dim
+    return LLM2CLIPConfig(
+        tower=_clip_tower(checkpoint) if checkpoint.layout is HF else _eva_tower(checkpoint),
+        text_dim=text_dim,
+        embed_dim=checkpoint.shape(f"{prefix}{depth + 1}.weight")[0],
+        adapter_depth=depth,
+        adapter_expansion=hidden // text_dim,
+        normalize_input=not checkpoint.online if normalize_input is None else normalize_input,
+        projection_bias=checkpoint.layout is EVA,
+    )
+
+
+def _clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the `VisionTower` config of a CLIP tower.
+
+    It comes from config.json, or else from the tensor shapes, assuming OpenAI's head size and activation.
+    """
+    from transformers import CLIPVisionConfig
+
+    vision_config = checkpoint.config.get("vision_config")
+    if vision_config:
+        model_type = vision_config.get("model_type", "clip_vision_model")
+        if model_type != "clip_vision_model":
+            raise ValueError(
+                f"{checkpoint.source}: the vision tower is a {model_type!r}; only CLIP towers are supported"
+            )
+        fields = {key: value for key, value in vision_config.items() if key in CLIP_FIELDS}
+    else:
+        width, _, patch_size, _ = checkpoint.shape("vision_model.embeddings.patch_embedding.weight")
+        positions = checkpoint.shape("vision_model.embeddings.position_embedding.weight")[0]
+        fields = {
+            "hidden_size": width,
+            "intermediate_size": checkpoint.shape("vision_model.encoder.layers.0.mlp.fc1.weight")[0],
+            "num_hidden_layers": checkpoint.count_blocks("vision_model.encoder.layers."),
+            "num_attention_heads": _num_heads(checkpoint, width, HEAD_DIM),
+            "image_size": _grid_size(checkpoint, positions) * patch_size,
+            "patch_size": patch_size,
+        }
+    config = CLIPVisionConfig(**fields)
+    architecture: dict[str, Any] = {key: getattr(config, key) for key in CLIP_FIELDS}
+    architecture["model_type"] = "clip_vision_model"
+    preprocess = checkpoint.preprocess or _default_preprocess(architecture["image_size"])
+    return {"library": "transformers", "architecture": architecture, "preprocess": preprocess.to_dict()}
+
+
+def _eva_tower(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the `VisionTower` config of an EVA-02 tower: one of timm's CLIP towers, or one with other sizes."""
+    width, _, patch_size, _ = checkpoint.shape("visual.patch_embed.proj.weight")
+    image_size = _grid_size(checkpoint, checkpoint.shape("visual.pos_embed")[1]) * patch_size
+    depth = checkpoint.count_blocks("visual.blocks.")
+    hidden = checkpoint.shape("visual.blocks.0.mlp.w1.weight")[0]
+    rotary = checkpoint.tensors.get("visual.rope.freqs_cos")  # (positions, head dimension)
+    heads = _num_heads(checkpoint, width, HEAD_DIM if rotary is None else rotary.shape[-1])
+
+    args: dict[str, Any] = {"num_classes": 0, "img_size": image_size}
+    architecture = None
+    if heads == width // HEAD_DIM:
+        architecture = _TIMM_EVA_TOWERS.get((patch_size, width, depth, hidden), {}).get(image_size)
+    if architecture is None:
+        architecture = "eva02_large_patch14_clip_336"
+        args |= {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
+        args["mlp_ratio"] = (hidden + 0.5) / width  # timm rounds width * mlp_ratio down
+    preprocess = checkpoint.preprocess or _default_preprocess(image_size)
+    return {"library": "timm", "architecture": architecture, "args": args, "preprocess": preprocess.to_dict()}
+
+
+def _default_preprocess(size: int) -> Preprocess:
+    """Return the preprocessing of the official code: the shortest side is resized to `size`, then a center crop.
+
+    timm's own setting for the EVA towers at 224 pixels crops 10% off, which the official code does not.
+    """
+    return Preprocess(size, "shortest", 1.0, "bicubic", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+
+
+def _grid_size(checkpoint: Checkpoint, positions: int) -> int:
+    """Return the number of patches per side; one of the positions is the class token's."""
+    side = math.isqrt(positions - 1)
+    if side * side != positions - 1:
+        raise ValueError(f"{checkpoint.source} has {positions} position embeddings, expected a square number plus 1")
+    return side
+
+
+def _num_heads(checkpoint: Checkpoint, width: int, head_dim: int) -> int:
+    if width % head_dim:
+        raise ValueError(
+            f"{checkpoint.source}: the tower's width {width} is not a multiple of the head size {head_dim}"
+        )
+    return width // head_dim

@@ -1,0 +1,144 @@
+"""Loading of official LLM2CLIP checkpoints as our model.
+
+Loading is strict. Every parameter of the model must be filled by a tensor of its shape. Every tensor of the checkpoint
+must be used once, equal a buffer that the architecture determines, or belong to a part that is not needed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.convert.checkpoint_io import read_checkpoint
+from llm2clip.models.convert.checkpoint_layout import Checkpoint, computed_buffers, describe_tensors, official_name
+from llm2clip.models.convert.infer_config import infer_config
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.vision_tower import VisionTower
+
+# Input size of a published adapter -> the published caption encoder that it was trained with.
+PUBLISHED_ENCODERS = {
+    4096: "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned",
+    2048: "microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned",
+}
+# The prompt that the published caption encoders were tuned with. Their folders do not contain it.
+TEMPLATE = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>"
+TEMPLATE_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+# Official buffers may be stored in bfloat16, which changes a cosine by up to 2**-8.
+BUFFER_TOLERANCE = 4e-3
+
+
+def load_official(
+    source: str | Path, *, text: str | Path | None = None, normalize_input: bool | None = None
+) -> LLM2CLIP:
+    """Load an official checkpoint in float32, on the CPU, in eval mode.
+
+    Args:
+        source: folder, hub id or weight file, see `read_checkpoint`. Without a config.json, the architecture is
+            inferred from the tensor shapes.
+        text: folder or hub id of the caption encoder that the adapter was trained with. None: no caption encoder.
+        normalize_input: overrides whether the adapter L2-normalises its input, see `infer_config`.
+
+    Raises:
+        FileNotFoundError: the checkpoint does not exist.
+        ValueError: it is not an official checkpoint, a tensor is missing, unexpected or has another shape, or the
+            caption encoder does not match.
+    """
+    tensors, config, preprocess = read_checkpoint(source)
+    checkpoint = Checkpoint.from_tensors(str(source), tensors, config, preprocess)
+    model_config = infer_config(checkpoint, normalize_input)
+    model = LLM2CLIP(model_config, VisionTower.from_config(model_config.tower)).eval()
+    fill_weights(model, checkpoint)
+    if text is not None:
+        attach_caption_encoder(model, text)
+    return model
+
+
+@torch.no_grad()
+def fill_weights(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
+    """Copy the tensors of a checkpoint into a model of its architecture.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected, of another shape, or differs from the buffer that the architecture
+            determines.
+    """
+    layout = checkpoint.layout
+    unused = dict(checkpoint.tensors)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    missing: dict[str, Tensor] = {}
+    mismatches: list[str] = []
+
+    for name, parameter in model.state_dict().items():
+        official = official_name(name, layout, model.config.adapter_depth)
+        tensor = unused.pop(official, None)
+        if tensor is None:
+            missing[official] = parameter
+        elif name == "logit_scale" and tensor.numel() == 1:
+            pairs.append((parameter, tensor.reshape(parameter.shape)))
+        elif tensor.shape != parameter.shape or not tensor.is_floating_point():
+            mismatches.append(
+                f"{official} is {tensor.dtype} {tuple(tensor.shape)}, expected floating-point {tuple(parameter.shape)}"
+            )
+        else:
+            pairs.append((parameter, tensor))
+
+    for name, expected in computed_buffers(model, layout).items():
+        tensor = unused.pop(name, None)
+        if tensor is not None and not _is_close(tensor, expected):
+            mismatches.append(f"{name} {tuple(tensor.shape)} does not match the architecture")
+
+    unexpected = {name: tensor for name, tensor in unused.items() if not layout.ignored.match(name)}
+    problems = list(mismatches)
+    if unexpected:
+        problems.insert(0, f"unexpected {describe_tensors(unexpected)}")
+    if missing:
+        problems.insert(0, f"missing {describe_tensors(missing)}")
+    if problems:
+        raise ValueError(f"{checkpoint.source} does not fit the layout {layout.name!r}: {'; '.join(problems)}")
+    for parameter, tensor in pairs:
+        parameter.copy_(tensor)
+
+
+def attach_caption_encoder(model: LLM2CLIP, path: str | Path) -> CaptionEncoder:
+    """Open a caption encoder and attach it to the model.
+
+    A published LLM gets the template that it was tuned with.
+
+    Raises:
+        ValueError: its embeddings do not have the size of the adapter's input.
+    """
+    encoder = CaptionEncoder.from_pretrained(path, template=_published_template(path), device=model.device)
+    expected = model.config.text_dim
+    if encoder.embed_dim != expected:
+        published = ", ".join(f"{name} ({size})" for size, name in PUBLISHED_ENCODERS.items())
+        raise ValueError(
+            f"{path} has embeddings of size {encoder.embed_dim}, but the adapter takes {expected}. Give the caption "
+            f"encoder that the adapter was trained with. Published ones: {published}"
+        )
+    model.set_encoder(encoder)
+    return encoder
+
+
+def _is_close(tensor: Tensor, expected: Tensor) -> bool:
+    if tensor.shape != expected.shape:
+        return False
+    return torch.allclose(tensor.to(expected.dtype), expected, rtol=0, atol=BUFFER_TOLERANCE)
+
+
+def _published_template(path: str | Path) -> str | None:
+    """Return the official template if `path` is a plain LLM with the special tokens of Llama 3, else None.
+
+    Model folders, sentence-transformers folders and GGUF files come with their own settings.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import cached_file
+
+    if (Path(path) / "text" / "modules.json").is_file() or str(path).endswith(".gguf"):
+        return None
+    if cached_file(str(path), "modules.json", _raise_exceptions_for_missing_entries=False) is not None:
+        return None
+    vocabulary = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False).get_vocab()
+    return TEMPLATE if all(token in vocabulary for token in TEMPLATE_TOKENS) else None

@@ -1,0 +1,119 @@
+"""Writing of our model as an official LLM2CLIP checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llm2clip.io_utils import atomic_dir, atomic_path
+from llm2clip.models.convert.checkpoint_layout import EVA, HF, LAYOUTS, Layout, computed_buffers, official_name
+from llm2clip.models.convert.infer_config import CLIP_FIELDS, EVA_ARGS
+from llm2clip.models.llm2clip import LLM2CLIP
+
+
+def save_official(model: LLM2CLIP, out: str | Path, layout_name: str) -> Path:
+    """Write a model under the tensor names of the official code, atomically.
+
+    Args:
+        model: with a CLIP tower of transformers for "hf", or one of timm's EVA-02 CLIP towers for "eva".
+        out: for "hf" a folder, to which model.safetensors, config.json and preprocessor_config.json are written; for
+            "eva" a .pt file of plain tensors, including the rotary embeddings that the official code expects. A .pt
+            file does not record the preprocessing: the official code resizes the shortest side to the tower's size.
+        layout_name: "hf" or "eva".
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: the layout cannot represent the model.
+        FileExistsError: `out` exists.
+    """
+    out = Path(out)
+    layout = LAYOUTS.get(layout_name)
+    if layout is None:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)} (got {layout_name!r})")
+    _check_representable(model, layout)
+    if layout is EVA and out.suffix != ".pt":
+        raise ValueError(f"a checkpoint in the layout 'eva' is one file whose name must end in .pt (got {out})")
+    if out.exists():
+        raise FileExistsError(f"{out} exists: choose another path")
+
+    tensors = _official_tensors(model, layout)
+    if layout is EVA:
+        with atomic_path(out) as file:
+            torch.save(tensors, file)
+        return out
+    with atomic_dir(out) as folder:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(_clip_config(model), indent=1))
+        (folder / "preprocessor_config.json").write_text(json.dumps(model.tower.preprocess.to_dict(), indent=1))
+    return out
+
+
+def _check_representable(model: LLM2CLIP, layout: Layout) -> None:
+    """Raise a ValueError that lists everything in the model that the layout cannot represent."""
+    config = model.config
+    problems = []
+    if layout is HF:
+        problems += _clip_tower_problems(model)
+        if config.projection_bias:
+            problems.append("the projection has a bias")
+    else:
+        problems += _eva_tower_problems(model)
+    if config.logit_bias:
+        problems.append("the logits have a bias")
+    if not config.normalize_input:
+        problems.append("the adapter does not normalise its input, which the official one does")
+    if problems:
+        raise ValueError(f"the model cannot be written in the layout {layout.name!r}: {'; '.join(problems)}")
+
+
+def _clip_tower_problems(model: LLM2CLIP) -> list[str]:
+    if _tower_name(model) != "clip_vision_model":
+        return [f"the vision tower is {_tower_name(model)}, but must be a CLIP tower of transformers"]
+    if model.tower.config["architecture"]["image_size"] != model.tower.preprocess.size:
+        return ["the vision tower runs at another resolution than the one of its position embeddings"]
+    return []
+
+
+def _eva_tower_problems(model: LLM2CLIP) -> list[str]:
+    is_eva_clip = re.match("timm:eva02_(base|large)_.*_clip_", _tower_name(model)) is not None
+    if is_eva_clip and model.tower.config["args"].keys() <= set(EVA_ARGS):
+        return []
+    return [
+        f"the vision tower is {_tower_name(model)}, but must be one of timm's EVA-02 CLIP towers, "
+        "of which only the sizes may be changed"
+    ]
+
+
+def _tower_name(model: LLM2CLIP) -> str:
+    config: dict[str, Any] = model.tower.config
+    if config["library"] == "transformers":
+        return str(config["architecture"]["model_type"])
+    return f"timm:{config['architecture']}"
+
+
+def _official_tensors(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
+    tensors = {
+        official_name(name, layout, model.config.adapter_depth): tensor.detach().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    tensors["logit_scale"] = tensors["logit_scale"].reshape(())
+    if layout is EVA:
+        if not model.config.projection_bias:  # the official projection has one
+            tensors["visual.head.bias"] = torch.zeros(model.config.embed_dim)
+        tensors |= {name: tensor.cpu().clone() for name, tensor in computed_buffers(model, layout).items()}
+    return tensors
+
+
+def _clip_config(model: LLM2CLIP) -> dict[str, Any]:
+    """Return the content of config.json for a CLIP tower."""
+    architecture = model.tower.config["architecture"]
+    vision_config = {"model_type": "clip_vision_model"} | {key: architecture[key] for key in CLIP_FIELDS}
+    return {"model_type": "clip", "projection_dim": model.config.embed_dim, "vision_config": vision_config}

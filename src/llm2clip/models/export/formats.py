@@ -1,0 +1,67 @@
+"""Export of a model to the formats of other libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm2clip.io_utils import atomic_dir
+from llm2clip.models.export.onnx import export_onnx
+from llm2clip.models.export.open_clip import export_open_clip
+from llm2clip.models.export.transformers import export_sentence_transformers, export_transformers
+from llm2clip.models.export.vision import export_vision
+from llm2clip.models.llm2clip import LLM2CLIP
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """One export format.
+
+    Attributes:
+        write: writes a model into an empty folder and returns messages for the user, if it has any.
+        load: code that loads the exported folder; {out} stands for its path.
+    """
+
+    write: Callable[..., list[str] | None]
+    load: str
+
+
+FORMATS = {
+    "transformers": ExportFormat(export_transformers, 'AutoModel.from_pretrained("{out}", trust_remote_code=True)'),
+    "sentence-transformers": ExportFormat(
+        export_sentence_transformers, 'SentenceTransformer("{out}", trust_remote_code=True)'
+    ),
+    "vision": ExportFormat(export_vision, 'AutoModel.from_pretrained("{out}")'),
+    "onnx": ExportFormat(export_onnx, 'onnxruntime.InferenceSession("{out}/text.onnx"), see {out}/USE.md'),
+    "open_clip": ExportFormat(export_open_clip, 'open_clip.create_model_and_transforms("local-dir:{out}")'),
+}
+
+
+def export_model(model: LLM2CLIP, to: str, out: str | Path, int8: bool = False) -> list[str]:
+    """Write a model in the format of another library, atomically.
+
+    Args:
+        model: a model with its caption encoder.
+        to: name of a format in `FORMATS`.
+        out: folder to create.
+        int8: also write quantized graphs; only for "onnx".
+
+    Returns:
+        Messages for the user, such as how close the exported model is to the original.
+
+    Raises:
+        ValueError: the format is unknown, or cannot represent the model.
+        FileExistsError: `out` exists.
+        ImportError: a library that the format needs is not installed.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)} (got {to!r})")
+    if int8 and to != "onnx":
+        raise ValueError("--int8 can only be used with --to onnx")
+    if Path(out).exists():
+        raise FileExistsError(f"{out} exists: choose another folder")
+    options: dict[str, Any] = {"int8": True} if int8 else {}
+    with atomic_dir(out) as folder:
+        return FORMATS[to].write(model, folder, **options) or []

@@ -1,0 +1,58 @@
+"""Tokenizers that apply the caption encoder's template by themselves."""
+
+from __future__ import annotations
+
+import copy
+from itertools import takewhile
+from typing import Any
+
+from llm2clip.models.caption_encoder import CaptionEncoder
+
+CHECKED_TEXTS = ("a", "Two dogs, running.", "一只猫", "1")
+
+
+def build_tokenizer(encoder: CaptionEncoder) -> Any:
+    """Return a copy of the encoder's tokenizer that adds the tokens of the template around every text.
+
+    Raises:
+        ValueError: the template and a text are tokenized differently together than separately.
+    """
+    tokenizer = copy.deepcopy(encoder.tokenizer)
+    tokenizer.model_max_length = encoder.st.max_seq_length or 512
+    if encoder.prefix:
+        _add_template(tokenizer, encoder)
+        for text in CHECKED_TEXTS:
+            if tokenizer(text)["input_ids"] != encoder.tokenizer(encoder.prefix + text)["input_ids"]:
+                raise ValueError(
+                    f"the template {encoder.prefix!r} is tokenized differently together with the text {text!r} than "
+                    "without it: end the template with a special token or a line break"
+                )
+    return tokenizer
+
+
+def _add_template(tokenizer: Any, encoder: CaptionEncoder) -> None:
+    """Make the tokenizer add the tokens that all texts have in common, in front and at the end."""
+    from tokenizers.processors import TemplateProcessing
+
+    first, second = (encoder.tokenizer(encoder.prefix + text)["input_ids"] for text in ("a", "1"))
+    before = _common_start(first, second)
+    after = _common_start(first[::-1], second[::-1])[::-1]
+    template, special_tokens = "$A", []
+    if before:
+        template = f"<before> {template}"
+        special_tokens.append(_special_token(tokenizer, "<before>", before))
+    if after:
+        template = f"{template} <after>"
+        special_tokens.append(_special_token(tokenizer, "<after>", after))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special_tokens)
+
+
+def _special_token(tokenizer: Any, name: str, ids: list[int]) -> dict[str, Any]:
+    """Return a special token of `TemplateProcessing`, which stands for a sequence of ids."""
+    return {"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)}
+
+
+def _common_start(first: list[int], second: list[int]) -> list[int]:
+    """Return the ids that both lists start with."""
+    equal = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    return [token for token, _ in equal]

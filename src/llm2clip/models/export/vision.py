@@ -1,0 +1,56 @@
+"""Export of the vision tower alone, as a model class of transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.vision_tower import VisionTower
+
+
+def export_vision(model: LLM2CLIP, folder: Path) -> None:
+    """Write the vision tower, without the projection, into an existing folder.
+
+    `AutoModel.from_pretrained` loads it without remote code. It is meant for models that use patch features, as LLaVA
+    does.
+
+    Raises:
+        ValueError: transformers has no class for the tower.
+    """
+    build_vision_model(model.tower).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(model.tower.preprocess.to_dict(), indent=1))
+
+
+def build_vision_model(tower: VisionTower) -> Any:
+    """Build a transformers model with a copy of the tower's weights, in float32, on the CPU, in eval mode.
+
+    Its class is `TimmWrapperModel` for timm towers, or else the tower's own, such as `CLIPVisionModel`.
+    """
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        CLIPVisionModel,
+        SiglipVisionModel,
+        TimmWrapperConfig,
+        TimmWrapperModel,
+    )
+
+    architecture = tower.config["architecture"]
+    tensors = {name: tensor.detach().cpu() for name, tensor in tower.backbone.state_dict().items()}
+    if tower.config["library"] == "timm":
+        args = {name: value for name, value in tower.config["args"].items() if name != "num_classes"}
+        timm_config: Any = TimmWrapperConfig(architecture=architecture, model_args=args)
+        timm_config.num_labels = 0
+        timm_model: Any = TimmWrapperModel(timm_config)
+        timm_model.timm_model.load_state_dict(tensors)
+        return timm_model.float().eval()
+
+    config = AutoConfig.for_model(**architecture)
+    classes: dict[str, Any] = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
+    model_class = classes.get(config.model_type)
+    model = model_class(config) if model_class else AutoModel.from_config(config)
+    # Before transformers 5.3, the CLIP and SigLIP classes wrap the tower in an attribute vision_model.
+    getattr(model, "vision_model", model).load_state_dict(tensors)
+    return model.float().eval()

@@ -1,0 +1,123 @@
+"""Sources of tune: captions and text pairs without those of held-out images."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from format_fixtures import image_row, write_images_and_jsonl, write_jsonl
+from llm2clip.config import EvaluateConfig, TuneConfig
+from llm2clip.data.merged_records import read_merged_records
+from llm2clip.data.pairs import ImageCaptions, Pair
+from llm2clip.data.records import Record
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.splits import DataSplits, read_splits
+from llm2clip.data.tuning_sources import read_tuning_sources
+
+
+def splits_of(*sources: str) -> DataSplits:
+    return read_splits(list(sources), EvaluateConfig(), {}, SkipLog())
+
+
+def all_held_out(splits: DataSplits) -> list[Record]:
+    return [record for records in splits.held_out.values() for record in records]
+
+
+def sources_of_fit(splits: DataSplits, config: TuneConfig) -> list:
+    """Read the tuning sources as `fit` does, for a batch size of 1."""
+    train = [] if config.data or config.text_pairs else splits.train
+    config = dataclasses.replace(config, batch_size=1)
+    return read_tuning_sources(train, all_held_out(splits), config, {}, SkipLog())
+
+
+def images_of_tune(sources: list[str], config: TuneConfig) -> list[set[str]]:
+    """Read the tuning sources as `llm2clip tune` does; return the image numbers of each source."""
+    held_out = all_held_out(splits_of(*sources))
+    config = dataclasses.replace(config, batch_size=1)
+    items_by_source = read_tuning_sources([], held_out, config, {}, SkipLog(), training_sources=sources)
+    return [{item.texts[0].split()[0] for item in items} for items in items_by_source]
+
+
+def test_tuning_requires_an_image_with_two_captions(tmp_path: Path) -> None:
+    rows = [{**image_row(n), "captions": ["one"]} for n in range(3)]
+    splits = splits_of(write_images_and_jsonl(tmp_path / "a.jsonl", *rows))
+    with pytest.raises(ValueError, match=r"no image has two different captions.*--tune\.steps 0"):
+        sources_of_fit(splits, TuneConfig())
+
+
+def test_other_sources_lose_the_captions_of_held_out_images(tmp_path: Path) -> None:
+    rows = [image_row(1, "train", id="1000001_aa"), image_row(2, "val", id="1000002_bb")]
+    splits = splits_of(write_images_and_jsonl(tmp_path / "f8k.jsonl", *rows))
+    rows = [{"id": f"100000{n}", "captions": [f"x{n}", f"y{n}"]} for n in (1, 2, 3, 4)]
+    texts = str(write_jsonl(tmp_path / "f30k.jsonl", rows))
+    excluded = str(write_jsonl(tmp_path / "more.jsonl", [{"id": "1000003_cc", "captions": ["z", "zz"]}]))
+    assert sources_of_fit(splits, TuneConfig()) == [[ImageCaptions(("1 a", "1 b"))]]
+    allowed = [ImageCaptions(captions) for captions in (("x1", "y1"), ("x3", "y3"), ("x4", "y4"))]
+    assert sources_of_fit(splits, TuneConfig(data=[texts])) == [allowed]
+    assert sources_of_fit(splits, TuneConfig(data=[texts], exclude=[excluded])) == [[allowed[0], allowed[2]]]
+    weighted = TuneConfig(data=[texts, excluded], source_weights=[1, 2])
+    assert sources_of_fit(splits, weighted) == [allowed, [ImageCaptions(("z", "zz"))]]
+
+
+def test_text_pairs_are_sources_after_those_of_captions(tmp_path: Path) -> None:
+    rows = [image_row(1, "train"), image_row(2, "val")]
+    splits = splits_of(write_images_and_jsonl(tmp_path / "a.jsonl", *rows))
+    texts = str(write_jsonl(tmp_path / "b.jsonl", [{"id": "1000001", "captions": ["x", "y"]}]))
+    pairs = str(write_jsonl(tmp_path / "pairs.jsonl", [{"query": "q", "positive": "p"}]))
+    assert sources_of_fit(splits, TuneConfig(text_pairs=[pairs])) == [[Pair("q", "p")]]
+    both = TuneConfig(data=[texts], text_pairs=[pairs], source_weights=[1, 2])
+    assert sources_of_fit(splits, both) == [[ImageCaptions(("x", "y"))], [Pair("q", "p")]]
+    with pytest.raises(ValueError, match=r"one weight for each of the 1 sources.*\(got 2\)"):
+        sources_of_fit(splits, TuneConfig(data=[texts], source_weights=[1, 2]))
+
+
+def test_ids_with_a_common_date_are_different_images(tmp_path: Path) -> None:
+    rows = [image_row(1, "train", id="20240131_0001"), image_row(2, "val", id="20240131_0002")]
+    splits = splits_of(write_images_and_jsonl(tmp_path / "a.jsonl", *rows))
+    assert sources_of_fit(splits, TuneConfig()) == [[ImageCaptions(("1 a", "1 b"))]]
+
+
+def test_tune_excludes_what_fit_on_the_same_data_holds_out(tmp_path: Path) -> None:
+    rows = [image_row(n, "test" if n < 2 else "train" if n < 6 else "odd") for n in range(8)]
+    file = write_images_and_jsonl(tmp_path / "a.jsonl", *rows)
+    assert images_of_tune([file], TuneConfig()) == [{"2", "3", "4", "5"}]
+    # A source with named splits is used as it is; one of the four other training images is held out.
+    named, rest = images_of_tune([f"{file}@test", file], TuneConfig(source_weights=[1, 1]))
+    assert named == {"0", "1"}
+    assert len(rest) == 3
+    assert rest < {"2", "3", "4", "5"}
+
+
+def test_tune_excludes_the_held_out_tenth_from_all_sources(tmp_path: Path) -> None:
+    first = write_images_and_jsonl(tmp_path / "b.jsonl", *(image_row(n) for n in range(20)))
+    splits = splits_of(first)
+    train = {record.id for record in splits.train}
+    assert len(splits.held_out["captions"]) == 2
+    assert images_of_tune([first], TuneConfig()) == [train]
+
+    rows = [{**image_row(n), "captions": [f"{n} c", f"{n} d"], "id": f"x{n}"} for n in range(20)]
+    second = write_images_and_jsonl(tmp_path / "c.jsonl", *rows)  # the same images with other ids
+    train_of_both = {record.id for record in splits_of(first, second).train}
+    assert images_of_tune([first, second], TuneConfig(source_weights=[1, 1])) == [train_of_both] * 2
+    # Without weights both are read as one source, and an image of both is one item.
+    assert images_of_tune([first], TuneConfig(data=[second])) == [train]
+
+
+def test_exclude_compares_ids_without_leading_zeros(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """COCO's file names have leading zeros (000000000139), its ids do not (139)."""
+    rows = [image_row(8, id="139"), image_row(7, id="391895"), image_row(9, id="COCO_val2014_000000391895")]
+    coco = write_images_and_jsonl(tmp_path / "c.jsonl", *rows)
+    train = [record for _, record in read_merged_records([coco], {}, SkipLog())]
+
+    def remaining(*excluded: str) -> list[str]:
+        rows = [image_row(n, id=name) for n, name in enumerate(excluded)]
+        other = write_images_and_jsonl(tmp_path / "b.jsonl", *rows)
+        (items,) = read_tuning_sources(train, [], TuneConfig(exclude=[other], batch_size=1), {}, SkipLog())
+        return [item.texts[0].split()[0] for item in items]
+
+    assert remaining("000000391895", "000000000139") == ["9"]
+    capsys.readouterr()
+    assert remaining("000000000140") == ["8", "7", "9"]
+    assert "none of its images" in capsys.readouterr().out
