@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llm2clip.data.hard_negatives import caption_vectors, grouped_permutation
-from llm2clip.data.pairs import EQUAL_MIX, ImageCaptions, Pair, can_pair, draw_pair, pair_batches
+from llm2clip.data.pairs import ImageCaptions, Pair, can_pair, draw_pair, pair_batches
 
 IMAGES = [  # 40 that give a pair and two that do not
     *(ImageCaptions(tuple(f"image {i} caption {j}" for j in range(2 + i % 4))) for i in range(40)),
@@ -76,8 +76,6 @@ def test_pair_batches_raises_for_too_few_items_and_wrong_weights() -> None:
         batches_of(IMAGES, 41, 1, seed=0)
     with pytest.raises(ValueError, match="2 pairs without a text in common"):
         batches_of([ImageCaptions(("a", "b")), ImageCaptions(("b", "a")), ImageCaptions(("a", "b"))], 2, 1, seed=0)
-    with pytest.raises(ValueError, match="pair_mix must be three weights"):
-        next(pair_batches([IMAGES], [], 2, 1, seed=0, pair_mix=(1, 1)))
     with pytest.raises(ValueError, match="a source has no captions or pairs to tune on"):
         next(pair_batches([IMAGES, []], [], 2, 1, seed=0))
     with pytest.raises(ValueError, match="at least 2 text pairs, but a source has 1"):
@@ -103,39 +101,41 @@ def test_pair_batches_are_of_a_single_source_drawn_by_weight() -> None:
 # ---- short and long captions ---------------------------------------------------------------------------------------
 
 
-def test_draw_pair_draws_kinds_by_weight() -> None:
-    captions = ImageCaptions(("s0", "s1", "s2"), ("long 0", "long 1"))
+def test_draw_pair_draws_each_available_kind_equally_often() -> None:
     rng = np.random.default_rng(0)
 
-    def kinds(captions: ImageCaptions, pair_mix: tuple[float, ...]) -> Counter[str]:
+    def kinds(captions: ImageCaptions) -> Counter[str]:
         """Count "ss", "ls" and "ll" in 3,000 pairs."""
-        pairs = [draw_pair(captions, pair_mix, rng) for _ in range(3000)]
+        pairs = [draw_pair(captions, rng) for _ in range(3000)]
         assert all(pair.anchor != pair.positive for pair in pairs)
         return Counter("".join(sorted(text[0] for text in pair.texts)) for pair in pairs)
 
-    counts = kinds(captions, (1, 2, 3))
-    for kind, share in (("ss", 1 / 6), ("ls", 2 / 6), ("ll", 3 / 6)):
-        assert counts[kind] == pytest.approx(3000 * share, abs=100)
-    assert set(kinds(captions, (0, 1, 0))) == {"ls"}
-    anchors = Counter(draw_pair(captions, (0, 1, 0), rng).anchor[0] for _ in range(1000))
-    assert anchors["l"] == pytest.approx(500, abs=60)  # the long caption is the anchor half of the time
-    assert set(kinds(ImageCaptions(("s0", "s1"), ("long",)), (0.5, 0, 1))) == {"ss"}  # there are not two long ones
-    counts = kinds(ImageCaptions(("s",), ("long 0", "long 1")), (1, 1, 3))
-    assert set(counts) == {"ls", "ll"}
-    assert counts["ll"] == pytest.approx(2250, abs=100)
+    for captions, available in (
+        (ImageCaptions(("s0", "s1", "s2"), ("long 0", "long 1")), ("ss", "ls", "ll")),
+        (ImageCaptions(("s0", "s1"), ("long",)), ("ss", "ls")),
+        (ImageCaptions(("s",), ("long 0", "long 1")), ("ls", "ll")),
+        (ImageCaptions(("s",), ("long",)), ("ls",)),
+    ):
+        counts = kinds(captions)
+        assert set(counts) == set(available)
+        assert all(count == pytest.approx(3000 / len(available), abs=100) for count in counts.values())
 
 
-def test_images_without_a_pair_of_the_mix_are_not_used() -> None:
+def test_draw_pair_of_a_short_and_a_long_caption_has_a_random_order() -> None:
+    rng = np.random.default_rng(0)
+    anchors = Counter(draw_pair(ImageCaptions(("s",), ("long",)), rng).anchor for _ in range(1000))
+    assert anchors["long"] == pytest.approx(500, abs=60)
+
+
+def test_images_without_two_different_captions_are_not_used() -> None:
     assert can_pair(ImageCaptions(("a",), ("b",)))
-    assert not can_pair(ImageCaptions(("a",), ("b",)), (1, 0, 1))
-    assert not can_pair(ImageCaptions(("a", "a"), ("a",)), EQUAL_MIX)
+    assert not can_pair(ImageCaptions(("a", "a"), ("a",)))
     images = [
         *(ImageCaptions((f"short {i}",), (f"long {i}",)) for i in range(9)),
-        *(ImageCaptions((f"a{i}", f"b{i}")) for i in range(9)),
+        *(ImageCaptions((f"alone {i}",)) for i in range(9)),
     ]
-    for pair_mix, initials in (((1, 0, 0), {"a", "b"}), ((0, 1, 0), {"s", "l"})):
-        batches = pair_batches([images], [], 9, 5, 0, pair_mix=pair_mix)  # all nine that are usable
-        assert {text[0] for batch in batches for pair in batch for text in pair.texts} == initials
+    batches = pair_batches([images], [], 9, 5, 0)  # all nine that are usable
+    assert {text[0] for batch in batches for pair in batch for text in pair.texts} == {"s", "l"}
 
 
 # ---- hard negatives ------------------------------------------------------------------------------------------------

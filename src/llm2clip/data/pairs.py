@@ -49,7 +49,6 @@ class ImageCaptions:
 
 
 TuningItem = ImageCaptions | Pair
-EQUAL_MIX = (1.0, 1.0, 1.0)
 
 
 def pair_batches(
@@ -59,7 +58,6 @@ def pair_batches(
     steps: int,
     seed: int,
     hard_negative_group_size: int = 1,
-    pair_mix: Sequence[float] = EQUAL_MIX,
 ) -> Iterator[list[Pair]]:
     """Yield `steps` batches of `batch_size` pairs, each from a single source, so that its negatives are comparable.
 
@@ -74,24 +72,17 @@ def pair_batches(
         steps: Number of batches.
         seed: Seed of the order and of the choice of captions.
         hard_negative_group_size: Put this many items with similar captions into the same batch. 1: random batches.
-        pair_mix: Weights of the kinds of caption pairs: two short captions, a short and a long one, two long ones. For
-            each image, a kind is drawn from those that the image has.
 
     Raises:
         ValueError: A weight is missing or not positive, or a source has fewer usable items than a batch.
     """
-    if len(pair_mix) != 3 or min(pair_mix) < 0:
-        raise ValueError(
-            "pair_mix must be three weights of at least 0, for short-short, short-long and long-long pairs "
-            f"(got {list(pair_mix)})"
-        )
     if any(not items for items in sources):
         raise ValueError("a source has no captions or pairs to tune on")
     weights = list(source_weights) or [float(len(items)) for items in sources]
     if len(weights) != len(sources) or min(weights) <= 0:
         raise ValueError(f"source_weights must be {len(sources)} weights greater than 0 (got {weights})")
     batches = [
-        _batches_of_source(items, batch_size, steps, seed + index, hard_negative_group_size, pair_mix)
+        _batches_of_source(items, batch_size, steps, seed + index, hard_negative_group_size)
         for index, items in enumerate(sources)
     ]
     probabilities = np.asarray(weights) / np.sum(weights)
@@ -99,15 +90,13 @@ def pair_batches(
         yield next(batches[index])
 
 
-def pairable_items(
-    items: Sequence[TuningItem], batch_size: int, pair_mix: Sequence[float] = EQUAL_MIX
-) -> list[TuningItem]:
+def pairable_items(items: Sequence[TuningItem], batch_size: int) -> list[TuningItem]:
     """Return the items of a source that can give a pair.
 
     Raises:
         ValueError: There are fewer than `batch_size`.
     """
-    usable = [item for item in items if isinstance(item, Pair) or can_pair(item, pair_mix)]
+    usable = [item for item in items if isinstance(item, Pair) or can_pair(item)]
     if len(usable) < batch_size:
         kind = "text pairs" if items and isinstance(items[0], Pair) else "images with two different captions"
         raise ValueError(
@@ -117,19 +106,22 @@ def pairable_items(
     return usable
 
 
-def can_pair(captions: ImageCaptions, pair_mix: Sequence[float] = EQUAL_MIX) -> bool:
-    """Return whether an image has two different captions of a kind whose weight is not 0."""
-    return bool(_available_kinds(captions, pair_mix))
+def can_pair(captions: ImageCaptions) -> bool:
+    """Return whether an image has two different captions."""
+    return bool(_available_kinds(captions))
 
 
-def draw_pair(captions: ImageCaptions, pair_mix: Sequence[float], rng: np.random.Generator) -> Pair:
-    """Draw two different captions of an image, of a kind drawn by weight from those that the image has."""
-    kinds = _available_kinds(captions, pair_mix)
+def draw_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
+    """Draw two different captions of an image.
+
+    First the kind of pair is drawn (two short captions, a short and a long one, or two long ones), with equal
+    probability for the kinds that the image has.
+    """
+    kinds = _available_kinds(captions)
     chosen = 0
     if len(kinds) > 1:
-        weights = np.array([weight for _, _, weight in kinds])
-        chosen = int(rng.choice(len(kinds), p=weights / weights.sum()))
-    captions_a, captions_b, _ = kinds[chosen]
+        chosen = int(rng.choice(len(kinds), p=np.full(len(kinds), 1 / len(kinds))))
+    captions_a, captions_b = kinds[chosen]
     if captions_a is captions_b:
         first, second = rng.choice(len(captions_a), 2, replace=False)
         return Pair(captions_a[first], captions_a[second])
@@ -138,27 +130,24 @@ def draw_pair(captions: ImageCaptions, pair_mix: Sequence[float], rng: np.random
     return Pair(anchor, positive)
 
 
-def _available_kinds(
-    captions: ImageCaptions, pair_mix: Sequence[float]
-) -> list[tuple[list[str], list[str], float]]:
-    """Return (captions of one text, captions of the other, weight) for the kinds of pairs that an image has."""
+def _available_kinds(captions: ImageCaptions) -> list[tuple[list[str], list[str]]]:
+    """Return (candidates for one text, candidates for the other) for each kind of pair that an image has."""
     short = unique_captions(captions.short)
     long = [caption for caption in unique_captions(captions.long) if caption not in short]
-    short_short, short_long, long_long = pair_mix
     kinds = []
-    if len(short) > 1 and short_short > 0:
-        kinds.append((short, short, short_short))
-    if short and long and short_long > 0:
-        kinds.append((short, long, short_long))
-    if len(long) > 1 and long_long > 0:
-        kinds.append((long, long, long_long))
+    if len(short) > 1:
+        kinds.append((short, short))
+    if short and long:
+        kinds.append((short, long))
+    if len(long) > 1:
+        kinds.append((long, long))
     return kinds
 
 
 def _batches_of_source(
-    items: Sequence[TuningItem], batch_size: int, steps: int, seed: int, group_size: int, pair_mix: Sequence[float]
+    items: Sequence[TuningItem], batch_size: int, steps: int, seed: int, group_size: int
 ) -> Iterator[list[Pair]]:
-    usable = pairable_items(items, batch_size, pair_mix)
+    usable = pairable_items(items, batch_size)
     rng = np.random.default_rng(seed)
     vectors = caption_vectors([item.texts for item in usable]) if group_size > 1 else np.empty((len(usable), 0))
     order: list[int] = []  # items left in this pass, the next one last
@@ -176,7 +165,7 @@ def _batches_of_source(
                 order, deferred = deferred, []
             index = order.pop()
             item = usable[index]
-            pair = item if isinstance(item, Pair) else draw_pair(item, pair_mix, rng)
+            pair = item if isinstance(item, Pair) else draw_pair(item, rng)
             if index in used_items or pair.anchor in used_texts or pair.positive in used_texts:
                 deferred.append(index)
                 num_conflicts += 1
