@@ -1,4 +1,4 @@
-"""The losses against float64 references written from the definition, against open_clip, and over processes."""
+"""The losses against their references in float64, against open_clip, and over several ranks."""
 
 from __future__ import annotations
 
@@ -16,194 +16,192 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import distributed
 from llm2clip.train import losses
-from llm2clip.train.losses import cosine_loss, info_nce, sigmoid_loss
+from llm2clip.train.losses import info_nce, info_nce_reference, sigmoid_loss, sigmoid_reference
 
 SCALE, BIAS = 14.3, -3.0
-# Images 0 and 2 share a text, 3 and 4 have one only, which is the same, and image 1 has a text twice.
-OWNER = [0, 0, 0, 1, 1, 2, 2, 3, 4, 5, 5]
-IDS = [1, 2, 3, 4, 4, 3, 5, 6, 6, 7, 8]
+# Images 0 and 2 share a text, images 3 and 4 have a single text, which is the same, and image 1 has a text twice.
+IMAGE_OF_TEXT = [0, 0, 0, 1, 1, 2, 2, 3, 4, 5, 5]
+TEXT_IDS = [1, 2, 3, 4, 4, 3, 5, 6, 6, 7, 8]
+LAYOUTS = [
+    (IMAGE_OF_TEXT, TEXT_IDS),
+    (IMAGE_OF_TEXT, list(range(11))),
+    (list(range(6)), [0, 1, 0, 2, 2, 2]),
+    ([0, 1, 2, 3], [7, 7, 7, 7]),
+]
 
 
-def vectors(n: int, m: int, d: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    image, text = torch.randn(n, d, generator=g), torch.randn(m, d, generator=g)
+def random_embeddings(images: int, texts: int, dim: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    image, text = torch.randn(images, dim, generator=generator), torch.randn(texts, dim, generator=generator)
     return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
 
 
-def info_nce_reference(image: Tensor, text: Tensor, scale: Tensor, owner: list[int], ids: list[int]) -> Tensor:
-    """Pair by pair in float64, straight from the definition."""
-    image, text, scale, n = image.double(), text.double(), scale.double(), len(image)
-    total = torch.zeros((), dtype=torch.float64)
-    for j, i in enumerate(owner):
-        own = [ids[k] for k in range(len(ids)) if owner[k] == i]
-        texts = [k for k in range(len(ids)) if ids[k] not in own]
-        images = [k for k in range(n) if ids[j] not in [ids[t] for t in range(len(ids)) if owner[t] == k]]
-        positive = scale * (image[i] @ text[j])
-        to_text = torch.stack([positive, *(scale * (image[i] @ text[k]) for k in texts)]).logsumexp(0) - positive
-        to_image = torch.stack([positive, *(scale * (image[k] @ text[j]) for k in images)]).logsumexp(0) - positive
-        total = total + (to_text + to_image) / 2 / owner.count(i)
-    return total / n
-
-
-def sigmoid_reference(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, owner: list[int], ids: list[int]
-) -> Tensor:
-    image, text, scale, bias, n = image.double(), text.double(), scale.double(), bias.double(), len(image)
-    total = torch.zeros((), dtype=torch.float64)
-    for j, mine in enumerate(owner):
-        for i in range(n):
-            logit = scale * (image[i] @ text[j]) + bias
-            if i == mine:
-                total = total - torch.sigmoid(logit).log() / owner.count(mine)
-            elif ids[j] not in [ids[t] for t in range(len(ids)) if owner[t] == i]:
-                total = total - torch.sigmoid(-logit).log() / owner.count(mine)
-    return total / n
-
-
-def with_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
-    """The value and the gradients by all inputs, in float64."""
+def value_and_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """Return the value and the gradients by all inputs, in float64."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     value = function(*leaves)
-    gradients = torch.autograd.grad(3 * value, leaves)  # a loss is a part of something, and takes its gradient on
-    return [value.detach().double(), *(g.double() / 3 for g in gradients)]
+    gradients = torch.autograd.grad(3 * value, leaves)  # 3: the gradient of the output must be passed on
+    return [value.detach().double(), *(gradient.double() / 3 for gradient in gradients)]
+
+
+def as_double(*inputs: Tensor) -> list[Tensor]:
+    return [x.double() for x in inputs]
 
 
 @pytest.fixture(params=[5, 1 << 20])
-def strips(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Strips of one row, and all in one."""
+def chunk_size(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of a single row, and one chunk for all rows."""
     monkeypatch.setitem(losses.CHUNK, "cpu", request.param)
 
 
-RAGGED = [(OWNER, IDS), (OWNER, list(range(11))), (list(range(6)), [0, 1, 0, 2, 2, 2]), ([0, 1, 2, 3], [7, 7, 7, 7])]
-
-
-@pytest.mark.usefixtures("strips")
-@pytest.mark.parametrize(("owner", "ids"), RAGGED)
+@pytest.mark.usefixtures("chunk_size")
+@pytest.mark.parametrize(("image_of_text", "text_ids"), LAYOUTS)
 @pytest.mark.parametrize("scale", [1.0, SCALE, 100.0])
-def test_values_and_gradients(scale: float, owner: list[int], ids: list[int]) -> None:
-    image, text = vectors(owner[-1] + 1, len(owner))
-    numbers = torch.tensor(scale), torch.tensor(BIAS)
-    who = torch.tensor(owner), torch.tensor(ids)
-    for found, right in (
+def test_losses_match_the_references(scale: float, image_of_text: list[int], text_ids: list[int]) -> None:
+    image, text = random_embeddings(image_of_text[-1] + 1, len(image_of_text))
+    layout = torch.tensor(image_of_text), torch.tensor(text_ids)
+    inputs = [image, text, torch.tensor(scale)]
+    bias = torch.tensor(BIAS)
+    pairs = [
         (
-            with_gradients(lambda i, t, s: info_nce(i, t, s, *who), image, text, numbers[0]),
-            with_gradients(lambda i, t, s: info_nce_reference(i, t, s, owner, ids), image, text, numbers[0]),
+            value_and_gradients(lambda i, t, s: info_nce(i, t, s, *layout), *inputs),
+            value_and_gradients(lambda i, t, s: info_nce_reference(i, t, s, *layout), *as_double(*inputs)),
         ),
         (
-            with_gradients(lambda i, t, s, b: sigmoid_loss(i, t, s, b, *who), image, text, *numbers),
-            with_gradients(lambda i, t, s, b: sigmoid_reference(i, t, s, b, owner, ids), image, text, *numbers),
+            value_and_gradients(lambda i, t, s, b: sigmoid_loss(i, t, s, b, *layout), *inputs, bias),
+            value_and_gradients(lambda i, t, s, b: sigmoid_reference(i, t, s, b, *layout), *as_double(*inputs, bias)),
         ),
-    ):
-        for a, b in zip(found, right, strict=True):
+    ]
+    for actual, expected in pairs:
+        for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b, atol=2e-6 * max(1, scale), rtol=1e-5)
 
 
-@pytest.mark.usefixtures("strips")
-def test_one_text_an_image_is_what_open_clip_does() -> None:
-    image, text = vectors(12, 12, 16)
+@pytest.mark.parametrize(("image_of_text", "text_ids"), LAYOUTS)
+def test_references_match_the_definition_pair_by_pair(image_of_text: list[int], text_ids: list[int]) -> None:
+    images, texts = image_of_text[-1] + 1, range(len(image_of_text))
+    image, text = as_double(*random_embeddings(images, len(image_of_text)))
+    logits = SCALE * image @ text.T
+    texts_of = [{text_ids[j] for j in texts if image_of_text[j] == i} for i in range(images)]
+    info_nce_total, sigmoid_total = torch.zeros(()).double(), torch.zeros(()).double()
+    for j in texts:
+        own = image_of_text[j]
+        weight = 1 / (images * image_of_text.count(own))
+        negative_texts = [logits[own, k] for k in texts if text_ids[k] not in texts_of[own]]
+        negative_images = [logits[i, j] for i in range(images) if text_ids[j] not in texts_of[i]]
+        for negatives in (negative_texts, negative_images):
+            candidates = torch.stack([logits[own, j], *negatives])
+            info_nce_total += weight / 2 * (candidates.logsumexp(0) - logits[own, j])
+        sigmoid_total -= weight * torch.sigmoid(logits[own, j] + BIAS).log()
+        for logit in negative_images:
+            sigmoid_total -= weight * torch.sigmoid(-(logit + BIAS)).log()
+    layout = torch.tensor(image_of_text), torch.tensor(text_ids)
+    assert info_nce_reference(image, text, SCALE, *layout).item() == pytest.approx(info_nce_total.item(), rel=1e-6)
+    assert sigmoid_reference(image, text, SCALE, BIAS, *layout).item() == pytest.approx(sigmoid_total.item(), rel=1e-6)
+
+
+@pytest.mark.usefixtures("chunk_size")
+def test_losses_match_open_clip_for_one_text_per_image() -> None:
+    image, text = random_embeddings(12, 12, 16)
     scale, bias = torch.tensor(SCALE), torch.tensor(BIAS)
-    theirs: Any = open_clip.loss.ClipLoss()
-    for a, b in zip(
-        with_gradients(info_nce, image, text, scale), with_gradients(theirs, image, text, scale), strict=True
-    ):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
-    siglip: Any = open_clip.loss.SigLipLoss()
-    for a, b in zip(
-        with_gradients(sigmoid_loss, image, text, scale, bias),
-        with_gradients(siglip, image, text, scale, bias),
-        strict=True,
-    ):
+    clip_loss: Any = open_clip.loss.ClipLoss()
+    siglip_loss: Any = open_clip.loss.SigLipLoss()
+    actual = value_and_gradients(info_nce, image, text, scale)
+    expected = value_and_gradients(clip_loss, image, text, scale)
+    actual += value_and_gradients(sigmoid_loss, image, text, scale, bias)
+    expected += value_and_gradients(siglip_loss, image, text, scale, bias)
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
-def test_by_hand() -> None:
-    """Two orthogonal pairs at scale 1: each row is log(1 + e^-1), each sigmoid pair log(1 + e^-1) or log 2."""
+def test_losses_match_the_closed_form_for_two_orthogonal_pairs() -> None:
+    """At scale 1 each softmax row is log(1 + e^-1), and each sigmoid pair is log(1 + e^-1) or log 2."""
     eye = torch.eye(2)
     assert info_nce(eye, eye, 1.0).item() == pytest.approx(math.log(1 + math.exp(-1)))
     assert sigmoid_loss(eye, eye, 1.0, 0.0).item() == pytest.approx(math.log(1 + math.exp(-1)) + math.log(2))
-    owner = torch.tensor([0, 0, 1])
-    text = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    assert cosine_loss(eye, text, owner).item() == pytest.approx((0.5 + 0) / 2)
-    assert cosine_loss(eye, eye.flip(0)).item() == pytest.approx(1.0)
 
 
-def test_extremes_stay_finite_and_exact() -> None:
-    """At scale 100 a text may be 200 logits below the others: its column has a sum that float32 would lose."""
+def test_info_nce_is_finite_and_exact_at_extreme_logits() -> None:
+    """At scale 100, a text can be 200 logits below the others: float32 would lose the exponentials of its column."""
     image = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 1e-3], [0.9, -0.1], [-1.0, 0.0]]), dim=-1)
     text = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.01], [1.0, 0.1]]), dim=-1)
-    scale = torch.tensor(100.0)
-    found = with_gradients(info_nce, image, text, scale)
-    right = with_gradients(lambda i, t, s: info_nce_reference(i, t, s, [0, 1, 2, 3], [0, 1, 2, 3]), image, text, scale)
-    for a, b in zip(found, right, strict=True):
+    inputs, index = [image, text, torch.tensor(100.0)], torch.arange(4)
+    actual = value_and_gradients(info_nce, *inputs)
+    expected = value_and_gradients(lambda i, t, s: info_nce_reference(i, t, s, index, index), *as_double(*inputs))
+    for a, b in zip(actual, expected, strict=True):
         assert torch.isfinite(a).all()
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_logits_are_float32_under_autocast() -> None:
-    image, text = vectors(64, 64, 32)
-    right = info_nce_reference(image, text, torch.tensor(100.0), list(range(64)), list(range(64))).item()
+def test_losses_use_float32_logits_under_autocast() -> None:
+    image, text = random_embeddings(64, 64, 32)
+    index = torch.arange(64)
+    expected = info_nce_reference(*as_double(image, text), 100.0, index, index).item()
     with torch.autocast("cpu", torch.bfloat16):
-        low = info_nce(image, text, 100.0)
+        loss = info_nce(image, text, 100.0)
         assert sigmoid_loss(image, text, 100.0, -10.0).dtype == torch.float32
-    assert low.dtype == torch.float32
-    assert low.item() == pytest.approx(right, abs=1e-4)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_memory_does_not_grow_with_the_square(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tensor of the loss is as large as a tenth of all logits."""
+def test_sigmoid_loss_rejects_a_second_backward() -> None:
+    image, text = (x.requires_grad_() for x in random_embeddings(4, 4))
+    loss = sigmoid_loss(image, text, 10.0, 0.0)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+
+
+def test_losses_use_memory_linear_in_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor has more than a tenth of the elements of the matrix of logits."""
     monkeypatch.setitem(losses.CHUNK, "cpu", 1 << 12)
     largest = 0
 
-    class Watching(TorchDispatchMode):
+    class LargestTensor(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal largest
             out = function(*args, **(kwargs or {}))
             largest = max(largest, out.numel() if isinstance(out, Tensor) else 0)
             return out
 
-    image, text = (x.requires_grad_() for x in vectors(512, 512))
-    with Watching():
+    image, text = (x.requires_grad_() for x in random_embeddings(512, 512))
+    with LargestTensor():
         info_nce(image, text, 10.0).backward()
         sigmoid_loss(image, text, 10.0, 0.0).backward()
     assert largest <= 512 * 512 / 10
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_processes_give_the_gradients_of_one(processes: int, tmp_path: Path) -> None:
-    """Averaged as DDP does, gradients of N processes are those of one with the whole batch: ragged texts, duplicates
-    across processes, scale and bias included."""
-    distributed(processes, _one_rank, str(tmp_path))
-    right = _gradients(slice(0, 8))
-    parts = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(processes)]
-    for name, value in right.items():
-        found = torch.stack([p[name] for p in parts]).mean(0)
-        torch.testing.assert_close(found, value, atol=1e-6, rtol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_losses_on_several_ranks_match_one_process(ranks: int, tmp_path: Path) -> None:
+    """Averaged over ranks as DDP does, with ragged numbers of texts and duplicates across ranks."""
+    distributed(ranks, _save_gradients, str(tmp_path))
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+    for name, expected in _gradients(slice(0, 8)).items():
+        actual = torch.stack([part[name] for part in parts]).mean(0)
+        torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def _gradients(mine: slice) -> dict[str, Tensor]:
-    owner = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 5, 5, 6, 7])
-    ids = torch.tensor([1, 2, 3, 4, 5, 1, 6, 7, 8, 3, 9, 10])
-    image, text = vectors(8, 12)
-    texts = (owner >= mine.start) & (owner < mine.stop)
-    out: dict[str, Tensor] = {}
-    for name in ("infonce", "sigmoid", "cosine"):
-        weight, numbers = torch.eye(8).requires_grad_(), torch.tensor([10.0, -2.0]).requires_grad_()
-        i, t = F.normalize(image[mine] @ weight, dim=-1), F.normalize(text[texts] @ weight.T, dim=-1)
-        who = owner[texts] - mine.start, ids[texts]
+def _gradients(images: slice) -> dict[str, Tensor]:
+    """Return losses of a slice of eight images, and gradients by a weight behind the embeddings and by the scalars."""
+    image_of_text = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 5, 5, 6, 7])
+    text_ids = torch.tensor([1, 2, 3, 4, 5, 1, 6, 7, 8, 3, 9, 10])
+    image, text = random_embeddings(8, 12)
+    texts = (image_of_text >= images.start) & (image_of_text < images.stop)
+    layout = image_of_text[texts] - images.start, text_ids[texts]
+    results: dict[str, Tensor] = {}
+    for name in ("infonce", "sigmoid"):
+        weight, scalars = torch.eye(8).requires_grad_(), torch.tensor([10.0, -2.0]).requires_grad_()
+        i, t = F.normalize(image[images] @ weight, dim=-1), F.normalize(text[texts] @ weight.T, dim=-1)
         if name == "infonce":
-            loss = info_nce(i, t, numbers[0], *who)
-        elif name == "sigmoid":
-            loss = sigmoid_loss(i, t, numbers[0], numbers[1], *who)
+            loss = info_nce(i, t, scalars[0], *layout)
         else:
-            loss = cosine_loss(i, t, who[0])
+            loss = sigmoid_loss(i, t, scalars[0], scalars[1], *layout)
         loss.backward()
-        assert weight.grad is not None
-        out[f"{name} weight"], out[f"{name} loss"] = weight.grad, loss.detach()
-        if numbers.grad is not None:
-            out[f"{name} numbers"] = numbers.grad
-    return out
+        assert weight.grad is not None and scalars.grad is not None
+        results |= {f"{name} weight": weight.grad, f"{name} loss": loss.detach(), f"{name} scalars": scalars.grad}
+    return results
 
 
-def _one_rank(folder: str) -> None:
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    torch.save(_gradients(slice(rank * 8 // world, (rank + 1) * 8 // world)), f"{folder}/{rank}.pt")
+def _save_gradients(folder: str) -> None:
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.save(_gradients(slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)), f"{folder}/{rank}.pt")

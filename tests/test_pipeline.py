@@ -122,8 +122,8 @@ def test_fit_resumes_align_from_its_last_checkpoint(run: Path, pictures: Path, l
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "model")
-    shutil.rmtree(copy / "align/checkpoints/step-80")  # of 80 steps; the checkpoint before is step 50
-    (copy / "align/checkpoints/step-66").mkdir()  # incomplete: no marker file
+    shutil.rmtree(copy / "align/checkpoints/checkpoint-80")  # of 80 steps; the checkpoint before is step 50
+    (copy / "align/checkpoints/checkpoint-66").mkdir()  # incomplete: no marker file
     (copy / "evaluate/trained.json").unlink()
     assert main(fit_command(pictures, llm, tower, copy)) == 0
     uninterrupted, resumed = (json.loads((f / "evaluate/trained.json").read_text()) for f in (run, copy))
