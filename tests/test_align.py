@@ -1,4 +1,4 @@
-"""What align can do beyond its plain loop: large batches, shared weights, which part learns, evaluation on the way."""
+"""Stage 2, align: the training loop, gradient caching, several ranks, exact resume, evaluation during training."""
 
 from __future__ import annotations
 
@@ -11,493 +11,519 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from conftest import Killed, distributed, share_out
-from format_fixtures import write_tar
+from align_fixtures import ALIGN, fresh_model, killed_after, make_store, read_split, run_align
+from conftest import CAPTIONS, TUNE, distributed, make_llm, share_out
 from llm2clip.checkpoint import read_metrics
 from llm2clip.config import AlignConfig
+from llm2clip.data.hashing import epoch_permutation
 from llm2clip.data.image_refs import FileImage
-from llm2clip.data.records import Record, open_records
-from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.images import EvalTransform, load_image
+from llm2clip.data.records import Record
+from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.retrieval_eval import dual_encoder_from_store, make_validator
 from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE, LLM2CLIPConfig
+from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE
 from llm2clip.models.vision_tower import VisionTower
 from llm2clip.store.encode import embed
 from llm2clip.store.layout import StoreError
 from llm2clip.store.lock import folder_lock
 from llm2clip.store.store import EmbeddingStore
-from llm2clip.train.align import align
-from llm2clip.train.align_data import AlignBatches
-from llm2clip.train.ema import Ema
+from llm2clip.train import align as align_module
+from llm2clip.train import optim
+from llm2clip.train.align import align, resolve_align_precision
+from llm2clip.train.losses import info_nce
+from llm2clip.train.sampling import AlignBatches
+from llm2clip.train.tune import tune
 
-ALIGN = AlignConfig(
-    embed_dim=12,
-    epochs=2,
-    batch_size=10,
-    save_steps=2,
-    workers=0,
-    image_size=64,
-    eval_steps=0,
-    report_to=[],
-    captions_per_image=2,
-)
+TIMES = ("images_per_second", "data_wait")  # metrics that differ from run to run
+TOWER_LINEAR_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 @pytest.fixture(scope="module")
 def records(pictures: Path) -> list[Record]:
-    return [r for r in open_records(pictures / "captions.jsonl") if r.split == "train"]
+    return read_split(pictures)
 
 
 @pytest.fixture(scope="module")
 def store(pictures: Path, llm: Path, tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
-    encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
-    texts = [t for r in open_records(pictures / "captions.jsonl") for t in r.texts]
-    return embed(texts, encoder, tmp_path_factory.mktemp("store") / "store")
+    return make_store(pictures, llm, tmp_path_factory.mktemp("store") / "store")
 
 
-def fresh_model(recipe: AlignConfig = ALIGN, tower: str = "test_vit", **options: Any) -> LLM2CLIP:
-    torch.manual_seed(0)
-    vision = VisionTower.from_pretrained(f"timm:{tower}", pretrained=False, image_size=64)
-    for module in vision.backbone.modules():  # chance in the forward pass, too
-        if isinstance(module, nn.Dropout):
-            module.p = options.get("dropout", 0.0)
-    config = LLM2CLIPConfig(
-        vision.config,
-        32,
-        embed_dim=32 if recipe.adapter == "none" else 12,
-        adapter=recipe.adapter,
-        adapter_depth=1,
-        projection=recipe.projection,
-        logit_bias=recipe.loss == "sigmoid",
-    )
-    return LLM2CLIP(config, vision)
+def metrics_of(run_dir: Path, name: str = "metrics") -> list[dict[str, Any]]:
+    """Return the lines of a metrics file without the times."""
+    lines = read_metrics(run_dir / f"{name}.jsonl")
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
-def trained(
-    records: list[Record],
-    store: EmbeddingStore,
-    folder: Path,
-    recipe: AlignConfig,
-    validate: Any = None,
-    **options: Any,
-) -> LLM2CLIP:
-    return align(records, store, fresh_model(recipe, **options), recipe, folder, SkipLog(max_skipped=1.0), validate)
+def mean_similarity(records: list[Record], store: EmbeddingStore) -> Any:
+    """Return a validation function: the mean similarity of images and their first captions, a smooth score."""
 
-
-def agreement(records: list[Record], store: EmbeddingStore) -> Any:
-    """Evaluates to the mean similarity of images and their first captions: a figure without jumps."""
-
-    def measure(model: LLM2CLIP) -> dict[str, float]:
+    def validate(model: LLM2CLIP) -> dict[str, float]:
         assert not model.training
-        vectors = ModelEmbeddings(dual_encoder_from_store(model, store), SkipLog(max_skipped=1.0), progress=False)
-        images, kept = vectors.images([r.image for r in records if r.image is not None])
-        texts = vectors.texts([records[i].captions[0] for i in kept])
+        embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), SkipLog(max_skipped=1.0), progress=False)
+        images, indices = embeddings.encode_images([r.image for r in records if r.image is not None])
+        texts = embeddings.encode_texts([records[i].captions[0] for i in indices])
         return {"score": float((images * texts).sum(-1).mean())}
 
-    return measure
+    return validate
 
 
-def same_run(one: LLM2CLIP, two: dict[str, torch.Tensor], a: Path, b: Path, atol: float = 1e-5) -> None:
-    """The same losses on the way and the same weights at the end."""
-    one_log, two_log = (read_metrics(f / "metrics.jsonl") for f in (a, b))
-    for key, close in (
-        ("loss", {"abs": atol}),
-        ("grad_norm", {"rel": 100 * atol}),
-    ):  # clipping hides a factor, norms do not
-        assert one_log and [line[key] for line in one_log] == pytest.approx([line[key] for line in two_log], **close)
-    for name, tensor in one.state_dict().items():
-        torch.testing.assert_close(tensor, two[name], atol=atol, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+def assert_same_run(
+    model: LLM2CLIP, other_state: dict[str, torch.Tensor], run_dir: Path, other_dir: Path, atol: float
+) -> None:
+    """Check that two runs have the same losses and gradient norms, and end with the same weights."""
+    lines, other_lines = metrics_of(run_dir), metrics_of(other_dir)
+    # Clipping and AdamW hide a constant factor on the gradients; their norm does not.
+    for key, tolerance in (("loss", {"abs": atol}), ("grad_norm", {"rel": 100 * atol})):
+        assert lines and [line[key] for line in lines] == pytest.approx(
+            [line[key] for line in other_lines], **tolerance
+        )
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(
+            tensor, other_state[name], atol=atol, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
-@pytest.mark.parametrize("change", [{}, {"loss": "sigmoid"}, {"captions": 0}, {"recompute": True}, {"lora_r": 2}])
-def test_a_batch_in_parts_has_the_gradients_of_the_batch_in_one(
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+
+def test_align_matches_adamw_written_out(
+    records: list[Record], store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six steps by hand: rates by part, warm-up and cosine, clipped gradients, decay of matrices only."""
+    monkeypatch.setattr(align_module, "MAX_GRAD_NORM", 0.5)
+    monkeypatch.setattr(optim, "WEIGHT_DECAY", 0.3)
+    config = dataclasses.replace(ALIGN, lr=3e-3, tower_lr=1e-3, warmup_ratio=0.34)
+    trained = run_align(records, store, tmp_path, config)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+
+    model = fresh_model().train()
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
+    factors = [1 / 2, 1, 1, 0.5 + 0.5 * 2**-0.5, 0.5, 0.5 - 0.5 * 2**-0.5]  # two of six steps of warm-up
+    batches = AlignBatches(records, store, model, config).batches(0)
+    norms = []
+    for step, (batch, factor) in enumerate(zip(batches, factors, strict=True)):
+        embeddings = torch.from_numpy(store.take(batch.caption_rows))
+        image, text, scale, _ = model(pixels=batch.images, embeddings=embeddings)
+        layout = torch.from_numpy(batch.image_of_caption), torch.from_numpy(batch.caption_rows)
+        loss = info_nce(image, text, scale, *layout)
+        parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, [p for _, p in parameters], allow_unused=True)
+        norms.append(sum(float(g.square().sum()) for g in gradients if g is not None) ** 0.5)
+        expected = {"loss": loss.item(), "grad_norm": norms[-1], "logit_scale": scale.item(), "lr": 3e-3 * factor}
+        assert {name: lines[step][name] for name in expected} == pytest.approx(expected, rel=1e-3)
+        for (name, p), gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            lr = (1e-3 if name.startswith("tower.") else 3e-3) * factor
+            gradient = gradient * min(1.0, 0.5 / norms[-1])
+            mean, square = moments[name]
+            mean.lerp_(gradient, 0.1)
+            square.lerp_(gradient**2, 0.001)
+            p.data -= lr * (0.3 if p.ndim > 1 else 0.0) * p.data
+            p.data -= lr * (mean / (1 - 0.9 ** (step + 1))) / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+    assert max(norms) > 0.5, "no gradient was clipped"
+    for name, p in trained.state_dict().items():
+        torch.testing.assert_close(p, model.state_dict()[name], atol=2e-4, rtol=1e-3, msg=lambda m, name=name: name + m)
+
+
+def test_align_trains_the_heads_of_a_frozen_tower_on_its_features(
+    records: list[Record], store: EmbeddingStore, tmp_path: Path
+) -> None:
+    """The loss is that of the model itself; images that cannot be decoded are left out."""
+    (tmp_path / "broken.png").write_text("no image")
+    broken = dataclasses.replace(records[0], image=FileImage(str(tmp_path / "broken.png")))
+    config = dataclasses.replace(
+        ALIGN, epochs=60, batch_size=15, lr=3e-3, warmup_ratio=0.0, tower_lr=0.0, captions_per_image=0, save_steps=100
+    )
+    log = SkipLog(tmp_path / "skipped.jsonl", max_skipped=1.0)
+    log.count_at_least(31)
+    run_dir = tmp_path / "run"
+    model = align([*records, broken], store, fresh_model(), config, run_dir, log)
+    assert "broken.png" in (tmp_path / "skipped.jsonl").read_text()
+    before = fresh_model().state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == name.startswith("tower."), name
+    losses = [line["loss"] for line in metrics_of(run_dir)]
+    assert len(losses) == 60 * 2 and losses[-1] < 0.8 * losses[0]
+
+    first = [records[int(i)] for i in epoch_permutation(30, config.seed, 0)[:15]]
+    pixels = torch.stack([EvalTransform(model.tower.preprocess)(load_image(r.image)) for r in first])
+    rows = np.concatenate([store.rows(r.texts) for r in first])
+    image_of_text = torch.tensor([n for n, record in enumerate(first) for _ in record.texts])
+    image, text, scale, _ = fresh_model().eval()(pixels, torch.from_numpy(store.take(rows)))
+    expected = info_nce(image, text, scale, image_of_text, torch.from_numpy(rows)).item()
+    assert losses[0] == pytest.approx(expected, abs=2e-3)  # the features are stored in float16
+    features = EmbeddingStore(next(run_dir.glob("features-*")))
+    assert len(features) == 30
+
+
+def test_align_merges_tower_lora_into_the_blocks(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
+    model = run_align(records, store, tmp_path, dataclasses.replace(ALIGN, lora_r=2, tower_lr=1e-2))
+    before, after = fresh_model().state_dict(), model.state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in before if name.startswith("tower.") and not torch.equal(before[name], after[name])}
+    assert changed == {f"tower.backbone.blocks.{n}.{layer}.weight" for n in range(6) for layer in TOWER_LINEAR_LAYERS}
+    for name in changed:
+        assert torch.linalg.matrix_rank(after[name] - before[name], atol=1e-5) <= 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_align_keeps_the_logit_scale_below_its_limit(
+    records: list[Record], store: EmbeddingStore, tmp_path: Path, precision: Any
+) -> None:
+    """In the forward pass and in the parameter, whose gradient would vanish above the limit for good."""
+    config = dataclasses.replace(ALIGN, precision=precision, epochs=3, lr=0.5, tower_lr=0.0)
+    model = fresh_model()
+    model.logit_scale.data.fill_(9.0)
+    align(records, store, model, config, tmp_path, SkipLog())
+    scales = [line["logit_scale"] for line in metrics_of(tmp_path)]
+    assert scales[0] == pytest.approx(MAX_LOGIT_SCALE) and max(scales) <= MAX_LOGIT_SCALE * (1 + 1e-6)
+    assert scales[-1] < MAX_LOGIT_SCALE / 2 and model.logit_scale.item() < math.log(MAX_LOGIT_SCALE)
+
+
+def test_align_replaces_counts_and_lists_undecodable_images(
+    records: list[Record], store: EmbeddingStore, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(Path(str(records[0].image)).read_bytes()[:300])
+    record = dataclasses.replace(records[0], image=FileImage(str(broken)))
+    log = SkipLog(tmp_path / "skipped.jsonl", max_skipped=0.5)
+    log.count_at_least(len(records))
+    align([record, *records[1:]], store, fresh_model(), ALIGN, tmp_path / "run", log)
+    listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [entry["reason"] for entry in listed] == ["undecodable image"] and "broken.png" in listed[0]["file"]
+    strict_log = SkipLog(max_skipped=0.0)
+    strict_log.count_at_least(len(records))
+    with pytest.raises(TooManySkipped):
+        align([record, *records[1:]], store, fresh_model(), ALIGN, tmp_path / "strict", strict_log)
+
+
+def test_align_stops_at_a_loss_that_is_not_finite(
+    records: list[Record], store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(99))
+    monkeypatch.setattr(align_module, "info_nce", lambda *args: info_nce(*args) * (math.nan if next(calls) == 4 else 1))
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 5\. .*checkpoint-4") as error:
+        run_align(records, store, tmp_path)
+    file = next(tmp_path.glob("not-finite-5-*.json"))
+    assert str(file) in str(error.value)
+    images = json.loads(file.read_text())["images"]
+    assert len(images) == ALIGN.batch_size and all(name.endswith(".png") for name in images)
+
+
+def test_align_stops_at_a_gradient_that_is_not_finite(
+    records: list[Record], store: EmbeddingStore, tmp_path: Path
+) -> None:
+    """The loss of the step is still finite; the weights after it would not be, nor would the next checkpoint."""
+    model = fresh_model()
+    model.projection.weight.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(FloatingPointError, match="grad_norm is"):
+        align(records, store, model, ALIGN, tmp_path, SkipLog())
+    assert not list((tmp_path / "checkpoints").glob("*/complete"))
+
+
+def test_align_reports_to_trackers_by_name(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_align(records, store, tmp_path, dataclasses.replace(ALIGN, report_to=["tensorboard"]))
+    events = EventAccumulator(str(next((tmp_path / "logs").rglob("events*")).parent)).Reload()
+    lines = metrics_of(tmp_path)
+    assert [event.step for event in events.Scalars("loss")] == [line["step"] for line in lines]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
+    with pytest.raises(ValueError, match="must be one of tensorboard, wandb, trackio"):
+        run_align(records, store, tmp_path / "a", dataclasses.replace(ALIGN, report_to=["paper"]))
+    with pytest.raises(ModuleNotFoundError, match="pip install wandb"):
+        run_align(records, store, tmp_path / "b", dataclasses.replace(ALIGN, report_to=["wandb"]))
+
+
+# ---- gradient caching ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"loss": "sigmoid"}, {"captions_per_image": 0}, {"gradient_checkpointing": True}, {"lora_r": 2}],
+    ids=str,
+)
+def test_micro_batches_give_the_gradients_of_the_whole_batch(
     records: list[Record],
     store: EmbeddingStore,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     change: dict[str, Any],
 ) -> None:
-    """Gradient caching: parts of 4, 4 and 2 of a batch of 10."""
-    found: list[list[torch.Tensor]] = []
+    """Parts of 4, 4 and 2 images of a batch of 10."""
+    steps: list[list[torch.Tensor]] = []
     monkeypatch.setattr(
         torch.optim.AdamW,
         "step",
-        lambda self, *_: found.append([p.grad.clone() for g in self.param_groups for p in g["params"]]),
+        lambda self, *_: steps.append([p.grad.clone() for group in self.param_groups for p in group["params"]]),
     )
-    for parts in (None, 4):
-        trained(
-            records,
-            store,
-            tmp_path / str(parts),
-            dataclasses.replace(ALIGN, micro_batch_size=parts, epochs=1, **change),
-        )
-    assert len(found) == 2 * 3
-    for one, two in zip(found[:3], found[3:], strict=True):
-        assert sum(g.norm().item() > 0 for g in one) > len(one) / 2
-        for a, b in zip(one, two, strict=True):
+    for micro_batch_size in (None, 4):
+        config = dataclasses.replace(ALIGN, micro_batch_size=micro_batch_size, epochs=1, **change)
+        run_align(records, store, tmp_path / str(micro_batch_size), config)
+    assert len(steps) == 2 * 3
+    for whole, in_parts in zip(steps[:3], steps[3:], strict=True):
+        assert sum(gradient.norm().item() > 0 for gradient in whole) > len(whole) / 2
+        for a, b in zip(whole, in_parts, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6 * max(1, a.abs().max().item()), rtol=1e-5)
 
 
-def test_parts_have_the_same_dropout_both_times(
+def test_micro_batches_repeat_their_dropout_in_the_second_pass(
     records: list[Record], store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tower that drops: what goes backward is what went forward, part by part."""
-    seen: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
     forward = VisionTower.forward
 
-    def watched(self: VisionTower, pixels: torch.Tensor) -> torch.Tensor:
-        seen.append(forward(self, pixels))
-        return seen[-1]
+    def recorded_forward(self: VisionTower, pixels: torch.Tensor) -> torch.Tensor:
+        outputs.append(forward(self, pixels))
+        return outputs[-1]
 
-    monkeypatch.setattr(VisionTower, "forward", watched)
-    trained(records, store, tmp_path, dataclasses.replace(ALIGN, micro_batch_size=5, epochs=1), dropout=0.3)
-    assert len(seen) == 3 * 2 * 2
-    for n in range(0, len(seen), 4):
-        assert torch.equal(seen[n], seen[n + 2]) and torch.equal(seen[n + 1], seen[n + 3])
-        assert seen[n + 2].requires_grad and not seen[n].requires_grad
-
-
-def test_accumulated_batches_are_a_batch(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
-    """Where there are no negatives, two batches of 5 are one of 10: the cosine loss."""
-    whole = dataclasses.replace(ALIGN, loss="cosine", adapter="none")
-    parts = dataclasses.replace(whole, batch_size=5, accumulate=2)
-    one, two = (trained(records, store, tmp_path / str(r.accumulate), r) for r in (whole, parts))
-    same_run(one, two.state_dict(), tmp_path / "1", tmp_path / "2")
-    assert one.logit_scale.item() == fresh_model(whole).logit_scale.item()
+    monkeypatch.setattr(VisionTower, "forward", recorded_forward)
+    run_align(records, store, tmp_path, dataclasses.replace(ALIGN, micro_batch_size=5, epochs=1), dropout=0.3)
+    assert len(outputs) == 3 * 2 * 2  # steps, parts, passes
+    for n in range(0, len(outputs), 4):
+        assert torch.equal(outputs[n], outputs[n + 2]) and torch.equal(outputs[n + 1], outputs[n + 3])
+        assert outputs[n + 2].requires_grad and not outputs[n].requires_grad
 
 
-WAYS = [
-    {"micro_batch": 2},
-    {"loss": "sigmoid", "accumulate": 2, "batch": 4},
-    {"tower_lr": 0.0, "cache_features": True, "captions": 0, "adapter": "glu", "projection": "glu"},
-    {"lora_r": 2, "ema": 0.9},
-]
+# ---- several ranks ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", WAYS)
-def test_processes_align_as_one(
+@pytest.mark.parametrize(
+    "change",
+    [{"micro_batch_size": 2}, {"loss": "sigmoid"}, {"tower_lr": 0.0, "captions_per_image": 0}, {"lora_r": 2}],
+    ids=str,
+)
+def test_align_on_two_ranks_matches_one_process(
     records: list[Record], store: EmbeddingStore, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    recipe = dataclasses.replace(ALIGN, **change)
-    _as_one(records, store, tmp_path, recipe, fsdp=False)
+    _compare_with_one_process(records, store, tmp_path, dataclasses.replace(ALIGN, **change), fsdp=False)
 
 
-@pytest.mark.parametrize("change", [{"micro_batch": 2, "head_epochs": 1, "head_batch": 10}, {"lora_r": 2, "ema": 0.9}])
-def test_weights_shared_out_over_processes_align_as_one(
+@pytest.mark.parametrize("change", [{"micro_batch_size": 2}, {"lora_r": 2}], ids=str)
+def test_align_with_fsdp_matches_one_process(
     records: list[Record], store: EmbeddingStore, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    """FSDP2, killed in the middle and gone on with."""
-    _as_one(records, store, tmp_path, dataclasses.replace(ALIGN, **change), fsdp=True)
+    """Killed in the middle and resumed."""
+    _compare_with_one_process(records, store, tmp_path, dataclasses.replace(ALIGN, **change), fsdp=True)
 
 
-def _as_one(records: list[Record], store: EmbeddingStore, folder: Path, recipe: AlignConfig, fsdp: bool) -> None:
-    recipe = dataclasses.replace(recipe, eval_steps=2, load_best_at_end="best")
-    distributed(2, _rank, records, str(store.folder), recipe, str(folder / "two"), fsdp)
-    one = trained(records, store, folder / "one", recipe, agreement(records, store))
-    same_run(one, load_file(folder / "two" / "trained.safetensors"), folder / "one", folder / "two", atol=1e-4)
-    scores = [[line["score"] for line in read_metrics(folder / f / "evaluations.jsonl")] for f in ("one", "two")]
+def _compare_with_one_process(
+    records: list[Record], store: EmbeddingStore, folder: Path, config: AlignConfig, fsdp: bool
+) -> None:
+    """Two ranks with half the batch size each must do what one process does with the whole batch."""
+    config = dataclasses.replace(config, eval_steps=2, load_best_at_end=True)
+    distributed(2, _align_on_rank, records, str(store.folder), config, str(folder / "two"), fsdp)
+    model = run_align(records, store, folder / "one", config, mean_similarity(records, store))
+    state = load_file(folder / "two" / "trained.safetensors")
+    assert_same_run(model, state, folder / "one", folder / "two", atol=1e-4)
+    scores = [[line["score"] for line in metrics_of(folder / run, "evaluations")] for run in ("one", "two")]
     assert len(scores[0]) == 3 and scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
-def _rank(records: list[Record], store: str, recipe: AlignConfig, folder: str, fsdp: bool) -> None:
-    half = dataclasses.replace(recipe, batch_size=recipe.batch_size // 2, head_batch=recipe.head_batch // 2)
-    validate = agreement(records, EmbeddingStore(store))
+def _align_on_rank(records: list[Record], store: str, config: AlignConfig, folder: str, fsdp: bool) -> None:
+    half = dataclasses.replace(config, batch_size=config.batch_size // 2)
+    run = (records, EmbeddingStore(store), Path(folder), half, mean_similarity(records, EmbeddingStore(store)))
     if fsdp:
         share_out()
-        whole = AlignBatches.batches
-
-        def dies(self: AlignBatches, first: int) -> Any:
-            for n, batch in enumerate(whole(self, first), start=first):
-                if n == 5:
-                    raise Killed
-                yield batch
-
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(AlignBatches, "batches", dies)
-            trained(records, EmbeddingStore(store), Path(folder), half, validate)
-    model = trained(records, EmbeddingStore(store), Path(folder), half, validate)
+        with killed_after(5):
+            run_align(*run)
+    model = run_align(*run)
     if torch.distributed.get_rank() == 0:
         save_file(model.state_dict(), Path(folder) / "trained.safetensors")
     torch.distributed.barrier()
 
 
-def test_pictures_that_any_process_cannot_read_are_listed(
+def test_align_lists_undecodable_images_of_all_processes(
     records: list[Record], store: EmbeddingStore, tmp_path: Path
 ) -> None:
     broken = {n: tmp_path / f"{n}.png" for n in range(0, len(records), 5)}
+    damaged = list(records)
     for n, file in broken.items():
         file.write_bytes(Path(str(records[n].image)).read_bytes()[:300])
-    some = [
-        dataclasses.replace(r, image=FileImage(str(broken[n]))) if n in broken else r for n, r in enumerate(records)
-    ]
-    distributed(2, _listing_rank, some, str(store.folder), str(tmp_path))
+        damaged[n] = dataclasses.replace(records[n], image=FileImage(str(file)))
+    distributed(2, _align_damaged_on_rank, damaged, str(store.folder), str(tmp_path))
     listed = [json.loads(line)["file"] for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert sorted(listed) == sorted(map(str, broken.values()))
 
 
-def _listing_rank(records: list[Record], store: str, folder: str) -> None:
+def _align_damaged_on_rank(records: list[Record], store: str, folder: str) -> None:
     log = SkipLog(Path(folder) / "skipped.jsonl" if torch.distributed.get_rank() == 0 else None, max_skipped=0.5)
     log.count_at_least(len(records))
-    half = dataclasses.replace(ALIGN, batch_size=ALIGN.batch // 2)
+    half = dataclasses.replace(ALIGN, batch_size=ALIGN.batch_size // 2)
     align(records, EmbeddingStore(store), fresh_model(), half, Path(folder) / "run", log)
-    assert log.skipped["undecodable image"] == len(range(0, len(records), 5)), "all processes judge alike"
+    assert log.skipped["undecodable image"] == len(range(0, len(records), 5)), "every rank must count all"
 
 
-def test_the_running_mean_of_the_weights() -> None:
-    torch.manual_seed(0)
-    model = nn.Linear(3, 2)
-    model.bias.requires_grad_(False)
-    ema, right = Ema(model, 0.8), model.weight.detach().double().clone()
-    for step in range(1, 30):
-        model.weight.data.add_(torch.randn(2, 3))
-        ema.update(step)
-        decay = min(0.8, (1 + step) / (10 + step))
-        right = decay * right + (1 - decay) * model.weight.detach().double()
-    last = model.weight.detach().clone()
-    with ema.instead():
-        torch.testing.assert_close(model.weight.detach().double(), right, atol=1e-6, rtol=1e-6)
-    assert torch.equal(model.weight, last) and list(ema.mean) == ["weight"]
-
-
-@pytest.mark.parametrize("change", [{"ema": 0.9}, {"lora_r": 2, "keep": "best"}, {"accumulate": 2, "micro_batch": 3}])
-def test_goes_on_exactly(
-    records: list[Record], store: EmbeddingStore, pictures: Path, tmp_path: Path, change: dict[str, Any]
-) -> None:
-    """Killed in the middle of an epoch: the same lines in every log, the same evaluations, the same bytes."""
-    recipe = dataclasses.replace(ALIGN, **{"epochs": 3, "batch": 6, "evaluate_every": 2, **change})
-    held_out = {"captions": [r for r in open_records(pictures / "captions.jsonl") if r.split == "val"]}
-
-    def run(folder: Path) -> LLM2CLIP:
-        validate = make_validator(held_out, SkipLog(max_skipped=1.0), store)
-        return align(records, store, fresh_model(recipe), recipe, folder, SkipLog(max_skipped=1.0), validate)
-
-    whole, batches = run(tmp_path / "whole"), AlignBatches.batches
-
-    def dies(self: AlignBatches, first: int) -> Any:
-        for n, batch in enumerate(batches(self, first)):
-            if n == 5 * recipe.accumulate:
-                raise Killed
-            yield batch
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(AlignBatches, "batches", dies)
-        run(tmp_path / "cut")
-    again = run(tmp_path / "cut")
-    for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-    for log in ("metrics", "evaluations"):
-        one, two = (read_metrics(tmp_path / f / f"{log}.jsonl") for f in ("whole", "cut"))
-        kept = [{k: v for k, v in line.items() if k not in ("images_per_second", "waited")} for line in one]
-        assert kept == [{k: v for k, v in line.items() if k not in ("images_per_second", "waited")} for line in two]
-        assert [line["step"] for line in one][-1] == len(read_metrics(tmp_path / "whole/metrics.jsonl"))
-
-
-def test_the_best_weights_are_kept(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
-    """A score that falls after the second evaluation: the best are those of step 4, the result is what `keep` says."""
-    weights: dict[int, torch.Tensor] = {}
-
-    def run(keep: Any) -> LLM2CLIP:
-        weights.clear()
-
-        def validate(model: LLM2CLIP) -> dict[str, float]:
-            assert not model.training
-            weights[len(weights)] = model.projection.weight.detach().clone()
-            return {"score": [1.0, 5.0, 3.0][len(weights) - 1]}
-
-        recipe = dataclasses.replace(ALIGN, eval_steps=2, load_best_at_end=keep, ema=0.5)
-        return align(records, store, fresh_model(), recipe, tmp_path / keep, SkipLog(max_skipped=1.0), validate)
-
-    last, best = run("last"), run("best")
-    assert json.loads((tmp_path / "best/best/figures.json").read_text()) == {"step": 4, "score": 5.0}
-    assert torch.equal(best.projection.weight, weights[1]) and torch.equal(last.projection.weight, weights[2])
-    assert torch.equal(load_file(tmp_path / "last/best/model.safetensors")["projection.weight"], weights[1])
-
-
-def test_lora_is_merged_and_changes_nothing_else(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
-    model = trained(records, store, tmp_path, dataclasses.replace(ALIGN, lora_r=2, tower_lr=1e-2))
-    before, after = fresh_model().state_dict(), model.state_dict()
-    assert before.keys() == after.keys()
-    changed = {name for name in before if name.startswith("tower.") and not torch.equal(before[name], after[name])}
-    assert changed == {f"tower.backbone.blocks.{n}.{part}.weight" for n in range(6) for part in LINEAR}
-    for name in changed:
-        assert torch.linalg.matrix_rank(after[name] - before[name], atol=1e-5) <= 2
-
-
-LINEAR = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_scale_stays_below_its_limit(
-    records: list[Record], store: EmbeddingStore, tmp_path: Path, precision: Any
-) -> None:
-    """From beyond it, in the forward pass and in the parameter, whose gradient would vanish there for good."""
-    recipe = dataclasses.replace(ALIGN, precision=precision, epochs=3, lr=1e-4, scale_lr=0.5)
-    model = fresh_model()
-    model.logit_scale.data.fill_(9.0)
-    align(records, store, model, recipe, tmp_path, SkipLog())
-    scales = [line["scale"] for line in read_metrics(tmp_path / "metrics.jsonl")]
-    assert scales[0] == pytest.approx(MAX_LOGIT_SCALE) and max(scales) <= MAX_LOGIT_SCALE * (1 + 1e-6)
-    assert scales[-1] < MAX_LOGIT_SCALE / 2 and model.logit_scale.item() < math.log(MAX_LOGIT_SCALE)
-
-
-def test_trackers_by_name(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    recipe = dataclasses.replace(ALIGN, report_to=["tensorboard"])
-    trained(records, store, tmp_path, recipe)
-    events = EventAccumulator(str(next((tmp_path / "logs").rglob("events*")).parent)).Reload()
-    lines = read_metrics(tmp_path / "metrics.jsonl")
-    assert [e.step for e in events.Scalars("loss")] == [line["step"] for line in lines]
-    assert [e.value for e in events.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
-    with pytest.raises(ValueError, match="knows tensorboard, wandb, trackio, not 'paper'"):
-        trained(records, store, tmp_path / "a", dataclasses.replace(ALIGN, report_to=["paper"]))
-    with pytest.raises(ModuleNotFoundError, match="pip install wandb"):
-        trained(records, store, tmp_path / "b", dataclasses.replace(ALIGN, report_to=["wandb"]))
-
-
-def test_a_part_of_an_epoch(records: list[Record], store: EmbeddingStore) -> None:
-    assert [
-        len(AlignBatches(records, store, fresh_model(), dataclasses.replace(ALIGN, epochs=e))) for e in (0.5, 1, 2.3)
-    ] == [*(2, 3, 7)]
-
-
-def test_compiled_is_the_same(
-    records: list[Record], store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled, compile_ = [], nn.Module.compile
-
-    def watched(self: nn.Module, *_: Any, **__: Any) -> None:  # inductor takes half a minute here
-        compiled.append(self)
-        compile_(self, backend="aot_eager")
-
-    monkeypatch.setattr(nn.Module, "compile", watched)
-    one, two = (
-        trained(records, store, tmp_path / str(c), dataclasses.replace(ALIGN, compile=c)) for c in (False, True)
-    )
-    assert len(compiled) == 1
-    same_run(one, two.state_dict(), tmp_path / "False", tmp_path / "True", atol=1e-4)
-
-
-def test_augmented_pictures_depend_on_seed_and_step_alone(records: list[Record], store: EmbeddingStore) -> None:
-    plain = next(AlignBatches(records, store, fresh_model(), ALIGN).batches(0)).images
-    for augment in ("color", "randaugment", "trivialaugment"):
-        recipe: Any = dataclasses.replace(ALIGN, augment=augment)
-        one, two = (AlignBatches(records, store, fresh_model(), recipe) for _ in range(2))
-        torch.manual_seed(1)
-        seen = next(one.batches(0)).images
-        torch.manual_seed(2)
-        before = torch.get_rng_state()
-        assert torch.equal(seen, next(two.batches(0)).images)
-        assert torch.equal(before, torch.get_rng_state())  # torchvision draws from it
-        assert not torch.equal(seen, plain) and seen.dtype == torch.uint8
-
-
-def test_tars_are_shuffled_whole_and_gone_on_with(
-    records: list[Record], store: EmbeddingStore, pictures: Path, tmp_path: Path
-) -> None:
-    """Two tars of what the folder has: the same batches as from the files, mixing both, from any step."""
-    for n, half in enumerate((records[:15], records[15:])):
-        members = []
-        for record in half:
-            key = f"{int(record.id):03d}"
-            members.append((f"{key}.png", Path(str(record.image)).read_bytes()))
-            texts = {"captions": record.captions, "long_captions": record.long_captions}
-            members.append((f"{key}.json", json.dumps(texts).encode()))
-        write_tar(tmp_path / f"shard-{n}.tar", members)
-    packed = list(open_records(str(tmp_path / "shard-{0..1}.tar")))
-    assert len(packed) == 30
-    model = fresh_model()
-    for first in (0, 4):
-        ours = AlignBatches(packed, store, model, dataclasses.replace(ALIGN, workers=1)).batches(first)
-        theirs = AlignBatches(records, store, model, ALIGN).batches(first)
-        for a, b in zip(ours, theirs, strict=True):
-            assert torch.equal(a.images, b.images) and np.array_equal(a.rows, b.rows)
-            assert len({name.split("!")[0] for name in a.names}) == 2
+# ---- resume ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "tower"),
     [
-        ({"loss": "cosine"}, "needs texts that stay"),
-        ({"lora_r": 2, "tower_lr": 0.0}, "lora_r is for the tower"),
-        ({"cache_features": True}, "needs --align.tower_lr 0"),
-        ({"keep": "best", "evaluate_every": 0}, "needs evaluations"),
-        ({"epochs": 0}, "epochs is above 0"),
-        ({"ema": 1.0}, "ema is a share"),
-        ({"crop": 3.0}, "crop is a share"),
-        ({"micro_batch": 0}, "micro_batch is 1 or more"),
-        ({"train_layers": 1, "tower_lr": 0.0}, "needs --align.tower_lr"),
-        ({"captions": -1}, "captions is 0 or more"),
+        ({}, "test_efficientnet"),
+        ({"lora_r": 2, "load_best_at_end": True}, "test_vit"),
+        ({"micro_batch_size": 3}, "test_vit"),
+        ({"tower_lr": 0.0}, "test_vit"),
     ],
+    ids=str,
 )
-def test_wrong_settings_show_at_once(change: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        dataclasses.replace(ALIGN, **change)
+def test_align_resumes_exactly(
+    records: list[Record],
+    store: EmbeddingStore,
+    pictures: Path,
+    tmp_path: Path,
+    change: dict[str, Any],
+    tower: str,
+) -> None:
+    """Killed in the middle of an epoch: the same metrics, evaluations and weights, to the last bit."""
+    config = dataclasses.replace(ALIGN, **{"epochs": 3, "batch_size": 6, "eval_steps": 2, **change})
+    held_out = {"captions": read_split(pictures, "val")}
+
+    def run(name: str) -> LLM2CLIP:
+        validate = make_validator(held_out, SkipLog(max_skipped=1.0), store)
+        return run_align(records, store, tmp_path / name, config, validate, tower=tower)
+
+    uninterrupted = run("uninterrupted")
+    with killed_after(5):
+        run("killed")
+    resumed = run("killed")
+    for (name, a), b in zip(uninterrupted.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    for log in ("metrics", "evaluations"):
+        lines = metrics_of(tmp_path / "uninterrupted", log)
+        assert lines == metrics_of(tmp_path / "killed", log)
+        assert lines[-1]["step"] == 15
 
 
-def test_wrong_settings_for_what_is_there(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="name some with --held_out"):
-        trained(records, store, tmp_path / "a", dataclasses.replace(ALIGN, load_best_at_end="best", eval_steps=None))
-    with pytest.raises(ValueError, match="fp16 is for GPUs"):
-        trained(records, store, tmp_path / "b", dataclasses.replace(ALIGN, precision="fp16"))
-    with pytest.raises(ValueError, match="train_layers finds no blocks"):
-        trained(records, store, tmp_path / "c", dataclasses.replace(ALIGN, train_layers=1), tower="vgg11")
-    with pytest.raises(ValueError, match="cannot recompute activations of vgg11"):
-        trained(records, store, tmp_path / "d", dataclasses.replace(ALIGN, gradient_checkpointing=True), tower="vgg11")
-    with folder_lock(tmp_path), pytest.raises(StoreError, match="another run"):
-        trained(records, store, tmp_path, ALIGN)
+def test_align_does_not_resume_with_other_data_or_settings(
+    records: list[Record], store: EmbeddingStore, tmp_path: Path
+) -> None:
+    """With more ranks the steps would be fewer and larger, and a run resumed past its end would count as complete."""
+    config = dataclasses.replace(ALIGN, epochs=1, save_steps=1)
+    run_align(records, store, tmp_path / "run", config)
+    for change, message in (
+        ({"batch_size": 20}, "images per step: 10 then, 20 now"),
+        ({"lr": 0.1}, r"--align\.lr: 0\.001 then, 0\.1 now"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_align(records, store, tmp_path / "run", dataclasses.replace(config, **change))
+    with pytest.raises(ValueError, match=r"images: .* then"):
+        run_align(records[::-1], store, tmp_path / "run", config)
+    other_encoder = CaptionEncoder.from_pretrained(make_llm(tmp_path / "other", seed=1), device="cpu")
+    other_store = embed([text for r in records for text in r.texts], other_encoder, tmp_path / "other store")
+    with pytest.raises(ValueError, match=r"caption encoder: .* then"):
+        run_align(records, other_store, tmp_path / "run", config)
 
 
-def test_heads_of_other_settings_are_trained_anew(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
-    """Killed once the heads are done; the settings are mended, which only a checkpoint of the rest would forbid."""
-    recipe = dataclasses.replace(ALIGN, head_epochs=2, head_batch=15, lr=1e-2)
-    for lr in (1e-2, 1e-2, 1e-4):
-        heads = read_metrics(tmp_path / "heads/metrics.jsonl")
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(AlignBatches, "batches", _only_features)
-            trained(records, store, tmp_path, dataclasses.replace(recipe, lr=lr))
-        same = [line["loss"] for line in heads] == [
-            line["loss"] for line in read_metrics(tmp_path / "heads/metrics.jsonl")
-        ]
-        assert same == (bool(heads) and lr == 1e-2)
-    assert len(list(tmp_path.glob("features-*"))) == 1
+def test_checkpoints_leave_out_frozen_weights(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
+    run_align(records, store, tmp_path, dataclasses.replace(ALIGN, tower_lr=0.0))
+    names = load_file(tmp_path / "checkpoints/checkpoint-6/model.safetensors").keys()
+    assert names and not any(name.startswith("tower.backbone") for name in names)
 
 
-_batches = AlignBatches.batches
+# ---- evaluation during training --------------------------------------------------------------------------------------
 
 
-def _only_features(self: AlignBatches, first: int) -> Any:
-    if self.features is None:
-        raise Killed
-    return _batches(self, first)
+def test_load_best_at_end_restores_the_weights_with_the_best_score(
+    records: list[Record], store: EmbeddingStore, tmp_path: Path
+) -> None:
+    """The score falls after the second evaluation: the best weights are those of step 4."""
+
+    def run(load_best: bool) -> tuple[LLM2CLIP, list[torch.Tensor]]:
+        weights: list[torch.Tensor] = []
+
+        def validate(model: LLM2CLIP) -> dict[str, float]:
+            assert not model.training
+            weights.append(model.projection.weight.detach().clone())
+            return {"score": [1.0, 5.0, 3.0][len(weights) - 1]}
+
+        config = dataclasses.replace(ALIGN, eval_steps=2, load_best_at_end=load_best)
+        return run_align(records, store, tmp_path / str(load_best), config, validate), weights
+
+    last, weights = run(load_best=False)
+    assert torch.equal(last.projection.weight, weights[2])
+    assert torch.equal(load_file(tmp_path / "False/best/model.safetensors")["projection.weight"], weights[1])
+    best, weights = run(load_best=True)
+    assert torch.equal(best.projection.weight, weights[1])
+    assert json.loads((tmp_path / "True/best/metrics.json").read_text()) == {"step": 4, "score": 5.0}
 
 
-def test_best_weights_of_another_run_are_no_ones(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
-    """Killed after an evaluation and before a checkpoint: what it kept is of steps that are done again."""
-    recipe = dataclasses.replace(ALIGN, eval_steps=1, load_best_at_end="best", save_steps=100)
+def test_best_weights_of_repeated_steps_are_discarded(
+    records: list[Record], store: EmbeddingStore, tmp_path: Path
+) -> None:
+    """Killed after an evaluation and before a checkpoint: the steps of the evaluation will be repeated."""
+    config = dataclasses.replace(ALIGN, eval_steps=1, load_best_at_end=True, save_steps=100)
     scores = iter([9.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0])
 
     def validate(model: LLM2CLIP) -> dict[str, float]:
         return {"score": next(scores)}
 
-    def dies(self: AlignBatches, first: int) -> Any:
-        yield next(_batches(self, first))
-        raise Killed
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(AlignBatches, "batches", dies)
-        align(records, store, fresh_model(), recipe, tmp_path, SkipLog(max_skipped=1.0), validate)
-    assert json.loads((tmp_path / "best/figures.json").read_text())["score"] == 9.0
-    align(records, store, fresh_model(), recipe, tmp_path, SkipLog(max_skipped=1.0), validate)
-    assert json.loads((tmp_path / "best/figures.json").read_text()) == {"step": 2, "score": 2.0}
+    with killed_after(1):
+        run_align(records, store, tmp_path, config, validate)
+    assert json.loads((tmp_path / "best/metrics.json").read_text())["score"] == 9.0
+    run_align(records, store, tmp_path, config, validate)
+    assert json.loads((tmp_path / "best/metrics.json").read_text()) == {"step": 2, "score": 2.0}
 
 
-def test_checkpoints_hold_what_is_trained(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
-    recipe = dataclasses.replace(ALIGN, tower_lr=0.0, cache_features=True)
-    trained(records, store, tmp_path, recipe)
-    names = load_file(tmp_path / "checkpoints/step-6/model.safetensors").keys()
-    assert names and not any(name.startswith("tower.backbone") for name in names)
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_r": 2, "tower_lr": 0.0}, "lora_r trains the tower"),
+        ({"load_best_at_end": True, "eval_steps": 0}, "needs evaluations"),
+        ({"epochs": 0}, "epochs must be greater than 0"),
+        ({"min_crop_scale": 3.0}, "min_crop_scale must be greater than 0 and at most 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size must be at least 1"),
+        ({"captions_per_image": -1}, "captions_per_image must be at least 0"),
+    ],
+    ids=str,
+)
+def test_align_config_rejects_wrong_settings(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(ALIGN, **change)
+
+
+def test_align_rejects_settings_that_do_not_fit_data_device_or_tower(
+    records: list[Record], store: EmbeddingStore, tmp_path: Path
+) -> None:
+    for change, options, message in (
+        ({"load_best_at_end": True, "eval_steps": None}, {}, "set --held_out"),
+        ({"precision": "fp16"}, {}, "fp16 needs a GPU"),
+        ({"gradient_checkpointing": True}, {"tower": "vgg11"}, "vgg11"),
+        ({"batch_size": 31}, {}, "30 images are fewer than a step takes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_align(records, store, tmp_path / "run", dataclasses.replace(ALIGN, **change), **options)
+    with folder_lock(tmp_path), pytest.raises(StoreError, match="another run"):
+        run_align(records, store, tmp_path)
+
+
+@pytest.mark.parametrize(("supported", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_auto_precision_is_bf16_on_gpus_that_support_it(
+    monkeypatch: pytest.MonkeyPatch, supported: bool, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert resolve_align_precision("auto", torch.device("cuda")) == expected
+    assert resolve_align_precision("auto", torch.device("cpu")) == "fp32"
+    assert resolve_align_precision("fp16", torch.device("cuda")) == "fp16"
+
+
+def test_stages_do_not_inherit_a_precision(
+    records: list[Record], store: EmbeddingStore, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate keeps one precision per process, and the launcher's in the environment."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
+    tune([CAPTIONS], encoder, dataclasses.replace(TUNE, steps=1), tmp_path / "tune")
+    assert AcceleratorState().mixed_precision == "no"
+    run_align(records, store, tmp_path / "align", dataclasses.replace(ALIGN, precision="bf16", epochs=1))
+    assert AcceleratorState().mixed_precision == "bf16"

@@ -95,7 +95,7 @@ def _tower_layers(tower: VisionTower) -> dict[str, int]:
     """
     layers = tower.parameter_depths()
     block_layers = [layer for name, layer in layers.items() if tower.is_in_block(name)]
-    if not block_layers:
+    if not block_layers or max(block_layers) == 0:  # no order is known
         return layers
     top_block = max(block_layers)
     return {

@@ -1,0 +1,64 @@
+"""Checkpoints that are complete or ignored, and the metrics log of a resumed run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from llm2clip.checkpoint import Checkpoints, MetricsLog, check_finite, latest_checkpoint, mark_complete, read_metrics
+
+
+def make_checkpoints(folder: Path, complete: tuple[int, ...], incomplete: tuple[int, ...] = ()) -> None:
+    for step in (*complete, *incomplete):
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+    for step in complete:
+        mark_complete(folder / f"checkpoint-{step}", {"steps": 20})
+
+
+def test_checkpoints_resume_from_the_latest_complete_one(tmp_path: Path) -> None:
+    make_checkpoints(tmp_path, complete=(5, 10), incomplete=(15,))
+    (tmp_path / "checkpoint-note").mkdir()
+    checkpoints = Checkpoints(tmp_path, {"steps": 20})
+    assert checkpoints.latest == tmp_path / "checkpoint-10" and checkpoints.step == 10
+    assert not (tmp_path / "checkpoint-15").exists() and (tmp_path / "checkpoint-note").exists()
+
+
+def test_checkpoints_start_from_the_beginning_without_any(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", {"steps": 20})
+    assert checkpoints.latest is None and checkpoints.step == 0
+
+
+def test_checkpoints_reject_another_signature(tmp_path: Path) -> None:
+    make_checkpoints(tmp_path, complete=(10,))
+    with pytest.raises(ValueError, match=r"Cannot resume from .*checkpoint-10: steps: 20 then, 5 now"):
+        Checkpoints(tmp_path, {"steps": 5})
+
+
+def test_checkpoints_commit_marks_and_prunes(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, {"steps": 20})
+    for step in (2, 4, 10):
+        checkpoints.path(step).mkdir()
+        assert latest_checkpoint(tmp_path) != checkpoints.path(step)
+        checkpoints.commit(step)
+        assert latest_checkpoint(tmp_path) == checkpoints.path(step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-4"]
+
+
+def test_check_finite_names_step_and_last_checkpoint(tmp_path: Path) -> None:
+    make_checkpoints(tmp_path, complete=(5,))
+    checkpoints = Checkpoints(tmp_path, {"steps": 20})
+    check_finite("loss", 1.5, 7, checkpoints)
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 7\. .*checkpoint-5\. Lower the rate"):
+        check_finite("loss", math.nan, 7, checkpoints, "Lower the rate")
+
+
+def test_metrics_log_drops_steps_that_will_be_repeated(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(1, 5):
+        log.write(step, loss=float(step))
+    with log.path.open("a") as file:
+        file.write('{"step": 5, "lo')  # cut off by a kill
+    MetricsLog(tmp_path / "metrics.jsonl", resume_step=3).write(4, loss=0.0)
+    assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 3.0, 0.0]

@@ -1,0 +1,76 @@
+"""Trained parameters, learning rates and schedule of align."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from align_fixtures import fresh_model
+from llm2clip.config import AlignConfig
+from llm2clip.models.vision_tower import VisionTower
+from llm2clip.train.optim import WEIGHT_DECAY, cosine_schedule, parameter_groups, set_trainable
+
+CONFIG = AlignConfig(lr=1e-2, tower_lr=1e-3, layer_decay=0.5, loss="sigmoid")
+
+
+def test_parameter_groups_set_rate_and_weight_decay_of_each_part() -> None:
+    model = fresh_model(CONFIG, tower="test_efficientnet")
+    set_trainable(model, CONFIG)
+    group_of = {id(p): group for group in parameter_groups(model, CONFIG) for p in group["params"]}
+    assert len(group_of) == sum(1 for _ in model.parameters())
+    assert group_of[id(model.projection.weight)]["lr"] == group_of[id(model.adapter.out.weight)]["lr"] == 1e-2
+    assert group_of[id(model.adapter.out.weight)]["weight_decay"] == WEIGHT_DECAY
+    assert group_of[id(model.adapter.out.bias)]["weight_decay"] == 0
+    for scalar in (model.logit_scale, model.logit_bias):
+        assert group_of[id(scalar)]["lr"] == 1e-2 and group_of[id(scalar)]["weight_decay"] == 0
+    assert all(group_of[id(p)]["lr"] <= 1e-3 for p in model.tower.parameters())
+
+
+@pytest.mark.parametrize("tower", ["timm:test_vit", "clip_vision_model"])
+def test_layer_decay_gives_the_final_norm_the_full_rate_and_the_top_block_one_decay(
+    tower: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    if tower == "clip_vision_model":
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        folder = tmp_path_factory.mktemp("clip")
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "image_size": 32}
+        CLIPVisionModel(CLIPVisionConfig(**sizes, num_hidden_layers=6, patch_size=16)).save_pretrained(folder)
+        vision_tower = VisionTower.from_pretrained(folder)
+        stem, block, norm = "backbone.embeddings.", "backbone.encoder.layers.{}.", "backbone.post_layernorm.weight"
+    else:
+        vision_tower = VisionTower.from_pretrained(tower, pretrained=False)
+        stem, block, norm = "backbone.patch_embed.", "backbone.blocks.{}.", "backbone.norm.weight"
+    model = fresh_model()
+    model.tower = vision_tower
+    set_trainable(model, CONFIG)
+    lr_of = {id(p): group["lr"] for group in parameter_groups(model, CONFIG) for p in group["params"]}
+    lrs = {name: lr_of[id(p)] for name, p in vision_tower.named_parameters() if p.requires_grad}
+    assert lrs[norm] == 1e-3
+    for n in range(6):
+        block_lrs = {lr for name, lr in lrs.items() if name.startswith(block.format(n))}
+        assert len(block_lrs) == 1 and block_lrs.pop() == pytest.approx(1e-3 * 0.5 ** (6 - n))
+    stem_lrs = {lr for name, lr in lrs.items() if name.startswith(stem)}
+    assert len(stem_lrs) == 1 and stem_lrs.pop() == pytest.approx(1e-3 * 0.5**7)
+
+
+def test_layer_decay_is_rejected_for_towers_without_ordered_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh_model()
+    names = [name for name, _ in model.tower.named_parameters()]
+    monkeypatch.setattr(VisionTower, "parameter_depths", lambda self: dict.fromkeys(names, 0))
+    with pytest.raises(ValueError, match="layer_decay is not possible"):
+        parameter_groups(model, CONFIG)
+
+
+def test_set_trainable_freezes_the_tower_for_a_rate_of_zero() -> None:
+    model = fresh_model()
+    set_trainable(model, dataclasses.replace(CONFIG, tower_lr=0.0))
+    assert not any(p.requires_grad for p in model.tower.parameters())
+    assert all(p.requires_grad for name, p in model.named_parameters() if not name.startswith("tower."))
+
+
+def test_cosine_schedule_rises_linearly_and_falls_to_zero() -> None:
+    factor = cosine_schedule(100, 0.1)
+    assert [factor(0), factor(9), factor(10)] == pytest.approx([0.1, 1.0, 1.0])
+    assert factor(55) == pytest.approx(0.5) and factor(100) == pytest.approx(0.0)

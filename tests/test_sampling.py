@@ -1,0 +1,160 @@
+"""Which images, captions and crops a step of align sees."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from align_fixtures import ALIGN, fresh_model, make_store, read_split
+from format_fixtures import write_tar
+from llm2clip.config import AlignConfig
+from llm2clip.data.records import Record, open_records
+from llm2clip.store.store import EmbeddingStore
+from llm2clip.train.sampling import AlignBatches, Batch, check_batch_size, decoding_workers
+
+EFFICIENTNET = "test_efficientnet"
+
+
+@pytest.fixture(scope="module")
+def records(pictures: Path) -> list[Record]:
+    return read_split(pictures)
+
+
+@pytest.fixture(scope="module")
+def store(pictures: Path, llm: Path, tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
+    return make_store(pictures, llm, tmp_path_factory.mktemp("store") / "store")
+
+
+def make_batches(
+    records: list[Record], store: EmbeddingStore, config: AlignConfig, world_size: int = 1, rank: int = 0
+) -> AlignBatches:
+    return AlignBatches(records, store, fresh_model(tower=EFFICIENTNET), config, world_size, rank)
+
+
+def captions_by_image(batch: Batch) -> list[tuple[str, list[int]]]:
+    """Return the images of a batch and the store rows of their captions."""
+    rows = [batch.caption_rows[batch.image_of_caption == n].tolist() for n in range(len(batch.images))]
+    return list(zip(batch.image_names, rows, strict=True))
+
+
+def test_batches_do_not_depend_on_workers_or_ranks(records: list[Record], store: EmbeddingStore) -> None:
+    batches = list(make_batches(records, store, ALIGN).batches(3))
+    with_workers = list(make_batches(records, store, dataclasses.replace(ALIGN, workers=2)).batches(3))
+    for a, b in zip(batches, with_workers, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert np.array_equal(a.caption_rows, b.caption_rows)
+        assert np.array_equal(a.image_of_caption, b.image_of_caption)
+    half = dataclasses.replace(ALIGN, batch_size=5)
+    ranks = [list(make_batches(records, store, half, world_size=2, rank=rank).batches(3)) for rank in range(2)]
+    for batch, *parts in zip(batches, *ranks, strict=True):
+        assert sorted(captions_by_image(batch)) == sorted(row for part in parts for row in captions_by_image(part))
+
+
+def test_each_image_is_sampled_once_per_epoch_for_any_number_of_ranks(
+    records: list[Record], store: EmbeddingStore
+) -> None:
+    """28 of 30 images per epoch; the samples of two ranks interleave to those of one process."""
+    config = dataclasses.replace(ALIGN, epochs=3, batch_size=14)
+    single = dataclasses.replace(config, batch_size=28)
+    expected = [sample for step in make_batches(records, store, single).samples(0) for sample in step]
+    ranks = [make_batches(records, store, config, world_size=2, rank=rank) for rank in range(2)]
+    assert len(ranks[0]) == 3 and ranks[0].images_per_step == 28
+    steps = [list(batches.samples(0)) for batches in ranks]
+    interleaved = [
+        sample for left, right in zip(*steps, strict=True) for pair in zip(left, right, strict=True) for sample in pair
+    ]
+    assert interleaved == expected
+    for epoch in range(3):
+        images = [image for sample_epoch, image in interleaved if sample_epoch == epoch]
+        assert len(images) == len(set(images)) == 28 and set(images) < set(range(30))
+    assert list(ranks[1].samples(2)) == steps[1][2:], "sampling must start at any step"
+
+
+def test_epochs_may_be_fractional(records: list[Record], store: EmbeddingStore) -> None:
+    steps = [len(make_batches(records, store, dataclasses.replace(ALIGN, epochs=epochs))) for epochs in (0.5, 1, 2.3)]
+    assert steps == [2, 3, 7]
+
+
+@pytest.mark.parametrize("long_weight", [0.0, 1.0, 0.3])
+def test_caption_mix_weights_the_kinds_of_captions(
+    records: list[Record], store: EmbeddingStore, long_weight: float
+) -> None:
+    mix = {"captions": 1 - long_weight, "long_captions": long_weight}
+    batches = make_batches(records, store, dataclasses.replace(ALIGN, captions_per_image=4, caption_mix=mix))
+    short, long = batches.captions_by_kind
+    samples = [(epoch, image) for epoch in range(20) for image in range(len(records))]
+    drawn = {sample: batches.draw_captions(*sample) for sample in samples}
+    first_is_long = [rows[0] in long[image] for (_, image), rows in drawn.items()]
+    assert np.mean(first_is_long) == pytest.approx(long_weight, abs=0.06 if 0 < long_weight < 1 else 0)
+    for (_, image), rows in drawn.items():
+        assert len(rows) == len(set(rows)) and set(rows) <= {*short[image], *long[image]}
+        if long_weight == 0:  # an image has two or three short captions, and none is drawn twice
+            assert set(rows) == set(short[image].tolist())
+
+
+@pytest.mark.parametrize(("mix", "kind"), [({"captions": 1}, 0), ({"long_captions": 2}, 1)])
+def test_zero_captions_per_image_uses_all_captions_of_the_weighted_kinds(
+    records: list[Record], store: EmbeddingStore, mix: dict[str, float], kind: int
+) -> None:
+    batches = make_batches(records, store, dataclasses.replace(ALIGN, captions_per_image=0, caption_mix=mix))
+    assert sorted(batches.draw_captions(3, 7)) == sorted(batches.captions_by_kind[kind][7])
+
+
+def test_images_without_the_weighted_kinds_use_all_captions(records: list[Record], store: EmbeddingStore) -> None:
+    config = dataclasses.replace(ALIGN, captions_per_image=4, caption_mix={"short_captions": 1})
+    batches = make_batches(records, store, config)
+    drawn = {row for epoch in range(9) for row in batches.draw_captions(epoch, 2)}
+    assert drawn & {*batches.captions_by_kind[0][2]} and drawn - {*batches.captions_by_kind[0][2]}
+
+
+def test_check_batch_size_rejects_wrong_settings() -> None:
+    assert check_batch_size(30, ALIGN, world_size=2) == 20
+    with pytest.raises(ValueError, match="30 images are fewer than a step takes"):
+        check_batch_size(30, ALIGN, world_size=4)
+    with pytest.raises(ValueError, match="unknown kinds of captions: dense"):
+        check_batch_size(30, dataclasses.replace(ALIGN, caption_mix={"dense": 1}), world_size=1)
+    with pytest.raises(ValueError, match="must be at least 0"):
+        check_batch_size(30, dataclasses.replace(ALIGN, caption_mix={"captions": -1}), world_size=1)
+
+
+def test_check_batch_size_limits_the_batch_if_the_tower_is_frozen() -> None:
+    frozen = dataclasses.replace(ALIGN, tower_lr=0.0, batch_size=100)
+    assert check_batch_size(31, frozen, world_size=1) == 31
+    assert check_batch_size(31, frozen, world_size=2) == 30
+
+
+def test_decoding_workers_follow_cores_and_local_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = dataclasses.replace(ALIGN, workers=None)
+    assert decoding_workers(dataclasses.replace(ALIGN, workers=3)) == 3
+    for cores, local_ranks, expected in ((2, 1, 1), (16, 1, 8), (64, 8, 4), (128, 1, 16), (4, 8, 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
+        assert decoding_workers(auto) == expected
+
+
+def test_tar_archives_give_the_batches_of_the_files(
+    records: list[Record], store: EmbeddingStore, tmp_path: Path
+) -> None:
+    """Every batch mixes images of both archives, and sampling starts at any step."""
+    for n, half in enumerate((records[:15], records[15:])):
+        members = []
+        for record in half:
+            key = f"{int(record.id):03d}"
+            members.append((f"{key}.png", Path(str(record.image)).read_bytes()))
+            texts = {"captions": record.captions, "long_captions": record.long_captions}
+            members.append((f"{key}.json", json.dumps(texts).encode()))
+        write_tar(tmp_path / f"shard-{n}.tar", members)
+    in_tars = list(open_records(str(tmp_path / "shard-{0..1}.tar")))
+    assert len(in_tars) == 30
+    for first_step in (0, 4):
+        from_tars = make_batches(in_tars, store, dataclasses.replace(ALIGN, workers=1)).batches(first_step)
+        from_files = make_batches(records, store, ALIGN).batches(first_step)
+        for a, b in zip(from_tars, from_files, strict=True):
+            assert torch.equal(a.images, b.images) and np.array_equal(a.caption_rows, b.caption_rows)
+            assert len({name.split("!")[0] for name in a.image_names}) == 2
