@@ -1,14 +1,19 @@
-"""How fast captions are encoded: ways side by side in one run, turn by turn, with the same captions and weights; and
-what the faster ways, and smaller stores, cost in retrieval.
+"""Speed of caption encoding, compared with other libraries, and its cost in retrieval accuracy.
 
-    python benchmarks/embed.py CAPTIONS [CAPTIONS ...] [--encoder smollm2-135m] [--layers N] [--count 4096] [--turns 3]
-        [--llm2vec PYTHON] [--cra CAPTIONS@SPLIT]
+    python benchmarks/embed.py CAPTIONS [CAPTIONS ...] [--encoder smollm2-135m] [--layers N] [--count 4096]
+        [--repeats 3] [--llm2vec PYTHON] [--cra CAPTIONS@SPLIT]
 
-The captions of all sources are mixed. The ways: batches of 32 as they come, padded to their longest, as a loop does;
-`SentenceTransformer.encode` at its defaults; LLM2Vec's `encode` at its defaults, in the environment whose interpreter
-is PYTHON (`pip install torch llm2vec==0.2.3` there); and ours, padded and packed, in fp32, in bf16, and in what `auto`
-chooses. The peers run in processes of their own. Each is said with its spread over the turns and with what its vectors
-are worth: the least cosine with fp32's. With --cra, caption retrieval accuracy by precision and by the store's dtype.
+A random sample of the captions of all sources is encoded with the same weights by:
+
+- `SentenceTransformer.encode` in batches of 32 in the order of the captions, padded to the longest, as in a plain loop;
+- `SentenceTransformer.encode` with its defaults;
+- `LLM2Vec.encode` with its defaults, in the environment of the interpreter PYTHON (`pip install torch llm2vec==0.2.3`);
+- llm2clip, padded and packed, in fp32, in bf16, and in the precision that `auto` chooses.
+
+The methods run in turn, the other libraries in their own processes. The table shows captions per second (median, least
+to most), the speed relative to the other libraries, and the lowest cosine similarity to the fp32 embeddings.
+
+With --cra: caption retrieval accuracy by precision and by dtype of the store.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -35,16 +40,17 @@ from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.models.batch_size_tuner import tune_batch_tokens
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.length_batching import default_batch_tokens
-from llm2clip.models.precision import calibrate_precision
+from llm2clip.models.precision_calibration import calibrate_precision
 from llm2clip.models.pretrained import resolve_pretrained
-from llm2clip.store.writer import stored_bytes
+from llm2clip.store.writer import quantize_rows
 
+# Encoders of other libraries. Each defines `methods`: name -> function that encodes `texts`.
 LLM2VEC = """
 import torch
 from transformers import PreTrainedTokenizerFast
 from llm2vec import LLM2Vec
 from llm2vec.models import LlamaBiModel
-# The transformers that it pins reads merges, and the base of positions, only as they were once written.
+# The transformers version that llm2vec pins reads merges and the RoPE base only in their older form.
 state = json.load(open(folder + "/tokenizer.json"))
 state["model"]["merges"] = [m if isinstance(m, str) else " ".join(m) for m in state["model"]["merges"]]
 json.dump(state, open(folder + "/merges.json", "w"))
@@ -56,75 +62,122 @@ tokenizer = PreTrainedTokenizerFast(
 theta = json.load(open(folder + "/config.json"))["rope_parameters"]["rope_theta"]
 model = LlamaBiModel.from_pretrained(folder, torch_dtype=torch.float32, rope_theta=theta)
 encoder = LLM2Vec(model, tokenizer, pooling_mode="mean", max_length=512, skip_instruction=False)
-ways = {"LLM2Vec.encode": lambda: encoder.encode(texts, show_progress_bar=False).numpy()}
+methods = {"LLM2Vec.encode": lambda: encoder.encode(texts, show_progress_bar=False).numpy()}
 """
 SENTENCE_TRANSFORMERS = """
 from sentence_transformers import SentenceTransformer
 st = SentenceTransformer(folder)
-ways = {
-    "batches of 32 as they come": lambda: np.concatenate(
+methods = {
+    "unsorted batches of 32": lambda: np.concatenate(
         [st.encode(texts[i:i + 32]) for i in range(0, len(texts), 32)]
     ),
     "SentenceTransformer.encode": lambda: st.encode(texts),
 }
 """
-PEER = """
+# Reads the name of a method per line; saves the embeddings and prints the seconds.
+WORKER = """
 import json, sys, time
 import numpy as np
 folder, texts, out = sys.argv[1:]
 texts = json.load(open(texts))
-{ways}
+{methods}
 for line in sys.stdin:
     start = time.perf_counter()
-    vectors = ways[line.strip()]()
-    took = time.perf_counter() - start
-    np.save(out, vectors)
-    print(json.dumps(took), flush=True)
+    embeddings = methods[line.strip()]()
+    seconds = time.perf_counter() - start
+    np.save(out, embeddings)
+    print(json.dumps(seconds), flush=True)
 """
 
+Result = tuple[np.ndarray, float]  # embeddings, seconds
+Method = Callable[[], Result]
 
-class Peer:
-    """Another's encoder in a process of its own."""
 
-    def __init__(self, python: str, ways: str, folder: Path) -> None:
-        self.out = folder / "theirs.npy"
+class OtherLibrary:
+    """An encoder of another library in its own process."""
+
+    def __init__(self, python: str, methods: str, folder: Path) -> None:
+        self.out = folder / "embeddings.npy"
         arguments = [str(folder / "encoder"), str(folder / "texts.json"), str(self.out)]
+        code = WORKER.replace("{methods}", methods)
         self.process = subprocess.Popen(
-            [python, "-c", PEER.replace("{ways}", ways), *arguments],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [python, "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
-    def run(self, way: str) -> tuple[np.ndarray, float]:
+    def run(self, method: str) -> Result:
         assert self.process.stdin is not None and self.process.stdout is not None
-        print(way, file=self.process.stdin, flush=True)
-        took = float(json.loads(self.process.stdout.readline()))
-        return np.load(self.out), took
+        print(method, file=self.process.stdin, flush=True)
+        seconds = float(json.loads(self.process.stdout.readline()))
+        return np.load(self.out), seconds
 
 
-class Stored:
-    """Vectors of texts, as they come back from a store."""
+def other_methods(folder: Path, llm2vec_python: str | None) -> dict[str, Method]:
+    """Start the other libraries; return their methods."""
+    st = OtherLibrary(sys.executable, SENTENCE_TRANSFORMERS, folder)
+    methods: dict[str, Method] = {
+        "unsorted batches of 32": lambda: st.run("unsorted batches of 32"),
+        "SentenceTransformer.encode": lambda: st.run("SentenceTransformer.encode"),
+    }
+    if llm2vec_python:
+        llm2vec = OtherLibrary(llm2vec_python, LLM2VEC, folder)
+        methods["LLM2Vec.encode"] = lambda: llm2vec.run("LLM2Vec.encode")
+    return methods
 
-    def __init__(self, vectors: dict[str, np.ndarray], dtype: str) -> None:
-        self.vectors, self.dtype = vectors, dtype
 
-    def encode(self, captions: Sequence[str], *, progress: bool = False) -> Tensor:
-        rows, scales = stored_bytes(np.stack([self.vectors[c] for c in captions]), self.dtype)
-        return torch.from_numpy(rows.astype(np.float32) if scales is None else rows * scales[:, None])
+def llm2clip_method(encoder: CaptionEncoder, texts: Sequence[str], attention: str, precision: str) -> Method:
+    """Tune the number of tokens per batch; return a method that encodes the texts."""
+    encoder.llm.set_attn_implementation(attention)
+    batch_tokens = tune_batch_tokens(encoder, encoder.tokenize(texts), precision)
+    print(f"{attention}, {precision}: {batch_tokens} tokens per batch")
 
-    def count_truncated(self, captions: Sequence[str]) -> None:
-        return None
+    def run() -> Result:
+        encoder.llm.set_attn_implementation(attention)
+        start = time.perf_counter()
+        embeddings = encoder.encode(texts, precision=precision, batch_tokens=batch_tokens)
+        return embeddings.numpy(), time.perf_counter() - start
+
+    return run
 
 
-def retrieval(encoder: CaptionEncoder, images: list[list[str]], precisions: Sequence[str]) -> Iterator[str]:
-    texts = list(dict.fromkeys(c for captions in images for c in captions))
-    for precision in precisions:
-        vectors = encoder.encode(texts, precision=precision, progress=True).numpy()
-        for dtype in ("float16", "int8"):
-            found = caption_retrieval_accuracy(
-                images, Stored(dict(zip(texts, vectors, strict=True)), dtype), progress=False
-            )
-            recalls = (found["first to second"]["R@10"] + found["second to first"]["R@10"]) / 2
-            yield f"| {precision} | {dtype} | {found['CRA']:.2f} | {recalls:.2f} |"
+def run_in_turn(
+    methods: Mapping[str, Method], repeats: int, count: int
+) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
+    """Run all methods `repeats` times; return seconds and embeddings of each."""
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    embeddings: dict[str, np.ndarray] = {}
+    for _ in range(repeats):
+        for name, method in methods.items():
+            embeddings[name], elapsed = method()
+            seconds[name].append(elapsed)
+            print(f"{name}: {count / elapsed:.1f} captions/s", file=sys.stderr, flush=True)
+    return seconds, embeddings
+
+
+def print_speed_table(seconds: Mapping[str, Sequence[float]], embeddings: Mapping[str, np.ndarray]) -> None:
+    exact = torch.from_numpy(embeddings["llm2clip, padded, fp32"])
+    others = [name for name in seconds if not name.startswith("llm2clip")]
+    columns = ["method", "captions/s, median (least to most)", *(f"relative to {o}" for o in others), "lowest cosine"]
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    for name, elapsed in seconds.items():
+        rates = sorted(len(exact) / s for s in elapsed)
+        cells = [name, f"{statistics.median(rates):.1f} ({rates[0]:.1f} to {rates[-1]:.1f})"]
+        for other in others:
+            ratios = sorted(o / s for o, s in zip(seconds[other], elapsed, strict=True))
+            cells.append(f"{statistics.median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+        cosine = F.cosine_similarity(torch.from_numpy(embeddings[name]).float(), exact).min()
+        print(f"| {' | '.join([*cells, f'{cosine:.6f}'])} |")
+
+
+def print_padding(encoder: CaptionEncoder, texts: Sequence[str]) -> None:
+    """Print the share of padding tokens with batches of 32, and with batches of similar length."""
+    tokens = encoder.tokenize(texts)
+    lengths = [len(ids) for ids in tokens.ids]
+    unsorted = [range(start, stop) for start, stop in pairwise([*range(0, len(texts), 32), len(texts)])]
+    by_length = [rows for _, rows in tokens.batches(default_batch_tokens(encoder.device))]
+    print(
+        f"padding: {padding_share(lengths, unsorted):.0%} in unsorted batches of 32; "
+        f"{padding_share(lengths, by_length):.1%} in batches of similar length; none when packed"
+    )
 
 
 def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
@@ -132,117 +185,106 @@ def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> f
     return 1 - sum(lengths) / padded
 
 
+def print_efficiency(encoder: CaptionEncoder, texts: Sequence[str], seconds: Mapping[str, Sequence[float]]) -> None:
+    """Print the FLOP/s in the weight matrices of the layers, relative to a plain matmul of similar size."""
+    token_count = sum(len(ids) for ids in encoder.tokenize(texts).ids)
+    weights = sum(p.numel() for layer in encoder.llm.layers for p in layer.parameters() if p.ndim > 1)
+    hidden_size = encoder.llm.config.hidden_size
+    for precision in ("fp32", "bf16"):
+        peak = matmul_flops(precision, default_batch_tokens(encoder.device), hidden_size)
+        flops = 2 * weights * token_count / statistics.median(seconds[f"llm2clip, packed, {precision}"])
+        print(f"{precision}: {flops / 1e9:.0f} GFLOP/s in the layers' weights, {flops / peak:.0%} of a plain matmul")
+
+
 @onednn_matmul()
-def product_peak(precision: str, tokens: int, width: int) -> float:
-    """FLOP/s of a plain product of the sizes that the encoder's are."""
+def matmul_flops(precision: str, tokens: int, hidden_size: int) -> float:
+    """Measure the FLOP/s of (tokens, hidden_size) @ (hidden_size, 4 * hidden_size)."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = torch.randn(tokens, width, dtype=dtype), torch.randn(width, 4 * width, dtype=dtype)
+    a, b = torch.randn(tokens, hidden_size, dtype=dtype), torch.randn(hidden_size, 4 * hidden_size, dtype=dtype)
     times = []
     for _ in range(20):
         start = time.perf_counter()
         a @ b
         times.append(time.perf_counter() - start)
-    return 2 * tokens * width * 4 * width / min(times)
+    return 2 * tokens * hidden_size * 4 * hidden_size / min(times)
 
 
-def captions_of(sources: Sequence[str]) -> list[list[str]]:
-    return [list(r.texts) for source in sources for r in open_records(source, image_check="ignore")]
+class QuantizedEncoder:
+    """A text encoder that returns precomputed embeddings after a round trip through the dtype of a store."""
+
+    def __init__(self, embeddings: dict[str, np.ndarray], dtype: str) -> None:
+        self.embeddings, self.dtype = embeddings, dtype
+
+    def encode(self, captions: Sequence[str], *, progress: bool = False) -> Tensor:
+        rows, scales = quantize_rows(np.stack([self.embeddings[caption] for caption in captions]), self.dtype)
+        return torch.from_numpy(rows.astype(np.float32) if scales is None else rows * scales[:, None])
+
+    def count_truncated(self, captions: Sequence[str]) -> None:
+        return None
 
 
-if __name__ == "__main__":
+def retrieval_rows(encoder: CaptionEncoder, images: list[list[str]], precisions: Sequence[str]) -> Iterator[str]:
+    """Yield a table row per precision and dtype: caption retrieval accuracy and R@10."""
+    texts = list(dict.fromkeys(caption for captions in images for caption in captions))
+    for precision in precisions:
+        embeddings = dict(zip(texts, encoder.encode(texts, precision=precision, progress=True).numpy(), strict=True))
+        for dtype in ("float16", "int8"):
+            result = caption_retrieval_accuracy(images, QuantizedEncoder(embeddings, dtype), progress=False)
+            recall = (result["first to second"]["R@10"] + result["second to first"]["R@10"]) / 2
+            yield f"| {precision} | {dtype} | {result['CRA']:.2f} | {recall:.2f} |"
+
+
+def read_captions(sources: Sequence[str]) -> list[list[str]]:
+    """Return the captions of each record of all sources."""
+    return [list(record.texts) for source in sources for record in open_records(source, image_check="ignore")]
+
+
+def sample_captions(sources: Sequence[str], count: int) -> list[str]:
+    """Return a random sample of the distinct captions of all sources."""
+    distinct = list(dict.fromkeys(text for texts in read_captions(sources) for text in texts))
+    order = np.random.default_rng(0).permutation(len(distinct))[:count]
+    print(f"{len(order)} of {len(distinct)} captions")
+    return [distinct[i] for i in order]
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("captions", nargs="*")
     parser.add_argument("--encoder", default="smollm2-135m")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--count", type=int, default=4096)
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--llm2vec", help="interpreter of an environment with llm2vec 0.2.3")
-    parser.add_argument("--cra", help="captions to measure retrieval on")
-    given = parser.parse_args()
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--llm2vec", help="Python interpreter of an environment with llm2vec 0.2.3")
+    parser.add_argument("--cra", help="captions on which to measure retrieval accuracy")
+    args = parser.parse_args()
 
-    encoder = CaptionEncoder.from_pretrained(resolve_pretrained(given.encoder), layers=given.layers)
+    encoder = CaptionEncoder.from_pretrained(resolve_pretrained(args.encoder), layers=args.layers)
     auto = calibrate_precision(encoder)
-    print(f"auto is {auto} for this encoder")
-    if given.cra:
+    precisions = list(dict.fromkeys(["fp32", "bf16", auto]))
+    print(f"precision chosen by auto: {auto}")
+    if args.cra:
         print("| precision | store | CRA | R@10 |\n| --- | --- | --- | --- |")
-        for row in retrieval(encoder, captions_of([given.cra]), list(dict.fromkeys(["fp32", "bf16", auto]))):
+        for row in retrieval_rows(encoder, read_captions([args.cra]), precisions):
             print(row, flush=True)
-    if not given.captions:
-        sys.exit()
+    if not args.captions:
+        return
 
-    everything = list(dict.fromkeys(text for texts in captions_of(given.captions) for text in texts))
-    order = np.random.default_rng(0).permutation(len(everything))[: given.count]
-    texts = [everything[i] for i in order]
-    tokens = encoder.tokenize(texts)
-    lengths = [len(ids) for ids in tokens.ids]
-    print(f"{len(texts)} of {len(everything)} captions, {sum(lengths) / len(texts):.1f} tokens each; {encoder.device}")
-
-    temporary = tempfile.TemporaryDirectory()
-    folder = Path(temporary.name)
-    encoder.save_pretrained(folder / "encoder")
-    (folder / "texts.json").write_text(json.dumps(texts))
+    texts = sample_captions(args.captions, args.count)
     keep_freed_memory(encoder.device)
-    budgets: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        encoder.save_pretrained(folder / "encoder")
+        (folder / "texts.json").write_text(json.dumps(texts))
+        methods = other_methods(folder, args.llm2vec)
+        for precision in precisions:
+            if precision in ("fp32", "bf16"):
+                methods[f"llm2clip, padded, {precision}"] = llm2clip_method(encoder, texts, "sdpa", precision)
+            methods[f"llm2clip, packed, {precision}"] = llm2clip_method(encoder, texts, "packed", precision)
+        seconds, embeddings = run_in_turn(methods, args.repeats, len(texts))
+    print_speed_table(seconds, embeddings)
+    print_padding(encoder, texts)
+    print_efficiency(encoder, texts, seconds)
 
-    def ours(attention: str, precision: str) -> Callable[[], tuple[np.ndarray, float]]:
-        def run() -> tuple[np.ndarray, float]:
-            encoder.llm.set_attn_implementation(attention)
-            start = time.perf_counter()
-            budget = budgets.get(f"{attention}, {precision}")
-            vectors = encoder.encode(texts, precision=precision, batch_tokens=budget)
-            return vectors.numpy(), time.perf_counter() - start
 
-        encoder.llm.set_attn_implementation(attention)
-        budgets[f"{attention}, {precision}"] = tune_batch_tokens(encoder, tokens, precision)
-        return run
-
-    theirs = Peer(sys.executable, SENTENCE_TRANSFORMERS, folder)
-    ways: dict[str, Callable[[], tuple[np.ndarray, float]]] = {
-        name: lambda name=name: theirs.run(name)  # type: ignore[misc]
-        for name in ("batches of 32 as they come", "SentenceTransformer.encode")
-    }
-    if given.llm2vec:
-        llm2vec = Peer(given.llm2vec, LLM2VEC, folder)
-        ways["LLM2Vec.encode"] = lambda: llm2vec.run("LLM2Vec.encode")
-    ways |= {
-        "here, padded, fp32": ours("sdpa", "fp32"),
-        "here, packed, fp32": ours("packed", "fp32"),
-        "here, padded, bf16": ours("sdpa", "bf16"),
-        "here, packed, bf16": ours("packed", "bf16"),
-    }
-    if auto not in ("fp32", "bf16"):
-        ways[f"here, packed, {auto}"] = ours("packed", auto)
-    print("tokens in a batch, tried:", ", ".join(f"{way}: {n}" for way, n in budgets.items()))
-
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    vectors: dict[str, np.ndarray] = {}
-    for _ in range(given.turns):
-        for name, run in ways.items():
-            vectors[name], took = run()
-            times[name].append(took)
-            print(f"{name}: {len(texts) / took:.1f} captions/s", file=sys.stderr, flush=True)
-
-    exact = torch.from_numpy(vectors["here, padded, fp32"])
-    peers = [name for name in ways if not name.startswith("here")]
-    columns = ["way", "captions/s, median (least to most)", *(f"against {p}" for p in peers), "least cosine with fp32"]
-    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
-    for name, all_times in times.items():
-        rates = sorted(len(texts) / t for t in all_times)
-        cells = [name, f"{statistics.median(rates):.1f} ({rates[0]:.1f} to {rates[-1]:.1f})"]
-        for peer in peers:
-            ratios = sorted(p / t for p, t in zip(times[peer], all_times, strict=True))
-            cells.append(f"{statistics.median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-        cosine = F.cosine_similarity(torch.from_numpy(vectors[name]).float(), exact).min()
-        print(f"| {' | '.join([*cells, f'{cosine:.6f}'])} |")
-
-    edges = [*range(0, len(texts), 32), len(texts)]
-    share = 100 * padding_share(lengths, [range(a, b) for a, b in pairwise(edges)])
-    budget = budgets["sdpa, fp32"]
-    sorted_share = 100 * padding_share(lengths, [rows for _, rows in tokens.batches(budget)])
-    print(f"padding: batches of 32 as they come {share:.0f}%; here, padded, {sorted_share:.1f}%; packed, none")
-    blocks = sum(p.numel() for layer in encoder.llm.layers for p in layer.parameters() if p.ndim > 1)
-    for precision in ("fp32", "bf16"):
-        peak = product_peak(precision, default_batch_tokens(encoder.device), encoder.llm.config.hidden_size)
-        done = 2 * blocks * sum(lengths) / statistics.median(times[f"here, packed, {precision}"])
-        share = 100 * done / peak
-        print(f"{precision}: {done / 1e9:.0f} GFLOP/s in the blocks' matrices, {share:.0f}% of a bare product's")
+if __name__ == "__main__":
+    main()

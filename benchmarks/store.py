@@ -1,12 +1,15 @@
-"""How fast rows of a store are read, and what keys cost: ways side by side in one run.
+"""Speed of the embedding store: reading rows, and adding and looking up captions.
 
-    python benchmarks/store.py FOLDER [--rows 2000000] [--width 1024] [--batch 4096] [--turns 5]
+    python benchmarks/store.py FOLDER [--rows 2000000] [--width 1024] [--batch 4096] [--repeats 5]
         [--captions 1000000 10000000]
 
-FOLDER gets a store of random vectors, `rows` of them. `cold` tells the system to forget the store's files before each
-batch; `hot` reads batches after all of the store was read once. Rates are medians, with the least and the most. Then
-captions, made up and some of them repeated: received as `llm2clip embed` does, written as shards of one number each,
-and looked up again, in a process of its own whose peak memory is told; the time to make them up is taken off.
+Reading: FOLDER gets a store of random embeddings. Batches of random rows are read with a plain memory map, with
+`EmbeddingStore` in mmap mode, and in pread mode, in turn. For `cold` reads the page cache of the store's files is
+dropped before each batch; for `hot` reads all of the store has been read once. The table shows medians (least to most).
+
+Captions: generated captions, some of them repeated, are deduplicated as in `llm2clip embed`, written as shards with one
+dimension per embedding, and looked up again, in a separate process. The table shows seconds, without the time to
+generate the captions, and the process's memory before and at the peak.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,60 +32,78 @@ from llm2clip.store.layout import embeddings_path, shard_numbers
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import StoreWriter
 
-SHARD = 65536
-CAPTIONS = """
+SHARD_SIZE = 65536
+CAPTION_BENCHMARK = """
 import random, sys, time
 from pathlib import Path
 import numpy as np
-from llm2clip.store.encode import filling
-from llm2clip.store.dedup import Incoming, groups
+from llm2clip.store.dedup import PendingCaptions
+from llm2clip.store.layout import iter_chunks
 from llm2clip.store.store import EmbeddingStore
+from llm2clip.store.write_plan import open_for_writing
 
 count, folder = int(sys.argv[1]), Path(sys.argv[2])
-THINGS = "dog man woman child horse bird boat train street beach field kitchen table window tree ball".split()
+NOUNS = "dog man woman child horse bird boat train street beach field kitchen table window tree ball".split()
 
 def captions():
     rng = random.Random(0)
     for _ in range(count):
-        some = rng.choices(THINGS, k=rng.choice((2, 3, 4, 5, 6)))
-        yield " and ".join(f"a {thing} of {rng.randrange(20)}" for thing in some)
+        nouns = rng.choices(NOUNS, k=rng.choice((2, 3, 4, 5, 6)))
+        yield " and ".join(f"a {noun} of {rng.randrange(20)}" for noun in nouns)
 
-def peak():
-    status = Path("/proc/self/status").read_text()  # ru_maxrss would be the parent's, too
+def peak_memory():
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would include the parent's
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
-before, times = peak(), [time.perf_counter()]
+memory_before, times = peak_memory(), [time.perf_counter()]
 for _ in captions():
     pass
 times.append(time.perf_counter())
-with filling(captions(), folder, {"weights": "none"}, 1, "float16", 65536) as work:
+with open_for_writing(captions(), folder, {"weights": "none"}, 1, dtype="float16", shard_size=65536) as plan:
     times.append(time.perf_counter())
-    incoming = Incoming(work.came)
-    for number, part in work.parts:
-        some = incoming[part]
-        work.writer.write(number, some, [len(some)] * len(some), np.zeros((len(some), 1)))
+    pending = PendingCaptions(plan.incoming)
+    for number, part in plan.shards:
+        texts = pending[part]
+        plan.writer.write(number, texts, [len(texts)] * len(texts), np.zeros((len(texts), 1)))
 times.append(time.perf_counter())
 store = EmbeddingStore(folder)
-for some in groups(captions(), 8192):
-    store.rows(some)
+for texts in iter_chunks(captions(), 8192):
+    store.rows(texts)
 times.append(time.perf_counter())
-made, received, written, joined = (b - a for a, b in zip(times, times[1:]))
-cells = [f"{count:,}", f"{len(store):,}", *(f"{t:.0f}" for t in (received - made, written, joined - made))]
-print("| " + " | ".join([*cells, f"{before:.0f}", f"{peak():.0f}"]) + " |")
+generate, deduplicate, write, look_up = (stop - start for start, stop in zip(times, times[1:]))
+seconds = (deduplicate - generate, write, look_up - generate)
+cells = [f"{count:,}", f"{len(store):,}", *(f"{t:.1f}" for t in seconds)]
+print("| " + " | ".join([*cells, f"{memory_before:.0f}", f"{peak_memory():.0f}"]) + " |")
 """
 
 
-def make(folder: Path, rows: int, width: int) -> None:
+class Reader(Protocol):
+    """A way to read rows."""
+
+    def take(self, rows: np.ndarray) -> np.ndarray: ...
+
+
+class PlainMap:
+    """The common way: a memory map per file, rows in the requested order."""
+
+    def __init__(self, folder: Path) -> None:
+        self.maps = [np.load(embeddings_path(folder, n), mmap_mode="r") for n in shard_numbers(folder)]
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        return np.stack([self.maps[row // SHARD_SIZE][row % SHARD_SIZE] for row in rows]).astype(np.float32)
+
+
+def write_random_store(folder: Path, rows: int, width: int) -> None:
     rng = np.random.default_rng(0)
     writer = StoreWriter(folder, {"weights": "random"}, width)
-    for number, start in enumerate(range(0, rows, SHARD)):
-        count = min(SHARD, rows - start)
+    for number, start in enumerate(range(0, rows, SHARD_SIZE)):
+        count = min(SHARD_SIZE, rows - start)
         keys = rng.integers(0, 256, (count, 16), dtype=np.uint8)
         writer.write_keyed(number, keys, [1] * count, rng.normal(size=(count, width)).astype(np.float16))
     writer.finish()
 
 
-def forget(folder: Path) -> None:
+def drop_page_cache(folder: Path) -> None:
     for number in shard_numbers(folder):
         file = os.open(embeddings_path(folder, number), os.O_RDONLY)
         os.fsync(file)
@@ -89,61 +111,61 @@ def forget(folder: Path) -> None:
         os.close(file)
 
 
-class PlainMap:
-    """The common way: a memory map of each file, rows in the order in which they were asked for."""
+def measure_reads(folder: Path, rows: int, batch: int, repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Return rows per second, by reader and by cold or hot."""
+    readers: dict[str, Reader] = {
+        "plain memory map": PlainMap(folder),
+        "EmbeddingStore, mmap": EmbeddingStore(folder, "mmap"),
+        "EmbeddingStore, pread": EmbeddingStore(folder, "pread"),
+    }
+    rng = np.random.default_rng(1)
+    rates: dict[str, dict[str, list[float]]] = {name: {"cold": [], "hot": []} for name in readers}
 
-    def __init__(self, folder: Path) -> None:
-        self.maps = [np.load(embeddings_path(folder, n), mmap_mode="r") for n in shard_numbers(folder)]
+    def read_one_batch_each(kind: str) -> None:
+        for name, reader in readers.items():
+            batch_rows = rng.integers(0, rows, batch)
+            if kind == "cold":
+                drop_page_cache(folder)
+            start = time.perf_counter()
+            reader.take(batch_rows)
+            rates[name][kind].append(batch / (time.perf_counter() - start))
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        return np.stack([self.maps[row // SHARD][row % SHARD] for row in rows]).astype(np.float32)
+    for _ in range(repeats):
+        read_one_batch_each("cold")
+    for reader in readers.values():  # read everything once
+        for first in range(0, rows, batch):
+            reader.take(np.arange(first, min(first + batch, rows)))
+    for _ in range(10 * repeats):
+        read_one_batch_each("hot")
+    return rates
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=4096)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--captions", type=int, nargs="*", default=[1_000_000, 10_000_000])
-    given = parser.parse_args()
+    args = parser.parse_args()
 
-    if not (given.folder / "manifest.json").exists():
-        make(given.folder, given.rows, given.width)
-    size = sum(embeddings_path(given.folder, n).stat().st_size for n in shard_numbers(given.folder))
-    print(f"{given.rows:,} rows of {given.width}: {size / 1e9:.1f} GB, in the official float32 {2 * size / 1e9:.1f} GB")
-    ways = {
-        "a plain memory map": PlainMap(given.folder),
-        "here, mapped, in order": EmbeddingStore(given.folder, "map"),
-        "here, positional": EmbeddingStore(given.folder, "positional"),
-    }
-    keep_freed_memory(torch.device("cpu"))  # as training does
-    rng = np.random.default_rng(1)
-    rates: dict[str, dict[str, list[float]]] = {name: {"cold": [], "hot": []} for name in ways}
-
-    def turn(kind: str) -> None:
-        for name, way in ways.items():
-            rows = rng.integers(0, given.rows, given.batch)
-            if kind == "cold":
-                forget(given.folder)
-            start = time.perf_counter()
-            way.take(rows)
-            rates[name][kind].append(given.batch / (time.perf_counter() - start))
-
-    for _ in range(given.turns):
-        turn("cold")
-    for way in ways.values():
-        for first in range(0, given.rows, given.batch):
-            way.take(np.arange(first, min(first + given.batch, given.rows)))
-    for _ in range(10 * given.turns):
-        turn("hot")
-    print("| way | cold rows/s | hot rows/s |\n| --- | --- | --- |")
-    for name, kinds in rates.items():
-        cells = [f"{statistics.median(k):,.0f} ({min(k):,.0f} to {max(k):,.0f})" for k in kinds.values()]
+    if not (args.folder / "manifest.json").exists():
+        write_random_store(args.folder, args.rows, args.width)
+    size = sum(embeddings_path(args.folder, n).stat().st_size for n in shard_numbers(args.folder))
+    print(f"{args.rows:,} rows of {args.width}: {size / 1e9:.1f} GB (float32: {2 * size / 1e9:.1f} GB)")
+    keep_freed_memory(torch.device("cpu"))  # as in training
+    print("| reader | cold, rows/s | hot, rows/s |\n| --- | --- | --- |")
+    for name, rates in measure_reads(args.folder, args.rows, args.batch, args.repeats).items():
+        cells = [f"{statistics.median(r):,.0f} ({min(r):,.0f} to {max(r):,.0f})" for r in rates.values()]
         print(f"| {name} | {' | '.join(cells)} |")
-    print("\n| captions | different | received, s | written, s | all found, s | MB before | MB at the peak |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for count in given.captions:
-        with tempfile.TemporaryDirectory(dir=given.folder) as temporary:
-            subprocess.run([sys.executable, "-c", CAPTIONS, str(count), temporary], check=True)
+    if args.captions:
+        print("\n| captions | distinct | deduplicate, s | write, s | look up all, s | memory before, MB | peak, MB |")
+        print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    for count in args.captions:
+        with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+            subprocess.run([sys.executable, "-c", CAPTION_BENCHMARK, str(count), temporary], check=True)
+
+
+if __name__ == "__main__":
+    main()

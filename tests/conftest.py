@@ -1,4 +1,4 @@
-"""Tiny random models and generated data: the whole suite runs offline on them."""
+"""Shared fixtures: tiny random models and generated data, so that the test suite runs offline."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from llm2clip.distributed import process_state, shutdown
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.pretrained import AssetUnavailableError
 
-with suppress(ImportError):  # its distutils first: compiling flex attention fails where the standard one came before it
+# setuptools must be imported before the standard library's distutils, or compiling flex attention fails.
+with suppress(ImportError):
     import setuptools  # noqa: F401
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _CAPABILITIES = {**getattr(torch.cpu, "get_capabilities", dict)(), "amx_bf16": False, "avx512_bf16": False}
-torch.cpu.get_capabilities = lambda: _CAPABILITIES  # the same precision is chosen on any machine
-torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+torch.cpu.get_capabilities = lambda: _CAPABILITIES  # auto is fp32 on every machine
+torch.set_num_threads(1)  # tiny models are slower with more threads
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3")
 COLOURS = {
@@ -51,7 +52,7 @@ SHAPES = ("left half", "right half", "upper half", "lower half", "middle", "bord
 
 
 def save_tokenizer(folder: Path, chat_template: bool = True) -> None:
-    """A byte-level tokenizer whose pad token is its end token, with a chat template: both traps at once."""
+    """Save a byte-level tokenizer whose pad token is its end token, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -72,7 +73,7 @@ def save_tokenizer(folder: Path, chat_template: bool = True) -> None:
 
 
 def make_llm(folder: Path, family: str = "llama", layers: int = 3, seed: int = 0) -> Path:
-    """A random decoder of a family, width 32, saved with its tokenizer."""
+    """Save a random decoder LLM with hidden size 32, and its tokenizer."""
     from transformers import AutoConfig, AutoModel
 
     torch.manual_seed(seed)
@@ -92,7 +93,7 @@ def make_llm(folder: Path, family: str = "llama", layers: int = 3, seed: int = 0
         tie_word_embeddings=True,
     )
     model = AutoModel.from_config(config)
-    with torch.no_grad():  # far from zero, so that attention matters
+    with torch.no_grad():  # large weights, so that attention matters
         for p in model.parameters():
             if p.ndim > 1:
                 p.normal_(std=0.2)
@@ -118,18 +119,20 @@ def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random decoder LLM, as a folder."""
     return make_llm(tmp_path_factory.mktemp("llm"))
 
 
 @pytest.fixture
 def encoder(llm: Path) -> CaptionEncoder:
+    """A caption encoder on a random LLM."""
     return CaptionEncoder.from_pretrained(llm, device="cpu")
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """36 pictures of a colour on another, each with captions of ragged number and a long one, split train and val."""
-    folder = tmp_path_factory.mktemp("pictures")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 images of one colour on grey, with a varying number of captions and a long one each, split train and val."""
+    folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     lines = []
     for n, (colour, shape) in enumerate((c, s) for c in COLOURS for s in SHAPES):
@@ -156,8 +159,15 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def pictures(image_folder: Path) -> Path:
+    """The former name of `image_folder`."""
+    return image_folder
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    """The images of the records in `format_fixtures.ROWS`."""
     (tmp_path / "images").mkdir()
     for seed, row in enumerate(ROWS):
         (tmp_path / row["image"]).write_bytes(image_bytes(seed, "PNG" if row["image"].endswith("png") else "JPEG"))
@@ -166,30 +176,30 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real data, for tests marked `data`."""
+    """The folder of real data, for tests marked `data`; skips the test if there is none."""
     folder = os.environ.get("LLM2CLIP_DATA")
     if not folder:
-        pytest.skip("LLM2CLIP_DATA is not set: no real data here")
+        pytest.skip("LLM2CLIP_DATA is not set: no real data")
     return Path(folder)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """A test marked `weights` skips where they can be neither found nor fetched."""
+    """Skip a test marked `weights` if the weights are neither cached nor can be downloaded."""
     try:
         return (yield)
     except AssetUnavailableError as error:
         if item.get_closest_marker("weights") is None:
             raise
-        pytest.skip(f"no weights here: {error}")
+        pytest.skip(f"no weights: {error}")
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing catches it."""
+    """Simulates kill -9: no code catches it."""
 
 
-def distributed(count: int, function: Callable[..., None], *args: Any) -> None:
-    """Run `function(*args)` in as many gloo processes, as torchrun would start them."""
+def run_distributed(count: int, function: Callable[..., None], *args: Any) -> None:
+    """Run `function(*args)` in `count` gloo processes, with the environment that torchrun would set."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -206,21 +216,23 @@ def _rank(rank: int, count: int, port: int, function: Callable[..., None], args:
         MASTER_PORT=str(port),
         ACCELERATE_USE_CPU="true",
     )
-    assert (
-        process_state().num_processes == count
-    )  # else each would do all the work, and the test would compare one with one
+    # Otherwise every process would do all the work, and the test would not test anything.
+    assert process_state().num_processes == count
     torch.set_num_threads(1)
     function(*args)
     shutdown()
 
 
-def share_out() -> None:
-    """In a process of `distributed`: what `accelerate launch --use_fsdp --fsdp_version 2` asks for.
+def emulate_fsdp_launch() -> None:
+    """Set up a process of `run_distributed` as `accelerate launch --use_fsdp --fsdp_version 2` does.
 
-    Accelerate shares weights out over accelerators only: here it is told that the CPU is one.
+    Accelerate supports FSDP on accelerators only, so it is made to treat the CPU as one.
     """
     from accelerate.state import DistributedType, PartialState
 
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
     os.environ.update(ACCELERATE_USE_FSDP="true")
+
+
+distributed, share_out = run_distributed, emulate_fsdp_launch  # former names

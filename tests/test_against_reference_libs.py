@@ -48,8 +48,8 @@ def folder(llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return LLM2CLIP(config, tower).save_pretrained(tmp_path_factory.mktemp("model") / "model", encoder=encoder)
 
 
-def captioned_pictures(pictures: Path) -> list[tuple[Image.Image, list[str]]]:
-    files = sorted(pictures.glob("*.png"))[: len(COUNTS)]
+def captioned_pictures(image_folder: Path) -> list[tuple[Image.Image, list[str]]]:
+    files = sorted(image_folder.glob("*.png"))[: len(COUNTS)]
     return [
         (Image.open(file).convert("RGB"), [f"caption {n} of {file.stem}" for n in range(count)])
         for file, count in zip(files, COUNTS, strict=True)
@@ -139,14 +139,14 @@ def test_judged_figures_are_those_of_whole_lists(tmp_path: Path) -> None:
         BENCHMARKS["eccv-caption"].read(tmp_path / "coco")
 
 
-def test_our_model_in_clip_benchmark(folder: Path, pictures: Path) -> None:
+def test_our_model_in_clip_benchmark(folder: Path, image_folder: Path) -> None:
     """Its own evaluation of our folder gives our figures."""
     from clip_benchmark.metrics import zeroshot_retrieval
     from clip_benchmark.models import load_clip
 
     adapter.register_model()
     model, transform, tokenizer = load_clip("llm2clip", str(folder), "", "", "cpu")
-    items = captioned_pictures(pictures)
+    items = captioned_pictures(image_folder)
 
     def collate(rows: list[Any]) -> tuple[torch.Tensor, list[list[str]]]:
         return torch.stack([transform(picture) for picture, _ in rows]), [captions for _, captions in rows]
@@ -162,7 +162,7 @@ def test_our_model_in_clip_benchmark(folder: Path, pictures: Path) -> None:
         assert theirs[f"text_retrieval_recall@{k}"] == pytest.approx(ours["I2T"][f"R@{k}"] / 100, abs=1e-6)
 
 
-def test_our_model_in_mteb(folder: Path, pictures: Path) -> None:
+def test_our_model_in_mteb(folder: Path, image_folder: Path) -> None:
     """A local text-to-image task, run by mteb itself."""
     import mteb
     from datasets import Dataset, Features, Value
@@ -173,7 +173,7 @@ def test_our_model_in_mteb(folder: Path, pictures: Path) -> None:
 
     from llm2clip.evaluate.adapters.mteb import MTEBModel
 
-    items = captioned_pictures(pictures)
+    items = captioned_pictures(image_folder)
     texts = [caption for _, captions in items for caption in captions]
 
     class Local(AbsTaskRetrieval):

@@ -219,10 +219,10 @@ def test_has_text_tower_is_false_for_llms_and_sentence_encoders(llm: Path, tmp_p
 
 
 def test_evaluate_captions_command_prints_metrics_and_mistakes(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make_clip(tmp_path / "clip", "clip")
-    command = ["evaluate", "--captions", str(pictures / "captions.jsonl"), "--encoder.path", str(folder)]
+    command = ["evaluate", "--captions", str(image_folder / "captions.jsonl"), "--encoder.path", str(folder)]
     assert main([*command, "--all_pairs", "--mistakes", "2"]) == 0
     output = capsys.readouterr().out
     for words in ("CRA, %", "first to second", "all pairs", "Mean cosine", "retrieved", "Captions truncated"):

@@ -1,4 +1,4 @@
-"""Any model's vectors are those that its own library gives."""
+"""Tests of the dual encoders: every kind of model gives the embeddings of its own library."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.vision_tower import VisionTower
 from test_caption_retrieval import make_clip
 
-TEXTS = ["a dog", "two cats", "a text of more than the twenty-four tokens that there is room for"]
+TEXTS = ["a dog", "two cats", "a text of more than twenty-four tokens, the context length of the tiny CLIP model"]
 
 
 @pytest.fixture(scope="module")
@@ -36,77 +36,84 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def both(model: DualEncoder, pictures: Path) -> tuple[Tensor, Tensor, list[str]]:
-    """Vectors of eight pictures and of `TEXTS`; the pictures' files."""
-    refs = [r.image for r in open_records(pictures / "captions.jsonl") if r.image is not None][:8]
-    [(good, seen, failures)] = image_batches(refs, model.transform)
-    assert good == list(range(8)) and not failures
-    images, texts = model.encode_images(seen), model.encode_texts(TEXTS)
+def encode_both(model: DualEncoder, image_folder: Path) -> tuple[Tensor, Tensor, list[str]]:
+    """Return the embeddings of eight images and of `TEXTS`, and the files of the images."""
+    refs = [r.image for r in open_records(image_folder / "captions.jsonl") if r.image is not None][:8]
+    [(decoded, inputs, failures)] = image_batches(refs, model.transform)
+    assert decoded == list(range(8)) and not failures
+    images, texts = model.encode_images(inputs), model.encode_texts(TEXTS)
     assert images.shape == (8, model.embed_dim) and texts.shape == (3, model.embed_dim)
     assert images.dtype == texts.dtype == torch.float32
     return images, texts, [str(ref) for ref in refs]
 
 
-def as_theirs(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, F.normalize(theirs.float(), dim=-1), atol=1e-5, rtol=0)
+def assert_same_embeddings(ours: Tensor, reference: Tensor) -> None:
+    torch.testing.assert_close(ours, F.normalize(reference.float(), dim=-1), atol=1e-5, rtol=0)
 
 
-def test_a_transformers_model(clip: Path, pictures: Path) -> None:
+def test_transformers_model_matches_transformers(clip: Path, image_folder: Path) -> None:
     from transformers import AutoModel, AutoProcessor
 
     model = open_dual_encoder(str(clip), "cpu")
-    images, texts, files = both(model, pictures)
+    images, texts, files = encode_both(model, image_folder)
     assert model.count_truncated(TEXTS) == 1
-    peer, processor = AutoModel.from_pretrained(clip).eval(), AutoProcessor.from_pretrained(clip)
+    reference, processor = AutoModel.from_pretrained(clip).eval(), AutoProcessor.from_pretrained(clip)
     with torch.no_grad():
         pixels = processor(images=[Image.open(f).convert("RGB") for f in files], return_tensors="pt")
-        as_theirs(images, peer.get_image_features(**pixels).pooler_output)
+        assert_same_embeddings(images, reference.get_image_features(**pixels).pooler_output)
         for text, vector in zip(TEXTS, texts, strict=True):
             tokens = processor.tokenizer(text, truncation=True, max_length=24, return_tensors="pt")
-            as_theirs(vector[None], peer.get_text_features(input_ids=tokens["input_ids"]).pooler_output)
+            assert_same_embeddings(
+                vector[None], reference.get_text_features(input_ids=tokens["input_ids"]).pooler_output
+            )
 
 
-def test_a_sentence_transformers_model(clip: Path, pictures: Path) -> None:
+def test_sentence_transformers_model_matches_sentence_transformers(clip: Path, image_folder: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
     model = open_dual_encoder(f"st:{clip}", "cpu")
-    peer = SentenceTransformer(str(clip), device="cpu")
-    refs = [r.image for r in open_records(pictures / "captions.jsonl") if r.image is not None][:8]
-    [(_, seen, _)] = image_batches(refs, model.transform)
-    as_theirs(model.encode_images(seen), peer.encode([Image.open(str(r)) for r in refs], convert_to_tensor=True))
-    as_theirs(model.encode_texts(TEXTS[:2]), peer.encode(TEXTS[:2], convert_to_tensor=True))
+    reference = SentenceTransformer(str(clip), device="cpu")
+    refs = [r.image for r in open_records(image_folder / "captions.jsonl") if r.image is not None][:8]
+    [(_, inputs, _)] = image_batches(refs, model.transform)
+    assert_same_embeddings(
+        model.encode_images(inputs), reference.encode([Image.open(str(r)) for r in refs], convert_to_tensor=True)
+    )
+    assert_same_embeddings(model.encode_texts(TEXTS[:2]), reference.encode(TEXTS[:2], convert_to_tensor=True))
     assert model.count_truncated(TEXTS) is None
 
 
-def test_an_open_clip_model(tmp_path: Path, pictures: Path) -> None:
+def test_open_clip_model_matches_open_clip(tmp_path: Path, image_folder: Path) -> None:
     open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
-    peer = open_clip.create_model("ViT-S-32-alt").eval()
+    reference = open_clip.create_model("ViT-S-32-alt").eval()
     config = {"model_cfg": open_clip.get_model_config("ViT-S-32-alt"), "preprocess_cfg": {}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    save_file(peer.state_dict(), tmp_path / "open_clip_model.safetensors")
-    images, texts, files = both(open_dual_encoder(f"open_clip:{tmp_path}", "cpu"), pictures)
+    save_file(reference.state_dict(), tmp_path / "open_clip_model.safetensors")
+    images, texts, files = encode_both(open_dual_encoder(f"open_clip:{tmp_path}", "cpu"), image_folder)
     transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")[2]
     with torch.no_grad():
-        as_theirs(images, peer.encode_image(torch.stack([transform(Image.open(f)) for f in files])))
-        as_theirs(texts, peer.encode_text(open_clip.get_tokenizer("ViT-S-32-alt")(TEXTS)))
+        assert_same_embeddings(images, reference.encode_image(torch.stack([transform(Image.open(f)) for f in files])))
+        assert_same_embeddings(texts, reference.encode_text(open_clip.get_tokenizer("ViT-S-32-alt")(TEXTS)))
 
 
-def test_our_model_in_its_folder(llm: Path, tmp_path: Path, pictures: Path) -> None:
+def test_model_folder_matches_llm2clip(llm: Path, tmp_path: Path, image_folder: Path) -> None:
     encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
     tower = VisionTower.from_pretrained("timm:test_vit", pretrained=False, image_size=64)
     config = LLM2CLIPConfig(tower.config, encoder.embed_dim, embed_dim=12, adapter_depth=1, encoder=encoder.identity())
     LLM2CLIP(config, tower).save_pretrained(tmp_path / "model", encoder=encoder)
     model = open_dual_encoder(str(tmp_path / "model"), "cpu")
-    images, texts, files = both(model, pictures)
-    peer = LLM2CLIP.from_pretrained(tmp_path / "model", "cpu")
-    as_theirs(images, peer.encode_image(files))
-    as_theirs(texts, peer.encode_text(TEXTS))
-    assert model.count_truncated(TEXTS) == 0 and model.identity() == open_dual_encoder(str(tmp_path / "model"), "cpu").identity()
+    images, texts, files = encode_both(model, image_folder)
+    reference = LLM2CLIP.from_pretrained(tmp_path / "model", "cpu")
+    assert_same_embeddings(images, reference.encode_image(files))
+    assert_same_embeddings(texts, reference.encode_text(TEXTS))
+    assert (
+        model.count_truncated(TEXTS) == 0
+        and model.identity() == open_dual_encoder(str(tmp_path / "model"), "cpu").identity()
+    )
 
 
-def test_the_same_measure_for_all(clip: Path, pictures: Path) -> None:
-    """A model that was never trained is about at chance, and its cut texts are counted."""
-    records = list(open_records(pictures / "captions.jsonl"))
+def test_untrained_model_is_at_chance_and_truncation_is_counted(clip: Path, image_folder: Path) -> None:
+    """An untrained model is about at chance, and its truncated texts are counted."""
+    records = list(open_records(image_folder / "captions.jsonl"))
     vectors = ModelEmbeddings(open_dual_encoder(str(clip), "cpu"), SkipLog(), progress=False)
     [row] = evaluate_caption_fields(vectors, {"captions": records})
     assert row["images"] == len(records) and row["truncated"] is not None
@@ -114,10 +121,10 @@ def test_the_same_measure_for_all(clip: Path, pictures: Path) -> None:
     assert low <= row["T2I"]["R@10"] <= high
 
 
-def test_vectors_that_are_kept_are_the_same_and_are_not_made_again(
-    clip: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_cached_embeddings_are_reused(
+    clip: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    records = list(open_records(pictures / "captions.jsonl"))
+    records = list(open_records(image_folder / "captions.jsonl"))
     model = open_dual_encoder(str(clip), "cpu")
     once = evaluate_caption_fields(ModelEmbeddings(model, SkipLog(), progress=False), {"captions": records})
     kept = evaluate_caption_fields(ModelEmbeddings(model, SkipLog(), tmp_path), {"captions": records[:20]})
@@ -134,7 +141,7 @@ def test_vectors_that_are_kept_are_the_same_and_are_not_made_again(
         evaluate_caption_fields(ModelEmbeddings(other, SkipLog(), tmp_path), {"captions": records})
 
 
-def test_no_model_of_that_name(tmp_path: Path, llm: Path) -> None:
+def test_unknown_models_are_rejected(tmp_path: Path, llm: Path) -> None:
     with pytest.raises(FileNotFoundError):
         open_dual_encoder(str(tmp_path / "nothing"), "cpu")
     with pytest.raises(ValueError, match="not 'llm2clip'"):

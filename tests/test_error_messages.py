@@ -112,9 +112,9 @@ ERRORS = {
 
 
 @pytest.fixture(scope="module")
-def paths(pictures: Path, llm: Path, tower: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def paths(image_folder: Path, llm: Path, tower: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("paths")
-    paths = {"folder": pictures, "data": pictures / "captions.jsonl", "llm": llm, "tower": tower}
+    paths = {"folder": image_folder, "data": image_folder / "captions.jsonl", "llm": llm, "tower": tower}
     paths |= {"other": make_llm(root / "other", seed=5), "model": make_model(root), "store": root / "store"}
     command = ["embed", str(paths["data"]), "--out", str(paths["store"]), "--encoder.path", str(llm)]
     assert main(command) == 0

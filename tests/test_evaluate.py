@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import distributed
+from conftest import run_distributed
 from llm2clip.cli import build, main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
@@ -21,15 +21,15 @@ from llm2clip.evaluate.precomputed import PrecomputedEmbeddings
 from llm2clip.models.display_names import display_names
 from llm2clip.models.dual_encoder import open_dual_encoder
 from test_benchmarks import write
-from test_dual_encoder import both
 from test_dual_encoder import clip as clip  # the fixture
+from test_dual_encoder import encode_both
 
 
 @pytest.fixture
-def root(pictures: Path, tmp_path: Path) -> Path:
+def root(image_folder: Path, tmp_path: Path) -> Path:
     """Folder of benchmarks: Flickr30k with eight images, Winoground with three examples, CIFAR-10 with four images."""
     folder = tmp_path / "root"
-    records = [r for r in open_records(pictures / "captions.jsonl") if r.image is not None][:8]
+    records = [r for r in open_records(image_folder / "captions.jsonl") if r.image is not None][:8]
     for n, record in enumerate(records):
         for name in (f"flickr30k/flickr30k-images/{n}.png", f"winoground/images/w{n}.png"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def read_results(out: Path) -> list[dict]:
 
 
 def test_evaluate_command_matches_direct_computation(
-    clip: Path, root: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    clip: Path, root: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     names = ["flickr30k", "winoground", "cifar10", "coco"]
@@ -68,8 +68,8 @@ def test_evaluate_command_matches_direct_computation(
     assert read_results(out) == results
 
     model = open_dual_encoder(str(clip), "cpu")
-    images, _, _ = both(model, pictures)
-    captions = [list(r.captions) for r in open_records(pictures / "captions.jsonl")][:8]
+    images, _, _ = encode_both(model, image_folder)
+    captions = [list(r.captions) for r in open_records(image_folder / "captions.jsonl")][:8]
     texts = model.encode_texts([caption for image_captions in captions for caption in image_captions])
     owner = torch.tensor([n for n, image_captions in enumerate(captions) for _ in image_captions])
     best = (texts @ images.T).argmax(1)
@@ -85,12 +85,12 @@ def test_evaluate_command_matches_direct_computation(
 
 
 def test_evaluate_compares_baselines_in_a_report(
-    clip: Path, root: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    clip: Path, root: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A file of a model's own embeddings, in another order of images, gives the metrics of the model."""
     model, out = open_dual_encoder(str(clip), "cpu"), tmp_path / "out"
-    images, _, _ = both(model, pictures)
-    captions = [c for r in list(open_records(pictures / "captions.jsonl"))[:8] for c in r.captions]
+    images, _, _ = encode_both(model, image_folder)
+    captions = [c for r in list(open_records(image_folder / "captions.jsonl"))[:8] for c in r.captions]
     names = [f"flickr30k-images/{n}.png" for n in range(8)]
     file = tmp_path / "other.npz"
 
@@ -196,7 +196,7 @@ def test_display_names_are_short_and_unique(tmp_path: Path) -> None:
     assert display_names([paths[0]] * 2) == [paths[0], f"{paths[0]} (2)"]
 
 
-def test_evaluate_on_a_folder_of_classes_with_a_linear_probe(clip: Path, pictures: Path, tmp_path: Path) -> None:
+def test_evaluate_on_a_folder_of_classes_with_a_linear_probe(clip: Path, image_folder: Path, tmp_path: Path) -> None:
     """The probe is a scikit-learn classifier of the same embeddings."""
     from sklearn.linear_model import LogisticRegression
 
@@ -206,7 +206,7 @@ def test_evaluate_on_a_folder_of_classes_with_a_linear_probe(clip: Path, picture
         split, label = ("test" if n % 3 == 0 else "train"), n // 18
         file = folder / split / f"colour_{label}" / f"{n:02}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        Image.open(pictures / f"{n}.png").save(file)
+        Image.open(image_folder / f"{n}.png").save(file)
         files[split].append((file, label))
     options = ["--benchmarks", f"folder:{folder}", "--linear_probe"]
     assert main(["evaluate", str(clip), *options, "--out", str(tmp_path / "out")]) == 0
@@ -233,7 +233,7 @@ def _evaluate_without_shutdown(command: list[str]) -> None:
 def test_evaluate_on_two_ranks_matches_one(clip: Path, root: Path, tmp_path: Path) -> None:
     command = ["evaluate", str(clip), "--benchmarks", "flickr30k", "winoground", "--root", str(root)]
     assert main([*command, "--out", str(tmp_path / "one")]) == 0
-    distributed(2, _evaluate_without_shutdown, [*command, "--out", str(tmp_path / "two")])
+    run_distributed(2, _evaluate_without_shutdown, [*command, "--out", str(tmp_path / "two")])
     assert read_results(tmp_path / "one") == read_results(tmp_path / "two")
 
 
@@ -253,7 +253,7 @@ def test_evaluate_reports_missing_benchmarks_and_models(
 def test_benchmarks_command_lists_sources_of_missing_benchmarks(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["benchmarks", "--root", str(root)]) == 0
     output = capsys.readouterr().out
-    assert "docci_images.tar.gz" in output and "Sources of the missing" in output
+    assert "docci_images.tar.gz" in output and "To use the missing benchmarks" in output
     assert "flickr30k_test.json" not in output
 
 

@@ -1,4 +1,4 @@
-"""The adapter and the model around it."""
+"""Tests of the model and its adapter."""
 
 from __future__ import annotations
 
@@ -27,16 +27,20 @@ def model(llm: Path) -> LLM2CLIP:
     return LLM2CLIP(config, tower, encoder).eval()
 
 
-@pytest.mark.parametrize(("text_width", "millions"), [(4096, 273.8), (2048, 69.8)])
-def test_the_papers_parameter_counts(text_width: int, millions: float) -> None:
-    """273.8 M from 4096 to 1280 and 69.8 M from 2048, as in the published checkpoints."""
+def read_files(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("text_dim", "millions"), [(4096, 273.8), (2048, 69.8)])
+def test_adapter_parameter_count_matches_paper(text_dim: int, millions: float) -> None:
+    """The published checkpoints have 273.8 M parameters for 4096 -> 1280 dimensions and 69.8 M for 2048 -> 1280."""
     with torch.device("meta"):
-        adapter = Adapter(text_width, 1280)
+        adapter = Adapter(text_dim, 1280)
     assert round(sum(p.numel() for p in adapter.parameters()) / 1e6, 1) == millions
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_adapter_by_its_formula(normalize: bool) -> None:
+def test_adapter_matches_its_formula(normalize: bool) -> None:
     adapter = Adapter(6, 4, depth=2, expansion=3, normalize_input=normalize).double()
     x = torch.randn(5, 6, dtype=torch.float64)
     y = x / x.norm(dim=1, keepdim=True) if normalize else x
@@ -53,7 +57,7 @@ def test_adapter_by_its_formula(normalize: bool) -> None:
     assert torch.allclose(adapter(x), y)
 
 
-def test_either_side_or_both(model: LLM2CLIP) -> None:
+def test_forward_of_images_texts_or_both(model: LLM2CLIP) -> None:
     pixels, embeddings = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8), torch.randn(2, 32)
     image, text, scale, _ = model(pixels, embeddings)
     assert image.shape == (3, 12) and text.shape == (2, 12)
@@ -62,7 +66,7 @@ def test_either_side_or_both(model: LLM2CLIP) -> None:
     assert torch.equal(model(embeddings=embeddings)[1], text) and model(embeddings=embeddings)[0] is None
 
 
-def test_the_scale_is_clamped(model: LLM2CLIP) -> None:
+def test_logit_scale_is_clamped(model: LLM2CLIP) -> None:
     with torch.no_grad():
         model.logit_scale.fill_(9.0)
     assert model()[2].item() == pytest.approx(100)
@@ -70,19 +74,19 @@ def test_the_scale_is_clamped(model: LLM2CLIP) -> None:
     assert model.logit_scale.item() == pytest.approx(math.log(100))
 
 
-def test_the_llm_is_not_among_the_parameters(model: LLM2CLIP) -> None:
-    tops = {name.split(".")[0] for name, _ in model.named_parameters()}
-    assert tops == {"tower", "projection", "adapter", "logit_scale"}
+def test_caption_encoder_is_not_in_parameters(model: LLM2CLIP) -> None:
+    children = {name.split(".")[0] for name, _ in model.named_parameters()}
+    assert children == {"tower", "projection", "adapter", "logit_scale"}
 
 
 def test_encode_text_is_encoder_then_adapter(model: LLM2CLIP) -> None:
     texts = ["a dog", "a much longer caption of a dog"]
     with torch.no_grad():
-        step_by_step = F.normalize(model.adapter(model.encoder.encode(texts)), dim=-1)
-    assert torch.allclose(model.encode_text(texts), step_by_step, atol=1e-6)
+        expected = F.normalize(model.adapter(model.encoder.encode(texts)), dim=-1)
+    assert torch.allclose(model.encode_text(texts), expected, atol=1e-6)
 
 
-def test_the_folder_holds_no_pickle_and_says_what_it_is(model: LLM2CLIP, tmp_path: Path) -> None:
+def test_saved_folder_has_no_pickle_and_reopens(model: LLM2CLIP, tmp_path: Path) -> None:
     folder = model.save_pretrained(tmp_path / "m")
     assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
     config = json.loads((folder / "config.json").read_text())
@@ -93,7 +97,7 @@ def test_the_folder_holds_no_pickle_and_says_what_it_is(model: LLM2CLIP, tmp_pat
     )
 
 
-def test_wrong_folders_are_refused(model: LLM2CLIP, tmp_path: Path) -> None:
+def test_invalid_folders_are_rejected(model: LLM2CLIP, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         LLM2CLIP.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
@@ -106,41 +110,71 @@ def test_wrong_folders_are_refused(model: LLM2CLIP, tmp_path: Path) -> None:
     assert (tmp_path / "data/precious.txt").exists()
 
 
-def test_an_llm_of_another_width_is_refused(model: LLM2CLIP, tmp_path: Path) -> None:
+def test_encoder_with_wrong_dimension_is_rejected(model: LLM2CLIP, tmp_path: Path) -> None:
     model.config.text_dim = 48
     model.adapter = Adapter(48, 12, 2)
     folder = model.save_pretrained(tmp_path / "m")
-    with pytest.raises(ValueError, match=r"width 32.*takes 48"):
+    with pytest.raises(ValueError, match=r"32 dimensions.*takes 48"):
         LLM2CLIP.from_pretrained(folder, device="cpu").encode_text(["a"])
 
 
-def test_another_caption_encoder_is_refused(model: LLM2CLIP, tmp_path: Path) -> None:
-    """Of the right width, too: the adapter would read its vectors as noise."""
+def test_set_encoder_rejects_another_encoder(model: LLM2CLIP, tmp_path: Path) -> None:
+    """Even with the right dimension, its embeddings mean nothing to the adapter."""
     other = CaptionEncoder.from_pretrained(make_llm(tmp_path / "other", seed=1), device="cpu")
     with pytest.raises(ValueError, match="another caption encoder: it differs in weights"):
         model.set_encoder(other)
     model.set_encoder(model.encoder)
 
 
-def test_a_probe_can_be_trained_on_what_encode_gives(model: LLM2CLIP) -> None:
+def test_embeddings_can_be_used_in_training(model: LLM2CLIP) -> None:
     weight = torch.zeros(12, requires_grad=True)
     (model.encode_text(["a"]) @ weight).sum().backward()
     (model.encode_image(torch.zeros(3, 64, 64, dtype=torch.uint8)) @ weight).sum().backward()
 
 
-def test_a_folder_is_saved_again_without_opening_its_llm(
+def test_save_pretrained_copies_the_encoder_without_opening_it(
     model: LLM2CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = model.save_pretrained(tmp_path / "first")
-    opened = LLM2CLIP.from_pretrained(first, device="cpu")
+    reopened = LLM2CLIP.from_pretrained(first, device="cpu")
     monkeypatch.setattr(CaptionEncoder, "from_pretrained", None)
-    again = opened.save_pretrained(tmp_path / "again")
-    files = {p.relative_to(first / "text"): p.read_bytes() for p in (first / "text").rglob("*") if p.is_file()}
-    assert files == {p.relative_to(again / "text"): p.read_bytes() for p in (again / "text").rglob("*") if p.is_file()}
+    second = reopened.save_pretrained(tmp_path / "second")
+    assert read_files(first / "text") == read_files(second / "text")
     (tmp_path / "llm").mkdir()
     (tmp_path / "llm/config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(FileExistsError):
-        opened.save_pretrained(tmp_path / "llm")
-    (again / "model.safetensors").write_bytes(b"version https://git-lfs")
+        reopened.save_pretrained(tmp_path / "llm")
+    (second / "model.safetensors").write_bytes(b"version https://git-lfs")
     with pytest.raises(ValueError, match="is damaged"):
-        LLM2CLIP.from_pretrained(again)
+        LLM2CLIP.from_pretrained(second)
+
+
+def test_save_pretrained_replaces_a_model_folder(model: LLM2CLIP, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "m")
+    with torch.no_grad():
+        model.logit_scale.fill_(1.0)
+    model.save_pretrained(tmp_path / "m")
+    assert LLM2CLIP.from_pretrained(tmp_path / "m", device="cpu").logit_scale.item() == 1.0
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_folder_of_version_0_1_opens(model: LLM2CLIP, tmp_path: Path) -> None:
+    folder = model.save_pretrained(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"text_width": config.pop("text_dim"), "width": config.pop("embed_dim")}
+    config |= {"adapter": "residual", "projection": "linear"}
+    (folder / "config.json").write_text(json.dumps(config))
+    reopened = LLM2CLIP.from_pretrained(folder, device="cpu")
+    assert reopened.config == model.config
+    assert torch.equal(reopened.encode_text(["a dog"]), model.encode_text(["a dog"]))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adapter", "glu"), ("adapter", "none"), ("projection", "glu")])
+def test_unsupported_heads_of_version_0_1_are_rejected(model: LLM2CLIP, name: str, kind: str, tmp_path: Path) -> None:
+    folder = model.save_pretrained(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, name: kind}))
+    with pytest.raises(
+        ValueError, match=rf"config\.json: {name} '{kind}' is not supported; llm2clip 0\.1 could train it"
+    ):
+        LLM2CLIP.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The path on real weights and real data."""
+"""Tests on real weights and real data."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ CAPTIONS = ["A dog runs.", "Two children in red coats build a snowman in front o
 
 
 @pytest.mark.weights
-def test_smollm2_as_a_caption_encoder(tmp_path: Path) -> None:
-    """No chat template, no padding and no reloading changes a vector of the real model."""
+def test_smollm2_embeddings_survive_batching_and_saving(tmp_path: Path) -> None:
+    """Chat template, padding and saving do not change an embedding of the real model."""
     encoder = CaptionEncoder.from_pretrained(resolve_pretrained("smollm2-135m"), layers=4, device="cpu")
-    vectors = encoder.encode(CAPTIONS)
+    embeddings = encoder.encode(CAPTIONS)
     assert [len(i) for i in encoder.tokenize(CAPTIONS[:1]).ids] == [4]
-    for caption, vector in zip(CAPTIONS, vectors, strict=True):
-        assert torch.allclose(encoder.encode([caption])[0], vector, atol=2e-5)
+    for caption, embedding in zip(CAPTIONS, embeddings, strict=True):
+        assert torch.allclose(encoder.encode([caption])[0], embedding, atol=2e-5)
     encoder.save_pretrained(tmp_path)
-    peer = SentenceTransformer(str(tmp_path), device="cpu").encode(CAPTIONS, convert_to_tensor=True)
-    assert torch.allclose(peer, vectors, atol=2e-5)
+    reference = SentenceTransformer(str(tmp_path), device="cpu").encode(CAPTIONS, convert_to_tensor=True)
+    assert torch.allclose(reference, embeddings, atol=2e-5)
 
 
 @pytest.mark.weights
 @pytest.mark.data
-def test_cra_of_minilm_on_coco(real_data: Path) -> None:
-    """43.9 from first to second caption on the first 1,000 images of the Karpathy test split: measured apart from this
-    code."""
+def test_caption_retrieval_accuracy_of_minilm_on_coco(real_data: Path) -> None:
+    """R@1 from first to second caption, on the first 1,000 images of the Karpathy test split, is 43.9.
+
+    The value was measured independently of this package.
+    """
     records = open_records(f"{real_data}/coco_text/captions.jsonl@karpathy_test", image_check="ignore")
     captions = [r.captions for r, _ in zip(records, range(1000), strict=False)]
     encoder = CaptionEncoder.from_pretrained(resolve_pretrained("all-minilm-l6-v2"), device="cpu")

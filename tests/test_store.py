@@ -175,9 +175,9 @@ def test_embed_auto_precision_follows_the_store(
 
 
 def test_embed_writes_the_same_store_with_two_processes(encoder: CaptionEncoder, llm: Path, tmp_path: Path) -> None:
-    from conftest import distributed
+    from conftest import run_distributed
 
-    distributed(2, _embed_rank, str(llm), str(tmp_path / "two"))
+    run_distributed(2, _embed_rank, str(llm), str(tmp_path / "two"))
     two, one = EmbeddingStore(tmp_path / "two"), embed(CAPTIONS, encoder, tmp_path / "one", shard_size=8)
     assert two.manifest["shards"] == one.manifest["shards"]
     assert torch.equal(torch.from_numpy(two.take(two.rows(CAPTIONS))), torch.from_numpy(one.take(one.rows(CAPTIONS))))

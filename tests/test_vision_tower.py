@@ -1,4 +1,4 @@
-"""One interface over timm and transformers: every family, tiny and random, saved to a folder and read back."""
+"""Tests of the vision tower with tiny random models of every supported family of timm and transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TINY = {"embed_dim": 64, "depth": 3, "num_heads": 2, "img_size": 64}
 TIMM: dict[str, dict[str, Any]] = {
     **{f"test_{name}": {} for name in ("vit", "vit3", "efficientnet", "resnet", "convnext", "mambaout")},
     "eva02_base_patch16_clip_224": TINY,
-    "eva_giant_patch14_clip_224": TINY | {"img_size": 56, "mlp_ratio": 2.0},  # one product for q, k and v
+    "eva_giant_patch14_clip_224": TINY | {"img_size": 56, "mlp_ratio": 2.0},  # one fused matmul for q, k and v
     "vit_pe_core_small_patch16_384": TINY,
     "vit_base_patch16_siglip_224": TINY,
     "vit_base_patch16_clip_224": TINY,
@@ -44,7 +44,7 @@ def save_timm(name: str, folder: Path) -> nn.Module:
 
 
 def save_hf(kind: str, folder: Path, processor: bool = True) -> nn.Module:
-    """Save a model of this type as people publish it, and return the part that sees."""
+    """Save a model of this type as they are published, and return its vision model."""
     import transformers as tf
 
     torch.manual_seed(0)
@@ -60,9 +60,9 @@ def save_hf(kind: str, folder: Path, processor: bool = True) -> nn.Module:
         "dinov3_vit": lambda: tf.DINOv3ViTModel(tf.DINOv3ViTConfig(**SMALL, num_register_tokens=2)),
     }
     model = builders[kind]().eval()
-    for parameter in model.parameters():  # random biases and scales too, so that nothing swapped goes unseen
+    for parameter in model.parameters():  # also biases and scales, so that swapped ones are noticed
         parameter.data.add_(torch.randn_like(parameter) * 0.02)
-    model.half().save_pretrained(folder)  # as most checkpoints are
+    model.half().save_pretrained(folder)  # as most published checkpoints
     model.float()
     if processor:
         if kind.startswith("siglip"):
@@ -77,35 +77,37 @@ def pixels(size: int, count: int = 2) -> Tensor:
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
 
 
-def normalised(x: Tensor, preprocess: Preprocess) -> Tensor:
+def normalized(x: Tensor, preprocess: Preprocess) -> Tensor:
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (preprocess.mean, preprocess.std))
     return (x / 255 - mean) / std
 
 
-def checkpoints(tower: nn.Module) -> bool:
+def uses_grad_checkpointing(tower: nn.Module) -> bool:
     flags = ("grad_checkpointing", "gradient_checkpointing")
     return any(getattr(module, flag, False) is True for module in tower.modules() for flag in flags)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, nn.Module]]:
-    """Family to its folder and the library's own model."""
+    """Folder and original model of each family."""
     root = tmp_path_factory.mktemp("towers")
     families = {name: (root / name, save_timm(name, root / name)) for name in TIMM}
     return families | {kind: (root / kind, save_hf(kind, root / kind)) for kind in HF}
 
 
-def test_a_tower_that_is_not_square_is_refused(tmp_path: Path) -> None:
+def test_non_square_tower_is_rejected(tmp_path: Path) -> None:
     args = {"img_size": (64, 48), "depth": 1, "embed_dim": 32, "num_heads": 2}
     timm.models.save_for_hf(timm.create_model("vit_base_patch16_clip_224", **args), tmp_path, model_args=args)
-    with pytest.raises(ValueError, match="only squares"):
+    with pytest.raises(ValueError, match="only square images"):
         VisionTower.from_pretrained(tmp_path)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", [*TIMM, *HF])
-def test_family(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
-    folder, library = saved[family]
+def test_tower_matches_original_model_and_is_rebuilt_from_config(
+    family: str, saved: dict[str, tuple[Path, nn.Module]]
+) -> None:
+    folder, original = saved[family]
     tower = VisionTower.from_pretrained(folder)
     assert not tower.training
     assert {parameter.dtype for parameter in tower.parameters()} == {torch.float32}
@@ -117,49 +119,50 @@ def test_family(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
     assert features.shape == (2, tower.feature_dim)
     assert torch.equal(features, tower(x / 255))
 
-    # the same as the library's own model on the same pixels
+    # The features equal those of the original model on the same pixels.
     if family in TIMM:
-        library.reset_classifier(0)  # type: ignore[operator]
-        expected = library(normalised(x, tower.preprocess))
+        original.reset_classifier(0)  # type: ignore[operator]
+        expected = original(normalized(x, tower.preprocess))
     else:
-        expected = library(pixel_values=normalised(x, tower.preprocess)).pooler_output
-    # half precision is what was on the disk
+        expected = original(pixel_values=normalized(x, tower.preprocess)).pooler_output
+    # The saved transformers models are in half precision.
     torch.testing.assert_close(features, expected, atol=1e-4 if family in TIMM else 2e-2, rtol=1e-3)
     assert (features[0] - features[1]).abs().max() > 1e-4
 
-    # rebuilt from JSON with no folder in reach, then given the weights
+    # The config alone rebuilds the architecture; the weights are loaded into it.
     config = json.loads(json.dumps(tower.config))
     assert str(folder.parent) not in json.dumps(config)
-    again = VisionTower.from_config(config)
+    rebuilt = VisionTower.from_config(config)
     assert all(name.startswith("backbone.") for name in tower.state_dict())
-    again.load_state_dict(tower.state_dict())
-    assert torch.equal(again(x), features)
-    assert (again.preprocess, again.feature_dim) == (tower.preprocess, tower.feature_dim)
+    rebuilt.load_state_dict(tower.state_dict())
+    assert torch.equal(rebuilt(x), features)
+    assert (rebuilt.preprocess, rebuilt.feature_dim) == (tower.preprocess, tower.feature_dim)
 
 
 @pytest.mark.parametrize("family", [*TIMM, *HF])
-def test_training(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
+def test_gradients_depths_and_grad_checkpointing(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
     tower = VisionTower.from_pretrained(saved[family][0]).train()
     x = pixels(tower.preprocess.size)
     torch.manual_seed(0)
     tower(x).square().sum().backward()
-    # DDP waits for ever for a parameter without a gradient
+    # DDP waits forever for the gradient of a parameter that gets none.
     assert [n for n, p in tower.named_parameters() if p.requires_grad and p.grad is None] == []
 
-    depth = tower.parameter_depths()
-    assert depth.keys() == {name for name, _ in tower.named_parameters()}
-    assert set(depth.values()) == set(range(tower.num_layers))
+    depths = tower.parameter_depths()
+    assert depths.keys() == {name for name, _ in tower.named_parameters()}
+    assert set(depths.values()) == set(range(tower.num_layers))
     assert tower.num_layers >= 4
     if family in HF:
         assert tower.num_layers == 5
-        assert {depth[name] for name in depth if "embeddings" in name or "pre_layr" in name} == {0}
+        assert {depths[name] for name in depths if "embeddings" in name or "pre_layr" in name} == {0}
     else:
-        assert depth[next(name for name, p in tower.named_parameters() if p.ndim == 4)] == 0  # the first convolution
+        first_convolution = next(name for name, p in tower.named_parameters() if p.ndim == 4)
+        assert depths[first_convolution] == 0
 
     gradients = {name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None}
     tower.zero_grad()
     tower.set_grad_checkpointing()
-    assert checkpoints(tower)
+    assert uses_grad_checkpointing(tower)
     torch.manual_seed(0)
     tower(x).square().sum().backward()
     for name, parameter in tower.named_parameters():
@@ -168,16 +171,16 @@ def test_training(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None
                 parameter.grad, gradients[name], rtol=1e-3, atol=1e-4 * gradients[name].abs().max()
             )
     tower.set_grad_checkpointing(False)
-    assert not checkpoints(tower)
+    assert not uses_grad_checkpointing(tower)
 
 
 @pytest.mark.parametrize("family", [*TIMM, *HF])
-def test_lora(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
-    """It changes nothing at first, all of it learns, and once merged the tower gives what it gave with it."""
+def test_lora_starts_neutral_trains_and_merges(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
+    """LoRA changes no feature at first, all of its weights get gradients, and merging keeps the features."""
     tower = VisionTower.from_pretrained(saved[family][0])
     names, x = list(tower.state_dict()), pixels(tower.preprocess.size)
     for name, parameter in tower.named_parameters():
-        if parameter.ndim == 1 and "bias" not in name:  # untrained residual branches weigh nothing
+        if parameter.ndim == 1 and "bias" not in name:  # layer scales of untrained models may be zero
             nn.init.ones_(parameter)
     with torch.no_grad():
         before = tower(x)
@@ -188,11 +191,11 @@ def test_lora(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
     assert trained and all(".lora_" in name for name in trained)
     assert tower.parameter_depths().keys() == dict(tower.named_parameters()).keys()
     for name, parameter in trained.items():
-        if ".lora_B" in name:  # zero at first, which would leave the others without a gradient
+        if ".lora_B" in name:  # zero at first, so that lora_A would get no gradient
             nn.init.normal_(parameter, std=0.05)
     changed = tower(x)
     changed.square().sum().backward()
-    # A layer that the tower multiplies past LoRA would show here.
+    # A layer whose weight the tower reads directly, without LoRA, would have no gradient.
     assert [n for n, p in trained.items() if p.grad is None or not p.grad.abs().sum()] == []
     merge_tower_lora(tower)
     assert list(tower.state_dict()) == names and all(p.requires_grad for p in tower.parameters())
@@ -201,7 +204,7 @@ def test_lora(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
     assert (changed - before).abs().max() > 1e-4
 
 
-def test_depth_goes_from_input_to_output() -> None:
+def test_parameter_depths_increase_from_input_to_output() -> None:
     depth = VisionTower.from_pretrained("test_vit", pretrained=False).parameter_depths()
     blocks = [depth[f"backbone.blocks.{i}.attn.qkv.weight"] for i in range(6)]
     assert blocks == sorted(set(blocks))
@@ -213,25 +216,25 @@ def test_depth_goes_from_input_to_output() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", [*TIMM, "clip", "siglip", "dinov2", "dinov3_vit"])
-def test_another_resolution(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
+def test_image_size_option_changes_resolution(family: str, saved: dict[str, tuple[Path, nn.Module]]) -> None:
     folder, _ = saved[family]
-    own = VisionTower.from_pretrained(folder)
-    size = own.preprocess.size * 3 // 2
+    original = VisionTower.from_pretrained(folder)
+    size = original.preprocess.size * 3 // 2
     tower = VisionTower.from_pretrained(folder, image_size=size)
     assert tower.preprocess.size == size
-    assert tower.preprocess.crop_pct == pytest.approx(own.preprocess.crop_pct)
+    assert tower.preprocess.crop_pct == pytest.approx(original.preprocess.crop_pct)
     x = pixels(size)
-    assert tower(x).shape == (2, own.feature_dim)
-    again = VisionTower.from_config(json.loads(json.dumps(tower.config)))
-    again.load_state_dict(tower.state_dict())
-    assert torch.equal(again(x), tower(x))
-    # the pretrained weights are in it: a plain picture means the same to both
+    assert tower(x).shape == (2, original.feature_dim)
+    rebuilt = VisionTower.from_config(json.loads(json.dumps(tower.config)))
+    rebuilt.load_state_dict(tower.state_dict())
+    assert torch.equal(rebuilt(x), tower(x))
+    # The pretrained weights are loaded: an image of a single colour has similar features at both sizes.
     plain = torch.full((1, 3, 1, 1), 200, dtype=torch.uint8)
-    both = [t(plain.expand(1, 3, t.preprocess.size, t.preprocess.size)) for t in (own, tower)]
+    both = [t(plain.expand(1, 3, t.preprocess.size, t.preprocess.size)) for t in (original, tower)]
     assert torch.cosine_similarity(*both).item() > 0.9
 
 
-def test_preprocessing_is_the_towers_own(saved: dict[str, tuple[Path, nn.Module]]) -> None:
+def test_preprocess_is_that_of_the_pretrained_model(saved: dict[str, tuple[Path, nn.Module]]) -> None:
     vit = VisionTower.from_pretrained(saved["test_vit"][0]).preprocess
     assert vit == Preprocess(160, "shortest", 0.95, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert VisionTower.from_pretrained(saved["test_resnet"][0]).preprocess.interpolation == "bilinear"
@@ -241,17 +244,19 @@ def test_preprocessing_is_the_towers_own(saved: dict[str, tuple[Path, nn.Module]
     assert (siglip.size, siglip.resize_size, siglip.resize, siglip.mean[0]) == (32, 32, "squash", 0.5)
 
 
-def test_no_preprocessor_config_means_the_usual_and_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_preprocessor_config_falls_back_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save_hf("dinov2", tmp_path, processor=False)
     with caplog.at_level(logging.WARNING):
         tower = VisionTower.from_pretrained(tmp_path)
-    assert "says nothing about preprocessing" in caplog.text
+    assert "has no preprocessor_config.json" in caplog.text
     assert tower.preprocess == Preprocess(
         32, "shortest", 0.875, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     )
 
 
-def test_names(tmp_path: Path, saved: dict[str, tuple[Path, nn.Module]]) -> None:
+def test_from_pretrained_resolves_names(tmp_path: Path, saved: dict[str, tuple[Path, nn.Module]]) -> None:
     for name in ("test_resnet", "timm:test_resnet", "timm:test_resnet.r160_in1k"):
         tower = VisionTower.from_pretrained(name, pretrained=False)
         assert (tower.config["library"], tower.config["architecture"]) == ("timm", "test_resnet")
@@ -272,7 +277,7 @@ def test_names(tmp_path: Path, saved: dict[str, tuple[Path, nn.Module]]) -> None
 
 
 @pytest.mark.parametrize(("kind", "message"), [("siglip2", "NaFlex"), ("bert", "supported are")])
-def test_unsupported_models_are_named(kind: str, message: str, tmp_path: Path) -> None:
+def test_unsupported_model_types_are_rejected(kind: str, message: str, tmp_path: Path) -> None:
     import transformers
 
     transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path)
@@ -280,7 +285,7 @@ def test_unsupported_models_are_named(kind: str, message: str, tmp_path: Path) -
         VisionTower.from_pretrained(tmp_path)
 
 
-def test_code_in_a_folder_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_model_folder_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     marker = tmp_path / "ran"
     (tmp_path / "configuration_evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
     config = {"model_type": "evil", "auto_map": {"AutoConfig": "configuration_evil.Evil"}}
@@ -291,7 +296,7 @@ def test_code_in_a_folder_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not marker.exists()
 
 
-def test_missing_weights_are_an_error_not_random_numbers(tmp_path: Path) -> None:
+def test_missing_weights_are_an_error(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     save_hf("clip_vision_model", tmp_path)
@@ -303,15 +308,15 @@ def test_missing_weights_are_an_error_not_random_numbers(tmp_path: Path) -> None
         VisionTower.from_pretrained(tmp_path)
 
 
-def test_batch_norm_stays_frozen_while_training() -> None:
+def test_batch_norm_is_frozen_in_training() -> None:
     tower = VisionTower.from_pretrained("test_resnet", pretrained=False)
     x = pixels(160, 4)
     before = {name: value.clone() for name, value in tower.state_dict().items() if "running" in name}
     assert before
     tower.train()
     assert tower.training
-    together = tower(x)
-    assert torch.allclose(together[:1], tower(x[:1]), atol=1e-5)  # no picture depends on the others
+    features = tower(x)
+    assert torch.allclose(features[:1], tower(x[:1]), atol=1e-5)  # images do not depend on each other
     assert all(torch.equal(tower.state_dict()[name], value) for name, value in before.items())
 
     tower.freeze_norm = False
@@ -326,7 +331,7 @@ def test_batch_norm_stays_frozen_while_training() -> None:
 
 
 @torch.no_grad()
-def test_normalisation_stays_exact_in_half_precision_and_through_meta(saved: dict[str, tuple[Path, nn.Module]]) -> None:
+def test_normalization_stays_exact_in_half_precision_and_on_meta(saved: dict[str, tuple[Path, nn.Module]]) -> None:
     tower = VisionTower.from_pretrained(saved["clip"][0])
     expected = tower(pixels(32))
     mean = tower.mean.clone()

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm2clip.models.caption_encoder import CaptionEncoder
+    from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.models.llm2clip import LLM2CLIP
 
-__all__ = ["LLM2CLIP", "CaptionEncoder"]
+__all__ = ["LLM2CLIP", "CaptionEncoder", "open_dual_encoder"]
 __version__ = "0.1.0"
+
+# peft imports bitsandbytes, which then warns on some CPUs that an optional kernel for 4-bit inference is not installed.
+# The level must be set before that import, so it is set here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:
-    """The public classes, imported at first use: importing the package alone is instant."""
+    """Import the public names at first use, so that importing the package takes no time."""
     if name == "LLM2CLIP":
         from llm2clip.models.llm2clip import LLM2CLIP
 
@@ -22,4 +28,8 @@ def __getattr__(name: str) -> Any:
         from llm2clip.models.caption_encoder import CaptionEncoder
 
         return CaptionEncoder
+    if name == "open_dual_encoder":
+        from llm2clip.models.dual_encoder import open_dual_encoder
+
+        return open_dual_encoder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`python -m llm2clip`, as launchers such as torchrun take it: `torchrun --nproc_per_node 2 -m llm2clip embed ...`."""
+"""Entry point of `python -m llm2clip`, for launchers: `torchrun --nproc_per_node 2 -m llm2clip embed ...`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What PyTorch leaves lying on a CPU: memory that is kept, and products by the faster of its two libraries.
-
-At the bottom of the house: whatever computes there, trains or encodes, asks for both.
-"""
+"""CPU settings of PyTorch and malloc that make training and encoding faster without changing results."""
 
 from __future__ import annotations
 
@@ -14,66 +11,70 @@ from typing import Any
 
 import torch
 
-ROUNDING = 1e-6  # of float32 sums of a few hundred products; of bfloat16 it is a thousand times that
+# Largest relative error of a float32 matmul over a few hundred terms. In bfloat16 the error is a thousand times larger.
+FLOAT32_TOLERANCE = 1e-6
+# Parameter numbers of mallopt, from malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU under glibc, keep freed memory instead of handing it back to the system after every step.
+    """Let malloc keep freed memory, instead of returning it to the operating system after every training step.
 
-    Activations are large blocks that malloc maps and unmaps each time, and the kernel zeroes each page again:
-    training EfficientNet-Lite0 on two cores runs up to twice as fast without (`benchmarks/malloc.py`).
+    Activations are large blocks. By default glibc maps and unmaps each of them, and the kernel zeroes every page again.
+    Training EfficientNet-Lite0 on two cores is up to twice as fast with this setting (`benchmarks/malloc.py`).
+    Does nothing on other devices or C libraries.
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL("libc.so.6")
-    trim_threshold, mmap_threshold = -1, -3  # the parameters' numbers in malloc.h
-    if not libc.mallopt(mmap_threshold, 1 << 30):
-        libc.mallopt(mmap_threshold, 32 << 20)  # the most that glibc before 2.35 takes
-    libc.mallopt(trim_threshold, (1 << 31) - 1)
+    if not libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30):
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the maximum before glibc 2.35
+    libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 @contextmanager
 def onednn_matmul() -> Iterator[None]:
-    """Within this, or in a function under it, float32 products on a CPU go to oneDNN where that is faster than MKL.
+    """Compute float32 matmuls on the CPU with oneDNN instead of MKL, where that is faster. Also works as a decorator.
 
-    MKL does not use AVX-512 on AMD's processors; oneDNN does, and is more than twice as fast there
-    (`benchmarks/products.py`). PyTorch asks it only where it may round to bfloat16. Whether it does is seen, not
-    believed: it is taken only where its products are float32's. Where a GPU is at hand nothing is changed, since the
-    switch would be the GPU's, too.
+    MKL does not use AVX-512 on AMD CPUs. oneDNN does, and is more than twice as fast there (`benchmarks/products.py`).
+    PyTorch uses oneDNN for float32 only at matmul precision "medium", which also allows rounding to bfloat16;
+    `onednn_is_faster` checks that it does not round. With a GPU nothing is changed, because the setting would apply to
+    the GPU as well.
     """
     if torch.accelerator.is_available() or not onednn_is_faster():
         yield
         return
-    before = torch.get_float32_matmul_precision()
+    previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(previous)
 
 
 @lru_cache
 @torch.inference_mode()
 def onednn_is_faster() -> bool:
-    """Whether oneDNN multiplies float32 faster than MKL on this CPU, and as exactly.
+    """Return True if oneDNN multiplies float32 faster than MKL on this CPU, and with float32 accuracy.
 
-    Which is faster is known, not timed: every process of a run must come to the same, to the last bit.
+    The speed is derived from the CPU model and not measured: all ranks must decide alike, or their results would differ
+    in the last bits.
     """
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if not (str(capabilities.get("cpu_name")).startswith("AMD") and capabilities.get("avx512_f")):
         return False
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(256, 512, generator=generator), torch.randn(512, 256, generator=generator)
-    before = torch.get_float32_matmul_precision()
+    previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        found = a @ b
+        result = a @ b
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(previous)
     exact = a.double() @ b.double()
-    return bool((found - exact).norm() < ROUNDING * exact.norm())
+    return bool((result - exact).norm() < FLOAT32_TOLERANCE * exact.norm())
 
 
 def flex_attention_is_correct() -> bool:
-    """Whether PyTorch compiles flex attention to something right for this CPU: for AVX2 a batch of one gives NaN."""
+    """Return False on CPUs without AVX-512: there, compiled flex attention returns NaN for a batch of one."""
     return torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -27,7 +27,7 @@ from llm2clip.io_utils import MissingFileError, atomic_write_text
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.clip_text_encoder import has_text_tower, load_clip_text_encoder
 from llm2clip.models.display_names import display_names
-from llm2clip.models.dual_encoder import SENTENCES
+from llm2clip.models.dual_encoder import SENTENCE_TRANSFORMERS_PREFIX
 from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
 from llm2clip.models.pretrained import resolve_pretrained
 
@@ -269,7 +269,7 @@ def _open_text_encoder(model: str | None, encoder: EncoderConfig) -> TextEncoder
         ValueError: If the model has no text encoder of its own, or the config has settings that it cannot apply.
     """
     if model is not None:
-        if model.endswith(PRECOMPUTED_SUFFIX) or model.startswith(SENTENCES):
+        if model.endswith(PRECOMPUTED_SUFFIX) or model.startswith(SENTENCE_TRANSFORMERS_PREFIX):
             raise ValueError(f"{model} has no separate caption encoder: remove --captions")
         if has_text_tower(model):
             return load_clip_text_encoder(model)

@@ -1,7 +1,7 @@
-"""The text towers of other CLIPs, to be measured by the same rule as a caption encoder.
+"""Text towers of other CLIP models, for comparison with a caption encoder.
 
-Any transformers model with `get_text_features` (CLIP, SigLIP, AltCLIP, ...), and open_clip's where it is installed.
-Text beyond the tower's window is cut, as these towers do, and counted.
+Supported are all transformers models with `get_text_features` (CLIP, SigLIP, AltCLIP, ...), and open_clip models if
+open_clip is installed. Text beyond the context length is truncated, as these models do, and counted.
 """
 
 from __future__ import annotations
@@ -15,109 +15,135 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from llm2clip.cpu_tuning import onednn_matmul
+from llm2clip.models.loading import hide_loading_bars
 
-OPEN_CLIP = "open_clip:"
-PADDED = ("siglip", "siglip2")  # trained on text padded to the window, pad tokens attended to
+OPEN_CLIP_PREFIX = "open_clip:"
+# Trained on text padded to the context length, with attention to the padding.
+_FULLY_PADDED_TYPES = ("siglip", "siglip2")
 
 
 class ClipTextEncoder:
-    """A CLIP's text tower: `encode` gives the vectors that its images are compared with, not normalised."""
+    """Text tower of a CLIP model.
+
+    Attributes:
+        model: the complete CLIP model, with both towers.
+        context_length: maximum text length in tokens.
+        embed_dim: dimension of the embeddings.
+    """
 
     def __init__(
         self,
         model: Any,
-        window: int,
-        width: int,
+        context_length: int,
+        embed_dim: int,
         tokenize: Callable[[list[str]], dict[str, Tensor]],
         forward: Callable[..., Tensor],
-        length: Callable[[str], int],
+        token_count: Callable[[str], int],
     ) -> None:
-        """
+        """Wrap a model.
+
         Args:
-            model: that the tower is a part of, both sides of it.
-            window: longest text in tokens.
-            width: of the vectors.
-            tokenize: texts to the tensors of a batch, cut to the window.
-            forward: that batch to vectors, (N, width).
-            length: of a text in tokens.
+            model: the complete CLIP model, with both towers.
+            context_length: maximum text length in tokens.
+            embed_dim: dimension of the embeddings.
+            tokenize: function from texts to the input tensors of a batch, truncated to the context length.
+            forward: function from these tensors, as keyword arguments, to embeddings (N, embed_dim).
+            token_count: function from a text to its number of tokens before truncation.
         """
-        self.model, self.window, self.embed_dim = model, window, width
-        self._tokenize, self._forward, self._length = tokenize, forward, length
+        self.model, self.context_length, self.embed_dim = model, context_length, embed_dim
+        self._tokenize, self._forward, self._token_count = tokenize, forward, token_count
 
     @torch.inference_mode()
     @onednn_matmul()
-    def encode(self, captions: Sequence[str], *, progress: bool = False, batch: int = 64) -> Tensor:
-        """Texts to vectors, (N, width) float32 on the CPU, in the order given."""
+    def encode(self, captions: Sequence[str], *, progress: bool = False, batch_size: int = 64) -> Tensor:
+        """Encode texts to (N, embed_dim) float32 on the CPU, in the order of the input and not normalised."""
         order = sorted(range(len(captions)), key=lambda i: -len(captions[i]))
-        out = torch.empty(len(captions), self.embed_dim)
-        for lo in tqdm(range(0, len(order), batch), desc="encode", unit="batch", disable=not progress):
-            rows = order[lo : lo + batch]
-            out[rows] = self._forward(**self._tokenize([captions[i] for i in rows])).float().cpu()
-        return out
+        embeddings = torch.empty(len(captions), self.embed_dim)
+        for start in tqdm(range(0, len(order), batch_size), desc="encode", unit="batch", disable=not progress):
+            rows = order[start : start + batch_size]
+            batch = self._tokenize([captions[i] for i in rows])
+            embeddings[rows] = self._forward(**batch).float().cpu()
+        return embeddings
 
     def count_truncated(self, captions: Sequence[str]) -> int:
-        """How many of these texts are longer than the window, and lose their end."""
-        return sum(self._length(caption) > self.window for caption in captions)
+        """Return the number of texts that are longer than the context length, and are truncated."""
+        return sum(self._token_count(caption) > self.context_length for caption in captions)
 
 
 def has_text_tower(path: str) -> bool:
-    """Whether `path` names a CLIP: an open_clip model, or a transformers model of images and texts in one space."""
+    """Return True if `path` names an open_clip model, or a transformers model with image and text towers."""
     from transformers import MODEL_MAPPING, AutoConfig
 
-    if path.startswith(OPEN_CLIP):
+    if path.startswith(OPEN_CLIP_PREFIX):
         return True
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError):  # no transformers model: what opens it next says what is wrong
+    except (OSError, ValueError):  # not a transformers model; the function that opens it next reports the error
         return False
     return type(config) in MODEL_MAPPING and hasattr(MODEL_MAPPING[type(config)], "get_text_features")
 
 
 def load_clip_text_encoder(path: str, device: torch.device | None = None) -> ClipTextEncoder:
-    """The text tower of a transformers folder or hub id, or of `open_clip:NAME/PRETRAINED`; a folder that open_clip
-    saved or `hf-hub:ID` may stand for the latter.
+    """Load the text tower of a CLIP model.
+
+    Args:
+        path: folder or hub id of a transformers model, or `open_clip:NAME/PRETRAINED`. Instead of NAME/PRETRAINED, a
+            folder saved by open_clip or `hf-hub:ID` is possible.
+        device: default: a GPU if there is one.
 
     Raises:
-        ValueError: an architecture without weights is asked for.
-        ImportError: open_clip is asked for and not installed.
+        ValueError: an open_clip architecture is named without weights.
+        ImportError: open_clip is required and not installed.
         OSError: there is no such model.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if path.startswith(OPEN_CLIP):
-        return _from_open_clip(path.removeprefix(OPEN_CLIP), device)
-    return _from_transformers(path, device)
+    if path.startswith(OPEN_CLIP_PREFIX):
+        return _load_open_clip(path.removeprefix(OPEN_CLIP_PREFIX), device)
+    return _load_transformers(path, device)
 
 
-def _from_transformers(path: str, device: torch.device) -> ClipTextEncoder:
+@hide_loading_bars()
+def _load_transformers(path: str, device: torch.device) -> ClipTextEncoder:
     from transformers import AutoModel, AutoTokenizer
 
     model: Any = AutoModel.from_pretrained(path, trust_remote_code=False, dtype=torch.float32).to(device).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    text = model.config.text_config
-    window = min(text.max_position_embeddings, tokenizer.model_max_length)  # AltCLIP's has fewer than it has positions
-    padding = "max_length" if model.config.model_type in PADDED else True
+    text_config = model.config.text_config
+    # AltCLIP's tokenizer allows fewer tokens than the model has positions.
+    context_length = min(text_config.max_position_embeddings, tokenizer.model_max_length)
+    is_fully_padded = model.config.model_type in _FULLY_PADDED_TYPES
 
     def tokenize(texts: list[str]) -> dict[str, Tensor]:
-        batch = tokenizer(texts, padding=padding, truncation=True, max_length=window, return_tensors="pt").to(device)
-        keys = ("input_ids",) if padding == "max_length" else ("input_ids", "attention_mask")
-        return {k: batch[k] for k in keys}
+        padding = "max_length" if is_fully_padded else True
+        batch = tokenizer(texts, padding=padding, truncation=True, max_length=context_length, return_tensors="pt")
+        names = ("input_ids",) if is_fully_padded else ("input_ids", "attention_mask")
+        return {name: batch[name].to(device) for name in names}
 
     def forward(**batch: Tensor) -> Tensor:
-        found = model.get_text_features(**batch)
-        vectors: Tensor = found if isinstance(found, Tensor) else found.pooler_output
-        return vectors
+        output = model.get_text_features(**batch)
+        embeddings: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+        return embeddings
 
-    width = getattr(model.config, "projection_dim", None) or getattr(text, "projection_size", None) or text.hidden_size
+    embed_dim = (
+        getattr(model.config, "projection_dim", None)
+        or getattr(text_config, "projection_size", None)
+        or text_config.hidden_size
+    )
     return ClipTextEncoder(
-        model, window, width, tokenize, forward, lambda text: len(tokenizer(text, verbose=False)["input_ids"])
+        model=model,
+        context_length=context_length,
+        embed_dim=embed_dim,
+        tokenize=tokenize,
+        forward=forward,
+        token_count=lambda text: len(tokenizer(text, verbose=False)["input_ids"]),
     )
 
 
-def _from_open_clip(name: str, device: torch.device) -> ClipTextEncoder:
+def _load_open_clip(name: str, device: torch.device) -> ClipTextEncoder:
     try:
         import open_clip
     except ImportError as error:
-        raise ImportError(f"{OPEN_CLIP}{name} needs open_clip: pip install open-clip-torch") from error
+        raise ImportError(f"{OPEN_CLIP_PREFIX}{name} needs open_clip: pip install open-clip-torch") from error
 
     if Path(name).is_dir():
         architecture, pretrained = f"local-dir:{name}", ""
@@ -126,18 +152,23 @@ def _from_open_clip(name: str, device: torch.device) -> ClipTextEncoder:
     else:
         architecture, _, pretrained = name.partition("/")
         if not pretrained:
-            raise ValueError(f"{OPEN_CLIP}{name} names no weights: {OPEN_CLIP}{name}/PRETRAINED")
+            raise ValueError(
+                f"{OPEN_CLIP_PREFIX}{name} does not name its weights: write {OPEN_CLIP_PREFIX}{name}/PRETRAINED"
+            )
     model: Any = open_clip.create_model(architecture, pretrained=pretrained or None, device=device).eval()
     tokenizer: Any = open_clip.get_tokenizer(architecture)
-    window = tokenizer.context_length
+    hf_tokenizer = getattr(tokenizer, "tokenizer", None)  # some models have a Hugging Face tokenizer
 
-    inner = getattr(tokenizer, "tokenizer", None)  # a Hugging Face tokenizer, where the model has one
+    def token_count(text: str) -> int:
+        if hf_tokenizer is not None:
+            return len(hf_tokenizer(text)["input_ids"])
+        return len(tokenizer.encode(text)) + 2  # start and end token
 
-    def length(text: str) -> int:
-        return len(inner(text)["input_ids"]) if inner is not None else len(tokenizer.encode(text)) + 2
-
-    def tokenize(texts: list[str]) -> dict[str, Tensor]:
-        return {"text": tokenizer(texts).to(device)}
-
-    width = model.encode_text(tokenizer(["a"]).to(device)).shape[-1]
-    return ClipTextEncoder(model, window, width, tokenize, model.encode_text, length)
+    return ClipTextEncoder(
+        model=model,
+        context_length=tokenizer.context_length,
+        embed_dim=model.encode_text(tokenizer(["a"]).to(device)).shape[-1],
+        tokenize=lambda texts: {"text": tokenizer(texts).to(device)},
+        forward=model.encode_text,
+        token_count=token_count,
+    )

@@ -1,4 +1,4 @@
-"""Short hashes of all that changes a vector, by which caches know whose vectors they hold."""
+"""Hashes that identify an encoder by everything that changes its embeddings, so that caches can be checked."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 
 
 def fingerprint(identity: dict[str, Any]) -> str:
-    """One hash of an encoder's `identity`: two encoders with the same one give the same vectors."""
+    """Return a hash (32 hex digits) of an encoder's `identity()`. Encoders with equal hashes give equal embeddings."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def hash_weights(module: nn.Module) -> str:
-    """A hash of a module's weights and their names."""
-    weights = hashlib.sha256()
+    """Return a hash (16 hex digits) of the names and values of a module's weights and buffers."""
+    digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return weights.hexdigest()[:16]
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

@@ -1,7 +1,8 @@
-"""The heads: what takes a caption's embedding, and an image's feature, to the shared space.
+"""Heads that map both sides to the shared embedding space: the text adapter and its residual block.
 
-The paper's (arXiv 2411.04997, section 3.3) are a residual adapter for texts and a linear projection for images. A gated
-layer in place of either is SAIL's (arXiv 2412.04616).
+As in the LLM2CLIP paper (arXiv 2411.04997, section 3.3). The image side is a single linear layer, the projection, which
+`LLM2CLIP` builds itself. Exported models contain a copy of this module's classes, so they must not use other modules of
+the package.
 """
 
 from __future__ import annotations
@@ -10,35 +11,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Block(nn.Module):
-    """x + Linear(GELU(Linear(LayerNorm(x)))), the hidden layer `expansion` times as wide."""
+class ResidualBlock(nn.Module):
+    """x + Linear(GELU(Linear(LayerNorm(x)))), with a hidden layer of `expansion * dim` units."""
 
-    def __init__(self, width: int, expansion: int) -> None:
+    def __init__(self, dim: int, expansion: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, expansion * width)
-        self.down = nn.Linear(expansion * width, width)
+        self.norm = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, expansion * dim)
+        self.down = nn.Linear(expansion * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (N, dim) to (N, dim)."""
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
 class Adapter(nn.Module):
-    """L2-normalise (optional) -> `depth` residual blocks -> LayerNorm -> Linear. (N, text_width) to (N, width).
+    """Text adapter: L2-normalise (optional) -> `depth` residual blocks -> LayerNorm -> Linear.
 
-    The paper's has depth 4 and expansion 2: 273.8 M parameters from 4096 to 1280. Its published checkpoints normalise
-    their input when embeddings are cached and do not when the LLM runs online: `normalize_input` says which.
+    The paper uses depth 4 and expansion 2, which gives 273.8 M parameters for 4096 -> 1280 dimensions. Its published
+    checkpoints normalise their input when trained on cached embeddings, and do not when the LLM runs during training;
+    `normalize_input` selects between the two.
     """
 
     def __init__(
-        self, text_width: int, width: int, depth: int = 4, expansion: int = 2, normalize_input: bool = True
+        self, text_dim: int, embed_dim: int, depth: int = 4, expansion: int = 2, normalize_input: bool = True
     ) -> None:
         super().__init__()
         self.normalize_input = normalize_input
-        self.blocks = nn.Sequential(*(Block(text_width, expansion) for _ in range(depth)))
-        self.norm = nn.LayerNorm(text_width)
-        self.out = nn.Linear(text_width, width)
+        self.blocks = nn.Sequential(*(ResidualBlock(text_dim, expansion) for _ in range(depth)))
+        self.norm = nn.LayerNorm(text_dim)
+        self.out = nn.Linear(text_dim, embed_dim)
 
     def forward(self, embeddings: Tensor) -> Tensor:
+        """Map caption embeddings (N, text_dim), not normalised, to (N, embed_dim), not normalised."""
         x = F.normalize(embeddings, dim=-1) if self.normalize_input else embeddings
         return self.out(self.norm(self.blocks(x)))

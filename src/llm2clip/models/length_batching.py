@@ -1,4 +1,4 @@
-"""Captions to batches of tokens: those of similar length together, under a budget."""
+"""Length bucketing: batches of texts of similar length under a token budget."""
 
 from __future__ import annotations
 
@@ -7,41 +7,50 @@ from dataclasses import dataclass
 
 import torch
 
-# Tokens in a batch, padding included: a CPU is fastest with what stays in its caches, a GPU must be filled.
+# Tokens per batch, padding included. A CPU is fastest with batches that fit its caches; a GPU needs large batches.
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 32768
 
 
 def default_batch_tokens(device: torch.device) -> int:
-    """Tokens in a batch where nobody says how many."""
+    """Return the default number of tokens per batch for a device."""
     return GPU_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
 
 
 @dataclass(frozen=True)
 class TokenizedTexts:
-    """Token ids of some captions, in their order; which of them were cut to `max_length`; and how many tokens at the
-    start of each are read but not pooled."""
+    """Token ids of a list of texts.
+
+    Attributes:
+        ids: token ids of each text.
+        truncated: indices of the texts that were truncated to `max_length`.
+        prompt_lengths: for each text, the number of tokens at its start that are excluded from pooling.
+    """
 
     ids: list[list[int]]
     truncated: list[int]
     prompt_lengths: list[int]
 
-    def batches(self, budget: int) -> Iterator[tuple[int, list[int]]]:
-        """Rows that can be read together: of one number of unpooled tokens, which comes first, and similar length, at
-        most `budget` tokens with their padding."""
-        for length in sorted(set(self.prompt_lengths)):
-            members = [i for i, u in enumerate(self.prompt_lengths) if u == length]
-            for group in length_batches([len(self.ids[i]) for i in members], budget):
-                yield length, [members[g] for g in group]
+    def batches(self, max_tokens: int) -> Iterator[tuple[int, list[int]]]:
+        """Yield (prompt length, indices of texts) for each batch.
+
+        All texts of a batch have the same prompt length, and similar lengths. A batch has at most `max_tokens` tokens,
+        padding included.
+        """
+        for prompt_length in sorted(set(self.prompt_lengths)):
+            members = [i for i, length in enumerate(self.prompt_lengths) if length == prompt_length]
+            for batch in length_batches([len(self.ids[i]) for i in members], max_tokens):
+                yield prompt_length, [members[i] for i in batch]
 
 
-def length_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Row numbers grouped by similar length, longest first, each group at most `budget` tokens with its padding.
+def length_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Yield batches of row indices of similar length, each with at most `max_tokens` tokens, padding included.
 
-    Longest first, so that memory runs out at once or never. A row longer than the budget is a batch of its own.
+    The longest rows come first, so that a batch that does not fit in memory fails at once. A row longer than
+    `max_tokens` is a batch of its own.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
     while start < len(order):
-        size = max(1, budget // max(1, lengths[order[start]]))
+        size = max(1, max_tokens // max(1, lengths[order[start]]))
         yield order[start : start + size]
         start += size

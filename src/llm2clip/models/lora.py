@@ -1,12 +1,13 @@
-"""LoRA on a caption encoder's LLM: while it trains, with the LLM in 16 or 4 bits, and as a folder of its own.
+"""LoRA on the LLM of a caption encoder: during training, and as a separate adapter in a saved folder.
 
-QLoRA (arXiv 2305.14314) holds the matrices that LoRA leaves alone in 4 bits. They are rounded for the training only:
-what LoRA's changes are added to is the LLM as it was. In 16 bits they stay rounded, which is nothing to an LLM that was
-published so.
+QLoRA (arXiv 2305.14314) stores the frozen matrices in 4 bits. They are quantised during training only: LoRA's changes
+are merged into the original weights. In 16 bits the frozen matrices stay rounded, which changes nothing for an LLM that
+was published in 16 bits.
 
-A folder that keeps LoRA apart holds its weights, the name of the LLM they belong to, and the LLM's configuration, for
-two settings of it would be lost otherwise: attention in both directions and the number of blocks. sentence-transformers
-would open it without them and give other vectors, so its `modules.json` asks for `LoraTransformer`.
+A folder with a separate adapter holds the LoRA weights, the name of the LLM they belong to, and the LLM's config,
+because two settings would be lost otherwise: bidirectional attention and the number of layers. sentence-transformers
+would open such a folder without them and give different embeddings, so its `modules.json` names `LoraTransformer`.
+`tune` always merges LoRA into the LLM; version 0.1 could also save the adapter separately, and such folders still open.
 """
 
 from __future__ import annotations
@@ -27,91 +28,98 @@ from transformers import AutoConfig
 
 from llm2clip.models.pretrained import cache_dir
 
-ADAPTER = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 class LoraSession:
-    """An LLM with LoRA on it, from here to `finish`."""
+    """LoRA training of an encoder's LLM, from construction to `finish`."""
 
-    def __init__(self, encoder: Any, config: LoraConfig, dtype: torch.dtype, device: torch.device, four_bits: bool):
-        """Put LoRA on an LLM that has none.
+    def __init__(self, encoder: Any, config: LoraConfig, dtype: torch.dtype, device: torch.device, quantize: bool):
+        """Add LoRA to the encoder's LLM, in place.
 
         Args:
-            encoder: a caption encoder; changed in place.
-            config: of LoRA.
-            dtype: of the matrices that are not trained, or of the products with them.
-            device: that of the training.
-            four_bits: hold those matrices in 4 bits, which needs bitsandbytes; the whole ones wait on the CPU, where
-                the LLM may be until now.
+            encoder: a `CaptionEncoder` whose LLM has no LoRA yet.
+            config: PEFT's LoRA config.
+            dtype: dtype of the frozen matrices; with `quantize`, dtype of the matmuls with them.
+            device: training device.
+            quantize: store the frozen matrices in 4 bits (QLoRA, needs bitsandbytes). The original ones are kept on the
+                CPU, so the LLM may be on the CPU until now even if the device has no memory for it.
         """
         self.encoder, self.config = encoder, config
         transformer = encoder.st[0]
-        self.whole = _to_four_bits(transformer.model, dtype, device) if four_bits else {}
+        self.original_layers = _quantize_linear_layers(transformer.model, dtype, device) if quantize else {}
         transformer.model = get_peft_model(transformer.model.to(device), config)
-        if not four_bits:
-            cast_frozen(transformer.model, dtype)
+        if not quantize:
+            cast_frozen_linear(transformer.model, dtype)
 
-    def finish(self, merge: bool) -> None:
-        """Leave the LLM with LoRA's changes added to its weights, in float32, or beside them."""
+    def finish(self) -> None:
+        """Merge LoRA into the original weights, in float32, in place."""
         transformer = self.encoder.st[0]
         model = transformer.model
-        if self.whole:
-            state = {name: p.cpu() for name, p in get_peft_model_state_dict(model).items()}
-            llm = model.unload().to("cpu")
-            for name, linear in self.whole.items():
-                llm.set_submodule(name, linear)
-            llm.is_loaded_in_4bit = False
-            model = get_peft_model(llm, self.config)
-            set_peft_model_state_dict(model, state)
-        cast_frozen(model, torch.float32)  # before LoRA's small changes are added
-        if merge:
-            transformer.model = model.merge_and_unload()
-        else:
-            transformer.model, transformer.__class__ = model, LoraTransformer
+        if self.original_layers:
+            model = self._restore_original_layers(model)
+        cast_frozen_linear(model, torch.float32)  # before LoRA's small changes are added
+        transformer.model = model.merge_and_unload()
+
+    def _restore_original_layers(self, model: Any) -> Any:
+        """Move the trained LoRA weights from the quantised LLM to the original one, on the CPU."""
+        lora_weights = {name: weight.cpu() for name, weight in get_peft_model_state_dict(model).items()}
+        llm = model.unload().to("cpu")
+        for name, layer in self.original_layers.items():
+            llm.set_submodule(name, layer)
+        llm.is_loaded_in_4bit = False
+        model = get_peft_model(llm, self.config)
+        set_peft_model_state_dict(model, lora_weights)
+        return model
 
 
 def merge_adapter(encoder: Any) -> None:
-    """Make an ordinary LLM of one that an earlier tuning left with LoRA beside it."""
+    """Merge a separate LoRA adapter, from a folder of version 0.1, into the encoder's LLM, in place."""
     transformer = encoder.st[0]
     if isinstance(transformer.model, PeftModel):
         transformer.model, transformer.__class__ = transformer.model.merge_and_unload(), Transformer
 
 
 def check_qlora_available() -> None:
-    """Raises ModuleNotFoundError where bitsandbytes is missing."""
+    """Raise ModuleNotFoundError if bitsandbytes is not installed."""
     if find_spec("bitsandbytes") is None:
         raise ModuleNotFoundError("--tune.qlora needs the package bitsandbytes: pip install 'llm2clip[qlora]'")
 
 
-def cast_frozen(llm: nn.Module, dtype: torch.dtype) -> None:
-    """The weights of linear layers that are not trained; norms and embeddings stay, since all that follows adds to
-    what they give."""
+def cast_frozen_linear(llm: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the frozen linear layers to `dtype`.
+
+    Norms and embeddings are not cast: all later layers add to their outputs, so their precision matters more.
+    """
     for module in llm.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             module.to(dtype)
 
 
-def _to_four_bits(llm: Any, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Linear]:
-    """Replace the linear layers by quantised ones on `device`; what they were, on the CPU."""
+def _quantize_linear_layers(llm: Any, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Linear]:
+    """Replace the linear layers by 4-bit layers on `device`. Return the original layers, moved to the CPU, by name."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    whole = {name: module.to("cpu") for name, module in llm.named_modules() if isinstance(module, nn.Linear)}
-    for name, linear in whole.items():
-        bias = linear.bias is not None
-        small = Linear4bit(linear.in_features, linear.out_features, bias, compute_dtype=dtype, quant_type="nf4")
-        small.weight = Params4bit(linear.weight.data.clone(), requires_grad=False, quant_type="nf4")
-        if bias:
-            small.bias = nn.Parameter(linear.bias.data.clone(), requires_grad=False)
-        llm.set_submodule(name, small.to(device))
-    llm.is_loaded_in_4bit = True  # what peft asks
-    return whole
+    original_layers = {name: module.to("cpu") for name, module in llm.named_modules() if isinstance(module, nn.Linear)}
+    for name, layer in original_layers.items():
+        has_bias = layer.bias is not None
+        quantized = Linear4bit(layer.in_features, layer.out_features, has_bias, compute_dtype=dtype, quant_type="nf4")
+        quantized.weight = Params4bit(layer.weight.data.clone(), requires_grad=False, quant_type="nf4")
+        if has_bias:
+            quantized.bias = nn.Parameter(layer.bias.data.clone(), requires_grad=False)
+        llm.set_submodule(name, quantized.to(device))
+    llm.is_loaded_in_4bit = True  # PEFT checks this attribute
+    return original_layers
 
 
-# ---- a folder of its own --------------------------------------------------------------------------------------------
+# ---- folders with a separate adapter --------------------------------------------------------------------------------
 
 
 class LoraTransformer(Transformer):
-    """sentence-transformers' module for LoRA beside its LLM: the folder keeps what the LLM was when it was tuned."""
+    """sentence-transformers module of an LLM with a separate LoRA adapter; the folder has the config of the tuned LLM.
+
+    The module path of this class is written in `modules.json` of such folders.
+    """
 
     model: Any
 
@@ -125,63 +133,70 @@ class LoraTransformer(Transformer):
 
     def _load_model(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         base = str(PeftConfig.from_pretrained(model_name_or_path).base_model_name_or_path)
-        if (
-            Path(base).is_absolute() and not Path(base).is_dir()
-        ):  # of another machine: perhaps it is in this one's cache
-            base = str(named) if (named := cache_dir() / Path(base).name).is_dir() else base
+        if Path(base).is_absolute() and not Path(base).is_dir():
+            # The adapter was saved on another machine. This machine's download cache may have the LLM.
+            cached_base = cache_dir() / Path(base).name
+            if cached_base.is_dir():
+                base = str(cached_base)
         try:
             return super()._load_model(base, *args, **kwargs)
         except OSError as error:
             raise OSError(
-                f"{model_name_or_path} holds LoRA for {base}, which could not be opened: {error}\n"
-                f"Write where that LLM is now into its {ADAPTER}, as base_model_name_or_path"
+                f"{model_name_or_path} holds a LoRA adapter for {base}, which cannot be opened: {error}\n"
+                f"Set base_model_name_or_path in its {ADAPTER_CONFIG} to the current folder of that LLM"
             ) from error
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """Save the adapter and the LLM's config, with the absolute path of the LLM if that is a folder."""
         super().save(output_path, *args, **kwargs)
         self.model.get_base_model().config.save_pretrained(output_path)
-        file = Path(output_path) / ADAPTER
+        file = Path(output_path) / ADAPTER_CONFIG
         config = json.loads(file.read_text())
-        if Path(config["base_model_name_or_path"]).is_dir():
-            config["base_model_name_or_path"] = str(Path(config["base_model_name_or_path"]).resolve())
+        base = Path(config["base_model_name_or_path"])
+        if base.is_dir():
+            config["base_model_name_or_path"] = str(base.resolve())
             file.write_text(json.dumps(config, indent=1))
 
 
-_NAME = f"{LoraTransformer.__module__}.{LoraTransformer.__name__}"
+_MODULE_TYPE = f"{LoraTransformer.__module__}.{LoraTransformer.__name__}"  # as modules.json names it
 
 
 def is_lora_folder(folder: str | Path) -> bool:
-    """Whether a folder holds LoRA apart from its LLM, as we write it.
+    """Return True if a folder holds a separate LoRA adapter in the layout described at the top of this module.
 
     Raises:
-        ValueError: it holds PEFT's files alone, which do not say how the LLM was read.
+        ValueError: it holds an adapter saved by PEFT alone, which lacks the LLM's config and the pooling.
     """
-    modules = Path(folder) / "modules.json"
-    if (Path(folder) / ADAPTER).is_file() and not modules.is_file():
-        raise ValueError(f"{folder} holds an adapter of PEFT alone; merge it into its LLM, and give the folder of that")
-    return modules.is_file() and json.loads(modules.read_text())[0]["type"] == _NAME
+    modules_file = Path(folder) / "modules.json"
+    if (Path(folder) / ADAPTER_CONFIG).is_file() and not modules_file.is_file():
+        raise ValueError(
+            f"{folder} holds only a PEFT adapter: merge it into its LLM (merge_and_unload), and open the merged folder"
+        )
+    if not modules_file.is_file():
+        return False
+    return bool(json.loads(modules_file.read_text())[0]["type"] == _MODULE_TYPE)
 
 
 def load_lora(folder: str | Path, device: str | None) -> SentenceTransformer:
-    """The encoder of such a folder, its LLM in float32.
+    """Load a folder with a separate LoRA adapter, with the LLM in float32.
 
     Raises:
-        OSError: its LLM is not there.
-        ValueError: the folder asks for code from elsewhere.
+        OSError: the adapter's weights or the LLM cannot be found.
+        ValueError: the folder asks for code that is not part of sentence-transformers.
     """
-    listed = json.loads((Path(folder) / "modules.json").read_text())
-    if not (Path(folder) / "adapter_model.safetensors").is_file():
+    folder = Path(folder)
+    module_entries = json.loads((folder / "modules.json").read_text())
+    if not (folder / "adapter_model.safetensors").is_file():
         raise OSError(f"{folder} has no adapter_model.safetensors")
-    no_code: dict[str, Any] = {"trust_remote_code": False}
-    modules: list[nn.Module] = [
-        LoraTransformer.load(str(folder), model_kwargs={"dtype": torch.float32, **no_code}, **no_code)
-    ]
-    for module in listed[1:]:
-        if not module["type"].startswith("sentence_transformers."):
-            raise ValueError(f"{folder}/modules.json: {module['type']} is not a part of sentence-transformers")
-        kind: Any = import_from_string(module["type"])
-        modules.append(kind.load(str(folder), subfolder=module["path"]))
-    settings = json.loads((Path(folder) / "config_sentence_transformers.json").read_text())
+    trust: dict[str, Any] = {"trust_remote_code": False}
+    transformer = LoraTransformer.load(str(folder), model_kwargs={"dtype": torch.float32, **trust}, **trust)
+    modules: list[nn.Module] = [transformer]
+    for entry in module_entries[1:]:
+        if not entry["type"].startswith("sentence_transformers."):
+            raise ValueError(f"{folder}/modules.json: {entry['type']} is not a part of sentence-transformers")
+        module_class: Any = import_from_string(entry["type"])
+        modules.append(module_class.load(str(folder), subfolder=entry["path"]))
+    settings = json.loads((folder / "config_sentence_transformers.json").read_text())
     return SentenceTransformer(
         modules=modules,
         device=device,

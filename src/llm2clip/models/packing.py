@@ -1,12 +1,12 @@
-"""Captions end to end in one row: no token of a batch is padding, and none attends to another caption.
+"""Packed attention: all captions of a batch in a single row, without padding.
 
-The layers of an LLM that treat each token alone see one long row. Attention goes caption by caption: those of one
-length that stand beside each other are one call of attention without any mask, and since batches hold captions of
-similar length, there are few calls. It is registered with transformers under the name `packed`, so that
-every family of models can use it; a padded batch under that name is read as under `sdpa`.
+The layers of an LLM that process each token separately see one long row of tokens. Attention is computed per caption:
+consecutive captions of equal length are one attention call without a mask, and since batches hold captions of similar
+length, there are few calls. The attention function is registered with transformers under the name `packed`, so every
+model family can use it. An ordinary padded batch is computed under that name as with `sdpa`.
 
-Resetting `position_ids` alone would not do: under `sdpa` with attention in both directions, captions would see each
-other.
+Resetting `position_ids` alone would not be enough: with `sdpa` and bidirectional attention, captions would attend to
+each other.
 """
 
 from __future__ import annotations
@@ -22,36 +22,45 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PACKED = "packed"
-SHORT = 512  # tokens, up to which scores may lie in memory
+MAX_UNFUSED_LENGTH = 512  # tokens; the attention scores of longer captions would need too much memory
 
 
 def pack_batch(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
-    """Token ids of B captions, T in all, as a model with `attention` reads them in one row.
+    """Build the model inputs of B captions with T tokens in total, packed into one row.
+
+    Args:
+        ids: token ids of each caption.
+        attention: the model's attention implementation: `packed` or a flash attention.
+        device: device of the tensors.
 
     Returns:
-        input_ids and position_ids, (1, T) int64; where each caption begins and ends, (B + 1,) int32, under the two
-        names that transformers' flash attention reads, with the greatest length. For `packed` the captions' lengths,
-        too, and a mask of four dimensions, which keeps transformers from making one of (T, T).
+        input_ids and position_ids, (1, T) int64; the cumulative caption lengths, (B + 1,) int32, as cu_seq_lens_q and
+        cu_seq_lens_k, and the largest length, as transformers' flash attention expects them. For `packed` also the
+        list of caption lengths and a dummy 4-dimensional mask, which keeps transformers from building a (T, T) mask.
     """
     lengths = [len(row) for row in ids]
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-    row: dict[str, Any] = {
-        "input_ids": torch.tensor([[token for row in ids for token in row]], dtype=torch.long, device=device),
+    tokens = [token for row in ids for token in row]
+    boundaries = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    batch: dict[str, Any] = {
+        "input_ids": torch.tensor([tokens], dtype=torch.long, device=device),
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device),
-        **{"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds},
-        **{"max_length_q": max(lengths), "max_length_k": max(lengths)},
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
     }
     if attention == PACKED:
-        row |= {"caption_lengths": lengths, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)}
-    return row
+        batch["caption_lengths"] = lengths
+        batch["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    return batch
 
 
 def can_pack(llm: Any) -> bool:
-    """Whether a model, as transformers opened it, can be read so by default.
+    """Return True if packed attention gives this transformers model the same results as padding.
 
-    That is a decoder of attention layers alone, since others, such as convolutions, would run over from caption to
-    caption; whose configuration says in which direction it reads, since windows are counted by that; and which comes
-    with `sdpa`.
+    It must be a decoder with attention layers only, since others, such as convolutions, would mix neighbouring
+    captions. Its config must state the attention direction, because sliding windows are counted by it. And it must have
+    been opened with `sdpa`.
     """
     config = llm.config
     layers = list(getattr(llm, "layers", []))
@@ -59,7 +68,7 @@ def can_pack(llm: Any) -> bool:
         config._attn_implementation == "sdpa"
         and llm.is_backend_compatible()
         and getattr(config, "is_causal", None) is not None
-        and not getattr(config, "use_bidirectional_attention", False)  # Gemma 3's own way, which counts otherwise
+        and not getattr(config, "use_bidirectional_attention", False)  # Gemma 3 counts its windows differently with it
         and bool(layers)
         and all(getattr(layer, "self_attn", None) is not None for layer in layers)
         and set(getattr(config, "layer_types", None) or []) <= {"full_attention", "sliding_attention"}
@@ -67,11 +76,12 @@ def can_pack(llm: Any) -> bool:
 
 
 def first_token_indices(features: dict[str, Any]) -> list[int]:
-    """Where each caption of a batch begins among all tokens of the batch, padding included, row after row."""
+    """Return the index of each caption's first token in the flattened batch, padding included."""
     if "cu_seq_lens_q" in features:
         return [int(start) for start in features["cu_seq_lens_q"][:-1]]
-    mask = features["attention_mask"]
-    return [row * mask.shape[1] + start for row, start in enumerate(mask.argmax(1).tolist())]  # padding may come first
+    mask = features["attention_mask"]  # (B, T)
+    first_columns = mask.argmax(1).tolist()  # not always 0: padding may be on the left
+    return [row * mask.shape[1] + column for row, column in enumerate(first_columns)]
 
 
 def packed_attention(
@@ -85,71 +95,92 @@ def packed_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: (1, heads, T, D) to (1, T, heads, D), each caption within itself.
+    """Compute attention within each caption of a packed row, with the signature that transformers calls.
 
     Args:
-        caption_lengths: tokens of each caption, T in all; None is an ordinary padded batch with its mask.
-        sliding_window: how far a token sees, as transformers' masks count it: fewer tokens back than this when causal,
-            this many to each side when not.
+        module: the attention layer.
+        query: (1, heads, T, D).
+        key: (1, key heads, T, D).
+        value: (1, key heads, T, D).
+        attention_mask: ignored for a packed row.
+        caption_lengths: number of tokens of each caption, T in total. None for an ordinary padded batch with its mask.
+        sliding_window: attention span, counted as in transformers' masks: a causal token sees fewer than this many
+            tokens back, a bidirectional one sees this many tokens to each side.
+        is_causal: attention direction; None takes it from `module`.
+
+    Returns:
+        (1, T, heads, D), and None for the attention weights.
     """
-    if is_causal is None:  # the configuration does not say
+    if is_causal is None:  # the config does not state it
         is_causal = getattr(module, "is_causal", True)
     if caption_lengths is None:
         if attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
-            raise ValueError(f"{type(module).__name__} lost the captions' lengths: captions would see each other")
-        found: tuple[Tensor, None] = sdpa_attention_forward(
+            raise ValueError(
+                f"{type(module).__name__} does not pass caption_lengths on to attention: captions of a packed batch "
+                "would attend to each other; open the model with attention='sdpa'"
+            )
+        padded: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, is_causal=is_causal, **kwargs
         )
-        return found
-    parts, start = [], 0
+        return padded
+
+    outputs, start = [], 0
     for length, group in groupby(caption_lengths):
         count = len(list(group))
-        if length == 0:  # an empty text and a tokenizer that adds nothing
+        if length == 0:  # an empty text, with a tokenizer that adds no special token
             continue
-        q, k, v = (
+        q, k, v = (  # (count, heads, length, D)
             x[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
             for x in (query, key, value)
         )
         mask = None
         if sliding_window is not None and length > sliding_window:
-            at = torch.arange(length, device=query.device)
-            back = at[:, None] - at
-            mask = (back >= 0) & (back < sliding_window) if is_causal else back.abs() <= sliding_window
-            mask = mask[None, None]
-        if query.device.type == "cpu" and length <= SHORT and not kwargs.get("dropout"):
-            out = unfused_attention(q, k, v, mask, is_causal, kwargs.get("scaling"))
+            mask = _sliding_window_mask(length, sliding_window, is_causal, query.device)
+        if query.device.type == "cpu" and length <= MAX_UNFUSED_LENGTH and not kwargs.get("dropout"):
+            output = unfused_attention(q, k, v, mask, is_causal, kwargs.get("scaling"))
         else:
-            out, _ = sdpa_attention_forward(module, q, k, v, mask, is_causal=is_causal, **kwargs)
-        parts.append(out.flatten(0, 1))
+            output, _ = sdpa_attention_forward(module, q, k, v, mask, is_causal=is_causal, **kwargs)
+        outputs.append(output.flatten(0, 1))
         start += count * length
-    return torch.cat(parts)[None], None
+    return torch.cat(outputs)[None], None
+
+
+def _sliding_window_mask(length: int, window: int, is_causal: bool, device: torch.device) -> Tensor:
+    """Return a mask (1, 1, length, length), True where the token of the row attends to the token of the column."""
+    positions = torch.arange(length, device=device)
+    distance = positions[:, None] - positions  # positive for earlier tokens
+    mask = (distance >= 0) & (distance < window) if is_causal else distance.abs() <= window
+    return mask[None, None]
 
 
 def unfused_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scaling: float | None
 ) -> Tensor:
-    """Attention as two batched products: on a CPU, captions are too short for PyTorch's fused one to pay.
+    """Compute attention with two batched matmuls, which on a CPU is faster for short captions than PyTorch's `sdpa`.
 
     Args:
         query: (B, heads, L, D).
-        key, value: (B, key heads, L, D); query heads that share one stand beside each other.
-        mask: (1, 1, L, L), True where a token sees another; None is all, or, if `is_causal`, those before it.
-        scaling: of the scores; None is D ** -0.5.
+        key: (B, key heads, L, D); consecutive query heads share a key head.
+        value: (B, key heads, L, D).
+        mask: (1, 1, L, L), True where a token attends to another. None for full or, with `is_causal`, causal attention.
+        is_causal: use causal attention if there is no mask.
+        scaling: factor on the scores; None is D ** -0.5.
 
     Returns:
         (B, L, heads, D).
     """
-    count, heads, length, depth = query.shape
-    query = query * (depth**-0.5 if scaling is None else scaling)
-    query = query.reshape(count * key.shape[1], -1, depth)  # heads that share a key, one below the other
+    batch, heads, length, head_dim = query.shape
+    query = query * (head_dim**-0.5 if scaling is None else scaling)
+    # The query heads that share a key head are stacked: (B * key heads, heads per key head * L, D).
+    query = query.reshape(batch * key.shape[1], -1, head_dim)
     scores = torch.bmm(query, key.flatten(0, 1).transpose(1, 2))
     if mask is None and is_causal and length > 1:
         mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
     if mask is not None:
         scores = scores.unflatten(1, (-1, length)).masked_fill(~mask, -torch.inf).flatten(1, 2)
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    out = torch.bmm(weights, value.flatten(0, 1))
-    return out.view(count, heads, length, -1).transpose(1, 2)
+    output = torch.bmm(weights, value.flatten(0, 1))
+    return output.view(batch, heads, length, -1).transpose(1, 2)
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) on a vision tower while it trains; at the end it is the same tower with other weights."""
+"""LoRA (arXiv 2106.09685) on a vision tower during training; merging gives the same architecture with new weights."""
 
 from __future__ import annotations
 
@@ -12,50 +12,52 @@ from llm2clip.models.vision_tower import VisionTower
 
 
 def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
-    """Put LoRA on the linear layers and the 1 x 1 convolutions of the tower's blocks; only it is to be trained.
+    """Add LoRA to the linear layers and 1 x 1 convolutions of the tower's blocks, and freeze all other weights.
 
     Raises:
-        ValueError: there is no such layer.
+        ValueError: the tower has no such layer.
     """
-    names = lora_targets(tower)
-    if not names:
-        raise ValueError("--align.lora_r finds no linear layer in this tower; train its weights instead")
-    _call_the_layer(tower, True)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names), tower.backbone)
+    targets = lora_targets(tower)
+    if not targets:
+        raise ValueError("--align.lora_r: this tower has no linear layer for LoRA; use --align.lora_r 0")
+    _set_qkv_module_call(tower, True)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), tower.backbone)
     for name, parameter in tower.backbone.named_parameters():
         parameter.requires_grad_(".lora_" in name)
 
 
 def lora_targets(tower: VisionTower) -> list[str]:
-    """Names in the backbone of the layers that get LoRA."""
-    inside = [name for name, m in tower.backbone.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    """Return the names of the backbone's layers that get LoRA."""
+    modules = list(tower.backbone.named_modules())
+    # nn.MultiheadAttention reads the weights of its sublayers without calling them, so LoRA there would have no effect.
+    attention_prefixes = tuple(f"{name}." for name, m in modules if isinstance(m, nn.MultiheadAttention))
     return [
         name
-        for name, module in tower.backbone.named_modules()
-        if (isinstance(module, nn.Linear) or _pointwise(module))
+        for name, module in modules
+        if (isinstance(module, nn.Linear) or _is_pointwise_conv(module))
         and tower.is_in_block(name)
-        and not any(name.startswith(f"{parent}.") for parent in inside)  # it reads their weights past them
+        and not name.startswith(attention_prefixes)
     ]
 
 
-def _pointwise(module: nn.Module) -> bool:
-    return type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.groups == 1
-
-
 def merge_tower_lora(tower: VisionTower) -> None:
-    """Add LoRA's changes to the weights, and leave the layers as they were before; nothing happens without LoRA."""
-    layers = {name: m for name, m in tower.backbone.named_modules() if isinstance(m, BaseTunerLayer)}
-    for name, layer in layers.items():
+    """Merge LoRA into the weights and restore the original layers. Without LoRA only `requires_grad` is set."""
+    lora_layers = {name: m for name, m in tower.backbone.named_modules() if isinstance(m, BaseTunerLayer)}
+    for name, layer in lora_layers.items():
         layer.merge(safe_merge=True)
         tower.backbone.set_submodule(name, layer.get_base_layer())
-    _call_the_layer(tower, False)
+    _set_qkv_module_call(tower, False)
     if hasattr(tower.backbone, "peft_config"):
         del tower.backbone.peft_config
     tower.requires_grad_(True)
 
 
-def _call_the_layer(tower: VisionTower, yes: bool) -> None:
-    """timm's EVA multiplies by the weight of a fused layer, past what stands in its place, unless told to call it."""
+def _is_pointwise_conv(module: nn.Module) -> bool:
+    return type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.groups == 1
+
+
+def _set_qkv_module_call(tower: VisionTower, enable: bool) -> None:
+    """Make timm's EVA call its fused qkv layer, instead of reading the weight directly, which would bypass LoRA."""
     for module in tower.backbone.modules():
         if hasattr(module, "qkv_bias_separate"):
-            cast(Any, module).qkv_bias_separate = yes
+            cast(Any, module).qkv_bias_separate = enable

@@ -23,7 +23,7 @@ from llm2clip.io_utils import atomic_write_jsonl, read_jsonl
 from llm2clip.models.batch_size_tuner import MIN_CAPTIONS_TO_TUNE, tune_batch_tokens
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.length_batching import TokenizedTexts, default_batch_tokens
-from llm2clip.models.precision import fastest_precision
+from llm2clip.models.precision_calibration import fastest_precision
 from llm2clip.store.dedup import PendingCaptions
 from llm2clip.store.layout import MANIFEST, read_manifest
 from llm2clip.store.store import EmbeddingStore

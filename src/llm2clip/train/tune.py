@@ -160,7 +160,7 @@ def _train(
     """
     state = process_state()
     set_mixed_precision(precision)
-    set_fsdp_wrap_policy(get_layers(encoder.llm))
+    set_fsdp_wrap_policy(list(get_layers(encoder.llm)))
     args = _training_arguments(config, run_dir, precision)
     keep_freed_memory(args.device)
     texts = (text for r in rows for text in (r["instruction"], r["anchor"], r["positive"], *r["negatives"]))
@@ -206,7 +206,7 @@ def _finish(encoder: CaptionEncoder, lora: LoraSession | None) -> None:
         encoder.llm.gradient_checkpointing_disable()
         encoder.llm.disable_input_require_grads()
     if lora is not None:
-        lora.finish(merge=True)
+        lora.finish()
     encoder.eval()
 
 

@@ -56,10 +56,10 @@ def list_benchmarks(root: Path) -> list[str]:
             folder = str(benchmark.find(root).relative_to(root))
         except MissingFileError:
             folder = "–"
-            missing.append(f"{benchmark.name}: {benchmark.folders[0]}/ with {benchmark.source}")
+            missing.append(f"{benchmark.name} ({benchmark.folders[0]}/): {benchmark.source}")
         rows.append([benchmark.name, benchmark.kind, benchmark.description, folder])
     table = Table(["benchmark", "kind", "description", f"folder in {root}"], rows)
     lines = [to_markdown("Benchmarks", [table])]
     if missing:
-        lines += ["Sources of the missing benchmarks:", *missing]
+        lines += [f"To use the missing benchmarks, put these files into folders in {root}:", *missing]
     return lines

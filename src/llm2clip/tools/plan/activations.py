@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm2clip.config import AlignConfig, TuneConfig
-from llm2clip.models.lora import cast_frozen
-from llm2clip.models.precision import DTYPES, get_layers
+from llm2clip.models.llm_layers import get_layers
+from llm2clip.models.lora import cast_frozen_linear
+from llm2clip.models.precision import DTYPES
 from llm2clip.tools.plan.model_configs import build_llm, build_model
 from llm2clip.train.optim import set_trainable
 
@@ -56,7 +57,7 @@ def kept_by_llm(config: Any, tune: TuneConfig, precision: str, layers: int) -> t
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for something by its old name
             net = get_peft_model(llm, lora)
-        cast_frozen(net, DTYPES[precision])
+        cast_frozen_linear(net, DTYPES[precision])
     found = []
     with FakeTensorMode(allow_non_fake_inputs=True), _autocast(precision):
         net.to_empty(device="cpu")

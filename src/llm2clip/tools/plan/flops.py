@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
-from llm2clip.models.precision import get_layers
+from llm2clip.models.llm_layers import get_layers
 from llm2clip.tools.plan.activations import kept_by_llm, kept_by_model, saved_by_model
 from llm2clip.tools.plan.model_configs import build_llm, build_model, get_llm_config
 from llm2clip.train.optim import set_trainable

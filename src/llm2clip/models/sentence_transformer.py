@@ -1,0 +1,92 @@
+"""Opening of a model folder as a SentenceTransformer, as the basis of a caption encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from torch import nn
+
+from llm2clip.models.llm_layers import set_bidirectional
+from llm2clip.models.loading import hide_loading_bars
+from llm2clip.models.lora import is_lora_folder, load_lora
+
+
+@hide_loading_bars()
+def open_sentence_transformer(path: str, pooling: str, device: str | torch.device | None) -> SentenceTransformer:
+    """Open a model in float32.
+
+    Args:
+        path: folder or hub id of a sentence-transformers model, which is opened as saved, or of a transformers model,
+            which gets pooling and bidirectional attention.
+        pooling: pooling mode for a transformers model.
+        device: default: a GPU if there is one.
+
+    Raises:
+        ValueError: weights are missing.
+        OSError: there is no such model.
+    """
+    from transformers.utils import cached_file
+
+    device_name = str(device) if device is not None else None
+    if is_lora_folder(path):
+        return load_lora(path, device_name)
+    modules_file = cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False)
+    if modules_file is not None:
+        return SentenceTransformer(
+            path, device=device_name, trust_remote_code=False, model_kwargs={"dtype": torch.float32}
+        )
+
+    transformer = _open_transformer(path)
+    pooling_module = Pooling(transformer.get_embedding_dimension(), pooling)
+    st = SentenceTransformer(modules=[transformer, pooling_module], device=device_name)
+    st.max_seq_length = min(512, transformer.max_seq_length or 512)
+    set_bidirectional(transformer.model, True)
+    return st
+
+
+def _open_transformer(path: str) -> Transformer:
+    """Open a plain transformers model as the first module of a SentenceTransformer."""
+    transformer = _StrictTransformer(
+        path,
+        model_kwargs={"dtype": torch.float32, "trust_remote_code": False},
+        processor_kwargs={"trust_remote_code": False},
+        config_kwargs={"trust_remote_code": False},
+        # Use the text as it is. By default, sentence-transformers wraps texts in the tokenizer's chat template.
+        modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+        module_output_name="token_embeddings",
+    )
+    transformer.__class__ = Transformer  # the class that a saved folder names
+    tokenizer: Any = transformer.tokenizer
+    tokenizer.chat_template = None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return transformer
+
+
+class _StrictTransformer(Transformer):
+    """Transformer that raises an error if weights are missing. transformers only warns, and leaves them random."""
+
+    def _load_model(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
+        loaded: Any = super()._load_model(model_name_or_path, *args, **kwargs, output_loading_info=True)
+        model, report = loaded
+        missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))  # pooler: unused
+        if missing:
+            raise ValueError(f"{model_name_or_path} lacks {len(missing):,} weights, among them {missing[0]}")
+        return model
+
+
+def truncate_embeddings(st: Any, dim: int) -> None:
+    """Keep only the first `dim` dimensions of the embeddings, by a fixed linear layer at the end.
+
+    The `truncate_dim` of sentence-transformers is not saved with a model; a linear layer is.
+    """
+    full_dim = st.get_embedding_dimension()
+    if not 0 < dim <= full_dim:
+        raise ValueError(f"truncate_dim must be between 1 and {full_dim}, the encoder's dimension (got {dim})")
+    selection = torch.eye(dim, full_dim)
+    layer = Dense(full_dim, dim, bias=False, activation_function=nn.Identity(), init_weight=selection)
+    st.append(layer.to(st.device))

@@ -1,0 +1,62 @@
+"""Text around a caption: the template of a caption encoder, and the token length of prompts before the caption."""
+
+from __future__ import annotations
+
+from typing import Any
+
+CAPTION = "{caption}"
+
+
+def set_template(st: Any, template: str) -> None:
+    """Set the template of a SentenceTransformer, in a form that its saved folder keeps.
+
+    The text before the caption becomes the default prompt of sentence-transformers, excluded from pooling. The special
+    token after the caption becomes part of the tokenizer.
+
+    Raises:
+        ValueError: the template is not valid for this model.
+    """
+    if template.count(CAPTION) != 1:
+        raise ValueError(f"template must contain {CAPTION} exactly once (got {template!r})")
+    prefix, suffix = template.split(CAPTION)
+    if suffix:
+        _set_suffix(st.tokenizer, suffix)
+    st.default_prompt_name, st[1].include_prompt = None, True
+    if prefix:
+        st.prompts["caption"] = prefix
+        st.default_prompt_name = "caption"
+        st[1].include_prompt = False
+        if not has_consistent_length(st, prefix):
+            raise ValueError(
+                f"sentence-transformers would miscount the tokens of the template's prefix {prefix!r}: it must not end "
+                f"in a space, nor in a special token if nothing follows {CAPTION}"
+            )
+
+
+def _set_suffix(tokenizer: Any, suffix: str) -> None:
+    """Make the tokenizer append the special token `suffix`, in place of the special tokens it adds by default."""
+    from tokenizers.processors import TemplateProcessing
+
+    ids = tokenizer(suffix, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1 or ids[0] not in tokenizer.all_special_ids:
+        raise ValueError(f"template: only a single special token may follow {CAPTION}; {suffix!r} is {len(ids)} tokens")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {suffix}", special_tokens=[(suffix, ids[0])]
+    )
+
+
+def prompt_length(tokenizer: Any, prompt: str) -> int:
+    """Return the number of tokens of a prompt before a caption, including a special token at the start of the text.
+
+    These are the first tokens that do not depend on the caption. Counting the tokens of the prompt alone would be wrong
+    for a prompt that ends in a space, because the space becomes part of the next word's token.
+    """
+    if not prompt:
+        return 0
+    first, second = tokenizer([prompt + "a", prompt + "1"], return_attention_mask=False)["input_ids"]
+    return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+
+
+def has_consistent_length(st: Any, prompt: str) -> bool:
+    """Return True if sentence-transformers counts as many tokens for a prompt as `prompt_length`."""
+    return bool(st[0]._get_prompt_length(prompt) == prompt_length(st.tokenizer, prompt))

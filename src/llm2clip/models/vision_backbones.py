@@ -1,0 +1,221 @@
+"""Backbones of vision towers: how a name is resolved, and how timm and transformers build and describe a model.
+
+A backbone is described by a JSON-serialisable config:
+
+library        timm or transformers
+architecture   timm: name of the architecture; transformers: the model's config
+args           timm only: arguments of `timm.create_model`
+preprocess     `Preprocess.to_dict()`
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.models import get_pretrained_cfg, load_model_config_from_hf, split_model_name_tag
+from torch import nn
+
+from llm2clip.data.images import Preprocess
+from llm2clip.models.pretrained import resolve_pretrained
+
+log = logging.getLogger(__name__)
+
+# Supported model types of transformers, whose pooled output is a trained image feature, with the usual preprocessing
+# of each type for folders without a preprocessor_config.json. The size is replaced by that of the model.
+_CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+_HALF_STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+_IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_DEFAULT_PREPROCESS = {
+    "clip_vision_model": Preprocess(224, "shortest", 1.0, "bicubic", *_CLIP_STATS),
+    "siglip_vision_model": Preprocess(224, "squash", 1.0, "bicubic", *_HALF_STATS),
+    "dinov2": Preprocess(224, "shortest", 0.875, "bicubic", *_IMAGENET_STATS),
+    "dinov2_with_registers": Preprocess(224, "shortest", 0.875, "bicubic", *_IMAGENET_STATS),
+    "dinov3_vit": Preprocess(224, "squash", 1.0, "bilinear", *_IMAGENET_STATS),
+}
+_DUAL_ENCODER_TYPES = ("clip", "siglip")  # only their vision model is used
+# Entries of a transformers config that are not part of the architecture: they change between versions or are paths.
+_TRANSIENT_ENTRIES = ("transformers_version", "_name_or_path", "dtype", "architectures", "id2label", "label2id")
+
+
+def load_backbone(name: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a backbone by name, with the meaning of the arguments as in `VisionTower.from_pretrained`.
+
+    Returns:
+        The module and its config.
+    """
+    library, source = _parse_name(resolve_pretrained(name))
+    load = _load_timm if library == "timm" else _load_transformers
+    return load(source, image_size, pretrained)
+
+
+def build_backbone(config: dict[str, Any]) -> nn.Module:
+    """Build the backbone of a config with random weights, offline."""
+    if config["library"] == "timm":
+        return timm.create_model(config["architecture"], pretrained=False, **config["args"])
+    from transformers import AutoConfig
+
+    return _build_transformers(AutoConfig.for_model(**config["architecture"]))
+
+
+def _parse_name(name: str) -> tuple[str, str]:
+    """Return the library, timm or transformers, and its folder, hub id or model name."""
+    prefix, colon, rest = name.partition(":")
+    if colon and prefix in ("timm", "hf"):
+        return ("timm" if prefix == "timm" else "transformers"), rest
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{name} has no config.json: it was saved neither by timm nor by transformers")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    elif "/" not in name or name.startswith("timm/"):
+        return "timm", name
+    else:
+        config = _download_config(name)
+    if config.get("model_type") == "llm2clip":
+        raise ValueError(
+            f"{name} is an llm2clip model, not a vision tower: name the tower it was trained from, or export its tower "
+            "with `llm2clip export --to vision`"
+        )
+    if "model_type" in config:
+        return "transformers", name
+    if "architecture" in config:
+        return "timm", name
+    raise ValueError(f"{name}: config.json has neither 'architecture' (timm) nor 'model_type' (transformers)")
+
+
+def _download_config(hub_id: str) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return dict(json.loads(Path(hf_hub_download(hub_id, "config.json")).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"{hub_id} is neither a folder nor a model on the hub ({error})") from error
+
+
+# ---- timm -----------------------------------------------------------------------------------------------------------
+
+
+def _load_timm(source: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
+    model_name, architecture, cfg, args = _describe_timm(source)
+    args = {**args, "num_classes": 0}
+    if cfg.get("fixed_input_size") or "img_size" in args:
+        # Position embeddings or windows are built for one size, and timm resizes the pretrained ones. The size is
+        # always written to the config, because another tag of the same architecture may have another default.
+        built_size = args.get("img_size") or cfg["input_size"][-2:]
+        sides = {built_size} if isinstance(built_size, int) else set(built_size)
+        if image_size is None and len(sides) > 1:
+            raise ValueError(f"{model_name} was built for images of {built_size}; only square images are supported")
+        args["img_size"] = image_size or sides.pop()
+    backbone = timm.create_model(model_name, pretrained=pretrained, **args)
+    preprocess = _timm_preprocess(backbone, model_name, args.get("img_size") or image_size)
+    config = {"library": "timm", "architecture": architecture, "args": args, "preprocess": preprocess.to_dict()}
+    return backbone, config
+
+
+def _describe_timm(source: str) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
+    """Return the name for `timm.create_model`, the architecture, the pretrained config and the saved arguments."""
+    if Path(source).is_dir():
+        saved = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+        cfg = saved.get("pretrained_cfg", saved)
+        return f"local-dir:{source}", saved["architecture"], cfg, saved.get("model_args") or {}
+    if "/" in source:
+        cfg, architecture, args = load_model_config_from_hf(source)
+        return f"hf-hub:{source}", architecture, cfg, args or {}
+    architecture = split_model_name_tag(source)[0]
+    if not timm.is_model(architecture):
+        raise ValueError(
+            f"timm has no model {source!r}, and there is no such folder; a hub id must contain a slash (OWNER/NAME)"
+        )
+    try:
+        pretrained_cfg = get_pretrained_cfg(source, allow_unregistered=True)
+    except RuntimeError as error:  # the architecture does not have this tag
+        raise ValueError(str(error)) from error
+    return source, architecture, pretrained_cfg.to_dict() if pretrained_cfg else {}, {}
+
+
+def _timm_preprocess(backbone: nn.Module, name: str, size: int | None) -> Preprocess:
+    """Return the preprocessing a timm model was trained with, for `size` pixels if that is not None."""
+    data = resolve_model_data_config(backbone)
+    height, width = data["input_size"][-2:]  # timm before 1.0.31 reports the original size here, and not the one built
+    if size is None and height != width:
+        raise ValueError(f"{name} was trained on images of {height} x {width}; only square images are supported")
+    if data["crop_mode"] not in ("center", "squash"):
+        raise ValueError(f"{name} uses crop mode {data['crop_mode']!r}; only 'center' and 'squash' are supported")
+    return Preprocess(
+        size=size or height,
+        resize="squash" if data["crop_mode"] == "squash" else "shortest",
+        crop_pct=data["crop_pct"],
+        interpolation="bilinear" if data["interpolation"] == "bilinear" else "bicubic",
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+    )
+
+
+# ---- transformers ---------------------------------------------------------------------------------------------------
+
+
+def _load_transformers(source: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
+    from transformers import AutoConfig
+
+    # Without an explicit False, transformers asks in the terminal whether to run the code in the folder.
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if config.model_type in _DUAL_ENCODER_TYPES:
+        config = config.vision_config
+    if config.model_type.startswith("siglip2"):
+        raise ValueError(
+            f"{source} is a NaFlex SigLIP 2, whose input has no fixed size: use a SigLIP 2 checkpoint with a "
+            "resolution in its name"
+        )
+    if config.model_type not in _DEFAULT_PREPROCESS:
+        supported = ", ".join([*_DUAL_ENCODER_TYPES, *_DEFAULT_PREPROCESS])
+        raise ValueError(f"{source} has model type {config.model_type!r}; supported are {supported}")
+    backbone = _build_transformers(config, source if pretrained else None)
+    preprocess = _transformers_preprocess(source, config)
+    preprocess = replace(preprocess, size=image_size or preprocess.size)
+    architecture = {key: value for key, value in config.to_dict().items() if key not in _TRANSIENT_ENTRIES}
+    return backbone, {
+        "library": "transformers",
+        "architecture": architecture,
+        "preprocess": preprocess.to_dict(),
+    }
+
+
+def _build_transformers(config: Any, source: str | None = None) -> nn.Module:
+    """Build the vision model of a transformers config, with the weights of `source`, or random ones if it is None."""
+    from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
+
+    # For a folder with a complete CLIP, AutoModel would build the complete CLIP.
+    classes = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
+    model_class: Any = classes.get(config.model_type)
+    if source is None:
+        model = model_class(config) if model_class else AutoModel.from_config(config)
+        model = model.float()
+    else:
+        # By default, transformers 5 keeps the half precision of a checkpoint.
+        model, report = (model_class or AutoModel).from_pretrained(
+            source, config=config, dtype=torch.float32, output_loading_info=True
+        )
+        if report["missing_keys"]:  # transformers only warns, and leaves these random
+            raise ValueError(f"{source} lacks the weights {sorted(report['missing_keys'])[:5]}")
+    # Before about transformers 5.3, CLIP and SigLIP wrap the vision model once more. The names of the weights must not
+    # depend on that.
+    return cast(nn.Module, getattr(model, "vision_model", model))
+
+
+def _transformers_preprocess(source: str, config: Any) -> Preprocess:
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError):
+        preprocess = replace(_DEFAULT_PREPROCESS[config.model_type], size=int(config.image_size))
+        log.warning("%s has no preprocessor_config.json; using the default of its model type: %s", source, preprocess)
+        return preprocess
+    return Preprocess.from_dict(processor.to_dict())
