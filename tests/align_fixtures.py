@@ -36,12 +36,12 @@ ALIGN = AlignConfig(
 
 
 def read_split(images: Path, split: str = "train") -> list[Record]:
-    """Return the records of one split of the `pictures` fixture: 30 for training, 6 held out."""
+    """Return the records of one split of the `image_folder` fixture: 30 for training, 6 held out."""
     return [record for record in open_records(images / "captions.jsonl") if record.split == split]
 
 
 def make_store(images: Path, llm: Path, folder: Path) -> EmbeddingStore:
-    """Embed all captions of the `pictures` fixture."""
+    """Embed all captions of the `image_folder` fixture."""
     encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
     return embed([text for record in open_records(images / "captions.jsonl") for text in record.texts], encoder, folder)
 

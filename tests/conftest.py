@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable, Generator
 from contextlib import suppress
@@ -20,6 +21,7 @@ from llm2clip.config import TuneConfig
 from llm2clip.data.pairs import ImageCaptions
 from llm2clip.distributed import process_state, shutdown
 from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.pretrained import AssetUnavailableError
 
 # setuptools must be imported before the standard library's distutils, or compiling flex attention fails.
@@ -172,6 +174,38 @@ def folder(tmp_path: Path) -> Path:
     for seed, row in enumerate(ROWS):
         (tmp_path / row["image"]).write_bytes(image_bytes(seed, "PNG" if row["image"].endswith("png") else "JPEG"))
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random LLM2CLIP model."""
+    from search_fixtures import make_model
+
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def dual_encoder(model_folder: Path) -> DualEncoder:
+    """The model of `model_folder`."""
+    return open_dual_encoder(str(model_folder))
+
+
+@pytest.fixture
+def photos(tmp_path: Path, pictures: Path) -> Path:
+    """Seven images in two folders, two of them with the same bytes, one from 2001, one with a caption; two damaged."""
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    for n in range(4):
+        shutil.copy(pictures / f"{n}.png", folder / f"{n}.png")
+    shutil.copy(pictures / "5.png", folder / "sub/5.png")
+    shutil.copy(pictures / "5.png", folder / "sub/copy.png")
+    (folder / "0.txt").write_text("Ein roter Ärmel\n")
+    (folder / "bad.jpg").write_bytes(b"\xff\xd8\xff not an image")
+    (folder / "half.png").write_bytes((pictures / "6.png").read_bytes()[:300])
+    exif = Image.Exif()
+    exif[0x0132] = "2001:02:03 04:05:06"
+    Image.open(pictures / "7.png").resize((80, 64)).convert("RGB").save(folder / "old.jpg", exif=exif)
+    return folder
 
 
 @pytest.fixture(scope="session")

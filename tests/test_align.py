@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from align_fixtures import ALIGN, fresh_model, killed_after, make_store, read_split, run_align
-from conftest import CAPTIONS, TUNE, distributed, make_llm, share_out
+from conftest import CAPTIONS, TUNE, emulate_fsdp_launch, make_llm, run_distributed
 from llm2clip.checkpoint import read_metrics
 from llm2clip.config import AlignConfig
 from llm2clip.data.hashing import epoch_permutation
@@ -44,13 +44,13 @@ TOWER_LINEAR_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 @pytest.fixture(scope="module")
-def records(pictures: Path) -> list[Record]:
-    return read_split(pictures)
+def records(image_folder: Path) -> list[Record]:
+    return read_split(image_folder)
 
 
 @pytest.fixture(scope="module")
-def store(pictures: Path, llm: Path, tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
-    return make_store(pictures, llm, tmp_path_factory.mktemp("store") / "store")
+def store(image_folder: Path, llm: Path, tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
+    return make_store(image_folder, llm, tmp_path_factory.mktemp("store") / "store")
 
 
 def metrics_of(run_dir: Path, name: str = "metrics") -> list[dict[str, Any]]:
@@ -318,7 +318,7 @@ def _compare_with_one_process(
 ) -> None:
     """Two ranks with half the batch size each must do what one process does with the whole batch."""
     config = dataclasses.replace(config, eval_steps=2, load_best_at_end=True)
-    distributed(2, _align_on_rank, records, str(store.folder), config, str(folder / "two"), fsdp)
+    run_distributed(2, _align_on_rank, records, str(store.folder), config, str(folder / "two"), fsdp)
     model = run_align(records, store, folder / "one", config, mean_similarity(records, store))
     state = load_file(folder / "two" / "trained.safetensors")
     assert_same_run(model, state, folder / "one", folder / "two", atol=1e-4)
@@ -330,7 +330,7 @@ def _align_on_rank(records: list[Record], store: str, config: AlignConfig, folde
     half = dataclasses.replace(config, batch_size=config.batch_size // 2)
     run = (records, EmbeddingStore(store), Path(folder), half, mean_similarity(records, EmbeddingStore(store)))
     if fsdp:
-        share_out()
+        emulate_fsdp_launch()
         with killed_after(5):
             run_align(*run)
     model = run_align(*run)
@@ -347,7 +347,7 @@ def test_align_lists_undecodable_images_of_all_processes(
     for n, file in broken.items():
         file.write_bytes(Path(str(records[n].image)).read_bytes()[:300])
         damaged[n] = dataclasses.replace(records[n], image=FileImage(str(file)))
-    distributed(2, _align_damaged_on_rank, damaged, str(store.folder), str(tmp_path))
+    run_distributed(2, _align_damaged_on_rank, damaged, str(store.folder), str(tmp_path))
     listed = [json.loads(line)["file"] for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert sorted(listed) == sorted(map(str, broken.values()))
 
@@ -376,14 +376,14 @@ def _align_damaged_on_rank(records: list[Record], store: str, folder: str) -> No
 def test_align_resumes_exactly(
     records: list[Record],
     store: EmbeddingStore,
-    pictures: Path,
+    image_folder: Path,
     tmp_path: Path,
     change: dict[str, Any],
     tower: str,
 ) -> None:
     """Killed in the middle of an epoch: the same metrics, evaluations and weights, to the last bit."""
     config = dataclasses.replace(ALIGN, **{"epochs": 3, "batch_size": 6, "eval_steps": 2, **change})
-    held_out = {"captions": read_split(pictures, "val")}
+    held_out = {"captions": read_split(image_folder, "val")}
 
     def run(name: str) -> LLM2CLIP:
         validate = make_validator(held_out, SkipLog(max_skipped=1.0), store)

@@ -35,8 +35,8 @@ ASKED = (
     "POST /search",
     "POST /embed",
     "POST /embed/upload",
-    "GET /thumbnail/{hit}",
-    "GET /picture/{hit}",
+    "GET /thumbnail/{hit_id}",
+    "GET /image/{hit_id}",
 )
 
 

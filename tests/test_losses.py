@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import distributed
+from conftest import run_distributed
 from llm2clip.train import losses
 from llm2clip.train.losses import info_nce, info_nce_reference, sigmoid_loss, sigmoid_reference
 
@@ -174,7 +174,7 @@ def test_losses_use_memory_linear_in_the_batch_size(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_losses_on_several_ranks_match_one_process(ranks: int, tmp_path: Path) -> None:
     """Averaged over ranks as DDP does, with ragged numbers of texts and duplicates across ranks."""
-    distributed(ranks, _save_gradients, str(tmp_path))
+    run_distributed(ranks, _save_gradients, str(tmp_path))
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
     for name, expected in _gradients(slice(0, 8)).items():
         actual = torch.stack([part[name] for part in parts]).mean(0)

@@ -22,13 +22,13 @@ EFFICIENTNET = "test_efficientnet"
 
 
 @pytest.fixture(scope="module")
-def records(pictures: Path) -> list[Record]:
-    return read_split(pictures)
+def records(image_folder: Path) -> list[Record]:
+    return read_split(image_folder)
 
 
 @pytest.fixture(scope="module")
-def store(pictures: Path, llm: Path, tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
-    return make_store(pictures, llm, tmp_path_factory.mktemp("store") / "store")
+def store(image_folder: Path, llm: Path, tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
+    return make_store(image_folder, llm, tmp_path_factory.mktemp("store") / "store")
 
 
 def make_batches(

@@ -1,4 +1,4 @@
-"""The index on generated pictures and a random model: what it holds, what it notices, what it answers."""
+"""Tests of building, updating and filtering an index, on generated images and a random model."""
 
 from __future__ import annotations
 
@@ -7,550 +7,355 @@ import io
 import json
 import os
 import shutil
-import sqlite3
 import tarfile
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from llm2clip.cli import main
-from llm2clip.data.image_refs import FileImage, ParquetImage, TarImage
+from llm2clip.data.image_refs import FileImage
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
+from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.search.backends import open_backend
-from llm2clip.search.build import build_index, date_taken
-from llm2clip.search.query_embedding import NEGATIVE_WEIGHT, Query, combine, embed_query, embed_texts
+from llm2clip.search.query_embedding import Query, embed_images, embed_query
+from llm2clip.search.scan import date_taken
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.types import (
-    Backend,
-    Filter,
-    IndexedContent,
-    IndexedImage,
-    container_path,
-    ref_from_json,
-    ref_to_json,
-)
-from llm2clip.search.vector_index import QuantizedVectors, VectorIndex, open_graph, update_graph
-from llm2clip.search.verbs import canonical_path, parse_time
-from search_fixtures import make_model
+from llm2clip.search.types import Filter
+from search_fixtures import BACKENDS, create_backend, index_sources, search_names
+
+QUERY = np.eye(16, dtype=np.float32)[0]
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
+# ---- updates --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model(model_folder: Path) -> DualEncoder:
-    return open_dual_encoder(str(model_folder))
-
-
-def engine_at(kind: str, folder: Path) -> Backend:
-    if kind == "local":
-        return SqliteBackend(folder, write=True)
-    qdrant = pytest.importorskip("llm2clip.search.qdrant_backend")
-    from qdrant_client import QdrantClient
-
-    return qdrant.QdrantBackend(QdrantClient(path=str(folder)), "pictures")
-
-
-def names(engine: Backend, only: Filter | None = None, count: int = 100) -> set[str]:
-    width = int(engine.about()["width"])
-    hits = engine.search(np.eye(width, dtype=np.float32)[0], count, only or Filter())
-    return {Path(p.name).name for hit in hits for p in hit.pictures}
-
-
-@pytest.fixture
-def photos(tmp_path: Path, pictures: Path) -> Path:
-    """Some pictures in two folders, one of them twice, one damaged, one taken in 2001, one with a caption beside it."""
-    folder = tmp_path / "photos"
-    (folder / "sub").mkdir(parents=True)
-    for n in range(4):
-        shutil.copy(pictures / f"{n}.png", folder / f"{n}.png")
-    shutil.copy(pictures / "5.png", folder / "sub/5.png")
-    shutil.copy(pictures / "5.png", folder / "sub/copy.png")
-    (folder / "0.txt").write_text("Ein roter Ärmel\n")
-    (folder / "bad.jpg").write_bytes(b"\xff\xd8\xff not a picture")
-    (folder / "half.png").write_bytes((pictures / "6.png").read_bytes()[:300])
-    exif = Image.Exif()
-    exif[0x0132] = "2001:02:03 04:05:06"
-    Image.open(pictures / "7.png").resize((80, 64)).convert("RGB").save(folder / "old.jpg", exif=exif)
-    return folder
-
-
-@pytest.mark.parametrize("kind", ["local", "qdrant"])
-def test_what_is_new_changed_moved_and_gone(kind: str, photos: Path, model: DualEncoder, tmp_path: Path) -> None:
-    engine, log = engine_at(kind, tmp_path / "index"), SkipLog(tmp_path / "skipped.jsonl", 1.0)
-    report = build_index([str(photos)], model, engine, log)
-    assert (report.added, report.embedded, report.changed, report.dropped) == (7, 6, 0, 0)
-    assert engine.count() == (7, 6)
-    assert [[Path(n).name for n in group] for group in engine.copies()] == [["5.png", "copy.png"]]
-    listed = [json.loads(line)["file"] for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
-    assert {Path(file).name for file in listed} == {"bad.jpg", "half.png"}
-
-    again = build_index([str(photos)], model, engine, SkipLog(None, 1.0))
-    assert not again and again.embedded == 0
-
-    (photos / "sub/5.png").rename(photos / "moved.png")  # the same bytes elsewhere
-    (photos / "1.png").unlink()
-    shutil.copy(photos / "2.png", photos / "3.png")  # another picture under an old name
-    os.utime(photos / "3.png", (1, 1))
-    (photos / "0.png").write_bytes(b"no longer a picture")
-    report = build_index([str(photos)], model, engine, SkipLog(None, 1.0))
-    assert (report.added, report.embedded, report.changed, report.dropped) == (1, 0, 1, 3)
-    assert names(engine) == {"2.png", "3.png", "copy.png", "moved.png", "old.jpg"}
-    assert engine.count() == (5, 3)
-    (photos / "2.txt").write_text("a caption that came later\n")
-    report = build_index([str(photos)], model, engine, SkipLog(None, 1.0))
-    assert (report.added, report.embedded, report.changed, report.dropped) == (0, 0, 1, 0)
-    assert names(engine, Filter(caption="came later")) == {"2.png", "3.png"}  # of one content
-
-
-@pytest.mark.parametrize("kind", ["local", "qdrant"])
-def test_filters(kind: str, photos: Path, model: DualEncoder, tmp_path: Path) -> None:
-    engine = engine_at(kind, tmp_path / "index")
-    build_index([str(photos)], model, engine, SkipLog(None, 1.0))
-    assert names(engine, Filter(under=str(photos / "sub"))) == {"5.png", "copy.png"}
-    assert names(engine, Filter(under=str(photos / "su"))) == set()
-    assert names(engine, Filter(under=str(photos / "1.png"))) == {"1.png"}
-    assert names(engine, Filter(caption="roter ärmel")) == {"0.png"}
-    assert names(engine, Filter(caption="%")) == set()
-    assert names(engine, Filter(before=1e9)) == {"old.jpg"}
-    assert names(engine, Filter(after=1e9, larger=41)) == set()
-    assert names(engine, Filter(larger=41)) == {"old.jpg"}
-    assert names(engine, Filter(), count=2) < names(engine)
-
-
-@pytest.mark.parametrize("kind", ["local", "qdrant"])
-def test_answers_are_the_brute_force_ones(kind: str, pictures: Path, model: DualEncoder, tmp_path: Path) -> None:
-    engine = engine_at(kind, tmp_path / "index")
-    build_index([str(pictures)], model, engine, SkipLog(None, 1.0))
-    query = embed_query(model, Query(texts=["the middle is red"]))
-    files = sorted(pictures.glob("*.png"))
-    vectors = LLM2CLIP.encode_image(LLM2CLIP.from_pretrained(model.name), files).numpy()
-    cosines = vectors @ query
-    hits = engine.search(query, 5, Filter())
-    assert [Path(hit.pictures[0].name).name for hit in hits] == [files[i].name for i in np.argsort(-cosines)[:5]]
-    assert [hit.score for hit in hits] == pytest.approx(np.sort(-cosines)[:5] * -1, abs=2e-3)
-    held = engine.vector(hits[0].id)
-    assert held is not None and held @ query == pytest.approx(hits[0].score, abs=1e-3)
-    assert (engine.thumbnail(hits[0].id) or b"").startswith(b"\xff\xd8")
-    assert engine.pictures(hits[0].id) == hits[0].pictures
-    for nothing in ("0", "99", "-1", "x", "../..", "9" * 30):
-        assert engine.vector(nothing) is None and engine.thumbnail(nothing) is None and engine.pictures(nothing) == ()
-
-
-def test_another_model_is_refused(
-    photos: Path, model: DualEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_build_index_handles_new_changed_moved_and_deleted_images(
+    kind: str, photos: Path, dual_encoder: DualEncoder, tmp_path: Path
 ) -> None:
-    engine = SqliteBackend(tmp_path / "index", write=True)
-    build_index([str(photos)], model, engine, SkipLog(None, 1.0))
-    engine.begin({"model": model.name, "fingerprint": "0", "width": 16})  # the same name, trained anew
-    with pytest.raises(ValueError, match="as it was then"):
-        build_index([str(photos)], model, engine, SkipLog(None, 1.0))
-    assert main(["search", str(tmp_path / "index"), "a"]) == 1
-    assert "as it was then" in capsys.readouterr().err
+    backend, log = create_backend(kind, tmp_path / "index"), SkipLog(tmp_path / "skipped.jsonl", 1.0)
+    report = index_sources([photos], dual_encoder, backend, log=log)
+    assert (report.added, report.embedded, report.changed, report.removed) == (7, 6, 0, 0)
+    assert backend.count() == (7, 6)
+    duplicates = [[Path(name).name for name in group] for group in backend.duplicates()]
+    assert duplicates == [["5.png", "copy.png"]]
+    skipped = [json.loads(line)["file"] for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert {Path(file).name for file in skipped} == {"bad.jpg", "half.png"}
+
+    report = index_sources([photos], dual_encoder, backend)
+    assert not report and report.embedded == 0
+
+    (photos / "sub/5.png").rename(photos / "moved.png")  # the same content under another name
+    (photos / "1.png").unlink()
+    shutil.copy(photos / "2.png", photos / "3.png")  # other content under an existing name
+    os.utime(photos / "3.png", (1, 1))
+    (photos / "0.png").write_bytes(b"no longer an image")
+    report = index_sources([photos], dual_encoder, backend)
+    assert (report.added, report.embedded, report.changed, report.removed) == (1, 0, 1, 3)
+    assert search_names(backend) == {"2.png", "3.png", "copy.png", "moved.png", "old.jpg"}
+    assert backend.count() == (5, 3)
+
+    (photos / "2.txt").write_text("a caption that was added later\n")
+    report = index_sources([photos], dual_encoder, backend)
+    assert (report.added, report.embedded, report.changed, report.removed) == (0, 0, 1, 0)
+    assert search_names(backend, Filter(caption="added later")) == {"2.png", "3.png"}  # they share one content
+
+
+def test_build_index_rejects_another_model(
+    photos: Path, dual_encoder: DualEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from llm2clip.search.server import create_app
 
-    with pytest.raises(ValueError, match="as it was then"):
-        create_app(model, engine)
+    backend = SqliteBackend(tmp_path / "index", write=True)
+    index_sources([photos], dual_encoder, backend)
+    backend.initialize({"model": dual_encoder.name, "fingerprint": "0", "width": 16})  # same name, other weights
+    with pytest.raises(ValueError, match="built with a different model"):
+        index_sources([photos], dual_encoder, backend)
+    assert main(["search", str(tmp_path / "index"), "a"]) == 1
+    assert "built with a different model" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="built with a different model"):
+        create_app(dual_encoder, backend)
 
 
-def test_odd_names_odd_vectors_and_turned_pictures(pictures: Path, model: DualEncoder, tmp_path: Path) -> None:
-    """A name that is no UTF-8, a vector that is not finite, a picture whose EXIF says that it lies on its side."""
-    photos, log = tmp_path / "photos", SkipLog(tmp_path / "skipped.jsonl", 1.0)
-    photos.mkdir()
-    odd = os.fsdecode(b"caf\xe9.png")
-    shutil.copy(pictures / "1.png", photos / odd)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    exif.get_ifd(0x8769)[0x9003] = "2002:03:04 05:06:07"
-    Image.open(pictures / "2.png").convert("RGB").save(photos / "turned.jpg", exif=exif)
-    (photos / "phone.heic").write_bytes(b"not read here")
-    engine = SqliteBackend(tmp_path / "index", write=True)
-    build_index([str(photos)], model, engine, log)
-    assert names(engine) == {r"caf\udce9.png", "turned.jpg"} and log.skipped == {"unknown format": 1}
-    assert not build_index([str(photos)], model, engine, SkipLog(None, 1.0))
-    hits = {Path(hit.pictures[0].name).name: hit for hit in engine.search(np.eye(16, dtype=np.float32)[0], 9, Filter())}
-    turned = hits["turned.jpg"]
-    assert (turned.width, turned.height) == (40, 48) == Image.open(io.BytesIO(engine.thumbnail(turned.id) or b"")).size
-    assert turned.pictures[0].taken == datetime(2002, 3, 4, 5, 6, 7).timestamp()
-    assert hits[r"caf\udce9.png"].pictures[0].place.read() == (pictures / "1.png").read_bytes()
-    broken = dataclasses.replace(model, encode_images_raw=lambda some: torch.full((len(some), 16), torch.nan))
-    shutil.copy(pictures / "3.png", photos / "3.png")
-    again = SkipLog(None, 1.0)
-    assert build_index([str(photos)], broken, engine, again).added == 0 and again.skipped["undecodable image"] == 1
-    assert names(engine) == {r"caf\udce9.png", "turned.jpg"}
+def test_build_index_keeps_committed_batches_when_interrupted(
+    photos: Path, dual_encoder: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, add, calls = SqliteBackend(tmp_path / "index", write=True), SqliteBackend.add, []
+
+    def interrupted_add(self: SqliteBackend, *args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        add(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SqliteBackend, "add", interrupted_add)
+        with pytest.raises(KeyboardInterrupt):
+            index_sources([photos], dual_encoder, backend, batch_size=2)
+    committed = backend.count()[0]
+    assert 0 < committed < 7
+    report = index_sources([photos], dual_encoder, backend, batch_size=2)
+    assert report.added == 7 - committed
+    assert backend.count() == (7, 6)
 
 
-def test_a_folder_with_all_that_is_in_it(pictures: Path, model: DualEncoder, tmp_path: Path) -> None:
-    """Tars, parquet files and captions beside pictures do not hide them; two rows of a picture are one."""
+def test_build_index_keeps_images_after_a_read_error(
+    photos: Path, dual_encoder: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = SqliteBackend(tmp_path / "index", write=True)
+    index_sources([photos], dual_encoder, backend)
+    open_image = FileImage.open
+
+    def failing_open(ref: FileImage) -> Any:
+        if ref.path.endswith("2.png"):
+            raise OSError(5, "Input/output error")
+        return open_image(ref)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileImage, "open", failing_open)
+        assert not index_sources([photos], dual_encoder, backend)
+    assert backend.count() == (7, 6)
+
+    (photos / "3.png").write_bytes((photos / "3.png").read_bytes()[:300])  # only its header can be read
+    assert index_sources([photos], dual_encoder, backend).removed == 1
+    assert backend.count() == (6, 5)
+
+
+def test_build_index_removes_images_that_are_no_longer_listed(
+    photos: Path, dual_encoder: DualEncoder, tmp_path: Path
+) -> None:
+    backend, source = SqliteBackend(tmp_path / "index", write=True), tmp_path / "list.jsonl"
+    rows = [json.dumps({"image": str(photos / f"{n}.png"), "caption": "x"}) for n in (1, 2)]
+    source.write_text("\n".join(rows))
+    index_sources([source], dual_encoder, backend)
+    source.write_text(rows[0])
+    assert index_sources([source], dual_encoder, backend).removed == 1  # although the file still exists
+
+
+def test_build_index_requires_prune_for_missing_sources(
+    pictures: Path, dual_encoder: DualEncoder, tmp_path: Path
+) -> None:
+    backend, photos = SqliteBackend(tmp_path / "index", write=True), tmp_path / "photos"
+    (photos / "sub").mkdir(parents=True)
+    shutil.copy(pictures / "1.png", photos)
+    shutil.copy(pictures / "2.png", photos / "sub")
+    index_sources([photos], dual_encoder, backend)
+    index_sources([photos / "sub"], dual_encoder, backend)
+    (photos / "sub/2.png").unlink()
+    with pytest.raises(FileNotFoundError, match="--prune"):
+        index_sources([photos / "sub"], dual_encoder, backend)
+    assert backend.count() == (2, 2)
+    assert index_sources([photos], dual_encoder, backend).removed == 1
+    shutil.rmtree(photos)
+    assert index_sources([photos], dual_encoder, backend, prune=True).removed == 1
+    assert backend.count() == (0, 0)
+    assert backend.search(QUERY, 3, Filter()) == []
+
+
+# ---- sources --------------------------------------------------------------------------------------------------------
+
+
+def test_build_index_reads_everything_in_a_folder(pictures: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
+    """Images, tars and caption files may be mixed. Two rows of the same image are merged."""
     photos = tmp_path / "photos"
     (photos / "old").mkdir(parents=True)
     for n in (1, 2):
         shutil.copy(pictures / f"{n}.png", photos)
     with tarfile.open(photos / "old/some.tar", "w") as tar:
         tar.add(pictures / "3.png", "3.png")
-    rows = [{"image": "1.png", "caption": "one"}, {"image": "1.png", "caption": "the same"}, {"image": "gone.png"}]
+    rows = [
+        {"image": "1.png", "caption": "one"},
+        {"image": "1.png", "caption": "the same"},
+        {"image": "missing.png"},
+    ]
     (photos / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    engine = SqliteBackend(tmp_path / "index", write=True)
-    assert build_index([str(photos)], model, engine, SkipLog(None, 1.0)).added == 3
-    assert names(engine, Filter(caption="one")) == names(engine, Filter(caption="THE same")) == {"1.png"}
+    backend = SqliteBackend(tmp_path / "index", write=True)
+    assert index_sources([photos], dual_encoder, backend).added == 3
+    assert search_names(backend, Filter(caption="one")) == {"1.png"}
+    assert search_names(backend, Filter(caption="THE same")) == {"1.png"}
     (photos / "old/some.tar").unlink()
-    build_index([str(photos / "old"), str(photos)], model, engine, SkipLog(None, 1.0), gone=True)
-    assert names(engine) == {"1.png", "2.png"}
+    index_sources([photos / "old", photos], dual_encoder, backend, prune=True)
+    assert search_names(backend) == {"1.png", "2.png"}
 
 
-def test_splits_of_one_file_do_not_drop_each_other(pictures: Path, model: DualEncoder, tmp_path: Path) -> None:
-    engine, file = SqliteBackend(tmp_path / "index", write=True), pictures / "captions.jsonl"
-    train = build_index([f"{file}@train"], model, engine, SkipLog(None, 1.0)).added
-    report = build_index([f"{file}@val"], model, engine, SkipLog(None, 1.0))
-    assert (report.added, report.dropped) == (6, 0) and engine.count() == (train + 6, train + 6)
-
-
-def test_sources_that_are_gone(pictures: Path, model: DualEncoder, tmp_path: Path) -> None:
-    engine, photos = SqliteBackend(tmp_path / "index", write=True), tmp_path / "photos"
-    (photos / "sub").mkdir(parents=True)
-    shutil.copy(pictures / "1.png", photos)
-    shutil.copy(pictures / "2.png", photos / "sub")
-    build_index([str(photos)], model, engine, SkipLog(None, 1.0))
-    build_index([str(photos / "sub")], model, engine, SkipLog(None, 1.0))
-    (photos / "sub/2.png").unlink()
-    with pytest.raises(FileNotFoundError, match="--gone"):
-        build_index([str(photos / "sub")], model, engine, SkipLog(None, 1.0))
-    assert engine.count() == (2, 2)  # a disk that is away is no reason to forget what is on it
-    assert build_index([str(photos)], model, engine, SkipLog(None, 1.0)).dropped == 1
-    shutil.rmtree(photos)
-    assert build_index([str(photos)], model, engine, SkipLog(None, 1.0), gone=True).dropped == 1
-    assert engine.count() == (0, 0) and engine.search(np.eye(16, dtype=np.float32)[0], 3, Filter()) == []
-
-
-def test_a_parquet_file_that_is_written_anew(pictures: Path, model: DualEncoder, tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    def write(*numbers: int) -> None:
-        cells = pa.array([{"bytes": (pictures / f"{n}.png").read_bytes(), "path": None} for n in numbers])
-        pq.write_table(pa.table({"image": cells}), tmp_path / "some.parquet")
-
-    engine = SqliteBackend(tmp_path / "index", write=True)
-    write(1)
-    build_index([str(tmp_path / "some.parquet")], model, engine, SkipLog(None, 1.0))
-    write(2, 3)
-    assert build_index([str(tmp_path / "some.parquet")], model, engine, SkipLog(None, 1.0)).changed == 1
-    ((hit, *_),) = [engine.search(embed_texts(model, [pictures / "2.png"])[0].numpy(), 1, Filter())]
-    assert hit.score == pytest.approx(1, abs=2e-3) and hit.pictures[0].name.endswith("[0].image")
-
-
-def test_nothing_new_is_nothing_written(photos: Path, model: DualEncoder, tmp_path: Path) -> None:
-    """Else every look of --watch would make a server read all vectors again."""
-    writer, reader = (SqliteBackend(tmp_path / "index", True) for _ in range(2))
-    build_index([str(photos)], model, writer, SkipLog(None, 1.0))
-    names(reader)
-    searcher = reader._searcher()
-    build_index(
-        [str(photos)], model, SqliteBackend(tmp_path / "index", True), SkipLog(None, 1.0)
-    )  # drops orphans, none here
-    names(reader)
-    held = reader._searcher()
-    build_index([str(photos)], model, writer, SkipLog(None, 1.0))
-    assert reader._searcher() is held is not None and searcher is not None
-
-
-def test_a_run_that_is_stopped_keeps_its_batches(
-    photos: Path, model: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine, put, calls = SqliteBackend(tmp_path / "index", write=True), SqliteBackend.put, []
-
-    def failing(self: SqliteBackend, *given: object) -> None:
-        calls.append(given)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        put(self, *given)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(SqliteBackend, "put", failing)
-    with pytest.raises(KeyboardInterrupt):
-        build_index([str(photos)], model, engine, SkipLog(None, 1.0), batch=2)
-    monkeypatch.undo()
-    kept = engine.count()[0]
-    assert 0 < kept < 7
-    report = build_index([str(photos)], model, engine, SkipLog(None, 1.0), batch=2)
-    assert report.added == 7 - kept and engine.count() == (7, 6)
-
-
-def test_a_batch_is_whole_or_absent(tmp_path: Path) -> None:
-    engine = SqliteBackend(tmp_path, write=True)
-    content = IndexedContent(b"a", np.zeros(4, np.float16), b"jpeg", 1, 1)
-    fine = IndexedImage("a", FileImage("a"), "s", "1")
-    with pytest.raises(OSError, match=r"pictures\.sqlite"):  # the second picture's content is not there
-        engine.put([content], [(fine, b"a"), (IndexedImage("b", FileImage("b"), "s", "1"), b"b")])
-    assert engine.count() == (0, 0)
-
-
-@pytest.mark.parametrize("kind", ["local", "qdrant"])
-def test_a_sibling_whose_name_goes_on_is_no_part_of_a_folder(
-    kind: str, pictures: Path, model: DualEncoder, tmp_path: Path
-) -> None:
-    """`!` and `[`, which stand after a tar and a table, stand in names of folders and files, too."""
-    engine, home = engine_at(kind, tmp_path / "index"), tmp_path / "p"
-    for n, name in enumerate(("trip/a.png", "trip[2019]/b.png", "trip!/c.png", "trip[1].png")):
-        (home / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(pictures / f"{n}.png", home / name)
-    with tarfile.open(home / "trip.tar", "w") as tar:
-        tar.add(pictures / "4.png", "4.png")
-    assert build_index([str(home)], model, engine, SkipLog(None, 1.0)).added == 5
-    assert not build_index([str(home / "trip")], model, engine, SkipLog(None, 1.0))
-    assert names(engine, Filter(under=str(home / "trip"))) == {"a.png"}
-    assert names(engine, Filter(under=str(home / "trip.tar"))) == {"trip.tar!4.png"}
-    assert len(names(engine, Filter(under="/"))) == 5
-    (home / "copy.png").write_bytes((home / "trip/a.png").read_bytes())
-    os.utime(home / "copy.png", (1, 1))
-    build_index([str(home)], model, engine, SkipLog(None, 1.0))
-    both = Filter(under=str(home / "trip"), before=2)
-    assert names(engine, both) == set(), "each copy meets half of it, and none all"
-
-
-def test_a_disk_that_gives_an_error_takes_no_picture_with_it(
-    photos: Path, model: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = SqliteBackend(tmp_path / "index", write=True)
-    build_index([str(photos)], model, engine, SkipLog(None, 1.0))
-    opened = FileImage.open
-
-    def fails(ref: FileImage) -> Any:
-        if ref.path.endswith("2.png"):
-            raise OSError(5, "Input/output error")
-        return opened(ref)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FileImage, "open", fails)
-        assert not build_index([str(photos)], model, engine, SkipLog(None, 1.0))
-    assert engine.count() == (7, 6)
-    (photos / "3.png").write_bytes((photos / "3.png").read_bytes()[:300])  # its header is read, the rest is gone
-    assert build_index([str(photos)], model, engine, SkipLog(None, 1.0)).dropped == 1 and engine.count() == (6, 5)
-    listed = tmp_path / "some.jsonl"
-    listed.write_text("".join(json.dumps({"image": str(photos / f"{n}.png"), "caption": "x"}) + "\n" for n in (1, 2)))
-    build_index([str(listed)], model, engine, SkipLog(None, 1.0))
-    listed.write_text(listed.read_text().splitlines()[0])
-    assert build_index([str(listed)], model, engine, SkipLog(None, 1.0)).dropped == 1, (
-        "a list that leaves it out lets it go"
-    )
-
-
-def test_two_pictures_of_one_name_in_a_tar(pictures: Path, model: DualEncoder, tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "some.tar", "w") as tar:
-        for n, name in ((1, "a.png"), (2, "b.png"), (3, "a.png")):
-            tar.add(pictures / f"{n}.png", name)
-    engine = SqliteBackend(tmp_path / "index", write=True)
-    assert build_index([str(tmp_path / "some.tar")], model, engine, SkipLog(None, 1.0)).added == 3
-    assert not build_index([str(tmp_path / "some.tar")], model, engine, SkipLog(None, 1.0))
-    assert len(names(engine, Filter(under=str(tmp_path / "some.tar")))) == 3
-    assert container_path(
-        f"{tmp_path}/some.tar!a.png@2048", TarImage(f"{tmp_path}/some.tar", 2048, 9, "a.png")
-    ).endswith(".tar")
-
-
-def test_an_index_that_can_only_be_read_is_read(
-    photos: Path, model: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As where a folder is mounted to be read: root, who runs the tests elsewhere, may write anywhere."""
-    folder, connect = tmp_path / "index", sqlite3.connect
-    writer = SqliteBackend(folder, write=True)
-    build_index([str(photos)], model, writer, SkipLog(None, 1.0))
-
-    def only_reads(where: Any, **options: Any) -> sqlite3.Connection:
-        if not options.get("uri"):
-            raise sqlite3.OperationalError("attempt to write a readonly database")
-        return connect(where, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("llm2clip.search.sqlite_backend.os.access", lambda *_: False)
-        patch.setattr(sqlite3, "connect", only_reads)
-        with pytest.raises(OSError, match="readonly"):  # what the writer has not brought in yet would be missed
-            SqliteBackend(folder)
-        writer._db.close()
-        reader = SqliteBackend(folder)
-        assert names(reader) >= {"1.png", "5.png", "old.jpg"}
-        assert {file.name for file in folder.iterdir()} == {"pictures.sqlite"}, "nothing is written beside it"
-    (photos / "1.png").unlink()
-    writer = SqliteBackend(folder, write=True)
-    build_index([str(photos)], model, writer, SkipLog(None, 1.0))
-    writer._db.close()
-    with monkeypatch.context() as patch:
-        patch.setattr(sqlite3, "connect", only_reads)
-        assert "1.png" not in names(reader), "what changed is read anew"
-
-
-def test_what_an_index_is_called(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"qdrant\+http"):
-        open_backend("http://localhost:6333/photos", write=True)
-    assert not Path("http:").exists()
-    day = datetime(2024, 5, 31).timestamp()
-    for written in ("2024-05-31", "20240531"):
-        assert parse_time(written) == day and day + 86399 < (parse_time(written, end=True) or 0) < day + 86400
-    assert parse_time("2024-05-31T12:00") == parse_time("2024-05-31T12:00", end=True) == day + 43200
-    assert canonical_path(os.fsdecode(b"/x/\xff.png")) == "/x/\\udcff.png"
-
-
-def test_tars_and_parquet(pictures: Path, model: DualEncoder, tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with tarfile.open(tmp_path / "some.tar", "w") as tar:
+def test_build_index_reads_tars_and_parquet(pictures: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
+    tar_file, parquet_file = tmp_path / "some.tar", tmp_path / "some.parquet"
+    with tarfile.open(tar_file, "w") as tar:
         tar.add(pictures / "1.png", "a/1.png")
         tar.add(pictures / "2.png", "a/2.png")
-    cells = pa.array([{"bytes": (pictures / "2.png").read_bytes(), "path": None}])
-    pq.write_table(pa.table({"image": cells}), tmp_path / "some.parquet")
-    engine = SqliteBackend(tmp_path / "index", write=True)
-    report = build_index(
-        [str(tmp_path / "some.tar"), str(tmp_path / "some.parquet")], model, engine, SkipLog(None, 1.0)
-    )
+    write_parquet(parquet_file, [pictures / "2.png"])
+    backend = SqliteBackend(tmp_path / "index", write=True)
+    report = index_sources([tar_file, parquet_file], dual_encoder, backend)
     assert (report.added, report.embedded) == (3, 2)
-    assert names(engine, Filter(under=str(tmp_path / "some.tar"))) == {"1.png", "2.png", "some.parquet[0].image"}
-    ((first, second),) = engine.copies()
+    assert search_names(backend, Filter(path=str(tar_file))) == {"1.png", "2.png", "some.parquet[0].image"}
+    ((first, second),) = backend.duplicates()
     assert first.endswith("some.parquet[0].image") and second.endswith("some.tar!a/2.png")
-    build_index([str(tmp_path / "some.tar")], model, engine, SkipLog(None, 1.0))
-    assert engine.count() == (3, 2)  # a source that is not named stays
+    index_sources([tar_file], dual_encoder, backend)
+    assert backend.count() == (3, 2)  # images of other sources stay
 
 
-def test_places() -> None:
-    for where in (FileImage("/a b"), TarImage("/t.tar", 512, 9, "n"), ParquetImage("/p", 3, "image")):
-        assert ref_from_json(ref_to_json(where)) == where
-    with pytest.raises(ValueError, match="no place"):
-        ref_from_json('["Popen", {}]')
+def test_build_index_distinguishes_tar_members_of_the_same_name(
+    pictures: Path, dual_encoder: DualEncoder, tmp_path: Path
+) -> None:
+    tar_file = tmp_path / "some.tar"
+    with tarfile.open(tar_file, "w") as tar:
+        for n, name in ((1, "a.png"), (2, "b.png"), (3, "a.png")):
+            tar.add(pictures / f"{n}.png", name)
+    backend = SqliteBackend(tmp_path / "index", write=True)
+    assert index_sources([tar_file], dual_encoder, backend).added == 3
+    assert not index_sources([tar_file], dual_encoder, backend)
+    assert len(search_names(backend, Filter(path=str(tar_file)))) == 3
 
 
-def test_date_taken(pictures: Path) -> None:
+def test_build_index_updates_a_rewritten_parquet_file(
+    pictures: Path, dual_encoder: DualEncoder, tmp_path: Path
+) -> None:
+    backend, file = SqliteBackend(tmp_path / "index", write=True), tmp_path / "some.parquet"
+    write_parquet(file, [pictures / "1.png"])
+    index_sources([file], dual_encoder, backend)
+    write_parquet(file, [pictures / "2.png", pictures / "3.png"])
+    assert index_sources([file], dual_encoder, backend).changed == 1
+    query = embed_images(dual_encoder, [pictures / "2.png"])[0].numpy()
+    hit = backend.search(query, 1, Filter())[0]
+    assert hit.score == pytest.approx(1, abs=2e-3)
+    assert hit.images[0].name.endswith("[0].image")
+
+
+def test_build_index_keeps_other_splits_of_a_file(pictures: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
+    backend, file = SqliteBackend(tmp_path / "index", write=True), pictures / "captions.jsonl"
+    train = index_sources([Path(f"{file}@train")], dual_encoder, backend).added
+    report = index_sources([Path(f"{file}@val")], dual_encoder, backend)
+    assert (report.added, report.removed) == (6, 0)
+    assert backend.count() == (train + 6, train + 6)
+
+
+# ---- unusual images -------------------------------------------------------------------------------------------------
+
+
+def test_build_index_handles_invalid_unicode_names_and_rotated_images(
+    pictures: Path, dual_encoder: DualEncoder, tmp_path: Path
+) -> None:
+    photos, log = tmp_path / "photos", SkipLog(tmp_path / "skipped.jsonl", 1.0)
+    photos.mkdir()
+    shutil.copy(pictures / "1.png", photos / os.fsdecode(b"caf\xe9.png"))  # not UTF-8
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: rotated by 90 degrees
+    exif.get_ifd(0x8769)[0x9003] = "2002:03:04 05:06:07"
+    Image.open(pictures / "2.png").convert("RGB").save(photos / "rotated.jpg", exif=exif)
+    (photos / "phone.heic").write_bytes(b"an unsupported format")
+    backend = SqliteBackend(tmp_path / "index", write=True)
+    index_sources([photos], dual_encoder, backend, log=log)
+    assert search_names(backend) == {r"caf\udce9.png", "rotated.jpg"}
+    assert log.skipped == {"unknown format": 1}
+    assert not index_sources([photos], dual_encoder, backend)
+
+    hits = {Path(hit.images[0].name).name: hit for hit in backend.search(QUERY, 9, Filter())}
+    rotated = hits["rotated.jpg"]
+    thumbnail = Image.open(io.BytesIO(backend.thumbnail(rotated.id) or b""))
+    assert (rotated.width, rotated.height) == thumbnail.size == (40, 48)
+    assert rotated.images[0].taken == datetime(2002, 3, 4, 5, 6, 7).timestamp()
+    assert hits[r"caf\udce9.png"].images[0].ref.read() == (pictures / "1.png").read_bytes()
+
+
+def test_build_index_skips_images_with_a_vector_that_is_not_finite(
+    pictures: Path, dual_encoder: DualEncoder, tmp_path: Path
+) -> None:
+    photos, log = tmp_path / "photos", SkipLog(None, 1.0)
+    photos.mkdir()
+    shutil.copy(pictures / "3.png", photos)
+    broken = dataclasses.replace(
+        dual_encoder, encode_images_raw=lambda images: torch.full((len(images), 16), torch.nan)
+    )
+    backend = SqliteBackend(tmp_path / "index", write=True)
+    assert index_sources([photos], broken, backend, log=log).added == 0
+    assert log.skipped["undecodable image"] == 1
+    assert search_names(backend) == set()
+
+
+def test_date_taken_is_none_without_exif(pictures: Path) -> None:
     assert date_taken((pictures / "1.png").read_bytes()) is None
     assert date_taken(b"\xff\xd8\xff") is None
 
 
-def test_queries(model: DualEncoder, pictures: Path) -> None:
-    red, dog = model.encode_texts(["red", "dog"])
-    seen = torch.nn.functional.normalize(model.encode_images([model.transform(torch.zeros(3, 9, 9).byte())]), dim=1)
-    assert combine([red.numpy()]) == pytest.approx(red.numpy(), abs=1e-6)
-    both = embed_query(model, Query(["red"], [torch.zeros(3, 9, 9).byte()]))
-    assert both == pytest.approx(torch.nn.functional.normalize(red + seen[0], dim=0).numpy(), abs=1e-6)
-    without = embed_query(model, Query(["red"], without_texts=["dog"]))
-    assert without == pytest.approx(torch.nn.functional.normalize(red - NEGATIVE_WEIGHT * dog, dim=0).numpy(), abs=1e-6)
-    with pytest.raises(ValueError, match="nothing to look for"):
-        embed_query(model, Query(without_texts=["dog"]))
+# ---- search ---------------------------------------------------------------------------------------------------------
 
 
-# ---- the nearest ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_search_matches_brute_force(kind: str, pictures: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
+    backend = create_backend(kind, tmp_path / "index")
+    index_sources([pictures], dual_encoder, backend)
+    query = embed_query(dual_encoder, Query(texts=["the middle is red"]))
+    files = sorted(pictures.glob("*.png"))
+    cosines = LLM2CLIP.from_pretrained(dual_encoder.name).encode_image(files).numpy() @ query
+    best = np.argsort(-cosines)[:5]
+    hits = backend.search(query, 5, Filter())
+    assert [Path(hit.images[0].name).name for hit in hits] == [files[i].name for i in best]
+    assert [hit.score for hit in hits] == pytest.approx(cosines[best], abs=2e-3)
+
+    vector = backend.vector(hits[0].id)
+    assert vector is not None and vector @ query == pytest.approx(hits[0].score, abs=1e-3)
+    assert (backend.thumbnail(hits[0].id) or b"").startswith(b"\xff\xd8")
+    assert backend.images(hits[0].id) == hits[0].images
+    for unknown_id in ("0", "99", "-1", "x", "../..", "9" * 30):
+        assert backend.vector(unknown_id) is None
+        assert backend.thumbnail(unknown_id) is None
+        assert backend.images(unknown_id) == ()
 
 
-def vectors_of(count: int, width: int, seed: int = 0) -> np.ndarray:
-    """Unit vectors in clusters, as pictures are; some dimensions are far larger than others."""
-    rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(50, width)) * np.where(np.arange(width) < 2, 8, 1)
-    found = centres[rng.integers(50, size=count)] + 0.3 * rng.normal(size=(count, width))
-    return (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float16)
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_search_applies_filters(kind: str, photos: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
+    backend = create_backend(kind, tmp_path / "index")
+    index_sources([photos], dual_encoder, backend)
+    assert search_names(backend, Filter(path=str(photos / "sub"))) == {"5.png", "copy.png"}
+    assert search_names(backend, Filter(path=str(photos / "su"))) == set()
+    assert search_names(backend, Filter(path=str(photos / "1.png"))) == {"1.png"}
+    assert search_names(backend, Filter(caption="roter ärmel")) == {"0.png"}
+    assert search_names(backend, Filter(caption="%")) == set()
+    assert search_names(backend, Filter(before=1e9)) == {"old.jpg"}
+    assert search_names(backend, Filter(after=1e9, min_side=41)) == set()
+    assert search_names(backend, Filter(min_side=41)) == {"old.jpg"}
+    assert search_names(backend, Filter(), count=2) < search_names(backend)
 
 
-@pytest.mark.parametrize("graph", [False, True])
-def test_nearest_are_those_of_float64(graph: bool, tmp_path: Path) -> None:
-    vectors, ids = vectors_of(6000, 64), np.arange(6000, dtype=np.int64) * 3 + 7
-    vectors[5990:] = 0
-    vectors[5990:, 3] = 1  # far larger than what came before
-    largest = float(np.abs(vectors).max())
-
-    def fetch(some: np.ndarray) -> np.ndarray:
-        return vectors[(some - 7) // 3]
-
-    def codes() -> QuantizedVectors:
-        return QuantizedVectors([(ids[:4000], vectors[:4000]), (ids[4000:], vectors[4000:])], 64, 127 / largest)
-
-    if graph:
-        update_graph(tmp_path, ids[:5000], fetch, 64, float(np.abs(vectors[:5000]).max()))
-        assert open_graph(tmp_path, ids) is None
-        update_graph(tmp_path, ids[10:], fetch, 64, largest)  # what came, and what went
-        assert open_graph(tmp_path, ids) is None
-        update_graph(tmp_path, ids, fetch, 64, largest)
-    nearest = VectorIndex(codes, fetch, open_graph(tmp_path, ids) if graph else None)
-    assert graph == (nearest.graph is not None)
-    missed = 0
-    for query in [*vectors_of(40, 64, 1).astype(np.float32), np.eye(64, dtype=np.float32)[3]]:
-        found, scores = nearest.search(query, 10)
-        exact = vectors.astype(np.float64) @ query.astype(np.float64)
-        best = np.argsort(-exact)[:10]
-        missed += len(set(ids[best]) - set(found)) if exact[best[-1]] < 1 else 0  # ten and more may be alike
-        assert scores[0] == pytest.approx(exact.max(), abs=1e-5)
-        assert scores == pytest.approx(exact[(found - 7) // 3], abs=1e-5)
-        assert (np.diff(scores) <= 0).all()
-    assert missed <= (8 if graph else 0)
-    for among in (ids[::100], ids[::2]):  # few are measured at once, many are scanned
-        found, scores = nearest.search(query, 10, among)
-        best = among[np.argsort(-exact[(among - 7) // 3])[:10]]
-        assert set(found) == set(best)
-    none = nearest.search(query, 10, ids[:0])
-    assert len(none[0]) == len(none[1]) == 0
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_path_filter_excludes_siblings_with_the_same_prefix(
+    kind: str, pictures: Path, dual_encoder: DualEncoder, tmp_path: Path
+) -> None:
+    """`!` and `[` separate a tar or a table from what is inside it, but also occur in other names."""
+    backend, root = create_backend(kind, tmp_path / "index"), tmp_path / "p"
+    for n, name in enumerate(("trip/a.png", "trip[2019]/b.png", "trip!/c.png", "trip[1].png")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pictures / f"{n}.png", root / name)
+    with tarfile.open(root / "trip.tar", "w") as tar:
+        tar.add(pictures / "4.png", "4.png")
+    assert index_sources([root], dual_encoder, backend).added == 5
+    assert not index_sources([root / "trip"], dual_encoder, backend)
+    assert search_names(backend, Filter(path=str(root / "trip"))) == {"a.png"}
+    assert search_names(backend, Filter(path=str(root / "trip.tar"))) == {"trip.tar!4.png"}
+    assert len(search_names(backend, Filter(path="/"))) == 5
 
 
-def test_an_index_that_grows_is_searched_anew(photos: Path, model: DualEncoder, tmp_path: Path) -> None:
-    """One that is open, by another that writes; and with a graph."""
-    writer, reader = (SqliteBackend(tmp_path / "index", True, approximate_above=3) for _ in range(2))
-    build_index([str(photos / "sub")], model, writer, SkipLog(None, 1.0))
-    assert names(reader) == {"5.png", "copy.png"} and not (tmp_path / "index/graph.json").exists()
-    build_index([str(photos)], model, writer, SkipLog(None, 1.0))
-    assert (tmp_path / "index/graph.json").exists()
-    assert len(names(reader)) == 7
-    (tmp_path / "index/graph.json").rename(tmp_path / "graph.json")
-    assert reader._searcher().graph is None
-    (tmp_path / "graph.json").rename(tmp_path / "index/graph.json")  # a graph that comes after the vectors is taken
-    assert reader._searcher().graph is not None
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_one_image_must_meet_all_conditions(
+    kind: str, pictures: Path, dual_encoder: DualEncoder, tmp_path: Path
+) -> None:
+    backend, root = create_backend(kind, tmp_path / "index"), tmp_path / "p"
+    (root / "trip").mkdir(parents=True)
+    shutil.copy(pictures / "0.png", root / "trip/a.png")
+    shutil.copy(pictures / "0.png", root / "copy.png")
+    os.utime(root / "copy.png", (1, 1))
+    index_sources([root], dual_encoder, backend)
+    # One duplicate is in the folder, the other one is old.
+    assert search_names(backend, Filter(path=str(root / "trip"), before=2)) == set()
 
 
-def test_watching(photos: Path, pictures: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                  capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    slept: list[float] = []
-
-    def sleep(seconds: float) -> None:
-        slept.append(seconds)
-        if len(slept) == 2:
-            shutil.copy(pictures / "9.png", photos / "9.png")
-        if len(slept) == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("llm2clip.search.verbs.time.sleep", sleep)
-    out = tmp_path / "index"
-    assert main(["index", str(photos), "--model", str(model_folder), "--out", str(out), "--watch", "3"]) == 130
-    said = capsys.readouterr().out
-    assert slept == [3.0] * 4 and "watching" in said
-    assert (
-        said.count("pictures added") == 2 and "1 pictures added" in said
-    )  # a look that finds nothing new says nothing
-    assert SqliteBackend(out).count() == (8, 7)
-
-
-def test_the_commands(photos: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "index"
-    assert main(["index", str(photos), "--model", str(model_folder), "--out", str(out)]) == 0
-    said = capsys.readouterr().out
-    assert "7 pictures added" in said and "(7 pictures, 6 different)" in said and "llm2clip search" in said
-    assert "could not be read: 2, listed in" in said and "copy.png" in said
-    search = ["search", str(out), "a red one", "--images", str(photos / "1.png"), "--without", "a dog", "--top", "3"]
-    assert main([*search, "--sheet", str(tmp_path / "sheet")]) == 0
-    said = capsys.readouterr().out
-    assert said.count("cosine") == 1 and ".png" in said
-    page = (tmp_path / "sheet/found.html").read_text()
-    assert page.count("data:image/jpeg;base64,") == 3 and "a red one" in page and "without a dog" in page
-    assert main(["search", str(out), "x", "--after", "2100-01-01"]) == 0
-    assert "Nothing: the index is empty" in capsys.readouterr().out
-    for wrong, message in (
-        (["search", str(tmp_path / "none"), "x"], "is no index"),
-        (["search", str(out)], "nothing to look for"),
-        (["index", str(photos), "--model", str(tmp_path / "typo"), "--out", str(tmp_path / "new")], "neither a folder"),
-        (["search", str(out), "x", "--images", "no.jpg"], "No such file"),
-        (["search", str(out), "x", "--after", "yesterday"], "Invalid isoformat"),
-        (["index", str(tmp_path / "gone"), "--model", str(model_folder), "--out", str(out)], "no such file or folder"),
-        (["index", "hf:a", "--model", str(model_folder), "--out", "qdrant+http://x"], "HOST:6333/COLLECTION"),
-    ):
-        assert main(wrong) == 1
-        assert message in capsys.readouterr().err
+def write_parquet(file: Path, images: list[Path]) -> None:
+    cells = pa.array([{"bytes": image.read_bytes(), "path": None} for image in images])
+    pq.write_table(pa.table({"image": cells}), file)

@@ -1,13 +1,19 @@
-"""The server by its own API: right answers, many clients, hostile ones."""
+"""Tests of the HTTP server: correct responses, invalid and hostile requests, and concurrency."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import io
+import json
+import signal
 import struct
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,300 +25,339 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
+from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search.batching import Batcher, QueueFull
-from llm2clip.search.query_embedding import Query, embed_query, embed_texts
-from llm2clip.search.schemas import TEXT, TEXTS, Limits
+from llm2clip.search.query_embedding import Query, embed_images, embed_query
+from llm2clip.search.schemas import MAX_TEXT_LENGTH, MAX_TEXTS, Limits
 from llm2clip.search.server import create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import Filter
-from search_fixtures import make_index, make_model
+from search_fixtures import free_port, make_index
 
-HOST = "http://localhost"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> DualEncoder:
-    return open_dual_encoder(str(make_model(tmp_path_factory.mktemp("model"))))
+BASE_URL = "http://localhost"
+JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory, pictures: Path, model: DualEncoder) -> SqliteBackend:
-    return make_index(tmp_path_factory.mktemp("index"), pictures, model)
+def backend(tmp_path_factory: pytest.TempPathFactory, pictures: Path, dual_encoder: DualEncoder) -> SqliteBackend:
+    return make_index(tmp_path_factory.mktemp("index"), pictures, dual_encoder)
 
 
 @pytest.fixture(scope="module")
-def client(model: DualEncoder, engine: SqliteBackend) -> Iterator[TestClient]:
-    app = create_app(model, engine, Limits(max_body_bytes=1 << 20, max_pixels=1_000_000))
-    with TestClient(app, base_url=HOST, raise_server_exceptions=False) as client:
+def client(dual_encoder: DualEncoder, backend: SqliteBackend) -> Iterator[TestClient]:
+    app = create_app(dual_encoder, backend, Limits(max_body_bytes=1 << 20, max_pixels=1_000_000))
+    with TestClient(app, base_url=BASE_URL, raise_server_exceptions=False) as client:
         yield client
 
 
-def uri(data: bytes) -> str:
+def data_uri(data: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
-# ---- what it answers ------------------------------------------------------------------------------------------------
+# ---- correct responses ----------------------------------------------------------------------------------------------
 
 
-def test_search_finds_what_the_index_finds(
-    client: TestClient, model: DualEncoder, engine: SqliteBackend, pictures: Path
+def test_search_returns_the_hits_of_the_index(
+    client: TestClient, dual_encoder: DualEncoder, backend: SqliteBackend, pictures: Path
 ) -> None:
-    picture = (pictures / "9.png").read_bytes()
-    body = {"texts": ["red"], "images": [uri(picture)], "without_texts": ["a dog"], "top": 4, "only": {"larger": 40}}
-    answer = client.post("/search", json=body)
-    assert answer.status_code == 200
-    query = embed_query(model, Query(["red"], [picture], ["a dog"]))
-    expected = engine.search(query, 4, Filter(larger=40))
-    assert [hit["id"] for hit in answer.json()["hits"]] == [hit.id for hit in expected]
-    assert answer.json()["hits"][0]["pictures"][0]["captions"]
-    like = client.post("/search", json={"like": [expected[0].id], "top": 1}).json()["hits"]
-    assert like[0]["id"] == expected[0].id and like[0]["score"] == pytest.approx(1, abs=2e-3)
-    assert client.post("/search", json={"texts": ["x"], "only": {"under": "/nowhere"}}).json() == {"hits": []}
+    image = (pictures / "9.png").read_bytes()
+    request = {
+        "texts": ["red"],
+        "images": [data_uri(image)],
+        "negative_texts": ["a dog"],
+        "top": 4,
+        "filter": {"min_side": 40},
+    }
+    response = client.post("/search", json=request)
+    assert response.status_code == 200
+    hits = response.json()["hits"]
+    expected = backend.search(embed_query(dual_encoder, Query(["red"], [image], ["a dog"])), 4, Filter(min_side=40))
+    assert [hit["id"] for hit in hits] == [hit.id for hit in expected]
+    assert hits[0]["images"][0]["captions"]
+
+    (similar,) = client.post("/search", json={"like": [expected[0].id], "top": 1}).json()["hits"]
+    assert similar["id"] == expected[0].id
+    assert similar["score"] == pytest.approx(1, abs=2e-3)
+    assert client.post("/search", json={"texts": ["x"], "filter": {"path": "/nowhere"}}).json() == {"hits": []}
 
 
-def test_embeddings_are_the_models(client: TestClient, model: DualEncoder, pictures: Path) -> None:
-    picture = (pictures / "3.png").read_bytes()
-    inputs = ["red", uri(picture), "eine lange Beschreibung. " * 50]
-    answer = client.post("/v1/embeddings", json={"input": inputs, "model": "any"}).json()
-    texts, image = model.encode_texts([inputs[0], inputs[2]]).numpy(), embed_texts(model, [picture]).numpy()
-    vectors = np.array([row["embedding"] for row in answer["data"]])
-    np.testing.assert_allclose(vectors, [texts[0], image[0], texts[1]], atol=1e-5)
-    assert [row["index"] for row in answer["data"]] == [0, 1, 2] and answer["object"] == "list"
-    coded = client.post("/embed", json={"input": "red", "encoding_format": "base64", "dimensions": 16}).json()
-    np.testing.assert_allclose(
-        np.frombuffer(base64.b64decode(coded["data"][0]["embedding"]), "<f4"), texts[0], atol=1e-5
-    )
-    uploaded = client.post("/embed/upload", files=[("files", ("a.png", picture))]).json()
-    np.testing.assert_allclose(uploaded["data"][0]["embedding"], image[0], atol=1e-5)
+def test_embed_returns_the_vectors_of_the_model(client: TestClient, dual_encoder: DualEncoder, pictures: Path) -> None:
+    image = (pictures / "3.png").read_bytes()
+    inputs = ["red", data_uri(image), "eine lange Beschreibung. " * 50]
+    response = client.post("/v1/embeddings", json={"input": inputs, "model": "any"}).json()
+    first_text, last_text = dual_encoder.encode_texts([inputs[0], inputs[2]]).numpy()
+    image_vector = embed_images(dual_encoder, [image])[0].numpy()
+    vectors = np.array([item["embedding"] for item in response["data"]])
+    np.testing.assert_allclose(vectors, [first_text, image_vector, last_text], atol=1e-5)
+    assert [item["index"] for item in response["data"]] == [0, 1, 2]
+    assert response["object"] == "list"
+
+    response = client.post("/embed", json={"input": "red", "encoding_format": "base64", "dimensions": 16}).json()
+    decoded = np.frombuffer(base64.b64decode(response["data"][0]["embedding"]), "<f4")
+    np.testing.assert_allclose(decoded, first_text, atol=1e-5)
+    response = client.post("/embed/upload", files=[("files", ("a.png", image))]).json()
+    np.testing.assert_allclose(response["data"][0]["embedding"], image_vector, atol=1e-5)
 
 
-def test_pictures_page_health_and_metrics(client: TestClient, engine: SqliteBackend, pictures: Path) -> None:
+def test_server_returns_images_page_health_and_metrics(
+    client: TestClient, backend: SqliteBackend, pictures: Path
+) -> None:
     hit = client.post("/search", json={"texts": ["red"], "top": 1}).json()["hits"][0]
-    assert client.get(f"/picture/{hit['id']}").content == Path(hit["pictures"][0]["name"]).read_bytes()
-    small = client.get(f"/thumbnail/{hit['id']}")
-    same = {"if-none-match": small.headers["etag"]}
-    assert client.get(f"/thumbnail/{hit['id']}", headers=same).status_code == 304
-    assert small.headers["content-type"] == "image/jpeg" and Image.open(io.BytesIO(small.content)).size == (48, 40)
-    assert client.get("/health").json() == {"status": "ok", "model": "model", "width": 16, "pictures": 36}
+    assert client.get(f"/image/{hit['id']}").content == Path(hit["images"][0]["name"]).read_bytes()
+    thumbnail = client.get(f"/thumbnail/{hit['id']}")
+    assert thumbnail.headers["content-type"] == "image/jpeg"
+    assert Image.open(io.BytesIO(thumbnail.content)).size == (48, 40)
+    if_changed = {"if-none-match": thumbnail.headers["etag"]}
+    assert client.get(f"/thumbnail/{hit['id']}", headers=if_changed).status_code == 304
+    assert client.get("/health").json() == {"status": "ok", "model": "model", "dimensions": 16, "images": 36}
     page = client.get("/")
-    assert "<textarea" in page.text and "default-src 'self'" in page.headers["content-security-policy"]
+    assert "<textarea" in page.text
+    assert "default-src 'self'" in page.headers["content-security-policy"]
     assert client.get("/static/page.js").status_code == client.get("/static/page.css").status_code == 200
     metrics = client.get("/metrics").text
-    assert 'llm2clip_requests_total{method="POST",path="/search",status="200"}' in metrics
-    assert "llm2clip_pictures 36.0" in metrics and 'llm2clip_batch_size_count{kind="text"}' in metrics
+    assert 'llm2clip_http_requests_total{method="POST",path="/search",status="200"}' in metrics
+    assert 'llm2clip_http_request_duration_seconds_count{path="/search"}' in metrics
+    assert 'llm2clip_batch_size_count{kind="text"}' in metrics
+    assert 'llm2clip_queue_size{kind="image"} 0.0' in metrics
+    assert "llm2clip_index_images 36.0" in metrics
     assert client.get("/openapi.json").json()["paths"].keys() >= {"/search", "/embed", "/health", "/metrics"}
 
 
-def test_a_picture_that_is_gone_or_became_something_else(model: DualEncoder, tmp_path: Path) -> None:
-    (tmp_path / "photos").mkdir()
-    file = tmp_path / "photos/a.png"
+def test_image_is_not_served_if_its_file_is_no_longer_an_image(dual_encoder: DualEncoder, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    file = photos / "a.png"
     Image.new("RGB", (8, 8)).save(file)
-    app = create_app(model, make_index(tmp_path / "index", tmp_path / "photos", model))
-    with TestClient(app, base_url=HOST) as client:
-        assert client.get("/picture/1").status_code == 200
+    app = create_app(dual_encoder, make_index(tmp_path / "index", photos, dual_encoder))
+    with TestClient(app, base_url=BASE_URL) as client:
+        assert client.get("/image/1").status_code == 200
         file.write_text("a secret")
-        assert client.get("/picture/1").status_code == 404
+        assert client.get("/image/1").status_code == 404
         file.unlink()
         file.symlink_to("/etc/passwd")
-        assert client.get("/picture/1").status_code == 404 and client.get("/thumbnail/1").status_code == 200
+        assert client.get("/image/1").status_code == 404
+        assert client.get("/thumbnail/1").status_code == 200
 
 
-def test_without_an_index_it_embeds(model: DualEncoder) -> None:
-    with TestClient(create_app(model), base_url=HOST) as client:
+def test_server_without_an_index_only_embeds(dual_encoder: DualEncoder) -> None:
+    with TestClient(create_app(dual_encoder), base_url=BASE_URL) as client:
         assert client.post("/embed", json={"input": "a"}).status_code == 200
-        refused = client.post("/search", json={"texts": ["a"]})
-        assert refused.status_code == 404 and "--index" in refused.json()["error"]["message"]
+        response = client.post("/search", json={"texts": ["a"]})
+        assert response.status_code == 404
+        assert "--index" in response.json()["error"]["message"]
 
 
-# ---- what it refuses ------------------------------------------------------------------------------------------------
+# ---- invalid and hostile requests -----------------------------------------------------------------------------------
 
 
-def bomb(side: int) -> bytes:
-    """A PNG of a few bytes that claims side x side pixels."""
+def decompression_bomb(side: int) -> bytes:
+    """Return a PNG of a few bytes whose header declares side x side pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    )
+    pixels = zlib.compress(bytes(1000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize(
     ("path", "body", "code", "message"),
     [
-        ("/search", {"texts": []}, 422, "nothing to look for"),
+        ("/search", {"texts": []}, 422, "the query is empty"),
         ("/search", {"texts": ["a"], "top": 0}, 422, "greater than or equal to 1"),
         ("/search", {"texts": ["a"], "top": 10**9}, 422, "less than or equal"),
         ("/search", {"text": "a"}, 422, "Extra inputs"),
-        ("/search", {"texts": ["a" * (TEXT + 1)]}, 422, "at most 20000"),
-        ("/search", {"images": ["http://169.254.169.254/latest"]}, 422, "nothing is fetched"),
-        ("/search", {"images": ["file:///etc/passwd"]}, 422, "nothing is fetched"),
-        ("/search", {"images": ["data:image/png;base64,%%%"]}, 422, "not base64"),
+        ("/search", {"texts": ["a" * (MAX_TEXT_LENGTH + 1)]}, 422, "at most 20000"),
+        ("/search", {"images": ["http://169.254.169.254/latest"]}, 422, "URLs are not downloaded"),
+        ("/search", {"images": ["file:///etc/passwd"]}, 422, "URLs are not downloaded"),
+        ("/search", {"images": ["data:image/png;base64,%%%"]}, 422, "invalid base64"),
         ("/search", {"images": ["data:image/png,abc"]}, 422, ";base64"),
-        ("/search", {"images": ["data:image/svg+xml;base64,PHN2Zz4="]}, 422, "not a picture"),
-        ("/search", {"images": [uri(b"")]}, 422, "not a picture"),
-        ("/search", {"images": [uri(bomb(2000))]}, 413, "2000 x 2000 is more than"),
-        ("/search", {"images": [uri(bomb(100_000))]}, 413, "exceeds limit"),
-        ("/search", {"like": ["../../etc/passwd"]}, 404, "there is no picture"),
-        ("/search", {"like": ["999999"]}, 404, "there is no picture"),
-        ("/search", {"texts": ["a"], "only": {"after": 1e300}}, 422, "less than or equal"),
+        ("/search", {"images": ["data:image/svg+xml;base64,PHN2Zz4="]}, 422, "not an image"),
+        ("/search", {"images": [data_uri(b"")]}, 422, "not an image"),
+        ("/search", {"images": [data_uri(decompression_bomb(2000))]}, 413, "too many pixels: 2000 x 2000"),
+        ("/search", {"images": [data_uri(decompression_bomb(100_000))]}, 413, "exceeds limit"),
+        ("/search", {"like": ["../../etc/passwd"]}, 404, "the index has no image"),
+        ("/search", {"like": ["999999"]}, 404, "the index has no image"),
+        ("/search", {"texts": ["a"], "filter": {"after": 1e300}}, 422, "less than or equal"),
         ("/embed", {"input": []}, 422, "at least 1"),
-        ("/embed", {"input": ["a", " "]}, 422, "an empty text"),
-        ("/search", {"texts": [""]}, 422, "an empty text"),
-        ("/embed", {"input": ["a"] * (TEXTS + 1)}, 422, "at most 256"),
+        ("/embed", {"input": ["a", " "]}, 422, "the text is empty"),
+        ("/search", {"texts": [""]}, 422, "the text is empty"),
+        ("/embed", {"input": ["a"] * (MAX_TEXTS + 1)}, 422, "at most 256"),
         ("/embed", {"input": [[1, 2]]}, 422, "valid string"),
-        ("/embed", {"input": "a", "dimensions": 8}, 422, "the model's vectors have 16"),
-        ("/embed", {"input": [uri(b"x")] * 17}, 422, "16 at most"),
+        ("/embed", {"input": "a", "dimensions": 8}, 422, "dimensions must be 16"),
+        ("/embed", {"input": [data_uri(b"x")] * 17}, 422, "at most 16"),
     ],
 )
-def test_refused_with_the_reason(client: TestClient, path: str, body: dict[str, Any], code: int, message: str) -> None:
-    answer = client.post(path, json=body)
-    assert answer.status_code == code and message in answer.json()["error"]["message"], answer.text
+def test_invalid_requests_are_explained(
+    client: TestClient, path: str, body: dict[str, Any], code: int, message: str
+) -> None:
+    response = client.post(path, json=body)
+    assert response.status_code == code, response.text
+    assert message in response.json()["error"]["message"]
 
 
-def test_refused_bodies(client: TestClient, pictures: Path) -> None:
-    kind = {"content-type": "application/json"}
-    assert client.post("/search", content=b"{", headers=kind).status_code == 422
-    assert client.post("/search", content=b'{"texts": ["\\ud800"]}', headers=kind).status_code == 422
-    assert client.post("/search", content=b'{"texts": ["a"], "only": {"after": NaN}}', headers=kind).status_code == 422
-    assert client.post("/search", content=b"[" * 100_000, headers=kind).status_code in (400, 422)
-    large = client.post("/embed", json={"input": "a" * (1 << 20)})
-    assert large.status_code == 413 and "1,048,576" in large.json()["error"]["message"]
+def test_malformed_and_oversized_bodies_are_rejected(client: TestClient) -> None:
+    def post(path: str, content: Any) -> int:
+        return client.post(path, content=content, headers=JSON).status_code
 
-    def pieces() -> Iterator[bytes]:  # no Content-Length to believe
-        for _ in range(40):
-            yield b" " * (1 << 15)
-
-    assert client.post("/embed", content=pieces(), headers=kind).status_code == 413
+    assert post("/search", b"{") == 422
+    assert post("/search", b'{"texts": ["\\ud800"]}') == 422
+    assert post("/search", b'{"texts": ["a"], "filter": {"after": NaN}}') == 422
+    assert post("/search", b"[" * 100_000) in (400, 422)
+    response = client.post("/embed", json={"input": "a" * (1 << 20)})
+    assert response.status_code == 413
+    assert "1,048,576" in response.json()["error"]["message"]
+    chunks_without_content_length = (b" " * (1 << 15) for _ in range(40))
+    assert post("/embed", chunks_without_content_length) == 413
     assert client.post("/embed/upload", files=[("files", ("a.png", b"GIF89a"))]).status_code == 422
-    for path in ("/thumbnail/..%2f..%2fetc%2fpasswd", "/static/..%2fserver.py", "/static/server.py", "/picture/-1"):
+
+
+def test_paths_hosts_and_sites_are_checked(client: TestClient) -> None:
+    for path in ("/thumbnail/..%2f..%2fetc%2fpasswd", "/static/..%2fserver.py", "/static/server.py", "/image/-1"):
         assert client.get(path).status_code == 404
     assert client.get("/health", headers={"host": "evil.example"}).status_code == 400
-    from_elsewhere = client.get("/thumbnail/1", headers={"sec-fetch-site": "cross-site"})
-    assert from_elsewhere.status_code == 403 and client.get("/", headers={"sec-fetch-site": "cross-site"}).is_success
+    cross_site = {"sec-fetch-site": "cross-site"}
+    assert client.get("/thumbnail/1", headers=cross_site).status_code == 403
+    assert client.get("/", headers=cross_site).is_success
 
 
-def test_odd_pictures_are_read_or_refused(client: TestClient, pictures: Path) -> None:
-    whole = Image.open(pictures / "2.png").convert("RGB")
+def test_unusual_and_damaged_images_never_fail_the_server(client: TestClient, pictures: Path) -> None:
+    image = Image.open(pictures / "2.png").convert("RGB")
 
-    def saved(image: Image.Image, form: str, **options: Any) -> bytes:
+    def encode(image: Image.Image, image_format: str, **options: Any) -> bytes:
         stream = io.BytesIO()
-        image.save(stream, form, **options)
+        image.save(stream, image_format, **options)
         return stream.getvalue()
 
-    fine = {
-        "cmyk": saved(whole.convert("CMYK"), "JPEG"),
-        "animated": saved(whole, "GIF", save_all=True, append_images=[whole.rotate(90)]),
-        "16 bits": saved(Image.fromarray(np.full((9, 9), 40_000, np.uint16)), "PNG"),
-        "alpha": saved(whole.convert("RGBA"), "WEBP"),
-        "one pixel": saved(Image.new("1", (1, 1)), "PNG"),
-        "palette": saved(whole.convert("P"), "PNG"),
-        "ribbon": saved(Image.new("RGB", (60_000, 1)), "PNG"),
+    def embed(data: bytes) -> int:
+        return client.post("/embed", json={"input": data_uri(data)}).status_code
+
+    valid = {
+        "cmyk": encode(image.convert("CMYK"), "JPEG"),
+        "animated": encode(image, "GIF", save_all=True, append_images=[image.rotate(90)]),
+        "16 bits": encode(Image.fromarray(np.full((9, 9), 40_000, np.uint16)), "PNG"),
+        "alpha": encode(image.convert("RGBA"), "WEBP"),
+        "one pixel": encode(Image.new("1", (1, 1)), "PNG"),
+        "palette": encode(image.convert("P"), "PNG"),
+        "extreme aspect ratio": encode(Image.new("RGB", (60_000, 1)), "PNG"),
     }
-    for name, data in fine.items():
-        assert client.post("/embed", json={"input": uri(data)}).status_code == 200, name
+    for name, data in valid.items():
+        assert embed(data) == 200, name
+
     rng = np.random.default_rng(0)
-    sources = [saved(whole, form) for form in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")]
-    codes: dict[int, int] = {}
-    for n in range(120):  # cut, and with bytes changed
-        data = bytearray(sources[n % len(sources)])
+    originals = [encode(image, image_format) for image_format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")]
+    codes = []
+    for n in range(120):
+        damaged = bytearray(originals[n % len(originals)])
         if n % 2:
-            data = data[: rng.integers(1, len(data))]
+            damaged = damaged[: rng.integers(1, len(damaged))]
         else:
-            data[rng.integers(len(data))] ^= 255
-        code = client.post("/embed", json={"input": uri(bytes(data))}).status_code
-        codes[code] = codes.get(code, 0) + 1
-    assert set(codes) <= {200, 413, 422} and codes[422] > 20
+            damaged[rng.integers(len(damaged))] ^= 255
+        codes.append(embed(bytes(damaged)))
+    assert set(codes) <= {200, 413, 422}
+    assert codes.count(422) > 20
 
 
-def test_a_token_is_asked_for(model: DualEncoder, engine: SqliteBackend) -> None:
-    with TestClient(create_app(model, engine, token="secret", hosts=None), base_url="http://example.org") as client:
+def test_token_is_required(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
+    app = create_app(dual_encoder, backend, token="secret", hosts=None)
+    with TestClient(app, base_url="http://example.org") as client:
+
+        def thumbnail(**headers: str) -> int:
+            return client.get("/thumbnail/1", headers=headers).status_code
+
         assert client.get("/health").status_code == 200
-        refused = client.post("/embed", json={"input": "a"})
-        assert refused.status_code == 401 and "Bearer" in refused.headers["www-authenticate"]
-        assert client.get("/").status_code == client.get("/thumbnail/1").status_code == 401
+        response = client.post("/embed", json={"input": "a"})
+        assert response.status_code == 401
+        assert "Bearer" in response.headers["www-authenticate"]
+        assert client.get("/").status_code == thumbnail() == 401
         assert client.get("/?token=wrong").status_code == client.get("/?token=sécret").status_code == 401
-        for host in ("x/health?", "localhost:1/health?", "x/health#"):  # what is in it must not open a door
-            assert client.get("/thumbnail/1", headers={"host": host}).status_code == 401
+        for host in ("x/health?", "localhost:1/health?", "x/health#"):  # must not change the path that is checked
+            assert thumbnail(host=host) == 401
         for wrong in ("Bearer wrong", "Basic secret", "Bearer"):
-            assert client.get("/thumbnail/1", headers={"authorization": wrong}).status_code == 401
-        assert client.get("/thumbnail/1", headers={"authorization": "Bearer secret"}).status_code == 200
+            assert thumbnail(authorization=wrong) == 401
+        assert thumbnail(authorization="Bearer secret") == 200
         page = client.get("/?token=secret")
-        assert page.status_code == 200 and "token" not in str(page.url)
-        assert client.get("/thumbnail/1").status_code == 200  # by the cookie
+        assert page.status_code == 200
+        assert "token" not in str(page.url)
+        assert thumbnail() == 200  # with the cookie
 
 
-# ---- many at once ---------------------------------------------------------------------------------------------------
+# ---- concurrency ----------------------------------------------------------------------------------------------------
 
 
-def slow(model: DualEncoder, seconds: float, sizes: list[int]) -> DualEncoder:
-    """The same model, with a text side that takes its time a batch."""
-    import dataclasses
+def slow_text_model(model: DualEncoder, seconds: float, batch_sizes: list[int]) -> DualEncoder:
+    """Return the model with a delay per batch of texts, whose size is appended to `batch_sizes`."""
 
-    def read(texts: Sequence[str], progress: bool) -> Any:
-        sizes.append(len(texts))
+    def encode_texts_raw(texts: Sequence[str], progress: bool) -> Any:
+        batch_sizes.append(len(texts))
         time.sleep(seconds)
         return model.encode_texts_raw(texts, progress)
 
-    return dataclasses.replace(model, encode_texts_raw=read)
+    return dataclasses.replace(model, encode_texts_raw=encode_texts_raw)
 
 
-def test_requests_of_many_clients_go_together(model: DualEncoder) -> None:
+def test_concurrent_requests_are_batched(dual_encoder: DualEncoder) -> None:
     sizes: list[int] = []
-    with TestClient(create_app(slow(model, 0.05, sizes)), base_url=HOST) as client, ThreadPoolExecutor(24) as clients:
+    app = create_app(slow_text_model(dual_encoder, 0.05, sizes))
+    with TestClient(app, base_url=BASE_URL) as client, ThreadPoolExecutor(24) as clients:
         texts = [f"text {n}" for n in range(48)]
-        answers = list(clients.map(lambda text: client.post("/embed", json={"input": text}).json(), texts))
-    expected = model.encode_texts(texts).numpy()
-    np.testing.assert_allclose([a["data"][0]["embedding"] for a in answers], expected, atol=1e-5)
+        responses = list(clients.map(lambda text: client.post("/embed", json={"input": text}).json(), texts))
+    vectors = [response["data"][0]["embedding"] for response in responses]
+    np.testing.assert_allclose(vectors, dual_encoder.encode_texts(texts).numpy(), atol=1e-5)
     assert sum(sizes) == 48 and max(sizes) > 4 and len(sizes) < 24
 
 
-def test_too_many_are_sent_away_and_late_ones_told(model: DualEncoder) -> None:
-    app = create_app(slow(model, 0.3, []), None, Limits(max_queue=3, batch_size=1))
-    with TestClient(app, base_url=HOST) as client, ThreadPoolExecutor(12) as clients:
-        answers = list(clients.map(lambda n: client.post("/embed", json={"input": f"{n}"}), range(12)))
-        assert {a.status_code for a in answers} == {200, 429}
-        assert all(a.headers["retry-after"] for a in answers if a.status_code == 429)
+def test_server_returns_429_when_the_queue_is_full(dual_encoder: DualEncoder) -> None:
+    app = create_app(slow_text_model(dual_encoder, 0.3, []), None, Limits(max_queue=3, batch_size=1))
+    with TestClient(app, base_url=BASE_URL) as client, ThreadPoolExecutor(12) as clients:
+        responses = list(clients.map(lambda n: client.post("/embed", json={"input": f"{n}"}), range(12)))
+        assert {response.status_code for response in responses} == {200, 429}
+        assert all(response.headers["retry-after"] for response in responses if response.status_code == 429)
         assert client.post("/embed", json={"input": "after"}).status_code == 200
-    app = create_app(slow(model, 0.3, []), None, Limits(max_bytes_in_flight=3000))
-    with TestClient(app, base_url=HOST) as client, ThreadPoolExecutor(6) as clients:
-        answers = list(clients.map(lambda n: client.post("/embed", json={"input": f"{n}" * 2000}), range(6)))
-        assert {a.status_code for a in answers} == {200, 429}
-        assert client.post("/embed", json={"input": "1" * 2000}).status_code == 200  # what was held is given back
-    app = create_app(slow(model, 0.5, []), None, Limits(timeout=0.1))
-    with TestClient(app, base_url=HOST) as client:
-        late = client.post("/embed", json={"input": "a"})
-        assert late.status_code == 504 and "longer than 0.1 seconds" in late.json()["error"]["message"]
 
 
-def test_searches_that_nobody_waits_for_do_not_pile_up(model: DualEncoder, engine: SqliteBackend) -> None:
-    beside, most, lock = 0, 0, threading.Lock()
+def test_server_returns_429_when_too_many_bytes_are_in_flight(dual_encoder: DualEncoder) -> None:
+    app = create_app(slow_text_model(dual_encoder, 0.3, []), None, Limits(max_bytes_in_flight=3000))
+    with TestClient(app, base_url=BASE_URL) as client, ThreadPoolExecutor(6) as clients:
+        responses = list(clients.map(lambda n: client.post("/embed", json={"input": f"{n}" * 2000}), range(6)))
+        assert {response.status_code for response in responses} == {200, 429}
+        assert client.post("/embed", json={"input": "1" * 2000}).status_code == 200  # the bytes have been released
 
-    class Slow(SqliteBackend):
+
+def test_server_returns_504_after_the_timeout(dual_encoder: DualEncoder) -> None:
+    app = create_app(slow_text_model(dual_encoder, 0.5, []), None, Limits(timeout=0.1))
+    with TestClient(app, base_url=BASE_URL) as client:
+        response = client.post("/embed", json={"input": "a"})
+    assert response.status_code == 504
+    assert "longer than 0.1 seconds" in response.json()["error"]["message"]
+
+
+def test_searches_that_timed_out_do_not_pile_up(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
+    running, max_running, lock = 0, 0, threading.Lock()
+
+    class SlowBackend(SqliteBackend):
         def search(self, *_: Any) -> list[Any]:
-            nonlocal beside, most
+            nonlocal running, max_running
             with lock:
-                beside += 1
-                most = max(most, beside)
+                running += 1
+                max_running = max(max_running, running)
             time.sleep(0.6)
             with lock:
-                beside -= 1
+                running -= 1
             return []
 
-    app = create_app(model, Slow(engine.folder), Limits(timeout=0.1))
-    with TestClient(app, base_url=HOST) as client:
+    app = create_app(dual_encoder, SlowBackend(backend.folder), Limits(timeout=0.1))
+    with TestClient(app, base_url=BASE_URL) as client:
         for _ in range(6):
             assert client.post("/search", json={"texts": ["x"]}).status_code == 504
-    assert most == 2
+    assert max_running == 2
 
 
-def test_one_bad_item_does_not_spoil_its_batch() -> None:
+def test_batcher_isolates_failing_and_cancelled_items() -> None:
     calls: list[list[int]] = []
 
-    def work(items: list[int]) -> list[int]:
+    def double(items: list[int]) -> list[int]:
         calls.append(items)
         time.sleep(0.02)
         if 3 in items:
@@ -321,44 +366,36 @@ def test_one_bad_item_does_not_spoil_its_batch() -> None:
 
     async def run() -> list[Any]:
         with ThreadPoolExecutor(1) as executor:
-            batcher = Batcher(work, executor, most=8, waiting=10)
-            found = await asyncio.gather(*(batcher.ask([n]) for n in range(6)), return_exceptions=True)
-            with pytest.raises(ValueError, match="10 at most"):
-                await batcher.ask(list(range(11)))
-            waiting = asyncio.create_task(batcher.ask([5, 6, 7, 8]))
+            batcher = Batcher(double, executor, max_batch_size=8, max_queue=10)
+            results = await asyncio.gather(*(batcher.submit([n]) for n in range(6)), return_exceptions=True)
+            with pytest.raises(ValueError, match="at most 10"):
+                await batcher.submit(list(range(11)))
+            waiting = asyncio.create_task(batcher.submit([5, 6, 7, 8]))
             await asyncio.sleep(0)
             with pytest.raises(QueueFull):
-                await batcher.ask(list(range(9)))
+                await batcher.submit(list(range(9)))
             assert await waiting == [10, 12, 14, 16]
-            cancelled = asyncio.create_task(batcher.ask([9]))
+            cancelled = asyncio.create_task(batcher.submit([9]))
             await asyncio.sleep(0)
             cancelled.cancel()
             await asyncio.gather(cancelled, return_exceptions=True)
-            assert await batcher.ask([4, 5]) == [8, 10]
+            assert await batcher.submit([4, 5]) == [8, 10]
             await batcher.close()
-            return found
+            return results
 
-    found = asyncio.run(run())
-    assert isinstance(found[3], ValueError) and [f for n, f in enumerate(found) if n != 3] == [[0], [2], [4], [8], [10]]
+    results = asyncio.run(run())
+    assert isinstance(results.pop(3), ValueError)
+    assert results == [[0], [2], [4], [8], [10]]
     assert not any(9 in call for call in calls)
 
 
-def test_it_stops_when_told_and_answers_first(model: DualEncoder, tmp_path: Path) -> None:
-    """A real server in a process of its own: SIGTERM while a request is under way."""
-    import json
-    import signal
-    import socket
-    import subprocess
-    import sys
-    import urllib.request
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "llm2clip", "serve", "--model", model.name, "--port", str(port)]
+def test_serve_completes_requests_after_sigterm(model_folder: Path) -> None:
+    """Starts a real server process and stops it during a request."""
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "llm2clip", "serve", "--model", str(model_folder), "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
         assert server.stdout is not None
-        address = f"http://127.0.0.1:{port}"
         for line in server.stdout:
             if "Serving at" in line:
                 break
@@ -368,17 +405,17 @@ def test_it_stops_when_told_and_answers_first(model: DualEncoder, tmp_path: Path
                 break
             except OSError:
                 time.sleep(0.1)
-        answers: list[int] = []
+        response_sizes: list[int] = []
 
-        def ask() -> None:
+        def send_request() -> None:
             body = json.dumps({"input": [f"{n} " + "long " * 3000 for n in range(64)]}).encode()
-            request = urllib.request.Request(f"{address}/embed", body, {"content-type": "application/json"})
-            answers.append(len(json.load(urllib.request.urlopen(request))["data"]))
+            request = urllib.request.Request(f"{address}/embed", body, JSON)
+            response_sizes.append(len(json.load(urllib.request.urlopen(request))["data"]))
 
-        asking = threading.Thread(target=ask)
-        asking.start()
+        client = threading.Thread(target=send_request)
+        client.start()
         time.sleep(0.3)
         server.send_signal(signal.SIGTERM)
-        asking.join(120)
-        assert answers == [64]
+        client.join(120)
+        assert response_sizes == [64]
         assert server.wait(60) in (0, -signal.SIGTERM)

@@ -28,7 +28,6 @@ import torch
 
 from llm2clip.checkpoint import read_metrics
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, FitConfig, TuneConfig
-from llm2clip.data.columns import CAPTION_FIELDS
 from llm2clip.data.pairs import TuningItem
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog

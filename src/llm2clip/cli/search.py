@@ -1,91 +1,246 @@
-"""`llm2clip index`, `search` and `serve`."""
+"""Commands `index`, `search` and `serve`."""
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable
+from datetime import date as date_type
+from datetime import datetime
+from datetime import time as time_type
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
 from jsonargparse import Namespace
 
-from llm2clip.cli.commands import Commands, select
+from llm2clip.cli.commands import Commands, add_reading_arguments
+
+if TYPE_CHECKING:
+    from llm2clip.data.skip_log import SkipLog
+    from llm2clip.search.build import IndexReport
+    from llm2clip.search.query_embedding import Query
 
 
 def add(commands: Commands) -> None:
-    """The verbs of this file."""
-    sub = commands.add("index", _index, "Pictures into an index, to be searched; again, it takes what changed.")
-    sub.add_argument("data", nargs="+", type=str, help="sources of pictures, with or without captions")
-    sub.add_argument("--model", type=str, required=True, help="model folder, or any model as for `evaluate`")
-    sub.add_argument("--out", type=str, required=True, help="index folder; or qdrant+http://HOST:6333/COLLECTION")
-    sub.add_argument("--watch", type=float, help="look again after so many seconds, for ever")
-    sub.add_argument("--gone", action="store_true", help="sources that are not there any more: drop their pictures")
-    sub.add_argument("--columns", type=dict[str, str], default={}, help="our field to the source's column")
-    sub.add_argument("--max_skipped", type=float, default=1.0, help="largest share of bad pictures put up with")
-    sub.add_argument("--batch", type=int, default=64, help="pictures in a pass, and kept at once")
-    sub.add_argument("--workers", type=int, help="processes that decode; half of the cores")
+    """Add the commands of this module."""
+    sub = commands.add("index", _index, "Build or update an index of images, for `search` and `serve`.")
+    sub.add_argument("data", nargs="+", type=str, help="Sources of images, with or without captions.")
+    sub.add_argument("--model", type=str, required=True, help="Model folder, or any other model as for `evaluate`.")
+    sub.add_argument("--out", type=str, required=True, help="Index folder, or qdrant+http://HOST:6333/COLLECTION.")
+    sub.add_argument("--watch", type=float, help="Keep running and update the index every N seconds.")
+    sub.add_argument("--prune", action="store_true", help="Remove the images of sources that no longer exist.")
+    add_reading_arguments(sub, max_skipped=1.0)
+    sub.add_argument("--batch_size", type=int, default=64, help="Images per forward pass.")
+    sub.add_argument("--workers", type=int, help="Processes that decode images. Default: half of the CPU cores.")
     sub.add_argument(
-        "--approximate_above", type=int, default=1_000_000, help="different pictures from which a graph is searched"
+        "--approximate_above",
+        type=int,
+        default=1_000_000,
+        help="Use an approximate search (HNSW graph) from this number of distinct images on.",
     )
 
-    sub = commands.add(
-        "search", _search, "Find pictures of an index by texts and pictures, in any language that the model knows."
+    sub = commands.add("search", _search, "Search an index by texts, in any language of the model, and by images.")
+    sub.add_argument("index", type=str, help="Index folder or URL.")
+    sub.add_argument("texts", nargs="*", type=str, default=[], help="What the images show.")
+    sub.add_argument("--images", nargs="+", type=str, default=[], help="Images to find similar ones of.")
+    sub.add_argument("--negative", nargs="+", type=str, default=[], help="What the images do not show.")
+    sub.add_argument("--negative_images", nargs="+", type=str, default=[], help="Images to find dissimilar ones of.")
+    sub.add_argument("--top", type=int, default=10, help="Maximum number of results.")
+    sub.add_argument("--path", type=str, help="Only images in this folder, tar or file.")
+    sub.add_argument("--caption", type=str, help="Only images with this text in a caption, ignoring case.")
+    sub.add_argument("--after", type=str, help="Only images taken at this date or later: 2024-05-31, or with a time.")
+    sub.add_argument("--before", type=str, help="Only images taken at this date or earlier.")
+    sub.add_argument("--min_side", type=int, help="Only images whose shorter side has at least this many pixels.")
+    sub.add_argument("--model", type=str, help="The index's model, if its folder was moved.")
+    sub.add_argument("--sheet", type=str, help="Write the results as an HTML page to this folder.")
+    sub.add_argument("--open", action="store_true", help="Open the results as an HTML page in a browser.")
+
+    sub = commands.add("serve", _serve, "Serve search, embeddings and a search page over HTTP.")
+    sub.add_argument("--index", type=str, help="Index folder or URL. Default: serve embeddings only.")
+    sub.add_argument("--model", type=str, help="The index's model, if its folder was moved; required without --index.")
+    sub.add_argument("--host", type=str, default="127.0.0.1", help="Address to listen on. 0.0.0.0: all interfaces.")
+    sub.add_argument("--port", type=int, default=7860, help="Port to listen on.")
+    sub.add_argument(
+        "--token",
+        type=str,
+        help="Token that requests must have. Default: LLM2CLIP_TOKEN; otherwise, if other machines can connect, a "
+        "random one.",
     )
-    sub.add_argument("index", type=str, help="index folder or URL")
-    sub.add_argument("texts", nargs="*", type=str, default=[], help="what the pictures show")
-    sub.add_argument("--images", nargs="+", type=str, default=[], help="pictures that they are like")
-    sub.add_argument("--without", nargs="+", type=str, default=[], help="what they do not show")
-    sub.add_argument("--without_images", nargs="+", type=str, default=[], help="pictures that they are unlike")
-    sub.add_argument("--top", type=int, default=10, help="how many")
-    sub.add_argument("--under", type=str, help="folder, tar or file that they lie in")
-    sub.add_argument("--caption", type=str, help="words that one of their captions contains")
-    sub.add_argument("--after", type=str, help="taken then or later: 2024-05-31, or with a time")
-    sub.add_argument("--before", type=str, help="taken then or earlier")
-    sub.add_argument("--larger", type=int, help="pixels of the shorter side, at least")
-    sub.add_argument("--model", type=str, help="where the index's model is now, if it moved")
-    sub.add_argument("--sheet", type=str, help="folder for a contact sheet, an HTML page")
-    sub.add_argument("--open", action="store_true", help="open the contact sheet in a browser")
-
-    sub = commands.add("serve", _serve, "Search and embeddings over HTTP, and a page to search with.")
-    sub.add_argument("--index", type=str, help="index folder or URL; without one, embeddings alone")
-    sub.add_argument("--model", type=str, help="the index's, if it moved; or any, without an index")
-    sub.add_argument("--host", type=str, default="127.0.0.1", help="address to listen at; 0.0.0.0 is all, with a token")
-    sub.add_argument("--port", type=int, default=7860, help="port")
-    sub.add_argument("--token", type=str, help="that requests must bear; also LLM2CLIP_TOKEN; made up if one is needed")
-    sub.add_argument("--batch", type=int, default=32, help="texts, or pictures, that go through the model together")
-    sub.add_argument("--waiting", type=int, default=512, help="texts, or pictures, that may wait; then 429")
-    sub.add_argument("--seconds", type=float, default=30.0, help="that a request may take; then 504")
-    sub.add_argument("--precision", type=str, default="auto", help="texts are read in: fp32, bf16, or auto, the faster")
+    sub.add_argument("--batch_size", type=int, default=32, help="Maximum number of texts, or images, per forward pass.")
+    sub.add_argument(
+        "--max_queue", type=int, default=512, help="Maximum number of waiting texts, or images; more get status 429."
+    )
+    sub.add_argument(
+        "--timeout", type=float, default=30.0, help="Maximum seconds per request; longer ones get status 504."
+    )
+    sub.add_argument(
+        "--precision", type=str, default="auto", help="Precision of the text side: fp32, bf16, or auto (the faster)."
+    )
 
 
-def _index(given: Namespace) -> list[str]:
-    from llm2clip.search.verbs import index_verb
+def _index(args: Namespace) -> list[str]:
+    from llm2clip.data.skip_log import SkipLog
+    from llm2clip.distributed import print_once
+    from llm2clip.models.dual_encoder import open_dual_encoder
+    from llm2clip.search.backends import open_backend
+    from llm2clip.search.build import build_index
 
-    names = ("watch", "columns", "max_skipped", "batch", "workers", "approximate_above", "gone")
-    return index_verb(given.data, given.model, given.out, **select(given, *names))
+    model = open_dual_encoder(args.model)  # before anything is created at --out
+    backend = open_backend(args.out, write=True, approximate_above=args.approximate_above)
+    skipped_file = None if "://" in args.out else Path(args.out) / "skipped.jsonl"
+
+    def update() -> tuple[IndexReport, SkipLog]:
+        log = SkipLog(skipped_file, args.max_skipped)
+        report = build_index(
+            args.data,
+            model,
+            backend,
+            log,
+            columns=args.columns,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            prune=args.prune,
+        )
+        return report, log
+
+    report, log = update()
+    if args.watch is not None:
+        print_once(f"{_clock()} {report}", log.summary())
+        print_once(f"Watching {', '.join(args.data)}; press Ctrl-C to stop.")
+        _watch(update, args.watch)
+    print_once(str(report), log.summary())
+
+    images, contents = backend.count()
+    lines = [f"Index: {args.out} ({images:,} images, {contents:,} distinct)"]
+    for names in backend.duplicates(limit=3):
+        lines.append("Duplicates: " + ", ".join(names[:4]))
+    if log.skipped and skipped_file:
+        lines.append(f"Unreadable images: {log.skipped.total():,}, listed in {skipped_file}")
+    lines.append(f'Next: llm2clip search {args.out} "a description of an image"')
+    lines.append(f"      llm2clip serve --index {args.out}")
+    return lines
 
 
-def _search(given: Namespace) -> list[str]:
+def _watch(update: Callable[[], tuple[IndexReport, SkipLog]], interval: float) -> NoReturn:
+    """Update an index every `interval` seconds until interrupted. Errors are printed: a missing disk may come back."""
+    from llm2clip.distributed import print_once
+
+    while True:
+        time.sleep(interval)
+        try:
+            report, log = update()
+        except (OSError, ValueError) as error:
+            print_once(f"{_clock()} {error}")
+            continue
+        if report:
+            print_once(f"{_clock()} {report}", log.summary())
+
+
+def _clock() -> str:
+    return f"{datetime.now():%H:%M:%S}"
+
+
+def _search(args: Namespace) -> list[str]:
+    from rich.console import Console
+
+    from llm2clip.models.dual_encoder import open_dual_encoder
+    from llm2clip.search.backends import open_backend
+    from llm2clip.search.build import check_model
+    from llm2clip.search.query_embedding import Query, embed_query
+    from llm2clip.search.render import open_in_browser, print_hits, write_contact_sheet
     from llm2clip.search.types import Filter
-    from llm2clip.search.verbs import canonical_path, parse_time, search_verb
 
-    return search_verb(
-        given["index"],
-        given.texts or [],
-        images=given.images,
-        without=given.without,
-        without_images=given.without_images,
-        top=given.top,
-        only=Filter(
-            canonical_path(given.under),
-            given.caption,
-            parse_time(given.after),
-            parse_time(given.before, True),
-            given.larger,
-        ),
-        model=given.model,
-        sheet=given.sheet,
-        opened=given.open,
+    if args.top < 1:
+        raise ValueError(f"--top must be at least 1 (got {args.top})")
+    image_filter = Filter(
+        path=canonical_path(args.path),
+        caption=args.caption,
+        after=parse_time(args.after),
+        before=parse_time(args.before, end_of_day=True),
+        min_side=args.min_side,
     )
+    backend = open_backend(args["index"])
+    metadata = backend.metadata()
+    model = open_dual_encoder(args.model or metadata["model"])
+    check_model(metadata, model)
+    query = Query(args.texts or [], args.images, args.negative, args.negative_images)
+    hits = backend.search(embed_query(model, query), args.top, image_filter)
+    if not hits:
+        return ["No results: the index is empty, or no image meets the filters."]
+    print_hits(hits, backend, Console())
+    if not args.open and args.sheet is None:
+        return []
+    page = write_contact_sheet(_describe(query), hits, backend, Path(args.sheet) if args.sheet else None)
+    if args.open:
+        open_in_browser(page)
+    return [f"Results: {page}"]
 
 
-def _serve(given: Namespace) -> list[str]:
-    from llm2clip.search.verbs import serve_verb
+def parse_time(text: str | None, end_of_day: bool = False) -> float | None:
+    """Parse an ISO 8601 date or time to seconds since 1970. Dates are midnight, or the last moment of the day.
 
-    names = ("model", "host", "port", "token", "batch", "waiting", "seconds", "precision")
-    return serve_verb(given["index"], **select(given, *names))
+    Raises:
+        ValueError: The text is not a date or time.
+    """
+    if text is None:
+        return None
+    try:
+        date = date_type.fromisoformat(text)
+    except ValueError:
+        return datetime.fromisoformat(text).timestamp()
+    return datetime.combine(date, time_type.max if end_of_day else time_type.min).timestamp()
+
+
+def canonical_path(path: str | None) -> str | None:
+    """Return a path in the form in which image names are stored in an index: absolute, without symbolic links."""
+    from llm2clip.data.image_refs import printable
+
+    return printable(os.path.realpath(os.path.expanduser(path))) if path is not None else None
+
+
+def _describe(query: Query) -> str:
+    """Return a query in words, as the title of its results."""
+    positive = [str(part) for part in (*query.texts, *query.images)]
+    negative = [f" without {part}" for part in (*query.negative_texts, *query.negative_images)]
+    return " + ".join(positive) + "".join(negative)
+
+
+def _serve(args: Namespace) -> list[str]:
+    import secrets
+    from concurrent.futures import ThreadPoolExecutor
+    from urllib.parse import quote
+
+    from llm2clip.distributed import print_once
+    from llm2clip.models.dual_encoder import open_dual_encoder
+    from llm2clip.search.backends import open_backend
+
+    try:
+        from llm2clip.search.schemas import Limits
+        from llm2clip.search.server import LOOPBACK, create_app, serve
+    except ModuleNotFoundError as error:
+        raise ImportError(f"`llm2clip serve` needs `pip install 'llm2clip[search]'` ({error})") from error
+    backend = open_backend(args["index"]) if args["index"] else None
+    model_name = args.model or (backend.metadata()["model"] if backend else None)
+    if model_name is None:
+        raise ValueError("pass an index with --index, or a model with --model")
+    is_local = args.host in LOOPBACK
+    token = args.token or os.environ.get("LLM2CLIP_TOKEN")
+    if token is None and not is_local:
+        token = secrets.token_urlsafe(24)
+
+    model_thread = ThreadPoolExecutor(1, "model")
+    model = model_thread.submit(open_dual_encoder, model_name, precision=args.precision).result()
+    app = create_app(
+        model,
+        backend,
+        limits=Limits(max_queue=args.max_queue, timeout=args.timeout, batch_size=args.batch_size),
+        token=token,
+        hosts=LOOPBACK if is_local else None,
+        model_thread=model_thread,
+    )
+    host = f"[{args.host}]" if ":" in args.host else args.host  # IPv6
+    address = f"http://{host}:{args.port}/"
+    page = f"{address}?token={quote(token, safe='')}" if token else address
+    print_once(f"Serving at {page}", f"API description: {address}openapi.json. Press Ctrl-C to stop.")
+    serve(app, args.host, args.port)
+    return ["Server stopped; requests in progress were completed."]

@@ -1,4 +1,7 @@
-"""Requests of many clients, worked out together: a model takes thirty-two texts in little more time than one."""
+"""Dynamic batching: requests of many clients go through the model together.
+
+A forward pass over 32 texts takes little longer than one over a single text.
+"""
 
 from __future__ import annotations
 
@@ -10,117 +13,132 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
-Answer = TypeVar("Answer")
-LINGER = 0.03  # seconds, at most
+Result = TypeVar("Result")
+MAX_WAIT = 0.03  # seconds to wait for a batch to fill
 
 
 class QueueFull(Exception):
-    """Too much is waiting: come again."""
+    """Too many items are waiting; try again later."""
 
 
 @dataclass
-class _Asked(Generic[Item, Answer]):
+class _Pending(Generic[Item, Result]):
+    """An item with the future of its result."""
+
     item: Item
-    answer: asyncio.Future[Answer]
+    result: asyncio.Future[Result]
 
 
-class Batcher(Generic[Item, Answer]):
+class Batcher(Generic[Item, Result]):
     """Calls `work` with the items of several callers at once.
 
-    While a batch is worked out the next one gathers. One that is smaller than the last waits a tenth of that one's time
-    for company: its callers are on their way back with their next items, and a batch of the first of them alone would
-    keep the others waiting. Whoever comes alone, again and again, does not wait.
+    While one batch is processed, the next one fills. A batch that is smaller than the previous one waits for up to a
+    tenth of the previous one's duration: the callers of that batch are about to send their next items, and starting
+    with the first of them alone would delay all others. A single client, whose batches all have one item, never waits.
     """
 
     def __init__(
         self,
-        work: Callable[[list[Item]], Sequence[Answer]],
+        work: Callable[[list[Item]], Sequence[Result]],
         executor: Executor,
-        most: int = 32,
-        waiting: int = 256,
-        seen: Callable[[int], None] = lambda size: None,
+        max_batch_size: int = 32,
+        max_queue: int = 256,
+        on_batch: Callable[[int], None] = lambda size: None,
     ) -> None:
         """
         Args:
-            work: items to as many answers, called in the executor.
-            executor: of one thread, if work must not run beside itself.
-            most: items in a batch.
-            waiting: items that may wait; one more is refused.
-            seen: told the size of each batch.
+            work: Returns one result per item. Called in the executor.
+            executor: Use one with a single thread if calls of `work` must not overlap.
+            max_batch_size: Maximum number of items per call.
+            max_queue: Maximum number of waiting items.
+            on_batch: Called with the size of each batch.
         """
-        self.work, self.executor, self.most, self.waiting, self.seen = work, executor, most, waiting, seen
-        self._queue: asyncio.Queue[_Asked[Item, Answer]] = asyncio.Queue()
+        self.work, self.executor = work, executor
+        self.max_batch_size, self.max_queue, self.on_batch = max_batch_size, max_queue, on_batch
+        self._queue: asyncio.Queue[_Pending[Item, Result]] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
-        self._last, self._seconds = 0, 0.0  # the size of the last batch, and its time
+        self._last_size, self._last_seconds = 0, 0.0  # of the last batch
 
     def __len__(self) -> int:
-        """How many items wait."""
+        """Return the number of waiting items."""
         return self._queue.qsize()
 
-    async def ask(self, items: Sequence[Item]) -> list[Answer]:
-        """The answers to some items, in their order.
+    async def submit(self, items: Sequence[Item]) -> list[Result]:
+        """Process items and return their results, in the same order.
 
         Raises:
-            ValueError: there are more than may ever wait.
-            Busy: too many wait already.
-            Exception: what `work` raised for one of them alone.
+            ValueError: There are more items than may ever wait.
+            QueueFull: Too many items are waiting already.
+            Exception: What `work` raised for one of the items alone.
         """
-        if len(items) > self.waiting:
-            raise ValueError(f"{len(items):,} at once; {self.waiting:,} at most")
-        if len(self) + len(items) > self.waiting:
-            raise QueueFull(f"{len(self):,} requests are waiting")
+        if len(items) > self.max_queue:
+            raise ValueError(f"{len(items):,} items in one request, at most {self.max_queue:,} are allowed")
+        if len(self) + len(items) > self.max_queue:
+            raise QueueFull(f"the server is busy: {len(self):,} items are waiting; try again later")
         loop = asyncio.get_running_loop()
         if self._task is None:
             self._task = loop.create_task(self._run())
-        asked = [_Asked(item, loop.create_future()) for item in items]
-        for one in asked:
-            self._queue.put_nowait(one)
+        pending: list[_Pending[Item, Result]] = [_Pending(item, loop.create_future()) for item in items]
+        for entry in pending:
+            self._queue.put_nowait(entry)
         try:
-            return list(await asyncio.gather(*(one.answer for one in asked)))
+            return list(await asyncio.gather(*(entry.result for entry in pending)))
         finally:
-            for one in asked:  # whoever left, by a time-out or a failure beside it, is not worked for
-                one.answer.cancel()
+            # After a timeout, or an error in another item, nothing waits for the remaining results.
+            _cancel(pending)
 
     async def close(self) -> None:
-        """Stop; what still waits is given up."""
+        """Stop, and cancel all waiting items."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
         while not self._queue.empty():
-            self._queue.get_nowait().answer.cancel()
+            self._queue.get_nowait().result.cancel()
 
     async def _run(self) -> None:
+        """Process batches until the task is cancelled."""
         while True:
-            batch = [await self._queue.get()]
-            if len(self) + 1 < self._last:
-                await asyncio.sleep(min(LINGER, self._seconds / 10))
-            while len(batch) < self.most and not self._queue.empty():
-                batch.append(self._queue.get_nowait())
-            batch = [one for one in batch if not one.answer.done()]
-            if batch:
-                self.seen(len(batch))
-                self._last, start = len(batch), time.perf_counter()
-                try:
-                    await self._answer(batch)
-                finally:
-                    for one in batch:  # whoever was not answered, since all this is ended, must not wait for ever
-                        one.answer.cancel()
-                self._seconds = time.perf_counter() - start
+            batch = await self._next_batch()
+            if not batch:
+                continue
+            self.on_batch(len(batch))
+            self._last_size, start = len(batch), time.perf_counter()
+            try:
+                await self._process(batch)
+            finally:
+                _cancel(batch)  # if this task was cancelled, callers must not wait forever
+            self._last_seconds = time.perf_counter() - start
 
-    async def _answer(self, batch: list[_Asked[Item, Answer]]) -> None:
+    async def _next_batch(self) -> list[_Pending[Item, Result]]:
+        """Wait for items, and return those that are still wanted; possibly none."""
+        batch = [await self._queue.get()]
+        if len(self) + 1 < self._last_size:
+            await asyncio.sleep(min(MAX_WAIT, self._last_seconds / 10))
+        while len(batch) < self.max_batch_size and not self._queue.empty():
+            batch.append(self._queue.get_nowait())
+        return [entry for entry in batch if not entry.result.done()]
+
+    async def _process(self, batch: list[_Pending[Item, Result]]) -> None:
+        """Set the results of a batch. If it fails, process its items one by one, so that only the bad ones fail."""
         loop = asyncio.get_running_loop()
         try:
-            answers = await loop.run_in_executor(self.executor, self.work, [one.item for one in batch])
-            if len(answers) != len(batch):
-                raise RuntimeError(f"{len(answers)} answers to {len(batch)} items")
+            results = await loop.run_in_executor(self.executor, self.work, [entry.item for entry in batch])
+            if len(results) != len(batch):
+                raise RuntimeError(f"work returned {len(results)} results for {len(batch)} items")
         except Exception as error:
-            if len(batch) > 1:  # who is to blame? the others must not suffer
-                for one in batch:
-                    await self._answer([one])
-            elif not batch[0].answer.done():
-                batch[0].answer.set_exception(error)
+            if len(batch) > 1:
+                for entry in batch:
+                    await self._process([entry])
+            elif not batch[0].result.done():
+                batch[0].result.set_exception(error)
             return
-        for one, answer in zip(batch, answers, strict=True):
-            if not one.answer.done():
-                one.answer.set_result(answer)
+        for entry, result in zip(batch, results, strict=True):
+            if not entry.result.done():
+                entry.result.set_result(result)
+
+
+def _cancel(entries: Sequence[_Pending[Item, Result]]) -> None:
+    """Cancel the futures that have no result yet."""
+    for entry in entries:
+        entry.result.cancel()

@@ -1,55 +1,51 @@
-"""`llm2clip index`: pictures into an index. What is new or changed is embedded, what is gone is dropped; each batch is
-kept, so that a run that was stopped goes on."""
+"""Builds and updates an index: embeds new and changed images, removes deleted ones.
+
+Each batch is committed on its own, so an interrupted run resumes where it stopped.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import io
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llm2clip.data.image_header import readable_formats
 from llm2clip.data.image_loader import image_batches
-from llm2clip.data.image_refs import TarImage, printable
+from llm2clip.data.image_refs import printable
 from llm2clip.data.images import make_thumbnail
-from llm2clip.data.readers.tar import list_files
-from llm2clip.data.records import Source, open_records
+from llm2clip.data.records import Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.fingerprint import fingerprint
-from llm2clip.search.types import PLACES, Backend, IndexedContent, IndexedImage
+from llm2clip.search.backends import Backend
+from llm2clip.search.scan import digest_and_date, file_stamp, scan_sources
+from llm2clip.search.types import ImageState, IndexedContent, IndexedImage
 
-THUMBNAIL = 256  # pixels of the longer side
-CHUNK = 8192  # pictures that are read before the new ones among them are embedded
-UNREAD = frozenset({"heic", "heif", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raw", "psd", "svg", "jxl"})
-EXIF, DATE_TAKEN, DATE = 0x8769, 0x9003, 0x0132  # tags
+THUMBNAIL_SIDE = 256  # pixels of the longer side
+CHUNK = 8192  # images whose files are read before the new contents among them are embedded
 
 
 @dataclass
 class IndexReport:
-    """How many pictures were added, changed and dropped by a run, and how many had to be embedded."""
+    """Number of images that a run added, updated and removed, and number of contents it embedded."""
 
     added: int = 0
     changed: int = 0
-    dropped: int = 0
+    removed: int = 0
     embedded: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.added or self.changed or self.dropped)
+        return bool(self.added or self.changed or self.removed)
 
     def __str__(self) -> str:
         return (
-            f"{self.added:,} pictures added, {self.changed:,} changed, {self.dropped:,} dropped; "
+            f"Images: {self.added:,} added, {self.changed:,} changed, {self.removed:,} removed, "
             f"{self.embedded:,} embedded"
         )
 
@@ -57,210 +53,182 @@ class IndexReport:
 def build_index(
     sources: Sequence[str],
     model: DualEncoder,
-    engine: Backend,
+    backend: Backend,
     log: SkipLog,
     columns: dict[str, str] | None = None,
-    batch: int = 64,
+    batch_size: int = 64,
     workers: int | None = None,
-    gone: bool = False,
+    prune: bool = False,
 ) -> IndexReport:
-    """Bring an index to what sources hold now.
+    """Update an index to the current content of some sources. Images of other sources stay in the index.
 
     Args:
-        sources: of pictures, as of `open_records`, folders with all that is in them; captions are kept where there are
-            any.
-        model: what makes the vectors.
-        engine: of the index. Pictures of sources that are not named here stay in it.
-        log: where pictures that cannot be read are counted and listed.
-        columns: our field to the sources' column.
-        batch: pictures in a forward pass, and kept at once.
-        workers: processes that decode, as of `in_batches`.
-        gone: a source that is not there any more, or empty, is no mistake: its pictures are dropped.
+        sources: Sources of images, with or without captions, as in `open_records`. Folders are read recursively.
+        model: Encodes the images.
+        backend: The index.
+        log: Counts and lists images that cannot be read.
+        columns: Column of the source for each of our fields.
+        batch_size: Images per forward pass and per commit.
+        workers: Processes that decode images, as in `image_batches`.
+        prune: Remove the images of a source that no longer exists or is empty, instead of raising an error.
 
     Raises:
-        ValueError: the index is another model's.
-        OSError: a source is not there, or a folder in it cannot be listed.
-        TooManySkipped: too many pictures cannot be read.
+        ValueError: The index was built with another model.
+        OSError: A source does not exist, or one of its folders cannot be listed.
+        TooManySkipped: Too many images cannot be read.
     """
-    if about := engine.about():
-        check_model(about, model)
+    metadata = backend.metadata()
+    if metadata:
+        check_model(metadata, model)
     else:
-        name = os.path.abspath(model.name) if os.path.isdir(model.name) else model.name
-        engine.begin({"model": name, "fingerprint": fingerprint(model.identity()), "width": model.embed_dim})
-    parsed = [_absolute(Source.parse(s), columns or {}) for s in sources]
-    found: dict[str, IndexedImage] = {}
-    for source in parsed:
-        for picture in find_images(source, log, gone):
-            same = found.get(picture.name)
-            if same is not None and isinstance(same.place, TarImage) and same.place != picture.place:
-                picture = dataclasses.replace(
-                    picture, name=printable(picture.place.key)
-                )  # a tar may hold two of one name
-                same = found.get(picture.name)
-            if same is not None:  # captions in a file beside the pictures, say
-                texts = tuple(dict.fromkeys([*same.captions, *picture.captions]))
-                picture = dataclasses.replace(same, captions=texts)
-            found[picture.name] = picture
-    known = engine.known([printable(str(source)) for source in parsed])
-    fresh = [p for p in found.values() if known.get(p.name) != (p.stamp, p.captions)]
-    kept, embedded = _add(fresh, model, engine, log, batch, workers)
-    stale = {p.name for p in fresh} - kept  # whose file changed to what cannot be read
-    log.check()  # before anything is lost
+        backend.initialize(_metadata_of(model))
+    parsed = [_parse_source(source, columns or {}) for source in sources]
+    images = scan_sources(parsed, log, prune)
+    indexed = backend.indexed([printable(str(source)) for source in parsed])
+    to_add = []
+    for image in images.values():
+        if indexed.get(image.name) != ImageState(image.stamp, image.captions):
+            to_add.append(image)
+    added, embedded = _add_images(to_add, model, backend, log, batch_size, workers)
+    log.check()  # before anything is removed
+
     folders = [f"{source.path.rstrip('/')}/" for source in parsed if os.path.isdir(source.path)]
-    gone_names = [n for n, (stamp, _) in known.items() if n not in found and not _unread(n, stamp, folders)]
-    engine.forget([*gone_names, *(n for n in known if n in stale)])
-    engine.finish()
-    dropped = len(gone_names) + len(stale & known.keys())
-    return IndexReport(len(kept - known.keys()), len(kept & known.keys()), dropped, embedded)
+    deleted = []
+    for name, state in indexed.items():
+        if name not in images and not _is_unchanged_file(name, state.stamp, folders):
+            deleted.append(name)
+    not_added = {image.name for image in to_add} - added
+    unreadable = [name for name in indexed if name in not_added]  # the file changed and can no longer be decoded
+    backend.remove([*deleted, *unreadable])
+    backend.finish()
+    return IndexReport(
+        added=len(added - indexed.keys()),
+        changed=len(added & indexed.keys()),
+        removed=len(deleted) + len(unreadable),
+        embedded=embedded,
+    )
 
 
-def _unread(name: str, stamp: str, folders: Sequence[str]) -> bool:
-    """Whether a picture that was not found is a file that lies in one of the folders as it was: its disk gave an error,
-    and that is no reason to forget it."""
-    try:
-        there = os.stat(name)
-    except (OSError, ValueError):
-        return False
-    return stamp == f"{there.st_size} {there.st_mtime_ns}" and any(name.startswith(folder) for folder in folders)
-
-
-def check_model(about: Mapping[str, Any], model: DualEncoder) -> None:
-    """Raises ValueError if a model is not the one that an index was made with: their vectors have nothing in common."""
-    if about["fingerprint"] != fingerprint(model.identity()):
-        raise ValueError(
-            f"the index was made with {about['model']} as it was then, whose vectors are not those of {model.name}: "
-            "name that model, or make an index of this one in another folder"
-        )
-
-
-def find_images(source: Source, log: SkipLog, gone: bool = False) -> Iterator[IndexedImage]:
-    """What a source holds, as far as the files' headers tell.
+def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
+    """Check that an index was built with a model.
 
     Raises:
-        ValueError: its pictures are not in files here, or it has none and `gone` is off.
-        OSError: as of `index`.
+        ValueError: It was built with another model, whose vectors cannot be compared with those of this one.
     """
-    try:
-        records = open_records(source, log, require_captions=False)
-    except FileNotFoundError as error:
-        if gone:
-            return
-        raise FileNotFoundError(f"{error}\nif it is gone for good, --gone drops its pictures from the index") from error
-    if os.path.isdir(source.path):
-        for path in list_files(source.path, UNREAD):
-            log.count_row()
-            log.skip(path, 0, "unknown format", "")
-    for record in records:
-        if record.image is None:
-            log.skip(record.id, 0, "no image", "")
-            continue
-        if type(record.image).__name__ not in PLACES:
-            raise ValueError(f"{source}: its pictures are not in files here; save_to_disk makes files of it")
-        try:
-            there = os.stat(record.image.container_path or "")
-        except FileNotFoundError:
-            continue  # it went while this looked
-        stamp = f"{there.st_size} {there.st_mtime_ns}"
-        yield IndexedImage(
-            printable(record.image.canonical_path),
-            record.image,
-            printable(str(source)),
-            stamp,
-            record.texts,
-            there.st_mtime,
+    if metadata["fingerprint"] != fingerprint(model.identity()):
+        raise ValueError(
+            f"the index was built with a different model: {metadata['model']}, or an earlier version of it, and not "
+            f"{model.name}. Pass the original model with --model, or build a new index in another folder."
         )
 
 
-def _absolute(source: Source, columns: dict[str, str]) -> Source:
-    path = source.path if source.path.startswith("hf:") else os.path.realpath(os.path.expanduser(source.path))
+def _metadata_of(model: DualEncoder) -> dict[str, Any]:
+    name = os.path.abspath(model.name) if os.path.isdir(model.name) else model.name
+    return {"model": name, "fingerprint": fingerprint(model.identity()), "width": model.embed_dim}
+
+
+def _parse_source(text: str, columns: dict[str, str]) -> Source:
+    """Parse a source, make its path absolute, and add column names."""
+    source = Source.parse(text)
+    path = source.path
+    if not path.startswith("hf:"):
+        path = os.path.realpath(os.path.expanduser(path))
     return dataclasses.replace(source, path=path, columns={**source.columns, **columns})
 
 
-def _add(
-    fresh: Sequence[IndexedImage],
+def _is_unchanged_file(name: str, stamp: str, folders: Sequence[str]) -> bool:
+    """Return whether an image is still an unchanged file in one of the folders.
+
+    Such a file was not found because of a read error. It is not removed from the index.
+    """
+    try:
+        stat = os.stat(name)
+    except (OSError, ValueError):
+        return False
+    return stamp == file_stamp(stat) and any(name.startswith(folder) for folder in folders)
+
+
+def _add_images(
+    images: Sequence[IndexedImage],
     model: DualEncoder,
-    engine: Backend,
+    backend: Backend,
     log: SkipLog,
-    batch: int,
+    batch_size: int,
     workers: int | None,
 ) -> tuple[set[str], int]:
-    """Put pictures into the index; the names of those that could be read, and how many contents were embedded."""
-    kept: set[str] = set()
+    """Add images to the index. Return the names of those that could be read, and the number of embedded contents."""
+    added: set[str] = set()
     embedded = 0
-    for start in range(0, len(fresh), CHUNK):
-        some, count = _add_chunk(fresh[start : start + CHUNK], model, engine, log, batch, workers)
-        kept, embedded = kept | some, embedded + count
-    return kept, embedded
+    for start in range(0, len(images), CHUNK):
+        known, unknown = _read_images(images[start : start + CHUNK], backend, log)
+        backend.add([], known)
+        added.update(image.name for image, _ in known)
+        for batch in _embed_images(unknown, model, log, batch_size, workers):
+            batch_images = [(image, content.hash) for content in batch for image in unknown[content.hash]]
+            backend.add(batch, batch_images)
+            added.update(image.name for image, _ in batch_images)
+            embedded += len(batch)
+    return added, embedded
 
 
-def _add_chunk(
-    fresh: Sequence[IndexedImage], model: DualEncoder, engine: Backend, log: SkipLog, batch: int, workers: int | None
-) -> tuple[set[str], int]:
-    kept: set[str] = set()
-    waiting: dict[bytes, list[IndexedImage]] = defaultdict(list)  # by their bytes, which are not in the index yet
+def _read_images(
+    images: Sequence[IndexedImage], backend: Backend, log: SkipLog
+) -> tuple[list[tuple[IndexedImage, bytes]], dict[bytes, list[IndexedImage]]]:
+    """Read the files of images and hash them.
 
-    def put(contents: list[IndexedContent], some: list[tuple[IndexedImage, bytes]]) -> None:
-        engine.put(contents, some)
-        kept.update(picture.name for picture, _ in some)
+    Returns:
+        The images whose content is already in the index, with its hash; the other images, grouped by hash.
+    """
+    readable: list[tuple[IndexedImage, bytes]] = []
+    for image in tqdm(images, desc="read", unit="image"):
+        digest, taken = digest_and_date(image, log)
+        if digest is not None:
+            readable.append((dataclasses.replace(image, taken=taken), digest))
+    existing = backend.existing({digest for _, digest in readable})
+    known: list[tuple[IndexedImage, bytes]] = []
+    unknown: dict[bytes, list[IndexedImage]] = defaultdict(list)
+    for image, digest in readable:
+        if digest in existing:
+            known.append((image, digest))
+        else:
+            unknown[digest].append(image)
+    return known, unknown
 
-    read = [(p, *_digest(p, log)) for p in tqdm(fresh, desc="read", unit="picture")]
-    dated = [(dataclasses.replace(p, taken=taken), digest) for p, digest, taken in read if digest]
-    have = engine.have({digest for _, digest in dated})
-    put([], [(p, digest) for p, digest in dated if digest in have])
-    for picture, digest in dated:
-        if digest not in have:
-            waiting[digest].append(picture)
-    digests = list(waiting)
-    refs = [waiting[digest][0].place for digest in digests]
-    embedded = 0
-    with tqdm(total=len(refs), desc="embed", unit="picture", disable=not refs) as bar:
-        for good, prepared, failures in image_batches(refs, PreparedImages(model.transform), batch, workers):
-            vectors = model.encode_images([p for p, *_ in prepared]).numpy() if good else ()
+
+def _embed_images(
+    images_by_hash: Mapping[bytes, list[IndexedImage]],
+    model: DualEncoder,
+    log: SkipLog,
+    batch_size: int,
+    workers: int | None,
+) -> Iterator[list[IndexedContent]]:
+    """Decode and embed each content once; yield the contents of each batch."""
+    hashes = list(images_by_hash)
+    refs = [images_by_hash[digest][0].ref for digest in hashes]
+    with tqdm(total=len(refs), desc="embed", unit="image", disable=not refs) as bar:
+        batches = image_batches(refs, PreparedImages(model.transform), batch_size, workers)
+        for indices, prepared, errors in batches:
             contents = []
-            for i, vector, (_, small, width, height) in zip(good, vectors, prepared, strict=True):
+            vectors = model.encode_images([pixels for pixels, *_ in prepared]).numpy() if indices else ()
+            for index, vector, (_, thumbnail, width, height) in zip(indices, vectors, prepared, strict=True):
                 if np.isfinite(vector).all():
-                    contents.append(IndexedContent(digests[i], vector.astype(np.float16), small, width, height))
+                    half = vector.astype(np.float16)
+                    contents.append(IndexedContent(hashes[index], half, thumbnail, width, height))
                 else:
-                    failures[i] = "the model's vector of it is not finite"
-            for i, reason in failures.items():
-                for picture in waiting[digests[i]]:
-                    log.skip(picture.name, 0, "undecodable image", reason)
-            put(contents, [(picture, content.hash) for content in contents for picture in waiting[content.hash]])
-            embedded += len(contents)
-            bar.update(len(contents) + len(failures))
-    return kept, embedded
-
-
-def _digest(picture: IndexedImage, log: SkipLog) -> tuple[bytes | None, float]:
-    """SHA-256 of a picture's bytes, and when it was taken; None if they cannot be read."""
-    try:
-        data = picture.place.read()
-    except (OSError, ValueError, LookupError) as error:
-        log.skip(picture.name, 0, "unreadable image", error)
-        return None, 0.0
-    return hashlib.sha256(data).digest(), date_taken(data) or picture.taken
-
-
-def date_taken(data: bytes) -> float | None:
-    """When a camera says that it took a picture, in seconds since 1970 (of a time zone it says nothing: it is taken for
-    this machine's)."""
-    try:
-        header = Image.open(io.BytesIO(data), formats=readable_formats())
-        if header.format == "PNG" and "exif" not in header.info:
-            return None  # or Pillow decodes the whole picture to look behind it
-        exif = header.getexif()
-        written = exif.get_ifd(EXIF).get(DATE_TAKEN) or exif.get(DATE)
-        return datetime.strptime(str(written)[:19], "%Y:%m:%d %H:%M:%S").timestamp()
-    except Exception:  # hostile headers make Pillow raise almost anything; a date is no reason to leave a picture out
-        return None
+                    errors[index] = "the model returned NaN or infinity for this image"
+            for index, reason in errors.items():
+                for image in images_by_hash[hashes[index]]:
+                    log.skip(image.name, 0, "undecodable image", reason)
+            yield contents
+            bar.update(len(contents) + len(errors))
 
 
 @dataclass(frozen=True)
 class PreparedImages:
-    """A decoded picture to what the model takes, a thumbnail (JPEG), its width and its height."""
+    """Transform of a decoded image to the model's input, a JPEG thumbnail, the width and the height."""
 
     transform: Callable[[Tensor], Any]
 
     def __call__(self, image: Tensor) -> tuple[Any, bytes, int, int]:
         height, width = image.shape[-2:]
-        return self.transform(image), make_thumbnail(image, THUMBNAIL), width, height
+        return self.transform(image), make_thumbnail(image, THUMBNAIL_SIDE), width, height

@@ -1,4 +1,4 @@
-"""The model and the index behind the requests of many clients."""
+"""Runs the model and the index of a server for many concurrent requests."""
 
 from __future__ import annotations
 
@@ -13,129 +13,171 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.concurrency import run_in_threadpool
 
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.search.backends import Backend
 from llm2clip.search.batching import Batcher, QueueFull
+from llm2clip.search.errors import NotFound
 from llm2clip.search.query_embedding import combine
-from llm2clip.search.schemas import HitResponse, Limits, NotFound, SearchRequest, decode_data_uri, load_request_image
-from llm2clip.search.types import Backend
+from llm2clip.search.request_images import decode_data_uri, load_request_image
+from llm2clip.search.schemas import HitResponse, Limits, SearchRequest
+
+DECODE_THREADS = 2
+SEARCH_THREADS = 2  # each search reads all vectors; more threads only compete for memory bandwidth
 
 
 class InferenceService:
-    """The model and the index behind the requests of many clients."""
+    """Model, index, queues and metrics of a server."""
 
     def __init__(
-        self, model: DualEncoder, engine: Backend | None, limits: Limits, thread: ThreadPoolExecutor | None = None
+        self,
+        model: DualEncoder,
+        backend: Backend | None,
+        limits: Limits,
+        model_thread: ThreadPoolExecutor | None = None,
     ) -> None:
         """
         Args:
-            model: whose vectors are given.
-            engine: the index; None serves embeddings alone.
-            limits: what it puts up with.
-            thread: an executor of one thread, in which the model was opened, and in which it will work. On a CPU each
-                thread that computes has OpenMP threads of its own, and where there are more of all than cores, none
-                waits awake for its next piece of work: two computing threads make one half as fast.
+            model: Encodes texts and images.
+            backend: The index. None serves embeddings only.
+            limits: Resource limits.
+            model_thread: Executor with a single thread, in which the model was loaded and will run. On a CPU each
+                thread that computes has its own OpenMP threads; when there are more of them than cores, they stop
+                busy-waiting between operations. A second computing thread makes the first one half as fast.
         """
-        self.model, self.engine, self.limits = model, engine, limits
-        self.registry = CollectorRegistry()
-        self.requests = Counter("llm2clip_requests", "Requests.", ["method", "path", "status"], registry=self.registry)
-        self.seconds = Histogram("llm2clip_request_seconds", "How long they took.", ["path"], registry=self.registry)
-        self.batches = Histogram(
+        self.model, self.backend, self.limits = model, backend, limits
+        # A single thread: two batches at once take longer than one after the other.
+        self._model_thread = model_thread or ThreadPoolExecutor(1, "model")
+        # OpenMP must count its threads for the model before the decoders are limited to one thread each.
+        self._model_thread.submit(torch.get_num_threads).result()
+        self._decoders = ThreadPoolExecutor(DECODE_THREADS, "decode", torch.set_num_threads, (1,))
+        # Not the shared thread pool: a search that timed out keeps its thread until it ends.
+        self._searchers = ThreadPoolExecutor(SEARCH_THREADS, "search")
+        self._images_decoding = self._searches_waiting = 0
+        self._create_metrics()
+        self._text_batcher = self._batcher("text", lambda texts: model.encode_texts(texts).numpy())
+        self._image_batcher = self._batcher("image", lambda images: model.encode_images(images).numpy())
+
+    def _create_metrics(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        self.request_count = Counter(
+            "llm2clip_http_requests", "Number of requests.", ["method", "path", "status"], registry=registry
+        )
+        self.request_duration = Histogram(
+            "llm2clip_http_request_duration_seconds", "Duration of requests.", ["path"], registry=registry
+        )
+        self.batch_sizes = Histogram(
             "llm2clip_batch_size",
-            "Items in a batch.",
+            "Items per forward pass.",
             ["kind"],
             buckets=(1, 2, 4, 8, 16, 32, 64),
-            registry=self.registry,
+            registry=registry,
         )
-        self._one = thread or ThreadPoolExecutor(1, "model")  # two batches beside each other take longer than in turn
-        self._one.submit(torch.get_num_threads).result()  # it counts its threads before the decoders have theirs
-        self._decoders = ThreadPoolExecutor(2, "decode", torch.set_num_threads, (1,))
-        self._decoding = self._queries = 0
-        # Two at a time: each reads all vectors, and more only wait for the memory. Threads of their own, which one that
-        # was given up on keeps until it ends.
-        self._searching = ThreadPoolExecutor(2, "search")
-        self.texts: Batcher[str, np.ndarray] = self._batcher("text", lambda some: model.encode_texts(some).numpy())
-        self.images: Batcher[Any, np.ndarray] = self._batcher("image", lambda some: model.encode_images(some).numpy())
-        waiting = Gauge("llm2clip_waiting", "Items that wait for the model.", ["kind"], registry=self.registry)
-        waiting.labels("text").set_function(lambda: len(self.texts))
-        waiting.labels("image").set_function(lambda: len(self.images))
-        pictures = Gauge("llm2clip_pictures", "Pictures in the index.", registry=self.registry)
-        pictures.set_function(lambda: self.engine.count()[0] if self.engine else 0)
+        queue_size = Gauge("llm2clip_queue_size", "Items waiting for the model.", ["kind"], registry=registry)
+        queue_size.labels("text").set_function(lambda: len(self._text_batcher))
+        queue_size.labels("image").set_function(lambda: len(self._image_batcher))
+        index_images = Gauge("llm2clip_index_images", "Images in the index.", registry=registry)
+        index_images.set_function(self.count_images)
 
-    def _batcher(self, kind: str, work: Callable[[list[Any]], Any]) -> Batcher[Any, np.ndarray]:
-        seen = self.batches.labels(kind).observe
-        return Batcher(work, self._one, self.limits.batch_size, self.limits.max_queue, seen)
+    def _batcher(self, kind: str, encode: Callable[[list[Any]], Any]) -> Batcher[Any, np.ndarray]:
+        return Batcher(
+            encode,
+            self._model_thread,
+            max_batch_size=self.limits.batch_size,
+            max_queue=self.limits.max_queue,
+            on_batch=self.batch_sizes.labels(kind).observe,
+        )
 
     async def close(self) -> None:
-        await self.texts.close()
-        await self.images.close()
-        for pool in (self._one, self._decoders, self._searching):
+        """Cancel waiting items and stop all threads."""
+        await self._text_batcher.close()
+        await self._image_batcher.close()
+        for pool in (self._model_thread, self._decoders, self._searchers):
             pool.shutdown(cancel_futures=True)
 
-    async def read(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Vectors of texts.
+    async def embed_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the vectors of texts, float32 (D,) each.
 
         Raises:
-            ValueError: one of them is nothing to the model.
+            ValueError: The model returned NaN or infinity for a text.
+            QueueFull: Too many texts are waiting.
         """
-        return _finite(await self.texts.ask(texts), "a text")
+        return _check_finite(await self._text_batcher.submit(texts), "a text")
 
-    async def see(self, encoded: Sequence[bytes]) -> list[np.ndarray]:
-        """Vectors of pictures.
+    async def embed_images(self, encoded: Sequence[bytes]) -> list[np.ndarray]:
+        """Decode images and return their vectors, float32 (D,) each.
 
         Raises:
-            ImageError, TooLarge: one cannot be read.
-            Busy: too many wait.
+            TooLarge: An image has too many pixels.
+            ImageError: An image cannot be decoded.
+            ValueError: The model returned NaN or infinity for an image.
+            QueueFull: Too many images are waiting.
         """
+        max_queue = self.limits.max_queue
+        if len(encoded) > max_queue:
+            raise ValueError(f"{len(encoded):,} images in one request, at most {max_queue:,} are allowed")
+        if self._images_decoding + len(encoded) > max_queue:
+            raise QueueFull(f"the server is busy: {self._images_decoding:,} images are waiting; try again later")
         loop = asyncio.get_running_loop()
-        if len(encoded) > self.limits.max_queue:
-            raise ValueError(f"{len(encoded):,} pictures at once; {self.limits.max_queue:,} at most")
-        if self._decoding + len(encoded) > self.limits.max_queue:
-            raise QueueFull(f"{self._decoding:,} pictures are waiting")
-        self._decoding += len(encoded)
+        self._images_decoding += len(encoded)
         try:
             prepared = [await loop.run_in_executor(self._decoders, self._prepare, data) for data in encoded]
         finally:
-            self._decoding -= len(encoded)
-        return _finite(await self.images.ask(prepared), "a picture")
+            self._images_decoding -= len(encoded)
+        return _check_finite(await self._image_batcher.submit(prepared), "an image")
 
     def _prepare(self, data: bytes) -> Any:
+        """Decode an image and apply the model's transform."""
         return self.model.transform(load_request_image(data, self.limits.max_pixels))
 
     async def search(self, request: SearchRequest) -> list[HitResponse]:
-        """The answer to a search.
+        """Embed a query and return its hits.
 
         Raises:
-            Missing: there is no index, or what it is to be like is not in it.
-            ValueError: nothing is wanted.
+            NotFound: The server has no index, or the index does not contain a hit to be similar to.
+            ValueError: The query is empty.
+            QueueFull: Too many searches are waiting.
         """
-        engine = self.indexed()
-
-        async def vectors(texts: Sequence[str], uris: Sequence[str]) -> list[np.ndarray]:
-            return [*await self.read(texts), *await self.see([decode_data_uri(uri) for uri in uris])]
-
-        liked = []
-        for hit in request.like:
-            if (vector := await run_in_threadpool(engine.vector, hit)) is None:
-                raise NotFound(f"there is no picture {hit}")
-            liked.append(vector)
-        wanted = [*liked, *await vectors(request.texts, request.images)]
-        query = combine(wanted, await vectors(request.without_texts, request.without_images))
-        if self._queries >= self.limits.max_queue:
-            raise QueueFull(f"{self._queries:,} searches are waiting")
-        self._queries += 1
+        backend = self.require_backend()
+        positive = []
+        for hit_id in request.like:
+            vector = await run_in_threadpool(backend.vector, hit_id)
+            if vector is None:
+                raise NotFound(f"the index has no image {hit_id}")
+            positive.append(vector)
+        positive += await self._embed(request.texts, request.images)
+        negative = await self._embed(request.negative_texts, request.negative_images)
+        query = combine(positive, negative)
+        if self._searches_waiting >= self.limits.max_queue:
+            raise QueueFull(f"the server is busy: {self._searches_waiting:,} searches are waiting; try again later")
+        self._searches_waiting += 1
         try:
-            loop, only = asyncio.get_running_loop(), request.only.filter()
-            hits = await loop.run_in_executor(self._searching, engine.search, query, request.top, only)
+            loop, image_filter = asyncio.get_running_loop(), request.filter.to_filter()
+            hits = await loop.run_in_executor(self._searchers, backend.search, query, request.top, image_filter)
         finally:
-            self._queries -= 1
-        return [HitResponse.of(hit) for hit in hits]
+            self._searches_waiting -= 1
+        return [HitResponse.from_hit(hit) for hit in hits]
 
-    def indexed(self) -> Backend:
-        if self.engine is None:
-            raise NotFound("this server has no index: llm2clip serve --index INDEX")
-        return self.engine
+    async def _embed(self, texts: Sequence[str], uris: Sequence[str]) -> list[np.ndarray]:
+        text_vectors = await self.embed_texts(texts)
+        image_vectors = await self.embed_images([decode_data_uri(uri) for uri in uris])
+        return text_vectors + image_vectors
+
+    def require_backend(self) -> Backend:
+        """Return the index.
+
+        Raises:
+            NotFound: The server was started without one.
+        """
+        if self.backend is None:
+            raise NotFound("this server has no index; start it with: llm2clip serve --index INDEX")
+        return self.backend
+
+    def count_images(self) -> int:
+        """Return the number of images in the index, 0 without an index."""
+        return self.backend.count()[0] if self.backend else 0
 
 
-def _finite(vectors: list[np.ndarray], of: str) -> list[np.ndarray]:
-    if not all(np.isfinite(vector).all() for vector in vectors):
-        raise ValueError(f"{of} is nothing to the model: its vector is not finite")
+def _check_finite(vectors: list[np.ndarray], what: str) -> list[np.ndarray]:
+    for vector in vectors:
+        if not np.isfinite(vector).all():
+            raise ValueError(f"the model returned NaN or infinity for {what}")
     return vectors

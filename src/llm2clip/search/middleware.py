@@ -1,167 +1,137 @@
-"""Around every request: its token, the size of its body, its time, its count; and one form for all errors, OpenAI's."""
+"""Middleware around every request: authentication, size limits, timeout, security headers and metrics."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
-from starlette.exceptions import HTTPException as StarletteHTTPException
+from fastapi import HTTPException, Request
+from fastapi.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llm2clip.data.image_refs import printable
-from llm2clip.data.images import ImageError
-from llm2clip.search.batching import QueueFull
+from llm2clip.search.errors import RETRY_SOON, error_response
 from llm2clip.search.inference import InferenceService
-from llm2clip.search.schemas import ErrorResponse, NotFound, TooLarge
 
 COOKIE = "llm2clip_token"
-METHODS = ("GET", "POST", "HEAD", "OPTIONS")  # that are counted by their names; anybody can make up others
-HEADERS = {
+COUNTED_METHODS = ("GET", "POST", "HEAD", "OPTIONS")  # all others share the label "other": clients can invent names
+SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
 }
-TROUBLES: dict[int | str, dict[str, Any]] = {
-    code: {"model": ErrorResponse, "description": what}
-    for code, what in {
-        400: "not a request",
-        401: "no token, or a wrong one",
-        403: "from a page of another site",
-        404: "there is none",
-        413: "too large",
-        422: "not as it must be; the message says what",
-        429: "too much is waiting; come again",
-        504: "it took too long",
-    }.items()
-}
-
-
-def error_response(code: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """An error as OpenAI's API writes it."""
-    kind = str(TROUBLES.get(code, {}).get("description", "error"))
-    return JSONResponse({"error": {"message": message, "type": kind, "code": code}}, code, headers)
-
-
-class _Refused(HTTPException):
-    """FastAPI lets its own exceptions pass where it reads a body."""
 
 
 class RequestMiddleware:
-    """The middleware."""
+    """ASGI middleware that checks and measures every request."""
 
     def __init__(self, app: ASGIApp, service: InferenceService, token: str | None) -> None:
         self.app, self.service, self.token = app, service, token
-        self.held = 0  # bytes of the bodies of all requests that are under way
+        self.bytes_in_flight = 0  # size of the bodies of all requests in progress
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status, began = time.perf_counter(), 500, False
-
-        async def sending(message: Message) -> None:
-            nonlocal status, began
-            if message["type"] == "http.response.start":
-                status, began = message["status"], True
-                named = {key.lower() for key, _ in message["headers"]}
-                message["headers"] = [
-                    *message["headers"],
-                    *((k.lower().encode(), v.encode()) for k, v in HEADERS.items() if k.lower().encode() not in named),
-                ]
-            await send(message)
-
-        async def refuse(code: int, message: str, headers: dict[str, str] | None = None) -> None:
-            await error_response(code, message, headers)(scope, receive, sending)
-
-        got = 0
+        start = time.perf_counter()
+        body, sender = _BodyReader(self, receive), _ResponseSender(send)
         try:
-            request, limit = Request(scope), self.service.limits.max_body_bytes
-            length = request.headers.get("content-length", "")
-
-            async def receiving() -> Message:
-                nonlocal got
-                message = await receive()
-                size = len(message.get("body", b""))
-                got += size
-                self.held += size
-                if got > limit:
-                    raise _Refused(413, f"more than {limit:,} bytes")
-                if self.held > self.service.limits.max_bytes_in_flight:
-                    raise _Refused(429, "too many bytes are waiting", {"Retry-After": "1"})
-                return message
-
-            if not self._may(request):
-                await refuse(
-                    401, "send Authorization: Bearer TOKEN, or open /?token=TOKEN", {"WWW-Authenticate": "Bearer"}
-                )
-            elif request.headers.get("sec-fetch-site") == "cross-site" and scope["path"] != "/":
-                await refuse(403, "this is not for pages of other sites")
-            elif length.isdigit() and int(length) > limit:
-                await refuse(413, f"{int(length):,} bytes are more than {limit:,}")
-            else:
-                async with asyncio.timeout(self.service.limits.timeout):
-                    await self.app(scope, receiving, sending)
-        except TimeoutError:
-            if began:
-                raise
-            await refuse(504, f"it took longer than {self.service.limits.timeout:g} seconds")
-        except _Refused as error:
-            if began:
-                raise
-            await refuse(error.status_code, str(error.detail), dict(error.headers or {}))
+            error = self._check(Request(scope))
+            if error is None:
+                error = await self._run_app(scope, body, sender)
+            if error is not None:
+                await error(scope, receive, sender)
         finally:
-            self.held -= got
-            route = scope.get("route")
-            path = getattr(route, "path", "other")
-            method = scope["method"] if scope["method"] in METHODS else "other"
-            self.service.requests.labels(method, path, status).inc()
-            self.service.seconds.labels(path).observe(time.perf_counter() - start)
+            self.bytes_in_flight -= body.size
+            self._record(scope, sender.status, time.perf_counter() - start)
 
-    def _may(self, request: Request) -> bool:
-        path = request.scope["path"]  # and not request.url, into which the Host header goes
+    def _check(self, request: Request) -> Response | None:
+        """Return an error response if the request must be rejected before its body is read."""
+        max_bytes = self.service.limits.max_body_bytes
+        length = request.headers.get("content-length", "")
+        if not self._is_authorized(request):
+            message = "send the header Authorization: Bearer TOKEN, or open /?token=TOKEN in a browser"
+            return error_response(401, message, {"WWW-Authenticate": "Bearer"})
+        if request.headers.get("sec-fetch-site") == "cross-site" and request.scope["path"] != "/":
+            return error_response(403, "cross-site requests are not allowed")
+        if length.isdigit() and int(length) > max_bytes:
+            return error_response(413, f"the body has {int(length):,} bytes, at most {max_bytes:,} are allowed")
+        return None
+
+    def _is_authorized(self, request: Request) -> bool:
+        path = request.scope["path"]  # not request.url, which includes the Host header
         if self.token is None or path == "/health":
             return True
-        kind, _, bearer = request.headers.get("authorization", "").partition(" ")
-        given = [bearer if kind.lower() == "bearer" else "", request.cookies.get(COOKIE, "")]
+        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+        candidates = [bearer if scheme.lower() == "bearer" else "", request.cookies.get(COOKIE, "")]
         if path == "/":
-            given.append(request.query_params.get("token", ""))
-        return any(secrets.compare_digest(some.encode(), self.token.encode()) for some in given)
+            candidates.append(request.query_params.get("token", ""))
+        return any(secrets.compare_digest(candidate.encode(), self.token.encode()) for candidate in candidates)
+
+    async def _run_app(self, scope: Scope, body: _BodyReader, sender: _ResponseSender) -> Response | None:
+        """Run the application. Return an error response if it timed out or its body was rejected."""
+        timeout = self.service.limits.timeout
+        try:
+            async with asyncio.timeout(timeout):
+                await self.app(scope, body, sender)
+        except TimeoutError:
+            if sender.started:
+                raise
+            return error_response(504, f"the request took longer than {timeout:g} seconds")
+        except _BodyRejected as error:
+            if sender.started:
+                raise
+            return error_response(error.status_code, str(error.detail), dict(error.headers or {}))
+        return None
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        """Update the metrics."""
+        route = getattr(scope.get("route"), "path", "other")
+        method = scope["method"] if scope["method"] in COUNTED_METHODS else "other"
+        self.service.request_count.labels(method, route, status).inc()
+        self.service.request_duration.labels(route).observe(seconds)
 
 
-def add_error_handlers(app: FastAPI) -> None:
-    """Every error in one form, OpenAI's."""
+class _BodyRejected(HTTPException):
+    """A body is too large. An HTTPException, since FastAPI converts all other exceptions raised while it reads."""
 
-    def of(code: int, headers: dict[str, str] | None = None) -> Callable[[Request, Exception], Awaitable[Response]]:
-        async def handle(_: Request, error: Exception) -> Response:
-            return error_response(code, str(error), headers)
 
-        return handle
+class _BodyReader:
+    """Wraps `receive` and enforces the size limits while a body arrives: Content-Length may be missing or wrong."""
 
-    async def http(_: Request, error: Exception) -> Response:
-        assert isinstance(error, StarletteHTTPException)
-        return error_response(error.status_code, str(error.detail), dict(error.headers or {}))
+    def __init__(self, middleware: RequestMiddleware, receive: Receive) -> None:
+        self._middleware, self._receive = middleware, receive
+        self.size = 0  # bytes received
 
-    async def invalid(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        first = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3]]
-        return error_response(422, printable("; ".join(first)))
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        size = len(message.get("body", b""))
+        self.size += size
+        self._middleware.bytes_in_flight += size
+        limits = self._middleware.service.limits
+        if self.size > limits.max_body_bytes:
+            raise _BodyRejected(413, f"the body is too large, at most {limits.max_body_bytes:,} bytes are allowed")
+        if self._middleware.bytes_in_flight > limits.max_bytes_in_flight:
+            raise _BodyRejected(429, "the server is busy: too many bytes in progress; try again later", RETRY_SOON)
+        return message
 
-    async def broken(_: Request, error: Exception) -> JSONResponse:
-        return error_response(500, "the server failed at this; its own output says more")
 
-    app.add_exception_handler(Exception, broken)
-    app.add_exception_handler(StarletteHTTPException, http)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(QueueFull, of(429, {"Retry-After": "1"}))
-    app.add_exception_handler(TooLarge, of(413))
-    app.add_exception_handler(NotFound, of(404))
-    app.add_exception_handler(ImageError, of(422))
-    app.add_exception_handler(ValueError, of(422))
+class _ResponseSender:
+    """Wraps `send`: adds the security headers that the response does not set itself, and records its status."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.status, self.started = 500, False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status, self.started = message["status"], True
+            headers = list(message["headers"])
+            existing = {name.lower() for name, _ in headers}
+            for name, value in SECURITY_HEADERS.items():
+                if name.lower().encode() not in existing:
+                    headers.append((name.lower().encode(), value.encode()))
+            message["headers"] = headers
+        await self._send(message)

@@ -1,11 +1,14 @@
-"""An index in Qdrant, for collections that outgrow one machine: one point for each different content, the pictures that
-have it in the payload."""
+"""Index in a Qdrant collection, for collections of images that outgrow one machine.
+
+Each distinct content is one point; its payload lists the images with that content. One more point holds the metadata.
+"""
 
 from __future__ import annotations
 
 import base64
 import json
 import math
+import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,264 +17,285 @@ from typing import Any
 import numpy as np
 from qdrant_client import QdrantClient, models
 
-from llm2clip.search.types import Filter, Hit, IndexedContent, IndexedImage, container_path, ref_from_json, ref_to_json
+from llm2clip.search.types import Filter, Hit, ImageState, IndexedContent, IndexedImage, ref_from_json, ref_to_json
 
-ABOUT = "llm2clip"  # key of the collection's own point, which says what made it
-PAGE = 1000
+METADATA_KEY = b"llm2clip"  # the id of the metadata point is derived from this, as other ids are from content hashes
+PAGE_SIZE = 1000  # points per request
+# Payload fields that filters look at. Their names are those of version 0.1, so that existing collections open: within
+# lists the folders and files that contain an image, side is the length of the shorter side.
+PAYLOAD_INDEXES: dict[str, models.PayloadSchemaType | models.TextIndexParams] = {
+    "sources": models.PayloadSchemaType.KEYWORD,
+    "names": models.PayloadSchemaType.KEYWORD,
+    "within": models.PayloadSchemaType.KEYWORD,
+    "taken": models.PayloadSchemaType.FLOAT,
+    "side": models.PayloadSchemaType.INTEGER,
+    "captions": models.TextIndexParams(type=models.TextIndexType.TEXT, phrase_matching=True),
+}
+WITHOUT_THUMBNAIL = models.PayloadSelectorExclude(exclude=["thumbnail"])
 
 
 class QdrantBackend:
-    """An engine (`entries.Engine`) in a collection of Qdrant's."""
+    """Index backend in a Qdrant collection."""
 
     def __init__(self, client: QdrantClient, collection: str) -> None:
         """
         Args:
-            client: of a server, of a folder, or in memory.
-            collection: made by `begin` if it is not there.
+            client: Client of a server, of a local folder, or in memory.
+            collection: Name of the collection. `initialize` creates it if it does not exist.
         """
         self.client, self.collection = client, collection
 
     @classmethod
-    def of_url(cls, url: str, write: bool = False) -> QdrantBackend:
-        """At `http(s)://HOST:PORT/COLLECTION`; QDRANT_API_KEY is sent if it is set.
+    def from_url(cls, url: str, write: bool = False) -> QdrantBackend:
+        """Open the collection at `http(s)://HOST:PORT/COLLECTION`. QDRANT_API_KEY is sent if it is set.
 
         Raises:
-            ValueError: the URL names no collection.
-            FileNotFoundError: there is no such collection, and `write` is off.
-            OSError: nobody answers.
+            ValueError: The URL does not name a collection.
+            FileNotFoundError: The collection does not exist or is not an index, and `write` is False.
+            OSError: The server does not answer.
         """
-        import os
-
-        named = re.fullmatch(r"(https?://[^/]+)/([\w-]+)", url)
-        if named is None:
-            raise ValueError(f"{url}: write it as http://HOST:6333/COLLECTION")
-        index = cls(QdrantClient(named[1], api_key=os.environ.get("QDRANT_API_KEY")), named[2])
+        match = re.fullmatch(r"(https?://[^/]+)/([\w-]+)", url)
+        if match is None:
+            raise ValueError(f"{url}: the URL must have the form http://HOST:6333/COLLECTION")
+        server, collection = match.groups()
+        backend = cls(QdrantClient(server, api_key=os.environ.get("QDRANT_API_KEY")), collection)
         try:
-            exists = index.client.collection_exists(index.collection)
-        except Exception as error:  # the client's own, and those of two libraries below it
-            raise OSError(f"{named[1]}: {error}") from error
-        if not write and not (exists and index.about()):
-            raise FileNotFoundError(f"{named[1]} has no index of pictures in a collection {named[2]}")
-        return index
+            exists = backend.client.collection_exists(collection)
+        except Exception as error:  # of the client, or of one of the two HTTP libraries below it
+            raise OSError(f"{server}: {error}") from error
+        if not write and not (exists and backend.metadata()):
+            raise FileNotFoundError(f"{server} has no index in the collection {collection!r}")
+        return backend
 
-    # -- filling it
+    # ---- building
 
-    def about(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         if not self.client.collection_exists(self.collection):
             return {}
-        found = self.client.retrieve(self.collection, [_point(ABOUT.encode())], with_payload=True)
-        return dict((found[0].payload or {})["about"]) if found else {}
+        points = self.client.retrieve(self.collection, [_point_id(METADATA_KEY)], with_payload=True)
+        return dict((points[0].payload or {})["about"]) if points else {}
 
-    def begin(self, about: Mapping[str, Any]) -> None:
+    def initialize(self, metadata: Mapping[str, Any]) -> None:
+        dim = int(metadata["width"])
         if not self.client.collection_exists(self.collection):
-            params = models.VectorParams(
-                size=about["width"], distance=models.Distance.DOT, datatype=models.Datatype.FLOAT16
-            )
-            self.client.create_collection(self.collection, vectors_config=params)
-            for field, kind in (
-                ("sources", models.PayloadSchemaType.KEYWORD),
-                ("names", models.PayloadSchemaType.KEYWORD),
-                ("within", models.PayloadSchemaType.KEYWORD),
-                ("taken", models.PayloadSchemaType.FLOAT),
-                ("side", models.PayloadSchemaType.INTEGER),
-            ):
-                self.client.create_payload_index(self.collection, field, kind)
-            words = models.TextIndexParams(type=models.TextIndexType.TEXT, phrase_matching=True)
-            self.client.create_payload_index(self.collection, "captions", words)
-        nowhere = [0.0] * int(about["width"])
-        point = models.PointStruct(id=_point(ABOUT.encode()), vector=nowhere, payload={"about": dict(about)})
+            vectors = models.VectorParams(size=dim, distance=models.Distance.DOT, datatype=models.Datatype.FLOAT16)
+            self.client.create_collection(self.collection, vectors_config=vectors)
+            for field, schema in PAYLOAD_INDEXES.items():
+                self.client.create_payload_index(self.collection, field, schema)
+        payload = {"about": dict(metadata)}
+        point = models.PointStruct(id=_point_id(METADATA_KEY), vector=[0.0] * dim, payload=payload)
         self.client.upsert(self.collection, [point])
 
-    def known(self, sources: Sequence[str]) -> dict[str, tuple[str, tuple[str, ...]]]:
-        keys = ("sources", "within")
-        asked: list[Any] = [models.FieldCondition(key=key, match=models.MatchAny(any=list(sources))) for key in keys]
-        return {
-            p.name: (p.stamp, p.captions)
-            for payload in self._all(models.Filter(should=asked, must_not=[_not_about()]))
-            for p in _pictures(payload)
-            if p.source in sources or set(_within(p)) & set(sources)
-        }
+    def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
+        conditions: list[Any] = [
+            models.FieldCondition(key=key, match=models.MatchAny(any=list(sources))) for key in ("sources", "within")
+        ]
+        states = {}
+        for point in self._scroll(models.Filter(should=conditions, must_not=[_metadata_point()])):
+            for image in _images(point.payload):  # only some of the images of a point may match
+                if image.source in sources or not set(_containing_paths(image)).isdisjoint(sources):
+                    states[image.name] = ImageState(image.stamp, image.captions)
+        return states
 
-    def have(self, hashes: Iterable[bytes]) -> set[bytes]:
-        by_id = {_point(digest): digest for digest in hashes}
-        ids, found = list(by_id), set()
-        for start in range(0, len(ids), PAGE):
-            points = self.client.retrieve(self.collection, ids[start : start + PAGE], with_payload=False)
-            found |= {by_id[str(point.id)] for point in points}
-        return found
+    def existing(self, hashes: Iterable[bytes]) -> set[bytes]:
+        hash_of_point = {_point_id(digest): digest for digest in hashes}
+        point_ids, existing = list(hash_of_point), set()
+        for start in range(0, len(point_ids), PAGE_SIZE):
+            page = point_ids[start : start + PAGE_SIZE]
+            for point in self.client.retrieve(self.collection, page, with_payload=False):
+                existing.add(hash_of_point[str(point.id)])
+        return existing
 
-    def put(self, contents: Sequence[IndexedContent], pictures: Sequence[tuple[IndexedImage, bytes]]) -> None:
-        self._take_out({p.name for p, _ in pictures}, keep={digest for _, digest in pictures})
-        points = {
-            _point(c.hash): models.PointStruct(
-                id=_point(c.hash),
-                vector=c.vector.astype(np.float32).tolist(),
-                payload={
-                    "thumbnail": base64.b64encode(c.thumbnail).decode(),
-                    "width": c.width,
-                    "height": c.height,
-                    "side": min(c.width, c.height),
-                },
-            )
-            for c in contents
-        }
-        by_point: dict[str, list[IndexedImage]] = {}
-        for picture, digest in pictures:
-            by_point.setdefault(_point(digest), []).append(picture)
-        old = [i for i in by_point if i not in points]
-        held = (
-            {str(p.id): _pictures(p.payload or {}) for p in self.client.retrieve(self.collection, old)} if old else {}
-        )
-        for i, some in by_point.items():
-            named = {p.name: p for p in [*held.get(i, ()), *some]}
-            if i in points:
-                points[i].payload = {**(points[i].payload or {}), **_payload(list(named.values()))}
+    def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
+        new_images: dict[str, list[IndexedImage]] = {}  # by id of their point
+        for image, digest in images:
+            new_images.setdefault(_point_id(digest), []).append(image)
+        # An image whose file changed moves from one point to another.
+        self._remove_images({image.name for image, _ in images}, keep_points=new_images.keys())
+        new_points = {}
+        for content in contents:
+            point = _point(content)
+            new_points[str(point.id)] = point
+        old_images = {}
+        old_points = [point_id for point_id in new_images if point_id not in new_points]
+        if old_points:
+            for record in self.client.retrieve(self.collection, old_points):
+                old_images[str(record.id)] = _images(record.payload)
+        for point_id, added in new_images.items():
+            by_name = {image.name: image for image in [*old_images.get(point_id, ()), *added]}
+            payload = _image_payload(list(by_name.values()))
+            if point_id in new_points:
+                new_points[point_id].payload = {**(new_points[point_id].payload or {}), **payload}
             else:
-                self.client.set_payload(self.collection, _payload(list(named.values())), points=[i])
-        if points:
-            self.client.upsert(self.collection, list(points.values()), wait=True)
+                self.client.set_payload(self.collection, payload, points=[point_id])
+        if new_points:
+            self.client.upsert(self.collection, list(new_points.values()), wait=True)
 
-    def forget(self, names: Sequence[str]) -> None:
-        self._take_out(set(names))
+    def remove(self, names: Sequence[str]) -> None:
+        self._remove_images(set(names))
 
     def finish(self) -> None:
-        """Qdrant keeps its own graph; what is counted here is how many pictures there are."""
-        sizes = [len(_pictures(payload)) for payload in self._all(None)]
-        self.begin({**self.about(), "pictures": sum(sizes), "contents": len(sizes)})
+        """Store the number of images and contents. Qdrant maintains its own HNSW graph."""
+        images_per_content = [len(_images(point.payload)) for point in self._scroll()]
+        counts = {"pictures": sum(images_per_content), "contents": len(images_per_content)}
+        self.initialize({**self.metadata(), **counts})
 
-    # -- asking it
+    # ---- searching
 
     def count(self) -> tuple[int, int]:
-        about = self.about()
-        return about.get("pictures", 0), about.get("contents", 0)
+        metadata = self.metadata()
+        return metadata.get("pictures", 0), metadata.get("contents", 0)
 
-    def copies(self, limit: int = 10) -> list[list[str]]:
-        groups = [sorted(p.name for p in _pictures(payload)) for payload in self._all(None)]
-        return sorted((g for g in groups if len(g) > 1), key=lambda g: (-len(g), g))[:limit]
+    def duplicates(self, limit: int = 10) -> list[list[str]]:
+        groups = []
+        for point in self._scroll():
+            names = sorted(image.name for image in _images(point.payload))
+            if len(names) > 1:
+                groups.append(names)
+        groups.sort(key=lambda names: (-len(names), names))
+        return groups[:limit]
 
-    def search(self, vector: np.ndarray, count: int, only: Filter) -> list[Hit]:
-        found = self.client.query_points(
+    def search(self, vector: np.ndarray, count: int, image_filter: Filter) -> list[Hit]:
+        response = self.client.query_points(
             self.collection,
             query=vector.astype(np.float32).tolist(),
-            query_filter=_filter(only),
+            query_filter=_qdrant_filter(image_filter),
             limit=count,
-            with_payload=models.PayloadSelectorExclude(exclude=["thumbnail"]),
+            with_payload=WITHOUT_THUMBNAIL,
         )
-        return [
-            Hit(str(p.id), p.score, _pictures(p.payload), p.payload["width"], p.payload["height"])
-            for p in found.points
-            if p.payload and any(_lets_through(only, picture) for picture in _pictures(p.payload))
-        ]
+        hits = []
+        for point in response.points:
+            payload = point.payload or {}
+            images = _images(payload)
+            if any(_matches(image, image_filter) for image in images):
+                hits.append(Hit(str(point.id), point.score, images, payload["width"], payload["height"]))
+        return hits
 
-    def vector(self, hit: str) -> np.ndarray | None:
-        point = self._one(hit, vector=True)
+    def vector(self, hit_id: str) -> np.ndarray | None:
+        point = self._retrieve(hit_id, with_vector=True)
         return None if point is None else np.array(point.vector, dtype=np.float32)
 
-    def thumbnail(self, hit: str) -> bytes | None:
-        point = self._one(hit)
+    def thumbnail(self, hit_id: str) -> bytes | None:
+        point = self._retrieve(hit_id)
         return None if point is None else base64.b64decode(point.payload["thumbnail"])
 
-    def pictures(self, hit: str) -> tuple[IndexedImage, ...]:
-        point = self._one(hit)
-        return () if point is None else _pictures(point.payload)
+    def images(self, hit_id: str) -> tuple[IndexedImage, ...]:
+        point = self._retrieve(hit_id)
+        return () if point is None else _images(point.payload)
 
-    # -- points
+    # ---- points
 
-    def _one(self, hit: str, vector: bool = False) -> Any:
-        """The point of a hit, None where there is none."""
+    def _retrieve(self, hit_id: str, with_vector: bool = False) -> Any:
+        """Return the point of a hit, or None if there is none."""
         try:
-            name = str(uuid.UUID(hit))
+            point_id = str(uuid.UUID(hit_id))
         except ValueError:
             return None
-        found = self.client.retrieve(self.collection, [name], with_vectors=vector)
-        return found[0] if found and "pictures" in (found[0].payload or {}) else None
+        points = self.client.retrieve(self.collection, [point_id], with_vectors=with_vector)
+        return points[0] if points and "pictures" in (points[0].payload or {}) else None
 
-    def _all(self, asked: models.Filter | None, points: bool = False) -> Iterator[Any]:
-        """Payloads (or points) of all contents that a filter lets through."""
+    def _scroll(self, condition: models.Filter | None = None) -> Iterator[Any]:
+        """Yield all points that meet a condition, without thumbnails. Default: the points of all contents."""
         offset = None
         while True:
-            found, offset = self.client.scroll(
+            points, offset = self.client.scroll(
                 self.collection,
-                scroll_filter=asked or _filter(Filter()),
-                limit=PAGE,
+                scroll_filter=condition or _qdrant_filter(Filter()),
+                limit=PAGE_SIZE,
                 offset=offset,
-                with_payload=models.PayloadSelectorExclude(exclude=["thumbnail"]),
+                with_payload=WITHOUT_THUMBNAIL,
             )
-            yield from (point if points else point.payload for point in found)
+            yield from points
             if offset is None:
                 return
 
-    def _take_out(self, names: set[str], keep: Iterable[bytes] = ()) -> None:
-        """Pictures out of their points, and points without pictures out of the collection, but for some."""
-        kept, sought = {_point(digest) for digest in keep}, sorted(names)
-        for start in range(0, len(sought), PAGE):
-            asked = models.FieldCondition(key="names", match=models.MatchAny(any=sought[start : start + PAGE]))
-            self._take_out_of(list(self._all(models.Filter(must=[asked]), points=True)), names, kept)
-
-    def _take_out_of(self, points: Sequence[Any], names: set[str], kept: set[str]) -> None:
-        for point in points:
-            some = _pictures(point.payload)
-            left = [p for p in some if p.name not in names]
-            if left:
-                if len(left) < len(some):
-                    self.client.set_payload(self.collection, _payload(left), points=[point.id])
-            elif str(point.id) not in kept:
-                self.client.delete(self.collection, models.PointIdsList(points=[point.id]))
+    def _remove_images(self, names: set[str], keep_points: Iterable[str] = ()) -> None:
+        """Remove images from their points, and points left without images, except `keep_points`."""
+        kept_ids, sorted_names = set(keep_points), sorted(names)
+        for start in range(0, len(sorted_names), PAGE_SIZE):
+            page = sorted_names[start : start + PAGE_SIZE]
+            condition = models.FieldCondition(key="names", match=models.MatchAny(any=page))
+            # The list is complete before anything changes: scrolling while points change could miss some.
+            for point in list(self._scroll(models.Filter(must=[condition]))):
+                images = _images(point.payload)
+                remaining = [image for image in images if image.name not in names]
+                if not remaining and str(point.id) not in kept_ids:
+                    self.client.delete(self.collection, models.PointIdsList(points=[point.id]))
+                elif remaining and len(remaining) < len(images):
+                    self.client.set_payload(self.collection, _image_payload(remaining), points=[point.id])
 
 
-def _point(digest: bytes) -> str:
+def _point_id(digest: bytes) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_OID, digest.hex()))
 
 
-def _payload(pictures: Sequence[IndexedImage]) -> dict[str, Any]:
-    """What is kept of a content's pictures, and what filters look at."""
-    fields = [[p.name, ref_to_json(p.place), p.source, p.stamp, list(p.captions), p.taken] for p in pictures]
+def _point(content: IndexedContent) -> models.PointStruct:
+    """Return the point of a content, without images."""
+    payload = {
+        "thumbnail": base64.b64encode(content.thumbnail).decode(),
+        "width": content.width,
+        "height": content.height,
+        "side": min(content.width, content.height),
+    }
+    vector = content.vector.astype(np.float32).tolist()
+    return models.PointStruct(id=_point_id(content.hash), vector=vector, payload=payload)
+
+
+def _image_payload(images: Sequence[IndexedImage]) -> dict[str, Any]:
+    """Return the payload that stores the images of a content, with the fields that filters look at."""
+    fields = [[i.name, ref_to_json(i.ref), i.source, i.stamp, list(i.captions), i.taken] for i in images]
     return {
         "pictures": json.dumps(fields),
-        "names": [p.name for p in pictures],
-        "sources": sorted({p.source for p in pictures}),
-        "within": sorted({part for p in pictures for part in _within(p)}),
-        "captions": [caption for p in pictures for caption in p.captions],
-        "taken": [p.taken for p in pictures],
+        "names": [image.name for image in images],
+        "sources": sorted({image.source for image in images}),
+        "within": sorted({path for image in images for path in _containing_paths(image)}),
+        "captions": [caption for image in images for caption in image.captions],
+        "taken": [image.taken for image in images],
     }
 
 
-def _pictures(payload: Any) -> tuple[IndexedImage, ...]:
-    return tuple(
-        IndexedImage(name, ref_from_json(place), source, stamp, tuple(captions), taken)
-        for name, place, source, stamp, captions, taken in json.loads(payload.get("pictures", "[]"))
-    )
+def _images(payload: Any) -> tuple[IndexedImage, ...]:
+    """Return the images of a point's payload."""
+    images = []
+    for name, ref, source, stamp, captions, taken in json.loads((payload or {}).get("pictures", "[]")):
+        images.append(IndexedImage(name, ref_from_json(ref), source, stamp, tuple(captions), taken))
+    return tuple(images)
 
 
-def _within(picture: IndexedImage) -> list[str]:
-    """All folders, tars and files that a picture lies in, and itself."""
-    name = picture.name
-    return [name[: m.start()] for m in re.finditer("/", name) if m.start()] + [
-        container_path(name, picture.place),
-        name,
-    ]
+def _containing_paths(image: IndexedImage) -> list[str]:
+    """Return the paths that an image is inside of: its folders, its tar or table, and its own name."""
+    slashes = [match.start() for match in re.finditer("/", image.name)]
+    folders = [image.name[:position] for position in slashes if position > 0]
+    return [*folders, image.container, image.name]
 
 
-def _lets_through(only: Filter, picture: IndexedImage) -> bool:
-    """Whether one picture meets what Qdrant asks of all copies of a content together."""
-    under = only.under.rstrip("/") if only.under is not None else ""
-    after = -math.inf if only.after is None else only.after
-    before = math.inf if only.before is None else only.before
-    return (not under or under in _within(picture)) and after <= picture.taken <= before
+def _matches(image: IndexedImage, image_filter: Filter) -> bool:
+    """Return whether a single image meets the path and time conditions.
+
+    Qdrant checks each condition against all images of a point, so different images may have met them.
+    """
+    path = image_filter.path.rstrip("/") if image_filter.path is not None else ""
+    after = -math.inf if image_filter.after is None else image_filter.after
+    before = math.inf if image_filter.before is None else image_filter.before
+    return (not path or path in _containing_paths(image)) and after <= image.taken <= before
 
 
-def _filter(only: Filter) -> models.Filter:
-    must: list[Any] = []
-    if only.under is not None and only.under.rstrip("/"):
-        must.append(models.FieldCondition(key="within", match=models.MatchValue(value=only.under.rstrip("/"))))
-    if only.caption is not None:
-        must.append(models.FieldCondition(key="captions", match=models.MatchPhrase(phrase=only.caption)))
-    if only.after is not None or only.before is not None:
-        must.append(models.FieldCondition(key="taken", range=models.Range(gte=only.after, lte=only.before)))
-    if only.larger is not None:
-        must.append(models.FieldCondition(key="side", range=models.Range(gte=only.larger)))
-    return models.Filter(must=must, must_not=[_not_about()])
+def _qdrant_filter(image_filter: Filter) -> models.Filter:
+    """Convert a filter to Qdrant's form, without the metadata point."""
+    conditions: list[Any] = []
+    path = image_filter.path.rstrip("/") if image_filter.path is not None else ""
+    if path:
+        conditions.append(models.FieldCondition(key="within", match=models.MatchValue(value=path)))
+    if image_filter.caption is not None:
+        phrase = models.MatchPhrase(phrase=image_filter.caption)
+        conditions.append(models.FieldCondition(key="captions", match=phrase))
+    if image_filter.after is not None or image_filter.before is not None:
+        time_range = models.Range(gte=image_filter.after, lte=image_filter.before)
+        conditions.append(models.FieldCondition(key="taken", range=time_range))
+    if image_filter.min_side is not None:
+        conditions.append(models.FieldCondition(key="side", range=models.Range(gte=image_filter.min_side)))
+    return models.Filter(must=conditions, must_not=[_metadata_point()])
 
 
-def _not_about() -> models.HasIdCondition:
-    return models.HasIdCondition(has_id=[_point(ABOUT.encode())])
+def _metadata_point() -> models.HasIdCondition:
+    return models.HasIdCondition(has_id=[_point_id(METADATA_KEY)])

@@ -1,4 +1,4 @@
-"""What somebody looks for, as one vector: texts and pictures, wanted and unwanted."""
+"""Embedding of a search query: a combination of texts and images, positive and negative."""
 
 from __future__ import annotations
 
@@ -13,62 +13,69 @@ from torch import Tensor
 from llm2clip.data.images import load_image
 from llm2clip.models.dual_encoder import DualEncoder
 
-NEGATIVE_WEIGHT = 0.5  # of the way from what is unwanted; all of it would lead to what has nothing to do with either
+NEGATIVE_WEIGHT = 0.5  # with 1, results would be far from the negatives but hardly related to the positives
 
 
 @dataclass(frozen=True)
 class Query:
-    """Texts and pictures (as `data.images.load` takes them) that the answer is like, and unlike."""
+    """Texts and images that results should be similar to, and those they should be dissimilar to.
+
+    Images are anything that `data.images.load_image` accepts.
+    """
 
     texts: Sequence[str] = ()
     images: Sequence[Any] = ()
-    without_texts: Sequence[str] = ()
-    without_images: Sequence[Any] = ()
+    negative_texts: Sequence[str] = ()
+    negative_images: Sequence[Any] = ()
 
 
-def embed_texts(model: DualEncoder, images: Sequence[Any]) -> Tensor:
-    """Vectors (N, D) float32 of pictures, L2-normalised.
+def embed_query(model: DualEncoder, query: Query) -> np.ndarray:
+    """Return the vector of a query, float32 (D,), L2-normalised; see `combine`.
 
     Raises:
-        ImageError: one cannot be read.
+        ValueError: The query has no positive text or image.
+        ImageError: An image cannot be read.
+    """
+    positive = _embed(model, query.texts, query.images)
+    negative = _embed(model, query.negative_texts, query.negative_images)
+    return combine(positive, negative)
+
+
+def embed_images(model: DualEncoder, images: Sequence[Any]) -> Tensor:
+    """Return the vectors of images, float32 (N, D), L2-normalised.
+
+    Raises:
+        ImageError: An image cannot be read.
     """
     if not images:
         return torch.empty(0, model.embed_dim)
     return model.encode_images([model.transform(load_image(image)) for image in images])
 
 
-def combine(wanted: Sequence[np.ndarray], unwanted: Sequence[np.ndarray] = ()) -> np.ndarray:
-    """The vector of a query, float32 (D,), L2-normalised: the mean of what is wanted, less half of the mean of what is
-    not, each mean normalised.
+def combine(positive: Sequence[np.ndarray], negative: Sequence[np.ndarray] = ()) -> np.ndarray:
+    """Combine vectors to a query vector, float32 (D,), L2-normalised.
+
+    The result is the mean of the positive vectors minus half the mean of the negative ones; both means are normalised.
 
     Args:
-        wanted: vectors float32 (D,), L2-normalised.
-        unwanted: likewise.
+        positive: Vectors float32 (D,), L2-normalised.
+        negative: Vectors float32 (D,), L2-normalised.
 
     Raises:
-        ValueError: nothing is wanted.
+        ValueError: There is no positive vector.
     """
-    if not len(wanted):
-        raise ValueError("nothing to look for: give a text or a picture")
-    found = _unit(np.mean(wanted, axis=0))
-    if len(unwanted):
-        found = _unit(found - NEGATIVE_WEIGHT * _unit(np.mean(unwanted, axis=0)))
-    return found
+    if not len(positive):
+        raise ValueError("the query is empty: give at least one text or image to search for")
+    query = _normalize(np.mean(positive, axis=0))
+    if len(negative):
+        query = _normalize(query - NEGATIVE_WEIGHT * _normalize(np.mean(negative, axis=0)))
+    return query
 
 
-def embed_query(model: DualEncoder, query: Query) -> np.ndarray:
-    """The vector of a query by a model, as `mixed` makes it.
-
-    Raises:
-        ValueError: nothing is wanted.
-        ImageError: a picture cannot be read.
-    """
-
-    def vectors(texts: Sequence[str], images: Sequence[Any]) -> list[np.ndarray]:
-        return [*(model.encode_texts(list(texts)).numpy() if texts else ()), *embed_texts(model, images).numpy()]
-
-    return combine(vectors(query.texts, query.images), vectors(query.without_texts, query.without_images))
+def _embed(model: DualEncoder, texts: Sequence[str], images: Sequence[Any]) -> list[np.ndarray]:
+    vectors = list(model.encode_texts(list(texts)).numpy()) if texts else []
+    return vectors + list(embed_images(model, images).numpy())
 
 
-def _unit(vector: np.ndarray) -> np.ndarray:
+def _normalize(vector: np.ndarray) -> np.ndarray:
     return (vector / max(float(np.linalg.norm(vector)), 1e-12)).astype(np.float32)

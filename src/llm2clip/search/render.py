@@ -1,4 +1,4 @@
-"""What a search found: a table, pictures in the terminal, a contact sheet."""
+"""Presents search results: as a table in the terminal, and as an HTML contact sheet."""
 
 from __future__ import annotations
 
@@ -14,37 +14,42 @@ from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
 from llm2clip.html_report import Block, Paragraph, ResultImage, ResultImages, write_report
-from llm2clip.search.types import Backend, Hit
+from llm2clip.search.backends import Backend
+from llm2clip.search.types import Hit
+
+CAPTION_LENGTH = 160  # characters
+THUMBNAIL_COLUMNS, THUMBNAIL_ROWS = 24, 24  # in pixels: a character is one pixel wide and two high
 
 
-def print_hits(hits: Sequence[Hit], engine: Backend, console: Console, pictures: bool = True) -> None:
-    """A table of hits, with their pictures where this terminal can show them."""
-    shown = pictures and console.is_terminal and console.color_system in ("truecolor", "256")
-    table = RichTable(show_lines=shown)
+def print_hits(hits: Sequence[Hit], backend: Backend, console: Console) -> None:
+    """Print a table of hits, with thumbnails if the terminal has enough colours."""
+    with_thumbnails = console.is_terminal and console.color_system in ("truecolor", "256")
+    table = RichTable(show_lines=with_thumbnails)
     table.add_column("", justify="right")
     table.add_column("cosine", justify="right")
-    if shown:
-        table.add_column("picture")
+    if with_thumbnails:
+        table.add_column("image")
     table.add_column("file", overflow="fold")
-    for number, hit in enumerate(hits, 1):
-        first, *others = hit.pictures
-        name = RichText(_printable(first.name))
-        if others:
-            name.append(f"\nand {len(others)} more of the same bytes", style="dim")
+    for rank, hit in enumerate(hits, 1):
+        first, *duplicates = hit.images
+        description = RichText(_printable(first.name))
+        if duplicates:
+            description.append(f"\nand {len(duplicates)} duplicates", style="dim")
         if first.captions:
-            name.append("\n" + shorten(_printable(first.captions[0]), 160, placeholder=" …"), style="dim")
-        picture = [_drawn(engine.thumbnail(hit.id))] if shown else []
-        table.add_row(str(number), f"{hit.score:.3f}", *picture, name)
+            caption = shorten(_printable(first.captions[0]), CAPTION_LENGTH, placeholder=" …")
+            description.append("\n" + caption, style="dim")
+        thumbnail = [_draw(backend.thumbnail(hit.id))] if with_thumbnails else []
+        table.add_row(str(rank), f"{hit.score:.3f}", *thumbnail, description)
     console.print(table)
 
 
 def _printable(text: str) -> str:
-    """Without what a terminal would obey."""
+    """Replace control characters, which a terminal would interpret, by spaces."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def _drawn(jpeg: bytes | None) -> RichText:
-    """A thumbnail in characters, each two pixels high."""
+def _draw(jpeg: bytes | None) -> RichText:
+    """Draw a thumbnail with half-block characters; each shows two pixels."""
     import torch
     from torchvision.transforms.v2 import functional as F
 
@@ -54,40 +59,38 @@ def _drawn(jpeg: bytes | None) -> RichText:
         return RichText("")
     pixels = decode_image(jpeg)
     height, width = pixels.shape[-2:]
-    columns = 24
-    rows = max(2, min(24, round(columns * height / width))) // 2 * 2
-    small = F.resize(pixels, [rows, columns], antialias=True).to(torch.int).permute(1, 2, 0).tolist()
+    rows = max(2, min(THUMBNAIL_ROWS, round(THUMBNAIL_COLUMNS * height / width))) // 2 * 2
+    resized = F.resize(pixels, [rows, THUMBNAIL_COLUMNS], antialias=True).to(torch.int)
+    lines = resized.permute(1, 2, 0).tolist()  # rows of columns of RGB
     text = RichText()
-    for upper, lower in zip(small[::2], small[1::2], strict=True):
-        for above, below in zip(upper, lower, strict=True):
-            text.append("▀", style=f"#{bytes(above).hex()} on #{bytes(below).hex()}")
+    for upper_line, lower_line in zip(lines[::2], lines[1::2], strict=True):
+        for upper, lower in zip(upper_line, lower_line, strict=True):
+            text.append("▀", style=f"#{bytes(upper).hex()} on #{bytes(lower).hex()}")
         text.append("\n")
     return text
 
 
-def write_contact_sheet(query: str, hits: Sequence[Hit], engine: Backend, folder: Path | None = None) -> Path:
-    """A page of what was found, one HTML file with its pictures in it.
+def write_contact_sheet(query: str, hits: Sequence[Hit], backend: Backend, folder: Path | None = None) -> Path:
+    """Write the thumbnails of hits to a self-contained HTML page and return its path.
 
     Args:
-        query: what was looked for.
-        hits: the answer.
-        engine: that gave it.
-        folder: where the page goes; None makes one.
+        query: Description of the query, shown above the images.
+        hits: Search results.
+        backend: The index they are from.
+        folder: Folder of the page. Default: a new temporary folder.
     """
     folder = folder or Path(tempfile.mkdtemp(prefix="llm2clip-"))
     folder.mkdir(parents=True, exist_ok=True)
-    shots = [
-        ResultImage(engine.thumbnail(hit.id), None, f"{n}. {hit.score:.3f} {Path(hit.pictures[0].name).name}")
-        for n, hit in enumerate(hits, 1)
-    ]
-    blocks: list[Block] = [
-        ResultImages(query, shots),
-        Paragraph(f"{len(hits)} pictures, the closest first, with their cosine."),
-    ]
-    return write_report(folder, "found", "Found", blocks)[1]
+    images = []
+    for rank, hit in enumerate(hits, 1):
+        label = f"{rank}. {hit.score:.3f} {Path(hit.images[0].name).name}"
+        images.append(ResultImage(backend.thumbnail(hit.id), None, label))
+    summary = Paragraph(f"{len(hits)} images, most similar first, with their cosine similarity.")
+    blocks: list[Block] = [ResultImages(query, images), summary]
+    return write_report(folder, "results", "Search results", blocks)[1]
 
 
 def open_in_browser(page: Path) -> None:
-    """Open a page in the user's browser, if there is one; its path is printed anyhow."""
+    """Open a page in the user's browser, or print a message if there is none."""
     if not webbrowser.open(page.resolve().as_uri()):
-        print(f"there is no browser to open {page} with", file=sys.stderr)
+        print(f"no browser found to open {page}", file=sys.stderr)

@@ -1,36 +1,30 @@
-"""What the server is asked and what it answers, with the limits that every request must keep."""
+"""Requests and responses of the HTTP API, with the limits that every request must keep."""
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from llm2clip.data.image_header import readable_formats
-from llm2clip.data.images import ImageError, load_image
 from llm2clip.search.types import Filter, Hit
 
-DATA_URI = "data:image/"
-TEXT = 20_000  # characters of a text
-TEXTS, IMAGES, TOP = 256, 16, 200  # of a request
+DATA_URI_PREFIX = "data:image/"
+MAX_TEXT_LENGTH = 20_000  # characters
+MAX_TEXTS, MAX_IMAGES, MAX_TOP = 256, 16, 200  # per request
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server puts up with.
+    """Resource limits of a server.
 
     Args:
-        max_body_bytes: bytes of a request.
-        max_bytes_in_flight: bytes of all requests that are under way; beyond it others are refused (429).
-        max_pixels: of a picture, decoded.
-        max_queue: texts, or pictures, that may wait for the model; more are refused (429).
-        timeout: that a request may take; then it is given up (504).
-        batch_size: texts, or pictures, that go through the model together.
+        max_body_bytes: Maximum size of a request body; larger ones get status 413.
+        max_bytes_in_flight: Maximum size of the bodies of all requests in progress; beyond it, status 429.
+        max_pixels: Maximum number of pixels of an image; larger ones get status 413.
+        max_queue: Maximum number of texts, and of images, that wait for the model; beyond it, status 429.
+        timeout: Maximum duration of a request in seconds; afterwards, status 504.
+        batch_size: Maximum number of texts, or of images, per forward pass.
     """
 
     max_body_bytes: int = 32 << 20
@@ -41,104 +35,116 @@ class Limits:
     batch_size: int = 32
 
 
-def _said(text: str) -> str:
+def _require_text(text: str) -> str:
     if not text.strip():
-        raise ValueError("an empty text")
+        raise ValueError("the text is empty")
     return text
 
 
-def _encodable(text: str) -> str:
+def _require_valid_unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("not valid Unicode: half of a surrogate pair") from None
+        raise ValueError("not valid Unicode: it contains half of a surrogate pair") from None
     return text
 
 
-def _is_data_uri(text: str) -> str:
-    if not text.startswith(DATA_URI):
-        raise ValueError(f"a picture is a data URI, {DATA_URI}jpeg;base64,...; nothing is fetched from elsewhere")
+def _require_data_uri(text: str) -> str:
+    if not text.startswith(DATA_URI_PREFIX):
+        raise ValueError(
+            f"an image must be a data URI of the form {DATA_URI_PREFIX}jpeg;base64,...; URLs are not downloaded"
+        )
     return text
 
 
-def _text_or_uri(text: str) -> str:
-    if not text.startswith(DATA_URI) and len(text) > TEXT:
-        raise ValueError(f"a text of {len(text):,} characters; {TEXT:,} at most")
-    return _said(_encodable(text))
+def _require_text_or_data_uri(text: str) -> str:
+    if not text.startswith(DATA_URI_PREFIX) and len(text) > MAX_TEXT_LENGTH:
+        raise ValueError(f"the text has {len(text):,} characters, at most {MAX_TEXT_LENGTH:,} are allowed")
+    return _require_text(_require_valid_unicode(text))
 
 
-Words = Annotated[str, Field(max_length=TEXT), AfterValidator(_encodable)]
-Text = Annotated[Words, AfterValidator(_said)]
-Uri = Annotated[str, AfterValidator(_is_data_uri), Field(json_schema_extra={"format": "data-uri"})]
-Input = Annotated[str, AfterValidator(_text_or_uri)]
-Id = Annotated[str, Field(max_length=64), AfterValidator(_encodable)]
+AnyText = Annotated[str, Field(max_length=MAX_TEXT_LENGTH), AfterValidator(_require_valid_unicode)]
+Text = Annotated[AnyText, AfterValidator(_require_text)]
+DataUri = Annotated[str, AfterValidator(_require_data_uri), Field(json_schema_extra={"format": "data-uri"})]
+TextOrDataUri = Annotated[str, AfterValidator(_require_text_or_data_uri)]
+HitId = Annotated[str, Field(max_length=64), AfterValidator(_require_valid_unicode)]
 Time = Annotated[float, Field(ge=-1e11, le=1e12, allow_inf_nan=False)]
 
 
-class _Strict(BaseModel):
+class _StrictModel(BaseModel):
+    """A model that rejects unknown fields."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class FilterRequest(_Strict):
-    """Which pictures may be found."""
+class FilterRequest(_StrictModel):
+    """Conditions that images must meet to be found."""
 
-    under: Words | None = Field(default=None, description="folder, tar or file that they lie in")
-    caption: Words | None = Field(default=None, description="words that one of their captions contains")
-    after: Time | None = Field(default=None, description="taken then or later, seconds since 1970")
-    before: Time | None = Field(default=None, description="taken then or earlier")
-    larger: int | None = Field(default=None, ge=0, le=1_000_000, description="pixels of the shorter side, at least")
+    path: AnyText | None = Field(default=None, description="folder, tar or file that contains the image")
+    caption: AnyText | None = Field(default=None, description="text that a caption must contain, ignoring case")
+    after: Time | None = Field(default=None, description="earliest time taken, in seconds since 1970")
+    before: Time | None = Field(default=None, description="latest time taken, in seconds since 1970")
+    min_side: int | None = Field(
+        default=None, ge=0, le=1_000_000, description="minimum length of the shorter side, in pixels"
+    )
 
-    def filter(self) -> Filter:
+    def to_filter(self) -> Filter:
         return Filter(**self.model_dump())
 
 
-class SearchRequest(_Strict):
-    """What the pictures are like, and unlike."""
+class SearchRequest(_StrictModel):
+    """A search query: at least one text, image or hit, optional negatives, and an optional filter."""
 
     texts: list[Text] = Field(
-        default=[], max_length=IMAGES, description="of any length, in any language the model knows"
+        default=[], max_length=MAX_IMAGES, description="of any length, in any language that the model supports"
     )
-    images: list[Uri] = Field(default=[], max_length=IMAGES, description="pictures as data URIs")
-    like: list[Id] = Field(default=[], max_length=IMAGES, description="ids of hits")
-    without_texts: list[Text] = Field(default=[], max_length=IMAGES)
-    without_images: list[Uri] = Field(default=[], max_length=IMAGES)
-    top: int = Field(default=50, ge=1, le=TOP, description="how many at most")
-    only: FilterRequest = FilterRequest()  # pydantic copies it
+    images: list[DataUri] = Field(default=[], max_length=MAX_IMAGES, description="images as data URIs")
+    like: list[HitId] = Field(default=[], max_length=MAX_IMAGES, description="ids of hits to find similar images of")
+    negative_texts: list[Text] = Field(default=[], max_length=MAX_IMAGES, description="what images should not show")
+    negative_images: list[DataUri] = Field(
+        default=[], max_length=MAX_IMAGES, description="images that results should be dissimilar to, as data URIs"
+    )
+    top: int = Field(default=50, ge=1, le=MAX_TOP, description="maximum number of hits")
+    filter: FilterRequest = FilterRequest()  # pydantic copies defaults
 
 
 class ImageLocation(BaseModel):
+    """One of the files that contain an image."""
+
     name: str
     captions: list[str]
-    taken: float
+    taken: float = Field(description="time at which the photo was taken, in seconds since 1970")
 
 
 class HitResponse(BaseModel):
-    """A picture that was found, in all its copies."""
+    """A search result: an image, with all its locations."""
 
     id: str
-    score: float = Field(description="cosine")
+    score: float = Field(description="cosine similarity with the query")
     width: int
     height: int
-    pictures: list[ImageLocation]
+    images: list[ImageLocation]
 
     @classmethod
-    def of(cls, hit: Hit) -> HitResponse:
-        places = [ImageLocation(name=p.name, captions=list(p.captions), taken=p.taken) for p in hit.pictures]
-        return cls(id=hit.id, score=hit.score, width=hit.width, height=hit.height, pictures=places)
+    def from_hit(cls, hit: Hit) -> HitResponse:
+        images = [ImageLocation(name=i.name, captions=list(i.captions), taken=i.taken) for i in hit.images]
+        return cls(id=hit.id, score=hit.score, width=hit.width, height=hit.height, images=images)
 
 
 class SearchResponse(BaseModel):
+    """Search results, best first."""
+
     hits: list[HitResponse]
 
 
 class EmbedRequest(BaseModel):
-    """As the OpenAI API has it; a text that is an image's data URI is embedded as that image."""
+    """A request as in OpenAI's embeddings API. A text that is an image's data URI is embedded as an image."""
 
-    input: Input | Annotated[list[Input], Field(min_length=1, max_length=TEXTS)]
-    model: Words | None = None
+    input: TextOrDataUri | Annotated[list[TextOrDataUri], Field(min_length=1, max_length=MAX_TEXTS)]
+    model: AnyText | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
-    user: Words | None = None
+    user: AnyText | None = None
 
     @property
     def inputs(self) -> list[str]:
@@ -146,72 +152,40 @@ class EmbedRequest(BaseModel):
 
 
 class EmbeddingItem(BaseModel):
+    """The embedding of one input."""
+
     object: Literal["embedding"] = "embedding"
     index: int
     embedding: list[float] | str
 
 
 class EmbedResponse(BaseModel):
+    """A response as in OpenAI's embeddings API."""
+
     object: Literal["list"] = "list"
     data: list[EmbeddingItem]
     model: str
-    usage: dict[str, int] = Field(description="tokens are not counted: both are 0")
+    usage: dict[str, int] = Field(description="tokens are not counted: both values are 0")
 
 
 class HealthResponse(BaseModel):
+    """State of the server."""
+
     status: Literal["ok"] = "ok"
     model: str
-    width: int
-    pictures: int
+    dimensions: int
+    images: int
 
 
 class ErrorBody(BaseModel):
+    """An error as in OpenAI's API."""
+
     message: str
     type: str
     code: int
 
 
 class ErrorResponse(BaseModel):
+    """The body of every response with an error status."""
+
     error: ErrorBody
-
-
-class TooLarge(ValueError):
-    """A picture of more pixels than is put up with."""
-
-
-class NotFound(LookupError):
-    """What was asked for is not there."""
-
-
-def load_request_image(data: bytes, pixels: int) -> Any:
-    """Encoded bytes to uint8 (3, H, W).
-
-    Raises:
-        TooLarge: before it is decoded.
-        ImageError: it cannot be read.
-    """
-    try:
-        with Image.open(io.BytesIO(data), formats=readable_formats()) as header:
-            width, height = header.size
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise TooLarge(str(error)) from error
-    except Exception as error:  # hostile headers make Pillow raise almost anything
-        raise ImageError("not a picture, or of a kind that cannot be read") from error
-    if width * height > pixels:
-        raise TooLarge(f"{width} x {height} is more than {pixels:,} pixels")
-    return load_image(data)
-
-
-def decode_data_uri(uri: str) -> bytes:
-    """What a data URI holds.
-
-    Raises:
-        ImageError: it is none, or not in base64.
-    """
-    head, comma, body = uri.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise ImageError(f"a picture is {DATA_URI}jpeg;base64,...")
-    try:
-        return base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ImageError(f"not base64: {error}") from error

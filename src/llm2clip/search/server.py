@@ -1,4 +1,4 @@
-"""`llm2clip serve`: search and embeddings over HTTP, and the page. /openapi.json of a server describes its API."""
+"""HTTP server: search, embeddings and the search page. /openapi.json describes the API."""
 
 from __future__ import annotations
 
@@ -23,158 +23,78 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from llm2clip import __version__
 from llm2clip.data.image_header import readable_formats
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.search.backends import Backend
 from llm2clip.search.build import check_model
+from llm2clip.search.errors import ERROR_RESPONSES, NotFound, add_error_handlers
 from llm2clip.search.inference import InferenceService
-from llm2clip.search.middleware import COOKIE, TROUBLES, RequestMiddleware, add_error_handlers
+from llm2clip.search.middleware import COOKIE, RequestMiddleware
+from llm2clip.search.request_images import decode_data_uri
 from llm2clip.search.schemas import (
-    DATA_URI,
-    IMAGES,
+    DATA_URI_PREFIX,
+    MAX_IMAGES,
     EmbeddingItem,
     EmbedRequest,
     EmbedResponse,
     HealthResponse,
     Limits,
-    NotFound,
     SearchRequest,
     SearchResponse,
-    decode_data_uri,
 )
-from llm2clip.search.types import Backend
 
-STATIC = Path(__file__).parent / "static"
+STATIC_FOLDER = Path(__file__).parent / "static"
+STATIC_FILES = ("page.css", "page.js")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
+COOKIE_MAX_AGE = 30 * 86400  # seconds
+API_ERRORS: dict[int | str, dict[str, Any]] = {code: ERROR_RESPONSES[code] for code in (400, 404, 422, 429, 504)}
 
 
 def create_app(
     model: DualEncoder,
-    engine: Backend | None = None,
+    backend: Backend | None = None,
     limits: Limits | None = None,
     token: str | None = None,
     hosts: Sequence[str] | None = LOOPBACK,
-    thread: ThreadPoolExecutor | None = None,
+    model_thread: ThreadPoolExecutor | None = None,
 ) -> FastAPI:
-    """The application.
+    """Create the web application.
 
     Args:
-        model: whose vectors are given, and the index is of.
-        engine: the index; None serves embeddings alone.
-        limits: what it puts up with.
-        token: that every request must bear, as `Authorization: Bearer TOKEN` or, in a browser, the cookie that
-            `/?token=TOKEN` sets; None asks for none.
-        hosts: names that the server goes by; None allows any. A page elsewhere that points a name of its own at this
-            machine gets nothing (DNS rebinding).
-        thread: in which the model was opened: see `Service`.
+        model: Encodes texts and images; must be the model of the index.
+        backend: The index. None serves embeddings only.
+        limits: Resource limits.
+        token: Token that every request must have, as `Authorization: Bearer TOKEN` or, in a browser, as the cookie
+            that `/?token=TOKEN` sets. None requires no token.
+        hosts: Host names that requests may use; None allows any. This blocks DNS rebinding, in which a web page
+            points its own host name at this machine.
+        model_thread: Executor with a single thread, in which the model was loaded; see `InferenceService`.
 
     Raises:
-        ValueError: the index is of another model.
+        ValueError: The index was built with another model.
     """
-    if engine is not None:
-        check_model(engine.about(), model)
-    limits = limits or Limits()
-    service = InferenceService(model, engine, limits, thread)
+    if backend is not None:
+        check_model(backend.metadata(), model)
+    service = InferenceService(model, backend, limits or Limits(), model_thread)
 
     @asynccontextmanager
-    async def alive(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await service.close()
 
     app = FastAPI(
         title="llm2clip",
         version=__version__,
-        description="Search pictures with whole sentences, and embed texts and pictures.",
-        lifespan=alive,
-        docs_url=None,  # FastAPI's pages fetch their scripts from elsewhere
+        description="Search images with whole sentences, and embed texts and images.",
+        lifespan=lifespan,
+        docs_url=None,  # FastAPI's documentation pages load scripts from other sites
         redoc_url=None,
-        responses={code: TROUBLES[code] for code in ((401, 413) if token else (413,))},
+        responses={code: ERROR_RESPONSES[code] for code in ((401, 413) if token else (413,))},
     )
     app.state.service = service
-    slow: dict[int | str, dict[str, Any]] = {code: TROUBLES[code] for code in (400, 404, 422, 429, 504)}
-
-    @app.get("/health")
-    async def health() -> HealthResponse:
-        """Whether it answers, with what model, over how many pictures."""
-        count = (await run_in_threadpool(engine.count))[0] if engine else 0
-        return HealthResponse(model=Path(model.name).name, width=model.embed_dim, pictures=count)
-
-    @app.get("/metrics", response_class=Response)
-    async def metrics() -> Response:
-        """For Prometheus."""
-        return Response(await run_in_threadpool(generate_latest, service.registry), media_type=CONTENT_TYPE_LATEST)
-
-    @app.post("/search", responses=slow)
-    async def search(request: SearchRequest) -> SearchResponse:
-        """The pictures closest to texts, pictures and pictures of the index, and away from others."""
-        return SearchResponse(hits=await service.search(request))
-
-    async def embedded(vectors: Sequence[np.ndarray], form: str) -> EmbedResponse:
-        data = [
-            EmbeddingItem(
-                index=n,
-                embedding=v.tolist() if form == "float" else base64.b64encode(v.astype("<f4").tobytes()).decode(),
-            )
-            for n, v in enumerate(vectors)
-        ]
-        return EmbedResponse(data=data, model=Path(model.name).name, usage={"prompt_tokens": 0, "total_tokens": 0})
-
-    @app.post("/v1/embeddings", responses=slow, include_in_schema=False)
-    @app.post("/embed", responses=slow)
-    async def embed(request: EmbedRequest) -> EmbedResponse:
-        """Vectors of texts and of pictures (data URIs), in the form of OpenAI's embeddings; /v1/embeddings is the
-        same."""
-        if request.dimensions not in (None, model.embed_dim):
-            raise ValueError(f"dimensions: the model's vectors have {model.embed_dim}")
-        inputs = request.inputs
-        seen = [n for n, text in enumerate(inputs) if text.startswith(DATA_URI)]
-        if len(seen) > IMAGES:
-            raise ValueError(f"{len(seen)} pictures; {IMAGES} at most")
-        pictures = await service.see([decode_data_uri(inputs[n]) for n in seen])
-        texts = await service.read([text for n, text in enumerate(inputs) if n not in set(seen)])
-        found = dict(zip(seen, pictures, strict=True))
-        rest = iter(texts)
-        return await embedded(
-            [found[n] if n in found else next(rest) for n in range(len(inputs))], request.encoding_format
-        )
-
-    @app.post("/embed/upload", responses=slow)
-    async def upload(files: list[UploadFile]) -> EmbedResponse:
-        """Vectors of uploaded pictures."""
-        if len(files) > IMAGES:
-            raise ValueError(f"{len(files)} pictures; {IMAGES} at most")
-        return await embedded(await service.see([await file.read() for file in files]), "float")
-
-    @app.get("/thumbnail/{hit}", response_class=Response, responses=slow)
-    async def thumbnail(hit: str, request: Request) -> Response:
-        """A hit's picture, JPEG, 256 pixels at most a side."""
-        jpeg = await run_in_threadpool(service.indexed().thumbnail, hit)
-        if jpeg is None:
-            raise NotFound(f"there is no picture {hit}")
-        tag = f'"{hashlib.sha256(jpeg).hexdigest()[:32]}"'  # ids are of this index, and begin anew in another
-        headers = {"Cache-Control": "private, no-cache", "ETag": tag}
-        if request.headers.get("if-none-match") == tag:
-            return Response(status_code=304, headers=headers)
-        return Response(jpeg, media_type="image/jpeg", headers=headers)
-
-    @app.get("/picture/{hit}", response_class=Response, responses=slow)
-    async def picture(hit: str) -> Response:
-        """A hit's picture as its file has it."""
-        data, kind = await run_in_threadpool(_original, service.indexed(), hit)
-        return Response(data, media_type=kind, headers={"Content-Security-Policy": "default-src 'none'; sandbox"})
-
-    @app.get("/", include_in_schema=False)
-    async def page(request: Request) -> Response:
-        given = request.query_params.get("token")
-        if token is not None and given is not None and secrets.compare_digest(given.encode(), token.encode()):
-            response = RedirectResponse("/", 303)
-            response.set_cookie(COOKIE, token, httponly=True, samesite="strict", max_age=30 * 86400)
-            return response
-        return FileResponse(STATIC / "index.html")
-
-    @app.get("/static/{name}", include_in_schema=False)
-    async def static(name: str) -> Response:
-        if name not in ("page.css", "page.js"):
-            raise NotFound(f"there is no {name}")
-        return FileResponse(STATIC / name)
-
+    _add_status_routes(app, service)
+    _add_search_route(app, service)
+    _add_embedding_routes(app, service)
+    _add_image_routes(app, service)
+    _add_page_routes(app, token)
     add_error_handlers(app)
     app.add_middleware(RequestMiddleware, service=service, token=token)
     if hosts is not None:
@@ -182,24 +102,127 @@ def create_app(
     return app
 
 
-def _original(engine: Backend, hit: str) -> tuple[bytes, str]:
-    """The bytes of the first copy that is still a picture, and their media type."""
-    for picture in engine.pictures(hit):
-        try:
-            data = picture.place.read()
-            with Image.open(
-                io.BytesIO(data), formats=readable_formats()
-            ) as header:  # a file may have become anything since it was indexed
-                kind = Image.MIME.get(header.format or "", "application/octet-stream")
-        except Exception:
-            continue
-        if kind.startswith("image/"):
-            return data, kind
-    raise NotFound(f"there is no picture {hit}, or its file is gone")
-
-
 def serve(app: FastAPI, host: str, port: int) -> None:
-    """Serve until it is told to stop; what is under way is answered first."""
+    """Serve an application until SIGINT or SIGTERM. Requests in progress are completed first."""
     import uvicorn
 
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30, server_header=False)
+
+
+def _add_status_routes(app: FastAPI, service: InferenceService) -> None:
+    @app.get("/health")
+    async def health() -> HealthResponse:
+        """Return the name of the model, the dimension of its vectors, and the number of indexed images."""
+        model = service.model
+        images = await run_in_threadpool(service.count_images)
+        return HealthResponse(model=Path(model.name).name, dimensions=model.embed_dim, images=images)
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Return metrics for Prometheus."""
+        return Response(await run_in_threadpool(generate_latest, service.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_search_route(app: FastAPI, service: InferenceService) -> None:
+    @app.post("/search", responses=API_ERRORS)
+    async def search(request: SearchRequest) -> SearchResponse:
+        """Return the images that are most similar to texts, images and earlier hits."""
+        return SearchResponse(hits=await service.search(request))
+
+
+def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
+    def respond(vectors: Sequence[np.ndarray], encoding: str) -> EmbedResponse:
+        items = []
+        for index, vector in enumerate(vectors):
+            embedding = vector.tolist() if encoding == "float" else _to_base64(vector)
+            items.append(EmbeddingItem(index=index, embedding=embedding))
+        usage = {"prompt_tokens": 0, "total_tokens": 0}
+        return EmbedResponse(data=items, model=Path(service.model.name).name, usage=usage)
+
+    @app.post("/v1/embeddings", responses=API_ERRORS, include_in_schema=False)
+    @app.post("/embed", responses=API_ERRORS)
+    async def embed(request: EmbedRequest) -> EmbedResponse:
+        """Return the vectors of texts and images (data URIs), as OpenAI's API does. Same as /v1/embeddings."""
+        if request.dimensions not in (None, service.model.embed_dim):
+            raise ValueError(f"dimensions must be {service.model.embed_dim}, the size of the model's vectors")
+        images, texts = {}, {}
+        for index, item in enumerate(request.inputs):
+            if item.startswith(DATA_URI_PREFIX):
+                images[index] = item
+            else:
+                texts[index] = item
+        _check_image_count(len(images))
+        image_vectors = await service.embed_images([decode_data_uri(uri) for uri in images.values()])
+        text_vectors = await service.embed_texts(list(texts.values()))
+        vectors = dict(zip([*images, *texts], [*image_vectors, *text_vectors], strict=True))
+        return respond([vectors[index] for index in range(len(vectors))], request.encoding_format)
+
+    @app.post("/embed/upload", responses=API_ERRORS)
+    async def upload(files: list[UploadFile]) -> EmbedResponse:
+        """Return the vectors of uploaded images."""
+        _check_image_count(len(files))
+        return respond(await service.embed_images([await file.read() for file in files]), "float")
+
+
+def _to_base64(vector: np.ndarray) -> str:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+
+def _check_image_count(count: int) -> None:
+    if count > MAX_IMAGES:
+        raise ValueError(f"{count} images in one request, at most {MAX_IMAGES} are allowed")
+
+
+def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
+    @app.get("/thumbnail/{hit_id}", response_class=Response, responses=API_ERRORS)
+    async def thumbnail(hit_id: str, request: Request) -> Response:
+        """Return the thumbnail of a hit: JPEG, at most 256 pixels per side."""
+        jpeg = await run_in_threadpool(service.require_backend().thumbnail, hit_id)
+        if jpeg is None:
+            raise NotFound(f"the index has no image {hit_id}")
+        # A hash of the content: another index may use the same ids for other images.
+        tag = f'"{hashlib.sha256(jpeg).hexdigest()[:32]}"'
+        headers = {"Cache-Control": "private, no-cache", "ETag": tag}
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=headers)
+        return Response(jpeg, media_type="image/jpeg", headers=headers)
+
+    @app.get("/image/{hit_id}", response_class=Response, responses=API_ERRORS)
+    async def image(hit_id: str) -> Response:
+        """Return the original file of a hit."""
+        data, media_type = await run_in_threadpool(_read_original, service.require_backend(), hit_id)
+        headers = {"Content-Security-Policy": "default-src 'none'; sandbox"}
+        return Response(data, media_type=media_type, headers=headers)
+
+
+def _read_original(backend: Backend, hit_id: str) -> tuple[bytes, str]:
+    """Return the bytes of the first file of a hit that is still an image, and their media type."""
+    for image in backend.images(hit_id):
+        try:
+            data = image.ref.read()
+            # The file may have been replaced by something else since it was indexed: do not serve that.
+            with Image.open(io.BytesIO(data), formats=readable_formats()) as header:
+                media_type = Image.MIME.get(header.format or "", "application/octet-stream")
+        except Exception:
+            continue
+        if media_type.startswith("image/"):
+            return data, media_type
+    raise NotFound(f"the index has no image {hit_id}, or its file no longer exists")
+
+
+def _add_page_routes(app: FastAPI, token: str | None) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page(request: Request) -> Response:
+        """Return the search page, or set the cookie if the URL has the token."""
+        url_token = request.query_params.get("token")
+        if token is not None and url_token is not None and secrets.compare_digest(url_token.encode(), token.encode()):
+            response = RedirectResponse("/", 303)
+            response.set_cookie(COOKIE, token, httponly=True, samesite="strict", max_age=COOKIE_MAX_AGE)
+            return response
+        return FileResponse(STATIC_FOLDER / "index.html")
+
+    @app.get("/static/{name}", include_in_schema=False)
+    async def static(name: str) -> Response:
+        if name not in STATIC_FILES:
+            raise NotFound(f"there is no file {name}")
+        return FileResponse(STATIC_FOLDER / name)

@@ -1,10 +1,10 @@
-"""An index in a folder: one SQLite file of pictures, vectors and thumbnails, and what searches the vectors.
+"""Index in a local folder: one SQLite file of images, vectors and thumbnails, and an in-memory search of the vectors.
 
     INDEX/
       pictures.sqlite    about, contents (hash, vector, thumbnail), pictures (name, place, captions, ...)
-      graph.usearch      of a million contents and more; graph.json says of which
+      graph.usearch      HNSW graph, from a million contents on; graph.json describes which contents it covers
 
-SQLite writes a batch whole or not at all, lets others read meanwhile, and is one file to copy.
+SQLite writes a batch completely or not at all, allows readers during a write, and is a single file to copy.
 """
 
 from __future__ import annotations
@@ -22,11 +22,22 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip.search.types import Filter, Hit, IndexedContent, IndexedImage, ref_from_json, ref_to_json
-from llm2clip.search.vector_index import CHUNK, QuantizedVectors, VectorIndex, open_graph, update_graph
+from llm2clip.search.types import Filter, Hit, ImageState, IndexedContent, IndexedImage, ref_from_json, ref_to_json
+from llm2clip.search.vector_index import (
+    CHUNK,
+    GRAPH_STATE_FILE,
+    QuantizedVectors,
+    VectorIndex,
+    open_graph,
+    update_graph,
+)
 
 APPROXIMATE_ABOVE = 1_000_000
-SCHEMA = """
+SCHEMA_VERSION = 1
+# Names of files, tables and columns are those of version 0.1, so that existing indexes open: about is the metadata,
+# pictures the images, place the reference to the image's bytes, largest the largest absolute value in the vector.
+DATABASE = "pictures.sqlite"
+SCHEMA = f"""
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE contents (
   id INTEGER PRIMARY KEY AUTOINCREMENT, hash BLOB NOT NULL UNIQUE, vector BLOB NOT NULL, largest REAL NOT NULL,
@@ -39,266 +50,309 @@ CREATE TABLE pictures (
 CREATE INDEX pictures_content ON pictures(content);
 CREATE INDEX pictures_source ON pictures(source);
 CREATE INDEX pictures_taken ON pictures(taken);
-PRAGMA user_version = 1;
+PRAGMA user_version = {SCHEMA_VERSION};
 """
-# In a folder, a tar or a parquet file, or itself. A ! or a [ ends the name of a tar or a table only: it is `base`.
-UNDER = """substr(name, 1, length(:under)) = :under AND (substr(name, length(:under) + 1, 1) IN ('', '/')
-  OR (substr(name, length(:under) + 1, 1) IN ('!', '[') AND place NOT LIKE '["FileImage"%'
-      AND '/' || json_extract(place, '$[1].path') LIKE '%/' || :base ESCAPE '\\'))"""
-FIELDS = "name, place, source, stamp, captions, taken"
+IMAGE_COLUMNS = "name, place, source, stamp, captions, taken"
+# An image is inside :path if its name is :path, or continues after it with "/" (folder), "!" (tar) or "[" (table).
+# "!" and "[" may also occur in the names of files and folders: they only count if the image is not a file of its own
+# and the tar or table that contains it has the last part of :path (:basename) as its name.
+INSIDE_PATH = """substr(name, 1, length(:path)) = :path AND (substr(name, length(:path) + 1, 1) IN ('', '/')
+  OR (substr(name, length(:path) + 1, 1) IN ('!', '[') AND place NOT LIKE '["FileImage"%'
+      AND '/' || json_extract(place, '$[1].path') LIKE '%/' || :basename ESCAPE '\\'))"""
+FILTER_CONDITIONS = {
+    "path": INSIDE_PATH,
+    "caption": "any_contains(captions, :caption)",
+    "after": "taken >= :after",
+    "before": "taken <= :before",
+    "min_side": "min(width, height) >= :min_side",
+}
+IDS_PER_QUERY = 500  # SQLite limits the number of parameters of a statement
 
 
 class SqliteBackend:
-    """An engine (`entries.Engine`) in a folder. One process writes at a time, any number read; threads share one."""
+    """Index backend in a local folder. One process writes at a time; any number may read. Threads can share it."""
 
     def __init__(self, folder: Path, write: bool = False, approximate_above: int = APPROXIMATE_ABOVE) -> None:
         """
         Args:
-            folder: of the index.
-            write: make it if it is not there.
-            approximate_above: contents from which `finish` grows a graph, which searches then use.
+            folder: Folder of the index.
+            write: Create the index if it does not exist.
+            approximate_above: Number of contents from which `finish` builds an HNSW graph, which searches then use.
 
         Raises:
-            FileNotFoundError: there is no index.
-            ValueError: it is of another version.
+            FileNotFoundError: There is no index in the folder.
+            ValueError: The index has an unknown schema version.
         """
         self.folder, self.approximate_above = folder, approximate_above
-        file = folder / "pictures.sqlite"
-        if not write and not file.exists():
-            raise FileNotFoundError(f"{folder} is no index: llm2clip index PHOTOS --model MODEL --out {folder}")
+        self._file = folder / DATABASE
+        if not write and not self._file.exists():
+            raise FileNotFoundError(
+                f"{folder} is not an index; create one with: llm2clip index PHOTOS --model MODEL --out {folder}"
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        self._file, self._lock, self._reading = file, threading.RLock(), threading.Lock()
-        self._fixed: tuple[int, int] | None = None
+        self._lock, self._index_lock = threading.RLock(), threading.Lock()
+        # Set when the file is opened as immutable: its state when it was opened.
+        self._immutable_state: tuple[int, int] | None = None
+        self._may_have_orphans = True  # contents without an image, left by an interrupted run
+        self._vector_index: tuple[tuple[Any, ...], VectorIndex] | None = None  # with the state it was made from
+        version = self._open(write)
+        if version not in (0, SCHEMA_VERSION):
+            raise ValueError(
+                f"{self._file} has schema version {version}, but only version {SCHEMA_VERSION} can be read; "
+                "build a new index in another folder (--out)"
+            )
+        if not write and not (version and self.metadata()):
+            raise FileNotFoundError(f"{folder} is an index without images: run llm2clip index to the end first")
+
+    # ---- building
+
+    def metadata(self) -> dict[str, Any]:
+        return {key: json.loads(value) for key, value in self._query("SELECT key, value FROM about")}
+
+    def initialize(self, metadata: Mapping[str, Any]) -> None:
+        rows = [(key, json.dumps(value)) for key, value in metadata.items()]
+        with self._transaction():
+            self._db.executemany("INSERT OR REPLACE INTO about VALUES (?, ?)", rows)
+
+    def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
+        states: dict[str, ImageState] = {}
+        for source in sources:
+            sql = f"SELECT name, stamp, captions FROM pictures WHERE source = :path OR ({INSIDE_PATH})"
+            for name, stamp, captions in self._query(sql, _path_parameters(source)):
+                states[name] = ImageState(stamp, tuple(json.loads(captions)))
+        return states
+
+    def existing(self, hashes: Iterable[bytes]) -> set[bytes]:
+        return {digest for digest in hashes if self._query("SELECT 1 FROM contents WHERE hash = ?", (digest,))}
+
+    def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
+        image_rows = []
+        for image, digest in images:
+            captions = json.dumps(image.captions)
+            ref = ref_to_json(image.ref)
+            image_rows.append((digest, image.name, ref, image.source, image.stamp, captions, image.taken))
+        with self._transaction():
+            self._may_have_orphans = True
+            for content in contents:
+                self._add_content(content)
+            self._db.executemany(
+                f"INSERT OR REPLACE INTO pictures (content, {IMAGE_COLUMNS}) "
+                "VALUES ((SELECT id FROM contents WHERE hash = ?), ?, ?, ?, ?, ?, ?)",
+                image_rows,
+            )
+
+    def _add_content(self, content: IndexedContent) -> None:
+        """Insert a content and its thumbnail, unless the content already exists."""
+        vector = np.ascontiguousarray(content.vector, dtype="<f2").tobytes()
+        largest = float(np.abs(content.vector).max())
+        row = self._db.execute(
+            "INSERT INTO contents (hash, vector, largest, width, height) VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT DO NOTHING RETURNING id",
+            (content.hash, vector, largest, content.width, content.height),
+        ).fetchone()
+        if row is not None:
+            self._db.execute("INSERT INTO thumbnails VALUES (?, ?)", (row[0], content.thumbnail))
+
+    def remove(self, names: Sequence[str]) -> None:
+        if not names and not self._may_have_orphans:
+            return  # any write makes every open reader load all vectors again
+        with self._transaction():
+            self._db.executemany("DELETE FROM pictures WHERE name = ?", [(name,) for name in names])
+            self._db.execute("DELETE FROM contents WHERE id NOT IN (SELECT content FROM pictures)")
+            self._may_have_orphans = False
+
+    def finish(self) -> None:
+        ids = self._content_ids()
+        if len(ids) >= self.approximate_above:
+            update_graph(self.folder, ids, self._fetch_vectors, self._dim(), self._largest())
+
+    # ---- searching
+
+    def count(self) -> tuple[int, int]:
+        ((images,),) = self._query("SELECT count(*) FROM pictures")
+        ((contents,),) = self._query("SELECT count(*) FROM contents")
+        return images, contents
+
+    def duplicates(self, limit: int = 10) -> list[list[str]]:
+        largest_groups = (
+            "SELECT content FROM pictures GROUP BY content HAVING count(*) > 1 ORDER BY count(*) DESC, content LIMIT ?"
+        )
+        names_of_content = "SELECT name FROM pictures WHERE content = ? ORDER BY name"
+        groups = []
+        for content in self._query(largest_groups, (limit,)):
+            groups.append([name for (name,) in self._query(names_of_content, content)])
+        return groups
+
+    def search(self, vector: np.ndarray, count: int, image_filter: Filter) -> list[Hit]:
+        allowed_ids = self._matching_ids(image_filter) if image_filter else None
+        ids, scores = self._current_vector_index().search(vector.astype(np.float32), count, allowed_ids)
+        hits = []
+        for content_id, score in zip(ids.tolist(), scores.tolist(), strict=True):
+            images = self.images(str(content_id))
+            sizes = self._query("SELECT width, height FROM contents WHERE id = ?", (content_id,))
+            if images and sizes:  # otherwise it was removed during this search
+                width, height = sizes[0]
+                hits.append(Hit(str(content_id), score, images, width, height))
+        return hits
+
+    def vector(self, hit_id: str) -> np.ndarray | None:
+        rows = self._query("SELECT vector FROM contents WHERE id = ?", (_content_id(hit_id),))
+        return np.frombuffer(rows[0][0], "<f2").astype(np.float32) if rows else None
+
+    def thumbnail(self, hit_id: str) -> bytes | None:
+        rows = self._query("SELECT jpeg FROM thumbnails WHERE id = ?", (_content_id(hit_id),))
+        return bytes(rows[0][0]) if rows else None
+
+    def images(self, hit_id: str) -> tuple[IndexedImage, ...]:
+        sql = f"SELECT {IMAGE_COLUMNS} FROM pictures WHERE content = ? ORDER BY name"
+        images = []
+        for name, ref, source, stamp, captions, taken in self._query(sql, (_content_id(hit_id),)):
+            images.append(IndexedImage(name, ref_from_json(ref), source, stamp, tuple(json.loads(captions)), taken))
+        return tuple(images)
+
+    def _matching_ids(self, image_filter: Filter) -> np.ndarray:
+        """Return the sorted ids of the contents that have an image which meets all conditions of a filter."""
+        parameters = {name: value for name, value in asdict(image_filter).items() if value is not None}
+        where = " AND ".join(FILTER_CONDITIONS[name] for name in parameters)
+        if image_filter.path is not None:
+            parameters.update(_path_parameters(image_filter.path.rstrip("/")))
+        rows = self._query(
+            "SELECT DISTINCT contents.id FROM pictures JOIN contents ON contents.id = content "
+            f"WHERE {where} ORDER BY contents.id",
+            parameters,
+        )
+        return np.array([content_id for (content_id,) in rows], dtype=np.int64)
+
+    # ---- vectors
+
+    def _current_vector_index(self) -> VectorIndex:
+        """Return the vector index of what the database contains now. It is made anew after each write."""
+        with self._index_lock:  # one thread makes it; the others wait and share it
+            ((version,),) = self._query("PRAGMA data_version")  # changes with writes of other connections
+            graph_state = self.folder / GRAPH_STATE_FILE
+            graph_time = graph_state.stat().st_mtime_ns if graph_state.exists() else 0
+            state = version, self._db.total_changes, graph_time, self._immutable_state
+            if self._vector_index is None or self._vector_index[0] != state:
+                self._vector_index = None  # free its memory first: two may not fit
+                graph = open_graph(self.folder, self._content_ids())
+                self._vector_index = state, VectorIndex(self._quantize_all, self._fetch_vectors, graph)
+            return self._vector_index[1]
+
+    def _quantize_all(self) -> QuantizedVectors:
+        return QuantizedVectors(self._vector_chunks(), self._dim(), 127 / self._largest())
+
+    def _vector_chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield ids int64 (N,) and vectors float16 (N, D) of all contents."""
+        # A separate connection: this takes seconds, during which other threads use the shared one.
+        with self._named_errors(), closing(self._connect()) as db:
+            cursor = db.execute("SELECT id, vector FROM contents ORDER BY id")
+            while rows := cursor.fetchmany(CHUNK):
+                ids = np.array([content_id for content_id, _ in rows], dtype=np.int64)
+                vectors = np.frombuffer(b"".join(vector for _, vector in rows), "<f2")
+                yield ids, vectors.reshape(len(rows), -1)
+
+    def _fetch_vectors(self, ids: np.ndarray) -> np.ndarray:
+        """Return the vectors of some contents, float16 (N, D). A content that was removed gets zeros."""
+        vectors: dict[int, bytes] = {}
+        for start in range(0, len(ids), IDS_PER_QUERY):
+            chunk = ids[start : start + IDS_PER_QUERY].tolist()
+            placeholders = ", ".join("?" * len(chunk))
+            vectors.update(self._query(f"SELECT id, vector FROM contents WHERE id IN ({placeholders})", chunk))
+        dim = self._dim()
+        zeros = bytes(2 * dim)
+        joined = b"".join(vectors.get(content_id, zeros) for content_id in ids.tolist())
+        return np.frombuffer(joined, "<f2").reshape(-1, dim)
+
+    def _content_ids(self) -> np.ndarray:
+        rows = self._query("SELECT id FROM contents ORDER BY id")
+        return np.array([content_id for (content_id,) in rows], dtype=np.int64)
+
+    def _dim(self) -> int:
+        return int(self.metadata()["width"])
+
+    def _largest(self) -> float:
+        """Return the largest absolute value in any vector."""
+        ((largest,),) = self._query("SELECT max(largest) FROM contents")
+        return max(float(largest or 0), 1e-6)
+
+    # ---- database
+
+    def _open(self, write: bool) -> int:
+        """Connect to the database, create the tables of a new one, and return its schema version (0: no tables)."""
         try:
-            self._db = self._connected()
+            self._db = self._connect()
             if write:
-                # Of a new file: a vector of 2 KB leaves little of such a page empty.
+                # Only affects new files: a vector takes 2 KB, of which several should fit a page.
                 self._db.execute("PRAGMA page_size = 16384")
                 self._db.execute("PRAGMA journal_mode = WAL")
                 self._db.execute("PRAGMA foreign_keys = ON")
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
             if write and not version:
                 self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
         except sqlite3.Error as error:
-            raise OSError(f"{file}: {error}") from error
-        if version not in (0, 1):
-            raise ValueError(f"{file} is of version {version}, and 1 is what can be read; index into another --out")
-        if not write and not (version and self.about()):
-            raise FileNotFoundError(f"{folder} is an index that nothing was ever put into")
-        self._orphans = True  # contents that no picture has may be there
-        self._nearest: tuple[tuple[Any, ...], VectorIndex] | None = None
+            raise OSError(f"{self._file}: {error}") from error
+        return version
 
-    def _connected(self) -> sqlite3.Connection:
-        """Where nothing can be written beside the file, as SQLite does even to read, it is read as it lies there."""
+    def _connect(self) -> sqlite3.Connection:
+        """Open a connection. In a read-only folder the database is opened as immutable.
+
+        SQLite writes files beside the database even to read it, so a normal connection fails in a read-only folder.
+        """
         options: dict[str, Any] = {"check_same_thread": False, "isolation_level": None, "timeout": 60}
-        if self._fixed is None:
+        if self._immutable_state is None:
             try:
                 db = sqlite3.connect(self._file, **options)
                 db.execute("PRAGMA user_version")
             except sqlite3.OperationalError:
-                log = self._file.with_name("pictures.sqlite-wal")
-                if os.access(self._file.parent, os.W_OK) or (log.exists() and log.stat().st_size):
+                log = self._file.with_name(f"{DATABASE}-wal")
+                has_unmerged_writes = log.exists() and log.stat().st_size > 0
+                if os.access(self._file.parent, os.W_OK) or has_unmerged_writes:
                     raise
-                self._fixed = self._state()
-        if self._fixed is not None:
+                self._immutable_state = self._file_state()
+        if self._immutable_state is not None:
             db = sqlite3.connect(f"{self._file.absolute().as_uri()}?immutable=1", uri=True, **options)
-        db.create_function("contains", 2, _contains, deterministic=True)
+        db.create_function("any_contains", 2, _any_contains, deterministic=True)
         return db
 
-    def _state(self) -> tuple[int, int]:
-        there = self._file.stat()
-        return there.st_size, there.st_mtime_ns
+    def _file_state(self) -> tuple[int, int]:
+        """Return the size and modification time of the database file."""
+        stat = self._file.stat()
+        return stat.st_size, stat.st_mtime_ns
 
-    def _read(self, sql: str, values: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
-        with self._lock, self._named():
-            if self._fixed is not None and self._fixed != (now := self._state()):
-                self._fixed, self._db = now, self._connected()  # somebody who may write has
-            return self._db.execute(sql, values).fetchall()
+    def _query(self, sql: str, parameters: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
+        with self._lock, self._named_errors():
+            if self._immutable_state is not None:
+                state = self._file_state()
+                if state != self._immutable_state:  # another process, with write access, changed the file
+                    self._immutable_state, self._db = state, self._connect()
+            return self._db.execute(sql, parameters).fetchall()
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """All of a block, or nothing."""
-        with self._lock, self._named(), self._db:
+    def _transaction(self) -> Iterator[None]:
+        """Commit all statements of a block, or none."""
+        with self._lock, self._named_errors(), self._db:
             self._db.execute("BEGIN IMMEDIATE")
             yield
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
-        """SQLite's errors (a full disk, a lock that another holds too long) as the system's, with the file's name."""
+    def _named_errors(self) -> Iterator[None]:
+        """Convert SQLite's errors (disk full, database locked for too long) to OSErrors that name the file."""
         try:
             yield
         except sqlite3.Error as error:
             raise OSError(f"{self._file}: {error}") from error
 
-    # -- filling it
 
-    def about(self) -> dict[str, Any]:
-        return {key: json.loads(value) for key, value in self._read("SELECT key, value FROM about")}
-
-    def begin(self, about: Mapping[str, Any]) -> None:
-        rows = [(key, json.dumps(value)) for key, value in about.items()]
-        with self._writing():
-            self._db.executemany("INSERT OR REPLACE INTO about VALUES (?, ?)", rows)
-
-    def known(self, sources: Sequence[str]) -> dict[str, tuple[str, tuple[str, ...]]]:
-        found: dict[str, tuple[str, tuple[str, ...]]] = {}
-        for source in sources:
-            sql = f"SELECT name, stamp, captions FROM pictures WHERE source = :under OR ({UNDER})"
-            rows = self._read(sql, {"under": source, "base": _base(source)})
-            found.update((name, (stamp, tuple(json.loads(texts)))) for name, stamp, texts in rows)
-        return found
-
-    def have(self, hashes: Iterable[bytes]) -> set[bytes]:
-        return {h for h in hashes if self._read("SELECT 1 FROM contents WHERE hash = ?", (h,))}
-
-    def put(self, contents: Sequence[IndexedContent], pictures: Sequence[tuple[IndexedImage, bytes]]) -> None:
-        with self._writing():
-            self._orphans = True
-            for c in contents:
-                vector = np.ascontiguousarray(c.vector, dtype="<f2").tobytes()
-                row = self._db.execute(
-                    "INSERT INTO contents (hash, vector, largest, width, height) VALUES (?, ?, ?, ?, ?) "
-                    "ON CONFLICT DO NOTHING RETURNING id",
-                    (c.hash, vector, float(np.abs(c.vector).max()), c.width, c.height),
-                ).fetchone()
-                if row is not None:
-                    self._db.execute("INSERT INTO thumbnails VALUES (?, ?)", (row[0], c.thumbnail))
-            self._db.executemany(
-                f"INSERT OR REPLACE INTO pictures (content, {FIELDS}) "
-                f"VALUES ((SELECT id FROM contents WHERE hash = ?), ?, ?, ?, ?, ?, ?)",
-                [
-                    (digest, p.name, ref_to_json(p.place), p.source, p.stamp, json.dumps(p.captions), p.taken)
-                    for p, digest in pictures
-                ],
-            )
-
-    def forget(self, names: Sequence[str]) -> None:
-        if not names and not self._orphans:
-            return  # to write nothing new would make every reader read all again
-        with self._writing():
-            self._db.executemany("DELETE FROM pictures WHERE name = ?", [(name,) for name in names])
-            self._db.execute("DELETE FROM contents WHERE id NOT IN (SELECT content FROM pictures)")
-            self._orphans = False
-
-    def finish(self) -> None:
-        ids = self._ids()
-        if len(ids) >= self.approximate_above:
-            update_graph(self.folder, ids, self._vectors, int(self.about()["width"]), self._largest())
-
-    # -- asking it
-
-    def count(self) -> tuple[int, int]:
-        ((pictures,),) = self._read("SELECT count(*) FROM pictures")
-        ((contents,),) = self._read("SELECT count(*) FROM contents")
-        return pictures, contents
-
-    def copies(self, limit: int = 10) -> list[list[str]]:
-        sql = (
-            "SELECT content FROM pictures GROUP BY content HAVING count(*) > 1 ORDER BY count(*) DESC, content LIMIT ?"
-        )
-        names = "SELECT name FROM pictures WHERE content = ? ORDER BY name"
-        return [[name for (name,) in self._read(names, row)] for row in self._read(sql, (limit,))]
-
-    def search(self, vector: np.ndarray, count: int, only: Filter) -> list[Hit]:
-        among = self._among(only) if only else None
-        ids, scores = self._searcher().search(vector.astype(np.float32), count, among)
-        hits = []
-        for number, score in zip(ids.tolist(), scores.tolist(), strict=True):
-            pictures = self.pictures(str(number))
-            sizes = self._read("SELECT width, height FROM contents WHERE id = ?", (number,))
-            if pictures and sizes:  # else it went while this search ran
-                hits.append(Hit(str(number), score, pictures, *sizes[0]))
-        return hits
-
-    def vector(self, hit: str) -> np.ndarray | None:
-        rows = self._read("SELECT vector FROM contents WHERE id = ?", (_id(hit),))
-        return np.frombuffer(rows[0][0], "<f2").astype(np.float32) if rows else None
-
-    def thumbnail(self, hit: str) -> bytes | None:
-        rows = self._read("SELECT jpeg FROM thumbnails WHERE id = ?", (_id(hit),))
-        return bytes(rows[0][0]) if rows else None
-
-    def pictures(self, hit: str) -> tuple[IndexedImage, ...]:
-        rows = self._read(f"SELECT {FIELDS} FROM pictures WHERE content = ? ORDER BY name", (_id(hit),))
-        return tuple(
-            IndexedImage(name, ref_from_json(place), source, stamp, tuple(json.loads(captions)), taken)
-            for name, place, source, stamp, captions, taken in rows
-        )
-
-    # -- vectors
-
-    def _ids(self) -> np.ndarray:
-        return np.array([i for (i,) in self._read("SELECT id FROM contents ORDER BY id")], dtype=np.int64)
-
-    def _searcher(self) -> VectorIndex:
-        """What searches the vectors; another once something was written."""
-        with self._reading:  # one reads, and those that wait take what it made
-            ((version,),) = self._read("PRAGMA data_version")
-            graph = self.folder / "graph.json"
-            state = version, self._db.total_changes, graph.stat().st_mtime_ns if graph.exists() else 0, self._fixed
-            if self._nearest is None or self._nearest[0] != state:
-                self._nearest = None  # before the next is read: both may not fit
-                ids = self._ids()
-                self._nearest = state, VectorIndex(self._codes, self._vectors, open_graph(self.folder, ids))
-            return self._nearest[1]
-
-    def _codes(self) -> QuantizedVectors:
-        return QuantizedVectors(self._chunks(), int(self.about()["width"]), 127 / self._largest())
-
-    def _largest(self) -> float:
-        """The largest number in any vector."""
-        ((largest,),) = self._read("SELECT max(largest) FROM contents")
-        return max(float(largest or 0), 1e-6)
-
-    def _chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        # Through a connection of its own: this takes seconds, in which others ask.
-        with self._named(), closing(self._connected()) as db:
-            cursor = db.execute("SELECT id, vector FROM contents ORDER BY id")
-            while rows := cursor.fetchmany(CHUNK):
-                vectors = np.frombuffer(b"".join(v for _, v in rows), "<f2")
-                yield np.array([i for i, _ in rows], dtype=np.int64), vectors.reshape(len(rows), -1)
-
-    def _vectors(self, ids: np.ndarray) -> np.ndarray:
-        """float16 (N, D) of some contents; of one that is gone, zeros."""
-        found: dict[int, bytes] = {}
-        for start in range(0, len(ids), 500):
-            some = ids[start : start + 500].tolist()
-            found.update(self._read(f"SELECT id, vector FROM contents WHERE id IN ({_marks(some)})", some))
-        width = int(self.about()["width"])
-        joined = b"".join(found.get(i, bytes(2 * width)) for i in ids.tolist())
-        return np.frombuffer(joined, "<f2").reshape(-1, width)
-
-    def _among(self, only: Filter) -> np.ndarray:
-        """Ids of the contents of the pictures that a filter lets through, sorted."""
-        tests = {
-            "under": UNDER,
-            "caption": "contains(captions, :caption)",
-            "after": "taken >= :after",
-            "before": "taken <= :before",
-            "larger": "min(width, height) >= :larger",
-        }
-        asked = {name: value for name, value in asdict(only).items() if value is not None}
-        if "under" in asked:
-            asked["under"] = asked["under"].rstrip("/")
-            asked["base"] = _base(asked["under"])
-        where = " AND ".join(tests[name] for name in asked if name in tests)
-        sql = "SELECT DISTINCT contents.id FROM pictures JOIN contents ON contents.id = content"
-        rows = self._read(f"{sql} WHERE {where} ORDER BY contents.id", asked)
-        return np.array([i for (i,) in rows], dtype=np.int64)
+def _path_parameters(path: str) -> dict[str, str]:
+    """Return the parameters of INSIDE_PATH. In the last part of the path, wildcards of LIKE are escaped."""
+    return {"path": path, "basename": re.sub(r"([%_\\])", r"\\\1", os.path.basename(path))}
 
 
-def _base(path: str) -> str:
-    """The last part of a path, as LIKE takes it."""
-    return re.sub(r"([%_\\])", r"\\\1", os.path.basename(path))
+def _any_contains(captions: str, text: str) -> bool:
+    """Return whether any caption of a JSON list contains a text, ignoring case."""
+    return any(text.casefold() in caption.casefold() for caption in json.loads(captions))
 
 
-def _contains(captions: str, words: str) -> bool:
-    return any(words.casefold() in caption.casefold() for caption in json.loads(captions))
-
-
-def _marks(values: Sequence[Any]) -> str:
-    return ", ".join("?" * len(values))
-
-
-def _id(hit: str) -> int:
-    return int(hit) if hit.isascii() and hit.isdigit() and len(hit) < 19 else -1
+def _content_id(hit_id: str) -> int:
+    """Return a hit's id as an integer, or -1, which no content has, if it is not a number."""
+    return int(hit_id) if hit_id.isascii() and hit_id.isdigit() and len(hit_id) < 19 else -1

@@ -1,58 +1,73 @@
-"""What an index holds and answers with: pictures, what is in their files, and hits. Every engine speaks of these."""
+"""Data types shared by all index backends: images, their content, search hits and filters."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage, printable
 
-PLACES: dict[str, type[ImageRef]] = {kind.__name__: kind for kind in (FileImage, TarImage, ParquetImage, DatasetImage)}
+# These names are stored in every index: when a class is renamed, its key must stay.
+REF_TYPES: dict[str, type[ImageRef]] = {
+    "FileImage": FileImage,
+    "TarImage": TarImage,
+    "ParquetImage": ParquetImage,
+    "DatasetImage": DatasetImage,
+}
 
 
 @dataclass(frozen=True)
 class IndexedImage:
-    """One picture where it lies.
+    """An image at one location.
 
     Args:
-        name: its path, `tar!member` or `file[row].column`; unique in an index.
-        place: how its bytes are found.
-        source: the source that it was read from, an absolute path.
-        stamp: changes with the file.
-        captions: its texts, if it has any.
-        taken: when, in seconds since 1970: by its EXIF, else the file's change.
+        name: Canonical path: `FILE`, `TAR!MEMBER` or `TABLE[ROW].COLUMN`. Unique within an index.
+        ref: Reference to the image's bytes.
+        source: Absolute path of the source it was read from.
+        stamp: Size and modification time of the file; changes when the file changes.
+        captions: Captions, if the source has any.
+        taken: Time at which the photo was taken (EXIF), or else the file's modification time. Seconds since 1970.
     """
 
     name: str
-    place: ImageRef
+    ref: ImageRef
     source: str
     stamp: str
     captions: tuple[str, ...] = ()
     taken: float = 0.0
 
+    @property
+    def container(self) -> str:
+        """The part of the name that is a file: the image file itself, or the tar or table that contains the image."""
+        if isinstance(self.ref, FileImage):
+            return self.name
+        name = self.name
+        if isinstance(self.ref, TarImage):
+            name = name.removesuffix(f"@{self.ref.offset}")  # appended when a tar has two members of the same name
+        path_length = len(self.ref.container_path or "")
+        return name.removesuffix(printable(str(self.ref)[path_length:]))
 
-def container_path(name: str, place: ImageRef) -> str:
-    """What in a picture's name is the file that holds it; all of it where it is a file of its own."""
-    if isinstance(place, FileImage):
-        return name
-    if isinstance(place, TarImage):
-        name = name.removesuffix(f"@{place.offset}")  # of the second of one name
-    return name.removesuffix(printable(str(place)[len(place.container_path or "") :]))
+
+class ImageState(NamedTuple):
+    """What is compared to decide whether an indexed image has changed."""
+
+    stamp: str
+    captions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class IndexedContent:
-    """What is in a file; pictures with the same bytes share it.
+    """The content of an image file. Images with identical bytes share one.
 
     Args:
-        hash: SHA-256 of the bytes.
+        hash: SHA-256 of the encoded bytes.
         vector: float16 (D,), L2-normalised.
-        thumbnail: JPEG, at most 256 pixels a side.
-        width, height: of the picture, upright, in pixels.
+        thumbnail: JPEG, at most 256 pixels per side.
+        width: Width of the upright image in pixels.
+        height: Height of the upright image in pixels.
     """
 
     hash: bytes
@@ -64,106 +79,57 @@ class IndexedContent:
 
 @dataclass(frozen=True)
 class Hit:
-    """One answer: where the same picture lies, in all its copies, and the cosine."""
+    """A search result.
+
+    Args:
+        id: Identifier of the content within its index.
+        score: Cosine similarity with the query.
+        images: All images with this content.
+        width: Width of the upright image in pixels.
+        height: Height of the upright image in pixels.
+    """
 
     id: str
     score: float
-    pictures: tuple[IndexedImage, ...]
+    images: tuple[IndexedImage, ...]
     width: int
     height: int
 
 
 @dataclass(frozen=True)
 class Filter:
-    """Which pictures may be found; a field that is None asks for nothing.
+    """Conditions that images must meet to be found. None means no condition.
 
     Args:
-        under: folder, tar or file that they lie in.
-        caption: words that one of their captions must contain, in this order, whatever their case.
-        after: taken then or later, seconds since 1970.
-        before: taken then or earlier.
-        larger: pixels of the shorter side, at least.
+        path: Folder, tar or file that contains the image.
+        caption: Text that at least one caption must contain, ignoring case.
+        after: Earliest time taken, in seconds since 1970.
+        before: Latest time taken, in seconds since 1970.
+        min_side: Minimum length of the shorter side, in pixels.
     """
 
-    under: str | None = None
+    path: str | None = None
     caption: str | None = None
     after: float | None = None
     before: float | None = None
-    larger: int | None = None
+    min_side: int | None = None
 
     def __bool__(self) -> bool:
         return any(value is not None for value in asdict(self).values())
 
 
-class Backend(Protocol):
-    """Where pictures are kept and found: a folder here, or a vector engine elsewhere."""
-
-    def about(self) -> dict[str, Any]:
-        """What made the index: `model`, `fingerprint`, `width`; empty before `begin`."""
-        ...
-
-    def begin(self, about: Mapping[str, Any]) -> None:
-        """Say what makes the index."""
-        ...
-
-    def known(self, sources: Sequence[str]) -> dict[str, tuple[str, tuple[str, ...]]]:
-        """Stamp and captions by name, of the pictures that came from some sources or lie under them."""
-        ...
-
-    def have(self, hashes: Iterable[bytes]) -> set[bytes]:
-        """Those contents that are in the index already."""
-        ...
-
-    def put(self, contents: Sequence[IndexedContent], pictures: Sequence[tuple[IndexedImage, bytes]]) -> None:
-        """Add contents, and pictures with the hash of theirs, all or none (in Qdrant, one by one); one of the same name
-        is replaced."""
-        ...
-
-    def forget(self, names: Sequence[str]) -> None:
-        """Drop pictures, and contents that no picture has any more."""
-        ...
-
-    def finish(self) -> None:
-        """All pictures of a run are in."""
-        ...
-
-    def count(self) -> tuple[int, int]:
-        """Pictures, and different contents."""
-        ...
-
-    def copies(self, limit: int = 10) -> list[list[str]]:
-        """Names of pictures whose bytes are the same, the largest groups first."""
-        ...
-
-    def search(self, vector: np.ndarray, count: int, only: Filter) -> list[Hit]:
-        """The contents closest to a vector, float32 (D,), L2-normalised; the best first."""
-        ...
-
-    def vector(self, hit: str) -> np.ndarray | None:
-        """The vector of a hit by its id, float32 (D,); None where there is none."""
-        ...
-
-    def thumbnail(self, hit: str) -> bytes | None:
-        """The JPEG of a hit; None where there is none."""
-        ...
-
-    def pictures(self, hit: str) -> tuple[IndexedImage, ...]:
-        """The pictures of a hit."""
-        ...
-
-
-def ref_to_json(place: ImageRef) -> str:
-    """A reference as text."""
-    return json.dumps([type(place).__name__, asdict(place)])  # type: ignore[call-overload]
+def ref_to_json(ref: ImageRef) -> str:
+    """Serialize an image reference."""
+    return json.dumps([type(ref).__name__, asdict(ref)])  # type: ignore[call-overload]
 
 
 def ref_from_json(text: str) -> ImageRef:
-    """The reference that `place_to_json` wrote.
+    """Deserialize an image reference written by `ref_to_json`.
 
     Raises:
-        ValueError: it is none.
+        ValueError: The type of the reference is unknown.
     """
-    kind, fields = json.loads(text)
-    if kind not in PLACES:
-        raise ValueError(f"{kind} is no place of pictures")
-    return PLACES[kind](**fields)
+    name, fields = json.loads(text)
+    if name not in REF_TYPES:
+        raise ValueError(f"unknown type of image reference: {name}")
+    return REF_TYPES[name](**fields)

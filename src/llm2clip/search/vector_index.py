@@ -1,8 +1,8 @@
-"""The nearest of many vectors: a scan of all, or a graph of them.
+"""Nearest-neighbour search: an exact scan of quantized vectors, or an HNSW graph.
 
-Vectors are coded in a byte a dimension and scanned by usearch's kernels; the best are then measured by their own
-vectors. A scan of bytes reads half of what one of float16 does, and memory is what a scan waits for
-(benchmarks/search.py). The graph (HNSW, arXiv 1603.09320, usearch's) reads a few thousand codes and not all.
+Vectors are quantized to int8 and scanned by usearch's kernels; the best candidates are then re-scored with the
+float16 vectors. A scan is limited by memory bandwidth, and int8 is half the bytes of float16 (benchmarks/search.py).
+The graph (HNSW, arXiv 1603.09320, as implemented by usearch) visits a few thousand vectors instead of all.
 """
 
 from __future__ import annotations
@@ -16,138 +16,156 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 from usearch.index import Index, MetricKind
-from usearch.index import search as scan
+from usearch.index import search as exact_search
 
-from llm2clip.io_utils import atomic_write_text
+from llm2clip.io_utils import atomic_path, atomic_write_text
 
-MIN_CANDIDATES = 128  # candidates that are measured at the least; of a scan of a million none was missed with them
-EXACT_BELOW = 2048  # vectors that are measured sooner than coded
+MIN_CANDIDATES = 128  # candidates to re-score; with these, a scan of a million vectors missed none of the top 10
+EXACT_BELOW = 2048  # up to this many vectors, scoring all of them directly is faster than scanning codes first
 CHUNK = 65_536
+GRAPH_FILE, GRAPH_STATE_FILE = "graph.usearch", "graph.json"
 
-Fetch = Callable[[np.ndarray], np.ndarray]  # ids (N,) -> float16 (N, D), in their order
+FetchVectors = Callable[[np.ndarray], np.ndarray]  # ids (N,) -> float16 (N, D), in the same order
 
 
 class QuantizedVectors:
-    """Vectors in a byte a dimension: round(scale x), cut at 127. One scale for all, or products would not compare."""
+    """Vectors quantized to int8 as round(scale * x), clipped to +-127. All share one scale, so that dot products
+    are comparable."""
 
-    def __init__(self, chunks: Iterable[tuple[np.ndarray, np.ndarray]], width: int, scale: float) -> None:
+    def __init__(self, chunks: Iterable[tuple[np.ndarray, np.ndarray]], dim: int, scale: float) -> None:
         """
         Args:
-            chunks: ids int64 (N,) and float16 (N, D), one after the other.
-            width: D.
-            scale: 127 / the largest number in any of them.
+            chunks: Pairs of ids int64 (N,) and vectors float16 (N, D).
+            dim: D.
+            scale: 127 / the largest absolute value in any vector.
         """
-        ids, codes = [np.empty(0, np.int64)], [np.empty((0, width), np.int8)]
-        for some, vectors in chunks:
-            ids.append(some)
+        ids, codes = [np.empty(0, np.int64)], [np.empty((0, dim), np.int8)]
+        for chunk_ids, vectors in chunks:
+            ids.append(chunk_ids)
             codes.append(quantize(vectors, scale))
         self.ids, self.codes = np.concatenate(ids), np.concatenate(codes)
 
 
 def quantize(vectors: np.ndarray, scale: float) -> np.ndarray:
-    """(N, D) floats to int8 (N, D)."""
+    """Quantize float vectors (N, D) to int8 (N, D)."""
     return np.clip(np.rint(vectors.astype(np.float32) * scale), -127, 127).astype(np.int8)
 
 
 class VectorIndex:
-    """The closest vectors by id."""
+    """Top-k search by cosine similarity over vectors with integer ids."""
 
-    def __init__(self, codes: Callable[[], QuantizedVectors], fetch: Fetch, graph: Any = None) -> None:
+    def __init__(self, load_quantized: Callable[[], QuantizedVectors], fetch: FetchVectors, graph: Any = None) -> None:
         """
         Args:
-            codes: of all vectors, worked out at the first scan.
-            fetch: the vectors themselves, for the few that are measured.
-            graph: of the same ids, `graph_of` opened it.
+            load_quantized: Quantizes all vectors. Called once, at the first scan.
+            fetch: Returns the float16 vectors of some ids, to re-score candidates.
+            graph: HNSW graph over the same ids, from `open_graph`.
         """
-        self._make, self.fetch, self.graph = codes, fetch, graph
-        self._made: QuantizedVectors | None = None
+        self._load_quantized, self.fetch, self.graph = load_quantized, fetch, graph
+        self._quantized: QuantizedVectors | None = None
         self._lock = Lock()
 
     @property
-    def codes(self) -> QuantizedVectors:
-        with self._lock:  # several threads search, one makes them
-            if self._made is None:
-                self._made = self._make()
-            return self._made
+    def quantized(self) -> QuantizedVectors:
+        with self._lock:  # several threads search; only one loads
+            if self._quantized is None:
+                self._quantized = self._load_quantized()
+            return self._quantized
 
-    def search(self, query: np.ndarray, count: int, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int64 (k,) and cosines float32 (k,), the best first; equal ones by their ids.
+    def search(
+        self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids int64 (k,) and cosines float32 (k,), best first; ties are ordered by id.
 
         Args:
             query: float32 (D,), L2-normalised.
-            count: how many at most.
-            among: ids, sorted, that alone may be found.
+            count: Maximum number of results.
+            allowed_ids: Sorted ids to search among. Default: all.
         """
-        ids = self._candidates(query, max(4 * count, MIN_CANDIDATES), among)
+        ids = self._candidates(query, max(4 * count, MIN_CANDIDATES), allowed_ids)
         scores = self.fetch(ids).astype(np.float32) @ query
-        best = np.lexsort((ids, -scores))[:count]
-        return ids[best], scores[best]
+        order = np.lexsort((ids, -scores))[:count]
+        return ids[order], scores[order]
 
-    def _candidates(self, query: np.ndarray, wanted: int, among: np.ndarray | None) -> np.ndarray:
-        code = np.rint(query * (127 / max(float(np.abs(query).max()), 1e-6))).astype(np.int8)  # at a scale of its own
-        if among is not None and len(among) <= EXACT_BELOW:
-            return among
-        if among is None and self.graph is not None:
-            return self.graph.search(code, wanted).keys.astype(np.int64)
-        ids, codes = self.codes.ids, self.codes.codes
-        rows = None if among is None else np.flatnonzero(np.isin(ids, among, assume_unique=True))
-        if len(ids if rows is None else rows) <= wanted:
-            return ids if rows is None else ids[rows]
-        if rows is None:
-            return ids[scan(codes, code, wanted, MetricKind.IP, exact=True).keys.astype(np.int64)]
-        kept, far = [], []  # block by block: all that a filter lets through at once could be the whole matrix again
-        for start in range(0, len(rows), CHUNK):
-            some = rows[start : start + CHUNK]
-            found = scan(codes[some], code, min(wanted, len(some)), MetricKind.IP, exact=True)
-            kept.append(some[found.keys.astype(np.int64)])
-            far.append(found.distances)
-        best = np.argsort(np.concatenate(far), kind="stable")[:wanted]
-        return ids[np.concatenate(kept)[best]]
+    def _candidates(self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None) -> np.ndarray:
+        """Return the ids of the `count` vectors that are nearest by their int8 codes."""
+        # The query has its own scale: a common factor does not change the order of the scores.
+        query_code = np.rint(query * (127 / max(float(np.abs(query).max()), 1e-6))).astype(np.int8)
+        if allowed_ids is not None and len(allowed_ids) <= EXACT_BELOW:
+            return allowed_ids
+        if allowed_ids is None and self.graph is not None:
+            return self.graph.search(query_code, count).keys.astype(np.int64)
+        ids, codes = self.quantized.ids, self.quantized.codes
+        if allowed_ids is None:
+            if len(ids) <= count:
+                return ids
+            return ids[exact_search(codes, query_code, count, MetricKind.IP, exact=True).keys.astype(np.int64)]
+        rows = np.flatnonzero(np.isin(ids, allowed_ids, assume_unique=True))
+        if len(rows) > count:
+            rows = _scan_rows(codes, rows, query_code, count)
+        return ids[rows]
 
 
-# ---- the graph ------------------------------------------------------------------------------------------------------
+def _scan_rows(codes: np.ndarray, rows: np.ndarray, query_code: np.ndarray, count: int) -> np.ndarray:
+    """Return the `count` nearest of some rows of the codes.
+
+    Works in chunks: the selected rows are copied, and all of them could be as large as the matrix itself.
+    """
+    best_rows, best_distances = [], []
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        matches = exact_search(codes[chunk], query_code, min(count, len(chunk)), MetricKind.IP, exact=True)
+        best_rows.append(chunk[matches.keys.astype(np.int64)])
+        best_distances.append(matches.distances)
+    order = np.argsort(np.concatenate(best_distances), kind="stable")[:count]
+    return np.concatenate(best_rows)[order]
 
 
-def update_graph(folder: Path, ids: np.ndarray, fetch: Fetch, width: int, largest: float) -> None:
-    """Bring the graph in a folder to these ids: what is new is added, what is gone is taken out.
+def update_graph(folder: Path, ids: np.ndarray, fetch: FetchVectors, dim: int, max_abs: float) -> None:
+    """Update the graph in a folder to contain exactly these ids: new ones are added, missing ones are removed.
 
     Args:
-        folder: of `graph.usearch` and `graph.json`.
-        ids: sorted int64 (N,).
-        fetch: their vectors.
-        width: D.
-        largest: number in any vector; where it is far beyond what it was, the graph is grown anew.
+        folder: Folder of `graph.usearch` and `graph.json`.
+        ids: Sorted int64 (N,).
+        fetch: Returns the float16 vectors of some ids.
+        dim: D.
+        max_abs: Largest absolute value in any vector. The graph is rebuilt if this has grown by 10% or more
+            since it was built.
     """
-    file, about = folder / "graph.usearch", folder / "graph.json"
-    graph = Index(ndim=width, metric=MetricKind.IP, dtype="i8")
-    scale = 127 / largest
-    if about.exists() and (before := json.loads(about.read_text())["scale"]) < 1.1 * scale:
-        scale = before
-        graph.load(str(file))
-    held = np.sort(np.fromiter(graph.keys, np.int64, len(graph)))
-    gone, new = np.setdiff1d(held, ids, assume_unique=True), np.setdiff1d(ids, held, assume_unique=True)
-    if not len(gone) and not len(new):
+    graph_file, state_file = folder / GRAPH_FILE, folder / GRAPH_STATE_FILE
+    graph = Index(ndim=dim, metric=MetricKind.IP, dtype="i8")
+    scale = 127 / max_abs
+    if state_file.exists():
+        previous_scale = json.loads(state_file.read_text())["scale"]
+        if previous_scale < 1.1 * scale:
+            scale = previous_scale
+            graph.load(str(graph_file))
+    graph_ids = np.sort(np.fromiter(graph.keys, np.int64, len(graph)))
+    removed = np.setdiff1d(graph_ids, ids, assume_unique=True)
+    added = np.setdiff1d(ids, graph_ids, assume_unique=True)
+    if not len(removed) and not len(added):
         return
-    if len(gone):
-        graph.remove(gone)
-    with tqdm(total=len(new), desc="graph", unit="picture") as bar:
-        for start in range(0, len(new), CHUNK):
-            some = new[start : start + CHUNK]
-            graph.add(some, quantize(fetch(some), scale))
-            bar.update(len(some))
-    about.unlink(missing_ok=True)  # what is not described is not read
-    graph.save(str(file.with_suffix(".part")))
-    file.with_suffix(".part").replace(file)
-    held_now = {"scale": scale, "count": len(ids), "last": int(ids[-1]), "sum": int(ids.sum())}
-    atomic_write_text(about, json.dumps(held_now))
+    if len(removed):
+        graph.remove(removed)
+    with tqdm(total=len(added), desc="graph", unit="image") as bar:
+        for start in range(0, len(added), CHUNK):
+            chunk = added[start : start + CHUNK]
+            graph.add(chunk, quantize(fetch(chunk), scale))
+            bar.update(len(chunk))
+    state_file.unlink(missing_ok=True)  # a graph without its state file is ignored
+    with atomic_path(graph_file) as temporary:
+        graph.save(str(temporary))
+    state = {"scale": scale, "count": len(ids), "last": int(ids[-1]), "sum": int(ids.sum())}
+    atomic_write_text(state_file, json.dumps(state))
 
 
 def open_graph(folder: Path, ids: np.ndarray) -> Any:
-    """The graph in a folder, mapped and not read; None if there is none of these ids."""
-    about = folder / "graph.json"
-    if not about.exists():
+    """Memory-map the graph in a folder. Return None if there is none, or if it is not a graph of these ids."""
+    state_file = folder / GRAPH_STATE_FILE
+    if not state_file.exists():
         return None
-    known = json.loads(about.read_text())
-    if (known["count"], known["last"], known["sum"]) != (len(ids), int(ids[-1]) if len(ids) else 0, int(ids.sum())):
+    state = json.loads(state_file.read_text())
+    last = int(ids[-1]) if len(ids) else 0
+    if (state["count"], state["last"], state["sum"]) != (len(ids), last, int(ids.sum())):
         return None
-    return Index.restore(str(folder / "graph.usearch"), view=True)
+    return Index.restore(str(folder / GRAPH_FILE), view=True)

@@ -1,152 +1,158 @@
 "use strict";
-// The page of the search: one query at a time, its answer in a grid. It talks to /search, /thumbnail and /picture of
-// the server that it came from, and to nobody else.
+// Search page: one query at a time, results in a grid. It only sends requests to its own server: to /search,
+// /thumbnail and /image.
 
 const $ = (id) => document.getElementById(id);
-const LARGEST = 1024; // pixels of a side, to which a picture is made smaller before it is sent
-const query = { images: [], like: [], withoutImages: [] }; // images: data URIs; like: ids of hits
-let hits = [], open = -1, asked = 0;
+const MAX_SIDE = 1024; // larger images are scaled down to this many pixels per side before they are sent
+const MAX_IMAGES = 16; // per request; the server has the same limit
+const query = { images: [], like: [], negativeImages: [] }; // images: data URIs; like: ids of hits
+let hits = [];
+let openIndex = -1; // of the hit in the detail view
+let lastRequest = 0;
 
-// ---- asking ---------------------------------------------------------------------------------------------------------
+// ---- search ---------------------------------------------------------------------------------------------------------
 
-function day(input, end) {
-  return input.value ? new Date(input.value + (end ? "T23:59:59" : "T00:00:00")).getTime() / 1000 : null;
-}
-
-function request() {
-  const text = $("text").value.trim(), without = $("without").value.trim();
+function readRequest() {
+  const text = $("text").value.trim(), negative = $("negative").value.trim();
   return {
     texts: text ? [text] : [],
     images: query.images,
     like: query.like,
-    without_texts: without ? [without] : [],
-    without_images: query.withoutImages,
-    only: {
+    negative_texts: negative ? [negative] : [],
+    negative_images: query.negativeImages,
+    filter: {
       caption: $("caption").value.trim() || null,
-      under: $("under").value.trim() || null,
-      after: day($("after"), false),
-      before: day($("before"), true),
+      path: $("path").value.trim() || null,
+      after: toSeconds($("after").value, "T00:00:00"),
+      before: toSeconds($("before").value, "T23:59:59"),
     },
   };
 }
 
-async function search(remember = true) {
-  const body = request(), mine = ++asked;
-  if (!body.texts.length && !body.images.length && !body.like.length) {
-    show([]);
-    say("");
+function toSeconds(date, time) {
+  return date ? new Date(date + time).getTime() / 1000 : null;
+}
+
+async function search(addToHistory = true) {
+  const request = readRequest(), requestNumber = ++lastRequest;
+  if (!request.texts.length && !request.images.length && !request.like.length) {
+    showHits([]);
+    showStatus("");
     $("empty").hidden = false;
     document.body.classList.remove("searching");
     return;
   }
-  if (remember) {
+  if (addToHistory) {
     const hash = "#" + new URLSearchParams({ q: $("text").value.trim(), like: query.like.join(",") });
     if (hash !== location.hash) history.pushState(null, "", hash);
   }
   const start = performance.now();
   document.body.classList.add("searching");
-  say("Searching…");
+  showStatus("Searching…");
   try {
     const response = await fetch("/search", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(body),
+      body: JSON.stringify(request),
     });
-    const answer = await response.json();
-    if (mine !== asked) return; // another query came after this one
-    if (!response.ok) throw new Error(answer.error.message);
-    show(answer.hits);
+    const body = await response.json();
+    if (requestNumber !== lastRequest) return; // a newer search has started
+    if (!response.ok) throw new Error(body.error.message);
+    showHits(body.hits);
     const seconds = ((performance.now() - start) / 1000).toFixed(2);
-    say(hits.length ? `${hits.length} pictures, the closest first (${seconds} s)` : "Nothing found. Filters may be too narrow.");
+    showStatus(hits.length ? `${hits.length} images, most similar first (${seconds} s)` : "No results. Check the filters.");
   } catch (error) {
-    if (mine !== asked) return;
-    show([]);
-    say(error instanceof TypeError ? "The server does not answer. Is it still running?" : error.message, true);
+    if (requestNumber !== lastRequest) return;
+    showHits([]);
+    showStatus(error instanceof TypeError ? "The server does not respond. Is it still running?" : error.message, true);
   } finally {
-    if (mine === asked) document.body.classList.remove("searching");
+    if (requestNumber === lastRequest) document.body.classList.remove("searching");
   }
 }
 
-function say(text, bad = false) {
+function showStatus(text, isError = false) {
   $("status").textContent = text;
-  $("status").classList.toggle("bad", bad);
+  $("status").classList.toggle("error", isError);
 }
 
-// ---- what was found -------------------------------------------------------------------------------------------------
+// ---- results --------------------------------------------------------------------------------------------------------
 
-function show(found) {
-  if ($("detail").open) $("detail").close(); // it shows one of the hits that go now
-  hits = found;
+function showHits(newHits) {
+  if ($("detail").open) $("detail").close(); // it shows one of the old hits
+  hits = newHits;
   $("empty").hidden = true;
-  $("grid").replaceChildren(...found.map((hit, n) => {
-    const item = document.createElement("li"), button = document.createElement("button");
-    const image = document.createElement("img"), line = document.createElement("span");
-    const name = document.createElement("span"), score = document.createElement("span");
-    image.src = `/thumbnail/${hit.id}`;
-    image.loading = "lazy";
-    image.alt = hit.pictures[0].captions[0] || hit.pictures[0].name;
-    name.className = "name";
-    name.textContent = hit.pictures[0].name.split(/[/!]/).pop();
-    score.className = "score";
-    score.textContent = hit.score.toFixed(3);
-    line.append(name, score);
-    button.append(image, line);
-    button.type = "button";
-    button.addEventListener("click", () => detail(n));
-    item.append(button);
-    return item;
-  }));
+  $("grid").replaceChildren(...hits.map(makeGridItem));
 }
 
-function detail(n) {
-  if (n < 0 || n >= hits.length) return;
-  open = n;
-  const hit = hits[n], first = hit.pictures[0];
-  $("large").src = `/picture/${hit.id}`;
+function makeGridItem(hit, index) {
+  const item = document.createElement("li"), button = document.createElement("button");
+  const image = document.createElement("img"), line = document.createElement("span");
+  const name = document.createElement("span"), score = document.createElement("span");
+  const first = hit.images[0];
+  image.src = `/thumbnail/${hit.id}`;
+  image.loading = "lazy";
+  image.alt = first.captions[0] || first.name;
+  name.className = "name";
+  name.textContent = first.name.split(/[/!]/).pop();
+  score.className = "score";
+  score.textContent = hit.score.toFixed(3);
+  line.append(name, score);
+  button.append(image, line);
+  button.type = "button";
+  button.addEventListener("click", () => showDetail(index));
+  item.append(button);
+  return item;
+}
+
+function showDetail(index) {
+  if (index < 0 || index >= hits.length) return;
+  openIndex = index;
+  const hit = hits[index], first = hit.images[0];
+  $("large").src = `/image/${hit.id}`;
   $("large").onerror = () => { $("large").onerror = null; $("large").src = `/thumbnail/${hit.id}`; };
   $("large").alt = first.captions[0] || first.name;
   $("facts").textContent = `${hit.score.toFixed(3)} · ${hit.width} × ${hit.height} · ` +
     new Date(first.taken * 1000).toLocaleDateString();
-  $("places").replaceChildren(...hit.pictures.map((picture) => {
-    const place = document.createElement("li");
-    place.textContent = picture.name;
-    for (const caption of picture.captions) {
+  $("locations").replaceChildren(...hit.images.map((image) => {
+    const entry = document.createElement("li");
+    entry.textContent = image.name;
+    for (const caption of image.captions) {
       const line = document.createElement("small");
       line.textContent = caption;
-      place.append(line);
+      entry.append(line);
     }
-    return place;
+    return entry;
   }));
-  $("back").disabled = n === 0;
-  $("next").disabled = n === hits.length - 1;
+  $("back").disabled = index === 0;
+  $("next").disabled = index === hits.length - 1;
   if (!$("detail").open) $("detail").showModal();
 }
 
 function moreLike(hit) {
-  Object.assign(query, { images: [], like: [hit.id], withoutImages: [] });
+  Object.assign(query, { images: [], like: [hit.id], negativeImages: [] });
   $("text").value = "";
-  $("without").value = "";
-  settle();
+  $("negative").value = "";
+  updateQuery();
 }
 
-async function without(hit) {
+async function lessLike(hit) {
   const response = await fetch(`/thumbnail/${hit.id}`);
-  if (!response.ok || query.withoutImages.length >= 16) return;
-  query.withoutImages.push(await uri(await response.blob()));
-  settle();
+  if (!response.ok || query.negativeImages.length >= MAX_IMAGES) return;
+  query.negativeImages.push(await toDataUri(await response.blob()));
+  updateQuery();
 }
 
-function settle() {
+function updateQuery() {
   if ($("detail").open) $("detail").close();
-  grow();
-  chips();
+  resizeText();
+  showChips();
   scrollTo(0, 0);
   search();
 }
 
-// ---- pictures in the query ------------------------------------------------------------------------------------------
+// ---- images in the query --------------------------------------------------------------------------------------------
 
-function uri(blob) {
+function toDataUri(blob) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);
@@ -155,140 +161,142 @@ function uri(blob) {
   });
 }
 
-async function smaller(file) {
-  // A photograph of 20 MB says no more than one of 1,024 pixels; what the browser cannot decode the server may.
+async function toSmallDataUri(file) {
+  // The model does not use more than MAX_SIDE pixels. The server may support formats that the browser does not.
   try {
     const bitmap = await createImageBitmap(file);
-    const scale = Math.min(1, LARGEST / Math.max(bitmap.width, bitmap.height));
-    if (scale === 1) return uri(file);
+    const scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height));
+    if (scale === 1) return toDataUri(file);
     const canvas = document.createElement("canvas");
     canvas.width = Math.max(1, Math.round(bitmap.width * scale));
     canvas.height = Math.max(1, Math.round(bitmap.height * scale));
-    const pen = canvas.getContext("2d");
-    pen.fillStyle = "#fff"; // what is transparent lies over white, as in the index
-    pen.fillRect(0, 0, canvas.width, canvas.height);
-    pen.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+    const context = canvas.getContext("2d");
+    context.fillStyle = "#fff"; // transparent pixels become white, as in the index
+    context.fillRect(0, 0, canvas.width, canvas.height);
+    context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
     return canvas.toDataURL("image/jpeg", 0.92);
   } catch {
-    return uri(file);
+    return toDataUri(file);
   }
 }
 
-async function add(files) {
-  const pictures = [...files].filter((file) => file.type.startsWith("image/"));
-  if (!pictures.length) {
-    say("That is no picture.", true);
+async function addImages(files) {
+  const images = [...files].filter((file) => file.type.startsWith("image/"));
+  if (!images.length) {
+    showStatus("This file is not an image.", true);
     return;
   }
-  query.images.push(...await Promise.all(pictures.map(smaller)));
-  query.images.splice(0, query.images.length - 16);
-  settle();
+  query.images.push(...await Promise.all(images.map(toSmallDataUri)));
+  query.images.splice(0, query.images.length - MAX_IMAGES);
+  updateQuery();
 }
 
-function chips() {
-  const make = (source, list, entry, kind) => {
-    const chip = document.createElement("button"), image = document.createElement("img");
-    chip.type = "button";
-    chip.className = `chip ${kind}`;
-    chip.title = "Take this picture out of the query";
-    image.src = source;
-    image.alt = `${kind || "like"} this picture`;
-    chip.append(image);
-    chip.addEventListener("click", () => {
-      list.splice(list.indexOf(entry), 1);
-      chips();
-      search();
-    });
-    return chip;
-  };
+function makeChip(source, list, entry, isNegative) {
+  const chip = document.createElement("button"), image = document.createElement("img");
+  chip.type = "button";
+  chip.className = isNegative ? "chip negative" : "chip";
+  chip.title = "Remove this image from the query";
+  image.src = source;
+  image.alt = isNegative ? "less like this image" : "more like this image";
+  chip.append(image);
+  chip.addEventListener("click", () => {
+    list.splice(list.indexOf(entry), 1);
+    showChips();
+    search();
+  });
+  return chip;
+}
+
+function showChips() {
   $("chips").replaceChildren(
-    ...query.like.map((id) => make(`/thumbnail/${id}`, query.like, id, "")),
-    ...query.images.map((source) => make(source, query.images, source, "")),
-    ...query.withoutImages.map((source) => make(source, query.withoutImages, source, "without")),
+    ...query.like.map((id) => makeChip(`/thumbnail/${id}`, query.like, id, false)),
+    ...query.images.map((uri) => makeChip(uri, query.images, uri, false)),
+    ...query.negativeImages.map((uri) => makeChip(uri, query.negativeImages, uri, true)),
   );
 }
 
-// ---- hands ----------------------------------------------------------------------------------------------------------
+// ---- keyboard and mouse ---------------------------------------------------------------------------------------------
 
-function grow() {
+function resizeText() {
   $("text").style.height = "auto";
   $("text").style.height = `${$("text").scrollHeight}px`;
 }
 
 $("form").addEventListener("submit", (event) => { event.preventDefault(); search(); });
-$("text").addEventListener("input", grow);
+$("text").addEventListener("input", resizeText);
 $("text").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); search(); }
-  if (event.key === "ArrowDown" && hits.length && !$("text").value.includes("\n")) { event.preventDefault(); focus(0); }
+  if (event.key === "ArrowDown" && hits.length && !$("text").value.includes("\n")) { event.preventDefault(); focusHit(0); }
 });
 $("add").addEventListener("click", () => $("file").click());
-$("file").addEventListener("change", () => { add($("file").files); $("file").value = ""; });
+$("file").addEventListener("change", () => { addImages($("file").files); $("file").value = ""; });
 $("more").addEventListener("click", () => {
   $("filters").hidden = !$("filters").hidden;
   $("more").setAttribute("aria-expanded", String(!$("filters").hidden));
 });
-$("like").addEventListener("click", () => moreLike(hits[open]));
-$("unlike").addEventListener("click", () => without(hits[open]));
-$("back").addEventListener("click", () => detail(open - 1));
-$("next").addEventListener("click", () => detail(open + 1));
+$("like").addEventListener("click", () => moreLike(hits[openIndex]));
+$("unlike").addEventListener("click", () => lessLike(hits[openIndex]));
+$("back").addEventListener("click", () => showDetail(openIndex - 1));
+$("next").addEventListener("click", () => showDetail(openIndex + 1));
 $("close").addEventListener("click", () => $("detail").close());
 $("detail").addEventListener("close", () => {
-  // The event comes a moment after the closing: whoever has gone on to the search box by then stays there.
-  if (hits[open] && [document.body, ...$("grid").querySelectorAll("button")].includes(document.activeElement)) focus(open);
+  // The event fires shortly after the dialog closes. If the search box has the focus by then, it keeps it.
+  const focusable = [document.body, ...$("grid").querySelectorAll("button")];
+  if (hits[openIndex] && focusable.includes(document.activeElement)) focusHit(openIndex);
 });
 $("detail").addEventListener("click", (event) => { if (event.target === $("detail")) $("detail").close(); });
 
-function focus(n) {
+function focusHit(index) {
   const buttons = $("grid").querySelectorAll("button");
-  if (buttons.length) buttons[Math.max(0, Math.min(n, buttons.length - 1))].focus();
+  if (buttons.length) buttons[Math.max(0, Math.min(index, buttons.length - 1))].focus();
 }
 
 document.addEventListener("keydown", (event) => {
-  const typing = event.target.matches("input, textarea");
-  if (event.ctrlKey || event.metaKey || event.altKey || typing) return;
+  const isTyping = event.target.matches("input, textarea");
+  if (event.ctrlKey || event.metaKey || event.altKey || isTyping) return;
   if ($("detail").open) {
-    if (event.key === "ArrowLeft") detail(open - 1);
-    if (event.key === "ArrowRight") detail(open + 1);
-    if (event.key === "m") moreLike(hits[open]);
+    if (event.key === "ArrowLeft") showDetail(openIndex - 1);
+    if (event.key === "ArrowRight") showDetail(openIndex + 1);
+    if (event.key === "m") moreLike(hits[openIndex]);
     return;
   }
   if (event.key === "/") { event.preventDefault(); $("text").focus(); return; }
-  const buttons = [...$("grid").querySelectorAll("button")], at = buttons.indexOf(document.activeElement);
-  if (at < 0) return;
-  const columns = buttons.filter((b) => b.offsetTop === buttons[0].offsetTop).length;
+  const buttons = [...$("grid").querySelectorAll("button")], current = buttons.indexOf(document.activeElement);
+  if (current < 0) return;
+  const columns = buttons.filter((button) => button.offsetTop === buttons[0].offsetTop).length;
   const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key];
-  if (event.key === "m") moreLike(hits[at]);
+  if (event.key === "m") moreLike(hits[current]);
   if (step) {
     event.preventDefault();
-    if (at + step < 0) $("text").focus();
-    else focus(at + step);
+    if (current + step < 0) $("text").focus();
+    else focusHit(current + step);
   }
 });
 
-let depth = 0; // dragenter and dragleave come for every element on the way
+let dragDepth = 0; // dragenter and dragleave fire for every element under the pointer
 addEventListener("dragenter", (event) => {
-  if ([...event.dataTransfer.types].includes("Files")) { depth++; $("drop").hidden = false; }
+  if ([...event.dataTransfer.types].includes("Files")) { dragDepth++; $("drop").hidden = false; }
 });
-addEventListener("dragleave", () => { if (--depth <= 0) { depth = 0; $("drop").hidden = true; } });
+addEventListener("dragleave", () => { if (--dragDepth <= 0) { dragDepth = 0; $("drop").hidden = true; } });
 addEventListener("dragover", (event) => event.preventDefault());
 addEventListener("drop", (event) => {
   event.preventDefault();
-  depth = 0;
+  dragDepth = 0;
   $("drop").hidden = true;
-  if (event.dataTransfer.files.length) add(event.dataTransfer.files);
+  if (event.dataTransfer.files.length) addImages(event.dataTransfer.files);
 });
 addEventListener("paste", (event) => {
-  if (event.clipboardData.files.length) { event.preventDefault(); add(event.clipboardData.files); }
+  if (event.clipboardData.files.length) { event.preventDefault(); addImages(event.clipboardData.files); }
 });
 
-function fromHash() {
-  const asked = new URLSearchParams(location.hash.slice(1));
-  $("text").value = asked.get("q") || "";
-  Object.assign(query, { images: [], withoutImages: [] });
-  query.like = (asked.get("like") || "").split(",").filter(Boolean);
-  grow();
-  chips();
+function restoreQuery() {
+  const parameters = new URLSearchParams(location.hash.slice(1));
+  $("text").value = parameters.get("q") || "";
+  Object.assign(query, { images: [], negativeImages: [] });
+  query.like = (parameters.get("like") || "").split(",").filter(Boolean);
+  resizeText();
+  showChips();
   search(false);
 }
-addEventListener("popstate", fromHash);
-fromHash();
+addEventListener("popstate", restoreQuery);
+restoreQuery();

@@ -1,0 +1,85 @@
+"""Errors of the HTTP API, and their JSON form, which is that of OpenAI's API."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from llm2clip.data.image_refs import printable
+from llm2clip.data.images import ImageError
+from llm2clip.search.batching import QueueFull
+from llm2clip.search.schemas import ErrorResponse
+
+ERROR_TYPES = {
+    400: "bad request",
+    401: "missing or invalid token",
+    403: "cross-site request",
+    404: "not found",
+    413: "request too large",
+    422: "invalid request",
+    429: "too many requests",
+    504: "timeout",
+}
+# For FastAPI's `responses` argument, which documents them in the OpenAPI schema.
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    code: {"model": ErrorResponse, "description": description} for code, description in ERROR_TYPES.items()
+}
+RETRY_SOON = {"Retry-After": "1"}  # seconds
+
+
+class TooLarge(ValueError):
+    """An image has too many pixels."""
+
+
+class NotFound(LookupError):
+    """The requested resource does not exist."""
+
+
+def error_response(code: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """Return an error in the form of OpenAI's API."""
+    error = {"message": message, "type": ERROR_TYPES.get(code, "error"), "code": code}
+    return JSONResponse({"error": error}, code, headers)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Convert all exceptions of an application to error responses."""
+    app.add_exception_handler(Exception, _handle_unexpected_error)
+    app.add_exception_handler(HTTPException, _handle_http_exception)
+    app.add_exception_handler(RequestValidationError, _handle_validation_error)
+    app.add_exception_handler(QueueFull, _handler(429, RETRY_SOON))
+    app.add_exception_handler(TooLarge, _handler(413))
+    app.add_exception_handler(NotFound, _handler(404))
+    app.add_exception_handler(ImageError, _handler(422))
+    app.add_exception_handler(ValueError, _handler(422))
+
+
+def _handler(code: int, headers: dict[str, str] | None = None) -> Callable[[Request, Exception], Awaitable[Response]]:
+    """Return a handler that responds with a fixed status code and the message of the exception."""
+
+    async def handle(_: Request, error: Exception) -> Response:
+        return error_response(code, str(error), headers)
+
+    return handle
+
+
+async def _handle_unexpected_error(_: Request, error: Exception) -> JSONResponse:
+    return error_response(500, "internal server error; see the server's log")
+
+
+async def _handle_http_exception(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return error_response(error.status_code, str(error.detail), dict(error.headers or {}))
+
+
+async def _handle_validation_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problems = []
+    for problem in error.errors()[:3]:
+        field = ".".join(str(part) for part in problem["loc"])
+        problems.append(f"{field}: {problem['msg']}")
+    return error_response(422, printable("; ".join(problems)))

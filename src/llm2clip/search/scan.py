@@ -1,0 +1,118 @@
+"""Lists the images in the sources of an index, with their captions, without decoding them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+
+from PIL import Image
+
+from llm2clip.data.image_header import readable_formats
+from llm2clip.data.image_refs import TarImage, printable
+from llm2clip.data.readers.tar import list_files
+from llm2clip.data.records import Source, open_records
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.search.types import REF_TYPES, IndexedImage
+
+# Image formats that are not supported. Files in a folder that have these suffixes are reported.
+UNSUPPORTED_SUFFIXES = frozenset(
+    {"heic", "heif", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raw", "psd", "svg", "jxl"}
+)
+EXIF_IFD, EXIF_DATE_TAKEN, EXIF_DATE = 0x8769, 0x9003, 0x0132  # tags
+
+
+def scan_sources(sources: Sequence[Source], log: SkipLog, prune: bool = False) -> dict[str, IndexedImage]:
+    """Return all images of some sources by name. Several rows of the same image are merged, with all their captions."""
+    images: dict[str, IndexedImage] = {}
+    for source in sources:
+        for image in find_images(source, log, prune):
+            previous = images.get(image.name)
+            if previous is not None and isinstance(previous.ref, TarImage) and previous.ref != image.ref:
+                # Two members of a tar have the same name: the key of the second one includes its offset.
+                image = dataclasses.replace(image, name=printable(image.ref.key))
+                previous = images.get(image.name)
+            if previous is not None:  # e.g. a caption file beside the images of a folder
+                captions = dict.fromkeys([*previous.captions, *image.captions])
+                image = dataclasses.replace(previous, captions=tuple(captions))
+            images[image.name] = image
+    return images
+
+
+def find_images(source: Source, log: SkipLog, prune: bool = False) -> Iterator[IndexedImage]:
+    """Yield the images of a source. Their files are located, but not decoded.
+
+    Args:
+        source: With an absolute path.
+        log: Records rows without an image, and files in unsupported formats.
+        prune: Yield nothing if the source does not exist, instead of raising an error.
+
+    Raises:
+        FileNotFoundError: The source does not exist or has no images, and `prune` is False.
+        OSError: A folder cannot be listed.
+        ValueError: The images are not in local files.
+    """
+    try:
+        records = open_records(source, log, require_captions=False)
+    except FileNotFoundError as error:
+        if prune:
+            return
+        raise FileNotFoundError(
+            f"{error}\nUse --prune to remove the images of a source that no longer exists from the index."
+        ) from error
+    if os.path.isdir(source.path):
+        for path in list_files(source.path, UNSUPPORTED_SUFFIXES):
+            log.count_row()
+            log.skip(path, 0, "unknown format", "")
+    for record in records:
+        if record.image is None:
+            log.skip(record.id, 0, "no image", "")
+            continue
+        if type(record.image).__name__ not in REF_TYPES:
+            raise ValueError(f"{source}: the images are not in local files; write them to disk with save_to_disk")
+        try:
+            stat = os.stat(record.image.container_path or "")
+        except FileNotFoundError:
+            continue  # deleted during the scan
+        yield IndexedImage(
+            name=printable(record.image.canonical_path),
+            ref=record.image,
+            source=printable(str(source)),
+            stamp=file_stamp(stat),
+            captions=record.texts,
+            taken=stat.st_mtime,
+        )
+
+
+def file_stamp(stat: os.stat_result) -> str:
+    """Return a string that changes when the file changes: its size and modification time."""
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def digest_and_date(image: IndexedImage, log: SkipLog) -> tuple[bytes | None, float]:
+    """Return the SHA-256 of an image's bytes (None if they cannot be read) and the time at which it was taken."""
+    try:
+        data = image.ref.read()
+    except (OSError, ValueError, LookupError) as error:
+        log.skip(image.name, 0, "unreadable image", error)
+        return None, 0.0
+    return hashlib.sha256(data).digest(), date_taken(data) or image.taken
+
+
+def date_taken(data: bytes) -> float | None:
+    """Return the EXIF date of an encoded image in seconds since 1970, or None if it has none.
+
+    EXIF dates have no time zone; the local one is assumed.
+    """
+    try:
+        header = Image.open(io.BytesIO(data), formats=readable_formats())
+        if header.format == "PNG" and "exif" not in header.info:
+            return None  # otherwise Pillow decodes the whole image to look for EXIF after the pixels
+        exif = header.getexif()
+        date = exif.get_ifd(EXIF_IFD).get(EXIF_DATE_TAKEN) or exif.get(EXIF_DATE)
+        return datetime.strptime(str(date)[:19], "%Y:%m:%d %H:%M:%S").timestamp()
+    except Exception:  # damaged headers make Pillow raise almost anything; the image is indexed without a date
+        return None

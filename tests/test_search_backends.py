@@ -1,0 +1,130 @@
+"""Tests of what is specific to the index backends: storage, transactions, read-only folders, old versions."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage
+from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.search.backends import open_backend
+from llm2clip.search.sqlite_backend import SqliteBackend
+from llm2clip.search.types import Filter, IndexedContent, IndexedImage, ref_from_json, ref_to_json
+from search_fixtures import index_sources, search_names
+
+# How version 0.1 stored references: indexes with these must open.
+VERSION_0_1_REFS = (
+    (FileImage("/a b"), '["FileImage", {"path": "/a b"}]'),
+    (TarImage("/t.tar", 512, 9, "n"), '["TarImage", {"path": "/t.tar", "offset": 512, "size": 9, "name": "n"}]'),
+    (
+        ParquetImage("/p", 3, "image"),
+        '["ParquetImage", {"path": "/p", "row": 3, "column": "image", "digest": ""}]',
+    ),
+    (
+        DatasetImage("/d", "train", 3, "image"),
+        '["DatasetImage", {"folder": "/d", "split": "train", "row": 3, "column": "image", "digest": ""}]',
+    ),
+)
+# The tables of version 0.1.
+VERSION_0_1_SCHEMA = """
+CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE contents (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, hash BLOB NOT NULL UNIQUE, vector BLOB NOT NULL, largest REAL NOT NULL,
+  width INTEGER NOT NULL, height INTEGER NOT NULL);
+CREATE TABLE thumbnails (id INTEGER PRIMARY KEY REFERENCES contents(id) ON DELETE CASCADE, jpeg BLOB NOT NULL);
+CREATE TABLE pictures (
+  name TEXT PRIMARY KEY, content INTEGER NOT NULL REFERENCES contents(id), place TEXT NOT NULL, source TEXT NOT NULL,
+  stamp TEXT NOT NULL, captions TEXT NOT NULL, taken REAL NOT NULL);
+PRAGMA user_version = 1;
+"""
+
+
+@pytest.mark.parametrize(("ref", "text"), VERSION_0_1_REFS)
+def test_ref_to_json_keeps_the_form_of_version_0_1(ref: ImageRef, text: str) -> None:
+    assert ref_to_json(ref) == text
+    assert ref_from_json(text) == ref
+
+
+def test_ref_from_json_rejects_unknown_types() -> None:
+    with pytest.raises(ValueError, match="unknown type"):
+        ref_from_json('["Popen", {}]')
+
+
+def test_sqlite_backend_opens_an_index_of_version_0_1(tmp_path: Path) -> None:
+    vector = np.array([1, 0, 0, 0], dtype="<f2")
+    with sqlite3.connect(tmp_path / "pictures.sqlite") as db:
+        db.executescript(VERSION_0_1_SCHEMA)
+        metadata = [("model", '"m"'), ("fingerprint", '"f"'), ("width", "4")]
+        db.executemany("INSERT INTO about VALUES (?, ?)", metadata)
+        db.execute("INSERT INTO contents VALUES (1, x'aa', ?, 1.0, 40, 30)", (vector.tobytes(),))
+        db.execute("INSERT INTO thumbnails VALUES (1, x'ffd8')")
+        row = ("/p/a.jpg", 1, '["FileImage", {"path": "/p/a.jpg"}]', "/p", "9 1", '["a dog"]', 5.0)
+        db.execute("INSERT INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+    db.close()
+    backend = SqliteBackend(tmp_path)
+    assert backend.metadata() == {"model": "m", "fingerprint": "f", "width": 4}
+    (hit,) = backend.search(np.eye(4, dtype=np.float32)[0], 5, Filter(path="/p", caption="DOG", min_side=30))
+    assert (hit.id, hit.score, hit.width, hit.height) == ("1", 1.0, 40, 30)
+    assert hit.images == (IndexedImage("/p/a.jpg", FileImage("/p/a.jpg"), "/p", "9 1", ("a dog",), 5.0),)
+    assert backend.thumbnail("1") == b"\xff\xd8"
+
+
+def test_sqlite_backend_adds_a_batch_completely_or_not_at_all(tmp_path: Path) -> None:
+    backend = SqliteBackend(tmp_path, write=True)
+    content = IndexedContent(b"a", np.zeros(4, np.float16), b"jpeg", 1, 1)
+    valid = IndexedImage("a", FileImage("a"), "s", "1")
+    without_content = IndexedImage("b", FileImage("b"), "s", "1")
+    with pytest.raises(OSError, match=r"pictures\.sqlite"):
+        backend.add([content], [(valid, b"a"), (without_content, b"b")])
+    assert backend.count() == (0, 0)
+
+
+def test_sqlite_backend_reads_from_a_read_only_folder(
+    photos: Path, dual_encoder: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated, since the tests may run as root, for whom every folder is writable."""
+    folder, connect = tmp_path / "index", sqlite3.connect
+    writer = SqliteBackend(folder, write=True)
+    index_sources([photos], dual_encoder, writer)
+
+    def read_only_connect(database: Any, **options: Any) -> sqlite3.Connection:
+        if not options.get("uri"):
+            raise sqlite3.OperationalError("attempt to write a readonly database")
+        return connect(database, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llm2clip.search.sqlite_backend.os.access", lambda *_: False)
+        patch.setattr(sqlite3, "connect", read_only_connect)
+        with pytest.raises(OSError, match="readonly"):  # an immutable database would lack the writer's last changes
+            SqliteBackend(folder)
+        writer._db.close()
+        reader = SqliteBackend(folder)
+        assert search_names(reader) >= {"1.png", "5.png", "old.jpg"}
+        assert {file.name for file in folder.iterdir()} == {"pictures.sqlite"}
+    (photos / "1.png").unlink()
+    writer = SqliteBackend(folder, write=True)
+    index_sources([photos], dual_encoder, writer)
+    writer._db.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "connect", read_only_connect)
+        assert "1.png" not in search_names(reader)  # the change is noticed
+
+
+def test_open_backend_rejects_other_urls(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"qdrant\+http"):
+        open_backend("http://localhost:6333/photos", write=True)
+    assert not Path("http:").exists()
+
+
+def test_indexed_image_container_is_the_file_that_contains_it() -> None:
+    for ref, name, container in (
+        (FileImage("/p/a.jpg"), "/p/a.jpg", "/p/a.jpg"),
+        (TarImage("/p/t.tar", 512, 9, "a.png"), "/p/t.tar!a.png", "/p/t.tar"),
+        (TarImage("/p/t.tar", 2048, 9, "a.png"), "/p/t.tar!a.png@2048", "/p/t.tar"),
+        (ParquetImage("/p/t.parquet", 3, "image"), "/p/t.parquet[3].image", "/p/t.parquet"),
+    ):
+        assert IndexedImage(name, ref, "/p", "1").container == container

@@ -1,0 +1,97 @@
+"""Tests of the commands `index` and `search`. `serve` is tested in test_server.py."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from llm2clip.cli import main
+from llm2clip.cli.search import canonical_path, parse_time
+from llm2clip.search.sqlite_backend import SqliteBackend
+
+
+def test_index_and_search_print_their_results(
+    photos: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = str(tmp_path / "index")
+    assert main(["index", str(photos), "--model", str(model_folder), "--out", index]) == 0
+    output = capsys.readouterr().out
+    assert "Images: 7 added" in output
+    assert "(7 images, 6 distinct)" in output
+    assert "Duplicates: " in output and "copy.png" in output
+    assert "Unreadable images: 2, listed in" in output
+    assert "Next: llm2clip search" in output
+
+    query = ["a red one", "--images", str(photos / "1.png"), "--negative", "a dog", "--top", "3"]
+    assert main(["search", index, *query, "--sheet", str(tmp_path / "sheet")]) == 0
+    output = capsys.readouterr().out
+    assert output.count("cosine") == 1 and ".png" in output
+    page = (tmp_path / "sheet/results.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 3
+    assert "a red one" in page and "without a dog" in page
+
+    assert main(["search", index, "x", "--after", "2100-01-01"]) == 0
+    assert "No results: the index is empty" in capsys.readouterr().out
+
+
+def test_index_and_search_explain_mistakes(
+    photos: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index, model = str(tmp_path / "index"), str(model_folder)
+    assert main(["index", str(photos), "--model", model, "--out", index]) == 0
+    for command, message in (
+        (["search", str(tmp_path / "none"), "x"], "is not an index"),
+        (["search", index], "the query is empty"),
+        (["search", index, "x", "--top", "0"], "--top must be at least 1"),
+        (["index", str(photos), "--model", str(tmp_path / "typo"), "--out", str(tmp_path / "new")], "typo"),
+        (["search", index, "x", "--images", "no.jpg"], "No such file"),
+        (["search", index, "x", "--after", "yesterday"], "Invalid isoformat"),
+        (["index", str(tmp_path / "gone"), "--model", model, "--out", index], "--prune"),
+        (["index", "hf:a", "--model", model, "--out", "qdrant+http://x"], "HOST:6333/COLLECTION"),
+    ):
+        assert main(command) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_index_watch_updates_until_interrupted(
+    photos: Path,
+    pictures: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    intervals: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        intervals.append(seconds)
+        if len(intervals) == 2:
+            shutil.copy(pictures / "9.png", photos / "9.png")
+        if len(intervals) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("llm2clip.cli.search.time.sleep", sleep)
+    index = tmp_path / "index"
+    assert main(["index", str(photos), "--model", str(model_folder), "--out", str(index), "--watch", "3"]) == 130
+    output = capsys.readouterr().out
+    assert intervals == [3.0] * 4
+    assert "Watching" in output
+    assert output.count("Images: ") == 2 and "Images: 1 added" in output  # nothing is printed without changes
+    assert SqliteBackend(index).count() == (8, 7)
+
+
+def test_parse_time_accepts_dates_and_times() -> None:
+    midnight = datetime(2024, 5, 31).timestamp()
+    for text in ("2024-05-31", "20240531"):
+        assert parse_time(text) == midnight
+        end = parse_time(text, end_of_day=True)
+        assert end is not None and midnight + 86399 < end < midnight + 86400
+    assert parse_time("2024-05-31T12:00") == parse_time("2024-05-31T12:00", end_of_day=True) == midnight + 43200
+
+
+def test_canonical_path_escapes_invalid_unicode() -> None:
+    assert canonical_path(os.fsdecode(b"/x/\xff.png")) == "/x/\\udcff.png"

@@ -1,0 +1,113 @@
+"""Tests of `search.vector_index`, and of how the SQLite backend keeps it up to date."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.search.sqlite_backend import SqliteBackend
+from llm2clip.search.vector_index import QuantizedVectors, VectorIndex, open_graph, update_graph
+from search_fixtures import index_sources, search_names
+
+DIM = 64
+
+
+def clustered_vectors(count: int, seed: int = 0) -> np.ndarray:
+    """Return unit vectors float16 (count, DIM) in clusters, as embeddings are. Two dimensions are far larger."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(50, DIM)) * np.where(np.arange(DIM) < 2, 8, 1)
+    vectors = centres[rng.integers(50, size=count)] + 0.3 * rng.normal(size=(count, DIM))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+
+
+@pytest.mark.parametrize("use_graph", [False, True])
+def test_vector_index_matches_exact_float64_search(use_graph: bool, tmp_path: Path) -> None:
+    vectors, ids = clustered_vectors(6000), np.arange(6000, dtype=np.int64) * 3 + 7
+    vectors[5990:] = 0
+    vectors[5990:, 3] = 1  # a value far larger than those in earlier vectors
+    max_abs = float(np.abs(vectors).max())
+
+    def fetch(some_ids: np.ndarray) -> np.ndarray:
+        return vectors[(some_ids - 7) // 3]
+
+    def quantize_all() -> QuantizedVectors:
+        chunks = [(ids[:4000], vectors[:4000]), (ids[4000:], vectors[4000:])]
+        return QuantizedVectors(chunks, DIM, 127 / max_abs)
+
+    if use_graph:
+        update_graph(tmp_path, ids[:5000], fetch, DIM, float(np.abs(vectors[:5000]).max()))
+        assert open_graph(tmp_path, ids) is None
+        update_graph(tmp_path, ids[10:], fetch, DIM, max_abs)  # some ids are new, some are removed
+        assert open_graph(tmp_path, ids) is None
+        update_graph(tmp_path, ids, fetch, DIM, max_abs)
+    index = VectorIndex(quantize_all, fetch, open_graph(tmp_path, ids) if use_graph else None)
+    assert use_graph == (index.graph is not None)
+
+    missed = 0
+    for query in [*clustered_vectors(40, seed=1).astype(np.float32), np.eye(DIM, dtype=np.float32)[3]]:
+        result_ids, scores = index.search(query, 10)
+        exact = vectors.astype(np.float64) @ query.astype(np.float64)
+        best = np.argsort(-exact)[:10]
+        if exact[best[-1]] < 1:  # otherwise more than ten vectors are equal
+            missed += len(set(ids[best]) - set(result_ids))
+        assert scores[0] == pytest.approx(exact.max(), abs=1e-5)
+        assert scores == pytest.approx(exact[(result_ids - 7) // 3], abs=1e-5)
+        assert (np.diff(scores) <= 0).all()
+    assert missed <= (8 if use_graph else 0)
+
+    for allowed_ids in (ids[::100], ids[::2]):  # few are scored directly, many are scanned
+        result_ids, _ = index.search(query, 10, allowed_ids)
+        best = allowed_ids[np.argsort(-exact[(allowed_ids - 7) // 3])[:10]]
+        assert set(result_ids) == set(best)
+    result_ids, scores = index.search(query, 10, ids[:0])
+    assert len(result_ids) == len(scores) == 0
+
+
+def test_sqlite_backend_reloads_vectors_and_graph_after_a_write(
+    photos: Path, dual_encoder: DualEncoder, tmp_path: Path
+) -> None:
+    folder = tmp_path / "index"
+    graph_state = folder / "graph.json"
+    writer, reader = (SqliteBackend(folder, write=True, approximate_above=3) for _ in range(2))
+    index_sources([photos / "sub"], dual_encoder, writer)
+    assert search_names(reader) == {"5.png", "copy.png"}
+    assert not graph_state.exists()
+    index_sources([photos], dual_encoder, writer)
+    assert graph_state.exists()
+    assert len(search_names(reader)) == 7
+    graph_state.rename(tmp_path / "graph.json")
+    assert reader._current_vector_index().graph is None
+    (tmp_path / "graph.json").rename(graph_state)  # a graph that is written after the vectors is used
+    assert reader._current_vector_index().graph is not None
+
+
+def test_sqlite_backend_keeps_vectors_when_nothing_changed(
+    photos: Path, dual_encoder: DualEncoder, tmp_path: Path
+) -> None:
+    """Otherwise each update of `index --watch` would make a server load all vectors again."""
+    folder = tmp_path / "index"
+    writer, reader = (SqliteBackend(folder, write=True) for _ in range(2))
+    index_sources([photos], dual_encoder, writer)
+    search_names(reader)
+    first = reader._current_vector_index()
+    index_sources([photos], dual_encoder, SqliteBackend(folder, write=True))  # a new writer looks for orphans once
+    search_names(reader)
+    second = reader._current_vector_index()
+    index_sources([photos], dual_encoder, writer)
+    assert reader._current_vector_index() is second is not None
+    assert first is not None
+
+
+def test_sqlite_backend_finds_images_added_by_another_process(
+    photos: Path, pictures: Path, dual_encoder: DualEncoder, tmp_path: Path
+) -> None:
+    writer, reader = (SqliteBackend(tmp_path / "index", write=True) for _ in range(2))
+    index_sources([photos], dual_encoder, writer)
+    assert "9.png" not in search_names(reader)
+    shutil.copy(pictures / "9.png", photos)
+    index_sources([photos], dual_encoder, writer)
+    assert "9.png" in search_names(reader)
