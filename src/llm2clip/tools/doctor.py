@@ -1,7 +1,7 @@
-"""`llm2clip doctor`: is this environment fit for the work, and what to do where it is not.
+"""`llm2clip doctor`: checks of the machine and the Python environment.
 
-Each check is a line: what was looked at, what is there, and a way out where something is amiss. A check that fails is
-one that `llm2clip fit` would stumble over; a note is something that only some of the work needs.
+Each check has a verdict, what was measured, and how to fix it. "bad" means that `llm2clip fit` would fail; "note" means
+that some features are missing or slow.
 """
 
 from __future__ import annotations
@@ -25,67 +25,68 @@ if TYPE_CHECKING:
     import torch
 
 Verdict = Literal["ok", "note", "bad"]
-FOR_DEVELOPERS = ("dev", "docs", "peers")  # extras that no use of the package needs
-LEAST_GB = 5.0  # free on a disk: weights, a store and checkpoints of a small fit
-LEAST_MEMORY = 4.0  # GB that a small fit takes
-WORKERS_MB = 64  # of shared memory: a batch of decoded pictures for each worker
+DEVELOPER_EXTRAS = ("dev", "docs", "peers")  # not checked
+MIN_DISK_GB = 5.0  # for the weights, store and checkpoints of a small fit
+MIN_MEMORY_GB = 4.0  # for a small fit
+MIN_SHARED_MEMORY_MB = 64  # a batch of decoded images for each worker
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, how it stands, what is there, and what to do."""
+    """Result of a check: what was checked, the verdict, what was measured, and how to fix it."""
 
     name: str
     verdict: Verdict
-    found: str
-    do: str = ""
+    result: str
+    fix: str = ""
 
 
-def doctor(folder: Path, offline: bool = False) -> list[Check]:
-    """All checks.
+def doctor(run_dir: Path, offline: bool = False) -> list[Check]:
+    """Run all checks.
 
     Args:
-        folder: where runs are to be written.
-        offline: ask no other machine.
+        run_dir: folder where runs will be written.
+        offline: skip the check that connects to the model hub.
     """
     checks: list[Callable[[], Iterator[Check]]] = [
         check_packages,
         check_extras,
         check_compute,
         check_memory,
-        lambda: check_disks(folder),
+        lambda: check_disks(run_dir),
     ]
     if not offline:
         checks.append(check_hub)
-    return [check for some in checks for check in some()]
+    return [result for check in checks for result in check()]
 
 
 def format_checks(checks: list[Check]) -> list[str]:
-    """The checks as a table, and what they come to."""
+    """Format the checks as a table, with a summary as the last line."""
     marks = {"ok": "ok  ", "note": "note", "bad": "BAD "}
     width = max(len(check.name) for check in checks)
-    shown = []
+    lines = []
     for check in checks:
-        shown.append(f"{marks[check.verdict]}  {check.name:<{width}}  {check.found}")
-        if check.do:
-            shown.append(f"{'':<{width + 8}}-> {check.do}")
-    bad = sum(check.verdict == "bad" for check in checks)
-    return [*shown, "", f"{bad} of {len(checks)} checks failed" if bad else "Nothing is in the way."]
+        lines.append(f"{marks[check.verdict]}  {check.name:<{width}}  {check.result}")
+        if check.fix:
+            lines.append(f"{'':<{width + 8}}-> {check.fix}")
+    num_bad = sum(check.verdict == "bad" for check in checks)
+    summary = f"{num_bad} of {len(checks)} checks failed." if num_bad else "All checks passed."
+    return [*lines, "", summary]
 
 
 def requirements() -> dict[str, list[Requirement]]:
-    """What the package asks for, by extra; "" is what every use of it needs."""
-    found: dict[str, list[Requirement]] = {}
+    """Return the package's requirements by extra; "" has those of the base install."""
+    by_extra: dict[str, list[Requirement]] = {}
     for line in metadata.requires("llm2clip") or []:
         requirement = Requirement(line)
         extra = str(requirement.marker).rpartition("extra == ")[2].strip("\"'") if requirement.marker else ""
-        if requirement.name != "llm2clip":  # an extra made of others
-            found.setdefault(extra, []).append(requirement)
-    return found
+        if requirement.name != "llm2clip":  # extras that combine others
+            by_extra.setdefault(extra, []).append(requirement)
+    return by_extra
 
 
 def version_problem(requirement: Requirement) -> str | None:
-    """What is wrong with an installed package: that it is not there, or its version; None is nothing."""
+    """Return what is wrong with the installed version of a package, or None."""
     try:
         version = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
@@ -96,30 +97,31 @@ def version_problem(requirement: Requirement) -> str | None:
 
 
 def check_packages() -> Iterator[Check]:
-    """What every use needs: versions within their ranges."""
-    about = f"llm2clip {metadata.version('llm2clip')}, Python {platform.python_version()}"
-    wrong = [text for one in requirements().get("", []) if (text := version_problem(one))]
-    if wrong:
-        yield Check("packages", "bad", f"{about}; {', '.join(wrong)}", f"{sys.executable} -m pip install -U llm2clip")
+    """Check the versions of the packages of the base install."""
+    versions = f"llm2clip {metadata.version('llm2clip')}, Python {platform.python_version()}"
+    problems = _problems(requirements().get("", []))
+    if problems:
+        fix = f"{sys.executable} -m pip install -U llm2clip"
+        yield Check("packages", "bad", f"{versions}; {', '.join(problems)}", fix)
     else:
-        yield Check("packages", "ok", f"{about}; torch {metadata.version('torch')}, all within their ranges")
+        yield Check("packages", "ok", f"{versions}, torch {metadata.version('torch')}; all versions supported")
 
 
 def check_extras() -> Iterator[Check]:
-    """What some verbs need: installed or not."""
-    for extra, some in sorted(requirements().items()):
-        if not extra or extra in FOR_DEVELOPERS:
+    """Check which optional features are installed."""
+    for extra, packages in sorted(requirements().items()):
+        if not extra or extra in DEVELOPER_EXTRAS:
             continue
-        wrong = [text for one in some if (text := version_problem(one))]
-        if wrong:
-            way = f"{sys.executable} -m pip install 'llm2clip[{extra}]'"
-            yield Check(f"extra: {extra}", "note", ", ".join(wrong), way)
+        problems = _problems(packages)
+        if problems:
+            fix = f"{sys.executable} -m pip install 'llm2clip[{extra}]'"
+            yield Check(f"extra: {extra}", "note", ", ".join(problems), fix)
         else:
-            yield Check(f"extra: {extra}", "ok", ", ".join(one.name for one in some))
+            yield Check(f"extra: {extra}", "ok", ", ".join(package.name for package in packages))
 
 
 def check_compute() -> Iterator[Check]:
-    """The device, whether it multiplies bf16 in hardware, its threads; and a step on it beside float64."""
+    """Check the device, its precision and threads, and a gradient against float64."""
     import torch
 
     from llm2clip.models.precision import resolve_device_precision
@@ -127,25 +129,31 @@ def check_compute() -> Iterator[Check]:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None
     if device.type == "cuda":
-        cards = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
-        about = ", ".join(f"{card.name} ({card.total_memory / 1e9:.0f} GB)" for card in cards)
+        gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
+        description = ", ".join(f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB)" for gpu in gpus)
     else:
-        about = f"{device.type}, {torch.get_num_threads()} threads of {os.cpu_count()} processors"
-    fast = resolve_device_precision("auto", device)
-    way = "" if fast == "bf16" else "this device has no bf16: the work is done in fp32, at about half the speed"
-    yield Check("device", "ok", f"{about}; where precision is auto, it is {fast}", way)
+        description = f"{device.type}, {torch.get_num_threads()} threads on {os.cpu_count()} logical cores"
+    precision = resolve_device_precision("auto", device)
+    fix = "" if precision == "bf16" else "no bf16 hardware: training and encoding use fp32, at about half the speed"
+    yield Check("device", "ok", f"{description}; precision auto is {precision}", fix)
+
     if shutil.which("nvidia-smi") and device.type != "cuda":
-        yield Check("torch", "bad", f"torch {torch.__version__} sees no GPU, but there is a driver for one",
-                    "install the torch that fits the driver: pytorch.org/get-started")  # fmt: skip
+        yield Check(
+            "torch",
+            "bad",
+            f"there is an NVIDIA driver, but torch {torch.__version__} sees no GPU",
+            "install the torch build for your driver: pytorch.org/get-started",
+        )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if device.type == "cpu" and torch.get_num_threads() != cores and torch.get_num_threads() != cores // 2:
-        yield Check("threads", "note", f"{torch.get_num_threads()} threads on {cores} cores",
-                    f"OMP_NUM_THREADS={cores} is usually fastest")  # fmt: skip
+    threads = torch.get_num_threads()
+    if device.type == "cpu" and threads not in (cores, cores // 2):
+        fix = f"OMP_NUM_THREADS={cores} is usually fastest"
+        yield Check("threads", "note", f"{threads} threads on {cores} cores", fix)
     yield check_gradient(device)
 
 
 def check_gradient(device: torch.device) -> Check:
-    """The contrastive loss and its gradient on the device, beside the same written out in float64."""
+    """Compare the gradient of the contrastive loss on the device with a plain float64 version."""
     import torch
     import torch.nn.functional as F
 
@@ -153,71 +161,80 @@ def check_gradient(device: torch.device) -> Check:
 
     generator = torch.Generator().manual_seed(0)
     image, text = (F.normalize(torch.randn(64, 32, generator=generator), dim=1) for _ in range(2))
-    exact = image.double().requires_grad_()
-    logits = 20 * exact @ text.double().T
-    truth = torch.arange(64)
-    (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)).div(2).backward()
-    found = image.to(device).requires_grad_()
+
+    exact_image = image.double().requires_grad_()
+    logits = 20 * exact_image @ text.double().T  # (images, texts)
+    labels = torch.arange(64)
+    (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)).div(2).backward()
+
+    device_image = image.to(device).requires_grad_()
     try:
-        info_nce(found, text.to(device), 20.0, gather=False).backward()
+        info_nce(device_image, text.to(device), 20.0, gather=False).backward()
     except RuntimeError as error:
-        return Check(
-            "training", "bad", f"a step on {device} fails: {error}", "see the lines above, and reinstall torch"
-        )
-    assert exact.grad is not None and found.grad is not None
-    off = float((found.grad.cpu().double() - exact.grad).norm() / exact.grad.norm())
-    if not off < 1e-2:
-        return Check("training", "bad", f"a gradient on {device} is {off:.0%} off", "reinstall torch for this device")
-    return Check("training", "ok", f"a step's gradient on {device} is float64's, to {off:.0e}")
+        return Check("training", "bad", f"a training step on {device} fails: {error}", "reinstall torch")
+    assert exact_image.grad is not None and device_image.grad is not None
+    difference = device_image.grad.cpu().double() - exact_image.grad
+    error_ratio = float(difference.norm() / exact_image.grad.norm())
+    if not error_ratio < 1e-2:
+        result = f"the gradient on {device} has an error of {error_ratio:.0%}"
+        return Check("training", "bad", result, "reinstall torch for this device")
+    return Check("training", "ok", f"the gradient on {device} equals float64's, error {error_ratio:.0e}")
 
 
 def check_memory() -> Iterator[Check]:
-    """Memory, and the shared memory through which workers hand over pictures."""
+    """Check free memory, and the shared memory that data workers use."""
     import psutil
 
-    free = psutil.virtual_memory().available / 1e9
-    verdict: Verdict = "ok" if free >= LEAST_MEMORY else "note"
-    way = "" if verdict == "ok" else "smaller batches: --align.batch_size, --tune.batch_size, --embed.batch_tokens"
-    yield Check("memory", verdict, f"{free:.1f} GB free of {psutil.virtual_memory().total / 1e9:.1f}", way)
+    memory = psutil.virtual_memory()
+    free = memory.available / 1e9
+    is_enough = free >= MIN_MEMORY_GB
+    fix = "" if is_enough else "reduce --align.batch_size, --tune.batch_size and --embed.batch_tokens"
+    yield Check("memory", "ok" if is_enough else "note", f"{free:.1f} GB free of {memory.total / 1e9:.1f}", fix)
+
     shared = Path("/dev/shm")
     if shared.is_dir():
         free = shutil.disk_usage(shared).free / 1e6
-        if free < WORKERS_MB:
-            yield Check("shared memory", "note", f"{free:.0f} MB free in {shared}",
-                        "--align.workers 0, or a container with more: docker run --shm-size 2g")  # fmt: skip
+        if free < MIN_SHARED_MEMORY_MB:
+            fix = "set --align.workers 0, or give the container more: docker run --shm-size 2g"
+            yield Check("shared memory", "note", f"{free:.0f} MB free in {shared}", fix)
         else:
             yield Check("shared memory", "ok", f"{free:,.0f} MB free in {shared}")
 
 
-def check_disks(folder: Path) -> Iterator[Check]:
-    """Where runs and fetched weights go: that one may write there, and that there is room."""
+def check_disks(run_dir: Path) -> Iterator[Check]:
+    """Check that the run directory and the cache folder are writable and have free space."""
     from llm2clip.models.pretrained import cache_dir
 
-    for name, place in (("runs", folder), ("cache", cache_dir())):
-        there = next(one for one in (place, *place.absolute().parents) if one.exists())
-        free = shutil.disk_usage(there).free / 1e9
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            way = "name another with --out" if name == "runs" else "name another with the variable LLM2CLIP_CACHE"
-            yield Check(name, "bad", f"{there} takes no files", way)
-        elif free < LEAST_GB:
-            yield Check(name, "note", f"{free:.1f} GB free at {there}", "weights, a store and checkpoints want more")
+    for name, folder in (("runs", run_dir), ("cache", cache_dir())):
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        free = shutil.disk_usage(existing).free / 1e9
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            fix = "choose another with --out" if name == "runs" else "choose another with LLM2CLIP_CACHE"
+            yield Check(name, "bad", f"{existing} is not a writable folder", fix)
+        elif free < MIN_DISK_GB:
+            fix = "free some space for weights, a store and checkpoints"
+            yield Check(name, "note", f"{free:.1f} GB free at {existing}", fix)
         else:
-            yield Check(name, "ok", f"{free:,.0f} GB free at {there}")
+            yield Check(name, "ok", f"{free:,.0f} GB free at {existing}")
 
 
 def check_hub() -> Iterator[Check]:
-    """Whether the model hub answers."""
+    """Check the connection to the model hub."""
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
-        yield Check("hub", "note", "HF_HUB_OFFLINE is set", "hub ids are taken from the cache alone")
+        yield Check("hub", "note", "HF_HUB_OFFLINE is set", "models given by hub id must be in the local cache")
         return
     try:
         urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=5).close()
     except urllib.error.HTTPError as error:
-        yield Check("hub", "ok", f"{ENDPOINT} answers, with {error.code}")
+        yield Check("hub", "ok", f"{ENDPOINT} answers (HTTP {error.code})")
     except (OSError, ValueError, http.client.HTTPException) as error:
-        way = "models by folder, or by our names (smollm2-135m), still work; HF_ENDPOINT names a mirror"
-        yield Check("hub", "note", f"{ENDPOINT} does not answer: {error}", way)
+        fix = "use local folders or our names (smollm2-135m, ...), or set HF_ENDPOINT to a mirror"
+        yield Check("hub", "note", f"{ENDPOINT} does not answer: {error}", fix)
     else:
         yield Check("hub", "ok", f"{ENDPOINT} answers")
+
+
+def _problems(packages: list[Requirement]) -> list[str]:
+    return [problem for package in packages if (problem := version_problem(package))]
