@@ -34,8 +34,9 @@ from llm2clip.distributed import fsdp_enabled, process_state, set_fsdp_wrap_poli
 from llm2clip.io_utils import atomic_dir
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.length_batching import default_batch_tokens
+from llm2clip.models.llm_layers import get_layers
 from llm2clip.models.lora import LoraSession, check_qlora_available, merge_adapter
-from llm2clip.models.precision import DTYPES, get_layers, resolve_device_precision
+from llm2clip.models.precision import DTYPES, resolve_device_precision
 from llm2clip.store.lock import folder_lock
 from llm2clip.train.distributed import copy_into, empty_copy, full_tensor, gather_to_cpu
 from llm2clip.train.pair_loss import PairCollator, PairLoss
