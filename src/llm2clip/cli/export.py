@@ -16,26 +16,26 @@ FORMATS = ["transformers", "sentence-transformers", "vision", "onnx", "open_clip
 
 
 def add(commands: Commands) -> None:
-    """Add the commands of this file to the parser."""
-    sub = commands.add("convert", _convert, "Convert an official LLM2CLIP checkpoint to a model folder, or back.")
-    sub.add_argument("source", type=str, help="official checkpoint (folder, file or hub id), or a model folder")
-    sub.add_argument("--out", type=str, required=True, help="model folder to write; with --to, the checkpoint to write")
-    sub.add_argument("--text", type=str, help="caption encoder that the checkpoint's adapter was trained with")
-    sub.add_argument("--to", choices=["hf", "eva"], help="write a model folder in this official checkpoint layout")
+    """Add the commands of this module."""
+    parser = commands.add("convert", _convert, "Convert an official LLM2CLIP checkpoint to a model folder, or back.")
+    parser.add_argument("source", type=str, help="Official checkpoint (folder, file or hub id), or a model folder.")
+    parser.add_argument("--out", type=str, required=True, help="Model folder to write; with --to, the checkpoint.")
+    parser.add_argument("--text", type=str, help="Caption encoder that the checkpoint's adapter was trained with.")
+    parser.add_argument("--to", choices=["hf", "eva"], help="Write a model folder in this official checkpoint layout.")
 
-    sub = commands.add("export", _export, "Export a model to transformers, sentence-transformers, ONNX or open_clip.")
-    sub.add_argument("model", type=str, help="model folder or hub id")
-    sub.add_argument(
-        "--to", choices=FORMATS, required=True, help="format; vision: the vision tower alone, as for LLaVA"
+    parser = commands.add(
+        "export", _export, "Export a model to transformers, sentence-transformers, ONNX or open_clip."
     )
-    sub.add_argument("--out", type=str, required=True, help="folder to write")
-    sub.add_argument("--int8", action="store_true", help="with --to onnx: also write graphs with 8-bit weights")
+    parser.add_argument("model", type=str, help="Model folder or hub id.")
+    parser.add_argument("--to", choices=FORMATS, required=True, help="Format. vision: the vision tower alone.")
+    parser.add_argument("--out", type=str, required=True, help="Folder to write.")
+    parser.add_argument("--int8", action="store_true", help="With --to onnx: also write graphs with 8-bit weights.")
 
-    sub = commands.add("push", _push, "Upload a model folder or an exported folder to the hub, with a model card.")
-    sub.add_argument("model", type=str, help="folder to upload")
-    sub.add_argument("repo_id", type=str, help="USER/NAME on the hub; created if it does not exist")
-    sub.add_argument("--private", action="store_true", help="create a private repository")
-    sub.add_argument("--license", type=str, help="the hub's identifier of a license, such as apache-2.0")
+    parser = commands.add("push", _push, "Upload a model folder or an exported folder to the hub, with a model card.")
+    parser.add_argument("model", type=str, help="Folder to upload.")
+    parser.add_argument("repo_id", type=str, help="USER/NAME on the hub; created if it does not exist.")
+    parser.add_argument("--private", action="store_true", help="Create a private repository.")
+    parser.add_argument("--license", type=str, help="The hub's identifier of a license, such as apache-2.0.")
 
 
 def _convert(args: Namespace) -> list[str]:
@@ -54,7 +54,7 @@ def _convert(args: Namespace) -> list[str]:
         model = _add_caption_encoder(args.source, args.text)
     else:
         model = load_official(args.source, text=args.text)
-    return _saved(model, model.save_pretrained(args.out))
+    return _closing_lines(model, model.save_pretrained(args.out))
 
 
 def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
@@ -74,7 +74,7 @@ def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
     return model
 
 
-def _saved(model: LLM2CLIP, folder: Path) -> list[str]:
+def _closing_lines(model: LLM2CLIP, folder: Path) -> list[str]:
     """Return the closing lines of `convert`: the result and the next command."""
     from llm2clip.models.convert.load import PUBLISHED_ENCODERS
 
