@@ -42,9 +42,9 @@ ENDPOINTS = (
 
 
 @pytest.fixture(scope="module")
-def operations(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Iterator[dict[str, Any]]:
+def operations(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Iterator[dict[str, Any]]:
     model = open_dual_encoder(str(make_model(tmp_path_factory.mktemp("model"))))
-    backend = make_index(tmp_path_factory.mktemp("index"), pictures, model)
+    backend = make_index(tmp_path_factory.mktemp("index"), image_folder, model)
     with running_server(create_app(model, backend, Limits(max_body_bytes=1 << 20))) as address:
         schema = schemathesis.openapi.from_url(f"{address}openapi.json")
         yield {operation.ok().label: operation.ok() for operation in schema.get_all_operations()}

@@ -67,12 +67,12 @@ def hf_tower(folder: Path, kind: str, size: int = 32) -> VisionTower:
 
 
 @pytest.fixture(scope="module")
-def photos(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def photos(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Square images: when an odd number of pixels is cropped, transformers and torchvision differ by one pixel."""
     folder, files = tmp_path_factory.mktemp("photos"), []
     for n in (0, 7, 14):
         files.append(folder / f"{n}.png")
-        Image.open(pictures / f"{n}.png").crop((4, 0, 44, 40)).save(files[-1])
+        Image.open(image_folder / f"{n}.png").crop((4, 0, 44, 40)).save(files[-1])
     return files
 
 
