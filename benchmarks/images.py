@@ -1,8 +1,9 @@
-"""Decoding and cropping for training, against the classic pipeline of Pillow and torchvision's first transforms.
+"""Speed of decoding and cropping for training, compared with Pillow and torchvision's transforms on PIL images.
 
-    python benchmarks/images.py PICTURES [--size 224] [--count 512] [--turns 3]
+    python benchmarks/images.py FOLDER [--size 224] [--count 512] [--repeats 3]
 
-PICTURES is a folder of image files. Both get the same crops. One thread; the pixels are compared as 0 to 1.
+FOLDER contains image files. Both pipelines use one thread and the same crops. Their pixels, scaled to [0, 1], are
+compared.
 """
 
 from __future__ import annotations
@@ -21,52 +22,60 @@ from llm2clip.data.images import Preprocess, TrainTransform, load_image
 from llm2clip.data.readers.tar import list_images
 
 MEAN = STD = (0.5, 0.5, 0.5)
-
-
-def classic(path: Path, crop: tuple[int, int, int, int], size: int) -> torch.Tensor:
-    """Normalised float32 (3, S, S), as most training code makes it."""
-    image = Image.open(path).convert("RGB")
-    cut = functional.resized_crop(image, *crop, [size, size], transforms.InterpolationMode.BICUBIC)
-    return functional.normalize(functional.to_tensor(cut), MEAN, STD)
+Crop = tuple[int, int, int, int]  # top, left, height, width
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", type=Path)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--count", type=int, default=512)
-    parser.add_argument("--turns", type=int, default=3)
-    given = parser.parse_args()
+    parser.add_argument("folder", type=Path, help="folder of image files")
+    parser.add_argument("--size", type=int, default=224, help="side of the cropped images in pixels")
+    parser.add_argument("--count", type=int, default=512, help="maximum number of images")
+    parser.add_argument("--repeats", type=int, default=3, help="number of measurements")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    paths = [Path(path) for path in list_images(str(given.pictures))][: given.count]
-    transform = TrainTransform(Preprocess(given.size, "shortest", 1.0, "bicubic", MEAN, STD))
+    paths = [Path(path) for path in list_images(str(args.folder))][: args.count]
+    transform = TrainTransform(Preprocess(args.size, "shortest", 1.0, "bicubic", MEAN, STD))
 
-    def ours(n: int) -> torch.Tensor:
-        return transform(load_image(paths[n]), torch.Generator().manual_seed(n))
+    def load(index: int) -> torch.Tensor:
+        """Return uint8 (3, S, S)."""
+        return transform(load_image(paths[index]), torch.Generator().manual_seed(index))
 
     crops = []
-    for n, path in enumerate(paths):  # those that ours draws
+    for index, path in enumerate(paths):
         width, height = Image.open(path).size
-        crops.append(transform._crop(height, width, torch.Generator().manual_seed(n)))
-    worst = mean = 0.0
-    for n, path in enumerate(paths):
-        difference = (ours(n) / 255 - (classic(path, crops[n], given.size) * 0.5 + 0.5)).abs()
-        worst, mean = max(worst, difference.max().item()), mean + difference.mean().item() / len(paths)
-    seconds: list[tuple[float, float]] = []
-    for _ in range(given.turns):
+        crops.append(transform._crop(height, width, torch.Generator().manual_seed(index)))
+
+    mean_difference = max_difference = 0.0
+    for index, path in enumerate(paths):
+        reference = load_with_pillow(path, crops[index], args.size) * 0.5 + 0.5  # undo MEAN and STD
+        difference = (load(index) / 255 - reference).abs()
+        mean_difference += difference.mean().item() / len(paths)
+        max_difference = max(max_difference, difference.max().item())
+
+    pillow_seconds, our_seconds = [], []
+    for _ in range(args.repeats):
         start = time.perf_counter()
-        for n, path in enumerate(paths):
-            classic(path, crops[n], given.size)
+        for index, path in enumerate(paths):
+            load_with_pillow(path, crops[index], args.size)
         middle = time.perf_counter()
-        for n in range(len(paths)):
-            ours(n)
-        seconds.append((middle - start, time.perf_counter() - middle))
-    rates = [[len(paths) / s for s in some] for some in zip(*seconds, strict=True)]
-    ratio = statistics.median(a / b for a, b in seconds)
-    print(f"{len(paths)} pictures to {given.size} pixels, one thread, median of {given.turns} turns")
-    for name, some in zip(("Pillow, float32", "here, uint8"), rates, strict=True):
-        print(f"{name}: {statistics.median(some):.0f} images/s ({min(some):.0f} to {max(some):.0f})")
-    print(f"{ratio:.2f}x; pixels differ by {mean:.5f} in the mean, {worst:.4f} at most")
+        for index in range(len(paths)):
+            load(index)
+        pillow_seconds.append(middle - start)
+        our_seconds.append(time.perf_counter() - middle)
+
+    print(f"{len(paths)} images to {args.size} pixels, one thread, median of {args.repeats} repeats")
+    for name, seconds in (("Pillow, float32", pillow_seconds), ("llm2clip, uint8", our_seconds)):
+        rates = [len(paths) / s for s in seconds]
+        print(f"{name}: {statistics.median(rates):.0f} images/s ({min(rates):.0f} to {max(rates):.0f})")
+    speed_up = statistics.median(a / b for a, b in zip(pillow_seconds, our_seconds, strict=True))
+    print(f"{speed_up:.2f}x; difference of the pixels: {mean_difference:.5f} (mean), {max_difference:.4f} (maximum)")
+
+
+def load_with_pillow(path: Path, crop: Crop, size: int) -> torch.Tensor:
+    """Return a normalised image, float32 (3, S, S), as most training code prepares it."""
+    image = Image.open(path).convert("RGB")
+    image = functional.resized_crop(image, *crop, [size, size], transforms.InterpolationMode.BICUBIC)
+    return functional.normalize(functional.to_tensor(image), MEAN, STD)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Time of a search and recall@10: the index here, faiss-cpu and LanceDB, on the same clustered vectors.
+"""Search latency and recall@10 of the local index, faiss-cpu and LanceDB on the same clustered vectors.
 
     pip install faiss-cpu lancedb
-    python benchmarks/search.py [--count 1000000] [--width 1024] [--queries 100] [--graph] [--lance] [--out FOLDER]
+    python benchmarks/search.py [--count 1000000] [--dim 1024] [--queries 100] [--graph] [--lance] [--out FOLDER]
 
-A query is a vector near one of the million; a search is all that `LocalIndex.search` does, from the vector to the
-paths. `--graph` also grows the graph here and faiss's HNSW and searches them (tens of minutes for a million on two
-cores); `--lance` also asks LanceDB, exactly. Recall is against the exact float32 answer of faiss's flat index.
+Queries are random vectors near vectors of the index. A search is the complete `SqliteBackend.search`, from the vector
+to the file names. `--graph` also builds and searches the HNSW graphs of the local index and of faiss (tens of minutes
+for a million vectors on two cores); `--lance` also searches LanceDB without an index. Recall is measured against the
+float32 flat index of faiss.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,125 +26,153 @@ from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import Filter, IndexedContent, IndexedImage
 
 K = 10
-
-
-def chunks(count: int, width: int) -> Iterator[np.ndarray]:
-    """Unit vectors float32 in a thousand clusters, as pictures lie."""
-    rng = np.random.default_rng(0)
-    centres = rng.standard_normal((1000, width), dtype=np.float32)
-    for start in range(0, count, 10_000):
-        some = centres[rng.integers(1000, size=min(10_000, count - start))]
-        some = some + 0.7 * rng.standard_normal(some.shape, dtype=np.float32)
-        yield (some / np.linalg.norm(some, axis=1, keepdims=True)).astype(np.float16).astype(np.float32)
-
-
-def timed(
-    name: str, ask: Callable[[np.ndarray], np.ndarray], queries: np.ndarray, exact: np.ndarray | None
-) -> np.ndarray:
-    """Print how long queries take one by one; their answers, (queries, 10)."""
-    for query in queries[:3]:
-        ask(query)
-    found, times = [], []
-    for query in queries:
-        start = time.perf_counter()
-        found.append(ask(query))
-        times.append(1000 * (time.perf_counter() - start))
-    answers = np.array(found)
-    same = 1.0 if exact is None else np.mean([len(set(a) & set(b)) / K for a, b in zip(answers, exact, strict=True)])
-    p95 = statistics.quantiles(times, n=20)[-1]
-    print(f"| {name} | {statistics.median(times):.1f} | {p95:.1f} | {same:.4f} |", flush=True)
-    return answers
+CHUNK = 10_000  # vectors
+LANCE_QUERIES = 20  # fewer than for the others: LanceDB takes much longer
+Search = Callable[[np.ndarray], np.ndarray]  # query (D,) -> row numbers of the K nearest vectors
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=1_000_000)
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--queries", type=int, default=100)
-    parser.add_argument("--graph", action="store_true")
-    parser.add_argument("--lance", action="store_true")
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    folder = given.out or Path(tempfile.mkdtemp())
+    parser.add_argument("--count", type=int, default=1_000_000, help="number of vectors")
+    parser.add_argument("--dim", type=int, default=1024, help="dimension of the vectors")
+    parser.add_argument("--queries", type=int, default=100, help="number of queries")
+    parser.add_argument("--graph", action="store_true", help="also build and search HNSW graphs")
+    parser.add_argument("--lance", action="store_true", help="also search with LanceDB")
+    parser.add_argument("--out", type=Path, help="folder of the index, to reuse it; default: a temporary folder")
+    args = parser.parse_args()
+    folder = args.out or Path(tempfile.mkdtemp())
     import faiss
 
-    flat, start = faiss.IndexFlatIP(given.width), time.perf_counter()
-    engine = SqliteBackend(folder / "index", write=True, approximate_above=1 << 60)
-    filled = engine.count()[1] == given.count
-    engine.begin({"model": "none", "fingerprint": "none", "width": given.width})
-    spent = 0.0
-    for n, some in enumerate(chunks(given.count, given.width)):
-        flat.add(some)
-        if not filled:
-            first, start = 10_000 * n, time.perf_counter()
-            names = [f"/photos/{first + i}.jpg" for i in range(len(some))]
-            contents = [
-                IndexedContent(name.encode(), v.astype(np.float16), b"", 1, 1)
-                for name, v in zip(names, some, strict=True)
-            ]
-            pictures = [(IndexedImage(name, FileImage(name), "/photos", "1"), name.encode()) for name in names]
-            engine.put(contents, pictures)
-            spent += time.perf_counter() - start
-    print(f"{given.count:,} vectors of width {given.width}; into the index in {spent:.0f} s")
-    rng = np.random.default_rng(1)
-    picked = np.stack([flat.reconstruct(int(i)) for i in rng.integers(given.count, size=given.queries)])
-    noise = rng.standard_normal(picked.shape, dtype=np.float32) / np.sqrt(given.width)
-    queries = picked + 0.5 * noise
-    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    flat = faiss.IndexFlatIP(args.dim)
+    backend = SqliteBackend(folder / "index", write=True, approximate_above=1 << 60)
+    seconds = fill(backend, flat, args.count, args.dim)
+    print(f"{args.count:,} vectors of dimension {args.dim}; indexed in {seconds:.0f} s")
+    queries = make_queries(flat, args.queries, args.count, args.dim)
 
-    def here(query: np.ndarray) -> np.ndarray:
-        return np.array([int(hit.id) - 1 for hit in engine.search(query, K, Filter())])
+    def search_backend(query: np.ndarray) -> np.ndarray:
+        return np.array([int(hit.id) - 1 for hit in backend.search(query, K, Filter())])
 
-    def faiss_search(index: object) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda query: index.search(query[None], K)[1][0]  # type: ignore[attr-defined]
-
-    print("| way | median, ms | p95, ms | recall@10 |\n|---|---|---|---|")
-    exact = timed("faiss IndexFlatIP, float32", faiss_search(flat), queries, None)
-    half = faiss.IndexScalarQuantizer(given.width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-    for some in chunks(given.count, given.width):
-        half.add(some)
-    timed("faiss, float16", faiss_search(half), queries, exact)
+    print("| method | median, ms | p95, ms | recall@10 |\n|---|---|---|---|")
+    exact = measure("faiss IndexFlatIP, float32", faiss_search(flat), queries)
+    half = faiss.IndexScalarQuantizer(args.dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    for vectors in vector_chunks(args.count, args.dim):
+        half.add(vectors)
+    measure("faiss, float16", faiss_search(half), queries, exact)
     start = time.perf_counter()
-    here(queries[0])
-    opened = time.perf_counter() - start
-    timed("here, exact: a byte a dimension scanned, the best measured by float16", here, queries, exact)
-    print(f"\n(the first search reads the vectors: {opened:.1f} s)\n")
-    if given.lance:
-        import lancedb
-        import pyarrow as pa
-
-        database, table = lancedb.connect(folder / "lance"), None
-        for n, some in enumerate(chunks(given.count, given.width)):
-            vectors = pa.FixedSizeListArray.from_arrays(pa.array(some.reshape(-1).astype(np.float16)), given.width)
-            rows = pa.table({"id": np.arange(len(some)) + 10_000 * n, "vector": vectors})
-            table = database.create_table("t", rows, mode="overwrite") if table is None else table
-            if n:
-                table.add(rows)
-        assert table is not None
-
-        def lance(query: np.ndarray) -> np.ndarray:
-            return np.array(table.search(query).metric("dot").limit(K).select(["id", "_distance"]).to_arrow()["id"])
-
-        timed("LanceDB, float16, no index", lance, queries[:20], exact[:20])
-    if given.graph:
+    search_backend(queries[0])
+    first_search = time.perf_counter() - start
+    measure("llm2clip, exact: int8 scan, best candidates re-scored in float16", search_backend, queries, exact)
+    print(f"\n(the first search loads the vectors: {first_search:.1f} s)\n")
+    if args.lance:
+        search = lance_search(folder / "lance", args.count, args.dim)
+        measure("LanceDB, float16, no index", search, queries[:LANCE_QUERIES], exact[:LANCE_QUERIES])
+    if args.graph:
         start = time.perf_counter()
-        engine.approximate_above = 0
-        engine.finish()
-        grown = time.perf_counter() - start
-        timed(f"here, graph (grown in {grown:.0f} s)", here, queries, exact)
-        graph = faiss.IndexHNSWSQ(given.width, faiss.ScalarQuantizer.QT_8bit, 16, faiss.METRIC_INNER_PRODUCT)
+        backend.approximate_above = 0
+        backend.finish()
+        seconds = time.perf_counter() - start
+        measure(f"llm2clip, HNSW graph (built in {seconds:.0f} s)", search_backend, queries, exact)
         start = time.perf_counter()
-        graph.train(np.concatenate([c for _, c in zip(range(2), chunks(given.count, given.width), strict=False)]))
-        for some in chunks(given.count, given.width):
-            graph.add(some)
-        grown = time.perf_counter() - start
-        graph.hnsw.efSearch = 64
-        timed(
-            f"faiss HNSW16, a byte a dimension, efSearch 64 (grown in {grown:.0f} s)",
-            faiss_search(graph),
-            queries,
-            exact,
-        )
+        graph = build_faiss_graph(args.count, args.dim)
+        seconds = time.perf_counter() - start
+        name = f"faiss HNSW16, int8, efSearch 64 (built in {seconds:.0f} s)"
+        measure(name, faiss_search(graph), queries, exact)
+
+
+def vector_chunks(count: int, dim: int) -> Iterator[np.ndarray]:
+    """Yield unit vectors float32 (N, D) in a thousand clusters, as image embeddings are. Always the same ones."""
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((1000, dim), dtype=np.float32)
+    for start in range(0, count, CHUNK):
+        vectors = centres[rng.integers(1000, size=min(CHUNK, count - start))]
+        vectors = vectors + 0.7 * rng.standard_normal(vectors.shape, dtype=np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        yield vectors.astype(np.float16).astype(np.float32)
+
+
+def fill(backend: SqliteBackend, flat: Any, count: int, dim: int) -> float:
+    """Add all vectors to the faiss index and, unless it has them, to the local index. Return its seconds."""
+    is_filled = backend.count()[1] == count
+    backend.initialize({"model": "none", "fingerprint": "none", "width": dim})
+    seconds = 0.0
+    for chunk, vectors in enumerate(vector_chunks(count, dim)):
+        flat.add(vectors)
+        if is_filled:
+            continue
+        start = time.perf_counter()
+        contents, images = [], []
+        for row, vector in enumerate(vectors, chunk * CHUNK):
+            name = f"/photos/{row}.jpg"
+            contents.append(IndexedContent(name.encode(), vector.astype(np.float16), b"", 1, 1))
+            images.append((IndexedImage(name, FileImage(name), "/photos", "1"), name.encode()))
+        backend.add(contents, images)
+        seconds += time.perf_counter() - start
+    return seconds
+
+
+def make_queries(flat: Any, queries: int, count: int, dim: int) -> np.ndarray:
+    """Return unit vectors float32 (queries, D) near random vectors of the index."""
+    rng = np.random.default_rng(1)
+    vectors = np.stack([flat.reconstruct(int(row)) for row in rng.integers(count, size=queries)])
+    noise = rng.standard_normal(vectors.shape, dtype=np.float32) / np.sqrt(dim)
+    vectors = vectors + 0.5 * noise
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def measure(name: str, search: Search, queries: np.ndarray, exact: np.ndarray | None = None) -> np.ndarray:
+    """Time queries one by one and print a table row. Return their results (queries, K)."""
+    for query in queries[:3]:  # warm-up
+        search(query)
+    results, milliseconds = [], []
+    for query in queries:
+        start = time.perf_counter()
+        results.append(search(query))
+        milliseconds.append(1000 * (time.perf_counter() - start))
+    recall = 1.0
+    if exact is not None:
+        recall = np.mean([len(set(a) & set(b)) / K for a, b in zip(results, exact, strict=True)])
+    p95 = statistics.quantiles(milliseconds, n=20)[-1]
+    print(f"| {name} | {statistics.median(milliseconds):.1f} | {p95:.1f} | {recall:.4f} |", flush=True)
+    return np.array(results)
+
+
+def faiss_search(index: Any) -> Search:
+    return lambda query: index.search(query[None], K)[1][0]
+
+
+def build_faiss_graph(count: int, dim: int) -> Any:
+    import faiss
+
+    graph = faiss.IndexHNSWSQ(dim, faiss.ScalarQuantizer.QT_8bit, 16, faiss.METRIC_INNER_PRODUCT)
+    chunks = vector_chunks(count, dim)
+    training_chunks = [chunk for _, chunk in zip(range(2), chunks, strict=False)]
+    graph.train(np.concatenate(training_chunks))
+    for vectors in vector_chunks(count, dim):
+        graph.add(vectors)
+    graph.hnsw.efSearch = 64
+    return graph
+
+
+def lance_search(folder: Path, count: int, dim: int) -> Search:
+    """Write the vectors to a LanceDB table and return its search."""
+    import lancedb
+    import pyarrow as pa
+
+    database, table = lancedb.connect(folder), None
+    for chunk, vectors in enumerate(vector_chunks(count, dim)):
+        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1).astype(np.float16)), dim)
+        rows = pa.table({"id": np.arange(len(vectors)) + chunk * CHUNK, "vector": column})
+        if table is None:
+            table = database.create_table("t", rows, mode="overwrite")
+        else:
+            table.add(rows)
+    assert table is not None
+
+    def search(query: np.ndarray) -> np.ndarray:
+        result = table.search(query).metric("dot").limit(K).select(["id", "_distance"])
+        return np.array(result.to_arrow()["id"])
+
+    return search
 
 
 if __name__ == "__main__":

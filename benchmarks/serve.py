@@ -1,11 +1,11 @@
-"""Throughput of `/embed` under many clients: requests batched together on the model, against one at a time.
+"""Throughput of `/embed` with many clients: dynamic batching compared with one text at a time.
 
-    python benchmarks/serve.py MODEL [--clients 32] [--seconds 30] [--precision auto fp32] [--only batched] [--restart]
+    python benchmarks/serve.py MODEL [--clients 32] [--duration 30] [--precision auto fp32] [--only batched] [--restart]
 
-Each way is `llm2clip serve` in a process of its own, the first with `--batch 1`; clients are threads that send a text
-of 5 to 40 words and wait for its vector, again and again. Answers are compared with the model's own. `--restart` stops
-and starts the server in the middle (SIGTERM); clients ask again after a refused connection, and every text must have
-got its vector in the end.
+Each variant is a separate `llm2clip serve` process, with `--batch_size 1` or the default. Clients are threads that
+send a text of 5 to 40 words and wait for its vector, repeatedly. Vectors are compared with those of the model itself.
+`--restart` stops (SIGTERM) and starts the server half-way; clients retry after connection errors, and every text must
+get its vector in the end.
 """
 
 from __future__ import annotations
@@ -20,19 +20,116 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 
-from llm2clip.models.dual_encoder import open_dual_encoder
+from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 
 PORT = 7961
-TALE = "a red dog and an old man play in the snow behind a small blue house near the street while children look on"
+WORDS = "a red dog and an old man play in the snow behind a small blue house near the street while children look on"
+RETRIES, RETRY_SECONDS = 600, 0.1
 
 
-def started(model: str, batch: int, precision: str) -> subprocess.Popen[bytes]:
-    """A server that answers."""
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--clients", type=int, default=32, help="number of clients")
+    parser.add_argument("--duration", type=float, default=30, help="seconds per variant")
+    parser.add_argument("--precision", nargs="+", default=["auto"], help="precisions of the text side to compare")
+    parser.add_argument("--only", choices=["one at a time", "batched"], help="measure only this variant")
+    parser.add_argument("--restart", action="store_true", help="restart the server half-way")
+    args = parser.parse_args()
+    model = open_dual_encoder(args.model)
+    print("| variant | texts/s | speed-up | median, ms | p95, ms | errors | smallest cosine with the model |")
+    print("|---|---|---|---|---|---|---|")
+    first_rate = None
+    for precision in args.precision:
+        for name, batch_size in (("one at a time", 1), ("batched", 32)):
+            if args.only not in (None, name):
+                continue
+            clients, seconds = run_clients(args, batch_size, precision)
+            milliseconds = [1000 * latency for client in clients for latency in client.latencies]
+            rate = len(milliseconds) / seconds
+            first_rate = first_rate or rate
+            p95 = statistics.quantiles(milliseconds, n=20)[-1]
+            print(
+                f"| {name}, {precision} | {rate:.1f} | {rate / first_rate:.2f}x | "
+                f"{statistics.median(milliseconds):.0f} | {p95:.0f} | {describe_errors(clients)} | "
+                f"{smallest_cosine(clients, model):.6f} |",
+                flush=True,
+            )
+
+
+class Client(threading.Thread):
+    """Sends texts until `stop` is set. Keeps latencies in seconds, the number of errors by kind, and all vectors."""
+
+    def __init__(self, seed: int, stop: threading.Event) -> None:
+        super().__init__()
+        self.random, self.stop = random.Random(seed), stop
+        self.latencies: list[float] = []
+        self.errors: Counter[str] = Counter()
+        self.vectors: list[tuple[str, list[float]]] = []
+        self.unanswered = 0
+
+    def run(self) -> None:
+        self.connection = http.client.HTTPConnection("127.0.0.1", PORT)
+        while not self.stop.is_set():
+            text = " ".join(self.random.choices(WORDS.split(), k=self.random.randint(5, 40)))
+            start = time.perf_counter()
+            for _ in range(RETRIES):
+                vector = self.embed(text)
+                if vector is not None:
+                    self.latencies.append(time.perf_counter() - start)
+                    self.vectors.append((text, vector))
+                    break
+                time.sleep(RETRY_SECONDS)
+            else:
+                self.unanswered += 1
+
+    def embed(self, text: str) -> list[float] | None:
+        """Send a request. Return the vector, or count the error and return None."""
+        try:
+            headers = {"content-type": "application/json"}
+            self.connection.request("POST", "/embed", json.dumps({"input": text}), headers)
+            response = self.connection.getresponse()
+            body = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            self.errors[type(error).__name__] += 1
+            self.connection = http.client.HTTPConnection("127.0.0.1", PORT)
+            return None
+        if response.status != 200:
+            self.errors[str(response.status)] += 1
+            return None
+        vector: list[float] = json.loads(body)["data"][0]["embedding"]
+        return vector
+
+
+def run_clients(args: argparse.Namespace, batch_size: int, precision: str) -> tuple[list[Client], float]:
+    """Start a server and run all clients. Return the clients and the elapsed seconds."""
+    server = start_server(args.model, batch_size, precision)
+    stop = threading.Event()
+    clients = [Client(seed, stop) for seed in range(args.clients)]
+    start = time.perf_counter()
+    for client in clients:
+        client.start()
+    time.sleep(args.duration / 2)
+    if args.restart:
+        stop_server(server)
+        server = start_server(args.model, batch_size, precision)
+    time.sleep(args.duration / 2)
+    stop.set()
+    for client in clients:
+        client.join()
+    seconds = time.perf_counter() - start
+    stop_server(server)
+    return clients, seconds
+
+
+def start_server(model: str, batch_size: int, precision: str) -> subprocess.Popen[bytes]:
+    """Start a server and wait until it responds."""
     command = [sys.executable, "-m", "llm2clip", "serve", "--model", model, "--port", str(PORT)]
-    command += ["--batch", str(batch), "--precision", precision]
+    command += ["--batch_size", str(batch_size), "--precision", precision]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while True:
         try:
@@ -41,102 +138,30 @@ def started(model: str, batch: int, precision: str) -> subprocess.Popen[bytes]:
             connection.getresponse().read()
             return server
         except OSError:
+            if server.poll() is not None:
+                raise SystemExit(f"the server stopped with exit status {server.returncode}") from None
             time.sleep(0.2)
 
 
-def stopped(server: subprocess.Popen[bytes]) -> None:
+def stop_server(server: subprocess.Popen[bytes]) -> None:
     server.send_signal(signal.SIGTERM)
     server.wait()
 
 
-class Client(threading.Thread):
-    """Asks until it is told to end; keeps latencies, errors by kind, and some answers."""
-
-    def __init__(self, number: int, end: threading.Event) -> None:
-        super().__init__()
-        self.random, self.end = random.Random(number), end
-        self.times: list[float] = []
-        self.errors: dict[str, int] = {}
-        self.answers: list[tuple[str, list[float]]] = []
-        self.unanswered = 0
-
-    def run(self) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", PORT)
-        while not self.end.is_set():
-            text = " ".join(self.random.choices(TALE.split(), k=self.random.randint(5, 40)))
-            start = time.perf_counter()
-            for _ in range(600):
-                try:
-                    body = json.dumps({"input": text})
-                    connection.request("POST", "/embed", body, {"content-type": "application/json"})
-                    answer = connection.getresponse()
-                    data = answer.read()
-                    if answer.status == 200:
-                        self.times.append(time.perf_counter() - start)
-                        self.answers.append((text, json.loads(data)["data"][0]["embedding"]))
-                        break
-                    self.errors[str(answer.status)] = self.errors.get(str(answer.status), 0) + 1
-                except (OSError, http.client.HTTPException) as error:
-                    kind = type(error).__name__
-                    self.errors[kind] = self.errors.get(kind, 0) + 1
-                    connection = http.client.HTTPConnection("127.0.0.1", PORT)
-                time.sleep(0.1)
-            else:
-                self.unanswered += 1
+def describe_errors(clients: list[Client]) -> str:
+    errors: Counter[str] = Counter()
+    for client in clients:
+        errors.update(client.errors)
+    counts = ", ".join(f"{kind}: {count}" for kind, count in errors.items()) or "none"
+    return f"{counts}; unanswered {sum(client.unanswered for client in clients)}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=30)
-    parser.add_argument("--precision", nargs="+", default=["auto"], help="of the texts, one after the other")
-    parser.add_argument("--only", choices=["one at a time", "batched"])
-    parser.add_argument("--restart", action="store_true")
-    given = parser.parse_args()
-    dual, rates = open_dual_encoder(given.model), []
-    ways = [
-        (f"{name}, {precision}", batch, precision)
-        for precision in given.precision
-        for name, batch in (("one at a time", 1), ("batched", 32))
-        if given.only in (None, name)
-    ]
-    print(
-        "| way | answers/s | against the first | median, ms | p95, ms | errors | smallest cosine with the model's own |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    for name, batch, precision in ways:
-        server = started(given.model, batch, precision)
-        end = threading.Event()
-        crowd = [Client(n, end) for n in range(given.clients)]
-        start = time.perf_counter()
-        for client in crowd:
-            client.start()
-        time.sleep(given.seconds / 2)
-        if given.restart:
-            stopped(server)
-            server = started(given.model, batch, precision)
-        time.sleep(given.seconds / 2)
-        end.set()
-        for client in crowd:
-            client.join()
-        rates.append(sum(len(c.times) for c in crowd) / (time.perf_counter() - start))
-        stopped(server)
-        times = [1000 * t for c in crowd for t in c.times]
-        errors: dict[str, int] = {}
-        for client in crowd:
-            for kind, count in client.errors.items():
-                errors[kind] = errors.get(kind, 0) + count
-        some = [client.answers[n] for client in crowd for n in (0, -1) if client.answers]
-        own = dual.encode_texts([text for text, _ in some]).numpy()
-        cosine = (own * np.array([vector for _, vector in some])).sum(1).min()
-        lost = sum(client.unanswered for client in crowd)
-        told = ", ".join(f"{kind}: {count}" for kind, count in errors.items()) or "none"
-        print(
-            f"| {name} | {rates[-1]:.1f} | {rates[-1] / rates[0]:.2f}x | {statistics.median(times):.0f} | "
-            f"{statistics.quantiles(times, n=20)[-1]:.0f} | {told}; unanswered {lost} | {cosine:.6f} |",
-            flush=True,
-        )
+def smallest_cosine(clients: list[Client], model: DualEncoder) -> float:
+    """Compare the first and last vector of each client with those of the model."""
+    samples = [client.vectors[n] for client in clients if client.vectors for n in (0, -1)]
+    expected = model.encode_texts([text for text, _ in samples]).numpy()
+    vectors = np.array([vector for _, vector in samples])
+    return float((expected * vectors).sum(1).min())
 
 
 if __name__ == "__main__":
