@@ -18,8 +18,9 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from llm2clip.data.images import Preprocess, TrainTransform, load_image
+from llm2clip.data.images import load_image
 from llm2clip.data.readers.tar import list_images
+from llm2clip.data.transforms import Preprocess, TrainTransform
 
 MEAN = STD = (0.5, 0.5, 0.5)
 Crop = tuple[int, int, int, int]  # top, left, height, width

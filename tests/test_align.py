@@ -20,9 +20,10 @@ from llm2clip.checkpoint import read_metrics
 from llm2clip.config import AlignConfig
 from llm2clip.data.hashing import epoch_permutation
 from llm2clip.data.image_refs import FileImage
-from llm2clip.data.images import EvalTransform, load_image
+from llm2clip.data.images import load_image
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
+from llm2clip.data.transforms import EvalTransform
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.retrieval_eval import dual_encoder_from_store, make_validator
 from llm2clip.models.caption_encoder import CaptionEncoder

@@ -355,7 +355,8 @@ def test_push_command_uploads_the_folder_and_a_card(
 def test_transformers_export_preprocessing_matches_ours(tmp_path: Path, photos: list[Path]) -> None:
     from transformers import AutoImageProcessor
 
-    from llm2clip.data.images import EvalTransform, load_image
+    from llm2clip.data.images import load_image
+    from llm2clip.data.transforms import EvalTransform
 
     model = make_model(tmp_path, timm_tower())
     export_model(model, "transformers", tmp_path / "out")

@@ -21,7 +21,8 @@ from torch import Tensor
 from llm2clip.data import image_loader, images
 from llm2clip.data.image_loader import image_batches
 from llm2clip.data.image_refs import FileImage
-from llm2clip.data.images import EvalTransform, ImageError, Preprocess, TrainTransform, decode_image, load_image
+from llm2clip.data.images import ImageError, decode_image, load_image
+from llm2clip.data.transforms import EvalTransform, Preprocess, TrainTransform
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 

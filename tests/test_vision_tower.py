@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from llm2clip.data.images import Preprocess
+from llm2clip.data.transforms import Preprocess
 from llm2clip.models.tower_lora import add_tower_lora, merge_tower_lora
 from llm2clip.models.vision_tower import VisionTower
 

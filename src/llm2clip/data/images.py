@@ -1,17 +1,11 @@
-"""Images: decoding to RGB pixels, and the transforms to the input size of a vision tower.
-
-All pixels are uint8 RGB of shape (3, H, W). The vision tower normalises them on its device, so the data loader
-workers transfer a quarter of the bytes that float32 would take.
-"""
+"""Image decoding to uint8 RGB pixels of shape (3, H, W), and thumbnails."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,13 +15,11 @@ from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, encode_jpeg
 from torchvision.io import decode_image as torchvision_decode_image
-from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from llm2clip.data.image_header import MAX_PIXELS, open_header, readable_formats
 from llm2clip.data.image_refs import ImageRef
 
-_RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's constants, which preprocessor_config.json contains
 _ORIENTATION = 0x0112  # the EXIF tag
 # Formats that torchvision decodes. The PNG decoder of torchvision 0.29 crashes (segmentation fault) on damaged pixels.
 _FAST_FORMATS = ("JPEG", "MPO", "WEBP", *(("PNG",) if Version(torchvision.__version__) < Version("0.29") else ()))
@@ -45,118 +37,6 @@ class Readable(Protocol):
 
 
 ImageLike = str | Path | bytes | Image.Image | Tensor | Readable
-
-
-# ---- preprocessing config ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """Preprocessing of a vision tower.
-
-    The image is resized to floor(size / crop_pct), then its centre is cropped: the rule of timm's evaluation
-    transforms.
-
-    Attributes:
-        size: Side of the square input in pixels.
-        resize: "shortest" resizes the shortest side and keeps the aspect ratio, "squash" resizes both sides.
-        crop_pct: Fraction of the resized image that the centre crop keeps.
-        interpolation: Interpolation of the resizing.
-        mean: Mean per channel for normalisation, for pixels from 0 to 1.
-        std: Standard deviation per channel.
-    """
-
-    size: int
-    resize: Literal["shortest", "squash"]
-    crop_pct: float
-    interpolation: Literal["bicubic", "bilinear"]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    @property
-    def resize_size(self) -> int:
-        """The side in pixels before the centre crop."""
-        return _resize_size(self.size, self.crop_pct)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the content of preprocessor_config.json, which transformers can read, with the exact crop_pct."""
-        side = self.resize_size
-        return {
-            "image_processor_type": "CLIPImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"shortest_edge": side} if self.resize == "shortest" else {"height": side, "width": side},
-            "resample": _RESAMPLE[self.interpolation],
-            "do_center_crop": True,
-            "crop_size": {"height": self.size, "width": self.size},
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(self.mean),
-            "image_std": list(self.std),
-            "crop_pct": self.crop_pct,
-        }
-
-    @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> Preprocess:
-        """Create the preprocessing from the output of `to_dict` or the config of a transformers image processor.
-
-        Raises:
-            ValueError: The config does not produce squares of a fixed size, or lacks a value.
-        """
-        resize_config = config.get("size", config.get("crop_size"))
-        if isinstance(resize_config, int):  # configs from before 2022: an int is the shortest side
-            resize_config = {"shortest_edge": resize_config}
-        resize: Literal["shortest", "squash"] = "shortest" if "shortest_edge" in (resize_config or {}) else "squash"
-        resize_size = _square_side(resize_config)
-        size = _square_side(config["crop_size"]) if config.get("do_center_crop") else resize_size
-        crop_pct = config.get("crop_pct")
-        # Some transformers processors have a crop_pct with another meaning; theirs does not match the two sizes.
-        if not crop_pct or _resize_size(size, crop_pct) != resize_size:
-            crop_pct = size / resize_size
-        return cls(
-            size=size,
-            resize=resize,
-            crop_pct=crop_pct,
-            interpolation=_interpolation(int(config.get("resample", 3))),
-            mean=_channels(config, "image_mean"),
-            std=_channels(config, "image_std"),
-        )
-
-
-def _resize_size(size: int, crop_pct: float) -> int:
-    # The small term corrects rounding errors: 224 / (224 / 256) must be 256.
-    return math.floor(size / crop_pct + 1e-6)
-
-
-def _square_side(size: Any) -> int:
-    """Return the side of a square given as 224, {"height": 224, "width": 224} or {"shortest_edge": 224}."""
-    if isinstance(size, int):
-        return size
-    sides = set()
-    if isinstance(size, dict):
-        sides = {size[key] for key in ("shortest_edge", "height", "width") if key in size}
-    if len(sides) != 1:
-        raise ValueError(f"the size of the image processor is {size}; only squares are supported")
-    return int(sides.pop())
-
-
-def _interpolation(resample: int) -> Literal["bilinear", "bicubic"]:
-    if resample not in (2, 3):
-        raise ValueError(
-            f"the image processor's resampling filter must be 2 (bilinear) or 3 (bicubic) in Pillow (got {resample})"
-        )
-    return "bilinear" if resample == 2 else "bicubic"
-
-
-def _channels(config: dict[str, Any], name: str) -> tuple[float, float, float]:
-    if name not in config:
-        raise ValueError(f"the image processor has no {name}")
-    red, green, blue = (float(value) for value in config[name])
-    return red, green, blue
-
-
-# ---- decoding ------------------------------------------------------------------------------------------------------
 
 
 def load_image(image: ImageLike) -> Tensor:
@@ -208,6 +88,22 @@ def decode_image(data: bytes) -> Tensor:
         raise ImageError(f"unreadable image: {error}") from error
     pixels = _decode_with_torchvision(data, header)
     return _decode_with_pillow(header) if pixels is None else pixels
+
+
+def load_thumbnail(image: ImageLike, side: int) -> bytes | None:
+    """Load an image and return its thumbnail, see `make_thumbnail`; return None if the image cannot be read."""
+    try:
+        return make_thumbnail(load_image(image), side)
+    except (ImageError, OSError):
+        return None
+
+
+def make_thumbnail(image: Tensor, side: int) -> bytes:
+    """Encode uint8 (3, H, W) as a JPEG whose longer side has at most `side` pixels."""
+    height, width = image.shape[-2:]
+    scale = min(1.0, side / max(height, width))
+    small = F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
+    return cast(bytes, encode_jpeg(small.contiguous(), quality=80).numpy().tobytes())
 
 
 def _name_of(image: object) -> object:
@@ -307,94 +203,3 @@ def _apply_orientation(pixels: Tensor, orientation: int) -> Tensor:
         pixels = pixels.transpose(1, 2)
     flips = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation)
     return pixels.flip(flips) if flips else pixels
-
-
-# ---- transforms ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EvalTransform:
-    """Resize and centre crop of the vision tower's evaluation: uint8 (3, H, W) to uint8 (3, S, S)."""
-
-    preprocess: Preprocess
-
-    def __call__(self, image: Tensor) -> Tensor:
-        size, resize_size = self.preprocess.size, self.preprocess.resize_size
-        side = [resize_size, resize_size]
-        if self.preprocess.resize == "shortest":
-            # The centre crop discards the ends of an elongated image anyway. Without this crop, resizing an image of
-            # 1 x 1,000,000 pixels would exhaust the memory.
-            height, width = image.shape[-2:]
-            shortest = min(height, width)
-            image = F.center_crop(image, [min(height, 8 * shortest), min(width, 8 * shortest)])
-            side = [resize_size]
-        image = F.resize(image, side, interpolation=InterpolationMode(self.preprocess.interpolation), antialias=True)
-        return cast(Tensor, F.center_crop(image, [size, size]).contiguous())
-
-
-@dataclass(frozen=True)
-class TrainTransform:
-    """Random crop for training: uint8 (3, H, W) to uint8 (3, S, S).
-
-    The crop covers a random share of the area, at least `min_crop_scale`, with an aspect ratio of 3/4 to 4/3, and is
-    resized to the square. With a `min_crop_scale` of 1 the transform equals `EvalTransform`. Images are not flipped,
-    since captions mention left and right.
-
-    All randomness comes from the generator of the call. Seeded from (seed, epoch, index), it gives a sample the same
-    crop in whichever worker process the sample is decoded.
-    """
-
-    preprocess: Preprocess
-    min_crop_scale: float = 0.9
-
-    def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
-        if self.min_crop_scale >= 1:
-            return EvalTransform(self.preprocess)(image)
-        top, left, height, width = self._crop(image.shape[-2], image.shape[-1], generator)
-        size = self.preprocess.size
-        image = F.resized_crop(
-            image,
-            top,
-            left,
-            height,
-            width,
-            [size, size],
-            interpolation=InterpolationMode(self.preprocess.interpolation),
-            antialias=True,
-        )
-        return image.contiguous()
-
-    def _crop(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
-        """Return top, left, height and width of a crop: torchvision's RandomResizedCrop, but with a generator."""
-        min_ratio, max_ratio = 3 / 4, 4 / 3
-        for _ in range(10):
-            share, log_ratio, down, right = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-            area = height * width * (self.min_crop_scale + share * (1.0 - self.min_crop_scale))
-            ratio = math.exp(math.log(min_ratio) + log_ratio * (math.log(max_ratio) - math.log(min_ratio)))
-            crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if 0 < crop_width <= width and 0 < crop_height <= height:
-                top, left = int(down * (height - crop_height + 1)), int(right * (width - crop_width + 1))
-                return top, left, crop_height, crop_width
-        # No crop fits, as in very elongated images: the largest central crop of an allowed aspect ratio.
-        crop_width, crop_height = min(width, round(height * max_ratio)), min(height, round(width / min_ratio))
-        top, left = (height - crop_height) // 2, (width - crop_width) // 2
-        return top, left, max(crop_height, 1), max(crop_width, 1)
-
-
-# ---- thumbnails ----------------------------------------------------------------------------------------------------
-
-
-def load_thumbnail(image: ImageLike, side: int) -> bytes | None:
-    """Load an image and return its thumbnail, see `make_thumbnail`; return None if the image cannot be read."""
-    try:
-        return make_thumbnail(load_image(image), side)
-    except (ImageError, OSError):
-        return None
-
-
-def make_thumbnail(image: Tensor, side: int) -> bytes:
-    """Encode uint8 (3, H, W) as a JPEG whose longer side has at most `side` pixels."""
-    height, width = image.shape[-2:]
-    scale = min(1.0, side / max(height, width))
-    small = F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
-    return cast(bytes, encode_jpeg(small.contiguous(), quality=80).numpy().tobytes())

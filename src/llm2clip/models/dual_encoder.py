@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from llm2clip.cpu_tuning import onednn_matmul
-from llm2clip.data.images import EvalTransform
+from llm2clip.data.transforms import EvalTransform
 from llm2clip.models.clip_text_encoder import OPEN_CLIP_PREFIX, has_text_tower, load_clip_text_encoder
 from llm2clip.models.fingerprint import hash_weights
 from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder

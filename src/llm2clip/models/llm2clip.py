@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from llm2clip.config import AlignConfig
 from llm2clip.cpu_tuning import onednn_matmul
-from llm2clip.data.images import EvalTransform, load_image
+from llm2clip.data.images import load_image
+from llm2clip.data.transforms import EvalTransform
 from llm2clip.io_utils import atomic_dir
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.convert.checkpoint_io import read_safetensors

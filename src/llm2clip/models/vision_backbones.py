@@ -22,7 +22,7 @@ from timm.data import resolve_model_data_config
 from timm.models import get_pretrained_cfg, load_model_config_from_hf, split_model_name_tag
 from torch import nn
 
-from llm2clip.data.images import Preprocess
+from llm2clip.data.transforms import Preprocess
 from llm2clip.models.pretrained import resolve_pretrained
 
 log = logging.getLogger(__name__)

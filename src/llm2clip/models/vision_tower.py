@@ -17,7 +17,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from llm2clip.data.images import Preprocess
+from llm2clip.data.transforms import Preprocess
 from llm2clip.models.loading import hide_loading_bars
 from llm2clip.models.vision_backbones import build_backbone, load_backbone
 

@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.image_loader import image_batches
 from llm2clip.data.image_refs import FileImage, ImageRef, printable
-from llm2clip.data.images import EvalTransform
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.transforms import EvalTransform
 from llm2clip.distributed import process_state
 from llm2clip.models.fingerprint import hash_weights
 from llm2clip.models.precision import DTYPES

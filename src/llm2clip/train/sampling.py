@@ -21,8 +21,8 @@ from llm2clip.config import AlignConfig
 from llm2clip.data.columns import CAPTION_FIELDS
 from llm2clip.data.hashing import epoch_permutation
 from llm2clip.data.image_loader import decode_or_error
-from llm2clip.data.images import TrainTransform
 from llm2clip.data.records import Record
+from llm2clip.data.transforms import TrainTransform
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.store.image_features import image_keys
 from llm2clip.store.store import EmbeddingStore

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from llm2clip.data.images import Preprocess
+from llm2clip.data.transforms import Preprocess
 from llm2clip.io_utils import read_json
 
 WEIGHT_FILES = (

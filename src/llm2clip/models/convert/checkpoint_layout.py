@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm2clip.data.images import Preprocess
+from llm2clip.data.transforms import Preprocess
 from llm2clip.models.llm2clip import LLM2CLIP
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from llm2clip.data.images import Preprocess
+from llm2clip.data.transforms import Preprocess
 from llm2clip.models.convert.checkpoint_layout import EVA, HF, Checkpoint
 from llm2clip.models.llm2clip import LLM2CLIPConfig
 
