@@ -1,99 +1,243 @@
-"""`llm2clip llava`: the vision tower inside a multimodal LLM."""
+"""Commands `llm2clip llava build`, `train`, `plan`, `evaluate` and `benchmarks`."""
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 
-from llm2clip.cli.commands import Commands, add_reading_arguments, select
+from llm2clip.cli.commands import Commands, add_reading_arguments
 from llm2clip.cli.plan import add_machine_arguments, machine_from_args
 from llm2clip.config import LlavaConfig
 
 
 def add(commands: Commands) -> None:
-    """The verbs of this file."""
-    llava = commands.group("llava", "The vision tower inside a multimodal LLM, as LLaVA-1.5: built, trained, measured.")
-    some = llava.add("build", _build, "A multimodal model of a vision tower and a causal LLM, to be trained.")
-    some.add_argument("--vision", type=str, required=True, help="model folder, or a tower as --align.tower")
-    some.add_argument("--llm", type=str, required=True, help="folder or hub id of a causal LLM; or smollm2-135m")
-    some.add_argument("--image_size", type=int, help="pixels; null is what the tower was trained with")
-    some.add_argument("--out", type=str, required=True, help="folder")
-    some.add_argument("--pad", type=bool, default=True, help="pictures to squares, as LLaVA-1.5 does; else cropped")
-    some = llava.add("train", _train, "Its projector alone, then the LLM with it; resumable.")
-    some.add_argument("model", type=str, help="what `llava build` made")
-    some.add_argument("--pretrain", nargs="+", type=str, default=[], help="for the projector: records, or LLaVA's JSON")
-    some.add_argument("--instruct", nargs="+", type=str, default=[], help="for the LLM: the same kinds of sources")
-    some.add_argument("--images", type=str, help="folder of the images that LLaVA's JSON names; null is the file's own")
-    some.add_argument("--out", type=str, required=True, help="run folder; OUT/model is the result")
-    add_reading_arguments(some)
-    some.add_class_arguments(LlavaConfig, "llava")
-    some = llava.add(
-        "plan", _plan, "What training would take: parameters, memory and hours; nothing is fetched or run."
+    """Add the commands of this module."""
+    llava = commands.group("llava", "LLaVA-1.5 with any vision tower: build, train and evaluate a multimodal LLM.")
+
+    parser = llava.add("build", _build, "Join a vision tower and a causal LLM in an untrained multimodal model.")
+    _add_model_arguments(parser, required=True)
+    parser.add_argument("--out", type=str, required=True, help="New model folder.")
+    parser.add_argument(
+        "--pad",
+        type=bool,
+        default=True,
+        help="Pad images to squares, as LLaVA-1.5 does. false: preprocess them as in the tower's training, usually "
+        "with a center crop.",
     )
-    some.add_argument("--llm", type=str, default="lmsys/vicuna-7b-v1.5", help="as of `llava build`")
-    some.add_argument("--vision", type=str, default="openai/clip-vit-large-patch14-336", help="as of `llava build`")
-    some.add_argument("--image_size", type=int, help="pixels; null is what the tower was trained with")
-    some.add_argument("--pretrain", type=int, default=558_128, help="conversations of the first stage")
-    some.add_argument("--instruct", type=int, default=665_298, help="conversations of the second")
-    some.add_argument("--pretrain_tokens", type=float, default=60, help="of a conversation, beside the picture's")
-    some.add_argument("--instruct_tokens", type=float, default=300, help="the same of the second; LLaVA's are assumed")
-    add_machine_arguments(some)
-    some.add_class_arguments(LlavaConfig, "llava")
-    some = llava.add("evaluate", _evaluate, "Models on LLaVA-1.5's benchmarks, on captions, and on what pictures show.")
-    some.add_argument("models", nargs="+", type=str, help="folders or hub ids of models for images and text")
-    some.add_argument("--benchmarks", nargs="+", type=str, default=[], help="by name, see `llava benchmarks`; or all")
-    some.add_argument("--root", type=str, default="benchmarks", help="folder that holds the benchmarks' folders")
-    some.add_argument("--captions", nargs="+", type=str, default=[], help="records: BLEU-4 and CIDEr-D of captions")
-    some.add_argument("--pope", nargs="+", type=str, default=[], help="records: POPE about what their captions name")
-    some.add_argument("--out", type=str, required=True, help="folder for answers and report.html")
-    some.add_argument("--beams", type=int, default=3, help="of captions; benchmarks are greedy")
-    some.add_argument("--choose", action="store_true", help="multiple choice by likelihood, not by the letter said")
-    some.add_argument("--batch", type=int, default=16, help="questions in a pass")
-    some.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the model")
-    some.add_argument("--limit", type=int, help="only so many of each, to try; what is scored together counts as one")
-    some.add_argument("--judge", type=str, help="address of OpenAI's form for free answers, up to /v1")
-    some.add_argument("--judge_model", type=str, default="gpt-4-0613", help="the judge's name there")
-    add_reading_arguments(some)
-    some = llava.add("benchmarks", _benchmarks, "LLaVA-1.5's benchmarks: which are here, and where to get the others.")
-    some.add_argument("--root", type=str, default="benchmarks", help="folder that holds the benchmarks' folders")
+
+    parser = llava.add("train", _train, "Train the projector, then projector and LLM. Run again to resume.")
+    parser.add_argument("model", type=str, help="Model folder written by `llava build`.")
+    parser.add_argument(
+        "--pretrain", nargs="+", type=str, default=[], help="Data for the projector: sources, or JSON in LLaVA's format."
+    )
+    parser.add_argument(
+        "--instruct",
+        nargs="+",
+        type=str,
+        default=[],
+        help="Data for projector and LLM: sources, or JSON in LLaVA's format.",
+    )
+    parser.add_argument(
+        "--images",
+        type=str,
+        help="Folder that image paths in LLaVA's JSON are relative to. Default: the folder of the JSON file.",
+    )
+    parser.add_argument("--out", type=str, required=True, help="Run directory; the result is OUT/model.")
+    add_reading_arguments(parser)
+    parser.add_class_arguments(LlavaConfig, "llava")
+
+    parser = llava.add("plan", _plan, "Estimate memory and hours of training, without downloading or running anything.")
+    _add_model_arguments(parser, required=False)
+    parser.add_argument("--pretrain", type=int, default=558_128, help="Conversations of the first stage.")
+    parser.add_argument("--instruct", type=int, default=665_298, help="Conversations of the second stage.")
+    parser.add_argument(
+        "--pretrain_tokens", type=float, default=60, help="Mean text tokens per conversation of the first stage."
+    )
+    parser.add_argument(
+        "--instruct_tokens", type=float, default=300, help="Mean text tokens per conversation of the second stage."
+    )
+    add_machine_arguments(parser)
+    parser.add_class_arguments(LlavaConfig, "llava")
+
+    parser = llava.add("evaluate", _evaluate, "Evaluate models on LLaVA-1.5's benchmarks, on captions and on POPE.")
+    parser.add_argument("models", nargs="+", type=str, help="Model folders or hub ids.")
+    parser.add_argument(
+        "--benchmarks",
+        nargs="+",
+        type=str,
+        default=[],
+        help="Names of benchmarks, see `llava benchmarks`, or all: those whose folder exists.",
+    )
+    _add_root_argument(parser)
+    parser.add_argument(
+        "--captions", nargs="+", type=str, default=[], help="Sources to caption; BLEU-4 and CIDEr-D are reported."
+    )
+    parser.add_argument(
+        "--pope", nargs="+", type=str, default=[], help="Sources for POPE on the objects that their captions name."
+    )
+    parser.add_argument("--out", type=str, required=True, help="Folder for answers and report.html.")
+    parser.add_argument(
+        "--num_beams", type=int, default=3, help="Beam size for captions. Benchmarks always use greedy decoding."
+    )
+    parser.add_argument(
+        "--by_likelihood",
+        action="store_true",
+        help="Answer multiple choices with the most likely option, instead of generating its letter.",
+    )
+    parser.add_argument("--batch_size", type=int, default=16, help="Questions per forward pass.")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="Precision of the models.")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        help="Only this many questions of each task, for a quick test. Questions that are scored together count as one.",
+    )
+    parser.add_argument(
+        "--judge", type=str, help="Base URL, up to /v1, of an OpenAI-compatible API that scores free-form answers."
+    )
+    parser.add_argument("--judge_model", type=str, default="gpt-4-0613", help="Model name of the judge.")
+    add_reading_arguments(parser)
+
+    parser = llava.add("benchmarks", _benchmarks, "List LLaVA-1.5's benchmarks and where to download them.")
+    _add_root_argument(parser)
 
 
-def _build(given: Namespace) -> list[str]:
-    from llm2clip.llava.verbs import build_verb
+def _add_model_arguments(parser: ArgumentParser, required: bool) -> None:
+    """Add the arguments of `build` and `plan`; those of LLaVA-1.5 are the defaults if they are not required."""
+    parser.add_argument(
+        "--vision",
+        type=str,
+        required=required,
+        default=None if required else "openai/clip-vit-large-patch14-336",
+        help="LLM2CLIP model folder, or a tower as in --align.tower.",
+    )
+    parser.add_argument(
+        "--llm",
+        type=str,
+        required=required,
+        default=None if required else "lmsys/vicuna-7b-v1.5",
+        help="Folder or hub id of a causal LLM.",
+    )
+    parser.add_argument(
+        "--image_size", type=int, help="Image size in pixels. Default: the size that the tower was trained with."
+    )
 
-    return build_verb(given.vision, given.llm, given.out, given.image_size, given.pad)
+
+def _add_root_argument(parser: ArgumentParser) -> None:
+    parser.add_argument("--root", type=str, default="benchmarks", help="Folder that holds one folder per benchmark.")
 
 
-def _train(given: Namespace) -> list[str]:
-    from llm2clip.llava.verbs import train_verb
+def _build(args: Namespace) -> list[str]:
+    from llm2clip.llava.build import build_llava
+    from llm2clip.llava.vision import load_tower
 
-    reads = select(given, "images", "columns", "max_skipped")
-    return train_verb(given.model, given.pretrain, given.instruct, given.out, config=given.llava, **reads)
+    folder = build_llava(load_tower(args.vision, args.image_size), args.llm, args.out, pad=args.pad)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return [
+        f"Built: {folder} ({config['image_seq_length']} tokens per image; the projector is untrained)",
+        f"Next: llm2clip llava train {folder} --pretrain CAPTIONS --instruct CONVERSATIONS --out RUN",
+    ]
 
 
-def _plan(given: Namespace) -> list[str]:
+def _train(args: Namespace) -> list[str]:
+    from llm2clip.data.skip_log import SkipLog
+    from llm2clip.distributed import print_once, process_state
+    from llm2clip.llava.datasets import captioning_conversations, instruction_conversations, read_conversations
+    from llm2clip.llava.train import train_llava
+    from llm2clip.run_config import save_or_check_config
+
+    run = Path(args.out)
+    is_main = process_state().is_main_process
+    if is_main:
+        names = ("model", "pretrain", "instruct", "images", "columns", "llava")
+        save_or_check_config({name: args[name] for name in names}, run)
+    log = SkipLog(run / "skipped.jsonl" if is_main else None, args.max_skipped)
+    reading = {"images": args.images, "columns": args.columns, "log": log, "seed": args.llava.seed}
+    pretrain = read_conversations(args.pretrain, captioning_conversations, **reading)
+    instruct = read_conversations(args.instruct, instruction_conversations, **reading)
+    print_once(
+        f"{len(pretrain):,} conversations for the projector, {len(instruct):,} for projector and LLM", log.summary()
+    )
+    config = LlavaConfig(**vars(args.llava))
+    folder = train_llava(args.model, pretrain, instruct, config=config, out=run, log=log)
+    return [
+        f"Model: {folder}",
+        f"Next: llm2clip llava evaluate {folder} --captions DATA --pope DATA --out OUT",
+        f'Use: pipeline("image-text-to-text", model="{folder}")',
+    ]
+
+
+def _plan(args: Namespace) -> list[str]:
     from llm2clip.tools.plan.llava import format_llava_plan, plan_llava
 
-    asked = select(given, "pretrain", "instruct")
-    tokens = {stage: given[f"{stage}_tokens"] for stage in asked}
-    return format_llava_plan(
-        plan_llava(given.llava, machine_from_args(given), given.llm, given.vision, given.image_size, asked, tokens),
-        asked,
+    conversations = {"pretrain": args.pretrain, "instruct": args.instruct}
+    text_tokens = {"pretrain": args.pretrain_tokens, "instruct": args.instruct_tokens}
+    plan = plan_llava(
+        args.llava,
+        machine_from_args(args),
+        llm=args.llm,
+        vision=args.vision,
+        image_size=args.image_size,
+        conversations=conversations,
+        text_tokens=text_tokens,
     )
+    return format_llava_plan(plan, conversations)
 
 
-def _evaluate(given: Namespace) -> list[str]:
+def _evaluate(args: Namespace) -> list[str]:
+    from llm2clip.data.merged_records import read_merged_records
+    from llm2clip.data.skip_log import SkipLog
+    from llm2clip.distributed import command_line, process_state
+    from llm2clip.io_utils import atomic_write_text
+    from llm2clip.llava.evaluate import GenerationOptions, caption_task, evaluate_model, pope_task
+    from llm2clip.llava.report import write_llava_report
+    from llm2clip.llava.tasks import read_benchmarks
+    from llm2clip.llava.tasks.base import first_units
     from llm2clip.llava.tasks.llm_judge import OpenAIJudge
-    from llm2clip.llava.verbs import evaluate_verb
 
-    judge = OpenAIJudge(given.judge, given.judge_model, os.environ.get("OPENAI_API_KEY", "")) if given.judge else None
-    names = ("benchmarks", "root", "captions", "pope", "columns", "max_skipped")
-    how = ("beams", "choose", "batch", "precision", "limit")
-    return evaluate_verb(given.models, given.out, judge=judge, **select(given, *names, *how))
+    out = Path(args.out)
+    is_main = process_state().is_main_process
+    log = SkipLog(out / "skipped.jsonl" if is_main else None, args.max_skipped)
+    tasks = read_benchmarks(args.benchmarks, args.root, log)
+    # Rows of the same image are merged: what another row names must not be asked about as absent.
+    for sources, make_task in ((args.captions, caption_task), (args.pope, pope_task)):
+        if sources:
+            records = [record for _, record in read_merged_records(sources, args.columns, log)]
+            tasks.append(make_task(records))
+    if not tasks:
+        raise ValueError("Nothing to evaluate: give --captions DATA, --pope DATA, or --benchmarks with --root")
+    log.check()
+    tasks = [(task, first_units(questions, args.limit)) for task, questions in tasks]
+    judge = OpenAIJudge(args.judge, args.judge_model, os.environ.get("OPENAI_API_KEY", "")) if args.judge else None
+    options = GenerationOptions(
+        num_beams=args.num_beams,
+        by_likelihood=args.by_likelihood,
+        batch_size=args.batch_size,
+        precision=args.precision,
+        judge=judge,
+    )
+    results = [result for model in args.models for result in evaluate_model(model, tasks, options, out, log)]
+    log.check()
+    if not is_main:
+        return []
+    atomic_write_text(out / "results.json", json.dumps([result.to_dict() for result in results], indent=1))
+    page = write_llava_report(results, command_line(), out)
+    lines = []
+    for result in results:
+        metrics = ", ".join(f"{name} {value:.1f}" for name, value in list(result.metrics.items())[:4])
+        count = len(result.questions)
+        lines.append(f"{result.model}, {result.task} ({count:,} questions): {metrics or 'answered, not scored'}")
+    return [*lines, log.summary(), f"Report: {page}"]
 
 
-def _benchmarks(given: Namespace) -> list[str]:
-    from llm2clip.llava.verbs import tasks_verb
+def _benchmarks(args: Namespace) -> list[str]:
+    from llm2clip.llava.tasks import TASKS
 
-    return tasks_verb(given.root)
+    width = max(map(len, TASKS))
+    lines = []
+    for name, task in TASKS.items():
+        status = "found" if task.folder(args.root).is_dir() else "missing"
+        lines.append(f"{name:<{width}}  {status:<7}  {task.description}; {task.source}")
+    return lines

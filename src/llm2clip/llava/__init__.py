@@ -1,1 +1,1 @@
-"""A vision tower inside a multimodal LLM, LLaVA-1.5 (arXiv 2310.03744): built from parts of transformers, trained."""
+"""LLaVA-1.5 (arXiv 2310.03744) with any vision tower and causal LLM: build, train, generate and evaluate."""

@@ -1,196 +1,160 @@
-"""A multimodal model of transformers' own classes: a vision tower, a two-layer projector, any causal LLM.
+"""Untrained LLaVA models, built from a vision tower, a random projector and a causal LLM.
 
-LLaVA-1.5 (arXiv 2310.03744): the projector turns patch features, those of the layer before the last, into tokens that
-the LLM reads in the place of `<image>`. Towers of transformers go into `LlavaForConditionalGeneration`. Convolutional
-towers of timm give their last feature map, which `FastVlmForConditionalGeneration` reads: the same projector and LLM.
-Both are opened by `AutoModelForImageTextToText.from_pretrained` and `pipeline("image-text-to-text")` without this
-package. timm's vision transformers, which no class of transformers reads, take a file of code in the folder
-(`modeling_patches.py`), and with it `trust_remote_code=True` where this package is not imported.
+As in LLaVA-1.5 (arXiv 2310.03744), a two-layer projector maps the tower's patch features from the second-to-last
+layer to embeddings, which replace the `<image>` tokens in the input of the LLM. The class depends on the tower:
+
+- Towers from transformers: `LlavaForConditionalGeneration`.
+- Convolutional towers from timm: `FastVlmForConditionalGeneration`, which reads their last feature map. Projector and
+  LLM are the same.
+- Vision transformers from timm: `PatchLlava`, because no class in transformers reads their patch features. Its source
+  file `modeling_patches.py` is copied into the model folder. Loading it without llm2clip needs
+  `trust_remote_code=True`.
+
+`AutoModelForImageTextToText.from_pretrained` and `pipeline("image-text-to-text")` load all of them without llm2clip.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from llm2clip.io_utils import atomic_dir
 from llm2clip.llava import modeling_patches
-from llm2clip.llava.chat_template import IMAGE, answer_end_tokens, check_template, get_chat_template
-from llm2clip.models.export.vision import build_vision_model
+from llm2clip.llava.chat_template import IMAGE_TOKEN, answer_end_tokens, check_template, get_chat_template
+from llm2clip.llava.vision import count_image_tokens, has_class_token, to_llava_tower
 from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.models.vision_tower import VisionTower
 
 
 def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pad: bool = True) -> Path:
-    """Write an untrained multimodal model: whole, or not at all. Its projector is random, the rest is as it was, but
-    that the tower takes the LLM's precision. What was written is opened again, and must say of a text what the LLM
-    does.
+    """Write an untrained LLaVA model to a folder. Only the projector is initialised randomly.
+
+    The tower is converted to the dtype of the LLM. The folder is loaded again before it gets its final name, and its
+    logits for a text must equal those of the LLM.
 
     Args:
-        tower: whose patch features the LLM will see.
-        llm: folder, hub id, or name of `models/assets.py`, of a causal LLM with its tokenizer; its precision is kept.
-        out: folder, not there yet.
-        seed: of the projector.
-        pad: pictures are padded to squares, as LLaVA-1.5's are; else a tower that was trained on the middle of pictures
-            sees that alone.
+        tower: vision tower.
+        llm: folder, hub id or short name of a causal LLM with its tokenizer. Its dtype is kept.
+        out: new folder.
+        seed: seed of the projector's initialisation.
+        pad: pad images to squares, as LLaVA-1.5 does. Otherwise images are preprocessed as in the tower's training,
+            which may include a center crop.
+
+    Returns:
+        The folder.
 
     Raises:
-        ValueError: the tower has no patch features that transformers' classes read; or the LLM has no head, or one that
-            they have no place for.
-        FileExistsError: `out` is there.
+        ValueError: the tower has no patch features that the LLaVA classes can read, or the LLM has no head or one that
+            these classes cannot represent.
+        FileExistsError: `out` exists.
     """
     from transformers import AutoTokenizer
 
-    out, llm = Path(out), resolve_pretrained(llm)
+    out = Path(out)
     if out.exists():
-        raise FileExistsError(f"{out} is there already; choose another place")
+        raise FileExistsError(f"{out} already exists. Choose another folder")
+    llm = resolve_pretrained(llm)
     tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
     decoder = load_causal_llm(llm)
-    ids = tokenizer("A photograph of a dog and two cats.", return_tensors="pt")["input_ids"]
+    text_ids = tokenizer("A photograph of a dog and two cats.", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
-        expected = decoder(input_ids=ids).logits.float()
+        expected_logits = decoder(input_ids=text_ids).logits.float()
     model, processor = assemble_llava(tower, decoder, tokenizer, seed, pad)
-    tmp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    try:
-        save_llava(model, processor, tmp)
+    with atomic_dir(out) as folder:
+        save_llava(model, processor, folder)
         del model, decoder
-        _check(tmp, llm, ids, expected)
-        os.replace(tmp, out)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+        _check_saved_model(folder, llm, text_ids, expected_logits)
     return out
 
 
-def _check(folder: Path, llm: str, ids: torch.Tensor, expected: torch.Tensor) -> None:
-    """Raises ValueError if what is in the folder does not say of a text what the LLM does, or does not take a
-    picture."""
-    from PIL import Image
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
-    with torch.inference_mode():
-        found = model(input_ids=ids).logits.float()[..., : expected.shape[-1]]
-        close = 1e-3 if model.dtype == torch.float32 else 5e-2
-        if found.shape != expected.shape or (found - expected).norm() > close * expected.norm():
-            raise ValueError(
-                f"{llm} has something that LLaVA's class in transformers has no place for (such as a bias or a scale "
-                "of its logits): in it, it would say something else. Take another LLM"
-            )
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-        inputs = processor(images=Image.new("RGB", (64, 48)), text=IMAGE, return_tensors="pt")
-        model(**inputs.to(model.dtype))
-
-
-def save_llava(model: Any, processor: Any, folder: Path) -> None:
-    """Write the parts of a model folder, with the file of code where its tower needs one."""
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    if isinstance(model, modeling_patches.PatchLlava):
-        code = Path(modeling_patches.__file__)
-        (folder / code.name).write_text(code.read_text(encoding="utf-8"), encoding="utf-8")
-        file = folder / "config.json"
-        config = json.loads(file.read_text(encoding="utf-8"))
-        config["auto_map"] = {
-            "AutoConfig": f"{code.stem}.{modeling_patches.PatchLlavaConfig.__name__}",
-            "AutoModelForImageTextToText": f"{code.stem}.{modeling_patches.PatchLlava.__name__}",
-        }
-        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
 def load_causal_llm(name: str) -> Any:
-    """A decoder with its head, in the precision that it was saved in.
+    """Load a causal LLM with its head, in the dtype that it was saved in.
 
     Raises:
-        ValueError: it was saved without one.
+        ValueError: the checkpoint lacks weights, such as those of the head.
     """
     from transformers import AutoModelForCausalLM
 
-    found: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         name, dtype="auto", trust_remote_code=False, output_loading_info=True
     )
-    llm, report = found
-    if report["missing_keys"]:
-        raise ValueError(f"{name} is no whole causal LLM: it lacks {sorted(report['missing_keys'])[:3]}")
+    llm, loading_info = loaded
+    missing = sorted(loading_info["missing_keys"])
+    if missing:
+        raise ValueError(f"{name} is not a complete causal LLM: its checkpoint lacks {', '.join(missing[:3])}")
     return llm
 
 
 def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, pad: bool = True) -> tuple[Any, Any]:
-    """The model and its processor, of parts that become its own; see `build`."""
-    from transformers import GenerationConfig, LlavaImageProcessor, LlavaProcessor
+    """Return a LLaVA model and its processor, see `build_llava`. The LLM and the tokenizer are modified in place."""
+    vision = to_llava_tower(tower)
+    patches, registers = count_image_tokens(vision, tower.preprocess.size)
+    _add_image_token(tokenizer, llm)
+    check_template(tokenizer)
+    model = _join(vision, llm, tokenizer, image_tokens=patches + registers, seed=seed)
+    model.generation_config = _generation_config(llm, tokenizer)
+    processor = _build_processor(tower, vision, tokenizer, patches=patches, registers=registers, pad=pad)
+    return model.eval(), processor
 
-    vision = _seeing(tower)
-    patches, extra = _patches(vision, tower)
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]}, replace_extra_special_tokens=False)
+
+def save_llava(model: Any, processor: Any, folder: Path) -> None:
+    """Write a model and its processor to a folder, with `modeling_patches.py` if the model needs it."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    if not isinstance(model, modeling_patches.PatchLlava):
+        return
+    code = Path(modeling_patches.__file__)
+    (folder / code.name).write_text(code.read_text(encoding="utf-8"), encoding="utf-8")
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["auto_map"] = {
+        "AutoConfig": f"{code.stem}.{modeling_patches.PatchLlavaConfig.__name__}",
+        "AutoModelForImageTextToText": f"{code.stem}.{modeling_patches.PatchLlava.__name__}",
+    }
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _add_image_token(tokenizer: Any, llm: Any) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    check_template(tokenizer)
-
-    model = _whole(vision, llm, tokenizer, patches + extra, seed)
-    generation = GenerationConfig.from_model_config(llm.config)
-    own = llm.generation_config.eos_token_id
-    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]), *answer_end_tokens(tokenizer)]
-    generation.update(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=sorted({end for end in ends if end is not None}),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model.generation_config = generation
-    side = tower.preprocess.size
-    patch = side // math.isqrt(patches)
-    if (side // patch) ** 2 != patches:  # this is how the processor counts them
-        raise ValueError(f"{patches} features of {side} pixels are no square grid that transformers' processor counts")
-    settings = tower.preprocess.to_dict() | {"image_processor_type": "LlavaImageProcessor"}
-    settings["do_pad"] = pad and tower.preprocess.resize == "shortest"
-    image_processor = LlavaImageProcessor.from_dict(settings)
-    processor = LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=patch,
-        vision_feature_select_strategy="default" if _has_class_token(vision) else "full",
-        num_additional_image_tokens=extra + _has_class_token(vision),
-        image_token=IMAGE,
-        get_chat_template=get_chat_template(tokenizer),
-    )
-    return model.eval(), processor
 
 
-def _whole(vision: Any, llm: Any, tokenizer: Any, tokens: int, seed: int) -> Any:
-    """The parts in one model; nothing is initialised but the projector."""
+def _join(vision: Any, llm: Any, tokenizer: Any, *, image_tokens: int, seed: int) -> Any:
+    """Join tower and LLM in one model with a new projector, in the dtype of the LLM."""
     from transformers import FastVlmConfig, FastVlmForConditionalGeneration, LlavaConfig, LlavaForConditionalGeneration
 
     common: dict[str, Any] = {
         "vision_config": vision.config,
         "text_config": llm.config,
-        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE),
-        "image_seq_length": tokens,
+        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        "image_seq_length": image_tokens,
         "tie_word_embeddings": llm.config.tie_word_embeddings,
     }
-    kind: Any
+    model_class: Any
     config: Any
     if isinstance(vision, modeling_patches.PatchTower):
-        kind = modeling_patches.PatchLlava
+        model_class = modeling_patches.PatchLlava
         config = modeling_patches.PatchLlavaConfig(
             **common, vision_feature_layer=-2, vision_feature_select_strategy="full"
         )
     elif vision.config.model_type == "timm_wrapper":
         vision.config.hidden_size = vision.timm_model.num_features
-        kind, config = FastVlmForConditionalGeneration, FastVlmConfig(**common)
+        model_class = FastVlmForConditionalGeneration
+        config = FastVlmConfig(**common)
     else:
-        strategy: Any = "default" if _has_class_token(vision) else "full"
-        config = LlavaConfig(**common, vision_feature_layer=-2, vision_feature_select_strategy=strategy)
-        kind = LlavaForConditionalGeneration
-    with torch.device("meta"):
-        model = kind(config)
+        model_class = LlavaForConditionalGeneration
+        config = LlavaConfig(
+            **common, vision_feature_layer=-2, vision_feature_select_strategy=_select_strategy(vision)
+        )
+    with torch.device("meta"):  # allocates no weights: all parts are replaced below
+        model = model_class(config)
     model.model.vision_tower = vision
     model.model.language_model = llm.get_decoder()
     model.lm_head = llm.get_output_embeddings()
@@ -200,67 +164,85 @@ def _whole(vision: Any, llm: Any, tokenizer: Any, tokens: int, seed: int) -> Any
     return model.to(llm.dtype)
 
 
-def _seeing(tower: VisionTower) -> Any:
-    """The tower as a model whose patch features LLaVA's classes read, in float32."""
-    backbone: Any = tower.backbone
-    if tower.config["library"] != "timm" or not hasattr(getattr(backbone, "patch_embed", None), "num_patches"):
-        return build_vision_model(tower)
-    args = {name: value for name, value in tower.config["args"].items() if name != "num_classes"}
-    config = modeling_patches.PatchTowerConfig(
-        architecture=tower.config["architecture"],
-        model_args=args,
-        hidden_size=backbone.embed_dim,
+def _select_strategy(vision: Any) -> Any:
+    """Return transformers' name for dropping the class token ("default") or keeping all tokens ("full")."""
+    return "default" if has_class_token(vision) else "full"
+
+
+def _generation_config(llm: Any, tokenizer: Any) -> Any:
+    """Return the generation config: the LLM's, plus the tokens that end an answer in the chat template."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig.from_model_config(llm.config)
+    llm_eos = llm.generation_config.eos_token_id
+    end_tokens = {tokenizer.eos_token_id, *answer_end_tokens(tokenizer)}
+    end_tokens.update(llm_eos if isinstance(llm_eos, list) else [llm_eos])
+    config.update(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=sorted(token for token in end_tokens if token is not None),
+        pad_token_id=tokenizer.pad_token_id,
     )
-    vision = modeling_patches.PatchTower(config)
-    vision.timm_model.load_state_dict({name: t.detach().cpu() for name, t in backbone.state_dict().items()})
-    return vision.float().eval()
+    return config
 
 
-def _patches(vision: Any, tower: VisionTower) -> tuple[int, int]:
-    """How many patch features the LLM is to see of a picture, and how many tokens without a place beside them.
+def _build_processor(
+    tower: VisionTower, vision: Any, tokenizer: Any, *, patches: int, registers: int, pad: bool
+) -> Any:
+    """Return the processor.
 
     Raises:
-        ValueError: they are none that transformers' classes read.
+        ValueError: the patches are not a square grid, which is how the processor counts image tokens.
     """
+    from transformers import LlavaImageProcessor, LlavaProcessor
+
     size = tower.preprocess.size
-    kind = vision.config.model_type
-    if isinstance(vision, modeling_patches.PatchTower):
-        try:
-            with torch.inference_mode():
-                patches = int(vision(torch.zeros(1, 3, size, size)).hidden_states[-2].shape[1])
-        except (AssertionError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{vision.config.architecture} does not give patches block by block: {error}") from error
-        return patches, 0
-    if kind == "timm_wrapper":
-        with torch.inference_mode():
-            last = vision(torch.zeros(1, 3, size, size)).last_hidden_state
-        if last.ndim != 4 or last.shape[1] != vision.timm_model.num_features:
+    patch_size = size // math.isqrt(patches)
+    if (size // patch_size) ** 2 != patches:
+        raise ValueError(
+            f"the tower returns {patches} patches for {size} x {size} pixels. They must be a square grid, because "
+            "LlavaProcessor counts image tokens as (size // patch_size)^2"
+        )
+    settings = tower.preprocess.to_dict() | {"image_processor_type": "LlavaImageProcessor"}
+    settings["do_pad"] = pad and tower.preprocess.resize == "shortest"
+    return LlavaProcessor(
+        image_processor=LlavaImageProcessor.from_dict(settings),
+        tokenizer=tokenizer,
+        patch_size=patch_size,
+        vision_feature_select_strategy=_select_strategy(vision),
+        num_additional_image_tokens=registers + has_class_token(vision),
+        image_token=IMAGE_TOKEN,
+        chat_template=get_chat_template(tokenizer),
+    )
+
+
+def _check_saved_model(folder: Path, llm: str, text_ids: torch.Tensor, expected_logits: torch.Tensor) -> None:
+    """Load a saved model, compare its logits for a text with those of the LLM, and run it on an image.
+
+    Args:
+        folder: model folder.
+        llm: name of the LLM, for the error message.
+        text_ids: (1, tokens) int64.
+        expected_logits: logits of the LLM, (1, tokens, vocabulary) float32.
+
+    Raises:
+        ValueError: the logits differ.
+    """
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    with torch.inference_mode():
+        # The vocabulary may have grown by the image token and padding.
+        logits = model(input_ids=text_ids).logits.float()[..., : expected_logits.shape[-1]]
+        tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+        if (
+            logits.shape != expected_logits.shape
+            or (logits - expected_logits).norm() > tolerance * expected_logits.norm()
+        ):
             raise ValueError(
-                f"{vision.config.architecture} gives no map of features, channels first: take a convolutional net or a "
-                "vision transformer of timm, or a CLIP, SigLIP or DINO tower of transformers"
+                f"{llm} cannot be used: inside LLaVA its logits differ. transformers' LLaVA classes do not support "
+                "output biases or logit scales. Use another LLM"
             )
-        return last.shape[2] * last.shape[3], 0
-    if kind in ("clip_vision_model", "siglip_vision_model") and vision.config.image_size != size:
-        _resize_positions(vision, size)
-    return (size // vision.config.patch_size) ** 2, getattr(vision.config, "num_register_tokens", 0)
-
-
-def _has_class_token(vision: Any) -> bool:
-    return vision.config.model_type not in ("timm_wrapper", "siglip_vision_model", "llm2clip_patches")
-
-
-def _resize_positions(vision: Any, size: int) -> None:
-    """Position embeddings for another size than the tower's first, in the weights: LLaVA's classes resize none."""
-    inner = getattr(vision, "vision_model", vision)
-    embeddings = inner.embeddings
-    old = embeddings.position_embedding.weight
-    count = (size // vision.config.patch_size) ** 2
-    beside = len(old) - (vision.config.image_size // vision.config.patch_size) ** 2
-    dummy = torch.zeros(1, count + beside, old.shape[1])
-    with torch.no_grad():
-        new = embeddings.interpolate_pos_encoding(dummy, size, size)[0]
-    embeddings.position_embedding = nn.Embedding.from_pretrained(new.contiguous(), freeze=False)
-    embeddings.image_size = vision.config.image_size = size
-    embeddings.num_patches = count
-    embeddings.num_positions = len(new)
-    embeddings.register_buffer("position_ids", torch.arange(len(new)).expand((1, -1)), persistent=False)
+        inputs = processor(images=Image.new("RGB", (64, 48)), text=IMAGE_TOKEN, return_tensors="pt")
+        model(**inputs.to(model.dtype))

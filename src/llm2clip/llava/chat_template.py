@@ -1,7 +1,7 @@
-"""A conversation about a picture as the tokens that the LLM reads, with the answers marked.
+"""Chat templates for conversations about an image, and tokenization with labels on the answers only.
 
-The LLM's own chat template is kept where it has one, and LLaVA-1.5's (Vicuna's) taken where it has none. In front of it
-stands a piece that turns lists of contents, as transformers' processors give them, into text with `<image>`.
+The LLM's own chat template is used if it has one, otherwise that of Vicuna, which LLaVA-1.5 uses. A Jinja prefix
+converts message contents that are lists, as transformers' processors produce them, to text with `<image>`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 from llm2clip.data.image_refs import ImageRef
 
-IMAGE = "<image>"
-PLACE = ("\ue000", "\ue001")  # around the number of an answer, while the template is filled in
-IGNORED = -100  # the label of a token that is no answer, as transformers' losses have it
+IMAGE_TOKEN = "<image>"
+IGNORE_INDEX = -100  # label of tokens that are not part of an answer, as in transformers and cross_entropy
+PLACEHOLDER_MARKS = ("\ue000", "\ue001")  # enclose the number of an answer while the template is rendered
 
-_FLAT = """{%- set flat = namespace(messages=[]) -%}
+_FLATTEN_CONTENT = """{%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
   {%- set content = namespace(text='') -%}
   {%- if message['content'] is string -%}
@@ -31,7 +31,7 @@ _FLAT = """{%- set flat = namespace(messages=[]) -%}
 {%- endfor -%}
 {%- set messages = flat.messages -%}
 """
-_VICUNA = """{{- 'A chat between a curious user and an artificial intelligence assistant. ' -}}
+_VICUNA_TEMPLATE = """{{- 'A chat between a curious user and an artificial intelligence assistant. ' -}}
 {{- "The assistant gives helpful, detailed, and polite answers to the user's questions. " -}}
 {%- for message in messages -%}
   {%- if message['role'] == 'user' -%}{{- 'USER: ' + message['content'] + ' ' -}}
@@ -43,7 +43,7 @@ _VICUNA = """{{- 'A chat between a curious user and an artificial intelligence a
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Questions with their answers, about a picture or about none; `image` stands before the first question."""
+    """Pairs of question and answer, with or without an image. The image is placed before the first question."""
 
     id: str
     image: ImageRef | None
@@ -52,117 +52,134 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class LabeledTokens:
-    """Token ids of a conversation, and of each its label: itself where it is part of an answer, else IGNORED."""
+    """Token ids of a conversation and one label per token: the id itself in answers, otherwise IGNORE_INDEX."""
 
     ids: list[int]
     labels: list[int]
 
 
 def get_chat_template(tokenizer: Any) -> str:
-    """For a processor: takes contents with images, and ends in the LLM's own template, or Vicuna's."""
-    own = tokenizer.chat_template
-    if own is not None and own.startswith(_FLAT):
-        return str(own)
-    return _FLAT + (own or _VICUNA)
+    """Return the processor's chat template: the content prefix, then the LLM's own template or Vicuna's."""
+    template = tokenizer.chat_template
+    if template is not None and template.startswith(_FLATTEN_CONTENT):
+        return str(template)
+    return _FLATTEN_CONTENT + (template or _VICUNA_TEMPLATE)
 
 
 def check_template(tokenizer: Any) -> None:
-    """Raises ValueError if answers cannot be found again in what the template makes of a conversation."""
-    one = Conversation("", None, (("A question?", "An answer."), ("Another?", "Yes.")))
-    marked = tokenize_and_label(one, tokenizer, 0)
-    answers = tokenizer.decode([label for label in marked.labels if label != IGNORED], skip_special_tokens=True)
-    if re.sub(r"\s", "", answers) != "Ananswer.Yes.":
-        raise ValueError(f"the LLM's chat template hides the answers: they read {answers!r}")
+    """Check that the labels of a conversation decode to its answers.
+
+    Raises:
+        ValueError: they do not, or see `tokenize_and_label`.
+    """
+    conversation = Conversation("", None, (("A question?", "An answer."), ("Another?", "Yes.")))
+    labels = tokenize_and_label(conversation, tokenizer, 0).labels
+    decoded = tokenizer.decode([label for label in labels if label != IGNORE_INDEX], skip_special_tokens=True)
+    if re.sub(r"\s", "", decoded) != "Ananswer.Yes.":
+        raise ValueError(f"the LLM's chat template changes the answers 'An answer.' and 'Yes.' to {decoded!r}")
 
 
 def to_messages(conversation: Conversation) -> list[dict[str, Any]]:
-    """The conversation as transformers' processors take it."""
-    found: list[dict[str, Any]] = []
+    """Convert a conversation to the message format of transformers' processors."""
+    messages: list[dict[str, Any]] = []
     for n, (question, answer) in enumerate(conversation.turns):
-        content: list[dict[str, Any]] = [{"type": "text", "text": plain_prompt(question)}]
+        content: list[dict[str, Any]] = [{"type": "text", "text": clean_text(question)}]
         if n == 0 and conversation.image is not None:
             content.insert(0, {"type": "image"})
-        found += [
-            {"role": "user", "content": content},
-            {"role": "assistant", "content": [{"type": "text", "text": plain_prompt(answer)}]},
-        ]
-    return found
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": clean_text(answer)}]})
+    return messages
 
 
-def plain_prompt(text: str) -> str:
-    """Without marks of a picture, whose place is known, and without space around.
+def clean_text(text: str) -> str:
+    """Remove `<image>` tokens, whose place the template determines, and surrounding whitespace.
 
     Raises:
-        ValueError: it is not valid Unicode, or holds what `mark` puts in the place of an answer.
+        ValueError: the text is not valid Unicode, or contains a character of PLACEHOLDER_MARKS.
     """
-    text.encode()  # half of an emoji, say, which no tokenizer takes
-    if PLACE[0] in text or PLACE[1] in text:
-        raise ValueError(f"the characters {PLACE[0]!r} and {PLACE[1]!r} are for private use")
-    while IMAGE in text:  # again, for one within another
-        text = text.replace(IMAGE, "")
+    text.encode()  # raises for lone surrogates such as half an emoji, which no tokenizer accepts
+    if any(mark in text for mark in PLACEHOLDER_MARKS):
+        raise ValueError("the private-use characters U+E000 and U+E001 are reserved and must not occur in texts")
+    while IMAGE_TOKEN in text:  # removing one can form another: <im<image>age>
+        text = text.replace(IMAGE_TOKEN, "")
     return text.strip()
 
 
 def answer_end_tokens(tokenizer: Any) -> set[int]:
-    """The special tokens that end answers in the template."""
-    marked = tokenize_and_label(Conversation("", None, (("A question?", "An answer."),)), tokenizer, 0)
-    return {max((n, label) for n, label in enumerate(marked.labels) if label != IGNORED)[1]}
+    """Return the ids of the special tokens that end an answer in the chat template."""
+    labeled = tokenize_and_label(Conversation("", None, (("A question?", "An answer."),)), tokenizer, 0)
+    return {[label for label in labeled.labels if label != IGNORE_INDEX][-1]}
 
 
-def tokenize_and_label(conversation: Conversation, tokenizer: Any, tokens: int) -> LabeledTokens:
-    """Tokens of a conversation; answers with the special token that ends them are labelled.
+def tokenize_and_label(conversation: Conversation, tokenizer: Any, image_tokens: int) -> LabeledTokens:
+    """Tokenize a conversation and label its answers, each with the special token that ends it.
+
+    The template is rendered with numbered placeholders instead of the answers, so that the answers' spans are known
+    exactly for any template.
 
     Args:
-        conversation: its last answer included.
-        tokenizer: the processor's.
-        tokens: of a picture.
+        conversation: must include its last answer.
+        tokenizer: the processor's tokenizer.
+        image_tokens: number of tokens per image.
 
     Raises:
-        ValueError: the template loses an answer, or has nothing that ends it.
+        ValueError: the template drops an answer, or has no special token after one.
     """
-    said = to_messages(conversation)
-    answers = [entry["content"][0]["text"] for entry in said[1::2]]
-    for n, entry in enumerate(said[1::2]):
-        entry["content"][0]["text"] = _place(n)
-    whole = tokenizer.apply_chat_template(
-        said, chat_template=get_chat_template(tokenizer), tokenize=False, add_generation_prompt=False
+    messages = to_messages(conversation)
+    answers = []
+    for n, message in enumerate(messages[1::2]):
+        answers.append(message["content"][0]["text"])
+        message["content"][0]["text"] = _placeholder(n)
+    rendered = tokenizer.apply_chat_template(
+        messages, chat_template=get_chat_template(tokenizer), tokenize=False, add_generation_prompt=False
     )
-    text, spans = "", []
+    special_tokens = _special_tokens(tokenizer)
+    text = ""
+    spans = []  # (start, end) of each answer in the text, its end token included
     for n, answer in enumerate(answers):
-        before, found, whole = whole.partition(_place(n))
-        if not found:
+        before, placeholder, rendered = rendered.partition(_placeholder(n))
+        if not placeholder:
             raise ValueError("the LLM's chat template drops an answer")
-        end = next((s for s in _specials(tokenizer) if whole.lstrip().startswith(s)), None)
-        if end is None:
-            raise ValueError("the LLM's chat template has no special token after an answer, so that it would not end")
-        text += before
-        ended = whole[: whole.index(end) + len(end)]
-        spans.append((len(text), len(text) + len(answer) + len(ended)))
-        text += answer + ended
-        whole = whole[len(ended) :]
-    return _tokens(text, spans, tokenizer, tokens)
+        end_token = next((token for token in special_tokens if rendered.lstrip().startswith(token)), None)
+        if end_token is None:
+            raise ValueError(
+                "the LLM's chat template has no special token after an answer, so the model could not learn to stop"
+            )
+        length = rendered.index(end_token) + len(end_token)
+        ending, rendered = rendered[:length], rendered[length:]
+        start = len(text) + len(before)
+        text += before + answer + ending
+        spans.append((start, len(text)))
+    return _label_spans(text, spans, tokenizer, image_tokens)
 
 
-def _tokens(text: str, spans: list[tuple[int, int]], tokenizer: Any, tokens: int) -> LabeledTokens:
-    starts_itself = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    read = tokenizer(text, add_special_tokens=not starts_itself, return_offsets_mapping=True)
-    image = tokenizer.convert_tokens_to_ids(IMAGE)
+def _placeholder(n: int) -> str:
+    return f"{PLACEHOLDER_MARKS[0]}{n}{PLACEHOLDER_MARKS[1]}"
+
+
+def _special_tokens(tokenizer: Any) -> list[str]:
+    """Return all special tokens but `<image>`, longest first.
+
+    `all_special_tokens` lacks some added tokens that are marked as special.
+    """
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted({*tokenizer.all_special_tokens, *added} - {IMAGE_TOKEN}, key=len, reverse=True)
+
+
+def _label_spans(text: str, spans: list[tuple[int, int]], tokenizer: Any, image_tokens: int) -> LabeledTokens:
+    """Tokenize a text, repeat each `<image>` token, and label the tokens within the character spans."""
+    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    encoded = tokenizer(text, add_special_tokens=not has_bos, return_offsets_mapping=True)
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     ids: list[int] = []
     labels: list[int] = []
-    for token, (_, end) in zip(read["input_ids"], read["offset_mapping"], strict=True):
-        times = tokens if token == image else 1
-        ids += [token] * times
-        # A space before an answer is part of its first token in some tokenizers: what ends in an answer is of it.
-        answer = any(a < end <= b for a, b in spans)
-        labels += [token if answer and token != image else IGNORED] * times
+    for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if token == image_id:
+            ids += [token] * image_tokens
+            labels += [IGNORE_INDEX] * image_tokens
+            continue
+        # Only the token's end is compared: some tokenizers merge the space before an answer into its first token.
+        in_answer = any(span_start < end <= span_end for span_start, span_end in spans)
+        ids.append(token)
+        labels.append(token if in_answer else IGNORE_INDEX)
     return LabeledTokens(ids, labels)
-
-
-def _place(n: int) -> str:
-    return f"{PLACE[0]}{n}{PLACE[1]}"
-
-
-def _specials(tokenizer: Any) -> list[str]:
-    """All that the tokenizer reads as one token of its own; transformers counts only some of them as special."""
-    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return sorted({*tokenizer.all_special_tokens, *added} - {IMAGE}, key=len, reverse=True)

@@ -1,4 +1,4 @@
-"""Conversations as batches that a model trains on."""
+"""Training batches of conversations: dataset, collator and length-grouped sampler."""
 
 from __future__ import annotations
 
@@ -13,142 +13,168 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from llm2clip.data.image_loader import decode_or_error
-from llm2clip.llava.chat_template import IGNORED, Conversation, tokenize_and_label
-from llm2clip.llava.image_features import LlavaImageProcessor
+from llm2clip.llava.chat_template import IGNORE_INDEX, Conversation, tokenize_and_label
+from llm2clip.llava.image_features import LlavaTransform
 from llm2clip.store.image_features import image_keys
 from llm2clip.store.store import EmbeddingStore
 
 log = logging.getLogger(__name__)
 
-TOGETHER = 50  # batches whose conversations are sorted by length together, as in LLaVA's own sampler
-PATIENCE = 1000  # conversations in a row that cannot be used, after which something else is wrong
+MEGABATCH = 50  # batches that are sorted by length together, as in LLaVA's sampler
+MIN_TEXT_TOKENS = 64  # tokens that max_length must leave for text, beside the image
+MAX_REPLACEMENTS = 1000  # conversations tried in place of an unusable one, before an error is raised
 
 
 class ConversationDataset(Dataset):
-    """Conversations as token ids, labels, and what the LLM is shown of their pictures."""
+    """Conversations as token ids, labels, and pixels or cached patch features of their image."""
 
     def __init__(
         self,
         conversations: Sequence[Conversation],
         processor: Any,
-        tokens: int,
+        image_tokens: int,
         max_length: int,
         store: EmbeddingStore | None = None,
     ) -> None:
         """
         Args:
-            conversations: with pictures that can be read.
-            processor: of the model.
-            tokens: of a picture.
-            max_length: tokens of the longest conversation; longer ones lose their end.
-            store: of the pictures' patch features; without one they are decoded.
+            conversations: all images must be in `store`, if one is given.
+            processor: processor of the model.
+            image_tokens: number of tokens per image.
+            max_length: maximum number of tokens; longer conversations are truncated.
+            store: cached patch features of the images. Default: images are decoded.
 
         Raises:
-            ValueError: a picture leaves no room for words.
+            ValueError: `max_length` leaves too few tokens for text.
         """
-        if max_length < tokens + 64:
-            raise ValueError(f"a picture is {tokens} tokens: --llava.max_length must be {tokens + 64} at least")
-        self.conversations, self.tokenizer, self.tokens = list(conversations), processor.tokenizer, tokens
-        self.max_length, self.store, self.pixels = max_length, store, LlavaImageProcessor(processor)
-        self.rows = np.full(len(self.conversations), -1, np.int64)
+        minimum = image_tokens + MIN_TEXT_TOKENS
+        if max_length < minimum:
+            raise ValueError(
+                f"--llava.max_length must be at least {minimum} (got {max_length}): an image takes {image_tokens} tokens"
+            )
+        self.conversations = list(conversations)
+        self.tokenizer = processor.tokenizer
+        self.transform = LlavaTransform(processor)
+        self.image_tokens = image_tokens
+        self.max_length = max_length
+        self.store = store
+        self.store_rows = np.full(len(self.conversations), -1, np.int64)
         if store is not None:
-            shown = [n for n, one in enumerate(self.conversations) if one.image is not None]
-            self.rows[shown] = store.find(image_keys(one.image for one in self.conversations if one.image is not None))
+            with_image = [n for n, conversation in enumerate(self.conversations) if conversation.image is not None]
+            images = [conversation.image for conversation in self.conversations if conversation.image is not None]
+            self.store_rows[with_image] = store.find(image_keys(images))
 
     def __len__(self) -> int:
         return len(self.conversations)
 
     def lengths(self) -> list[int]:
-        """About how many tokens each has: by its letters, for reading all of them would take long."""
-        found = []
-        for one in self.conversations:
-            letters = sum(len(question) + len(answer) for question, answer in one.turns)
-            found.append(min(self.max_length, letters // 4 + 8 * len(one.turns) + (self.tokens if one.image else 0)))
-        return found
+        """Estimate the number of tokens of each conversation from its characters, because tokenizing all is slow."""
+        lengths = []
+        for conversation in self.conversations:
+            characters = sum(len(question) + len(answer) for question, answer in conversation.turns)
+            tokens = characters // 4 + 8 * len(conversation.turns)
+            tokens += self.image_tokens if conversation.image else 0
+            lengths.append(min(self.max_length, tokens))
+        return lengths
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """ids, labels, and `seen` where there is a picture. In the place of one that cannot be used comes the next.
+        """Return `ids`, `labels` and, for conversations with an image, `vision`: its pixels or patch features.
+
+        An unusable conversation is replaced by the next usable one, with a warning.
 
         Raises:
-            ValueError: none of many can be used.
+            ValueError: no replacement was found.
         """
-        for step in range(min(PATIENCE, len(self))):
-            item = self._item((index + step) % len(self))
+        for offset in range(min(MAX_REPLACEMENTS, len(self))):
+            item = self._load(index=(index + offset) % len(self))
             if isinstance(item, dict):
                 return item
-            log.warning("%s; the next conversation is taken in its place", item)
-        raise ValueError(f"{item}, and nothing after it can be used")
+            log.warning("%s; using the next conversation instead", item)
+        raise ValueError(f"{item}, and none of the conversations after it can be used")
 
-    def _item(self, index: int) -> dict[str, Any] | str:
-        """A conversation, or why it cannot be used."""
-        one = self.conversations[index]
+    def _load(self, index: int) -> dict[str, Any] | str:
+        """Return a conversation, or the reason why it cannot be used."""
+        conversation = self.conversations[index]
         try:
-            marked = tokenize_and_label(one, self.tokenizer, self.tokens)
+            labeled = tokenize_and_label(conversation, self.tokenizer, self.image_tokens)
         except (TypeError, ValueError) as error:
-            return f"conversation {one.id} cannot be read by the LLM ({error})"
-        item: dict[str, Any] = {"ids": marked.ids[: self.max_length], "labels": marked.labels[: self.max_length]}
-        if all(label == IGNORED for label in item["labels"]):
-            return f"conversation {one.id} has no answer within {self.max_length} tokens"
-        if one.image is None:
+            return f"conversation {conversation.id} cannot be tokenized ({error})"
+        item: dict[str, Any] = {"ids": labeled.ids[: self.max_length], "labels": labeled.labels[: self.max_length]}
+        if all(label == IGNORE_INDEX for label in item["labels"]):
+            return f"conversation {conversation.id} has no answer within {self.max_length} tokens"
+        if conversation.image is None:
             return item
         if self.store is not None:
-            item["seen"] = torch.from_numpy(self.store.take([self.rows[index]])[0]).view(self.tokens, -1)
+            features = self.store.take([self.store_rows[index]])[0]
+            item["vision"] = torch.from_numpy(features).view(self.image_tokens, -1)
             return item
-        seen = decode_or_error(one.image, self.pixels)
-        if isinstance(seen, str):
-            return f"{one.image} cannot be decoded ({seen})"
-        item["seen"] = seen
+        pixels = decode_or_error(conversation.image, self.transform)
+        if isinstance(pixels, str):
+            return f"{conversation.image} cannot be decoded ({pixels})"
+        item["vision"] = pixels
         return item
 
 
 class LlavaCollator:
-    """Items to a batch: padded on the right, which is neither read nor learned."""
+    """Collator that pads conversations on the right to the longest one of the batch."""
 
-    def __init__(self, pad: int, image: int, tokens: int, empty: Tensor) -> None:
+    def __init__(self, pad_id: int, image_id: int, image_tokens: int, empty_image: Tensor) -> None:
         """
         Args:
-            pad: token that fills.
-            image: token that stands for a patch of a picture.
-            tokens: patches of a picture.
-            empty: what is shown of a picture, of none.
+            pad_id: id of the padding token.
+            image_id: id of the image token.
+            image_tokens: number of tokens per image.
+            empty_image: pixels or patch features for batches without an image.
         """
-        self.pad, self.image, self.tokens, self.empty = pad, image, tokens, empty
+        self.pad_id = pad_id
+        self.image_id = image_id
+        self.image_tokens = image_tokens
+        self.empty_image = empty_image
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """input_ids and attention_mask (B, T) int64; pixel_values of those with pictures, float32; and labels (B, K) of
-        the last K places, from the one before the first answer on: logits of what comes before, system prompt and
-        picture most of it, would be of no use.
+        """Return the model's inputs.
 
-        Where no conversation has a picture an empty one stands behind the end of the first, where nothing sees it: the
-        projector is then in use in every batch and on every device, as DDP and FSDP want it.
+        input_ids and attention_mask are (B, T) int64, and pixel_values holds the pixels or patch features of the
+        conversations with an image. labels are (B, K): K = logits_to_keep is chosen so that the logits start just
+        before the first answer of the batch, because those of the system prompt and the image are not needed.
+
+        If no conversation has an image, an empty one is appended to the first, where causal attention hides it from
+        the text. So the projector has gradients in every batch and on every rank, which DDP and FSDP require.
         """
         rows = [list(item["ids"]) for item in items]
         labels = [list(item["labels"]) for item in items]
-        seen = [item["seen"] for item in items if "seen" in item]
-        if not seen:
-            rows[0] += [self.image] * self.tokens
-            labels[0] += [IGNORED] * self.tokens
-            seen = [self.empty]
-        longest = max(map(len, rows))
-        first = min(next(n for n, label in enumerate(own) if label != IGNORED) for own in labels)
-        kept = longest - max(0, first - 1)
+        vision = [item["vision"] for item in items if "vision" in item]
+        if not vision:
+            rows[0] += [self.image_id] * self.image_tokens
+            labels[0] += [IGNORE_INDEX] * self.image_tokens
+            vision = [self.empty_image]
+        length = max(map(len, rows))
+        first_answer = min(_first_label(row_labels) for row_labels in labels)
+        logits_to_keep = length - max(0, first_answer - 1)
         return {
-            "input_ids": _padded(rows, longest, self.pad),
-            "labels": _padded(labels, longest, IGNORED)[:, -kept:],
-            "logits_to_keep": kept,
-            "attention_mask": _padded([[1] * len(row) for row in rows], longest, 0),
-            "pixel_values": torch.stack(seen),
-            "vision_feature_layer": -1,  # of what `Given` gives, which has been chosen already
+            "input_ids": _pad_right(rows, length, self.pad_id),
+            "labels": _pad_right(labels, length, IGNORE_INDEX)[:, -logits_to_keep:],
+            "logits_to_keep": logits_to_keep,
+            "attention_mask": _pad_right([[1] * len(row) for row in rows], length, 0),
+            "pixel_values": torch.stack(vision),
+            # PrecomputedVision returns a single layer, whose tokens have been selected already.
+            "vision_feature_layer": -1,
             "vision_feature_select_strategy": "full",
         }
 
 
 class LengthGroupedSampler(Sampler):
-    """Indices such that batches are of conversations of similar length: sorted within a few dozens of batches, which
-    then come in any order. The same in every process and after a stop: seed and epoch say it all."""
+    """Indices in random order, grouped so that the conversations of a batch have similar lengths.
 
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
-        self.lengths, self.batch, self.seed, self.epoch = np.asarray(lengths), batch, seed, 0
+    Shuffled indices are divided into groups of about 50 batches, each group is sorted by length, and the batches are
+    shuffled. The order depends on seed and epoch only, so it is the same on every rank and after a resume.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = np.asarray(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -159,16 +185,21 @@ class LengthGroupedSampler(Sampler):
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(len(self.lengths))
-        whole = len(order) // self.batch * self.batch
-        rows, rest = order[:whole].reshape(-1, self.batch), order[whole:]
+        batched = len(order) // self.batch_size * self.batch_size
+        rows, remainder = order[:batched].reshape(-1, self.batch_size), order[batched:]
         batches: list[np.ndarray] = []
-        for part in np.array_split(rows, max(1, math.ceil(len(rows) / TOGETHER))):
-            some = part.reshape(-1)
-            batches += list(some[np.argsort(-self.lengths[some], kind="stable")].reshape(-1, self.batch))
+        for megabatch in np.array_split(rows, max(1, math.ceil(len(rows) / MEGABATCH))):
+            indices = megabatch.reshape(-1)
+            longest_first = indices[np.argsort(-self.lengths[indices], kind="stable")]
+            batches += list(longest_first.reshape(-1, self.batch_size))
         for n in rng.permutation(len(batches)):
             yield from map(int, batches[n])
-        yield from map(int, rest)  # the last batch, which is not whole
+        yield from map(int, remainder)  # the last, incomplete batch
 
 
-def _padded(rows: Sequence[list[int]], length: int, value: int) -> Tensor:
+def _first_label(labels: Sequence[int]) -> int:
+    return next(n for n, label in enumerate(labels) if label != IGNORE_INDEX)
+
+
+def _pad_right(rows: Sequence[list[int]], length: int, value: int) -> Tensor:
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])

@@ -1,27 +1,29 @@
-"""What is trained on: LLaVA's own files of conversations, and records turned into questions and answers."""
+"""Training conversations, from files in LLaVA's format and from captioned images."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from llm2clip.data.image_refs import FileImage, is_inside
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.splits import read_records
 from llm2clip.io_utils import read_json
-from llm2clip.llava.chat_template import Conversation, plain_prompt
+from llm2clip.llava.chat_template import Conversation, clean_text
 from llm2clip.llava.pope import Sampling, make_questions
 
-BRIEF = (
+# The wording is part of the training data: changing it changes results.
+SHORT_CAPTION_PROMPTS = (
     "Describe the picture in one sentence.",
     "What does the picture show, in one sentence?",
     "Give a short caption for this picture.",
     "Say in one sentence what is in the picture.",
 )
-DETAILED = (
+LONG_CAPTION_PROMPTS = (
     "Describe the picture in detail.",
     "What can be seen in the picture? Go into detail.",
     "Give a long description of this picture.",
@@ -29,98 +31,154 @@ DETAILED = (
 )
 
 
-def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> list[Conversation]:
-    """Conversations of a file in LLaVA's form, such as blip_laion_cc_sbu_558k.json and llava_v1_5_mix665k.json.
-
-    A row is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}; `image` may
-    be absent. A .jsonl file has one a line. Rows that are no such thing, and those whose image is not there, are
-    skipped and listed.
+def read_conversations(
+    sources: Sequence[str],
+    from_records: Callable[[Iterable[Record], int], list[Conversation]],
+    *,
+    images: str | Path | None = None,
+    columns: dict[str, str] | None = None,
+    log: SkipLog,
+    seed: int = 0,
+) -> list[Conversation]:
+    """Read conversations from files in LLaVA's format and from sources of captioned images.
 
     Args:
-        file: .json or .jsonl.
-        images: the folder that the paths of images are relative to; None is the file's own.
-        log: where skipped rows go.
+        sources: paths; the format of each is detected.
+        from_records: makes conversations from records and a seed: `captioning_conversations` or
+            `instruction_conversations`.
+        images: see `read_llava`.
+        columns: record field to the source's column.
+        log: receives skipped rows.
+        seed: seed for `from_records`.
+    """
+    conversations: list[Conversation] = []
+    for source in sources:
+        if is_llava_file(source):
+            conversations += read_llava(source, images, log)
+        else:
+            # All rows of an image become one record. Otherwise POPE could ask about an object that another row names.
+            records = [record for _, record in read_records([source], columns or {}, log)]
+            conversations += from_records(records, seed)
+    return conversations
+
+
+def is_llava_file(name: str) -> bool:
+    """Return whether a source is a JSON or JSONL file in LLaVA's format."""
+    path = Path(name)
+    if path.suffix not in (".json", ".jsonl") or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b'"conversations"' in file.read(1 << 16)
+
+
+def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> list[Conversation]:
+    """Read a file in LLaVA's format, such as blip_laion_cc_sbu_558k.json or llava_v1_5_mix665k.json.
+
+    A row is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}. `image` is
+    optional. A .json file holds a list of rows, a .jsonl file one row per line. Invalid rows and rows whose image file
+    is missing are skipped and logged.
+
+    Args:
+        file: .json or .jsonl file.
+        images: folder that image paths are relative to. Default: the folder of the file.
+        log: receives skipped rows.
 
     Raises:
-        ValueError: the file is no list.
-        TooManySkipped: too many rows are none.
+        ValueError: a .json file does not hold a list.
+        TooManySkipped: too many rows were skipped.
     """
     file = Path(file)
     root = Path(images) if images is not None else file.parent
-    found = []
-    for number, row in _rows(file):
-        log.count_row()
+    conversations = []
+    for number, row in _read_rows(file):
+        log.seen_one()
         try:
-            found.append(_conversation(row, root, str(number)))
+            conversations.append(_parse_conversation(row, root, str(number)))
+        except FileNotFoundError as error:
+            log.skip(str(file), number, "no image", error)
         except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            reason = "no image" if isinstance(error, FileNotFoundError) else "no conversation"
-            log.skip(str(file), number, reason, error)
+            log.skip(str(file), number, "no conversation", error)
     log.check()
-    return found
-
-
-def _rows(file: Path) -> Iterator[tuple[int, Any]]:
-    if file.suffix == ".jsonl":
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        yield number, json.loads(line)
-                    except ValueError as error:
-                        yield number, error
-        return
-    rows = read_json(file)
-    if not isinstance(rows, list):
-        raise ValueError(f"{file} is no list of conversations")
-    yield from enumerate(rows, 1)
-
-
-def _conversation(row: Any, root: Path, number: str) -> Conversation:
-    """Raises KeyError, TypeError or ValueError if the row is none, FileNotFoundError without its image."""
-    if isinstance(row, ValueError):
-        raise row
-    said = row["conversations"]
-    if said and said[0]["from"] != "human":
-        said = said[1:]  # as LLaVA reads it
-    if len(said) < 2 or len(said) % 2 or [one["from"] for one in said] != ["human", "gpt"] * (len(said) // 2):
-        raise ValueError("human and gpt do not take turns")
-    values = [plain_prompt(one["value"]) for one in said]
-    if not all(values[1::2]):
-        raise ValueError("an answer is empty")
-    image = None
-    if row.get("image"):
-        if not is_inside(row["image"]):
-            raise ValueError(f"{row['image']} leads out of {root}")
-        path = root / row["image"]
-        if not path.is_file():
-            raise FileNotFoundError(str(path))
-        image = FileImage(str(path))
-    return Conversation(str(row.get("id", number)), image, tuple(zip(values[::2], values[1::2], strict=True)))
+    return conversations
 
 
 def captioning_conversations(records: Iterable[Record], seed: int = 0) -> list[Conversation]:
-    """Each caption of each picture as the answer to a question that asks for one of its length."""
-    rng, found = random.Random(seed), []
+    """Make one conversation per caption: a random prompt for a short or a long caption, and the caption as answer."""
+    rng = random.Random(seed)
+    conversations = []
     for record in records:
         if record.image is None:
             continue
         for caption in (*record.captions, *record.short_captions):
-            found.append(Conversation(record.id, record.image, ((rng.choice(BRIEF), caption),)))
+            turn = (rng.choice(SHORT_CAPTION_PROMPTS), caption)
+            conversations.append(Conversation(record.id, record.image, (turn,)))
         for caption in record.long_captions:
-            found.append(Conversation(record.id, record.image, ((rng.choice(DETAILED), caption),)))
-    return found
+            turn = (rng.choice(LONG_CAPTION_PROMPTS), caption)
+            conversations.append(Conversation(record.id, record.image, (turn,)))
+    return conversations
 
 
 def instruction_conversations(records: Iterable[Record], seed: int = 0) -> list[Conversation]:
-    """The captions of each picture one by one, and in one conversation more what is in it and what is not: yes and no,
-    as often one as the other."""
+    """Make captioning conversations, and one more per image with yes-or-no questions about objects.
+
+    Yes and no are equally frequent.
+    """
     records = list(records)
-    found = captioning_conversations(records, seed)
-    asked: dict[int, list[tuple[str, str]]] = {}
+    turns_by_record: dict[int, list[tuple[str, str]]] = {}
     for question in make_questions(records, Sampling.RANDOM, seed=seed):
-        asked.setdefault(question.record, []).append((question.text, question.answer.capitalize() + "."))
+        turn = (question.text, question.answer.capitalize() + ".")
+        turns_by_record.setdefault(question.record, []).append(turn)
+    conversations = captioning_conversations(records, seed)
     rng = random.Random(seed)
-    for number, turns in asked.items():
+    for number, turns in turns_by_record.items():
         rng.shuffle(turns)
-        found.append(Conversation(records[number].id, records[number].image, tuple(turns)))
-    return found
+        conversations.append(Conversation(records[number].id, records[number].image, tuple(turns)))
+    return conversations
+
+
+def _read_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (number from 1, row); the row is a ValueError if its line is not JSON."""
+    if file.suffix == ".jsonl":
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    yield number, json.loads(line)
+                except ValueError as error:
+                    yield number, error
+        return
+    rows = read_json(file)
+    if not isinstance(rows, list):
+        raise ValueError(f"{file} must hold a JSON list of conversations")
+    yield from enumerate(rows, 1)
+
+
+def _parse_conversation(row: Any, root: Path, number: str) -> Conversation:
+    """Convert a row in LLaVA's format.
+
+    Raises:
+        FileNotFoundError: its image file is missing.
+        AttributeError, KeyError, TypeError, ValueError: the row is invalid.
+    """
+    if isinstance(row, ValueError):
+        raise row
+    messages = row["conversations"]
+    if messages and messages[0]["from"] != "human":
+        messages = messages[1:]  # LLaVA's code drops a first message that is not from the user
+    speakers = [message["from"] for message in messages]
+    if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
+        raise ValueError("messages must alternate between human and gpt")
+    texts = [clean_text(message["value"]) for message in messages]
+    if not all(texts[1::2]):
+        raise ValueError("an answer is empty")
+    image = None
+    if row.get("image"):
+        if not is_inside(row["image"]):
+            raise ValueError(f"{row['image']} is outside {root}")
+        path = root / row["image"]
+        if not path.is_file():
+            raise FileNotFoundError(str(path))
+        image = FileImage(str(path))
+    turns = tuple(zip(texts[::2], texts[1::2], strict=True))
+    return Conversation(str(row.get("id", number)), image, turns)

@@ -1,215 +1,205 @@
-"""Multimodal models on benchmarks and on captioned pictures: answers, which are kept, and figures from them.
+"""Evaluation of LLaVA models on benchmarks and captioned images.
 
-OUT/answers/TASK-FINGERPRINT.jsonl   an answer a line, so that what was answered once is not asked again
-OUT/submissions/                     what servers take, of benchmarks whose truth only they know
-OUT/results.json, report.html, report.md
+    OUT/answers/TASK-FINGERPRINT.jsonl   cached answers, so that an interrupted evaluation continues
+    OUT/submissions/                     files for the servers of benchmarks whose test answers are not public
+    OUT/results.json, report.html, report.md
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.distributed import process_state
 from llm2clip.io_utils import atomic_write_text
-from llm2clip.llava.captions import caption_scores
-from llm2clip.llava.datasets import BRIEF
-from llm2clip.llava.generate import Generator
+from llm2clip.llava.answer_cache import cached_answers
+from llm2clip.llava.caption_metrics import caption_scores
+from llm2clip.llava.datasets import SHORT_CAPTION_PROMPTS
+from llm2clip.llava.generate import AnswerGenerator
 from llm2clip.llava.tasks import Question, Task
-from llm2clip.llava.tasks.yes_no import pope_metrics, score_pope
+from llm2clip.llava.tasks.multiple_choice import LETTERS
+from llm2clip.llava.tasks.yes_no import pope_questions, score_pope
 from llm2clip.models.fingerprint import fingerprint, hash_weights
-from llm2clip.store.image_features import image_name
 
 
 @dataclass
 class LlavaResult:
-    """A model's figures on a task, and what it said."""
+    """Metrics and answers of a model on a task."""
 
     model: str
     task: str
-    figures: dict[str, float]
-    asked: list[Question] = field(repr=False)
+    metrics: dict[str, float]
+    questions: list[Question] = field(repr=False)
     answers: list[str] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"model": self.model, "task": self.task, "questions": len(self.asked), "figures": self.figures}
+        return {"model": self.model, "task": self.task, "questions": len(self.questions), "metrics": self.metrics}
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How questions are answered.
+    """How answers are generated and scored.
 
     Args:
-        beams: of captions; 1 is greedy. Benchmarks are greedy, as LLaVA-1.5's are.
-        choose: multiple choice by the option's likelihood, and not by the letter that the model says.
-        batch: questions in a pass.
+        num_beams: beam size for captions. Benchmarks use greedy decoding, as LLaVA-1.5 does.
+        by_likelihood: answer multiple choices with the most likely option instead of generating a letter.
+        batch_size: questions per forward pass.
         precision: fp32, bf16 or auto.
-        judge: of free answers; None leaves them unscored.
+        judge: scores free-form answers. Without a judge they are generated but not scored.
     """
 
-    beams: int = 3
-    choose: bool = False
-    batch: int = 16
+    num_beams: int = 3
+    by_likelihood: bool = False
+    batch_size: int = 16
     precision: str = "auto"
     judge: Any = None
 
 
 def caption_task(records: Sequence[Record]) -> tuple[Task, list[Question]]:
-    """Captions of pictures, scored against people's."""
-    task = Task("captions", "BLEU-4 and CIDEr-D against people's captions", "", _nothing, _score_captions, tokens=32)
-    asked = [
-        Question(f"{n}/{record.id}", record.image, BRIEF[0], list(record.captions))
-        for n, record in enumerate(records)
-        if record.image is not None and record.captions
-    ]
-    return task, asked
+    """Return a captioning task on captioned images, scored against their captions."""
+    task = Task(
+        name="captions",
+        description="BLEU-4 and CIDEr-D against human captions",
+        read=_no_questions,
+        score=_score_captions,
+        max_new_tokens=32,
+    )
+    questions = []
+    for n, record in enumerate(records):
+        if record.image is None or not record.captions:
+            continue
+        questions.append(
+            Question(
+                id=f"{n}/{record.id}",
+                image=record.image,
+                prompt=SHORT_CAPTION_PROMPTS[0],
+                target=list(record.captions),
+            )
+        )
+    return task, questions
 
 
 def pope_task(records: Sequence[Record], seed: int = 0) -> tuple[Task, list[Question]]:
-    """POPE of captioned pictures."""
-    task = Task("pope of captions", "objects that captions name or do not", "", _nothing, score_pope, tokens=8)
-    return task, pope_metrics(records, seed=seed)
+    """Return POPE on captioned images, see `llava/pope.py`."""
+    task = Task(
+        name="pope of captions",
+        description="whether objects are present, according to captions",
+        read=_no_questions,
+        score=score_pope,
+        max_new_tokens=8,
+    )
+    return task, pope_questions(records, seed=seed)
 
 
-def _score_captions(asked: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    scores = caption_scores(answers, [one.truth for one in asked])
-    return {"CIDEr-D": scores["CIDEr-D"], "BLEU-4": scores["BLEU-4"]}
+def evaluate_model(
+    name: str, tasks: Sequence[tuple[Task, list[Question]]], options: GenerationOptions, out: Path, log: SkipLog
+) -> Iterator[LlavaResult]:
+    """Yield a model's result on each task.
+
+    Args:
+        name: model folder or hub id.
+        tasks: tasks and their questions.
+        options: how answers are generated.
+        out: folder for answers and submissions.
+        log: receives images that cannot be decoded.
+
+    Raises:
+        TooManySkipped: too many images of a task cannot be decoded.
+    """
+    model = AnswerGenerator(name, precision=options.precision, batch_size=options.batch_size)
+    weights = hash_weights(model.model)
+    for task, questions in tasks:
+        num_beams = options.num_beams if task.name == "captions" else 1
+        by_likelihood = options.by_likelihood and any(question.options for question in questions)
+        # The keys are hashed into file names: renaming one invalidates cached answers.
+        identity = {
+            "weights": weights,
+            "dtype": str(model.model.dtype),
+            "beams": num_beams,
+            "choose": by_likelihood,
+            "tokens": task.max_new_tokens,
+            "template": model.tokenizer.chat_template,
+            "pixels": model.processor.image_processor.to_dict(),
+        }
+        file = out / "answers" / f"{task.name.replace(' ', '-')}-{fingerprint(identity)[:8]}.jsonl"
+
+        def answer(
+            batch: Sequence[Question], task: Task = task, num_beams: int = num_beams, by_likelihood: bool = by_likelihood
+        ) -> Iterator[tuple[int, str | None]]:
+            if by_likelihood:
+                return _choose_letters(model, batch)
+            return model.generate(batch, task.max_new_tokens, num_beams)
+
+        all_answers = cached_answers(file, questions, answer, description=task.name)
+        answered, answers = _drop_undecodable(task, questions, all_answers, log)
+        if task.submission and process_state().is_main_process:
+            for filename, rows in task.submission(answered, answers).items():
+                submission_file = out / "submissions" / f"{weights[:8]}-{filename}"
+                atomic_write_text(submission_file, json.dumps(rows, ensure_ascii=False))
+        metrics = _score(task, answered, answers, options.judge, file)
+        yield LlavaResult(model=name, task=task.name, metrics=metrics, questions=answered, answers=answers)
 
 
-def _nothing(folder: Path, log: SkipLog) -> list[Question]:
+def _no_questions(folder: Path, log: SkipLog) -> list[Question]:
+    """Return nothing: the questions of this task are made from records."""
     return []
 
 
-def run_task(
-    name: str, work: Sequence[tuple[Task, list[Question]]], ways: GenerationOptions, out: Path, log: SkipLog
-) -> Iterator[LlavaResult]:
-    """A model's figures, task after task.
+def _score_captions(questions: Sequence[Question], captions: Sequence[str]) -> dict[str, float]:
+    scores = caption_scores(captions, [question.target for question in questions])
+    return {name: scores[name] for name in ("CIDEr-D", "BLEU-4")}
 
-    Args:
-        name: of the model: folder or hub id.
-        work: tasks and their questions.
-        ways: how they are answered.
-        out: folder for answers and submissions.
-        log: where pictures that cannot be decoded are listed.
+
+def _choose_letters(model: AnswerGenerator, questions: Sequence[Question]) -> Iterator[tuple[int, str | None]]:
+    for n, option in model.choose_options(questions):
+        yield n, None if option is None else LETTERS[option]
+
+
+def _drop_undecodable(
+    task: Task, questions: Sequence[Question], answers: Sequence[str | None], log: SkipLog
+) -> tuple[list[Question], list[str]]:
+    """Remove questions without an answer, whose images could not be decoded, and log them.
 
     Raises:
-        TooManySkipped: so are too many of a task's.
+        TooManySkipped: their fraction exceeds the limit of the log.
     """
-    model = Generator(name, precision=ways.precision, batch=ways.batch)
-    weights = hash_weights(model.model)
-    for task, asked in work:
-        choose = ways.choose and any(one.options for one in asked)
-        beams = ways.beams if task.name == "captions" else 1
-        identity = {
-            "weights": weights, "dtype": str(model.model.dtype), "beams": beams, "choose": choose,
-            "tokens": task.tokens, "template": model.tokenizer.chat_template,
-            "pixels": model.processor.image_processor.to_dict(),
-        }  # fmt: skip
-        file = out / "answers" / f"{task.name.replace(' ', '-')}-{fingerprint(identity)[:8]}.jsonl"
-        answers = _kept(file, asked, task.name, partial(_said, model, task, beams, choose))
-        known = [(one, answer) for one, answer in zip(asked, answers, strict=True) if answer is not None]
-        lost = [one for one, answer in zip(asked, answers, strict=True) if answer is None]
-        for one in lost:
-            log.skip(str(one.image), 0, "undecodable image", task.name)
-        if len(lost) > log.max_skipped * len(asked):
-            raise TooManySkipped(
-                f"{task.name}: of {len(asked):,} questions the pictures of {len(lost):,} cannot be decoded, "
-                f"{lost[0].image} for one; mend them, or raise --max_skipped"
-            )
-        questions, said = [one for one, _ in known], [answer for _, answer in known]
-        if task.submission:
-            for written, rows in task.submission(questions, said).items():
-                place = out / "submissions" / f"{weights[:8]}-{written}"
-                if process_state().is_main_process:
-                    atomic_write_text(place, json.dumps(rows, ensure_ascii=False))
-        yield LlavaResult(name, task.name, _figures(task, questions, said, ways, file), questions, said)
+    answered, texts, undecodable = [], [], []
+    for question, text in zip(questions, answers, strict=True):
+        if text is None:
+            undecodable.append(question)
+            log.skip(str(question.image), 0, "undecodable image", task.name)
+        else:
+            answered.append(question)
+            texts.append(text)
+    if len(undecodable) > log.limit * len(questions):
+        raise TooManySkipped(
+            f"{task.name}: the images of {len(undecodable):,} of {len(questions):,} questions cannot be decoded, "
+            f"for example {undecodable[0].image}. Repair them, or raise --max_skipped"
+        )
+    return answered, texts
 
 
-def _figures(
-    task: Task, asked: list[Question], answers: list[str], ways: GenerationOptions, file: Path
-) -> dict[str, float]:
-    if not asked:
+def _score(task: Task, questions: list[Question], answers: list[str], judge: Any, file: Path) -> dict[str, float]:
+    """Score answers. Without a required judge there are no metrics; scores of a judge are cached beside `file`."""
+    if not questions:
         return {}
-    if task.judge is None:
-        return task.score(asked, answers)
-    if ways.judge is None:
+    judge_answer = task.judge
+    if judge_answer is None:
+        return task.score(questions, answers)
+    if judge is None:
         return {}
-    of = dict(zip((one.id for one in asked), answers, strict=True))
-    by = fingerprint({"judge": str(getattr(ways.judge, "model", ""))})[:8]
-    judged = file.with_name(f"{file.stem}-judged-{by}.jsonl")
-    judge = task.judge
-    points = _kept(
-        judged, asked, f"{task.name}, judged",
-        lambda some: ((n, judge(one, of[one.id], ways.judge)) for n, one in enumerate(some)),
-    )  # fmt: skip
-    return task.score(asked, points)
+    answer_of = {question.id: text for question, text in zip(questions, answers, strict=True)}
+    judge_id = fingerprint({"judge": str(getattr(judge, "model", ""))})[:8]
+    score_file = file.with_name(f"{file.stem}-judged-{judge_id}.jsonl")
 
+    def ask_judge(batch: Sequence[Question]) -> Iterator[tuple[int, Any]]:
+        for n, question in enumerate(batch):
+            yield n, judge_answer(question, answer_of[question.id], judge)
 
-def _said(
-    model: Generator, task: Task, beams: int, choose: bool, asked: Sequence[Question]
-) -> Iterator[tuple[int, str | None]]:
-    """Answers; of a choice by likelihood the letter."""
-    if not choose:
-        yield from model.answer(asked, task.tokens, beams)
-        return
-    for n, option in model.choose(asked):
-        yield n, None if option is None else "ABCDE"[option]
-
-
-def _kept(
-    file: Path, asked: Sequence[Question], name: str, answer: Callable[[list[Question]], Iterator[tuple[int, Any]]]
-) -> list[Any]:
-    """Answers in the order of their questions: those in the file and beside it, and the others, which are added as they
-    come, each process asking its share and writing its own file. A question is known by its words and its picture; a
-    line that was cut off is asked again, and so is a picture that could not be decoded."""
-    state = process_state()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    there = _read(file)
-    questions = [_question(one) for one in asked]
-    new = [n for n, question in enumerate(questions) if question not in there]
-    state.wait_for_everyone()  # all have read before one writes
-    mine = new[state.process_index :: state.num_processes]
-    own = file if state.is_main_process else file.with_suffix(f".{state.process_index}.jsonl")
-    if mine:
-        bar = tqdm(total=len(mine), desc=name, unit="question", disable=not state.is_main_process)
-        with own.open("a", encoding="utf-8") as kept, bar:
-            if kept.tell():
-                kept.write("\n")  # after a line that was cut off
-            for n, said in answer([asked[n] for n in mine]):
-                bar.update()
-                if said is None:
-                    continue
-                row = {"question": questions[mine[n]], "id": asked[mine[n]].id, "answer": said}
-                kept.write(json.dumps(row, ensure_ascii=False) + "\n")
-                kept.flush()
-    state.wait_for_everyone()
-    there = _read(file)
-    return [there.get(question) for question in questions]
-
-
-def _question(one: Question) -> str:
-    return fingerprint({"id": one.id, "prompt": one.prompt, "image": image_name(one.image) if one.image else ""})
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """The answers in a file and in those of other processes beside it."""
-    there: dict[str, Any] = {}
-    for one in sorted(file.parent.glob(f"{file.stem}*.jsonl")):
-        if not re.fullmatch(r"(\.\d+)?", one.stem[len(file.stem) :]):
-            continue  # of a judge
-        for line in one.read_text(encoding="utf-8").split("\n"):
-            try:
-                row = json.loads(line)
-                there[row["question"]] = row["answer"]
-            except (ValueError, KeyError, TypeError):
-                continue
-    return there
+    scores = cached_answers(score_file, questions, ask_judge, description=f"{task.name}, judge")
+    return task.score(questions, scores)

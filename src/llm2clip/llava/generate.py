@@ -1,4 +1,4 @@
-"""A multimodal model that answers questions about pictures, many at a time."""
+"""Batched generation and option scoring with a LLaVA model."""
 
 from __future__ import annotations
 
@@ -12,125 +12,157 @@ from torch import Tensor
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.image_loader import decode_or_error
 from llm2clip.distributed import process_state
-from llm2clip.llava import modeling_patches  # noqa: F401  (transformers learns of its classes)
-from llm2clip.llava.chat_template import IGNORED, IMAGE, Conversation, to_messages, tokenize_and_label
-from llm2clip.llava.image_features import LlavaImageProcessor
+from llm2clip.llava import modeling_patches  # noqa: F401  (registers its classes with transformers)
+from llm2clip.llava.chat_template import IGNORE_INDEX, IMAGE_TOKEN, Conversation, to_messages, tokenize_and_label
+from llm2clip.llava.image_features import LlavaTransform
 from llm2clip.llava.tasks.base import Question
 from llm2clip.models.precision import resolve_device_precision
 
 
-class Generator:
-    """A model of transformers for images and text, as `llm2clip llava` makes them.
+class AnswerGenerator:
+    """A LLaVA model that answers questions by greedy decoding, beam search or option likelihood.
 
-    Its answers are greedy, or the best of a beam. Pictures that cannot be decoded have no answer (None).
+    The answer to a question whose image cannot be decoded is None.
     """
 
-    def __init__(self, name: str, device: torch.device | str | None = None, precision: str = "auto", batch: int = 16):
+    def __init__(
+        self, name: str, device: torch.device | str | None = None, precision: str = "auto", batch_size: int = 16
+    ) -> None:
         """
         Args:
-            name: folder or hub id.
-            device: by default this process's.
-            precision: fp32, bf16, or auto: bf16 where the device multiplies it in hardware.
-            batch: questions in a pass.
+            name: model folder or hub id.
+            device: Default: the device of this process.
+            precision: fp32, bf16 or auto. auto is bf16 if the device multiplies it in hardware.
+            batch_size: questions per forward pass.
+
+        Raises:
+            ValueError: the model does not use a fixed number of tokens per image.
         """
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
+        self.name = name
+        self.batch_size = batch_size
         self.device = torch.device(device) if device is not None else process_state().device
-        low = resolve_device_precision(precision, self.device) == "bf16"
-        dtype = torch.bfloat16 if low else torch.float32
-        model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False)
-        self.name, self.model, self.batch = name, model.to(self.device).eval(), batch
+        bf16 = resolve_device_precision(precision, self.device) == "bf16"
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=torch.bfloat16 if bf16 else torch.float32, trust_remote_code=False
+        )
+        self.model = model.to(self.device).eval()
         self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-        self.tokenizer, self.pixels = self.processor.tokenizer, LlavaImageProcessor(self.processor)
+        self.tokenizer = self.processor.tokenizer
         self.tokenizer.chat_template = self.processor.chat_template or self.tokenizer.chat_template
+        self.transform = LlavaTransform(self.processor)
         if getattr(self.model.config, "image_seq_length", None) is None:
-            raise ValueError(f"{name} is not of LLaVA's kind, whose pictures are always as many tokens")
-        self.tokens: int = self.model.config.image_seq_length
+            raise ValueError(f"{name} is not supported: a model must use a fixed number of tokens per image, as LLaVA does")
+        self.image_tokens: int = self.model.config.image_seq_length
         keep_freed_memory(self.device)
 
-    def answer(self, asked: Sequence[Question], tokens: int, beams: int = 1) -> Iterator[tuple[int, str | None]]:
-        """Answers as they come: the number of a question, and what was said.
+    def generate(
+        self, questions: Sequence[Question], max_new_tokens: int, num_beams: int = 1
+    ) -> Iterator[tuple[int, str | None]]:
+        """Yield (index of the question, answer) as batches complete. Questions are sorted by length before batching.
 
         Args:
-            asked: the questions; those of similar length are answered together.
-            tokens: longest answer.
-            beams: of beam search; 1 is greedy.
+            questions: with or without image.
+            max_new_tokens: maximum number of tokens of an answer.
+            num_beams: beam size; 1 is greedy decoding.
         """
-        for numbers, batch in self._batches(asked):
-            with torch.inference_mode(), onednn_matmul():
-                said = self.model.generate(
-                    **batch, max_new_tokens=tokens, do_sample=False, num_beams=beams,
-                    bad_words_ids=[[self.tokenizer.convert_tokens_to_ids(IMAGE)]],
-                )  # fmt: skip
-            answers = self.tokenizer.batch_decode(said[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-            yield from ((n, answer.strip()) for n, answer in zip(numbers, answers, strict=True))
-        yield from ((n, None) for n in self._undecodable)
-
-    def choose(self, asked: Sequence[Question]) -> Iterator[tuple[int, int | None]]:
-        """The likeliest option of each question, by the mean log-likelihood of its tokens: the number of the question,
-        and that of the option."""
-        for n, one in enumerate(asked):
-            found = self.likelihoods(one, one.options)
-            yield n, None if found is None else int((found[:, 0] / found[:, 1]).argmax())
-
-    def likelihoods(self, one: Question, answers: Sequence[str]) -> Tensor | None:
-        """Of each answer to a question: the sum of its tokens' log-likelihoods, how many they are, and how many of them
-        are the likeliest there, (answers, 3) float32; None if the picture cannot be decoded."""
-        seen = decode_or_error(one.image, self.pixels) if one.image is not None else None
-        if isinstance(seen, str):
-            return None
-        rows = [
-            tokenize_and_label(Conversation(one.id, one.image, ((one.prompt, answer),)), self.tokenizer, self.tokens)
-            for answer in answers
-        ]
-        length, pad = max(len(row.ids) for row in rows), self.tokenizer.pad_token_id
-        gaps = [length - len(row.ids) for row in rows]
-        batch = {
-            "input_ids": torch.tensor([row.ids + [pad] * gap for row, gap in zip(rows, gaps, strict=True)]),
-            "attention_mask": torch.tensor([[1] * (length - gap) + [0] * gap for gap in gaps]),
-        }
-        if seen is not None:
-            batch["pixel_values"] = seen.to(self.model.dtype).expand(len(rows), -1, -1, -1)
-        labels = torch.tensor([row.labels + [IGNORED] * gap for row, gap in zip(rows, gaps, strict=True)])[:, 1:]
-        with torch.inference_mode(), onednn_matmul():
-            logits = self.model(**{k: v.to(self.device) for k, v in batch.items()}).logits[:, :-1].float().cpu()
-        said = labels != IGNORED
-        losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-        greedy = (logits.argmax(-1) == labels) & said
-        return torch.stack([-losses.sum(1), said.sum(1).float(), greedy.sum(1).float()], 1)
-
-    def _batches(self, asked: Sequence[Question]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """Numbers of questions, and their tokens, padded on the left, with their pixels. Questions with a picture are
-        apart from those without."""
-        self._undecodable: list[int] = []
         self.tokenizer.padding_side = "left"
-        order = sorted(range(len(asked)), key=lambda n: (asked[n].image is None, -len(asked[n].prompt)))
-        for pictured in (True, False):
-            mine = [n for n in order if (asked[n].image is not None) is pictured]
-            for start in range(0, len(mine), self.batch):
-                numbers, pixels = [], []
-                for n in mine[start : start + self.batch]:
-                    image = asked[n].image
-                    seen = decode_or_error(image, self.pixels) if image is not None else None
-                    if isinstance(seen, str):
-                        self._undecodable.append(n)
-                        continue
-                    numbers.append(n)
-                    if seen is not None:
-                        pixels.append(seen)
-                if not numbers:
-                    continue
-                prompts = {"input_ids": [self.prompt(asked[n]) for n in numbers]}
-                batch = dict(self.tokenizer.pad(prompts, return_tensors="pt"))
-                if pixels:
-                    batch["pixel_values"] = torch.stack(pixels).to(self.model.dtype)
-                yield numbers, {k: v.to(self.device) for k, v in batch.items()}
+        image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        for indices in self._batch_indices(questions):
+            usable, inputs = self._generation_inputs(questions, indices)
+            if usable:
+                with torch.inference_mode(), onednn_matmul():
+                    output = self.model.generate(
+                        **inputs,
+                        max_new_tokens=max_new_tokens,
+                        do_sample=False,
+                        num_beams=num_beams,
+                        bad_words_ids=[[image_id]],
+                    )
+                new_tokens = output[:, inputs["input_ids"].shape[1] :]
+                answers = self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+                for n, answer in zip(usable, answers, strict=True):
+                    yield n, answer.strip()
+            for n in indices:
+                if n not in usable:
+                    yield n, None
 
-    def prompt(self, one: Question) -> list[int]:
-        """Token ids up to where the answer begins."""
-        said = to_messages(Conversation(one.id, one.image, ((one.prompt, ""),)))[:1]
-        text = self.processor.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-        text = text.replace(IMAGE, IMAGE * self.tokens)
-        starts_itself = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=not starts_itself)["input_ids"]
+    def choose_options(self, questions: Sequence[Question]) -> Iterator[tuple[int, int | None]]:
+        """Yield (index of the question, index of its most likely option), by the mean log-likelihood of the tokens."""
+        for n, question in enumerate(questions):
+            scores = self.score_answers(question, question.options)
+            yield n, None if scores is None else int((scores[:, 0] / scores[:, 1]).argmax())
+
+    def score_answers(self, question: Question, answers: Sequence[str]) -> Tensor | None:
+        """Score possible answers to a question.
+
+        Returns:
+            (answers, 3) float32: sum of the tokens' log-likelihoods, number of tokens, and number of tokens that
+            greedy decoding would produce. None if the image cannot be decoded.
+        """
+        pixels = decode_or_error(question.image, self.transform) if question.image is not None else None
+        if isinstance(pixels, str):
+            return None
+        rows = []
+        for answer in answers:
+            conversation = Conversation(question.id, question.image, ((question.prompt, answer),))
+            rows.append(tokenize_and_label(conversation, self.tokenizer, self.image_tokens))
+        length = max(len(row.ids) for row in rows)
+        padding = [length - len(row.ids) for row in rows]
+        pad_id = self.tokenizer.pad_token_id
+        inputs = {
+            "input_ids": torch.tensor([row.ids + [pad_id] * n for row, n in zip(rows, padding, strict=True)]),
+            "attention_mask": torch.tensor([[1] * (length - n) + [0] * n for n in padding]),
+        }
+        if pixels is not None:
+            inputs["pixel_values"] = pixels.to(self.model.dtype).expand(len(rows), -1, -1, -1)
+        labels = torch.tensor([row.labels + [IGNORE_INDEX] * n for row, n in zip(rows, padding, strict=True)])[:, 1:]
+        with torch.inference_mode(), onednn_matmul():
+            inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+            logits = self.model(**inputs).logits[:, :-1].float().cpu()  # (answers, tokens - 1, vocabulary)
+        in_answer = labels != IGNORE_INDEX
+        losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")
+        greedy = (logits.argmax(-1) == labels) & in_answer
+        return torch.stack([-losses.sum(1), in_answer.sum(1).float(), greedy.sum(1).float()], 1)
+
+    def prompt_ids(self, question: Question) -> list[int]:
+        """Return the token ids of a question, up to where its answer starts."""
+        messages = to_messages(Conversation(question.id, question.image, ((question.prompt, ""),)))[:1]
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.image_tokens)
+        has_bos = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
         return ids
+
+    def _batch_indices(self, questions: Sequence[Question]) -> Iterator[list[int]]:
+        """Yield the indices of each batch: longest prompts first, those with an image before those without."""
+        longest_first = sorted(range(len(questions)), key=lambda n: -len(questions[n].prompt))
+        for has_image in (True, False):
+            indices = [n for n in longest_first if (questions[n].image is not None) is has_image]
+            for start in range(0, len(indices), self.batch_size):
+                yield indices[start : start + self.batch_size]
+
+    def _generation_inputs(
+        self, questions: Sequence[Question], indices: Sequence[int]
+    ) -> tuple[list[int], dict[str, Tensor]]:
+        """Return the indices of the questions whose image can be decoded, and the model's inputs for them.
+
+        Prompts are padded on the left.
+        """
+        usable, pixels = [], []
+        for n in indices:
+            image = questions[n].image
+            if image is not None:
+                decoded = decode_or_error(image, self.transform)
+                if isinstance(decoded, str):
+                    continue
+                pixels.append(decoded)
+            usable.append(n)
+        if not usable:
+            return [], {}
+        prompts = {"input_ids": [self.prompt_ids(questions[n]) for n in usable]}
+        inputs = dict(self.tokenizer.pad(prompts, return_tensors="pt"))
+        if pixels:
+            inputs["pixel_values"] = torch.stack(pixels).to(self.model.dtype)
+        return usable, {name: tensor.to(self.device) for name, tensor in inputs.items()}

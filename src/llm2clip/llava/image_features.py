@@ -1,7 +1,7 @@
-"""What the LLM is shown of a picture: the tower's input, and the patch features that it gives for it.
+"""Image preprocessing, patch features of the frozen vision tower, and their store.
 
-The tower is frozen in training, so it stands outside of the model that learns: `Given` is in its place and passes on
-its features, which come from a store, or from the tower a moment before.
+The tower is frozen during training, so it is not part of the trained model. `PrecomputedVision` takes its place and
+passes on the patch features, which come from a store or are computed just before the forward pass.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from llm2clip.models.fingerprint import hash_weights
 from llm2clip.store.image_features import store_image_features
 from llm2clip.store.store import EmbeddingStore
 
-SHARD = 1 << 30  # bytes of a shard of features, at most
+MAX_SHARD_BYTES = 1 << 30
+MAX_SHARD_IMAGES = 8192
+MAX_SCALE = 8  # images are shrunk before padding if their longer side exceeds this many times the tower's input
 
 
-class LlavaImageProcessor:
-    """Decoded pictures to the tower's input, as the processor makes it."""
+class LlavaTransform:
+    """Preprocessing of decoded images, equivalent to the image processor of a LLaVA model."""
 
     def __init__(self, processor: Any) -> None:
         settings = processor.image_processor.to_dict()
@@ -35,56 +37,62 @@ class LlavaImageProcessor:
         self.std = torch.tensor(self.preprocess.std).view(3, 1, 1)
         self.pad = bool(settings.get("do_pad"))
 
-    def __call__(self, picture: Tensor) -> Tensor:
-        """uint8 (3, H, W) to float32 (3, S, S), normalised."""
+    def __call__(self, image: Tensor) -> Tensor:
+        """Convert uint8 (3, H, W) to normalised float32 (3, S, S)."""
         if self.pad:
-            most = 8 * self.preprocess.resize_size
-            if max(picture.shape[-2:]) > most:  # or the square of a long one would fill the memory
-                picture = resize_shortest(picture, most)
-            picture = pad_to_square(picture, [int(255 * value) for value in self.preprocess.mean])
-        pixels: Tensor = self.transform(picture)
+            max_side = MAX_SCALE * self.preprocess.scaled
+            if max(image.shape[-2:]) > max_side:  # padding a very long image to a square would exhaust the memory
+                image = resize_longest(image, max_side)
+            image = pad_to_square(image, [int(255 * value) for value in self.preprocess.mean])
+        pixels: Tensor = self.transform(image)
         return (pixels.float() / 255 - self.mean) / self.std
 
 
-def resize_shortest(picture: Tensor, most: int) -> Tensor:
-    """A picture (3, H, W) so small that its longer side is `most`."""
-    height, width = picture.shape[-2:]
-    part = most / max(height, width)
-    return resize(picture, [max(1, round(height * part)), max(1, round(width * part))], antialias=True)
+def resize_longest(image: Tensor, side: int) -> Tensor:
+    """Resize (3, H, W) so that the longer side equals `side`."""
+    height, width = image.shape[-2:]
+    scale = side / max(height, width)
+    return resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
 
 
-def pad_to_square(picture: Tensor, colour: Sequence[int]) -> Tensor:
-    """A picture (3, H, W) in the middle of a square of a colour, as LLaVA-1.5 sees it. What the tower's own
-    preparation crops (a crop_pct below 1) is cut off all the same."""
-    height, width = picture.shape[-2:]
+def pad_to_square(image: Tensor, colour: Sequence[int]) -> Tensor:
+    """Center (3, H, W) in a square of one colour, as LLaVA-1.5 does.
+
+    A tower whose preprocessing crops (crop_pct below 1) still crops the padded image.
+    """
+    height, width = image.shape[-2:]
     side = max(height, width)
-    left, above = (side - width) // 2, (side - height) // 2
-    return pad(picture, [left, above, side - width - left, side - height - above], fill=list(colour))
+    left, top = (side - width) // 2, (side - height) // 2
+    return pad(image, [left, top, side - width - left, side - height - top], fill=list(colour))
 
 
 def patch_feature_size(config: Any) -> int:
-    """The width of a patch's features, of a multimodal model's config."""
+    """Return the size of one patch feature, given the config of a LLaVA model."""
     layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
-    width: int = config.vision_config.hidden_size * layers
-    return width
+    size: int = config.vision_config.hidden_size * layers
+    return size
 
 
 class PatchFeatures:
-    """A multimodal model's tower: pixels to what goes into the projector, (N, tokens, width)."""
+    """The vision tower of a LLaVA model as a function from pixels to the projector's input.
 
-    def __init__(self, model: Any, processor: Any, low: bool = False) -> None:
+    Implements `ImageEncoder` of `store/image_features.py`, with the patch features of an image as one long vector.
+    """
+
+    def __init__(self, model: Any, processor: Any, bf16: bool = False) -> None:
         """
         Args:
-            model: its tower is put in eval mode, and keeps its device.
-            processor: of the model.
-            low: multiply in bf16.
+            model: LLaVA model. Its tower is put in eval mode and stays on its device.
+            processor: processor of the model.
+            bf16: compute under bfloat16 autocast.
         """
-        self.tower, self.config, self.transform, self.low = (
-            model.model.vision_tower.eval(), model.config, LlavaImageProcessor(processor), low,
-        )  # fmt: skip
+        self.tower = model.model.vision_tower.eval()
+        self.config = model.config
+        self.transform = LlavaTransform(processor)
+        self.bf16 = bf16
         size = self.transform.preprocess.size
-        self.tokens, width = self(torch.zeros(1, 3, size, size)).shape[1:]
-        self.embed_dim = self.tokens * width
+        self.tokens, feature_size = self(torch.zeros(1, 3, size, size)).shape[1:]
+        self.width = self.tokens * feature_size
 
     @property
     def device(self) -> torch.device:
@@ -92,57 +100,67 @@ class PatchFeatures:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
+        """Map (N, 3, S, S) to patch features (N, tokens, feature size)."""
         pixels = pixels.to(self.device, self.tower.dtype)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if self.config.model_type == "fast_vlm":
-                found: Tensor = self.tower(pixels).last_hidden_state.flatten(2).transpose(1, 2)
-                return found
-            states = self.tower(pixels, output_hidden_states=True).hidden_states
+                feature_map: Tensor = self.tower(pixels).last_hidden_state  # (N, channels, rows, columns)
+                return feature_map.flatten(2).transpose(1, 2)
+            hidden_states = self.tower(pixels, output_hidden_states=True).hidden_states
             layers = self.config.vision_feature_layer
-            chosen = [states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+            selected = [hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
             if self.config.vision_feature_select_strategy == "default":
-                chosen = [state[:, 1:] for state in chosen]
-            return torch.cat(chosen, -1)
+                selected = [state[:, 1:] for state in selected]  # without the class token
+            return torch.cat(selected, -1)
 
     def identity(self) -> dict[str, Any]:
-        """All that changes a feature."""
+        """Return everything that affects a feature, for the fingerprint of the store."""
         return {
             "tower": self.tower.config.to_dict(),
             "weights": hash_weights(self.tower),
             "preprocess": {**self.transform.preprocess.to_dict(), "pad": self.transform.pad},
             "layer": self.config.vision_feature_layer,
             "patches": self.tokens,
-            "low": self.low,
+            "low": self.bf16,
         }
 
-    def encode_images(self, pictures: list[Any]) -> Tensor:
-        """As the side of a store: (N, tokens * width) float32 on the CPU."""
+    def encode_pictures(self, pictures: list[Any]) -> Tensor:
+        """Encode transformed images to (N, tokens * feature size) float32 on the CPU."""
         return self(torch.stack(pictures)).float().flatten(1).cpu()
 
 
 def cache_patch_features(
-    refs: Sequence[ImageRef], side: PatchFeatures, folder: Path, log: SkipLog, workers: int | None = None
+    refs: Sequence[ImageRef], features: PatchFeatures, folder: Path, log: SkipLog, workers: int | None = None
 ) -> EmbeddingStore:
-    """The store of pictures' patch features at `folder`, float16, filled where it is not yet.
+    """Compute the patch features that the store at `folder` lacks, and return the store (float16).
 
     Raises:
-        StoreError: the store there is another tower's.
+        StoreError: the store holds features of another tower.
     """
-    size = max(1, min(8192, SHARD // (2 * side.embed_dim)))
-    return store_image_features(refs, side, side.identity(), folder, log, batch_size=32, workers=workers, shard_size=size)
+    bytes_per_image = 2 * features.width
+    shard_size = max(1, min(MAX_SHARD_IMAGES, MAX_SHARD_BYTES // bytes_per_image))
+    return store_image_features(
+        refs, features, features.identity(), folder, log, batch_size=32, workers=workers, shard_size=shard_size
+    )
 
 
 class PrecomputedVision(nn.Module):
-    """Stands where the tower was: passes on features that it gave, in the form in which the model expects them. It is
-    asked for the last layer, and for all of its tokens: see `Collate`."""
+    """Replacement for the vision tower that returns precomputed patch features in the form the model expects.
 
-    def __init__(self, maps: bool) -> None:
+    The model must select the last layer and all tokens: see `LlavaCollator`.
+    """
+
+    def __init__(self, feature_maps: bool) -> None:
+        """
+        Args:
+            feature_maps: return features channels first, as FastVLM reads them.
+        """
         super().__init__()
-        self.maps = maps
+        self.feature_maps = feature_maps
 
     def forward(self, pixel_values: Tensor, **_: Any) -> Any:
-        """(N, tokens, width) as a tower's output."""
+        """Wrap patch features (N, tokens, feature size) as a tower's output."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        last: Any = pixel_values.transpose(1, 2) if self.maps else pixel_values
+        last: Any = pixel_values.transpose(1, 2) if self.feature_maps else pixel_values
         return BaseModelOutputWithPooling(last_hidden_state=last, hidden_states=(pixel_values,))

@@ -1,6 +1,6 @@
-"""A multimodal model inside lmms-eval, which finds it by an entry point where both are installed:
+"""A LLaVA model for lmms-eval, which finds it by an entry point if both packages are installed.
 
-python -m lmms_eval --model llm2clip_llava --model_args pretrained=RUN/model --tasks pope --batch_size 16
+    python -m lmms_eval --model llm2clip_llava --model_args pretrained=RUN/model --tasks pope --batch_size 16
 """
 
 from __future__ import annotations
@@ -13,69 +13,86 @@ from lmms_eval.models.registry_v2 import ModelManifest
 
 from llm2clip.data.image_refs import MemoryImage
 from llm2clip.distributed import process_state
-from llm2clip.llava.generate import Generator
+from llm2clip.llava.generate import AnswerGenerator
 from llm2clip.llava.tasks import Question
 
-TOGETHER = 256  # requests whose pictures are held at once
+CHUNK = 256  # requests whose images are in memory at the same time
 MANIFEST = ModelManifest("llm2clip_llava", simple_class_path="llm2clip.llava.lmms.LmmsModel")
 
 
 class LmmsModel(lmms):
-    """lmms-eval's model: greedy answers, and likelihoods of answers, to questions with a picture or with none."""
+    """Model class of lmms-eval: greedy answers and answer likelihoods, for questions with one image or none."""
 
     def __init__(
         self, pretrained: str, device: str | None = None, batch_size: int | str = 16, precision: str = "auto", **_: Any
     ) -> None:
         """
         Args:
-            pretrained: folder or hub id of the model.
-            device: by default this process's.
-            batch_size: questions in a pass.
+            pretrained: model folder or hub id.
+            device: Default: the device of this process.
+            batch_size: questions per forward pass.
             precision: fp32, bf16 or auto.
         """
         super().__init__()
-        self.answerer = Generator(pretrained, device, precision, int(batch_size))
-        self._rank, self._world_size = process_state().process_index, process_state().num_processes
-
-    def _asked(self, n: int, context: str, to_visual: Any, doc_id: Any, task: str, split: str) -> Question:
-        """A request as a question. Raises ValueError for several pictures, or a film."""
-        pictures = (to_visual(self.task_dict[task][split][doc_id]) if to_visual else None) or []
-        if len(pictures) > 1 or any(isinstance(one, str) for one in pictures):
-            raise ValueError(f"{task}: questions about one picture alone; this has {len(pictures)}, or a film")
-        image = None
-        if pictures:
-            stream = io.BytesIO()
-            pictures[0].convert("RGB").save(stream, "PNG")
-            image = MemoryImage(stream.getvalue(), f"{task} {doc_id}")
-        return Question(str(n), image, context)
+        self.generator = AnswerGenerator(pretrained, device, precision, int(batch_size))
+        self._rank = process_state().process_index
+        self._world_size = process_state().num_processes
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Answers in the order of the requests; what stands before `until`."""
-        found = [""] * len(requests)
+        """Answer requests in their order. An answer ends before any of its `until` strings."""
+        answers = [""] * len(requests)
         settings = [request.args[1] for request in requests]
-        for limit in sorted({int(some.get("max_new_tokens", 128)) for some in settings}):
-            mine = [n for n, some in enumerate(settings) if int(some.get("max_new_tokens", 128)) == limit]
-            for start in range(0, len(mine), TOGETHER):
-                part = mine[start : start + TOGETHER]
-                asked = [self._asked(n, requests[n].args[0], *requests[n].args[2:]) for n in part]
-                for k, said in self.answerer.answer(asked, limit):
-                    until = settings[part[k]].get("until") or []
-                    for end in [until] if isinstance(until, str) else until:
-                        said = (said or "").partition(end)[0]
-                    found[part[k]] = (said or "").strip()
-        return found
+        limits = [int(setting.get("max_new_tokens", 128)) for setting in settings]
+        for limit in sorted(set(limits)):
+            with_limit = [n for n in range(len(requests)) if limits[n] == limit]
+            for start in range(0, len(with_limit), CHUNK):
+                chunk = with_limit[start : start + CHUNK]
+                questions = []
+                for n in chunk:
+                    context, _, *image_args = requests[n].args
+                    questions.append(self._to_question(n, context, *image_args))
+                for k, answer in self.generator.generate(questions, limit):
+                    n = chunk[k]
+                    answers[n] = _truncate_at(answer or "", settings[n].get("until") or [])
+        return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """The log-likelihood of each answer, and whether it is what would be said."""
-        found = []
+        """Return the log-likelihood of each request's answer, and whether greedy decoding would produce it."""
+        results = []
         for n, request in enumerate(requests):
             context, target, to_visual, doc_id, task, split = request.args
             answer = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
-            total = self.answerer.likelihoods(self._asked(n, context, to_visual, doc_id, task, split), [answer])
-            if total is None:
-                raise ValueError(f"{task} {doc_id}: its picture cannot be decoded")
-            found.append((float(total[0, 0]), bool(total[0, 1] == total[0, 2])))
-        return found
+            question = self._to_question(n, context, to_visual, doc_id, task, split)
+            scores = self.generator.score_answers(question, [answer])
+            if scores is None:
+                raise ValueError(f"{task}: the image of document {doc_id} cannot be decoded")
+            log_likelihood, tokens, greedy_tokens = scores[0].tolist()
+            results.append((log_likelihood, tokens == greedy_tokens))
+        return results
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        raise NotImplementedError("questions of one round alone")
+        raise NotImplementedError("tasks with several rounds per request are not supported")
+
+    def _to_question(self, n: int, context: str, to_visual: Any, doc_id: Any, task: str, split: str) -> Question:
+        """Convert a request.
+
+        Raises:
+            ValueError: it has several images or a video.
+        """
+        visuals = (to_visual(self.task_dict[task][split][doc_id]) if to_visual else None) or []
+        if any(isinstance(visual, str) for visual in visuals):
+            raise ValueError(f"{task}: videos are not supported")
+        if len(visuals) > 1:
+            raise ValueError(f"{task}: a question must have at most one image (got {len(visuals)})")
+        image = None
+        if visuals:
+            stream = io.BytesIO()
+            visuals[0].convert("RGB").save(stream, "PNG")
+            image = MemoryImage(stream.getvalue(), f"{task} {doc_id}")
+        return Question(str(n), image, context)
+
+
+def _truncate_at(answer: str, until: str | list[str]) -> str:
+    for end in [until] if isinstance(until, str) else until:
+        answer = answer.partition(end)[0]
+    return answer.strip()

@@ -1,7 +1,8 @@
-"""A vision transformer of timm inside LLaVA, for transformers: the one file of code in a folder that has such a tower.
+"""LLaVA with a vision transformer from timm, as a self-contained file of modeling code for transformers.
 
-transformers wraps timm's models, but gives their features as maps, which LLaVA's class does not read. Opened without
-llm2clip by `AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)`.
+transformers wraps timm models but returns their features as maps, which its LLaVA class cannot read. `build_llava`
+copies this file into model folders with such a tower. Without llm2clip, load them with
+`AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)`.
 """
 
 from typing import Any
@@ -20,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 
 class PatchTowerConfig(PretrainedConfig):
-    """Of `PatchTower`: timm's architecture and its arguments, and the width of a patch's feature."""
+    """Config of `PatchTower`: name and arguments of the timm model, and the width of a patch feature."""
 
     model_type = "llm2clip_patches"
     architecture: str = ""
@@ -29,7 +30,7 @@ class PatchTowerConfig(PretrainedConfig):
 
 
 class PatchTower(PreTrainedModel):
-    """Patch features of each of timm's blocks."""
+    """A vision transformer from timm that returns the patch features of every block."""
 
     config_class = PatchTowerConfig
     main_input_name = "pixel_values"
@@ -42,10 +43,10 @@ class PatchTower(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: Any) -> None:
-        """timm has done it."""
+        """Do nothing: timm has initialised the weights."""
 
     def forward(self, pixel_values: Any, **_: Any) -> Any:
-        """(N, 3, S, S) to the output of every block, each (N, patches, width), before the last norm."""
+        """Map (N, 3, S, S) to the outputs of all blocks, each (N, patches, width), before the final norm."""
         states = self.timm_model.forward_intermediates(
             pixel_values.to(self.dtype), norm=False, output_fmt="NLC", intermediates_only=True
         )
@@ -53,13 +54,13 @@ class PatchTower(PreTrainedModel):
 
 
 class PatchLlavaConfig(LlavaConfig):
-    """LLaVA's, with such a tower."""
+    """Config of `PatchLlava`."""
 
     model_type = "llm2clip_llava"
 
 
 class PatchLlava(LlavaForConditionalGeneration):
-    """LLaVA's, with such a tower."""
+    """LLaVA with a `PatchTower`."""
 
     config_class = PatchLlavaConfig
 

@@ -1,12 +1,14 @@
-"""Yes-or-no questions about what a picture shows, from its captions: POPE (arXiv 2305.10355) of any captioned set.
+"""POPE questions (arXiv 2305.10355) made from captions: is there an object in the image, yes or no?
 
-POPE asks about objects that annotators marked in pictures with three or more. Here an object is there if a caption of
-the picture names it, and absent if none does: five captions name most of what stands out, and not all of what is there,
-so a "no" is sometimes wrong, for every model alike.
+The original POPE asks about objects that annotators marked, in images with three or more of them. Here an object counts
+as present if a caption of the image names it, and as absent if none does. Captions name most of the salient objects but
+not everything in the image, so a "no" is sometimes wrong. This affects every model alike.
 
-    random        absent objects as they come
-    popular       the absent objects that are named most often in the whole set
-    adversarial   the absent objects that are named most often together with the one just asked about
+Absent objects are sampled in three ways:
+
+    random        uniformly
+    popular       the absent objects named most often in the data set
+    adversarial   the absent objects named most often together with the present object of the preceding question
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ from pathlib import Path
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.records import Record
 
-OBJECTS = Path(__file__).with_name("objects.txt")
-UNCOUNTED = ("snow",)
-EACH = 3  # objects of a picture that are asked about, and as many that are absent: the paper's k
+OBJECTS_FILE = Path(__file__).with_name("objects.txt")
+UNCOUNTABLE = ("snow",)
+OBJECTS_PER_IMAGE = 3  # present objects asked about per image, and as many absent ones: the paper's k
 
 
 class Sampling(StrEnum):
-    """Which absent objects are asked about."""
+    """How absent objects are sampled, see the module's documentation."""
 
     RANDOM = "random"
     POPULAR = "popular"
@@ -37,8 +39,8 @@ class Sampling(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """A question about a picture; `answer` is yes or no, `record` the number of the picture's record."""
+class PopeQuestion:
+    """A question about an object in an image. `record` is the index of the image's record, `answer` is yes or no."""
 
     record: int
     image: ImageRef
@@ -48,71 +50,101 @@ class Question:
 
 
 def make_questions(
-    records: Iterable[Record], sampling: Sampling, each: int = EACH, seed: int = 0, objects: Path = OBJECTS
-) -> list[Question]:
-    """As many questions with yes as with no, picture after picture.
+    records: Iterable[Record],
+    sampling: Sampling,
+    per_image: int = OBJECTS_PER_IMAGE,
+    seed: int = 0,
+    objects_file: Path = OBJECTS_FILE,
+) -> list[PopeQuestion]:
+    """Make equally many yes and no questions, image by image.
 
     Args:
-        records: with images and captions; those whose captions name none of the objects are left out.
-        sampling: of the absent objects.
-        each: objects of a picture, at most, and as many absent ones.
-        seed: of the choices.
-        objects: a file with an object a line and what else it is called: see `objects.txt` beside this file.
+        records: captioned images. Those without an image, and those whose captions name no object, are ignored.
+        sampling: how absent objects are sampled.
+        per_image: maximum number of present objects per image, and of absent ones.
+        seed: seed of the random choices.
+        objects_file: objects and their synonyms, see `read_objects`.
     """
-    names = read_objects(objects)
-    shown = [(n, r, sorted(mentioned_objects(r.texts, names))) for n, r in enumerate(records) if r.image is not None]
-    shown = [(n, record, found) for n, record, found in shown if found]
-    often: Counter[str] = Counter(name for *_, found in shown for name in found)
-    beside: dict[str, Counter[str]] = {name: Counter() for name in often}
-    for *_, found in shown:
-        for name in found:
-            beside[name].update(other for other in found if other != name)
-    rng, questions = random.Random(seed), []
-    for number, record, found in shown:
-        assert record.image is not None
-        absent = sorted(set(often) - set(found))
+    names = read_objects(objects_file)
+    present_objects: dict[int, list[str]] = {}  # by index of the record
+    images: dict[int, ImageRef] = {}
+    for number, record in enumerate(records):
+        if record.image is None:
+            continue
+        present = sorted(mentioned_objects(record.texts, names))
+        if present:
+            present_objects[number] = present
+            images[number] = record.image
+    frequency, co_occurrence = _count_objects(present_objects.values())
+    rng = random.Random(seed)
+    questions = []
+    for number, present in present_objects.items():
+        absent = sorted(set(frequency) - set(present))
         rng.shuffle(absent)
-        for yes in rng.sample(found, min(each, len(found), len(absent))):
-            rank = {Sampling.RANDOM: Counter[str](), Sampling.POPULAR: often}.get(sampling, beside[yes])
-            absent.sort(key=lambda name, rank=rank: -rank[name])  # type: ignore[misc]
-            no = absent.pop(0)
-            questions.append(Question(number, record.image, yes, _question(yes), "yes"))
-            questions.append(Question(number, record.image, no, _question(no), "no"))
+        for present_object in rng.sample(present, min(per_image, len(present), len(absent))):
+            # Sorting is stable, so that ties, and all objects under random sampling, keep their shuffled order.
+            if sampling is Sampling.POPULAR:
+                absent.sort(key=frequency.__getitem__, reverse=True)
+            elif sampling is Sampling.ADVERSARIAL:
+                absent.sort(key=co_occurrence[present_object].__getitem__, reverse=True)
+            absent_object = absent.pop(0)
+            for name, answer in ((present_object, "yes"), (absent_object, "no")):
+                questions.append(PopeQuestion(number, images[number], name, _question_text(name), answer))
     return questions
 
 
 def mentioned_objects(texts: Iterable[str], names: dict[str, str]) -> set[str]:
-    """The objects that some texts name: the longest names first, so that a hot dog is no dog."""
-    pattern = _pattern(tuple(names))
-    return {names[found.lower()] for text in texts for found in pattern.findall(text)}
+    """Return the objects that the texts name. Longer names match first, so that a hot dog is not a dog.
 
-
-@lru_cache
-def _pattern(names: Sequence[str]) -> re.Pattern[str]:
-    longest = sorted(names, key=len, reverse=True)
-    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest))})(?!\w)", re.IGNORECASE)
+    Args:
+        texts: captions of one image.
+        names: returned by `read_objects`.
+    """
+    pattern = _name_pattern(tuple(names))
+    return {names[match.lower()] for text in texts for match in pattern.findall(text)}
 
 
 @lru_cache
 def read_objects(file: Path) -> dict[str, str]:
-    """What objects are called to the object, from lines of `object: other, names`; # begins a comment. Plurals are
-    added by rule.
+    """Read objects and their synonyms; return a map from each name, singular and plural, to its object.
+
+    A line is `object` or `object: synonym, synonym`; # starts a comment. Plurals are formed by rule.
 
     Raises:
-        ValueError: two objects go by one name.
+        ValueError: two objects have a name in common.
     """
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for line in file.read_text(encoding="utf-8").splitlines():
         line = line.partition("#")[0].strip()
         if not line:
             continue
-        name, _, others = line.partition(":")
-        for one in [name, *others.split(",")]:
-            one = " ".join(one.lower().split())
-            for form in (one, _plural(one)) if one else ():
-                if found.setdefault(form, name.strip()) != name.strip():
-                    raise ValueError(f"{file}: {form!r} is both {found[form]!r} and {name.strip()!r}")
-    return found
+        object_name, _, synonyms = line.partition(":")
+        object_name = object_name.strip()
+        for name in (object_name, *synonyms.split(",")):
+            name = " ".join(name.lower().split())
+            if not name:
+                continue
+            for form in (name, _plural(name)):
+                if names.setdefault(form, object_name) != object_name:
+                    raise ValueError(f"{file}: {form!r} is a name of both {names[form]!r} and {object_name!r}")
+    return names
+
+
+def _count_objects(objects_per_image: Iterable[list[str]]) -> tuple[Counter[str], dict[str, Counter[str]]]:
+    """Count the images of each object, and for each object those that also show each other object."""
+    frequency: Counter[str] = Counter()
+    co_occurrence: dict[str, Counter[str]] = {}
+    for objects in objects_per_image:
+        frequency.update(objects)
+        for name in objects:
+            co_occurrence.setdefault(name, Counter()).update(other for other in objects if other != name)
+    return frequency, co_occurrence
+
+
+@lru_cache
+def _name_pattern(names: Sequence[str]) -> re.Pattern[str]:
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
 
 
 def _plural(word: str) -> str:
@@ -121,7 +153,8 @@ def _plural(word: str) -> str:
     return word[:-1] + "ies" if re.search(r"[^aeiou]y$", word) else word + "s"
 
 
-def _question(name: str) -> str:
-    if name in UNCOUNTED:
+def _question_text(name: str) -> str:
+    if name in UNCOUNTABLE:
         return f"Is there {name} in the image?"
-    return f"Is there {'an' if name[0] in 'aeiou' else 'a'} {name} in the image?"
+    article = "an" if name[0] in "aeiou" else "a"
+    return f"Is there {article} {name} in the image?"

@@ -1,4 +1,4 @@
-"""The figures of multimodal models beside the paper's, as a page: tables, and pictures with their captions."""
+"""Report page: metrics of LLaVA models compared with the paper's, and sample captions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llm2clip.html_report import (
 from llm2clip.llava.evaluate import LlavaResult
 from llm2clip.models.display_names import display_names
 
-# LLM2CLIP's project page, the table of LLaVA-1.5 with its tower: the figure of a task, as it names it.
+# Columns of the LLaVA-1.5 table on LLM2CLIP's project page: benchmark, heading and metric.
 COLUMNS = {
     "vqav2": ("VQAv2", "accuracy"),
     "gqa": ("GQA", "accuracy"),
@@ -36,13 +36,13 @@ COLUMNS = {
     "mm-vet": ("MM-Vet", "total"),
     "seed": ("SEED", "accuracy"),
 }
-# LLaVA's own row is printed there as random, popular, adversarial, unlike the others; here all are in one order.
-POPE = {
+# F1 for random, adversarial and popular sampling. The page prints LLaVA's row in another order than the others.
+PAPER_POPE = {
     "LLaVA (paper)": (87.3, 84.2, 86.1),
     "LLaVA (reproduced)": (87.7, 84.85, 86.3),
     "+ LLM2CLIP": (88.55, 82.76, 87.75),
 }
-PAPER: dict[str, dict[str, float]] = {
+PAPER_METRICS: dict[str, dict[str, float]] = {
     "LLaVA (paper)": {
         "vqav2": 78.5, "gqa": 62.0, "vizwiz": 50.0, "scienceqa": 66.8, "textvqa": 58.2, "mme": 1510.7, "mmbench": 64.3,
         "mmbench-cn": 58.3, "llava-bench": 65.4, "mm-vet": 31.1, "seed": 58.6,
@@ -56,60 +56,76 @@ PAPER: dict[str, dict[str, float]] = {
         "mmbench": 68.29, "mmbench-cn": 60.40, "llava-bench": 62.7, "mm-vet": 34.8, "seed": 60.96,
     },
 }  # fmt: skip
-SHOWN, SIDE = 12, 280  # pictures, and pixels of their longer side
-SPLITS = {  # where the figures above are of questions whose answers only a server knows
-    "vqav2": "The paper's figures are of test-dev; what is scored here is val2014.",
-    "vizwiz": "The paper's figures are of the test set; what is scored here is val.",
-    "mmbench": "The server asks a language model where an answer names no option; here it is wrong.",
+NOTES = {
+    "vqav2": "The paper reports test-dev, which only a server can score. These metrics are for val2014.",
+    "vizwiz": "The paper reports the test set, which only a server can score. These metrics are for val.",
+    "mmbench": "If an answer names no option, MMBench's server asks an LLM. Here such an answer is wrong.",
 }
+SAMPLE_IMAGES = 12
+THUMBNAIL_SIDE = 280  # longer side in pixels
 
 
-def write_llava_report(measured: Sequence[LlavaResult], command: str, out: Path) -> Path:
-    """Write `out/report.html` and `out/report.md`; the page's path."""
-    models = list(dict.fromkeys(m.model for m in measured))
-    called = dict(zip(models, display_names(models), strict=True))
-    measured = [replace(m, model=called[m.model]) for m in measured]
-    blocks: list[Block] = [Code(command)]
-    public = [task for task in COLUMNS if any(m.task == task for m in measured)]
-    if public:
-        blocks += [Heading("Beside the paper"), Paragraph("In percent; MME in points. The paper's model is Vicuna-7B with "
-                   "CLIP L/14 at 336 pixels.")]  # fmt: skip
-        rows = [[name, *(figures.get(task) for task in public)] for name, figures in PAPER.items()]
-        for name in dict.fromkeys(m.model for m in measured):
-            by = {m.task: m.figures for m in measured if m.model == name}
-            rows.append([name, *(by.get(task, {}).get(COLUMNS[task][1]) for task in public)])
-        blocks.append(Table(["", *(COLUMNS[task][0] for task in public)], rows))
-    for task in dict.fromkeys(m.task for m in measured):
-        mine = [m for m in measured if m.task == task]
-        names = list(dict.fromkeys(name for m in mine for name in m.figures))
-        blocks.append(Heading(f"{task}: {len(mine[0].asked):,} questions"))
-        rows = [[m.model, *(m.figures.get(name) for name in names)] for m in mine]
+def write_llava_report(results: Sequence[LlavaResult], command: str, out: Path) -> Path:
+    """Write `out/report.html` and `out/report.md`; return the path of the HTML file."""
+    models = list(dict.fromkeys(result.model for result in results))
+    short_names = dict(zip(models, short_model_name(models), strict=True))
+    results = [replace(result, model=short_names[result.model]) for result in results]
+    blocks: list[Block] = [Command(command), *_paper_comparison(results)]
+    for task in dict.fromkeys(result.task for result in results):
+        blocks += _task_section(task, [result for result in results if result.task == task])
+    return write_page(out, "report", "Evaluation of multimodal LLMs", blocks)[1]
+
+
+def _paper_comparison(results: Sequence[LlavaResult]) -> list[Block]:
+    """Compare the models with the paper's on the benchmarks that were run."""
+    benchmarks = [task for task in COLUMNS if any(result.task == task for result in results)]
+    if not benchmarks:
+        return []
+    rows: list[list[object]] = []
+    for name, paper in PAPER_METRICS.items():
+        rows.append([name, *(paper.get(task) for task in benchmarks)])
+    for model in dict.fromkeys(result.model for result in results):
+        metrics = {result.task: result.metrics for result in results if result.model == model}
+        rows.append([model, *(metrics.get(task, {}).get(COLUMNS[task][1]) for task in benchmarks)])
+    return [
+        Heading("Comparison with the paper"),
+        Paragraph("In percent; MME in points. The paper uses Vicuna-7B and CLIP L/14 at 336 pixels."),
+        Table(["", *(COLUMNS[task][0] for task in benchmarks)], rows),
+    ]
+
+
+def _task_section(task: str, results: Sequence[LlavaResult]) -> list[Block]:
+    """Return the metrics of one task, one row per model."""
+    blocks: list[Block] = [Heading(f"{task}: {len(results[0].questions):,} questions")]
+    names = list(dict.fromkeys(name for result in results for name in result.metrics))
+    if names:
+        rows = [[result.model, *(result.metrics.get(name) for name in names)] for result in results]
+        blocks.append(Table(["", *names], rows))
+        if task in NOTES:
+            blocks.append(Paragraph(NOTES[task]))
+    else:
         blocks.append(
-            Table(["", *names], rows) if names else Paragraph("Answers are written; nobody here scores them.")
+            Paragraph("Answers were generated but not scored: the benchmark's server or a judge must score them.")
         )
-        if task in SPLITS and names:
-            blocks.append(Paragraph(SPLITS[task]))
-        if task == "pope":
-            blocks.append(
-                Table(["F1 in the paper", "random", "adversarial", "popular"], [[n, *v] for n, v in POPE.items()])
-            )
-        if task == "captions":
-            blocks += _pictures(mine)
-    return write_report(out, "report", "A multimodal LLM, measured", blocks)[1]
+    if task == "pope":
+        paper_rows = [[name, *values] for name, values in PAPER_POPE.items()]
+        blocks.append(Table(["F1 in the paper", "random", "adversarial", "popular"], paper_rows))
+    if task == "captions":
+        blocks += _sample_captions(results)
+    return blocks
 
 
-def _pictures(measured: Sequence[LlavaResult]) -> list[Block]:
-    """The same pictures, chosen by lot, with each model's caption and one of people's."""
+def _sample_captions(results: Sequence[LlavaResult]) -> list[Block]:
+    """Show the same random images for each model, with its caption and a human one."""
     blocks: list[Block] = []
-    numbers = random.Random(0).sample(range(len(measured[0].asked)), min(SHOWN, len(measured[0].asked)))
-    for m in measured:
-        said = {one.id: answer for one, answer in zip(m.asked, m.answers, strict=True)}
-        shots = []
-        for n in numbers:
-            one = measured[0].asked[n]
-            if one.id in said and one.image is not None:
-                shots.append(
-                    ResultImage(load_thumbnail(one.image, SIDE), None, f"{said[one.id]} — people: {one.truth[0]}")
-                )
-        blocks.append(ResultImages(m.model, shots))
+    questions = results[0].questions
+    sample = random.Random(0).sample(questions, min(SAMPLE_IMAGES, len(questions)))
+    for result in results:
+        answers = {question.id: answer for question, answer in zip(result.questions, result.answers, strict=True)}
+        images = []
+        for question in sample:
+            if question.id in answers and question.image is not None:
+                caption = f"{answers[question.id]} — human: {question.target[0]}"
+                images.append(ResultImage(encode_thumbnail(question.image, THUMBNAIL_SIDE), None, caption))
+        blocks.append(ResultImages(result.model, images))
     return blocks

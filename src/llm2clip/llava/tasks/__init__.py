@@ -1,13 +1,42 @@
-"""The benchmarks of multimodal LLMs that LLaVA-1.5 reports, each in its official form and with its official scoring."""
+"""Benchmarks in LLaVA-1.5's results table, with their official file formats and scoring."""
 
 from __future__ import annotations
 
-from llm2clip.llava.tasks import llm_judge as judged
-from llm2clip.llava.tasks import multiple_choice as choices
-from llm2clip.llava.tasks import vqa
-from llm2clip.llava.tasks import yes_no as yesno
+from collections.abc import Sequence
+
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.llava.tasks import llm_judge, multiple_choice, vqa, yes_no
 from llm2clip.llava.tasks.base import Question, Task
 
-__all__ = ["TASKS", "Question", "Task"]
+__all__ = ["TASKS", "Question", "Task", "read_benchmarks"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (*vqa.TASKS, *choices.TASKS, *yesno.TASKS, *judged.TASKS)}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (*vqa.TASKS, *multiple_choice.TASKS, *yes_no.TASKS, *llm_judge.TASKS)
+}
+
+
+def read_benchmarks(names: Sequence[str], root: str, log: SkipLog) -> list[tuple[Task, list[Question]]]:
+    """Read the questions of benchmarks.
+
+    Args:
+        names: names of benchmarks, or only "all" for those whose folder exists.
+        root: folder that holds one folder per benchmark.
+        log: receives skipped questions.
+
+    Raises:
+        ValueError: a name is unknown, or files are not in the official format.
+        FileNotFoundError: files are missing.
+    """
+    if list(names) == ["all"]:
+        names = [name for name, task in TASKS.items() if task.folder(root).is_dir()]
+    benchmarks = []
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f"unknown benchmark {name!r}; available: {', '.join(TASKS)}")
+        task = TASKS[name]
+        folder = task.folder(root)
+        try:
+            benchmarks.append((task, task.read(folder, log)))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{name}: the files in {folder} are not in the official format ({error!r})") from error
+    return benchmarks

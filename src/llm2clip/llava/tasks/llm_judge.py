@@ -1,7 +1,7 @@
-"""Free answers that a judge scores: LLaVA-Bench (in the wild) and MM-Vet.
+"""Free-form answers scored by an LLM judge: LLaVA-Bench (in the wild) and MM-Vet.
 
-The judge is a language model behind any address of OpenAI's form that the user names. Prompts are those of the
-benchmarks: figures of other judges than theirs (gpt-4-0314 and gpt-4-0613) are not comparable with published ones.
+The judge is any server with an OpenAI-compatible API. The prompts are those of the benchmarks, whose judges are
+gpt-4-0314 and gpt-4-0613. Scores from other judges are not comparable with published ones.
 """
 
 from __future__ import annotations
@@ -18,79 +18,83 @@ from typing import Any
 
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import first_existing, read_json, read_jsonl
-from llm2clip.llava.tasks.base import Question, Task, group_by, image_file, mean_score
+from llm2clip.llava.tasks.base import Question, Task, find_image, group_by, mean_by_group, mean_percent
 
-TRIES = 5
-LARGEST = 1 << 20  # bytes of a judge's reply
+MM_VET_ATTEMPTS = 5
+MAX_REPLY_BYTES = 1 << 20
+RETRY_DELAYS = (1, 4, 16)  # seconds
+RETRY_STATUS = (429, 500, 502, 503, 504)
+
+Judge = Callable[[list[dict[str, str]], float, int], str]  # messages, temperature, maximum number of tokens
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A key is for the address that the user named, and for no other."""
+    """A handler that follows no redirects: the API key is meant for the given address only."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
-_DIRECT = urllib.request.build_opener(_NoRedirect)
-
-Judge = Callable[[list[dict[str, str]], float, int], str]
+_OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 @dataclass(frozen=True)
 class OpenAIJudge:
-    """A judge at an address of OpenAI's form.
+    """A judge with an OpenAI-compatible API.
 
     Args:
-        address: up to /v1.
-        model: its name there.
-        key: that requests bear; "" is none.
-        seconds: that a request may take.
+        address: base URL, up to /v1.
+        model: name of the model.
+        key: API key; may be empty.
+        timeout: of a request, in seconds.
     """
 
     address: str
     model: str
     key: str = ""
-    seconds: float = 120.0
+    timeout: float = 120.0
 
-    def __call__(self, messages: list[dict[str, str]], temperature: float, tokens: int) -> str:
-        """What it says.
+    def __call__(self, messages: list[dict[str, str]], temperature: float, max_tokens: int) -> str:
+        """Return the reply to a chat. Timeouts and temporary server errors are retried.
 
         Raises:
-            ConnectionError: it cannot be reached, or refuses.
+            ConnectionError: there is no valid reply.
         """
         if not self.address.startswith(("http://", "https://")):
-            raise ConnectionError(f"{self.address} is no http address")
-        body = {"model": self.model, "messages": messages, "temperature": temperature, "max_tokens": tokens}
+            raise ConnectionError(f"the judge's address must start with http:// or https:// (got {self.address})")
+        body = {"model": self.model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key or 'none'}"}
-        request = urllib.request.Request(
-            f"{self.address.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers
-        )
-        for wait in (1, 4, 16, 0):
+        url = f"{self.address.rstrip('/')}/chat/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        for delay in (*RETRY_DELAYS, 0):  # 0: last attempt
             try:
-                with _DIRECT.open(request, timeout=self.seconds) as answer:
-                    said = json.loads(answer.read(LARGEST))["choices"][0]["message"]["content"]
-                if not isinstance(said, str):  # a refusal is no opinion
-                    raise ValueError(f"it said {said!r}")
-                return said
+                return self._send(request)
             except urllib.error.HTTPError as error:
-                if wait and error.code in (429, 500, 502, 503, 504):
-                    time.sleep(wait)
-                    continue
-                said = error.read(500).decode(errors="replace")
-                raise ConnectionError(f"the judge at {self.address}: {error} {said}".strip()) from error
+                if delay == 0 or error.code not in RETRY_STATUS:
+                    details = error.read(500).decode(errors="replace")
+                    raise ConnectionError(f"the judge at {self.address} failed: {error} {details}".strip()) from error
             except TimeoutError as error:
-                if not wait:
-                    raise ConnectionError(f"the judge at {self.address} took over {self.seconds:g} s") from error
-                time.sleep(wait)
+                if delay == 0:
+                    raise ConnectionError(
+                        f"the judge at {self.address} did not reply within {self.timeout:g} seconds"
+                    ) from error
             except (OSError, HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
-                raise ConnectionError(f"the judge at {self.address}: {error}") from error
-        raise AssertionError("the last try returns or raises")
+                raise ConnectionError(f"the judge at {self.address} failed: {error}") from error
+            time.sleep(delay)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _send(self, request: urllib.request.Request) -> str:
+        with _OPENER.open(request, timeout=self.timeout) as response:
+            reply = json.loads(response.read(MAX_REPLY_BYTES))["choices"][0]["message"]["content"]
+        if not isinstance(reply, str):  # null if the model declined to reply, which must not count as a score
+            raise ValueError(f"its reply has no text: {reply!r}")
+        return reply
 
 
 # ---- LLaVA-Bench ----------------------------------------------------------------------------------------------------
 
-_HELPFUL = "You are a helpful and precise assistant for checking the quality of the answer."
-_RULE = (
+_SYSTEM_PROMPT = "You are a helpful and precise assistant for checking the quality of the answer."
+_INSTRUCTIONS = (
     "We would like to request your feedback on the performance of two AI assistants in response to the user question "
     "displayed above. The user asks the question on observing an image. For your reference, the visual content in the "
     "image is represented with a few sentences describing the image. \n"
@@ -104,127 +108,166 @@ _RULE = (
 
 
 def read_llava_bench(folder: Path, log: SkipLog) -> list[Question]:
-    """questions.jsonl, context.jsonl, answers_gpt4.jsonl and images/, as the hub's liuhaotian/llava-bench-in-the-wild
-    has them."""
+    """Read questions.jsonl, context.jsonl, answers_gpt4.jsonl and images/ of liuhaotian/llava-bench-in-the-wild."""
     file = first_existing(folder, "questions.jsonl")
     context = {row["image"]: row["caption"] for _, row in read_jsonl(first_existing(folder, "context.jsonl"))}
     reference = {row["question_id"]: row["text"] for _, row in read_jsonl(first_existing(folder, "answers_gpt4.jsonl"))}
-    found = []
+    questions = []
     for number, row in read_jsonl(file):
-        if image := image_file(folder / "images", row["image"], log, file, number):
-            said = context[row["image"]]
-            truth = {
-                "question": row["text"],
-                "context": said if isinstance(said, str) else "\n".join(said),
-                "reference": reference[row["question_id"]],
-            }
-            found.append(Question(str(row["question_id"]), image, row["text"], truth, row["category"]))
-    return found
+        image = find_image(folder / "images", row["image"], log, file, number)
+        if image is None:
+            continue
+        captions = context[row["image"]]
+        target = {
+            "question": row["text"],
+            "context": captions if isinstance(captions, str) else "\n".join(captions),
+            "reference": reference[row["question_id"]],
+        }
+        questions.append(
+            Question(
+                id=str(row["question_id"]), image=image, prompt=row["text"], target=target, group=row["category"]
+            )
+        )
+    return questions
 
 
-def judge_llava_bench(one: Question, answer: str, judge: Judge) -> tuple[float, float]:
-    """The judge's points for GPT-4's answer and for ours, 1 to 10; -1 for both if it gave none, as the official code
-    counts it."""
-    truth = one.truth
-    asked = (
-        f"[Context]\n{truth['context']}\n\n[Question]\n{truth['question']}\n\n"
-        f"[Assistant 1]\n{truth['reference']}\n\n[End of Assistant 1]\n\n"
-        f"[Assistant 2]\n{answer}\n\n[End of Assistant 2]\n\n[System]\n{_RULE}\n\n"
+def judge_llava_bench(question: Question, answer: str, judge: Judge) -> tuple[float, float]:
+    """Return the judge's scores for GPT-4's answer and the model's, 1 to 10.
+
+    Both are -1 if the reply does not start with two scores, as in the official code.
+    """
+    target = question.target
+    prompt = (
+        f"[Context]\n{target['context']}\n\n[Question]\n{target['question']}\n\n"
+        f"[Assistant 1]\n{target['reference']}\n\n[End of Assistant 1]\n\n"
+        f"[Assistant 2]\n{answer}\n\n[End of Assistant 2]\n\n[System]\n{_INSTRUCTIONS}\n\n"
     )
-    said = judge([{"role": "system", "content": _HELPFUL}, {"role": "user", "content": asked}], 0.2, 1024)
-    numbers = said.partition("\n")[0].replace(",", " ").split(" ")  # "8, 6" is three parts to it, and so nothing
+    messages = [{"role": "system", "content": _SYSTEM_PROMPT}, {"role": "user", "content": prompt}]
+    reply = judge(messages, 0.2, 1024)
+    # As in the official code, "8, 6" splits into three parts and is therefore invalid.
+    parts = reply.partition("\n")[0].replace(",", " ").split(" ")
     try:
-        first, second = map(float, numbers)
+        reference_score, model_score = map(float, parts)
     except ValueError:
         return -1.0, -1.0
-    return first, second
+    return reference_score, model_score
 
 
-def score_llava_bench(asked: Sequence[Question], points: Sequence[Any]) -> dict[str, float]:
-    """Our mean over GPT-4's in percent, over all questions and by category."""
-    found = {"relative": _relative(points)}
-    return found | {name: _relative(some) for name, some in group_by(asked, points).items()}
+def score_llava_bench(questions: Sequence[Question], scores: Sequence[Any]) -> dict[str, float]:
+    """Return the model's mean score relative to GPT-4's, in percent, overall and by category."""
+    by_category = {category: _relative_score(group) for category, group in group_by(questions, scores).items()}
+    return {"relative": _relative_score(scores)} | by_category
 
 
-def _relative(points: Sequence[Any]) -> float:
-    theirs, ours = (sum(both[n] for both in points) for n in (0, 1))
-    return 100 * ours / theirs if theirs else float("nan")
+def _relative_score(scores: Sequence[Any]) -> float:
+    reference_total = sum(reference for reference, _ in scores)
+    model_total = sum(model for _, model in scores)
+    return 100 * model_total / reference_total if reference_total else float("nan")
 
 
 # ---- MM-Vet (arXiv 2308.02490) --------------------------------------------------------------------------------------
 
-_ICELAND = (
+_MEME_TRUTH = (
     "This meme is poking fun at the fact that the names of the countries Iceland and Greenland are misleading. Despite "
     "its name, Iceland is known for its beautiful green landscapes, while Greenland is mostly covered in ice and snow. "
     "The meme is saying that the person has trust issues because the names of these countries do not accurately "
     "represent their landscapes."
 )
-_SHORT = (
+_MEME_PARTIAL = (
     "The meme talks about Iceland and Greenland. It's pointing out that despite their names, Iceland is not very icy "
     "and Greenland isn't very green."
 )
-_WHOLE = (
+_MEME_COMPLETE = (
     "The meme is using humor to point out the misleading nature of Iceland's and Greenland's names. Iceland, despite "
     "its name, has lush green landscapes while Greenland is mostly covered in ice and snow. The text 'This is why I "
     "have trust issues' is a playful way to suggest that these contradictions can lead to distrust or confusion. The "
     "humor in this meme is derived from the unexpected contrast between the names of the countries and their actual "
     "physical characteristics."
 )
-_X, _MEME = "What is x in the equation? | -1 <AND> -5 | ", f"Can you explain this meme? | {_ICELAND} | "
-MM_VET = (
+_EQUATION = "What is x in the equation? | -1 <AND> -5 | "
+_MEME = f"Can you explain this meme? | {_MEME_TRUTH} | "
+MM_VET_PROMPT = (
     "Compare the ground truth and prediction from AI models, to give a correctness score for the prediction. <AND> in "
     "the ground truth means it is totally right only when all elements in the ground truth are present in the "
     "prediction, and <OR> means it is totally right when any one element in the ground truth is present in the "
     "prediction. The correctness score is 0.0 (totally wrong), 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, or 1.0 "
     "(totally right). Just complete the last space of the correctness score.\n\n"
     "Question | Ground truth | Prediction | Correctness\n--- | --- | --- | ---\n"
-    f"{_X}x = 3 | 0.0\n{_X}x = -1 | 0.5\n{_X}x = -5 | 0.5\n{_X}x = -5 or 5 | 0.5\n{_X}x = -1 or x = -5 | 1.0\n"
-    f"{_MEME}{_SHORT} | 0.4\n{_MEME}{_WHOLE} | 1.0\n"
+    f"{_EQUATION}x = 3 | 0.0\n"
+    f"{_EQUATION}x = -1 | 0.5\n"
+    f"{_EQUATION}x = -5 | 0.5\n"
+    f"{_EQUATION}x = -5 or 5 | 0.5\n"
+    f"{_EQUATION}x = -1 or x = -5 | 1.0\n"
+    f"{_MEME}{_MEME_PARTIAL} | 0.4\n{_MEME}{_MEME_COMPLETE} | 1.0\n"
 )
 
 
 def read_mm_vet(folder: Path, log: SkipLog) -> list[Question]:
-    """mm-vet.json and images/, as its release has them."""
+    """Read mm-vet.json and images/ of the release."""
     file = first_existing(folder, "mm-vet.json", "*/mm-vet.json")
-    found = []
-    for number, (name, row) in enumerate(read_json(file).items(), 1):
-        if image := image_file(file.parent / "images", row["imagename"], log, file, number):
-            truth = {"question": row["question"], "answer": row["answer"], "capability": row["capability"]}
-            found.append(Question(name, image, row["question"], truth, "+".join(sorted(row["capability"]))))
-    return found
+    questions = []
+    for number, (question_id, row) in enumerate(read_json(file).items(), 1):
+        image = find_image(file.parent / "images", row["imagename"], log, file, number)
+        if image is None:
+            continue
+        questions.append(
+            Question(
+                id=question_id,
+                image=image,
+                prompt=row["question"],
+                target={name: row[name] for name in ("question", "answer", "capability")},
+                group="+".join(sorted(row["capability"])),
+            )
+        )
+    return questions
 
 
-def judge_mm_vet(one: Question, answer: str, judge: Judge) -> float:
-    """The judge's score, 0 to 1; 0 if it gave none in five tries."""
-    truth = one.truth["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-    prompt = f"{MM_VET}\n{one.truth['question']} | {truth} | {answer} | "
-    for attempt in range(TRIES):
-        again = "" if attempt == 0 else "\nPredict the correctness of the answer (digit): "
-        said = judge([{"role": "user", "content": prompt + again}], 0.5 * max(0, attempt - 1), 3).split()
+def judge_mm_vet(question: Question, answer: str, judge: Judge) -> float:
+    """Return the judge's score, 0 to 1, or 0 if none of five replies is a score."""
+    target = question.target["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+    prompt = f"{MM_VET_PROMPT}\n{question.target['question']} | {target} | {answer} | "
+    for attempt in range(MM_VET_ATTEMPTS):
+        reminder = "" if attempt == 0 else "\nPredict the correctness of the answer (digit): "
+        temperature = 0.5 * max(0, attempt - 1)
+        words = judge([{"role": "user", "content": prompt + reminder}], temperature, 3).split()
         try:
-            score = float(said[0])
+            score = float(words[0])
         except (ValueError, IndexError):
-            score = -1.0
+            continue
         if 0 <= score <= 1:
             return score
     return 0.0
 
 
-def score_mm_vet(asked: Sequence[Question], points: Sequence[Any]) -> dict[str, float]:
-    """Mean score over all questions, and over those that take each capability."""
-    found = {"total": mean_score(points)}
-    capabilities = dict.fromkeys(c for one in asked for c in one.truth["capability"])
-    for capability in capabilities:
-        found[capability] = mean_score(
-            [p for one, p in zip(asked, points, strict=True) if capability in one.truth["capability"]]
-        )
-    return found | {name: mean_score(some) for name, some in group_by(asked, points).items() if "+" in name}
+def score_mm_vet(questions: Sequence[Question], scores: Sequence[Any]) -> dict[str, float]:
+    """Return the mean score overall, of the questions that need each capability, and by combination of capabilities."""
+    scores_of_capability: dict[str, list[float]] = {}
+    for question, score in zip(questions, scores, strict=True):
+        for capability in dict.fromkeys(question.target["capability"]):
+            scores_of_capability.setdefault(capability, []).append(score)
+    by_capability = {name: mean_percent(values) for name, values in scores_of_capability.items()}
+    combinations = {name: value for name, value in mean_by_group(questions, scores).items() if "+" in name}
+    return {"total": mean_percent(scores)} | by_capability | combinations
 
 
 TASKS = (
-    Task("llava-bench", "LLaVA-Bench (in the wild): free answers, judged", "huggingface.co liuhaotian/"
-         "llava-bench-in-the-wild", read_llava_bench, score_llava_bench, tokens=1024, judge=judge_llava_bench,
-         folder="llava-bench-in-the-wild"),
-    Task("mm-vet", "MM-Vet: free answers, judged", "github.com/yuweihao/MM-Vet release", read_mm_vet, score_mm_vet,
-         tokens=1024, judge=judge_mm_vet),
-)  # fmt: skip
+    Task(
+        name="llava-bench",
+        description="LLaVA-Bench (in the wild): free-form answers, scored by a judge",
+        source="huggingface.co liuhaotian/llava-bench-in-the-wild",
+        read=read_llava_bench,
+        score=score_llava_bench,
+        max_new_tokens=1024,
+        judge=judge_llava_bench,
+        llava_folder="llava-bench-in-the-wild",
+    ),
+    Task(
+        name="mm-vet",
+        description="MM-Vet: free-form answers, scored by a judge",
+        source="github.com/yuweihao/MM-Vet release",
+        read=read_mm_vet,
+        score=score_mm_vet,
+        max_new_tokens=1024,
+        judge=judge_mm_vet,
+    ),
+)

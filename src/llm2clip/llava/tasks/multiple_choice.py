@@ -1,4 +1,4 @@
-"""Multiple choice: ScienceQA-IMG, MMBench and MMBench-CN, SEED-Bench."""
+"""Multiple choice: ScienceQA-IMG, MMBench, MMBench-CN and SEED-Bench."""
 
 from __future__ import annotations
 
@@ -13,199 +13,275 @@ from typing import Any
 from llm2clip.data.image_refs import MemoryImage
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import first_existing, read_json
-from llm2clip.llava.tasks.base import LETTER, Question, Task, group_by, image_file, mean_score
+from llm2clip.llava.tasks.base import (
+    OPTION_LETTER,
+    Question,
+    Task,
+    find_image,
+    mean_by_group,
+    mean_percent,
+)
 
 LETTERS = "ABCDE"
 
 
-def list_options(question: str, options: Sequence[str], ending: str = LETTER) -> str:
-    """A question, its options by letter, and what LLaVA-1.5 asks for."""
+def format_choices(question: str, options: Sequence[str], instruction: str = OPTION_LETTER) -> str:
+    """Return LLaVA-1.5's prompt for a multiple choice: the question, lettered options, and an instruction."""
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
-    return "\n".join([question, *lines]) + ending
+    return "\n".join([question, *lines]) + instruction
 
 
 # ---- ScienceQA ------------------------------------------------------------------------------------------------------
 
 
 def read_scienceqa(folder: Path, log: SkipLog) -> list[Question]:
-    """problems.json and pid_splits.json; of the test split what has an image, in images/test/ID/image.png (the part
-    that LLaVA-1.5's table has)."""
+    """Read problems.json and pid_splits.json: the test questions with an image, as in LLaVA-1.5's table.
+
+    Images are images/test/ID/image.png.
+    """
     file = first_existing(folder, "problems.json", "*/problems.json")
     problems = read_json(file)
-    found = []
-    for number, name in enumerate(read_json(first_existing(folder, "pid_splits.json", "*/pid_splits.json"))["test"], 1):
-        row = problems[name]
+    test_ids = read_json(first_existing(folder, "pid_splits.json", "*/pid_splits.json"))["test"]
+    questions = []
+    for number, question_id in enumerate(test_ids, 1):
+        row = problems[question_id]
         if not row["image"]:
             continue
-        if image := image_file(file.parent / "images" / "test" / name, row["image"], log, file, number):
-            context = f"Context: {row['hint']}\n" if row["hint"] else ""
-            prompt = list_options(context + row["question"], row["choices"])
-            options = tuple(row["choices"])
-            found.append(Question(name, image, prompt, LETTERS[row["answer"]], row["subject"], options))
-    return found
+        image = find_image(file.parent / "images" / "test" / question_id, row["image"], log, file, number)
+        if image is None:
+            continue
+        context = f"Context: {row['hint']}\n" if row["hint"] else ""
+        questions.append(
+            Question(
+                id=question_id,
+                image=image,
+                prompt=format_choices(context + row["question"], row["choices"]),
+                target=LETTERS[row["answer"]],
+                group=row["subject"],
+                options=tuple(row["choices"]),
+            )
+        )
+    return questions
 
 
 def scienceqa_letter(answer: str) -> str | None:
-    """LLaVA's reading of an answer: a letter, `A. ...`, or one `The answer is A.`"""
+    """Return LLaVA's reading of an answer: a letter, `A. ...`, or a single `The answer is A.`"""
     if answer in LETTERS and len(answer) == 1:
         return answer
     if len(answer) >= 3 and answer[0] in LETTERS and answer[1:3] == ". ":
         return answer[0]
-    said = re.findall(r"The answer is ([A-Z]).", answer)
-    return said[0] if len(said) == 1 else None
+    letters = re.findall(r"The answer is ([A-Z]).", answer)
+    return letters[0] if len(letters) == 1 else None
 
 
-def score_scienceqa(asked: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Accuracy over the questions with an image, and of each subject."""
-    right = [float(scienceqa_letter(a.strip()) == one.truth) for one, a in zip(asked, answers, strict=True)]
-    return {
-        "accuracy": mean_score(right),
-        **{subject: mean_score(some) for subject, some in group_by(asked, right).items()},
-    }
+def score_scienceqa(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
+    """Return the accuracy overall and by subject."""
+    correct = []
+    for question, answer in zip(questions, answers, strict=True):
+        correct.append(float(scienceqa_letter(answer.strip()) == question.target))
+    return {"accuracy": mean_percent(correct), **mean_by_group(questions, correct)}
 
 
 # ---- MMBench (arXiv 2307.06281) -------------------------------------------------------------------------------------
 
-MMBENCH_CN = "\n请直接回答选项字母。"
-_BASE = 1_000_000  # rows with the options rotated have this, or more of it, added to their index
-_DECORATED = ("{}", "{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
+OPTION_LETTER_CN = "\n请直接回答选项字母。"
+_ROTATION_OFFSET = 1_000_000  # rows with rotated options have the original index plus a multiple of this
+_LETTER_FORMS = ("{}", "{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
+_EMPTY_CELLS = ("", "nan", "none", "na", "n/a", "null", "<na>")  # NaN to pandas, which LLaVA uses, or to LLaVA's code
+_MIN_IMAGE_CHARS = 64  # a shorter cell is the index of another row, not a base64 image
 
 
 def read_mmbench(folder: Path, log: SkipLog) -> list[Question]:
-    """mmbench_dev_20230712.tsv, or a newer one in English: images in the table, base64."""
-    return _mmbench(first_existing(folder, "mmbench_dev_2*.tsv", "mmbench_dev_en_*.tsv"), log, LETTER)
+    """Read mmbench_dev_20230712.tsv or a newer English file; images are in the table, in base64."""
+    return _read_mmbench_table(first_existing(folder, "mmbench_dev_2*.tsv", "mmbench_dev_en_*.tsv"), log, OPTION_LETTER)
 
 
 def read_mmbench_cn(folder: Path, log: SkipLog) -> list[Question]:
-    """mmbench_dev_cn_20231003.tsv."""
-    return _mmbench(first_existing(folder, "mmbench_dev_cn_*.tsv"), log, MMBENCH_CN)
+    """Read mmbench_dev_cn_20231003.tsv."""
+    return _read_mmbench_table(first_existing(folder, "mmbench_dev_cn_*.tsv"), log, OPTION_LETTER_CN)
 
 
-def _mmbench(file: Path, log: SkipLog, ending: str) -> list[Question]:
-    csv.field_size_limit(max(csv.field_size_limit(), min(sys.maxsize, 1 << 30)))  # for pictures in cells
-    found = []
+def _read_mmbench_table(file: Path, log: SkipLog, instruction: str) -> list[Question]:
+    csv.field_size_limit(max(csv.field_size_limit(), min(sys.maxsize, 1 << 30)))  # images exceed the default limit
+    questions = []
     images: dict[str, MemoryImage] = {}
     with file.open(encoding="utf-8", newline="") as table:
         for number, row in enumerate(csv.DictReader(table, delimiter="\t"), 1):
-            log.count_row()
-            options: list[str] = []
-            for letter in "ABCD":
-                if _empty(row.get(letter)):
-                    break
-                options.append(row[letter])
+            log.seen_one()
             try:
-                image = _from_table(row, images)
+                image = _decode_cell(row, images)
             except ValueError as error:
                 log.skip(str(file), number, "no image", error)
                 continue
-            question = row["question"] if _empty(row.get("hint")) else f"{row['hint']}\n{row['question']}"
-            found.append(
+            options: list[str] = []
+            for letter in "ABCD":
+                if _is_empty(row.get(letter)):
+                    break
+                options.append(row[letter])
+            text = row["question"] if _is_empty(row.get("hint")) else f"{row['hint']}\n{row['question']}"
+            questions.append(
                 Question(
-                    row["index"], image, list_options(question, options, ending), row.get("answer") or None,
-                    row.get("category") or "", tuple(options), str(int(row["index"]) % _BASE),
+                    id=row["index"],
+                    image=image,
+                    prompt=format_choices(text, options, instruction),
+                    target=row.get("answer") or None,
+                    group=row.get("category") or "",
+                    options=tuple(options),
+                    unit=str(int(row["index"]) % _ROTATION_OFFSET),
                 )
-            )  # fmt: skip
-    return found
+            )
+    return questions
 
 
-def _empty(cell: str | None) -> bool:
-    """What pandas, by which LLaVA reads the table, takes for nothing, or what LLaVA does."""
-    return (cell or "").strip().lower() in ("", "nan", "none", "na", "n/a", "null", "<na>")
+def _is_empty(cell: str | None) -> bool:
+    return (cell or "").strip().lower() in _EMPTY_CELLS
 
 
-def _from_table(row: dict[str, Any], images: dict[str, MemoryImage]) -> MemoryImage:
-    """A cell with a picture, or with the index of the row that has it.
+def _decode_cell(row: dict[str, Any], images: dict[str, MemoryImage]) -> MemoryImage:
+    """Return the image of a row, whose cell holds a base64 image or the index of an earlier row.
+
+    Args:
+        row: row of the table.
+        images: images of earlier rows by index; a new image is added.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the cell holds neither.
     """
     cell = row["image"] or ""
     if cell in images:
         return images[cell]
-    if len(cell) < 64:
-        raise ValueError(f"{cell!r} is no image, nor an earlier row's index")
-    images[row["index"]] = MemoryImage(base64.b64decode(cell, validate=True), f"mmbench {row['index']}")
-    return images[row["index"]]
+    if len(cell) < _MIN_IMAGE_CHARS:
+        raise ValueError(f"{cell!r} is neither a base64 image nor the index of an earlier row")
+    image = MemoryImage(base64.b64decode(cell, validate=True), f"mmbench {row['index']}")
+    images[row["index"]] = image
+    return image
 
 
 def mmbench_letter(answer: str, options: Sequence[str]) -> str | None:
-    """MMBench's reading of an answer, without a language model's help: the one letter that stands alone, then the one
-    option whose text it contains."""
+    """Return MMBench's reading of an answer, without the LLM that its server uses for unclear answers.
+
+    It is the only letter that occurs as a separate word, otherwise the only option whose text occurs in the answer.
+    """
     words = answer.split()
     letters = LETTERS[: len(options)]
-    for form in _DECORATED:
-        there = [letter for letter in letters if form.format(letter) in words]
-        if len(there) == 1:
-            if there[0] == "A" and form == "{}" and len(words) > 3:
-                continue  # an article
-            return there[0]
+    for form in _LETTER_FORMS:
+        matches = [letter for letter in letters if form.format(letter) in words]
+        if matches == ["A"] and form == "{}" and len(words) > 3:
+            continue  # probably the article
+        if len(matches) == 1:
+            return matches[0]
     contained = [letter for letter, option in zip(letters, options, strict=False) if option.lower() in answer.lower()]
     return contained[0] if len(contained) == 1 else None
 
 
-def score_mmbench(asked: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """CircularEval: a question counts as right if it is in every rotation of its options; overall, by category, and
-    what it would be without the circle. An answer that names no option is wrong (the server asks a language model
-    first)."""
-    known = [(one, a) for one, a in zip(asked, answers, strict=True) if one.truth is not None]
-    if not known:
+def score_mmbench(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
+    """Return the CircularEval accuracy, the accuracy without CircularEval, and CircularEval by category.
+
+    In CircularEval a question is correct if it is answered correctly in every rotation of its options. An answer that
+    names no option is wrong here, whereas MMBench's server asks an LLM first.
+    """
+    correct: dict[str, list[float]] = {}  # by unit: one value per rotation
+    category: dict[str, str] = {}
+    for question, answer in zip(questions, answers, strict=True):
+        if question.target is None:
+            continue
+        is_correct = float(mmbench_letter(answer, question.options) == question.target)
+        correct.setdefault(question.unit, []).append(is_correct)
+        category.setdefault(question.unit, question.group)
+    if not correct:
         return {}
-    right: dict[str, list[float]] = {}
-    group: dict[str, str] = {}
-    for one, answer in known:
-        right.setdefault(one.unit, []).append(float(mmbench_letter(answer, one.options) == one.truth))
-        group.setdefault(one.unit, one.group)
-    circular = {base: min(some) for base, some in right.items()}
-    found = {
-        "accuracy": mean_score(list(circular.values())),
-        "not circular": mean_score([v for s in right.values() for v in s]),
+    circular = {unit: min(rotations) for unit, rotations in correct.items()}
+    metrics = {
+        "accuracy": mean_percent(list(circular.values())),
+        "not circular": mean_percent([value for rotations in correct.values() for value in rotations]),
     }
-    for name in dict.fromkeys(group.values()):
-        found[name] = mean_score([value for base, value in circular.items() if group[base] == name])
-    return found
+    for name in dict.fromkeys(category.values()):
+        metrics[name] = mean_percent([value for unit, value in circular.items() if category[unit] == name])
+    return metrics
 
 
 # ---- SEED-Bench (arXiv 2307.16125) ----------------------------------------------------------------------------------
 
 
 def read_seed(folder: Path, log: SkipLog) -> list[Question]:
-    """SEED-Bench.json; images in SEED-Bench-image/, and of videos the frame in the middle, as LLaVA-1.5 shows it, in
-    SEED-Bench-video-image/TYPE_QUESTION.png."""
+    """Read SEED-Bench.json; images are in SEED-Bench-image/.
+
+    As in LLaVA-1.5, a video is represented by its middle frame, in SEED-Bench-video-image/TYPE_QUESTION.png.
+    """
     file = first_existing(folder, "SEED-Bench.json")
     data = read_json(file)
-    names = {number: name for name, number in data["question_type"].items()}
-    found = []
+    type_names = {number: name for name, number in data["question_type"].items()}
+    questions = []
     for number, row in enumerate(data["questions"], 1):
-        kind, name = row["question_type_id"], str(row["question_id"])
+        question_type = row["question_type_id"]
+        question_id = str(row["question_id"])
         if row["data_type"] == "image":
-            image = image_file(folder / "SEED-Bench-image", row["data_id"], log, file, number)
+            image = find_image(folder / "SEED-Bench-image", row["data_id"], log, file, number)
         else:
-            image = image_file(folder / "SEED-Bench-video-image", f"{kind}_{name}.png", log, file, number)
-        if image:
-            options = tuple(str(row[f"choice_{letter}"]) for letter in "abcd")
-            prompt = list_options(row["question"], options)
-            found.append(Question(f"{row['data_type']}/{name}", image, prompt, row["answer"], names[kind], options))
-    return found
+            frame = f"{question_type}_{question_id}.png"
+            image = find_image(folder / "SEED-Bench-video-image", frame, log, file, number)
+        if image is None:
+            continue
+        options = tuple(str(row[f"choice_{letter}"]) for letter in "abcd")
+        questions.append(
+            Question(
+                id=f"{row['data_type']}/{question_id}",
+                image=image,
+                prompt=format_choices(row["question"], options),
+                target=row["answer"],
+                group=type_names[question_type],
+                options=options,
+            )
+        )
+    return questions
 
 
-def score_seed(asked: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Accuracy over all questions, those of images and those of videos, and by their type."""
-    right = [float(a.strip() == one.truth) for one, a in zip(asked, answers, strict=True)]
-    found = {"accuracy": mean_score(right)}
-    for kind in ("image", "video"):
-        some = [value for one, value in zip(asked, right, strict=True) if one.id.startswith(kind)]
-        if some:
-            found[kind] = mean_score(some)
-    return found | {name: mean_score(some) for name, some in group_by(asked, right).items()}
+def score_seed(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
+    """Return the accuracy overall, of images and videos, and by question type."""
+    correct = []
+    correct_by_medium: dict[str, list[float]] = {"image": [], "video": []}
+    for question, answer in zip(questions, answers, strict=True):
+        is_correct = float(answer.strip() == question.target)
+        correct.append(is_correct)
+        medium = question.id.partition("/")[0]
+        correct_by_medium.setdefault(medium, []).append(is_correct)
+    metrics = {"accuracy": mean_percent(correct)}
+    metrics |= {medium: mean_percent(values) for medium, values in correct_by_medium.items() if values}
+    return metrics | mean_by_group(questions, correct)
 
 
 TASKS = (
-    Task("scienceqa", "ScienceQA, the test questions with an image", "github.com/lupantech/ScienceQA",
-         read_scienceqa, score_scienceqa, tokens=1024),
-    Task("mmbench", "MMBench dev: every rotation of the options right", "github.com/open-compass/MMBench",
-         read_mmbench, score_mmbench, tokens=1024),
-    Task("mmbench-cn", "MMBench dev in Chinese", "github.com/open-compass/MMBench",
-         read_mmbench_cn, score_mmbench, tokens=1024, folder="mmbench_cn"),
-    Task("seed", "SEED-Bench: images, and the middle frame of videos", "huggingface.co AILab-CVPR/SEED-Bench",
-         read_seed, score_seed, folder="seed_bench"),
-)  # fmt: skip
+    Task(
+        name="scienceqa",
+        description="ScienceQA, test questions with an image",
+        source="github.com/lupantech/ScienceQA",
+        read=read_scienceqa,
+        score=score_scienceqa,
+        max_new_tokens=1024,
+    ),
+    Task(
+        name="mmbench",
+        description="MMBench dev, CircularEval: all rotations of the options must be correct",
+        source="github.com/open-compass/MMBench",
+        read=read_mmbench,
+        score=score_mmbench,
+        max_new_tokens=1024,
+    ),
+    Task(
+        name="mmbench-cn",
+        description="MMBench dev in Chinese",
+        source="github.com/open-compass/MMBench",
+        read=read_mmbench_cn,
+        score=score_mmbench,
+        max_new_tokens=1024,
+        llava_folder="mmbench_cn",
+    ),
+    Task(
+        name="seed",
+        description="SEED-Bench: images, and the middle frame of videos",
+        source="huggingface.co AILab-CVPR/SEED-Bench",
+        read=read_seed,
+        score=score_seed,
+        llava_folder="seed_bench",
+    ),
+)

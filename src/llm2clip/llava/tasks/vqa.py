@@ -1,241 +1,334 @@
-"""Open questions with short answers: VQAv2, VizWiz, TextVQA, GQA.
+"""Open questions with short answers: VQAv2, VizWiz, TextVQA and GQA.
 
-Answers are compared after a normalisation that is part of the protocol, oddities included: GT-Vision-Lab/VQA's
-vqaEval.py, and for TextVQA and what is sent to servers the variant of facebookresearch/mmf's m4c_evaluators.py.
+The benchmarks define how answers are normalised before they are compared, oddities included. This follows vqaEval.py of
+GT-Vision-Lab/VQA. TextVQA, and answers submitted to servers, follow m4c_evaluators.py of facebookresearch/mmf.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import first_existing, read_json
-from llm2clip.llava.tasks.base import SHORT, Question, Task, group_by, image_file, mean_score
+from llm2clip.llava.tasks.base import SHORT_ANSWER, Question, Task, find_image, mean_by_group, mean_percent
+
+# ---- answer normalisation -------------------------------------------------------------------------------------------
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-NUMBERS = {word: str(n) for n, word in enumerate(_DIGITS)}
-NUMBERS["none"] = "0"
+NUMBERS = {word: str(n) for n, word in enumerate(_DIGITS)} | {"none": "0"}
 ARTICLES = ("a", "an", "the")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_COMMA = re.compile(r"(\d)(\,)(\d)")
-_PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")  # meant as a look-behind, but every published figure is made with this
-_PERIODS = 32  # re.UNICODE, given where the count belongs: no more are taken out
+_THOUSANDS_COMMA = re.compile(r"(\d)(\,)(\d)")
+# Apparently meant as the look-behind (?<!\d), but all published results use this pattern.
+_PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
+# vqaEval.py passes re.UNICODE (32) as the count argument of re.sub, so at most 32 periods are removed.
+_MAX_PERIODS = 32
+
+# Contractions that VizWiz's table writes with straight apostrophes, or none.
+_STRAIGHT_IN_VIZWIZ = {
+    "aint", "arent", "cant", "couldve", "couldnt", "couldn'tve", "hadn'tve", "weve", "wheres", "whove",
+}  # fmt: skip
 
 
 @lru_cache
 def contractions() -> dict[str, str]:
-    """How the protocol writes contractions without their apostrophe: the table of vqaEval.py."""
+    """Return vqaEval.py's map from contractions with a missing apostrophe to the correct spelling."""
     lines = Path(__file__).with_name("contractions.txt").read_text(encoding="utf-8").splitlines()
     return dict(line.split(" ", 1) for line in lines)
 
 
-_STRAIGHT = {"aint", "arent", "cant", "couldve", "couldnt", "couldn'tve", "hadn'tve", "weve", "wheres", "whove"}
-
-
 @lru_cache
-def curly_contractions() -> dict[str, str]:
-    """The table of VizWiz's scorer: nearly all of its apostrophes are typographic, so that what it mends never equals
-    a person's answer with a straight one."""
-    found = {}
-    for word, mended in contractions().items():
-        key = word if word in _STRAIGHT else word.replace("'", "\u2019")
-        kept = word in _STRAIGHT and "'" not in word
-        found[key] = mended if kept else mended.replace("'", "\u2019")
-    return found
+def vizwiz_contractions() -> dict[str, str]:
+    """Return the same map from VizWiz's scorer, where almost all apostrophes are typographic (U+2019).
+
+    Answers that it corrects therefore never equal a human answer with a straight apostrophe.
+    """
+    table = {}
+    for word, correct in contractions().items():
+        straight = word in _STRAIGHT_IN_VIZWIZ
+        key = word if straight else word.replace("'", "\u2019")
+        table[key] = correct if straight and "'" not in word else correct.replace("'", "\u2019")
+    return table
 
 
-def _punctuation(text: str, commas: bool = True) -> str:
-    """A mark with a space beside it is taken out, any other becomes a space; in a text with a number such as 1,000 all
-    are taken out."""
-    out, has_comma = text, commas and _COMMA.search(text) is not None
+def normalize_answer(answer: str, table: dict[str, str] | None = None) -> str:
+    """Normalise an answer as vqaEval.py does. `table` is the map of contractions, by default `contractions()`."""
+    return _normalize_words(_remove_punctuation(_to_single_line(answer)), table)
+
+
+def process_answer(answer: str) -> str:
+    """Normalise an answer as TextVQA's scorer does, and as LLaVA does for submissions."""
+    text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    return _normalize_words(_remove_punctuation(_to_single_line(text), check_commas=False))
+
+
+def _to_single_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _remove_punctuation(text: str, check_commas: bool = True) -> str:
+    """Remove each mark that occurs next to a space, and replace the others by a space.
+
+    In texts with a number such as 1,000 all marks are removed, unless `check_commas` is False.
+    """
+    has_thousands_comma = check_commas and _THOUSANDS_COMMA.search(text) is not None
+    cleaned = text
     for mark in PUNCTUATION:
-        beside = f"{mark} " in text or f" {mark}" in text
-        out = out.replace(mark, "" if beside or has_comma else " ")
-    return _PERIOD.sub("", out, count=_PERIODS)
+        next_to_space = f"{mark} " in text or f" {mark}" in text
+        cleaned = cleaned.replace(mark, "" if next_to_space or has_thousands_comma else " ")
+    return _PERIOD.sub("", cleaned, count=_MAX_PERIODS)
 
 
-def _words(text: str, table: dict[str, str] | None = None) -> str:
-    """Lower case, numbers to ten as digits, no articles, contractions with their apostrophe."""
+def _normalize_words(text: str, table: dict[str, str] | None = None) -> str:
+    """Convert to lower case, write numbers up to ten as digits, drop articles and correct contractions."""
     table = table if table is not None else contractions()
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(table.get(word, word) for word in words if word not in ARTICLES)
 
 
-def _line(text: str) -> str:
-    return text.replace("\n", " ").replace("\t", " ").strip()
+# ---- accuracy -------------------------------------------------------------------------------------------------------
 
 
-def normalize_answer(answer: str, table: dict[str, str] | None = None) -> str:
-    """An answer as VQA's scorer compares it, or another with its table of contractions."""
-    return _words(_punctuation(_line(answer)), table)
+def agreement(answer: str, human_answers: Sequence[str]) -> float:
+    """Return VQA's agreement of an answer with human answers, 0 to 1.
+
+    It is the mean over all subsets that leave out one human answer of min(1, matches in the subset / 3).
+    """
+    credits = []
+    for left_out in range(len(human_answers)):
+        matches = sum(answer == other for n, other in enumerate(human_answers) if n != left_out)
+        credits.append(min(1.0, matches / 3))
+    return sum(credits) / len(credits)
 
 
-def process_answer(answer: str) -> str:
-    """An answer as TextVQA's scorer compares it, and as LLaVA sends it to servers."""
-    text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    return _words(_punctuation(_line(text), commas=False))
+def vqa_accuracy(answer: str, human_answers: Sequence[str]) -> float:
+    """Return VQA's accuracy of an answer, 0 to 1. Nothing is normalised if all human answers are equal."""
+    answer = _to_single_line(answer)
+    human_answers = [_to_single_line(other) for other in human_answers]
+    if len(set(human_answers)) > 1:
+        answer = normalize_answer(answer)
+        human_answers = [normalize_answer(other) for other in human_answers]
+    return agreement(answer, human_answers)
 
 
-def agreement(answer: str, answers: Sequence[str]) -> float:
-    """The share of people that an answer agrees with, as VQA counts it: of each choice of all answers but one, a third
-    for each that is the same, at most 1; the mean of those."""
-    return sum(
-        min(1.0, sum(answer == other for n, other in enumerate(answers) if n != left_out) / 3)
-        for left_out in range(len(answers))
-    ) / len(answers)
+def vizwiz_accuracy(answer: str, human_answers: Sequence[str]) -> float:
+    """Return VizWiz's accuracy of an answer, 0 to 1. Human answers are not normalised."""
+    return agreement(normalize_answer(answer, vizwiz_contractions()), human_answers)
 
 
-def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
-    """VQA's accuracy of one answer, 0 to 1. Where all answers of people are the same, nothing is normalised."""
-    answer, answers = _line(answer), [_line(a) for a in answers]
-    if len(set(answers)) > 1:
-        answer, answers = normalize_answer(answer), [normalize_answer(a) for a in answers]
-    return agreement(answer, answers)
+def textvqa_accuracy(answer: str, human_answers: Sequence[str]) -> float:
+    """Return TextVQA's accuracy of an answer, 0 to 1. The answer and the human answers are always processed."""
+    return agreement(process_answer(answer), [process_answer(other) for other in human_answers])
 
 
-def vizwiz_accuracy(answer: str, answers: Sequence[str]) -> float:
-    """VizWiz's: people's answers are compared as they are."""
-    return agreement(normalize_answer(answer, curly_contractions()), answers)
-
-
-def textvqa_accuracy(answer: str, answers: Sequence[str]) -> float:
-    """TextVQA's: both sides are always processed."""
-    return agreement(process_answer(answer), [process_answer(a) for a in answers])
+def _mean_accuracy(
+    questions: Sequence[Question], answers: Sequence[str], accuracy: Callable[[str, Sequence[str]], float]
+) -> dict[str, float]:
+    """Return the mean accuracy overall and by group, or nothing if no question has human answers."""
+    scored = []
+    values = []
+    for question, answer in zip(questions, answers, strict=True):
+        if question.target is not None:
+            scored.append(question)
+            values.append(accuracy(answer, question.target))
+    if not scored:
+        return {}
+    by_group = {group: value for group, value in mean_by_group(scored, values).items() if group}
+    return {"accuracy": mean_percent(values), **by_group}
 
 
 # ---- VQAv2 ----------------------------------------------------------------------------------------------------------
 
 
 def read_vqav2(folder: Path, log: SkipLog) -> list[Question]:
-    """v2_OpenEnded_mscoco_SPLIT_questions.json, with v2_mscoco_SPLIT_annotations.json where people's answers are
-    public, and images in SPLIT/: val2014 if it is there, else test-dev2015, whose images are in test2015/."""
+    """Read v2_OpenEnded_mscoco_SPLIT_questions.json, and v2_mscoco_SPLIT_annotations.json with the human answers.
+
+    The split is val2014 if its questions exist, otherwise test-dev2015, which has no annotations. Images are in
+    val2014/ or test2015/.
+    """
     file = first_existing(
         folder, "v2_OpenEnded_mscoco_val2014_questions.json", "v2_OpenEnded_mscoco_test*_questions.json"
     )
     split = file.name.split("_")[3]
-    images = split.replace("test-dev", "test")
-    known = folder / f"v2_mscoco_{split}_annotations.json"
-    answers = {a["question_id"]: a for a in read_json(known)["annotations"]} if known.is_file() else {}
-    found = []
+    image_split = split.replace("test-dev", "test")
+    annotation_file = folder / f"v2_mscoco_{split}_annotations.json"
+    annotations = {}
+    if annotation_file.is_file():
+        annotations = {row["question_id"]: row for row in read_json(annotation_file)["annotations"]}
+    questions = []
     for number, row in enumerate(read_json(file)["questions"], 1):
-        name = f"COCO_{images}_{row['image_id']:012d}.jpg"
-        if image := image_file(folder / images, name, log, file, number):
-            said = answers.get(row["question_id"])
-            truth = [a["answer"] for a in said["answers"]] if said else None
-            group = said["answer_type"] if said else ""
-            found.append(Question(str(row["question_id"]), image, row["question"] + SHORT, truth, group))
-    return found
+        image_name = f"COCO_{image_split}_{row['image_id']:012d}.jpg"
+        image = find_image(folder / image_split, image_name, log, file, number)
+        if image is None:
+            continue
+        annotation = annotations.get(row["question_id"])
+        questions.append(
+            Question(
+                id=str(row["question_id"]),
+                image=image,
+                prompt=row["question"] + SHORT_ANSWER,
+                target=[human["answer"] for human in annotation["answers"]] if annotation else None,
+                group=annotation["answer_type"] if annotation else "",
+            )
+        )
+    return questions
 
 
-def _vqa_scores(asked: Sequence[Question], answers: Sequence[str], accuracy: Any) -> dict[str, float]:
-    known = [(one, answer) for one, answer in zip(asked, answers, strict=True) if one.truth is not None]
-    if not known:
-        return {}
-    values = [accuracy(answer, one.truth) for one, answer in known]
-    by = group_by([one for one, _ in known], values)
-    return {"accuracy": mean_score(values), **{group: mean_score(some) for group, some in by.items() if group}}
+def score_vqav2(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
+    """Return the accuracy overall and by answer type: yes/no, number, other."""
+    return _mean_accuracy(questions, answers, vqa_accuracy)
 
 
-def score_vqav2(asked: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Accuracy, and that of questions for yes or no, for numbers, and others."""
-    return _vqa_scores(asked, answers, vqa_accuracy)
+def submit_vqav2(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
+    """Return the submission for EvalAI challenge 830.
 
-
-def submit_vqav2(asked: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
-    """For EvalAI's challenge 830. Questions of the whole test set that were not asked are for the sender to add: it
-    takes an answer to each, "" for none."""
-    rows = [{"question_id": int(one.id), "answer": process_answer(a)} for one, a in zip(asked, answers, strict=True)]
+    The server expects an answer to every question of the test set. Add those that were not generated, with "" as answer.
+    """
+    rows = []
+    for question, answer in zip(questions, answers, strict=True):
+        rows.append({"question_id": int(question.id), "answer": process_answer(answer)})
     return {"vqav2.json": rows}
 
 
 # ---- VizWiz ---------------------------------------------------------------------------------------------------------
 
+UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+
 
 def read_vizwiz(folder: Path, log: SkipLog) -> list[Question]:
-    """val.json, else test.json, whose answers only the server knows; images in val/ or test/."""
+    """Read val.json, or test.json, which has no human answers. Images are in val/ or test/."""
     file = first_existing(folder, "val.json", "test.json", "Annotations/val.json", "Annotations/test.json")
-    found = []
+    questions = []
     for number, row in enumerate(read_json(file), 1):
-        if image := image_file(folder / file.stem, row["image"], log, file, number):
-            unsure = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
-            truth = [a["answer"] for a in row["answers"]] if "answers" in row else None
-            prompt = row["question"].capitalize() + unsure + SHORT
-            found.append(Question(row["image"], image, prompt, truth, row.get("answer_type", "")))
-    return found
+        image = find_image(folder / file.stem, row["image"], log, file, number)
+        if image is None:
+            continue
+        questions.append(
+            Question(
+                id=row["image"],
+                image=image,
+                prompt=row["question"].capitalize() + UNANSWERABLE + SHORT_ANSWER,
+                target=[human["answer"] for human in row["answers"]] if "answers" in row else None,
+                group=row.get("answer_type", ""),
+            )
+        )
+    return questions
 
 
-def score_vizwiz(asked: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Accuracy, and that of each type of answer."""
-    return _vqa_scores(asked, answers, vizwiz_accuracy)
+def score_vizwiz(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
+    """Return the accuracy overall and by answer type."""
+    return _mean_accuracy(questions, answers, vizwiz_accuracy)
 
 
-def submit_vizwiz(asked: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
-    """For EvalAI's challenge 1911."""
-    return {
-        "vizwiz.json": [{"image": one.id, "answer": process_answer(a)} for one, a in zip(asked, answers, strict=True)]
-    }
+def submit_vizwiz(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
+    """Return the submission for EvalAI challenge 1911."""
+    rows = []
+    for question, answer in zip(questions, answers, strict=True):
+        rows.append({"image": question.id, "answer": process_answer(answer)})
+    return {"vizwiz.json": rows}
 
 
 # ---- TextVQA --------------------------------------------------------------------------------------------------------
 
 
 def read_textvqa(folder: Path, log: SkipLog) -> list[Question]:
-    """TextVQA_0.5.1_val.json with TextVQA_Rosetta_OCR_v0.2_val.json, whose words LLaVA-1.5 shows with the question;
-    images in train_images/."""
+    """Read TextVQA_0.5.1_val.json and TextVQA_Rosetta_OCR_v0.2_val.json; images are in train_images/.
+
+    As in LLaVA-1.5, the OCR tokens are part of the prompt.
+    """
     file = first_existing(folder, "TextVQA_0.5.1_val.json")
-    words = read_json(first_existing(folder, "TextVQA_Rosetta_OCR_v0.2_val.json"))["data"]
-    seen = {row["image_id"]: row["ocr_tokens"] for row in words}
-    found = []
+    ocr_rows = read_json(first_existing(folder, "TextVQA_Rosetta_OCR_v0.2_val.json"))["data"]
+    ocr_tokens = {row["image_id"]: row["ocr_tokens"] for row in ocr_rows}
+    questions = []
     for number, row in enumerate(read_json(file)["data"], 1):
-        if image := image_file(folder / "train_images", f"{row['image_id']}.jpg", log, file, number):
-            tokens = ", ".join(seen.get(row["image_id"], []))
-            prompt = f"{row['question'].capitalize()}\nReference OCR token: {tokens}{SHORT}"
-            found.append(Question(str(row["question_id"]), image, prompt, row["answers"]))
-    return found
+        image = find_image(folder / "train_images", f"{row['image_id']}.jpg", log, file, number)
+        if image is None:
+            continue
+        tokens = ", ".join(ocr_tokens.get(row["image_id"], []))
+        questions.append(
+            Question(
+                id=str(row["question_id"]),
+                image=image,
+                prompt=f"{row['question'].capitalize()}\nReference OCR token: {tokens}{SHORT_ANSWER}",
+                target=row["answers"],
+            )
+        )
+    return questions
 
 
-def score_textvqa(asked: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Accuracy."""
-    return _vqa_scores(asked, answers, textvqa_accuracy)
+def score_textvqa(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
+    """Return the accuracy."""
+    return _mean_accuracy(questions, answers, textvqa_accuracy)
 
 
 # ---- GQA ------------------------------------------------------------------------------------------------------------
 
 
 def read_gqa(folder: Path, log: SkipLog) -> list[Question]:
-    """testdev_balanced_questions.json, and images/ beside it."""
+    """Read testdev_balanced_questions.json; images are in images/ beside it."""
     file = first_existing(folder, "testdev_balanced_questions.json", "*/testdev_balanced_questions.json")
-    found = []
-    for number, (name, row) in enumerate(read_json(file).items(), 1):
-        if image := image_file(file.parent / "images", f"{row['imageId']}.jpg", log, file, number):
-            group = "open" if row.get("types", {}).get("structural") == "query" else "binary"
-            found.append(Question(name, image, row["question"] + SHORT, row["answer"], group))
-    return found
+    questions = []
+    for number, (question_id, row) in enumerate(read_json(file).items(), 1):
+        image = find_image(file.parent / "images", f"{row['imageId']}.jpg", log, file, number)
+        if image is None:
+            continue
+        is_open = row.get("types", {}).get("structural") == "query"
+        questions.append(
+            Question(
+                id=question_id,
+                image=image,
+                prompt=row["question"] + SHORT_ANSWER,
+                target=row["answer"],
+                group="open" if is_open else "binary",
+            )
+        )
+    return questions
 
 
-def score_gqa(asked: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Accuracy: the answer in lower case, without periods at its end, is the one; and of binary and open questions."""
-    values = [float(a.rstrip(".").lower() == one.truth) for one, a in zip(asked, answers, strict=True)]
-    return {
-        "accuracy": mean_score(values),
-        **{group: mean_score(some) for group, some in group_by(asked, values).items()},
-    }
+def score_gqa(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
+    """Return the accuracy overall, and of binary and open questions.
+
+    An answer is correct if it equals the target in lower case and without trailing periods.
+    """
+    correct = []
+    for question, answer in zip(questions, answers, strict=True):
+        correct.append(float(answer.rstrip(".").lower() == question.target))
+    return {"accuracy": mean_percent(correct), **mean_by_group(questions, correct)}
 
 
 TASKS = (
     Task(
-        "vqav2", "VQAv2: agreement with ten people", "visualqa.org/download: questions, annotations, COCO's images",
-        read_vqav2, score_vqav2, submit_vqav2,
+        name="vqav2",
+        description="VQAv2: agreement with ten human answers",
+        source="visualqa.org/download: questions, annotations, COCO's images",
+        read=read_vqav2,
+        score=score_vqav2,
+        submission=submit_vqav2,
     ),
-    Task("gqa", "GQA testdev balanced: exact answers", "cs.stanford.edu/people/dorarad/gqa", read_gqa, score_gqa),
     Task(
-        "vizwiz", "VizWiz: photographs by blind people", "vizwiz.org: Annotations, val or test images",
-        read_vizwiz, score_vizwiz, submit_vizwiz,
+        name="gqa",
+        description="GQA testdev balanced: exact answers",
+        source="cs.stanford.edu/people/dorarad/gqa",
+        read=read_gqa,
+        score=score_gqa,
     ),
-    Task("textvqa", "TextVQA val, with OCR's words", "textvqa.org: v0.5.1, Rosetta OCR v0.2, train_val images",
-         read_textvqa, score_textvqa),
-)  # fmt: skip
+    Task(
+        name="vizwiz",
+        description="VizWiz: photos taken by blind people",
+        source="vizwiz.org: Annotations, val or test images",
+        read=read_vizwiz,
+        score=score_vizwiz,
+        submission=submit_vizwiz,
+    ),
+    Task(
+        name="textvqa",
+        description="TextVQA val, with OCR tokens in the prompt",
+        source="textvqa.org: v0.5.1, Rosetta OCR v0.2, train_val images",
+        read=read_textvqa,
+        score=score_textvqa,
+    ),
+)

@@ -1,0 +1,85 @@
+"""Cache of answers on disk, so that an interrupted evaluation continues where it stopped.
+
+A cache is a JSONL file with one answer per line. Each further rank appends to a file of its own beside it, with the
+rank before the suffix: NAME.jsonl, NAME.1.jsonl, NAME.2.jsonl, ...
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from llm2clip.distributed import process_state
+from llm2clip.llava.tasks import Question
+from llm2clip.models.fingerprint import fingerprint
+from llm2clip.store.image_features import image_name
+
+
+def cached_answers(
+    file: Path,
+    questions: Sequence[Question],
+    answer: Callable[[list[Question]], Iterator[tuple[int, Any]]],
+    description: str,
+) -> list[Any]:
+    """Return the answers to questions in their order; those that are not cached are generated and added.
+
+    Must be called on all ranks. Questions are identified by id, prompt and image, and are divided among the ranks. An
+    incomplete last line, left by an interrupt, is ignored.
+
+    Args:
+        file: cache file of the main process.
+        questions: questions.
+        answer: generates answers to some of the questions, as (index, answer). An answer of None is returned but not
+            cached, so that the question is tried again in the next run.
+        description: label of the progress bar.
+    """
+    state = process_state()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    cache = _read_cache(file)
+    keys = [_question_key(question) for question in questions]
+    missing = [n for n, key in enumerate(keys) if key not in cache]
+    state.wait_for_everyone()  # all ranks must have read the cache before one of them writes
+    share = missing[state.process_index :: state.num_processes]
+    if share:
+        rank_file = file if state.is_main_process else file.with_suffix(f".{state.process_index}.jsonl")
+        bar = tqdm(total=len(share), desc=description, unit="question", disable=not state.is_main_process)
+        with rank_file.open("a", encoding="utf-8") as stream, bar:
+            if stream.tell():
+                stream.write("\n")  # ends a line that an interrupt may have left incomplete
+            for k, text in answer([questions[n] for n in share]):
+                bar.update()
+                if text is None:
+                    continue
+                n = share[k]
+                row = {"question": keys[n], "id": questions[n].id, "answer": text}
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                stream.flush()
+    state.wait_for_everyone()
+    cache = _read_cache(file)
+    return [cache.get(key) for key in keys]
+
+
+def _question_key(question: Question) -> str:
+    image = image_name(question.image) if question.image else ""
+    return fingerprint({"id": question.id, "prompt": question.prompt, "image": image})
+
+
+def _read_cache(file: Path) -> dict[str, Any]:
+    """Read the answers of all ranks, by question key."""
+    cache: dict[str, Any] = {}
+    for path in sorted(file.parent.glob(f"{file.stem}*.jsonl")):
+        rank_suffix = path.stem[len(file.stem) :]
+        if not re.fullmatch(r"(\.\d+)?", rank_suffix):
+            continue  # scores of a judge have a name with the same beginning
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            try:
+                row = json.loads(line)
+                cache[row["question"]] = row["answer"]
+            except (ValueError, KeyError, TypeError):
+                continue
+    return cache

@@ -1,0 +1,52 @@
+"""BLEU-4 and CIDEr-D of generated captions.
+
+The scores are computed by pycocoevalcap, the code of the COCO captions evaluation. Its tokenizer is a Java program.
+`tokenize` reimplements what it does to captions: Penn Treebank tokens (n't and 's are separate), no punctuation, lower
+case. Its rules for text that is rare in captions are not implemented, and captions with such text score differently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Sequence
+
+_CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))(?!\w)")
+_WORD = re.compile(r"n't|'(?:s|re|ve|ll|d|m)(?!\w)|[\w$%&@+*/#]+(?:[-'./,:]\w+)*", re.UNICODE)
+_SPLIT_WORDS = {"cannot": "can not", "gonna": "gon na", "wanna": "wan na", "gotta": "got ta"}
+
+
+def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return the corpus BLEU-4 (Papineni et al., ACL 2002) and the mean CIDEr-D (arXiv 1411.5726).
+
+    Both are scaled by 100, as on COCO's leaderboard.
+
+    Args:
+        captions: one generated caption per image.
+        references: human captions of each image.
+
+    Raises:
+        ImportError: pycocoevalcap is not installed.
+        ValueError: there are fewer than two images. CIDEr weights words by the number of images they occur with.
+    """
+    try:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+    except ModuleNotFoundError as error:
+        raise ImportError(f"scoring captions needs `pip install llm2clip[llava]` ({error})") from error
+    if len(captions) < 2:
+        raise ValueError(f"CIDEr needs at least two images (got {len(captions)})")
+    hypotheses = {n: [tokenize(caption)] for n, caption in enumerate(captions)}
+    targets = {n: [tokenize(text) for text in texts] for n, texts in enumerate(references)}
+    with contextlib.redirect_stdout(io.StringIO()):  # Bleu prints
+        bleu, _ = Bleu(4).compute_score(targets, hypotheses)
+        cider, _ = Cider().compute_score(targets, hypotheses)
+    return {"BLEU-4": 100 * float(bleu[3]), "CIDEr-D": 100 * float(cider)}
+
+
+def tokenize(text: str) -> str:
+    """Return the caption's tokens in lower case, separated by single spaces."""
+    text = text.lower().replace("’", "'")
+    words = _WORD.findall(_CLITIC.sub(r" \1", text))
+    return " ".join(_SPLIT_WORDS.get(word, word) for word in words)

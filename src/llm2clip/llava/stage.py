@@ -1,0 +1,238 @@
+"""One stage of LLaVA training with transformers' Trainer: model, data, checkpoints and metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, Trainer, TrainerCallback, TrainingArguments
+
+from llm2clip.checkpoint import (
+    MetricsLog,
+    checkpoint_step,
+    hash_texts,
+    latest_checkpoint,
+    mark_complete,
+    validate_resume,
+)
+from llm2clip.config import LlavaConfig
+from llm2clip.distributed import process_state, set_fsdp_wrap_policy, set_mixed_precision
+from llm2clip.llava.chat_template import IMAGE_TOKEN, Conversation
+from llm2clip.llava.collator import ConversationDataset, LengthGroupedSampler, LlavaCollator
+from llm2clip.llava.image_features import PatchFeatures, PrecomputedVision
+from llm2clip.llava.trainable import TRAINED_WEIGHTS, load_trained, save_trained, select_trainable, set_trainable
+from llm2clip.models.precision import resolve_device_precision
+from llm2clip.store.store import EmbeddingStore
+
+
+def load_llava(source: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a LLaVA model from a folder or hub id."""
+    return AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+
+
+class TrainingStage:
+    """The `pretrain` or the `instruct` stage of a run."""
+
+    def __init__(
+        self, source: str, processor: Any, stage: str, config: LlavaConfig, out: Path, store: EmbeddingStore | None
+    ) -> None:
+        """
+        Args:
+            source: folder or hub id of the untrained model.
+            processor: processor of the model.
+            stage: `pretrain` or `instruct`.
+            config: settings.
+            out: run directory; the stage writes to `out/STAGE`.
+            store: cached patch features. Default: the vision tower computes them in each step.
+        """
+        self.stage = stage
+        self.config = config
+        self.folder = out / stage
+        self.store = store
+        self.processor = processor
+        self.batch_size = config.pretrain_batch_size if stage == "pretrain" else config.batch_size
+        device = process_state().device
+        self.precision = resolve_device_precision(config.precision, device)
+        bf16_on_gpu = self.precision == "bf16" and device.type == "cuda"
+        model = load_llava(source, torch.bfloat16 if config.lora_r and bf16_on_gpu else torch.float32)
+        self.features: PatchFeatures | None = None
+        if store is None:
+            model.model.vision_tower.to(device)
+            self.features = PatchFeatures(model, processor, bf16=bf16_on_gpu)
+        self.image_tokens: int = model.config.image_seq_length
+        self.feature_size: int = model.model.multi_modal_projector.linear_1.in_features
+        model.model.vision_tower = PrecomputedVision(feature_maps=model.config.model_type == "fast_vlm")
+        model.config.get_text_config().use_cache = False
+        self.model = set_trainable(model, stage, config, out)
+        set_fsdp_wrap_policy(model.model.language_model.layers)
+
+    def run(self, conversations: Sequence[Conversation]) -> None:
+        """Train from the latest checkpoint, and write the trained weights to `out/STAGE/learned.safetensors`.
+
+        Raises:
+            ValueError: the data, batch size or number of processes differs from the checkpoint's.
+            FloatingPointError: the loss, gradient norm or weights are not finite.
+        """
+        state = process_state()
+        plan = {
+            "batch_size": self.batch_size,
+            "conversations": hash_texts(
+                json.dumps([conversation.id, *conversation.turns]) for conversation in conversations
+            ),
+            "processes": state.num_processes,
+        }
+        with state.main_process_first():
+            latest = latest_checkpoint(self.folder, "checkpoint-")
+        # Not inside the block above: an exception of one rank there would leave the others waiting.
+        checkpoint = validate_resume(latest, plan)
+        trainer = self._trainer(conversations, plan, resume_step=checkpoint_step(checkpoint) if checkpoint else 0)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        full_state = trainer.accelerator.get_state_dict(trainer.model)  # gathered from all ranks under FSDP
+        if state.is_main_process:
+            trained = select_trainable(self.model, full_state)
+            if not all(tensor.isfinite().all() for tensor in trained.values()):
+                raise FloatingPointError(f"the trained weights are not finite, see {self.folder / 'metrics.jsonl'}")
+            save_trained(trained, self.folder / TRAINED_WEIGHTS)
+        state.wait_for_everyone()
+
+    def _trainer(self, conversations: Sequence[Conversation], plan: dict[str, Any], resume_step: int) -> _LlavaTrainer:
+        config = self.config
+        tokenizer = self.processor.tokenizer
+        dataset = ConversationDataset(
+            conversations, self.processor, self.image_tokens, max_length=config.max_length, store=self.store
+        )
+        collator = LlavaCollator(
+            pad_id=tokenizer.pad_token_id,
+            image_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+            image_tokens=self.image_tokens,
+            empty_image=self._empty_image(),
+        )
+        sampler = None
+        if config.group_by_length:
+            sampler = LengthGroupedSampler(dataset.lengths(), self.batch_size, config.seed)
+        return _LlavaTrainer(
+            model=self.model,
+            args=self._training_arguments(),
+            train_dataset=dataset,
+            data_collator=collator,
+            callbacks=[_CheckpointAndMetrics(self.folder, resume_step, plan)],
+            sampler=sampler,
+            features=self.features,
+        )
+
+    def _empty_image(self) -> Tensor:
+        """Return pixels of an empty image, or patch features of zero if features are cached."""
+        if self.features is None:
+            return torch.zeros(self.image_tokens, self.feature_size)
+        size = self.features.transform.preprocess.size
+        return torch.zeros(3, size, size)
+
+    def _training_arguments(self) -> TrainingArguments:
+        """Return the Trainer's arguments.
+
+        Raises:
+            ValueError: the batch size is not divisible by the number of processes.
+        """
+        config, state = self.config, process_state()
+        pretrain = self.stage == "pretrain"
+        if self.batch_size % state.num_processes:
+            name = "--llava.pretrain_batch_size" if pretrain else "--llava.batch_size"
+            raise ValueError(
+                f"{name} must be divisible by the number of processes (got {self.batch_size} and "
+                f"{state.num_processes})"
+            )
+        per_device = self.batch_size // state.num_processes
+        largest = min(config.micro_batch_size, per_device)
+        micro_batch_size = max(n for n in range(1, largest + 1) if per_device % n == 0)
+        set_mixed_precision(self.precision)
+        arguments = TrainingArguments(
+            output_dir=str(self.folder),
+            per_device_train_batch_size=micro_batch_size,
+            gradient_accumulation_steps=per_device // micro_batch_size,
+            num_train_epochs=config.pretrain_epochs if pretrain else config.epochs,
+            learning_rate=config.pretrain_lr if pretrain else config.lr,
+            lr_scheduler_type="cosine",
+            warmup_steps=config.warmup_ratio,  # a value below 1 is a fraction of the steps
+            bf16=self.precision == "bf16",
+            use_cpu=state.device.type == "cpu",
+            gradient_checkpointing=config.gradient_checkpointing,
+            logging_steps=10,
+            logging_nan_inf_filter=False,
+            save_steps=config.save_steps,
+            save_total_limit=2,
+            dataloader_num_workers=config.workers,
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+            label_names=["labels"],
+            report_to="none",
+            accelerator_config={"use_configured_state": True},  # the process group exists already
+            seed=config.seed,
+        )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # otherwise one process would use all GPUs by DataParallel
+        return arguments
+
+
+class _LlavaTrainer(Trainer):
+    """Trainer with an own sampler, a vision tower outside the model, and checkpoints of the trainable weights only."""
+
+    def __init__(
+        self, *, sampler: LengthGroupedSampler | None, features: PatchFeatures | None, **arguments: Any
+    ) -> None:
+        """
+        Args:
+            sampler: Default: the Trainer's sampler.
+            features: computes patch features from pixels in each step. None: batches hold patch features.
+            arguments: arguments of the Trainer.
+        """
+        super().__init__(**arguments)
+        self.sampler = sampler
+        self.features = features
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.sampler if self.sampler is not None else super()._get_train_sampler(train_dataset)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        if self.features is not None:
+            prepared["pixel_values"] = self.features(prepared["pixel_values"])
+        return prepared
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:  # the Trainer calls this on all ranks
+            return
+        model: Any = self.model
+        state = model.state_dict() if state_dict is None else state_dict
+        save_trained(select_trainable(model, state), Path(str(output_dir)) / TRAINED_WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        trained_model: Any = self.model
+        load_trained(trained_model, Path(resume_from_checkpoint) / TRAINED_WEIGHTS)
+
+
+class _CheckpointAndMetrics(TrainerCallback):
+    """Writes logs to metrics.jsonl and marks complete checkpoints."""
+
+    def __init__(self, folder: Path, resume_step: int, plan: dict[str, Any]) -> None:
+        self.folder, self.plan = folder, plan
+        self.log = MetricsLog(folder / "metrics.jsonl", resume_step) if process_state().is_main_process else None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise FloatingPointError(f"{name} is {logs[name]} after {state.global_step} steps")
+        if self.log is not None:
+            self.log.write(state.global_step, **logs)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        process_state().wait_for_everyone()
+        if state.is_world_process_zero:
+            mark_complete(self.folder / f"checkpoint-{state.global_step}", self.plan)

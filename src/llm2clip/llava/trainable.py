@@ -1,0 +1,94 @@
+"""Trainable parameters of each training stage, and the files that hold their values."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llm2clip.config import LlavaConfig
+from llm2clip.io_utils import atomic_path
+
+TRAINED_WEIGHTS = "learned.safetensors"  # in the folder of a stage and in each of its checkpoints
+
+
+def set_trainable(model: Any, stage: str, config: LlavaConfig, out: Path) -> Any:
+    """Freeze a LLaVA model except for what a stage trains; return it, wrapped by PEFT if LoRA is used.
+
+    The `pretrain` stage trains the projector. The `instruct` stage starts from the result of `pretrain`, if there is
+    one, and trains the projector and the LLM, either all weights or LoRA. Trained parameters are float32, except for
+    the LLM's own weights, which keep their dtype.
+
+    Args:
+        model: LLaVA model; modified in place.
+        stage: `pretrain` or `instruct`.
+        config: settings.
+        out: run directory.
+    """
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.float().requires_grad_(True)
+    if stage == "pretrain":
+        return model
+    pretrained = out / "pretrain" / TRAINED_WEIGHTS
+    if pretrained.is_file():
+        load_trained(model, pretrained)
+    if config.lora_r:
+        return _add_lora(model, config)
+    model.model.language_model.requires_grad_(True)
+    model.lm_head.requires_grad_(True)
+    return model
+
+
+def select_trainable(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the entries of a state dict that belong to trainable parameters, on the CPU."""
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: state[name].detach().cpu().contiguous() for name in sorted(names)}
+
+
+def save_trained(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write trained weights to a safetensors file, atomically."""
+    with atomic_path(file) as temporary:
+        save_file(tensors, temporary)
+
+
+def load_trained(model: nn.Module, file: Path) -> None:
+    """Copy trained weights into the parameters of a model.
+
+    Raises:
+        ValueError: a name or shape does not match.
+    """
+    parameters = dict(model.named_parameters())
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise ValueError(f"{file} does not fit this model: {name} differs. Use another --out to start over")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
+
+def _add_lora(model: Any, config: LlavaConfig) -> Any:
+    """Add LoRA to all linear layers of the LLM, in float32. The projector is trained in full."""
+    from peft import LoraConfig, get_peft_model
+
+    linear_layers = [
+        re.escape(f"model.language_model.{name}")
+        for name, module in model.model.language_model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    lora_config = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        target_modules=f"({'|'.join(linear_layers)})",
+        modules_to_save=["multi_modal_projector"],
+    )
+    torch.manual_seed(config.seed)
+    peft_model: Any = get_peft_model(model, lora_config)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return peft_model
