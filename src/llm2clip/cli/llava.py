@@ -31,14 +31,18 @@ def add(commands: Commands) -> None:
     parser = llava.add("train", _train, "Train the projector, then projector and LLM. Run again to resume.")
     parser.add_argument("model", type=str, help="Model folder written by `llava build`.")
     parser.add_argument(
-        "--pretrain", nargs="+", type=str, default=[], help="Data for the projector: sources, or JSON in LLaVA's format."
+        "--pretrain",
+        nargs="+",
+        type=str,
+        default=[],
+        help="Data for the projector: sources, or LLaVA's JSON files.",
     )
     parser.add_argument(
         "--instruct",
         nargs="+",
         type=str,
         default=[],
-        help="Data for projector and LLM: sources, or JSON in LLaVA's format.",
+        help="Data for projector and LLM: sources, or LLaVA's JSON files.",
     )
     parser.add_argument(
         "--images",
@@ -88,11 +92,11 @@ def add(commands: Commands) -> None:
         help="Answer multiple choices with the most likely option, instead of generating its letter.",
     )
     parser.add_argument("--batch_size", type=int, default=16, help="Questions per forward pass.")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="Precision of the models.")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="Precision.")
     parser.add_argument(
         "--limit",
         type=int,
-        help="Only this many questions of each task, for a quick test. Questions that are scored together count as one.",
+        help="Only this many questions per task, for a quick test. Questions that are scored together count as one.",
     )
     parser.add_argument(
         "--judge", type=str, help="Base URL, up to /v1, of an OpenAI-compatible API that scores free-form answers."
@@ -160,8 +164,7 @@ def _train(args: Namespace) -> list[str]:
     print_once(
         f"{len(pretrain):,} conversations for the projector, {len(instruct):,} for projector and LLM", log.summary()
     )
-    config = LlavaConfig(**vars(args.llava))
-    folder = train_llava(args.model, pretrain, instruct, config=config, out=run, log=log)
+    folder = train_llava(args.model, pretrain, instruct, config=args.llava, out=run, log=log)
     return [
         f"Model: {folder}",
         f"Next: llm2clip llava evaluate {folder} --captions DATA --pope DATA --out OUT",

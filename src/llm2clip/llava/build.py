@@ -150,9 +150,7 @@ def _join(vision: Any, llm: Any, tokenizer: Any, *, image_tokens: int, seed: int
         config = FastVlmConfig(**common)
     else:
         model_class = LlavaForConditionalGeneration
-        config = LlavaConfig(
-            **common, vision_feature_layer=-2, vision_feature_select_strategy=_select_strategy(vision)
-        )
+        config = LlavaConfig(**common, vision_feature_layer=-2, vision_feature_select_strategy=_select_strategy(vision))
     with torch.device("meta"):  # allocates no weights: all parts are replaced below
         model = model_class(config)
     model.model.vision_tower = vision

@@ -50,7 +50,8 @@ class ConversationDataset(Dataset):
         minimum = image_tokens + MIN_TEXT_TOKENS
         if max_length < minimum:
             raise ValueError(
-                f"--llava.max_length must be at least {minimum} (got {max_length}): an image takes {image_tokens} tokens"
+                f"--llava.max_length must be at least {minimum} (got {max_length}), "
+                f"because an image takes {image_tokens} tokens"
             )
         self.conversations = list(conversations)
         self.tokenizer = processor.tokenizer

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.data.image_refs import FileImage, is_inside
+from llm2clip.data.merged_records import read_merged_records
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import read_records
 from llm2clip.io_utils import read_json
 from llm2clip.llava.chat_template import Conversation, clean_text
 from llm2clip.llava.pope import Sampling, make_questions
@@ -57,7 +57,7 @@ def read_conversations(
             conversations += read_llava(source, images, log)
         else:
             # All rows of an image become one record. Otherwise POPE could ask about an object that another row names.
-            records = [record for _, record in read_records([source], columns or {}, log)]
+            records = [record for _, record in read_merged_records([source], columns or {}, log)]
             conversations += from_records(records, seed)
     return conversations
 
@@ -91,7 +91,7 @@ def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> lis
     root = Path(images) if images is not None else file.parent
     conversations = []
     for number, row in _read_rows(file):
-        log.seen_one()
+        log.count_row()
         try:
             conversations.append(_parse_conversation(row, root, str(number)))
         except FileNotFoundError as error:

@@ -1,15 +1,16 @@
 """Evaluation of LLaVA models on benchmarks and captioned images.
 
-    OUT/answers/TASK-FINGERPRINT.jsonl   cached answers, so that an interrupted evaluation continues
-    OUT/submissions/                     files for the servers of benchmarks whose test answers are not public
-    OUT/results.json, report.html, report.md
+OUT/answers/TASK-FINGERPRINT.jsonl   cached answers, so that an interrupted evaluation continues
+OUT/submissions/                     files for the servers of benchmarks whose test answers are not public
+OUT/results.json, report.html, report.md
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,14 +129,12 @@ def evaluate_model(
         }
         file = out / "answers" / f"{task.name.replace(' ', '-')}-{fingerprint(identity)[:8]}.jsonl"
 
-        def answer(
-            batch: Sequence[Question], task: Task = task, num_beams: int = num_beams, by_likelihood: bool = by_likelihood
-        ) -> Iterator[tuple[int, str | None]]:
-            if by_likelihood:
-                return _choose_letters(model, batch)
-            return model.generate(batch, task.max_new_tokens, num_beams)
-
-        all_answers = cached_answers(file, questions, answer, description=task.name)
+        generate: Callable[[list[Question]], Iterator[tuple[int, str | None]]]
+        if by_likelihood:
+            generate = partial(_choose_letters, model)
+        else:
+            generate = partial(model.generate, max_new_tokens=task.max_new_tokens, num_beams=num_beams)
+        all_answers = cached_answers(file, questions, generate, description=task.name)
         answered, answers = _drop_undecodable(task, questions, all_answers, log)
         if task.submission and process_state().is_main_process:
             for filename, rows in task.submission(answered, answers).items():
@@ -176,7 +175,7 @@ def _drop_undecodable(
         else:
             answered.append(question)
             texts.append(text)
-    if len(undecodable) > log.limit * len(questions):
+    if len(undecodable) > log.max_skipped * len(questions):
         raise TooManySkipped(
             f"{task.name}: the images of {len(undecodable):,} of {len(questions):,} questions cannot be decoded, "
             f"for example {undecodable[0].image}. Repair them, or raise --max_skipped"

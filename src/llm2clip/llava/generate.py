@@ -53,7 +53,7 @@ class AnswerGenerator:
         self.tokenizer.chat_template = self.processor.chat_template or self.tokenizer.chat_template
         self.transform = LlavaTransform(self.processor)
         if getattr(self.model.config, "image_seq_length", None) is None:
-            raise ValueError(f"{name} is not supported: a model must use a fixed number of tokens per image, as LLaVA does")
+            raise ValueError(f"{name} is not supported: it must use a fixed number of tokens per image, as LLaVA does")
         self.image_tokens: int = self.model.config.image_seq_length
         keep_freed_memory(self.device)
 

@@ -40,7 +40,7 @@ class LlavaTransform:
     def __call__(self, image: Tensor) -> Tensor:
         """Convert uint8 (3, H, W) to normalised float32 (3, S, S)."""
         if self.pad:
-            max_side = MAX_SCALE * self.preprocess.scaled
+            max_side = MAX_SCALE * self.preprocess.resize_size
             if max(image.shape[-2:]) > max_side:  # padding a very long image to a square would exhaust the memory
                 image = resize_longest(image, max_side)
             image = pad_to_square(image, [int(255 * value) for value in self.preprocess.mean])
@@ -92,7 +92,7 @@ class PatchFeatures:
         self.bf16 = bf16
         size = self.transform.preprocess.size
         self.tokens, feature_size = self(torch.zeros(1, 3, size, size)).shape[1:]
-        self.width = self.tokens * feature_size
+        self.embed_dim = self.tokens * feature_size
 
     @property
     def device(self) -> torch.device:
@@ -124,9 +124,9 @@ class PatchFeatures:
             "low": self.bf16,
         }
 
-    def encode_pictures(self, pictures: list[Any]) -> Tensor:
+    def encode_images(self, images: list[Any]) -> Tensor:
         """Encode transformed images to (N, tokens * feature size) float32 on the CPU."""
-        return self(torch.stack(pictures)).float().flatten(1).cpu()
+        return self(torch.stack(images)).float().flatten(1).cpu()
 
 
 def cache_patch_features(
@@ -137,7 +137,7 @@ def cache_patch_features(
     Raises:
         StoreError: the store holds features of another tower.
     """
-    bytes_per_image = 2 * features.width
+    bytes_per_image = 2 * features.embed_dim
     shard_size = max(1, min(MAX_SHARD_IMAGES, MAX_SHARD_BYTES // bytes_per_image))
     return store_image_features(
         refs, features, features.identity(), folder, log, batch_size=32, workers=workers, shard_size=shard_size

@@ -1,6 +1,6 @@
 """A LLaVA model for lmms-eval, which finds it by an entry point if both packages are installed.
 
-    python -m lmms_eval --model llm2clip_llava --model_args pretrained=RUN/model --tasks pope --batch_size 16
+python -m lmms_eval --model llm2clip_llava --model_args pretrained=RUN/model --tasks pope --batch_size 16
 """
 
 from __future__ import annotations

@@ -68,12 +68,12 @@ THUMBNAIL_SIDE = 280  # longer side in pixels
 def write_llava_report(results: Sequence[LlavaResult], command: str, out: Path) -> Path:
     """Write `out/report.html` and `out/report.md`; return the path of the HTML file."""
     models = list(dict.fromkeys(result.model for result in results))
-    short_names = dict(zip(models, short_model_name(models), strict=True))
+    short_names = dict(zip(models, display_names(models), strict=True))
     results = [replace(result, model=short_names[result.model]) for result in results]
-    blocks: list[Block] = [Command(command), *_paper_comparison(results)]
+    blocks: list[Block] = [Code(command), *_paper_comparison(results)]
     for task in dict.fromkeys(result.task for result in results):
         blocks += _task_section(task, [result for result in results if result.task == task])
-    return write_page(out, "report", "Evaluation of multimodal LLMs", blocks)[1]
+    return write_report(out, "report", "Evaluation of multimodal LLMs", blocks)[1]
 
 
 def _paper_comparison(results: Sequence[LlavaResult]) -> list[Block]:
@@ -126,6 +126,6 @@ def _sample_captions(results: Sequence[LlavaResult]) -> list[Block]:
         for question in sample:
             if question.id in answers and question.image is not None:
                 caption = f"{answers[question.id]} — human: {question.target[0]}"
-                images.append(ResultImage(encode_thumbnail(question.image, THUMBNAIL_SIDE), None, caption))
+                images.append(ResultImage(load_thumbnail(question.image, THUMBNAIL_SIDE), None, caption))
         blocks.append(ResultImages(result.model, images))
     return blocks

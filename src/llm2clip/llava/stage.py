@@ -143,8 +143,7 @@ class TrainingStage:
         if self.batch_size % state.num_processes:
             name = "--llava.pretrain_batch_size" if pretrain else "--llava.batch_size"
             raise ValueError(
-                f"{name} must be divisible by the number of processes (got {self.batch_size} and "
-                f"{state.num_processes})"
+                f"{name} must be divisible by the number of processes (got {self.batch_size} and {state.num_processes})"
             )
         per_device = self.batch_size // state.num_processes
         largest = min(config.micro_batch_size, per_device)

@@ -123,7 +123,7 @@ def _cache_features(
     del model
     print_once(f"Caching the vision tower's features of {len(images):,} images: {gigabytes:.1f} GB in {folder}")
     for _ in images:
-        log.seen_one()
+        log.count_row()
     store = cache_patch_features(list(images.values()), features, folder, log, workers=config.workers or None)
     log.check()
     return store

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from llm2clip.llava import modeling_patches
-from llm2clip.models.export.transformers import vision_model
+from llm2clip.models.export.transformers import build_vision_model
 from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
 from llm2clip.models.vision_tower import VisionTower
 
@@ -41,7 +41,7 @@ def to_llava_tower(tower: VisionTower) -> Any:
     backbone: Any = tower.backbone
     if tower.config["library"] == "timm" and hasattr(getattr(backbone, "patch_embed", None), "num_patches"):
         return _to_patch_tower(tower)
-    vision = vision_model(tower)
+    vision = build_vision_model(tower)
     size = tower.preprocess.size
     kind = vision.config.model_type
     if kind in ("clip_vision_model", "siglip_vision_model") and vision.config.image_size != size:

@@ -121,7 +121,7 @@ def find_image(folder: Path, name: str, log: SkipLog, file: Path, number: int) -
         file: file that names the image, for the log.
         number: its row in that file.
     """
-    log.seen_one()
+    log.count_row()
     if not is_inside(name):
         log.skip(str(file), number, "name leads out of the folder", name)
         return None

@@ -124,9 +124,7 @@ def read_llava_bench(folder: Path, log: SkipLog) -> list[Question]:
             "reference": reference[row["question_id"]],
         }
         questions.append(
-            Question(
-                id=str(row["question_id"]), image=image, prompt=row["text"], target=target, group=row["category"]
-            )
+            Question(id=str(row["question_id"]), image=image, prompt=row["text"], target=target, group=row["category"])
         )
     return questions
 

@@ -107,7 +107,7 @@ def _read_mmbench_table(file: Path, log: SkipLog, instruction: str) -> list[Ques
     images: dict[str, MemoryImage] = {}
     with file.open(encoding="utf-8", newline="") as table:
         for number, row in enumerate(csv.DictReader(table, delimiter="\t"), 1):
-            log.seen_one()
+            log.count_row()
             try:
                 image = _decode_cell(row, images)
             except ValueError as error:

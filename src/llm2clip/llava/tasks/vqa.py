@@ -186,7 +186,7 @@ def score_vqav2(questions: Sequence[Question], answers: Sequence[str]) -> dict[s
 def submit_vqav2(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
     """Return the submission for EvalAI challenge 830.
 
-    The server expects an answer to every question of the test set. Add those that were not generated, with "" as answer.
+    The server expects an answer to every question of the test set. Add the missing ones with "" as answer.
     """
     rows = []
     for question, answer in zip(questions, answers, strict=True):
