@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from fastapi import FastAPI, Request
+from llm2clip.llava.captions import caption_scores, words
 from PIL import Image
 
 from llm2clip.cli import main
@@ -21,7 +22,6 @@ from llm2clip.data.image_refs import FileImage, MemoryImage
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.llava.build import build_llava
-from llm2clip.llava.captions import caption_scores, words
 from llm2clip.llava.evaluate import GenerationOptions, caption_task, pope_task, run_task
 from llm2clip.llava.generate import Generator
 from llm2clip.llava.tasks import TASKS, Question

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
-from llm2clip.checkpoint import (
-    MetricsLog,
-    checkpoint_step,
-    hash_texts,
-    latest_checkpoint,
-    mark_complete,
-    validate_resume,
-)
+from llm2clip.checkpoint import Checkpoints, TrainingLog, hash_texts
 from llm2clip.config import LlavaConfig
 from llm2clip.distributed import process_state, set_fsdp_wrap_policy, set_mixed_precision
 from llm2clip.llava.chat_template import IMAGE_TOKEN, Conversation
@@ -78,29 +70,24 @@ class TrainingStage:
             ValueError: the data, batch size or number of processes differs from the checkpoint's.
             FloatingPointError: the loss, gradient norm or weights are not finite.
         """
-        state = process_state()
-        plan = {
+        trained_on = hash_texts(json.dumps([conversation.id, *conversation.turns]) for conversation in conversations)
+        signature = {
             "batch_size": self.batch_size,
-            "conversations": hash_texts(
-                json.dumps([conversation.id, *conversation.turns]) for conversation in conversations
-            ),
-            "processes": state.num_processes,
+            "conversations": trained_on,
+            "processes": process_state().num_processes,
         }
-        with state.main_process_first():
-            latest = latest_checkpoint(self.folder, "checkpoint-")
-        # Not inside the block above: an exception of one rank there would leave the others waiting.
-        checkpoint = validate_resume(latest, plan)
-        trainer = self._trainer(conversations, plan, resume_step=checkpoint_step(checkpoint) if checkpoint else 0)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        checkpoints = Checkpoints(self.folder, signature)
+        trainer = self._trainer(conversations, checkpoints)
+        trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
         full_state = trainer.accelerator.get_state_dict(trainer.model)  # gathered from all ranks under FSDP
-        if state.is_main_process:
+        if process_state().is_main_process:
             trained = select_trainable(self.model, full_state)
             if not all(tensor.isfinite().all() for tensor in trained.values()):
                 raise FloatingPointError(f"the trained weights are not finite, see {self.folder / 'metrics.jsonl'}")
             save_trained(trained, self.folder / TRAINED_WEIGHTS)
-        state.wait_for_everyone()
+        process_state().wait_for_everyone()
 
-    def _trainer(self, conversations: Sequence[Conversation], plan: dict[str, Any], resume_step: int) -> _LlavaTrainer:
+    def _trainer(self, conversations: Sequence[Conversation], checkpoints: Checkpoints) -> _LlavaTrainer:
         config = self.config
         tokenizer = self.processor.tokenizer
         dataset = ConversationDataset(
@@ -115,12 +102,14 @@ class TrainingStage:
         sampler = None
         if config.group_by_length:
             sampler = LengthGroupedSampler(dataset.lengths(), self.batch_size, config.seed)
+        lr_setting = "--llava.pretrain_lr" if self.stage == "pretrain" else "--llava.lr"
+        log = TrainingLog(self.folder / "metrics.jsonl", checkpoints, advice=f"Lower {lr_setting}", log_summary=True)
         return _LlavaTrainer(
             model=self.model,
             args=self._training_arguments(),
             train_dataset=dataset,
             data_collator=collator,
-            callbacks=[_CheckpointAndMetrics(self.folder, resume_step, plan)],
+            callbacks=[log],
             sampler=sampler,
             features=self.features,
         )
@@ -214,24 +203,3 @@ class _LlavaTrainer(Trainer):
             return
         trained_model: Any = self.model
         load_trained(trained_model, Path(resume_from_checkpoint) / TRAINED_WEIGHTS)
-
-
-class _CheckpointAndMetrics(TrainerCallback):
-    """Writes logs to metrics.jsonl and marks complete checkpoints."""
-
-    def __init__(self, folder: Path, resume_step: int, plan: dict[str, Any]) -> None:
-        self.folder, self.plan = folder, plan
-        self.log = MetricsLog(folder / "metrics.jsonl", resume_step) if process_state().is_main_process else None
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        logs = logs or {}
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(logs.get(name, 0.0)):
-                raise FloatingPointError(f"{name} is {logs[name]} after {state.global_step} steps")
-        if self.log is not None:
-            self.log.write(state.global_step, **logs)
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        process_state().wait_for_everyone()
-        if state.is_world_process_zero:
-            mark_complete(self.folder / f"checkpoint-{state.global_step}", self.plan)

@@ -1,0 +1,41 @@
+"""Towers and loaders shared by the LLaVA tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm2clip.models.vision_tower import VisionTower
+from test_export import hf_tower, timm_tower
+
+
+def make_vision_tower(kind: str, folder: Path) -> VisionTower:
+    """Return a random tower: "timm", "timm transformer", "resized clip", or a model type of transformers."""
+    if kind == "timm":
+        return timm_tower(64)
+    if kind == "timm transformer":
+        torch.manual_seed(0)
+        return VisionTower.from_pretrained("test_vit", image_size=64, pretrained=False)
+    if kind == "resized clip":
+        return hf_tower(folder, "clip_vision_model", 48)
+    return hf_tower(folder, kind)
+
+
+def load_model(folder: Path) -> tuple[Any, Any]:
+    """Return the model in a folder and its processor."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = load_model(folder)[0].state_dict()
+    return weights
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,324 @@
+"""Tests of LLaVA's training data: chat template, conversations, POPE questions and batches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import make_llm
+from llava_fixtures import load_model, load_tokenizer
+from llm2clip.data.image_refs import FileImage
+from llm2clip.data.records import Record, open_records
+from llm2clip.data.skip_log import SkipLog, TooManySkipped
+from llm2clip.llava.build import assemble_llava, build_llava, load_causal_llm
+from llm2clip.llava.chat_template import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN,
+    Conversation,
+    get_chat_template,
+    to_messages,
+    tokenize_and_label,
+)
+from llm2clip.llava.collator import ConversationDataset, LengthGroupedSampler, LlavaCollator
+from llm2clip.llava.datasets import (
+    captioning_conversations,
+    instruction_conversations,
+    read_conversations,
+    read_llava,
+)
+from llm2clip.llava.pope import OBJECTS_FILE, Sampling, make_questions, mentioned_objects, read_objects
+from test_export import timm_tower
+
+# ---- chat template --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tokenizer(llm: Path) -> Any:
+    """A tokenizer with an image token."""
+    tokenizer = load_tokenizer(llm)
+    assemble_llava(timm_tower(64), load_causal_llm(str(llm)), tokenizer)
+    return tokenizer
+
+
+DIALOG = Conversation("", FileImage("x"), ((f"{IMAGE_TOKEN}\nWhat?", "A dog."), ("Sure?", " Yes. ")))
+
+
+def test_tokenize_and_label_labels_only_answers(tokenizer: Any) -> None:
+    labeled = tokenize_and_label(DIALOG, tokenizer, image_tokens=2)
+    text = "<|user|><image><image>\nWhat?<|end|><|user|>A dog.<|end|><|user|>Sure?<|end|><|user|>Yes.<|end|>"
+    assert tokenizer.decode(labeled.ids) == text
+    answers = [label for label in labeled.labels if label != IGNORE_INDEX]
+    assert tokenizer.decode(answers) == "A dog.<|end|>Yes.<|end|>"
+    assert all(label in (token, IGNORE_INDEX) for token, label in zip(labeled.ids, labeled.labels, strict=True))
+
+
+def test_tokenize_and_label_does_not_depend_on_trimmed_offsets(tokenizer: Any) -> None:
+    """Some tokenizers report empty offsets for tokens that are only spaces."""
+    from tokenizers.processors import ByteLevel
+
+    conversation = Conversation("", None, (("What?", "A  big dog."),))
+    expected = tokenize_and_label(conversation, tokenizer, 1)
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    assert tokenize_and_label(conversation, tokenizer, 1) == expected
+
+
+def test_get_chat_template_falls_back_to_vicuna(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    tokenizer.chat_template = get_chat_template(tokenizer)
+    text = tokenizer.decode(tokenize_and_label(DIALOG, tokenizer, 1).ids)
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. "
+    )
+    assert text == system + "USER: <image>\nWhat? ASSISTANT: A dog.<|end|>USER: Sure? ASSISTANT: Yes.<|end|>"
+    prompt = tokenizer.apply_chat_template(to_messages(DIALOG)[:1], tokenize=False, add_generation_prompt=True)
+    assert text.startswith(prompt), "generation must continue exactly like the training text"
+
+
+def test_tokenize_and_label_rejects_unusable_templates(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    with pytest.raises(ValueError, match="no special token after an answer"):
+        tokenize_and_label(DIALOG, tokenizer, 1)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="drops an answer"):
+        tokenize_and_label(DIALOG, tokenizer, 1)
+
+
+# ---- conversations --------------------------------------------------------------------------------------------------
+
+
+def messages(*texts: str) -> list[dict[str, str]]:
+    """Return messages in LLaVA's format."""
+    return [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
+
+
+LLAVA_ROWS = [
+    {"id": "a", "image": "1.png", "conversations": messages("<image>\nWhat?", "Red.", "Sure?", "Yes.")},
+    {"id": "b", "conversations": messages("Tell me.", "No.")},
+    {"id": "c", "image": "missing.png", "conversations": messages("<image>\nWhat?", "Red.")},
+    {"id": "d", "image": "../x.png", "conversations": messages("What?\n<image>", "Red.")},
+    {"id": "e", "conversations": messages("Only a question")},
+    {"id": "f", "conversations": messages("What?", "  ")},
+    {"conversations": list(reversed(messages("a", "b")))},
+    [1],
+    {"id": "i", "conversations": messages("Half an emoji \ud83d", "Yes.")},
+    {"id": "j", "conversations": messages("What is \ue0000\ue001?", "A reserved character.")},
+    {"id": "k", "conversations": [{"from": "human", "value": ["x"]}, {"from": "gpt", "value": "y"}]},
+]
+
+
+def test_read_llava_skips_and_logs_invalid_rows(pictures: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mix.json"
+    file.write_text(json.dumps(LLAVA_ROWS))
+    conversations = read_llava(file, pictures, SkipLog(tmp_path / "skipped.jsonl", 1.0))
+    assert [conversation.id for conversation in conversations] == ["a", "b"]
+    assert conversations[0].turns == (("What?", "Red."), ("Sure?", "Yes."))
+    assert str(conversations[0].image) == str(pictures / "1.png")
+    assert conversations[1].image is None
+    skipped = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    expected = [(3, "no image"), *((row, "no conversation") for row in range(4, 12))]
+    assert [(entry["row"], entry["reason"]) for entry in skipped] == expected
+    with pytest.raises(TooManySkipped):
+        read_llava(file, pictures, SkipLog())
+
+
+def test_read_llava_reads_jsonl(pictures: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mix.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in LLAVA_ROWS[:2]) + "{broken\n")
+    conversations = read_llava(file, pictures, SkipLog(None, 1.0))
+    assert [conversation.id for conversation in conversations] == ["a", "b"]
+
+
+def test_read_conversations_merges_rows_of_the_same_image(pictures: Path, tmp_path: Path) -> None:
+    rows = [(1, "a dog"), (2, "a cat"), (1, "a man")]
+    lines = [json.dumps({"image": str(pictures / f"{n}.png"), "caption": caption}) + "\n" for n, caption in rows]
+    file = tmp_path / "captions.jsonl"
+    file.write_text("".join(lines))
+    records: list[Record] = []
+
+    def collect(source: Any, seed: int) -> list[Conversation]:
+        records.extend(source)
+        return []
+
+    read_conversations([str(file)], collect, log=SkipLog())
+    assert [record.captions for record in records] == [("a dog", "a man"), ("a cat",)]
+
+
+def test_conversations_are_made_from_captions_and_named_objects() -> None:
+    records = [
+        Record("1", FileImage("1.jpg"), ("A dog and a man.", "Two animals."), long_captions=("A dog. A man. Snow.",)),
+        Record("2", FileImage("2.jpg"), ("A cat on a bench.",)),
+        Record("3", None, ("A text.",)),
+    ]
+    captioning = captioning_conversations(records)
+    assert [conversation.turns[0][1] for conversation in captioning] == [
+        "A dog and a man.", "Two animals.", "A dog. A man. Snow.", "A cat on a bench.",
+    ]  # fmt: skip
+    prompts = {conversation.turns[0][0] for conversation in captioning}
+    assert any(word in prompt for prompt in prompts for word in ("detail", "long", "paragraph"))
+    yes_no = instruction_conversations(records)[len(captioning) :]
+    assert {conversation.id for conversation in yes_no} == {"1", "2"}
+    for conversation in yes_no:
+        answers = [answer for _, answer in conversation.turns]
+        assert answers.count("Yes.") == answers.count("No.") > 0
+
+
+# ---- POPE -----------------------------------------------------------------------------------------------------------
+
+
+def test_mentioned_objects_match_synonyms_plurals_and_longest_names() -> None:
+    names = read_objects(OBJECTS_FILE)
+    assert mentioned_objects(["Two MEN eat hot dogs near their bikes."], names) == {"person", "hot dog", "bicycle"}
+    assert mentioned_objects(["A dogged catalogue of carpets"], names) == set()
+    assert names["puppies"] == "dog"
+    assert names["benches"] == "bench"
+    assert names["buses"] == "bus"
+
+
+def test_read_objects_rejects_a_name_of_two_objects(tmp_path: Path) -> None:
+    file = tmp_path / "objects.txt"
+    file.write_text("dog: hound\ncat: hound\n")
+    with pytest.raises(ValueError, match="'hound' is a name of both 'dog' and 'cat'"):
+        read_objects(file)
+
+
+@pytest.fixture
+def objects_file(tmp_path: Path) -> Path:
+    file = tmp_path / "objects.txt"
+    file.write_text("dog\ncat  # purrs\nball: globe\nkite\nowl\n")
+    return file
+
+
+PRESENT = [("dog", "ball"), ("dog", "ball"), ("dog", "kite"), ("cat", "kite"), ("cat",), ("owl",)]
+FREQUENCY = {"dog": 3, "ball": 2, "kite": 2, "cat": 2, "owl": 1}
+
+
+def pope_records() -> list[Record]:
+    """Return records whose captions name the objects in PRESENT, and one that names none."""
+    records = []
+    for n, objects in enumerate([*PRESENT, ("x",)]):
+        captions = tuple(f"a {name.replace('ball', 'globe')} here" for name in objects)
+        records.append(Record(str(n), FileImage(f"{n}.jpg"), captions))
+    return records
+
+
+@pytest.mark.parametrize("sampling", list(Sampling))
+def test_make_questions_asks_about_present_and_absent_objects(sampling: Sampling, objects_file: Path) -> None:
+    questions = make_questions(pope_records(), sampling, objects_file=objects_file)
+    assert len(questions) == 2 * sum(map(len, PRESENT))
+    assert len({(question.record, question.object) for question in questions}) == len(questions)
+    for n, objects in enumerate(PRESENT):
+        present = {question.object for question in questions if question.record == n and question.answer == "yes"}
+        absent = [question.object for question in questions if question.record == n and question.answer == "no"]
+        assert present == set(objects)
+        assert len(absent) == len(objects)
+        assert not set(absent) & present
+        if sampling is Sampling.POPULAR:
+            most_frequent = sorted((FREQUENCY[name] for name in FREQUENCY if name not in objects), reverse=True)
+            assert sorted((FREQUENCY[name] for name in absent), reverse=True) == most_frequent[: len(objects)]
+
+
+def test_make_questions_adversarial_uses_co_occurrence(objects_file: Path) -> None:
+    questions = make_questions(pope_records(), Sampling.ADVERSARIAL, objects_file=objects_file)
+    (absent,) = [question.object for question in questions if question.record == 4 and question.answer == "no"]
+    assert absent == "kite"  # the only object that is named together with the cat
+
+
+def test_make_questions_is_deterministic(objects_file: Path) -> None:
+    first, second = (make_questions(pope_records(), Sampling.RANDOM, seed=1, objects_file=objects_file) for _ in "ab")
+    assert first == second
+
+
+def test_make_questions_uses_the_correct_article(objects_file: Path) -> None:
+    texts = {question.text for question in make_questions(pope_records(), Sampling.RANDOM, objects_file=objects_file)}
+    assert {"Is there an owl in the image?", "Is there a dog in the image?"} <= texts
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llava")
+    return build_llava(timm_tower(64), str(make_llm(folder / "llm", layers=2)), folder / "built")
+
+
+@pytest.fixture(scope="module")
+def conversations(pictures: Path) -> list[Conversation]:
+    """Twenty conversations with an image and one without."""
+    records = list(open_records(f"{pictures / 'captions.jsonl'}@train"))
+    return [*captioning_conversations(records)[:20], Conversation("text", None, (("Hello?", "Hello."),))]
+
+
+def test_llava_collator_padding_does_not_change_the_logits_and_loss(
+    built: Path, conversations: list[Conversation]
+) -> None:
+    model, processor = load_model(built)
+    dataset = ConversationDataset(conversations, processor, image_tokens=4, max_length=512)
+    collate = LlavaCollator(
+        pad_id=processor.tokenizer.pad_token_id,
+        image_id=model.config.image_token_id,
+        image_tokens=4,
+        empty_image=torch.zeros(3, 64, 64),
+    )
+
+    def without(batch: dict[str, Any], *prefixes: str) -> dict[str, Any]:
+        return {name: value for name, value in batch.items() if not name.startswith(prefixes)}
+
+    def logits(items: list[dict[str, Any]]) -> torch.Tensor:
+        with torch.no_grad():
+            output: torch.Tensor = model(**without(collate(items), "vision_", "labels", "logits_to_keep")).logits
+        return output
+
+    items = sorted((dataset[n] for n in range(20)), key=lambda item: len(item["ids"]))
+    short, long = items[0], items[-1]
+    batch = collate([short, long])
+    assert batch["pixel_values"].shape[0] == 2
+    assert batch["input_ids"].shape[1] == len(long["ids"])
+    assert batch["labels"].shape[1] == batch["logits_to_keep"] < len(long["ids"])
+    labels = [[label for label in row.tolist() if label != IGNORE_INDEX] for row in batch["labels"]]
+    assert labels == [[label for label in item["labels"] if label != IGNORE_INDEX] for item in (short, long)]
+    length = len(short["ids"])
+    torch.testing.assert_close(logits([short])[0], logits([short, long])[0, :length], atol=1e-5, rtol=1e-4)
+
+    full_labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
+    full_labels[:, -batch["logits_to_keep"] :] = batch["labels"]
+    with torch.no_grad():
+        loss = model(**without(batch, "vision_")).loss
+        full_loss = model(**without(batch, "vision_", "labels", "logits_to_keep"), labels=full_labels).loss
+    torch.testing.assert_close(loss, full_loss)
+
+    text_only = dataset[20]
+    expected = model(input_ids=torch.tensor([text_only["ids"]])).logits[0]
+    with_empty_image = logits([text_only])[0, : len(text_only["ids"])]
+    torch.testing.assert_close(with_empty_image, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_conversation_dataset_lengths_correlate_with_token_counts(
+    built: Path, conversations: list[Conversation]
+) -> None:
+    dataset = ConversationDataset(conversations, load_model(built)[1], image_tokens=4, max_length=512)
+    token_counts = [len(dataset[n]["ids"]) for n in range(len(dataset))]
+    assert np.corrcoef(token_counts, dataset.lengths())[0, 1] > 0.9
+
+
+def test_length_grouped_sampler_reduces_padding() -> None:
+    lengths = np.random.default_rng(0).integers(10, 200, 1003)
+    sampler = LengthGroupedSampler(lengths, batch_size=8, seed=1)
+    order = list(sampler)
+    assert sorted(order) == list(range(1003))
+    assert order == list(sampler)
+
+    def padded_tokens(indices: Any) -> int:
+        return sum(8 * max(lengths[indices[n : n + 8]]) for n in range(0, 1000, 8))
+
+    assert padded_tokens(np.array(order)) < 1.1 * lengths.sum() < 1.5 * lengths.sum() < padded_tokens(np.arange(1003))
+    sampler.set_epoch(1)
+    assert order != list(sampler)

@@ -1,0 +1,276 @@
+"""Tests of LLaVA training: trained weights, cached features, resuming, several processes, command and plan."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import Killed, distributed, make_llm, share_out
+from llava_fixtures import load_model, load_weights, make_vision_tower
+from llm2clip.cli import main
+from llm2clip.config import LlavaConfig
+from llm2clip.data.image_refs import FileImage
+from llm2clip.data.records import open_records
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.llava import stage as stage_module
+from llm2clip.llava.build import build_llava
+from llm2clip.llava.chat_template import Conversation, tokenize_and_label
+from llm2clip.llava.datasets import captioning_conversations
+from llm2clip.llava.train import train_llava
+from test_export import hf_tower, timm_tower
+
+SMALL = LlavaConfig(
+    pretrain_epochs=1, pretrain_batch_size=4, epochs=1, batch_size=4, micro_batch_size=2, lr=1e-2, pretrain_lr=1e-2,
+    save_steps=2, precision="fp32",
+)  # fmt: skip
+LORA = replace(SMALL, lora_r=4, lora_alpha=8)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llava")
+    return build_llava(timm_tower(64), str(make_llm(folder / "llm", layers=2)), folder / "built")
+
+
+@pytest.fixture(scope="module")
+def conversations(pictures: Path) -> list[Conversation]:
+    """Twenty conversations with an image and one without."""
+    records = list(open_records(f"{pictures / 'captions.jsonl'}@train"))
+    return [*captioning_conversations(records)[:20], Conversation("text", None, (("Hello?", "Hello."),))]
+
+
+def train(
+    source: Path | str,
+    pretrain: list[Conversation],
+    instruct: list[Conversation],
+    config: LlavaConfig,
+    out: Path,
+    log: SkipLog | None = None,
+) -> Path:
+    return train_llava(str(source), pretrain, instruct, config=config, out=out, log=log or SkipLog())
+
+
+def changed_names(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_each_stage_changes_only_its_own_weights(
+    built: Path, conversations: list[Conversation], tmp_path: Path
+) -> None:
+    initial = load_weights(built)
+    pretrained = load_weights(train(built, conversations, [], SMALL, tmp_path / "pretrained"))
+    changed = changed_names(initial, pretrained)
+    assert changed
+    assert all("multi_modal_projector" in name for name in changed)
+
+    both = load_weights(train(built, conversations, conversations, SMALL, tmp_path / "both"))
+    assert changed_names(pretrained, both) == {name for name in initial if "vision_tower" not in name}
+    metrics = [json.loads(line) for line in (tmp_path / "both/instruct/metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["train_loss"] > 0
+
+    lora = load_weights(train(built, [], conversations, LORA, tmp_path / "lora"))
+    linear = {name for name in initial if "language_model" in name and "_proj" in name}
+    assert changed_names(initial, lora) == linear | {name for name in initial if "projector" in name}
+
+
+def test_cached_features_give_the_same_result_as_pixels(
+    built: Path, conversations: list[Conversation], tmp_path: Path
+) -> None:
+    cached = load_weights(train(built, conversations, conversations, SMALL, tmp_path / "cached"))
+    assert (tmp_path / "cached/features/manifest.json").is_file()
+    uncached_config = replace(SMALL, cache_gb=0)
+    uncached = load_weights(train(built, conversations, conversations, uncached_config, tmp_path / "uncached"))
+    assert not (tmp_path / "uncached/features").exists()
+    for name, tensor in cached.items():
+        torch.testing.assert_close(tensor, uncached[name], atol=2e-3, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("case", ["convolutional", "CLIP", "LoRA"])
+def test_train_llava_resumes_exactly(
+    case: str, built: Path, conversations: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case == "CLIP":  # transformers saves its weights under other names than those of the parameters
+        llm = make_llm(tmp_path / "llm", layers=2)
+        built = build_llava(make_vision_tower("clip_vision_model", tmp_path), str(llm), tmp_path / "built")
+    config = replace(LORA if case == "LoRA" else SMALL, epochs=2)
+    uninterrupted = load_weights(train(built, conversations, conversations, config, tmp_path / "uninterrupted"))
+    steps = 0
+    training_step = stage_module._LlavaTrainer.training_step
+
+    def interrupted_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps in (5, 13, 30):  # in the first stage, and in both epochs of the second
+            raise Killed
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(stage_module._LlavaTrainer, "training_step", interrupted_step)
+    out = tmp_path / "interrupted"
+    for _ in range(3):
+        with pytest.raises(Killed):
+            train(built, conversations, conversations, config, out)
+    (out / "instruct/checkpoint-99").mkdir(parents=True)  # an incomplete checkpoint
+    resumed = load_weights(train(built, conversations, conversations, config, out))
+    for name, tensor in uninterrupted.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_train_llava_raises_for_non_finite_values(
+    built: Path, conversations: list[Conversation], tmp_path: Path
+) -> None:
+    diverging = replace(SMALL, lr=1e30, pretrain_lr=1e30)
+    with pytest.raises(FloatingPointError):
+        train(built, conversations, conversations, diverging, tmp_path / "run")
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_train_llava_rejects_settings_that_leave_nothing_to_train_on(
+    built: Path, conversations: list[Conversation], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="max_length must be at least"):
+        train(built, conversations, [], replace(SMALL, max_length=40), tmp_path / "short")
+    with pytest.raises(ValueError, match="no conversations"):
+        train(built, conversations[-1:], [], SMALL, tmp_path / "text_only")
+
+
+def test_train_llava_replaces_conversations_whose_image_cannot_be_decoded(
+    built: Path, conversations: list[Conversation], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    not_an_image = FileImage(str(built / "config.json"))
+    mixed = [Conversation("bad", not_an_image, (("What?", "Red."),)), *conversations[:7]]
+    uncached = replace(SMALL, cache_gb=0)
+    assert train(built, mixed, [], uncached, tmp_path / "uncached").is_dir()
+    assert "cannot be decoded" in caplog.text
+    with pytest.raises(ValueError, match="none of the conversations after it can be used"):
+        train(built, mixed[:1], [], uncached, tmp_path / "all_bad")
+    log = SkipLog(tmp_path / "skipped.jsonl", 0.5)
+    assert train(built, mixed, [], SMALL, tmp_path / "cached", log).is_dir()
+    assert log.skipped.total() == 1
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+def _train_ddp(source: str, conversations: list[Conversation], out: str) -> None:
+    train(source, conversations, conversations, SMALL, Path(out))
+
+
+def _train_fsdp_with_interrupts(source: str, conversations: list[Conversation], out: str) -> None:
+    from accelerate.state import AcceleratorState
+    from torch.distributed.fsdp import FSDPModule
+
+    share_out()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    training_step = stage_module._LlavaTrainer.training_step
+    steps = 0
+
+    def interrupted_step(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        inner = model.get_decoder() if hasattr(model, "get_decoder") else model
+        assert isinstance(model, FSDPModule)
+        assert isinstance(inner.layers[0], FSDPModule)
+        steps += 1
+        if steps in (3, 8):  # after a checkpoint of each stage
+            raise Killed
+        return training_step(self, model, *args, **kwargs)
+
+    stage_module._LlavaTrainer.training_step = interrupted_step  # type: ignore[method-assign]
+    for _ in range(2):
+        with pytest.raises(Killed):
+            train(source, conversations, conversations, SMALL, Path(out))
+    train(source, conversations, conversations, SMALL, Path(out))
+
+
+@pytest.mark.parametrize("rank", [_train_ddp, _train_fsdp_with_interrupts], ids=["DDP", "FSDP2"])
+def test_two_processes_match_one(rank: Any, built: Path, conversations: list[Conversation], tmp_path: Path) -> None:
+    """Includes batches without an image on one of the ranks; under FSDP2 the run is also interrupted and resumed."""
+    text_only = [Conversation(f"t{n}", None, (("Hello?" * n, "Hi."),)) for n in range(1, 9)]
+    mixed = [*conversations[:12], *text_only]
+    distributed(2, rank, str(built), mixed, str(tmp_path / "two"))
+    expected = load_weights(train(built, mixed, mixed, SMALL, tmp_path / "one"))
+    for name, tensor in load_weights(tmp_path / "two/model").items():
+        torch.testing.assert_close(
+            tensor, expected[name], atol=2e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+
+def test_train_command_reads_records_and_llava_json(
+    built: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    messages = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It is red."}]
+    rows = [{"id": n, "image": f"{n}.png", "conversations": messages} for n in range(8)]
+    file = tmp_path / "mix.json"
+    file.write_text(json.dumps(rows))
+    command = ["llava", "train", str(built), "--out", str(tmp_path / "run"), "--images", str(pictures)]
+    command += ["--pretrain", f"{pictures}/captions.jsonl@train", "--instruct", str(file)]
+    command += ["--llava.micro_batch_size", "4", "--llava.pretrain_batch_size", "16", "--llava.batch_size", "4"]
+    assert main(command) == 0
+    assert "105 conversations for the projector, 8 for projector and LLM" in capsys.readouterr().out
+    assert load_model(tmp_path / "run/model")[0].config.model_type == "fast_vlm"
+
+    assert main(command) == 0, "repeating the command must find the result"
+    assert main([*command, "--llava.lr", "1"]) == 1
+    assert "different settings" in capsys.readouterr().err
+    assert main(["llava", "train", str(built), "--out", str(tmp_path / "none")]) == 1
+    assert "no conversations" in capsys.readouterr().err
+
+
+def test_plan_matches_the_counted_flops_and_parameters(tmp_path: Path) -> None:
+    from llm2clip.tools.plan.devices import Machine
+    from llm2clip.tools.plan.flops import count_flops
+    from llm2clip.tools.plan.llava import plan_llava
+
+    llm = make_llm(tmp_path / "llm", layers=4)
+    tower = hf_tower(tmp_path, "clip_vision_model")
+    model, processor = load_model(build_llava(tower, str(llm), tmp_path / "built"))
+    model.set_attn_implementation("eager")  # its matmuls are counted
+    conversation = Conversation("", None, (("Q?", "An"),))
+    ids = torch.tensor([tokenize_and_label(conversation, processor.tokenizer, 0).ids])
+    text_tokens = ids.shape[1]
+    plan = plan_llava(
+        LlavaConfig(precision="fp32"),
+        Machine("h100"),
+        llm=str(llm),
+        vision=str(tmp_path / "clip_vision_model"),
+        image_size=None,
+        conversations={"pretrain": 1000, "instruct": 1000},
+        text_tokens={"pretrain": text_tokens, "instruct": text_tokens},
+    )
+    assert plan.image_tokens == model.config.image_seq_length == 16
+    assert plan.parameters == {
+        "vision tower": count_parameters(model.model.vision_tower),
+        "projector": count_parameters(model.model.multi_modal_projector),
+        "language model": count_parameters(model.model.language_model),
+    }
+    for stage in ("pretrain", "instruct"):
+        model.requires_grad_(stage == "instruct")
+        image_and_text = torch.cat([ids.new_zeros(1, 16), ids], 1)
+        embeddings = model.get_input_embeddings()(image_and_text).detach().requires_grad_()
+
+        def step(embeddings: torch.Tensor = embeddings) -> None:
+            # Image tokens have no logits.
+            model(inputs_embeds=embeddings, labels=ids, logits_to_keep=text_tokens).loss.backward()
+
+        assert plan.flop[stage] == pytest.approx(count_flops(step), rel=0.15), stage
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_plan_command_fits_llava_7b_with_fsdp_only(capsys: pytest.CaptureFixture[str]) -> None:
+    machine = ["llava", "plan", "--device", "a100-80", "--count", "8"]
+    assert main(machine) == 0
+    assert "does not fit into 80 GB: try --use_fsdp" in capsys.readouterr().out
+    assert main([*machine, "--use_fsdp", "--config", "llava-1.5-7b"]) == 0
+    output = capsys.readouterr().out
+    assert "576 tokens per image" in output
+    assert output.count("(fits)") == 2
