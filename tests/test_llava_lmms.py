@@ -1,4 +1,4 @@
-"""A multimodal model inside lmms-eval, where it is installed: a local task, answered as our own evaluation does."""
+"""Tests of the lmms-eval model class on a local task. Skipped if lmms-eval is not installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from llm2clip.data.image_refs import FileImage
 from llm2clip.llava.build import build_llava
-from llm2clip.llava.generate import Generator
+from llm2clip.llava.generate import AnswerGenerator
 from llm2clip.llava.tasks import Question
 from test_export import hf_tower
 
@@ -22,19 +22,19 @@ UTILS = """
 from PIL import Image
 
 def visual(doc):
-    return [Image.open(doc["picture"]).convert("RGB")]
+    return [Image.open(doc["image_path"]).convert("RGB")]
 
 def text(doc, lmms_eval_specific_kwargs=None):
     return doc["question"]
 
-def results(doc, said):
-    return {"said": said[0], "right": 1.0}
+def results(doc, answers):
+    return {"answer": answers[0], "correct": 1.0}
 
-def kept(items):
+def join(items):
     return " | ".join(items)
 """
-GENERATE = """
-task: local_say
+TASK_YAML = """
+task: local_task
 dataset_path: json
 dataset_kwargs:
   data_files: {{test: {rows}}}
@@ -46,8 +46,8 @@ doc_to_target: answer
 generation_kwargs: {{max_new_tokens: 6, do_sample: false}}
 process_results: !function utils.results
 metric_list:
-  - metric: said
-    aggregation: !function utils.kept
+  - metric: answer
+    aggregation: !function utils.join
     higher_is_better: true
 """
 
@@ -58,45 +58,52 @@ def model(tmp_path_factory: pytest.TempPathFactory, llm: Path) -> Path:
     return build_llava(hf_tower(folder, "clip_vision_model"), str(llm), folder / "built")
 
 
-def local(folder: Path, pictures: Path) -> list[dict[str, Any]]:
-    """A task in a folder of its own; its rows."""
-    rows = [{"picture": str(pictures / f"{n}.png"), "question": QUESTIONS[n % 3], "answer": "yes"} for n in range(5)]
+def write_task(folder: Path, pictures: Path) -> list[dict[str, Any]]:
+    """Write a task with five questions for lmms-eval; return its rows."""
+    rows = []
+    for n in range(5):
+        rows.append({"image_path": str(pictures / f"{n}.png"), "question": QUESTIONS[n % 3], "answer": "yes"})
     folder.mkdir()
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "utils.py").write_text(UTILS)
-    (folder / "local_say.yaml").write_text(GENERATE.format(rows=folder / "rows.jsonl"))
+    (folder / "local_task.yaml").write_text(TASK_YAML.format(rows=folder / "rows.jsonl"))
     return rows
 
 
-def test_a_local_task_is_answered_as_by_our_own_evaluation(model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_lmms_model_answers_like_answer_generator(model: Path, pictures: Path, tmp_path: Path) -> None:
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
     from llm2clip.llava.lmms import MANIFEST, LmmsModel
 
     assert MANIFEST.simple_class_path == f"{LmmsModel.__module__}.{LmmsModel.__qualname__}"
-    rows = local(tmp_path / "tasks", pictures)
-    manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
-    found = simple_evaluate(
-        model=LmmsModel(str(model), "cpu", 2, "fp32"), tasks=["local_say"], task_manager=manager, log_samples=False,
+    rows = write_task(tmp_path / "tasks", pictures)
+    output = simple_evaluate(
+        model=LmmsModel(str(model), "cpu", 2, "fp32"),
+        tasks=["local_task"],
+        task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
+        log_samples=False,
         bootstrap_iters=0,
-    )  # fmt: skip
-    asked = [Question(str(n), FileImage(row["picture"]), row["question"]) for n, row in enumerate(rows)]
-    own = dict(Generator(str(model), "cpu", "fp32", 2).answer(asked, 6))
-    (said,) = [v for k, v in found["results"]["local_say"].items() if k.partition(",")[0] == "said"]
-    assert said == " | ".join(str(own[n]) for n in range(5))
+    )
+    questions = [Question(str(n), FileImage(row["image_path"]), row["question"]) for n, row in enumerate(rows)]
+    expected = dict(AnswerGenerator(str(model), "cpu", "fp32", 2).generate(questions, 6))
+    metrics = output["results"]["local_task"]
+    (answers,) = [value for name, value in metrics.items() if name.partition(",")[0] == "answer"]
+    assert answers == " | ".join(str(expected[n]) for n in range(5))
 
 
-def test_likelihoods_are_the_model_s_own(model: Path, pictures: Path) -> None:
+def test_lmms_model_loglikelihood_matches_score_answers(model: Path, pictures: Path) -> None:
     from PIL import Image
 
     from llm2clip.llava.lmms import LmmsModel
 
-    inside = LmmsModel(str(model), "cpu", 2, "fp32")
+    lmms_model = LmmsModel(str(model), "cpu", 2, "fp32")
     path = pictures / "1.png"
-    inside.task_dict = {"t": {"test": {0: {"picture": path}}}}
-    arguments = ("Is it?", "Yes", lambda doc: [Image.open(doc["picture"])], 0, "t", "test")
-    (found,) = inside.loglikelihood([SimpleNamespace(args=arguments)])
-    own = Generator(str(model), "cpu", "fp32").likelihoods(Question("", FileImage(str(path)), "Is it?"), ["Yes"])
-    assert own is not None and found[0] == pytest.approx(float(own[0, 0]), abs=1e-4)
-    assert found[1] is bool(own[0, 1] == own[0, 2])
+    lmms_model.task_dict = {"task": {"test": {0: {"image_path": path}}}}
+    request = SimpleNamespace(args=("Is it?", "Yes", lambda doc: [Image.open(doc["image_path"])], 0, "task", "test"))
+    ((log_likelihood, is_greedy),) = lmms_model.loglikelihood([request])
+    question = Question("", FileImage(str(path)), "Is it?")
+    scores = AnswerGenerator(str(model), "cpu", "fp32").score_answers(question, ["Yes"])
+    assert scores is not None
+    assert log_likelihood == pytest.approx(float(scores[0, 0]), abs=1e-4)
+    assert is_greedy is bool(scores[0, 1] == scores[0, 2])

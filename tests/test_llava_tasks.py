@@ -1,4 +1,4 @@
-"""Benchmarks of multimodal LLMs: each in its official form, tiny, with an expectation worked out by hand."""
+"""Tests of the LLaVA benchmarks on tiny files in the official formats, with results worked out by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import json
 import math
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,24 @@ from typing import Any
 import pytest
 import torch
 from fastapi import FastAPI, Request
-from llm2clip.llava.captions import caption_scores, words
 from PIL import Image
 
 from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage, MemoryImage
+from llm2clip.data.images import load_image
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.llava.build import build_llava
-from llm2clip.llava.evaluate import GenerationOptions, caption_task, pope_task, run_task
-from llm2clip.llava.generate import Generator
+from llm2clip.llava.caption_metrics import caption_scores, tokenize
+from llm2clip.llava.chat_template import Conversation, tokenize_and_label
+from llm2clip.llava.evaluate import GenerationOptions, caption_task, evaluate_model, pope_task
+from llm2clip.llava.generate import AnswerGenerator
 from llm2clip.llava.tasks import TASKS, Question
-from llm2clip.llava.tasks.base import LETTER, SHORT, first_units
-from llm2clip.llava.tasks.llm_judge import MM_VET, OpenAIJudge, judge_llava_bench, judge_mm_vet
-from llm2clip.llava.tasks.multiple_choice import MMBENCH_CN, mmbench_letter, scienceqa_letter
+from llm2clip.llava.tasks.base import OPTION_LETTER, SHORT_ANSWER, first_units
+from llm2clip.llava.tasks.llm_judge import MM_VET_PROMPT, OpenAIJudge, judge_llava_bench, judge_mm_vet
+from llm2clip.llava.tasks.multiple_choice import OPTION_LETTER_CN, mmbench_letter, scienceqa_letter
 from llm2clip.llava.tasks.vqa import (
+    UNANSWERABLE,
     agreement,
     contractions,
     normalize_answer,
@@ -41,13 +44,14 @@ from search_fixtures import running_server
 from test_export import hf_tower
 
 
-def image(path: Path, colour: str = "red") -> Path:
+def write_image(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (32, 32), colour).save(path, "PNG")
+    Image.new("RGB", (32, 32), "red").save(path, "PNG")
     return path
 
 
 def write(path: Path, data: Any) -> None:
+    """Write text, or anything else as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
 
@@ -56,87 +60,108 @@ def read(name: str, folder: Path, log: SkipLog | None = None) -> list[Question]:
     return TASKS[name].read(folder, log or SkipLog())
 
 
-def scored(name: str, asked: list[Question], *answers: str) -> dict[str, float]:
-    return {k: round(v, 2) for k, v in TASKS[name].score(asked, answers).items()}
+def score(name: str, questions: list[Question], *answers: str) -> dict[str, float]:
+    """Return the metrics of a benchmark, rounded."""
+    return {metric: round(value, 2) for metric, value in TASKS[name].score(questions, answers).items()}
 
 
 # ---- open questions -------------------------------------------------------------------------------------------------
 
 
-def test_answers_are_normalised_as_the_protocol_has_it() -> None:
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("The  two Dogs", "2 dogs"),
+        ("dont know!", "don't know"),
+        ("1,000 people/day", "1000 peopleday"),  # all punctuation is removed next to a thousands comma
+        ("red/blue", "red blue"),
+        ("red / blue", "red blue"),
+        ("3.5 a.b 7.", "3.5 ab 7"),
+        ("T-shirt", "t shirt"),
+        ("none", "0"),
+        ("a", ""),
+        ("it's 10:30", "it's 10:30"),
+        ("somebody'd", "somebodyd"),
+        ("Jack's 1,000?", "jack's 1000"),
+    ],
+)
+def test_normalize_answer_follows_vqa_eval(answer: str, expected: str) -> None:
+    assert normalize_answer(answer) == expected
+
+
+def test_process_answer_separates_possessives() -> None:
+    assert process_answer("Jack's 1,000?") == "jack 's 1000"
+
+
+def test_contractions_table_is_complete() -> None:
     assert len(contractions()) == 120
-    for raw, expected in {
-        "The  two Dogs": "2 dogs",
-        "dont know!": "don't know",
-        "1,000 people/day": "1000 peopleday",  # a thousands comma: every mark is taken out
-        "red/blue": "red blue",
-        "red / blue": "red blue",
-        "3.5 a.b 7.": "3.5 ab 7",
-        "T-shirt": "t shirt",
-        "none": "0",
-        "a": "",
-        "it's 10:30": "it's 10:30",
-        "somebody'd": "somebodyd",
-    }.items():
-        assert normalize_answer(raw) == expected, raw
-    assert process_answer("Jack's 1,000?") == "jack 's 1000" and normalize_answer("Jack's 1,000?") == "jack's 1000"
 
 
-def test_agreement_with_ten_people() -> None:
-    for same, expected in enumerate((0, 0.3, 0.6, 0.9, 1, 1, 1, 1, 1, 1, 1)):
-        assert agreement("x", ["x"] * same + ["y"] * (10 - same)) == pytest.approx(expected)
+def test_agreement_depends_on_the_number_of_equal_answers() -> None:
+    for equal, expected in enumerate((0, 0.3, 0.6, 0.9, 1, 1, 1, 1, 1, 1, 1)):
+        assert agreement("x", ["x"] * equal + ["y"] * (10 - equal)) == pytest.approx(expected)
+
+
+def test_vqa_accuracy_normalises_only_if_human_answers_differ() -> None:
     assert vqa_accuracy("A Dog.", ["dog"] * 9 + ["cat"]) == 1
-    assert vqa_accuracy("Dog", ["dog"] * 10) == 0, "where all agree nothing is normalised"
+    assert vqa_accuracy("Dog", ["dog"] * 10) == 0
     assert vqa_accuracy("dog", ["dog"] * 10) == 1
 
 
-def answers(*some: str) -> list[dict[str, Any]]:
-    return [{"answer": a, "answer_confidence": "yes", "answer_id": n} for n, a in enumerate(some, 1)]
+def human_answers(*answers: str) -> list[dict[str, Any]]:
+    return [{"answer": a, "answer_confidence": "yes", "answer_id": n} for n, a in enumerate(answers, 1)]
 
 
-def test_vqav2(tmp_path: Path) -> None:
+def test_vqav2_val_is_scored_and_test_is_submitted(tmp_path: Path) -> None:
     for n in (1, 2):
-        image(tmp_path / f"val2014/COCO_val2014_{n:012d}.jpg")
-    questions = [{"image_id": n, "question": f"Q{n}?", "question_id": n * 1000} for n in (1, 2, 3)]
-    write(tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json", {"questions": questions})
-    truth = [
-        {"question_id": 1000, "answers": answers(*["yes"] * 7, *["no"] * 3), "answer_type": "yes/no"},
-        {"question_id": 2000, "answers": answers(*["two"] * 2, *["3"] * 8), "answer_type": "number"},
+        write_image(tmp_path / f"val2014/COCO_val2014_{n:012d}.jpg")
+    rows = [{"image_id": n, "question": f"Q{n}?", "question_id": n * 1000} for n in (1, 2, 3)]
+    write(tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json", {"questions": rows})
+    annotations = [
+        {"question_id": 1000, "answers": human_answers(*["yes"] * 7, *["no"] * 3), "answer_type": "yes/no"},
+        {"question_id": 2000, "answers": human_answers(*["two"] * 2, *["3"] * 8), "answer_type": "number"},
     ]
-    write(tmp_path / "v2_mscoco_val2014_annotations.json", {"annotations": truth})
+    write(tmp_path / "v2_mscoco_val2014_annotations.json", {"annotations": annotations})
     log = SkipLog(None, 1.0)
-    asked = read("vqav2", tmp_path, log)
-    assert log.skipped == {"no image": 1} and [one.prompt for one in asked] == ["Q1?" + SHORT, "Q2?" + SHORT]
-    assert scored("vqav2", asked, "No", "2") == {"accuracy": 75.0, "yes/no": 90.0, "number": 60.0}
+    questions = read("vqav2", tmp_path, log)
+    assert log.skipped == {"no image": 1}
+    assert [question.prompt for question in questions] == ["Q1?" + SHORT_ANSWER, "Q2?" + SHORT_ANSWER]
+    assert score("vqav2", questions, "No", "2") == {"accuracy": 75.0, "yes/no": 90.0, "number": 60.0}
+
     (tmp_path / "v2_mscoco_val2014_annotations.json").unlink()
-    asked = read("vqav2", tmp_path, log)
-    assert scored("vqav2", asked, "No", "2") == {}
-    submit = TASKS["vqav2"].submission
-    assert submit is not None
-    rows = [{"question_id": 1000, "answer": "no"}, {"question_id": 2000, "answer": "2"}]
-    assert submit(asked, ["No.", "Two"]) == {"vqav2.json": rows}
+    questions = read("vqav2", tmp_path, log)
+    assert score("vqav2", questions, "No", "2") == {}
+    submission = TASKS["vqav2"].submission
+    assert submission is not None
+    expected = [{"question_id": 1000, "answer": "no"}, {"question_id": 2000, "answer": "2"}]
+    assert submission(questions, ["No.", "Two"]) == {"vqav2.json": expected}
     with pytest.raises(FileNotFoundError, match="has no v2_OpenEnded"):
         read("vqav2", tmp_path / "elsewhere")
 
 
-def test_vizwiz(tmp_path: Path) -> None:
-    image(tmp_path / "val/VizWiz_val_00000000.jpg")
+def test_vizwiz_does_not_normalise_human_answers(tmp_path: Path) -> None:
+    write_image(tmp_path / "val/VizWiz_val_00000000.jpg")
     row = {
-        "image": "VizWiz_val_00000000.jpg", "question": "what IS this?", "answer_type": "unanswerable",
-        "answers": answers(*["unanswerable"] * 4, *["Coke"] * 6),
-    }  # fmt: skip
+        "image": "VizWiz_val_00000000.jpg",
+        "question": "what IS this?",
+        "answer_type": "unanswerable",
+        "answers": human_answers(*["unanswerable"] * 4, *["Coke"] * 6),
+    }
     write(tmp_path / "val.json", [row])
-    asked = read("vizwiz", tmp_path)
-    unsure = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
-    assert asked[0].prompt == "What is this?" + unsure + SHORT
-    assert scored("vizwiz", asked, "Unanswerable") == {"accuracy": 100.0, "unanswerable": 100.0}
-    assert scored("vizwiz", asked, "Coke")["accuracy"] == 0, "people's answers are not normalised"
-    assert vizwiz_accuracy("dont", ["don't"] * 10) == 0, "its scorer mends with a typographic apostrophe"
-    assert vizwiz_accuracy("dont", ["don\u2019t"] * 10) == 1 == vizwiz_accuracy("cant", ["can't"] * 10)
+    questions = read("vizwiz", tmp_path)
+    assert questions[0].prompt == "What is this?" + UNANSWERABLE + SHORT_ANSWER
+    assert score("vizwiz", questions, "Unanswerable") == {"accuracy": 100.0, "unanswerable": 100.0}
+    assert score("vizwiz", questions, "Coke")["accuracy"] == 0
 
 
-def test_textvqa(tmp_path: Path) -> None:
-    image(tmp_path / "train_images/aa.jpg")
+def test_vizwiz_accuracy_corrects_contractions_with_typographic_apostrophes() -> None:
+    assert vizwiz_accuracy("dont", ["don't"] * 10) == 0
+    assert vizwiz_accuracy("dont", ["don\u2019t"] * 10) == 1
+    assert vizwiz_accuracy("cant", ["can't"] * 10) == 1
+
+
+def test_textvqa_prompt_includes_ocr_tokens(tmp_path: Path) -> None:
+    write_image(tmp_path / "train_images/aa.jpg")
     row = {
         "question": "what brand is it?",
         "image_id": "aa",
@@ -145,86 +170,102 @@ def test_textvqa(tmp_path: Path) -> None:
     }
     write(tmp_path / "TextVQA_0.5.1_val.json", {"data": [row]})
     write(tmp_path / "TextVQA_Rosetta_OCR_v0.2_val.json", {"data": [{"image_id": "aa", "ocr_tokens": ["NOUS", "LES"]}]})
-    asked = read("textvqa", tmp_path)
-    assert asked[0].prompt == "What brand is it?\nReference OCR token: NOUS, LES" + SHORT
-    assert scored("textvqa", asked, "nous les") == {"accuracy": 60.0}
+    questions = read("textvqa", tmp_path)
+    assert questions[0].prompt == "What brand is it?\nReference OCR token: NOUS, LES" + SHORT_ANSWER
+    assert score("textvqa", questions, "nous les") == {"accuracy": 60.0}
 
 
-def test_gqa(tmp_path: Path) -> None:
-    image(tmp_path / "images/9.jpg")
+def test_gqa_reports_binary_and_open_questions(tmp_path: Path) -> None:
+    write_image(tmp_path / "images/9.jpg")
     rows = {
         "01": {"question": "Is it?", "imageId": "9", "answer": "yes", "types": {"structural": "verify"}},
         "02": {"question": "What is it?", "imageId": "9", "answer": "pond", "types": {"structural": "query"}},
     }
     write(tmp_path / "testdev_balanced_questions.json", rows)
-    asked = read("gqa", tmp_path)
-    assert scored("gqa", asked, "Yes.", "a pond") == {"accuracy": 50.0, "binary": 100.0, "open": 0.0}
+    questions = read("gqa", tmp_path)
+    assert score("gqa", questions, "Yes.", "a pond") == {"accuracy": 50.0, "binary": 100.0, "open": 0.0}
 
 
 # ---- yes or no ------------------------------------------------------------------------------------------------------
 
 
-def test_pope(tmp_path: Path) -> None:
-    assert says_yes("Yes, there is no doubt. No") is False and says_yes("Perhaps") and says_yes("NO")
-    assert not says_yes("No, there is not.") and says_yes("nothing")
-    image(tmp_path / "val2014/a.jpg")
-    rows = [{"question_id": n, "image": "a.jpg", "text": "Is there a dog?", "label": label}
-            for n, label in enumerate(("yes", "no", "yes", "no"), 1)]  # fmt: skip
+def test_says_yes_looks_for_a_negation_before_the_first_period() -> None:
+    assert not says_yes("Yes, there is no doubt. No")
+    assert not says_yes("No, there is not.")
+    assert says_yes("Perhaps")
+    assert says_yes("NO")
+    assert says_yes("nothing")
+
+
+def test_pope_metrics_match_the_confusion_matrix(tmp_path: Path) -> None:
+    write_image(tmp_path / "val2014/a.jpg")
+    rows = []
+    for n, label in enumerate(("yes", "no", "yes", "no"), 1):
+        rows.append({"question_id": n, "image": "a.jpg", "text": "Is there a dog?", "label": label})
     for sampling in ("random", "popular", "adversarial"):
         write(tmp_path / f"coco/coco_pope_{sampling}.json", "\n".join(map(json.dumps, rows)))
-    asked = read("pope", tmp_path)
-    said = ["Yes", "No", "No", "No"] + ["Yes"] * 4 + ["No"] * 4
-    found = scored("pope", asked, *said)
-    assert [found[f"random {k}"] for k in ("accuracy", "precision", "recall", "F1", "yes")] == [75, 100, 50, 66.67, 25]
-    assert [found[f"popular {k}"] for k in ("accuracy", "precision", "recall", "F1", "yes")] == [
-        50,
-        50,
-        100,
-        66.67,
-        100,
-    ]
-    assert [found[f"adversarial {k}"] for k in ("accuracy", "F1", "yes")] == [50, 0, 0]
-    assert found["F1"] == round(2 * 200 / 3 / 3, 2) - 0 and found["accuracy"] == round(175 / 3, 2)
+    questions = read("pope", tmp_path)
+    metrics = score("pope", questions, *["Yes", "No", "No", "No"], *["Yes"] * 4, *["No"] * 4)
+    names = ("accuracy", "precision", "recall", "F1", "yes")
+    assert [metrics[f"random {name}"] for name in names] == [75, 100, 50, 66.67, 25]
+    assert [metrics[f"popular {name}"] for name in names] == [50, 50, 100, 66.67, 100]
+    assert [metrics[f"adversarial {name}"] for name in names] == [50, 0, 0, 0, 0]
+    assert metrics["F1"] == round((2 / 3 + 2 / 3 + 0) / 3 * 100, 2)
+    assert metrics["accuracy"] == round((75 + 50 + 50) / 3, 2)
 
 
-def test_mme(tmp_path: Path) -> None:
-    assert [mme_answer(a) for a in ("Yes", "no.", "Not so", "The yes", "I say yes", "yes, no")] == [
-        "yes", "no", "no", "other", "other", "yes",
-    ]  # fmt: skip
+def test_mme_answer_reads_the_first_four_characters() -> None:
+    answers = {"Yes": "yes", "no.": "no", "Not so": "no", "The yes": "other", "I say yes": "other", "yes, no": "yes"}
+    assert {answer: mme_answer(answer) for answer in answers} == answers
+
+
+@pytest.fixture
+def mme_questions(tmp_path: Path) -> list[Question]:
+    """One image with a yes and a no question for each subtask, in both folder layouts."""
     root = tmp_path / "MME_Benchmark_release_version"
+    lines = "Is it? Please answer yes or no.\tYes\nIs it not?  Please answer yes or no.\tNo\n"
     flat = ("code_reasoning", "color", "commonsense_reasoning", "count", "existence", "numerical_calculation", "OCR")
     for subtask in (*flat, "position", "text_translation"):
-        image(root / subtask / "1.png")
-        write(
-            root / subtask / "1.txt", "Is it? Please answer yes or no.\tYes\nIs it not?  Please answer yes or no.\tNo\n"
-        )
+        write_image(root / subtask / "1.png")
+        write(root / subtask / "1.txt", lines)
     for subtask in ("artwork", "celebrity", "landmark", "posters", "scene"):
-        image(root / subtask / "images/1.jpg")
+        write_image(root / subtask / "images/1.jpg")
         write(root / subtask / "questions_answers_YN/1.txt", "Q? Please answer yes or no.\tYes\nR?\tNo\n")
-    asked = read("mme", tmp_path)
-    assert len(asked) == 28 and asked[0].prompt == "Is it?" + SHORT
-    perfect = scored("mme", asked, *[one.truth for one in asked])
-    assert perfect["perception"] == 2000 and perfect["cognition"] == 800
-    always = scored("mme", asked, *["Yes"] * 28)
-    assert always["perception"] == 500 and always["existence"] == 50, "half the questions, no image whole"
-    assert len(first_units(asked, 3)) == 6, "an image's two questions count together"
+    return read("mme", tmp_path)
 
 
-def test_a_benchmark_may_lie_as_llavas_tree_has_it(tmp_path: Path) -> None:
-    assert TASKS["mme"].place(tmp_path) == tmp_path / "mme", "the name to use where neither is there"
+def test_mme_points_add_accuracy_and_accuracy_per_image(mme_questions: list[Question]) -> None:
+    assert len(mme_questions) == 28
+    assert mme_questions[0].prompt == "Is it?" + SHORT_ANSWER
+    perfect = score("mme", mme_questions, *[question.target for question in mme_questions])
+    assert (perfect["perception"], perfect["cognition"]) == (2000, 800)
+    always_yes = score("mme", mme_questions, *["Yes"] * 28)
+    assert always_yes["existence"] == 50, "half of the questions are correct, but no image has both correct"
+    assert always_yes["perception"] == 500
+
+
+def test_first_units_keeps_the_questions_of_an_image_together(mme_questions: list[Question]) -> None:
+    assert len(first_units(mme_questions, 3)) == 6
+
+
+def test_task_folder_accepts_the_names_of_llava(tmp_path: Path) -> None:
+    assert TASKS["mme"].folder(tmp_path) == tmp_path / "mme", "default if neither exists"
     (tmp_path / "MME").mkdir()
-    assert TASKS["mme"].place(tmp_path) == tmp_path / "MME"
-    assert TASKS["gqa"].place(tmp_path) == tmp_path / "gqa"
+    assert TASKS["mme"].folder(tmp_path) == tmp_path / "MME"
+    assert TASKS["gqa"].folder(tmp_path) == tmp_path / "gqa"
 
 
 # ---- multiple choice ------------------------------------------------------------------------------------------------
 
 
-def test_scienceqa(tmp_path: Path) -> None:
-    both = "The answer is A. The answer is B."
-    read_as = {"B": "B", "B. Yes": "B", "The answer is C.": "C", "Bee": None, "b": None, both: None}
-    assert {said: scienceqa_letter(said) for said in read_as} == read_as
-    image(tmp_path / "images/test/5/image.png")
+def test_scienceqa_letter_accepts_the_forms_of_llava() -> None:
+    ambiguous = "The answer is A. The answer is B."
+    letters = {"B": "B", "B. Yes": "B", "The answer is C.": "C", "Bee": None, "b": None, ambiguous: None}
+    assert {answer: scienceqa_letter(answer) for answer in letters} == letters
+
+
+def test_scienceqa_asks_only_questions_with_an_image(tmp_path: Path) -> None:
+    write_image(tmp_path / "images/test/5/image.png")
     common = {"choices": ["one", "two"], "subject": "natural science", "split": "test"}
     problems = {
         "5": {**common, "question": "Which?", "answer": 1, "hint": "A hint.", "image": "image.png"},
@@ -232,13 +273,13 @@ def test_scienceqa(tmp_path: Path) -> None:
     }
     write(tmp_path / "problems.json", problems)
     write(tmp_path / "pid_splits.json", {"test": ["5", "6"]})
-    (asked,) = read("scienceqa", tmp_path)
-    assert asked.prompt == "Context: A hint.\nWhich?\nA. one\nB. two" + LETTER
-    assert scored("scienceqa", [asked], "B") == {"accuracy": 100.0, "natural science": 100.0}
+    (question,) = read("scienceqa", tmp_path)
+    assert question.prompt == "Context: A hint.\nWhich?\nA. one\nB. two" + OPTION_LETTER
+    assert score("scienceqa", [question], "B") == {"accuracy": 100.0, "natural science": 100.0}
 
 
-def test_mmbench(tmp_path: Path) -> None:
-    cases = {
+def test_mmbench_letter_reads_letters_and_option_texts() -> None:
+    letters = {
         "A": "A",
         "(B)": "B",
         "B. a cat": "B",
@@ -247,189 +288,247 @@ def test_mmbench(tmp_path: Path) -> None:
         "It is a dog.": "A",
         "a dog or a cat": None,
     }
-    assert {said: mmbench_letter(said, ["a dog", "a cat"]) for said in cases} == cases
-    picture = base64.b64encode(image(tmp_path / "x.png").read_bytes()).decode()
-    head = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image"]
+    assert {answer: mmbench_letter(answer, ["a dog", "a cat"]) for answer in letters} == letters
+
+
+def write_mmbench(file: Path) -> None:
+    """Write a table with a question in two rotations, another question, and one without an image."""
+    base64_image = base64.b64encode(write_image(file.parent / "x.png").read_bytes()).decode()
+    header = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image"]
     rows = [
-        ["1", "Which?", "A hint", "dog", "cat", "", "", "A", "CP", picture],
+        ["1", "Which?", "A hint", "dog", "cat", "", "", "A", "CP", base64_image],
         ["1000001", "Which?", "A hint", "cat", "dog", "", "", "B", "CP", "1"],
-        ["2", "Who?", "nan", "x", "y", "z", "nan", "C", "LR", picture],
+        ["2", "Who?", "nan", "x", "y", "z", "nan", "C", "LR", base64_image],
         ["3", "Who?", "", "x", "y", "", "", "A", "LR", "99"],
     ]
-    table = "\n".join("\t".join(row) for row in [head, *rows]) + "\n"
-    write(tmp_path / "mmbench_dev_20230712.tsv", table)
+    write(file, "\n".join("\t".join(row) for row in [header, *rows]) + "\n")
+
+
+def test_mmbench_requires_all_rotations_to_be_correct(tmp_path: Path) -> None:
+    write_mmbench(tmp_path / "mmbench_dev_20230712.tsv")
     log = SkipLog(None, 1.0)
-    asked = read("mmbench", tmp_path, log)
+    questions = read("mmbench", tmp_path, log)
     assert log.skipped == {"no image": 1}
-    assert asked[0].prompt == "A hint\nWhich?\nA. dog\nB. cat" + LETTER and asked[1].image == asked[0].image
-    assert asked[2].options == ("x", "y", "z")
-    assert scored("mmbench", asked, "A", "B", "C") == {"accuracy": 100, "not circular": 100, "CP": 100, "LR": 100}
-    assert scored("mmbench", asked, "A", "A", "C") == {"accuracy": 50, "not circular": 66.67, "CP": 0, "LR": 100}
-    assert [one.id for one in first_units(asked, 1)] == ["1", "1000001"], "a limit does not cut a circle"
-    assert first_units(asked, None) == asked and first_units(asked, 9) == asked
-    write(tmp_path / "mmbench_dev_cn_20231003.tsv", table)
-    assert read("mmbench-cn", tmp_path, SkipLog(None, 1.0))[0].prompt.endswith(MMBENCH_CN)
+    assert questions[0].prompt == "A hint\nWhich?\nA. dog\nB. cat" + OPTION_LETTER
+    assert questions[1].image == questions[0].image
+    assert questions[2].options == ("x", "y", "z")
+    correct = {"accuracy": 100, "not circular": 100, "CP": 100, "LR": 100}
+    assert score("mmbench", questions, "A", "B", "C") == correct
+    one_rotation_wrong = {"accuracy": 50, "not circular": 66.67, "CP": 0, "LR": 100}
+    assert score("mmbench", questions, "A", "A", "C") == one_rotation_wrong
 
 
-def test_seed(tmp_path: Path) -> None:
-    image(tmp_path / "SEED-Bench-image/12_34")
-    image(tmp_path / "SEED-Bench-video-image/10_v1.png")
-    options = {f"choice_{x}": x.upper() * 2 for x in "abcd"}
-    rows = [
-        {**options, "answer": "A", "data_id": "12_34", "data_type": "image", "question": "Q?", "question_id": "1",
-         "question_type_id": 5},
-        {**options, "answer": "B", "data_id": "v.webm", "data_type": "video", "question": "Q?", "question_id": "v1",
-         "question_type_id": 10},
-    ]  # fmt: skip
-    kinds = {"Instances Counting": 5, "Action Recognition": 10}
-    write(tmp_path / "SEED-Bench.json", {"questions": rows, "question_type": kinds})
-    asked = read("seed", tmp_path)
-    assert asked[0].prompt == "Q?\nA. AA\nB. BB\nC. CC\nD. DD" + LETTER
-    found = scored("seed", asked, "A", "C")
-    assert found == {"accuracy": 50, "image": 100, "video": 0, "Instances Counting": 100, "Action Recognition": 0}
+def test_first_units_keeps_rotations_together(tmp_path: Path) -> None:
+    write_mmbench(tmp_path / "mmbench_dev_20230712.tsv")
+    questions = read("mmbench", tmp_path, SkipLog(None, 1.0))
+    assert [question.id for question in first_units(questions, 1)] == ["1", "1000001"]
+    assert first_units(questions, None) == questions
+    assert first_units(questions, 9) == questions
 
 
-# ---- a judge --------------------------------------------------------------------------------------------------------
+def test_mmbench_cn_asks_for_the_letter_in_chinese(tmp_path: Path) -> None:
+    write_mmbench(tmp_path / "mmbench_dev_cn_20231003.tsv")
+    questions = read("mmbench-cn", tmp_path, SkipLog(None, 1.0))
+    assert questions[0].prompt.endswith(OPTION_LETTER_CN)
 
 
-def test_llava_bench(tmp_path: Path) -> None:
-    image(tmp_path / "images/001.jpg")
-    questions = [
-        {"question_id": n, "image": "001.jpg", "text": "What?", "category": c} for n, c in enumerate(("conv", "detail"))
-    ]
-    write(tmp_path / "questions.jsonl", "\n".join(map(json.dumps, questions)))
+def test_seed_reports_images_videos_and_question_types(tmp_path: Path) -> None:
+    write_image(tmp_path / "SEED-Bench-image/12_34")
+    write_image(tmp_path / "SEED-Bench-video-image/10_v1.png")
+    common = {f"choice_{letter}": letter.upper() * 2 for letter in "abcd"} | {"question": "Q?"}
+    image_row = {"answer": "A", "data_id": "12_34", "data_type": "image", "question_id": "1", "question_type_id": 5}
+    video_row = {"answer": "B", "data_id": "v.webm", "data_type": "video", "question_id": "v1", "question_type_id": 10}
+    types = {"Instances Counting": 5, "Action Recognition": 10}
+    data = {"questions": [common | image_row, common | video_row], "question_type": types}
+    write(tmp_path / "SEED-Bench.json", data)
+    questions = read("seed", tmp_path)
+    assert questions[0].prompt == "Q?\nA. AA\nB. BB\nC. CC\nD. DD" + OPTION_LETTER
+    metrics = score("seed", questions, "A", "C")
+    assert metrics == {"accuracy": 50, "image": 100, "video": 0, "Instances Counting": 100, "Action Recognition": 0}
+
+
+# ---- LLM judge ------------------------------------------------------------------------------------------------------
+
+
+def test_llava_bench_compares_with_the_reference_answer(tmp_path: Path) -> None:
+    write_image(tmp_path / "images/001.jpg")
+    rows = []
+    for n, category in enumerate(("conv", "detail")):
+        rows.append({"question_id": n, "image": "001.jpg", "text": "What?", "category": category})
+    references = [{"question_id": n, "text": "It is a hill."} for n in (0, 1)]
+    write(tmp_path / "questions.jsonl", "\n".join(map(json.dumps, rows)))
     write(tmp_path / "context.jsonl", json.dumps({"id": "001", "image": "001.jpg", "caption": "A view."}))
-    said = [{"question_id": n, "text": "It is a hill."} for n in (0, 1)]
-    write(tmp_path / "answers_gpt4.jsonl", "\n".join(map(json.dumps, said)))
-    asked = read("llava-bench", tmp_path)
-    seen: list[Any] = []
+    write(tmp_path / "answers_gpt4.jsonl", "\n".join(map(json.dumps, references)))
+    questions = read("llava-bench", tmp_path)
+    calls: list[Any] = []
+    replies = ("8 6\nBecause.", "8, 6\nThree parts, which is invalid.")
 
-    def judge(messages: list[dict[str, str]], temperature: float, tokens: int) -> str:
-        seen.append((messages, temperature, tokens))
-        return ("8 6\nBecause.", "8, 6\nThree parts, so nothing.")[len(seen) - 1]
+    def judge(messages: list[dict[str, str]], temperature: float, max_tokens: int) -> str:
+        calls.append((messages, temperature, max_tokens))
+        return replies[len(calls) - 1]
 
-    points = [judge_llava_bench(one, "A hill", judge) for one in asked]
-    assert points == [(8.0, 6.0), (-1.0, -1.0)]
-    prompt = seen[0][0][1]["content"]
+    scores = [judge_llava_bench(question, "A hill", judge) for question in questions]
+    assert scores == [(8.0, 6.0), (-1.0, -1.0)]
+    messages, temperature, max_tokens = calls[0]
+    prompt = messages[1]["content"]
     assert prompt.startswith(
         "[Context]\nA view.\n\n[Question]\nWhat?\n\n[Assistant 1]\nIt is a hill.\n\n[End of Assistant 1]"
     )
-    assert "[Assistant 2]\nA hill\n\n[End of Assistant 2]\n\n[System]\nWe would like" in prompt and seen[0][1:] == (
-        0.2,
-        1024,
-    )
-    found = TASKS["llava-bench"].score(asked, points)
-    assert found["conv"] == 75 and found["relative"] == pytest.approx(100 * 5 / 7)
+    assert "[Assistant 2]\nA hill\n\n[End of Assistant 2]\n\n[System]\nWe would like" in prompt
+    assert (temperature, max_tokens) == (0.2, 1024)
+    metrics = TASKS["llava-bench"].score(questions, scores)
+    assert metrics["conv"] == 75
+    assert metrics["relative"] == pytest.approx(100 * 5 / 7)
 
 
-def test_mm_vet(tmp_path: Path) -> None:
-    image(tmp_path / "images/v1_0.png")
+def test_mm_vet_asks_again_until_the_reply_is_a_score(tmp_path: Path) -> None:
+    write_image(tmp_path / "images/v1_0.png")
     common = {"imagename": "v1_0.png", "question": "What is x?"}
     rows = {
         "v1_0": {**common, "answer": "-1<AND>-5", "capability": ["ocr", "math"]},
         "v1_1": {**common, "answer": "4", "capability": ["ocr"]},
     }
     write(tmp_path / "mm-vet.json", rows)
-    asked = read("mm-vet", tmp_path)
+    questions = read("mm-vet", tmp_path)
     replies = iter(["0.5", "about", "1.5", "1.0"])
-    seen: list[Any] = []
+    calls: list[tuple[str, float]] = []
 
-    def judge(messages: list[dict[str, str]], temperature: float, tokens: int) -> str:
-        seen.append((messages[0]["content"], temperature))
+    def judge(messages: list[dict[str, str]], temperature: float, max_tokens: int) -> str:
+        calls.append((messages[0]["content"], temperature))
         return next(replies)
 
-    points = [judge_mm_vet(one, "x = -1", judge) for one in asked]
-    assert points == [0.5, 1.0] and [temperature for _, temperature in seen] == [0, 0, 0, 0.5]
-    assert seen[0][0] == f"{MM_VET}\nWhat is x? | -1 <AND> -5 | x = -1 | "
-    assert TASKS["mm-vet"].score(asked, points) == {"total": 75, "ocr": 75, "math": 50, "math+ocr": 50}
-    assert judge_mm_vet(asked[0], "x", lambda *_: "?") == 0
+    scores = [judge_mm_vet(question, "x = -1", judge) for question in questions]
+    assert scores == [0.5, 1.0]
+    assert [temperature for _, temperature in calls] == [0, 0, 0, 0.5]
+    assert calls[0][0] == f"{MM_VET_PROMPT}\nWhat is x? | -1 <AND> -5 | x = -1 | "
+    assert TASKS["mm-vet"].score(questions, scores) == {"total": 75, "ocr": 75, "math": 50, "math+ocr": 50}
+    assert judge_mm_vet(questions[0], "x", lambda *_: "?") == 0
 
 
-def test_a_judge_at_an_address() -> None:
-    app, seen = FastAPI(), []
+@pytest.fixture
+def judge_server() -> Iterator[tuple[str, list[Any]]]:
+    """An OpenAI-compatible server and the requests it got; with max_tokens 99 its reply has no text."""
+    app = FastAPI()
+    requests: list[Any] = []
 
     @app.post("/v1/chat/completions")
     async def complete(request: Request) -> dict[str, Any]:
-        seen.append((await request.json(), request.headers["authorization"]))
-        return {"choices": [{"message": {"content": None if seen[-1][0]["max_tokens"] == 99 else "0.7"}}]}
+        body = await request.json()
+        requests.append((body, request.headers["authorization"]))
+        return {"choices": [{"message": {"content": None if body["max_tokens"] == 99 else "0.7"}}]}
 
     with running_server(app) as address:
-        judge = OpenAIJudge(f"{address}v1", "some-model", "SECRET")
-        assert judge([{"role": "user", "content": "x"}], 0.5, 3) == "0.7"
-        assert seen[0][1] == "Bearer SECRET" and seen[0][0]["model"] == "some-model" and seen[0][0]["max_tokens"] == 3
-        with pytest.raises(ConnectionError, match="it said None"):  # a refusal is no opinion
-            judge([], 0, 99)
-        with pytest.raises(ConnectionError, match="404"):
-            OpenAIJudge(f"{address}v2", "m")([], 0, 1)
-    with pytest.raises(ConnectionError, match="no http address"):
+        yield address, requests
+
+
+def test_openai_judge_sends_key_and_model(judge_server: tuple[str, list[Any]]) -> None:
+    address, requests = judge_server
+    judge = OpenAIJudge(f"{address}v1", "some-model", "SECRET")
+    assert judge([{"role": "user", "content": "x"}], 0.5, 3) == "0.7"
+    ((body, authorization),) = requests
+    assert authorization == "Bearer SECRET"
+    assert (body["model"], body["max_tokens"]) == ("some-model", 3)
+
+
+def test_openai_judge_raises_without_a_valid_reply(judge_server: tuple[str, list[Any]]) -> None:
+    address, _ = judge_server
+    with pytest.raises(ConnectionError, match="reply has no text: None"):
+        OpenAIJudge(f"{address}v1", "m")([], 0, 99)
+    with pytest.raises(ConnectionError, match="404"):
+        OpenAIJudge(f"{address}v2", "m")([], 0, 1)
+    with pytest.raises(ConnectionError, match="must start with http"):
         OpenAIJudge("file:///etc", "m")([], 0, 1)
-    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as other:
-        other.submit(_answers_nonsense, server)
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+        pool.submit(_send_invalid_http, server)
         with pytest.raises(ConnectionError, match="the judge at"):
             OpenAIJudge(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "m")([], 0, 1)
 
 
-def _answers_nonsense(server: socket.socket) -> None:
+def _send_invalid_http(server: socket.socket) -> None:
     with server.accept()[0] as client:
         client.recv(1 << 16)
         client.sendall(b"no status line\r\n\r\n")
 
 
-# ---- captions -------------------------------------------------------------------------------------------------------
+# ---- caption metrics ------------------------------------------------------------------------------------------------
 
 
-def test_words_are_split_as_coco_s_tokenizer_does() -> None:
-    assert words("A man's dog doesn't run, it sits; (really!)") == "a man 's dog does n't run it sits really"
-    assert words("A T-shirt -- red & blue... 3.5 m") == "a t-shirt red & blue 3.5 m"
-    assert words("1,000 people at 5:30, they cannot go.") == "1,000 people at 5:30 they can not go"
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("A man's dog doesn't run, it sits; (really!)", "a man 's dog does n't run it sits really"),
+        ("A T-shirt -- red & blue... 3.5 m", "a t-shirt red & blue 3.5 m"),
+        ("1,000 people at 5:30, they cannot go.", "1,000 people at 5:30 they can not go"),
+    ],
+)
+def test_tokenize_matches_the_coco_tokenizer(caption: str, expected: str) -> None:
+    assert tokenize(caption) == expected
 
 
-def naive_cider(captions: list[str], references: list[list[str]]) -> float:
-    """CIDEr-D from its paper, in float64: mean over n of clipped tf-idf cosines, with a Gaussian of the lengths."""
+def reference_cider(captions: list[str], references: list[list[str]]) -> float:
+    """Compute CIDEr-D by its definition: clipped tf-idf cosines of n-grams, with a Gaussian length penalty."""
 
-    def grams(text: str, n: int) -> list[tuple[str, ...]]:
-        w = text.split()
-        return [tuple(w[i : i + n]) for i in range(len(w) - n + 1)]
+    def n_grams(text: str, n: int) -> list[tuple[str, ...]]:
+        words = text.split()
+        return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+    def weight(text: str, gram: tuple[str, ...]) -> float:
+        n = len(gram)
+        document_frequency = sum(any(gram in n_grams(text, n) for text in texts) for texts in references)
+        return n_grams(text, n).count(gram) * (math.log(len(references)) - math.log(max(1, document_frequency)))
+
+    def norm(text: str, n: int) -> float:
+        return math.sqrt(sum(weight(text, gram) ** 2 for gram in set(n_grams(text, n))))
 
     total = 0.0
-    for caption, people in zip(captions, references, strict=True):
+    for caption, texts in zip(captions, references, strict=True):
         for n in (1, 2, 3, 4):
-
-            def weight(text: str, gram: tuple[str, ...], n: int = n) -> float:
-                df = sum(any(gram in grams(r, n) for r in some) for some in references)
-                return grams(text, n).count(gram) * (math.log(len(references)) - math.log(max(1, df)))
-
-            for person in people:
-                dot = sum(
-                    min(weight(caption, g), weight(person, g)) * weight(person, g) for g in set(grams(caption, n))
-                )
-                size = [math.sqrt(sum(weight(t, g) ** 2 for g in set(grams(t, n)))) for t in (caption, person)]
-                if size[0] and size[1]:
-                    length = len(grams(caption, 2)) - len(grams(person, 2))
-                    total += dot / size[0] / size[1] * math.exp(-(length**2) / 72) / len(people) / 4
+            for text in texts:
+                norms = norm(caption, n) * norm(text, n)
+                if not norms:
+                    continue
+                dot = 0.0
+                for gram in set(n_grams(caption, n)):
+                    dot += min(weight(caption, gram), weight(text, gram)) * weight(text, gram)
+                length_difference = len(n_grams(caption, 2)) - len(n_grams(text, 2))
+                total += dot / norms * math.exp(-(length_difference**2) / 72) / len(texts) / 4
     return 1000 * total / len(captions)
 
 
-def test_captions_are_scored_as_by_hand() -> None:
-    captions = ["a red dog runs over the grass", "two men sit on a bench", "snow on a hill"]
+CAPTIONS = ["a red dog runs over the grass", "two men sit on a bench", "snow on a hill"]
+
+
+def test_caption_scores_match_the_definition_of_cider() -> None:
     references = [
         ["a red dog runs on the grass", "a dog runs over the green grass", "the dog is red"],
         ["two men sit on a long bench", "a bench with two men"],
         ["a hill with snow", "there is snow on a hill today"],
     ]
-    found = caption_scores(captions, references)
-    assert found["CIDEr-D"] == pytest.approx(naive_cider(captions, references), rel=1e-9)
-    same = caption_scores(captions, [[c] for c in captions])
-    assert same["BLEU-4"] == pytest.approx(100) and same["CIDEr-D"] == pytest.approx(1000)
-    known = [["a man speaks.", "someone speaks.", "a man is speaking while a bird is chirping in the background"],
-             ["rain is falling hard on a surface"]]  # fmt: skip
-    example = caption_scores(["a man is speaking", "rain falls"], known)
-    assert example["CIDEr-D"] == pytest.approx(96.14, abs=0.005)  # 0.9614 in the documentation of aac-metrics
-    with pytest.raises(ValueError, match="two pictures at least"):
-        caption_scores(captions[:1], references[:1])
+    scores = caption_scores(CAPTIONS, references)
+    assert scores["CIDEr-D"] == pytest.approx(reference_cider(CAPTIONS, references), rel=1e-9)
 
 
-# ---- a model that answers -------------------------------------------------------------------------------------------
+def test_caption_scores_are_maximal_for_equal_captions() -> None:
+    scores = caption_scores(CAPTIONS, [[caption] for caption in CAPTIONS])
+    assert scores["BLEU-4"] == pytest.approx(100)
+    assert scores["CIDEr-D"] == pytest.approx(1000)
+
+
+def test_caption_scores_match_the_example_of_aac_metrics() -> None:
+    references = [
+        ["a man speaks.", "someone speaks.", "a man is speaking while a bird is chirping in the background"],
+        ["rain is falling hard on a surface"],
+    ]
+    scores = caption_scores(["a man is speaking", "rain falls"], references)
+    assert scores["CIDEr-D"] == pytest.approx(96.14, abs=0.005)  # its documentation has 0.9614
+
+
+def test_caption_scores_need_two_images() -> None:
+    with pytest.raises(ValueError, match="at least two images"):
+        caption_scores(CAPTIONS[:1], [CAPTIONS[:1]])
+
+
+# ---- answers of a model ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -438,133 +537,145 @@ def built(tmp_path_factory: pytest.TempPathFactory, llm: Path) -> Path:
     return build_llava(hf_tower(folder, "clip_vision_model"), str(llm), folder / "built")
 
 
-def test_answers_do_not_depend_on_their_neighbours(built: Path, pictures: Path) -> None:
-    """Nor on the batch: each is what transformers says to the question alone."""
-    model = Generator(str(built), "cpu", "fp32", batch=3)
-    asked = [Question(str(n), FileImage(str(pictures / f"{n}.png")), "What?" * (1 + n % 3)) for n in range(5)]
-    asked.append(Question("text", None, "Hello?"))
-    asked.append(Question("bad", MemoryImage(b"no image", "bad"), "What?"))
-    for beams in (1, 2):
-        found = dict(model.answer(asked, 6, beams))
-        assert found[6] is None and len(found) == 7
-        for n, one in enumerate(asked[:6]):
-            content: list[dict[str, Any]] = [{"type": "text", "text": one.prompt}]
-            if one.image is not None:
-                picture = Image.open(str(one.image)).convert("RGB")
-                content.insert(0, {"type": "image", "image": picture})
-            inputs = model.processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
-                return_tensors="pt",
-            )  # fmt: skip
-            if one.image is not None:  # the processor crops an odd margin elsewhere
-                from llm2clip.data.images import load_image
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_generate_does_not_depend_on_the_batch(num_beams: int, built: Path, pictures: Path) -> None:
+    """Each answer equals the one that transformers generates for the question alone."""
+    generator = AnswerGenerator(str(built), "cpu", "fp32", batch_size=3)
+    questions = [Question(str(n), FileImage(str(pictures / f"{n}.png")), "What?" * (1 + n % 3)) for n in range(5)]
+    questions.append(Question("text", None, "Hello?"))
+    undecodable = Question("bad", MemoryImage(b"no image", "bad"), "What?")
+    answers = dict(generator.generate([*questions, undecodable], 6, num_beams))
+    assert len(answers) == 7
+    assert answers[6] is None
+    image_id = generator.tokenizer.convert_tokens_to_ids("<image>")
+    for n, question in enumerate(questions):
+        content: list[dict[str, Any]] = [{"type": "text", "text": question.prompt}]
+        if question.image is not None:
+            content.insert(0, {"type": "image", "image": Image.open(str(question.image)).convert("RGB")})
+        inputs = generator.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        if question.image is not None:  # the processor's center crop rounds odd margins differently
+            inputs["pixel_values"] = generator.transform(load_image(question.image))[None]
+        ids = inputs["input_ids"][0].tolist()
+        assert generator.prompt_ids(question) == ids
+        output = generator.model.generate(
+            **inputs, max_new_tokens=6, do_sample=False, num_beams=num_beams, bad_words_ids=[[image_id]]
+        )
+        expected = generator.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
+        assert answers[n] == expected, n
 
-                inputs["pixel_values"] = model.pixels(load_image(str(one.image)))[None]
-            ids = inputs["input_ids"][0].tolist()
-            assert model.prompt(one) == ids
-            said = model.model.generate(
-                **inputs, max_new_tokens=6, do_sample=False, num_beams=beams,
-                bad_words_ids=[[model.tokenizer.convert_tokens_to_ids("<image>")]],
-            )  # fmt: skip
-            alone = model.tokenizer.decode(said[0, len(ids) :], skip_special_tokens=True).strip()
-            assert found[n] == alone, (n, beams)
 
-
-def test_the_likeliest_option_is_that_of_the_model_s_own_loss(built: Path, pictures: Path) -> None:
-    model = Generator(str(built), "cpu", "fp32")
+def test_choose_options_minimises_the_loss(built: Path, pictures: Path) -> None:
+    generator = AnswerGenerator(str(built), "cpu", "fp32")
     options = ("Yes", "No, never", "A rather long one")
-    asked = [
+    questions = [
         Question("1", FileImage(str(pictures / "1.png")), "Is it?", options=options),
         Question("2", None, "Q", options=options),
     ]
-    found = dict(model.choose(asked))
-    from llm2clip.data.images import load_image
-    from llm2clip.llava.chat_template import Conversation, tokenize_and_label
-
-    for n, one in enumerate(asked):
+    choices = dict(generator.choose_options(questions))
+    for n, question in enumerate(questions):
+        inputs: dict[str, Any] = {}
+        if question.image is not None:
+            inputs["pixel_values"] = generator.transform(load_image(question.image))[None]
         losses = []
         for option in options:
-            row = tokenize_and_label(
-                Conversation("", one.image, ((one.prompt, option),)), model.tokenizer, model.tokens
-            )
-            pixels = {"pixel_values": model.pixels(load_image(str(one.image)))[None]} if one.image is not None else {}
+            conversation = Conversation("", question.image, ((question.prompt, option),))
+            row = tokenize_and_label(conversation, generator.tokenizer, generator.image_tokens)
             with torch.no_grad():
-                ids, labels = torch.tensor([row.ids]), torch.tensor([row.labels])
-                losses.append(float(model.model(input_ids=ids, labels=labels, **pixels).loss))
-        assert found[n] == losses.index(min(losses))
+                output = generator.model(input_ids=torch.tensor([row.ids]), labels=torch.tensor([row.labels]), **inputs)
+            losses.append(float(output.loss))
+        assert choices[n] == losses.index(min(losses))
 
 
-def test_what_was_answered_is_not_asked_again(
+def test_evaluate_model_reuses_cached_answers(
     built: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = list(open_records(f"{pictures / 'captions.jsonl'}@val"))
-    named = [Record(str(n), FileImage(str(pictures / f"{n}.png")), (f"a {o}",)) for n, o in enumerate(("dog", "cat"))]
-    work = [caption_task(records), pope_task(named)]
+    animals = []
+    for n, name in enumerate(("dog", "cat")):
+        animals.append(Record(str(n), FileImage(str(pictures / f"{n}.png")), (f"a {name}",)))
+    tasks = [caption_task(records), pope_task(animals)]
     calls: list[int] = []
-    answer: Callable[..., Any] = Generator.answer
+    generate: Callable[..., Any] = AnswerGenerator.generate
 
-    def counted(self: Generator, asked: list[Question], *args: Any) -> Any:
-        calls.append(len(asked))
-        return answer(self, asked, *args)
+    def counting_generate(self: AnswerGenerator, questions: list[Question], *args: Any, **kwargs: Any) -> Any:
+        calls.append(len(questions))
+        return generate(self, questions, *args, **kwargs)
 
-    monkeypatch.setattr(Generator, "answer", counted)
-    ways = GenerationOptions(beams=2, precision="fp32")
-    first = list(run_task(str(built), work, ways, tmp_path, SkipLog()))
-    (kept,) = (tmp_path / "answers").glob("captions-*.jsonl")
-    lines = kept.read_text().splitlines()
-    kept.write_text("\n".join([*lines[:2], lines[2][:20]]))  # cut off in its third line
-    again = list(run_task(str(built), work, ways, tmp_path, SkipLog()))
-    assert [m.figures for m in first] == [m.figures for m in again]
+    monkeypatch.setattr(AnswerGenerator, "generate", counting_generate)
+    options = GenerationOptions(num_beams=2, precision="fp32")
+    first = list(evaluate_model(str(built), tasks, options, tmp_path, SkipLog()))
+    (cache,) = (tmp_path / "answers").glob("captions-*.jsonl")
+    lines = cache.read_text().splitlines()
+    cache.write_text("\n".join([*lines[:2], lines[2][:20]]))  # the third line is incomplete
+    second = list(evaluate_model(str(built), tasks, options, tmp_path, SkipLog()))
+    assert [result.metrics for result in first] == [result.metrics for result in second]
     assert calls == [6, 12, 4]
 
 
-def test_too_many_pictures_that_cannot_be_decoded_are_no_result(built: Path, tmp_path: Path) -> None:
-    image(tmp_path / "0.jpg")
+def test_evaluate_model_raises_if_too_many_images_cannot_be_decoded(built: Path, tmp_path: Path) -> None:
+    write_image(tmp_path / "0.jpg")
     (tmp_path / "1.jpg").write_bytes((tmp_path / "0.jpg").read_bytes()[:60])
     records = [Record(f"{n}", FileImage(str(tmp_path / f"{n}.jpg")), ("a dog",)) for n in (0, 1)]
     log = SkipLog(max_skipped=0.05)
-    log.count_at_least(1000)  # many rows of other things hide nothing
-    with pytest.raises(TooManySkipped, match=r"of 2 questions the pictures of 1 cannot be decoded, .*1\.jpg"):
-        list(run_task(str(built), [caption_task(records)], GenerationOptions(beams=1), tmp_path, log))
+    log.count_at_least(1000)  # the limit applies to each task, whatever was read before
+    with pytest.raises(TooManySkipped, match=r"the images of 1 of 2 questions cannot be decoded, .*1\.jpg"):
+        list(evaluate_model(str(built), [caption_task(records)], GenerationOptions(num_beams=1), tmp_path, log))
 
 
-def test_a_limit_takes_of_each_group_in_turn() -> None:
-    asked = [Question(f"{n}", None, "?", group=group) for n, group in enumerate("aaaabbbbcc")]
-    assert [one.id for one in first_units(asked, 4)] == ["0", "1", "4", "8"]
-    assert len(first_units(asked, 9)) == 9
+def test_first_units_takes_from_each_group_in_turn() -> None:
+    questions = [Question(f"{n}", None, "?", group=group) for n, group in enumerate("aaaabbbbcc")]
+    assert [question.id for question in first_units(questions, 4)] == ["0", "1", "4", "8"]
+    assert len(first_units(questions, 9)) == 9
 
 
-def test_the_command_measures_and_reports(
-    built: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    image(tmp_path / "root/gqa/images/9.jpg")
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gqa_root(tmp_path: Path) -> Path:
+    """A folder of benchmarks that holds GQA with one question."""
+    write_image(tmp_path / "root/gqa/images/9.jpg")
     rows = {"01": {"question": "Is it?", "imageId": "9", "answer": "yes", "types": {"structural": "verify"}}}
     write(tmp_path / "root/gqa/testdev_balanced_questions.json", rows)
-    data, out = f"{pictures / 'captions.jsonl'}@val", str(tmp_path / "out")
-    line = [
-        "llava",
-        "evaluate",
-        str(built),
-        "--benchmarks",
-        "all",
-        "--root",
-        str(tmp_path / "root"),
-        "--captions",
-        data,
-    ]
-    assert main([*line, "--out", out, "--limit", "4", "--beams", "1"]) == 0
-    said = capsys.readouterr().out
-    assert "gqa (1 questions): accuracy" in said and "captions (4 questions): CIDEr-D" in said
-    page = (tmp_path / "out/report.html").read_text()
-    assert "63.1" in page and page.count("<img") == 4 and "people:" in page
-    assert {row["task"] for row in json.loads((tmp_path / "out/results.json").read_text())} == {"gqa", "captions"}
-    assert main(["llava", "benchmarks", "--root", str(tmp_path / "root")]) == 0
-    assert "gqa          here" in capsys.readouterr().out
-    assert main(["llava", "evaluate", str(built), "--benchmarks", "vqa", "--out", out]) == 1
-    assert main(["llava", "evaluate", str(built), "--out", out]) == 1
-    assert (
-        main(["llava", "evaluate", str(built), "--benchmarks", "mme", "--root", str(tmp_path / "root"), "--out", out])
-        == 1
-    )
-    errors = capsys.readouterr().err
-    assert "there is no benchmark 'vqa'; there are vqav2, gqa" in errors and "name --captions DATA" in errors
+    return tmp_path / "root"
+
+
+def test_evaluate_command_writes_report_and_results(
+    built: Path, pictures: Path, gqa_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["llava", "evaluate", str(built), "--benchmarks", "all", "--root", str(gqa_root), "--out", str(out)]
+    command += ["--captions", f"{pictures / 'captions.jsonl'}@val", "--limit", "4", "--num_beams", "1"]
+    assert main(command) == 0
+    output = capsys.readouterr().out
+    assert "gqa (1 questions): accuracy" in output
+    assert "captions (4 questions): CIDEr-D" in output
+    page = (out / "report.html").read_text()
+    assert "63.1" in page, "GQA in the paper"
+    assert page.count("<img") == 4
+    assert "human:" in page
+    assert {row["task"] for row in json.loads((out / "results.json").read_text())} == {"gqa", "captions"}
+
+
+def test_evaluate_command_rejects_missing_and_unknown_benchmarks(
+    built: Path, gqa_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["llava", "evaluate", str(built), "--out", str(tmp_path / "out"), "--root", str(gqa_root)]
+    assert main(command) == 1
+    assert "Nothing to evaluate" in capsys.readouterr().err
+    assert main([*command, "--benchmarks", "vqa"]) == 1
+    assert "unknown benchmark 'vqa'; available: vqav2, gqa" in capsys.readouterr().err
+    assert main([*command, "--benchmarks", "mme"]) == 1
+
+
+def test_benchmarks_command_shows_which_files_were_found(gqa_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["llava", "benchmarks", "--root", str(gqa_root)]) == 0
+    output = capsys.readouterr().out
+    assert "gqa          found" in output
+    assert "mme          missing" in output

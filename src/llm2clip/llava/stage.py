@@ -152,7 +152,6 @@ class TrainingStage:
             logging_steps=10,
             logging_nan_inf_filter=False,
             save_steps=config.save_steps,
-            save_total_limit=2,
             dataloader_num_workers=config.workers,
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,

@@ -1,4 +1,4 @@
-"""What `llm2clip llava train` takes before it runs: parameters, memory and hours, by the same arithmetic as `plan`."""
+"""Estimates of memory and hours for `llm2clip llava train`, with the same arithmetic as `plan`."""
 
 from __future__ import annotations
 
@@ -19,93 +19,161 @@ STAGES = ("pretrain", "instruct")
 
 @dataclass(frozen=True)
 class LlavaPlan:
-    """What comes out; bytes of a device by part, hours on all devices together, by stage.
+    """Estimates for both training stages.
 
     Args:
-        machine: what was asked.
-        image_tokens: of a picture.
-        parameters: of each part.
-        flop: of a conversation in each stage, and of a picture through the tower.
-        features: bytes of the tower's features of the pictures of a stage, were they kept.
-        memory, fits, hours: of each stage.
+        machine: devices that the plan is for.
+        image_tokens: tokens per image.
+        parameters: parameter count of each part of the model.
+        flop: FLOP per conversation for each stage, and per image for the vision tower ("image").
+        feature_bytes: size of the cached patch features of each stage's images.
+        memory: bytes per device for each stage, by part.
+        fits: whether each stage fits into the memory of a device.
+        hours: duration of each stage on all devices together.
     """
 
     machine: Machine
     image_tokens: int
     parameters: dict[str, int]
     flop: dict[str, float]
-    features: dict[str, float]
+    feature_bytes: dict[str, float]
     memory: dict[str, dict[str, float]]
     fits: dict[str, bool]
     hours: dict[str, float]
 
 
 def plan_llava(
-    recipe: LlavaConfig,
+    config: LlavaConfig,
     machine: Machine,
+    *,
     llm: str,
     vision: str,
     image_size: int | None,
     conversations: dict[str, int],
     text_tokens: dict[str, float],
 ) -> LlavaPlan:
-    """Work out what both stages take.
+    """Estimate the cost of both training stages.
 
     Args:
-        recipe: of the training.
-        machine: that it would run on.
-        llm, vision, image_size: as of `llava build`; known ones need no network.
-        conversations: of each stage, each with a picture.
-        text_tokens: of a conversation, beside its picture's, on average.
+        config: settings of the training.
+        machine: devices to train on.
+        llm: causal LLM; models known to `plan` need no network.
+        vision: vision tower, likewise.
+        image_size: image size in pixels. Default: the size that the tower was trained with.
+        conversations: number of conversations of each stage, each with an image of its own.
+        text_tokens: mean number of text tokens per conversation of each stage.
 
     Raises:
-        ValueError: an unknown model, or a precision that the device has not.
+        ValueError: a model is unknown, or the device does not support the precision.
     """
-    device, count, shared_out = machine.each, machine.count, machine.use_fsdp
-    precision = device.precision(recipe.precision)
-    encoder = EncoderConfig(path=llm)
-    config = get_llm_config(encoder)
-    work = text_costs(
-        encoder, TuneConfig(lora_r=recipe.lora_r, gradient_checkpointing=recipe.gradient_checkpointing), precision
+    precision = machine.each.precision(config.precision)
+    model = _count_model(config, llm, vision, image_size, precision)
+    epochs = {"pretrain": config.pretrain_epochs, "instruct": config.epochs}
+    feature_bytes = {stage: 2.0 * conversations[stage] * model.image_tokens * model.feature_size for stage in STAGES}
+    # Features are cached for both stages or for none. The stages are assumed to have different images.
+    total_bytes = sum(feature_bytes[stage] for stage in STAGES if epochs[stage])
+    cached = 0 < total_bytes <= config.cache_gb * 1e9
+    flop = {"image": model.tower_flop}
+    hours = {}
+    memory = {}
+    for stage in STAGES:
+        length = min(config.max_length, model.image_tokens + text_tokens[stage])
+        trained_on = conversations[stage] * epochs[stage]
+        encoded_images = conversations[stage] if cached else trained_on
+        flop[stage] = _conversation_flop(model, config, stage, length)
+        hours[stage] = machine.hours(trained_on * flop[stage] + encoded_images * model.tower_flop, precision)
+        memory[stage] = _stage_memory(model, config, stage, length, precision, machine, cached)
+    return LlavaPlan(
+        machine=machine,
+        image_tokens=model.image_tokens,
+        parameters={
+            "vision tower": model.tower_parameters,
+            "projector": model.projector_parameters,
+            "language model": model.llm_parameters,
+        },
+        flop=flop,
+        feature_bytes=feature_bytes,
+        memory=memory,
+        fits={stage: fits(parts, machine.each.memory) for stage, parts in memory.items()},
+        hours=hours,
     )
+
+
+def format_llava_plan(plan: LlavaPlan, conversations: dict[str, int]) -> list[str]:
+    """Return the plan as lines of text."""
+    parameters = ", ".join(f"{name} {count / 1e9:.2f}B" for name, count in plan.parameters.items())
+    lines = [f"Parameters: {parameters}; {plan.image_tokens} tokens per image"]
+    machine = plan.machine
+    for stage in STAGES:
+        memory = plan.memory[stage]
+        does_not_fit = f"does not fit into {machine.each.memory:.0f} GB: try --use_fsdp"
+        verdict = "fits" if plan.fits[stage] else does_not_fit
+        largest_parts = sorted(memory.items(), key=lambda part: -part[1])[:4]
+        parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in largest_parts)
+        lines += [
+            f"{stage}: {plan.hours[stage]:.1f} hours on {machine.count} x {machine.device} for "
+            f"{conversations[stage]:,} conversations of {plan.flop[stage] / 1e12:.1f} TFLOP",
+            f"  {peak_memory(memory) / 1e9:.0f} GB per device ({verdict}): {parts}",
+            f"  cached patch features would take {plan.feature_bytes[stage] / 1e9:,.0f} GB",
+        ]
+    lines.append(f"Assumed: {machine.mfu:.0%} of the device's peak FLOP/s. These are estimates, not measurements.")
+    return lines
+
+
+@dataclass(frozen=True)
+class _ModelCosts:
+    """Sizes and costs of the parts of the model.
+
+    Args:
+        llm: costs of the LLM's blocks.
+        llm_parameters: parameters of the LLM, with its head.
+        head: weights of the head, tied or not.
+        projector_parameters: parameters of the projector.
+        tower_parameters: parameters of the vision tower.
+        tower_flop: FLOP of the vision tower per image.
+        image_tokens: tokens per image.
+        feature_size: size of a patch feature.
+    """
+
+    llm: TextCosts
+    llm_parameters: int
+    head: int
+    projector_parameters: int
+    tower_parameters: int
+    tower_flop: float
+    image_tokens: int
+    feature_size: int
+
+
+def _count_model(config: LlavaConfig, llm: str, vision: str, image_size: int | None, precision: str) -> _ModelCosts:
+    encoder = EncoderConfig(path=llm)
+    llm_config = get_llm_config(encoder)
+    tune = TuneConfig(lora_r=config.lora_r, gradient_checkpointing=config.gradient_checkpointing)
+    costs = text_costs(encoder, tune, precision)
+    head = llm_config.vocab_size * llm_config.hidden_size
     tower = build_tower(AlignConfig(tower=vision, image_size=image_size))
-    tokens, width = _patches(tower)
+    image_tokens, feature_size = _patch_shape(tower)
     size = tower.preprocess.size
     pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8, device="meta")
     with torch.no_grad():
-        seeing = count_flops(lambda: tower(pixels))
-    head = config.vocab_size * config.hidden_size
-    projector = (width + 1 + config.hidden_size + 1) * config.hidden_size
-    parameters = {
-        "vision tower": sum(p.numel() for p in tower.parameters()),
-        "projector": projector,
-        "language model": work.parameters + (0 if config.tie_word_embeddings else head),
-    }
-    flop, hours, parts = {"picture": seeing}, {}, {}
-    epochs = {"pretrain": recipe.pretrain_epochs, "instruct": recipe.epochs}
-    features = {stage: 2.0 * conversations[stage] * tokens * width for stage in STAGES}
-    # Kept for both stages or for none; that the pictures of one are not those of the other is assumed.
-    kept = 0 < sum(features[stage] for stage in STAGES if epochs[stage]) <= recipe.cache_gb * 1e9
-    for stage in STAGES:
-        length = min(recipe.max_length, tokens + text_tokens[stage])
-        passes = conversations[stage] * epochs[stage]
-        flop[stage] = _conversation(work, head, projector, tokens, length, stage, recipe)
-        total = passes * flop[stage] + (conversations[stage] if kept else passes) * seeing
-        hours[stage] = machine.hours(total, precision)
-        parts[stage] = _memory(
-            work, parameters, head, tokens, length, stage, recipe, precision, count, shared_out, kept
-        )
-    return LlavaPlan(
-        machine, tokens, parameters, flop, features, parts,
-        {stage: fits(some, device.memory) for stage, some in parts.items()}, hours,
-    )  # fmt: skip
+        tower_flop = count_flops(lambda: tower(pixels))
+    return _ModelCosts(
+        llm=costs,
+        llm_parameters=costs.parameters + (0 if llm_config.tie_word_embeddings else head),
+        head=head,
+        projector_parameters=(feature_size + 1 + llm_config.hidden_size + 1) * llm_config.hidden_size,
+        tower_parameters=sum(parameter.numel() for parameter in tower.parameters()),
+        tower_flop=tower_flop,
+        image_tokens=image_tokens,
+        feature_size=feature_size,
+    )
 
 
-def _patches(tower: Any) -> tuple[int, int]:
-    """Patch features of a picture, and their width.
+def _patch_shape(tower: Any) -> tuple[int, int]:
+    """Return the number of patch features per image, and their size.
 
     Raises:
-        ValueError: the tower gives none that `llava build` takes.
+        ValueError: `llava build` does not support the tower.
     """
     size = tower.preprocess.size
     backbone = tower.backbone
@@ -114,82 +182,86 @@ def _patches(tower: Any) -> tuple[int, int]:
     if hasattr(getattr(backbone, "patch_embed", None), "num_patches"):
         return int(backbone.patch_embed.num_patches), tower.feature_dim
     with torch.no_grad():
-        last = backbone.forward_features(torch.zeros(1, 3, size, size, device="meta"))
-    if last.ndim != 4 or last.shape[1] != backbone.num_features:
-        raise ValueError(f"{tower.config['architecture']} gives no map of features, channels first: no LLaVA of it")
-    return last.shape[2] * last.shape[3], last.shape[1]
+        features = backbone.forward_features(torch.zeros(1, 3, size, size, device="meta"))
+    if features.ndim != 4 or features.shape[1] != backbone.num_features:
+        raise ValueError(
+            f"{tower.config['architecture']} cannot be used in LLaVA: it does not return a channels-first feature map"
+        )
+    return features.shape[2] * features.shape[3], features.shape[1]
 
 
-def _conversation(
-    work: TextCosts, head: int, projector: int, tokens: int, length: float, stage: str, recipe: LlavaConfig
-) -> float:
-    """FLOP of a conversation in a step: forward through LLM, head and projector; back through all of it, with the
-    gradients of the weights that learn. Attention looks back only, which kernels for it make half the work."""
-    attention = work.forward(length) - 2 * work.linear * length
-    outside = 2 * head * (length - tokens) + 2 * projector * tokens  # a picture's tokens have no logits
-    forward = 2 * work.linear * length + attention / 2 + outside
-    back = 2 * work.linear * length + attention + outside + 2 * projector * tokens
-    if stage == "instruct":
-        whole = 2 * work.linear * length + 2 * head * (length - tokens)
-        back += 4 * work.trained * length if recipe.lora_r else whole
-        forward += 2 * work.trained * length if recipe.lora_r else 0
-    return forward * (1 + recipe.gradient_checkpointing) + back
+def _conversation_flop(model: _ModelCosts, config: LlavaConfig, stage: str, length: float) -> float:
+    """Return the FLOP of one conversation in a training step.
+
+    The forward pass goes through LLM, head and projector, the backward pass through all of them, plus the gradients
+    of the trained weights. Causal attention needs half of the FLOP of full attention in fused kernels.
+
+    Args:
+        model: costs of the model.
+        config: settings of the training.
+        stage: training stage.
+        length: tokens per conversation, image tokens included.
+    """
+    llm = model.llm
+    linear = 2 * llm.linear * length
+    attention = llm.forward(length) - linear
+    head = 2 * model.head * (length - model.image_tokens)  # image tokens have no logits
+    projector = 2 * model.projector_parameters * model.image_tokens
+    forward = linear + attention / 2 + head + projector
+    backward = linear + attention + head + 2 * projector
+    if stage == "instruct" and config.lora_r:
+        forward += 2 * llm.trained * length
+        backward += 4 * llm.trained * length
+    elif stage == "instruct":
+        backward += linear + head
+    return forward * (1 + config.gradient_checkpointing) + backward
 
 
-def _memory(
-    work: TextCosts,
-    parameters: dict[str, int],
-    head: int,
-    tokens: int,
-    length: float,
-    stage: str,
-    recipe: LlavaConfig,
-    precision: str,
-    count: int,
-    shared_out: bool,
-    kept: bool,
+def _stage_memory(
+    model: _ModelCosts, config: LlavaConfig, stage: str, length: float, precision: str, machine: Machine, cached: bool
 ) -> dict[str, float]:
-    """Bytes by part. Weights are fp32, under LoRA in half precision; what learns takes 4 for its gradient, twice among
-    several processes, and 8 for AdamW."""
-    low, shares = tensor_bytes(precision), count if shared_out else 1
-    whole = low if recipe.lora_r else 4
-    llm, projector = parameters["language model"], parameters["projector"]
-    learned = projector
+    """Return bytes per device by part.
+
+    Weights are fp32, or half precision with LoRA. A trained parameter needs 4 more bytes for its gradient (8 with
+    several processes) and 8 for AdamW.
+
+    Args:
+        model: costs of the model.
+        config: settings of the training.
+        stage: training stage.
+        length: tokens per conversation, image tokens included.
+        precision: fp32, bf16 or fp16.
+        machine: devices to train on.
+        cached: whether patch features are cached, so that the tower is not needed.
+    """
+    llm = model.llm
+    sharded, count = machine.use_fsdp, machine.count
+    shards = count if sharded else 1
+    compute_bytes = tensor_bytes(precision)
+    weight_bytes = compute_bytes if config.lora_r else 4
+    lora = bool(config.lora_r) and stage == "instruct"
+    trained = model.projector_parameters
     if stage == "instruct":
-        learned += work.trained if recipe.lora_r else llm
-    parts = {"LLM": whole * llm / shares}
-    if recipe.lora_r and stage == "instruct":
-        parts["LoRA"] = 4.0 * work.trained / shares
-    if whole > low:
-        parts["copies in half precision"] = low * (work.largest_linear if shared_out else work.linear + head)
-    if shared_out:
-        parts["gathered"] = 2.0 * low * work.largest_linear
-    parts |= optimizer_memory(learned, count, shared_out)
-    if not kept:
-        parts["tower"] = 4.0 * parameters["vision tower"]
-    micro = max(1, math.ceil(min(recipe.micro_batch_size, (recipe.pretrain_batch_size if stage == "pretrain" else recipe.batch_size)
-                                 / count)))  # fmt: skip
-    block = work.kept_per_token
-    through = work.layers * work.input_per_token + block if recipe.gradient_checkpointing else work.layers * block
-    vocabulary = head // work.width * (low + 4 + 4)  # logits, the same in fp32, and their gradient
-    parts["activations"] = micro * (length * (through + block + work.kept_outside) + (length - tokens) * vocabulary)
+        trained += llm.trained if config.lora_r else model.llm_parameters
+    parts = {"LLM": weight_bytes * model.llm_parameters / shards}
+    if lora:
+        parts["LoRA"] = 4.0 * llm.trained / shards
+    if weight_bytes > compute_bytes:
+        copied = llm.largest_linear if sharded else llm.linear + model.head
+        parts["copies in half precision"] = compute_bytes * copied
+    if sharded:
+        parts["gathered"] = 2.0 * compute_bytes * llm.largest_linear  # the block in use and the next one
+    parts |= optimizer_memory(trained, count, sharded)
+    if not cached:
+        parts["tower"] = 4.0 * model.tower_parameters
+    batch_size = config.pretrain_batch_size if stage == "pretrain" else config.batch_size
+    micro_batch_size = max(1, math.ceil(min(config.micro_batch_size, batch_size / count)))
+    per_token = llm.layers * llm.kept_per_token
+    if config.gradient_checkpointing:
+        per_token = llm.layers * llm.input_per_token + llm.kept_per_token
+    per_token += llm.kept_per_token + llm.kept_outside  # gradients on their way back through one block
+    vocabulary = model.head // llm.width
+    logits = vocabulary * (compute_bytes + 4 + 4)  # logits, logits in fp32, and their gradient
+    text_tokens = length - model.image_tokens
+    parts["activations"] = micro_batch_size * (length * per_token + text_tokens * logits)
     return {**parts, "libraries": FRAMEWORK_OVERHEAD, "loading": 0.0}
-
-
-def format_llava_plan(found: LlavaPlan, conversations: dict[str, int]) -> list[str]:
-    """The plan in lines to print."""
-    billions = ", ".join(f"{name} {n / 1e9:.2f}B" for name, n in found.parameters.items())
-    lines = [f"Parameters: {billions}; {found.image_tokens} tokens a picture"]
-    for stage in STAGES:
-        most = peak_memory(found.memory[stage])
-        fit = "fits" if found.fits[stage] else f"does not fit into {found.machine.each.memory:.0f} GB: try --use_fsdp"
-        largest = sorted(found.memory[stage].items(), key=lambda part: -part[1])[:4]
-        parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in largest)
-        lines += [
-            f"{stage}: {found.hours[stage]:.1f} hours on {found.machine.count} x {found.machine.device} for "
-            f"{conversations[stage]:,} conversations of {found.flop[stage] / 1e12:.1f} TFLOP",
-            f"  {most / 1e9:.0f} GB of each device ({fit}): {parts}",
-        ]
-        lines.append(f"  the tower's features, were they kept: {found.features[stage] / 1e9:,.0f} GB")
-    lines.append(f"Assumed: {found.machine.mfu:.0%} of the device's products a second. Estimates, not measurements.")
-    return lines
