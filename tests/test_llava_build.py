@@ -32,12 +32,12 @@ TOWERS = ["timm", "timm transformer", "clip_vision_model", "resized clip", "sigl
 
 @pytest.mark.parametrize("kind", TOWERS)
 def test_build_llava_replaces_image_tokens_by_projected_patches(
-    kind: str, llm: Path, pictures: Path, tmp_path: Path
+    kind: str, llm: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     """The logits equal those computed from the parts: patch features before the last block, projector, text, LLM."""
     tower = make_vision_tower(kind, tmp_path)
     model, processor = load_model(build_llava(tower, str(llm), tmp_path / "built"))
-    image = Image.open(pictures / "3.png").convert("RGB").crop((4, 0, 44, 40))
+    image = Image.open(image_folder / "3.png").convert("RGB").crop((4, 0, 44, 40))
     messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]}]
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -77,21 +77,21 @@ def reference_patches(kind: str, tower: VisionTower, pixels: torch.Tensor) -> to
     return states if kind == "siglip_vision_model" else states[:, 1:]
 
 
-def test_build_llava_works_with_the_transformers_pipeline(llm: Path, pictures: Path, tmp_path: Path) -> None:
+def test_build_llava_works_with_the_transformers_pipeline(llm: Path, image_folder: Path, tmp_path: Path) -> None:
     from transformers import pipeline
 
     folder = build_llava(timm_tower(76), str(llm), tmp_path / "built")
-    messages = [{"role": "user", "content": [{"type": "image", "path": str(pictures / "1.png")}]}]
+    messages = [{"role": "user", "content": [{"type": "image", "path": str(image_folder / "1.png")}]}]
     output = pipeline("image-text-to-text", model=str(folder))(text=messages, max_new_tokens=4)
     assert output[0]["generated_text"][-1]["role"] == "assistant"
 
 
 @pytest.mark.parametrize("kind", ["timm", "siglip_vision_model"])
-def test_llava_transform_matches_the_processor(kind: str, llm: Path, pictures: Path, tmp_path: Path) -> None:
+def test_llava_transform_matches_the_processor(kind: str, llm: Path, image_folder: Path, tmp_path: Path) -> None:
     tower = timm_tower(76) if kind == "timm" else hf_tower(tmp_path, kind, 40)
     processor = assemble_llava(tower, load_causal_llm(str(llm)), load_tokenizer(llm))[1]
     assert processor.image_processor.to_dict()["do_pad"] is (kind == "timm")
-    image = Image.open(pictures / "1.png").convert("RGB")
+    image = Image.open(image_folder / "1.png").convert("RGB")
     for variant in (image.crop((4, 0, 44, 40)), image):  # a square and a wide image
         pixels = LlavaTransform(processor)(torch.tensor(np.asarray(variant)).permute(2, 0, 1))
         expected = processor.image_processor(variant, return_tensors="pt")["pixel_values"][0]
@@ -156,12 +156,12 @@ def test_build_command_uses_the_tower_of_an_llm2clip_model(
     assert not (tmp_path / "other").exists()
 
 
-def test_patch_llava_loads_without_llm2clip(llm: Path, pictures: Path, tmp_path: Path) -> None:
+def test_patch_llava_loads_without_llm2clip(llm: Path, image_folder: Path, tmp_path: Path) -> None:
     folder = build_llava(make_vision_tower("timm transformer", tmp_path), str(llm), tmp_path / "built")
     model, processor = load_model(folder)
     assert type(model).__module__ == "llm2clip.llava.modeling_patches"
     text = f"<|user|>{IMAGE_TOKEN}What?<|end|>"
-    image = Image.open(pictures / "3.png").convert("RGB")
+    image = Image.open(image_folder / "3.png").convert("RGB")
     with torch.no_grad():
         expected = model(**processor(images=image, text=text, return_tensors="pt")).logits
     code = f"""
@@ -172,13 +172,13 @@ def test_patch_llava_loads_without_llm2clip(llm: Path, pictures: Path, tmp_path:
     with torch.no_grad():
         found["logits"] = model(**processor(images=images[0], text={text!r}, return_tensors="pt")).logits.numpy()
     """
-    outputs = alone(textwrap.dedent(code), {"built": folder}, [pictures / "3.png"], tmp_path)
+    outputs = alone(textwrap.dedent(code), {"built": folder}, [image_folder / "3.png"], tmp_path)
     torch.testing.assert_close(torch.tensor(outputs["built"]["logits"]), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_patch_llava_keeps_its_code_after_training(llm: Path, pictures: Path, tmp_path: Path) -> None:
+def test_patch_llava_keeps_its_code_after_training(llm: Path, image_folder: Path, tmp_path: Path) -> None:
     folder = build_llava(make_vision_tower("timm transformer", tmp_path), str(llm), tmp_path / "built")
-    conversation = Conversation("", FileImage(str(pictures / "3.png")), (("What?", "Red."),))
+    conversation = Conversation("", FileImage(str(image_folder / "3.png")), (("What?", "Red."),))
     config = LlavaConfig(pretrain_batch_size=4, micro_batch_size=2, precision="fp32")
     trained = train_llava(str(folder), [conversation], [], config=config, out=tmp_path / "run", log=SkipLog())
     assert (trained / "modeling_patches.py").is_file()

@@ -114,31 +114,31 @@ LLAVA_ROWS = [
 ]
 
 
-def test_read_llava_skips_and_logs_invalid_rows(pictures: Path, tmp_path: Path) -> None:
+def test_read_llava_skips_and_logs_invalid_rows(image_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "mix.json"
     file.write_text(json.dumps(LLAVA_ROWS))
-    conversations = read_llava(file, pictures, SkipLog(tmp_path / "skipped.jsonl", 1.0))
+    conversations = read_llava(file, image_folder, SkipLog(tmp_path / "skipped.jsonl", 1.0))
     assert [conversation.id for conversation in conversations] == ["a", "b"]
     assert conversations[0].turns == (("What?", "Red."), ("Sure?", "Yes."))
-    assert str(conversations[0].image) == str(pictures / "1.png")
+    assert str(conversations[0].image) == str(image_folder / "1.png")
     assert conversations[1].image is None
     skipped = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     expected = [(3, "no image"), *((row, "no conversation") for row in range(4, 12))]
     assert [(entry["row"], entry["reason"]) for entry in skipped] == expected
     with pytest.raises(TooManySkipped):
-        read_llava(file, pictures, SkipLog())
+        read_llava(file, image_folder, SkipLog())
 
 
-def test_read_llava_reads_jsonl(pictures: Path, tmp_path: Path) -> None:
+def test_read_llava_reads_jsonl(image_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "mix.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in LLAVA_ROWS[:2]) + "{broken\n")
-    conversations = read_llava(file, pictures, SkipLog(None, 1.0))
+    conversations = read_llava(file, image_folder, SkipLog(None, 1.0))
     assert [conversation.id for conversation in conversations] == ["a", "b"]
 
 
-def test_read_conversations_merges_rows_of_the_same_image(pictures: Path, tmp_path: Path) -> None:
+def test_read_conversations_merges_rows_of_the_same_image(image_folder: Path, tmp_path: Path) -> None:
     rows = [(1, "a dog"), (2, "a cat"), (1, "a man")]
-    lines = [json.dumps({"image": str(pictures / f"{n}.png"), "caption": caption}) + "\n" for n, caption in rows]
+    lines = [json.dumps({"image": str(image_folder / f"{n}.png"), "caption": caption}) + "\n" for n, caption in rows]
     file = tmp_path / "captions.jsonl"
     file.write_text("".join(lines))
     records: list[Record] = []
@@ -251,9 +251,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def conversations(pictures: Path) -> list[Conversation]:
+def conversations(image_folder: Path) -> list[Conversation]:
     """Twenty conversations with an image and one without."""
-    records = list(open_records(f"{pictures / 'captions.jsonl'}@train"))
+    records = list(open_records(f"{image_folder / 'captions.jsonl'}@train"))
     return [*captioning_conversations(records)[:20], Conversation("text", None, (("Hello?", "Hello."),))]
 
 

@@ -58,11 +58,11 @@ def model(tmp_path_factory: pytest.TempPathFactory, llm: Path) -> Path:
     return build_llava(hf_tower(folder, "clip_vision_model"), str(llm), folder / "built")
 
 
-def write_task(folder: Path, pictures: Path) -> list[dict[str, Any]]:
+def write_task(folder: Path, image_folder: Path) -> list[dict[str, Any]]:
     """Write a task with five questions for lmms-eval; return its rows."""
     rows = []
     for n in range(5):
-        rows.append({"image_path": str(pictures / f"{n}.png"), "question": QUESTIONS[n % 3], "answer": "yes"})
+        rows.append({"image_path": str(image_folder / f"{n}.png"), "question": QUESTIONS[n % 3], "answer": "yes"})
     folder.mkdir()
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "utils.py").write_text(UTILS)
@@ -70,14 +70,14 @@ def write_task(folder: Path, pictures: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def test_lmms_model_answers_like_answer_generator(model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_lmms_model_answers_like_answer_generator(model: Path, image_folder: Path, tmp_path: Path) -> None:
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
     from llm2clip.llava.lmms import MANIFEST, LmmsModel
 
     assert MANIFEST.simple_class_path == f"{LmmsModel.__module__}.{LmmsModel.__qualname__}"
-    rows = write_task(tmp_path / "tasks", pictures)
+    rows = write_task(tmp_path / "tasks", image_folder)
     output = simple_evaluate(
         model=LmmsModel(str(model), "cpu", 2, "fp32"),
         tasks=["local_task"],
@@ -92,13 +92,13 @@ def test_lmms_model_answers_like_answer_generator(model: Path, pictures: Path, t
     assert answers == " | ".join(str(expected[n]) for n in range(5))
 
 
-def test_lmms_model_loglikelihood_matches_score_answers(model: Path, pictures: Path) -> None:
+def test_lmms_model_loglikelihood_matches_score_answers(model: Path, image_folder: Path) -> None:
     from PIL import Image
 
     from llm2clip.llava.lmms import LmmsModel
 
     lmms_model = LmmsModel(str(model), "cpu", 2, "fp32")
-    path = pictures / "1.png"
+    path = image_folder / "1.png"
     lmms_model.task_dict = {"task": {"test": {0: {"image_path": path}}}}
     request = SimpleNamespace(args=("Is it?", "Yes", lambda doc: [Image.open(doc["image_path"])], 0, "task", "test"))
     ((log_likelihood, is_greedy),) = lmms_model.loglikelihood([request])

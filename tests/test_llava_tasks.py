@@ -538,10 +538,10 @@ def built(tmp_path_factory: pytest.TempPathFactory, llm: Path) -> Path:
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
-def test_generate_does_not_depend_on_the_batch(num_beams: int, built: Path, pictures: Path) -> None:
+def test_generate_does_not_depend_on_the_batch(num_beams: int, built: Path, image_folder: Path) -> None:
     """Each answer equals the one that transformers generates for the question alone."""
     generator = AnswerGenerator(str(built), "cpu", "fp32", batch_size=3)
-    questions = [Question(str(n), FileImage(str(pictures / f"{n}.png")), "What?" * (1 + n % 3)) for n in range(5)]
+    questions = [Question(str(n), FileImage(str(image_folder / f"{n}.png")), "What?" * (1 + n % 3)) for n in range(5)]
     questions.append(Question("text", None, "Hello?"))
     undecodable = Question("bad", MemoryImage(b"no image", "bad"), "What?")
     answers = dict(generator.generate([*questions, undecodable], 6, num_beams))
@@ -570,11 +570,11 @@ def test_generate_does_not_depend_on_the_batch(num_beams: int, built: Path, pict
         assert answers[n] == expected, n
 
 
-def test_choose_options_minimises_the_loss(built: Path, pictures: Path) -> None:
+def test_choose_options_minimises_the_loss(built: Path, image_folder: Path) -> None:
     generator = AnswerGenerator(str(built), "cpu", "fp32")
     options = ("Yes", "No, never", "A rather long one")
     questions = [
-        Question("1", FileImage(str(pictures / "1.png")), "Is it?", options=options),
+        Question("1", FileImage(str(image_folder / "1.png")), "Is it?", options=options),
         Question("2", None, "Q", options=options),
     ]
     choices = dict(generator.choose_options(questions))
@@ -593,12 +593,12 @@ def test_choose_options_minimises_the_loss(built: Path, pictures: Path) -> None:
 
 
 def test_evaluate_model_reuses_cached_answers(
-    built: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    built: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    records = list(open_records(f"{pictures / 'captions.jsonl'}@val"))
+    records = list(open_records(f"{image_folder / 'captions.jsonl'}@val"))
     animals = []
     for n, name in enumerate(("dog", "cat")):
-        animals.append(Record(str(n), FileImage(str(pictures / f"{n}.png")), (f"a {name}",)))
+        animals.append(Record(str(n), FileImage(str(image_folder / f"{n}.png")), (f"a {name}",)))
     tasks = [caption_task(records), pope_task(animals)]
     calls: list[int] = []
     generate: Callable[..., Any] = AnswerGenerator.generate
@@ -647,11 +647,11 @@ def gqa_root(tmp_path: Path) -> Path:
 
 
 def test_evaluate_command_writes_report_and_results(
-    built: Path, pictures: Path, gqa_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    built: Path, image_folder: Path, gqa_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     command = ["llava", "evaluate", str(built), "--benchmarks", "all", "--root", str(gqa_root), "--out", str(out)]
-    command += ["--captions", f"{pictures / 'captions.jsonl'}@val", "--limit", "4", "--num_beams", "1"]
+    command += ["--captions", f"{image_folder / 'captions.jsonl'}@val", "--limit", "4", "--num_beams", "1"]
     assert main(command) == 0
     output = capsys.readouterr().out
     assert "gqa (1 questions): accuracy" in output

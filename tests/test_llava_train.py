@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import Killed, distributed, make_llm, share_out
+from conftest import Killed, emulate_fsdp_launch, make_llm, run_distributed
 from llava_fixtures import load_model, load_weights, make_vision_tower
 from llm2clip.cli import main
 from llm2clip.config import LlavaConfig
@@ -38,9 +38,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def conversations(pictures: Path) -> list[Conversation]:
+def conversations(image_folder: Path) -> list[Conversation]:
     """Twenty conversations with an image and one without."""
-    records = list(open_records(f"{pictures / 'captions.jsonl'}@train"))
+    records = list(open_records(f"{image_folder / 'captions.jsonl'}@train"))
     return [*captioning_conversations(records)[:20], Conversation("text", None, (("Hello?", "Hello."),))]
 
 
@@ -164,7 +164,7 @@ def _train_fsdp_with_interrupts(source: str, conversations: list[Conversation], 
     from accelerate.state import AcceleratorState
     from torch.distributed.fsdp import FSDPModule
 
-    share_out()
+    emulate_fsdp_launch()
     AcceleratorState._reset_state(reset_partial_state=True)
     training_step = stage_module._LlavaTrainer.training_step
     steps = 0
@@ -191,7 +191,7 @@ def test_two_processes_match_one(rank: Any, built: Path, conversations: list[Con
     """Includes batches without an image on one of the ranks; under FSDP2 the run is also interrupted and resumed."""
     text_only = [Conversation(f"t{n}", None, (("Hello?" * n, "Hi."),)) for n in range(1, 9)]
     mixed = [*conversations[:12], *text_only]
-    distributed(2, rank, str(built), mixed, str(tmp_path / "two"))
+    run_distributed(2, rank, str(built), mixed, str(tmp_path / "two"))
     expected = load_weights(train(built, mixed, mixed, SMALL, tmp_path / "one"))
     for name, tensor in load_weights(tmp_path / "two/model").items():
         torch.testing.assert_close(
@@ -203,14 +203,14 @@ def test_two_processes_match_one(rank: Any, built: Path, conversations: list[Con
 
 
 def test_train_command_reads_records_and_llava_json(
-    built: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    built: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     messages = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It is red."}]
     rows = [{"id": n, "image": f"{n}.png", "conversations": messages} for n in range(8)]
     file = tmp_path / "mix.json"
     file.write_text(json.dumps(rows))
-    command = ["llava", "train", str(built), "--out", str(tmp_path / "run"), "--images", str(pictures)]
-    command += ["--pretrain", f"{pictures}/captions.jsonl@train", "--instruct", str(file)]
+    command = ["llava", "train", str(built), "--out", str(tmp_path / "run"), "--images", str(image_folder)]
+    command += ["--pretrain", f"{image_folder}/captions.jsonl@train", "--instruct", str(file)]
     command += ["--llava.micro_batch_size", "4", "--llava.pretrain_batch_size", "16", "--llava.batch_size", "4"]
     assert main(command) == 0
     assert "105 conversations for the projector, 8 for projector and LLM" in capsys.readouterr().out
