@@ -17,7 +17,10 @@ class Backend(Protocol):
     """Storage and nearest-neighbour search of indexed images."""
 
     def metadata(self) -> dict[str, Any]:
-        """Return what the index was built with: `model`, `fingerprint`, `width`. Empty before `initialize`."""
+        """Return the `model` of the index, its `fingerprint`, and the dimension of its vectors, `width`.
+
+        Empty before `initialize`.
+        """
         ...
 
     def initialize(self, metadata: Mapping[str, Any]) -> None:

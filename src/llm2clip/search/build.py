@@ -1,4 +1,4 @@
-"""Builds and updates an index: embeds new and changed images, removes deleted ones.
+"""Building and updating of an index: new and changed images are embedded, deleted ones removed.
 
 Each batch is committed on its own, so an interrupted run resumes where it stopped.
 """

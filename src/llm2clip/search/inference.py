@@ -1,4 +1,4 @@
-"""Runs the model and the index of a server for many concurrent requests."""
+"""Inference service: runs the model and the index of a server for many concurrent requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Presents search results: as a table in the terminal, and as an HTML contact sheet."""
+"""Presentation of search results: a table in the terminal, and an HTML contact sheet."""
 
 from __future__ import annotations
 

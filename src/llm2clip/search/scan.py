@@ -1,4 +1,4 @@
-"""Lists the images in the sources of an index, with their captions, without decoding them."""
+"""Scan of the sources of an index: their images and captions, without decoding the images."""
 
 from __future__ import annotations
 
