@@ -170,7 +170,7 @@ def test_embed_auto_precision_follows_the_store(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
     assert embed(CAPTIONS, encoder, tmp_path / "slow").manifest["identity"]["precision"] == "fp32"
     assert embed(CAPTIONS, encoder, tmp_path / "fast").manifest["identity"]["precision"] == "bf16"
-    with pytest.raises(StoreError, match="precision: 'bf16' then, 'fp32' now"):
+    with pytest.raises(StoreError, match="precision: 'bf16', expected 'fp32'"):
         embed(CAPTIONS, encoder, tmp_path / "fast", precision="fp32")
 
 
@@ -349,9 +349,9 @@ def test_atomic_path_does_not_write_through_a_leftover_hard_link(tmp_path: Path)
 
 def test_writer_names_what_differs_from_the_stores_encoder(tmp_path: Path) -> None:
     StoreWriter(tmp_path, IDENTITY, 4)
-    with pytest.raises(StoreError, match=r"\(layers: 3 then, 2 now\)"):  # settings that agree are not listed
+    with pytest.raises(StoreError, match=r"\(layers: 3, expected 2\)"):  # settings that agree are not listed
         StoreWriter(tmp_path, {**IDENTITY, "layers": 2}, 4)
-    with pytest.raises(StoreError, match=r"\(layers: 3 then, None now; template: None then, 'x' now\)"):
+    with pytest.raises(StoreError, match=r"\(layers: 3, expected None; template: None, expected 'x'\)"):
         StoreWriter(tmp_path, {"weights": "abc", "template": "x"}, 4)
 
 

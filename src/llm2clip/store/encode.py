@@ -1,8 +1,8 @@
 """Encoding of captions into a store: each text once, shard by shard, resumable, on any number of processes.
 
-Captions without an embedding are cut into shards in the order of the stream; with n processes, each encodes every n-th
-shard. After an interrupt, only missing shards are encoded. While a shard is encoded, the previous one is written and
-the next one is read and tokenized.
+Captions without an embedding are split into shards in the order of the stream; with n processes, each encodes every
+n-th shard. After an interrupt, only missing shards are encoded. While a shard is encoded, the previous one is written
+and the next one is read and tokenized.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from llm2clip.cpu_tuning import keep_freed_memory
 from llm2clip.distributed import cached_json, process_state
@@ -24,6 +23,7 @@ from llm2clip.models.batch_size_tuner import MIN_CAPTIONS_TO_TUNE, tune_batch_to
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.length_batching import TokenizedTexts, default_batch_tokens
 from llm2clip.models.precision_calibration import fastest_precision
+from llm2clip.progress import ProgressBar
 from llm2clip.store.dedup import PendingCaptions
 from llm2clip.store.layout import MANIFEST, read_manifest
 from llm2clip.store.store import EmbeddingStore
@@ -112,7 +112,7 @@ def _encode_local_shards(
     hide_bar = not process_state().is_main_process or not shards
     tokenized_shards = ((number, tokenize_shard(pending[part], encoder)) for number, part in shards)
     with (
-        tqdm(total=total, desc="embed", unit="caption", disable=hide_bar) as bar,
+        ProgressBar(total=total, desc="embed", unit="caption", disable=hide_bar) as bar,
         closing(prefetch(tokenized_shards)) as prefetched,
         ThreadPoolExecutor(1) as pool,
     ):

@@ -28,6 +28,7 @@ from llm2clip.distributed import process_state
 from llm2clip.models.fingerprint import hash_weights
 from llm2clip.models.precision import DTYPES
 from llm2clip.models.vision_tower import VisionTower
+from llm2clip.progress import ProgressBar
 from llm2clip.store.dedup import PendingCaptions
 from llm2clip.store.layout import caption_keys
 from llm2clip.store.store import EmbeddingStore
@@ -205,6 +206,6 @@ def _iter_shards(plan: WritePlan, description: str, unit: str) -> Iterator[tuple
         shards = [(number, pending[part]) for number, part in plan.local_shards()]
     total = sum(len(items) for _, items in shards)
     hide_bar = not process_state().is_main_process or not total
-    with tqdm(total=total, desc=description, unit=unit, disable=hide_bar) as bar:
+    with ProgressBar(total=total, desc=description, unit=unit, disable=hide_bar) as bar:
         for number, items in shards:
             yield number, items, bar

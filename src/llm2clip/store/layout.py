@@ -197,21 +197,21 @@ def store_spec(manifest: dict[str, Any]) -> StoreSpec:
     return manifest["identity"], manifest["width"], manifest["dtype"]
 
 
-def check_identity(stored: dict[str, Any], current: dict[str, Any], path: Path | str) -> None:
-    """Check that stored embeddings were made by the current encoder.
+def check_identity(stored: dict[str, Any], expected: dict[str, Any], path: Path | str) -> None:
+    """Check that stored embeddings were made by the expected encoder.
 
     Args:
         stored: Identity of the encoder that made the embeddings.
-        current: Identity of the encoder in use.
+        expected: Identity of the expected encoder.
         path: Store or file of the embeddings, for the message.
 
     Raises:
         StoreError: the encoders differ; the message lists each setting that differs, with both values.
     """
-    if fingerprint(stored) == fingerprint(current):
+    if fingerprint(stored) == fingerprint(expected):
         return
-    names = sorted(name for name in stored.keys() | current.keys() if stored.get(name) != current.get(name))
-    differences = "; ".join(f"{name}: {stored.get(name)!r} then, {current.get(name)!r} now" for name in names)
+    names = sorted(name for name in stored.keys() | expected.keys() if stored.get(name) != expected.get(name))
+    differences = "; ".join(f"{name}: {stored.get(name)!r}, expected {expected.get(name)!r}" for name in names)
     raise StoreError(f"{path} was made by another encoder ({differences}). Use that encoder, or another folder")
 
 
@@ -242,7 +242,7 @@ def iter_chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 def remove_temp_files(folder: Path) -> list[str]:
     """Delete temporary files that killed processes left behind, also those of version 0.1; return their names."""
-    leftovers = [path for pattern in (".*.part*", ".*.tmp", ".index-*") for path in folder.glob(pattern)]
+    leftovers = [path for pattern in (".*.part", ".*.part.*", ".*.tmp", ".index-*") for path in folder.glob(pattern)]
     leftovers = sorted(set(leftovers))
     for path in leftovers:
         if path.is_dir():

@@ -2,7 +2,7 @@
 
 A memory map makes the operating system read ahead around every row. If the store is larger than memory, these pages are
 evicted before they are used. `PreadReader` therefore reads each row with its own positional read, from several threads,
-and announces random access to the operating system. Both readers visit rows in the order of their place on disk.
+and advises the operating system that access is random. Both readers visit rows in the order of their place on disk.
 """
 
 from __future__ import annotations

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from llm2clip.data.columns import CAPTION_FIELDS
 from llm2clip.data.records import Record
 from llm2clip.io_utils import read_jsonl
+from llm2clip.progress import ProgressBar
 from llm2clip.store.key_index import KeyIndex, build_key_index
 from llm2clip.store.layout import (
     DTYPES,
@@ -164,7 +164,7 @@ def damaged_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, progr
             return False
 
     with ThreadPoolExecutor(4) as pool:
-        results = tqdm(
+        results = ProgressBar(
             pool.map(is_intact, shards),
             desc="verify",
             total=len(shards),

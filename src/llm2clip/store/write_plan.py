@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from llm2clip.distributed import process_state
+from llm2clip.progress import ProgressBar
 from llm2clip.store.dedup import PendingCaptions, ingest
 from llm2clip.store.layout import next_shard_number, remove_temp_files, shard_numbers
 from llm2clip.store.lock import folder_lock
@@ -96,14 +95,14 @@ def _prepare(writer: StoreWriter, captions: Iterable[str], incoming: Path) -> No
         store = EmbeddingStore(folder)
         store.verify(progress=True)
     refused = {row["caption"] for row in refused_captions(folder)}
-    stream: Iterable[str] = tqdm(captions, "read", unit="caption", leave=False, delay=1)
+    stream: Iterable[str] = ProgressBar(captions, "read", unit="caption", leave=False, delay=1)
     if refused:
         stream = (caption for caption in stream if caption not in refused)
     ingest(stream, incoming, store)
 
 
 def _missing_shards(folder: Path, incoming: Path, shard_size: int) -> list[tuple[int, slice]]:
-    """Cut the pending captions into shards with new numbers."""
+    """Split the pending captions into shards with new numbers."""
     with closing(PendingCaptions(incoming)) as pending:
         count = len(pending)
     slices = [slice(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
