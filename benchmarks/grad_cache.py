@@ -1,10 +1,10 @@
-"""A large batch on a small device: memory and time of a step of align in one pass, and with gradient caching.
+"""Memory and time of a step of align with large batches: in a single forward pass, and with gradient caching.
 
-    python benchmarks/grad_cache.py [--batches 512 2048 16384] [--micro_batch 128] [--tower NAME]
-        [--image_size 64] [--at_most 2048]
+    python benchmarks/grad_cache.py [--batch_sizes 512 2048 16384] [--micro_batch_size 128] [--tower NAME]
+        [--image_size 64] [--max_single_pass 2048]
 
-Forward and backward of the whole model on random pictures and embeddings, each way in a process of its own; memory is
-the process's peak beyond what it had before the step. Batches above `--at_most` are not tried in one pass.
+Forward and backward of the whole model on random images and embeddings, each in a new process. Memory is the peak of
+the process beyond its memory before the step. Larger batches than --max_single_pass only run with gradient caching.
 """
 
 from __future__ import annotations
@@ -23,60 +23,70 @@ from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.vision_tower import VisionTower
 from llm2clip.train.grad_cache import cached_backward
 from llm2clip.train.losses import info_nce
-from shared import memory, peak_from_here
+from shared import memory_mb, reset_peak_memory
+
+TEXT_DIM = 576
 
 
 @onednn_matmul()
-def step(batch: int, micro_batch: int, tower: str, size: int) -> str:
-    """MB at the peak of a step, and its images/s."""
+def measure_step(batch_size: int, micro_batch_size: int, tower_name: str, image_size: int) -> str:
+    """Return two cells of the table: MB at the peak of a step, and images per second."""
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory(device)
-    vision = VisionTower.from_pretrained(f"timm:{tower}", pretrained=False, image_size=size)
-    model = LLM2CLIP(LLM2CLIPConfig(vision.config, 576, embed_dim=512, adapter_depth=1), vision).to(device).train()
-    pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
-    embeddings = torch.randn(batch, 576)
+    tower = VisionTower.from_pretrained(f"timm:{tower_name}", pretrained=False, image_size=image_size)
+    config = LLM2CLIPConfig(tower.config, text_dim=TEXT_DIM, embed_dim=512, adapter_depth=1)
+    model = LLM2CLIP(config, tower).to(device).train()
+    pixels = torch.randint(0, 256, (batch_size, 3, image_size, image_size), dtype=torch.uint8)
+    embeddings = torch.randn(batch_size, TEXT_DIM)
 
-    def run(start: int) -> tuple[Tensor, ...]:
-        part = slice(start, start + micro_batch)
+    def forward(start: int) -> tuple[Tensor, ...]:
+        part = slice(start, start + micro_batch_size)
         image, text, scale, _ = model(pixels[part].to(device), embeddings[part].to(device))
         assert image is not None and text is not None
         return image, text, scale[None]
 
-    def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    def loss_function(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         return info_nce(image, text, scale.mean())
 
-    before, start = peak_from_here(), time.perf_counter()
-    starts = range(0, batch, micro_batch)
-    value = (
-        loss(*run(0)) if len(starts) == 1 else cached_backward([partial(run, n) for n in starts], loss, model, device)
-    )
-    value.backward()
+    memory_before, time_before = reset_peak_memory(), time.perf_counter()
+    passes = [partial(forward, start) for start in range(0, batch_size, micro_batch_size)]
+    loss = loss_function(*passes[0]()) if len(passes) == 1 else cached_backward(passes, loss_function, model, device)
+    loss.backward()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else memory("VmHWM") - before
-    return f"{peak:,.0f} | {batch / seconds:.0f}"
+        peak = torch.cuda.max_memory_allocated() / 1e6
+    else:
+        peak = memory_mb("VmHWM") - memory_before
+    return f"{peak:,.0f} | {batch_size / (time.perf_counter() - time_before):.0f}"
+
+
+def measure_in_new_process(batch_size: int, micro_batch_size: int, args: argparse.Namespace) -> str:
+    options = {"--measure": batch_size, "--micro_batch_size": micro_batch_size, "--image_size": args.image_size}
+    command = [sys.executable, __file__, "--tower", args.tower, *(str(x) for pair in options.items() for x in pair)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[512, 2048, 16384])
+    parser.add_argument("--micro_batch_size", type=int, default=128)
+    parser.add_argument("--tower", default="tf_efficientnet_lite0")
+    parser.add_argument("--image_size", type=int, default=64)
+    parser.add_argument("--max_single_pass", type=int, default=2048)
+    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(measure_step(args.measure, args.micro_batch_size, args.tower, args.image_size))
+        return
+    print(f"{args.tower}, {args.image_size} pixels")
+    print("| batch size | micro-batch size | MB | images/s |\n|---|---|---|---|")
+    for batch_size in args.batch_sizes:
+        if batch_size <= args.max_single_pass:
+            print(f"| {batch_size:,} | {batch_size:,} | {measure_in_new_process(batch_size, batch_size, args)} |")
+        cells = measure_in_new_process(batch_size, args.micro_batch_size, args)
+        print(f"| {batch_size:,} | {args.micro_batch_size:,} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", nargs="+", type=int, default=[512, 2048, 16384])
-    parser.add_argument("--micro_batch", type=int, default=128)
-    parser.add_argument("--tower", default="tf_efficientnet_lite0")
-    parser.add_argument("--image_size", type=int, default=64)
-    parser.add_argument("--at_most", type=int, default=2048)
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.one:
-        print(step(given.one, given.micro_batch, given.tower, given.image_size))
-        sys.exit()
-    print(f"{given.tower}, {given.image_size} pixels\n| batch | images in a pass | MB | images/s |\n|---|---|---|---|")
-    for batch in given.batches:
-        for micro in (batch, given.micro_batch):
-            if micro == batch > given.at_most:
-                continue
-            options = ["--one", str(batch), "--micro_batch", str(micro), "--image_size", str(given.image_size)]
-            command = [sys.executable, __file__, *options, "--tower", given.tower]
-            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            print(f"| {batch:,} | {micro:,} | {out.strip()} |", flush=True)
+    main()

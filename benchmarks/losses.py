@@ -1,10 +1,10 @@
-"""The contrastive losses against open_clip's, forward and backward: time side by side in one process, memory each in
-one of its own.
+"""Time and memory of the contrastive losses, forward and backward, compared with open_clip.
 
-    python benchmarks/losses.py [--sizes 4096 16384] [--width 1024] [--turns 3] [--device cpu]
+    python benchmarks/losses.py [--sizes 4096 16384] [--dim 1024] [--repeats 3] [--device cpu]
 
-Memory is what the process (on a GPU, PyTorch) had at its peak beyond what it had with the inputs made and the libraries
-warm; "working" is that without the gradients of the inputs, 2 N D floats which any loss has to leave behind.
+Times are measured in one process, with the losses in turn; peak memory is measured in a process for each loss. Peak
+memory is that of the process (on a GPU, of PyTorch) beyond the inputs. "Working" memory is the peak without the
+gradients of the inputs, 2 N D floats that any loss must return.
 """
 
 from __future__ import annotations
@@ -23,87 +23,110 @@ from torch import Tensor
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.train.losses import info_nce, sigmoid_loss
-from shared import memory, peak_from_here
+from shared import memory_mb, reset_peak_memory
 
 SCALE, BIAS = 20.0, -10.0
-clip, siglip = ClipLoss(), SigLipLoss()
-WAYS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "open_clip ClipLoss": lambda i, t, s, b: clip(i, t, s),
-    "here, info_nce": lambda i, t, s, b: info_nce(i, t, s),
-    "open_clip SigLipLoss": lambda i, t, s, b: siglip(i, t, s, b),
-    "here, sigmoid_loss": lambda i, t, s, b: sigmoid_loss(i, t, s, b),
+clip_loss, siglip_loss = ClipLoss(), SigLipLoss()
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "open_clip ClipLoss": lambda image, text, scale, bias: clip_loss(image, text, scale),
+    "llm2clip info_nce": lambda image, text, scale, bias: info_nce(image, text, scale),
+    "open_clip SigLipLoss": siglip_loss,
+    "llm2clip sigmoid_loss": sigmoid_loss,
+}
+BASELINES = {
+    "open_clip ClipLoss": "open_clip ClipLoss",
+    "llm2clip info_nce": "open_clip ClipLoss",
+    "open_clip SigLipLoss": "open_clip SigLipLoss",
+    "llm2clip sigmoid_loss": "open_clip SigLipLoss",
 }
 
 
-def inputs(n: int, d: int, device: str) -> list[Tensor]:
-    g = torch.Generator().manual_seed(0)
-    image = torch.randn(n, d, generator=g)
-    text = 0.3 * image + torch.randn(n, d, generator=g)
-    made = [F.normalize(image, dim=-1), F.normalize(text, dim=-1), torch.tensor(SCALE), torch.tensor(BIAS)]
-    return [x.to(device).requires_grad_() for x in made]
+def make_inputs(n: int, dim: int, device: str) -> list[Tensor]:
+    """Return images and texts (n, dim), the logit scale and the logit bias, with gradients."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(n, dim, generator=generator)
+    text = 0.3 * image + torch.randn(n, dim, generator=generator)
+    inputs = [F.normalize(image, dim=-1), F.normalize(text, dim=-1), torch.tensor(SCALE), torch.tensor(BIAS)]
+    return [x.to(device).requires_grad_() for x in inputs]
 
 
-def once(way: str, given: list[Tensor]) -> float:
-    """Seconds of a forward and a backward pass."""
-    for x in given:
+def time_pass(name: str, inputs: list[Tensor]) -> float:
+    """Return the seconds of a forward and a backward pass."""
+    for x in inputs:
         x.grad = None
-    if given[0].is_cuda:
+    if inputs[0].is_cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    WAYS[way](*given).backward()
-    if given[0].is_cuda:
+    LOSSES[name](*inputs).backward()
+    if inputs[0].is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def peak(way: str, n: int, d: int, device: str) -> float:
-    """MB at the peak of one pass beyond those before it; in a process of its own."""
-    once(way, inputs(64, d, device))
-    given = inputs(n, d, device)
+def measure_peak(name: str, n: int, dim: int, device: str) -> float:
+    """Return the peak memory of one pass in MB, beyond the inputs. Call it in a new process."""
+    time_pass(name, make_inputs(64, dim, device))  # load the libraries
+    inputs = make_inputs(n, dim, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        once(way, given)
+        time_pass(name, inputs)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    before = peak_from_here()
-    once(way, given)
-    return memory("VmHWM") - before
+    before = reset_peak_memory()
+    time_pass(name, inputs)
+    return memory_mb("VmHWM") - before
+
+
+def peak_in_new_process(name: str, n: int, dim: int, device: str) -> float:
+    options = ["--peak", name, "--sizes", str(n), "--dim", str(dim), "--device", device]
+    process = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True, check=True)
+    return float(process.stdout.split()[-1])
+
+
+def print_rows(n: int, dim: int, repeats: int, device: str) -> None:
+    """Print the rows of the table for N images against N texts."""
+    inputs = make_inputs(n, dim, device)
+    seconds: dict[str, list[float]] = {name: [] for name in LOSSES}
+    for repeat in range(repeats + 1):
+        for name in LOSSES:
+            elapsed = time_pass(name, inputs)
+            if repeat:  # the first one warms up
+                seconds[name].append(elapsed)
+    peaks = {name: peak_in_new_process(name, n, dim, device) for name in LOSSES}
+    gradients = 2 * n * dim * 4 / 1e6
+    for name, baseline in BASELINES.items():
+        own = seconds[name]
+        ratio = statistics.median(a / b for a, b in zip(own, seconds[baseline], strict=True))
+        working, baseline_working = peaks[name] - gradients, peaks[baseline] - gradients
+        cells = [
+            f"{n:,}",
+            name,
+            f"{statistics.median(own):.2f} ({min(own):.2f} to {max(own):.2f})",
+            f"{ratio:.2f}x",
+            f"{peaks[name]:,.0f}",
+            f"{working:,.0f}",
+            f"1/{baseline_working / max(working, 1):.0f}",
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[4096, 16384])
+    parser.add_argument("--dim", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    with onednn_matmul():
+        if args.peak:
+            print(measure_peak(args.peak, args.sizes[0], args.dim, args.device))
+            return
+        print("| N | loss | seconds, median (minimum to maximum) | ratio | peak MB | working MB | ratio |")
+        print("|---|---|---|---|---|---|---|")
+        for n in args.sizes:
+            print_rows(n, args.dim, args.repeats, args.device)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", type=int, default=[4096, 16384])
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    with onednn_matmul():
-        if given.peak:
-            print(peak(given.peak, given.sizes[0], given.width, given.device))
-            sys.exit()
-        print(
-            "| N | loss | seconds, median (least to most) | against open_clip | MB at the peak | working MB | against |"
-        )
-        print("|---|---|---|---|---|---|---|")
-        for n in given.sizes:
-            made = inputs(n, given.width, given.device)
-            seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-            for turn in range(given.turns + 1):
-                for way in WAYS:
-                    took = once(way, made)
-                    if turn:
-                        seconds[way].append(took)
-            memory = {}
-            for way in WAYS:
-                command = [sys.executable, __file__, "--peak", way, "--sizes", str(n), "--width", str(given.width)]
-                out = subprocess.run([*command, "--device", given.device], capture_output=True, text=True, check=True)
-                memory[way] = float(out.stdout.split()[-1])
-            gradients = 2 * n * given.width * 4 / 1e6
-            for way, other in zip(WAYS, [w for w in WAYS if "open" in w for _ in "12"], strict=True):
-                took, theirs = seconds[way], seconds[other]
-                ratio = statistics.median(a / b for a, b in zip(took, theirs, strict=True))
-                working, their_working = memory[way] - gradients, memory[other] - gradients
-                shown = f"{statistics.median(took):.2f} ({min(took):.2f} to {max(took):.2f})"
-                cells = [f"{n:,}", way, shown, f"{ratio:.2f}x", f"{memory[way]:,.0f}", f"{working:,.0f}"]
-                print("| " + " | ".join([*cells, f"1/{their_working / max(working, 1):.0f}"]) + " |", flush=True)
+    main()

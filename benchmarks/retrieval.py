@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llm2clip.evaluate.ranks import two_way_ranks
 from llm2clip.evaluate.recall import KS, recall
-from shared import memory, peak_from_here
+from shared import memory_mb, reset_peak_memory
 
 
 def random_embeddings(num_images: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,10 +67,10 @@ def measure(method: str, num_images: int, dim: int) -> str:
     compute(*random_embeddings(64, dim, torch.float32))  # warm-up
     dtype = torch.float16 if method == "large" else torch.float32
     images, texts, owner = random_embeddings(num_images, dim, dtype)
-    memory_before, start = peak_from_here(), time.perf_counter()
+    memory_before, start = reset_peak_memory(), time.perf_counter()
     recalls = compute(images, texts, owner)
     seconds = time.perf_counter() - start
-    return json.dumps([seconds, memory("VmHWM") - memory_before, recalls])
+    return json.dumps([seconds, memory_mb("VmHWM") - memory_before, recalls])
 
 
 def measure_in_processes(method: str, num_images: int, dim: int, repeats: int) -> tuple[float, float, list[float]]:

@@ -1,4 +1,4 @@
-"""What several benchmarks need: the memory of this process, rows in files, and the command with a log."""
+"""Helpers of several benchmarks: memory of this process, files of JSON lines, and running the command line."""
 
 from __future__ import annotations
 
@@ -6,44 +6,43 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm2clip.io_utils import atomic_write_jsonl
 
-def memory(name: str) -> float:
-    """MB of this process: VmRSS, what it has now; VmHWM, the most that it had."""
+
+def memory_mb(name: str) -> float:
+    """Return the memory of this process in MB: VmRSS is the current memory, VmHWM the peak."""
     with open("/proc/self/status") as file:
         return next(float(line.split()[1]) for line in file if line.startswith(name)) / 1e3
 
 
-def peak_from_here() -> float:
-    """Begin the peak anew; MB that are held now."""
+def reset_peak_memory() -> float:
+    """Reset the peak memory of this process, and return its current memory in MB."""
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
-    return memory("VmRSS")
+    return memory_mb("VmRSS")
 
 
-def lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file of JSON lines."""
-    with file.open(encoding="utf-8") as rows:
-        yield from map(json.loads, rows)
+def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a JSONL file."""
+    with file.open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
 
 
-def write(file: Path, rows: Iterator[dict[str, Any]]) -> Path:
-    """The rows as JSON lines, unless they are there."""
+def write_rows_once(file: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    """Write rows to a JSONL file unless it exists. Return the file."""
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        part.replace(file)
+        atomic_write_jsonl(file, rows)
     return file
 
 
-def run(command: Sequence[str], log: Path) -> None:
-    """`llm2clip` with a command, its output in a file."""
+def run_llm2clip(command: Sequence[str], log: Path) -> None:
+    """Run `llm2clip` with its output appended to a log file; exit with a message if it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as out:
-        done = subprocess.run([sys.executable, "-m", "llm2clip", *command], stdout=out, stderr=out)
-    if done.returncode:
+    with log.open("a") as output:
+        process = subprocess.run([sys.executable, "-m", "llm2clip", *command], stdout=output, stderr=output)
+    if process.returncode:
         raise SystemExit(f"failed, see {log}: llm2clip {shlex.join(command)}")

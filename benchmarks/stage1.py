@@ -1,16 +1,18 @@
-"""What each part of stage 1 is worth: one table of CRA, a row a command, on a folder of public caption sets.
+"""Ablations of stage 1: caption retrieval accuracy (CRA) of caption encoders, one row per encoder.
 
     python benchmarks/stage1.py DATA --out runs/stage1 [--steps 100] [--only cc cc-causal ...]
 
-DATA holds flickr30k_text, coco_text, flickr8k_text and stanford_paragraphs_text, one captions.jsonl each. Every row is
-tuned on Flickr30k's training split with the same number of steps, and judged on: COCO, the 5,000 images of Karpathy's
-test split; paragraphs, the first against the last sentences of a paragraph, 1,000 of the test split; Chinese, a Chinese
-caption against the English one of the same image, Flickr8k's 1,000 test images. General text pairs (TC) are WordNet's
-glosses and Debian's package descriptions: `apt-get install wordnet-base`, and apt's lists. A row that is done is not
-done again.
+DATA contains flickr30k_text, coco_text, flickr8k_text and stanford_paragraphs_text, each with a captions.jsonl. Every
+tuned row is tuned on Flickr30k's training split for the same number of steps. The test sets are:
 
-The paragraphs that cc-long is tuned on are of Visual Genome's images, some of which are COCO's, too: its figure on COCO
-is not free of that.
+- COCO: the 5,000 images of Karpathy's test split.
+- paragraphs: the first against the last sentences of 1,000 paragraphs of the test split.
+- Chinese: a Chinese against an English caption of each of Flickr8k's 1,000 test images.
+
+General text pairs (TC) are WordNet's glosses and Debian's package descriptions: install wordnet-base, and fill apt's
+lists. Results are cached in OUT; the table is OUT/STEPS-steps/table.md.
+
+The paragraphs that `cc-long` is tuned on describe images of Visual Genome, some of which are also in COCO's test split.
 """
 
 from __future__ import annotations
@@ -21,134 +23,165 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from llm2clip.tools.reproduce.datasets import WORDNET, glosses
-from shared import lines, run, write
+from shared import read_rows, run_llm2clip, write_rows_once
 
-BASE = [
+BASE_SETTINGS = [
     *("--encoder.path", "smollm2-135m", "--encoder.layers", "12", "--tune.lora_r", "0", "--tune.lr", "4e-4"),
     *("--tune.batch_size", "128", "--tune.hard_negative_group_size", "32", "--tune.warmup_ratio", "0.05"),
 ]
 LORA = ["--tune.lora_r", "16", "--tune.lr", "1e-3"]
-# name: (settings that differ from the base, sources: captions, long captions too, pairs)
-TUNED: dict[str, tuple[list[str], str]] = {
-    "cc": ([], "captions"),
-    "cc-causal": (["--encoder.bidirectional", "false"], "captions"),
-    "cc-template": (["--encoder.template", "<|im_start|>user\n{caption}<|im_end|>"], "captions"),
-    "cc-6-layers": (["--encoder.layers", "6"], "captions"),
-    "cc-30-layers": (["--encoder.layers", "30"], "captions"),
-    "cc-random": (["--tune.hard_negative_group_size", "1"], "captions"),
-    "cc-lora": (LORA, "captions"),
-    "cc-asymmetric": (["--tune.symmetric", "false"], "captions"),
-    "cc-matryoshka": (["--tune.matryoshka_dims", "[256,128,64]"], "captions"),
-    "mntp-cc": (["--tune.mntp_steps", "50"], "captions"),
-    "tc": ([], "pairs"),
-    "tc-cc": ([], "captions pairs"),
-    "cc-long": ([], "captions long"),
-    "gemma-cc": (["--encoder.path", "gemma3-270m", "--encoder.layers", "18", *LORA], "captions"),
+
+
+@dataclass
+class TunedRow:
+    """A tuned encoder: settings that differ from the base, and the data."""
+
+    settings: list[str] = field(default_factory=list)
+    captions: bool = True
+    paragraphs: bool = False
+    text_pairs: bool = False
+
+
+TUNED_ROWS = {
+    "cc": TunedRow(),
+    "cc-causal": TunedRow(["--encoder.bidirectional", "false"]),
+    "cc-template": TunedRow(["--encoder.template", "<|im_start|>user\n{caption}<|im_end|>"]),
+    "cc-6-layers": TunedRow(["--encoder.layers", "6"]),
+    "cc-30-layers": TunedRow(["--encoder.layers", "30"]),
+    "cc-random": TunedRow(["--tune.hard_negative_group_size", "1"]),
+    "cc-lora": TunedRow(LORA),
+    "cc-asymmetric": TunedRow(["--tune.symmetric", "false"]),
+    "cc-matryoshka": TunedRow(["--tune.matryoshka_dims", "[256,128,64]"]),
+    "tc": TunedRow(captions=False, text_pairs=True),
+    "tc-cc": TunedRow(text_pairs=True),
+    "cc-long": TunedRow(paragraphs=True),
+    "gemma-cc": TunedRow(["--encoder.path", "gemma3-270m", "--encoder.layers", "18", *LORA]),
 }
-# name: settings of the encoder
-MEASURED: dict[str, list[str]] = {
+UNTUNED_ROWS = {  # name: settings of the encoder
     "minilm": ["--encoder.path", "all-minilm-l6-v2"],
     "raw-causal": ["--encoder.path", "smollm2-135m", "--encoder.bidirectional", "false"],
     "raw": ["--encoder.path", "smollm2-135m"],
     "gemma-raw": ["--encoder.path", "gemma3-270m"],
     "raw-12-layers": ["--encoder.path", "smollm2-135m", "--encoder.layers", "12"],
 }
-CUT = {"cc": (256, 128, 64), "cc-matryoshka": (256, 128, 64)}  # the same vectors, cut
+TRUNCATED_DIMS = {"cc": (256, 128, 64), "cc-matryoshka": (256, 128, 64)}  # also tested at these sizes, on COCO
 
 
-def halves(paragraphs: Path, split: str) -> Iterator[dict[str, Any]]:
-    """The first and the last sentences of each paragraph of a split; to train on, the first one and the whole too."""
-    for row in lines(paragraphs):
-        text = row["long_captions"][0]
-        sentences = re.split(r"(?<=[.!?])\s+", text.strip())
-        if len(sentences) > 1 and row["split"] == split:
+class Ablations:
+    """The data, the encoders and the results of a run."""
+
+    def __init__(self, data: Path, out: Path, steps: int) -> None:
+        self.data, self.out, self.steps = data, out / f"{steps}-steps", steps
+        test_paragraphs = islice(self._split_paragraphs("test"), 1000)
+        self.tests = {
+            "COCO": f"{data / 'coco_text/captions.jsonl'}@karpathy_test",
+            "paragraphs": str(write_rows_once(self.out / "halves.jsonl", test_paragraphs)),
+            "Chinese": str(write_rows_once(self.out / "chinese.jsonl", self._chinese_pairs())),
+        }
+
+    def measure_row(self, name: str) -> list[list[str]]:
+        """Tune and test an encoder. Return its row of the table, and one for each truncated size."""
+        if name in UNTUNED_ROWS:
+            encoder, tune_command = UNTUNED_ROWS[name], None
+        else:
+            tune_command = self._tune_command(name)
+            encoder_dir = self.out / name / "encoder"
+            if not encoder_dir.exists():
+                run_llm2clip(tune_command, self.out / f"{name}.log")
+            encoder = ["--encoder.path", str(encoder_dir)]
+        command = tune_command or ["evaluate", "--captions", self.tests["COCO"], *encoder]
+        accuracies = [f"{self._accuracy(name, test, encoder):.1f}" for test in self.tests]
+        written = shlex.join(command).replace("\n", "\\n").replace("|", "\\|")
+        rows = [[name, *accuracies, f"`llm2clip {written}`"]]
+        for dim in TRUNCATED_DIMS.get(name, ()):
+            accuracy = self._accuracy(name, "COCO", [*encoder, "--encoder.truncate_dim", str(dim)], str(dim))
+            rows.append([f"{name}, {dim} dimensions", f"{accuracy:.1f}", "–", "–", "same"])
+        return rows
+
+    def _accuracy(self, name: str, test: str, encoder: list[str], dim: str = "full") -> float:
+        """Return the CRA of an encoder on a test set, in percent."""
+        folder = self.out / "results" / f"{name}-{dim}-{test}"
+        if not (folder / "results.json").exists():
+            command = ["evaluate", "--captions", self.tests[test], "--out", str(folder), *encoder]
+            run_llm2clip(command, self.out / f"{name}.log")
+        return float(json.loads((folder / "results.json").read_text())["caption retrieval"]["CRA"])
+
+    def _tune_command(self, name: str) -> list[str]:
+        row = TUNED_ROWS[name]
+        sources, text_pairs = [], []
+        if row.captions:
+            sources.append(f"{self.data / 'flickr30k_text/captions.jsonl'}@train")
+        if row.paragraphs:
+            sources.append(str(write_rows_once(self.out / "paragraphs.jsonl", self._split_paragraphs("val"))))
+        if row.text_pairs:
+            text_pairs.append(str(write_rows_once(self.out / "pairs.jsonl", general_text_pairs())))
+        excluded = [f"{self.data / 'flickr8k/captions.jsonl'}@val", str(self.data / "flickr8k_text/captions.jsonl")]
+        command = ["tune", *sources, "--out", str(self.out / name), *BASE_SETTINGS, "--tune.steps", str(self.steps)]
+        command += ["--tune.exclude", json.dumps(excluded)]
+        if text_pairs:
+            command += ["--tune.text_pairs", json.dumps(text_pairs)]
+        if len(sources) + len(text_pairs) > 1:
+            command += ["--tune.source_weights", "[1,1]"]
+        return command + row.settings
+
+    def _split_paragraphs(self, split: str) -> Iterator[dict[str, Any]]:
+        """Yield the first and the last sentences of each paragraph; for tuning, also one sentence and the paragraph."""
+        for row in read_rows(self.data / "stanford_paragraphs_text/captions.jsonl"):
+            paragraph = row["long_captions"][0]
+            sentences = re.split(r"(?<=[.!?])\s+", paragraph.strip())
+            if len(sentences) < 2 or row["split"] != split:
+                continue
             middle = len(sentences) // 2
             first, last = " ".join(sentences[:middle]), " ".join(sentences[middle:])
-            more = {"captions": sentences[:1], "long_captions": [first, last, text]} if split != "test" else {}
-            yield {"id": row["id"], "captions": [first, last], **more}
+            captions: dict[str, Any] = {"captions": [first, last]}
+            if split != "test":
+                captions = {"captions": sentences[:1], "long_captions": [first, last, paragraph]}
+            yield {"id": row["id"], **captions}
+
+    def _chinese_pairs(self) -> Iterator[dict[str, Any]]:
+        for row in read_rows(self.data / "flickr8k_text/captions.jsonl"):
+            if row.get("captions_zh"):
+                yield {"id": row["id"], "captions": [row["captions_zh"][0], row["captions"][0]]}
 
 
-def general_pairs() -> Iterator[dict[str, Any]]:
-    """A word's definition for the sentence that uses it or for the word; a package's title for its description."""
+def general_text_pairs() -> Iterator[dict[str, Any]]:
+    """Yield WordNet's words or example sentences with their definitions, and package titles with their descriptions."""
     for pair in glosses(WORDNET):
         yield {"query": pair.anchor, "positive": pair.positive, "instruction": pair.instruction}
-    listed = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=True).stdout
-    for entry in listed.split("\n\n"):
-        found = re.search(r"^Description(?:-en)?: (.+)\n((?: .+\n?)+)", entry, re.MULTILINE)
-        if found:
-            body = " ".join(line.strip() for line in found[2].splitlines() if line.strip() not in ("", "."))
-            yield {
-                "query": found[1], "positive": body[:600], "instruction": "Given a title, find the description:",
-            }  # fmt: skip
+    packages = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=True).stdout
+    for package in packages.split("\n\n"):
+        match = re.search(r"^Description(?:-en)?: (.+)\n((?: .+\n?)+)", package, re.MULTILINE)
+        if match:
+            title, text = match[1], match[2]
+            description = " ".join(line.strip() for line in text.splitlines() if line.strip() not in ("", "."))
+            instruction = "Given a title, find the description:"
+            yield {"query": title, "positive": description[:600], "instruction": instruction}
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--only", nargs="+", choices=[*MEASURED, *TUNED])
-    given = parser.parse_args()
-    data, out = given.data, given.out / f"{given.steps}-steps"
+    parser.add_argument("--only", nargs="+", choices=[*UNTUNED_ROWS, *TUNED_ROWS])
+    args = parser.parse_args()
+    ablations = Ablations(args.data, args.out, args.steps)
+    table = [["caption encoder", *(f"CRA, {test}" for test in ablations.tests), "command"], ["---"] * 5]
+    for name in args.only or [*UNTUNED_ROWS, *TUNED_ROWS]:
+        rows = ablations.measure_row(name)
+        for row in rows:
+            print(" | ".join(row[:-1]), flush=True)
+        table += rows
+    file = ablations.out / "table.md"
+    file.write_text("".join(f"| {' | '.join(row)} |\n" for row in table))
+    print(f"\n{file}")
 
-    paragraphs = data / "stanford_paragraphs_text/captions.jsonl"
-    tests = {
-        "COCO": f"{data / 'coco_text/captions.jsonl'}@karpathy_test",
-        "paragraphs": str(write(out / "halves.jsonl", islice(halves(paragraphs, "test"), 1000))),
-        "Chinese": str(
-            write(
-                out / "chinese.jsonl",
-                (
-                    {"id": row["id"], "captions": [row["captions_zh"][0], row["captions"][0]]}
-                    for row in lines(data / "flickr8k_text/captions.jsonl")
-                    if row.get("captions_zh")
-                ),
-            )
-        ),
-    }
-    excluded = json.dumps([f"{data / 'flickr8k/captions.jsonl'}@val", str(data / "flickr8k_text/captions.jsonl")])
-    short = f"{data / 'flickr30k_text/captions.jsonl'}@train"
 
-    rows = []
-    for name in given.only or [*MEASURED, *TUNED]:
-        encoder, tuning = MEASURED.get(name), None
-        if encoder is None:
-            settings, kinds = TUNED[name]
-            sources = [short] if "captions" in kinds else []
-            if "long" in kinds:
-                sources.append(str(write(out / "paragraphs.jsonl", halves(paragraphs, "val"))))
-            pairs = []
-            if "pairs" in kinds:
-                pairs = ["--tune.text_pairs", json.dumps([str(write(out / "pairs.jsonl", general_pairs()))])]
-            if len(sources) + len(pairs) // 2 > 1:
-                pairs += ["--tune.source_weights", "[1,1]"]
-            folder = out / name
-            tuning = ["tune", *sources, "--out", str(folder), *BASE, "--tune.steps", str(given.steps),
-                      "--tune.exclude", excluded, *pairs, *settings]  # fmt: skip
-            if not (folder / "encoder").exists():
-                run(tuning, out / f"{name}.log")
-            encoder = ["--encoder.path", str(folder / "encoder")]
-        for width in (None, *CUT.get(name, ())):
-            shown = {"name": name if width is None else f"{name}, {width} wide"}
-            options = encoder if width is None else [*encoder, "--encoder.embed_dim", str(width)]
-            for test, source in tests.items():
-                if width is not None and test != "COCO":
-                    shown[test] = "–"
-                    continue
-                result = out / "results" / f"{name}-{width or 'whole'}-{test}"
-                if not (result / "results.json").exists():
-                    run(["evaluate", "--captions", source, "--out", str(result), *options], out / f"{name}.log")
-                figures = json.loads((result / "results.json").read_text())["captions"]
-                shown[test] = f"{figures['CRA']:.1f}"
-            command = ["evaluate", "--captions", tests["COCO"], *options] if tuning is None else tuning
-            written = shlex.join(command).replace("\n", "\\n").replace("|", "\\|")
-            rows.append([*shown.values(), f"`llm2clip {written}`" if width is None else "the same"])
-            print(" | ".join(rows[-1][:-1]), flush=True)
-    table = [["caption encoder", *(f"CRA, {test}" for test in tests), "command"], ["---"] * (len(tests) + 2), *rows]
-    (out / "table.md").write_text("".join(f"| {' | '.join(row)} |\n" for row in table))
-    print(f"\n{out / 'table.md'}")
+if __name__ == "__main__":
+    main()

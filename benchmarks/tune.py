@@ -1,8 +1,10 @@
-"""What a step of tune costs, side by side, with the same texts and the same loss: passes of a fixed size padded to
-their longest, passes of similar length, the same without padding; in fp32 and, where the device multiplies it, in bf16.
-Padded ones with plain attention and with PyTorch's fused one; packed ones have an attention of their own.
+"""Time of a step of tune with the same texts and the same loss, for several ways to batch the texts.
 
     python benchmarks/tune.py CAPTIONS [--encoder smollm2-135m] [--layers 12] [--pairs 64] [--steps 3]
+
+The texts of a step are encoded in batches of 32, padded to their longest text; in length buckets, padded; and in length
+buckets, packed without padding. Padded batches run with plain attention and with PyTorch's fused attention; packed ones
+have an attention function of their own. Everything runs in fp32 and, if the device multiplies it in hardware, in bf16.
 """
 
 from __future__ import annotations
@@ -13,9 +15,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llm2clip.cpu_tuning import keep_freed_memory
@@ -28,77 +33,100 @@ from llm2clip.models.precision import resolve_device_precision
 from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.train.pair_loss import PairCollator, PairLoss
 
-FIXED = 32  # texts in a pass, as trainers have it
+TEXTS_PER_BATCH = 32
 
 
-class FixedPasses(PairLoss):
-    """As usual: passes of so many texts in the order they come in, padded to the longest."""
+class FixedBatchLoss(PairLoss):
+    """Encodes a fixed number of texts per forward pass, in the order of the batch, padded to the longest text."""
 
-    def _passes(self, tokens: list[list[int]], unpooled: list[int]) -> Iterator[tuple[list[int], Callable[[], Any]]]:
-        for start in range(0, len(tokens), FIXED):
-            rows = list(range(start, min(start + FIXED, len(tokens))))
-
-            def run(rows: list[int] = rows) -> Any:
-                return self.model(self._encoder[0].collate([tokens[r] for r in rows], 0))["sentence_embedding"].float()
-
-            yield rows, run
+    def _passes(
+        self, tokens: list[list[int]], prompt_lengths: list[int]
+    ) -> Iterator[tuple[list[int], Callable[[], Tensor]]]:
+        for start in range(0, len(tokens), TEXTS_PER_BATCH):
+            rows = list(range(start, min(start + TEXTS_PER_BATCH, len(tokens))))
+            yield rows, partial(self._encode, [tokens[row] for row in rows], 0)
 
 
-if __name__ == "__main__":
+@dataclass
+class Method:
+    """A way to run a step, and its measurements."""
+
+    name: str
+    loss_class: type[PairLoss]
+    attention: str
+    precision: str
+    seconds: list[float] = field(default_factory=list)
+    loss: float = 0.0
+
+    def run_step(self, encoder: CaptionEncoder, batch: dict[str, Any]) -> float:
+        """Run forward and backward of a batch. Return the seconds."""
+        device = encoder.device
+        encoder.llm.set_attn_implementation(self.attention)
+        loss_function = self.loss_class(encoder, 0.05, default_batch_tokens(device))
+        start = time.perf_counter()
+        with sdpa_kernel(SDPBackend.MATH) if "plain" in self.name else nullcontext():
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                loss = loss_function([batch])
+            loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter() - start
+        encoder.zero_grad()
+        self.loss = loss.item()
+        return elapsed
+
+
+def make_methods(device: torch.device) -> list[Method]:
+    precisions = ["fp32", "bf16"] if resolve_device_precision("auto", device) == "bf16" else ["fp32"]
+    kinds = [
+        (f"batches of {TEXTS_PER_BATCH}, padded, fused attention", FixedBatchLoss, "sdpa"),
+        (f"batches of {TEXTS_PER_BATCH}, padded, plain attention", FixedBatchLoss, "sdpa"),
+        ("length buckets, padded, fused attention", PairLoss, "sdpa"),
+        ("length buckets, padded, plain attention", PairLoss, "sdpa"),
+        ("length buckets, packed (used by tune)", PairLoss, PACKED),
+    ]
+    return [
+        Method(f"{name}, {precision}", loss_class, attention, precision)
+        for precision in precisions
+        for name, loss_class, attention in kinds
+    ]
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("captions", help="source of records with short and long captions")
     parser.add_argument("--encoder", default="smollm2-135m")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--steps", type=int, default=3)
-    given = parser.parse_args()
+    args = parser.parse_args()
 
-    encoder = CaptionEncoder.from_pretrained(resolve_pretrained(given.encoder), layers=given.layers)
+    encoder = CaptionEncoder.from_pretrained(resolve_pretrained(args.encoder), layers=args.layers)
     encoder.llm.get_input_embeddings().requires_grad_(False)
     encoder.train()
-    device = encoder.device
-    keep_freed_memory(device)
-    images = [ImageCaptions(r.captions, r.long_captions) for r in open_records(given.captions, image_check="ignore")]
-    batches = list(pair_batches([images], [], given.pairs, given.steps + 1, seed=0))
+    keep_freed_memory(encoder.device)
+    images = [ImageCaptions(r.captions, r.long_captions) for r in open_records(args.captions, image_check="ignore")]
     collator = PairCollator(preprocess_fn=encoder.tokenize)
-    inputs = [collator([dataclasses.asdict(pair) for pair in batch]) for batch in batches]
-    lengths = [len(ids) for batch in inputs for ids in batch["tokens"]]
-    print(f"{2 * given.pairs} texts a step; tokens: median {statistics.median(lengths)}, longest {max(lengths)}")
-
-    budget = default_batch_tokens(device)
-    precisions = ["fp32"] + (["bf16"] if resolve_device_precision("auto", device) == "bf16" else [])
-    ways = [
-        (f"{kind}, {precision}", cls, attention, precision, "plain" in kind)
-        for precision in precisions
-        for kind, cls, attention in (
-            ("fixed passes, padded, fused attention", FixedPasses, "sdpa"),
-            ("fixed passes, padded, plain attention", FixedPasses, "sdpa"),
-            ("similar lengths, padded, fused attention", PairLoss, "sdpa"),
-            ("similar lengths, padded, plain attention", PairLoss, "sdpa"),
-            ("similar lengths, packed: what tune does", PairLoss, PACKED),
-        )
+    batches = [
+        collator([dataclasses.asdict(pair) for pair in pairs])
+        for pairs in pair_batches([images], [], args.pairs, args.steps + 1, seed=0)
     ]
-    times: dict[str, list[float]] = {name: [] for name, *_ in ways}
-    losses: dict[str, float] = {}
-    for step, batch in enumerate(inputs):  # turn by turn, so that whatever else the machine does meets all alike
-        for name, cls, attention, precision, plain in ways:
-            encoder.llm.set_attn_implementation(attention)
-            loss = cls(encoder, 0.05, budget)
-            start = time.perf_counter()
-            with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    value = loss([batch])
-                value.backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            encoder.zero_grad()
-            losses[name] = value.item()
-            if step:  # the first warms up
-                times[name].append(time.perf_counter() - start)
-    base = statistics.median(times[ways[0][0]])
-    print(
-        "| forward and backward | captions/s | against the first | loss of the last step |\n| --- | --- | --- | --- |"
-    )
-    for name, *_ in ways:
-        took = statistics.median(times[name])
-        print(f"| {name} | {2 * given.pairs / took:.1f} | {base / took:.2f}x | {losses[name]:.4f} |")
+    lengths = [len(ids) for batch in batches for ids in batch["tokens"]]
+    print(f"{2 * args.pairs} texts per step; tokens: median {statistics.median(lengths)}, maximum {max(lengths)}")
+
+    methods = make_methods(encoder.device)
+    for step, batch in enumerate(batches):
+        for method in methods:  # in turn, so that other load on the machine affects all alike
+            elapsed = method.run_step(encoder, batch)
+            if step:  # the first one warms up
+                method.seconds.append(elapsed)
+    base = statistics.median(methods[0].seconds)
+    print("| forward and backward | captions/s | ratio | loss of the last step |\n| --- | --- | --- | --- |")
+    for method in methods:
+        seconds = statistics.median(method.seconds)
+        rate = 2 * args.pairs / seconds
+        print(f"| {method.name} | {rate:.1f} | {base / seconds:.2f}x | {method.loss:.4f} |")
+
+
+if __name__ == "__main__":
+    main()
