@@ -17,9 +17,9 @@ from PIL import Image
 from sentence_transformers.base.modules import Dense
 
 from conftest import make_llm
-from llm2clip.cli import main
+from llm2clip.cli import export, main
 from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.export.formats import export_model
+from llm2clip.models.export.formats import FORMATS, export_model
 from llm2clip.models.export.model_card import render_model_card
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.vision_tower import VisionTower
@@ -307,6 +307,10 @@ def test_transformers_export_supports_short_max_length(tmp_path: Path) -> None:
     model = make_model(tmp_path, timm_tower())
     model.encoder.st.max_seq_length = 12
     export_model(model, "transformers", tmp_path / "out")
+
+
+def test_export_command_offers_all_formats() -> None:
+    assert list(FORMATS) == export.FORMATS  # the command does not import the formats, which takes seconds
 
 
 def test_export_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

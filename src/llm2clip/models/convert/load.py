@@ -65,6 +65,40 @@ def fill_weights(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
         ValueError: a tensor is missing, unexpected, of another shape, or differs from the buffer that the architecture
             determines.
     """
+    pairs, problems = _match_tensors(model, checkpoint)
+    if problems:
+        raise ValueError(
+            f"{checkpoint.source} does not fit the layout {checkpoint.layout.name!r}: {'; '.join(problems)}"
+        )
+    for parameter, tensor in pairs:
+        parameter.copy_(tensor)
+
+
+def attach_caption_encoder(model: LLM2CLIP, path: str | Path) -> None:
+    """Open a caption encoder and attach it to the model.
+
+    A published LLM gets the template that it was tuned with.
+
+    Raises:
+        ValueError: its embeddings do not have the size of the adapter's input.
+    """
+    encoder = CaptionEncoder.from_pretrained(path, template=_published_template(path), device=model.device)
+    expected = model.config.text_dim
+    if encoder.embed_dim != expected:
+        published = ", ".join(f"{name} ({size})" for size, name in PUBLISHED_ENCODERS.items())
+        raise ValueError(
+            f"{path} has embeddings of size {encoder.embed_dim}, but the adapter takes {expected}. Give the caption "
+            f"encoder that the adapter was trained with. Published ones: {published}"
+        )
+    model.set_encoder(encoder)
+
+
+def _match_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
+    """Pair the parameters of a model with the tensors of a checkpoint.
+
+    Returns:
+        Pairs of parameter and tensor, and a description of everything that does not fit.
+    """
     layout = checkpoint.layout
     unused = dict(checkpoint.tensors)
     pairs: list[tuple[Tensor, Tensor]] = []
@@ -91,35 +125,12 @@ def fill_weights(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
             mismatches.append(f"{name} {tuple(tensor.shape)} does not match the architecture")
 
     unexpected = {name: tensor for name, tensor in unused.items() if not layout.ignored.match(name)}
-    problems = list(mismatches)
-    if unexpected:
-        problems.insert(0, f"unexpected {describe_tensors(unexpected)}")
+    problems = []
     if missing:
-        problems.insert(0, f"missing {describe_tensors(missing)}")
-    if problems:
-        raise ValueError(f"{checkpoint.source} does not fit the layout {layout.name!r}: {'; '.join(problems)}")
-    for parameter, tensor in pairs:
-        parameter.copy_(tensor)
-
-
-def attach_caption_encoder(model: LLM2CLIP, path: str | Path) -> CaptionEncoder:
-    """Open a caption encoder and attach it to the model.
-
-    A published LLM gets the template that it was tuned with.
-
-    Raises:
-        ValueError: its embeddings do not have the size of the adapter's input.
-    """
-    encoder = CaptionEncoder.from_pretrained(path, template=_published_template(path), device=model.device)
-    expected = model.config.text_dim
-    if encoder.embed_dim != expected:
-        published = ", ".join(f"{name} ({size})" for size, name in PUBLISHED_ENCODERS.items())
-        raise ValueError(
-            f"{path} has embeddings of size {encoder.embed_dim}, but the adapter takes {expected}. Give the caption "
-            f"encoder that the adapter was trained with. Published ones: {published}"
-        )
-    model.set_encoder(encoder)
-    return encoder
+        problems.append(f"missing {describe_tensors(missing)}")
+    if unexpected:
+        problems.append(f"unexpected {describe_tensors(unexpected)}")
+    return pairs, problems + mismatches
 
 
 def _is_close(tensor: Tensor, expected: Tensor) -> bool:

@@ -142,7 +142,7 @@ def _export_config(model: LLM2CLIP, llm: Any) -> LLM2CLIPExportConfig:
 def _tower_config(tower: VisionTower) -> dict[str, Any]:
     library, architecture = tower.config["library"], tower.config["architecture"]
     is_timm = library == "timm"
-    # DINO's towers interpolate their position embeddings without being asked.
+    # DINO towers always interpolate their position embeddings; CLIP and SigLIP towers need a flag.
     needs_flag = not is_timm and architecture["model_type"] in ("clip_vision_model", "siglip_vision_model")
     return {
         "library": library,
