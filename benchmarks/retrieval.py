@@ -98,9 +98,8 @@ def main() -> None:
         return
     if args.large:
         seconds, megabytes, recalls = measure_in_processes("large", 100_000, args.dim, 1)
-        print(
-            f"100,000 images x 500,000 captions, {args.dim} dimensions: {seconds:,.0f} s, {megabytes:,.0f} MB; {recalls}"
-        )
+        print(f"100,000 images x 500,000 captions, {args.dim} dimensions")
+        print(f"{seconds:,.0f} s, {megabytes:,.0f} MB, recalls {recalls}")
         return
     names = {"clip_benchmark": "CLIP_benchmark", "llm2clip": "llm2clip"}
     results = {method: measure_in_processes(method, args.images, args.dim, args.repeats) for method in names}

@@ -86,21 +86,22 @@ def evaluate_models(
 
     if captions:
         records = read_merged_records(captions, columns, log, "unchecked")
-        text_encoder = _open_text_encoder(models[0] if models else None, encoder)
-        metrics = caption_retrieval_accuracy(
-            [record.captions for _, record in records], text_encoder, all_pairs=all_pairs, num_mistakes=num_mistakes
+        results["caption retrieval"] = caption_retrieval_accuracy(
+            [record.captions for _, record in records],
+            _open_text_encoder(models[0] if models else None, encoder),
+            all_pairs=all_pairs,
+            num_mistakes=num_mistakes,
         )
-        results["caption retrieval"] = metrics
-        blocks = caption_retrieval_blocks(title_name, metrics)
+        blocks = caption_retrieval_blocks(title_name, results["caption retrieval"])
         print_once(to_markdown("Caption retrieval", blocks))
         report += blocks
         _write_results(out, results)
 
     if data or benchmarks:
         user_data = [_user_benchmark(data, config, columns, log)] if data else []
-        found, failures = _find_benchmarks([*user_data, *get_benchmarks(benchmarks)], root)
-        runner = BenchmarkRunner(found, out=out, log=log, max_skipped=max_skipped, linear_probe=linear_probe)
-        for n, name in enumerate(display_names(models) if found else []):
+        available, failures = _find_benchmarks([*user_data, *get_benchmarks(benchmarks)], root)
+        runner = BenchmarkRunner(available, out=out, log=log, max_skipped=max_skipped, linear_probe=linear_probe)
+        for n, name in enumerate(display_names(models) if available else []):
             runner.run(models[n], name, is_baseline=n > 0)
             results["results"] = runner.summaries()
             _write_results(out, results)  # after each model, so that an interruption does not lose it
@@ -248,13 +249,13 @@ def _user_benchmark(data: Sequence[str], config: EvaluateConfig, columns: dict[s
 
 def _find_benchmarks(benchmarks: Sequence[Benchmark], root: Path) -> tuple[list[tuple[Benchmark, Path]], list[str]]:
     """Return the benchmarks that exist with their folders, and a line for each that is missing."""
-    found, failures = [], []
+    available, failures = [], []
     for benchmark in benchmarks:
         try:
-            found.append((benchmark, benchmark.find(root)))
+            available.append((benchmark, benchmark.find(root)))
         except MissingFileError as error:
             failures.append(_failure(benchmark.name, benchmark, error))
-    return found, failures
+    return available, failures
 
 
 def _failure(name: str, benchmark: Benchmark, error: Exception) -> str:

@@ -14,7 +14,7 @@ from llm2clip.io_utils import DataFormatError, MissingFileError
 T = TypeVar("T")
 
 CaptionFields = Mapping[str, Sequence[Record]]
-"""Name of a caption field (captions, captions_zh, ...) to the records that have it."""
+"""Name of a caption field (captions, captions_zh, ...) to the records that have it, with its texts as `captions`."""
 
 
 @dataclass(frozen=True)

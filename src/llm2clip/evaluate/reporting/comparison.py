@@ -146,11 +146,11 @@ def error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[Block]:
     blocks.append(Plot(matrix, f"Cosine similarities of {name}: matching pairs are on the diagonal."))
     if first.examples:
         text = (
-            f"Captions evenly spaced over the data, and the images that {name} retrieves; the caption's own image is "
+            f"Captions evenly spaced over the data, with the images that {name} retrieves. The correct one is marked."
         )
-        blocks += [Heading("Examples", 3), Paragraph(f"{text}marked as right."), *first.examples]
+        blocks += [Heading("Examples", 3), Paragraph(text), *first.examples]
     if first.failures:
-        text = "Captions whose own image has the worst rank."
+        text = "Captions whose correct image has the worst rank."
         blocks += [Heading("Worst failures", 3), Paragraph(text), *first.failures]
     return blocks
 

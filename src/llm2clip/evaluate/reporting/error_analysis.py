@@ -131,17 +131,17 @@ def worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
 
 
 def retrieved_images(ranks: RetrievalRanks, text: int) -> ResultImages:
-    """Return the top images of a caption, followed by its own image if that is not among them."""
-    own_image, own_rank = int(ranks.image_of_text[text]), int(ranks.text_ranks[text])
+    """Return the top images of a caption, followed by the correct image if it is not among them."""
+    correct_image, correct_rank = int(ranks.image_of_text[text]), int(ranks.text_ranks[text])
     scores = ranks.images @ ranks.texts[text]
     top_images = scores.topk(min(TOP_IMAGES, len(scores))).indices.tolist()
     positions = list(enumerate(top_images, 1))
-    if own_image not in top_images:
-        positions.append((own_rank + 1, own_image))
+    if correct_image not in top_images:
+        positions.append((correct_rank + 1, correct_image))
     images = []
     for position, image in positions:
         ref = ranks.records[image].image
         assert ref is not None  # records without an image are not ranked
         caption = f"{position}. cosine {float(scores[image]):.2f}"
-        images.append(ResultImage(load_thumbnail(ref, THUMBNAIL_SIDE), image == own_image, caption))
+        images.append(ResultImage(load_thumbnail(ref, THUMBNAIL_SIDE), image == correct_image, caption))
     return ResultImages(ranks.captions[text], images)
