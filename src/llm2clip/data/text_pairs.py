@@ -57,7 +57,7 @@ def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
                 columns = {}  # a JSON object without these keys
             pair = _to_pair(fields, columns)
             if pair.anchor == pair.positive or not pair.anchor or not pair.positive:
-                log.skip(row_file, number, "no pair of two texts", f"{pair.anchor[:80]!r}, {pair.positive[:80]!r}")
+                log.skip(row_file, number, "missing or equal texts", f"{pair.anchor[:80]!r}, {pair.positive[:80]!r}")
                 if log.rows_seen >= EARLY_CHECK_ROWS:
                     log.check()
                 continue

@@ -153,7 +153,7 @@ class _Sample:
 
     def to_row(self, path: str, file: BinaryIO) -> dict[str, Any] | BadRow:
         if self.duplicate:
-            return BadRow("name twice in a tar", self.duplicate)
+            return BadRow("duplicate name in a tar", self.duplicate)
         fields: dict[str, Any] = {}
         for suffix in ("json", "txt"):
             member = self.members.get(suffix)
