@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from llm2clip.data.image_refs import FileImage, is_inside
 from llm2clip.data.merged_records import read_merged_records
+from llm2clip.data.raw_rows import BadRow
+from llm2clip.data.readers.text import read_json_rows
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.io_utils import read_json
 from llm2clip.llava.chat_template import Conversation, clean_text
 from llm2clip.llava.pope import Sampling, make_questions
 
@@ -90,8 +90,11 @@ def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> lis
     file = Path(file)
     root = Path(images) if images is not None else file.parent
     conversations = []
-    for number, row in _read_rows(file):
+    for _, number, row in read_json_rows(str(file)):
         log.count_row()
+        if isinstance(row, BadRow):
+            log.skip(str(file), number, "no conversation", row.value)
+            continue
         try:
             conversations.append(_parse_conversation(row, root, str(number)))
         except FileNotFoundError as error:
@@ -136,33 +139,13 @@ def instruction_conversations(records: Iterable[Record], seed: int = 0) -> list[
     return conversations
 
 
-def _read_rows(file: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (number from 1, row); the row is a ValueError if its line is not JSON."""
-    if file.suffix == ".jsonl":
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    yield number, json.loads(line)
-                except ValueError as error:
-                    yield number, error
-        return
-    rows = read_json(file)
-    if not isinstance(rows, list):
-        raise ValueError(f"{file} must hold a JSON list of conversations")
-    yield from enumerate(rows, 1)
-
-
-def _parse_conversation(row: Any, root: Path, number: str) -> Conversation:
+def _parse_conversation(row: dict[str, Any], root: Path, number: str) -> Conversation:
     """Convert a row in LLaVA's format.
 
     Raises:
         FileNotFoundError: its image file is missing.
         AttributeError, KeyError, TypeError, ValueError: the row is invalid.
     """
-    if isinstance(row, ValueError):
-        raise row
     messages = row["conversations"]
     if messages and messages[0]["from"] != "human":
         messages = messages[1:]  # LLaVA's code drops a first message that is not from the user

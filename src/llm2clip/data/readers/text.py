@@ -16,6 +16,11 @@ from llm2clip.data.raw_rows import BadRow, RawRow
 FLICKR8K_IMAGE_FOLDERS = ("images", "Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images")
 
 
+def read_json_rows(path: str) -> Iterator[RawRow]:
+    """Yield the objects of a .json, .jsonl or .jsonl.gz file, see `read_json_list` and `read_json_lines`."""
+    return read_json_list(path) if path.endswith(".json") else read_json_lines(path)
+
+
 def read_json_lines(path: str) -> Iterator[RawRow]:
     """Yield the objects of a .jsonl or .jsonl.gz file. A line that is not valid UTF-8 costs only one row."""
     number = 0
