@@ -56,12 +56,12 @@ ERRORS = {
         "fit {tmp}/one.jsonl --out {tmp}/run --encoder.path {llm} --align.batch_size 4", "--tune.steps 0",
     ),
     # models
-    "missing model": ("evaluate {tmp}/nomodel {data}", "nomodel", "neither a folder here nor"),
+    "missing model": ("evaluate {tmp}/nomodel {data}", "nomodel", "neither a folder nor"),
     "missing tower": (
-        ALIGN.replace("{tower}", "./towr") + " --align.batch_size 4", "./towr", "neither a folder here nor",
+        ALIGN.replace("{tower}", "./towr") + " --align.batch_size 4", "./towr", "neither a folder nor",
     ),
     "llm2clip model as tower": (
-        ALIGN.replace("{tower}", "{model}") + " --align.batch_size 4", "model folder of ours", "--to vision",
+        ALIGN.replace("{tower}", "{model}") + " --align.batch_size 4", "is an llm2clip model", "--to vision",
     ),
     "LLM folder as model": ("evaluate {llm} {data}", "not 'llm2clip'"),
     "template without {caption}": (
@@ -97,7 +97,7 @@ ERRORS = {
     "invalid date": ("search {tmp}/noindex dog --after yesterday", "yesterday"),
     "serve without index and model": ("serve", "--index", "--model"),
     # exports, plans, llava
-    "export to an existing folder": ("export {model} --to vision --out {tmp}", "there already", "another"),
+    "export to an existing folder": ("export {model} --to vision --out {tmp}", "exists", "another"),
     "unknown export format": ("export {model} --to tflite --out {tmp}/x", "tflite", "onnx"),
     "unknown device": ("plan --images 10 --device gtx1080", "gtx1080", "h100", "--tflops"),
     "MFU above 1": ("plan --images 10 --device h100 --mfu 40", "--mfu", "at most 1"),

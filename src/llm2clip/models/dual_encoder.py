@@ -1,4 +1,4 @@
-"""One interface for all models with an image and a text encoder: our own and those they are compared with.
+"""One interface for all models with an image and a text encoder: llm2clip models and those they are compared with.
 
 Models are opened by name:
 
@@ -41,11 +41,12 @@ class DualEncoder:
         embed_dim: dimension of the embeddings.
         identity: function that returns everything that changes an embedding, except the precision of the text encoder.
         transform: function from a decoded image, uint8 (3, H, W), to an input of the image encoder; can be pickled.
-        encode_images_raw: function from a list of such inputs to embeddings (N, embed_dim), of any dtype and device and
-            not normalised. `encode_images` is the function to call.
-        encode_texts_raw: function from texts and whether to show a progress bar to embeddings (N, embed_dim), as above.
-        count_truncated: function from texts to the number of those that are too long for the text encoder and are
-            truncated; returns None if unknown.
+        encode_images_raw: function from a list of such inputs to embeddings (N, embed_dim), which may have any dtype and
+            device and need not be normalised. Callers use `encode_images`.
+        encode_texts_raw: function with the arguments `texts` and `progress` (show a progress bar) that returns
+            embeddings in the same way. Callers use `encode_texts`.
+        count_truncated: function from texts to the number that are too long for the text encoder and are truncated, or
+            None if that is unknown.
     """
 
     name: str
@@ -74,7 +75,7 @@ def open_dual_encoder(name: str, device: torch.device | str | None = None, preci
     Args:
         name: name of the model.
         device: default: a GPU if there is one.
-        precision: precision of our caption encoders, as in `CaptionEncoder.encode`; `auto` is the fastest that keeps
+        precision: precision of llm2clip's caption encoders, as in `CaptionEncoder.encode`; `auto` is the fastest that keeps
             the embeddings (see `models/precision_calibration.py`). Other models encode in fp32.
 
     Raises:

@@ -1,7 +1,8 @@
-"""Loading of pretrained models without the progress bars of transformers."""
+"""Loading of pretrained models without the progress bars and reports of transformers."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,16 +14,32 @@ def hide_loading_bars() -> Iterator[None]:
     Bars of downloads from the hub stay visible. The previous settings are restored at the end.
     """
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    bars_enabled, downloads_hidden = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
-    logging.disable_progress_bar()  # also hides downloads
+    bars_enabled, downloads_hidden = transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # also hides downloads
     if not downloads_hidden:
         enable_progress_bars()
     try:
         yield
     finally:
         if bars_enabled:
-            logging.enable_progress_bar()  # also shows downloads
+            transformers_logging.enable_progress_bar()  # also shows downloads
             if downloads_hidden:
                 disable_progress_bars()
+
+
+@contextmanager
+def hide_load_report() -> Iterator[None]:
+    """Hide transformers' report of missing and unexpected weights; also works as a decorator.
+
+    A checkpoint often has weights that are not used, such as the text model of a CLIP whose vision model is loaded.
+    For callers that raise an error if weights are missing.
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

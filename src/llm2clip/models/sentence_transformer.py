@@ -11,7 +11,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
 
 from llm2clip.models.llm_layers import set_bidirectional
-from llm2clip.models.loading import hide_loading_bars
+from llm2clip.models.loading import hide_load_report, hide_loading_bars
 from llm2clip.models.lora import is_lora_folder, load_lora
 
 
@@ -70,6 +70,7 @@ def _open_transformer(path: str) -> Transformer:
 class _StrictTransformer(Transformer):
     """Transformer that raises an error if weights are missing. transformers only warns, and leaves them random."""
 
+    @hide_load_report()
     def _load_model(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         loaded: Any = super()._load_model(model_name_or_path, *args, **kwargs, output_loading_info=True)
         model, report = loaded

@@ -23,6 +23,7 @@ from timm.models import get_pretrained_cfg, load_model_config_from_hf, split_mod
 from torch import nn
 
 from llm2clip.data.transforms import Preprocess
+from llm2clip.models.loading import hide_load_report
 from llm2clip.models.pretrained import resolve_pretrained
 
 log = logging.getLogger(__name__)
@@ -187,6 +188,7 @@ def _load_transformers(source: str, image_size: int | None, pretrained: bool) ->
     }
 
 
+@hide_load_report()
 def _build_transformers(config: Any, source: str | None = None) -> nn.Module:
     """Build the vision model of a transformers config, with the weights of `source`, or random ones if it is None."""
     from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
@@ -202,8 +204,9 @@ def _build_transformers(config: Any, source: str | None = None) -> nn.Module:
         model, report = (model_class or AutoModel).from_pretrained(
             source, config=config, dtype=torch.float32, output_loading_info=True
         )
-        if report["missing_keys"]:  # transformers only warns, and leaves these random
-            raise ValueError(f"{source} lacks the weights {sorted(report['missing_keys'])[:5]}")
+        missing = sorted(report["missing_keys"])
+        if missing:  # transformers only warns, and leaves them random
+            raise ValueError(f"{source} lacks {len(missing):,} weights, among them {missing[0]}")
     # Before about transformers 5.3, CLIP and SigLIP wrap the vision model once more. The names of the weights must not
     # depend on that.
     return cast(nn.Module, getattr(model, "vision_model", model))
