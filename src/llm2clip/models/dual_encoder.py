@@ -41,8 +41,8 @@ class DualEncoder:
         embed_dim: dimension of the embeddings.
         identity: function that returns everything that changes an embedding, except the precision of the text encoder.
         transform: function from a decoded image, uint8 (3, H, W), to an input of the image encoder; can be pickled.
-        encode_images_raw: function from a list of such inputs to embeddings (N, embed_dim), which may have any dtype and
-            device and need not be normalised. Callers use `encode_images`.
+        encode_images_raw: function from a list of such inputs to embeddings (N, embed_dim), which may have any dtype
+            and device and need not be normalised. Callers use `encode_images`.
         encode_texts_raw: function with the arguments `texts` and `progress` (show a progress bar) that returns
             embeddings in the same way. Callers use `encode_texts`.
         count_truncated: function from texts to the number that are too long for the text encoder and are truncated, or
@@ -75,7 +75,7 @@ def open_dual_encoder(name: str, device: torch.device | str | None = None, preci
     Args:
         name: name of the model.
         device: default: a GPU if there is one.
-        precision: precision of llm2clip's caption encoders, as in `CaptionEncoder.encode`; `auto` is the fastest that keeps
+        precision: precision of caption encoders, as in `CaptionEncoder.encode`; `auto` is the fastest that keeps
             the embeddings (see `models/precision_calibration.py`). Other models encode in fp32.
 
     Raises:
