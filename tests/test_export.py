@@ -234,6 +234,7 @@ def test_onnx_export_and_its_example_give_the_same_embeddings(tmp_path: Path, ph
         messages = export_model(model, "onnx", tmp_path / case / "out", int8=case == "clip")
         assert len(messages) == (4 if case == "clip" else 2)
         assert all("PyTorch's embeddings 1.0000" in line or "int8" in line for line in messages)
+        assert json.loads((tmp_path / case / "out/tokenizer.json").read_text())["padding"] is None
     examples = [example_code(tmp_path / case / "out" / "USE.md") for case in models]
     assert examples[0] == examples[1]
     results = run_without_llm2clip(

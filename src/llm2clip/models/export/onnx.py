@@ -104,12 +104,12 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     except ImportError as error:
         raise ImportError(f"exporting to ONNX requires `pip install llm2clip[onnx]` ({error})") from error
     exported, tokenizer = build_export_model(model), build_tokenizer(model.encoder)
+    tokenizer.save_pretrained(folder)  # before it is used: calling it with padding would save the padding, too
     messages = []
     for graph in (_vision_graph(exported, model), _text_graph(exported, tokenizer)):
         messages.append(_export_graph(graph, folder))
         if int8:
             messages.append(_quantize_graph(graph, folder))
-    tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(model.tower.preprocess.to_dict(), indent=1))
     usage = USAGE.format(pad_id=tokenizer.pad_token_id, max_length=tokenizer.model_max_length)
     (folder / "USE.md").write_text(usage)
