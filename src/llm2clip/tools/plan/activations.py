@@ -1,7 +1,7 @@
-"""What autograd keeps of a forward pass for the backward pass, counted in a pass over tensors without numbers.
+"""Bytes that autograd saves in a forward pass for the backward pass, counted with fake tensors.
 
-Fake tensors run the model's own code and say how large everything is. They pretend to be on a CPU, whose kernels for
-attention keep as little as a GPU's do; autocast lowers precision there as it would on a GPU.
+Fake tensors run the model's own code without allocating memory. They pretend to be on a CPU, whose attention kernels
+save as little as those of a GPU, and where autocast lowers the precision as on a GPU.
 """
 
 from __future__ import annotations
@@ -25,109 +25,117 @@ from llm2clip.train.optim import set_trainable
 
 
 class SavedTensorBytes:
-    """Bytes of what autograd keeps while this is open, each storage once, and weights not at all."""
+    """Counter of the bytes that autograd saves within `hooks`: each storage once, weights excluded."""
 
     def __init__(self, *modules: nn.Module) -> None:
-        self.apart = {p.untyped_storage()._cdata for m in modules for p in (*m.parameters(), *m.buffers())}
-        self.found: dict[int, int] = {}
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda x: x)
-
-    def _keep(self, x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage._cdata not in self.apart:
-            self.found[storage._cdata] = storage.nbytes()
-        return x
+        weights = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+        self._excluded = {tensor.untyped_storage()._cdata for tensor in weights}
+        self._sizes: dict[int, int] = {}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._record, lambda tensor: tensor)
 
     @property
     def bytes(self) -> int:
-        return sum(self.found.values())
+        return sum(self._sizes.values())
+
+    def _record(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._excluded:
+            self._sizes[storage._cdata] = storage.nbytes()
+        return tensor
 
 
-def kept_by_llm(config: Any, tune: TuneConfig, precision: str, layers: int) -> tuple[float, float]:
-    """Bytes of a token that autograd keeps, and that go into the blocks, for a model of some blocks only."""
-    short = type(config).from_dict(config.to_dict())
-    short.num_hidden_layers, short.is_causal = layers, False
-    if getattr(short, "layer_types", None):
-        short.layer_types = (config.layer_types * layers)[:layers]
-    llm = build_llm(short).train()
-    blocks, net = get_layers(llm), llm
+def saved_by_llm(config: Any, tune: TuneConfig, precision: str, num_layers: int) -> tuple[float, float]:
+    """Return bytes per token that autograd saves, and of the layer inputs, for an LLM with `num_layers` layers."""
+    short_config = type(config).from_dict(config.to_dict())
+    short_config.num_hidden_layers, short_config.is_causal = num_layers, False
+    if getattr(short_config, "layer_types", None):
+        short_config.layer_types = (config.layer_types * num_layers)[:num_layers]
+    llm = build_llm(short_config).train()
+    layers, net = get_layers(llm), llm
     llm.get_input_embeddings().requires_grad_(False)
     if tune.lora_r:
         lora = LoraConfig(r=tune.lora_r, lora_dropout=tune.lora_dropout, target_modules="all-linear")
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for something by its old name
+            warnings.simplefilter("ignore", FutureWarning)  # peft calls a deprecated name of transformers
             net = get_peft_model(llm, lora)
         cast_frozen_linear(net, DTYPES[precision])
-    found = []
+
+    saved_bytes = []
     with FakeTensorMode(allow_non_fake_inputs=True), _autocast(precision):
         net.to_empty(device="cpu")
-        sizes = _input_sizes(blocks)
+        input_sizes = _record_input_sizes(layers)
         for tokens in (128, 256):
-            kept = SavedTensorBytes(net)
-            with kept.hooks:
-                out = net(input_ids=torch.zeros(1, tokens, dtype=torch.long))  # held until it is counted
-            found.append(kept.bytes)
-            del out
-    # The difference leaves out what does not grow with the tokens: copies of trained weights in half precision.
-    return (found[1] - found[0]) / 128, sum(sizes.values()) / 256
+            saved = SavedTensorBytes(net)
+            with saved.hooks:
+                output = net(input_ids=torch.zeros(1, tokens, dtype=torch.long))  # must live until it is counted
+            saved_bytes.append(saved.bytes)
+            del output
+    # The difference excludes what does not grow with the tokens: half-precision copies of trained weights.
+    return (saved_bytes[1] - saved_bytes[0]) / 128, sum(input_sizes.values()) / 256
 
 
-def kept_by_model(recipe: AlignConfig, text_width: int, captions: int) -> list[tuple[float, float, float]]:
-    """For one image and for two, with their captions: bytes that autograd keeps; that it would for one block of the
-    tower, if that learned; and that go into its blocks."""
-    model = build_model(recipe, text_width)
+def saved_by_align_model(config: AlignConfig, text_dim: int, captions: int) -> list[tuple[float, float, float]]:
+    """Count saved bytes for one image and for two, with their captions.
+
+    Returns:
+        For one and two images: bytes that autograd saves; bytes for one tower layer, as if the tower were trained;
+        bytes of the inputs of all tower layers.
+    """
+    model = build_model(config, text_dim)
     with torch.device("meta"):
-        set_trainable(model, recipe)
-    size, blocks, out = model.tower.preprocess.size, model.tower.blocks(), []
-    with FakeTensorMode(allow_non_fake_inputs=True), _autocast(recipe.precision):
+        set_trainable(model, config)
+    tower_is_frozen = config.tower_lr == 0
+    size, layers, counts = model.tower.preprocess.size, model.tower.blocks(), []
+    with FakeTensorMode(allow_non_fake_inputs=True), _autocast(config.precision):
         model.to_empty(device="cpu")
         for images in (1, 2):
-            given: dict[str, Tensor] = {"embeddings": torch.zeros(images * captions, text_width)}
+            inputs: dict[str, Tensor] = {"embeddings": torch.zeros(images * captions, text_dim)}
             pixels = torch.zeros(images, 3, size, size, dtype=torch.uint8)
-            if recipe.tower_lr == 0:
-                given["features"] = torch.zeros(images, model.tower.feature_dim)
+            if tower_is_frozen:
+                inputs["features"] = torch.zeros(images, model.tower.feature_dim)
             else:
-                given["pixels"] = pixels
-            kept = SavedTensorBytes(model)
-            with kept.hooks:
-                held = model(**given)  # until it is counted
-            whole, sizes = kept.bytes, _input_sizes(blocks)
-            del held
-            kept = SavedTensorBytes(model)
-            if not recipe.tower_lr == 0:
-                with saved_by_model(model.tower, True), kept.hooks:
-                    held = model.tower(pixels)
-                del held
-            out.append((float(whole), kept.bytes / max(1, len(blocks)), float(sum(sizes.values()))))
-    return out
+                inputs["pixels"] = pixels
+            saved = SavedTensorBytes(model)
+            with saved.hooks:
+                output = model(**inputs)  # must live until it is counted
+            total, input_sizes = saved.bytes, _record_input_sizes(layers)
+            del output
+            saved = SavedTensorBytes(model)
+            if not tower_is_frozen:
+                with requires_grad_as(model.tower, True), saved.hooks:
+                    output = model.tower(pixels)
+                del output
+            counts.append((float(total), saved.bytes / max(1, len(layers)), float(sum(input_sizes.values()))))
+    return counts
 
 
 @contextmanager
-def saved_by_model(module: nn.Module, learn: bool) -> Iterator[None]:
-    """Within this, all of it learns, or nothing does."""
+def requires_grad_as(module: nn.Module, value: bool) -> Iterator[None]:
+    """Set `requires_grad` of all parameters within the block."""
     before = [p.requires_grad for p in module.parameters()]
-    module.requires_grad_(learn)
+    module.requires_grad_(value)
     try:
         yield
     finally:
-        for p, learned in zip(module.parameters(), before, strict=True):
-            p.requires_grad_(learned)
+        for p, required in zip(module.parameters(), before, strict=True):
+            p.requires_grad_(required)
 
 
-def _input_sizes(blocks: Any) -> dict[int, int]:
-    """Filled in the next forward pass: bytes of what goes into each block."""
+def _record_input_sizes(layers: Any) -> dict[int, int]:
+    """Return a dict that the next forward pass fills with the bytes of each layer's input."""
     sizes: dict[int, int] = {}
 
-    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        first = next(tensors, None)
         if first is not None:
             sizes[id(module)] = first.numel() * first.element_size()
 
-    for block in blocks:
-        block.register_forward_pre_hook(see, with_kwargs=True)
+    for layer in layers:
+        layer.register_forward_pre_hook(record, with_kwargs=True)
     return sizes
 
 
 def _autocast(precision: str) -> torch.autocast:
-    """As on a GPU; the CPU that these tensors pretend to be on knows bf16, which takes what fp16 takes."""
+    """Autocast of the CPU that fake tensors pretend to be on. It has bf16, which takes the same bytes as fp16."""
     return torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")

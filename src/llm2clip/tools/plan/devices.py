@@ -1,4 +1,4 @@
-"""What a device can do at best, as its maker says: products per second and memory."""
+"""Peak throughput and memory of accelerators, from the data sheets of their makers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 class Device:
     """One accelerator.
 
-    Args:
-        name: as the command knows it.
-        half: dense 10^12 FLOP/s of products in bf16, accumulated in fp32; in fp16 where `bf16` is false.
-        full: the same in fp32, outside of tensor cores, as PyTorch multiplies fp32 unless told otherwise.
-        memory: GB (10^9 bytes); makers mean 2^30, which leaves 7% for what the driver keeps.
-        bf16: it multiplies bf16 in hardware.
+    Attributes:
+        name: name on the command line.
+        half: dense 10^12 FLOP/s of matmuls in bf16 with fp32 accumulation; in fp16 if `bf16` is False.
+        full: 10^12 FLOP/s in fp32 without tensor cores, which is PyTorch's default.
+        memory: GB (10^9 bytes). Makers mean 2^30, which leaves 7% for the driver.
+        bf16: whether the hardware multiplies bf16.
     """
 
     name: str
@@ -24,27 +24,27 @@ class Device:
     memory: float
     bf16: bool = True
 
-    def precision(self, asked: str) -> str:
-        """fp32, bf16 or fp16: auto is bf16 where the hardware has it, bf16+N counts as bf16.
+    def precision(self, setting: str) -> str:
+        """Return fp32, bf16 or fp16 for a precision setting; bf16+N counts as bf16.
 
         Raises:
-            ValueError: bf16 is asked of hardware that has none.
+            ValueError: bf16 on hardware without it.
         """
-        if asked == "auto":
+        if setting == "auto":
             return "bf16" if self.bf16 else "fp32"
-        if asked.startswith("bf16") and not self.bf16:
-            raise ValueError(f"{self.name} has no bf16: plan with fp16, fp32 or auto")
-        return asked.partition("+")[0]
+        if setting.startswith("bf16") and not self.bf16:
+            raise ValueError(f"{self.name} has no bf16: use fp16, fp32 or auto")
+        return setting.partition("+")[0]
 
-    def rate(self, precision: str) -> float:
-        """FLOP/s in a precision as of `precision`."""
-        return 1e12 * (self.full if self.precision(precision) == "fp32" else self.half)
+    def rate(self, setting: str) -> float:
+        """Return the peak FLOP/s for a precision setting."""
+        return 1e12 * (self.full if self.precision(setting) == "fp32" else self.half)
 
 
 DEVICES = {
     device.name: device
     for device in (
-        # NVIDIA H100 and H200 data sheets, SXM: bf16 1,979 "with sparsity", which is twice the dense figure.
+        # NVIDIA H100 and H200 data sheets, SXM: bf16 1,979 with sparsity, which is twice the dense rate.
         Device("h100", 989.5, 67, 80),
         Device("h200", 989.5, 67, 141),
         # NVIDIA A100 data sheet.
@@ -64,45 +64,45 @@ DEVICES = {
 
 @dataclass
 class Machine:
-    """What a plan is for.
-
-    Args:
-        device: h100, h200, a100-80, a100-40, l40s, rtx4090, l4, t4; or any name, with its numbers.
-        count: devices, in as many processes.
-        mfu: share of the device's products per second that training reaches; assumed.
-        tflops: 10^12 FLOP/s of the device in the recipe's precision, if it is not known or not as said.
-        memory: GB of the device, likewise.
-        use_fsdp: weights are shared out over the devices (FSDP2).
-    """
+    """The machine that a plan is for."""
 
     device: str
+    """h100, h200, a100-80, a100-40, l40s, rtx4090, l4, t4; or any name, together with --tflops and --memory."""
     count: int = 1
+    """Number of devices, with one process each."""
     mfu: float = 0.4
+    """Model FLOPs utilisation: assumed fraction of the peak throughput."""
     tflops: float | None = None
+    """Peak 10^12 FLOP/s of the device in the precision of the config. Default: from the table of devices."""
     memory: float | None = None
+    """GB of memory per device. Default: from the table of devices."""
     use_fsdp: bool = False
+    """Shard the weights over the devices (FSDP2)."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a device that is neither known nor described, and for numbers that make no sense."""
+        """Raise ValueError for an unknown device without numbers, and for values out of range."""
         for name in ("count", "mfu", "tflops", "memory"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"--{name} is more than 0; got {value}")
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"--{name} must be greater than 0 (got {value})")
         if self.mfu > 1:
-            raise ValueError(f"--mfu is a share of the device's products, at most 1; got {self.mfu}")
+            raise ValueError(f"--mfu must be at most 1 (got {self.mfu})")
         if self.device.lower() not in DEVICES and (self.tflops is None or self.memory is None):
             raise ValueError(
-                f"--device {self.device} is not one of {', '.join(DEVICES)}: give what it does with --tflops (10^12 "
-                "products and sums a second in the recipe's precision) and --memory (GB)"
+                f"--device must be one of {', '.join(DEVICES)} (got {self.device}), or give --tflops (10^12 FLOP/s) "
+                "and --memory (GB)"
             )
 
     @property
     def each(self) -> Device:
-        """One of its devices, by the table and by what was said in its place."""
-        known = DEVICES.get(self.device.lower()) or Device(self.device, 0, 0, 0)
+        """One of the devices: from the table, with --tflops and --memory in place of its numbers."""
+        device = DEVICES.get(self.device.lower()) or Device(self.device, 0, 0, 0)
         if self.tflops is not None:
-            known = dataclasses.replace(known, half=self.tflops, full=self.tflops)
-        return dataclasses.replace(known, memory=self.memory) if self.memory is not None else known
+            device = dataclasses.replace(device, half=self.tflops, full=self.tflops)
+        if self.memory is not None:
+            device = dataclasses.replace(device, memory=self.memory)
+        return device
 
     def hours(self, flop: float, precision: str) -> float:
-        """How long so many FLOP take."""
+        """Return the hours that all devices together take for `flop` FLOPs."""
         return flop / (self.count * self.mfu * self.each.rate(precision)) / 3600

@@ -1,9 +1,8 @@
-"""What one caption and one image cost: parameters, products, and what the backward pass must keep.
+"""Costs of one caption and one image: parameters, FLOPs, and the bytes saved for the backward pass.
 
-One multiplication with its addition is 2 FLOP, and only products of matrices and convolutions count, as is usual. The
-model of align is built without numbers and run: its products are counted as they happen, and so is what autograd keeps.
-The language model, the same block many times over, is counted by formula (`CaptionWork.forward`); what it keeps is
-counted on two and three of its blocks.
+A multiplication with its addition is 2 FLOPs; only matmuls and convolutions count, as is usual. The align model is
+built without weights on the meta device and run: FLOPs and saved bytes are counted as they occur. The LLM is a stack of
+equal layers, so its FLOPs are a formula (`TextCosts.forward`), and its saved bytes are counted on two and three layers.
 """
 
 from __future__ import annotations
@@ -21,166 +20,171 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
 from llm2clip.models.llm_layers import get_layers
-from llm2clip.tools.plan.activations import kept_by_llm, kept_by_model, saved_by_model
+from llm2clip.tools.plan.activations import requires_grad_as, saved_by_align_model, saved_by_llm
 from llm2clip.tools.plan.model_configs import build_llm, build_model, get_llm_config
 from llm2clip.train.optim import set_trainable
 
 
 @dataclass(frozen=True)
 class TextCosts:
-    """The language model and what tune does to it.
+    """Costs of the language model and of tuning it.
 
-    Args:
-        width: of the vectors that go into the store.
-        parameters: all of them, without a head.
-        linear: weights of the linear layers of its blocks, which do nearly all the work.
-        largest_linear: those of one block.
-        layers: blocks.
-        heads_width: heads times their width.
-        trained: parameters that tune changes.
-        kept_per_token: bytes that autograd keeps of a token for a block.
-        input_per_token: bytes of a token that go into a block.
-        kept_outside: bytes that it keeps of a token apart from the blocks.
+    Attributes:
+        embed_dim: dimension of the stored embeddings.
+        parameters: all parameters, without a language modelling head.
+        linear: weights of the linear layers inside the transformer layers, which do nearly all the work.
+        largest_linear: the same for the largest transformer layer.
+        layers: number of transformer layers.
+        attention_dim: number of heads times their dimension.
+        trained: parameters that tune trains.
+        saved_per_token: bytes that autograd saves per token and layer.
+        input_per_token: bytes of a layer's input per token.
+        saved_outside: bytes that autograd saves per token outside the layers.
     """
 
-    width: int
+    embed_dim: int
     parameters: int
     linear: int
     largest_linear: int
     layers: int
-    heads_width: int
+    attention_dim: int
     trained: int
-    kept_per_token: float
+    saved_per_token: float
     input_per_token: float
-    kept_outside: float
-
-    def _attention(self, tokens: float) -> float:
-        return 4 * tokens**2 * self.heads_width * self.layers  # QK^T and PV, every token with every token
+    saved_outside: float
 
     def forward(self, tokens: float) -> float:
-        """FLOP of one forward pass over a caption of so many tokens, template included."""
+        """Return the FLOPs of a forward pass over a caption, template included."""
         return 2 * self.linear * tokens + self._attention(tokens)
 
     def backward(self, tokens: float, lora: bool) -> float:
-        """FLOP of the backward pass: gradients of what goes into each layer, and of the weights, all or LoRA's."""
+        """Return the FLOPs of the backward pass: gradients of the inputs, and of all weights or those of LoRA."""
         weights = 4 * self.trained * tokens if lora else 2 * self.linear * tokens
         return 2 * self.linear * tokens + 2 * self._attention(tokens) + weights
 
-    def step(self, tokens: float, recipe: TuneConfig) -> float:
-        """FLOP of a caption in a step of tune, LoRA's own, recomputed and cached passes included."""
-        lora = recipe.lora_r > 0
+    def step(self, tokens: float, config: TuneConfig) -> float:
+        """Return the FLOPs per caption of a tuning step, with LoRA and repeated forward passes."""
+        lora = config.lora_r > 0
         forward = self.forward(tokens) + (2 * self.trained * tokens if lora else 0)
-        return forward * (1 + recipe.gradient_checkpointing + recipe.grad_cache) + self.backward(tokens, lora)
+        num_forwards = 1 + config.gradient_checkpointing + config.grad_cache
+        return forward * num_forwards + self.backward(tokens, lora)
+
+    def _attention(self, tokens: float) -> float:
+        return 4 * tokens**2 * self.attention_dim * self.layers  # QK^T and PV, each token with each token
 
 
 @dataclass(frozen=True)
 class ImageCosts:
-    """The model of align and what its training does.
+    """Costs of the align model and of training it.
 
-    Args:
-        tower, projection, adapter: parameters of each.
-        trained: parameters that learn.
-        feature: width of what the tower gives.
-        shared: width of the shared space.
-        tower_forward: FLOP of an image through the tower.
-        heads_forward: FLOP of an image and its captions of a step through projection and adapter.
-        backward: FLOP of the backward pass for an image and its captions.
-        kept: bytes that autograd keeps for an image and its captions.
-        block_kept: of those, one block's of the tower.
-        block_input: bytes of an image that go into each of the tower's blocks, all together.
-        copies: bytes of the weights' copies in half precision that a pass keeps.
+    Attributes:
+        tower, projection, adapter: parameters of each part.
+        trained: parameters that align trains.
+        feature_dim: dimension of the tower's feature.
+        embed_dim: dimension of the shared embedding space.
+        tower_forward: FLOPs of an image through the tower.
+        heads_forward: FLOPs of an image and its captions through projection and adapter.
+        backward: FLOPs of the backward pass for an image and its captions.
+        saved: bytes that autograd saves for an image and its captions.
+        saved_per_layer: the part of `saved` of one tower layer.
+        layer_inputs: bytes of the inputs of all tower layers for an image.
+        copies: bytes of the half-precision copies of the weights that autograd saves.
     """
 
     tower: int
     projection: int
     adapter: int
     trained: int
-    feature: int
-    shared: int
+    feature_dim: int
+    embed_dim: int
     tower_forward: float
     heads_forward: float
     backward: float
-    kept: float
-    block_kept: float
-    block_input: float
+    saved: float
+    saved_per_layer: float
+    layer_inputs: float
     copies: float
 
 
 def text_costs(encoder: EncoderConfig, tune: TuneConfig, precision: str) -> TextCosts:
-    """Count the language model of a recipe, tuned in `precision` (fp32, bf16, fp16)."""
+    """Count the costs of a caption encoder that is tuned in `precision` (fp32, bf16, fp16)."""
     config = get_llm_config(encoder)
     llm = build_llm(config)
-    blocks = get_layers(llm)
-    linear = _linear(blocks)
+    layers = get_layers(llm)
     heads = config.num_attention_heads
-    trained = _lora(blocks, tune.lora_r) if tune.lora_r else _count(llm) - _table(llm)
-    two, three = (kept_by_llm(config, tune, precision, n) for n in (2, 3))
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if tune.lora_r:
+        trained = _count_lora(layers, tune.lora_r)
+    else:
+        trained = _count(llm) - int(llm.get_input_embeddings().weight.numel())
+    two_layers, three_layers = (saved_by_llm(config, tune, precision, n) for n in (2, 3))
     return TextCosts(
-        width=encoder.truncate_dim or config.hidden_size,
+        embed_dim=encoder.truncate_dim or config.hidden_size,
         parameters=_count(llm),
-        linear=linear,
-        largest_linear=max(_linear(block) for block in blocks),
-        layers=len(blocks),
-        heads_width=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
+        linear=_count_linear(layers),
+        largest_linear=max(_count_linear(layer) for layer in layers),
+        layers=len(layers),
+        attention_dim=heads * head_dim,
         trained=trained,
-        kept_per_token=three[0] - two[0],
-        input_per_token=three[1] - two[1],
-        kept_outside=max(0.0, 3 * two[0] - 2 * three[0]),
+        saved_per_token=three_layers[0] - two_layers[0],
+        input_per_token=three_layers[1] - two_layers[1],
+        saved_outside=max(0.0, 3 * two_layers[0] - 2 * three_layers[0]),
     )
 
 
-def image_costs(recipe: AlignConfig, text_width: int, captions: float) -> ImageCosts:
-    """Count the model of align for `captions` captions of each image in a step.
+def image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCosts:
+    """Count the costs of the align model with `captions` captions per image and step.
 
     Raises:
-        ValueError: the recipe asks for what does not go together, or for an unknown tower.
+        ValueError: settings contradict each other, or the tower is unknown.
     """
-    model = build_model(recipe, text_width)
+    model = build_model(config, text_dim)
     tower = model.tower
-    parts = (_count(model.tower), _count(model.projection), _count(model.adapter))
+    parameters = (_count(tower), _count(model.projection), _count(model.adapter))
     with torch.device("meta"):
-        set_trainable(model, recipe)  # with LoRA, if there is to be some
+        set_trainable(model, config)  # adds LoRA layers if configured
     size = tower.preprocess.size
     pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8, device="meta")
     features = torch.zeros(1, tower.feature_dim, device="meta")
-    given = {"features": features} if recipe.tower_lr == 0 else {"pixels": pixels}
-    with saved_by_model(model, False):
-        tower_forward = count_flops(lambda: model.tower(pixels))
-        of_image = count_flops(lambda: model(features=features))
+    image_input = {"features": features} if config.tower_lr == 0 else {"pixels": pixels}
+    with requires_grad_as(model, False):
+        tower_forward = count_flops(lambda: tower(pixels))
+        projection_forward = count_flops(lambda: model(features=features))
 
-    def counts(n: int) -> np.ndarray:
-        """With n captions: FLOP of the heads and backwards, and what is kept of one image and of two."""
-        texts = torch.zeros(n, text_width, device="meta")
-        with saved_by_model(model, False):
-            heads = of_image + count_flops(lambda: model(embeddings=texts))
-        image, text, *_ = model(embeddings=texts, **given)
-        learned = [x.sum() for x in (image, text) if x.requires_grad]
-        backward = count_flops(lambda: torch.stack(learned).sum().backward()) if learned else 0.0
-        return np.array([heads, backward, *chain(*kept_by_model(recipe, text_width, n))])
+    def count_with(num_captions: int) -> np.ndarray:
+        """Return FLOPs of the heads and of the backward pass, and saved bytes for one image and for two."""
+        texts = torch.zeros(num_captions, text_dim, device="meta")
+        with requires_grad_as(model, False):
+            heads = projection_forward + count_flops(lambda: model(embeddings=texts))
+        image, text, *_ = model(embeddings=texts, **image_input)
+        outputs = [output.sum() for output in (image, text) if output.requires_grad]
+        backward = count_flops(lambda: torch.stack(outputs).sum().backward()) if outputs else 0.0
+        return np.array([heads, backward, *chain(*saved_by_align_model(config, text_dim, num_captions))])
 
-    few = max(1, math.floor(captions))  # whole captions go through; between two numbers of them lies what is asked for
-    found = counts(few)
-    if captions > few:
-        found = found + (captions - few) * (counts(few + 1) - found)
-    heads, backward, *kept = found.tolist()
-    one, two = kept[:3], kept[3:]
+    # Only whole captions can be run; costs are linear in between.
+    lower = max(1, math.floor(captions))
+    counts = count_with(lower)
+    if captions > lower:
+        counts = counts + (captions - lower) * (count_with(lower + 1) - counts)
+    heads, backward, *saved = counts.tolist()
+    one_image, two_images = saved[:3], saved[3:]
     return ImageCosts(
-        *parts,
+        *parameters,
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        feature=tower.feature_dim,
-        shared=model.config.embed_dim,
+        feature_dim=tower.feature_dim,
+        embed_dim=model.config.embed_dim,
         tower_forward=tower_forward,
         heads_forward=heads,
         backward=backward,
-        kept=two[0] - one[0],
-        block_kept=two[1] - one[1],
-        block_input=two[2] - one[2],
-        copies=2 * one[0] - two[0],
+        saved=two_images[0] - one_image[0],
+        saved_per_layer=two_images[1] - one_image[1],
+        layer_inputs=two_images[2] - one_image[2],
+        copies=2 * one_image[0] - two_images[0],
     )
 
 
 def count_flops(run: Callable[[], Any]) -> float:
-    """FLOP of the products in a call."""
+    """Return the FLOPs of the matmuls and convolutions in a call."""
     mode = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
     with mode:
         run()
@@ -190,27 +194,20 @@ def count_flops(run: Callable[[], Any]) -> float:
 def _convolution_backward(
     grad: Any, _input: Any, weight: Any, _bias: Any, *settings: Any, out_shape: Any = None, **_: Any
 ) -> int:
-    """For each of the gradients asked for, by input and by weight, what the forward pass took. PyTorch's own formula
-    counts a convolution in groups as if it had one, dozens of times too much for those of EfficientNet."""
-    mask = settings[-1]
-    return int(2 * math.prod(grad) * math.prod(weight[1:]) * (bool(mask[0]) + bool(mask[1])))
-
-
-# ---- parameters -----------------------------------------------------------------------------------------------------
+    """Count the forward FLOPs once per requested gradient (input, weight). PyTorch's own formula ignores groups, which
+    is many times too much for EfficientNet."""
+    output_mask = settings[-1]
+    return int(2 * math.prod(grad) * math.prod(weight[1:]) * (bool(output_mask[0]) + bool(output_mask[1])))
 
 
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _linear(module: nn.Module) -> int:
+def _count_linear(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
-def _lora(module: nn.Module, rank: int) -> int:
+def _count_lora(module: nn.Module, rank: int) -> int:
     linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
     return sum(rank * (m.in_features + m.out_features) for m in linear)
-
-
-def _table(llm: Any) -> int:
-    return int(llm.get_input_embeddings().weight.numel())

@@ -11,7 +11,7 @@ import torch
 from llm2clip.config import AlignConfig, EncoderConfig, LlavaConfig, TuneConfig
 from llm2clip.tools.plan.devices import Machine
 from llm2clip.tools.plan.flops import TextCosts, count_flops, text_costs
-from llm2clip.tools.plan.memory import FRAMEWORK_OVERHEAD, fits, optimizer_memory, peak_memory, tensor_bytes
+from llm2clip.tools.plan.memory import FRAMEWORK_OVERHEAD, fits, optimizer_memory, peak_memory, bytes_per_value
 from llm2clip.tools.plan.model_configs import build_tower, get_llm_config
 
 STAGES = ("pretrain", "instruct")
@@ -237,7 +237,7 @@ def _stage_memory(
     llm = model.llm
     sharded, count = machine.use_fsdp, machine.count
     shards = count if sharded else 1
-    compute_bytes = tensor_bytes(precision)
+    compute_bytes = bytes_per_value(precision)
     weight_bytes = compute_bytes if config.lora_r else 4
     lora = bool(config.lora_r) and stage == "instruct"
     trained = model.projector_parameters
@@ -256,10 +256,10 @@ def _stage_memory(
         parts["tower"] = 4.0 * model.tower_parameters
     batch_size = config.pretrain_batch_size if stage == "pretrain" else config.batch_size
     micro_batch_size = max(1, math.ceil(min(config.micro_batch_size, batch_size / count)))
-    per_token = llm.layers * llm.kept_per_token
+    per_token = llm.layers * llm.saved_per_token
     if config.gradient_checkpointing:
-        per_token = llm.layers * llm.input_per_token + llm.kept_per_token
-    per_token += llm.kept_per_token + llm.kept_outside  # gradients on their way back through one block
+        per_token = llm.layers * llm.input_per_token + llm.saved_per_token
+    per_token += llm.saved_per_token + llm.saved_outside  # gradients on their way back through one block
     vocabulary = model.head // llm.width
     logits = vocabulary * (compute_bytes + 4 + 4)  # logits, logits in fp32, and their gradient
     text_tokens = length - model.image_tokens

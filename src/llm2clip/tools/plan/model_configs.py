@@ -1,7 +1,7 @@
-"""The models of a recipe without their weights, and for those listed here without a network either.
+"""Models without weights, for planning; those in the tables here need no network either.
 
-They are built on PyTorch's meta device: shapes and no numbers. A language model's shape is its published config.json's;
-a vision tower that the hub knows by one name is found under timm's, which has the same shape.
+Models are built on PyTorch's meta device, which has shapes but no values. The shape of a language model is that of its
+published config.json. Hub names of vision towers are mapped to the timm model of the same shape.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llm2clip.models.vision_tower import VisionTower
 
 
 def _shape(
-    kind: str, width: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int, **more: int
+    kind: str, width: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int, **extra: int
 ) -> dict[str, Any]:
     return {
         "model_type": kind,
@@ -27,7 +27,7 @@ def _shape(
         "num_key_value_heads": kv_heads,
         "intermediate_size": ffn,
         "vocab_size": vocab,
-        **more,
+        **extra,
     }
 
 
@@ -41,7 +41,7 @@ _SMOLLM2 = _shape("llama", 576, 30, 9, 3, 1536, 49152, tie_word_embeddings=True)
 _GEMMA3 = _shape("gemma3_text", 640, 18, 4, 1, 2048, 262144, head_dim=256)
 _MINILM = _shape("bert", 384, 6, 12, 12, 1536, 30522)
 
-# By hub id, in lower case, or by a name that `llm2clip` fetches.
+# Lower-case hub id, or a name that `llm2clip` downloads.
 LLMS = {
     "meta-llama/meta-llama-3-8b": _LLAMA_8B,
     "meta-llama/meta-llama-3-8b-instruct": _LLAMA_8B,
@@ -64,7 +64,7 @@ LLMS = {
     "sentence-transformers/all-minilm-l6-v2": _MINILM,
 }
 
-# The hub's name, or one that `llm2clip` fetches, to timm's and the pixels that it is used with.
+# Hub id, or a name that `llm2clip` downloads -> timm model and image size.
 TOWERS: dict[str, tuple[str, int]] = {
     "openai/clip-vit-base-patch32": ("vit_base_patch32_clip_quickgelu_224", 224),
     "openai/clip-vit-base-patch16": ("vit_base_patch16_clip_quickgelu_224", 224),
@@ -83,10 +83,10 @@ TOWERS: dict[str, tuple[str, int]] = {
 
 
 def get_llm_config(encoder: EncoderConfig) -> Any:
-    """The transformers config of an encoder's language model, cut to the recipe's `layers`.
+    """Return the transformers config of an encoder's language model, with `encoder.layers` layers.
 
     Raises:
-        ValueError: nothing here says what it looks like.
+        ValueError: the model is neither in the table nor a folder, and the hub cannot be reached.
     """
     from transformers import AutoConfig
 
@@ -102,8 +102,8 @@ def get_llm_config(encoder: EncoderConfig) -> Any:
                 config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"--encoder.path {path}: neither a folder with a config.json, nor a model whose shape is known here "
-                f"({', '.join(LLMS)}), and the hub did not answer: {str(error).splitlines()[0]}"
+                f"--encoder.path {path}: neither a folder with a config.json nor one of {', '.join(LLMS)}, and the hub "
+                f"did not answer: {str(error).splitlines()[0]}"
             ) from error
     config = getattr(config, "text_config", config)
     if encoder.layers is not None:
@@ -115,33 +115,33 @@ def get_llm_config(encoder: EncoderConfig) -> Any:
 
 
 def build_llm(config: Any) -> Any:
-    """The language model of a config on the meta device, without its head."""
+    """Build the language model of a config on the meta device, without its head."""
     from transformers import AutoModel
 
     with torch.device("meta"):
         return AutoModel.from_config(config, dtype=torch.float32)
 
 
-def build_tower(recipe: AlignConfig) -> VisionTower:
-    """The recipe's vision tower on the meta device.
+def build_tower(align: AlignConfig) -> VisionTower:
+    """Build the vision tower on the meta device.
 
     Raises:
-        ValueError: nothing here says what it looks like.
+        ValueError: the tower is neither in the table, nor a folder, nor a timm model, and the hub cannot be reached.
     """
-    name, size = TOWERS.get(recipe.tower.lower().removeprefix("hf:"), (recipe.tower, None))
+    name, size = TOWERS.get(align.tower.lower().removeprefix("hf:"), (align.tower, None))
     try:
         with torch.device("meta"):
-            return VisionTower.from_pretrained(name, image_size=recipe.image_size or size, pretrained=False)
+            return VisionTower.from_pretrained(name, image_size=align.image_size or size, pretrained=False)
     except OSError as error:
         raise ValueError(
-            f"--align.tower {recipe.tower}: neither a folder, nor timm's name of a model, nor one known here "
-            f"({', '.join(TOWERS)}), and the hub did not answer: {str(error).splitlines()[0]}"
+            f"--align.tower {align.tower}: neither a folder, nor a timm model, nor one of {', '.join(TOWERS)}, and "
+            f"the hub did not answer: {str(error).splitlines()[0]}"
         ) from error
 
 
-def build_model(recipe: AlignConfig, text_width: int) -> LLM2CLIP:
-    """The model of align, in training mode, on the meta device."""
-    tower = build_tower(recipe)
-    config = LLM2CLIPConfig.from_config(recipe, tower.config, text_width)
+def build_model(align: AlignConfig, text_dim: int) -> LLM2CLIP:
+    """Build the align model on the meta device, in training mode."""
+    tower = build_tower(align)
+    config = LLM2CLIPConfig.from_config(align, tower.config, text_dim)
     with torch.device("meta"):
         return LLM2CLIP(config, tower).train()

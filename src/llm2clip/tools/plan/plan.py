@@ -1,7 +1,7 @@
-"""What a recipe costs before anything runs: parameters, FLOP, bytes and hours, by arithmetic.
+"""Estimates of what `fit` takes: parameters, FLOPs, memory and hours, by arithmetic.
 
-Hours are FLOP over what the device could do, times a share that is assumed (MFU): 0.4 is good practice for large
-matrices. Small models, short batches and slow decoding of images stay below it.
+Hours are FLOPs divided by the peak throughput and an assumed utilisation (MFU). 0.4 is good practice for large matmuls;
+small models, small batches and slow image decoding stay below it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from llm2clip.config import AlignConfig, FitConfig, TuneConfig
 from llm2clip.tools.plan.devices import Device, Machine
@@ -17,29 +17,32 @@ from llm2clip.tools.plan.flops import ImageCosts, TextCosts, image_costs, text_c
 from llm2clip.tools.plan.memory import align_memory, embed_memory, fits, peak_memory, tune_memory
 
 STAGES = ("tune", "embed", "align")
-# Products of the images' and the texts' vectors in the loss and its gradient: alone, and among processes.
-PRODUCTS = {"infonce": (4, 5), "sigmoid": (3, 4)}
+
+# Matmuls of image and text embeddings in the loss and its gradient: with one process, and with several.
+LOSS_MATMULS = {"infonce": (4, 5), "sigmoid": (3, 4)}
+
+# Command-line flags, and the memory by part with them.
+Suggestion = tuple[str, dict[str, float]]
 
 
 @dataclass
 class Plan:
-    """What comes out. Parameters are counts, FLOP are per image or per caption, memory is bytes of a device by part,
-    hours are on all devices together.
+    """Estimates of a `fit` run.
 
-    Args:
-        config, machine, images, captions_per_image, tokens_per_caption: what was asked.
-        captions: of an image in a step.
-        parameters: of each part, and those that learn in each stage.
-        flop: of one caption or image in each kind of pass.
-        store: bytes of the embedded captions.
-        features: bytes of the tower's features, where they are cached.
-        memory: of each stage, by part.
-        fits: whether a device holds each stage.
-        ways_out: of a stage that does not fit, settings with which it would, and what it then takes.
-        hours: of each stage.
-        decoded: images that each device must be given in a second of align.
-        online: the same with the language model in the training step: FLOP of a step's image, times as much as ours;
-            hours of all stages after tune, times ours; bytes of its weights in half precision.
+    Attributes:
+        config, machine, images, captions_per_image, tokens_per_caption: the arguments of `plan_fit`.
+        captions: captions per image and step.
+        parameters: parameters of each part, and those that each stage trains.
+        flop: FLOPs per caption or image, by kind of pass.
+        store: bytes of the embedding store.
+        features: bytes of the tower's cached features; 0 if it is trained.
+        memory: bytes per device, by stage and part.
+        fits: whether the stage fits the device's memory.
+        suggestions: for a stage that does not fit: flags with which it would, and the peak bytes with them.
+        hours: hours of each stage.
+        images_per_second: images to decode per second and device during align.
+        online: the same without a store, with the LLM in every step: "step", FLOPs per image relative to ours; "hours"
+            of embed and align, relative to ours; "weights", bytes of the LLM in half precision.
     """
 
     config: FitConfig
@@ -54,169 +57,184 @@ class Plan:
     features: float
     memory: dict[str, dict[str, float]]
     fits: dict[str, bool]
-    ways_out: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
+    suggestions: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
     hours: dict[str, float] = field(default_factory=dict)
-    decoded: float = 0.0
+    images_per_second: float = 0.0
     online: dict[str, float] = field(default_factory=dict)
 
 
 def plan_fit(
     config: FitConfig, machine: Machine, images: int, captions_per_image: float, tokens_per_caption: float
 ) -> Plan:
-    """Work out what a fit takes.
+    """Estimate what `fit` takes.
 
     Args:
-        recipe: of all stages.
-        machine: that it would run on.
-        images: that align trains on.
-        captions_per_image: on average; each is taken to be another, and is encoded once.
-        tokens_per_caption: on average, the template's among them.
+        config: settings of all stages.
+        machine: machine to run on.
+        images: number of training images.
+        captions_per_image: average number of captions per image; no duplicates are assumed.
+        tokens_per_caption: average tokens per caption, template included.
 
     Raises:
-        ValueError: an unknown model, or numbers that make no sense.
+        ValueError: unknown model, or a number that is not positive.
     """
-    given = {"images": images, "captions_per_image": captions_per_image, "tokens_per_caption": tokens_per_caption}
-    for name, value in given.items():
+    data = {"images": images, "captions_per_image": captions_per_image, "tokens_per_caption": tokens_per_caption}
+    for name, value in data.items():
         if value <= 0:
-            raise ValueError(f"--{name} is more than 0; got {value}")
-    device, count, shared_out = machine.each, machine.count, machine.use_fsdp
+            raise ValueError(f"--{name} must be greater than 0 (got {value})")
+    device, count, use_fsdp = machine.each, machine.count, machine.use_fsdp
+    align = dataclasses.replace(config.align, precision=cast(Any, device.precision(config.align.precision)))
+    tune_precision = device.precision(config.tune.precision)
     tokens = min(tokens_per_caption, config.encoder.max_length or 512)
-    tuned = device.precision(config.tune.precision)
-    text = text_costs(config.encoder, config.tune, tuned)
-    align = dataclasses.replace(config.align, precision=device.precision(config.align.precision))
-    features_cached = align.tower_lr == 0
     captions = min(align.captions_per_image or captions_per_image, captions_per_image)
-    image = image_costs(align, text.width, captions)
+    text = text_costs(config.encoder, config.tune, tune_precision)
+    image = image_costs(align, text.embed_dim, captions)
 
-    steps = _align_flop(image, align, captions, count)
-    tune_step = text.step(tokens, config.tune)
-    passes = images * align.epochs
-    once = images * image.tower_forward if features_cached else 0.0
-    rows = images * captions_per_image
-    forward = text.forward(tokens)
+    # FLOPs.
+    caption_forward = text.forward(tokens)
+    caption_tune = text.step(tokens, config.tune)
+    step = _align_flop(image, align, captions, count)
+    tune_texts = 2 * config.tune.steps * config.tune.batch_size * count
+    all_captions = images * captions_per_image
+    image_passes = images * align.epochs
+    features_cached = align.tower_lr == 0
+    feature_pass = images * image.tower_forward if features_cached else 0.0
 
-    texts = 2 * config.tune.steps  # of each device, times its batch
-    parts = {
-        "tune": tune_memory(text, config.tune, tokens, tuned, count, shared_out),
+    # Hours.
+    align_hours = machine.hours(feature_pass + image_passes * step["step"], align.precision)
+    online_hours = align_hours + machine.hours(image_passes * captions * caption_forward, config.embed.precision)
+    hours = {
+        "tune": machine.hours(tune_texts * caption_tune, tune_precision),
+        "embed": machine.hours(all_captions * caption_forward, config.embed.precision),
+        "align": align_hours,
+    }
+
+    # Memory.
+    memory = {
+        "tune": tune_memory(text, config.tune, tokens, tune_precision, count, use_fsdp),
         "embed": embed_memory(text, device.precision(config.embed.precision)),
-        "align": align_memory(image, align, captions, text.width, count, shared_out),
+        "align": align_memory(image, align, captions, text.embed_dim, count, use_fsdp),
     }
-    if texts == 0:
-        del parts["tune"]
-    took = {
-        "tune": machine.hours(texts * config.tune.batch_size * count * tune_step, tuned),
-        "embed": machine.hours(rows * forward, config.embed.precision),
-        "align": machine.hours(once + passes * steps["step"], align.precision),
-    }
-    step_online = steps["step"] + captions * forward
-    online = machine.hours(once + passes * steps["step"], align.precision) + machine.hours(
-        passes * captions * forward, config.embed.precision
-    )
-    found = Plan(
-        config, machine, images, captions_per_image, tokens_per_caption, captions,
+    if config.tune.steps == 0:
+        del memory["tune"]
+    bytes_per_caption = text.embed_dim * 2 if config.embed.dtype == "float16" else text.embed_dim + 4
+
+    plan = Plan(
+        config,
+        machine,
+        images,
+        captions_per_image,
+        tokens_per_caption,
+        captions,
         parameters={
             "caption encoder": text.parameters,
-            "tune learns": text.trained if texts else 0,
+            "trained by tune": text.trained if config.tune.steps else 0,
             "vision tower": image.tower,
             "projection": image.projection,
             "adapter": image.adapter,
-            "align learns": image.trained,
+            "trained by align": image.trained,
         },
-        flop={"caption forward": forward, "caption tune": tune_step, "tower forward": image.tower_forward, **steps},
-        store=rows * (text.width * 2 if config.embed.dtype == "float16" else text.width + 4) + 16 * rows,
-        features=images * (2 * image.feature + 16) if once else 0.0,
-        memory=parts,
-        fits={stage: fits(part, device.memory) for stage, part in parts.items()},
-        hours=took,
-        decoded=0.0 if features_cached else passes / (took["align"] * 3600 * count),
+        flop={
+            "caption forward": caption_forward,
+            "caption tune": caption_tune,
+            "tower forward": image.tower_forward,
+            **step,
+        },
+        store=all_captions * bytes_per_caption + 16 * all_captions,
+        features=images * (2 * image.feature_dim + 16) if features_cached else 0.0,
+        memory=memory,
+        fits={stage: fits(parts, device.memory) for stage, parts in memory.items()},
+        hours=hours,
+        images_per_second=0.0 if features_cached else image_passes / (align_hours * 3600 * count),
         online={
-            "step": step_online / steps["step"],
-            "hours": online / (took["embed"] + took["align"]),
+            "step": (step["step"] + captions * caption_forward) / step["step"],
+            "hours": online_hours / (hours["embed"] + align_hours),
             "weights": 2.0 * text.parameters,
         },
-    )  # fmt: skip
-    if not found.fits.get("tune", True):
-        found.ways_out["tune"] = _fitting(_tune_settings(config.tune, text, tokens, tuned, count), device)
-    if not found.fits["align"]:
-        found.ways_out["align"] = _fitting(_align_settings(align, image, text.width, captions, count), device)
-    return found
+    )
+    if not plan.fits.get("tune", True):
+        candidates = _tune_candidates(config.tune, text, tokens, tune_precision, count)
+        plan.suggestions["tune"] = _select_fitting(candidates, device)
+    if not plan.fits["align"]:
+        candidates = _align_candidates(align, image, text.embed_dim, captions, count)
+        plan.suggestions["align"] = _select_fitting(candidates, device)
+    return plan
 
 
-def _align_flop(work: ImageCosts, config: AlignConfig, captions: float, count: int) -> dict[str, float]:
-    """FLOP of an image and its captions in a step of align: the forward and backward pass, the passes that are made
-    again, the loss, and all of it."""
-    tower = 0.0 if config.tower_lr == 0 else work.tower_forward
-    forward = tower + work.heads_forward
-    again = tower if config.gradient_checkpointing and work.kept > work.block_input > 0 else 0.0
-    cached = forward if (config.micro_batch_size or config.batch_size) < config.batch_size else 0.0
-    loss = 2 * PRODUCTS[config.loss][count > 1] * config.batch_size * count * captions * work.shared
-    once = forward + work.backward
-    return {"image once": once, "image again": again + cached, "image loss": loss, "step": once + again + cached + loss}
+def _align_flop(image: ImageCosts, config: AlignConfig, captions: float, count: int) -> dict[str, float]:
+    """Return FLOPs per image of an align step: forward and backward, repeated forward passes, loss, and their sum."""
+    tower = 0.0 if config.tower_lr == 0 else image.tower_forward
+    forward = tower + image.heads_forward
+    recomputes = config.gradient_checkpointing and image.saved > image.layer_inputs > 0
+    uses_grad_cache = (config.micro_batch_size or config.batch_size) < config.batch_size
+    once = forward + image.backward
+    again = (tower if recomputes else 0.0) + (forward if uses_grad_cache else 0.0)
+    texts = config.batch_size * count * captions
+    loss = 2 * LOSS_MATMULS[config.loss][count > 1] * texts * image.embed_dim
+    return {"image once": once, "image again": again, "image loss": loss, "step": once + again + loss}
 
 
-# ---- what would fit -------------------------------------------------------------------------------------------------
-
-Suggestion = tuple[str, dict[str, float]]
+# ---- settings that would fit ---------------------------------------------------------------------------------------
 
 
-def _fitting(ways: Iterator[Suggestion], device: Device) -> list[tuple[str, float]]:
-    """Those that fit, the gentlest first, without those that change more than one before them does."""
-    found: list[tuple[str, float]] = []
-    for name, parts in ways:
-        options = _options(name)
-        if fits(parts, device.memory) and not any(_options(before) <= options for before, _ in found):
-            found.append((name, peak_memory(parts)))
-    return found
+def _select_fitting(candidates: Iterator[Suggestion], device: Device) -> list[tuple[str, float]]:
+    """Return the candidates that fit, without those that change more settings than an earlier one."""
+    selected: list[tuple[str, float]] = []
+    for flags, parts in candidates:
+        names = _flag_names(flags)
+        if fits(parts, device.memory) and not any(_flag_names(earlier) <= names for earlier, _ in selected):
+            selected.append((flags, peak_memory(parts)))
+    return selected
 
 
-def _options(name: str) -> set[str]:
-    return {word for word in name.split() if word.startswith("--")}
+def _flag_names(flags: str) -> set[str]:
+    return {word for word in flags.split() if word.startswith("--")}
 
 
-def _tune_settings(
-    config: TuneConfig, work: TextCosts, tokens: float, precision: str, count: int
+def _tune_candidates(
+    config: TuneConfig, text: TextCosts, tokens: float, precision: str, count: int
 ) -> Iterator[Suggestion]:
-    changes: list[dict[str, Any]] = [{"gradient_checkpointing": True}, {"grad_cache": True}]
     small: dict[str, Any] = {"gradient_checkpointing": True, "grad_cache": True}
+    changes: list[dict[str, Any]] = [{"gradient_checkpointing": True}, {"grad_cache": True}]
     changes += [{**small, "batch_tokens": n} for n in (32768, 16384, 8192, 4096)]
     if config.lora_r:
-        changes += [{"qlora": True}, *({**small, "qlora": True, "batch_tokens": n} for n in (16384, 4096))]
+        changes.append({"qlora": True})
+        changes += [{**small, "qlora": True, "batch_tokens": n} for n in (16384, 4096)]
     for change in changes:
         changed = dataclasses.replace(config, **change)
-        yield _named("tune", config, change), tune_memory(work, changed, tokens, precision, count)
-    if count > 1:  # FSDP2 and 4 bits do not go together
+        yield _flags("tune", config, change), tune_memory(text, changed, tokens, precision, count)
+    if count > 1:  # FSDP2 does not support 4-bit weights
         for change in ({}, {**small, "batch_tokens": 8192}):
             changed = dataclasses.replace(config, **{**change, "qlora": False})
-            name = _named("tune", config, change)
-            yield f"--use_fsdp {name}".rstrip(), tune_memory(work, changed, tokens, precision, count, True)
+            flags = f"--use_fsdp {_flags('tune', config, change)}".rstrip()
+            yield flags, tune_memory(text, changed, tokens, precision, count, use_fsdp=True)
 
 
-def _align_settings(
-    config: AlignConfig, work: ImageCosts, text_width: int, captions: float, count: int
+def _align_candidates(
+    config: AlignConfig, image: ImageCosts, text_dim: int, captions: float, count: int
 ) -> Iterator[Suggestion]:
-    sizes = [2**n for n in range(16, -1, -1) if 2**n < (config.micro_batch_size or config.batch_size)]
-    changes: list[dict[str, Any]] = [{"gradient_checkpointing": True}, *({"micro_batch_size": n} for n in sizes)]
+    largest = config.micro_batch_size or config.batch_size
+    sizes = [2**n for n in range(16, -1, -1) if 2**n < largest]
+    changes: list[dict[str, Any]] = [{"gradient_checkpointing": True}]
+    changes += [{"micro_batch_size": n} for n in sizes]
     changes += [{"gradient_checkpointing": True, "micro_batch_size": n} for n in sizes]
     for change in changes:
         changed = dataclasses.replace(config, **change)
-        yield _named("align", config, change), align_memory(work, changed, captions, text_width, count)
-    small: dict[str, Any] = {
-        "gradient_checkpointing": True,
-        "micro_batch_size": min(16, config.micro_batch_size or config.batch_size),
-    }
+        yield _flags("align", config, change), align_memory(image, changed, captions, text_dim, count)
+    small: dict[str, Any] = {"gradient_checkpointing": True, "micro_batch_size": min(16, largest)}
     if count > 1:
         for change in ({}, small):
             changed = dataclasses.replace(config, **change)
-            name = _named("align", config, change)
-            yield f"--use_fsdp {name}".rstrip(), align_memory(work, changed, captions, text_width, count, True)
+            flags = f"--use_fsdp {_flags('align', config, change)}".rstrip()
+            yield flags, align_memory(image, changed, captions, text_dim, count, use_fsdp=True)
     if config.tower_lr > 0 and not config.lora_r:
         small["lora_r"] = 16
         changed = dataclasses.replace(config, **small)
-        of = image_costs(changed, text_width, captions)
-        yield _named("align", config, small), align_memory(of, changed, captions, text_width, count)
+        lora_costs = image_costs(changed, text_dim, captions)
+        yield _flags("align", config, small), align_memory(lora_costs, changed, captions, text_dim, count)
 
 
-def _named(stage: str, recipe: Any, change: dict[str, Any]) -> str:
-    """The options of a change, without what is so already."""
-    new = {k: v for k, v in change.items() if getattr(recipe, k) != v}
-    return " ".join(f"--{stage}.{k} {str(v).lower()}" for k, v in new.items())
+def _flags(stage: str, config: TuneConfig | AlignConfig, change: dict[str, Any]) -> str:
+    """Return the command-line flags of a change, without those that the config has already."""
+    changed = {name: value for name, value in change.items() if getattr(config, name) != value}
+    return " ".join(f"--{stage}.{name} {str(value).lower()}" for name, value in changed.items())

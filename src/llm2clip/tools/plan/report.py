@@ -1,4 +1,4 @@
-"""A plan in tables."""
+"""A plan as text tables."""
 
 from __future__ import annotations
 
@@ -11,136 +11,134 @@ from llm2clip.tools.plan.memory import USABLE_FRACTION, peak_memory
 from llm2clip.tools.plan.plan import STAGES, Plan
 
 
-def format_plan(found: Plan, width: int = 110) -> str:
-    """The plan as text."""
+def format_plan(plan: Plan, width: int = 110) -> str:
+    """Format a plan as text, `width` characters wide."""
     page = StringIO()
     console = Console(file=page, width=width, highlight=False)
-    for table in (_parameters(found), _flop(found), _memory(found), _hours(found)):
+    for table in (_parameters(plan), _flop(plan), _memory(plan), _hours(plan)):
         console.print(table)
         console.print()
-    for line in (*_stores(found), *_caching(found), *_ways_out(found), _assumptions(found)):
+    for line in (*_stores(plan), _caching(plan), *_suggestions(plan), _assumptions(plan)):
         console.print(line, markup=False)
     return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
 
 
-def _table(*columns: str, words: bool = False) -> Table:
-    """Of numbers, flush right after the first column, or of words."""
+def _table(*columns: str, right_align: bool = True) -> Table:
+    """Create a table; columns after the first are right-aligned unless they hold words."""
     table = Table(box=None, pad_edge=False)
     for n, name in enumerate(columns):
-        table.add_column(name, justify="right" if n and not words else "left", overflow="fold")
+        table.add_column(name, justify="right" if n and right_align else "left", overflow="fold")
     return table
 
 
-def _parameters(found: Plan) -> Table:
-    p = found.parameters
-    table = _table("Parameters", "all", "learn")
-    table.add_row(f"caption encoder {found.config.encoder.path}", _many(p["caption encoder"]), _many(p["tune learns"]))
-    table.add_row(f"vision tower {found.config.align.tower}", _many(p["vision tower"]), "")
-    table.add_row("projection", _many(p["projection"]), "")
-    table.add_row("adapter", _many(p["adapter"]), "")
-    both = p["vision tower"] + p["projection"] + p["adapter"]
-    table.add_row("tower, projection and adapter", _many(both), _many(p["align learns"]))
-    return table
-
-
-def _flop(found: Plan) -> Table:
-    flop, align = found.flop, found.config.align
-    table = _table("GFLOP (10^9; a multiplication and its addition are 2)", "")
-    tokens = f"a caption of {found.tokens_per_caption:g} tokens"
-    table.add_row(f"{tokens}, forward", _giga(flop["caption forward"]))
-    if "tune" in found.memory:
-        table.add_row(f"{tokens}, in a step of tune", _giga(flop["caption tune"]))
-    table.add_row("an image through the tower", _giga(flop["tower forward"]))
-    captions = "its caption" if found.captions == 1 else f"its {found.captions:g} captions"
-    table.add_row(f"an image and {captions} in a step of align", _giga(flop["step"]))
+def _parameters(plan: Plan) -> Table:
+    parameters = plan.parameters
+    align_total = parameters["vision tower"] + parameters["projection"] + parameters["adapter"]
+    table = _table("Parameters", "all", "trained")
     table.add_row(
-        "  forward and backward" + (", from features" if align.tower_lr == 0 else ""), _giga(flop["image once"])
+        f"caption encoder {plan.config.encoder.path}",
+        _count(parameters["caption encoder"]),
+        _count(parameters["trained by tune"]),
     )
+    table.add_row(f"vision tower {plan.config.align.tower}", _count(parameters["vision tower"]), "")
+    table.add_row("projection", _count(parameters["projection"]), "")
+    table.add_row("adapter", _count(parameters["adapter"]), "")
+    table.add_row("tower, projection and adapter", _count(align_total), _count(parameters["trained by align"]))
+    return table
+
+
+def _flop(plan: Plan) -> Table:
+    flop, align = plan.flop, plan.config.align
+    table = _table("GFLOPs (10^9; a multiplication and its addition are 2)", "")
+    caption = f"caption of {plan.tokens_per_caption:g} tokens"
+    table.add_row(f"{caption}, forward", _giga(flop["caption forward"]))
+    if "tune" in plan.memory:
+        table.add_row(f"{caption}, in a step of tune", _giga(flop["caption tune"]))
+    table.add_row("image through the tower", _giga(flop["tower forward"]))
+    captions = "its caption" if plan.captions == 1 else f"its {plan.captions:g} captions"
+    table.add_row(f"image and {captions} in a step of align", _giga(flop["step"]))
+    source = ", from cached features" if align.tower_lr == 0 else ""
+    table.add_row(f"  forward and backward{source}", _giga(flop["image once"]))
     if flop["image again"]:
-        why = [name for name in ("gradient_checkpointing", "micro_batch_size") if getattr(align, name)]
-        table.add_row(f"  forward again ({', '.join(why)})", _giga(flop["image again"]))
+        reasons = [name for name in ("gradient_checkpointing", "micro_batch_size") if getattr(align, name)]
+        table.add_row(f"  repeated forward ({', '.join(reasons)})", _giga(flop["image again"]))
     table.add_row("  loss", _giga(flop["image loss"]))
     return table
 
 
-def _memory(found: Plan) -> Table:
-    stages = [stage for stage in STAGES if stage in found.memory]
-    table = _table(
-        f"GB on each device (10^9 bytes; {found.machine.each.name} has {found.machine.each.memory:g})", *stages
-    )
-    parts = dict.fromkeys(
-        part for stage in stages for part in found.memory[stage] if part not in ("libraries", "loading")
-    )
-    for part in [*parts, "libraries"]:
-        sizes = [found.memory[stage].get(part) for stage in stages]
+def _memory(plan: Plan) -> Table:
+    stages = [stage for stage in STAGES if stage in plan.memory]
+    device = plan.machine.each
+    table = _table(f"GB per device (10^9 bytes; {device.name} has {device.memory:g})", *stages)
+    parts = dict.fromkeys(part for stage in stages for part in plan.memory[stage])
+    for part in [*(part for part in parts if part not in ("libraries", "loading")), "libraries"]:
+        sizes = [plan.memory[stage].get(part) for stage in stages]
         table.add_row(part, *("" if size is None else f"{size / 1e9:.1f}" for size in sizes))
-    loading = [found.memory[stage]["loading"] for stage in stages]
+    loading = [plan.memory[stage]["loading"] for stage in stages]
     if any(loading):
-        table.add_row("before it: weights come in", *(f"{size / 1e9:.1f}" if size else "" for size in loading))
-    table.add_row("most at once", *(f"{peak_memory(found.memory[stage]) / 1e9:.1f}" for stage in stages))
-    table.add_row("fits", *("yes" if found.fits[stage] else "NO" for stage in stages))
+        table.add_row("before training: loading", *(f"{size / 1e9:.1f}" if size else "" for size in loading))
+    table.add_row("peak", *(f"{peak_memory(plan.memory[stage]) / 1e9:.1f}" for stage in stages))
+    table.add_row("fits", *("yes" if plan.fits[stage] else "NO" for stage in stages))
     return table
 
 
-def _hours(found: Plan) -> Table:
-    config, count = found.config, found.machine.count
-    table = _table(f"Time on {count} x {found.machine.each.name}", "", "", words=True)
-    if "tune" in found.memory:
-        steps, batch = config.tune.steps, config.tune.batch_size * count
-        table.add_row("tune", _time(found.hours["tune"]), f"{steps:,} steps of {batch:,} pairs")
-    rows = found.images * found.captions_per_image
-    table.add_row("embed", _time(found.hours["embed"]), f"{rows:,.0f} captions")
-    batch = config.align.batch_size * count
-    about = f"{config.align.epochs:g} epochs of {found.images:,} images, {batch:,} in a step"
-    if found.decoded:
-        about += f"; {found.decoded:,.0f} images/s to be decoded for each device"
-    table.add_row("align", _time(found.hours["align"]), about)
+def _hours(plan: Plan) -> Table:
+    config, count = plan.config, plan.machine.count
+    table = _table(f"Time on {count} x {plan.machine.each.name}", "", "", right_align=False)
+    if "tune" in plan.memory:
+        pairs = config.tune.batch_size * count
+        table.add_row("tune", _time(plan.hours["tune"]), f"{config.tune.steps:,} steps of {pairs:,} pairs")
+    captions = plan.images * plan.captions_per_image
+    table.add_row("embed", _time(plan.hours["embed"]), f"{captions:,.0f} captions")
+    images = config.align.batch_size * count
+    details = f"{config.align.epochs:g} epochs of {plan.images:,} images, {images:,} per step"
+    if plan.images_per_second:
+        details += f"; {plan.images_per_second:,.0f} images/s to decode per device"
+    table.add_row("align", _time(plan.hours["align"]), details)
     return table
 
 
-def _stores(found: Plan) -> list[str]:
-    lines = [f"Store of embedded captions ({found.config.embed.dtype}): {_bytes(found.store)} on the disk."]
-    if found.features:
-        lines.append(f"Store of the tower's features (float16): {_bytes(found.features)} on the disk.")
+def _stores(plan: Plan) -> list[str]:
+    lines = [f"Embedding store ({plan.config.embed.dtype}): {_bytes(plan.store)} on disk."]
+    if plan.features:
+        lines.append(f"Store of the tower's features (float16): {_bytes(plan.features)} on disk.")
     return lines
 
 
-def _caching(found: Plan) -> list[str]:
-    online, weights = found.online, _bytes(found.online["weights"])
-    return [
-        f"With the language model in every step of align instead of a store: {online['step']:.2f} times the FLOP of a "
-        f"step, {online['hours']:.2f} times the hours of embed and align together, and {weights} more of weights on "
-        "each device."
-    ]
-
-
-def _ways_out(found: Plan) -> list[str]:
-    lines = []
-    for stage in (stage for stage, fits in found.fits.items() if not fits):
-        lines.append(f"OUT OF MEMORY in {stage}.")
-        ways = found.ways_out.get(stage, [])
-        lines += [f"  would fit: {name} ({size / 1e9:.1f} GB)" for name, size in ways]
-        if any("--use_fsdp" in name for name, _ in ways):
-            lines.append(
-                "  --use_fsdp shares weights out over the devices: accelerate launch --use_fsdp --fsdp_version 2"
-            )
-        if not ways:
-            lines.append("  nothing tried here fits: a smaller model, fewer of its layers, or a larger device")
-    return lines
-
-
-def _assumptions(found: Plan) -> str:
+def _caching(plan: Plan) -> str:
+    online = plan.online
     return (
-        "Arithmetic, not measured. "
-        f"Assumed: {found.machine.mfu:.0%} of the device's products per second are reached (MFU), "
-        f"{1 - USABLE_FRACTION:.0%} of its memory is lost between pieces, every caption differs, and images are decoded in time."
+        f"Without the store, with the LLM in every step of align: {online['step']:.2f} times the FLOPs per step, "
+        f"{online['hours']:.2f} times the hours of embed and align together, and {_bytes(online['weights'])} more "
+        "weights per device."
     )
 
 
-# ---- numbers to read ------------------------------------------------------------------------------------------------
+def _suggestions(plan: Plan) -> list[str]:
+    lines = []
+    for stage in (stage for stage, stage_fits in plan.fits.items() if not stage_fits):
+        lines.append(f"OUT OF MEMORY in {stage}.")
+        suggestions = plan.suggestions.get(stage, [])
+        lines += [f"  would fit: {flags} ({size / 1e9:.1f} GB)" for flags, size in suggestions]
+        if any("--use_fsdp" in flags for flags, _ in suggestions):
+            lines.append("  --use_fsdp shards the weights: accelerate launch --use_fsdp --fsdp_version 2")
+        if not suggestions:
+            lines.append("  No setting tried here fits: use a smaller model, fewer layers, or a larger device.")
+    return lines
 
 
-def _many(count: float) -> str:
+def _assumptions(plan: Plan) -> str:
+    return (
+        f"Estimated, not measured. Assumptions: {plan.machine.mfu:.0%} of the peak throughput (MFU), "
+        f"{1 - USABLE_FRACTION:.0%} of the memory lost to fragmentation, no duplicate captions, and image decoding "
+        "that keeps up."
+    )
+
+
+# ---- number formats ------------------------------------------------------------------------------------------------
+
+
+def _count(count: float) -> str:
     return f"{count:,.0f}" if count else "0"
 
 
@@ -149,9 +147,9 @@ def _giga(flop: float) -> str:
 
 
 def _bytes(size: float) -> str:
-    for unit, of in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if size >= of:
-            return f"{size / of:,.1f} {unit}"
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= factor:
+            return f"{size / factor:,.1f} {unit}"
     return f"{size / 1e3:,.1f} kB"
 
 
