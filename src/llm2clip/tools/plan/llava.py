@@ -11,7 +11,7 @@ import torch
 from llm2clip.config import AlignConfig, EncoderConfig, LlavaConfig, TuneConfig
 from llm2clip.tools.plan.devices import Machine
 from llm2clip.tools.plan.flops import TextCosts, count_flops, text_costs
-from llm2clip.tools.plan.memory import FRAMEWORK_OVERHEAD, fits, optimizer_memory, peak_memory, bytes_per_value
+from llm2clip.tools.plan.memory import FRAMEWORK_OVERHEAD, bytes_per_value, fits, optimizer_memory, peak_memory
 from llm2clip.tools.plan.model_configs import build_tower, get_llm_config
 
 STAGES = ("pretrain", "instruct")
@@ -260,7 +260,7 @@ def _stage_memory(
     if config.gradient_checkpointing:
         per_token = llm.layers * llm.input_per_token + llm.saved_per_token
     per_token += llm.saved_per_token + llm.saved_outside  # gradients on their way back through one block
-    vocabulary = model.head // llm.width
+    vocabulary = model.head // llm.embed_dim
     logits = vocabulary * (compute_bytes + 4 + 4)  # logits, logits in fp32, and their gradient
     text_tokens = length - model.image_tokens
     parts["activations"] = micro_batch_size * (length * per_token + text_tokens * logits)
