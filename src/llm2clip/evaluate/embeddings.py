@@ -8,7 +8,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from llm2clip.data.hashing import unique_captions
 from llm2clip.data.image_refs import ImageRef
@@ -18,6 +17,7 @@ from llm2clip.evaluate.precomputed import PRECOMPUTED_SUFFIX, PrecomputedEmbeddi
 from llm2clip.evaluate.ranks import check_finite
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.fingerprint import fingerprint
+from llm2clip.progress import ProgressBar
 from llm2clip.store.image_features import encode_image_batches, image_keys, store_image_features, store_text_embeddings
 
 BATCH_SIZE = 64  # images per forward pass
@@ -84,7 +84,7 @@ class ModelEmbeddings:
         """
         self.log.count_at_least(len(refs))  # benchmark readers do not count rows
         if self.folder is None:
-            with tqdm(total=len(refs), desc="images", unit="image", disable=not self.progress) as bar:
+            with ProgressBar(total=len(refs), desc="images", unit="image", disable=not self.progress) as bar:
                 embeddings, indices = encode_image_batches(refs, self.model, self.log, bar, BATCH_SIZE)
             self.log.check()
         else:

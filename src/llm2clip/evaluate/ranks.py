@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from llm2clip.cpu_tuning import onednn_matmul
+from llm2clip.progress import ProgressBar
 
 TILE = 512  # images per tile, with four times as many texts: 4 MB of float32 scores, which fit a CPU cache
 
@@ -128,7 +128,7 @@ def two_way_ranks(
 
     # Counts of wrong answers, in float32: at most 2**24 texts per image are counted exactly.
     image_counts, text_counts = torch.zeros_like(best_image), torch.zeros_like(best_text)
-    with tqdm(total=tiles.rows * tiles.columns, desc="ranks", unit="tile", disable=not progress) as bar:
+    with ProgressBar(total=tiles.rows * tiles.columns, desc="ranks", unit="tile", disable=not progress) as bar:
         for j in range(tiles.columns):
             text_tile, text_range = tiles.texts(j), tiles.text_range(j)
             for i in range(tiles.rows):

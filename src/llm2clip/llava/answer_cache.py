@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from llm2clip.distributed import process_state
 from llm2clip.llava.tasks import Question
 from llm2clip.models.fingerprint import fingerprint
+from llm2clip.progress import ProgressBar
 from llm2clip.store.image_features import image_name
 
 
@@ -47,7 +46,7 @@ def cached_answers(
     share = missing[state.process_index :: state.num_processes]
     if share:
         rank_file = file if state.is_main_process else file.with_suffix(f".{state.process_index}.jsonl")
-        bar = tqdm(total=len(share), desc=description, unit="question", disable=not state.is_main_process)
+        bar = ProgressBar(total=len(share), desc=description, unit="question", disable=not state.is_main_process)
         with rank_file.open("a", encoding="utf-8") as stream, bar:
             if stream.tell():
                 stream.write("\n")  # ends a line that an interrupt may have left incomplete

@@ -19,7 +19,6 @@ from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from llm2clip.cpu_tuning import flex_attention_is_correct, onednn_matmul
 from llm2clip.models.length_batching import TokenizedTexts, default_batch_tokens
@@ -30,6 +29,7 @@ from llm2clip.models.precision import autocast_precision, parse_precision
 from llm2clip.models.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.models.sentence_transformer import open_sentence_transformer, truncate_embeddings
 from llm2clip.models.text_template import has_consistent_length, prompt_length, set_template
+from llm2clip.progress import ProgressBar
 
 MAX_EMBEDDINGS_ON_DEVICE = 8192  # embeddings that are copied to the CPU at once
 # Entries of the LLM's config that do not change its output, or that `identity` lists separately.
@@ -269,10 +269,10 @@ class CaptionEncoder(nn.Module):
         tokens = captions if isinstance(captions, TokenizedTexts) else self.tokenize(list(captions))
         embeddings = torch.zeros(len(tokens.ids), self.embed_dim)
         on_device: list[tuple[list[int], Tensor]] = []  # rows and their embeddings
-        if isinstance(progress, tqdm):
+        if isinstance(progress, ProgressBar):
             bar = progress
         else:
-            bar = tqdm(total=len(tokens.ids), desc="encode", unit="caption", disable=not progress)
+            bar = ProgressBar(total=len(tokens.ids), desc="encode", unit="caption", disable=not progress)
 
         self.eval()
         with autocast_precision(self.llm, self.device, precision):

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.models.loading import hide_loading_bars
+from llm2clip.progress import ProgressBar
 
 OPEN_CLIP_PREFIX = "open_clip:"
 # Trained on text padded to the context length, with attention to the padding.
@@ -59,7 +59,7 @@ class ClipTextEncoder:
         """Encode texts to (N, embed_dim) float32 on the CPU, in the order of the input and not normalised."""
         order = sorted(range(len(captions)), key=lambda i: -len(captions[i]))
         embeddings = torch.empty(len(captions), self.embed_dim)
-        for start in tqdm(range(0, len(order), batch_size), desc="encode", unit="batch", disable=not progress):
+        for start in ProgressBar(range(0, len(order), batch_size), desc="encode", unit="batch", disable=not progress):
             rows = order[start : start + batch_size]
             batch = self._tokenize([captions[i] for i in rows])
             embeddings[rows] = self._forward(**batch).float().cpu()

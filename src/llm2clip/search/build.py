@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from llm2clip.data.image_loader import image_batches
 from llm2clip.data.image_refs import printable
@@ -23,6 +22,7 @@ from llm2clip.data.records import Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.fingerprint import fingerprint
+from llm2clip.progress import ProgressBar
 from llm2clip.search.backends import Backend
 from llm2clip.search.scan import digest_and_date, file_stamp, scan_sources
 from llm2clip.search.types import ImageState, IndexedContent, IndexedImage
@@ -180,7 +180,7 @@ def _read_images(
         The images whose content is already in the index, with its hash; the other images, grouped by hash.
     """
     readable: list[tuple[IndexedImage, bytes]] = []
-    for image in tqdm(images, desc="read", unit="image"):
+    for image in ProgressBar(images, desc="read", unit="image"):
         digest, taken = digest_and_date(image, log)
         if digest is not None:
             readable.append((dataclasses.replace(image, taken=taken), digest))
@@ -205,7 +205,7 @@ def _embed_images(
     """Decode and embed each content once; yield the contents of each batch."""
     hashes = list(images_by_hash)
     refs = [images_by_hash[digest][0].ref for digest in hashes]
-    with tqdm(total=len(refs), desc="embed", unit="image", disable=not refs) as bar:
+    with ProgressBar(total=len(refs), desc="embed", unit="image", disable=not refs) as bar:
         batches = image_batches(refs, PreparedImages(model.transform), batch_size, workers)
         for indices, prepared, errors in batches:
             contents = []

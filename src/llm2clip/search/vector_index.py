@@ -14,11 +14,11 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 from usearch.index import Index, MetricKind
 from usearch.index import search as exact_search
 
 from llm2clip.io_utils import atomic_path, atomic_write_text
+from llm2clip.progress import ProgressBar
 
 MIN_CANDIDATES = 128  # candidates to re-score; with these, a scan of a million vectors missed none of the top 10
 EXACT_BELOW = 2048  # up to this many vectors, scoring all of them directly is faster than scanning codes first
@@ -147,7 +147,7 @@ def update_graph(folder: Path, ids: np.ndarray, fetch: FetchVectors, dim: int, m
         return
     if len(removed):
         graph.remove(removed)
-    with tqdm(total=len(added), desc="graph", unit="image") as bar:
+    with ProgressBar(total=len(added), desc="graph", unit="image") as bar:
         for start in range(0, len(added), CHUNK):
             chunk = added[start : start + CHUNK]
             graph.add(chunk, quantize(fetch(chunk), scale))

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.image_loader import image_batches
@@ -180,7 +179,7 @@ def encode_image_batches(
     refs: Sequence[ImageRef],
     encoder: ImageEncoder,
     log: SkipLog,
-    bar: tqdm,
+    bar: ProgressBar,
     batch_size: int = 64,
     workers: int | None = None,
 ) -> tuple[Tensor, list[int]]:
@@ -200,7 +199,7 @@ def encode_image_batches(
     return torch.cat(embeddings), indices
 
 
-def _iter_shards(plan: WritePlan, description: str, unit: str) -> Iterator[tuple[int, list[str], tqdm]]:
+def _iter_shards(plan: WritePlan, description: str, unit: str) -> Iterator[tuple[int, list[str], ProgressBar]]:
     """Yield this process's shards: number, names or texts, and a progress bar over all of them."""
     with closing(PendingCaptions(plan.incoming)) as pending:
         shards = [(number, pending[part]) for number, part in plan.local_shards()]

@@ -22,7 +22,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from llm2clip.checkpoint import Checkpoints, MetricsLog, check_finite, hash_texts
 from llm2clip.config import AlignConfig
@@ -34,6 +33,7 @@ from llm2clip.models.fingerprint import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.precision import resolve_device_precision
 from llm2clip.models.tower_lora import merge_tower_lora
+from llm2clip.progress import ProgressBar
 from llm2clip.run_config import RESUME_SAFE
 from llm2clip.store.image_features import TowerEncoder, store_image_features
 from llm2clip.store.lock import folder_lock
@@ -151,7 +151,7 @@ def _train(
     model.train()
     batches = data.batches(checkpoints.step)
     skipped_steps = 0  # in a row, with non-finite gradients
-    progress = tqdm(total=steps, initial=checkpoints.step, desc="align", unit="step", disable=metrics is None)
+    progress = ProgressBar(total=steps, initial=checkpoints.step, desc="align", unit="step", disable=metrics is None)
     clock = time.perf_counter()
     for step in range(checkpoints.step + 1, steps + 1):
         # Batch.
