@@ -244,7 +244,7 @@ class CaptionEncoder(nn.Module):
         *,
         batch_tokens: int | None = None,
         precision: str = "fp32",
-        progress: bool | tqdm = False,
+        progress: bool | ProgressBar = False,
     ) -> Tensor:
         """Encode captions to (N, embed_dim) float32 on the CPU, in the order of the input and not normalised.
 
