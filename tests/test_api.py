@@ -44,10 +44,10 @@ OPERATIONS = (
 
 @pytest.fixture(scope="module")
 def operations(
-    tmp_path_factory: pytest.TempPathFactory, pictures: Path, dual_encoder: DualEncoder
+    tmp_path_factory: pytest.TempPathFactory, image_folder: Path, dual_encoder: DualEncoder
 ) -> Iterator[dict[str, Any]]:
     """The operations of a running server by label."""
-    backend = make_index(tmp_path_factory.mktemp("index"), pictures, dual_encoder)
+    backend = make_index(tmp_path_factory.mktemp("index"), image_folder, dual_encoder)
     with running_server(create_app(dual_encoder, backend, Limits(max_body_bytes=1 << 20))) as address:
         schema = schemathesis.openapi.from_url(f"{address}openapi.json")
         results = [result.ok() for result in schema.get_all_operations()]

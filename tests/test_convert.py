@@ -243,10 +243,10 @@ def eva_reference(w: dict[str, Tensor], x: Tensor, heads: int = 2) -> Tensor:
     def linear(x: Tensor, name: str) -> Tensor:
         return F.linear(x, w[f"visual.{name}.weight"], w.get(f"visual.{name}.bias"))
 
-    def turn(x: Tensor) -> Tensor:
+    def rotate(x: Tensor) -> Tensor:
         cos, sin = rotary(3)
-        other = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
-        return torch.cat([x[:, :, :1], x[:, :, 1:] * cos + other[:, :, 1:] * sin], dim=2)
+        rotated = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+        return torch.cat([x[:, :, :1], x[:, :, 1:] * cos + rotated[:, :, 1:] * sin], dim=2)
 
     x = F.conv2d(x, w["visual.patch_embed.proj.weight"], w["visual.patch_embed.proj.bias"], stride=8)
     x = x.flatten(2).transpose(1, 2)
@@ -254,7 +254,7 @@ def eva_reference(w: dict[str, Tensor], x: Tensor, heads: int = 2) -> Tensor:
     for i in range(2):
         y = norm(x, f"blocks.{i}.norm1")
         q, k, v = (linear(y, f"blocks.{i}.attn.{n}_proj").unflatten(2, (heads, -1)).transpose(1, 2) for n in "qkv")
-        q, k = turn(q), turn(k)
+        q, k = rotate(q), rotate(k)
         y = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1) @ v
         x = x + linear(norm(y.transpose(1, 2).flatten(2), f"blocks.{i}.attn.inner_attn_ln"), f"blocks.{i}.attn.proj")
         y = norm(x, f"blocks.{i}.norm2")
