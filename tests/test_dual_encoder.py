@@ -146,3 +146,20 @@ def test_unknown_models_are_rejected(tmp_path: Path, llm: Path) -> None:
         open_dual_encoder(str(tmp_path / "nothing"), "cpu")
     with pytest.raises(ValueError, match="not 'llm2clip'"):
         open_dual_encoder(str(llm), "cpu")
+
+
+def test_identity_of_an_llm2clip_model_has_the_field_names_of_version_0_1() -> None:
+    config = LLM2CLIPConfig(tower={"x": 1}, text_dim=8, embed_dim=4)
+    assert config.to_identity() == {
+        "tower": {"x": 1},
+        "text_width": 8,
+        "width": 4,
+        "adapter": "residual",
+        "adapter_depth": 4,
+        "adapter_expansion": 2,
+        "normalize_input": True,
+        "projection": "linear",
+        "projection_bias": False,
+        "logit_bias": False,
+        "encoder": {},
+    }

@@ -10,7 +10,6 @@ st:NAME                      a sentence-transformers model that encodes images a
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -104,7 +103,7 @@ def from_llm2clip(model: LLM2CLIP, name: str, precision: str = "fp32") -> DualEn
     return DualEncoder(
         name=name,
         embed_dim=model.config.embed_dim,
-        identity=lambda: {"llm2clip": dataclasses.asdict(model.config), "weights": hash_weights(model)},
+        identity=lambda: {"llm2clip": model.config.to_identity(), "weights": hash_weights(model)},
         transform=EvalTransform(model.tower.preprocess),
         encode_images_raw=encode_images,
         encode_texts_raw=lambda texts, progress: model.encode_text(texts, progress, precision),

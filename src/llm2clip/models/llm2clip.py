@@ -94,6 +94,15 @@ class LLM2CLIPConfig:
         values = {_RENAMED_FIELDS.get(name, name): value for name, value in values.items()}
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
 
+    def to_identity(self) -> dict[str, Any]:
+        """Return the part of the model's identity that the config determines.
+
+        It has the field names of version 0.1, so that search indexes and cached embeddings of 0.1 stay valid.
+        """
+        old_names = {new: old for old, new in _RENAMED_FIELDS.items()}
+        fields = {old_names.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+        return fields | _SUPPORTED_HEADS
+
 
 class LLM2CLIP(nn.Module):
     """Vision tower and projection for images, caption encoder and adapter for texts.
