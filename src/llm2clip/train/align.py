@@ -100,7 +100,7 @@ def _train(
     validate: Validate | None,
     features: Path | None,
 ) -> LLM2CLIP:
-    """The training loop. Arguments as in `align`."""
+    """Run the training loop. Arguments as in `align`."""
     # Trained parameters (LoRA layers are initialised here), precision and device.
     set_seed(config.seed)
     set_trainable(model, config)

@@ -54,8 +54,8 @@ def cached_backward(
         state_after = _random_state(device)
         for n, (run, state) in enumerate(zip(passes, random_states, strict=True)):
             last = n == len(passes) - 1
-            no_sync = isinstance(model, DistributedDataParallel) and not last
-            with torch.enable_grad(), model.no_sync() if no_sync else nullcontext():
+            no_sync = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
+            with torch.enable_grad(), no_sync:
                 _set_random_state(state)  # the same dropout as in the first pass
                 products = [(x * parts[n]).sum() for x, parts in zip(run(), gradients, strict=True)]
                 torch.stack(products).sum().mul(grad_output).backward()

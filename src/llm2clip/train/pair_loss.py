@@ -137,16 +137,20 @@ class PairLoss(nn.Module):
         passes = list(self._passes(batch["tokens"], batch["prompt_lengths"]))
         order = torch.tensor([row for rows, _ in passes for row in rows]).argsort()  # back to the order of the batch
 
-        # With FSDP, ranks with fewer passes repeat their last and shortest one, and drop its output.
-        run_shortest = passes[-1][1]
         runs = [run for _, run in passes]
-        runs += [lambda: run_shortest()[:0]] * extra_forward_passes(self.model, len(passes), device)
+
+        def run_without_output() -> Tensor:
+            """Repeat the last and shortest pass, and drop its output."""
+            return passes[-1][1]()[:0]
+
+        # With FSDP, ranks with fewer passes add some, so that all make the same number.
+        runs += [run_without_output] * extra_forward_passes(self.model, len(passes), device)
 
         def loss_function(embeddings: Tensor) -> Tensor:
             return self._loss(embeddings[order], batch["pairs"], batch["text_ids"].to(embeddings.device))
 
         if self.grad_cache and torch.is_grad_enabled():
-            return cached_backward([lambda run=run: (run(),) for run in runs], loss_function, self.model, device)
+            return cached_backward([partial(_as_tuple, run) for run in runs], loss_function, self.model, device)
         return loss_function(torch.cat([run() for run in runs]))
 
     def _passes(
@@ -167,3 +171,7 @@ class PairLoss(nn.Module):
             anchor, positive, negatives = unit[:pairs], unit[pairs : 2 * pairs], unit[2 * pairs :]
             losses.append(pair_loss(anchor, positive, self.scale, text_ids, negatives, self.symmetric))
         return torch.stack(losses).mean()
+
+
+def _as_tuple(run: Callable[[], Tensor]) -> tuple[Tensor]:
+    return (run(),)

@@ -132,8 +132,8 @@ class AlignBatches:
             # Images that cannot be decoded are replaced by others of the batch. The loss does not count equal captions
             # as negatives.
             decoded += [decoded[n % len(decoded)] for n in range(len(items) - len(decoded))]
-            pixels, samples = zip(*decoded, strict=True)
-            yield self._make_batch(torch.stack(pixels), list(samples), failures)
+            pixels = torch.stack([image for image, _ in decoded])
+            yield self._make_batch(pixels, [sample for _, sample in decoded], failures)
 
     def samples(self, first_step: int) -> Iterator[list[Sample]]:
         """Yield the samples of this rank in each step from `first_step` on."""

@@ -24,7 +24,7 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import BatchSampler, SequentialSampler
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from llm2clip.checkpoint import Checkpoints, TrainingLog, hash_texts
 from llm2clip.config import TuneConfig
@@ -37,6 +37,7 @@ from llm2clip.models.length_batching import default_batch_tokens
 from llm2clip.models.llm_layers import get_layers
 from llm2clip.models.lora import LoraSession, check_qlora_available, merge_adapter
 from llm2clip.models.precision import DTYPES, resolve_device_precision
+from llm2clip.progress import ProgressBar
 from llm2clip.store.lock import folder_lock
 from llm2clip.train.distributed import copy_into, empty_copy, full_tensor, gather_to_cpu
 from llm2clip.train.pair_loss import PairCollator, PairLoss
@@ -190,7 +191,7 @@ def _train(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_ProgressBar)
+    trainer.add_callback(_ShowProgress)
     unsharded = empty_copy(encoder.st) if trainer.is_fsdp_enabled else None
     with _attention_backend(args.device):
         trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
@@ -246,6 +247,9 @@ class _TuneTrainer(SentenceTransformerTrainer):
         """Pass a batch of `PairCollator` to the loss as it is."""
         return [inputs], None
 
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """Do nothing: the model card is not saved, and the callback would encode examples for it."""
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         assert output_dir is not None  # a checkpoint: the trainer saves nothing else
         folder = Path(output_dir)
@@ -276,17 +280,29 @@ class _TuneTrainer(SentenceTransformerTrainer):
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
 
-class _ProgressBar(ProgressCallback):
-    """Progress bar that shows the loss, instead of a printed line every few steps."""
+class _ShowProgress(TrainerCallback):
+    """Shows a progress bar with the loss, instead of a printed line every few steps."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description("tune")
+    bar: ProgressBar
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar = ProgressBar(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="tune",
+            unit="step",
+            disable=not state.is_world_process_zero,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
 
 
 def _attention_backend(device: torch.device) -> AbstractContextManager[None]:
