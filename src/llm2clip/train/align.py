@@ -189,8 +189,8 @@ def _train(
         if metrics is not None:
             metrics.write(step, **line)
         accelerator.log({name: value for name, value in line.items() if value is not None}, step)
+        progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
         progress.update()
-        progress.set_postfix(loss=f"{loss:.3f}")
 
         # Evaluation and checkpoint.
         if best.validate and (step % eval_steps == 0 or step == steps):
