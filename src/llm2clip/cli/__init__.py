@@ -60,8 +60,8 @@ def build() -> tuple[ArgumentParser, dict[str, Run]]:
 
 def quiet_libraries() -> None:
     """Silence library messages that users cannot act on."""
-    # "Failed to load CPU gemm_4bit_forward from kernels-community": peft imports bitsandbytes, which probes kernels.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # "The following layers were not sharded": transformers checks a tensor-parallel plan that is not used.
+    logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|torch\.|accelerate\.")
 
 
