@@ -20,14 +20,14 @@ ALIGN = "align {data} --store {store} --out {tmp}/run --encoder.path {llm} --ali
 ERRORS = {
     # paths and sources
     "missing file": ("fit {folder}/capions.jsonl --out {tmp}/run", "no such file", "did you mean"),
-    "empty folder": ("fit {tmp}/empty --out {tmp}/run", "without images", "can be read"),
-    "unknown file format": ("fit {tmp}/notes.docx --out {tmp}/run", "unknown format", "can be read"),
+    "empty folder": ("fit {tmp}/empty --out {tmp}/run", "has no images", "supported are"),
+    "unknown file format": ("fit {tmp}/notes.docx --out {tmp}/run", "unknown format", "supported are"),
     "missing column": (
         FIT + " --columns {{'captions': 'caption'}}", "no column 'caption'", "it has", "did you mean captions",
     ),
-    "no caption column": ("embed {tmp}/none.csv --out {tmp}/s --encoder.path {llm}", "no column of captions", "columns: {"),
+    "no caption column": ("embed {tmp}/none.csv --out {tmp}/s --encoder.path {llm}", "no column of captions", "--columns"),
     "missing split": ("fit {data}@trian --out {tmp}/run", "no record", "its splits: ", "train"),
-    "invalid JSON": ("embed {tmp}/broken.jsonl --out {tmp}/s --encoder.path {llm}", "malformed row", "row 2", "mend"),
+    "invalid JSON": ("embed {tmp}/broken.jsonl --out {tmp}/s --encoder.path {llm}", "malformed row", "row 2", "Fix the source"),
     "unclosed quote": (
         "embed {tmp}/open.csv --out {tmp}/s --encoder.path {llm}", "open.csv", "line 2", "not closed",
     ),
@@ -46,12 +46,12 @@ ERRORS = {
     ),
     "invalid YAML": ("fit {data} --out {tmp}/run --config {tmp}/bad.yaml", "bad.yaml", "line 2"),
     "unknown setting in a config file": ("fit {data} --out {tmp}/run --config {tmp}/typo.yaml", "tune.stpes", "--help"),
-    "zero epochs": (FIT + " --align.epochs 0", "--align.epochs must be greater than 0 (got 0)"),
+    "zero epochs": (FIT + " --align.epochs 0", "--align.epochs must be greater than 0 (got 0.0)"),
     "negative batch size": (FIT + " --tune.batch_size -4", "--tune.batch_size must be at least 1 (got -4)"),
     "zero temperature": (FIT + " --tune.temperature 0", "--tune.temperature must be greater than 0"),
     "contradicting settings": (FIT + " --align.lora_r 4 --align.tower_lr 0", "--align.tower_lr greater than 0"),
     # too little data
-    "batch larger than the data": (FIT + " --align.batch_size 5000", "batch of 5000", "--align.batch_size"),
+    "batch larger than the data": (FIT + " --align.batch_size 5000", "fewer than a step takes (5000)", "lower --align.batch_size"),
     "one caption per image": (
         "fit {tmp}/one.jsonl --out {tmp}/run --encoder.path {llm} --align.batch_size 4", "--tune.steps 0",
     ),
@@ -86,14 +86,14 @@ ERRORS = {
     "damaged store": ("store verify {tmp}/damagedstore", "damaged", "store repair"),
     "store export without a format": ("store export {store}", "--parquet FILE or --tars"),
     # evaluation
-    "unknown benchmark": ("evaluate {model} --benchmarks flickr31k", "flickr31k", "there are flickr30k"),
-    "benchmark not downloaded": ("evaluate {model} --benchmarks docci --root {tmp}", "docci", "It takes"),
+    "unknown benchmark": ("evaluate {model} --benchmarks flickr31k", "flickr31k", "choose from flickr30k"),
+    "benchmark not downloaded": ("evaluate {model} --benchmarks docci --root {tmp}", "docci", "Needed files"),
     "nothing to evaluate": ("evaluate {model}", "--benchmarks", "--captions"),
-    "CRA of precomputed embeddings": ("evaluate {tmp}/v.npz {data} --captions {data}", "v.npz", "leave out --captions"),
+    "CRA of precomputed embeddings": ("evaluate {tmp}/v.npz {data} --captions {data}", "v.npz", "remove --captions"),
     "splits for some sources only": ("evaluate {model} {data}@val {folder}", "of all sources or of none"),
     "unknown claim": ("reproduce {folder} --claims 9", "no claim 9", "1, 2"),
     # search
-    "missing index": ("search {tmp}/noindex dog", "noindex is no index", "llm2clip index"),
+    "missing index": ("search {tmp}/noindex dog", "noindex is not an index", "llm2clip index"),
     "invalid date": ("search {tmp}/noindex dog --after yesterday", "yesterday"),
     "serve without index and model": ("serve", "--index", "--model"),
     # exports, plans, llava
