@@ -35,8 +35,7 @@ def _doctor(args: Namespace) -> list[str]:
 def _quickstart(args: Namespace) -> list[str]:
     from llm2clip.tools.quickstart.run import quickstart
 
-    quickstart(Path(args.out), offline=args.offline, hub=args.hub)
-    return []
+    return quickstart(Path(args.out), offline=args.offline, hub=args.hub)
 
 
 def _configs(args: Namespace) -> list[str]:

@@ -1,4 +1,1 @@
-"""A first run from nothing: real weights and a small real data set out of package registries, and a picture at the end.
-
-`assets` fetches, `emoji` makes the records, `picture` draws what a query found. Nothing else in the package needs it.
-"""
+"""Train an emoji search engine with an LLM text tower on a small real data set, and draw its search results."""

@@ -1,15 +1,13 @@
-"""English for an emoji, made by rule from its name, keywords and kind."""
+"""English captions of an emoji, built by rule from its name, keywords and subgroup."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-__all__ = ["describe", "kind", "long_caption", "plain_name"]
-
-# The subgroups of the Unicode emoji list whose members are (but for a feather or two) one thing that a noun says. The
-# others mix (a rock is filed under buildings, a chart under the office), so nothing is said of their kind.
-KINDS = {
+# Subgroups of the Unicode emoji list of which (nearly) all members are one kind of thing. Other subgroups are mixed (a
+# rock is in the subgroup of buildings, a chart in that of office items), so captions do not mention them.
+SUBGROUP_NOUNS = {
     "face-smiling": "smiling face", "face-affection": "affectionate face", "face-tongue": "face with its tongue out",
     "face-hand": "face with a hand", "face-neutral-skeptical": "neutral or skeptical face",
     "face-sleepy": "sleepy face", "face-unwell": "unwell face", "face-hat": "face with a hat",
@@ -28,83 +26,90 @@ KINDS = {
     "tool": "tool", "lock": "lock or key",
 }  # fmt: skip
 PERSONS = {"man", "woman", "person", "boy", "girl", "men", "women", "people", "adult"}
-SOUNDS_LIKE_A = ("uni", "use", "eur", "one", "ufo", "uk")  # a vowel in writing only
-SOUNDS_LIKE_AN = ("hour", "sos")
+CONSONANT_SOUNDS = ("uni", "use", "eur", "one", "ufo", "uk")  # words that start with a vowel but take "a"
+VOWEL_SOUNDS = ("hour", "sos")  # words that start with a consonant but take "an"
 
 
-def plain_name(name: str) -> str:
-    """A name of the package `emoji`, such as `:grinning_face:`, as people write it."""
-    return " ".join(name.strip(":").replace("_", " ").split())
+def keyword_caption(name: str, keywords: Sequence[str], subgroup: str) -> str | None:
+    """Return a caption from the keywords that are not in the name, such as "an emoji of a smiling face: eye, mouth".
 
-
-def kind(subgroup: str) -> str:
-    """A noun for a subgroup, such as "smiling face" for "face-smiling"; empty where none is true of all members."""
-    return KINDS.get(subgroup, "")
-
-
-def describe(name: str, keywords: Sequence[str], subgroup: str) -> tuple[str | None, str]:
-    """Two wordings that are not the name: by keywords that the name lacks (None if too few), and one of the picture.
-
-    ("an emoji of a smiling face: eye, mouth, open", "a drawing of a grinning face")
+    Returns None if there are no such keywords, or if they only name persons.
     """
-    noun = kind(subgroup)
-    words = _beyond(f"{name} {noun}", keywords)
-    of_picture = f"a drawing of {_named(name, noun)}"
+    noun = SUBGROUP_NOUNS.get(subgroup, "")
+    words = _additional_keywords(f"{name} {noun}", keywords)
     if not words or all(_stems(word) <= PERSONS for word in words):
-        return None, of_picture
+        return None
     if noun and noun not in PERSONS:
-        return f"an emoji of {_with_article(noun)}: {', '.join(words)}", of_picture
-    return f"an emoji of {_listed(words)}", of_picture
+        return f"an emoji of {_with_article(noun)}: {', '.join(words)}"
+    return f"an emoji of {_join(words)}"
+
+
+def drawing_caption(name: str, subgroup: str) -> str:
+    """Return a caption such as "a drawing of a grinning face"."""
+    return f"a drawing of {_name_phrase(name, subgroup)}"
 
 
 def long_caption(name: str, keywords: Sequence[str], group: str, subgroup: str) -> str:
-    """Two sentences with all that is known, or one where that is little."""
-    noun = kind(subgroup)
-    words = [word for word in _beyond(f"{name} {noun}", keywords) if not _stems(word) <= PERSONS]
-    what = f"it is {_with_article(noun)}" if noun and not _stems(noun) <= _stems(name) else ""
-    meant = f"it stands for {_listed(words)}" if words else ""
-    filed = f"it is one of the emoji for {group}" if group else ""
-    facts = [fact for fact in (what, meant, filed) if fact]
-    if len(facts) > 1:
-        facts = [facts[0], *(fact.removeprefix("it ") for fact in facts[1:])]
-    rest = " and ".join([", ".join(facts[:-1]), facts[-1]] if len(facts) > 1 else facts)
-    first = f"A simple colour drawing of {_named(name, noun)} on a white background."
-    return f"{first} {rest[0].upper()}{rest[1:]}." if rest else first
+    """Return a caption of two sentences with all that is known about an emoji, or of one if that is only its name."""
+    drawing = f"A simple colour drawing of {_name_phrase(name, subgroup)} on a white background."
+    noun = SUBGROUP_NOUNS.get(subgroup, "")
+    words = [word for word in _additional_keywords(f"{name} {noun}", keywords) if not _stems(word) <= PERSONS]
+    facts = []
+    if noun and not _stems(noun) <= _stems(name):
+        facts.append(f"is {_with_article(noun)}")
+    if words:
+        facts.append(f"stands for {_join(words)}")
+    if group:
+        facts.append(f"is one of the emoji for {group}")
+    return f"{drawing} It {_join(facts)}." if facts else drawing
 
 
-def _beyond(name: str, keywords: Sequence[str]) -> list[str]:
-    """The keywords that add a word to the name. Man, woman and so on may repeat it: they tell variants apart."""
-    known = _stems(name)
-    told = (word for word in keywords if word in PERSONS or not _stems(word) <= known)
-    return [word for word in told if sum(map(str.isalpha, word)) > 1]
+def _additional_keywords(text: str, keywords: Sequence[str]) -> list[str]:
+    """Return the keywords that add something to a text.
+
+    Words such as "man" and "woman" may repeat the text, because they distinguish variants of an emoji.
+    """
+    stems = _stems(text)
+    additional = []
+    for keyword in keywords:
+        is_new = keyword in PERSONS or not _stems(keyword) <= stems
+        num_letters = sum(char.isalpha() for char in keyword)
+        if is_new and num_letters > 1:
+            additional.append(keyword)
+    return additional
 
 
 def _stems(text: str) -> set[str]:
-    """Its words, plurals made singular well enough to compare."""
-    return {w[:-1] if len(w) > 3 and w.endswith("s") and not w.endswith("ss") else w for w in _words(text)}
+    """Return the words of a text, with plurals made singular well enough for comparisons."""
+    stems = set()
+    for word in _words(text):
+        is_plural = len(word) > 3 and word.endswith("s") and not word.endswith("ss")
+        stems.add(word[:-1] if is_plural else word)
+    return stems
 
 
 def _words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.lower())
 
 
-def _listed(words: Sequence[str]) -> str:
+def _join(words: Sequence[str]) -> str:
+    """Join words as in "a, b and c"."""
     return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else "".join(words)
 
 
-def _named(name: str, noun: str) -> str:
-    """With an article where the name is surely that of a thing: "a dog", but "ping pong", "foggy"."""
-    return _with_article(name) if noun else name
+def _name_phrase(name: str, subgroup: str) -> str:
+    """Return the name, with an article if it certainly names a thing: "a dog", but "ping pong" and "foggy"."""
+    return _with_article(name) if subgroup in SUBGROUP_NOUNS else name
 
 
 def _with_article(name: str) -> str:
-    """An article where there should be one: "an apple", "a unicorn", "grapes", "men wrestling"."""
-    first = (_words(name) or [""])[0]
-    head = (_words(re.split(r" with | of | in | on |:", name)[0]) or [""])[-1]
-    plural = head.endswith("s") and not head.endswith(("ss", "us", "is"))
-    if plural or first in {"men", "women", "people"}:
+    """Return a noun phrase with its article, if it needs one: "an apple", "a unicorn", "grapes", "men wrestling"."""
+    first_word = (_words(name) or [""])[0]
+    head_noun = (_words(re.split(r" with | of | in | on |:", name)[0]) or [""])[-1]
+    is_plural = head_noun.endswith("s") and not head_noun.endswith(("ss", "us", "is"))
+    if is_plural or first_word in {"men", "women", "people"}:
         return name
-    if first.startswith(SOUNDS_LIKE_AN):
+    if first_word.startswith(VOWEL_SOUNDS):
         return f"an {name}"
-    vowel = first.startswith(tuple("aeiou")) and not first.startswith(SOUNDS_LIKE_A)
-    return f"{'an' if vowel else 'a'} {name}"
+    starts_with_vowel = first_word.startswith(tuple("aeiou")) and not first_word.startswith(CONSONANT_SOUNDS)
+    return f"{'an' if starts_with_vowel else 'a'} {name}"

