@@ -122,7 +122,7 @@ def _add_model_arguments(parser: ArgumentParser, required: bool) -> None:
         type=str,
         required=required,
         default=None if required else "lmsys/vicuna-7b-v1.5",
-        help="Folder or hub id of a causal LLM.",
+        help="Folder or hub id of a causal LLM, or smollm2-135m.",
     )
     parser.add_argument(
         "--image_size", type=int, help="Image size in pixels. Default: the size that the tower was trained with."
@@ -204,7 +204,7 @@ def _evaluate(args: Namespace) -> list[str]:
     is_main = process_state().is_main_process
     log = SkipLog(out / "skipped.jsonl" if is_main else None, args.max_skipped)
     tasks = read_benchmarks(args.benchmarks, args.root, log)
-    # Rows of the same image are merged: what another row names must not be asked about as absent.
+    # Rows of the same image are merged, so that POPE does not treat an object as absent that another row names.
     for sources, make_task in ((args.captions, caption_task), (args.pope, pope_task)):
         if sources:
             records = [record for _, record in read_merged_records(sources, args.columns, log)]

@@ -56,7 +56,7 @@ def read_conversations(
         if is_llava_file(source):
             conversations += read_llava(source, images, log)
         else:
-            # All rows of an image become one record. Otherwise POPE could ask about an object that another row names.
+            # Rows of the same image are merged, so that POPE does not treat an object as absent that another row names.
             records = [record for _, record in read_merged_records([source], columns or {}, log)]
             conversations += from_records(records, seed)
     return conversations

@@ -1,7 +1,7 @@
 """Image preprocessing, patch features of the frozen vision tower, and their store.
 
-The tower is frozen during training, so it is not part of the trained model. `PrecomputedVision` takes its place and
-passes on the patch features, which come from a store or are computed just before the forward pass.
+The tower is frozen during training, so it is not part of the trained model. `PrecomputedVision` replaces it and
+returns the patch features, which are read from a store or computed just before the forward pass.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def resize_longest(image: Tensor, side: int) -> Tensor:
 
 
 def pad_to_square(image: Tensor, colour: Sequence[int]) -> Tensor:
-    """Center (3, H, W) in a square of one colour, as LLaVA-1.5 does.
+    """Pad (3, H, W) on both sides to a square, as LLaVA-1.5 does.
 
     A tower whose preprocessing crops (crop_pct below 1) still crops the padded image.
     """

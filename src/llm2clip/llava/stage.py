@@ -165,7 +165,7 @@ class TrainingStage:
 
 
 class _LlavaTrainer(Trainer):
-    """Trainer with an own sampler, a vision tower outside the model, and checkpoints of the trainable weights only."""
+    """Trainer with length-grouped batches, a vision tower outside the model, and checkpoints of trainable weights."""
 
     def __init__(
         self, *, sampler: LengthGroupedSampler | None, features: PatchFeatures | None, **arguments: Any

@@ -1,8 +1,7 @@
-"""LLaVA-1.5 training (arXiv 2310.03744) in two stages: the projector on captions, then projector and LLM on
-conversations.
+"""Two-stage training of LLaVA-1.5 (arXiv 2310.03744): the projector on captions, then projector and LLM.
 
-The vision tower is frozen. The stages use transformers' Trainer, so `torchrun` and `accelerate launch` with DDP or
-FSDP2 work as usual. Each stage starts from the untrained model and the result of the stage before it.
+The vision tower is frozen. Both stages use transformers' Trainer, so `torchrun` and `accelerate launch` with DDP or
+FSDP2 work as usual. The second stage starts from the result of the first.
 
     RUN/features/     cached patch features of the vision tower, if they are small enough
     RUN/pretrain/     first stage: checkpoints, metrics.jsonl, and learned.safetensors, its trained weights
@@ -53,8 +52,8 @@ def train_llava(
         instruct: conversations for projector and LLM; may be empty.
         config: settings.
         out: run directory.
-        log: receives images that cannot be decoded while features are cached. Without a cache they are only warned
-            about.
+        log: receives images that cannot be decoded when features are cached. Without a cache, such images only cause
+            warnings.
 
     Returns:
         The model folder.

@@ -20,8 +20,8 @@ def set_trainable(model: Any, stage: str, config: LlavaConfig, out: Path) -> Any
     """Freeze a LLaVA model except for what a stage trains; return it, wrapped by PEFT if LoRA is used.
 
     The `pretrain` stage trains the projector. The `instruct` stage starts from the result of `pretrain`, if there is
-    one, and trains the projector and the LLM, either all weights or LoRA. Trained parameters are float32, except for
-    the LLM's own weights, which keep their dtype.
+    one, and trains the projector and the LLM, either all weights or LoRA. Projector and LoRA weights are converted to
+    float32.
 
     Args:
         model: LLaVA model; modified in place.

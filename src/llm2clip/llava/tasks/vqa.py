@@ -96,7 +96,7 @@ def _normalize_words(text: str, table: dict[str, str] | None = None) -> str:
 def agreement(answer: str, human_answers: Sequence[str]) -> float:
     """Return VQA's agreement of an answer with human answers, 0 to 1.
 
-    It is the mean over all subsets that leave out one human answer of min(1, matches in the subset / 3).
+    It is the mean of min(1, matches / 3) over all subsets of the human answers that lack exactly one of them.
     """
     credits = []
     for left_out in range(len(human_answers)):
