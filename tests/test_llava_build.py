@@ -25,7 +25,7 @@ from llm2clip.llava.image_features import LlavaTransform
 from llm2clip.llava.train import train_llava
 from llm2clip.models.vision_tower import VisionTower
 from search_fixtures import make_model
-from test_export import alone, hf_tower, timm_tower
+from test_export import hf_tower, run_without_llm2clip, timm_tower
 
 TOWERS = ["timm", "timm transformer", "clip_vision_model", "resized clip", "siglip_vision_model", "dinov2"]
 
@@ -170,9 +170,9 @@ def test_patch_llava_loads_without_llm2clip(llm: Path, image_folder: Path, tmp_p
     model = AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(FOLDER)
     with torch.no_grad():
-        found["logits"] = model(**processor(images=images[0], text={text!r}, return_tensors="pt")).logits.numpy()
+        results["logits"] = model(**processor(images=images[0], text={text!r}, return_tensors="pt")).logits.numpy()
     """
-    outputs = alone(textwrap.dedent(code), {"built": folder}, [image_folder / "3.png"], tmp_path)
+    outputs = run_without_llm2clip(textwrap.dedent(code), {"built": folder}, [image_folder / "3.png"], tmp_path)
     torch.testing.assert_close(torch.tensor(outputs["built"]["logits"]), expected, atol=1e-5, rtol=1e-4)
 
 
