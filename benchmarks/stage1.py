@@ -28,7 +28,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llm2clip.tools.reproduce.datasets import WORDNET, glosses
+from llm2clip.tools.reproduce.datasets import WORDNET, read_wordnet
 from shared import read_rows, run_llm2clip, write_rows_once
 
 BASE_SETTINGS = [
@@ -152,7 +152,7 @@ class Ablations:
 
 def general_text_pairs() -> Iterator[dict[str, Any]]:
     """Yield WordNet's words or example sentences with their definitions, and package titles with their descriptions."""
-    for pair in glosses(WORDNET):
+    for pair in read_wordnet(WORDNET):
         yield {"query": pair.anchor, "positive": pair.positive, "instruction": pair.instruction}
     packages = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=True).stdout
     for package in packages.split("\n\n"):

@@ -1,4 +1,4 @@
-"""The claims on generated pictures and random models, judged by cases worked out by hand."""
+"""`reproduce` on generated images and random models, and verdicts of small cases computed by hand."""
 
 from __future__ import annotations
 
@@ -7,28 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
-from conftest import make_llm
+from conftest import make_llm, make_tower
 from llm2clip.cli import main
-from llm2clip.html_report import (
-    Code,
-    Heading,
-    Paragraph,
-    Plot,
-    ResultImage,
-    ResultImages,
-    Table,
-    to_html,
-    to_markdown,
-)
-from llm2clip.tools.reproduce.datasets import glosses, sentences, split_in_two
+from llm2clip.tools.reproduce.datasets import read_wordnet, split_in_two, split_sentences
 from llm2clip.tools.reproduce.statistics import (
-    ALIKE,
+    CONTRADICTED,
     HOLDS,
-    REVERSED,
-    UNTESTED,
-    WAY,
+    INCONCLUSIVE,
+    NOT_TESTED,
+    PARTLY_HOLDS,
+    WEAK_SUPPORT,
     Claim,
     Comparison,
     bootstrap_interval,
@@ -36,171 +25,173 @@ from llm2clip.tools.reproduce.statistics import (
 )
 
 
-def command(pictures: Path, models: Path, out: Path, *more: str) -> list[str]:
-    captions = '["captions.jsonl@train"]'
-    held = '["captions.jsonl@val"]'
+def reproduce_command(data: Path, models: Path, out: Path, *more: str) -> list[str]:
+    """Return the arguments of `llm2clip reproduce` with tiny settings."""
+    train, held_out = '["captions.jsonl@train"]', '["captions.jsonl@val"]'
     settings = {
-        "tune": captions, "exclude": held, "pairs": '["pairs.jsonl"]', "cra": held, "train": captions, "test": held,
-        "dense": held, "foreign": "captions_xx", "llm": str(models / "llm"), "layers": "2",
-        "plain": str(models / "plain"), "larger": str(models / "larger"), "tower": str(models / "tower"),
-        "image_size": "32", "width": "8", "steps": "2", "batch": "4", "epochs": "2", "seeds": "2", "cost_images": "4",
+        "tune": train, "exclude": held_out, "text_pairs": '["pairs.jsonl"]', "cra": held_out, "train": train,
+        "test": held_out, "long_caption_sources": held_out, "foreign_column": "captions_xx",
+        "llm": str(models / "llm"), "layers": "2", "baseline_encoder": str(models / "baseline"),
+        "multilingual_llm": str(models / "multilingual"), "tower": str(models / "tower"), "image_size": "32",
+        "embed_dim": "8", "steps": "2", "batch_size": "4", "epochs": "2", "seeds": "2", "cost_images": "4",
         "cost_steps": "2",
     }  # fmt: skip
-    dotted = [part for name, value in settings.items() for part in (f"--reproduce.{name}", value)]
-    return ["reproduce", str(pictures), "--out", str(out), *dotted, *more]
+    options = [part for name, value in settings.items() for part in (f"--reproduce.{name}", value)]
+    return ["reproduce", str(data), "--out", str(out), *options, *more]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
-    """Random language models and a random tower, in folders."""
-    import timm
-
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of random language models and a random vision tower."""
     folder = tmp_path_factory.mktemp("models")
-    for name, layers, seed in (("llm", 3, 0), ("plain", 1, 1), ("larger", 4, 2)):
+    for name, layers, seed in (("llm", 3, 0), ("baseline", 1, 1), ("multilingual", 4, 2)):
         make_llm(folder / name, layers=layers, seed=seed)
-    timm.models.save_for_hf(timm.create_model("test_efficientnet"), folder / "tower", safe_serialization=True)
-    pairs = [{"query": f"word {n}", "positive": f"what the word {n} means"} for n in range(8)]
-    (pictures / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    make_tower(folder / "tower")
     return folder
 
 
-def test_all_claims_and_again(
-    pictures: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture(scope="module")
+def data(image_folder: Path) -> Path:
+    """Images with captions, and general text pairs."""
+    pairs = [{"query": f"word {n}", "positive": f"what the word {n} means"} for n in range(8)]
+    (image_folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return image_folder
+
+
+def test_reproduce_tests_all_claims_and_caches_results(
+    data: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every claim is tested, the report is whole, and the same command does no work again."""
     out = tmp_path / "run"
-    assert main(command(pictures, models, out)) == 0
-    claims = {int(f.stem): json.loads(f.read_text()) for f in (out / "claims").iterdir()}
+    assert main(reproduce_command(data, models, out)) == 0
+    claims = {int(file.stem): json.loads(file.read_text()) for file in (out / "claims").iterdir()}
     assert sorted(claims) == [1, 2, 3, 4, 5, 6]
     assert [row[0] for row in claims[2]["rows"]] == [
-        "llm, first 2 blocks, raw",
-        "llm, first 2 blocks after 2 steps of captions",
-        "larger, raw",
-        "plain",
-        "larger after 2 steps of general text pairs",
-        "larger after 2 steps of captions",
+        "llm, first 2 layers, raw",
+        "llm, first 2 layers after 2 steps of captions",
+        "multilingual, raw",
+        "baseline",
+        "multilingual after 2 steps of general text pairs",
+        "multilingual after 2 steps of captions",
     ]
-    assert claims[3]["points"] == ["1 sentence", "whole"]
-    ranks = json.loads((out / "ranks/cc-1-captions.json").read_text())
-    assert len(ranks["of_image"]) == 6 and len(ranks["of_text"]) == 15
-    hits = sum(rank < 1 for rank in ranks["of_image"])
-    row = next(row for row in claims[2]["rows"] if row[0].endswith("of captions"))
-    other = json.loads((out / "ranks/cc-0-captions.json").read_text())
-    assert row[1] == pytest.approx(100 * (hits + sum(rank < 1 for rank in other["of_image"])) / 12)
-    found = [rank < 1 for some in (ranks, other) for rank in some["of_text"]]  # two or three captions an image
-    assert row[2] == pytest.approx(100 * sum(found) / len(found))
+    assert claims[3]["points"] == ["1 sentence", "whole caption"]
+
+    # The table has the mean recall of both seeds.
+    ranks = [json.loads((out / f"ranks/llm-cc-{seed}-captions.json").read_text()) for seed in range(2)]
+    image_ranks, text_ranks = ([rank for seed in ranks for rank in seed[f"{name}_ranks"]] for name in ("image", "text"))
+    assert len(image_ranks) == 2 * 6 and len(text_ranks) == 2 * 15  # two or three captions per image
+    _, i2t, t2i, *_ = claims[2]["rows"][1]
+    assert i2t == pytest.approx(100 * image_ranks.count(0) / len(image_ranks))
+    assert t2i == pytest.approx(100 * text_ranks.count(0) / len(text_ranks))
+
     page = (out / "report.html").read_text()
     assert "<script" not in page and "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
-    assert "6. With the cached teacher" in (out / "report.md").read_text()
+    assert "6. With cached teacher embeddings" in (out / "report.md").read_text()
 
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("this was done before")
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("this result should have been cached")
 
-    for name in ("tune", "fill", "align", "caption_accuracy"):
-        monkeypatch.setattr(f"llm2clip.tools.reproduce.experiments.{name}", never)
+    for name in ("tune", "embed", "align", "caption_retrieval_accuracy"):
+        monkeypatch.setattr(f"llm2clip.tools.reproduce.experiments.{name}", fail)
     capsys.readouterr()
-    assert main(command(pictures, models, out)) == 0
+    assert main(reproduce_command(data, models, out)) == 0
     assert "claim 6:" in capsys.readouterr().out
-    assert main(command(pictures, models, out, "--reproduce.steps", "3")) == 1
-    assert "begun with other settings" in capsys.readouterr().err
+    assert main(reproduce_command(data, models, out, "--reproduce.steps", "3")) == 1
+    assert "different settings (reproduce.steps: 2 saved, 3 now)" in capsys.readouterr().err
 
 
-def test_a_claim_without_its_data_is_said_to_be_untested(
-    pictures: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_reproduce_reports_claims_without_data_as_not_tested(
+    data: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = command(pictures, models, tmp_path / "run", "--reproduce.foreign_column", "captions_yy", "--claims")
-    assert main([*run, "4"]) == 1
+    missing_column = ("--reproduce.foreign_column", "captions_yy")
+    command = reproduce_command(data, models, tmp_path / "run", *missing_column, "--claims")
+    assert main([*command, "4"]) == 1
     assert "no claim could be tested: 4: " in capsys.readouterr().err
-    assert main([*run, "1", "4"]) == 0
-    assert "claim 4 is not tested" in capsys.readouterr().out
+    assert main([*command, "1", "4"]) == 0
+    assert "claim 4: not tested (" in capsys.readouterr().out
     report = (tmp_path / "run/report.md").read_text()
-    assert "| not tested |" in report and "no column 'captions_yy'" in report
-    assert main(command(pictures, models, tmp_path / "other", "--claims", "7")) == 1
-    assert "no claim 7" in capsys.readouterr().err
+    assert "| not tested |" in report and "captions_yy" in report
 
 
-def test_verdicts() -> None:
-    """Two hundred images, of which so many are found, by one seed."""
-
-    def found(count: int, start: int = 0) -> torch.Tensor:
-        values = torch.zeros(1, 200, dtype=torch.float64)
-        values[:, start : start + count] = 1
-        return values
-
-    def compared(low: torch.Tensor, high: torch.Tensor) -> Comparison:
-        return compare_hits("a", "b", "R@1", low, high)
-
-    apart, back = compared(found(20), found(100)), compared(found(100), found(20))
-    way = compared(found(50), found(60))  # the same images and ten more
-    alike = compared(found(50), found(60, start=100))  # others: chance could do it
-    assert [c.verdict for c in (apart, back, way, alike)] == [HOLDS, REVERSED, WAY, ALIKE]
-    assert compared(found(0), found(1)).verdict == ALIKE  # none of 200 may be up to three
-    assert compared(found(0), found(12)).verdict == HOLDS
-    for comparisons, verdict in (
-        ([], UNTESTED),
-        ([apart], HOLDS),
-        ([way], WAY),
-        ([alike], ALIKE),
-        ([back], "does not hold"),
-        ([apart, back], "holds in part"),
-        ([apart, way], "holds in part"),
-        ([way, alike], ALIKE),
-        ([way, back], "does not hold"),
-    ):
-        assert Claim(1, comparisons=comparisons).verdict == verdict
+def test_reproduce_rejects_unknown_claims(
+    data: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(reproduce_command(data, models, tmp_path / "run", "--claims", "7")) == 1
+    assert "no claim 7: the claims are 1, 2" in capsys.readouterr().err
 
 
-def test_intervals_of_images_and_of_seeds() -> None:
-    """By the binomial's spread where seeds agree; wider where they do not."""
+def hits(count: int, start: int = 0) -> torch.Tensor:
+    """Return the hits of one seed on 200 images, of which `count` are correct."""
     values = torch.zeros(1, 200, dtype=torch.float64)
-    values[:, :50] = 1
-    spread = 196 * (0.25 * 0.75 / 200) ** 0.5
-    assert bootstrap_interval(values) == pytest.approx((25, 25 - spread, 25 + spread), abs=0.8)
+    values[:, start : start + count] = 1
+    return values
+
+
+def compare(low: torch.Tensor, high: torch.Tensor) -> Comparison:
+    return compare_hits("a", "b", "R@1", low, high)
+
+
+def test_comparison_verdicts() -> None:
+    assert compare(hits(20), hits(100)).verdict == HOLDS
+    assert compare(hits(100), hits(20)).verdict == CONTRADICTED
+    assert compare(hits(50), hits(60)).verdict == WEAK_SUPPORT  # the same images and ten more
+    assert compare(hits(50), hits(60, start=100)).verdict == INCONCLUSIVE  # different images
+    assert compare(hits(0), hits(1)).verdict == INCONCLUSIVE  # by the rule of three
+    assert compare(hits(0), hits(12)).verdict == HOLDS
+
+
+def test_claim_verdict_combines_comparisons() -> None:
+    holds, contradicted = compare(hits(20), hits(100)), compare(hits(100), hits(20))
+    weak, inconclusive = compare(hits(50), hits(60)), compare(hits(50), hits(60, start=100))
+    for comparisons, verdict in (
+        ([], NOT_TESTED),
+        ([holds], HOLDS),
+        ([weak], WEAK_SUPPORT),
+        ([inconclusive], INCONCLUSIVE),
+        ([contradicted], CONTRADICTED),
+        ([holds, contradicted], PARTLY_HOLDS),
+        ([holds, weak], PARTLY_HOLDS),
+        ([weak, inconclusive], INCONCLUSIVE),
+        ([weak, contradicted], CONTRADICTED),
+    ):
+        claim = Claim(1, comparisons=comparisons)
+        assert claim.verdict == verdict
+        restored = Claim.from_dict(json.loads(json.dumps(claim.to_dict())))
+        assert restored.verdict == verdict
+
+
+def test_bootstrap_interval_matches_the_binomial_and_widens_with_seed_variance() -> None:
+    values = hits(50)
+    half_width = 196 * (0.25 * 0.75 / 200) ** 0.5
+    assert bootstrap_interval(values) == pytest.approx((25, 25 - half_width, 25 + half_width), abs=0.8)
     assert bootstrap_interval(values.repeat(3, 1)) == pytest.approx(bootstrap_interval(values), abs=1e-9)
-    seeds = values.repeat(3, 1)
-    seeds[0] = 0
-    seeds[2, 50:100] = 1
-    middle, low, high = bootstrap_interval(seeds)
-    assert middle == 25 and high - low > 1.5 * 2 * spread
+    mean, low, high = bootstrap_interval(torch.cat([hits(0), hits(50), hits(100)]))
+    assert mean == 25 and high - low > 1.5 * 2 * half_width
+
+
+def test_bootstrap_interval_of_equal_values_follows_the_rule_of_three() -> None:
     assert bootstrap_interval(torch.zeros(2, 100)) == (0.0, 0.0, 3.0)
     assert bootstrap_interval(torch.ones(2, 100)) == (100.0, 97.0, 100.0)
     assert bootstrap_interval(-torch.ones(2, 100)) == (-100.0, -100.0, -97.0)
 
 
-def test_texts_that_are_made() -> None:
+def test_split_in_two_and_split_sentences() -> None:
     assert split_in_two(("a", "b", "c", "d", "e")) == ("a b", "c d e")
     assert split_in_two(("a", "b", "c")) == ()
-    assert sentences("A room. It has 2 chairs! Is it red?") == ["A room.", "It has 2 chairs!", "Is it red?"]
+    assert split_sentences("A room. It has 2 chairs! Is it red?") == ["A room.", "It has 2 chairs!", "Is it red?"]
 
 
-def test_glosses_of_wordnet(tmp_path: Path) -> None:
-    """A line with two words, a definition and two examples, and one without an example."""
+def test_read_wordnet_yields_definitions_and_examples(tmp_path: Path) -> None:
     licence = "  1 This software and database is being provided to you\n"
-    lines = (
+    entries = (  # one with two words and two examples, one without an example
         '00001740 03 n 02 entity 0 thing_of(a) 0 001 ~ 00001930 n 0000 | that which is; "one"; "a second one"\n'
         "00001930 03 n 01 physical_entity 0 000 | an entity that has existence\n"
     )
-    for part in ("noun", "verb", "adj", "adv"):
-        (tmp_path / f"data.{part}").write_text(licence + (lines if part == "noun" else ""))
-    found = list(glosses(tmp_path))
-    assert [(pair.anchor, pair.positive) for pair in found] == [
+    for part_of_speech in ("noun", "verb", "adj", "adv"):
+        text = licence + (entries if part_of_speech == "noun" else "")
+        (tmp_path / f"data.{part_of_speech}").write_text(text)
+    pairs = list(read_wordnet(tmp_path))
+    assert [(pair.anchor, pair.positive) for pair in pairs] == [
         ("entity, thing of", "that which is"),
         ("one", "entity: that which is"),
         ("physical entity", "an entity that has existence"),
     ]
-
-
-def test_a_page_escapes_what_it_is_given() -> None:
-    evil = "<img src=x onerror=alert(1)> | `code`"
-    picture = Image.new("RGB", (2, 2))
-    file = Path(__file__)  # any bytes will do
-    blocks = [
-        Heading(evil), Paragraph(evil), Code(evil), Table([evil], [[evil], [1.25], [None]]), Plot("<svg></svg>", evil),
-        ResultImages(evil, [ResultImage(file.read_bytes()[:10], True, evil), ResultImage(picture.tobytes(), None, evil)]),
-    ]  # fmt: skip
-    page = to_html(evil, blocks)
-    assert "<img src=x" not in page and page.count("&lt;img src=x") == 13
-    assert "<code>code</code>" in page and ">1.2<" in page and ">–<" in page
-    assert "right: " in page and "wrong: " not in page
-    text = to_markdown("T", blocks, "page.html")
-    assert "page.html" in text and "\\| `code`" in text

@@ -1,4 +1,4 @@
-"""What the claims are tested with: captions to tune on, general text pairs, images to align with and to retrieve."""
+"""Data for the tests of the claims: captions and text pairs to tune on, images to align on and to retrieve."""
 
 from __future__ import annotations
 
@@ -18,142 +18,155 @@ from llm2clip.data.text_pairs import read_text_pairs
 from llm2clip.data.tuning_sources import read_tuning_sources
 from llm2clip.distributed import print_once
 
-WORDNET = Path("/usr/share/wordnet")
-PARTS = ("noun", "verb", "adj", "adv")
+WORDNET = Path("/usr/share/wordnet")  # where Debian's wordnet-base installs it
+PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
+CAPTIONS_TEST, FOREIGN_TEST = "captions", "foreign"  # names of tests, see `ClaimData.test`
 
 
 class ClaimData:
-    """The data of the claims, each part read when it is first asked for.
-
-    Raises:
-        ValueError: on reading a part whose sources are not there.
-    """
+    """The data of all claims. Each part is read on first access, which raises ValueError if its sources are missing."""
 
     def __init__(self, folder: Path, config: ReproduceConfig, log: SkipLog) -> None:
-        self.folder, self.config, self.log = folder, config, log
-
-    def _read(self, sources: Sequence[str], images: bool = True) -> list[Record]:
-        found = read_merged_records(
-            [str(self.folder / s) for s in sources], {}, self.log, "header" if images else "unchecked"
-        )
-        return [record for _, record in found]
+        self.folder = folder
+        self.config = config
+        self.log = log
 
     @cached_property
     def tune(self) -> list[ImageCaptions]:
-        """Captions by image, and two long ones of each that has four: its first captions joined, and its last."""
-        sources = [str(self.folder / s) for s in self.config.tune]
-        dense = [s for s in self.config.long_caption_sources if (self.folder / Source.parse(s).path).exists()]
-        excluded = [str(self.folder / s) for s in [*self.config.exclude, *self.config.test, *self.config.cra, *dense]]
-        (items,) = read_tuning_sources([], [], TuneConfig(data=sources, exclude=excluded, steps=0), {}, self.log)
-        return [
-            dataclasses.replace(i, long=i.long or split_in_two(i.short)) for i in items if isinstance(i, ImageCaptions)
-        ]
+        """Captions to tune on. Images with four or more captions also get two long ones, see `split_in_two`."""
+        long_sources = self.config.long_caption_sources
+        existing = [source for source in long_sources if (self.folder / Source.parse(source).path).exists()]
+        excluded = [*self.config.exclude, *self.config.test, *self.config.cra, *existing]
+        config = TuneConfig(data=self._paths(self.config.tune), exclude=self._paths(excluded), steps=0)
+        (items,) = read_tuning_sources([], [], config, {}, self.log)
+        images = [item for item in items if isinstance(item, ImageCaptions)]
+        return [dataclasses.replace(image, long=image.long or split_in_two(image.short)) for image in images]
 
     @cached_property
-    def pairs(self) -> list[Pair]:
-        """General text pairs, of no pictures; none where there are none."""
+    def text_pairs(self) -> list[Pair]:
+        """General text pairs: of the config, or WordNet's. Empty if there are none."""
         if self.config.text_pairs:
-            return [pair for s in self.config.text_pairs for pair in read_text_pairs(str(self.folder / s), self.log)]
-        return list(glosses(WORDNET)) if (WORDNET / f"data.{PARTS[0]}").exists() else []
+            sources = self._paths(self.config.text_pairs)
+            return [pair for source in sources for pair in read_text_pairs(source, self.log)]
+        return list(read_wordnet(WORDNET)) if (WORDNET / f"data.{PARTS_OF_SPEECH[0]}").exists() else []
 
     @cached_property
     def cra(self) -> list[tuple[str, ...]]:
-        """The captions of each image, for caption retrieval."""
-        return [r.captions for r in self._read(self.config.cra, images=False)]
+        """Captions of each image for caption retrieval accuracy."""
+        return [record.captions for record in self._read(self.config.cra, images=False)]
 
     @cached_property
     def train(self) -> list[Record]:
-        """Images to align with, none of them tested on; of every third the captions joined are its long caption, where
-        it has no other: of all would be half of the time that embedding takes."""
-        tested = {
-            r.image.key
-            for r in self._read([*self.config.test, *self.config.long_caption_sources])
-            if r.image is not None
-        }
-        found = [r for r in self._read(self.config.train) if r.image is not None]
-        kept = [r for r in found if r.image is not None and r.image.key not in tested]
-        if len(kept) < len(found):
-            print_once(f"{len(found) - len(kept):,} images left out of training since they are tested on")
-        return [
-            dataclasses.replace(r, long_captions=r.long_captions or (join_sentences(r.captions) if n % 3 == 0 else ()))
-            for n, r in enumerate(kept)
-        ]
+        """Images to align on, without test images.
+
+        Every third image gets its captions, joined, as long caption, unless it has one. (Doing this for all images
+        would double the time of embedding.)
+        """
+        tested = [*self.config.test, *self.config.long_caption_sources]
+        tested_keys = {record.image.key for record in self._read(tested) if record.image is not None}
+        records = [record for record in self._read(self.config.train) if record.image is not None]
+        train = [record for record in records if record.image is not None and record.image.key not in tested_keys]
+        if len(train) < len(records):
+            print_once(f"{len(records) - len(train):,} test images excluded from training")
+        for n in range(0, len(train), 3):
+            if not train[n].long_captions:
+                train[n] = dataclasses.replace(train[n], long_captions=join_captions(train[n].captions))
+        return train
 
     @cached_property
-    def short(self) -> list[Record]:
-        """Images to retrieve by their captions."""
+    def captions_test(self) -> list[Record]:
+        """Test images with their captions."""
         return self._held_out([])["captions"]
 
     @cached_property
-    def foreign(self) -> list[Record]:
-        """The same images by captions in another language.
+    def foreign_test(self) -> list[Record]:
+        """The same images with captions in another language.
 
         Raises:
-            ValueError: there is no such column, or none is named.
+            ValueError: If the column does not exist, or none is set.
         """
-        if not self.config.foreign_column:
-            raise ValueError("no column of captions in another language is named: --reproduce.foreign_column")
-        return self._held_out([self.config.foreign_column])[self.config.foreign_column]
+        column = self.config.foreign_column
+        if not column:
+            raise ValueError("no column with captions in another language: set --reproduce.foreign_column")
+        return self._held_out([column])[column]
 
     @cached_property
-    def dense(self) -> dict[str, list[Record]]:
-        """Images with a long caption, by how much of it is the query, from the first sentence to the whole.
+    def long_caption_tests(self) -> dict[str, list[Record]]:
+        """Images with long captions: tests with the first sentence, the first two, and so on, up to the whole caption.
 
         Raises:
-            ValueError: there are none.
+            ValueError: If there are none.
         """
-        parts = [
-            (r, sentences(r.long_captions[0])) for r in self._read(self.config.long_caption_sources) if r.long_captions
-        ]
-        if not parts:
-            raise ValueError("no images with long captions: name some with --reproduce.long_caption_sources")
-        tests = {
-            f"{n} sentence{'s' if n > 1 else ''}": [with_captions(r, (" ".join(some[:n]),)) for r, some in parts]
-            for n in range(1, 1 + min(len(some) for _, some in parts))
-            if any(len(some) > n for _, some in parts)  # else it is the whole
-        }
-        return {**tests, "whole": [with_captions(r, (r.long_captions[0],)) for r, _ in parts]}
+        records = [record for record in self._read(self.config.long_caption_sources) if record.long_captions]
+        if not records:
+            raise ValueError("no images with long captions: set --reproduce.long_caption_sources")
+        sentences = [split_sentences(record.long_captions[0]) for record in records]
+        fewest, most = min(map(len, sentences)), max(map(len, sentences))
+        tests = {}
+        for n in range(1, fewest + 1):
+            if n == most:  # for every image this would be the whole caption
+                break
+            name = "1 sentence" if n == 1 else f"{n} sentences"
+            queries = [" ".join(parts[:n]) for parts in sentences]
+            tests[name] = [with_captions(record, (query,)) for record, query in zip(records, queries, strict=True)]
+        tests["whole caption"] = [with_captions(record, (record.long_captions[0],)) for record in records]
+        return tests
 
     def test(self, name: str) -> list[Record]:
-        """Images to retrieve: `captions`, `foreign`, or a name in `dense`."""
-        return self.short if name == "captions" else self.foreign if name == "foreign" else self.dense[name]
+        """Return the records of a test: CAPTIONS_TEST, FOREIGN_TEST, or a name in `long_caption_tests`."""
+        if name == CAPTIONS_TEST:
+            return self.captions_test
+        if name == FOREIGN_TEST:
+            return self.foreign_test
+        return self.long_caption_tests[name]
+
+    def _paths(self, sources: Sequence[str]) -> list[str]:
+        return [str(self.folder / source) for source in sources]
+
+    def _read(self, sources: Sequence[str], images: bool = True) -> list[Record]:
+        records = read_merged_records(self._paths(sources), {}, self.log, "header" if images else "unchecked")
+        return [record for _, record in records]
 
     def _held_out(self, fields: list[str]) -> dict[str, list[Record]]:
-        sources = [str(self.folder / s) for s in self.config.test]
-        return read_splits([], EvaluateConfig(data=sources, fields=fields), {}, self.log).held_out
+        config = EvaluateConfig(data=self._paths(self.config.test), fields=fields)
+        return read_splits([], config, {}, self.log).held_out
 
 
 def split_in_two(captions: Sequence[str]) -> tuple[str, ...]:
-    """Two long texts of one image without a caption in common; none of fewer than four captions."""
+    """Return the first and the second half of an image's captions, each joined; empty for fewer than four captions."""
+    if len(captions) < 4:
+        return ()
     middle = len(captions) // 2
-    return (" ".join(captions[:middle]), " ".join(captions[middle:])) if len(captions) > 3 else ()
+    return " ".join(captions[:middle]), " ".join(captions[middle:])
 
 
-def join_sentences(captions: Sequence[str]) -> tuple[str, ...]:
-    """All captions of an image as one, if there are several."""
+def join_captions(captions: Sequence[str]) -> tuple[str, ...]:
+    """Return all captions of an image, joined to one; empty for fewer than two captions."""
     return (" ".join(captions),) if len(captions) > 1 else ()
 
 
-def sentences(text: str) -> list[str]:
-    """The sentences of a text, by their full stops."""
+def split_sentences(text: str) -> list[str]:
+    """Split a text after full stops, exclamation marks and question marks."""
     return re.split(r"(?<=[.!?])\s+", text.strip())
 
 
-def glosses(folder: Path) -> Iterator[Pair]:
-    """Pairs from WordNet's data files: a word or a sentence that uses it, and what it means.
+def read_wordnet(folder: Path) -> Iterator[Pair]:
+    """Yield text pairs from WordNet's data files: a word and its meaning, or an example and the word that it is for.
 
-    A line is "offset file type count word id word id ... | definition; "example"; ..." (wndb(5WN)).
+    A line is "offset file type count word id word id ... | definition; "example"; ..." (see wndb(5WN)).
     """
-    for part in PARTS:
-        for line in (folder / f"data.{part}").read_text(encoding="latin-1").splitlines():
+    for part_of_speech in PARTS_OF_SPEECH:
+        for line in (folder / f"data.{part_of_speech}").read_text(encoding="latin-1").splitlines():
             if line.startswith(" "):  # the licence
                 continue
-            head, _, gloss = line.partition("|")
-            fields = head.split()
-            words = [word.split("(")[0].replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
-            definition, _, example = gloss.strip().partition('; "')
+            entry, _, gloss = line.partition("|")
+            fields = entry.split()
+            num_words = int(fields[3], 16)
+            words = [word.split("(")[0].replace("_", " ") for word in fields[4 : 4 + 2 * num_words : 2]]
+            definition, _, examples = gloss.strip().partition('; "')
             meaning = definition.strip()
             yield Pair(", ".join(words), meaning, (), "Given a word, find its meaning:")
-            if example:
+            if examples:
+                first_example = examples.rstrip('"').split('"; "')[0]
                 instruction = "Given a sentence, find the word that it is an example of:"
-                yield Pair(example.rstrip('"').split('"; "')[0], f"{words[0]}: {meaning}", (), instruction)
+                yield Pair(first_example, f"{words[0]}: {meaning}", (), instruction)

@@ -1,17 +1,17 @@
-"""The pieces that the claims are made of: caption encoders, their caption retrieval, models aligned with them, ranks.
+"""Experiments that the claims share: caption encoders, caption retrieval, aligned models and their ranks.
 
-Each is worked out once and kept in the run's folder, so that a run which was stopped goes on:
+Each result is computed once and saved in the run directory, so that an interrupted run resumes:
 
     OUT/
-      encoders/NAME/       tuned caption encoders
-      cra/NAME.json        caption retrieval of each
-      stores/NAME/         embedded captions
-      features/            the frozen tower's features
-      models/NAME-SEED/    aligned models
-      ranks/NAME-SEED-TEST.json
-      vectors/             of images and texts, by model
-      work/                an alignment under way
-      claims/N.json        what each claim came to
+      encoders/NAME/               tuned caption encoders
+      cra/NAME.json                caption retrieval of each encoder
+      stores/NAME/                 embedded captions
+      features/                    features of the frozen tower
+      models/NAME-SEED/            aligned models
+      ranks/NAME-SEED-TEST.json    retrieval ranks of each model
+      vectors/                     image and text embeddings of each model
+      work/                        run directory of an alignment in progress
+      claims/N.json                result of each claim
 """
 
 from __future__ import annotations
@@ -38,77 +38,73 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.pipeline import align, embed, open_encoder, tune
 from llm2clip.store.layout import caption_keys
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions
-from llm2clip.tools.reproduce.datasets import ClaimData
+from llm2clip.tools.reproduce.datasets import CAPTIONS_TEST, FOREIGN_TEST, ClaimData
+
+# Names of the caption encoders. CC is tuned on captions, TC on general text pairs.
+BASELINE = "baseline"
+LLM_RAW, LLM_CC = "llm raw", "llm cc"
+MULTILINGUAL_RAW, MULTILINGUAL_TC, MULTILINGUAL_CC = "multilingual raw", "multilingual tc", "multilingual cc"
 
 
 class Experiments:
-    """Caption encoders by name: `plain`, `raw`, `cc`, `larger raw`, `larger tc`, `larger cc`."""
+    """Runs experiments with the caption encoders named above, and caches their results in the run directory."""
 
-    def __init__(self, sets: ClaimData, config: ReproduceConfig, out: Path) -> None:
-        self.sets, self.config, self.out = sets, config, out
+    def __init__(self, data: ClaimData, config: ReproduceConfig, out: Path) -> None:
+        self.data = data
+        self.config = config
+        self.out = out
         llm = EncoderConfig(path=config.llm, layers=config.layers)
-        larger, plain = EncoderConfig(path=config.multilingual_llm), EncoderConfig(path=config.baseline_encoder)
-        every = TuneConfig(
+        multilingual = EncoderConfig(path=config.multilingual_llm)
+        lora_tuning = TuneConfig(
             steps=config.steps,
             batch_size=config.batch_size,
             warmup_ratio=0.05,
             hard_negative_group_size=32,
+            lr=config.multilingual_lr,
         )
-        whole = dataclasses.replace(every, lr=config.lr, lora_r=0)
-        part = dataclasses.replace(every, lr=config.multilingual_lr)
+        full_tuning = dataclasses.replace(lora_tuning, lr=config.lr, lora_r=0)
         self.encoders: dict[str, tuple[EncoderConfig, TuneConfig | None]] = {
-            "plain": (plain, None),
-            "raw": (llm, None),
-            "cc": (llm, whole),
-            "larger raw": (larger, None),
-            "larger tc": (larger, part),
-            "larger cc": (larger, part),
+            BASELINE: (EncoderConfig(path=config.baseline_encoder), None),
+            LLM_RAW: (llm, None),
+            LLM_CC: (llm, full_tuning),
+            MULTILINGUAL_RAW: (multilingual, None),
+            MULTILINGUAL_TC: (multilingual, lora_tuning),
+            MULTILINGUAL_CC: (multilingual, lora_tuning),
         }
 
     def label(self, name: str) -> str:
-        """What a caption encoder is called in a table."""
+        """Return the name of a caption encoder for tables, such as "gemma3-270m after 60 steps of captions"."""
         encoder, tuning = self.encoders[name]
         paths = [self.config.llm, self.config.baseline_encoder, self.config.multilingual_llm]
-        short_name = display_names(paths)[paths.index(encoder.path)]
-        blocks = f", first {encoder.layers} blocks" if encoder.layers else ""
-        kind = "captions" if name.endswith("cc") else "general text pairs"
-        how = f" after {tuning.steps} steps of {kind}" if tuning else "" if name == "plain" else ", raw"
-        return f"{short_name}{blocks}{how}"
+        label = display_names(paths)[paths.index(encoder.path)]
+        if encoder.layers:
+            label += f", first {encoder.layers} layers"
+        if tuning is not None:
+            data = "general text pairs" if name == MULTILINGUAL_TC else "captions"
+            label += f" after {tuning.steps} steps of {data}"
+        elif name != BASELINE:
+            label += ", raw"
+        return label
 
     def encoder(self, name: str) -> CaptionEncoder:
-        """Open a caption encoder, tuned first if it is one of the tuned ones."""
+        """Open a caption encoder; tune it first if needed."""
         return open_encoder(self._encoder_config(name))
 
-    def _encoder_config(self, name: str) -> EncoderConfig:
-        """Return the config of a caption encoder; tune the encoder first if needed."""
-        config, tuning = self.encoders[name]
-        if tuning is None:
-            return config
-        folder = self.out / "encoders" / _file(name)
-        if not (folder / "encoder").exists():
-            print_once(f"tune: {self.label(name)}")
-            items: Sequence[TuningItem] = self.sets.pairs if name.endswith("tc") else self.sets.tune
-            if not items and name.endswith("tc"):
-                raise ValueError(
-                    "no general text pairs: install Debian's wordnet-base, or give sources with --reproduce.text_pairs"
-                )
-            tune([items], folder, config, tuning)
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        return EncoderConfig(path=str(folder / "encoder"))
+    def caption_retrieval(self, name: str) -> dict[str, Any]:
+        """Return `caption_retrieval_accuracy` of a caption encoder, with "hits"."""
 
-    def cra(self, name: str) -> dict[str, Any]:
-        """Caption retrieval of one encoder, as of `caption_accuracy`, with its hits."""
-
-        def measure() -> dict[str, Any]:
+        def compute() -> dict[str, Any]:
             print_once(f"caption retrieval: {self.label(name)}")
-            store = self.store(name, [c for captions in self.sets.cra for c in unique_captions(captions)[:2]])
-            return caption_retrieval_accuracy(self.sets.cra, _Stored(store), return_hits=True)
+            texts = [text for captions in self.data.cra for text in unique_captions(captions)[:2]]
+            encoder = _StoreTextEncoder(self.store(name, texts))
+            return caption_retrieval_accuracy(self.data.cra, encoder, return_hits=True)
 
-        return dict(cached_json(self.out / "cra" / f"{_file(name)}.json", measure))
+        metrics: dict[str, Any] = cached_json(self.out / "cra" / f"{_file_name(name)}.json", compute)
+        return metrics
 
     def store(self, name: str, texts: Sequence[str]) -> EmbeddingStore:
-        """The store of one encoder, with these texts among others."""
-        folder = self.out / "stores" / _file(name)
+        """Return the store of a caption encoder; embed the texts that it does not have."""
+        folder = self.out / "stores" / _file_name(name)
         if (folder / "manifest.json").exists():
             store = EmbeddingStore(folder)
             if (store.find(caption_keys(unique_captions(texts))) >= 0).all():
@@ -117,85 +113,121 @@ class Experiments:
         return embed(texts, folder, self._encoder_config(name), EmbedConfig())
 
     def model(self, name: str, seed: int) -> LLM2CLIP:
-        """Heads trained between the frozen tower and one caption encoder's store."""
-        folder = self.out / "models" / f"{_file(name)}-{seed}"
+        """Return a model whose heads are trained between the frozen tower and the store of a caption encoder."""
+        folder = self.out / "models" / f"{_file_name(name)}-{seed}"
         if not folder.exists():
-            store = self.store(name, [text for record in self.sets.train for text in record.texts])
+            store = self.store(name, [text for record in self.data.train for text in record.texts])
             print_once(f"align: {self.label(name)}, seed {seed}")
-            work = self.out / "work" / folder.name
+            run_dir = self.out / "work" / folder.name
             align(
-                drop_refused_captions(self.sets.train, store),
+                drop_refused_captions(self.data.train, store),
                 store,
-                work,
+                run_dir,
                 self.align_config(seed),
-                self.sets.log,
+                self.data.log,
                 model_dir=folder,
                 features=self.out / "features",
             )
-            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(run_dir, ignore_errors=True)
         return LLM2CLIP.from_pretrained(folder)
 
     def align_config(self, seed: int) -> AlignConfig:
-        r = self.config
+        """Return the align settings of all models."""
         return AlignConfig(
-            tower=r.tower,
-            image_size=r.image_size,
-            embed_dim=r.embed_dim,
+            tower=self.config.tower,
+            image_size=self.config.image_size,
+            embed_dim=self.config.embed_dim,
             tower_lr=0.0,
             captions_per_image=0,
-            batch_size=min(512, len(self.sets.train)),
-            epochs=r.epochs,
+            batch_size=min(512, len(self.data.train)),
+            epochs=self.config.epochs,
             eval_steps=0,
             report_to=[],
             seed=seed,
         )
 
-    def ranked(self, name: str, seed: int, test: str) -> RetrievalRanks:
-        """A model's ranks on one test, with its vectors."""
-        model, records = self.model(name, seed), self.sets.test(test)
-        together = [test] if test in ("captions", "foreign") else list(self.sets.dense)  # are embedded
-        store = self.store(name, [t for some in together for r in self.sets.test(some) for t in r.captions])
-        vectors = ModelEmbeddings(dual_encoder_from_store(model, store), self.sets.log, self.out / "vectors")
-        return rank_caption_fields(vectors, {test: drop_refused_captions(records, store)})[test]
-
-    def hits(self, name: str, test: str, way: str) -> Tensor:
-        """How often the first answer is right, by image; their mean is R@1.
+    def hits(self, name: str, test: str, direction: str) -> Tensor:
+        """Return per-image hits of all models of a caption encoder, whose mean is R@1.
 
         Args:
-            name: of a caption encoder.
-            test: which texts.
-            way: I2T; or T2I, the captions that found an image, over how many an image has on average.
+            name: Caption encoder.
+            test: See `ClaimData.test`.
+            direction: I2T: 1 if the top caption is correct, otherwise 0. T2I: the number of the image's captions that
+                retrieve it, divided by the mean number of captions per image.
 
         Returns:
             float64 (seeds, images).
         """
-        parts = []
+        hits = []
         for seed in range(self.config.seeds):
+            ranks = self._saved_ranks(name, seed, test)
+            image_hits = (torch.tensor(ranks["image_ranks"]) < 1).double()
+            if direction == "I2T":
+                hits.append(image_hits)
+                continue
+            text_hits = (torch.tensor(ranks["text_ranks"]) < 1).double()
+            image_of_text = torch.tensor(ranks["image_of_text"])
+            sums = torch.zeros(len(image_hits), dtype=torch.float64).index_add_(0, image_of_text, text_hits)
+            hits.append(sums * len(image_hits) / len(image_of_text))
+        return torch.stack(hits)
 
-            def measure(seed: int = seed) -> dict[str, list[int]]:
-                found = self.ranked(name, seed, test)
-                tensors = {"of_image": found.image_ranks, "of_text": found.text_ranks, "owner": found.image_of_text}
-                return {key: tensor.tolist() for key, tensor in tensors.items()}
+    def _saved_ranks(self, name: str, seed: int, test: str) -> dict[str, list[int]]:
+        """Return "image_ranks", "text_ranks" and "image_of_text" of a model on a test, see `RetrievalRanks`."""
 
-            found = cached_json(self.out / "ranks" / f"{_file(name)}-{seed}-{_file(test)}.json", measure)
-            of_image, of_text, owner = (torch.tensor(found[k]) for k in ("of_image", "of_text", "owner"))
-            by_text = torch.zeros(len(of_image), dtype=torch.float64).index_add_(0, owner, (of_text < 1).double())
-            parts.append((of_image < 1).double() if way == "I2T" else by_text * len(of_image) / len(owner))
-        return torch.stack(parts)
+        def compute() -> dict[str, list[int]]:
+            ranks = self._ranks(name, seed, test)
+            return {
+                "image_ranks": ranks.image_ranks.tolist(),
+                "text_ranks": ranks.text_ranks.tolist(),
+                "image_of_text": ranks.image_of_text.tolist(),
+            }
+
+        file = self.out / "ranks" / f"{_file_name(name)}-{seed}-{_file_name(test)}.json"
+        ranks: dict[str, list[int]] = cached_json(file, compute)
+        return ranks
+
+    def _ranks(self, name: str, seed: int, test: str) -> RetrievalRanks:
+        model, records = self.model(name, seed), self.data.test(test)
+        # The texts of all long-caption tests are embedded together.
+        tests = [test] if test in (CAPTIONS_TEST, FOREIGN_TEST) else list(self.data.long_caption_tests)
+        texts = [text for each in tests for record in self.data.test(each) for text in record.captions]
+        store = self.store(name, texts)
+        embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), self.data.log, self.out / "vectors")
+        return rank_caption_fields(embeddings, {test: drop_refused_captions(records, store)})[test]
+
+    def _encoder_config(self, name: str) -> EncoderConfig:
+        """Return the config of a caption encoder; tune the encoder first if needed."""
+        config, tuning = self.encoders[name]
+        if tuning is None:
+            return config
+        folder = self.out / "encoders" / _file_name(name)
+        if not (folder / "encoder").exists():
+            print_once(f"tune: {self.label(name)}")
+            items: Sequence[TuningItem] = self.data.tune
+            if name == MULTILINGUAL_TC:
+                items = self.data.text_pairs
+                if not items:
+                    raise ValueError(
+                        "no general text pairs: install Debian's wordnet-base, or set --reproduce.text_pairs"
+                    )
+            tune([items], folder, config, tuning)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return EncoderConfig(path=str(folder / "encoder"))
 
 
-class _Stored:
-    """A text encoder that reads a store."""
+class _StoreTextEncoder:
+    """Text encoder that reads embeddings from a store."""
 
     def __init__(self, store: EmbeddingStore) -> None:
         self.store = store
 
     def encode(self, captions: Sequence[str], *, progress: bool = False) -> Tensor:
+        """Return the stored embeddings, float32 (N, D)."""
         return torch.from_numpy(self.store.take(self.store.rows(captions))).float()
 
     def count_truncated(self, captions: Sequence[str]) -> None:
-        return None
+        """Return None, which means unknown: the store does not record which texts were truncated."""
 
 
-def _file(name: str) -> str:
+def _file_name(name: str) -> str:
     return name.replace(" ", "-")

@@ -1,11 +1,12 @@
-"""What a claim comes to: comparisons of figures with their intervals, and a verdict.
+"""Claims, the comparisons that they consist of, and their verdicts, from bootstrap confidence intervals.
 
-One holds where the bootstrap intervals of its two sides do not touch; it points that way where only the interval of
-their difference, image by image, is above zero; else the two are not told apart, or it is the other way round.
+A comparison holds if the 95% intervals of its two sides are disjoint. It has weak support if only the interval of the
+difference, paired by image, is above zero. It is contradicted if that interval is below zero, otherwise inconclusive.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,52 +15,67 @@ from torch import Tensor
 
 from llm2clip.evaluate.recall import bootstrap_counts, percentile_interval
 
-Interval = tuple[float, float, float]  # a mean, and the ends of its interval
-HOLDS, WAY, ALIKE, REVERSED = "holds", "points that way", "not told apart", "the other way round"
-UNTESTED = "not tested"
+Interval = tuple[float, float, float]  # value, lower limit, upper limit
+
+HOLDS = "holds"
+WEAK_SUPPORT = "weak support"
+INCONCLUSIVE = "inconclusive"
+CONTRADICTED = "contradicted"
+PARTLY_HOLDS = "partly holds"
+NOT_TESTED = "not tested"
+
 TITLES = {
-    1: "Raw LLMs are poor caption encoders, and caption-contrastive tuning repairs it",
-    2: "A raw LLM as the text tower hurts retrieval; tuned on captions it beats one tuned on general text pairs, which "
-    "beats a text tower that is no LLM",
+    1: "Raw LLMs are poor caption encoders, and caption-contrastive tuning fixes this",
+    2: "A raw LLM as text tower hurts retrieval. An LLM tuned on captions (CC) beats one tuned on general text pairs "
+    "(TC), which beats a text encoder that is not an LLM",
     3: "The gain is largest on long captions",
-    4: "Training in English alone carries over to another language with a multilingual LLM, and not with an English "
-    "encoder",
-    5: "A larger LLM helps a little",
-    6: "With the cached teacher, training costs what fine-tuning CLIP costs",
+    4: "English training transfers to another language with a multilingual LLM, and not with an English encoder",
+    5: "A larger LLM helps",
+    6: "With cached teacher embeddings, a training step costs what a CLIP fine-tuning step costs",
 }
 
 
 @dataclass
 class Comparison:
-    """Whether one figure is below another."""
+    """A test of whether one value is below another.
+
+    Args:
+        low: Name of the side that should be lower.
+        high: Name of the side that should be higher.
+        metric: What is compared.
+        low_interval, high_interval: Values of the sides with their intervals.
+        difference: Higher side minus lower side, with its interval.
+    """
 
     low: str
     high: str
-    of: str
-    low_figure: Interval
-    high_figure: Interval
+    metric: str
+    low_interval: Interval
+    high_interval: Interval
     difference: Interval
 
     @property
     def verdict(self) -> str:
-        if self.low_figure[2] < self.high_figure[1]:
+        """Return HOLDS, WEAK_SUPPORT, INCONCLUSIVE or CONTRADICTED."""
+        if self.low_interval[2] < self.high_interval[1]:
             return HOLDS
         if self.difference[1] > 0:
-            return WAY
-        return REVERSED if self.difference[2] < 0 else ALIKE
+            return WEAK_SUPPORT
+        return CONTRADICTED if self.difference[2] < 0 else INCONCLUSIVE
 
 
 @dataclass
 class Claim:
-    """What one claim came to.
+    """The result of testing a claim.
 
     Args:
-        number: 1 to 6.
-        paper: the paper's figures that it rests on, in a line.
-        header, rows: a table of what was measured.
-        comparisons: of which it is made.
-        notes: what a reader must know to weigh it.
-        points, curves: to draw: the names of the points, and of each curve its figures there.
+        number: 1 to 6, see `TITLES`.
+        paper: The paper's results that the claim is based on, in one line.
+        header, rows: Table of what was measured.
+        comparisons: Comparisons that decide the verdict.
+        notes: What a reader must know to judge the result.
+        points: Names of the x values of a plot.
+        curves: Name of a curve of the plot to its values.
     """
 
     number: int
@@ -71,56 +87,89 @@ class Claim:
     points: list[str] = field(default_factory=list)
     curves: dict[str, list[Interval]] = field(default_factory=dict)
 
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Claim:
+        """Restore a claim from `to_dict`."""
+        comparisons = [Comparison(**comparison) for comparison in fields["comparisons"]]
+        return cls(**{**fields, "comparisons": comparisons})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-serialisable values."""
+        return dataclasses.asdict(self)
+
     @property
     def title(self) -> str:
         return TITLES[self.number]
 
     @property
     def verdict(self) -> str:
-        verdicts = {c.verdict for c in self.comparisons}
+        """Return the verdict on which all comparisons agree; otherwise PARTLY_HOLDS, CONTRADICTED or INCONCLUSIVE."""
+        verdicts = {comparison.verdict for comparison in self.comparisons}
         if not verdicts:
-            return UNTESTED
-        if len(verdicts) == 1 and REVERSED not in verdicts:
+            return NOT_TESTED
+        if len(verdicts) == 1:
             return verdicts.pop()
         if HOLDS in verdicts:
-            return "holds in part"
-        return "does not hold" if REVERSED in verdicts else ALIKE
+            return PARTLY_HOLDS
+        return CONTRADICTED if CONTRADICTED in verdicts else INCONCLUSIVE
+
+
+def compare_hits(low: str, high: str, metric: str, low_hits: Tensor, high_hits: Tensor) -> Comparison:
+    """Compare two sides on the same images.
+
+    Args:
+        low: Name of the side that should be lower.
+        high: Name of the side that should be higher.
+        metric: What is compared.
+        low_hits, high_hits: (seeds, images), see `bootstrap_interval`. The images must be in the same order.
+    """
+    difference = 100 * float(high_hits.mean() - low_hits.mean())
+    limits = _percent_limits(_resampled_means(high_hits, seed=2) - _resampled_means(low_hits, seed=1))
+    return Comparison(
+        low=low,
+        high=high,
+        metric=metric,
+        low_interval=bootstrap_interval(low_hits),
+        high_interval=bootstrap_interval(high_hits),
+        difference=(difference, *limits),
+    )
 
 
 def bootstrap_interval(values: Tensor) -> Interval:
-    """Mean of values in percent, and its 95% interval by a bootstrap of images and of seeds.
+    """Return the mean in percent with its 95% interval, by a bootstrap over images and seeds.
+
+    If all values are equal, for example if nothing was retrieved, the interval is widened by 3 / images (the rule of
+    three, JAMA 249:1743, 1983).
 
     Args:
-        values: (seeds, images), 0 to 1, or gains, -1 to 1. Where all are alike, as none found, the interval reaches
-            3 / images further: the rule of three (JAMA 249:1743, 1983).
+        values: (seeds, images): hits from 0 to 1, or differences of hits from -1 to 1.
     """
-    low, high = shown_ends(resampled_means(values))
+    low, high = _percent_limits(_resampled_means(values, seed=1))
     if values.min() == values.max():
-        reach, least = 300 / values.shape[1], -100.0 if float(values.min()) < 0 else 0.0
-        low, high = max(least, low - reach), min(100.0, high + reach)
+        margin = 300 / values.shape[1]
+        minimum = -100.0 if float(values.min()) < 0 else 0.0
+        low, high = max(minimum, low - margin), min(100.0, high + margin)
     return 100 * float(values.mean()), low, high
 
 
-def compare_hits(low: str, high: str, of: str, low_values: Tensor, high_values: Tensor) -> Comparison:
-    """Of values (seeds, images) of either side, the same images in the same order, each side with seeds of its own."""
-    low_ends, high_ends = bootstrap_interval(low_values), bootstrap_interval(high_values)
-    middle = 100 * float(high_values.mean() - low_values.mean())
-    reach = shown_ends(resampled_means(high_values, 1) - resampled_means(low_values))
-    return Comparison(low, high, of, low_ends, high_ends, (middle, *reach))
+def _resampled_means(values: Tensor, seed: int) -> Tensor:
+    """Return the means of bootstrap resamples of images and training seeds, (resamples,).
+
+    The images of a resample depend only on their number, so that they are the same for both sides of a comparison. The
+    training seeds of the two sides are independent: they are drawn with the generator seed `seed`.
+    """
+    num_seeds, num_images = values.shape
+    values = values.double()
+    generator = torch.Generator().manual_seed(seed)
+    means = []
+    for image_counts in bootstrap_counts(num_images):
+        drawn_seeds = torch.randint(num_seeds, (num_seeds,), generator=generator)
+        by_image = values[drawn_seeds].mean(0)  # (images,)
+        means.append(by_image @ image_counts / num_images)
+    return torch.stack(means)
 
 
-def resampled_means(values: Tensor, side: int = 0) -> Tensor:
-    """Means of images and seeds drawn anew, (resamples,); the images are the same for all sides, the seeds are not."""
-    (seeds, images), values = values.shape, values.double()
-    generator = torch.Generator().manual_seed(1 + side)
-
-    def by_image() -> Tensor:
-        return values[torch.randint(seeds, (seeds,), generator=generator)].mean(0)
-
-    return torch.stack([by_image() @ times / images for times in bootstrap_counts(images)])
-
-
-def shown_ends(means: Tensor) -> tuple[float, float]:
-    """The ends of resampled means, in percent."""
+def _percent_limits(means: Tensor) -> tuple[float, float]:
+    """Return the limits of the 95% interval of resampled means, in percent."""
     low, high = (100 * percentile_interval(means)).tolist()
     return low, high

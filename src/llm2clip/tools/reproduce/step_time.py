@@ -1,12 +1,12 @@
-"""What a step of training costs: with the cached teacher, as CLIP is fine-tuned, and with the LLM in the loop."""
+"""Time of a training step with cached teacher embeddings, with CLIP's own text tower, and with the LLM in the loop."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import cycle
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,91 +21,119 @@ from llm2clip.pipeline import new_model
 from llm2clip.tools.reproduce.experiments import Experiments
 from llm2clip.train.losses import info_nce
 
+# The variants that are timed.
+CACHED_TEACHER = "cached teacher"
+CLIP_TEXT_TOWER = "CLIP's text tower, trained too"
+LLM_IN_LOOP = "LLM in the loop"
+
+# Tokens of CLIP's text tower: every text is padded to 77, and its embedding is read at the end token.
+CLIP_CONTEXT_LENGTH = 77
+CLIP_END_TOKEN = 49407
+
 
 class ClipTextTower(nn.Module):
-    """The text tower of CLIP ViT-B/32 (arXiv 2103.00020): 12 blocks, 512 wide, 77 tokens; its weights at random, which
-    cost what trained ones do."""
+    """The text tower of CLIP ViT-B/32 (arXiv 2103.00020): 12 layers, width 512, 77 tokens.
 
-    def __init__(self, width: int) -> None:
+    The weights are random, which does not change the time of a step.
+    """
+
+    def __init__(self, embed_dim: int) -> None:
         super().__init__()
         from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-        self.model = CLIPTextModelWithProjection(CLIPTextConfig(projection_dim=width))
+        self.model = CLIPTextModelWithProjection(CLIPTextConfig(projection_dim=embed_dim))
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Return L2-normalised embeddings (N, embed_dim) of token ids (N, 77)."""
         return F.normalize(self.model(input_ids=ids).text_embeds.float(), dim=-1)
 
 
-@onednn_matmul()
-def measure_step_times(lab: Experiments, name: str) -> dict[str, Any]:
-    """Seconds of a training step of the whole tower, way by way, the ways by turns, so that what else the machine does
-    meets all of them.
+@dataclass(frozen=True)
+class StepTimes:
+    """Measured times of training steps.
 
     Args:
-        lab: the run.
-        name: of the caption encoder.
-
-    Returns:
-        "cached teacher", "CLIP's text tower trained along", "LLM in the loop": the median of the steps, and all of
-        them under "steps"; "images" and "captions" of a step; "parameters" of what is trained, in millions, by way.
+        seconds: Variant to the seconds of each step.
+        parameters: Variant to the number of trained parameters in millions.
+        batch_size: Images per step, each with one caption.
     """
-    config, records = lab.config, lab.sets.train
-    chosen = [r for r in records if r.texts][: config.cost_images]
-    texts, count = [r.texts[0] for r in chosen], len(chosen)
-    store, encoder = lab.store(name, [t for r in records for t in r.texts]), lab.encoder(name)
-    model = new_model(lab.align_config(0), store)
-    keep_freed_memory(model.device)
-    tower = ClipTextTower(config.embed_dim).to(model.device)
+
+    seconds: dict[str, list[float]]
+    parameters: dict[str, float]
+    batch_size: int
+
+    def median(self, variant: str) -> float:
+        """Return the median seconds of a step."""
+        return statistics.median(self.seconds[variant])
+
+
+@onednn_matmul()
+def measure_step_times(experiments: Experiments, name: str) -> StepTimes:
+    """Time training steps of the vision tower and the heads, for each variant.
+
+    The variants alternate, so that other load on the machine affects all of them.
+
+    Args:
+        experiments: The experiments of the run.
+        name: Caption encoder.
+    """
+    config, train = experiments.config, experiments.data.train
+    records = [record for record in train if record.texts][: config.cost_images]
+    texts = [record.texts[0] for record in records]
+    store = experiments.store(name, [text for record in train for text in record.texts])
+    encoder = experiments.encoder(name)
+    model = new_model(experiments.align_config(0), store)
+    device = model.device
+    keep_freed_memory(device)
+    text_tower = ClipTextTower(config.embed_dim).to(device)
     transform = EvalTransform(model.tower.preprocess)
-    pixels = torch.stack([transform(load_image(r.image)) for r in chosen if r.image is not None]).to(model.device)
-    ids = torch.randint(1, 49406, (count, 77), device=model.device)  # CLIP reads every text as 77 tokens
-    ids[:, -1] = 49407  # the end, where the tower's vector is read
-    ways: dict[str, tuple[list[nn.Parameter], Callable[[], Tensor]]] = {
-        "cached teacher": (
-            list(model.parameters()),
-            lambda: _loss(model, pixels, torch.from_numpy(store.take(store.rows(texts)))),
-        ),
-        "CLIP's text tower trained along": (
-            [*_vision(model), *tower.parameters()],
-            lambda: _with_tower(model, tower, pixels, ids),
-        ),
-        "LLM in the loop": (
-            list(model.parameters()),
-            lambda: _loss(model, pixels, _encoded(encoder, texts)),
-        ),
+    images = [load_image(record.image) for record in records if record.image is not None]
+    pixels = torch.stack([transform(image) for image in images]).to(device)
+    ids = torch.randint(1, CLIP_END_TOKEN - 1, (len(texts), CLIP_CONTEXT_LENGTH), device=device)
+    ids[:, -1] = CLIP_END_TOKEN
+
+    losses: dict[str, Callable[[], Tensor]] = {
+        CACHED_TEACHER: lambda: _loss(model, pixels, torch.from_numpy(store.take(store.rows(texts)))),
+        CLIP_TEXT_TOWER: lambda: _loss_with_text_tower(model, text_tower, pixels, ids),
+        LLM_IN_LOOP: lambda: _loss(model, pixels, _encode(encoder, texts)),
     }
-    optimizers = {way: torch.optim.AdamW(parameters, lr=1e-6) for way, (parameters, _) in ways.items()}
-    times: dict[str, list[float]] = {way: [] for way in ways}
+    model_parameters = list(model.parameters())
+    vision_parameters = [*model.tower.parameters(), *model.projection.parameters(), model.logit_scale]
+    parameters: dict[str, list[nn.Parameter]] = {
+        CACHED_TEACHER: model_parameters,
+        CLIP_TEXT_TOWER: [*vision_parameters, *text_tower.parameters()],
+        LLM_IN_LOOP: model_parameters,
+    }
+    optimizers = {variant: torch.optim.AdamW(parameters[variant], lr=1e-6) for variant in losses}
+    seconds: dict[str, list[float]] = {variant: [] for variant in losses}
     model.train()
-    for n, way in zip(range(len(ways) * (config.cost_steps + 1)), cycle(ways), strict=False):
+    num_steps = len(losses) * (config.cost_steps + 1)
+    for step, variant in zip(range(num_steps), cycle(losses), strict=False):
         start = time.perf_counter()
-        ways[way][1]().backward()
-        optimizers[way].step()
-        optimizers[way].zero_grad()
-        if model.device.type == "cuda":
+        losses[variant]().backward()
+        optimizers[variant].step()
+        optimizers[variant].zero_grad()
+        if device.type == "cuda":
             torch.cuda.synchronize()
-        if n >= len(ways):  # the first of each warms up
-            times[way].append(time.perf_counter() - start)
-    found: dict[str, Any] = {way: statistics.median(some) for way, some in times.items()}
-    trained = {way: sum(p.numel() for p in parameters) / 1e6 for way, (parameters, _) in ways.items()}
-    return found | {"steps": times, "images": count, "captions": len(texts), "parameters": trained}
-
-
-def _vision(model: LLM2CLIP) -> list[nn.Parameter]:
-    return [*model.tower.parameters(), *model.projection.parameters(), model.logit_scale]
+        if step >= len(losses):  # the first step of each variant is a warm-up
+            seconds[variant].append(time.perf_counter() - start)
+    counts = {variant: sum(p.numel() for p in parameters[variant]) / 1e6 for variant in losses}
+    return StepTimes(seconds, counts, batch_size=len(texts))
 
 
 def _loss(model: LLM2CLIP, pixels: Tensor, embeddings: Tensor) -> Tensor:
+    """Return the loss for caption embeddings of the LLM, (N, D)."""
     image, text, scale, _ = model(pixels, embeddings.to(model.device).float())
     assert image is not None and text is not None
     return info_nce(image, text, scale)
 
 
-def _with_tower(model: LLM2CLIP, tower: ClipTextTower, pixels: Tensor, ids: Tensor) -> Tensor:
+def _loss_with_text_tower(model: LLM2CLIP, text_tower: ClipTextTower, pixels: Tensor, ids: Tensor) -> Tensor:
+    """Return the loss for texts, as token ids (N, 77), that CLIP's text tower encodes."""
     image, _, scale, _ = model(pixels)
     assert image is not None
-    return info_nce(image, tower(ids), scale)
+    return info_nce(image, text_tower(ids), scale)
 
 
-def _encoded(encoder: CaptionEncoder, texts: list[str]) -> Tensor:
-    return encoder.encode(texts).clone()  # out of inference mode
+def _encode(encoder: CaptionEncoder, texts: list[str]) -> Tensor:
+    return encoder.encode(texts).clone()  # a copy that is no inference tensor
