@@ -36,15 +36,17 @@ def add(commands: Commands) -> None:
         "--approximate_above",
         type=int,
         default=1_000_000,
-        help="Use an approximate search (HNSW graph) from this number of distinct images on.",
+        help="Search approximately, with an HNSW graph, if the index has at least this many distinct images.",
     )
 
     sub = commands.add("search", _search, "Search an index by texts, in any language of the model, and by images.")
     sub.add_argument("index", type=str, help="Index folder or URL.")
     sub.add_argument("texts", nargs="*", type=str, default=[], help="What the images show.")
-    sub.add_argument("--images", nargs="+", type=str, default=[], help="Images to find similar ones of.")
+    sub.add_argument("--images", nargs="+", type=str, default=[], help="Images that results should be similar to.")
     sub.add_argument("--negative", nargs="+", type=str, default=[], help="What the images do not show.")
-    sub.add_argument("--negative_images", nargs="+", type=str, default=[], help="Images to find dissimilar ones of.")
+    sub.add_argument(
+        "--negative_images", nargs="+", type=str, default=[], help="Images that results should not be similar to."
+    )
     sub.add_argument("--top", type=int, default=10, help="Maximum number of results.")
     sub.add_argument("--path", type=str, help="Only images in this folder, tar or file.")
     sub.add_argument("--caption", type=str, help="Only images with this text in a caption, ignoring case.")

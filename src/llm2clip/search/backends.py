@@ -28,7 +28,7 @@ class Backend(Protocol):
         ...
 
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
-        """Return the state of every image, by name, that was read from one of these sources or lies inside one."""
+        """Return the state, by name, of each image that was read from one of these sources or is inside one."""
         ...
 
     def existing(self, hashes: Iterable[bytes]) -> set[bytes]:

@@ -120,7 +120,7 @@ class Batcher(Generic[Item, Result]):
         return [entry for entry in batch if not entry.result.done()]
 
     async def _process(self, batch: list[_Pending[Item, Result]]) -> None:
-        """Set the results of a batch. If it fails, process its items one by one, so that only the bad ones fail."""
+        """Set the results of a batch. If it fails, process its items one by one, so that only invalid ones fail."""
         loop = asyncio.get_running_loop()
         try:
             results = await loop.run_in_executor(self.executor, self.work, [entry.item for entry in batch])

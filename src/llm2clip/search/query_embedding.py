@@ -18,7 +18,7 @@ NEGATIVE_WEIGHT = 0.5  # with 1, results would be far from the negatives but har
 
 @dataclass(frozen=True)
 class Query:
-    """Texts and images that results should be similar to, and those they should be dissimilar to.
+    """Texts and images that results should be similar to, and those that they should not be similar to.
 
     Images are anything that `data.images.load_image` accepts.
     """

@@ -99,10 +99,12 @@ class SearchRequest(_StrictModel):
         default=[], max_length=MAX_IMAGES, description="of any length, in any language that the model supports"
     )
     images: list[DataUri] = Field(default=[], max_length=MAX_IMAGES, description="images as data URIs")
-    like: list[HitId] = Field(default=[], max_length=MAX_IMAGES, description="ids of hits to find similar images of")
+    like: list[HitId] = Field(
+        default=[], max_length=MAX_IMAGES, description="ids of hits that results should be similar to"
+    )
     negative_texts: list[Text] = Field(default=[], max_length=MAX_IMAGES, description="what images should not show")
     negative_images: list[DataUri] = Field(
-        default=[], max_length=MAX_IMAGES, description="images that results should be dissimilar to, as data URIs"
+        default=[], max_length=MAX_IMAGES, description="images that results should not be similar to, as data URIs"
     )
     top: int = Field(default=50, ge=1, le=MAX_TOP, description="maximum number of hits")
     filter: FilterRequest = FilterRequest()  # pydantic copies defaults
