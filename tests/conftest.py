@@ -1,9 +1,15 @@
 """Shared fixtures: tiny random models and generated data, so that the test suite runs offline."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
-import json
 import os
+
+# huggingface_hub and tokenizers read these when they are imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
 import shutil
 import socket
 from collections.abc import Callable, Generator
@@ -28,8 +34,6 @@ from llm2clip.models.pretrained import AssetUnavailableError
 with suppress(ImportError):
     import setuptools  # noqa: F401
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _CAPABILITIES = {**getattr(torch.cpu, "get_capabilities", dict)(), "amx_bf16": False, "avx512_bf16": False}
 torch.cpu.get_capabilities = lambda: _CAPABILITIES  # auto is fp32 on every machine
 torch.set_num_threads(1)  # tiny models are slower with more threads
@@ -161,12 +165,6 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def pictures(image_folder: Path) -> Path:
-    """The former name of `image_folder`."""
-    return image_folder
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The images of the records in `format_fixtures.ROWS`."""
@@ -191,20 +189,20 @@ def dual_encoder(model_folder: Path) -> DualEncoder:
 
 
 @pytest.fixture
-def photos(tmp_path: Path, pictures: Path) -> Path:
+def photos(tmp_path: Path, image_folder: Path) -> Path:
     """Seven images in two folders, two of them with the same bytes, one from 2001, one with a caption; two damaged."""
     folder = tmp_path / "photos"
     (folder / "sub").mkdir(parents=True)
     for n in range(4):
-        shutil.copy(pictures / f"{n}.png", folder / f"{n}.png")
-    shutil.copy(pictures / "5.png", folder / "sub/5.png")
-    shutil.copy(pictures / "5.png", folder / "sub/copy.png")
+        shutil.copy(image_folder / f"{n}.png", folder / f"{n}.png")
+    shutil.copy(image_folder / "5.png", folder / "sub/5.png")
+    shutil.copy(image_folder / "5.png", folder / "sub/copy.png")
     (folder / "0.txt").write_text("Ein roter Ärmel\n")
     (folder / "bad.jpg").write_bytes(b"\xff\xd8\xff not an image")
-    (folder / "half.png").write_bytes((pictures / "6.png").read_bytes()[:300])
+    (folder / "half.png").write_bytes((image_folder / "6.png").read_bytes()[:300])
     exif = Image.Exif()
     exif[0x0132] = "2001:02:03 04:05:06"
-    Image.open(pictures / "7.png").resize((80, 64)).convert("RGB").save(folder / "old.jpg", exif=exif)
+    Image.open(image_folder / "7.png").resize((80, 64)).convert("RGB").save(folder / "old.jpg", exif=exif)
     return folder
 
 
@@ -267,6 +265,3 @@ def emulate_fsdp_launch() -> None:
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
     os.environ.update(ACCELERATE_USE_FSDP="true")
-
-
-distributed, share_out = run_distributed, emulate_fsdp_launch  # former names

@@ -17,7 +17,7 @@ from llm2clip import LLM2CLIP
 from llm2clip.cli import main
 
 
-def fit_command(pictures: Path, llm: Path, tower: Path, out: Path) -> list[str]:
+def fit_command(image_folder: Path, llm: Path, tower: Path, out: Path) -> list[str]:
     flags = {
         "encoder.path": llm,
         "tune.steps": 6,
@@ -34,13 +34,13 @@ def fit_command(pictures: Path, llm: Path, tower: Path, out: Path) -> list[str]:
         "evaluate.fields": '["captions_xx"]',
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return ["fit", str(pictures / "captions.jsonl"), "--out", str(out), *words]
+    return ["fit", str(image_folder / "captions.jsonl"), "--out", str(out), *words]
 
 
 @pytest.fixture(scope="module")
-def run(pictures: Path, llm: Path, tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(image_folder: Path, llm: Path, tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
-    assert main(fit_command(pictures, llm, tower, out)) == 0
+    assert main(fit_command(image_folder, llm, tower, out)) == 0
     return out
 
 
@@ -59,11 +59,11 @@ def test_fit_writes_the_documented_files(run: Path) -> None:
     assert len((run / "tune/metrics.jsonl").read_text().splitlines()) == 6
 
 
-def test_fit_on_two_ranks_makes_one_run(pictures: Path, llm: Path, tower: Path, tmp_path: Path) -> None:
+def test_fit_on_two_ranks_makes_one_run(image_folder: Path, llm: Path, tower: Path, tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llm2clip"]
     per_rank = ["--tune.batch_size", "4", "--align.batch_size", "7", "--align.epochs", "2"]
     result = subprocess.run(
-        [sys.executable, *launcher, *fit_command(pictures, llm, tower, tmp_path / "run"), *per_rank],
+        [sys.executable, *launcher, *fit_command(image_folder, llm, tower, tmp_path / "run"), *per_rank],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -81,9 +81,9 @@ def test_fit_lowers_the_loss(run: Path) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_saved_model_encodes_images_and_texts(run: Path, pictures: Path) -> None:
+def test_saved_model_encodes_images_and_texts(run: Path, image_folder: Path) -> None:
     model = LLM2CLIP.from_pretrained(run / "model", device="cpu")
-    images = model.encode_image([pictures / "0.png", Image.open(pictures / "1.png")])
+    images = model.encode_image([image_folder / "0.png", Image.open(image_folder / "1.png")])
     texts = model.encode_text(["a red picture", "一只猫", "a third"])
     assert images.shape == (2, 16) and texts.shape == (3, 16)
     assert images.dtype == texts.dtype == torch.float32
@@ -92,40 +92,40 @@ def test_saved_model_encodes_images_and_texts(run: Path, pictures: Path) -> None
     scores = model.similarity(texts, images)
     assert scores.shape == (3, 2)
     assert torch.allclose(scores[1, 0], texts[1] @ images[0])
-    assert model.encode_image(str(pictures / "0.png")).shape == (1, 16)
+    assert model.encode_image(str(image_folder / "0.png")).shape == (1, 16)
     assert model.encode_image([]).shape == (0, 16)
 
 
-def test_save_and_load_give_equal_embeddings(run: Path, pictures: Path, tmp_path: Path) -> None:
+def test_save_and_load_give_equal_embeddings(run: Path, image_folder: Path, tmp_path: Path) -> None:
     model = LLM2CLIP.from_pretrained(run / "model", device="cpu")
     again = LLM2CLIP.from_pretrained(model.save_pretrained(tmp_path / "copy"), device="cpu")
-    image = [pictures / "3.png"]
+    image = [image_folder / "3.png"]
     assert torch.equal(model.encode_image(image), again.encode_image(image))
     assert torch.equal(model.encode_text(["a dog"]), again.encode_text(["a dog"]))
 
 
-def test_fit_run_again_trains_nothing(run: Path, pictures: Path, llm: Path, tower: Path) -> None:
+def test_fit_run_again_trains_nothing(run: Path, image_folder: Path, llm: Path, tower: Path) -> None:
     before = (run / "model/model.safetensors").stat().st_mtime_ns
-    assert main(fit_command(pictures, llm, tower, run)) == 0
+    assert main(fit_command(image_folder, llm, tower, run)) == 0
     assert (run / "model/model.safetensors").stat().st_mtime_ns == before
 
 
 def test_fit_rejects_other_settings_in_the_same_directory(
-    run: Path, pictures: Path, llm: Path, tower: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, image_folder: Path, llm: Path, tower: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*fit_command(pictures, llm, tower, run), "--align.epochs", "2"]) == 1
+    assert main([*fit_command(image_folder, llm, tower, run), "--align.epochs", "2"]) == 1
     error = capsys.readouterr().err
     assert "align.epochs" in error and "40" in error and "2" in error
 
 
-def test_fit_resumes_align_from_its_last_checkpoint(run: Path, pictures: Path, llm: Path, tower: Path, tmp_path: Path) -> None:
+def test_fit_resumes_align_from_its_last_checkpoint(run: Path, image_folder: Path, llm: Path, tower: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "model")
     shutil.rmtree(copy / "align/checkpoints/checkpoint-80")  # of 80 steps; the checkpoint before is step 50
     (copy / "align/checkpoints/checkpoint-66").mkdir()  # incomplete: no marker file
     (copy / "evaluate/trained.json").unlink()
-    assert main(fit_command(pictures, llm, tower, copy)) == 0
+    assert main(fit_command(image_folder, llm, tower, copy)) == 0
     uninterrupted, resumed = (json.loads((f / "evaluate/trained.json").read_text()) for f in (run, copy))
     assert uninterrupted == resumed
     lines = [(f / "align/metrics.jsonl").read_text().splitlines() for f in (run, copy)]
@@ -133,8 +133,8 @@ def test_fit_resumes_align_from_its_last_checkpoint(run: Path, pictures: Path, l
     assert steps[0] == steps[1] == list(range(1, 81))
 
 
-def test_stage_commands_and_evaluate(pictures: Path, llm: Path, tower: Path, tmp_path: Path) -> None:
-    data, enc = str(pictures / "captions.jsonl"), str(tmp_path / "tuned/encoder")
+def test_stage_commands_and_evaluate(image_folder: Path, llm: Path, tower: Path, tmp_path: Path) -> None:
+    data, enc = str(image_folder / "captions.jsonl"), str(tmp_path / "tuned/encoder")
     train = f"{data}@train"
     assert main(["tune", train, "--out", str(tmp_path / "tuned"), "--encoder.path", str(llm), "--tune.steps", "2",
                  "--tune.batch_size", "4"]) == 0  # fmt: skip

@@ -59,7 +59,7 @@ def test_index_and_search_explain_mistakes(
 
 def test_index_watch_updates_until_interrupted(
     photos: Path,
-    pictures: Path,
+    image_folder: Path,
     model_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -70,7 +70,7 @@ def test_index_watch_updates_until_interrupted(
     def sleep(seconds: float) -> None:
         intervals.append(seconds)
         if len(intervals) == 2:
-            shutil.copy(pictures / "9.png", photos / "9.png")
+            shutil.copy(image_folder / "9.png", photos / "9.png")
         if len(intervals) == 4:
             raise KeyboardInterrupt
 

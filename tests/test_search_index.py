@@ -140,12 +140,12 @@ def test_build_index_removes_images_that_are_no_longer_listed(
 
 
 def test_build_index_requires_prune_for_missing_sources(
-    pictures: Path, dual_encoder: DualEncoder, tmp_path: Path
+    image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path
 ) -> None:
     backend, photos = SqliteBackend(tmp_path / "index", write=True), tmp_path / "photos"
     (photos / "sub").mkdir(parents=True)
-    shutil.copy(pictures / "1.png", photos)
-    shutil.copy(pictures / "2.png", photos / "sub")
+    shutil.copy(image_folder / "1.png", photos)
+    shutil.copy(image_folder / "2.png", photos / "sub")
     index_sources([photos], dual_encoder, backend)
     index_sources([photos / "sub"], dual_encoder, backend)
     (photos / "sub/2.png").unlink()
@@ -162,14 +162,14 @@ def test_build_index_requires_prune_for_missing_sources(
 # ---- sources --------------------------------------------------------------------------------------------------------
 
 
-def test_build_index_reads_everything_in_a_folder(pictures: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
+def test_build_index_reads_everything_in_a_folder(image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
     """Images, tars and caption files may be mixed. Two rows of the same image are merged."""
     photos = tmp_path / "photos"
     (photos / "old").mkdir(parents=True)
     for n in (1, 2):
-        shutil.copy(pictures / f"{n}.png", photos)
+        shutil.copy(image_folder / f"{n}.png", photos)
     with tarfile.open(photos / "old/some.tar", "w") as tar:
-        tar.add(pictures / "3.png", "3.png")
+        tar.add(image_folder / "3.png", "3.png")
     rows = [
         {"image": "1.png", "caption": "one"},
         {"image": "1.png", "caption": "the same"},
@@ -185,12 +185,12 @@ def test_build_index_reads_everything_in_a_folder(pictures: Path, dual_encoder: 
     assert search_names(backend) == {"1.png", "2.png"}
 
 
-def test_build_index_reads_tars_and_parquet(pictures: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
+def test_build_index_reads_tars_and_parquet(image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
     tar_file, parquet_file = tmp_path / "some.tar", tmp_path / "some.parquet"
     with tarfile.open(tar_file, "w") as tar:
-        tar.add(pictures / "1.png", "a/1.png")
-        tar.add(pictures / "2.png", "a/2.png")
-    write_parquet(parquet_file, [pictures / "2.png"])
+        tar.add(image_folder / "1.png", "a/1.png")
+        tar.add(image_folder / "2.png", "a/2.png")
+    write_parquet(parquet_file, [image_folder / "2.png"])
     backend = SqliteBackend(tmp_path / "index", write=True)
     report = index_sources([tar_file, parquet_file], dual_encoder, backend)
     assert (report.added, report.embedded) == (3, 2)
@@ -202,12 +202,12 @@ def test_build_index_reads_tars_and_parquet(pictures: Path, dual_encoder: DualEn
 
 
 def test_build_index_distinguishes_tar_members_of_the_same_name(
-    pictures: Path, dual_encoder: DualEncoder, tmp_path: Path
+    image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path
 ) -> None:
     tar_file = tmp_path / "some.tar"
     with tarfile.open(tar_file, "w") as tar:
         for n, name in ((1, "a.png"), (2, "b.png"), (3, "a.png")):
-            tar.add(pictures / f"{n}.png", name)
+            tar.add(image_folder / f"{n}.png", name)
     backend = SqliteBackend(tmp_path / "index", write=True)
     assert index_sources([tar_file], dual_encoder, backend).added == 3
     assert not index_sources([tar_file], dual_encoder, backend)
@@ -215,21 +215,21 @@ def test_build_index_distinguishes_tar_members_of_the_same_name(
 
 
 def test_build_index_updates_a_rewritten_parquet_file(
-    pictures: Path, dual_encoder: DualEncoder, tmp_path: Path
+    image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path
 ) -> None:
     backend, file = SqliteBackend(tmp_path / "index", write=True), tmp_path / "some.parquet"
-    write_parquet(file, [pictures / "1.png"])
+    write_parquet(file, [image_folder / "1.png"])
     index_sources([file], dual_encoder, backend)
-    write_parquet(file, [pictures / "2.png", pictures / "3.png"])
+    write_parquet(file, [image_folder / "2.png", image_folder / "3.png"])
     assert index_sources([file], dual_encoder, backend).changed == 1
-    query = embed_images(dual_encoder, [pictures / "2.png"])[0].numpy()
+    query = embed_images(dual_encoder, [image_folder / "2.png"])[0].numpy()
     hit = backend.search(query, 1, Filter())[0]
     assert hit.score == pytest.approx(1, abs=2e-3)
     assert hit.images[0].name.endswith("[0].image")
 
 
-def test_build_index_keeps_other_splits_of_a_file(pictures: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
-    backend, file = SqliteBackend(tmp_path / "index", write=True), pictures / "captions.jsonl"
+def test_build_index_keeps_other_splits_of_a_file(image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
+    backend, file = SqliteBackend(tmp_path / "index", write=True), image_folder / "captions.jsonl"
     train = index_sources([Path(f"{file}@train")], dual_encoder, backend).added
     report = index_sources([Path(f"{file}@val")], dual_encoder, backend)
     assert (report.added, report.removed) == (6, 0)
@@ -240,15 +240,15 @@ def test_build_index_keeps_other_splits_of_a_file(pictures: Path, dual_encoder: 
 
 
 def test_build_index_handles_invalid_unicode_names_and_rotated_images(
-    pictures: Path, dual_encoder: DualEncoder, tmp_path: Path
+    image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path
 ) -> None:
     photos, log = tmp_path / "photos", SkipLog(tmp_path / "skipped.jsonl", 1.0)
     photos.mkdir()
-    shutil.copy(pictures / "1.png", photos / os.fsdecode(b"caf\xe9.png"))  # not UTF-8
+    shutil.copy(image_folder / "1.png", photos / os.fsdecode(b"caf\xe9.png"))  # not UTF-8
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: rotated by 90 degrees
     exif.get_ifd(0x8769)[0x9003] = "2002:03:04 05:06:07"
-    Image.open(pictures / "2.png").convert("RGB").save(photos / "rotated.jpg", exif=exif)
+    Image.open(image_folder / "2.png").convert("RGB").save(photos / "rotated.jpg", exif=exif)
     (photos / "phone.heic").write_bytes(b"an unsupported format")
     backend = SqliteBackend(tmp_path / "index", write=True)
     index_sources([photos], dual_encoder, backend, log=log)
@@ -261,15 +261,15 @@ def test_build_index_handles_invalid_unicode_names_and_rotated_images(
     thumbnail = Image.open(io.BytesIO(backend.thumbnail(rotated.id) or b""))
     assert (rotated.width, rotated.height) == thumbnail.size == (40, 48)
     assert rotated.images[0].taken == datetime(2002, 3, 4, 5, 6, 7).timestamp()
-    assert hits[r"caf\udce9.png"].images[0].ref.read() == (pictures / "1.png").read_bytes()
+    assert hits[r"caf\udce9.png"].images[0].ref.read() == (image_folder / "1.png").read_bytes()
 
 
 def test_build_index_skips_images_with_a_vector_that_is_not_finite(
-    pictures: Path, dual_encoder: DualEncoder, tmp_path: Path
+    image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path
 ) -> None:
     photos, log = tmp_path / "photos", SkipLog(None, 1.0)
     photos.mkdir()
-    shutil.copy(pictures / "3.png", photos)
+    shutil.copy(image_folder / "3.png", photos)
     broken = dataclasses.replace(
         dual_encoder, encode_images_raw=lambda images: torch.full((len(images), 16), torch.nan)
     )
@@ -279,8 +279,8 @@ def test_build_index_skips_images_with_a_vector_that_is_not_finite(
     assert search_names(backend) == set()
 
 
-def test_date_taken_is_none_without_exif(pictures: Path) -> None:
-    assert date_taken((pictures / "1.png").read_bytes()) is None
+def test_date_taken_is_none_without_exif(image_folder: Path) -> None:
+    assert date_taken((image_folder / "1.png").read_bytes()) is None
     assert date_taken(b"\xff\xd8\xff") is None
 
 
@@ -288,11 +288,11 @@ def test_date_taken_is_none_without_exif(pictures: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
-def test_search_matches_brute_force(kind: str, pictures: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
+def test_search_matches_brute_force(kind: str, image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
     backend = create_backend(kind, tmp_path / "index")
-    index_sources([pictures], dual_encoder, backend)
+    index_sources([image_folder], dual_encoder, backend)
     query = embed_query(dual_encoder, Query(texts=["the middle is red"]))
-    files = sorted(pictures.glob("*.png"))
+    files = sorted(image_folder.glob("*.png"))
     cosines = LLM2CLIP.from_pretrained(dual_encoder.name).encode_image(files).numpy() @ query
     best = np.argsort(-cosines)[:5]
     hits = backend.search(query, 5, Filter())
@@ -326,15 +326,15 @@ def test_search_applies_filters(kind: str, photos: Path, dual_encoder: DualEncod
 
 @pytest.mark.parametrize("kind", BACKENDS)
 def test_path_filter_excludes_siblings_with_the_same_prefix(
-    kind: str, pictures: Path, dual_encoder: DualEncoder, tmp_path: Path
+    kind: str, image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path
 ) -> None:
     """`!` and `[` separate a tar or a table from what is inside it, but also occur in other names."""
     backend, root = create_backend(kind, tmp_path / "index"), tmp_path / "p"
     for n, name in enumerate(("trip/a.png", "trip[2019]/b.png", "trip!/c.png", "trip[1].png")):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(pictures / f"{n}.png", root / name)
+        shutil.copy(image_folder / f"{n}.png", root / name)
     with tarfile.open(root / "trip.tar", "w") as tar:
-        tar.add(pictures / "4.png", "4.png")
+        tar.add(image_folder / "4.png", "4.png")
     assert index_sources([root], dual_encoder, backend).added == 5
     assert not index_sources([root / "trip"], dual_encoder, backend)
     assert search_names(backend, Filter(path=str(root / "trip"))) == {"a.png"}
@@ -344,12 +344,12 @@ def test_path_filter_excludes_siblings_with_the_same_prefix(
 
 @pytest.mark.parametrize("kind", BACKENDS)
 def test_one_image_must_meet_all_conditions(
-    kind: str, pictures: Path, dual_encoder: DualEncoder, tmp_path: Path
+    kind: str, image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path
 ) -> None:
     backend, root = create_backend(kind, tmp_path / "index"), tmp_path / "p"
     (root / "trip").mkdir(parents=True)
-    shutil.copy(pictures / "0.png", root / "trip/a.png")
-    shutil.copy(pictures / "0.png", root / "copy.png")
+    shutil.copy(image_folder / "0.png", root / "trip/a.png")
+    shutil.copy(image_folder / "0.png", root / "copy.png")
     os.utime(root / "copy.png", (1, 1))
     index_sources([root], dual_encoder, backend)
     # One duplicate is in the folder, the other one is old.

@@ -17,9 +17,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory, pictures: Path, dual_encoder: DualEncoder) -> Iterator[str]:
+def address(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, dual_encoder: DualEncoder) -> Iterator[str]:
     """Address of a running server with an index."""
-    index = make_index(tmp_path_factory.mktemp("index"), pictures, dual_encoder)
+    index = make_index(tmp_path_factory.mktemp("index"), image_folder, dual_encoder)
     with running_server(create_app(dual_encoder, index)) as address:
         yield address
 
@@ -127,8 +127,8 @@ def test_closing_the_detail_view_keeps_the_focus_in_the_search_box(page: Any) ->
     assert page.evaluate(close_and_focus) == "text"
 
 
-def test_chosen_and_dropped_images(page: Any, pictures: Path) -> None:
-    page.locator("#file").set_input_files(pictures / "4.png")
+def test_chosen_and_dropped_images(page: Any, image_folder: Path) -> None:
+    page.locator("#file").set_input_files(image_folder / "4.png")
     wait_until(page, "document.querySelector('#grid .score')?.textContent === '1.000'")
     assert page.locator("#grid .name").first.inner_text() == "4.png"
     drop_file = """async (url) => {
@@ -146,7 +146,7 @@ def test_chosen_and_dropped_images(page: Any, pictures: Path) -> None:
     assert page.locator(".chip img").count() == 1
 
 
-def test_empty_results_and_errors_are_shown(page: Any, pictures: Path, tmp_path: Path) -> None:
+def test_empty_results_and_errors_are_shown(page: Any, image_folder: Path, tmp_path: Path) -> None:
     page.locator("#more").click()
     page.locator("#path").fill("/nowhere")
     page.locator("#text").fill("red")

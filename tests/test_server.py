@@ -39,8 +39,8 @@ JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
-def backend(tmp_path_factory: pytest.TempPathFactory, pictures: Path, dual_encoder: DualEncoder) -> SqliteBackend:
-    return make_index(tmp_path_factory.mktemp("index"), pictures, dual_encoder)
+def backend(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, dual_encoder: DualEncoder) -> SqliteBackend:
+    return make_index(tmp_path_factory.mktemp("index"), image_folder, dual_encoder)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ def data_uri(data: bytes) -> str:
 
 
 def test_search_returns_the_hits_of_the_index(
-    client: TestClient, dual_encoder: DualEncoder, backend: SqliteBackend, pictures: Path
+    client: TestClient, dual_encoder: DualEncoder, backend: SqliteBackend, image_folder: Path
 ) -> None:
-    image = (pictures / "9.png").read_bytes()
+    image = (image_folder / "9.png").read_bytes()
     request = {
         "texts": ["red"],
         "images": [data_uri(image)],
@@ -81,8 +81,8 @@ def test_search_returns_the_hits_of_the_index(
     assert client.post("/search", json={"texts": ["x"], "filter": {"path": "/nowhere"}}).json() == {"hits": []}
 
 
-def test_embed_returns_the_vectors_of_the_model(client: TestClient, dual_encoder: DualEncoder, pictures: Path) -> None:
-    image = (pictures / "3.png").read_bytes()
+def test_embed_returns_the_vectors_of_the_model(client: TestClient, dual_encoder: DualEncoder, image_folder: Path) -> None:
+    image = (image_folder / "3.png").read_bytes()
     inputs = ["red", data_uri(image), "eine lange Beschreibung. " * 50]
     response = client.post("/v1/embeddings", json={"input": inputs, "model": "any"}).json()
     first_text, last_text = dual_encoder.encode_texts([inputs[0], inputs[2]]).numpy()
@@ -100,7 +100,7 @@ def test_embed_returns_the_vectors_of_the_model(client: TestClient, dual_encoder
 
 
 def test_server_returns_images_page_health_and_metrics(
-    client: TestClient, backend: SqliteBackend, pictures: Path
+    client: TestClient, backend: SqliteBackend, image_folder: Path
 ) -> None:
     hit = client.post("/search", json={"texts": ["red"], "top": 1}).json()["hits"][0]
     assert client.get(f"/image/{hit['id']}").content == Path(hit["images"][0]["name"]).read_bytes()
@@ -222,8 +222,8 @@ def test_paths_hosts_and_sites_are_checked(client: TestClient) -> None:
     assert client.get("/", headers=cross_site).is_success
 
 
-def test_unusual_and_damaged_images_never_fail_the_server(client: TestClient, pictures: Path) -> None:
-    image = Image.open(pictures / "2.png").convert("RGB")
+def test_unusual_and_damaged_images_never_fail_the_server(client: TestClient, image_folder: Path) -> None:
+    image = Image.open(image_folder / "2.png").convert("RGB")
 
     def encode(image: Image.Image, image_format: str, **options: Any) -> bytes:
         stream = io.BytesIO()

@@ -104,11 +104,11 @@ def test_sqlite_backend_keeps_vectors_when_nothing_changed(
 
 
 def test_sqlite_backend_finds_images_added_by_another_process(
-    photos: Path, pictures: Path, dual_encoder: DualEncoder, tmp_path: Path
+    photos: Path, image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path
 ) -> None:
     writer, reader = (SqliteBackend(tmp_path / "index", write=True) for _ in range(2))
     index_sources([photos], dual_encoder, writer)
     assert "9.png" not in search_names(reader)
-    shutil.copy(pictures / "9.png", photos)
+    shutil.copy(image_folder / "9.png", photos)
     index_sources([photos], dual_encoder, writer)
     assert "9.png" in search_names(reader)
