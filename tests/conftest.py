@@ -1,6 +1,5 @@
 """Shared fixtures: tiny random models and generated data, so that the test suite runs offline."""
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import os

@@ -45,7 +45,9 @@ def parse_fit(*configs: str) -> FitConfig:
 
 
 def test_fit_settings_are_frozen() -> None:
-    top_level = [field for field in dataclasses.fields(FitConfig) if not dataclasses.is_dataclass(field.default_factory)]
+    top_level = [
+        field for field in dataclasses.fields(FitConfig) if not dataclasses.is_dataclass(field.default_factory)
+    ]
     assert sum(len(dataclasses.fields(stage)) for stage in STAGES) + len(top_level) == MAX_FIT_SETTINGS
 
 

@@ -25,9 +25,15 @@ ERRORS = {
     "missing column": (
         FIT + " --columns {{'captions': 'caption'}}", "no column 'caption'", "it has", "did you mean captions",
     ),
-    "no caption column": ("embed {tmp}/none.csv --out {tmp}/s --encoder.path {llm}", "no column of captions", "--columns"),
+    "no caption column": (
+        "embed {tmp}/none.csv --out {tmp}/s --encoder.path {llm}",
+        "no column of captions", "--columns",
+    ),
     "missing split": ("fit {data}@trian --out {tmp}/run", "no record", "its splits: ", "train"),
-    "invalid JSON": ("embed {tmp}/broken.jsonl --out {tmp}/s --encoder.path {llm}", "malformed row", "row 2", "Fix the source"),
+    "invalid JSON": (
+        "embed {tmp}/broken.jsonl --out {tmp}/s --encoder.path {llm}",
+        "malformed row", "row 2", "Fix the source",
+    ),
     "unclosed quote": (
         "embed {tmp}/open.csv --out {tmp}/s --encoder.path {llm}", "open.csv", "line 2", "not closed",
     ),
@@ -51,7 +57,10 @@ ERRORS = {
     "zero temperature": (FIT + " --tune.temperature 0", "--tune.temperature must be greater than 0"),
     "contradicting settings": (FIT + " --align.lora_r 4 --align.tower_lr 0", "--align.tower_lr greater than 0"),
     # too little data
-    "batch larger than the data": (FIT + " --align.batch_size 5000", "fewer than a step takes (5000)", "lower --align.batch_size"),
+    "batch larger than the data": (
+        FIT + " --align.batch_size 5000",
+        "fewer than a step takes (5000)", "lower --align.batch_size",
+    ),
     "one caption per image": (
         "fit {tmp}/one.jsonl --out {tmp}/run --encoder.path {llm} --align.batch_size 4", "--tune.steps 0",
     ),

@@ -118,7 +118,9 @@ def test_fit_rejects_other_settings_in_the_same_directory(
     assert "align.epochs" in error and "40" in error and "2" in error
 
 
-def test_fit_resumes_align_from_its_last_checkpoint(run: Path, image_folder: Path, llm: Path, tower: Path, tmp_path: Path) -> None:
+def test_fit_resumes_align_from_its_last_checkpoint(
+    run: Path, image_folder: Path, llm: Path, tower: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "model")
@@ -158,7 +160,9 @@ def test_stage_commands_and_evaluate(image_folder: Path, llm: Path, tower: Path,
     assert main([*align[:-1], "0", "--encoder.path", str(llm), "--out", str(tmp_path / "other")]) == 1
 
 
-def test_user_errors_are_one_message_without_a_traceback(tmp_path: Path, llm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_user_errors_are_one_message_without_a_traceback(
+    tmp_path: Path, llm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["fit", str(tmp_path / "captoins.jsonl"), "--out", str(tmp_path / "x")]) == 1
     error = capsys.readouterr().err
     assert "captoins.jsonl" in error and "Traceback" not in error

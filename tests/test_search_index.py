@@ -162,7 +162,9 @@ def test_build_index_requires_prune_for_missing_sources(
 # ---- sources --------------------------------------------------------------------------------------------------------
 
 
-def test_build_index_reads_everything_in_a_folder(image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
+def test_build_index_reads_everything_in_a_folder(
+    image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path
+) -> None:
     """Images, tars and caption files may be mixed. Two rows of the same image are merged."""
     photos = tmp_path / "photos"
     (photos / "old").mkdir(parents=True)
@@ -228,7 +230,9 @@ def test_build_index_updates_a_rewritten_parquet_file(
     assert hit.images[0].name.endswith("[0].image")
 
 
-def test_build_index_keeps_other_splits_of_a_file(image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
+def test_build_index_keeps_other_splits_of_a_file(
+    image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path
+) -> None:
     backend, file = SqliteBackend(tmp_path / "index", write=True), image_folder / "captions.jsonl"
     train = index_sources([Path(f"{file}@train")], dual_encoder, backend).added
     report = index_sources([Path(f"{file}@val")], dual_encoder, backend)

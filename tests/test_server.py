@@ -81,7 +81,9 @@ def test_search_returns_the_hits_of_the_index(
     assert client.post("/search", json={"texts": ["x"], "filter": {"path": "/nowhere"}}).json() == {"hits": []}
 
 
-def test_embed_returns_the_vectors_of_the_model(client: TestClient, dual_encoder: DualEncoder, image_folder: Path) -> None:
+def test_embed_returns_the_vectors_of_the_model(
+    client: TestClient, dual_encoder: DualEncoder, image_folder: Path
+) -> None:
     image = (image_folder / "3.png").read_bytes()
     inputs = ["red", data_uri(image), "eine lange Beschreibung. " * 50]
     response = client.post("/v1/embeddings", json={"input": inputs, "model": "any"}).json()

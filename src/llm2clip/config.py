@@ -276,7 +276,7 @@ class ReproduceConfig:
 
 @dataclass
 class LlavaConfig:
-    """Training of a multimodal LLM: first the projector alone, then the LLM too. Defaults: LLaVA-1.5, arXiv 2310.03744."""
+    """Training of a multimodal LLM: first the projector alone, then the LLM too. Defaults: LLaVA-1.5 (2310.03744)."""
 
     pretrain_epochs: float = 1
     """Epochs over the data that only the projector is trained on."""

@@ -92,7 +92,7 @@ def _config_text(file_or_name: str) -> str:
 
 
 def _relevant_settings(settings: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """Drop settings that belong to `fit` but not to this command. Unknown settings stay, and the parser rejects them."""
+    """Drop settings of `fit` that this command does not have. Unknown settings stay, and the parser rejects them."""
     relevant: dict[str, Any] = {}
     for name, value in settings.items():
         section = FIT_SETTINGS.get(name)

@@ -31,7 +31,7 @@ def add(commands: Commands) -> None:
         nargs="*",
         type=str,
         default=[],
-        help="Caption sources; images are not needed. Of a source without splits, what `fit` would hold out is skipped.",
+        help="Caption sources; images are not needed. Of a source without splits, what `fit` holds out is skipped.",
     )
     parser.add_argument("--out", type=str, required=True, help="Output folder; the result is OUT/encoder.")
     add_reading_arguments(parser)
