@@ -1,7 +1,8 @@
-"""What returning memory to the system costs a CPU trainer: EfficientNet-Lite0, forward and backward, with and without
-`reuse_memory`, each in a process of its own.
+"""Training speed on the CPU with and without `keep_freed_memory`, each in its own process.
 
-    python benchmarks/malloc.py [--size 160] [--batch 64]
+    python benchmarks/malloc.py [--size 160] [--batch_size 64]
+
+The model is EfficientNet-Lite0, forward and backward.
 """
 
 import argparse
@@ -14,30 +15,44 @@ import torch
 from llm2clip.cpu_tuning import keep_freed_memory
 from llm2clip.models.vision_tower import VisionTower
 
+DEFAULT, KEEP = "default", "keep_freed_memory"
 
-def images_per_second(size: int, batch: int, steps: int = 3) -> float:
+
+def images_per_second(size: int, batch_size: int, steps: int = 3) -> float:
+    """Return the training speed.
+
+    Args:
+        size: Image size in pixels.
+        batch_size: Images per step.
+        steps: Timed steps, after one step to warm up.
+    """
     tower = VisionTower.from_pretrained("timm:tf_efficientnet_lite0", pretrained=False, image_size=size).train()
-    pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8)
     start = 0.0
     for step in range(steps + 1):
         if step == 1:
-            start = time.perf_counter()  # the first step warms up
+            start = time.perf_counter()
         tower(pixels).square().mean().backward()
-    return batch * steps / (time.perf_counter() - start)
+    return batch_size * steps / (time.perf_counter() - start)
+
+
+def measure_in_subprocess(variant: str, size: int, batch_size: int) -> float:
+    """Return the training speed, measured in a new process."""
+    options = ["--size", str(size), "--batch_size", str(batch_size), "--variant", variant]
+    return float(subprocess.check_output([sys.executable, __file__, *options]))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=int, default=160)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--one", choices=("plain", "reuse"), help="measure one way and print the figure")
-    given = parser.parse_args()
-    if given.one:
-        if given.one == "reuse":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=160, help="image size in pixels")
+    parser.add_argument("--batch_size", type=int, default=64, help="images per step")
+    parser.add_argument("--variant", choices=(DEFAULT, KEEP), help="measure only this variant, and print its images/s")
+    args = parser.parse_args()
+    if args.variant:
+        if args.variant == KEEP:
             keep_freed_memory(torch.device("cpu"))
-        print(images_per_second(given.size, given.batch))
+        print(images_per_second(args.size, args.batch_size))
     else:
-        command = [sys.executable, __file__, "--size", str(given.size), "--batch", str(given.batch), "--one"]
-        speed = {way: float(subprocess.check_output([*command, way])) for way in ("plain", "reuse")}
-        print(f"{speed['plain']:.1f} images/s plain, {speed['reuse']:.1f} with reuse_memory: "
-              f"{speed['reuse'] / speed['plain']:.2f}x")  # fmt: skip
+        default = measure_in_subprocess(DEFAULT, args.size, args.batch_size)
+        keep = measure_in_subprocess(KEEP, args.size, args.batch_size)
+        print(f"{default:.1f} images/s by default, {keep:.1f} with keep_freed_memory: {keep / default:.2f}x")

@@ -36,7 +36,7 @@ def keep_freed_memory(device: torch.device) -> None:
 def onednn_matmul() -> Iterator[None]:
     """Compute float32 matmuls on the CPU with oneDNN instead of MKL, where that is faster. Also works as a decorator.
 
-    MKL does not use AVX-512 on AMD CPUs. oneDNN does, and is more than twice as fast there (`benchmarks/products.py`).
+    MKL does not use AVX-512 on AMD CPUs. oneDNN does, and is more than twice as fast there (`benchmarks/matmul.py`).
     PyTorch uses oneDNN for float32 only at matmul precision "medium", which also allows rounding to bfloat16;
     `onednn_is_faster` checks that it does not round. With a GPU nothing is changed, because the setting would apply to
     the GPU as well.
