@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from llm2clip.models.llm2clip import LLM2CLIP
 
 __all__ = ["LLM2CLIP", "CaptionEncoder", "open_dual_encoder"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # peft imports bitsandbytes, which then warns on some CPUs that an optional kernel for 4-bit inference is not installed.
 # The level must be set before that import, so it is set here.

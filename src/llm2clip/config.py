@@ -26,7 +26,7 @@ class EncoderConfig:
     """Text around the caption, e.g. "<s>{caption}</s>"; at most one special token may follow {caption}.
     Default: none."""
     pooling: str | None = None
-    """mean, weightedmean or lasttoken. Default: as saved in the model folder; mean for a plain LLM."""
+    """mean, weightedmean, lasttoken, cls or max. Default: as saved in the model folder; mean for a plain LLM."""
     max_length: int | None = None
     """Maximum caption length in tokens; longer captions are truncated. Default: as saved in the model folder; 512 for
     a plain LLM."""
@@ -37,7 +37,7 @@ class EncoderConfig:
 
 @dataclass
 class TuneConfig:
-    """Stage 1: contrastive tuning of the LLM on captions, with LoRA or of all weights."""
+    """Contrastive tuning of the LLM on captions, with LoRA or of all weights."""
 
     data: list[str] = field(default_factory=list)
     """Caption sources; images are not needed. PATH (its training rows and rows without a split) or PATH@split+split.
@@ -120,7 +120,7 @@ class EmbedConfig:
 
 @dataclass
 class AlignConfig:
-    """Stage 2: training of a pretrained vision tower and a small adapter against the cached embeddings."""
+    """Training of a pretrained vision tower and a small adapter against the cached embeddings."""
 
     tower: str = "efficientnet-lite0"
     """Vision tower: a timm name, a hub id, a folder, or a name that `llm2clip` downloads: efficientnet-lite0,

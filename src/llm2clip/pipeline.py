@@ -4,11 +4,11 @@ The command line and `reproduce` call the same functions. Each stage writes its 
 is already done, so running the same command again resumes the run. The run directory of `fit`:
 
     RUN/
-      config.yaml            all settings; a different config in the same directory is rejected
+      config.yaml            all settings; changes that affect the result are rejected
       skipped.jsonl          rows and images that could not be used, with file and row
       tune/                  encoder/ (the tuned caption encoder), metrics.jsonl, cra_*.json, checkpoints/
       store/                 the embedding of every caption
-      align/                 metrics.jsonl, evaluations.jsonl, checkpoints/, best/
+      align/                 metrics.jsonl, evaluations.jsonl, checkpoints/, best/, features-*/ (of a frozen tower)
       evaluate/              untrained.json and trained.json: retrieval before and after alignment
       model/                 the result
       report.md, report.html
@@ -103,7 +103,7 @@ def tune(
     config: TuneConfig,
     held_out_captions: Sequence[Sequence[str]] = (),
 ) -> Path:
-    """Stage 1: tune the caption encoder on pairs of texts.
+    """Tune the caption encoder on pairs of texts.
 
     Args:
         pairs: image captions or text pairs, one list per source, see `read_tuning_sources`.
@@ -174,7 +174,7 @@ def align(
     model_dir: Path | None = None,
     features: Path | None = None,
 ) -> Path:
-    """Stage 2: train a vision tower, its projection and the adapter against the store.
+    """Train a vision tower, its projection and the adapter against the store.
 
     Args:
         train: records whose captions are in the store.
@@ -199,9 +199,9 @@ def align(
     validate = None
     if held_out:
         evaluations = out.parent / "evaluate"
-        if state.is_main_process:  # results of an earlier model or of other settings
-            (evaluations / "trained.json").unlink(missing_ok=True)
-            if not (out / "checkpoints").exists():
+        if state.is_main_process:
+            (evaluations / "trained.json").unlink(missing_ok=True)  # of an earlier model
+            if not (out / "checkpoints").exists():  # the align settings may have changed since the last run
                 (evaluations / "untrained.json").unlink(missing_ok=True)
         cached_json(evaluations / "untrained.json", lambda: _evaluate_from_store(model, held_out, store, log))
         validate = make_validator(held_out, log, store)

@@ -38,7 +38,7 @@ def add(commands: Commands) -> None:
         type=str,
         help="Names of public benchmarks (see `llm2clip benchmarks`), `all`, or folder:PATH for image classes.",
     )
-    parser.add_argument("--root", type=str, default="benchmarks", help=ROOT_HELP)
+    parser.add_argument("--root", type=str, default="data/benchmarks", help=ROOT_HELP)
     parser.add_argument(
         "--out", type=str, help="Output folder: report.html, results.json, and embeddings, which are then reused."
     )
@@ -55,7 +55,7 @@ def add(commands: Commands) -> None:
     parser.add_class_arguments(EvaluateConfig, "evaluate", skip={"data"})
 
     parser = commands.add("benchmarks", _benchmarks, "List the public benchmarks and where to download them.")
-    parser.add_argument("--root", type=str, default="benchmarks", help=ROOT_HELP)
+    parser.add_argument("--root", type=str, default="data/benchmarks", help=ROOT_HELP)
 
     parser = commands.add("reproduce", _reproduce, "Test the paper's claims on your data.")
     parser.add_argument("data", type=str, help="Folder that the sources of --reproduce are relative to.")

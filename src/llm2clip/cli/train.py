@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
     add_stage_settings(parser)
     parser.add_class_arguments(EvaluateConfig, "evaluate")
 
-    parser = commands.add("tune", _tune, "Stage 1: contrastive tuning of a language model on captions.")
+    parser = commands.add("tune", _tune, "Contrastive tuning of a language model on captions.")
     parser.add_argument(
         "data",
         nargs="*",
@@ -54,7 +54,7 @@ def add(commands: Commands) -> None:
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(EmbedConfig, "embed")
 
-    parser = commands.add("align", _align, "Stage 2: train a vision tower against a store.")
+    parser = commands.add("align", _align, "Train a vision tower against a store.")
     parser.add_argument(
         "data", nargs="+", type=str, help=f"{DATA_HELP} Of a source without splits, what `fit` holds out is skipped."
     )

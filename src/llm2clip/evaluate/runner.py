@@ -40,7 +40,7 @@ def evaluate_models(
     data: Sequence[str] = (),
     *,
     benchmarks: Sequence[str] = (),
-    root: Path = Path("benchmarks"),
+    root: Path = Path("data/benchmarks"),
     captions: Sequence[str] = (),
     encoder: EncoderConfig | None = None,
     out: Path | None = None,

@@ -54,8 +54,8 @@ class LLM2CLIPConfig:
 
     tower: dict[str, Any]
     text_dim: int
-    embed_dim: int = 1280
-    adapter_depth: int = 4
+    embed_dim: int = 1280  # the paper's
+    adapter_depth: int = 4  # the paper's
     adapter_expansion: int = 2
     normalize_input: bool = True
     projection_bias: bool = False
@@ -88,8 +88,8 @@ class LLM2CLIPConfig:
             kind = values.get(name, supported)
             if kind != supported:
                 raise ValueError(
-                    f"{name} {kind!r} is not supported; llm2clip 0.1 could train it. Use llm2clip 0.1 for this model, "
-                    f"or run align again, which trains a {supported} {name}"
+                    f"{name} {kind!r} is not supported any more. Run `llm2clip align` again, which "
+                    f"trains a {supported} {name}"
                 )
         values = {_RENAMED_FIELDS.get(name, name): value for name, value in values.items()}
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})

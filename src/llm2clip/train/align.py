@@ -1,4 +1,4 @@
-"""Stage 2, align: train the vision tower, its projection and the adapter against cached caption embeddings.
+"""align: train the vision tower, its projection and the adapter against cached caption embeddings.
 
 Each step takes a batch of images and some captions of each, and lowers a contrastive loss between them. The LLM is not
 used: its embeddings are rows of the store. If the tower is frozen (`tower_lr` 0), its features are computed once, and
@@ -293,6 +293,7 @@ def _batch_loss(
         logit_scale = scale.detach().mean()  # the same in all parts
         if config.loss == "sigmoid":
             return sigmoid_loss(image, text, scale.mean(), bias.mean(), image_of_text, text_ids)
+        assert config.loss == "infonce"
         return info_nce(image, text, scale.mean(), image_of_text, text_ids)
 
     parts = range(len(image_bounds) - 1)

@@ -37,7 +37,7 @@ def info_nce_reference(
 
     # Image to text: the image of each text must rank this text above the texts of other images.
     target = torch.arange(len(text), device=text.device)
-    excluded = positive.T[image_of_text]  # (texts, texts)
+    excluded = positive.T[image_of_text]  # (texts, texts): True where text b is also a positive of text a's image
     excluded[target, target] = False
     candidates = logits[image_of_text].masked_fill(excluded, -torch.inf)
     image_to_text = F.cross_entropy(candidates, target, reduction="none")
@@ -140,7 +140,7 @@ def _apply(
     if image_of_text is None:
         image_of_text = torch.arange(len(text), device=text.device)
     with torch.autocast(image.device.type, enabled=False):
-        layout = _PairLayout(len(image), image_of_text, text_ids, gather)
+        layout = _ImageTextLayout(len(image), image_of_text, text_ids, gather)
         return function.apply(image.float(), text.float(), *scalars, layout)
 
 
@@ -165,25 +165,25 @@ class _InfoNCE(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, layout: _PairLayout) -> Tensor:
-        all_text = layout.texts.gather(text)
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, layout: _ImageTextLayout) -> Tensor:
+        all_text = layout.text_gather.gather(text)
         image_lse = image.new_empty(len(image))
         text_lse = image.new_full((len(all_text),), -torch.inf)
         for rows in layout.row_chunks(len(image), len(all_text)):
             logits = layout.image_logits(image, all_text, scale, rows)
             image_lse[rows] = logits.logsumexp(1)
             text_lse = torch.logaddexp(text_lse, logits.logsumexp(0))
-        text_lse = layout.texts.log_sum_exp(text_lse)
+        text_lse = layout.text_gather.log_sum_exp(text_lse)
 
-        local = layout.texts.local_slice
+        local = layout.text_gather.local_slice
         image_of_text, weights = layout.image_of_text, layout.weights[local]
-        positive = scale * layout.positive_cosines(image, text)
-        image_margin = image_lse[image_of_text] - positive  # (texts of this rank,)
-        text_margin = text_lse[local] - positive
+        pair_logit = scale * layout.positive_cosines(image, text)
+        image_margin = image_lse[image_of_text] - pair_logit  # (texts of this rank,)
+        text_margin = text_lse[local] - pair_logit
 
         coef = weights * image_margin.sigmoid()
         a = image.new_zeros(len(image)).index_add(0, image_of_text, coef)
-        b = layout.texts.gather(weights * text_margin.sigmoid())
+        b = layout.text_gather.gather(weights * text_margin.sigmoid())
         coef = coef + weights * text_margin.sigmoid()
         image_shift, text_shift = _shifted_lse(image_lse, a), _shifted_lse(text_lse, b)
         ctx.layout = layout
@@ -193,8 +193,8 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         image, text, scale, all_text, image_shift, text_shift, coef = ctx.saved_tensors
-        layout: _PairLayout = ctx.layout
-        single_process = layout.texts.single_process
+        layout: _ImageTextLayout = ctx.layout
+        single_process = layout.text_gather.single_process
         grad_image, grad_text = torch.empty_like(image), torch.zeros_like(text)
 
         # Images of this rank against the texts of all ranks.
@@ -208,8 +208,8 @@ class _InfoNCE(torch.autograd.Function):
 
         # Texts of this rank against the images of all ranks.
         if not single_process:
-            all_image, all_image_shift = layout.images.gather(image), layout.images.gather(image_shift)
-            local_text_shift = text_shift[layout.texts.local_slice]
+            all_image, all_image_shift = layout.image_gather.gather(image), layout.image_gather.gather(image_shift)
+            local_text_shift = text_shift[layout.text_gather.local_slice]
             for rows in layout.row_chunks(len(text), len(all_image)):
                 logits = layout.text_logits(text, all_image, scale, rows)
                 grad_logits = torch.exp(logits - local_text_shift[rows, None]).add_(logits.sub_(all_image_shift).exp_())
@@ -225,15 +225,15 @@ class _Sigmoid(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, layout: _PairLayout) -> Tensor:
-        all_text, single_process = layout.texts.gather(text), layout.texts.single_process
-        weights, local_weights = layout.weights, layout.weights[layout.texts.local_slice]
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, layout: _ImageTextLayout) -> Tensor:
+        all_text, single_process = layout.text_gather.gather(text), layout.text_gather.single_process
+        weights, local_weights = layout.weights, layout.weights[layout.text_gather.local_slice]
         grad_image, grad_text = torch.empty_like(image), torch.zeros_like(text)
 
         # Positive pairs: the derivative of softplus(-logit) is -sigmoid(-logit).
-        positive = scale * layout.positive_cosines(image, text) + bias
-        coef = local_weights * (-positive).sigmoid()
-        loss, grad_bias = (local_weights * F.softplus(-positive)).sum(), -coef.sum()
+        pair_logit = scale * layout.positive_cosines(image, text) + bias
+        coef = local_weights * (-pair_logit).sigmoid()
+        loss, grad_bias = (local_weights * F.softplus(-pair_logit)).sum(), -coef.sum()
 
         # Negative pairs: the derivative of softplus(logit) is sigmoid(logit).
         for rows in layout.row_chunks(len(image), len(all_text)):
@@ -246,7 +246,7 @@ class _Sigmoid(torch.autograd.Function):
                 grad_text.addmm_(grad_logits.T, image[rows])
             _add_positive_grads(grad_image, grad_text, image, text, coef, layout, rows)
         if not single_process:
-            all_image = layout.images.gather(image)
+            all_image = layout.image_gather.gather(image)
             for rows in layout.row_chunks(len(text), len(all_image)):
                 logits = layout.text_logits(text, all_image, scale, rows).add_(bias)
                 grad_text[rows].addmm_(logits.sigmoid_().mul_(local_weights[rows, None]), all_image)
@@ -264,11 +264,11 @@ class _Sigmoid(torch.autograd.Function):
         return *_scale_grads(grad_image, grad_text, image, scale, grad_output), grad_bias * grad_output, None
 
 
-class _PairLayout:
+class _ImageTextLayout:
     """Assignment of texts to images on all ranks, and the logits between them in chunks of rows.
 
     Attributes:
-        images, texts: Gather the images and the texts of all ranks.
+        image_gather, text_gather: All-gather of rows per image and per text, from all ranks.
         image_of_text: int64 (texts of this rank,), index of each text's image among the images of this rank.
         all_image_of_text: int64 (texts of all ranks,), index of each text's image among the images of all ranks.
         weights: float32 (texts of all ranks,), weight of each text in the loss of its rank.
@@ -276,11 +276,11 @@ class _PairLayout:
 
     def __init__(self, images: int, image_of_text: Tensor, text_ids: Tensor | None, gather: bool) -> None:
         device = image_of_text.device
-        self.images = RaggedGather(images, device, gather)
-        self.texts = RaggedGather(len(image_of_text), device, gather)
+        self.image_gather = RaggedGather(images, device, gather)
+        self.text_gather = RaggedGather(len(image_of_text), device, gather)
         self.image_of_text = image_of_text
-        self.all_image_of_text = self.texts.gather(image_of_text + self.images.offset)
-        self.weights = self.texts.gather(_text_weights(image_of_text, images))
+        self.all_image_of_text = self.text_gather.gather(image_of_text + self.image_gather.offset)
+        self.weights = self.text_gather.gather(_text_weights(image_of_text, images))
         # Texts of image i: text_starts[i] to text_starts[i + 1].
         self.text_starts = torch.searchsorted(image_of_text, torch.arange(images + 1, device=device)).tolist()
 
@@ -288,7 +288,7 @@ class _PairLayout:
         # their group, and `group_starts` is where each group starts in that list.
         self.group: Tensor | None = None
         if text_ids is not None:
-            different, group = self.texts.gather(text_ids).unique(return_inverse=True)
+            different, group = self.text_gather.gather(text_ids).unique(return_inverse=True)
             if len(different) < len(group):
                 self.group, self.by_group = group, group.argsort(stable=True)
                 self.group_starts = F.pad(torch.bincount(group).cumsum(0), (1, 0))
@@ -311,7 +311,7 @@ class _PairLayout:
             Two int64 vectors of the same length: the position of a text in the slice, and the index of an equal text
             among the texts of all ranks. Every text is equal to itself.
         """
-        device, offset = self.image_of_text.device, self.texts.offset
+        device, offset = self.image_of_text.device, self.text_gather.offset
         positions = torch.arange(texts.stop - texts.start, device=device)
         if self.group is None:
             return positions, positions + texts.start + offset
@@ -351,7 +351,7 @@ def _add_positive_grads(
     image: Tensor,
     text: Tensor,
     coef: Tensor,
-    layout: _PairLayout,
+    layout: _ImageTextLayout,
     rows: slice,
 ) -> None:
     """Add the gradients from the positive pairs of a slice of images, in place; their derivative is -coef."""

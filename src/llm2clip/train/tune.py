@@ -1,4 +1,4 @@
-"""Stage 1, tune: contrastive training of a decoder LLM on captions ("CC"), with LoRA or of all weights.
+"""tune: contrastive training of a decoder LLM on captions ("CC"), with LoRA or of all weights.
 
 Two captions of one image are a positive pair; the other texts of the batch are negatives. General text pairs ("TC") can
 be mixed in or used instead. The result is an ordinary encoder in sentence-transformers layout: LoRA is merged.
