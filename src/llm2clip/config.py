@@ -1,7 +1,7 @@
-"""Settings of every stage: one dataclass per stage, each field documented below it.
+"""Settings for every stage: one dataclass per stage, with each field documented below its definition.
 
-A YAML config holds the same names (`align: {epochs: 4}`), and `--align.epochs 4` overrides it on the command line.
-This module imports nothing heavy, so that `llm2clip --help` is instant and any module can use the types.
+A YAML config uses the same names (`align: {epochs: 4}`), and on the command line `--align.epochs 4` overrides the YAML
+value. This module imports nothing heavy, so that `llm2clip --help` is instant and any module can use the types.
 """
 
 from __future__ import annotations
@@ -13,80 +13,82 @@ from typing import Any, Literal
 
 @dataclass
 class EncoderConfig:
-    """Caption encoder: which language model to use and how it reads text."""
+    """Caption encoder: the language model and how it processes text."""
 
     path: str = "smollm2-135m"
     """Folder or hub id of a decoder LLM or a sentence-transformers model, a .gguf file, or a name that `llm2clip`
     downloads: smollm2-135m, all-minilm-l6-v2, gemma3-270m."""
     bidirectional: bool | None = None
-    """Let every token attend to every other token. Default: as saved in the model folder; on for a plain LLM."""
+    """Let every token attend to every other token. Default: the saved value, or true for a plain LLM."""
     layers: int | None = None
     """Keep only the first N transformer layers. Default: all."""
     template: str | None = None
-    """Text around the caption, e.g. "<s>{caption}</s>"; at most one special token may follow {caption}.
+    """Template that wraps each caption, e.g. "<s>{caption}</s>". At most one special token may follow {caption}.
     Default: none."""
     pooling: str | None = None
-    """mean, weightedmean, lasttoken, cls or max. Default: as saved in the model folder; mean for a plain LLM."""
+    """Token pooling: mean, weightedmean, lasttoken, cls or max. Default: the saved value, or mean for a plain LLM."""
     max_length: int | None = None
-    """Maximum caption length in tokens; longer captions are truncated. Default: as saved in the model folder; 512 for
-    a plain LLM."""
+    """Maximum caption length in tokens; longer captions are truncated. Default: the saved value, or 512 for a plain
+    LLM."""
     truncate_dim: int | None = None
-    """Keep only the first N dimensions of each embedding; for encoders tuned with --tune.matryoshka_dims.
+    """Keep only the first N dimensions of each embedding. Suited to encoders tuned with --tune.matryoshka_dims.
     Default: all."""
 
 
 @dataclass
 class TuneConfig:
-    """Contrastive tuning of the LLM on captions, with LoRA or of all weights."""
+    """Contrastive tuning of the LLM on captions, using LoRA or full fine-tuning."""
 
     data: list[str] = field(default_factory=list)
-    """Caption sources; images are not needed. PATH (its training rows and rows without a split) or PATH@split+split.
-    Default: the captions of the training data."""
+    """Caption sources; images are not needed. PATH uses the training rows and the rows without a split;
+    PATH@split+split uses the named splits. Default: the captions of the training data."""
     text_pairs: list[str] = field(default_factory=list)
-    """Sources of general text pairs: rows with a query, a positive, and optionally negatives and an instruction. If
-    set without --tune.data, the captions of the training data are not used."""
+    """Sources of general text pairs. Each row has a query, a positive, and optionally negatives and an instruction. If
+    --tune.text_pairs is set without --tune.data, the captions of the training data are not used."""
     source_weights: list[float] = field(default_factory=list)
-    """Sampling weight of each source of --tune.data, then of --tune.text_pairs. A batch comes from a single source.
-    Default: proportional to the number of items; the captions of all sources are mixed."""
+    """Sampling weight of each source, first for --tune.data, then for --tune.text_pairs. Each batch comes from a single
+    source. Default: caption sources are merged into one, and weights are proportional to the number of items."""
     exclude: list[str] = field(default_factory=list)
-    """Sources whose images must not be tuned on. Held-out images of the run are always excluded."""
+    """Sources whose images are excluded from tuning. The run's held-out images are always excluded."""
     steps: int = 150
-    """Optimizer steps. 0 leaves the LLM untouched."""
+    """Number of optimizer steps. 0 leaves the LLM untouched."""
     batch_size: int = 128
-    """Text pairs per step and device. All other texts of the step, on all devices, are negatives."""
+    """Number of text pairs per step and device. All other texts in the step, on all devices, serve as negatives."""
     hard_negative_group_size: int = 1
-    """Number of images with similar captions that are drawn into a batch together, as hard negatives. 32 suits tens of
-    thousands of images; with millions, near-duplicates would become each other's negatives. 1 draws all at random."""
+    """Number of images with similar captions that are put into a batch together, as hard negatives. 32 works well for
+    tens of thousands of images; with millions, near-duplicates would become each other's negatives. 1 samples images
+    at random."""
     lr: float = 1e-3
-    """Peak learning rate. It falls to zero along a cosine."""
+    """Peak learning rate. It decays to zero on a cosine schedule."""
     warmup_ratio: float = 0.1
     """Fraction of the steps spent on linear warm-up."""
     temperature: float = 0.05
-    """Cosine similarities are divided by this temperature."""
+    """Temperature that cosine similarities are divided by."""
     symmetric: bool = True
-    """Also train the positive to retrieve its query. The paper trains only query to positive."""
+    """Also train each positive to retrieve its query. The paper trains only the query-to-positive direction."""
     matryoshka_dims: list[int] = field(default_factory=list)
     """Also train these truncated embedding sizes, e.g. [256, 512]."""
     lora_r: int = 16
-    """LoRA rank, on all linear layers; alpha is twice the rank. 0 trains all weights except the token embeddings."""
+    """LoRA rank for all linear layers; alpha is twice the rank. 0 trains all weights except the token embeddings."""
     lora_dropout: float = 0.0
-    """Dropout before the LoRA layers."""
+    """Dropout probability before the LoRA layers."""
     qlora: bool = False
-    """Keep the frozen matrices in 4 bits during LoRA training (needs bitsandbytes): an eighth of their memory on the
-    device. The result is merged into the original weights. `fit` then skips caption retrieval with the raw LLM."""
+    """Quantise the frozen matrices to 4 bits during LoRA training, which reduces their device memory to an eighth.
+    Requires bitsandbytes. LoRA is merged into the original weights after training. With QLoRA, `fit` does not measure
+    caption retrieval accuracy."""
     grad_cache: bool = False
-    """Gradient caching: memory of a single forward pass at any batch size, for about a third more time."""
+    """Use gradient caching: memory does not grow with the batch size, and training takes about a third more time."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass, for long captions and large LLMs."""
+    """Recompute activations in the backward pass to save memory. Useful for long captions and large LLMs."""
     batch_tokens: int | None = None
-    """Tokens per forward pass, padding included. Default: chosen for the device."""
+    """Maximum number of tokens per forward pass, including padding. Default: chosen for the device."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto is bf16 where the device multiplies it in hardware, otherwise fp32. With LoRA, the frozen matrices are
-    stored in this precision."""
+    """Training precision. auto means bf16 on devices with bf16 hardware support, otherwise fp32. With LoRA, the frozen
+    matrices are stored in this precision."""
     save_steps: int = 25
     """Steps between checkpoints."""
     seed: int = 0
-    """Seed of pair sampling, LoRA initialisation and dropout."""
+    """Seed for pair sampling, LoRA initialisation and dropout."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range and for settings that contradict each other."""
@@ -101,15 +103,16 @@ class TuneConfig:
 
 @dataclass
 class EmbedConfig:
-    """Encoding of every caption into the embedding store."""
+    """Settings for encoding every caption into the embedding store."""
 
     batch_tokens: int | None = None
-    """Tokens per batch, padding included. Default: measured once, the fastest on this device."""
+    """Maximum number of tokens per batch, including padding. Default: the fastest on this device, measured once."""
     precision: str = "auto"
-    """fp32, bf16, or bf16+N (the first N layers in fp32). auto is fp32 where the device does not multiply bf16 in
-    hardware; otherwise the fastest that keeps a cosine similarity of 0.999 to fp32 on sixteen captions."""
+    """Encoding precision: fp32, bf16, bf16+N (the first N layers in fp32) or auto. On devices without bf16 hardware
+    support, auto means fp32. On other devices, auto selects the fastest precision whose embeddings of sixteen test
+    captions have a cosine similarity of at least 0.999 to those in fp32."""
     dtype: Literal["float16", "int8"] = "float16"
-    """Type of the stored embeddings. int8 stores a scale per embedding and halves the store."""
+    """Data type of the stored embeddings. int8 stores one scale per embedding and halves the store's size."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range and for an unknown precision."""
@@ -120,66 +123,66 @@ class EmbedConfig:
 
 @dataclass
 class AlignConfig:
-    """Training of a pretrained vision tower and a small adapter against the cached embeddings."""
+    """Settings for training a pretrained vision tower and a small adapter against the cached caption embeddings."""
 
     tower: str = "efficientnet-lite0"
     """Vision tower: a timm name, a hub id, a folder, or a name that `llm2clip` downloads: efficientnet-lite0,
     efficientnet-lite2."""
     image_size: int | None = None
-    """Image size in pixels. Default: the size the tower was trained with."""
+    """Input image size in pixels. Default: the size that the tower was trained with."""
     embed_dim: int = 512
     """Dimension of the shared embedding space."""
     adapter_depth: int = 1
-    """Residual blocks in the adapter. The paper uses 4."""
+    """Number of residual blocks in the adapter. The paper uses 4."""
     normalize_input: bool = True
     """L2-normalise the cached embeddings before the adapter, as the paper does."""
     loss: Literal["infonce", "sigmoid"] = "infonce"
-    """infonce (CLIP, the paper) or sigmoid (SigLIP)."""
+    """Contrastive loss: infonce (as in CLIP and the paper) or sigmoid (as in SigLIP)."""
     epochs: float = 4
-    """Passes over the images; may be fractional."""
+    """Number of passes over the images; may be fractional."""
     captions_per_image: int = 4
-    """Captions drawn for each image and step, without repetition. 0 uses all. They are rows of the store, so more of
-    them cost almost nothing."""
+    """Number of captions sampled per image and step, without replacement. 0 uses all captions. Caption embeddings are
+    read from the store, so additional captions cost almost nothing."""
     caption_mix: dict[str, float] = field(
         default_factory=lambda: {"captions": 1, "short_captions": 1, "long_captions": 1}
     )
-    """Sampling weight of each kind of caption. Kinds that an image lacks are ignored."""
+    """Sampling weight of each kind of caption. Kinds that an image does not have are ignored."""
     batch_size: int = 128
-    """Images per step and device."""
+    """Number of images per step and device."""
     micro_batch_size: int | None = None
-    """Images per forward pass. The gradients are still exactly those of the whole batch (gradient caching), for one
-    more forward pass of the tower. Default: the batch size, in a single pass."""
+    """Number of images per forward pass, using gradient caching. The gradients are still exactly those of the complete
+    batch, at the cost of one more forward pass of the tower. Default: the batch size, in a single pass."""
     lr: float = 1e-3
-    """Peak learning rate of the projection, the adapter and the logit scale. It falls to zero along a cosine."""
+    """Peak learning rate for the projection, adapter and logit scale. It decays to zero on a cosine schedule."""
     tower_lr: float = 1e-4
-    """Peak learning rate of the vision tower. 0 freezes the tower: it then sees each image once, without random
-    crops, and the remaining epochs train on its cached features in seconds."""
+    """Peak learning rate for the vision tower. 0 freezes the tower: each image is encoded once, without random crops,
+    and the remaining epochs train on the cached features in seconds."""
     layer_decay: float = 1.0
-    """Factor on the learning rate per tower layer, counted from the top. The paper uses 0.85."""
+    """Learning rate decay factor per tower layer, counted from the top. The paper uses 0.85."""
     lora_r: int = 0
-    """LoRA rank on the tower's linear layers; alpha is twice the rank. The result is merged. 0 trains the weights
-    themselves."""
+    """LoRA rank for the tower's linear layers; alpha is twice the rank. The LoRA weights are merged after training. 0
+    disables LoRA and trains all weights of the tower."""
     warmup_ratio: float = 0.1
     """Fraction of the steps spent on linear warm-up."""
     min_crop_scale: float = 0.9
-    """Smallest area fraction of RandomResizedCrop. 1 uses the whole image, as evaluation does."""
+    """Minimum crop area for RandomResizedCrop, as a fraction of the image. 1 disables cropping, as in evaluation."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto is bf16 on GPUs that support it, otherwise fp32. Logits are always fp32."""
+    """Training precision. auto means bf16 on GPUs that support bf16, otherwise fp32. Logits are always fp32."""
     gradient_checkpointing: bool = False
-    """Recompute the tower's activations in the backward pass, to save memory."""
+    """Recompute the tower's activations in the backward pass to save memory."""
     workers: int | None = None
-    """Processes that decode images. Default: chosen for the number of CPU cores and devices."""
+    """Number of worker processes that decode images. Default: based on the number of CPU cores and devices."""
     eval_steps: int | None = None
-    """Steps between evaluations on the held-out images. Default: once per epoch. 0 never evaluates."""
+    """Number of steps between evaluations on the held-out images. Default: once per epoch. 0 disables evaluation."""
     load_best_at_end: bool = False
-    """Keep the weights with the best mean of I2T and T2I R@1 instead of the last ones. They are selected on the
-    held-out images, so the metrics on those images are then slightly too high."""
+    """Keep the weights with the best mean of I2T and T2I R@1 instead of the final weights. The best weights are
+    selected on the held-out images, so the metrics on those images are then slightly too high."""
     report_to: list[str] = field(default_factory=list)
-    """Where to send metrics in addition to metrics.jsonl: tensorboard, wandb, trackio."""
+    """Trackers that receive metrics in addition to metrics.jsonl: tensorboard, wandb, trackio."""
     save_steps: int = 50
     """Steps between checkpoints."""
     seed: int = 0
-    """Seed of the order of images, captions, crops and initial weights."""
+    """Seed for the image order, caption sampling, crops and weight initialisation."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range and for settings that contradict each other."""
@@ -194,25 +197,25 @@ class AlignConfig:
         if self.lora_r and self.tower_lr == 0:
             raise ValueError("--align.lora_r trains the tower: set --align.tower_lr greater than 0")
         if self.load_best_at_end and self.eval_steps == 0:
-            raise ValueError("--align.load_best_at_end needs evaluations: remove --align.eval_steps 0")
+            raise ValueError("--align.load_best_at_end needs evaluations during training: remove --align.eval_steps 0")
 
 
 @dataclass
 class EvaluateConfig:
-    """Evaluation on held-out images at the end of `fit`."""
+    """Settings for the evaluation on held-out images at the end of `fit`."""
 
     data: list[str] = field(default_factory=list)
-    """Sources to test on. Default: the held-out part of the training data."""
+    """Sources to evaluate on. Default: the held-out part of the training data."""
     fields: list[str] = field(default_factory=list)
-    """More caption columns to test, each on its own, e.g. captions_zh. `captions` is always tested."""
+    """Additional caption columns to evaluate separately, e.g. captions_zh. `captions` is always evaluated."""
 
 
 @dataclass
 class FitConfig:
-    """All stages: tune, embed, align, evaluate."""
+    """Settings for all stages: tune, embed, align, evaluate."""
 
     columns: dict[str, str] = field(default_factory=dict)
-    """Column of the source for each of our fields: id, image, captions, short_captions, long_captions, split."""
+    """Source column for each llm2clip field: id, image, captions, short_captions, long_captions, split."""
     max_skipped: float = 0.05
     """Stop if more than this fraction of the rows cannot be used."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -224,96 +227,102 @@ class FitConfig:
 
 @dataclass
 class ReproduceConfig:
-    """Tests of the paper's claims at the scale of this machine. Sources are relative to the data folder."""
+    """Settings for testing the paper's claims at a scale that fits this machine. Source paths are relative to the data
+    folder."""
 
     tune: list[str] = field(default_factory=lambda: ["flickr30k_text/captions.jsonl@train"])
     """Caption sources for tuning the LLMs; images are not needed."""
     exclude: list[str] = field(default_factory=lambda: ["flickr8k/captions.jsonl@val", "flickr8k_text/captions.jsonl"])
-    """Sources whose images must not be tuned on."""
+    """Sources whose images are excluded from tuning."""
     text_pairs: list[str] = field(default_factory=list)
-    """Sources of general text pairs (TC). Default: WordNet's glosses, where Debian's wordnet-base is installed."""
+    """Sources of general text pairs (TC). Default: WordNet's glosses if Debian's wordnet-base package is installed."""
     cra: list[str] = field(default_factory=lambda: ["coco_text/captions.jsonl@karpathy_test"])
     """Sources for caption retrieval accuracy (CRA)."""
     train: list[str] = field(default_factory=lambda: ["flickr8k/captions.jsonl@train+none", "coco_img/captions.jsonl"])
-    """Sources of images and captions to align on."""
+    """Sources of captioned images to align on."""
     test: list[str] = field(default_factory=lambda: ["flickr8k/captions.jsonl@val"])
-    """Sources of images and captions to test retrieval on."""
+    """Sources of captioned images to evaluate retrieval on."""
     foreign_column: str = "captions_zh"
-    """Column of the test captions in a language that was not trained on."""
+    """Column with test captions in a language that is not in the training captions."""
     long_caption_sources: list[str] = field(default_factory=lambda: ["ade20k_ids/captions.jsonl"])
-    """Sources of images with one long caption each, not trained on."""
+    """Sources of images with one long caption each, used only for evaluation."""
     llm: str = "smollm2-135m"
-    """Language model of the claims: any caption encoder, as --encoder.path."""
+    """Language model that the claims are tested with: any value that --encoder.path accepts."""
     layers: int | None = 12
-    """Keep only the first N layers of the LLM. Default of the field null: all."""
+    """Keep only the first N layers of the LLM. null keeps all layers."""
     baseline_encoder: str = "all-minilm-l6-v2"
-    """Text encoder that is not an LLM, for comparison."""
+    """Text encoder that is not an LLM, used as the baseline."""
     multilingual_llm: str = "gemma3-270m"
-    """Larger language model that knows the foreign language."""
+    """Larger language model that understands the language of --reproduce.foreign_column."""
     tower: str = "efficientnet-lite0"
-    """Vision tower, as --align.tower. It is frozen; only the heads are trained, on its features."""
+    """Vision tower: any value that --align.tower accepts. The tower is frozen, and only the heads are trained on its
+    features."""
     image_size: int = 160
     """Image size in pixels."""
     embed_dim: int = 256
     """Dimension of the shared embedding space."""
     steps: int = 60
-    """Tuning steps of each LLM."""
+    """Number of tuning steps for each LLM."""
     batch_size: int = 128
-    """Text pairs per tuning step."""
+    """Number of text pairs per tuning step."""
     lr: float = 4e-4
     """Learning rate for tuning all weights of the LLM."""
     multilingual_lr: float = 1e-3
     """Learning rate for tuning the multilingual LLM with LoRA."""
     epochs: float = 10
-    """Epochs of training the heads."""
+    """Number of epochs for training the heads."""
     seeds: int = 3
-    """Alignment runs per encoder."""
+    """Number of alignment runs per encoder, each with a different seed."""
     cost_images: int = 64
-    """Images per step when the time of a step is measured."""
+    """Number of images per step in the measurement of training cost."""
     cost_steps: int = 8
-    """Steps of each kind that are timed."""
+    """Number of steps that are timed for each kind of training step."""
 
 
 @dataclass
 class LlavaConfig:
-    """Training of a multimodal LLM: first the projector alone, then the LLM too. Defaults: LLaVA-1.5 (2310.03744)."""
+    """Settings for training a multimodal LLM in two stages: first only the projector, then the projector and the LLM.
+
+    The defaults are those of LLaVA-1.5 (arXiv 2310.03744).
+    """
 
     pretrain_epochs: float = 1
-    """Epochs over the data that only the projector is trained on."""
+    """Number of epochs in the first stage, which trains only the projector."""
     pretrain_lr: float = 1e-3
-    """Peak learning rate of the projector in that stage."""
+    """Peak learning rate for the projector in the first stage."""
     pretrain_batch_size: int = 256
-    """Conversations per step in that stage, over all devices."""
+    """Number of conversations per step in the first stage, in total across devices."""
     epochs: float = 1
-    """Epochs over the instruction data."""
+    """Number of epochs over the instruction data in the second stage."""
     lr: float = 2e-5
-    """Peak learning rate of the LLM and the projector. 2e-4 is common with LoRA."""
+    """Peak learning rate for the LLM and the projector in the second stage. 2e-4 is common with LoRA."""
     batch_size: int = 128
-    """Conversations per step, over all devices."""
+    """Number of conversations per step in the second stage, in total across devices."""
     micro_batch_size: int = 16
-    """Conversations per forward pass and device; gradients are accumulated up to the batch size."""
+    """Number of conversations per forward pass and device. Gradients are accumulated up to the batch size."""
     lora_r: int = 0
-    """LoRA rank on the LLM; the result is merged. 0 trains all weights."""
+    """LoRA rank for the LLM; the LoRA weights are merged after training. 0 trains all weights."""
     lora_alpha: int = 256
-    """LoRA alpha."""
+    """LoRA scaling factor alpha."""
     max_length: int = 2048
-    """Maximum conversation length in tokens, image tokens included; longer conversations are truncated."""
+    """Maximum conversation length in tokens, including image tokens. Longer conversations are truncated."""
     group_by_length: bool = True
-    """Batch conversations of similar length, to reduce padding."""
+    """Batch conversations of similar length together to reduce padding."""
     cache_gb: float = 20.0
-    """Compute the frozen tower's patch features once and cache them if they fit in this many GB. 0 never caches."""
+    """Size limit in GB for caching the frozen tower's patch features. If they do not fit, they are recomputed in every
+    step. 0 disables caching."""
     warmup_ratio: float = 0.03
-    """Fraction of the steps spent on linear warm-up; a cosine to zero follows."""
+    """Fraction of the steps spent on linear warm-up, which is followed by cosine decay to zero."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto is bf16 where the device multiplies it in hardware, otherwise fp32."""
+    """Training precision. auto means bf16 on devices with bf16 hardware support, otherwise fp32."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass, to save memory."""
+    """Recompute activations in the backward pass to save memory."""
     workers: int = 0
-    """Processes that decode images."""
+    """Number of worker processes that decode images."""
     save_steps: int = 200
     """Steps between checkpoints."""
     seed: int = 0
-    """Seed of the data order, generated questions and LoRA."""
+    """Seed for the data order, the generated questions and LoRA initialisation."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range."""
@@ -326,7 +335,7 @@ class LlavaConfig:
 
 
 def require_at_least(minimum: int, config: Any, section: str, *names: str) -> None:
-    """Raise ValueError if one of these settings is below the minimum. None is allowed."""
+    """Raise ValueError if any of these settings is below the minimum. A value of None is allowed."""
     for name in names:
         value = getattr(config, name)
         if value is not None and value < minimum:
@@ -334,7 +343,7 @@ def require_at_least(minimum: int, config: Any, section: str, *names: str) -> No
 
 
 def require_fraction(config: Any, section: str, *names: str) -> None:
-    """Raise ValueError if one of these settings is not between 0 and 1."""
+    """Raise ValueError if any of these settings is not between 0 and 1."""
     for name in names:
         value = getattr(config, name)
         if not 0 <= value <= 1:

@@ -1,16 +1,16 @@
-"""The four stages, tune, embed, align and evaluate, and `fit`, which runs them in this order.
+"""The four stages (tune, embed, align, evaluate), and `fit`, which runs all of them in this order.
 
 The command line and `reproduce` call the same functions. Each stage writes its result atomically and skips work that
-is already done, so running the same command again resumes the run. The run directory of `fit`:
+is already done, so running the same command again resumes the run. Layout of a run directory:
 
     RUN/
-      config.yaml            all settings; changes that affect the result are rejected
+      config.yaml            all settings; on resuming, changes that affect the result are rejected
       skipped.jsonl          rows and images that could not be used, with file and row
       tune/                  encoder/ (the tuned caption encoder), metrics.jsonl, cra_*.json, checkpoints/
       store/                 the embedding of every caption
-      align/                 metrics.jsonl, evaluations.jsonl, checkpoints/, best/, features-*/ (of a frozen tower)
+      align/                 metrics.jsonl, evaluations.jsonl, checkpoints/, best/, features-*/ (if the tower is frozen)
       evaluate/              untrained.json and trained.json: retrieval before and after alignment
-      model/                 the result
+      model/                 the trained model
       report.md, report.html
 """
 
@@ -55,20 +55,20 @@ HeldOut = Mapping[str, Sequence[Record]]  # caption column -> records
 
 
 def fit(sources: Sequence[str], run_dir: Path, config: FitConfig) -> Path:
-    """Run all stages on images and captions.
+    """Run all stages on captioned images.
 
     Args:
-        sources: PATH or PATH@split+split, see `llm2clip.data.records.Source`.
-        run_dir: run directory; an interrupted run resumes here.
-        config: settings of all stages.
+        sources: data sources, each PATH or PATH@split+split, see `llm2clip.data.records.Source`.
+        run_dir: run directory; if it holds an interrupted run, the run is resumed.
+        config: settings for all stages.
 
     Returns:
         The model folder.
 
     Raises:
-        ConfigChangedError: the run directory has different settings.
+        ConfigChangedError: the run directory was created with different settings.
         TooManySkipped: more than `config.max_skipped` of the rows cannot be used.
-        ValueError: the data is too small for the settings, or has no captions to learn from.
+        ValueError: the data is too small for the settings, or contains no captions to learn from.
     """
     log = start_run(run_dir, {"data": list(sources), **dataclasses.asdict(config)}, config.max_skipped)
     data = read_splits(sources, config.evaluate, config.columns, log)
@@ -107,19 +107,19 @@ def tune(
 
     Args:
         pairs: image captions or text pairs, one list per source, see `read_tuning_sources`.
-        out: folder of the stage.
+        out: output folder of this stage.
         encoder: the encoder to start from.
-        config: settings of the stage.
-        held_out_captions: captions of each held-out image. If enough images have two, caption retrieval accuracy is
-            measured before and after tuning and saved in cra_raw.json and cra_tuned.json.
+        config: settings for this stage.
+        held_out_captions: captions of each held-out image. If at least two images have two distinct captions, caption
+            retrieval accuracy is measured before and after tuning and saved in cra_raw.json and cra_tuned.json.
 
     Returns:
         The folder of the tuned caption encoder, `out/encoder`.
     """
     encoder_dir = out / "encoder"
     is_done = encoder_dir.exists()
-    process_state().wait_for_everyone()  # every rank must look before one of them writes the folder
-    # QLoRA is for LLMs that do not fit the device unquantised, so the raw LLM is not evaluated.
+    process_state().wait_for_everyone()  # every rank must check for the folder before any rank creates it
+    # QLoRA is meant for LLMs that do not fit on the device unquantised, so the raw LLM is not evaluated.
     measure = sum(len(set(captions)) > 1 for captions in held_out_captions) > 1 and not config.qlora
     raw = None if is_done else open_encoder(encoder, device="cpu" if config.qlora else None)
     if measure:
@@ -147,15 +147,15 @@ def embed(
     engine: Literal["local", "ray"] = "local",
     ray_workers: int = 0,
 ) -> EmbeddingStore:
-    """Encode captions into a store; captions that it already has are skipped.
+    """Encode captions into a store, skipping captions that are already in the store.
 
     Args:
-        captions: any number of texts, with or without duplicates.
+        captions: captions to encode; duplicates are allowed.
         out: store folder.
         encoder: the frozen caption encoder.
-        config: settings of the stage.
-        engine: local uses this process and the other ranks of the launcher; ray uses a Ray cluster.
-        ray_workers: Ray workers; 0 uses one per GPU, or one per two CPU cores.
+        config: settings for this stage.
+        engine: "local" runs on the ranks that the launcher started; "ray" runs on a Ray cluster.
+        ray_workers: number of Ray workers; 0 means one per GPU or, without a GPU, one per two CPU cores.
     """
     options = dataclasses.asdict(config)
     if engine == "ray":
@@ -174,18 +174,18 @@ def align(
     model_dir: Path | None = None,
     features: Path | None = None,
 ) -> Path:
-    """Train a vision tower, its projection and the adapter against the store.
+    """Train the vision tower, its projection and the adapter against the cached caption embeddings.
 
     Args:
         train: records whose captions are in the store.
         store: cached caption embeddings.
-        out: folder of the stage.
-        config: settings of the stage.
-        log: counts and lists images that cannot be decoded.
-        held_out: records to evaluate on before, during and after training, by caption column.
-        encoder: caption encoder to save with the model; None saves the model without one.
-        model_dir: model folder to write. Default: `out/model`.
-        features: store of the frozen tower's features, shared by several runs. Default: in `out`.
+        out: output folder of this stage.
+        config: settings for this stage.
+        log: skip log for images that cannot be decoded.
+        held_out: records to evaluate on before, during and after training, keyed by caption column.
+        encoder: caption encoder to save with the model; None saves the model without a caption encoder.
+        model_dir: folder to save the model in. Default: `out/model`.
+        features: store for the frozen tower's features; several runs may share it. Default: a folder in `out`.
 
     Returns:
         The model folder.
@@ -194,13 +194,13 @@ def align(
     model_dir = model_dir or out / "model"
     if model_dir.exists():
         return model_dir
-    gc.collect()  # free the LLM's memory before the vision tower is opened
+    gc.collect()  # free the LLM's memory before the vision tower is loaded
     model = new_model(config, store)
     validate = None
     if held_out:
         evaluations = out.parent / "evaluate"
         if state.is_main_process:
-            (evaluations / "trained.json").unlink(missing_ok=True)  # of an earlier model
+            (evaluations / "trained.json").unlink(missing_ok=True)  # from an earlier model
             if not (out / "checkpoints").exists():  # the align settings may have changed since the last run
                 (evaluations / "untrained.json").unlink(missing_ok=True)
         cached_json(evaluations / "untrained.json", lambda: _evaluate_from_store(model, held_out, store, log))
@@ -215,14 +215,14 @@ def align(
 def evaluate(
     model_dir: Path, held_out: HeldOut, out: Path, log: SkipLog, store: EmbeddingStore
 ) -> list[dict[str, Any]]:
-    """Measure retrieval of a trained model on held-out images, with text embeddings from the store.
+    """Evaluate the retrieval of a trained model on held-out images, with text embeddings from the store.
 
     Args:
         model_dir: model folder.
-        held_out: records by caption column.
-        out: folder of the stage; the result is saved in `trained.json`.
-        log: counts and lists images that cannot be decoded.
-        store: embeddings of the held-out captions.
+        held_out: records to evaluate on, keyed by caption column.
+        out: output folder of this stage; the result is saved in `trained.json`.
+        log: skip log for images that cannot be decoded.
+        store: store that contains the embeddings of the held-out captions.
 
     Returns:
         One row per caption column, see `evaluate_caption_fields`.
@@ -246,15 +246,15 @@ def start_run(run_dir: Path, config: dict[str, Any], max_skipped: float) -> Skip
 
 
 def open_encoder(config: EncoderConfig, device: str | None = None) -> CaptionEncoder:
-    """Open the caption encoder of a config. Default device: this rank's."""
+    """Load the caption encoder that a config describes. Default device: this rank's device."""
     return CaptionEncoder.from_pretrained(**dataclasses.asdict(config), device=device)
 
 
 def new_model(config: AlignConfig, store: EmbeddingStore) -> LLM2CLIP:
-    """Create an untrained model: a pretrained tower, and heads initialised from the config's seed."""
+    """Create an untrained model from a pretrained tower and heads initialised with the config's seed."""
     torch.manual_seed(config.seed)
     tower = VisionTower.from_pretrained(config.tower, image_size=config.image_size)
-    tower.freeze_norm = True  # keep the pretrained batch statistics
+    tower.freeze_norm = True  # keep the pretrained batch-norm statistics
     model_config = LLM2CLIPConfig.from_config(config, tower.config, store.embed_dim, store.manifest["identity"])
     return LLM2CLIP(model_config, tower).to(process_state().device)
 
@@ -262,7 +262,7 @@ def new_model(config: AlignConfig, store: EmbeddingStore) -> LLM2CLIP:
 def _tuning_pairs(
     train: Sequence[Record], held_out: HeldOut, config: FitConfig, out: Path, log: SkipLog
 ) -> list[list[TuningItem]]:
-    """Return the text pairs that `fit` tunes on; none if nothing is left to tune."""
+    """Return the text pairs that `fit` tunes on, or an empty list if tuning is off or already done."""
     if config.tune.steps == 0 or (out / "encoder").exists():
         return []
     own_captions = [] if config.tune.data or config.tune.text_pairs else train
@@ -277,7 +277,7 @@ def _evaluate_from_store(
 
 
 def _save_model(model: LLM2CLIP, folder: Path, encoder: EncoderConfig | None) -> None:
-    """Save a model with its caption encoder, whose folder is copied where that is enough."""
+    """Save a model with its caption encoder. An encoder folder with unchanged settings is copied."""
     if encoder is None:
         model.save_pretrained(folder)
     elif encoder == EncoderConfig(path=encoder.path) and (Path(encoder.path) / "modules.json").is_file():
@@ -287,7 +287,7 @@ def _save_model(model: LLM2CLIP, folder: Path, encoder: EncoderConfig | None) ->
 
 
 def _write_report(run_dir: Path, model_dir: Path, trained: list[dict[str, Any]], data_summary: str) -> None:
-    """Write the report of a `fit` run and the model card, and print the report."""
+    """Write the report and the model card for a `fit` run, and print the report."""
     cra_files = (run_dir / "tune" / "cra_raw.json", run_dir / "tune" / "cra_tuned.json")
     cra = [json.loads(file.read_text()) for file in cra_files if file.exists()]
     report, page = write_fit_report(

@@ -1,4 +1,4 @@
-"""The config saved in a run directory, checked whenever the run is resumed."""
+"""Config file saved in a run directory and checked whenever the run is resumed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RESUME_SAFE = (
     "cost_steps",
 )
 
-# The align settings of a run may still change as long as the run directory has none of align's outputs.
+# Align settings may still change as long as the run directory contains no outputs from align.
 ALIGN_OUTPUTS = ("align/checkpoints", "checkpoints", "model")
 
 
@@ -35,16 +35,17 @@ class ConfigChangedError(ValueError):
 
 
 def save_or_check_config(config: dict[str, Any], run_dir: Path) -> None:
-    """Save the config of a run in its directory, or check that it equals the saved one.
+    """Save the config of a run in the run directory, or check that the config matches the saved one.
 
-    A directory without any outputs accepts a new config. The `align` section may change until align has outputs.
+    If the directory contains no outputs, the new config replaces the saved one. The `align` section may change until
+    align has written outputs.
 
     Args:
-        config: names to values; dataclasses are converted to dicts.
+        config: value of each setting, keyed by name; dataclasses are converted to dicts.
         run_dir: run directory; the config is saved as `config.yaml`.
 
     Raises:
-        ConfigChangedError: naming each setting that differs.
+        ConfigChangedError: the saved config is different; the message lists the settings that differ.
     """
     file = run_dir / CONFIG_FILE
     new = _to_plain(config)
@@ -56,8 +57,8 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path) -> None:
         if changes:
             listed = "; ".join(f"{name}: {old!r} saved, {value!r} now" for name, old, value in changes)
             raise ConfigChangedError(
-                f"{file} has different settings ({listed}). Use the saved settings, choose another --out, or delete "
-                f"{run_dir} to start over"
+                f"{file} has different settings ({listed}). Use the saved settings, choose a different --out, or "
+                f"delete {run_dir} to start over"
             )
     atomic_write_text(file, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
 
@@ -72,7 +73,7 @@ def _is_resume_safe(name: str) -> bool:
 
 
 def _to_plain(value: Any) -> Any:
-    """Convert dataclasses, tuples and paths to what YAML can hold."""
+    """Convert dataclasses, tuples and paths to types that YAML can represent."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _to_plain(dataclasses.asdict(value))
     if isinstance(value, dict):
@@ -83,7 +84,7 @@ def _to_plain(value: Any) -> Any:
 
 
 def _differences(saved: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """Return (dotted name, saved value, new value) of every setting that differs."""
+    """Return (dotted name, saved value, new value) for every setting that differs."""
     if not (isinstance(saved, dict) and isinstance(new, dict)):
         return [] if saved == new else [(name, saved, new)]
     differences = []
