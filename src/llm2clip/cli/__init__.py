@@ -1,4 +1,4 @@
-"""The `llm2clip` command. Heavy imports wait until a command runs, so that `--help` is instant."""
+"""The `llm2clip` command. Heavy imports are deferred until a command runs, so that `--help` is instant."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from llm2clip.cli.commands import Commands, HelpFormatter, Run
 DESCRIPTION = """Give any CLIP a large language model's understanding of text.
 
 Getting started:
-  llm2clip doctor                       check this machine: what is missing, and how to fix it
-  llm2clip quickstart                   train on a small real data set
+  llm2clip doctor                       check this machine and explain how to fix any problems
+  llm2clip quickstart                   train on a small, real data set
 
 Training on your own images and captions:
-  llm2clip plan --config NAME --images N --device h100    estimate time and memory
+  llm2clip plan --config NAME --images N --device h100    estimate training time and memory
   llm2clip fit DATA --out RUN           all stages: tune, embed, align, evaluate
   llm2clip tune | embed | align         one stage at a time
   llm2clip store verify | repair | merge | export | import
@@ -28,7 +28,7 @@ Training on your own images and captions:
 Using a model:
   llm2clip evaluate MODEL DATA
   llm2clip index PHOTOS --model MODEL --out INDEX
-  llm2clip search INDEX "a whole sentence"
+  llm2clip search INDEX "a full sentence"
   llm2clip serve --index INDEX
   llm2clip export MODEL --to FORMAT --out FOLDER    transformers, sentence-transformers, ONNX, open_clip
   llm2clip convert CHECKPOINT --out MODEL           import a published LLM2CLIP checkpoint
@@ -39,13 +39,13 @@ Research:
   llm2clip benchmarks                   list the public benchmarks of `evaluate`
   llm2clip reproduce DATA               test the paper's claims
 
-DATA is a .jsonl, .csv, .tsv or .parquet file, a folder of images with captions beside them, webdataset tars, or
-hf:NAME. DATA@train+none uses only these splits. Every command accepts --config FILE_OR_NAME and dotted overrides such
-as --align.epochs 20. To resume an interrupted command, run it again."""
+DATA is a .jsonl, .csv, .tsv or .parquet file, a folder of images with captions next to them, webdataset tars, or
+hf:NAME. DATA@train+none uses only the splits `train` and `none`. Every command accepts --config FILE_OR_NAME and dotted
+overrides such as --align.epochs 20. To resume an interrupted command, run it again."""
 
 
 def build() -> tuple[ArgumentParser, dict[str, Run]]:
-    """Return the parser and the body of each command."""
+    """Return the argument parser, and a dict from command name to the function that runs the command."""
     parser = ArgumentParser(
         prog="llm2clip",
         description=DESCRIPTION,
@@ -60,14 +60,16 @@ def build() -> tuple[ArgumentParser, dict[str, Run]]:
 
 def quiet_libraries() -> None:
     """Silence library messages that users cannot act on."""
-    # "The following layers were not sharded": transformers checks a tensor-parallel plan that is not used.
+    # "The following layers were not sharded": transformers checks a tensor-parallel plan that llm2clip does not use.
     logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|torch\.|accelerate\.")
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run a command and return its exit status. Errors that users can fix are printed as one message, without a
-    traceback."""
+    """Run a command and return its exit status.
+
+    Errors that users can fix are printed as a single message, without a traceback.
+    """
     parser, run = build()
     parsed = parser.parse_args(args)
     try:

@@ -1,4 +1,4 @@
-"""Building blocks of the command line: commands, their help, and `--config`."""
+"""Building blocks of the command line: subcommands, help formatting and `--config`."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter,
 
 from llm2clip.config import FitConfig
 
-DATA_HELP = "Sources of images and captions: PATH, or PATH@split+split for some splits only."
+DATA_HELP = "Image-caption sources: PATH, or PATH@split+split to use only some splits."
 
-# Sections of a config file, and the settings of each.
+# Sections of a config file, and the settings in each section.
 FIT_SETTINGS: dict[str, Any] = dataclasses.asdict(FitConfig())
 SECTIONS = {name for name, value in FIT_SETTINGS.items() if isinstance(value, dict) and value} | {"llava", "reproduce"}
 
-# The body of a command: parsed arguments to the last lines it prints (where the result is, what to run next).
+# Function that runs a command. It takes the parsed arguments and returns the closing lines to print: where the result
+# is, and what to run next.
 Run = Callable[[Namespace], list[str]]
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)  # help: the docstrings under the dataclass fields
+set_parsing_settings(
+    docstring_parse_attribute_docstrings=True
+)  # use the docstrings below dataclass fields as help texts
 
 
 class Commands:
-    """The subcommands of a parser and their bodies."""
+    """Subcommands of a parser and the functions that run them."""
 
     def __init__(self, parser: ArgumentParser, metavar: str) -> None:
         self._subparsers = parser.add_subcommands(metavar=metavar)
@@ -40,15 +43,15 @@ class Commands:
         parser.add_argument(
             "--config",
             action=ConfigFileAction,
-            help="YAML file, or the name of a built-in config (see `llm2clip configs`). May be repeated; later "
-            "configs and flags override earlier ones.",
+            help="YAML file, or the name of a built-in config (see `llm2clip configs`). May be given more than "
+            "once; later configs and flags override earlier ones.",
         )
         self._subparsers.add_subcommand(name, parser, help=description)
         self.run[name] = run
         return parser
 
     def group(self, name: str, description: str) -> Commands:
-        """Add a command that has subcommands of its own."""
+        """Add a command that has its own subcommands."""
         parser = ArgumentParser(description=description)
         self._subparsers.add_subcommand(name, parser, help=description)
         group = Commands(parser, "COMMAND")
@@ -57,8 +60,11 @@ class Commands:
 
 
 class ConfigFileAction(ActionConfigFile):
-    """`--config FILE_OR_NAME`. Settings of `fit` that a command does not have are ignored, so that one config serves
-    all stages; unknown settings are errors."""
+    """Action for `--config FILE_OR_NAME`.
+
+    Settings of `fit` that do not apply to a command are ignored, so that a single config works for all stages. Unknown
+    settings are errors.
+    """
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         try:
@@ -71,7 +77,7 @@ class ConfigFileAction(ActionConfigFile):
 
 
 def builtin_configs() -> dict[str, str]:
-    """Return name -> YAML text of the configs that ship with the package."""
+    """Return a dict from name to YAML text for the configs included in the package."""
     folder = files("llm2clip") / "configs"
     entries = [entry for entry in folder.iterdir() if entry.name.endswith(".yaml")]
     entries.sort(key=lambda entry: entry.name)
@@ -79,7 +85,7 @@ def builtin_configs() -> dict[str, str]:
 
 
 def _config_text(file_or_name: str) -> str:
-    """Return the text of a config file, or of a built-in config."""
+    """Return the text of a config file or a built-in config."""
     path = Path(file_or_name)
     if path.is_file():
         return path.read_text(encoding="utf-8")
@@ -87,12 +93,12 @@ def _config_text(file_or_name: str) -> str:
     if file_or_name in builtin:
         return builtin[file_or_name]
     raise FileNotFoundError(
-        f"No such file, and no built-in config of this name. Built-in configs: {', '.join(builtin)}"
+        f"No such file, and no built-in config has this name. Built-in configs: {', '.join(builtin)}"
     )
 
 
 def _relevant_settings(settings: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """Drop settings of `fit` that this command does not have. Unknown settings stay, and the parser rejects them."""
+    """Drop `fit` settings that do not apply to this command. Unknown settings are kept, and the parser rejects them."""
     relevant: dict[str, Any] = {}
     for name, value in settings.items():
         section = FIT_SETTINGS.get(name)
@@ -106,20 +112,20 @@ def _relevant_settings(settings: dict[str, Any], known: set[str]) -> dict[str, A
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Help in plain form: a short usage line, and per argument its description and its default, without types."""
+    """Plain help format: a short usage line, then the description and default of each argument, without types."""
 
     def add_usage(self, usage: Any, actions: Iterable[Action], *args: Any, **kwargs: Any) -> None:
-        """Show only arguments of the command itself in the usage line, not the settings of the stages."""
+        """Show only the command's own arguments in the usage line, not the settings of the stages."""
         shown = [action for action in actions if "." not in action.dest and action.dest not in SECTIONS]
         super().add_usage(usage, shown, *args, **kwargs)
 
     def add_argument(self, action: Action) -> None:
-        if action.dest not in SECTIONS:  # `--align CONFIG` repeats what --config does
+        if action.dest not in SECTIONS:  # `--align CONFIG` duplicates --config
             super().add_argument(action)
 
     def _format_action_invocation(self, action: Action) -> str:
         text = super()._format_action_invocation(action)
-        text = re.sub(r", --[\w.]+\+( \[.*\])?$", "", text)  # the append form, `--tune.data+`
+        text = re.sub(r", --[\w.]+\+( \[.*\])?$", "", text)  # remove the append form, such as `--tune.data+`
         return text.replace(",null}", "}").replace("[=flags]", "")
 
     def _get_help_string(self, action: Action) -> str:
@@ -135,12 +141,12 @@ class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 
 def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> None:
-    """Add the arguments of every command that reads records."""
+    """Add the arguments shared by all commands that read records."""
     parser.add_argument(
         "--columns",
         type=dict[str, str],
         default={},
-        help='Column of the source for each of our fields, e.g. \'{"captions": "text"}\'.',
+        help='Map from field names to column names in the source, e.g. \'{"captions": "text"}\'.',
     )
     parser.add_argument(
         "--max_skipped",
@@ -151,5 +157,5 @@ def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> 
 
 
 def select(args: Namespace, *names: str) -> dict[str, Any]:
-    """Return some of the arguments as a dict, e.g. for a call with keyword arguments."""
+    """Return the named arguments as a dict, e.g. to pass them on as keyword arguments."""
     return {name: args[name] for name in names}

@@ -9,19 +9,21 @@ from jsonargparse import Namespace
 from llm2clip.cli.commands import DATA_HELP, Commands, add_reading_arguments, select
 from llm2clip.config import EncoderConfig, EvaluateConfig, ReproduceConfig
 
-ROOT_HELP = "Folder that contains the folders of the benchmarks."
+ROOT_HELP = "Folder that contains one folder per benchmark."
 
 
 def add(commands: Commands) -> None:
     """Add the commands of this module."""
     parser = commands.add(
-        "evaluate", _evaluate, "Evaluate any model on your data or on public benchmarks, or any text encoder on CRA."
+        "evaluate",
+        _evaluate,
+        "Evaluate any model on your data or on public benchmarks, or evaluate any text encoder by CRA.",
     )
     parser.add_argument(
         "model",
         nargs="?",
         type=str,
-        help="Model folder or hub id; a transformers model of images and texts; open_clip:NAME/PRETRAINED; st:NAME "
+        help="Model folder or hub id; a transformers image-text model; open_clip:NAME/PRETRAINED; st:NAME "
         "(sentence-transformers); or FILE.npz (precomputed embeddings). Optional with --captions.",
     )
     parser.add_argument(
@@ -29,40 +31,44 @@ def add(commands: Commands) -> None:
         nargs="*",
         type=str,
         default=[],
-        help=f"{DATA_HELP} Of sources without splits, the part that `fit` holds out is used.",
+        help=f"{DATA_HELP} If a source has no splits, the images that `fit` would hold out are used.",
     )
-    parser.add_argument("--baselines", nargs="+", type=str, help="Other models, shown in the same tables.")
+    parser.add_argument("--baselines", nargs="+", type=str, help="Other models to show in the same tables.")
     parser.add_argument(
         "--benchmarks",
         nargs="+",
         type=str,
-        help="Names of public benchmarks (see `llm2clip benchmarks`), `all`, or folder:PATH for image classes.",
+        help="Names of public benchmarks (see `llm2clip benchmarks`), `all`, or folder:PATH (one subfolder per class).",
     )
     parser.add_argument("--root", type=str, default="data/benchmarks", help=ROOT_HELP)
     parser.add_argument(
-        "--out", type=str, help="Output folder: report.html, results.json, and embeddings, which are then reused."
+        "--out", type=str, help="Output folder for report.html, results.json, and embeddings, which later runs reuse."
     )
     parser.add_argument(
-        "--linear_probe", action="store_true", help="For classification, also fit a linear probe to training images."
+        "--linear_probe", action="store_true", help="Classification: also fit a linear probe to the training images."
     )
     parser.add_argument("--captions", nargs="+", type=str, help="Sources for caption retrieval accuracy (CRA).")
     parser.add_argument(
-        "--all_pairs", action="store_true", help="CRA: also let each caption retrieve any other caption of its image."
+        "--all_pairs",
+        action="store_true",
+        help="CRA: also report the all-pairs protocol: each caption retrieves any other caption of its image.",
     )
-    parser.add_argument("--mistakes", type=int, default=3, help="CRA: number of the worst mistakes to show.")
+    parser.add_argument("--mistakes", type=int, default=3, help="CRA: how many of the worst mistakes to show.")
     add_reading_arguments(parser)
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(EvaluateConfig, "evaluate", skip={"data"})
 
-    parser = commands.add("benchmarks", _benchmarks, "List the public benchmarks and where to download them.")
+    parser = commands.add("benchmarks", _benchmarks, "List the public benchmarks and where to download each of them.")
     parser.add_argument("--root", type=str, default="data/benchmarks", help=ROOT_HELP)
 
     parser = commands.add("reproduce", _reproduce, "Test the paper's claims on your data.")
-    parser.add_argument("data", type=str, help="Folder that the sources of --reproduce are relative to.")
+    parser.add_argument("data", type=str, help="Folder that the source paths in --reproduce are relative to.")
     parser.add_argument(
         "--out", type=str, default="runs/reproduce", help="Run directory; the result is OUT/report.html."
     )
-    parser.add_argument("--claims", nargs="+", type=int, default=[1, 2, 3, 4, 5, 6], help="Numbers of the claims.")
+    parser.add_argument(
+        "--claims", nargs="+", type=int, default=[1, 2, 3, 4, 5, 6], help="Numbers of the claims to test."
+    )
     parser.add_argument(
         "--max_skipped", type=float, default=0.05, help="Stop if more than this fraction of the rows cannot be used."
     )

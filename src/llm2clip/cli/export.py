@@ -1,4 +1,4 @@
-"""Commands for other model formats: `convert`, `export` and `push`."""
+"""Commands that convert, export and upload models: `convert`, `export` and `push`."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ FORMATS = ["transformers", "sentence-transformers", "vision", "onnx", "open_clip
 def add(commands: Commands) -> None:
     """Add the commands of this module."""
     parser = commands.add("convert", _convert, "Convert an official LLM2CLIP checkpoint to a model folder, or back.")
-    parser.add_argument("source", type=str, help="Official checkpoint (folder, file or hub id), or a model folder.")
-    parser.add_argument("--out", type=str, required=True, help="Model folder to write; with --to, the checkpoint.")
+    parser.add_argument("source", type=str, help="Official checkpoint (folder, file or hub id) or model folder.")
+    parser.add_argument("--out", type=str, required=True, help="Model folder to write. With --to: checkpoint to write.")
     parser.add_argument("--text", type=str, help="Caption encoder that the checkpoint's adapter was trained with.")
-    parser.add_argument("--to", choices=["hf", "eva"], help="Write a model folder in this official checkpoint layout.")
+    parser.add_argument(
+        "--to", choices=["hf", "eva"], help="Convert a model folder to this official checkpoint layout."
+    )
 
     parser = commands.add(
         "export", _export, "Export a model to transformers, sentence-transformers, ONNX or open_clip."
     )
     parser.add_argument("model", type=str, help="Model folder or hub id.")
-    parser.add_argument("--to", choices=FORMATS, required=True, help="Format. vision: the vision tower alone.")
-    parser.add_argument("--out", type=str, required=True, help="Folder to write.")
+    parser.add_argument("--to", choices=FORMATS, required=True, help="Export format. vision: only the vision tower.")
+    parser.add_argument("--out", type=str, required=True, help="Folder to create.")
     parser.add_argument("--int8", action="store_true", help="With --to onnx: also write graphs with 8-bit weights.")
 
     parser = commands.add("push", _push, "Upload a model folder or an exported folder to the hub, with a model card.")
     parser.add_argument("model", type=str, help="Folder to upload.")
     parser.add_argument("repo_id", type=str, help="USER/NAME on the hub; created if it does not exist.")
     parser.add_argument("--private", action="store_true", help="Create a private repository.")
-    parser.add_argument("--license", type=str, help="The hub's identifier of a license, such as apache-2.0.")
+    parser.add_argument("--license", type=str, help="License identifier on the hub, such as apache-2.0.")
 
 
 def _convert(args: Namespace) -> list[str]:
@@ -45,7 +47,9 @@ def _convert(args: Namespace) -> list[str]:
 
     if args.to is not None:
         if args.text is not None:
-            raise ValueError("official checkpoints do not contain a caption encoder: give either --text or --to")
+            raise ValueError(
+                "official checkpoints do not contain a caption encoder: use either --text or --to, not both"
+            )
         written = save_official(LLM2CLIP.from_pretrained(args.source, device="cpu"), args.out, args.to)
         return [f"Checkpoint in the official layout {args.to!r}: {written}"]
     if Path(args.out).exists() and not is_model_folder(args.out):
@@ -58,7 +62,7 @@ def _convert(args: Namespace) -> list[str]:
 
 
 def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
-    """Open a model folder that has no caption encoder, and attach one."""
+    """Load a model folder without a caption encoder and attach the caption encoder `text`."""
     from llm2clip.models.convert.load import attach_caption_encoder
     from llm2clip.models.llm2clip import LLM2CLIP
 
@@ -69,22 +73,23 @@ def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
         )
     model = LLM2CLIP.from_pretrained(source, device="cpu")
     if model.has_encoder:
-        raise ValueError(f"{source} already has the caption encoder of its adapter: {Path(source) / 'text'}")
+        raise ValueError(f"{source} already has a caption encoder: {Path(source) / 'text'}")
     attach_caption_encoder(model, text)
     return model
 
 
 def _closing_lines(model: LLM2CLIP, folder: Path) -> list[str]:
-    """Return the closing lines of `convert`: the result and the next command."""
+    """Return the closing lines of `convert`, which name the result and the next command."""
     from llm2clip.models.convert.load import PUBLISHED_ENCODERS
 
     if model.has_encoder:
         return [f"Model: {folder}", f"Next: llm2clip evaluate {folder} DATA"]
     text_dim = model.config.text_dim
-    encoder = PUBLISHED_ENCODERS.get(text_dim, f"an encoder with embeddings of size {text_dim}")
+    encoder = PUBLISHED_ENCODERS.get(text_dim, f"an encoder whose embeddings have {text_dim} dimensions")
     return [
         f"Model: {folder}",
-        "It can encode images and cached embeddings. To encode texts, add the caption encoder of its adapter:",
+        "The model can encode images and cached caption embeddings. To encode texts, add the caption encoder that the "
+        "adapter was trained with:",
         f"Next: llm2clip convert {folder} --out {folder} --text ENCODER      ({encoder})",
     ]
 

@@ -1,4 +1,4 @@
-"""Commands `llm2clip llava build`, `train`, `plan`, `evaluate` and `benchmarks`."""
+"""Commands `llm2clip llava build | train | plan | evaluate | benchmarks`."""
 
 from __future__ import annotations
 
@@ -15,88 +15,105 @@ from llm2clip.config import LlavaConfig
 
 def add(commands: Commands) -> None:
     """Add the commands of this module."""
-    llava = commands.group("llava", "LLaVA-1.5 with any vision tower: build, train and evaluate a multimodal LLM.")
+    llava = commands.group("llava", "Build, train and evaluate a multimodal LLM: LLaVA-1.5 with any vision tower.")
 
-    parser = llava.add("build", _build, "Join a vision tower and a causal LLM in an untrained multimodal model.")
+    parser = llava.add("build", _build, "Combine a vision tower and a causal LLM into an untrained multimodal model.")
     _add_model_arguments(parser, required=True)
-    parser.add_argument("--out", type=str, required=True, help="New model folder.")
+    parser.add_argument("--out", type=str, required=True, help="Model folder to create.")
     parser.add_argument(
         "--pad",
         type=bool,
         default=True,
-        help="Pad images to squares, as LLaVA-1.5 does. false: preprocess them as in the tower's training, usually "
-        "with a center crop.",
+        help="Pad images to squares, as LLaVA-1.5 does. false: use the tower's own preprocessing, usually "
+        "a center crop.",
     )
 
-    parser = llava.add("train", _train, "Train the projector, then projector and LLM. Run again to resume.")
+    parser = llava.add(
+        "train", _train, "Train the projector, then the projector and the LLM. Run the command again to resume."
+    )
     parser.add_argument("model", type=str, help="Model folder written by `llava build`.")
     parser.add_argument(
         "--pretrain",
         nargs="+",
         type=str,
         default=[],
-        help="Data for the projector: sources, or LLaVA's JSON files.",
+        help="Data for training the projector: image-caption sources, or JSON files in LLaVA's format.",
     )
     parser.add_argument(
         "--instruct",
         nargs="+",
         type=str,
         default=[],
-        help="Data for projector and LLM: sources, or LLaVA's JSON files.",
+        help="Data for training the projector and the LLM: image-caption sources, or JSON files in LLaVA's format.",
     )
     parser.add_argument(
         "--images",
         type=str,
-        help="Folder that image paths in LLaVA's JSON are relative to. Default: the folder of the JSON file.",
+        help="Folder that image paths in LLaVA's JSON files are relative to. Default: the folder of each JSON file.",
     )
     parser.add_argument("--out", type=str, required=True, help="Run directory; the result is OUT/model.")
     add_reading_arguments(parser)
     parser.add_class_arguments(LlavaConfig, "llava")
 
-    parser = llava.add("plan", _plan, "Estimate memory and hours of training, without downloading or running anything.")
+    parser = llava.add("plan", _plan, "Estimate the memory and hours needed for training. Downloads and runs nothing.")
     _add_model_arguments(parser, required=False)
-    parser.add_argument("--pretrain", type=int, default=558_128, help="Conversations of the first stage.")
-    parser.add_argument("--instruct", type=int, default=665_298, help="Conversations of the second stage.")
+    parser.add_argument("--pretrain", type=int, default=558_128, help="Number of conversations in the first stage.")
+    parser.add_argument("--instruct", type=int, default=665_298, help="Number of conversations in the second stage.")
     parser.add_argument(
-        "--pretrain_tokens", type=float, default=60, help="Mean text tokens per conversation of the first stage."
+        "--pretrain_tokens",
+        type=float,
+        default=60,
+        help="Average number of text tokens per conversation in the first stage.",
     )
     parser.add_argument(
-        "--instruct_tokens", type=float, default=300, help="Mean text tokens per conversation of the second stage."
+        "--instruct_tokens",
+        type=float,
+        default=300,
+        help="Average number of text tokens per conversation in the second stage.",
     )
     add_machine_arguments(parser)
     parser.add_class_arguments(LlavaConfig, "llava")
 
-    parser = llava.add("evaluate", _evaluate, "Evaluate models on LLaVA-1.5's benchmarks, on captions and on POPE.")
+    parser = llava.add(
+        "evaluate", _evaluate, "Evaluate models on LLaVA-1.5's benchmarks, on image captioning and on POPE."
+    )
     parser.add_argument("models", nargs="+", type=str, help="Model folders or hub ids.")
     parser.add_argument(
         "--benchmarks",
         nargs="+",
         type=str,
         default=[],
-        help="Names of benchmarks, see `llava benchmarks`, or all: those whose folder exists.",
+        help="Names of benchmarks (see `llm2clip llava benchmarks`), or `all`: every benchmark whose folder exists.",
     )
     _add_root_argument(parser)
     parser.add_argument(
-        "--captions", nargs="+", type=str, default=[], help="Sources to caption; BLEU-4 and CIDEr-D are reported."
+        "--captions", nargs="+", type=str, default=[], help="Sources of images to caption. Reports BLEU-4 and CIDEr-D."
     )
     parser.add_argument(
-        "--pope", nargs="+", type=str, default=[], help="Sources for POPE on the objects that their captions name."
+        "--pope",
+        nargs="+",
+        type=str,
+        default=[],
+        help="Sources for POPE, which asks about objects named in the captions.",
     )
-    parser.add_argument("--out", type=str, required=True, help="Folder for answers and report.html.")
+    parser.add_argument("--out", type=str, required=True, help="Folder for the answers and report.html.")
     parser.add_argument(
-        "--num_beams", type=int, default=3, help="Beam size for captions. Benchmarks always use greedy decoding."
+        "--num_beams",
+        type=int,
+        default=3,
+        help="Number of beams for captioning. Benchmarks always use greedy decoding.",
     )
     parser.add_argument(
         "--by_likelihood",
         action="store_true",
-        help="Answer multiple choices with the most likely option, instead of generating its letter.",
+        help="Answer multiple-choice questions with the most likely option instead of generating a letter.",
     )
     parser.add_argument("--batch_size", type=int, default=16, help="Questions per forward pass.")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="Precision.")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="Precision of the model.")
     parser.add_argument(
         "--limit",
         type=int,
-        help="Only this many questions per task, for a quick test. Questions that are scored together count as one.",
+        help="Maximum number of questions per task, for a quick test. Questions that are scored together count as one.",
     )
     parser.add_argument(
         "--judge", type=str, help="Base URL, up to /v1, of an OpenAI-compatible API that scores free-form answers."
@@ -104,18 +121,18 @@ def add(commands: Commands) -> None:
     parser.add_argument("--judge_model", type=str, default="gpt-4-0613", help="Model name of the judge.")
     add_reading_arguments(parser)
 
-    parser = llava.add("benchmarks", _benchmarks, "List LLaVA-1.5's benchmarks and where to download them.")
+    parser = llava.add("benchmarks", _benchmarks, "List LLaVA-1.5's benchmarks and where to download each of them.")
     _add_root_argument(parser)
 
 
 def _add_model_arguments(parser: ArgumentParser, required: bool) -> None:
-    """Add the arguments of `build` and `plan`; those of LLaVA-1.5 are the defaults if they are not required."""
+    """Add the model arguments of `build` and `plan`. If not required, they default to LLaVA-1.5's models."""
     parser.add_argument(
         "--vision",
         type=str,
         required=required,
         default=None if required else "openai/clip-vit-large-patch14-336",
-        help="LLM2CLIP model folder, or a tower as in --align.tower.",
+        help="LLM2CLIP model folder, or any vision tower that --align.tower accepts.",
     )
     parser.add_argument(
         "--llm",
@@ -125,12 +142,12 @@ def _add_model_arguments(parser: ArgumentParser, required: bool) -> None:
         help="Folder or hub id of a causal LLM, or smollm2-135m.",
     )
     parser.add_argument(
-        "--image_size", type=int, help="Image size in pixels. Default: the size that the tower was trained with."
+        "--image_size", type=int, help="Image size in pixels. Default: the size used in the tower's training."
     )
 
 
 def _add_root_argument(parser: ArgumentParser) -> None:
-    parser.add_argument("--root", type=str, default="benchmarks", help="Folder that holds one folder per benchmark.")
+    parser.add_argument("--root", type=str, default="benchmarks", help="Folder that contains one folder per benchmark.")
 
 
 def _build(args: Namespace) -> list[str]:
@@ -162,7 +179,8 @@ def _train(args: Namespace) -> list[str]:
     pretrain = read_conversations(args.pretrain, captioning_conversations, **reading)
     instruct = read_conversations(args.instruct, instruction_conversations, **reading)
     print_once(
-        f"{len(pretrain):,} conversations for the projector, {len(instruct):,} for projector and LLM", log.summary()
+        f"{len(pretrain):,} conversations for the projector, {len(instruct):,} for the projector and the LLM",
+        log.summary(),
     )
     folder = train_llava(args.model, pretrain, instruct, config=args.llava, out=run, log=log)
     return [
@@ -204,13 +222,13 @@ def _evaluate(args: Namespace) -> list[str]:
     is_main = process_state().is_main_process
     log = SkipLog(out / "skipped.jsonl" if is_main else None, args.max_skipped)
     tasks = read_benchmarks(args.benchmarks, args.root, log)
-    # Rows of the same image are merged, so that POPE does not treat an object as absent that another row names.
+    # Merge rows of the same image, so that POPE does not treat an object as absent if only another row names it.
     for sources, make_task in ((args.captions, caption_task), (args.pope, pope_task)):
         if sources:
             records = [record for _, record in read_merged_records(sources, args.columns, log)]
             tasks.append(make_task(records))
     if not tasks:
-        raise ValueError("Nothing to evaluate: give --captions DATA, --pope DATA, or --benchmarks with --root")
+        raise ValueError("Nothing to evaluate: pass --captions DATA, --pope DATA, or --benchmarks with --root")
     log.check()
     tasks = [(task, first_units(questions, args.limit)) for task, questions in tasks]
     judge = OpenAIJudge(args.judge, args.judge_model, os.environ.get("OPENAI_API_KEY", "")) if args.judge else None

@@ -15,7 +15,7 @@ from llm2clip.tools.plan.devices import Machine
 def add(commands: Commands) -> None:
     """Add the command of this module."""
     parser = commands.add(
-        "plan", _plan, "Estimate what `fit` takes: parameters, FLOPs, memory and hours. Downloads and runs nothing."
+        "plan", _plan, "Estimate the parameters, FLOPs, memory and hours of a `fit` run. Downloads and runs nothing."
     )
     parser.add_argument("--images", type=int, required=True, help="Number of training images.")
     parser.add_argument("--captions_per_image", type=float, default=2.0, help="Average number of captions per image.")
@@ -25,16 +25,18 @@ def add(commands: Commands) -> None:
 
 
 def add_machine_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments that describe the machine of a plan."""
+    """Add the arguments that describe the machine to plan for."""
     parser.add_class_arguments(Machine, skip={"use_fsdp"})
-    parser.add_argument("--use_fsdp", action="store_true", help="Shard the weights, as `accelerate launch --use_fsdp`.")
+    parser.add_argument(
+        "--use_fsdp", action="store_true", help="Shard the weights, as `accelerate launch --use_fsdp` does."
+    )
 
 
 def machine_from_args(args: Namespace) -> Machine:
     """Return the machine that the arguments describe.
 
     Raises:
-        ValueError: unknown device, or a value out of range.
+        ValueError: the device is unknown, or a value is out of range.
     """
     return Machine(**select(args, *(field.name for field in dataclasses.fields(Machine))))
 

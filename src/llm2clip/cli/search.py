@@ -24,22 +24,28 @@ if TYPE_CHECKING:
 def add(commands: Commands) -> None:
     """Add the commands of this module."""
     sub = commands.add("index", _index, "Build or update an index of images, for `search` and `serve`.")
-    sub.add_argument("data", nargs="+", type=str, help="Sources of images, with or without captions.")
-    sub.add_argument("--model", type=str, required=True, help="Model folder, or any other model as for `evaluate`.")
+    sub.add_argument("data", nargs="+", type=str, help="Image sources, with or without captions.")
+    sub.add_argument(
+        "--model", type=str, required=True, help="Model folder, or any other model that `evaluate` accepts."
+    )
     sub.add_argument("--out", type=str, required=True, help="Index folder, or qdrant+http://HOST:6333/COLLECTION.")
     sub.add_argument("--watch", type=float, help="Keep running and update the index every N seconds.")
-    sub.add_argument("--prune", action="store_true", help="Remove the images of sources that no longer exist.")
+    sub.add_argument("--prune", action="store_true", help="Remove images whose source no longer exists.")
     add_reading_arguments(sub, max_skipped=1.0)
     sub.add_argument("--batch_size", type=int, default=64, help="Images per forward pass.")
-    sub.add_argument("--workers", type=int, help="Processes that decode images. Default: half of the CPU cores.")
+    sub.add_argument(
+        "--workers", type=int, help="Number of processes that decode images. Default: half the number of CPU cores."
+    )
     sub.add_argument(
         "--approximate_above",
         type=int,
         default=1_000_000,
-        help="Search approximately, with an HNSW graph, if the index has at least this many distinct images.",
+        help="Use approximate search (an HNSW graph) if the index has at least this many distinct images.",
     )
 
-    sub = commands.add("search", _search, "Search an index by texts, in any language of the model, and by images.")
+    sub = commands.add(
+        "search", _search, "Search an index with texts, in any language that the model understands, and with images."
+    )
     sub.add_argument("index", type=str, help="Index folder or URL.")
     sub.add_argument("texts", nargs="*", type=str, default=[], help="What the images show.")
     sub.add_argument("--images", nargs="+", type=str, default=[], help="Images that results should be similar to.")
@@ -49,34 +55,49 @@ def add(commands: Commands) -> None:
     )
     sub.add_argument("--top", type=int, default=10, help="Maximum number of results.")
     sub.add_argument("--path", type=str, help="Only images in this folder, tar or file.")
-    sub.add_argument("--caption", type=str, help="Only images with this text in a caption, ignoring case.")
-    sub.add_argument("--after", type=str, help="Only images taken at this date or later: 2024-05-31, or with a time.")
-    sub.add_argument("--before", type=str, help="Only images taken at this date or earlier.")
+    sub.add_argument("--caption", type=str, help="Only images with a caption that contains this text, ignoring case.")
+    sub.add_argument(
+        "--after", type=str, help="Only images taken on or after this date, such as 2024-05-31; a time may be added."
+    )
+    sub.add_argument("--before", type=str, help="Only images taken on or before this date.")
     sub.add_argument("--min_side", type=int, help="Only images whose shorter side has at least this many pixels.")
-    sub.add_argument("--model", type=str, help="The index's model, if its folder was moved.")
-    sub.add_argument("--sheet", type=str, help="Write the results as an HTML page to this folder.")
-    sub.add_argument("--open", action="store_true", help="Open the results as an HTML page in a browser.")
+    sub.add_argument("--model", type=str, help="Model that built the index, if the model folder was moved.")
+    sub.add_argument("--sheet", type=str, help="Write an HTML page with the results to this folder.")
+    sub.add_argument("--open", action="store_true", help="Open an HTML page with the results in a browser.")
 
-    sub = commands.add("serve", _serve, "Serve search, embeddings and a search page over HTTP.")
+    sub = commands.add("serve", _serve, "Serve a search API, an embeddings API and a search page over HTTP.")
     sub.add_argument("--index", type=str, help="Index folder or URL. Default: serve embeddings only.")
-    sub.add_argument("--model", type=str, help="The index's model, if its folder was moved; required without --index.")
-    sub.add_argument("--host", type=str, default="127.0.0.1", help="Address to listen on. 0.0.0.0: all interfaces.")
+    sub.add_argument(
+        "--model", type=str, help="Model that built the index, if the model folder was moved. Required without --index."
+    )
+    sub.add_argument(
+        "--host", type=str, default="127.0.0.1", help="Address to listen on. 0.0.0.0 means all interfaces."
+    )
     sub.add_argument("--port", type=int, default=7860, help="Port to listen on.")
     sub.add_argument(
         "--token",
         type=str,
-        help="Token that requests must have. Default: LLM2CLIP_TOKEN; otherwise, if other machines can connect, a "
-        "random one.",
+        help="Token that requests must contain. Default: $LLM2CLIP_TOKEN or, if other machines can connect, a random "
+        "token.",
     )
-    sub.add_argument("--batch_size", type=int, default=32, help="Maximum number of texts, or images, per forward pass.")
+    sub.add_argument("--batch_size", type=int, default=32, help="Maximum number of texts or images per forward pass.")
     sub.add_argument(
-        "--max_queue", type=int, default=512, help="Maximum number of waiting texts, or images; more get status 429."
+        "--max_queue",
+        type=int,
+        default=512,
+        help="Maximum number of queued texts or images; further requests get status 429.",
     )
     sub.add_argument(
-        "--timeout", type=float, default=30.0, help="Maximum seconds per request; longer ones get status 504."
+        "--timeout",
+        type=float,
+        default=30.0,
+        help="Maximum time per request in seconds; slower requests get status 504.",
     )
     sub.add_argument(
-        "--precision", type=str, default="auto", help="Precision of the text side: fp32, bf16, or auto (the faster)."
+        "--precision",
+        type=str,
+        default="auto",
+        help="Precision of the text encoder: fp32, bf16, or auto (the faster of the two).",
     )
 
 
@@ -87,7 +108,7 @@ def _index(args: Namespace) -> list[str]:
     from llm2clip.search.backends import open_backend
     from llm2clip.search.build import build_index
 
-    model = open_dual_encoder(args.model)  # before anything is created at --out
+    model = open_dual_encoder(args.model)  # load before anything is created at --out
     backend = open_backend(args.out, write=True, approximate_above=args.approximate_above)
     skipped_file = None if "://" in args.out else Path(args.out) / "skipped.jsonl"
 
@@ -124,7 +145,10 @@ def _index(args: Namespace) -> list[str]:
 
 
 def _watch(update: Callable[[], tuple[IndexReport, SkipLog]], interval: float) -> NoReturn:
-    """Update an index every `interval` seconds until interrupted. Errors are printed: a missing disk may come back."""
+    """Update an index every `interval` seconds until interrupted.
+
+    Errors are printed and do not stop the loop: a missing disk may come back.
+    """
     from llm2clip.distributed import print_once
 
     while True:
@@ -179,10 +203,10 @@ def _search(args: Namespace) -> list[str]:
 
 
 def parse_time(text: str | None, end_of_day: bool = False) -> float | None:
-    """Parse an ISO 8601 date or time to seconds since 1970. Dates are midnight, or the last moment of the day.
+    """Convert an ISO 8601 date or time to seconds since 1970. A date means its first or its last moment.
 
     Raises:
-        ValueError: The text is not a date or time.
+        ValueError: the text is not a date or time.
     """
     if text is None:
         return None
@@ -194,14 +218,14 @@ def parse_time(text: str | None, end_of_day: bool = False) -> float | None:
 
 
 def canonical_path(path: str | None) -> str | None:
-    """Return a path in the form in which image names are stored in an index: absolute, without symbolic links."""
+    """Return a path as indexes store it: absolute, with symbolic links resolved."""
     from llm2clip.data.image_refs import printable
 
     return printable(os.path.realpath(os.path.expanduser(path))) if path is not None else None
 
 
 def _describe(query: Query) -> str:
-    """Return a query in words, as the title of its results."""
+    """Describe a query in words, as a title for its results."""
     positive = [str(part) for part in (*query.texts, *query.images)]
     negative = [f" without {part}" for part in (*query.negative_texts, *query.negative_images)]
     return " + ".join(positive) + "".join(negative)

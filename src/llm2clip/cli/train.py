@@ -25,45 +25,55 @@ def add(commands: Commands) -> None:
     add_stage_settings(parser)
     parser.add_class_arguments(EvaluateConfig, "evaluate")
 
-    parser = commands.add("tune", _tune, "Contrastive tuning of a language model on captions.")
+    parser = commands.add("tune", _tune, "Tune a language model contrastively on captions.")
     parser.add_argument(
         "data",
         nargs="*",
         type=str,
         default=[],
-        help="Caption sources; images are not needed. Of a source without splits, what `fit` holds out is skipped.",
+        help="Caption sources; images are not needed. If a source has no splits, the captions of the images that `fit` "
+        "would hold out are skipped.",
     )
     parser.add_argument("--out", type=str, required=True, help="Output folder; the result is OUT/encoder.")
     add_reading_arguments(parser)
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(TuneConfig, "tune")
 
-    parser = commands.add("embed", _embed, "Encode every caption of DATA once into a store.")
+    parser = commands.add("embed", _embed, "Encode every caption in DATA once and write the embeddings to a store.")
     parser.add_argument("data", nargs="+", type=str, help="Caption sources; images are not needed.")
     parser.add_argument("--out", type=str, required=True, help="Store folder.")
     parser.add_argument(
         "--engine",
         choices=["local", "ray"],
         default="local",
-        help="local: this process and the other ranks of torchrun or accelerate. ray: a Ray cluster.",
+        help="local: this process, or all ranks started by torchrun or accelerate. ray: a Ray cluster.",
     )
     parser.add_argument(
-        "--ray_workers", type=int, default=0, help="Ray workers. 0: one per GPU, or one per two CPU cores."
+        "--ray_workers",
+        type=int,
+        default=0,
+        help="Number of Ray workers. 0 means one per GPU or, without a GPU, one per two CPU cores.",
     )
     add_reading_arguments(parser)
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(EmbedConfig, "embed")
 
-    parser = commands.add("align", _align, "Train a vision tower against a store.")
+    parser = commands.add("align", _align, "Train a vision tower on images and the caption embeddings in a store.")
     parser.add_argument(
-        "data", nargs="+", type=str, help=f"{DATA_HELP} Of a source without splits, what `fit` holds out is skipped."
+        "data",
+        nargs="+",
+        type=str,
+        help=f"{DATA_HELP} If a source has no splits, the images that `fit` would hold out are skipped.",
     )
-    parser.add_argument("--store", type=str, required=True, help="Store of the captions of DATA, written by `embed`.")
+    parser.add_argument(
+        "--store", type=str, required=True, help="Store with embeddings of the captions in DATA, written by `embed`."
+    )
     parser.add_argument("--held_out", nargs="+", type=str, help="Sources to evaluate on during training.")
     parser.add_argument(
         "--features",
         type=str,
-        help="Store of the frozen tower's features, to share between runs with --align.tower_lr 0. Default: in OUT.",
+        help="Store of image features from the frozen tower (--align.tower_lr 0), which several runs can share. "
+        "Default: a folder in OUT.",
     )
     parser.add_argument("--out", type=str, required=True, help="Output folder; the result is OUT/model.")
     add_reading_arguments(parser)
@@ -100,7 +110,7 @@ def _tune(args: Namespace) -> list[str]:
     pairs = []
     if not (out / "encoder").exists():
         if not (sources or args.tune.data or args.tune.text_pairs):
-            raise ValueError("Nothing to tune on: give caption sources, or text pairs with --tune.text_pairs")
+            raise ValueError("Nothing to tune on: pass caption sources, or text pairs with --tune.text_pairs")
         held_out: list[Record] = []
         if any(not Source.parse(source).splits for source in sources):
             data = read_splits(sources, EvaluateConfig(), args.columns, log, "unchecked")
@@ -167,7 +177,7 @@ def _align(args: Namespace) -> list[str]:
 
 
 def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
-    """Check on the main process that a store is undamaged and was written by this encoder."""
+    """Check on the main process that a store is intact and was written with this encoder."""
     from llm2clip.distributed import process_state
     from llm2clip.pipeline import open_encoder
     from llm2clip.store.layout import check_identity
@@ -180,7 +190,7 @@ def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
 
 
 def _encoder_flags(encoder: EncoderConfig) -> str:
-    """Return the --encoder flags that differ from the defaults: a store belongs to exactly these settings."""
+    """Return the --encoder flags that differ from the defaults. A store is valid only for one encoder config."""
     flags = []
     for name, value in vars(encoder).items():
         if name == "path":
