@@ -1,4 +1,4 @@
-"""The interface of an index, and the function that opens one: a local folder (SQLite) or a Qdrant collection."""
+"""Index interface, and a function that opens an index in a local folder (SQLite) or a Qdrant collection."""
 
 from __future__ import annotations
 
@@ -14,56 +14,56 @@ QDRANT_PREFIX = "qdrant+"
 
 
 class Backend(Protocol):
-    """Storage and nearest-neighbour search of indexed images."""
+    """Interface for storing indexed images and searching them by nearest neighbours."""
 
     def metadata(self) -> dict[str, Any]:
-        """Return the `model` of the index, its `fingerprint`, and the dimension of its vectors, `width`.
+        """Return the metadata: `model` (name), `fingerprint` (of the model), and `width` (embedding dimension).
 
-        Empty before `initialize`.
+        The dict is empty before `initialize` is called.
         """
         ...
 
     def initialize(self, metadata: Mapping[str, Any]) -> None:
-        """Store the metadata, and create whatever the backend needs before images are added."""
+        """Store the metadata, and set up the backend so that images can be added."""
         ...
 
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
-        """Return the state, by name, of each image that was read from one of these sources or is inside one."""
+        """Return the states, keyed by name, of all images that were read from, or are inside, one of the sources."""
         ...
 
     def existing(self, hashes: Iterable[bytes]) -> set[bytes]:
-        """Return the hashes whose content is already in the index."""
+        """Return the subset of hashes whose content is already in the index."""
         ...
 
     def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
-        """Add contents, and images with the hash of their content. An image of the same name is replaced.
+        """Add image contents, and images paired with content hashes. An existing image with the same name is replaced.
 
-        SQLite adds all of them or none; Qdrant has no transactions.
+        SQLite adds everything in one transaction; Qdrant has no transactions.
         """
         ...
 
     def remove(self, names: Sequence[str]) -> None:
-        """Remove images by name, and contents that no longer have an image."""
+        """Remove images by name, and then any content that no longer belongs to an image."""
         ...
 
     def finish(self) -> None:
-        """Complete an indexing run, after all images were added and removed."""
+        """Finish an indexing run after all images have been added and removed."""
         ...
 
     def count(self) -> tuple[int, int]:
-        """Return the number of images and the number of distinct contents."""
+        """Return the number of images and the number of distinct images."""
         ...
 
     def duplicates(self, limit: int = 10) -> list[list[str]]:
-        """Return groups of names of images with identical bytes, largest group first."""
+        """Return the names of images with identical bytes, grouped, with the largest group first."""
         ...
 
     def search(self, vector: np.ndarray, count: int, image_filter: Filter) -> list[Hit]:
-        """Return the contents nearest to a vector, best first. vector: float32 (D,), L2-normalised."""
+        """Return the hits nearest to a vector (float32 (D,), L2-normalised), best first."""
         ...
 
     def vector(self, hit_id: str) -> np.ndarray | None:
-        """Return the vector of a hit, float32 (D,), or None if the id is unknown."""
+        """Return the embedding of a hit, float32 (D,), or None if the id is unknown."""
         ...
 
     def thumbnail(self, hit_id: str) -> bytes | None:
@@ -71,26 +71,28 @@ class Backend(Protocol):
         ...
 
     def images(self, hit_id: str) -> tuple[IndexedImage, ...]:
-        """Return all images of a hit; empty if the id is unknown."""
+        """Return all images of a hit, or an empty tuple if the id is unknown."""
         ...
 
 
 def open_backend(location: str, write: bool = False, **options: int) -> Backend:
-    """Open the index at a local folder or at `qdrant+http://HOST:6333/COLLECTION`.
+    """Open the index in a local folder or at `qdrant+http://HOST:6333/COLLECTION`.
 
     Args:
-        location: Folder or URL.
-        write: Create the index if it does not exist.
-        options: Further arguments of `SqliteBackend`.
+        location: Path of a local folder, or URL of a Qdrant collection.
+        write: Open the index for writing, and create it if it does not exist.
+        options: Additional arguments for `SqliteBackend`.
 
     Raises:
-        FileNotFoundError: There is no index at the location.
+        FileNotFoundError: There is no index at the location, and `write` is False.
         ImportError: A required package is not installed.
-        ValueError: The URL has another form.
+        ValueError: The URL is not a valid Qdrant location.
     """
     is_qdrant = location.startswith(QDRANT_PREFIX)
     if "://" in location and not is_qdrant:
-        raise ValueError(f"{location}: a remote index must be given as {QDRANT_PREFIX}http://HOST:6333/COLLECTION")
+        raise ValueError(
+            f"{location}: the URL of a remote index must have the form {QDRANT_PREFIX}http://HOST:6333/COLLECTION"
+        )
     try:
         if is_qdrant:
             from llm2clip.search.qdrant_backend import QdrantBackend
@@ -101,4 +103,6 @@ def open_backend(location: str, write: bool = False, **options: int) -> Backend:
         return SqliteBackend(Path(location), write, **options)
     except ModuleNotFoundError as error:
         extra = "qdrant" if is_qdrant else "search"
-        raise ImportError(f"{location}: this index needs `pip install 'llm2clip[{extra}]'` ({error})") from error
+        raise ImportError(
+            f"{location}: a package is missing; run `pip install 'llm2clip[{extra}]'` ({error})"
+        ) from error

@@ -1,6 +1,6 @@
-"""Dynamic batching: requests of many clients go through the model together.
+"""Dynamic batching: requests from different clients are batched together.
 
-A forward pass over 32 texts takes little longer than one over a single text.
+A forward pass over 32 texts takes little longer than a forward pass over a single text.
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-MAX_WAIT = 0.03  # seconds to wait for a batch to fill
+MAX_WAIT = 0.03  # maximum wait for a batch to fill, in seconds
 
 
 class QueueFull(Exception):
-    """Too many items are waiting; try again later."""
+    """Raised when too many items are waiting; the caller should try again later."""
 
 
 @dataclass
 class _Pending(Generic[Item, Result]):
-    """An item with the future of its result."""
+    """An item waiting to be processed, with a future for its result."""
 
     item: Item
     result: asyncio.Future[Result]
 
 
 class Batcher(Generic[Item, Result]):
-    """Calls `work` with the items of several callers at once.
+    """Combines items from several callers into batches, and processes each batch with one call of `work`.
 
-    While one batch is processed, the next one fills. A batch that is smaller than the previous one waits for up to a
-    tenth of the previous one's duration: the callers of that batch are about to send their next items, and starting
-    with the first of them alone would delay all others. A single client, whose batches all have one item, never waits.
+    While one batch is processed, the next batch fills. If the next batch is smaller than the previous one, it waits
+    for up to a tenth of the time that the previous batch took. The callers of the previous batch are about to submit
+    their next items, and processing the first of these items alone would delay all the others. A single client never
+    waits, because all its batches contain one item.
     """
 
     def __init__(
@@ -47,17 +48,17 @@ class Batcher(Generic[Item, Result]):
     ) -> None:
         """
         Args:
-            work: Returns one result per item. Called in the executor.
-            executor: Use one with a single thread if calls of `work` must not overlap.
-            max_batch_size: Maximum number of items per call.
+            work: Function that returns one result per item. It is called in the executor.
+            executor: Executor that runs `work`. It must have a single thread if calls of `work` must not overlap.
+            max_batch_size: Maximum number of items per batch.
             max_queue: Maximum number of waiting items.
-            on_batch: Called with the size of each batch.
+            on_batch: Callback that receives the size of each batch.
         """
         self.work, self.executor = work, executor
         self.max_batch_size, self.max_queue, self.on_batch = max_batch_size, max_queue, on_batch
         self._queue: asyncio.Queue[_Pending[Item, Result]] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
-        self._last_size, self._last_seconds = 0, 0.0  # of the last batch
+        self._last_size, self._last_seconds = 0, 0.0  # number of items and duration of the last batch
 
     def __len__(self) -> int:
         """Return the number of waiting items."""
@@ -67,12 +68,12 @@ class Batcher(Generic[Item, Result]):
         """Process items and return their results, in the same order.
 
         Raises:
-            ValueError: There are more items than may ever wait.
-            QueueFull: Too many items are waiting already.
-            Exception: What `work` raised for one of the items alone.
+            ValueError: There are more than `max_queue` items.
+            QueueFull: Too many items are already waiting.
+            Exception: `work` failed for a single item; its exception is passed on.
         """
         if len(items) > self.max_queue:
-            raise ValueError(f"{len(items):,} items in one request, at most {self.max_queue:,} are allowed")
+            raise ValueError(f"too many items in one request: {len(items):,}; the limit is {self.max_queue:,}")
         if len(self) + len(items) > self.max_queue:
             raise QueueFull(f"the server is busy: {len(self):,} items are waiting; try again later")
         loop = asyncio.get_running_loop()
@@ -84,11 +85,11 @@ class Batcher(Generic[Item, Result]):
         try:
             return list(await asyncio.gather(*(entry.result for entry in pending)))
         finally:
-            # After a timeout, or an error in another item, nothing waits for the remaining results.
+            # After a timeout or an error in one item, the other results are no longer needed.
             _cancel(pending)
 
     async def close(self) -> None:
-        """Stop, and cancel all waiting items."""
+        """Stop processing and cancel all waiting items."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -107,11 +108,11 @@ class Batcher(Generic[Item, Result]):
             try:
                 await self._process(batch)
             finally:
-                _cancel(batch)  # if this task was cancelled, callers must not wait forever
+                _cancel(batch)  # so that callers do not wait forever if this task was cancelled
             self._last_seconds = time.perf_counter() - start
 
     async def _next_batch(self) -> list[_Pending[Item, Result]]:
-        """Wait for items, and return those that are still wanted; possibly none."""
+        """Wait for items, and return those that have not been cancelled (possibly none)."""
         batch = [await self._queue.get()]
         if len(self) + 1 < self._last_size:
             await asyncio.sleep(min(MAX_WAIT, self._last_seconds / 10))
@@ -120,7 +121,7 @@ class Batcher(Generic[Item, Result]):
         return [entry for entry in batch if not entry.result.done()]
 
     async def _process(self, batch: list[_Pending[Item, Result]]) -> None:
-        """Set the results of a batch. If it fails, process its items one by one, so that only invalid ones fail."""
+        """Process a batch and set its results. If it fails, retry each item alone, so that only invalid items fail."""
         loop = asyncio.get_running_loop()
         try:
             results = await loop.run_in_executor(self.executor, self.work, [entry.item for entry in batch])
@@ -139,6 +140,6 @@ class Batcher(Generic[Item, Result]):
 
 
 def _cancel(entries: Sequence[_Pending[Item, Result]]) -> None:
-    """Cancel the futures that have no result yet."""
+    """Cancel all futures that have no result yet."""
     for entry in entries:
         entry.result.cancel()

@@ -1,6 +1,6 @@
-"""Building and updating of an index: new and changed images are embedded, deleted ones removed.
+"""Build and update an index: embed new and changed images, and remove deleted images.
 
-Each batch is committed on its own, so an interrupted run resumes where it stopped.
+Each batch is committed separately, so an interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from llm2clip.search.backends import Backend
 from llm2clip.search.scan import digest_and_date, file_stamp, scan_sources
 from llm2clip.search.types import ImageState, IndexedContent, IndexedImage
 
-THUMBNAIL_SIDE = 256  # pixels of the longer side
-CHUNK = 8192  # images whose files are read before the new contents among them are embedded
+THUMBNAIL_SIDE = 256  # length of the longer side, in pixels
+CHUNK = 8192  # number of image files to read and hash before the new images among them are embedded
 
 
 @dataclass
 class IndexReport:
-    """Number of images that a run added, updated and removed, and number of contents it embedded."""
+    """Numbers of images that a run added, changed, removed and embedded. Identical files are embedded once."""
 
     added: int = 0
     changed: int = 0
@@ -60,20 +60,20 @@ def build_index(
     workers: int | None = None,
     prune: bool = False,
 ) -> IndexReport:
-    """Update an index to the current content of some sources. Images of other sources stay in the index.
+    """Update an index to match the current images of some sources. Images from other sources stay in the index.
 
     Args:
-        sources: Sources of images, with or without captions, as in `open_records`. Folders are read recursively.
-        model: Encodes the images.
-        backend: The index.
-        log: Counts and lists images that cannot be read.
-        columns: Column of the source for each of our fields.
-        batch_size: Images per forward pass and per commit.
-        workers: Processes that decode images, as in `image_batches`.
+        sources: Image sources, with or without captions, as in `open_records`. Folders are read recursively.
+        model: Model that encodes the images.
+        backend: Index to build or update.
+        log: Log that counts and lists images that cannot be read.
+        columns: Source column for each llm2clip field.
+        batch_size: Number of images per forward pass and per commit.
+        workers: Number of processes that decode images, as in `image_batches`.
         prune: Remove the images of a source that no longer exists or is empty, instead of raising an error.
 
     Raises:
-        ValueError: The index was built with another model.
+        ValueError: The index was built with a different model.
         OSError: A source does not exist, or one of its folders cannot be listed.
         TooManySkipped: Too many images cannot be read.
     """
@@ -98,7 +98,7 @@ def build_index(
         if name not in images and not _is_unchanged_file(name, state.stamp, folders):
             deleted.append(name)
     not_added = {image.name for image in to_add} - added
-    unreadable = [name for name in indexed if name in not_added]  # the file changed and can no longer be decoded
+    unreadable = [name for name in indexed if name in not_added]  # the file has changed and can no longer be decoded
     backend.remove([*deleted, *unreadable])
     backend.finish()
     return IndexReport(
@@ -110,15 +110,15 @@ def build_index(
 
 
 def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
-    """Check that an index was built with a model.
+    """Check that an index was built with a given model.
 
     Raises:
-        ValueError: It was built with another model, whose vectors cannot be compared with those of this one.
+        ValueError: The index was built with a different model, so its vectors are not comparable with new ones.
     """
     if metadata["fingerprint"] != fingerprint(model.identity()):
         raise ValueError(
-            f"the index was built with a different model: {metadata['model']}, or an earlier version of it, and not "
-            f"{model.name}. Pass the original model with --model, or build a new index in another folder."
+            f"the index was built with a different model: {metadata['model']} (or an earlier version of it), "
+            f"not {model.name}. Pass the original model with --model, or build a new index in another folder."
         )
 
 
@@ -139,7 +139,7 @@ def _parse_source(text: str, columns: dict[str, str]) -> Source:
 def _is_unchanged_file(name: str, stamp: str, folders: Sequence[str]) -> bool:
     """Return whether an image is still an unchanged file in one of the folders.
 
-    Such a file was not found because of a read error. It is not removed from the index.
+    The scan missed such a file because of a read error, so the image must not be removed from the index.
     """
     try:
         stat = os.stat(name)
@@ -156,7 +156,7 @@ def _add_images(
     batch_size: int,
     workers: int | None,
 ) -> tuple[set[str], int]:
-    """Add images to the index. Return the names of those that could be read, and the number of embedded contents."""
+    """Add images to the index. Return the names of the added images and the number of new embeddings."""
     added: set[str] = set()
     embedded = 0
     for start in range(0, len(images), CHUNK):
@@ -174,10 +174,10 @@ def _add_images(
 def _read_images(
     images: Sequence[IndexedImage], backend: Backend, log: SkipLog
 ) -> tuple[list[tuple[IndexedImage, bytes]], dict[bytes, list[IndexedImage]]]:
-    """Read the files of images and hash them.
+    """Read and hash image files.
 
     Returns:
-        The images whose content is already in the index, with its hash; the other images, grouped by hash.
+        Images whose content is already in the index, each with its hash, and all other images, grouped by hash.
     """
     readable: list[tuple[IndexedImage, bytes]] = []
     for image in ProgressBar(images, desc="read", unit="image"):
@@ -202,7 +202,7 @@ def _embed_images(
     batch_size: int,
     workers: int | None,
 ) -> Iterator[list[IndexedContent]]:
-    """Decode and embed each content once; yield the contents of each batch."""
+    """Decode and embed one image per hash, and yield the embedded contents batch by batch."""
     hashes = list(images_by_hash)
     refs = [images_by_hash[digest][0].ref for digest in hashes]
     with ProgressBar(total=len(refs), desc="embed", unit="image", disable=not refs) as bar:
@@ -225,7 +225,7 @@ def _embed_images(
 
 @dataclass(frozen=True)
 class PreparedImages:
-    """Transform of a decoded image to the model's input, a JPEG thumbnail, the width and the height."""
+    """Transform that converts a decoded image to the model's input, a JPEG thumbnail, a width and a height."""
 
     transform: Callable[[Tensor], Any]
 

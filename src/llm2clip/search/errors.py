@@ -1,4 +1,4 @@
-"""Errors of the HTTP API, and their JSON form, which is that of OpenAI's API."""
+"""Errors of the HTTP API, returned as JSON in the format of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ERROR_TYPES = {
     429: "too many requests",
     504: "timeout",
 }
-# For FastAPI's `responses` argument, which documents them in the OpenAPI schema.
+# Passed to FastAPI as `responses`, so that the OpenAPI schema documents these errors.
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     code: {"model": ErrorResponse, "description": description} for code, description in ERROR_TYPES.items()
 }
@@ -41,13 +41,13 @@ class NotFound(LookupError):
 
 
 def error_response(code: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """Return an error in the form of OpenAI's API."""
+    """Return an error response in the format of OpenAI's API."""
     error = {"message": message, "type": ERROR_TYPES.get(code, "error"), "code": code}
     return JSONResponse({"error": error}, code, headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Convert all exceptions of an application to error responses."""
+    """Register handlers that convert all exceptions in an application to error responses."""
     app.add_exception_handler(Exception, _handle_unexpected_error)
     app.add_exception_handler(HTTPException, _handle_http_exception)
     app.add_exception_handler(RequestValidationError, _handle_validation_error)
@@ -59,7 +59,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _handler(code: int, headers: dict[str, str] | None = None) -> Callable[[Request, Exception], Awaitable[Response]]:
-    """Return a handler that responds with a fixed status code and the message of the exception."""
+    """Return a handler that responds with a fixed status code and the exception's message."""
 
     async def handle(_: Request, error: Exception) -> Response:
         return error_response(code, str(error), headers)

@@ -1,4 +1,4 @@
-"""Inference service: runs the model and the index of a server for many concurrent requests."""
+"""Inference service: encodes and searches for many concurrent requests."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from llm2clip.search.request_images import decode_data_uri, load_request_image
 from llm2clip.search.schemas import HitResponse, Limits, SearchRequest
 
 DECODE_THREADS = 2
-SEARCH_THREADS = 2  # each search reads all vectors; more threads only compete for memory bandwidth
+SEARCH_THREADS = 2  # each search reads all vectors, so more threads would only compete for memory bandwidth
 
 
 class InferenceService:
-    """Model, index, queues and metrics of a server."""
+    """The model, index, queues and metrics of a server."""
 
     def __init__(
         self,
@@ -36,20 +36,20 @@ class InferenceService:
     ) -> None:
         """
         Args:
-            model: Encodes texts and images.
-            backend: The index. None serves embeddings only.
-            limits: Resource limits.
-            model_thread: Executor with a single thread, in which the model was loaded and will run. On a CPU each
-                thread that computes has its own OpenMP threads; when there are more of them than cores, they stop
-                busy-waiting between operations. A second computing thread makes the first one half as fast.
+            model: Model that encodes texts and images.
+            backend: Index to search. If None, the server only computes embeddings.
+            limits: Resource limits for requests.
+            model_thread: Single-threaded executor in which the model was loaded and will run. On a CPU, each thread
+                that runs PyTorch operations has its own pool of OpenMP threads. If there are more OpenMP threads
+                than cores, they stop busy-waiting between operations, and the model runs at half the speed.
         """
         self.model, self.backend, self.limits = model, backend, limits
-        # A single thread: two batches at once take longer than one after the other.
+        # A single thread, because two concurrent batches take longer than two consecutive ones.
         self._model_thread = model_thread or ThreadPoolExecutor(1, "model")
-        # OpenMP must count its threads for the model before the decoders are limited to one thread each.
+        # OpenMP must set the model's thread count before the decoders are limited to one thread each.
         self._model_thread.submit(torch.get_num_threads).result()
         self._decoders = ThreadPoolExecutor(DECODE_THREADS, "decode", torch.set_num_threads, (1,))
-        # Not the shared thread pool: a search that timed out keeps its thread until it ends.
+        # Separate from the shared thread pool, because a search that timed out occupies its thread until it ends.
         self._searchers = ThreadPoolExecutor(SEARCH_THREADS, "search")
         self._images_decoding = self._searches_waiting = 0
         self._create_metrics()
@@ -59,22 +59,25 @@ class InferenceService:
     def _create_metrics(self) -> None:
         registry = self.registry = CollectorRegistry()
         self.request_count = Counter(
-            "llm2clip_http_requests", "Number of requests.", ["method", "path", "status"], registry=registry
+            "llm2clip_http_requests", "Number of HTTP requests.", ["method", "path", "status"], registry=registry
         )
         self.request_duration = Histogram(
-            "llm2clip_http_request_duration_seconds", "Duration of requests.", ["path"], registry=registry
+            "llm2clip_http_request_duration_seconds",
+            "Duration of HTTP requests in seconds.",
+            ["path"],
+            registry=registry,
         )
         self.batch_sizes = Histogram(
             "llm2clip_batch_size",
-            "Items per forward pass.",
+            "Number of items per forward pass.",
             ["kind"],
             buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=registry,
         )
-        queue_size = Gauge("llm2clip_queue_size", "Items waiting for the model.", ["kind"], registry=registry)
+        queue_size = Gauge("llm2clip_queue_size", "Number of items waiting for the model.", ["kind"], registry=registry)
         queue_size.labels("text").set_function(lambda: len(self._text_batcher))
         queue_size.labels("image").set_function(lambda: len(self._image_batcher))
-        index_images = Gauge("llm2clip_index_images", "Images in the index.", registry=registry)
+        index_images = Gauge("llm2clip_index_images", "Number of images in the index.", registry=registry)
         index_images.set_function(self.count_images)
 
     def _batcher(self, kind: str, encode: Callable[[list[Any]], Any]) -> Batcher[Any, np.ndarray]:
@@ -87,14 +90,14 @@ class InferenceService:
         )
 
     async def close(self) -> None:
-        """Cancel waiting items and stop all threads."""
+        """Cancel all waiting items and stop all threads."""
         await self._text_batcher.close()
         await self._image_batcher.close()
         for pool in (self._model_thread, self._decoders, self._searchers):
             pool.shutdown(cancel_futures=True)
 
     async def embed_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the vectors of texts, float32 (D,) each.
+        """Return the embeddings of texts, each float32 (D,).
 
         Raises:
             ValueError: The model returned NaN or infinity for a text.
@@ -103,7 +106,7 @@ class InferenceService:
         return _check_finite(await self._text_batcher.submit(texts), "a text")
 
     async def embed_images(self, encoded: Sequence[bytes]) -> list[np.ndarray]:
-        """Decode images and return their vectors, float32 (D,) each.
+        """Decode images and return their embeddings, each float32 (D,).
 
         Raises:
             TooLarge: An image has too many pixels.
@@ -113,7 +116,7 @@ class InferenceService:
         """
         max_queue = self.limits.max_queue
         if len(encoded) > max_queue:
-            raise ValueError(f"{len(encoded):,} images in one request, at most {max_queue:,} are allowed")
+            raise ValueError(f"too many images in one request: {len(encoded):,}; the limit is {max_queue:,}")
         if self._images_decoding + len(encoded) > max_queue:
             raise QueueFull(f"the server is busy: {self._images_decoding:,} images are waiting; try again later")
         loop = asyncio.get_running_loop()
@@ -132,7 +135,7 @@ class InferenceService:
         """Embed a query and return its hits.
 
         Raises:
-            NotFound: The server has no index, or the index does not contain a hit to be similar to.
+            NotFound: The server has no index, or the index does not contain one of the hits in `request.like`.
             ValueError: The query is empty.
             QueueFull: Too many searches are waiting.
         """
@@ -141,7 +144,7 @@ class InferenceService:
         for hit_id in request.like:
             vector = await run_in_threadpool(backend.vector, hit_id)
             if vector is None:
-                raise NotFound(f"the index has no image {hit_id}")
+                raise NotFound(f"the index contains no image with id {hit_id}")
             positive.append(vector)
         positive += await self._embed(request.texts, request.images)
         negative = await self._embed(request.negative_texts, request.negative_images)
@@ -165,14 +168,14 @@ class InferenceService:
         """Return the index.
 
         Raises:
-            NotFound: The server was started without one.
+            NotFound: The server was started without an index.
         """
         if self.backend is None:
-            raise NotFound("this server has no index; start it with: llm2clip serve --index INDEX")
+            raise NotFound("this server has no index; to search, start it with: llm2clip serve --index INDEX")
         return self.backend
 
     def count_images(self) -> int:
-        """Return the number of images in the index, 0 without an index."""
+        """Return the number of images in the index, or 0 if the server has no index."""
         return self.backend.count()[0] if self.backend else 0
 
 

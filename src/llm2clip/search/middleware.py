@@ -1,4 +1,4 @@
-"""Middleware around every request: authentication, size limits, timeout, security headers and metrics."""
+"""ASGI middleware for authentication, size limits, timeouts, security headers and metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from llm2clip.search.errors import RETRY_SOON, error_response
 from llm2clip.search.inference import InferenceService
 
 COOKIE = "llm2clip_token"
-COUNTED_METHODS = ("GET", "POST", "HEAD", "OPTIONS")  # all others share the label "other": clients can invent names
+COUNTED_METHODS = (
+    "GET",
+    "POST",
+    "HEAD",
+    "OPTIONS",
+)  # other methods share the label "other", because clients can invent names
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -25,11 +30,11 @@ SECURITY_HEADERS = {
 
 
 class RequestMiddleware:
-    """ASGI middleware that checks and measures every request."""
+    """ASGI middleware that checks every request and records metrics."""
 
     def __init__(self, app: ASGIApp, service: InferenceService, token: str | None) -> None:
         self.app, self.service, self.token = app, service, token
-        self.bytes_in_flight = 0  # size of the bodies of all requests in progress
+        self.bytes_in_flight = 0  # total size of the bodies of all requests in progress
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,20 +53,22 @@ class RequestMiddleware:
             self._record(scope, sender.status, time.perf_counter() - start)
 
     def _check(self, request: Request) -> Response | None:
-        """Return an error response if the request must be rejected before its body is read."""
+        """Check a request before its body is read. Return an error response if it must be rejected."""
         max_bytes = self.service.limits.max_body_bytes
         length = request.headers.get("content-length", "")
         if not self._is_authorized(request):
-            message = "send the header Authorization: Bearer TOKEN, or open /?token=TOKEN in a browser"
+            message = "invalid token: send the header Authorization: Bearer TOKEN, or open /?token=TOKEN in a browser"
             return error_response(401, message, {"WWW-Authenticate": "Bearer"})
         if request.headers.get("sec-fetch-site") == "cross-site" and request.scope["path"] != "/":
             return error_response(403, "cross-site requests are not allowed")
         if length.isdigit() and int(length) > max_bytes:
-            return error_response(413, f"the body has {int(length):,} bytes, at most {max_bytes:,} are allowed")
+            return error_response(
+                413, f"the request body is too large: {int(length):,} bytes; the limit is {max_bytes:,}"
+            )
         return None
 
     def _is_authorized(self, request: Request) -> bool:
-        path = request.scope["path"]  # not request.url, which includes the Host header
+        path = request.scope["path"]  # not from request.url, which includes the Host header
         if self.token is None or path == "/health":
             return True
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
@@ -71,7 +78,7 @@ class RequestMiddleware:
         return any(secrets.compare_digest(candidate.encode(), self.token.encode()) for candidate in candidates)
 
     async def _run_app(self, scope: Scope, body: _BodyReader, sender: _ResponseSender) -> Response | None:
-        """Run the application. Return an error response if it timed out or its body was rejected."""
+        """Run the application. Return an error response if the request times out or its body is rejected."""
         timeout = self.service.limits.timeout
         try:
             async with asyncio.timeout(timeout):
@@ -95,15 +102,18 @@ class RequestMiddleware:
 
 
 class _BodyRejected(HTTPException):
-    """A body is too large. An HTTPException, since FastAPI converts all other exceptions raised while it reads."""
+    """Raised when a request body is too large.
+
+    It is an HTTPException because FastAPI converts all other exceptions that are raised while it reads the body.
+    """
 
 
 class _BodyReader:
-    """Wraps `receive` and enforces the size limits while a body arrives: Content-Length may be missing or wrong."""
+    """Wraps `receive` and enforces size limits as a body arrives, since Content-Length may be missing or wrong."""
 
     def __init__(self, middleware: RequestMiddleware, receive: Receive) -> None:
         self._middleware, self._receive = middleware, receive
-        self.size = 0  # bytes received
+        self.size = 0  # number of bytes received
 
     async def __call__(self) -> Message:
         message = await self._receive()
@@ -112,14 +122,16 @@ class _BodyReader:
         self._middleware.bytes_in_flight += size
         limits = self._middleware.service.limits
         if self.size > limits.max_body_bytes:
-            raise _BodyRejected(413, f"the body is too large, at most {limits.max_body_bytes:,} bytes are allowed")
+            raise _BodyRejected(413, f"the request body is too large; the limit is {limits.max_body_bytes:,} bytes")
         if self._middleware.bytes_in_flight > limits.max_bytes_in_flight:
-            raise _BodyRejected(429, "the server is busy: too many bytes in progress; try again later", RETRY_SOON)
+            raise _BodyRejected(
+                429, "the server is busy: the requests in progress are too large; try again later", RETRY_SOON
+            )
         return message
 
 
 class _ResponseSender:
-    """Wraps `send`: adds the security headers that the response does not set itself, and records its status."""
+    """Wraps `send` to add any missing security headers to a response and to record its status."""
 
     def __init__(self, send: Send) -> None:
         self._send = send

@@ -1,6 +1,7 @@
-"""Index in a Qdrant collection, for collections of images that outgrow one machine.
+"""Index in a Qdrant collection, for image collections that are too large for one machine.
 
-Each distinct content is one point; its payload lists the images with that content. One more point holds the metadata.
+Each distinct image content is one point, whose payload lists the images with that content. An additional point holds
+the metadata.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from qdrant_client import QdrantClient, models
 
 from llm2clip.search.types import Filter, Hit, ImageState, IndexedContent, IndexedImage, ref_from_json, ref_to_json
 
-METADATA_KEY = b"llm2clip"  # the id of the metadata point is derived from this, as other ids are from content hashes
+METADATA_KEY = b"llm2clip"  # the metadata point's id is derived from this key, and all other ids from content hashes
 PAGE_SIZE = 1000  # points per request
-# Payload fields that filters look at. Their names are those of version 0.1, so that existing collections open: within
-# lists the folders and files that contain an image, side is the length of the shorter side.
+# Payload fields used by filters. The names are those of version 0.1, so that existing collections can still be opened:
+# "within" lists the folders and files that contain an image, and "side" is the length of the shorter side in pixels.
 PAYLOAD_INDEXES: dict[str, models.PayloadSchemaType | models.TextIndexParams] = {
     "sources": models.PayloadSchemaType.KEYWORD,
     "names": models.PayloadSchemaType.KEYWORD,
@@ -40,19 +41,19 @@ class QdrantBackend:
     def __init__(self, client: QdrantClient, collection: str) -> None:
         """
         Args:
-            client: Client of a server, of a local folder, or in memory.
+            client: Qdrant client, connected to a server, a local folder or an in-memory database.
             collection: Name of the collection. `initialize` creates it if it does not exist.
         """
         self.client, self.collection = client, collection
 
     @classmethod
     def from_url(cls, url: str, write: bool = False) -> QdrantBackend:
-        """Open the collection at `http(s)://HOST:PORT/COLLECTION`. QDRANT_API_KEY is sent if it is set.
+        """Open the collection at `http(s)://HOST:PORT/COLLECTION`. If QDRANT_API_KEY is set, use it as the API key.
 
         Raises:
-            ValueError: The URL does not name a collection.
+            ValueError: The URL does not contain a collection name.
             FileNotFoundError: The collection does not exist or is not an index, and `write` is False.
-            OSError: The server does not answer.
+            OSError: The server does not respond.
         """
         match = re.fullmatch(r"(https?://[^/]+)/([\w-]+)", url)
         if match is None:
@@ -61,10 +62,10 @@ class QdrantBackend:
         backend = cls(QdrantClient(server, api_key=os.environ.get("QDRANT_API_KEY")), collection)
         try:
             exists = backend.client.collection_exists(collection)
-        except Exception as error:  # of the client, or of one of the two HTTP libraries below it
+        except Exception as error:  # raised by the client, or by one of the two HTTP libraries that it uses
             raise OSError(f"{server}: {error}") from error
         if not write and not (exists and backend.metadata()):
-            raise FileNotFoundError(f"{server} has no index in the collection {collection!r}")
+            raise FileNotFoundError(f"{server} has no llm2clip index in the collection {collection!r}")
         return backend
 
     # ---- building
@@ -92,7 +93,7 @@ class QdrantBackend:
         ]
         states = {}
         for point in self._scroll(models.Filter(should=conditions, must_not=[_metadata_point()])):
-            for image in _images(point.payload):  # only some of the images of a point may match
+            for image in _images(point.payload):  # not all images of a matching point must match
                 if image.source in sources or not set(_containing_paths(image)).isdisjoint(sources):
                     states[image.name] = ImageState(image.stamp, image.captions)
         return states
@@ -107,10 +108,10 @@ class QdrantBackend:
         return existing
 
     def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
-        new_images: dict[str, list[IndexedImage]] = {}  # by id of their point
+        new_images: dict[str, list[IndexedImage]] = {}  # keyed by point id
         for image, digest in images:
             new_images.setdefault(_point_id(digest), []).append(image)
-        # An image whose file changed moves from one point to another.
+        # If the file of an image has changed, the image moves from one point to another.
         self._remove_images({image.name for image, _ in images}, keep_points=new_images.keys())
         new_points = {}
         for content in contents:
@@ -135,7 +136,7 @@ class QdrantBackend:
         self._remove_images(set(names))
 
     def finish(self) -> None:
-        """Store the number of images and contents. Qdrant maintains its own HNSW graph."""
+        """Store the numbers of images and distinct images. Qdrant maintains its own HNSW graph."""
         images_per_content = [len(_images(point.payload)) for point in self._scroll()]
         counts = {"pictures": sum(images_per_content), "contents": len(images_per_content)}
         self.initialize({**self.metadata(), **counts})
@@ -186,7 +187,7 @@ class QdrantBackend:
     # ---- points
 
     def _retrieve(self, hit_id: str, with_vector: bool = False) -> Any:
-        """Return the point of a hit, or None if there is none."""
+        """Return the point of a hit, or None if the id is unknown."""
         try:
             point_id = str(uuid.UUID(hit_id))
         except ValueError:
@@ -195,7 +196,7 @@ class QdrantBackend:
         return points[0] if points and "pictures" in (points[0].payload or {}) else None
 
     def _scroll(self, condition: models.Filter | None = None) -> Iterator[Any]:
-        """Yield all points that meet a condition, without thumbnails. Default: the points of all contents."""
+        """Yield all points that meet a condition, without their thumbnails. Default: all points except the metadata."""
         offset = None
         while True:
             points, offset = self.client.scroll(
@@ -210,12 +211,12 @@ class QdrantBackend:
                 return
 
     def _remove_images(self, names: set[str], keep_points: Iterable[str] = ()) -> None:
-        """Remove images from their points, and points left without images, except `keep_points`."""
+        """Remove images from their points. Delete points that have no images left, except those in `keep_points`."""
         kept_ids, sorted_names = set(keep_points), sorted(names)
         for start in range(0, len(sorted_names), PAGE_SIZE):
             page = sorted_names[start : start + PAGE_SIZE]
             condition = models.FieldCondition(key="names", match=models.MatchAny(any=page))
-            # The list is complete before anything changes: scrolling while points change could miss some.
+            # Collect all points before changing any, because scrolling while points change could skip some of them.
             for point in list(self._scroll(models.Filter(must=[condition]))):
                 images = _images(point.payload)
                 remaining = [image for image in images if image.name not in names]
@@ -230,7 +231,7 @@ def _point_id(digest: bytes) -> str:
 
 
 def _point(content: IndexedContent) -> models.PointStruct:
-    """Return the point of a content, without images."""
+    """Return a point for an image content, without any images in its payload."""
     payload = {
         "thumbnail": base64.b64encode(content.thumbnail).decode(),
         "width": content.width,
@@ -242,7 +243,7 @@ def _point(content: IndexedContent) -> models.PointStruct:
 
 
 def _image_payload(images: Sequence[IndexedImage]) -> dict[str, Any]:
-    """Return the payload that stores the images of a content, with the fields that filters look at."""
+    """Return the payload that stores the images of a content, including the fields used by filters."""
     fields = [[i.name, ref_to_json(i.ref), i.source, i.stamp, list(i.captions), i.taken] for i in images]
     return {
         "pictures": json.dumps(fields),
@@ -255,7 +256,7 @@ def _image_payload(images: Sequence[IndexedImage]) -> dict[str, Any]:
 
 
 def _images(payload: Any) -> tuple[IndexedImage, ...]:
-    """Return the images of a point's payload."""
+    """Return the images stored in a point's payload."""
     images = []
     for name, ref, source, stamp, captions, taken in json.loads((payload or {}).get("pictures", "[]")):
         images.append(IndexedImage(name, ref_from_json(ref), source, stamp, tuple(captions), taken))
@@ -263,16 +264,16 @@ def _images(payload: Any) -> tuple[IndexedImage, ...]:
 
 
 def _containing_paths(image: IndexedImage) -> list[str]:
-    """Return the paths that an image is inside of: its folders, its tar or table, and its own name."""
+    """Return all paths that contain an image: its parent folders, its tar or table, and its own name."""
     slashes = [match.start() for match in re.finditer("/", image.name)]
     folders = [image.name[:position] for position in slashes if position > 0]
     return [*folders, image.container, image.name]
 
 
 def _matches(image: IndexedImage, image_filter: Filter) -> bool:
-    """Return whether a single image meets the path and time conditions.
+    """Return whether a single image meets both the path and the time conditions.
 
-    Qdrant checks each condition against all images of a point, so different images may have met them.
+    Qdrant checks each condition against all images of a point, so different images may have met different conditions.
     """
     path = image_filter.path.rstrip("/") if image_filter.path is not None else ""
     after = -math.inf if image_filter.after is None else image_filter.after
@@ -281,7 +282,7 @@ def _matches(image: IndexedImage, image_filter: Filter) -> bool:
 
 
 def _qdrant_filter(image_filter: Filter) -> models.Filter:
-    """Convert a filter to Qdrant's form, without the metadata point."""
+    """Convert a filter to a Qdrant filter that also excludes the metadata point."""
     conditions: list[Any] = []
     path = image_filter.path.rstrip("/") if image_filter.path is not None else ""
     if path:

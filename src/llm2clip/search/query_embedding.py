@@ -1,4 +1,4 @@
-"""Embedding of a search query: a combination of texts and images, positive and negative."""
+"""Embedding of a search query that combines positive and negative texts and images."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from llm2clip.data.images import load_image
 from llm2clip.models.dual_encoder import DualEncoder
 
-NEGATIVE_WEIGHT = 0.5  # with 1, results would be far from the negatives but hardly related to the positives
+NEGATIVE_WEIGHT = 0.5  # a weight of 1 would give results far from the negatives but hardly related to the positives
 
 
 @dataclass(frozen=True)
 class Query:
-    """Texts and images that results should be similar to, and those that they should not be similar to.
+    """Texts and images that results should resemble, and texts and images that they should not resemble.
 
-    Images are anything that `data.images.load_image` accepts.
+    An image can be anything that `data.images.load_image` accepts.
     """
 
     texts: Sequence[str] = ()
@@ -30,10 +30,10 @@ class Query:
 
 
 def embed_query(model: DualEncoder, query: Query) -> np.ndarray:
-    """Return the vector of a query, float32 (D,), L2-normalised; see `combine`.
+    """Return the embedding of a query, float32 (D,), L2-normalised; see `combine`.
 
     Raises:
-        ValueError: The query has no positive text or image.
+        ValueError: The query contains no positive text or image.
         ImageError: An image cannot be read.
     """
     positive = _embed(model, query.texts, query.images)
@@ -42,7 +42,7 @@ def embed_query(model: DualEncoder, query: Query) -> np.ndarray:
 
 
 def embed_images(model: DualEncoder, images: Sequence[Any]) -> Tensor:
-    """Return the vectors of images, float32 (N, D), L2-normalised.
+    """Return the embeddings of images, float32 (N, D), L2-normalised.
 
     Raises:
         ImageError: An image cannot be read.
@@ -53,19 +53,20 @@ def embed_images(model: DualEncoder, images: Sequence[Any]) -> Tensor:
 
 
 def combine(positive: Sequence[np.ndarray], negative: Sequence[np.ndarray] = ()) -> np.ndarray:
-    """Combine vectors to a query vector, float32 (D,), L2-normalised.
+    """Combine embeddings into a query vector, float32 (D,), L2-normalised.
 
-    The result is the mean of the positive vectors minus half the mean of the negative ones; both means are normalised.
+    The result is the mean of the positive embeddings minus half the mean of the negative embeddings. Both means are
+    normalised first.
 
     Args:
-        positive: Vectors float32 (D,), L2-normalised.
-        negative: Vectors float32 (D,), L2-normalised.
+        positive: Embeddings to be similar to, each float32 (D,), L2-normalised.
+        negative: Embeddings to be dissimilar to, each float32 (D,), L2-normalised.
 
     Raises:
-        ValueError: There is no positive vector.
+        ValueError: There is no positive embedding.
     """
     if not len(positive):
-        raise ValueError("the query is empty: give at least one text or image to search for")
+        raise ValueError("the query is empty: provide at least one text or image to search for")
     query = _normalize(np.mean(positive, axis=0))
     if len(negative):
         query = _normalize(query - NEGATIVE_WEIGHT * _normalize(np.mean(negative, axis=0)))

@@ -1,4 +1,4 @@
-"""Presentation of search results: a table in the terminal, and an HTML contact sheet."""
+"""Display search results as a table in the terminal or as an HTML contact sheet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llm2clip.search.backends import Backend
 from llm2clip.search.types import Hit
 
 CAPTION_LENGTH = 160  # characters
-THUMBNAIL_COLUMNS, THUMBNAIL_ROWS = 24, 24  # in pixels: a character is one pixel wide and two high
+THUMBNAIL_COLUMNS, THUMBNAIL_ROWS = 24, 24  # in pixels; each character is one pixel wide and two pixels high
 
 
 def print_hits(hits: Sequence[Hit], backend: Backend, console: Console) -> None:
@@ -44,12 +44,12 @@ def print_hits(hits: Sequence[Hit], backend: Backend, console: Console) -> None:
 
 
 def _printable(text: str) -> str:
-    """Replace control characters, which a terminal would interpret, by spaces."""
+    """Replace control characters, which a terminal would interpret, with spaces."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _draw(jpeg: bytes | None) -> RichText:
-    """Draw a thumbnail with half-block characters; each shows two pixels."""
+    """Draw a thumbnail with half-block characters, each of which shows two pixels."""
     import torch
     from torchvision.transforms.v2 import functional as F
 
@@ -61,7 +61,7 @@ def _draw(jpeg: bytes | None) -> RichText:
     height, width = pixels.shape[-2:]
     rows = max(2, min(THUMBNAIL_ROWS, round(THUMBNAIL_COLUMNS * height / width))) // 2 * 2
     resized = F.resize(pixels, [rows, THUMBNAIL_COLUMNS], antialias=True).to(torch.int)
-    lines = resized.permute(1, 2, 0).tolist()  # rows of columns of RGB
+    lines = resized.permute(1, 2, 0).tolist()  # (rows, columns, RGB)
     text = RichText()
     for upper_line, lower_line in zip(lines[::2], lines[1::2], strict=True):
         for upper, lower in zip(upper_line, lower_line, strict=True):
@@ -75,9 +75,9 @@ def write_contact_sheet(query: str, hits: Sequence[Hit], backend: Backend, folde
 
     Args:
         query: Description of the query, shown above the images.
-        hits: Search results.
-        backend: The index they are from.
-        folder: Folder of the page. Default: a new temporary folder.
+        hits: Search results to show.
+        backend: Index that returned the hits.
+        folder: Folder to write the page to. Default: a new temporary folder.
     """
     folder = folder or Path(tempfile.mkdtemp(prefix="llm2clip-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def write_contact_sheet(query: str, hits: Sequence[Hit], backend: Backend, folde
     for rank, hit in enumerate(hits, 1):
         label = f"{rank}. {hit.score:.3f} {Path(hit.images[0].name).name}"
         images.append(ResultImage(backend.thumbnail(hit.id), None, label))
-    summary = Paragraph(f"{len(hits)} images, most similar first, with their cosine similarity.")
+    summary = Paragraph(f"{len(hits)} images, most similar first, each with its rank and cosine similarity.")
     blocks: list[Block] = [ResultImages(query, images), summary]
     return write_report(folder, "results", "Search results", blocks)[1]
 
@@ -93,4 +93,4 @@ def write_contact_sheet(query: str, hits: Sequence[Hit], backend: Backend, folde
 def open_in_browser(page: Path) -> None:
     """Open a page in the user's browser, or print a message if there is none."""
     if not webbrowser.open(page.resolve().as_uri()):
-        print(f"no browser found to open {page}", file=sys.stderr)
+        print(f"could not open a browser; open this file manually: {page}", file=sys.stderr)

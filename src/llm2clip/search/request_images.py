@@ -1,4 +1,4 @@
-"""Images sent to the server: decoding of data URIs, and limits that are checked before an image is decoded."""
+"""Decode images sent to the server, after checking their size limits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def decode_data_uri(uri: str) -> bytes:
     """Return the bytes of a base64 data URI.
 
     Raises:
-        ImageError: It is not a data URI, or not valid base64.
+        ImageError: The text is not a data URI, or its base64 is invalid.
     """
     header, comma, body = uri.partition(",")
     if not comma or not header.endswith(";base64"):
@@ -33,16 +33,16 @@ def load_request_image(data: bytes, max_pixels: int) -> Any:
     """Decode an image to uint8 (3, H, W).
 
     Raises:
-        TooLarge: It has more than `max_pixels` pixels. This is checked before decoding.
-        ImageError: It cannot be decoded.
+        TooLarge: The image has more than `max_pixels` pixels. This is checked before decoding.
+        ImageError: The image cannot be decoded.
     """
     try:
         with Image.open(io.BytesIO(data), formats=readable_formats()) as header:
             width, height = header.size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLarge(str(error)) from error
-    except Exception as error:  # damaged headers make Pillow raise almost anything
-        raise ImageError("not an image, or an unsupported image format") from error
+    except Exception as error:  # Pillow can raise almost any exception for a damaged header
+        raise ImageError("the data is not an image, or its format is not supported") from error
     if width * height > max_pixels:
-        raise TooLarge(f"the image has too many pixels: {width} x {height}, at most {max_pixels:,} are allowed")
+        raise TooLarge(f"the image has too many pixels: {width} x {height}; the limit is {max_pixels:,}")
     return load_image(data)

@@ -1,4 +1,4 @@
-"""Scan of the sources of an index: their images and captions, without decoding the images."""
+"""Scan the sources of an index for images and captions, without decoding the images."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.search.types import REF_TYPES, IndexedImage
 
-# Image formats that are not supported. Files in a folder that have these suffixes are reported.
+# Suffixes of unsupported image formats. Files with these suffixes are reported.
 UNSUPPORTED_SUFFIXES = frozenset(
     {"heic", "heif", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raw", "psd", "svg", "jxl"}
 )
-EXIF_IFD, EXIF_DATE_TAKEN, EXIF_DATE = 0x8769, 0x9003, 0x0132  # tags
+EXIF_IFD, EXIF_DATE_TAKEN, EXIF_DATE = 0x8769, 0x9003, 0x0132  # EXIF tags
 
 
 def scan_sources(sources: Sequence[Source], log: SkipLog, prune: bool = False) -> dict[str, IndexedImage]:
-    """Return all images of some sources by name. Several rows of the same image are merged, with all their captions."""
+    """Return the images of all sources, keyed by name. Rows for the same image are merged with all their captions."""
     images: dict[str, IndexedImage] = {}
     for source in sources:
         for image in find_images(source, log, prune):
             previous = images.get(image.name)
             if previous is not None and isinstance(previous.ref, TarImage) and previous.ref != image.ref:
-                # Two members of a tar have the same name: the key of the second one includes its offset.
+                # Two members of a tar have the same name: add the offset to the name of the second member.
                 image = dataclasses.replace(image, name=printable(image.ref.key))
                 previous = images.get(image.name)
-            if previous is not None:  # e.g. a caption file beside the images of a folder
+            if previous is not None:  # e.g. images in a folder that also contains a caption file
                 captions = dict.fromkeys([*previous.captions, *image.captions])
                 image = dataclasses.replace(previous, captions=tuple(captions))
             images[image.name] = image
@@ -43,11 +43,11 @@ def scan_sources(sources: Sequence[Source], log: SkipLog, prune: bool = False) -
 
 
 def find_images(source: Source, log: SkipLog, prune: bool = False) -> Iterator[IndexedImage]:
-    """Yield the images of a source. Their files are located, but not decoded.
+    """Yield the images of a source, without decoding them.
 
     Args:
-        source: With an absolute path.
-        log: Records rows without an image, and files in unsupported formats.
+        source: Source with an absolute path.
+        log: Log that records rows without an image and files in unsupported formats.
         prune: Yield nothing if the source does not exist, instead of raising an error.
 
     Raises:
@@ -61,7 +61,7 @@ def find_images(source: Source, log: SkipLog, prune: bool = False) -> Iterator[I
         if prune:
             return
         raise FileNotFoundError(
-            f"{error}\nUse --prune to remove the images of a source that no longer exists from the index."
+            f"{error}\nIf the source no longer exists, add --prune to remove its images from the index."
         ) from error
     if os.path.isdir(source.path):
         for path in list_files(source.path, UNSUPPORTED_SUFFIXES):
@@ -72,7 +72,9 @@ def find_images(source: Source, log: SkipLog, prune: bool = False) -> Iterator[I
             log.skip(record.id, 0, "no image", "")
             continue
         if type(record.image).__name__ not in REF_TYPES:
-            raise ValueError(f"{source}: the images are not in local files; write them to disk with save_to_disk")
+            raise ValueError(
+                f"{source}: the images are not in local files. Write the data set to disk with save_to_disk first."
+            )
         try:
             stat = os.stat(record.image.container_path or "")
         except FileNotFoundError:
@@ -93,7 +95,7 @@ def file_stamp(stat: os.stat_result) -> str:
 
 
 def digest_and_date(image: IndexedImage, log: SkipLog) -> tuple[bytes | None, float]:
-    """Return the SHA-256 of an image's bytes (None if they cannot be read) and the time at which it was taken."""
+    """Return the SHA-256 of an image's bytes (None if unreadable) and the time at which the image was taken."""
     try:
         data = image.ref.read()
     except (OSError, ValueError, LookupError) as error:
@@ -103,9 +105,9 @@ def digest_and_date(image: IndexedImage, log: SkipLog) -> tuple[bytes | None, fl
 
 
 def date_taken(data: bytes) -> float | None:
-    """Return the EXIF date of an encoded image in seconds since 1970, or None if it has none.
+    """Return the EXIF date of an encoded image in seconds since 1970, or None if it has no EXIF date.
 
-    EXIF dates have no time zone; the local one is assumed.
+    EXIF dates have no time zone, so the local time zone is assumed.
     """
     try:
         header = Image.open(io.BytesIO(data), formats=readable_formats())
@@ -114,5 +116,5 @@ def date_taken(data: bytes) -> float | None:
         exif = header.getexif()
         date = exif.get_ifd(EXIF_IFD).get(EXIF_DATE_TAKEN) or exif.get(EXIF_DATE)
         return datetime.strptime(str(date)[:19], "%Y:%m:%d %H:%M:%S").timestamp()
-    except Exception:  # damaged headers make Pillow raise almost anything; the image is indexed without a date
+    except Exception:  # Pillow can raise almost any exception for a damaged header; index the image without a date
         return None

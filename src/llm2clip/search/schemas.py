@@ -1,4 +1,4 @@
-"""Requests and responses of the HTTP API, with the limits that every request must keep."""
+"""Request and response models of the HTTP API, and the limits on requests."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ class Limits:
     """Resource limits of a server.
 
     Args:
-        max_body_bytes: Maximum size of a request body; larger ones get status 413.
-        max_bytes_in_flight: Maximum size of the bodies of all requests in progress; beyond it, status 429.
-        max_pixels: Maximum number of pixels of an image; larger ones get status 413.
-        max_queue: Maximum number of texts, and of images, that wait for the model; beyond it, status 429.
-        timeout: Maximum duration of a request in seconds; afterwards, status 504.
-        batch_size: Maximum number of texts, or of images, per forward pass.
+        max_body_bytes: Maximum size of a request body in bytes; larger requests are rejected with status 413.
+        max_bytes_in_flight: Maximum total size of the bodies of all requests in progress, in bytes; further requests
+            are rejected with status 429.
+        max_pixels: Maximum number of pixels in an image; larger images are rejected with status 413.
+        max_queue: Maximum number of texts, and separately of images, waiting for the model; further requests are
+            rejected with status 429.
+        timeout: Maximum duration of a request in seconds; slower requests get status 504.
+        batch_size: Maximum number of texts or images per forward pass.
     """
 
     max_body_bytes: int = 32 << 20
@@ -59,7 +61,7 @@ def _require_data_uri(text: str) -> str:
 
 def _require_text_or_data_uri(text: str) -> str:
     if not text.startswith(DATA_URI_PREFIX) and len(text) > MAX_TEXT_LENGTH:
-        raise ValueError(f"the text has {len(text):,} characters, at most {MAX_TEXT_LENGTH:,} are allowed")
+        raise ValueError(f"the text is too long: {len(text):,} characters; the limit is {MAX_TEXT_LENGTH:,}")
     return _require_text(_require_valid_unicode(text))
 
 
@@ -72,16 +74,18 @@ Time = Annotated[float, Field(ge=-1e11, le=1e12, allow_inf_nan=False)]
 
 
 class _StrictModel(BaseModel):
-    """A model that rejects unknown fields."""
+    """Pydantic base model that rejects unknown fields."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class FilterRequest(_StrictModel):
-    """Conditions that images must meet to be found."""
+    """Conditions that search results must meet."""
 
     path: AnyText | None = Field(default=None, description="folder, tar or file that contains the image")
-    caption: AnyText | None = Field(default=None, description="text that a caption must contain, ignoring case")
+    caption: AnyText | None = Field(
+        default=None, description="text that at least one caption must contain, ignoring case"
+    )
     after: Time | None = Field(default=None, description="earliest time taken, in seconds since 1970")
     before: Time | None = Field(default=None, description="latest time taken, in seconds since 1970")
     min_side: int | None = Field(
@@ -93,36 +97,40 @@ class FilterRequest(_StrictModel):
 
 
 class SearchRequest(_StrictModel):
-    """A search query: at least one text, image or hit, optional negatives, and an optional filter."""
+    """A search query: at least one text, image or hit, with optional negatives and an optional filter."""
 
     texts: list[Text] = Field(
-        default=[], max_length=MAX_IMAGES, description="of any length, in any language that the model supports"
+        default=[], max_length=MAX_IMAGES, description="texts of any length, in any language that the model supports"
     )
     images: list[DataUri] = Field(default=[], max_length=MAX_IMAGES, description="images as data URIs")
     like: list[HitId] = Field(
-        default=[], max_length=MAX_IMAGES, description="ids of hits that results should be similar to"
+        default=[], max_length=MAX_IMAGES, description="ids of earlier hits that results should be similar to"
     )
-    negative_texts: list[Text] = Field(default=[], max_length=MAX_IMAGES, description="what images should not show")
+    negative_texts: list[Text] = Field(
+        default=[], max_length=MAX_IMAGES, description="descriptions of what the results should not show"
+    )
     negative_images: list[DataUri] = Field(
-        default=[], max_length=MAX_IMAGES, description="images that results should not be similar to, as data URIs"
+        default=[], max_length=MAX_IMAGES, description="images, as data URIs, that results should not resemble"
     )
     top: int = Field(default=50, ge=1, le=MAX_TOP, description="maximum number of hits")
     filter: FilterRequest = FilterRequest()  # pydantic copies defaults
 
 
 class ImageLocation(BaseModel):
-    """One of the files that contain an image."""
+    """One of the locations of an image."""
 
     name: str
     captions: list[str]
-    taken: float = Field(description="time at which the photo was taken, in seconds since 1970")
+    taken: float = Field(
+        description="time at which the photo was taken, or else the file's modification time, in seconds since 1970"
+    )
 
 
 class HitResponse(BaseModel):
-    """A search result: an image, with all its locations."""
+    """A search result: an image with all its locations."""
 
     id: str
-    score: float = Field(description="cosine similarity with the query")
+    score: float = Field(description="cosine similarity to the query")
     width: int
     height: int
     images: list[ImageLocation]
@@ -140,7 +148,7 @@ class SearchResponse(BaseModel):
 
 
 class EmbedRequest(BaseModel):
-    """A request as in OpenAI's embeddings API. A text that is an image's data URI is embedded as an image."""
+    """A request in the format of OpenAI's embeddings API. Image data URIs are embedded as images."""
 
     input: TextOrDataUri | Annotated[list[TextOrDataUri], Field(min_length=1, max_length=MAX_TEXTS)]
     model: AnyText | None = None
@@ -162,16 +170,16 @@ class EmbeddingItem(BaseModel):
 
 
 class EmbedResponse(BaseModel):
-    """A response as in OpenAI's embeddings API."""
+    """A response in the format of OpenAI's embeddings API."""
 
     object: Literal["list"] = "list"
     data: list[EmbeddingItem]
     model: str
-    usage: dict[str, int] = Field(description="tokens are not counted: both values are 0")
+    usage: dict[str, int] = Field(description="always 0, because tokens are not counted")
 
 
 class HealthResponse(BaseModel):
-    """State of the server."""
+    """Status of the server."""
 
     status: Literal["ok"] = "ok"
     model: str
@@ -180,7 +188,7 @@ class HealthResponse(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """An error as in OpenAI's API."""
+    """An error in the format of OpenAI's API."""
 
     message: str
     type: str
@@ -188,6 +196,6 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The body of every response with an error status."""
+    """Body of every error response."""
 
     error: ErrorBody

@@ -1,4 +1,4 @@
-"""HTTP server: search, embeddings and the search page. /openapi.json describes the API."""
+"""HTTP server for search, embeddings and the search page. The API is described at /openapi.json."""
 
 from __future__ import annotations
 
@@ -59,17 +59,17 @@ def create_app(
     """Create the web application.
 
     Args:
-        model: Encodes texts and images; must be the model of the index.
-        backend: The index. None serves embeddings only.
-        limits: Resource limits.
-        token: Token that every request must have, as `Authorization: Bearer TOKEN` or, in a browser, as the cookie
-            that `/?token=TOKEN` sets. None requires no token.
-        hosts: Host names that requests may use; None allows any. This blocks DNS rebinding, in which a web page
-            points its own host name at this machine.
-        model_thread: Executor with a single thread, in which the model was loaded; see `InferenceService`.
+        model: Model that encodes texts and images. It must be the model that the index was built with.
+        backend: Index to search. If None, the server only computes embeddings.
+        limits: Resource limits; default: `Limits()`.
+        token: Token that every request must contain, as `Authorization: Bearer TOKEN` or, in a browser, as the cookie
+            that `/?token=TOKEN` sets. If None, no token is required.
+        hosts: Host names allowed in requests; None allows any. The check blocks DNS rebinding attacks, in which a web
+            page points its own host name at this machine.
+        model_thread: Single-threaded executor in which the model was loaded; see `InferenceService`.
 
     Raises:
-        ValueError: The index was built with another model.
+        ValueError: The index was built with a different model.
     """
     if backend is not None:
         check_model(backend.metadata(), model)
@@ -83,9 +83,9 @@ def create_app(
     app = FastAPI(
         title="llm2clip",
         version=__version__,
-        description="Search images with whole sentences, and embed texts and images.",
+        description="Search images with full sentences, and embed texts and images.",
         lifespan=lifespan,
-        docs_url=None,  # FastAPI's documentation pages load scripts from other sites
+        docs_url=None,  # FastAPI's documentation pages load scripts from external sites
         redoc_url=None,
         responses={code: ERROR_RESPONSES[code] for code in ((401, 413) if token else (413,))},
     )
@@ -103,7 +103,7 @@ def create_app(
 
 
 def serve(app: FastAPI, host: str, port: int) -> None:
-    """Serve an application until SIGINT or SIGTERM. Requests in progress are completed first."""
+    """Serve an application until SIGINT or SIGTERM. Requests in progress are completed before the server stops."""
     import uvicorn
 
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30, server_header=False)
@@ -112,21 +112,21 @@ def serve(app: FastAPI, host: str, port: int) -> None:
 def _add_status_routes(app: FastAPI, service: InferenceService) -> None:
     @app.get("/health")
     async def health() -> HealthResponse:
-        """Return the name of the model, the dimension of its vectors, and the number of indexed images."""
+        """Return the model name, the embedding dimension, and the number of indexed images."""
         model = service.model
         images = await run_in_threadpool(service.count_images)
         return HealthResponse(model=Path(model.name).name, dimensions=model.embed_dim, images=images)
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        """Return metrics for Prometheus."""
+        """Return metrics in Prometheus format."""
         return Response(await run_in_threadpool(generate_latest, service.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_search_route(app: FastAPI, service: InferenceService) -> None:
     @app.post("/search", responses=API_ERRORS)
     async def search(request: SearchRequest) -> SearchResponse:
-        """Return the images that are most similar to texts, images and earlier hits."""
+        """Return the images that are most similar to the given texts, images and earlier hits."""
         return SearchResponse(hits=await service.search(request))
 
 
@@ -142,9 +142,9 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
     @app.post("/v1/embeddings", responses=API_ERRORS, include_in_schema=False)
     @app.post("/embed", responses=API_ERRORS)
     async def embed(request: EmbedRequest) -> EmbedResponse:
-        """Return the vectors of texts and images (data URIs), as OpenAI's API does. Same as /v1/embeddings."""
+        """Return the embeddings of texts and images (data URIs) in OpenAI's format. Same as /v1/embeddings."""
         if request.dimensions not in (None, service.model.embed_dim):
-            raise ValueError(f"dimensions must be {service.model.embed_dim}, the size of the model's vectors")
+            raise ValueError(f"dimensions must be {service.model.embed_dim}, the embedding dimension of the model")
         images, texts = {}, {}
         for index, item in enumerate(request.inputs):
             if item.startswith(DATA_URI_PREFIX):
@@ -159,7 +159,7 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
 
     @app.post("/embed/upload", responses=API_ERRORS)
     async def upload(files: list[UploadFile]) -> EmbedResponse:
-        """Return the vectors of uploaded images."""
+        """Return the embeddings of uploaded images."""
         _check_image_count(len(files))
         return respond(await service.embed_images([await file.read() for file in files]), "float")
 
@@ -170,17 +170,17 @@ def _to_base64(vector: np.ndarray) -> str:
 
 def _check_image_count(count: int) -> None:
     if count > MAX_IMAGES:
-        raise ValueError(f"{count} images in one request, at most {MAX_IMAGES} are allowed")
+        raise ValueError(f"too many images in one request: {count}; the limit is {MAX_IMAGES}")
 
 
 def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
     @app.get("/thumbnail/{hit_id}", response_class=Response, responses=API_ERRORS)
     async def thumbnail(hit_id: str, request: Request) -> Response:
-        """Return the thumbnail of a hit: JPEG, at most 256 pixels per side."""
+        """Return the thumbnail of a hit: a JPEG of at most 256 pixels per side."""
         jpeg = await run_in_threadpool(service.require_backend().thumbnail, hit_id)
         if jpeg is None:
-            raise NotFound(f"the index has no image {hit_id}")
-        # A hash of the content: another index may use the same ids for other images.
+            raise NotFound(f"the index contains no image with id {hit_id}")
+        # The tag is a hash of the content because another index may use the same ids for other images.
         tag = f'"{hashlib.sha256(jpeg).hexdigest()[:32]}"'
         headers = {"Cache-Control": "private, no-cache", "ETag": tag}
         if request.headers.get("if-none-match") == tag:
@@ -189,31 +189,31 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
 
     @app.get("/image/{hit_id}", response_class=Response, responses=API_ERRORS)
     async def image(hit_id: str) -> Response:
-        """Return the original file of a hit."""
+        """Return the original image file of a hit."""
         data, media_type = await run_in_threadpool(_read_original, service.require_backend(), hit_id)
         headers = {"Content-Security-Policy": "default-src 'none'; sandbox"}
         return Response(data, media_type=media_type, headers=headers)
 
 
 def _read_original(backend: Backend, hit_id: str) -> tuple[bytes, str]:
-    """Return the bytes of the first file of a hit that is still an image, and their media type."""
+    """Return the bytes and the media type of the first file of a hit that is still an image."""
     for image in backend.images(hit_id):
         try:
             data = image.ref.read()
-            # The file may have been replaced by something else since it was indexed: do not serve that.
+            # The file may have been replaced since it was indexed: serve it only if it is still an image.
             with Image.open(io.BytesIO(data), formats=readable_formats()) as header:
                 media_type = Image.MIME.get(header.format or "", "application/octet-stream")
         except Exception:
             continue
         if media_type.startswith("image/"):
             return data, media_type
-    raise NotFound(f"the index has no image {hit_id}, or its file no longer exists")
+    raise NotFound(f"the index contains no image with id {hit_id}, or the image file no longer exists")
 
 
 def _add_page_routes(app: FastAPI, token: str | None) -> None:
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
-        """Return the search page, or set the cookie if the URL has the token."""
+        """Return the search page, or set the cookie if the URL contains the token."""
         url_token = request.query_params.get("token")
         if token is not None and url_token is not None and secrets.compare_digest(url_token.encode(), token.encode()):
             response = RedirectResponse("/", 303)
@@ -224,5 +224,5 @@ def _add_page_routes(app: FastAPI, token: str | None) -> None:
     @app.get("/static/{name}", include_in_schema=False)
     async def static(name: str) -> Response:
         if name not in STATIC_FILES:
-            raise NotFound(f"there is no file {name}")
+            raise NotFound(f"file {name} does not exist")
         return FileResponse(STATIC_FOLDER / name)

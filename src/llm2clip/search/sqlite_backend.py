@@ -1,10 +1,11 @@
-"""Index in a local folder: one SQLite file of images, vectors and thumbnails, and an in-memory search of the vectors.
+"""Index in a local folder: an SQLite file with images, vectors and thumbnails, searched in memory.
 
     INDEX/
       pictures.sqlite    about, contents (hash, vector, thumbnail), pictures (name, place, captions, ...)
-      graph.usearch      HNSW graph, from a million contents on; graph.json describes which contents it covers
+      graph.usearch      HNSW graph, for a million or more distinct images; graph.json describes which ids it covers
 
-SQLite writes a batch completely or not at all, allows readers during a write, and is a single file to copy.
+SQLite commits each batch atomically, allows reads during a write, and stores the index in a single file that is easy
+to copy.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from llm2clip.search.vector_index import (
 
 APPROXIMATE_ABOVE = 1_000_000
 SCHEMA_VERSION = 1
-# Names of files, tables and columns are those of version 0.1, so that existing indexes open: about is the metadata,
-# pictures the images, place the reference to the image's bytes, largest the largest absolute value in the vector.
+# The file, table and column names are those of version 0.1, so that existing indexes can still be opened:
+# "about" holds the metadata, "pictures" the images, "place" the reference to the bytes of an image, and "largest" the
+# largest absolute value in the vector.
 DATABASE = "pictures.sqlite"
 SCHEMA = f"""
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -53,9 +55,9 @@ CREATE INDEX pictures_taken ON pictures(taken);
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 IMAGE_COLUMNS = "name, place, source, stamp, captions, taken"
-# An image is inside :path if its name is :path, or continues after it with "/" (folder), "!" (tar) or "[" (table).
-# "!" and "[" may also occur in the names of files and folders: they only count if the image is not a file of its own
-# and the tar or table that contains it has the last part of :path (:basename) as its name.
+# An image is inside :path if its name equals :path or starts with :path followed by "/" (folder), "!" (tar) or
+# "[" (table). File and folder names may also contain "!" and "[", so these two characters only count if the image is
+# not a separate file and if the name of its tar or table equals the last part of :path (:basename).
 INSIDE_PATH = """substr(name, 1, length(:path)) = :path AND (substr(name, length(:path) + 1, 1) IN ('', '/')
   OR (substr(name, length(:path) + 1, 1) IN ('!', '[') AND place NOT LIKE '["FileImage"%'
       AND '/' || json_extract(place, '$[1].path') LIKE '%/' || :basename ESCAPE '\\'))"""
@@ -66,18 +68,18 @@ FILTER_CONDITIONS = {
     "before": "taken <= :before",
     "min_side": "min(width, height) >= :min_side",
 }
-IDS_PER_QUERY = 500  # SQLite limits the number of parameters of a statement
+IDS_PER_QUERY = 500  # SQLite limits the number of parameters per statement
 
 
 class SqliteBackend:
-    """Index backend in a local folder. One process writes at a time; any number may read. Threads can share it."""
+    """Index backend in a local folder. One process can write at a time while others read. Instances are thread-safe."""
 
     def __init__(self, folder: Path, write: bool = False, approximate_above: int = APPROXIMATE_ABOVE) -> None:
         """
         Args:
             folder: Folder of the index.
-            write: Create the index if it does not exist.
-            approximate_above: Number of contents from which `finish` builds an HNSW graph, which searches then use.
+            write: Open the index for writing, and create it if it does not exist.
+            approximate_above: Minimum number of distinct images for which `finish` builds an HNSW graph for searches.
 
         Raises:
             FileNotFoundError: There is no index in the folder.
@@ -91,10 +93,12 @@ class SqliteBackend:
             )
         folder.mkdir(parents=True, exist_ok=True)
         self._lock, self._index_lock = threading.RLock(), threading.Lock()
-        # Set when the file is opened as immutable: its state when it was opened.
+        # If the file was opened as immutable: size and modification time when it was opened.
         self._immutable_state: tuple[int, int] | None = None
-        self._may_have_orphans = True  # contents without an image, left by an interrupted run
-        self._vector_index: tuple[tuple[Any, ...], VectorIndex] | None = None  # with the state it was made from
+        self._may_have_orphans = True  # an interrupted run may leave contents without an image
+        self._vector_index: tuple[tuple[Any, ...], VectorIndex] | None = (
+            None  # with the database state it was built from
+        )
         version = self._open(write)
         if version not in (0, SCHEMA_VERSION):
             raise ValueError(
@@ -102,7 +106,9 @@ class SqliteBackend:
                 "build a new index in another folder (--out)"
             )
         if not write and not (version and self.metadata()):
-            raise FileNotFoundError(f"{folder} is an index without images: run llm2clip index to the end first")
+            raise FileNotFoundError(
+                f"{folder} is an incomplete index without images: run llm2clip index again to complete it"
+            )
 
     # ---- building
 
@@ -142,7 +148,7 @@ class SqliteBackend:
             )
 
     def _add_content(self, content: IndexedContent) -> None:
-        """Insert a content and its thumbnail, unless the content already exists."""
+        """Insert an image content and its thumbnail, unless the content already exists."""
         vector = np.ascontiguousarray(content.vector, dtype="<f2").tobytes()
         largest = float(np.abs(content.vector).max())
         row = self._db.execute(
@@ -155,7 +161,7 @@ class SqliteBackend:
 
     def remove(self, names: Sequence[str]) -> None:
         if not names and not self._may_have_orphans:
-            return  # any write makes every open reader load all vectors again
+            return  # avoid the write: after any write, every open reader must reload all vectors
         with self._transaction():
             self._db.executemany("DELETE FROM pictures WHERE name = ?", [(name,) for name in names])
             self._db.execute("DELETE FROM contents WHERE id NOT IN (SELECT content FROM pictures)")
@@ -190,7 +196,7 @@ class SqliteBackend:
         for content_id, score in zip(ids.tolist(), scores.tolist(), strict=True):
             images = self.images(str(content_id))
             sizes = self._query("SELECT width, height FROM contents WHERE id = ?", (content_id,))
-            if images and sizes:  # otherwise it was removed during this search
+            if images and sizes:  # otherwise, the image was removed during this search
                 width, height = sizes[0]
                 hits.append(Hit(str(content_id), score, images, width, height))
         return hits
@@ -211,7 +217,7 @@ class SqliteBackend:
         return tuple(images)
 
     def _matching_ids(self, image_filter: Filter) -> np.ndarray:
-        """Return the sorted ids of the contents that have an image which meets all conditions of a filter."""
+        """Return the sorted ids of all contents with at least one image that meets all conditions of a filter."""
         parameters = {name: value for name, value in asdict(image_filter).items() if value is not None}
         where = " AND ".join(FILTER_CONDITIONS[name] for name in parameters)
         if image_filter.path is not None:
@@ -226,14 +232,14 @@ class SqliteBackend:
     # ---- vectors
 
     def _current_vector_index(self) -> VectorIndex:
-        """Return the vector index of what the database contains now. It is made anew after each write."""
-        with self._index_lock:  # one thread makes it; the others wait and share it
-            ((version,),) = self._query("PRAGMA data_version")  # changes with writes of other connections
+        """Return a vector index of the database's current contents. The index is rebuilt after each write."""
+        with self._index_lock:  # one thread builds the index; the others wait for it
+            ((version,),) = self._query("PRAGMA data_version")  # changes when another connection writes
             graph_state = self.folder / GRAPH_STATE_FILE
             graph_time = graph_state.stat().st_mtime_ns if graph_state.exists() else 0
             state = version, self._db.total_changes, graph_time, self._immutable_state
             if self._vector_index is None or self._vector_index[0] != state:
-                self._vector_index = None  # free its memory first: two may not fit
+                self._vector_index = None  # free its memory first, since two indexes may not fit
                 graph = open_graph(self.folder, self._content_ids())
                 self._vector_index = state, VectorIndex(self._quantize_all, self._fetch_vectors, graph)
             return self._vector_index[1]
@@ -242,8 +248,8 @@ class SqliteBackend:
         return QuantizedVectors(self._vector_chunks(), self._dim(), 127 / self._largest())
 
     def _vector_chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield ids int64 (N,) and vectors float16 (N, D) of all contents."""
-        # A separate connection: this takes seconds, during which other threads use the shared one.
+        """Yield the ids, int64 (N,), and vectors, float16 (N, D), of all contents in chunks."""
+        # Use a separate connection, because reading takes seconds and other threads need the shared connection.
         with self._named_errors(), closing(self._connect()) as db:
             cursor = db.execute("SELECT id, vector FROM contents ORDER BY id")
             while rows := cursor.fetchmany(CHUNK):
@@ -252,7 +258,7 @@ class SqliteBackend:
                 yield ids, vectors.reshape(len(rows), -1)
 
     def _fetch_vectors(self, ids: np.ndarray) -> np.ndarray:
-        """Return the vectors of some contents, float16 (N, D). A content that was removed gets zeros."""
+        """Return the vectors for the given content ids, float16 (N, D). The vectors of removed contents are zero."""
         vectors: dict[int, bytes] = {}
         for start in range(0, len(ids), IDS_PER_QUERY):
             chunk = ids[start : start + IDS_PER_QUERY].tolist()
@@ -278,11 +284,11 @@ class SqliteBackend:
     # ---- database
 
     def _open(self, write: bool) -> int:
-        """Connect to the database, create the tables of a new one, and return its schema version (0: no tables)."""
+        """Connect to the database and return its schema version (0: no tables). If it is new, create the tables."""
         try:
             self._db = self._connect()
             if write:
-                # Only affects new files: a vector takes 2 KB, of which several should fit a page.
+                # Takes effect only in new files. A vector takes about 2 KB, and a page should hold several vectors.
                 self._db.execute("PRAGMA page_size = 16384")
                 self._db.execute("PRAGMA journal_mode = WAL")
                 self._db.execute("PRAGMA foreign_keys = ON")
@@ -294,9 +300,9 @@ class SqliteBackend:
         return version
 
     def _connect(self) -> sqlite3.Connection:
-        """Open a connection. In a read-only folder the database is opened as immutable.
+        """Open a connection. In a read-only folder, open the database as immutable.
 
-        SQLite writes files beside the database even to read it, so a normal connection fails in a read-only folder.
+        SQLite creates files next to the database even for reading, so a normal connection fails in a read-only folder.
         """
         options: dict[str, Any] = {"check_same_thread": False, "isolation_level": None, "timeout": 60}
         if self._immutable_state is None:
@@ -323,20 +329,20 @@ class SqliteBackend:
         with self._lock, self._named_errors():
             if self._immutable_state is not None:
                 state = self._file_state()
-                if state != self._immutable_state:  # another process, with write access, changed the file
+                if state != self._immutable_state:  # another process with write access has changed the file
                     self._immutable_state, self._db = state, self._connect()
             return self._db.execute(sql, parameters).fetchall()
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """Commit all statements of a block, or none."""
+        """Commit all statements in the `with` block, or none of them."""
         with self._lock, self._named_errors(), self._db:
             self._db.execute("BEGIN IMMEDIATE")
             yield
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
-        """Convert SQLite's errors (disk full, database locked for too long) to OSErrors that name the file."""
+        """Convert SQLite errors (such as disk full or database locked) to OSErrors that name the file."""
         try:
             yield
         except sqlite3.Error as error:
@@ -344,15 +350,15 @@ class SqliteBackend:
 
 
 def _path_parameters(path: str) -> dict[str, str]:
-    """Return the parameters of INSIDE_PATH. In the last part of the path, wildcards of LIKE are escaped."""
+    """Return the parameters for INSIDE_PATH. LIKE wildcards in the last part of the path are escaped."""
     return {"path": path, "basename": re.sub(r"([%_\\])", r"\\\1", os.path.basename(path))}
 
 
 def _any_contains(captions: str, text: str) -> bool:
-    """Return whether any caption of a JSON list contains a text, ignoring case."""
+    """Return whether any caption in a JSON list contains a text, ignoring case."""
     return any(text.casefold() in caption.casefold() for caption in json.loads(captions))
 
 
 def _content_id(hit_id: str) -> int:
-    """Return a hit's id as an integer, or -1, which no content has, if it is not a number."""
+    """Return a hit's id as an integer. If the id is not a number, return -1, which is never a content id."""
     return int(hit_id) if hit_id.isascii() and hit_id.isdigit() and len(hit_id) < 19 else -1

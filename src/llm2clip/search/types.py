@@ -1,4 +1,4 @@
-"""Data types shared by all index backends: images, their content, search hits and filters."""
+"""Data types shared by all index backends: images, image contents, search hits and filters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage, printable
 
-# These names are stored in every index: when a class is renamed, its key must stay.
+# The keys are stored in every index: when a class is renamed, its key must not change.
 REF_TYPES: dict[str, type[ImageRef]] = {
     "FileImage": FileImage,
     "TarImage": TarImage,
@@ -21,15 +21,16 @@ REF_TYPES: dict[str, type[ImageRef]] = {
 
 @dataclass(frozen=True)
 class IndexedImage:
-    """An image at one location.
+    """An image file or member at one location.
 
     Args:
         name: Canonical path: `FILE`, `TAR!MEMBER` or `TABLE[ROW].COLUMN`. Unique within an index.
         ref: Reference to the image's bytes.
-        source: Absolute path of the source it was read from.
-        stamp: Size and modification time of the file; changes when the file changes.
+        source: Absolute path of the source that the image was read from.
+        stamp: Size and modification time of the file, used to detect changes.
         captions: Captions, if the source has any.
-        taken: Time at which the photo was taken (EXIF), or else the file's modification time. Seconds since 1970.
+        taken: Time at which the photo was taken (from EXIF) or, without EXIF, the file's modification time. In seconds
+            since 1970.
     """
 
     name: str
@@ -41,18 +42,18 @@ class IndexedImage:
 
     @property
     def container(self) -> str:
-        """The part of the name that is a file: the image file itself, or the tar or table that contains the image."""
+        """Path of the file that contains the image: the image file itself, a tar or a table."""
         if isinstance(self.ref, FileImage):
             return self.name
         name = self.name
         if isinstance(self.ref, TarImage):
-            name = name.removesuffix(f"@{self.ref.offset}")  # appended when a tar has two members of the same name
+            name = name.removesuffix(f"@{self.ref.offset}")  # appended when a tar has two members with the same name
         path_length = len(self.ref.container_path or "")
         return name.removesuffix(printable(str(self.ref)[path_length:]))
 
 
 class ImageState(NamedTuple):
-    """What is compared to decide whether an indexed image has changed."""
+    """State of an indexed image, compared to decide whether the image has changed."""
 
     stamp: str
     captions: tuple[str, ...]
@@ -60,12 +61,12 @@ class ImageState(NamedTuple):
 
 @dataclass(frozen=True)
 class IndexedContent:
-    """The content of an image file. Images with identical bytes share one.
+    """Content of an image file, stored once for all images with identical bytes.
 
     Args:
         hash: SHA-256 of the encoded bytes.
-        vector: float16 (D,), L2-normalised.
-        thumbnail: JPEG, at most 256 pixels per side.
+        vector: Embedding, float16 (D,), L2-normalised.
+        thumbnail: JPEG of at most 256 pixels per side.
         width: Width of the upright image in pixels.
         height: Height of the upright image in pixels.
     """
@@ -82,8 +83,8 @@ class Hit:
     """A search result.
 
     Args:
-        id: Identifier of the content within its index.
-        score: Cosine similarity with the query.
+        id: Identifier of the image content within its index.
+        score: Cosine similarity to the query.
         images: All images with this content.
         width: Width of the upright image in pixels.
         height: Height of the upright image in pixels.
@@ -98,7 +99,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class Filter:
-    """Conditions that images must meet to be found. None means no condition.
+    """Conditions that search results must meet. None means no condition.
 
     Args:
         path: Folder, tar or file that contains the image.
@@ -131,5 +132,5 @@ def ref_from_json(text: str) -> ImageRef:
     """
     name, fields = json.loads(text)
     if name not in REF_TYPES:
-        raise ValueError(f"unknown type of image reference: {name}")
+        raise ValueError(f"unknown image reference type: {name}")
     return REF_TYPES[name](**fields)

@@ -1,8 +1,9 @@
-"""Nearest-neighbour search: an exact scan of quantized vectors, or an HNSW graph.
+"""Nearest-neighbour search using an exact scan of quantized vectors or an HNSW graph.
 
-Vectors are quantized to int8 and scanned by usearch's kernels; the best candidates are then re-scored with the
-float16 vectors. A scan is limited by memory bandwidth, and int8 is half the bytes of float16 (benchmarks/search.py).
-The graph (HNSW, arXiv 1603.09320, as implemented by usearch) visits a few thousand vectors instead of all.
+Vectors are quantized to int8 and scanned with usearch's kernels; the best candidates are then re-scored with the
+float16 vectors. A scan is limited by memory bandwidth, and int8 needs half as many bytes as float16
+(benchmarks/search.py). The graph (HNSW, arXiv 1603.09320, implemented by usearch) visits a few thousand vectors
+instead of all of them.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from usearch.index import search as exact_search
 from llm2clip.io_utils import atomic_path, atomic_write_text
 from llm2clip.progress import ProgressBar
 
-MIN_CANDIDATES = 128  # candidates to re-score; with these, a scan of a million vectors missed none of the top 10
-EXACT_BELOW = 2048  # up to this many vectors, scoring all of them directly is faster than scanning codes first
+MIN_CANDIDATES = (
+    128  # minimum number of candidates to re-score; with 128, a scan of a million vectors found all of the top 10
+)
+EXACT_BELOW = 2048  # up to this many vectors, it is faster to score all of them directly than to scan the codes first
 CHUNK = 65_536
 GRAPH_FILE, GRAPH_STATE_FILE = "graph.usearch", "graph.json"
 
@@ -29,15 +32,17 @@ FetchVectors = Callable[[np.ndarray], np.ndarray]  # ids (N,) -> float16 (N, D),
 
 
 class QuantizedVectors:
-    """Vectors quantized to int8 as round(scale * x), clipped to +-127. All share one scale, so that dot products
-    are comparable."""
+    """Vectors quantized to int8 as round(scale * x), clipped to ±127.
+
+    All vectors share one scale, so that dot products are comparable.
+    """
 
     def __init__(self, chunks: Iterable[tuple[np.ndarray, np.ndarray]], dim: int, scale: float) -> None:
         """
         Args:
-            chunks: Pairs of ids int64 (N,) and vectors float16 (N, D).
-            dim: D.
-            scale: 127 / the largest absolute value in any vector.
+            chunks: Iterable of chunks: pairs of ids, int64 (N,), and vectors, float16 (N, D).
+            dim: Vector dimension, D.
+            scale: Quantization scale: 127 divided by the largest absolute value in any vector.
         """
         ids, codes = [np.empty(0, np.int64)], [np.empty((0, dim), np.int8)]
         for chunk_ids, vectors in chunks:
@@ -57,8 +62,8 @@ class VectorIndex:
     def __init__(self, load_quantized: Callable[[], QuantizedVectors], fetch: FetchVectors, graph: Any = None) -> None:
         """
         Args:
-            load_quantized: Quantizes all vectors. Called once, at the first scan.
-            fetch: Returns the float16 vectors of some ids, to re-score candidates.
+            load_quantized: Function that quantizes all vectors. It is called once, at the first scan.
+            fetch: Function that returns the float16 vectors for some ids, to re-score candidates.
             graph: HNSW graph over the same ids, from `open_graph`.
         """
         self._load_quantized, self.fetch, self.graph = load_quantized, fetch, graph
@@ -67,7 +72,7 @@ class VectorIndex:
 
     @property
     def quantized(self) -> QuantizedVectors:
-        with self._lock:  # several threads search; only one loads
+        with self._lock:  # several threads may search, but only one may load
             if self._quantized is None:
                 self._quantized = self._load_quantized()
             return self._quantized
@@ -75,12 +80,12 @@ class VectorIndex:
     def search(
         self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids int64 (k,) and cosines float32 (k,), best first; ties are ordered by id.
+        """Return ids, int64 (k,), and cosine similarities, float32 (k,), best first. Ties are ordered by id.
 
         Args:
-            query: float32 (D,), L2-normalised.
+            query: Query vector, float32 (D,), L2-normalised.
             count: Maximum number of results.
-            allowed_ids: Sorted ids to search among. Default: all.
+            allowed_ids: Sorted ids to restrict the search to. Default: all ids.
         """
         ids = self._candidates(query, max(4 * count, MIN_CANDIDATES), allowed_ids)
         scores = self.fetch(ids).astype(np.float32) @ query
@@ -88,8 +93,8 @@ class VectorIndex:
         return ids[order], scores[order]
 
     def _candidates(self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None) -> np.ndarray:
-        """Return the ids of the `count` vectors that are nearest by their int8 codes."""
-        # The query has its own scale: a common factor does not change the order of the scores.
+        """Return the ids of the `count` nearest vectors according to their int8 codes."""
+        # The query can have its own scale, because a common factor does not change the order of the scores.
         query_code = np.rint(query * (127 / max(float(np.abs(query).max()), 1e-6))).astype(np.int8)
         if allowed_ids is not None and len(allowed_ids) <= EXACT_BELOW:
             return allowed_ids
@@ -107,9 +112,9 @@ class VectorIndex:
 
 
 def _scan_rows(codes: np.ndarray, rows: np.ndarray, query_code: np.ndarray, count: int) -> np.ndarray:
-    """Return the `count` nearest of some rows of the codes.
+    """Return the `count` rows nearest to the query among some rows of the code matrix.
 
-    Works in chunks: the selected rows are copied, and all of them could be as large as the matrix itself.
+    The rows are processed in chunks, because selected rows are copied and could be as large as the whole matrix.
     """
     best_rows, best_distances = [], []
     for start in range(0, len(rows), CHUNK):
@@ -122,15 +127,15 @@ def _scan_rows(codes: np.ndarray, rows: np.ndarray, query_code: np.ndarray, coun
 
 
 def update_graph(folder: Path, ids: np.ndarray, fetch: FetchVectors, dim: int, max_abs: float) -> None:
-    """Update the graph in a folder to contain exactly these ids: new ones are added, missing ones are removed.
+    """Add and remove vectors so that the graph in a folder contains exactly the given ids.
 
     Args:
-        folder: Folder of `graph.usearch` and `graph.json`.
-        ids: Sorted int64 (N,).
-        fetch: Returns the float16 vectors of some ids.
-        dim: D.
-        max_abs: Largest absolute value in any vector. The graph is rebuilt if this has grown by 10% or more
-            since it was built.
+        folder: Folder that contains `graph.usearch` and `graph.json`.
+        ids: Sorted ids, int64 (N,).
+        fetch: Function that returns the float16 vectors for some ids.
+        dim: Vector dimension, D.
+        max_abs: Largest absolute value in any vector. The graph is rebuilt if this value has grown by 10% or more
+            since the last build.
     """
     graph_file, state_file = folder / GRAPH_FILE, folder / GRAPH_STATE_FILE
     graph = Index(ndim=dim, metric=MetricKind.IP, dtype="i8")
@@ -160,7 +165,7 @@ def update_graph(folder: Path, ids: np.ndarray, fetch: FetchVectors, dim: int, m
 
 
 def open_graph(folder: Path, ids: np.ndarray) -> Any:
-    """Memory-map the graph in a folder. Return None if there is none, or if it is not a graph of these ids."""
+    """Memory-map the graph in a folder. Return None if there is no graph or if it was built for other ids."""
     state_file = folder / GRAPH_STATE_FILE
     if not state_file.exists():
         return None
