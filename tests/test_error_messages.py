@@ -20,14 +20,14 @@ ALIGN = "align {data} --store {store} --out {tmp}/run --encoder.path {llm} --ali
 ERRORS = {
     # paths and sources
     "missing file": ("fit {folder}/capions.jsonl --out {tmp}/run", "no such file", "did you mean"),
-    "empty folder": ("fit {tmp}/empty --out {tmp}/run", "has no images", "supported are"),
-    "unknown file format": ("fit {tmp}/notes.docx --out {tmp}/run", "unknown format", "supported are"),
+    "empty folder": ("fit {tmp}/empty --out {tmp}/run", "contains no images", "supported formats"),
+    "unknown file format": ("fit {tmp}/notes.docx --out {tmp}/run", "unknown format", "supported formats"),
     "missing column": (
         FIT + " --columns {{'captions': 'caption'}}", "no column 'caption'", "it has", "did you mean captions",
     ),
     "no caption column": (
         "embed {tmp}/none.csv --out {tmp}/s --encoder.path {llm}",
-        "no column of captions", "--columns",
+        "no caption column", "--columns",
     ),
     "missing split": ("fit {data}@trian --out {tmp}/run", "no record", "its splits: ", "train"),
     "invalid JSON": (

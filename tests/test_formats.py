@@ -157,7 +157,7 @@ def test_tar_members_with_the_same_name_are_different_images(tmp_path: Path) -> 
     path = write_tar(
         tmp_path / "y.tar", [*members[:2], *members]
     )  # adjacent: which text belongs to which image is unknown
-    assert [r.id for r in open_records(path, log)] == ["1"] and log.skipped == {"duplicate name in a tar": 1}
+    assert [r.id for r in open_records(path, log)] == ["1"] and log.skipped == {"duplicate name in tar": 1}
 
 
 def test_parquet_image_of_a_truncated_file_raises_os_error(tmp_path: Path) -> None:

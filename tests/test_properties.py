@@ -78,7 +78,7 @@ def test_open_records_returns_or_counts_each_row(rows: list[Any]) -> None:
         except ValueError as error:
             message = str(error)
         assert "x.jsonl" in message if message else records
-        if "no column of captions" in message:  # raised after all rows
+        if "no caption column" in message:  # raised after all rows
             assert not records
         assert len(records) + log.skipped.total() == log.rows_seen == len(rows)
         assert all(record.texts for record in records)

@@ -74,7 +74,7 @@ def test_source_parse_accepts_paths_splits_and_mappings(tmp_path: Path) -> None:
     assert Source.parse({"path": "x@a", "splits": "b+c"}).splits == ("b", "c")
     assert str(Source.parse(Source("x", ("a", "b")))) == "x@a+b"
     assert pickle.loads(pickle.dumps(Source("x", ("a",), {"id": "k"}))) == Source("x", ("a",), {"id": "k"})
-    with pytest.raises(ValueError, match="unknown field 'caption'; the fields are id, image, captions"):
+    with pytest.raises(ValueError, match="unknown field 'caption'; available fields: id, image, captions"):
         Source("x", columns={"caption": "text"})
     with pytest.raises(ValueError, match=r"must have a path .*\(got path, split\)$"):
         Source.parse({"path": "x", "split": "a"})
@@ -100,7 +100,7 @@ def test_open_records_maps_columns_and_explains_missing_ones(tmp_path: Path) -> 
     (tmp_path / "x.csv").write_text("bild,beschreibung\na.jpg,eins\n")
     csv_path = str(tmp_path / "x.csv")
     with pytest.raises(
-        ValueError, match=r"x\.csv: no column of captions; it has bild, beschreibung\. Name one with --columns"
+        ValueError, match=r"x\.csv: no caption column; it has bild, beschreibung\. Name one with --columns"
     ):
         list(open_records(csv_path))
     with pytest.raises(ValueError, match=r"no column 'beschreibun' for captions \(did you mean beschreibung\?\)"):
@@ -115,10 +115,10 @@ def test_open_records_maps_columns_and_explains_missing_ones(tmp_path: Path) -> 
     unnamed = Source(str(tmp_path / "pandas.csv"), columns={"split": "", "id": ""})
     assert list(open_records(unnamed)) == [Record("pandas:2", None, ("x",))]
     write_jsonl(tmp_path / "y.jsonl", [{"words": "x"}])
-    with pytest.raises(ValueError, match="no column of captions; it has words"):
+    with pytest.raises(ValueError, match="no caption column; it has words"):
         list(open_records(tmp_path / "y.jsonl"))
     pq.write_table(pa.table({"words": ["x"]}), tmp_path / "y.parquet")
-    with pytest.raises(ValueError, match=r"y\.parquet: no column of captions; it has words"):
+    with pytest.raises(ValueError, match=r"y\.parquet: no caption column; it has words"):
         list(open_records(tmp_path / "y.parquet"))
 
 
@@ -129,10 +129,12 @@ def test_open_records_rejects_wrong_paths_immediately(folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"imagse/deep: no such file or folder; did you mean .*images"):
         open_records(folder / "imagse/deep")
     (folder / "x.xlsx").touch()
-    with pytest.raises(ValueError, match=r"x\.xlsx: unknown format; supported are files ending in \.jsonl"):
+    with pytest.raises(ValueError, match=r"x\.xlsx: unknown format; supported formats: files ending in \.jsonl"):
         open_records(folder / "x.xlsx")
     (folder / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty: the folder has no images, tars, parquet files or captions"):
+    with pytest.raises(
+        ValueError, match="empty: the folder contains no images, tar files, Parquet files or caption files"
+    ):
         open_records(folder / "empty")
     as_tars_in_braces(folder)
     with pytest.raises(FileNotFoundError, match=r"shard-003\.tar: no such file"):

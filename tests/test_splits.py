@@ -1,4 +1,4 @@
-"""Split policy: which images are trained on and which are held out."""
+"""Split policy: which images are used for training and which are held out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_read_splits_uses_the_split_names(tmp_path: Path) -> None:
     file = write_images_and_jsonl(tmp_path / "a.jsonl", *rows)
     splits = splits_of(file)
     assert ids(splits) == (["1", "2", "3"], ["4"])
-    assert "1 of other splits (test) unused" in splits.summary
+    assert "1 from other splits (test) unused" in splits.summary
     assert ids(splits_of(f"{file}@train+val", held_out=(f"{file}@test",))) == (["1", "4"], ["5"])
 
 
@@ -39,10 +39,10 @@ def test_read_splits_ignores_case_and_reports_unknown_splits(tmp_path: Path) -> 
     rows = [image_row(1, "Train"), image_row(2, "Val"), image_row(3, "extra")]
     splits = splits_of(write_images_and_jsonl(tmp_path / "a.jsonl", *rows))
     assert ids(splits) == (["1"], ["2"])
-    assert "1 of other splits (extra) unused" in splits.summary
+    assert "1 from other splits (extra) unused" in splits.summary
     rows = [*(image_row(n) for n in range(20)), image_row(20, "extra")]
     splits = splits_of(write_images_and_jsonl(tmp_path / "b.jsonl", *rows))
-    assert "1 of other splits (extra) unused" in splits.summary
+    assert "1 from other splits (extra) unused" in splits.summary
 
 
 def test_read_splits_holds_out_a_tenth_without_split_names(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_read_splits_removes_held_out_images_from_training(tmp_path: Path) -> No
     train = write_images_and_jsonl(tmp_path / "a.jsonl", *(image_row(n) for n in (1, 2, 3)))
     splits = splits_of(train, held_out=(write_images_and_jsonl(tmp_path / "b.jsonl", image_row(2)),))
     assert ids(splits) == (["1", "3"], ["2"])
-    assert "1 removed from training" in splits.summary
+    assert "1 held-out images removed from training" in splits.summary
 
 
 def test_rows_of_an_image_are_in_the_same_split(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_an_image_with_several_spellings_of_its_path_is_in_one_split(
     monkeypatch.chdir(tmp_path)
     splits = splits_of("a.jsonl@train+val", held_out=("sub/b.jsonl@train",))
     assert [r.id for r in splits.train] == ["1"]
-    assert "1 removed from training" in splits.summary
+    assert "1 held-out images removed from training" in splits.summary
 
 
 def test_file_names_that_are_not_utf8_can_be_held_out(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_read_text_pairs_counts_and_lists_bad_rows(tmp_path: Path) -> None:
     file.write_text("\n".join([*good, *bad]))
     log = SkipLog(tmp_path / "skipped.jsonl")
     assert len(list(read_text_pairs(str(file), log))) == 97
-    assert log.skipped == {"missing or equal texts": 2, "malformed row": 1}
+    assert log.skipped == {"missing or identical texts": 2, "malformed row": 1}
     with pytest.raises(TooManySkipped):
         list(read_text_pairs(str(file), SkipLog(max_skipped=0.01)))
 

@@ -120,4 +120,4 @@ def test_exclude_compares_ids_without_leading_zeros(tmp_path: Path, capsys: pyte
     assert remaining("000000391895", "000000000139") == ["9"]
     capsys.readouterr()
     assert remaining("000000000140") == ["8", "7", "9"]
-    assert "none of its images" in capsys.readouterr().out
+    assert "contains none of these images" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Conversion of cell values to captions, names and image references, and the check of images."""
+"""Conversion of table cells to captions, names and image references, and image validation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llm2clip.data.skip_log import SkipLog
 
 
 class UnusableRow(Exception):
-    """A row gives no record, for a reason under which it is counted and listed."""
+    """Raised if a row cannot be converted to a record. Skipped rows are counted by `reason`."""
 
     def __init__(self, reason: str, value: object) -> None:
         super().__init__(reason, value)
@@ -26,17 +26,17 @@ class UnusableRow(Exception):
 
 
 def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: int) -> tuple[str, ...]:
-    """Return the captions of a cell, stripped: a string is one caption, a list is several.
+    """Return the stripped captions in a cell. A string is a single caption; a list holds several.
 
     Args:
-        value: The cell.
-        parse_lists: Whether a string may contain a list in JSON or Python notation.
-        log: Receives the empty captions, which are dropped.
+        value: Content of the cell.
+        parse_lists: Whether to parse strings that look like lists in JSON or Python notation.
+        log: Log in which dropped empty captions are recorded.
         file: Source file, for the log.
         row: Row number, for the log.
 
     Raises:
-        UnusableRow: The value is of another type, or a caption is not valid Unicode.
+        UnusableRow: The value is neither text nor a list of texts, or a caption is not valid Unicode.
     """
     if isinstance(value, str):
         value = _parse_list(value) if parse_lists else [value]
@@ -61,7 +61,7 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
 
 
 def parse_name(value: Any, field: str) -> str | None:
-    """Return an id or a split as text, or None for a missing value.
+    """Return an id or split name as text, or None if the value is missing.
 
     Raises:
         UnusableRow: The value is neither text nor a number.
@@ -74,13 +74,13 @@ def parse_name(value: Any, field: str) -> str | None:
 
 
 def parse_image(value: Any, file: str, reject_urls: bool) -> LoadedImage | None:
-    """Return a reference to the image of a cell, or None for a missing value.
+    """Return a reference to the image in a cell, or None if the value is missing.
 
-    A cell is a path relative to the folder of `file`, encoded bytes, Hugging Face's {"bytes", "path"}, or a reference
-    that the reader has made.
+    A cell can hold a path relative to the folder of `file`, encoded bytes, a Hugging Face dict with the keys "bytes"
+    and "path", or a reference created by the reader.
 
     Raises:
-        UnusableRow: The value is of another type, or a URL while `reject_urls` is set.
+        UnusableRow: The value has an unsupported type, or is a URL and `reject_urls` is True.
     """
     name = None
     if isinstance(value, dict) and {"bytes", "path"} & value.keys():
@@ -103,7 +103,7 @@ def parse_image(value: Any, file: str, reject_urls: bool) -> LoadedImage | None:
 
 
 def check_image(image: LoadedImage, read_header: bool) -> None:
-    """Check that an image file exists and, with `read_header`, that its format and size are supported.
+    """Check that an image file exists and, if `read_header` is True, that its format and size are supported.
 
     Raises:
         UnusableRow: The image is missing, unreadable or larger than `MAX_PIXELS`.
@@ -124,7 +124,7 @@ def check_image(image: LoadedImage, read_header: bool) -> None:
 
 
 def _parse_list(text: str) -> list[Any]:
-    """Parse a list of texts in JSON or Python notation; any other text is a list of itself."""
+    """Parse a list of texts in JSON or Python notation. Return any other text as a single-item list."""
     if text.lstrip().startswith("["):
         for parse in (json.loads, ast.literal_eval):
             try:

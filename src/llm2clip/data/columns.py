@@ -1,4 +1,4 @@
-"""Detection of the columns that hold the id, image, captions and split of a record."""
+"""Detection of the columns that hold each record's id, image, captions and split."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 CAPTION_FIELDS = ("captions", "short_captions", "long_captions")
-COLUMN_NAMES = {  # field of a record -> its usual column names, the preferred one first
+COLUMN_NAMES = {  # record field -> usual column names, in order of preference
     "id": ("id", "image_id", "__key__"),
     "image": ("image", "filepath", "file_name", "filename", "path", "img", "image_path"),
     "captions": ("captions", "caption", "text", "texts", "title", "sentences", "sentence", "txt"),
@@ -19,7 +19,7 @@ COLUMN_NAMES = {  # field of a record -> its usual column names, the preferred o
 
 
 def guess_columns(names: Mapping[str, Sequence[str]], columns: Collection[str]) -> dict[str, str]:
-    """Map each field to the first of its names that is among `columns`; fields without one are left out."""
+    """Map each field to the first of its usual names that occurs in `columns`. Omit fields without a match."""
     chosen = {}
     for field, candidates in names.items():
         for candidate in candidates:
@@ -30,31 +30,32 @@ def guess_columns(names: Mapping[str, Sequence[str]], columns: Collection[str]) 
 
 
 def is_null(value: object) -> bool:
-    """Return whether a value stands for "no value": None, an empty string or list, or NaN (as pandas writes it)."""
+    """Return whether a value means "missing": None, an empty string, an empty list, or NaN (as written by pandas)."""
     return value is None or value == "" or value == [] or (isinstance(value, float) and math.isnan(value))
 
 
 class ColumnMapper:
-    """Maps the fields of a record to the columns of a source, and records which columns the source has.
+    """Maps record fields to the columns of a source, and keeps track of the columns that the source has.
 
     Args:
-        source: Name of the source in error messages.
-        mapping: Field to column, as set by the user. It replaces the guess; an empty column disables the field.
-        require_captions: Whether a source without any column of captions is an error.
+        source: Name of the source, for error messages.
+        mapping: User-defined mapping from field to column, which overrides the detected columns. An empty column name
+            disables the field.
+        require_captions: Whether to raise an error if the source has no caption column.
     """
 
     def __init__(self, source: str, mapping: Mapping[str, str], require_captions: bool = True) -> None:
         self.source, self.mapping, self.require_captions = source, mapping, require_captions
-        self.columns: dict[str, None] = {}  # all columns so far, in order
+        self.columns: dict[str, None] = {}  # all columns seen so far, in order
         self.has_captions = False
         self._names = COLUMN_NAMES | {field: (column,) for field, column in mapping.items()}
         self._cache: dict[tuple[str, ...], dict[str, str]] = {}
 
     def map_table(self, file: str, columns: Sequence[str]) -> dict[str, str]:
-        """Return {field: column} for a table, whose rows all have the same columns.
+        """Return {field: column} for a table in which all rows have the same columns.
 
         Raises:
-            ValueError: As `check`.
+            ValueError: A mapped column or the caption column is missing; see `check`.
         """
         key = tuple(columns)
         if key not in self._cache:
@@ -63,9 +64,9 @@ class ColumnMapper:
         return self._cache[key]
 
     def map_row(self, fields: Mapping[str, Any]) -> dict[str, str]:
-        """Return {field: column} for a row with keys of its own, such as a JSON object.
+        """Return {field: column} for a row that has its own keys, such as a JSON object.
 
-        If several keys match a field, those without a value are passed over.
+        If several keys match a field, keys with a missing value are ignored.
         """
         names = tuple(fields)
         filled = tuple(name for name in names if name in COLUMN_NAMES["image"] or not is_null(fields[name]))
@@ -75,10 +76,10 @@ class ColumnMapper:
         return self._cache[key]
 
     def check(self, file: str = "") -> None:
-        """Check that the source has the mapped columns and a column of captions.
+        """Check that the source has the mapped columns and a caption column.
 
         Raises:
-            ValueError: A column is missing. The message lists the columns that exist.
+            ValueError: A column is missing. The message lists the existing columns.
         """
         where = file or self.source
         existing = f"it has {', '.join(self.columns) or 'no columns'}"
@@ -89,12 +90,13 @@ class ColumnMapper:
                 raise ValueError(f"{where}: no column {column!r} for {field}{hint}; {existing}")
         if self.require_captions and not self.has_captions:
             raise ValueError(
-                f'{where}: no column of captions; {existing}. Name one with --columns \'{{"captions": "NAME"}}\''
+                f'{where}: no caption column; {existing}. Name one with --columns \'{{"captions": "NAME"}}\''
             )
 
     def _guess(self, columns: Sequence[str]) -> dict[str, str]:
         chosen = guess_columns(self._names, columns)
-        # Sentences next to a long caption are its parts (image paragraphs), not captions of their own.
+        # A `sentences` column next to a long caption holds the sentences of that caption (as in image paragraphs), not
+        # separate captions.
         guessed = None if "captions" in self.mapping else chosen.get("captions")
         if guessed in ("sentences", "sentence") and "long_captions" in chosen:
             del chosen["captions"]

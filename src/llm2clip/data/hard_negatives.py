@@ -1,9 +1,10 @@
-"""Hard negatives for `tune`: an order of the items in which those with similar captions are adjacent.
+"""Hard negatives for `tune`: orders the training items so that items with similar captions are adjacent.
 
-In a random batch nearly all negatives show another subject and soon become too easy. Here every pass divides the items
-into small groups of similar captions by random hyperplanes (a random projection tree). A batch of a few groups then
-contrasts dogs with dogs and street scenes with street scenes. Similarity is measured on words (TF-IDF) and not with
-the model in training: this takes seconds, and a resumed run forms the same groups.
+In a random batch, nearly all negatives are about a different subject and soon become too easy. In each pass, a random
+projection tree (splits along random hyperplanes) therefore divides the items into small groups with similar captions. A
+batch made of a few groups then contrasts dogs with dogs and street scenes with street scenes. Similarity is computed
+from the words (TF-IDF) rather than with the model being trained. This takes seconds, and a resumed run forms the same
+groups.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ DIMENSION = 64
 
 
 def caption_vectors(captions: Sequence[Sequence[str]]) -> np.ndarray:
-    """Return a vector for the captions of each item: float32 (N, 64 or less), centred and L2-normalised.
+    """Return one vector per item, computed from its captions: float32 (N, at most 64), centred and L2-normalised.
 
-    Latent semantic analysis: TF-IDF and truncated SVD, with all captions of an item as one document.
+    The method is latent semantic analysis: TF-IDF, then truncated SVD. All captions of an item form one document.
 
     Args:
-        captions: The captions of each item, in any language.
+        captions: Captions of each item, in any language.
     """
     documents = [" ".join(texts) for texts in captions]
     tfidf = TfidfVectorizer(analyzer=_words, sublinear_tf=True).fit_transform(documents)
@@ -41,9 +42,10 @@ def grouped_permutation(vectors: np.ndarray, group_size: int, rng: np.random.Gen
     """Return a random permutation of N items, int64 (N,), in which groups of similar items are adjacent.
 
     Args:
-        vectors: (N, D), from `caption_vectors`.
-        group_size: Items per group. One group is smaller if N is not a multiple. 1: an ordinary random permutation.
-        rng: Source of the random directions and orders; each call forms new groups.
+        vectors: Vectors from `caption_vectors`, (N, D).
+        group_size: Number of items per group. If N is not a multiple of it, one group is smaller. 1 means an ordinary
+            random permutation.
+        rng: Random generator for the directions and the order. Every call forms new groups.
     """
     if group_size <= 1:
         return rng.permutation(len(vectors))
@@ -54,7 +56,7 @@ def grouped_permutation(vectors: np.ndarray, group_size: int, rng: np.random.Gen
 
 
 def _split(vectors: np.ndarray, items: np.ndarray, group_size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Halve the items along random directions until groups of `group_size` are left."""
+    """Recursively halve the items along random directions until each group has at most `group_size` items."""
     if len(items) <= group_size:
         return [items] if len(items) else []
     direction = rng.standard_normal(vectors.shape[1], dtype=np.float32)
@@ -64,5 +66,5 @@ def _split(vectors: np.ndarray, items: np.ndarray, group_size: int, rng: np.rand
 
 
 def _words(text: str) -> list[str]:
-    """Split a text into words, and scripts without spaces (Thai, Lao, Japanese, Chinese) into characters."""
+    """Split a text into words. Scripts without spaces (Thai, Lao, Japanese, Chinese) are split into characters."""
     return re.findall(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|\w+", text.lower()) or [text]

@@ -1,4 +1,4 @@
-"""Caption keys, deduplication and the order of items in an epoch."""
+"""Caption hashing, caption deduplication and the order of items in each epoch."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import numpy as np
 
 
 def caption_key(caption: str) -> bytes:
-    """Return the key of a caption in an embedding store: the first 16 bytes of the SHA-256 of its text."""
+    """Return a caption's key in an embedding store: the first 16 bytes of the SHA-256 hash of its text."""
     return hashlib.sha256(caption.encode()).digest()[:16]
 
 
 def text_key(text: str) -> int:
-    """Return a 64-bit signed integer hash of a text that is the same in every process."""
+    """Hash a text to a signed 64-bit integer that is the same in every process."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
 
 
 def unique_captions(captions: Iterable[str]) -> list[str]:
-    """Return the captions without duplicates, in order of first appearance."""
+    """Remove duplicate captions, keeping the order of first appearance."""
     return list(dict.fromkeys(captions))
 
 
 def epoch_permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """Return a permutation of `n` items, int64 (n,), that depends only on the seed and the epoch."""
+    """Return a random permutation of `n` items, int64 (n,), that depends only on `n`, the seed and the epoch."""
     return np.random.default_rng([seed, epoch]).permutation(n)

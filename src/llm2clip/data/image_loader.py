@@ -1,4 +1,4 @@
-"""Image decoding for inference: in batches and in order, with worker processes for large numbers of images."""
+"""Batched, ordered image decoding for inference, with worker processes for large numbers of images."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import ImageError, load_image
 
 T = TypeVar("T")
-MIN_IMAGES_FOR_WORKERS = 2048  # fewer images are decoded before a worker process has started
+MIN_IMAGES_FOR_WORKERS = 2048  # decoding fewer images takes less time than starting the workers
 
 
 def decode_or_error(ref: ImageRef, transform: Callable[[Tensor], T]) -> T | str:
-    """Return the transformed image, or the reason why it cannot be decoded."""
+    """Return the transformed image, or an error message if it cannot be decoded."""
     try:
         return transform(load_image(ref))
     except (ImageError, OSError) as error:
@@ -31,13 +31,15 @@ def image_batches(
     """Yield decoded and transformed images in order, `batch_size` at a time.
 
     Args:
-        refs: The images.
-        transform: Applied to each decoded image, uint8 (3, H, W).
-        batch_size: Images per batch, including those that cannot be decoded.
-        workers: Number of worker processes, used from 2,048 images on. Default: half of the CPU cores, at most 8.
+        refs: References to the images.
+        transform: Function applied to each decoded image, uint8 (3, H, W).
+        batch_size: Number of images per batch, including images that cannot be decoded.
+        workers: Number of worker processes, used only for 2,048 images or more. Default: half the number of CPU cores,
+            at most 8.
 
     Yields:
-        The indices of the images that could be decoded, their transformed values, and {index: reason} for the others.
+        The indices of the images that could be decoded, their transformed values, and a dict from index to error
+        message for the images that could not be decoded.
     """
     if workers is None:
         workers = min(8, len(os.sched_getaffinity(0)) // 2 if hasattr(os, "sched_getaffinity") else 1)

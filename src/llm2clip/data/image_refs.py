@@ -1,6 +1,6 @@
-"""References to images: where the encoded bytes of an image are.
+"""References to images, which say where to find an image's encoded bytes.
 
-Records hold references instead of images, so a list of records is small and can be sent to other processes.
+Records hold references instead of images, so that a list of records is small and can be sent to other processes.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import pyarrow.parquet as pq
 
 
 class ImageRef(ABC):
-    """Location of an image's bytes: small, picklable and readable in any process. `str()` is its name in messages."""
+    """Location of an image's bytes: small, picklable and readable in any process. Messages show its `str()`."""
 
     __slots__ = ()
 
     @property
     def key(self) -> str:
-        """A string that is equal for references to the same image, whatever the spelling of the path."""
+        """A string that is the same for all references to an image, however its path is written."""
         return self.canonical_path
 
     @property
     def canonical_path(self) -> str:
-        """The location with an absolute path, in which links to folders are resolved."""
+        """The location as an absolute path, with symbolic links to folders resolved."""
         container = self.container_path
         if container is None:
             return str(self)
@@ -38,8 +38,8 @@ class ImageRef(ABC):
 
     @property
     def identifies_image(self) -> bool:
-        """Whether `key` identifies the image. False for a table cell whose bytes have not been read: other cells may
-        hold the same image."""
+        """Whether `key` identifies the image. It is False for a table cell whose bytes have not been read, because
+        other cells may contain the same image."""
         return True
 
     @property
@@ -49,7 +49,7 @@ class ImageRef(ABC):
 
     @abstractmethod
     def open(self) -> BinaryIO:
-        """Open the encoded bytes as a stream, e.g. to read only the header."""
+        """Open the encoded bytes as a stream, for example to read only the header."""
 
     def read(self) -> bytes:
         """Return all encoded bytes."""
@@ -62,9 +62,9 @@ class LoadedImage:
     """A reference together with the image's bytes, if they have been read.
 
     Attributes:
-        ref: The reference.
-        data: The encoded bytes, or None if they have not been read.
-        name: The original file name, if known.
+        ref: Reference to the image.
+        data: Encoded bytes, or None if they have not been read.
+        name: Original file name, if known.
     """
 
     ref: ImageRef
@@ -91,7 +91,7 @@ class FileImage(ImageRef):
 
 @dataclass(frozen=True, slots=True)
 class TarImage(ImageRef):
-    """A member of an uncompressed tar, read by seeking to its offset: all members take the same time."""
+    """A member of an uncompressed tar file. Reading seeks to its offset, which is equally fast for all members."""
 
     path: str
     offset: int
@@ -100,7 +100,7 @@ class TarImage(ImageRef):
 
     @property
     def key(self) -> str:
-        return f"{self.canonical_path}@{self.offset}"  # a tar may have several members of the same name
+        return f"{self.canonical_path}@{self.offset}"  # a tar may have several members with the same name
 
     def open(self) -> BinaryIO:
         return io.BufferedReader(_FileSlice(self.path, self.offset, self.size))
@@ -110,7 +110,7 @@ class TarImage(ImageRef):
 
 
 class _FileSlice(io.RawIOBase):
-    """Part of a file as a stream, so that PIL can read a header without reading the whole tar member."""
+    """Part of a file as a stream, so that Pillow can read a header without reading the entire tar member."""
 
     def __init__(self, path: str, offset: int, size: int) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115
@@ -140,8 +140,8 @@ class _FileSlice(io.RawIOBase):
 
 
 class _TableCell(ImageRef):
-    """A cell of a table. It is identified by the digest of its bytes, since a table may repeat an image in a row for
-    each caption. The digest is empty if the bytes were not read."""
+    """A table cell, identified by a hash of its bytes because a table may repeat an image in one row per caption.
+    `digest` is empty if the bytes have not been read."""
 
     __slots__ = ()
     digest: str
@@ -157,10 +157,11 @@ class _TableCell(ImageRef):
 
 @dataclass(frozen=True, slots=True)
 class ParquetImage(_TableCell):
-    """A cell of a parquet file: bytes, or a struct of bytes and path.
+    """A cell of a Parquet file: bytes, or a struct with bytes and a path.
 
-    The first read of a row group decodes its complete image column; each process caches four such columns. Reading in
-    file order is therefore cheap, while each random read costs a row group: use small row groups (Hugging Face: 100).
+    The first read from a row group decodes its complete image column, and each process caches four such columns.
+    Reading in file order is therefore cheap, but every random read decodes a row group. Use small row groups; Hugging
+    Face uses 100 rows.
     """
 
     path: str
@@ -187,7 +188,7 @@ class ParquetImage(_TableCell):
 
 @dataclass(frozen=True, slots=True)
 class DatasetImage(_TableCell):
-    """A cell of a Hugging Face data set written by `save_to_disk`. It is memory-mapped: random access is cheap."""
+    """A cell of a Hugging Face data set written by `save_to_disk`. Random access is cheap because of memory mapping."""
 
     folder: str
     split: str | None
@@ -208,7 +209,7 @@ class DatasetImage(_TableCell):
 
 @dataclass(frozen=True, slots=True)
 class MemoryImage(ImageRef):
-    """Encoded bytes in memory, for sources that can be read only once."""
+    """An encoded image in memory, for sources that can be read only once."""
 
     data: bytes
     name: str = "image in memory"
@@ -225,25 +226,25 @@ class MemoryImage(ImageRef):
 
 
 def content_digest(data: bytes) -> str:
-    """Return the SHA-256 of an image's bytes in hexadecimal, which identifies the image."""
+    """Return the hexadecimal SHA-256 hash of an image's bytes, which identifies the image."""
     return hashlib.sha256(data).hexdigest()
 
 
 def is_inside(name: str) -> bool:
-    """Return whether a file name from a data set stays in its folder: it is neither absolute nor contains "..".
+    """Return whether a file name from a data set stays inside the folder: it is relative and does not contain "..".
 
-    Symbolic links in the folder are followed without a check.
+    Symbolic links in the folder are not checked.
     """
     return not os.path.isabs(name) and ".." not in name.replace("\\", "/").split("/")
 
 
 def printable(name: str) -> str:
-    """Return a file name as valid Unicode: bytes that are not UTF-8 are written as escapes."""
+    """Return a file name as valid Unicode, with bytes that are not UTF-8 replaced with escape sequences."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def disable_image_decoding(dataset: Any) -> Any:
-    """Return a Hugging Face data set whose images are given as stored: {"bytes", "path"}."""
+    """Make a Hugging Face data set return images as stored: as a dict with the keys "bytes" and "path"."""
     import datasets
 
     for column, feature in (dataset.features or {}).items():
@@ -253,7 +254,7 @@ def disable_image_decoding(dataset: Any) -> Any:
 
 
 def _resolve_folder(path: str) -> str:
-    """Make a path absolute and resolve links in its folder. The last part may itself be a link and is kept."""
+    """Make a path absolute and resolve symbolic links in its folder. The file name is not resolved."""
     folder, name = os.path.split(path)
     return os.path.join(_real_path(os.path.abspath(folder)), name)
 
@@ -264,7 +265,7 @@ def _real_path(folder: str) -> str:
 
 
 def _file_version(path: str) -> tuple[int, int]:
-    """Return size and modification time. As part of the cache keys they prevent reads from an outdated cache."""
+    """Return a file's size and modification time, which are part of the cache keys so that stale entries are not used."""
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
 
@@ -280,8 +281,8 @@ def _row_group_starts(path: str, version: tuple[int, int]) -> list[int]:
 
 @functools.lru_cache(maxsize=4)
 def _parquet_column(path: str, version: tuple[int, int], group: int, column: str) -> pa.ChunkedArray:
-    # Opened again each time and read without threads: file handles and thread pools that survive a fork deadlock in
-    # data loader workers.
+    # The file is reopened each time and read without threads, because file handles and thread pools that survive a
+    # fork can deadlock in data loader workers.
     with pq.ParquetFile(path) as file:
         return file.read_row_group(group, columns=[column], use_threads=False).column(0)
 

@@ -1,4 +1,4 @@
-"""Image decoding to uint8 RGB pixels of shape (3, H, W), and thumbnails."""
+"""Image decoding to uint8 RGB tensors of shape (3, H, W), and thumbnail creation."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from llm2clip.data.image_header import MAX_PIXELS, open_header, readable_formats
 from llm2clip.data.image_refs import ImageRef
 
 _ORIENTATION = 0x0112  # the EXIF tag
-# Formats that torchvision decodes. The PNG decoder of torchvision 0.29 crashes (segmentation fault) on damaged pixels.
+# Formats to decode with torchvision. The PNG decoder in torchvision 0.29 crashes with a segmentation fault on damaged
+# pixel data.
 _FAST_FORMATS = ("JPEG", "MPO", "WEBP", *(("PNG",) if Version(torchvision.__version__) < Version("0.29") else ()))
 
 
 class ImageError(ValueError):
-    """An image cannot be read. The message has the reason and, if there is one, the file name."""
+    """Raised if an image cannot be read. The message contains the reason and, if known, the file name."""
 
 
 @runtime_checkable
 class Readable(Protocol):
-    """An open binary file, or an object with its `read` method."""
+    """An open binary file, or any object with such a `read` method."""
 
     def read(self) -> bytes: ...
 
@@ -40,14 +41,15 @@ ImageLike = str | Path | bytes | Image.Image | Tensor | Readable
 
 
 def load_image(image: ImageLike) -> Tensor:
-    """Decode an image from any input to uint8 (3, H, W) RGB, rotated as its EXIF orientation says.
+    """Decode any supported input to uint8 (3, H, W) RGB, and apply the EXIF orientation.
 
     Args:
-        image: A path, encoded bytes, an open file, an `ImageRef`, a PIL image, or a uint8 (3, H, W) tensor, which is
-            returned unchanged.
+        image: Path, encoded bytes, open file, `ImageRef`, PIL image or uint8 (3, H, W) tensor. A tensor is returned
+            unchanged.
 
     Raises:
-        ImageError: The image cannot be read, or the input has another type. The message names the file, if any.
+        ImageError: The image cannot be read, or the type of the input is not supported. The message names the file, if
+            there is one.
     """
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
@@ -67,14 +69,15 @@ def load_image(image: ImageLike) -> Tensor:
 
 
 def decode_image(data: bytes) -> Tensor:
-    """Decode bytes to uint8 (3, H, W) RGB.
+    """Decode an encoded image to uint8 (3, H, W) RGB.
 
-    The EXIF orientation is applied, transparent pixels are blended with white, and of an animation the first frame is
-    used. torchvision decodes JPEG, WebP and, where it is safe, PNG (twice as fast as Pillow); Pillow decodes the other
-    formats and reads all headers. Colour profiles are ignored, as in the training of the vision towers.
+    The EXIF orientation is applied, and transparent pixels are blended with white. If the image is animated, its first
+    frame is used. torchvision decodes JPEG, WebP and, where it is safe, PNG, twice as fast as Pillow. Pillow decodes
+    the other formats and reads all headers. Colour profiles are ignored, as in the training of the vision towers.
 
     Raises:
-        ImageError: The bytes are not an image of a supported format, are damaged, or have more than `MAX_PIXELS`.
+        ImageError: The bytes are not an image in a supported format, or the image is damaged or has more than
+            `MAX_PIXELS` pixels.
     """
     try:
         header = open_header(BytesIO(data))
@@ -82,16 +85,16 @@ def decode_image(data: bytes) -> Tensor:
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
-        reason = "it is empty" if not data else f"it is none of {', '.join(readable_formats())}"
+        reason = "it is empty" if not data else f"supported formats: {', '.join(readable_formats())}"
         raise ImageError(f"not an image: {reason}") from None
-    except Exception as error:  # malicious headers make Pillow raise almost any type
+    except Exception as error:  # malicious headers make Pillow raise almost any type of exception
         raise ImageError(f"unreadable image: {error}") from error
     pixels = _decode_with_torchvision(data, header)
     return _decode_with_pillow(header) if pixels is None else pixels
 
 
 def load_thumbnail(image: ImageLike, side: int) -> bytes | None:
-    """Load an image and return its thumbnail, see `make_thumbnail`; return None if the image cannot be read."""
+    """Load an image and return its thumbnail (see `make_thumbnail`), or None if the image cannot be read."""
     try:
         return make_thumbnail(load_image(image), side)
     except (ImageError, OSError):
@@ -99,7 +102,7 @@ def load_thumbnail(image: ImageLike, side: int) -> bytes | None:
 
 
 def make_thumbnail(image: Tensor, side: int) -> bytes:
-    """Encode uint8 (3, H, W) as a JPEG whose longer side has at most `side` pixels."""
+    """Scale down an image, uint8 (3, H, W), to at most `side` pixels on its longer side; return it as JPEG bytes."""
     height, width = image.shape[-2:]
     scale = min(1.0, side / max(height, width))
     small = F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
@@ -107,7 +110,7 @@ def make_thumbnail(image: Tensor, side: int) -> bytes:
 
 
 def _name_of(image: object) -> object:
-    """Return the file name of an input for error messages, or an empty string."""
+    """Return the file name of an input, for error messages, or an empty string if there is none."""
     if isinstance(image, ImageRef | str | Path):
         return image
     if isinstance(image, Image.Image):
@@ -122,7 +125,7 @@ def _name_of(image: object) -> object:
 def _check_size(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ImageError(f"{width} x {height} is more than {MAX_PIXELS:,} pixels")
+        raise ImageError(f"image too large: {width} x {height} is more than {MAX_PIXELS:,} pixels")
 
 
 def _decode_with_torchvision(data: bytes, header: Image.Image) -> Tensor | None:
@@ -138,11 +141,11 @@ def _decode_with_torchvision(data: bytes, header: Image.Image) -> Tensor | None:
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     mode = ImageReadMode.RGB_ALPHA if has_alpha else ImageReadMode.RGB
     try:
-        # torchvision applies the orientation of JPEG and PNG; it ignores that of WebP.
+        # torchvision applies the EXIF orientation to JPEG and PNG images but not to WebP images.
         pixels = torchvision_decode_image(encoded, mode, apply_exif_orientation=True)
     except RuntimeError as error:
         if ImageFile.LOAD_TRUNCATED_IMAGES and header.format != "WEBP":
-            # Pillow was configured to fill missing pixels with grey, so it would not report the error.
+            # Pillow is configured to fill missing pixels with grey, so it would not report the error.
             raise ImageError(f"unreadable image: {str(error).rpartition(', ')[2]}") from error
         return None
     if pixels.dtype == torch.uint16:  # 16-bit PNG
@@ -162,7 +165,7 @@ def _decode_with_pillow(image: Image.Image) -> Tensor:
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode == "F":
-            raise ImageError("its pixels are floating-point values of unknown range")
+            raise ImageError("the pixels are floating-point values with an unknown range")
         if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit values at 255
             grey = torch.from_numpy(np.asarray(image).astype(np.int64)).clamp(0, 65535)
             return _to_8_bits(grey).expand(3, -1, -1).contiguous()
@@ -170,13 +173,13 @@ def _decode_with_pillow(image: Image.Image) -> Tensor:
         pixels = torch.from_numpy(np.array(image.convert("RGBA" if has_alpha else "RGB"))).permute(2, 0, 1)
     except ImageError:
         raise
-    except Exception as error:  # malicious files make Pillow raise almost any type
+    except Exception as error:  # malicious files make Pillow raise almost any type of exception
         raise ImageError(f"unreadable image: {error}") from error
     return _blend_with_white(pixels) if has_alpha else pixels.contiguous()
 
 
 def _to_8_bits(pixels: Tensor) -> Tensor:
-    """Scale pixels from 0-65535 to 0-255, rounded: uint8 of the same shape."""
+    """Scale pixel values from 0-65535 to 0-255 with rounding; return uint8 of the same shape."""
     result = torch.empty(pixels.shape, dtype=torch.uint8)
     for chunk, out in zip(_row_chunks(pixels), _row_chunks(result), strict=True):
         out.copy_((chunk.to(torch.int32) + 128) // 257)
@@ -184,7 +187,7 @@ def _to_8_bits(pixels: Tensor) -> Tensor:
 
 
 def _blend_with_white(pixels: Tensor) -> Tensor:
-    """Blend uint8 (4, H, W) RGBA with a white background: uint8 (3, H, W)."""
+    """Blend an RGBA image, uint8 (4, H, W), with a white background; return uint8 (3, H, W)."""
     result = torch.empty(3, *pixels.shape[1:], dtype=torch.uint8)
     for chunk, out in zip(_row_chunks(pixels), _row_chunks(result), strict=True):
         colour, alpha = chunk[:3].to(torch.int32), chunk[3:].to(torch.int32)
@@ -193,12 +196,12 @@ def _blend_with_white(pixels: Tensor) -> Tensor:
 
 
 def _row_chunks(pixels: Tensor) -> Sequence[Tensor]:
-    """Split an image into chunks of rows with about a million pixels, to limit the memory of int32 intermediates."""
+    """Split an image into blocks of rows with about a million pixels each, so that int32 intermediates stay small."""
     return pixels.split(max(1, (1 << 20) // max(1, pixels.shape[-1])), dim=-2)
 
 
 def _apply_orientation(pixels: Tensor, orientation: int) -> Tensor:
-    """Rotate and flip an image by its EXIF orientation, 1 to 8; other values have no effect."""
+    """Rotate and flip an image according to its EXIF orientation (1 to 8). Other values have no effect."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 2)
     flips = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation)

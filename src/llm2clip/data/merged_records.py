@@ -1,4 +1,4 @@
-"""Several sources read as one list of records, with one record per image."""
+"""Reading of several sources into a single list with one record per image."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ SourcedRecord = tuple[Source, Record]
 def read_merged_records(
     sources: Sequence[str | Source], columns: dict[str, str], log: SkipLog, image_check: ImageCheck = "header"
 ) -> list[SourcedRecord]:
-    """Read all records of several sources and merge the records of the same image.
+    """Read all records from several sources and merge records that have the same image.
 
-    Rows and sources that refer to the same image become one record with all their captions, each caption once. It
-    keeps the id, split and source of the first. Rows without an image are merged if they have the same id, source path
-    and split.
+    Rows that refer to the same image, in one source or in several, become one record with all their distinct captions.
+    The record keeps the id, split and source of the first of these rows. Rows without an image are merged if they have
+    the same id, source path and split.
 
     Args:
-        sources: Paths or sources.
-        columns: Column mapping that is added to the mapping of every source.
-        log: Receives the rows that cannot be used.
-        image_check: See `open_records`.
+        sources: Paths or `Source` objects.
+        columns: Column mapping to add to each source's own mapping.
+        log: Log in which skipped rows are recorded.
+        image_check: How images are checked; see `open_records`.
 
     Returns:
-        (source, record) for each image, in the order of first appearance.
+        (source, record) for each image, in order of first appearance.
     """
     merged: dict[Any, SourcedRecord] = {}
     for number, (source, record) in enumerate(stream_records(sources, columns, log, image_check)):
@@ -46,9 +46,9 @@ def read_merged_records(
 def stream_records(
     sources: Sequence[str | Source], columns: dict[str, str], log: SkipLog, image_check: ImageCheck = "header"
 ) -> Iterator[SourcedRecord]:
-    """Yield (source, record) for each record of several sources, in order and without merging.
+    """Yield (source, record) for each record in several sources, in order and without merging.
 
-    The arguments are those of `read_merged_records`.
+    The arguments are the same as for `read_merged_records`.
     """
     for name in sources:
         parsed = Source.parse(name)
@@ -62,7 +62,7 @@ def _merge_key(source: Source, record: Record, number: int) -> Any:
         return record.image.key
     if record.id_from_source:
         return source.path, record.split, record.id
-    return number  # nothing identifies the image: never merged
+    return number  # nothing identifies the image, so the record is never merged
 
 
 def _merge(first: Record, second: Record) -> Record:

@@ -1,7 +1,7 @@
 """Batches of positive text pairs for `tune`: two captions of the same image, or a general text pair.
 
-The batches are a function of the seed alone, so a resumed run sees the texts that it would have seen without the
-interruption, and the order does not depend on the number of processes.
+For given data and settings, the batches depend only on the seed. A resumed run therefore sees the same texts as an
+uninterrupted run, and the order does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Pair:
     """A positive pair of texts.
 
     Attributes:
-        anchor: The query.
-        positive: A text with the same meaning, or the answer.
-        negatives: Known hard negatives, which may be empty.
-        instruction: Text put before the anchor and excluded from pooling.
+        anchor: Query text.
+        positive: Text with the same meaning as the anchor, or its answer.
+        negatives: Known hard negatives; may be empty.
+        instruction: Text that is prepended to the anchor and excluded from pooling.
     """
 
     anchor: str
@@ -59,22 +59,24 @@ def pair_batches(
     seed: int,
     hard_negative_group_size: int = 1,
 ) -> Iterator[list[Pair]]:
-    """Yield `steps` batches of `batch_size` pairs, each from a single source, so that its negatives are comparable.
+    """Yield `steps` batches of `batch_size` pairs. Each batch comes from a single source, so that all its texts are
+    similar in kind.
 
-    Within a batch no image and no text occurs twice, so that no other caption of an anchor's image is a negative of the
-    anchor. An item whose text is in the batch already is deferred to the next batch; it does not join a new pass until
-    it has been used. Every pass over a source draws a new order and new pairs.
+    No image and no text occurs twice in a batch. This ensures that another caption of the anchor's image is never used
+    as a negative. If a text of an item is already in the batch, the item is deferred to the next batch, and it does not
+    join a new pass until it has been used. Every pass over a source draws a new order and new pairs.
 
     Args:
-        sources: For each source the captions of its images, or its text pairs. Images without a pair are not used.
-        source_weights: Sampling weight of each source. Empty: proportional to the number of items.
-        batch_size: Pairs per batch.
+        sources: For each source, the captions of its images or its text pairs. Images without a pair are ignored.
+        source_weights: Sampling weight of each source. If empty, weights are proportional to the number of items.
+        batch_size: Number of pairs per batch.
         steps: Number of batches.
-        seed: Seed of the order and of the choice of captions.
-        hard_negative_group_size: Put this many items with similar captions into the same batch. 1: random batches.
+        seed: Random seed for the order of the items and the choice of captions.
+        hard_negative_group_size: Number of items with similar captions to put into the same batch. 1 means random
+            batches.
 
     Raises:
-        ValueError: A weight is missing or not positive, or a source has fewer usable items than a batch.
+        ValueError: A weight is missing or not positive, or a source has fewer usable items than a batch needs.
     """
     if any(not items for items in sources):
         raise ValueError("a source has no captions or pairs to tune on")
@@ -91,17 +93,17 @@ def pair_batches(
 
 
 def pairable_items(items: Sequence[TuningItem], batch_size: int) -> list[TuningItem]:
-    """Return the items of a source that can give a pair.
+    """Return the items of a source that can form a pair.
 
     Raises:
-        ValueError: There are fewer than `batch_size`.
+        ValueError: Fewer than `batch_size` items can form a pair.
     """
     usable = [item for item in items if isinstance(item, Pair) or can_pair(item)]
     if len(usable) < batch_size:
         kind = "text pairs" if items and isinstance(items[0], Pair) else "images with two different captions"
         raise ValueError(
-            f"a batch of {batch_size} pairs needs at least {batch_size} {kind}, but a source has {len(usable)}. Lower "
-            "--tune.batch_size or add data"
+            f"a batch of {batch_size} pairs needs at least {batch_size} {kind}, but a source has only {len(usable)}. "
+            "Lower --tune.batch_size or add data"
         )
     return usable
 
@@ -114,8 +116,8 @@ def can_pair(captions: ImageCaptions) -> bool:
 def draw_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
     """Draw two different captions of an image.
 
-    First the kind of pair is drawn (two short captions, a short and a long one, or two long ones), with equal
-    probability for the kinds that the image has.
+    The kind of pair is drawn first: two short captions, a short and a long caption, or two long captions. All kinds
+    that the image's captions allow have the same probability.
     """
     kinds = _available_kinds(captions)
     chosen = 0
@@ -131,7 +133,7 @@ def draw_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
 
 
 def _available_kinds(captions: ImageCaptions) -> list[tuple[list[str], list[str]]]:
-    """Return (candidates for one text, candidates for the other) for each kind of pair that an image has."""
+    """Return (candidates for one text, candidates for the other text) for each kind of pair that is possible."""
     short = unique_captions(captions.short)
     long = [caption for caption in unique_captions(captions.long) if caption not in short]
     kinds = []
@@ -150,18 +152,18 @@ def _batches_of_source(
     usable = pairable_items(items, batch_size)
     rng = np.random.default_rng(seed)
     vectors = caption_vectors([item.texts for item in usable]) if group_size > 1 else np.empty((len(usable), 0))
-    order: list[int] = []  # items left in this pass, the next one last
+    order: list[int] = []  # remaining items of this pass, in reverse order
     for _ in range(steps):
         pairs: list[Pair] = []
         used_texts: set[str] = set()
         used_items: set[int] = set()
         deferred: list[int] = []
-        num_conflicts = 0  # since the last pair
+        num_conflicts = 0  # since the last pair was added
         while len(pairs) < batch_size:
-            if not order:  # a new pass, without the items that are still due in the last one
+            if not order:  # start a new pass without the items that are still due from the last pass
                 due = set(deferred)
                 order = [n for n in grouped_permutation(vectors, group_size, rng).tolist() if n not in due]
-            if not order:  # every other item is in this batch: the deferred ones try other captions
+            if not order:  # all other items are in this batch: try other captions of the deferred items
                 order, deferred = deferred, []
             index = order.pop()
             item = usable[index]
@@ -171,12 +173,13 @@ def _batches_of_source(
                 num_conflicts += 1
                 if num_conflicts > 10 * len(usable):
                     raise ValueError(
-                        f"a source does not have {batch_size} pairs without a text in common: lower --tune.batch_size"
+                        f"cannot fill a batch: a source does not have {batch_size} pairs without shared texts. Lower "
+                        "--tune.batch_size"
                     )
                 continue
             num_conflicts = 0
             used_items.add(index)
             used_texts.update(pair.texts)
             pairs.append(pair)
-        order.extend(reversed(deferred))  # the first one deferred comes first
+        order.extend(reversed(deferred))  # the item that was deferred first comes first
         yield pairs

@@ -1,8 +1,8 @@
-"""Raw rows, the common output of all readers.
+"""Raw rows, the common output format of all readers.
 
-A raw row is `(file, row, fields)`. `row` counts from 1 and is the line number in a text file. `fields` is a dict with
-the names and values of the format, or a `BadRow` if the row cannot be read. Readers do not interpret the fields;
-`records` and `text_pairs` do.
+A raw row is a tuple `(file, row, fields)`. `row` counts from 1; for text files it is the line number. `fields` is a
+dict from column names to values as they are in the file, or a `BadRow` if the row cannot be read. Readers do not
+interpret the fields; the modules `records` and `text_pairs` do.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class BadRow:
     """A row that cannot be read.
 
     Attributes:
-        reason: Category under which the row is counted.
+        reason: Category for counting skipped rows.
         value: Details for the skip log.
-        rows: Number of rows that are lost with it, itself included.
+        rows: Number of rows that are lost, including this row.
     """
 
     reason: str

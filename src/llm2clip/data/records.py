@@ -1,7 +1,7 @@
-"""Records (an image and its captions) read from a source of any supported format.
+"""Records (an image and its captions) read from a source in any supported format.
 
-`open_records` is the entry point. It reads the formats of `readers`, validates every row, and lists each row that it
-skips with its file, row number and reason. Nothing is downloaded from URLs in the data.
+`open_records` is the entry point. It reads all formats in `readers`, validates every row, and logs each skipped row
+with the file, the row number and the reason. URLs in the data are never downloaded.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from llm2clip.data.raw_rows import BadRow, RawRow
 from llm2clip.data.skip_log import SkipLog
 
 ImageCheck = Literal["header", "exists", "unchecked", "ignore"]
-NO_SPLIT = "none"  # name of the records without a split, in selections and in data
-EARLY_CHECK_ROWS = 1000  # after this many rows, too many skipped rows stop the reading before its end
+NO_SPLIT = "none"  # split name that means "no split", both in split selections and in data
+EARLY_CHECK_ROWS = 1000  # after this many rows, reading stops early if too many have been skipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +30,13 @@ class Record:
     """An image and its captions.
 
     Attributes:
-        id: Id from the source; otherwise the image's file name without suffix, or `file:row`.
-        image: Reference to the image, or None if the source has only texts.
-        captions: Captions as they are in the source, stripped and never truncated.
-        short_captions: Short captions rewritten by a model.
-        long_captions: Long captions rewritten by a model.
+        id: Id from the source. If the source has no ids: the image's file name without suffix, or `file:row`.
+        image: Reference to the image, or None if the source contains only texts.
+        captions: Captions from the source, stripped but never truncated.
+        short_captions: Short captions written by a model.
+        long_captions: Long captions written by a model.
         split: Name of the split, or None.
-        id_from_source: Whether the source has an id for the record.
+        id_from_source: Whether the id comes from the source.
     """
 
     id: str
@@ -49,7 +49,7 @@ class Record:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """All captions: original, short and long."""
+        """All captions: the original captions, then the short ones, then the long ones."""
         return self.captions + self.short_captions + self.long_captions
 
 
@@ -58,10 +58,11 @@ class Source:
     """A source of records.
 
     Attributes:
-        path: A file, folder, glob or brace pattern, or `hf:NAME` for a Hugging Face data set.
-        splits: Names of the splits to read; "none" selects records without a split. Empty: all records.
-        columns: Field of a record (id, image, captions, short_captions, long_captions, split) to column of the source.
-            An empty column disables the field. Other fields are guessed from the usual column names.
+        path: File, folder, glob or brace pattern, or `hf:NAME` for a Hugging Face data set.
+        splits: Names of the splits to read; "none" selects records without a split. If empty, all records are read.
+        columns: Mapping from record field (id, image, captions, short_captions, long_captions or split) to column name.
+            An empty column name disables the field. Fields that are not mapped are detected from the usual column
+            names.
     """
 
     path: str
@@ -71,13 +72,13 @@ class Source:
     def __post_init__(self) -> None:
         for name in self.columns:
             if name not in COLUMN_NAMES:
-                raise ValueError(f"columns: unknown field {name!r}; the fields are {', '.join(COLUMN_NAMES)}")
+                raise ValueError(f"columns: unknown field {name!r}; available fields: {', '.join(COLUMN_NAMES)}")
 
     @classmethod
     def parse(cls, value: str | os.PathLike[str] | Mapping[str, Any] | Source) -> Source:
-        """Create a source from `path`, from `path@split+split`, or from a mapping with path, splits and columns.
+        """Create a source from `path`, `path@split+split`, or a mapping with the keys path, splits and columns.
 
-        If a path that contains @ exists, it is taken as a path without splits.
+        If a file or folder with an @ in its path exists, the text after the @ is not interpreted as splits.
         """
         if isinstance(value, Source):
             return value
@@ -105,29 +106,33 @@ def open_records(
     image_check: ImageCheck = "header",
     require_captions: bool = True,
 ) -> Iterator[Record]:
-    """Return an iterator over the records of a source, in the order of the source.
+    """Return an iterator over the records of a source, in source order.
 
-    The path is resolved immediately; rows are read on demand. Only .csv, .tsv and captions.txt files are read
-    completely before the first record, since the captions of an image may be in any of their rows: rows with the same
-    image and split become one record, at the position of the first.
+    The path is resolved immediately; rows are read on demand. Files in .csv, .tsv and captions.txt format are an
+    exception: they are read completely before the first record, because the captions of an image may be in any row.
+    Rows with the same image and split become one record, at the position of the first of these rows.
 
     Args:
-        source: A path, `path@split+split`, or anything else that `Source.parse` accepts.
-        log: Receives the rows that are skipped. Default: a log without a file that allows 5% of the rows.
-        image_check: What is checked of each image.
+        source: Path, `path@split+split`, or anything else that `Source.parse` accepts.
+        log: Log in which skipped rows are recorded. Default: a log without a file that allows 5% of the rows to be
+            skipped.
+        image_check: How each image is checked.
 
-            - "header": its format and size (about 0.1 ms if the file is cached; truncated pixel data is not detected).
-            - "exists": that its file exists.
-            - "unchecked": nothing; no row is skipped because of its image. For reading captions.
-            - "ignore": nothing, and image bytes in tables are not read. Equal images in different rows of a table
-              then have different references.
-        require_captions: Whether a row without captions is skipped. If False, rows need an image or a caption, and a
-            folder is searched for images, tars and tables in all its subfolders.
+            - "header": check the image's format and size. This takes about 0.1 ms if the file is cached. Truncated
+              pixel data is not detected.
+            - "exists": check that the image file exists.
+            - "unchecked": do not check images, so that no row is skipped because of its image. Use this to read
+              captions.
+            - "ignore": do not check images, and do not read image bytes in tables. Identical images in different rows
+              of a table then have different references.
+        require_captions: Whether to skip rows without captions. If False, each row needs an image or a caption, and
+            folders are searched recursively for images, tar files and tables.
 
     Raises:
         FileNotFoundError: The path does not exist.
-        ValueError: The format is unknown, a column is missing, or the source or the selected splits have no records.
-        TooManySkipped: Too many rows were skipped; checked at the end, and after the first 1,000 rows at every skip.
+        ValueError: The format is unknown, a column is missing, or the source or the selected splits contain no records.
+        TooManySkipped: Too many rows were skipped. The limit is checked at the end and, after the first 1,000 rows,
+            whenever a row is skipped.
     """
     source = Source.parse(source)
     if image_check not in get_args(ImageCheck):
@@ -138,7 +143,7 @@ def open_records(
 
 @dataclass(frozen=True, slots=True)
 class _ParsedRow:
-    """A row whose fields have been parsed and whose image has not been checked."""
+    """A row with parsed fields. The image has not been checked yet."""
 
     file: str
     row: int
@@ -160,7 +165,7 @@ class _RecordReader:
         self.check_images = image_check in ("header", "exists")
         self.check_headers = image_check == "header"
         self.mapper = ColumnMapper(str(source), source.columns, require_captions)
-        self.num_rows = 0  # of this source, while the log counts the rows of all sources
+        self.num_rows = 0  # rows of this source; the log counts the rows of all sources
         self.split_counts: Counter[str] = Counter()
         self._splits = "+".join(sorted(source.splits))
 
@@ -188,7 +193,7 @@ class _RecordReader:
         return _merge_rows(rows) if kind in ("csv", "tsv", "captions.txt") else rows
 
     def _parse_rows(self, raw_rows: Iterable[RawRow], kind: str) -> Iterator[_ParsedRow]:
-        """Yield the valid rows of the selected splits."""
+        """Yield the valid rows in the selected splits."""
         for file, number, fields in raw_rows:
             if isinstance(fields, BadRow):
                 self._count_rows(fields.rows)
@@ -211,7 +216,7 @@ class _RecordReader:
         else:
             columns = self.mapper.map_row(fields)
         values = {name: fields.get(column) for name, column in columns.items()}
-        if kind in ("csv", "tsv"):  # several columns of the same name: all of them for captions, otherwise the last
+        if kind in ("csv", "tsv"):  # columns with the same name: use all of them for captions, else the last
             for name, value in values.items():
                 if isinstance(value, list) and name not in CAPTION_FIELDS:
                     values[name] = value[-1]
@@ -237,7 +242,7 @@ class _RecordReader:
         )
 
     def _to_record(self, row: _ParsedRow) -> Record:
-        """Check the captions and the image of a row.
+        """Convert a row to a record after checking its captions and its image.
 
         Raises:
             UnusableRow: The row has no captions, or its image cannot be used.
@@ -277,7 +282,7 @@ class _RecordReader:
 
 
 def _merge_rows(rows: Iterable[_ParsedRow]) -> Iterator[_ParsedRow]:
-    """Merge the rows of the same image and split (without an image: the same id and split)."""
+    """Merge rows that have the same image and split. Rows without an image are merged by id and split."""
     groups: dict[tuple[object, ...], list[_ParsedRow]] = {}
     for row in rows:
         name = str(row.image.ref) if row.image else row.id

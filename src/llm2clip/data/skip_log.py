@@ -1,4 +1,4 @@
-"""Log of skipped rows: each is counted and listed with file and row, and too many of them are an error."""
+"""Log of skipped rows. Each is counted and listed with its file and row number; too many skipped rows are an error."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from pathlib import Path
 
 
 class TooManySkipped(ValueError):
-    """More rows than allowed were skipped: the source or its column mapping is probably wrong."""
+    """Raised if more rows than allowed were skipped, which probably means that the source or a column mapping is wrong."""
 
 
 class SkipLog:
-    """Counts skipped rows and lists them as JSON lines.
+    """Counts skipped rows and lists them in a JSON Lines file.
 
-    Each file must have a single writer: give every process its own path, or a path only to the first.
+    Each file must have a single writer: give every process its own path, or give only the first process a path.
 
     Args:
-        path: Where the rows are listed. The file is emptied here, so every run starts a new list. None: no list.
-        max_skipped: Fraction of the rows that may be skipped.
+        path: File in which to list the rows. An existing file is emptied, so every run starts a new list. None means
+            that rows are only counted.
+        max_skipped: Largest fraction of the rows that may be skipped.
 
     Attributes:
-        skipped: Number of skipped rows by reason.
-        dropped: Number of dropped parts of rows (such as empty captions) by reason; these rows are not skipped.
+        skipped: Number of skipped rows for each reason.
+        dropped: Number of dropped parts of rows, such as empty captions, for each reason. The rows themselves are used.
         examples: Descriptions of the first three skipped rows.
     """
 
@@ -33,8 +34,8 @@ class SkipLog:
         self.skipped: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self.examples: list[str] = []
-        self._single_rows = 0  # counted one by one
-        self._source_rows: dict[str, dict[str, int]] = {}  # path -> splits -> rows; splits "" are all rows of the path
+        self._single_rows = 0  # rows counted with `count_row`
+        self._source_rows: dict[str, dict[str, int]] = {}  # path -> splits -> rows; "" as the split means all rows
         self._skipped_rows: set[tuple[str, int, str]] = set()
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +43,7 @@ class SkipLog:
 
     @property
     def rows_seen(self) -> int:
-        """The number of rows read so far. A source that is read several times counts once."""
+        """Number of rows read so far. A source that is read several times is counted once."""
         source_rows = sum(splits.get("") or sum(splits.values()) for splits in self._source_rows.values())
         return self._single_rows + source_rows
 
@@ -55,20 +56,20 @@ class SkipLog:
 
         Args:
             path: Path of the source.
-            splits: The selected splits; empty if the pass reads all rows.
-            count: Number of rows.
+            splits: Selected splits, or an empty string if the pass reads all rows.
+            count: Number of rows read so far.
         """
         counts = self._source_rows.setdefault(path, {})
         counts[splits] = max(count, counts.get(splits, 0))
 
     def count_at_least(self, count: int) -> None:
-        """Raise the number of rows to `count`, for data whose rows were not counted while reading."""
+        """Increase the number of rows to at least `count`, for data whose rows were not counted during reading."""
         self._single_rows += max(0, count - self.rows_seen)
 
     def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
-        """Record a skipped row, or `rows` of them from this one on.
+        """Record a skipped row, or `rows` skipped rows starting with this one.
 
-        A row that was skipped before for the same reason, in an earlier pass or stage, is not recorded again.
+        A row that an earlier pass or stage skipped for the same reason is not recorded again.
         """
         if (file, row, reason) in self._skipped_rows:
             return
@@ -79,23 +80,23 @@ class SkipLog:
         self._write(file, row, reason, value)
 
     def drop(self, file: str, row: int, reason: str, value: object) -> None:
-        """Record a part of a row that was dropped; the row itself is used."""
+        """Record that a part of a row was dropped. The row itself is used."""
         self.dropped[reason] += 1
         self._write(file, row, reason, value)
 
     def summary(self) -> str:
-        """Return one line with the numbers of skipped rows and dropped parts and their reasons."""
+        """Return a one-line summary: the numbers of skipped rows and dropped parts of rows, with the reasons."""
         summary = f"{self.skipped.total():,} of {self.rows_seen:,} rows skipped{_format_counts(self.skipped)}"
         if self.dropped:
             summary += f"; parts of rows dropped{_format_counts(self.dropped)}"
         return summary
 
     def check(self) -> None:
-        """Raise `TooManySkipped` if the fraction of skipped rows is above the limit."""
+        """Raise `TooManySkipped` if the fraction of skipped rows exceeds the limit."""
         if self.skipped.total() <= self.max_skipped * self.rows_seen:
             return
         examples = "".join(f"\n  {example}" for example in self.examples)
-        listed = f"\nAll of them are listed in {self.path}." if self.path else ""
+        listed = f"\nAll skipped rows are listed in {self.path}." if self.path else ""
         raise TooManySkipped(
             f"{self.summary()}, over the limit of {self.max_skipped:.1%}{examples}{listed}"
             "\nFix the source, or raise the limit with --max_skipped."
@@ -105,8 +106,9 @@ class SkipLog:
         if self.path is None:
             return
         entry = {"file": file, "row": row, "reason": reason, "value": str(value)[:200]}
-        # Opened for each line: skipped rows are rare, and the list must be on disk if the run is killed.
-        # backslashreplace: file names that are not UTF-8 contain lone surrogates, which become JSON's \udcXX escapes.
+        # The file is opened for each line, because skipped rows are rare and the list must be on disk if the run is
+        # killed. File names that are not UTF-8 contain lone surrogates; backslashreplace writes them as JSON's \udcXX
+        # escapes.
         with self.path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
 

@@ -1,4 +1,4 @@
-"""Split policy: which images are trained on and which are held out."""
+"""Split policy: which images are used for training and which are held out."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from llm2clip.data.skip_log import SkipLog
 
 TRAIN_SPLITS = (NO_SPLIT, "train", "training", "restval")
 HELD_OUT_SPLITS = ("val", "validation", "valid", "dev", "test")  # the first of these that a source has is held out
-HELD_OUT_FRACTION = 10  # without such a split, one image in ten is held out,
-MAX_HELD_OUT = 1000  # and at most this many
+HELD_OUT_FRACTION = 10  # without such a split, one image in this many is held out
+MAX_HELD_OUT = 1000  # maximum number of images that are held out in this way
 
 
 @dataclass
@@ -24,11 +24,11 @@ class DataSplits:
     """Training records and held-out records.
 
     Attributes:
-        train: Records to train on.
-        held_out: Held-out records with an image, by caption field: `captions`, `short_captions` and `long_captions`
-            where there are any, and each column of `EvaluateConfig.fields`. A record of a field other than `captions`
-            has the texts of that field as its captions.
-        summary: A one-line description of both for the user.
+        train: Training records.
+        held_out: Held-out records with an image, grouped by caption field. The fields are `captions`, `short_captions`
+            and `long_captions` if the records have any, and each column in `EvaluateConfig.fields`. In each field other
+            than `captions`, the records have that field's texts as their captions.
+        summary: One-line description of the training and held-out records, for the user.
     """
 
     train: list[Record]
@@ -43,22 +43,24 @@ def read_splits(
     log: SkipLog,
     image_check: ImageCheck = "header",
 ) -> DataSplits:
-    """Read sources and divide them into training and held-out records, one record per image.
+    """Read sources and divide them into training and held-out records, with one record per image.
 
-    A source with named splits (`PATH@train+none`) is trained on as it is. Records of the other sources are trained on
-    if they have no split or a training split. What is held out is the first of these that applies:
+    If splits are selected for a source (`PATH@train+none`), all records in these splits are used for training. In other
+    sources, the records that have no split or a training split are used. The held-out records are chosen by the first
+    of these rules that applies:
 
-    1. The records of `config.data`, if it names sources. Their images are removed from the training records.
-    2. The records of the split named val, validation, valid, dev or test, in this order of preference.
-    3. A tenth of the training images, at most 1,000, chosen by a hash of the record. They are drawn from the sources
-       without named splits if there are any.
+    1. If `config.data` names sources, their records are held out. Their images are removed from the training records.
+    2. If a source has a split named val, validation, valid, dev or test, that split is held out. If there are several,
+       the first name in this list is used.
+    3. Otherwise, a tenth of the training images (at most 1,000) is held out, chosen by a hash of the record. The images
+       are drawn from the sources without selected splits, if there are any.
 
     Args:
         sources: Paths, with or without `@split+split`.
         config: Held-out sources and additional caption columns.
-        columns: Column mapping that is added to the mapping of every source.
-        log: Receives the rows that cannot be used.
-        image_check: See `open_records`.
+        columns: Column mapping to add to each source's own mapping.
+        log: Log in which skipped rows are recorded.
+        image_check: How images are checked; see `open_records`.
     """
     records = read_merged_records(sources, columns, log, image_check)
     train = [(source, record) for source, record in records if source.splits or is_training_split(record)]
@@ -70,7 +72,7 @@ def read_splits(
         num_before = len(train)
         train = _without_images_of(held_out, train)
         if num_leaked := num_before - len(train):
-            notes.append(f"{num_leaked:,} removed from training because they are held out")
+            notes.append(f"{num_leaked:,} held-out images removed from training")
     elif held_out_split is not None:
         held_out = [(source, record) for source, record in other if _split_name(record) == held_out_split]
         other = [(source, record) for source, record in other if _split_name(record) != held_out_split]
@@ -78,7 +80,7 @@ def read_splits(
         train, held_out = _draw_held_out(train)
     if other:
         names = ", ".join(sorted({str(record.split) for _, record in other}))
-        notes.append(f"{len(other):,} of other splits ({names}) unused")
+        notes.append(f"{len(other):,} from other splits ({names}) unused")
     held_out = [(source, record) for source, record in held_out if record.image is not None]
     num_images = sum(record.image is not None for _, record in train)
     return DataSplits(
@@ -89,12 +91,12 @@ def read_splits(
 
 
 def is_training_split(record: Record) -> bool:
-    """Return whether a record has no split or one that is commonly used for training."""
+    """Return whether a record has no split, or a split with a common name for training data."""
     return _split_name(record) in TRAIN_SPLITS
 
 
 def with_captions(record: Record, captions: tuple[str, ...]) -> Record:
-    """Return a copy of the record that has only these captions."""
+    """Return a copy of a record with these captions and no others."""
     return dataclasses.replace(record, captions=captions, short_captions=(), long_captions=())
 
 
@@ -113,7 +115,7 @@ def _without_images_of(held_out: Sequence[SourcedRecord], train: Sequence[Source
 
 
 def _draw_held_out(train: Sequence[SourcedRecord]) -> tuple[list[SourcedRecord], list[SourcedRecord]]:
-    """Divide training records into those that stay and a random tenth of the images."""
+    """Hold out a random tenth of the images; return the remaining training records and the held-out records."""
     candidates = [record for source, record in train if not source.splits] or [record for _, record in train]
     shuffled = sorted((record for record in candidates if record.image is not None), key=_record_hash)
     count = min(MAX_HELD_OUT, max(1, len(shuffled) // HELD_OUT_FRACTION))
@@ -123,14 +125,15 @@ def _draw_held_out(train: Sequence[SourcedRecord]) -> tuple[list[SourcedRecord],
 
 
 def _record_hash(record: Record) -> str:
-    # With the captions, since ids may repeat. surrogatepass: ids may come from file names that are not UTF-8.
+    # The captions are included because ids may repeat. Ids may come from file names that are not UTF-8, hence
+    # surrogatepass.
     return hashlib.sha256("\0".join([record.id, *record.texts]).encode(errors="surrogatepass")).hexdigest()
 
 
 def _by_caption_field(
     held_out: Sequence[SourcedRecord], extra_columns: Sequence[str], columns: dict[str, str]
 ) -> dict[str, list[Record]]:
-    """Group held-out records by caption field; read their sources again for each of the extra caption columns."""
+    """Group held-out records by caption field. For each extra caption column, read the sources again."""
     records = [record for _, record in held_out]
     fields = {"captions": [record for record in records if record.captions]}
     for name in CAPTION_FIELDS[1:]:

@@ -1,9 +1,9 @@
 """General text pairs for `tune`, such as questions with answers, titles with documents, and paraphrases.
 
-The format is that of E5's training data (arXiv 2212.03533). A row is `{"query": ..., "positive": ..., "negatives":
-[...], "instruction": ...}` in any table format that records are read from. Negatives and instruction are optional, and
-the columns may have other common names. Two sentences with a label or a score are not accepted as a pair, since they
-may contradict each other.
+The format is the same as for E5's training data (arXiv 2212.03533). A row is `{"query": ..., "positive": ...,
+"negatives": [...], "instruction": ...}`, in any table format that is supported for records. The fields `negatives` and
+`instruction` are optional, and columns with other common names are recognised. Sentence pairs with a label or score are
+not supported, because the two sentences may contradict each other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llm2clip.data.raw_rows import BadRow
 from llm2clip.data.records import EARLY_CHECK_ROWS, NO_SPLIT, Source
 from llm2clip.data.skip_log import SkipLog
 
-COLUMN_NAMES = {  # field of a pair -> its usual column names, the preferred one first
+COLUMN_NAMES = {  # field of a pair -> usual column names, in order of preference
     "query": ("query", "anchor", "question", "title"),
     "positive": ("positive", "pos", "positives", "document", "answer", "passage", "text"),
     "negatives": ("negatives", "negative", "neg", "hard_negatives"),
@@ -28,12 +28,12 @@ COLUMN_NAMES = {  # field of a pair -> its usual column names, the preferred one
 
 
 def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
-    """Yield the pairs of a source (`PATH` or `PATH@split`) in order. Of several positives the first is used.
+    """Yield the pairs in a source (`PATH` or `PATH@split`) in order. If a row has several positives, use the first.
 
-    Rows that lack a text, or whose two texts are equal, are skipped, counted and listed in `log`.
+    Rows with a missing text or two identical texts are skipped, counted and listed in `log`.
 
     Raises:
-        ValueError: There is no column of queries or of positives, or no pair at all.
+        ValueError: The source has no query column, no positive column, or no pairs.
         TooManySkipped: Too many rows were skipped.
     """
     log, source = SkipLog() if log is None else log, Source.parse(path)
@@ -52,12 +52,14 @@ def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
                 columns = _choose_columns(row_file, list(fields))
                 columns_known = True
             except ValueError:
-                if not columns_known:  # the first row: this is not a file of pairs
+                if not columns_known:  # the first row has no such columns, so the file does not contain pairs
                     raise
-                columns = {}  # a JSON object without these keys
+                columns = {}  # a JSON object that does not have these keys
             pair = _to_pair(fields, columns)
             if pair.anchor == pair.positive or not pair.anchor or not pair.positive:
-                log.skip(row_file, number, "missing or equal texts", f"{pair.anchor[:80]!r}, {pair.positive[:80]!r}")
+                log.skip(
+                    row_file, number, "missing or identical texts", f"{pair.anchor[:80]!r}, {pair.positive[:80]!r}"
+                )
                 if log.rows_seen >= EARLY_CHECK_ROWS:
                     log.check()
                 continue
@@ -77,7 +79,7 @@ def _choose_columns(file: str, columns: Sequence[str]) -> dict[str, str]:
     """Map the fields of a pair to columns.
 
     Raises:
-        ValueError: There is no column for the query or the positive.
+        ValueError: The query or the positive has no column.
     """
     chosen = guess_columns(COLUMN_NAMES, columns)
     for field in ("query", "positive"):
@@ -96,17 +98,17 @@ def _to_pair(fields: Mapping[str, Any], columns: Mapping[str, str]) -> Pair:
         anchor=query,
         positive=positive,
         negatives=tuple(text for text in negatives if text not in (query, positive)),
-        # A tokenizer would merge a space with the word that follows it, but not a newline.
+        # A newline, because tokenizers merge a space with the following word.
         instruction=f"{instruction}\n" if instruction else "",
     )
 
 
 def _first_text(value: Any) -> str:
-    """Return the first text of a cell, or an empty string."""
+    """Return the first text in a cell, or an empty string if there is none."""
     return next(iter(_texts(value)), "")
 
 
 def _texts(value: Any) -> list[str]:
-    """Return the texts of a cell, which holds one text or a list of them."""
+    """Return the texts in a cell, which contains a single text or a list of texts."""
     values = value if isinstance(value, list) else [value]
     return [text.strip() for text in values if isinstance(text, str) and text.strip()]

@@ -1,7 +1,7 @@
-"""Preprocessing of a vision tower: its config, and the transforms for evaluation and training.
+"""Image preprocessing for vision towers: config, evaluation transform and training transform.
 
-Input and output are uint8 RGB. The vision tower normalises the pixels on its device, so the data loader workers
-transfer a quarter of the bytes that float32 would take.
+Input and output are uint8 RGB. The vision tower normalises the pixels on its own device, so that data loader workers
+transfer only a quarter of the bytes that float32 pixels would need.
 """
 
 from __future__ import annotations
@@ -15,23 +15,22 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-_RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's constants, which preprocessor_config.json contains
+_RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's constants, as stored in preprocessor_config.json
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Preprocessing of a vision tower.
+    """Preprocessing settings of a vision tower.
 
-    The image is resized to floor(size / crop_pct), then its centre is cropped: the rule of timm's evaluation
-    transforms.
+    The image is resized to floor(size / crop_pct) and then centre-cropped, as in timm's evaluation transforms.
 
     Attributes:
-        size: Side of the square input in pixels.
-        resize: "shortest" resizes the shortest side and keeps the aspect ratio, "squash" resizes both sides.
-        crop_pct: Fraction of the resized image that the centre crop keeps.
-        interpolation: Interpolation of the resizing.
-        mean: Mean per channel for normalisation, for pixels from 0 to 1.
-        std: Standard deviation per channel.
+        size: Side length of the square input, in pixels.
+        resize: "shortest" resizes the shorter side and keeps the aspect ratio; "squash" resizes to a square.
+        crop_pct: Ratio of the centre crop's side length to that of the resized image.
+        interpolation: Interpolation mode for resizing.
+        mean: Per-channel normalisation mean, for pixel values in [0, 1].
+        std: Per-channel normalisation standard deviation, for pixel values in [0, 1].
     """
 
     size: int
@@ -43,11 +42,11 @@ class Preprocess:
 
     @property
     def resize_size(self) -> int:
-        """The side in pixels before the centre crop."""
+        """Side length after resizing and before the centre crop, in pixels."""
         return _resize_size(self.size, self.crop_pct)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of preprocessor_config.json, which transformers can read, with the exact crop_pct."""
+        """Return the content of preprocessor_config.json. transformers can read it; the key crop_pct is added."""
         side = self.resize_size
         return {
             "image_processor_type": "CLIPImageProcessor",
@@ -67,13 +66,13 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Preprocess:
-        """Create the preprocessing from the output of `to_dict` or the config of a transformers image processor.
+        """Create the settings from the output of `to_dict` or from the config of a transformers image processor.
 
         Raises:
-            ValueError: The config does not produce squares of a fixed size, or lacks a value.
+            ValueError: The config does not produce square images of a fixed size, or a value is missing.
         """
         resize_config = config.get("size", config.get("crop_size"))
-        if isinstance(resize_config, int):  # configs from before 2022: an int is the shortest side
+        if isinstance(resize_config, int):  # in configs from before 2022, an int is the shorter side
             resize_config = {"shortest_edge": resize_config}
         resize: Literal["shortest", "squash"] = "shortest" if "shortest_edge" in (resize_config or {}) else "squash"
         resize_size = _square_side(resize_config)
@@ -94,7 +93,7 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize and centre crop of the vision tower's evaluation: uint8 (3, H, W) to uint8 (3, S, S)."""
+    """Evaluation transform: resize and centre crop, from uint8 (3, H, W) to uint8 (3, S, S)."""
 
     preprocess: Preprocess
 
@@ -102,8 +101,8 @@ class EvalTransform:
         size, resize_size = self.preprocess.size, self.preprocess.resize_size
         side = [resize_size, resize_size]
         if self.preprocess.resize == "shortest":
-            # The centre crop discards the ends of an elongated image anyway. Without this crop, resizing an image of
-            # 1 x 1,000,000 pixels would exhaust the memory.
+            # The final centre crop discards the ends of an elongated image anyway. Without cropping first, resizing an
+            # image of 1 x 1,000,000 pixels would exhaust the memory.
             height, width = image.shape[-2:]
             shortest = min(height, width)
             image = F.center_crop(image, [min(height, 8 * shortest), min(width, 8 * shortest)])
@@ -114,14 +113,14 @@ class EvalTransform:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random crop for training: uint8 (3, H, W) to uint8 (3, S, S).
+    """Training transform: random crop, from uint8 (3, H, W) to uint8 (3, S, S).
 
-    The crop covers a random share of the area, at least `min_crop_scale`, with an aspect ratio of 3/4 to 4/3, and is
-    resized to the square. With a `min_crop_scale` of 1 the transform equals `EvalTransform`. Images are not flipped,
-    since captions mention left and right.
+    The crop covers a random fraction of the image area, at least `min_crop_scale`, and has an aspect ratio between 3/4
+    and 4/3. It is then resized to a square. If `min_crop_scale` is 1, the transform is the same as `EvalTransform`.
+    Images are not flipped, because captions mention left and right.
 
-    All randomness comes from the generator of the call. Seeded from (seed, epoch, index), it gives a sample the same
-    crop in whichever worker process the sample is decoded.
+    All randomness comes from the generator that is passed in. If that generator is seeded with (seed, epoch, index), a
+    sample is cropped in the same way by every worker process.
     """
 
     preprocess: Preprocess
@@ -145,7 +144,7 @@ class TrainTransform:
         return image.contiguous()
 
     def _crop(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
-        """Return top, left, height and width of a crop: torchvision's RandomResizedCrop, but with a generator."""
+        """Draw a crop as torchvision's RandomResizedCrop does, but with a generator; return top, left, height, width."""
         min_ratio, max_ratio = 3 / 4, 4 / 3
         for _ in range(10):
             share, log_ratio, down, right = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
@@ -155,33 +154,33 @@ class TrainTransform:
             if 0 < crop_width <= width and 0 < crop_height <= height:
                 top, left = int(down * (height - crop_height + 1)), int(right * (width - crop_width + 1))
                 return top, left, crop_height, crop_width
-        # No crop fits, as in very elongated images: the largest central crop of an allowed aspect ratio.
+        # No crop fits, for example in very elongated images: use the largest central crop with a valid aspect ratio.
         crop_width, crop_height = min(width, round(height * max_ratio)), min(height, round(width / min_ratio))
         top, left = (height - crop_height) // 2, (width - crop_width) // 2
         return top, left, max(crop_height, 1), max(crop_width, 1)
 
 
 def _resize_size(size: int, crop_pct: float) -> int:
-    # The small term corrects rounding errors: 224 / (224 / 256) must be 256.
+    # The small constant compensates for rounding errors: 224 / (224 / 256) must be 256.
     return math.floor(size / crop_pct + 1e-6)
 
 
 def _square_side(size: Any) -> int:
-    """Return the side of a square given as 224, {"height": 224, "width": 224} or {"shortest_edge": 224}."""
+    """Return the side length of a square given as 224, {"height": 224, "width": 224} or {"shortest_edge": 224}."""
     if isinstance(size, int):
         return size
     sides = set()
     if isinstance(size, dict):
         sides = {size[key] for key in ("shortest_edge", "height", "width") if key in size}
     if len(sides) != 1:
-        raise ValueError(f"the size of the image processor is {size}; only squares are supported")
+        raise ValueError(f"the image processor's size must be a square (got {size})")
     return int(sides.pop())
 
 
 def _interpolation(resample: int) -> Literal["bilinear", "bicubic"]:
     if resample not in (2, 3):
         raise ValueError(
-            f"the image processor's resampling filter must be 2 (bilinear) or 3 (bicubic) in Pillow (got {resample})"
+            f"the image processor's resampling filter must be 2 (bilinear) or 3 (bicubic) (got {resample})"
         )
     return "bilinear" if resample == 2 else "bicubic"
 

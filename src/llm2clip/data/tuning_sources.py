@@ -1,4 +1,4 @@
-"""Captions and text pairs for `tune`, without those of held-out images."""
+"""Captions and text pairs for `tune`, excluding the captions of held-out images."""
 
 from __future__ import annotations
 
@@ -23,31 +23,32 @@ def read_tuning_sources(
     log: SkipLog,
     training_sources: Sequence[str] = (),
 ) -> list[list[TuningItem]]:
-    """Return what `tune` trains on: a list for each source of captions, then one for each source of text pairs.
+    """Return the training data for `tune`: one list of items per caption source, then one list per text-pair source.
 
-    Without `config.source_weights` all sources of captions are read as one, apart from `train`. Of a source without
-    named splits only the records of training splits are used.
+    If `config.source_weights` is not set, all caption sources except `train` are merged into one. If no splits are
+    selected for a source, only its records that have no split or a training split are used.
 
     Args:
-        train: Training records that have been read already; the first source of captions unless empty.
-        held_out: Records whose images must not be tuned on.
-        config: `data`, `text_pairs` and `exclude` name the sources. Images of `exclude` are never tuned on.
-        columns: Column mapping that is added to the mapping of every source.
-        log: Receives the rows that cannot be used.
-        training_sources: Sources of captions that `held_out` may have been taken from; they come before `config.data`.
-            Held-out images are recognised in them by their files, in `config.data` by the comparable part of their
-            ids (see `comparable_id`).
+        train: Training records that have already been read. Unless empty, they are the first caption source.
+        held_out: Records whose images must not be used for tuning.
+        config: Tuning settings. `data`, `text_pairs` and `exclude` name the sources; images in `exclude` are never used
+            for tuning.
+        columns: Column mapping to add to each source's own mapping.
+        log: Log in which skipped rows are recorded.
+        training_sources: Caption sources from which `held_out` may have been taken; they come before `config.data`.
+            Held-out images are recognised by their files in these sources, and by the comparable part of their ids in
+            `config.data` (see `comparable_id`).
 
     Raises:
-        ValueError: The number of source weights is wrong, no image has two captions and there are no text pairs, or a
-            source has fewer pairs than a batch.
+        ValueError: The number of source weights is wrong, a source has fewer pairs than a batch needs, or there are
+            neither text pairs nor images with two captions.
     """
     groups = _caption_groups([*training_sources, *config.data], bool(config.source_weights))
     num_sources = bool(train) + len(groups) + len(config.text_pairs)
     if config.source_weights and len(config.source_weights) != num_sources:
         raise ValueError(
-            f"--tune.source_weights must have one weight for each of the {num_sources} sources of captions and text "
-            f"pairs (got {len(config.source_weights)})"
+            f"--tune.source_weights must have one weight for each of the {num_sources} caption and text-pair sources "
+            f"(got {len(config.source_weights)})"
         )
     excluded = stream_records(config.exclude, columns, log, "ignore")
     held_out_filter = _HeldOutFilter(held_out, {comparable_id(record.id) for _, record in excluded}, training_sources)
@@ -62,7 +63,7 @@ def read_tuning_sources(
         captions.append([_to_item(record) for source, record in records if held_out_filter.allows(source, record)])
     num_removed = num_read - sum(len(items) for items in captions)
     if config.exclude and not num_removed:
-        print_once("--tune.exclude: none of its images is in the tuning data")
+        print_once("--tune.exclude has no effect: the tuning data contains none of these images")
     if config.steps and not config.text_pairs:
         _require_two_captions(captions)
 
@@ -78,10 +79,11 @@ def read_tuning_sources(
 
 
 def comparable_id(record_id: str) -> str:
-    """Return the part of an id that data sets of the same images share: its leading number, otherwise all of it.
+    """Return the part of an id that is the same in all data sets with the same images.
 
-    COCO's file names have leading zeros (000000000139) that its ids lack (139). A leading number must have at least
-    five digits unless the id is nothing else.
+    This is the leading number of the id or, if there is none, the entire id. Leading zeros are removed from an id that
+    is only a number, because COCO's file names have leading zeros (000000000139) and its ids do not (139). In any other
+    id, a leading number must have at least five digits.
     """
     if record_id.isdecimal():
         return record_id.lstrip("0") or "0"
@@ -90,7 +92,7 @@ def comparable_id(record_id: str) -> str:
 
 
 class _HeldOutFilter:
-    """Decides which records may be tuned on."""
+    """Decides which records may be used for tuning."""
 
     def __init__(self, held_out: Sequence[Record], excluded_ids: set[str], training_sources: Sequence[str]) -> None:
         self.excluded_ids = excluded_ids
@@ -113,7 +115,7 @@ class _HeldOutFilter:
 
 
 def _caption_groups(sources: list[str], weighted: bool) -> list[list[str]]:
-    """Return the sources that are read together: one by one if they are weighted, otherwise all of them."""
+    """Group the sources that are read together: each source on its own if weighted, otherwise all in one group."""
     if weighted:
         return [[source] for source in sources]
     return [sources] if sources else []
@@ -128,7 +130,6 @@ def _require_two_captions(captions: Sequence[Sequence[TuningItem]]) -> None:
         if any(isinstance(item, ImageCaptions) and can_pair(item) for item in items):
             return
     raise ValueError(
-        "no image has two different captions, which tuning needs as positive pairs. Use --tune.steps 0 to leave the "
-        "LLM unchanged, --tune.data to tune on captions from elsewhere, or --encoder.path for an LLM that is already "
-        "tuned"
+        "no image has two different captions, but tuning needs them as positive pairs. Use --tune.steps 0 to leave the "
+        "LLM unchanged, --tune.data to tune on other captions, or --encoder.path to use an LLM that is already tuned"
     )

@@ -1,6 +1,6 @@
-"""Readers of all supported formats: which files a path stands for, and the raw rows of a file.
+"""Readers for all supported formats: find the files for a path, and read the raw rows in each file.
 
-The reader of each format is a function in `text`, `tables` or `tar`.
+The reader for each format is a function in `text`, `tables` or `tar`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llm2clip.data.readers.tables import read_huggingface, read_parquet
 from llm2clip.data.readers.tar import list_files, list_images, read_image_folder, read_tar
 from llm2clip.data.readers.text import read_captions_txt, read_csv, read_json_lines, read_json_list
 
-FORMATS = {  # suffix of a file -> name of its format in `read_source`
+FORMATS = {  # file suffix -> name of the format in `read_source`
     ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
     ".tar": "tar", ".txt": "captions.txt",
 }  # fmt: skip
@@ -26,25 +26,25 @@ CAPTION_FILES = (
     "captions.txt",
 )  # fmt: skip
 READABLE_FORMATS = (
-    f"files ending in {', '.join(FORMATS)} (.txt: lines of 'name.jpg,caption' or 'name.jpg#0<TAB>caption'; tars must "
-    "be uncompressed), globs and {000..010} patterns of them, a folder of tars, of parquet files, of images with x.txt "
-    "or x.json beside each x.jpg, or with captions.jsonl or metadata.csv, a folder written by save_to_disk, and "
-    "hf:NAME[:CONFIG]"
+    f"files ending in {', '.join(FORMATS)} (.txt: lines of 'name.jpg,caption' or 'name.jpg#0<TAB>caption'; tar files "
+    "must be uncompressed); globs and {000..010} patterns that match such files; a folder with captions.jsonl or "
+    "metadata.csv, with tar files, with Parquet files, or with images and x.txt or x.json next to each x.jpg; a folder "
+    "written by save_to_disk; hf:NAME[:CONFIG]"
 )
 
 
 def find_files(path: str, all_files: bool = False) -> list[tuple[str, str]]:
-    """Return the `(format, file)` pairs that a path stands for, in order.
+    """Resolve a path to `(format, file)` pairs, in order.
 
-    A path that exists is taken literally, even if it contains glob or brace characters.
+    If the path exists, it is taken literally, even if it contains glob or brace characters.
 
     Args:
-        path: A file, folder, glob or brace pattern, or `hf:NAME`.
-        all_files: Use everything in a folder and its subfolders: caption files, images, tars and parquet files. If
-            False, only the first of these kinds that the folder itself has.
+        path: File, folder, glob or brace pattern, or `hf:NAME`.
+        all_files: Use all caption files, images, tar files and Parquet files in a folder and its subfolders. If False,
+            use only the first of these kinds found directly in the folder.
 
     Raises:
-        FileNotFoundError: Nothing matches the path; the message suggests similar names.
+        FileNotFoundError: No file matches the path. The message suggests similar names.
         ValueError: The format is not supported.
     """
     if path.startswith("hf:"):
@@ -56,7 +56,7 @@ def find_files(path: str, all_files: bool = False) -> list[tuple[str, str]]:
         for suffix, name in FORMATS.items():
             if path.lower().endswith(suffix):
                 return [(name, path)]
-        raise ValueError(f"{path}: unknown format; supported are {READABLE_FORMATS}")
+        raise ValueError(f"{path}: unknown format; supported formats: {READABLE_FORMATS}")
     files: list[tuple[str, str]] = []
     for pattern in braceexpand(path) if "{" in path else [path]:
         if glob.has_magic(pattern):
@@ -73,15 +73,15 @@ def find_files(path: str, all_files: bool = False) -> list[tuple[str, str]]:
 def read_source(
     kind: str, path: str, choose: ColumnChooser, image_bytes: bool = True, splits: Sequence[str] | None = ()
 ) -> Iterator[RawRow]:
-    """Return an iterator over the raw rows of a file or folder.
+    """Return an iterator over the raw rows in a file or folder.
 
     Args:
         kind: Name of the format, from `find_files`.
-        path: The file or folder.
-        choose: Selects the columns of a table; the others are not read.
-        image_bytes: Whether images embedded in parquet files are read.
-        splits: Splits of a Hugging Face data set to read (empty: all); the name becomes the `split` of the rows. None
-            reads all splits and leaves the `split` column of the rows as it is.
+        path: File or folder to read.
+        choose: Function that selects the columns of a table. Other columns are not read.
+        image_bytes: Whether to read images that are embedded in Parquet files.
+        splits: Splits of a Hugging Face data set to read; if empty, all splits are read. The name of the split becomes
+            the `split` field of its rows. None also reads all splits, but keeps the rows' own `split` column.
     """
     if kind == "parquet":
         return read_parquet(path, choose, image_bytes)
@@ -112,7 +112,8 @@ def _first_kind_in_folder(folder: str) -> list[tuple[str, str]]:
             return [(FORMATS[suffix], file) for file in files]
     if next(list_images(folder), None) is None:
         raise ValueError(
-            f"{folder}: the folder has no images, tars, parquet files or captions; supported are {READABLE_FORMATS}"
+            f"{folder}: the folder contains no images, tar files, Parquet files or caption files; supported formats: "
+            f"{READABLE_FORMATS}"
         )
     return [("images", folder)]
 
@@ -130,17 +131,17 @@ def _all_in_folder(folder: str) -> list[tuple[str, str]]:
     for suffix in ("tar", "parquet"):
         files += [(suffix, path) for path in list_files(folder, frozenset({suffix}))]
     if not files:
-        raise FileNotFoundError(f"{folder}: the folder has no images, tars or parquet files")
+        raise FileNotFoundError(f"{folder}: the folder contains no images, tar files or Parquet files")
     return files
 
 
 def _is_saved_dataset(names: Sequence[str]) -> bool:
-    """Return whether the files of a folder are those that `save_to_disk` writes."""
+    """Return whether a folder with these file names was written by `save_to_disk`."""
     return "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names)
 
 
 def _not_found(path: str) -> str:
-    """Return the error message for a missing path, with similar names from its deepest folder that exists."""
+    """Return the error message for a missing path, with similar names from its deepest existing parent folder."""
     parent, name = os.path.split(os.path.abspath(path))
     while not os.path.isdir(parent):
         parent, name = os.path.split(parent)

@@ -1,4 +1,4 @@
-"""Readers of image files with captions beside them: folders of images and webdataset tars."""
+"""Readers for image files with captions next to them: image folders and webdataset tar files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from llm2clip.data.raw_rows import BadRow, RawRow
 from llm2clip.data.readers.text import parse_json
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2"})
-MAX_CAPTION_BYTES = 1 << 20  # larger caption files in a tar are rejected
+MAX_CAPTION_BYTES = 1 << 20  # larger caption files in a tar file are rejected
 
 
 def list_images(folder: str) -> Iterator[str]:
-    """Yield the paths of all images in a folder and its subfolders, see `list_files`."""
+    """Yield the paths of all images in a folder and its subfolders, in the order of `list_files`."""
     return list_files(folder, IMAGE_SUFFIXES)
 
 
@@ -26,11 +26,11 @@ def list_files(folder: str, suffixes: frozenset[str]) -> Iterator[str]:
     Hidden files and folders are skipped.
 
     Args:
-        folder: The folder.
-        suffixes: In lower case, without the dot.
+        folder: Folder to search.
+        suffixes: File suffixes in lower case, without the dot.
 
     Raises:
-        OSError: A folder cannot be listed. Skipping it would look as if its files had been deleted.
+        OSError: A folder cannot be listed. If it were skipped, its files would seem to have been deleted.
     """
 
     def fail(error: OSError) -> None:
@@ -44,7 +44,7 @@ def list_files(folder: str, suffixes: frozenset[str]) -> Iterator[str]:
 
 
 def read_image_folder(folder: str) -> Iterator[RawRow]:
-    """Yield the images of a folder with the captions beside them: `x.json`, or `x.txt` with one caption per line."""
+    """Yield the images in a folder, each with the captions next to it: `x.json`, or `x.txt` with one caption per line."""
     for number, path in enumerate(list_images(folder), 1):
         stem = path.rpartition(".")[0]
         fields: dict[str, Any] | BadRow = {}
@@ -62,15 +62,16 @@ def read_image_folder(folder: str) -> Iterator[RawRow]:
 
 
 def read_tar(path: str) -> Iterator[RawRow]:
-    """Yield the samples of a webdataset tar: adjacent members whose names are equal up to the first dot.
+    """Yield the samples in a webdataset tar file. A sample consists of adjacent members whose names are the same up to
+    the first dot.
 
-    The tar is scanned once. Only .txt and .json members are read; images are referenced by their offset. A truncated
-    tar gives the samples that are complete and then one `BadRow`. Member names are used only as keys; nothing is
-    extracted.
+    The tar file is scanned once. Only .txt and .json members are read; images are referenced by their offset. A
+    truncated tar file yields its complete samples, then one `BadRow`. Member names are used only as keys, and nothing
+    is extracted.
     """
     number, sample = 0, _Sample("")
     try:
-        tar = tarfile.open(path, "r:")  # noqa: SIM115 - closed below; only opening may fail here
+        tar = tarfile.open(path, "r:")  # noqa: SIM115 - closed below; only errors from opening are caught here
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         yield path, 1, BadRow("unreadable tar", str(error))
         return
@@ -91,7 +92,7 @@ def read_tar(path: str) -> Iterator[RawRow]:
                     yield path, number, sample.to_row(path, file)
                 sample = _Sample(key)
             sample.add(suffix.lower(), member)
-        if sample.members and (not damage or sample.is_complete()):  # otherwise the damage is in this sample
+        if sample.members and (not damage or sample.is_complete()):  # an incomplete sample is the damaged one
             number += 1
             yield path, number, sample.to_row(path, file)
         if damage:
@@ -99,7 +100,7 @@ def read_tar(path: str) -> Iterator[RawRow]:
 
 
 def _parse_caption_json(data: bytes) -> dict[str, Any] | BadRow:
-    """Parse a caption file: an object gives the fields; a list or a string gives the captions."""
+    """Parse a JSON caption file. An object contains the fields; a list or a string contains the captions."""
     value = parse_json(data)
     if isinstance(value, dict | BadRow):
         return value
@@ -109,9 +110,9 @@ def _parse_caption_json(data: bytes) -> dict[str, Any] | BadRow:
 
 
 def _members(tar: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo | str]:
-    """Yield the members of a tar and, if it is damaged, a description of the damage as the last item.
+    """Yield the members of a tar file. If the file is damaged, the last item is a description of the damage.
 
-    `tarfile` itself stops at damage without an error.
+    `tarfile` itself stops without an error where a file is damaged.
     """
     size, end = os.fstat(file.fileno()).st_size, 0
     while True:
@@ -122,12 +123,12 @@ def _members(tar: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo |
             return
         if member is None:
             break
-        if member.size < 0 or member.offset_data < end:  # a header that points backwards would be read forever
+        if member.size < 0 or member.offset_data < end:  # a header that points backwards would cause an endless loop
             yield f"after byte {end}: invalid header"
             return
         end = member.offset_data + member.size
         if member.isreg() and end > size:
-            yield f"{member.name} ends at byte {end}, but the file at {size}"
+            yield f"{member.name} ends at byte {end}, but the file ends at byte {size}"
             return
         yield member
     file.seek(tar.offset)
@@ -136,11 +137,11 @@ def _members(tar: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo |
 
 
 class _Sample:
-    """The members of a tar with the same key, by suffix."""
+    """The members of a tar file that have the same key, by suffix."""
 
     def __init__(self, key: str) -> None:
         self.key, self.members = key, dict[str, tarfile.TarInfo]()
-        self.duplicate = ""  # a name that occurs twice
+        self.duplicate = ""  # member name that occurs twice
 
     def add(self, suffix: str, member: tarfile.TarInfo) -> None:
         if suffix in self.members:
@@ -153,7 +154,7 @@ class _Sample:
 
     def to_row(self, path: str, file: BinaryIO) -> dict[str, Any] | BadRow:
         if self.duplicate:
-            return BadRow("duplicate name in a tar", self.duplicate)
+            return BadRow("duplicate name in tar", self.duplicate)
         fields: dict[str, Any] = {}
         for suffix in ("json", "txt"):
             member = self.members.get(suffix)
@@ -174,6 +175,6 @@ class _Sample:
         for suffix, member in self.members.items():
             if suffix.rpartition(".")[2] in IMAGE_SUFFIXES:
                 images[suffix] = TarImage(path, member.offset_data, member.size, member.name)
-        fields |= images  # also by suffix, so that a column mapping can select one of several images
+        fields |= images  # keyed by suffix as well, so that a column mapping can select one of several images
         fields["image"] = next((image for suffix, image in images.items() if suffix in IMAGE_SUFFIXES), None)
         return {"id": os.path.basename(self.key)} | fields

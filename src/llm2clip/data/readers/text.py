@@ -1,4 +1,4 @@
-"""Readers of text files: JSON lines, JSON, CSV, TSV and captions.txt. They contain the paths of images."""
+"""Readers for text files that contain image paths: JSON Lines, JSON, CSV, TSV and captions.txt."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ FLICKR8K_IMAGE_FOLDERS = ("images", "Images", "Flicker8k_Dataset", "Flickr8k_Dat
 
 
 def read_json_rows(path: str) -> Iterator[RawRow]:
-    """Yield the objects of a .json, .jsonl or .jsonl.gz file, see `read_json_list` and `read_json_lines`."""
+    """Yield the objects in a .json, .jsonl or .jsonl.gz file; see `read_json_list` and `read_json_lines`."""
     return read_json_list(path) if path.endswith(".json") else read_json_lines(path)
 
 
 def read_json_lines(path: str) -> Iterator[RawRow]:
-    """Yield the objects of a .jsonl or .jsonl.gz file. A line that is not valid UTF-8 costs only one row."""
+    """Yield the objects in a .jsonl or .jsonl.gz file. A line that is not valid UTF-8 invalidates only its own row."""
     number = 0
     try:
         with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as lines:
@@ -34,10 +34,10 @@ def read_json_lines(path: str) -> Iterator[RawRow]:
 
 
 def read_json_list(path: str) -> Iterator[RawRow]:
-    """Yield the objects of a JSON file that contains a list. The file is read into memory at once.
+    """Yield the objects in a JSON file that contains a list. The entire file is read into memory.
 
     Raises:
-        ValueError: The file is not JSON or not a list.
+        ValueError: The file is not valid JSON, or its content is not a list.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -51,7 +51,7 @@ def read_json_list(path: str) -> Iterator[RawRow]:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse JSON in UTF-8; return a `BadRow` if it is malformed."""
+    """Parse UTF-8 encoded JSON. Return a `BadRow` if it is malformed."""
     try:
         return json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -59,14 +59,15 @@ def parse_json(data: bytes) -> Any:
 
 
 def read_csv(path: str, delimiter: str) -> Iterator[RawRow]:
-    """Yield the rows of a CSV or TSV file with a header line.
+    """Yield the rows in a CSV or TSV file with a header line.
 
-    Columns with the same name become a list. A row with more or fewer fields than the header is a `BadRow`.
+    The values of columns with the same name become a list. A row with more or fewer fields than the header becomes a
+    `BadRow`.
 
     Raises:
-        ValueError: The header is malformed, or a quote is never closed.
+        ValueError: The header is malformed, or a quoted field is never closed.
     """
-    # surrogateescape: bytes that are not UTF-8 stay visible to `records`, which skips the row instead of the file
+    # surrogateescape keeps bytes that are not UTF-8, so that `records` can skip the row rather than the entire file.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
         try:
@@ -81,7 +82,7 @@ def read_csv(path: str, delimiter: str) -> Iterator[RawRow]:
             except StopIteration:
                 return
             except csv.Error as error:
-                if "unexpected end" in str(error) or "field limit" in str(error):  # the following rows are in the quote
+                if "unexpected end" in str(error) or "field limit" in str(error):  # the quote contains all other rows
                     raise ValueError(f"{path}: a quote opened in the row at line {number} is not closed") from error
                 yield path, number, BadRow("malformed row", str(error))
                 continue
@@ -96,9 +97,9 @@ def read_csv(path: str, delimiter: str) -> Iterator[RawRow]:
 
 
 def read_captions_txt(path: str) -> Iterator[RawRow]:
-    """Yield the captions of Flickr8k's two formats.
+    """Yield the captions in a file in either of Flickr8k's two formats.
 
-    They are `name.jpg,caption`, with or without a header line, and `name.jpg#0<TAB>caption`.
+    The formats are `name.jpg,caption`, with or without a header line, and `name.jpg#0<TAB>caption`.
     """
     folder, image_folder = os.path.dirname(path), None
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
@@ -123,7 +124,7 @@ def _require_object(value: Any) -> dict[str, Any] | BadRow:
 
 
 def _find_image_folder(folder: str, image: str) -> str:
-    """Return the subfolder with the images: the published archives have them beside captions.txt or in a subfolder."""
+    """Return the subfolder with the images, or "" if the images are next to captions.txt. Published archives differ."""
     for name in ("", *FLICKR8K_IMAGE_FOLDERS):
         if os.path.isfile(os.path.join(folder, name, image)):
             return name
