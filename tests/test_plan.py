@@ -89,16 +89,32 @@ def test_align_parameters_match_published_checkpoints(tower: str, parameters: in
 )
 def test_tied_lm_head_is_counted_once(llm: str, parameters: int) -> None:
     many = dict.fromkeys(("pretrain", "instruct"), 1000)
-    plan = plan_llava(LlavaConfig(), Machine("h100"), llm, "openai/clip-vit-base-patch32", None, many, many)
+    plan = plan_llava(
+        LlavaConfig(),
+        Machine("h100"),
+        llm=llm,
+        vision="openai/clip-vit-base-patch32",
+        image_size=None,
+        conversations=many,
+        text_tokens=many,
+    )
     assert plan.parameters["language model"] == parameters
 
 
 def test_llava_plan_caches_features_of_both_stages_or_none() -> None:
-    many, said = dict.fromkeys(("pretrain", "instruct"), 200_000), dict.fromkeys(("pretrain", "instruct"), 300)
+    many, lengths = dict.fromkeys(("pretrain", "instruct"), 200_000), dict.fromkeys(("pretrain", "instruct"), 300)
 
     def towers(gigabytes: float) -> list[bool]:
         config = LlavaConfig(cache_gb=gigabytes)
-        plan = plan_llava(config, Machine("h100"), "smollm2-135m", "openai/clip-vit-base-patch32", None, many, said)
+        plan = plan_llava(
+            config,
+            Machine("h100"),
+            llm="smollm2-135m",
+            vision="openai/clip-vit-base-patch32",
+            image_size=None,
+            conversations=many,
+            text_tokens=lengths,
+        )
         return ["tower" in parts for parts in plan.memory.values()]
 
     assert towers(20) == [True, True] and towers(31) == [False, False]  # 15 GB each
