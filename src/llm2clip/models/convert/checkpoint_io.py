@@ -1,6 +1,6 @@
-"""Reading of published checkpoints: find the weight files in a folder or hub repository and load their tensors.
+"""Find the weight files of a published checkpoint in a folder or hub repository, and load their tensors.
 
-No code from a checkpoint is executed: weights are safetensors, or pickles loaded with `weights_only`.
+No code from a checkpoint is executed: weights are safetensors files, or pickles loaded with `weights_only`.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
 def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any], Preprocess | None]:
-    """Read the tensors and the configuration of a checkpoint.
+    """Read the tensors and configuration of a checkpoint.
 
     Args:
-        source: a folder or hub id with model.safetensors or pytorch_model.bin (either may be sharded) or with a single
-            .pt file; or the path of one weight file, in which case no configuration is read.
+        source: folder, hub id or weight file. A folder or repository must contain model.safetensors or
+            pytorch_model.bin (either may be sharded), or a single .pt file. For a weight file, no configuration is
+            read.
 
     Returns:
-        The tensors by name, the content of config.json ({} if there is none), and the preprocessing described by
-        preprocessor_config.json (None if there is none).
+        A dict from name to tensor, the content of config.json (or {} without that file), and the preprocessing
+        described by preprocessor_config.json (or None without that file).
 
     Raises:
         FileNotFoundError: the file, folder or repository does not exist.
-        ValueError: there are no weights, or a file contains more than tensors.
+        ValueError: there are no weights, or a file contains anything other than tensors.
     """
     path = Path(source)
     if path.is_file():
@@ -53,13 +54,13 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any],
 
 
 def select_weights_file(names: list[str], source: str) -> str:
-    """Return which of a folder's files has the weights, or the index of the shards.
+    """Return the name of the weight file or, for sharded weights, of the index file.
 
-    A .pt file with "EVA" in its name comes first: the repositories of the EVA towers contain a second set of weights in
-    another format, whose text half is not LLM2CLIP's.
+    A .pt file with "EVA" in its name takes precedence: repositories with EVA towers also contain weights in another
+    format, whose text tower is not LLM2CLIP's.
 
     Raises:
-        ValueError: no weights, or several .pt files.
+        ValueError: there are no weights, or several .pt files.
     """
     pt_files = [name for name in names if name.endswith(".pt")]
     eva_files = [name for name in pt_files if "EVA" in name]
@@ -71,7 +72,8 @@ def select_weights_file(names: list[str], source: str) -> str:
     if len(pt_files) == 1:
         return pt_files[0]
     raise ValueError(
-        f"{source} has none of {', '.join(WEIGHT_FILES)}, nor a single .pt file: give the path of the weight file"
+        f"{source} must contain one of {', '.join(WEIGHT_FILES)}, or a single .pt file. Otherwise, pass the path of the "
+        "weight file"
     )
 
 
@@ -88,7 +90,7 @@ def read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _load_weights(path: Path) -> dict[str, Any]:
-    """Load one weight file and unwrap its state dict."""
+    """Load a weight file and return the state dict inside it."""
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     try:
@@ -98,14 +100,14 @@ def _load_weights(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged or incomplete ({reason})") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} contains more than tensors, and loading it could run code. If you trust the file, extract its "
-            f"state dict and save that with safetensors.torch.save_file ({str(error).splitlines()[0]})"
+            f"{path} contains objects other than tensors, and loading it could run code. If you trust the file, "
+            f"extract the state dict and save it with safetensors.torch.save_file ({str(error).splitlines()[0]})"
         ) from error
-    for key in ("state_dict", "module", "model"):  # where training scripts put the state dict
+    for key in ("state_dict", "module", "model"):  # keys under which training scripts save the state dict
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
-        raise ValueError(f"{path} contains a {type(content).__name__}, not tensors by name")
+        raise ValueError(f"{path} contains a {type(content).__name__}, not a mapping from names to tensors")
     return dict(content)
 
 
@@ -119,7 +121,9 @@ def _load_shards(index: Path) -> dict[str, Any]:
         tensors |= _load_weights(index.parent / shard)
     differing = sorted(tensors.keys() ^ shard_of.keys())
     if differing:
-        raise ValueError(f"{index} and its shards have different tensors: {differing[:8]}")
+        raise ValueError(
+            f"{index} does not match its shards. Tensors found only in the index or only in a shard: {differing[:8]}"
+        )
     return tensors
 
 
@@ -128,8 +132,7 @@ def _read_optional_json(path: Path) -> dict[str, Any]:
 
 
 def _download(name: str) -> Path:
-    """Download the weights and configuration of a hub repository, and no other files; without a network, use the
-    hub's local cache."""
+    """Download only the weights and configuration of a hub repository. Without a network, use the local hub cache."""
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
@@ -144,5 +147,5 @@ def _download(name: str) -> Path:
             return Path(snapshot_download(name, local_files_only=True))
         except (HFValidationError, LocalEntryNotFoundError, OSError):
             raise FileNotFoundError(
-                f"{name} is not a local file or folder, nor a model on the hub ({error})"
+                f"{name} is neither a local file or folder nor a model on the hub ({error})"
             ) from error

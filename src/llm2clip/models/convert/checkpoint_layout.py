@@ -1,13 +1,13 @@
-"""Tensor names of the official LLM2CLIP checkpoints, and their mapping to ours.
+"""Tensor names of official LLM2CLIP checkpoints, and their mapping to this package's tensor names.
 
 Official checkpoints come in two layouts:
 
-- "hf", a transformers checkpoint: OpenAI's CLIP vision tower under transformers' names, a projection without bias, and
-  an adapter.
-- "eva", a state dict of the EVA-CLIP code: an EVA-02 tower (which timm has under other names), a projection with bias,
-  and the same adapter.
+- "hf", a transformers checkpoint: OpenAI's CLIP vision tower with transformers' tensor names, a projection without
+  bias, and an adapter.
+- "eva", a state dict from the EVA-CLIP code: an EVA-02 tower (whose tensors have other names in timm), a projection
+  with bias, and the same adapter.
 
-The layout is recognised by tensor names alone.
+The layout is recognised from the tensor names alone.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from llm2clip.models.llm2clip import LLM2CLIP
 
 @dataclass(frozen=True)
 class Layout:
-    """Tensor names of one kind of official checkpoint.
+    """Tensor names in one of the official checkpoint layouts.
 
     Attributes:
         name: "hf" or "eva".
-        tower: prefix of the vision tower's tensors.
-        projection: prefix of the image projection.
-        adapter: prefix of the text adapter.
-        ignored: names of parts that are not needed for image and text embeddings: the text half of the CLIP model that
-            the tower comes from, and the LLM.
+        tower: name prefix of the vision tower's tensors.
+        projection: name prefix of the image projection's tensors.
+        adapter: name prefix of the text adapter's tensors.
+        ignored: pattern of tensor names that are not needed for image and text embeddings: the original CLIP model's
+            text tower, and the LLM.
     """
 
     name: str
@@ -60,9 +60,9 @@ EVA = Layout(
 )
 LAYOUTS = {layout.name: layout for layout in (HF, EVA)}
 
-# Our names of the layers in an adapter block, and the official ones.
+# Layer names in an adapter block: this package's name -> official name.
 _ADAPTER_LAYERS = {"norm": "ln", "up": "fn.0", "down": "fn.3"}
-# timm's names in an EVA-02 block, and those of the EVA-CLIP code where they differ.
+# Tensor names in an EVA-02 block, where they differ: timm's name -> name in the EVA-CLIP code.
 _TIMM_TO_EVA = {
     "attn.norm.": "attn.inner_attn_ln.",
     "mlp.norm.": "mlp.ffn_ln.",
@@ -70,10 +70,10 @@ _TIMM_TO_EVA = {
     "mlp.fc1_x.": "mlp.w2.",
     "mlp.fc2.": "mlp.w3.",
 }
-# An adapter that was trained with the LLM in the training loop is stored under another prefix.
+# Adapters that were trained with the LLM in the training loop are stored under this prefix instead.
 _ONLINE_ADAPTER = "text.text_proj.text_adaptor."
-# Names in other versions of the official code. The original EVA-CLIP stores the biases of queries and values
-# next to the weights.
+# Tensor names in other versions of the official code -> canonical names. The original EVA-CLIP code stores the query
+# and value biases next to the weights.
 _ALIASES = {
     "attn.q_bias": "attn.q_proj.bias",
     "attn.v_bias": "attn.v_proj.bias",
@@ -83,15 +83,15 @@ _ALIASES = {
 
 @dataclass
 class Checkpoint:
-    """An official checkpoint: its tensors under canonical names, and its configuration.
+    """An official checkpoint, with canonical tensor names and its configuration.
 
     Attributes:
-        source: file, folder or hub id, for messages.
-        layout: which names the tensors have.
-        tensors: by name.
-        online: the adapter was trained with the LLM in the training loop, not on cached embeddings.
-        config: content of config.json, {} if there is none.
-        preprocess: content of preprocessor_config.json, None if there is none.
+        source: file, folder or hub id, for error messages.
+        layout: layout that the tensor names follow.
+        tensors: dict from name to tensor.
+        online: whether the adapter was trained with the LLM in the training loop instead of on cached embeddings.
+        config: content of config.json, or {} without that file.
+        preprocess: preprocessing described by preprocessor_config.json, or None without that file.
     """
 
     source: str
@@ -109,10 +109,10 @@ class Checkpoint:
         config: dict[str, Any] | None = None,
         preprocess: Preprocess | None = None,
     ) -> Checkpoint:
-        """Recognise the layout and rename aliases.
+        """Create a checkpoint: recognise the layout and replace aliases with canonical tensor names.
 
         Raises:
-            ValueError: the tensors match neither layout.
+            ValueError: the tensor names match neither layout.
         """
         if tensors and all(name.startswith("module.") for name in tensors):  # saved from DistributedDataParallel
             tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
@@ -125,21 +125,21 @@ class Checkpoint:
         """Return the shape of a tensor.
 
         Raises:
-            ValueError: there is no tensor of that name.
+            ValueError: the checkpoint has no tensor with that name.
         """
         if name not in self.tensors:
-            raise ValueError(f"{self.source} lacks {name}, which every checkpoint of layout {self.layout.name!r} has")
+            raise ValueError(f"{self.source} has no tensor {name}, which the layout {self.layout.name!r} requires")
         return tuple(self.tensors[name].shape)
 
     def count_blocks(self, prefix: str, suffix: str = ".") -> int:
-        """Count the different numbers N in tensor names that start with prefix + N + suffix."""
+        """Count the distinct numbers N in tensor names that start with prefix + N + suffix."""
         pattern = re.compile(rf"{re.escape(prefix)}(\d+){re.escape(suffix)}")
         matches = [pattern.match(name) for name in self.tensors]
         return len({match[1] for match in matches if match})
 
 
 def official_name(name: str, layout: Layout, adapter_depth: int) -> str:
-    """Return the official name of one of our model's tensors; `adapter_depth` is the number of adapter blocks."""
+    """Map a tensor name of `LLM2CLIP` to its official name. `adapter_depth` is the number of adapter blocks."""
     part, _, rest = name.partition(".")
     if part == "tower":
         return layout.tower + _official_tower_name(rest.removeprefix("backbone."), layout)
@@ -151,10 +151,10 @@ def official_name(name: str, layout: Layout, adapter_depth: int) -> str:
 
 
 def computed_buffers(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
-    """Return the tensors that official checkpoints may contain although the architecture determines them.
+    """Return the buffers that official checkpoints may contain although the architecture determines their values.
 
-    For "hf" these are the position ids; for "eva" the cosines and sines of the rotary embedding, once for the tower and
-    once for each block.
+    In "hf" checkpoints, these are the position ids. In "eva" checkpoints, they are the cosines and sines of the rotary
+    embedding, once for the tower and once for each block.
     """
     backbone: Any = model.tower.backbone
     if layout is HF:
@@ -169,7 +169,7 @@ def computed_buffers(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
 
 
 def describe_tensors(tensors: Mapping[str, Any], limit: int = 8) -> str:
-    """List names and shapes, at most `limit`."""
+    """Format the names and shapes of at most `limit` tensors."""
     described = []
     for name, value in sorted(tensors.items())[:limit]:
         described.append(f"{name} {tuple(value.shape)}" if isinstance(value, Tensor) else name)
@@ -181,12 +181,12 @@ def _rename_aliases(source: str, tensors: Mapping[str, Any]) -> dict[str, Tensor
     renamed: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"{source} is not a state dict: {name} is a {type(value).__name__}, not a tensor")
+            raise ValueError(f"{source} is not a state dict: {name} has type {type(value).__name__}, not Tensor")
         canonical = name
         for alias, replacement in _ALIASES.items():
             canonical = canonical.replace(alias, replacement)
         if canonical in renamed:
-            raise ValueError(f"{source} contains {canonical} twice, the second time as {name}")
+            raise ValueError(f"{source} contains the tensor {canonical} twice, the second time under the name {name}")
         renamed[canonical] = value
     return renamed
 
@@ -198,8 +198,9 @@ def _recognise_layout(source: str, tensors: Mapping[str, Tensor]) -> Layout:
             return layout
     expected = " or ".join(f"{layout.tower}, {layout.projection} and {layout.adapter}" for layout in LAYOUTS.values())
     raise ValueError(
-        f"{source} is not an LLM2CLIP checkpoint: tensor names must start with {expected}, but it has "
-        f"{describe_tensors(tensors)}. Supported are checkpoints with a CLIP tower of transformers or an EVA-02 tower"
+        f"{source} is not an LLM2CLIP checkpoint: the tensor names must start with {expected}. Tensors in this "
+        f"checkpoint: {describe_tensors(tensors)}. Supported checkpoints have a transformers CLIP tower or an "
+        "EVA-02 tower"
     )
 
 
@@ -211,7 +212,7 @@ def _official_tower_name(name: str, layout: Layout) -> str:
 
 
 def _official_adapter_name(name: str, depth: int) -> str:
-    """Map blocks.N.LAYER.weight, norm.weight and out.weight; officially all are entries of one nn.Sequential."""
+    """Map blocks.N.LAYER.weight, norm.weight and out.weight to indices in the official code's single nn.Sequential."""
     *block, layer, kind = name.split(".")
     if block:
         return f"{block[1]}.{_ADAPTER_LAYERS[layer]}.{kind}"

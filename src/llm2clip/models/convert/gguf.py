@@ -1,11 +1,11 @@
-"""Conversion of a GGUF file (llama.cpp's format, usually quantized) to an ordinary safetensors folder.
+"""Conversion of GGUF files (llama.cpp's format, usually quantized) to ordinary safetensors folders.
 
-transformers dequantizes a GGUF file every time it opens one (17 s for SmolLM2-135M, against 1 s for safetensors) and
-marks the model as one that cannot be saved. Converting once avoids both.
+transformers dequantizes a GGUF file every time it loads the file (17 s for SmolLM2-135M, compared with 1 s for
+safetensors), and does not allow the loaded model to be saved. Converting the file once avoids both problems.
 
-The weights are written in float32, 4 bytes per parameter. A quantized weight is a 4-bit integer times a float16 scale
-plus an offset, which neither half-precision format can represent: of SmolLM2's 134.5 M dequantized values (Q4_1),
-106.6 M change in bfloat16 and 55.9 M in float16.
+The weights are written in float32, with 4 bytes per parameter. A quantized weight is a 4-bit integer times a float16
+scale plus an offset. Neither half-precision format can represent all such values: of SmolLM2's 134.5 M dequantized
+values (Q4_1), 106.6 M change when cast to bfloat16, and 55.9 M when cast to float16.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from llm2clip.io_utils import atomic_dir
 def convert_gguf(gguf: str | Path, out: str | Path) -> Path:
     """Convert a GGUF file to the folder `out`, atomically; see `write_gguf_as_safetensors`.
 
-    If another process creates `out` at the same time, its folder is used.
+    If another process creates `out` at the same time, that process's folder is used.
 
     Raises:
         FileNotFoundError: the GGUF file does not exist.
         FileExistsError: `out` exists.
-        ValueError: the file lacks weights.
+        ValueError: the file does not contain all weights of the model.
     """
     gguf, out = Path(gguf).expanduser(), Path(out)
     if not gguf.is_file():
@@ -43,11 +43,11 @@ def convert_gguf(gguf: str | Path, out: str | Path) -> Path:
 def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     """Write the decoder (without the LM head) and the tokenizer of a GGUF file into an existing folder.
 
-    Supported are the architectures whose GGUF files transformers can read (llama, qwen2, qwen3, gemma3, ...). The
+    All architectures whose GGUF files transformers can read are supported (llama, qwen2, qwen3, gemma3, ...). The
     tokenizer keeps its chat template.
 
     Raises:
-        ValueError: the file lacks weights.
+        ValueError: the file does not contain all weights of the model.
     """
     import torch
     from transformers import AutoModel, AutoTokenizer
@@ -59,7 +59,8 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     missing = sorted(report["missing_keys"])
     if missing:  # transformers initialises them randomly, with only a warning
         raise ValueError(
-            f"{gguf} lacks {len(missing):,} weights, such as {missing[0]}, or the installed package gguf is too old"
+            f"{gguf} does not contain {len(missing):,} of the model's weights, such as {missing[0]}. The file is "
+            "incomplete, or the installed gguf package is too old"
         )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
     _clear_quantization_marks(model)
@@ -68,7 +69,7 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
 
 
 def _clear_quantization_marks(model: Any) -> None:
-    """Remove the attributes that make `save_pretrained` fail; the layers have been dequantized."""
+    """Remove the attributes that make `save_pretrained` fail, now that the layers are dequantized."""
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
         if hasattr(owner, name):
             delattr(owner, name)

@@ -1,4 +1,4 @@
-"""The architecture of an official checkpoint, inferred from its config.json and the shapes of its tensors."""
+"""Infer the architecture of an official checkpoint from its config.json and tensor shapes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from llm2clip.data.transforms import Preprocess
 from llm2clip.models.convert.checkpoint_layout import EVA, HF, Checkpoint
 from llm2clip.models.llm2clip import LLM2CLIPConfig
 
-HEAD_DIM = 64  # of all published towers: 12 heads at width 768, 16 at 1024
+HEAD_DIM = 64  # head size of all published towers: 12 heads at width 768, 16 heads at width 1024
 
-# Fields of a transformers CLIP vision config that define the architecture.
+# Fields that define the architecture in a transformers CLIP vision config.
 CLIP_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -25,10 +25,10 @@ CLIP_FIELDS = (
     "hidden_act",
     "layer_norm_eps",
 )
-# Arguments of timm's EVA-02 models that may differ from the defaults.
+# Arguments of timm's EVA-02 models whose values may differ from timm's defaults.
 EVA_ARGS = ("num_classes", "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
-# (patch size, width, depth, MLP width) -> image size -> timm's model.
+# (patch size, width, depth, MLP width) -> image size -> name of timm's model.
 _TIMM_EVA_TOWERS = {
     (16, 768, 12, 2048): {224: "eva02_base_patch16_clip_224"},
     (14, 1024, 24, 2730): {224: "eva02_large_patch14_clip_224", 336: "eva02_large_patch14_clip_336"},
@@ -36,12 +36,13 @@ _TIMM_EVA_TOWERS = {
 
 
 def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) -> LLM2CLIPConfig:
-    """Return the architecture of a checkpoint.
+    """Return the config of a model with the checkpoint's architecture.
 
     Args:
-        checkpoint: an official checkpoint.
-        normalize_input: whether the adapter L2-normalises its input. No file records this. Default: True unless the
-            checkpoint was trained with the LLM in the training loop, for which the official code turns it off.
+        checkpoint: official checkpoint.
+        normalize_input: whether the adapter L2-normalises its input. No file records this setting. Default: True,
+            unless the adapter was trained with the LLM in the training loop, where the official code does not normalise
+            the input.
 
     Raises:
         ValueError: a tensor is missing, or the vision tower is not supported.
@@ -64,7 +65,8 @@ def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) ->
 def _clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the `VisionTower` config of a CLIP tower.
 
-    It comes from config.json, or else from the tensor shapes, assuming OpenAI's head size and activation.
+    The config is read from config.json if available. Otherwise, it is inferred from the tensor shapes, assuming
+    OpenAI's head size and activation.
     """
     from transformers import CLIPVisionConfig
 
@@ -73,7 +75,7 @@ def _clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
         model_type = vision_config.get("model_type", "clip_vision_model")
         if model_type != "clip_vision_model":
             raise ValueError(
-                f"{checkpoint.source}: the vision tower is a {model_type!r}; only CLIP towers are supported"
+                f"{checkpoint.source}: the vision tower has type {model_type!r}; only CLIP towers are supported"
             )
         fields = {key: value for key, value in vision_config.items() if key in CLIP_FIELDS}
     else:
@@ -95,7 +97,7 @@ def _clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _eva_tower(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the `VisionTower` config of an EVA-02 tower: one of timm's CLIP towers, or one with other sizes."""
+    """Return the `VisionTower` config of an EVA-02 tower, either a standard timm model or one with custom sizes."""
     width, _, patch_size, _ = checkpoint.shape("visual.patch_embed.proj.weight")
     image_size = _grid_size(checkpoint, checkpoint.shape("visual.pos_embed")[1]) * patch_size
     depth = checkpoint.count_blocks("visual.blocks.")
@@ -116,18 +118,20 @@ def _eva_tower(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _default_preprocess(size: int) -> Preprocess:
-    """Return the preprocessing of the official code: the shortest side is resized to `size`, then a center crop.
+    """Return the official preprocessing: resize the shortest side to `size`, then take a center crop.
 
-    timm's own setting for the EVA towers at 224 pixels crops 10% off, which the official code does not.
+    timm's default for EVA towers at 224 pixels crops off 10%; the official code does not.
     """
     return Preprocess(size, "shortest", 1.0, "bicubic", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
 
 def _grid_size(checkpoint: Checkpoint, positions: int) -> int:
-    """Return the number of patches per side; one of the positions is the class token's."""
+    """Return the number of patches per side, given that one position belongs to the class token."""
     side = math.isqrt(positions - 1)
     if side * side != positions - 1:
-        raise ValueError(f"{checkpoint.source} has {positions} position embeddings, expected a square number plus 1")
+        raise ValueError(
+            f"{checkpoint.source} has {positions} position embeddings, but the number must be a square plus 1"
+        )
     return side
 
 

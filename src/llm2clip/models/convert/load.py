@@ -1,7 +1,8 @@
-"""Loading of official LLM2CLIP checkpoints as our model.
+"""Load official LLM2CLIP checkpoints as `LLM2CLIP` models.
 
-Loading is strict. Every parameter of the model must be filled by a tensor of its shape. Every tensor of the checkpoint
-must be used once, equal a buffer that the architecture determines, or belong to a part that is not needed.
+Loading is strict. For every parameter of the model, the checkpoint must contain a tensor of the same shape. Every
+tensor in the checkpoint must be used exactly once, equal a buffer that the architecture determines, or belong to a part
+that is not needed.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from llm2clip.models.convert.infer_config import infer_config
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.vision_tower import VisionTower
 
-# Input size of a published adapter -> the published caption encoder that it was trained with.
+# Input size of a published adapter -> published caption encoder that the adapter was trained with.
 PUBLISHED_ENCODERS = {
     4096: "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned",
     2048: "microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned",
 }
-# The prompt that the published caption encoders were tuned with. Their folders do not contain it.
+# Prompt that the published caption encoders were tuned with. The published folders do not contain the prompt.
 TEMPLATE = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>"
 TEMPLATE_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
-# Official buffers may be stored in bfloat16, which changes a cosine by up to 2**-8.
+# Official buffers may be stored in bfloat16, which changes cosines and sines by up to 2**-8.
 BUFFER_TOLERANCE = 4e-3
 
 
@@ -37,15 +38,15 @@ def load_official(
     """Load an official checkpoint in float32, on the CPU, in eval mode.
 
     Args:
-        source: folder, hub id or weight file, see `read_checkpoint`. Without a config.json, the architecture is
+        source: folder, hub id or weight file; see `read_checkpoint`. Without a config.json, the architecture is
             inferred from the tensor shapes.
-        text: folder or hub id of the caption encoder that the adapter was trained with. None: no caption encoder.
-        normalize_input: overrides whether the adapter L2-normalises its input, see `infer_config`.
+        text: folder or hub id of the caption encoder that the adapter was trained with. None: load no caption encoder.
+        normalize_input: whether the adapter L2-normalises its input. None: see `infer_config`.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
-        ValueError: it is not an official checkpoint, a tensor is missing, unexpected or has another shape, or the
-            caption encoder does not match.
+        ValueError: the checkpoint is not an official one; a tensor is missing, unexpected or has the wrong shape; or
+            the caption encoder does not match the adapter.
     """
     tensors, config, preprocess = read_checkpoint(source)
     checkpoint = Checkpoint.from_tensors(str(source), tensors, config, preprocess)
@@ -59,36 +60,36 @@ def load_official(
 
 @torch.no_grad()
 def fill_weights(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
-    """Copy the tensors of a checkpoint into a model of its architecture.
+    """Copy the tensors of a checkpoint into a model with the same architecture.
 
     Raises:
-        ValueError: a tensor is missing, unexpected, of another shape, or differs from the buffer that the architecture
-            determines.
+        ValueError: a tensor is missing, is unexpected, has the wrong shape, or differs from the buffer that the
+            architecture determines.
     """
     pairs, problems = _match_tensors(model, checkpoint)
     if problems:
         raise ValueError(
-            f"{checkpoint.source} does not fit the layout {checkpoint.layout.name!r}: {'; '.join(problems)}"
+            f"{checkpoint.source} does not match the layout {checkpoint.layout.name!r}: {'; '.join(problems)}"
         )
     for parameter, tensor in pairs:
         parameter.copy_(tensor)
 
 
 def attach_caption_encoder(model: LLM2CLIP, path: str | Path) -> None:
-    """Open a caption encoder and attach it to the model.
+    """Load a caption encoder and attach it to the model.
 
-    A published LLM gets the template that it was tuned with.
+    If the encoder is a published LLM, use the template that the LLM was tuned with.
 
     Raises:
-        ValueError: its embeddings do not have the size of the adapter's input.
+        ValueError: the size of the encoder's embeddings differs from the adapter's input size.
     """
     encoder = CaptionEncoder.from_pretrained(path, template=_published_template(path), device=model.device)
     expected = model.config.text_dim
     if encoder.embed_dim != expected:
         published = ", ".join(f"{name} ({size})" for size, name in PUBLISHED_ENCODERS.items())
         raise ValueError(
-            f"{path} has embeddings of size {encoder.embed_dim}, but the adapter takes {expected}. Give the caption "
-            f"encoder that the adapter was trained with. Published ones: {published}"
+            f"{path} has embeddings of size {encoder.embed_dim}, but the adapter's input size is {expected}. Pass the "
+            f"caption encoder that the adapter was trained with. Published encoders: {published}"
         )
     model.set_encoder(encoder)
 
@@ -97,7 +98,7 @@ def _match_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> tuple[list[tuple[
     """Pair the parameters of a model with the tensors of a checkpoint.
 
     Returns:
-        Pairs of parameter and tensor, and a description of everything that does not fit.
+        A list of (parameter, tensor) pairs, and a list of messages that describe all mismatches.
     """
     layout = checkpoint.layout
     unused = dict(checkpoint.tensors)
@@ -140,9 +141,9 @@ def _is_close(tensor: Tensor, expected: Tensor) -> bool:
 
 
 def _published_template(path: str | Path) -> str | None:
-    """Return the official template if `path` is a plain LLM with the special tokens of Llama 3, else None.
+    """Return the official template if `path` is a plain LLM with Llama 3's special tokens, and None otherwise.
 
-    Model folders, sentence-transformers folders and GGUF files come with their own settings.
+    Model folders, sentence-transformers folders and GGUF files use their own settings.
     """
     from transformers import AutoTokenizer
     from transformers.utils import cached_file

@@ -1,4 +1,4 @@
-"""Writing of our model as an official LLM2CLIP checkpoint."""
+"""Save an `LLM2CLIP` model as an official LLM2CLIP checkpoint."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from llm2clip.models.llm2clip import LLM2CLIP
 
 
 def save_official(model: LLM2CLIP, out: str | Path, layout_name: str) -> Path:
-    """Write a model under the tensor names of the official code, atomically.
+    """Write a model with the official code's tensor names, atomically.
 
     Args:
-        model: with a CLIP tower of transformers for "hf", or one of timm's EVA-02 CLIP towers for "eva".
-        out: for "hf" a folder, to which model.safetensors, config.json and preprocessor_config.json are written; for
-            "eva" a .pt file of plain tensors, including the rotary embeddings that the official code expects. A .pt
-            file does not record the preprocessing: the official code resizes the shortest side to the tower's size.
+        model: model whose vision tower is a transformers CLIP tower (for "hf") or a timm EVA-02 CLIP tower (for "eva").
+        out: for "hf", folder in which model.safetensors, config.json and preprocessor_config.json are created. For
+            "eva", .pt file of plain tensors, including the rotary embeddings that the official code expects. A .pt file
+            does not record the preprocessing: the official code resizes the shortest side to the tower's image size.
         layout_name: "hf" or "eva".
 
     Returns:
-        `out`.
+        Path of the checkpoint, `out`.
 
     Raises:
         ValueError: the layout cannot represent the model.
@@ -40,7 +40,9 @@ def save_official(model: LLM2CLIP, out: str | Path, layout_name: str) -> Path:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)} (got {layout_name!r})")
     _check_representable(model, layout)
     if layout is EVA and out.suffix != ".pt":
-        raise ValueError(f"a checkpoint in the layout 'eva' is one file whose name must end in .pt (got {out})")
+        raise ValueError(
+            f"with the layout 'eva', the checkpoint is a single file whose name must end in .pt (got {out})"
+        )
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another path")
 
@@ -57,7 +59,7 @@ def save_official(model: LLM2CLIP, out: str | Path, layout_name: str) -> Path:
 
 
 def _check_representable(model: LLM2CLIP, layout: Layout) -> None:
-    """Raise a ValueError that lists everything in the model that the layout cannot represent."""
+    """Raise a ValueError that lists all features of the model that the layout cannot represent."""
     config = model.config
     problems = []
     if layout is HF:
@@ -69,16 +71,16 @@ def _check_representable(model: LLM2CLIP, layout: Layout) -> None:
     if config.logit_bias:
         problems.append("the logits have a bias")
     if not config.normalize_input:
-        problems.append("the adapter does not normalise its input, which the official one does")
+        problems.append("the adapter does not normalise its input, but the official adapter does")
     if problems:
-        raise ValueError(f"the model cannot be written in the layout {layout.name!r}: {'; '.join(problems)}")
+        raise ValueError(f"the model cannot be saved in the layout {layout.name!r}: {'; '.join(problems)}")
 
 
 def _clip_tower_problems(model: LLM2CLIP) -> list[str]:
     if _tower_name(model) != "clip_vision_model":
-        return [f"the vision tower is {_tower_name(model)}, but must be a CLIP tower of transformers"]
+        return [f"the vision tower is {_tower_name(model)}, but must be a transformers CLIP tower"]
     if model.tower.config["architecture"]["image_size"] != model.tower.preprocess.size:
-        return ["the vision tower runs at another resolution than the one of its position embeddings"]
+        return ["the vision tower's image size differs from the image size of its position embeddings"]
     return []
 
 
@@ -87,8 +89,8 @@ def _eva_tower_problems(model: LLM2CLIP) -> list[str]:
     if is_eva_clip and model.tower.config["args"].keys() <= set(EVA_ARGS):
         return []
     return [
-        f"the vision tower is {_tower_name(model)}, but must be one of timm's EVA-02 CLIP towers, "
-        "of which only the sizes may be changed"
+        f"the vision tower is {_tower_name(model)}, but must be a timm EVA-02 CLIP tower "
+        "without custom arguments other than sizes"
     ]
 
 
@@ -106,14 +108,14 @@ def _official_tensors(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
     }
     tensors["logit_scale"] = tensors["logit_scale"].reshape(())
     if layout is EVA:
-        if not model.config.projection_bias:  # the official projection has one
+        if not model.config.projection_bias:  # the official projection has a bias
             tensors["visual.head.bias"] = torch.zeros(model.config.embed_dim)
         tensors |= {name: tensor.cpu().clone() for name, tensor in computed_buffers(model, layout).items()}
     return tensors
 
 
 def _clip_config(model: LLM2CLIP) -> dict[str, Any]:
-    """Return the content of config.json for a CLIP tower."""
+    """Return the content of config.json for a model with a CLIP tower."""
     architecture = model.tower.config["architecture"]
     vision_config = {"model_type": "clip_vision_model"} | {key: architecture[key] for key in CLIP_FIELDS}
     return {"model_type": "clip", "projection_dim": model.config.embed_dim, "vision_config": vision_config}

@@ -1,4 +1,4 @@
-"""Export of a model to the formats of other libraries."""
+"""Export models to the formats of other libraries."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from llm2clip.models.llm2clip import LLM2CLIP
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """One export format.
+    """An export format.
 
     Attributes:
-        write: writes a model into an empty folder and returns messages for the user, if it has any.
-        load: code that loads the exported folder; {out} stands for its path.
+        write: function that writes a model to an empty folder and returns a list of messages for the user, or None.
+        load: code that loads the exported folder, with {out} as a placeholder for the folder's path.
     """
 
     write: Callable[..., list[str] | None]
@@ -43,18 +43,18 @@ def export_model(model: LLM2CLIP, to: str, out: str | Path, int8: bool = False) 
     """Write a model in the format of another library, atomically.
 
     Args:
-        model: a model with its caption encoder.
-        to: name of a format in `FORMATS`.
+        model: model with its caption encoder.
+        to: format name, a key of `FORMATS`.
         out: folder to create.
-        int8: also write quantized graphs; only for "onnx".
+        int8: also write graphs with 8-bit weights. Only supported for "onnx".
 
     Returns:
-        Messages for the user, such as how close the exported model is to the original.
+        Messages for the user, for example how closely the exported model matches the original.
 
     Raises:
-        ValueError: the format is unknown, or cannot represent the model.
+        ValueError: the format is unknown or cannot represent the model.
         FileExistsError: `out` exists.
-        ImportError: a library that the format needs is not installed.
+        ImportError: a library required for the format is not installed.
     """
     if to not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)} (got {to!r})")

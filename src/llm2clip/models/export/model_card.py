@@ -1,4 +1,4 @@
-"""Model cards: architecture, usage, evaluation and training config of a model, in markdown."""
+"""Model cards in Markdown, with a model's architecture, usage, evaluation and training config."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from llm2clip.io_utils import read_json
 from llm2clip.run_config import CONFIG_FILE
 
-# model_type in config.json -> how to load the model.
+# model_type in config.json -> example code for the model card.
 USAGE = {
     "llm2clip": """```python
 from llm2clip import LLM2CLIP
@@ -30,8 +30,8 @@ texts = model.get_text_features(**processor(text=["a long description ..."], pad
 ```""",
 }
 INTRODUCTION = (
-    "A vision tower and a large language model as its text tower, in one embedding space (LLM2CLIP, arXiv 2411.04997), "
-    "trained with llm2clip. It retrieves images with words, sentences and paragraphs."
+    "A vision tower and a large language model as the text tower, in a shared embedding space (LLM2CLIP, arXiv "
+    "2411.04997), trained with llm2clip. You can search images with words, sentences and paragraphs."
 )
 LIMITATIONS = (
     "The model reproduces the errors and biases of the images and captions that it was trained on. The licenses of the "
@@ -40,20 +40,20 @@ LIMITATIONS = (
 
 
 def render_model_card(folder: Path, name: str, license: str | None = None) -> str:
-    """Render the card of a model folder, as markdown with YAML front matter.
+    """Render the model card for a model folder as Markdown with YAML front matter.
 
-    The config and the report of the training run are included if they are next to the folder (RUN/config.yaml and
-    RUN/report.md for RUN/model), without the names of local folders.
+    The config and report of the training run are included if they are next to the model folder (RUN/config.yaml and
+    RUN/report.md for RUN/model). Names of local folders are removed from both.
 
     Args:
-        folder: a model folder, or an exported one.
-        name: path or hub id that users load the model by.
-        license: the hub's identifier of a license. There is no default: it depends on the weights and the data.
+        folder: model folder or exported folder.
+        name: path or hub id with which users load the model.
+        license: license identifier on the hub. None: name no license, because it depends on the weights and the data.
     """
     config_file = folder / "config.json"
     config: dict[str, Any] = read_json(config_file) if config_file.is_file() else {}
     model_type = config.get("model_type", "")
-    # Version 0.1 called the size of the shared space "width".
+    # In version 0.1, the key for the size of the shared embedding space was "width".
     embed_dim = config.get("embed_dim", config.get("width"))
 
     sections = [_front_matter(folder, model_type, license), f"# {name}", INTRODUCTION]
@@ -77,7 +77,7 @@ def _front_matter(folder: Path, model_type: str, license: str | None) -> str:
         library = "llm2clip"
     else:
         library = "transformers"
-        if model_type not in USAGE:  # a vision tower alone
+        if model_type not in USAGE:  # only a vision tower
             task = "image-feature-extraction"
     fields: dict[str, Any] = {
         "library_name": library,
@@ -90,9 +90,9 @@ def _front_matter(folder: Path, model_type: str, license: str | None) -> str:
 
 
 def _architecture_table(config: dict[str, Any], embed_dim: int | None) -> str:
-    """Render a table of what config.json says about the architecture."""
+    """Render a table of the architecture described by config.json."""
     tower = config["tower"]
-    architecture = tower.get("architecture")  # a name for timm, a config for transformers
+    architecture = tower.get("architecture")  # a model name for timm, a config dict for transformers
     if not isinstance(architecture, str):
         architecture = (architecture or {}).get("model_type")
     image_size = (tower.get("preprocess") or {}).get("crop_size", {}).get("height") or tower.get("image_size")
@@ -110,7 +110,7 @@ def _architecture_table(config: dict[str, Any], embed_dim: int | None) -> str:
 
 
 def _training_sections(run: Path) -> list[str]:
-    """Render the report and the config of a run, if the run directory has them."""
+    """Render a run's report and config, if the run directory contains them."""
     sections = []
     report, config = run / "report.md", run / CONFIG_FILE
     if report.is_file():
@@ -123,7 +123,7 @@ def _training_sections(run: Path) -> list[str]:
 
 
 def _nest_report(report: str) -> str:
-    """Move a report's headings two levels down and remove its title and the link to its plots, outside code blocks."""
+    """Move a report's headings two levels down, and remove the title and the link to the plots. Skip code blocks."""
     lines, in_code = [], False
     for line in report.splitlines():
         if line.startswith("```"):
@@ -136,6 +136,6 @@ def _nest_report(report: str) -> str:
 
 
 def _hide_folders(text: str) -> str:
-    """Shorten absolute paths to their last part: /home/user/photos.csv becomes photos.csv."""
+    """Shorten absolute paths to the file name: /home/user/photos.csv becomes photos.csv."""
     quoted = re.sub(r"(['\"])(?:file://)?/[^'\"\n]*/([^'\"/\n]+)\1", r"\1\2\1", text)
     return re.sub(r"(?<![\w.:/])(?:file://)?/(?:[^\s/`'\"]+/)+", "", quoted)

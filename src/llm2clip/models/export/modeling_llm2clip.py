@@ -1,4 +1,4 @@
-"""An LLM2CLIP model (arXiv 2411.04997) for transformers, in one file.
+"""An LLM2CLIP model (arXiv 2411.04997) for transformers, in a single file.
 
     from transformers import AutoModel, AutoProcessor
     model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
@@ -28,15 +28,16 @@ class LLM2CLIPExportConfig(PretrainedConfig):
     """Architecture of an exported model.
 
     Args:
-        tower: the vision tower: `library` ("timm" or "transformers"), `architecture`, `args` (timm's), `feature_dim`,
-            `image_size`, and `interpolate_pos_encoding` (transformers: run at another size than the trained one).
+        tower: config of the vision tower, with the keys `library` ("timm" or "transformers"), `architecture`, `args`
+            (for timm), `feature_dim`, `image_size`, and `interpolate_pos_encoding` (for transformers: the image size
+            differs from the size used in pretraining).
         text: config of the LLM.
-        text_dim: size of a caption embedding.
+        text_dim: size of a caption embedding, the adapter's input.
         embed_dim: size of the shared embedding space.
         adapter_depth, adapter_expansion, normalize_input: arguments of `Adapter`.
         projection_bias: whether the image projection has a bias.
         pooling: "mean", "lasttoken" or "cls".
-        prompt_tokens: number of tokens at the start of each text that mean pooling skips.
+        prompt_tokens: number of prompt tokens at the start of each text. Mean pooling skips these tokens.
         logit_bias: whether the logits have a bias, as in the sigmoid loss.
     """
 
@@ -72,7 +73,7 @@ class LLM2CLIPExportConfig(PretrainedConfig):
 
 
 class LLM2CLIPExport(PreTrainedModel):
-    """Vision tower + projection, and LLM + adapter, in one embedding space."""
+    """Vision tower + projection and LLM + adapter, with a shared embedding space."""
 
     config_class = LLM2CLIPExportConfig
     base_model_prefix = "llm2clip"
@@ -98,7 +99,7 @@ class LLM2CLIPExport(PreTrainedModel):
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Encode token ids (N, T); `pooler_output` is (N, embed_dim) float32, L2-normalised."""
+        """Encode token ids (N, T). The output's `pooler_output` is (N, embed_dim) float32, L2-normalised."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         hidden = self.llm(input_ids=input_ids, attention_mask=mask).last_hidden_state
         weights = self._pooling_mask(mask).unsqueeze(-1).to(hidden.dtype)  # (N, T, 1)
@@ -107,8 +108,10 @@ class LLM2CLIPExport(PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=text)
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Encode pixels (N, 3, S, S) normalised by the processor; `pooler_output` is (N, embed_dim) float32,
-        L2-normalised."""
+        """Encode pixels (N, 3, S, S) that the processor has normalised.
+
+        The output's `pooler_output` is (N, embed_dim) float32, L2-normalised.
+        """
         tower = self.config.tower
         if tower["library"] == "timm":
             feature = self.vision(pixel_values)
@@ -125,7 +128,7 @@ class LLM2CLIPExport(PreTrainedModel):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> CLIPOutput:
-        """Encode texts, images or both; with both, also return the logits: scale * cosine + bias."""
+        """Encode texts, images or both. If both are passed, also return the logits: scale * cosine + bias."""
         text = image = logits = None
         if input_ids is not None:
             text = self.get_text_features(input_ids, attention_mask).pooler_output
@@ -143,8 +146,8 @@ class LLM2CLIPExport(PreTrainedModel):
         )
 
     def _pooling_mask(self, mask: Tensor) -> Tensor:
-        """Return which tokens are pooled, (N, T), given the attention mask. Works for padding on either side."""
-        position = mask.cumsum(1)  # of a token within its text, from 1
+        """Return a mask of the tokens to pool, (N, T), given the attention mask. Padding may be on either side."""
+        position = mask.cumsum(1)  # position of each token in its text, starting at 1
         if self.config.pooling == "mean":
             return mask * (position > self.config.prompt_tokens)
         if self.config.pooling == "lasttoken":

@@ -1,4 +1,4 @@
-"""Export to ONNX: one graph for images and one for texts, each checked against PyTorch."""
+"""Export to ONNX: one graph for images and one for texts, both checked against PyTorch."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
-tokenizer = Tokenizer.from_file("tokenizer.json")      # adds the template by itself
+tokenizer = Tokenizer.from_file("tokenizer.json")      # adds the template automatically
 tokenizer.enable_padding(pad_id={pad_id}, pad_token="")
 tokenizer.enable_truncation({max_length})
 encoded = tokenizer.encode_batch(["a long description ..."])
 ids = np.array([e.ids for e in encoded]); mask = np.array([e.attention_mask for e in encoded])
 texts = onnxruntime.InferenceSession("text.onnx").run(None, {{"input_ids": ids, "attention_mask": mask}})[0]
 
-pixels = ...   # uint8 (N, 3, S, S), resized and cropped as preprocessor_config.json says; not normalised
+pixels = ...   # uint8 (N, 3, S, S), resized and cropped as specified in preprocessor_config.json, but not normalised
 images = onnxruntime.InferenceSession("vision.onnx").run(None, {{"pixels": pixels}})[0]
 scores = texts @ images.T
 ```
 """
-EXTERNAL_DATA_BYTES = 1 << 30  # larger graphs store their weights in a second file; one ONNX file can hold 2 GB
+EXTERNAL_DATA_BYTES = 1 << 30  # larger graphs store weights in a second file: an ONNX file can hold at most 2 GB
 
 
 @dataclass
 class _Graph:
-    """One graph to export.
+    """A graph to export.
 
     Attributes:
-        name: "vision" or "text", the file name without its suffix.
+        name: "vision" or "text"; the file name without the suffix.
         module: PyTorch module to trace.
-        inputs: sample inputs by name, with more than one row.
-        dynamic_shapes: for each input, its dynamic dimensions.
+        inputs: dict from input name to a sample tensor with more than one row.
+        dynamic_shapes: dynamic dimensions of each input, as `torch.onnx.export` expects.
     """
 
     name: str
@@ -55,7 +55,7 @@ class _Graph:
 
 
 class VisionModule(nn.Module):
-    """Encode uint8 pixels (N, 3, S, S) to embeddings (N, embed_dim) float32, L2-normalised."""
+    """Encode uint8 pixels (N, 3, S, S) as L2-normalised float32 embeddings (N, embed_dim)."""
 
     mean: Tensor
     std: Tensor
@@ -72,7 +72,7 @@ class VisionModule(nn.Module):
 
 
 class TextModule(nn.Module):
-    """Encode token ids and attention mask, int64 (N, T), to embeddings (N, embed_dim) float32, L2-normalised."""
+    """Encode token ids and an attention mask, both int64 (N, T), as L2-normalised float32 embeddings (N, embed_dim)."""
 
     def __init__(self, model: LLM2CLIPExport) -> None:
         super().__init__()
@@ -84,19 +84,20 @@ class TextModule(nn.Module):
 
 @torch.no_grad()
 def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
-    """Write vision.onnx and text.onnx, the tokenizer, the preprocessing, and USE.md with an example.
+    """Write vision.onnx, text.onnx, the tokenizer, the preprocessing config, and USE.md with example code.
 
     Args:
-        model: a model with its caption encoder.
-        folder: an existing, empty folder.
-        int8: also write vision-int8.onnx and text-int8.onnx, whose weights are quantized to 8 bits.
+        model: model with its caption encoder.
+        folder: existing, empty folder.
+        int8: also write vision-int8.onnx and text-int8.onnx, with weights quantized to 8 bits.
 
     Returns:
-        One line per graph with its smallest cosine similarity to PyTorch's embeddings, over a few inputs.
+        One line per graph with the minimum cosine similarity between the graph's and PyTorch's embeddings of a few
+        sample inputs.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
-        ValueError: a graph's embeddings differ from PyTorch's (cosine below 0.9999; not checked for int8).
+        ValueError: a graph's embeddings differ from PyTorch's (cosine similarity below 0.9999; not checked for int8).
     """
     try:
         import onnxruntime  # noqa: F401
@@ -104,7 +105,7 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     except ImportError as error:
         raise ImportError(f"exporting to ONNX requires `pip install llm2clip[onnx]` ({error})") from error
     exported, tokenizer = build_export_model(model), build_tokenizer(model.encoder)
-    tokenizer.save_pretrained(folder)  # before it is used: calling it with padding would save the padding, too
+    tokenizer.save_pretrained(folder)  # save before use: after a call with padding, the padding would be saved, too
     messages = []
     for graph in (_vision_graph(exported, model), _text_graph(exported, tokenizer)):
         messages.append(_export_graph(graph, folder))
@@ -132,7 +133,7 @@ def _text_graph(exported: LLM2CLIPExport, tokenizer: Any) -> _Graph:
 
 
 def _export_graph(graph: _Graph, folder: Path) -> str:
-    """Write a graph, check it against PyTorch and return a message."""
+    """Write a graph, check the graph's embeddings against PyTorch's, and return a message."""
     file = folder / f"{graph.name}.onnx"
     program = torch.onnx.export(
         graph.module,
@@ -147,9 +148,9 @@ def _export_graph(graph: _Graph, folder: Path) -> str:
     program.save(str(file))
     one_row = {name: tensor[:1] for name, tensor in graph.inputs.items()}
     cosine = float(np.min([_min_cosine(file, graph.module, inputs) for inputs in (graph.inputs, one_row)]))
-    if not cosine >= MIN_COSINE:  # also for NaN
-        raise ValueError(f"the embeddings of {file.name} differ from PyTorch's: cosine {cosine:.5f}")
-    return f"{file.name}: smallest cosine to PyTorch's embeddings {cosine:.6f}"
+    if not cosine >= MIN_COSINE:  # written this way to reject NaN, too
+        raise ValueError(f"the embeddings from {file.name} differ from PyTorch's: cosine similarity {cosine:.5f}")
+    return f"{file.name}: minimum cosine similarity to PyTorch's embeddings {cosine:.6f}"
 
 
 def _quantize_graph(graph: _Graph, folder: Path) -> str:
@@ -167,16 +168,16 @@ def _quantize_graph(graph: _Graph, folder: Path) -> str:
     )
     cosine = _min_cosine(quantized, graph.module, graph.inputs)
     ratio = _total_size(folder, quantized.name) / full_size
-    return f"{quantized.name}: smallest cosine {cosine:.4f}, {ratio:.0%} of the size"
+    return f"{quantized.name}: minimum cosine similarity {cosine:.4f}, {ratio:.0%} of the original size"
 
 
 def _total_size(folder: Path, name: str) -> int:
-    """Return the bytes of a graph, including the file of its weights."""
+    """Return the size of a graph in bytes, including its separate weights file, if any."""
     return sum(file.stat().st_size for file in folder.glob(f"{name}*"))
 
 
 def _min_cosine(file: Path, module: nn.Module, inputs: Mapping[str, Tensor]) -> float:
-    """Return the smallest cosine similarity between the embeddings of a graph and of a module."""
+    """Return the minimum cosine similarity between the embeddings from a graph and from a PyTorch module."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])

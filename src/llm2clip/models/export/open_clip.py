@@ -1,4 +1,4 @@
-"""Export of the vision side to open_clip, for timm vision towers."""
+"""Export the image side of models with timm vision towers to open_clip."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ from torch import Tensor
 
 from llm2clip.models.llm2clip import LLM2CLIP
 
-# The smallest text tower that open_clip builds, as a placeholder.
+# Placeholder: the smallest text tower that open_clip can build.
 PLACEHOLDER_TEXT = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
 
 
 def export_open_clip(model: LLM2CLIP, folder: Path) -> None:
     """Write a folder that `open_clip.create_model_and_transforms("local-dir:FOLDER")` can load.
 
-    Its `encode_image` returns the model's image embeddings. open_clip has no text tower that reads an LLM
-    bidirectionally and has an adapter, so the text tower is a placeholder whose weights are NaN: `encode_text` returns
-    NaN rather than meaningless numbers. Encode texts with this package, or with the sentence-transformers or ONNX
-    export.
+    In open_clip, `encode_image` returns the model's image embeddings. open_clip does not support bidirectional LLMs
+    with an adapter, so the text tower is a placeholder with NaN weights: `encode_text` returns NaN instead of
+    meaningless values. Encode texts with this package, or with the sentence-transformers or ONNX export.
 
     Args:
-        model: a model with a timm vision tower.
-        folder: an existing, empty folder.
+        model: model with a timm vision tower.
+        folder: existing, empty folder.
 
     Raises:
-        ValueError: open_clip cannot represent the vision side.
+        ValueError: open_clip cannot represent the vision tower or its preprocessing.
         ImportError: open_clip is not installed.
     """
     try:
@@ -47,15 +46,15 @@ def _check_tower(model: LLM2CLIP) -> None:
     tower, preprocess = model.tower.config, model.tower.preprocess
     if tower["library"] != "timm":
         raise ValueError(
-            f"the open_clip format needs a timm vision tower, but this one is from {tower['library']}. "
-            "For a CLIP tower of transformers, use `--to transformers` or `--to vision`"
+            f"the open_clip format requires a timm vision tower, but this tower is from {tower['library']}. "
+            "For transformers towers, use `--to transformers` or `--to vision`"
         )
     changed = {key: value for key, value in tower["args"].items() if key not in ("num_classes", "img_size")}
     if changed:
-        raise ValueError(f"open_clip builds timm towers with their default arguments, but this one has {changed}")
+        raise ValueError(f"open_clip builds timm towers with default arguments, but this tower has {changed}")
     if preprocess.crop_pct != 1:
         raise ValueError(
-            f"open_clip does not crop images, but this model's preprocessing crops {1 - preprocess.crop_pct:.0%} off"
+            f"open_clip does not crop images, but this model's preprocessing crops off {1 - preprocess.crop_pct:.0%}"
         )
 
 
@@ -82,7 +81,7 @@ def _open_clip_config(model: LLM2CLIP) -> dict[str, Any]:
 
 
 def _open_clip_tensors(model: LLM2CLIP, target: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the values of the tensors in `target`, the state dict of the model that open_clip builds."""
+    """Return values for all tensors in `target`, the state dict of the model that open_clip builds."""
     backbone, projection = model.tower.backbone.state_dict(), model.projection.state_dict()
     tensors = {}
     for name, expected in target.items():
@@ -98,8 +97,8 @@ def _open_clip_tensors(model: LLM2CLIP, target: dict[str, Tensor]) -> dict[str, 
             tensor = expected
         if tensor.shape != expected.shape:
             raise ValueError(
-                f"open_clip builds {model.tower.config['architecture']} with {name} of shape {tuple(expected.shape)}, "
-                f"but this model has {tuple(tensor.shape)}: its image size differs from the default"
+                f"in open_clip's {model.tower.config['architecture']}, {name} has shape {tuple(expected.shape)}, but "
+                f"in this model {tuple(tensor.shape)}. The model's image size must be the default"
             )
         tensors[name] = tensor.detach().cpu().clone().contiguous()
     return tensors

@@ -1,4 +1,4 @@
-"""Tokenizers that apply the caption encoder's template by themselves."""
+"""Tokenizers that automatically apply the caption encoder's template."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ CHECKED_TEXTS = ("a", "Two dogs, running.", "一只猫", "1")
 
 
 def build_tokenizer(encoder: CaptionEncoder) -> Any:
-    """Return a copy of the encoder's tokenizer that adds the tokens of the template around every text.
+    """Return a copy of the encoder's tokenizer that adds the template's tokens around every text.
 
     Raises:
-        ValueError: the template and a text are tokenized differently together than separately.
+        ValueError: tokenizing the template and a text together differs from tokenizing them separately.
     """
     tokenizer = copy.deepcopy(encoder.tokenizer)
     tokenizer.model_max_length = encoder.st.max_seq_length or 512
@@ -24,14 +24,14 @@ def build_tokenizer(encoder: CaptionEncoder) -> Any:
         for text in CHECKED_TEXTS:
             if tokenizer(text)["input_ids"] != encoder.tokenizer(encoder.prefix + text)["input_ids"]:
                 raise ValueError(
-                    f"the template {encoder.prefix!r} is tokenized differently together with the text {text!r} than "
-                    "without it: end the template with a special token or a line break"
+                    f"the template {encoder.prefix!r} is tokenized differently if the text {text!r} follows it. End "
+                    "the template with a special token or a line break"
                 )
     return tokenizer
 
 
 def _add_template(tokenizer: Any, encoder: CaptionEncoder) -> None:
-    """Make the tokenizer add the tokens that all texts have in common, in front and at the end."""
+    """Make the tokenizer add the tokens that all texts start and end with."""
     from tokenizers.processors import TemplateProcessing
 
     first, second = (encoder.tokenizer(encoder.prefix + text)["input_ids"] for text in ("a", "1"))
@@ -48,7 +48,7 @@ def _add_template(tokenizer: Any, encoder: CaptionEncoder) -> None:
 
 
 def _special_token(tokenizer: Any, name: str, ids: list[int]) -> dict[str, Any]:
-    """Return a special token of `TemplateProcessing`, which stands for a sequence of ids."""
+    """Return a special token for `TemplateProcessing` that expands to a sequence of ids."""
     return {"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)}
 
 

@@ -1,4 +1,4 @@
-"""Export to transformers and sentence-transformers, with one file of remote code."""
+"""Export models to transformers and sentence-transformers, with a single file of remote code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llm2clip.models.vision_tower import VisionTower
 
 POOLINGS = ("mean", "lasttoken", "cls")
 CODE_FILE = "modeling_llm2clip.py"
-MIN_COSINE = 0.9999  # between the embeddings of the exported model and of the original
+MIN_COSINE = 0.9999  # minimum cosine similarity between the exported and the original model's embeddings
 SAMPLE_TEXTS = (
     "a dog",
     "Two children in red jackets are playing in the snow while an old man watches them from a wooden bench.",
@@ -30,12 +30,13 @@ SAMPLE_TEXTS = (
 
 
 def export_transformers(model: LLM2CLIP, folder: Path) -> None:
-    """Write a folder that `AutoModel.from_pretrained(..., trust_remote_code=True)` and `AutoProcessor` can load without
-    this package.
+    """Write a folder that transformers can load without this package.
+
+    Load it with `AutoModel.from_pretrained(..., trust_remote_code=True)` and `AutoProcessor.from_pretrained`.
 
     Args:
-        model: a model with its caption encoder.
-        folder: an existing, empty folder.
+        model: model with its caption encoder.
+        folder: existing, empty folder.
 
     Raises:
         ValueError: the format cannot represent the caption encoder.
@@ -57,10 +58,10 @@ def export_transformers(model: LLM2CLIP, folder: Path) -> None:
 
 
 def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
-    """Write a folder that `SentenceTransformer(..., trust_remote_code=True)` can load, and that transformers can load
-    as well. Its `encode` accepts texts and PIL images.
+    """Write a folder that both sentence-transformers and transformers can load.
 
-    Args and errors are those of `export_transformers`.
+    `SentenceTransformer(..., trust_remote_code=True).encode` accepts texts and PIL images. The arguments and errors are
+    the same as for `export_transformers`.
     """
     export_transformers(model, folder)
     modalities = {
@@ -81,7 +82,7 @@ def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
 
 @torch.no_grad()
 def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
-    """Build a transformers model with a copy of the weights, LoRA merged, in float32, on the CPU, in eval mode.
+    """Copy a model to a transformers model, with LoRA merged, in float32, on the CPU, in eval mode.
 
     Raises:
         ValueError: the format cannot represent the caption encoder.
@@ -105,7 +106,7 @@ def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
 
 
 def standalone_source() -> str:
-    """Return the source of modeling_llm2clip.py with the adapter's classes in place of their import."""
+    """Return the source of modeling_llm2clip.py with the adapter's classes inlined instead of imported."""
     source = inspect.getsource(modeling_llm2clip)
     adapter_source = "\n\n".join(inspect.getsource(part) for part in (heads.ResidualBlock, heads.Adapter))
     import_line = "from llm2clip.models.heads import Adapter\n"
@@ -116,7 +117,9 @@ def standalone_source() -> str:
 def _check_modules(encoder: CaptionEncoder) -> None:
     pooling = encoder.st[1].get_config_dict()["pooling_mode"]
     if pooling not in POOLINGS:
-        raise ValueError(f"the caption encoder has {pooling!r} pooling, but the format supports {', '.join(POOLINGS)}")
+        raise ValueError(
+            f"the caption encoder uses {pooling!r} pooling; supported pooling modes: {', '.join(POOLINGS)}"
+        )
     if len(encoder.st) > 3:
         raise ValueError(f"the caption encoder has {len(encoder.st)} modules, but the format supports at most 3")
 
@@ -156,10 +159,10 @@ def _tower_config(tower: VisionTower) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _check_text_embeddings(exported: LLM2CLIPExport, model: LLM2CLIP) -> None:
-    """Check that sample texts get the same embeddings from both models.
+    """Check that both models produce the same embeddings for sample texts.
 
-    They differ if the caption encoder has a module that the format cannot represent, such as a trained layer after the
-    pooling.
+    The embeddings differ if the caption encoder has a module that the format cannot represent, such as a trained layer
+    after pooling.
     """
     tokenizer = build_tokenizer(model.encoder)
     embeddings: list[Any] = []
@@ -168,10 +171,10 @@ def _check_text_embeddings(exported: LLM2CLIPExport, model: LLM2CLIP) -> None:
         embeddings.append(exported.get_text_features(**tokens).pooler_output)
     cosines = (torch.cat(embeddings) * model.encode_text(SAMPLE_TEXTS)).sum(1)
     min_cosine = float(cosines.min())
-    if not min_cosine >= MIN_COSINE:  # also for NaN
+    if not min_cosine >= MIN_COSINE:  # written this way to reject NaN, too
         raise ValueError(
-            f"the exported text embeddings would differ (cosine {min_cosine:.4f}): the caption encoder has a module "
-            "that the format does not support"
+            f"the exported text embeddings would differ (cosine similarity {min_cosine:.4f}): the caption encoder has "
+            "a module that the format does not support"
         )
 
 

@@ -1,4 +1,4 @@
-"""Export of the vision tower alone, as a model class of transformers."""
+"""Export the vision tower alone as a transformers model."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from llm2clip.models.vision_tower import VisionTower
 
 
 def export_vision(model: LLM2CLIP, folder: Path) -> None:
-    """Write the vision tower, without the projection, into an existing folder.
+    """Write the vision tower, without the projection, to an existing folder.
 
-    `AutoModel.from_pretrained` loads it without remote code. It is meant for models that use patch features, as LLaVA
-    does.
+    `AutoModel.from_pretrained` can load the folder without remote code. The export is intended for models that use
+    patch features, such as LLaVA.
 
     Raises:
-        ValueError: transformers has no class for the tower.
+        ValueError: transformers has no model class for the tower.
     """
     build_vision_model(model.tower).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(model.tower.preprocess.to_dict(), indent=1))
 
 
 def build_vision_model(tower: VisionTower) -> Any:
-    """Build a transformers model with a copy of the tower's weights, in float32, on the CPU, in eval mode.
+    """Copy a vision tower to a transformers model, in float32, on the CPU, in eval mode.
 
-    Its class is `TimmWrapperModel` for timm towers, or else the tower's own, such as `CLIPVisionModel`.
+    The model class is `TimmWrapperModel` for timm towers. Other towers keep their class, such as `CLIPVisionModel`.
     """
     from transformers import (
         AutoConfig,
@@ -51,6 +51,6 @@ def build_vision_model(tower: VisionTower) -> Any:
     classes: dict[str, Any] = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
     model_class = classes.get(config.model_type)
     model = model_class(config) if model_class else AutoModel.from_config(config)
-    # Before transformers 5.3, the CLIP and SigLIP classes wrap the tower in an attribute vision_model.
+    # Before transformers 5.3, the CLIP and SigLIP classes stored the vision model in an attribute `vision_model`.
     getattr(model, "vision_model", model).load_state_dict(tensors)
     return model.float().eval()
