@@ -144,7 +144,7 @@ def test_eccv_metrics_from_top_k_match_full_rankings(tmp_path: Path) -> None:
         for k in (1, 5, 10):
             assert ours[f"{direction} COCO R@{k}"] == pytest.approx(recall[direction][f"R@{k}"], abs=1e-6)
     file.write_text(json.dumps({**annotations, "annotations": annotations["annotations"][1:]}))
-    with pytest.raises(DataFormatError, match="lacks 1 of the 25,000"):
+    with pytest.raises(DataFormatError, match="does not contain 1 of the 25,000"):
         BENCHMARKS["eccv-caption"].read(tmp_path / "coco")
 
 

@@ -348,7 +348,7 @@ def test_benchmarks_report_missing_and_malformed_files(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match=r"3 of 3 images .* are missing, e.g. .*a.jpg"):
         read("coco", tmp_path)
     write(tmp_path / "coco/coco_karpathy_test.json", [{"image": "../secret.jpg", "caption": ["x"]}])
-    with pytest.raises(DataFormatError, match="leads out of the folder"):
+    with pytest.raises(DataFormatError, match="points outside the folder"):
         read("coco", tmp_path)
     write(tmp_path / "coco/coco_karpathy_test.json", "[{")
     with pytest.raises(DataFormatError, match="not JSON"):

@@ -122,7 +122,7 @@ def test_worst_mistakes_count_ties_and_keep_the_order_of_equal_margins() -> None
 
 
 def test_cra_rejects_images_with_single_captions() -> None:
-    with pytest.raises(ValueError, match="needs images with two different captions"):
+    with pytest.raises(ValueError, match="needs images with two distinct captions"):
         caption_retrieval_accuracy([["a"], ["b", "b"]], RandomEncoder())
 
 

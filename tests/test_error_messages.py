@@ -99,7 +99,7 @@ ERRORS = {
     "benchmark not downloaded": ("evaluate {model} --benchmarks docci --root {tmp}", "docci", "Needed files"),
     "nothing to evaluate": ("evaluate {model}", "--benchmarks", "--captions"),
     "CRA of precomputed embeddings": ("evaluate {tmp}/v.npz {data} --captions {data}", "v.npz", "remove --captions"),
-    "splits for some sources only": ("evaluate {model} {data}@val {folder}", "of all sources or of none"),
+    "splits for some sources only": ("evaluate {model} {data}@val {folder}", "for all sources or for none"),
     "unknown claim": ("reproduce {folder} --claims 9", "no claim 9", "1, 2"),
     # search
     "missing index": ("search {tmp}/noindex dog", "noindex is not an index", "llm2clip index"),

@@ -306,7 +306,7 @@ def test_caption_retrieval_accuracy_matches_counting(images: list[list[str]]) ->
     distinct = [captions for captions in map(unique_captions, images) if len(captions) > 1]
     encoder = FirstLetterEncoder()
     if not distinct:
-        with pytest.raises(ValueError, match="two different captions"):
+        with pytest.raises(ValueError, match="two distinct captions"):
             caption_retrieval_accuracy(images, encoder, progress=False)
         return
     result = caption_retrieval_accuracy(

@@ -1,6 +1,6 @@
-"""Reports as a list of blocks, written as Markdown and as one self-contained HTML page without scripts.
+"""Reports built from blocks, and written as Markdown and as a self-contained HTML page without scripts.
 
-The page is rendered from `templates/report.html.jinja`, which escapes all text, with `templates/report.css` inlined.
+The page is rendered from `templates/report.html.jinja` with `templates/report.css` inlined. All text is escaped.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from markupsafe import Markup, escape
 
 from llm2clip.io_utils import atomic_write_text
 
-GOOD, BAD, UNSURE = "good", "bad", "unsure"  # statuses of paragraphs and table cells: they set the colour
-LONG_CELL = 30  # cells of more characters may wrap
+GOOD, BAD, UNSURE = "good", "bad", "unsure"  # statuses of paragraphs and table cells, which determine the colour
+LONG_CELL = 30  # table cells with more characters than this may wrap
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A paragraph of text. `Backticks` mark code. `status` is GOOD, BAD, UNSURE or empty."""
+    """A paragraph of text, in which `backticks` mark code. `status` is GOOD, BAD, UNSURE or empty."""
 
     kind: ClassVar[str] = "paragraph"
     text: str
@@ -41,7 +41,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Code:
-    """A code block. `language` is its name in Markdown, or empty."""
+    """A code block. `language` is the language name for Markdown, or empty."""
 
     kind: ClassVar[str] = "code"
     text: str
@@ -50,13 +50,13 @@ class Code:
 
 @dataclass(frozen=True)
 class Table:
-    """A table. See `format_cell` for how values are shown.
+    """A table. Values are formatted by `format_cell`.
 
     Args:
-        header: Names of the columns.
-        rows: Values, row by row.
-        highlight: Indices of the rows to emphasise.
-        statuses: Status of the cells with this text, e.g. {"holds": GOOD}.
+        header: Column names.
+        rows: Cell values of each row.
+        highlight: Indices of the rows to highlight.
+        statuses: Statuses for cells, keyed by cell text, e.g. {"holds": GOOD}.
     """
 
     kind: ClassVar[str] = "table"
@@ -68,7 +68,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """An SVG drawing and its caption."""
+    """An SVG plot and its caption."""
 
     kind: ClassVar[str] = "plot"
     svg: str
@@ -77,12 +77,12 @@ class Plot:
 
 @dataclass(frozen=True)
 class ResultImage:
-    """An image that a query retrieved.
+    """An image retrieved by a query.
 
     Args:
-        jpeg: The encoded image. None if it cannot be decoded.
-        is_correct: Whether it is a correct answer. None if unknown.
-        caption: Text below the image.
+        jpeg: JPEG data, or None if the image cannot be decoded.
+        is_correct: True if the image is a correct answer, False if not, None if unknown.
+        caption: Text shown below the image.
     """
 
     jpeg: bytes | None
@@ -92,7 +92,7 @@ class ResultImage:
 
 @dataclass(frozen=True)
 class ResultImages:
-    """A query and the images that it retrieved."""
+    """A query and the images that it retrieves."""
 
     kind: ClassVar[str] = "result images"
     query: str
@@ -111,7 +111,7 @@ def write_report(folder: Path, name: str, title: str, blocks: Sequence[Block]) -
 
 
 def to_markdown(title: str, blocks: Sequence[Block], html_name: str = "") -> str:
-    """Return a report as Markdown, without plots and images. `html_name` is the name of the page that has them."""
+    """Return a report as Markdown. Plots and images are replaced with a reference to the HTML file `html_name`."""
     parts = []
     has_images = False
     for block in blocks:
@@ -141,7 +141,7 @@ def _markdown_table(table: Table) -> str:
 
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
-    """Return a report as one HTML page."""
+    """Return a report as a single HTML page."""
     style = (files("llm2clip") / "templates" / "report.css").read_text(encoding="utf-8")
     return _template().render(title=title, blocks=blocks, style=style)
 
@@ -166,14 +166,14 @@ def _template() -> jinja2.Template:
 
 
 def _inline_html(text: str) -> Markup:
-    """Return escaped text, with `code` in backticks as <code>."""
+    """Escape text for HTML, and turn `code` in backticks into <code> elements."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def format_cell(value: Any) -> str:
-    """Return the text of a table cell.
+    """Format a value for a table cell.
 
-    Floats have one decimal, or one significant digit if they are small. None is a dash.
+    Floats are shown with one decimal, or with one significant digit if they are small. None is shown as a dash.
     """
     if isinstance(value, float):
         return f"{value:.1g}" if 0.0005 <= abs(value) < 0.1 else f"{value:.1f}"
@@ -181,7 +181,7 @@ def format_cell(value: Any) -> str:
 
 
 def _cell_classes(text: str, statuses: Mapping[str, str]) -> str:
-    """Return the CSS classes of a table cell."""
+    """Return the CSS classes for a table cell."""
     classes = []
     if text in statuses:
         classes.append(statuses[text])

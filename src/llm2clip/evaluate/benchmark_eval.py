@@ -1,4 +1,4 @@
-"""Evaluation of one model on one benchmark, with the protocol of the benchmark's kind."""
+"""Evaluation of a model on a benchmark, with the protocol for that kind of benchmark."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts, classif
 
 @dataclass
 class BenchmarkResult:
-    """Result of one model on one benchmark.
+    """Result of a model on a benchmark.
 
     Args:
-        summary: The entry in results.json: "benchmark" and "kind"; for retrieval "rows", see `caption_field_metrics`;
-            otherwise "metrics" in percent (except "linear probe C"), the numbers of "images" and "texts", and
-            "truncated", the number of texts that exceed the model's maximum length.
-        ranks: For retrieval, the ranks of each caption field.
+        summary: Entry for results.json. It always has "benchmark" and "kind". Retrieval results also have "rows" (see
+            `caption_field_metrics`). Other results have "metrics" in percent (except "linear probe C"), the numbers of
+            "images" and "texts", and "truncated", the number of texts that exceed the model's maximum length.
+        ranks: Ranks for each caption field (retrieval only).
     """
 
     summary: dict[str, Any]
@@ -47,9 +47,9 @@ def run_benchmark(
     """Evaluate a model on a benchmark.
 
     Args:
-        benchmark: The benchmark.
-        folder: Folder of the benchmark.
-        embeddings: Embeddings of the model.
+        benchmark: Benchmark to evaluate on.
+        folder: Folder that contains the benchmark's files.
+        embeddings: Source of the model's embeddings.
         with_linear_probe: For classification, also fit a linear probe if there are training images.
 
     Raises:
@@ -78,7 +78,7 @@ def run_benchmark(
     return BenchmarkResult(summary)
 
 
-# Each of the following returns metrics, the number of images that could be decoded, and the texts.
+# Each of the following functions returns metrics, the number of images that could be decoded, and the texts.
 
 
 def _evaluate_judged_retrieval(
@@ -89,7 +89,7 @@ def _evaluate_judged_retrieval(
     if undecodable:
         raise DataFormatError(
             f"{len(undecodable):,} images cannot be decoded, e.g. {data.images[min(undecodable)]}; "
-            "this benchmark needs all images"
+            "this benchmark requires all of its images"
         )
     texts = list(data.captions)
     return eccv_metrics(data, images, embeddings.encode_texts(texts)), len(images), texts
@@ -119,7 +119,9 @@ def _evaluate_classification(
     metrics["chance"] = 100.0 / int((images_per_class > 0).sum())
     if train is not None:
         if list(train.names) != list(data.names):
-            raise DataFormatError("the training images and the test images do not have the same classes in equal order")
+            raise DataFormatError(
+                "the training images and the test images do not have the same classes in the same order"
+            )
         train_images, train_indices = embeddings.encode_images(train.images)
         probe = linear_probe(train_images, [train.labels[i] for i in train_indices], images, labels)
         metrics |= {"linear probe": probe["top-1"], "linear probe C": probe["C"]}
@@ -127,13 +129,13 @@ def _evaluate_classification(
 
 
 def _load_probe_data(benchmark: Benchmark, folder: Path) -> ClassificationData | None:
-    """Return the training images for a linear probe, or print why there are none and return None."""
+    """Return the training images for a linear probe. If there are none, print the reason and return None."""
     try:
         train = benchmark.load_train(folder)
     except MissingFileError as error:
-        print_once(f"{benchmark.name}: no linear probe: {error}")
+        print_once(f"{benchmark.name}: linear probe skipped: {error}")
         return None
     if train is None or len(set(train.labels)) < 2:
-        print_once(f"{benchmark.name}: no linear probe: it needs training images of at least two classes")
+        print_once(f"{benchmark.name}: linear probe skipped: it needs training images from at least two classes")
         return None
     return train

@@ -1,8 +1,8 @@
 """Caption retrieval accuracy (CRA) of a text encoder (arXiv 2411.04997, section 3.1).
 
-Two protocols. In the paper's, the first two captions of each image retrieve each other. In "all pairs", each caption
-retrieves any other caption of its image among all captions except itself. In both, a tie with a wrong caption counts as
-a miss.
+There are two protocols. In the paper's protocol, the first two captions of each image retrieve each other. In "all
+pairs", each caption searches all other captions, and any other caption of the same image is correct. In both protocols,
+a tie with a wrong caption counts as a miss.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TextEncoder(Protocol):
         ...
 
     def count_truncated(self, captions: Sequence[str]) -> int | None:
-        """Return how many texts exceed the maximum length and are truncated; None if unknown."""
+        """Return the number of texts truncated to the maximum length, or None if unknown."""
         ...
 
 
@@ -40,30 +40,34 @@ def caption_retrieval_accuracy(
     return_hits: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Return how well a text encoder matches captions of the same image, in percent.
+    """Measure how well a text encoder matches captions of the same image, in percent.
 
     Args:
-        images: Captions of each image, in order. Images with fewer than two different captions are excluded.
+        images: Captions of each image, in order. Images with fewer than two distinct captions are excluded.
         encoder: Any text encoder.
-        all_pairs: Also measure the second protocol.
-        num_mistakes: How many of the worst mistakes of the first protocol to return.
-        return_hits: Also return the accuracy of each image.
+        all_pairs: Also measure the "all pairs" protocol.
+        num_mistakes: Number of mistakes under the paper's protocol to return, worst first.
+        return_hits: Also return the accuracy for each image.
         progress: Show a progress bar.
 
     Returns:
-        "CRA": top-1 accuracy of the paper's protocol, mean of both directions. "CRA interval": 95% bootstrap confidence
-        interval over images. "first to second", "second to first": R@1/5/10. "positive cosine", "negative cosine": mean
-        cosine similarity of captions of the same image and of different images. "images", "excluded": numbers of
-        images. "truncated": number of captions that exceed the encoder's maximum length. "chance": chance level of CRA.
-        With `all_pairs`: "all pairs" and "all pairs chance", R@1/5/10, and "captions", the number of captions.
-        With `return_hits`: "hits", 0, 0.5 or 1 per image. With `num_mistakes`: "mistakes", see `worst_mistakes`.
+        Metrics for the paper's protocol: "CRA" is the top-1 accuracy, averaged over both directions, with a 95%
+        bootstrap confidence interval over images ("CRA interval") and a chance level ("chance"). "first to second" and
+        "second to first" are R@1/5/10 for each direction. "positive cosine" and "negative cosine" are the mean cosine
+        similarities between captions of the same image and between captions of different images.
+
+        Counts: "images" used, "excluded" images, and "truncated" captions.
+
+        Optional: `all_pairs` adds "all pairs" and "all pairs chance" (R@1/5/10), and "captions", the number of
+        captions. `return_hits` adds "hits", which is 0, 0.5 or 1 for each image. `num_mistakes` adds "mistakes", see
+        `worst_mistakes`.
 
     Raises:
-        ValueError: If no image has two different captions.
+        ValueError: If no image has two distinct captions.
     """
     caption_lists = [captions for captions in map(unique_captions, images) if len(captions) > 1]
     if not caption_lists:
-        raise ValueError("caption retrieval needs images with two different captions, and there are none")
+        raise ValueError("caption retrieval needs images with two distinct captions, but there are none")
     used = caption_lists if all_pairs else [captions[:2] for captions in caption_lists]
     texts = unique_captions(caption for captions in used for caption in captions)
     row_of_text = {text: row for row, text in enumerate(texts)}
@@ -99,11 +103,11 @@ def caption_retrieval_accuracy(
 
 
 def _all_pairs_metrics(embeddings: Tensor, captions_per_image: Sequence[int]) -> dict[str, Any]:
-    """Return recall when each caption retrieves the other captions of its image.
+    """Compute recall for the "all pairs" protocol, in which each caption retrieves other captions of the same image.
 
     Args:
-        embeddings: (captions, D), L2-normalised, image by image.
-        captions_per_image: Number of captions of each image.
+        embeddings: Caption embeddings, (captions, D), L2-normalised. Captions of the same image are adjacent.
+        captions_per_image: Number of captions for each image.
     """
     positives: list[list[int]] = []
     for count in captions_per_image:
@@ -123,7 +127,7 @@ def mean_cosines(first: Tensor, second: Tensor) -> tuple[float, float]:
     """Return the mean of first[i] · second[i], and the mean of first[i] · second[j] over all i != j.
 
     Args:
-        first, second: (N, D), L2-normalised.
+        first, second: Embeddings, (N, D), L2-normalised.
     """
     a, b = first.double(), second.double()
     diagonal_sum = float((a * b).sum())
@@ -135,17 +139,17 @@ def mean_cosines(first: Tensor, second: Tensor) -> tuple[float, float]:
 def worst_mistakes(
     first: Tensor, second: Tensor, captions: Sequence[Sequence[str]], count: int, chunk_size: int = 4096
 ) -> list[dict[str, Any]]:
-    """Return the queries whose best wrong answer scores highest above the correct one.
+    """Return the queries whose best wrong answer beats the correct answer by the largest margin.
 
     Args:
-        first, second: (N, D), L2-normalised: the first and second captions of N images.
+        first, second: Embeddings of the first and second captions of N images, (N, D), L2-normalised.
         captions: Captions of each image.
-        count: Maximum number of mistakes.
-        chunk_size: Queries per matmul.
+        count: Maximum number of mistakes to return.
+        chunk_size: Number of queries per matmul.
 
     Returns:
-        The worst first: "caption" (the query), "correct" and "retrieved" (captions), "correct cosine" and "retrieved
-        cosine".
+        Mistakes, worst first. Each has "caption" (the query), "correct" and "retrieved" (captions), and the cosine
+        similarities "correct cosine" and "retrieved cosine".
     """
     correct_scores = (first * second).sum(1)
     wrong_scores, wrong_indices = torch.empty(len(first)), torch.empty(len(first), dtype=torch.int64)

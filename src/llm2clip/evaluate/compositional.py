@@ -1,6 +1,6 @@
-"""Accuracy on compositional benchmarks: does a model match images with captions of nearly the same words?
+"""Accuracy on compositional benchmarks: can a model match images to captions that differ in only a few words?
 
-Ties count as wrong.
+A tie counts as a wrong answer.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ def compositional_accuracy(
 ) -> dict[str, float]:
     """Return accuracies in percent.
 
-    Examples of two images with two captions (Winoground, arXiv 2204.03162) give "text" (each image scores its own
-    caption higher), "image" (each caption scores its own image higher) and "group" (both); the chance levels are 25, 25
-    and 16.7. Examples of one image with a correct and a wrong caption (SugarCrepe, arXiv 2306.14610) give the accuracy
-    of each kind and "mean" over the kinds; the chance level is 50.
+    Examples with two images and two captions (Winoground, arXiv 2204.03162) yield three accuracies. For "text", each
+    image must score its own caption higher; for "image", each caption must score its own image higher; "group" requires
+    both. The chance levels are 25, 25 and 16.7.
+
+    Examples with one image, a correct caption and a wrong caption (SugarCrepe, arXiv 2306.14610) yield one accuracy per
+    category of examples, and "mean", the average over the categories. The chance level is 50.
 
     Args:
-        examples: Examples of one benchmark.
-        image_embeddings: Image key to embedding, (D,) L2-normalised.
-        text_embeddings: Caption to embedding, (D,) L2-normalised.
+        examples: All examples of a single benchmark.
+        image_embeddings: Embedding for each image key, (D,), L2-normalised.
+        text_embeddings: Embedding for each caption, (D,), L2-normalised.
     """
     hits: dict[str, list[bool]] = {}
     for example in examples:
@@ -47,7 +49,7 @@ def compositional_accuracy(
 
 
 def _pair_scores(scores: Tensor) -> dict[str, bool]:
-    """Return Winoground's three scores of an example, from its similarity matrix (images, captions)."""
+    """Compute Winoground's three scores for an example from its similarity matrix, (images, captions)."""
     correct = scores.diagonal()
     off_diagonal = ~torch.eye(len(scores), dtype=torch.bool)
     text = bool((correct[:, None] > scores)[off_diagonal].all())

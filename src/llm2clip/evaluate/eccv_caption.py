@@ -1,4 +1,4 @@
-"""Metrics of ECCV Caption and CxC: recall and precision with people's judgements of what else is correct in COCO."""
+"""ECCV Caption and CxC metrics: recall and precision on COCO, based on human judgements of additional matches."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from llm2clip.evaluate.benchmarks.eccv_caption import load_judgements
 from llm2clip.evaluate.recall import KS
 from llm2clip.evaluate.top_k import top_k_neighbors
 
-RANKED_ITEMS = 64  # R-precision and mAP@R need as many items as the most that are correct for one query, which is 48
+RANKED_ITEMS = 64  # R-precision and mAP@R need at least 48, the maximum number of correct items for any query
 
 
 def eccv_metrics(data: JudgedRetrieval, images: Tensor, captions: Tensor) -> dict[str, float]:
     """Return COCO 5k R@k, CxC R@k, and ECCV Caption R@1, R-precision and mAP@R (arXiv 2204.03359), in percent.
 
-    The metrics are computed by the eccv-caption package, from our top-k lists.
+    The top-k lists are computed here, and the metrics by the eccv-caption package.
 
     Args:
-        data: The images and captions that are compared.
-        images: (I, D), L2-normalised, in the order of `data`.
-        captions: (T, D), L2-normalised, in the order of `data`.
+        data: Images and captions with their COCO ids.
+        images: Image embeddings, (I, D), L2-normalised, in the order of `data.images`.
+        captions: Caption embeddings, (T, D), L2-normalised, in the order of `data.captions`.
 
     Returns:
         Metrics in both directions, e.g. "I2T COCO R@1".

@@ -1,4 +1,4 @@
-"""Image and text embeddings of a model for evaluation, optionally cached on disk."""
+"""Image and text embeddings for evaluation, optionally cached on disk."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ BATCH_SIZE = 64  # images per forward pass
 
 
 class EmbeddingSource(Protocol):
-    """Anything that provides embeddings of images and texts: (N, D) float32, L2-normalised, on the CPU."""
+    """Anything that provides image and text embeddings: (N, D) float32, L2-normalised, on the CPU."""
 
     log: SkipLog
-    """Counts and lists images that cannot be decoded."""
+    """Records images that cannot be decoded."""
 
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
         """Return embeddings of the images that can be decoded, and the indices of these images in `refs`."""
@@ -38,22 +38,22 @@ class EmbeddingSource(Protocol):
         ...
 
     def count_truncated(self, texts: Sequence[str]) -> int | None:
-        """Return how many texts exceed the model's maximum length and are truncated; None if unknown."""
+        """Return the number of texts truncated to the model's maximum length, or None if unknown."""
         ...
 
 
 def open_embedding_source(model: str, log: SkipLog, cache_dir: Path | None) -> EmbeddingSource:
-    """Open a model, or a file of precomputed embeddings.
+    """Load a model or a file of precomputed embeddings.
 
     Args:
-        model: See `open_dual_encoder`, or FILE.npz.
-        log: Counts and lists images that cannot be decoded.
-        cache_dir: Folder where the model's embeddings are stored. None stores nothing.
+        model: Model as accepted by `open_dual_encoder`, or an .npz file.
+        log: Skip log for images that cannot be decoded.
+        cache_dir: Folder in which the model's embeddings are cached. If None, nothing is cached.
 
     Raises:
-        ValueError: If this is not a model of images and texts, or the .npz file is invalid.
-        OSError: If there is no model or file of this name.
-        ImportError: If the library that the model needs is not installed.
+        ValueError: If this is not an image-text model, or the .npz file is invalid.
+        OSError: If the model or file does not exist.
+        ImportError: If a library that the model needs is not installed.
     """
     if model.endswith(PRECOMPUTED_SUFFIX):
         return PrecomputedEmbeddings(Path(model), log)
@@ -61,14 +61,14 @@ def open_embedding_source(model: str, log: SkipLog, cache_dir: Path | None) -> E
 
 
 class ModelEmbeddings:
-    """Embeddings that a model computes, (N, D) float32, L2-normalised, on the CPU."""
+    """Embeddings computed by a model: (N, D) float32, L2-normalised, on the CPU."""
 
     def __init__(self, model: DualEncoder, log: SkipLog, cache_dir: Path | None = None, progress: bool = True) -> None:
         """
         Args:
-            model: Any model of images and texts.
-            log: Counts and lists images that cannot be decoded.
-            cache_dir: Folder for embedding stores, one per model. None stores nothing.
+            model: Any image-text model.
+            log: Skip log for images that cannot be decoded.
+            cache_dir: Folder for embedding stores, one per model. If None, nothing is cached.
             progress: Show progress bars.
         """
         self.model, self.log, self.progress = model, log, progress
@@ -80,7 +80,7 @@ class ModelEmbeddings:
 
         Raises:
             TooManySkipped: If too many images cannot be decoded.
-            ValueError: If an embedding is not finite.
+            ValueError: If an embedding contains NaN or infinity.
         """
         self.log.count_at_least(len(refs))  # benchmark readers do not count rows
         if self.folder is None:
@@ -107,7 +107,7 @@ class ModelEmbeddings:
         """Return the embedding of each text.
 
         Raises:
-            ValueError: If an embedding is not finite.
+            ValueError: If an embedding contains NaN or infinity.
         """
         if self.folder is None:
             embeddings = self.model.encode_texts(texts, self.progress)

@@ -1,4 +1,4 @@
-"""Embeddings computed by another program, read from an .npz file, to compare with models that cannot run here.
+"""Precomputed embeddings from an .npz file, for comparison with models that llm2clip cannot run.
 
 np.savez("other.npz", images=image_embeddings, image_names=paths, texts=text_embeddings, captions=strings)
 """
@@ -23,25 +23,28 @@ ARRAYS = ("images", "image_names", "texts", "captions")
 
 
 class PrecomputedEmbeddings:
-    """Embeddings of images by name, (N, D), and of texts by content, (M, D).
+    """Image embeddings looked up by name, (N, D), and text embeddings looked up by text, (M, D).
 
-    An image is looked up by its full path, then by the path without its first folder, and so on down to its file name.
+    An image is looked up by its full path, then by the path without its first folder, and so on down to the file name.
     """
 
     def __init__(self, file: Path, log: SkipLog) -> None:
         """
         Args:
             file: An .npz file with the arrays images, image_names, texts and captions.
-            log: Not used, because no image is decoded here.
+            log: Not used, because no image is decoded.
 
         Raises:
-            ValueError: If an array is missing or has a wrong shape, an embedding is not finite, or a name is ambiguous.
+            ValueError: If an array is missing or has the wrong shape, an embedding contains NaN or infinity, an image
+                name is repeated, or a caption has two different embeddings.
         """
         self.file, self.log = file, log
         images, names, texts, captions = self._read_arrays()
         for name, embeddings, keys in (("images", images, names), ("texts", texts, captions)):
             if embeddings.ndim != 2 or keys.ndim != 1 or len(embeddings) != len(keys):
-                raise ValueError(f"{file}: {name} have shape {embeddings.shape}, but their names have {keys.shape}")
+                raise ValueError(
+                    f"{file}: {name} have shape {embeddings.shape}, but their names have shape {keys.shape}"
+                )
         if images.shape[1] != texts.shape[1]:
             raise ValueError(f"{file}: images have {images.shape[1]} dimensions, but texts have {texts.shape[1]}")
         self._images = F.normalize(torch.from_numpy(images).float(), dim=-1)
@@ -49,10 +52,10 @@ class PrecomputedEmbeddings:
         check_finite(self._images, self._texts)
         self._row_of_image = {PurePosixPath(str(name)).as_posix(): row for row, name in enumerate(names)}
         if len(self._row_of_image) < len(names):
-            raise ValueError(f"{file}: some of the {len(names):,} image_names are equal; use longer paths")
+            raise ValueError(f"{file}: some of the {len(names):,} image_names are duplicates; use longer paths")
         self._row_of_text: dict[str, int] = {}
         for row, caption in enumerate(captions):
-            first_row = self._row_of_text.setdefault(str(caption).strip(), row)  # records are stripped, too
+            first_row = self._row_of_text.setdefault(str(caption).strip(), row)  # captions in records are stripped, too
             if not torch.allclose(self._texts[first_row], self._texts[row], atol=1e-3):
                 raise ValueError(f"{file}: the caption {str(caption)!r} has two different embeddings")
 
@@ -61,9 +64,9 @@ class PrecomputedEmbeddings:
             with np.load(self.file, allow_pickle=False) as arrays:
                 for name in ARRAYS:
                     if name not in arrays:
-                        raise ValueError(f"no array {name!r}; the file must have {', '.join(ARRAYS)}")
+                        raise ValueError(f"no array {name!r}; the file must contain {', '.join(ARRAYS)}")
                 return [arrays[name] for name in ARRAYS]
-        # AttributeError and TypeError: a renamed .npy file, which loads as a plain array.
+        # A renamed .npy file loads as a plain array and raises AttributeError or TypeError.
         except (AttributeError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{self.file}: {error}") from error
 
@@ -71,7 +74,7 @@ class PrecomputedEmbeddings:
         """Return the embedding of each image, and the indices of all images.
 
         Raises:
-            ValueError: If the file lacks an image, or two images match the same embedding.
+            ValueError: If an image has no embedding in the file, or two images match the same embedding.
         """
         rows = [self._find_image(ref) for ref in refs]
         missing = [ref for ref, row in zip(refs, rows, strict=True) if row is None]
@@ -89,7 +92,10 @@ class PrecomputedEmbeddings:
         return self._images[torch.tensor(rows)], list(range(len(refs)))
 
     def _find_image(self, ref: ImageRef) -> int | None:
-        """Return the row of an image, or None. The member of a tar (FILE.tar!MEMBER) also matches by its own path."""
+        """Return the row of an image, or None if there is none.
+
+        An image in a tar file (FILE.tar!MEMBER) also matches by its path within the tar file.
+        """
         for path in (PurePosixPath(str(ref)), PurePosixPath(str(ref).replace("!", "/"))):
             for start in range(len(path.parts)):
                 name = PurePosixPath(*path.parts[start:]).as_posix()
@@ -101,7 +107,7 @@ class PrecomputedEmbeddings:
         """Return the embedding of each text.
 
         Raises:
-            ValueError: If the file lacks a text.
+            ValueError: If a text has no embedding in the file.
         """
         missing = [text for text in texts if text not in self._row_of_text]
         if missing:

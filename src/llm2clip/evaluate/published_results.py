@@ -1,4 +1,4 @@
-"""Results of LLM2CLIP (arXiv 2411.04997) as printed on its project page, for comparison."""
+"""LLM2CLIP results published on the paper's project page (arXiv 2411.04997), for comparison."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ CRA = {
     "Llama3.2-1B-CC": 72.8,
 }
 
-# EVA02 ViT-L/14 with different text towers: R@1 of I2T and T2I per benchmark, their average, and CRA. (For COCO with
-# its own text tower, the page prints the same value for both directions.)
+# EVA02 ViT-L/14 with different text towers: I2T and T2I R@1 per benchmark, the average of these, and CRA. (For COCO
+# with EVA02's own text tower, the page shows the same value for both directions.)
 RETRIEVAL_COLUMNS = ("Flickr30k", "COCO", "ShareGPT4v", "Urban-1k", "DOCCI", "average", "CRA")
 RETRIEVAL_ROWS: dict[str, tuple[Any, ...]] = {
     "its own text tower": ((89.8, 73.3), (63.8, 63.8), (89.3, 91.9), (68.5, 73.3), (75.0, 73.4), 76.2, 69.8),
@@ -30,7 +30,7 @@ RETRIEVAL: dict[str, dict[str, Any]] = {
     name: dict(zip(RETRIEVAL_COLUMNS, values, strict=True)) for name, values in RETRIEVAL_ROWS.items()
 }
 
-# Chinese benchmarks: R@1, R@5 and R@10 of I2T, then of T2I.
+# Chinese benchmarks: R@1, R@5 and R@10 for I2T, then for T2I.
 CHINESE_RETRIEVAL: dict[str, dict[str, tuple[float, ...]]] = {
     "Flickr30k-CN": {
         "Wukong": (76.1, 94.8, 97.5, 51.7, 78.9, 86.3),
@@ -48,7 +48,7 @@ CHINESE_RETRIEVAL: dict[str, dict[str, tuple[float, ...]]] = {
     },
 }
 
-# Our names of benchmarks to the names above.
+# Maps this project's benchmark names to the names used above.
 PUBLISHED_NAMES = {
     "flickr30k": "Flickr30k",
     "coco": "COCO",
@@ -61,10 +61,10 @@ PUBLISHED_NAMES = {
 
 
 def published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
-    """Return the published rows of one of our benchmarks; empty if there are none.
+    """Return the published results for one of this project's benchmarks, or an empty dict if there are none.
 
     Returns:
-        Model to R@1, R@5 and R@10 of I2T, then of T2I. R@5 and R@10 are None if only R@1 was published.
+        R@1, R@5 and R@10 for I2T, then for T2I, keyed by model name. R@5 and R@10 are None if only R@1 was published.
     """
     name = PUBLISHED_NAMES.get(benchmark, "")
     rows: dict[str, tuple[float | None, ...]] = {**CHINESE_RETRIEVAL.get(name, {})}

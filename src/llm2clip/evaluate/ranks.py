@@ -1,8 +1,9 @@
 """Ranks of the correct answers in retrieval, from which recall is computed.
 
-The score matrix is never stored and nothing is sorted. Tile by tile, the wrong answers that score at least as high as
-the best correct one are counted, in both directions from the same matmul. A wrong answer with an equal score counts as
-better, so a model that gives every pair the same score gets the worst ranks, not the best.
+The full score matrix is never stored, and scores are not sorted. Instead, the score matrix is computed in tiles. In
+each tile, the wrong answers that score at least as high as the best correct answer are counted, for both directions at
+once. A wrong answer with an equal score counts as better. A model that gives every pair the same score therefore gets
+the worst possible ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.progress import ProgressBar
 
-TILE = 512  # images per tile, with four times as many texts: 4 MB of float32 scores, which fit a CPU cache
+TILE = 512  # images per tile. A tile has four times as many texts: its 4 MB of float32 scores fit into a CPU cache
 
 
 @onednn_matmul()
@@ -27,21 +28,21 @@ def positive_ranks(
     tile_size: int = 2 * TILE,
     self_index: Sequence[int] | None = None,
 ) -> Tensor:
-    """Return the rank of each query's best positive among all items: int64 (Q,), 0 is the top.
+    """Return the zero-based rank of each query's best positive among all items, int64 (Q,).
 
-    Works in one direction, for any relation between queries and items. `two_way_ranks` computes both directions
-    between images and their captions in one pass.
+    This function ranks items for queries only, and any query can have any positives. For images and their captions,
+    `two_way_ranks` computes both directions in one pass.
 
     Args:
-        queries: (Q, D), L2-normalised.
-        items: (N, D), L2-normalised.
-        positives: Indices of the correct items of each query, at least one per query. For 3 images with 2, 1 and 2
-            captions, image-to-text is [[0, 1], [2], [3, 4]] and text-to-image is [[0], [0], [1], [2], [2]].
-        tile_size: Queries and items per tile.
-        self_index: For each query, the index of an item to ignore: the query itself, if queries are also items.
+        queries: Query embeddings, (Q, D), L2-normalised.
+        items: Item embeddings, (N, D), L2-normalised.
+        positives: Indices of the correct items for each query; every query needs at least one. For 3 images with 2, 1
+            and 2 captions, image-to-text is [[0, 1], [2], [3, 4]] and text-to-image is [[0], [0], [1], [2], [2]].
+        tile_size: Number of queries and of items per tile.
+        self_index: Index of an item to ignore for each query. If the queries are also items, this is the query itself.
 
     Raises:
-        ValueError: If a query has no positive, or an embedding is not finite.
+        ValueError: If a query has no positive, or an embedding contains NaN or infinity.
     """
     for n, indices in enumerate(positives):
         if len(indices) == 0:
@@ -67,7 +68,7 @@ def positive_ranks(
 
 
 def _positive_coordinates(positives: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Return the rows and columns of the positives in the score matrix, int64 (P,) each."""
+    """Return the row and column indices of the positives in the score matrix, each int64 (P,)."""
     rows = torch.tensor([row for row, columns in enumerate(positives) for _ in columns])
     columns = torch.tensor([column for columns in positives for column in columns])
     return rows, columns
@@ -76,7 +77,7 @@ def _positive_coordinates(positives: Sequence[Sequence[int]]) -> tuple[Tensor, T
 def _best_positive_scores(query_tile: Tensor, items: Tensor, row: Tensor, column: Tensor, width: int) -> Tensor:
     """Return the score of each query's best positive, (Q,). The positives are at `row` and `column`.
 
-    The scores come from the same matmuls as the scores they are compared with, so that ties are exact.
+    Positives and negatives are scored by matmuls of the same shape, so that ties are exact.
     """
     best = torch.full((len(query_tile),), -torch.inf)
     for offset in (column // width).unique().mul(width).tolist():
@@ -87,7 +88,7 @@ def _best_positive_scores(query_tile: Tensor, items: Tensor, row: Tensor, column
 
 
 def _item_scores(query_tile: Tensor, items: Tensor, offset: int, width: int) -> Tensor:
-    """Return the scores of the queries against `width` items from `offset` on, or fewer at the end."""
+    """Score the queries against up to `width` items, starting at index `offset`."""
     scores = query_tile @ _pad_tile(items[offset : offset + width].float(), width).T
     return scores[:, : len(items) - offset]
 
@@ -101,32 +102,35 @@ def two_way_ranks(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the rank of each image's best caption and of each caption's image, 0 is the top.
+    """Return the zero-based ranks of each image's best caption and of each caption's image.
 
     Args:
-        images: (I, D), L2-normalised; float32, or float16 to save memory: scores are always float32.
-        texts: (T, D), likewise. They are not copied if they are in the order of their images.
-        image_of_text: Index of the image of each text. Every image must have at least one text.
-        tile_size: Images per tile. Must be a multiple of 16, because otherwise equal vectors may get scores that round
-            differently.
-        device: Device of the matmuls. Default: the device of the images.
+        images: Image embeddings, (I, D), L2-normalised, in float32 or, to save memory, float16. Scores are computed in
+            float32.
+        texts: Text embeddings, (T, D), L2-normalised, in float32 or float16. Texts sorted by image are not copied.
+        image_of_text: Image index of each text. Every image must have at least one text.
+        tile_size: Number of images per tile. Must be a multiple of 16; otherwise, equal vectors may get scores that
+            round differently.
+        device: Device for the matmuls. Default: the device of the images.
         progress: Show a progress bar.
 
     Returns:
         Image ranks, int64 (I,), and text ranks, int64 (T,), on the CPU.
 
     Raises:
-        ValueError: If an image has no text, or an embedding is not finite.
+        ValueError: If an image has no text, or an embedding contains NaN or infinity.
     """
     owner = torch.as_tensor(image_of_text)
     counts = torch.bincount(owner, minlength=len(images))
     if len(counts) > len(images) or not counts.all():
-        raise ValueError(f"each of the {len(images)} images needs a text, and each text must belong to one of them")
+        raise ValueError(
+            f"each of the {len(images)} images needs a text, and each text must belong to one of these images"
+        )
     check_finite(images, texts)
     tiles = _ScoreTiles(images, texts, owner, tile_size, torch.device(device or images.device))
     best_image, best_text = _best_match_scores(tiles)
 
-    # Counts of wrong answers, in float32: at most 2**24 texts per image are counted exactly.
+    # Wrong answers are counted in float32, which is exact up to 2**24 texts per image.
     image_counts, text_counts = torch.zeros_like(best_image), torch.zeros_like(best_text)
     with ProgressBar(total=tiles.rows * tiles.columns, desc="ranks", unit="tile", disable=not progress) as bar:
         for j in range(tiles.columns):
@@ -147,9 +151,9 @@ def two_way_ranks(
 
 
 class _ScoreTiles:
-    """The image-text score matrix as a grid of tiles, `tile_size` images by 4 * `tile_size` texts each.
+    """The image-text score matrix as a grid of tiles. Each tile has `tile_size` images and 4 * `tile_size` texts.
 
-    Texts are in the order of their images, so that positives lie in few tiles.
+    Texts are sorted by image, so that only a few tiles contain positives.
     """
 
     def __init__(self, images: Tensor, texts: Tensor, owner: Tensor, tile_size: int, device: torch.device) -> None:
@@ -169,32 +173,32 @@ class _ScoreTiles:
         return slice(j * self.width, (j + 1) * self.width)
 
     def images(self, i: int) -> Tensor:
-        """Return the images of row `i`, float32 (height, D), zero-padded."""
+        """Return the image embeddings for row `i` of the grid, float32 (height, D), zero-padded."""
         return _pad_tile(self._images[self.image_range(i)].to(self._device, torch.float32), self.height)
 
     def texts(self, j: int) -> Tensor:
-        """Return the texts of column `j`, float32 (width, D), zero-padded."""
+        """Return the text embeddings for column `j` of the grid, float32 (width, D), zero-padded."""
         text_range = self.text_range(j)
         texts = self._texts[text_range if self.order is None else self.order[text_range]]
         return _pad_tile(texts.to(self._device, torch.float32), self.width)
 
     def positives(self, i: int, j: int) -> tuple[Tensor, Tensor]:
-        """Return the rows and columns of the positives in tile (i, j)."""
+        """Return the row and column indices of the positives within tile (i, j)."""
         rows = self.owner[self.text_range(j)] - i * self.height
         columns = ((rows >= 0) & (rows < self.height)).nonzero()[:, 0]
         return rows[columns], columns
 
     def rows_with_positives(self, j: int) -> range:
-        """Return the rows of tiles that have positives in column `j`."""
+        """Return the grid rows whose tiles in column `j` may contain positives."""
         owners = self.owner[self.text_range(j)]
         return range(int(owners[0]) // self.height, int(owners[-1]) // self.height + 1)
 
 
 def _best_match_scores(tiles: _ScoreTiles) -> tuple[Tensor, Tensor]:
-    """Return the score of the best caption of each image and of the image of each caption.
+    """Return the score of each image's best caption and of each caption's image.
 
-    The scores come from the same matmuls as the scores they are compared with, so that ties are exact. The padding of
-    the last tiles has infinite scores, which nothing reaches.
+    Positives and negatives are scored by the same matmuls, so that ties are exact. Padding in the last tiles gets an
+    infinite score, which no answer reaches.
     """
     device = tiles.owner.device
     best_image = torch.full((tiles.rows * tiles.height,), torch.inf, device=device)
@@ -211,20 +215,20 @@ def _best_match_scores(tiles: _ScoreTiles) -> tuple[Tensor, Tensor]:
 
 
 def _pad_tile(vectors: Tensor, size: int) -> Tensor:
-    """Pad with zero rows to `size`: matmuls of equal shape round equally, so equal vectors get equal scores."""
+    """Pad with zero rows to `size`. Matmuls of the same shape round identically, so equal vectors get equal scores."""
     return vectors if len(vectors) == size else F.pad(vectors, (0, 0, 0, size - len(vectors)))
 
 
 def _at_least(scores: Tensor, threshold: Tensor) -> Tensor:
-    """Return 1.0 where a score reaches the threshold. Floats, because they sum ten times as fast as booleans."""
+    """Return 1.0 where a score reaches the threshold, else 0.0. Summing floats is ten times as fast as booleans."""
     return torch.ge(scores, threshold, out=torch.empty_like(scores))
 
 
 def check_finite(*embeddings: Tensor) -> None:
-    """Raise ValueError if a value is not finite.
+    """Raise ValueError if a value is NaN or infinite.
 
-    No score is greater than NaN, so a broken model would otherwise get perfect ranks.
+    Comparisons with NaN are always false, so a model that outputs NaN would otherwise get perfect ranks.
     """
     for vectors in embeddings:
         if not all(torch.isfinite(part).all() for part in vectors.split(8192)):
-            raise ValueError("an embedding is not finite (NaN or infinity): the model is broken")
+            raise ValueError("an embedding contains NaN or infinity: the model is broken")

@@ -17,12 +17,12 @@ KS = (1, 5, 10)
 def evaluate_retrieval(
     images: Tensor, texts: Tensor, image_of_text: Sequence[int] | Tensor, *, progress: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Return `retrieval_metrics` of embeddings.
+    """Compute `retrieval_metrics` from embeddings.
 
     Args:
-        images: (I, D), L2-normalised.
-        texts: (T, D), L2-normalised.
-        image_of_text: Index of the image of each text. Every image must have at least one text, in any number.
+        images: Image embeddings, (I, D), L2-normalised.
+        texts: Text embeddings, (T, D), L2-normalised.
+        image_of_text: Image index of each text. Every image must have at least one text.
         progress: Show a progress bar.
     """
     image_ranks, text_ranks = two_way_ranks(images, texts, image_of_text, progress=progress)
@@ -32,16 +32,16 @@ def evaluate_retrieval(
 def retrieval_metrics(
     image_ranks: Tensor, text_ranks: Tensor, image_of_text: Sequence[int] | Tensor
 ) -> dict[str, dict[str, Any]]:
-    """Return recall in both directions with chance levels and 95% confidence intervals.
+    """Return recall in both directions, with chance levels and 95% confidence intervals.
 
     Args:
-        image_ranks: int64 (I,), rank of the best caption of each image, from 0.
-        text_ranks: int64 (T,), rank of the image of each caption.
-        image_of_text: Index of the image of each caption.
+        image_ranks: Zero-based rank of each image's best caption, int64 (I,).
+        text_ranks: Zero-based rank of each caption's image, int64 (T,).
+        image_of_text: Image index of each caption.
 
     Returns:
         {"I2T": {"R@1": ..., "median rank": ...}, "T2I": ..., "I2T chance": {"R@1": ...}, "T2I chance": ...,
-        "I2T interval": {"R@1": (low, high), ...}, "T2I interval": ...}. Recall in percent, median ranks from 1.
+        "I2T interval": {"R@1": (low, high), ...}, "T2I interval": ...}. Recall is in percent; median ranks start at 1.
     """
     owner = torch.as_tensor(image_of_text)
     metrics: dict[str, dict[str, Any]] = {}
@@ -60,13 +60,14 @@ def recall(ranks: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
 
 
 def chance_recall(positives: Sequence[int], num_items: int, ks: Sequence[int] = KS) -> dict[str, float]:
-    """Return the expected R@k of a random order, in percent.
+    """Return the expected R@k of a random ranking, in percent.
 
-    1 - C(num_items - p, k) / C(num_items, k), averaged over the queries (hypergeometric).
+    A query with p positives has an expected R@k of 1 - C(num_items - p, k) / C(num_items, k) (hypergeometric
+    distribution). The result is the average over the queries.
 
     Args:
-        positives: Number of positives, p, of each query.
-        num_items: Number of items that are ranked.
+        positives: Number of positives (p) for each query.
+        num_items: Number of ranked items.
         ks: Values of k.
     """
     chance = {}
@@ -84,13 +85,13 @@ def chance_recall(positives: Sequence[int], num_items: int, ks: Sequence[int] = 
 def recall_intervals(
     ranks: Tensor, groups: Tensor, ks: Sequence[int] = KS, *, level: float = 0.95, resamples: int = 1000
 ) -> dict[str, tuple[float, float]]:
-    """Return bootstrap confidence intervals of R@k in percent.
+    """Return bootstrap confidence intervals for R@k, in percent.
 
-    Images are resampled together with all their queries, because captions of one image succeed and fail together.
+    Images are resampled together with all their queries, because results for captions of the same image are correlated.
 
     Args:
-        ranks: int64 (Q,), ranks of the queries.
-        groups: int64 (Q,), index of the image of each query.
+        ranks: Zero-based rank of each query's best positive, int64 (Q,).
+        groups: Image index of each query, int64 (Q,).
         ks: Values of k.
         level, resamples: See `bootstrap`.
     """
@@ -101,29 +102,29 @@ def recall_intervals(
 
 
 def bootstrap(sums: Tensor, counts: Tensor, level: float = 0.95, resamples: int = 1000) -> Tensor:
-    """Return bootstrap confidence intervals of means over groups, which are resampled as a unit.
+    """Return bootstrap confidence intervals for means over all elements. Groups of elements are resampled as units.
 
     Args:
-        sums: (groups, K), the sum over each group, for K quantities.
-        counts: (groups,), number of elements in each sum. Empty groups are ignored.
-        level: Confidence level.
+        sums: Sum over each group for K quantities, (groups, K).
+        counts: Number of elements in each group, (groups,). Empty groups are ignored.
+        level: Confidence level, e.g. 0.95.
         resamples: Number of bootstrap resamples.
 
     Returns:
-        Lower and upper limits, float64 (2, K).
+        Lower and upper bounds, float64 (2, K).
     """
-    # scipy.stats.bootstrap computes the same kind of interval, but it gathers resampled rows: it is 1.5 to 5 times
-    # slower for 1,000 to 25,000 groups, and its default needs memory for all resamples at once. Weighting each group by
-    # how often it was drawn is one matmul per resample.
+    # scipy.stats.bootstrap computes the same kind of interval but gathers the resampled rows. That is 1.5 to 5 times
+    # slower for 1,000 to 25,000 groups and, by default, needs memory for all resamples at once. Weighting each group by
+    # the number of times it was drawn takes only one matmul per resample.
     sums, counts = sums.double()[counts > 0], counts.double()[counts > 0]
     means = [weights @ sums / (weights @ counts) for weights in bootstrap_counts(len(sums), resamples)]
     return percentile_interval(torch.stack(means), level)
 
 
 def bootstrap_counts(groups: int, resamples: int = 1000) -> Iterator[Tensor]:
-    """Yield how often each group is drawn in each resample, float64 (groups,).
+    """For each resample, yield the number of times each group is drawn, float64 (groups,).
 
-    The draws depend only on the number of groups, so the resamples of two models on the same data are paired.
+    The draws depend only on the number of groups, so two models evaluated on the same data get paired resamples.
     """
     generator = torch.Generator().manual_seed(0)
     for _ in range(resamples):
@@ -132,13 +133,13 @@ def bootstrap_counts(groups: int, resamples: int = 1000) -> Iterator[Tensor]:
 
 
 def percentile_interval(means: Tensor, level: float = 0.95) -> Tensor:
-    """Return the interval that contains the fraction `level` of the resampled means (Efron's percentile method).
+    """Return the central interval that contains a fraction `level` of the resampled means (Efron's percentile method).
 
     Args:
-        means: (resamples, ...).
-        level: Confidence level.
+        means: Mean of each resample, (resamples, ...).
+        level: Confidence level, e.g. 0.95.
 
     Returns:
-        Lower and upper limits, (2, ...).
+        Lower and upper bounds, (2, ...).
     """
     return means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), 0)

@@ -1,4 +1,4 @@
-"""Retrieval evaluation of a model on records, separately for each caption field (captions, captions_zh, ...)."""
+"""Retrieval evaluation on records, separately for each caption field (captions, captions_zh, ...)."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from llm2clip.store.store import EmbeddingStore
 
 @dataclass(frozen=True)
 class RetrievalRanks:
-    """Ranks of one caption field in both directions, with what they were computed from.
+    """Retrieval ranks for one caption field in both directions, with the records and embeddings behind the ranks.
 
     Args:
-        records: Records whose image could be decoded and which have a caption.
+        records: Records with a caption and a decodable image.
         images: Image embeddings, (I, D).
         texts: Embeddings of all captions, (T, D).
-        image_of_text: int64 (T,), index of the image of each caption.
-        image_ranks: int64 (I,), rank of the best caption of each image, from 0.
-        text_ranks: int64 (T,), rank of the image of each caption.
+        image_of_text: Image index of each caption, int64 (T,).
+        image_ranks: Zero-based rank of each image's best caption, int64 (I,).
+        text_ranks: Zero-based rank of each caption's image, int64 (T,).
     """
 
     records: list[Record]
@@ -47,13 +47,13 @@ class RetrievalRanks:
 
 
 def evaluate_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> list[dict[str, Any]]:
-    """Return retrieval metrics of each caption field.
+    """Compute retrieval metrics for each caption field.
 
     Args:
         embeddings, fields: See `rank_caption_fields`.
 
     Returns:
-        See `caption_field_metrics`.
+        One row per caption field, see `caption_field_metrics`.
 
     Raises:
         ValueError: If no image has a caption.
@@ -62,13 +62,14 @@ def evaluate_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) 
 
 
 def rank_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> dict[str, RetrievalRanks]:
-    """Return the ranks of each caption field that is not empty.
+    """Compute retrieval ranks for each non-empty caption field.
 
-    An image that is in several fields is encoded once.
+    An image that appears in several fields is encoded only once.
 
     Args:
-        embeddings: Embeddings of any model. Images that cannot be decoded are excluded, and listed in its log.
-        fields: Records of each caption field.
+        embeddings: Source of image and text embeddings. Images that cannot be decoded are excluded and recorded in
+            `embeddings.log`.
+        fields: Records for each caption field.
 
     Raises:
         ValueError: If no image has a caption.
@@ -99,7 +100,7 @@ def rank_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> d
             text_ranks=text_ranks,
         )
     if not ranked:
-        raise ValueError("there is nothing to evaluate: no image has a caption")
+        raise ValueError("nothing to evaluate: no decodable image has a caption")
     return ranked
 
 
@@ -107,8 +108,8 @@ def caption_field_metrics(embeddings: EmbeddingSource, ranked: Mapping[str, Retr
     """Return one row per caption field.
 
     Returns:
-        Rows of "captions" (the name of the field), "images" and "texts" (their numbers), "truncated" (how many texts
-        exceed the model's maximum length), and what `retrieval_metrics` returns.
+        Each row has "captions" (name of the field), "images" (number of images), "texts" (number of texts), "truncated"
+        (number of texts that exceed the model's maximum length), and the metrics from `retrieval_metrics`.
     """
     rows = []
     for name, ranks in ranked.items():
@@ -128,13 +129,13 @@ def make_validator(
 ) -> Callable[[LLM2CLIP], dict[str, float]]:
     """Return a function that evaluates a model during training.
 
-    The function returns R@1 of each caption field in both directions and, as "score", the mean of the two R@1 of the
+    The function returns R@1 for each caption field in both directions, and "score", the mean of I2T and T2I R@1 for the
     first field. It raises ValueError if no image has a caption.
 
     Args:
-        fields: Records of each caption field.
-        log: Counts and lists images that cannot be decoded.
-        store: Embeddings of the captions.
+        fields: Records for each caption field.
+        log: Skip log for images that cannot be decoded.
+        store: Embedding store with all captions.
     """
 
     def validate(model: LLM2CLIP) -> dict[str, float]:
@@ -150,7 +151,7 @@ def make_validator(
 
 
 def dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncoder:
-    """Return the model with texts read from a store, so that the caption encoder is not run."""
+    """Return a dual encoder that reads text embeddings from a store instead of running the caption encoder."""
 
     def read_texts(texts: Sequence[str], progress: bool) -> Tensor:
         return model.project_text_embeddings(torch.from_numpy(store.take(store.rows(texts))))

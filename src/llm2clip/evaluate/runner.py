@@ -1,4 +1,4 @@
-"""Evaluation of several models on a user's data and on public benchmarks, with tables and a report."""
+"""Evaluation of one or more models on the user's data and on public benchmarks, with tables and a report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
 from llm2clip.models.pretrained import resolve_pretrained
 
 USER_DATA = "data"  # benchmark name of the user's own images and captions
-EXAMPLE_QUERIES = 6  # queries of each kind that the report shows with images
+EXAMPLE_QUERIES = 6  # number of examples, and of failures, that the report shows with images
 
 
 def evaluate_models(
@@ -53,25 +53,28 @@ def evaluate_models(
 ) -> list[str]:
     """Evaluate models, print tables, and write results.json, report.md and report.html to `out`.
 
-    In a distributed run, all ranks share the encoding; then each computes the metrics, and the main process reports.
+    In a distributed run, the encoding is split across the ranks. Each rank then computes all metrics, and the main
+    process prints and writes the results. results.json contains "caption retrieval" (see `caption_retrieval_accuracy`)
+    and "results", a list of `BenchmarkResult.summary` dicts with an additional "model" key.
 
     Args:
-        models: The model to evaluate, then baselines. See `open_dual_encoder`; or .npz files of embeddings.
-        data: Sources of images and captions. Of sources without named splits, the part that `fit` holds out is used.
+        models: Model to evaluate, followed by baselines. Each is a model that `open_dual_encoder` accepts or an .npz
+            file of embeddings.
+        data: Sources of images and captions. If a source has no named splits, the images that `fit` would hold out are
+            used.
         benchmarks: Names of public benchmarks, see `get_benchmarks`.
-        root: Folder that contains the folders of the benchmarks.
-        captions: Sources for caption retrieval accuracy (CRA).
-        encoder: Caption encoder for CRA if no model is given.
-        out: Output folder, in which embeddings are cached, too. None writes nothing.
-        config: Caption fields to evaluate in addition to `captions`.
-        columns: Column mapping of the sources, see `read_splits`.
+        root: Folder that contains one folder per benchmark.
+        captions: Sources of captions for caption retrieval accuracy (CRA).
+        encoder: Caption encoder for CRA. Used only if `models` is empty.
+        out: Output folder, which is also used to cache embeddings. If None, nothing is written.
+        config: Settings, such as the caption fields to evaluate in addition to `captions`.
+        columns: Column mapping for the sources, see `read_splits`.
         max_skipped: Stop if more than this fraction of the rows cannot be used.
-        all_pairs, num_mistakes: Options of CRA, see `caption_retrieval_accuracy`.
-        linear_probe: For classification benchmarks, also fit a linear probe to the training images.
+        all_pairs, num_mistakes: CRA options, see `caption_retrieval_accuracy`.
+        linear_probe: For classification benchmarks, also fit a linear probe on the training images.
 
     Returns:
-        Last lines to print: what was skipped, what failed, and the path of the report. results.json has "caption
-        retrieval" (see `caption_retrieval_accuracy`) and "results", a list of `BenchmarkResult.summary` with "model".
+        Final lines to print: a summary of skipped rows, failed evaluations, and the path of the report.
 
     Raises:
         ValueError: If there is nothing to evaluate, a benchmark does not exist, or every evaluation failed.
@@ -104,7 +107,7 @@ def evaluate_models(
         for n, name in enumerate(display_names(models) if available else []):
             runner.run(models[n], name, is_baseline=n > 0)
             results["results"] = runner.summaries()
-            _write_results(out, results)  # after each model, so that an interruption does not lose it
+            _write_results(out, results)  # after each model, so that an interruption does not lose its results
         failures += runner.failures
         if not runner.summaries():
             raise ValueError("\n".join(["nothing could be evaluated:", *failures]))
@@ -122,7 +125,7 @@ def evaluate_models(
 
 
 class BenchmarkRunner:
-    """Runs models on benchmarks. What fails is recorded in `failures`, and the rest continues."""
+    """Evaluates models on benchmarks. A failure is recorded in `failures` and does not stop the other evaluations."""
 
     def __init__(
         self,
@@ -135,10 +138,10 @@ class BenchmarkRunner:
     ) -> None:
         """
         Args:
-            benchmarks: Benchmarks and their folders.
-            out: Output folder; embeddings are cached in it, and only with it are errors analysed for the report.
-            log: Skip log of the user's data.
-            max_skipped: Fraction of the images of a benchmark that may be undecodable.
+            benchmarks: Benchmarks to run, each with its folder.
+            out: Output folder, which is also used to cache embeddings. If None, there is no error analysis.
+            log: Skip log for the user's data.
+            max_skipped: Maximum fraction of a benchmark's images that may be undecodable.
             linear_probe: For classification benchmarks, also fit a linear probe.
         """
         self.benchmarks = benchmarks
@@ -152,18 +155,18 @@ class BenchmarkRunner:
             self._logs.append(log if is_user_data else _skip_log(out, f"{n}-{benchmark.name}", max_skipped))
 
     def run(self, model: str, name: str, is_baseline: bool) -> None:
-        """Run a model on all benchmarks. The report shows example images only for a model that is not a baseline.
+        """Evaluate a model on all benchmarks.
 
         Args:
-            model: See `open_dual_encoder`; or an .npz file.
-            name: Name in tables.
-            is_baseline: Whether the evaluation continues if the model cannot be opened.
+            model: Model as accepted by `open_dual_encoder`, or an .npz file.
+            name: Model name to show in tables.
+            is_baseline: Skip the model if it cannot be loaded, and do not show example images for it in the report.
         """
         is_distributed = process_state().num_processes > 1
         try:
             embeddings = open_embedding_source(model, self._logs[0], self._out / "vectors" if self._out else None)
         except (OSError, ValueError, ImportError) as error:
-            if not is_baseline or is_distributed:  # the other ranks would wait for this one
+            if not is_baseline or is_distributed:  # otherwise, the other ranks would wait for this rank
                 raise
             self.failures.append(f"Skipped {name}: {error}")
             return
@@ -173,7 +176,7 @@ class BenchmarkRunner:
             try:
                 result = run_benchmark(benchmark, folder, embeddings, self._linear_probe)
             except (OSError, ValueError) as error:
-                # Bad data fails on all ranks alike; other errors may be limited to this one.
+                # Invalid data fails on every rank; other errors may occur on this rank only.
                 if is_distributed and not isinstance(error, MissingFileError | ValueError):
                     raise
                 self.failures.append(_failure(f"{name} on {benchmark.name}", benchmark, error))
@@ -181,7 +184,7 @@ class BenchmarkRunner:
             model_result = ModelResult(name, result.summary)
             if self._out is not None and process_state().is_main_process:
                 for field_index, (field, ranks) in enumerate(result.ranks.items()):
-                    # Images of the first field only: 36 languages would fill the page with two thousand of them.
+                    # Show images for the first field only: with 36 languages, the page would have 2,000 images.
                     with_examples = not is_baseline and field_index == 0
                     analysis = analyze_errors(ranks, num_queries=EXAMPLE_QUERIES if with_examples else 0)
                     model_result.error_analysis[field] = analysis
@@ -192,7 +195,7 @@ class BenchmarkRunner:
         return [{"model": result.model, **result.summary} for results in self.results for result in results]
 
     def blocks(self) -> list[Block]:
-        """Return the report's section of each benchmark that has a result."""
+        """Return the report sections, one for each benchmark with a result."""
         blocks: list[Block] = []
         for (benchmark, _), results in zip(self.benchmarks, self.results, strict=True):
             if results:
@@ -200,7 +203,7 @@ class BenchmarkRunner:
         return blocks
 
     def skipped_rows(self) -> list[str]:
-        """Return a line for each benchmark of which rows were skipped, and one for the user's data."""
+        """Return one line for each benchmark with skipped rows, and always one for the user's data."""
         lines = []
         for (benchmark, _), log in zip(self.benchmarks, self._logs, strict=True):
             if log.skipped or benchmark.name == USER_DATA:
@@ -211,20 +214,22 @@ class BenchmarkRunner:
 def _check_arguments(
     models: Sequence[str], data: Sequence[str], benchmarks: Sequence[str], captions: Sequence[str], out: Path | None
 ) -> None:
-    """Raise ValueError if there is nothing to evaluate, or if ranks have no folder to exchange embeddings."""
+    """Raise ValueError if there is nothing to evaluate, or if a distributed run has no output folder."""
     if (data or benchmarks) and not models:
-        raise ValueError("no model: name the model to evaluate before the data or --benchmarks")
+        raise ValueError("no model given: put the model first, before the data or --benchmarks")
     if not (captions or data or benchmarks):
-        raise ValueError("nothing to evaluate: name a model and data or --benchmarks, or --captions and --encoder.path")
+        raise ValueError(
+            "nothing to evaluate: give a model with data or --benchmarks, or --captions with --encoder.path"
+        )
     if process_state().num_processes > 1 and out is None:
-        raise ValueError("a distributed evaluation needs --out, because ranks exchange embeddings in this folder")
+        raise ValueError("a distributed evaluation needs --out: the ranks exchange embeddings through this folder")
 
 
 def _user_benchmark(data: Sequence[str], config: EvaluateConfig, columns: dict[str, str], log: SkipLog) -> Benchmark:
     """Return the user's data as a retrieval benchmark.
 
     Raises:
-        ValueError: If some sources have named splits and others have not.
+        ValueError: If only some of the sources have named splits.
     """
     without_splits = [source for source in data if not Source.parse(source).splits]
     if not without_splits:
@@ -233,22 +238,22 @@ def _user_benchmark(data: Sequence[str], config: EvaluateConfig, columns: dict[s
         splits = read_splits(data, config, columns, log)
     else:
         raise ValueError(
-            f"{without_splits[0]}: name the splits to evaluate (PATH@test) of all sources or of none. Without splits, "
-            "the part that `fit` holds out is evaluated"
+            f"{without_splits[0]}: name the splits to evaluate (PATH@test) for all sources or for none. Without "
+            "splits, the images that `fit` would hold out are evaluated"
         )
     print_once(splits.summary)
     return Benchmark(
         name=USER_DATA,
         kind="retrieval",
         description=f"{len(splits.held_out['captions']):,} of your images",
-        folders=(str(Path.cwd()),),  # not used, but must exist
+        folders=(str(Path.cwd()),),  # unused, but the folder must exist
         read=lambda _: splits.held_out,
         source="images with captions",
     )
 
 
 def _find_benchmarks(benchmarks: Sequence[Benchmark], root: Path) -> tuple[list[tuple[Benchmark, Path]], list[str]]:
-    """Return the benchmarks that exist with their folders, and a line for each that is missing."""
+    """Return the available benchmarks with their folders, and one line for each missing benchmark."""
     available, failures = [], []
     for benchmark in benchmarks:
         try:
@@ -264,10 +269,11 @@ def _failure(name: str, benchmark: Benchmark, error: Exception) -> str:
 
 
 def _open_text_encoder(model: str | None, encoder: EncoderConfig) -> TextEncoder:
-    """Open the text encoder of a model, or the caption encoder of the config if there is no model.
+    """Load the text encoder of a model or, if there is no model, the caption encoder described by the config.
 
     Raises:
-        ValueError: If the model has no text encoder of its own, or the config has settings that it cannot apply.
+        ValueError: If the model has no separate text encoder, or the config has settings that do not apply to a CLIP
+            text tower.
     """
     if model is not None:
         if model.endswith(PRECOMPUTED_SUFFIX) or model.startswith(SENTENCE_TRANSFORMERS_PREFIX):
@@ -284,13 +290,13 @@ def _open_text_encoder(model: str | None, encoder: EncoderConfig) -> TextEncoder
     changed = [f"--encoder.{name}" for name, value in vars(encoder).items() if value != defaults[name]]
     if changed:
         raise ValueError(
-            f"{path} is the text tower of a CLIP model and has no such settings: remove {', '.join(changed)}"
+            f"{path} is a CLIP text tower, to which some settings do not apply: remove {', '.join(changed)}"
         )
     return load_clip_text_encoder(path)
 
 
 def _skip_log(out: Path | None, name: str, max_skipped: float) -> SkipLog:
-    """Return a skip log. The main process lists what is skipped in `out/skipped/NAME.jsonl`."""
+    """Return a skip log. On the main process, it writes the skipped rows to `out/skipped/NAME.jsonl`."""
     file = None
     if out is not None and process_state().is_main_process:
         safe_name = re.sub(r"[^\w.-]+", "-", name)

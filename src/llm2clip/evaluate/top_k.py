@@ -10,13 +10,14 @@ from llm2clip.cpu_tuning import onednn_matmul
 
 @onednn_matmul()
 def top_k_neighbors(queries: Tensor, items: Tensor, k: int, chunk_size: int = 2048) -> tuple[Tensor, Tensor]:
-    """Return the `k` highest-scoring items of each query, best first. Items with equal scores are in any order.
+    """Return the `k` highest-scoring items for each query, best first. Items with equal scores are in arbitrary order.
 
     Args:
-        queries: (Q, D), L2-normalised.
-        items: (N, D), L2-normalised.
+        queries: Query embeddings, (Q, D), L2-normalised.
+        items: Item embeddings, (N, D), L2-normalised.
         k: Number of items per query; at most N are returned.
-        chunk_size: Queries and items per matmul. At most chunk_size * (chunk_size + k) scores are in memory.
+        chunk_size: Number of queries, and of items, per matmul. At most chunk_size * (chunk_size + k) scores are in
+            memory.
 
     Returns:
         Scores, float32 (Q, k), and item indices, int64 (Q, k).

@@ -14,19 +14,21 @@ from llm2clip.evaluate.benchmarks.base import ClassificationData
 
 
 def class_prompts(data: ClassificationData) -> list[str]:
-    """Return every class name in every template, class by class."""
+    """Fill every template with every class name. The prompts of a class are adjacent."""
     return [template.replace("{}", name) for name in data.names for template in data.templates]
 
 
 def class_embeddings(prompts: Tensor, num_classes: int) -> Tensor:
-    """Return one embedding per class: the mean over its prompts, L2-normalised before and after (arXiv 2103.00020).
+    """Return one embedding per class: the mean of its prompt embeddings (arXiv 2103.00020).
+
+    Embeddings are L2-normalised before and after averaging.
 
     Args:
-        prompts: (classes * templates, D), embeddings of `class_prompts`.
+        prompts: Embeddings of the prompts from `class_prompts`, (classes * templates, D).
         num_classes: Number of classes.
 
     Returns:
-        (classes, D) float32.
+        Class embeddings, (classes, D) float32.
     """
     by_class = F.normalize(prompts.float(), dim=-1).reshape(num_classes, -1, prompts.shape[1])
     return F.normalize(by_class.mean(1), dim=-1)
@@ -37,13 +39,14 @@ def classification_accuracy(
 ) -> dict[str, float]:
     """Return "top-1", "top-5" and "mean per class" (top-1) accuracy in percent.
 
-    If classes tie, the first one is ranked first, as by argmax: two classes of ImageNet have the same name.
+    If classes tie, the class with the lowest index is ranked first, as with argmax. Ties occur because two ImageNet
+    classes have the same name.
 
     Args:
-        images: (N, D), L2-normalised.
+        images: Image embeddings, (N, D), L2-normalised.
         labels: Class index of each image.
-        classes: (classes, D), L2-normalised.
-        chunk_size: Images per matmul.
+        classes: Class embeddings, (classes, D), L2-normalised.
+        chunk_size: Number of images per matmul.
     """
     targets = torch.tensor(labels)
     rank_chunks = []
@@ -71,16 +74,16 @@ def linear_probe(
 ) -> dict[str, float]:
     """Fit a logistic regression to frozen embeddings and return its test accuracy.
 
-    The regularisation strength is chosen on a fifth of the training images, from powers of ten (arXiv 2103.00020,
-    appendix A.3).
+    The regularisation strength is selected from powers of ten, using a fifth of the training images as a validation
+    split (arXiv 2103.00020, appendix A.3).
 
     Args:
-        train, test: Embeddings, (N, D).
+        train, test: Image embeddings, (N, D).
         train_labels, test_labels: Class index of each image.
-        seed: Seed of the split.
+        seed: Seed for the validation split.
 
     Returns:
-        "top-1" accuracy in percent, and "C", the inverse regularisation strength that was chosen.
+        "top-1" accuracy in percent, and "C", the selected inverse regularisation strength.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import train_test_split
@@ -90,7 +93,7 @@ def linear_probe(
 
     x, y = train.numpy(), np.asarray(train_labels)
     class_counts = np.unique(y, return_counts=True)[1]
-    # Stratification needs two images of each class, and a validation part with room for every class.
+    # Stratification needs two images per class, and a validation split at least as large as the number of classes.
     can_stratify = class_counts.min() > 1 and math.ceil(0.2 * len(y)) >= len(class_counts)
     fit_x, validation_x, fit_y, validation_y = train_test_split(
         x, y, test_size=0.2, random_state=seed, stratify=y if can_stratify else None

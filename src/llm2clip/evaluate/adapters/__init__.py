@@ -1,1 +1,1 @@
-"""llm2clip models in the benchmark suites of other projects."""
+"""Adapters for evaluating llm2clip models with other projects' benchmark suites."""

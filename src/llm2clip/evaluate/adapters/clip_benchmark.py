@@ -1,9 +1,9 @@
-"""Any model that `open_dual_encoder` opens, in CLIP_benchmark, whose command gets an additional model type.
+"""Adapter for CLIP_benchmark. It adds a model type that supports any model `open_dual_encoder` can load.
 
     python -m llm2clip.evaluate.adapters.clip_benchmark eval --model_type llm2clip --model runs/mine/model \\
         --pretrained none --dataset cifar10 --no_amp
 
-CLIP_benchmark calls a tokenizer on texts and passes the result to the model. Here the tokenizer returns the texts
+CLIP_benchmark calls a tokenizer on texts and passes the result to the model. This adapter's tokenizer returns the texts
 unchanged.
 """
 
@@ -22,14 +22,14 @@ MODEL_TYPE = "llm2clip"
 
 
 class TokenizedTexts(list[str]):
-    """Texts in place of a tensor of tokens; `.to(device)` returns them unchanged."""
+    """List of texts that stands in for a tensor of tokens. `.to(device)` returns the list unchanged."""
 
     def to(self, device: Any) -> TokenizedTexts:
         return self
 
 
 class CLIPBenchmarkModel(nn.Module):
-    """Image and text encoders with CLIP_benchmark's interface: (N, D) float32, L2-normalised, on the device."""
+    """Image and text encoders with CLIP_benchmark's interface. Embeddings are (N, D) float32, L2-normalised."""
 
     def __init__(self, model: DualEncoder, device: torch.device | str) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class CLIPBenchmarkModel(nn.Module):
 
 
 class ImageTransform:
-    """Transform of a PIL image to the input of the model's image encoder. It can be pickled."""
+    """Picklable transform from a PIL image to an input for the model's image encoder."""
 
     def __init__(self, transform: Callable[[Tensor], Any]) -> None:
         self.transform = transform
@@ -58,19 +58,19 @@ class ImageTransform:
 def load_model(
     model_name: str, pretrained: str = "", cache_dir: str | None = None, device: torch.device | str = "cpu"
 ) -> tuple[CLIPBenchmarkModel, ImageTransform, type[TokenizedTexts]]:
-    """Return what CLIP_benchmark expects of a model type: a model, an image transform and a tokenizer.
+    """Load a model as CLIP_benchmark expects: return the model, an image transform and a tokenizer.
 
     Args:
-        model_name: See `open_dual_encoder`.
+        model_name: Model as accepted by `open_dual_encoder`.
         pretrained, cache_dir: Not used.
-        device: Device of the model.
+        device: Device to load the model on.
     """
     model = open_dual_encoder(model_name, device)
     return CLIPBenchmarkModel(model, device).eval(), ImageTransform(model.transform), TokenizedTexts
 
 
 def register_model() -> None:
-    """Add the model type to the installed CLIP_benchmark.
+    """Register the model type with the installed CLIP_benchmark.
 
     Raises:
         ImportError: If CLIP_benchmark is not installed.

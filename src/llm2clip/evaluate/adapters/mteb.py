@@ -1,11 +1,11 @@
-"""Any model that `open_dual_encoder` opens, as a model of mteb.
+"""Adapter that lets mteb evaluate any model `open_dual_encoder` can load.
 
     import mteb
     from llm2clip.evaluate.adapters.mteb import MTEBModel
 
     mteb.evaluate(MTEBModel("runs/mine/model"), mteb.get_tasks(["Flickr30kT2IRetrieval"]))
 
-Embeddings are compared by cosine similarity, as in mteb's base class.
+Embeddings are compared by cosine similarity, as mteb's base class does.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from llm2clip.models.fingerprint import fingerprint
 
 
 class MTEBModel(AbsEncoder):
-    """Encoder of texts, images, or items with both, whose embedding is the normalised sum of the two."""
+    """Encoder for texts, images, or image-text items. Image-text items get the normalised sum of both embeddings."""
 
     def __init__(self, name: str, device: torch.device | str | None = None) -> None:
         """
         Args:
-            name: See `open_dual_encoder`.
-            device: Device of the model. Default: a GPU if there is one.
+            name: Model as accepted by `open_dual_encoder`.
+            device: Device to load the model on. Default: a GPU if available.
         """
         self.model = open_dual_encoder(name, device)
         parts = [part for part in name.replace(":", "/").split("/") if part not in ("", ".", "..")]
@@ -49,7 +49,7 @@ class MTEBModel(AbsEncoder):
         """Return embeddings, (N, D) float32, L2-normalised. No prompt is added.
 
         Args:
-            inputs: Batches with the columns text, image (PIL) or both.
+            inputs: Data loader whose batches have a text column, an image column (PIL images) or both.
         """
         chunks = []
         for batch in inputs:
@@ -60,6 +60,6 @@ class MTEBModel(AbsEncoder):
             if batch.get("text"):
                 modalities.append(self.model.encode_texts(batch["text"]))
             if not modalities:
-                raise ValueError(f"a batch must have a column text or image (got {', '.join(batch)})")
+                raise ValueError(f"a batch must have a text or image column (got {', '.join(batch)})")
             chunks.append(F.normalize(torch.stack(modalities).sum(0), dim=-1))
         return torch.cat(chunks).numpy()

@@ -1,4 +1,4 @@
-"""Readers of public benchmarks in their distributed form, each with its protocol and its source."""
+"""Readers for public benchmarks as distributed by their authors, with the protocol and source of each benchmark."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ BENCHMARKS = {benchmark.name: benchmark for module in _MODULES for benchmark in 
 
 
 def get_benchmarks(names: Sequence[str]) -> list[Benchmark]:
-    """Return benchmarks by name. "all" is every public one; folder:PATH is a folder of image classes.
+    """Return benchmarks by name. "all" selects every public benchmark; folder:PATH is a folder of image classes.
 
     Raises:
-        ValueError: If there is no benchmark of a name.
+        ValueError: If no benchmark has one of the names.
     """
     folders = [name for name in names if name.startswith(FOLDER_PREFIX)]
     for name in names:
@@ -49,7 +49,7 @@ def get_benchmarks(names: Sequence[str]) -> list[Benchmark]:
 
 
 def list_benchmarks(root: Path) -> list[str]:
-    """Return lines to print: every benchmark, its folder under `root`, and the source of those that are missing."""
+    """Return lines that list all benchmarks, their folders under `root`, and where to download missing benchmarks."""
     rows, missing = [], []
     for benchmark in BENCHMARKS.values():
         try:

@@ -1,4 +1,4 @@
-"""Types of benchmarks and helpers shared by their readers."""
+"""Benchmark types, and helpers shared by the benchmark readers."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from llm2clip.io_utils import DataFormatError, MissingFileError
 T = TypeVar("T")
 
 CaptionFields = Mapping[str, Sequence[Record]]
-"""Name of a caption field (captions, captions_zh, ...) to the records that have it, with its texts as `captions`."""
+"""Records for each caption field (captions, captions_zh, ...). Each record's `captions` are the texts in that field."""
 
 
 @dataclass(frozen=True)
 class CompositionalExample:
     """Images and captions that a model must match by cosine similarity.
 
-    Caption i belongs to image i. Captions beyond the number of images are wrong for every image.
+    Caption i belongs to image i. If there are more captions than images, the extra captions are wrong for every image.
     """
 
     id: str
     kind: str
-    """Accuracies are averaged over the examples of one kind."""
+    """Category of the example. Accuracy is averaged over the examples of each category."""
     images: tuple[ImageRef, ...]
     captions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """Images with class labels, and the texts of the classes."""
+    """Images with class labels, class names and prompt templates."""
 
     images: Sequence[ImageRef]
     labels: Sequence[int]
-    """Index into `names` for each image."""
+    """Class index (into `names`) of each image."""
     names: Sequence[str]
     templates: Sequence[str]
-    """Prompts with {} in place of the class name."""
+    """Prompt templates, with {} as the placeholder for the class name."""
 
 
 @dataclass(frozen=True)
 class JudgedRetrieval:
-    """COCO test images and captions with their COCO ids, for which people's relevance judgements exist."""
+    """COCO test images and captions with their COCO ids, used to look up human relevance judgements."""
 
     images: Sequence[ImageRef]
     image_ids: Sequence[int]
@@ -55,17 +55,18 @@ class JudgedRetrieval:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A public data set in its distributed form.
+    """A public data set, read from the files that its authors distribute.
 
     Args:
         name: Name on the command line.
-        kind: Determines the metrics and what `read` returns: retrieval, `CaptionFields`; judged retrieval,
-            `JudgedRetrieval`; compositional, a list of `CompositionalExample`; classification, `ClassificationData`.
-        description: Size and split, in a line.
-        folders: Names under a root folder, in order of preference.
-        read: Reads the data from its folder.
-        source: Files that are needed, and where to download them.
-        read_train: For classification, reads the training images for a linear probe.
+        kind: Kind of benchmark, which determines the metrics and the return type of `read`. "retrieval":
+            `CaptionFields`. "judged retrieval": `JudgedRetrieval`. "compositional": a list of `CompositionalExample`.
+            "classification": `ClassificationData`.
+        description: One-line description of the size and split.
+        folders: Possible folder names under the root folder, in order of preference.
+        read: Function that reads the data from its folder.
+        source: Required files, and where to download them.
+        read_train: Function that reads the training images for a linear probe (classification only).
     """
 
     name: str
@@ -80,7 +81,7 @@ class Benchmark:
         """Return the folder of the benchmark.
 
         Raises:
-            MissingFileError: If `root` has none of its folders.
+            MissingFileError: If `root` contains none of `folders`.
         """
         for name in self.folders:
             if (root / name).is_dir():
@@ -88,7 +89,7 @@ class Benchmark:
         raise MissingFileError(f"{root} has no folder {' or '.join(self.folders)}")
 
     def load(self, folder: Path) -> Any:
-        """Read the data. See `kind` for the type.
+        """Read the data. The return type depends on `kind`.
 
         Raises:
             MissingFileError: If a file is missing.
@@ -97,57 +98,59 @@ class Benchmark:
         return _with_format_errors(self.read, folder, self.name)
 
     def load_train(self, folder: Path) -> ClassificationData | None:
-        """Read the training images for a linear probe; None if the benchmark has none. Raises as `load` does."""
+        """Read the training images for a linear probe, or return None if there are none. Raises the same as `load`."""
         return None if self.read_train is None else _with_format_errors(self.read_train, folder, self.name)
 
 
 def _with_format_errors(read: Callable[[Path], T], folder: Path, name: str) -> T:
-    """Call a reader, and raise DataFormatError for a row with missing or wrong fields."""
+    """Call a reader, and raise DataFormatError if a row has missing or invalid fields."""
     try:
         return read(folder)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise DataFormatError(f"{folder}: a row does not have the format of {name} ({error!r})") from error
+        raise DataFormatError(f"{folder}: a row does not have the {name} format ({error!r})") from error
 
 
 def image_file(folder: Path, name: str) -> FileImage:
-    """Return a reference to an image under a folder.
+    """Return a reference to an image inside a folder.
 
     Raises:
-        DataFormatError: If the path leads out of the folder.
+        DataFormatError: If the path points outside the folder.
     """
     if not is_inside(name):
-        raise DataFormatError(f"{folder}: the image path {name!r} leads out of the folder")
+        raise DataFormatError(f"{folder}: the image path {name!r} points outside the folder")
     return FileImage(str(folder / name))
 
 
 def find_image(folders: Sequence[Path], name: str) -> FileImage:
-    """Return a reference to an image in the first folder that has it, or in the first folder if none has it."""
+    """Return a reference to an image in the first folder that contains it, or else in the first folder."""
     candidates = [image_file(folder, name) for folder in folders]
     return next((ref for ref in candidates if Path(ref.path).is_file()), candidates[0])
 
 
 def check_files(refs: Sequence[ImageRef], source: Path) -> None:
-    """Raise MissingFileError if image files are missing; the message has their number and the first one."""
+    """Raise MissingFileError if image files are missing. The message has the number of missing files and an example."""
     missing = [ref for ref in refs if isinstance(ref, FileImage) and not Path(ref.path).is_file()]
     if missing:
-        raise MissingFileError(f"{len(missing):,} of {len(refs):,} images of {source} are missing, e.g. {missing[0]}")
+        raise MissingFileError(
+            f"{len(missing):,} of {len(refs):,} images listed in {source} are missing, e.g. {missing[0]}"
+        )
 
 
 def captioned_records(pairs: Iterable[tuple[ImageRef, Sequence[str]]], source: Path) -> list[Record]:
-    """Return records of images with captions, in order. Captions are stripped and otherwise unchanged.
+    """Create records from pairs of an image and its captions, in order. Captions are only stripped.
 
     Raises:
         MissingFileError: If image files are missing.
-        DataFormatError: If there are no images, or an image has no caption or an empty one.
+        DataFormatError: If there are no images, or an image has no caption or has an empty caption.
     """
     records = []
     for image, captions in pairs:
         texts = tuple(caption.strip() for caption in captions)
         if not texts or not all(texts):
-            raise DataFormatError(f"{source}: {image} has no caption, or an empty one")
+            raise DataFormatError(f"{source}: {image} has no caption or has an empty caption")
         record_id = Path(image.path).stem if isinstance(image, FileImage) else str(image)
         records.append(Record(record_id, image, texts))
     check_files([record.image for record in records if record.image is not None], source)
     if not records:
-        raise DataFormatError(f"{source} has no image of the test split")
+        raise DataFormatError(f"{source} contains no images from the test split")
     return records

@@ -1,8 +1,8 @@
 """Zero-shot classification: ImageNet and its variants, ObjectNet, CIFAR, and any folder of image classes.
 
-The embedding of a class is the mean over its name in all templates (CLIP, arXiv 2103.00020). ImageNet's class names and
-80 templates are OpenAI's, from the package open_clip. The order of the classes is that of the sorted WordNet ids, from
-timm.
+The embedding of a class is the mean embedding of its name in all prompt templates (CLIP, arXiv 2103.00020). For
+ImageNet, the class names and the 80 templates are OpenAI's, taken from open_clip. Classes are in the order of their
+WordNet ids, taken from timm.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ CIFAR_PIXELS = 3 * 32 * 32
 
 
 def folder_benchmark(name: str) -> Benchmark:
-    """Return a benchmark of a user's images.
+    """Create a zero-shot classification benchmark from the user's images.
 
     Args:
-        name: Path of a folder with one folder of images per class, or with test/ (or val/) and train/ of this form.
+        name: Path of a folder that contains one subfolder of images per class. The class folders may also be inside
+            test/ (or val/) and train/.
     """
 
     def read(folder: Path) -> ClassificationData:
@@ -51,18 +52,18 @@ def folder_benchmark(name: str) -> Benchmark:
 def read_class_folders(folder: Path, split: str = "") -> ClassificationData:
     """Read one folder of images per class, from `folder` or from `folder/split`.
 
-    Class names are the names of the folders with spaces for underscores, unless `folder` has a `classnames.txt` with
-    lines of "FOLDER<tab>NAME". `templates.txt` may have one prompt with {} per line.
+    Class names are the folder names, with underscores replaced by spaces, unless `folder` contains a `classnames.txt`
+    with lines of the form "FOLDER<tab>NAME". An optional `templates.txt` has one prompt template with {} per line.
 
     Raises:
-        MissingFileError: If there is no folder with images.
+        MissingFileError: If no subfolder contains images.
         DataFormatError: If a class has no name, or a template has no {}.
     """
     root = folder / split
     class_dirs = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     class_dirs = [path for path in class_dirs if _image_files(path)]
     if not class_dirs:
-        raise MissingFileError(f"{root} has no folders of images, one per class")
+        raise MissingFileError(f"{root} must contain one folder of images per class, but contains none")
     names = [path.name.replace("_", " ") for path in class_dirs]
     if (folder / NAMES_FILE).exists():
         names = _read_class_names(folder / NAMES_FILE, class_dirs)
@@ -71,7 +72,9 @@ def read_class_folders(folder: Path, split: str = "") -> ClassificationData:
         templates = read_lines(folder / TEMPLATES_FILE)
         for template in templates:
             if "{}" not in template:
-                raise DataFormatError(f"{folder / TEMPLATES_FILE}: no {{}} for the class name in {template!r}")
+                raise DataFormatError(
+                    f"{folder / TEMPLATES_FILE}: the template {template!r} has no {{}} for the class name"
+                )
     return _read_images(class_dirs, names, templates)
 
 
@@ -84,7 +87,7 @@ def _read_class_names(file: Path, class_dirs: Sequence[Path]) -> list[str]:
         name_of_folder[fields[0]] = fields[1].strip()
     for path in class_dirs:
         if path.name not in name_of_folder:
-            raise DataFormatError(f"{file} has no name for the folder {path.name}")
+            raise DataFormatError(f"{file} has no class name for the folder {path.name}")
     return [name_of_folder[path.name] for path in class_dirs]
 
 
@@ -93,7 +96,7 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _read_images(class_dirs: Sequence[Path], names: Sequence[str], templates: Sequence[str]) -> ClassificationData:
-    """Return the images of folders, one folder per class."""
+    """Return all images, labelled with the index of their class folder."""
     images: list[ImageRef] = []
     labels: list[int] = []
     for label, class_dir in enumerate(class_dirs):
@@ -104,7 +107,7 @@ def _read_images(class_dirs: Sequence[Path], names: Sequence[str], templates: Se
 
 
 def _imagenet_texts() -> tuple[list[str], list[str], list[str]]:
-    """Return the WordNet ids in order, OpenAI's class names and OpenAI's templates."""
+    """Return ImageNet's WordNet ids in sorted order, OpenAI's class names and OpenAI's templates."""
     if importlib.util.find_spec("open_clip") is None:
         raise MissingFileError("ImageNet's class names and templates come with open_clip: pip install open-clip-torch")
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
@@ -115,7 +118,7 @@ def _imagenet_texts() -> tuple[list[str], list[str], list[str]]:
 
 
 def _read_imagenet(folder: Path) -> ClassificationData:
-    """Read `val/WNID/*.JPEG`. Variants (Sketch, A, R) have fewer classes, and only these are the candidates."""
+    """Read `val/WNID/*.JPEG`. For variants with fewer classes (A, R), only these classes are candidates."""
     return _read_wordnet_folders(folder / "val" if (folder / "val").is_dir() else folder)
 
 
@@ -131,21 +134,21 @@ def _read_wordnet_folders(root: Path) -> ClassificationData:
             class_dirs.append(root / wordnet_id)
             class_names.append(name)
     if not class_dirs:
-        raise MissingFileError(f"{root} has no folders named by WordNet ids, such as n01440764")
+        raise MissingFileError(f"{root} has no folders named after WordNet ids, such as n01440764")
     return _read_images(class_dirs, class_names, templates)
 
 
 def _read_imagenet_v2(folder: Path) -> ClassificationData:
-    """Read `.../0` to `.../999`. The name of a folder is the class index; sorted as text, the order would be wrong."""
+    """Read `.../0` to `.../999`. Folder names are class indices, so sorting them as text would give the wrong order."""
     _, names, templates = _imagenet_texts()
     root = folder if (folder / "0").is_dir() else first_existing(folder, "imagenetv2-matched-frequency-format-val")
     return _read_images([first_existing(root, str(n)) for n in range(len(names))], names, templates)
 
 
 def _read_objectnet(folder: Path) -> ClassificationData:
-    """Read the 113 classes shared with ImageNet, by ObjectNet's names, without the red border of two pixels.
+    """Read the 113 classes shared with ImageNet, with ObjectNet's class names.
 
-    This is the protocol of the authors' README (NeurIPS 2019).
+    The images' red border, two pixels wide, is removed. This is the protocol in the authors' README (NeurIPS 2019).
     """
     labels = read_json(first_existing(folder, "mappings/folder_to_objectnet_label.json"))
     shared_labels = read_json(first_existing(folder, "mappings/objectnet_to_imagenet_1k.json"))
@@ -158,13 +161,13 @@ def _read_objectnet(folder: Path) -> ClassificationData:
 
 
 class _BorderedImage(FileImage):
-    """An image file with a border of two pixels, which is removed."""
+    """An image file whose two-pixel border is removed."""
 
     __slots__ = ()
 
     @property
     def key(self) -> str:
-        """Differs from the key of the image with its border, because the embedding differs."""
+        """Key that differs from the original image's key, because removing the border changes the embedding."""
         return f"{super().key} without its border"
 
     def open(self) -> io.BytesIO:
@@ -181,9 +184,9 @@ def _png(image: Image.Image) -> io.BytesIO:
 
 
 def _read_cifar(folder: Path, files: Sequence[str], names_file: str, skipped_labels: int) -> ClassificationData:
-    """Read CIFAR's binary form: rows of label bytes, then 1,024 red, green and blue bytes.
+    """Read CIFAR's binary format. Each row has label bytes, then 1,024 bytes each for red, green and blue.
 
-    CIFAR-100 has two labels per row, of which the first is the coarse one.
+    CIFAR-100 has two labels per row: first the coarse label, then the fine label.
     """
     row_size = skipped_labels + 1 + CIFAR_PIXELS
     names = [name.replace("_", " ") for name in read_lines(first_existing(folder, names_file))]
@@ -192,11 +195,13 @@ def _read_cifar(folder: Path, files: Sequence[str], names_file: str, skipped_lab
     for file in files:
         data = np.fromfile(first_existing(folder, file), np.uint8)
         if len(data) % row_size:
-            raise DataFormatError(f"{folder / file}: {len(data):,} bytes are not a multiple of {row_size:,} per image")
+            raise DataFormatError(
+                f"{folder / file}: {len(data):,} bytes are not a multiple of {row_size:,}, the bytes per image"
+            )
         for n, row in enumerate(data.reshape(-1, row_size)):
             label = int(row[skipped_labels])
             if label >= len(names):
-                raise DataFormatError(f"{folder / file}: label {label}, but there are {len(names)} classes")
+                raise DataFormatError(f"{folder / file}: found label {label}, but there are only {len(names)} classes")
             pixels = row[skipped_labels + 1 :].reshape(3, 32, 32).transpose(1, 2, 0)
             png = _png(Image.fromarray(np.ascontiguousarray(pixels)))
             images.append(MemoryImage(png.getvalue(), f"{folder / file}, image {n}"))
@@ -228,7 +233,7 @@ BENCHMARKS = (
         folders=("imagenet", "ImageNet", "imagenet-1k"),
         read=_read_imagenet,
         source="val/WNID/*.JPEG: ILSVRC2012_img_val.tar (image-net.org) sorted into one folder per class; for a linear "
-        "probe also train/",
+        "probe, also train/",
         read_train=_read_imagenet_train,
     ),
     Benchmark(

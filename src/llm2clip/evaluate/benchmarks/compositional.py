@@ -1,4 +1,4 @@
-"""Winoground and SugarCrepe: images with captions of nearly the same words."""
+"""Winoground and SugarCrepe: images with captions that differ in only a few words or in word order."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SUGARCREPE_KINDS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace
 
 
 def _read_winoground(folder: Path) -> list[CompositionalExample]:
-    """Read 400 examples of two images and two captions with the same words (arXiv 2204.03162).
+    """Read 400 examples, each with two images and two captions with the same words (arXiv 2204.03162).
 
-    With the score s(caption, image) and strict inequalities: "text" is s(c0, i0) > s(c1, i0) and
-    s(c1, i1) > s(c0, i1); "image" is s(c0, i0) > s(c0, i1) and s(c1, i1) > s(c1, i0); "group" is both.
+    For a similarity s(caption, image), the "text" score requires s(c0, i0) > s(c1, i0) and s(c1, i1) > s(c0, i1). The
+    "image" score requires s(c0, i0) > s(c0, i1) and s(c1, i1) > s(c1, i0). The "group" score requires all four.
     """
     try:
         file = first_existing(folder, "examples.jsonl", "data/examples.jsonl")
@@ -36,7 +36,7 @@ def _read_winoground(folder: Path) -> list[CompositionalExample]:
 
 
 def _read_winoground_parquet(file: Path) -> list[CompositionalExample]:
-    """Read the form of the Hugging Face hub, with the images in the table."""
+    """Read the Hugging Face version, a Parquet table that contains the images."""
     examples = []
     columns = ["id", "image_0", "image_1", "caption_0", "caption_1"]
     for row in pq.read_table(file, columns=columns).to_pylist():
@@ -47,21 +47,21 @@ def _read_winoground_parquet(file: Path) -> list[CompositionalExample]:
 
 
 def _read_sugarcrepe(folder: Path) -> list[CompositionalExample]:
-    """Read 7,511 images of COCO val2017, each with a caption and a wrong variant of it (arXiv 2306.14610).
+    """Read 7,511 COCO val2017 images, each with a correct caption and a wrong variant of it (arXiv 2306.14610).
 
-    In the variant, something is added, replaced or swapped. Accuracies are per file, and averaged over the files.
+    The variants add, replace or swap words. There is one accuracy per file, and a mean over the files.
     """
     data_dir = folder / "data" if (folder / "data").is_dir() else folder
     roots = [folder, *(folder.parent / name for name in COCO_FOLDERS)]
     image_dir = next((root / "val2017" for root in roots if (root / "val2017").is_dir()), None)
     if image_dir is None:
-        raise MissingFileError(f"no val2017 in {folder}, or in a folder coco beside it")
+        raise MissingFileError(f"no val2017 folder in {folder} or in a coco folder next to it")
     examples = []
     for kind in SUGARCREPE_KINDS:
         file = first_existing(data_dir, f"{kind}.json")
         rows = read_json(file)
         if not isinstance(rows, dict):
-            raise DataFormatError(f"{file}: expected an object of numbered rows")
+            raise DataFormatError(f"{file}: expected a JSON object with numbered rows")
         for key, row in rows.items():
             refs = (image_file(image_dir, row["filename"]),)
             captions = (row["caption"].strip(), row["negative_caption"].strip())
@@ -78,7 +78,7 @@ BENCHMARKS = (
     Benchmark(
         name="winoground",
         kind="compositional",
-        description="400 examples of two images and two captions with the same words",
+        description="400 pairs of images, each with two captions with the same words",
         folders=("winoground", "Winoground"),
         read=_read_winoground,
         source="examples.jsonl and images/ (huggingface.co/datasets/facebook/winoground; you must accept its licence)",
@@ -89,6 +89,6 @@ BENCHMARKS = (
         description="7,511 images, each with a correct and a wrong caption",
         folders=("sugarcrepe", "sugar-crepe", "SugarCrepe"),
         read=_read_sugarcrepe,
-        source="data/*.json of github.com/RAIVNLab/sugar-crepe, and COCO's val2017/",
+        source="data/*.json (github.com/RAIVNLab/sugar-crepe) and COCO's val2017/",
     ),
 )

@@ -1,8 +1,8 @@
-"""ECCV Caption and CxC: COCO test images with further correct captions and images, as judged by people.
+"""ECCV Caption and CxC: COCO test images and captions with additional matches from human judgements.
 
 COCO lists only its own pairs as correct, so plain recall counts other correct answers as errors. CxC (arXiv 2004.15020)
-and ECCV Caption (arXiv 2204.03359) add them. Their judgements come with the package eccv-caption, and so does the pool:
-five captions of each of the 5,000 images, 25,000 in total.
+and ECCV Caption (arXiv 2204.03359) add human judgements of other matches. The package eccv-caption contains these
+judgements and the list of captions to rank: five captions for each of 5,000 images, 25,000 in total.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ ANNOTATIONS = "captions_val2014.json"
 
 
 def load_judgements() -> Any:
-    """Return an `eccv_caption.Metrics`.
+    """Load the human judgements, and return them as an `eccv_caption.Metrics` object.
 
     Raises:
         MissingFileError: If the package is not installed.
     """
     if importlib.util.find_spec("eccv_caption") is None:
-        raise MissingFileError("the judgements come with the package eccv-caption: pip install eccv-caption")
+        raise MissingFileError("the human judgements come with the package eccv-caption: pip install eccv-caption")
     from eccv_caption import Metrics
 
     return Metrics()
@@ -45,12 +45,12 @@ def _read_judged_retrieval(folder: Path) -> JudgedRetrieval:
     missing = [caption_id for caption_id in caption_ids if caption_id not in captions]
     if missing:
         raise DataFormatError(
-            f"{file} lacks {len(missing):,} of the {len(caption_ids):,} captions, e.g. the id {missing[0]}"
+            f"{file} does not contain {len(missing):,} of the {len(caption_ids):,} captions, e.g. id {missing[0]}"
         )
     image_ids = list(dict.fromkeys(captions[caption_id][0] for caption_id in caption_ids))
     for image_id in image_ids:
         if image_id not in file_names:
-            raise DataFormatError(f"{file} has no file name of image {image_id}")
+            raise DataFormatError(f"{file} has no file name for image {image_id}")
     refs = [image_file(image_dir, file_names[image_id]) for image_id in image_ids]
     check_files(refs, file)
     return JudgedRetrieval(
@@ -65,7 +65,7 @@ BENCHMARKS = (
     Benchmark(
         name="eccv-caption",
         kind="judged retrieval",
-        description="COCO's 5,000 test images, 25,000 captions, with judgements of further matches (ECCV Caption, CxC)",
+        description="COCO's 5,000 test images, 25,000 captions, with additional human judgements (ECCV Caption, CxC)",
         folders=COCO_FOLDERS,
         read=_read_judged_retrieval,
         source="annotations/captions_val2014.json "

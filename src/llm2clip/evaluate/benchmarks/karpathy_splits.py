@@ -1,9 +1,9 @@
-"""Flickr30k 1K, COCO 5K and Flickr8k, test images of Karpathy's splits (arXiv 1412.2306).
+"""Flickr30k 1K, COCO 5K and Flickr8k: the test images of Karpathy's splits (arXiv 1412.2306).
 
-Protocol: one pool of all test images and all their captions, cosine similarity, no prompt. T2I: the caption's image is
-among the top k. I2T: any caption of the image is among the top k (arXiv 1707.05612, and CLIP, arXiv 2103.00020). COCO's
-5,000 images have 25,010 captions, five to seven per image, and all of them are used; code derived from VSE++ uses the
-first five, 25,000 in total.
+Protocol: all test images and all their captions form one pool, scored by cosine similarity without a prompt. A T2I
+query is a hit if the caption's image is in the top k; an I2T query is a hit if any of the image's captions is in the
+top k (arXiv 1707.05612, and CLIP, arXiv 2103.00020). COCO's 5,000 images have five to seven captions each. All 25,010
+captions are used; code derived from VSE++ uses the first five per image, 25,000 in total.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing,
 COCO_FOLDERS = ("coco", "COCO", "mscoco")
 IMAGE_FOLDERS = {
     "flickr30k": ("flickr30k-images", "flickr30k_images", "images", "Images"),
-    "flickr8k": ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"),  # the archive has the first spelling
+    "flickr8k": ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"),  # "Flicker8k" is the archive's spelling
 }
 
 
@@ -30,7 +30,7 @@ def read_karpathy_json(file: Path, image_dir: Path, split: str = "test") -> list
     """
     data = read_json(file)
     if not isinstance(data, dict) or "images" not in data:
-        raise DataFormatError(f"{file}: expected an object with a list `images`, as in Karpathy's files")
+        raise DataFormatError(f"{file}: expected a JSON object with an `images` list, as in Karpathy's files")
     pairs = []
     for row in data["images"]:
         if row["split"] == split:
@@ -43,7 +43,7 @@ def read_blip_json(file: Path, image_dir: Path) -> list[Record]:
     """Read BLIP's `NAME_test.json`: [{"image": "val2014/...jpg", "caption": [...]}]."""
     rows = read_json(file)
     if not isinstance(rows, list):
-        raise DataFormatError(f"{file}: expected a list of images and captions")
+        raise DataFormatError(f"{file}: expected a JSON list of images with captions")
     pairs = []
     for row in rows:
         captions = row["caption"]
@@ -52,15 +52,15 @@ def read_blip_json(file: Path, image_dir: Path) -> list[Record]:
 
 
 def read_caption_lines(file: Path) -> dict[str, list[str]]:
-    """Read lines of "ID#KIND#N caption" or "ID#N<tab>caption" as ID (without .jpg) to captions.
+    """Read "ID#KIND#N caption" or "ID#N<tab>caption" lines. Return a dict from ID (without .jpg) to captions.
 
-    The lines of an image need not be adjacent. Segmented and tagged words are joined, see `strip_tags`.
+    The lines for an image need not be adjacent. Segmented and tagged words are joined, see `strip_tags`.
     """
     captions: dict[str, list[str]] = {}
     for number, line in enumerate(read_lines(file), 1):
         match = re.fullmatch(r"(.+?)(?:\.jpg)?#(?:\w+#)?\d+[\t ]+(.*)", line)
         if match is None:
-            raise DataFormatError(f"{file}, line {number}: expected ID#N and a caption")
+            raise DataFormatError(f"{file}, line {number}: expected ID#N followed by a caption")
         captions.setdefault(match[1], []).append(strip_tags(match[2]))
     return captions
 
@@ -74,16 +74,16 @@ def strip_tags(text: str) -> str:
 
 
 def read_listed_images(names_file: Path, captions_file: Path, image_dirs: Sequence[Path]) -> list[Record]:
-    """Read the images listed in one file with their captions from another file.
+    """Read the images listed in one file, with captions from another file.
 
-    Each image is looked for in all of `image_dirs`, in order.
+    Each image is looked up in `image_dirs`, in order.
     """
     captions = read_caption_lines(captions_file)
     pairs = []
     for line in read_lines(names_file):
         name = line.removesuffix(".jpg")
         if name not in captions:
-            raise DataFormatError(f"{captions_file} has no captions of {name}, which is listed in {names_file}")
+            raise DataFormatError(f"{captions_file} has no captions for {name}, which is listed in {names_file}")
         pairs.append((find_image(image_dirs, f"{name}.jpg"), captions[name]))
     return captioned_records(pairs, captions_file)
 
@@ -118,7 +118,7 @@ def _read_flickr8k(folder: Path) -> CaptionFields:
     return {"captions": read_listed_images(names, captions, [image_dir])}
 
 
-KARPATHY_SOURCE = "caption_datasets.zip of cs.stanford.edu/people/karpathy/deepimagesent"
+KARPATHY_SOURCE = "caption_datasets.zip from cs.stanford.edu/people/karpathy/deepimagesent"
 BLIP_SOURCE = "storage.googleapis.com/sfr-vision-language-research/datasets"
 BENCHMARKS = (
     Benchmark(

@@ -1,4 +1,4 @@
-"""Benchmarks with one long caption per image: ShareGPT4V-1k, Urban-1k and DOCCI. Retrieval in both directions."""
+"""Retrieval benchmarks with one long caption per image: ShareGPT4V-1k, Urban-1k and DOCCI."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHUNK = 1 << 20  # characters per read
 
 
 def read_first_objects(file: Path, count: int) -> list[dict[str, Any]]:
-    """Read the first objects of a JSON list, without the rest of the file: ShareGPT4V's has 1.4 GB.
+    """Read the first objects of a JSON list, but not the rest of the file (ShareGPT4V's file has 1.4 GB).
 
     Raises:
         DataFormatError: If the file does not start with a list of `count` objects.
@@ -32,7 +32,7 @@ def read_first_objects(file: Path, count: int) -> list[dict[str, Any]]:
                 break
             try:
                 item, end = decoder.raw_decode(text)
-            except json.JSONDecodeError as error:  # perhaps only because the chunk ends here
+            except json.JSONDecodeError as error:  # the object may continue in the next chunk
                 chunk = stream.read(CHUNK)
                 if not chunk:
                     raise DataFormatError(f"{file}: object {len(objects) + 1} is truncated or is not JSON") from error
@@ -44,7 +44,7 @@ def read_first_objects(file: Path, count: int) -> list[dict[str, Any]]:
 
 
 def _read_sharegpt4v(folder: Path) -> CaptionFields:
-    """Read the first 1,000 records, which are images of SA-1B in `sam/images/`.
+    """Read the first 1,000 records, which use SA-1B images in `sam/images/`.
 
     The caption is `conversations[1].value` with newlines replaced by spaces (Long-CLIP, arXiv 2403.15378).
     """
@@ -59,7 +59,7 @@ def _read_sharegpt4v(folder: Path) -> CaptionFields:
 
 
 def _read_urban1k(folder: Path) -> CaptionFields:
-    """Read `caption/N.txt` and `image/N.jpg`. Only the first line of a text is used, as in Long-CLIP's script."""
+    """Read `caption/N.txt` and `image/N.jpg`. Only the first line of a caption is used, as in Long-CLIP's script."""
     caption_dir = first_existing(folder, "caption")
     files = sorted(caption_dir.glob("*.txt"), key=lambda file: (len(file.stem), file.stem))
     if not files:
@@ -74,7 +74,7 @@ def _read_urban1k(folder: Path) -> CaptionFields:
 def _read_docci(folder: Path) -> CaptionFields:
     """Read `docci_descriptions.jsonlines` and `images/` (arXiv 2404.19753).
 
-    Only rows whose split is exactly "test" are used: there is also a "qual_test".
+    Only rows whose split is exactly "test" are used, because there is also a "qual_test" split.
     """
     file = first_existing(folder, "docci_descriptions.jsonlines")
     rows = [row for _, row in read_jsonl(file) if row["split"] == "test"]
@@ -90,7 +90,7 @@ BENCHMARKS = (
         description="1,000 images, one long caption each",
         folders=("sharegpt4v", "ShareGPT4V"),
         read=_read_sharegpt4v,
-        source=f"{SHAREGPT4V_FILE} (huggingface.co/datasets/Lin-Chen/ShareGPT4V), and the images of its first 1,000 "
+        source=f"{SHAREGPT4V_FILE} (huggingface.co/datasets/Lin-Chen/ShareGPT4V), and the images for its first 1,000 "
         "records, sam/images/sa_*.jpg (ai.meta.com/datasets/segment-anything, tars 000000 to 000050)",
     ),
     Benchmark(

@@ -1,6 +1,6 @@
-"""Captions in other languages: Flickr30k-CN, COCO-CN, Flickr8k-CN, Crossmodal-3600, XTD10.
+"""Multilingual retrieval benchmarks: Flickr30k-CN, COCO-CN, Flickr8k-CN, Crossmodal-3600 and XTD10.
 
-Each language is evaluated on its own: its captions against the images, in both directions, as in `karpathy_splits`.
+Each language is evaluated separately, in both directions, with the protocol described in `karpathy_splits`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ XTD10_FILES = {
 
 
 def read_chinese_clip(folder: Path) -> CaptionFields:
-    """Read the form of Chinese-CLIP (arXiv 2211.01335).
+    """Read a benchmark in Chinese-CLIP's format (arXiv 2211.01335).
 
-    test_texts.jsonl has {"text_id", "text", "image_ids"}, and test_imgs.tsv has "ID<tab>BASE64".
+    Rows of test_texts.jsonl are {"text_id", "text", "image_ids"}, and lines of test_imgs.tsv are "ID<tab>BASE64".
     """
     texts, images = folder / "test_texts.jsonl", folder / "test_imgs.tsv"
     captions: dict[str, list[str]] = {}
@@ -42,18 +42,18 @@ def read_chinese_clip(folder: Path) -> CaptionFields:
     refs = _read_base64_images(images, set(captions))
     for key in captions:
         if key not in refs:
-            raise DataFormatError(f"{images} has no image {key}, which {texts} names")
+            raise DataFormatError(f"{images} has no image {key}, which is listed in {texts}")
     return {"captions_zh": captioned_records(((refs[key], captions[key]) for key in captions), texts)}
 
 
 def _read_base64_images(file: Path, ids: set[str]) -> dict[str, ImageRef]:
-    """Read the images with these ids from lines of "ID<tab>BASE64"."""
+    """Read the images with the given ids from a file of "ID<tab>BASE64" lines."""
     refs: dict[str, ImageRef] = {}
     with file.open(encoding="ascii") as stream:
         for number, line in enumerate(stream, 1):
             key, tab, data = line.rstrip("\n").partition("\t")
             try:
-                # Files in the standard and in the URL-safe alphabet exist.
+                # Some files use the standard base64 alphabet, and others the URL-safe alphabet.
                 image = base64.b64decode(data.translate(str.maketrans("-_", "+/")), validate=True)
             except binascii.Error as error:
                 raise DataFormatError(f"{file}, line {number}: expected an id, a tab and base64 ({error})") from error
@@ -65,7 +65,7 @@ def _read_base64_images(file: Path, ids: set[str]) -> dict[str, ImageRef]:
 
 
 def _read_flickr30k_cn(folder: Path) -> CaptionFields:
-    """Read 1,000 images with 5,000 captions translated by people (arXiv 1708.04390)."""
+    """Read 1,000 images with 5,000 human-translated captions (arXiv 1708.04390)."""
     if (folder / "test_texts.jsonl").exists():
         return read_chinese_clip(folder)
     image_dir = _image_dir(folder, "flickr30k")
@@ -80,7 +80,7 @@ def _read_flickr30k_cn(folder: Path) -> CaptionFields:
 
 
 def _read_coco_cn(folder: Path) -> CaptionFields:
-    """Read 1,000 images with the 1,053 captions written by people, not the translated ones (arXiv 1805.08661)."""
+    """Read 1,000 images with 1,053 human-written captions, not the translated captions (arXiv 1805.08661)."""
     if (folder / "test_texts.jsonl").exists():
         return read_chinese_clip(folder)
     names = first_existing(folder, "coco-cn_test.txt")
@@ -89,13 +89,12 @@ def _read_coco_cn(folder: Path) -> CaptionFields:
     candidates = [root / split for root in roots for split in ("val2014", "train2014")]
     image_dirs = [candidate for candidate in candidates if candidate.is_dir()]
     if not image_dirs:
-        raise MissingFileError(f"no val2014 or train2014 in {folder}, or in a folder coco beside it")
+        raise MissingFileError(f"no val2014 or train2014 folder in {folder} or in a coco folder next to it")
     return {"captions_zh": read_listed_images(names, captions, image_dirs)}
 
 
 def _read_flickr8k_cn(folder: Path) -> CaptionFields:
-    """Read the test captions written by people, and those translated by people (ICMR 2016,
-    10.1145/2911996.2912049)."""
+    """Read the human-written and the human-translated test captions (ICMR 2016, doi 10.1145/2911996.2912049)."""
     image_dir = _image_dir(folder, "flickr8k")
     data_dir = folder / "data" if (folder / "data").is_dir() else folder
     names = first_existing(data_dir, "flickr8ktest.txt")
@@ -113,15 +112,15 @@ def _read_flickr8k_cn(folder: Path) -> CaptionFields:
 
 
 def _image_dir(folder: Path, dataset: str) -> Path:
-    """Return the folder of Flickr30k's or Flickr8k's images, in the benchmark's folder or in the data set's own."""
+    """Return the Flickr30k or Flickr8k image folder, in the benchmark's folder or in a `dataset` folder next to it."""
     names = IMAGE_FOLDERS[dataset]
     return first_existing(folder, *names, *(f"../{dataset}/{name}" for name in names))
 
 
 def _read_xm3600(folder: Path) -> CaptionFields:
-    """Read 3,600 images with all captions in each of 36 languages (arXiv 2205.12522).
+    """Read 3,600 images with captions in 36 languages (arXiv 2205.12522).
 
-    Some other tools use only the first caption.
+    All captions are used; some other tools use only the first caption in each language.
     """
     file = first_existing(folder, "captions.jsonl", "annotations/captions.jsonl")
     image_dir = first_existing(folder, "images")
@@ -137,9 +136,9 @@ def _read_xm3600(folder: Path) -> CaptionFields:
 
 
 def _read_xtd10(folder: Path) -> CaptionFields:
-    """Read 1,000 images of COCO with one caption in each of 11 languages (arXiv 2012.05107).
+    """Read 1,000 COCO images with one caption in each of 11 languages (arXiv 2012.05107).
 
-    Line i of a caption file belongs to image i.
+    Line i of a caption file is the caption of image i.
     """
     names = read_lines(first_existing(folder, "XTD10/test_image_names.txt", "test_image_names.txt"))
     roots = [root for root in (folder, *(folder.parent / name for name in COCO_FOLDERS)) if root.is_dir()]
@@ -158,7 +157,7 @@ def _read_xtd10(folder: Path) -> CaptionFields:
 
 
 def _read_parallel_captions(file: Path, refs: Sequence[ImageRef]) -> list[Record]:
-    """Read one caption per line, for the images in order. Blank lines count."""
+    """Read one caption per line, in the order of the images. Blank lines are not skipped."""
     captions = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     if len(captions) != len(refs):
         raise DataFormatError(f"{file}: {len(captions)} captions for {len(refs)} images")
@@ -172,17 +171,17 @@ BENCHMARKS = (
         description="1,000 images, 5,000 Chinese captions",
         folders=("flickr30k-cn", "Flickr30k-CN", "flickr30k_cn"),
         read=_read_flickr30k_cn,
-        source="test_texts.jsonl and test_imgs.tsv (Flickr30k-CN.zip of github.com/OFA-Sys/Chinese-CLIP), or "
+        source="test_texts.jsonl and test_imgs.tsv (Flickr30k-CN.zip from github.com/OFA-Sys/Chinese-CLIP), or "
         "flickr30kzhmbosontest/ (github.com/li-xirong/cross-lingual-cap) and Flickr30k's images",
     ),
     Benchmark(
         name="coco-cn",
         kind="retrieval",
-        description="1,000 images, 1,053 Chinese captions written by people",
+        description="1,000 images, 1,053 human-written Chinese captions",
         folders=("coco-cn", "COCO-CN", "coco_cn"),
         read=_read_coco_cn,
         source="coco-cn-version1805v1.1.tar.gz (github.com/li-xirong/coco-cn) and COCO's val2014/ and train2014/; or "
-        "the form of Chinese-CLIP",
+        "files in Chinese-CLIP's format",
     ),
     Benchmark(
         name="flickr8k-cn",
@@ -190,7 +189,7 @@ BENCHMARKS = (
         description="1,000 images, 5,000 Chinese captions and 5,000 translated ones",
         folders=("flickr8k-cn", "flickr8kcn", "Flickr8k-CN"),
         read=_read_flickr8k_cn,
-        source="data/ of github.com/li-xirong/flickr8kcn, and Flickr8k's images",
+        source="data/ (github.com/li-xirong/flickr8kcn) and Flickr8k's images",
     ),
     Benchmark(
         name="xm3600",

@@ -1,4 +1,4 @@
-"""Tables, plots and example images that compare models with each other and with published results."""
+"""Report sections that compare models with each other and with published results: tables, plots and example images."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from llm2clip.evaluate.reporting.error_analysis import MAX_K, ErrorAnalysis
 from llm2clip.html_report import Block, Heading, Paragraph, Plot, Table
 
 DIRECTIONS = ("I2T", "T2I")
-REFERENCE_MODELS = ("Llama3-8B-CC", "EVA02 + LLM2CLIP")  # published models whose difference is shown
+REFERENCE_MODELS = ("Llama3-8B-CC", "EVA02 + LLM2CLIP")  # published models that the evaluated model is compared with
 
 
 @dataclass
 class ModelResult:
-    """Result of one model on one benchmark.
+    """Result of a model on a benchmark, for the report.
 
     Args:
-        model: Display name.
-        summary: See `BenchmarkResult`.
-        error_analysis: Error analysis of each caption field.
+        model: Display name of the model.
+        summary: Results as in `BenchmarkResult.summary`.
+        error_analysis: Error analysis for each caption field.
     """
 
     model: str
@@ -33,7 +33,7 @@ class ModelResult:
 
 
 def benchmark_blocks(benchmark: Benchmark, results: Sequence[ModelResult]) -> list[Block]:
-    """Return a benchmark's section of the report, with the models in the given order."""
+    """Return the report section for a benchmark, with the models in the order of `results`."""
     blocks: list[Block] = [Heading(f"{benchmark.name}: {benchmark.description}")]
     if benchmark.kind != "retrieval":
         return [*blocks, metrics_table(results)]
@@ -51,11 +51,11 @@ def benchmark_blocks(benchmark: Benchmark, results: Sequence[ModelResult]) -> li
 
 
 def caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
-    """Return the caption retrieval section: CRA next to published results on COCO (5,000 images), and mistakes.
+    """Return the caption retrieval section: CRA, published CRA on COCO (5,000 images) for comparison, and mistakes.
 
     Args:
         name: Display name of the text encoder.
-        metrics: See `caption_retrieval_accuracy`.
+        metrics: Result of `caption_retrieval_accuracy`.
     """
     low, high = metrics["CRA interval"]
     rows: list[list[Any]] = [[f"paper: {model}, COCO", cra, None, 5000] for model, cra in CRA.items()]
@@ -76,7 +76,7 @@ def caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
             f"{metrics['negative cosine']:.3f} for captions of different images."
         ),
         Paragraph(
-            f"Images excluded because they have fewer than two different captions: {metrics['excluded']:,}. Captions "
+            f"Images excluded because they have fewer than two distinct captions: {metrics['excluded']:,}. Captions "
             f"truncated to the encoder's maximum length: {truncated}."
         ),
     ]
@@ -90,13 +90,13 @@ def caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
 
 
 def recall_table(results: Mapping[str, dict[str, Any]], published: Mapping[str, tuple[float | None, ...]]) -> Table:
-    """Return a table of published results, chance, and each model with its confidence intervals and differences.
+    """Return a recall table with rows for published results, chance and each model, with confidence intervals.
 
-    The last rows are the differences between the first model and the other ones.
+    The last rows are the differences between the first model and each other model.
 
     Args:
-        results: Model to its row, see `caption_field_metrics`.
-        published: Model to published recalls, see `published_rows`.
+        results: Metrics for each model, as in a row of `caption_field_metrics`.
+        published: Published recalls for each model, see `published_rows`.
     """
     header = [""]
     for direction in DIRECTIONS:
@@ -133,10 +133,10 @@ def recall_table(results: Mapping[str, dict[str, Any]], published: Mapping[str, 
 
 
 def error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[Block]:
-    """Return plots of all models, and the similarity matrix and example images of the first one.
+    """Return recall plots for all models, and the similarity matrix and example images for the first model.
 
     Args:
-        analyses: Model to its error analysis.
+        analyses: Error analysis of each model, keyed by model name.
     """
     name, first = next(iter(analyses.items()))
     blocks: list[Block] = [_recall_curve_plot(analyses)]
@@ -145,12 +145,10 @@ def error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[Block]:
     matrix = plots.plot_matrix(first.similarity, "images", "their first captions")
     blocks.append(Plot(matrix, f"Cosine similarities of {name}: matching pairs are on the diagonal."))
     if first.examples:
-        text = (
-            f"Captions evenly spaced over the data, with the images that {name} retrieves. The correct one is marked."
-        )
+        text = f"Captions sampled at regular intervals, with the images retrieved by {name}. Correct images are marked."
         blocks += [Heading("Examples", 3), Paragraph(text), *first.examples]
     if first.failures:
-        text = "Captions whose correct image has the worst rank."
+        text = "Captions whose correct images rank lowest."
         blocks += [Heading("Worst failures", 3), Paragraph(text), *first.failures]
     return blocks
 
@@ -161,7 +159,7 @@ def _recall_curve_plot(analyses: Mapping[str, ErrorAnalysis]) -> Plot:
         for direction in DIRECTIONS:
             curves[f"{name} {direction}"] = analysis.curves[direction]
     svg = plots.plot_curves(curves, range(1, MAX_K + 1), "k", "R@k, %", log_x=True)
-    return Plot(svg, "Recall among the top k.")
+    return Plot(svg, "Recall at k (R@k) for increasing k.")
 
 
 def _length_plot(analyses: Mapping[str, ErrorAnalysis]) -> Plot:
@@ -182,7 +180,7 @@ def _length_plot(analyses: Mapping[str, ErrorAnalysis]) -> Plot:
 
 
 def metrics_table(results: Sequence[ModelResult]) -> Table:
-    """Return a table of the metrics of a benchmark that is not a retrieval benchmark."""
+    """Return a metrics table for a benchmark other than plain retrieval."""
     names = list(dict.fromkeys(name for result in results for name in result.summary["metrics"]))
     rows: list[list[Any]] = []
     for result in results:
@@ -194,7 +192,7 @@ def metrics_table(results: Sequence[ModelResult]) -> Table:
 
 
 def format_truncated(truncated: int | None, texts: int) -> str:
-    """Return the fraction of texts that exceed a model's maximum length, as text."""
+    """Format the percentage of texts that exceed a model's maximum length."""
     if truncated is None:
         return "unknown"
     return f"{100 * truncated / max(1, texts):.1f}% of the texts" if truncated else "none"
@@ -207,13 +205,13 @@ def _table_row(
     median_rank: str | None = None,
     truncated: str | None = None,
 ) -> list[Any]:
-    """Return a row of `recall_table`, from R@1, R@5 and R@10 of I2T, then of T2I."""
+    """Return a row for `recall_table`. `recalls` has R@1, R@5 and R@10 for I2T, then for T2I."""
     i2t, t2i = recalls[: len(KS)], recalls[len(KS) :]
     return [name, i2t[0], intervals[0], *i2t[1:], t2i[0], intervals[1], *t2i[1:], median_rank, truncated]
 
 
 def _both_recalls(row: dict[str, Any], suffix: str = "") -> list[float]:
-    """Return R@1, R@5 and R@10 of I2T, then of T2I."""
+    """Return R@1, R@5 and R@10 for I2T, then for T2I."""
     return [value for direction in DIRECTIONS for value in _recalls(row[direction + suffix])]
 
 

@@ -1,4 +1,4 @@
-"""Details behind a recall: by k, by caption length, and the images that single captions retrieve."""
+"""Error analysis for retrieval: recall by k, recall by caption length, and example captions with retrieved images."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from llm2clip.evaluate.recall import recall_intervals
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks
 from llm2clip.html_report import ResultImage, ResultImages
 
-MAX_K = 50  # of the recall curve
+MAX_K = 50  # largest k in the recall curve
 THUMBNAIL_SIDE = 280  # pixels
-TOP_IMAGES = 5  # images shown per query
+TOP_IMAGES = 5  # number of images shown per query
 
 
 @dataclass
 class ErrorAnalysis:
-    """Error analysis of one model on one caption field.
+    """Error analysis of a model on a caption field.
 
     Args:
         curves: R@1 to R@50 in percent, for "I2T" and "T2I".
         length_unit: Unit of caption lengths: "words", or "characters" for languages without spaces.
-        length_bins: Ranges of lengths, first and last.
-        recall_by_length: T2I R@1 of the captions in each bin, with the limits of its confidence interval.
-        similarity: Cosines of some images (columns) and the first caption of each (rows).
-        examples: Captions evenly spaced over the data, with the images that they retrieve.
-        failures: Captions whose image has the worst rank, with the images that they retrieve.
+        length_bins: Ranges of caption lengths, as (shortest, longest).
+        recall_by_length: T2I R@1 in percent for the captions in each bin, with the bounds of its confidence interval.
+        similarity: Cosine similarities between some images (columns) and their first captions (rows).
+        examples: Captions sampled at regular intervals from the data, with the images they retrieve.
+        failures: Captions whose correct images rank lowest, with the images they retrieve.
     """
 
     curves: dict[str, list[float]]
@@ -42,12 +42,12 @@ class ErrorAnalysis:
 
 
 def analyze_errors(ranks: RetrievalRanks, num_queries: int = 6, matrix_size: int = 20) -> ErrorAnalysis:
-    """Return the error analysis of one caption field.
+    """Analyse the retrieval errors for a caption field.
 
     Args:
-        ranks: Ranks and embeddings.
-        num_queries: Number of examples and of failures, which are shown with images.
-        matrix_size: Number of images in the similarity matrix.
+        ranks: Ranks and embeddings for the caption field.
+        num_queries: Number of examples, and of failures, to show with images.
+        matrix_size: Maximum number of images in the similarity matrix.
     """
     captions = ranks.captions
     unit, lengths = caption_lengths(captions)
@@ -75,9 +75,9 @@ def recall_curve(ranks: Tensor) -> list[float]:
 
 
 def caption_lengths(captions: Sequence[str]) -> tuple[str, list[int]]:
-    """Return the unit and the lengths of captions.
+    """Return the unit of length and the length of each caption.
 
-    The unit is words, or characters if most captions have no spaces between words (Chinese, Japanese).
+    The unit is words, or characters if most captions have no spaces between words (as in Chinese or Japanese).
     """
     words = [len(caption.split()) for caption in captions]
     characters = [len(caption) for caption in captions]
@@ -88,9 +88,9 @@ def caption_lengths(captions: Sequence[str]) -> tuple[str, list[int]]:
 
 
 def length_bins(lengths: Sequence[int], max_bins: int = 6, min_captions: int = 20) -> list[tuple[int, int]]:
-    """Return ranges of lengths (first, last) with about as many captions each.
+    """Return length ranges (shortest, longest), each with about the same number of captions.
 
-    There are at most `max_bins`, each with at least `min_captions` captions if there are enough.
+    There are at most `max_bins` ranges. Each range has at least `min_captions` captions, if there are that many.
     """
     ordered = torch.tensor(sorted(lengths))
     num_bins = max(1, min(max_bins, len(ordered) // min_captions))
@@ -109,7 +109,7 @@ def length_bins(lengths: Sequence[int], max_bins: int = 6, min_captions: int = 2
 def recall_by_length(
     ranks: RetrievalRanks, lengths: Sequence[int], bins: Sequence[tuple[int, int]]
 ) -> list[tuple[float, float, float]]:
-    """Return T2I R@1 of the captions in each bin, with the limits of its confidence interval."""
+    """Return T2I R@1 in percent for the captions in each bin, with the bounds of its confidence interval."""
     length = torch.tensor(lengths)
     recalls = []
     for first, last in bins:
@@ -121,7 +121,7 @@ def recall_by_length(
 
 
 def worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
-    """Return the captions whose image has the worst rank, at most one caption per image, without hits."""
+    """Return the captions whose correct images rank lowest, at most one caption per image. Hits are excluded."""
     caption_of_image: dict[int, int] = {}
     for text in ranks.text_ranks.argsort(descending=True, stable=True).tolist():
         if len(caption_of_image) == count or ranks.text_ranks[text] == 0:
@@ -131,7 +131,7 @@ def worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
 
 
 def retrieved_images(ranks: RetrievalRanks, text: int) -> ResultImages:
-    """Return the top images of a caption, followed by the correct image if it is not among them."""
+    """Return the top images for a caption. If the correct image is not among the top images, it is appended."""
     correct_image, correct_rank = int(ranks.image_of_text[text]), int(ranks.text_ranks[text])
     scores = ranks.images @ ranks.texts[text]
     top_images = scores.topk(min(TOP_IMAGES, len(scores))).indices.tolist()

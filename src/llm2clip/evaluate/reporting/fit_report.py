@@ -1,4 +1,4 @@
-"""The report of a `fit` run, report.md and report.html: metrics before and after each stage, and the losses."""
+"""Report for a `fit` run (report.md and report.html): metrics before and after each stage, and loss curves."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def write_fit_report(
     """Write `folder/report.md` and `folder/report.html`, and return their paths.
 
     Args:
-        folder: Run directory, with `model/`.
+        folder: Run directory, which contains `model/`.
         command: Command line of the run.
-        data: A line about the training data and the held-out data.
-        cra: Results of `caption_retrieval_accuracy` before and after tuning; None if it was not measured.
+        data: One-line description of the training and held-out data.
+        cra: Results of `caption_retrieval_accuracy` before and after tuning, or None if CRA was not measured.
         untrained, trained: Results of `evaluate_caption_fields` before and after alignment.
-        curves: Rows of metrics.jsonl of each stage.
+        curves: Rows of metrics.jsonl for each stage.
     """
     blocks: list[Block] = [
         Code(command),
@@ -59,13 +59,13 @@ def write_fit_report(
 
 
 def cra_table(raw: dict[str, Any], tuned: dict[str, Any]) -> Table:
-    """Return a table of CRA before and after tuning, with the chance level."""
+    """Return a table with the chance level of CRA, and CRA before and after tuning."""
     rows = [["chance", raw["chance"]], ["raw", raw["CRA"]], ["tuned", tuned["CRA"]]]
     return Table([f"caption encoder ({raw['images']:,} images)", "CRA top-1, %"], rows, frozenset([2]))
 
 
 def retrieval_table(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> Table:
-    """Return a table of chance, untrained and trained recall for each caption field."""
+    """Return a table with chance, untrained and trained recall for each caption field."""
     columns = [(direction, f"R@{k}") for direction in ("I2T", "T2I") for k in KS]
     rows: list[list[Any]] = []
     for before, after in zip(untrained, trained, strict=True):
@@ -78,7 +78,7 @@ def retrieval_table(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[
 
 
 def loss_plot(stage: str, rows: Sequence[dict[str, Any]]) -> Plot:
-    """Return a plot of the loss at each step of a stage, and of its moving average over a twentieth of the steps."""
+    """Plot a stage's loss at each step, and the moving average over about 5% of the steps."""
     losses = [row["loss"] for row in rows]
     window = max(1, len(losses) // 20) + 1
     averages = []
@@ -86,4 +86,6 @@ def loss_plot(stage: str, rows: Sequence[dict[str, Any]]) -> Plot:
         recent = losses[max(0, n + 1 - window) : n + 1]
         averages.append(sum(recent) / len(recent))
     curves = {"each step": losses, f"mean of {window} steps": averages}
-    return Plot(plots.plot_curves(curves, [row["step"] for row in rows], "step", "loss"), f"Loss of {stage}.")
+    return Plot(
+        plots.plot_curves(curves, [row["step"] for row in rows], "step", "loss"), f"Training loss during {stage}."
+    )

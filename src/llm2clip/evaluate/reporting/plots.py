@@ -1,4 +1,4 @@
-"""SVG plots for reports, with a transparent background and grey text that suits light and dark pages."""
+"""SVG plots for reports. The background is transparent and the text grey, so plots suit light and dark pages."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def plot_curves(
     tick_labels: Sequence[str] | None = None,
     log_x: bool = False,
 ) -> str:
-    """Plot curves over common x values, and return the SVG.
+    """Plot curves that share their x values, and return the SVG.
 
     Args:
-        curves: Name to y values.
-        x: x values.
-        xlabel, ylabel: Labels of the axes.
-        bands: Name to the interval (low, high) at each x value.
-        tick_labels: Labels of the x values, instead of numbers.
+        curves: y values of each curve, keyed by curve name.
+        x: x values shared by all curves.
+        xlabel, ylabel: Axis labels.
+        bands: Interval (low, high) at each x value, keyed by curve name.
+        tick_labels: Tick labels for the x values. Default: the values.
         log_x: Use a logarithmic x axis.
     """
     figure, axes = new_axes(6.6, 3.6)
@@ -52,11 +52,11 @@ def plot_curves(
 
 
 def plot_intervals(intervals: Mapping[str, tuple[float, float, float]], xlabel: str) -> str:
-    """Plot values with their intervals, one per line, and return the SVG.
+    """Plot values with horizontal intervals, one value per line, and return the SVG.
 
     Args:
-        intervals: Name to (value, low, high), from top to bottom.
-        xlabel: Label of the x axis.
+        intervals: (value, low, high) for each name, from top to bottom.
+        xlabel: Label for the x axis.
     """
     figure, axes = new_axes(7.5, 0.5 + 0.36 * len(intervals))
     for n, (value, low, high) in enumerate(intervals.values()):
@@ -69,7 +69,7 @@ def plot_intervals(intervals: Mapping[str, tuple[float, float, float]], xlabel: 
 
 
 def plot_matrix(scores: Tensor, xlabel: str, ylabel: str) -> str:
-    """Plot a matrix (rows, columns) as a heat map, dark for high values, and return the SVG."""
+    """Plot a matrix as a heat map, in which high values are dark, and return the SVG."""
     figure, axes = new_axes(4.2, 3.8)
     image = axes.imshow(scores.numpy(), cmap="magma_r", interpolation="nearest")
     axes.grid(False)
@@ -83,7 +83,7 @@ def plot_matrix(scores: Tensor, xlabel: str, ylabel: str) -> str:
 
 
 def new_axes(width: float, height: float) -> tuple[Any, Any]:
-    """Return a figure of this size in inches, and its axes."""
+    """Create a figure, with `width` and `height` in inches, and return the figure and its axes."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -104,7 +104,7 @@ def new_axes(width: float, height: float) -> tuple[Any, Any]:
 
 
 def to_svg(figure: Any) -> str:
-    """Return a figure as SVG. The same figure always gives the same text."""
+    """Return a figure as SVG text. Identical figures yield identical text."""
     import matplotlib
 
     stream = io.StringIO()
