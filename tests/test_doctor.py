@@ -22,8 +22,8 @@ def test_doctor_passes_on_a_working_machine(capsys: pytest.CaptureFixture[str], 
 
 def test_version_problem_names_missing_and_unsupported_packages() -> None:
     assert doctor.version_problem(Requirement("torch>=2.6")) is None
-    assert doctor.version_problem(Requirement("torch<2")) == f"torch {metadata.version('torch')} is not <2"
-    assert doctor.version_problem(Requirement("no-such-package>=1")) == "no-such-package is missing"
+    assert doctor.version_problem(Requirement("torch<2")) == f"torch {metadata.version('torch')} does not satisfy <2"
+    assert doctor.version_problem(Requirement("no-such-package>=1")) == "no-such-package is not installed"
 
 
 def test_requirements_are_grouped_by_extra() -> None:
@@ -43,8 +43,8 @@ def test_doctor_fails_and_names_a_fix(
     (tmp_path / "file").touch()
     assert main(["doctor", "--offline", "--out", str(tmp_path / "file" / "runs")]) == 1
     error = capsys.readouterr().err
-    assert "is not <2" in error and "pip install -U llm2clip" in error
-    assert "no-such-package is missing" in error and "llm2clip[search]" in error
+    assert "does not satisfy <2" in error and "pip install -U llm2clip" in error
+    assert "no-such-package is not installed" in error and "llm2clip[search]" in error
     assert "another-missing-package" not in error  # extras for developers are not checked
     assert f"{tmp_path / 'file'} is not a writable folder" in error and "2 of" in error
 

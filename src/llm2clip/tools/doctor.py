@@ -1,7 +1,7 @@
-"""`llm2clip doctor`: checks of the machine and the Python environment.
+"""`llm2clip doctor`: check the machine and the Python environment.
 
-Each check has a verdict, what was measured, and how to fix it. "bad" means that `llm2clip fit` would fail; "note" means
-that some features are missing or slow.
+Each check reports a verdict, what was measured, and how to fix a problem. "bad" means that `llm2clip fit` would fail;
+"note" means that some features are missing or slow.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     import torch
 
 Verdict = Literal["ok", "note", "bad"]
-DEVELOPER_EXTRAS = ("dev", "docs", "peers")  # not checked
-MIN_DISK_GB = 5.0  # for the weights, store and checkpoints of a small fit
-MIN_MEMORY_GB = 4.0  # for a small fit
-MIN_SHARED_MEMORY_MB = 64  # a batch of decoded images for each worker
+DEVELOPER_EXTRAS = ("dev", "docs", "peers")  # for development only, so not checked
+MIN_DISK_GB = 5.0  # for the weights, store and checkpoints of a small `fit` run
+MIN_MEMORY_GB = 4.0  # for a small `fit` run
+MIN_SHARED_MEMORY_MB = 64  # one batch of decoded images per worker
 
 
 @dataclass(frozen=True)
 class Check:
-    """Result of a check: what was checked, the verdict, what was measured, and how to fix it."""
+    """Result of one check: its name, the verdict, what was measured, and how to fix a problem."""
 
     name: str
     verdict: Verdict
@@ -61,7 +61,7 @@ def doctor(run_dir: Path, offline: bool = False) -> list[Check]:
 
 
 def format_checks(checks: list[Check]) -> list[str]:
-    """Format the checks as a table, with a summary as the last line."""
+    """Format the checks as a table followed by a summary line."""
     marks = {"ok": "ok  ", "note": "note", "bad": "BAD "}
     width = max(len(check.name) for check in checks)
     lines = []
@@ -75,29 +75,29 @@ def format_checks(checks: list[Check]) -> list[str]:
 
 
 def requirements() -> dict[str, list[Requirement]]:
-    """Return the package's requirements by extra; "" has those of the base install."""
+    """Return the package's requirements for each extra; the key "" holds the requirements of the base install."""
     by_extra: dict[str, list[Requirement]] = {}
     for line in metadata.requires("llm2clip") or []:
         requirement = Requirement(line)
         extra = str(requirement.marker).rpartition("extra == ")[2].strip("\"'") if requirement.marker else ""
-        if requirement.name != "llm2clip":  # extras that combine others
+        if requirement.name != "llm2clip":  # skip extras that only combine other extras
             by_extra.setdefault(extra, []).append(requirement)
     return by_extra
 
 
 def version_problem(requirement: Requirement) -> str | None:
-    """Return what is wrong with the installed version of a package, or None."""
+    """Describe the problem with the installed version of a package, or return None if there is no problem."""
     try:
         version = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
-        return f"{requirement.name} is missing"
+        return f"{requirement.name} is not installed"
     if not requirement.specifier.contains(version, prereleases=True):
-        return f"{requirement.name} {version} is not {requirement.specifier}"
+        return f"{requirement.name} {version} does not satisfy {requirement.specifier}"
     return None
 
 
 def check_packages() -> Iterator[Check]:
-    """Check the versions of the packages of the base install."""
+    """Check the versions of the packages that the base install requires."""
     versions = f"llm2clip {metadata.version('llm2clip')}, Python {platform.python_version()}"
     problems = _problems(requirements().get("", []))
     if problems:
@@ -121,7 +121,7 @@ def check_extras() -> Iterator[Check]:
 
 
 def check_compute() -> Iterator[Check]:
-    """Check the device, its precision and threads, and a gradient against float64."""
+    """Check the device, its precision, the number of CPU threads, and a gradient computed on the device."""
     import torch
 
     from llm2clip.models.precision import resolve_device_precision
@@ -134,15 +134,15 @@ def check_compute() -> Iterator[Check]:
     else:
         description = f"{device.type}, {torch.get_num_threads()} threads on {os.cpu_count()} logical cores"
     precision = resolve_device_precision("auto", device)
-    fix = "" if precision == "bf16" else "no bf16 hardware: training and encoding use fp32, at about half the speed"
-    yield Check("device", "ok", f"{description}; precision auto is {precision}", fix)
+    fix = "" if precision == "bf16" else "no bf16 support: training and encoding run in fp32, at about half the speed"
+    yield Check("device", "ok", f"{description}; precision auto means {precision}", fix)
 
     if shutil.which("nvidia-smi") and device.type != "cuda":
         yield Check(
             "torch",
             "bad",
-            f"there is an NVIDIA driver, but torch {torch.__version__} sees no GPU",
-            "install the torch build for your driver: pytorch.org/get-started",
+            f"an NVIDIA driver is installed, but torch {torch.__version__} does not find a GPU",
+            "install the torch build that matches your driver: pytorch.org/get-started",
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
@@ -153,7 +153,7 @@ def check_compute() -> Iterator[Check]:
 
 
 def check_gradient(device: torch.device) -> Check:
-    """Compare the gradient of the contrastive loss on the device with a plain float64 version."""
+    """Compare the gradient of the contrastive loss on the device with a plain float64 implementation."""
     import torch
     import torch.nn.functional as F
 
@@ -171,31 +171,31 @@ def check_gradient(device: torch.device) -> Check:
     try:
         info_nce(device_image, text.to(device), 20.0, gather=False).backward()
     except RuntimeError as error:
-        return Check("training", "bad", f"a training step on {device} fails: {error}", "reinstall torch")
+        return Check("training", "bad", f"a training step on {device} failed: {error}", "reinstall torch")
     assert exact_image.grad is not None and device_image.grad is not None
     difference = device_image.grad.cpu().double() - exact_image.grad
     error_ratio = float(difference.norm() / exact_image.grad.norm())
     if not error_ratio < 1e-2:
-        result = f"the gradient on {device} has an error of {error_ratio:.0%}"
+        result = f"the gradient on {device} differs from the float64 gradient by {error_ratio:.0%}"
         return Check("training", "bad", result, "reinstall torch for this device")
-    return Check("training", "ok", f"the gradient on {device} equals float64's, error {error_ratio:.0e}")
+    return Check("training", "ok", f"the gradient on {device} matches the float64 gradient (error {error_ratio:.0e})")
 
 
 def check_memory() -> Iterator[Check]:
-    """Check free memory, and the shared memory that data workers use."""
+    """Check the free memory and the shared memory for data loading workers."""
     import psutil
 
     memory = psutil.virtual_memory()
     free = memory.available / 1e9
     is_enough = free >= MIN_MEMORY_GB
     fix = "" if is_enough else "reduce --align.batch_size, --tune.batch_size and --embed.batch_tokens"
-    yield Check("memory", "ok" if is_enough else "note", f"{free:.1f} GB free of {memory.total / 1e9:.1f}", fix)
+    yield Check("memory", "ok" if is_enough else "note", f"{free:.1f} of {memory.total / 1e9:.1f} GB free", fix)
 
     shared = Path("/dev/shm")
     if shared.is_dir():
         free = shutil.disk_usage(shared).free / 1e6
         if free < MIN_SHARED_MEMORY_MB:
-            fix = "set --align.workers 0, or give the container more: docker run --shm-size 2g"
+            fix = "set --align.workers 0, or give the container more shared memory: docker run --shm-size 2g"
             yield Check("shared memory", "note", f"{free:.0f} MB free in {shared}", fix)
         else:
             yield Check("shared memory", "ok", f"{free:,.0f} MB free in {shared}")
@@ -209,10 +209,10 @@ def check_disks(run_dir: Path) -> Iterator[Check]:
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         free = shutil.disk_usage(existing).free / 1e9
         if not existing.is_dir() or not os.access(existing, os.W_OK):
-            fix = "choose another with --out" if name == "runs" else "choose another with LLM2CLIP_CACHE"
+            fix = "choose another folder with --out" if name == "runs" else "choose another folder with LLM2CLIP_CACHE"
             yield Check(name, "bad", f"{existing} is not a writable folder", fix)
         elif free < MIN_DISK_GB:
-            fix = "free some space for weights, a store and checkpoints"
+            fix = "free up disk space for the weights, store and checkpoints"
             yield Check(name, "note", f"{free:.1f} GB free at {existing}", fix)
         else:
             yield Check(name, "ok", f"{free:,.0f} GB free at {existing}")
@@ -223,17 +223,17 @@ def check_hub() -> Iterator[Check]:
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
-        yield Check("hub", "note", "HF_HUB_OFFLINE is set", "models given by hub id must be in the local cache")
+        yield Check("hub", "note", "HF_HUB_OFFLINE is set", "models with hub ids must already be in the local cache")
         return
     try:
         urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=5).close()
     except urllib.error.HTTPError as error:
-        yield Check("hub", "ok", f"{ENDPOINT} answers (HTTP {error.code})")
+        yield Check("hub", "ok", f"{ENDPOINT} is reachable (HTTP {error.code})")
     except (OSError, ValueError, http.client.HTTPException) as error:
-        fix = "use local folders or our names (smollm2-135m, ...), or set HF_ENDPOINT to a mirror"
-        yield Check("hub", "note", f"{ENDPOINT} does not answer: {error}", fix)
+        fix = "use local folders or built-in model names (smollm2-135m, ...), or set HF_ENDPOINT to a mirror"
+        yield Check("hub", "note", f"{ENDPOINT} did not respond: {error}", fix)
     else:
-        yield Check("hub", "ok", f"{ENDPOINT} answers")
+        yield Check("hub", "ok", f"{ENDPOINT} is reachable")
 
 
 def _problems(packages: list[Requirement]) -> list[str]:

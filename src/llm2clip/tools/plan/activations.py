@@ -1,7 +1,7 @@
-"""Bytes that autograd saves in a forward pass for the backward pass, counted with fake tensors.
+"""Count the bytes of activations that autograd saves for the backward pass, using fake tensors.
 
-Fake tensors run the model's own code without allocating memory. They pretend to be on a CPU, whose attention kernels
-save as little as those of a GPU, and where autocast lowers the precision as on a GPU.
+Fake tensors run the model's own code without allocating memory. They are placed on a fake CPU, because CPU
+attention kernels save as little as GPU kernels, and CPU autocast lowers the precision as on a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llm2clip.train.optim import set_trainable
 
 
 class SavedTensorBytes:
-    """Counter of the bytes that autograd saves within `hooks`: each storage once, weights excluded."""
+    """Counter for the bytes that autograd saves within `hooks`. Each storage is counted once; weights are excluded."""
 
     def __init__(self, *modules: nn.Module) -> None:
         weights = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
@@ -45,7 +45,7 @@ class SavedTensorBytes:
 
 
 def saved_by_llm(config: Any, tune: TuneConfig, precision: str, num_layers: int) -> tuple[float, float]:
-    """Return bytes per token that autograd saves, and of the layer inputs, for an LLM with `num_layers` layers."""
+    """Return the bytes per token of saved activations and of layer inputs, for an LLM with `num_layers` layers."""
     short_config = type(config).from_dict(config.to_dict())
     short_config.num_hidden_layers, short_config.is_causal = num_layers, False
     if getattr(short_config, "layer_types", None):
@@ -56,7 +56,7 @@ def saved_by_llm(config: Any, tune: TuneConfig, precision: str, num_layers: int)
     if tune.lora_r:
         lora = LoraConfig(r=tune.lora_r, lora_dropout=tune.lora_dropout, target_modules="all-linear")
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft calls a deprecated name of transformers
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated transformers API
             net = get_peft_model(llm, lora)
         cast_frozen_linear(net, DTYPES[precision])
 
@@ -67,19 +67,19 @@ def saved_by_llm(config: Any, tune: TuneConfig, precision: str, num_layers: int)
         for tokens in (128, 256):
             saved = SavedTensorBytes(net)
             with saved.hooks:
-                output = net(input_ids=torch.zeros(1, tokens, dtype=torch.long))  # must live until it is counted
+                output = net(input_ids=torch.zeros(1, tokens, dtype=torch.long))  # kept alive until counted
             saved_bytes.append(saved.bytes)
             del output
-    # The difference excludes what does not grow with the tokens: half-precision copies of trained weights.
+    # The difference excludes half-precision copies of trained weights, which do not grow with the number of tokens.
     return (saved_bytes[1] - saved_bytes[0]) / 128, sum(input_sizes.values()) / 256
 
 
 def saved_by_align_model(config: AlignConfig, text_dim: int, captions: int) -> list[tuple[float, float, float]]:
-    """Count saved bytes for one image and for two, with their captions.
+    """Count the bytes that autograd saves at batch sizes 1 and 2, with `captions` captions per image.
 
     Returns:
-        For one and two images: bytes that autograd saves; bytes for one tower layer, as if the tower were trained;
-        bytes of the inputs of all tower layers.
+        For each batch size: bytes saved by the model; bytes saved by one tower layer, as if the tower were trained;
+        and bytes of the inputs to all tower layers.
     """
     model = build_model(config, text_dim)
     with torch.device("meta"):
@@ -97,7 +97,7 @@ def saved_by_align_model(config: AlignConfig, text_dim: int, captions: int) -> l
                 inputs["pixels"] = pixels
             saved = SavedTensorBytes(model)
             with saved.hooks:
-                output = model(**inputs)  # must live until it is counted
+                output = model(**inputs)  # kept alive until counted
             total, input_sizes = saved.bytes, _record_input_sizes(layers)
             del output
             saved = SavedTensorBytes(model)
@@ -111,7 +111,7 @@ def saved_by_align_model(config: AlignConfig, text_dim: int, captions: int) -> l
 
 @contextmanager
 def requires_grad_as(module: nn.Module, value: bool) -> Iterator[None]:
-    """Set `requires_grad` of all parameters within the block."""
+    """Temporarily set `requires_grad` of all parameters to `value`."""
     before = [p.requires_grad for p in module.parameters()]
     module.requires_grad_(value)
     try:
@@ -122,7 +122,7 @@ def requires_grad_as(module: nn.Module, value: bool) -> Iterator[None]:
 
 
 def _record_input_sizes(layers: Any) -> dict[int, int]:
-    """Return a dict that the next forward pass fills with the bytes of each layer's input."""
+    """Return a dict that the next forward pass fills with the size of each layer's input, in bytes."""
     sizes: dict[int, int] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -137,5 +137,5 @@ def _record_input_sizes(layers: Any) -> dict[int, int]:
 
 
 def _autocast(precision: str) -> torch.autocast:
-    """Autocast of the CPU that fake tensors pretend to be on. It has bf16, which takes the same bytes as fp16."""
+    """Return CPU autocast for the fake tensors. bf16 also stands in for fp16, which has the same size."""
     return torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")

@@ -1,4 +1,4 @@
-"""Peak throughput and memory of accelerators, from the data sheets of their makers."""
+"""Peak throughput and memory of accelerators, from the manufacturers' data sheets."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator.
+    """Specifications of an accelerator.
 
     Attributes:
-        name: name on the command line.
-        half: dense 10^12 FLOP/s of matmuls in bf16 with fp32 accumulation; in fp16 if `bf16` is False.
-        full: 10^12 FLOP/s in fp32 without tensor cores, which is PyTorch's default.
-        memory: GB (10^9 bytes). Makers mean 2^30, which leaves 7% for the driver.
-        bf16: whether the hardware multiplies bf16.
+        name: device name on the command line.
+        half: dense matmul throughput in bf16 with fp32 accumulation, in 10^12 FLOP/s; in fp16 if `bf16` is False.
+        full: throughput in fp32 without tensor cores (PyTorch's default), in 10^12 FLOP/s.
+        memory: memory in GB (10^9 bytes). Manufacturers count in units of 2^30 bytes; the extra 7% is left for the
+            driver.
+        bf16: whether the hardware supports bf16 matmuls.
     """
 
     name: str
@@ -25,15 +26,15 @@ class Device:
     bf16: bool = True
 
     def precision(self, setting: str) -> str:
-        """Return fp32, bf16 or fp16 for a precision setting; bf16+N counts as bf16.
+        """Convert a precision setting to fp32, bf16 or fp16; bf16+N becomes bf16.
 
         Raises:
-            ValueError: bf16 on hardware without it.
+            ValueError: if the setting is bf16 and the hardware does not support bf16.
         """
         if setting == "auto":
             return "bf16" if self.bf16 else "fp32"
         if setting.startswith("bf16") and not self.bf16:
-            raise ValueError(f"{self.name} has no bf16: use fp16, fp32 or auto")
+            raise ValueError(f"{self.name} does not support bf16: use fp16, fp32 or auto")
         return setting.partition("+")[0]
 
     def rate(self, setting: str) -> float:
@@ -56,7 +57,7 @@ DEVICES = {
         Device("rtx4090", 165.2, 82.6, 24),
         # NVIDIA L4 data sheet: 242 with sparsity.
         Device("l4", 121, 30.3, 24),
-        # NVIDIA T4 data sheet: fp16; it has no bf16.
+        # NVIDIA T4 data sheet: fp16; the T4 does not support bf16.
         Device("t4", 65, 8.1, 16, bf16=False),
     )
 }
@@ -64,23 +65,23 @@ DEVICES = {
 
 @dataclass
 class Machine:
-    """The machine that a plan is for."""
+    """Devices that a plan is for."""
 
     device: str
-    """h100, h200, a100-80, a100-40, l40s, rtx4090, l4, t4; or any name, together with --tflops and --memory."""
+    """h100, h200, a100-80, a100-40, l40s, rtx4090, l4 or t4; or any other name, together with --tflops and --memory."""
     count: int = 1
-    """Number of devices, with one process each."""
+    """Number of devices; one process runs on each."""
     mfu: float = 0.4
     """Model FLOPs utilisation: assumed fraction of the peak throughput."""
     tflops: float | None = None
-    """Peak 10^12 FLOP/s of the device in the precision of the config. Default: from the table of devices."""
+    """Peak throughput of the device in the config's precision, in 10^12 FLOP/s. Default: from the data sheet."""
     memory: float | None = None
-    """GB of memory per device. Default: from the table of devices."""
+    """Memory per device in GB. Default: from the data sheet."""
     use_fsdp: bool = False
-    """Shard the weights over the devices (FSDP2)."""
+    """Shard the weights across the devices (FSDP2)."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for an unknown device without numbers, and for values out of range."""
+        """Raise ValueError if a value is out of range, or if an unknown device has no --tflops or --memory."""
         for name in ("count", "mfu", "tflops", "memory"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -89,13 +90,13 @@ class Machine:
             raise ValueError(f"--mfu must be at most 1 (got {self.mfu})")
         if self.device.lower() not in DEVICES and (self.tflops is None or self.memory is None):
             raise ValueError(
-                f"--device must be one of {', '.join(DEVICES)} (got {self.device}), or give --tflops (10^12 FLOP/s) "
-                "and --memory (GB)"
+                f"--device must be one of {', '.join(DEVICES)} (got {self.device}); for other devices, set --tflops "
+                "(10^12 FLOP/s) and --memory (GB)"
             )
 
     @property
     def each(self) -> Device:
-        """One of the devices: from the table, with --tflops and --memory in place of its numbers."""
+        """Specifications of each device, with --tflops and --memory overriding the values in the table."""
         device = DEVICES.get(self.device.lower()) or Device(self.device, 0, 0, 0)
         if self.tflops is not None:
             device = dataclasses.replace(device, half=self.tflops, full=self.tflops)
@@ -104,5 +105,5 @@ class Machine:
         return device
 
     def hours(self, flop: float, precision: str) -> float:
-        """Return the hours that all devices together take for `flop` FLOPs."""
+        """Return how many hours `flop` FLOPs take if they are distributed across all devices."""
         return flop / (self.count * self.mfu * self.each.rate(precision)) / 3600

@@ -1,8 +1,9 @@
-"""Costs of one caption and one image: parameters, FLOPs, and the bytes saved for the backward pass.
+"""Cost per caption and per image: parameters, FLOPs, and bytes of activations saved for the backward pass.
 
-A multiplication with its addition is 2 FLOPs; only matmuls and convolutions count, as is usual. The align model is
-built without weights on the meta device and run: FLOPs and saved bytes are counted as they occur. The LLM is a stack of
-equal layers, so its FLOPs are a formula (`TextCosts.forward`), and its saved bytes are counted on two and three layers.
+A multiply-add counts as 2 FLOPs. As usual, only matmuls and convolutions are counted. The align model is built without
+weights on the meta device and executed, which counts FLOPs and saved bytes as they occur. The LLM is a stack of
+identical layers, so its FLOPs follow from a formula (`TextCosts.forward`). Its saved bytes are extrapolated from models
+with two and three layers.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from llm2clip.train.optim import set_trainable
 
 @dataclass(frozen=True)
 class TextCosts:
-    """Costs of the language model and of tuning it.
+    """Costs of running and tuning the language model.
 
     Attributes:
         embed_dim: dimension of the stored embeddings.
-        parameters: all parameters, without a language modelling head.
-        linear: weights of the linear layers inside the transformer layers, which do nearly all the work.
-        largest_linear: the same for the largest transformer layer.
+        parameters: number of parameters, excluding the language modelling head.
+        linear: number of weights in the linear layers of all transformer layers, which account for most FLOPs.
+        largest_linear: number of weights in the linear layers of the largest transformer layer.
         layers: number of transformer layers.
-        attention_dim: number of heads times their dimension.
-        trained: parameters that tune trains.
-        saved_per_token: bytes that autograd saves per token and layer.
-        input_per_token: bytes of a layer's input per token.
-        saved_outside: bytes that autograd saves per token outside the layers.
+        attention_dim: number of attention heads times the dimension per head.
+        trained: number of parameters trained by tune.
+        saved_per_token: bytes of activations that autograd saves per token in each transformer layer.
+        input_per_token: size of a transformer layer's input per token, in bytes.
+        saved_outside: bytes of activations that autograd saves per token outside the transformer layers.
     """
 
     embed_dim: int
@@ -54,41 +55,41 @@ class TextCosts:
     saved_outside: float
 
     def forward(self, tokens: float) -> float:
-        """Return the FLOPs of a forward pass over a caption, template included."""
+        """Return the FLOPs of a forward pass over a caption, including the template."""
         return 2 * self.linear * tokens + self._attention(tokens)
 
     def backward(self, tokens: float, lora: bool) -> float:
-        """Return the FLOPs of the backward pass: gradients of the inputs, and of all weights or those of LoRA."""
+        """Return the FLOPs of the backward pass: gradients of the inputs and of either all weights or only LoRA's."""
         weights = 4 * self.trained * tokens if lora else 2 * self.linear * tokens
         return 2 * self.linear * tokens + 2 * self._attention(tokens) + weights
 
     def step(self, tokens: float, config: TuneConfig) -> float:
-        """Return the FLOPs per caption of a tuning step, with LoRA and repeated forward passes."""
+        """Return the FLOPs per caption in a tuning step, including LoRA and repeated forward passes."""
         lora = config.lora_r > 0
         forward = self.forward(tokens) + (2 * self.trained * tokens if lora else 0)
         num_forwards = 1 + config.gradient_checkpointing + config.grad_cache
         return forward * num_forwards + self.backward(tokens, lora)
 
     def _attention(self, tokens: float) -> float:
-        return 4 * tokens**2 * self.attention_dim * self.layers  # QK^T and PV, each token with each token
+        return 4 * tokens**2 * self.attention_dim * self.layers  # QK^T and PV over all pairs of tokens
 
 
 @dataclass(frozen=True)
 class ImageCosts:
-    """Costs of the align model and of training it.
+    """Costs of running and training the align model.
 
     Attributes:
-        tower, projection, adapter: parameters of each part.
-        trained: parameters that align trains.
-        feature_dim: dimension of the tower's feature.
+        tower, projection, adapter: number of parameters in each component.
+        trained: number of parameters trained by align.
+        feature_dim: dimension of the tower's image features.
         embed_dim: dimension of the shared embedding space.
-        tower_forward: FLOPs of an image through the tower.
-        heads_forward: FLOPs of an image and its captions through projection and adapter.
-        backward: FLOPs of the backward pass for an image and its captions.
-        saved: bytes that autograd saves for an image and its captions.
-        saved_per_layer: the part of `saved` of one tower layer.
-        layer_inputs: bytes of the inputs of all tower layers for an image.
-        copies: bytes of the half-precision copies of the weights that autograd saves.
+        tower_forward: FLOPs of the tower's forward pass for one image.
+        heads_forward: FLOPs of the forward pass through projection and adapter for one image and its captions.
+        backward: FLOPs of the backward pass for one image and its captions.
+        saved: bytes of activations that autograd saves for one image and its captions.
+        saved_per_layer: bytes of activations that autograd saves for one image in each tower layer.
+        layer_inputs: total size of the inputs to all tower layers for one image, in bytes.
+        copies: size of the half-precision weight copies that autograd saves, in bytes.
     """
 
     tower: int
@@ -107,7 +108,7 @@ class ImageCosts:
 
 
 def text_costs(encoder: EncoderConfig, tune: TuneConfig, precision: str) -> TextCosts:
-    """Count the costs of a caption encoder that is tuned in `precision` (fp32, bf16, fp16)."""
+    """Compute the costs of a caption encoder that is tuned in `precision` (fp32, bf16 or fp16)."""
     config = get_llm_config(encoder)
     llm = build_llm(config)
     layers = get_layers(llm)
@@ -133,10 +134,10 @@ def text_costs(encoder: EncoderConfig, tune: TuneConfig, precision: str) -> Text
 
 
 def image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCosts:
-    """Count the costs of the align model with `captions` captions per image and step.
+    """Compute the costs of the align model with `captions` captions per image and step.
 
     Raises:
-        ValueError: settings contradict each other, or the tower is unknown.
+        ValueError: if settings contradict each other, or if the tower is unknown.
     """
     model = build_model(config, text_dim)
     tower = model.tower
@@ -152,7 +153,7 @@ def image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCos
         projection_forward = count_flops(lambda: model(features=features))
 
     def count_with(num_captions: int) -> np.ndarray:
-        """Return FLOPs of the heads and of the backward pass, and saved bytes for one image and for two."""
+        """Return the FLOPs of the heads and of the backward pass, and the bytes saved at batch sizes 1 and 2."""
         texts = torch.zeros(num_captions, text_dim, device="meta")
         with requires_grad_as(model, False):
             heads = projection_forward + count_flops(lambda: model(embeddings=texts))
@@ -161,7 +162,7 @@ def image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCos
         backward = count_flops(lambda: torch.stack(outputs).sum().backward()) if outputs else 0.0
         return np.array([heads, backward, *chain(*saved_by_align_model(config, text_dim, num_captions))])
 
-    # Only whole captions can be run; costs are linear in between.
+    # The model needs a whole number of captions, so costs are interpolated linearly in between.
     lower = max(1, math.floor(captions))
     counts = count_with(lower)
     if captions > lower:
@@ -184,7 +185,7 @@ def image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCos
 
 
 def count_flops(run: Callable[[], Any]) -> float:
-    """Return the FLOPs of the matmuls and convolutions in a call."""
+    """Call `run`, and return the FLOPs of its matmuls and convolutions."""
     mode = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
     with mode:
         run()
@@ -194,8 +195,10 @@ def count_flops(run: Callable[[], Any]) -> float:
 def _convolution_backward(
     grad: Any, _input: Any, weight: Any, _bias: Any, *settings: Any, out_shape: Any = None, **_: Any
 ) -> int:
-    """Count the forward FLOPs once per requested gradient (input, weight). PyTorch's own formula ignores groups, which
-    is many times too much for EfficientNet."""
+    """Return the forward FLOPs times the number of requested gradients (input, weight).
+
+    PyTorch's own formula ignores groups, and therefore overestimates EfficientNet several times over.
+    """
     output_mask = settings[-1]
     return int(2 * math.prod(grad) * math.prod(weight[1:]) * (bool(output_mask[0]) + bool(output_mask[1])))
 

@@ -1,7 +1,7 @@
-"""Memory of each device by part, in bytes: estimated from what the code allocates, not measured.
+"""Estimate the memory per device and component, in bytes, from what the code allocates.
 
-A trained fp32 weight takes 4 bytes, 4 more for its gradient and 8 for AdamW's two moments. With several processes,
-DistributedDataParallel holds the gradients a second time, in its communication buckets.
+A trained fp32 weight takes 4 bytes, plus 4 for its gradient and 8 for AdamW's two moments. With several processes,
+DistributedDataParallel keeps a second copy of the gradients in its communication buckets.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from llm2clip.models.length_batching import GPU_BATCH_TOKENS
 from llm2clip.tools.plan.flops import ImageCosts, TextCosts
 from llm2clip.train.losses import CHUNK
 
-FRAMEWORK_OVERHEAD = 1e9  # CUDA context and PyTorch's libraries on a device
-USABLE_FRACTION = 0.93  # of a device's memory; the rest is lost to fragmentation
-NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # per weight: 4 bits, and a doubly quantised 8-bit scale per 64 weights
-MIN_EMBED_TOKENS = 8192  # smallest batch that `embed` tries on a GPU
+FRAMEWORK_OVERHEAD = 1e9  # CUDA context and PyTorch's libraries, per device
+USABLE_FRACTION = 0.93  # usable fraction of a device's memory; the rest is lost to fragmentation
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # per weight: 4 bits, plus a double-quantised 8-bit scale for every 64 weights
+MIN_EMBED_TOKENS = 8192  # smallest batch that `embed` tries on a GPU, in tokens
 
 
 def bytes_per_value(precision: str) -> int:
-    """Return the bytes of a value in matmuls."""
+    """Return the number of bytes that one value takes in matmuls."""
     return 4 if precision == "fp32" else 2
 
 
 def optimizer_memory(trained: float, count: int, use_fsdp: bool) -> dict[str, float]:
-    """Return the memory of gradients and AdamW for `trained` weights, without the weights themselves."""
+    """Return the bytes for the gradients and AdamW state of `trained` weights, excluding the weights themselves."""
     if use_fsdp:
         return {"gradients": 4 * trained / count, "AdamW": 8 * trained / count}
     return {"gradients": 4 * trained * (2 if count > 1 else 1), "AdamW": 8 * trained}
@@ -32,15 +32,17 @@ def optimizer_memory(trained: float, count: int, use_fsdp: bool) -> dict[str, fl
 def tune_memory(
     text: TextCosts, config: TuneConfig, tokens: float, precision: str, count: int, use_fsdp: bool = False
 ) -> dict[str, float]:
-    """Return bytes by part during tune; `loading` is the peak before training, while the weights load in fp32.
+    """Return the memory per component during tune, in bytes.
+
+    `loading` is the peak before training, while the weights are loaded in fp32.
 
     Args:
         text: costs of the language model.
-        config: settings of the stage.
-        tokens: tokens per caption.
-        precision: fp32, bf16 or fp16.
+        config: settings for the tune stage.
+        tokens: number of tokens per caption.
+        precision: precision of matmuls: fp32, bf16 or fp16.
         count: number of devices.
-        use_fsdp: shard the weights.
+        use_fsdp: shard the weights with FSDP2.
     """
     value_bytes, shards = bytes_per_value(precision), count if use_fsdp else 1
     other_weights = text.parameters - text.linear
@@ -52,7 +54,7 @@ def tune_memory(
         saved = text.layers * text.input_per_token + one_layer
     else:
         saved = text.layers * text.saved_per_token
-    # One more layer for the gradients that flow back through it.
+    # One extra layer accounts for the gradients of the layer that the backward pass is in.
     activations = tokens_per_pass * (saved + one_layer + text.saved_outside)
 
     parts: dict[str, float] = {}
@@ -65,7 +67,7 @@ def tune_memory(
         if value_bytes == 2:
             parts["half-precision copies"] = 2 * (text.largest_linear if use_fsdp else text.linear)
     if use_fsdp:
-        parts["gathered"] = 2 * value_bytes * text.largest_linear  # one layer in use, the next one prefetched
+        parts["gathered"] = 2 * value_bytes * text.largest_linear  # one layer in use and the next layer prefetched
     parts |= optimizer_memory(text.trained, count, use_fsdp)
     parts["activations"] = _transient_memory(activations, text.trained / shards)
     parts["libraries"] = FRAMEWORK_OVERHEAD
@@ -74,7 +76,10 @@ def tune_memory(
 
 
 def embed_memory(text: TextCosts, precision: str) -> dict[str, float]:
-    """Return bytes by part during embed, with the smallest batch that it tries; it uses larger ones if they fit."""
+    """Return the memory per component during embed, in bytes.
+
+    The estimate is for the smallest batch; embed uses larger batches if they fit.
+    """
     parts = {"LLM": 4.0 * text.parameters}
     if precision != "fp32":
         parts["half-precision copies"] = 2.0 * text.linear
@@ -87,15 +92,15 @@ def embed_memory(text: TextCosts, precision: str) -> dict[str, float]:
 def align_memory(
     image: ImageCosts, config: AlignConfig, captions: float, text_dim: int, count: int, use_fsdp: bool = False
 ) -> dict[str, float]:
-    """Return bytes by part during align.
+    """Return the memory per component during align, in bytes.
 
     Args:
-        image: costs of the model.
-        config: settings of the stage; its precision is fp32, bf16 or fp16.
-        captions: captions per image and step.
+        image: costs of the align model.
+        config: settings for the align stage; `config.precision` must be fp32, bf16 or fp16.
+        captions: number of captions used per image in each step.
         text_dim: dimension of the stored embeddings.
         count: number of devices.
-        use_fsdp: shard the weights.
+        use_fsdp: shard the weights with FSDP2.
     """
     parameters, shards = image.tower + image.projection + image.adapter, count if use_fsdp else 1
     micro_batch = min(config.micro_batch_size or config.batch_size, config.batch_size)
@@ -109,7 +114,7 @@ def align_memory(
     if config.precision != "fp32":
         parts["half-precision copies"] = image.copies / shards
     parts["activations"] = _transient_memory(micro_batch * (saved + image.saved_per_layer), image.trained / shards)
-    # Embeddings, gathered embeddings and their gradients; a chunk of logits and two tensors of its size.
+    # Embeddings, gathered embeddings and their gradients; a chunk of logits and two tensors of the same size.
     chunk = min(CHUNK["cuda"], config.batch_size * texts)
     parts["loss"] = 12 * image.embed_dim * (images + texts) + 12 * chunk
     parts["captions"] = 4 * text_dim * micro_batch * captions
@@ -119,16 +124,16 @@ def align_memory(
 
 
 def peak_memory(parts: dict[str, float]) -> float:
-    """Return the peak bytes, during training or while loading."""
+    """Return the peak memory in bytes, which occurs either during training or while loading."""
     training = sum(size for part, size in parts.items() if part != "loading")
     return max(training, parts["loading"])
 
 
 def fits(parts: dict[str, float], memory: float) -> bool:
-    """Return True if a device with `memory` GB has enough."""
+    """Return True if all components fit on a device with `memory` GB."""
     return peak_memory(parts) <= USABLE_FRACTION * memory * 1e9
 
 
 def _transient_memory(activations: float, trained: float) -> float:
-    """Return the larger of the activations and AdamW's step, which copies the weights after they are freed."""
+    """Return the larger of the activations and the weight copies made by AdamW, which exist at different times."""
     return max(activations, 4 * trained)

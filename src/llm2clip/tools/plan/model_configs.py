@@ -1,7 +1,7 @@
-"""Models without weights, for planning; those in the tables here need no network either.
+"""Build models without weights, for planning. Models in the tables below need no network access.
 
-Models are built on PyTorch's meta device, which has shapes but no values. The shape of a language model is that of its
-published config.json. Hub names of vision towers are mapped to the timm model of the same shape.
+Models are built on PyTorch's meta device, where tensors have shapes but no values. The shape of a language model comes
+from its published config.json. Hub names of vision towers are mapped to timm models of the same shape.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SMOLLM2 = _shape("llama", 576, 30, 9, 3, 1536, 49152, tie_word_embeddings=True)
 _GEMMA3 = _shape("gemma3_text", 640, 18, 4, 1, 2048, 262144, head_dim=256)
 _MINILM = _shape("bert", 384, 6, 12, 12, 1536, 30522)
 
-# Lower-case hub id, or a name that `llm2clip` downloads.
+# Configs by lower-case hub id, or by the model name that `llm2clip` uses for downloads.
 LLMS = {
     "meta-llama/meta-llama-3-8b": _LLAMA_8B,
     "meta-llama/meta-llama-3-8b-instruct": _LLAMA_8B,
@@ -64,7 +64,7 @@ LLMS = {
     "sentence-transformers/all-minilm-l6-v2": _MINILM,
 }
 
-# Hub id, or a name that `llm2clip` downloads -> timm model and image size.
+# timm model and image size, by lower-case hub id or by the model name that `llm2clip` uses for downloads.
 TOWERS: dict[str, tuple[str, int]] = {
     "openai/clip-vit-base-patch32": ("vit_base_patch32_clip_quickgelu_224", 224),
     "openai/clip-vit-base-patch16": ("vit_base_patch16_clip_quickgelu_224", 224),
@@ -83,15 +83,16 @@ TOWERS: dict[str, tuple[str, int]] = {
 
 
 def get_llm_config(encoder: EncoderConfig) -> Any:
-    """Return the transformers config of an encoder's language model, with `encoder.layers` layers.
+    """Return the Hugging Face config of an encoder's language model, truncated to `encoder.layers` layers.
 
     Raises:
-        ValueError: the model is neither in the table nor a folder, and the hub cannot be reached.
+        ValueError: if the model is neither in the table nor a folder, and the hub cannot be reached.
     """
     from transformers import AutoConfig
 
     path = encoder.path
-    folder = Path(path) / "text" if (Path(path) / "text/config.json").is_file() else Path(path)  # a model folder
+    # llm2clip models store the LLM in a subfolder.
+    folder = Path(path) / "text" if (Path(path) / "text/config.json").is_file() else Path(path)
     if not folder.exists() and path.lower() in LLMS:
         config = AutoConfig.for_model(**LLMS[path.lower()])
     else:
@@ -103,7 +104,7 @@ def get_llm_config(encoder: EncoderConfig) -> Any:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"--encoder.path {path}: neither a folder with a config.json nor one of {', '.join(LLMS)}, and the hub "
-                f"did not answer: {str(error).splitlines()[0]}"
+                f"did not respond: {str(error).splitlines()[0]}"
             ) from error
     config = getattr(config, "text_config", config)
     if encoder.layers is not None:
@@ -115,7 +116,7 @@ def get_llm_config(encoder: EncoderConfig) -> Any:
 
 
 def build_llm(config: Any) -> Any:
-    """Build the language model of a config on the meta device, without its head."""
+    """Build a language model from its config on the meta device, without the language modelling head."""
     from transformers import AutoModel
 
     with torch.device("meta"):
@@ -126,7 +127,7 @@ def build_tower(align: AlignConfig) -> VisionTower:
     """Build the vision tower on the meta device.
 
     Raises:
-        ValueError: the tower is neither in the table, nor a folder, nor a timm model, and the hub cannot be reached.
+        ValueError: if the tower is not in the table, not a folder and not a timm model, and the hub cannot be reached.
     """
     name, size = TOWERS.get(align.tower.lower().removeprefix("hf:"), (align.tower, None))
     try:
@@ -135,7 +136,7 @@ def build_tower(align: AlignConfig) -> VisionTower:
     except OSError as error:
         raise ValueError(
             f"--align.tower {align.tower}: neither a folder, nor a timm model, nor one of {', '.join(TOWERS)}, and "
-            f"the hub did not answer: {str(error).splitlines()[0]}"
+            f"the hub did not respond: {str(error).splitlines()[0]}"
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""Estimates of what `fit` takes: parameters, FLOPs, memory and hours, by arithmetic.
+"""Estimate the parameters, FLOPs, memory and hours of a `fit` run without running it.
 
-Hours are FLOPs divided by the peak throughput and an assumed utilisation (MFU). 0.4 is good practice for large matmuls;
-small models, small batches and slow image decoding stay below it.
+Hours are FLOPs divided by the peak throughput and an assumed model FLOPs utilisation (MFU). Good implementations reach
+an MFU of 0.4 with large matmuls. Small models, small batches and slow image decoding lower the MFU.
 """
 
 from __future__ import annotations
@@ -18,31 +18,33 @@ from llm2clip.tools.plan.memory import align_memory, embed_memory, fits, peak_me
 
 STAGES = ("tune", "embed", "align")
 
-# Matmuls of image and text embeddings in the loss and its gradient: with one process, and with several.
+# Number of matmuls of image and text embeddings in the loss and its gradient: (one process, several processes).
 LOSS_MATMULS = {"infonce": (4, 5), "sigmoid": (3, 4)}
 
-# Command-line flags, and the memory by part with them.
+# Command-line flags, and the memory per component with these flags, in bytes.
 Suggestion = tuple[str, dict[str, float]]
 
 
 @dataclass
 class Plan:
-    """Estimates of a `fit` run.
+    """Resource estimates for a `fit` run.
 
     Attributes:
-        config, machine, images, captions_per_image, tokens_per_caption: the arguments of `plan_fit`.
-        captions: captions per image and step.
-        parameters: parameters of each part, and those that each stage trains.
-        flop: FLOPs per caption or image, by kind of pass.
-        store: bytes of the embedding store.
-        features: bytes of the tower's cached features; 0 if it is trained.
-        memory: bytes per device, by stage and part.
-        fits: whether the stage fits the device's memory.
-        suggestions: for a stage that does not fit: flags with which it would, and the peak bytes with them.
-        hours: hours of each stage.
-        images_per_second: images to decode per second and device during align.
-        online: the same without a store, with the LLM in every step: "step", FLOPs per image relative to ours; "hours"
-            of embed and align, relative to ours; "weights", bytes of the LLM in half precision.
+        config, machine, images, captions_per_image, tokens_per_caption: arguments of `plan_fit`.
+        captions: number of captions used per image in each align step.
+        parameters: number of parameters in each component, and number of parameters trained by each stage.
+        flop: FLOPs per caption or image, for each kind of pass.
+        store: size of the embedding store, in bytes.
+        features: size of the tower's cached features, in bytes; 0 if the tower is trained.
+        memory: memory per device for each stage and component, in bytes.
+        fits: whether each stage fits into the device's memory.
+        suggestions: for each stage that does not fit, flags that would make it fit, and the resulting peak memory in
+            bytes.
+        hours: duration of each stage, in hours.
+        images_per_second: number of images that each device must decode per second during align.
+        online: costs if the LLM runs in every align step instead of using a store. "step" is the ratio of FLOPs per
+            image, and "hours" the ratio of total embed and align time, both relative to training with a store.
+            "weights" is the size of the LLM in half precision, in bytes.
     """
 
     config: FitConfig
@@ -66,17 +68,17 @@ class Plan:
 def plan_fit(
     config: FitConfig, machine: Machine, images: int, captions_per_image: float, tokens_per_caption: float
 ) -> Plan:
-    """Estimate what `fit` takes.
+    """Estimate the parameters, FLOPs, memory and hours of a `fit` run.
 
     Args:
-        config: settings of all stages.
-        machine: machine to run on.
+        config: settings for all stages.
+        machine: devices that the run would use.
         images: number of training images.
-        captions_per_image: average number of captions per image; no duplicates are assumed.
-        tokens_per_caption: average tokens per caption, template included.
+        captions_per_image: average number of captions per image; all captions are assumed to be distinct.
+        tokens_per_caption: average number of tokens per caption, including the template.
 
     Raises:
-        ValueError: unknown model, or a number that is not positive.
+        ValueError: if a model is unknown, or if a number is not positive.
     """
     data = {"images": images, "captions_per_image": captions_per_image, "tokens_per_caption": tokens_per_caption}
     for name, value in data.items():
@@ -162,7 +164,7 @@ def plan_fit(
 
 
 def _align_flop(image: ImageCosts, config: AlignConfig, captions: float, count: int) -> dict[str, float]:
-    """Return FLOPs per image of an align step: forward and backward, repeated forward passes, loss, and their sum."""
+    """Return the FLOPs per image in an align step: forward and backward, repeated forward passes, loss, and total."""
     tower = 0.0 if config.tower_lr == 0 else image.tower_forward
     forward = tower + image.heads_forward
     recomputes = config.gradient_checkpointing and image.saved > image.layer_inputs > 0
@@ -174,11 +176,11 @@ def _align_flop(image: ImageCosts, config: AlignConfig, captions: float, count: 
     return {"image once": once, "image again": again, "image loss": loss, "step": once + again + loss}
 
 
-# ---- settings that would fit ---------------------------------------------------------------------------------------
+# ---- settings that fit into memory -----------------------------------------------------------------------------------
 
 
 def _select_fitting(candidates: Iterator[Suggestion], device: Device) -> list[tuple[str, float]]:
-    """Return the candidates that fit, without those that change more settings than an earlier one."""
+    """Return the candidates that fit, except those that only add flags to an earlier candidate."""
     selected: list[tuple[str, float]] = []
     for flags, parts in candidates:
         names = _flag_names(flags)
@@ -235,6 +237,6 @@ def _align_candidates(
 
 
 def _flags(stage: str, config: TuneConfig | AlignConfig, change: dict[str, Any]) -> str:
-    """Return the command-line flags of a change, without those that the config has already."""
+    """Return the command-line flags for a change, omitting settings that the config already has."""
     changed = {name: value for name, value in change.items() if getattr(config, name) != value}
     return " ".join(f"--{stage}.{name} {str(value).lower()}" for name, value in changed.items())

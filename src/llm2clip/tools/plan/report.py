@@ -1,4 +1,4 @@
-"""A plan as text tables."""
+"""Format a plan as text tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def format_plan(plan: Plan, width: int = 110) -> str:
 
 
 def _table(*columns: str, right_align: bool = True) -> Table:
-    """Create a table; columns after the first are right-aligned unless they hold words."""
+    """Create a table whose columns after the first are right-aligned, unless `right_align` is False."""
     table = Table(box=None, pad_edge=False)
     for n, name in enumerate(columns):
         table.add_column(name, justify="right" if n and right_align else "left", overflow="fold")
@@ -53,10 +53,10 @@ def _flop(plan: Plan) -> Table:
     caption = f"caption of {plan.tokens_per_caption:g} tokens"
     table.add_row(f"{caption}, forward", _giga(flop["caption forward"]))
     if "tune" in plan.memory:
-        table.add_row(f"{caption}, in a step of tune", _giga(flop["caption tune"]))
+        table.add_row(f"{caption}, in a tuning step", _giga(flop["caption tune"]))
     table.add_row("image through the tower", _giga(flop["tower forward"]))
     captions = "its caption" if plan.captions == 1 else f"its {plan.captions:g} captions"
-    table.add_row(f"image and {captions} in a step of align", _giga(flop["step"]))
+    table.add_row(f"image and {captions} in an align step", _giga(flop["step"]))
     source = ", from cached features" if align.tower_lr == 0 else ""
     table.add_row(f"  forward and backward{source}", _giga(flop["image once"]))
     if flop["image again"]:
@@ -101,16 +101,16 @@ def _hours(plan: Plan) -> Table:
 def _stores(plan: Plan) -> list[str]:
     lines = [f"Embedding store ({plan.config.embed.dtype}): {_bytes(plan.store)} on disk."]
     if plan.features:
-        lines.append(f"Store of the tower's features (float16): {_bytes(plan.features)} on disk.")
+        lines.append(f"Cached tower features (float16): {_bytes(plan.features)} on disk.")
     return lines
 
 
 def _caching(plan: Plan) -> str:
     online = plan.online
     return (
-        f"Without the store, with the LLM in every step of align: {online['step']:.2f} times the FLOPs per step, "
-        f"{online['hours']:.2f} times the hours of embed and align together, and {_bytes(online['weights'])} more "
-        "weights per device."
+        f"Without the store (LLM in every align step): {online['step']:.2f} times the FLOPs per step, "
+        f"{online['hours']:.2f} times the total time of embed and align, and {_bytes(online['weights'])} more "
+        "weights in memory per device."
     )
 
 
@@ -123,7 +123,7 @@ def _suggestions(plan: Plan) -> list[str]:
         if any("--use_fsdp" in flags for flags, _ in suggestions):
             lines.append("  --use_fsdp shards the weights: accelerate launch --use_fsdp --fsdp_version 2")
         if not suggestions:
-            lines.append("  No setting tried here fits: use a smaller model, fewer layers, or a larger device.")
+            lines.append("  None of the settings tried fits: use a smaller model, fewer layers, or a larger device.")
     return lines
 
 
@@ -131,7 +131,7 @@ def _assumptions(plan: Plan) -> str:
     return (
         f"Estimated, not measured. Assumptions: {plan.machine.mfu:.0%} of the peak throughput (MFU), "
         f"{1 - USABLE_FRACTION:.0%} of the memory lost to fragmentation, no duplicate captions, and image decoding "
-        "that keeps up."
+        "that is never the bottleneck."
     )
 
 
