@@ -499,7 +499,7 @@ def test_align_rejects_settings_that_do_not_fit_data_device_or_tower(
         ({"load_best_at_end": True, "eval_steps": None}, {}, "set --held_out"),
         ({"precision": "fp16"}, {}, "fp16 needs a GPU"),
         ({"gradient_checkpointing": True}, {"tower": "vgg11"}, "vgg11"),
-        ({"batch_size": 31}, {}, "30 images are fewer than a step takes"),
+        ({"batch_size": 31}, {}, "30 images are too few for one step"),
     ):
         with pytest.raises(ValueError, match=message):
             run_align(records, store, tmp_path / "run", dataclasses.replace(ALIGN, **change), **options)

@@ -59,7 +59,7 @@ ERRORS = {
     # too little data
     "batch larger than the data": (
         FIT + " --align.batch_size 5000",
-        "fewer than a step takes (5000)", "lower --align.batch_size",
+        "too few for one step of 5000", "lower --align.batch_size",
     ),
     "one caption per image": (
         "fit {tmp}/one.jsonl --out {tmp}/run --encoder.path {llm} --align.batch_size 4", "--tune.steps 0",

@@ -115,7 +115,7 @@ def test_images_without_the_weighted_kinds_use_all_captions(records: list[Record
 
 def test_check_batch_size_rejects_wrong_settings() -> None:
     assert check_batch_size(30, ALIGN, world_size=2) == 20
-    with pytest.raises(ValueError, match="30 images are fewer than a step takes"):
+    with pytest.raises(ValueError, match="30 images are too few for one step"):
         check_batch_size(30, ALIGN, world_size=4)
     with pytest.raises(ValueError, match="unknown kinds of captions: dense"):
         check_batch_size(30, dataclasses.replace(ALIGN, caption_mix={"dense": 1}), world_size=1)

@@ -1,12 +1,14 @@
-"""Gradient caching (GradCache, arXiv 2101.06983): contrastive losses over more than fits into one forward pass.
+"""Gradient caching (GradCache, arXiv 2101.06983): contrastive losses over batches too large for one forward pass.
 
-A contrastive loss needs the embeddings of the whole batch, and its gradient by the embeddings needs nothing else. So:
+A contrastive loss depends only on the embeddings of the complete batch, and so does its gradient with respect to the
+embeddings. The gradients for the model can therefore be computed in three steps:
 
-1. Run the model over the batch part by part, without keeping activations.
-2. Compute the loss of all embeddings and its gradient by the embeddings.
-3. Run the model over each part again, and backpropagate that gradient through it.
+1. Run the model on each part of the batch in turn, without keeping activations.
+2. Compute the loss on all embeddings and its gradient with respect to the embeddings.
+3. Run the model on each part again, and backpropagate the embedding gradients through the model.
 
-The gradients are those of one pass over the whole batch. Memory is that of one part. The cost is one more forward pass.
+The gradients equal those of one pass over the complete batch. Only the activations of one part are in memory at a time,
+at the cost of one more forward pass.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ ForwardPass = Callable[[], tuple[Tensor, ...]]
 def cached_backward(
     passes: Sequence[ForwardPass], loss_function: Callable[..., Tensor], model: nn.Module, device: torch.device
 ) -> Tensor:
-    """Return the loss over the outputs of all passes. Its backward() runs each pass again.
+    """Return the loss on the outputs of all passes. Calling backward() on the loss runs each pass again.
 
     Args:
-        passes: Each runs `model` on a part of the batch and returns tensors with rows; all return the same number of
-            tensors.
-        loss_function: Maps the concatenated tensors of all passes, one argument for each of them, to a scalar.
-        model: The model, with its DDP or FSDP wrapper. DDP exchanges its gradients once, in the last pass.
+        passes: Functions that run `model` on one part of the batch each. Every function returns a tuple of tensors with
+            one row per item, and all tuples have the same length.
+        loss_function: Function that returns the scalar loss. Its arguments are the tensors of the passes, each
+            concatenated over all passes.
+        model: The model, including its DDP or FSDP wrapper. DDP reduces the gradients once, in the last pass.
         device: Device whose random state the passes use.
     """
     # 1. Forward passes without activations.
@@ -40,23 +43,23 @@ def cached_backward(
             random_states.append(_random_state(device))
             outputs.append(tuple(x.detach() for x in run()))  # detached: a view of a parameter would need a gradient
 
-    # 2. Loss, and its gradient by the outputs.
+    # 2. Loss, and its gradient with respect to the outputs.
     joined = [torch.cat(parts).requires_grad_() for parts in zip(*outputs, strict=True)]
     loss = loss_function(*joined)
     loss.backward()
-    gradients = []  # for each tensor of the outputs, its gradient in the parts of the passes
+    gradients = []  # for each output tensor, its gradient split by pass
     for x, parts in zip(joined, zip(*outputs, strict=True), strict=True):
         gradient = torch.zeros_like(x) if x.grad is None else x.grad
         gradients.append(gradient.split([len(part) for part in parts]))
 
-    # 3. Forward and backward passes, once backward() is called on the loss.
+    # 3. Forward and backward passes, run when backward() is called on the loss.
     def backward(grad_output: Tensor) -> None:
         state_after = _random_state(device)
         for n, (run, state) in enumerate(zip(passes, random_states, strict=True)):
             last = n == len(passes) - 1
             no_sync = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
             with torch.enable_grad(), no_sync:
-                _set_random_state(state)  # the same dropout as in the first pass
+                _set_random_state(state)  # same dropout masks as in the first forward pass
                 products = [(x * parts[n]).sum() for x, parts in zip(run(), gradients, strict=True)]
                 torch.stack(products).sum().mul(grad_output).backward()
         _set_random_state(state_after)

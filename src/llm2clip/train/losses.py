@@ -1,17 +1,17 @@
 """Contrastive losses between the images and the texts of a batch.
 
-An image may have any number of texts. All images have the same weight in the loss, and so have all texts of an image. A
-text that several images share is not a negative of any of them. Logits are float32 whatever the precision of training.
+An image may have any number of texts. All images have equal weight in the loss, and so do all texts of an image. If
+several images share a text, that text is not a negative for any of these images. Logits are always float32.
 
-`info_nce_reference` and `sigmoid_reference` are the definitions in plain PyTorch, for one process. `info_nce` and
+`info_nce_reference` and `sigmoid_reference` define the losses in plain PyTorch for a single process. `info_nce` and
 `sigmoid_loss` compute the same values for large batches and several ranks:
 
-- The matrix of all logits never exists. It is computed in chunks of rows, once for the loss and once more for the
-  gradient, which is written out by hand. Memory grows with the batch size, not with its square, and the loss takes
-  four matmuls where automatic differentiation takes six.
-- Across ranks, embeddings are gathered without gradients and sums of exponentials are exchanged; each rank then
-  computes the gradients of its own embeddings. Averaged over ranks, as DistributedDataParallel does, values and
-  gradients are those of a single process with the whole batch.
+- The full logit matrix is never stored. Its rows are computed in chunks, once for the loss and again for the gradient,
+  which is implemented by hand. Memory is linear in the batch size instead of quadratic. InfoNCE takes four matmuls,
+  whereas automatic differentiation would take six.
+- Across ranks, embeddings are gathered without gradients and sums of exponentials are exchanged. Each rank then
+  computes the gradients for its own embeddings. After averaging over ranks, as in DistributedDataParallel, the values
+  and gradients are those of a single process with the complete batch.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from torch import Tensor
 
 from llm2clip.train.distributed import RaggedGather
 
-CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits in a chunk: what fits into the cache of a CPU; 256 MB on a GPU
+CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits per chunk: fits into a CPU's cache; 256 MB on a GPU
 
 
 def info_nce_reference(
     image: Tensor, text: Tensor, logit_scale: Tensor | float, image_of_text: Tensor, text_ids: Tensor
 ) -> Tensor:
-    """Compute `info_nce` in a single process from the full matrix of logits. Arguments as in `info_nce`."""
+    """Compute `info_nce` in a single process from the full logit matrix. The arguments are those of `info_nce`."""
     own, positive, weights = _reference_masks(len(image), image_of_text, text_ids)
     logits = logit_scale * image @ text.T  # (images, texts)
 
-    # Image to text: the image of each text must rank this text above the texts of other images.
+    # Image to text: for each text, its image must rank the text above the texts of other images.
     target = torch.arange(len(text), device=text.device)
     excluded = positive.T[image_of_text]  # (texts, texts): True where text b is also a positive of text a's image
     excluded[target, target] = False
     candidates = logits[image_of_text].masked_fill(excluded, -torch.inf)
     image_to_text = F.cross_entropy(candidates, target, reduction="none")
 
-    # Text to image: each text must rank its image above the images that do not have this text.
+    # Text to image: each text must rank its image above all images that do not have the same text.
     candidates = logits.T.masked_fill(positive & ~own, -torch.inf)
     text_to_image = F.cross_entropy(candidates, image_of_text, reduction="none")
     return (weights * (image_to_text + text_to_image)).sum() / 2
@@ -56,7 +56,7 @@ def sigmoid_reference(
     image_of_text: Tensor,
     text_ids: Tensor,
 ) -> Tensor:
-    """Compute `sigmoid_loss` in a single process from the full matrix of logits. Arguments as in `sigmoid_loss`."""
+    """Compute `sigmoid_loss` in a single process from the full logit matrix. Same arguments as `sigmoid_loss`."""
     own, positive, weights = _reference_masks(len(image), image_of_text, text_ids)
     logits = logit_scale * text @ image.T + logit_bias  # (texts, images)
     loss = -F.logsigmoid(torch.where(own, logits, -logits))
@@ -66,7 +66,7 @@ def sigmoid_reference(
 def _reference_masks(images: int, image_of_text: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return two bool masks (texts, images) and the weight of each text (texts,).
 
-    The first mask is true for the image of each text, the second for all images that have an equal text.
+    The first mask is true at the image that each text belongs to, the second at all images with an identical text.
     """
     own = F.one_hot(image_of_text, images).bool()
     equal = text_ids[:, None] == text_ids[None, :]  # (texts, texts)
@@ -84,20 +84,21 @@ def info_nce(
 ) -> Tensor:
     """Compute symmetric InfoNCE (CLIP, arXiv 2103.00020) for any number of texts per image.
 
-    Each text of an image is retrieved by its image among the texts of all other images; the image's other texts are not
-    candidates. And each text retrieves its image among all images. With one text per image this is CLIP's loss.
+    In the image-to-text direction, an image must retrieve each of its texts among the texts of all other images; the
+    image's remaining texts are not candidates. In the text-to-image direction, each text must retrieve its image among
+    all images. With one text per image, this loss is CLIP's loss.
 
     Args:
-        image: (N, D), L2-normalised.
-        text: (M, D), L2-normalised.
-        logit_scale: Factor on the cosine similarities, 1 / temperature.
-        image_of_text: int64 (M,), ascending: index of each text's image. Every image has a text. None: text i belongs
-            to image i.
-        text_ids: int64 (M,). Texts with equal ids are equal. None: all texts differ.
+        image: Image embeddings, (N, D), L2-normalised.
+        text: Text embeddings, (M, D), L2-normalised.
+        logit_scale: Factor that the cosine similarities are multiplied by, 1 / temperature.
+        image_of_text: Index of each text's image, int64 (M,), ascending. Every image must have at least one text. If
+            None, text i belongs to image i.
+        text_ids: Ids of the texts, int64 (M,). Identical texts have equal ids. If None, all texts are distinct.
         gather: Use the texts and images of all ranks as negatives. All ranks must then call this function.
 
     Returns:
-        float32 scalar, the mean over both directions and over the images of this rank.
+        The loss as a float32 scalar, averaged over both directions and over the images of this rank.
     """
     return _apply(_InfoNCE, image, text, logit_scale, None, image_of_text, text_ids, gather)
 
@@ -111,15 +112,15 @@ def sigmoid_loss(
     text_ids: Tensor | None = None,
     gather: bool = True,
 ) -> Tensor:
-    """Compute the pairwise sigmoid loss (SigLIP, arXiv 2303.15343): a binary classification of every image-text pair.
+    """Compute the pairwise sigmoid loss (SigLIP, arXiv 2303.15343), a binary classification of every image-text pair.
 
     Args:
-        logit_bias: Added to the logits.
+        logit_bias: Bias that is added to the logits.
         image, text, logit_scale, image_of_text, text_ids, gather: As in `info_nce`.
 
     Returns:
-        float32 scalar: the sum over all pairs, divided by the number of images. Each text has a weight of
-        1 / (number of texts of its image).
+        The loss as a float32 scalar: the sum over all pairs, divided by the number of images. The weight of each text
+        is 1 / (number of texts of its image).
     """
     return _apply(_Sigmoid, image, text, logit_scale, logit_bias, image_of_text, text_ids, gather)
 
@@ -150,18 +151,19 @@ def _apply(
 class _InfoNCE(torch.autograd.Function):
     """Multi-positive InfoNCE.
 
-    With p the logit of a text t and its image i, and n the logits of the negatives, each text adds in each direction
+    Let p be the logit of a text t and its image i, and let n be the logits of the negatives. In each direction, the
+    text contributes the term
 
         -log(exp(p) / (exp(p) + sum exp(n))) = softplus(lse - p)    with lse = log(sum exp(n))
 
     where the negatives are those of the image (`image_lse`, one value per image) or of the text (`text_lse`, one value
-    per text). With w the weight of a text, the derivatives are
+    per text). If w_t is the weight of text t, the derivatives of the loss are
 
-        by p:                     -w_t * (sigmoid(image_lse_i - p) + sigmoid(text_lse_t - p))   =: -coef_t
-        by a negative logit l_it: a_i * exp(l_it - image_lse_i) + b_t * exp(l_it - text_lse_t)
+        with respect to p:                      -w_t * (sigmoid(image_lse_i - p) + sigmoid(text_lse_t - p))   =: -coef_t
+        with respect to a negative logit l_it:  a_i * exp(l_it - image_lse_i) + b_t * exp(l_it - text_lse_t)
 
-    with a_i = sum over the texts of i of w * sigmoid(image_lse_i - p), and b_t = w_t * sigmoid(text_lse_t - p). The
-    factors a and b are moved into the exponents (`_shifted_lse`).
+    where a_i is the sum of w_t * sigmoid(image_lse_i - p) over the texts of image i, and b_t is
+    w_t * sigmoid(text_lse_t - p). `_shifted_lse` moves the factors a and b into the exponents.
     """
 
     @staticmethod
@@ -220,8 +222,8 @@ class _InfoNCE(torch.autograd.Function):
 class _Sigmoid(torch.autograd.Function):
     """Pairwise sigmoid loss.
 
-    A pair adds softplus(-logit) if the text belongs to the image and softplus(logit) if it is a negative. The terms do
-    not depend on other pairs, so value and gradient are computed together in one pass with three matmuls.
+    A pair contributes softplus(-logit) if the text belongs to the image, and softplus(logit) if the pair is a negative.
+    Each term depends on a single pair, so the loss and its gradient are computed in one pass with three matmuls.
     """
 
     @staticmethod
@@ -260,7 +262,7 @@ class _Sigmoid(torch.autograd.Function):
         if not ctx.gradients:
             raise RuntimeError("sigmoid_loss does not support a second backward(): its saved gradients have been freed")
         grad_image, grad_text, grad_bias = ctx.gradients
-        ctx.gradients = None  # they are scaled in place
+        ctx.gradients = None  # the gradients are scaled in place below
         return *_scale_grads(grad_image, grad_text, image, scale, grad_output), grad_bias * grad_output, None
 
 
@@ -268,10 +270,10 @@ class _ImageTextLayout:
     """Assignment of texts to images on all ranks, and the logits between them in chunks of rows.
 
     Attributes:
-        image_gather, text_gather: All-gather of rows per image and per text, from all ranks.
-        image_of_text: int64 (texts of this rank,), index of each text's image among the images of this rank.
-        all_image_of_text: int64 (texts of all ranks,), index of each text's image among the images of all ranks.
-        weights: float32 (texts of all ranks,), weight of each text in the loss of its rank.
+        image_gather, text_gather: All-gather across ranks, for tensors with one row per image and per text.
+        image_of_text: Index of each text's image among the images of this rank, int64 (texts of this rank,).
+        all_image_of_text: Index of each text's image among the images of all ranks, int64 (texts of all ranks,).
+        weights: Weight of each text in the loss of its rank, float32 (texts of all ranks,).
     """
 
     def __init__(self, images: int, image_of_text: Tensor, text_ids: Tensor | None, gather: bool) -> None:
@@ -281,11 +283,11 @@ class _ImageTextLayout:
         self.image_of_text = image_of_text
         self.all_image_of_text = self.text_gather.gather(image_of_text + self.image_gather.offset)
         self.weights = self.text_gather.gather(_text_weights(image_of_text, images))
-        # Texts of image i: text_starts[i] to text_starts[i + 1].
+        # The texts of image i are those from text_starts[i] to text_starts[i + 1].
         self.text_starts = torch.searchsorted(image_of_text, torch.arange(images + 1, device=device)).tolist()
 
-        # Where some texts are equal: `group` numbers the different texts from 0; `by_group` lists all texts sorted by
-        # their group, and `group_starts` is where each group starts in that list.
+        # If some texts are identical: `group` numbers the distinct texts from 0, `by_group` lists all texts sorted by
+        # their group, and `group_starts` is the position in `by_group` at which each group starts.
         self.group: Tensor | None = None
         if text_ids is not None:
             different, group = self.text_gather.gather(text_ids).unique(return_inverse=True)
@@ -294,7 +296,7 @@ class _ImageTextLayout:
                 self.group_starts = F.pad(torch.bincount(group).cumsum(0), (1, 0))
 
     def row_chunks(self, rows: int, columns: int) -> Iterator[slice]:
-        """Yield slices of rows with at most CHUNK logits each, but at least one row."""
+        """Yield slices of the rows. Each slice has at most CHUNK logits but at least one row."""
         chunk = CHUNK.get(self.image_of_text.device.type, CHUNK["cuda"])
         size = max(1, chunk // max(1, columns))
         for start in range(0, rows, size):
@@ -305,11 +307,11 @@ class _ImageTextLayout:
         return slice(self.text_starts[images.start], self.text_starts[images.stop])
 
     def equal_texts(self, texts: slice) -> tuple[Tensor, Tensor]:
-        """Find all texts of all ranks that are equal to one of a slice of this rank's texts.
+        """Find all texts, on all ranks, that are identical to a text in a slice of this rank's texts.
 
         Returns:
-            Two int64 vectors of the same length: the position of a text in the slice, and the index of an equal text
-            among the texts of all ranks. Every text is equal to itself.
+            Two int64 vectors of the same length: the position of a text in the slice, and the index of an identical text
+            among the texts of all ranks. Every text is also paired with itself.
         """
         device, offset = self.image_of_text.device, self.text_gather.offset
         positions = torch.arange(texts.stop - texts.start, device=device)
@@ -322,7 +324,7 @@ class _ImageTextLayout:
         return repeated, self.by_group[self.group_starts[groups][repeated] + index_in_group]
 
     def image_logits(self, image: Tensor, all_text: Tensor, scale: Tensor, rows: slice) -> Tensor:
-        """Return the logits of a slice of this rank's images and all texts, with -inf where the text is positive."""
+        """Return logits between a slice of this rank's images and all texts, with -inf for positive texts."""
         logits = (image[rows] * scale) @ all_text.T  # (rows, texts of all ranks)
         texts = self.texts_of(rows)
         positions, equal = self.equal_texts(texts)
@@ -330,14 +332,14 @@ class _ImageTextLayout:
         return logits
 
     def text_logits(self, text: Tensor, all_image: Tensor, scale: Tensor, rows: slice) -> Tensor:
-        """Return the logits of a slice of this rank's texts and all images, with -inf where the image is positive."""
+        """Return logits between a slice of this rank's texts and all images, with -inf for positive images."""
         logits = (text[rows] * scale) @ all_image.T  # (rows, images of all ranks)
         positions, equal = self.equal_texts(rows)
         logits[positions, self.all_image_of_text[equal]] = -torch.inf
         return logits
 
     def positive_cosines(self, image: Tensor, text: Tensor) -> Tensor:
-        """Return the cosine similarity of each of this rank's texts and its image, (texts of this rank,)."""
+        """Return the cosine similarity between each of this rank's texts and its image, (texts of this rank,)."""
         cosines = image.new_empty(len(text))
         for rows in self.row_chunks(len(image), text.shape[1]):
             texts = self.texts_of(rows)
@@ -354,7 +356,7 @@ def _add_positive_grads(
     layout: _ImageTextLayout,
     rows: slice,
 ) -> None:
-    """Add the gradients from the positive pairs of a slice of images, in place; their derivative is -coef."""
+    """Add the gradients from the positive pairs of a slice of images in place. Their logits have derivative -coef."""
     texts = layout.texts_of(rows)
     image_of_text, coef = layout.image_of_text[texts], coef[texts, None]
     grad_image.index_add_(0, image_of_text, text[texts] * coef, alpha=-1)
@@ -364,14 +366,14 @@ def _add_positive_grads(
 def _scale_grads(
     grad_image: Tensor, grad_text: Tensor, image: Tensor, scale: Tensor, grad_output: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients by image, text and scale from those for logits without the scale; changes them in place."""
+    """Convert the gradients for unscaled logits to gradients for image, text and scale, modifying them in place."""
     grad_scale = torch.linalg.vecdot(image, grad_image).sum() * grad_output  # logits = scale * cosines
     factor = scale * grad_output
     return grad_image.mul_(factor), grad_text.mul_(factor), grad_scale
 
 
 def _shifted_lse(lse: Tensor, coef: Tensor) -> Tensor:
-    """Return lse - log(coef), so that exp(logit - result) = coef * exp(logit - lse); infinite where coef is 0."""
+    """Return lse - log(coef), so that exp(logit - result) = coef * exp(logit - lse); infinity where coef is 0."""
     return torch.where(coef > 0, lse - coef.log(), torch.inf)
 
 

@@ -1,8 +1,8 @@
-"""Loss of tune: InfoNCE over pairs of texts, encoded in batches of similar length.
+"""Training loss for tune: InfoNCE over pairs of texts, encoded in batches of similar length.
 
-Captions have 10 to 200 tokens. Padding a whole batch to its longest text would waste half the compute, so the texts are
-sorted by length and encoded in passes with a budget of tokens. With gradient caching, only one pass is in memory at a
-time.
+Captions have 10 to 200 tokens. Padding a complete batch to its longest text would waste half the compute, so the texts
+are sorted by length and encoded in forward passes with a limited number of tokens. With gradient caching, only the
+activations of one pass are in memory at a time.
 """
 
 from __future__ import annotations
@@ -35,20 +35,22 @@ def pair_loss(
 ) -> Tensor:
     """Compute InfoNCE over pairs of texts: each anchor retrieves its positive among all positives and hard negatives.
 
-    A candidate that equals the anchor or its positive is not a negative. In a distributed run, the candidates of all
-    ranks are gathered with gradients. Averaged over ranks, as DDP does, the gradients are those of a single process
-    with the whole batch.
+    A candidate that is identical to the anchor or its positive is not used as a negative. In a distributed run, the
+    candidates of all ranks are gathered with gradients. After averaging over ranks, as in DDP, the gradients are those
+    of a single process with the complete batch.
 
     Args:
-        anchor, positive: (N, D) of this rank, L2-normalised; row i of both is a pair. N is the same on all ranks.
-        scale: Factor on the cosine similarities, 1 / temperature.
-        text_ids: (2 N + M,) int64, ids of the anchors, positives and negatives. Texts with equal ids are equal.
-        negatives: (M, D), known negatives of any anchor. M may differ between ranks.
-        symmetric: Each positive must also retrieve its anchor among all anchors.
+        anchor, positive: Embeddings of this rank's pairs, (N, D), L2-normalised. Row i of `anchor` and row i of
+            `positive` form a pair. N must be the same on all ranks.
+        scale: Factor that the cosine similarities are multiplied by, 1 / temperature.
+        text_ids: Ids of the anchors, positives and negatives, in this order, int64 (2 N + M,). Identical texts have
+            equal ids.
+        negatives: Embeddings of hard negatives, (M, D), shared by all anchors. M may differ between ranks.
+        symmetric: If True, each positive must also retrieve its anchor among all anchors.
         gather: Use the candidates of all ranks. All ranks must then call this function.
 
     Returns:
-        float32 scalar: the mean over the pairs of this rank, and over both directions if symmetric.
+        The loss as a float32 scalar, averaged over the pairs of this rank and, if symmetric, over both directions.
     """
     n = len(anchor)
     if negatives is None:
@@ -63,12 +65,12 @@ def pair_loss(
     all_negatives = extra.gather(negatives, gradients=True)
     all_anchor_ids, all_positive_ids = pairs.gather(anchor_ids), pairs.gather(positive_ids)
     candidate_ids = torch.cat([all_positive_ids, extra.gather(negative_ids)])
-    target = torch.arange(n, device=anchor.device) + pairs.offset  # index of each pair among those of all ranks
+    target = torch.arange(n, device=anchor.device) + pairs.offset  # index of each pair among the pairs of all ranks
 
     def retrieval_loss(query: Tensor, query_ids: Tensor, answer_ids: Tensor, items: Tensor, item_ids: Tensor) -> Tensor:
-        """Cross-entropy of retrieving item `target` with each query."""
+        """Return the cross-entropy loss for retrieving item `target` with each query."""
         excluded = (item_ids[None, :] == query_ids[:, None]) | (item_ids[None, :] == answer_ids[:, None])
-        excluded = excluded.scatter(1, target[:, None], False)  # but not the target itself
+        excluded = excluded.scatter(1, target[:, None], False)  # keep the target itself
         logits = scale * query @ items.T  # (queries, items)
         return F.cross_entropy(logits.masked_fill(excluded, -torch.inf), target)
 
@@ -82,9 +84,9 @@ def pair_loss(
 
 @dataclass
 class PairCollator(SentenceTransformerDataCollator):
-    """Tokenizes rows of pairs, without padding: all anchors, then all positives, then all hard negatives.
+    """Data collator that tokenizes a batch of pairs without padding: anchors, then positives, then hard negatives.
 
-    `preprocess_fn` is the encoder's `tokenize`.
+    `preprocess_fn` must be the encoder's `tokenize` method.
     """
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -102,7 +104,7 @@ class PairCollator(SentenceTransformerDataCollator):
 
 
 class PairLoss(nn.Module):
-    """`pair_loss` of a batch from `PairCollator`, in the form that sentence-transformers' trainer calls."""
+    """Module that computes `pair_loss` for a batch from `PairCollator`, as sentence-transformers' trainer expects."""
 
     def __init__(
         self,
@@ -117,33 +119,33 @@ class PairLoss(nn.Module):
         """
         Args:
             encoder: Caption encoder to train.
-            temperature: Cosine similarities are divided by it.
-            batch_tokens: Tokens per forward pass, padding included.
+            temperature: Temperature that cosine similarities are divided by.
+            batch_tokens: Maximum number of tokens per forward pass, including padding.
             symmetric: As in `pair_loss`.
-            matryoshka_dims: Return the mean of the losses of the full embedding and of these truncated sizes
-                (Matryoshka, arXiv 2205.13147).
-            grad_cache: Keep no activations between the forward passes.
+            matryoshka_dims: Truncated embedding sizes to train in addition to the full size (Matryoshka, arXiv
+                2205.13147). The loss is the mean over all sizes.
+            grad_cache: Use gradient caching, so that only one forward pass has its activations in memory.
         """
         super().__init__()
-        self.model = encoder.st  # the trainer replaces it by its distributed wrapper
-        self._encoder = [encoder]  # in a list, so that it is not a submodule
+        self.model = encoder.st  # the trainer replaces this model with its distributed wrapper
+        self._encoder = [encoder]  # in a list, so that the encoder is not registered as a submodule
         self.scale = 1 / temperature
         self.batch_tokens = batch_tokens
         self.symmetric, self.matryoshka_dims, self.grad_cache = symmetric, tuple(matryoshka_dims), grad_cache
 
     def forward(self, features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
-        """Return the loss of one batch, the only element of `features`."""
+        """Return the loss of a batch. `features` must contain exactly one element: that batch."""
         batch, device = next(iter(features)), self._encoder[0].device
         passes = list(self._passes(batch["tokens"], batch["prompt_lengths"]))
-        order = torch.tensor([row for rows, _ in passes for row in rows]).argsort()  # back to the order of the batch
+        order = torch.tensor([row for rows, _ in passes for row in rows]).argsort()  # restores the batch order
 
         runs = [run for _, run in passes]
 
         def run_without_output() -> Tensor:
-            """Repeat the last and shortest pass, and drop its output."""
+            """Repeat the last pass, which has the shortest texts, and discard its output."""
             return passes[-1][1]()[:0]
 
-        # With FSDP, ranks with fewer passes add some, so that all make the same number.
+        # With FSDP, ranks with fewer passes add dummy passes, so that all ranks run the same number.
         runs += [run_without_output] * extra_forward_passes(self.model, len(passes), device)
 
         def loss_function(embeddings: Tensor) -> Tensor:
@@ -156,7 +158,7 @@ class PairLoss(nn.Module):
     def _passes(
         self, tokens: list[list[int]], prompt_lengths: list[int]
     ) -> Iterator[tuple[list[int], Callable[[], Tensor]]]:
-        """Yield the forward passes of a batch: row numbers, and a function that encodes these rows."""
+        """Yield the forward passes for a batch, each as row numbers and a function that encodes these rows."""
         for prompt_length, rows in TokenizedTexts(tokens, [], prompt_lengths).batches(self.batch_tokens):
             yield rows, partial(self._encode, [tokens[row] for row in rows], prompt_length)
 

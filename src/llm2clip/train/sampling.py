@@ -1,6 +1,6 @@
-"""Sampling for align: the images, captions and crops of each step, as a function of (seed, step) alone.
+"""Sampling for align. The images, captions and crops of each step depend only on the seed and the step.
 
-A resumed run therefore sees what it would have seen without the interruption, whatever the number of workers.
+A resumed run therefore trains on the same data as an uninterrupted run, regardless of the number of workers.
 """
 
 from __future__ import annotations
@@ -32,26 +32,27 @@ Sample = tuple[int, int]  # epoch, index of the image
 
 @dataclass(frozen=True)
 class Batch:
-    """The part of a step that one rank sees: N images and M of their captions."""
+    """One rank's share of a training step: N images and M captions of these images."""
 
     images: Tensor
-    """(N, 3, S, S) uint8 pixels, or (N, feature_dim) float32 features of the frozen tower."""
+    """Pixels, uint8 (N, 3, S, S), or features from the frozen tower, float32 (N, feature_dim)."""
     caption_rows: np.ndarray
-    """int64 (M,): store rows of the captions. Equal rows are equal captions."""
+    """Store rows of the captions, int64 (M,). Identical captions have the same row."""
     image_of_caption: np.ndarray
-    """int64 (M,), ascending: index of each caption's image."""
+    """Index of each caption's image, int64 (M,), ascending."""
     image_names: list[str]
-    """Names of the images, for messages."""
+    """Names of the images, used in messages."""
     failures: dict[str, str]
-    """Images that could not be decoded, and why. They are replaced by other images of the batch."""
+    """Error message for each image that could not be decoded. Such images are replaced with others from the batch."""
 
 
 class AlignBatches:
-    """All batches of a run, from any step on.
+    """Batches of a training run, which can be read from any step onwards.
 
     Attributes:
-        images_per_step: Images of a step on all ranks.
-        steps_per_epoch: Steps of an epoch. Images that do not fill a step are left out; each epoch has another order.
+        images_per_step: Number of images per step, in total across ranks.
+        steps_per_epoch: Number of steps per epoch. The images are shuffled in each epoch, and remaining images that do
+            not fill a step are dropped.
         image_hash, caption_hash: Hashes of the image names and of the captions.
     """
 
@@ -67,17 +68,17 @@ class AlignBatches:
     ) -> None:
         """
         Args:
-            records: Records without an image are ignored.
-            store: Embeddings of the captions.
-            model: Model whose vision tower the images are prepared for.
-            config: Batch size, captions per image, caption mix, crops, workers.
+            records: Training data; records without an image are ignored.
+            store: Store that contains the caption embeddings.
+            model: Model whose vision tower defines the image preprocessing.
+            config: Align settings, which include the batch size, captions per image, caption mix, crops and workers.
             world_size: Number of ranks.
-            rank: This rank.
-            features: Store of the tower's features, by image. Batches then have features in place of pixels, and images
-                without features are ignored.
+            rank: Rank of this process.
+            features: Store with the tower's features of each image. If set, batches contain features instead of pixels,
+                and images without features are ignored.
 
         Raises:
-            ValueError: There are fewer images than one step takes, or the caption mix is invalid.
+            ValueError: There are too few images for one step, or the caption mix is invalid.
             StoreError: A caption is not in the store.
         """
         usable = [record for record in records if record.image is not None]
@@ -103,10 +104,10 @@ class AlignBatches:
         return max(1, round(self.steps_per_epoch * self.config.epochs))
 
     def batches(self, first_step: int) -> Generator[Batch]:
-        """Yield this rank's batch of each step from `first_step` on.
+        """Yield this rank's batch for each step, starting at `first_step`.
 
         Raises:
-            ValueError: No image of a batch can be decoded.
+            ValueError: None of the images in a batch can be decoded.
         """
         if self.features is not None:
             for samples in self.samples(first_step):
@@ -121,22 +122,22 @@ class AlignBatches:
             collate_fn=list,
             persistent_workers=False,
             multiprocessing_context="spawn" if workers else None,
-            generator=torch.Generator(),  # so that the loader draws nothing from the global random state
+            generator=torch.Generator(),  # so that the loader does not use the global random state
         )
         for items in loader:
             failures = {name: result for name, result, _ in items if isinstance(result, str)}
             decoded = [(result, sample) for _, result, sample in items if not isinstance(result, str)]
             if not decoded:
                 name, reason = next(iter(failures.items()))
-                raise ValueError(f"no image of a batch can be decoded; the first is {name}: {reason}")
-            # Images that cannot be decoded are replaced by others of the batch. The loss does not count equal captions
-            # as negatives.
+                raise ValueError(f"none of the images in a batch can be decoded; the first is {name}: {reason}")
+            # Images that cannot be decoded are replaced with other images from the batch. These duplicates do no harm,
+            # because the loss does not use identical captions as negatives.
             decoded += [decoded[n % len(decoded)] for n in range(len(items) - len(decoded))]
             pixels = torch.stack([image for image, _ in decoded])
             yield self._make_batch(pixels, [sample for _, sample in decoded], failures)
 
     def samples(self, first_step: int) -> Iterator[list[Sample]]:
-        """Yield the samples of this rank in each step from `first_step` on."""
+        """Yield this rank's samples for each step, starting at `first_step`."""
         order, order_epoch = np.empty(0, np.int64), -1
         for step in range(first_step, len(self)):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
@@ -147,10 +148,11 @@ class AlignBatches:
             yield [(epoch, int(image)) for image in images[self.rank :: self.world_size]]
 
     def draw_captions(self, epoch: int, image: int) -> list[int]:
-        """Return the store rows of the captions that an image gets in an epoch.
+        """Sample the captions of an image for an epoch, and return their store rows.
 
-        The kind of each caption is drawn by the caption mix. No caption is drawn twice, so an image with few captions
-        of a kind gets fewer. An image that has only kinds of weight 0 draws from all its captions.
+        The kind of each caption is sampled according to the caption mix. Captions are sampled without replacement, so
+        images with few captions of a kind get fewer captions. If all of an image's kinds have weight 0, these kinds
+        are sampled with equal weight.
         """
         rng = np.random.default_rng([self.config.seed, epoch, image])
         kinds = [
@@ -186,13 +188,13 @@ class AlignBatches:
 
 
 class CaptionIndex:
-    """Store rows of the captions of each image, as two arrays whatever the number of images."""
+    """Store rows of each image's captions, held in two flat arrays to save memory."""
 
     def __init__(self, store: EmbeddingStore, captions: Iterable[Sequence[str]]) -> None:
         """
         Args:
-            store: Store with every caption.
-            captions: The captions of each image.
+            store: Store that contains all of these captions.
+            captions: Captions of each image.
 
         Raises:
             StoreError: A caption is not in the store.
@@ -208,41 +210,41 @@ class CaptionIndex:
         self.starts = np.cumsum([0, *counts])
 
     def __getitem__(self, image: int) -> np.ndarray:
-        """Return the rows of an image's captions, int64 (captions,), without duplicates."""
+        """Return the store rows of an image's captions, int64 (captions,), without duplicates."""
         return np.unique(self.rows[self.starts[image] : self.starts[image + 1]])
 
 
 def check_batch_size(images: int, config: AlignConfig, world_size: int) -> int:
-    """Check that there are enough images for a step. Return the number of images in a step on all ranks.
+    """Check that there are enough images for a step. Return the number of images per step, in total across ranks.
 
     Raises:
-        ValueError: There are fewer images than one step takes, or the caption mix is invalid.
+        ValueError: There are too few images for one step, or the caption mix is invalid.
     """
     if unknown := config.caption_mix.keys() - set(CAPTION_FIELDS):
         raise ValueError(
             f"--align.caption_mix has unknown kinds of captions: {', '.join(sorted(unknown))}. "
-            f"The kinds are {', '.join(CAPTION_FIELDS)}"
+            f"Valid kinds: {', '.join(CAPTION_FIELDS)}"
         )
     if any(weight < 0 for weight in config.caption_mix.values()):
-        raise ValueError("the weights of --align.caption_mix must be at least 0")
+        raise ValueError("weights in --align.caption_mix must be at least 0")
     batch_size = limit_batch_size(config.batch_size, images, config, world_size)
     images_per_step = batch_size * world_size
     if images < images_per_step:
         raise ValueError(
-            f"{images} images are fewer than a step takes ({images_per_step}): lower --align.batch_size or add images"
+            f"{images} images are too few for one step of {images_per_step}: lower --align.batch_size or add images"
         )
     return images_per_step
 
 
 def limit_batch_size(batch_size: int, images: int, config: AlignConfig, world_size: int) -> int:
-    """Limit the batch size to the number of images if the tower is frozen, since large batches are then cheap."""
+    """Return the batch size. With a frozen tower, limit it to the number of images, since large batches are then cheap."""
     if config.tower_lr > 0:
         return batch_size
     return max(1, min(batch_size, images // world_size))
 
 
 def decoding_workers(config: AlignConfig) -> int:
-    """Return the number of worker processes of this rank: by default one per two CPU cores, 1 to 16."""
+    """Return this rank's number of worker processes. Default: one per two CPU cores, between 1 and 16."""
     if config.workers is not None:
         return config.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -251,7 +253,7 @@ def decoding_workers(config: AlignConfig) -> int:
 
 
 class _BatchSampler(Sampler[list[Sample]]):
-    """Batch sampler over the samples of each step, computed while it is read."""
+    """Batch sampler that computes the samples of each step on demand."""
 
     def __init__(self, data: AlignBatches, first_step: int) -> None:
         self.data, self.first_step = data, first_step
@@ -264,14 +266,14 @@ class _BatchSampler(Sampler[list[Sample]]):
 
 
 class _ImageDataset(Dataset):
-    """Maps a sample to its decoded and cropped image, the same in any worker."""
+    """Dataset that decodes and crops the image of a sample, with the same result in every worker."""
 
     def __init__(self, records: Sequence[Record], transform: TrainTransform, seed: int) -> None:
         self.refs = [record.image for record in records if record.image is not None]
         self.transform, self.seed = transform, seed
 
     def __getitem__(self, sample: Sample) -> tuple[str, Tensor | str, Sample]:
-        """Return the image's name, its pixels or the reason why it cannot be decoded, and the sample."""
+        """Return the image's name, the pixels or the reason why the image cannot be decoded, and the sample."""
         epoch, image = sample
         ref = self.refs[image]
         seed = int(np.random.SeedSequence([self.seed, epoch, image]).generate_state(1)[0])
