@@ -1,19 +1,20 @@
-"""Speed of caption encoding, compared with other libraries, and its cost in retrieval accuracy.
+"""Measure the speed of caption encoding compared with other libraries, and the effect on retrieval accuracy.
 
     python benchmarks/embed.py CAPTIONS [CAPTIONS ...] [--encoder smollm2-135m] [--layers N] [--count 4096]
         [--repeats 3] [--llm2vec PYTHON] [--cra CAPTIONS@SPLIT]
 
-A random sample of the captions of all sources is encoded with the same weights by:
+A random sample of the captions from all sources is encoded with the same weights by each of these methods:
 
-- `SentenceTransformer.encode` in batches of 32 in the order of the captions, padded to the longest, as in a plain loop;
-- `SentenceTransformer.encode` with its defaults;
-- `LLM2Vec.encode` with its defaults, in the environment of the interpreter PYTHON (`pip install torch llm2vec==0.2.3`);
-- llm2clip, padded and packed, in fp32, in bf16, and in the precision that `auto` chooses.
+- `SentenceTransformer.encode` in unsorted batches of 32, padded to the longest caption, as in a plain loop;
+- `SentenceTransformer.encode` with its default settings;
+- `LLM2Vec.encode` with its default settings, run with the interpreter PYTHON from a separate environment
+  (`pip install torch llm2vec==0.2.3`);
+- llm2clip, padded and packed, in fp32, in bf16 and in the precision that `auto` chooses.
 
-The methods run in turn, the other libraries in their own processes. The table shows captions per second (median, least
-to most), the speed relative to the other libraries, and the lowest cosine similarity to the fp32 embeddings.
+The methods alternate, and each of the other libraries runs in its own process. The table shows captions per second
+(median and range), the speed relative to the other libraries, and the lowest cosine similarity to the fp32 embeddings.
 
-With --cra: caption retrieval accuracy by precision and by dtype of the store.
+With --cra, caption retrieval accuracy is measured for each precision and each dtype of the embedding store.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from llm2clip.models.precision_calibration import calibrate_precision
 from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.store.writer import quantize_rows
 
-# Encoders of other libraries. Each defines `methods`: name -> function that encodes `texts`.
+# Code for the encoders of other libraries. Each defines `methods`, a dict from names to functions that encode `texts`.
 LLM2VEC = """
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -74,7 +75,7 @@ methods = {
     "SentenceTransformer.encode": lambda: st.encode(texts),
 }
 """
-# Reads the name of a method per line; saves the embeddings and prints the seconds.
+# Read method names from stdin, one per line. For each method, save the embeddings and print the time in seconds.
 WORKER = """
 import json, sys, time
 import numpy as np
@@ -94,7 +95,7 @@ Method = Callable[[], Result]
 
 
 class OtherLibrary:
-    """An encoder of another library in its own process."""
+    """An encoder from another library, running in its own process."""
 
     def __init__(self, python: str, methods: str, folder: Path) -> None:
         self.out = folder / "embeddings.npy"
@@ -112,7 +113,7 @@ class OtherLibrary:
 
 
 def other_methods(folder: Path, llm2vec_python: str | None) -> dict[str, Method]:
-    """Start the other libraries; return their methods."""
+    """Start the processes of the other libraries and return their encoding methods."""
     st = OtherLibrary(sys.executable, SENTENCE_TRANSFORMERS, folder)
     methods: dict[str, Method] = {
         "unsorted batches of 32": lambda: st.run("unsorted batches of 32"),
@@ -125,7 +126,7 @@ def other_methods(folder: Path, llm2vec_python: str | None) -> dict[str, Method]
 
 
 def llm2clip_method(encoder: CaptionEncoder, texts: Sequence[str], attention: str, precision: str) -> Method:
-    """Tune the number of tokens per batch; return a method that encodes the texts."""
+    """Tune the number of tokens per batch, and return a function that encodes the texts."""
     encoder.llm.set_attn_implementation(attention)
     batch_tokens = tune_batch_tokens(encoder, encoder.tokenize(texts), precision)
     print(f"{attention}, {precision}: {batch_tokens} tokens per batch")
@@ -142,7 +143,7 @@ def llm2clip_method(encoder: CaptionEncoder, texts: Sequence[str], attention: st
 def run_in_turn(
     methods: Mapping[str, Method], repeats: int, count: int
 ) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
-    """Run all methods `repeats` times; return seconds and embeddings of each."""
+    """Run each method `repeats` times. Return the times in seconds and the embeddings for each method."""
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     embeddings: dict[str, np.ndarray] = {}
     for _ in range(repeats):
@@ -156,7 +157,7 @@ def run_in_turn(
 def print_speed_table(seconds: Mapping[str, Sequence[float]], embeddings: Mapping[str, np.ndarray]) -> None:
     exact = torch.from_numpy(embeddings["llm2clip, padded, fp32"])
     others = [name for name in seconds if not name.startswith("llm2clip")]
-    columns = ["method", "captions/s, median (least to most)", *(f"relative to {o}" for o in others), "lowest cosine"]
+    columns = ["method", "captions/s, median (range)", *(f"relative to {o}" for o in others), "lowest cosine"]
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for name, elapsed in seconds.items():
         rates = sorted(len(exact) / s for s in elapsed)
@@ -169,14 +170,14 @@ def print_speed_table(seconds: Mapping[str, Sequence[float]], embeddings: Mappin
 
 
 def print_padding(encoder: CaptionEncoder, texts: Sequence[str]) -> None:
-    """Print the share of padding tokens with batches of 32, and with batches of similar length."""
+    """Print the share of padding tokens for unsorted batches of 32 and for batches of texts of similar length."""
     tokens = encoder.tokenize(texts)
     lengths = [len(ids) for ids in tokens.ids]
     unsorted = [range(start, stop) for start, stop in pairwise([*range(0, len(texts), 32), len(texts)])]
     by_length = [rows for _, rows in tokens.batches(default_batch_tokens(encoder.device))]
     print(
         f"padding: {padding_share(lengths, unsorted):.0%} in unsorted batches of 32; "
-        f"{padding_share(lengths, by_length):.1%} in batches of similar length; none when packed"
+        f"{padding_share(lengths, by_length):.1%} in batches of texts of similar length; none when packed"
     )
 
 
@@ -186,14 +187,14 @@ def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> f
 
 
 def print_efficiency(encoder: CaptionEncoder, texts: Sequence[str], seconds: Mapping[str, Sequence[float]]) -> None:
-    """Print the FLOP/s in the weight matrices of the layers, relative to a plain matmul of similar size."""
+    """Print the FLOP/s in the matmuls with the layers' weights, relative to a plain matmul of similar size."""
     token_count = sum(len(ids) for ids in encoder.tokenize(texts).ids)
     weights = sum(p.numel() for layer in encoder.llm.layers for p in layer.parameters() if p.ndim > 1)
     hidden_size = encoder.llm.config.hidden_size
     for precision in ("fp32", "bf16"):
         peak = matmul_flops(precision, default_batch_tokens(encoder.device), hidden_size)
         flops = 2 * weights * token_count / statistics.median(seconds[f"llm2clip, packed, {precision}"])
-        print(f"{precision}: {flops / 1e9:.0f} GFLOP/s in the layers' weights, {flops / peak:.0%} of a plain matmul")
+        print(f"{precision}: {flops / 1e9:.0f} GFLOP/s in the layers' matmuls, {flops / peak:.0%} of a plain matmul")
 
 
 @onednn_matmul()
@@ -210,7 +211,7 @@ def matmul_flops(precision: str, tokens: int, hidden_size: int) -> float:
 
 
 class QuantizedEncoder:
-    """A text encoder that returns precomputed embeddings after a round trip through the dtype of a store."""
+    """A text encoder that returns precomputed embeddings after a round trip through a storage dtype."""
 
     def __init__(self, embeddings: dict[str, np.ndarray], dtype: str) -> None:
         self.embeddings, self.dtype = embeddings, dtype
@@ -224,7 +225,7 @@ class QuantizedEncoder:
 
 
 def retrieval_rows(encoder: CaptionEncoder, images: list[list[str]], precisions: Sequence[str]) -> Iterator[str]:
-    """Yield a table row per precision and dtype: caption retrieval accuracy and R@10."""
+    """Yield a table row with caption retrieval accuracy and R@10 for each precision and dtype."""
     texts = list(dict.fromkeys(caption for captions in images for caption in captions))
     for precision in precisions:
         embeddings = dict(zip(texts, encoder.encode(texts, precision=precision, progress=True).numpy(), strict=True))
@@ -235,15 +236,15 @@ def retrieval_rows(encoder: CaptionEncoder, images: list[list[str]], precisions:
 
 
 def read_captions(sources: Sequence[str]) -> list[list[str]]:
-    """Return the captions of each record of all sources."""
+    """Return the captions of each record in all sources."""
     return [list(record.texts) for source in sources for record in open_records(source, image_check="ignore")]
 
 
 def sample_captions(sources: Sequence[str], count: int) -> list[str]:
-    """Return a random sample of the distinct captions of all sources."""
+    """Return a random sample of the distinct captions from all sources."""
     distinct = list(dict.fromkeys(text for texts in read_captions(sources) for text in texts))
     order = np.random.default_rng(0).permutation(len(distinct))[:count]
-    print(f"{len(order)} of {len(distinct)} captions")
+    print(f"using {len(order)} of {len(distinct)} distinct captions")
     return [distinct[i] for i in order]
 
 
@@ -254,14 +255,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--count", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--llm2vec", help="Python interpreter of an environment with llm2vec 0.2.3")
-    parser.add_argument("--cra", help="captions on which to measure retrieval accuracy")
+    parser.add_argument("--llm2vec", help="Python interpreter from an environment with llm2vec 0.2.3")
+    parser.add_argument("--cra", help="source of captions on which to measure retrieval accuracy")
     args = parser.parse_args()
 
     encoder = CaptionEncoder.from_pretrained(resolve_pretrained(args.encoder), layers=args.layers)
     auto = calibrate_precision(encoder)
     precisions = list(dict.fromkeys(["fp32", "bf16", auto]))
-    print(f"precision chosen by auto: {auto}")
+    print(f"precision chosen by `auto`: {auto}")
     if args.cra:
         print("| precision | store | CRA | R@10 |\n| --- | --- | --- | --- |")
         for row in retrieval_rows(encoder, read_captions([args.cra]), precisions):

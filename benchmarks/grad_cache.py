@@ -1,10 +1,11 @@
-"""Memory and time of a step of align with large batches: in a single forward pass, and with gradient caching.
+"""Measure the memory and time of an `align` step with large batches, with and without gradient caching.
 
     python benchmarks/grad_cache.py [--batch_sizes 512 2048 16384] [--micro_batch_size 128] [--tower NAME]
         [--image_size 64] [--max_single_pass 2048]
 
-Forward and backward of the whole model on random images and embeddings, each in a new process. Memory is the peak of
-the process beyond its memory before the step. Larger batches than --max_single_pass only run with gradient caching.
+A step runs forward and backward through the whole model on random images and embeddings. Each step is measured in a new
+process. The reported memory is the peak during the step minus the memory before it. Without gradient caching, a step is
+a single forward pass over the batch. Batches larger than --max_single_pass only run with gradient caching.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ TEXT_DIM = 576
 
 @onednn_matmul()
 def measure_step(batch_size: int, micro_batch_size: int, tower_name: str, image_size: int) -> str:
-    """Return two cells of the table: MB at the peak of a step, and images per second."""
+    """Return two table cells: the peak memory of a step in MB, and the speed in images per second."""
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory(device)
@@ -80,7 +81,7 @@ def main() -> None:
         print(measure_step(args.measure, args.micro_batch_size, args.tower, args.image_size))
         return
     print(f"{args.tower}, {args.image_size} pixels")
-    print("| batch size | micro-batch size | MB | images/s |\n|---|---|---|---|")
+    print("| batch size | micro-batch size | peak memory, MB | images/s |\n|---|---|---|---|")
     for batch_size in args.batch_sizes:
         if batch_size <= args.max_single_pass:
             print(f"| {batch_size:,} | {batch_size:,} | {measure_in_new_process(batch_size, batch_size, args)} |")

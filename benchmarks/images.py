@@ -1,9 +1,9 @@
-"""Speed of decoding and cropping for training, compared with Pillow and torchvision's transforms on PIL images.
+"""Measure the speed of decoding and cropping training images, compared with Pillow and torchvision transforms.
 
     python benchmarks/images.py FOLDER [--size 224] [--count 512] [--repeats 3]
 
-FOLDER contains image files. Both pipelines use one thread and the same crops. Their pixels, scaled to [0, 1], are
-compared.
+FOLDER contains image files. Both pipelines use one thread and the same crops. The script also prints the difference
+between the pixels of the two pipelines, scaled to [0, 1].
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ Crop = tuple[int, int, int, int]  # top, left, height, width
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of image files")
-    parser.add_argument("--size", type=int, default=224, help="side of the cropped images in pixels")
+    parser.add_argument("--size", type=int, default=224, help="side length of the cropped images, in pixels")
     parser.add_argument("--count", type=int, default=512, help="maximum number of images")
-    parser.add_argument("--repeats", type=int, default=3, help="number of measurements")
+    parser.add_argument("--repeats", type=int, default=3, help="number of timed repeats")
     args = parser.parse_args()
     torch.set_num_threads(1)
     paths = [Path(path) for path in list_images(str(args.folder))][: args.count]
     transform = TrainTransform(Preprocess(args.size, "shortest", 1.0, "bicubic", MEAN, STD))
 
     def load(index: int) -> torch.Tensor:
-        """Return uint8 (3, S, S)."""
+        """Return a decoded and cropped image, uint8 (3, S, S)."""
         return transform(load_image(paths[index]), torch.Generator().manual_seed(index))
 
     crops = []
@@ -64,16 +64,16 @@ def main() -> None:
         pillow_seconds.append(middle - start)
         our_seconds.append(time.perf_counter() - middle)
 
-    print(f"{len(paths)} images to {args.size} pixels, one thread, median of {args.repeats} repeats")
+    print(f"{len(paths)} images resized to {args.size} pixels, one thread, median of {args.repeats} repeats")
     for name, seconds in (("Pillow, float32", pillow_seconds), ("llm2clip, uint8", our_seconds)):
         rates = [len(paths) / s for s in seconds]
         print(f"{name}: {statistics.median(rates):.0f} images/s ({min(rates):.0f} to {max(rates):.0f})")
     speed_up = statistics.median(a / b for a, b in zip(pillow_seconds, our_seconds, strict=True))
-    print(f"{speed_up:.2f}x; difference of the pixels: {mean_difference:.5f} (mean), {max_difference:.4f} (maximum)")
+    print(f"speed-up: {speed_up:.2f}x; pixel difference: {mean_difference:.5f} (mean), {max_difference:.4f} (maximum)")
 
 
 def load_with_pillow(path: Path, crop: Crop, size: int) -> torch.Tensor:
-    """Return a normalised image, float32 (3, S, S), as most training code prepares it."""
+    """Return a normalised image, float32 (3, S, S), prepared as in most training code."""
     image = Image.open(path).convert("RGB")
     image = functional.resized_crop(image, *crop, [size, size], transforms.InterpolationMode.BICUBIC)
     return functional.normalize(functional.to_tensor(image), MEAN, STD)

@@ -1,17 +1,18 @@
-"""Compare two vision towers inside the same multimodal LLM, before and after `align`, and measure training speed.
+"""Compare a vision tower before and after `align` in the same multimodal LLM, and measure training speed.
 
     python benchmarks/llava.py DATA --aligned MODEL [--seeds 3] [--pretrain_steps 60] [--steps 120] [--out FOLDER]
     python benchmarks/llava.py DATA --aligned MODEL --only speed
 
-DATA holds flickr8k/, coco_img/ and ade20k_ids/, each with a captions.jsonl. MODEL is a model folder whose tower was
-initialised from EfficientNet-Lite0 and not trained on the val split of flickr8k.
+DATA contains flickr8k/, coco_img/ and ade20k_ids/, each with a captions.jsonl. MODEL is a model folder whose tower was
+initialised from EfficientNet-Lite0 and was not trained on the val split of flickr8k.
 
-Quality: SmolLM2-135M-Instruct is trained with either tower on the same conversations, in the same order and for the
-same number of steps. The conversations come from the train split of flickr8k, coco_img and ade20k_ids. The models are
-evaluated on the val split of flickr8k: CIDEr-D and BLEU-4 against its five captions per image, and POPE.
+Quality: SmolLM2-135M-Instruct is trained with each tower on the same conversations, in the same order and for the same
+number of steps. The conversations come from the train split of flickr8k, coco_img and ade20k_ids. The models are
+evaluated on the val split of flickr8k: CIDEr-D and BLEU-4 against the five captions per image, and
+POPE.
 
 Speed (`--only speed`): training conversations per second with random batches, with length-grouped batches, and with
-length-grouped batches and cached features of the tower.
+length-grouped batches plus cached tower features.
 """
 
 from __future__ import annotations
@@ -52,13 +53,15 @@ SPEED_CONVERSATIONS = 768
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder of the data sets")
-    parser.add_argument("--aligned", required=True, help="model folder")
-    parser.add_argument("--seeds", type=int, default=3, help="training runs per tower")
-    parser.add_argument("--pretrain_steps", type=int, default=60, help="steps of the projector alone")
-    parser.add_argument("--steps", type=int, default=120, help="steps of projector and LLM")
-    parser.add_argument("--images", type=int, default=1000, help="val images to caption")
-    parser.add_argument("--pope_images", type=int, default=200, help="val images for POPE")
+    parser.add_argument("data", type=Path, help="folder that contains the data sets")
+    parser.add_argument("--aligned", required=True, help="folder of the aligned model")
+    parser.add_argument("--seeds", type=int, default=3, help="number of training runs per tower")
+    parser.add_argument(
+        "--pretrain_steps", type=int, default=60, help="number of training steps for the projector alone"
+    )
+    parser.add_argument("--steps", type=int, default=120, help="number of training steps for the projector and the LLM")
+    parser.add_argument("--images", type=int, default=1000, help="number of val images to caption")
+    parser.add_argument("--pope_images", type=int, default=200, help="number of val images for POPE")
     parser.add_argument("--only", choices=["towers", "speed"], help="run only one of the two parts")
     parser.add_argument("--out", type=Path, default=Path("runs/llava"), help="folder for models and results")
     args = parser.parse_args()
@@ -72,7 +75,7 @@ def main() -> None:
 
 
 def compare_towers(args: argparse.Namespace, towers: dict[str, VisionTower], train_records: list[Record]) -> None:
-    """Train and evaluate a model with each tower and seed; print a row per run and the means."""
+    """Train and evaluate a model with each tower and seed. Print a table row per run, and the mean per tower."""
     test_records = read_records(args.data, TEST)
     sample = random.Random(0).sample(test_records, min(args.images, len(test_records)))
     tasks = [caption_task(sample), pope_task(sample[: args.pope_images])]
@@ -111,7 +114,7 @@ def train_model(
     *,
     config: LlavaConfig,
 ) -> None:
-    """Build and train a model in `out/NAME-SEED`. Runs with the same tower share its cached features."""
+    """Build and train a model in `out/NAME-SEED`. Runs with the same tower share the cached features of that tower."""
     built = out / f"built-{name}-{config.seed}"
     if not built.is_dir():
         build_llava(tower, LLM, built, config.seed)
@@ -132,7 +135,7 @@ def mean_and_deviation(results: list[dict[str, float]], key: str) -> str:
 
 
 def measure_speed(args: argparse.Namespace, tower: VisionTower, train_records: list[Record]) -> None:
-    """Print training conversations per second for three settings, on the same model and data."""
+    """Print the training speed, in conversations per second, for three settings with the same model and data."""
     conversations = random_subset(instruction_conversations(train_records), SPEED_CONVERSATIONS, 0)
     built = args.out / "built-speed"
     if not built.is_dir():
@@ -147,7 +150,7 @@ def measure_speed(args: argparse.Namespace, tower: VisionTower, train_records: l
     for name, config in settings.items():
         run = args.out / f"speed-{len(rates)}"
         shutil.rmtree(run, ignore_errors=True)
-        if config.cache_gb:  # filled before the measurement, because all epochs and runs share the cache
+        if config.cache_gb:  # fill the cache before measuring, because all epochs and runs share it
             model = AutoModelForImageTextToText.from_pretrained(built)
             features = PatchFeatures(model, AutoProcessor.from_pretrained(built))
             images = [conversation.image for conversation in conversations if conversation.image is not None]
@@ -158,7 +161,7 @@ def measure_speed(args: argparse.Namespace, tower: VisionTower, train_records: l
         last_line = (run / "instruct/metrics.jsonl").read_text().splitlines()[-1]
         rates.append(json.loads(last_line)["train_samples_per_second"])
         print(f"| {name} | {rates[-1]:.2f} | {rates[-1] / rates[0]:.2f}x |", flush=True)
-        print(f"  ({seconds:.0f} s including loading and saving the model)")
+        print(f"  ({seconds:.0f} s, including loading and saving the model)")
 
 
 def read_records(data: Path, sources: tuple[str, ...]) -> list[Record]:

@@ -1,10 +1,10 @@
-"""Time and memory of the contrastive losses, forward and backward, compared with open_clip.
+"""Measure the time and memory of the contrastive losses, forward and backward, compared with open_clip.
 
     python benchmarks/losses.py [--sizes 4096 16384] [--dim 1024] [--repeats 3] [--device cpu]
 
-Times are measured in one process, with the losses in turn; peak memory is measured in a process for each loss. Peak
-memory is that of the process (on a GPU, of PyTorch) beyond the inputs. "Working" memory is the peak without the
-gradients of the inputs, 2 N D floats that any loss must return.
+Times are measured in one process, alternating between the losses. Peak memory is measured in a separate process for
+each loss, and does not include the inputs. On a GPU, it is the memory allocated by PyTorch. "Working" memory is peak
+memory without the gradients of the inputs, which are 2 N D floats that any loss must return.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BASELINES = {
 
 
 def make_inputs(n: int, dim: int, device: str) -> list[Tensor]:
-    """Return images and texts (n, dim), the logit scale and the logit bias, with gradients."""
+    """Return image and text embeddings (n, dim), the logit scale and the logit bias, all requiring gradients."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(n, dim, generator=generator)
     text = 0.3 * image + torch.randn(n, dim, generator=generator)
@@ -51,7 +51,7 @@ def make_inputs(n: int, dim: int, device: str) -> list[Tensor]:
 
 
 def time_pass(name: str, inputs: list[Tensor]) -> float:
-    """Return the seconds of a forward and a backward pass."""
+    """Return the time of a forward and a backward pass, in seconds."""
     for x in inputs:
         x.grad = None
     if inputs[0].is_cuda:
@@ -64,8 +64,8 @@ def time_pass(name: str, inputs: list[Tensor]) -> float:
 
 
 def measure_peak(name: str, n: int, dim: int, device: str) -> float:
-    """Return the peak memory of one pass in MB, beyond the inputs. Call it in a new process."""
-    time_pass(name, make_inputs(64, dim, device))  # load the libraries
+    """Return the peak memory of one pass in MB, without the inputs. Must be called in a new process."""
+    time_pass(name, make_inputs(64, dim, device))  # load the libraries before measuring
     inputs = make_inputs(n, dim, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -84,13 +84,13 @@ def peak_in_new_process(name: str, n: int, dim: int, device: str) -> float:
 
 
 def print_rows(n: int, dim: int, repeats: int, device: str) -> None:
-    """Print the rows of the table for N images against N texts."""
+    """Print the table rows for N images and N texts."""
     inputs = make_inputs(n, dim, device)
     seconds: dict[str, list[float]] = {name: [] for name in LOSSES}
     for repeat in range(repeats + 1):
         for name in LOSSES:
             elapsed = time_pass(name, inputs)
-            if repeat:  # the first one warms up
+            if repeat:  # the first repeat is a warm-up
                 seconds[name].append(elapsed)
     peaks = {name: peak_in_new_process(name, n, dim, device) for name in LOSSES}
     gradients = 2 * n * dim * 4 / 1e6
@@ -122,7 +122,7 @@ def main() -> None:
         if args.peak:
             print(measure_peak(args.peak, args.sizes[0], args.dim, args.device))
             return
-        print("| N | loss | seconds, median (minimum to maximum) | ratio | peak MB | working MB | ratio |")
+        print("| N | loss | seconds, median (range) | time ratio | peak MB | working MB | working memory ratio |")
         print("|---|---|---|---|---|---|---|")
         for n in args.sizes:
             print_rows(n, args.dim, args.repeats, args.device)

@@ -1,8 +1,8 @@
-"""Training speed on the CPU with and without `keep_freed_memory`, each in its own process.
+"""Measure CPU training speed with and without `keep_freed_memory`, each in its own process.
 
     python benchmarks/malloc.py [--size 160] [--batch_size 64]
 
-The model is EfficientNet-Lite0, forward and backward.
+A training step is a forward and a backward pass of EfficientNet-Lite0.
 """
 
 import argparse
@@ -19,12 +19,12 @@ DEFAULT, KEEP = "default", "keep_freed_memory"
 
 
 def images_per_second(size: int, batch_size: int, steps: int = 3) -> float:
-    """Return the training speed.
+    """Return the training speed in images per second.
 
     Args:
         size: Image size in pixels.
-        batch_size: Images per step.
-        steps: Timed steps, after one step to warm up.
+        batch_size: Number of images per step.
+        steps: Number of timed steps, after one warm-up step.
     """
     tower = VisionTower.from_pretrained("timm:tf_efficientnet_lite0", pretrained=False, image_size=size).train()
     pixels = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8)
@@ -37,7 +37,7 @@ def images_per_second(size: int, batch_size: int, steps: int = 3) -> float:
 
 
 def measure_in_subprocess(variant: str, size: int, batch_size: int) -> float:
-    """Return the training speed, measured in a new process."""
+    """Measure the training speed in a new process, and return it in images per second."""
     options = ["--size", str(size), "--batch_size", str(batch_size), "--variant", variant]
     return float(subprocess.check_output([sys.executable, __file__, *options]))
 
@@ -45,8 +45,10 @@ def measure_in_subprocess(variant: str, size: int, batch_size: int) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=160, help="image size in pixels")
-    parser.add_argument("--batch_size", type=int, default=64, help="images per step")
-    parser.add_argument("--variant", choices=(DEFAULT, KEEP), help="measure only this variant, and print its images/s")
+    parser.add_argument("--batch_size", type=int, default=64, help="number of images per step")
+    parser.add_argument(
+        "--variant", choices=(DEFAULT, KEEP), help="measure only this variant, and print its speed in images/s"
+    )
     args = parser.parse_args()
     if args.variant:
         if args.variant == KEEP:

@@ -1,11 +1,12 @@
-"""Time and memory of R@1/5/10 in both directions, compared with CLIP_benchmark on the same random embeddings.
+"""Measure the time and memory of computing R@1/5/10 in both directions, compared with CLIP_benchmark.
 
     pip install --no-deps clip-benchmark
     python benchmarks/retrieval.py [--images 5000] [--dim 512] [--repeats 3] [--large]
 
-Five captions per image. Each measurement has its own process. Memory is the peak of the process beyond the embeddings,
-after a warm-up. CLIP_benchmark is called as its own `evaluate` does, with batches of 64. `--large` measures only
-llm2clip, on 100,000 images and 500,000 captions in float16, which takes minutes.
+Both libraries use the same random embeddings, with five captions per image. Each measurement runs in its own process,
+after a warm-up. The reported memory is the peak of the process, not including the embeddings. The functions of
+CLIP_benchmark are called as in its own `evaluate` function, with batches of 64. `--large` measures only llm2clip, on
+100,000 images and 500,000 captions in float16, which takes minutes.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from shared import memory_mb, reset_peak_memory
 
 
 def random_embeddings(num_images: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return images, five captions near each image, and the index of the image of each caption.
+    """Return image embeddings, embeddings of five captions per image, and the image index of each caption.
 
-    They are drawn in chunks, because freed memory of large temporary tensors would hide the memory that is measured.
+    The embeddings are drawn in chunks, because memory freed by large temporary tensors would distort the measurement.
     """
     torch.manual_seed(0)
     images = torch.empty(num_images, dim, dtype=dtype)
@@ -62,7 +63,7 @@ def clip_benchmark_recalls(images: Tensor, texts: Tensor, owner: Tensor) -> list
 
 
 def measure(method: str, num_images: int, dim: int) -> str:
-    """Return seconds, MB and the six recalls of one method, as JSON."""
+    """Return the time in seconds, the memory in MB and the six recalls of one method, as JSON."""
     compute = clip_benchmark_recalls if method == "clip_benchmark" else llm2clip_recalls
     compute(*random_embeddings(64, dim, torch.float32))  # warm-up
     dtype = torch.float16 if method == "large" else torch.float32
@@ -74,7 +75,7 @@ def measure(method: str, num_images: int, dim: int) -> str:
 
 
 def measure_in_processes(method: str, num_images: int, dim: int, repeats: int) -> tuple[float, float, list[float]]:
-    """Return the median of the seconds, the largest memory, and the recalls, which must be equal in all repeats."""
+    """Return the median time, the largest peak memory, and the recalls, which must be equal in all repeats."""
     command = [sys.executable, __file__, "--measure", method, "--images", str(num_images), "--dim", str(dim)]
     results = []
     for _ in range(repeats):
@@ -99,12 +100,12 @@ def main() -> None:
     if args.large:
         seconds, megabytes, recalls = measure_in_processes("large", 100_000, args.dim, 1)
         print(f"100,000 images x 500,000 captions, {args.dim} dimensions")
-        print(f"{seconds:,.0f} s, {megabytes:,.0f} MB, recalls {recalls}")
+        print(f"{seconds:,.0f} s, {megabytes:,.0f} MB of memory; recalls: {recalls}")
         return
     names = {"clip_benchmark": "CLIP_benchmark", "llm2clip": "llm2clip"}
     results = {method: measure_in_processes(method, args.images, args.dim, args.repeats) for method in names}
     print(f"{args.images:,} images x {5 * args.images:,} captions, {args.dim} dimensions")
-    print("| method | seconds | speedup | MB | ratio | I2T R@1/5/10, T2I R@1/5/10 |\n|---|---|---|---|---|---|")
+    print("| method | seconds | speed-up | peak MB | ratio | I2T R@1/5/10, T2I R@1/5/10 |\n|---|---|---|---|---|---|")
     base_seconds, base_megabytes, _ = results["clip_benchmark"]
     for method, (seconds, megabytes, recalls) in results.items():
         speedup, ratio = base_seconds / seconds, base_megabytes / megabytes

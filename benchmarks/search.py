@@ -1,12 +1,12 @@
-"""Search latency and recall@10 of the local index, faiss-cpu and LanceDB on the same clustered vectors.
+"""Measure the search latency and recall@10 of the local index, faiss-cpu and LanceDB on the same clustered vectors.
 
     pip install faiss-cpu lancedb
     python benchmarks/search.py [--count 1000000] [--dim 1024] [--queries 100] [--graph] [--lance] [--out FOLDER]
 
-Queries are random vectors near vectors of the index. A search is the complete `SqliteBackend.search`, from the vector
-to the file names. `--graph` also builds and searches the HNSW graphs of the local index and of faiss (tens of minutes
-for a million vectors on two cores); `--lance` also searches LanceDB without an index. Recall is measured against the
-float32 flat index of faiss.
+Each query is a random vector near an indexed vector. For llm2clip, the measured time is that of the complete
+`SqliteBackend.search` call, from the query vector to the file names. `--graph` also builds and searches the HNSW graphs
+of the local index and faiss, which takes tens of minutes for a million vectors on two cores. `--lance` also searches
+with LanceDB, without an index. Recall is measured against faiss's float32 flat index.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ from llm2clip.search.types import Filter, IndexedContent, IndexedImage
 
 K = 10
 CHUNK = 10_000  # vectors
-LANCE_QUERIES = 20  # fewer than for the others: LanceDB takes much longer
-Search = Callable[[np.ndarray], np.ndarray]  # query (D,) -> row numbers of the K nearest vectors
+LANCE_QUERIES = 20  # fewer than for the other libraries, because LanceDB takes much longer
+Search = Callable[[np.ndarray], np.ndarray]  # maps a query (D,) to the row numbers of the K nearest vectors
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=1_000_000, help="number of vectors")
-    parser.add_argument("--dim", type=int, default=1024, help="dimension of the vectors")
-    parser.add_argument("--queries", type=int, default=100, help="number of queries")
+    parser.add_argument("--count", type=int, default=1_000_000, help="number of vectors to index")
+    parser.add_argument("--dim", type=int, default=1024, help="vector dimension")
+    parser.add_argument("--queries", type=int, default=100, help="number of queries per method")
     parser.add_argument("--graph", action="store_true", help="also build and search HNSW graphs")
     parser.add_argument("--lance", action="store_true", help="also search with LanceDB")
-    parser.add_argument("--out", type=Path, help="folder of the index, to reuse it; default: a temporary folder")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the index, so that it can be reused; default: a temporary folder"
+    )
     args = parser.parse_args()
     folder = args.out or Path(tempfile.mkdtemp())
     import faiss
@@ -46,7 +48,7 @@ def main() -> None:
     flat = faiss.IndexFlatIP(args.dim)
     backend = SqliteBackend(folder / "index", write=True, approximate_above=1 << 60)
     seconds = fill(backend, flat, args.count, args.dim)
-    print(f"{args.count:,} vectors of dimension {args.dim}; indexed in {seconds:.0f} s")
+    print(f"{args.count:,} vectors of dimension {args.dim}, indexed in {seconds:.0f} s")
     queries = make_queries(flat, args.queries, args.count, args.dim)
 
     def search_backend(query: np.ndarray) -> np.ndarray:
@@ -62,7 +64,7 @@ def main() -> None:
     search_backend(queries[0])
     first_search = time.perf_counter() - start
     measure("llm2clip, exact: int8 scan, best candidates re-scored in float16", search_backend, queries, exact)
-    print(f"\n(the first search loads the vectors: {first_search:.1f} s)\n")
+    print(f"\n(the first search, which loads the vectors, took {first_search:.1f} s)\n")
     if args.lance:
         search = lance_search(folder / "lance", args.count, args.dim)
         measure("LanceDB, float16, no index", search, queries[:LANCE_QUERIES], exact[:LANCE_QUERIES])
@@ -80,7 +82,7 @@ def main() -> None:
 
 
 def vector_chunks(count: int, dim: int) -> Iterator[np.ndarray]:
-    """Yield unit vectors float32 (N, D) in a thousand clusters, as image embeddings are. Always the same ones."""
+    """Yield unit vectors, float32 (N, D), in a thousand clusters, similar to image embeddings. The seed is fixed."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((1000, dim), dtype=np.float32)
     for start in range(0, count, CHUNK):
@@ -91,7 +93,7 @@ def vector_chunks(count: int, dim: int) -> Iterator[np.ndarray]:
 
 
 def fill(backend: SqliteBackend, flat: Any, count: int, dim: int) -> float:
-    """Add all vectors to the faiss index and, unless it has them, to the local index. Return its seconds."""
+    """Add all vectors to the faiss index and, if it is empty, the local index. Return the latter's indexing time."""
     is_filled = backend.count()[1] == count
     backend.initialize({"model": "none", "fingerprint": "none", "width": dim})
     seconds = 0.0
@@ -111,7 +113,7 @@ def fill(backend: SqliteBackend, flat: Any, count: int, dim: int) -> float:
 
 
 def make_queries(flat: Any, queries: int, count: int, dim: int) -> np.ndarray:
-    """Return unit vectors float32 (queries, D) near random vectors of the index."""
+    """Return query vectors near randomly chosen indexed vectors: unit vectors, float32 (queries, D)."""
     rng = np.random.default_rng(1)
     vectors = np.stack([flat.reconstruct(int(row)) for row in rng.integers(count, size=queries)])
     noise = rng.standard_normal(vectors.shape, dtype=np.float32) / np.sqrt(dim)
@@ -120,7 +122,7 @@ def make_queries(flat: Any, queries: int, count: int, dim: int) -> np.ndarray:
 
 
 def measure(name: str, search: Search, queries: np.ndarray, exact: np.ndarray | None = None) -> np.ndarray:
-    """Time queries one by one and print a table row. Return their results (queries, K)."""
+    """Time each query separately and print a table row. Return the results, (queries, K)."""
     for query in queries[:3]:  # warm-up
         search(query)
     results, milliseconds = [], []
@@ -154,7 +156,7 @@ def build_faiss_graph(count: int, dim: int) -> Any:
 
 
 def lance_search(folder: Path, count: int, dim: int) -> Search:
-    """Write the vectors to a LanceDB table and return its search."""
+    """Write the vectors to a LanceDB table and return a function that searches the table."""
     import lancedb
     import pyarrow as pa
 

@@ -1,11 +1,11 @@
-"""Throughput of `/embed` with many clients: dynamic batching compared with one text at a time.
+"""Measure the throughput of `/embed` with many clients, using dynamic batching or one text at a time.
 
     python benchmarks/serve.py MODEL [--clients 32] [--duration 30] [--precision auto fp32] [--only batched] [--restart]
 
-Each variant is a separate `llm2clip serve` process, with `--batch_size 1` or the default. Clients are threads that
-send a text of 5 to 40 words and wait for its vector, repeatedly. Vectors are compared with those of the model itself.
-`--restart` stops (SIGTERM) and starts the server half-way; clients retry after connection errors, and every text must
-get its vector in the end.
+Each variant is a separate `llm2clip serve` process, with `--batch_size 1` or the default batch size. Each client is a
+thread that repeatedly sends a text of 5 to 40 words and waits for its embedding. The embeddings are compared with those
+from the model itself. `--restart` stops the server with SIGTERM half-way through and starts it again. Clients retry
+after connection errors, so every text must eventually get its embedding.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--clients", type=int, default=32, help="number of clients")
-    parser.add_argument("--duration", type=float, default=30, help="seconds per variant")
-    parser.add_argument("--precision", nargs="+", default=["auto"], help="precisions of the text side to compare")
+    parser.add_argument("--duration", type=float, default=30, help="duration of each variant, in seconds")
+    parser.add_argument("--precision", nargs="+", default=["auto"], help="text-encoding precisions to compare")
     parser.add_argument("--only", choices=["one at a time", "batched"], help="measure only this variant")
-    parser.add_argument("--restart", action="store_true", help="restart the server half-way")
+    parser.add_argument("--restart", action="store_true", help="restart the server half-way through")
     args = parser.parse_args()
     model = open_dual_encoder(args.model)
-    print("| variant | texts/s | speed-up | median, ms | p95, ms | errors | smallest cosine with the model |")
+    print("| variant | texts/s | speed-up | median, ms | p95, ms | errors | lowest cosine to the model |")
     print("|---|---|---|---|---|---|---|")
     first_rate = None
     for precision in args.precision:
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 class Client(threading.Thread):
-    """Sends texts until `stop` is set. Keeps latencies in seconds, the number of errors by kind, and all vectors."""
+    """Client that sends texts until `stop` is set, and records latencies in seconds, error counts and embeddings."""
 
     def __init__(self, seed: int, stop: threading.Event) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Client(threading.Thread):
                 self.unanswered += 1
 
     def embed(self, text: str) -> list[float] | None:
-        """Send a request. Return the vector, or count the error and return None."""
+        """Send a request and return the embedding. After an error, count the error and return None."""
         try:
             headers = {"content-type": "application/json"}
             self.connection.request("POST", "/embed", json.dumps({"input": text}), headers)
@@ -106,7 +106,7 @@ class Client(threading.Thread):
 
 
 def run_clients(args: argparse.Namespace, batch_size: int, precision: str) -> tuple[list[Client], float]:
-    """Start a server and run all clients. Return the clients and the elapsed seconds."""
+    """Start a server and run all clients. Return the clients and the elapsed time in seconds."""
     server = start_server(args.model, batch_size, precision)
     stop = threading.Event()
     clients = [Client(seed, stop) for seed in range(args.clients)]
@@ -153,11 +153,11 @@ def describe_errors(clients: list[Client]) -> str:
     for client in clients:
         errors.update(client.errors)
     counts = ", ".join(f"{kind}: {count}" for kind, count in errors.items()) or "none"
-    return f"{counts}; unanswered {sum(client.unanswered for client in clients)}"
+    return f"{counts}; texts without a response: {sum(client.unanswered for client in clients)}"
 
 
 def smallest_cosine(clients: list[Client], model: DualEncoder) -> float:
-    """Compare the first and last vector of each client with those of the model."""
+    """Return the lowest cosine between the embeddings from the server (first and last per client) and the model."""
     samples = [client.vectors[n] for client in clients if client.vectors for n in (0, -1)]
     expected = model.encode_texts([text for text, _ in samples]).numpy()
     vectors = np.array([vector for _, vector in samples])

@@ -1,4 +1,4 @@
-"""Helpers of several benchmarks: memory of this process, files of JSON lines, and running the command line."""
+"""Helpers shared by several benchmarks: process memory, JSONL files, and running llm2clip commands."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llm2clip.io_utils import atomic_write_jsonl
 
 
 def memory_mb(name: str) -> float:
-    """Return the memory of this process in MB: VmRSS is the current memory, VmHWM the peak."""
+    """Return the memory of this process in MB: current memory for VmRSS, or peak memory for VmHWM."""
     with open("/proc/self/status") as file:
         return next(float(line.split()[1]) for line in file if line.startswith(name)) / 1e3
 
 
 def reset_peak_memory() -> float:
-    """Reset the peak memory of this process, and return its current memory in MB."""
+    """Reset the recorded peak memory of this process, and return its current memory in MB."""
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     return memory_mb("VmRSS")
@@ -33,16 +33,16 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_rows_once(file: Path, rows: Iterable[dict[str, Any]]) -> Path:
-    """Write rows to a JSONL file unless it exists. Return the file."""
+    """Write rows to a JSONL file unless the file already exists. Return its path."""
     if not file.exists():
         atomic_write_jsonl(file, rows)
     return file
 
 
 def run_llm2clip(command: Sequence[str], log: Path) -> None:
-    """Run `llm2clip` with its output appended to a log file; exit with a message if it fails."""
+    """Run an `llm2clip` command and append its output to a log file. Exit with a message if the command fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as output:
         process = subprocess.run([sys.executable, "-m", "llm2clip", *command], stdout=output, stderr=output)
     if process.returncode:
-        raise SystemExit(f"failed, see {log}: llm2clip {shlex.join(command)}")
+        raise SystemExit(f"command failed (see {log}): llm2clip {shlex.join(command)}")

@@ -1,18 +1,20 @@
-"""Ablations of stage 1: caption retrieval accuracy (CRA) of caption encoders, one row per encoder.
+"""Run ablations of stage 1, and report the caption retrieval accuracy (CRA) of each caption encoder.
 
     python benchmarks/stage1.py DATA --out runs/stage1 [--steps 100] [--only cc cc-causal ...]
 
-DATA contains flickr30k_text, coco_text, flickr8k_text and stanford_paragraphs_text, each with a captions.jsonl. Every
-tuned row is tuned on Flickr30k's training split for the same number of steps. The test sets are:
+DATA contains flickr30k_text, coco_text, flickr8k_text and stanford_paragraphs_text, each with a captions.jsonl. All
+encoders are tuned for the same number of steps. The tuning data is Flickr30k's training split, except where TUNED_ROWS
+states other data. The test sets are:
 
-- COCO: the 5,000 images of Karpathy's test split.
-- paragraphs: the first against the last sentences of 1,000 paragraphs of the test split.
-- Chinese: a Chinese against an English caption of each of Flickr8k's 1,000 test images.
+- COCO: captions of the 5,000 images in Karpathy's test split.
+- paragraphs: the first half of each paragraph against the second half, for 1,000 paragraphs from the test split.
+- Chinese: a Chinese caption against an English caption for each of Flickr8k's 1,000 test images.
 
-General text pairs (TC) are WordNet's glosses and Debian's package descriptions: install wordnet-base, and fill apt's
-lists. Results are cached in OUT; the table is OUT/STEPS-steps/table.md.
+General text pairs (TC) are taken from WordNet's glosses and Debian's package descriptions. To get them, install
+wordnet-base and run apt-get update. Results are cached in OUT. The table is written to OUT/STEPS-steps/table.md.
 
-The paragraphs that `cc-long` is tuned on describe images of Visual Genome, some of which are also in COCO's test split.
+The paragraphs that `cc-long` is tuned on describe images from Visual Genome, and some of these images are also in
+COCO's test split.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ LORA = ["--tune.lora_r", "16", "--tune.lr", "1e-3"]
 
 @dataclass
 class TunedRow:
-    """A tuned encoder: settings that differ from the base, and the data."""
+    """An encoder to tune: its settings that differ from BASE_SETTINGS, and its training data."""
 
     settings: list[str] = field(default_factory=list)
     captions: bool = True
@@ -63,18 +65,21 @@ TUNED_ROWS = {
     "cc-long": TunedRow(paragraphs=True),
     "gemma-cc": TunedRow(["--encoder.path", "gemma3-270m", "--encoder.layers", "18", *LORA]),
 }
-UNTUNED_ROWS = {  # name: settings of the encoder
+UNTUNED_ROWS = {  # encoder settings, keyed by row name
     "minilm": ["--encoder.path", "all-minilm-l6-v2"],
     "raw-causal": ["--encoder.path", "smollm2-135m", "--encoder.bidirectional", "false"],
     "raw": ["--encoder.path", "smollm2-135m"],
     "gemma-raw": ["--encoder.path", "gemma3-270m"],
     "raw-12-layers": ["--encoder.path", "smollm2-135m", "--encoder.layers", "12"],
 }
-TRUNCATED_DIMS = {"cc": (256, 128, 64), "cc-matryoshka": (256, 128, 64)}  # also tested at these sizes, on COCO
+TRUNCATED_DIMS = {
+    "cc": (256, 128, 64),
+    "cc-matryoshka": (256, 128, 64),
+}  # these encoders are also tested on COCO with truncated embeddings
 
 
 class Ablations:
-    """The data, the encoders and the results of a run."""
+    """Data, encoders and results of a benchmark run."""
 
     def __init__(self, data: Path, out: Path, steps: int) -> None:
         self.data, self.out, self.steps = data, out / f"{steps}-steps", steps
@@ -86,7 +91,7 @@ class Ablations:
         }
 
     def measure_row(self, name: str) -> list[list[str]]:
-        """Tune and test an encoder. Return its row of the table, and one for each truncated size."""
+        """Tune and test an encoder. Return its table row, and another row for each truncated dimension."""
         if name in UNTUNED_ROWS:
             encoder, tune_command = UNTUNED_ROWS[name], None
         else:
@@ -131,7 +136,7 @@ class Ablations:
         return command + row.settings
 
     def _split_paragraphs(self, split: str) -> Iterator[dict[str, Any]]:
-        """Yield the first and the last sentences of each paragraph; for tuning, also one sentence and the paragraph."""
+        """Yield the two halves of each paragraph and, for tuning, also the first sentence and the full paragraph."""
         for row in read_rows(self.data / "stanford_paragraphs_text/captions.jsonl"):
             paragraph = row["long_captions"][0]
             sentences = re.split(r"(?<=[.!?])\s+", paragraph.strip())
@@ -151,7 +156,7 @@ class Ablations:
 
 
 def general_text_pairs() -> Iterator[dict[str, Any]]:
-    """Yield WordNet's words or example sentences with their definitions, and package titles with their descriptions."""
+    """Yield words or example sentences from WordNet with their definitions, and package titles with descriptions."""
     for pair in read_wordnet(WORDNET):
         yield {"query": pair.anchor, "positive": pair.positive, "instruction": pair.instruction}
     packages = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=True).stdout

@@ -1,20 +1,22 @@
-"""Ablations of stage 2: retrieval on photographs, one row per setting.
+"""Run ablations of stage 2, and report the retrieval accuracy on photographs for each setting.
 
     python benchmarks/stage2.py DATA --out runs/stage2 \\
         --encoder tc=runs/stage1/100-steps/tc/encoder cc=runs/stage1/100-steps/cc/encoder
 
-DATA contains flickr8k, coco_img and ade20k_ids, each with a captions.jsonl and images. Training data: 8,335 images, of
-Flickr8k's training split and its 91 images without a split, coco_img and ade20k_ids. Test data: Flickr8k's 1,000
-validation images with 5,000 captions. The vision tower is a frozen EfficientNet-Lite0 at 160 pixels, so only the heads
-are trained, on cached features. `raw` is SmolLM2-135M and `minilm` is all-MiniLM-L6-v2. The other encoders (`tc`, `cc`,
-`gemma-cc`) are tuned ones, named on the command line; rows with other encoders are skipped. The tables are:
+DATA contains flickr8k, coco_img and ade20k_ids, each with a captions.jsonl and images. The training data
+are 8,335 images from Flickr8k's training split, Flickr8k's 91 images without a split, coco_img and ade20k_ids. The test
+data are Flickr8k's 1,000 validation images with 5,000 captions. The vision tower is a frozen EfficientNet-Lite0 at 160
+pixels, so only the heads are trained, on cached features.
 
-    frozen      text towers
-    captions    one caption of each image per step, or all of them, for several numbers of epochs
-    dense       share of dense captions: 0, 50, 100%. Training data without ade20k_ids, where the dense caption of an
-                image is all its captions joined; tested on ade20k_ids with whole captions and with first sentences
+`raw` is SmolLM2-135M and `minilm` is all-MiniLM-L6-v2. The tuned encoders (`tc`, `cc`, `gemma-cc`) must be passed with
+--encoder; rows whose encoder is missing are skipped. The tables are:
 
-Results are cached in OUT; OUT/TABLE.md has each row with its command.
+    frozen      comparison of text towers
+    captions    one caption per image in each step, or all captions, for several numbers of epochs
+    dense       0, 50 or 100% dense captions; trained without ade20k_ids, where the dense caption of an image joins all
+                its captions; also tested on ade20k_ids, with full captions and with first sentences
+
+Results are cached in OUT. Each table is written to OUT/TABLE.md, with the command for each row.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ FROZEN = [
 
 @dataclass
 class Row:
-    """A row of a table: the encoder, and settings that differ from FROZEN."""
+    """A table row: the caption encoder, and all settings that differ from FROZEN."""
 
     encoder: str
     settings: list[str] = field(default_factory=list)
@@ -69,7 +71,7 @@ SEEDS = {"frozen": 3, "captions": 3, "dense": 1}
 
 
 class Ablations:
-    """The data, the stores and the runs."""
+    """Data, embedding stores and training runs of the benchmark."""
 
     def __init__(self, data: Path, out: Path, encoders: dict[str, str]) -> None:
         self.out, self.encoders = out, {"raw": "smollm2-135m", "minilm": "all-minilm-l6-v2", **encoders}
@@ -80,7 +82,7 @@ class Ablations:
         self._embedded: set[tuple[str, bool]] = set()
 
     def measure_row(self, table: str, name: str, row: Row, seeds: int) -> dict[str, str]:
-        """Train a row's models and return its cells."""
+        """Train the models for a table row and return the cells of the row."""
         dense = table == "dense"
         encoder = ["--encoder.path", self.encoders[row.encoder]]
         store = self._embed(row.encoder, encoder, dense)
@@ -102,7 +104,7 @@ class Ablations:
         return cells | {"command": f"`llm2clip {shlex.join(command)}`"}
 
     def _embed(self, name: str, encoder: list[str], dense: bool) -> str:
-        """Embed the captions of the training and test data once. Return the store."""
+        """Embed the captions of the training and test data, once per encoder and table type. Return the store."""
         store = str(self.out / "stores" / name)
         if (name, dense) not in self._embedded:
             sources = [self.train_dense, self.ade20k] if dense else [self.train]
@@ -112,7 +114,7 @@ class Ablations:
         return store
 
     def _evaluate_ade20k(self, folder: Path) -> dict[str, str]:
-        """Return T2I R@1 of a run's model on ADE20K, by first sentences and by whole captions."""
+        """Return the T2I R@1 of a run's model on ADE20K, with first sentences and with full captions as queries."""
         result = folder / "ade20k/results.json"
         if not result.exists():
             command = ["evaluate", str(folder / "model"), f"{self.ade20k}@none", "--out", str(result.parent)]
@@ -123,7 +125,7 @@ class Ablations:
 
 
 def training_rows(data: Path, dense: bool) -> Iterator[dict[str, Any]]:
-    """Yield the training data; if `dense`, without ade20k_ids, and with joined captions as the long caption."""
+    """Yield the training data. If `dense`, omit ade20k_ids and join each image's captions into its long caption."""
     for name in ("flickr8k", "coco_img", *(() if dense else ("ade20k_ids",))):
         for row in rows_with_paths(data / name / "captions.jsonl"):
             if name == "flickr8k" and row["split"] == "val":
@@ -135,14 +137,14 @@ def training_rows(data: Path, dense: bool) -> Iterator[dict[str, Any]]:
 
 
 def ade20k_rows(data: Path) -> Iterator[dict[str, Any]]:
-    """Yield ADE20K's images with the first sentence of their long captions, and with the whole captions."""
+    """Yield the images from ADE20K, each with the first sentence of its long caption and with the full long caption."""
     for row in rows_with_paths(data / "ade20k_ids/captions.jsonl"):
         captions = {"captions": row["sentences"][:1], "long_captions": row["long_captions"]}
         yield {"image": row["image"], "id": row["id"], **captions}
 
 
 def rows_with_paths(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file with absolute paths of their images."""
+    """Yield the rows of a file, with image paths made absolute."""
     for row in read_rows(file):
         yield row | {"image": str(file.parent / row["image"])}
 
@@ -161,10 +163,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--encoder", nargs="+", default=[], metavar="NAME=PATH", help="tuned caption encoders")
-    parser.add_argument("--only", nargs="+", choices=list(TABLES), default=list(TABLES), help="tables")
-    parser.add_argument("--rows", nargs="+", help="rows of these tables; default: all")
-    parser.add_argument("--seeds", type=int, help="runs per row; default: the table's own number")
+    parser.add_argument(
+        "--encoder", nargs="+", default=[], metavar="NAME=PATH", help="names and paths of tuned caption encoders"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=list(TABLES), default=list(TABLES), help="tables to compute; default: all"
+    )
+    parser.add_argument("--rows", nargs="+", help="names of the rows to compute; default: all")
+    parser.add_argument("--seeds", type=int, help="number of runs per row; default: depends on the table")
     args = parser.parse_args()
     encoders = dict(argument.split("=", 1) for argument in args.encoder)
     ablations = Ablations(args.data.resolve(), args.out, encoders)

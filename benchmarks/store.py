@@ -1,15 +1,16 @@
-"""Speed of the embedding store: reading rows, and adding and looking up captions.
+"""Measure how fast the embedding store reads rows, adds captions and looks up captions.
 
     python benchmarks/store.py FOLDER [--rows 2000000] [--width 1024] [--batch 4096] [--repeats 5]
         [--captions 1000000 10000000]
 
-Reading: FOLDER gets a store of random embeddings. Batches of random rows are read with a plain memory map, with
-`EmbeddingStore` in mmap mode, and in pread mode, in turn. For `cold` reads the page cache of the store's files is
-dropped before each batch; for `hot` reads all of the store has been read once. The table shows medians (least to most).
+Reading: a store of random embeddings is created in FOLDER. Batches of random rows are read alternately with a plain
+memory map, with `EmbeddingStore` in mmap mode, and with `EmbeddingStore` in pread mode. For `cold` reads, the store's
+files are dropped from the page cache before each batch. For `hot` reads, the entire store has already been read once.
+The table shows medians and ranges.
 
-Captions: generated captions, some of them repeated, are deduplicated as in `llm2clip embed`, written as shards with one
-dimension per embedding, and looked up again, in a separate process. The table shows seconds, without the time to
-generate the captions, and the process's memory before and at the peak.
+Captions: in a separate process, captions (some of them repeated) are generated, deduplicated as in `llm2clip embed`,
+written as shards with one-dimensional embeddings, and looked up again. The table shows times in seconds, without the
+time to generate the captions. It also shows the memory of the process at the start and at the peak.
 """
 
 from __future__ import annotations
@@ -78,13 +79,13 @@ print("| " + " | ".join([*cells, f"{memory_before:.0f}", f"{peak_memory():.0f}"]
 
 
 class Reader(Protocol):
-    """A way to read rows."""
+    """Interface for reading rows."""
 
     def take(self, rows: np.ndarray) -> np.ndarray: ...
 
 
 class PlainMap:
-    """The common way: a memory map per file, rows in the requested order."""
+    """The common approach: one memory map per file, with rows read in the requested order."""
 
     def __init__(self, folder: Path) -> None:
         self.maps = [np.load(embeddings_path(folder, n), mmap_mode="r") for n in shard_numbers(folder)]
@@ -112,7 +113,7 @@ def drop_page_cache(folder: Path) -> None:
 
 
 def measure_reads(folder: Path, rows: int, batch: int, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Return rows per second, by reader and by cold or hot."""
+    """Return the measured speeds in rows per second, for each reader and for cold and hot reads."""
     readers: dict[str, Reader] = {
         "plain memory map": PlainMap(folder),
         "EmbeddingStore, mmap": EmbeddingStore(folder, "mmap"),
@@ -132,7 +133,7 @@ def measure_reads(folder: Path, rows: int, batch: int, repeats: int) -> dict[str
 
     for _ in range(repeats):
         read_one_batch_each("cold")
-    for reader in readers.values():  # read everything once
+    for reader in readers.values():  # read the entire store once
         for first in range(0, rows, batch):
             reader.take(np.arange(first, min(first + batch, rows)))
     for _ in range(10 * repeats):
@@ -153,7 +154,7 @@ def main() -> None:
     if not (args.folder / "manifest.json").exists():
         write_random_store(args.folder, args.rows, args.width)
     size = sum(embeddings_path(args.folder, n).stat().st_size for n in shard_numbers(args.folder))
-    print(f"{args.rows:,} rows of {args.width}: {size / 1e9:.1f} GB (float32: {2 * size / 1e9:.1f} GB)")
+    print(f"{args.rows:,} rows of dimension {args.width}: {size / 1e9:.1f} GB (float32: {2 * size / 1e9:.1f} GB)")
     keep_freed_memory(torch.device("cpu"))  # as in training
     print("| reader | cold, rows/s | hot, rows/s |\n| --- | --- | --- |")
     for name, rates in measure_reads(args.folder, args.rows, args.batch, args.repeats).items():

@@ -1,10 +1,11 @@
-"""Time of a step of tune with the same texts and the same loss, for several ways to batch the texts.
+"""Measure the time of a `tune` step for several ways to batch the texts, with the same texts and the same loss.
 
     python benchmarks/tune.py CAPTIONS [--encoder smollm2-135m] [--layers 12] [--pairs 64] [--steps 3]
 
-The texts of a step are encoded in batches of 32, padded to their longest text; in length buckets, padded; and in length
-buckets, packed without padding. Padded batches run with plain attention and with PyTorch's fused attention; packed ones
-have an attention function of their own. Everything runs in fp32 and, if the device multiplies it in hardware, in bf16.
+The texts of each step are encoded in three ways: in batches of 32, padded to the longest text; in length buckets,
+padded; and in length buckets, packed without padding. Padded batches run with plain attention and with PyTorch's fused
+attention. Packed batches use a separate attention function. Everything runs in fp32 and, if the device supports bf16
+matmuls in hardware, also in bf16.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ TEXTS_PER_BATCH = 32
 
 
 class FixedBatchLoss(PairLoss):
-    """Encodes a fixed number of texts per forward pass, in the order of the batch, padded to the longest text."""
+    """Loss that encodes a fixed number of texts per forward pass, in batch order, padded to the longest text."""
 
     def _passes(
         self, tokens: list[list[int]], prompt_lengths: list[int]
@@ -49,7 +50,7 @@ class FixedBatchLoss(PairLoss):
 
 @dataclass
 class Method:
-    """A way to run a step, and its measurements."""
+    """A method of running a step, with its measurements."""
 
     name: str
     loss_class: type[PairLoss]
@@ -59,7 +60,7 @@ class Method:
     loss: float = 0.0
 
     def run_step(self, encoder: CaptionEncoder, batch: dict[str, Any]) -> float:
-        """Run forward and backward of a batch. Return the seconds."""
+        """Run a forward and a backward pass on a batch. Return the time in seconds."""
         device = encoder.device
         encoder.llm.set_attn_implementation(self.attention)
         loss_function = self.loss_class(encoder, 0.05, default_batch_tokens(device))
@@ -94,7 +95,7 @@ def make_methods(device: torch.device) -> list[Method]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("captions", help="source of records with short and long captions")
+    parser.add_argument("captions", help="source with short and long captions")
     parser.add_argument("--encoder", default="smollm2-135m")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--pairs", type=int, default=64)
@@ -112,13 +113,15 @@ def main() -> None:
         for pairs in pair_batches([images], [], args.pairs, args.steps + 1, seed=0)
     ]
     lengths = [len(ids) for batch in batches for ids in batch["tokens"]]
-    print(f"{2 * args.pairs} texts per step; tokens: median {statistics.median(lengths)}, maximum {max(lengths)}")
+    print(
+        f"{2 * args.pairs} texts per step; tokens per text: median {statistics.median(lengths)}, maximum {max(lengths)}"
+    )
 
     methods = make_methods(encoder.device)
     for step, batch in enumerate(batches):
-        for method in methods:  # in turn, so that other load on the machine affects all alike
+        for method in methods:  # alternate, so that other load on the machine affects all methods equally
             elapsed = method.run_step(encoder, batch)
-            if step:  # the first one warms up
+            if step:  # the first step is a warm-up
                 method.seconds.append(elapsed)
     base = statistics.median(methods[0].seconds)
     print("| forward and backward | captions/s | ratio | loss of the last step |\n| --- | --- | --- | --- |")

@@ -164,5 +164,5 @@ def test_empty_results_and_errors_are_shown(page: Any, image_folder: Path, tmp_p
     wait_for_hits(page, 1)
     page.context.set_offline(True)
     page.locator("#text").press("Enter")
-    wait_until(page, "document.getElementById('status').textContent.includes('does not respond')")
+    wait_until(page, "document.getElementById('status').textContent.includes('is not responding')")
     page.context.set_offline(False)

@@ -1,13 +1,13 @@
 "use strict";
-// Search page: one query at a time, results in a grid. It only sends requests to its own server: to /search,
-// /thumbnail and /image.
+// Search page that runs one query at a time and shows the results in a grid. The page only sends requests to its own
+// server, at /search, /thumbnail and /image.
 
 const $ = (id) => document.getElementById(id);
-const MAX_SIDE = 1024; // larger images are scaled down to this many pixels per side before they are sent
-const MAX_IMAGES = 16; // per request; the server has the same limit
-const query = { images: [], like: [], negativeImages: [] }; // images: data URIs; like: ids of hits
+const MAX_SIDE = 1024; // in pixels; larger images are scaled down to this size before they are sent
+const MAX_IMAGES = 16; // maximum number per request; the server has the same limit
+const query = { images: [], like: [], negativeImages: [] }; // images and negativeImages are data URIs; like contains hit ids
 let hits = [];
-let openIndex = -1; // of the hit in the detail view
+let openIndex = -1; // index of the hit in the detail view
 let lastRequest = 0;
 
 // ---- search ---------------------------------------------------------------------------------------------------------
@@ -60,11 +60,11 @@ async function search(addToHistory = true) {
     if (!response.ok) throw new Error(body.error.message);
     showHits(body.hits);
     const seconds = ((performance.now() - start) / 1000).toFixed(2);
-    showStatus(hits.length ? `${hits.length} images, most similar first (${seconds} s)` : "No results. Check the filters.");
+    showStatus(hits.length ? `${hits.length} images, most similar first (${seconds} s)` : "No results. Try changing the filters.");
   } catch (error) {
     if (requestNumber !== lastRequest) return;
     showHits([]);
-    showStatus(error instanceof TypeError ? "The server does not respond. Is it still running?" : error.message, true);
+    showStatus(error instanceof TypeError ? "The server is not responding. Is it still running?" : error.message, true);
   } finally {
     if (requestNumber === lastRequest) document.body.classList.remove("searching");
   }
@@ -78,7 +78,7 @@ function showStatus(text, isError = false) {
 // ---- results --------------------------------------------------------------------------------------------------------
 
 function showHits(newHits) {
-  if ($("detail").open) $("detail").close(); // it shows one of the old hits
+  if ($("detail").open) $("detail").close(); // the dialog shows one of the old hits
   hits = newHits;
   $("empty").hidden = true;
   $("grid").replaceChildren(...hits.map(makeGridItem));
@@ -162,7 +162,8 @@ function toDataUri(blob) {
 }
 
 async function toSmallDataUri(file) {
-  // The model does not use more than MAX_SIDE pixels. The server may support formats that the browser does not.
+  // The model does not need more than MAX_SIDE pixels per side. If the browser cannot decode a file, the original is
+  // sent, because the server may support its format.
   try {
     const bitmap = await createImageBitmap(file);
     const scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height));
@@ -240,7 +241,7 @@ $("back").addEventListener("click", () => showDetail(openIndex - 1));
 $("next").addEventListener("click", () => showDetail(openIndex + 1));
 $("close").addEventListener("click", () => $("detail").close());
 $("detail").addEventListener("close", () => {
-  // The event fires shortly after the dialog closes. If the search box has the focus by then, it keeps it.
+  // This event fires shortly after the dialog closes. If the search box has received focus by then, do not move focus.
   const focusable = [document.body, ...$("grid").querySelectorAll("button")];
   if (hits[openIndex] && focusable.includes(document.activeElement)) focusHit(openIndex);
 });
@@ -273,7 +274,7 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-let dragDepth = 0; // dragenter and dragleave fire for every element under the pointer
+let dragDepth = 0; // nesting depth, since dragenter and dragleave fire for every element under the pointer
 addEventListener("dragenter", (event) => {
   if ([...event.dataTransfer.types].includes("Files")) { dragDepth++; $("drop").hidden = false; }
 });
