@@ -1,8 +1,8 @@
-"""Checkpoints and metrics of a training run, the same for tune, align and LLaVA.
+"""Checkpoints and metrics of a training run, shared by tune, align and LLaVA.
 
 A run writes `checkpoints/checkpoint-N` every few steps and appends a line to `metrics.jsonl` for every logged step. A
-checkpoint counts once its marker file exists, so that it is either complete or ignored. The marker holds the signature
-of the run (its settings and a hash of its data); training resumes only from a checkpoint with the same signature.
+checkpoint is valid only when its marker file exists, so an incomplete checkpoint is ignored. The marker contains the
+run's signature (settings and a hash of the data). Training resumes only from a checkpoint with the same signature.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from transformers import TrainerCallback
 from llm2clip.distributed import process_state
 from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text
 
-PREFIX = "checkpoint-"  # the name that transformers' Trainer gives its checkpoints
+PREFIX = "checkpoint-"  # the prefix that transformers' Trainer uses
 COMPLETE_MARKER = "complete"
-MAX_CHECKPOINTS = 2  # older ones are removed
+MAX_CHECKPOINTS = 2  # older checkpoints are removed
 
 
 class Checkpoints:
     """Checkpoints of one training run. The methods must be called by all ranks.
 
     Attributes:
-        latest: Checkpoint to resume from; None starts from the beginning.
-        step: Step of that checkpoint, or 0.
+        latest: Checkpoint to resume from, or None to start from the beginning.
+        step: Step of the checkpoint to resume from, or 0.
     """
 
     def __init__(self, folder: Path, signature: Mapping[str, Any]) -> None:
         """Find the checkpoint to resume from and remove incomplete ones.
 
         Args:
-            folder: Folder of the checkpoints. It need not exist.
-            signature: What a run must have in common with a checkpoint to resume from it, such as the number of steps,
-                the batch size and a hash of the data. JSON values.
+            folder: Folder for the checkpoints; need not exist.
+            signature: JSON-serialisable properties that must match between a run and a checkpoint, such as the number
+                of steps, the batch size and a hash of the data.
 
         Raises:
             ValueError: The latest checkpoint has a different signature, or is not visible on this rank.
@@ -56,17 +56,17 @@ class Checkpoints:
             latest = broadcast_object_list([latest])[0]
         if latest is not None:
             if not (latest / COMPLETE_MARKER).exists():
-                raise ValueError(f"{latest} is not visible on all ranks: the run directory must be on a shared disk")
+                raise ValueError(f"{latest} is not visible on all ranks: put the run directory on a shared disk")
             validate_resume(latest, self.signature)
         self.latest: Path | None = latest
         self.step = 0 if latest is None else checkpoint_step(latest)
 
     def path(self, step: int) -> Path:
-        """Return the folder of the checkpoint of a step."""
+        """Return the checkpoint folder for a step."""
         return self.folder / f"{PREFIX}{step}"
 
     def commit(self, step: int) -> None:
-        """Mark the checkpoint of a step as complete once all ranks have written their part; remove old checkpoints."""
+        """Wait for all ranks, mark the checkpoint of a step as complete, and remove old checkpoints."""
         state = process_state()
         state.wait_for_everyone()
         if state.is_main_process:
@@ -75,10 +75,10 @@ class Checkpoints:
 
 
 class MetricsLog:
-    """A JSONL file of metrics: one object per line, each with its `step`."""
+    """JSONL file of metrics with one object per line, each with a `step`."""
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
-        """Open `path` for appending. Lines after `resume_step` are dropped: their steps will be repeated."""
+        """Prepare `path` for appending. Lines after `resume_step` are dropped, because these steps will be repeated."""
         self.path = path
         lines = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
         atomic_write_jsonl(path, lines)
@@ -89,22 +89,22 @@ class MetricsLog:
 
 
 class TrainingLog(TrainerCallback):
-    """Callback for transformers' Trainer: writes metrics, stops at non-finite values and commits checkpoints."""
+    """Callback for transformers' Trainer that writes metrics, stops at non-finite values and commits checkpoints."""
 
     def __init__(self, metrics: Path, checkpoints: Checkpoints, advice: str = "", log_summary: bool = False) -> None:
         """
         Args:
-            metrics: JSONL file, written by the main process.
+            metrics: JSONL file that the main process writes metrics to.
             checkpoints: Checkpoints in the output directory of the Trainer.
-            advice: End of the error message for a non-finite loss or gradient: what to change.
-            log_summary: Also write the Trainer's summary at the end of training (run time, mean loss).
+            advice: What to change if the loss or a gradient is not finite, shown at the end of the error message.
+            log_summary: Also write the summary that the Trainer logs after training (run time, mean loss).
         """
         self.checkpoints, self.advice, self.log_summary = checkpoints, advice, log_summary
         self.log = MetricsLog(metrics, checkpoints.step) if process_state().is_main_process else None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         logs = logs or {}
-        # A non-finite gradient makes the weights non-finite. Only fp16 expects such steps: its scaler skips them.
+        # A non-finite gradient makes the weights non-finite, except in fp16: its gradient scaler skips such steps.
         for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
             check_finite(name, logs.get(name, 0.0), state.global_step, self.checkpoints, self.advice)
         if self.log is not None and ("loss" in logs or self.log_summary):
@@ -115,7 +115,7 @@ class TrainingLog(TrainerCallback):
 
 
 def check_finite(name: str, value: float, step: int, checkpoints: Checkpoints, advice: str = "") -> None:
-    """Raise FloatingPointError, naming the step and the last complete checkpoint, unless `value` is finite."""
+    """Raise FloatingPointError if `value` is not finite, naming the step and the last complete checkpoint."""
     if math.isfinite(value):
         return
     last = latest_checkpoint(checkpoints.folder)
@@ -123,7 +123,7 @@ def check_finite(name: str, value: float, step: int, checkpoints: Checkpoints, a
 
 
 def mark_complete(checkpoint: Path, signature: Mapping[str, Any]) -> None:
-    """Write the marker of a checkpoint whose files have all been written."""
+    """Write the marker file of a checkpoint. All other files must already have been written."""
     atomic_write_text(checkpoint / COMPLETE_MARKER, json.dumps(signature))
 
 
@@ -131,7 +131,7 @@ def validate_resume(checkpoint: Path, signature: Mapping[str, Any]) -> None:
     """Check that a run with this signature can resume from a checkpoint.
 
     Raises:
-        ValueError: The checkpoint has a different signature; the message names what differs.
+        ValueError: The checkpoint has a different signature; the message lists the differences.
     """
     saved = json.loads((checkpoint / COMPLETE_MARKER).read_text())
     changes = [
@@ -151,7 +151,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """Return the step in a checkpoint's name."""
+    """Return the step number in a checkpoint's name."""
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
@@ -162,7 +162,7 @@ def prune_checkpoints(folder: Path, keep: int = MAX_CHECKPOINTS) -> None:
 
 
 def hash_texts(texts: Iterable[str]) -> str:
-    """Return a hash of texts that depends on their order, as 16 hexadecimal digits."""
+    """Return an order-dependent hash of texts, as 16 hexadecimal digits."""
     total = hashlib.sha256()
     for text in texts:
         total.update(hashlib.sha256(text.encode(errors="surrogateescape")).digest())
@@ -170,7 +170,7 @@ def hash_texts(texts: Iterable[str]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics file. A last line that was cut off by a kill is ignored."""
+    """Read a metrics file. If the process was killed while writing, the truncated last line is ignored."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -181,7 +181,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints in a folder by step, complete or not."""
+    """List all checkpoints in a folder, including incomplete ones, sorted by step."""
     pattern = re.compile(re.escape(PREFIX) + r"\d+")
     return sorted((path for path in folder.glob(f"{PREFIX}*") if pattern.fullmatch(path.name)), key=checkpoint_step)
 

@@ -1,4 +1,4 @@
-"""Distributed runs: ranks, barriers, FSDP settings, and output that is printed once."""
+"""Utilities for distributed runs: ranks, barriers, FSDP settings, and printing on the main process only."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from llm2clip.io_utils import atomic_write_text
 def process_state() -> PartialState:
     """Return Accelerate's state: rank, world size and device. The first call initialises the process group.
 
-    Without an accelerator, Accelerate only forms a group if told to use the CPU. The timeout is long because ranks
-    wait while one of them measures.
+    Without a GPU or other accelerator, Accelerate must be told to use the CPU, or it creates no process group. The
+    timeout is long because all ranks wait while the main process evaluates.
     """
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     return PartialState(cpu=use_cpu or not torch.accelerator.is_available(), timeout=timedelta(days=1))
@@ -40,13 +40,13 @@ def fsdp_enabled() -> bool:
 
 
 def set_fsdp_wrap_policy(layers: Sequence[nn.Module]) -> None:
-    """With FSDP, make Accelerate shard a model layer by layer.
+    """If FSDP is enabled, make Accelerate shard a model layer by layer.
 
     Args:
-        layers: the transformer layers; if empty, the model is sharded as one unit.
+        layers: transformer layers of the model; if empty, the model is sharded as one unit.
 
     Raises:
-        ValueError: the launcher selected FSDP version 1.
+        ValueError: FSDP version 1 was selected in the launcher.
     """
     if not fsdp_enabled():
         return
@@ -60,12 +60,12 @@ def set_fsdp_wrap_policy(layers: Sequence[nn.Module]) -> None:
 def set_mixed_precision(precision: str) -> str:
     """Set Accelerate's mixed precision to fp32, bf16 or fp16, and return Accelerate's name for it.
 
-    Overrides what an earlier stage in this process or the launcher chose.
+    This overrides the precision set by the launcher or by an earlier stage in the same process.
     """
     name = "no" if precision == "fp32" else precision
     os.environ["ACCELERATE_MIXED_PRECISION"] = name
     AcceleratorState._reset_state()
-    # After the reset, Accelerate would forget its FSDP plugin unless the type is derived from the environment again.
+    # After the reset, Accelerate restores its FSDP plugin only if the type is derived from the environment again.
     if PartialState._shared_state.get("distributed_type") is DistributedType.FSDP:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return name
@@ -83,7 +83,7 @@ def print_once(*lines: str) -> None:
 
 
 def cached_json(file: Path, compute: Callable[[], Any]) -> Any:
-    """Return the content of a JSON file; the main process computes and writes it if it does not exist."""
+    """Return the content of a JSON file. If the file is missing, the main process computes and writes the content."""
     state = process_state()
     if state.is_main_process and not file.exists():
         atomic_write_text(file, json.dumps(compute(), indent=1))
@@ -92,7 +92,7 @@ def cached_json(file: Path, compute: Callable[[], Any]) -> Any:
 
 
 def shutdown() -> None:
-    """Wait for all ranks, then destroy the process group; a rank that just exits can fail the others."""
+    """Wait for all ranks, then destroy the process group. If a rank simply exited, other ranks could fail."""
     if is_distributed():
         process_state().wait_for_everyone()
         torch.distributed.destroy_process_group()

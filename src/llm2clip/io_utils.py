@@ -1,4 +1,4 @@
-"""Atomic writes, and readers for JSON and text files whose errors name the file and the line."""
+"""Atomic writes, and readers for JSON and text files that report errors with the file and the line."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 
 class MissingFileError(FileNotFoundError):
-    """A file or folder of a data set is missing; the message names it."""
+    """A file or folder of a data set is missing. The message names the missing path."""
 
 
 class DataFormatError(ValueError):
-    """A file has the wrong format; the message names the file and the place."""
+    """A file has the wrong format. The message names the file and the position of the error."""
 
 
 # ---- atomic writes -------------------------------------------------------------------------------------------------
@@ -31,9 +31,9 @@ def atomic_path(file: str | Path) -> Iterator[Path]:
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays at the end: np.save, for one, appends its own to a path without it.
+    # Keep the suffix at the end: np.save, for example, appends .npy to a path without this suffix.
     temporary = file.with_name(f".{file.stem}.{os.getpid()}.part{file.suffix}")
-    temporary.unlink(missing_ok=True)  # a killed process with this id may have left it, as a hard link to another file
+    temporary.unlink(missing_ok=True)  # may be left over from a killed process with the same id, and may be a hard link
     try:
         yield temporary
         with temporary.open("rb") as stream:
@@ -96,10 +96,10 @@ def fsync_folder(folder: Path) -> None:
 
 
 def first_existing(folder: Path, *names: str) -> Path:
-    """Return the first of these files or folders that exists in `folder`; a name may be a glob pattern.
+    """Return the first of the named files or folders that exists in `folder`. Names may be glob patterns.
 
     Raises:
-        MissingFileError: none exists.
+        MissingFileError: none of the names exists.
     """
     for name in names:
         if any(c in name for c in "*?["):
@@ -115,7 +115,7 @@ def read_json(file: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        DataFormatError: it is not JSON.
+        DataFormatError: the file is not valid JSON.
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -124,7 +124,7 @@ def read_json(file: Path) -> Any:
 
 
 def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object) for each line of a JSON-lines file; empty lines are ignored.
+    """Yield (line number, object) for each line of a JSONL file. Line numbers start at 1, and empty lines are skipped.
 
     Raises:
         DataFormatError: a line is not a JSON object.
@@ -143,15 +143,16 @@ def read_lines(file: Path) -> list[str]:
     """Return the non-empty lines of a UTF-8 text file.
 
     Raises:
-        DataFormatError: it is not UTF-8.
+        DataFormatError: the file is not valid UTF-8.
     """
     return [line for _, line in _numbered_lines(file)]
 
 
 def _numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, line) for each non-empty line.
+    """Yield (line number, line) for each non-empty line. Line numbers start at 1.
 
-    Lines end at newlines only, unlike `str.splitlines`, which also splits at U+2028 and U+0085: captions contain them.
+    Lines are split only at newlines, unlike in `str.splitlines`, which also splits at U+2028 and U+0085. Captions can
+    contain these characters.
     """
     with file.open(encoding="utf-8-sig") as stream:
         try:

@@ -8,13 +8,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-LOG_INTERVAL = 10.0  # seconds between two lines in a log file
+LOG_INTERVAL = 10.0  # seconds between lines in a log file
 
 
 class ProgressBar(tqdm):
-    """tqdm, except that a bar in a log file (stderr is not a terminal) is a new line every few seconds.
+    """tqdm progress bar that prints a new line every few seconds if stderr is a log file instead of a terminal.
 
-    Takes the arguments of `tqdm.auto.tqdm`.
+    The arguments are those of `tqdm.auto.tqdm`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -26,7 +26,7 @@ class ProgressBar(tqdm):
             self.bar_format = "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
     def display(self, msg: str | None = None, pos: int | None = None, **kwargs: Any) -> Any:
-        """Show the bar: redraw it in place, or write a line if the last one is `LOG_INTERVAL` seconds old."""
+        """Redraw the bar in place or, in a log file, write a line if the last line is `LOG_INTERVAL` seconds old."""
         if not self._writes_lines:
             return super().display(msg, pos, **kwargs)
         is_complete = self.total is not None and self.n >= self.total
@@ -37,26 +37,26 @@ class ProgressBar(tqdm):
         return True
 
     def close(self) -> None:
-        """Close the bar; in a log file, write its last state."""
+        """Close the bar. In a log file, write the final state."""
         if not self._writes_lines:
             return super().close()
         if self.disable:
             return None
         self.disable = True
         line = str(self).strip()
-        already_written = self._last_line.startswith(line.split("[")[0])  # the same count; the rate may differ
+        already_written = self._last_line.startswith(line.split("[")[0])  # compare the counts; the rates may differ
         if self.leave and self.n and not already_written:
             self._write_line(line)
         type(self)._decr_instances(self)  # type: ignore[attr-defined]
         return None
 
     def moveto(self, n: int) -> None:
-        """Move the cursor; a log file has none."""
+        """Move the cursor. Do nothing in a log file, which has no cursor."""
         if not self._writes_lines:
             super().moveto(n)
 
     def clear(self, *args: Any, **kwargs: Any) -> None:
-        """Clear the bar before a message is printed; lines in a log file stay."""
+        """Clear the bar before a message is printed. In a log file, keep the lines."""
         if not self._writes_lines:
             super().clear(*args, **kwargs)
 

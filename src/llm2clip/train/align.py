@@ -1,8 +1,8 @@
 """align: train the vision tower, its projection and the adapter against cached caption embeddings.
 
-Each step takes a batch of images and some captions of each, and lowers a contrastive loss between them. The LLM is not
-used: its embeddings are rows of the store. If the tower is frozen (`tower_lr` 0), its features are computed once, and
-training reads them from a second store.
+Each step minimises a contrastive loss between a batch of images and some captions of each image. The LLM is not loaded,
+because its caption embeddings are read from the store. If the tower is frozen (`tower_lr` 0), the image features are
+computed once, and training reads the features from a second store.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from llm2clip.train.losses import info_nce, sigmoid_loss
 from llm2clip.train.optim import MAX_GRAD_NORM, cosine_schedule, make_optimizer, set_trainable
 from llm2clip.train.sampling import AlignBatches, Batch, decoding_workers
 
-# With fp16, the gradient scaler skips steps with non-finite gradients and halves its factor. After this many skipped
-# steps in a row the factor is not the cause.
+# With fp16, the gradient scaler skips steps with non-finite gradients and halves its factor. If this many consecutive
+# steps are skipped, the cause is not the factor.
 MAX_SKIPPED_STEPS = 20
 
 
@@ -61,30 +61,31 @@ def align(
     validate: Validate | None = None,
     features: Path | None = None,
 ) -> LLM2CLIP:
-    """Train a model on the images of `records` and their captions; an interrupted run resumes from its last checkpoint.
+    """Train a model on the images and captions of `records`. Resume from the last checkpoint, if there is one.
 
     Args:
         records: Training data. All captions must be in the store.
-        store: Cached embeddings of the captions.
-        model: Untrained model with a pretrained tower; changed in place.
-        config: Settings.
-        run_dir: Run directory: checkpoints/, metrics.jsonl, evaluations.jsonl, best/.
-        log: Counts and lists images that cannot be decoded.
-        validate: Evaluation on held-out images.
-        features: Store of the frozen tower's features, filled first; used if `tower_lr` is 0. Default: in `run_dir`.
+        store: Cached caption embeddings.
+        model: Untrained model with a pretrained tower; modified in place.
+        config: Settings for align.
+        run_dir: Output folder for checkpoints/, metrics.jsonl, evaluations.jsonl and best/.
+        log: Skip log for images that cannot be decoded.
+        validate: Function that evaluates the model on held-out images.
+        features: Store for the frozen tower's features, which are computed before training. Only used if `tower_lr` is
+            0. Default: a folder in `run_dir`.
 
     Returns:
-        The trained model in eval mode: `model`, or with FSDP an unsharded copy.
+        The trained model in eval mode. This is `model` itself or, with FSDP, an unsharded copy.
 
     Raises:
-        ValueError: There are fewer images than one step takes, settings contradict each other, or the checkpoints are
-            those of a run with other settings or data.
+        ValueError: There are too few images for one step, settings contradict each other, or the checkpoints are from
+            a run with different settings or data.
         TooManySkipped: Too many images cannot be decoded.
         FloatingPointError: The loss or a gradient is not finite.
     """
     if config.load_best_at_end and validate is None:
         raise ValueError("--align.load_best_at_end needs held-out images to evaluate on: set --held_out")
-    state = process_state()  # must come before the Accelerator, which would set up the ranks differently
+    state = process_state()  # must be called before Accelerator(), which would set up the ranks differently
     run_dir.mkdir(parents=True, exist_ok=True)
     with folder_lock(run_dir) if state.is_main_process else nullcontext():
         return _train(records, store, model, config, run_dir, log, validate, features)
@@ -100,8 +101,8 @@ def _train(
     validate: Validate | None,
     features: Path | None,
 ) -> LLM2CLIP:
-    """Run the training loop. Arguments as in `align`."""
-    # Trained parameters (LoRA layers are initialised here), precision and device.
+    """Run the training loop. The arguments are those of `align`."""
+    # Trainable parameters (this call also initialises the LoRA layers), precision and device.
     set_seed(config.seed)
     set_trainable(model, config)
     set_fsdp_wrap_policy(model.tower.blocks())
@@ -116,7 +117,7 @@ def _train(
         raise ValueError(f"--align.precision fp16 needs a GPU: use bf16 or fp32 on this device ({accelerator.device})")
     keep_freed_memory(accelerator.device)
 
-    # Data: the batches of all steps, of pixels or of the frozen tower's features.
+    # Data: the batches of all steps, with pixels or with the frozen tower's features.
     feature_store = None
     if config.tower_lr == 0:
         feature_store = _compute_features(records, model, config, precision, features, run_dir, log)
@@ -124,7 +125,7 @@ def _train(
     data = AlignBatches(records, store, model, config, world_size, rank, feature_store)
     steps = len(data)
 
-    # The checkpoint to resume from, and the best weights of earlier evaluations.
+    # The checkpoint to resume from, and the best weights from earlier evaluations.
     checkpoints = Checkpoints(run_dir / "checkpoints", _signature(data, store, config, precision))
     eval_steps = data.steps_per_epoch if config.eval_steps is None else config.eval_steps
     best = BestCheckpoint(run_dir, checkpoints.step, validate if eval_steps else None, accelerator)
@@ -140,17 +141,17 @@ def _train(
     net, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(schedule)
     load_options: dict[str, Any] = {}
-    if unsharded is None:  # checkpoints leave out frozen weights
+    if unsharded is None:  # checkpoints omit frozen weights
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         accelerator.register_save_state_pre_hook(partial(_drop_frozen_weights, frozen))
         load_options["strict"] = False
-    set_seed(config.seed, device_specific=True)  # each rank draws its own dropout
+    set_seed(config.seed, device_specific=True)  # each rank has its own dropout masks
     if checkpoints.latest is not None:
         accelerator.load_state(str(checkpoints.latest), **load_options)
 
     model.train()
     batches = data.batches(checkpoints.step)
-    skipped_steps = 0  # in a row, with non-finite gradients
+    skipped_steps = 0  # consecutive steps with non-finite gradients
     progress = ProgressBar(total=steps, initial=checkpoints.step, desc="align", unit="step", disable=metrics is None)
     clock = time.perf_counter()
     for step in range(checkpoints.step + 1, steps + 1):
@@ -205,7 +206,7 @@ def _train(
     for tracker in accelerator.trackers:
         tracker.finish()  # accelerator.end_training() would also destroy the process group
 
-    # The plain model again: without wrappers, checkpointing and LoRA layers.
+    # Restore the plain model, without wrappers, gradient checkpointing and LoRA layers.
     accelerator.unwrap_model(net, keep_fp32_wrapper=False)
     if unsharded is not None:
         model = gather_to_cpu(unsharded, model).to(accelerator.device)  # type: ignore[assignment]
@@ -218,7 +219,7 @@ def _train(
 
 
 def resolve_align_precision(precision: str, device: torch.device) -> str:
-    """Return fp32, bf16 or fp16. `auto` is bf16 on GPUs that support it, otherwise fp32."""
+    """Return fp32, bf16 or fp16. `auto` means bf16 on GPUs that support bf16, otherwise fp32."""
     if precision == "auto" and device.type == "cpu":
         return "fp32"
     return resolve_device_precision(precision, device)
@@ -233,7 +234,7 @@ def _compute_features(
     run_dir: Path,
     log: SkipLog,
 ) -> EmbeddingStore:
-    """Compute the frozen tower's features of all images; features that the store already has are kept."""
+    """Compute the frozen tower's features for all images that are not in the feature store yet. Return the store."""
     refs = [record.image for record in records if record.image is not None]
     encoder = TowerEncoder(model.tower, precision)
     identity = encoder.identity()
@@ -242,7 +243,7 @@ def _compute_features(
 
 
 def _signature(data: AlignBatches, store: EmbeddingStore, config: AlignConfig, precision: str) -> dict[str, Any]:
-    """Return what a run must have in common with a checkpoint to resume from it."""
+    """Return the properties that must match between a run and a checkpoint to resume from the checkpoint."""
     settings = {**vars(config), "precision": precision}
     return {
         "steps": len(data),
@@ -255,7 +256,7 @@ def _signature(data: AlignBatches, store: EmbeddingStore, config: AlignConfig, p
 
 
 def _log_failures(batch: Batch, log: SkipLog, accelerator: Accelerator) -> None:
-    """Count the images that could not be decoded on any rank. Every rank counts all, so that all stop together."""
+    """Log images that could not be decoded. Each rank counts the failures of all ranks, so that all stop together."""
     failures = list(batch.failures.items())
     if accelerator.num_processes > 1:
         failures = gather_object(failures)
@@ -267,14 +268,14 @@ def _log_failures(batch: Batch, log: SkipLog, accelerator: Accelerator) -> None:
 def _batch_loss(
     net: nn.Module, batch: Batch, store: EmbeddingStore, config: AlignConfig, accelerator: Accelerator
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss of a batch and the logit scale, in one forward pass or in several with gradient caching."""
+    """Return the loss of a batch and the logit scale, using one forward pass or, with gradient caching, several."""
     device = accelerator.device
     embeddings = torch.from_numpy(store.take(batch.caption_rows))  # (M, text_dim)
     image_of_text = torch.from_numpy(batch.image_of_caption).to(device)
     text_ids = torch.from_numpy(batch.caption_rows).to(device)
     image_argument = "pixels" if batch.images.dtype == torch.uint8 else "features"
 
-    # Part n has the images from image_bounds[n] to image_bounds[n + 1], and their captions.
+    # Part n contains the images from image_bounds[n] to image_bounds[n + 1] and the captions of these images.
     size = config.micro_batch_size or len(batch.images)
     image_bounds = [*range(0, len(batch.images), size), len(batch.images)]
     text_bounds = np.searchsorted(batch.image_of_caption, image_bounds).tolist()
@@ -305,7 +306,7 @@ def _batch_loss(
 
 
 def _check_finite(name: str, value: float, step: int, batch: Batch, checkpoints: Checkpoints, run_dir: Path) -> None:
-    """Stop if a value is not finite, and list the images of the step in a file."""
+    """If a value is not finite, list the images of the step in a file and raise FloatingPointError."""
     if math.isfinite(value):
         return
     file = run_dir / f"not-finite-{step}-{process_state().process_index}.json"
@@ -317,19 +318,19 @@ def _check_finite(name: str, value: float, step: int, batch: Batch, checkpoints:
 def _drop_frozen_weights(
     frozen: set[str], models: list[nn.Module], states: list[dict[str, Tensor]], _folder: str
 ) -> None:
-    """Remove weights that are not trained from a checkpoint before it is written."""
+    """Remove frozen weights from a checkpoint before the checkpoint is written."""
     for state in states:
         for name in list(state):
-            if name.removeprefix("module.") in frozen:  # "module." is DDP's
+            if name.removeprefix("module.") in frozen:  # DDP adds the prefix "module."
                 del state[name]
 
 
 def _tracker_options(names: list[str], run_dir: Path) -> dict[str, Any]:
-    """Return Accelerate's options of each tracker, by its name. A resumed run continues its run in the tracker.
+    """Return Accelerate's options for each tracker, keyed by name. A resumed run continues the same tracker run.
 
     Raises:
-        ValueError: Unknown tracker.
-        ModuleNotFoundError: The package of a tracker is missing.
+        ValueError: A tracker is unknown.
+        ModuleNotFoundError: The package for a tracker is not installed.
     """
     run_id = hash_texts([str(run_dir.resolve())])
     options: dict[str, Any] = {

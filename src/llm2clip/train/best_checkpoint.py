@@ -1,4 +1,4 @@
-"""Evaluation during training, and the weights with the best score so far."""
+"""Evaluation during training, and storage of the weights with the best score."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from llm2clip.train.distributed import full_tensor
 WEIGHTS, METRICS = "model.safetensors", "metrics.json"
 
 Validate = Callable[[LLM2CLIP], dict[str, float]]
-"""Returns metrics of a model in eval mode on held-out images. `score` must be among them; higher is better."""
+"""Function that evaluates a model in eval mode on held-out images and returns metrics. The metrics must include
+`score`, for which higher is better."""
 
 
 class BestCheckpoint:
@@ -29,10 +30,11 @@ class BestCheckpoint:
     def __init__(self, run_dir: Path, resume_step: int, validate: Validate | None, accelerator: Accelerator) -> None:
         """
         Args:
-            run_dir: Run directory; every evaluation is a line of its evaluations.jsonl.
-            resume_step: Step that training resumes from. Later evaluations will be repeated and are dropped.
-            validate: Evaluation; None never evaluates.
-            accelerator: The accelerator of the run.
+            run_dir: Run directory; each evaluation is appended to evaluations.jsonl in this directory.
+            resume_step: Step that training resumes from. Evaluations after this step are dropped, because they will be
+                repeated.
+            validate: Function that evaluates a model; None disables evaluation.
+            accelerator: Accelerator that the run uses.
         """
         self.folder, self.validate, self.accelerator = run_dir / "best", validate, accelerator
         self.log: MetricsLog | None = None
@@ -50,12 +52,13 @@ class BestCheckpoint:
         """Evaluate the model and save its weights if they are the best so far. Must be called by all ranks.
 
         Returns:
-            The metrics on the main process; on other ranks too if the model is sharded. The model is left in eval mode.
+            The metrics on the main process and, if the model is sharded, on all other ranks. Other ranks return an
+            empty dict. On ranks that evaluate, the model is left in eval mode.
         """
         if self.validate is None:
             return {}
         metrics: dict[str, float] = {}
-        if self.accelerator.is_main_process or fsdp_enabled():  # all ranks must run a sharded model
+        if self.accelerator.is_main_process or fsdp_enabled():  # a sharded model must run on all ranks
             model.eval()
             metrics = self.validate(model)
         is_best = self.log is not None and metrics["score"] > self.best_score
@@ -64,7 +67,7 @@ class BestCheckpoint:
         if is_best:
             self.best_score = metrics["score"]
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / METRICS).unlink(missing_ok=True)  # weights without metrics do not count
+            (self.folder / METRICS).unlink(missing_ok=True)  # weights without a metrics file are incomplete
             with atomic_path(self.folder / WEIGHTS) as file:
                 save_file(state, file, {"step": str(step)})
             atomic_write_text(self.folder / METRICS, json.dumps({"step": step, **metrics}, indent=1))
@@ -78,7 +81,7 @@ class BestCheckpoint:
         model.load_state_dict(load_file(self.folder / WEIGHTS))
 
     def _saved_step(self) -> int:
-        """Return the step of the saved weights: -1 if there are none, very large if they are incomplete."""
+        """Return the step of the saved weights, -1 if there are none, or sys.maxsize if the weights are incomplete."""
         if not self.folder.exists():
             return -1
         try:

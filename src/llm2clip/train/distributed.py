@@ -1,8 +1,8 @@
 """Collectives over ranks: gathering rows, and helpers for models sharded with FSDP2.
 
-`accelerate launch --use_fsdp --fsdp_version 2` shards the weights; Accelerate does the sharding itself. Two things are
-left to the training loops. Every forward pass gathers weights from all ranks, so all ranks must make the same number of
-forward passes. And a parameter is complete only after it has been gathered, for a checkpoint or at the end.
+With `accelerate launch --use_fsdp --fsdp_version 2`, Accelerate shards the weights. The training loops must handle two
+consequences. Every forward pass gathers weights from all ranks, so all ranks must run the same number of forward
+passes. Each rank holds only a shard of each parameter, so parameters must be gathered before they are saved.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from llm2clip.distributed import is_distributed
 class RaggedGather:
     """All-gather of rows when each rank may have a different number of them.
 
-    Each rank pads its rows to the largest number on any rank; the padding is removed after the gather. In a single
-    process nothing is gathered.
+    Each rank pads its rows to the largest number of rows on any rank, and the padding is removed after the gather. In a
+    single process, nothing is gathered.
 
     Attributes:
-        single_process: Nothing is gathered: the rows of this process are all rows.
+        single_process: True if nothing is gathered, because this process holds all rows.
         local_size: Number of rows on this rank.
         max_size: Largest number of rows on any rank.
         total_size: Number of rows on all ranks.
@@ -34,12 +34,12 @@ class RaggedGather:
     """
 
     def __init__(self, local_size: int, device: torch.device, gather: bool = True) -> None:
-        """Exchange the numbers of rows. Must be called by all ranks.
+        """Exchange the number of rows between ranks. Must be called by all ranks.
 
         Args:
             local_size: Number of rows on this rank.
             device: Device of the tensors that will be gathered.
-            gather: False treats this process as the only one.
+            gather: If False, treat this process as the only process.
         """
         self.single_process = not (gather and is_distributed())
         self.local_size = self.max_size = self.total_size = local_size
@@ -57,7 +57,7 @@ class RaggedGather:
         return slice(self.offset, self.offset + self.local_size)
 
     def gather(self, x: Tensor, gradients: bool = False) -> Tensor:
-        """Return the rows of all ranks, (total_size, ...). Must be called by all ranks."""
+        """Return the rows of all ranks, with shape (total_size, ...). Must be called by all ranks."""
         if self.single_process or not self.max_size:
             return x
         padded = torch.cat([x, x.new_zeros(self.max_size - len(x), *x.shape[1:])])
@@ -93,7 +93,7 @@ def all_gather_with_grad(x: Tensor) -> Tensor:
 
 
 def extra_forward_passes(model: nn.Module, passes: int, device: torch.device) -> int:
-    """Return how many dummy forward passes this rank must add to `passes`, so that all ranks make the same number."""
+    """Return how many dummy forward passes this rank must add to `passes` so that all ranks run the same number."""
     if not isinstance(model, FSDPModule) or not is_distributed():
         return 0
     largest = torch.tensor(passes, device=device)
@@ -102,12 +102,12 @@ def extra_forward_passes(model: nn.Module, passes: int, device: torch.device) ->
 
 
 def full_tensor(weight: Tensor) -> Tensor:
-    """Return a parameter as one unsharded tensor. Must be called by all ranks."""
+    """Return a parameter as a single unsharded tensor. Must be called by all ranks."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def copy_into(weight: Tensor, value: Tensor) -> None:
-    """Copy an unsharded value into a parameter, or this rank's shard of it into this rank's shard."""
+    """Copy an unsharded value into a parameter. If the parameter is sharded, copy only this rank's shard."""
     value = value.to(weight.device)
     if isinstance(weight, DTensor):
         value = distribute_tensor(value, weight.device_mesh, weight.placements)
@@ -115,7 +115,7 @@ def copy_into(weight: Tensor, value: Tensor) -> None:
 
 
 def empty_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model whose parameters are on the meta device, where they take no memory."""
+    """Return a copy of a model with all parameters on the meta device, where parameters take no memory."""
     meta_parameters: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
     }
@@ -123,7 +123,7 @@ def empty_copy(model: nn.Module) -> nn.Module:
 
 
 def gather_to_cpu(empty_model: nn.Module, sharded_model: nn.Module) -> nn.Module:
-    """Load the unsharded weights of a sharded model into its `empty_copy`, on the CPU. Must be called by all ranks."""
+    """Gather the weights of a sharded model on the CPU, into a copy from `empty_copy`. Must be called by all ranks."""
     state = {name: full_tensor(tensor).cpu() for name, tensor in sharded_model.state_dict().items()}
     empty_model.load_state_dict(state, assign=True)
     return empty_model.cpu()

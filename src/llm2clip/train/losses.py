@@ -310,8 +310,8 @@ class _ImageTextLayout:
         """Find all texts, on all ranks, that are identical to a text in a slice of this rank's texts.
 
         Returns:
-            Two int64 vectors of the same length: the position of a text in the slice, and the index of an identical text
-            among the texts of all ranks. Every text is also paired with itself.
+            Two int64 vectors of the same length: the position of a text in the slice, and the index of an identical
+            text among the texts of all ranks. Every text is also paired with itself.
         """
         device, offset = self.image_of_text.device, self.text_gather.offset
         positions = torch.arange(texts.stop - texts.start, device=device)

@@ -1,4 +1,4 @@
-"""Optimization of align: which parameters are trained, at which learning rate, with which schedule."""
+"""Optimization for align: trainable parameters, learning rates and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.tower_lora import add_tower_lora
 from llm2clip.models.vision_tower import VisionTower
 
-# Weight decay and gradient clipping are those of the paper's training script (arXiv 2411.04997).
+# Weight decay and gradient clipping as in the paper's training script (arXiv 2411.04997).
 WEIGHT_DECAY = 0.05
 MAX_GRAD_NORM = 5.0
 ADAM_BETAS = (0.9, 0.999)
 
 
 def set_trainable(model: LLM2CLIP, config: AlignConfig) -> None:
-    """Set `requires_grad` of the tower's parameters, and add LoRA layers to the tower if the config has a LoRA rank.
+    """Set `requires_grad` for the tower's parameters. If `lora_r` is greater than 0, add LoRA layers to the tower.
 
     The projection, the adapter and the logit scale are always trained.
 
     Raises:
-        ValueError: The tower has no layers for LoRA.
+        ValueError: The tower has no layers that LoRA can be applied to.
     """
     tower = model.tower
     tower.requires_grad_(config.tower_lr > 0)
     if config.lora_r:
         add_tower_lora(tower, config.lora_r, 2 * config.lora_r)
     for name, parameter in tower.named_parameters():
-        if name.endswith("mask_token"):  # used in DINO's pretraining only: it never has a gradient
+        if name.endswith("mask_token"):  # only used in DINO's pretraining, so never gets a gradient
             parameter.requires_grad_(False)
 
 
 def make_optimizer(model: LLM2CLIP, config: AlignConfig) -> torch.optim.AdamW:
-    """Return AdamW over the trained parameters."""
+    """Return an AdamW optimizer for the trained parameters."""
     return torch.optim.AdamW(parameter_groups(model, config), betas=ADAM_BETAS)
 
 
@@ -49,12 +49,12 @@ def parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str, Any
     (biases, norms, the logit scale and bias) have no weight decay, as in CLIP.
 
     Raises:
-        ValueError: Layer decay was requested for a tower whose layers are not ordered.
+        ValueError: Layer decay was requested, but the order of the tower's layers is unknown.
     """
     layers = _tower_layers(model.tower)
     top = max(layers.values())
     if config.layer_decay < 1 and top == 0:
-        raise ValueError("--align.layer_decay is not possible: timm does not list the layers of this tower in order")
+        raise ValueError("--align.layer_decay is not possible: timm does not list this tower's layers in order")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -74,7 +74,8 @@ def parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str, Any
 def cosine_schedule(steps: int, warmup_ratio: float) -> Callable[[int], float]:
     """Return the factor on the learning rate as a function of the step: linear warm-up, then a cosine to zero.
 
-    transformers' schedule of this shape has a learning rate of 0 in the first step, which then changes nothing.
+    In transformers' cosine schedule, the learning rate of the first step is 0, so the first step has no effect. This
+    schedule starts above 0.
     """
     warmup = max(1, round(steps * warmup_ratio))
 
@@ -88,14 +89,14 @@ def cosine_schedule(steps: int, warmup_ratio: float) -> Callable[[int], float]:
 
 
 def _tower_layers(tower: VisionTower) -> dict[str, int]:
-    """Return the layer of each parameter of the tower: 0 for the stem, then the blocks, then what follows them.
+    """Return the layer of each parameter of the tower: 0 for the stem, then the blocks, then the final norm.
 
-    What follows the blocks (the final norm) is a layer of its own, as in the paper: it has the full learning rate, and
-    the top block has `layer_decay` times that. timm counts the final norm to the last block.
+    As in the paper, the final norm is a separate layer above the last block: the norm has the full learning rate, and
+    the last block has `layer_decay` times this rate. In timm, by contrast, the final norm belongs to the last block.
     """
     layers = tower.parameter_depths()
     block_layers = [layer for name, layer in layers.items() if tower.is_in_block(name)]
-    if not block_layers or max(block_layers) == 0:  # no order is known
+    if not block_layers or max(block_layers) == 0:  # the order of the layers is unknown
         return layers
     top_block = max(block_layers)
     return {

@@ -237,7 +237,7 @@ def check_batch_size(images: int, config: AlignConfig, world_size: int) -> int:
 
 
 def limit_batch_size(batch_size: int, images: int, config: AlignConfig, world_size: int) -> int:
-    """Return the batch size. With a frozen tower, limit it to the number of images, since large batches are then cheap."""
+    """Return the batch size, limited to the number of images if the tower is frozen (large batches are then cheap)."""
     if config.tower_lr > 0:
         return batch_size
     return max(1, min(batch_size, images // world_size))

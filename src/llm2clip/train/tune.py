@@ -1,10 +1,11 @@
-"""tune: contrastive training of a decoder LLM on captions ("CC"), with LoRA or of all weights.
+"""tune: contrastive training of a decoder LLM on captions ("CC"), using LoRA or full fine-tuning.
 
-Two captions of one image are a positive pair; the other texts of the batch are negatives. General text pairs ("TC") can
-be mixed in or used instead. The result is an ordinary encoder in sentence-transformers layout: LoRA is merged.
+Two captions of the same image form a positive pair, and the other texts in the batch are negatives. General text pairs
+("TC") can be mixed in or used instead. LoRA is merged after training, so the result is an ordinary encoder in
+sentence-transformers layout.
 
-sentence-transformers' trainer runs the loop, with a metrics log, a progress bar and checkpoints of the trained weights
-only.
+The training loop is sentence-transformers' trainer, extended with a metrics log, a progress bar and checkpoints that
+contain only the trained weights.
 """
 
 from __future__ import annotations
@@ -46,20 +47,20 @@ TRAINED_WEIGHTS = "trained.safetensors"
 
 
 def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, config: TuneConfig, run_dir: Path) -> Path:
-    """Tune a caption encoder and save it to `run_dir/encoder`; an interrupted run resumes from its last checkpoint.
+    """Tune a caption encoder and save it to `run_dir/encoder`. Resume from the last checkpoint, if there is one.
 
     Args:
-        sources: Captions of images or text pairs, one list per source.
-        encoder: Raw caption encoder; changed in place.
-        config: Settings. With `steps` 0, the encoder is saved as it is.
-        run_dir: Run directory: checkpoints/, metrics.jsonl, and encoder/ once training is complete.
+        sources: Image captions or text pairs, one list per source.
+        encoder: Untuned caption encoder; modified in place.
+        config: Settings for tune. If `steps` is 0, the encoder is saved without tuning.
+        run_dir: Output folder for checkpoints/, metrics.jsonl and, once training is complete, encoder/.
 
     Returns:
         The folder of the tuned encoder, in sentence-transformers layout.
 
     Raises:
-        ValueError: A source has too few items for a batch, settings contradict each other, or the checkpoints are those
-            of a run with other settings or data.
+        ValueError: A source has too few items for a batch, settings contradict each other, or the checkpoints are from
+            a run with different settings or data.
         FloatingPointError: The loss or a gradient is not finite.
     """
     state = process_state()
@@ -82,7 +83,7 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
 def _sample_rows(
     sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, config: TuneConfig
 ) -> list[dict[str, Any]]:
-    """Check the settings and return the pairs of all steps, the same on all ranks."""
+    """Check the settings and return the text pairs for all steps. The pairs are identical on all ranks."""
     if config.qlora:
         check_qlora_available()
         if fsdp_enabled():
@@ -90,7 +91,7 @@ def _sample_rows(
     if any(not 0 < dim < encoder.embed_dim for dim in config.matryoshka_dims):
         raise ValueError(
             f"--tune.matryoshka_dims must be between 1 and {encoder.embed_dim - 1}, less than the encoder's embedding "
-            f"size (got {config.matryoshka_dims})"
+            f"dimension (got {config.matryoshka_dims})"
         )
     if config.steps == 0:
         return []
@@ -111,20 +112,21 @@ def _sample_rows(
 
 
 def _set_trainable(encoder: CaptionEncoder, config: TuneConfig) -> tuple[str, LoraSession | None]:
-    """Choose the trained weights: LoRA layers, or all weights of the LLM but its token embeddings.
+    """Set the trainable weights: LoRA layers, or all weights of the LLM except the token embeddings.
 
-    Under LoRA, the frozen matrices, nearly all of the memory, are stored in the precision of training, or in 4 bits.
+    With LoRA, the frozen matrices take up nearly all of the memory. They are stored in the training precision or, with
+    QLoRA, in 4 bits.
 
     Returns:
-        The precision of training (fp32, bf16 or fp16), and LoRA on the LLM if it is used.
+        The training precision (fp32, bf16 or fp16), and the LoRA session or None.
     """
     torch.manual_seed(config.seed)
     device = process_state().device
     precision = resolve_device_precision(config.precision, device)
-    merge_adapter(encoder)  # of an earlier tuning
+    merge_adapter(encoder)  # from an earlier tuning run
     llm = encoder.llm
-    pooler = getattr(llm, "pooler", None)  # BERT and similar models have one; our pooling does not use it
-    encoder.st.requires_grad_(False)  # including modules after the LLM, such as the truncation of the embedding
+    pooler = getattr(llm, "pooler", None)  # of BERT and similar models; not used by llm2clip's pooling
+    encoder.st.requires_grad_(False)  # including modules after the LLM, such as embedding truncation
     lora = None
     if config.lora_r:
         lora_config = LoraConfig(
@@ -137,7 +139,7 @@ def _set_trainable(encoder: CaptionEncoder, config: TuneConfig) -> tuple[str, Lo
         lora = LoraSession(encoder, lora_config, DTYPES[precision], device, config.qlora)
     else:
         llm.requires_grad_(True)
-        llm.get_input_embeddings().requires_grad_(False)  # a large table, of which captions use few rows
+        llm.get_input_embeddings().requires_grad_(False)  # a large table; captions use only a few rows
         if pooler is not None:
             pooler.requires_grad_(False)
     encoder.to(device)
@@ -151,14 +153,14 @@ def _set_trainable(encoder: CaptionEncoder, config: TuneConfig) -> tuple[str, Lo
 def _train(
     rows: Sequence[Mapping[str, Any]], encoder: CaptionEncoder, config: TuneConfig, run_dir: Path, precision: str
 ) -> None:
-    """Train the weights that require gradients, from the last checkpoint if there is one.
+    """Train the weights that require gradients. Resume from the last checkpoint, if there is one.
 
     Args:
-        rows: Pairs of all steps, in the order in which they are used.
-        encoder: Caption encoder; changed in place.
-        config: Settings.
-        run_dir: Run directory.
-        precision: fp32, bf16 or fp16.
+        rows: Text pairs for all steps, in training order.
+        encoder: Caption encoder; modified in place.
+        config: Settings for tune.
+        run_dir: Output folder.
+        precision: Training precision: fp32, bf16 or fp16.
     """
     state = process_state()
     set_mixed_precision(precision)
@@ -199,11 +201,11 @@ def _train(
         encoder.st = gather_to_cpu(unsharded, encoder.st)
     else:
         trainer.accelerator.unwrap_model(encoder.st, keep_fp32_wrapper=False)  # removes autocast
-        vars(encoder.st).pop("_is_accelerate_prepared", None)  # or a later training would run without autocast
+        vars(encoder.st).pop("_is_accelerate_prepared", None)  # otherwise, a later training run would have no autocast
 
 
 def _finish(encoder: CaptionEncoder, lora: LoraSession | None) -> None:
-    """Make the LLM an ordinary one again: merge LoRA and disable gradient checkpointing."""
+    """Restore an ordinary LLM: merge LoRA and disable gradient checkpointing."""
     if getattr(encoder.llm, "is_gradient_checkpointing", False):
         encoder.llm.gradient_checkpointing_disable()
         encoder.llm.disable_input_require_grads()
@@ -230,28 +232,28 @@ def _training_arguments(config: TuneConfig, run_dir: Path, precision: str) -> Se
         report_to="none",
         dataloader_drop_last=True,
         logging_nan_inf_filter=False,
-        # Ranks make different numbers of forward passes, depending on the lengths of their texts: a forward pass must
-        # not call a collective.
+        # The number of forward passes differs between ranks, because it depends on the text lengths. A forward pass
+        # must therefore not call a collective.
         ddp_broadcast_buffers=False,
         ddp_find_unused_parameters=False,
         disable_tqdm=False,
     )
-    args._n_gpu = 1  # one process per device, under a launcher; never torch.nn.DataParallel
+    args._n_gpu = 1  # one device per process; never use torch.nn.DataParallel
     return args
 
 
 class _TuneTrainer(SentenceTransformerTrainer):
-    """sentence-transformers' trainer with checkpoints that hold the trained weights only, in safetensors."""
+    """sentence-transformers' trainer, with safetensors checkpoints that contain only the trained weights."""
 
     def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], None]:
-        """Pass a batch of `PairCollator` to the loss as it is."""
+        """Pass a batch from `PairCollator` to the loss unchanged."""
         return [inputs], None
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """Do nothing: the model card is not saved, and the callback would encode examples for it."""
+        """Do nothing. The model card is not saved, and the callback would encode examples for the card."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        assert output_dir is not None  # a checkpoint: the trainer saves nothing else
+        assert output_dir is not None  # always a checkpoint, since the trainer saves nothing else
         folder = Path(output_dir)
         weights = {name: full_tensor(p).cpu().contiguous() for name, p in self._trained_weights().items()}
         if self.args.should_save:
@@ -261,7 +263,7 @@ class _TuneTrainer(SentenceTransformerTrainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
         process_state().wait_for_everyone()
-        if self.args.should_save:  # with FSDP, the trainer also saves all weights once more
+        if self.args.should_save:  # with FSDP, the trainer has also saved all weights
             checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             for path in checkpoint.glob("pytorch_model_fsdp*"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -270,8 +272,8 @@ class _TuneTrainer(SentenceTransformerTrainer):
         saved, trained = load_file(Path(resume_from_checkpoint) / TRAINED_WEIGHTS), self._trained_weights()
         if saved.keys() != trained.keys():
             raise ValueError(
-                f"{resume_from_checkpoint} has other weights than those that this run trains. "
-                "Use the same settings, or delete it to start over"
+                f"{resume_from_checkpoint} does not contain the same weights as this run trains. "
+                "Use the same settings, or delete the checkpoint to start over"
             )
         for name, parameter in trained.items():
             copy_into(parameter, saved[name])
@@ -281,7 +283,7 @@ class _TuneTrainer(SentenceTransformerTrainer):
 
 
 class _ShowProgress(TrainerCallback):
-    """Shows a progress bar with the loss, instead of a printed line every few steps."""
+    """Trainer callback that shows a progress bar with the loss, instead of printing a line every few steps."""
 
     bar: ProgressBar
 
@@ -295,7 +297,7 @@ class _ShowProgress(TrainerCallback):
         )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:  # once per step; the last log is a summary
+        if logs and "loss" in logs:  # once per step; the last log is a summary without a loss
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
             self.bar.update()
 
@@ -304,11 +306,13 @@ class _ShowProgress(TrainerCallback):
 
 
 def _attention_backend(device: torch.device) -> AbstractContextManager[None]:
-    """On a CPU, use plain matmuls instead of PyTorch's fused attention, whose backward pass is slow for short captions
-    in bf16 (see `benchmarks/tune.py`)."""
+    """Return a context that, on a CPU, replaces PyTorch's fused attention with plain matmuls.
+
+    For short captions in bf16, the backward pass of fused attention is slow on CPUs (see `benchmarks/tune.py`).
+    """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def _sequential_batches(dataset: Dataset, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:
-    """Return the batches in the order of the rows."""
+    """Return a batch sampler that keeps the order of the rows."""
     return BatchSampler(SequentialSampler(dataset), batch_size=batch_size, drop_last=drop_last)
