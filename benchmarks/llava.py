@@ -8,8 +8,8 @@ initialised from EfficientNet-Lite0 and was not trained on the val split of flic
 
 Quality: SmolLM2-135M-Instruct is trained with each tower on the same conversations, in the same order and for the same
 number of steps. The conversations come from the train split of flickr8k, coco_img and ade20k_ids. The models are
-evaluated on the val split of flickr8k: CIDEr-D and BLEU-4 against the five captions per image, and
-POPE.
+evaluated on the val split of flickr8k: CIDEr-D and BLEU-4 against the five captions of each image, and
+POPE accuracy and F1.
 
 Speed (`--only speed`): training conversations per second with random batches, with length-grouped batches, and with
 length-grouped batches plus cached tower features.

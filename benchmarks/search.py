@@ -93,7 +93,7 @@ def vector_chunks(count: int, dim: int) -> Iterator[np.ndarray]:
 
 
 def fill(backend: SqliteBackend, flat: Any, count: int, dim: int) -> float:
-    """Add all vectors to the faiss index and, if it is empty, the local index. Return the latter's indexing time."""
+    """Fill the faiss index and, if necessary, the local index. Return the seconds spent on the local index."""
     is_filled = backend.count()[1] == count
     backend.initialize({"model": "none", "fingerprint": "none", "width": dim})
     seconds = 0.0

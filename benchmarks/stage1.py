@@ -3,8 +3,8 @@
     python benchmarks/stage1.py DATA --out runs/stage1 [--steps 100] [--only cc cc-causal ...]
 
 DATA contains flickr30k_text, coco_text, flickr8k_text and stanford_paragraphs_text, each with a captions.jsonl. All
-encoders are tuned for the same number of steps. The tuning data is Flickr30k's training split, except where TUNED_ROWS
-states other data. The test sets are:
+rows in TUNED_ROWS use the same number of tuning steps. The tuning data is Flickr30k's training split, except in rows
+that specify other data. The test sets are:
 
 - COCO: captions of the 5,000 images in Karpathy's test split.
 - paragraphs: the first half of each paragraph against the second half, for 1,000 paragraphs from the test split.

@@ -3,10 +3,10 @@
     python benchmarks/stage2.py DATA --out runs/stage2 \\
         --encoder tc=runs/stage1/100-steps/tc/encoder cc=runs/stage1/100-steps/cc/encoder
 
-DATA contains flickr8k, coco_img and ade20k_ids, each with a captions.jsonl and images. The training data
-are 8,335 images from Flickr8k's training split, Flickr8k's 91 images without a split, coco_img and ade20k_ids. The test
-data are Flickr8k's 1,000 validation images with 5,000 captions. The vision tower is a frozen EfficientNet-Lite0 at 160
-pixels, so only the heads are trained, on cached features.
+DATA contains flickr8k, coco_img and ade20k_ids, each with a captions.jsonl and images. The training data consists
+of 8,335 images: Flickr8k's training split, Flickr8k's 91 images without a split, coco_img and ade20k_ids. The test data
+consists of Flickr8k's 1,000 validation images with 5,000 captions. The vision tower is a frozen EfficientNet-Lite0 at
+160 pixels, so only the heads are trained, on cached features.
 
 `raw` is SmolLM2-135M and `minilm` is all-MiniLM-L6-v2. The tuned encoders (`tc`, `cc`, `gemma-cc`) must be passed with
 --encoder; rows whose encoder is missing are skipped. The tables are:

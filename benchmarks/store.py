@@ -79,7 +79,7 @@ print("| " + " | ".join([*cells, f"{memory_before:.0f}", f"{peak_memory():.0f}"]
 
 
 class Reader(Protocol):
-    """Interface for reading rows."""
+    """Interface of the objects that read rows from a store."""
 
     def take(self, rows: np.ndarray) -> np.ndarray: ...
 

@@ -50,7 +50,7 @@ class FixedBatchLoss(PairLoss):
 
 @dataclass
 class Method:
-    """A method of running a step, with its measurements."""
+    """A method of batching the texts of a step, with its measurements."""
 
     name: str
     loss_class: type[PairLoss]

@@ -14,7 +14,7 @@ QDRANT_PREFIX = "qdrant+"
 
 
 class Backend(Protocol):
-    """Interface for storing indexed images and searching them by nearest neighbours."""
+    """Interface for storing images and searching them by embedding."""
 
     def metadata(self) -> dict[str, Any]:
         """Return the metadata: `model` (name), `fingerprint` (of the model), and `width` (embedding dimension).
@@ -28,15 +28,15 @@ class Backend(Protocol):
         ...
 
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
-        """Return the states, keyed by name, of all images that were read from, or are inside, one of the sources."""
+        """Return the states of all images that were read from one of the sources or are inside one, keyed by name."""
         ...
 
     def existing(self, hashes: Iterable[bytes]) -> set[bytes]:
-        """Return the subset of hashes whose content is already in the index."""
+        """Return the hashes of images whose content is already in the index."""
         ...
 
     def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
-        """Add image contents, and images paired with content hashes. An existing image with the same name is replaced.
+        """Add new contents and images, each image paired with its content hash. Replace images with the same name.
 
         SQLite adds everything in one transaction; Qdrant has no transactions.
         """
@@ -51,11 +51,11 @@ class Backend(Protocol):
         ...
 
     def count(self) -> tuple[int, int]:
-        """Return the number of images and the number of distinct images."""
+        """Return the total number of images and the number of distinct images."""
         ...
 
     def duplicates(self, limit: int = 10) -> list[list[str]]:
-        """Return the names of images with identical bytes, grouped, with the largest group first."""
+        """Return groups of image names, one group per set of identical files, with the largest group first."""
         ...
 
     def search(self, vector: np.ndarray, count: int, image_filter: Filter) -> list[Hit]:

@@ -90,7 +90,7 @@ def build_index(
         if indexed.get(image.name) != ImageState(image.stamp, image.captions):
             to_add.append(image)
     added, embedded = _add_images(to_add, model, backend, log, batch_size, workers)
-    log.check()  # before anything is removed
+    log.check()  # check before removing anything
 
     folders = [f"{source.path.rstrip('/')}/" for source in parsed if os.path.isdir(source.path)]
     deleted = []
@@ -202,7 +202,7 @@ def _embed_images(
     batch_size: int,
     workers: int | None,
 ) -> Iterator[list[IndexedContent]]:
-    """Decode and embed one image per hash, and yield the embedded contents batch by batch."""
+    """Decode and embed one image per hash, and yield batches of the results."""
     hashes = list(images_by_hash)
     refs = [images_by_hash[digest][0].ref for digest in hashes]
     with ProgressBar(total=len(refs), desc="embed", unit="image", disable=not refs) as bar:

@@ -93,7 +93,7 @@ class QdrantBackend:
         ]
         states = {}
         for point in self._scroll(models.Filter(should=conditions, must_not=[_metadata_point()])):
-            for image in _images(point.payload):  # not all images of a matching point must match
+            for image in _images(point.payload):  # some images of a matching point may not match
                 if image.source in sources or not set(_containing_paths(image)).isdisjoint(sources):
                     states[image.name] = ImageState(image.stamp, image.captions)
         return states
@@ -231,7 +231,7 @@ def _point_id(digest: bytes) -> str:
 
 
 def _point(content: IndexedContent) -> models.PointStruct:
-    """Return a point for an image content, without any images in its payload."""
+    """Return a point without any images in its payload."""
     payload = {
         "thumbnail": base64.b64encode(content.thumbnail).decode(),
         "width": content.width,
@@ -243,7 +243,7 @@ def _point(content: IndexedContent) -> models.PointStruct:
 
 
 def _image_payload(images: Sequence[IndexedImage]) -> dict[str, Any]:
-    """Return the payload that stores the images of a content, including the fields used by filters."""
+    """Return the payload that stores the images of a point, including the fields used by filters."""
     fields = [[i.name, ref_to_json(i.ref), i.source, i.stamp, list(i.captions), i.taken] for i in images]
     return {
         "pictures": json.dumps(fields),

@@ -91,6 +91,6 @@ def write_contact_sheet(query: str, hits: Sequence[Hit], backend: Backend, folde
 
 
 def open_in_browser(page: Path) -> None:
-    """Open a page in the user's browser, or print a message if there is none."""
+    """Open a page in the user's browser, or print a message if no browser is available."""
     if not webbrowser.open(page.resolve().as_uri()):
         print(f"could not open a browser; open this file manually: {page}", file=sys.stderr)

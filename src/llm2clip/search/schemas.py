@@ -47,7 +47,7 @@ def _require_valid_unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("not valid Unicode: it contains half of a surrogate pair") from None
+        raise ValueError("the text is not valid Unicode: it contains an unpaired surrogate") from None
     return text
 
 

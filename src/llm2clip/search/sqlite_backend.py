@@ -95,7 +95,7 @@ class SqliteBackend:
         self._lock, self._index_lock = threading.RLock(), threading.Lock()
         # If the file was opened as immutable: size and modification time when it was opened.
         self._immutable_state: tuple[int, int] | None = None
-        self._may_have_orphans = True  # an interrupted run may leave contents without an image
+        self._may_have_orphans = True  # an interrupted run may leave rows in `contents` that no image uses
         self._vector_index: tuple[tuple[Any, ...], VectorIndex] | None = (
             None  # with the database state it was built from
         )
@@ -148,7 +148,7 @@ class SqliteBackend:
             )
 
     def _add_content(self, content: IndexedContent) -> None:
-        """Insert an image content and its thumbnail, unless the content already exists."""
+        """Insert the content of an image and its thumbnail, unless the content already exists."""
         vector = np.ascontiguousarray(content.vector, dtype="<f2").tobytes()
         largest = float(np.abs(content.vector).max())
         row = self._db.execute(
@@ -217,7 +217,7 @@ class SqliteBackend:
         return tuple(images)
 
     def _matching_ids(self, image_filter: Filter) -> np.ndarray:
-        """Return the sorted ids of all contents with at least one image that meets all conditions of a filter."""
+        """Return the sorted ids of all contents for which at least one image meets all conditions of a filter."""
         parameters = {name: value for name, value in asdict(image_filter).items() if value is not None}
         where = " AND ".join(FILTER_CONDITIONS[name] for name in parameters)
         if image_filter.path is not None:
@@ -232,7 +232,7 @@ class SqliteBackend:
     # ---- vectors
 
     def _current_vector_index(self) -> VectorIndex:
-        """Return a vector index of the database's current contents. The index is rebuilt after each write."""
+        """Return an index of the vectors currently in the database. The index is rebuilt after each write."""
         with self._index_lock:  # one thread builds the index; the others wait for it
             ((version,),) = self._query("PRAGMA data_version")  # changes when another connection writes
             graph_state = self.folder / GRAPH_STATE_FILE
@@ -248,7 +248,7 @@ class SqliteBackend:
         return QuantizedVectors(self._vector_chunks(), self._dim(), 127 / self._largest())
 
     def _vector_chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield the ids, int64 (N,), and vectors, float16 (N, D), of all contents in chunks."""
+        """Yield the ids, int64 (N,), and vectors, float16 (N, D), of all distinct images in chunks."""
         # Use a separate connection, because reading takes seconds and other threads need the shared connection.
         with self._named_errors(), closing(self._connect()) as db:
             cursor = db.execute("SELECT id, vector FROM contents ORDER BY id")
@@ -258,7 +258,7 @@ class SqliteBackend:
                 yield ids, vectors.reshape(len(rows), -1)
 
     def _fetch_vectors(self, ids: np.ndarray) -> np.ndarray:
-        """Return the vectors for the given content ids, float16 (N, D). The vectors of removed contents are zero."""
+        """Return the vectors with the given ids, float16 (N, D). Removed vectors are returned as zeros."""
         vectors: dict[int, bytes] = {}
         for start in range(0, len(ids), IDS_PER_QUERY):
             chunk = ids[start : start + IDS_PER_QUERY].tolist()

@@ -21,7 +21,7 @@ REF_TYPES: dict[str, type[ImageRef]] = {
 
 @dataclass(frozen=True)
 class IndexedImage:
-    """An image file or member at one location.
+    """An image at a specific location.
 
     Args:
         name: Canonical path: `FILE`, `TAR!MEMBER` or `TABLE[ROW].COLUMN`. Unique within an index.
