@@ -36,7 +36,7 @@ Using a model:
   llm2clip llava build | train | evaluate           use the vision tower in a multimodal LLM
 
 Research:
-  llm2clip benchmarks                   list the public benchmarks of `evaluate`
+  llm2clip benchmarks                   list the public benchmarks that `evaluate` supports
   llm2clip reproduce DATA               test the paper's claims
 
 DATA is a .jsonl, .csv, .tsv or .parquet file, a folder of images with captions next to them, webdataset tars, or
@@ -50,7 +50,7 @@ def build() -> tuple[ArgumentParser, dict[str, Run]]:
         prog="llm2clip",
         description=DESCRIPTION,
         formatter_class=HelpFormatter,
-        allow_abbrev=False,  # otherwise a misspelt setting could match another one
+        allow_abbrev=False,  # otherwise a misspelt setting could match another setting
     )
     commands = Commands(parser, "COMMAND")
     for module in (setup, train, store, plan, evaluate, search, export, llava):

@@ -146,7 +146,7 @@ def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> 
         "--columns",
         type=dict[str, str],
         default={},
-        help='Map from field names to column names in the source, e.g. \'{"captions": "text"}\'.',
+        help='Column name in the source for each field, e.g. \'{"captions": "text"}\'.',
     )
     parser.add_argument(
         "--max_skipped",

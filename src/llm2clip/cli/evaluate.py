@@ -13,11 +13,12 @@ ROOT_HELP = "Folder that contains one folder per benchmark."
 
 
 def add(commands: Commands) -> None:
-    """Add the commands of this module."""
+    """Add this module's commands."""
     parser = commands.add(
         "evaluate",
         _evaluate,
-        "Evaluate any model on your data or on public benchmarks, or evaluate any text encoder by CRA.",
+        "Evaluate any model on your data or on public benchmarks, or measure the caption retrieval accuracy (CRA) of "
+        "any text encoder.",
     )
     parser.add_argument(
         "model",

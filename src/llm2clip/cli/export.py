@@ -16,7 +16,7 @@ FORMATS = ["transformers", "sentence-transformers", "vision", "onnx", "open_clip
 
 
 def add(commands: Commands) -> None:
-    """Add the commands of this module."""
+    """Add this module's commands."""
     parser = commands.add("convert", _convert, "Convert an official LLM2CLIP checkpoint to a model folder, or back.")
     parser.add_argument("source", type=str, help="Official checkpoint (folder, file or hub id) or model folder.")
     parser.add_argument("--out", type=str, required=True, help="Model folder to write. With --to: checkpoint to write.")

@@ -14,7 +14,7 @@ from llm2clip.config import LlavaConfig
 
 
 def add(commands: Commands) -> None:
-    """Add the commands of this module."""
+    """Add this module's commands."""
     llava = commands.group("llava", "Build, train and evaluate a multimodal LLM: LLaVA-1.5 with any vision tower.")
 
     parser = llava.add("build", _build, "Combine a vision tower and a causal LLM into an untrained multimodal model.")
@@ -94,7 +94,7 @@ def add(commands: Commands) -> None:
         nargs="+",
         type=str,
         default=[],
-        help="Sources for POPE, which asks about objects named in the captions.",
+        help="Sources for POPE, which asks about objects mentioned in the captions.",
     )
     parser.add_argument("--out", type=str, required=True, help="Folder for the answers and report.html.")
     parser.add_argument(

@@ -13,7 +13,7 @@ from llm2clip.tools.plan.devices import Machine
 
 
 def add(commands: Commands) -> None:
-    """Add the command of this module."""
+    """Add the `plan` command."""
     parser = commands.add(
         "plan", _plan, "Estimate the parameters, FLOPs, memory and hours of a `fit` run. Downloads and runs nothing."
     )

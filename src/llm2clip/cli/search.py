@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: Commands) -> None:
-    """Add the commands of this module."""
+    """Add this module's commands."""
     sub = commands.add("index", _index, "Build or update an index of images, for `search` and `serve`.")
     sub.add_argument("data", nargs="+", type=str, help="Image sources, with or without captions.")
     sub.add_argument(
@@ -56,10 +56,8 @@ def add(commands: Commands) -> None:
     sub.add_argument("--top", type=int, default=10, help="Maximum number of results.")
     sub.add_argument("--path", type=str, help="Only images in this folder, tar or file.")
     sub.add_argument("--caption", type=str, help="Only images with a caption that contains this text, ignoring case.")
-    sub.add_argument(
-        "--after", type=str, help="Only images taken on or after this date, such as 2024-05-31; a time may be added."
-    )
-    sub.add_argument("--before", type=str, help="Only images taken on or before this date.")
+    sub.add_argument("--after", type=str, help="Only images taken on or after this date or time, such as 2024-05-31.")
+    sub.add_argument("--before", type=str, help="Only images taken on or before this date or time.")
     sub.add_argument("--min_side", type=int, help="Only images whose shorter side has at least this many pixels.")
     sub.add_argument("--model", type=str, help="Model that built the index, if the model folder was moved.")
     sub.add_argument("--sheet", type=str, help="Write an HTML page with the results to this folder.")
@@ -203,7 +201,9 @@ def _search(args: Namespace) -> list[str]:
 
 
 def parse_time(text: str | None, end_of_day: bool = False) -> float | None:
-    """Convert an ISO 8601 date or time to seconds since 1970. A date means its first or its last moment.
+    """Convert an ISO 8601 date or time to seconds since 1970.
+
+    A date without a time means the start of the day or, with `end_of_day`, the end of the day.
 
     Raises:
         ValueError: the text is not a date or time.

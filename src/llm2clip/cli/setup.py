@@ -10,7 +10,7 @@ from llm2clip.cli.commands import Commands, builtin_configs
 
 
 def add(commands: Commands) -> None:
-    """Add the commands of this module."""
+    """Add this module's commands."""
     parser = commands.add("doctor", _doctor, "Check this machine and environment, and explain how to fix any problems.")
     parser.add_argument("--out", type=str, default="runs", help="Folder where runs will be written.")
     parser.add_argument("--offline", action="store_true", help="Do not check network connections.")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: Commands) -> None:
-    """Add the commands of this module."""
+    """Add this module's commands."""
     group = commands.group("store", "Check, repair, merge, export and import embedding stores.")
 
     parser = group.add("verify", _verify, "Read every shard and verify its checksum.")

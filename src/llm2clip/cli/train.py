@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: Commands) -> None:
-    """Add the commands of this module."""
+    """Add this module's commands."""
     parser = commands.add("fit", _fit, "Train on your images and captions: tune, embed, align, evaluate.")
     parser.add_argument("data", nargs="+", type=str, help=DATA_HELP)
     parser.add_argument("--out", type=str, required=True, help="Run directory.")
@@ -190,7 +190,7 @@ def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
 
 
 def _encoder_flags(encoder: EncoderConfig) -> str:
-    """Return the --encoder flags that differ from the defaults. A store is valid only for one encoder config."""
+    """Return the --encoder flags that differ from the defaults. A store is only valid for one encoder config."""
     flags = []
     for name, value in vars(encoder).items():
         if name == "path":

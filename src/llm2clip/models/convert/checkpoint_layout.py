@@ -88,7 +88,7 @@ class Checkpoint:
     Attributes:
         source: file, folder or hub id, for error messages.
         layout: layout that the tensor names follow.
-        tensors: dict from name to tensor.
+        tensors: dict from canonical name to tensor.
         online: whether the adapter was trained with the LLM in the training loop instead of on cached embeddings.
         config: content of config.json, or {} without that file.
         preprocess: preprocessing described by preprocessor_config.json, or None without that file.

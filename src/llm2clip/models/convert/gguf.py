@@ -17,7 +17,7 @@ from llm2clip.io_utils import atomic_dir
 
 
 def convert_gguf(gguf: str | Path, out: str | Path) -> Path:
-    """Convert a GGUF file to the folder `out`, atomically; see `write_gguf_as_safetensors`.
+    """Convert a GGUF file to a safetensors folder `out`, atomically. See `write_gguf_as_safetensors`.
 
     If another process creates `out` at the same time, that process's folder is used.
 
@@ -41,7 +41,7 @@ def convert_gguf(gguf: str | Path, out: str | Path) -> Path:
 
 
 def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
-    """Write the decoder (without the LM head) and the tokenizer of a GGUF file into an existing folder.
+    """Write the decoder (without the LM head) and the tokenizer of a GGUF file to an existing folder.
 
     All architectures whose GGUF files transformers can read are supported (llama, qwen2, qwen3, gemma3, ...). The
     tokenizer keeps its chat template.
@@ -57,7 +57,7 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
         source, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
     )
     missing = sorted(report["missing_keys"])
-    if missing:  # transformers initialises them randomly, with only a warning
+    if missing:  # transformers only warns, and initialises missing weights randomly
         raise ValueError(
             f"{gguf} does not contain {len(missing):,} of the model's weights, such as {missing[0]}. The file is "
             "incomplete, or the installed gguf package is too old"

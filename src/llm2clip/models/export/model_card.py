@@ -30,8 +30,9 @@ texts = model.get_text_features(**processor(text=["a long description ..."], pad
 ```""",
 }
 INTRODUCTION = (
-    "A vision tower and a large language model as the text tower, in a shared embedding space (LLM2CLIP, arXiv "
-    "2411.04997), trained with llm2clip. You can search images with words, sentences and paragraphs."
+    "This LLM2CLIP model (arXiv 2411.04997) combines a vision tower and a large language model, as the text tower, in "
+    "a shared embedding space. It was trained with llm2clip. You can search images with words, sentences and "
+    "paragraphs."
 )
 LIMITATIONS = (
     "The model reproduces the errors and biases of the images and captions that it was trained on. The licenses of the "
@@ -48,7 +49,8 @@ def render_model_card(folder: Path, name: str, license: str | None = None) -> st
     Args:
         folder: model folder or exported folder.
         name: path or hub id with which users load the model.
-        license: license identifier on the hub. None: name no license, because it depends on the weights and the data.
+        license: license identifier on the hub. None: the card states no license. There is no default, because the
+            license depends on the weights and the training data.
     """
     config_file = folder / "config.json"
     config: dict[str, Any] = read_json(config_file) if config_file.is_file() else {}
@@ -136,6 +138,6 @@ def _nest_report(report: str) -> str:
 
 
 def _hide_folders(text: str) -> str:
-    """Shorten absolute paths to the file name: /home/user/photos.csv becomes photos.csv."""
+    """Shorten absolute paths to their file names: /home/user/photos.csv becomes photos.csv."""
     quoted = re.sub(r"(['\"])(?:file://)?/[^'\"\n]*/([^'\"/\n]+)\1", r"\1\2\1", text)
     return re.sub(r"(?<![\w.:/])(?:file://)?/(?:[^\s/`'\"]+/)+", "", quoted)

@@ -105,7 +105,7 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     except ImportError as error:
         raise ImportError(f"exporting to ONNX requires `pip install llm2clip[onnx]` ({error})") from error
     exported, tokenizer = build_export_model(model), build_tokenizer(model.encoder)
-    tokenizer.save_pretrained(folder)  # save before use: after a call with padding, the padding would be saved, too
+    tokenizer.save_pretrained(folder)  # save before use: a call with padding changes the settings that would be saved
     messages = []
     for graph in (_vision_graph(exported, model), _text_graph(exported, tokenizer)):
         messages.append(_export_graph(graph, folder))

@@ -98,7 +98,7 @@ def _open_clip_tensors(model: LLM2CLIP, target: dict[str, Tensor]) -> dict[str, 
         if tensor.shape != expected.shape:
             raise ValueError(
                 f"in open_clip's {model.tower.config['architecture']}, {name} has shape {tuple(expected.shape)}, but "
-                f"in this model {tuple(tensor.shape)}. The model's image size must be the default"
+                f"in this model {tuple(tensor.shape)}. Only models with the default image size can be exported"
             )
         tensors[name] = tensor.detach().cpu().clone().contiguous()
     return tensors
