@@ -37,7 +37,7 @@ def info_nce_reference(
 
     # Image to text: for each text, its image must rank the text above the texts of other images.
     target = torch.arange(len(text), device=text.device)
-    excluded = positive.T[image_of_text]  # (texts, texts): True where text b is also a positive of text a's image
+    excluded = positive.T[image_of_text]  # (texts, texts): entry (a, b) is True if text b is a positive of a's image
     excluded[target, target] = False
     candidates = logits[image_of_text].masked_fill(excluded, -torch.inf)
     image_to_text = F.cross_entropy(candidates, target, reduction="none")
@@ -199,7 +199,7 @@ class _InfoNCE(torch.autograd.Function):
         single_process = layout.text_gather.single_process
         grad_image, grad_text = torch.empty_like(image), torch.zeros_like(text)
 
-        # Images of this rank against the texts of all ranks.
+        # Logits between this rank's images and the texts of all ranks.
         for rows in layout.row_chunks(len(image), len(all_text)):
             logits = layout.image_logits(image, all_text, scale, rows)
             grad_logits = torch.exp(logits - image_shift[rows, None]).add_(logits.sub_(text_shift).exp_())
@@ -208,7 +208,7 @@ class _InfoNCE(torch.autograd.Function):
                 grad_text.addmm_(grad_logits.T, image[rows])
             _add_positive_grads(grad_image, grad_text, image, text, coef, layout, rows)
 
-        # Texts of this rank against the images of all ranks.
+        # Logits between this rank's texts and the images of all ranks.
         if not single_process:
             all_image, all_image_shift = layout.image_gather.gather(image), layout.image_gather.gather(image_shift)
             local_text_shift = text_shift[layout.text_gather.local_slice]

@@ -189,7 +189,9 @@ def _train(
         train_dataset=Dataset.from_list([dict(row) for row in rows]),
         loss=loss,
         data_collator=cast(Any, PairCollator(preprocess_fn=encoder.tokenize)),
-        callbacks=[TrainingLog(run_dir / "metrics.jsonl", checkpoints, "Lower --tune.lr, or use fp32")],
+        callbacks=[
+            TrainingLog(run_dir / "metrics.jsonl", checkpoints, "Lower --tune.lr, or use --tune.precision fp32")
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
