@@ -2,7 +2,7 @@
 
     python docs/figures.py RUN
 
-RUN is a run directory of `llm2clip reproduce`.
+RUN is the run directory created by `llm2clip reproduce`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BOXES = {  # label: x, y, colour
 
 
 def draw_data_flow() -> str:
-    """Return an SVG of the steps from captions and images to the shared embedding space."""
+    """Return an SVG diagram of the data flow from captions and images to the shared embedding space."""
     figure, axes = plots.new_axes(9.5, 2.4)
     axes.axis("off")
     axes.set(xlim=(-0.5, 5.5), ylim=(-0.5, 1.5))
@@ -47,7 +47,7 @@ def draw_data_flow() -> str:
 
 
 def draw_caption_retrieval(run_dir: Path) -> str:
-    """Return an SVG of the caption retrieval accuracy of a run's encoders, from low to high, with intervals."""
+    """Return an SVG plot of each encoder's caption retrieval accuracy with intervals, sorted from low to high."""
     claim = json.loads((run_dir / "claims" / "1.json").read_text())
     intervals = {}
     for comparison in claim["comparisons"]:

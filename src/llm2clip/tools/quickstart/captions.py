@@ -1,12 +1,12 @@
-"""English captions of an emoji, built by rule from its name, keywords and subgroup."""
+"""Rule-based English captions for emoji, built from their names, keywords and subgroups."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-# Subgroups of the Unicode emoji list of which (nearly) all members are one kind of thing. Other subgroups are mixed (a
-# rock is in the subgroup of buildings, a chart in that of office items), so captions do not mention them.
+# Subgroups of the Unicode emoji list in which (nearly) all emoji show the same kind of thing. Other subgroups are mixed
+# and not mentioned in captions: the building subgroup contains a rock, and the office subgroup contains a chart.
 SUBGROUP_NOUNS = {
     "face-smiling": "smiling face", "face-affection": "affectionate face", "face-tongue": "face with its tongue out",
     "face-hand": "face with a hand", "face-neutral-skeptical": "neutral or skeptical face",
@@ -31,9 +31,9 @@ VOWEL_SOUNDS = ("hour", "sos")  # words that start with a consonant but take "an
 
 
 def keyword_caption(name: str, keywords: Sequence[str], subgroup: str) -> str | None:
-    """Return a caption from the keywords that are not in the name, such as "an emoji of a smiling face: eye, mouth".
+    """Return a caption built from keywords not in the name, such as "an emoji of a smiling face: eye, mouth".
 
-    Returns None if there are no such keywords, or if they only name persons.
+    Return None if there are no such keywords, or if all of them only name people.
     """
     noun = SUBGROUP_NOUNS.get(subgroup, "")
     words = _additional_keywords(f"{name} {noun}", keywords)
@@ -50,7 +50,7 @@ def drawing_caption(name: str, subgroup: str) -> str:
 
 
 def long_caption(name: str, keywords: Sequence[str], group: str, subgroup: str) -> str:
-    """Return a caption of two sentences with all that is known about an emoji, or of one if that is only its name."""
+    """Describe everything known about an emoji in two sentences, or in one sentence if only the name is known."""
     drawing = f"A simple colour drawing of {_name_phrase(name, subgroup)} on a white background."
     noun = SUBGROUP_NOUNS.get(subgroup, "")
     words = [word for word in _additional_keywords(f"{name} {noun}", keywords) if not _stems(word) <= PERSONS]
@@ -65,9 +65,9 @@ def long_caption(name: str, keywords: Sequence[str], group: str, subgroup: str) 
 
 
 def _additional_keywords(text: str, keywords: Sequence[str]) -> list[str]:
-    """Return the keywords that add something to a text.
+    """Return the keywords that add information to a text.
 
-    Words such as "man" and "woman" may repeat the text, because they distinguish variants of an emoji.
+    Words such as "man" and "woman" are always returned, because they distinguish variants of an emoji.
     """
     stems = _stems(text)
     additional = []
@@ -80,7 +80,7 @@ def _additional_keywords(text: str, keywords: Sequence[str]) -> list[str]:
 
 
 def _stems(text: str) -> set[str]:
-    """Return the words of a text, with plurals made singular well enough for comparisons."""
+    """Return the words of a text, with plurals reduced to singulars accurately enough for comparisons."""
     stems = set()
     for word in _words(text):
         is_plural = len(word) > 3 and word.endswith("s") and not word.endswith("ss")
@@ -98,12 +98,12 @@ def _join(words: Sequence[str]) -> str:
 
 
 def _name_phrase(name: str, subgroup: str) -> str:
-    """Return the name, with an article if it certainly names a thing: "a dog", but "ping pong" and "foggy"."""
+    """Return the name, with an article if it is surely a countable noun: "a dog", but "ping pong" and "foggy"."""
     return _with_article(name) if subgroup in SUBGROUP_NOUNS else name
 
 
 def _with_article(name: str) -> str:
-    """Return a noun phrase with its article, if it needs one: "an apple", "a unicorn", "grapes", "men wrestling"."""
+    """Return a noun phrase, with an article if one is needed: "an apple", "a unicorn", "grapes", "men wrestling"."""
     first_word = (_words(name) or [""])[0]
     head_noun = (_words(re.split(r" with | of | in | on |:", name)[0]) or [""])[-1]
     is_plural = head_noun.endswith("s") and not head_noun.endswith(("ss", "us", "is"))

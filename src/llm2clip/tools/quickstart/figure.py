@@ -1,4 +1,4 @@
-"""Search results as one image: a row per query, with its text on the left and the retrieved images on the right."""
+"""Draw search results as one image, with one row per query: its text on the left, the retrieved images on the right."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ TITLE_HEIGHT = 28
 SCORE_HEIGHT = 24
 LINE_SPACING = 8
 
-MAX_LINES = 9  # of a query
+MAX_LINES = 9  # maximum number of lines per query
 BLACK, GREY, LIGHT_GREY, GREEN = "#1a1a1a", "#8a8a8a", "#e4e4e4", "#2e9e5b"
 CJK_FAMILIES = (
     "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Noto Sans CJK JP", "PingFang SC", "Hiragino Sans GB",
     "Microsoft YaHei", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
 )  # fmt: skip
-# No line starts with one of these characters.
+# Characters that must not start a line.
 CLOSING_MARKS = "、。，．！？：；）」』】》〉ーっゃゅょッャュョ,.!?:;)"
 
 Row = tuple[str, Sequence[Image.Image | str | Path], Sequence[float]]  # query, images, scores
@@ -42,21 +42,23 @@ def draw_results(
     columns: int = 5,
     offline: bool = False,
 ) -> Path:
-    """Write a PNG with a row for each query and its first images, and return its path.
+    """Write a PNG file with a row of top-ranked images for each query, and return the path of the file.
 
-    Chinese, Japanese and Korean text needs a font with these characters. If the system has none, a font of 2.3 MB is
-    downloaded.
+    Chinese, Japanese and Korean text needs a font that supports these languages. If no such font is installed, one is
+    downloaded (2.3 MB).
 
     Args:
-        rows: Query, images and scores of each row.
-        out: The PNG file.
-        title: Title of the image.
-        correct: For each row the ranks, from 0, of correct images, which get a green frame.
-        columns: Number of images per row.
-        offline: Download no font.
+        rows: Query, images and scores for each row.
+        out: Path of the PNG file to write.
+        title: Title drawn above the results.
+        correct: Zero-based ranks of the correct images in each row. Correct images get a green frame.
+        columns: Maximum number of images per row.
+        offline: Do not download a font.
     """
     if correct is not None and len(correct) != len(rows):
-        raise ValueError(f"{len(rows)} rows, but correct answers for {len(correct)}")
+        raise ValueError(
+            f"got {len(rows)} rows but correct ranks for {len(correct)}: give `correct` one entry per row"
+        )
     queries = [_lay_out_query(query, offline) for query, _, _ in rows]
     heights = [max(THUMBNAIL + SCORE_HEIGHT, query.height) + 2 * GAP for query in queries]
     top = MARGIN + TITLE_HEIGHT + GAP
@@ -87,7 +89,7 @@ def draw_results(
 
 @dataclass(frozen=True)
 class _QueryText:
-    """A query, broken into lines."""
+    """Query text broken into lines."""
 
     lines: list[str]
     font: ImageFont.FreeTypeFont
@@ -99,7 +101,7 @@ class _QueryText:
 
 
 def _lay_out_query(query: str, offline: bool) -> _QueryText:
-    """Break a query into lines. Long queries get a smaller font, and very long ones are truncated."""
+    """Break a query into lines. Long queries use a smaller font, and very long queries are truncated."""
     for size in (20, 16, 14):
         font = _load_font(query, size, offline)
         text = _QueryText(wrap(query, font, TEXT_WIDTH - GAP), font, size + LINE_SPACING)
@@ -113,7 +115,7 @@ def _lay_out_query(query: str, offline: bool) -> _QueryText:
 
 
 def _draw_query(draw: ImageDraw.ImageDraw, text: _QueryText, top: int, row_height: int) -> None:
-    """Draw a query, vertically centred beside the images (without their scores) if it is not taller than these."""
+    """Draw a query to the left of its images. A query that is not taller than the images is vertically centred."""
     y = top + GAP
     if text.height <= THUMBNAIL:
         y = top + (row_height - SCORE_HEIGHT - text.height) // 2
@@ -130,7 +132,7 @@ def _draw_image(
     y: int,
     is_correct: bool,
 ) -> None:
-    """Draw an image, uncropped, in a square frame."""
+    """Draw an uncropped image in a square frame."""
     if isinstance(image, Image.Image):
         upright = ImageOps.exif_transpose(image)
     else:
@@ -152,7 +154,8 @@ def _draw_image(
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """Break a text into lines of at most `width` pixels.
 
-    Lines are broken at spaces and beside Chinese and Japanese characters; words that are too long are broken anywhere.
+    Lines are broken at spaces and next to Chinese and Japanese characters. Words longer than a line are broken
+    anywhere.
     """
     lines, line = [], ""
     for piece in _breakable_pieces(text):
@@ -179,7 +182,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def _breakable_pieces(text: str) -> list[str]:
-    """Split a text where a line may break: before a space, and beside a Chinese or Japanese character."""
+    """Split a text at every possible line break: before spaces, and next to Chinese and Japanese characters."""
     pieces: list[str] = []
     for char in " ".join(text.split()):
         beside_wide = _is_wide(char) or (bool(pieces) and _is_wide(pieces[-1][-1]))
@@ -196,7 +199,7 @@ def _is_wide(char: str) -> bool:
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Truncate a text to `width` pixels, and end it with an ellipsis if anything was removed."""
+    """Truncate a text to `width` pixels, ending with an ellipsis if anything was removed."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -208,10 +211,10 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 
 def _load_font(text: str, size: int, offline: bool) -> ImageFont.FreeTypeFont:
-    """Load Matplotlib's default font, or a CJK font if that has more of the characters of the text."""
+    """Load Matplotlib's default font, or a CJK font if it supports more characters in the text."""
     characters = {ord(char) for char in text if not char.isspace()}
     path = _matplotlib_font("DejaVu Sans")
-    assert path is not None  # Matplotlib contains it
+    assert path is not None  # Matplotlib ships with this font
     missing = characters - _supported_characters(path)
     if missing:
         cjk_path = _cjk_font(offline)
@@ -222,7 +225,7 @@ def _load_font(text: str, size: int, offline: bool) -> ImageFont.FreeTypeFont:
 
 @cache
 def _cjk_font(offline: bool) -> str | None:
-    """Return the path of a font with Chinese, Japanese and Korean characters, which is downloaded if needed."""
+    """Return the path of a font for Chinese, Japanese and Korean. Download one if none is installed."""
     for family in CJK_FAMILIES:
         path = _matplotlib_font(family)
         if path:
@@ -230,15 +233,15 @@ def _cjk_font(offline: bool) -> str | None:
     try:
         return str(next(Path(resolve_pretrained("cjk-font", offline=offline)).glob("*.ttc")))
     except AssetError:
-        return None  # an image with boxes instead of characters is better than none
+        return None  # an image with boxes instead of characters is better than no image
 
 
 @cache
 def _matplotlib_font(family: str) -> str | None:
-    """Return the path of the regular face of a font family; None if it is not installed."""
+    """Return the path of the regular face of a font family, or None if the family is not installed."""
     from matplotlib import font_manager
 
-    # findfont scores the faces. The list of fonts is in file-system order, so its first face may be an oblique one.
+    # findfont prefers the regular face. The first face in Matplotlib's font list, in file-system order, may be oblique.
     try:
         return str(font_manager.findfont(font_manager.FontProperties(family=[family]), fallback_to_default=False))
     except ValueError:
@@ -247,7 +250,7 @@ def _matplotlib_font(family: str) -> str | None:
 
 @cache
 def _supported_characters(path: str) -> frozenset[int]:
-    """Return the code points of a font."""
+    """Return the code points that a font supports."""
     from fontTools.ttLib import TTFont  # type: ignore[import-untyped]  # a dependency of Matplotlib
 
     with TTFont(path, fontNumber=0, lazy=True) as font:

