@@ -116,7 +116,7 @@ def test_reproduce_rejects_unknown_claims(
     data: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(reproduce_command(data, models, tmp_path / "run", "--claims", "7")) == 1
-    assert "no claim 7: the claims are 1, 2" in capsys.readouterr().err
+    assert "unknown claim 7: the claims are 1, 2" in capsys.readouterr().err
 
 
 def hits(count: int, start: int = 0) -> torch.Tensor:

@@ -1,1 +1,1 @@
-"""Tests of the paper's claims at the scale of the local machine."""
+"""Test the paper's claims with small models and data sets on the local machine."""

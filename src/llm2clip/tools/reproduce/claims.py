@@ -1,4 +1,4 @@
-"""Tests of the claims of LLM2CLIP (arXiv 2411.04997): tables of results, comparisons, and the paper's results."""
+"""Test the claims of the LLM2CLIP paper (arXiv 2411.04997), and compare the results with those of the paper."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MEAN_RECALL = "mean of R@1"
 
 
 def caption_retrieval(experiments: Experiments) -> Claim:
-    """Test claim 1: CRA of raw and tuned LLMs and of the baseline."""
+    """Test claim 1: caption retrieval accuracy (CRA) of raw and tuned LLMs and the baseline."""
     claim = Claim(1, paper=", ".join(f"{model} {value}" for model, value in CRA.items()))
     claim.header = ["caption encoder", "CRA, %", "95% interval", "images"]
     names = (LLM_RAW, BASELINE, LLM_CC, MULTILINGUAL_RAW, MULTILINGUAL_CC)
@@ -49,14 +49,14 @@ def caption_retrieval(experiments: Experiments) -> Claim:
 
 
 def text_towers(experiments: Experiments) -> Claim:
-    """Test claim 2: retrieval with each text tower."""
+    """Test claim 2: image-text retrieval with each text tower."""
     claim = Claim(2, paper=_published_averages("Llama3-8B", "Jina Bert", "Llama3-8B-TC", "Llama3-8B-CC"))
     order = [MULTILINGUAL_RAW, BASELINE, MULTILINGUAL_CC]  # from low to high
     if experiments.data.text_pairs:
         order.insert(2, MULTILINGUAL_TC)
     else:
         claim.notes.append(
-            "There is no TC row, because there are no general text pairs. To add it, install Debian's wordnet-base, "
+            "There is no TC row because no general text pairs are available. To add it, install Debian's wordnet-base, "
             "delete claims/2.json in the run directory and run the same command again."
         )
     hits = _retrieval_table(experiments, claim, [LLM_RAW, LLM_CC, *order], CAPTIONS_TEST)
@@ -98,7 +98,7 @@ def long_captions(experiments: Experiments) -> Claim:
         first, last = f"{label}, first sentence", "the same gain, whole caption"
         claim.comparisons.append(compare_hits(first, last, "T2I R@1", gains[0], gains[-1]))
     num_images = hits[LLM_CC][0].shape[1]
-    claim.notes.append(f"{num_images:,} images that were not trained on; chance is {100 / num_images:.1f}.")
+    claim.notes.append(f"{num_images:,} images not used for training; R@1 by chance is {100 / num_images:.1f}%.")
     return claim
 
 
@@ -113,21 +113,21 @@ def other_languages(experiments: Experiments) -> Claim:
 
 
 def larger_llm(experiments: Experiments) -> Claim:
-    """Test claim 5: two LLMs, tuned on the same number of pairs."""
+    """Test claim 5: compare two LLMs that were tuned on the same number of pairs."""
     claim = Claim(5, paper=_published_averages("Llama3.2-1B-CC", "Llama3-8B-CC", "Mistral-Nemo-12B-CC"))
     hits = _retrieval_table(experiments, claim, (LLM_CC, MULTILINGUAL_CC), CAPTIONS_TEST)
     claim.comparisons = _compare_pairs(experiments, [(LLM_CC, MULTILINGUAL_CC)], MEAN_RECALL, hits)
     claim.notes.append(
-        "The two LLMs differ in more than size: in their training data and in the number of layers that are used, and "
-        "all weights of the smaller one are tuned, whereas the larger one is tuned with LoRA."
+        "The two LLMs differ in more than size: they also have different training data and numbers of layers used. All "
+        "weights of the smaller LLM are tuned, whereas the larger LLM is tuned with LoRA."
     )
     return claim
 
 
 def training_cost(experiments: Experiments) -> Claim:
-    """Test claim 6: seconds of a training step."""
+    """Test claim 6: duration of a training step."""
     claim = Claim(6, paper="the LLM's embeddings are computed once, before training (section 3.3)")
-    claim.header = ["text side of a step", "seconds", "relative to CLIP", "trained parameters, M"]
+    claim.header = ["source of text embeddings", "seconds per step", "relative to CLIP", "trained parameters, M"]
     times = measure_step_times(experiments, LLM_CC)
     cached, clip = times.median(CACHED_TEACHER), times.median(CLIP_TEXT_TOWER)
     for variant, parameters in times.parameters.items():
@@ -151,17 +151,17 @@ def training_cost(experiments: Experiments) -> Claim:
             )
         )
     claim.notes.append(
-        f"Medians of {experiments.config.cost_steps} steps with {times.batch_size} images and one caption of each. The "
-        "variants alternate. Intervals are from the lower to the upper quartile."
+        f"Medians over {experiments.config.cost_steps} steps with {times.batch_size} images and one caption per image. "
+        "The variants alternate. Intervals range from the lower to the upper quartile."
     )
     train = experiments.data.train
     num_texts, num_steps = sum(len(record.texts) for record in train), len(train) / times.batch_size
     caption_seconds = (times.median(LLM_IN_LOOP) - cached) / times.batch_size
     claim.notes.append(
-        f"Filling the store takes {caption_seconds * 1000:.0f} ms per caption, once: "
+        f"Filling the store takes {caption_seconds * 1000:.0f} ms per caption, which is a one-time cost: "
         f"{num_texts * caption_seconds / 60:.0f} minutes for {num_texts:,} texts of this length. An epoch over "
-        f"{len(train):,} images takes {num_steps * cached / 60:.0f} minutes, and {num_steps * clip / 60:.0f} minutes "
-        "with CLIP's text tower."
+        f"{len(train):,} images takes {num_steps * cached / 60:.0f} minutes with the store and "
+        f"{num_steps * clip / 60:.0f} minutes with CLIP's text tower."
     )
     return claim
 
@@ -177,10 +177,10 @@ CLAIMS: dict[int, Callable[[Experiments], Claim]] = {
 
 
 def _retrieval_table(experiments: Experiments, claim: Claim, names: Sequence[str], test: str) -> dict[str, Tensor]:
-    """Fill the table of a claim with retrieval results.
+    """Fill a claim's table with retrieval results.
 
     Returns:
-        Caption encoder to per-image hits, (seeds, images), the mean of both directions.
+        Per-image hits averaged over both directions, (seeds, images), for each caption encoder.
     """
     claim.header = RETRIEVAL_HEADER
     mean_hits = {}
@@ -196,7 +196,7 @@ def _retrieval_table(experiments: Experiments, claim: Claim, names: Sequence[str
 def _compare_pairs(
     experiments: Experiments, pairs: Iterable[tuple[str, str]], metric: str, hits: dict[str, Tensor]
 ) -> list[Comparison]:
-    """Compare pairs (low, high) of caption encoders."""
+    """Compare caption encoders in pairs (low, high)."""
     comparisons = []
     for low, high in pairs:
         labels = experiments.label(low), experiments.label(high)
@@ -206,7 +206,7 @@ def _compare_pairs(
 
 def _published_averages(*models: str) -> str:
     averages = ", ".join(f"{model} {RETRIEVAL[model]['average']}" for model in models)
-    return f"average of five benchmarks: {averages}"
+    return f"average over five benchmarks: {averages}"
 
 
 def _published_gains() -> str:
@@ -222,7 +222,7 @@ def _mean_percent(hits: Tensor) -> float:
 
 
 def _quartiles(values: Sequence[float]) -> Interval:
-    """Return the median, the lower and the upper quartile."""
+    """Return the median, lower quartile and upper quartile."""
     low, median, high = statistics.quantiles(values, n=4)
     return median, low, high
 

@@ -1,4 +1,4 @@
-"""Data for the tests of the claims: captions and text pairs to tune on, images to align on and to retrieve."""
+"""Data for testing the claims: captions and text pairs for tuning, images for alignment, and images for retrieval."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from llm2clip.data.text_pairs import read_text_pairs
 from llm2clip.data.tuning_sources import read_tuning_sources
 from llm2clip.distributed import print_once
 
-WORDNET = Path("/usr/share/wordnet")  # where Debian's wordnet-base installs it
+WORDNET = Path("/usr/share/wordnet")  # installed by Debian's wordnet-base
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
-CAPTIONS_TEST, FOREIGN_TEST = "captions", "foreign"  # names of tests, see `ClaimData.test`
+CAPTIONS_TEST, FOREIGN_TEST = "captions", "foreign"  # test names for `ClaimData.test`
 
 
 class ClaimData:
-    """The data of all claims. Each part is read on first access, which raises ValueError if its sources are missing."""
+    """Data for all claims. Each part is read on first access; a missing source raises ValueError."""
 
     def __init__(self, folder: Path, config: ReproduceConfig, log: SkipLog) -> None:
         self.folder = folder
@@ -33,7 +33,7 @@ class ClaimData:
 
     @cached_property
     def tune(self) -> list[ImageCaptions]:
-        """Captions to tune on. Images with four or more captions also get two long ones, see `split_in_two`."""
+        """Captions for tuning. Images with four or more captions also get two long captions, see `split_in_two`."""
         long_sources = self.config.long_caption_sources
         existing = [source for source in long_sources if (self.folder / Source.parse(source).path).exists()]
         excluded = [*self.config.exclude, *self.config.test, *self.config.cra, *existing]
@@ -44,7 +44,7 @@ class ClaimData:
 
     @cached_property
     def text_pairs(self) -> list[Pair]:
-        """General text pairs: of the config, or WordNet's. Empty if there are none."""
+        """General text pairs from the configured sources or from WordNet; empty if neither is available."""
         if self.config.text_pairs:
             sources = self._paths(self.config.text_pairs)
             return [pair for source in sources for pair in read_text_pairs(source, self.log)]
@@ -52,15 +52,15 @@ class ClaimData:
 
     @cached_property
     def cra(self) -> list[tuple[str, ...]]:
-        """Captions of each image for caption retrieval accuracy."""
+        """Captions of each image, for measuring caption retrieval accuracy."""
         return [record.captions for record in self._read(self.config.cra, images=False)]
 
     @cached_property
     def train(self) -> list[Record]:
-        """Images to align on, without test images.
+        """Images for alignment, excluding test images.
 
-        Every third image gets its captions, joined, as long caption, unless it has one. (Doing this for all images
-        would double the time of embedding.)
+        The captions of every third image are joined into a long caption, unless the image already has one. Doing this
+        for all images would double the embedding time.
         """
         tested = [*self.config.test, *self.config.long_caption_sources]
         tested_keys = {record.image.key for record in self._read(tested) if record.image is not None}
@@ -80,10 +80,10 @@ class ClaimData:
 
     @cached_property
     def foreign_test(self) -> list[Record]:
-        """The same images with captions in another language.
+        """Test images with captions in another language.
 
         Raises:
-            ValueError: If the column does not exist, or none is set.
+            ValueError: If no column is set, or if the column does not exist.
         """
         column = self.config.foreign_column
         if not column:
@@ -92,10 +92,10 @@ class ClaimData:
 
     @cached_property
     def long_caption_tests(self) -> dict[str, list[Record]]:
-        """Images with long captions: tests with the first sentence, the first two, and so on, up to the whole caption.
+        """Tests with long captions, by query length: 1 sentence, 2 sentences, and so on, up to the whole caption.
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If there are no images with long captions.
         """
         records = [record for record in self._read(self.config.long_caption_sources) if record.long_captions]
         if not records:
@@ -104,7 +104,7 @@ class ClaimData:
         fewest, most = min(map(len, sentences)), max(map(len, sentences))
         tests = {}
         for n in range(1, fewest + 1):
-            if n == most:  # for every image this would be the whole caption
+            if n == most:  # n sentences are the whole caption of every image
                 break
             name = "1 sentence" if n == 1 else f"{n} sentences"
             queries = [" ".join(parts[:n]) for parts in sentences]
@@ -113,7 +113,7 @@ class ClaimData:
         return tests
 
     def test(self, name: str) -> list[Record]:
-        """Return the records of a test: CAPTIONS_TEST, FOREIGN_TEST, or a name in `long_caption_tests`."""
+        """Return the records for a test: CAPTIONS_TEST, FOREIGN_TEST, or a name in `long_caption_tests`."""
         if name == CAPTIONS_TEST:
             return self.captions_test
         if name == FOREIGN_TEST:
@@ -133,7 +133,7 @@ class ClaimData:
 
 
 def split_in_two(captions: Sequence[str]) -> tuple[str, ...]:
-    """Return the first and the second half of an image's captions, each joined; empty for fewer than four captions."""
+    """Join each half of an image's captions into a long caption. Return () for fewer than four captions."""
     if len(captions) < 4:
         return ()
     middle = len(captions) // 2
@@ -141,7 +141,7 @@ def split_in_two(captions: Sequence[str]) -> tuple[str, ...]:
 
 
 def join_captions(captions: Sequence[str]) -> tuple[str, ...]:
-    """Return all captions of an image, joined to one; empty for fewer than two captions."""
+    """Join all captions of an image into one long caption. Return () for fewer than two captions."""
     return (" ".join(captions),) if len(captions) > 1 else ()
 
 
@@ -151,9 +151,9 @@ def split_sentences(text: str) -> list[str]:
 
 
 def read_wordnet(folder: Path) -> Iterator[Pair]:
-    """Yield text pairs from WordNet's data files: a word and its meaning, or an example and the word that it is for.
+    """Yield text pairs from WordNet's data files: a word and its meaning, or an example and the word it illustrates.
 
-    A line is "offset file type count word id word id ... | definition; "example"; ..." (see wndb(5WN)).
+    Each line has the form "offset file type count word id word id ... | definition; "example"; ..." (see wndb(5WN)).
     """
     for part_of_speech in PARTS_OF_SPEECH:
         for line in (folder / f"data.{part_of_speech}").read_text(encoding="latin-1").splitlines():

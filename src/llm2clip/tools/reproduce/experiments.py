@@ -1,12 +1,12 @@
-"""Experiments that the claims share: caption encoders, caption retrieval, aligned models and their ranks.
+"""Experiments shared by the claims: caption encoders, caption retrieval, aligned models and retrieval ranks.
 
 Each result is computed once and saved in the run directory, so that an interrupted run resumes:
 
     OUT/
       encoders/NAME/               tuned caption encoders
-      cra/NAME.json                caption retrieval of each encoder
+      cra/NAME.json                caption retrieval results of each encoder
       stores/NAME/                 embedded captions
-      features/                    features of the frozen tower
+      features/                    cached features from the frozen tower
       models/NAME-SEED/            aligned models
       ranks/NAME-SEED-TEST.json    retrieval ranks of each model
       vectors/                     image and text embeddings of each model
@@ -40,14 +40,14 @@ from llm2clip.store.layout import caption_keys
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.tools.reproduce.datasets import CAPTIONS_TEST, FOREIGN_TEST, ClaimData
 
-# Names of the caption encoders. CC is tuned on captions, TC on general text pairs.
+# Names of the caption encoders. CC encoders are tuned on captions, TC encoders on general text pairs.
 BASELINE = "baseline"
 LLM_RAW, LLM_CC = "llm raw", "llm cc"
 MULTILINGUAL_RAW, MULTILINGUAL_TC, MULTILINGUAL_CC = "multilingual raw", "multilingual tc", "multilingual cc"
 
 
 class Experiments:
-    """Runs experiments with the caption encoders named above, and caches their results in the run directory."""
+    """Experiments with the caption encoders named above. Results are cached in the run directory."""
 
     def __init__(self, data: ClaimData, config: ReproduceConfig, out: Path) -> None:
         self.data = data
@@ -73,7 +73,7 @@ class Experiments:
         }
 
     def label(self, name: str) -> str:
-        """Return the name of a caption encoder for tables, such as "gemma3-270m after 60 steps of captions"."""
+        """Return a caption encoder's display name, such as "gemma3-270m after 60 steps of captions"."""
         encoder, tuning = self.encoders[name]
         paths = [self.config.llm, self.config.baseline_encoder, self.config.multilingual_llm]
         label = display_names(paths)[paths.index(encoder.path)]
@@ -87,11 +87,11 @@ class Experiments:
         return label
 
     def encoder(self, name: str) -> CaptionEncoder:
-        """Open a caption encoder; tune it first if needed."""
+        """Load a caption encoder, tuning it first if needed."""
         return open_encoder(self._encoder_config(name))
 
     def caption_retrieval(self, name: str) -> dict[str, Any]:
-        """Return `caption_retrieval_accuracy` of a caption encoder, with "hits"."""
+        """Return the `caption_retrieval_accuracy` results for a caption encoder, including "hits"."""
 
         def compute() -> dict[str, Any]:
             print_once(f"caption retrieval: {self.label(name)}")
@@ -103,7 +103,7 @@ class Experiments:
         return metrics
 
     def store(self, name: str, texts: Sequence[str]) -> EmbeddingStore:
-        """Return the store of a caption encoder; embed the texts that it does not have."""
+        """Return a caption encoder's embedding store, after embedding any texts that the store does not contain."""
         folder = self.out / "stores" / _file_name(name)
         if (folder / "manifest.json").exists():
             store = EmbeddingStore(folder)
@@ -113,7 +113,7 @@ class Experiments:
         return embed(texts, folder, self._encoder_config(name), EmbedConfig())
 
     def model(self, name: str, seed: int) -> LLM2CLIP:
-        """Return a model whose heads are trained between the frozen tower and the store of a caption encoder."""
+        """Return a model with a frozen tower whose heads are trained on a caption encoder's stored embeddings."""
         folder = self.out / "models" / f"{_file_name(name)}-{seed}"
         if not folder.exists():
             store = self.store(name, [text for record in self.data.train for text in record.texts])
@@ -132,7 +132,7 @@ class Experiments:
         return LLM2CLIP.from_pretrained(folder)
 
     def align_config(self, seed: int) -> AlignConfig:
-        """Return the align settings of all models."""
+        """Return the align settings, which all models share except for the seed."""
         return AlignConfig(
             tower=self.config.tower,
             image_size=self.config.image_size,
@@ -147,16 +147,17 @@ class Experiments:
         )
 
     def hits(self, name: str, test: str, direction: str) -> Tensor:
-        """Return per-image hits of all models of a caption encoder, whose mean is R@1.
+        """Return per-image hits of all models trained with a caption encoder. The mean of the hits is R@1.
 
         Args:
-            name: Caption encoder.
-            test: See `ClaimData.test`.
-            direction: I2T: 1 if the top caption is correct, otherwise 0. T2I: the number of the image's captions that
-                retrieve it, divided by the mean number of captions per image.
+            name: Name of the caption encoder.
+            test: Name of the test, see `ClaimData.test`.
+            direction: I2T or T2I. The I2T score of an image is 1 if the top-ranked caption is correct, otherwise 0.
+                The T2I score is the number of the image's captions that retrieve the image, divided by the mean number
+                of captions per image.
 
         Returns:
-            float64 (seeds, images).
+            Hits as float64, (seeds, images).
         """
         hits = []
         for seed in range(self.config.seeds):
@@ -172,7 +173,7 @@ class Experiments:
         return torch.stack(hits)
 
     def _saved_ranks(self, name: str, seed: int, test: str) -> dict[str, list[int]]:
-        """Return "image_ranks", "text_ranks" and "image_of_text" of a model on a test, see `RetrievalRanks`."""
+        """Return "image_ranks", "text_ranks" and "image_of_text" for a model and a test, see `RetrievalRanks`."""
 
         def compute() -> dict[str, list[int]]:
             ranks = self._ranks(name, seed, test)
@@ -196,7 +197,7 @@ class Experiments:
         return rank_caption_fields(embeddings, {test: drop_refused_captions(records, store)})[test]
 
     def _encoder_config(self, name: str) -> EncoderConfig:
-        """Return the config of a caption encoder; tune the encoder first if needed."""
+        """Return the config of a caption encoder, tuning the encoder first if needed."""
         config, tuning = self.encoders[name]
         if tuning is None:
             return config
@@ -226,7 +227,7 @@ class _StoreTextEncoder:
         return torch.from_numpy(self.store.take(self.store.rows(captions))).float()
 
     def count_truncated(self, captions: Sequence[str]) -> None:
-        """Return None, which means unknown: the store does not record which texts were truncated."""
+        """Return None (unknown), because the store does not record which texts were truncated."""
 
 
 def _file_name(name: str) -> str:

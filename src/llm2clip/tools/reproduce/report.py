@@ -1,4 +1,4 @@
-"""The report of `reproduce`: a table of all claims, then a section for each."""
+"""Report of `reproduce`: a table of all claims, followed by a section for each claim."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ STATUSES = {
 
 
 def report_blocks(claims: Sequence[Claim], config: ReproduceConfig, command: str) -> list[Block]:
-    """Return the report.
+    """Return the content blocks of the report.
 
     Args:
-        claims: The claims, tested or not.
-        config: Settings of the run.
-        command: Command line of the run.
+        claims: Claims to report, whether or not they could be tested.
+        config: Config of the run.
+        command: Command line that started the run.
     """
     summary = [[claim.number, claim.title, claim.verdict] for claim in claims]
     blocks: list[Block] = [
@@ -46,13 +46,13 @@ def report_blocks(claims: Sequence[Claim], config: ReproduceConfig, command: str
         Table(["", "claim", "result"], summary, statuses=STATUSES),
         Paragraph(
             f"The vision tower ({config.tower}, {config.image_size} pixels) is frozen; the heads are trained for "
-            f"{config.epochs:g} epochs. Values are means of {config.seeds} seeds, with 95% bootstrap intervals over "
+            f"{config.epochs:g} epochs. Values are means over {config.seeds} seeds, with 95% bootstrap intervals over "
             "test images and seeds."
         ),
         Paragraph(
             f"A comparison {HOLDS} if the intervals of its two sides are disjoint. It has {WEAK_SUPPORT} if only the "
             f"interval of the difference, paired by image, is above zero. It is {CONTRADICTED} if that interval is "
-            f"below zero, otherwise {INCONCLUSIVE}. A claim {PARTLY_HOLDS} if some of its comparisons hold."
+            f"below zero; otherwise it is {INCONCLUSIVE}. A claim {PARTLY_HOLDS} if some of its comparisons hold."
         ),
     ]
     for claim in claims:
@@ -87,7 +87,7 @@ def _curves_plot(claim: Claim) -> Plot:
         bands=bands,
         tick_labels=claim.points,
     )
-    return Plot(svg, "Bands are 95% intervals.")
+    return Plot(svg, "Shaded bands are 95% intervals.")
 
 
 def _intervals_plot(claim: Claim) -> Plot:
@@ -95,7 +95,7 @@ def _intervals_plot(claim: Claim) -> Plot:
     for comparison in claim.comparisons:
         intervals[comparison.low] = comparison.low_interval
         intervals[comparison.high] = comparison.high_interval
-    return Plot(plots.plot_intervals(intervals, claim.comparisons[0].metric), "Values with their intervals.")
+    return Plot(plots.plot_intervals(intervals, claim.comparisons[0].metric), "Each value is shown with its interval.")
 
 
 def _comparison_table(claim: Claim) -> Table:

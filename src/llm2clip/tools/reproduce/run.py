@@ -20,26 +20,26 @@ from llm2clip.tools.reproduce.statistics import NOT_TESTED, Claim
 
 
 def reproduce(data: Path, out: Path, config: ReproduceConfig, claims: Sequence[int], max_skipped: float) -> Path:
-    """Test claims, and write `out/report.md` and `out/report.html`. An interrupted run resumes.
+    """Test the claims, and write `out/report.md` and `out/report.html`. An interrupted run resumes.
 
-    The report also has the claims that earlier runs in the same directory tested.
+    The report also includes claims tested by earlier runs in the same directory.
 
     Args:
-        data: Folder that the sources of the config are relative to.
+        data: Folder to which the config's source paths are relative.
         out: Run directory.
-        config: Settings.
+        config: Data sources, models and training settings.
         claims: Numbers of the claims to test.
         max_skipped: Stop if more than this fraction of the rows cannot be used.
 
     Returns:
-        The path of the HTML report.
+        Path of the HTML report.
 
     Raises:
-        ValueError: If a claim does not exist, no claim could be tested, or there is more than one process.
+        ValueError: If a claim number is unknown, if no claim could be tested, or if there are several processes.
     """
     unknown = [number for number in claims if number not in CLAIMS]
     if unknown:
-        raise ValueError(f"no claim {unknown[0]}: the claims are {', '.join(map(str, CLAIMS))}")
+        raise ValueError(f"unknown claim {unknown[0]}: the claims are {', '.join(map(str, CLAIMS))}")
     if process_state().num_processes > 1:
         raise ValueError("reproduce runs in a single process: start it without torchrun or accelerate launch")
     log = start_run(out, {"data": data, "reproduce": config}, max_skipped)

@@ -1,7 +1,8 @@
-"""Claims, the comparisons that they consist of, and their verdicts, from bootstrap confidence intervals.
+"""Claims, comparisons and verdicts, based on bootstrap confidence intervals.
 
 A comparison holds if the 95% intervals of its two sides are disjoint. It has weak support if only the interval of the
-difference, paired by image, is above zero. It is contradicted if that interval is below zero, otherwise inconclusive.
+difference, paired by image, is above zero. It is contradicted if the interval of the difference is below zero;
+otherwise it is inconclusive.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ TITLES = {
     2: "A raw LLM as text tower hurts retrieval. An LLM tuned on captions (CC) beats one tuned on general text pairs "
     "(TC), which beats a text encoder that is not an LLM",
     3: "The gain is largest on long captions",
-    4: "English training transfers to another language with a multilingual LLM, and not with an English encoder",
+    4: "English training transfers to another language with a multilingual LLM, but not with an English encoder",
     5: "A larger LLM helps",
     6: "With cached teacher embeddings, a training step costs what a CLIP fine-tuning step costs",
 }
@@ -37,14 +38,14 @@ TITLES = {
 
 @dataclass
 class Comparison:
-    """A test of whether one value is below another.
+    """Test of whether one value is lower than another.
 
     Args:
         low: Name of the side that should be lower.
         high: Name of the side that should be higher.
-        metric: What is compared.
-        low_interval, high_interval: Values of the sides with their intervals.
-        difference: Higher side minus lower side, with its interval.
+        metric: Name of the metric that is compared.
+        low_interval, high_interval: Value and interval of each side.
+        difference: Value of `high` minus value of `low`, with the interval of the difference.
     """
 
     low: str
@@ -69,13 +70,13 @@ class Claim:
     """The result of testing a claim.
 
     Args:
-        number: 1 to 6, see `TITLES`.
+        number: Number of the claim, 1 to 6, see `TITLES`.
         paper: The paper's results that the claim is based on, in one line.
-        header, rows: Table of what was measured.
+        header, rows: Table of the measured results.
         comparisons: Comparisons that decide the verdict.
-        notes: What a reader must know to judge the result.
-        points: Names of the x values of a plot.
-        curves: Name of a curve of the plot to its values.
+        notes: Remarks that help to interpret the result.
+        points: Labels of the x values in the plot, if the claim has curves.
+        curves: Values and intervals of each curve in the plot, by name.
     """
 
     number: int
@@ -89,7 +90,7 @@ class Claim:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Claim:
-        """Restore a claim from `to_dict`."""
+        """Create a claim from the result of `to_dict`."""
         comparisons = [Comparison(**comparison) for comparison in fields["comparisons"]]
         return cls(**{**fields, "comparisons": comparisons})
 
@@ -103,7 +104,7 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """Return the verdict on which all comparisons agree; otherwise PARTLY_HOLDS, CONTRADICTED or INCONCLUSIVE."""
+        """Return the verdict if all comparisons agree; otherwise PARTLY_HOLDS, CONTRADICTED or INCONCLUSIVE."""
         verdicts = {comparison.verdict for comparison in self.comparisons}
         if not verdicts:
             return NOT_TESTED
@@ -120,8 +121,8 @@ def compare_hits(low: str, high: str, metric: str, low_hits: Tensor, high_hits: 
     Args:
         low: Name of the side that should be lower.
         high: Name of the side that should be higher.
-        metric: What is compared.
-        low_hits, high_hits: (seeds, images), see `bootstrap_interval`. The images must be in the same order.
+        metric: Name of the metric that is compared.
+        low_hits, high_hits: Hits of each side, (seeds, images), with the images in the same order.
     """
     difference = 100 * float(high_hits.mean() - low_hits.mean())
     limits = _percent_limits(_resampled_means(high_hits, seed=2) - _resampled_means(low_hits, seed=1))
@@ -136,13 +137,13 @@ def compare_hits(low: str, high: str, metric: str, low_hits: Tensor, high_hits: 
 
 
 def bootstrap_interval(values: Tensor) -> Interval:
-    """Return the mean in percent with its 95% interval, by a bootstrap over images and seeds.
+    """Return the mean in percent with its 95% interval from a bootstrap over images and seeds.
 
-    If all values are equal, for example if nothing was retrieved, the interval is widened by 3 / images (the rule of
-    three, JAMA 249:1743, 1983).
+    If all values are equal (for example, if nothing was retrieved), the interval is widened by 3 / number of images
+    (the rule of three, JAMA 249:1743, 1983).
 
     Args:
-        values: (seeds, images): hits from 0 to 1, or differences of hits from -1 to 1.
+        values: Hits from 0 to 1, or differences between hits from -1 to 1, (seeds, images).
     """
     low, high = _percent_limits(_resampled_means(values, seed=1))
     if values.min() == values.max():
@@ -153,10 +154,10 @@ def bootstrap_interval(values: Tensor) -> Interval:
 
 
 def _resampled_means(values: Tensor, seed: int) -> Tensor:
-    """Return the means of bootstrap resamples of images and training seeds, (resamples,).
+    """Return the means of bootstrap resamples over images and training seeds, (resamples,).
 
-    The images of a resample depend only on their number, so that they are the same for both sides of a comparison. The
-    training seeds of the two sides are independent: they are drawn with the generator seed `seed`.
+    The resampled images depend only on the number of images, so both sides of a comparison use the same resamples. The
+    training seeds are resampled with the random seed `seed`, so that the two sides are independent.
     """
     num_seeds, num_images = values.shape
     values = values.double()
@@ -170,6 +171,6 @@ def _resampled_means(values: Tensor, seed: int) -> Tensor:
 
 
 def _percent_limits(means: Tensor) -> tuple[float, float]:
-    """Return the limits of the 95% interval of resampled means, in percent."""
+    """Return the lower and upper limit of the 95% interval from resampled means, in percent."""
     low, high = (100 * percentile_interval(means)).tolist()
     return low, high

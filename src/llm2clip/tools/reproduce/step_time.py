@@ -1,4 +1,4 @@
-"""Time of a training step with cached teacher embeddings, with CLIP's own text tower, and with the LLM in the loop."""
+"""Time a training step with cached teacher embeddings, with CLIP's own text tower, and with the LLM in the loop."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from llm2clip.pipeline import new_model
 from llm2clip.tools.reproduce.experiments import Experiments
 from llm2clip.train.losses import info_nce
 
-# The variants that are timed.
+# Variants to time.
 CACHED_TEACHER = "cached teacher"
 CLIP_TEXT_TOWER = "CLIP's text tower, trained too"
 LLM_IN_LOOP = "LLM in the loop"
 
-# Tokens of CLIP's text tower: every text is padded to 77, and its embedding is read at the end token.
+# CLIP's text tower pads every text to 77 tokens and reads the embedding at the end token.
 CLIP_CONTEXT_LENGTH = 77
 CLIP_END_TOKEN = 49407
 
@@ -34,7 +34,7 @@ CLIP_END_TOKEN = 49407
 class ClipTextTower(nn.Module):
     """The text tower of CLIP ViT-B/32 (arXiv 2103.00020): 12 layers, width 512, 77 tokens.
 
-    The weights are random, which does not change the time of a step.
+    The weights are random, which does not affect the step time.
     """
 
     def __init__(self, embed_dim: int) -> None:
@@ -44,18 +44,18 @@ class ClipTextTower(nn.Module):
         self.model = CLIPTextModelWithProjection(CLIPTextConfig(projection_dim=embed_dim))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return L2-normalised embeddings (N, embed_dim) of token ids (N, 77)."""
+        """Return L2-normalised embeddings (N, embed_dim) for token ids (N, 77)."""
         return F.normalize(self.model(input_ids=ids).text_embeds.float(), dim=-1)
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Measured times of training steps.
+    """Measured durations of training steps.
 
     Args:
-        seconds: Variant to the seconds of each step.
-        parameters: Variant to the number of trained parameters in millions.
-        batch_size: Images per step, each with one caption.
+        seconds: Duration of each step in seconds, by variant.
+        parameters: Number of trained parameters in millions, by variant.
+        batch_size: Number of images per step, each with one caption.
     """
 
     seconds: dict[str, list[float]]
@@ -63,19 +63,19 @@ class StepTimes:
     batch_size: int
 
     def median(self, variant: str) -> float:
-        """Return the median seconds of a step."""
+        """Return the median step time of a variant, in seconds."""
         return statistics.median(self.seconds[variant])
 
 
 @onednn_matmul()
 def measure_step_times(experiments: Experiments, name: str) -> StepTimes:
-    """Time training steps of the vision tower and the heads, for each variant.
+    """Measure the duration of training steps for each variant.
 
-    The variants alternate, so that other load on the machine affects all of them.
+    The variants alternate, so that other load on the machine affects all of them equally.
 
     Args:
-        experiments: The experiments of the run.
-        name: Caption encoder.
+        experiments: Experiments that provide the data, the stores and the caption encoders.
+        name: Name of the caption encoder.
     """
     config, train = experiments.config, experiments.data.train
     records = [record for record in train if record.texts][: config.cost_images]
@@ -122,18 +122,18 @@ def measure_step_times(experiments: Experiments, name: str) -> StepTimes:
 
 
 def _loss(model: LLM2CLIP, pixels: Tensor, embeddings: Tensor) -> Tensor:
-    """Return the loss for caption embeddings of the LLM, (N, D)."""
+    """Return the loss for images and their LLM caption embeddings, (N, D)."""
     image, text, scale, _ = model(pixels, embeddings.to(model.device).float())
     assert image is not None and text is not None
     return info_nce(image, text, scale)
 
 
 def _loss_with_text_tower(model: LLM2CLIP, text_tower: ClipTextTower, pixels: Tensor, ids: Tensor) -> Tensor:
-    """Return the loss for texts, as token ids (N, 77), that CLIP's text tower encodes."""
+    """Return the loss when CLIP's text tower encodes the texts, which are given as token ids (N, 77)."""
     image, _, scale, _ = model(pixels)
     assert image is not None
     return info_nce(image, text_tower(ids), scale)
 
 
 def _encode(encoder: CaptionEncoder, texts: list[str]) -> Tensor:
-    return encoder.encode(texts).clone()  # a copy that is no inference tensor
+    return encoder.encode(texts).clone()  # a copy that is not an inference tensor
