@@ -311,7 +311,7 @@ def _check_finite(name: str, value: float, step: int, batch: Batch, checkpoints:
         return
     file = run_dir / f"not-finite-{step}-{process_state().process_index}.json"
     file.write_text(json.dumps({"step": step, "images": batch.image_names}, indent=1))
-    advice = f"The images of this step are listed in {file}. Lower --align.lr or --align.tower_lr, or use --align.precision fp32"
+    advice = f"The images of this step are listed in {file}. Lower --align.lr or --align.tower_lr, or use fp32"
     check_finite(name, value, step, checkpoints, advice)
 
 
