@@ -14,12 +14,12 @@ __all__ = ["LLM2CLIP", "CaptionEncoder", "open_dual_encoder"]
 __version__ = "0.2.0"
 
 # peft imports bitsandbytes, which then warns on some CPUs that an optional kernel for 4-bit inference is not installed.
-# The level must be set before that import, so it is set here.
+# The log level must be set before that import, so it is set here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public names at first use, so that importing the package takes no time."""
+    """Import public names on first use, so that importing the package is fast."""
     if name == "LLM2CLIP":
         from llm2clip.models.llm2clip import LLM2CLIP
 

@@ -1,4 +1,4 @@
-"""CPU settings of PyTorch and malloc that make training and encoding faster without changing results."""
+"""CPU settings for PyTorch and malloc that speed up training and encoding without changing the results."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from typing import Any
 
 import torch
 
-# Largest relative error of a float32 matmul over a few hundred terms. In bfloat16 the error is a thousand times larger.
+# Maximum relative error of a float32 matmul that sums a few hundred terms. The bfloat16 error is a thousand times
+# larger.
 FLOAT32_TOLERANCE = 1e-6
-# Parameter numbers of mallopt, from malloc.h.
+# Parameter constants for mallopt, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Let malloc keep freed memory, instead of returning it to the operating system after every training step.
+    """Let malloc keep freed memory instead of returning it to the operating system after every training step.
 
-    Activations are large blocks. By default glibc maps and unmaps each of them, and the kernel zeroes every page again.
-    Training EfficientNet-Lite0 on two cores is up to twice as fast with this setting (`benchmarks/malloc.py`).
-    Does nothing on other devices or C libraries.
+    Activations are large blocks. By default, glibc maps and unmaps each block, and the kernel zeroes its pages every
+    time. Training EfficientNet-Lite0 on two cores is up to twice as fast with this setting (`benchmarks/malloc.py`).
+    Does nothing for devices other than the CPU or C libraries other than glibc.
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return
@@ -34,12 +35,12 @@ def keep_freed_memory(device: torch.device) -> None:
 
 @contextmanager
 def onednn_matmul() -> Iterator[None]:
-    """Compute float32 matmuls on the CPU with oneDNN instead of MKL, where that is faster. Also works as a decorator.
+    """Compute float32 matmuls on the CPU with oneDNN instead of MKL if oneDNN is faster. Also works as a decorator.
 
-    MKL does not use AVX-512 on AMD CPUs. oneDNN does, and is more than twice as fast there (`benchmarks/matmul.py`).
-    PyTorch uses oneDNN for float32 only at matmul precision "medium", which also allows rounding to bfloat16;
-    `onednn_is_faster` checks that it does not round. With a GPU nothing is changed, because the setting would apply to
-    the GPU as well.
+    MKL does not use AVX-512 on AMD CPUs. oneDNN does, and is more than twice as fast on these CPUs
+    (`benchmarks/matmul.py`). PyTorch uses oneDNN for float32 only at matmul precision "medium", which also allows
+    rounding to bfloat16; `onednn_is_faster` checks that oneDNN does not round. If there is a GPU, nothing is changed,
+    because the setting would apply to the GPU as well.
     """
     if torch.accelerator.is_available() or not onednn_is_faster():
         yield
@@ -55,10 +56,10 @@ def onednn_matmul() -> Iterator[None]:
 @lru_cache
 @torch.inference_mode()
 def onednn_is_faster() -> bool:
-    """Return True if oneDNN multiplies float32 faster than MKL on this CPU, and with float32 accuracy.
+    """Return True if oneDNN computes float32 matmuls faster than MKL on this CPU, with float32 accuracy.
 
-    The speed is derived from the CPU model and not measured: all ranks must decide alike, or their results would differ
-    in the last bits.
+    The speed is inferred from the CPU model instead of measured, because all ranks must make the same choice; otherwise
+    their results would differ in the last bits.
     """
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if not (str(capabilities.get("cpu_name")).startswith("AMD") and capabilities.get("avx512_f")):
@@ -76,5 +77,5 @@ def onednn_is_faster() -> bool:
 
 
 def flex_attention_is_correct() -> bool:
-    """Return False on CPUs without AVX-512: there, compiled flex attention returns NaN for a batch of one."""
+    """Return False on CPUs without AVX-512, where compiled flex attention returns NaN for a batch size of 1."""
     return torch.backends.cpu.get_cpu_capability() == "AVX512"

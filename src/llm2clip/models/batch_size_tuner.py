@@ -1,6 +1,7 @@
-"""Measurement of the fastest number of tokens per batch, on the device and with the captions to be encoded.
+"""Tuning of the number of tokens per batch, by timing candidates on the device and captions to be encoded.
 
-A CPU is fastest with batches that fit its caches and a GPU needs large batches; both optima differ between models.
+A CPU is fastest with batches that fit in its caches, whereas a GPU needs large batches. The best size also depends on
+the model.
 """
 
 from __future__ import annotations
@@ -12,22 +13,23 @@ import torch
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.length_batching import TokenizedTexts, default_batch_tokens
 
-MIN_CAPTIONS_TO_TUNE = 4096  # with fewer captions the measurement takes longer than it saves
+MIN_CAPTIONS_TO_TUNE = 4096  # with fewer captions, tuning takes more time than it saves
 CPU_CANDIDATES = (512, 1024, 2048, 4096)
 GPU_CANDIDATES = (8192, 16384, 32768, 65536, 131072, 262144)
-MIN_SPEEDUP = 1.02  # that a larger batch must reach, because it needs more memory
+MIN_SPEEDUP = 1.02  # minimum speedup to prefer a larger batch, which needs more memory
 
 
 def tune_batch_tokens(encoder: CaptionEncoder, tokens: TokenizedTexts, precision: str = "fp32") -> int:
-    """Return the `batch_tokens` with which `encoder` encodes these captions fastest.
+    """Return the `batch_tokens` value with which `encoder` encodes these captions fastest.
 
-    Each candidate is timed on four batches, among them the longest captions, until a larger one is slower or does not
-    fit in memory. For fewer than 4096 captions the default of the device is returned without a measurement.
+    Candidates are timed in increasing order, each on four batches that include the longest captions, until a candidate
+    is slower than the best one or does not fit in memory. With fewer than 4096 captions, nothing is timed and the
+    device's default is returned.
     """
     if len(tokens.ids) < MIN_CAPTIONS_TO_TUNE:
         return default_batch_tokens(encoder.device)
     candidates = CPU_CANDIDATES if encoder.device.type == "cpu" else GPU_CANDIDATES
-    best, best_speed = candidates[0] // 2, 0.0  # half of the smallest, if not even that fits
+    best, best_speed = candidates[0] // 2, 0.0  # half the smallest candidate, in case not even that one fits
     for candidate in candidates:
         try:
             speed = tokens_per_second(encoder, tokens, candidate, precision)
@@ -42,9 +44,10 @@ def tune_batch_tokens(encoder: CaptionEncoder, tokens: TokenizedTexts, precision
 
 
 def tokens_per_second(encoder: CaptionEncoder, tokens: TokenizedTexts, batch_tokens: int, precision: str) -> float:
-    """Return the encoding speed on up to four batches: the longest one, and those at 1/6, 3/6 and 5/6 of the lengths.
+    """Return the encoding speed in tokens per second, measured on up to four batches.
 
-    All batches have about the same number of tokens, so these represent the others.
+    With the batches sorted by caption length, these are the batch with the longest captions and those at 1/6, 3/6 and
+    5/6 of the list. All batches have about the same number of tokens, so this sample is representative.
     """
     batches = [rows for _, rows in tokens.batches(batch_tokens)]
     sample = [batches[i] for i in sorted({0, *(len(batches) * n // 6 for n in (1, 3, 5))})]
@@ -59,7 +62,7 @@ def tokens_per_second(encoder: CaptionEncoder, tokens: TokenizedTexts, batch_tok
 def _time_batch(
     encoder: CaptionEncoder, tokens: TokenizedTexts, rows: list[int], batch_tokens: int, precision: str
 ) -> float:
-    """Return the seconds that encoding these rows takes."""
+    """Return the time it takes to encode these rows, in seconds."""
     batch = TokenizedTexts([tokens.ids[row] for row in rows], [], [tokens.prompt_lengths[row] for row in rows])
     start = time.perf_counter()
     encoder.encode(batch, batch_tokens=batch_tokens, precision=precision)

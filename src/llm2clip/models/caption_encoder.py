@@ -1,9 +1,10 @@
-"""Caption encoder: text in, one embedding out.
+"""Caption encoder: maps a text to a single embedding.
 
-A decoder LLM with bidirectional attention and mean pooling, held as an ordinary `SentenceTransformer`. The saved folder
-therefore opens in sentence-transformers with the same embeddings and without code from this package. This module sets
-how the encoder is built (attention, depth, template, pooling), how texts are batched (by length, under a token budget,
-packed without padding) and how it is identified (a fingerprint of everything that changes an embedding).
+The encoder is a decoder LLM with bidirectional attention and mean pooling, stored as an ordinary `SentenceTransformer`.
+sentence-transformers can therefore load a saved encoder without code from this package, and produces the same
+embeddings. This module defines how an encoder is built (attention, depth, template, pooling), how texts are batched (by
+length, under a token budget, packed without padding) and how an encoder is identified (by a fingerprint of everything
+that changes an embedding).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from llm2clip.models.sentence_transformer import open_sentence_transformer, trun
 from llm2clip.models.text_template import has_consistent_length, prompt_length, set_template
 from llm2clip.progress import ProgressBar
 
-MAX_EMBEDDINGS_ON_DEVICE = 8192  # embeddings that are copied to the CPU at once
+MAX_EMBEDDINGS_ON_DEVICE = 8192  # copied to the CPU when this many have accumulated
 # Entries of the LLM's config that do not change its output, or that `identity` lists separately.
 _CONFIG_WITHOUT_EFFECT = (
     "_name_or_path",
@@ -45,10 +46,10 @@ _CONFIG_WITHOUT_EFFECT = (
 
 
 class CaptionEncoder(nn.Module):
-    """LLM, template and pooling. Open one with `from_pretrained`; `encode` returns embeddings.
+    """LLM, template and pooling. Load an encoder with `from_pretrained` and embed captions with `encode`.
 
     Attributes:
-        st: the SentenceTransformer; `st[0]` is the LLM, `st[1]` the pooling.
+        st: the SentenceTransformer; `st[0]` is the LLM and `st[1]` is the pooling layer.
     """
 
     def __init__(self, st: SentenceTransformer) -> None:
@@ -70,30 +71,30 @@ class CaptionEncoder(nn.Module):
         attention: str | None = None,
         device: str | torch.device | None = None,
     ) -> CaptionEncoder:
-        """Open a decoder LLM, a sentence-transformers model or a `.gguf` file as a caption encoder in float32.
+        """Load a decoder LLM, a sentence-transformers model or a `.gguf` file as a caption encoder in float32.
 
-        Options that are None are taken from the folder. For a plain LLM they are: bidirectional, mean pooling, no
-        template, 512 tokens.
+        Options left as None are read from the folder. The defaults for a plain LLM are bidirectional attention, mean
+        pooling, no template and a maximum of 512 tokens.
 
         Args:
             path: folder or hub id of a transformers or sentence-transformers model, an llm2clip model folder, a
-                `.gguf` file, or a name that `llm2clip` downloads (see `models/pretrained.py`).
-            bidirectional: let every token attend to all tokens (True) or only to earlier ones (False).
+                `.gguf` file, or the name of a model that `llm2clip` can download (see `models/pretrained.py`).
+            bidirectional: let every token attend to all tokens (True) or only to earlier tokens (False).
             layers: keep only the first N layers and the final norm.
             template: text around the caption, such as `"<|im_start|>user\\n{caption}<|im_end|>"`. The text before
                 `{caption}` is excluded from pooling. At most one special token may follow `{caption}`; it is included
                 in pooling, as in the paper, and replaces the special tokens that the tokenizer adds by default.
             pooling: pooling mode of sentence-transformers: mean, weightedmean, lasttoken, cls, max.
             max_length: maximum input length in tokens, template included.
-            truncate_dim: keep only the first N dimensions of an embedding, for encoders tuned for it (Matryoshka).
-            attention: attention implementation of transformers, such as sdpa, eager, flex_attention or
-                flash_attention_2, or `packed` (see `models/packing.py`), which is the default for decoders that support
-                it. With `packed` and flash attention there is no padding. Flash attention needs bf16.
-            device: default: a GPU if there is one.
+            truncate_dim: keep only the first N dimensions of an embedding, for encoders with Matryoshka training.
+            attention: attention implementation in transformers, such as sdpa, eager, flex_attention or
+                flash_attention_2, or `packed` (see `models/packing.py`). Decoders that support `packed` use it by
+                default. `packed` and flash attention need no padding. Flash attention requires bf16.
+            device: device to load the encoder on. Default: a GPU if there is one.
 
         Raises:
-            ValueError: an option does not fit the model.
-            OSError: there is no such model.
+            ValueError: an option is not valid for the model.
+            OSError: the model does not exist.
         """
         path = resolve_pretrained(str(path))
         if (Path(path) / "text/modules.json").is_file():  # an llm2clip model folder
@@ -120,7 +121,7 @@ class CaptionEncoder(nn.Module):
     def _set_attention(self, attention: str | None) -> None:
         if attention == "flex_attention" and self.device.type == "cpu" and not flex_attention_is_correct():
             raise ValueError(
-                "flex_attention returns NaN on CPUs without AVX-512 (torch 2.13): choose another attention"
+                "flex_attention returns NaN on CPUs without AVX-512 (torch 2.13): choose another implementation"
             )
         if attention is not None:
             self.llm.set_attn_implementation(attention)
@@ -131,7 +132,7 @@ class CaptionEncoder(nn.Module):
 
     @property
     def llm(self) -> Any:
-        """The transformers model, without a PEFT wrapper around it."""
+        """The transformers model, without its PEFT wrapper if there is one."""
         model = self.st[0].model
         return model.get_base_model() if isinstance(model, PeftModel) else model
 
@@ -152,24 +153,24 @@ class CaptionEncoder(nn.Module):
 
     @property
     def attention(self) -> str:
-        """Attention implementation, by its name in transformers."""
+        """Name of the attention implementation in transformers."""
         return str(self.llm.config._attn_implementation)
 
     @property
     def prefix(self) -> str:
-        """Text of the template before the caption."""
+        """Template text before the caption."""
         name = self.st.default_prompt_name
         return (self.st.prompts[name] or "") if name else ""
 
     # ---- tokens -----------------------------------------------------------------------------------------------------
 
     def tokenize(self, captions: Sequence[str], prompts: Sequence[str] | None = None) -> TokenizedTexts:
-        """Tokenize captions, with the template and special tokens, truncated to the encoder's `max_length`.
+        """Tokenize captions with the template and special tokens, and truncate them to the encoder's `max_length`.
 
         Args:
-            captions: the texts.
-            prompts: an instruction before each caption, or "" for none. Its tokens are excluded from pooling, as are
-                those of the template's prefix and any special token before it.
+            captions: captions without the template.
+            prompts: instruction before each caption, or "" for no instruction. The tokens of the instruction, the
+                template's prefix and any special token at the start of the text are excluded from pooling.
         """
         if not captions:
             return TokenizedTexts([], [], [])
@@ -183,40 +184,41 @@ class CaptionEncoder(nn.Module):
         return TokenizedTexts(ids, truncated, [self.prompt_length(prefix) for prefix in prefixes])
 
     def count_truncated(self, captions: Sequence[str]) -> int:
-        """Return the number of captions that are longer than `max_length`, and are truncated."""
+        """Return the number of captions that are truncated because they are longer than `max_length`."""
         return len(self.tokenize(captions).truncated)
 
     def prompt_length(self, prompt: str) -> int:
-        """Return the number of tokens of a text before a caption (see `text_template.prompt_length`)."""
+        """Return the number of tokens in the text before a caption (see `text_template.prompt_length`)."""
         if prompt not in self._prompt_lengths:
             self._prompt_lengths[prompt] = prompt_length(self.tokenizer, prompt)
         return self._prompt_lengths[prompt]
 
     def exclude_prompts_from_pooling(self, prompts: Iterable[str]) -> None:
-        """Exclude the tokens of instructions from pooling. The setting is saved with the encoder.
+        """Exclude instruction tokens from pooling. This setting is saved with the encoder.
 
         Raises:
-            ValueError: sentence-transformers would miscount the tokens of one of `prompts`.
+            ValueError: sentence-transformers would miscount the tokens of a prompt.
         """
         for prompt in prompts:
             if not has_consistent_length(self.st, self.prefix + prompt):
                 raise ValueError(
-                    f"sentence-transformers would miscount the tokens of the instruction {prompt!r}: it must not end "
-                    "in a space or in a special token; end it with a line break"
+                    f"sentence-transformers would miscount the tokens of the instruction {prompt!r}: an instruction "
+                    "must not end in a space or a special token. End the instruction with a line break"
                 )
         self.st[1].include_prompt = False
 
     def collate(self, ids: Sequence[Sequence[int]], prompt_length: int | None = None) -> dict[str, Any]:
-        """Build the model inputs of a batch.
+        """Build the model inputs for a batch.
 
         Args:
             ids: token ids of B captions, from `tokenize`.
-            prompt_length: number of tokens at the start of each that are excluded from pooling. Default: those of the
-                template's prefix.
+            prompt_length: number of tokens at the start of each caption that are excluded from pooling. Default: the
+                length of the template's prefix.
 
         Returns:
-            With `packed` and flash attention, the inputs of `pack_batch`, in one row without padding. Otherwise
-            input_ids and attention_mask, both (B, T) int64, padded. In addition prompt_length, if it is not 0.
+            With `packed` or flash attention, the output of `pack_batch`: a single row without padding. With other
+            implementations, the padded input_ids and attention_mask, both (B, T) int64. The dict also contains
+            prompt_length if it is not 0.
         """
         if self.attention == PACKED or "flash" in self.attention:
             batch = pack_batch(ids, self.attention, self.device)
@@ -246,24 +248,24 @@ class CaptionEncoder(nn.Module):
         precision: str = "fp32",
         progress: bool | ProgressBar = False,
     ) -> Tensor:
-        """Encode captions to (N, embed_dim) float32 on the CPU, in the order of the input and not normalised.
+        """Encode captions as unnormalised (N, embed_dim) float32 embeddings on the CPU, in input order.
 
-        Captions are batched with others of similar length, so that there is almost no padding. An embedding does not
-        depend on the other captions of its batch (to 1e-5). The embedding of a text without tokens is zero.
+        Captions of similar length are batched together, so there is almost no padding. An embedding does not depend on
+        the other captions in its batch (to within 1e-5). The embedding of a text without tokens is a zero vector.
 
         Args:
             captions: one text, a list of texts, or the result of `tokenize`.
-            batch_tokens: tokens per batch, padding included. Default: chosen for the device.
-            precision: fp32; bf16, two to three times as fast; or bf16+N with the first N layers in fp32, for models
-                that are too inaccurate in bf16 (see `models/precision_calibration.py`).
-            progress: show a progress bar, or a bar to update.
+            batch_tokens: maximum number of tokens per batch, including padding. Default: chosen for the device.
+            precision: fp32; bf16, which is two to three times as fast; or bf16+N, with the first N layers in fp32, for
+                models that are too inaccurate in bf16 (see `models/precision_calibration.py`).
+            progress: True to show a progress bar, or an existing `ProgressBar` to update.
 
         Raises:
             ValueError: the attention implementation does not support the precision.
         """
         parse_precision(precision)
         if "flash" in self.attention and precision == "fp32":
-            raise ValueError(f"{self.attention} does not support fp32: use bf16, or another attention")
+            raise ValueError(f"{self.attention} does not support fp32: use bf16, or another attention implementation")
         if isinstance(captions, str):
             captions = [captions]
         tokens = captions if isinstance(captions, TokenizedTexts) else self.tokenize(list(captions))
@@ -290,7 +292,7 @@ class CaptionEncoder(nn.Module):
     # ---- identity and saving ----------------------------------------------------------------------------------------
 
     def identity(self, precision: str = "fp32") -> dict[str, Any]:
-        """Return everything that changes an embedding, by name: hashes of weights and tokenizer, and the settings."""
+        """Return a dict of everything that changes an embedding: hashes of the weights and tokenizer, and settings."""
         weights = hashlib.sha256()
         for name, tensor in sorted(self.st.state_dict().items()):
             weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -310,17 +312,17 @@ class CaptionEncoder(nn.Module):
 
     @hide_loading_bars()
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the encoder in the sentence-transformers layout, with safetensors weights.
+        """Save the encoder in the sentence-transformers layout, with safetensors weights.
 
-        An encoder with a separate LoRA adapter is saved as the adapter and the name of its LLM.
+        If the encoder has a separate LoRA adapter, the adapter and the LLM's name are saved, but not the LLM's weights.
         """
         self.st.save_pretrained(str(folder), create_model_card=False)
 
 
 def _move_to_cpu(on_device: list[tuple[list[int], Tensor]], embeddings: Tensor) -> None:
-    """Copy embeddings from the device to their rows in `embeddings`, and clear the list.
+    """Copy embeddings from the device to their rows in `embeddings`, and clear `on_device`.
 
-    All at once, because each copy waits until all previous work on the device is done.
+    All embeddings are copied at once, because each copy waits for all previous work on the device to finish.
     """
     if on_device:
         rows = [row for batch_rows, _ in on_device for row in batch_rows]
@@ -339,7 +341,7 @@ def _effective_config(llm: Any) -> dict[str, Any]:
 
 
 def _canonical_tokenizer(tokenizer: Any) -> str:
-    """Return the tokenizer as JSON, without padding and truncation, which earlier calls may have left set."""
+    """Return the tokenizer as JSON, without padding and truncation settings, which earlier calls may have changed."""
     state = json.loads(tokenizer.to_str())
     state.pop("padding", None)
     state.pop("truncation", None)

@@ -1,7 +1,8 @@
 """Text towers of other CLIP models, for comparison with a caption encoder.
 
-Supported are all transformers models with `get_text_features` (CLIP, SigLIP, AltCLIP, ...), and open_clip models if
-open_clip is installed. Text beyond the context length is truncated, as these models do, and counted.
+All transformers models with `get_text_features` (CLIP, SigLIP, AltCLIP, ...) are supported, and so are open_clip models
+if open_clip is installed. Text beyond the context length is truncated, as is usual for these models;
+`ClipTextEncoder.count_truncated` counts the truncated texts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from llm2clip.models.loading import hide_loading_bars
 from llm2clip.progress import ProgressBar
 
 OPEN_CLIP_PREFIX = "open_clip:"
-# Trained on text padded to the context length, with attention to the padding.
+# Types of models trained on text that is padded to the context length, without an attention mask for the padding.
 _FULLY_PADDED_TYPES = ("siglip", "siglip2")
 
 
@@ -40,15 +41,16 @@ class ClipTextEncoder:
         forward: Callable[..., Tensor],
         token_count: Callable[[str], int],
     ) -> None:
-        """Wrap a model.
+        """Wrap a loaded CLIP model.
 
         Args:
             model: the complete CLIP model, with both towers.
             context_length: maximum text length in tokens.
             embed_dim: dimension of the embeddings.
-            tokenize: function from texts to the input tensors of a batch, truncated to the context length.
-            forward: function from these tensors, as keyword arguments, to embeddings (N, embed_dim).
-            token_count: function from a text to its number of tokens before truncation.
+            tokenize: function that converts texts to the input tensors for a batch, truncated to the context length.
+            forward: function that takes the outputs of `tokenize` as keyword arguments and returns embeddings
+                (N, embed_dim).
+            token_count: function that returns the number of tokens in a text before truncation.
         """
         self.model, self.context_length, self.embed_dim = model, context_length, embed_dim
         self._tokenize, self._forward, self._token_count = tokenize, forward, token_count
@@ -56,7 +58,7 @@ class ClipTextEncoder:
     @torch.inference_mode()
     @onednn_matmul()
     def encode(self, captions: Sequence[str], *, progress: bool = False, batch_size: int = 64) -> Tensor:
-        """Encode texts to (N, embed_dim) float32 on the CPU, in the order of the input and not normalised."""
+        """Encode texts as unnormalised (N, embed_dim) float32 embeddings on the CPU, in input order."""
         order = sorted(range(len(captions)), key=lambda i: -len(captions[i]))
         embeddings = torch.empty(len(captions), self.embed_dim)
         for start in ProgressBar(range(0, len(order), batch_size), desc="encode", unit="batch", disable=not progress):
@@ -66,19 +68,19 @@ class ClipTextEncoder:
         return embeddings
 
     def count_truncated(self, captions: Sequence[str]) -> int:
-        """Return the number of texts that are longer than the context length, and are truncated."""
+        """Return the number of texts that are truncated because they are longer than the context length."""
         return sum(self._token_count(caption) > self.context_length for caption in captions)
 
 
 def has_text_tower(path: str) -> bool:
-    """Return True if `path` names an open_clip model, or a transformers model with image and text towers."""
+    """Return True if `path` names an open_clip model or a transformers model with image and text towers."""
     from transformers import MODEL_MAPPING, AutoConfig
 
     if path.startswith(OPEN_CLIP_PREFIX):
         return True
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError):  # not a transformers model; the function that opens it next reports the error
+    except (OSError, ValueError):  # not a transformers model; the function that loads it later reports the error
         return False
     return type(config) in MODEL_MAPPING and hasattr(MODEL_MAPPING[type(config)], "get_text_features")
 
@@ -87,14 +89,14 @@ def load_clip_text_encoder(path: str, device: torch.device | None = None) -> Cli
     """Load the text tower of a CLIP model.
 
     Args:
-        path: folder or hub id of a transformers model, or `open_clip:NAME/PRETRAINED`. Instead of NAME/PRETRAINED, a
-            folder saved by open_clip or `hf-hub:ID` is possible.
-        device: default: a GPU if there is one.
+        path: folder or hub id of a transformers model, or `open_clip:NAME/PRETRAINED`. NAME/PRETRAINED can be
+            replaced with a folder saved by open_clip or with `hf-hub:ID`.
+        device: device to load the model on. Default: a GPU if there is one.
 
     Raises:
-        ValueError: an open_clip architecture is named without weights.
-        ImportError: open_clip is required and not installed.
-        OSError: there is no such model.
+        ValueError: an open_clip architecture is given without the name of its weights.
+        ImportError: open_clip is required but not installed.
+        OSError: the model does not exist.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if path.startswith(OPEN_CLIP_PREFIX):
@@ -143,7 +145,7 @@ def _load_open_clip(name: str, device: torch.device) -> ClipTextEncoder:
     try:
         import open_clip
     except ImportError as error:
-        raise ImportError(f"{OPEN_CLIP_PREFIX}{name} needs open_clip: pip install open-clip-torch") from error
+        raise ImportError(f"{OPEN_CLIP_PREFIX}{name} requires open_clip: pip install open-clip-torch") from error
 
     if Path(name).is_dir():
         architecture, pretrained = f"local-dir:{name}", ""

@@ -1,4 +1,4 @@
-"""Short names of models for tables and reports."""
+"""Short model names for tables and reports."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 def display_names(models: Sequence[str]) -> list[str]:
     """Return a short, unique name for each model, in the same order.
 
-    An existing path is shortened to its last component, and RUN/model and RUN/encoder to the name of RUN; hub ids are
-    kept. If two short names are equal, all names are returned unshortened. Models that are listed more than once are
-    numbered, e.g. "NAME (2)".
+    An existing path is shortened to its last component, except that RUN/model and RUN/encoder are shortened to the name
+    of RUN. Hub ids are not shortened. If two short names are identical, all names are returned unshortened. A model
+    that is listed more than once is numbered, e.g. "NAME (2)".
     """
     names = [_short_name(model) for model in models]
     if len(set(names)) < len(names):

@@ -1,6 +1,6 @@
-"""One interface for all models with an image and a text encoder: llm2clip models and those they are compared with.
+"""Common interface for image-text models: llm2clip models and the baselines they are compared with.
 
-Models are opened by name:
+Models are loaded by name:
 
 MODEL                        folder or hub id of an llm2clip model
 NAME                         folder or hub id of a transformers model (CLIP, SigLIP, ...)
@@ -36,16 +36,16 @@ class DualEncoder:
     """An image encoder and a text encoder with a shared embedding space.
 
     Attributes:
-        name: the name it was opened by.
+        name: name that the model was loaded by.
         embed_dim: dimension of the embeddings.
         identity: function that returns everything that changes an embedding, except the precision of the text encoder.
-        transform: function from a decoded image, uint8 (3, H, W), to an input of the image encoder; can be pickled.
-        encode_images_raw: function from a list of such inputs to embeddings (N, embed_dim), which may have any dtype
-            and device and need not be normalised. Callers use `encode_images`.
-        encode_texts_raw: function with the arguments `texts` and `progress` (show a progress bar) that returns
-            embeddings in the same way. Callers use `encode_texts`.
-        count_truncated: function from texts to the number that are too long for the text encoder and are truncated, or
-            None if that is unknown.
+        transform: picklable function that converts a decoded image, uint8 (3, H, W), to an input for the image encoder.
+        encode_images_raw: function that maps a list of outputs of `transform` to embeddings (N, embed_dim), which may
+            have any dtype and device and need not be normalised. Call `encode_images` instead.
+        encode_texts_raw: function that takes `texts` and `progress` (show a progress bar) and returns embeddings
+            (N, embed_dim), which may have any dtype and device and need not be normalised. Call `encode_texts` instead.
+        count_truncated: function that returns how many of a list of texts are too long for the text encoder and are
+            therefore truncated, or None if this number is unknown.
     """
 
     name: str
@@ -59,28 +59,28 @@ class DualEncoder:
     @torch.inference_mode()
     @onednn_matmul()
     def encode_images(self, images: list[Any]) -> Tensor:
-        """Encode outputs of `transform` to (N, embed_dim) float32, L2-normalised, on the CPU."""
+        """Encode outputs of `transform` as L2-normalised (N, embed_dim) float32 embeddings on the CPU."""
         return F.normalize(self.encode_images_raw(images).float(), dim=-1).cpu()
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], progress: bool = False) -> Tensor:
-        """Encode texts to (N, embed_dim) float32, L2-normalised, on the CPU."""
+        """Encode texts as L2-normalised (N, embed_dim) float32 embeddings on the CPU."""
         return F.normalize(self.encode_texts_raw(texts, progress).float(), dim=-1).cpu()
 
 
 def open_dual_encoder(name: str, device: torch.device | str | None = None, precision: str = "fp32") -> DualEncoder:
-    """Open a model by name, as listed at the top of this module. Code that comes with a model is never run.
+    """Load an image-text model by name. Code that comes with a model is never run.
 
     Args:
-        name: name of the model.
-        device: default: a GPU if there is one.
-        precision: precision of caption encoders, as in `CaptionEncoder.encode`; `auto` is the fastest that keeps
-            the embeddings (see `models/precision_calibration.py`). Other models encode in fp32.
+        name: model name, in one of the forms listed at the top of this module.
+        device: device to load the model on. Default: a GPU if there is one.
+        precision: precision of caption encoders, as in `CaptionEncoder.encode`; `auto` selects the fastest precision
+            that is accurate enough (see `models/precision_calibration.py`). Other models encode in fp32.
 
     Raises:
-        ValueError: it is not a model with an image and a text encoder.
-        OSError: there is no model with this name.
-        ImportError: the library of the model is not installed.
+        ValueError: the model does not have both an image encoder and a text encoder.
+        OSError: the model does not exist.
+        ImportError: the library that the model requires is not installed.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if name.startswith(SENTENCE_TRANSFORMERS_PREFIX):
@@ -93,7 +93,7 @@ def open_dual_encoder(name: str, device: torch.device | str | None = None, preci
 
 
 def from_llm2clip(model: LLM2CLIP, name: str, precision: str = "fp32") -> DualEncoder:
-    """Wrap an LLM2CLIP model, which is put in eval mode, under the name `name`; `precision` is that of its texts."""
+    """Put an LLM2CLIP model in eval mode and wrap it as a `DualEncoder`; `precision` applies to its caption encoder."""
     model.eval()
 
     def encode_images(images: list[Tensor]) -> Tensor:

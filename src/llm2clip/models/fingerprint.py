@@ -1,4 +1,4 @@
-"""Hashes that identify an encoder by everything that changes its embeddings, so that caches can be checked."""
+"""Hashes that identify an encoder by everything that changes its embeddings, so that caches can be validated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def fingerprint(identity: dict[str, Any]) -> str:
-    """Return a hash (32 hex digits) of an encoder's `identity()`. Encoders with equal hashes give equal embeddings."""
+    """Return a hash (32 hex digits) of an encoder's `identity()`. Equal hashes mean identical embeddings."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 

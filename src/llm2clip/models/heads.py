@@ -1,8 +1,8 @@
-"""Heads that map both sides to the shared embedding space: the text adapter and its residual block.
+"""Text adapter, which maps caption embeddings to the shared embedding space, and its residual block.
 
-As in the LLM2CLIP paper (arXiv 2411.04997, section 3.3). The image side is a single linear layer, the projection, which
-`LLM2CLIP` builds itself. Exported models contain a copy of this module's classes, so they must not use other modules of
-the package.
+The architecture follows the LLM2CLIP paper (arXiv 2411.04997, section 3.3). The image head is a single linear layer,
+the projection, which `LLM2CLIP` creates itself. Exported models contain a copy of the classes in this module, so the
+classes must not use other modules of the package.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class ResidualBlock(nn.Module):
 class Adapter(nn.Module):
     """Text adapter: L2-normalise (optional) -> `depth` residual blocks -> LayerNorm -> Linear.
 
-    The paper uses depth 4 and expansion 2, which gives 273.8 M parameters for 4096 -> 1280 dimensions. Its published
-    checkpoints normalise their input when trained on cached embeddings, and do not when the LLM runs during training;
-    `normalize_input` selects between the two.
+    The paper uses depth 4 and expansion 2; with 4096 input and 1280 output dimensions, the adapter then has 273.8 M
+    parameters. In the published checkpoints, an adapter trained on cached embeddings normalises its input, and an
+    adapter trained with the LLM running does not; `normalize_input` selects between these variants.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Tokens per batch, padding included. A CPU is fastest with batches that fit its caches; a GPU needs large batches.
+# Tokens per batch, including padding. A CPU is fastest with batches that fit in its caches; a GPU needs large batches.
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 32768
 
 
@@ -31,10 +31,10 @@ class TokenizedTexts:
     prompt_lengths: list[int]
 
     def batches(self, max_tokens: int) -> Iterator[tuple[int, list[int]]]:
-        """Yield (prompt length, indices of texts) for each batch.
+        """Yield (prompt length, text indices) for each batch.
 
-        All texts of a batch have the same prompt length, and similar lengths. A batch has at most `max_tokens` tokens,
-        padding included.
+        All texts in a batch have the same prompt length and a similar total length. A batch has at most `max_tokens`
+        tokens, including padding.
         """
         for prompt_length in sorted(set(self.prompt_lengths)):
             members = [i for i, length in enumerate(self.prompt_lengths) if length == prompt_length]
@@ -43,10 +43,10 @@ class TokenizedTexts:
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Yield batches of row indices of similar length, each with at most `max_tokens` tokens, padding included.
+    """Yield batches of indices of rows with similar lengths, each with at most `max_tokens` tokens, including padding.
 
-    The longest rows come first, so that a batch that does not fit in memory fails at once. A row longer than
-    `max_tokens` is a batch of its own.
+    The longest rows come first, so that a batch that does not fit in memory fails immediately. A row longer than
+    `max_tokens` forms its own batch.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0

@@ -30,32 +30,32 @@ from llm2clip.models.heads import Adapter
 from llm2clip.models.vision_tower import VisionTower
 
 MAX_LOGIT_SCALE = 100.0
-# Fields of config.json that version 0.1 named differently.
+# Fields of config.json that have been renamed since version 0.1.
 _RENAMED_FIELDS = {"text_width": "text_dim", "width": "embed_dim"}
-# Heads that version 0.1 could train, by the field of config.json, and the kind that is left.
+# The only supported kind of each head, keyed by its config.json field. Version 0.1 supported other kinds too.
 _SUPPORTED_HEADS = {"adapter": "residual", "projection": "linear"}
 
 
 @dataclass
 class LLM2CLIPConfig:
-    """Everything that is needed to build the model without its weights.
+    """Everything needed to build the model, except its weights.
 
     Attributes:
         tower: config of the vision tower (`VisionTower.config`).
-        text_dim: dimension of the caption encoder's embeddings, the adapter's input.
+        text_dim: dimension of the caption encoder's embeddings, which are the adapter's input.
         embed_dim: dimension of the shared embedding space.
         adapter_depth: number of residual blocks in the adapter.
-        adapter_expansion: hidden units of an adapter block, as a multiple of `text_dim`.
+        adapter_expansion: hidden size of an adapter block, as a multiple of `text_dim`.
         normalize_input: L2-normalise the caption embeddings before the adapter.
-        projection_bias: the image projection has a bias.
-        logit_bias: the logits have a learned bias, for the sigmoid loss.
+        projection_bias: add a bias to the image projection.
+        logit_bias: add a learned bias to the logits, for the sigmoid loss.
         encoder: `CaptionEncoder.identity()` of the encoder that the adapter was trained with; empty if unknown.
     """
 
     tower: dict[str, Any]
     text_dim: int
-    embed_dim: int = 1280  # the paper's
-    adapter_depth: int = 4  # the paper's
+    embed_dim: int = 1280  # as in the paper
+    adapter_depth: int = 4  # as in the paper
     adapter_expansion: int = 2
     normalize_input: bool = True
     projection_bias: bool = False
@@ -66,7 +66,7 @@ class LLM2CLIPConfig:
     def from_config(
         cls, config: AlignConfig, tower: dict[str, Any], text_dim: int, encoder: dict[str, Any] | None = None
     ) -> LLM2CLIPConfig:
-        """Return the config of the model that `align` trains; the other arguments are the attributes above."""
+        """Return the config of the model that `align` trains. The class docstring describes the other arguments."""
         return cls(
             tower=tower,
             text_dim=text_dim,
@@ -79,7 +79,7 @@ class LLM2CLIPConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LLM2CLIPConfig:
-        """Read the content of config.json, written by this version or by 0.1.
+        """Create a config from the content of a config.json file written by this version or by version 0.1.
 
         Raises:
             ValueError: the model has heads that only version 0.1 supports.
@@ -88,8 +88,7 @@ class LLM2CLIPConfig:
             kind = values.get(name, supported)
             if kind != supported:
                 raise ValueError(
-                    f"{name} {kind!r} is not supported any more. Run `llm2clip align` again, which "
-                    f"trains a {supported} {name}"
+                    f"{name} {kind!r} is no longer supported. Run `llm2clip align` again to train a {supported} {name}"
                 )
         values = {_RENAMED_FIELDS.get(name, name): value for name, value in values.items()}
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
@@ -97,7 +96,7 @@ class LLM2CLIPConfig:
     def to_identity(self) -> dict[str, Any]:
         """Return the part of the model's identity that the config determines.
 
-        It has the field names of version 0.1, so that search indexes and cached embeddings of 0.1 stay valid.
+        The keys are the field names of version 0.1, so that search indexes and cached embeddings from 0.1 stay valid.
         """
         old_names = {new: old for old, new in _RENAMED_FIELDS.items()}
         fields = {old_names.get(name, name): value for name, value in dataclasses.asdict(self).items()}
@@ -107,16 +106,16 @@ class LLM2CLIPConfig:
 class LLM2CLIP(nn.Module):
     """Vision tower and projection for images, caption encoder and adapter for texts.
 
-    The caption encoder is frozen and is not part of the module's parameters: training reads its embeddings from a
-    store, and `encode_text` runs it.
+    The caption encoder is frozen, and its weights are not parameters of this module. Training reads caption embeddings
+    from a store; `encode_text` runs the encoder.
 
     Attributes:
-        config: the model's config.
-        tower: (N, 3, S, S) pixels to (N, feature_dim) features.
-        projection: linear layer, (N, feature_dim) features to (N, embed_dim).
-        adapter: (M, text_dim) caption embeddings, not normalised, to (M, embed_dim).
-        logit_scale: logarithm of the factor on the cosine similarities, (1,).
-        logit_bias: bias of the logits, (1,), or None.
+        config: model config.
+        tower: vision tower; maps pixels (N, 3, S, S) to features (N, feature_dim).
+        projection: linear layer; maps features (N, feature_dim) to (N, embed_dim).
+        adapter: text adapter; maps unnormalised caption embeddings (M, text_dim) to (M, embed_dim).
+        logit_scale: logarithm of the factor that multiplies the cosine similarities, shape (1,).
+        logit_bias: bias added to the logits, shape (1,), or None.
     """
 
     def __init__(self, config: LLM2CLIPConfig, tower: VisionTower, encoder: CaptionEncoder | None = None) -> None:
@@ -135,7 +134,7 @@ class LLM2CLIP(nn.Module):
         # One-dimensional, because FSDP cannot shard scalars.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(10 if config.logit_bias else 1 / 0.07)]))
         self.logit_bias = nn.Parameter(torch.tensor([-10.0])) if config.logit_bias else None
-        # In a list, so that the encoder is not registered as a submodule.
+        # Stored in a list, so that the encoder is not registered as a submodule.
         self._encoder = [encoder] if encoder is not None else []
         self._text_folder: Path | None = None
 
@@ -145,14 +144,14 @@ class LLM2CLIP(nn.Module):
         """Embed images, texts, or both.
 
         Args:
-            pixels: (N, 3, S, S) uint8.
-            embeddings: (M, text_dim) float, from the caption encoder, not normalised.
-            features: (N, feature_dim) float, precomputed outputs of the tower, instead of `pixels`.
+            pixels: images, (N, 3, S, S) uint8.
+            embeddings: caption embeddings, (M, text_dim) float, not normalised.
+            features: precomputed outputs of the tower, (N, feature_dim) float, to use instead of `pixels`.
 
         Returns:
-            Image embeddings (N, embed_dim) and text embeddings (M, embed_dim), L2-normalised float32, each None without
-            its input; the factor on their cosine similarities, at most 100, and the bias of the logits, float32
-            scalars.
+            Image embeddings (N, embed_dim) and text embeddings (M, embed_dim), L2-normalised float32, or None if the
+            corresponding input is None; the factor that multiplies their cosine similarities, at most 100, and the bias
+            added to the logits, both float32 scalars.
         """
         if pixels is not None:
             features = self.tower(pixels)
@@ -164,9 +163,9 @@ class LLM2CLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Limit the logit scale to where `forward` does not clamp it. Call after every optimizer step.
+        """Keep the logit scale just below the limit at which `forward` clamps it. Call after every optimizer step.
 
-        At the limit itself the gradient is zero, so the scale could never decrease again.
+        At the limit itself, the gradient is zero, so the scale could never decrease again.
         """
         self.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE) - 1e-6)
 
@@ -178,21 +177,21 @@ class LLM2CLIP(nn.Module):
 
     @property
     def has_encoder(self) -> bool:
-        """True if `encoder` is available."""
+        """True if the model has a caption encoder."""
         return bool(self._encoder) or self._text_folder is not None
 
     @property
     def encoder(self) -> CaptionEncoder:
-        """The caption encoder, opened on first use.
+        """The caption encoder, loaded on first use.
 
         Raises:
-            ValueError: the model has none, or one whose embeddings have the wrong dimension.
+            ValueError: the model has no caption encoder, or the encoder's embeddings have the wrong dimension.
         """
         if not self._encoder:
             if self._text_folder is None:
                 raise ValueError(
-                    "this model has no caption encoder: add the one it was trained with, by set_encoder(...) or by "
-                    "llm2clip convert MODEL --text ENCODER --out MODEL"
+                    "this model has no caption encoder: add the encoder it was trained with, using set_encoder(...) or "
+                    "`llm2clip convert MODEL --text ENCODER --out MODEL`"
                 )
             encoder = CaptionEncoder.from_pretrained(self._text_folder, device=self.device)
             self._check_dimension(encoder, str(self._text_folder))
@@ -203,18 +202,19 @@ class LLM2CLIP(nn.Module):
         """Set the caption encoder, which must be the one that the adapter was trained with.
 
         Raises:
-            ValueError: it is another encoder, as far as the model's config shows, or its embeddings have the wrong
-                dimension.
+            ValueError: according to the model's config, the adapter was trained with a different encoder, or the
+                encoder's embeddings have the wrong dimension.
         """
         self._check_dimension(encoder, "the caption encoder")
         trained_with, identity = self.config.encoder, encoder.identity()
-        # The precision is chosen anew, and the config gains entries with each release of transformers.
+        # Do not compare the precision, which is chosen again each time, or the config, to which each release of
+        # transformers adds entries.
         names = [name for name in identity if name in trained_with and name not in ("precision", "config")]
         differences = [name for name in names if trained_with[name] != identity[name]]
         if differences:
             raise ValueError(
-                f"the adapter was trained with another caption encoder: it differs in {', '.join(differences)}; open "
-                "the encoder that was used, with the same settings"
+                f"the adapter was trained with a different caption encoder (mismatch in {', '.join(differences)}): "
+                "load the encoder that the adapter was trained with, using the same settings"
             )
         self._encoder[:] = [encoder]
         self.config.encoder = {**identity, **trained_with}
@@ -222,23 +222,24 @@ class LLM2CLIP(nn.Module):
     def _check_dimension(self, encoder: CaptionEncoder, name: str) -> None:
         if encoder.embed_dim != self.config.text_dim:
             raise ValueError(
-                f"{name} has embeddings of {encoder.embed_dim} dimensions, but the adapter takes "
-                f"{self.config.text_dim}: it is not the encoder that the adapter was trained with"
+                f"{name} produces {encoder.embed_dim}-dimensional embeddings, but the adapter requires "
+                f"{self.config.text_dim} dimensions: this is not the encoder that the adapter was trained with"
             )
 
     # ---- embeddings -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()  # not inference_mode: a probe could not be trained on its tensors
+    @torch.no_grad()  # not inference_mode, because a probe cannot be trained on inference tensors
     @onednn_matmul()
     def encode_image(self, images: Any, batch_size: int = 64) -> Tensor:
-        """Encode images to (N, embed_dim) float32, L2-normalised, on the CPU.
+        """Encode images as L2-normalised (N, embed_dim) float32 embeddings on the CPU.
 
         Args:
-            images: one image or a list: paths, encoded bytes, PIL images, or uint8 tensors (3, H, W).
-            batch_size: images per forward pass.
+            images: one image or a list of images. An image is a path, encoded bytes, a PIL image or a uint8 tensor
+                (3, H, W).
+            batch_size: number of images per forward pass.
 
         Raises:
-            ImageError: an image cannot be decoded; the message names it.
+            ImageError: an image cannot be decoded; the message names the image.
         """
         items = list(images) if isinstance(images, list | tuple) else [images]
         transform = EvalTransform(self.tower.preprocess)
@@ -252,10 +253,10 @@ class LLM2CLIP(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, texts: str | Sequence[str], progress: bool = False, precision: str = "fp32") -> Tensor:
-        """Encode texts to (N, embed_dim) float32, L2-normalised, on the CPU.
+        """Encode texts as L2-normalised (N, embed_dim) float32 embeddings on the CPU.
 
         Args:
-            texts: one text or a list.
+            texts: one text or a list of texts.
             progress: show a progress bar.
             precision: precision of the caption encoder, as in `CaptionEncoder.encode`.
         """
@@ -264,14 +265,14 @@ class LLM2CLIP(nn.Module):
 
     @torch.no_grad()
     def project_text_embeddings(self, embeddings: Tensor) -> Tensor:
-        """Map caption embeddings (N, text_dim) to text embeddings (N, embed_dim) float32, L2-normalised, on the CPU."""
+        """Map caption embeddings (N, text_dim) to L2-normalised (N, embed_dim) float32 text embeddings on the CPU."""
         self.eval()
         _, text, *_ = self(embeddings=embeddings.to(self.device))
         assert text is not None
         return text.cpu()
 
     def similarity(self, texts: Tensor, images: Tensor) -> Tensor:
-        """Return the cosine similarities (texts, images) of L2-normalised embeddings."""
+        """Return the cosine similarities, (texts, images), between L2-normalised embeddings."""
         return texts @ images.T
 
     # ---- saving and loading -----------------------------------------------------------------------------------------
@@ -285,9 +286,9 @@ class LLM2CLIP(nn.Module):
         """Write the model folder atomically.
 
         Args:
-            folder: an existing model folder is replaced.
-            text_folder: a saved caption encoder to copy. Default: `encoder`.
-            encoder: a caption encoder to save. Default: the one of this model, if it has one.
+            folder: destination; an existing model folder is replaced.
+            text_folder: folder of a saved caption encoder to copy. Default: save `encoder` instead.
+            encoder: caption encoder to save. Default: this model's encoder, if it has one.
 
         Raises:
             FileExistsError: `folder` exists and is not a model folder.
@@ -299,7 +300,7 @@ class LLM2CLIP(nn.Module):
             if self._encoder:
                 encoder = self._encoder[0]
             else:
-                text_folder = self._text_folder  # copied as it is, without opening the LLM
+                text_folder = self._text_folder  # copied as is, without loading the LLM
         replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         with atomic_dir(folder) as temporary:
             self._write_config_and_weights(temporary)
@@ -315,7 +316,7 @@ class LLM2CLIP(nn.Module):
 
     def _write_config_and_weights(self, folder: Path) -> None:
         config = {"model_type": "llm2clip", **dataclasses.asdict(self.config)}
-        config["encoder_fingerprint"] = fingerprint(self.config.encoder)  # to compare folders by eye; never read
+        config["encoder_fingerprint"] = fingerprint(self.config.encoder)  # for comparing folders by eye; never read
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, folder / "model.safetensors")
@@ -323,11 +324,11 @@ class LLM2CLIP(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> LLM2CLIP:
-        """Open a model folder or a hub id. Weights are read from safetensors only; no code in the folder is run.
+        """Load a model from a folder or the hub. Weights are read only from safetensors; no code in the folder is run.
 
         Raises:
             FileNotFoundError: there is no such model folder.
-            ValueError: the folder is not an llm2clip model that this version supports, or is damaged.
+            ValueError: the folder is damaged or does not contain an llm2clip model that this version supports.
         """
         folder = Path(path)
         if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Access to the transformer layers of a language model, for decoders and for BERT-like encoders."""
+"""Access to a language model's transformer layers, for decoders and BERT-like encoders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def is_encoder_only(llm: Any) -> bool:
-    """Return True for BERT-like models, whose attention is bidirectional by design and has no switch."""
+    """Return True for BERT-like models, whose attention is bidirectional by design and cannot be made causal."""
     return not hasattr(llm, "layers") and hasattr(llm, "encoder")
 
 
@@ -19,7 +19,7 @@ def get_layers(llm: Any) -> nn.ModuleList:
 
 
 def truncate_layers(llm: Any, count: int) -> None:
-    """Keep only the first `count` layers, in the config as well, so that a saved folder loads with that depth."""
+    """Keep only the first `count` layers, and update the config so that a saved model loads with that depth."""
     layers = get_layers(llm)
     if not 1 <= count <= len(layers):
         raise ValueError(f"layers must be between 1 and {len(layers)}, the depth of this model (got {count})")
@@ -35,7 +35,7 @@ def truncate_layers(llm: Any, count: int) -> None:
 def set_bidirectional(llm: Any, bidirectional: bool) -> None:
     """Switch between bidirectional and causal attention.
 
-    transformers >= 5.2 reads `config.is_causal` in every forward pass, with every attention implementation, and saves
+    transformers >= 5.2 reads `config.is_causal` in every forward pass, for every attention implementation, and saves
     it with the model.
     """
     if is_encoder_only(llm):

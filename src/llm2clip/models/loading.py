@@ -1,4 +1,4 @@
-"""Loading of pretrained models without the progress bars and reports of transformers."""
+"""Context managers that hide transformers' progress bars and reports while a pretrained model is loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 def hide_loading_bars() -> Iterator[None]:
     """Hide transformers' progress bars for loading and saving weights; also works as a decorator.
 
-    Bars of downloads from the hub stay visible. The previous settings are restored at the end.
+    Progress bars for downloads from the hub stay visible. The previous settings are restored at the end.
     """
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_logging
@@ -33,8 +33,8 @@ def hide_loading_bars() -> Iterator[None]:
 def hide_load_report() -> Iterator[None]:
     """Hide transformers' report of missing and unexpected weights; also works as a decorator.
 
-    A checkpoint often has weights that are not used, such as the text model of a CLIP whose vision model is loaded.
-    For callers that raise an error if weights are missing.
+    A checkpoint often contains unused weights, such as the text model in a CLIP checkpoint when only the vision model
+    is loaded. Use this function only where missing weights raise an error.
     """
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level

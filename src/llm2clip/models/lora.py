@@ -1,13 +1,14 @@
-"""LoRA on the LLM of a caption encoder: during training, and as a separate adapter in a saved folder.
+"""LoRA for a caption encoder's LLM: training, and saved folders with a separate adapter.
 
-QLoRA (arXiv 2305.14314) stores the frozen matrices in 4 bits. They are quantised during training only: LoRA's changes
-are merged into the original weights. In 16 bits the frozen matrices stay rounded, which changes nothing for an LLM that
-was published in 16 bits.
+QLoRA (arXiv 2305.14314) stores the frozen matrices in 4 bits, but only during training: at the end, LoRA is merged into
+the original weights. If the frozen matrices are stored in 16 bits instead, their values stay rounded to 16 bits, which
+changes nothing for an LLM that was published in 16 bits.
 
-A folder with a separate adapter holds the LoRA weights, the name of the LLM they belong to, and the LLM's config,
-because two settings would be lost otherwise: bidirectional attention and the number of layers. sentence-transformers
-would open such a folder without them and give different embeddings, so its `modules.json` names `LoraTransformer`.
-`tune` always merges LoRA into the LLM; version 0.1 could also save the adapter separately, and such folders still open.
+A folder with a separate adapter contains the LoRA weights, the name of the base LLM and the config of the tuned LLM.
+The config is needed for two settings that would otherwise be lost: bidirectional attention and the number of layers.
+sentence-transformers alone would ignore both settings and produce different embeddings, so the folder's `modules.json`
+names `LoraTransformer` as the class to load. `tune` always merges LoRA into the LLM. Version 0.1 could also save the
+adapter separately, and such folders can still be loaded.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 class LoraSession:
-    """LoRA training of an encoder's LLM, from construction to `finish`."""
+    """LoRA training of an encoder's LLM. The constructor adds LoRA and `finish` merges it."""
 
     def __init__(self, encoder: Any, config: LoraConfig, dtype: torch.dtype, device: torch.device, quantize: bool):
         """Add LoRA to the encoder's LLM, in place.
 
         Args:
             encoder: a `CaptionEncoder` whose LLM has no LoRA yet.
-            config: PEFT's LoRA config.
-            dtype: dtype of the frozen matrices; with `quantize`, dtype of the matmuls with them.
+            config: LoRA config for PEFT.
+            dtype: dtype of the frozen matrices or, with `quantize`, of the matmuls that use them.
             device: training device.
-            quantize: store the frozen matrices in 4 bits (QLoRA, needs bitsandbytes). The original ones are kept on the
-                CPU, so the LLM may be on the CPU until now even if the device has no memory for it.
+            quantize: store the frozen matrices in 4 bits (QLoRA, requires bitsandbytes). The original matrices are kept
+                on the CPU. If the LLM is still on the CPU, the unquantised LLM need not fit in the device's memory.
         """
         self.encoder, self.config = encoder, config
         transformer = encoder.st[0]
@@ -58,11 +59,11 @@ class LoraSession:
         model = transformer.model
         if self.original_layers:
             model = self._restore_original_layers(model)
-        cast_frozen_linear(model, torch.float32)  # before LoRA's small changes are added
+        cast_frozen_linear(model, torch.float32)  # before LoRA's small updates are added
         transformer.model = model.merge_and_unload()
 
     def _restore_original_layers(self, model: Any) -> Any:
-        """Move the trained LoRA weights from the quantised LLM to the original one, on the CPU."""
+        """Move the trained LoRA weights from the quantised LLM to the original LLM on the CPU."""
         lora_weights = {name: weight.cpu() for name, weight in get_peft_model_state_dict(model).items()}
         llm = model.unload().to("cpu")
         for name, layer in self.original_layers.items():
@@ -74,7 +75,7 @@ class LoraSession:
 
 
 def merge_adapter(encoder: Any) -> None:
-    """Merge a separate LoRA adapter, from a folder of version 0.1, into the encoder's LLM, in place."""
+    """Merge a separate LoRA adapter, loaded from a folder saved by version 0.1, into the encoder's LLM, in place."""
     transformer = encoder.st[0]
     if isinstance(transformer.model, PeftModel):
         transformer.model, transformer.__class__ = transformer.model.merge_and_unload(), Transformer
@@ -83,13 +84,13 @@ def merge_adapter(encoder: Any) -> None:
 def check_qlora_available() -> None:
     """Raise ModuleNotFoundError if bitsandbytes is not installed."""
     if find_spec("bitsandbytes") is None:
-        raise ModuleNotFoundError("--tune.qlora needs the package bitsandbytes: pip install 'llm2clip[qlora]'")
+        raise ModuleNotFoundError("--tune.qlora requires the package bitsandbytes: pip install 'llm2clip[qlora]'")
 
 
 def cast_frozen_linear(llm: nn.Module, dtype: torch.dtype) -> None:
     """Cast the frozen linear layers to `dtype`.
 
-    Norms and embeddings are not cast: all later layers add to their outputs, so their precision matters more.
+    Norms and embeddings are not cast: all later layers build on their outputs, so their precision matters more.
     """
     for module in llm.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
@@ -97,7 +98,7 @@ def cast_frozen_linear(llm: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _quantize_linear_layers(llm: Any, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Linear]:
-    """Replace the linear layers by 4-bit layers on `device`. Return the original layers, moved to the CPU, by name."""
+    """Replace the linear layers with 4-bit layers on `device`. Return the original layers by name, on the CPU."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     original_layers = {name: module.to("cpu") for name, module in llm.named_modules() if isinstance(module, nn.Linear)}
@@ -116,9 +117,9 @@ def _quantize_linear_layers(llm: Any, dtype: torch.dtype, device: torch.device) 
 
 
 class LoraTransformer(Transformer):
-    """sentence-transformers module of an LLM with a separate LoRA adapter; the folder has the config of the tuned LLM.
+    """sentence-transformers module for an LLM with a separate LoRA adapter.
 
-    The module path of this class is written in `modules.json` of such folders.
+    The folder contains the config of the tuned LLM, and its `modules.json` contains the import path of this class.
     """
 
     model: Any
@@ -134,7 +135,7 @@ class LoraTransformer(Transformer):
     def _load_model(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         base = str(PeftConfig.from_pretrained(model_name_or_path).base_model_name_or_path)
         if Path(base).is_absolute() and not Path(base).is_dir():
-            # The adapter was saved on another machine. This machine's download cache may have the LLM.
+            # The adapter was saved on another machine. This machine's download cache may contain the LLM.
             cached_base = cache_dir() / Path(base).name
             if cached_base.is_dir():
                 base = str(cached_base)
@@ -142,12 +143,12 @@ class LoraTransformer(Transformer):
             return super()._load_model(base, *args, **kwargs)
         except OSError as error:
             raise OSError(
-                f"{model_name_or_path} holds a LoRA adapter for {base}, which cannot be opened: {error}\n"
-                f"Set base_model_name_or_path in its {ADAPTER_CONFIG} to the current folder of that LLM"
+                f"{model_name_or_path} contains a LoRA adapter for {base}, which cannot be loaded: {error}\n"
+                f"Set base_model_name_or_path in the adapter's {ADAPTER_CONFIG} to the LLM's current folder"
             ) from error
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Save the adapter and the LLM's config, with the absolute path of the LLM if that is a folder."""
+        """Save the adapter and the LLM's config. If the LLM is a local folder, save its absolute path."""
         super().save(output_path, *args, **kwargs)
         self.model.get_base_model().config.save_pretrained(output_path)
         file = Path(output_path) / ADAPTER_CONFIG
@@ -158,19 +159,19 @@ class LoraTransformer(Transformer):
             file.write_text(json.dumps(config, indent=1))
 
 
-_MODULE_TYPE = f"{LoraTransformer.__module__}.{LoraTransformer.__name__}"  # as modules.json names it
+_MODULE_TYPE = f"{LoraTransformer.__module__}.{LoraTransformer.__name__}"  # the name of the class in modules.json
 
 
 def is_lora_folder(folder: str | Path) -> bool:
-    """Return True if a folder holds a separate LoRA adapter in the layout described at the top of this module.
+    """Return True if a folder contains a separate LoRA adapter in the layout described at the top of this module.
 
     Raises:
-        ValueError: it holds an adapter saved by PEFT alone, which lacks the LLM's config and the pooling.
+        ValueError: the folder contains an adapter saved by PEFT alone, without the LLM's config and pooling.
     """
     modules_file = Path(folder) / "modules.json"
     if (Path(folder) / ADAPTER_CONFIG).is_file() and not modules_file.is_file():
         raise ValueError(
-            f"{folder} holds only a PEFT adapter: merge it into its LLM (merge_and_unload), and open the merged folder"
+            f"{folder} contains only a PEFT adapter: merge it into its LLM (merge_and_unload) and use the merged folder"
         )
     if not modules_file.is_file():
         return False
@@ -178,11 +179,11 @@ def is_lora_folder(folder: str | Path) -> bool:
 
 
 def load_lora(folder: str | Path, device: str | None) -> SentenceTransformer:
-    """Load a folder with a separate LoRA adapter, with the LLM in float32.
+    """Load a folder with a separate LoRA adapter, keeping the LLM in float32.
 
     Raises:
         OSError: the adapter's weights or the LLM cannot be found.
-        ValueError: the folder asks for code that is not part of sentence-transformers.
+        ValueError: the folder requires code that is not part of sentence-transformers.
     """
     folder = Path(folder)
     module_entries = json.loads((folder / "modules.json").read_text())
@@ -193,7 +194,7 @@ def load_lora(folder: str | Path, device: str | None) -> SentenceTransformer:
     modules: list[nn.Module] = [transformer]
     for entry in module_entries[1:]:
         if not entry["type"].startswith("sentence_transformers."):
-            raise ValueError(f"{folder}/modules.json: {entry['type']} is not a part of sentence-transformers")
+            raise ValueError(f"{folder}/modules.json: {entry['type']} is not part of sentence-transformers")
         module_class: Any = import_from_string(entry["type"])
         modules.append(module_class.load(str(folder), subfolder=entry["path"]))
     settings = json.loads((folder / "config_sentence_transformers.json").read_text())

@@ -1,9 +1,9 @@
 """Packed attention: all captions of a batch in a single row, without padding.
 
-The layers of an LLM that process each token separately see one long row of tokens. Attention is computed per caption:
-consecutive captions of equal length are one attention call without a mask, and since batches hold captions of similar
-length, there are few calls. The attention function is registered with transformers under the name `packed`, so every
-model family can use it. An ordinary padded batch is computed under that name as with `sdpa`.
+The layers of an LLM that process each token separately receive one long row of tokens. Attention is computed per
+caption: consecutive captions of equal length share one attention call without a mask. Because a batch contains captions
+of similar length, few calls are needed. The attention function is registered with transformers under the name `packed`,
+so every model family can use it. For an ordinary padded batch, it computes the same as `sdpa`.
 
 Resetting `position_ids` alone would not be enough: with `sdpa` and bidirectional attention, captions would attend to
 each other.
@@ -22,21 +22,22 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PACKED = "packed"
-MAX_UNFUSED_LENGTH = 512  # tokens; the attention scores of longer captions would need too much memory
+MAX_UNFUSED_LENGTH = 512  # tokens; for longer captions, the attention scores would need too much memory
 
 
 def pack_batch(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
-    """Build the model inputs of B captions with T tokens in total, packed into one row.
+    """Build the model inputs for B captions with T tokens in total, packed into one row.
 
     Args:
         ids: token ids of each caption.
         attention: the model's attention implementation: `packed` or a flash attention.
-        device: device of the tensors.
+        device: device on which to create the tensors.
 
     Returns:
-        input_ids and position_ids, (1, T) int64; the cumulative caption lengths, (B + 1,) int32, as cu_seq_lens_q and
-        cu_seq_lens_k, and the largest length, as transformers' flash attention expects them. For `packed` also the
-        list of caption lengths and a dummy 4-dimensional mask, which keeps transformers from building a (T, T) mask.
+        input_ids and position_ids, (1, T) int64. Also the inputs that transformers' flash attention expects: the
+        cumulative caption lengths, (B + 1,) int32, as cu_seq_lens_q and cu_seq_lens_k, and the maximum length as
+        max_length_q and max_length_k. For `packed`, also the list of caption lengths and a dummy 4-dimensional mask, which
+        keeps transformers from building a (T, T) mask.
     """
     lengths = [len(row) for row in ids]
     tokens = [token for row in ids for token in row]
@@ -58,9 +59,9 @@ def pack_batch(ids: Sequence[Sequence[int]], attention: str, device: torch.devic
 def can_pack(llm: Any) -> bool:
     """Return True if packed attention gives this transformers model the same results as padding.
 
-    It must be a decoder with attention layers only, since others, such as convolutions, would mix neighbouring
-    captions. Its config must state the attention direction, because sliding windows are counted by it. And it must have
-    been opened with `sdpa`.
+    The model must be a decoder with only attention layers; other layer types, such as convolutions, would mix
+    neighbouring captions. Its config must state the attention direction, which determines how sliding windows are
+    measured. The model must have been loaded with `sdpa`.
     """
     config = llm.config
     layers = list(getattr(llm, "layers", []))
@@ -68,7 +69,7 @@ def can_pack(llm: Any) -> bool:
         config._attn_implementation == "sdpa"
         and llm.is_backend_compatible()
         and getattr(config, "is_causal", None) is not None
-        and not getattr(config, "use_bidirectional_attention", False)  # Gemma 3 counts its windows differently with it
+        and not getattr(config, "use_bidirectional_attention", False)  # changes Gemma 3's sliding windows
         and bool(layers)
         and all(getattr(layer, "self_attn", None) is not None for layer in layers)
         and set(getattr(config, "layer_types", None) or []) <= {"full_attention", "sliding_attention"}
@@ -76,7 +77,7 @@ def can_pack(llm: Any) -> bool:
 
 
 def first_token_indices(features: dict[str, Any]) -> list[int]:
-    """Return the index of each caption's first token in the flattened batch, padding included."""
+    """Return the index of each caption's first token in the flattened batch, including padding."""
     if "cu_seq_lens_q" in features:
         return [int(start) for start in features["cu_seq_lens_q"][:-1]]
     mask = features["attention_mask"]  # (B, T)
@@ -95,29 +96,29 @@ def packed_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention within each caption of a packed row, with the signature that transformers calls.
+    """Compute attention within each caption of a packed row, with the signature that transformers expects.
 
     Args:
         module: the attention layer.
-        query: (1, heads, T, D).
-        key: (1, key heads, T, D).
-        value: (1, key heads, T, D).
+        query: queries, (1, heads, T, D).
+        key: keys, (1, key heads, T, D).
+        value: values, (1, key heads, T, D).
         attention_mask: ignored for a packed row.
-        caption_lengths: number of tokens of each caption, T in total. None for an ordinary padded batch with its mask.
-        sliding_window: attention span, counted as in transformers' masks: a causal token sees fewer than this many
-            tokens back, a bidirectional one sees this many tokens to each side.
-        is_causal: attention direction; None takes it from `module`.
+        caption_lengths: number of tokens in each caption, T in total. None for an ordinary padded batch with a mask.
+        sliding_window: attention span, defined as in transformers' masks: with causal attention, a token attends to
+            this many tokens, including itself; with bidirectional attention, to this many tokens on each side.
+        is_causal: True for causal attention, False for bidirectional attention; None reads the direction from `module`.
 
     Returns:
-        (1, T, heads, D), and None for the attention weights.
+        The attention output, (1, T, heads, D), and None in place of the attention weights.
     """
-    if is_causal is None:  # the config does not state it
+    if is_causal is None:  # the config does not state the direction
         is_causal = getattr(module, "is_causal", True)
     if caption_lengths is None:
         if attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
             raise ValueError(
-                f"{type(module).__name__} does not pass caption_lengths on to attention: captions of a packed batch "
-                "would attend to each other; open the model with attention='sdpa'"
+                f"{type(module).__name__} does not pass caption_lengths on to attention: captions in a packed batch "
+                "would attend to each other. Load the model with attention='sdpa'"
             )
         padded: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, is_causal=is_causal, **kwargs
@@ -127,7 +128,7 @@ def packed_attention(
     outputs, start = [], 0
     for length, group in groupby(caption_lengths):
         count = len(list(group))
-        if length == 0:  # an empty text, with a tokenizer that adds no special token
+        if length == 0:  # an empty text, if the tokenizer adds no special tokens
             continue
         q, k, v = (  # (count, heads, length, D)
             x[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
@@ -146,7 +147,7 @@ def packed_attention(
 
 
 def _sliding_window_mask(length: int, window: int, is_causal: bool, device: torch.device) -> Tensor:
-    """Return a mask (1, 1, length, length), True where the token of the row attends to the token of the column."""
+    """Return a mask (1, 1, length, length), True where the row's token attends to the column's token."""
     positions = torch.arange(length, device=device)
     distance = positions[:, None] - positions  # positive for earlier tokens
     mask = (distance >= 0) & (distance < window) if is_causal else distance.abs() <= window
@@ -156,18 +157,19 @@ def _sliding_window_mask(length: int, window: int, is_causal: bool, device: torc
 def unfused_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scaling: float | None
 ) -> Tensor:
-    """Compute attention with two batched matmuls, which on a CPU is faster for short captions than PyTorch's `sdpa`.
+    """Compute attention with two batched matmuls; on a CPU, this is faster than PyTorch's `sdpa` for short captions.
 
     Args:
-        query: (B, heads, L, D).
-        key: (B, key heads, L, D); consecutive query heads share a key head.
-        value: (B, key heads, L, D).
-        mask: (1, 1, L, L), True where a token attends to another. None for full or, with `is_causal`, causal attention.
+        query: queries, (B, heads, L, D).
+        key: keys, (B, key heads, L, D); consecutive query heads share a key head.
+        value: values, (B, key heads, L, D).
+        mask: attention mask, (1, 1, L, L), True where a token attends to another. None means full attention or, with
+            `is_causal`, causal attention.
         is_causal: use causal attention if there is no mask.
-        scaling: factor on the scores; None is D ** -0.5.
+        scaling: factor that multiplies the scores; None means D ** -0.5.
 
     Returns:
-        (B, L, heads, D).
+        The attention output, (B, L, heads, D).
     """
     batch, heads, length, head_dim = query.shape
     query = query * (head_dim**-0.5 if scaling is None else scaling)

@@ -1,6 +1,6 @@
-"""Numerical precision: which one a device supports, and running an LLM in bf16 with its first layers in fp32.
+"""Numerical precision: choice of bf16 or fp32 for a device, and LLMs in bf16 with their first layers in fp32.
 
-Some layers of an LLM cannot run in bf16; `models/precision_calibration.py` measures which.
+Some layers of an LLM are too inaccurate in bf16; `models/precision_calibration.py` measures which layers.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device_precision(precision: str, device: torch.device) -> str:
-    """Replace `auto` by bf16 if the device multiplies bf16 in hardware, else by fp32. Return others unchanged.
+    """Replace `auto` with bf16 if the device has bf16 hardware, otherwise with fp32. Return other values unchanged.
 
-    GPUs with native bf16 qualify, and so do CPUs with AMX or with the bf16 instructions of AVX-512.
+    GPUs with native bf16 support qualify, as do CPUs with AMX or the bf16 instructions of AVX-512.
     """
     if precision != "auto":
         return precision
@@ -35,10 +35,10 @@ def parse_precision(precision: str) -> tuple[bool, int]:
     """Parse `fp32`, `bf16` or `bf16+N`.
 
     Returns:
-        Whether it is bf16, and the number of first layers that stay in fp32.
+        True for `bf16` and `bf16+N`, and the number of first layers that stay in fp32.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: `precision` has none of these forms.
     """
     match = re.fullmatch(r"fp32|bf16(?:\+(\d+))?", precision)
     if match is None:
@@ -48,7 +48,7 @@ def parse_precision(precision: str) -> tuple[bool, int]:
 
 @contextmanager
 def autocast_precision(llm: Any, device: torch.device, precision: str) -> Iterator[None]:
-    """Run a transformers model in `precision` (see `parse_precision`) inside the block."""
+    """Run a transformers model in `precision` (see `parse_precision`) inside the `with` block."""
     is_bf16, fp32_layer_count = parse_precision(precision)
     if not is_bf16:
         yield

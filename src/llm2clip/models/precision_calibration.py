@@ -1,16 +1,16 @@
-"""Choice of the fastest encoding precision that keeps a caption encoder's embeddings.
+"""Choice of the fastest encoding precision that is accurate enough for a caption encoder.
 
-In some layers of an LLM, the MLP outputs values for a few tokens that are a thousand times larger than those for the
-others (massive activations, arXiv 2402.17762). Whether a token gets such a value, and how large it is, depends on a
-threshold. A raw LLM with bidirectional attention has many tokens near that threshold, and there the small rounding
-errors of all earlier layers become large. Layer 11 of raw SmolLM2-135M is such a layer. The lowest cosine similarity of
-48 captions to their fp32 embeddings is
+In some layers of an LLM, the MLP's output for a few tokens is a thousand times larger than for other tokens (massive
+activations, arXiv 2402.17762). Whether a token gets such an output, and how large the output is, depends on a
+threshold. A raw LLM with bidirectional attention has many tokens near that threshold, where the small rounding errors
+of all earlier layers are amplified. Layer 11 of raw SmolLM2-135M is such a layer. Over 48 captions, the lowest cosine
+similarity between an embedding and its fp32 version is
 
-- 0.984 with all 30 layers in bf16, and the same with layers 12 to 29 in fp32;
+- 0.984 with all 30 layers in bf16, and also with layers 12 to 29 in fp32;
 - 0.9999 with layers 0 to 11 in fp32;
 - 0.9999 with all layers in bf16, if the model has causal attention or is tuned.
 
-So the number of first layers that stay in fp32 is measured, once per encoder, on a fixed set of captions.
+The number of first layers that stay in fp32 is therefore measured once per encoder, on a fixed set of captions.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from llm2clip.models.llm_layers import get_layers
 from llm2clip.models.precision import resolve_device_precision
 
 MIN_COSINE = 0.999
-# A change of these captions can change the precision that is chosen, and with it the fingerprint of a store.
+# Changing these captions can change the chosen precision, and with it the fingerprint of a store.
 CALIBRATION_CAPTIONS = tuple(
     Path(__file__).with_name("calibration_captions.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
 )
 
 
 def fastest_precision(encoder: CaptionEncoder) -> str:
-    """Return what precision `auto` stands for: fp32 if the device has no fast bf16, else the calibrated precision."""
+    """Resolve precision `auto`: fp32 if the device has no bf16 hardware, otherwise the calibrated precision."""
     if resolve_device_precision("auto", encoder.device) == "fp32":
         return "fp32"
     return calibrate_precision(encoder)
 
 
 def calibrate_precision(encoder: CaptionEncoder) -> str:
-    """Return the fastest of `bf16`, `bf16+N` (smallest N) and `fp32` that is accurate enough.
+    """Return the fastest accurate precision: `bf16`, `bf16+N` with the smallest possible N, or `fp32`.
 
     A precision is accurate enough if the embedding of every calibration caption has a cosine similarity of at least
-    0.999 to the one in fp32.
+    0.999 to the caption's fp32 embedding.
     """
     exact = encoder.encode(CALIBRATION_CAPTIONS)
 
@@ -52,7 +52,7 @@ def calibrate_precision(encoder: CaptionEncoder) -> str:
     if is_accurate_enough("bf16"):
         return "bf16"
     depth = len(get_layers(encoder.llm))
-    low, high = 0, depth  # `low` fp32 layers are too few; `high` are enough, because `depth` is fp32 throughout
+    low, high = 0, depth  # `low` fp32 layers are too few; `high` are enough (`depth` means all layers in fp32)
     while high - low > 1:
         middle = (low + high) // 2
         if is_accurate_enough(f"bf16+{middle}"):

@@ -1,4 +1,4 @@
-"""Opening of a model folder as a SentenceTransformer, as the basis of a caption encoder."""
+"""Loading of a model as a SentenceTransformer, the basis of a caption encoder."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from llm2clip.models.lora import is_lora_folder, load_lora
 
 @hide_loading_bars()
 def open_sentence_transformer(path: str, pooling: str, device: str | torch.device | None) -> SentenceTransformer:
-    """Open a model in float32.
+    """Load a model as a SentenceTransformer in float32.
 
     Args:
-        path: folder or hub id of a sentence-transformers model, which is opened as saved, or of a transformers model,
-            which gets pooling and bidirectional attention.
+        path: folder or hub id of a sentence-transformers model, which is loaded as saved, or of a transformers model,
+            to which pooling and bidirectional attention are added.
         pooling: pooling mode for a transformers model.
-        device: default: a GPU if there is one.
+        device: device to load the model on. Default: a GPU if there is one.
 
     Raises:
         ValueError: weights are missing.
-        OSError: there is no such model.
+        OSError: the model does not exist.
     """
     from transformers.utils import cached_file
 
@@ -49,17 +49,17 @@ def open_sentence_transformer(path: str, pooling: str, device: str | torch.devic
 
 
 def _open_transformer(path: str) -> Transformer:
-    """Open a plain transformers model as the first module of a SentenceTransformer."""
+    """Load a plain transformers model as the first module of a SentenceTransformer."""
     transformer = _StrictTransformer(
         path,
         model_kwargs={"dtype": torch.float32, "trust_remote_code": False},
         processor_kwargs={"trust_remote_code": False},
         config_kwargs={"trust_remote_code": False},
-        # Use the text as it is. By default, sentence-transformers wraps texts in the tokenizer's chat template.
+        # Use the text as is. By default, sentence-transformers wraps texts in the tokenizer's chat template.
         modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
         module_output_name="token_embeddings",
     )
-    transformer.__class__ = Transformer  # the class that a saved folder names
+    transformer.__class__ = Transformer  # so that saved folders name the standard class
     tokenizer: Any = transformer.tokenizer
     tokenizer.chat_template = None
     if tokenizer.pad_token is None:
@@ -68,7 +68,7 @@ def _open_transformer(path: str) -> Transformer:
 
 
 class _StrictTransformer(Transformer):
-    """Transformer that raises an error if weights are missing. transformers only warns, and leaves them random."""
+    """Transformer that raises an error if weights are missing; transformers only warns and leaves them random."""
 
     @hide_load_report()
     def _load_model(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
@@ -76,14 +76,14 @@ class _StrictTransformer(Transformer):
         model, report = loaded
         missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))  # pooler: unused
         if missing:
-            raise ValueError(f"{model_name_or_path} lacks {len(missing):,} weights, among them {missing[0]}")
+            raise ValueError(f"{model_name_or_path} is missing {len(missing):,} weights, including {missing[0]}")
         return model
 
 
 def truncate_embeddings(st: Any, dim: int) -> None:
-    """Keep only the first `dim` dimensions of the embeddings, by a fixed linear layer at the end.
+    """Keep only the first `dim` dimensions of the embeddings by adding a fixed linear layer at the end.
 
-    The `truncate_dim` of sentence-transformers is not saved with a model; a linear layer is.
+    A linear layer is saved with the model, unlike the `truncate_dim` setting of sentence-transformers.
     """
     full_dim = st.get_embedding_dimension()
     if not 0 < dim <= full_dim:

@@ -1,4 +1,4 @@
-"""Text around a caption: the template of a caption encoder, and the token length of prompts before the caption."""
+"""Text around a caption: a caption encoder's template, and the number of tokens before the caption."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ CAPTION = "{caption}"
 
 
 def set_template(st: Any, template: str) -> None:
-    """Set the template of a SentenceTransformer, in a form that its saved folder keeps.
+    """Set the template of a SentenceTransformer so that it is saved with the model.
 
-    The text before the caption becomes the default prompt of sentence-transformers, excluded from pooling. The special
-    token after the caption becomes part of the tokenizer.
+    The text before the caption becomes the SentenceTransformer's default prompt and is excluded from pooling. The
+    special token after the caption becomes part of the tokenizer.
 
     Raises:
         ValueError: the template is not valid for this model.
@@ -28,28 +28,28 @@ def set_template(st: Any, template: str) -> None:
         st[1].include_prompt = False
         if not has_consistent_length(st, prefix):
             raise ValueError(
-                f"sentence-transformers would miscount the tokens of the template's prefix {prefix!r}: it must not end "
-                f"in a space, nor in a special token if nothing follows {CAPTION}"
+                f"sentence-transformers would miscount the tokens of the template's prefix {prefix!r}: it must not "
+                f"end in a space, or in a special token if nothing follows {CAPTION}"
             )
 
 
 def _set_suffix(tokenizer: Any, suffix: str) -> None:
-    """Make the tokenizer append the special token `suffix`, in place of the special tokens it adds by default."""
+    """Make the tokenizer append the special token `suffix` instead of the special tokens it adds by default."""
     from tokenizers.processors import TemplateProcessing
 
     ids = tokenizer(suffix, add_special_tokens=False)["input_ids"]
     if len(ids) != 1 or ids[0] not in tokenizer.all_special_ids:
-        raise ValueError(f"template: only a single special token may follow {CAPTION}; {suffix!r} is {len(ids)} tokens")
+        raise ValueError(f"template: only one special token may follow {CAPTION}, not {suffix!r} (tokens: {len(ids)})")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"$A {suffix}", special_tokens=[(suffix, ids[0])]
     )
 
 
 def prompt_length(tokenizer: Any, prompt: str) -> int:
-    """Return the number of tokens of a prompt before a caption, including a special token at the start of the text.
+    """Return the number of tokens in a prompt before a caption, including any special token at the start of the text.
 
-    These are the first tokens that do not depend on the caption. Counting the tokens of the prompt alone would be wrong
-    for a prompt that ends in a space, because the space becomes part of the next word's token.
+    These are the leading tokens that do not depend on the caption. Counting the tokens of the prompt alone would be
+    wrong for a prompt that ends in a space, because the space becomes part of the next word's token.
     """
     if not prompt:
         return 0
@@ -58,5 +58,5 @@ def prompt_length(tokenizer: Any, prompt: str) -> int:
 
 
 def has_consistent_length(st: Any, prompt: str) -> bool:
-    """Return True if sentence-transformers counts as many tokens for a prompt as `prompt_length`."""
+    """Return True if sentence-transformers and `prompt_length` count the same number of tokens in a prompt."""
     return bool(st[0]._get_prompt_length(prompt) == prompt_length(st.tokenizer, prompt))

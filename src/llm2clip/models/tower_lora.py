@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) on a vision tower during training; merging gives the same architecture with new weights."""
+"""LoRA (arXiv 2106.09685) for training a vision tower; merging restores the architecture, with new weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
     """Add LoRA to the linear layers and 1 x 1 convolutions of the tower's blocks, and freeze all other weights.
 
     Raises:
-        ValueError: the tower has no such layer.
+        ValueError: the tower has no layer that LoRA can be added to.
     """
     targets = lora_targets(tower)
     if not targets:
@@ -27,7 +27,7 @@ def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
 
 
 def lora_targets(tower: VisionTower) -> list[str]:
-    """Return the names of the backbone's layers that get LoRA."""
+    """Return the names of the backbone layers to which LoRA is added."""
     modules = list(tower.backbone.named_modules())
     # nn.MultiheadAttention reads the weights of its sublayers without calling them, so LoRA there would have no effect.
     attention_prefixes = tuple(f"{name}." for name, m in modules if isinstance(m, nn.MultiheadAttention))
@@ -41,7 +41,7 @@ def lora_targets(tower: VisionTower) -> list[str]:
 
 
 def merge_tower_lora(tower: VisionTower) -> None:
-    """Merge LoRA into the weights and restore the original layers. Without LoRA only `requires_grad` is set."""
+    """Merge LoRA, if there is any, into the weights, restore the original layers and make all weights trainable."""
     lora_layers = {name: m for name, m in tower.backbone.named_modules() if isinstance(m, BaseTunerLayer)}
     for name, layer in lora_layers.items():
         layer.merge(safe_merge=True)
@@ -57,7 +57,7 @@ def _is_pointwise_conv(module: nn.Module) -> bool:
 
 
 def _set_qkv_module_call(tower: VisionTower, enable: bool) -> None:
-    """Make timm's EVA call its fused qkv layer, instead of reading the weight directly, which would bypass LoRA."""
+    """Make timm's EVA models call the fused qkv layer; by default, they read only its weight, which bypasses LoRA."""
     for module in tower.backbone.modules():
         if hasattr(module, "qkv_bias_separate"):
             cast(Any, module).qkv_bias_separate = enable

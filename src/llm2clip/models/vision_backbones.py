@@ -1,10 +1,10 @@
-"""Backbones of vision towers: how a name is resolved, and how timm and transformers build and describe a model.
+"""Backbones for vision towers: resolving model names, and building and describing timm and transformers models.
 
 A backbone is described by a JSON-serialisable config:
 
 library        timm or transformers
 architecture   timm: name of the architecture; transformers: the model's config
-args           timm only: arguments of `timm.create_model`
+args           timm only: arguments for `timm.create_model`
 preprocess     `Preprocess.to_dict()`
 """
 
@@ -28,8 +28,8 @@ from llm2clip.models.pretrained import resolve_pretrained
 
 log = logging.getLogger(__name__)
 
-# Supported model types of transformers, whose pooled output is a trained image feature, with the usual preprocessing
-# of each type for folders without a preprocessor_config.json. The size is replaced by that of the model.
+# Supported transformers model types, whose pooled output is a trained image feature. Each type has the default
+# preprocessing for folders without a preprocessor_config.json; its size is replaced with the model's image size.
 _CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF_STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -40,13 +40,13 @@ _DEFAULT_PREPROCESS = {
     "dinov2_with_registers": Preprocess(224, "shortest", 0.875, "bicubic", *_IMAGENET_STATS),
     "dinov3_vit": Preprocess(224, "squash", 1.0, "bilinear", *_IMAGENET_STATS),
 }
-_DUAL_ENCODER_TYPES = ("clip", "siglip")  # only their vision model is used
+_DUAL_ENCODER_TYPES = ("clip", "siglip")  # of these models, only the vision model is used
 # Entries of a transformers config that are not part of the architecture: they change between versions or are paths.
 _TRANSIENT_ENTRIES = ("transformers_version", "_name_or_path", "dtype", "architectures", "id2label", "label2id")
 
 
 def load_backbone(name: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """Load a backbone by name, with the meaning of the arguments as in `VisionTower.from_pretrained`.
+    """Load a backbone by name. `VisionTower.from_pretrained` documents the arguments.
 
     Returns:
         The module and its config.
@@ -57,7 +57,7 @@ def load_backbone(name: str, image_size: int | None, pretrained: bool) -> tuple[
 
 
 def build_backbone(config: dict[str, Any]) -> nn.Module:
-    """Build the backbone of a config with random weights, offline."""
+    """Build the backbone described by a config, with random weights and without a network connection."""
     if config["library"] == "timm":
         return timm.create_model(config["architecture"], pretrained=False, **config["args"])
     from transformers import AutoConfig
@@ -66,14 +66,14 @@ def build_backbone(config: dict[str, Any]) -> nn.Module:
 
 
 def _parse_name(name: str) -> tuple[str, str]:
-    """Return the library, timm or transformers, and its folder, hub id or model name."""
+    """Return the library (timm or transformers) and the folder, hub id or model name that it loads."""
     prefix, colon, rest = name.partition(":")
     if colon and prefix in ("timm", "hf"):
         return ("timm" if prefix == "timm" else "transformers"), rest
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{name} has no config.json: it was saved neither by timm nor by transformers")
+            raise ValueError(f"{name} has no config.json: the folder was saved neither by timm nor by transformers")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     elif "/" not in name or name.startswith("timm/"):
         return "timm", name
@@ -81,7 +81,7 @@ def _parse_name(name: str) -> tuple[str, str]:
         config = _download_config(name)
     if config.get("model_type") == "llm2clip":
         raise ValueError(
-            f"{name} is an llm2clip model, not a vision tower: name the tower it was trained from, or export its tower "
+            f"{name} is an llm2clip model, not a vision tower: use the tower it was trained from, or export its tower "
             "with `llm2clip export --to vision`"
         )
     if "model_type" in config:
@@ -107,8 +107,8 @@ def _load_timm(source: str, image_size: int | None, pretrained: bool) -> tuple[n
     model_name, architecture, cfg, args = _describe_timm(source)
     args = {**args, "num_classes": 0}
     if cfg.get("fixed_input_size") or "img_size" in args:
-        # Position embeddings or windows are built for one size, and timm resizes the pretrained ones. The size is
-        # always written to the config, because another tag of the same architecture may have another default.
+        # Position embeddings or windows are built for one image size, and timm resizes the pretrained ones. The size
+        # is always written to the config, because other tags of the same architecture may have different defaults.
         built_size = args.get("img_size") or cfg["input_size"][-2:]
         sides = {built_size} if isinstance(built_size, int) else set(built_size)
         if image_size is None and len(sides) > 1:
@@ -142,9 +142,9 @@ def _describe_timm(source: str) -> tuple[str, str, dict[str, Any], dict[str, Any
 
 
 def _timm_preprocess(backbone: nn.Module, name: str, size: int | None) -> Preprocess:
-    """Return the preprocessing a timm model was trained with, for `size` pixels if that is not None."""
+    """Return the preprocessing that a timm model was trained with; `size`, if not None, replaces the image size."""
     data = resolve_model_data_config(backbone)
-    height, width = data["input_size"][-2:]  # timm before 1.0.31 reports the original size here, and not the one built
+    height, width = data["input_size"][-2:]  # before timm 1.0.31, the original size and not the one built
     if size is None and height != width:
         raise ValueError(f"{name} was trained on images of {height} x {width}; only square images are supported")
     if data["crop_mode"] not in ("center", "squash"):
@@ -165,18 +165,18 @@ def _timm_preprocess(backbone: nn.Module, name: str, size: int | None) -> Prepro
 def _load_transformers(source: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
     from transformers import AutoConfig
 
-    # Without an explicit False, transformers asks in the terminal whether to run the code in the folder.
+    # Without an explicit False, transformers asks in the terminal whether to run the folder's code.
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.model_type in _DUAL_ENCODER_TYPES:
         config = config.vision_config
     if config.model_type.startswith("siglip2"):
         raise ValueError(
-            f"{source} is a NaFlex SigLIP 2, whose input has no fixed size: use a SigLIP 2 checkpoint with a "
+            f"{source} is a NaFlex SigLIP 2 model, whose input has no fixed size: use a SigLIP 2 checkpoint with a "
             "resolution in its name"
         )
     if config.model_type not in _DEFAULT_PREPROCESS:
         supported = ", ".join([*_DUAL_ENCODER_TYPES, *_DEFAULT_PREPROCESS])
-        raise ValueError(f"{source} has model type {config.model_type!r}; supported are {supported}")
+        raise ValueError(f"{source} has unsupported model type {config.model_type!r}; supported types: {supported}")
     backbone = _build_transformers(config, source if pretrained else None)
     preprocess = _transformers_preprocess(source, config)
     preprocess = replace(preprocess, size=image_size or preprocess.size)
@@ -190,25 +190,25 @@ def _load_transformers(source: str, image_size: int | None, pretrained: bool) ->
 
 @hide_load_report()
 def _build_transformers(config: Any, source: str | None = None) -> nn.Module:
-    """Build the vision model of a transformers config, with the weights of `source`, or random ones if it is None."""
+    """Build a transformers config's vision model, with the weights of `source` or, without a source, random weights."""
     from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
 
-    # For a folder with a complete CLIP, AutoModel would build the complete CLIP.
+    # For a folder with a complete CLIP model, AutoModel would build both towers.
     classes = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
     model_class: Any = classes.get(config.model_type)
     if source is None:
         model = model_class(config) if model_class else AutoModel.from_config(config)
         model = model.float()
     else:
-        # By default, transformers 5 keeps the half precision of a checkpoint.
+        # By default, transformers 5 keeps a checkpoint's half precision.
         model, report = (model_class or AutoModel).from_pretrained(
             source, config=config, dtype=torch.float32, output_loading_info=True
         )
         missing = sorted(report["missing_keys"])
-        if missing:  # transformers only warns, and leaves them random
-            raise ValueError(f"{source} lacks {len(missing):,} weights, among them {missing[0]}")
-    # Before about transformers 5.3, CLIP and SigLIP wrap the vision model once more. The names of the weights must not
-    # depend on that.
+        if missing:  # transformers only warns and initialises them randomly
+            raise ValueError(f"{source} is missing {len(missing):,} weights, including {missing[0]}")
+    # Until roughly transformers 5.3, CLIP and SigLIP wrapped the vision model in an extra module. The names of the
+    # weights must not depend on the transformers version.
     return cast(nn.Module, getattr(model, "vision_model", model))
 
 
@@ -219,6 +219,10 @@ def _transformers_preprocess(source: str, config: Any) -> Preprocess:
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError):
         preprocess = replace(_DEFAULT_PREPROCESS[config.model_type], size=int(config.image_size))
-        log.warning("%s has no preprocessor_config.json; using the default of its model type: %s", source, preprocess)
+        log.warning(
+            "%s has no preprocessor_config.json; using the default preprocessing for its model type: %s",
+            source,
+            preprocess,
+        )
         return preprocess
     return Preprocess.from_dict(processor.to_dict())

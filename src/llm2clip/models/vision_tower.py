@@ -1,8 +1,8 @@
-"""Vision tower: a pretrained image encoder from timm or transformers behind one interface.
+"""Vision tower: common interface for pretrained image encoders from timm and transformers.
 
-The input is uint8 pixels, the output the pooled feature before any projection. A tower knows the preprocessing it was
-trained with. Its `config` rebuilds the architecture without a network connection, so that its weights can be saved in
-the state dict of the model around it.
+A tower maps uint8 pixels to the pooled feature before any projection, and stores the preprocessing it was trained with.
+The architecture can be rebuilt from the tower's `config` without a network connection, so the weights can be saved in
+the state dict of the model that contains the tower.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from llm2clip.data.transforms import Preprocess
 from llm2clip.models.loading import hide_loading_bars
 from llm2clip.models.vision_backbones import build_backbone, load_backbone
 
-# Names of repeated blocks: timm's transformers and EfficientNets, ConvNeXt-like models, ResNets, transformers' ViTs.
+# Names of repeated blocks in timm's ViTs and EfficientNets, ConvNeXt-like models, ResNets and transformers' ViTs.
 _BLOCK = re.compile(r"(?:blocks\.(?:\d+\.)+|stages\.\d+\.blocks\.\d+\.|layer[1-4]\.\d+\.|layers?\.\d+\.)")
-# These models interpolate their position embeddings only on request; the others do it by themselves.
+# These models interpolate their position embeddings only on request; other models do so automatically.
 _INTERPOLATES_ON_REQUEST = ("clip_vision_model", "siglip_vision_model")
 
 
@@ -31,13 +31,14 @@ class VisionTower(nn.Module):
     """Vision encoder from uint8 or float images (N, 3, S, S) to pooled features (N, feature_dim).
 
     Attributes:
-        backbone: the module of timm or transformers; it holds all parameters.
-        config: JSON-serialisable dict; `from_config(config)` builds the same architecture with random weights, offline.
-        preprocess: preprocessing of the images; `preprocess.size` is S.
+        backbone: timm or transformers module, which contains all parameters.
+        config: JSON-serialisable dict, from which `from_config` builds the same architecture with random weights,
+            without a network connection.
+        preprocess: image preprocessing; `preprocess.size` is S.
         feature_dim: dimension of the features.
-        freeze_norm: keep batch norms in eval mode during training. The small batches of fine-tuning would spoil their
-            running statistics, and batch statistics would mix the images of a batch. Takes effect at the next
-            `train()`. Norms without running statistics are not affected.
+        freeze_norm: keep batch norms in eval mode during training. The small batches used in fine-tuning would distort
+            the running statistics, and batch statistics would make each feature depend on the rest of the batch.
+            Changes take effect at the next call of `train()`. Norms without running statistics are not affected.
     """
 
     mean: Tensor
@@ -53,7 +54,7 @@ class VisionTower(nn.Module):
         self.register_buffer("mean", torch.empty(0), persistent=False)
         self.register_buffer("std", torch.empty(0), persistent=False)
         self._set_normalization(torch.get_default_device())
-        # The channels-last format speeds up networks with many convolutions. A ViT has a single one.
+        # The channels-last format speeds up networks with many convolutions. A ViT has only one.
         self._channels_last = sum(isinstance(module, nn.Conv2d) for module in backbone.modules()) > 4
         for name, parameter in backbone.named_parameters():
             if name.endswith("mask_token"):  # used only in DINO's pretraining; DDP would wait for its gradient
@@ -67,21 +68,21 @@ class VisionTower(nn.Module):
         """Load a tower in float32 and eval mode. Code that comes with a model is never run.
 
         Args:
-            name: `timm:NAME`, `hf:NAME`, a folder saved by either library, a hub id (contains a slash), the name of a
-                timm model, or a name that `llm2clip` downloads (see `models/pretrained.py`).
+            name: `timm:NAME`, `hf:NAME`, a folder saved by either library, a hub id (contains a slash), or the name
+                of a model in timm or of a model that `llm2clip` can download (see `models/pretrained.py`).
             image_size: image size in pixels. Default: the size the tower was trained with.
-            pretrained: load the pretrained weights; False keeps random ones.
+            pretrained: load the pretrained weights; if False, the weights are random.
 
         Raises:
             ValueError: the model is not supported.
-            OSError: there is no such model.
+            OSError: the model does not exist.
         """
         backbone, config = load_backbone(str(name), image_size, pretrained)
         return cls(backbone, config).eval()
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Build the architecture of `config` with random weights, in eval mode, offline."""
+        """Build the architecture of `config` with random weights, in eval mode, without a network connection."""
         return cls(build_backbone(config), config).eval()
 
     # ---- forward pass -----------------------------------------------------------------------------------------------
@@ -107,7 +108,7 @@ class VisionTower(nn.Module):
         return cast(Tensor, self.backbone(pixel_values=x, **options).pooler_output)
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode; batch norms stay in eval mode if `freeze_norm` is set."""
+        """Set the training mode; batch norms stay in eval mode if `freeze_norm` is set."""
         super().train(mode)
         if mode and self.freeze_norm:
             for module in self.backbone.modules():
@@ -116,10 +117,10 @@ class VisionTower(nn.Module):
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass instead of storing them.
+        """Enable or disable gradient checkpointing: recompute activations in the backward pass instead of storing them.
 
         Raises:
-            ValueError: timm does not support it for this architecture.
+            ValueError: timm does not support gradient checkpointing for this architecture.
         """
         backbone = cast(Any, self.backbone)
         if self.config["library"] == "timm":
@@ -127,7 +128,7 @@ class VisionTower(nn.Module):
                 backbone.set_grad_checkpointing(enable)
             except (AssertionError, AttributeError, TypeError) as error:
                 architecture = self.config["architecture"]
-                raise ValueError(f"timm does not support gradient checkpointing of {architecture}") from error
+                raise ValueError(f"timm does not support gradient checkpointing for {architecture}") from error
             return
         # transformers is renaming gradient_checkpointing_* to activation_checkpointing_*.
         suffix = "enable" if enable else "disable"
@@ -139,7 +140,7 @@ class VisionTower(nn.Module):
         self.std = torch.tensor(self.preprocess.std, device=device).view(3, 1, 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the parameters, as for `to`, `half`, `cuda` and `to_empty`; mean and std stay in exact float32."""
+        """Apply `fn` to the weights (for `to`, `half`, `cuda`, `to_empty`), but keep mean and std in exact float32."""
         super()._apply(fn, recurse)
         self._set_normalization(self.mean.device)
         return self
@@ -147,13 +148,13 @@ class VisionTower(nn.Module):
     # ---- layers -----------------------------------------------------------------------------------------------------
 
     def parameter_depths(self) -> dict[str, int]:
-        """Return the depth of each parameter, by its name in this module.
+        """Return a dict from parameter names to depths.
 
-        Depth 0 is the stem or the embeddings, the largest depth is next to the output. Used for layer-wise learning
+        Depth 0 is the stem or the embeddings; the largest depth is closest to the output. Used for layer-wise learning
         rate decay and for training only the last layers.
         """
         if self.config["library"] == "timm":
-            if not hasattr(self.backbone, "group_matcher"):  # timm defines no layers: all parameters form one
+            if not hasattr(self.backbone, "group_matcher"):  # timm defines no layers, so all parameters have depth 0
                 return {name: 0 for name, _ in self.named_parameters()}
             matcher = cast(Any, self.backbone).group_matcher(coarse=False)
             depths = cast(dict[str, int], group_parameters(self.backbone, matcher, reverse=True))
@@ -163,21 +164,21 @@ class VisionTower(nn.Module):
 
     @property
     def num_layers(self) -> int:
-        """Number of depths in `parameter_depths`."""
+        """Number of depth levels in `parameter_depths`."""
         return 1 + max(self.parameter_depths().values())
 
     def blocks(self) -> list[nn.Module]:
-        """Return the repeated blocks from input to output; an empty list if the architecture has none."""
+        """Return the repeated blocks from input to output, or an empty list if the architecture has none."""
         blocks = []
         for name, module in self.backbone.named_modules():
             match = _BLOCK.search(f"{name}.")
-            is_block = match is not None and match.end() > len(name)  # the block itself, and not a module inside it
+            is_block = match is not None and match.end() > len(name)  # the block itself, not a module inside it
             if is_block and not isinstance(module, nn.Sequential):
                 blocks.append(module)
         return blocks
 
     def is_in_block(self, name: str) -> bool:
-        """Return True if a backbone module or parameter, by its name, is inside a repeated block."""
+        """Return True if the backbone module or parameter called `name` is inside a repeated block."""
         return _BLOCK.search(name) is not None
 
 
@@ -189,7 +190,7 @@ def _feature_dim(backbone: Any, config: dict[str, Any]) -> int:
 
 
 def _transformers_depths(names: list[str]) -> dict[str, int]:
-    """Return depth 0 for the embeddings and the norm after them, 1 to L for the layers, and L + 1 for the rest."""
+    """Return depth 0 for the embeddings and the norm after them, 1 to L for the L layers, and L + 1 for the rest."""
     layer_indices = {name: int(match[1]) for name in names if (match := re.search(r"\blayers?\.(\d+)\.", name))}
     last_depth = 2 + max(layer_indices.values())
     stem = re.compile(r"embeddings\.|pre_layrnorm\.")
