@@ -90,7 +90,7 @@ ERRORS = {
     ),
     "captions missing from the store": (
         ALIGN.replace("{data}", "{tmp}/more.jsonl@train") + " --align.batch_size 1",
-        "no embedding of the caption 'never embedded'", "run `llm2clip embed`",
+        "no embedding for the caption 'never embedded'", "Run `llm2clip embed`",
     ),
     "damaged store": ("store verify {tmp}/damagedstore", "damaged", "store repair"),
     "store export without a format": ("store export {store}", "--parquet FILE or --tars"),

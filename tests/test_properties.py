@@ -143,7 +143,7 @@ def test_store_matches_a_dictionary(
         assert (np.abs(result - expected) <= (largest / 127 / 2 + 1e-5 if dtype == "int8" else 0)).all()
         missing = data.draw(TEXT.filter(lambda text: text not in distinct))
         assert missing not in store and all(caption in store for caption in queries)
-        with pytest.raises(StoreError, match="no embedding of the caption"):
+        with pytest.raises(StoreError, match="no embedding for the caption"):
             store.rows([*queries, missing])
         store.verify()
 

@@ -132,9 +132,7 @@ def test_open_records_rejects_wrong_paths_immediately(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"x\.xlsx: unknown format; supported formats: files ending in \.jsonl"):
         open_records(folder / "x.xlsx")
     (folder / "empty").mkdir()
-    with pytest.raises(
-        ValueError, match="empty: the folder contains no images, tar files, Parquet files or caption files"
-    ):
+    with pytest.raises(ValueError, match="empty: the folder contains no images, tar files, Parquet files"):
         open_records(folder / "empty")
     as_tars_in_braces(folder)
     with pytest.raises(FileNotFoundError, match=r"shard-003\.tar: no such file"):

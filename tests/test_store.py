@@ -48,7 +48,7 @@ def test_store_finds_embeddings_by_caption_in_any_order(encoder: CaptionEncoder,
     assert embeddings.dtype == np.float32
     expected = encoder.encode(captions).numpy()
     assert np.allclose(embeddings, expected, rtol=1e-3, atol=1e-3)  # stored as float16
-    with pytest.raises(StoreError, match=r"no embedding of the caption 'never seen'"):
+    with pytest.raises(StoreError, match=r"no embedding for the caption 'never seen'"):
         store.rows([CAPTIONS[0], CAPTIONS[1], "never seen", "nor this"])
     store.verify()
 
@@ -368,13 +368,13 @@ def test_writer_rejects_invalid_embeddings(tmp_path: Path) -> None:
     for dtype in ("float32", "int8", "float16"):
         writer = StoreWriter(tmp_path / dtype, IDENTITY, 2, dtype)
         for value in (np.nan, np.inf, *([70000.0] if dtype == "float16" else [])):
-            with pytest.raises(StoreError, match=f"embedding of key 0{{32}} is not finite in {dtype}"):
+            with pytest.raises(StoreError, match=f"embedding of key 0{{32}} has values that are not finite in {dtype}"):
                 writer.write_keyed(0, keys, [1], np.array([[1, value]]))
-            with pytest.raises(StoreError, match=f"embedding of 'second' is not finite in {dtype}"):
+            with pytest.raises(StoreError, match=f"embedding of 'second' has values that are not finite in {dtype}"):
                 writer.write(0, ["first", "second"], [1, 1], np.array([[1, 2], [1, value]]))
     writer = StoreWriter(tmp_path, IDENTITY, 2)
     for args in ((keys, [1], np.ones((1, 3))), (keys, [1, 2], np.ones((1, 2))), (keys[:, :8], [1], np.ones((1, 2)))):
-        with pytest.raises(StoreError, match="needs embeddings of 2 dimensions"):
+        with pytest.raises(StoreError, match="needs embeddings with 2 dimensions"):
             writer.write_keyed(0, *args)
     with pytest.raises(StoreError, match="is not valid Unicode text"):
         writer.write(0, ["\ud800"], [1], np.ones((1, 2)))
@@ -388,7 +388,7 @@ def test_writer_rejects_a_shard_of_another_encoder(tmp_path: Path) -> None:
         writer.finish()
     for path in (tmp_path / "theirs").glob("*-00006.*"):
         (tmp_path / "ours" / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(StoreError, match="was written by another encoder than this store"):
+    with pytest.raises(StoreError, match="has a different encoder, dimension or dtype than the rest of this store"):
         StoreWriter(tmp_path / "ours", IDENTITY, 2).finish()
     assert "keys-00006.parquet" in repair_store(tmp_path / "ours")
     assert "ours" in EmbeddingStore(tmp_path / "ours") and "theirs" not in EmbeddingStore(tmp_path / "ours")
@@ -524,7 +524,7 @@ def test_repair_deletes_leftovers_of_killed_processes(encoder: CaptionEncoder, t
     for path in tmp_path.glob("keys-*"):
         path.write_bytes(b"")
     (tmp_path / "manifest.json").unlink()
-    with pytest.raises(StoreError, match="has no intact manifest or shard"):
+    with pytest.raises(StoreError, match="has no intact manifest and no intact shard"):
         repair_store(tmp_path)
 
 

@@ -54,13 +54,13 @@ def test_import_parquet_rejects_incomplete_rows(tmp_path: Path) -> None:
     ragged, null = [[1.0, 2.0, 3.0], [4.0]], pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2))
     for embedding in (ragged, null):
         pq.write_table(pa.table({"caption": ["a", "b"], "embedding": embedding}), file)
-        with pytest.raises(StoreError, match="a row without embedding"):
+        with pytest.raises(StoreError, match="a row without an embedding"):
             import_parquet(file, tmp_path / "store", IDENTITY)
     pq.write_table(pa.table({"key": [b"short"], "embedding": [[1.0]]}), file)
     with pytest.raises(StoreError, match="keys must be the first 16 bytes"):
         import_parquet(file, tmp_path / "store", IDENTITY)
     pq.write_table(pa.table({"caption": ["a", "b"]}), file)
-    with pytest.raises(StoreError, match="must have the columns embedding, and key or caption"):
+    with pytest.raises(StoreError, match="must have the column embedding, and either key or caption"):
         import_parquet(file, tmp_path / "store")
 
 
@@ -126,5 +126,5 @@ def test_import_official_tars_rejects_tars_that_are_not_a_pair(store: EmbeddingS
 def test_export_official_tars_rejects_a_sample_without_captions(store: EmbeddingStore, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "00.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("0.jpg"))
-    with pytest.raises(StoreError, match="sample 0 has no valid JSON of captions"):
+    with pytest.raises(StoreError, match="sample 0 has no valid JSON file with captions"):
         export_official_tars(store, [tmp_path / "00.tar"])

@@ -265,7 +265,7 @@ def _real_path(folder: str) -> str:
 
 
 def _file_version(path: str) -> tuple[int, int]:
-    """Return a file's size and modification time, which are part of the cache keys so that stale entries are not used."""
+    """Return a file's size and modification time. As part of the cache keys, they prevent the use of stale entries."""
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
 

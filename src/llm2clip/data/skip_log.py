@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class TooManySkipped(ValueError):
-    """Raised if more rows than allowed were skipped, which probably means that the source or a column mapping is wrong."""
+    """Raised if too many rows were skipped, which probably means that the source or its column mapping is wrong."""
 
 
 class SkipLog:

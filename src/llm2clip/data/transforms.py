@@ -144,7 +144,7 @@ class TrainTransform:
         return image.contiguous()
 
     def _crop(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
-        """Draw a crop as torchvision's RandomResizedCrop does, but with a generator; return top, left, height, width."""
+        """Return (top, left, height, width) of a random crop, like torchvision's RandomResizedCrop with a generator."""
         min_ratio, max_ratio = 3 / 4, 4 / 3
         for _ in range(10):
             share, log_ratio, down, right = torch.rand(4, generator=generator, dtype=torch.float64).tolist()

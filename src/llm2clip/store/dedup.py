@@ -1,12 +1,13 @@
-"""Deduplication of a stream of captions before they are encoded, with memory that does not grow with their number.
+"""Deduplication of captions before encoding, with memory use that does not grow with the number of captions.
 
-`ingest` reads the stream once and writes to a folder:
+`ingest` reads a stream of captions once and writes two files to a folder:
 
-    captions.parquet   the texts, in the order of the stream
-    wanted.bytes       one byte per caption: 1 if it is the first copy of its text and the store does not have it yet
+    captions.parquet   the captions, in stream order
+    wanted.bytes       one byte per caption: 1 if the caption is not a duplicate and is not in the store yet
 
-Equal captions are found by an external sort of the keys, see `key_index`. `PendingCaptions` then reads any slice of the
-captions that are left, from any process. The order of the stream is kept: captions of the same image stay together.
+Duplicate captions are found by an external sort of the keys; see `key_index`. Any process can then use
+`PendingCaptions` to read any slice of the remaining captions. Stream order is preserved, so captions of the same image
+stay together.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from llm2clip.store.key_index import sorted_partitions, write_records
 from llm2clip.store.layout import caption_keys, iter_chunks
 from llm2clip.store.store import EmbeddingStore
 
-ROW_GROUP_SIZE = 1 << 14  # captions per row group, and in memory
+ROW_GROUP_SIZE = 1 << 14  # captions per row group, and captions in memory at once
 TEXTS, WANTED = "captions.parquet", "wanted.bytes"
 
 
 def ingest(captions: Iterable[str], folder: Path, store: EmbeddingStore | None) -> None:
-    """Read a stream of captions into `folder`, for `PendingCaptions`.
+    """Write a stream of captions to `folder`, for `PendingCaptions` to read.
 
     Args:
-        captions: Texts, with or without duplicates.
-        folder: An empty folder.
-        store: Captions in this store are not wanted again.
+        captions: Captions, with or without duplicates.
+        folder: Empty folder to write to.
+        store: Existing store, or None. Captions that are already in the store are not marked as wanted.
     """
     count = write_records(_write_captions(captions, folder, store), folder / "keys")
     wanted = _wanted(folder, "r+")
@@ -45,7 +46,10 @@ def ingest(captions: Iterable[str], folder: Path, store: EmbeddingStore | None) 
 def _write_captions(
     captions: Iterable[str], folder: Path, store: EmbeddingStore | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Write the texts, and which are wanted as far as a row group can show; yield keys and positions of the wanted."""
+    """Write the captions and their wanted flags; yield the keys and positions of the wanted captions.
+
+    Only duplicates within a row group are detected here.
+    """
     schema = pa.schema([("text", pa.string())])
     with (
         pq.ParquetWriter(folder / TEXTS, schema, compression="zstd") as writer,
@@ -67,7 +71,7 @@ def _write_captions(
 
 
 def _wanted(folder: Path, mode: Literal["r", "r+"]) -> np.ndarray:
-    """Map the wanted flags: one bool per caption of the stream."""
+    """Memory-map the wanted flags, one bool per caption in the stream."""
     file = folder / WANTED
     if file.stat().st_size == 0:  # an empty file cannot be mapped
         return np.empty(0, np.bool_)
@@ -75,14 +79,14 @@ def _wanted(folder: Path, mode: Literal["r", "r+"]) -> np.ndarray:
 
 
 class PendingCaptions:
-    """The wanted captions in a folder that `ingest` has filled, as a sequence that supports slices."""
+    """Sequence of the wanted captions in a folder written by `ingest`. Supports slicing."""
 
     def __init__(self, folder: Path) -> None:
         self.texts = pq.ParquetFile(folder / TEXTS)
         self.wanted = _wanted(folder, "r")
         metadata = self.texts.metadata
         sizes = [metadata.row_group(number).num_rows for number in range(self.texts.num_row_groups)]
-        self.starts = np.cumsum([0, *sizes])  # of each row group in the stream
+        self.starts = np.cumsum([0, *sizes])  # stream position of each row group
         counts = [int(self.wanted[lo:hi].sum()) for lo, hi in zip(self.starts[:-1], self.starts[1:], strict=True)]
         self.wanted_before = np.cumsum([0, *counts])  # wanted captions before each row group
 
@@ -95,7 +99,7 @@ class PendingCaptions:
         return int(self.wanted_before[-1])
 
     def __getitem__(self, part: slice) -> list[str]:
-        """Return a slice of the captions, in the order of the stream."""
+        """Return a slice of the captions, in stream order."""
         start, stop, _ = part.indices(len(self))
         first_group = int(np.searchsorted(self.wanted_before, start, side="right")) - 1
         captions: list[str] = []

@@ -1,8 +1,8 @@
-"""Encoding of captions into a store: each text once, shard by shard, resumable, on any number of processes.
+"""Resumable encoding of captions into a store, shard by shard, with any number of processes.
 
-Captions without an embedding are split into shards in the order of the stream; with n processes, each encodes every
-n-th shard. After an interrupt, only missing shards are encoded. While a shard is encoded, the previous one is written
-and the next one is read and tokenized.
+Each distinct caption is encoded only once. Captions without an embedding are split into shards in stream order. With n
+processes, each process encodes every n-th shard. After an interruption, only missing shards are encoded. While a shard
+is being encoded, the previous shard is written and the next shard is read and tokenized.
 """
 
 from __future__ import annotations
@@ -43,23 +43,24 @@ def embed(
     precision: str = "auto",
     dtype: str = "float16",
 ) -> EmbeddingStore:
-    """Encode captions into the store at `folder` and open it.
+    """Encode captions into the store at `folder`; return the opened store.
 
     Captions longer than the encoder's `max_length` are truncated, counted, and listed in `folder/truncated-*.jsonl`.
     Captions that the tokenizer cannot encode are skipped, counted, and listed in `folder/refused-*.jsonl`.
 
     Args:
-        captions: Texts, with or without duplicates, as a stream that the main process reads once.
-        encoder: The frozen caption encoder.
-        folder: Folder of the store. Captions that the store already has are not encoded again.
-        shard_size: Captions per shard, the unit of resuming and of batching by length.
-        batch_tokens: Tokens per batch, see `CaptionEncoder.encode`. None measures which is fastest if there are many
-            captions to encode.
-        precision: See `CaptionEncoder.encode`; or auto, see `resolve_precision`.
-        dtype: float16, or int8 with a scale per row, which halves the store.
+        captions: Captions, with or without duplicates. The main process reads this stream once.
+        encoder: Frozen caption encoder.
+        folder: Folder of the store. Captions that are already in the store are not encoded again.
+        shard_size: Number of captions per shard. An interrupted run resumes at the first missing shard, and batches by
+            length are formed within a shard.
+        batch_tokens: Number of tokens per batch; see `CaptionEncoder.encode`. None means that the fastest value is
+            measured if there are many captions to encode.
+        precision: Precision of the encoder; see `CaptionEncoder.encode`. For "auto", see `resolve_precision`.
+        dtype: Stored dtype: float16, or int8 with a scale per row, which halves the store's size.
 
     Raises:
-        StoreError: the store was made by another encoder, or another run is writing to it.
+        StoreError: The store was made by a different encoder, or another run is writing to it.
     """
     keep_freed_memory(encoder.device)
     folder = Path(folder)
@@ -77,10 +78,10 @@ def embed(
 
 
 def resolve_precision(precision: str, encoder: CaptionEncoder, folder: Path) -> str:
-    """Replace the precision "auto" by that of the store at `folder`.
+    """Replace the precision "auto" with the precision of the store at `folder`.
 
-    Without a store, the main process measures which precision is fastest on this device and accurate enough, for all
-    processes.
+    If the store does not exist yet, the main process measures which sufficiently accurate precision is fastest on this
+    device. All processes use the result.
     """
     if precision != "auto":
         return precision
@@ -90,9 +91,9 @@ def resolve_precision(precision: str, encoder: CaptionEncoder, folder: Path) -> 
 
 
 def tuned_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], precision: str, folder: Path) -> int:
-    """Return the fastest number of tokens per batch for these captions, measured by the main process for all processes.
+    """Return the fastest number of tokens per batch for these captions. The main process measures it for all processes.
 
-    The result is saved in the store's folder, so that a resumed run computes embeddings equal to the last bit.
+    The result is saved in the store's folder, so that a resumed run computes bit-identical embeddings.
     """
     if len(captions) < MIN_CAPTIONS_TO_TUNE:
         return default_batch_tokens(encoder.device)
@@ -106,7 +107,7 @@ def tuned_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], precisi
 def _encode_local_shards(
     plan: WritePlan, pending: PendingCaptions, encoder: CaptionEncoder, batch_tokens: int | None, precision: str
 ) -> None:
-    """Encode and write this process's shards; tokenize ahead and write behind in two threads."""
+    """Encode and write this process's shards. Background threads tokenize the next shard and write the previous one."""
     shards = plan.local_shards()
     total = sum(part.stop - part.start for _, part in shards)
     hide_bar = not process_state().is_main_process or not shards
@@ -128,12 +129,12 @@ def _encode_local_shards(
 
 @dataclass(frozen=True)
 class TokenizedShard:
-    """Captions of a shard with their tokens.
+    """The captions of a shard, tokenized.
 
     Attributes:
-        captions: The captions that could be tokenized.
-        tokens: Their tokens.
-        refused: The other captions, each with the reason.
+        captions: Captions that could be tokenized.
+        tokens: Tokens of `captions`.
+        refused: Captions that could not be tokenized, each with the reason.
     """
 
     captions: list[str]
@@ -142,12 +143,12 @@ class TokenizedShard:
 
 
 def tokenize_shard(captions: Sequence[str], encoder: CaptionEncoder) -> TokenizedShard:
-    """Tokenize captions. A caption without tokens, or for which the tokenizer raises, is put into `refused`."""
+    """Tokenize captions. Captions that have no tokens or make the tokenizer fail are added to `refused`."""
     try:
         tokens = encoder.tokenize(captions)
         if all(tokens.ids):
             return TokenizedShard(list(captions), tokens, [])
-    except Exception:  # the loop below finds the caption that raises
+    except Exception:  # the loop below finds the caption that fails
         pass
     valid, refused = [], []
     for caption in captions:
@@ -164,7 +165,7 @@ def tokenize_shard(captions: Sequence[str], encoder: CaptionEncoder) -> Tokenize
 def write_shard(
     writer: StoreWriter, number: int, shard: TokenizedShard, embeddings: np.ndarray, log: Callable[[str], object]
 ) -> None:
-    """Write a shard, and the lists of its truncated and refused captions; report the lists with `log`."""
+    """Write a shard and the lists of its truncated and refused captions; report these lists through `log`."""
     truncated = [{"caption": shard.captions[i]} for i in shard.tokens.truncated]
     refused = [{"caption": caption, "why": why} for caption, why in shard.refused]
     for name, rows in (("truncated", truncated), ("refused", refused)):
@@ -176,7 +177,7 @@ def write_shard(
 
 
 def _add_caption_rows(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a list of captions, which exists if an earlier run was killed before it had written the shard."""
+    """Add rows to a list of captions. The file exists if an earlier run was killed before it had written the shard."""
     by_caption: dict[str, dict[str, Any]] = {}
     if file.is_file():
         by_caption |= {row["caption"]: row for _, row in read_jsonl(file)}
@@ -185,9 +186,9 @@ def _add_caption_rows(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def prefetch(items: Iterator[T]) -> Generator[T, None, None]:
-    """Yield items, computing each in a thread while the previous one is in use.
+    """Yield items; while an item is in use, a background thread computes the next one.
 
-    Close the generator explicitly: the garbage collector might otherwise run its cleanup in the thread itself.
+    Close the generator explicitly. Otherwise, the garbage collector might run the cleanup in that thread itself.
     """
     end: Any = object()
     with ThreadPoolExecutor(1) as pool:

@@ -1,8 +1,8 @@
-"""Stores of image features, and of text embeddings of any model, so that each input is encoded only once.
+"""Stores for image features, and for text embeddings from any model, so that each input is encoded only once.
 
-They have the same layout as the store of captions; the keys of images are hashes of their names, see `image_name`. A
-frozen tower trained on cached features trains in seconds (SAIL, arXiv 2412.04616; LiT, arXiv 2111.07991), and repeated
-evaluations encode nothing.
+These stores have the same layout as caption stores. The key of an image is a hash of its name; see `image_name`. With
+cached features, training with a frozen tower takes only seconds (SAIL, arXiv 2412.04616; LiT, arXiv 2111.07991), and
+repeated evaluations do not encode anything.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from llm2clip.store.write_plan import WritePlan, open_for_writing
 
 
 class ImageEncoder(Protocol):
-    """A model that encodes images: a vision tower, or the image side of any dual encoder."""
+    """A model that encodes images: a vision tower, or the image encoder of any dual encoder."""
 
     @property
     def embed_dim(self) -> int: ...
@@ -44,25 +44,25 @@ class ImageEncoder(Protocol):
     def transform(self) -> Callable[[Tensor], Any]: ...
 
     def encode_images(self, images: list[Any]) -> Tensor:
-        """Encode images that `transform` has prepared; return (N, embed_dim) float32 on the CPU."""
+        """Encode images that have been preprocessed by `transform`; return (N, embed_dim) float32 on the CPU."""
         ...
 
 
 class TowerEncoder:
-    """Encodes images to the features of a vision tower, before the projection."""
+    """Encodes images with a vision tower, without the projection."""
 
     def __init__(self, tower: VisionTower, precision: str) -> None:
         """
         Args:
-            tower: Vision tower, on its device; set to eval mode.
-            precision: fp32, or bf16 or fp16 by autocast.
+            tower: Vision tower, already on its device. It is set to eval mode.
+            precision: fp32, or bf16 or fp16 with autocast.
         """
         self.tower, self.precision, self.embed_dim = tower.eval(), precision, tower.feature_dim
         self.transform: Callable[[Tensor], Any] = EvalTransform(tower.preprocess)
         keep_freed_memory(next(tower.parameters()).device)
 
     def identity(self) -> dict[str, Any]:
-        """Return all that changes a feature: architecture and preprocessing, weights, precision."""
+        """Return everything that the features depend on: architecture, preprocessing, weights and precision."""
         return {"tower": self.tower.config, "weights": hash_weights(self.tower), "precision": self.precision}
 
     @torch.no_grad()
@@ -77,14 +77,14 @@ class TowerEncoder:
 
 
 def image_keys(refs: Iterable[ImageRef]) -> np.ndarray:
-    """Return the keys of images in a store, (N, 16) uint8."""
+    """Return the store keys of images, (N, 16) uint8."""
     return caption_keys([image_name(ref) for ref in refs])
 
 
 def image_name(ref: ImageRef) -> str:
-    """Return the name of an image in a store: its path, with the size and modification time of the file that holds it.
+    """Return the name of an image in a store: its key, followed by the size and modification time of its file.
 
-    If the file changes, the name changes, and the image is encoded again.
+    If the file changes, the name also changes, and the image is encoded again.
     """
     name = ref.key
     path = ref.container_path
@@ -99,7 +99,7 @@ def image_name(ref: ImageRef) -> str:
 
 @lru_cache(maxsize=65536)
 def _cached_stat(path: str) -> os.stat_result:
-    """Return the status of a tar or table, looked up once for all of its images."""
+    """Return the status of a tar file or table; it is read only once for all images in the file."""
     return os.stat(path)
 
 
@@ -119,22 +119,22 @@ def store_image_features(
     workers: int | None = None,
     shard_size: int = 8192,
 ) -> EmbeddingStore:
-    """Encode images into the store at `folder` and open it; the shards are split over all processes.
+    """Encode images into the store at `folder`; return the opened store. The shards are divided among all processes.
 
     Args:
-        refs: References of the images. Images that the store already has are not encoded again.
-        encoder: Encoder of the images.
-        identity: All that changes a feature.
+        refs: References to the images. Images that are already in the store are not encoded again.
+        encoder: Image encoder.
+        identity: Everything that the features depend on.
         folder: Folder of the store.
-        log: Counts and lists the images that cannot be decoded; the store lacks them.
-        dtype: dtype of the store.
-        batch_size: Images per forward pass.
-        workers: Processes that decode images, see `image_batches`.
-        shard_size: Images per shard, the unit of resuming.
+        log: Log in which images that cannot be decoded are counted and listed. The store does not contain them.
+        dtype: Stored dtype.
+        batch_size: Number of images per forward pass.
+        workers: Number of image decoding processes; see `image_batches`.
+        shard_size: Number of images per shard. An interrupted run resumes at the first missing shard.
 
     Raises:
-        StoreError: the store was made by another encoder.
-        TooManySkipped: too many images cannot be decoded.
+        StoreError: The store was made by a different encoder.
+        TooManySkipped: Too many images cannot be decoded.
     """
     refs_by_name = {image_name(ref): ref for ref in refs}
     with open_for_writing(
@@ -147,8 +147,9 @@ def store_image_features(
                 decoded_names = [names[i] for i in decoded]
                 plan.writer.write(number, decoded_names, [0] * len(decoded_names), features.numpy())
     store = EmbeddingStore(folder)
-    # The limit is checked at the end and by all processes: one that raised earlier would leave the others waiting. The
-    # failures of this process are already in the log, with the reason; those of the others are added here.
+    # All processes check the limit at the end, because a process that raised earlier would leave the others waiting.
+    # This process's failures are already in the log, with the reason. The failures of the other processes are added
+    # here.
     rows = store.find(caption_keys(list(refs_by_name)))
     for ref, row in zip(refs_by_name.values(), rows, strict=True):
         if row < 0:
@@ -167,7 +168,7 @@ def store_text_embeddings(
     dtype: str = "float32",
     shard_size: int = 8192,
 ) -> EmbeddingStore:
-    """Encode texts with `encode`, which returns (N, embed_dim), into the store at `folder` and open it."""
+    """Encode texts into the store at `folder`; return the opened store. `encode` returns embeddings, (N, embed_dim)."""
     with open_for_writing(texts, folder, identity, embed_dim, dtype=dtype, shard_size=shard_size) as plan:
         for number, shard_texts, bar in _iter_shards(plan, "texts", "text"):
             plan.writer.write(number, shard_texts, [0] * len(shard_texts), encode(shard_texts).numpy())
@@ -183,10 +184,10 @@ def encode_image_batches(
     batch_size: int = 64,
     workers: int | None = None,
 ) -> tuple[Tensor, list[int]]:
-    """Encode the images that can be decoded; count and list the others in `log`.
+    """Encode the images that can be decoded; record images that cannot be decoded in `log`.
 
     Returns:
-        The embeddings, (N, embed_dim) float32, and the indices of their images in `refs`.
+        The embeddings, (N, embed_dim) float32, and the indices of the encoded images in `refs`.
     """
     embeddings, indices = [torch.empty(0, encoder.embed_dim)], []
     for decoded, images, failures in image_batches(refs, encoder.transform, batch_size, workers):
@@ -200,7 +201,7 @@ def encode_image_batches(
 
 
 def _iter_shards(plan: WritePlan, description: str, unit: str) -> Iterator[tuple[int, list[str], ProgressBar]]:
-    """Yield this process's shards: number, names or texts, and a progress bar over all of them."""
+    """Yield this process's shards as (shard number, image names or texts, progress bar for all shards)."""
     with closing(PendingCaptions(plan.incoming)) as pending:
         shards = [(number, pending[part]) for number, part in plan.local_shards()]
     total = sum(len(items) for _, items in shards)

@@ -1,9 +1,10 @@
-"""Export and import of stores: Parquet, and the tar files of the official LLM2CLIP code.
+"""Export and import of stores as Parquet files or as tar files for the official LLM2CLIP code.
 
-The official code trains on pairs of webdataset tars. `X.tar` holds images and one JSON of captions per sample.
-`X_text_embeddings.tar` holds the same samples in the same order; its members `KEY.shortsv_captions` and
-`KEY.longsv_captions` are one embedding each, raw float32. The official code finds an embedding by the position and the
-name of its sample. An import hashes the captions, so that embeddings are found by text.
+The official code trains on pairs of webdataset tar files. `X.tar` contains images, and a JSON file with captions for
+each sample. `X_text_embeddings.tar` contains the same samples in the same order. Each of its members
+`KEY.shortsv_captions` and `KEY.longsv_captions` is a single embedding in raw float32. The official code finds an
+embedding by the position and name of its sample. The import hashes the captions, so that embeddings are found by
+caption text.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import StoreWriter
 
 SHARD_SIZE = 8192
-MAX_MEMBER_BYTES = 64 << 20  # of a tar member that is read into memory
-CAPTION_FIELDS = ("shortSV_captions", "longSV_captions")  # of the official code's JSON
+MAX_MEMBER_BYTES = 64 << 20  # size limit for tar members that are read into memory
+CAPTION_FIELDS = ("shortSV_captions", "longSV_captions")  # in the official code's JSON files
 
-Rows = tuple[np.ndarray, list[int], np.ndarray]  # keys (n, 16) uint8, numbers of tokens, embeddings (n, embed_dim)
+Rows = tuple[np.ndarray, list[int], np.ndarray]  # keys (n, 16) uint8, token counts, embeddings (n, embed_dim)
 
 
 # ---- Parquet -------------------------------------------------------------------------------------------------------
@@ -51,11 +52,11 @@ Rows = tuple[np.ndarray, list[int], np.ndarray]  # keys (n, 16) uint8, numbers o
 def export_parquet(store: EmbeddingStore, file: str | Path) -> None:
     """Write a store to a Parquet file.
 
-    The columns are `key` (the first 16 bytes of the caption's SHA-256), `tokens`, and `embedding` (a list of float16).
-    The identity of the encoder is in the file's metadata.
+    The columns are `key` (the first 16 bytes of the caption's SHA-256 hash), `tokens` (the caption's token count) and
+    `embedding` (a list of float16 values). The file's metadata contains the identity of the encoder.
 
     Raises:
-        StoreError: the store is damaged.
+        StoreError: The store is damaged.
     """
     store.verify()
     embedding_type = pa.list_(pa.float16(), store.embed_dim)
@@ -74,27 +75,29 @@ def export_parquet(store: EmbeddingStore, file: str | Path) -> None:
 def import_parquet(
     file: str | Path, out: str | Path, identity: dict[str, Any] | None = None, dtype: str = "float16"
 ) -> EmbeddingStore:
-    """Make a store of a Parquet file.
+    """Create a store from a Parquet file.
 
     Args:
-        file: File with the columns `key` (as in `export_parquet`) or `caption`, `embedding`, and optionally `tokens`.
-        out: Folder of the store.
-        identity: Identity of the encoder. None reads it from the file's metadata.
-        dtype: dtype of the store.
+        file: Parquet file with the columns `embedding`, either `key` (as in `export_parquet`) or `caption`, and
+            optionally `tokens`.
+        out: Folder of the new store.
+        identity: Identity of the encoder. None means that it is read from the file's metadata.
+        dtype: Stored dtype.
 
     Raises:
-        StoreError: a column is missing or has nulls, the file was made by another encoder, or the encoder is unknown.
+        StoreError: A column is missing or has nulls, the file was made by a different encoder, or the encoder is
+            unknown.
     """
     source = pq.ParquetFile(file)
     columns, metadata = set(source.schema_arrow.names), source.schema_arrow.metadata or {}
     if "embedding" not in columns or not columns & {"key", "caption"}:
-        raise StoreError(f"{file} must have the columns embedding, and key or caption (it has {sorted(columns)})")
+        raise StoreError(f"{file} must have the column embedding, and either key or caption (got {sorted(columns)})")
     if b"identity" in metadata:
         file_identity = json.loads(metadata[b"identity"])
         check_identity(file_identity, identity or file_identity, file)
         identity = file_identity
     elif identity is None:
-        raise StoreError(f"{file} does not name the encoder of its embeddings. Name it with --encoder.path")
+        raise StoreError(f"{file} does not name the encoder that made its embeddings. Name it with --encoder.path")
     return _fill_store(Path(out), identity, dtype, _parquet_rows(file, source))
 
 
@@ -106,11 +109,13 @@ def _parquet_rows(file: str | Path, source: pq.ParquetFile) -> Iterator[Rows]:
         names, embedding = batch[key_column], batch["embedding"]
         lengths = pc.unique(pc.list_value_length(embedding))
         if embedding.null_count or names.null_count or len(lengths) != 1:
-            raise StoreError(f"{file} has a row without embedding, key or caption, or embeddings of several lengths")
+            raise StoreError(
+                f"{file} has a row without an embedding, key or caption, or has embeddings of different lengths"
+            )
         if key_column == "key":
             values = b"".join(names.to_pylist())
             if len(values) != KEY_BYTES * len(batch):
-                raise StoreError(f"{file}: keys must be the first 16 bytes of the SHA-256 of the caption")
+                raise StoreError(f"{file}: keys must be the first 16 bytes of the caption's SHA-256 hash")
             keys = np.frombuffer(values, np.uint8).reshape(-1, KEY_BYTES)
         else:
             keys = caption_keys([caption.strip() for caption in names.to_pylist()])
@@ -121,18 +126,18 @@ def _parquet_rows(file: str | Path, source: pq.ParquetFile) -> Iterator[Rows]:
 def _parquet_batches(file: str | Path, source: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
     try:
         yield from source.iter_batches(SHARD_SIZE)
-    except pa.ArrowException as error:  # pyarrow before 26 raises it for a null in a column of fixed-size lists, too
-        raise StoreError(f"{file} has a row without embedding, or is damaged ({error})") from error
+    except pa.ArrowException as error:  # pyarrow < 26 also raises it for nulls in a column of fixed-size lists
+        raise StoreError(f"{file} has a row without an embedding, or is damaged ({error})") from error
 
 
 # ---- tar files of the official code --------------------------------------------------------------------------------
 
 
 def export_official_tars(store: EmbeddingStore, tars: Sequence[str | Path]) -> list[Path]:
-    """Write `X_text_embeddings.tar` beside each `X.tar` of samples; return the paths of the new files.
+    """Write `X_text_embeddings.tar` next to each sample file `X.tar`; return the paths of the new files.
 
     Raises:
-        StoreError: the store is damaged, or lacks a caption of the samples.
+        StoreError: The store is damaged, or does not contain a caption from the samples.
     """
     store.verify()
     targets = []
@@ -150,45 +155,45 @@ def export_official_tars(store: EmbeddingStore, tars: Sequence[str | Path]) -> l
 def import_official_tars(
     tars: Sequence[str | Path], out: str | Path, identity: dict[str, Any], dtype: str = "float16"
 ) -> EmbeddingStore:
-    """Make a store of the official code's tars.
+    """Create a store from the official code's tar files.
 
     Args:
-        tars: Tars of samples, with `X_text_embeddings.tar` beside each `X.tar`.
-        out: Folder of the store.
+        tars: Tar files with samples. `X_text_embeddings.tar` must be next to each `X.tar`.
+        out: Folder of the new store.
         identity: Identity of the encoder that made the embeddings.
-        dtype: dtype of the store.
+        dtype: Stored dtype.
 
     Raises:
-        StoreError: the two tars of a pair hold different samples, or an embedding is missing.
+        StoreError: The two tar files of a pair contain different samples, or an embedding is missing.
     """
     return _fill_store(Path(out), identity, dtype, _official_rows([Path(tar) for tar in tars]))
 
 
 def _official_rows(tars: Sequence[Path]) -> Iterator[Rows]:
-    """Read captions and their embeddings in batches; captions that repeat within a batch are read once."""
+    """Yield captions and their embeddings in batches. Duplicate captions within a batch are merged."""
     pairs = (pair for tar in tars for pair in _captions_with_embeddings(tar))
     for chunk in iter_chunks(pairs, SHARD_SIZE):
         embeddings = dict(chunk)
         if len({len(embedding) for embedding in embeddings.values()}) > 1:
-            raise StoreError("the tars hold embeddings of several lengths")
+            raise StoreError("the tar files contain embeddings of different lengths")
         yield caption_keys(list(embeddings)), [0] * len(embeddings), np.stack(list(embeddings.values()))
 
 
 def _captions_with_embeddings(tar: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield each caption of a tar with its embedding from the tar beside it."""
+    """Yield each caption in a tar file with its embedding from the corresponding embeddings file."""
     other = _embeddings_tar(tar)
     embedding_samples = _read_samples(other, [field.lower() for field in CAPTION_FIELDS])
     for name, members in _read_samples(tar, ["json"]):
         other_name, embeddings = next(embedding_samples, (None, {}))
         if other_name != name:
-            raise StoreError(f"{other} has sample {other_name} where {tar} has {name}: the tars are not a pair")
+            raise StoreError(f"{other} has sample {other_name} where {tar} has {name}: the tar files are not a pair")
         for field, caption in _sample_captions(tar, name, members).items():
             if field.lower() not in embeddings:
                 raise StoreError(f"{other}: sample {name} has no {field.lower()}")
             yield caption, np.frombuffer(embeddings[field.lower()], "<f4")
     extra = next(embedding_samples, None)
     if extra is not None:
-        raise StoreError(f"{other} has sample {extra[0]}, which {tar} lacks: the tars are not a pair")
+        raise StoreError(f"{other} has sample {extra[0]}, which is not in {tar}: the tar files are not a pair")
 
 
 def _embeddings_tar(tar: Path) -> Path:
@@ -196,7 +201,8 @@ def _embeddings_tar(tar: Path) -> Path:
 
 
 def _sample_captions(tar: Path, name: str, members: dict[str, bytes]) -> dict[str, str]:
-    """Return the captions of a sample by field: each is a string in its JSON, or the first of a list."""
+    """Return a sample's captions, by field. The value in the JSON file may be a string or a list, whose first item is
+    used."""
     try:
         fields = json.loads(members["json"])
         captions = {}
@@ -206,11 +212,11 @@ def _sample_captions(tar: Path, name: str, members: dict[str, bytes]) -> dict[st
                 captions[field] = (value if isinstance(value, str) else value[0]).strip()
         return captions
     except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise StoreError(f"{tar}: sample {name} has no valid JSON of captions ({error!r})") from error
+        raise StoreError(f"{tar}: sample {name} has no valid JSON file with captions ({error!r})") from error
 
 
 def _read_samples(tar: Path, suffixes: Iterable[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield the samples of a webdataset tar in order: name, and the members with these suffixes."""
+    """Yield (name, members with these suffixes) for each sample in a webdataset tar file, in order."""
     wanted, current = set(suffixes), None
     members: dict[str, bytes] = {}
     with tarfile.open(tar) as stream:
@@ -226,7 +232,9 @@ def _read_samples(tar: Path, suffixes: Iterable[str]) -> Iterator[tuple[str, dic
                 current, members = name, {}
             if suffix in wanted:
                 if info.size > MAX_MEMBER_BYTES:
-                    raise StoreError(f"{tar}: {info.name} is too large for a caption or embedding: {info.size:,} bytes")
+                    raise StoreError(
+                        f"{tar}: {info.name} is too large for captions or embeddings ({info.size:,} bytes)"
+                    )
                 data = stream.extractfile(info)
                 if data is not None:
                     members[suffix] = data.read()
@@ -244,7 +252,7 @@ def _add_member(stream: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _fill_store(out: Path, identity: dict[str, Any], dtype: str, batches: Iterator[Rows]) -> EmbeddingStore:
-    """Write each batch as a shard of the store at `out`; skip batches whose keys an existing shard has."""
+    """Write each batch as a shard of the store at `out`. Skip a batch if an existing shard has the same keys."""
     out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out):
         remove_temp_files(out)

@@ -1,14 +1,14 @@
-"""Key index of a store: maps the key of a caption to its row, with memory that does not grow with the number of keys.
+"""Key index of a store: maps caption keys to rows, with memory use that does not grow with the number of keys.
 
-A key has 16 bytes, handled as two uint64 halves. The index is one array (3, N) uint64, sorted by key: first halves,
-second halves, rows. It is memory-mapped: a lookup touches only a few pages. Its size is 24 bytes per caption; the
-embedding takes a few thousand.
+A key has 16 bytes, which are handled as two uint64 halves. The index is an array (3, N) uint64, sorted by key. Its rows
+contain the first halves of the keys, the second halves, and the row numbers. The array is memory-mapped, so that a
+lookup touches only a few pages. The index takes 24 bytes per caption, while an embedding takes a few thousand bytes.
 
-The index is built by an external sort, which `dedup` also uses:
+The index is built with an external sort, which `dedup` also uses:
 
-1. `write_records` appends every key with its position to a file of records.
-2. `sorted_partitions` splits that file into partitions by the first bits of the keys, so that each fits in memory and
-   equal keys meet in the same partition. It then sorts one partition after the other.
+1. `write_records` writes every key with its position to a file of records.
+2. `sorted_partitions` splits this file into partitions by the first bits of the keys, so that each partition fits in
+   memory and equal keys are in the same partition. Then it sorts the partitions one after another.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 
 from llm2clip.io_utils import atomic_path
 
-PARTITION_SIZE = 1 << 22  # records sorted at once: 100 MB, and as much again for sorting
+PARTITION_SIZE = 1 << 22  # records sorted at once: 100 MB, plus another 100 MB for sorting
 
 
 class KeyIndex:
@@ -41,14 +41,14 @@ class KeyIndex:
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Look up keys, (N, 16) uint8; return their rows, (N,) int64.
 
-        The row is -1 for a key that is not in the index, and the first row for a key with several.
+        The row is -1 if a key is not in the index. If a key has several rows, the first row is returned.
         """
         high, low = split_keys(keys)
         rows = np.full(len(keys), -1, np.int64)
         pending = np.argsort(high)  # in sorted order, neighbouring lookups touch the same pages
         position = np.searchsorted(self.high, high[pending])
-        # Each round compares one entry per pending key. More than one round is needed only where the first halves are
-        # equal and the second halves differ.
+        # Each iteration compares one entry per pending key. More than one iteration is needed only for keys that have
+        # the same first half but different second halves.
         while len(pending):
             in_range = position < len(self)
             pending, position = pending[in_range], position[in_range]
@@ -64,8 +64,8 @@ def build_key_index(file: Path, keys: Iterable[np.ndarray]) -> int:
     """Write the index of a store's keys to `file` atomically; return the number of distinct keys.
 
     Args:
-        file: Path of the index, ending in .npy.
-        keys: Keys of all rows in order, in chunks of (n, 16) uint8.
+        file: Path of the index. It must end in .npy.
+        keys: Keys of all rows, in row order, as chunks of (n, 16) uint8.
     """
     with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as temporary_folder:
         records = Path(temporary_folder) / "records"
@@ -80,12 +80,12 @@ def build_key_index(file: Path, keys: Iterable[np.ndarray]) -> int:
                 repeated = (partition[1:, :2] == partition[:-1, :2]).all(axis=1)
                 distinct += len(partition) - int(repeated.sum())
             index.flush()
-            del index  # closes the map
+            del index  # closes the memory map
     return distinct
 
 
 def _with_row_numbers(keys: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield each chunk of keys with its row numbers, uint64, counted over all chunks."""
+    """Yield each chunk of keys with its row numbers, uint64. Row numbers continue across chunks."""
     start = 0
     for chunk in keys:
         yield chunk, np.arange(start, start + len(chunk), dtype=np.uint64)
@@ -93,7 +93,7 @@ def _with_row_numbers(keys: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, 
 
 
 def _allocate_on_disk(file: Path) -> None:
-    """Allocate the blocks of a file, so that a full disk raises OSError here; writing to the map would be a SIGBUS."""
+    """Allocate disk space for a file, so that a full disk raises OSError now rather than SIGBUS during writing."""
     if hasattr(os, "posix_fallocate"):
         with file.open("r+b") as stream:
             os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
@@ -103,11 +103,11 @@ def _allocate_on_disk(file: Path) -> None:
 
 
 def write_records(chunks: Iterable[tuple[np.ndarray, np.ndarray]], file: Path) -> int:
-    """Write records (first half of the key, second half, position) to a file; return their number.
+    """Write records (first half of the key, second half of the key, position) to a file; return the number of records.
 
     Args:
-        chunks: Keys (n, 16) uint8 with their positions (n,) uint64. Positions must increase over all chunks.
-        file: File to write: an array (number of records, 3) uint64 without header.
+        chunks: Keys, (n, 16) uint8, with their positions, (n,) uint64. Positions must increase across all chunks.
+        file: File to write. It contains an array (number of records, 3) uint64 without a header.
     """
     count = 0
     with file.open("wb") as stream:
@@ -118,22 +118,22 @@ def write_records(chunks: Iterable[tuple[np.ndarray, np.ndarray]], file: Path) -
 
 
 def sorted_partitions(file: Path, count: int) -> Iterator[np.ndarray]:
-    """Sort the `count` records of a file by key, then position; delete the file.
+    """Sort the `count` records in a file by key, then by position, and delete the file.
 
     Yields:
-        Consecutive parts of the sorted records, (n, 3) uint64. All records of a key are in the same part.
+        Consecutive parts of the sorted records, (n, 3) uint64. All records with the same key are in the same part.
     """
     bits = max(0, (count - 1) // PARTITION_SIZE).bit_length()
     for partition in _split_by_key(file, bits) if bits else [file]:
         records = np.fromfile(partition, np.uint64).reshape(-1, 3)
         partition.unlink()
         if len(records):
-            # lexsort is stable and positions increase within the file, so they need not be a sort key.
+            # Positions need not be a sort key, because lexsort is stable and positions increase within the file.
             yield records[np.lexsort((records[:, 1], records[:, 0]))]
 
 
 def _split_by_key(file: Path, bits: int) -> list[Path]:
-    """Split a file of records into 2 ** bits files by the first bits of the keys; delete the file."""
+    """Split a file of records into 2 ** bits files by the first bits of the keys, and delete the original file."""
     partitions = [file.with_name(f"{file.name}-{number}") for number in range(1 << bits)]
     with ExitStack() as stack:
         streams = [stack.enter_context(partition.open("wb")) for partition in partitions]
@@ -149,6 +149,6 @@ def _split_by_key(file: Path, bits: int) -> list[Path]:
 
 
 def split_keys(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Split keys, (N, 16) uint8, into two uint64 halves, (N,) each, that sort like the bytes."""
+    """Split keys, (N, 16) uint8, into two halves, each (N,) uint64, that sort in the same order as the bytes."""
     halves = np.ascontiguousarray(keys).view(">u8").astype(np.uint64)
     return halves[:, 0], halves[:, 1]

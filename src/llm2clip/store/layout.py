@@ -1,17 +1,18 @@
 """On-disk layout of the embedding store.
 
     store/
-      manifest.json          identity of the encoder, width, dtype, number of captions, shards with row ranges and
-                             checksums
-      keys-00000.parquet     per row, key of the caption and its number of tokens; in the metadata, the checksum of the
+      manifest.json          encoder identity, width, dtype, number of captions, and the row range and checksum of each
+                             shard
+      keys-00000.parquet     key and token count of the caption in each row; the metadata contains the checksum of the
                              embeddings
       embeddings-00000.npy   (rows, width) float16, int8 or float32, C order
-      scales-00000.npy       int8 only: factor of each row, (rows,) float32
-      index-1a2b3c4d.npy     key index, see `key_index`
+      scales-00000.npy       only for int8: scale factor of each row, (rows,) float32
+      index-1a2b3c4d.npy     key index; see `key_index`
 
-Each file of a shard is written to a temporary name, fsynced and renamed. The keys are written last, so a shard with a
-keys file is complete. Manifest and index only summarize the shards: both are rebuilt from them after an interrupt.
-Rows are found by the hash of the caption, never by position, so the data may be reordered, extended or filtered.
+Each file in a shard is written under a temporary name, fsynced and renamed. The keys file is written last, so a shard
+that has a keys file is complete. The manifest and the index only summarize the shards, and are rebuilt from the shards
+after an interruption. Rows are looked up by the hash of the caption, never by position, so the data may be reordered,
+extended or filtered.
 """
 
 from __future__ import annotations
@@ -38,21 +39,22 @@ T = TypeVar("T")
 DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float16", "int8", "float32")}
 MANIFEST = "manifest.json"
 KEY_BYTES = 16
-# All shards of a store share these three: identity of the encoder, embedding dimension ("width" on disk), dtype.
+# Properties that all shards of a store share: encoder identity, embedding dimension ("width" on disk) and dtype.
 StoreSpec = tuple[dict[str, Any], int, str]
 # Exceptions that reading a damaged JSON, Parquet or .npy file may raise.
 READ_ERRORS = (ValueError, KeyError, TypeError, OSError, EOFError, SyntaxError, TokenError, pa.ArrowException)
 
 
 class StoreError(ValueError):
-    """A store is damaged, was made by another encoder, is in use, or lacks a caption."""
+    """Raised if a store is damaged, was made by a different encoder, is in use, or does not contain a caption."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of a store: its number in file names, first row, number of rows, and checksum of embeddings and scales.
+    """A shard of a store.
 
-    The field names are keys of the manifest.
+    The fields are the shard's number in file names, its first row, its number of rows, and the checksum of its
+    embeddings and scales. The field names are keys in the manifest.
     """
 
     number: int
@@ -77,7 +79,7 @@ def scales_path(folder: Path, number: int) -> Path:
 
 
 def index_path(folder: Path, shards: Sequence[Shard]) -> Path:
-    """Return the path of the key index of exactly these shards; the name contains a hash of them."""
+    """Return the path of the key index for exactly these shards. The file name contains a hash of the shards."""
     digest = hashlib.sha256(repr([(s.number, s.rows, s.sha256) for s in shards]).encode()).hexdigest()
     return folder / f"index-{digest[:12]}.npy"
 
@@ -86,7 +88,7 @@ def index_path(folder: Path, shards: Sequence[Shard]) -> Path:
 
 
 def shard_numbers(folder: Path) -> list[int]:
-    """Return the sorted numbers of the complete shards."""
+    """Return the numbers of the complete shards, in ascending order."""
     numbers = []
     for path in folder.iterdir():
         match = re.fullmatch(r"keys-(\d{5,})\.parquet", path.name)
@@ -96,15 +98,15 @@ def shard_numbers(folder: Path) -> list[int]:
 
 
 def next_shard_number(folder: Path) -> int:
-    """Return the number after that of the last complete shard, or 0."""
+    """Return the number of the next shard: one more than the largest number of a complete shard, or 0."""
     return max(shard_numbers(folder), default=-1) + 1
 
 
 def read_shard_metadata(folder: Path, number: int) -> tuple[int, str, StoreSpec]:
-    """Read the number of rows, the checksum and the spec of a shard from the metadata of its keys file.
+    """Read a shard's number of rows, checksum and spec from the metadata of its keys file.
 
     Raises:
-        StoreError: the file cannot be read.
+        StoreError: The file cannot be read.
     """
     path = keys_path(folder, number)
     try:
@@ -116,18 +118,18 @@ def read_shard_metadata(folder: Path, number: int) -> tuple[int, str, StoreSpec]
 
 
 def read_shards(folder: Path, spec: StoreSpec | None = None) -> list[Shard]:
-    """List the complete shards in the order of their numbers, from the metadata of their keys files.
+    """List the complete shards in numerical order, as described by the metadata of their keys files.
 
     Raises:
-        StoreError: a keys file cannot be read, or its spec is not `spec`.
+        StoreError: A keys file cannot be read, or its spec differs from `spec`.
     """
     shards, start = [], 0
     for number in shard_numbers(folder):
         rows, sha256, shard_spec = read_shard_metadata(folder, number)
         if spec is not None and shard_spec != spec:
             raise StoreError(
-                f"{keys_path(folder, number)} was written by another encoder than this store. "
-                f"Run `llm2clip store repair {folder}` to delete that shard"
+                f"{keys_path(folder, number)} has a different encoder, dimension or dtype than the rest of this store. "
+                f"Run `llm2clip store repair {folder}` to delete this shard"
             )
         shards.append(Shard(number, start, rows, sha256))
         start += rows
@@ -135,10 +137,10 @@ def read_shards(folder: Path, spec: StoreSpec | None = None) -> list[Shard]:
 
 
 def read_keys(folder: Path, shard: Shard) -> np.ndarray:
-    """Read the keys of a shard's rows, (rows, 16) uint8.
+    """Read the keys of all rows in a shard, (rows, 16) uint8.
 
     Raises:
-        StoreError: the keys cannot be read, or their number differs from the number of rows.
+        StoreError: The keys cannot be read, or the number of keys differs from the number of rows.
     """
     path = keys_path(folder, shard.number)
     try:
@@ -152,7 +154,7 @@ def read_keys(folder: Path, shard: Shard) -> np.ndarray:
 
 
 def shard_checksum(folder: Path, number: int) -> str:
-    """Compute the SHA-256 of a shard's embeddings and, if it has them, scales."""
+    """Compute the SHA-256 hash of a shard's embeddings and, if there are any, its scales."""
     combined = hashlib.sha256()
     for path in (embeddings_path(folder, number), scales_path(folder, number)):
         if path.is_file():
@@ -162,7 +164,7 @@ def shard_checksum(folder: Path, number: int) -> str:
 
 
 def damage_error(path: Path, reason: object) -> StoreError:
-    """Return the error to raise for a damaged file of a store."""
+    """Return the error to raise for a damaged file in a store."""
     return StoreError(f"{path} is damaged ({reason}). Run `llm2clip store repair {path.parent}`")
 
 
@@ -170,10 +172,10 @@ def damage_error(path: Path, reason: object) -> StoreError:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check the manifest of a store.
+    """Read and check a store's manifest.
 
     Raises:
-        StoreError: the manifest is missing, damaged or inconsistent.
+        StoreError: The manifest is missing, damaged or inconsistent.
     """
     file = folder / MANIFEST
     if not file.is_file():
@@ -183,9 +185,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         shards = [Shard(**shard) for shard in manifest["shards"]]
         starts = [0, *accumulate(shard.rows for shard in shards)]
         if manifest["fingerprint"] != fingerprint(manifest["identity"]):
-            raise ValueError("fingerprint and identity contradict each other")
+            raise ValueError("the fingerprint does not match the identity")
         if [shard.start for shard in shards] != starts[:-1]:
-            raise ValueError("the shards' first rows and numbers of rows contradict each other")
+            raise ValueError("the first rows of the shards do not match the numbers of rows")
         int(manifest["width"]), DTYPES[manifest["dtype"]], int(manifest["captions"])
     except READ_ERRORS as error:
         raise damage_error(file, repr(error)) from error
@@ -193,7 +195,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def store_spec(manifest: dict[str, Any]) -> StoreSpec:
-    """Return what all shards of the manifest's store share."""
+    """Return the spec that all shards of a store must have, from the store's manifest."""
     return manifest["identity"], manifest["width"], manifest["dtype"]
 
 
@@ -203,26 +205,26 @@ def check_identity(stored: dict[str, Any], expected: dict[str, Any], path: Path 
     Args:
         stored: Identity of the encoder that made the embeddings.
         expected: Identity of the expected encoder.
-        path: Store or file of the embeddings, for the message.
+        path: Store or file with the embeddings, for the error message.
 
     Raises:
-        StoreError: the encoders differ; the message lists each setting that differs, with both values.
+        StoreError: The encoders differ. The message lists all settings that differ, with both values.
     """
     if fingerprint(stored) == fingerprint(expected):
         return
     names = sorted(name for name in stored.keys() | expected.keys() if stored.get(name) != expected.get(name))
     differences = "; ".join(f"{name}: {stored.get(name)!r}, expected {expected.get(name)!r}" for name in names)
-    raise StoreError(f"{path} was made by another encoder ({differences}). Use that encoder, or another folder")
+    raise StoreError(f"{path} was made by a different encoder ({differences}). Use that encoder, or another folder")
 
 
 # ---- keys ----------------------------------------------------------------------------------------------------------
 
 
 def caption_keys(captions: Sequence[str]) -> np.ndarray:
-    """Return the keys of captions, (N, 16) uint8: the first 16 bytes of the SHA-256 of the text.
+    """Return the keys of captions, (N, 16) uint8: the first 16 bytes of each caption's SHA-256 hash.
 
     Raises:
-        StoreError: a caption contains a lone surrogate, which UTF-8 cannot encode.
+        StoreError: A caption contains a lone surrogate, which cannot be encoded in UTF-8.
     """
     try:
         return np.frombuffer(b"".join(map(caption_key, captions)), np.uint8).reshape(-1, KEY_BYTES)
@@ -231,7 +233,7 @@ def caption_keys(captions: Sequence[str]) -> np.ndarray:
 
 
 def iter_chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yield lists of `size` items; the last may be shorter."""
+    """Yield lists of `size` items. The last list may be shorter."""
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
@@ -241,7 +243,7 @@ def iter_chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def remove_temp_files(folder: Path) -> list[str]:
-    """Delete temporary files that killed processes left behind, also those of version 0.1; return their names."""
+    """Delete temporary files left behind by killed processes, including those from version 0.1; return their names."""
     leftovers = [path for pattern in (".*.part", ".*.part.*", ".*.tmp", ".index-*") for path in folder.glob(pattern)]
     leftovers = sorted(set(leftovers))
     for path in leftovers:

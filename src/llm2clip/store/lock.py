@@ -1,4 +1,4 @@
-"""Lock of a folder that one run at a time may write to."""
+"""Folder lock, which ensures that only one run at a time writes to a folder."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from llm2clip.store.layout import StoreError
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder. The operating system releases it when the process ends, even if it is killed.
+    """Hold a lock on a folder. The operating system releases the lock when the process ends, even if it is killed.
 
-    On file systems without locks nothing is locked.
+    On file systems that do not support locks, nothing is locked.
 
     Raises:
-        StoreError: another run holds the lock.
+        StoreError: Another run holds the lock.
     """
     lock = FileLock(folder / ".lock", timeout=0)
     try:
@@ -29,7 +29,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
             f"another run is writing to {folder}. Wait until it has finished, or use another folder"
         ) from None
     except NotImplementedError:
-        pass  # before filelock 3.20: no locks on this file system
+        pass  # raised by filelock < 3.20 if the file system does not support locks
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise

@@ -1,4 +1,4 @@
-"""Repair of damaged stores, and merging of stores from several machines. Neither encodes captions."""
+"""Repairing damaged stores, and merging stores from several machines. Neither operation encodes captions."""
 
 from __future__ import annotations
 
@@ -35,15 +35,16 @@ from llm2clip.store.writer import StoreWriter, write_manifest
 
 
 def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
-    """Delete damaged shards and incomplete files; write manifest and index again from the intact shards.
+    """Delete damaged shards and incomplete files; rewrite the manifest and the index from the intact shards.
 
-    `llm2clip embed` encodes the captions of deleted shards again.
+    To encode the captions of deleted shards again, run `llm2clip embed`.
 
     Returns:
         The names of the deleted files.
 
     Raises:
-        StoreError: neither the manifest nor any shard names the encoder, or another run is writing to the store.
+        StoreError: The encoder is unknown because the manifest and all shards are damaged, or another run is writing to
+            the store.
     """
     folder = Path(folder)
     deleted: list[str] = []
@@ -54,9 +55,9 @@ def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
         except StoreError as error:
             if not specs:
                 raise StoreError(
-                    f"{folder} has no intact manifest or shard. Delete it and run `llm2clip embed`"
+                    f"{folder} has no intact manifest and no intact shard. Delete it and run `llm2clip embed`"
                 ) from error
-            spec = max(specs, key=specs.count)  # that of most shards
+            spec = max(specs, key=specs.count)  # the most common spec
         for number in damaged_shards(folder, read_shards(folder), spec, progress):
             _delete(keys_path(folder, number), deleted)
         deleted += remove_temp_files(folder)
@@ -80,7 +81,7 @@ def _readable_specs(folder: Path, deleted: list[str]) -> list[StoreSpec]:
 
 
 def _delete_incomplete_shards(folder: Path, deleted: list[str]) -> None:
-    """Delete files of shards that lack their keys or their embeddings: of interrupted writes, or damaged."""
+    """Delete the files of shards without keys or embeddings, which are left by interrupted writes or damage."""
     complete = set(shard_numbers(folder))
     for path in sorted(folder.iterdir()):
         match = re.fullmatch(r"(?:embeddings|scales|keys)-(\d{5,})\.(?:npy|parquet)", path.name)
@@ -97,13 +98,13 @@ def _delete(path: Path, deleted: list[str]) -> None:
 
 
 def merge_stores(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingStore:
-    """Add the shards of `sources` to the store at `out`, as hard links if the file system supports them, else copies.
+    """Add the shards of `sources` to the store at `out`. Files are hard-linked or, if that is not possible, copied.
 
-    Shards that `out` already has are skipped, so that merging may be repeated. A caption of several stores is read from
-    the first of them.
+    Shards that are already in `out` are skipped, so the merge can be repeated. If several stores contain a caption, its
+    embedding is read from the first of these stores.
 
     Raises:
-        StoreError: a source is damaged, or the sources differ in encoder, dimension or dtype.
+        StoreError: A source is damaged, or the sources differ in encoder, dimension or dtype.
     """
     out, folders = Path(out), [Path(source) for source in sources]
     identity, embed_dim, dtype = _check_sources(folders)
@@ -128,7 +129,7 @@ def merge_stores(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingSto
 
 
 def _check_sources(folders: Sequence[Path]) -> StoreSpec:
-    """Check that stores can be merged; return their common spec."""
+    """Check that stores can be merged; return the spec that they share."""
     if not folders:
         raise StoreError("no stores to merge")
     manifests = [read_manifest(folder) for folder in folders]
@@ -137,10 +138,10 @@ def _check_sources(folders: Sequence[Path]) -> StoreSpec:
         for name in ("width", "dtype"):
             if manifest[name] != manifests[0][name]:
                 raise StoreError(
-                    f"cannot merge: {folder} has {name} {manifest[name]}, {folders[0]} has {manifests[0][name]}"
+                    f"cannot merge: {folder} has {name} {manifest[name]}, but {folders[0]} has {manifests[0][name]}"
                 )
     for folder, manifest in zip(folders, manifests, strict=True):
-        # All shards in the folder: after an interrupt, the manifest may lack some.
+        # Check all shards in the folder, because the manifest may be incomplete after an interruption.
         damaged = damaged_shards(folder, read_shards(folder), store_spec(manifest))
         if damaged:
             raise StoreError(f"{folder} has damaged shards: {damaged}. Run `llm2clip store repair {folder}`")
@@ -153,7 +154,7 @@ def _shard_content(folder: Path, shard: Shard) -> tuple[str, str]:
 
 
 def _link_shard(source: Path, source_number: int, out: Path, number: int) -> None:
-    """Link or copy the files of a shard to another store; the keys last, because they mark the shard as complete."""
+    """Link or copy a shard's files to another store. The keys come last, because they mark the shard as complete."""
     for file_path in (embeddings_path, scales_path, keys_path):
         file = file_path(source, source_number)
         if not file.is_file():  # only int8 stores have scales

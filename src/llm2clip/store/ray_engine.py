@@ -1,8 +1,8 @@
-"""Encoding of captions into a store on a Ray cluster whose workers may come and go.
+"""Encoding of captions into a store on a Ray cluster, which workers may join or leave at any time.
 
-The driver reads and deduplicates the captions. Each worker opens the encoder once and takes one shard after the other
-from the store's folder, which all machines must see. If a worker dies, Ray gives its shard to another. The store is the
-same as that of `encode.embed`.
+The driver reads and deduplicates the captions. Each worker loads the encoder once and then processes one shard after
+another from the store's folder, which must be accessible to all machines. If a worker dies, Ray reassigns its shard to
+another worker. The resulting store is the same as with `encode.embed`.
 """
 
 from __future__ import annotations
@@ -35,18 +35,19 @@ def embed_with_ray(
     precision: str = "auto",
     dtype: str = "float16",
 ) -> EmbeddingStore:
-    """Encode captions into the store at `folder`, on the Ray cluster of RAY_ADDRESS or else on this machine.
+    """Encode captions into the store at `folder`, on the Ray cluster at RAY_ADDRESS or, if unset, on this machine.
 
     Args:
         captions, shard_size, batch_tokens, precision, dtype: See `encode.embed`.
-        open_encoder: Opens the encoder; called once in the driver, for the identity, and once in each worker.
+        open_encoder: Function that loads the encoder. It is called once in the driver, to get the encoder's identity,
+            and once in each worker.
         folder: Folder of the store, on a file system that all machines share.
-        workers: Number of workers. 0 means one per GPU of the cluster, or one per two CPUs without GPUs.
+        workers: Number of workers. 0 means one per GPU in the cluster or, without GPUs, one per two CPUs.
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
-        ValueError: the command was started with several processes.
-        StoreError: the store was made by another encoder, or another run is writing to it.
+        ValueError: The command was started with several processes.
+        StoreError: The store was made by a different encoder, or another run is writing to it.
     """
     try:
         import ray
@@ -58,7 +59,7 @@ def embed_with_ray(
     encoder = open_encoder()
     precision = resolve_precision(precision, encoder, Path(folder))
     identity, embed_dim = encoder.identity(precision), encoder.embed_dim
-    del encoder  # before the workers start: they need the memory
+    del encoder  # free the memory for the workers before they start
     gc.collect()
     torch.cuda.empty_cache()
     start_ray = not ray.is_initialized()

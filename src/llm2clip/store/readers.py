@@ -1,8 +1,9 @@
-"""Readers of rows from the files of a store: memory maps, or positional reads for stores larger than memory.
+"""Readers for the embeddings in a store: memory maps, or positional reads for stores larger than memory.
 
-A memory map makes the operating system read ahead around every row. If the store is larger than memory, these pages are
-evicted before they are used. `PreadReader` therefore reads each row with its own positional read, from several threads,
-and advises the operating system that access is random. Both readers visit rows in the order of their place on disk.
+With a memory map, the operating system reads ahead around every row. If the store is larger than memory, these pages
+are evicted before they are used. `PreadReader` therefore reads each run of consecutive rows with its own positional
+read, uses several threads, and tells the operating system that access is random. Both readers read rows in the order in
+which they are stored on disk.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from llm2clip.store.layout import (
 
 T = TypeVar("T")
 THREADS = 16  # concurrent positional reads, so that the disk can reorder them
-MAX_OPEN_FILES = 256  # of each kind; a process may often open about a thousand
+MAX_OPEN_FILES = 256  # per cache; the usual limit is about a thousand open files per process
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class ShardRows:
     """Rows to read from one shard.
 
     Attributes:
-        shard: Position of the shard in the list of shards.
-        rows: Ascending row numbers within the shard, (n,) int64.
-        out: Array to fill, (n, embed_dim), in the dtype of the store.
+        shard: Index of the shard in the list of shards.
+        rows: Row numbers within the shard in ascending order, (n,) int64.
+        out: Array to fill, (n, embed_dim), in the store's dtype.
     """
 
     shard: int
@@ -54,13 +55,13 @@ class ShardRows:
 
 
 class RowReader(ABC):
-    """Reads embeddings by row number. Subclasses read the stored values of one shard."""
+    """Reads embeddings by row number. Subclasses implement how stored values are read from the shards."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str) -> None:
         """Check the files of all shards.
 
         Raises:
-            StoreError: a file is missing or has the wrong size.
+            StoreError: A file is missing or has the wrong size.
         """
         self.folder, self.shards, self.embed_dim, self.dtype = folder, list(shards), embed_dim, DTYPES[dtype]
         ends = [shard.start + shard.rows for shard in shards]
@@ -74,10 +75,10 @@ class RowReader(ABC):
             self.scales = LRUCache(lambda n: _memory_map(scales_path(folder, shards[n].number)))
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Read rows, (N,) int64; return (N, embed_dim) float32 in the given order.
+        """Read the embeddings in the given rows, (N,) int64; return (N, embed_dim) float32 in the given order.
 
         Raises:
-            IndexError: a row number is out of range.
+            IndexError: A row number is out of range.
         """
         total = int(self.bounds[-1]) if len(self.bounds) else 0
         if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < total):
@@ -87,9 +88,9 @@ class RowReader(ABC):
         stored = np.empty((len(rows), self.embed_dim), self.dtype)
         parts = self._split_by_shard(sorted_rows, stored)
         self._read(parts)
-        position = np.empty_like(order)  # of each requested row among the sorted ones
+        position = np.empty_like(order)  # of each requested row in `sorted_rows`
         position[order] = np.arange(len(order))
-        # torch is faster than NumPy here, and uses several threads.
+        # torch is faster than NumPy here, because it uses several threads.
         embeddings = torch.from_numpy(stored)[torch.from_numpy(position)].float()
         if self.scales is not None:
             scales = np.concatenate([np.empty(0, np.float32), *(self.scales[p.shard][p.rows] for p in parts)])
@@ -97,7 +98,7 @@ class RowReader(ABC):
         return embeddings.numpy()
 
     def _split_by_shard(self, sorted_rows: np.ndarray, out: np.ndarray) -> list[ShardRows]:
-        """Split rows, and the array to fill, by the shard that holds them."""
+        """Split the rows and the array to fill by shard."""
         parts = []
         cuts = np.searchsorted(sorted_rows, self.bounds)
         for shard, (start, stop) in enumerate(pairwise(cuts)):
@@ -108,7 +109,7 @@ class RowReader(ABC):
 
     @abstractmethod
     def _read(self, parts: list[ShardRows]) -> None:
-        """Fill `out` of each part with the stored values of its rows."""
+        """Fill the `out` array of each part with the stored values of its rows."""
 
 
 class MmapReader(RowReader):
@@ -120,12 +121,12 @@ class MmapReader(RowReader):
 
     def _read(self, parts: list[ShardRows]) -> None:
         for part in parts:
-            # All rows are in range; with mode="raise", NumPy would copy the output twice.
+            # All rows are in range. With mode="raise", NumPy would also buffer the output.
             np.take(self.maps[part.shard], part.rows, axis=0, out=part.out, mode="clip")
 
 
 class PreadReader(RowReader):
-    """Reads each run of consecutive rows with one positional read, several at a time."""
+    """Reads each run of consecutive rows with a single positional read. Several threads read in parallel."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str) -> None:
         super().__init__(folder, shards, embed_dim, dtype)
@@ -136,9 +137,9 @@ class PreadReader(RowReader):
         self.process_id, self.pool, self.lock = os.getpid(), ThreadPoolExecutor(THREADS), Lock()
 
     def _read(self, parts: list[ShardRows]) -> None:
-        if self.process_id != os.getpid():  # after a fork: the parent's threads do not exist in this process
+        if self.process_id != os.getpid():  # after a fork, the parent's threads do not exist in this process
             self._start_threads()
-        with self.lock:  # else another thread's call could close a file that is being read
+        with self.lock:  # without the lock, a call from another thread could close a file that is being read
             for first in range(0, len(parts), MAX_OPEN_FILES):
                 self._read_parts(parts[first : first + MAX_OPEN_FILES])
 
@@ -155,7 +156,7 @@ class PreadReader(RowReader):
         chunk_size = -(-len(reads) // (4 * THREADS)) or 1
         chunks = [reads[i : i + chunk_size] for i in range(0, len(reads), chunk_size)]
         for _ in self.pool.map(_read_chunk, chunks):
-            pass  # raises what a thread has raised
+            pass  # iterating re-raises exceptions from the threads
 
     def _open(self, n: int) -> int:
         file = os.open(embeddings_path(self.folder, self.shards[n].number), os.O_RDONLY)
@@ -164,7 +165,7 @@ class PreadReader(RowReader):
         return file
 
     def __del__(self) -> None:
-        if hasattr(self, "files"):  # not if __init__ has raised
+        if hasattr(self, "files"):  # not set if __init__ raised
             self.files.clear()
 
 
@@ -175,7 +176,7 @@ def _read_chunk(reads: Sequence[tuple[int, memoryview, int]]) -> None:
 
 
 class LRUCache(Generic[T]):
-    """Open files or maps of the most recently used shards."""
+    """Cache of open files or memory maps for the most recently used shards."""
 
     def __init__(self, open_item: Callable[[int], T], close_item: Callable[[T], object] | None = None) -> None:
         self.open_item, self.close_item = open_item, close_item
@@ -207,10 +208,10 @@ def _memory_map(file: Path) -> np.ndarray:
 
 
 def _data_offset(path: Path, rows: int, row_bytes: int) -> int:
-    """Return the offset of the data in a .npy file, after checking its shape and size.
+    """Check the shape and size of a .npy file; return the offset of its data.
 
     Raises:
-        StoreError: the file is missing, or does not have `rows` rows of `row_bytes` bytes.
+        StoreError: The file is missing, or does not contain `rows` rows of `row_bytes` bytes each.
     """
     if not path.is_file():
         raise StoreError(f"{path} is missing. Run `llm2clip store repair {path.parent}`")
@@ -233,7 +234,7 @@ def _data_offset(path: Path, rows: int, row_bytes: int) -> int:
 
 
 def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the number of bytes that this process can still allocate, limited by the machine and its control group."""
+    """Return how many bytes this process can still allocate, given the limits of the machine and its control group."""
     available = int(psutil.virtual_memory().available)
     limit_file, usage_file, stat_file = (cgroup / f"memory.{name}" for name in ("max", "current", "stat"))
     if not (limit_file.is_file() and usage_file.is_file()):
@@ -242,6 +243,6 @@ def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     if limit == "max":
         return available
     stat = stat_file.read_text() if stat_file.is_file() else ""
-    reclaimable = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)  # cached pages of files
+    reclaimable = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)  # cached file pages
     left = int(limit) - int(usage_file.read_text()) + (int(reclaimable[1]) if reclaimable else 0)
     return min(available, left)

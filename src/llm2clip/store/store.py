@@ -1,7 +1,7 @@
-"""Read access to an embedding store: the embedding of every caption of a data set, by one encoder.
+"""Read access to an embedding store, which contains an encoder's embedding of every caption in a data set.
 
-`EmbeddingStore.rows` looks captions up and `EmbeddingStore.take` reads their embeddings, in any order. See `layout` for
-the files of a store.
+`EmbeddingStore.rows` looks up captions, and `EmbeddingStore.take` reads their embeddings in any order. The files in a
+store are described in `layout`.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ LOOKUP_CHUNK = 1 << 18  # captions hashed and looked up at once
 
 
 class EmbeddingStore:
-    """Read access to a store that `llm2clip embed` has finished.
+    """Read access to a store that was written completely by `llm2clip embed`.
 
-    Pickling copies only the path of the folder: worker processes open the store again.
+    Pickling copies only the folder's path and the read mode, so that worker processes reopen the store.
     """
 
     def __init__(self, folder: str | Path, read_mode: ReadMode = "auto") -> None:
@@ -54,11 +54,11 @@ class EmbeddingStore:
 
         Args:
             folder: Folder of the store.
-            read_mode: "mmap" reads embeddings through memory maps, "pread" with positional reads. "auto" chooses mmap
-                if the embeddings take less than half of the available memory.
+            read_mode: "mmap" reads embeddings through memory maps; "pread" uses positional reads. "auto" means "mmap"
+                if the embeddings take less than half of the available memory, otherwise "pread".
 
         Raises:
-            StoreError: the folder has no finished store, or a shard is missing or has the wrong size.
+            StoreError: The folder does not contain a complete store, or a shard is missing or has the wrong size.
         """
         self.folder, self.read_mode = Path(folder), read_mode
         self.manifest: dict[str, Any] = read_manifest(self.folder)
@@ -74,7 +74,7 @@ class EmbeddingStore:
         self._index = self._open_index()
 
     def _open_index(self) -> KeyIndex:
-        """Open the index of the keys; build it if it is missing or damaged."""
+        """Open the key index; build it if it is missing or damaged."""
         file = index_path(self.folder, self.shards)
         if file.is_file():
             try:
@@ -82,7 +82,7 @@ class EmbeddingStore:
                 if len(index) == self._total_rows:
                     return index
             except READ_ERRORS:
-                pass  # damaged, so it is built again below
+                pass  # the index is damaged and is rebuilt below
         build_key_index(file, (read_keys(self.folder, shard) for shard in self.shards))
         return KeyIndex(file)
 
@@ -104,7 +104,7 @@ class EmbeddingStore:
         """Look up captions; return their rows, (N,) int64.
 
         Raises:
-            StoreError: a caption is not in the store; the message quotes it.
+            StoreError: A caption is not in the store. The message quotes the caption.
         """
         parts = [np.empty(0, np.int64)]
         for chunk in iter_chunks(captions, LOOKUP_CHUNK):
@@ -113,24 +113,24 @@ class EmbeddingStore:
             if missing.any():
                 caption = chunk[int(missing.argmax())]
                 raise StoreError(
-                    f"{self.folder} has no embedding of the caption {caption[:120]!r}; run `llm2clip embed`"
+                    f"{self.folder} has no embedding for the caption {caption[:120]!r}. Run `llm2clip embed`"
                 )
             parts.append(rows)
         return np.concatenate(parts)
 
     def take(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Read the embeddings of rows, in the given order; return (N, embed_dim) float32.
+        """Read the embeddings in the given rows, in the given order; return (N, embed_dim) float32.
 
         Raises:
-            IndexError: a row number is out of range.
+            IndexError: A row number is out of range.
         """
         return self._reader.take(np.asarray(rows, dtype=np.int64))
 
     def verify(self, progress: bool = False) -> None:
-        """Read every shard and compare its checksum; build the index again and compare it.
+        """Verify the checksum of every shard, and compare the index with a rebuilt index.
 
         Raises:
-            StoreError: shards or the index are damaged; the message names them.
+            StoreError: Shards or the index are damaged. The message names the damaged shards or the index file.
         """
         damaged = damaged_shards(self.folder, self.shards, store_spec(self.manifest), progress)
         if damaged:
@@ -144,9 +144,7 @@ class EmbeddingStore:
             rebuilt = Path(temporary) / index.name
             build_key_index(rebuilt, (read_keys(self.folder, shard) for shard in self.shards))
             if not filecmp.cmp(index, rebuilt, shallow=False):
-                raise StoreError(
-                    f"{index} is damaged. Run `llm2clip store repair {self.folder}` to build the index again"
-                )
+                raise StoreError(f"{index} is damaged. Run `llm2clip store repair {self.folder}` to rebuild the index")
 
 
 def damaged_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, progress: bool = False) -> list[int]:
@@ -180,9 +178,9 @@ def damaged_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, progr
 
 
 def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
-    """Remove the captions that the tokenizer could not encode: the store has no embeddings of them.
+    """Remove captions that the tokenizer could not encode, because the store has no embeddings for them.
 
-    Records without any other caption are dropped.
+    Records with no remaining captions are dropped.
     """
     refused = {row["caption"] for row in refused_captions(store.folder)}
     if not refused:
@@ -199,5 +197,5 @@ def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> l
 
 
 def refused_captions(folder: Path) -> list[dict[str, Any]]:
-    """Read the captions that the tokenizer could not encode, as {"caption": ..., "why": ...}, from refused-*.jsonl."""
+    """Read the captions that the tokenizer could not encode from refused-*.jsonl, as {"caption": ..., "why": ...}."""
     return [row for file in sorted(folder.glob("refused-*.jsonl")) for _, row in read_jsonl(file)]

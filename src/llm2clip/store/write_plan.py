@@ -1,4 +1,4 @@
-"""Preparation of a store before new captions are encoded, and completion afterwards, for any number of processes."""
+"""Preparation of a store before new captions are encoded, and finalization afterwards, for any number of processes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class WritePlan:
     """The shards that are missing from a store.
 
     Attributes:
-        writer: Writer of the store.
-        incoming: Folder of the captions to encode; `PendingCaptions` reads it.
-        shards: Number of each missing shard, with its slice of the pending captions.
+        writer: Writer that adds shards to the store.
+        incoming: Folder with the captions to encode, for `PendingCaptions`.
+        shards: (shard number, slice of the pending captions) for each missing shard.
     """
 
     writer: StoreWriter
@@ -48,21 +48,22 @@ def open_for_writing(
     dtype: str,
     shard_size: int,
 ) -> Iterator[WritePlan]:
-    """Read the captions and yield the shards that are missing; on success, write manifest and index.
+    """Read the captions and yield a plan of the missing shards; on success, write the manifest and the index.
 
-    All processes must enter and leave together. The main process locks the store, checks the existing shards and
-    deduplicates the captions; captions that are in the store, or that the tokenizer could not encode, are skipped.
+    All processes must enter and leave this context together. The main process locks the store, verifies the existing
+    shards and deduplicates the captions. Captions that are already in the store, or that the tokenizer could not
+    encode, are skipped.
 
     Args:
-        captions: Texts, or names of images, with or without duplicates; only the main process reads them, once.
+        captions: Texts or image names, with or without duplicates. Only the main process reads them, and only once.
         folder: Folder of the store.
         identity: Identity of the encoder.
         embed_dim: Embedding dimension.
-        dtype: dtype of the store.
-        shard_size: Captions per shard.
+        dtype: Stored dtype.
+        shard_size: Number of captions per shard.
 
     Raises:
-        StoreError: the store is damaged, was made by another encoder, or another run is writing to it.
+        StoreError: The store is damaged or was made by a different encoder, or another run is writing to it.
     """
     state, folder = process_state(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,17 +75,17 @@ def open_for_writing(
             _prepare(writer, captions, incoming)
         state.wait_for_everyone()
         shards = _missing_shards(folder, incoming, shard_size)
-        state.wait_for_everyone()  # no process may add a shard before all have listed the existing ones
+        state.wait_for_everyone()  # no process may add a shard before all processes have listed the existing shards
         yield WritePlan(writer, incoming, shards)
         state.wait_for_everyone()
         if state.is_main_process:
             writer.finish()
-            shutil.rmtree(incoming, ignore_errors=True)  # network file systems may keep files that are still open
+            shutil.rmtree(incoming, ignore_errors=True)  # on network file systems, files that are still open may remain
         state.wait_for_everyone()
 
 
 def _prepare(writer: StoreWriter, captions: Iterable[str], incoming: Path) -> None:
-    """Clean up after an interrupted run, verify the existing shards and deduplicate the captions."""
+    """Clean up after an interrupted run, verify the existing shards, and deduplicate the captions."""
     folder = writer.folder
     shutil.rmtree(incoming, ignore_errors=True)
     incoming.mkdir(exist_ok=True)

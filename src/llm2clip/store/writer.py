@@ -1,4 +1,4 @@
-"""Writing shards of a store, and the manifest and key index that summarize them."""
+"""Writing of store shards, and of the manifest and key index that summarize the shards."""
 
 from __future__ import annotations
 
@@ -37,25 +37,26 @@ from llm2clip.store.layout import (
 class StoreWriter:
     """Adds shards to a store.
 
-    Several processes may write shards of different numbers at the same time. One of them calls `finish` afterwards.
+    Several processes may write shards with distinct numbers at the same time. Afterwards, one process must call
+    `finish`.
     """
 
     def __init__(self, folder: str | Path, identity: dict[str, Any], embed_dim: int, dtype: str = "float16") -> None:
-        """Create the store at `folder`, or continue it.
+        """Create a store at `folder`, or prepare to add shards to an existing store.
 
         Args:
             folder: Folder of the store.
-            identity: Identity of the encoder, see `fingerprint`.
+            identity: Identity of the encoder; see `fingerprint`.
             embed_dim: Embedding dimension.
-            dtype: float16, float32, or int8 with a scale per row.
+            dtype: Stored dtype: float16, float32, or int8 with a scale per row.
 
         Raises:
-            StoreError: the store was made by another encoder, or has another dimension or dtype; the message lists the
+            StoreError: An existing store has a different encoder, dimension or dtype. The message lists the
                 differences.
         """
         if dtype not in DTYPES:
-            raise StoreError(f"dtype of a store must be {', '.join(DTYPES)} (got {dtype!r})")
-        identity = json.loads(json.dumps(identity))  # tuples become lists, as in the stored identity
+            raise StoreError(f"the dtype of a store must be one of {', '.join(DTYPES)} (got {dtype!r})")
+        identity = json.loads(json.dumps(identity))  # converts tuples to lists, as in the stored identity
         self.folder, self.identity, self.embed_dim, self.dtype = Path(folder), identity, embed_dim, dtype
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / MANIFEST).is_file():
@@ -70,16 +71,16 @@ class StoreWriter:
             self.finish()
 
     def write(self, number: int, captions: Sequence[str], tokens: Sequence[int], embeddings: np.ndarray) -> None:
-        """Write one shard of captions atomically.
+        """Write a shard atomically.
 
         Args:
-            number: Number of the shard; no shard with this number may exist.
-            captions: N texts.
-            tokens: N lengths in tokens, stored for planning and for plots against length.
-            embeddings: (N, embed_dim) floats.
+            number: Number of the new shard. No shard with this number may exist.
+            captions: N captions.
+            tokens: N token counts. They are stored for resource estimates and for plots against caption length.
+            embeddings: Floating-point embeddings, (N, embed_dim).
 
         Raises:
-            StoreError: a value is not finite, or too large for float16.
+            StoreError: A value is not finite, or is too large for float16.
         """
         self.write_keyed(number, caption_keys(captions), tokens, embeddings, captions)
 
@@ -91,10 +92,10 @@ class StoreWriter:
         embeddings: np.ndarray,
         captions: Sequence[str] | None = None,
     ) -> None:
-        """Write one shard by keys, (N, 16) uint8, instead of captions. `captions` are used in error messages only.
+        """Write a shard, given keys, (N, 16) uint8, instead of captions. `captions` is used only in error messages.
 
         Raises:
-            StoreError: a value is not finite or too large for float16, or the shapes do not fit the store.
+            StoreError: A value is not finite or is too large for float16, or a shape does not match the store.
         """
         self._check_shapes(keys, tokens, embeddings)
         self._check_values(keys, embeddings, captions)
@@ -104,7 +105,7 @@ class StoreWriter:
         if scales is not None:
             with atomic_path(scales_path(self.folder, number)) as temporary:
                 np.save(temporary, scales, allow_pickle=False)
-        # Keys last: they mark the shard as complete.
+        # The keys are written last, because they mark the shard as complete.
         buffer = pa.py_buffer(np.ascontiguousarray(keys).tobytes())
         key_column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(keys), [None, buffer])
         table = pa.table({"key": key_column, "tokens": pa.array(tokens, pa.int32())})
@@ -119,15 +120,15 @@ class StoreWriter:
             pq.write_table(table.replace_schema_metadata(metadata), temporary, write_page_checksum=True)
 
     def finish(self) -> None:
-        """Write the key index and the manifest of the complete shards."""
+        """Write the key index and the manifest for the complete shards."""
         write_manifest(self.folder, self.identity, self.embed_dim, self.dtype)
 
     def _check_shapes(self, keys: np.ndarray, tokens: Sequence[int], embeddings: np.ndarray) -> None:
         count = len(embeddings)
         if keys.shape != (count, KEY_BYTES) or embeddings.shape[1:] != (self.embed_dim,) or len(tokens) != count:
             raise StoreError(
-                f"{self.folder} needs embeddings of {self.embed_dim} dimensions, each with a key and a token count "
-                f"(got embeddings {embeddings.shape}, keys {keys.shape}, {len(tokens)} token counts)"
+                f"{self.folder} needs embeddings with {self.embed_dim} dimensions, each with a key and a token count "
+                f"(got embeddings of shape {embeddings.shape}, keys of shape {keys.shape}, {len(tokens)} token counts)"
             )
 
     def _check_values(self, keys: np.ndarray, embeddings: np.ndarray, captions: Sequence[str] | None) -> None:
@@ -138,14 +139,16 @@ class StoreWriter:
         if invalid.any():
             row = int(invalid.argmax())
             name = repr(captions[row][:120]) if captions else f"key {keys[row].tobytes().hex()}"
-            raise StoreError(f"the embedding of {name} is not finite in {self.dtype}. Check the encoder's weights")
+            raise StoreError(
+                f"the embedding of {name} has values that are not finite in {self.dtype}. Check the encoder's weights"
+            )
 
 
 def write_manifest(folder: Path, identity: dict[str, Any], embed_dim: int, dtype: str) -> None:
-    """Write the key index and the manifest of a folder's complete shards; delete older indexes.
+    """Write the key index and the manifest for a folder's complete shards; delete older indexes.
 
     Raises:
-        StoreError: a shard has another identity, dimension or dtype.
+        StoreError: A shard has a different identity, dimension or dtype.
     """
     shards = read_shards(folder, (identity, embed_dim, dtype))
     index = index_path(folder, shards)
@@ -164,11 +167,11 @@ def write_manifest(folder: Path, identity: dict[str, Any], embed_dim: int, dtype
 
 
 def quantize_rows(embeddings: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Convert embeddings (N, embed_dim) to the dtype of a store.
+    """Convert embeddings, (N, embed_dim), to the dtype of a store.
 
     Returns:
-        The converted embeddings; for int8 also the factor of each row, (N,) float32, chosen so that the row's largest
-        absolute value becomes 127.
+        The converted embeddings, and the scale factor of each row, (N,) float32, or None if the dtype is not int8. The
+        factor is chosen so that the row's largest absolute value becomes 127.
     """
     if dtype != "int8":
         return np.ascontiguousarray(embeddings, DTYPES[dtype]), None

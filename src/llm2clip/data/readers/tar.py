@@ -44,7 +44,7 @@ def list_files(folder: str, suffixes: frozenset[str]) -> Iterator[str]:
 
 
 def read_image_folder(folder: str) -> Iterator[RawRow]:
-    """Yield the images in a folder, each with the captions next to it: `x.json`, or `x.txt` with one caption per line."""
+    """Yield the images in a folder with the captions next to them: `x.json`, or `x.txt` with one caption per line."""
     for number, path in enumerate(list_images(folder), 1):
         stem = path.rpartition(".")[0]
         fields: dict[str, Any] | BadRow = {}
