@@ -1,4 +1,4 @@
-"""Draw the figures of `method.md`.
+"""Draw the figures in `method.md`.
 
     python docs/figures.py RUN
 

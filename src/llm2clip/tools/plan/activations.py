@@ -67,7 +67,7 @@ def saved_by_llm(config: Any, tune: TuneConfig, precision: str, num_layers: int)
         for tokens in (128, 256):
             saved = SavedTensorBytes(net)
             with saved.hooks:
-                output = net(input_ids=torch.zeros(1, tokens, dtype=torch.long))  # kept alive until counted
+                output = net(input_ids=torch.zeros(1, tokens, dtype=torch.long))  # keeps the saved tensors alive
             saved_bytes.append(saved.bytes)
             del output
     # The difference excludes half-precision copies of trained weights, which do not grow with the number of tokens.
@@ -97,7 +97,7 @@ def saved_by_align_model(config: AlignConfig, text_dim: int, captions: int) -> l
                 inputs["pixels"] = pixels
             saved = SavedTensorBytes(model)
             with saved.hooks:
-                output = model(**inputs)  # kept alive until counted
+                output = model(**inputs)  # keeps the saved tensors alive
             total, input_sizes = saved.bytes, _record_input_sizes(layers)
             del output
             saved = SavedTensorBytes(model)

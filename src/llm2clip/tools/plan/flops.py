@@ -59,7 +59,7 @@ class TextCosts:
         return 2 * self.linear * tokens + self._attention(tokens)
 
     def backward(self, tokens: float, lora: bool) -> float:
-        """Return the FLOPs of the backward pass: gradients of the inputs and of either all weights or only LoRA's."""
+        """Return the FLOPs of the backward pass: gradients of the inputs, and of all weights or only LoRA weights."""
         weights = 4 * self.trained * tokens if lora else 2 * self.linear * tokens
         return 2 * self.linear * tokens + 2 * self._attention(tokens) + weights
 
@@ -162,7 +162,7 @@ def image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCos
         backward = count_flops(lambda: torch.stack(outputs).sum().backward()) if outputs else 0.0
         return np.array([heads, backward, *chain(*saved_by_align_model(config, text_dim, num_captions))])
 
-    # The model needs a whole number of captions, so costs are interpolated linearly in between.
+    # The model can only run with a whole number of captions, so costs are interpolated linearly.
     lower = max(1, math.floor(captions))
     counts = count_with(lower)
     if captions > lower:
@@ -197,7 +197,7 @@ def _convolution_backward(
 ) -> int:
     """Return the forward FLOPs times the number of requested gradients (input, weight).
 
-    PyTorch's own formula ignores groups, and therefore overestimates EfficientNet several times over.
+    PyTorch's own formula ignores groups, and therefore greatly overestimates the FLOPs of EfficientNet.
     """
     output_mask = settings[-1]
     return int(2 * math.prod(grad) * math.prod(weight[1:]) * (bool(output_mask[0]) + bool(output_mask[1])))

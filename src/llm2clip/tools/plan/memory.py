@@ -135,5 +135,8 @@ def fits(parts: dict[str, float], memory: float) -> bool:
 
 
 def _transient_memory(activations: float, trained: float) -> float:
-    """Return the larger of the activations and the weight copies made by AdamW, which exist at different times."""
+    """Return the larger of two sizes in bytes: the activations, and AdamW's weight copies.
+
+    AdamW copies the weights only after the activations are freed.
+    """
     return max(activations, 4 * trained)

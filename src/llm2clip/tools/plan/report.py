@@ -12,7 +12,7 @@ from llm2clip.tools.plan.plan import STAGES, Plan
 
 
 def format_plan(plan: Plan, width: int = 110) -> str:
-    """Format a plan as text, `width` characters wide."""
+    """Format a plan as text that is at most `width` characters wide."""
     page = StringIO()
     console = Console(file=page, width=width, highlight=False)
     for table in (_parameters(plan), _flop(plan), _memory(plan), _hours(plan)):
@@ -49,7 +49,7 @@ def _parameters(plan: Plan) -> Table:
 
 def _flop(plan: Plan) -> Table:
     flop, align = plan.flop, plan.config.align
-    table = _table("GFLOPs (10^9; a multiplication and its addition are 2)", "")
+    table = _table("GFLOPs (10^9 FLOPs; a multiply-add counts as 2)", "")
     caption = f"caption of {plan.tokens_per_caption:g} tokens"
     table.add_row(f"{caption}, forward", _giga(flop["caption forward"]))
     if "tune" in plan.memory:
@@ -69,14 +69,14 @@ def _flop(plan: Plan) -> Table:
 def _memory(plan: Plan) -> Table:
     stages = [stage for stage in STAGES if stage in plan.memory]
     device = plan.machine.each
-    table = _table(f"GB per device (10^9 bytes; {device.name} has {device.memory:g})", *stages)
+    table = _table(f"Memory per device, GB (10^9 bytes; {device.name} has {device.memory:g} GB)", *stages)
     parts = dict.fromkeys(part for stage in stages for part in plan.memory[stage])
     for part in [*(part for part in parts if part not in ("libraries", "loading")), "libraries"]:
         sizes = [plan.memory[stage].get(part) for stage in stages]
         table.add_row(part, *("" if size is None else f"{size / 1e9:.1f}" for size in sizes))
     loading = [plan.memory[stage]["loading"] for stage in stages]
     if any(loading):
-        table.add_row("before training: loading", *(f"{size / 1e9:.1f}" if size else "" for size in loading))
+        table.add_row("loading (before training)", *(f"{size / 1e9:.1f}" if size else "" for size in loading))
     table.add_row("peak", *(f"{peak_memory(plan.memory[stage]) / 1e9:.1f}" for stage in stages))
     table.add_row("fits", *("yes" if plan.fits[stage] else "NO" for stage in stages))
     return table
@@ -99,9 +99,9 @@ def _hours(plan: Plan) -> Table:
 
 
 def _stores(plan: Plan) -> list[str]:
-    lines = [f"Embedding store ({plan.config.embed.dtype}): {_bytes(plan.store)} on disk."]
+    lines = [f"Embedding store ({plan.config.embed.dtype}): {_format_bytes(plan.store)} on disk."]
     if plan.features:
-        lines.append(f"Cached tower features (float16): {_bytes(plan.features)} on disk.")
+        lines.append(f"Cached tower features (float16): {_format_bytes(plan.features)} on disk.")
     return lines
 
 
@@ -109,8 +109,8 @@ def _caching(plan: Plan) -> str:
     online = plan.online
     return (
         f"Without the store (LLM in every align step): {online['step']:.2f} times the FLOPs per step, "
-        f"{online['hours']:.2f} times the total time of embed and align, and {_bytes(online['weights'])} more "
-        "weights in memory per device."
+        f"{online['hours']:.2f} times the total time of embed and align, and {_format_bytes(online['weights'])} more "
+        "memory per device for the weights."
     )
 
 
@@ -146,7 +146,7 @@ def _giga(flop: float) -> str:
     return f"{flop / 1e9:,.0f}" if flop >= 1e11 else f"{flop / 1e9:,.2f}"
 
 
-def _bytes(size: float) -> str:
+def _format_bytes(size: float) -> str:
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if size >= factor:
             return f"{size / factor:,.1f} {unit}"

@@ -98,7 +98,7 @@ def _join(words: Sequence[str]) -> str:
 
 
 def _name_phrase(name: str, subgroup: str) -> str:
-    """Return the name, with an article if it is surely a countable noun: "a dog", but "ping pong" and "foggy"."""
+    """Return the name, with an article if it is clearly a countable noun: "a dog", but "ping pong" and "foggy"."""
     return _with_article(name) if subgroup in SUBGROUP_NOUNS else name
 
 

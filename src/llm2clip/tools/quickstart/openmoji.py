@@ -30,7 +30,7 @@ from llm2clip.progress import ProgressBar
 from llm2clip.tools.quickstart.captions import drawing_caption, keyword_caption, long_caption
 
 LANGUAGES = ("zh", "ja", "ko", "de", "fr", "es", "pt", "it", "ru", "ar", "fa", "tr", "id")
-VAL_FRACTION = 0.27  # fraction of families; yields 423 images, so that a single image changes R@1 by only 0.25
+VAL_FRACTION = 0.27  # fraction of families; yields 423 images, so that a single image changes R@1 by only 0.25 points
 VARIATION_SELECTOR = "\ufe0f"  # requests a colour drawing; some tables omit it
 EXCLUDED_CODE_POINTS = (
     range(0x1F3FB, 0x1F400),  # skin tones
@@ -249,7 +249,7 @@ def _openmoji_id(char: str, svg_folder: Path) -> str | None:
 def _gender_keywords(
     key: str, own_keywords: Sequence[str], keywords: dict[str, tuple[str, tuple[str, ...]]]
 ) -> tuple[str, ...]:
-    """Return extra keywords for an emoji with a gender sign: "woman" or "man", and keywords of the genderless emoji.
+    """Return extra keywords for an emoji with a gender sign: "woman" or "man", and the keywords of the base emoji.
 
     For example, "woman surfing" is 🏄 with a gender sign, so the keywords of 🏄 also describe "woman surfing".
     """

@@ -104,7 +104,7 @@ class ClaimData:
         fewest, most = min(map(len, sentences)), max(map(len, sentences))
         tests = {}
         for n in range(1, fewest + 1):
-            if n == most:  # n sentences are the whole caption of every image
+            if n == most:  # for every image, n sentences are the whole caption
                 break
             name = "1 sentence" if n == 1 else f"{n} sentences"
             queries = [" ".join(parts[:n]) for parts in sentences]

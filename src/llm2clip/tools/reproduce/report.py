@@ -1,4 +1,4 @@
-"""Report of `reproduce`: a table of all claims, followed by a section for each claim."""
+"""Build the report of the `reproduce` command: a table of all claims, followed by a section for each claim."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def report_blocks(claims: Sequence[Claim], config: ReproduceConfig, command: str
 
     Args:
         claims: Claims to report, whether or not they could be tested.
-        config: Config of the run.
+        config: Settings used for the run.
         command: Command line that started the run.
     """
     summary = [[claim.number, claim.title, claim.verdict] for claim in claims]

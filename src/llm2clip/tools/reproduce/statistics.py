@@ -67,11 +67,11 @@ class Comparison:
 
 @dataclass
 class Claim:
-    """The result of testing a claim.
+    """Result of testing a claim.
 
     Args:
         number: Number of the claim, 1 to 6, see `TITLES`.
-        paper: The paper's results that the claim is based on, in one line.
+        paper: Results in the paper on which the claim is based, in one line.
         header, rows: Table of the measured results.
         comparisons: Comparisons that decide the verdict.
         notes: Remarks that help to interpret the result.
