@@ -169,8 +169,8 @@ class CaptionEncoder(nn.Module):
 
         Args:
             captions: captions without the template.
-            prompts: instruction before each caption, or "" for no instruction. The tokens of the instruction, the
-                template's prefix and any special token at the start of the text are excluded from pooling.
+            prompts: instruction before each caption, or "" for no instruction. The tokens of the instruction and
+                of the template's prefix are excluded from pooling, as is any special token at the start of the text.
         """
         if not captions:
             return TokenizedTexts([], [], [])

@@ -44,8 +44,8 @@ class DualEncoder:
             have any dtype and device and need not be normalised. Call `encode_images` instead.
         encode_texts_raw: function that takes `texts` and `progress` (show a progress bar) and returns embeddings
             (N, embed_dim), which may have any dtype and device and need not be normalised. Call `encode_texts` instead.
-        count_truncated: function that returns how many of a list of texts are too long for the text encoder and are
-            therefore truncated, or None if this number is unknown.
+        count_truncated: function that returns how many texts in a list are truncated because they are too long for the
+            text encoder, or None if this number is unknown.
     """
 
     name: str

@@ -41,7 +41,7 @@ class LLM2CLIPConfig:
     """Everything needed to build the model, except its weights.
 
     Attributes:
-        tower: config of the vision tower (`VisionTower.config`).
+        tower: vision tower config (`VisionTower.config`).
         text_dim: dimension of the caption encoder's embeddings, which are the adapter's input.
         embed_dim: dimension of the shared embedding space.
         adapter_depth: number of residual blocks in the adapter.
@@ -207,8 +207,8 @@ class LLM2CLIP(nn.Module):
         """
         self._check_dimension(encoder, "the caption encoder")
         trained_with, identity = self.config.encoder, encoder.identity()
-        # Do not compare the precision, which is chosen again each time, or the config, to which each release of
-        # transformers adds entries.
+        # The precision is not compared because it is chosen again each time, nor the config because each release of
+        # transformers adds entries to it.
         names = [name for name in identity if name in trained_with and name not in ("precision", "config")]
         differences = [name for name in names if trained_with[name] != identity[name]]
         if differences:

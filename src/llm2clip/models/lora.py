@@ -98,7 +98,7 @@ def cast_frozen_linear(llm: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _quantize_linear_layers(llm: Any, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Linear]:
-    """Replace the linear layers with 4-bit layers on `device`. Return the original layers by name, on the CPU."""
+    """Replace the linear layers with 4-bit layers on `device`. Return a dict of the original layers, on the CPU."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     original_layers = {name: module.to("cpu") for name, module in llm.named_modules() if isinstance(module, nn.Linear)}
@@ -159,7 +159,7 @@ class LoraTransformer(Transformer):
             file.write_text(json.dumps(config, indent=1))
 
 
-_MODULE_TYPE = f"{LoraTransformer.__module__}.{LoraTransformer.__name__}"  # the name of the class in modules.json
+_MODULE_TYPE = f"{LoraTransformer.__module__}.{LoraTransformer.__name__}"  # class name in modules.json
 
 
 def is_lora_folder(folder: str | Path) -> bool:

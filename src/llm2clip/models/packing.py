@@ -36,8 +36,8 @@ def pack_batch(ids: Sequence[Sequence[int]], attention: str, device: torch.devic
     Returns:
         input_ids and position_ids, (1, T) int64. Also the inputs that transformers' flash attention expects: the
         cumulative caption lengths, (B + 1,) int32, as cu_seq_lens_q and cu_seq_lens_k, and the maximum length as
-        max_length_q and max_length_k. For `packed`, also the list of caption lengths and a dummy 4-dimensional mask, which
-        keeps transformers from building a (T, T) mask.
+        max_length_q and max_length_k. For `packed`, also the list of caption lengths and a dummy 4-dimensional mask,
+        which keeps transformers from building a (T, T) mask.
     """
     lengths = [len(row) for row in ids]
     tokens = [token for row in ids for token in row]

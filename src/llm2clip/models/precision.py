@@ -1,4 +1,4 @@
-"""Numerical precision: choice of bf16 or fp32 for a device, and LLMs in bf16 with their first layers in fp32.
+"""Numerical precision: choosing bf16 or fp32 for a device, and running LLMs in bf16 with their first layers in fp32.
 
 Some layers of an LLM are too inaccurate in bf16; `models/precision_calibration.py` measures which layers.
 """

@@ -38,7 +38,7 @@ def fastest_precision(encoder: CaptionEncoder) -> str:
 
 
 def calibrate_precision(encoder: CaptionEncoder) -> str:
-    """Return the fastest accurate precision: `bf16`, `bf16+N` with the smallest possible N, or `fp32`.
+    """Return the fastest precision that is accurate enough: `bf16`, `bf16+N` with the smallest N, or `fp32`.
 
     A precision is accurate enough if the embedding of every calibration caption has a cosine similarity of at least
     0.999 to the caption's fp32 embedding.

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) for training a vision tower; merging restores the architecture, with new weights."""
+"""LoRA (arXiv 2106.09685) for training a vision tower; merging restores the original architecture."""
 
 from __future__ import annotations
 

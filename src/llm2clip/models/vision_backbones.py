@@ -28,8 +28,8 @@ from llm2clip.models.pretrained import resolve_pretrained
 
 log = logging.getLogger(__name__)
 
-# Supported transformers model types, whose pooled output is a trained image feature. Each type has the default
-# preprocessing for folders without a preprocessor_config.json; its size is replaced with the model's image size.
+# Supported transformers model types, whose pooled output is a trained image feature. Each type is mapped
+# to the preprocessing for folders without a preprocessor_config.json; the model's image size replaces the size below.
 _CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF_STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -49,7 +49,7 @@ def load_backbone(name: str, image_size: int | None, pretrained: bool) -> tuple[
     """Load a backbone by name. `VisionTower.from_pretrained` documents the arguments.
 
     Returns:
-        The module and its config.
+        The backbone module and its config.
     """
     library, source = _parse_name(resolve_pretrained(name))
     load = _load_timm if library == "timm" else _load_transformers
