@@ -83,7 +83,7 @@ ERRORS = {
     "damaged weights": ("search {tmp}/badindex dog --model {tmp}/damaged", "model.safetensors", "damaged"),
     # stores
     "store of another encoder": (
-        ALIGN.replace("{llm}", "{other}"), "another encoder", "weights",
+        ALIGN.replace("{llm}", "{other}"), "different encoder", "weights",
     ),
     "missing store": (
         "align {data} --store {tmp}/nostore --out {tmp}/run --encoder.path {llm}", "nostore", "llm2clip embed",

@@ -542,7 +542,7 @@ def test_merge_combines_stores_of_several_machines(encoder: CaptionEncoder, tmp_
     assert len(merge_stores(tmp_path / "merged", parts).shards) == len(store.shards), "merging again adds nothing"
     store.verify()
     StoreWriter(tmp_path / "other", IDENTITY, 32)
-    with pytest.raises(StoreError, match="another encoder"):
+    with pytest.raises(StoreError, match="different encoder"):
         merge_stores(tmp_path / "more", [parts[0], tmp_path / "other"])
     flip(parts[1] / "embeddings-00000.npy", -1)
     with pytest.raises(StoreError, match="damaged"):

@@ -36,7 +36,7 @@ def test_parquet_round_trip(encoder: CaptionEncoder, tmp_path: Path) -> None:
     assert np.array_equal(imported.take(imported.rows(CAPTIONS)), store.take(store.rows(CAPTIONS)))
     again = import_parquet(tmp_path / "all.parquet", tmp_path / "imported")
     assert len(again.shards) == len(imported.shards), "importing again adds nothing"
-    with pytest.raises(StoreError, match="another encoder"):
+    with pytest.raises(StoreError, match="different encoder"):
         import_parquet(tmp_path / "all.parquet", tmp_path / "other", IDENTITY)
 
 

@@ -50,7 +50,7 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
             raise UnusableRow("malformed row", f"a caption must be text (got {text!r})")
         text = (text or "").strip()
         if not text:
-            log.drop(file, row, "empty caption", value)
+            log.record_dropped(file, row, "empty caption", value)
             continue
         try:
             text.encode()

@@ -79,7 +79,7 @@ class SkipLog:
             self.examples.append(f"{file}, row {row}: {reason}: {str(value)[:200]}")
         self._write(file, row, reason, value)
 
-    def drop(self, file: str, row: int, reason: str, value: object) -> None:
+    def record_dropped(self, file: str, row: int, reason: str, value: object) -> None:
         """Record that a part of a row was dropped. The row itself is used."""
         self.dropped[reason] += 1
         self._write(file, row, reason, value)

@@ -51,7 +51,7 @@ def find_files(path: str, all_files: bool = False) -> list[tuple[str, str]]:
         return [("hf", path.removeprefix("hf:"))]
     path = os.path.expanduser(path)
     if os.path.isdir(path):
-        return _all_in_folder(path) if all_files else _first_kind_in_folder(path)
+        return _all_in_folder(path) if all_files else _detect_folder_format(path)
     if os.path.exists(path):
         for suffix, name in FORMATS.items():
             if path.lower().endswith(suffix):
@@ -99,7 +99,7 @@ def read_source(
     return readers[kind](path)
 
 
-def _first_kind_in_folder(folder: str) -> list[tuple[str, str]]:
+def _detect_folder_format(folder: str) -> list[tuple[str, str]]:
     names = sorted(os.listdir(folder))
     if _is_saved_dataset(names):
         return [("saved", folder)]
