@@ -185,7 +185,7 @@ def test_mentioned_objects_match_synonyms_plurals_and_longest_names() -> None:
 def test_read_objects_rejects_a_name_of_two_objects(tmp_path: Path) -> None:
     file = tmp_path / "objects.txt"
     file.write_text("dog: hound\ncat: hound\n")
-    with pytest.raises(ValueError, match="'hound' is a name of both 'dog' and 'cat'"):
+    with pytest.raises(ValueError, match="'hound' is a name for both 'dog' and 'cat'"):
         read_objects(file)
 
 

@@ -1,1 +1,1 @@
-"""LLaVA-1.5 (arXiv 2310.03744) with any vision tower and causal LLM: build, train, generate and evaluate."""
+"""Build, train, run and evaluate LLaVA-1.5 models (arXiv 2310.03744) with any vision tower and causal LLM."""

@@ -1,7 +1,7 @@
-"""Cache of answers on disk, so that an interrupted evaluation continues where it stopped.
+"""On-disk cache of model answers, so that an interrupted evaluation can resume where it stopped.
 
-A cache is a JSONL file with one answer per line. Each further rank appends to a file of its own beside it, with the
-rank before the suffix: NAME.jsonl, NAME.1.jsonl, NAME.2.jsonl, ...
+The cache is a JSONL file with one answer per line. Each rank writes a separate file in the same folder: rank 0 writes
+NAME.jsonl, rank 1 NAME.1.jsonl, rank 2 NAME.2.jsonl, and so on.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def cached_answers(
     answer: Callable[[list[Question]], Iterator[tuple[int, Any]]],
     description: str,
 ) -> list[Any]:
-    """Return the answers to questions in their order; those that are not cached are generated and added.
+    """Return the answers to `questions`, in the same order. Missing answers are generated and added to the cache.
 
-    Must be called on all ranks. Questions are identified by id, prompt and image, and are divided among the ranks. An
-    incomplete last line, left by an interrupt, is ignored.
+    Must be called on all ranks; the questions without a cached answer are divided among the ranks. A question is
+    identified by its id, prompt and image. An incomplete last line, left by an interrupted run, is ignored.
 
     Args:
-        file: cache file of the main process.
-        questions: questions.
-        answer: generates answers to some of the questions, as (index, answer). An answer of None is returned but not
-            cached, so that the question is tried again in the next run.
+        file: cache file of the main process (rank 0).
+        questions: questions to answer.
+        answer: function that takes a list of questions and yields (index in that list, answer). If an answer is None,
+            it is returned but not cached, so the next run tries the question again.
         description: label of the progress bar.
     """
     state = process_state()
@@ -42,14 +42,14 @@ def cached_answers(
     cache = _read_cache(file)
     keys = [_question_key(question) for question in questions]
     missing = [n for n, key in enumerate(keys) if key not in cache]
-    state.wait_for_everyone()  # all ranks must have read the cache before one of them writes
+    state.wait_for_everyone()  # all ranks must read the cache before any rank writes to it
     share = missing[state.process_index :: state.num_processes]
     if share:
         rank_file = file if state.is_main_process else file.with_suffix(f".{state.process_index}.jsonl")
         bar = ProgressBar(total=len(share), desc=description, unit="question", disable=not state.is_main_process)
         with rank_file.open("a", encoding="utf-8") as stream, bar:
             if stream.tell():
-                stream.write("\n")  # ends a line that an interrupt may have left incomplete
+                stream.write("\n")  # terminate a line that an interrupted run may have left incomplete
             for k, text in answer([questions[n] for n in share]):
                 bar.update()
                 if text is None:
@@ -69,12 +69,12 @@ def _question_key(question: Question) -> str:
 
 
 def _read_cache(file: Path) -> dict[str, Any]:
-    """Read the answers of all ranks, by question key."""
+    """Read the cached answers from all ranks. Return a dict from question key to answer."""
     cache: dict[str, Any] = {}
     for path in sorted(file.parent.glob(f"{file.stem}*.jsonl")):
         rank_suffix = path.stem[len(file.stem) :]
         if not re.fullmatch(r"(\.\d+)?", rank_suffix):
-            continue  # scores of a judge have a name with the same beginning
+            continue  # files with judge scores start with the same name
         for line in path.read_text(encoding="utf-8").split("\n"):
             try:
                 row = json.loads(line)

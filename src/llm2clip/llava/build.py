@@ -1,16 +1,18 @@
-"""Untrained LLaVA models, built from a vision tower, a random projector and a causal LLM.
+"""Build untrained LLaVA models from a vision tower, a randomly initialised projector and a causal LLM.
 
-As in LLaVA-1.5 (arXiv 2310.03744), a two-layer projector maps the tower's patch features from the second-to-last
-layer to embeddings, which replace the `<image>` tokens in the input of the LLM. The class depends on the tower:
+As in LLaVA-1.5 (arXiv 2310.03744), the patch features come from the tower's second-to-last layer. A two-layer projector
+maps the features to embeddings that replace the `<image>` tokens in the LLM's input. The model class depends on the
+tower:
 
 - Towers from transformers: `LlavaForConditionalGeneration`.
-- Convolutional towers from timm: `FastVlmForConditionalGeneration`, which reads their last feature map. Projector and
-  LLM are the same.
-- Vision transformers from timm: `PatchLlava`, because no class in transformers reads their patch features. Its source
-  file `modeling_patches.py` is copied into the model folder. Loading it without llm2clip needs
+- Convolutional towers from timm: `FastVlmForConditionalGeneration`, which reads the tower's last feature map. The
+  projector and the LLM are the same as for the other towers.
+- Vision transformers from timm: `PatchLlava`, because no transformers class can read patch features from timm. The
+  source file `modeling_patches.py` is copied into the model folder. Loading such a model without llm2clip requires
   `trust_remote_code=True`.
 
-`AutoModelForImageTextToText.from_pretrained` and `pipeline("image-text-to-text")` load all of them without llm2clip.
+`AutoModelForImageTextToText.from_pretrained` and `pipeline("image-text-to-text")` can load all of these models without
+llm2clip.
 """
 
 from __future__ import annotations
@@ -31,25 +33,25 @@ from llm2clip.models.vision_tower import VisionTower
 
 
 def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pad: bool = True) -> Path:
-    """Write an untrained LLaVA model to a folder. Only the projector is initialised randomly.
+    """Build an untrained LLaVA model and save it to a folder. Only the projector is randomly initialised.
 
-    The tower is converted to the dtype of the LLM. The folder is loaded again before it gets its final name, and its
-    logits for a text must equal those of the LLM.
+    The tower is converted to the LLM's dtype. As a check, the saved model is loaded again, and its logits for a sample
+    text must match those of the LLM. Only then is the folder renamed to `out`.
 
     Args:
         tower: vision tower.
-        llm: folder, hub id or short name of a causal LLM with its tokenizer. Its dtype is kept.
-        out: new folder.
-        seed: seed of the projector's initialisation.
-        pad: pad images to squares, as LLaVA-1.5 does. Otherwise images are preprocessed as in the tower's training,
+        llm: folder, hub id or short name of a causal LLM with a tokenizer. The LLM keeps its dtype.
+        out: folder to create; must not exist.
+        seed: seed for initialising the projector.
+        pad: pad images to squares, as LLaVA-1.5 does. If False, images are preprocessed as in the tower's training,
             which may include a center crop.
 
     Returns:
-        The folder.
+        The path of the model folder.
 
     Raises:
-        ValueError: the tower has no patch features that the LLaVA classes can read, or the LLM has no head or one that
-            these classes cannot represent.
+        ValueError: the LLaVA classes cannot read the tower's patch features, or the LLM has no head, or its head has a
+            form that these classes cannot represent.
         FileExistsError: `out` exists.
     """
     from transformers import AutoTokenizer
@@ -72,10 +74,10 @@ def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pa
 
 
 def load_causal_llm(name: str) -> Any:
-    """Load a causal LLM with its head, in the dtype that it was saved in.
+    """Load a causal LLM with its head, in the dtype in which it was saved.
 
     Raises:
-        ValueError: the checkpoint lacks weights, such as those of the head.
+        ValueError: the checkpoint does not contain all weights, for example not those of the head.
     """
     from transformers import AutoModelForCausalLM
 
@@ -85,12 +87,15 @@ def load_causal_llm(name: str) -> Any:
     llm, loading_info = loaded
     missing = sorted(loading_info["missing_keys"])
     if missing:
-        raise ValueError(f"{name} is not a complete causal LLM: its checkpoint lacks {', '.join(missing[:3])}")
+        raise ValueError(f"{name} is not a complete causal LLM: the checkpoint is missing {', '.join(missing[:3])}")
     return llm
 
 
 def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, pad: bool = True) -> tuple[Any, Any]:
-    """Return a LLaVA model and its processor, see `build_llava`. The LLM and the tokenizer are modified in place."""
+    """Return a LLaVA model and its processor. The LLM and the tokenizer are modified in place.
+
+    See `build_llava` for the arguments.
+    """
     vision = to_llava_tower(tower)
     patches, registers = count_image_tokens(vision, tower.preprocess.size)
     _add_image_token(tokenizer, llm)
@@ -102,7 +107,7 @@ def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, 
 
 
 def save_llava(model: Any, processor: Any, folder: Path) -> None:
-    """Write a model and its processor to a folder, with `modeling_patches.py` if the model needs it."""
+    """Save a model and its processor to a folder, together with `modeling_patches.py` if the model needs it."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     if not isinstance(model, modeling_patches.PatchLlava):
@@ -127,7 +132,7 @@ def _add_image_token(tokenizer: Any, llm: Any) -> None:
 
 
 def _join(vision: Any, llm: Any, tokenizer: Any, *, image_tokens: int, seed: int) -> Any:
-    """Join tower and LLM in one model with a new projector, in the dtype of the LLM."""
+    """Combine the tower, a new projector and the LLM into one model, in the LLM's dtype."""
     from transformers import FastVlmConfig, FastVlmForConditionalGeneration, LlavaConfig, LlavaForConditionalGeneration
 
     common: dict[str, Any] = {
@@ -151,7 +156,7 @@ def _join(vision: Any, llm: Any, tokenizer: Any, *, image_tokens: int, seed: int
     else:
         model_class = LlavaForConditionalGeneration
         config = LlavaConfig(**common, vision_feature_layer=-2, vision_feature_select_strategy=_select_strategy(vision))
-    with torch.device("meta"):  # allocates no weights: all parts are replaced below
+    with torch.device("meta"):  # allocates no memory for weights: all parts are replaced below
         model = model_class(config)
     model.model.vision_tower = vision
     model.model.language_model = llm.get_decoder()
@@ -163,12 +168,12 @@ def _join(vision: Any, llm: Any, tokenizer: Any, *, image_tokens: int, seed: int
 
 
 def _select_strategy(vision: Any) -> Any:
-    """Return transformers' name for dropping the class token ("default") or keeping all tokens ("full")."""
+    """Return transformers' name for the strategy: "default" drops the class token, "full" keeps all tokens."""
     return "default" if has_class_token(vision) else "full"
 
 
 def _generation_config(llm: Any, tokenizer: Any) -> Any:
-    """Return the generation config: the LLM's, plus the tokens that end an answer in the chat template."""
+    """Return the LLM's generation config, extended with the tokens that end an answer in the chat template."""
     from transformers import GenerationConfig
 
     config = GenerationConfig.from_model_config(llm.config)
@@ -186,10 +191,10 @@ def _generation_config(llm: Any, tokenizer: Any) -> Any:
 def _build_processor(
     tower: VisionTower, vision: Any, tokenizer: Any, *, patches: int, registers: int, pad: bool
 ) -> Any:
-    """Return the processor.
+    """Return the processor of a LLaVA model.
 
     Raises:
-        ValueError: the patches are not a square grid, which is how the processor counts image tokens.
+        ValueError: the patches do not form a square grid, which the processor assumes when it counts image tokens.
     """
     from transformers import LlavaImageProcessor, LlavaProcessor
 
@@ -197,8 +202,8 @@ def _build_processor(
     patch_size = size // math.isqrt(patches)
     if (size // patch_size) ** 2 != patches:
         raise ValueError(
-            f"the tower returns {patches} patches for {size} x {size} pixels. They must be a square grid, because "
-            "LlavaProcessor counts image tokens as (size // patch_size)^2"
+            f"the tower returns {patches} patches for {size} x {size} pixels. The patches must form a square grid, "
+            "because LlavaProcessor computes the number of image tokens as (size // patch_size)^2"
         )
     settings = tower.preprocess.to_dict() | {"image_processor_type": "LlavaImageProcessor"}
     settings["do_pad"] = pad and tower.preprocess.resize == "shortest"
@@ -214,16 +219,16 @@ def _build_processor(
 
 
 def _check_saved_model(folder: Path, llm: str, text_ids: torch.Tensor, expected_logits: torch.Tensor) -> None:
-    """Load a saved model, compare its logits for a text with those of the LLM, and run it on an image.
+    """Load a saved model, compare its logits for a text with the LLM's, and run the model on an image.
 
     Args:
         folder: model folder.
         llm: name of the LLM, for the error message.
-        text_ids: (1, tokens) int64.
-        expected_logits: logits of the LLM, (1, tokens, vocabulary) float32.
+        text_ids: token ids of the text, (1, tokens) int64.
+        expected_logits: the LLM's logits for the text, (1, tokens, vocabulary) float32.
 
     Raises:
-        ValueError: the logits differ.
+        ValueError: the logits do not match.
     """
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -231,7 +236,7 @@ def _check_saved_model(folder: Path, llm: str, text_ids: torch.Tensor, expected_
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     with torch.inference_mode():
-        # The vocabulary may have grown by the image token and padding.
+        # The vocabulary may be larger than the LLM's, because of the image token and padding.
         logits = model(input_ids=text_ids).logits.float()[..., : expected_logits.shape[-1]]
         tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
         if (
@@ -239,8 +244,8 @@ def _check_saved_model(folder: Path, llm: str, text_ids: torch.Tensor, expected_
             or (logits - expected_logits).norm() > tolerance * expected_logits.norm()
         ):
             raise ValueError(
-                f"{llm} cannot be used: inside LLaVA its logits differ. transformers' LLaVA classes do not support "
-                "output biases or logit scales. Use another LLM"
+                f"{llm} cannot be used: in a LLaVA model its logits differ. transformers' LLaVA classes do not support "
+                "output biases or scaled logits. Use another LLM"
             )
         inputs = processor(images=Image.new("RGB", (64, 48)), text=IMAGE_TOKEN, return_tensors="pt")
         model(**inputs.to(model.dtype))

@@ -1,7 +1,7 @@
-"""Chat templates for conversations about an image, and tokenization with labels on the answers only.
+"""Chat templates for conversations about an image, and tokenization with labels for the answers only.
 
-The LLM's own chat template is used if it has one, otherwise that of Vicuna, which LLaVA-1.5 uses. A Jinja prefix
-converts message contents that are lists, as transformers' processors produce them, to text with `<image>`.
+If the LLM has no chat template of its own, Vicuna's template is used, as in LLaVA-1.5. In transformers' message format,
+the content of a message can be a list of parts. A Jinja prefix converts such a list to text with `<image>` tokens.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 from llm2clip.data.image_refs import ImageRef
 
 IMAGE_TOKEN = "<image>"
-IGNORE_INDEX = -100  # label of tokens that are not part of an answer, as in transformers and cross_entropy
-PLACEHOLDER_MARKS = ("\ue000", "\ue001")  # enclose the number of an answer while the template is rendered
+IGNORE_INDEX = -100  # label of tokens outside the answers, as in transformers and cross_entropy
+PLACEHOLDER_MARKS = ("\ue000", "\ue001")  # enclose an answer's number while the template is rendered
 
 _FLATTEN_CONTENT = """{%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -43,7 +43,7 @@ _VICUNA_TEMPLATE = """{{- 'A chat between a curious user and an artificial intel
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Pairs of question and answer, with or without an image. The image is placed before the first question."""
+    """Question-answer pairs, with or without an image. The image precedes the first question."""
 
     id: str
     image: ImageRef | None
@@ -52,14 +52,14 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class LabeledTokens:
-    """Token ids of a conversation and one label per token: the id itself in answers, otherwise IGNORE_INDEX."""
+    """Token ids of a conversation and one label per token: the token id in answers, IGNORE_INDEX elsewhere."""
 
     ids: list[int]
     labels: list[int]
 
 
 def get_chat_template(tokenizer: Any) -> str:
-    """Return the processor's chat template: the content prefix, then the LLM's own template or Vicuna's."""
+    """Return the processor's chat template: the Jinja prefix followed by the LLM's template, or else by Vicuna's."""
     template = tokenizer.chat_template
     if template is not None and template.startswith(_FLATTEN_CONTENT):
         return str(template)
@@ -67,10 +67,10 @@ def get_chat_template(tokenizer: Any) -> str:
 
 
 def check_template(tokenizer: Any) -> None:
-    """Check that the labels of a conversation decode to its answers.
+    """Check that the labels of a sample conversation decode to its answers.
 
     Raises:
-        ValueError: they do not, or see `tokenize_and_label`.
+        ValueError: the labels decode to a different text, or `tokenize_and_label` rejects the chat template.
     """
     conversation = Conversation("", None, (("A question?", "An answer."), ("Another?", "Yes.")))
     labels = tokenize_and_label(conversation, tokenizer, 0).labels
@@ -80,7 +80,7 @@ def check_template(tokenizer: Any) -> None:
 
 
 def to_messages(conversation: Conversation) -> list[dict[str, Any]]:
-    """Convert a conversation to the message format of transformers' processors."""
+    """Convert a conversation to the message format that transformers' processors expect."""
     messages: list[dict[str, Any]] = []
     for n, (question, answer) in enumerate(conversation.turns):
         content: list[dict[str, Any]] = [{"type": "text", "text": clean_text(question)}]
@@ -92,15 +92,15 @@ def to_messages(conversation: Conversation) -> list[dict[str, Any]]:
 
 
 def clean_text(text: str) -> str:
-    """Remove `<image>` tokens, whose place the template determines, and surrounding whitespace.
+    """Remove `<image>` tokens, which the chat template inserts itself, and surrounding whitespace.
 
     Raises:
-        ValueError: the text is not valid Unicode, or contains a character of PLACEHOLDER_MARKS.
+        ValueError: the text is not valid Unicode, or contains a character from PLACEHOLDER_MARKS.
     """
-    text.encode()  # raises for lone surrogates such as half an emoji, which no tokenizer accepts
+    text.encode()  # raises an error for lone surrogates (such as half an emoji), which no tokenizer accepts
     if any(mark in text for mark in PLACEHOLDER_MARKS):
-        raise ValueError("the private-use characters U+E000 and U+E001 are reserved and must not occur in texts")
-    while IMAGE_TOKEN in text:  # removing one can form another: <im<image>age>
+        raise ValueError("the private-use characters U+E000 and U+E001 are reserved and must not occur in a text")
+    while IMAGE_TOKEN in text:  # removing one token can create another: <im<image>age>
         text = text.replace(IMAGE_TOKEN, "")
     return text.strip()
 
@@ -112,18 +112,18 @@ def answer_end_tokens(tokenizer: Any) -> set[int]:
 
 
 def tokenize_and_label(conversation: Conversation, tokenizer: Any, image_tokens: int) -> LabeledTokens:
-    """Tokenize a conversation and label its answers, each with the special token that ends it.
+    """Tokenize a conversation and label its answers, including the special token that ends each answer.
 
-    The template is rendered with numbered placeholders instead of the answers, so that the answers' spans are known
-    exactly for any template.
+    The template is rendered with numbered placeholders in place of the answers, so that the exact span of each answer
+    is known, whatever the template.
 
     Args:
-        conversation: must include its last answer.
+        conversation: conversation that ends with an answer.
         tokenizer: the processor's tokenizer.
         image_tokens: number of tokens per image.
 
     Raises:
-        ValueError: the template drops an answer, or has no special token after one.
+        ValueError: the template drops an answer, or has no special token after an answer.
     """
     messages = to_messages(conversation)
     answers = []
@@ -135,7 +135,7 @@ def tokenize_and_label(conversation: Conversation, tokenizer: Any, image_tokens:
     )
     special_tokens = _special_tokens(tokenizer)
     text = ""
-    spans = []  # (start, end) of each answer in the text, its end token included
+    spans = []  # (start, end) of each answer in the text, including its end token
     for n, answer in enumerate(answers):
         before, placeholder, rendered = rendered.partition(_placeholder(n))
         if not placeholder:
@@ -158,16 +158,16 @@ def _placeholder(n: int) -> str:
 
 
 def _special_tokens(tokenizer: Any) -> list[str]:
-    """Return all special tokens but `<image>`, longest first.
+    """Return all special tokens except `<image>`, longest first.
 
-    `all_special_tokens` lacks some added tokens that are marked as special.
+    `all_special_tokens` does not contain all added tokens that are marked as special.
     """
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted({*tokenizer.all_special_tokens, *added} - {IMAGE_TOKEN}, key=len, reverse=True)
 
 
 def _label_spans(text: str, spans: list[tuple[int, int]], tokenizer: Any, image_tokens: int) -> LabeledTokens:
-    """Tokenize a text, repeat each `<image>` token, and label the tokens within the character spans."""
+    """Tokenize a text, expand each `<image>` to `image_tokens` tokens, and label the tokens in the character spans."""
     has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     encoded = tokenizer(text, add_special_tokens=not has_bos, return_offsets_mapping=True)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)

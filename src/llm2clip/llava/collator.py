@@ -1,4 +1,4 @@
-"""Training batches of conversations: dataset, collator and length-grouped sampler."""
+"""Dataset, collator and length-grouped sampler for training on conversations."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from llm2clip.store.store import EmbeddingStore
 
 log = logging.getLogger(__name__)
 
-MEGABATCH = 50  # batches that are sorted by length together, as in LLaVA's sampler
-MIN_TEXT_TOKENS = 64  # tokens that max_length must leave for text, beside the image
-MAX_REPLACEMENTS = 1000  # conversations tried in place of an unusable one, before an error is raised
+MEGABATCH = 50  # number of batches that are sorted by length together, as in LLaVA's sampler
+MIN_TEXT_TOKENS = 64  # number of tokens that max_length must leave for text, in addition to the image
+MAX_REPLACEMENTS = 1000  # maximum number of consecutive unusable conversations before an error is raised
 
 
 class ConversationDataset(Dataset):
-    """Conversations as token ids, labels, and pixels or cached patch features of their image."""
+    """Dataset of conversations: token ids, labels, and the image as pixels or cached patch features."""
 
     def __init__(
         self,
@@ -38,20 +38,20 @@ class ConversationDataset(Dataset):
     ) -> None:
         """
         Args:
-            conversations: all images must be in `store`, if one is given.
-            processor: processor of the model.
+            conversations: conversations to train on. If `store` is given, it must contain all their images.
+            processor: the model's processor.
             image_tokens: number of tokens per image.
             max_length: maximum number of tokens; longer conversations are truncated.
-            store: cached patch features of the images. Default: images are decoded.
+            store: cached patch features of the images. Default: decode the images instead.
 
         Raises:
-            ValueError: `max_length` leaves too few tokens for text.
+            ValueError: `max_length` does not leave enough tokens for text.
         """
         minimum = image_tokens + MIN_TEXT_TOKENS
         if max_length < minimum:
             raise ValueError(
                 f"--llava.max_length must be at least {minimum} (got {max_length}), "
-                f"because an image takes {image_tokens} tokens"
+                f"because an image takes up {image_tokens} tokens"
             )
         self.conversations = list(conversations)
         self.tokenizer = processor.tokenizer
@@ -69,7 +69,7 @@ class ConversationDataset(Dataset):
         return len(self.conversations)
 
     def lengths(self) -> list[int]:
-        """Estimate the number of tokens of each conversation from its characters, because tokenizing all is slow."""
+        """Estimate the number of tokens per conversation from its characters, because tokenizing them all is slow."""
         lengths = []
         for conversation in self.conversations:
             characters = sum(len(question) + len(answer) for question, answer in conversation.turns)
@@ -79,12 +79,12 @@ class ConversationDataset(Dataset):
         return lengths
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return `ids`, `labels` and, for conversations with an image, `vision`: its pixels or patch features.
+        """Return `ids`, `labels` and, if there is an image, `vision`: the image's pixels or patch features.
 
-        An unusable conversation is replaced by the next usable one, with a warning.
+        If a conversation cannot be used, a warning is logged and the next usable conversation is returned instead.
 
         Raises:
-            ValueError: no replacement was found.
+            ValueError: no usable conversation was found.
         """
         for offset in range(min(MAX_REPLACEMENTS, len(self))):
             item = self._load(index=(index + offset) % len(self))
@@ -94,7 +94,7 @@ class ConversationDataset(Dataset):
         raise ValueError(f"{item}, and none of the conversations after it can be used")
 
     def _load(self, index: int) -> dict[str, Any] | str:
-        """Return a conversation, or the reason why it cannot be used."""
+        """Return the item for one conversation, or the reason why the conversation cannot be used."""
         conversation = self.conversations[index]
         try:
             labeled = tokenize_and_label(conversation, self.tokenizer, self.image_tokens)
@@ -117,7 +117,7 @@ class ConversationDataset(Dataset):
 
 
 class LlavaCollator:
-    """Collator that pads conversations on the right to the longest one of the batch."""
+    """Collator that right-pads conversations to the length of the longest conversation in the batch."""
 
     def __init__(self, pad_id: int, image_id: int, image_tokens: int, empty_image: Tensor) -> None:
         """
@@ -125,7 +125,7 @@ class LlavaCollator:
             pad_id: id of the padding token.
             image_id: id of the image token.
             image_tokens: number of tokens per image.
-            empty_image: pixels or patch features for batches without an image.
+            empty_image: pixels or patch features of a blank image, for batches without an image.
         """
         self.pad_id = pad_id
         self.image_id = image_id
@@ -133,14 +133,15 @@ class LlavaCollator:
         self.empty_image = empty_image
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return the model's inputs.
+        """Return the model inputs for a batch.
 
-        input_ids and attention_mask are (B, T) int64, and pixel_values holds the pixels or patch features of the
-        conversations with an image. labels are (B, K): K = logits_to_keep is chosen so that the logits start just
-        before the first answer of the batch, because those of the system prompt and the image are not needed.
+        For B conversations padded to T tokens, input_ids and attention_mask are (B, T) int64, and pixel_values contains
+        the pixels or patch features of all images. labels is (B, K), where K = logits_to_keep. The logits start just
+        before the first answer in the batch, because the logits for the system prompt and the image are not needed.
 
-        If no conversation has an image, an empty one is appended to the first, where causal attention hides it from
-        the text. So the projector has gradients in every batch and on every rank, which DDP and FSDP require.
+        If no conversation has an image, a blank image is appended to the first conversation, where causal attention
+        hides it from the text. This gives the projector gradients in every batch on every rank, as DDP and FSDP
+        require.
         """
         rows = [list(item["ids"]) for item in items]
         labels = [list(item["labels"]) for item in items]
@@ -158,17 +159,18 @@ class LlavaCollator:
             "logits_to_keep": logits_to_keep,
             "attention_mask": _pad_right([[1] * len(row) for row in rows], length, 0),
             "pixel_values": torch.stack(vision),
-            # PrecomputedVision returns a single layer, whose tokens have been selected already.
+            # PrecomputedVision returns a single layer, with the tokens already selected.
             "vision_feature_layer": -1,
             "vision_feature_select_strategy": "full",
         }
 
 
 class LengthGroupedSampler(Sampler):
-    """Indices in random order, grouped so that the conversations of a batch have similar lengths.
+    """Sampler of random indices, grouped so that the conversations in a batch have similar lengths.
 
-    Shuffled indices are divided into groups of about 50 batches, each group is sorted by length, and the batches are
-    shuffled. The order depends on seed and epoch only, so it is the same on every rank and after a resume.
+    The indices are shuffled and divided into groups of about 50 batches. Each group is sorted by length, and then the
+    batches are shuffled. The order depends only on the seed and the epoch, so it is the same on every rank and after
+    resuming.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:

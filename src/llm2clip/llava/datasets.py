@@ -1,4 +1,4 @@
-"""Training conversations, from files in LLaVA's format and from captioned images."""
+"""Training conversations from files in LLaVA's format and from captioned images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.llava.chat_template import Conversation, clean_text
 from llm2clip.llava.pope import Sampling, make_questions
 
-# The wording is part of the training data: changing it changes results.
+# These prompts are part of the training data: changing them changes the results.
 SHORT_CAPTION_PROMPTS = (
     "Describe the picture in one sentence.",
     "What does the picture show, in one sentence?",
@@ -43,12 +43,12 @@ def read_conversations(
     """Read conversations from files in LLaVA's format and from sources of captioned images.
 
     Args:
-        sources: paths; the format of each is detected.
-        from_records: makes conversations from records and a seed: `captioning_conversations` or
+        sources: paths of the sources; the format of each source is detected automatically.
+        from_records: function that makes conversations from records and a seed: `captioning_conversations` or
             `instruction_conversations`.
-        images: see `read_llava`.
-        columns: record field to the source's column.
-        log: receives skipped rows.
+        images: folder that image paths in LLaVA's format are relative to; see `read_llava`.
+        columns: name of the source's column for each record field.
+        log: log of skipped rows.
         seed: seed for `from_records`.
     """
     conversations: list[Conversation] = []
@@ -56,7 +56,7 @@ def read_conversations(
         if is_llava_file(source):
             conversations += read_llava(source, images, log)
         else:
-            # Rows of the same image are merged, so that POPE does not treat an object as absent that another row names.
+            # Rows with the same image are merged: POPE must not treat an object as absent if any row names it.
             records = [record for _, record in read_merged_records([source], columns or {}, log)]
             conversations += from_records(records, seed)
     return conversations
@@ -74,17 +74,17 @@ def is_llava_file(name: str) -> bool:
 def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> list[Conversation]:
     """Read a file in LLaVA's format, such as blip_laion_cc_sbu_558k.json or llava_v1_5_mix665k.json.
 
-    A row is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}. `image` is
-    optional. A .json file holds a list of rows, a .jsonl file one row per line. Invalid rows and rows whose image file
-    is missing are skipped and logged.
+    Each row is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}. `image`
+    is optional. A .json file contains a list of rows, a .jsonl file one row per line. Invalid rows and rows whose image
+    file is missing are skipped and logged.
 
     Args:
         file: .json or .jsonl file.
         images: folder that image paths are relative to. Default: the folder of the file.
-        log: receives skipped rows.
+        log: log of skipped rows.
 
     Raises:
-        ValueError: a .json file does not hold a list.
+        ValueError: a .json file does not contain a list.
         TooManySkipped: too many rows were skipped.
     """
     file = Path(file)
@@ -106,7 +106,7 @@ def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> lis
 
 
 def captioning_conversations(records: Iterable[Record], seed: int = 0) -> list[Conversation]:
-    """Make one conversation per caption: a random prompt for a short or a long caption, and the caption as answer."""
+    """Make one conversation per caption: a random prompt for a short or long caption, answered by the caption."""
     rng = random.Random(seed)
     conversations = []
     for record in records:
@@ -122,9 +122,9 @@ def captioning_conversations(records: Iterable[Record], seed: int = 0) -> list[C
 
 
 def instruction_conversations(records: Iterable[Record], seed: int = 0) -> list[Conversation]:
-    """Make captioning conversations, and one more per image with yes-or-no questions about objects.
+    """Make captioning conversations, plus one conversation per image with yes-or-no questions about objects.
 
-    Yes and no are equally frequent.
+    The answers yes and no are equally frequent.
     """
     records = list(records)
     turns_by_record: dict[int, list[tuple[str, str]]] = {}
@@ -140,18 +140,18 @@ def instruction_conversations(records: Iterable[Record], seed: int = 0) -> list[
 
 
 def _parse_conversation(row: dict[str, Any], root: Path, number: str) -> Conversation:
-    """Convert a row in LLaVA's format.
+    """Convert a row in LLaVA's format to a conversation.
 
     Raises:
-        FileNotFoundError: its image file is missing.
+        FileNotFoundError: the image file is missing.
         AttributeError, KeyError, TypeError, ValueError: the row is invalid.
     """
     messages = row["conversations"]
     if messages and messages[0]["from"] != "human":
-        messages = messages[1:]  # LLaVA's code drops a first message that is not from the user
+        messages = messages[1:]  # LLaVA's code drops the first message if it is not from the user
     speakers = [message["from"] for message in messages]
     if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
-        raise ValueError("messages must alternate between human and gpt")
+        raise ValueError("messages must alternate between 'human' and 'gpt', starting with 'human'")
     texts = [clean_text(message["value"]) for message in messages]
     if not all(texts[1::2]):
         raise ValueError("an answer is empty")

@@ -1,8 +1,9 @@
 """Evaluation of LLaVA models on benchmarks and captioned images.
 
-OUT/answers/TASK-FINGERPRINT.jsonl   cached answers, so that an interrupted evaluation continues
-OUT/submissions/                     files for the servers of benchmarks whose test answers are not public
-OUT/results.json, report.html, report.md
+OUT/answers/TASK-FINGERPRINT.jsonl   cached answers, for resuming an interrupted evaluation
+OUT/submissions/                     files to upload to the servers of benchmarks without public test answers
+OUT/results.json                     metrics
+OUT/report.html, report.md           report
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from llm2clip.models.fingerprint import fingerprint, hash_weights
 
 @dataclass
 class LlavaResult:
-    """Metrics and answers of a model on a task."""
+    """A model's metrics and answers for one task."""
 
     model: str
     task: str
@@ -44,14 +45,14 @@ class LlavaResult:
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How answers are generated and scored.
+    """Options for generating and scoring answers.
 
     Args:
-        num_beams: beam size for captions. Benchmarks use greedy decoding, as LLaVA-1.5 does.
-        by_likelihood: answer multiple choices with the most likely option instead of generating a letter.
-        batch_size: questions per forward pass.
+        num_beams: number of beams for generating captions. Benchmarks use greedy decoding, as LLaVA-1.5 does.
+        by_likelihood: answer multiple-choice questions with the most likely option instead of generating a letter.
+        batch_size: number of questions per forward pass.
         precision: fp32, bf16 or auto.
-        judge: scores free-form answers. Without a judge they are generated but not scored.
+        judge: LLM judge that scores free-form answers. Without a judge, free-form answers are generated but not scored.
     """
 
     num_beams: int = 3
@@ -62,7 +63,7 @@ class GenerationOptions:
 
 
 def caption_task(records: Sequence[Record]) -> tuple[Task, list[Question]]:
-    """Return a captioning task on captioned images, scored against their captions."""
+    """Return a captioning task and its questions. Generated captions are scored against the captions of the records."""
     task = Task(
         name="captions",
         description="BLEU-4 and CIDEr-D against human captions",
@@ -86,10 +87,10 @@ def caption_task(records: Sequence[Record]) -> tuple[Task, list[Question]]:
 
 
 def pope_task(records: Sequence[Record], seed: int = 0) -> tuple[Task, list[Question]]:
-    """Return POPE on captioned images, see `llava/pope.py`."""
+    """Return a POPE task and its questions about captioned images. See `llava/pope.py`."""
     task = Task(
         name="pope of captions",
-        description="whether objects are present, according to captions",
+        description="whether objects are present, according to the captions",
         read=_no_questions,
         score=score_pope,
         max_new_tokens=8,
@@ -100,24 +101,24 @@ def pope_task(records: Sequence[Record], seed: int = 0) -> tuple[Task, list[Ques
 def evaluate_model(
     name: str, tasks: Sequence[tuple[Task, list[Question]]], options: GenerationOptions, out: Path, log: SkipLog
 ) -> Iterator[LlavaResult]:
-    """Yield a model's result on each task.
+    """Evaluate a model and yield its result for each task.
 
     Args:
         name: model folder or hub id.
-        tasks: tasks and their questions.
-        options: how answers are generated.
+        tasks: tasks with their questions.
+        options: options for generating and scoring answers.
         out: folder for answers and submissions.
-        log: receives images that cannot be decoded.
+        log: log of images that cannot be decoded.
 
     Raises:
-        TooManySkipped: too many images of a task cannot be decoded.
+        TooManySkipped: too many of a task's images cannot be decoded.
     """
     model = AnswerGenerator(name, precision=options.precision, batch_size=options.batch_size)
     weights = hash_weights(model.model)
     for task, questions in tasks:
         num_beams = options.num_beams if task.name == "captions" else 1
         by_likelihood = options.by_likelihood and any(question.options for question in questions)
-        # The keys are hashed into file names: renaming one invalidates cached answers.
+        # These keys are hashed into the file name: renaming a key invalidates cached answers.
         identity = {
             "weights": weights,
             "dtype": str(model.model.dtype),
@@ -145,7 +146,7 @@ def evaluate_model(
 
 
 def _no_questions(folder: Path, log: SkipLog) -> list[Question]:
-    """Return nothing: the questions of this task are made from records."""
+    """Return an empty list: the questions for this task are made from records."""
     return []
 
 
@@ -162,10 +163,10 @@ def _choose_letters(model: AnswerGenerator, questions: Sequence[Question]) -> It
 def _drop_undecodable(
     task: Task, questions: Sequence[Question], answers: Sequence[str | None], log: SkipLog
 ) -> tuple[list[Question], list[str]]:
-    """Remove questions without an answer, whose images could not be decoded, and log them.
+    """Remove and log the questions without an answer, whose images could not be decoded.
 
     Raises:
-        TooManySkipped: their fraction exceeds the limit of the log.
+        TooManySkipped: the fraction of removed questions exceeds `log.max_skipped`.
     """
     answered, texts, undecodable = [], [], []
     for question, text in zip(questions, answers, strict=True):
@@ -178,13 +179,16 @@ def _drop_undecodable(
     if len(undecodable) > log.max_skipped * len(questions):
         raise TooManySkipped(
             f"{task.name}: the images of {len(undecodable):,} of {len(questions):,} questions cannot be decoded, "
-            f"for example {undecodable[0].image}. Repair them, or raise --max_skipped"
+            f"for example {undecodable[0].image}. Repair these images, or raise --max_skipped"
         )
     return answered, texts
 
 
 def _score(task: Task, questions: list[Question], answers: list[str], judge: Any, file: Path) -> dict[str, float]:
-    """Score answers. Without a required judge there are no metrics; scores of a judge are cached beside `file`."""
+    """Score answers. If the task needs a judge but there is none, return no metrics.
+
+    Judge scores are cached next to `file`.
+    """
     if not questions:
         return {}
     judge_answer = task.judge
@@ -200,5 +204,5 @@ def _score(task: Task, questions: list[Question], answers: list[str], judge: Any
         for n, question in enumerate(batch):
             yield n, judge_answer(question, answer_of[question.id], judge)
 
-    scores = cached_answers(score_file, questions, ask_judge, description=f"{task.name}, judge")
+    scores = cached_answers(score_file, questions, ask_judge, description=f"{task.name} (judge)")
     return task.score(questions, scores)

@@ -1,4 +1,4 @@
-"""Batched generation and option scoring with a LLaVA model."""
+"""Batched answer generation and option scoring with a LLaVA model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llm2clip.models.precision import resolve_device_precision
 class AnswerGenerator:
     """A LLaVA model that answers questions by greedy decoding, beam search or option likelihood.
 
-    The answer to a question whose image cannot be decoded is None.
+    If the image of a question cannot be decoded, the answer is None.
     """
 
     def __init__(
@@ -31,9 +31,9 @@ class AnswerGenerator:
         """
         Args:
             name: model folder or hub id.
-            device: Default: the device of this process.
-            precision: fp32, bf16 or auto. auto is bf16 if the device multiplies it in hardware.
-            batch_size: questions per forward pass.
+            device: device to run on. Default: the device of this process.
+            precision: fp32, bf16 or auto. auto means bf16 if the device has hardware support for bf16, otherwise fp32.
+            batch_size: number of questions per forward pass.
 
         Raises:
             ValueError: the model does not use a fixed number of tokens per image.
@@ -53,19 +53,21 @@ class AnswerGenerator:
         self.tokenizer.chat_template = self.processor.chat_template or self.tokenizer.chat_template
         self.transform = LlavaTransform(self.processor)
         if getattr(self.model.config, "image_seq_length", None) is None:
-            raise ValueError(f"{name} is not supported: it must use a fixed number of tokens per image, as LLaVA does")
+            raise ValueError(
+                f"{name} is not supported: use a model with a fixed number of tokens per image, like LLaVA"
+            )
         self.image_tokens: int = self.model.config.image_seq_length
         keep_freed_memory(self.device)
 
     def generate(
         self, questions: Sequence[Question], max_new_tokens: int, num_beams: int = 1
     ) -> Iterator[tuple[int, str | None]]:
-        """Yield (index of the question, answer) as batches complete. Questions are sorted by length before batching.
+        """Yield (question index, answer) as batches complete. Questions are sorted by length before they are batched.
 
         Args:
-            questions: with or without image.
-            max_new_tokens: maximum number of tokens of an answer.
-            num_beams: beam size; 1 is greedy decoding.
+            questions: questions with or without an image.
+            max_new_tokens: maximum number of tokens per answer.
+            num_beams: number of beams; 1 means greedy decoding.
         """
         self.tokenizer.padding_side = "left"
         image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -89,17 +91,18 @@ class AnswerGenerator:
                     yield n, None
 
     def choose_options(self, questions: Sequence[Question]) -> Iterator[tuple[int, int | None]]:
-        """Yield (index of the question, index of its most likely option), by the mean log-likelihood of the tokens."""
+        """Yield (question index, index of the option with the highest mean log-likelihood per token)."""
         for n, question in enumerate(questions):
             scores = self.score_answers(question, question.options)
             yield n, None if scores is None else int((scores[:, 0] / scores[:, 1]).argmax())
 
     def score_answers(self, question: Question, answers: Sequence[str]) -> Tensor | None:
-        """Score possible answers to a question.
+        """Score candidate answers to a question.
 
         Returns:
-            (answers, 3) float32: sum of the tokens' log-likelihoods, number of tokens, and number of tokens that
-            greedy decoding would produce. None if the image cannot be decoded.
+            (answers, 3) float32. The three values per answer are the sum of its tokens' log-likelihoods, the number of
+            its tokens, and the number of its tokens that greedy decoding would choose. None if the image cannot be
+            decoded.
         """
         pixels = decode_or_error(question.image, self.transform) if question.image is not None else None
         if isinstance(pixels, str):
@@ -127,7 +130,7 @@ class AnswerGenerator:
         return torch.stack([-losses.sum(1), in_answer.sum(1).float(), greedy.sum(1).float()], 1)
 
     def prompt_ids(self, question: Question) -> list[int]:
-        """Return the token ids of a question, up to where its answer starts."""
+        """Return the token ids of a question's prompt, up to the point where the answer starts."""
         messages = to_messages(Conversation(question.id, question.image, ((question.prompt, ""),)))[:1]
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         text = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.image_tokens)
@@ -136,7 +139,7 @@ class AnswerGenerator:
         return ids
 
     def _batch_indices(self, questions: Sequence[Question]) -> Iterator[list[int]]:
-        """Yield the indices of each batch: longest prompts first, those with an image before those without."""
+        """Yield the question indices of each batch: questions with an image first, then by decreasing prompt length."""
         longest_first = sorted(range(len(questions)), key=lambda n: -len(questions[n].prompt))
         for has_image in (True, False):
             indices = [n for n in longest_first if (questions[n].image is not None) is has_image]
@@ -146,9 +149,9 @@ class AnswerGenerator:
     def _generation_inputs(
         self, questions: Sequence[Question], indices: Sequence[int]
     ) -> tuple[list[int], dict[str, Tensor]]:
-        """Return the indices of the questions whose image can be decoded, and the model's inputs for them.
+        """Return the indices of the usable questions, and the model inputs for the usable questions.
 
-        Prompts are padded on the left.
+        A question is usable unless its image cannot be decoded. Prompts are left-padded.
         """
         usable, pixels = [], []
         for n in indices:

@@ -1,7 +1,7 @@
-"""Image preprocessing, patch features of the frozen vision tower, and their store.
+"""Image preprocessing for LLaVA, and computation and caching of the vision tower's patch features.
 
-The tower is frozen during training, so it is not part of the trained model. `PrecomputedVision` replaces it and
-returns the patch features, which are read from a store or computed just before the forward pass.
+The vision tower is frozen during training, so it is not part of the model that is trained. `PrecomputedVision` takes
+the tower's place and returns patch features that were read from a store or computed just before the forward pass.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from llm2clip.store.store import EmbeddingStore
 
 MAX_SHARD_BYTES = 1 << 30
 MAX_SHARD_IMAGES = 8192
-MAX_SCALE = 8  # images are shrunk before padding if their longer side exceeds this many times the tower's input
+MAX_SCALE = 8  # larger images are shrunk before padding: limit on the longer side, in multiples of the input size
 
 
 class LlavaTransform:
-    """Preprocessing of decoded images, equivalent to the image processor of a LLaVA model."""
+    """Preprocessing of decoded images, equivalent to a LLaVA model's image processor."""
 
     def __init__(self, processor: Any) -> None:
         settings = processor.image_processor.to_dict()
@@ -38,10 +38,10 @@ class LlavaTransform:
         self.pad = bool(settings.get("do_pad"))
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Convert uint8 (3, H, W) to normalised float32 (3, S, S)."""
+        """Convert a uint8 image (3, H, W) to normalised float32 pixels (3, S, S)."""
         if self.pad:
             max_side = MAX_SCALE * self.preprocess.resize_size
-            if max(image.shape[-2:]) > max_side:  # padding a very long image to a square would exhaust the memory
+            if max(image.shape[-2:]) > max_side:  # padding a very long image to a square would exhaust memory
                 image = resize_longest(image, max_side)
             image = pad_to_square(image, [int(255 * value) for value in self.preprocess.mean])
         pixels: Tensor = self.transform(image)
@@ -49,16 +49,16 @@ class LlavaTransform:
 
 
 def resize_longest(image: Tensor, side: int) -> Tensor:
-    """Resize (3, H, W) so that the longer side equals `side`."""
+    """Resize an image (3, H, W) so that its longer side equals `side`."""
     height, width = image.shape[-2:]
     scale = side / max(height, width)
     return resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
 
 
 def pad_to_square(image: Tensor, colour: Sequence[int]) -> Tensor:
-    """Pad (3, H, W) on both sides to a square, as LLaVA-1.5 does.
+    """Pad an image (3, H, W) equally on both sides to a square, as LLaVA-1.5 does.
 
-    A tower whose preprocessing crops (crop_pct below 1) still crops the padded image.
+    If the tower's preprocessing crops images (crop_pct below 1), the padded image is cropped too.
     """
     height, width = image.shape[-2:]
     side = max(height, width)
@@ -67,24 +67,24 @@ def pad_to_square(image: Tensor, colour: Sequence[int]) -> Tensor:
 
 
 def patch_feature_size(config: Any) -> int:
-    """Return the size of one patch feature, given the config of a LLaVA model."""
+    """Return the dimension of a patch feature, given a LLaVA model's config."""
     layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
     size: int = config.vision_config.hidden_size * layers
     return size
 
 
 class PatchFeatures:
-    """The vision tower of a LLaVA model as a function from pixels to the projector's input.
+    """A LLaVA model's vision tower as a function from pixels to the projector's input.
 
-    Implements `ImageEncoder` of `store/image_features.py`, with the patch features of an image as one long vector.
+    Implements `ImageEncoder` from `store/image_features.py`: the patch features of an image form one long vector.
     """
 
     def __init__(self, model: Any, processor: Any, bf16: bool = False) -> None:
         """
         Args:
-            model: LLaVA model. Its tower is put in eval mode and stays on its device.
-            processor: processor of the model.
-            bf16: compute under bfloat16 autocast.
+            model: LLaVA model. Its tower is switched to eval mode and stays on its current device.
+            processor: the model's processor.
+            bf16: run the tower with bfloat16 autocast.
         """
         self.tower = model.model.vision_tower.eval()
         self.config = model.config
@@ -100,7 +100,7 @@ class PatchFeatures:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Map (N, 3, S, S) to patch features (N, tokens, feature size)."""
+        """Map pixels (N, 3, S, S) to patch features (N, tokens, feature size)."""
         pixels = pixels.to(self.device, self.tower.dtype)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if self.config.model_type == "fast_vlm":
@@ -110,11 +110,11 @@ class PatchFeatures:
             layers = self.config.vision_feature_layer
             selected = [hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
             if self.config.vision_feature_select_strategy == "default":
-                selected = [state[:, 1:] for state in selected]  # without the class token
+                selected = [state[:, 1:] for state in selected]  # drop the class token
             return torch.cat(selected, -1)
 
     def identity(self) -> dict[str, Any]:
-        """Return everything that affects a feature, for the fingerprint of the store."""
+        """Return everything that affects the features, for the store's fingerprint."""
         return {
             "tower": self.tower.config.to_dict(),
             "weights": hash_weights(self.tower),
@@ -125,17 +125,17 @@ class PatchFeatures:
         }
 
     def encode_images(self, images: list[Any]) -> Tensor:
-        """Encode transformed images to (N, tokens * feature size) float32 on the CPU."""
+        """Encode preprocessed images as (N, tokens * feature size) float32 on the CPU."""
         return self(torch.stack(images)).float().flatten(1).cpu()
 
 
 def cache_patch_features(
     refs: Sequence[ImageRef], features: PatchFeatures, folder: Path, log: SkipLog, workers: int | None = None
 ) -> EmbeddingStore:
-    """Compute the patch features that the store at `folder` lacks, and return the store (float16).
+    """Compute the patch features that the float16 store in `folder` does not contain yet, and return the store.
 
     Raises:
-        StoreError: the store holds features of another tower.
+        StoreError: the store contains features from another tower.
     """
     bytes_per_image = 2 * features.embed_dim
     shard_size = max(1, min(MAX_SHARD_IMAGES, MAX_SHARD_BYTES // bytes_per_image))
@@ -145,21 +145,21 @@ def cache_patch_features(
 
 
 class PrecomputedVision(nn.Module):
-    """Replacement for the vision tower that returns precomputed patch features in the form the model expects.
+    """Replacement for the vision tower that returns precomputed patch features in the format that the model expects.
 
-    The model must select the last layer and all tokens: see `LlavaCollator`.
+    The model inputs must select the last layer and all tokens, as the inputs from `LlavaCollator` do.
     """
 
     def __init__(self, feature_maps: bool) -> None:
         """
         Args:
-            feature_maps: return features channels first, as FastVLM reads them.
+            feature_maps: return channels-first features, as FastVLM expects.
         """
         super().__init__()
         self.feature_maps = feature_maps
 
     def forward(self, pixel_values: Tensor, **_: Any) -> Any:
-        """Wrap patch features (N, tokens, feature size) as a tower's output."""
+        """Wrap patch features (N, tokens, feature size) in the output type of a vision tower."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         last: Any = pixel_values.transpose(1, 2) if self.feature_maps else pixel_values

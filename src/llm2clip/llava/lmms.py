@@ -1,4 +1,4 @@
-"""A LLaVA model for lmms-eval, which finds it by an entry point if both packages are installed.
+"""LLaVA model class for lmms-eval. If both packages are installed, lmms-eval finds the class through an entry point.
 
 python -m lmms_eval --model llm2clip_llava --model_args pretrained=RUN/model --tasks pope --batch_size 16
 """
@@ -16,12 +16,12 @@ from llm2clip.distributed import process_state
 from llm2clip.llava.generate import AnswerGenerator
 from llm2clip.llava.tasks import Question
 
-CHUNK = 256  # requests whose images are in memory at the same time
+CHUNK = 256  # number of requests whose images are in memory at the same time
 MANIFEST = ModelManifest("llm2clip_llava", simple_class_path="llm2clip.llava.lmms.LmmsModel")
 
 
 class LmmsModel(lmms):
-    """Model class of lmms-eval: greedy answers and answer likelihoods, for questions with one image or none."""
+    """LLaVA model for lmms-eval: greedy answers and log-likelihoods, for questions with at most one image."""
 
     def __init__(
         self, pretrained: str, device: str | None = None, batch_size: int | str = 16, precision: str = "auto", **_: Any
@@ -29,8 +29,8 @@ class LmmsModel(lmms):
         """
         Args:
             pretrained: model folder or hub id.
-            device: Default: the device of this process.
-            batch_size: questions per forward pass.
+            device: device to run on. Default: the device of this process.
+            batch_size: number of questions per forward pass.
             precision: fp32, bf16 or auto.
         """
         super().__init__()
@@ -39,7 +39,7 @@ class LmmsModel(lmms):
         self._world_size = process_state().num_processes
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Answer requests in their order. An answer ends before any of its `until` strings."""
+        """Return the answers to requests, in the same order. Answers are truncated at the `until` strings."""
         answers = [""] * len(requests)
         settings = [request.args[1] for request in requests]
         limits = [int(setting.get("max_new_tokens", 128)) for setting in settings]
@@ -57,7 +57,7 @@ class LmmsModel(lmms):
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Return the log-likelihood of each request's answer, and whether greedy decoding would produce it."""
+        """Return the log-likelihood of each request's answer, and whether greedy decoding would produce that answer."""
         results = []
         for n, request in enumerate(requests):
             context, target, to_visual, doc_id, task, split = request.args
@@ -71,13 +71,13 @@ class LmmsModel(lmms):
         return results
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        raise NotImplementedError("tasks with several rounds per request are not supported")
+        raise NotImplementedError("requests with several rounds are not supported")
 
     def _to_question(self, n: int, context: str, to_visual: Any, doc_id: Any, task: str, split: str) -> Question:
-        """Convert a request.
+        """Convert a request to a question.
 
         Raises:
-            ValueError: it has several images or a video.
+            ValueError: the request has several images or a video.
         """
         visuals = (to_visual(self.task_dict[task][split][doc_id]) if to_visual else None) or []
         if any(isinstance(visual, str) for visual in visuals):

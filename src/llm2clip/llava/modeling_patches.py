@@ -1,8 +1,8 @@
-"""LLaVA with a vision transformer from timm, as a self-contained file of modeling code for transformers.
+"""Self-contained transformers modeling code for LLaVA with a vision transformer from timm.
 
-transformers wraps timm models but returns their features as maps, which its LLaVA class cannot read. `build_llava`
-copies this file into model folders with such a tower. Without llm2clip, load them with
-`AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)`.
+transformers' wrapper for timm models returns feature maps, which transformers' LLaVA class cannot read. `build_llava`
+copies this file into the model folder if the tower is a vision transformer from timm. To load such a model without
+llm2clip, use `AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)`.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 
 class PatchTowerConfig(PretrainedConfig):
-    """Config of `PatchTower`: name and arguments of the timm model, and the width of a patch feature."""
+    """Config for `PatchTower`: the timm model's name and arguments, and the dimension of a patch feature."""
 
     model_type = "llm2clip_patches"
     architecture: str = ""
@@ -43,10 +43,10 @@ class PatchTower(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: Any) -> None:
-        """Do nothing: timm has initialised the weights."""
+        """Do nothing: timm has already initialised the weights."""
 
     def forward(self, pixel_values: Any, **_: Any) -> Any:
-        """Map (N, 3, S, S) to the outputs of all blocks, each (N, patches, width), before the final norm."""
+        """Map pixels (N, 3, S, S) to the outputs of all blocks before the final norm, each (N, patches, width)."""
         states = self.timm_model.forward_intermediates(
             pixel_values.to(self.dtype), norm=False, output_fmt="NLC", intermediates_only=True
         )
@@ -54,13 +54,13 @@ class PatchTower(PreTrainedModel):
 
 
 class PatchLlavaConfig(LlavaConfig):
-    """Config of `PatchLlava`."""
+    """Config for `PatchLlava`."""
 
     model_type = "llm2clip_llava"
 
 
 class PatchLlava(LlavaForConditionalGeneration):
-    """LLaVA with a `PatchTower`."""
+    """LLaVA with a `PatchTower` as the vision tower."""
 
     config_class = PatchLlavaConfig
 

@@ -1,14 +1,14 @@
-"""POPE questions (arXiv 2305.10355) made from captions: is there an object in the image, yes or no?
+"""POPE questions (arXiv 2305.10355) made from captions: yes-or-no questions about whether an object is in the image.
 
-The original POPE asks about objects that annotators marked, in images with three or more of them. Here an object counts
-as present if a caption of the image names it, and as absent if none does. Captions name most of the salient objects but
-not everything in the image, so a "no" is sometimes wrong. This affects every model alike.
+The original POPE asks about objects marked by annotators, in images with at least three such objects. Here, an object
+counts as present if any caption of the image names the object, and as absent otherwise. Captions name most of the
+salient objects but not everything in the image, so the answer "no" is sometimes wrong. This affects all models equally.
 
-Absent objects are sampled in three ways:
+There are three strategies for sampling absent objects:
 
-    random        uniformly
-    popular       the absent objects named most often in the data set
-    adversarial   the absent objects named most often together with the present object of the preceding question
+    random        absent objects drawn uniformly
+    popular       the absent objects that captions in the data set name most often
+    adversarial   the absent objects that most often co-occur with the present object of the previous question
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from llm2clip.data.records import Record
 
 OBJECTS_FILE = Path(__file__).with_name("objects.txt")
 UNCOUNTABLE = ("snow",)
-OBJECTS_PER_IMAGE = 3  # present objects asked about per image, and as many absent ones: the paper's k
+OBJECTS_PER_IMAGE = 3  # maximum number of present objects per image, and of absent objects (the paper's k)
 
 
 class Sampling(StrEnum):
-    """How absent objects are sampled, see the module's documentation."""
+    """Strategy for sampling absent objects. See the module docstring."""
 
     RANDOM = "random"
     POPULAR = "popular"
@@ -40,7 +40,7 @@ class Sampling(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PopeQuestion:
-    """A question about an object in an image. `record` is the index of the image's record, `answer` is yes or no."""
+    """A question about an object in an image. `record` is the index of the image's record; `answer` is yes or no."""
 
     record: int
     image: ImageRef
@@ -56,17 +56,17 @@ def make_questions(
     seed: int = 0,
     objects_file: Path = OBJECTS_FILE,
 ) -> list[PopeQuestion]:
-    """Make equally many yes and no questions, image by image.
+    """For each image, make equal numbers of questions with the answers yes and no.
 
     Args:
-        records: captioned images. Those without an image, and those whose captions name no object, are ignored.
-        sampling: how absent objects are sampled.
-        per_image: maximum number of present objects per image, and of absent ones.
-        seed: seed of the random choices.
-        objects_file: objects and their synonyms, see `read_objects`.
+        records: captioned images. Records without an image, or whose captions name no object, are ignored.
+        sampling: strategy for sampling absent objects.
+        per_image: maximum number of present objects per image, and of absent objects.
+        seed: seed for the random choices.
+        objects_file: file with objects and their synonyms. See `read_objects`.
     """
     names = read_objects(objects_file)
-    present_objects: dict[int, list[str]] = {}  # by index of the record
+    present_objects: dict[int, list[str]] = {}  # by record index
     images: dict[int, ImageRef] = {}
     for number, record in enumerate(records):
         if record.image is None:
@@ -82,7 +82,7 @@ def make_questions(
         absent = sorted(set(frequency) - set(present))
         rng.shuffle(absent)
         for present_object in rng.sample(present, min(per_image, len(present), len(absent))):
-            # Sorting is stable, so that ties, and all objects under random sampling, keep their shuffled order.
+            # Sorting is stable, so ties keep their shuffled order. Random sampling does not sort.
             if sampling is Sampling.POPULAR:
                 absent.sort(key=frequency.__getitem__, reverse=True)
             elif sampling is Sampling.ADVERSARIAL:
@@ -94,11 +94,11 @@ def make_questions(
 
 
 def mentioned_objects(texts: Iterable[str], names: dict[str, str]) -> set[str]:
-    """Return the objects that the texts name. Longer names match first, so that a hot dog is not a dog.
+    """Return the objects that the texts name. Longer names match first, so "hot dog" does not count as a dog.
 
     Args:
         texts: captions of one image.
-        names: returned by `read_objects`.
+        names: map from names to objects, as returned by `read_objects`.
     """
     pattern = _name_pattern(tuple(names))
     return {names[match.lower()] for text in texts for match in pattern.findall(text)}
@@ -106,12 +106,12 @@ def mentioned_objects(texts: Iterable[str], names: dict[str, str]) -> set[str]:
 
 @lru_cache
 def read_objects(file: Path) -> dict[str, str]:
-    """Read objects and their synonyms; return a map from each name, singular and plural, to its object.
+    """Read objects and their synonyms. Return a dict from every name, singular or plural, to the object it names.
 
-    A line is `object` or `object: synonym, synonym`; # starts a comment. Plurals are formed by rule.
+    Each line is `object` or `object: synonym, synonym`; # starts a comment. Plurals are derived by rule.
 
     Raises:
-        ValueError: two objects have a name in common.
+        ValueError: two objects share a name.
     """
     names: dict[str, str] = {}
     for line in file.read_text(encoding="utf-8").splitlines():
@@ -126,12 +126,12 @@ def read_objects(file: Path) -> dict[str, str]:
                 continue
             for form in (name, _plural(name)):
                 if names.setdefault(form, object_name) != object_name:
-                    raise ValueError(f"{file}: {form!r} is a name of both {names[form]!r} and {object_name!r}")
+                    raise ValueError(f"{file}: {form!r} is a name for both {names[form]!r} and {object_name!r}")
     return names
 
 
 def _count_objects(objects_per_image: Iterable[list[str]]) -> tuple[Counter[str], dict[str, Counter[str]]]:
-    """Count the images of each object, and for each object those that also show each other object."""
+    """Count the images that contain each object and, for each pair of objects, the images that contain both."""
     frequency: Counter[str] = Counter()
     co_occurrence: dict[str, Counter[str]] = {}
     for objects in objects_per_image:

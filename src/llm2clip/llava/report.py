@@ -1,4 +1,4 @@
-"""Report page: metrics of LLaVA models compared with the paper's, and sample captions."""
+"""Evaluation report for LLaVA models: metrics, a comparison with the paper, and sample captions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llm2clip.html_report import (
 from llm2clip.llava.evaluate import LlavaResult
 from llm2clip.models.display_names import display_names
 
-# Columns of the LLaVA-1.5 table on LLM2CLIP's project page: benchmark, heading and metric.
+# Columns of the LLaVA-1.5 table on LLM2CLIP's project page: benchmark, column heading and metric.
 COLUMNS = {
     "vqav2": ("VQAv2", "accuracy"),
     "gqa": ("GQA", "accuracy"),
@@ -36,7 +36,7 @@ COLUMNS = {
     "mm-vet": ("MM-Vet", "total"),
     "seed": ("SEED", "accuracy"),
 }
-# F1 for random, adversarial and popular sampling. The page prints LLaVA's row in another order than the others.
+# F1 for random, adversarial and popular sampling. On the page, LLaVA's row has a different order from the others.
 PAPER_POPE = {
     "LLaVA (paper)": (87.3, 84.2, 86.1),
     "LLaVA (reproduced)": (87.7, 84.85, 86.3),
@@ -57,12 +57,12 @@ PAPER_METRICS: dict[str, dict[str, float]] = {
     },
 }  # fmt: skip
 NOTES = {
-    "vqav2": "The paper reports test-dev, which only a server can score. These metrics are for val2014.",
-    "vizwiz": "The paper reports the test set, which only a server can score. These metrics are for val.",
-    "mmbench": "If an answer names no option, MMBench's server asks an LLM. Here such an answer is wrong.",
+    "vqav2": "The paper reports test-dev, which only VQAv2's server can score. The metrics here are for val2014.",
+    "vizwiz": "The paper reports the test set, which only VizWiz's server can score. The metrics here are for val.",
+    "mmbench": "If an answer names no option, MMBench's server asks an LLM to interpret it. Here, it counts as wrong.",
 }
 SAMPLE_IMAGES = 12
-THUMBNAIL_SIDE = 280  # longer side in pixels
+THUMBNAIL_SIDE = 280  # length of the longer side, in pixels
 
 
 def write_llava_report(results: Sequence[LlavaResult], command: str, out: Path) -> Path:
@@ -77,7 +77,7 @@ def write_llava_report(results: Sequence[LlavaResult], command: str, out: Path) 
 
 
 def _paper_comparison(results: Sequence[LlavaResult]) -> list[Block]:
-    """Compare the models with the paper's on the benchmarks that were run."""
+    """Compare the evaluated models with those in the paper, on the benchmarks that were run."""
     benchmarks = [task for task in COLUMNS if any(result.task == task for result in results)]
     if not benchmarks:
         return []
@@ -89,13 +89,15 @@ def _paper_comparison(results: Sequence[LlavaResult]) -> list[Block]:
         rows.append([model, *(metrics.get(task, {}).get(COLUMNS[task][1]) for task in benchmarks)])
     return [
         Heading("Comparison with the paper"),
-        Paragraph("In percent; MME in points. The paper uses Vicuna-7B and CLIP L/14 at 336 pixels."),
+        Paragraph(
+            "Metrics are in percent, but MME is in points. The paper uses Vicuna-7B and CLIP L/14 at 336 pixels."
+        ),
         Table(["", *(COLUMNS[task][0] for task in benchmarks)], rows),
     ]
 
 
 def _task_section(task: str, results: Sequence[LlavaResult]) -> list[Block]:
-    """Return the metrics of one task, one row per model."""
+    """Return the report section for one task: a table of metrics with one row per model, and notes."""
     blocks: list[Block] = [Heading(f"{task}: {len(results[0].questions):,} questions")]
     names = list(dict.fromkeys(name for result in results for name in result.metrics))
     if names:
@@ -105,7 +107,7 @@ def _task_section(task: str, results: Sequence[LlavaResult]) -> list[Block]:
             blocks.append(Paragraph(NOTES[task]))
     else:
         blocks.append(
-            Paragraph("Answers were generated but not scored: the benchmark's server or a judge must score them.")
+            Paragraph("Answers were generated but not scored: scoring requires the benchmark's server or a judge.")
         )
     if task == "pope":
         paper_rows = [[name, *values] for name, values in PAPER_POPE.items()]
@@ -116,7 +118,7 @@ def _task_section(task: str, results: Sequence[LlavaResult]) -> list[Block]:
 
 
 def _sample_captions(results: Sequence[LlavaResult]) -> list[Block]:
-    """Show the same random images for each model, with its caption and a human one."""
+    """Show the same random images for each model, with the model's captions and human captions."""
     blocks: list[Block] = []
     questions = results[0].questions
     sample = random.Random(0).sample(questions, min(SAMPLE_IMAGES, len(questions)))

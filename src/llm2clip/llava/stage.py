@@ -28,7 +28,7 @@ def load_llava(source: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 class TrainingStage:
-    """The `pretrain` or the `instruct` stage of a run."""
+    """The `pretrain` or `instruct` stage of a training run."""
 
     def __init__(
         self, source: str, processor: Any, stage: str, config: LlavaConfig, out: Path, store: EmbeddingStore | None
@@ -36,11 +36,11 @@ class TrainingStage:
         """
         Args:
             source: folder or hub id of the untrained model.
-            processor: processor of the model.
+            processor: the model's processor.
             stage: `pretrain` or `instruct`.
-            config: settings.
+            config: training settings.
             out: run directory; the stage writes to `out/STAGE`.
-            store: cached patch features. Default: the vision tower computes them in each step.
+            store: cached patch features. Default: the vision tower computes the features in each step.
         """
         self.stage = stage
         self.config = config
@@ -64,10 +64,10 @@ class TrainingStage:
         set_fsdp_wrap_policy(model.model.language_model.layers)
 
     def run(self, conversations: Sequence[Conversation]) -> None:
-        """Train from the latest checkpoint, and write the trained weights to `out/STAGE/learned.safetensors`.
+        """Train, resuming from the latest checkpoint, and save the trained weights to `out/STAGE/learned.safetensors`.
 
         Raises:
-            ValueError: the data, batch size or number of processes differs from the checkpoint's.
+            ValueError: the data, batch size or number of processes differs from that of the checkpoint.
             FloatingPointError: the loss, gradient norm or weights are not finite.
         """
         trained_on = hash_texts(json.dumps([conversation.id, *conversation.turns]) for conversation in conversations)
@@ -83,7 +83,7 @@ class TrainingStage:
         if process_state().is_main_process:
             trained = select_trainable(self.model, full_state)
             if not all(tensor.isfinite().all() for tensor in trained.values()):
-                raise FloatingPointError(f"the trained weights are not finite, see {self.folder / 'metrics.jsonl'}")
+                raise FloatingPointError(f"the trained weights are not finite: see {self.folder / 'metrics.jsonl'}")
             save_trained(trained, self.folder / TRAINED_WEIGHTS)
         process_state().wait_for_everyone()
 
@@ -115,14 +115,14 @@ class TrainingStage:
         )
 
     def _empty_image(self) -> Tensor:
-        """Return pixels of an empty image, or patch features of zero if features are cached."""
+        """Return the pixels of a blank image or, if features are cached, patch features that are all zero."""
         if self.features is None:
             return torch.zeros(self.image_tokens, self.feature_size)
         size = self.features.transform.preprocess.size
         return torch.zeros(3, size, size)
 
     def _training_arguments(self) -> TrainingArguments:
-        """Return the Trainer's arguments.
+        """Return the arguments for the Trainer.
 
         Raises:
             ValueError: the batch size is not divisible by the number of processes.
@@ -145,7 +145,7 @@ class TrainingStage:
             num_train_epochs=config.pretrain_epochs if pretrain else config.epochs,
             learning_rate=config.pretrain_lr if pretrain else config.lr,
             lr_scheduler_type="cosine",
-            warmup_steps=config.warmup_ratio,  # a value below 1 is a fraction of the steps
+            warmup_steps=config.warmup_ratio,  # a value below 1 is a fraction of all steps
             bf16=self.precision == "bf16",
             use_cpu=state.device.type == "cpu",
             gradient_checkpointing=config.gradient_checkpointing,
@@ -157,24 +157,24 @@ class TrainingStage:
             ddp_find_unused_parameters=False,
             label_names=["labels"],
             report_to="none",
-            accelerator_config={"use_configured_state": True},  # the process group exists already
+            accelerator_config={"use_configured_state": True},  # the process group already exists
             seed=config.seed,
         )
-        arguments._n_gpu = min(arguments.n_gpu, 1)  # otherwise one process would use all GPUs by DataParallel
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # otherwise, one process would use all GPUs through DataParallel
         return arguments
 
 
 class _LlavaTrainer(Trainer):
-    """Trainer with length-grouped batches, a vision tower outside the model, and checkpoints of trainable weights."""
+    """Trainer that groups batches by length, runs the vision tower outside the model and saves trainable weights."""
 
     def __init__(
         self, *, sampler: LengthGroupedSampler | None, features: PatchFeatures | None, **arguments: Any
     ) -> None:
         """
         Args:
-            sampler: Default: the Trainer's sampler.
-            features: computes patch features from pixels in each step. None: batches hold patch features.
-            arguments: arguments of the Trainer.
+            sampler: sampler for the training data. Default: the Trainer's own sampler.
+            features: computes patch features from pixels in each step. If None, batches already contain patch features.
+            arguments: other arguments for the Trainer.
         """
         super().__init__(**arguments)
         self.sampler = sampler

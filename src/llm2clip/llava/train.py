@@ -1,12 +1,12 @@
-"""Two-stage training of LLaVA-1.5 (arXiv 2310.03744): the projector on captions, then projector and LLM.
+"""Two-stage training of LLaVA-1.5 (arXiv 2310.03744): first the projector, then the projector and the LLM.
 
 The vision tower is frozen. Both stages use transformers' Trainer, so `torchrun` and `accelerate launch` with DDP or
 FSDP2 work as usual. The second stage starts from the result of the first.
 
     RUN/features/     cached patch features of the vision tower, if they are small enough
-    RUN/pretrain/     first stage: checkpoints, metrics.jsonl, and learned.safetensors, its trained weights
-    RUN/instruct/     second stage: the same
-    RUN/model/        result, loaded by AutoModelForImageTextToText.from_pretrained
+    RUN/pretrain/     first stage: checkpoints, metrics.jsonl, and the trained weights in learned.safetensors
+    RUN/instruct/     second stage: the same files
+    RUN/model/        trained model, for AutoModelForImageTextToText.from_pretrained
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ def train_llava(
     out: Path,
     log: SkipLog,
 ) -> Path:
-    """Run both stages, resuming an interrupted run, and write the trained model to `out/model`.
+    """Run both stages and save the trained model to `out/model`. An interrupted run is resumed.
 
     Args:
         source: folder or hub id of a LLaVA model, such as one built by `build_llava`.
-        pretrain: conversations for the projector; may be empty. Those without an image are ignored.
-        instruct: conversations for projector and LLM; may be empty.
-        config: settings.
+        pretrain: conversations to train the projector on; may be empty. Conversations without an image are ignored.
+        instruct: conversations to train the projector and the LLM on; may be empty.
+        config: training settings.
         out: run directory.
-        log: receives images that cannot be decoded when features are cached. Without a cache, such images only cause
-            warnings.
+        log: log of images that cannot be decoded while features are being cached. If features are not cached, such
+            images only cause warnings.
 
     Returns:
-        The model folder.
+        The path of the model folder.
 
     Raises:
-        ValueError: there are no conversations or epochs, or a setting is invalid.
+        ValueError: there are no conversations, the number of epochs is 0, or a setting is invalid.
         StoreError: another process is using the run directory.
     """
     conversations = {
@@ -107,7 +107,7 @@ def _cache_features(
     folder: Path,
     log: SkipLog,
 ) -> EmbeddingStore | None:
-    """Return a store of the patch features of all images, or None if it would exceed `config.cache_gb`."""
+    """Cache the patch features of all images. Return the store, or None if it would exceed `config.cache_gb`."""
     images = {conversation.image.key: conversation.image for conversation in conversations if conversation.image}
     if not images or not config.cache_gb:
         return None
@@ -120,7 +120,7 @@ def _cache_features(
     model.model.vision_tower.to(process_state().device)  # the LLM stays on the CPU: only the tower is used
     features = PatchFeatures(model, processor)
     del model
-    print_once(f"Caching the vision tower's features of {len(images):,} images: {gigabytes:.1f} GB in {folder}")
+    print_once(f"Caching the vision tower's features for {len(images):,} images: {gigabytes:.1f} GB in {folder}")
     for _ in images:
         log.count_row()
     store = cache_patch_features(list(images.values()), features, folder, log, workers=config.workers or None)
@@ -129,14 +129,14 @@ def _cache_features(
 
 
 def _drop_undecodable(conversations: Sequence[Conversation], store: EmbeddingStore) -> list[Conversation]:
-    """Return the conversations without an image and those whose image is in the store."""
+    """Return the conversations that have no image or whose image is in the store."""
     images = [conversation.image for conversation in conversations if conversation.image is not None]
     in_store = iter(store.find(image_keys(images)) >= 0)
     return [conversation for conversation in conversations if conversation.image is None or next(in_store)]
 
 
 def _load_result(source: str, config: LlavaConfig, out: Path) -> Any:
-    """Load the complete model in float32 with the weights of the last stage that was trained. LoRA is merged."""
+    """Load the complete model in float32, with the weights from the last trained stage. LoRA weights are merged."""
     model = load_llava(source)
     trained_stages = [stage for stage in STAGES if (out / stage / TRAINED_WEIGHTS).is_file()]
     if not trained_stages:

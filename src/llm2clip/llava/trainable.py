@@ -1,4 +1,4 @@
-"""Trainable parameters of each training stage, and the files that hold their values."""
+"""Trainable parameters of each training stage, and the files in which they are saved."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from llm2clip.config import LlavaConfig
 from llm2clip.io_utils import atomic_path
 
-TRAINED_WEIGHTS = "learned.safetensors"  # in the folder of a stage and in each of its checkpoints
+TRAINED_WEIGHTS = "learned.safetensors"  # in each stage's folder and in each of its checkpoints
 
 
 def set_trainable(model: Any, stage: str, config: LlavaConfig, out: Path) -> Any:
-    """Freeze a LLaVA model except for what a stage trains; return it, wrapped by PEFT if LoRA is used.
+    """Freeze all parameters that a stage does not train. Return the model, wrapped by PEFT if LoRA is used.
 
     The `pretrain` stage trains the projector. The `instruct` stage starts from the result of `pretrain`, if there is
-    one, and trains the projector and the LLM, either all weights or LoRA. Projector and LoRA weights are converted to
-    float32.
+    one. It trains the projector and either all weights of the LLM or LoRA adapters. The projector and LoRA weights are
+    converted to float32.
 
     Args:
         model: LLaVA model; modified in place.
         stage: `pretrain` or `instruct`.
-        config: settings.
+        config: training settings.
         out: run directory.
     """
     model.requires_grad_(False)
@@ -44,13 +44,13 @@ def set_trainable(model: Any, stage: str, config: LlavaConfig, out: Path) -> Any
 
 
 def select_trainable(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the entries of a state dict that belong to trainable parameters, on the CPU."""
+    """Return the state dict entries that belong to trainable parameters, on the CPU."""
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {name: state[name].detach().cpu().contiguous() for name in sorted(names)}
 
 
 def save_trained(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write trained weights to a safetensors file, atomically."""
+    """Atomically write trained weights to a safetensors file."""
     with atomic_path(file) as temporary:
         save_file(tensors, temporary)
 
@@ -59,20 +59,22 @@ def load_trained(model: nn.Module, file: Path) -> None:
     """Copy trained weights into the parameters of a model.
 
     Raises:
-        ValueError: a name or shape does not match.
+        ValueError: a parameter's name or shape does not match.
     """
     parameters = dict(model.named_parameters())
     tensors = load_file(file)
     for name, tensor in tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
-            raise ValueError(f"{file} does not fit this model: {name} differs. Use another --out to start over")
+            raise ValueError(
+                f"{file} does not match this model: {name} has a different name or shape. Use another --out to start over"
+            )
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
 
 
 def _add_lora(model: Any, config: LlavaConfig) -> Any:
-    """Add LoRA to all linear layers of the LLM, in float32. The projector is trained in full."""
+    """Add float32 LoRA adapters to all linear layers of the LLM. All weights of the projector are trained."""
     from peft import LoraConfig, get_peft_model
 
     linear_layers = [

@@ -1,4 +1,4 @@
-"""Vision towers in the form that the LLaVA classes of transformers accept."""
+"""Conversion of vision towers to the form that transformers' LLaVA classes accept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llm2clip.models.vision_tower import VisionTower
 
 
 def load_tower(name: str, image_size: int | None = None) -> VisionTower:
-    """Load the tower of an LLM2CLIP model folder, or a tower by its name; see `VisionTower.from_pretrained`.
+    """Load the vision tower from an LLM2CLIP model folder, or a pretrained tower (see `VisionTower.from_pretrained`).
 
     Args:
         name: model folder, or name of a pretrained tower.
@@ -33,10 +33,10 @@ def load_tower(name: str, image_size: int | None = None) -> VisionTower:
 
 
 def to_llava_tower(tower: VisionTower) -> Any:
-    """Convert a tower to a transformers model, with copied weights, on the CPU, in float32 and eval mode.
+    """Convert a tower to a transformers model on the CPU, in float32 and eval mode. The weights are copied.
 
-    Vision transformers from timm become a `PatchTower`. Position embeddings are resized to the tower's input size,
-    because the LLaVA classes do not interpolate them.
+    A vision transformer from timm becomes a `PatchTower`. The position embeddings are interpolated to the tower's input
+    size, because the LLaVA classes cannot interpolate position embeddings.
     """
     backbone: Any = tower.backbone
     if tower.config["library"] == "timm" and hasattr(getattr(backbone, "patch_embed", None), "num_patches"):
@@ -50,14 +50,14 @@ def to_llava_tower(tower: VisionTower) -> Any:
 
 
 def count_image_tokens(vision: Any, size: int) -> tuple[int, int]:
-    """Return how many patch tokens the LLM reads per image, and how many register tokens in addition.
+    """Return the number of patch tokens that the LLM reads per image, and the number of additional register tokens.
 
     Args:
-        vision: returned by `to_llava_tower`.
+        vision: tower returned by `to_llava_tower`.
         size: input size in pixels.
 
     Raises:
-        ValueError: the LLaVA classes cannot read this tower's features.
+        ValueError: the LLaVA classes cannot read the tower's features.
     """
     kind = vision.config.model_type
     pixels = torch.zeros(1, 3, size, size)
@@ -101,7 +101,7 @@ def _to_patch_tower(tower: VisionTower) -> modeling_patches.PatchTower:
 
 
 def _resize_position_embeddings(vision: Any, size: int) -> None:
-    """Replace the position embeddings of a CLIP or SigLIP tower by ones interpolated to another image size."""
+    """Interpolate the position embeddings of a CLIP or SigLIP tower to a different image size."""
     embeddings = getattr(vision, "vision_model", vision).embeddings
     old = embeddings.position_embedding.weight  # (class token and patches, width)
     patch_size = vision.config.patch_size

@@ -1,4 +1,4 @@
-"""Benchmarks in LLaVA-1.5's results table, with their official file formats and scoring."""
+"""The benchmarks in LLaVA-1.5's results table, with their official file formats and scoring rules."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ TASKS: dict[str, Task] = {
 
 
 def read_benchmarks(names: Sequence[str], root: str, log: SkipLog) -> list[tuple[Task, list[Question]]]:
-    """Read the questions of benchmarks.
+    """Read the questions of one or more benchmarks.
 
     Args:
-        names: names of benchmarks, or only "all" for those whose folder exists.
-        root: folder that holds one folder per benchmark.
-        log: receives skipped questions.
+        names: names of the benchmarks, or ["all"] for every benchmark whose folder exists.
+        root: folder that contains one folder per benchmark.
+        log: log of skipped questions.
 
     Raises:
         ValueError: a name is unknown, or files are not in the official format.

@@ -1,4 +1,4 @@
-"""Base types of the benchmarks: questions, and tasks that read questions and score answers."""
+"""Base types for benchmarks: questions, and tasks that read questions and score answers."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from llm2clip.data.skip_log import SkipLog
 
 T = TypeVar("T")
 
-# LLaVA-1.5 appends one of these instructions to a question, or none.
+# LLaVA-1.5 appends at most one of these instructions to a question.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question to a model.
+    """A question for a model.
 
     Args:
-        id: unique within the benchmark.
-        image: None for a question without an image.
+        id: id, unique within the benchmark.
+        image: image that the question is about, or None.
         prompt: text given to the model, without an image token.
-        target: what the answer is scored against; None if only the benchmark's server has it.
-        group: part of the benchmark, for metrics per part.
-        options: options of a multiple choice, in order.
-        unit: questions with the same unit are scored together, such as the rotations of one multiple choice. Empty: the
-            question is scored alone.
+        target: reference for scoring the answer; None if only the benchmark's server has the reference.
+        group: category of the question, for metrics by category.
+        options: options of a multiple-choice question, in order.
+        unit: key shared by questions that are scored together, such as the rotations of a multiple-choice question.
+            If empty, the question is scored alone.
     """
 
     id: str
@@ -44,20 +44,21 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A benchmark.
+    """A benchmark: how to read its questions and score the answers.
 
     Args:
         name: name on the command line.
-        description: protocol, in one line.
-        source: where to download its files.
-        read: reads the questions from a folder; questions whose image is missing are skipped and logged.
-        score: computes metrics from questions and answers, in percent unless noted. The first one is the metric of
-            LLaVA-1.5's table.
-        submission: file name to content for the benchmark's server, from questions and answers.
-        max_new_tokens: maximum number of tokens of an answer.
-        judge: scores an answer with an LLM judge; arguments: question, answer, judge. `score` then receives the judge's
-            scores instead of the answers.
-        llava_folder: name of the folder in LLaVA-1.5's evaluation data, if it differs from `name`.
+        description: one-line description of the protocol.
+        source: where to download the benchmark's files.
+        read: function that reads questions from a folder. Questions whose image is missing are skipped and logged.
+        score: function that computes metrics from questions and answers, in percent unless noted. The first metric is
+            the one in LLaVA-1.5's table.
+        submission: function that converts questions and answers to files for the benchmark's server, as a dict from
+            file name to content.
+        max_new_tokens: maximum number of tokens per answer.
+        judge: function that scores an answer, given the question, the answer and an LLM judge. `score` then receives
+            the judge's scores instead of the answers.
+        llava_folder: name of the benchmark's folder in LLaVA-1.5's evaluation data, if it differs from `name`.
     """
 
     name: str
@@ -71,7 +72,7 @@ class Task:
     llava_folder: str = ""
 
     def folder(self, root: str | Path) -> Path:
-        """Return the benchmark's folder under `root`: `name`, or `llava_folder` if only that exists."""
+        """Return the benchmark's folder under `root`: `name`, or `llava_folder` if only that folder exists."""
         by_name = Path(root) / self.name
         by_llava = Path(root) / self.llava_folder
         if self.llava_folder and by_llava.is_dir() and not by_name.is_dir():
@@ -85,7 +86,7 @@ def mean_percent(values: Sequence[float]) -> float:
 
 
 def group_by(questions: Sequence[Question], values: Sequence[T]) -> dict[str, list[T]]:
-    """Group one value per question by the question's group, in order of first appearance."""
+    """Group values, one per question, by the group of the question. Groups are in order of first appearance."""
     groups: dict[str, list[T]] = {}
     for question, value in zip(questions, values, strict=True):
         groups.setdefault(question.group, []).append(value)
@@ -93,14 +94,14 @@ def group_by(questions: Sequence[Question], values: Sequence[T]) -> dict[str, li
 
 
 def mean_by_group(questions: Sequence[Question], values: Sequence[float]) -> dict[str, float]:
-    """Return the mean of each group in percent."""
+    """Return the mean of each group, in percent."""
     return {group: mean_percent(members) for group, members in group_by(questions, values).items()}
 
 
 def first_units(questions: Sequence[Question], count: int | None) -> list[Question]:
-    """Return the questions of the first `count` units, taken from each group in turn. None returns all.
+    """Return the questions of the first `count` units, taking one unit from each group in turn.
 
-    Units are never split.
+    If `count` is None, all questions are returned. Units are never split.
     """
     units_of_group: dict[str, dict[str, None]] = {}  # dicts as ordered sets
     for question in questions:
@@ -112,18 +113,18 @@ def first_units(questions: Sequence[Question], count: int | None) -> list[Questi
 
 
 def find_image(folder: Path, name: str, log: SkipLog, file: Path, number: int) -> FileImage | None:
-    """Return an image in a folder, or log a skipped row and return None if it is missing or outside the folder.
+    """Return an image, or log a skipped row and return None if the image is missing or outside the folder.
 
     Args:
-        folder: folder of the images.
-        name: relative path of the image.
-        log: receives the skipped row.
-        file: file that names the image, for the log.
-        number: its row in that file.
+        folder: folder that contains the images.
+        name: path of the image, relative to the folder.
+        log: log of skipped rows.
+        file: file that refers to the image, for the log.
+        number: row number in that file.
     """
     log.count_row()
     if not is_inside(name):
-        log.skip(str(file), number, "name leads out of the folder", name)
+        log.skip(str(file), number, "image outside the folder", name)
         return None
     if not (folder / name).is_file():
         log.skip(str(file), number, "no image", folder / name)

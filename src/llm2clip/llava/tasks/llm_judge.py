@@ -1,7 +1,7 @@
-"""Free-form answers scored by an LLM judge: LLaVA-Bench (in the wild) and MM-Vet.
+"""Benchmarks with free-form answers scored by an LLM judge: LLaVA-Bench (in the wild) and MM-Vet.
 
-The judge is any server with an OpenAI-compatible API. The prompts are those of the benchmarks, whose judges are
-gpt-4-0314 and gpt-4-0613. Scores from other judges are not comparable with published ones.
+The judge can be any LLM with an OpenAI-compatible API. The prompts are the benchmarks' official prompts, and the
+official judges are gpt-4-0314 and gpt-4-0613. Scores from other judges are not comparable with published scores.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Judge = Callable[[list[dict[str, str]], float, int], str]  # messages, temperatu
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A handler that follows no redirects: the API key is meant for the given address only."""
+    """Handler that does not follow redirects, because the API key must only be sent to the given address."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -40,13 +40,13 @@ _OPENER = urllib.request.build_opener(_NoRedirect)
 
 @dataclass(frozen=True)
 class OpenAIJudge:
-    """A judge with an OpenAI-compatible API.
+    """An LLM judge with an OpenAI-compatible API.
 
     Args:
-        address: base URL, up to /v1.
-        model: name of the model.
+        address: base URL, ending in /v1.
+        model: name of the judge model.
         key: API key; may be empty.
-        timeout: of a request, in seconds.
+        timeout: timeout per request, in seconds.
     """
 
     address: str
@@ -55,10 +55,10 @@ class OpenAIJudge:
     timeout: float = 120.0
 
     def __call__(self, messages: list[dict[str, str]], temperature: float, max_tokens: int) -> str:
-        """Return the reply to a chat. Timeouts and temporary server errors are retried.
+        """Return the reply to a chat. The request is retried after timeouts and temporary server errors.
 
         Raises:
-            ConnectionError: there is no valid reply.
+            ConnectionError: no valid reply was received.
         """
         if not self.address.startswith(("http://", "https://")):
             raise ConnectionError(f"the judge's address must start with http:// or https:// (got {self.address})")
@@ -66,7 +66,7 @@ class OpenAIJudge:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key or 'none'}"}
         url = f"{self.address.rstrip('/')}/chat/completions"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        for delay in (*RETRY_DELAYS, 0):  # 0: last attempt
+        for delay in (*RETRY_DELAYS, 0):  # 0 marks the last attempt
             try:
                 return self._send(request)
             except urllib.error.HTTPError as error:
@@ -86,8 +86,8 @@ class OpenAIJudge:
     def _send(self, request: urllib.request.Request) -> str:
         with _OPENER.open(request, timeout=self.timeout) as response:
             reply = json.loads(response.read(MAX_REPLY_BYTES))["choices"][0]["message"]["content"]
-        if not isinstance(reply, str):  # null if the model declined to reply, which must not count as a score
-            raise ValueError(f"its reply has no text: {reply!r}")
+        if not isinstance(reply, str):  # null if the model declined to reply; a missing reply must not count as a score
+            raise ValueError(f"the reply has no text: {reply!r}")
         return reply
 
 
@@ -108,7 +108,7 @@ _INSTRUCTIONS = (
 
 
 def read_llava_bench(folder: Path, log: SkipLog) -> list[Question]:
-    """Read questions.jsonl, context.jsonl, answers_gpt4.jsonl and images/ of liuhaotian/llava-bench-in-the-wild."""
+    """Read questions.jsonl, context.jsonl, answers_gpt4.jsonl and images/ from liuhaotian/llava-bench-in-the-wild."""
     file = first_existing(folder, "questions.jsonl")
     context = {row["image"]: row["caption"] for _, row in read_jsonl(first_existing(folder, "context.jsonl"))}
     reference = {row["question_id"]: row["text"] for _, row in read_jsonl(first_existing(folder, "answers_gpt4.jsonl"))}
@@ -130,9 +130,9 @@ def read_llava_bench(folder: Path, log: SkipLog) -> list[Question]:
 
 
 def judge_llava_bench(question: Question, answer: str, judge: Judge) -> tuple[float, float]:
-    """Return the judge's scores for GPT-4's answer and the model's, 1 to 10.
+    """Return the judge's scores, from 1 to 10, for GPT-4's answer and for the model's answer.
 
-    Both are -1 if the reply does not start with two scores, as in the official code.
+    Both scores are -1 if the reply does not start with two scores, as in the official code.
     """
     target = question.target
     prompt = (
@@ -201,7 +201,7 @@ MM_VET_PROMPT = (
 
 
 def read_mm_vet(folder: Path, log: SkipLog) -> list[Question]:
-    """Read mm-vet.json and images/ of the release."""
+    """Read mm-vet.json and images/ from MM-Vet's release."""
     file = first_existing(folder, "mm-vet.json", "*/mm-vet.json")
     questions = []
     for number, (question_id, row) in enumerate(read_json(file).items(), 1):
@@ -221,7 +221,7 @@ def read_mm_vet(folder: Path, log: SkipLog) -> list[Question]:
 
 
 def judge_mm_vet(question: Question, answer: str, judge: Judge) -> float:
-    """Return the judge's score, 0 to 1, or 0 if none of five replies is a score."""
+    """Return the judge's score, from 0 to 1, or 0 if none of five replies is a valid score."""
     target = question.target["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     prompt = f"{MM_VET_PROMPT}\n{question.target['question']} | {target} | {answer} | "
     for attempt in range(MM_VET_ATTEMPTS):
@@ -238,7 +238,7 @@ def judge_mm_vet(question: Question, answer: str, judge: Judge) -> float:
 
 
 def score_mm_vet(questions: Sequence[Question], scores: Sequence[Any]) -> dict[str, float]:
-    """Return the mean score overall, of the questions that need each capability, and by combination of capabilities."""
+    """Return the mean score overall, by required capability, and by combination of capabilities."""
     scores_of_capability: dict[str, list[float]] = {}
     for question, score in zip(questions, scores, strict=True):
         for capability in dict.fromkeys(question.target["capability"]):
@@ -251,7 +251,7 @@ def score_mm_vet(questions: Sequence[Question], scores: Sequence[Any]) -> dict[s
 TASKS = (
     Task(
         name="llava-bench",
-        description="LLaVA-Bench (in the wild): free-form answers, scored by a judge",
+        description="LLaVA-Bench (in the wild): free-form answers, scored by an LLM judge",
         source="huggingface.co liuhaotian/llava-bench-in-the-wild",
         read=read_llava_bench,
         score=score_llava_bench,
@@ -261,8 +261,8 @@ TASKS = (
     ),
     Task(
         name="mm-vet",
-        description="MM-Vet: free-form answers, scored by a judge",
-        source="github.com/yuweihao/MM-Vet release",
+        description="MM-Vet: free-form answers, scored by an LLM judge",
+        source="github.com/yuweihao/MM-Vet (Releases)",
         read=read_mm_vet,
         score=score_mm_vet,
         max_new_tokens=1024,

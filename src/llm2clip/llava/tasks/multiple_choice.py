@@ -1,4 +1,4 @@
-"""Multiple choice: ScienceQA-IMG, MMBench, MMBench-CN and SEED-Bench."""
+"""Multiple-choice benchmarks: ScienceQA-IMG, MMBench, MMBench-CN and SEED-Bench."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LETTERS = "ABCDE"
 
 
 def format_choices(question: str, options: Sequence[str], instruction: str = OPTION_LETTER) -> str:
-    """Return LLaVA-1.5's prompt for a multiple choice: the question, lettered options, and an instruction."""
+    """Return LLaVA-1.5's multiple-choice prompt: the question, lettered options, and an instruction."""
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
     return "\n".join([question, *lines]) + instruction
 
@@ -35,9 +35,9 @@ def format_choices(question: str, options: Sequence[str], instruction: str = OPT
 
 
 def read_scienceqa(folder: Path, log: SkipLog) -> list[Question]:
-    """Read problems.json and pid_splits.json: the test questions with an image, as in LLaVA-1.5's table.
+    """Read the test questions with an image from problems.json and pid_splits.json, as for LLaVA-1.5's table.
 
-    Images are images/test/ID/image.png.
+    The images are images/test/ID/image.png.
     """
     file = first_existing(folder, "problems.json", "*/problems.json")
     problems = read_json(file)
@@ -65,7 +65,7 @@ def read_scienceqa(folder: Path, log: SkipLog) -> list[Question]:
 
 
 def scienceqa_letter(answer: str) -> str | None:
-    """Return LLaVA's reading of an answer: a letter, `A. ...`, or a single `The answer is A.`"""
+    """Return the letter of an answer, as LLaVA does, from `A`, `A. ...`, or a single `The answer is A.`"""
     if answer in LETTERS and len(answer) == 1:
         return answer
     if len(answer) >= 3 and answer[0] in LETTERS and answer[1:3] == ". ":
@@ -85,19 +85,19 @@ def score_scienceqa(questions: Sequence[Question], answers: Sequence[str]) -> di
 # ---- MMBench (arXiv 2307.06281) -------------------------------------------------------------------------------------
 
 OPTION_LETTER_CN = "\n请直接回答选项字母。"
-_ROTATION_OFFSET = 1_000_000  # rows with rotated options have the original index plus a multiple of this
+_ROTATION_OFFSET = 1_000_000  # the index of a row with rotated options is the original index plus a multiple of this
 _LETTER_FORMS = ("{}", "{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
-_EMPTY_CELLS = ("", "nan", "none", "na", "n/a", "null", "<na>")  # NaN to pandas, which LLaVA uses, or to LLaVA's code
+_EMPTY_CELLS = ("", "nan", "none", "na", "n/a", "null", "<na>")  # missing to LLaVA or to pandas, which it uses
 _MIN_IMAGE_CHARS = 64  # a shorter cell is the index of another row, not a base64 image
 
 
 def read_mmbench(folder: Path, log: SkipLog) -> list[Question]:
-    """Read mmbench_dev_20230712.tsv or a newer English file; images are in the table, in base64."""
+    """Read mmbench_dev_20230712.tsv or a newer English file. The file contains the images, encoded in base64."""
     return _read_mmbench_table(first_existing(folder, "mmbench_dev_2*.tsv", "mmbench_dev_en_*.tsv"), log, OPTION_LETTER)
 
 
 def read_mmbench_cn(folder: Path, log: SkipLog) -> list[Question]:
-    """Read mmbench_dev_cn_20231003.tsv."""
+    """Read mmbench_dev_cn_20231003.tsv, the Chinese version."""
     return _read_mmbench_table(first_existing(folder, "mmbench_dev_cn_*.tsv"), log, OPTION_LETTER_CN)
 
 
@@ -138,14 +138,14 @@ def _is_empty(cell: str | None) -> bool:
 
 
 def _decode_cell(row: dict[str, Any], images: dict[str, MemoryImage]) -> MemoryImage:
-    """Return the image of a row, whose cell holds a base64 image or the index of an earlier row.
+    """Return the image of a row. The image cell contains a base64 image or the index of an earlier row.
 
     Args:
         row: row of the table.
-        images: images of earlier rows by index; a new image is added.
+        images: images of earlier rows, keyed by row index. A new image is added.
 
     Raises:
-        ValueError: the cell holds neither.
+        ValueError: the cell contains neither a base64 image nor a known index.
     """
     cell = row["image"] or ""
     if cell in images:
@@ -158,16 +158,17 @@ def _decode_cell(row: dict[str, Any], images: dict[str, MemoryImage]) -> MemoryI
 
 
 def mmbench_letter(answer: str, options: Sequence[str]) -> str | None:
-    """Return MMBench's reading of an answer, without the LLM that its server uses for unclear answers.
+    """Return the letter of an answer as MMBench does, but without the LLM that its server uses for unclear answers.
 
-    It is the only letter that occurs as a separate word, otherwise the only option whose text occurs in the answer.
+    The result is the only letter that occurs as a separate word or, failing that, the letter of the only option whose
+    text occurs in the answer.
     """
     words = answer.split()
     letters = LETTERS[: len(options)]
     for form in _LETTER_FORMS:
         matches = [letter for letter in letters if form.format(letter) in words]
         if matches == ["A"] and form == "{}" and len(words) > 3:
-            continue  # probably the article
+            continue  # probably the article "A"
         if len(matches) == 1:
             return matches[0]
     contained = [letter for letter, option in zip(letters, options, strict=False) if option.lower() in answer.lower()]
@@ -175,10 +176,10 @@ def mmbench_letter(answer: str, options: Sequence[str]) -> str | None:
 
 
 def score_mmbench(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Return the CircularEval accuracy, the accuracy without CircularEval, and CircularEval by category.
+    """Return the accuracy with CircularEval, the accuracy without it, and the CircularEval accuracy by category.
 
-    In CircularEval a question is correct if it is answered correctly in every rotation of its options. An answer that
-    names no option is wrong here, whereas MMBench's server asks an LLM first.
+    With CircularEval, a question counts as correct only if it is answered correctly for every rotation of its options.
+    An answer that names no option counts as wrong here, whereas MMBench's server asks an LLM first.
     """
     correct: dict[str, list[float]] = {}  # by unit: one value per rotation
     category: dict[str, str] = {}
@@ -204,9 +205,9 @@ def score_mmbench(questions: Sequence[Question], answers: Sequence[str]) -> dict
 
 
 def read_seed(folder: Path, log: SkipLog) -> list[Question]:
-    """Read SEED-Bench.json; images are in SEED-Bench-image/.
+    """Read SEED-Bench.json. The images are in SEED-Bench-image/.
 
-    As in LLaVA-1.5, a video is represented by its middle frame, in SEED-Bench-video-image/TYPE_QUESTION.png.
+    As in LLaVA-1.5, a video is represented by its middle frame, SEED-Bench-video-image/TYPE_QUESTION.png.
     """
     file = first_existing(folder, "SEED-Bench.json")
     data = read_json(file)
@@ -237,7 +238,7 @@ def read_seed(folder: Path, log: SkipLog) -> list[Question]:
 
 
 def score_seed(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Return the accuracy overall, of images and videos, and by question type."""
+    """Return the accuracy overall, for images, for videos, and by question type."""
     correct = []
     correct_by_medium: dict[str, list[float]] = {"image": [], "video": []}
     for question, answer in zip(questions, answers, strict=True):
@@ -253,7 +254,7 @@ def score_seed(questions: Sequence[Question], answers: Sequence[str]) -> dict[st
 TASKS = (
     Task(
         name="scienceqa",
-        description="ScienceQA, test questions with an image",
+        description="ScienceQA: test questions with an image",
         source="github.com/lupantech/ScienceQA",
         read=read_scienceqa,
         score=score_scienceqa,
@@ -261,7 +262,7 @@ TASKS = (
     ),
     Task(
         name="mmbench",
-        description="MMBench dev, CircularEval: all rotations of the options must be correct",
+        description="MMBench dev, CircularEval: answers must be correct for all rotations of the options",
         source="github.com/open-compass/MMBench",
         read=read_mmbench,
         score=score_mmbench,

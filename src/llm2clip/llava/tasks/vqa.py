@@ -1,7 +1,8 @@
-"""Open questions with short answers: VQAv2, VizWiz, TextVQA and GQA.
+"""Benchmarks with open-ended questions and short answers: VQAv2, VizWiz, TextVQA and GQA.
 
-The benchmarks define how answers are normalised before they are compared, oddities included. This follows vqaEval.py of
-GT-Vision-Lab/VQA. TextVQA, and answers submitted to servers, follow m4c_evaluators.py of facebookresearch/mmf.
+The benchmarks define how answers are normalised before they are compared. The rules are reproduced with all their
+quirks. They are those of vqaEval.py from GT-Vision-Lab/VQA or, for TextVQA and for answers submitted to servers, those
+of m4c_evaluators.py from facebookresearch/mmf.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ NUMBERS = {word: str(n) for n, word in enumerate(_DIGITS)} | {"none": "0"}
 ARTICLES = ("a", "an", "the")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _THOUSANDS_COMMA = re.compile(r"(\d)(\,)(\d)")
-# Apparently meant as the look-behind (?<!\d), but all published results use this pattern.
+# Apparently intended as the look-behind (?<!\d), but all published results use this pattern.
 _PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
 # vqaEval.py passes re.UNICODE (32) as the count argument of re.sub, so at most 32 periods are removed.
 _MAX_PERIODS = 32
 
-# Contractions that VizWiz's table writes with straight apostrophes, or none.
+# Contractions that VizWiz's table writes with straight apostrophes or without apostrophes.
 _STRAIGHT_IN_VIZWIZ = {
     "aint", "arent", "cant", "couldve", "couldnt", "couldn'tve", "hadn'tve", "weve", "wheres", "whove",
 }  # fmt: skip
@@ -36,16 +37,16 @@ _STRAIGHT_IN_VIZWIZ = {
 
 @lru_cache
 def contractions() -> dict[str, str]:
-    """Return vqaEval.py's map from contractions with a missing apostrophe to the correct spelling."""
+    """Return vqaEval.py's map from contractions with a missing apostrophe to their correct spelling."""
     lines = Path(__file__).with_name("contractions.txt").read_text(encoding="utf-8").splitlines()
     return dict(line.split(" ", 1) for line in lines)
 
 
 @lru_cache
 def vizwiz_contractions() -> dict[str, str]:
-    """Return the same map from VizWiz's scorer, where almost all apostrophes are typographic (U+2019).
+    """Return the corresponding map from VizWiz's scorer, where almost all apostrophes are typographic (U+2019).
 
-    Answers that it corrects therefore never equal a human answer with a straight apostrophe.
+    An answer corrected with this map therefore never equals a human answer that has a straight apostrophe.
     """
     table = {}
     for word, correct in contractions().items():
@@ -56,12 +57,12 @@ def vizwiz_contractions() -> dict[str, str]:
 
 
 def normalize_answer(answer: str, table: dict[str, str] | None = None) -> str:
-    """Normalise an answer as vqaEval.py does. `table` is the map of contractions, by default `contractions()`."""
+    """Normalise an answer as vqaEval.py does. `table` maps contractions to corrections (default: `contractions()`)."""
     return _normalize_words(_remove_punctuation(_to_single_line(answer)), table)
 
 
 def process_answer(answer: str) -> str:
-    """Normalise an answer as TextVQA's scorer does, and as LLaVA does for submissions."""
+    """Normalise an answer as TextVQA's scorer does, and as LLaVA does before submitting answers."""
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return _normalize_words(_remove_punctuation(_to_single_line(text), check_commas=False))
 
@@ -71,9 +72,9 @@ def _to_single_line(text: str) -> str:
 
 
 def _remove_punctuation(text: str, check_commas: bool = True) -> str:
-    """Remove each mark that occurs next to a space, and replace the others by a space.
+    """Remove each punctuation mark that occurs next to a space, and replace the other marks with a space.
 
-    In texts with a number such as 1,000 all marks are removed, unless `check_commas` is False.
+    If the text contains a number such as 1,000, all marks are removed, unless `check_commas` is False.
     """
     has_thousands_comma = check_commas and _THOUSANDS_COMMA.search(text) is not None
     cleaned = text
@@ -94,9 +95,9 @@ def _normalize_words(text: str, table: dict[str, str] | None = None) -> str:
 
 
 def agreement(answer: str, human_answers: Sequence[str]) -> float:
-    """Return VQA's agreement of an answer with human answers, 0 to 1.
+    """Return VQA's score for the agreement of an answer with human answers, from 0 to 1.
 
-    It is the mean of min(1, matches / 3) over all subsets of the human answers that lack exactly one of them.
+    The score is the mean of min(1, matches / 3) over all ways to leave out one human answer.
     """
     credits = []
     for left_out in range(len(human_answers)):
@@ -106,7 +107,7 @@ def agreement(answer: str, human_answers: Sequence[str]) -> float:
 
 
 def vqa_accuracy(answer: str, human_answers: Sequence[str]) -> float:
-    """Return VQA's accuracy of an answer, 0 to 1. Nothing is normalised if all human answers are equal."""
+    """Return the VQA accuracy of an answer, from 0 to 1. If all human answers are identical, nothing is normalised."""
     answer = _to_single_line(answer)
     human_answers = [_to_single_line(other) for other in human_answers]
     if len(set(human_answers)) > 1:
@@ -116,19 +117,19 @@ def vqa_accuracy(answer: str, human_answers: Sequence[str]) -> float:
 
 
 def vizwiz_accuracy(answer: str, human_answers: Sequence[str]) -> float:
-    """Return VizWiz's accuracy of an answer, 0 to 1. Human answers are not normalised."""
+    """Return the VizWiz accuracy of an answer, from 0 to 1. Human answers are not normalised."""
     return agreement(normalize_answer(answer, vizwiz_contractions()), human_answers)
 
 
 def textvqa_accuracy(answer: str, human_answers: Sequence[str]) -> float:
-    """Return TextVQA's accuracy of an answer, 0 to 1. The answer and the human answers are always processed."""
+    """Return the TextVQA accuracy of an answer, from 0 to 1. All answers are normalised by `process_answer`."""
     return agreement(process_answer(answer), [process_answer(other) for other in human_answers])
 
 
 def _mean_accuracy(
     questions: Sequence[Question], answers: Sequence[str], accuracy: Callable[[str, Sequence[str]], float]
 ) -> dict[str, float]:
-    """Return the mean accuracy overall and by group, or nothing if no question has human answers."""
+    """Return the mean accuracy overall and by group, or an empty dict if no question has human answers."""
     scored = []
     values = []
     for question, answer in zip(questions, answers, strict=True):
@@ -186,7 +187,7 @@ def score_vqav2(questions: Sequence[Question], answers: Sequence[str]) -> dict[s
 def submit_vqav2(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
     """Return the submission for EvalAI challenge 830.
 
-    The server expects an answer to every question of the test set. Add the missing ones with "" as answer.
+    The server expects an answer to every question in the test set. Add missing questions with "" as the answer.
     """
     rows = []
     for question, answer in zip(questions, answers, strict=True):
@@ -200,7 +201,7 @@ UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'U
 
 
 def read_vizwiz(folder: Path, log: SkipLog) -> list[Question]:
-    """Read val.json, or test.json, which has no human answers. Images are in val/ or test/."""
+    """Read val.json or test.json; test.json has no human answers. The images are in val/ or test/."""
     file = first_existing(folder, "val.json", "test.json", "Annotations/val.json", "Annotations/test.json")
     questions = []
     for number, row in enumerate(read_json(file), 1):
@@ -236,7 +237,7 @@ def submit_vizwiz(questions: Sequence[Question], answers: Sequence[str]) -> dict
 
 
 def read_textvqa(folder: Path, log: SkipLog) -> list[Question]:
-    """Read TextVQA_0.5.1_val.json and TextVQA_Rosetta_OCR_v0.2_val.json; images are in train_images/.
+    """Read TextVQA_0.5.1_val.json and TextVQA_Rosetta_OCR_v0.2_val.json. The images are in train_images/.
 
     As in LLaVA-1.5, the OCR tokens are part of the prompt.
     """
@@ -261,7 +262,7 @@ def read_textvqa(folder: Path, log: SkipLog) -> list[Question]:
 
 
 def score_textvqa(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Return the accuracy."""
+    """Return the mean accuracy."""
     return _mean_accuracy(questions, answers, textvqa_accuracy)
 
 
@@ -269,7 +270,7 @@ def score_textvqa(questions: Sequence[Question], answers: Sequence[str]) -> dict
 
 
 def read_gqa(folder: Path, log: SkipLog) -> list[Question]:
-    """Read testdev_balanced_questions.json; images are in images/ beside it."""
+    """Read testdev_balanced_questions.json. The images are in images/, in the same folder."""
     file = first_existing(folder, "testdev_balanced_questions.json", "*/testdev_balanced_questions.json")
     questions = []
     for number, (question_id, row) in enumerate(read_json(file).items(), 1):
@@ -290,9 +291,9 @@ def read_gqa(folder: Path, log: SkipLog) -> list[Question]:
 
 
 def score_gqa(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Return the accuracy overall, and of binary and open questions.
+    """Return the accuracy overall, for binary questions and for open questions.
 
-    An answer is correct if it equals the target in lower case and without trailing periods.
+    An answer is correct if it equals the target after conversion to lower case and removal of trailing periods.
     """
     correct = []
     for question, answer in zip(questions, answers, strict=True):
@@ -304,14 +305,14 @@ TASKS = (
     Task(
         name="vqav2",
         description="VQAv2: agreement with ten human answers",
-        source="visualqa.org/download: questions, annotations, COCO's images",
+        source="visualqa.org/download: questions, annotations, COCO images",
         read=read_vqav2,
         score=score_vqav2,
         submission=submit_vqav2,
     ),
     Task(
         name="gqa",
-        description="GQA testdev balanced: exact answers",
+        description="GQA testdev balanced: exact match",
         source="cs.stanford.edu/people/dorarad/gqa",
         read=read_gqa,
         score=score_gqa,

@@ -1,4 +1,4 @@
-"""Yes-or-no questions: POPE and MME."""
+"""Benchmarks with yes-or-no questions: POPE and MME."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from llm2clip.llava.tasks.base import SHORT_ANSWER, Question, Task, find_image, 
 
 
 def says_yes(answer: str) -> bool:
-    """Return POPE's reading of an answer: False if No, no or not is a word before the first period, otherwise True."""
+    """Return False if "No", "no" or "not" is a word before the first period, otherwise True, as in POPE."""
     words = answer.partition(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"} & set(words)
 
 
 def read_pope(folder: Path, log: SkipLog) -> list[Question]:
-    """Read coco_pope_{random,popular,adversarial}.json, which hold one object per line, and images in val2014/.
+    """Read coco_pope_{random,popular,adversarial}.json, which contain one question per line.
 
-    The files are in `folder` or in a folder below it, such as coco/.
+    The files are in `folder` or in a subfolder such as coco/. The images are in val2014/.
     """
     questions = []
     for sampling in Sampling:
@@ -45,7 +45,7 @@ def read_pope(folder: Path, log: SkipLog) -> list[Question]:
 
 
 def pope_questions(records: Sequence[Record], per_image: int = OBJECTS_PER_IMAGE, seed: int = 0) -> list[Question]:
-    """Make POPE questions for captioned images, see `llava/pope.py`."""
+    """Make POPE questions about captioned images. See `llava/pope.py`."""
     questions = []
     for sampling in Sampling:
         for n, question in enumerate(make_questions(records, sampling, per_image, seed)):
@@ -62,9 +62,10 @@ def pope_questions(records: Sequence[Record], per_image: int = OBJECTS_PER_IMAGE
 
 
 def score_pope(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Return mean F1 and accuracy over the samplings, then the metrics of each sampling.
+    """Return F1 and accuracy averaged over the sampling strategies, then the metrics for each strategy.
 
-    Per sampling: accuracy, precision, recall, F1 (as in LLaVA-1.5's table), and the fraction of yes answers.
+    The metrics for a strategy are accuracy, precision, recall, F1 (as in LLaVA-1.5's table), and the percentage of yes
+    answers.
     """
     pairs = [(question.target == "yes", says_yes(answer)) for question, answer in zip(questions, answers, strict=True)]
     by_sampling = {sampling: _yes_metrics(group) for sampling, group in group_by(questions, pairs).items()}
@@ -79,7 +80,7 @@ def score_pope(questions: Sequence[Question], answers: Sequence[str]) -> dict[st
 
 
 def _yes_metrics(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float]:
-    """Return metrics of yes as the positive class, from pairs (target is yes, answer is yes)."""
+    """Return metrics with yes as the positive class, from pairs (target is yes, answer is yes)."""
     true_positives = sum(target and answer for target, answer in pairs)
     predicted = sum(answer for _, answer in pairs)
     positives = sum(target for target, _ in pairs)
@@ -104,9 +105,10 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 
 
 def read_mme(folder: Path, log: SkipLog) -> list[Question]:
-    """Read MME_Benchmark_release_version/SUBTASK: NAME.txt and NAME.jpg or NAME.png.
+    """Read NAME.txt and NAME.jpg or NAME.png in each folder MME_Benchmark_release_version/SUBTASK.
 
-    Each text file has two lines `question<tab>Yes or No`. Some subtasks have questions_answers_YN/ and images/.
+    Each text file has two lines, `question<tab>Yes` or `question<tab>No`. In some subtasks, the text files are in
+    questions_answers_YN/ and the images are in images/.
     """
     root = next((path for path in (*folder.glob("MME_Benchmark_release_version*"), folder) if path.is_dir()), folder)
     questions = []
@@ -138,7 +140,7 @@ def read_mme(folder: Path, log: SkipLog) -> list[Question]:
 
 
 def mme_answer(answer: str) -> str:
-    """Return MME's reading of an answer: yes, no or other."""
+    """Classify an answer as yes, no or other, as MME does."""
     answer = answer.lower()
     if answer in ("yes", "no"):
         return answer
@@ -146,12 +148,12 @@ def mme_answer(answer: str) -> str:
 
 
 def score_mme(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Return MME's points: perception (sum of ten subtasks, max. 2,000), cognition (four, max. 800) and each subtask.
+    """Return MME's points: perception (ten subtasks, up to 2,000), cognition (four, up to 800) and each subtask.
 
-    The points of a subtask are its accuracy plus the fraction of images whose two questions are both answered
-    correctly, each in percent.
+    The points for a subtask are the sum of two percentages: the accuracy, and the images for which both questions are
+    answered correctly.
     """
-    correct_of_image: dict[str, dict[str, list[float]]] = {}  # subtask, image
+    correct_of_image: dict[str, dict[str, list[float]]] = {}  # by subtask, then by image
     for question, answer in zip(questions, answers, strict=True):
         correct = float(mme_answer(answer.strip()) == question.target)
         correct_of_image.setdefault(question.group, {}).setdefault(question.unit, []).append(correct)
@@ -170,14 +172,14 @@ def score_mme(questions: Sequence[Question], answers: Sequence[str]) -> dict[str
 TASKS = (
     Task(
         name="pope",
-        description="POPE: whether objects are present, three samplings",
-        source="github.com/AoiDragon/POPE output/coco, and COCO's val2014 images",
+        description="POPE: whether objects are present, with three sampling strategies",
+        source="github.com/AoiDragon/POPE (output/coco) and COCO val2014 images",
         read=read_pope,
         score=score_pope,
     ),
     Task(
         name="mme",
-        description="MME: yes or no, fourteen subtasks, in points",
+        description="MME: yes-or-no questions in fourteen subtasks, scored in points",
         source="on request from the authors",
         read=read_mme,
         score=score_mme,

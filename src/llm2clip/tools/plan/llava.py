@@ -1,4 +1,4 @@
-"""Estimates of memory and hours for `llm2clip llava train`, with the same arithmetic as `plan`."""
+"""Memory and time estimates for `llm2clip llava train`, computed in the same way as in `plan`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class LlavaPlan:
     """Estimates for both training stages.
 
     Args:
-        machine: devices that the plan is for.
-        image_tokens: tokens per image.
-        parameters: parameter count of each part of the model.
-        flop: FLOP per conversation for each stage, and per image for the vision tower ("image").
-        feature_bytes: size of the cached patch features of each stage's images.
-        memory: bytes per device for each stage, by part.
-        fits: whether each stage fits into the memory of a device.
-        hours: duration of each stage on all devices together.
+        machine: devices that the estimates are for.
+        image_tokens: number of tokens per image.
+        parameters: number of parameters in each part of the model.
+        flop: FLOP per conversation in each stage, and per image in the vision tower (key "image").
+        feature_bytes: size of the cached patch features for each stage's images, in bytes.
+        memory: memory per device and component in each stage, in bytes.
+        fits: whether each stage fits into a device's memory.
+        hours: wall-clock hours per stage, using all devices.
     """
 
     machine: Machine
@@ -55,13 +55,13 @@ def plan_llava(
     """Estimate the cost of both training stages.
 
     Args:
-        config: settings of the training.
+        config: training settings.
         machine: devices to train on.
-        llm: causal LLM; models known to `plan` need no network.
-        vision: vision tower, likewise.
+        llm: causal LLM. Models that `plan` knows do not require network access.
+        vision: vision tower. Towers that `plan` knows do not require network access.
         image_size: image size in pixels. Default: the size that the tower was trained with.
-        conversations: number of conversations of each stage, each with an image of its own.
-        text_tokens: mean number of text tokens per conversation of each stage.
+        conversations: number of conversations in each stage, each with a different image.
+        text_tokens: mean number of text tokens per conversation in each stage.
 
     Raises:
         ValueError: a model is unknown, or the device does not support the precision.
@@ -70,7 +70,7 @@ def plan_llava(
     model = _count_model(config, llm, vision, image_size, precision)
     epochs = {"pretrain": config.pretrain_epochs, "instruct": config.epochs}
     feature_bytes = {stage: 2.0 * conversations[stage] * model.image_tokens * model.feature_size for stage in STAGES}
-    # Features are cached for both stages or for none. The stages are assumed to have different images.
+    # Features are cached for both stages or for neither. The stages are assumed to have different images.
     total_bytes = sum(feature_bytes[stage] for stage in STAGES if epochs[stage])
     cached = 0 < total_bytes <= config.cache_gb * 1e9
     flop = {"image": model.tower_flop}
@@ -112,7 +112,7 @@ def format_llava_plan(plan: LlavaPlan, conversations: dict[str, int]) -> list[st
         parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in largest_parts)
         lines += [
             f"{stage}: {plan.hours[stage]:.1f} hours on {machine.count} x {machine.device} for "
-            f"{conversations[stage]:,} conversations of {plan.flop[stage] / 1e12:.1f} TFLOP",
+            f"{conversations[stage]:,} conversations, {plan.flop[stage] / 1e12:.1f} TFLOP each",
             f"  {peak_memory(memory) / 1e9:.0f} GB per device ({verdict}): {parts}",
             f"  cached patch features would take {plan.feature_bytes[stage] / 1e9:,.0f} GB",
         ]
@@ -122,17 +122,17 @@ def format_llava_plan(plan: LlavaPlan, conversations: dict[str, int]) -> list[st
 
 @dataclass(frozen=True)
 class _ModelCosts:
-    """Sizes and costs of the parts of the model.
+    """Sizes and costs of the model's components.
 
     Args:
         llm: costs of the LLM's blocks.
-        llm_parameters: parameters of the LLM, with its head.
-        head: weights of the head, tied or not.
-        projector_parameters: parameters of the projector.
-        tower_parameters: parameters of the vision tower.
-        tower_flop: FLOP of the vision tower per image.
-        image_tokens: tokens per image.
-        feature_size: size of a patch feature.
+        llm_parameters: number of parameters in the LLM, including its head.
+        head: number of weights in the LLM's head, whether tied or not.
+        projector_parameters: number of parameters in the projector.
+        tower_parameters: number of parameters in the vision tower.
+        tower_flop: FLOP per image in the vision tower.
+        image_tokens: number of tokens per image.
+        feature_size: dimension of a patch feature.
     """
 
     llm: TextCosts
@@ -170,7 +170,7 @@ def _count_model(config: LlavaConfig, llm: str, vision: str, image_size: int | N
 
 
 def _patch_shape(tower: Any) -> tuple[int, int]:
-    """Return the number of patch features per image, and their size.
+    """Return the number of patch features per image and the dimension of a patch feature.
 
     Raises:
         ValueError: `llava build` does not support the tower.
@@ -191,21 +191,21 @@ def _patch_shape(tower: Any) -> tuple[int, int]:
 
 
 def _conversation_flop(model: _ModelCosts, config: LlavaConfig, stage: str, length: float) -> float:
-    """Return the FLOP of one conversation in a training step.
+    """Return the FLOP per conversation in a training step.
 
-    The forward pass goes through LLM, head and projector, the backward pass through all of them, plus the gradients
-    of the trained weights. Causal attention needs half of the FLOP of full attention in fused kernels.
+    The forward and backward passes go through the LLM, its head and the projector. The backward pass also computes the
+    gradients of the trained weights. In fused kernels, causal attention needs half as many FLOP as full attention.
 
     Args:
-        model: costs of the model.
-        config: settings of the training.
-        stage: training stage.
-        length: tokens per conversation, image tokens included.
+        model: sizes and costs of the model's components.
+        config: training settings.
+        stage: `pretrain` or `instruct`.
+        length: tokens per conversation, including image tokens.
     """
     llm = model.llm
     linear = 2 * llm.linear * length
     attention = llm.forward(length) - linear
-    head = 2 * model.head * (length - model.image_tokens)  # image tokens have no logits
+    head = 2 * model.head * (length - model.image_tokens)  # no logits are computed for image tokens
     projector = 2 * model.projector_parameters * model.image_tokens
     forward = linear + attention / 2 + head + projector
     backward = linear + attention + head + 2 * projector
@@ -220,16 +220,16 @@ def _conversation_flop(model: _ModelCosts, config: LlavaConfig, stage: str, leng
 def _stage_memory(
     model: _ModelCosts, config: LlavaConfig, stage: str, length: float, precision: str, machine: Machine, cached: bool
 ) -> dict[str, float]:
-    """Return bytes per device by part.
+    """Return the memory per device and component, in bytes.
 
-    Weights are fp32, or half precision with LoRA. A trained parameter needs 4 more bytes for its gradient (8 with
-    several processes) and 8 for AdamW.
+    Weights are in fp32, or in half precision with LoRA. Each trained parameter needs 4 more bytes for its gradient (8
+    with several processes) and 8 for AdamW.
 
     Args:
-        model: costs of the model.
-        config: settings of the training.
-        stage: training stage.
-        length: tokens per conversation, image tokens included.
+        model: sizes and costs of the model's components.
+        config: training settings.
+        stage: `pretrain` or `instruct`.
+        length: tokens per conversation, including image tokens.
         precision: fp32, bf16 or fp16.
         machine: devices to train on.
         cached: whether patch features are cached, so that the tower is not needed.
@@ -250,7 +250,7 @@ def _stage_memory(
         copied = llm.largest_linear if sharded else llm.linear + model.head
         parts["copies in half precision"] = compute_bytes * copied
     if sharded:
-        parts["gathered"] = 2.0 * compute_bytes * llm.largest_linear  # the block in use and the next one
+        parts["gathered"] = 2.0 * compute_bytes * llm.largest_linear  # the current block and the next one
     parts |= optimizer_memory(trained, count, sharded)
     if not cached:
         parts["tower"] = 4.0 * model.tower_parameters
@@ -259,9 +259,9 @@ def _stage_memory(
     per_token = llm.layers * llm.saved_per_token
     if config.gradient_checkpointing:
         per_token = llm.layers * llm.input_per_token + llm.saved_per_token
-    per_token += llm.saved_per_token + llm.saved_outside  # gradients on their way back through one block
+    per_token += llm.saved_per_token + llm.saved_outside  # gradients during the backward pass through one block
     vocabulary = model.head // llm.embed_dim
-    logits = vocabulary * (compute_bytes + 4 + 4)  # logits, logits in fp32, and their gradient
+    logits = vocabulary * (compute_bytes + 4 + 4)  # logits, their fp32 copy and their gradient
     text_tokens = length - model.image_tokens
     parts["activations"] = micro_batch_size * (length * per_token + text_tokens * logits)
     return {**parts, "libraries": FRAMEWORK_OVERHEAD, "loading": 0.0}
