@@ -98,7 +98,11 @@ class Benchmark:
         return _with_format_errors(self.read, folder, self.name)
 
     def load_train(self, folder: Path) -> ClassificationData | None:
-        """Read the training images for a linear probe, or return None if there are none. Raises the same as `load`."""
+        """Read the training images for a linear probe, or return None if the benchmark has none.
+
+        Raises:
+            MissingFileError, DataFormatError: See `load`.
+        """
         return None if self.read_train is None else _with_format_errors(self.read_train, folder, self.name)
 
 
@@ -137,7 +141,7 @@ def check_files(refs: Sequence[ImageRef], source: Path) -> None:
 
 
 def captioned_records(pairs: Iterable[tuple[ImageRef, Sequence[str]]], source: Path) -> list[Record]:
-    """Create records from pairs of an image and its captions, in order. Captions are only stripped.
+    """Create one record for each pair of an image and its captions. Whitespace around captions is stripped.
 
     Raises:
         MissingFileError: If image files are missing.

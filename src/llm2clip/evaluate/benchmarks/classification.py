@@ -63,7 +63,7 @@ def read_class_folders(folder: Path, split: str = "") -> ClassificationData:
     class_dirs = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     class_dirs = [path for path in class_dirs if _image_files(path)]
     if not class_dirs:
-        raise MissingFileError(f"{root} must contain one folder of images per class, but contains none")
+        raise MissingFileError(f"{root} must contain one folder of images per class, but has no folders with images")
     names = [path.name.replace("_", " ") for path in class_dirs]
     if (folder / NAMES_FILE).exists():
         names = _read_class_names(folder / NAMES_FILE, class_dirs)
@@ -83,7 +83,7 @@ def _read_class_names(file: Path, class_dirs: Sequence[Path]) -> list[str]:
     for line in read_lines(file):
         fields = line.split("\t")
         if len(fields) != 2:
-            raise DataFormatError(f"{file}: expected lines of FOLDER<tab>NAME")
+            raise DataFormatError(f"{file}: expected lines of the form FOLDER<tab>NAME")
         name_of_folder[fields[0]] = fields[1].strip()
     for path in class_dirs:
         if path.name not in name_of_folder:

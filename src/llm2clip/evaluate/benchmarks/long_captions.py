@@ -14,10 +14,10 @@ CHUNK = 1 << 20  # characters per read
 
 
 def read_first_objects(file: Path, count: int) -> list[dict[str, Any]]:
-    """Read the first objects of a JSON list, but not the rest of the file (ShareGPT4V's file has 1.4 GB).
+    """Read the first `count` objects in a JSON list, without reading the whole file (ShareGPT4V's file is 1.4 GB).
 
     Raises:
-        DataFormatError: If the file does not start with a list of `count` objects.
+        DataFormatError: If the file is not a JSON list, or one of its first `count` objects is not valid JSON.
     """
     decoder = json.JSONDecoder()
     objects: list[dict[str, Any]] = []
