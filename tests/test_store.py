@@ -388,7 +388,7 @@ def test_writer_rejects_a_shard_of_another_encoder(tmp_path: Path) -> None:
         writer.finish()
     for path in (tmp_path / "theirs").glob("*-00006.*"):
         (tmp_path / "ours" / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(StoreError, match="has a different encoder, dimension or dtype than the rest of this store"):
+    with pytest.raises(StoreError, match="has a different encoder, dimension or dtype from the rest of this store"):
         StoreWriter(tmp_path / "ours", IDENTITY, 2).finish()
     assert "keys-00006.parquet" in repair_store(tmp_path / "ours")
     assert "ours" in EmbeddingStore(tmp_path / "ours") and "theirs" not in EmbeddingStore(tmp_path / "ours")
@@ -594,7 +594,7 @@ def test_store_command(encoder: CaptionEncoder, llm: Path, tmp_path: Path, capsy
     assert "50 captions" in run("import", "--parquet", tmp_path / "c.parquet", "--out", tmp_path / "d")
     table = pq.read_table(tmp_path / "c.parquet").replace_schema_metadata()
     pq.write_table(table, tmp_path / "unnamed.parquet")
-    assert "Name it with --encoder.path" in run(
+    assert "Set it with --encoder.path" in run(
         "import", "--parquet", tmp_path / "unnamed.parquet", "--out", tmp_path / "e"
     )
     named = run("import", "--parquet", tmp_path / "unnamed.parquet", "--out", tmp_path / "e", "--encoder.path", llm)

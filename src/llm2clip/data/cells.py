@@ -117,7 +117,7 @@ def check_image(image: LoadedImage, read_header: bool) -> None:
             width, height = open_header(stream).size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limits
         raise UnusableRow("image too large", f"{image.ref}: {error}") from error
-    except Exception as error:  # Pillow's plugins raise any type of exception on malicious bytes
+    except Exception as error:  # Pillow's plugins may raise any type of exception for malicious bytes
         raise UnusableRow("unreadable image", f"{image.ref}: {error}") from error
     if width * height > MAX_PIXELS:
         raise UnusableRow("image too large", f"{image.ref}: {width} x {height}")

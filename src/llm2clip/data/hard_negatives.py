@@ -1,10 +1,10 @@
-"""Hard negatives for `tune`: orders the training items so that items with similar captions are adjacent.
+"""Hard negatives for `tune`: training items are ordered so that items with similar captions are adjacent.
 
-In a random batch, nearly all negatives are about a different subject and soon become too easy. In each pass, a random
-projection tree (splits along random hyperplanes) therefore divides the items into small groups with similar captions. A
-batch made of a few groups then contrasts dogs with dogs and street scenes with street scenes. Similarity is computed
-from the words (TF-IDF) rather than with the model being trained. This takes seconds, and a resumed run forms the same
-groups.
+In a random batch, nearly all negatives are about a different subject and soon become too easy. To avoid this, each pass
+divides the items into small groups with similar captions, using a random projection tree (recursive splits along random
+hyperplanes). A batch made of a few groups then contrasts dogs with dogs and street scenes with street scenes.
+Similarity is computed from the words (TF-IDF) rather than with the model being trained. This takes only seconds, and a
+resumed run forms the same groups.
 """
 
 from __future__ import annotations

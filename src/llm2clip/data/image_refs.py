@@ -1,4 +1,4 @@
-"""References to images, which say where to find an image's encoded bytes.
+"""Image references: where the encoded bytes of an image are stored.
 
 Records hold references instead of images, so that a list of records is small and can be sent to other processes.
 """
@@ -19,13 +19,13 @@ import pyarrow.parquet as pq
 
 
 class ImageRef(ABC):
-    """Location of an image's bytes: small, picklable and readable in any process. Messages show its `str()`."""
+    """Location of an image's bytes: small, picklable and readable in any process. `str()` returns its name."""
 
     __slots__ = ()
 
     @property
     def key(self) -> str:
-        """A string that is the same for all references to an image, however its path is written."""
+        """A string that is the same for all references to the same image, however the path is written."""
         return self.canonical_path
 
     @property
@@ -91,7 +91,7 @@ class FileImage(ImageRef):
 
 @dataclass(frozen=True, slots=True)
 class TarImage(ImageRef):
-    """A member of an uncompressed tar file. Reading seeks to its offset, which is equally fast for all members."""
+    """A member of an uncompressed tar file. Reading seeks straight to the offset, so all members are equally fast."""
 
     path: str
     offset: int
@@ -157,7 +157,7 @@ class _TableCell(ImageRef):
 
 @dataclass(frozen=True, slots=True)
 class ParquetImage(_TableCell):
-    """A cell of a Parquet file: bytes, or a struct with bytes and a path.
+    """A cell in a Parquet file: bytes, or a struct with bytes and a path.
 
     The first read from a row group decodes its complete image column, and each process caches four such columns.
     Reading in file order is therefore cheap, but every random read decodes a row group. Use small row groups; Hugging
@@ -175,7 +175,7 @@ class ParquetImage(_TableCell):
             starts = _row_group_starts(self.path, version)
             group = bisect_right(starts, self.row) - 1
             column = _parquet_column(self.path, version, group, self.column)
-        except pa.ArrowException as error:  # some of them are ValueErrors
+        except pa.ArrowException as error:  # some Arrow exceptions are ValueErrors
             raise OSError(f"{self}: {error}") from error
         if self.row - starts[group] >= len(column):
             raise FileNotFoundError(f"{self} no longer exists")
@@ -188,7 +188,7 @@ class ParquetImage(_TableCell):
 
 @dataclass(frozen=True, slots=True)
 class DatasetImage(_TableCell):
-    """A cell of a Hugging Face data set written by `save_to_disk`. Random access is cheap because of memory mapping."""
+    """A cell in a Hugging Face data set written by `save_to_disk`. Random access is cheap because of memory mapping."""
 
     folder: str
     split: str | None

@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as F
 from llm2clip.data.image_header import MAX_PIXELS, open_header, readable_formats
 from llm2clip.data.image_refs import ImageRef
 
-_ORIENTATION = 0x0112  # the EXIF tag
+_ORIENTATION = 0x0112  # EXIF tag
 # Formats to decode with torchvision. The PNG decoder in torchvision 0.29 crashes with a segmentation fault on damaged
 # pixel data.
 _FAST_FORMATS = ("JPEG", "MPO", "WEBP", *(("PNG",) if Version(torchvision.__version__) < Version("0.29") else ()))
@@ -32,7 +32,7 @@ class ImageError(ValueError):
 
 @runtime_checkable
 class Readable(Protocol):
-    """An open binary file, or any object with such a `read` method."""
+    """An open binary file, or any other object whose `read` method returns bytes."""
 
     def read(self) -> bytes: ...
 
@@ -102,7 +102,7 @@ def load_thumbnail(image: ImageLike, side: int) -> bytes | None:
 
 
 def make_thumbnail(image: Tensor, side: int) -> bytes:
-    """Scale down an image, uint8 (3, H, W), to at most `side` pixels on its longer side; return it as JPEG bytes."""
+    """Shrink an image, uint8 (3, H, W), to at most `side` pixels on its longer side, and encode it as JPEG."""
     height, width = image.shape[-2:]
     scale = min(1.0, side / max(height, width))
     small = F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)

@@ -59,15 +59,16 @@ def pair_batches(
     seed: int,
     hard_negative_group_size: int = 1,
 ) -> Iterator[list[Pair]]:
-    """Yield `steps` batches of `batch_size` pairs. Each batch comes from a single source, so that all its texts are
-    similar in kind.
+    """Yield `steps` batches of `batch_size` pairs.
 
-    No image and no text occurs twice in a batch. This ensures that another caption of the anchor's image is never used
-    as a negative. If a text of an item is already in the batch, the item is deferred to the next batch, and it does not
-    join a new pass until it has been used. Every pass over a source draws a new order and new pairs.
+    Each batch comes from a single source, so that the negatives are of the same kind as the positives. No image and no
+    text occurs twice in a batch, so that another caption of the anchor's image is never used as a negative. An item is
+    deferred to the next batch if one of its texts is already in the current batch. Deferred items must be used before
+    they take part in a new pass. Every pass over a source draws a new order and new pairs.
 
     Args:
-        sources: For each source, the captions of its images or its text pairs. Images without a pair are ignored.
+        sources: For each source, the captions of its images or its text pairs. Images without two different captions
+            are ignored.
         source_weights: Sampling weight of each source. If empty, weights are proportional to the number of items.
         batch_size: Number of pairs per batch.
         steps: Number of batches.
@@ -160,7 +161,7 @@ def _batches_of_source(
         deferred: list[int] = []
         num_conflicts = 0  # since the last pair was added
         while len(pairs) < batch_size:
-            if not order:  # start a new pass without the items that are still due from the last pass
+            if not order:  # start a new pass without the items deferred from the last pass
                 due = set(deferred)
                 order = [n for n in grouped_permutation(vectors, group_size, rng).tolist() if n not in due]
             if not order:  # all other items are in this batch: try other captions of the deferred items

@@ -30,7 +30,7 @@ class Record:
     """An image and its captions.
 
     Attributes:
-        id: Id from the source. If the source has no ids: the image's file name without suffix, or `file:row`.
+        id: Id from the source or, if there is none, the image's file name without its suffix, or `file:row`.
         image: Reference to the image, or None if the source contains only texts.
         captions: Captions from the source, stripped but never truncated.
         short_captions: Short captions written by a model.

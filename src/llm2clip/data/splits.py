@@ -14,7 +14,7 @@ from llm2clip.data.records import NO_SPLIT, ImageCheck, Record, Source
 from llm2clip.data.skip_log import SkipLog
 
 TRAIN_SPLITS = (NO_SPLIT, "train", "training", "restval")
-HELD_OUT_SPLITS = ("val", "validation", "valid", "dev", "test")  # the first of these that a source has is held out
+HELD_OUT_SPLITS = ("val", "validation", "valid", "dev", "test")  # the first of these that exists is held out
 HELD_OUT_FRACTION = 10  # without such a split, one image in this many is held out
 MAX_HELD_OUT = 1000  # maximum number of images that are held out in this way
 
@@ -91,7 +91,7 @@ def read_splits(
 
 
 def is_training_split(record: Record) -> bool:
-    """Return whether a record has no split, or a split with a common name for training data."""
+    """Return whether a record has no split, or a split that is usually used for training."""
     return _split_name(record) in TRAIN_SPLITS
 
 

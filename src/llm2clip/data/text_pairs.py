@@ -79,7 +79,7 @@ def _choose_columns(file: str, columns: Sequence[str]) -> dict[str, str]:
     """Map the fields of a pair to columns.
 
     Raises:
-        ValueError: The query or the positive has no column.
+        ValueError: There is no query column or no positive column.
     """
     chosen = guess_columns(COLUMN_NAMES, columns)
     for field in ("query", "positive"):

@@ -46,7 +46,7 @@ class Preprocess:
         return _resize_size(self.size, self.crop_pct)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of preprocessor_config.json. transformers can read it; the key crop_pct is added."""
+        """Return the content of a preprocessor_config.json that transformers can read, plus the exact crop_pct."""
         side = self.resize_size
         return {
             "image_processor_type": "CLIPImageProcessor",
@@ -78,7 +78,7 @@ class Preprocess:
         resize_size = _square_side(resize_config)
         size = _square_side(config["crop_size"]) if config.get("do_center_crop") else resize_size
         crop_pct = config.get("crop_pct")
-        # Some transformers processors have a crop_pct with another meaning; theirs does not match the two sizes.
+        # In some transformers image processors, crop_pct has a different meaning and does not match the two sizes.
         if not crop_pct or _resize_size(size, crop_pct) != resize_size:
             crop_pct = size / resize_size
         return cls(
@@ -180,7 +180,7 @@ def _square_side(size: Any) -> int:
 def _interpolation(resample: int) -> Literal["bilinear", "bicubic"]:
     if resample not in (2, 3):
         raise ValueError(
-            f"the image processor's resampling filter must be 2 (bilinear) or 3 (bicubic) (got {resample})"
+            f"the image processor's resampling filter must be bilinear (2) or bicubic (3), but it is {resample}"
         )
     return "bilinear" if resample == 2 else "bicubic"
 

@@ -1,4 +1,4 @@
-"""Deduplication of captions before encoding, with memory use that does not grow with the number of captions.
+"""Deduplication of captions before encoding, using memory that does not grow with the number of captions.
 
 `ingest` reads a stream of captions once and writes two files to a folder:
 

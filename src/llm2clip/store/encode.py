@@ -52,8 +52,8 @@ def embed(
         captions: Captions, with or without duplicates. The main process reads this stream once.
         encoder: Frozen caption encoder.
         folder: Folder of the store. Captions that are already in the store are not encoded again.
-        shard_size: Number of captions per shard. An interrupted run resumes at the first missing shard, and batches by
-            length are formed within a shard.
+        shard_size: Number of captions per shard. An interrupted run resumes with the missing shards, and captions of
+            similar length are batched within each shard.
         batch_tokens: Number of tokens per batch; see `CaptionEncoder.encode`. None means that the fastest value is
             measured if there are many captions to encode.
         precision: Precision of the encoder; see `CaptionEncoder.encode`. For "auto", see `resolve_precision`.
@@ -188,7 +188,7 @@ def _add_caption_rows(file: Path, rows: list[dict[str, Any]]) -> None:
 def prefetch(items: Iterator[T]) -> Generator[T, None, None]:
     """Yield items; while an item is in use, a background thread computes the next one.
 
-    Close the generator explicitly. Otherwise, the garbage collector might run the cleanup in that thread itself.
+    Close the generator explicitly. Otherwise, the garbage collector might run the cleanup in the background thread.
     """
     end: Any = object()
     with ThreadPoolExecutor(1) as pool:

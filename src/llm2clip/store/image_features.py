@@ -55,7 +55,7 @@ class TowerEncoder:
         """
         Args:
             tower: Vision tower, already on its device. It is set to eval mode.
-            precision: fp32, or bf16 or fp16 with autocast.
+            precision: fp32 for full precision; bf16 or fp16 for autocast.
         """
         self.tower, self.precision, self.embed_dim = tower.eval(), precision, tower.feature_dim
         self.transform: Callable[[Tensor], Any] = EvalTransform(tower.preprocess)
@@ -73,7 +73,7 @@ class TowerEncoder:
             return self.tower(torch.stack(images).to(device)).float().cpu()
 
 
-# ---- keys of images ------------------------------------------------------------------------------------------------
+# ---- image keys ----------------------------------------------------------------------------------------------------
 
 
 def image_keys(refs: Iterable[ImageRef]) -> np.ndarray:
@@ -126,11 +126,11 @@ def store_image_features(
         encoder: Image encoder.
         identity: Everything that the features depend on.
         folder: Folder of the store.
-        log: Log in which images that cannot be decoded are counted and listed. The store does not contain them.
+        log: Log in which images that cannot be decoded are counted and listed. Such images are not added to the store.
         dtype: Stored dtype.
         batch_size: Number of images per forward pass.
         workers: Number of image decoding processes; see `image_batches`.
-        shard_size: Number of images per shard. An interrupted run resumes at the first missing shard.
+        shard_size: Number of images per shard. An interrupted run resumes with the missing shards.
 
     Raises:
         StoreError: The store was made by a different encoder.

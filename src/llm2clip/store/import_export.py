@@ -97,7 +97,7 @@ def import_parquet(
         check_identity(file_identity, identity or file_identity, file)
         identity = file_identity
     elif identity is None:
-        raise StoreError(f"{file} does not name the encoder that made its embeddings. Name it with --encoder.path")
+        raise StoreError(f"{file} does not name the encoder that made its embeddings. Set it with --encoder.path")
     return _fill_store(Path(out), identity, dtype, _parquet_rows(file, source))
 
 
@@ -201,8 +201,7 @@ def _embeddings_tar(tar: Path) -> Path:
 
 
 def _sample_captions(tar: Path, name: str, members: dict[str, bytes]) -> dict[str, str]:
-    """Return a sample's captions, by field. The value in the JSON file may be a string or a list, whose first item is
-    used."""
+    """Return a sample's captions, by field. If a field in the JSON file contains a list, use the first item."""
     try:
         fields = json.loads(members["json"])
         captions = {}

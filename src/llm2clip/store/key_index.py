@@ -1,7 +1,7 @@
-"""Key index of a store: maps caption keys to rows, with memory use that does not grow with the number of keys.
+"""Key index of a store: maps caption keys to rows, using memory that does not grow with the number of keys.
 
-A key has 16 bytes, which are handled as two uint64 halves. The index is an array (3, N) uint64, sorted by key. Its rows
-contain the first halves of the keys, the second halves, and the row numbers. The array is memory-mapped, so that a
+A key has 16 bytes, which are handled as two uint64 halves. The index is an array (3, N) uint64, sorted by key, with the
+first halves of the keys, the second halves, and the row numbers in the store. The array is memory-mapped, so that a
 lookup touches only a few pages. The index takes 24 bytes per caption, while an embedding takes a few thousand bytes.
 
 The index is built with an external sort, which `dedup` also uses:
@@ -93,7 +93,7 @@ def _with_row_numbers(keys: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, 
 
 
 def _allocate_on_disk(file: Path) -> None:
-    """Allocate disk space for a file, so that a full disk raises OSError now rather than SIGBUS during writing."""
+    """Allocate disk space for a file, so that a full disk raises OSError here and does not cause SIGBUS later."""
     if hasattr(os, "posix_fallocate"):
         with file.open("r+b") as stream:
             os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)

@@ -41,7 +41,7 @@ MANIFEST = "manifest.json"
 KEY_BYTES = 16
 # Properties that all shards of a store share: encoder identity, embedding dimension ("width" on disk) and dtype.
 StoreSpec = tuple[dict[str, Any], int, str]
-# Exceptions that reading a damaged JSON, Parquet or .npy file may raise.
+# Exceptions that may be raised when a damaged JSON, Parquet or .npy file is read.
 READ_ERRORS = (ValueError, KeyError, TypeError, OSError, EOFError, SyntaxError, TokenError, pa.ArrowException)
 
 
@@ -128,7 +128,7 @@ def read_shards(folder: Path, spec: StoreSpec | None = None) -> list[Shard]:
         rows, sha256, shard_spec = read_shard_metadata(folder, number)
         if spec is not None and shard_spec != spec:
             raise StoreError(
-                f"{keys_path(folder, number)} has a different encoder, dimension or dtype than the rest of this store. "
+                f"{keys_path(folder, number)} has a different encoder, dimension or dtype from the rest of this store. "
                 f"Run `llm2clip store repair {folder}` to delete this shard"
             )
         shards.append(Shard(number, start, rows, sha256))
@@ -148,7 +148,7 @@ def read_keys(folder: Path, shard: Shard) -> np.ndarray:
     except READ_ERRORS as error:
         raise damage_error(path, error) from error
     if len(column) != shard.rows or column.type != pa.binary(KEY_BYTES):
-        raise damage_error(path, f"{len(column)} keys of type {column.type}, expected {shard.rows} of 16 bytes")
+        raise damage_error(path, f"{len(column)} keys of type {column.type}, expected {shard.rows} keys of 16 bytes")
     values = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * KEY_BYTES :]
     return values[: shard.rows * KEY_BYTES].reshape(-1, KEY_BYTES)
 
@@ -179,7 +179,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     file = folder / MANIFEST
     if not file.is_file():
-        raise StoreError(f"{folder} is not a store: it has no {MANIFEST}. `llm2clip embed` creates a store")
+        raise StoreError(f"{folder} is not a store: it has no {MANIFEST}. Create a store with `llm2clip embed`")
     try:
         manifest: dict[str, Any] = json.loads(file.read_text())
         shards = [Shard(**shard) for shard in manifest["shards"]]
@@ -214,7 +214,7 @@ def check_identity(stored: dict[str, Any], expected: dict[str, Any], path: Path 
         return
     names = sorted(name for name in stored.keys() | expected.keys() if stored.get(name) != expected.get(name))
     differences = "; ".join(f"{name}: {stored.get(name)!r}, expected {expected.get(name)!r}" for name in names)
-    raise StoreError(f"{path} was made by a different encoder ({differences}). Use that encoder, or another folder")
+    raise StoreError(f"{path} was made by a different encoder ({differences}). Use that encoder or a different folder")
 
 
 # ---- keys ----------------------------------------------------------------------------------------------------------

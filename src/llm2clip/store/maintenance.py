@@ -81,7 +81,7 @@ def _readable_specs(folder: Path, deleted: list[str]) -> list[StoreSpec]:
 
 
 def _delete_incomplete_shards(folder: Path, deleted: list[str]) -> None:
-    """Delete the files of shards without keys or embeddings, which are left by interrupted writes or damage."""
+    """Delete the files of shards without keys or embeddings, left over from interrupted writes or damage."""
     complete = set(shard_numbers(folder))
     for path in sorted(folder.iterdir()):
         match = re.fullmatch(r"(?:embeddings|scales|keys)-(\d{5,})\.(?:npy|parquet)", path.name)

@@ -55,7 +55,7 @@ class ShardRows:
 
 
 class RowReader(ABC):
-    """Reads embeddings by row number. Subclasses implement how stored values are read from the shards."""
+    """Reads embeddings by row number. Subclasses implement reading the stored values from the shards."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str) -> None:
         """Check the files of all shards.
@@ -98,7 +98,7 @@ class RowReader(ABC):
         return embeddings.numpy()
 
     def _split_by_shard(self, sorted_rows: np.ndarray, out: np.ndarray) -> list[ShardRows]:
-        """Split the rows and the array to fill by shard."""
+        """Group the rows by shard, with the matching parts of the output array."""
         parts = []
         cuts = np.searchsorted(sorted_rows, self.bounds)
         for shard, (start, stop) in enumerate(pairwise(cuts)):
@@ -192,7 +192,7 @@ class LRUCache(Generic[T]):
         return self.items[n]
 
     def clear(self) -> None:
-        """Close all items."""
+        """Close all items and remove them from the cache."""
         while self.items:
             self._drop_oldest()
 

@@ -148,7 +148,7 @@ class EmbeddingStore:
 
 
 def damaged_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, progress: bool = False) -> list[int]:
-    """Return the numbers of shards that are missing, do not match their checksum, or belong to another store."""
+    """Return the numbers of shards that are missing, do not match their checksum, or belong to a different store."""
 
     def is_intact(shard: Shard) -> bool:
         try:

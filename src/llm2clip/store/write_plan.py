@@ -1,4 +1,4 @@
-"""Preparation of a store before new captions are encoded, and finalization afterwards, for any number of processes."""
+"""Preparing a store before new captions are encoded, and finalizing it afterwards, with any number of processes."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def _members(tar: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo |
 
 
 class _Sample:
-    """The members of a tar file that have the same key, by suffix."""
+    """The members of a tar file that share a key, indexed by suffix."""
 
     def __init__(self, key: str) -> None:
         self.key, self.members = key, dict[str, tarfile.TarInfo]()

@@ -82,7 +82,9 @@ def read_csv(path: str, delimiter: str) -> Iterator[RawRow]:
             except StopIteration:
                 return
             except csv.Error as error:
-                if "unexpected end" in str(error) or "field limit" in str(error):  # the quote contains all other rows
+                if "unexpected end" in str(error) or "field limit" in str(
+                    error
+                ):  # all following rows are inside the quote
                     raise ValueError(f"{path}: a quote opened in the row at line {number} is not closed") from error
                 yield path, number, BadRow("malformed row", str(error))
                 continue
@@ -124,7 +126,7 @@ def _require_object(value: Any) -> dict[str, Any] | BadRow:
 
 
 def _find_image_folder(folder: str, image: str) -> str:
-    """Return the subfolder with the images, or "" if the images are next to captions.txt. Published archives differ."""
+    """Return the subfolder with the images, or "" if the images are next to captions.txt. Archives differ in this."""
     for name in ("", *FLICKR8K_IMAGE_FOLDERS):
         if os.path.isfile(os.path.join(folder, name, image)):
             return name
