@@ -36,7 +36,7 @@ def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pa
     """Build an untrained LLaVA model and save it to a folder. Only the projector is randomly initialised.
 
     The tower is converted to the LLM's dtype. As a check, the saved model is loaded again, and its logits for a sample
-    text must match those of the LLM. Only then is the folder renamed to `out`.
+    text must match the LLM's logits. Only then is the folder renamed to `out`.
 
     Args:
         tower: vision tower.
@@ -50,8 +50,8 @@ def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pa
         The path of the model folder.
 
     Raises:
-        ValueError: the LLaVA classes cannot read the tower's patch features, or the LLM has no head, or its head has a
-            form that these classes cannot represent.
+        ValueError: the LLaVA classes cannot read the tower's patch features, the LLM has no head, or the LLaVA classes
+            cannot represent the LLM's head.
         FileExistsError: `out` exists.
     """
     from transformers import AutoTokenizer
@@ -77,7 +77,7 @@ def load_causal_llm(name: str) -> Any:
     """Load a causal LLM with its head, in the dtype in which it was saved.
 
     Raises:
-        ValueError: the checkpoint does not contain all weights, for example not those of the head.
+        ValueError: the checkpoint is missing weights, such as those of the head.
     """
     from transformers import AutoModelForCausalLM
 

@@ -14,7 +14,7 @@ from llm2clip.data.image_refs import ImageRef
 
 IMAGE_TOKEN = "<image>"
 IGNORE_INDEX = -100  # label of tokens outside the answers, as in transformers and cross_entropy
-PLACEHOLDER_MARKS = ("\ue000", "\ue001")  # enclose an answer's number while the template is rendered
+PLACEHOLDER_MARKS = ("\ue000", "\ue001")  # delimiters of the placeholders for answers; see `tokenize_and_label`
 
 _FLATTEN_CONTENT = """{%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -59,7 +59,7 @@ class LabeledTokens:
 
 
 def get_chat_template(tokenizer: Any) -> str:
-    """Return the processor's chat template: the Jinja prefix followed by the LLM's template, or else by Vicuna's."""
+    """Return the processor's chat template: the Jinja prefix, then the LLM's template or, if none, Vicuna's."""
     template = tokenizer.chat_template
     if template is not None and template.startswith(_FLATTEN_CONTENT):
         return str(template)
@@ -160,7 +160,8 @@ def _placeholder(n: int) -> str:
 def _special_tokens(tokenizer: Any) -> list[str]:
     """Return all special tokens except `<image>`, longest first.
 
-    `all_special_tokens` does not contain all added tokens that are marked as special.
+    `all_special_tokens` does not contain all added tokens that are marked as special, so these tokens are read from
+    `added_tokens_decoder`.
     """
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted({*tokenizer.all_special_tokens, *added} - {IMAGE_TOKEN}, key=len, reverse=True)

@@ -166,7 +166,7 @@ class LlavaCollator:
 
 
 class LengthGroupedSampler(Sampler):
-    """Sampler of random indices, grouped so that the conversations in a batch have similar lengths.
+    """Sampler that shuffles indices and groups them so that the conversations in a batch have similar lengths.
 
     The indices are shuffled and divided into groups of about 50 batches. Each group is sorted by length, and then the
     batches are shuffled. The order depends only on the seed and the epoch, so it is the same on every rank and after

@@ -40,14 +40,14 @@ def read_conversations(
     log: SkipLog,
     seed: int = 0,
 ) -> list[Conversation]:
-    """Read conversations from files in LLaVA's format and from sources of captioned images.
+    """Read conversations from files in LLaVA's format and from captioned images.
 
     Args:
         sources: paths of the sources; the format of each source is detected automatically.
         from_records: function that makes conversations from records and a seed: `captioning_conversations` or
             `instruction_conversations`.
         images: folder that image paths in LLaVA's format are relative to; see `read_llava`.
-        columns: name of the source's column for each record field.
+        columns: column name in the source for each record field.
         log: log of skipped rows.
         seed: seed for `from_records`.
     """

@@ -3,7 +3,7 @@
 OUT/answers/TASK-FINGERPRINT.jsonl   cached answers, for resuming an interrupted evaluation
 OUT/submissions/                     files to upload to the servers of benchmarks without public test answers
 OUT/results.json                     metrics
-OUT/report.html, report.md           report
+OUT/report.html, report.md           metrics as tables, and sample captions
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _choose_letters(model: AnswerGenerator, questions: Sequence[Question]) -> It
 def _drop_undecodable(
     task: Task, questions: Sequence[Question], answers: Sequence[str | None], log: SkipLog
 ) -> tuple[list[Question], list[str]]:
-    """Remove and log the questions without an answer, whose images could not be decoded.
+    """Remove and log the questions that have no answer because their image could not be decoded.
 
     Raises:
         TooManySkipped: the fraction of removed questions exceeds `log.max_skipped`.

@@ -23,7 +23,7 @@ from llm2clip.store.store import EmbeddingStore
 
 MAX_SHARD_BYTES = 1 << 30
 MAX_SHARD_IMAGES = 8192
-MAX_SCALE = 8  # larger images are shrunk before padding: limit on the longer side, in multiples of the input size
+MAX_SCALE = 8  # maximum longer side before padding, as a multiple of the input size; larger images are shrunk
 
 
 class LlavaTransform:

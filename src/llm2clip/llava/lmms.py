@@ -39,7 +39,7 @@ class LmmsModel(lmms):
         self._world_size = process_state().num_processes
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Return the answers to requests, in the same order. Answers are truncated at the `until` strings."""
+        """Return the answers to requests, in the same order. Each answer stops before its request's `until` strings."""
         answers = [""] * len(requests)
         settings = [request.args[1] for request in requests]
         limits = [int(setting.get("max_new_tokens", 128)) for setting in settings]

@@ -36,7 +36,8 @@ COLUMNS = {
     "mm-vet": ("MM-Vet", "total"),
     "seed": ("SEED", "accuracy"),
 }
-# F1 for random, adversarial and popular sampling. On the page, LLaVA's row has a different order from the others.
+# F1 for random, adversarial and popular sampling. On the project page, the values in LLaVA's row are in a different
+# order from those in the other rows.
 PAPER_POPE = {
     "LLaVA (paper)": (87.3, 84.2, 86.1),
     "LLaVA (reproduced)": (87.7, 84.85, 86.3),

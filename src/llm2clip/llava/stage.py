@@ -64,7 +64,9 @@ class TrainingStage:
         set_fsdp_wrap_policy(model.model.language_model.layers)
 
     def run(self, conversations: Sequence[Conversation]) -> None:
-        """Train, resuming from the latest checkpoint, and save the trained weights to `out/STAGE/learned.safetensors`.
+        """Train the stage and save the trained weights to `out/STAGE/learned.safetensors`.
+
+        Training resumes from the latest checkpoint, if there is one.
 
         Raises:
             ValueError: the data, batch size or number of processes differs from that of the checkpoint.
@@ -97,7 +99,7 @@ class TrainingStage:
             pad_id=tokenizer.pad_token_id,
             image_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
             image_tokens=self.image_tokens,
-            empty_image=self._empty_image(),
+            empty_image=self._blank_image(),
         )
         sampler = None
         if config.group_by_length:
@@ -114,7 +116,7 @@ class TrainingStage:
             features=self.features,
         )
 
-    def _empty_image(self) -> Tensor:
+    def _blank_image(self) -> Tensor:
         """Return the pixels of a blank image or, if features are cached, patch features that are all zero."""
         if self.features is None:
             return torch.zeros(self.image_tokens, self.feature_size)
@@ -165,7 +167,7 @@ class TrainingStage:
 
 
 class _LlavaTrainer(Trainer):
-    """Trainer that groups batches by length, runs the vision tower outside the model and saves trainable weights."""
+    """Trainer that batches by length, runs the vision tower outside the model and saves only trainable weights."""
 
     def __init__(
         self, *, sampler: LengthGroupedSampler | None, features: PatchFeatures | None, **arguments: Any

@@ -1,7 +1,7 @@
 """Two-stage training of LLaVA-1.5 (arXiv 2310.03744): first the projector, then the projector and the LLM.
 
 The vision tower is frozen. Both stages use transformers' Trainer, so `torchrun` and `accelerate launch` with DDP or
-FSDP2 work as usual. The second stage starts from the result of the first.
+FSDP2 work as usual. The second stage starts from the result of the first stage.
 
     RUN/features/     cached patch features of the vision tower, if they are small enough
     RUN/pretrain/     first stage: checkpoints, metrics.jsonl, and the trained weights in learned.safetensors

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llm2clip.config import LlavaConfig
 from llm2clip.io_utils import atomic_path
 
-TRAINED_WEIGHTS = "learned.safetensors"  # in each stage's folder and in each of its checkpoints
+TRAINED_WEIGHTS = "learned.safetensors"  # file name in each stage's folder and in that stage's checkpoints
 
 
 def set_trainable(model: Any, stage: str, config: LlavaConfig, out: Path) -> Any:
@@ -66,7 +66,8 @@ def load_trained(model: nn.Module, file: Path) -> None:
     for name, tensor in tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise ValueError(
-                f"{file} does not match this model: {name} has a different name or shape. Use another --out to start over"
+                f"{file} does not match this model: the name or shape of {name} differs. "
+                "Use another --out to start over"
             )
     with torch.no_grad():
         for name, tensor in tensors.items():

@@ -23,7 +23,7 @@ class Question:
     """A question for a model.
 
     Args:
-        id: id, unique within the benchmark.
+        id: question id, unique within the benchmark.
         image: image that the question is about, or None.
         prompt: text given to the model, without an image token.
         target: reference for scoring the answer; None if only the benchmark's server has the reference.
@@ -47,7 +47,7 @@ class Task:
     """A benchmark: how to read its questions and score the answers.
 
     Args:
-        name: name on the command line.
+        name: name used on the command line.
         description: one-line description of the protocol.
         source: where to download the benchmark's files.
         read: function that reads questions from a folder. Questions whose image is missing are skipped and logged.

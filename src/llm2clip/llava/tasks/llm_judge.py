@@ -1,7 +1,7 @@
 """Benchmarks with free-form answers scored by an LLM judge: LLaVA-Bench (in the wild) and MM-Vet.
 
-The judge can be any LLM with an OpenAI-compatible API. The prompts are the benchmarks' official prompts, and the
-official judges are gpt-4-0314 and gpt-4-0613. Scores from other judges are not comparable with published scores.
+The judge can be any LLM with an OpenAI-compatible API. The prompts are the benchmarks' official prompts. The official
+judges are gpt-4-0314 and gpt-4-0613, respectively. Scores from other judges are not comparable with published scores.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class OpenAIJudge:
     timeout: float = 120.0
 
     def __call__(self, messages: list[dict[str, str]], temperature: float, max_tokens: int) -> str:
-        """Return the reply to a chat. The request is retried after timeouts and temporary server errors.
+        """Return the judge's reply to a list of messages. Timeouts and temporary server errors are retried.
 
         Raises:
             ConnectionError: no valid reply was received.

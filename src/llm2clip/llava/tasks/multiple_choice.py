@@ -65,7 +65,7 @@ def read_scienceqa(folder: Path, log: SkipLog) -> list[Question]:
 
 
 def scienceqa_letter(answer: str) -> str | None:
-    """Return the letter of an answer, as LLaVA does, from `A`, `A. ...`, or a single `The answer is A.`"""
+    """Extract the option letter from an answer, as LLaVA does: `A`, `A. ...`, or a single `The answer is A.`"""
     if answer in LETTERS and len(answer) == 1:
         return answer
     if len(answer) >= 3 and answer[0] in LETTERS and answer[1:3] == ". ":
@@ -87,7 +87,8 @@ def score_scienceqa(questions: Sequence[Question], answers: Sequence[str]) -> di
 OPTION_LETTER_CN = "\n请直接回答选项字母。"
 _ROTATION_OFFSET = 1_000_000  # the index of a row with rotated options is the original index plus a multiple of this
 _LETTER_FORMS = ("{}", "{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
-_EMPTY_CELLS = ("", "nan", "none", "na", "n/a", "null", "<na>")  # missing to LLaVA or to pandas, which it uses
+# Cells that count as missing in LLaVA's code or in pandas, which LLaVA uses.
+_EMPTY_CELLS = ("", "nan", "none", "na", "n/a", "null", "<na>")
 _MIN_IMAGE_CHARS = 64  # a shorter cell is the index of another row, not a base64 image
 
 
@@ -158,7 +159,7 @@ def _decode_cell(row: dict[str, Any], images: dict[str, MemoryImage]) -> MemoryI
 
 
 def mmbench_letter(answer: str, options: Sequence[str]) -> str | None:
-    """Return the letter of an answer as MMBench does, but without the LLM that its server uses for unclear answers.
+    """Extract the option letter from an answer as MMBench does, but without asking an LLM about unclear answers.
 
     The result is the only letter that occurs as a separate word or, failing that, the letter of the only option whose
     text occurs in the answer.
@@ -176,7 +177,7 @@ def mmbench_letter(answer: str, options: Sequence[str]) -> str | None:
 
 
 def score_mmbench(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Return the accuracy with CircularEval, the accuracy without it, and the CircularEval accuracy by category.
+    """Return the accuracy with CircularEval, without CircularEval, and with CircularEval by category.
 
     With CircularEval, a question counts as correct only if it is answered correctly for every rotation of its options.
     An answer that names no option counts as wrong here, whereas MMBench's server asks an LLM first.
@@ -204,7 +205,7 @@ def score_mmbench(questions: Sequence[Question], answers: Sequence[str]) -> dict
 # ---- SEED-Bench (arXiv 2307.16125) ----------------------------------------------------------------------------------
 
 
-def read_seed(folder: Path, log: SkipLog) -> list[Question]:
+def read_seed_bench(folder: Path, log: SkipLog) -> list[Question]:
     """Read SEED-Bench.json. The images are in SEED-Bench-image/.
 
     As in LLaVA-1.5, a video is represented by its middle frame, SEED-Bench-video-image/TYPE_QUESTION.png.
@@ -281,7 +282,7 @@ TASKS = (
         name="seed",
         description="SEED-Bench: images, and the middle frame of videos",
         source="huggingface.co AILab-CVPR/SEED-Bench",
-        read=read_seed,
+        read=read_seed_bench,
         score=score_seed,
         llava_folder="seed_bench",
     ),

@@ -1,8 +1,8 @@
 """Benchmarks with open-ended questions and short answers: VQAv2, VizWiz, TextVQA and GQA.
 
 The benchmarks define how answers are normalised before they are compared. The rules are reproduced with all their
-quirks. They are those of vqaEval.py from GT-Vision-Lab/VQA or, for TextVQA and for answers submitted to servers, those
-of m4c_evaluators.py from facebookresearch/mmf.
+quirks. The rules come from vqaEval.py in GT-Vision-Lab/VQA or, for TextVQA and for answers submitted to servers, from
+m4c_evaluators.py in facebookresearch/mmf.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NUMBERS = {word: str(n) for n, word in enumerate(_DIGITS)} | {"none": "0"}
 ARTICLES = ("a", "an", "the")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _THOUSANDS_COMMA = re.compile(r"(\d)(\,)(\d)")
-# Apparently intended as the look-behind (?<!\d), but all published results use this pattern.
+# `(?!<=\d)` was apparently meant to be the look-behind `(?<!\d)`, but all published results use this pattern.
 _PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
 # vqaEval.py passes re.UNICODE (32) as the count argument of re.sub, so at most 32 periods are removed.
 _MAX_PERIODS = 32
@@ -44,7 +44,7 @@ def contractions() -> dict[str, str]:
 
 @lru_cache
 def vizwiz_contractions() -> dict[str, str]:
-    """Return the corresponding map from VizWiz's scorer, where almost all apostrophes are typographic (U+2019).
+    """Return the contraction map of VizWiz's scorer, in which almost all apostrophes are typographic (U+2019).
 
     An answer corrected with this map therefore never equals a human answer that has a straight apostrophe.
     """
@@ -148,7 +148,7 @@ def _mean_accuracy(
 def read_vqav2(folder: Path, log: SkipLog) -> list[Question]:
     """Read v2_OpenEnded_mscoco_SPLIT_questions.json, and v2_mscoco_SPLIT_annotations.json with the human answers.
 
-    The split is val2014 if its questions exist, otherwise test-dev2015, which has no annotations. Images are in
+    The split is val2014 if its questions exist, otherwise test-dev2015, which has no annotations. The images are in
     val2014/ or test2015/.
     """
     file = first_existing(
@@ -270,7 +270,7 @@ def score_textvqa(questions: Sequence[Question], answers: Sequence[str]) -> dict
 
 
 def read_gqa(folder: Path, log: SkipLog) -> list[Question]:
-    """Read testdev_balanced_questions.json. The images are in images/, in the same folder."""
+    """Read testdev_balanced_questions.json. The images are in images/, next to that file."""
     file = first_existing(folder, "testdev_balanced_questions.json", "*/testdev_balanced_questions.json")
     questions = []
     for number, (question_id, row) in enumerate(read_json(file).items(), 1):

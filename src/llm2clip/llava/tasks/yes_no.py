@@ -150,8 +150,8 @@ def mme_answer(answer: str) -> str:
 def score_mme(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
     """Return MME's points: perception (ten subtasks, up to 2,000), cognition (four, up to 800) and each subtask.
 
-    The points for a subtask are the sum of two percentages: the accuracy, and the images for which both questions are
-    answered correctly.
+    The points for a subtask are the sum of two percentages: the accuracy, and the share of images for which both
+    questions are answered correctly.
     """
     correct_of_image: dict[str, dict[str, list[float]]] = {}  # by subtask, then by image
     for question, answer in zip(questions, answers, strict=True):

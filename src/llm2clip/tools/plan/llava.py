@@ -1,4 +1,4 @@
-"""Memory and time estimates for `llm2clip llava train`, computed in the same way as in `plan`."""
+"""Memory and time estimates for `llm2clip llava train`, computed in the same way as by the `plan` command."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LlavaPlan:
         parameters: number of parameters in each part of the model.
         flop: FLOP per conversation in each stage, and per image in the vision tower (key "image").
         feature_bytes: size of the cached patch features for each stage's images, in bytes.
-        memory: memory per device and component in each stage, in bytes.
+        memory: memory per device in each stage, broken down by component, in bytes.
         fits: whether each stage fits into a device's memory.
         hours: wall-clock hours per stage, using all devices.
     """
@@ -220,7 +220,7 @@ def _conversation_flop(model: _ModelCosts, config: LlavaConfig, stage: str, leng
 def _stage_memory(
     model: _ModelCosts, config: LlavaConfig, stage: str, length: float, precision: str, machine: Machine, cached: bool
 ) -> dict[str, float]:
-    """Return the memory per device and component, in bytes.
+    """Return the memory per device, broken down by component, in bytes.
 
     Weights are in fp32, or in half precision with LoRA. Each trained parameter needs 4 more bytes for its gradient (8
     with several processes) and 8 for AdamW.
