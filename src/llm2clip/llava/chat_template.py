@@ -76,7 +76,9 @@ def check_template(tokenizer: Any) -> None:
     labels = tokenize_and_label(conversation, tokenizer, 0).labels
     decoded = tokenizer.decode([label for label in labels if label != IGNORE_INDEX], skip_special_tokens=True)
     if re.sub(r"\s", "", decoded) != "Ananswer.Yes.":
-        raise ValueError(f"the LLM's chat template changes the answers 'An answer.' and 'Yes.' to {decoded!r}")
+        raise ValueError(
+            f"the LLM's chat template changes the answers 'An answer.' and 'Yes.' to {decoded!r}. Use another LLM"
+        )
 
 
 def to_messages(conversation: Conversation) -> list[dict[str, Any]]:
@@ -139,11 +141,11 @@ def tokenize_and_label(conversation: Conversation, tokenizer: Any, image_tokens:
     for n, answer in enumerate(answers):
         before, placeholder, rendered = rendered.partition(_placeholder(n))
         if not placeholder:
-            raise ValueError("the LLM's chat template drops an answer")
+            raise ValueError("the LLM's chat template drops an answer. Use another LLM")
         end_token = next((token for token in special_tokens if rendered.lstrip().startswith(token)), None)
         if end_token is None:
             raise ValueError(
-                "the LLM's chat template has no special token after an answer, so the model could not learn to stop"
+                "the LLM's chat template has no special token after an answer, so the model would not learn when to stop"
             )
         length = rendered.index(end_token) + len(end_token)
         ending, rendered = rendered[:length], rendered[length:]
