@@ -76,9 +76,7 @@ def check_template(tokenizer: Any) -> None:
     labels = tokenize_and_label(conversation, tokenizer, 0).labels
     decoded = tokenizer.decode([label for label in labels if label != IGNORE_INDEX], skip_special_tokens=True)
     if re.sub(r"\s", "", decoded) != "Ananswer.Yes.":
-        raise ValueError(
-            f"the LLM's chat template changes the answers 'An answer.' and 'Yes.' to {decoded!r}. Use another LLM"
-        )
+        raise ValueError(f"the LLM's chat template changes 'An answer.' and 'Yes.' to {decoded!r}. Use another LLM")
 
 
 def to_messages(conversation: Conversation) -> list[dict[str, Any]]:
@@ -145,7 +143,7 @@ def tokenize_and_label(conversation: Conversation, tokenizer: Any, image_tokens:
         end_token = next((token for token in special_tokens if rendered.lstrip().startswith(token)), None)
         if end_token is None:
             raise ValueError(
-                "the LLM's chat template has no special token after an answer, so the model would not learn when to stop"
+                "the LLM's chat template has no special token after an answer, so the model would not learn to stop"
             )
         length = rendered.index(end_token) + len(end_token)
         ending, rendered = rendered[:length], rendered[length:]
