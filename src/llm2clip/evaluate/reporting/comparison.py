@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llm2clip.evaluate.benchmarks import Benchmark
-from llm2clip.evaluate.published_results import CRA, published_rows
+from llm2clip.evaluate.published_results import CRA, CRA_NOTE, published_rows
 from llm2clip.evaluate.recall import KS
 from llm2clip.evaluate.reporting import plots
 from llm2clip.evaluate.reporting.error_analysis import MAX_K, ErrorAnalysis
@@ -70,6 +70,7 @@ def caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
     blocks: list[Block] = [
         Heading("CRA: the first two captions of each image retrieve each other"),
         Table(["", "CRA, %", "95% interval", "images"], rows, highlight=frozenset([len(CRA)])),
+        Paragraph(CRA_NOTE),
         Table(["", *(f"R@{k}, %" for k in KS), "chance of R@1"], direction_rows),
         Paragraph(
             f"Mean cosine: {metrics['positive cosine']:.3f} for captions of the same image, "

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from llm2clip.evaluate.published_results import CRA, RETRIEVAL
+from llm2clip.evaluate.published_results import CRA, CRA_NOTE, RETRIEVAL
 from llm2clip.tools.reproduce.datasets import CAPTIONS_TEST, FOREIGN_TEST
 from llm2clip.tools.reproduce.experiments import (
     BASELINE,
@@ -30,6 +30,7 @@ MEAN_RECALL = "mean of R@1"
 def caption_retrieval(experiments: Experiments) -> Claim:
     """Test claim 1: caption retrieval accuracy (CRA) of raw and tuned LLMs and the baseline."""
     claim = Claim(1, paper=", ".join(f"{model} {value}" for model, value in CRA.items()))
+    claim.notes.append(CRA_NOTE)
     claim.header = ["caption encoder", "CRA, %", "95% interval", "images"]
     names = (LLM_RAW, BASELINE, LLM_CC, MULTILINGUAL_RAW, MULTILINGUAL_CC)
     results = {name: experiments.caption_retrieval(name) for name in names}
