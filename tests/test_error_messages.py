@@ -100,7 +100,7 @@ ERRORS = {
     "nothing to evaluate": ("evaluate {model}", "--benchmarks", "--captions"),
     "CRA of precomputed embeddings": ("evaluate {tmp}/v.npz {data} --captions {data}", "v.npz", "remove --captions"),
     "splits for some sources only": ("evaluate {model} {data}@val {folder}", "for all sources or for none"),
-    "unknown claim": ("reproduce {folder} --claims 9", "no claim 9", "1, 2"),
+    "unknown claim": ("reproduce {folder} --claims 9", "unknown claim 9", "1, 2"),
     # search
     "missing index": ("search {tmp}/noindex dog", "noindex is not an index", "llm2clip index"),
     "invalid date": ("search {tmp}/noindex dog --after yesterday", "yesterday"),
@@ -114,7 +114,7 @@ ERRORS = {
     "unknown llava benchmark": ("llava evaluate {llm} --benchmarks vqa --out {tmp}/e", "vqav2"),
     # folders
     "changed setting in a run directory": (
-        FIT + " --align.seed 7", "different settings", "align.seed", "another --out",
+        FIT + " --align.seed 7", "different settings", "align.seed", "--out",
     ),
     "file in place of a folder": (FIT.replace("{tmp}/run", "{tmp}/notes.docx/run"), "notes.docx"),
 }  # fmt: skip

@@ -247,7 +247,7 @@ def test_evaluate_reports_missing_benchmarks_and_models(
     assert "nothing could be evaluated" in errors and "Skipped docci" in errors
     assert "Needed files: docci_descriptions" in errors
     assert main(["evaluate", "--benchmarks", "docci", "--root", str(root)]) == 1
-    assert "name the model" in capsys.readouterr().err
+    assert "put the model first" in capsys.readouterr().err
 
 
 def test_benchmarks_command_lists_sources_of_missing_benchmarks(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,11 +143,11 @@ def _markdown_table(table: Table) -> str:
 def to_html(title: str, blocks: Sequence[Block]) -> str:
     """Return a report as a single HTML page."""
     style = (files("llm2clip") / "templates" / "report.css").read_text(encoding="utf-8")
-    return _template().render(title=title, blocks=blocks, style=style)
+    return _load_template().render(title=title, blocks=blocks, style=style)
 
 
 @lru_cache
-def _template() -> jinja2.Template:
+def _load_template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True,
         trim_blocks=True,

@@ -131,7 +131,7 @@ def _evaluate_classification(
 def _load_probe_data(benchmark: Benchmark, folder: Path) -> ClassificationData | None:
     """Return the training images for a linear probe. If there are none, print the reason and return None."""
     try:
-        train = benchmark.load_train(folder)
+        train = benchmark.load_train_split(folder)
     except MissingFileError as error:
         print_once(f"{benchmark.name}: linear probe skipped: {error}")
         return None

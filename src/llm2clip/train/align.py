@@ -126,7 +126,7 @@ def _train(
     steps = len(data)
 
     # The checkpoint to resume from, and the best weights from earlier evaluations.
-    checkpoints = Checkpoints(run_dir / "checkpoints", _signature(data, store, config, precision))
+    checkpoints = Checkpoints(run_dir / "checkpoints", _run_signature(data, store, config, precision))
     eval_steps = data.steps_per_epoch if config.eval_steps is None else config.eval_steps
     best = BestCheckpoint(run_dir, checkpoints.step, validate if eval_steps else None, accelerator)
     metrics = MetricsLog(run_dir / "metrics.jsonl", checkpoints.step) if accelerator.is_main_process else None
@@ -242,7 +242,7 @@ def _compute_features(
     return store_image_features(refs, encoder, identity, folder, log, workers=decoding_workers(config))
 
 
-def _signature(data: AlignBatches, store: EmbeddingStore, config: AlignConfig, precision: str) -> dict[str, Any]:
+def _run_signature(data: AlignBatches, store: EmbeddingStore, config: AlignConfig, precision: str) -> dict[str, Any]:
     """Return the properties that must match between a run and a checkpoint to resume from the checkpoint."""
     settings = {**vars(config), "precision": precision}
     return {

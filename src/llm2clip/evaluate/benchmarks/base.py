@@ -97,7 +97,7 @@ class Benchmark:
         """
         return _with_format_errors(self.read, folder, self.name)
 
-    def load_train(self, folder: Path) -> ClassificationData | None:
+    def load_train_split(self, folder: Path) -> ClassificationData | None:
         """Read the training images for a linear probe, or return None if the benchmark has none.
 
         Raises:

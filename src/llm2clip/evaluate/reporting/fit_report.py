@@ -36,7 +36,7 @@ def write_fit_report(
         Paragraph(data),
         Heading("Caption encoder"),
         Paragraph("Caption retrieval accuracy: the first two captions of each held-out image retrieve each other."),
-        cra_table(*cra) if cra else Paragraph("Not measured: too few held-out images have two captions."),
+        caption_retrieval_table(*cra) if cra else Paragraph("Not measured: too few held-out images have two captions."),
         Heading("Retrieval"),
         Paragraph(
             "Recall in percent on held-out images. I2T: an image retrieves one of its captions; T2I: a caption "
@@ -58,7 +58,7 @@ def write_fit_report(
     return write_report(folder, "report", "Report", blocks)
 
 
-def cra_table(raw: dict[str, Any], tuned: dict[str, Any]) -> Table:
+def caption_retrieval_table(raw: dict[str, Any], tuned: dict[str, Any]) -> Table:
     """Return a table with the chance level of CRA, and CRA before and after tuning."""
     rows = [["chance", raw["chance"]], ["raw", raw["CRA"]], ["tuned", tuned["CRA"]]]
     return Table([f"caption encoder ({raw['images']:,} images)", "CRA top-1, %"], rows, frozenset([2]))
