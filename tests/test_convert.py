@@ -21,7 +21,7 @@ from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.convert import load
 from llm2clip.models.convert.checkpoint_layout import EVA, LAYOUTS, Checkpoint, computed_buffers, official_name
 from llm2clip.models.convert.infer_config import infer_config
-from llm2clip.models.convert.load import fill_weights, load_official
+from llm2clip.models.convert.load import fill_weights, load_official_checkpoint
 from llm2clip.models.convert.save import save_official
 from llm2clip.models.llm2clip import LLM2CLIPConfig
 from llm2clip.models.vision_tower import VisionTower
@@ -283,7 +283,7 @@ def test_load_official_image_embeddings_match_transformers(tmp_path: Path) -> No
     config = json.loads((folder / "config.json").read_text())
     config["vision_config"]["num_attention_heads"] = 4  # not visible in any shape
     (folder / "config.json").write_text(json.dumps(config))
-    model = load_official(folder)
+    model = load_official_checkpoint(folder)
     x = pixels()
     expected = F.normalize(reference(pixel_values=normalised(x)).image_embeds, dim=-1)
     torch.testing.assert_close(model(pixels=x)[0], expected, atol=1e-6, rtol=1e-5)
@@ -292,7 +292,7 @@ def test_load_official_image_embeddings_match_transformers(tmp_path: Path) -> No
 @torch.no_grad()
 def test_load_official_eva_image_embeddings_match_reference(tmp_path: Path) -> None:
     tensors = make_checkpoint("eva")
-    model = load_official(write_checkpoint(tensors, "eva", tmp_path))
+    model = load_official_checkpoint(write_checkpoint(tensors, "eva", tmp_path))
     expected = eva_reference(tensors, normalised(pixels()))
     torch.testing.assert_close(model(pixels=pixels())[0], expected, atol=1e-5, rtol=1e-4)
 
@@ -301,14 +301,14 @@ def test_load_official_eva_image_embeddings_match_reference(tmp_path: Path) -> N
 @pytest.mark.parametrize("layout", ["hf", "eva"])
 def test_load_official_text_embeddings_and_scale_match_reference(layout: str, tmp_path: Path) -> None:
     tensors = make_checkpoint(layout)
-    model = load_official(write_checkpoint(tensors, layout, tmp_path))
+    model = load_official_checkpoint(write_checkpoint(tensors, layout, tmp_path))
     x = torch.randn(5, TEXT_DIM) * 3
     _, text, scale, _ = model(embeddings=x)
     torch.testing.assert_close(text, adapter_reference(tensors, PREFIX[layout], x), atol=1e-6, rtol=1e-5)
     assert scale.item() == pytest.approx(math.exp(3.25))
     assert model.logit_scale.item() == 3.25
 
-    other = load_official(write_checkpoint(tensors, layout, tmp_path), normalize_input=False)
+    other = load_official_checkpoint(write_checkpoint(tensors, layout, tmp_path), normalize_input=False)
     expected = adapter_reference(tensors, PREFIX[layout], x, normalise=False)
     torch.testing.assert_close(other(embeddings=x)[1], expected, atol=1e-6, rtol=1e-5)
     assert not torch.allclose(text, expected, atol=1e-2)
@@ -317,7 +317,7 @@ def test_load_official_text_embeddings_and_scale_match_reference(layout: str, tm
 def test_load_official_online_adapter_does_not_normalise_its_input(tmp_path: Path) -> None:
     tensors = {n.replace("text.text_", "text.text_proj.text_"): t for n, t in make_checkpoint("eva").items()}
     tensors["text.text.model.layers.0.mlp.up_proj.weight"] = torch.zeros(2, 2)
-    assert not load_official(write_checkpoint(tensors, "eva", tmp_path)).config.normalize_input
+    assert not load_official_checkpoint(write_checkpoint(tensors, "eva", tmp_path)).config.normalize_input
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------
@@ -361,14 +361,14 @@ def test_load_official_eva_names_match_timm(tmp_path: Path) -> None:
     from timm.models.eva import checkpoint_filter_fn
 
     tensors = make_checkpoint("eva")
-    model = load_official(write_checkpoint(tensors, "eva", tmp_path))
+    model = load_official_checkpoint(write_checkpoint(tensors, "eva", tmp_path))
     theirs = checkpoint_filter_fn(tensors, model.tower.backbone)
     assert set(theirs) - set(model.tower.backbone.state_dict()) == {"head.weight", "head.bias"}
     assert all(torch.equal(theirs[name], tensor) for name, tensor in model.tower.backbone.state_dict().items())
 
 
 def test_computed_buffers_match_rotary_formula(tmp_path: Path) -> None:
-    model = load_official(write_checkpoint(make_checkpoint("eva"), "eva", tmp_path))
+    model = load_official_checkpoint(write_checkpoint(make_checkpoint("eva"), "eva", tmp_path))
     buffers = computed_buffers(model, EVA)
     for function, expected in zip(("cos", "sin"), rotary(3), strict=True):
         torch.testing.assert_close(buffers[f"visual.blocks.1.attn.rope.freqs_{function}"], expected)
@@ -385,7 +385,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def test_save_official_round_trip_is_exact(layout: str, tmp_path: Path) -> None:
     tensors = make_checkpoint(layout)
     source = write_checkpoint(tensors, layout, tmp_path / "official")
-    load_official(source).save_pretrained(tmp_path / "model")
+    load_official_checkpoint(source).save_pretrained(tmp_path / "model")
     model = LLM2CLIP.from_pretrained(tmp_path / "model", device="cpu")
     back = save_official(model, tmp_path / ("back.pt" if layout == "eva" else "back"), layout)
     written = load_tensors(back)
@@ -395,7 +395,7 @@ def test_save_official_round_trip_is_exact(layout: str, tmp_path: Path) -> None:
             torch.testing.assert_close(written[name], tensor)
         else:
             assert torch.equal(written[name], tensor) and written[name].shape == tensor.shape, name
-    again = load_official(back)
+    again = load_official_checkpoint(back)
     assert again.config == model.config
     assert all(torch.equal(again.state_dict()[n], t) for n, t in model.state_dict().items())
     assert torch.equal(again.encode_image([pixels()[0]]), model.encode_image([pixels()[0]]))
@@ -403,16 +403,16 @@ def test_save_official_round_trip_is_exact(layout: str, tmp_path: Path) -> None:
 
 
 def test_save_official_eva_adds_a_zero_projection_bias(tmp_path: Path) -> None:
-    model = load_official(write_checkpoint(make_checkpoint("eva"), "eva", tmp_path))
+    model = load_official_checkpoint(write_checkpoint(make_checkpoint("eva"), "eva", tmp_path))
     config = LLM2CLIPConfig(**{**vars(model.config), "projection_bias": False})
     ours = LLM2CLIP(config, model.tower).eval()
-    again = load_official(save_official(ours, tmp_path / "back.pt", "eva"))
+    again = load_official_checkpoint(save_official(ours, tmp_path / "back.pt", "eva"))
     assert torch.allclose(again.encode_image([pixels()[0]]), ours.encode_image([pixels()[0]]), atol=1e-6)
 
 
 def test_save_official_rejects_models_that_the_layout_cannot_represent(tmp_path: Path) -> None:
-    clip = load_official(write_checkpoint(make_checkpoint("hf"), "hf", tmp_path / "hf"))
-    eva = load_official(write_checkpoint(make_checkpoint("eva"), "eva", tmp_path / "eva"))
+    clip = load_official_checkpoint(write_checkpoint(make_checkpoint("hf"), "hf", tmp_path / "hf"))
+    eva = load_official_checkpoint(write_checkpoint(make_checkpoint("eva"), "eva", tmp_path / "eva"))
     with pytest.raises(ValueError, match=r"vision tower is clip_vision_model.*EVA-02"):
         save_official(clip, tmp_path / "x.pt", "eva")
     with pytest.raises(ValueError, match=r"vision tower is timm:eva02.*CLIP tower.*projection has a bias"):
@@ -456,7 +456,7 @@ def test_load_official_reads_hf_weight_files(kind: str, tmp_path: Path) -> None:
     else:
         more = {"vision_model.embeddings.position_ids": torch.arange(10)[None]}
         save_file(tensors | more | {"text_model.final_layer_norm.weight": torch.ones(2)}, weights)
-    model = load_official(source)
+    model = load_official_checkpoint(source)
     for name, tensor in model.state_dict().items():
         official = tensors[official_name(name, LAYOUTS["hf"], 4)]
         assert tensor.dtype == torch.float32
@@ -474,7 +474,7 @@ def test_load_official_reads_eva_weight_files(wrapper: str, tmp_path: Path) -> N
         assert "visual.blocks.1.attn.q_bias" in wrapped
     torch.save(wrapped, tmp_path / "LLM2CLIP-EVA02-B-16.pt")
     (tmp_path / "model.safetensors").write_bytes(b"another format, which is not read")
-    model = load_official(tmp_path)
+    model = load_official_checkpoint(tmp_path)
     assert torch.equal(model.projection.bias, tensors["visual.head.bias"])
     assert torch.equal(model.tower.backbone.blocks[1].attn.q_proj.bias, tensors["visual.blocks.1.attn.q_proj.bias"])
 
@@ -490,7 +490,7 @@ def test_load_official_downloads_only_the_needed_files(tmp_path: Path, monkeypat
 
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: repository)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    load_official("microsoft/LLM2CLIP-Openai-B-16")
+    load_official_checkpoint("microsoft/LLM2CLIP-Openai-B-16")
     assert set(patterns) == {"config.json", "preprocessor_config.json", "model.safetensors"}
 
 
@@ -502,9 +502,9 @@ def test_load_official_reports_missing_checkpoints(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("huggingface_hub.list_repo_files", offline)
     with pytest.raises(FileNotFoundError, match="no/such-model"):
-        load_official("no/such-model")
+        load_official_checkpoint("no/such-model")
     with pytest.raises(ValueError, match=r"must contain one of model\.safetensors"):
-        load_official(tmp_path)
+        load_official_checkpoint(tmp_path)
 
 
 class TouchOnLoad:
@@ -520,7 +520,7 @@ class TouchOnLoad:
 def test_load_official_does_not_execute_pickles(tmp_path: Path) -> None:
     torch.save(make_checkpoint("eva") | {"more": TouchOnLoad(tmp_path / "ran")}, tmp_path / "evil.pt")
     with pytest.raises(ValueError, match=r"evil\.pt contains objects other than tensors"):
-        load_official(tmp_path / "evil.pt")
+        load_official_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
 
 
@@ -535,11 +535,11 @@ def test_load_official_rejects_missing_unexpected_and_mismatched_tensors(tmp_pat
             if tensor is not None:
                 tensors[name] = tensor
         with pytest.raises(ValueError, match=message):
-            load_official(write_checkpoint(tensors, layout, tmp_path / layout))
+            load_official_checkpoint(write_checkpoint(tensors, layout, tmp_path / layout))
 
     def check_extra(layout: str, message: str, **more: Tensor) -> None:
         with pytest.raises(ValueError, match=message):
-            load_official(write_checkpoint(make_checkpoint(layout) | more, layout, tmp_path / layout))
+            load_official_checkpoint(write_checkpoint(make_checkpoint(layout) | more, layout, tmp_path / layout))
 
     check_change(
         "hf", r"missing vision_model\.post_layernorm\.bias \(64,\)$", **{"vision_model.post_layernorm.bias": None}
@@ -575,14 +575,14 @@ def test_load_official_rejects_missing_unexpected_and_mismatched_tensors(tmp_pat
 def test_load_official_rejects_other_models(tmp_path: Path) -> None:
     tensors = {name: t for name, t in make_checkpoint("hf").items() if "adaptor" not in name}
     with pytest.raises(ValueError, match=r"is not an LLM2CLIP checkpoint.*text_adapter\.adaptor"):
-        load_official(write_checkpoint(tensors, "hf", tmp_path))
+        load_official_checkpoint(write_checkpoint(tensors, "hf", tmp_path))
     folder = write_checkpoint(make_checkpoint("hf"), "hf", tmp_path)
     (folder / "config.json").write_text('{"vision_config": {"model_type": "siglip_vision_model"}}')
     with pytest.raises(ValueError, match=r"'siglip_vision_model'; only CLIP towers"):
-        load_official(folder)
+        load_official_checkpoint(folder)
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="a list, not a mapping from names to tensors"):
-        load_official(tmp_path / "list.pt")
+        load_official_checkpoint(tmp_path / "list.pt")
 
 
 # ---- caption encoder ------------------------------------------------------------------------------------------------
@@ -590,7 +590,7 @@ def test_load_official_rejects_other_models(tmp_path: Path) -> None:
 
 def test_load_official_attaches_the_caption_encoder(llm: Path, tmp_path: Path) -> None:
     tensors = make_checkpoint("hf")
-    model = load_official(write_checkpoint(tensors, "hf", tmp_path / "official"), text=llm)
+    model = load_official_checkpoint(write_checkpoint(tensors, "hf", tmp_path / "official"), text=llm)
     folder = model.save_pretrained(tmp_path / "model")
     loaded = LLM2CLIP.from_pretrained(folder, device="cpu")
     assert loaded.config.encoder == CaptionEncoder.from_pretrained(llm, device="cpu").identity()
@@ -605,7 +605,7 @@ def test_load_official_rejects_an_encoder_of_another_size(llm: Path, tmp_path: P
     with pytest.raises(
         ValueError, match=r"size 32, but the adapter's input size is 48.*Llama-3-8B.*\(4096\).*3\.2-1B.*\(2048\)"
     ):
-        load_official(write_checkpoint(tensors, "hf", tmp_path), text=llm)
+        load_official_checkpoint(write_checkpoint(tensors, "hf", tmp_path), text=llm)
 
 
 def test_load_official_gives_published_llms_their_template(tmp_path: Path) -> None:
@@ -615,7 +615,7 @@ def test_load_official_gives_published_llms_their_template(tmp_path: Path) -> No
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": list(load.TEMPLATE_TOKENS)})
     tokenizer.save_pretrained(folder)
-    model = load_official(write_checkpoint(make_checkpoint("hf"), "hf", tmp_path / "official"), text=folder)
+    model = load_official_checkpoint(write_checkpoint(make_checkpoint("hf"), "hf", tmp_path / "official"), text=folder)
     encoder = model.encoder
     assert encoder.prefix == "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"
     (ids,) = encoder.tokenize(["a dog"]).ids

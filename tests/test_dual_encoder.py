@@ -150,7 +150,7 @@ def test_unknown_models_are_rejected(tmp_path: Path, llm: Path) -> None:
 
 def test_identity_of_an_llm2clip_model_has_the_field_names_of_version_0_1() -> None:
     config = LLM2CLIPConfig(tower={"x": 1}, text_dim=8, embed_dim=4)
-    assert config.to_identity() == {
+    assert config.identity_fields() == {
         "tower": {"x": 1},
         "text_width": 8,
         "width": 4,

@@ -41,7 +41,7 @@ def add(commands: Commands) -> None:
 
 
 def _convert(args: Namespace) -> list[str]:
-    from llm2clip.models.convert.load import load_official
+    from llm2clip.models.convert.load import load_official_checkpoint
     from llm2clip.models.convert.save import save_official
     from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
 
@@ -57,7 +57,7 @@ def _convert(args: Namespace) -> list[str]:
     if is_model_folder(args.source):
         model = _add_caption_encoder(args.source, args.text)
     else:
-        model = load_official(args.source, text=args.text)
+        model = load_official_checkpoint(args.source, text=args.text)
     return _closing_lines(model, model.save_pretrained(args.out))
 
 

@@ -83,7 +83,7 @@ def add(commands: Commands) -> None:
         nargs="+",
         type=str,
         default=[],
-        help="Names of benchmarks (see `llm2clip llava benchmarks`), or `all`: every benchmark whose folder exists.",
+        help="Names of benchmarks (see `llm2clip llava benchmarks`), or `all` for every benchmark whose folder exists.",
     )
     _add_root_argument(parser)
     parser.add_argument(

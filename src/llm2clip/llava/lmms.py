@@ -71,7 +71,7 @@ class LmmsModel(lmms):
         return results
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        raise NotImplementedError("requests with several rounds are not supported")
+        raise NotImplementedError("multi-round requests are not supported")
 
     def _to_question(self, n: int, context: str, to_visual: Any, doc_id: Any, task: str, split: str) -> Question:
         """Convert a request to a question.

@@ -84,7 +84,7 @@ def open_dual_encoder(name: str, device: torch.device | str | None = None, preci
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if name.startswith(SENTENCE_TRANSFORMERS_PREFIX):
-        return _open_sentence_transformers(name, device)
+        return _load_sentence_transformer(name, device)
     if name.startswith(OPEN_CLIP_PREFIX):
         return _open_open_clip(name, device)
     if is_model_folder(name) or not has_text_tower(name):
@@ -103,7 +103,7 @@ def from_llm2clip(model: LLM2CLIP, name: str, precision: str = "fp32") -> DualEn
     return DualEncoder(
         name=name,
         embed_dim=model.config.embed_dim,
-        identity=lambda: {"llm2clip": model.config.to_identity(), "weights": hash_weights(model)},
+        identity=lambda: {"llm2clip": model.config.identity_fields(), "weights": hash_weights(model)},
         transform=EvalTransform(model.tower.preprocess),
         encode_images_raw=encode_images,
         encode_texts_raw=lambda texts, progress: model.encode_text(texts, progress, precision),
@@ -161,7 +161,7 @@ def _open_open_clip(name: str, device: torch.device) -> DualEncoder:
 
 
 @hide_loading_bars()
-def _open_sentence_transformers(name: str, device: torch.device) -> DualEncoder:
+def _load_sentence_transformer(name: str, device: torch.device) -> DualEncoder:
     from sentence_transformers import SentenceTransformer
 
     path = name.removeprefix(SENTENCE_TRANSFORMERS_PREFIX)

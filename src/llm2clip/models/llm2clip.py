@@ -93,7 +93,7 @@ class LLM2CLIPConfig:
         values = {_RENAMED_FIELDS.get(name, name): value for name, value in values.items()}
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
 
-    def to_identity(self) -> dict[str, Any]:
+    def identity_fields(self) -> dict[str, Any]:
         """Return the part of the model's identity that the config determines.
 
         The keys are the field names of version 0.1, so that search indexes and cached embeddings from 0.1 stay valid.

@@ -29,7 +29,7 @@ def set_template(st: Any, template: str) -> None:
         if not has_consistent_length(st, prefix):
             raise ValueError(
                 f"sentence-transformers would miscount the tokens of the template's prefix {prefix!r}: it must not "
-                f"end in a space, or in a special token if nothing follows {CAPTION}"
+                f"end in a space. It may end in a special token only if a token also follows {CAPTION}"
             )
 
 

@@ -69,6 +69,7 @@ BENCHMARKS = (
         folders=COCO_FOLDERS,
         read=_read_judged_retrieval,
         source="annotations/captions_val2014.json "
-        "(images.cocodataset.org/annotations/annotations_trainval2014.zip), val2014/, and pip install eccv-caption",
+        "(images.cocodataset.org/annotations/annotations_trainval2014.zip), val2014/, and the package "
+        "eccv-caption (pip install eccv-caption)",
     ),
 )

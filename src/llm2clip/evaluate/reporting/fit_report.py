@@ -44,7 +44,7 @@ def write_fit_report(
         ),
         retrieval_table(untrained, trained),
         Heading("Training"),
-        *(loss_plot(stage, rows) for stage, rows in curves.items() if rows),
+        *(plot_loss(stage, rows) for stage, rows in curves.items() if rows),
         Heading("How to use the model"),
         Code(
             "from llm2clip import LLM2CLIP\n\n"
@@ -77,7 +77,7 @@ def retrieval_table(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[
     return Table(header, rows, highlight=frozenset(range(2, len(rows), 3)))
 
 
-def loss_plot(stage: str, rows: Sequence[dict[str, Any]]) -> Plot:
+def plot_loss(stage: str, rows: Sequence[dict[str, Any]]) -> Plot:
     """Plot a stage's loss at each step, and the moving average over about 5% of the steps."""
     losses = [row["loss"] for row in rows]
     window = max(1, len(losses) // 20) + 1

@@ -320,7 +320,7 @@ TASKS = (
     Task(
         name="vizwiz",
         description="VizWiz: photos taken by blind people",
-        source="vizwiz.org: Annotations, val or test images",
+        source="vizwiz.org: the annotations, and the val or test images",
         read=read_vizwiz,
         score=score_vizwiz,
         submission=submit_vizwiz,

@@ -63,12 +63,12 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
             "incomplete, or the installed gguf package is too old"
         )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
-    _clear_quantization_marks(model)
+    _clear_quantization_metadata(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _clear_quantization_marks(model: Any) -> None:
+def _clear_quantization_metadata(model: Any) -> None:
     """Remove the attributes that make `save_pretrained` fail, now that the layers are dequantized."""
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
         if hasattr(owner, name):

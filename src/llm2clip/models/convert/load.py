@@ -32,7 +32,7 @@ TEMPLATE_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|
 BUFFER_TOLERANCE = 4e-3
 
 
-def load_official(
+def load_official_checkpoint(
     source: str | Path, *, text: str | Path | None = None, normalize_input: bool | None = None
 ) -> LLM2CLIP:
     """Load an official checkpoint in float32, on the CPU, in eval mode.

@@ -15,7 +15,7 @@ def format_plan(plan: Plan, width: int = 110) -> str:
     """Format a plan as text that is at most `width` characters wide."""
     page = StringIO()
     console = Console(file=page, width=width, highlight=False)
-    for table in (_parameters(plan), _flop(plan), _memory(plan), _hours(plan)):
+    for table in (_parameter_table(plan), _flop(plan), _memory(plan), _hours(plan)):
         console.print(table)
         console.print()
     for line in (*_stores(plan), _caching(plan), *_suggestions(plan), _assumptions(plan)):
@@ -31,7 +31,7 @@ def _table(*columns: str, right_align: bool = True) -> Table:
     return table
 
 
-def _parameters(plan: Plan) -> Table:
+def _parameter_table(plan: Plan) -> Table:
     parameters = plan.parameters
     align_total = parameters["vision tower"] + parameters["projection"] + parameters["adapter"]
     table = _table("Parameters", "all", "trained")
@@ -51,18 +51,18 @@ def _flop(plan: Plan) -> Table:
     flop, align = plan.flop, plan.config.align
     table = _table("GFLOPs (10^9 FLOPs; a multiply-add counts as 2)", "")
     caption = f"caption of {plan.tokens_per_caption:g} tokens"
-    table.add_row(f"{caption}, forward", _giga(flop["caption forward"]))
+    table.add_row(f"{caption}, forward", _format_giga(flop["caption forward"]))
     if "tune" in plan.memory:
-        table.add_row(f"{caption}, in a tuning step", _giga(flop["caption tune"]))
-    table.add_row("image through the tower", _giga(flop["tower forward"]))
+        table.add_row(f"{caption}, in a tuning step", _format_giga(flop["caption tune"]))
+    table.add_row("image through the tower", _format_giga(flop["tower forward"]))
     captions = "its caption" if plan.captions == 1 else f"its {plan.captions:g} captions"
-    table.add_row(f"image and {captions} in an align step", _giga(flop["step"]))
+    table.add_row(f"image and {captions} in an align step", _format_giga(flop["step"]))
     source = ", from cached features" if align.tower_lr == 0 else ""
-    table.add_row(f"  forward and backward{source}", _giga(flop["image once"]))
+    table.add_row(f"  forward and backward{source}", _format_giga(flop["image once"]))
     if flop["image again"]:
         reasons = [name for name in ("gradient_checkpointing", "micro_batch_size") if getattr(align, name)]
-        table.add_row(f"  repeated forward ({', '.join(reasons)})", _giga(flop["image again"]))
-    table.add_row("  loss", _giga(flop["image loss"]))
+        table.add_row(f"  repeated forward ({', '.join(reasons)})", _format_giga(flop["image again"]))
+    table.add_row("  loss", _format_giga(flop["image loss"]))
     return table
 
 
@@ -108,9 +108,9 @@ def _stores(plan: Plan) -> list[str]:
 def _caching(plan: Plan) -> str:
     online = plan.online
     return (
-        f"Without the store (LLM in every align step): {online['step']:.2f} times the FLOPs per step, "
-        f"{online['hours']:.2f} times the total time of embed and align, and {_format_bytes(online['weights'])} more "
-        "memory per device for the weights."
+        f"Without the store, running the LLM in every `align` step: {online['step']:.2f} times the FLOPs per step, "
+        f"{online['hours']:.2f} times the total time of `embed` plus `align`, "
+        f"and {_format_bytes(online['weights'])} more memory per device for the weights."
     )
 
 
@@ -142,7 +142,7 @@ def _count(count: float) -> str:
     return f"{count:,.0f}" if count else "0"
 
 
-def _giga(flop: float) -> str:
+def _format_giga(flop: float) -> str:
     return f"{flop / 1e9:,.0f}" if flop >= 1e11 else f"{flop / 1e9:,.2f}"
 
 

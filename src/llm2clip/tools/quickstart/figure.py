@@ -56,7 +56,7 @@ def draw_results(
         offline: Do not download a font.
     """
     if correct is not None and len(correct) != len(rows):
-        raise ValueError(f"got {len(rows)} rows but correct ranks for {len(correct)}: give `correct` one entry per row")
+        raise ValueError(f"got {len(rows)} rows, but `correct` has {len(correct)} entries: pass one entry per row")
     queries = [_lay_out_query(query, offline) for query, _, _ in rows]
     heights = [max(THUMBNAIL + SCORE_HEIGHT, query.height) + 2 * GAP for query in queries]
     top = MARGIN + TITLE_HEIGHT + GAP

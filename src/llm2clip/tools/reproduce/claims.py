@@ -153,7 +153,7 @@ def training_cost(experiments: Experiments) -> Claim:
         )
     claim.notes.append(
         f"Medians over {experiments.config.cost_steps} steps with {times.batch_size} images and one caption per image. "
-        "The variants alternate. Intervals range from the lower to the upper quartile."
+        "The variants were timed alternately. Intervals are interquartile ranges."
     )
     train = experiments.data.train
     num_texts, num_steps = sum(len(record.texts) for record in train), len(train) / times.batch_size
