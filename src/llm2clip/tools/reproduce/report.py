@@ -39,7 +39,7 @@ def report_blocks(claims: Sequence[Claim], config: ReproduceConfig, command: str
     summary = [[claim.number, claim.title, claim.verdict] for claim in claims]
     blocks: list[Block] = [
         Paragraph(
-            "Each claim of the paper (arXiv 2411.04997) is tested with the paper's method at the scale of this "
+            "Each claim of the paper (arXiv 2411.04997) is tested with the paper's method, scaled down to this "
             "machine: small models and few images."
         ),
         Code(command),
