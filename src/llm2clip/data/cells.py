@@ -26,17 +26,17 @@ class UnusableRow(Exception):
 
 
 def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: int) -> tuple[str, ...]:
-    """Return the stripped captions in a cell. A string is a single caption; a list holds several.
+    """Return the captions in a cell, stripped. A string is a single caption; a list contains several captions.
 
     Args:
         value: Content of the cell.
-        parse_lists: Whether to parse strings that look like lists in JSON or Python notation.
-        log: Log in which dropped empty captions are recorded.
+        parse_lists: Whether to parse a string that looks like a list in JSON or Python notation.
+        log: Log for recording empty captions, which are dropped.
         file: Source file, for the log.
         row: Row number, for the log.
 
     Raises:
-        UnusableRow: The value is neither text nor a list of texts, or a caption is not valid Unicode.
+        UnusableRow: The value is neither a string nor a list of strings, or a caption is not valid Unicode.
     """
     if isinstance(value, str):
         value = _parse_list(value) if parse_lists else [value]
@@ -61,10 +61,10 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
 
 
 def parse_name(value: Any, field: str) -> str | None:
-    """Return an id or split name as text, or None if the value is missing.
+    """Return an id or a split name as a string. Return None if the value is missing.
 
     Raises:
-        UnusableRow: The value is neither text nor a number.
+        UnusableRow: The value is neither a string nor a number.
     """
     if is_null(value):
         return None
@@ -74,13 +74,13 @@ def parse_name(value: Any, field: str) -> str | None:
 
 
 def parse_image(value: Any, file: str, reject_urls: bool) -> LoadedImage | None:
-    """Return a reference to the image in a cell, or None if the value is missing.
+    """Return a reference to the image in a cell. Return None if the value is missing.
 
-    A cell can hold a path relative to the folder of `file`, encoded bytes, a Hugging Face dict with the keys "bytes"
-    and "path", or a reference created by the reader.
+    A cell can contain any of the following: a path relative to the folder of `file`, encoded bytes, a Hugging Face dict
+    with the keys "bytes" and "path", or a reference created by the reader.
 
     Raises:
-        UnusableRow: The value has an unsupported type, or is a URL and `reject_urls` is True.
+        UnusableRow: The value has an unsupported type, or the value is a URL and `reject_urls` is True.
     """
     name = None
     if isinstance(value, dict) and {"bytes", "path"} & value.keys():
@@ -103,7 +103,7 @@ def parse_image(value: Any, file: str, reject_urls: bool) -> LoadedImage | None:
 
 
 def check_image(image: LoadedImage, read_header: bool) -> None:
-    """Check that an image file exists and, if `read_header` is True, that its format and size are supported.
+    """Check that an image file exists. If `read_header` is True, also check that its format and size are supported.
 
     Raises:
         UnusableRow: The image is missing, unreadable or larger than `MAX_PIXELS`.
@@ -117,14 +117,14 @@ def check_image(image: LoadedImage, read_header: bool) -> None:
             width, height = open_header(stream).size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limits
         raise UnusableRow("image too large", f"{image.ref}: {error}") from error
-    except Exception as error:  # Pillow's plugins may raise any type of exception for malicious bytes
+    except Exception as error:  # malicious bytes can make Pillow's plugins raise any type of exception
         raise UnusableRow("unreadable image", f"{image.ref}: {error}") from error
     if width * height > MAX_PIXELS:
         raise UnusableRow("image too large", f"{image.ref}: {width} x {height}")
 
 
 def _parse_list(text: str) -> list[Any]:
-    """Parse a list of texts in JSON or Python notation. Return any other text as a single-item list."""
+    """Parse a list of strings in JSON or Python notation. Return any other text as a single-item list."""
     if text.lstrip().startswith("["):
         for parse in (json.loads, ast.literal_eval):
             try:

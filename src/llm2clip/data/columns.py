@@ -1,4 +1,4 @@
-"""Detection of the columns that hold each record's id, image, captions and split."""
+"""Detection of the columns that contain the ids, images, captions and splits of records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLUMN_NAMES = {  # record field -> usual column names, in order of preference
 
 
 def guess_columns(names: Mapping[str, Sequence[str]], columns: Collection[str]) -> dict[str, str]:
-    """Map each field to the first of its usual names that occurs in `columns`. Omit fields without a match."""
+    """Map each field to a column: the first of the field's usual names that is in `columns`. Omit unmatched fields."""
     chosen = {}
     for field, candidates in names.items():
         for candidate in candidates:
@@ -30,16 +30,16 @@ def guess_columns(names: Mapping[str, Sequence[str]], columns: Collection[str]) 
 
 
 def is_null(value: object) -> bool:
-    """Return whether a value means "missing": None, an empty string, an empty list, or NaN (as written by pandas)."""
+    """Return whether a value counts as missing: None, an empty string, an empty list, or NaN (used by pandas)."""
     return value is None or value == "" or value == [] or (isinstance(value, float) and math.isnan(value))
 
 
 class ColumnMapper:
-    """Maps record fields to the columns of a source, and keeps track of the columns that the source has.
+    """Maps record fields to the columns of a source, and keeps track of all columns seen in the source.
 
     Args:
         source: Name of the source, for error messages.
-        mapping: User-defined mapping from field to column, which overrides the detected columns. An empty column name
+        mapping: User-defined mapping from field to column. It overrides the detected columns. An empty column name
             disables the field.
         require_captions: Whether to raise an error if the source has no caption column.
     """
@@ -52,7 +52,7 @@ class ColumnMapper:
         self._cache: dict[tuple[str, ...], dict[str, str]] = {}
 
     def map_table(self, file: str, columns: Sequence[str]) -> dict[str, str]:
-        """Return {field: column} for a table in which all rows have the same columns.
+        """Return a dict {field: column} for a table in which all rows have the same columns.
 
         Raises:
             ValueError: A mapped column or the caption column is missing; see `check`.
@@ -64,14 +64,14 @@ class ColumnMapper:
         return self._cache[key]
 
     def map_row(self, fields: Mapping[str, Any]) -> dict[str, str]:
-        """Return {field: column} for a row that has its own keys, such as a JSON object.
+        """Return a dict {field: column} for a row with its own set of keys, such as a JSON object.
 
-        If several keys match a field, keys with a missing value are ignored.
+        If several keys match a field, keys whose values are missing are ignored.
         """
         names = tuple(fields)
         filled = tuple(name for name in names if name in COLUMN_NAMES["image"] or not is_null(fields[name]))
         key = (*names, "", *filled)
-        if key not in self._cache:  # the rows of a source have few combinations of keys
+        if key not in self._cache:  # few different combinations of keys occur in a source
             self._remember(key, names, self._guess(names) | self._guess(filled))
         return self._cache[key]
 
@@ -95,8 +95,8 @@ class ColumnMapper:
 
     def _guess(self, columns: Sequence[str]) -> dict[str, str]:
         chosen = guess_columns(self._names, columns)
-        # A `sentences` column next to a long caption holds the sentences of that caption (as in image paragraphs), not
-        # separate captions.
+        # If a source has long captions, its `sentences` column contains the sentences of the long caption, not separate
+        # captions. An example is the Image Paragraphs data set.
         guessed = None if "captions" in self.mapping else chosen.get("captions")
         if guessed in ("sentences", "sentence") and "long_captions" in chosen:
             del chosen["captions"]

@@ -1,10 +1,10 @@
-"""Hard negatives for `tune`: training items are ordered so that items with similar captions are adjacent.
+"""Hard negatives for `tune`: items with similar captions are placed next to each other in the training order.
 
 In a random batch, nearly all negatives are about a different subject and soon become too easy. To avoid this, each pass
-divides the items into small groups with similar captions, using a random projection tree (recursive splits along random
-hyperplanes). A batch made of a few groups then contrasts dogs with dogs and street scenes with street scenes.
-Similarity is computed from the words (TF-IDF) rather than with the model being trained. This takes only seconds, and a
-resumed run forms the same groups.
+over the data divides the items into small groups with similar captions. The groups come from a random projection tree,
+which splits the items recursively along random hyperplanes. A batch made of a few groups then contrasts dogs with dogs
+and street scenes with street scenes. Similarity is computed from the words (TF-IDF) rather than with the model being
+trained. Computing it takes only seconds, and a resumed run forms the same groups.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ DIMENSION = 64
 
 
 def caption_vectors(captions: Sequence[Sequence[str]]) -> np.ndarray:
-    """Return one vector per item, computed from its captions: float32 (N, at most 64), centred and L2-normalised.
+    """Compute one vector per item from its captions; return float32 (N, at most 64), centred and L2-normalised.
 
-    The method is latent semantic analysis: TF-IDF, then truncated SVD. All captions of an item form one document.
+    The method is latent semantic analysis: TF-IDF followed by truncated SVD. The captions of an item are concatenated
+    into one document.
 
     Args:
-        captions: Captions of each item, in any language.
+        captions: Captions of each item. They can be in any language.
     """
     documents = [" ".join(texts) for texts in captions]
     tfidf = TfidfVectorizer(analyzer=_words, sublinear_tf=True).fit_transform(documents)
@@ -43,9 +44,9 @@ def grouped_permutation(vectors: np.ndarray, group_size: int, rng: np.random.Gen
 
     Args:
         vectors: Vectors from `caption_vectors`, (N, D).
-        group_size: Number of items per group. If N is not a multiple of it, one group is smaller. 1 means an ordinary
-            random permutation.
-        rng: Random generator for the directions and the order. Every call forms new groups.
+        group_size: Number of items per group. If N is not a multiple of `group_size`, one group is smaller. If
+            `group_size` is 1, the result is an ordinary random permutation.
+        rng: Generator for the random directions and the random order. Every call forms new groups.
     """
     if group_size <= 1:
         return rng.permutation(len(vectors))
@@ -66,5 +67,5 @@ def _split(vectors: np.ndarray, items: np.ndarray, group_size: int, rng: np.rand
 
 
 def _words(text: str) -> list[str]:
-    """Split a text into words. Scripts without spaces (Thai, Lao, Japanese, Chinese) are split into characters."""
+    """Split a text into words. Text in scripts without spaces (such as Thai or Chinese) is split into characters."""
     return re.findall(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|\w+", text.lower()) or [text]

@@ -1,4 +1,4 @@
-"""Image headers: reading, supported formats and size limit."""
+"""Reading of image headers, with the supported formats and the size limit."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import BinaryIO
 
 from PIL import Image
 
-# Larger images are rejected after reading the header, before decoding. 100 million RGB pixels take 300 MB.
+# Images with more pixels are rejected after their header is read and before they are decoded. 100 million RGB pixels
+# take 300 MB.
 MAX_PIXELS = 100_000_000
 
-# Only formats that Pillow decodes in-process. By default, Pillow would also run Ghostscript on EPS files, and would
-# decode the images inside an ICO file before their size can be checked.
+# Pillow decodes all of these formats in-process. EPS is excluded because Pillow runs Ghostscript on EPS files. ICO is
+# excluded because Pillow decodes the images in an ICO file before their size can be checked.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
 
@@ -25,7 +26,7 @@ def readable_formats() -> list[str]:
 def open_header(stream: BinaryIO) -> Image.Image:
     """Open an image in a supported format without decoding its pixels.
 
-    Pillow raises `Image.UnidentifiedImageError` for other formats and almost any exception for malicious files. The
-    caller must check the size against `MAX_PIXELS`.
+    If the format is not supported, Pillow raises `Image.UnidentifiedImageError`. For malicious files, Pillow may raise
+    almost any type of exception. The caller must check that the image has at most `MAX_PIXELS` pixels.
     """
     return Image.open(stream, formats=readable_formats())

@@ -1,4 +1,4 @@
-"""Batched, ordered image decoding for inference, with worker processes for large numbers of images."""
+"""Image decoding for inference, in batches and in order. Worker processes are used if there are many images."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ MIN_IMAGES_FOR_WORKERS = 2048  # decoding fewer images takes less time than star
 
 
 def decode_or_error(ref: ImageRef, transform: Callable[[Tensor], T]) -> T | str:
-    """Return the transformed image, or an error message if it cannot be decoded."""
+    """Decode and transform an image. Return an error message if the image cannot be decoded."""
     try:
         return transform(load_image(ref))
     except (ImageError, OSError) as error:
-        return str(error).removeprefix(f"{ref}: ")  # the caller adds the name of the image
+        return str(error).removeprefix(f"{ref}: ")  # the caller adds the image's name
 
 
 def image_batches(
@@ -34,12 +34,12 @@ def image_batches(
         refs: References to the images.
         transform: Function applied to each decoded image, uint8 (3, H, W).
         batch_size: Number of images per batch, including images that cannot be decoded.
-        workers: Number of worker processes, used only for 2,048 images or more. Default: half the number of CPU cores,
-            at most 8.
+        workers: Number of worker processes. Workers are used only for 2,048 or more images. Default: half the number
+            of CPU cores, but at most 8.
 
     Yields:
-        The indices of the images that could be decoded, their transformed values, and a dict from index to error
-        message for the images that could not be decoded.
+        Three values for each batch: the indices of the images that were decoded, these images after the transform, and
+        a dict {index: error message} for the images that could not be decoded.
     """
     if workers is None:
         workers = min(8, len(os.sched_getaffinity(0)) // 2 if hasattr(os, "sched_getaffinity") else 1)

@@ -1,6 +1,6 @@
-"""Image references: where the encoded bytes of an image are stored.
+"""Image references, which specify where the encoded bytes of an image are stored.
 
-Records hold references instead of images, so that a list of records is small and can be sent to other processes.
+Records contain references instead of images, so that a list of records is small and can be sent to other processes.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import pyarrow.parquet as pq
 
 
 class ImageRef(ABC):
-    """Location of an image's bytes: small, picklable and readable in any process. `str()` returns its name."""
+    """Location of an image's bytes. It is small, can be pickled, and works in any process. `str()` returns a name."""
 
     __slots__ = ()
 
     @property
     def key(self) -> str:
-        """A string that is the same for all references to the same image, however the path is written."""
+        """String that is equal for all references to the same image, even if their paths are written differently."""
         return self.canonical_path
 
     @property
     def canonical_path(self) -> str:
-        """The location as an absolute path, with symbolic links to folders resolved."""
+        """Absolute path of the file, with symbolic links to folders resolved."""
         container = self.container_path
         if container is None:
             return str(self)
@@ -38,18 +38,18 @@ class ImageRef(ABC):
 
     @property
     def identifies_image(self) -> bool:
-        """Whether `key` identifies the image. It is False for a table cell whose bytes have not been read, because
+        """Whether `key` identifies the image. This is False for a table cell whose bytes have not been read, because
         other cells may contain the same image."""
         return True
 
     @property
     def container_path(self) -> str | None:
-        """The file or folder that contains the bytes, or None for an image in memory."""
+        """Path of the file or folder that contains the bytes, or None for an image in memory."""
         return getattr(self, "path", None) or getattr(self, "folder", None)
 
     @abstractmethod
     def open(self) -> BinaryIO:
-        """Open the encoded bytes as a stream, for example to read only the header."""
+        """Open the encoded bytes as a stream, which makes it possible to read only the header."""
 
     def read(self) -> bytes:
         """Return all encoded bytes."""
@@ -59,7 +59,7 @@ class ImageRef(ABC):
 
 @dataclass(frozen=True, slots=True)
 class LoadedImage:
-    """A reference together with the image's bytes, if they have been read.
+    """An image reference, together with the image's bytes if they have already been read.
 
     Attributes:
         ref: Reference to the image.
@@ -91,7 +91,7 @@ class FileImage(ImageRef):
 
 @dataclass(frozen=True, slots=True)
 class TarImage(ImageRef):
-    """A member of an uncompressed tar file. Reading seeks straight to the offset, so all members are equally fast."""
+    """A member of an uncompressed tar file. It is read by seeking to its offset, so all members are equally fast."""
 
     path: str
     offset: int
@@ -100,7 +100,7 @@ class TarImage(ImageRef):
 
     @property
     def key(self) -> str:
-        return f"{self.canonical_path}@{self.offset}"  # a tar may have several members with the same name
+        return f"{self.canonical_path}@{self.offset}"  # several members of a tar file may have the same name
 
     def open(self) -> BinaryIO:
         return io.BufferedReader(_FileSlice(self.path, self.offset, self.size))
@@ -110,7 +110,7 @@ class TarImage(ImageRef):
 
 
 class _FileSlice(io.RawIOBase):
-    """Part of a file as a stream, so that Pillow can read a header without reading the entire tar member."""
+    """Stream over a part of a file. It lets Pillow read an image's header without reading the entire tar member."""
 
     def __init__(self, path: str, offset: int, size: int) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115
@@ -140,8 +140,8 @@ class _FileSlice(io.RawIOBase):
 
 
 class _TableCell(ImageRef):
-    """A table cell, identified by a hash of its bytes because a table may repeat an image in one row per caption.
-    `digest` is empty if the bytes have not been read."""
+    """A table cell with an image. It is identified by a hash of its bytes, because a table with one row per caption
+    contains the same image several times. `digest` is empty if the bytes have not been read."""
 
     __slots__ = ()
     digest: str
@@ -157,11 +157,11 @@ class _TableCell(ImageRef):
 
 @dataclass(frozen=True, slots=True)
 class ParquetImage(_TableCell):
-    """A cell in a Parquet file: bytes, or a struct with bytes and a path.
+    """A cell in a Parquet file. It contains either bytes or a struct with bytes and a path.
 
-    The first read from a row group decodes its complete image column, and each process caches four such columns.
-    Reading in file order is therefore cheap, but every random read decodes a row group. Use small row groups; Hugging
-    Face uses 100 rows.
+    The first read from a row group decodes the entire image column of that row group. Each process caches the decoded
+    columns of four row groups. Reading in file order is therefore fast, but each read in random order usually decodes
+    another row group. Row groups should therefore be small; Hugging Face uses 100 rows.
     """
 
     path: str
@@ -188,7 +188,7 @@ class ParquetImage(_TableCell):
 
 @dataclass(frozen=True, slots=True)
 class DatasetImage(_TableCell):
-    """A cell in a Hugging Face data set written by `save_to_disk`. Random access is cheap because of memory mapping."""
+    """A cell in a Hugging Face data set written by `save_to_disk`. Memory mapping makes random access fast."""
 
     folder: str
     split: str | None
@@ -209,7 +209,7 @@ class DatasetImage(_TableCell):
 
 @dataclass(frozen=True, slots=True)
 class MemoryImage(ImageRef):
-    """An encoded image in memory, for sources that can be read only once."""
+    """An encoded image in memory. It is used for sources that can be read only once."""
 
     data: bytes
     name: str = "image in memory"
@@ -231,20 +231,21 @@ def content_digest(data: bytes) -> str:
 
 
 def is_inside(name: str) -> bool:
-    """Return whether a file name from a data set stays inside the folder: it is relative and does not contain "..".
+    """Return whether a file name from a data set is relative and does not contain "..".
 
-    Symbolic links in the folder are not checked.
+    Such a name cannot refer to a file outside the data set's folder, except through a symbolic link. Symbolic links are
+    not checked.
     """
     return not os.path.isabs(name) and ".." not in name.replace("\\", "/").split("/")
 
 
 def printable(name: str) -> str:
-    """Return a file name as valid Unicode, with bytes that are not UTF-8 replaced with escape sequences."""
+    """Convert a file name to valid Unicode. Bytes that are not UTF-8 are replaced with escape sequences."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def disable_image_decoding(dataset: Any) -> Any:
-    """Make a Hugging Face data set return images as stored: as a dict with the keys "bytes" and "path"."""
+    """Make a Hugging Face data set return each image undecoded, as a dict with the keys "bytes" and "path"."""
     import datasets
 
     for column, feature in (dataset.features or {}).items():
@@ -265,7 +266,7 @@ def _real_path(folder: str) -> str:
 
 
 def _file_version(path: str) -> tuple[int, int]:
-    """Return a file's size and modification time. As part of the cache keys, they prevent the use of stale entries."""
+    """Return a file's size and modification time. They are part of cache keys, so that stale entries are not used."""
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
 

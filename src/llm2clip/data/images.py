@@ -21,8 +21,8 @@ from llm2clip.data.image_header import MAX_PIXELS, open_header, readable_formats
 from llm2clip.data.image_refs import ImageRef
 
 _ORIENTATION = 0x0112  # EXIF tag
-# Formats to decode with torchvision. The PNG decoder in torchvision 0.29 crashes with a segmentation fault on damaged
-# pixel data.
+# Formats to decode with torchvision. PNG is excluded for torchvision 0.29 and later, because that PNG decoder crashes
+# with a segmentation fault on damaged pixel data.
 _FAST_FORMATS = ("JPEG", "MPO", "WEBP", *(("PNG",) if Version(torchvision.__version__) < Version("0.29") else ()))
 
 
@@ -41,15 +41,15 @@ ImageLike = str | Path | bytes | Image.Image | Tensor | Readable
 
 
 def load_image(image: ImageLike) -> Tensor:
-    """Decode any supported input to uint8 (3, H, W) RGB, and apply the EXIF orientation.
+    """Load an image from any supported input as uint8 (3, H, W) RGB, and apply the EXIF orientation.
 
     Args:
-        image: Path, encoded bytes, open file, `ImageRef`, PIL image or uint8 (3, H, W) tensor. A tensor is returned
-            unchanged.
+        image: One of the following: a path, encoded bytes, an open file, an `ImageRef`, a PIL image, or a uint8
+            (3, H, W) tensor. A tensor is returned unchanged.
 
     Raises:
-        ImageError: The image cannot be read, or the type of the input is not supported. The message names the file, if
-            there is one.
+        ImageError: The image cannot be read, or the type of `image` is not supported. If the image is in a file, the
+            message contains the file name.
     """
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
@@ -69,14 +69,15 @@ def load_image(image: ImageLike) -> Tensor:
 
 
 def decode_image(data: bytes) -> Tensor:
-    """Decode an encoded image to uint8 (3, H, W) RGB.
+    """Decode an image to uint8 (3, H, W) RGB.
 
     The EXIF orientation is applied, and transparent pixels are blended with white. If the image is animated, its first
-    frame is used. torchvision decodes JPEG, WebP and, where it is safe, PNG, twice as fast as Pillow. Pillow decodes
-    the other formats and reads all headers. Colour profiles are ignored, as in the training of the vision towers.
+    frame is used. JPEG and WebP images are decoded by torchvision, which is twice as fast as Pillow. torchvision also
+    decodes PNG images in versions where this is safe. Pillow decodes all other formats and reads all headers. Colour
+    profiles are ignored, because the vision towers were also trained without them.
 
     Raises:
-        ImageError: The bytes are not an image in a supported format, or the image is damaged or has more than
+        ImageError: The bytes are not an image in a supported format, the image is damaged, or it has more than
             `MAX_PIXELS` pixels.
     """
     try:
@@ -94,7 +95,7 @@ def decode_image(data: bytes) -> Tensor:
 
 
 def load_thumbnail(image: ImageLike, side: int) -> bytes | None:
-    """Load an image and return its thumbnail (see `make_thumbnail`), or None if the image cannot be read."""
+    """Load an image and return its thumbnail; see `make_thumbnail`. Return None if the image cannot be read."""
     try:
         return make_thumbnail(load_image(image), side)
     except (ImageError, OSError):
@@ -102,7 +103,7 @@ def load_thumbnail(image: ImageLike, side: int) -> bytes | None:
 
 
 def make_thumbnail(image: Tensor, side: int) -> bytes:
-    """Shrink an image, uint8 (3, H, W), to at most `side` pixels on its longer side, and encode it as JPEG."""
+    """Shrink an image, uint8 (3, H, W), so that its longer side has at most `side` pixels; return it as JPEG."""
     height, width = image.shape[-2:]
     scale = min(1.0, side / max(height, width))
     small = F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
@@ -110,7 +111,7 @@ def make_thumbnail(image: Tensor, side: int) -> bytes:
 
 
 def _name_of(image: object) -> object:
-    """Return the file name of an input, for error messages, or an empty string if there is none."""
+    """Return the file name of an input, for error messages. Return an empty string if it has no file name."""
     if isinstance(image, ImageRef | str | Path):
         return image
     if isinstance(image, Image.Image):
@@ -129,10 +130,10 @@ def _check_size(image: Image.Image) -> None:
 
 
 def _decode_with_torchvision(data: bytes, header: Image.Image) -> Tensor | None:
-    """Return the pixels, or None if Pillow must decode the image or report the error."""
+    """Decode an image with torchvision. Return None if Pillow must decode the image or report an error instead."""
     if header.format == "PNG" and "PNG" not in _FAST_FORMATS and ImageFile.LOAD_TRUNCATED_IMAGES:
         try:
-            Image.open(BytesIO(data), formats=["PNG"]).verify()  # missing pixels must be an error, not grey
+            Image.open(BytesIO(data), formats=["PNG"]).verify()  # missing pixels must raise an error, not become grey
         except Exception as error:
             raise ImageError(f"unreadable image: {error}") from error
     if header.format not in _FAST_FORMATS or "transparency" in header.info:
@@ -196,7 +197,7 @@ def _blend_with_white(pixels: Tensor) -> Tensor:
 
 
 def _row_chunks(pixels: Tensor) -> Sequence[Tensor]:
-    """Split an image into blocks of rows with about a million pixels each, so that int32 intermediates stay small."""
+    """Split an image into blocks of rows with about a million pixels each, to limit the memory for int32 values."""
     return pixels.split(max(1, (1 << 20) // max(1, pixels.shape[-1])), dim=-2)
 
 

@@ -1,4 +1,4 @@
-"""Reading of several sources into a single list with one record per image."""
+"""Functions that read several sources, either merged into one record per image or as a stream."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def read_merged_records(
 ) -> list[SourcedRecord]:
     """Read all records from several sources and merge records that have the same image.
 
-    Rows that refer to the same image, in one source or in several, become one record with all their distinct captions.
-    The record keeps the id, split and source of the first of these rows. Rows without an image are merged if they have
-    the same id, source path and split.
+    Rows with the same image are merged into one record with all their distinct captions, even across sources. The
+    merged record has the id, split and source of the first row. Rows without an image are merged if they have the same
+    id, source path and split.
 
     Args:
         sources: Paths or `Source` objects.
-        columns: Column mapping to add to each source's own mapping.
-        log: Log in which skipped rows are recorded.
+        columns: Column mapping that is added to each source's own mapping.
+        log: Log for recording skipped rows.
         image_check: How images are checked; see `open_records`.
 
     Returns:
-        (source, record) for each image, in order of first appearance.
+        A list of (source, record), one for each image, in order of first appearance.
     """
     merged: dict[Any, SourcedRecord] = {}
     for number, (source, record) in enumerate(stream_records(sources, columns, log, image_check)):
@@ -46,9 +46,9 @@ def read_merged_records(
 def stream_records(
     sources: Sequence[str | Source], columns: dict[str, str], log: SkipLog, image_check: ImageCheck = "header"
 ) -> Iterator[SourcedRecord]:
-    """Yield (source, record) for each record in several sources, in order and without merging.
+    """Yield (source, record) for each record in several sources, in order. Records are not merged.
 
-    The arguments are the same as for `read_merged_records`.
+    Takes the same arguments as `read_merged_records`.
     """
     for name in sources:
         parsed = Source.parse(name)

@@ -1,7 +1,7 @@
-"""Batches of positive text pairs for `tune`: two captions of the same image, or a general text pair.
+"""Batches of positive text pairs for `tune`. A pair is either two captions of the same image or a general text pair.
 
-For given data and settings, the batches depend only on the seed. A resumed run therefore sees the same texts as an
-uninterrupted run, and the order does not depend on the number of processes.
+For given data and settings, the batches depend only on the seed. A resumed run therefore uses the same batches as an
+uninterrupted run, and the number of processes does not affect the batches.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Pair:
 
     Attributes:
         anchor: Query text.
-        positive: Text with the same meaning as the anchor, or its answer.
-        negatives: Known hard negatives; may be empty.
+        positive: Text with the same meaning as the anchor, or the answer to the anchor.
+        negatives: Known hard negatives. May be empty.
         instruction: Text that is prepended to the anchor and excluded from pooling.
     """
 
@@ -61,20 +61,20 @@ def pair_batches(
 ) -> Iterator[list[Pair]]:
     """Yield `steps` batches of `batch_size` pairs.
 
-    Each batch comes from a single source, so that the negatives are of the same kind as the positives. No image and no
-    text occurs twice in a batch, so that another caption of the anchor's image is never used as a negative. An item is
-    deferred to the next batch if one of its texts is already in the current batch. Deferred items must be used before
-    they take part in a new pass. Every pass over a source draws a new order and new pairs.
+    Each batch comes from a single source, so that negatives are similar in kind to positives. No image and no text
+    occurs twice in a batch, so that another caption of the anchor's image is never used as a negative. If one of an
+    item's texts is already in the current batch, the item is deferred to the next batch. A deferred item is not
+    included in a new pass until it has been used. Every pass over a source draws a new order and new pairs.
 
     Args:
-        sources: For each source, the captions of its images or its text pairs. Images without two different captions
-            are ignored.
-        source_weights: Sampling weight of each source. If empty, weights are proportional to the number of items.
+        sources: Items of each source. An item is either a text pair or the captions of an image. Images without two
+            different captions are ignored.
+        source_weights: Sampling weight of each source. If empty, the weight of a source is its number of items.
         batch_size: Number of pairs per batch.
         steps: Number of batches.
         seed: Random seed for the order of the items and the choice of captions.
-        hard_negative_group_size: Number of items with similar captions to put into the same batch. 1 means random
-            batches.
+        hard_negative_group_size: Number of items in each group of similar captions; see `hard_negatives`. 1 means that
+            batches are random.
 
     Raises:
         ValueError: A weight is missing or not positive, or a source has fewer usable items than a batch needs.
@@ -117,8 +117,8 @@ def can_pair(captions: ImageCaptions) -> bool:
 def draw_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
     """Draw two different captions of an image.
 
-    The kind of pair is drawn first: two short captions, a short and a long caption, or two long captions. All kinds
-    that the image's captions allow have the same probability.
+    First, the kind of pair is drawn: two short captions, a short and a long caption, or two long captions. All kinds
+    that are possible with the image's captions have the same probability.
     """
     kinds = _available_kinds(captions)
     chosen = 0
@@ -134,7 +134,7 @@ def draw_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
 
 
 def _available_kinds(captions: ImageCaptions) -> list[tuple[list[str], list[str]]]:
-    """Return (candidates for one text, candidates for the other text) for each kind of pair that is possible."""
+    """List the possible kinds of pair. Each is a tuple of the candidates for the first and for the second text."""
     short = unique_captions(captions.short)
     long = [caption for caption in unique_captions(captions.long) if caption not in short]
     kinds = []
@@ -153,18 +153,18 @@ def _batches_of_source(
     usable = pairable_items(items, batch_size)
     rng = np.random.default_rng(seed)
     vectors = caption_vectors([item.texts for item in usable]) if group_size > 1 else np.empty((len(usable), 0))
-    order: list[int] = []  # remaining items of this pass, in reverse order
+    order: list[int] = []  # items that remain in this pass, in reverse order
     for _ in range(steps):
         pairs: list[Pair] = []
         used_texts: set[str] = set()
         used_items: set[int] = set()
         deferred: list[int] = []
-        num_conflicts = 0  # since the last pair was added
+        num_conflicts = 0  # number of conflicts since the last pair was added
         while len(pairs) < batch_size:
-            if not order:  # start a new pass without the items deferred from the last pass
+            if not order:  # start a new pass that excludes the deferred items
                 due = set(deferred)
                 order = [n for n in grouped_permutation(vectors, group_size, rng).tolist() if n not in due]
-            if not order:  # all other items are in this batch: try other captions of the deferred items
+            if not order:  # only deferred items remain: try other captions of these items
                 order, deferred = deferred, []
             index = order.pop()
             item = usable[index]
@@ -182,5 +182,5 @@ def _batches_of_source(
             used_items.add(index)
             used_texts.update(pair.texts)
             pairs.append(pair)
-        order.extend(reversed(deferred))  # the item that was deferred first comes first
+        order.extend(reversed(deferred))  # the item that was deferred first is used first
         yield pairs

@@ -1,8 +1,8 @@
 """Raw rows, the common output format of all readers.
 
-A raw row is a tuple `(file, row, fields)`. `row` counts from 1; for text files it is the line number. `fields` is a
-dict from column names to values as they are in the file, or a `BadRow` if the row cannot be read. Readers do not
-interpret the fields; the modules `records` and `text_pairs` do.
+A raw row is a tuple `(file, row, fields)`. `row` is the row number, starting at 1; for text files, it is the line
+number. `fields` is a dict that maps column names to the values in the file. If the row cannot be read, `fields` is a
+`BadRow` instead. The values are interpreted by the modules `records` and `text_pairs`, not by the readers.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class BadRow:
     """A row that cannot be read.
 
     Attributes:
-        reason: Category for counting skipped rows.
+        reason: Short reason. Skipped rows are counted by reason.
         value: Details for the skip log.
-        rows: Number of rows that are lost, including this row.
+        rows: Number of rows that cannot be read, including this row.
     """
 
     reason: str
