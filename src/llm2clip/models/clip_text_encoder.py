@@ -1,7 +1,7 @@
 """Text towers of other CLIP models, for comparison with a caption encoder.
 
-All transformers models with `get_text_features` (CLIP, SigLIP, AltCLIP, ...) are supported, and so are open_clip models
-if open_clip is installed. Text beyond the context length is truncated, as is usual for these models;
+All transformers models with `get_text_features` (CLIP, SigLIP, AltCLIP, ...) are supported. If open_clip is installed,
+open_clip models are supported, too. Texts that exceed the context length are truncated, as is usual for these models.
 `ClipTextEncoder.count_truncated` counts the truncated texts.
 """
 
@@ -19,7 +19,7 @@ from llm2clip.models.loading import hide_loading_bars
 from llm2clip.progress import ProgressBar
 
 OPEN_CLIP_PREFIX = "open_clip:"
-# Types of models trained on text that is padded to the context length, without an attention mask for the padding.
+# Models of these types were trained on text padded to the context length, without an attention mask.
 _FULLY_PADDED_TYPES = ("siglip", "siglip2")
 
 
@@ -47,9 +47,9 @@ class ClipTextEncoder:
             model: the complete CLIP model, with both towers.
             context_length: maximum text length in tokens.
             embed_dim: dimension of the embeddings.
-            tokenize: function that converts texts to the input tensors for a batch, truncated to the context length.
-            forward: function that takes the outputs of `tokenize` as keyword arguments and returns embeddings
-                (N, embed_dim).
+            tokenize: function that truncates N texts to the context length and returns a dict of input tensors.
+            forward: function that takes the tensors from `tokenize` as keyword arguments and returns embeddings of
+                shape (N, embed_dim).
             token_count: function that returns the number of tokens in a text before truncation.
         """
         self.model, self.context_length, self.embed_dim = model, context_length, embed_dim
@@ -89,12 +89,12 @@ def load_clip_text_encoder(path: str, device: torch.device | None = None) -> Cli
     """Load the text tower of a CLIP model.
 
     Args:
-        path: folder or hub id of a transformers model, or `open_clip:NAME/PRETRAINED`. NAME/PRETRAINED can be
-            replaced with a folder saved by open_clip or with `hf-hub:ID`.
+        path: for transformers, a folder or hub id. For open_clip, one of `open_clip:NAME/PRETRAINED`,
+            `open_clip:FOLDER` (a folder saved by open_clip) and `open_clip:hf-hub:ID`.
         device: device to load the model on. Default: a GPU if there is one.
 
     Raises:
-        ValueError: an open_clip architecture is given without the name of its weights.
+        ValueError: `path` names an open_clip architecture but not its weights.
         ImportError: open_clip is required but not installed.
         OSError: the model does not exist.
     """
@@ -164,7 +164,7 @@ def _load_open_clip(name: str, device: torch.device) -> ClipTextEncoder:
     def token_count(text: str) -> int:
         if hf_tokenizer is not None:
             return len(hf_tokenizer(text)["input_ids"])
-        return len(tokenizer.encode(text)) + 2  # start and end token
+        return len(tokenizer.encode(text)) + 2  # including the start and end tokens
 
     return ClipTextEncoder(
         model=model,

@@ -35,17 +35,20 @@ SENTENCE_TRANSFORMERS_PREFIX = "st:"
 class DualEncoder:
     """An image encoder and a text encoder with a shared embedding space.
 
+    Encode with `encode_images` and `encode_texts`. The raw functions may return embeddings of any dtype, on any device,
+    and not normalised.
+
     Attributes:
-        name: name that the model was loaded by.
+        name: name that was passed to `open_dual_encoder`.
         embed_dim: dimension of the embeddings.
-        identity: function that returns everything that changes an embedding, except the precision of the text encoder.
+        identity: function that returns a dict of everything that affects the embeddings, except the precision of the
+            text encoder.
         transform: picklable function that converts a decoded image, uint8 (3, H, W), to an input for the image encoder.
-        encode_images_raw: function that maps a list of outputs of `transform` to embeddings (N, embed_dim), which may
-            have any dtype and device and need not be normalised. Call `encode_images` instead.
-        encode_texts_raw: function that takes `texts` and `progress` (show a progress bar) and returns embeddings
-            (N, embed_dim), which may have any dtype and device and need not be normalised. Call `encode_texts` instead.
-        count_truncated: function that returns how many texts in a list are truncated because they are too long for the
-            text encoder, or None if this number is unknown.
+        encode_images_raw: function that takes a list of N outputs of `transform` and returns embeddings (N, embed_dim).
+        encode_texts_raw: function that takes N texts and a bool (show a progress bar) and returns embeddings
+            (N, embed_dim).
+        count_truncated: function that takes a list of texts and returns how many of them are too long for the text
+            encoder and are truncated. It returns None if this number is unknown.
     """
 
     name: str
@@ -59,12 +62,12 @@ class DualEncoder:
     @torch.inference_mode()
     @onednn_matmul()
     def encode_images(self, images: list[Any]) -> Tensor:
-        """Encode outputs of `transform` as L2-normalised (N, embed_dim) float32 embeddings on the CPU."""
+        """Encode N outputs of `transform` as L2-normalised (N, embed_dim) float32 embeddings on the CPU."""
         return F.normalize(self.encode_images_raw(images).float(), dim=-1).cpu()
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], progress: bool = False) -> Tensor:
-        """Encode texts as L2-normalised (N, embed_dim) float32 embeddings on the CPU."""
+        """Encode N texts as L2-normalised (N, embed_dim) float32 embeddings on the CPU."""
         return F.normalize(self.encode_texts_raw(texts, progress).float(), dim=-1).cpu()
 
 
@@ -74,8 +77,9 @@ def open_dual_encoder(name: str, device: torch.device | str | None = None, preci
     Args:
         name: model name, in one of the forms listed at the top of this module.
         device: device to load the model on. Default: a GPU if there is one.
-        precision: precision of caption encoders, as in `CaptionEncoder.encode`; `auto` selects the fastest precision
-            that is accurate enough (see `models/precision_calibration.py`). Other models encode in fp32.
+        precision: precision of the caption encoder in an llm2clip model, as in `CaptionEncoder.encode`. `auto` selects
+            the fastest precision that is accurate enough (see `models/precision_calibration.py`). All other models are
+            run in fp32.
 
     Raises:
         ValueError: the model does not have both an image encoder and a text encoder.
@@ -93,7 +97,10 @@ def open_dual_encoder(name: str, device: torch.device | str | None = None, preci
 
 
 def from_llm2clip(model: LLM2CLIP, name: str, precision: str = "fp32") -> DualEncoder:
-    """Put an LLM2CLIP model in eval mode and wrap it as a `DualEncoder`; `precision` applies to its caption encoder."""
+    """Set an LLM2CLIP model to eval mode and wrap the model in a `DualEncoder`.
+
+    `precision` is the precision of the caption encoder, as in `CaptionEncoder.encode`.
+    """
     model.eval()
 
     def encode_images(images: list[Tensor]) -> Tensor:
@@ -185,7 +192,7 @@ def _identity(name: str, model: torch.nn.Module) -> dict[str, Any]:
     return {"name": name, "weights": hash_weights(model)}
 
 
-# The transforms are module-level functions, because the processes that decode images must be able to unpickle them.
+# The transforms are module-level functions, so that they can be pickled and sent to the processes that decode images.
 
 
 def _apply_processor(processor: Any, image: Tensor) -> Tensor:

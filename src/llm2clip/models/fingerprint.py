@@ -1,4 +1,4 @@
-"""Hashes that identify an encoder by everything that changes its embeddings, so that caches can be validated."""
+"""Hashes of everything that affects an encoder's embeddings. Caches use these hashes to detect a changed encoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import nn
 
 
 def fingerprint(identity: dict[str, Any]) -> str:
-    """Return a hash (32 hex digits) of an encoder's `identity()`. Equal hashes mean identical embeddings."""
+    """Return a hash (32 hex digits) of an encoder's `identity()`.
+
+    Encoders with equal hashes produce identical embeddings.
+    """
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -1,4 +1,4 @@
-"""Length bucketing: batches of texts of similar length under a token budget."""
+"""Length bucketing: group texts of similar length into batches with a maximum number of tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TokenizedTexts:
     Attributes:
         ids: token ids of each text.
         truncated: indices of the texts that were truncated to `max_length`.
-        prompt_lengths: for each text, the number of tokens at its start that are excluded from pooling.
+        prompt_lengths: number of leading tokens of each text that are excluded from pooling.
     """
 
     ids: list[list[int]]
@@ -43,10 +43,10 @@ class TokenizedTexts:
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Yield batches of indices of rows with similar lengths, each with at most `max_tokens` tokens, including padding.
+    """Group rows of similar length into batches, and yield the row indices of each batch.
 
-    The longest rows come first, so that a batch that does not fit in memory fails immediately. A row longer than
-    `max_tokens` forms its own batch.
+    A batch has at most `max_tokens` tokens, including padding. A row longer than `max_tokens` forms its own batch. The
+    longest rows come first: if a batch does not fit in memory, the first batch already fails.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0

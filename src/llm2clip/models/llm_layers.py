@@ -19,7 +19,7 @@ def get_layers(llm: Any) -> nn.ModuleList:
 
 
 def truncate_layers(llm: Any, count: int) -> None:
-    """Keep only the first `count` layers, and update the config so that a saved model loads with that depth."""
+    """Keep only the first `count` layers, and update the config so that a saved model is loaded with `count` layers."""
     layers = get_layers(llm)
     if not 1 <= count <= len(layers):
         raise ValueError(f"layers must be between 1 and {len(layers)}, the depth of this model (got {count})")
@@ -33,7 +33,7 @@ def truncate_layers(llm: Any, count: int) -> None:
 
 
 def set_bidirectional(llm: Any, bidirectional: bool) -> None:
-    """Switch between bidirectional and causal attention.
+    """Set a model's attention to bidirectional (True) or causal (False).
 
     transformers >= 5.2 reads `config.is_causal` in every forward pass, for every attention implementation, and saves
     it with the model.

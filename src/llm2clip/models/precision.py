@@ -1,6 +1,7 @@
-"""Numerical precision: choosing bf16 or fp32 for a device, and running LLMs in bf16 with their first layers in fp32.
+"""Numerical precision: choose bf16 or fp32 for a device, and run an LLM in bf16 with its first layers in fp32.
 
-Some layers of an LLM are too inaccurate in bf16; `models/precision_calibration.py` measures which layers.
+Some layers of an LLM are too inaccurate in bf16. `models/precision_calibration.py` determines how many of the first
+layers must stay in fp32.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device_precision(precision: str, device: torch.device) -> str:
-    """Replace `auto` with bf16 if the device has bf16 hardware, otherwise with fp32. Return other values unchanged.
+    """Resolve `auto` to bf16 or fp32, depending on the device. Return any other value unchanged.
 
-    GPUs with native bf16 support qualify, as do CPUs with AMX or the bf16 instructions of AVX-512.
+    `auto` becomes bf16 on GPUs with native bf16 support, and on CPUs with AMX or AVX-512 bf16 instructions.
     """
     if precision != "auto":
         return precision
@@ -35,7 +36,8 @@ def parse_precision(precision: str) -> tuple[bool, int]:
     """Parse `fp32`, `bf16` or `bf16+N`.
 
     Returns:
-        True for `bf16` and `bf16+N`, and the number of first layers that stay in fp32.
+        A bool, which is True for `bf16` and `bf16+N`, and N, the number of first layers that stay in fp32 (0 without
+        `+N`).
 
     Raises:
         ValueError: `precision` has none of these forms.

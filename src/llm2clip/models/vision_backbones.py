@@ -1,11 +1,11 @@
-"""Backbones for vision towers: resolving model names, and building and describing timm and transformers models.
+"""Backbones for vision towers: load timm and transformers models by name, or build them from a config.
 
 A backbone is described by a JSON-serialisable config:
 
 library        timm or transformers
-architecture   timm: name of the architecture; transformers: the model's config
-args           timm only: arguments for `timm.create_model`
-preprocess     `Preprocess.to_dict()`
+architecture   name of the architecture (timm) or the model's config as a dict (transformers)
+args           arguments for `timm.create_model` (timm only)
+preprocess     image preprocessing, from `Preprocess.to_dict()`
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from llm2clip.models.pretrained import resolve_pretrained
 
 log = logging.getLogger(__name__)
 
-# Supported transformers model types, whose pooled output is a trained image feature. Each type is mapped
-# to the preprocessing for folders without a preprocessor_config.json; the model's image size replaces the size below.
+# Default preprocessing of each supported transformers model type, for folders without a preprocessor_config.json. The
+# model's image size replaces the size below. The pooled output of these models is a trained image feature.
 _CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF_STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -40,13 +40,13 @@ _DEFAULT_PREPROCESS = {
     "dinov2_with_registers": Preprocess(224, "shortest", 0.875, "bicubic", *_IMAGENET_STATS),
     "dinov3_vit": Preprocess(224, "squash", 1.0, "bilinear", *_IMAGENET_STATS),
 }
-_DUAL_ENCODER_TYPES = ("clip", "siglip")  # of these models, only the vision model is used
-# Entries of a transformers config that are not part of the architecture: they change between versions or are paths.
+_DUAL_ENCODER_TYPES = ("clip", "siglip")  # only the vision model of these dual encoders is used
+# Entries of a transformers config that do not describe the architecture, such as paths and version numbers.
 _TRANSIENT_ENTRIES = ("transformers_version", "_name_or_path", "dtype", "architectures", "id2label", "label2id")
 
 
 def load_backbone(name: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """Load a backbone by name. `VisionTower.from_pretrained` documents the arguments.
+    """Load a backbone by name. For the arguments, see `VisionTower.from_pretrained`.
 
     Returns:
         The backbone module and its config.
@@ -66,7 +66,7 @@ def build_backbone(config: dict[str, Any]) -> nn.Module:
 
 
 def _parse_name(name: str) -> tuple[str, str]:
-    """Return the library (timm or transformers) and the folder, hub id or model name that it loads."""
+    """Return the library ("timm" or "transformers") and the folder, hub id or model name to load with that library."""
     prefix, colon, rest = name.partition(":")
     if colon and prefix in ("timm", "hf"):
         return ("timm" if prefix == "timm" else "transformers"), rest
@@ -107,8 +107,8 @@ def _load_timm(source: str, image_size: int | None, pretrained: bool) -> tuple[n
     model_name, architecture, cfg, args = _describe_timm(source)
     args = {**args, "num_classes": 0}
     if cfg.get("fixed_input_size") or "img_size" in args:
-        # Position embeddings or windows are built for one image size, and timm resizes the pretrained ones. The size
-        # is always written to the config, because other tags of the same architecture may have different defaults.
+        # Position embeddings and attention windows are built for one image size, and timm resizes the pretrained
+        # values. The size is always written to the config, because an architecture's default size depends on its tag.
         built_size = args.get("img_size") or cfg["input_size"][-2:]
         sides = {built_size} if isinstance(built_size, int) else set(built_size)
         if image_size is None and len(sides) > 1:
@@ -142,9 +142,9 @@ def _describe_timm(source: str) -> tuple[str, str, dict[str, Any], dict[str, Any
 
 
 def _timm_preprocess(backbone: nn.Module, name: str, size: int | None) -> Preprocess:
-    """Return the preprocessing that a timm model was trained with; `size`, if not None, replaces the image size."""
+    """Return the preprocessing that a timm model was trained with. If `size` is set, it replaces the image size."""
     data = resolve_model_data_config(backbone)
-    height, width = data["input_size"][-2:]  # before timm 1.0.31, the original size and not the one built
+    height, width = data["input_size"][-2:]  # before timm 1.0.31, this is the original size even if `img_size` is set
     if size is None and height != width:
         raise ValueError(f"{name} was trained on images of {height} x {width}; only square images are supported")
     if data["crop_mode"] not in ("center", "squash"):
@@ -165,7 +165,7 @@ def _timm_preprocess(backbone: nn.Module, name: str, size: int | None) -> Prepro
 def _load_transformers(source: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
     from transformers import AutoConfig
 
-    # Without an explicit False, transformers asks in the terminal whether to run the folder's code.
+    # By default, transformers asks in the terminal whether to run the folder's code.
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.model_type in _DUAL_ENCODER_TYPES:
         config = config.vision_config
@@ -190,10 +190,10 @@ def _load_transformers(source: str, image_size: int | None, pretrained: bool) ->
 
 @hide_load_report()
 def _build_transformers(config: Any, source: str | None = None) -> nn.Module:
-    """Build a transformers config's vision model, with the weights of `source` or, without a source, random weights."""
+    """Build the vision model of a transformers config. Load its weights from `source`, or initialise them randomly."""
     from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
 
-    # For a folder with a complete CLIP model, AutoModel would build both towers.
+    # AutoModel would build both towers from a folder that contains a complete CLIP model.
     classes = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
     model_class: Any = classes.get(config.model_type)
     if source is None:
@@ -207,8 +207,8 @@ def _build_transformers(config: Any, source: str | None = None) -> nn.Module:
         missing = sorted(report["missing_keys"])
         if missing:  # transformers only warns and initialises them randomly
             raise ValueError(f"{source} is missing {len(missing):,} weights, including {missing[0]}")
-    # Until roughly transformers 5.3, CLIP and SigLIP wrapped the vision model in an extra module. The names of the
-    # weights must not depend on the transformers version.
+    # Until roughly transformers 5.3, CLIP and SigLIP wrapped the vision model in an extra module. Return the inner
+    # module, so that the weights have the same names in all versions.
     return cast(nn.Module, getattr(model, "vision_model", model))
 
 
