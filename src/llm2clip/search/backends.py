@@ -1,4 +1,7 @@
-"""Index interface, and a function that opens an index in a local folder (SQLite) or a Qdrant collection."""
+"""Interface of the index backends, and a function that opens an index.
+
+An index is stored either in a local folder (SQLite) or in a Qdrant collection.
+"""
 
 from __future__ import annotations
 
@@ -14,40 +17,44 @@ QDRANT_PREFIX = "qdrant+"
 
 
 class Backend(Protocol):
-    """Interface for storing images and searching them by embedding."""
+    """Interface of an index, which stores images and searches them by embedding."""
 
     def metadata(self) -> dict[str, Any]:
-        """Return the metadata: `model` (name), `fingerprint` (of the model), and `width` (embedding dimension).
+        """Return the metadata of the index, or an empty dict if `initialize` has not been called.
 
-        The dict is empty before `initialize` is called.
+        The keys are `model` (name of the model), `fingerprint` (of the model) and `width` (embedding dimension).
         """
         ...
 
     def initialize(self, metadata: Mapping[str, Any]) -> None:
-        """Store the metadata, and set up the backend so that images can be added."""
+        """Store the metadata, and prepare the backend for adding images."""
         ...
 
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
-        """Return the states of all images that were read from one of the sources or are inside one, keyed by name."""
+        """Return the state of each indexed image of the given sources, keyed by image name.
+
+        This includes images that were read from another source but whose path is inside one of the given sources.
+        """
         ...
 
     def existing(self, hashes: Iterable[bytes]) -> set[bytes]:
-        """Return the hashes of images whose content is already in the index."""
+        """Return those of the given content hashes that are already in the index."""
         ...
 
     def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
-        """Add new contents and images, each image paired with its content hash. Replace images with the same name.
+        """Add image contents and images, and replace existing images with the same names.
 
-        SQLite adds everything in one transaction; Qdrant has no transactions.
+        Each image is paired with its content hash. With SQLite, everything is added in one transaction. Qdrant does not
+        support transactions.
         """
         ...
 
     def remove(self, names: Sequence[str]) -> None:
-        """Remove images by name, and then any content that no longer belongs to an image."""
+        """Remove images by name. Then remove all contents that no longer belong to an image."""
         ...
 
     def finish(self) -> None:
-        """Finish an indexing run after all images have been added and removed."""
+        """Complete an indexing run. Must be called after all images have been added and removed."""
         ...
 
     def count(self) -> tuple[int, int]:
@@ -55,11 +62,20 @@ class Backend(Protocol):
         ...
 
     def duplicates(self, limit: int = 10) -> list[list[str]]:
-        """Return groups of image names, one group per set of identical files, with the largest group first."""
+        """Return the names of identical images, as one group of names for each duplicated content.
+
+        The largest groups are returned first, up to `limit` groups.
+        """
         ...
 
     def search(self, vector: np.ndarray, count: int, image_filter: Filter) -> list[Hit]:
-        """Return the hits nearest to a vector (float32 (D,), L2-normalised), best first."""
+        """Return the `count` nearest images to a vector, best first.
+
+        Args:
+            vector: Query vector, float32 (D,), L2-normalised.
+            count: Maximum number of hits.
+            image_filter: Conditions that every hit must meet.
+        """
         ...
 
     def vector(self, hit_id: str) -> np.ndarray | None:
@@ -71,7 +87,7 @@ class Backend(Protocol):
         ...
 
     def images(self, hit_id: str) -> tuple[IndexedImage, ...]:
-        """Return all images of a hit, or an empty tuple if the id is unknown."""
+        """Return all images with a hit's content, or an empty tuple if the id is unknown."""
         ...
 
 
@@ -81,10 +97,10 @@ def open_backend(location: str, write: bool = False, **options: int) -> Backend:
     Args:
         location: Path of a local folder, or URL of a Qdrant collection.
         write: Open the index for writing, and create it if it does not exist.
-        options: Additional arguments for `SqliteBackend`.
+        options: Additional arguments for `SqliteBackend`. Ignored for Qdrant.
 
     Raises:
-        FileNotFoundError: There is no index at the location, and `write` is False.
+        FileNotFoundError: `write` is False, and there is no index at the location.
         ImportError: A required package is not installed.
         ValueError: The URL is not a valid Qdrant location.
     """

@@ -1,6 +1,6 @@
-"""Dynamic batching: requests from different clients are batched together.
+"""Dynamic batching of requests from different clients.
 
-A forward pass over 32 texts takes little longer than a forward pass over a single text.
+Batching increases throughput because a forward pass over 32 texts takes little longer than one over a single text.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-MAX_WAIT = 0.03  # maximum wait for a batch to fill, in seconds
+MAX_WAIT = 0.03  # maximum time to wait for more items before a batch is processed, in seconds
 
 
 class QueueFull(Exception):
-    """Raised when too many items are waiting; the caller should try again later."""
+    """Raised when too many items are waiting. The caller should try again later."""
 
 
 @dataclass
@@ -32,10 +32,11 @@ class _Pending(Generic[Item, Result]):
 class Batcher(Generic[Item, Result]):
     """Combines items from several callers into batches, and processes each batch with one call of `work`.
 
-    While one batch is processed, the next batch fills. If the next batch is smaller than the previous one, it waits
-    for up to a tenth of the time that the previous batch took. The callers of the previous batch are about to submit
-    their next items, and processing the first of these items alone would delay all the others. A single client never
-    waits, because all its batches contain one item.
+    While a batch is processed, new items are collected for the next batch. If fewer items have arrived than the
+    previous batch contained, the batcher waits for up to a tenth of the time that the previous batch took. During this
+    time, the callers whose items were in the previous batch can submit their next items. Without the wait, the first of
+    these items would form a batch alone and delay the other items. If there is only one client and it submits one item
+    at a time, the batcher never waits.
     """
 
     def __init__(
@@ -48,8 +49,8 @@ class Batcher(Generic[Item, Result]):
     ) -> None:
         """
         Args:
-            work: Function that returns one result per item. It is called in the executor.
-            executor: Executor that runs `work`. It must have a single thread if calls of `work` must not overlap.
+            work: Function that takes a list of items and returns one result per item. It runs in the executor.
+            executor: Executor that runs `work`. If calls of `work` must not overlap, use a single-threaded executor.
             max_batch_size: Maximum number of items per batch.
             max_queue: Maximum number of waiting items.
             on_batch: Callback that receives the size of each batch.
@@ -58,19 +59,19 @@ class Batcher(Generic[Item, Result]):
         self.max_batch_size, self.max_queue, self.on_batch = max_batch_size, max_queue, on_batch
         self._queue: asyncio.Queue[_Pending[Item, Result]] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
-        self._last_size, self._last_seconds = 0, 0.0  # number of items and duration of the last batch
+        self._last_size, self._last_seconds = 0, 0.0  # number of items and duration in seconds of the last batch
 
     def __len__(self) -> int:
         """Return the number of waiting items."""
         return self._queue.qsize()
 
     async def submit(self, items: Sequence[Item]) -> list[Result]:
-        """Process items and return their results, in the same order.
+        """Process items, and return the results in the order of the items.
 
         Raises:
-            ValueError: There are more than `max_queue` items.
-            QueueFull: Too many items are already waiting.
-            Exception: `work` failed for a single item; its exception is passed on.
+            ValueError: `items` contains more than `max_queue` items.
+            QueueFull: The queue does not have enough space for the items.
+            Exception: `work` raised an exception for one of the items. The same exception is raised here.
         """
         if len(items) > self.max_queue:
             raise ValueError(f"too many items in one request: {len(items):,}; the limit is {self.max_queue:,}")
@@ -85,7 +86,7 @@ class Batcher(Generic[Item, Result]):
         try:
             return list(await asyncio.gather(*(entry.result for entry in pending)))
         finally:
-            # After a timeout or an error in one item, the other results are no longer needed.
+            # If the caller timed out or if one item failed, the remaining results are not needed.
             _cancel(pending)
 
     async def close(self) -> None:
@@ -108,11 +109,11 @@ class Batcher(Generic[Item, Result]):
             try:
                 await self._process(batch)
             finally:
-                _cancel(batch)  # so that callers do not wait forever if this task was cancelled
+                _cancel(batch)  # if this task was cancelled, callers must not wait forever for their results
             self._last_seconds = time.perf_counter() - start
 
     async def _next_batch(self) -> list[_Pending[Item, Result]]:
-        """Wait for items, and return those that have not been cancelled (possibly none)."""
+        """Wait for items, and return the items that have not been cancelled. The returned list may be empty."""
         batch = [await self._queue.get()]
         if len(self) + 1 < self._last_size:
             await asyncio.sleep(min(MAX_WAIT, self._last_seconds / 10))
@@ -121,7 +122,10 @@ class Batcher(Generic[Item, Result]):
         return [entry for entry in batch if not entry.result.done()]
 
     async def _process(self, batch: list[_Pending[Item, Result]]) -> None:
-        """Process a batch and set its results. If it fails, retry each item alone, so that only invalid items fail."""
+        """Process a batch and set the results of its items.
+
+        If `work` fails for the batch, call it again for each item alone, so that only invalid items fail.
+        """
         loop = asyncio.get_running_loop()
         try:
             results = await loop.run_in_executor(self.executor, self.work, [entry.item for entry in batch])
@@ -140,6 +144,6 @@ class Batcher(Generic[Item, Result]):
 
 
 def _cancel(entries: Sequence[_Pending[Item, Result]]) -> None:
-    """Cancel all futures that have no result yet."""
+    """Cancel the futures of all entries that have no result yet."""
     for entry in entries:
         entry.result.cancel()

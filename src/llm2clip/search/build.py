@@ -28,12 +28,15 @@ from llm2clip.search.scan import digest_and_date, file_stamp, scan_sources
 from llm2clip.search.types import ImageState, IndexedContent, IndexedImage
 
 THUMBNAIL_SIDE = 256  # length of the longer side, in pixels
-CHUNK = 8192  # number of image files to read and hash before the new images among them are embedded
+CHUNK = 8192  # number of images that are read and hashed at a time; new images among them are embedded afterwards
 
 
 @dataclass
 class IndexReport:
-    """Numbers of images that a run added, changed, removed and embedded. Identical files are embedded once."""
+    """Number of images that an indexing run added, changed, removed and embedded.
+
+    Identical files are embedded only once.
+    """
 
     added: int = 0
     changed: int = 0
@@ -60,21 +63,23 @@ def build_index(
     workers: int | None = None,
     prune: bool = False,
 ) -> IndexReport:
-    """Update an index to match the current images of some sources. Images from other sources stay in the index.
+    """Update an index so that it contains the current images of the given sources.
+
+    Images from all other sources stay in the index.
 
     Args:
-        sources: Image sources, with or without captions, as in `open_records`. Folders are read recursively.
+        sources: Image sources in the format of `open_records`. Captions are optional. Folders are read recursively.
         model: Model that encodes the images.
         backend: Index to build or update.
-        log: Log that counts and lists images that cannot be read.
-        columns: Source column for each llm2clip field.
+        log: Skip log for images that cannot be read.
+        columns: Column names of the sources, by llm2clip field.
         batch_size: Number of images per forward pass and per commit.
-        workers: Number of processes that decode images, as in `image_batches`.
-        prune: Remove the images of a source that no longer exists or is empty, instead of raising an error.
+        workers: Number of processes that decode images. For the default, see `image_batches`.
+        prune: If a source does not exist or is empty, remove its images from the index instead of raising an error.
 
     Raises:
         ValueError: The index was built with a different model.
-        OSError: A source does not exist, or one of its folders cannot be listed.
+        OSError: A source does not exist, or a folder cannot be listed.
         TooManySkipped: Too many images cannot be read.
     """
     metadata = backend.metadata()
@@ -90,7 +95,7 @@ def build_index(
         if indexed.get(image.name) != ImageState(image.stamp, image.captions):
             to_add.append(image)
     added, embedded = _add_images(to_add, model, backend, log, batch_size, workers)
-    log.check()  # check before removing anything
+    log.check()  # raise before any image is removed
 
     folders = [f"{source.path.rstrip('/')}/" for source in parsed if os.path.isdir(source.path)]
     deleted = []
@@ -98,7 +103,9 @@ def build_index(
         if name not in images and not _is_unchanged_file(name, state.stamp, folders):
             deleted.append(name)
     not_added = {image.name for image in to_add} - added
-    unreadable = [name for name in indexed if name in not_added]  # the file has changed and can no longer be decoded
+    unreadable = [
+        name for name in indexed if name in not_added
+    ]  # these files have changed and can no longer be decoded
     backend.remove([*deleted, *unreadable])
     backend.finish()
     return IndexReport(
@@ -110,10 +117,10 @@ def build_index(
 
 
 def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
-    """Check that an index was built with a given model.
+    """Check that an index was built with the given model.
 
     Raises:
-        ValueError: The index was built with a different model, so its vectors are not comparable with new ones.
+        ValueError: The index was built with a different model, so its embeddings cannot be compared with new ones.
     """
     if metadata["fingerprint"] != fingerprint(model.identity()):
         raise ValueError(
@@ -128,7 +135,7 @@ def _metadata_of(model: DualEncoder) -> dict[str, Any]:
 
 
 def _parse_source(text: str, columns: dict[str, str]) -> Source:
-    """Parse a source, make its path absolute, and add column names."""
+    """Parse a source, make its path absolute, and add the given column names."""
     source = Source.parse(text)
     path = source.path
     if not path.startswith("hf:"):
@@ -137,9 +144,9 @@ def _parse_source(text: str, columns: dict[str, str]) -> Source:
 
 
 def _is_unchanged_file(name: str, stamp: str, folders: Sequence[str]) -> bool:
-    """Return whether an image is still an unchanged file in one of the folders.
+    """Return whether an image that the scan did not find is still an unchanged file in one of the folders.
 
-    The scan missed such a file because of a read error, so the image must not be removed from the index.
+    If so, the scan missed the file because of a read error, and the image must not be removed from the index.
     """
     try:
         stat = os.stat(name)
@@ -177,7 +184,8 @@ def _read_images(
     """Read and hash image files.
 
     Returns:
-        Images whose content is already in the index, each with its hash, and all other images, grouped by hash.
+        A list of the images whose content is already in the index, each with its content hash, and a dict of all other
+        readable images, grouped by content hash.
     """
     readable: list[tuple[IndexedImage, bytes]] = []
     for image in ProgressBar(images, desc="read", unit="image"):
@@ -202,7 +210,7 @@ def _embed_images(
     batch_size: int,
     workers: int | None,
 ) -> Iterator[list[IndexedContent]]:
-    """Decode and embed one image per hash, and yield batches of the results."""
+    """Decode and embed one image for each content hash, and yield the image contents in batches."""
     hashes = list(images_by_hash)
     refs = [images_by_hash[digest][0].ref for digest in hashes]
     with ProgressBar(total=len(refs), desc="embed", unit="image", disable=not refs) as bar:
@@ -225,7 +233,7 @@ def _embed_images(
 
 @dataclass(frozen=True)
 class PreparedImages:
-    """Transform that converts a decoded image to the model's input, a JPEG thumbnail, a width and a height."""
+    """Transform for a decoded image that returns the model's input, a JPEG thumbnail, the width and the height."""
 
     transform: Callable[[Tensor], Any]
 

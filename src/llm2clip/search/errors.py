@@ -1,4 +1,4 @@
-"""Errors of the HTTP API, returned as JSON in the format of OpenAI's API."""
+"""Error responses of the HTTP API, in the JSON format of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ RETRY_SOON = {"Retry-After": "1"}  # seconds
 
 
 class TooLarge(ValueError):
-    """An image has too many pixels."""
+    """Raised when an image has too many pixels."""
 
 
 class NotFound(LookupError):
-    """The requested resource does not exist."""
+    """Raised when a requested resource does not exist."""
 
 
 def error_response(code: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """Return an error response in the format of OpenAI's API."""
+    """Return a JSON error response in the format of OpenAI's API."""
     error = {"message": message, "type": ERROR_TYPES.get(code, "error"), "code": code}
     return JSONResponse({"error": error}, code, headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Register handlers that convert all exceptions in an application to error responses."""
+    """Register exception handlers that convert every exception raised by an application to an error response."""
     app.add_exception_handler(Exception, _handle_unexpected_error)
     app.add_exception_handler(HTTPException, _handle_http_exception)
     app.add_exception_handler(RequestValidationError, _handle_validation_error)

@@ -1,4 +1,4 @@
-"""Inference service: encodes and searches for many concurrent requests."""
+"""Inference service that computes embeddings and runs searches for many concurrent requests."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from llm2clip.search.request_images import decode_data_uri, load_request_image
 from llm2clip.search.schemas import HitResponse, Limits, SearchRequest
 
 DECODE_THREADS = 2
-SEARCH_THREADS = 2  # each search reads all vectors, so more threads would only compete for memory bandwidth
+SEARCH_THREADS = 2  # a search scans all vectors, so more threads would only compete for memory bandwidth
 
 
 class InferenceService:
-    """The model, index, queues and metrics of a server."""
+    """Model, index, request queues and metrics of a server."""
 
     def __init__(
         self,
@@ -41,15 +41,15 @@ class InferenceService:
             limits: Resource limits for requests.
             model_thread: Single-threaded executor in which the model was loaded and will run. On a CPU, each thread
                 that runs PyTorch operations has its own pool of OpenMP threads. If there are more OpenMP threads
-                than cores, they stop busy-waiting between operations, and the model runs at half the speed.
+                than cores, the OpenMP threads do not busy-wait between operations, which halves the model's speed.
         """
         self.model, self.backend, self.limits = model, backend, limits
-        # A single thread, because two concurrent batches take longer than two consecutive ones.
+        # Use a single thread, because running two batches at the same time is slower than one after the other.
         self._model_thread = model_thread or ThreadPoolExecutor(1, "model")
-        # OpenMP must set the model's thread count before the decoders are limited to one thread each.
+        # The model thread must set its OpenMP thread count before the decoder threads limit theirs to one.
         self._model_thread.submit(torch.get_num_threads).result()
         self._decoders = ThreadPoolExecutor(DECODE_THREADS, "decode", torch.set_num_threads, (1,))
-        # Separate from the shared thread pool, because a search that timed out occupies its thread until it ends.
+        # Do not use the shared thread pool, because a search that timed out occupies its thread until the search ends.
         self._searchers = ThreadPoolExecutor(SEARCH_THREADS, "search")
         self._images_decoding = self._searches_waiting = 0
         self._create_metrics()
@@ -90,14 +90,14 @@ class InferenceService:
         )
 
     async def close(self) -> None:
-        """Cancel all waiting items and stop all threads."""
+        """Cancel all waiting texts, images and searches, and stop all threads."""
         await self._text_batcher.close()
         await self._image_batcher.close()
         for pool in (self._model_thread, self._decoders, self._searchers):
             pool.shutdown(cancel_futures=True)
 
     async def embed_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the embeddings of texts, each float32 (D,).
+        """Compute text embeddings, each float32 (D,).
 
         Raises:
             ValueError: The model returned NaN or infinity for a text.
@@ -106,7 +106,7 @@ class InferenceService:
         return _check_finite(await self._text_batcher.submit(texts), "a text")
 
     async def embed_images(self, encoded: Sequence[bytes]) -> list[np.ndarray]:
-        """Decode images and return their embeddings, each float32 (D,).
+        """Decode images and compute their embeddings, each float32 (D,).
 
         Raises:
             TooLarge: An image has too many pixels.
@@ -132,11 +132,11 @@ class InferenceService:
         return self.model.transform(load_request_image(data, self.limits.max_pixels))
 
     async def search(self, request: SearchRequest) -> list[HitResponse]:
-        """Embed a query and return its hits.
+        """Embed a query, search the index, and return the results.
 
         Raises:
-            NotFound: The server has no index, or the index does not contain one of the hits in `request.like`.
-            ValueError: The query is empty.
+            NotFound: The server has no index, or an id in `request.like` is not in the index.
+            ValueError: The query contains no positive text, image or hit.
             QueueFull: Too many searches are waiting.
         """
         backend = self.require_backend()
@@ -165,7 +165,7 @@ class InferenceService:
         return text_vectors + image_vectors
 
     def require_backend(self) -> Backend:
-        """Return the index.
+        """Return the index, or raise an error if there is none.
 
         Raises:
             NotFound: The server was started without an index.
@@ -175,7 +175,7 @@ class InferenceService:
         return self.backend
 
     def count_images(self) -> int:
-        """Return the number of images in the index, or 0 if the server has no index."""
+        """Return the number of images in the index. Without an index, return 0."""
         return self.backend.count()[0] if self.backend else 0
 
 

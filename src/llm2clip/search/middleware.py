@@ -14,12 +14,8 @@ from llm2clip.search.errors import RETRY_SOON, error_response
 from llm2clip.search.inference import InferenceService
 
 COOKIE = "llm2clip_token"
-COUNTED_METHODS = (
-    "GET",
-    "POST",
-    "HEAD",
-    "OPTIONS",
-)  # other methods share the label "other", because clients can invent names
+# All other methods are counted as "other", because clients can send arbitrary method names.
+COUNTED_METHODS = ("GET", "POST", "HEAD", "OPTIONS")
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -30,11 +26,11 @@ SECURITY_HEADERS = {
 
 
 class RequestMiddleware:
-    """ASGI middleware that checks every request and records metrics."""
+    """ASGI middleware that checks every HTTP request and records metrics."""
 
     def __init__(self, app: ASGIApp, service: InferenceService, token: str | None) -> None:
         self.app, self.service, self.token = app, service, token
-        self.bytes_in_flight = 0  # total size of the bodies of all requests in progress
+        self.bytes_in_flight = 0  # total number of body bytes received for all requests in progress
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,7 +49,11 @@ class RequestMiddleware:
             self._record(scope, sender.status, time.perf_counter() - start)
 
     def _check(self, request: Request) -> Response | None:
-        """Check a request before its body is read. Return an error response if it must be rejected."""
+        """Check a request before its body is read.
+
+        Returns:
+            Error response if the request must be rejected, otherwise None.
+        """
         max_bytes = self.service.limits.max_body_bytes
         length = request.headers.get("content-length", "")
         if not self._is_authorized(request):
@@ -68,7 +68,7 @@ class RequestMiddleware:
         return None
 
     def _is_authorized(self, request: Request) -> bool:
-        path = request.scope["path"]  # not from request.url, which includes the Host header
+        path = request.scope["path"]  # do not use request.url, because it depends on the Host header
         if self.token is None or path == "/health":
             return True
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
@@ -78,7 +78,11 @@ class RequestMiddleware:
         return any(secrets.compare_digest(candidate.encode(), self.token.encode()) for candidate in candidates)
 
     async def _run_app(self, scope: Scope, body: _BodyReader, sender: _ResponseSender) -> Response | None:
-        """Run the application. Return an error response if the request times out or its body is rejected."""
+        """Run the application for one request.
+
+        Returns:
+            Error response if the request times out or if its body is rejected, otherwise None.
+        """
         timeout = self.service.limits.timeout
         try:
             async with asyncio.timeout(timeout):
@@ -94,7 +98,7 @@ class RequestMiddleware:
         return None
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        """Update the metrics."""
+        """Add a request to the metrics."""
         route = getattr(scope.get("route"), "path", "other")
         method = scope["method"] if scope["method"] in COUNTED_METHODS else "other"
         self.service.request_count.labels(method, route, status).inc()
@@ -102,14 +106,14 @@ class RequestMiddleware:
 
 
 class _BodyRejected(HTTPException):
-    """Raised when a request body is too large.
+    """Raised when a request body exceeds a size limit.
 
-    It is an HTTPException because FastAPI converts all other exceptions that are raised while it reads the body.
+    This class must be an HTTPException, because FastAPI replaces all other exceptions raised while it reads a body.
     """
 
 
 class _BodyReader:
-    """Wraps `receive` and enforces size limits as a body arrives, since Content-Length may be missing or wrong."""
+    """Wraps `receive` and enforces size limits while a body arrives, because Content-Length may be missing or wrong."""
 
     def __init__(self, middleware: RequestMiddleware, receive: Receive) -> None:
         self._middleware, self._receive = middleware, receive
@@ -131,7 +135,7 @@ class _BodyReader:
 
 
 class _ResponseSender:
-    """Wraps `send` to add any missing security headers to a response and to record its status."""
+    """Wraps `send`, adds missing security headers to the response, and records the status of the response."""
 
     def __init__(self, send: Send) -> None:
         self._send = send

@@ -1,7 +1,7 @@
-"""Index in a Qdrant collection, for image collections that are too large for one machine.
+"""Index backend in a Qdrant collection, for data sets that are too large to search on one machine.
 
-Each distinct image content is one point, whose payload lists the images with that content. An additional point holds
-the metadata.
+Each distinct image content is stored as one point. The payload of the point lists the images with that content. An
+additional point contains the metadata of the index.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from qdrant_client import QdrantClient, models
 
 from llm2clip.search.types import Filter, Hit, ImageState, IndexedContent, IndexedImage, ref_from_json, ref_to_json
 
-METADATA_KEY = b"llm2clip"  # the metadata point's id is derived from this key, and all other ids from content hashes
+# The metadata point's id is derived from this key. All other point ids are derived from content hashes.
+METADATA_KEY = b"llm2clip"
 PAGE_SIZE = 1000  # points per request
-# Payload fields used by filters. The names are those of version 0.1, so that existing collections can still be opened:
-# "within" lists the folders and files that contain an image, and "side" is the length of the shorter side in pixels.
+# Payload fields used by filters. They have the same names as in version 0.1, so that existing collections can still be
+# opened. "within" lists the folders and files that contain an image, and "side" is the length of the shorter side in
+# pixels.
 PAYLOAD_INDEXES: dict[str, models.PayloadSchemaType | models.TextIndexParams] = {
     "sources": models.PayloadSchemaType.KEYWORD,
     "names": models.PayloadSchemaType.KEYWORD,
@@ -41,18 +43,20 @@ class QdrantBackend:
     def __init__(self, client: QdrantClient, collection: str) -> None:
         """
         Args:
-            client: Qdrant client, connected to a server, a local folder or an in-memory database.
+            client: Qdrant client for a server, a local folder or an in-memory database.
             collection: Name of the collection. `initialize` creates it if it does not exist.
         """
         self.client, self.collection = client, collection
 
     @classmethod
     def from_url(cls, url: str, write: bool = False) -> QdrantBackend:
-        """Open the collection at `http(s)://HOST:PORT/COLLECTION`. If QDRANT_API_KEY is set, use it as the API key.
+        """Open the collection at `http(s)://HOST:PORT/COLLECTION`.
+
+        The API key is read from the environment variable QDRANT_API_KEY, if it is set.
 
         Raises:
-            ValueError: The URL does not contain a collection name.
-            FileNotFoundError: The collection does not exist or is not an index, and `write` is False.
+            ValueError: The URL does not have the form `http(s)://HOST:PORT/COLLECTION`.
+            FileNotFoundError: `write` is False, and the collection does not exist or does not contain an index.
             OSError: The server does not respond.
         """
         match = re.fullmatch(r"(https?://[^/]+)/([\w-]+)", url)
@@ -62,7 +66,7 @@ class QdrantBackend:
         backend = cls(QdrantClient(server, api_key=os.environ.get("QDRANT_API_KEY")), collection)
         try:
             exists = backend.client.collection_exists(collection)
-        except Exception as error:  # raised by the client, or by one of the two HTTP libraries that it uses
+        except Exception as error:  # may be raised by the client or by either of its two HTTP libraries
             raise OSError(f"{server}: {error}") from error
         if not write and not (exists and backend.metadata()):
             raise FileNotFoundError(f"{server} has no llm2clip index in the collection {collection!r}")
@@ -93,7 +97,7 @@ class QdrantBackend:
         ]
         states = {}
         for point in self._scroll(models.Filter(should=conditions, must_not=[_metadata_point()])):
-            for image in _images(point.payload):  # some images of a matching point may not match
+            for image in _images(point.payload):  # a point matches if one of its images does, so check each image
                 if image.source in sources or not set(_containing_paths(image)).isdisjoint(sources):
                     states[image.name] = ImageState(image.stamp, image.captions)
         return states
@@ -111,7 +115,7 @@ class QdrantBackend:
         new_images: dict[str, list[IndexedImage]] = {}  # keyed by point id
         for image, digest in images:
             new_images.setdefault(_point_id(digest), []).append(image)
-        # If the file of an image has changed, the image moves from one point to another.
+        # If an image file has changed, its image must move from the old content's point to the new one's.
         self._remove_images({image.name for image, _ in images}, keep_points=new_images.keys())
         new_points = {}
         for content in contents:
@@ -136,7 +140,7 @@ class QdrantBackend:
         self._remove_images(set(names))
 
     def finish(self) -> None:
-        """Store the numbers of images and distinct images. Qdrant maintains its own HNSW graph."""
+        """Store the number of images and the number of distinct images. Qdrant updates its HNSW graph by itself."""
         images_per_content = [len(_images(point.payload)) for point in self._scroll()]
         counts = {"pictures": sum(images_per_content), "contents": len(images_per_content)}
         self.initialize({**self.metadata(), **counts})
@@ -187,7 +191,7 @@ class QdrantBackend:
     # ---- points
 
     def _retrieve(self, hit_id: str, with_vector: bool = False) -> Any:
-        """Return the point of a hit, or None if the id is unknown."""
+        """Return the point with a hit's id, or None if the id is unknown."""
         try:
             point_id = str(uuid.UUID(hit_id))
         except ValueError:
@@ -196,7 +200,10 @@ class QdrantBackend:
         return points[0] if points and "pictures" in (points[0].payload or {}) else None
 
     def _scroll(self, condition: models.Filter | None = None) -> Iterator[Any]:
-        """Yield all points that meet a condition, without their thumbnails. Default: all points except the metadata."""
+        """Yield all points that meet a condition, without their thumbnails.
+
+        Without a condition, yield all points except the metadata point.
+        """
         offset = None
         while True:
             points, offset = self.client.scroll(
@@ -211,12 +218,12 @@ class QdrantBackend:
                 return
 
     def _remove_images(self, names: set[str], keep_points: Iterable[str] = ()) -> None:
-        """Remove images from their points. Delete points that have no images left, except those in `keep_points`."""
+        """Remove images from their points, and delete points without any images, except those in `keep_points`."""
         kept_ids, sorted_names = set(keep_points), sorted(names)
         for start in range(0, len(sorted_names), PAGE_SIZE):
             page = sorted_names[start : start + PAGE_SIZE]
             condition = models.FieldCondition(key="names", match=models.MatchAny(any=page))
-            # Collect all points before changing any, because scrolling while points change could skip some of them.
+            # List all points before changing any of them, because changing points during a scroll could skip some.
             for point in list(self._scroll(models.Filter(must=[condition]))):
                 images = _images(point.payload)
                 remaining = [image for image in images if image.name not in names]
@@ -231,7 +238,7 @@ def _point_id(digest: bytes) -> str:
 
 
 def _point(content: IndexedContent) -> models.PointStruct:
-    """Return a point without any images in its payload."""
+    """Return a point for an image content. Its payload does not list any images yet."""
     payload = {
         "thumbnail": base64.b64encode(content.thumbnail).decode(),
         "width": content.width,
@@ -243,7 +250,7 @@ def _point(content: IndexedContent) -> models.PointStruct:
 
 
 def _image_payload(images: Sequence[IndexedImage]) -> dict[str, Any]:
-    """Return the payload that stores the images of a point, including the fields used by filters."""
+    """Return the payload fields that describe the images of a point, including the fields used by filters."""
     fields = [[i.name, ref_to_json(i.ref), i.source, i.stamp, list(i.captions), i.taken] for i in images]
     return {
         "pictures": json.dumps(fields),
@@ -264,16 +271,16 @@ def _images(payload: Any) -> tuple[IndexedImage, ...]:
 
 
 def _containing_paths(image: IndexedImage) -> list[str]:
-    """Return all paths that contain an image: its parent folders, its tar or table, and its own name."""
+    """Return all paths that contain an image: its parent folders, its tar or table, and its name."""
     slashes = [match.start() for match in re.finditer("/", image.name)]
     folders = [image.name[:position] for position in slashes if position > 0]
     return [*folders, image.container, image.name]
 
 
 def _matches(image: IndexedImage, image_filter: Filter) -> bool:
-    """Return whether a single image meets both the path and the time conditions.
+    """Return whether one image meets both the path condition and the time conditions.
 
-    Qdrant checks each condition against all images of a point, so different images may have met different conditions.
+    Qdrant checks each condition separately, so a point can match even if no single one of its images meets them all.
     """
     path = image_filter.path.rstrip("/") if image_filter.path is not None else ""
     after = -math.inf if image_filter.after is None else image_filter.after
@@ -282,7 +289,7 @@ def _matches(image: IndexedImage, image_filter: Filter) -> bool:
 
 
 def _qdrant_filter(image_filter: Filter) -> models.Filter:
-    """Convert a filter to a Qdrant filter that also excludes the metadata point."""
+    """Convert a filter to a Qdrant filter, and also exclude the metadata point."""
     conditions: list[Any] = []
     path = image_filter.path.rstrip("/") if image_filter.path is not None else ""
     if path:

@@ -1,4 +1,4 @@
-"""Embedding of a search query that combines positive and negative texts and images."""
+"""Compute the embedding of a search query from positive and negative texts and images."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from torch import Tensor
 from llm2clip.data.images import load_image
 from llm2clip.models.dual_encoder import DualEncoder
 
-NEGATIVE_WEIGHT = 0.5  # a weight of 1 would give results far from the negatives but hardly related to the positives
+NEGATIVE_WEIGHT = 0.5  # with a weight of 1, results would be hardly related to the positives
 
 
 @dataclass(frozen=True)
 class Query:
-    """Texts and images that results should resemble, and texts and images that they should not resemble.
+    """A search query with positive and negative texts and images.
 
-    An image can be anything that `data.images.load_image` accepts.
+    Results should resemble the positive texts and images, but not the negative ones. An image can have any type that
+    `data.images.load_image` accepts.
     """
 
     texts: Sequence[str] = ()
@@ -30,7 +31,7 @@ class Query:
 
 
 def embed_query(model: DualEncoder, query: Query) -> np.ndarray:
-    """Return the embedding of a query, float32 (D,), L2-normalised; see `combine`.
+    """Return the embedding of a query, float32 (D,), L2-normalised. See `combine` for the formula.
 
     Raises:
         ValueError: The query contains no positive text or image.
@@ -53,14 +54,14 @@ def embed_images(model: DualEncoder, images: Sequence[Any]) -> Tensor:
 
 
 def combine(positive: Sequence[np.ndarray], negative: Sequence[np.ndarray] = ()) -> np.ndarray:
-    """Combine embeddings into a query vector, float32 (D,), L2-normalised.
+    """Combine positive and negative embeddings into a query vector, float32 (D,), L2-normalised.
 
-    The result is the mean of the positive embeddings minus half the mean of the negative embeddings. Both means are
-    normalised first.
+    The means of the positive and of the negative embeddings are L2-normalised first. The query vector is the positive
+    mean minus half the negative mean, normalised again.
 
     Args:
-        positive: Embeddings to be similar to, each float32 (D,), L2-normalised.
-        negative: Embeddings to be dissimilar to, each float32 (D,), L2-normalised.
+        positive: Embeddings that results should be similar to, each float32 (D,), L2-normalised.
+        negative: Embeddings that results should be dissimilar to, each float32 (D,), L2-normalised.
 
     Raises:
         ValueError: There is no positive embedding.

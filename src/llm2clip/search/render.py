@@ -18,11 +18,11 @@ from llm2clip.search.backends import Backend
 from llm2clip.search.types import Hit
 
 CAPTION_LENGTH = 160  # characters
-THUMBNAIL_COLUMNS, THUMBNAIL_ROWS = 24, 24  # in pixels; each character is one pixel wide and two pixels high
+THUMBNAIL_COLUMNS, THUMBNAIL_ROWS = 24, 24  # in pixels; each character covers one pixel column and two pixel rows
 
 
 def print_hits(hits: Sequence[Hit], backend: Backend, console: Console) -> None:
-    """Print a table of hits, with thumbnails if the terminal has enough colours."""
+    """Print a table of search results. If the terminal supports at least 256 colours, include thumbnails."""
     with_thumbnails = console.is_terminal and console.color_system in ("truecolor", "256")
     table = RichTable(show_lines=with_thumbnails)
     table.add_column("", justify="right")
@@ -44,12 +44,12 @@ def print_hits(hits: Sequence[Hit], backend: Backend, console: Console) -> None:
 
 
 def _printable(text: str) -> str:
-    """Replace control characters, which a terminal would interpret, with spaces."""
+    """Replace unprintable characters with spaces, because a terminal would interpret control characters."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _draw(jpeg: bytes | None) -> RichText:
-    """Draw a thumbnail with half-block characters, each of which shows two pixels."""
+    """Draw a thumbnail with half-block characters. Each character shows two pixels, one above the other."""
     import torch
     from torchvision.transforms.v2 import functional as F
 
@@ -71,7 +71,7 @@ def _draw(jpeg: bytes | None) -> RichText:
 
 
 def write_contact_sheet(query: str, hits: Sequence[Hit], backend: Backend, folder: Path | None = None) -> Path:
-    """Write the thumbnails of hits to a self-contained HTML page and return its path.
+    """Write the thumbnails of search results to a self-contained HTML page, and return the path of the page.
 
     Args:
         query: Description of the query, shown above the images.
@@ -91,6 +91,6 @@ def write_contact_sheet(query: str, hits: Sequence[Hit], backend: Backend, folde
 
 
 def open_in_browser(page: Path) -> None:
-    """Open a page in the user's browser, or print a message if no browser is available."""
+    """Open a page in the user's browser. If no browser is available, print a message instead."""
     if not webbrowser.open(page.resolve().as_uri()):
         print(f"could not open a browser; open this file manually: {page}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Decode images sent to the server, after checking their size limits."""
+"""Decode the images in HTTP requests, after checking that they are not too large."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from llm2clip.search.errors import TooLarge
 
 
 def decode_data_uri(uri: str) -> bytes:
-    """Return the bytes of a base64 data URI.
+    """Decode a base64 data URI to bytes.
 
     Raises:
-        ImageError: The text is not a data URI, or its base64 is invalid.
+        ImageError: The text is not a base64 data URI, or its base64 data is invalid.
     """
     header, comma, body = uri.partition(",")
     if not comma or not header.endswith(";base64"):
@@ -30,10 +30,10 @@ def decode_data_uri(uri: str) -> bytes:
 
 
 def load_request_image(data: bytes, max_pixels: int) -> Any:
-    """Decode an image to uint8 (3, H, W).
+    """Decode an image file to a tensor, uint8 (3, H, W).
 
     Raises:
-        TooLarge: The image has more than `max_pixels` pixels. This is checked before decoding.
+        TooLarge: The image has more than `max_pixels` pixels. The size is checked before the pixels are decoded.
         ImageError: The image cannot be decoded.
     """
     try:

@@ -1,4 +1,4 @@
-"""Scan the sources of an index for images and captions, without decoding the images."""
+"""List the images and captions of the sources of an index, without decoding the images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.search.types import REF_TYPES, IndexedImage
 
-# Suffixes of unsupported image formats. Files with these suffixes are reported.
+# File name suffixes of unsupported image formats. Files with these suffixes are recorded in the skip log.
 UNSUPPORTED_SUFFIXES = frozenset(
     {"heic", "heif", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raw", "psd", "svg", "jxl"}
 )
@@ -26,16 +26,19 @@ EXIF_IFD, EXIF_DATE_TAKEN, EXIF_DATE = 0x8769, 0x9003, 0x0132  # EXIF tags
 
 
 def scan_sources(sources: Sequence[Source], log: SkipLog, prune: bool = False) -> dict[str, IndexedImage]:
-    """Return the images of all sources, keyed by name. Rows for the same image are merged with all their captions."""
+    """Return the images of all sources, keyed by name.
+
+    If several rows describe the same image, they are merged into one image with the captions of all these rows.
+    """
     images: dict[str, IndexedImage] = {}
     for source in sources:
         for image in find_images(source, log, prune):
             previous = images.get(image.name)
             if previous is not None and isinstance(previous.ref, TarImage) and previous.ref != image.ref:
-                # Two members of a tar have the same name: add the offset to the name of the second member.
+                # If two members of a tar have the same name, the offset is appended to the name of the second member.
                 image = dataclasses.replace(image, name=printable(image.ref.key))
                 previous = images.get(image.name)
-            if previous is not None:  # e.g. images in a folder that also contains a caption file
+            if previous is not None:  # for example, if a folder contains both the images and a caption file
                 captions = dict.fromkeys([*previous.captions, *image.captions])
                 image = dataclasses.replace(previous, captions=tuple(captions))
             images[image.name] = image
@@ -47,11 +50,11 @@ def find_images(source: Source, log: SkipLog, prune: bool = False) -> Iterator[I
 
     Args:
         source: Source with an absolute path.
-        log: Log that records rows without an image and files in unsupported formats.
-        prune: Yield nothing if the source does not exist, instead of raising an error.
+        log: Skip log for rows without an image and for files in unsupported formats.
+        prune: If the source does not exist or has no images, yield nothing instead of raising an error.
 
     Raises:
-        FileNotFoundError: The source does not exist or has no images, and `prune` is False.
+        FileNotFoundError: `prune` is False, and the source does not exist or has no images.
         OSError: A folder cannot be listed.
         ValueError: The images are not in local files.
     """
@@ -78,7 +81,7 @@ def find_images(source: Source, log: SkipLog, prune: bool = False) -> Iterator[I
         try:
             stat = os.stat(record.image.container_path or "")
         except FileNotFoundError:
-            continue  # deleted during the scan
+            continue  # the file was deleted during the scan
         yield IndexedImage(
             name=printable(record.image.canonical_path),
             ref=record.image,
@@ -90,12 +93,15 @@ def find_images(source: Source, log: SkipLog, prune: bool = False) -> Iterator[I
 
 
 def file_stamp(stat: os.stat_result) -> str:
-    """Return a string that changes when the file changes: its size and modification time."""
+    """Return the size and modification time of a file as a string, which is used to detect whether the file changes."""
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 def digest_and_date(image: IndexedImage, log: SkipLog) -> tuple[bytes | None, float]:
-    """Return the SHA-256 of an image's bytes (None if unreadable) and the time at which the image was taken."""
+    """Return the SHA-256 hash of an image's bytes, and the Unix timestamp at which the image was taken.
+
+    The hash is None if the image cannot be read.
+    """
     try:
         data = image.ref.read()
     except (OSError, ValueError, LookupError) as error:
@@ -105,16 +111,16 @@ def digest_and_date(image: IndexedImage, log: SkipLog) -> tuple[bytes | None, fl
 
 
 def date_taken(data: bytes) -> float | None:
-    """Return the EXIF date of an encoded image in seconds since 1970, or None if it has no EXIF date.
+    """Return the EXIF date of an encoded image as a Unix timestamp, or None if the image has no EXIF date.
 
-    EXIF dates have no time zone, so the local time zone is assumed.
+    EXIF dates do not specify a time zone, so the date is interpreted in the local time zone.
     """
     try:
         header = Image.open(io.BytesIO(data), formats=readable_formats())
         if header.format == "PNG" and "exif" not in header.info:
-            return None  # otherwise Pillow decodes the whole image to look for EXIF after the pixels
+            return None  # otherwise, Pillow decodes the entire image to search for EXIF data after the pixels
         exif = header.getexif()
         date = exif.get_ifd(EXIF_IFD).get(EXIF_DATE_TAKEN) or exif.get(EXIF_DATE)
         return datetime.strptime(str(date)[:19], "%Y:%m:%d %H:%M:%S").timestamp()
-    except Exception:  # Pillow can raise almost any exception for a damaged header; index the image without a date
+    except Exception:  # Pillow can raise almost any exception for a damaged header; then there is no date
         return None

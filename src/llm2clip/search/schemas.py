@@ -1,4 +1,4 @@
-"""Request and response models of the HTTP API, and the limits on requests."""
+"""Pydantic models for the requests and responses of the HTTP API, and limits on requests."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from llm2clip.search.types import Filter, Hit
 
 DATA_URI_PREFIX = "data:image/"
 MAX_TEXT_LENGTH = 20_000  # characters
-MAX_TEXTS, MAX_IMAGES, MAX_TOP = 256, 16, 200  # per request
+MAX_TEXTS, MAX_IMAGES, MAX_TOP = 256, 16, 200  # maximum numbers of texts, images and results per request
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Resource limits of a server.
+    """Limits on the resources that requests to a server may use.
 
     Args:
-        max_body_bytes: Maximum size of a request body in bytes; larger requests are rejected with status 413.
-        max_bytes_in_flight: Maximum total size of the bodies of all requests in progress, in bytes; further requests
-            are rejected with status 429.
-        max_pixels: Maximum number of pixels in an image; larger images are rejected with status 413.
-        max_queue: Maximum number of texts, and separately of images, waiting for the model; further requests are
-            rejected with status 429.
-        timeout: Maximum duration of a request in seconds; slower requests get status 504.
+        max_body_bytes: Maximum size of a request body in bytes. Larger requests are rejected with status 413.
+        max_bytes_in_flight: Maximum total size in bytes of the request bodies that the server processes at the same
+            time. Requests that would exceed this size are rejected with status 429.
+        max_pixels: Maximum number of pixels in an image. Larger images are rejected with status 413.
+        max_queue: Maximum length of each of three queues: texts, images and searches. When a queue is full, requests
+            that need it are rejected with status 429.
+        timeout: Maximum duration of a request in seconds. Requests that take longer fail with status 504.
         batch_size: Maximum number of texts or images per forward pass.
     """
 
@@ -80,7 +80,7 @@ class _StrictModel(BaseModel):
 
 
 class FilterRequest(_StrictModel):
-    """Conditions that search results must meet."""
+    """Conditions that every search result must meet."""
 
     path: AnyText | None = Field(default=None, description="folder, tar or file that contains the image")
     caption: AnyText | None = Field(
@@ -97,7 +97,10 @@ class FilterRequest(_StrictModel):
 
 
 class SearchRequest(_StrictModel):
-    """A search query: at least one text, image or hit, with optional negatives and an optional filter."""
+    """A search query, which must contain at least one text, image or earlier hit.
+
+    Negative texts, negative images and a filter are optional.
+    """
 
     texts: list[Text] = Field(
         default=[], max_length=MAX_IMAGES, description="texts of any length, in any language that the model supports"
@@ -117,7 +120,7 @@ class SearchRequest(_StrictModel):
 
 
 class ImageLocation(BaseModel):
-    """One of the locations of an image."""
+    """A location where an image is stored, with the captions at that location."""
 
     name: str
     captions: list[str]
@@ -127,7 +130,7 @@ class ImageLocation(BaseModel):
 
 
 class HitResponse(BaseModel):
-    """A search result: an image with all its locations."""
+    """A search result: an image, with all locations where it is stored."""
 
     id: str
     score: float = Field(description="cosine similarity to the query")
@@ -148,7 +151,7 @@ class SearchResponse(BaseModel):
 
 
 class EmbedRequest(BaseModel):
-    """A request in the format of OpenAI's embeddings API. Image data URIs are embedded as images."""
+    """A request in the format of OpenAI's embeddings API. If an input is an image data URI, the image is embedded."""
 
     input: TextOrDataUri | Annotated[list[TextOrDataUri], Field(min_length=1, max_length=MAX_TEXTS)]
     model: AnyText | None = None
@@ -179,7 +182,7 @@ class EmbedResponse(BaseModel):
 
 
 class HealthResponse(BaseModel):
-    """Status of the server."""
+    """Response of the health check."""
 
     status: Literal["ok"] = "ok"
     model: str
@@ -188,7 +191,7 @@ class HealthResponse(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """An error in the format of OpenAI's API."""
+    """Description of an error, in the format of OpenAI's API."""
 
     message: str
     type: str
@@ -196,6 +199,6 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Body of every error response."""
+    """JSON body of all error responses."""
 
     error: ErrorBody

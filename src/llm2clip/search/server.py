@@ -1,4 +1,4 @@
-"""HTTP server for search, embeddings and the search page. The API is described at /openapi.json."""
+"""HTTP server that provides image search, embeddings and a search page. The API is described at /openapi.json."""
 
 from __future__ import annotations
 
@@ -59,14 +59,15 @@ def create_app(
     """Create the web application.
 
     Args:
-        model: Model that encodes texts and images. It must be the model that the index was built with.
+        model: Model that encodes texts and images. If there is an index, it must have been built with this model.
         backend: Index to search. If None, the server only computes embeddings.
-        limits: Resource limits; default: `Limits()`.
-        token: Token that every request must contain, as `Authorization: Bearer TOKEN` or, in a browser, as the cookie
-            that `/?token=TOKEN` sets. If None, no token is required.
-        hosts: Host names allowed in requests; None allows any. The check blocks DNS rebinding attacks, in which a web
-            page points its own host name at this machine.
-        model_thread: Single-threaded executor in which the model was loaded; see `InferenceService`.
+        limits: Resource limits for requests. Default: `Limits()`.
+        token: Token that every request except `/health` must contain. API clients send it in the header
+            `Authorization: Bearer TOKEN`. Browsers send it in a cookie, which is set by opening `/?token=TOKEN`. If
+            None, no token is required.
+        hosts: Host names that are allowed in the Host header. If None, all host names are allowed. This check prevents
+            DNS rebinding attacks, in which a website makes its own host name resolve to the address of this machine.
+        model_thread: Single-threaded executor in which the model was loaded. See `InferenceService`.
 
     Raises:
         ValueError: The index was built with a different model.
@@ -103,7 +104,10 @@ def create_app(
 
 
 def serve(app: FastAPI, host: str, port: int) -> None:
-    """Serve an application until SIGINT or SIGTERM. Requests in progress are completed before the server stops."""
+    """Serve an application until the process receives SIGINT or SIGTERM.
+
+    Before the server stops, it completes the requests in progress, for up to 30 seconds.
+    """
     import uvicorn
 
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30, server_header=False)
@@ -126,7 +130,7 @@ def _add_status_routes(app: FastAPI, service: InferenceService) -> None:
 def _add_search_route(app: FastAPI, service: InferenceService) -> None:
     @app.post("/search", responses=API_ERRORS)
     async def search(request: SearchRequest) -> SearchResponse:
-        """Return the images that are most similar to the given texts, images and earlier hits."""
+        """Return the images in the index that are most similar to the given texts, images and earlier hits."""
         return SearchResponse(hits=await service.search(request))
 
 
@@ -142,7 +146,10 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
     @app.post("/v1/embeddings", responses=API_ERRORS, include_in_schema=False)
     @app.post("/embed", responses=API_ERRORS)
     async def embed(request: EmbedRequest) -> EmbedResponse:
-        """Return the embeddings of texts and images (data URIs) in OpenAI's format. Same as /v1/embeddings."""
+        """Return the embeddings of texts and images in OpenAI's format. Images must be data URIs.
+
+        The paths /embed and /v1/embeddings are equivalent.
+        """
         if request.dimensions not in (None, service.model.embed_dim):
             raise ValueError(f"dimensions must be {service.model.embed_dim}, the embedding dimension of the model")
         images, texts = {}, {}
@@ -180,7 +187,7 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
         jpeg = await run_in_threadpool(service.require_backend().thumbnail, hit_id)
         if jpeg is None:
             raise NotFound(f"the index contains no image with id {hit_id}")
-        # The tag is a hash of the content because another index may use the same ids for other images.
+        # The tag is a hash of the thumbnail, because another index may use the same id for a different image.
         tag = f'"{hashlib.sha256(jpeg).hexdigest()[:32]}"'
         headers = {"Cache-Control": "private, no-cache", "ETag": tag}
         if request.headers.get("if-none-match") == tag:
@@ -196,11 +203,14 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
 
 
 def _read_original(backend: Backend, hit_id: str) -> tuple[bytes, str]:
-    """Return the bytes and the media type of the first file of a hit that is still an image."""
+    """Return the bytes and the media type of a hit's image file.
+
+    If the hit has several files, the first file that is still a readable image is used.
+    """
     for image in backend.images(hit_id):
         try:
             data = image.ref.read()
-            # The file may have been replaced since it was indexed: serve it only if it is still an image.
+            # The file may have been replaced since it was indexed, so check that it is still an image.
             with Image.open(io.BytesIO(data), formats=readable_formats()) as header:
                 media_type = Image.MIME.get(header.format or "", "application/octet-stream")
         except Exception:
@@ -213,7 +223,7 @@ def _read_original(backend: Backend, hit_id: str) -> tuple[bytes, str]:
 def _add_page_routes(app: FastAPI, token: str | None) -> None:
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
-        """Return the search page, or set the cookie if the URL contains the token."""
+        """Return the search page. If the URL contains the token, set the cookie and redirect to the page."""
         url_token = request.query_params.get("token")
         if token is not None and url_token is not None and secrets.compare_digest(url_token.encode(), token.encode()):
             response = RedirectResponse("/", 303)

@@ -1,11 +1,12 @@
-"""Index in a local folder: an SQLite file with images, vectors and thumbnails, searched in memory.
+"""Index backend that stores images, vectors and thumbnails in an SQLite file and searches the vectors in memory.
 
     INDEX/
       pictures.sqlite    about, contents (hash, vector, thumbnail), pictures (name, place, captions, ...)
-      graph.usearch      HNSW graph, for a million or more distinct images; graph.json describes which ids it covers
+      graph.usearch      HNSW graph; built only for a million or more distinct images
+      graph.json         quantization scale of the graph, and a summary of the ids that the graph contains
 
-SQLite commits each batch atomically, allows reads during a write, and stores the index in a single file that is easy
-to copy.
+With SQLite, each batch is committed atomically, other processes can read during a write, and the database is a single
+file that is easy to copy.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from llm2clip.search.vector_index import (
 APPROXIMATE_ABOVE = 1_000_000
 SCHEMA_VERSION = 1
 # The file, table and column names are those of version 0.1, so that existing indexes can still be opened:
-# "about" holds the metadata, "pictures" the images, "place" the reference to the bytes of an image, and "largest" the
-# largest absolute value in the vector.
+# The table "about" contains the metadata, and the table "pictures" contains the images. The column "place" contains the
+# reference to an image's bytes, and the column "largest" contains the largest absolute value in a vector.
 DATABASE = "pictures.sqlite"
 SCHEMA = f"""
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -56,8 +57,9 @@ PRAGMA user_version = {SCHEMA_VERSION};
 """
 IMAGE_COLUMNS = "name, place, source, stamp, captions, taken"
 # An image is inside :path if its name equals :path or starts with :path followed by "/" (folder), "!" (tar) or
-# "[" (table). File and folder names may also contain "!" and "[", so these two characters only count if the image is
-# not a separate file and if the name of its tar or table equals the last part of :path (:basename).
+# "[" (table). File and folder names may also contain "!" and "[". Therefore, an image whose name contains one of these
+# two characters after :path must also be stored in a tar or table whose file name equals the last part of :path
+# (:basename).
 INSIDE_PATH = """substr(name, 1, length(:path)) = :path AND (substr(name, length(:path) + 1, 1) IN ('', '/')
   OR (substr(name, length(:path) + 1, 1) IN ('!', '[') AND place NOT LIKE '["FileImage"%'
       AND '/' || json_extract(place, '$[1].path') LIKE '%/' || :basename ESCAPE '\\'))"""
@@ -72,18 +74,22 @@ IDS_PER_QUERY = 500  # SQLite limits the number of parameters per statement
 
 
 class SqliteBackend:
-    """Index backend in a local folder. One process can write at a time while others read. Instances are thread-safe."""
+    """Index backend in a local folder. Instances are thread-safe.
+
+    Several processes can read an index at the same time, even while one process writes to it.
+    """
 
     def __init__(self, folder: Path, write: bool = False, approximate_above: int = APPROXIMATE_ABOVE) -> None:
         """
         Args:
             folder: Folder of the index.
             write: Open the index for writing, and create it if it does not exist.
-            approximate_above: Minimum number of distinct images for which `finish` builds an HNSW graph for searches.
+            approximate_above: Number of distinct images from which `finish` builds an HNSW graph, so that searches are
+                approximate.
 
         Raises:
             FileNotFoundError: There is no index in the folder.
-            ValueError: The index has an unknown schema version.
+            ValueError: The schema version of the index is not supported.
         """
         self.folder, self.approximate_above = folder, approximate_above
         self._file = folder / DATABASE
@@ -93,12 +99,11 @@ class SqliteBackend:
             )
         folder.mkdir(parents=True, exist_ok=True)
         self._lock, self._index_lock = threading.RLock(), threading.Lock()
-        # If the file was opened as immutable: size and modification time when it was opened.
+        # Size and modification time of the database file when it was opened as immutable, or None if opened normally.
         self._immutable_state: tuple[int, int] | None = None
-        self._may_have_orphans = True  # an interrupted run may leave rows in `contents` that no image uses
-        self._vector_index: tuple[tuple[Any, ...], VectorIndex] | None = (
-            None  # with the database state it was built from
-        )
+        self._may_have_orphans = True  # an interrupted run may leave rows in `contents` that belong to no image
+        # The vector index, preceded by the state of the database from which it was built.
+        self._vector_index: tuple[tuple[Any, ...], VectorIndex] | None = None
         version = self._open(write)
         if version not in (0, SCHEMA_VERSION):
             raise ValueError(
@@ -148,7 +153,7 @@ class SqliteBackend:
             )
 
     def _add_content(self, content: IndexedContent) -> None:
-        """Insert the content of an image and its thumbnail, unless the content already exists."""
+        """Insert an image content and its thumbnail, unless the content is already in the database."""
         vector = np.ascontiguousarray(content.vector, dtype="<f2").tobytes()
         largest = float(np.abs(content.vector).max())
         row = self._db.execute(
@@ -161,7 +166,7 @@ class SqliteBackend:
 
     def remove(self, names: Sequence[str]) -> None:
         if not names and not self._may_have_orphans:
-            return  # avoid the write: after any write, every open reader must reload all vectors
+            return  # avoid a write, because after every write, all open readers must reload all vectors
         with self._transaction():
             self._db.executemany("DELETE FROM pictures WHERE name = ?", [(name,) for name in names])
             self._db.execute("DELETE FROM contents WHERE id NOT IN (SELECT content FROM pictures)")
@@ -196,7 +201,7 @@ class SqliteBackend:
         for content_id, score in zip(ids.tolist(), scores.tolist(), strict=True):
             images = self.images(str(content_id))
             sizes = self._query("SELECT width, height FROM contents WHERE id = ?", (content_id,))
-            if images and sizes:  # otherwise, the image was removed during this search
+            if images and sizes:  # otherwise, another process removed the image during this search
                 width, height = sizes[0]
                 hits.append(Hit(str(content_id), score, images, width, height))
         return hits
@@ -217,7 +222,7 @@ class SqliteBackend:
         return tuple(images)
 
     def _matching_ids(self, image_filter: Filter) -> np.ndarray:
-        """Return the sorted ids of all contents for which at least one image meets all conditions of a filter."""
+        """Return the sorted ids of the contents with at least one image that meets all conditions of a filter."""
         parameters = {name: value for name, value in asdict(image_filter).items() if value is not None}
         where = " AND ".join(FILTER_CONDITIONS[name] for name in parameters)
         if image_filter.path is not None:
@@ -232,14 +237,14 @@ class SqliteBackend:
     # ---- vectors
 
     def _current_vector_index(self) -> VectorIndex:
-        """Return an index of the vectors currently in the database. The index is rebuilt after each write."""
-        with self._index_lock:  # one thread builds the index; the others wait for it
-            ((version,),) = self._query("PRAGMA data_version")  # changes when another connection writes
+        """Return a vector index of the current database. If the database has changed, rebuild the index first."""
+        with self._index_lock:  # if several threads search, one thread builds the index while the others wait
+            ((version,),) = self._query("PRAGMA data_version")  # changes when another connection writes to the database
             graph_state = self.folder / GRAPH_STATE_FILE
             graph_time = graph_state.stat().st_mtime_ns if graph_state.exists() else 0
             state = version, self._db.total_changes, graph_time, self._immutable_state
             if self._vector_index is None or self._vector_index[0] != state:
-                self._vector_index = None  # free its memory first, since two indexes may not fit
+                self._vector_index = None  # free the old index first, because two indexes may not fit in memory
                 graph = open_graph(self.folder, self._content_ids())
                 self._vector_index = state, VectorIndex(self._quantize_all, self._fetch_vectors, graph)
             return self._vector_index[1]
@@ -248,8 +253,8 @@ class SqliteBackend:
         return QuantizedVectors(self._vector_chunks(), self._dim(), 127 / self._largest())
 
     def _vector_chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield the ids, int64 (N,), and vectors, float16 (N, D), of all distinct images in chunks."""
-        # Use a separate connection, because reading takes seconds and other threads need the shared connection.
+        """Yield the ids, int64 (N,), and vectors, float16 (N, D), of all distinct images, one chunk at a time."""
+        # Use a separate connection, because reading all vectors takes seconds and would block other threads.
         with self._named_errors(), closing(self._connect()) as db:
             cursor = db.execute("SELECT id, vector FROM contents ORDER BY id")
             while rows := cursor.fetchmany(CHUNK):
@@ -258,7 +263,7 @@ class SqliteBackend:
                 yield ids, vectors.reshape(len(rows), -1)
 
     def _fetch_vectors(self, ids: np.ndarray) -> np.ndarray:
-        """Return the vectors with the given ids, float16 (N, D). Removed vectors are returned as zeros."""
+        """Return the vectors with the given ids, float16 (N, D). The vector of a removed id is returned as zeros."""
         vectors: dict[int, bytes] = {}
         for start in range(0, len(ids), IDS_PER_QUERY):
             chunk = ids[start : start + IDS_PER_QUERY].tolist()
@@ -284,11 +289,14 @@ class SqliteBackend:
     # ---- database
 
     def _open(self, write: bool) -> int:
-        """Connect to the database and return its schema version (0: no tables). If it is new, create the tables."""
+        """Connect to the database and return its schema version, where 0 means that the database was empty.
+
+        If `write` is true and the database is empty, create the tables.
+        """
         try:
             self._db = self._connect()
             if write:
-                # Takes effect only in new files. A vector takes about 2 KB, and a page should hold several vectors.
+                # Only has an effect on new files. A vector takes about 2 KB, and several vectors should fit in a page.
                 self._db.execute("PRAGMA page_size = 16384")
                 self._db.execute("PRAGMA journal_mode = WAL")
                 self._db.execute("PRAGMA foreign_keys = ON")
@@ -300,7 +308,7 @@ class SqliteBackend:
         return version
 
     def _connect(self) -> sqlite3.Connection:
-        """Open a connection. In a read-only folder, open the database as immutable.
+        """Open a connection to the database. In a read-only folder, open the database as immutable.
 
         SQLite creates files next to the database even for reading, so a normal connection fails in a read-only folder.
         """
@@ -335,14 +343,14 @@ class SqliteBackend:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """Commit all statements in the `with` block, or none of them."""
+        """Run the statements in the `with` block as one transaction, and roll it back if an exception is raised."""
         with self._lock, self._named_errors(), self._db:
             self._db.execute("BEGIN IMMEDIATE")
             yield
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
-        """Convert SQLite errors (such as disk full or database locked) to OSErrors that name the file."""
+        """Convert SQLite errors, such as a full disk or a locked database, to OSErrors that contain the file name."""
         try:
             yield
         except sqlite3.Error as error:
@@ -350,15 +358,15 @@ class SqliteBackend:
 
 
 def _path_parameters(path: str) -> dict[str, str]:
-    """Return the parameters for INSIDE_PATH. LIKE wildcards in the last part of the path are escaped."""
+    """Return the SQL parameters for INSIDE_PATH, with LIKE wildcards in the last part of the path escaped."""
     return {"path": path, "basename": re.sub(r"([%_\\])", r"\\\1", os.path.basename(path))}
 
 
 def _any_contains(captions: str, text: str) -> bool:
-    """Return whether any caption in a JSON list contains a text, ignoring case."""
+    """Return whether at least one caption in a JSON list contains a text, ignoring case."""
     return any(text.casefold() in caption.casefold() for caption in json.loads(captions))
 
 
 def _content_id(hit_id: str) -> int:
-    """Return a hit's id as an integer. If the id is not a number, return -1, which is never a content id."""
+    """Convert a hit's id to an integer. If the id is not a valid number, return -1, which is never a content id."""
     return int(hit_id) if hit_id.isascii() and hit_id.isdigit() and len(hit_id) < 19 else -1

@@ -10,7 +10,7 @@ import numpy as np
 
 from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage, printable
 
-# The keys are stored in every index: when a class is renamed, its key must not change.
+# These keys are stored in every index. If a class is renamed, its key must stay the same.
 REF_TYPES: dict[str, type[ImageRef]] = {
     "FileImage": FileImage,
     "TarImage": TarImage,
@@ -24,13 +24,13 @@ class IndexedImage:
     """An image at a specific location.
 
     Args:
-        name: Canonical path: `FILE`, `TAR!MEMBER` or `TABLE[ROW].COLUMN`. Unique within an index.
+        name: Canonical path in the form `FILE`, `TAR!MEMBER` or `TABLE[ROW].COLUMN`. Unique within an index.
         ref: Reference to the image's bytes.
-        source: Absolute path of the source that the image was read from.
+        source: Source that the image was read from, with an absolute path.
         stamp: Size and modification time of the file, used to detect changes.
-        captions: Captions, if the source has any.
-        taken: Time at which the photo was taken (from EXIF) or, without EXIF, the file's modification time. In seconds
-            since 1970.
+        captions: Captions of the image. Empty if the source has no captions.
+        taken: Unix timestamp at which the photo was taken, from EXIF. If there is no EXIF date, the file's
+            modification time.
     """
 
     name: str
@@ -42,18 +42,19 @@ class IndexedImage:
 
     @property
     def container(self) -> str:
-        """Path of the file that contains the image: the image file itself, a tar or a table."""
+        """Path of the tar or table that contains the image. For all other images, the path of the image file."""
         if isinstance(self.ref, FileImage):
             return self.name
         name = self.name
         if isinstance(self.ref, TarImage):
-            name = name.removesuffix(f"@{self.ref.offset}")  # appended when a tar has two members with the same name
+            # This suffix is appended if a tar contains two members with the same name.
+            name = name.removesuffix(f"@{self.ref.offset}")
         path_length = len(self.ref.container_path or "")
         return name.removesuffix(printable(str(self.ref)[path_length:]))
 
 
 class ImageState(NamedTuple):
-    """State of an indexed image, compared to decide whether the image has changed."""
+    """State of an indexed image. If the state of an image differs from the indexed state, the image has changed."""
 
     stamp: str
     captions: tuple[str, ...]
@@ -61,14 +62,14 @@ class ImageState(NamedTuple):
 
 @dataclass(frozen=True)
 class IndexedContent:
-    """Content of an image file, stored once for all images with identical bytes.
+    """Content of an image file. Images with identical bytes share one content.
 
     Args:
-        hash: SHA-256 of the encoded bytes.
+        hash: SHA-256 hash of the encoded image.
         vector: Embedding, float16 (D,), L2-normalised.
-        thumbnail: JPEG of at most 256 pixels per side.
-        width: Width of the upright image in pixels.
-        height: Height of the upright image in pixels.
+        thumbnail: JPEG thumbnail of at most 256 pixels per side.
+        width: Width of the image in pixels, after EXIF rotation.
+        height: Height of the image in pixels, after EXIF rotation.
     """
 
     hash: bytes
@@ -83,11 +84,11 @@ class Hit:
     """A search result.
 
     Args:
-        id: Identifier of the image content within its index.
+        id: Identifier of the image content. Unique within an index.
         score: Cosine similarity to the query.
         images: All images with this content.
-        width: Width of the upright image in pixels.
-        height: Height of the upright image in pixels.
+        width: Width of the image in pixels, after EXIF rotation.
+        height: Height of the image in pixels, after EXIF rotation.
     """
 
     id: str
@@ -99,14 +100,14 @@ class Hit:
 
 @dataclass(frozen=True)
 class Filter:
-    """Conditions that search results must meet. None means no condition.
+    """Conditions that every search result must meet. A condition that is None is ignored.
 
     Args:
         path: Folder, tar or file that contains the image.
         caption: Text that at least one caption must contain, ignoring case.
-        after: Earliest time taken, in seconds since 1970.
-        before: Latest time taken, in seconds since 1970.
-        min_side: Minimum length of the shorter side, in pixels.
+        after: Earliest time at which the photo may have been taken, as a Unix timestamp.
+        before: Latest time at which the photo may have been taken, as a Unix timestamp.
+        min_side: Minimum length of the shorter side of the image, in pixels.
     """
 
     path: str | None = None
@@ -120,7 +121,7 @@ class Filter:
 
 
 def ref_to_json(ref: ImageRef) -> str:
-    """Serialize an image reference."""
+    """Serialize an image reference to JSON."""
     return json.dumps([type(ref).__name__, asdict(ref)])  # type: ignore[call-overload]
 
 
@@ -128,7 +129,7 @@ def ref_from_json(text: str) -> ImageRef:
     """Deserialize an image reference written by `ref_to_json`.
 
     Raises:
-        ValueError: The type of the reference is unknown.
+        ValueError: The reference has an unknown type.
     """
     name, fields = json.loads(text)
     if name not in REF_TYPES:

@@ -1,9 +1,9 @@
-"""Nearest-neighbour search using an exact scan of quantized vectors or an HNSW graph.
+"""Nearest-neighbour search that uses either a scan of all quantized vectors or an HNSW graph.
 
-Vectors are quantized to int8 and scanned with usearch's kernels; the best candidates are then re-scored with the
-float16 vectors. A scan is limited by memory bandwidth, and int8 needs half as many bytes as float16
-(benchmarks/search.py). The graph (HNSW, arXiv 1603.09320, implemented by usearch) visits a few thousand vectors
-instead of all of them.
+A scan compares the query with all vectors, quantized to int8, and re-scores the best candidates with the float16
+vectors. The speed of a scan is limited by memory bandwidth, and int8 vectors need half as many bytes as float16 vectors
+(see benchmarks/search.py). A search in an HNSW graph (arXiv 1603.09320) visits only a few thousand vectors. Both
+methods are implemented with usearch.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from usearch.index import search as exact_search
 from llm2clip.io_utils import atomic_path, atomic_write_text
 from llm2clip.progress import ProgressBar
 
-MIN_CANDIDATES = (
-    128  # minimum number of candidates to re-score; with 128, a scan of a million vectors found all of the top 10
-)
-EXACT_BELOW = 2048  # up to this many vectors, it is faster to score all of them directly than to scan the codes first
+# Minimum number of candidates to re-score. With 128, a scan of a million vectors found the exact top 10.
+MIN_CANDIDATES = 128
+EXACT_BELOW = 2048  # up to this many ids, scoring all float16 vectors is faster than scanning the int8 codes first
 CHUNK = 65_536
 GRAPH_FILE, GRAPH_STATE_FILE = "graph.usearch", "graph.json"
 
@@ -32,17 +31,17 @@ FetchVectors = Callable[[np.ndarray], np.ndarray]  # ids (N,) -> float16 (N, D),
 
 
 class QuantizedVectors:
-    """Vectors quantized to int8 as round(scale * x), clipped to ±127.
+    """Vectors quantized to int8 by rounding scale * x and clipping to ±127.
 
-    All vectors share one scale, so that dot products are comparable.
+    All vectors have the same scale, so that their dot products with a query can be compared.
     """
 
     def __init__(self, chunks: Iterable[tuple[np.ndarray, np.ndarray]], dim: int, scale: float) -> None:
         """
         Args:
-            chunks: Iterable of chunks: pairs of ids, int64 (N,), and vectors, float16 (N, D).
+            chunks: Chunks of vectors. Each chunk is a pair of ids, int64 (N,), and vectors, float16 (N, D).
             dim: Vector dimension, D.
-            scale: Quantization scale: 127 divided by the largest absolute value in any vector.
+            scale: Quantization scale, which is 127 divided by the largest absolute value in any vector.
         """
         ids, codes = [np.empty(0, np.int64)], [np.empty((0, dim), np.int8)]
         for chunk_ids, vectors in chunks:
@@ -62,9 +61,9 @@ class VectorIndex:
     def __init__(self, load_quantized: Callable[[], QuantizedVectors], fetch: FetchVectors, graph: Any = None) -> None:
         """
         Args:
-            load_quantized: Function that quantizes all vectors. It is called once, at the first scan.
-            fetch: Function that returns the float16 vectors for some ids, to re-score candidates.
-            graph: HNSW graph over the same ids, from `open_graph`.
+            load_quantized: Function that returns all vectors, quantized. It is called once, before the first scan.
+            fetch: Function that returns the float16 vectors with the given ids. It is used to re-score candidates.
+            graph: HNSW graph of the same vectors, from `open_graph`. If None, all searches scan the vectors.
         """
         self._load_quantized, self.fetch, self.graph = load_quantized, fetch, graph
         self._quantized: QuantizedVectors | None = None
@@ -72,7 +71,7 @@ class VectorIndex:
 
     @property
     def quantized(self) -> QuantizedVectors:
-        with self._lock:  # several threads may search, but only one may load
+        with self._lock:  # if several threads search, only one of them loads the vectors
             if self._quantized is None:
                 self._quantized = self._load_quantized()
             return self._quantized
@@ -80,12 +79,14 @@ class VectorIndex:
     def search(
         self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids, int64 (k,), and cosine similarities, float32 (k,), best first. Ties are ordered by id.
+        """Return the ids, int64 (k,), and cosine similarities, float32 (k,), of the nearest vectors, best first.
+
+        Vectors with equal similarities are ordered by id.
 
         Args:
             query: Query vector, float32 (D,), L2-normalised.
             count: Maximum number of results.
-            allowed_ids: Sorted ids to restrict the search to. Default: all ids.
+            allowed_ids: Sorted ids. If given, only vectors with these ids are searched. Default: search all vectors.
         """
         ids = self._candidates(query, max(4 * count, MIN_CANDIDATES), allowed_ids)
         scores = self.fetch(ids).astype(np.float32) @ query
@@ -93,8 +94,8 @@ class VectorIndex:
         return ids[order], scores[order]
 
     def _candidates(self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None) -> np.ndarray:
-        """Return the ids of the `count` nearest vectors according to their int8 codes."""
-        # The query can have its own scale, because a common factor does not change the order of the scores.
+        """Return the ids of about `count` candidates, which are selected by their int8 codes."""
+        # The query can have a different scale, because a constant factor does not change the order of the scores.
         query_code = np.rint(query * (127 / max(float(np.abs(query).max()), 1e-6))).astype(np.int8)
         if allowed_ids is not None and len(allowed_ids) <= EXACT_BELOW:
             return allowed_ids
@@ -112,9 +113,9 @@ class VectorIndex:
 
 
 def _scan_rows(codes: np.ndarray, rows: np.ndarray, query_code: np.ndarray, count: int) -> np.ndarray:
-    """Return the `count` rows nearest to the query among some rows of the code matrix.
+    """Return the `count` rows of the code matrix that are nearest to the query, considering only the given rows.
 
-    The rows are processed in chunks, because selected rows are copied and could be as large as the whole matrix.
+    The rows are processed in chunks, because they must be copied and may include nearly the entire matrix.
     """
     best_rows, best_distances = [], []
     for start in range(0, len(rows), CHUNK):
@@ -127,15 +128,15 @@ def _scan_rows(codes: np.ndarray, rows: np.ndarray, query_code: np.ndarray, coun
 
 
 def update_graph(folder: Path, ids: np.ndarray, fetch: FetchVectors, dim: int, max_abs: float) -> None:
-    """Add and remove vectors so that the graph in a folder contains exactly the given ids.
+    """Update the HNSW graph in a folder so that it contains exactly the vectors with the given ids.
 
     Args:
         folder: Folder that contains `graph.usearch` and `graph.json`.
-        ids: Sorted ids, int64 (N,).
-        fetch: Function that returns the float16 vectors for some ids.
+        ids: Sorted ids of all vectors, int64 (N,).
+        fetch: Function that returns the float16 vectors with the given ids.
         dim: Vector dimension, D.
-        max_abs: Largest absolute value in any vector. The graph is rebuilt if this value has grown by 10% or more
-            since the last build.
+        max_abs: Largest absolute value in any vector. If this value has grown by 10% or more since the graph
+            was built, the graph is rebuilt.
     """
     graph_file, state_file = folder / GRAPH_FILE, folder / GRAPH_STATE_FILE
     graph = Index(ndim=dim, metric=MetricKind.IP, dtype="i8")
@@ -157,7 +158,7 @@ def update_graph(folder: Path, ids: np.ndarray, fetch: FetchVectors, dim: int, m
             chunk = added[start : start + CHUNK]
             graph.add(chunk, quantize(fetch(chunk), scale))
             bar.update(len(chunk))
-    state_file.unlink(missing_ok=True)  # a graph without its state file is ignored
+    state_file.unlink(missing_ok=True)  # a graph without a state file is ignored, so an interrupted save does no harm
     with atomic_path(graph_file) as temporary:
         graph.save(str(temporary))
     state = {"scale": scale, "count": len(ids), "last": int(ids[-1]), "sum": int(ids.sum())}
@@ -165,7 +166,7 @@ def update_graph(folder: Path, ids: np.ndarray, fetch: FetchVectors, dim: int, m
 
 
 def open_graph(folder: Path, ids: np.ndarray) -> Any:
-    """Memory-map the graph in a folder. Return None if there is no graph or if it was built for other ids."""
+    """Memory-map the graph in a folder. Return None if there is no graph or if the graph contains different ids."""
     state_file = folder / GRAPH_STATE_FILE
     if not state_file.exists():
         return None

@@ -1,13 +1,13 @@
 "use strict";
-// Search page that runs one query at a time and shows the results in a grid. The page only sends requests to its own
-// server, at /search, /thumbnail and /image.
+// Search page that shows the results of a query in a grid. The page only sends requests to the server that it was loaded
+// from, using the paths /search, /thumbnail and /image.
 
 const $ = (id) => document.getElementById(id);
 const MAX_SIDE = 1024; // in pixels; larger images are scaled down to this size before they are sent
-const MAX_IMAGES = 16; // maximum number per request; the server has the same limit
+const MAX_IMAGES = 16; // maximum number of images per request; the server has the same limit
 const query = { images: [], like: [], negativeImages: [] }; // images and negativeImages are data URIs; like contains hit ids
 let hits = [];
-let openIndex = -1; // index of the hit in the detail view
+let openIndex = -1; // index of the hit in the detail view; -1 before the first hit is opened
 let lastRequest = 0;
 
 // ---- search ---------------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ function showStatus(text, isError = false) {
 // ---- results --------------------------------------------------------------------------------------------------------
 
 function showHits(newHits) {
-  if ($("detail").open) $("detail").close(); // the dialog shows one of the old hits
+  if ($("detail").open) $("detail").close(); // the dialog still shows one of the previous hits
   hits = newHits;
   $("empty").hidden = true;
   $("grid").replaceChildren(...hits.map(makeGridItem));
