@@ -1,7 +1,7 @@
 """On-disk cache of model answers, so that an interrupted evaluation can resume where it stopped.
 
-The cache is a JSONL file with one answer per line. Each rank writes a separate file in the same folder: rank 0 writes
-NAME.jsonl, rank 1 NAME.1.jsonl, rank 2 NAME.2.jsonl, and so on.
+The cache consists of JSONL files with one answer per line. Each rank writes its own file in the cache folder: rank 0
+writes NAME.jsonl, rank 1 writes NAME.1.jsonl, rank 2 writes NAME.2.jsonl, and so on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def cached_answers(
     answer: Callable[[list[Question]], Iterator[tuple[int, Any]]],
     description: str,
 ) -> list[Any]:
-    """Return the answers to `questions`, in the same order. Missing answers are generated and added to the cache.
+    """Return the answers to `questions`, in the order of the questions. Generate and cache the missing answers.
 
     Must be called on all ranks; the questions without a cached answer are divided among the ranks. A question is
     identified by its id, prompt and image. An incomplete last line, left by an interrupted run, is ignored.
@@ -33,8 +33,8 @@ def cached_answers(
     Args:
         file: cache file of the main process (rank 0).
         questions: questions to answer.
-        answer: function that takes a list of questions and yields (index in that list, answer). If an answer is None,
-            it is returned but not cached, so the next run tries the question again.
+        answer: function that takes a list of questions and yields (index in that list, answer). An answer of None is
+            returned but not cached, so the next run tries that question again.
         description: label of the progress bar.
     """
     state = process_state()
@@ -74,7 +74,7 @@ def _read_cache(file: Path) -> dict[str, Any]:
     for path in sorted(file.parent.glob(f"{file.stem}*.jsonl")):
         rank_suffix = path.stem[len(file.stem) :]
         if not re.fullmatch(r"(\.\d+)?", rank_suffix):
-            continue  # files with judge scores start with the same name
+            continue  # the names of files with judge scores start with the cache file's name
         for line in path.read_text(encoding="utf-8").split("\n"):
             try:
                 row = json.loads(line)

@@ -35,23 +35,22 @@ from llm2clip.models.vision_tower import VisionTower
 def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pad: bool = True) -> Path:
     """Build an untrained LLaVA model and save it to a folder. Only the projector is randomly initialised.
 
-    The tower is converted to the LLM's dtype. As a check, the saved model is loaded again, and its logits for a sample
-    text must match the LLM's logits. Only then is the folder renamed to `out`.
+    The tower is converted to the LLM's dtype. The model is first saved to a temporary folder and loaded again as a
+    check: its logits for a sample text must match the LLM's logits. Then the folder is renamed to `out`.
 
     Args:
         tower: vision tower.
         llm: folder, hub id or short name of a causal LLM with a tokenizer. The LLM keeps its dtype.
         out: folder to create; must not exist.
-        seed: seed for initialising the projector.
-        pad: pad images to squares, as LLaVA-1.5 does. If False, images are preprocessed as in the tower's training,
-            which may include a center crop.
+        seed: random seed for initialising the projector.
+        pad: pad images to squares, as LLaVA-1.5 does. If False, images are preprocessed as they were when the tower
+            was trained, which may include a center crop.
 
     Returns:
         The path of the model folder.
 
     Raises:
-        ValueError: the LLaVA classes cannot read the tower's patch features, the LLM has no head, or the LLaVA classes
-            cannot represent the LLM's head.
+        ValueError: the LLM has no head, or transformers' LLaVA classes do not support the tower or the LLM's head.
         FileExistsError: `out` exists.
     """
     from transformers import AutoTokenizer
@@ -168,7 +167,7 @@ def _join(vision: Any, llm: Any, tokenizer: Any, *, image_tokens: int, seed: int
 
 
 def _select_strategy(vision: Any) -> Any:
-    """Return transformers' name for the strategy: "default" drops the class token, "full" keeps all tokens."""
+    """Return `vision_feature_select_strategy`: "default" drops the class token, "full" keeps all tokens."""
     return "default" if has_class_token(vision) else "full"
 
 
@@ -219,7 +218,7 @@ def _build_processor(
 
 
 def _check_saved_model(folder: Path, llm: str, text_ids: torch.Tensor, expected_logits: torch.Tensor) -> None:
-    """Load a saved model, compare its logits for a text with the LLM's, and run the model on an image.
+    """Load a saved model, compare its logits for a text with the LLM's logits, and run the model on an image.
 
     Args:
         folder: model folder.
@@ -228,7 +227,7 @@ def _check_saved_model(folder: Path, llm: str, text_ids: torch.Tensor, expected_
         expected_logits: the LLM's logits for the text, (1, tokens, vocabulary) float32.
 
     Raises:
-        ValueError: the logits do not match.
+        ValueError: the saved model's logits do not match the LLM's logits.
     """
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -236,7 +235,7 @@ def _check_saved_model(folder: Path, llm: str, text_ids: torch.Tensor, expected_
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     with torch.inference_mode():
-        # The vocabulary may be larger than the LLM's, because of the image token and padding.
+        # The model's vocabulary may be larger than the LLM's, because it includes the image token and padding.
         logits = model(input_ids=text_ids).logits.float()[..., : expected_logits.shape[-1]]
         tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
         if (

@@ -2,8 +2,8 @@
 
 The scores are computed by pycocoevalcap, the COCO caption evaluation code. Its tokenizer is a Java program, so
 `tokenize` reimplements the rules that matter for captions: Penn Treebank tokens (n't and 's are separate), no
-punctuation, lower case. Rules for text that is rare in captions are not implemented, so captions with such text get
-different scores than with the official tokenizer.
+punctuation, lower case. Rules for text that rarely occurs in captions are not implemented. The scores of captions with
+such text therefore differ from those computed with the Java tokenizer.
 """
 
 from __future__ import annotations

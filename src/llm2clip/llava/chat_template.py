@@ -1,7 +1,8 @@
 """Chat templates for conversations about an image, and tokenization with labels for the answers only.
 
 If the LLM has no chat template of its own, Vicuna's template is used, as in LLaVA-1.5. In transformers' message format,
-the content of a message can be a list of parts. A Jinja prefix converts such a list to text with `<image>` tokens.
+the content of a message can be a list of text and image parts. A Jinja prefix converts such a list to text with
+`<image>` tokens.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _VICUNA_TEMPLATE = """{{- 'A chat between a curious user and an artificial intel
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Question-answer pairs, with or without an image. The image precedes the first question."""
+    """Question-answer pairs, optionally about an image. The image precedes the first question."""
 
     id: str
     image: ImageRef | None
@@ -59,7 +60,7 @@ class LabeledTokens:
 
 
 def get_chat_template(tokenizer: Any) -> str:
-    """Return the processor's chat template: the Jinja prefix, then the LLM's template or, if none, Vicuna's."""
+    """Return the Jinja prefix followed by the LLM's chat template, or by Vicuna's template if the LLM has none."""
     template = tokenizer.chat_template
     if template is not None and template.startswith(_FLATTEN_CONTENT):
         return str(template)
@@ -70,7 +71,7 @@ def check_template(tokenizer: Any) -> None:
     """Check that the labels of a sample conversation decode to its answers.
 
     Raises:
-        ValueError: the labels decode to a different text, or `tokenize_and_label` rejects the chat template.
+        ValueError: the labels do not decode to the answers, or `tokenize_and_label` rejects the chat template.
     """
     conversation = Conversation("", None, (("A question?", "An answer."), ("Another?", "Yes.")))
     labels = tokenize_and_label(conversation, tokenizer, 0).labels
@@ -114,8 +115,8 @@ def answer_end_tokens(tokenizer: Any) -> set[int]:
 def tokenize_and_label(conversation: Conversation, tokenizer: Any, image_tokens: int) -> LabeledTokens:
     """Tokenize a conversation and label its answers, including the special token that ends each answer.
 
-    The template is rendered with numbered placeholders in place of the answers, so that the exact span of each answer
-    is known, whatever the template.
+    The chat template is rendered with numbered placeholders in place of the answers, so that the exact span of each
+    answer is known for any template.
 
     Args:
         conversation: conversation that ends with an answer.
@@ -135,7 +136,7 @@ def tokenize_and_label(conversation: Conversation, tokenizer: Any, image_tokens:
     )
     special_tokens = _special_tokens(tokenizer)
     text = ""
-    spans = []  # (start, end) of each answer in the text, including its end token
+    spans = []  # (start, end) of each answer in the text, including the token that ends the answer
     for n, answer in enumerate(answers):
         before, placeholder, rendered = rendered.partition(_placeholder(n))
         if not placeholder:
@@ -160,8 +161,8 @@ def _placeholder(n: int) -> str:
 def _special_tokens(tokenizer: Any) -> list[str]:
     """Return all special tokens except `<image>`, longest first.
 
-    `all_special_tokens` does not contain all added tokens that are marked as special, so these tokens are read from
-    `added_tokens_decoder`.
+    `all_special_tokens` does not contain every added token that is marked as special, so the special tokens are read
+    from `added_tokens_decoder`.
     """
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted({*tokenizer.all_special_tokens, *added} - {IMAGE_TOKEN}, key=len, reverse=True)
@@ -179,7 +180,7 @@ def _label_spans(text: str, spans: list[tuple[int, int]], tokenizer: Any, image_
             ids += [token] * image_tokens
             labels += [IGNORE_INDEX] * image_tokens
             continue
-        # Only the token's end is compared: some tokenizers merge the space before an answer into its first token.
+        # Only the token's end is checked: some tokenizers merge the space before an answer into the first token.
         in_answer = any(span_start < end <= span_end for span_start, span_end in spans)
         ids.append(token)
         labels.append(token if in_answer else IGNORE_INDEX)

@@ -21,12 +21,12 @@ from llm2clip.store.store import EmbeddingStore
 log = logging.getLogger(__name__)
 
 MEGABATCH = 50  # number of batches that are sorted by length together, as in LLaVA's sampler
-MIN_TEXT_TOKENS = 64  # number of tokens that max_length must leave for text, in addition to the image
+MIN_TEXT_TOKENS = 64  # minimum number of text tokens that must fit into max_length together with the image
 MAX_REPLACEMENTS = 1000  # maximum number of consecutive unusable conversations before an error is raised
 
 
 class ConversationDataset(Dataset):
-    """Dataset of conversations: token ids, labels, and the image as pixels or cached patch features."""
+    """Dataset of tokenized conversations with labels. Images are returned as either pixels or cached patch features."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class ConversationDataset(Dataset):
             processor: the model's processor.
             image_tokens: number of tokens per image.
             max_length: maximum number of tokens; longer conversations are truncated.
-            store: cached patch features of the images. Default: decode the images instead.
+            store: cached patch features of the images. If None, images are decoded.
 
         Raises:
             ValueError: `max_length` does not leave enough tokens for text.
@@ -69,7 +69,7 @@ class ConversationDataset(Dataset):
         return len(self.conversations)
 
     def lengths(self) -> list[int]:
-        """Estimate the number of tokens per conversation from its characters, because tokenizing them all is slow."""
+        """Estimate each conversation's number of tokens from its characters, because tokenizing all of them is slow."""
         lengths = []
         for conversation in self.conversations:
             characters = sum(len(question) + len(answer) for question, answer in conversation.turns)
@@ -79,7 +79,7 @@ class ConversationDataset(Dataset):
         return lengths
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return `ids`, `labels` and, if there is an image, `vision`: the image's pixels or patch features.
+        """Return a dict with `ids` and `labels`. If there is an image, `vision` is its pixels or patch features.
 
         If a conversation cannot be used, a warning is logged and the next usable conversation is returned instead.
 
@@ -125,7 +125,7 @@ class LlavaCollator:
             pad_id: id of the padding token.
             image_id: id of the image token.
             image_tokens: number of tokens per image.
-            empty_image: pixels or patch features of a blank image, for batches without an image.
+            empty_image: pixels or patch features of a blank image, which is added to batches without an image.
         """
         self.pad_id = pad_id
         self.image_id = image_id
@@ -140,8 +140,8 @@ class LlavaCollator:
         before the first answer in the batch, because the logits for the system prompt and the image are not needed.
 
         If no conversation has an image, a blank image is appended to the first conversation, where causal attention
-        hides it from the text. This gives the projector gradients in every batch on every rank, as DDP and FSDP
-        require.
+        hides the image from the text. The projector thus receives gradients in every batch on every rank, as DDP and
+        FSDP require.
         """
         rows = [list(item["ids"]) for item in items]
         labels = [list(item["labels"]) for item in items]
@@ -169,8 +169,8 @@ class LengthGroupedSampler(Sampler):
     """Sampler that shuffles indices and groups them so that the conversations in a batch have similar lengths.
 
     The indices are shuffled and divided into groups of about 50 batches. Each group is sorted by length, and then the
-    batches are shuffled. The order depends only on the seed and the epoch, so it is the same on every rank and after
-    resuming.
+    batches are shuffled. The order depends only on the seed and the epoch, so all ranks use the same order, and a
+    resumed run continues with that order.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:

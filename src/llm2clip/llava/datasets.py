@@ -46,17 +46,17 @@ def read_conversations(
         sources: paths of the sources; the format of each source is detected automatically.
         from_records: function that makes conversations from records and a seed: `captioning_conversations` or
             `instruction_conversations`.
-        images: folder that image paths in LLaVA's format are relative to; see `read_llava`.
-        columns: column name in the source for each record field.
+        images: folder that contains the images of files in LLaVA's format. See `read_llava`.
+        columns: map from record fields to column names in the sources.
         log: log of skipped rows.
-        seed: seed for `from_records`.
+        seed: random seed, passed to `from_records`.
     """
     conversations: list[Conversation] = []
     for source in sources:
         if is_llava_file(source):
             conversations += read_llava(source, images, log)
         else:
-            # Rows with the same image are merged: POPE must not treat an object as absent if any row names it.
+            # Rows with the same image are merged: an object must not count as absent if any of the rows names it.
             records = [record for _, record in read_merged_records([source], columns or {}, log)]
             conversations += from_records(records, seed)
     return conversations
@@ -75,12 +75,12 @@ def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> lis
     """Read a file in LLaVA's format, such as blip_laion_cc_sbu_558k.json or llava_v1_5_mix665k.json.
 
     Each row is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}. `image`
-    is optional. A .json file contains a list of rows, a .jsonl file one row per line. Invalid rows and rows whose image
-    file is missing are skipped and logged.
+    is optional. A .json file contains a list of rows. A .jsonl file contains one row per line. Invalid rows are skipped
+    and logged, as are rows whose image file is missing.
 
     Args:
         file: .json or .jsonl file.
-        images: folder that image paths are relative to. Default: the folder of the file.
+        images: folder that image paths are relative to. Default: the folder that contains the file.
         log: log of skipped rows.
 
     Raises:
@@ -106,7 +106,7 @@ def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> lis
 
 
 def captioning_conversations(records: Iterable[Record], seed: int = 0) -> list[Conversation]:
-    """Make one conversation per caption: a random prompt for a short or long caption, answered by the caption."""
+    """Make one conversation per caption. A random prompt asks for a short or long caption; the caption is the answer."""
     rng = random.Random(seed)
     conversations = []
     for record in records:
@@ -124,7 +124,7 @@ def captioning_conversations(records: Iterable[Record], seed: int = 0) -> list[C
 def instruction_conversations(records: Iterable[Record], seed: int = 0) -> list[Conversation]:
     """Make captioning conversations, plus one conversation per image with yes-or-no questions about objects.
 
-    The answers yes and no are equally frequent.
+    Half of the answers are yes and half are no.
     """
     records = list(records)
     turns_by_record: dict[int, list[tuple[str, str]]] = {}

@@ -3,7 +3,7 @@
 OUT/answers/TASK-FINGERPRINT.jsonl   cached answers, for resuming an interrupted evaluation
 OUT/submissions/                     files to upload to the servers of benchmarks without public test answers
 OUT/results.json                     metrics
-OUT/report.html, report.md           metrics as tables, and sample captions
+OUT/report.html, OUT/report.md       tables of metrics, and sample captions
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class GenerationOptions:
 
     Args:
         num_beams: number of beams for generating captions. Benchmarks use greedy decoding, as LLaVA-1.5 does.
-        by_likelihood: answer multiple-choice questions with the most likely option instead of generating a letter.
+        by_likelihood: answer each multiple-choice question with the most likely option instead of a generated letter.
         batch_size: number of questions per forward pass.
         precision: fp32, bf16 or auto.
         judge: LLM judge that scores free-form answers. Without a judge, free-form answers are generated but not scored.
@@ -63,7 +63,7 @@ class GenerationOptions:
 
 
 def caption_task(records: Sequence[Record]) -> tuple[Task, list[Question]]:
-    """Return a captioning task and its questions. Generated captions are scored against the captions of the records."""
+    """Return a captioning task and its questions. Generated captions are compared with the records' captions."""
     task = Task(
         name="captions",
         description="BLEU-4 and CIDEr-D against human captions",
@@ -111,7 +111,7 @@ def evaluate_model(
         log: log of images that cannot be decoded.
 
     Raises:
-        TooManySkipped: too many of a task's images cannot be decoded.
+        TooManySkipped: too many images of a task cannot be decoded.
     """
     model = AnswerGenerator(name, precision=options.precision, batch_size=options.batch_size)
     weights = hash_weights(model.model)
@@ -146,7 +146,7 @@ def evaluate_model(
 
 
 def _no_questions(folder: Path, log: SkipLog) -> list[Question]:
-    """Return an empty list: the questions for this task are made from records."""
+    """Return an empty list, because the questions for this task are made from records."""
     return []
 
 

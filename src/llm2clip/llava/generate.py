@@ -31,8 +31,8 @@ class AnswerGenerator:
         """
         Args:
             name: model folder or hub id.
-            device: device to run on. Default: the device of this process.
-            precision: fp32, bf16 or auto. auto means bf16 if the device has hardware support for bf16, otherwise fp32.
+            device: device to run on. Default: the current process's device.
+            precision: fp32, bf16 or auto. auto selects bf16 if the hardware supports bf16, otherwise fp32.
             batch_size: number of questions per forward pass.
 
         Raises:
@@ -65,7 +65,7 @@ class AnswerGenerator:
         """Yield (question index, answer) as batches complete. Questions are sorted by length before they are batched.
 
         Args:
-            questions: questions with or without an image.
+            questions: questions to answer; the image is optional.
             max_new_tokens: maximum number of tokens per answer.
             num_beams: number of beams; 1 means greedy decoding.
         """
@@ -100,9 +100,9 @@ class AnswerGenerator:
         """Score candidate answers to a question.
 
         Returns:
-            (answers, 3) float32. The three values per answer are the sum of its tokens' log-likelihoods, the number of
-            its tokens, and the number of its tokens that greedy decoding would choose. None if the image cannot be
-            decoded.
+            (answers, 3) float32. The three values per answer are the sum of the log-likelihoods of its tokens, the
+            number of tokens, and the number of tokens that greedy decoding would choose. If the image cannot be
+            decoded, the result is None.
         """
         pixels = decode_or_error(question.image, self.transform) if question.image is not None else None
         if isinstance(pixels, str):
@@ -149,9 +149,9 @@ class AnswerGenerator:
     def _generation_inputs(
         self, questions: Sequence[Question], indices: Sequence[int]
     ) -> tuple[list[int], dict[str, Tensor]]:
-        """Return the indices of the usable questions, and the model inputs for the usable questions.
+        """Return the indices of the usable questions, and the model inputs for these questions.
 
-        A question is usable unless its image cannot be decoded. Prompts are left-padded.
+        Questions whose image cannot be decoded are not usable. Prompts are left-padded.
         """
         usable, pixels = [], []
         for n in indices:

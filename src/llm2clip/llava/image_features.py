@@ -23,7 +23,7 @@ from llm2clip.store.store import EmbeddingStore
 
 MAX_SHARD_BYTES = 1 << 30
 MAX_SHARD_IMAGES = 8192
-MAX_SCALE = 8  # maximum longer side before padding, as a multiple of the input size; larger images are shrunk
+MAX_SCALE = 8  # maximum length of the longer side before padding, as a multiple of the input size
 
 
 class LlavaTransform:
@@ -56,7 +56,7 @@ def resize_longest(image: Tensor, side: int) -> Tensor:
 
 
 def pad_to_square(image: Tensor, colour: Sequence[int]) -> Tensor:
-    """Pad an image (3, H, W) equally on both sides to a square, as LLaVA-1.5 does.
+    """Pad an image (3, H, W) to a square, equally on both sides, as LLaVA-1.5 does.
 
     If the tower's preprocessing crops images (crop_pct below 1), the padded image is cropped too.
     """
@@ -76,7 +76,7 @@ def patch_feature_size(config: Any) -> int:
 class PatchFeatures:
     """A LLaVA model's vision tower as a function from pixels to the projector's input.
 
-    Implements `ImageEncoder` from `store/image_features.py`: the patch features of an image form one long vector.
+    Implements `ImageEncoder` from `store/image_features.py`. The patch features of an image are flattened to a vector.
     """
 
     def __init__(self, model: Any, processor: Any, bf16: bool = False) -> None:
@@ -132,10 +132,10 @@ class PatchFeatures:
 def cache_patch_features(
     refs: Sequence[ImageRef], features: PatchFeatures, folder: Path, log: SkipLog, workers: int | None = None
 ) -> EmbeddingStore:
-    """Compute the patch features that the float16 store in `folder` does not contain yet, and return the store.
+    """Compute the patch features that are missing from the float16 store in `folder`, and return the store.
 
     Raises:
-        StoreError: the store contains features from another tower.
+        StoreError: the store contains features from a different tower.
     """
     bytes_per_image = 2 * features.embed_dim
     shard_size = max(1, min(MAX_SHARD_IMAGES, MAX_SHARD_BYTES // bytes_per_image))
@@ -145,7 +145,7 @@ def cache_patch_features(
 
 
 class PrecomputedVision(nn.Module):
-    """Replacement for the vision tower that returns precomputed patch features in the format that the model expects.
+    """Replacement for the vision tower. Returns precomputed patch features in the format that the model expects.
 
     The model inputs must select the last layer and all tokens, as the inputs from `LlavaCollator` do.
     """

@@ -29,7 +29,7 @@ class LmmsModel(lmms):
         """
         Args:
             pretrained: model folder or hub id.
-            device: device to run on. Default: the device of this process.
+            device: device to run on. Default: the current process's device.
             batch_size: number of questions per forward pass.
             precision: fp32, bf16 or auto.
         """
@@ -39,7 +39,7 @@ class LmmsModel(lmms):
         self._world_size = process_state().num_processes
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Return the answers to requests, in the same order. Each answer stops before its request's `until` strings."""
+        """Return one answer per request. Each answer ends before the first of the request's `until` strings."""
         answers = [""] * len(requests)
         settings = [request.args[1] for request in requests]
         limits = [int(setting.get("max_new_tokens", 128)) for setting in settings]
@@ -57,7 +57,7 @@ class LmmsModel(lmms):
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Return the log-likelihood of each request's answer, and whether greedy decoding would produce that answer."""
+        """Return (log-likelihood of the answer, whether greedy decoding would produce the answer) for each request."""
         results = []
         for n, request in enumerate(requests):
             context, target, to_visual, doc_id, task, split = request.args
@@ -77,7 +77,7 @@ class LmmsModel(lmms):
         """Convert a request to a question.
 
         Raises:
-            ValueError: the request has several images or a video.
+            ValueError: the request contains either a video or more than one image.
         """
         visuals = (to_visual(self.task_dict[task][split][doc_id]) if to_visual else None) or []
         if any(isinstance(visual, str) for visual in visuals):

@@ -1,12 +1,12 @@
 """POPE questions (arXiv 2305.10355) made from captions: yes-or-no questions about whether an object is in the image.
 
 The original POPE asks about objects marked by annotators, in images with at least three such objects. Here, an object
-counts as present if any caption of the image names the object, and as absent otherwise. Captions name most of the
+counts as present if any of the image's captions names the object, and as absent otherwise. Captions name most of the
 salient objects but not everything in the image, so the answer "no" is sometimes wrong. This affects all models equally.
 
 There are three strategies for sampling absent objects:
 
-    random        absent objects drawn uniformly
+    random        absent objects sampled uniformly
     popular       the absent objects that captions in the data set name most often
     adversarial   the absent objects that most often co-occur with the present object of the previous question
 """
@@ -27,7 +27,7 @@ from llm2clip.data.records import Record
 
 OBJECTS_FILE = Path(__file__).with_name("objects.txt")
 UNCOUNTABLE = ("snow",)
-OBJECTS_PER_IMAGE = 3  # maximum number of present objects per image, and of absent objects (the paper's k)
+OBJECTS_PER_IMAGE = 3  # maximum number of present objects per image, and of absent objects per image (the paper's k)
 
 
 class Sampling(StrEnum):
@@ -59,10 +59,11 @@ def make_questions(
     """For each image, make equal numbers of questions with the answers yes and no.
 
     Args:
-        records: captioned images. Records without an image, or whose captions name no object, are ignored.
+        records: captioned images. Records without an image are ignored. So are records whose captions do not name any
+            object.
         sampling: strategy for sampling absent objects.
-        per_image: maximum number of present objects per image, and of absent objects.
-        seed: seed for the random choices.
+        per_image: maximum number of present objects per image, and of absent objects per image.
+        seed: random seed.
         objects_file: file with objects and their synonyms. See `read_objects`.
     """
     names = read_objects(objects_file)
@@ -131,7 +132,7 @@ def read_objects(file: Path) -> dict[str, str]:
 
 
 def _count_objects(objects_per_image: Iterable[list[str]]) -> tuple[Counter[str], dict[str, Counter[str]]]:
-    """Count the images that contain each object and, for each pair of objects, the images that contain both."""
+    """Count the images that contain each object, and the images that contain both objects of each pair."""
     frequency: Counter[str] = Counter()
     co_occurrence: dict[str, Counter[str]] = {}
     for objects in objects_per_image:

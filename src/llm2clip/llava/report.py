@@ -21,7 +21,7 @@ from llm2clip.html_report import (
 from llm2clip.llava.evaluate import LlavaResult
 from llm2clip.models.display_names import display_names
 
-# Columns of the LLaVA-1.5 table on LLM2CLIP's project page: benchmark, column heading and metric.
+# Columns of the LLaVA-1.5 table on the LLM2CLIP project page. Each column has a benchmark, a heading and a metric.
 COLUMNS = {
     "vqav2": ("VQAv2", "accuracy"),
     "gqa": ("GQA", "accuracy"),
@@ -36,8 +36,8 @@ COLUMNS = {
     "mm-vet": ("MM-Vet", "total"),
     "seed": ("SEED", "accuracy"),
 }
-# F1 for random, adversarial and popular sampling. On the project page, the values in LLaVA's row are in a different
-# order from those in the other rows.
+# F1 for random, adversarial and popular sampling. On the project page, the order of the values in LLaVA's row differs
+# from the order in the other rows.
 PAPER_POPE = {
     "LLaVA (paper)": (87.3, 84.2, 86.1),
     "LLaVA (reproduced)": (87.7, 84.85, 86.3),
@@ -63,7 +63,7 @@ NOTES = {
     "mmbench": "MMBench's server asks an LLM about answers that name no option. Here, such answers count as wrong.",
 }
 SAMPLE_IMAGES = 12
-THUMBNAIL_SIDE = 280  # length of the longer side, in pixels
+THUMBNAIL_SIDE = 280  # length of a thumbnail's longer side, in pixels
 
 
 def write_llava_report(results: Sequence[LlavaResult], command: str, out: Path) -> Path:
@@ -78,7 +78,7 @@ def write_llava_report(results: Sequence[LlavaResult], command: str, out: Path) 
 
 
 def _paper_comparison(results: Sequence[LlavaResult]) -> list[Block]:
-    """Compare the evaluated models with those in the paper, on the benchmarks that were run."""
+    """Compare the evaluated models with the paper's models on the benchmarks that were run."""
     benchmarks = [task for task in COLUMNS if any(result.task == task for result in results)]
     if not benchmarks:
         return []

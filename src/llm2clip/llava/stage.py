@@ -40,7 +40,7 @@ class TrainingStage:
             stage: `pretrain` or `instruct`.
             config: training settings.
             out: run directory; the stage writes to `out/STAGE`.
-            store: cached patch features. Default: the vision tower computes the features in each step.
+            store: cached patch features. If None, the vision tower computes the features in each step.
         """
         self.stage = stage
         self.config = config
@@ -69,7 +69,7 @@ class TrainingStage:
         Training resumes from the latest checkpoint, if there is one.
 
         Raises:
-            ValueError: the data, batch size or number of processes differs from that of the checkpoint.
+            ValueError: the data, batch size or number of processes differs from the checkpoint's.
             FloatingPointError: the loss, gradient norm or weights are not finite.
         """
         trained_on = hash_texts(json.dumps([conversation.id, *conversation.turns]) for conversation in conversations)
@@ -117,7 +117,7 @@ class TrainingStage:
         )
 
     def _blank_image(self) -> Tensor:
-        """Return the pixels of a blank image or, if features are cached, patch features that are all zero."""
+        """Return all-zero patch features if features are cached, otherwise the pixels of a blank image."""
         if self.features is None:
             return torch.zeros(self.image_tokens, self.feature_size)
         size = self.features.transform.preprocess.size
@@ -174,9 +174,9 @@ class _LlavaTrainer(Trainer):
     ) -> None:
         """
         Args:
-            sampler: sampler for the training data. Default: the Trainer's own sampler.
+            sampler: sampler for the training data. If None, the Trainer's default sampler is used.
             features: computes patch features from pixels in each step. If None, batches already contain patch features.
-            arguments: other arguments for the Trainer.
+            arguments: further keyword arguments for the Trainer.
         """
         super().__init__(**arguments)
         self.sampler = sampler
@@ -192,7 +192,7 @@ class _LlavaTrainer(Trainer):
         return prepared
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.args.should_save:  # the Trainer calls this on all ranks
+        if not self.args.should_save:  # the Trainer calls this method on all ranks
             return
         model: Any = self.model
         state = model.state_dict() if state_dict is None else state_dict

@@ -5,7 +5,7 @@ FSDP2 work as usual. The second stage starts from the result of the first stage.
 
     RUN/features/     cached patch features of the vision tower, if they are small enough
     RUN/pretrain/     first stage: checkpoints, metrics.jsonl, and the trained weights in learned.safetensors
-    RUN/instruct/     second stage: the same files
+    RUN/instruct/     second stage: files as in RUN/pretrain/
     RUN/model/        trained model, for AutoModelForImageTextToText.from_pretrained
 """
 
@@ -47,13 +47,13 @@ def train_llava(
     """Run both stages and save the trained model to `out/model`. An interrupted run is resumed.
 
     Args:
-        source: folder or hub id of a LLaVA model, such as one built by `build_llava`.
+        source: folder or hub id of a LLaVA model, for example a folder written by `build_llava`.
         pretrain: conversations to train the projector on; may be empty. Conversations without an image are ignored.
         instruct: conversations to train the projector and the LLM on; may be empty.
         config: training settings.
         out: run directory.
-        log: log of images that cannot be decoded while features are being cached. If features are not cached, such
-            images only cause warnings.
+        log: log of images that cannot be decoded while features are being cached. If features are not cached, images
+            that cannot be decoded only cause warnings.
 
     Returns:
         The path of the model folder.
@@ -107,7 +107,10 @@ def _cache_features(
     folder: Path,
     log: SkipLog,
 ) -> EmbeddingStore | None:
-    """Cache the patch features of all images. Return the store, or None if it would exceed `config.cache_gb`."""
+    """Cache the patch features of all images and return the store.
+
+    If the store would be larger than `config.cache_gb`, nothing is cached and the result is None.
+    """
     images = {conversation.image.key: conversation.image for conversation in conversations if conversation.image}
     if not images or not config.cache_gb:
         return None

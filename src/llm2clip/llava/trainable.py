@@ -1,4 +1,4 @@
-"""Trainable parameters of each training stage, and the files in which they are saved."""
+"""Selection, saving and loading of the parameters that each training stage trains."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llm2clip.config import LlavaConfig
 from llm2clip.io_utils import atomic_path
 
-TRAINED_WEIGHTS = "learned.safetensors"  # file name in each stage's folder and in that stage's checkpoints
+TRAINED_WEIGHTS = "learned.safetensors"  # file name, both in each stage's folder and in each checkpoint
 
 
 def set_trainable(model: Any, stage: str, config: LlavaConfig, out: Path) -> Any:
@@ -59,7 +59,7 @@ def load_trained(model: nn.Module, file: Path) -> None:
     """Copy trained weights into the parameters of a model.
 
     Raises:
-        ValueError: a parameter's name or shape does not match.
+        ValueError: the names or shapes in the file do not match the model's parameters.
     """
     parameters = dict(model.named_parameters())
     tensors = load_file(file)

@@ -14,10 +14,10 @@ from llm2clip.models.vision_tower import VisionTower
 
 
 def load_tower(name: str, image_size: int | None = None) -> VisionTower:
-    """Load the vision tower from an LLM2CLIP model folder, or a pretrained tower (see `VisionTower.from_pretrained`).
+    """Load a vision tower, either from an LLM2CLIP model folder or with `VisionTower.from_pretrained`.
 
     Args:
-        name: model folder, or name of a pretrained tower.
+        name: path of an LLM2CLIP model folder, or name of a pretrained tower.
         image_size: input size in pixels. Default: the size that the tower was trained with.
 
     Raises:

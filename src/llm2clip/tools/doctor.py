@@ -1,7 +1,7 @@
 """`llm2clip doctor`: check the machine and the Python environment.
 
-Each check reports a verdict, what was measured, and how to fix a problem. "bad" means that `llm2clip fit` would fail;
-"note" means that some features are missing or slow.
+Each check reports a verdict, what was measured and, if there is a problem, how to fix it. The verdict "bad" means that
+`llm2clip fit` would fail. The verdict "note" means that some features are missing or slow.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     import torch
 
 Verdict = Literal["ok", "note", "bad"]
-DEVELOPER_EXTRAS = ("dev", "docs", "peers")  # for development only, so not checked
-MIN_DISK_GB = 5.0  # for the weights, store and checkpoints of a small `fit` run
-MIN_MEMORY_GB = 4.0  # for a small `fit` run
-MIN_SHARED_MEMORY_MB = 64  # one batch of decoded images per worker
+DEVELOPER_EXTRAS = ("dev", "docs", "peers")  # not checked, because only developers need them
+MIN_DISK_GB = 5.0  # space for the weights, embedding store and checkpoints of a small `fit` run
+MIN_MEMORY_GB = 4.0  # free memory for a small `fit` run
+MIN_SHARED_MEMORY_MB = 64  # space for one batch of decoded images per worker
 
 
 @dataclass(frozen=True)
 class Check:
-    """Result of one check: its name, the verdict, what was measured, and how to fix a problem."""
+    """Result of one check: the check's name, the verdict, what was measured, and how to fix a problem."""
 
     name: str
     verdict: Verdict
@@ -45,7 +45,7 @@ def doctor(run_dir: Path, offline: bool = False) -> list[Check]:
     """Run all checks.
 
     Args:
-        run_dir: folder where runs will be written.
+        run_dir: folder in which runs will be saved.
         offline: skip the check that connects to the model hub.
     """
     checks: list[Callable[[], Iterator[Check]]] = [
@@ -75,7 +75,7 @@ def format_checks(checks: list[Check]) -> list[str]:
 
 
 def requirements() -> dict[str, list[Requirement]]:
-    """Return the package's requirements for each extra; the key "" holds the requirements of the base install."""
+    """Return the package's requirements for each extra. The key "" contains the base install's requirements."""
     by_extra: dict[str, list[Requirement]] = {}
     for line in metadata.requires("llm2clip") or []:
         requirement = Requirement(line)
@@ -121,7 +121,7 @@ def check_extras() -> Iterator[Check]:
 
 
 def check_compute() -> Iterator[Check]:
-    """Check the device, its precision, the number of CPU threads, and a gradient computed on the device."""
+    """Check the device, its default precision, the number of CPU threads, and a gradient computed on the device."""
     import torch
 
     from llm2clip.models.precision import resolve_device_precision
@@ -153,7 +153,7 @@ def check_compute() -> Iterator[Check]:
 
 
 def check_gradient(device: torch.device) -> Check:
-    """Compare the gradient of the contrastive loss on the device with a plain float64 implementation."""
+    """Compare the contrastive loss's gradient on the device with that of a plain float64 implementation."""
     import torch
     import torch.nn.functional as F
 

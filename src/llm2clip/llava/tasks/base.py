@@ -1,4 +1,4 @@
-"""Base types for benchmarks: questions, and tasks that read questions and score answers."""
+"""Base types for benchmarks: `Question`, and `Task`, which reads questions and scores answers."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Question:
         id: question id, unique within the benchmark.
         image: image that the question is about, or None.
         prompt: text given to the model, without an image token.
-        target: reference for scoring the answer; None if only the benchmark's server has the reference.
+        target: reference for scoring the answer; None if the benchmark does not publish references.
         group: category of the question, for metrics by category.
         options: options of a multiple-choice question, in order.
-        unit: key shared by questions that are scored together, such as the rotations of a multiple-choice question.
-            If empty, the question is scored alone.
+        unit: key shared by questions that are scored together, such as copies of a multiple-choice question with
+            rotated options. If empty, the question is scored alone.
     """
 
     id: str
@@ -51,10 +51,10 @@ class Task:
         description: one-line description of the protocol.
         source: where to download the benchmark's files.
         read: function that reads questions from a folder. Questions whose image is missing are skipped and logged.
-        score: function that computes metrics from questions and answers, in percent unless noted. The first metric is
-            the one in LLaVA-1.5's table.
-        submission: function that converts questions and answers to files for the benchmark's server, as a dict from
-            file name to content.
+        score: function that computes metrics from questions and answers, in percent unless noted. The first metric
+            must be the metric in LLaVA-1.5's table.
+        submission: function that converts questions and answers to files for the benchmark's server. Returns a dict
+            from file names to file contents.
         max_new_tokens: maximum number of tokens per answer.
         judge: function that scores an answer, given the question, the answer and an LLM judge. `score` then receives
             the judge's scores instead of the answers.
@@ -72,7 +72,7 @@ class Task:
     llava_folder: str = ""
 
     def folder(self, root: str | Path) -> Path:
-        """Return the benchmark's folder under `root`: `name`, or `llava_folder` if only that folder exists."""
+        """Return the benchmark's folder: `root/llava_folder` if only that folder exists, otherwise `root/name`."""
         by_name = Path(root) / self.name
         by_llava = Path(root) / self.llava_folder
         if self.llava_folder and by_llava.is_dir() and not by_name.is_dir():

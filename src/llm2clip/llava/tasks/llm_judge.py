@@ -1,7 +1,8 @@
 """Benchmarks with free-form answers scored by an LLM judge: LLaVA-Bench (in the wild) and MM-Vet.
 
 The judge can be any LLM with an OpenAI-compatible API. The prompts are the benchmarks' official prompts. The official
-judges are gpt-4-0314 and gpt-4-0613, respectively. Scores from other judges are not comparable with published scores.
+judges are gpt-4-0314 for LLaVA-Bench and gpt-4-0613 for MM-Vet. Scores from other judges are not comparable with scores
+in papers.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from llm2clip.llava.tasks.base import Question, Task, find_image, group_by, mean
 
 MM_VET_ATTEMPTS = 5
 MAX_REPLY_BYTES = 1 << 20
-RETRY_DELAYS = (1, 4, 16)  # seconds
+RETRY_DELAYS = (1, 4, 16)  # delay before each retry, in seconds
 RETRY_STATUS = (429, 500, 502, 503, 504)
 
 Judge = Callable[[list[dict[str, str]], float, int], str]  # messages, temperature, maximum number of tokens
@@ -132,7 +133,7 @@ def read_llava_bench(folder: Path, log: SkipLog) -> list[Question]:
 def judge_llava_bench(question: Question, answer: str, judge: Judge) -> tuple[float, float]:
     """Return the judge's scores, from 1 to 10, for GPT-4's answer and for the model's answer.
 
-    Both scores are -1 if the reply does not start with two scores, as in the official code.
+    As in the benchmark's official code, both scores are -1 if the reply does not start with two scores.
     """
     target = question.target
     prompt = (
@@ -152,7 +153,7 @@ def judge_llava_bench(question: Question, answer: str, judge: Judge) -> tuple[fl
 
 
 def score_llava_bench(questions: Sequence[Question], scores: Sequence[Any]) -> dict[str, float]:
-    """Return the model's mean score relative to GPT-4's, in percent, overall and by category."""
+    """Return the model's mean score as a percentage of GPT-4's mean score, overall and by category."""
     by_category = {category: _relative_score(group) for category, group in group_by(questions, scores).items()}
     return {"relative": _relative_score(scores)} | by_category
 
@@ -201,7 +202,7 @@ MM_VET_PROMPT = (
 
 
 def read_mm_vet(folder: Path, log: SkipLog) -> list[Question]:
-    """Read mm-vet.json and images/ from MM-Vet's release."""
+    """Read mm-vet.json and images/, as released by MM-Vet's authors."""
     file = first_existing(folder, "mm-vet.json", "*/mm-vet.json")
     questions = []
     for number, (question_id, row) in enumerate(read_json(file).items(), 1):
@@ -221,7 +222,7 @@ def read_mm_vet(folder: Path, log: SkipLog) -> list[Question]:
 
 
 def judge_mm_vet(question: Question, answer: str, judge: Judge) -> float:
-    """Return the judge's score, from 0 to 1, or 0 if none of five replies is a valid score."""
+    """Return the judge's score, from 0 to 1. If the judge's first five replies are all invalid, the score is 0."""
     target = question.target["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     prompt = f"{MM_VET_PROMPT}\n{question.target['question']} | {target} | {answer} | "
     for attempt in range(MM_VET_ATTEMPTS):

@@ -35,9 +35,9 @@ def format_choices(question: str, options: Sequence[str], instruction: str = OPT
 
 
 def read_scienceqa(folder: Path, log: SkipLog) -> list[Question]:
-    """Read the test questions with an image from problems.json and pid_splits.json, as for LLaVA-1.5's table.
+    """Read the test questions with images from problems.json and pid_splits.json, as in LLaVA-1.5.
 
-    The images are images/test/ID/image.png.
+    Each image is images/test/ID/image.png.
     """
     file = first_existing(folder, "problems.json", "*/problems.json")
     problems = read_json(file)
@@ -65,7 +65,7 @@ def read_scienceqa(folder: Path, log: SkipLog) -> list[Question]:
 
 
 def scienceqa_letter(answer: str) -> str | None:
-    """Extract the option letter from an answer, as LLaVA does: `A`, `A. ...`, or a single `The answer is A.`"""
+    """Extract the option letter from an answer as LLaVA does: from `A`, `A. ...`, or a single `The answer is A.`"""
     if answer in LETTERS and len(answer) == 1:
         return answer
     if len(answer) >= 3 and answer[0] in LETTERS and answer[1:3] == ". ":
@@ -85,15 +85,15 @@ def score_scienceqa(questions: Sequence[Question], answers: Sequence[str]) -> di
 # ---- MMBench (arXiv 2307.06281) -------------------------------------------------------------------------------------
 
 OPTION_LETTER_CN = "\n请直接回答选项字母。"
-_ROTATION_OFFSET = 1_000_000  # the index of a row with rotated options is the original index plus a multiple of this
+_ROTATION_OFFSET = 1_000_000  # rows with rotated options have the original index plus a multiple of this
 _LETTER_FORMS = ("{}", "{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
 # Cells that count as missing in LLaVA's code or in pandas, which LLaVA uses.
 _EMPTY_CELLS = ("", "nan", "none", "na", "n/a", "null", "<na>")
-_MIN_IMAGE_CHARS = 64  # a shorter cell is the index of another row, not a base64 image
+_MIN_IMAGE_CHARS = 64  # a shorter cell contains the index of another row instead of a base64 image
 
 
 def read_mmbench(folder: Path, log: SkipLog) -> list[Question]:
-    """Read mmbench_dev_20230712.tsv or a newer English file. The file contains the images, encoded in base64."""
+    """Read mmbench_dev_20230712.tsv or a newer English file. The file contains the images, encoded as base64."""
     return _read_mmbench_table(first_existing(folder, "mmbench_dev_2*.tsv", "mmbench_dev_en_*.tsv"), log, OPTION_LETTER)
 
 
@@ -143,7 +143,7 @@ def _decode_cell(row: dict[str, Any], images: dict[str, MemoryImage]) -> MemoryI
 
     Args:
         row: row of the table.
-        images: images of earlier rows, keyed by row index. A new image is added.
+        images: images of earlier rows, keyed by row index. If the cell contains a new image, it is added.
 
     Raises:
         ValueError: the cell contains neither a base64 image nor a known index.
@@ -161,8 +161,8 @@ def _decode_cell(row: dict[str, Any], images: dict[str, MemoryImage]) -> MemoryI
 def mmbench_letter(answer: str, options: Sequence[str]) -> str | None:
     """Extract the option letter from an answer as MMBench does, but without asking an LLM about unclear answers.
 
-    The result is the only letter that occurs as a separate word or, failing that, the letter of the only option whose
-    text occurs in the answer.
+    If exactly one letter occurs as a separate word, the result is that letter. Failing that, if the text of exactly one
+    option occurs in the answer, the result is the letter of that option.
     """
     words = answer.split()
     letters = LETTERS[: len(options)]
@@ -180,7 +180,7 @@ def score_mmbench(questions: Sequence[Question], answers: Sequence[str]) -> dict
     """Return the accuracy with CircularEval, without CircularEval, and with CircularEval by category.
 
     With CircularEval, a question counts as correct only if it is answered correctly for every rotation of its options.
-    An answer that names no option counts as wrong here, whereas MMBench's server asks an LLM first.
+    Here, an answer without a recognised option counts as wrong. MMBench's server asks an LLM about such answers.
     """
     correct: dict[str, list[float]] = {}  # by unit: one value per rotation
     category: dict[str, str] = {}

@@ -1,8 +1,8 @@
 """Benchmarks with open-ended questions and short answers: VQAv2, VizWiz, TextVQA and GQA.
 
-The benchmarks define how answers are normalised before they are compared. The rules are reproduced with all their
-quirks. The rules come from vqaEval.py in GT-Vision-Lab/VQA or, for TextVQA and for answers submitted to servers, from
-m4c_evaluators.py in facebookresearch/mmf.
+The benchmarks define how answers are normalised before they are compared. This module reproduces these rules exactly.
+VQAv2 and VizWiz use the rules of vqaEval.py in GT-Vision-Lab/VQA. TextVQA uses the rules of m4c_evaluators.py in
+facebookresearch/mmf, as do answers that are submitted to servers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ NUMBERS = {word: str(n) for n, word in enumerate(_DIGITS)} | {"none": "0"}
 ARTICLES = ("a", "an", "the")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _THOUSANDS_COMMA = re.compile(r"(\d)(\,)(\d)")
-# `(?!<=\d)` was apparently meant to be the look-behind `(?<!\d)`, but all published results use this pattern.
+# `(?!<=\d)` was apparently meant to be the look-behind `(?<!\d)`, but vqaEval.py uses this pattern,
+# and so do all reported results.
 _PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
 # vqaEval.py passes re.UNICODE (32) as the count argument of re.sub, so at most 32 periods are removed.
 _MAX_PERIODS = 32
@@ -97,7 +98,7 @@ def _normalize_words(text: str, table: dict[str, str] | None = None) -> str:
 def agreement(answer: str, human_answers: Sequence[str]) -> float:
     """Return VQA's score for the agreement of an answer with human answers, from 0 to 1.
 
-    The score is the mean of min(1, matches / 3) over all ways to leave out one human answer.
+    For each way to leave out one human answer, compute min(1, matches / 3). The score is the mean of these values.
     """
     credits = []
     for left_out in range(len(human_answers)):
@@ -107,7 +108,7 @@ def agreement(answer: str, human_answers: Sequence[str]) -> float:
 
 
 def vqa_accuracy(answer: str, human_answers: Sequence[str]) -> float:
-    """Return the VQA accuracy of an answer, from 0 to 1. If all human answers are identical, nothing is normalised."""
+    """Return the VQA accuracy of an answer, from 0 to 1. Answers are normalised unless all human answers are equal."""
     answer = _to_single_line(answer)
     human_answers = [_to_single_line(other) for other in human_answers]
     if len(set(human_answers)) > 1:
@@ -146,10 +147,10 @@ def _mean_accuracy(
 
 
 def read_vqav2(folder: Path, log: SkipLog) -> list[Question]:
-    """Read v2_OpenEnded_mscoco_SPLIT_questions.json, and v2_mscoco_SPLIT_annotations.json with the human answers.
+    """Read questions from v2_OpenEnded_mscoco_SPLIT_questions.json, and answers from v2_mscoco_SPLIT_annotations.json.
 
-    The split is val2014 if its questions exist, otherwise test-dev2015, which has no annotations. The images are in
-    val2014/ or test2015/.
+    The split is val2014 if its question file exists, otherwise test-dev2015, which has no annotations. The images are
+    in val2014/ or test2015/.
     """
     file = first_existing(
         folder, "v2_OpenEnded_mscoco_val2014_questions.json", "v2_OpenEnded_mscoco_test*_questions.json"
@@ -201,7 +202,7 @@ UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'U
 
 
 def read_vizwiz(folder: Path, log: SkipLog) -> list[Question]:
-    """Read val.json or test.json; test.json has no human answers. The images are in val/ or test/."""
+    """Read val.json, or test.json, which has no human answers. The images are in val/ or test/."""
     file = first_existing(folder, "val.json", "test.json", "Annotations/val.json", "Annotations/test.json")
     questions = []
     for number, row in enumerate(read_json(file), 1):

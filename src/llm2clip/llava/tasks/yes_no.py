@@ -15,7 +15,7 @@ from llm2clip.llava.tasks.base import SHORT_ANSWER, Question, Task, find_image, 
 
 
 def says_yes(answer: str) -> bool:
-    """Return False if "No", "no" or "not" is a word before the first period, otherwise True, as in POPE."""
+    """Return whether an answer means yes: no word before the first period is "No", "no" or "not", as in POPE."""
     words = answer.partition(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"} & set(words)
 
@@ -105,9 +105,10 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 
 
 def read_mme(folder: Path, log: SkipLog) -> list[Question]:
-    """Read NAME.txt and NAME.jpg or NAME.png in each folder MME_Benchmark_release_version/SUBTASK.
+    """Read the questions and images in each folder MME_Benchmark_release_version/SUBTASK.
 
-    Each text file has two lines, `question<tab>Yes` or `question<tab>No`. In some subtasks, the text files are in
+    The questions about NAME.jpg or NAME.png are in NAME.txt. Each text file has two lines, and each line is either
+    `question<tab>Yes` or `question<tab>No`. In some subtasks, the text files are in
     questions_answers_YN/ and the images are in images/.
     """
     root = next((path for path in (*folder.glob("MME_Benchmark_release_version*"), folder) if path.is_dir()), folder)
@@ -148,9 +149,9 @@ def mme_answer(answer: str) -> str:
 
 
 def score_mme(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Return MME's points: perception (ten subtasks, up to 2,000), cognition (four, up to 800) and each subtask.
+    """Return MME's points for perception (up to 2,000), for cognition (up to 800) and for each of the 14 subtasks.
 
-    The points for a subtask are the sum of two percentages: the accuracy, and the share of images for which both
+    The points for a subtask are the sum of two percentages: the accuracy, and the percentage of images for which both
     questions are answered correctly.
     """
     correct_of_image: dict[str, dict[str, list[float]]] = {}  # by subtask, then by image

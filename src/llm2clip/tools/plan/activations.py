@@ -1,7 +1,7 @@
 """Count the bytes of activations that autograd saves for the backward pass, using fake tensors.
 
-Fake tensors run the model's own code without allocating memory. They are placed on a fake CPU, because CPU
-attention kernels save as little as GPU kernels, and CPU autocast lowers the precision as on a GPU.
+With fake tensors, the model's code runs without allocating memory. The tensors are on a fake CPU, because CPU attention
+kernels save as few bytes as GPU kernels, and CPU autocast lowers the precision as GPU autocast does.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class SavedTensorBytes:
 
 
 def saved_by_llm(config: Any, tune: TuneConfig, precision: str, num_layers: int) -> tuple[float, float]:
-    """Return the bytes per token of saved activations and of layer inputs, for an LLM with `num_layers` layers."""
+    """Return the bytes of saved activations and the bytes of layer inputs, per token, for `num_layers` LLM layers."""
     short_config = type(config).from_dict(config.to_dict())
     short_config.num_hidden_layers, short_config.is_causal = num_layers, False
     if getattr(short_config, "layer_types", None):
@@ -78,8 +78,8 @@ def saved_by_align_model(config: AlignConfig, text_dim: int, captions: int) -> l
     """Count the bytes that autograd saves at batch sizes 1 and 2, with `captions` captions per image.
 
     Returns:
-        For each batch size: bytes saved by the model; bytes saved by one tower layer, as if the tower were trained;
-        and bytes of the inputs to all tower layers.
+        Three values for each batch size: the bytes saved by the model, the bytes that one tower layer saves when it is
+        trained, and the bytes of the inputs to all tower layers.
     """
     model = build_model(config, text_dim)
     with torch.device("meta"):

@@ -12,9 +12,10 @@ class Device:
 
     Attributes:
         name: device name on the command line.
-        half: dense matmul throughput in bf16 with fp32 accumulation, in 10^12 FLOP/s; in fp16 if `bf16` is False.
-        full: throughput in fp32 without tensor cores (PyTorch's default), in 10^12 FLOP/s.
-        memory: memory in GB (10^9 bytes). Manufacturers count in units of 2^30 bytes; the extra 7% is left for the
+        half: dense half-precision matmul throughput with fp32 accumulation, in 10^12 FLOP/s. Half precision is bf16,
+            or fp16 if `bf16` is False.
+        full: fp32 throughput without tensor cores (PyTorch's default), in 10^12 FLOP/s.
+        memory: memory in GB (10^9 bytes). Manufacturers use units of 2^30 bytes; the difference of 7% is left for the
             driver.
         bf16: whether the hardware supports bf16 matmuls.
     """
@@ -26,7 +27,7 @@ class Device:
     bf16: bool = True
 
     def precision(self, setting: str) -> str:
-        """Convert a precision setting to fp32, bf16 or fp16; bf16+N becomes bf16.
+        """Convert a precision setting to fp32, bf16 or fp16. bf16+N is converted to bf16.
 
         Raises:
             ValueError: if the setting is bf16 and the hardware does not support bf16.
@@ -51,13 +52,13 @@ DEVICES = {
         # NVIDIA A100 data sheet.
         Device("a100-80", 312, 19.5, 80),
         Device("a100-40", 312, 19.5, 40),
-        # NVIDIA L40S data sheet: 362.05 dense.
+        # NVIDIA L40S data sheet: bf16 362.05 dense.
         Device("l40s", 362, 91.6, 48),
-        # NVIDIA Ada GPU architecture white paper, appendix A: 165.2 dense with fp32 accumulation.
+        # NVIDIA Ada GPU architecture white paper, appendix A: bf16 165.2 dense with fp32 accumulation.
         Device("rtx4090", 165.2, 82.6, 24),
-        # NVIDIA L4 data sheet: 242 with sparsity.
+        # NVIDIA L4 data sheet: bf16 242 with sparsity, which is twice the dense rate.
         Device("l4", 121, 30.3, 24),
-        # NVIDIA T4 data sheet: fp16; the T4 does not support bf16.
+        # NVIDIA T4 data sheet: fp16 65. The T4 does not support bf16.
         Device("t4", 65, 8.1, 16, bf16=False),
     )
 }
@@ -65,7 +66,7 @@ DEVICES = {
 
 @dataclass
 class Machine:
-    """Devices that a plan is for."""
+    """Number and type of the devices that a plan is for."""
 
     device: str
     """h100, h200, a100-80, a100-40, l40s, rtx4090, l4 or t4; or any other name, together with --tflops and --memory."""
@@ -96,7 +97,7 @@ class Machine:
 
     @property
     def each(self) -> Device:
-        """Specifications of each device, with --tflops and --memory overriding the values in the table."""
+        """Specifications of each device. --tflops and --memory override the values in the table."""
         device = DEVICES.get(self.device.lower()) or Device(self.device, 0, 0, 0)
         if self.tflops is not None:
             device = dataclasses.replace(device, half=self.tflops, full=self.tflops)
@@ -105,5 +106,5 @@ class Machine:
         return device
 
     def hours(self, flop: float, precision: str) -> float:
-        """Return how many hours `flop` FLOPs take if they are distributed across all devices."""
+        """Return the number of hours that `flop` FLOPs take when distributed across all devices."""
         return flop / (self.count * self.mfu * self.each.rate(precision)) / 3600

@@ -1,8 +1,8 @@
 """Cost per caption and per image: parameters, FLOPs, and bytes of activations saved for the backward pass.
 
-A multiply-add counts as 2 FLOPs. As usual, only matmuls and convolutions are counted. The align model is built without
-weights on the meta device and executed, which counts FLOPs and saved bytes as they occur. The LLM is a stack of
-identical layers, so its FLOPs follow from a formula (`TextCosts.forward`). Its saved bytes are extrapolated from models
+A multiply-add counts as 2 FLOPs. As usual, only matmuls and convolutions are counted. The model of the `align` stage is
+built without weights on the meta device and executed, to count FLOPs and saved bytes. The LLM is a stack of identical
+layers, so a formula is enough to compute its FLOPs (`TextCosts.forward`). Its saved bytes are extrapolated from models
 with two and three layers.
 """
 
@@ -28,16 +28,16 @@ from llm2clip.train.optim import set_trainable
 
 @dataclass(frozen=True)
 class TextCosts:
-    """Costs of running and tuning the language model.
+    """Costs of running and fine-tuning the language model.
 
     Attributes:
         embed_dim: dimension of the stored embeddings.
         parameters: number of parameters, excluding the language modelling head.
-        linear: number of weights in the linear layers of all transformer layers, which account for most FLOPs.
-        largest_linear: number of weights in the linear layers of the largest transformer layer.
+        linear: number of weights in all linear layers, which account for most FLOPs.
+        largest_linear: number of linear weights in the largest transformer layer.
         layers: number of transformer layers.
         attention_dim: number of attention heads times the dimension per head.
-        trained: number of parameters trained by tune.
+        trained: number of parameters that the `tune` stage trains.
         saved_per_token: bytes of activations that autograd saves per token in each transformer layer.
         input_per_token: size of a transformer layer's input per token, in bytes.
         saved_outside: bytes of activations that autograd saves per token outside the transformer layers.
@@ -59,12 +59,12 @@ class TextCosts:
         return 2 * self.linear * tokens + self._attention(tokens)
 
     def backward(self, tokens: float, lora: bool) -> float:
-        """Return the FLOPs of the backward pass: gradients of the inputs, and of all weights or only LoRA weights."""
+        """Return the FLOPs of the backward pass. With LoRA, weight gradients are computed for LoRA weights only."""
         weights = 4 * self.trained * tokens if lora else 2 * self.linear * tokens
         return 2 * self.linear * tokens + 2 * self._attention(tokens) + weights
 
     def step(self, tokens: float, config: TuneConfig) -> float:
-        """Return the FLOPs per caption in a tuning step, including LoRA and repeated forward passes."""
+        """Return the FLOPs per caption in a `tune` step, including LoRA and repeated forward passes."""
         lora = config.lora_r > 0
         forward = self.forward(tokens) + (2 * self.trained * tokens if lora else 0)
         num_forwards = 1 + config.gradient_checkpointing + config.grad_cache
@@ -76,20 +76,20 @@ class TextCosts:
 
 @dataclass(frozen=True)
 class ImageCosts:
-    """Costs of running and training the align model.
+    """Costs of running and training the model of the `align` stage.
 
     Attributes:
         tower, projection, adapter: number of parameters in each component.
-        trained: number of parameters trained by align.
+        trained: number of parameters that the `align` stage trains.
         feature_dim: dimension of the tower's image features.
         embed_dim: dimension of the shared embedding space.
         tower_forward: FLOPs of the tower's forward pass for one image.
-        heads_forward: FLOPs of the forward pass through projection and adapter for one image and its captions.
+        heads_forward: FLOPs of the projection's and adapter's forward pass for one image and its captions.
         backward: FLOPs of the backward pass for one image and its captions.
         saved: bytes of activations that autograd saves for one image and its captions.
         saved_per_layer: bytes of activations that autograd saves for one image in each tower layer.
         layer_inputs: total size of the inputs to all tower layers for one image, in bytes.
-        copies: size of the half-precision weight copies that autograd saves, in bytes.
+        copies: size of the half-precision copies of weights that autograd saves, in bytes.
     """
 
     tower: int
@@ -134,7 +134,7 @@ def text_costs(encoder: EncoderConfig, tune: TuneConfig, precision: str) -> Text
 
 
 def image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCosts:
-    """Compute the costs of the align model with `captions` captions per image and step.
+    """Compute the costs of the `align` stage's model with `captions` captions per image and step.
 
     Raises:
         ValueError: if settings contradict each other, or if the tower is unknown.
@@ -153,7 +153,7 @@ def image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCos
         projection_forward = count_flops(lambda: model(features=features))
 
     def count_with(num_captions: int) -> np.ndarray:
-        """Return the FLOPs of the heads and of the backward pass, and the bytes saved at batch sizes 1 and 2."""
+        """Return the FLOPs of the heads, the FLOPs of the backward pass, and the bytes saved at batch sizes 1 and 2."""
         texts = torch.zeros(num_captions, text_dim, device="meta")
         with requires_grad_as(model, False):
             heads = projection_forward + count_flops(lambda: model(embeddings=texts))
@@ -162,7 +162,7 @@ def image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCos
         backward = count_flops(lambda: torch.stack(outputs).sum().backward()) if outputs else 0.0
         return np.array([heads, backward, *chain(*saved_by_align_model(config, text_dim, num_captions))])
 
-    # The model can only run with a whole number of captions, so costs are interpolated linearly.
+    # The model can only run with an integer number of captions, so costs are interpolated linearly.
     lower = max(1, math.floor(captions))
     counts = count_with(lower)
     if captions > lower:

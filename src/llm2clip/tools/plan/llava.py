@@ -25,7 +25,7 @@ class LlavaPlan:
         machine: devices that the estimates are for.
         image_tokens: number of tokens per image.
         parameters: number of parameters in each part of the model.
-        flop: FLOP per conversation in each stage, and per image in the vision tower (key "image").
+        flop: FLOP per conversation in each stage. The key "image" contains the vision tower's FLOP per image.
         feature_bytes: size of the cached patch features for each stage's images, in bytes.
         memory: memory per device in each stage, broken down by component, in bytes.
         fits: whether each stage fits into a device's memory.
@@ -57,10 +57,10 @@ def plan_llava(
     Args:
         config: training settings.
         machine: devices to train on.
-        llm: causal LLM. Models that `plan` knows do not require network access.
-        vision: vision tower. Towers that `plan` knows do not require network access.
+        llm: causal LLM. No network access is required if `model_configs.py` lists the LLM.
+        vision: vision tower. No network access is required if `model_configs.py` lists the tower.
         image_size: image size in pixels. Default: the size that the tower was trained with.
-        conversations: number of conversations in each stage, each with a different image.
+        conversations: number of conversations in each stage. Each conversation is assumed to have a different image.
         text_tokens: mean number of text tokens per conversation in each stage.
 
     Raises:
@@ -70,7 +70,7 @@ def plan_llava(
     model = _count_model(config, llm, vision, image_size, precision)
     epochs = {"pretrain": config.pretrain_epochs, "instruct": config.epochs}
     feature_bytes = {stage: 2.0 * conversations[stage] * model.image_tokens * model.feature_size for stage in STAGES}
-    # Features are cached for both stages or for neither. The stages are assumed to have different images.
+    # Features are cached either for both stages or for neither. The stages are assumed to use different images.
     total_bytes = sum(feature_bytes[stage] for stage in STAGES if epochs[stage])
     cached = 0 < total_bytes <= config.cache_gb * 1e9
     flop = {"image": model.tower_flop}
@@ -100,7 +100,7 @@ def plan_llava(
 
 
 def format_llava_plan(plan: LlavaPlan, conversations: dict[str, int]) -> list[str]:
-    """Return the plan as lines of text."""
+    """Format the plan as lines of text."""
     parameters = ", ".join(f"{name} {count / 1e9:.2f}B" for name, count in plan.parameters.items())
     lines = [f"Parameters: {parameters}; {plan.image_tokens} tokens per image"]
     machine = plan.machine
@@ -127,7 +127,7 @@ class _ModelCosts:
     Args:
         llm: costs of the LLM's blocks.
         llm_parameters: number of parameters in the LLM, including its head.
-        head: number of weights in the LLM's head, whether tied or not.
+        head: number of weights in the LLM's head, even if they are tied to the input embeddings.
         projector_parameters: number of parameters in the projector.
         tower_parameters: number of parameters in the vision tower.
         tower_flop: FLOP per image in the vision tower.
@@ -194,13 +194,13 @@ def _conversation_flop(model: _ModelCosts, config: LlavaConfig, stage: str, leng
     """Return the FLOP per conversation in a training step.
 
     The forward and backward passes go through the LLM, its head and the projector. The backward pass also computes the
-    gradients of the trained weights. In fused kernels, causal attention needs half as many FLOP as full attention.
+    gradients of the trained weights. With fused kernels, causal attention takes half the FLOP of full attention.
 
     Args:
         model: sizes and costs of the model's components.
         config: training settings.
         stage: `pretrain` or `instruct`.
-        length: tokens per conversation, including image tokens.
+        length: number of tokens per conversation, including image tokens.
     """
     llm = model.llm
     linear = 2 * llm.linear * length
@@ -222,14 +222,14 @@ def _stage_memory(
 ) -> dict[str, float]:
     """Return the memory per device, broken down by component, in bytes.
 
-    Weights are in fp32, or in half precision with LoRA. Each trained parameter needs 4 more bytes for its gradient (8
-    with several processes) and 8 for AdamW.
+    Weights are in fp32, or in half precision if LoRA is used. In addition, each trained parameter needs 4 bytes for its
+    gradient (8 bytes with several processes) and 8 bytes for AdamW.
 
     Args:
         model: sizes and costs of the model's components.
         config: training settings.
         stage: `pretrain` or `instruct`.
-        length: tokens per conversation, including image tokens.
+        length: number of tokens per conversation, including image tokens.
         precision: fp32, bf16 or fp16.
         machine: devices to train on.
         cached: whether patch features are cached, so that the tower is not needed.

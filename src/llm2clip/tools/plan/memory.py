@@ -1,6 +1,6 @@
 """Estimate the memory per device and component, in bytes, from what the code allocates.
 
-A trained fp32 weight takes 4 bytes, plus 4 for its gradient and 8 for AdamW's two moments. With several processes,
+A trained fp32 weight takes 4 bytes, its gradient 4 bytes, and AdamW's two moments 8 bytes. With several processes,
 DistributedDataParallel keeps a second copy of the gradients in its communication buckets.
 """
 
@@ -11,14 +11,16 @@ from llm2clip.models.length_batching import GPU_BATCH_TOKENS
 from llm2clip.tools.plan.flops import ImageCosts, TextCosts
 from llm2clip.train.losses import CHUNK
 
-FRAMEWORK_OVERHEAD = 1e9  # CUDA context and PyTorch's libraries, per device
+FRAMEWORK_OVERHEAD = 1e9  # bytes per device for the CUDA context and PyTorch's libraries
 USABLE_FRACTION = 0.93  # usable fraction of a device's memory; the rest is lost to fragmentation
-NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # per weight: 4 bits, plus a double-quantised 8-bit scale for every 64 weights
+NF4_BYTES = (
+    0.5 + (1 + 4 / 256) / 64
+)  # bytes per weight: 4 bits, plus a double-quantised 8-bit scale for every 64 weights
 MIN_EMBED_TOKENS = 8192  # smallest batch that `embed` tries on a GPU, in tokens
 
 
 def bytes_per_value(precision: str) -> int:
-    """Return the number of bytes that one value takes in matmuls."""
+    """Return the size of one matmul input value, in bytes."""
     return 4 if precision == "fp32" else 2
 
 
@@ -32,13 +34,13 @@ def optimizer_memory(trained: float, count: int, use_fsdp: bool) -> dict[str, fl
 def tune_memory(
     text: TextCosts, config: TuneConfig, tokens: float, precision: str, count: int, use_fsdp: bool = False
 ) -> dict[str, float]:
-    """Return the memory per component during tune, in bytes.
+    """Return the memory per component in the `tune` stage, in bytes.
 
-    `loading` is the peak before training, while the weights are loaded in fp32.
+    The component `loading` is the peak before training, when the weights are loaded in fp32.
 
     Args:
         text: costs of the language model.
-        config: settings for the tune stage.
+        config: settings for the `tune` stage.
         tokens: number of tokens per caption.
         precision: precision of matmuls: fp32, bf16 or fp16.
         count: number of devices.
@@ -76,9 +78,9 @@ def tune_memory(
 
 
 def embed_memory(text: TextCosts, precision: str) -> dict[str, float]:
-    """Return the memory per component during embed, in bytes.
+    """Return the memory per component in the `embed` stage, in bytes.
 
-    The estimate is for the smallest batch; embed uses larger batches if they fit.
+    The estimate is for the smallest batch. `embed` uses larger batches if they fit into memory.
     """
     parts = {"LLM": 4.0 * text.parameters}
     if precision != "fp32":
@@ -92,11 +94,11 @@ def embed_memory(text: TextCosts, precision: str) -> dict[str, float]:
 def align_memory(
     image: ImageCosts, config: AlignConfig, captions: float, text_dim: int, count: int, use_fsdp: bool = False
 ) -> dict[str, float]:
-    """Return the memory per component during align, in bytes.
+    """Return the memory per component in the `align` stage, in bytes.
 
     Args:
-        image: costs of the align model.
-        config: settings for the align stage; `config.precision` must be fp32, bf16 or fp16.
+        image: costs of the model that `align` trains.
+        config: settings for the `align` stage; `config.precision` must be fp32, bf16 or fp16.
         captions: number of captions used per image in each step.
         text_dim: dimension of the stored embeddings.
         count: number of devices.
@@ -114,7 +116,7 @@ def align_memory(
     if config.precision != "fp32":
         parts["half-precision copies"] = image.copies / shards
     parts["activations"] = _transient_memory(micro_batch * (saved + image.saved_per_layer), image.trained / shards)
-    # Embeddings, gathered embeddings and their gradients; a chunk of logits and two tensors of the same size.
+    # Embeddings, gathered embeddings and their gradients, plus a chunk of logits and two tensors of that chunk's size.
     chunk = min(CHUNK["cuda"], config.batch_size * texts)
     parts["loss"] = 12 * image.embed_dim * (images + texts) + 12 * chunk
     parts["captions"] = 4 * text_dim * micro_batch * captions
@@ -135,8 +137,8 @@ def fits(parts: dict[str, float], memory: float) -> bool:
 
 
 def _transient_memory(activations: float, trained: float) -> float:
-    """Return the larger of two sizes in bytes: the activations, and AdamW's weight copies.
+    """Return the memory for activations or for AdamW's copies of the weights, whichever is larger, in bytes.
 
-    AdamW copies the weights only after the activations are freed.
+    AdamW copies the weights only after the activations have been freed.
     """
     return max(activations, 4 * trained)

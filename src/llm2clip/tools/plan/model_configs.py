@@ -1,7 +1,7 @@
-"""Build models without weights, for planning. Models in the tables below need no network access.
+"""Build models without weights, for planning. Models in the tables below do not require network access.
 
-Models are built on PyTorch's meta device, where tensors have shapes but no values. The shape of a language model comes
-from its published config.json. Hub names of vision towers are mapped to timm models of the same shape.
+Models are built on PyTorch's meta device, where tensors have shapes but no values. The shape of a language model is
+read from the config.json on its hub page. Hub ids of vision towers are mapped to timm models of the same shape.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SMOLLM2 = _shape("llama", 576, 30, 9, 3, 1536, 49152, tie_word_embeddings=True)
 _GEMMA3 = _shape("gemma3_text", 640, 18, 4, 1, 2048, 262144, head_dim=256)
 _MINILM = _shape("bert", 384, 6, 12, 12, 1536, 30522)
 
-# Configs by lower-case hub id, or by the model name that `llm2clip` uses for downloads.
+# Map from lower-case hub ids, or `llm2clip`'s short model names, to configs.
 LLMS = {
     "meta-llama/meta-llama-3-8b": _LLAMA_8B,
     "meta-llama/meta-llama-3-8b-instruct": _LLAMA_8B,
@@ -64,7 +64,7 @@ LLMS = {
     "sentence-transformers/all-minilm-l6-v2": _MINILM,
 }
 
-# timm model and image size, by lower-case hub id or by the model name that `llm2clip` uses for downloads.
+# Map from lower-case hub ids, or `llm2clip`'s short model names, to (timm model, image size).
 TOWERS: dict[str, tuple[str, int]] = {
     "openai/clip-vit-base-patch32": ("vit_base_patch32_clip_quickgelu_224", 224),
     "openai/clip-vit-base-patch16": ("vit_base_patch16_clip_quickgelu_224", 224),
@@ -86,7 +86,7 @@ def get_llm_config(encoder: EncoderConfig) -> Any:
     """Return the Hugging Face config of an encoder's language model, truncated to `encoder.layers` layers.
 
     Raises:
-        ValueError: if the model is neither in the table nor a folder, and the hub cannot be reached.
+        ValueError: the hub cannot be reached, and the model is neither in the table nor a folder.
     """
     from transformers import AutoConfig
 
@@ -127,7 +127,7 @@ def build_tower(align: AlignConfig) -> VisionTower:
     """Build the vision tower on the meta device.
 
     Raises:
-        ValueError: if the tower is not in the table, not a folder and not a timm model, and the hub cannot be reached.
+        ValueError: the hub cannot be reached, and the tower is neither in the table nor a folder nor a timm model.
     """
     name, size = TOWERS.get(align.tower.lower().removeprefix("hf:"), (align.tower, None))
     try:
@@ -141,7 +141,7 @@ def build_tower(align: AlignConfig) -> VisionTower:
 
 
 def build_model(align: AlignConfig, text_dim: int) -> LLM2CLIP:
-    """Build the align model on the meta device, in training mode."""
+    """Build the model of the `align` stage on the meta device, in training mode."""
     tower = build_tower(align)
     config = LLM2CLIPConfig.from_config(align, tower.config, text_dim)
     with torch.device("meta"):

@@ -18,10 +18,10 @@ from llm2clip.tools.plan.memory import align_memory, embed_memory, fits, peak_me
 
 STAGES = ("tune", "embed", "align")
 
-# Number of matmuls of image and text embeddings in the loss and its gradient: (one process, several processes).
+# Number of matmuls between image and text embeddings in the loss and its gradient: (one process, several processes).
 LOSS_MATMULS = {"infonce": (4, 5), "sigmoid": (3, 4)}
 
-# Command-line flags, and the memory per component with these flags, in bytes.
+# Pair of command-line flags and the resulting memory per component, in bytes.
 Suggestion = tuple[str, dict[str, float]]
 
 
@@ -31,20 +31,20 @@ class Plan:
 
     Attributes:
         config, machine, images, captions_per_image, tokens_per_caption: arguments of `plan_fit`.
-        captions: number of captions used per image in each align step.
+        captions: number of captions used per image in each `align` step.
         parameters: number of parameters in each component, and number of parameters trained by each stage.
         flop: FLOPs per caption or image, for each kind of pass.
         store: size of the embedding store, in bytes.
         features: size of the tower's cached features, in bytes; 0 if the tower is trained.
         memory: memory per device for each stage and component, in bytes.
         fits: whether each stage fits into the device's memory.
-        suggestions: for each stage that does not fit, flags that would make it fit, and the resulting peak memory in
-            bytes.
+        suggestions: for each stage that does not fit, command-line flags that would make the stage fit, and the
+            resulting peak memory in bytes.
         hours: duration of each stage, in hours.
-        images_per_second: number of images that each device must decode per second during align.
-        online: costs if the LLM runs in every align step instead of using a store. "step" is the ratio of FLOPs per
-            image, and "hours" the ratio of total embed and align time, both relative to training with a store.
-            "weights" is the size of the LLM in half precision, in bytes.
+        images_per_second: number of images that must be decoded per second and device in the `align` stage.
+        online: costs of running the LLM in every `align` step, relative to training with an embedding store. "step" is
+            the ratio of FLOPs per image. "hours" is the ratio of the total time for `embed` and `align`. "weights" is
+            the size of the LLM in half precision, in bytes.
     """
 
     config: FitConfig
@@ -78,7 +78,7 @@ def plan_fit(
         tokens_per_caption: average number of tokens per caption, including the template.
 
     Raises:
-        ValueError: if a model is unknown, or if a number is not positive.
+        ValueError: a model is unknown, or a number is not positive.
     """
     data = {"images": images, "captions_per_image": captions_per_image, "tokens_per_caption": tokens_per_caption}
     for name, value in data.items():
@@ -164,7 +164,7 @@ def plan_fit(
 
 
 def _align_flop(image: ImageCosts, config: AlignConfig, captions: float, count: int) -> dict[str, float]:
-    """Return the FLOPs per image in an align step: forward and backward, repeated forward passes, loss, and total."""
+    """Return the FLOPs per image in an `align` step: forward and backward, repeated forward passes, loss, and total."""
     tower = 0.0 if config.tower_lr == 0 else image.tower_forward
     forward = tower + image.heads_forward
     recomputes = config.gradient_checkpointing and image.saved > image.layer_inputs > 0
@@ -180,7 +180,7 @@ def _align_flop(image: ImageCosts, config: AlignConfig, captions: float, count: 
 
 
 def _select_fitting(candidates: Iterator[Suggestion], device: Device) -> list[tuple[str, float]]:
-    """Return the candidates that fit, except those that only add flags to an earlier candidate."""
+    """Return the candidates that fit, except candidates that only add flags to an earlier candidate that fits."""
     selected: list[tuple[str, float]] = []
     for flags, parts in candidates:
         names = _flag_names(flags)
@@ -237,6 +237,6 @@ def _align_candidates(
 
 
 def _flags(stage: str, config: TuneConfig | AlignConfig, change: dict[str, Any]) -> str:
-    """Return the command-line flags for a change, omitting settings that the config already has."""
+    """Return the command-line flags that apply a change, omitting settings that already have the new value."""
     changed = {name: value for name, value in change.items() if getattr(config, name) != value}
     return " ".join(f"--{stage}.{name} {str(value).lower()}" for name, value in changed.items())

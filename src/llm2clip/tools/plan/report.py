@@ -24,7 +24,7 @@ def format_plan(plan: Plan, width: int = 110) -> str:
 
 
 def _table(*columns: str, right_align: bool = True) -> Table:
-    """Create a table whose columns after the first are right-aligned, unless `right_align` is False."""
+    """Create a table. All columns except the first are right-aligned, unless `right_align` is False."""
     table = Table(box=None, pad_edge=False)
     for n, name in enumerate(columns):
         table.add_column(name, justify="right" if n and right_align else "left", overflow="fold")
