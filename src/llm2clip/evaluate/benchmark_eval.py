@@ -1,4 +1,4 @@
-"""Evaluation of a model on a benchmark, with the protocol for that kind of benchmark."""
+"""Evaluation of a model on a benchmark. The kind of benchmark determines the protocol."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ class BenchmarkResult:
 
     Args:
         summary: Entry for results.json. It always has "benchmark" and "kind". Retrieval results also have "rows" (see
-            `caption_field_metrics`). Other results have "metrics" in percent (except "linear probe C"), the numbers of
-            "images" and "texts", and "truncated", the number of texts that exceed the model's maximum length.
-        ranks: Ranks for each caption field (retrieval only).
+            `caption_field_metrics`). Results for other kinds of benchmarks have "metrics", "images" (number of images),
+            "texts" (number of texts) and "truncated" (number of texts that exceed the model's maximum length). All
+            metrics are in percent, except "linear probe C".
+        ranks: Ranks for each caption field. Only set for retrieval benchmarks.
     """
 
     summary: dict[str, Any]
@@ -50,7 +51,7 @@ def run_benchmark(
         benchmark: Benchmark to evaluate on.
         folder: Folder that contains the benchmark's files.
         embeddings: Source of the model's embeddings.
-        with_linear_probe: For classification, also fit a linear probe if there are training images.
+        with_linear_probe: For classification benchmarks with training images, also fit a linear probe.
 
     Raises:
         MissingFileError: If a file is missing.
@@ -78,7 +79,7 @@ def run_benchmark(
     return BenchmarkResult(summary)
 
 
-# Each of the following functions returns metrics, the number of images that could be decoded, and the texts.
+# Each of the following functions returns the metrics, the number of images that could be decoded, and the texts.
 
 
 def _evaluate_judged_retrieval(

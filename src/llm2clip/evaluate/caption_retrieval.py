@@ -1,8 +1,8 @@
 """Caption retrieval accuracy (CRA) of a text encoder (arXiv 2411.04997, section 3.1).
 
-There are two protocols. In the paper's protocol, the first two captions of each image retrieve each other. In "all
-pairs", each caption searches all other captions, and any other caption of the same image is correct. In both protocols,
-a tie with a wrong caption counts as a miss.
+There are two protocols. In the paper's protocol, the first two captions of each image retrieve each other. In the "all
+pairs" protocol, each caption is a query that is ranked against all other captions, and any other caption of the same
+image is a correct answer. In both protocols, a tie between a correct and a wrong caption counts as an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llm2clip.evaluate.recall import KS, bootstrap, chance_recall, recall
 
 
 class TextEncoder(Protocol):
-    """Anything that embeds texts: a `CaptionEncoder` or the text tower of another model."""
+    """Interface for text encoders, such as a `CaptionEncoder` or the text tower of an image-text model."""
 
     def encode(self, captions: Sequence[str], *, progress: bool = ...) -> Tensor:
         """Return embeddings, (N, D) float32 on the CPU."""
@@ -43,24 +43,26 @@ def caption_retrieval_accuracy(
     """Measure how well a text encoder matches captions of the same image, in percent.
 
     Args:
-        images: Captions of each image, in order. Images with fewer than two distinct captions are excluded.
-        encoder: Any text encoder.
-        all_pairs: Also measure the "all pairs" protocol.
-        num_mistakes: Number of mistakes under the paper's protocol to return, worst first.
+        images: List of captions for each image. Images with fewer than two distinct captions are excluded.
+        encoder: Text encoder to evaluate.
+        all_pairs: Also compute metrics for the "all pairs" protocol.
+        num_mistakes: Maximum number of mistakes to return for the paper's protocol, worst first.
         return_hits: Also return the accuracy for each image.
         progress: Show a progress bar.
 
     Returns:
-        Metrics for the paper's protocol: "CRA" is the top-1 accuracy, averaged over both directions, with a 95%
-        bootstrap confidence interval over images ("CRA interval") and a chance level ("chance"). "first to second" and
-        "second to first" are R@1/5/10 for each direction. "positive cosine" and "negative cosine" are the mean cosine
-        similarities between captions of the same image and between captions of different images.
+        A dict with the following keys. For the paper's protocol, "CRA" is the top-1 accuracy, averaged over both
+        directions. "CRA interval" is its 95% bootstrap confidence interval over images, and "chance" is the chance
+        level. "first to second" and "second to first" are R@1/5/10 in each direction. "positive cosine" is the mean
+        cosine similarity between captions of the same image, and "negative cosine" is the mean cosine similarity
+        between captions of different images.
 
-        Counts: "images" used, "excluded" images, and "truncated" captions.
+        "images" is the number of evaluated images, "excluded" is the number of excluded images, and "truncated" is the
+        number of truncated captions.
 
-        Optional: `all_pairs` adds "all pairs" and "all pairs chance" (R@1/5/10), and "captions", the number of
-        captions. `return_hits` adds "hits", which is 0, 0.5 or 1 for each image. `num_mistakes` adds "mistakes", see
-        `worst_mistakes`.
+        If `all_pairs` is True, "all pairs" and "all pairs chance" are R@1/5/10, and "captions" is the number of
+        captions. If `return_hits` is True, "hits" is the accuracy (0, 0.5 or 1) for each image. If `num_mistakes` is
+        greater than 0, "mistakes" is the result of `worst_mistakes`.
 
     Raises:
         ValueError: If no image has two distinct captions.
@@ -103,7 +105,7 @@ def caption_retrieval_accuracy(
 
 
 def _all_pairs_metrics(embeddings: Tensor, captions_per_image: Sequence[int]) -> dict[str, Any]:
-    """Compute recall for the "all pairs" protocol, in which each caption retrieves other captions of the same image.
+    """Compute recall for the "all pairs" protocol, in which each caption retrieves the image's other captions.
 
     Args:
         embeddings: Caption embeddings, (captions, D), L2-normalised. Captions of the same image are adjacent.
@@ -124,7 +126,7 @@ def _all_pairs_metrics(embeddings: Tensor, captions_per_image: Sequence[int]) ->
 
 
 def mean_cosines(first: Tensor, second: Tensor) -> tuple[float, float]:
-    """Return the mean of first[i] · second[i], and the mean of first[i] · second[j] over all i != j.
+    """Return the mean of first[i] · second[i] over all i, and the mean of first[i] · second[j] over all i != j.
 
     Args:
         first, second: Embeddings, (N, D), L2-normalised.
@@ -139,17 +141,18 @@ def mean_cosines(first: Tensor, second: Tensor) -> tuple[float, float]:
 def worst_mistakes(
     first: Tensor, second: Tensor, captions: Sequence[Sequence[str]], count: int, chunk_size: int = 4096
 ) -> list[dict[str, Any]]:
-    """Return the queries whose best wrong answer beats the correct answer by the largest margin.
+    """Return queries for which a wrong caption is at least as similar as the correct caption, worst mistakes first.
 
     Args:
         first, second: Embeddings of the first and second captions of N images, (N, D), L2-normalised.
-        captions: Captions of each image.
+        captions: List of captions for each image.
         count: Maximum number of mistakes to return.
         chunk_size: Number of queries per matmul.
 
     Returns:
-        Mistakes, worst first. Each has "caption" (the query), "correct" and "retrieved" (captions), and the cosine
-        similarities "correct cosine" and "retrieved cosine".
+        Mistakes, sorted by the difference between the two similarities, largest first. Each mistake has "caption" (the
+        query), "correct" (the correct caption), "retrieved" (the wrong caption), and the cosine similarities "correct
+        cosine" and "retrieved cosine".
     """
     correct_scores = (first * second).sum(1)
     wrong_scores, wrong_indices = torch.empty(len(first)), torch.empty(len(first), dtype=torch.int64)

@@ -1,6 +1,6 @@
-"""Accuracy on compositional benchmarks: can a model match images to captions that differ in only a few words?
+"""Accuracy on compositional benchmarks, which test whether a model understands word order and small changes in wording.
 
-A tie counts as a wrong answer.
+If a wrong answer has the same similarity as the correct answer, the model's answer counts as wrong.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ def compositional_accuracy(
 ) -> dict[str, float]:
     """Return accuracies in percent.
 
-    Examples with two images and two captions (Winoground, arXiv 2204.03162) yield three accuracies. For "text", each
-    image must score its own caption higher; for "image", each caption must score its own image higher; "group" requires
-    both. The chance levels are 25, 25 and 16.7.
+    In Winoground (arXiv 2204.03162), each example has two images and two captions. The result contains three
+    accuracies. In "text", an example is correct if both images are more similar to their own captions. In "image", an
+    example is correct if both captions are more similar to their own images. In "group", both conditions must hold. The
+    chance levels are 25, 25 and 16.7.
 
-    Examples with one image, a correct caption and a wrong caption (SugarCrepe, arXiv 2306.14610) yield one accuracy per
-    category of examples, and "mean", the average over the categories. The chance level is 50.
+    In SugarCrepe (arXiv 2306.14610), each example has one image, a correct caption and a wrong caption. The result
+    contains one accuracy for each category of examples, and "mean", the average over the categories. The chance level
+    is 50.
 
     Args:
         examples: All examples of a single benchmark.
-        image_embeddings: Embedding for each image key, (D,), L2-normalised.
-        text_embeddings: Embedding for each caption, (D,), L2-normalised.
+        image_embeddings: Image embeddings, (D,), L2-normalised, keyed by `ImageRef.key`.
+        text_embeddings: Caption embeddings, (D,), L2-normalised, keyed by caption.
     """
     hits: dict[str, list[bool]] = {}
     for example in examples:
@@ -49,7 +51,7 @@ def compositional_accuracy(
 
 
 def _pair_scores(scores: Tensor) -> dict[str, bool]:
-    """Compute Winoground's three scores for an example from its similarity matrix, (images, captions)."""
+    """Return Winoground's three scores for one example, computed from its similarity matrix, (images, captions)."""
     correct = scores.diagonal()
     off_diagonal = ~torch.eye(len(scores), dtype=torch.bool)
     text = bool((correct[:, None] > scores)[off_diagonal].all())

@@ -10,13 +10,13 @@ from llm2clip.evaluate.benchmarks.eccv_caption import load_judgements
 from llm2clip.evaluate.recall import KS
 from llm2clip.evaluate.top_k import top_k_neighbors
 
-RANKED_ITEMS = 64  # R-precision and mAP@R need at least 48, the maximum number of correct items for any query
+RANKED_ITEMS = 64  # R-precision and mAP@R need at least 48, because a query has up to 48 correct items
 
 
 def eccv_metrics(data: JudgedRetrieval, images: Tensor, captions: Tensor) -> dict[str, float]:
     """Return COCO 5k R@k, CxC R@k, and ECCV Caption R@1, R-precision and mAP@R (arXiv 2204.03359), in percent.
 
-    The top-k lists are computed here, and the metrics by the eccv-caption package.
+    This function ranks the items, and the eccv-caption package computes the metrics from the ranked lists.
 
     Args:
         data: Images and captions with their COCO ids.
@@ -24,7 +24,7 @@ def eccv_metrics(data: JudgedRetrieval, images: Tensor, captions: Tensor) -> dic
         captions: Caption embeddings, (T, D), L2-normalised, in the order of `data.captions`.
 
     Returns:
-        Metrics in both directions, e.g. "I2T COCO R@1".
+        Metrics for both directions, with keys such as "I2T COCO R@1".
     """
     image_ids, caption_ids = torch.tensor(data.image_ids), torch.tensor(data.caption_ids)
     _, captions_of_image = top_k_neighbors(images, captions, RANKED_ITEMS)

@@ -24,13 +24,13 @@ BATCH_SIZE = 64  # images per forward pass
 
 
 class EmbeddingSource(Protocol):
-    """Anything that provides image and text embeddings: (N, D) float32, L2-normalised, on the CPU."""
+    """Interface for sources of image and text embeddings. Embeddings are (N, D) float32, L2-normalised, on the CPU."""
 
     log: SkipLog
     """Records images that cannot be decoded."""
 
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
-        """Return embeddings of the images that can be decoded, and the indices of these images in `refs`."""
+        """Return embeddings of the decodable images, and the indices of these images in `refs`."""
         ...
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
@@ -48,11 +48,11 @@ def open_embedding_source(model: str, log: SkipLog, cache_dir: Path | None) -> E
     Args:
         model: Model as accepted by `open_dual_encoder`, or an .npz file.
         log: Skip log for images that cannot be decoded.
-        cache_dir: Folder in which the model's embeddings are cached. If None, nothing is cached.
+        cache_dir: Folder in which the model's embeddings are cached. If None, embeddings are not cached.
 
     Raises:
-        ValueError: If this is not an image-text model, or the .npz file is invalid.
-        OSError: If the model or file does not exist.
+        ValueError: If the model is not an image-text model, or the .npz file is invalid.
+        OSError: If the model or .npz file does not exist.
         ImportError: If a library that the model needs is not installed.
     """
     if model.endswith(PRECOMPUTED_SUFFIX):
@@ -61,14 +61,14 @@ def open_embedding_source(model: str, log: SkipLog, cache_dir: Path | None) -> E
 
 
 class ModelEmbeddings:
-    """Embeddings computed by a model: (N, D) float32, L2-normalised, on the CPU."""
+    """Embedding source that runs a model. Embeddings are (N, D) float32, L2-normalised, on the CPU."""
 
     def __init__(self, model: DualEncoder, log: SkipLog, cache_dir: Path | None = None, progress: bool = True) -> None:
         """
         Args:
-            model: Any image-text model.
+            model: Image-text model.
             log: Skip log for images that cannot be decoded.
-            cache_dir: Folder for embedding stores, one per model. If None, nothing is cached.
+            cache_dir: Folder for the embedding stores, one store per model. If None, embeddings are not cached.
             progress: Show progress bars.
         """
         self.model, self.log, self.progress = model, log, progress
@@ -76,13 +76,13 @@ class ModelEmbeddings:
         self.folder = cache_dir / fingerprint(self.identity)[:12] if cache_dir is not None else None
 
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
-        """Return embeddings of the images that can be decoded, and the indices of these images in `refs`.
+        """Return embeddings of the decodable images, and the indices of these images in `refs`.
 
         Raises:
             TooManySkipped: If too many images cannot be decoded.
             ValueError: If an embedding contains NaN or infinity.
         """
-        self.log.count_at_least(len(refs))  # benchmark readers do not count rows
+        self.log.count_at_least(len(refs))  # benchmark readers do not count the rows that they read
         if self.folder is None:
             with ProgressBar(total=len(refs), desc="images", unit="image", disable=not self.progress) as bar:
                 embeddings, indices = encode_image_batches(refs, self.model, self.log, bar, BATCH_SIZE)

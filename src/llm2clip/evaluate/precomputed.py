@@ -1,4 +1,6 @@
-"""Precomputed embeddings from an .npz file, for comparison with models that llm2clip cannot run.
+"""Precomputed embeddings from an .npz file, which allow comparisons with models that llm2clip cannot run.
+
+To create the file:
 
 np.savez("other.npz", images=image_embeddings, image_names=paths, texts=text_embeddings, captions=strings)
 """
@@ -23,16 +25,17 @@ ARRAYS = ("images", "image_names", "texts", "captions")
 
 
 class PrecomputedEmbeddings:
-    """Image embeddings looked up by name, (N, D), and text embeddings looked up by text, (M, D).
+    """Embedding source that looks up image embeddings, (N, D), by name and text embeddings, (M, D), by text.
 
-    An image is looked up by its full path, then by the path without its first folder, and so on down to the file name.
+    The name of an image is its full path. If the full path is not found, the first folder is removed from the path, and
+    so on until only the file name remains.
     """
 
     def __init__(self, file: Path, log: SkipLog) -> None:
         """
         Args:
             file: An .npz file with the arrays images, image_names, texts and captions.
-            log: Not used, because no image is decoded.
+            log: Skip log. It remains empty, because no images are decoded.
 
         Raises:
             ValueError: If an array is missing or has the wrong shape, an embedding contains NaN or infinity, an image
@@ -66,15 +69,15 @@ class PrecomputedEmbeddings:
                     if name not in arrays:
                         raise ValueError(f"no array {name!r}; the file must contain {', '.join(ARRAYS)}")
                 return [arrays[name] for name in ARRAYS]
-        # A renamed .npy file loads as a plain array and raises AttributeError or TypeError.
+        # A .npy file renamed to .npz loads as a plain array and raises AttributeError or TypeError.
         except (AttributeError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{self.file}: {error}") from error
 
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
-        """Return the embedding of each image, and the indices of all images.
+        """Return the embedding of each image in `refs`, and the indices of all images in `refs`.
 
         Raises:
-            ValueError: If an image has no embedding in the file, or two images match the same embedding.
+            ValueError: If the file contains no embedding for an image, or two images match the same embedding.
         """
         rows = [self._find_image(ref) for ref in refs]
         missing = [ref for ref, row in zip(refs, rows, strict=True) if row is None]
@@ -92,9 +95,9 @@ class PrecomputedEmbeddings:
         return self._images[torch.tensor(rows)], list(range(len(refs)))
 
     def _find_image(self, ref: ImageRef) -> int | None:
-        """Return the row of an image, or None if there is none.
+        """Return the row of an image's embedding, or None if the file contains no embedding for the image.
 
-        An image in a tar file (FILE.tar!MEMBER) also matches by its path within the tar file.
+        An image in a tar file (FILE.tar!MEMBER) can also be found by its path within the tar file.
         """
         for path in (PurePosixPath(str(ref)), PurePosixPath(str(ref).replace("!", "/"))):
             for start in range(len(path.parts)):
@@ -107,7 +110,7 @@ class PrecomputedEmbeddings:
         """Return the embedding of each text.
 
         Raises:
-            ValueError: If a text has no embedding in the file.
+            ValueError: If the file contains no embedding for a text.
         """
         missing = [text for text in texts if text not in self._row_of_text]
         if missing:

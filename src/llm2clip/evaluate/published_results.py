@@ -1,10 +1,11 @@
-"""LLM2CLIP results published on the paper's project page (arXiv 2411.04997), for comparison."""
+"""Results that the authors of LLM2CLIP (arXiv 2411.04997) published on their project page, for comparison."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# CRA on COCO, top-1 in percent, as corrected by the authors (microsoft/LLM2CLIP, commit b62fedf of 2024-11-20).
+# Top-1 CRA on COCO, in percent. The authors corrected these values in commit b62fedf of microsoft/LLM2CLIP
+# (2024-11-20).
 CRA = {
     "CLIP-L/14": 25.2,
     "EVA02-L/14": 27.11,
@@ -19,8 +20,8 @@ CRA_NOTE = (
     "had 66.6 and 69.8 for CLIP-L/14 and EVA02-L/14, 18.4 for Llama3-8B, and 73.0 for Llama3-8B-CC."
 )
 
-# EVA02 ViT-L/14 with different text towers: I2T and T2I R@1 per benchmark, the average of these, and CRA. (For COCO
-# with EVA02's own text tower, the page shows the same value for both directions.)
+# Results for EVA02 ViT-L/14 with different text towers: I2T and T2I R@1 for each benchmark, the average of these
+# values, and CRA. For EVA02's own text tower on COCO, the project page shows the same value for both directions.
 RETRIEVAL_COLUMNS = ("Flickr30k", "COCO", "ShareGPT4v", "Urban-1k", "DOCCI", "average")
 RETRIEVAL_ROWS: dict[str, tuple[Any, ...]] = {
     "its own text tower": ((89.8, 73.3), (63.8, 63.8), (89.3, 91.9), (68.5, 73.3), (75.0, 73.4), 76.2),
@@ -35,7 +36,7 @@ RETRIEVAL: dict[str, dict[str, Any]] = {
     name: dict(zip(RETRIEVAL_COLUMNS, values, strict=True)) for name, values in RETRIEVAL_ROWS.items()
 }
 
-# Chinese benchmarks: R@1, R@5 and R@10 for I2T, then for T2I.
+# Results on Chinese benchmarks: R@1, R@5 and R@10 for I2T, followed by R@1, R@5 and R@10 for T2I.
 CHINESE_RETRIEVAL: dict[str, dict[str, tuple[float, ...]]] = {
     "Flickr30k-CN": {
         "Wukong": (76.1, 94.8, 97.5, 51.7, 78.9, 86.3),
@@ -53,7 +54,7 @@ CHINESE_RETRIEVAL: dict[str, dict[str, tuple[float, ...]]] = {
     },
 }
 
-# Maps this project's benchmark names to the names used above.
+# Maps the benchmark names used in llm2clip to the names used on the project page.
 PUBLISHED_NAMES = {
     "flickr30k": "Flickr30k",
     "coco": "COCO",
@@ -66,10 +67,12 @@ PUBLISHED_NAMES = {
 
 
 def published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
-    """Return the published results for one of this project's benchmarks, or an empty dict if there are none.
+    """Return the authors' results for a benchmark.
 
     Returns:
-        R@1, R@5 and R@10 for I2T, then for T2I, keyed by model name. R@5 and R@10 are None if only R@1 was published.
+        Six values for each model, keyed by model name: R@1, R@5 and R@10 for I2T, followed by R@1, R@5 and R@10 for
+        T2I. R@5 and R@10 are None if the authors published only R@1. If they published no results for the benchmark,
+        the dict is empty.
     """
     name = PUBLISHED_NAMES.get(benchmark, "")
     rows: dict[str, tuple[float | None, ...]] = {**CHINESE_RETRIEVAL.get(name, {})}

@@ -1,4 +1,6 @@
-"""Adapter for CLIP_benchmark. It adds a model type that supports any model `open_dual_encoder` can load.
+"""Adapter that lets CLIP_benchmark evaluate any model `open_dual_encoder` can load.
+
+The adapter registers the model type "llm2clip" with CLIP_benchmark:
 
     python -m llm2clip.evaluate.adapters.clip_benchmark eval --model_type llm2clip --model runs/mine/model \\
         --pretrained none --dataset cifar10 --no_amp
@@ -22,14 +24,14 @@ MODEL_TYPE = "llm2clip"
 
 
 class TokenizedTexts(list[str]):
-    """List of texts that stands in for a tensor of tokens. `.to(device)` returns the list unchanged."""
+    """List of texts that takes the place of a token tensor. `.to(device)` returns the list unchanged."""
 
     def to(self, device: Any) -> TokenizedTexts:
         return self
 
 
 class CLIPBenchmarkModel(nn.Module):
-    """Image and text encoders with CLIP_benchmark's interface. Embeddings are (N, D) float32, L2-normalised."""
+    """Image-text model with the interface that CLIP_benchmark expects. Embeddings are (N, D) float32, L2-normalised."""
 
     def __init__(self, model: DualEncoder, device: torch.device | str) -> None:
         super().__init__()
@@ -62,7 +64,7 @@ def load_model(
 
     Args:
         model_name: Model as accepted by `open_dual_encoder`.
-        pretrained, cache_dir: Not used.
+        pretrained, cache_dir: Ignored. CLIP_benchmark passes these arguments to every model.
         device: Device to load the model on.
     """
     model = open_dual_encoder(model_name, device)
@@ -70,7 +72,7 @@ def load_model(
 
 
 def register_model() -> None:
-    """Register the model type with the installed CLIP_benchmark.
+    """Register the "llm2clip" model type with the installed CLIP_benchmark.
 
     Raises:
         ImportError: If CLIP_benchmark is not installed.

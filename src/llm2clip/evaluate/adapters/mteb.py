@@ -26,7 +26,7 @@ from llm2clip.models.fingerprint import fingerprint
 
 
 class MTEBModel(AbsEncoder):
-    """Encoder for texts, images, or image-text items. Image-text items get the normalised sum of both embeddings."""
+    """Encoder for texts, images and image-text pairs. A pair's embedding is the normalised sum of both embeddings."""
 
     def __init__(self, name: str, device: torch.device | str | None = None) -> None:
         """
@@ -46,10 +46,10 @@ class MTEBModel(AbsEncoder):
         self.mteb_model_meta = ModelMeta.create_empty(overwrites=metadata)
 
     def encode(self, inputs: DataLoader[Any], **_: Any) -> np.ndarray:
-        """Return embeddings, (N, D) float32, L2-normalised. No prompt is added.
+        """Return embeddings, (N, D) float32, L2-normalised. Prompts are not added to the texts.
 
         Args:
-            inputs: Data loader whose batches have a text column, an image column (PIL images) or both.
+            inputs: Data loader. Its batches must have a text column, an image column with PIL images, or both columns.
         """
         chunks = []
         for batch in inputs:

@@ -35,10 +35,13 @@ BENCHMARKS = {benchmark.name: benchmark for module in _MODULES for benchmark in 
 
 
 def get_benchmarks(names: Sequence[str]) -> list[Benchmark]:
-    """Return benchmarks by name. "all" selects every public benchmark; folder:PATH is a folder of image classes.
+    """Return the benchmarks with the given names.
+
+    The name "all" selects every public benchmark. A name of the form folder:PATH creates a zero-shot classification
+    benchmark from a folder that contains one subfolder per class.
 
     Raises:
-        ValueError: If no benchmark has one of the names.
+        ValueError: If a name is unknown.
     """
     folders = [name for name in names if name.startswith(FOLDER_PREFIX)]
     for name in names:
@@ -49,7 +52,10 @@ def get_benchmarks(names: Sequence[str]) -> list[Benchmark]:
 
 
 def list_benchmarks(root: Path) -> list[str]:
-    """Return lines that list all benchmarks, their folders under `root`, and where to download missing benchmarks."""
+    """Return lines of text that list all benchmarks and their folders in `root`.
+
+    For each missing benchmark, a line specifies where to download its files.
+    """
     rows, missing = [], []
     for benchmark in BENCHMARKS.values():
         try:

@@ -21,7 +21,8 @@ CaptionFields = Mapping[str, Sequence[Record]]
 class CompositionalExample:
     """Images and captions that a model must match by cosine similarity.
 
-    Caption i belongs to image i. If there are more captions than images, the extra captions are wrong for every image.
+    Caption i is the correct caption of image i. If there are more captions than images, the remaining captions are
+    wrong for every image.
     """
 
     id: str
@@ -45,7 +46,7 @@ class ClassificationData:
 
 @dataclass(frozen=True)
 class JudgedRetrieval:
-    """COCO test images and captions with their COCO ids, used to look up human relevance judgements."""
+    """COCO test images and captions. Their COCO ids are used to look up human relevance judgements."""
 
     images: Sequence[ImageRef]
     image_ids: Sequence[int]
@@ -55,18 +56,18 @@ class JudgedRetrieval:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A public data set, read from the files that its authors distribute.
+    """A benchmark, which is read from the files that its authors distribute.
 
     Args:
-        name: Name on the command line.
+        name: Name of the benchmark on the command line.
         kind: Kind of benchmark, which determines the metrics and the return type of `read`. "retrieval":
             `CaptionFields`. "judged retrieval": `JudgedRetrieval`. "compositional": a list of `CompositionalExample`.
             "classification": `ClassificationData`.
-        description: One-line description of the size and split.
-        folders: Possible folder names under the root folder, in order of preference.
-        read: Function that reads the data from its folder.
-        source: Required files, and where to download them.
-        read_train: Function that reads the training images for a linear probe (classification only).
+        description: One-line description, which specifies the size and the split.
+        folders: Possible names of the benchmark's folder inside the root folder, in order of preference.
+        read: Function that reads the data from the benchmark's folder.
+        source: Names of the required files, and where to download these files.
+        read_train: For classification benchmarks, a function that reads the training images for a linear probe.
     """
 
     name: str
@@ -78,7 +79,7 @@ class Benchmark:
     read_train: Callable[[Path], ClassificationData] | None = None
 
     def find(self, root: Path) -> Path:
-        """Return the folder of the benchmark.
+        """Return the benchmark's folder.
 
         Raises:
             MissingFileError: If `root` contains none of `folders`.
@@ -115,7 +116,7 @@ def _with_format_errors(read: Callable[[Path], T], folder: Path, name: str) -> T
 
 
 def image_file(folder: Path, name: str) -> FileImage:
-    """Return a reference to an image inside a folder.
+    """Return a reference to the image with path `name` inside a folder.
 
     Raises:
         DataFormatError: If the path points outside the folder.
@@ -126,13 +127,19 @@ def image_file(folder: Path, name: str) -> FileImage:
 
 
 def find_image(folders: Sequence[Path], name: str) -> FileImage:
-    """Return a reference to an image in the first folder that contains it, or else in the first folder."""
+    """Return a reference to the image in the first folder that contains it.
+
+    If none of the folders contains the image, return a reference to a missing file in the first folder.
+    """
     candidates = [image_file(folder, name) for folder in folders]
     return next((ref for ref in candidates if Path(ref.path).is_file()), candidates[0])
 
 
 def check_files(refs: Sequence[ImageRef], source: Path) -> None:
-    """Raise MissingFileError if image files are missing. The message has the number of missing files and an example."""
+    """Raise MissingFileError if image files are missing.
+
+    The error message contains the number of missing files and the path of one missing file.
+    """
     missing = [ref for ref in refs if isinstance(ref, FileImage) and not Path(ref.path).is_file()]
     if missing:
         raise MissingFileError(
@@ -141,11 +148,11 @@ def check_files(refs: Sequence[ImageRef], source: Path) -> None:
 
 
 def captioned_records(pairs: Iterable[tuple[ImageRef, Sequence[str]]], source: Path) -> list[Record]:
-    """Create one record for each pair of an image and its captions. Whitespace around captions is stripped.
+    """Create one record for each image and its captions. Whitespace around captions is stripped.
 
     Raises:
         MissingFileError: If image files are missing.
-        DataFormatError: If there are no images, or an image has no caption or has an empty caption.
+        DataFormatError: If there are no images, an image has no captions, or a caption is empty.
     """
     records = []
     for image, captions in pairs:

@@ -1,8 +1,8 @@
 """Zero-shot classification: ImageNet and its variants, ObjectNet, CIFAR, and any folder of image classes.
 
-The embedding of a class is the mean embedding of its name in all prompt templates (CLIP, arXiv 2103.00020). For
-ImageNet, the class names and the 80 templates are OpenAI's, taken from open_clip. Classes are in the order of their
-WordNet ids, taken from timm.
+As in CLIP (arXiv 2103.00020), each prompt template is filled with the class name, and the mean embedding of these
+prompts is the class embedding. For ImageNet, open_clip provides OpenAI's class names and 80 templates. The classes are
+sorted by WordNet id, and timm provides the list of ids.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def folder_benchmark(name: str) -> Benchmark:
     """Create a zero-shot classification benchmark from the user's images.
 
     Args:
-        name: Path of a folder that contains one subfolder of images per class. The class folders may also be inside
-            test/ (or val/) and train/.
+        name: Path of a folder that contains one subfolder of images per class. Alternatively, the folder can contain
+            test/ or val/, and optionally train/, each with one subfolder per class.
     """
 
     def read(folder: Path) -> ClassificationData:
@@ -50,10 +50,11 @@ def folder_benchmark(name: str) -> Benchmark:
 
 
 def read_class_folders(folder: Path, split: str = "") -> ClassificationData:
-    """Read one folder of images per class, from `folder` or from `folder/split`.
+    """Read images from one subfolder per class. The subfolders are in `folder`, or in `folder/split` if `split` is set.
 
-    Class names are the folder names, with underscores replaced by spaces, unless `folder` contains a `classnames.txt`
-    with lines of the form "FOLDER<tab>NAME". An optional `templates.txt` has one prompt template with {} per line.
+    If `folder` contains `classnames.txt`, class names are read from its lines, which have the form "FOLDER<tab>NAME".
+    Otherwise, the class names are the folder names, with underscores replaced by spaces. If `folder` contains
+    `templates.txt`, each of its lines is a prompt template, in which {} stands for the class name.
 
     Raises:
         MissingFileError: If no subfolder contains images.
@@ -96,7 +97,7 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _read_images(class_dirs: Sequence[Path], names: Sequence[str], templates: Sequence[str]) -> ClassificationData:
-    """Return all images, labelled with the index of their class folder."""
+    """Return all images. An image's label is the index of its class folder."""
     images: list[ImageRef] = []
     labels: list[int] = []
     for label, class_dir in enumerate(class_dirs):
@@ -107,7 +108,7 @@ def _read_images(class_dirs: Sequence[Path], names: Sequence[str], templates: Se
 
 
 def _imagenet_texts() -> tuple[list[str], list[str], list[str]]:
-    """Return ImageNet's WordNet ids in sorted order, OpenAI's class names and OpenAI's templates."""
+    """Return ImageNet's sorted WordNet ids, OpenAI's class names and OpenAI's prompt templates."""
     if importlib.util.find_spec("open_clip") is None:
         raise MissingFileError("ImageNet's class names and templates come with open_clip: pip install open-clip-torch")
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
@@ -118,7 +119,7 @@ def _imagenet_texts() -> tuple[list[str], list[str], list[str]]:
 
 
 def _read_imagenet(folder: Path) -> ClassificationData:
-    """Read `val/WNID/*.JPEG`. For variants with fewer classes (A, R), only these classes are candidates."""
+    """Read `val/WNID/*.JPEG`. For ImageNet-A and ImageNet-R, only the classes of the variant are candidates."""
     return _read_wordnet_folders(folder / "val" if (folder / "val").is_dir() else folder)
 
 
@@ -139,16 +140,16 @@ def _read_wordnet_folders(root: Path) -> ClassificationData:
 
 
 def _read_imagenet_v2(folder: Path) -> ClassificationData:
-    """Read `.../0` to `.../999`. Folder names are class indices, so sorting them as text would give the wrong order."""
+    """Read the folders `0` to `999`. Their names are class indices and must be sorted as numbers, not as text."""
     _, names, templates = _imagenet_texts()
     root = folder if (folder / "0").is_dir() else first_existing(folder, "imagenetv2-matched-frequency-format-val")
     return _read_images([first_existing(root, str(n)) for n in range(len(names))], names, templates)
 
 
 def _read_objectnet(folder: Path) -> ClassificationData:
-    """Read the 113 classes shared with ImageNet, with ObjectNet's class names.
+    """Read the 113 classes that ObjectNet shares with ImageNet. The class names are ObjectNet's.
 
-    The images' red border, two pixels wide, is removed. This is the protocol in the authors' README (NeurIPS 2019).
+    As the authors' README specifies, the red border around each image, two pixels wide, is removed.
     """
     labels = read_json(first_existing(folder, "mappings/folder_to_objectnet_label.json"))
     shared_labels = read_json(first_existing(folder, "mappings/objectnet_to_imagenet_1k.json"))
@@ -161,13 +162,13 @@ def _read_objectnet(folder: Path) -> ClassificationData:
 
 
 class _BorderedImage(FileImage):
-    """An image file whose two-pixel border is removed."""
+    """An image file. When it is opened, the image's two-pixel border is removed."""
 
     __slots__ = ()
 
     @property
     def key(self) -> str:
-        """Key that differs from the original image's key, because removing the border changes the embedding."""
+        """Key of the cropped image. It differs from the original image's key, because the embeddings differ."""
         return f"{super().key} without its border"
 
     def open(self) -> io.BytesIO:
@@ -184,9 +185,10 @@ def _png(image: Image.Image) -> io.BytesIO:
 
 
 def _read_cifar(folder: Path, files: Sequence[str], names_file: str, skipped_labels: int) -> ClassificationData:
-    """Read CIFAR's binary format. Each row has label bytes, then 1,024 bytes each for red, green and blue.
+    """Read CIFAR's binary format.
 
-    CIFAR-100 has two labels per row: first the coarse label, then the fine label.
+    Each row consists of one or two label bytes, followed by 1,024 bytes each for red, green and blue. CIFAR-10 has one
+    label per row. CIFAR-100 has two: the coarse label, followed by the fine label.
     """
     row_size = skipped_labels + 1 + CIFAR_PIXELS
     names = [name.replace("_", " ") for name in read_lines(first_existing(folder, names_file))]

@@ -15,10 +15,12 @@ SUGARCREPE_KINDS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace
 
 
 def _read_winoground(folder: Path) -> list[CompositionalExample]:
-    """Read 400 examples, each with two images and two captions with the same words (arXiv 2204.03162).
+    """Read 400 examples, each with two images and two captions (arXiv 2204.03162).
 
-    For a similarity s(caption, image), the "text" score requires s(c0, i0) > s(c1, i0) and s(c1, i1) > s(c0, i1). The
-    "image" score requires s(c0, i0) > s(c0, i1) and s(c1, i1) > s(c1, i0). The "group" score requires all four.
+    The two captions consist of the same words in a different order. Let s(caption, image) be the similarity. An example
+    counts as correct for the "text" score if s(c0, i0) > s(c1, i0) and s(c1, i1) > s(c0, i1). It counts as correct for
+    the "image" score if s(c0, i0) > s(c0, i1) and s(c1, i1) > s(c1, i0). The "group" score requires all four
+    inequalities.
     """
     try:
         file = first_existing(folder, "examples.jsonl", "data/examples.jsonl")
@@ -36,7 +38,7 @@ def _read_winoground(folder: Path) -> list[CompositionalExample]:
 
 
 def _read_winoground_parquet(file: Path) -> list[CompositionalExample]:
-    """Read the Hugging Face version, a Parquet table that contains the images."""
+    """Read the version on the Hugging Face Hub, which is a Parquet table that contains the images."""
     examples = []
     columns = ["id", "image_0", "image_1", "caption_0", "caption_1"]
     for row in pq.read_table(file, columns=columns).to_pylist():
@@ -47,9 +49,10 @@ def _read_winoground_parquet(file: Path) -> list[CompositionalExample]:
 
 
 def _read_sugarcrepe(folder: Path) -> list[CompositionalExample]:
-    """Read 7,511 COCO val2017 images, each with a correct caption and a wrong variant of it (arXiv 2306.14610).
+    """Read 7,511 examples, each with a COCO val2017 image, a correct caption and a wrong caption (arXiv 2306.14610).
 
-    The variants add, replace or swap words. There is one accuracy per file, and a mean over the files.
+    To create the wrong captions, words were added, replaced or swapped in the correct captions. Each file contains one
+    category of such changes. The metrics are the accuracy for each file and the mean over the files.
     """
     data_dir = folder / "data" if (folder / "data").is_dir() else folder
     roots = [folder, *(folder.parent / name for name in COCO_FOLDERS)]

@@ -1,8 +1,9 @@
 """ECCV Caption and CxC: COCO test images and captions with additional matches from human judgements.
 
-COCO lists only its own pairs as correct, so plain recall counts other correct answers as errors. CxC (arXiv 2004.15020)
-and ECCV Caption (arXiv 2204.03359) add human judgements of other matches. The package eccv-caption contains these
-judgements and the list of captions to rank: five captions for each of 5,000 images, 25,000 in total.
+In COCO, a caption is correct only for the image it was written for. Plain recall therefore counts a caption that also
+describes another image as an error. CxC (arXiv 2004.15020) and ECCV Caption (arXiv 2204.03359) add human judgements of
+such matches. The package eccv-caption contains these judgements and the list of captions to rank: five captions for
+each of 5,000 images, 25,000 in total.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def load_judgements() -> Any:
 def _read_judged_retrieval(folder: Path) -> JudgedRetrieval:
     """Read `annotations/captions_val2014.json` and `val2014/`.
 
-    The file is {"images": [{"id", "file_name"}], "annotations": [{"id", "image_id", "caption"}]}.
+    The JSON file has the format {"images": [{"id", "file_name"}], "annotations": [{"id", "image_id", "caption"}]}.
     """
     file = first_existing(folder, f"annotations/{ANNOTATIONS}", ANNOTATIONS)
     image_dir = first_existing(folder, "val2014", "images/val2014")

@@ -1,9 +1,12 @@
-"""Flickr30k 1K, COCO 5K and Flickr8k: the test images of Karpathy's splits (arXiv 1412.2306).
+"""Retrieval on the test images of Karpathy's splits (arXiv 1412.2306): Flickr30k 1K, COCO 5K and Flickr8k.
 
-Protocol: all test images and all their captions form one pool, scored by cosine similarity without a prompt. A T2I
-query is a hit if the caption's image is in the top k; an I2T query is a hit if any of the image's captions is in the
-top k (arXiv 1707.05612, and CLIP, arXiv 2103.00020). COCO's 5,000 images have five to seven captions each. All 25,010
-captions are used; code derived from VSE++ uses the first five per image, 25,000 in total.
+All test images and all their captions form one pool. They are ranked by cosine similarity, and no prompt is added to
+the captions. In text-to-image retrieval (T2I), a query is correct if the caption's image is in the top k. In
+image-to-text retrieval (I2T), a query is correct if any of the image's captions is in the top k. VSE++ (arXiv
+1707.05612) and CLIP (arXiv 2103.00020) use this protocol.
+
+COCO's 5,000 test images have five to seven captions each. All 25,010 captions are used, whereas code derived from VSE++
+uses only the first five captions of each image, 25,000 in total.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ IMAGE_FOLDERS = {
 def read_karpathy_json(file: Path, image_dir: Path, split: str = "test") -> list[Record]:
     """Read one split of Karpathy's `dataset_NAME.json`.
 
-    {"images": [{"filename", "filepath" (COCO only), "split", "sentences": [{"raw"}]}]}
+    The format is {"images": [{"filename", "filepath" (COCO only), "split", "sentences": [{"raw"}]}]}.
     """
     data = read_json(file)
     if not isinstance(data, dict) or "images" not in data:
@@ -40,7 +43,7 @@ def read_karpathy_json(file: Path, image_dir: Path, split: str = "test") -> list
 
 
 def read_blip_json(file: Path, image_dir: Path) -> list[Record]:
-    """Read BLIP's `NAME_test.json`: [{"image": "val2014/...jpg", "caption": [...]}]."""
+    """Read BLIP's `NAME_test.json`, whose format is [{"image": "val2014/...jpg", "caption": [...]}]."""
     rows = read_json(file)
     if not isinstance(rows, list):
         raise DataFormatError(f"{file}: expected a JSON list of images with captions")
@@ -52,9 +55,10 @@ def read_blip_json(file: Path, image_dir: Path) -> list[Record]:
 
 
 def read_caption_lines(file: Path) -> dict[str, list[str]]:
-    """Read "ID#KIND#N caption" or "ID#N<tab>caption" lines. Return a dict from ID (without .jpg) to captions.
+    """Read a caption file and return the captions of each image, keyed by image id (without .jpg).
 
-    The lines for an image need not be adjacent. Segmented and tagged words are joined, see `strip_tags`.
+    Each line has the form "ID#KIND#N caption" or "ID#N<tab>caption". The lines of an image need not be adjacent. For
+    captions with part-of-speech tags, see `strip_tags`.
     """
     captions: dict[str, list[str]] = {}
     for number, line in enumerate(read_lines(file), 1):
@@ -66,7 +70,7 @@ def read_caption_lines(file: Path) -> dict[str, list[str]]:
 
 
 def strip_tags(text: str) -> str:
-    """Remove part-of-speech tags ("word:n word:v") and join the words; other text is returned unchanged."""
+    """Remove part-of-speech tags ("word:n word:v") and join the words. Text without tags is returned unchanged."""
     words = text.split()
     if words and all(re.fullmatch(r".+:[a-z]+\d?", word) for word in words):
         return "".join(word.rpartition(":")[0] for word in words)
@@ -74,9 +78,9 @@ def strip_tags(text: str) -> str:
 
 
 def read_listed_images(names_file: Path, captions_file: Path, image_dirs: Sequence[Path]) -> list[Record]:
-    """Read the images listed in one file, with captions from another file.
+    """Read the images listed in `names_file` and their captions in `captions_file`.
 
-    Each image is looked up in `image_dirs`, in order.
+    The folders in `image_dirs` are searched for each image, in order.
     """
     captions = read_caption_lines(captions_file)
     pairs = []

@@ -14,7 +14,9 @@ CHUNK = 1 << 20  # characters per read
 
 
 def read_first_objects(file: Path, count: int) -> list[dict[str, Any]]:
-    """Read the first `count` objects in a JSON list, without reading the whole file (ShareGPT4V's file is 1.4 GB).
+    """Read the first `count` objects in a JSON list without reading the rest of the file.
+
+    ShareGPT4V's file is 1.4 GB in size, but only a small part of the file is needed.
 
     Raises:
         DataFormatError: If the file is not a JSON list, or one of its first `count` objects is not valid JSON.
@@ -44,9 +46,9 @@ def read_first_objects(file: Path, count: int) -> list[dict[str, Any]]:
 
 
 def _read_sharegpt4v(folder: Path) -> CaptionFields:
-    """Read the first 1,000 records, which use SA-1B images in `sam/images/`.
+    """Read the first 1,000 records, whose images are SA-1B images in `sam/images/`.
 
-    The caption is `conversations[1].value` with newlines replaced by spaces (Long-CLIP, arXiv 2403.15378).
+    As in Long-CLIP (arXiv 2403.15378), the caption is `conversations[1].value` with newlines replaced by spaces.
     """
     file = first_existing(folder, SHAREGPT4V_FILE)
     rows = read_first_objects(file, 1000)
@@ -59,7 +61,7 @@ def _read_sharegpt4v(folder: Path) -> CaptionFields:
 
 
 def _read_urban1k(folder: Path) -> CaptionFields:
-    """Read `caption/N.txt` and `image/N.jpg`. Only the first line of a caption is used, as in Long-CLIP's script."""
+    """Read `caption/N.txt` and `image/N.jpg`. As in Long-CLIP's script, only the first line of each file is used."""
     caption_dir = first_existing(folder, "caption")
     files = sorted(caption_dir.glob("*.txt"), key=lambda file: (len(file.stem), file.stem))
     if not files:
@@ -74,7 +76,7 @@ def _read_urban1k(folder: Path) -> CaptionFields:
 def _read_docci(folder: Path) -> CaptionFields:
     """Read `docci_descriptions.jsonlines` and `images/` (arXiv 2404.19753).
 
-    Only rows whose split is exactly "test" are used, because there is also a "qual_test" split.
+    The split must be exactly "test", because the file also has a "qual_test" split.
     """
     file = first_existing(folder, "docci_descriptions.jsonlines")
     rows = [row for _, row in read_jsonl(file) if row["split"] == "test"]

@@ -1,6 +1,6 @@
 """Multilingual retrieval benchmarks: Flickr30k-CN, COCO-CN, Flickr8k-CN, Crossmodal-3600 and XTD10.
 
-Each language is evaluated separately, in both directions, with the protocol described in `karpathy_splits`.
+Each language is evaluated separately, in both directions. `karpathy_splits` describes the protocol.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ XTD10_FILES = {
 def read_chinese_clip(folder: Path) -> CaptionFields:
     """Read a benchmark in Chinese-CLIP's format (arXiv 2211.01335).
 
-    Rows of test_texts.jsonl are {"text_id", "text", "image_ids"}, and lines of test_imgs.tsv are "ID<tab>BASE64".
+    Each line of test_texts.jsonl has the form {"text_id", "text", "image_ids"}. Each line of test_imgs.tsv has the form
+    "ID<tab>BASE64".
     """
     texts, images = folder / "test_texts.jsonl", folder / "test_imgs.tsv"
     captions: dict[str, list[str]] = {}
@@ -53,7 +54,7 @@ def _read_base64_images(file: Path, ids: set[str]) -> dict[str, ImageRef]:
         for number, line in enumerate(stream, 1):
             key, tab, data = line.rstrip("\n").partition("\t")
             try:
-                # Some files use the standard base64 alphabet, and others the URL-safe alphabet.
+                # Some files use the standard base64 alphabet, other files use the URL-safe alphabet.
                 image = base64.b64decode(data.translate(str.maketrans("-_", "+/")), validate=True)
             except binascii.Error as error:
                 raise DataFormatError(f"{file}, line {number}: expected an id, a tab and base64 ({error})") from error
@@ -80,7 +81,7 @@ def _read_flickr30k_cn(folder: Path) -> CaptionFields:
 
 
 def _read_coco_cn(folder: Path) -> CaptionFields:
-    """Read 1,000 images with 1,053 human-written captions, not the translated captions (arXiv 1805.08661)."""
+    """Read 1,000 images with 1,053 human-written captions (arXiv 1805.08661). The translated captions are not used."""
     if (folder / "test_texts.jsonl").exists():
         return read_chinese_clip(folder)
     names = first_existing(folder, "coco-cn_test.txt")
@@ -94,7 +95,7 @@ def _read_coco_cn(folder: Path) -> CaptionFields:
 
 
 def _read_flickr8k_cn(folder: Path) -> CaptionFields:
-    """Read the human-written and the human-translated test captions (ICMR 2016, doi 10.1145/2911996.2912049)."""
+    """Read two sets of test captions, human-written and human-translated (ICMR 2016, doi 10.1145/2911996.2912049)."""
     image_dir = _image_dir(folder, "flickr8k")
     data_dir = folder / "data" if (folder / "data").is_dir() else folder
     names = first_existing(data_dir, "flickr8ktest.txt")
@@ -112,7 +113,10 @@ def _read_flickr8k_cn(folder: Path) -> CaptionFields:
 
 
 def _image_dir(folder: Path, dataset: str) -> Path:
-    """Return the Flickr30k or Flickr8k image folder, in the benchmark's folder or in a `dataset` folder next to it."""
+    """Return the image folder of `dataset` (flickr30k or flickr8k).
+
+    The images are either in the benchmark's own folder or in a `dataset` folder next to the benchmark's folder.
+    """
     names = IMAGE_FOLDERS[dataset]
     return first_existing(folder, *names, *(f"../{dataset}/{name}" for name in names))
 
@@ -120,7 +124,7 @@ def _image_dir(folder: Path, dataset: str) -> Path:
 def _read_xm3600(folder: Path) -> CaptionFields:
     """Read 3,600 images with captions in 36 languages (arXiv 2205.12522).
 
-    All captions are used; some other tools use only the first caption in each language.
+    All captions are used, whereas some evaluation tools use only an image's first caption in each language.
     """
     file = first_existing(folder, "captions.jsonl", "annotations/captions.jsonl")
     image_dir = first_existing(folder, "images")
@@ -138,7 +142,7 @@ def _read_xm3600(folder: Path) -> CaptionFields:
 def _read_xtd10(folder: Path) -> CaptionFields:
     """Read 1,000 COCO images with one caption in each of 11 languages (arXiv 2012.05107).
 
-    Line i of a caption file is the caption of image i.
+    Line i of each caption file is the caption of image i.
     """
     names = read_lines(first_existing(folder, "XTD10/test_image_names.txt", "test_image_names.txt"))
     roots = [root for root in (folder, *(folder.parent / name for name in COCO_FOLDERS)) if root.is_dir()]
@@ -157,7 +161,7 @@ def _read_xtd10(folder: Path) -> CaptionFields:
 
 
 def _read_parallel_captions(file: Path, refs: Sequence[ImageRef]) -> list[Record]:
-    """Read one caption per line, in the order of the images. Blank lines are not skipped."""
+    """Read captions from a file in which line i is the caption of image i. Blank lines are not skipped."""
     captions = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     if len(captions) != len(refs):
         raise DataFormatError(f"{file}: {len(captions)} captions for {len(refs)} images")
