@@ -20,9 +20,9 @@ from llm2clip.store.store import EmbeddingStore
 
 log = logging.getLogger(__name__)
 
-MEGABATCH = 50  # number of batches that are sorted by length together, as in LLaVA's sampler
+MEGABATCH = 50  # number of batches in each group that is sorted by length, as in LLaVA's sampler
 MIN_TEXT_TOKENS = 64  # minimum number of text tokens that must fit into max_length together with the image
-MAX_REPLACEMENTS = 1000  # maximum number of consecutive unusable conversations before an error is raised
+MAX_REPLACEMENTS = 1000  # number of consecutive unusable conversations after which an error is raised
 
 
 class ConversationDataset(Dataset):

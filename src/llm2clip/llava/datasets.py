@@ -106,7 +106,7 @@ def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> lis
 
 
 def captioning_conversations(records: Iterable[Record], seed: int = 0) -> list[Conversation]:
-    """Make one conversation per caption. A random prompt asks for a short or long caption; the caption is the answer."""
+    """Make one conversation per caption: a random prompt that asks for a caption, and the caption as the answer."""
     rng = random.Random(seed)
     conversations = []
     for record in records:

@@ -21,7 +21,7 @@ MANIFEST = ModelManifest("llm2clip_llava", simple_class_path="llm2clip.llava.lmm
 
 
 class LmmsModel(lmms):
-    """LLaVA model for lmms-eval: greedy answers and log-likelihoods, for questions with at most one image."""
+    """LLaVA model for lmms-eval: greedy decoding and log-likelihoods for questions with at most one image."""
 
     def __init__(
         self, pretrained: str, device: str | None = None, batch_size: int | str = 16, precision: str = "auto", **_: Any

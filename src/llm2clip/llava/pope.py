@@ -56,7 +56,7 @@ def make_questions(
     seed: int = 0,
     objects_file: Path = OBJECTS_FILE,
 ) -> list[PopeQuestion]:
-    """For each image, make equal numbers of questions with the answers yes and no.
+    """Make the same number of questions with the answer yes as with the answer no for each image.
 
     Args:
         records: captioned images. Records without an image are ignored. So are records whose captions do not name any

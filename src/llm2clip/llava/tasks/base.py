@@ -86,7 +86,7 @@ def mean_percent(values: Sequence[float]) -> float:
 
 
 def group_by(questions: Sequence[Question], values: Sequence[T]) -> dict[str, list[T]]:
-    """Group values, one per question, by the group of the question. Groups are in order of first appearance."""
+    """Group values (one per question) by the question's group. Groups are in order of first appearance."""
     groups: dict[str, list[T]] = {}
     for question, value in zip(questions, values, strict=True):
         groups.setdefault(question.group, []).append(value)
@@ -113,7 +113,7 @@ def first_units(questions: Sequence[Question], count: int | None) -> list[Questi
 
 
 def find_image(folder: Path, name: str, log: SkipLog, file: Path, number: int) -> FileImage | None:
-    """Return an image, or log a skipped row and return None if the image is missing or outside the folder.
+    """Return an image. If the image is missing or outside the folder, log a skipped row and return None.
 
     Args:
         folder: folder that contains the images.

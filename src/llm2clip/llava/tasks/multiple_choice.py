@@ -87,7 +87,7 @@ def score_scienceqa(questions: Sequence[Question], answers: Sequence[str]) -> di
 OPTION_LETTER_CN = "\n请直接回答选项字母。"
 _ROTATION_OFFSET = 1_000_000  # rows with rotated options have the original index plus a multiple of this
 _LETTER_FORMS = ("{}", "{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
-# Cells that count as missing in LLaVA's code or in pandas, which LLaVA uses.
+# Cell contents that either LLaVA's code or pandas, which LLaVA uses, treats as missing.
 _EMPTY_CELLS = ("", "nan", "none", "na", "n/a", "null", "<na>")
 _MIN_IMAGE_CHARS = 64  # a shorter cell contains the index of another row instead of a base64 image
 

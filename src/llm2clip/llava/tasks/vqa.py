@@ -25,12 +25,12 @@ ARTICLES = ("a", "an", "the")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _THOUSANDS_COMMA = re.compile(r"(\d)(\,)(\d)")
 # `(?!<=\d)` was apparently meant to be the look-behind `(?<!\d)`, but vqaEval.py uses this pattern,
-# and so do all reported results.
+# and all reported results depend on it.
 _PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
 # vqaEval.py passes re.UNICODE (32) as the count argument of re.sub, so at most 32 periods are removed.
 _MAX_PERIODS = 32
 
-# Contractions that VizWiz's table writes with straight apostrophes or without apostrophes.
+# Contractions without typographic apostrophes in VizWiz's table: some have straight apostrophes, some have none.
 _STRAIGHT_IN_VIZWIZ = {
     "aint", "arent", "cant", "couldve", "couldnt", "couldn'tve", "hadn'tve", "weve", "wheres", "whove",
 }  # fmt: skip
@@ -240,7 +240,7 @@ def submit_vizwiz(questions: Sequence[Question], answers: Sequence[str]) -> dict
 def read_textvqa(folder: Path, log: SkipLog) -> list[Question]:
     """Read TextVQA_0.5.1_val.json and TextVQA_Rosetta_OCR_v0.2_val.json. The images are in train_images/.
 
-    As in LLaVA-1.5, the OCR tokens are part of the prompt.
+    As in LLaVA-1.5, the OCR tokens are included in the prompt.
     """
     file = first_existing(folder, "TextVQA_0.5.1_val.json")
     ocr_rows = read_json(first_existing(folder, "TextVQA_Rosetta_OCR_v0.2_val.json"))["data"]

@@ -23,7 +23,7 @@ def says_yes(answer: str) -> bool:
 def read_pope(folder: Path, log: SkipLog) -> list[Question]:
     """Read coco_pope_{random,popular,adversarial}.json, which contain one question per line.
 
-    The files are in `folder` or in a subfolder such as coco/. The images are in val2014/.
+    The files may be in `folder` or in a subfolder such as coco/. The images are in val2014/.
     """
     questions = []
     for sampling in Sampling:
@@ -80,7 +80,7 @@ def score_pope(questions: Sequence[Question], answers: Sequence[str]) -> dict[st
 
 
 def _yes_metrics(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float]:
-    """Return metrics with yes as the positive class, from pairs (target is yes, answer is yes)."""
+    """Compute metrics, with yes as the positive class, from pairs of (target is yes, answer is yes)."""
     true_positives = sum(target and answer for target, answer in pairs)
     predicted = sum(answer for _, answer in pairs)
     positives = sum(target for target, _ in pairs)

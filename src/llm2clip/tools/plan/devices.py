@@ -30,7 +30,7 @@ class Device:
         """Convert a precision setting to fp32, bf16 or fp16. bf16+N is converted to bf16.
 
         Raises:
-            ValueError: if the setting is bf16 and the hardware does not support bf16.
+            ValueError: the setting is bf16, and the hardware does not support bf16.
         """
         if setting == "auto":
             return "bf16" if self.bf16 else "fp32"

@@ -137,7 +137,7 @@ def image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCos
     """Compute the costs of the `align` stage's model with `captions` captions per image and step.
 
     Raises:
-        ValueError: if settings contradict each other, or if the tower is unknown.
+        ValueError: the settings contradict each other, or the tower is unknown.
     """
     model = build_model(config, text_dim)
     tower = model.tower

@@ -1,4 +1,4 @@
-"""Memory and time estimates for `llm2clip llava train`, computed in the same way as by the `plan` command."""
+"""Memory and time estimates for `llm2clip llava train`, computed with the same methods as in the `plan` command."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def _stage_memory(
     per_token = llm.layers * llm.saved_per_token
     if config.gradient_checkpointing:
         per_token = llm.layers * llm.input_per_token + llm.saved_per_token
-    per_token += llm.saved_per_token + llm.saved_outside  # gradients during the backward pass through one block
+    per_token += llm.saved_per_token + llm.saved_outside  # gradients while the backward pass processes one block
     vocabulary = model.head // llm.embed_dim
     logits = vocabulary * (compute_bytes + 4 + 4)  # logits, their fp32 copy and their gradient
     text_tokens = length - model.image_tokens

@@ -56,7 +56,7 @@ def tune_memory(
         saved = text.layers * text.input_per_token + one_layer
     else:
         saved = text.layers * text.saved_per_token
-    # One extra layer accounts for the gradients of the layer that the backward pass is in.
+    # One extra layer accounts for the gradients of the layer that the backward pass is currently processing.
     activations = tokens_per_pass * (saved + one_layer + text.saved_outside)
 
     parts: dict[str, float] = {}

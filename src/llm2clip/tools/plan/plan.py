@@ -30,7 +30,7 @@ class Plan:
     """Resource estimates for a `fit` run.
 
     Attributes:
-        config, machine, images, captions_per_image, tokens_per_caption: arguments of `plan_fit`.
+        config, machine, images, captions_per_image, tokens_per_caption: see `plan_fit`.
         captions: number of captions used per image in each `align` step.
         parameters: number of parameters in each component, and number of parameters trained by each stage.
         flop: FLOPs per caption or image, for each kind of pass.
