@@ -27,7 +27,7 @@ def read_merged_records(
         sources: Paths or `Source` objects.
         columns: Column mapping that is added to each source's own mapping.
         log: Log for recording skipped rows.
-        image_check: How images are checked; see `open_records`.
+        image_check: How to check images; see `open_records`.
 
     Returns:
         A list of (source, record), one for each image, in order of first appearance.

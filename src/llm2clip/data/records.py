@@ -21,8 +21,8 @@ from llm2clip.data.raw_rows import BadRow, RawRow
 from llm2clip.data.skip_log import SkipLog
 
 ImageCheck = Literal["header", "exists", "unchecked", "ignore"]
-NO_SPLIT = "none"  # split name that means "no split", both in split selections and in data
-EARLY_CHECK_ROWS = 1000  # after this many rows, reading stops early if too many have been skipped
+NO_SPLIT = "none"  # this split name means "no split", both in split selections and in the data
+EARLY_CHECK_ROWS = 1000  # from this many rows on, reading stops as soon as too many rows have been skipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +30,13 @@ class Record:
     """An image and its captions.
 
     Attributes:
-        id: Id from the source or, if there is none, the image's file name without its suffix, or `file:row`.
+        id: Id from the source. If the source has no ids, this is the image's file name without its suffix; failing
+            that, it is `file:row`.
         image: Reference to the image, or None if the source contains only texts.
-        captions: Captions from the source, stripped but never truncated.
+        captions: Captions from the source. They are stripped, but never truncated.
         short_captions: Short captions written by a model.
         long_captions: Long captions written by a model.
-        split: Name of the split, or None.
+        split: Name of the split, or None if the record has no split.
         id_from_source: Whether the id comes from the source.
     """
 
@@ -58,8 +59,9 @@ class Source:
     """A source of records.
 
     Attributes:
-        path: File, folder, glob or brace pattern, or `hf:NAME` for a Hugging Face data set.
-        splits: Names of the splits to read; "none" selects records without a split. If empty, all records are read.
+        path: File, folder, or glob or brace pattern. For a Hugging Face data set, use `hf:NAME`.
+        splits: Names of the splits to read. The name "none" selects records without a split. If empty, all records are
+            read.
         columns: Mapping from record field (id, image, captions, short_captions, long_captions or split) to column name.
             An empty column name disables the field. Fields that are not mapped are detected from the usual column
             names.
@@ -78,7 +80,7 @@ class Source:
     def parse(cls, value: str | os.PathLike[str] | Mapping[str, Any] | Source) -> Source:
         """Create a source from `path`, `path@split+split`, or a mapping with the keys path, splits and columns.
 
-        If a file or folder with an @ in its path exists, the text after the @ is not interpreted as splits.
+        If the entire string is the path of an existing file or folder, an @ in it does not mark splits.
         """
         if isinstance(value, Source):
             return value
@@ -108,31 +110,31 @@ def open_records(
 ) -> Iterator[Record]:
     """Return an iterator over the records of a source, in source order.
 
-    The path is resolved immediately; rows are read on demand. Files in .csv, .tsv and captions.txt format are an
-    exception: they are read completely before the first record, because the captions of an image may be in any row.
-    Rows with the same image and split become one record, at the position of the first of these rows.
+    The path is resolved immediately. Rows are read on demand, except in .csv, .tsv and captions.txt files. These files
+    are read completely before the first record is returned, because any row may contain a caption of the first image.
+    Rows with the same image and split are merged into one record, at the position of the first of these rows.
 
     Args:
         source: Path, `path@split+split`, or anything else that `Source.parse` accepts.
-        log: Log in which skipped rows are recorded. Default: a log without a file that allows 5% of the rows to be
+        log: Log for recording skipped rows. The default log does not write a file, and allows 5% of the rows to be
             skipped.
-        image_check: How each image is checked.
+        image_check: How to check each image.
 
-            - "header": check the image's format and size. This takes about 0.1 ms if the file is cached. Truncated
-              pixel data is not detected.
+            - "header": check the image's format and size. This check takes about 0.1 ms if the file is cached. It does
+              not detect truncated pixel data.
             - "exists": check that the image file exists.
-            - "unchecked": do not check images, so that no row is skipped because of its image. Use this to read
-              captions.
+            - "unchecked": do not check images, so that no row is skipped because of its image. Use this value if only
+              the captions are needed.
             - "ignore": do not check images, and do not read image bytes in tables. Identical images in different rows
               of a table then have different references.
-        require_captions: Whether to skip rows without captions. If False, each row needs an image or a caption, and
-            folders are searched recursively for images, tar files and tables.
+        require_captions: Whether to skip rows without captions. If False, a row without captions is used if it has an
+            image. Folders are then searched recursively for images, tar files and tables.
 
     Raises:
         FileNotFoundError: The path does not exist.
-        ValueError: The format is unknown, a column is missing, or the source or the selected splits contain no records.
-        TooManySkipped: Too many rows were skipped. The limit is checked at the end and, after the first 1,000 rows,
-            whenever a row is skipped.
+        ValueError: The format is unknown, a column is missing, the source is empty, or the selected splits are empty.
+        TooManySkipped: Too many rows were skipped. The limit is checked at the end. After the first 1,000 rows, it is
+            also checked whenever a row is skipped.
     """
     source = Source.parse(source)
     if image_check not in get_args(ImageCheck):
@@ -143,7 +145,7 @@ def open_records(
 
 @dataclass(frozen=True, slots=True)
 class _ParsedRow:
-    """A row with parsed fields. The image has not been checked yet."""
+    """A row whose fields have been parsed, but whose image has not been checked yet."""
 
     file: str
     row: int
@@ -153,7 +155,7 @@ class _ParsedRow:
     short_captions: tuple[str, ...]
     long_captions: tuple[str, ...]
     split: str | None
-    num_rows: int = 1  # rows of the source that were merged into this one
+    num_rows: int = 1  # number of rows of the source that were merged into this row
 
 
 class _RecordReader:
@@ -165,7 +167,7 @@ class _RecordReader:
         self.check_images = image_check in ("header", "exists")
         self.check_headers = image_check == "header"
         self.mapper = ColumnMapper(str(source), source.columns, require_captions)
-        self.num_rows = 0  # rows of this source; the log counts the rows of all sources
+        self.num_rows = 0  # rows in this source only; the log counts the rows in all sources
         self.split_counts: Counter[str] = Counter()
         self._splits = "+".join(sorted(source.splits))
 
@@ -193,7 +195,7 @@ class _RecordReader:
         return _merge_rows(rows) if kind in ("csv", "tsv", "captions.txt") else rows
 
     def _parse_rows(self, raw_rows: Iterable[RawRow], kind: str) -> Iterator[_ParsedRow]:
-        """Yield the valid rows in the selected splits."""
+        """Parse raw rows; yield the valid rows that are in the selected splits."""
         for file, number, fields in raw_rows:
             if isinstance(fields, BadRow):
                 self._count_rows(fields.rows)
@@ -210,13 +212,13 @@ class _RecordReader:
                 yield row
 
     def _parse_row(self, file: str, number: int, fields: dict[str, Any], kind: str) -> _ParsedRow | None:
-        """Parse the fields of a row; return None if its split is not selected."""
+        """Parse the fields of a row. Return None if the row's split is not selected."""
         if kind in ("csv", "tsv", "parquet", "hf", "saved"):
             columns = self.mapper.map_table(file, list(fields))
         else:
             columns = self.mapper.map_row(fields)
         values = {name: fields.get(column) for name, column in columns.items()}
-        if kind in ("csv", "tsv"):  # columns with the same name: use all of them for captions, else the last
+        if kind in ("csv", "tsv"):  # if columns share a name, use all of them for captions, else the last
             for name, value in values.items():
                 if isinstance(value, list) and name not in CAPTION_FIELDS:
                     values[name] = value[-1]
@@ -235,14 +237,14 @@ class _RecordReader:
             id=record_id,
             image=image,
             captions=parse_captions(values.get("captions"), parse_lists, self.log, file, number),
-            # An empty string in these fields means "none", not an empty caption.
+            # In these fields, an empty string means that there are no captions, not that a caption is empty.
             short_captions=parse_captions(values.get("short_captions") or None, parse_lists, self.log, file, number),
             long_captions=parse_captions(values.get("long_captions") or None, parse_lists, self.log, file, number),
             split=split,
         )
 
     def _to_record(self, row: _ParsedRow) -> Record:
-        """Convert a row to a record after checking its captions and its image.
+        """Check the captions and the image of a row, and convert the row to a record.
 
         Raises:
             UnusableRow: The row has no captions, or its image cannot be used.
@@ -282,7 +284,7 @@ class _RecordReader:
 
 
 def _merge_rows(rows: Iterable[_ParsedRow]) -> Iterator[_ParsedRow]:
-    """Merge rows that have the same image and split. Rows without an image are merged by id and split."""
+    """Merge rows with the same image and split. Rows without an image are merged if they have the same id and split."""
     groups: dict[tuple[object, ...], list[_ParsedRow]] = {}
     for row in rows:
         name = str(row.image.ref) if row.image else row.id

@@ -1,4 +1,4 @@
-"""Log of skipped rows. Each is counted and listed with its file and row number; too many skipped rows are an error."""
+"""Log that counts skipped rows and lists them by file and row number. Too many skipped rows are an error."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ class TooManySkipped(ValueError):
 class SkipLog:
     """Counts skipped rows and lists them in a JSON Lines file.
 
-    Each file must have a single writer: give every process its own path, or give only the first process a path.
+    Only one process may write to a file. Either give each process its own path, or give a path only to the first
+    process.
 
     Args:
-        path: File in which to list the rows. An existing file is emptied, so every run starts a new list. None means
-            that rows are only counted.
-        max_skipped: Largest fraction of the rows that may be skipped.
+        path: File in which to list the rows. If the file exists, it is emptied first. If None, rows are counted but not
+            listed.
+        max_skipped: Maximum fraction of the rows that may be skipped.
 
     Attributes:
         skipped: Number of skipped rows for each reason.
-        dropped: Number of dropped parts of rows, such as empty captions, for each reason. The rows themselves are used.
+        dropped: Number of parts of rows that were dropped, such as empty captions, for each reason. The remaining parts
+            of these rows are used.
         examples: Descriptions of the first three skipped rows.
     """
 
@@ -35,7 +37,7 @@ class SkipLog:
         self.dropped: Counter[str] = Counter()
         self.examples: list[str] = []
         self._single_rows = 0  # rows counted with `count_row`
-        self._source_rows: dict[str, dict[str, int]] = {}  # path -> splits -> rows; "" as the split means all rows
+        self._source_rows: dict[str, dict[str, int]] = {}  # path -> splits -> rows; the key "" means all splits
         self._skipped_rows: set[tuple[str, int, str]] = set()
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +45,7 @@ class SkipLog:
 
     @property
     def rows_seen(self) -> int:
-        """Number of rows read so far. A source that is read several times is counted once."""
+        """Number of rows read so far. If a source is read several times, its rows are counted once."""
         source_rows = sum(splits.get("") or sum(splits.values()) for splits in self._source_rows.values())
         return self._single_rows + source_rows
 
@@ -56,20 +58,20 @@ class SkipLog:
 
         Args:
             path: Path of the source.
-            splits: Selected splits, or an empty string if the pass reads all rows.
+            splits: Selected splits. An empty string means that the pass reads all rows.
             count: Number of rows read so far.
         """
         counts = self._source_rows.setdefault(path, {})
         counts[splits] = max(count, counts.get(splits, 0))
 
     def count_at_least(self, count: int) -> None:
-        """Increase the number of rows to at least `count`, for data whose rows were not counted during reading."""
+        """Raise the number of rows to `count` if it is lower. Used for data whose rows were not counted when read."""
         self._single_rows += max(0, count - self.rows_seen)
 
     def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
-        """Record a skipped row, or `rows` skipped rows starting with this one.
+        """Record `rows` consecutive skipped rows, the first of which is `row`.
 
-        A row that an earlier pass or stage skipped for the same reason is not recorded again.
+        If a row was already skipped for the same reason in an earlier pass or stage, it is not recorded again.
         """
         if (file, row, reason) in self._skipped_rows:
             return
@@ -80,12 +82,12 @@ class SkipLog:
         self._write(file, row, reason, value)
 
     def record_dropped(self, file: str, row: int, reason: str, value: object) -> None:
-        """Record that a part of a row was dropped. The row itself is used."""
+        """Record that a part of a row was dropped. The remaining parts of the row are used."""
         self.dropped[reason] += 1
         self._write(file, row, reason, value)
 
     def summary(self) -> str:
-        """Return a one-line summary: the numbers of skipped rows and dropped parts of rows, with the reasons."""
+        """Return one line with the numbers of skipped rows and of dropped parts of rows, and with the reasons."""
         summary = f"{self.skipped.total():,} of {self.rows_seen:,} rows skipped{_format_counts(self.skipped)}"
         if self.dropped:
             summary += f"; parts of rows dropped{_format_counts(self.dropped)}"
@@ -106,9 +108,9 @@ class SkipLog:
         if self.path is None:
             return
         entry = {"file": file, "row": row, "reason": reason, "value": str(value)[:200]}
-        # The file is opened for each line, because skipped rows are rare and the list must be on disk if the run is
-        # killed. File names that are not UTF-8 contain lone surrogates; backslashreplace writes them as JSON's \udcXX
-        # escapes.
+        # The file is opened for each line, so that the list is on disk even if the run is killed. Skipped rows are
+        # rare enough for this. In file names that are not UTF-8, lone surrogates represent the invalid bytes;
+        # backslashreplace writes them as \udcXX, which is valid in JSON.
         with self.path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
 

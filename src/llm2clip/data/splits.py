@@ -1,4 +1,4 @@
-"""Split policy: which images are used for training and which are held out."""
+"""Rules that determine which images are used for training and which are held out."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from llm2clip.data.skip_log import SkipLog
 
 TRAIN_SPLITS = (NO_SPLIT, "train", "training", "restval")
 HELD_OUT_SPLITS = ("val", "validation", "valid", "dev", "test")  # the first of these that exists is held out
-HELD_OUT_FRACTION = 10  # without such a split, one image in this many is held out
-MAX_HELD_OUT = 1000  # maximum number of images that are held out in this way
+HELD_OUT_FRACTION = 10  # without such a split, one in this many images is held out
+MAX_HELD_OUT = 1000  # maximum number of images held out from the training images
 
 
 @dataclass
@@ -25,10 +25,10 @@ class DataSplits:
 
     Attributes:
         train: Training records.
-        held_out: Held-out records with an image, grouped by caption field. The fields are `captions`, `short_captions`
-            and `long_captions` if the records have any, and each column in `EvaluateConfig.fields`. In each field other
-            than `captions`, the records have that field's texts as their captions.
-        summary: One-line description of the training and held-out records, for the user.
+        held_out: Held-out records that have an image, as a dict {caption field: records}. The fields are `captions`,
+            each of `short_captions` and `long_captions` that is present in the data, and the columns listed in
+            `EvaluateConfig.fields`. The captions of the records under a key are the texts in that field.
+        summary: Description of the training and held-out records in one line, to be printed for the user.
     """
 
     train: list[Record]
@@ -43,24 +43,24 @@ def read_splits(
     log: SkipLog,
     image_check: ImageCheck = "header",
 ) -> DataSplits:
-    """Read sources and divide them into training and held-out records, with one record per image.
+    """Read sources and divide their records into training records and held-out records. Each image has one record.
 
-    If splits are selected for a source (`PATH@train+none`), all records in these splits are used for training. In other
-    sources, the records that have no split or a training split are used. The held-out records are chosen by the first
-    of these rules that applies:
+    If splits are selected for a source (`PATH@train+none`), all records in these splits are used for training. If no
+    splits are selected, the records that have no split or a training split are used. The held-out records are
+    determined by the first of the following rules that applies:
 
-    1. If `config.data` names sources, their records are held out. Their images are removed from the training records.
-    2. If a source has a split named val, validation, valid, dev or test, that split is held out. If there are several,
-       the first name in this list is used.
-    3. Otherwise, a tenth of the training images (at most 1,000) is held out, chosen by a hash of the record. The images
-       are drawn from the sources without selected splits, if there are any.
+    1. If `config.data` lists sources, their records are held out. Their images are removed from the training records.
+    2. If a source has a split named val, validation, valid, dev or test, that split is held out. If there are several
+       such splits, the one that comes first in this list is held out.
+    3. Otherwise, a tenth of the training images (at most 1,000) is held out, chosen by a hash of each record. If there
+       are sources for which no splits are selected, the held-out images are drawn only from these sources.
 
     Args:
-        sources: Paths, with or without `@split+split`.
-        config: Held-out sources and additional caption columns.
-        columns: Column mapping to add to each source's own mapping.
-        log: Log in which skipped rows are recorded.
-        image_check: How images are checked; see `open_records`.
+        sources: Paths, optionally followed by `@split+split`.
+        config: Evaluation settings, which list held-out sources and additional caption columns.
+        columns: Column mapping that is added to each source's own mapping.
+        log: Log for recording skipped rows.
+        image_check: How to check images; see `open_records`.
     """
     records = read_merged_records(sources, columns, log, image_check)
     train = [(source, record) for source, record in records if source.splits or is_training_split(record)]
@@ -91,12 +91,12 @@ def read_splits(
 
 
 def is_training_split(record: Record) -> bool:
-    """Return whether a record has no split, or a split that is usually used for training."""
+    """Return whether a record belongs to a training split. Records without a split also count."""
     return _split_name(record) in TRAIN_SPLITS
 
 
 def with_captions(record: Record, captions: tuple[str, ...]) -> Record:
-    """Return a copy of a record with these captions and no others."""
+    """Return a copy of a record in which `captions` replaces all captions."""
     return dataclasses.replace(record, captions=captions, short_captions=(), long_captions=())
 
 
@@ -125,8 +125,8 @@ def _draw_held_out(train: Sequence[SourcedRecord]) -> tuple[list[SourcedRecord],
 
 
 def _record_hash(record: Record) -> str:
-    # The captions are included because ids may repeat. Ids may come from file names that are not UTF-8, hence
-    # surrogatepass.
+    # The captions are included because several records may have the same id. surrogatepass is needed because an id may
+    # come from a file name that is not UTF-8.
     return hashlib.sha256("\0".join([record.id, *record.texts]).encode(errors="surrogatepass")).hexdigest()
 
 
@@ -143,7 +143,7 @@ def _by_caption_field(
     sources = [Source(path, splits) for path, splits in dict.fromkeys((s.path, s.splits) for s, _ in held_out)]
     for name in extra_columns:
         only_this_column = {**columns, **dict.fromkeys(CAPTION_FIELDS, ""), "captions": name}
-        quiet = SkipLog(max_skipped=1.0)  # rows without a caption in this column are expected
+        quiet = SkipLog(max_skipped=1.0)  # some rows are expected to have no caption in this column
         candidates = read_merged_records(sources, only_this_column, quiet, image_check="exists")
         fields[name] = [r for _, r in candidates if r.image is not None and r.image.key in held_out_keys]
     return fields

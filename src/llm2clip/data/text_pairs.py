@@ -1,9 +1,10 @@
 """General text pairs for `tune`, such as questions with answers, titles with documents, and paraphrases.
 
-The format is the same as for E5's training data (arXiv 2212.03533). A row is `{"query": ..., "positive": ...,
-"negatives": [...], "instruction": ...}`, in any table format that is supported for records. The fields `negatives` and
-`instruction` are optional, and columns with other common names are recognised. Sentence pairs with a label or score are
-not supported, because the two sentences may contradict each other.
+The format is the same as that of the training data of E5 (arXiv 2212.03533). A row has the form `{"query": ...,
+"positive": ..., "negatives": [...], "instruction": ...}`. All table formats that are supported for records are also
+supported here. The fields `negatives` and `instruction` are optional, and columns with other common names are also
+recognised. Sentence pairs with a label or a score are not supported, because the two sentences may contradict each
+other.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from llm2clip.data.raw_rows import BadRow
 from llm2clip.data.records import EARLY_CHECK_ROWS, NO_SPLIT, Source
 from llm2clip.data.skip_log import SkipLog
 
-COLUMN_NAMES = {  # field of a pair -> usual column names, in order of preference
+COLUMN_NAMES = {  # pair field -> usual column names, in order of preference
     "query": ("query", "anchor", "question", "title"),
     "positive": ("positive", "pos", "positives", "document", "answer", "passage", "text"),
     "negatives": ("negatives", "negative", "neg", "hard_negatives"),
@@ -28,9 +29,9 @@ COLUMN_NAMES = {  # field of a pair -> usual column names, in order of preferenc
 
 
 def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
-    """Yield the pairs in a source (`PATH` or `PATH@split`) in order. If a row has several positives, use the first.
+    """Yield the pairs in a source (`PATH` or `PATH@split`) in order. Of several positives in a row, the first is used.
 
-    Rows with a missing text or two identical texts are skipped, counted and listed in `log`.
+    Rows in which a text is missing or both texts are identical are skipped and recorded in `log`.
 
     Raises:
         ValueError: The source has no query column, no positive column, or no pairs.
@@ -52,9 +53,9 @@ def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
                 columns = _choose_columns(row_file, list(fields))
                 columns_known = True
             except ValueError:
-                if not columns_known:  # the first row has no such columns, so the file does not contain pairs
+                if not columns_known:  # the first row lacks these columns, so the file does not contain pairs
                     raise
-                columns = {}  # a JSON object that does not have these keys
+                columns = {}  # this JSON object lacks the required keys
             pair = _to_pair(fields, columns)
             if pair.anchor == pair.positive or not pair.anchor or not pair.positive:
                 log.skip(
@@ -76,7 +77,7 @@ def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
 
 
 def _choose_columns(file: str, columns: Sequence[str]) -> dict[str, str]:
-    """Map the fields of a pair to columns.
+    """Map pair fields to columns.
 
     Raises:
         ValueError: There is no query column or no positive column.
@@ -98,17 +99,17 @@ def _to_pair(fields: Mapping[str, Any], columns: Mapping[str, str]) -> Pair:
         anchor=query,
         positive=positive,
         negatives=tuple(text for text in negatives if text not in (query, positive)),
-        # A newline, because tokenizers merge a space with the following word.
+        # A newline separates the instruction, because tokenizers merge a space with the following word.
         instruction=f"{instruction}\n" if instruction else "",
     )
 
 
 def _first_text(value: Any) -> str:
-    """Return the first text in a cell, or an empty string if there is none."""
+    """Return the first text in a cell. Return an empty string if the cell contains no text."""
     return next(iter(_texts(value)), "")
 
 
 def _texts(value: Any) -> list[str]:
-    """Return the texts in a cell, which contains a single text or a list of texts."""
+    """Return the texts in a cell. A cell contains either a single text or a list of texts."""
     values = value if isinstance(value, list) else [value]
     return [text.strip() for text in values if isinstance(text, str) and text.strip()]

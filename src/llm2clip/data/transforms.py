@@ -1,7 +1,7 @@
-"""Image preprocessing for vision towers: config, evaluation transform and training transform.
+"""Image preprocessing for vision towers: settings, evaluation transform and training transform.
 
-Input and output are uint8 RGB. The vision tower normalises the pixels on its own device, so that data loader workers
-transfer only a quarter of the bytes that float32 pixels would need.
+The transforms take and return uint8 RGB images. The vision tower normalises the pixels on its own device. Data loader
+workers therefore transfer only a quarter of the bytes that float32 pixels would need.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Preprocess:
     Attributes:
         size: Side length of the square input, in pixels.
         resize: "shortest" resizes the shorter side and keeps the aspect ratio; "squash" resizes to a square.
-        crop_pct: Ratio of the centre crop's side length to that of the resized image.
+        crop_pct: Side length of the centre crop, divided by the side length of the resized image.
         interpolation: Interpolation mode for resizing.
         mean: Per-channel normalisation mean, for pixel values in [0, 1].
         std: Per-channel normalisation standard deviation, for pixel values in [0, 1].
@@ -42,11 +42,11 @@ class Preprocess:
 
     @property
     def resize_size(self) -> int:
-        """Side length after resizing and before the centre crop, in pixels."""
+        """Side length in pixels after resizing, before the centre crop."""
         return _resize_size(self.size, self.crop_pct)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of a preprocessor_config.json that transformers can read, plus the exact crop_pct."""
+        """Return the content of a preprocessor_config.json for transformers, with the exact crop_pct added."""
         side = self.resize_size
         return {
             "image_processor_type": "CLIPImageProcessor",
@@ -66,19 +66,19 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Preprocess:
-        """Create the settings from the output of `to_dict` or from the config of a transformers image processor.
+        """Create the settings from either the output of `to_dict` or a transformers image processor's config.
 
         Raises:
             ValueError: The config does not produce square images of a fixed size, or a value is missing.
         """
         resize_config = config.get("size", config.get("crop_size"))
-        if isinstance(resize_config, int):  # in configs from before 2022, an int is the shorter side
+        if isinstance(resize_config, int):  # in configs from before 2022, an int means the shorter side
             resize_config = {"shortest_edge": resize_config}
         resize: Literal["shortest", "squash"] = "shortest" if "shortest_edge" in (resize_config or {}) else "squash"
         resize_size = _square_side(resize_config)
         size = _square_side(config["crop_size"]) if config.get("do_center_crop") else resize_size
         crop_pct = config.get("crop_pct")
-        # In some transformers image processors, crop_pct has a different meaning and does not match the two sizes.
+        # In some transformers image processors, crop_pct has a different meaning and is inconsistent with the sizes.
         if not crop_pct or _resize_size(size, crop_pct) != resize_size:
             crop_pct = size / resize_size
         return cls(
@@ -93,7 +93,7 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Evaluation transform: resize and centre crop, from uint8 (3, H, W) to uint8 (3, S, S)."""
+    """Evaluation transform: resize and centre-crop an image, uint8 (3, H, W); return uint8 (3, S, S)."""
 
     preprocess: Preprocess
 
@@ -101,8 +101,8 @@ class EvalTransform:
         size, resize_size = self.preprocess.size, self.preprocess.resize_size
         side = [resize_size, resize_size]
         if self.preprocess.resize == "shortest":
-            # The final centre crop discards the ends of an elongated image anyway. Without cropping first, resizing an
-            # image of 1 x 1,000,000 pixels would exhaust the memory.
+            # The ends of an elongated image are cropped before resizing, because the final centre crop discards them
+            # anyway. Otherwise, resizing an image of 1 x 1,000,000 pixels would exhaust the memory.
             height, width = image.shape[-2:]
             shortest = min(height, width)
             image = F.center_crop(image, [min(height, 8 * shortest), min(width, 8 * shortest)])
@@ -113,14 +113,14 @@ class EvalTransform:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Training transform: random crop, from uint8 (3, H, W) to uint8 (3, S, S).
+    """Training transform: take a random crop of an image, uint8 (3, H, W); return uint8 (3, S, S).
 
     The crop covers a random fraction of the image area, at least `min_crop_scale`, and has an aspect ratio between 3/4
     and 4/3. It is then resized to a square. If `min_crop_scale` is 1, the transform is the same as `EvalTransform`.
     Images are not flipped, because captions mention left and right.
 
-    All randomness comes from the generator that is passed in. If that generator is seeded with (seed, epoch, index), a
-    sample is cropped in the same way by every worker process.
+    All random numbers come from the `generator` argument. If the generator is seeded with (seed, epoch, index), the
+    crop of a sample does not depend on which worker process loads the sample.
     """
 
     preprocess: Preprocess
@@ -144,7 +144,7 @@ class TrainTransform:
         return image.contiguous()
 
     def _crop(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
-        """Return (top, left, height, width) of a random crop, like torchvision's RandomResizedCrop with a generator."""
+        """Draw a random crop as in torchvision's RandomResizedCrop; return (top, left, height, width)."""
         min_ratio, max_ratio = 3 / 4, 4 / 3
         for _ in range(10):
             share, log_ratio, down, right = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
@@ -154,14 +154,14 @@ class TrainTransform:
             if 0 < crop_width <= width and 0 < crop_height <= height:
                 top, left = int(down * (height - crop_height + 1)), int(right * (width - crop_width + 1))
                 return top, left, crop_height, crop_width
-        # No crop fits, for example in very elongated images: use the largest central crop with a valid aspect ratio.
+        # If no crop fits, as in very elongated images, use the largest central crop with a valid aspect ratio.
         crop_width, crop_height = min(width, round(height * max_ratio)), min(height, round(width / min_ratio))
         top, left = (height - crop_height) // 2, (width - crop_width) // 2
         return top, left, max(crop_height, 1), max(crop_width, 1)
 
 
 def _resize_size(size: int, crop_pct: float) -> int:
-    # The small constant compensates for rounding errors: 224 / (224 / 256) must be 256.
+    # The small constant compensates for rounding errors, so that 224 / (224 / 256) results in 256.
     return math.floor(size / crop_pct + 1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Captions and text pairs for `tune`, excluding the captions of held-out images."""
+"""Reading of the captions and text pairs for `tune`. Captions of held-out images are excluded."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ def read_tuning_sources(
     log: SkipLog,
     training_sources: Sequence[str] = (),
 ) -> list[list[TuningItem]]:
-    """Return the training data for `tune`: one list of items per caption source, then one list per text-pair source.
+    """Read the training data for `tune`; return one list of items per caption source, then one per text-pair source.
 
-    If `config.source_weights` is not set, all caption sources except `train` are merged into one. If no splits are
-    selected for a source, only its records that have no split or a training split are used.
+    If `config.source_weights` is not set, all caption sources except `train` are merged into one source. If no splits
+    are selected for a source, only records that have no split or a training split are used.
 
     Args:
-        train: Training records that have already been read. Unless empty, they are the first caption source.
+        train: Training records that have already been read. If there are any, they form the first caption source.
         held_out: Records whose images must not be used for tuning.
-        config: Tuning settings. `data`, `text_pairs` and `exclude` name the sources; images in `exclude` are never used
-            for tuning.
-        columns: Column mapping to add to each source's own mapping.
-        log: Log in which skipped rows are recorded.
-        training_sources: Caption sources from which `held_out` may have been taken; they come before `config.data`.
-            Held-out images are recognised by their files in these sources, and by the comparable part of their ids in
-            `config.data` (see `comparable_id`).
+        config: Tuning settings. Caption sources are listed in `data`, and text-pair sources in `text_pairs`. Images in
+            the sources listed in `exclude` are never used for tuning.
+        columns: Column mapping that is added to each source's own mapping.
+        log: Log for recording skipped rows.
+        training_sources: Caption sources from which `held_out` may have been drawn. They precede the sources in
+            `config.data`. In `training_sources`, held-out images are recognised by their files. In `config.data`, they
+            are recognised by the comparable part of their ids; see `comparable_id`.
 
     Raises:
-        ValueError: The number of source weights is wrong, a source has fewer pairs than a batch needs, or there are
-            neither text pairs nor images with two captions.
+        ValueError: The number of source weights is wrong, a source has fewer pairs than a batch needs, or no pair can
+            be formed because there are neither text pairs nor images with two captions.
     """
     groups = _caption_groups([*training_sources, *config.data], bool(config.source_weights))
     num_sources = bool(train) + len(groups) + len(config.text_pairs)
@@ -81,9 +81,9 @@ def read_tuning_sources(
 def comparable_id(record_id: str) -> str:
     """Return the part of an id that is the same in all data sets with the same images.
 
-    This is the leading number of the id or, if there is none, the entire id. Leading zeros are removed from an id that
-    is only a number, because COCO's file names have leading zeros (000000000139) and its ids do not (139). In any other
-    id, a leading number must have at least five digits.
+    If the id starts with a number, that number is returned. Otherwise, the entire id is returned. If the id consists
+    only of a number, leading zeros are removed, because COCO's file names have leading zeros (000000000139) but COCO's
+    ids do not (139). In any other id, a leading number counts only if it has at least five digits.
     """
     if record_id.isdecimal():
         return record_id.lstrip("0") or "0"
@@ -115,7 +115,7 @@ class _HeldOutFilter:
 
 
 def _caption_groups(sources: list[str], weighted: bool) -> list[list[str]]:
-    """Group the sources that are read together: each source on its own if weighted, otherwise all in one group."""
+    """Group sources for reading. If `weighted`, each source is its own group; otherwise, all sources form one group."""
     if weighted:
         return [[source] for source in sources]
     return [sources] if sources else []

@@ -1,4 +1,4 @@
-"""Readers for all supported formats: find the files for a path, and read the raw rows in each file.
+"""Readers for all supported formats. They find the files for a path and read the raw rows in each file.
 
 The reader for each format is a function in `text`, `tables` or `tar`.
 """
@@ -34,14 +34,14 @@ READABLE_FORMATS = (
 
 
 def find_files(path: str, all_files: bool = False) -> list[tuple[str, str]]:
-    """Resolve a path to `(format, file)` pairs, in order.
+    """Resolve a path to a list of `(format, file)` pairs, in order.
 
-    If the path exists, it is taken literally, even if it contains glob or brace characters.
+    If the path exists, it is not treated as a pattern, even if it contains glob or brace characters.
 
     Args:
-        path: File, folder, glob or brace pattern, or `hf:NAME`.
-        all_files: Use all caption files, images, tar files and Parquet files in a folder and its subfolders. If False,
-            use only the first of these kinds found directly in the folder.
+        path: File, folder, glob or brace pattern, or `hf:NAME` for a Hugging Face data set.
+        all_files: Whether to use all caption files, images, tar files and Parquet files in a folder and its subfolders.
+            If False, only the first of these kinds that the folder contains is used.
 
     Raises:
         FileNotFoundError: No file matches the path. The message suggests similar names.
@@ -80,8 +80,8 @@ def read_source(
         path: File or folder to read.
         choose: Function that selects the columns of a table. Other columns are not read.
         image_bytes: Whether to read images that are embedded in Parquet files.
-        splits: Splits of a Hugging Face data set to read; if empty, all splits are read. The name of the split becomes
-            the `split` field of its rows. None also reads all splits, but keeps the rows' own `split` column.
+        splits: Splits of a Hugging Face data set to read. If empty, all splits are read. In each row, the `split` field
+            is set to the name of the split. If None, all splits are read, and the `split` column of the rows is kept.
     """
     if kind == "parquet":
         return read_parquet(path, choose, image_bytes)

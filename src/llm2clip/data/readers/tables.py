@@ -17,8 +17,8 @@ from llm2clip.data.raw_rows import BadRow, ColumnChooser, RawRow
 def read_parquet(path: str, choose: ColumnChooser, image_bytes: bool) -> Iterator[RawRow]:
     """Yield the rows in a Parquet file. Embedded images are returned as references to their cells.
 
-    If `image_bytes` is False, image columns that contain bytes are not read; from structs with bytes and a path, only
-    the path is read.
+    If `image_bytes` is False, image columns that contain bytes are not read. In image columns that contain structs with
+    bytes and a path, only the path is read.
     """
     row = total = 0
     try:
@@ -50,10 +50,11 @@ def read_huggingface(name: str, saved: bool, choose: ColumnChooser, splits: Sequ
     """Yield the rows in a Hugging Face data set. No code from the Hub is run.
 
     Args:
-        name: If `saved` is True, a folder written by `save_to_disk`, which allows random access. Otherwise a data set
-            name on the Hub, which may end in `:CONFIG`. Such data sets are streamed, and their images stay in memory.
+        name: If `saved` is True, a folder written by `save_to_disk`. Such data sets support random access. If `saved`
+            is False, the name of a data set on the Hub, which may end in `:CONFIG`. Such data sets are streamed, and
+            their images stay in memory.
         saved: Whether `name` is a folder written by `save_to_disk`.
-        choose: Function that selects the columns.
+        choose: Function that selects the columns to read.
         splits: Splits to read; see `read_source`. Only these splits are downloaded.
     """
     import datasets
@@ -72,7 +73,7 @@ def read_huggingface(name: str, saved: bool, choose: ColumnChooser, splits: Sequ
         if selected and split not in selected:
             continue
         file = os.path.join(name, split or "") if saved else f"hf:{name}/{split}"
-        names = part.column_names or list(next(iter(part), {}))  # streamed data sets may not state their columns
+        names = part.column_names or list(next(iter(part), {}))  # a streamed data set may not list its columns
         columns = list(dict.fromkeys(choose(file, names).values()))
         image_columns = [c for c in columns if part.features and isinstance(part.features.get(c), datasets.Image)]
         for row, fields in enumerate(disable_image_decoding(part.select_columns(columns))):
@@ -92,12 +93,12 @@ def _is_image_type(kind: pa.DataType) -> bool:
 
 
 def _image_value(ref: ParquetImage | DatasetImage, value: Any, bytes_skipped: bool = False) -> Any:
-    """Return the value of an image cell: None, the path to an image file, or the image with a reference to the cell."""
+    """Return the value of an image cell: None, the path of an image file, or an image with a reference to the cell."""
     data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if value is None:
         return None
     if data is None and not bytes_skipped:
-        return name  # a struct without bytes: the path points to an image file
+        return name  # the struct has no bytes, so its path refers to an image file
     if data is None:
         return LoadedImage(ref, None, name)
     return LoadedImage(replace(ref, digest=content_digest(data)), data, name)

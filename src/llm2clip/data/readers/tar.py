@@ -1,4 +1,4 @@
-"""Readers for image files with captions next to them: image folders and webdataset tar files."""
+"""Readers for image folders and webdataset tar files, in which captions are stored next to the image files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llm2clip.data.raw_rows import BadRow, RawRow
 from llm2clip.data.readers.text import parse_json
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2"})
-MAX_CAPTION_BYTES = 1 << 20  # larger caption files in a tar file are rejected
+MAX_CAPTION_BYTES = 1 << 20  # size limit for caption files in a tar file
 
 
 def list_images(folder: str) -> Iterator[str]:
@@ -30,7 +30,8 @@ def list_files(folder: str, suffixes: frozenset[str]) -> Iterator[str]:
         suffixes: File suffixes in lower case, without the dot.
 
     Raises:
-        OSError: A folder cannot be listed. If it were skipped, its files would seem to have been deleted.
+        OSError: A folder cannot be listed. Such a folder is not skipped, because its files would seem to have been
+            deleted.
     """
 
     def fail(error: OSError) -> None:
@@ -44,7 +45,7 @@ def list_files(folder: str, suffixes: frozenset[str]) -> Iterator[str]:
 
 
 def read_image_folder(folder: str) -> Iterator[RawRow]:
-    """Yield the images in a folder with the captions next to them: `x.json`, or `x.txt` with one caption per line."""
+    """Yield the images in a folder. The captions of `x.jpg` are in `x.json` or, one per line, in `x.txt`."""
     for number, path in enumerate(list_images(folder), 1):
         stem = path.rpartition(".")[0]
         fields: dict[str, Any] | BadRow = {}
@@ -62,12 +63,12 @@ def read_image_folder(folder: str) -> Iterator[RawRow]:
 
 
 def read_tar(path: str) -> Iterator[RawRow]:
-    """Yield the samples in a webdataset tar file. A sample consists of adjacent members whose names are the same up to
-    the first dot.
+    """Yield the samples in a webdataset tar file. A sample consists of adjacent members whose names are equal up to the
+    first dot.
 
-    The tar file is scanned once. Only .txt and .json members are read; images are referenced by their offset. A
-    truncated tar file yields its complete samples, then one `BadRow`. Member names are used only as keys, and nothing
-    is extracted.
+    The tar file is scanned once. Only .txt and .json members are read. Images are referenced by their offsets. If the
+    tar file is truncated, its complete samples are yielded, followed by one `BadRow`. Member names are used only as
+    keys, and nothing is extracted.
     """
     number, sample = 0, _Sample("")
     try:
@@ -92,7 +93,7 @@ def read_tar(path: str) -> Iterator[RawRow]:
                     yield path, number, sample.to_row(path, file)
                 sample = _Sample(key)
             sample.add(suffix.lower(), member)
-        if sample.members and (not damage or sample.is_complete()):  # an incomplete sample is the damaged one
+        if sample.members and (not damage or sample.is_complete()):  # the damaged sample is incomplete
             number += 1
             yield path, number, sample.to_row(path, file)
         if damage:
@@ -100,7 +101,7 @@ def read_tar(path: str) -> Iterator[RawRow]:
 
 
 def _parse_caption_json(data: bytes) -> dict[str, Any] | BadRow:
-    """Parse a JSON caption file. An object contains the fields; a list or a string contains the captions."""
+    """Parse a JSON caption file. It contains either an object with fields, or the captions as a list or string."""
     value = parse_json(data)
     if isinstance(value, dict | BadRow):
         return value
@@ -112,7 +113,7 @@ def _parse_caption_json(data: bytes) -> dict[str, Any] | BadRow:
 def _members(tar: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo | str]:
     """Yield the members of a tar file. If the file is damaged, the last item is a description of the damage.
 
-    `tarfile` itself stops without an error where a file is damaged.
+    At the damaged position, `tarfile` itself stops without raising an error.
     """
     size, end = os.fstat(file.fileno()).st_size, 0
     while True:
@@ -137,7 +138,7 @@ def _members(tar: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo |
 
 
 class _Sample:
-    """The members of a tar file that share a key, indexed by suffix."""
+    """A sample: the members of a tar file that share a key, indexed by suffix."""
 
     def __init__(self, key: str) -> None:
         self.key, self.members = key, dict[str, tarfile.TarInfo]()
@@ -175,6 +176,6 @@ class _Sample:
         for suffix, member in self.members.items():
             if suffix.rpartition(".")[2] in IMAGE_SUFFIXES:
                 images[suffix] = TarImage(path, member.offset_data, member.size, member.name)
-        fields |= images  # keyed by suffix as well, so that a column mapping can select one of several images
+        fields |= images  # images are also keyed by suffix, so that a column mapping can select one of them
         fields["image"] = next((image for suffix, image in images.items() if suffix in IMAGE_SUFFIXES), None)
         return {"id": os.path.basename(self.key)} | fields

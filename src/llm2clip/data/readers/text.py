@@ -22,7 +22,7 @@ def read_json_rows(path: str) -> Iterator[RawRow]:
 
 
 def read_json_lines(path: str) -> Iterator[RawRow]:
-    """Yield the objects in a .jsonl or .jsonl.gz file. A line that is not valid UTF-8 invalidates only its own row."""
+    """Yield the objects in a .jsonl or .jsonl.gz file. If a line is not valid UTF-8, only that row is invalid."""
     number = 0
     try:
         with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as lines:
@@ -51,7 +51,7 @@ def read_json_list(path: str) -> Iterator[RawRow]:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse UTF-8 encoded JSON. Return a `BadRow` if it is malformed."""
+    """Parse UTF-8 encoded JSON. Return a `BadRow` if the JSON is malformed."""
     try:
         return json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -61,13 +61,13 @@ def parse_json(data: bytes) -> Any:
 def read_csv(path: str, delimiter: str) -> Iterator[RawRow]:
     """Yield the rows in a CSV or TSV file with a header line.
 
-    The values of columns with the same name become a list. A row with more or fewer fields than the header becomes a
-    `BadRow`.
+    If several columns have the same name, their values become a list. A row with more or fewer fields than
+    the header becomes a `BadRow`.
 
     Raises:
         ValueError: The header is malformed, or a quoted field is never closed.
     """
-    # surrogateescape keeps bytes that are not UTF-8, so that `records` can skip the row rather than the entire file.
+    # surrogateescape keeps bytes that are not UTF-8, so that `records` can skip the row and not the entire file.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
         try:
@@ -84,7 +84,7 @@ def read_csv(path: str, delimiter: str) -> Iterator[RawRow]:
             except csv.Error as error:
                 if "unexpected end" in str(error) or "field limit" in str(
                     error
-                ):  # all following rows are inside the quote
+                ):  # all following rows are part of the quoted field
                     raise ValueError(f"{path}: a quote opened in the row at line {number} is not closed") from error
                 yield path, number, BadRow("malformed row", str(error))
                 continue
@@ -99,9 +99,9 @@ def read_csv(path: str, delimiter: str) -> Iterator[RawRow]:
 
 
 def read_captions_txt(path: str) -> Iterator[RawRow]:
-    """Yield the captions in a file in either of Flickr8k's two formats.
+    """Yield the captions in a file that has one of the two formats used for Flickr8k.
 
-    The formats are `name.jpg,caption`, with or without a header line, and `name.jpg#0<TAB>caption`.
+    The first format is `name.jpg,caption`, optionally with a header line. The second is `name.jpg#0<TAB>caption`.
     """
     folder, image_folder = os.path.dirname(path), None
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
@@ -126,7 +126,7 @@ def _require_object(value: Any) -> dict[str, Any] | BadRow:
 
 
 def _find_image_folder(folder: str, image: str) -> str:
-    """Return the subfolder with the images, or "" if the images are next to captions.txt. Archives differ in this."""
+    """Return the subfolder that contains the images, or "" if the images are next to captions.txt."""
     for name in ("", *FLICKR8K_IMAGE_FOLDERS):
         if os.path.isfile(os.path.join(folder, name, image)):
             return name
