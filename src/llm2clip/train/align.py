@@ -1,8 +1,8 @@
-"""align: train the vision tower, its projection and the adapter against cached caption embeddings.
+"""The `align` stage: train the vision tower, its projection and the adapter against cached caption embeddings.
 
-Each step minimises a contrastive loss between a batch of images and some captions of each image. The LLM is not loaded,
-because its caption embeddings are read from the store. If the tower is frozen (`tower_lr` 0), the image features are
-computed once, and training reads the features from a second store.
+Each step minimises a contrastive loss between a batch of images and one or more captions per image. The LLM is not
+loaded, because its caption embeddings are read from the embedding store. If the tower is frozen (`tower_lr` is 0), its
+image features are computed once and cached in a second store, which training then reads instead of the images.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from llm2clip.train.losses import info_nce, sigmoid_loss
 from llm2clip.train.optim import MAX_GRAD_NORM, cosine_schedule, make_optimizer, set_trainable
 from llm2clip.train.sampling import AlignBatches, Batch, decoding_workers
 
-# With fp16, the gradient scaler skips steps with non-finite gradients and halves its factor. If this many consecutive
-# steps are skipped, the cause is not the factor.
+# In fp16, the gradient scaler skips every step whose gradients are not finite, and then halves its scale factor. After
+# this many consecutive skipped steps, the scale factor cannot be the cause, so training stops with an error.
 MAX_SKIPPED_STEPS = 20
 
 
@@ -61,25 +61,26 @@ def align(
     validate: Validate | None = None,
     features: Path | None = None,
 ) -> LLM2CLIP:
-    """Train a model on the images and captions of `records`. Resume from the last checkpoint, if there is one.
+    """Train a model on the images and captions of `records`, resuming from the latest checkpoint if one exists.
 
     Args:
         records: Training data. All captions must be in the store.
         store: Cached caption embeddings.
-        model: Untrained model with a pretrained tower; modified in place.
-        config: Settings for align.
+        model: Model with a pretrained tower and newly initialised heads. The model is modified in place.
+        config: Settings for the `align` stage.
         run_dir: Output folder for checkpoints/, metrics.jsonl, evaluations.jsonl and best/.
-        log: Skip log for images that cannot be decoded.
-        validate: Function that evaluates the model on held-out images.
-        features: Store for the frozen tower's features, which are computed before training. Only used if `tower_lr` is
-            0. Default: a folder in `run_dir`.
+        log: Skip log that records images that cannot be decoded.
+        validate: Function that evaluates the model on held-out images. If None, the model is not evaluated during
+            training.
+        features: Folder of the feature store, which caches the frozen tower's features. It is only used if `tower_lr`
+            is 0. Default: a folder in `run_dir`.
 
     Returns:
-        The trained model in eval mode. This is `model` itself or, with FSDP, an unsharded copy.
+        The trained model in eval mode. With FSDP, this is an unsharded copy; otherwise, it is `model` itself.
 
     Raises:
-        ValueError: There are too few images for one step, settings contradict each other, or the checkpoints are from
-            a run with different settings or data.
+        ValueError: There are too few images for one step, or settings contradict each other. Also raised if the
+            existing checkpoints were saved with different settings or data.
         TooManySkipped: Too many images cannot be decoded.
         FloatingPointError: The loss or a gradient is not finite.
     """
@@ -101,8 +102,8 @@ def _train(
     validate: Validate | None,
     features: Path | None,
 ) -> LLM2CLIP:
-    """Run the training loop. The arguments are those of `align`."""
-    # Trainable parameters (this call also initialises the LoRA layers), precision and device.
+    """Run the training loop. Takes the same arguments as `align`."""
+    # Trainable parameters, precision and device. `set_trainable` also initialises the LoRA layers.
     set_seed(config.seed)
     set_trainable(model, config)
     set_fsdp_wrap_policy(model.tower.blocks())
@@ -117,7 +118,7 @@ def _train(
         raise ValueError(f"--align.precision fp16 needs a GPU: use bf16 or fp32 on this device ({accelerator.device})")
     keep_freed_memory(accelerator.device)
 
-    # Data: the batches of all steps, with pixels or with the frozen tower's features.
+    # Data: batches contain pixels or, if the tower is frozen, the tower's features.
     feature_store = None
     if config.tower_lr == 0:
         feature_store = _compute_features(records, model, config, precision, features, run_dir, log)
@@ -125,7 +126,7 @@ def _train(
     data = AlignBatches(records, store, model, config, world_size, rank, feature_store)
     steps = len(data)
 
-    # The checkpoint to resume from, and the best weights from earlier evaluations.
+    # Find the checkpoint to resume from and the best weights so far.
     checkpoints = Checkpoints(run_dir / "checkpoints", _run_signature(data, store, config, precision))
     eval_steps = data.steps_per_epoch if config.eval_steps is None else config.eval_steps
     best = BestCheckpoint(run_dir, checkpoints.step, validate if eval_steps else None, accelerator)
@@ -141,11 +142,11 @@ def _train(
     net, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(schedule)
     load_options: dict[str, Any] = {}
-    if unsharded is None:  # checkpoints omit frozen weights
+    if unsharded is None:  # do not save frozen weights in checkpoints
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         accelerator.register_save_state_pre_hook(partial(_drop_frozen_weights, frozen))
         load_options["strict"] = False
-    set_seed(config.seed, device_specific=True)  # each rank has its own dropout masks
+    set_seed(config.seed, device_specific=True)  # each rank uses different dropout masks
     if checkpoints.latest is not None:
         accelerator.load_state(str(checkpoints.latest), **load_options)
 
@@ -206,7 +207,7 @@ def _train(
     for tracker in accelerator.trackers:
         tracker.finish()  # accelerator.end_training() would also destroy the process group
 
-    # Restore the plain model, without wrappers, gradient checkpointing and LoRA layers.
+    # Restore the original model structure: remove the wrappers, gradient checkpointing and the LoRA layers.
     accelerator.unwrap_model(net, keep_fp32_wrapper=False)
     if unsharded is not None:
         model = gather_to_cpu(unsharded, model).to(accelerator.device)  # type: ignore[assignment]
@@ -234,7 +235,7 @@ def _compute_features(
     run_dir: Path,
     log: SkipLog,
 ) -> EmbeddingStore:
-    """Compute the frozen tower's features for all images that are not in the feature store yet. Return the store."""
+    """Compute the frozen tower's features for all images not yet in the feature store, and return that store."""
     refs = [record.image for record in records if record.image is not None]
     encoder = TowerEncoder(model.tower, precision)
     identity = encoder.identity()
@@ -243,7 +244,7 @@ def _compute_features(
 
 
 def _run_signature(data: AlignBatches, store: EmbeddingStore, config: AlignConfig, precision: str) -> dict[str, Any]:
-    """Return the properties that must match between a run and a checkpoint to resume from the checkpoint."""
+    """Return the properties of a run that must be equal to those saved in a checkpoint before the run can resume."""
     settings = {**vars(config), "precision": precision}
     return {
         "steps": len(data),
@@ -256,7 +257,7 @@ def _run_signature(data: AlignBatches, store: EmbeddingStore, config: AlignConfi
 
 
 def _log_failures(batch: Batch, log: SkipLog, accelerator: Accelerator) -> None:
-    """Log images that could not be decoded. Each rank counts the failures of all ranks, so that all stop together."""
+    """Log images that could not be decoded. Every rank counts the failures of all ranks, so all ranks stop together."""
     failures = list(batch.failures.items())
     if accelerator.num_processes > 1:
         failures = gather_object(failures)
@@ -268,14 +269,14 @@ def _log_failures(batch: Batch, log: SkipLog, accelerator: Accelerator) -> None:
 def _batch_loss(
     net: nn.Module, batch: Batch, store: EmbeddingStore, config: AlignConfig, accelerator: Accelerator
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss of a batch and the logit scale, using one forward pass or, with gradient caching, several."""
+    """Return the loss of a batch, and the logit scale. With gradient caching, this takes several forward passes."""
     device = accelerator.device
     embeddings = torch.from_numpy(store.take(batch.caption_rows))  # (M, text_dim)
     image_of_text = torch.from_numpy(batch.image_of_caption).to(device)
     text_ids = torch.from_numpy(batch.caption_rows).to(device)
     image_argument = "pixels" if batch.images.dtype == torch.uint8 else "features"
 
-    # Part n contains the images from image_bounds[n] to image_bounds[n + 1] and the captions of these images.
+    # Part n of the batch contains images image_bounds[n] to image_bounds[n + 1] - 1, and all of their captions.
     size = config.micro_batch_size or len(batch.images)
     image_bounds = [*range(0, len(batch.images), size), len(batch.images)]
     text_bounds = np.searchsorted(batch.image_of_caption, image_bounds).tolist()
@@ -291,7 +292,7 @@ def _batch_loss(
 
     def loss_function(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         nonlocal logit_scale
-        logit_scale = scale.detach().mean()  # the same in all parts
+        logit_scale = scale.detach().mean()  # all parts return the same scale
         if config.loss == "sigmoid":
             return sigmoid_loss(image, text, scale.mean(), bias.mean(), image_of_text, text_ids)
         assert config.loss == "infonce"
@@ -306,7 +307,7 @@ def _batch_loss(
 
 
 def _check_finite(name: str, value: float, step: int, batch: Batch, checkpoints: Checkpoints, run_dir: Path) -> None:
-    """If a value is not finite, list the images of the step in a file and raise FloatingPointError."""
+    """Raise FloatingPointError if `value` is not finite. The step's images are then listed in a file."""
     if math.isfinite(value):
         return
     file = run_dir / f"not-finite-{step}-{process_state().process_index}.json"
@@ -318,7 +319,7 @@ def _check_finite(name: str, value: float, step: int, batch: Batch, checkpoints:
 def _drop_frozen_weights(
     frozen: set[str], models: list[nn.Module], states: list[dict[str, Tensor]], _folder: str
 ) -> None:
-    """Remove frozen weights from a checkpoint before the checkpoint is written."""
+    """Remove the frozen weights from the state dicts before a checkpoint is saved."""
     for state in states:
         for name in list(state):
             if name.removeprefix("module.") in frozen:  # DDP adds the prefix "module."
@@ -326,10 +327,10 @@ def _drop_frozen_weights(
 
 
 def _tracker_options(names: list[str], run_dir: Path) -> dict[str, Any]:
-    """Return Accelerate's options for each tracker, keyed by name. A resumed run continues the same tracker run.
+    """Return Accelerate's options for each tracker, keyed by tracker name. A resumed run continues its tracker run.
 
     Raises:
-        ValueError: A tracker is unknown.
+        ValueError: A tracker name is unknown.
         ModuleNotFoundError: The package for a tracker is not installed.
     """
     run_id = hash_texts([str(run_dir.resolve())])
@@ -350,6 +351,6 @@ def _start_trackers(accelerator: Accelerator, options: dict[str, Any], config: A
     if not options:
         return
     if "tensorboard" in options and resume_step:
-        options["tensorboard"]["purge_step"] = resume_step + 1  # steps that will be repeated
+        options["tensorboard"]["purge_step"] = resume_step + 1  # training will repeat the steps from here on
     settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(config).items()}
     accelerator.init_trackers("llm2clip", settings, options)

@@ -1,4 +1,4 @@
-"""Evaluation during training, and storage of the weights with the best score."""
+"""Evaluation during training, and the checkpoint with the best evaluation score."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from llm2clip.train.distributed import full_tensor
 WEIGHTS, METRICS = "model.safetensors", "metrics.json"
 
 Validate = Callable[[LLM2CLIP], dict[str, float]]
-"""Function that evaluates a model in eval mode on held-out images and returns metrics. The metrics must include
-`score`, for which higher is better."""
+"""Function that evaluates a model on held-out images and returns its metrics. The model must be in eval mode. The
+metrics must include `score`; a higher score is better."""
 
 
 class BestCheckpoint:
@@ -30,11 +30,11 @@ class BestCheckpoint:
     def __init__(self, run_dir: Path, resume_step: int, validate: Validate | None, accelerator: Accelerator) -> None:
         """
         Args:
-            run_dir: Run directory; each evaluation is appended to evaluations.jsonl in this directory.
-            resume_step: Step that training resumes from. Evaluations after this step are dropped, because they will be
-                repeated.
-            validate: Function that evaluates a model; None disables evaluation.
-            accelerator: Accelerator that the run uses.
+            run_dir: Run directory. Each evaluation is appended to the file evaluations.jsonl in this directory.
+            resume_step: Step that training resumes from. Saved evaluations of later steps are dropped, because training
+                repeats these steps.
+            validate: Function that evaluates a model. None disables evaluation.
+            accelerator: The Accelerator of the training run.
         """
         self.folder, self.validate, self.accelerator = run_dir / "best", validate, accelerator
         self.log: MetricsLog | None = None
@@ -51,9 +51,11 @@ class BestCheckpoint:
     def evaluate(self, model: LLM2CLIP, step: int) -> dict[str, float]:
         """Evaluate the model and save its weights if they are the best so far. Must be called by all ranks.
 
+        The main process evaluates the model. If the model is sharded, all other ranks evaluate it as well. On each
+        rank that evaluates the model, the model is left in eval mode.
+
         Returns:
-            The metrics on the main process and, if the model is sharded, on all other ranks. Other ranks return an
-            empty dict. On ranks that evaluate, the model is left in eval mode.
+            The metrics, or an empty dict on ranks that did not evaluate the model.
         """
         if self.validate is None:
             return {}
@@ -67,7 +69,7 @@ class BestCheckpoint:
         if is_best:
             self.best_score = metrics["score"]
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / METRICS).unlink(missing_ok=True)  # weights without a metrics file are incomplete
+            (self.folder / METRICS).unlink(missing_ok=True)  # marks the weights as incomplete until they are saved
             with atomic_path(self.folder / WEIGHTS) as file:
                 save_file(state, file, {"step": str(step)})
             atomic_write_text(self.folder / METRICS, json.dumps({"step": step, **metrics}, indent=1))
@@ -81,7 +83,7 @@ class BestCheckpoint:
         model.load_state_dict(load_file(self.folder / WEIGHTS))
 
     def _saved_step(self) -> int:
-        """Return the step of the saved weights, -1 if there are none, or sys.maxsize if the weights are incomplete."""
+        """Return the step of the saved weights. If none are saved, return -1; if incomplete, return sys.maxsize."""
         if not self.folder.exists():
             return -1
         try:

@@ -1,8 +1,9 @@
-"""Collectives over ranks: gathering rows, and helpers for models sharded with FSDP2.
+"""Collective operations: gathering rows from all ranks, and helpers for models sharded with FSDP2.
 
-With `accelerate launch --use_fsdp --fsdp_version 2`, Accelerate shards the weights. The training loops must handle two
-consequences. Every forward pass gathers weights from all ranks, so all ranks must run the same number of forward
-passes. Each rank holds only a shard of each parameter, so parameters must be gathered before they are saved.
+With `accelerate launch --use_fsdp --fsdp_version 2`, Accelerate shards the weights. This has two consequences for the
+training loops. First, every forward pass gathers weights from all ranks, so all ranks must run the same number of
+forward passes. Second, each rank has only a shard of each parameter, so parameters must be gathered before they are
+saved.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from llm2clip.distributed import is_distributed
 
 
 class RaggedGather:
-    """All-gather of rows when each rank may have a different number of them.
+    """All-gather for tensors whose number of rows may differ between ranks.
 
-    Each rank pads its rows to the largest number of rows on any rank, and the padding is removed after the gather. In a
-    single process, nothing is gathered.
+    Each rank pads its tensor to the largest number of rows on any rank, and the padding is removed after the gather. In
+    a single process, tensors are returned unchanged.
 
     Attributes:
-        single_process: True if nothing is gathered, because this process holds all rows.
+        single_process: True if tensors are not gathered, because this process already has all rows.
         local_size: Number of rows on this rank.
         max_size: Largest number of rows on any rank.
         total_size: Number of rows on all ranks.
@@ -34,12 +35,12 @@ class RaggedGather:
     """
 
     def __init__(self, local_size: int, device: torch.device, gather: bool = True) -> None:
-        """Exchange the number of rows between ranks. Must be called by all ranks.
+        """Exchange the row counts between ranks. Must be called by all ranks.
 
         Args:
             local_size: Number of rows on this rank.
             device: Device of the tensors that will be gathered.
-            gather: If False, treat this process as the only process.
+            gather: If False, ignore all other ranks, as in a single process.
         """
         self.single_process = not (gather and is_distributed())
         self.local_size = self.max_size = self.total_size = local_size
@@ -53,7 +54,7 @@ class RaggedGather:
 
     @property
     def local_slice(self) -> slice:
-        """This rank's rows among all rows."""
+        """Position of this rank's rows in a gathered tensor."""
         return slice(self.offset, self.offset + self.local_size)
 
     def gather(self, x: Tensor, gradients: bool = False) -> Tensor:
@@ -76,14 +77,14 @@ class RaggedGather:
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """Return the rows of all ranks, without gradients. All ranks must have the same number of rows."""
+    """Gather the rows of all ranks, without gradients. All ranks must have the same number of rows."""
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
 
 def all_gather_with_grad(x: Tensor) -> Tensor:
-    """Return the rows of all ranks, with gradients. All ranks must have the same number of rows."""
+    """Gather the rows of all ranks, with gradients. All ranks must have the same number of rows."""
     from torch.distributed.nn.functional import all_gather
 
     return torch.cat(all_gather(x))
@@ -93,7 +94,10 @@ def all_gather_with_grad(x: Tensor) -> Tensor:
 
 
 def extra_forward_passes(model: nn.Module, passes: int, device: torch.device) -> int:
-    """Return how many dummy forward passes this rank must add to `passes` so that all ranks run the same number."""
+    """Return how many dummy passes this rank must add to its `passes` forward passes to match the rank with the most.
+
+    If the model is not sharded, no dummy passes are needed, and the result is 0.
+    """
     if not isinstance(model, FSDPModule) or not is_distributed():
         return 0
     largest = torch.tensor(passes, device=device)
@@ -115,7 +119,7 @@ def copy_into(weight: Tensor, value: Tensor) -> None:
 
 
 def empty_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model with all parameters on the meta device, where parameters take no memory."""
+    """Return a copy of a model with all parameters on the meta device, where they take up no memory."""
     meta_parameters: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
     }
@@ -123,7 +127,12 @@ def empty_copy(model: nn.Module) -> nn.Module:
 
 
 def gather_to_cpu(empty_model: nn.Module, sharded_model: nn.Module) -> nn.Module:
-    """Gather the weights of a sharded model on the CPU, into a copy from `empty_copy`. Must be called by all ranks."""
+    """Gather the weights of a sharded model into an empty copy on the CPU. Must be called by all ranks.
+
+    Args:
+        empty_model: Copy of the model before sharding, created with `empty_copy`.
+        sharded_model: The sharded model.
+    """
     state = {name: full_tensor(tensor).cpu() for name, tensor in sharded_model.state_dict().items()}
     empty_model.load_state_dict(state, assign=True)
     return empty_model.cpu()

@@ -1,14 +1,14 @@
 """Gradient caching (GradCache, arXiv 2101.06983): contrastive losses over batches too large for one forward pass.
 
-A contrastive loss depends only on the embeddings of the complete batch, and so does its gradient with respect to the
-embeddings. The gradients for the model can therefore be computed in three steps:
+A contrastive loss is a function of the embeddings of the complete batch, and so is its gradient with respect to these
+embeddings. The gradients of the model's parameters can therefore be computed in three steps:
 
-1. Run the model on each part of the batch in turn, without keeping activations.
-2. Compute the loss on all embeddings and its gradient with respect to the embeddings.
-3. Run the model on each part again, and backpropagate the embedding gradients through the model.
+1. Run the model on each part of the batch in turn, without storing activations.
+2. Compute the loss on the embeddings of all parts, and its gradient with respect to these embeddings.
+3. Run the model on each part again, and backpropagate the gradient of the part's embeddings through the model.
 
-The gradients equal those of one pass over the complete batch. Only the activations of one part are in memory at a time,
-at the cost of one more forward pass.
+The result equals the gradients from a single pass over the complete batch. At any time, only the activations of one
+part are in memory. The cost is a second forward pass over the batch.
 """
 
 from __future__ import annotations
@@ -29,30 +29,32 @@ def cached_backward(
     """Return the loss on the outputs of all passes. Calling backward() on the loss runs each pass again.
 
     Args:
-        passes: Functions that run `model` on one part of the batch each. Every function returns a tuple of tensors with
-            one row per item, and all tuples have the same length.
-        loss_function: Function that returns the scalar loss. Its arguments are the tensors of the passes, each
-            concatenated over all passes.
-        model: The model, including its DDP or FSDP wrapper. DDP reduces the gradients once, in the last pass.
-        device: Device whose random state the passes use.
+        passes: One function per part of the batch, which runs `model` on that part. Every function must return a tuple
+            of tensors with one row per item, and all tuples must have the same length.
+        loss_function: Function that returns the scalar loss. Argument n is the concatenation of the n-th tensors from
+            all passes.
+        model: The model, including its DDP or FSDP wrapper. DDP reduces the gradients only once, in the last pass.
+        device: Device that the passes run on. Its random state is saved and restored, so that dropout is identical
+            when a pass is run again.
     """
-    # 1. Forward passes without activations.
+    # 1. Forward passes, without storing activations.
     random_states, outputs = [], []
     with torch.no_grad():
         for run in passes:
             random_states.append(_random_state(device))
-            outputs.append(tuple(x.detach() for x in run()))  # detached: a view of a parameter would need a gradient
+            # Detach, because an output may be a view of a parameter, which would require a gradient.
+            outputs.append(tuple(x.detach() for x in run()))
 
     # 2. Loss, and its gradient with respect to the outputs.
     joined = [torch.cat(parts).requires_grad_() for parts in zip(*outputs, strict=True)]
     loss = loss_function(*joined)
     loss.backward()
-    gradients = []  # for each output tensor, its gradient split by pass
+    gradients = []  # gradient of each output tensor, split into one part per pass
     for x, parts in zip(joined, zip(*outputs, strict=True), strict=True):
         gradient = torch.zeros_like(x) if x.grad is None else x.grad
         gradients.append(gradient.split([len(part) for part in parts]))
 
-    # 3. Forward and backward passes, run when backward() is called on the loss.
+    # 3. Forward and backward passes, which run when backward() is called on the loss.
     def backward(grad_output: Tensor) -> None:
         state_after = _random_state(device)
         for n, (run, state) in enumerate(zip(passes, random_states, strict=True)):

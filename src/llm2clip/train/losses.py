@@ -6,12 +6,12 @@ several images share a text, that text is not a negative for any of these images
 `info_nce_reference` and `sigmoid_reference` define the losses in plain PyTorch for a single process. `info_nce` and
 `sigmoid_loss` compute the same values for large batches and several ranks:
 
-- The full logit matrix is never stored. Its rows are computed in chunks, once for the loss and again for the gradient,
-  which is implemented by hand. Memory is linear in the batch size instead of quadratic. InfoNCE takes four matmuls,
-  whereas automatic differentiation would take six.
-- Across ranks, embeddings are gathered without gradients and sums of exponentials are exchanged. Each rank then
-  computes the gradients for its own embeddings. After averaging over ranks, as in DistributedDataParallel, the values
-  and gradients are those of a single process with the complete batch.
+- The full logit matrix is never stored, so memory is linear in the batch size instead of quadratic. Its rows are
+  computed in chunks, once for the loss and again for the gradient. The gradient is implemented by hand: InfoNCE takes
+  four matmuls, whereas automatic differentiation would take six.
+- In a distributed run, ranks gather the embeddings without gradients and exchange sums of exponentials. Each rank then
+  computes the gradients of its own embeddings. Averaged over ranks, as in DistributedDataParallel, the loss and its
+  gradients equal those of a single process with the complete batch.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from torch import Tensor
 
 from llm2clip.train.distributed import RaggedGather
 
-CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits per chunk: fits into a CPU's cache; 256 MB on a GPU
+CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits per chunk: fits in the cache on a CPU, 256 MB on a GPU
 
 
 def info_nce_reference(
     image: Tensor, text: Tensor, logit_scale: Tensor | float, image_of_text: Tensor, text_ids: Tensor
 ) -> Tensor:
-    """Compute `info_nce` in a single process from the full logit matrix. The arguments are those of `info_nce`."""
+    """Compute `info_nce` in a single process from the full logit matrix. Takes the same arguments as `info_nce`."""
     own, positive, weights = _reference_masks(len(image), image_of_text, text_ids)
     logits = logit_scale * image @ text.T  # (images, texts)
 
-    # Image to text: for each text, its image must rank the text above the texts of other images.
+    # Image to text: an image must rank each of its texts above the texts of all other images.
     target = torch.arange(len(text), device=text.device)
     excluded = positive.T[image_of_text]  # (texts, texts): entry (a, b) is True if text b is a positive of a's image
     excluded[target, target] = False
     candidates = logits[image_of_text].masked_fill(excluded, -torch.inf)
     image_to_text = F.cross_entropy(candidates, target, reduction="none")
 
-    # Text to image: each text must rank its image above all images that do not have the same text.
+    # Text to image: a text must rank its image above all images that do not have an identical text.
     candidates = logits.T.masked_fill(positive & ~own, -torch.inf)
     text_to_image = F.cross_entropy(candidates, image_of_text, reduction="none")
     return (weights * (image_to_text + text_to_image)).sum() / 2
@@ -56,7 +56,7 @@ def sigmoid_reference(
     image_of_text: Tensor,
     text_ids: Tensor,
 ) -> Tensor:
-    """Compute `sigmoid_loss` in a single process from the full logit matrix. Same arguments as `sigmoid_loss`."""
+    """Compute `sigmoid_loss` in a single process from the full logit matrix. Takes `sigmoid_loss`'s arguments."""
     own, positive, weights = _reference_masks(len(image), image_of_text, text_ids)
     logits = logit_scale * text @ image.T + logit_bias  # (texts, images)
     loss = -F.logsigmoid(torch.where(own, logits, -logits))
@@ -64,9 +64,10 @@ def sigmoid_reference(
 
 
 def _reference_masks(images: int, image_of_text: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return two bool masks (texts, images) and the weight of each text (texts,).
+    """Return two bool masks of shape (texts, images), and the weight of each text, float32 (texts,).
 
-    The first mask is true at the image that each text belongs to, the second at all images with an identical text.
+    The first mask is True where the text belongs to the image. The second mask is True where the image has an identical
+    text.
     """
     own = F.one_hot(image_of_text, images).bool()
     equal = text_ids[:, None] == text_ids[None, :]  # (texts, texts)
@@ -84,21 +85,22 @@ def info_nce(
 ) -> Tensor:
     """Compute symmetric InfoNCE (CLIP, arXiv 2103.00020) for any number of texts per image.
 
-    In the image-to-text direction, an image must retrieve each of its texts among the texts of all other images; the
-    image's remaining texts are not candidates. In the text-to-image direction, each text must retrieve its image among
+    In the image-to-text direction, an image must retrieve each of its texts from the texts of all other images. The
+    image's remaining texts are not candidates. In the text-to-image direction, each text must retrieve its image from
     all images. With one text per image, this loss is CLIP's loss.
 
     Args:
         image: Image embeddings, (N, D), L2-normalised.
         text: Text embeddings, (M, D), L2-normalised.
-        logit_scale: Factor that the cosine similarities are multiplied by, 1 / temperature.
+        logit_scale: Factor applied to the cosine similarities (1 / temperature).
         image_of_text: Index of each text's image, int64 (M,), ascending. Every image must have at least one text. If
             None, text i belongs to image i.
-        text_ids: Ids of the texts, int64 (M,). Identical texts have equal ids. If None, all texts are distinct.
+        text_ids: Ids of the texts, int64 (M,). Identical texts must have equal ids. If None, all texts are treated as
+            distinct.
         gather: Use the texts and images of all ranks as negatives. All ranks must then call this function.
 
     Returns:
-        The loss as a float32 scalar, averaged over both directions and over the images of this rank.
+        The loss as a float32 scalar, averaged over both directions and over this rank's images.
     """
     return _apply(_InfoNCE, image, text, logit_scale, None, image_of_text, text_ids, gather)
 
@@ -116,11 +118,11 @@ def sigmoid_loss(
 
     Args:
         logit_bias: Bias that is added to the logits.
-        image, text, logit_scale, image_of_text, text_ids, gather: As in `info_nce`.
+        image, text, logit_scale, image_of_text, text_ids, gather: See `info_nce`.
 
     Returns:
-        The loss as a float32 scalar: the sum over all pairs, divided by the number of images. The weight of each text
-        is 1 / (number of texts of its image).
+        The loss as a float32 scalar: the weighted sum over all pairs, divided by the number of images. The pairs of a
+        text have weight 1 / (number of texts of its image).
     """
     return _apply(_Sigmoid, image, text, logit_scale, logit_bias, image_of_text, text_ids, gather)
 
@@ -145,7 +147,7 @@ def _apply(
         return function.apply(image.float(), text.float(), *scalars, layout)
 
 
-# ---- the losses in chunks --------------------------------------------------------------------------------------------
+# ---- chunked losses --------------------------------------------------------------------------------------------------
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -156,8 +158,9 @@ class _InfoNCE(torch.autograd.Function):
 
         -log(exp(p) / (exp(p) + sum exp(n))) = softplus(lse - p)    with lse = log(sum exp(n))
 
-    where the negatives are those of the image (`image_lse`, one value per image) or of the text (`text_lse`, one value
-    per text). If w_t is the weight of text t, the derivatives of the loss are
+    In the image-to-text direction, lse is `image_lse`, which has one value per image. In the text-to-image direction,
+    lse is `text_lse`, which has one value per text. If w_t is the weight of text t, the derivatives of the loss (before
+    it is divided by two, the number of directions) are
 
         with respect to p:                      -w_t * (sigmoid(image_lse_i - p) + sigmoid(text_lse_t - p))   =: -coef_t
         with respect to a negative logit l_it:  a_i * exp(l_it - image_lse_i) + b_t * exp(l_it - text_lse_t)
@@ -222,8 +225,8 @@ class _InfoNCE(torch.autograd.Function):
 class _Sigmoid(torch.autograd.Function):
     """Pairwise sigmoid loss.
 
-    A pair contributes softplus(-logit) if the text belongs to the image, and softplus(logit) if the pair is a negative.
-    Each term depends on a single pair, so the loss and its gradient are computed in one pass with three matmuls.
+    A positive pair (a text and its image) contributes softplus(-logit); a negative pair contributes softplus(logit).
+    Each term depends on a single pair, so the loss and its gradients are computed together, with three matmuls.
     """
 
     @staticmethod
@@ -267,13 +270,14 @@ class _Sigmoid(torch.autograd.Function):
 
 
 class _ImageTextLayout:
-    """Assignment of texts to images on all ranks, and the logits between them in chunks of rows.
+    """Assignment of texts to images on all ranks, with methods that compute logits in chunks of rows.
 
     Attributes:
-        image_gather, text_gather: All-gather across ranks, for tensors with one row per image and per text.
+        image_gather: All-gather for tensors with one row per image.
+        text_gather: All-gather for tensors with one row per text.
         image_of_text: Index of each text's image among the images of this rank, int64 (texts of this rank,).
         all_image_of_text: Index of each text's image among the images of all ranks, int64 (texts of all ranks,).
-        weights: Weight of each text in the loss of its rank, float32 (texts of all ranks,).
+        weights: Weight of each text in the loss on the text's rank, float32 (texts of all ranks,).
     """
 
     def __init__(self, images: int, image_of_text: Tensor, text_ids: Tensor | None, gather: bool) -> None:
@@ -283,11 +287,12 @@ class _ImageTextLayout:
         self.image_of_text = image_of_text
         self.all_image_of_text = self.text_gather.gather(image_of_text + self.image_gather.offset)
         self.weights = self.text_gather.gather(_text_weights(image_of_text, images))
-        # The texts of image i are those from text_starts[i] to text_starts[i + 1].
+        # Image i has texts text_starts[i] to text_starts[i + 1] - 1.
         self.text_starts = torch.searchsorted(image_of_text, torch.arange(images + 1, device=device)).tolist()
 
-        # If some texts are identical: `group` numbers the distinct texts from 0, `by_group` lists all texts sorted by
-        # their group, and `group_starts` is the position in `by_group` at which each group starts.
+        # These tensors exist only if some texts are identical. `group` assigns the same number to identical texts,
+        # `by_group` lists the indices of all texts sorted by group, and `group_starts` is the position in `by_group` at
+        # which each group starts.
         self.group: Tensor | None = None
         if text_ids is not None:
             different, group = self.text_gather.gather(text_ids).unique(return_inverse=True)
@@ -296,22 +301,22 @@ class _ImageTextLayout:
                 self.group_starts = F.pad(torch.bincount(group).cumsum(0), (1, 0))
 
     def row_chunks(self, rows: int, columns: int) -> Iterator[slice]:
-        """Yield slices of the rows. Each slice has at most CHUNK logits but at least one row."""
+        """Yield slices that cover all rows. Each slice has at most CHUNK logits or, failing that, a single row."""
         chunk = CHUNK.get(self.image_of_text.device.type, CHUNK["cuda"])
         size = max(1, chunk // max(1, columns))
         for start in range(0, rows, size):
             yield slice(start, min(start + size, rows))
 
     def texts_of(self, images: slice) -> slice:
-        """Return the texts of a slice of this rank's images."""
+        """Return the slice of this rank's texts that belong to a slice of its images."""
         return slice(self.text_starts[images.start], self.text_starts[images.stop])
 
     def equal_texts(self, texts: slice) -> tuple[Tensor, Tensor]:
-        """Find all texts, on all ranks, that are identical to a text in a slice of this rank's texts.
+        """Pair each text in a slice of this rank's texts with all identical texts on any rank, including itself.
 
         Returns:
-            Two int64 vectors of the same length: the position of a text in the slice, and the index of an identical
-            text among the texts of all ranks. Every text is also paired with itself.
+            Two int64 vectors with one element per pair. The first contains the position of the text in the slice, and
+            the second contains the index of the identical text among the texts of all ranks.
         """
         device, offset = self.image_of_text.device, self.text_gather.offset
         positions = torch.arange(texts.stop - texts.start, device=device)
@@ -324,7 +329,7 @@ class _ImageTextLayout:
         return repeated, self.by_group[self.group_starts[groups][repeated] + index_in_group]
 
     def image_logits(self, image: Tensor, all_text: Tensor, scale: Tensor, rows: slice) -> Tensor:
-        """Return logits between a slice of this rank's images and all texts, with -inf for positive texts."""
+        """Return the logits of a slice of this rank's images and all texts. The logits of positive pairs are -inf."""
         logits = (image[rows] * scale) @ all_text.T  # (rows, texts of all ranks)
         texts = self.texts_of(rows)
         positions, equal = self.equal_texts(texts)
@@ -332,7 +337,7 @@ class _ImageTextLayout:
         return logits
 
     def text_logits(self, text: Tensor, all_image: Tensor, scale: Tensor, rows: slice) -> Tensor:
-        """Return logits between a slice of this rank's texts and all images, with -inf for positive images."""
+        """Return the logits of a slice of this rank's texts and all images. The logits of positive pairs are -inf."""
         logits = (text[rows] * scale) @ all_image.T  # (rows, images of all ranks)
         positions, equal = self.equal_texts(rows)
         logits[positions, self.all_image_of_text[equal]] = -torch.inf
@@ -356,7 +361,10 @@ def _add_positive_grads(
     layout: _ImageTextLayout,
     rows: slice,
 ) -> None:
-    """Add the gradients from the positive pairs of a slice of images in place. Their logits have derivative -coef."""
+    """Add the gradients of the positive pairs in place, for a slice of images.
+
+    The derivative of the loss with respect to the logit of a positive pair is -coef.
+    """
     texts = layout.texts_of(rows)
     image_of_text, coef = layout.image_of_text[texts], coef[texts, None]
     grad_image.index_add_(0, image_of_text, text[texts] * coef, alpha=-1)
@@ -366,14 +374,18 @@ def _add_positive_grads(
 def _scale_grads(
     grad_image: Tensor, grad_text: Tensor, image: Tensor, scale: Tensor, grad_output: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Convert the gradients for unscaled logits to gradients for image, text and scale, modifying them in place."""
+    """Multiply `grad_image` and `grad_text` by the logit scale and `grad_output` in place.
+
+    Returns:
+        The gradients with respect to the image embeddings, the text embeddings and the logit scale.
+    """
     grad_scale = torch.linalg.vecdot(image, grad_image).sum() * grad_output  # logits = scale * cosines
     factor = scale * grad_output
     return grad_image.mul_(factor), grad_text.mul_(factor), grad_scale
 
 
 def _shifted_lse(lse: Tensor, coef: Tensor) -> Tensor:
-    """Return lse - log(coef), so that exp(logit - result) = coef * exp(logit - lse); infinity where coef is 0."""
+    """Return lse - log(coef), so that exp(logit - result) = coef * exp(logit - lse). Infinite where coef is 0."""
     return torch.where(coef > 0, lse - coef.log(), torch.inf)
 
 

@@ -1,4 +1,4 @@
-"""Optimization for align: trainable parameters, learning rates and the learning rate schedule."""
+"""Optimization for the `align` stage: trainable parameters, learning rates and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.tower_lora import add_tower_lora
 from llm2clip.models.vision_tower import VisionTower
 
-# Weight decay and gradient clipping as in the paper's training script (arXiv 2411.04997).
+# Weight decay and gradient clipping use the values from the training script of the LLM2CLIP authors (arXiv 2411.04997).
 WEIGHT_DECAY = 0.05
 MAX_GRAD_NORM = 5.0
 ADAM_BETAS = (0.9, 0.999)
 
 
 def set_trainable(model: LLM2CLIP, config: AlignConfig) -> None:
-    """Set `requires_grad` for the tower's parameters. If `lora_r` is greater than 0, add LoRA layers to the tower.
+    """Set `requires_grad` for the tower's parameters. If `lora_r` is greater than 0, also add LoRA layers to the tower.
 
-    The projection, the adapter and the logit scale are always trained.
+    The parameters outside the tower (projection, adapter and logit scale) are always trained.
 
     Raises:
         ValueError: The tower has no layers that LoRA can be applied to.
@@ -33,23 +33,24 @@ def set_trainable(model: LLM2CLIP, config: AlignConfig) -> None:
     if config.lora_r:
         add_tower_lora(tower, config.lora_r, 2 * config.lora_r)
     for name, parameter in tower.named_parameters():
-        if name.endswith("mask_token"):  # only used in DINO's pretraining, so never gets a gradient
+        if name.endswith("mask_token"):  # only used during DINO pretraining, so it has no gradient
             parameter.requires_grad_(False)
 
 
 def make_optimizer(model: LLM2CLIP, config: AlignConfig) -> torch.optim.AdamW:
-    """Return an AdamW optimizer for the trained parameters."""
+    """Return an AdamW optimizer for the trainable parameters."""
     return torch.optim.AdamW(parameter_groups(model, config), betas=ADAM_BETAS)
 
 
 def parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str, Any]]:
-    """Group the trained parameters by learning rate and weight decay.
+    """Group the trainable parameters by learning rate and weight decay.
 
-    The tower has its own learning rate, multiplied by `layer_decay` for each layer below the top. Vectors and scalars
-    (biases, norms, the logit scale and bias) have no weight decay, as in CLIP.
+    The tower has a separate learning rate, `tower_lr`, which is multiplied by `layer_decay` once for each layer below
+    the top layer. As in CLIP, weight decay is not applied to vectors and scalars, such as biases, norms and the logit
+    scale.
 
     Raises:
-        ValueError: Layer decay was requested, but the order of the tower's layers is unknown.
+        ValueError: `layer_decay` is less than 1, but the order of the tower's layers is unknown.
     """
     layers = _tower_layers(model.tower)
     top = max(layers.values())
@@ -72,10 +73,10 @@ def parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str, Any
 
 
 def cosine_schedule(steps: int, warmup_ratio: float) -> Callable[[int], float]:
-    """Return the factor on the learning rate as a function of the step: linear warm-up, then a cosine to zero.
+    """Return a function that maps a step to its learning rate factor: linear warm-up, then cosine decay to zero.
 
-    In transformers' cosine schedule, the learning rate of the first step is 0, so the first step has no effect. This
-    schedule starts above 0.
+    The first step has a learning rate greater than 0. In the cosine schedule of transformers, the learning rate of the
+    first step is 0, so that step has no effect.
     """
     warmup = max(1, round(steps * warmup_ratio))
 
@@ -89,10 +90,11 @@ def cosine_schedule(steps: int, warmup_ratio: float) -> Callable[[int], float]:
 
 
 def _tower_layers(tower: VisionTower) -> dict[str, int]:
-    """Return the layer of each parameter of the tower: 0 for the stem, then the blocks, then the final norm.
+    """Return the layer index of each tower parameter: 0 for the stem, then the blocks, then the final norm.
 
-    As in the paper, the final norm is a separate layer above the last block: the norm has the full learning rate, and
-    the last block has `layer_decay` times this rate. In timm, by contrast, the final norm belongs to the last block.
+    As in the paper, the final norm is a separate layer above the last block. The norm therefore has the full learning
+    rate, and the last block has `layer_decay` times the full learning rate. In timm, by contrast, the final norm
+    belongs to the same layer as the last block.
     """
     layers = tower.parameter_depths()
     block_layers = [layer for name, layer in layers.items() if tower.is_in_block(name)]

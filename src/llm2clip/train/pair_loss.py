@@ -1,8 +1,8 @@
-"""Training loss for tune: InfoNCE over pairs of texts, encoded in batches of similar length.
+"""Training loss of the `tune` stage: InfoNCE over pairs of texts, which are encoded in batches of similar length.
 
-Captions have 10 to 200 tokens. Padding a complete batch to its longest text would waste half the compute, so the texts
-are sorted by length and encoded in forward passes with a limited number of tokens. With gradient caching, only the
-activations of one pass are in memory at a time.
+Captions have 10 to 200 tokens. Padding a complete batch to its longest text would waste half the compute. The texts are
+therefore sorted by length, and encoded in several forward passes with a limited number of tokens each. With gradient
+caching, only the activations of one pass are in memory at a time.
 """
 
 from __future__ import annotations
@@ -33,24 +33,25 @@ def pair_loss(
     symmetric: bool = True,
     gather: bool = True,
 ) -> Tensor:
-    """Compute InfoNCE over pairs of texts: each anchor retrieves its positive among all positives and hard negatives.
+    """Compute InfoNCE over pairs of texts: each anchor retrieves its positive from all positives and hard negatives.
 
-    A candidate that is identical to the anchor or its positive is not used as a negative. In a distributed run, the
-    candidates of all ranks are gathered with gradients. After averaging over ranks, as in DDP, the gradients are those
+    A candidate text that is identical to the anchor or to its positive is not used as a negative. In a distributed run,
+    the candidates of all ranks are gathered with gradients. Averaged over ranks, as in DDP, the gradients equal those
     of a single process with the complete batch.
 
     Args:
         anchor, positive: Embeddings of this rank's pairs, (N, D), L2-normalised. Row i of `anchor` and row i of
             `positive` form a pair. N must be the same on all ranks.
-        scale: Factor that the cosine similarities are multiplied by, 1 / temperature.
-        text_ids: Ids of the anchors, positives and negatives, in this order, int64 (2 N + M,). Identical texts have
-            equal ids.
-        negatives: Embeddings of hard negatives, (M, D), shared by all anchors. M may differ between ranks.
-        symmetric: If True, each positive must also retrieve its anchor among all anchors.
+        scale: Factor applied to the cosine similarities (1 / temperature).
+        text_ids: Ids of the anchors, then the positives, then the negatives, int64 (2 N + M,). Identical texts must
+            have equal ids.
+        negatives: Embeddings of the hard negatives, (M, D), L2-normalised. They are negatives for all anchors. M may
+            differ between ranks.
+        symmetric: If True, each positive must also retrieve its anchor from all anchors.
         gather: Use the candidates of all ranks. All ranks must then call this function.
 
     Returns:
-        The loss as a float32 scalar, averaged over the pairs of this rank and, if symmetric, over both directions.
+        The loss as a float32 scalar, averaged over this rank's pairs. If symmetric, it is the mean of both directions.
     """
     n = len(anchor)
     if negatives is None:
@@ -58,7 +59,7 @@ def pair_loss(
     anchor, positive, negatives = anchor.float(), positive.float(), negatives.float()
     anchor_ids, positive_ids, negative_ids = text_ids[:n], text_ids[n : 2 * n], text_ids[2 * n :]
 
-    # Texts of all ranks.
+    # Gather the texts of all ranks.
     pairs = RaggedGather(n, anchor.device, gather)
     extra = RaggedGather(len(negatives), anchor.device, gather)
     all_anchors, all_positives = pairs.gather(anchor, gradients=True), pairs.gather(positive, gradients=True)
@@ -68,9 +69,9 @@ def pair_loss(
     target = torch.arange(n, device=anchor.device) + pairs.offset  # index of each pair among the pairs of all ranks
 
     def retrieval_loss(query: Tensor, query_ids: Tensor, answer_ids: Tensor, items: Tensor, item_ids: Tensor) -> Tensor:
-        """Return the cross-entropy loss for retrieving item `target` with each query."""
+        """Return the cross-entropy loss of retrieving the target item with each query."""
         excluded = (item_ids[None, :] == query_ids[:, None]) | (item_ids[None, :] == answer_ids[:, None])
-        excluded = excluded.scatter(1, target[:, None], False)  # keep the target itself
+        excluded = excluded.scatter(1, target[:, None], False)  # never exclude the target itself
         logits = scale * query @ items.T  # (queries, items)
         return F.cross_entropy(logits.masked_fill(excluded, -torch.inf), target)
 
@@ -84,9 +85,10 @@ def pair_loss(
 
 @dataclass
 class PairCollator(SentenceTransformerDataCollator):
-    """Data collator that tokenizes a batch of pairs without padding: anchors, then positives, then hard negatives.
+    """Data collator that tokenizes a batch of pairs, without padding.
 
-    `preprocess_fn` must be the encoder's `tokenize` method.
+    The output lists the anchors first, then the positives, then the hard negatives. `preprocess_fn` must be the
+    encoder's `tokenize` method.
     """
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -104,7 +106,7 @@ class PairCollator(SentenceTransformerDataCollator):
 
 
 class PairLoss(nn.Module):
-    """Module that computes `pair_loss` for a batch from `PairCollator`, as sentence-transformers' trainer expects."""
+    """Loss module for the sentence-transformers trainer, which computes `pair_loss` on batches from `PairCollator`."""
 
     def __init__(
         self,
@@ -121,10 +123,10 @@ class PairLoss(nn.Module):
             encoder: Caption encoder to train.
             temperature: Temperature that cosine similarities are divided by.
             batch_tokens: Maximum number of tokens per forward pass, including padding.
-            symmetric: As in `pair_loss`.
+            symmetric: See `pair_loss`.
             matryoshka_dims: Truncated embedding sizes to train in addition to the full size (Matryoshka, arXiv
                 2205.13147). The loss is the mean over all sizes.
-            grad_cache: Use gradient caching, so that only one forward pass has its activations in memory.
+            grad_cache: Use gradient caching, so that only one forward pass at a time has its activations in memory.
         """
         super().__init__()
         self.model = encoder.st  # the trainer replaces this model with its distributed wrapper
@@ -134,10 +136,10 @@ class PairLoss(nn.Module):
         self.symmetric, self.matryoshka_dims, self.grad_cache = symmetric, tuple(matryoshka_dims), grad_cache
 
     def forward(self, features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
-        """Return the loss of a batch. `features` must contain exactly one element: that batch."""
+        """Return the loss of a batch. `features` must contain exactly one element, the batch."""
         batch, device = next(iter(features)), self._encoder[0].device
         passes = list(self._passes(batch["tokens"], batch["prompt_lengths"]))
-        order = torch.tensor([row for rows, _ in passes for row in rows]).argsort()  # restores the batch order
+        order = torch.tensor([row for rows, _ in passes for row in rows]).argsort()  # to restore the order of the batch
 
         runs = [run for _, run in passes]
 
@@ -145,7 +147,7 @@ class PairLoss(nn.Module):
             """Repeat the last pass, which has the shortest texts, and discard its output."""
             return passes[-1][1]()[:0]
 
-        # With FSDP, ranks with fewer passes add dummy passes, so that all ranks run the same number.
+        # With FSDP, ranks with fewer passes add dummy passes, so that all ranks run the same number of passes.
         runs += [run_without_output] * extra_forward_passes(self.model, len(passes), device)
 
         def loss_function(embeddings: Tensor) -> Tensor:
@@ -158,7 +160,7 @@ class PairLoss(nn.Module):
     def _passes(
         self, tokens: list[list[int]], prompt_lengths: list[int]
     ) -> Iterator[tuple[list[int], Callable[[], Tensor]]]:
-        """Yield the forward passes for a batch, each as row numbers and a function that encodes these rows."""
+        """Yield the row indices of each forward pass for a batch, and a function that encodes these rows."""
         for prompt_length, rows in TokenizedTexts(tokens, [], prompt_lengths).batches(self.batch_tokens):
             yield rows, partial(self._encode, [tokens[row] for row in rows], prompt_length)
 

@@ -1,6 +1,7 @@
-"""Sampling for align. The images, captions and crops of each step depend only on the seed and the step.
+"""Sampling of training batches for the `align` stage.
 
-A resumed run therefore trains on the same data as an uninterrupted run, regardless of the number of workers.
+The images, captions and crops of each step depend only on the seed and the step number. A resumed run therefore trains
+on the same data as an uninterrupted run, regardless of the number of workers.
 """
 
 from __future__ import annotations
@@ -27,33 +28,35 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.store.image_features import image_keys
 from llm2clip.store.store import EmbeddingStore
 
-Sample = tuple[int, int]  # epoch, index of the image
+Sample = tuple[int, int]  # epoch and image index
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of a training step: N images and M captions of these images."""
+    """One rank's part of the batch for a training step: N images and M captions of these images."""
 
     images: Tensor
-    """Pixels, uint8 (N, 3, S, S), or features from the frozen tower, float32 (N, feature_dim)."""
+    """Pixels as uint8 (N, 3, S, S). If the tower is frozen, its image features as float32 (N, feature_dim)."""
     caption_rows: np.ndarray
     """Store rows of the captions, int64 (M,). Identical captions have the same row."""
     image_of_caption: np.ndarray
     """Index of each caption's image, int64 (M,), ascending."""
     image_names: list[str]
-    """Names of the images, used in messages."""
+    """Image names for log and error messages."""
     failures: dict[str, str]
-    """Error message for each image that could not be decoded. Such images are replaced with others from the batch."""
+    """Error message for each image that could not be decoded, keyed by image name. Each of these images is replaced
+    with a duplicate of another image from the batch."""
 
 
 class AlignBatches:
-    """Batches of a training run, which can be read from any step onwards.
+    """Batches of a training run. Iteration can start at any step.
 
     Attributes:
-        images_per_step: Number of images per step, in total across ranks.
-        steps_per_epoch: Number of steps per epoch. The images are shuffled in each epoch, and remaining images that do
-            not fill a step are dropped.
-        image_hash, caption_hash: Hashes of the image names and of the captions.
+        images_per_step: Total number of images per step, across all ranks.
+        steps_per_epoch: Number of steps per epoch. The images are shuffled in each epoch, and the last images of an
+            epoch are dropped if there are too few of them for a complete step.
+        image_hash: Hash of the image names.
+        caption_hash: Hash of the captions.
     """
 
     def __init__(
@@ -68,14 +71,14 @@ class AlignBatches:
     ) -> None:
         """
         Args:
-            records: Training data; records without an image are ignored.
+            records: Training data. Records without an image are ignored.
             store: Store that contains the caption embeddings.
-            model: Model whose vision tower defines the image preprocessing.
-            config: Align settings, which include the batch size, captions per image, caption mix, crops and workers.
+            model: Model that the batches are for; its vision tower defines the image preprocessing.
+            config: Settings for the `align` stage.
             world_size: Number of ranks.
             rank: Rank of this process.
-            features: Store with the tower's features of each image. If set, batches contain features instead of pixels,
-                and images without features are ignored.
+            features: Store with the image features from a frozen tower. If set, batches contain features instead of
+                pixels, and images without features are ignored.
 
         Raises:
             ValueError: There are too few images for one step, or the caption mix is invalid.
@@ -100,7 +103,7 @@ class AlignBatches:
         self.images = _ImageDataset(usable, transform, config.seed)
 
     def __len__(self) -> int:
-        """Return the number of steps of the run."""
+        """Return the number of steps in the run."""
         return max(1, round(self.steps_per_epoch * self.config.epochs))
 
     def batches(self, first_step: int) -> Generator[Batch]:
@@ -130,14 +133,14 @@ class AlignBatches:
             if not decoded:
                 name, reason = next(iter(failures.items()))
                 raise ValueError(f"none of the images in a batch can be decoded; the first is {name}: {reason}")
-            # Images that cannot be decoded are replaced with other images from the batch. These duplicates do no harm,
-            # because the loss does not use identical captions as negatives.
+            # Images that cannot be decoded are replaced with duplicates of other images from the batch. Duplicates are
+            # harmless, because the loss does not use identical captions as negatives.
             decoded += [decoded[n % len(decoded)] for n in range(len(items) - len(decoded))]
             pixels = torch.stack([image for image, _ in decoded])
             yield self._make_batch(pixels, [sample for _, sample in decoded], failures)
 
     def samples(self, first_step: int) -> Iterator[list[Sample]]:
-        """Yield this rank's samples for each step, starting at `first_step`."""
+        """Yield this rank's list of samples for each step, starting at `first_step`."""
         order, order_epoch = np.empty(0, np.int64), -1
         for step in range(first_step, len(self)):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
@@ -148,11 +151,11 @@ class AlignBatches:
             yield [(epoch, int(image)) for image in images[self.rank :: self.world_size]]
 
     def draw_captions(self, epoch: int, image: int) -> list[int]:
-        """Sample the captions of an image for an epoch, and return their store rows.
+        """Sample captions of an image for an epoch, and return their store rows.
 
-        The kind of each caption is sampled according to the caption mix. Captions are sampled without replacement, so
-        images with few captions of a kind get fewer captions. If all of an image's kinds have weight 0, these kinds
-        are sampled with equal weight.
+        The kind of each caption (such as short or long) is sampled according to the caption mix. Within a kind,
+        captions are sampled without replacement, so an image with few captions of a kind may receive fewer captions
+        than requested. If the image has only kinds with weight 0, these kinds are sampled with equal weight.
         """
         rng = np.random.default_rng([self.config.seed, epoch, image])
         kinds = [
@@ -188,13 +191,13 @@ class AlignBatches:
 
 
 class CaptionIndex:
-    """Store rows of each image's captions, held in two flat arrays to save memory."""
+    """Lookup of the store rows of each image's captions, which uses two flat arrays to save memory."""
 
     def __init__(self, store: EmbeddingStore, captions: Iterable[Sequence[str]]) -> None:
         """
         Args:
-            store: Store that contains all of these captions.
-            captions: Captions of each image.
+            store: Store that contains the embeddings of all these captions.
+            captions: The captions of each image.
 
         Raises:
             StoreError: A caption is not in the store.
@@ -215,7 +218,7 @@ class CaptionIndex:
 
 
 def check_batch_size(images: int, config: AlignConfig, world_size: int) -> int:
-    """Check that there are enough images for a step. Return the number of images per step, in total across ranks.
+    """Check the caption mix and the number of images, and return the total number of images per step on all ranks.
 
     Raises:
         ValueError: There are too few images for one step, or the caption mix is invalid.
@@ -237,14 +240,17 @@ def check_batch_size(images: int, config: AlignConfig, world_size: int) -> int:
 
 
 def limit_batch_size(batch_size: int, images: int, config: AlignConfig, world_size: int) -> int:
-    """Return the batch size, limited to the number of images if the tower is frozen (large batches are then cheap)."""
+    """Return the batch size. With a frozen tower, the batch size is limited to the number of images per rank.
+
+    With a frozen tower, batches are usually large, because they are cheap, and may exceed a small data set.
+    """
     if config.tower_lr > 0:
         return batch_size
     return max(1, min(batch_size, images // world_size))
 
 
 def decoding_workers(config: AlignConfig) -> int:
-    """Return this rank's number of worker processes. Default: one per two CPU cores, between 1 and 16."""
+    """Return the number of image decoding processes for this rank. Default: one per two CPU cores, but at most 16."""
     if config.workers is not None:
         return config.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -253,7 +259,7 @@ def decoding_workers(config: AlignConfig) -> int:
 
 
 class _BatchSampler(Sampler[list[Sample]]):
-    """Batch sampler that computes the samples of each step on demand."""
+    """Batch sampler that computes the samples for each step on demand."""
 
     def __init__(self, data: AlignBatches, first_step: int) -> None:
         self.data, self.first_step = data, first_step
@@ -266,14 +272,17 @@ class _BatchSampler(Sampler[list[Sample]]):
 
 
 class _ImageDataset(Dataset):
-    """Dataset that decodes and crops the image of a sample, with the same result in every worker."""
+    """Dataset that decodes and crops the image of each sample. The crop does not depend on the worker process."""
 
     def __init__(self, records: Sequence[Record], transform: TrainTransform, seed: int) -> None:
         self.refs = [record.image for record in records if record.image is not None]
         self.transform, self.seed = transform, seed
 
     def __getitem__(self, sample: Sample) -> tuple[str, Tensor | str, Sample]:
-        """Return the image's name, the pixels or the reason why the image cannot be decoded, and the sample."""
+        """Return the image name, the pixels, and the sample.
+
+        If the image cannot be decoded, the error message is returned in place of the pixels.
+        """
         epoch, image = sample
         ref = self.refs[image]
         seed = int(np.random.SeedSequence([self.seed, epoch, image]).generate_state(1)[0])

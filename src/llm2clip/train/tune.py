@@ -1,10 +1,10 @@
-"""tune: contrastive training of a decoder LLM on captions ("CC"), using LoRA or full fine-tuning.
+"""The `tune` stage: contrastive training of a decoder LLM on captions, using LoRA or full fine-tuning.
 
-Two captions of the same image form a positive pair, and the other texts in the batch are negatives. General text pairs
-("TC") can be mixed in or used instead. LoRA is merged after training, so the result is an ordinary encoder in
-sentence-transformers layout.
+Two captions of the same image form a positive pair (called "CC" in the paper), and all other texts in the batch are
+negatives. General text pairs ("TC") can be added or used instead. LoRA is merged into the LLM after training, so the
+result is an ordinary sentence-transformers model.
 
-The training loop is sentence-transformers' trainer, extended with a metrics log, a progress bar and checkpoints that
+Training uses the sentence-transformers trainer, extended with a metrics log, a progress bar and checkpoints that
 contain only the trained weights.
 """
 
@@ -47,20 +47,20 @@ TRAINED_WEIGHTS = "trained.safetensors"
 
 
 def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, config: TuneConfig, run_dir: Path) -> Path:
-    """Tune a caption encoder and save it to `run_dir/encoder`. Resume from the last checkpoint, if there is one.
+    """Tune a caption encoder and save it to `run_dir/encoder`, resuming from the latest checkpoint if one exists.
 
     Args:
-        sources: Image captions or text pairs, one list per source.
-        encoder: Untuned caption encoder; modified in place.
-        config: Settings for tune. If `steps` is 0, the encoder is saved without tuning.
-        run_dir: Output folder for checkpoints/, metrics.jsonl and, once training is complete, encoder/.
+        sources: One list per source, which contains either image captions or text pairs.
+        encoder: Caption encoder to tune. The encoder is modified in place.
+        config: Settings for the `tune` stage. If `steps` is 0, the encoder is saved without tuning.
+        run_dir: Output folder for checkpoints/ and metrics.jsonl. After training, it also contains encoder/.
 
     Returns:
-        The folder of the tuned encoder, in sentence-transformers layout.
+        The folder of the tuned encoder, in sentence-transformers format.
 
     Raises:
-        ValueError: A source has too few items for a batch, settings contradict each other, or the checkpoints are from
-            a run with different settings or data.
+        ValueError: A source has too few items for a batch, or settings contradict each other. Also raised if the
+            existing checkpoints were saved with different settings or data.
         FloatingPointError: The loss or a gradient is not finite.
     """
     state = process_state()
@@ -112,21 +112,21 @@ def _sample_rows(
 
 
 def _set_trainable(encoder: CaptionEncoder, config: TuneConfig) -> tuple[str, LoraSession | None]:
-    """Set the trainable weights: LoRA layers, or all weights of the LLM except the token embeddings.
+    """Select the trainable weights: either newly added LoRA layers or all LLM weights except the token embeddings.
 
-    With LoRA, the frozen matrices take up nearly all of the memory. They are stored in the training precision or, with
-    QLoRA, in 4 bits.
+    With LoRA, the frozen matrices take up nearly all of the memory. To save memory, these matrices are stored in the
+    training precision. With QLoRA, they are stored in 4 bits.
 
     Returns:
-        The training precision (fp32, bf16 or fp16), and the LoRA session or None.
+        The training precision (fp32, bf16 or fp16), and the LoRA session. Without LoRA, the session is None.
     """
     torch.manual_seed(config.seed)
     device = process_state().device
     precision = resolve_device_precision(config.precision, device)
-    merge_adapter(encoder)  # from an earlier tuning run
+    merge_adapter(encoder)  # the encoder may have an adapter from earlier tuning
     llm = encoder.llm
-    pooler = getattr(llm, "pooler", None)  # of BERT and similar models; not used by llm2clip's pooling
-    encoder.st.requires_grad_(False)  # including modules after the LLM, such as embedding truncation
+    pooler = getattr(llm, "pooler", None)  # BERT-like models have a pooler, which llm2clip does not use
+    encoder.st.requires_grad_(False)  # also freezes modules that follow the LLM
     lora = None
     if config.lora_r:
         lora_config = LoraConfig(
@@ -139,7 +139,7 @@ def _set_trainable(encoder: CaptionEncoder, config: TuneConfig) -> tuple[str, Lo
         lora = LoraSession(encoder, lora_config, DTYPES[precision], device, config.qlora)
     else:
         llm.requires_grad_(True)
-        llm.get_input_embeddings().requires_grad_(False)  # a large table; captions use only a few rows
+        llm.get_input_embeddings().requires_grad_(False)  # large, and captions use only a few rows
         if pooler is not None:
             pooler.requires_grad_(False)
     encoder.to(device)
@@ -153,13 +153,13 @@ def _set_trainable(encoder: CaptionEncoder, config: TuneConfig) -> tuple[str, Lo
 def _train(
     rows: Sequence[Mapping[str, Any]], encoder: CaptionEncoder, config: TuneConfig, run_dir: Path, precision: str
 ) -> None:
-    """Train the weights that require gradients. Resume from the last checkpoint, if there is one.
+    """Train the weights that require gradients, resuming from the latest checkpoint if one exists.
 
     Args:
         rows: Text pairs for all steps, in training order.
-        encoder: Caption encoder; modified in place.
-        config: Settings for tune.
-        run_dir: Output folder.
+        encoder: Caption encoder, which is modified in place.
+        config: Settings for the `tune` stage.
+        run_dir: Output folder for checkpoints/ and metrics.jsonl.
         precision: Training precision: fp32, bf16 or fp16.
     """
     state = process_state()
@@ -202,12 +202,12 @@ def _train(
     if unsharded is not None:
         encoder.st = gather_to_cpu(unsharded, encoder.st)
     else:
-        trainer.accelerator.unwrap_model(encoder.st, keep_fp32_wrapper=False)  # removes autocast
-        vars(encoder.st).pop("_is_accelerate_prepared", None)  # otherwise, a later training run would have no autocast
+        trainer.accelerator.unwrap_model(encoder.st, keep_fp32_wrapper=False)  # removes the autocast wrapper
+        vars(encoder.st).pop("_is_accelerate_prepared", None)  # so that a later training run uses autocast again
 
 
 def _finish(encoder: CaptionEncoder, lora: LoraSession | None) -> None:
-    """Restore an ordinary LLM: merge LoRA and disable gradient checkpointing."""
+    """Convert the encoder back to an ordinary LLM: merge LoRA and disable gradient checkpointing."""
     if getattr(encoder.llm, "is_gradient_checkpointing", False):
         encoder.llm.gradient_checkpointing_disable()
         encoder.llm.disable_input_require_grads()
@@ -234,8 +234,8 @@ def _training_arguments(config: TuneConfig, run_dir: Path, precision: str) -> Se
         report_to="none",
         dataloader_drop_last=True,
         logging_nan_inf_filter=False,
-        # The number of forward passes differs between ranks, because it depends on the text lengths. A forward pass
-        # must therefore not call a collective.
+        # The number of forward passes depends on the text lengths, so it may differ between ranks. A forward pass must
+        # therefore not run a collective operation.
         ddp_broadcast_buffers=False,
         ddp_find_unused_parameters=False,
         disable_tqdm=False,
@@ -245,17 +245,17 @@ def _training_arguments(config: TuneConfig, run_dir: Path, precision: str) -> Se
 
 
 class _TuneTrainer(SentenceTransformerTrainer):
-    """sentence-transformers' trainer, with safetensors checkpoints that contain only the trained weights."""
+    """A sentence-transformers trainer whose safetensors checkpoints contain only the trained weights."""
 
     def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], None]:
         """Pass a batch from `PairCollator` to the loss unchanged."""
         return [inputs], None
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """Do nothing. The model card is not saved, and the callback would encode examples for the card."""
+        """Do nothing. The callback would encode examples for a model card, which is never saved."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        assert output_dir is not None  # always a checkpoint, since the trainer saves nothing else
+        assert output_dir is not None  # the trainer is only used to save checkpoints, which have a folder
         folder = Path(output_dir)
         weights = {name: full_tensor(p).cpu().contiguous() for name, p in self._trained_weights().items()}
         if self.args.should_save:
@@ -265,7 +265,7 @@ class _TuneTrainer(SentenceTransformerTrainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
         process_state().wait_for_everyone()
-        if self.args.should_save:  # with FSDP, the trainer has also saved all weights
+        if self.args.should_save:  # with FSDP, delete the full model that the trainer also saved
             checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             for path in checkpoint.glob("pytorch_model_fsdp*"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -299,7 +299,7 @@ class _ShowProgress(TrainerCallback):
         )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:  # once per step; the last log is a summary without a loss
+        if logs and "loss" in logs:  # logged once per step; the final summary has no loss
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
             self.bar.update()
 
@@ -308,9 +308,9 @@ class _ShowProgress(TrainerCallback):
 
 
 def _attention_backend(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context that, on a CPU, replaces PyTorch's fused attention with plain matmuls.
+    """Return a context manager that, on CPUs, replaces PyTorch's fused attention with plain matmuls.
 
-    For short captions in bf16, the backward pass of fused attention is slow on CPUs (see `benchmarks/tune.py`).
+    With bf16 and short captions, the backward pass of fused attention is slow on CPUs (see `benchmarks/tune.py`).
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
