@@ -1,4 +1,4 @@
-"""Deduplication of captions before encoding, using memory that does not grow with the number of captions.
+"""Deduplication of captions before encoding. Memory use does not grow with the number of captions.
 
 `ingest` reads a stream of captions once and writes two files to a folder:
 
@@ -24,7 +24,7 @@ from llm2clip.store.key_index import sorted_partitions, write_records
 from llm2clip.store.layout import caption_keys, iter_chunks
 from llm2clip.store.store import EmbeddingStore
 
-ROW_GROUP_SIZE = 1 << 14  # captions per row group, and captions in memory at once
+ROW_GROUP_SIZE = 1 << 14  # number of captions per row group, which are in memory at the same time
 TEXTS, WANTED = "captions.parquet", "wanted.bytes"
 
 
@@ -32,7 +32,7 @@ def ingest(captions: Iterable[str], folder: Path, store: EmbeddingStore | None) 
     """Write a stream of captions to `folder`, for `PendingCaptions` to read.
 
     Args:
-        captions: Captions, with or without duplicates.
+        captions: Captions. They may contain duplicates.
         folder: Empty folder to write to.
         store: Existing store, or None. Captions that are already in the store are not marked as wanted.
     """
@@ -71,7 +71,7 @@ def _write_captions(
 
 
 def _wanted(folder: Path, mode: Literal["r", "r+"]) -> np.ndarray:
-    """Memory-map the wanted flags, one bool per caption in the stream."""
+    """Memory-map the wanted flags. There is one bool per caption in the stream."""
     file = folder / WANTED
     if file.stat().st_size == 0:  # an empty file cannot be mapped
         return np.empty(0, np.bool_)
@@ -88,7 +88,7 @@ class PendingCaptions:
         sizes = [metadata.row_group(number).num_rows for number in range(self.texts.num_row_groups)]
         self.starts = np.cumsum([0, *sizes])  # stream position of each row group
         counts = [int(self.wanted[lo:hi].sum()) for lo, hi in zip(self.starts[:-1], self.starts[1:], strict=True)]
-        self.wanted_before = np.cumsum([0, *counts])  # wanted captions before each row group
+        self.wanted_before = np.cumsum([0, *counts])  # number of wanted captions before each row group
 
     def close(self) -> None:
         """Close the files."""

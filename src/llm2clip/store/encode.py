@@ -1,4 +1,4 @@
-"""Resumable encoding of captions into a store, shard by shard, with any number of processes.
+"""Resumable encoding of captions into a store. It works shard by shard and with any number of processes.
 
 Each distinct caption is encoded only once. Captions without an embedding are split into shards in stream order. With n
 processes, each process encodes every n-th shard. After an interruption, only missing shards are encoded. While a shard
@@ -49,18 +49,19 @@ def embed(
     Captions that the tokenizer cannot encode are skipped, counted, and listed in `folder/refused-*.jsonl`.
 
     Args:
-        captions: Captions, with or without duplicates. The main process reads this stream once.
+        captions: Captions. They may contain duplicates. Only the main process reads this stream, and only once.
         encoder: Frozen caption encoder.
         folder: Folder of the store. Captions that are already in the store are not encoded again.
-        shard_size: Number of captions per shard. An interrupted run resumes with the missing shards, and captions of
-            similar length are batched within each shard.
-        batch_tokens: Number of tokens per batch; see `CaptionEncoder.encode`. None means that the fastest value is
-            measured if there are many captions to encode.
-        precision: Precision of the encoder; see `CaptionEncoder.encode`. For "auto", see `resolve_precision`.
-        dtype: Stored dtype: float16, or int8 with a scale per row, which halves the store's size.
+        shard_size: Number of captions per shard. An interrupted run resumes with the missing shards. Within each shard,
+            captions of similar length are batched together.
+        batch_tokens: Number of tokens per batch; see `CaptionEncoder.encode`. If None and there are many captions
+            to encode, the fastest value is determined by measurement.
+        precision: Precision of the encoder; see `CaptionEncoder.encode`. The value "auto" is explained in
+            `resolve_precision`.
+        dtype: Stored dtype. It is either float16 or int8. int8 halves the store's size and uses a scale per row.
 
     Raises:
-        StoreError: The store was made by a different encoder, or another run is writing to it.
+        StoreError: The store was created with a different encoder, or another run is writing to the store.
     """
     keep_freed_memory(encoder.device)
     folder = Path(folder)
@@ -80,8 +81,8 @@ def embed(
 def resolve_precision(precision: str, encoder: CaptionEncoder, folder: Path) -> str:
     """Replace the precision "auto" with the precision of the store at `folder`.
 
-    If the store does not exist yet, the main process measures which sufficiently accurate precision is fastest on this
-    device. All processes use the result.
+    If the store does not exist yet, the main process measures which precision is fastest on this device, among those
+    that are accurate enough. All processes use the result.
     """
     if precision != "auto":
         return precision
@@ -91,7 +92,7 @@ def resolve_precision(precision: str, encoder: CaptionEncoder, folder: Path) -> 
 
 
 def tuned_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], precision: str, folder: Path) -> int:
-    """Return the fastest number of tokens per batch for these captions. The main process measures it for all processes.
+    """Return the fastest number of tokens per batch for these captions. Only the main process measures it.
 
     The result is saved in the store's folder, so that a resumed run computes bit-identical embeddings.
     """
@@ -129,7 +130,7 @@ def _encode_local_shards(
 
 @dataclass(frozen=True)
 class TokenizedShard:
-    """The captions of a shard, tokenized.
+    """The tokenized captions of a shard.
 
     Attributes:
         captions: Captions that could be tokenized.
@@ -143,7 +144,7 @@ class TokenizedShard:
 
 
 def tokenize_shard(captions: Sequence[str], encoder: CaptionEncoder) -> TokenizedShard:
-    """Tokenize captions. Captions that have no tokens or make the tokenizer fail are added to `refused`."""
+    """Tokenize captions. A caption is added to `refused` if it has no tokens or the tokenizer fails on it."""
     try:
         tokens = encoder.tokenize(captions)
         if all(tokens.ids):
@@ -165,7 +166,7 @@ def tokenize_shard(captions: Sequence[str], encoder: CaptionEncoder) -> Tokenize
 def write_shard(
     writer: StoreWriter, number: int, shard: TokenizedShard, embeddings: np.ndarray, log: Callable[[str], object]
 ) -> None:
-    """Write a shard and the lists of its truncated and refused captions; report these lists through `log`."""
+    """Write a shard, and list its truncated and refused captions in files. Report these files through `log`."""
     truncated = [{"caption": shard.captions[i]} for i in shard.tokens.truncated]
     refused = [{"caption": caption, "why": why} for caption, why in shard.refused]
     for name, rows in (("truncated", truncated), ("refused", refused)):
@@ -177,7 +178,7 @@ def write_shard(
 
 
 def _add_caption_rows(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a list of captions. The file exists if an earlier run was killed before it had written the shard."""
+    """Append rows to a caption list. The file already exists if an earlier run was killed before writing the shard."""
     by_caption: dict[str, dict[str, Any]] = {}
     if file.is_file():
         by_caption |= {row["caption"]: row for _, row in read_jsonl(file)}
@@ -186,7 +187,7 @@ def _add_caption_rows(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def prefetch(items: Iterator[T]) -> Generator[T, None, None]:
-    """Yield items; while an item is in use, a background thread computes the next one.
+    """Yield items. While the caller uses an item, a background thread computes the next item.
 
     Close the generator explicitly. Otherwise, the garbage collector might run the cleanup in the background thread.
     """

@@ -1,8 +1,8 @@
-"""Stores for image features, and for text embeddings from any model, so that each input is encoded only once.
+"""Stores for image features and for text embeddings from any model. Each input is encoded only once.
 
 These stores have the same layout as caption stores. The key of an image is a hash of its name; see `image_name`. With
-cached features, training with a frozen tower takes only seconds (SAIL, arXiv 2412.04616; LiT, arXiv 2111.07991), and
-repeated evaluations do not encode anything.
+cached features, training with a frozen tower (SAIL, arXiv 2412.04616; LiT, arXiv 2111.07991) takes only seconds, and
+repeated evaluations do not encode any images or texts again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from llm2clip.store.write_plan import WritePlan, open_for_writing
 
 
 class ImageEncoder(Protocol):
-    """A model that encodes images: a vision tower, or the image encoder of any dual encoder."""
+    """A model that encodes images, such as a vision tower or the image encoder of a dual encoder."""
 
     @property
     def embed_dim(self) -> int: ...
@@ -44,7 +44,7 @@ class ImageEncoder(Protocol):
     def transform(self) -> Callable[[Tensor], Any]: ...
 
     def encode_images(self, images: list[Any]) -> Tensor:
-        """Encode images that have been preprocessed by `transform`; return (N, embed_dim) float32 on the CPU."""
+        """Encode images that have been preprocessed with `transform`; return (N, embed_dim) float32 on the CPU."""
         ...
 
 
@@ -55,14 +55,14 @@ class TowerEncoder:
         """
         Args:
             tower: Vision tower, already on its device. It is set to eval mode.
-            precision: fp32 for full precision; bf16 or fp16 for autocast.
+            precision: "fp32" for full precision, or "bf16" or "fp16" for autocast.
         """
         self.tower, self.precision, self.embed_dim = tower.eval(), precision, tower.feature_dim
         self.transform: Callable[[Tensor], Any] = EvalTransform(tower.preprocess)
         keep_freed_memory(next(tower.parameters()).device)
 
     def identity(self) -> dict[str, Any]:
-        """Return everything that the features depend on: architecture, preprocessing, weights and precision."""
+        """Return all properties that affect the features: architecture, preprocessing, weights and precision."""
         return {"tower": self.tower.config, "weights": hash_weights(self.tower), "precision": self.precision}
 
     @torch.no_grad()
@@ -99,7 +99,7 @@ def image_name(ref: ImageRef) -> str:
 
 @lru_cache(maxsize=65536)
 def _cached_stat(path: str) -> os.stat_result:
-    """Return the status of a tar file or table; it is read only once for all images in the file."""
+    """Return the `stat` result of a tar file or table. It is cached, because a file may contain many images."""
     return os.stat(path)
 
 
@@ -124,16 +124,16 @@ def store_image_features(
     Args:
         refs: References to the images. Images that are already in the store are not encoded again.
         encoder: Image encoder.
-        identity: Everything that the features depend on.
+        identity: All properties of the encoder that affect the features.
         folder: Folder of the store.
-        log: Log in which images that cannot be decoded are counted and listed. Such images are not added to the store.
+        log: Log for recording images that cannot be decoded. Such images are not added to the store.
         dtype: Stored dtype.
         batch_size: Number of images per forward pass.
         workers: Number of image decoding processes; see `image_batches`.
         shard_size: Number of images per shard. An interrupted run resumes with the missing shards.
 
     Raises:
-        StoreError: The store was made by a different encoder.
+        StoreError: The store was created with a different encoder.
         TooManySkipped: Too many images cannot be decoded.
     """
     refs_by_name = {image_name(ref): ref for ref in refs}
@@ -147,9 +147,9 @@ def store_image_features(
                 decoded_names = [names[i] for i in decoded]
                 plan.writer.write(number, decoded_names, [0] * len(decoded_names), features.numpy())
     store = EmbeddingStore(folder)
-    # All processes check the limit at the end, because a process that raised earlier would leave the others waiting.
-    # This process's failures are already in the log, with the reason. The failures of the other processes are added
-    # here.
+    # All processes check the limit at the end, because the remaining processes would wait forever if one process raised
+    # an error earlier. The log already contains the failures of this process, with reasons. The failures of the other
+    # processes are added here.
     rows = store.find(caption_keys(list(refs_by_name)))
     for ref, row in zip(refs_by_name.values(), rows, strict=True):
         if row < 0:
@@ -184,7 +184,7 @@ def encode_image_batches(
     batch_size: int = 64,
     workers: int | None = None,
 ) -> tuple[Tensor, list[int]]:
-    """Encode the images that can be decoded; record images that cannot be decoded in `log`.
+    """Decode and encode images. Images that cannot be decoded are recorded in `log`.
 
     Returns:
         The embeddings, (N, embed_dim) float32, and the indices of the encoded images in `refs`.

@@ -1,10 +1,10 @@
-"""Export and import of stores as Parquet files or as tar files for the official LLM2CLIP code.
+"""Export and import of stores, either as Parquet files or as tar files for the LLM2CLIP authors' code.
 
-The official code trains on pairs of webdataset tar files. `X.tar` contains images, and a JSON file with captions for
+The authors' code trains on pairs of webdataset tar files. `X.tar` contains images, and a JSON file with captions for
 each sample. `X_text_embeddings.tar` contains the same samples in the same order. Each of its members
-`KEY.shortsv_captions` and `KEY.longsv_captions` is a single embedding in raw float32. The official code finds an
-embedding by the position and name of its sample. The import hashes the captions, so that embeddings are found by
-caption text.
+`KEY.shortsv_captions` and `KEY.longsv_captions` is a single embedding in raw float32. The authors' code finds an
+embedding by the position and name of its sample. During import, the captions are hashed, so that embeddings can be
+looked up by caption text.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from llm2clip.store.writer import StoreWriter
 
 SHARD_SIZE = 8192
 MAX_MEMBER_BYTES = 64 << 20  # size limit for tar members that are read into memory
-CAPTION_FIELDS = ("shortSV_captions", "longSV_captions")  # in the official code's JSON files
+CAPTION_FIELDS = ("shortSV_captions", "longSV_captions")  # in the JSON files of the authors' code
 
 Rows = tuple[np.ndarray, list[int], np.ndarray]  # keys (n, 16) uint8, token counts, embeddings (n, embed_dim)
 
@@ -78,15 +78,15 @@ def import_parquet(
     """Create a store from a Parquet file.
 
     Args:
-        file: Parquet file with the columns `embedding`, either `key` (as in `export_parquet`) or `caption`, and
-            optionally `tokens`.
+        file: Parquet file. It must have a column `embedding` and either a column `key` (as in `export_parquet`) or a
+            column `caption`. The column `tokens` is optional.
         out: Folder of the new store.
-        identity: Identity of the encoder. None means that it is read from the file's metadata.
+        identity: Identity of the encoder. If None, the identity is read from the file's metadata.
         dtype: Stored dtype.
 
     Raises:
-        StoreError: A column is missing or has nulls, the file was made by a different encoder, or the encoder is
-            unknown.
+        StoreError: A column is missing or contains nulls, the embeddings were made by a different encoder, or the
+            encoder is unknown.
     """
     source = pq.ParquetFile(file)
     columns, metadata = set(source.schema_arrow.names), source.schema_arrow.metadata or {}
@@ -126,18 +126,18 @@ def _parquet_rows(file: str | Path, source: pq.ParquetFile) -> Iterator[Rows]:
 def _parquet_batches(file: str | Path, source: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
     try:
         yield from source.iter_batches(SHARD_SIZE)
-    except pa.ArrowException as error:  # pyarrow < 26 also raises it for nulls in a column of fixed-size lists
+    except pa.ArrowException as error:  # pyarrow < 26 also raises this for nulls in fixed-size lists
         raise StoreError(f"{file} has a row without an embedding, or is damaged ({error})") from error
 
 
-# ---- tar files of the official code --------------------------------------------------------------------------------
+# ---- tar files of the authors' code --------------------------------------------------------------------------------
 
 
 def export_official_tars(store: EmbeddingStore, tars: Sequence[str | Path]) -> list[Path]:
     """Write `X_text_embeddings.tar` next to each sample file `X.tar`; return the paths of the new files.
 
     Raises:
-        StoreError: The store is damaged, or does not contain a caption from the samples.
+        StoreError: The store is damaged, or a caption from the samples is not in the store.
     """
     store.verify()
     targets = []
@@ -155,10 +155,10 @@ def export_official_tars(store: EmbeddingStore, tars: Sequence[str | Path]) -> l
 def import_official_tars(
     tars: Sequence[str | Path], out: str | Path, identity: dict[str, Any], dtype: str = "float16"
 ) -> EmbeddingStore:
-    """Create a store from the official code's tar files.
+    """Create a store from tar files in the format of the authors' code.
 
     Args:
-        tars: Tar files with samples. `X_text_embeddings.tar` must be next to each `X.tar`.
+        tars: Tar files with samples. For each `X.tar`, there must be a file `X_text_embeddings.tar` in the same folder.
         out: Folder of the new store.
         identity: Identity of the encoder that made the embeddings.
         dtype: Stored dtype.
@@ -201,7 +201,7 @@ def _embeddings_tar(tar: Path) -> Path:
 
 
 def _sample_captions(tar: Path, name: str, members: dict[str, bytes]) -> dict[str, str]:
-    """Return a sample's captions, by field. If a field in the JSON file contains a list, use the first item."""
+    """Return a dict {field: caption} for a sample. If a field in the JSON file contains a list, use the first item."""
     try:
         fields = json.loads(members["json"])
         captions = {}
@@ -215,7 +215,7 @@ def _sample_captions(tar: Path, name: str, members: dict[str, bytes]) -> dict[st
 
 
 def _read_samples(tar: Path, suffixes: Iterable[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield (name, members with these suffixes) for each sample in a webdataset tar file, in order."""
+    """Yield the samples in a webdataset tar file, in order, as (name, members that have one of the suffixes)."""
     wanted, current = set(suffixes), None
     members: dict[str, bytes] = {}
     with tarfile.open(tar) as stream:

@@ -1,8 +1,9 @@
-"""Key index of a store: maps caption keys to rows, using memory that does not grow with the number of keys.
+"""Key index of a store, which maps caption keys to rows. Memory use does not grow with the number of keys.
 
-A key has 16 bytes, which are handled as two uint64 halves. The index is an array (3, N) uint64, sorted by key, with the
-first halves of the keys, the second halves, and the row numbers in the store. The array is memory-mapped, so that a
-lookup touches only a few pages. The index takes 24 bytes per caption, while an embedding takes a few thousand bytes.
+A key has 16 bytes, which are split into two uint64 halves. The index is an array (3, N) uint64, sorted by key. It
+contains the first halves of the keys, the second halves of the keys, and the row numbers in the store. The array is
+memory-mapped, so that a lookup touches only a few pages. The index takes 24 bytes per caption, while an embedding takes
+a few thousand bytes.
 
 The index is built with an external sort, which `dedup` also uses:
 
@@ -39,13 +40,13 @@ class KeyIndex:
         return len(self.high)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Look up keys, (N, 16) uint8; return their rows, (N,) int64.
+        """Look up keys, (N, 16) uint8; return their row numbers, (N,) int64.
 
-        The row is -1 if a key is not in the index. If a key has several rows, the first row is returned.
+        If a key is not in the index, its row number is -1. If a key has several rows, the first row is returned.
         """
         high, low = split_keys(keys)
         rows = np.full(len(keys), -1, np.int64)
-        pending = np.argsort(high)  # in sorted order, neighbouring lookups touch the same pages
+        pending = np.argsort(high)  # in sorted order, consecutive lookups touch the same pages
         position = np.searchsorted(self.high, high[pending])
         # Each iteration compares one entry per pending key. More than one iteration is needed only for keys that have
         # the same first half but different second halves.
@@ -80,7 +81,7 @@ def build_key_index(file: Path, keys: Iterable[np.ndarray]) -> int:
                 repeated = (partition[1:, :2] == partition[:-1, :2]).all(axis=1)
                 distinct += len(partition) - int(repeated.sum())
             index.flush()
-            del index  # closes the memory map
+            del index  # close the memory map
     return distinct
 
 
@@ -128,12 +129,12 @@ def sorted_partitions(file: Path, count: int) -> Iterator[np.ndarray]:
         records = np.fromfile(partition, np.uint64).reshape(-1, 3)
         partition.unlink()
         if len(records):
-            # Positions need not be a sort key, because lexsort is stable and positions increase within the file.
+            # Positions are not used as a sort key, because lexsort is stable and positions increase within the file.
             yield records[np.lexsort((records[:, 1], records[:, 0]))]
 
 
 def _split_by_key(file: Path, bits: int) -> list[Path]:
-    """Split a file of records into 2 ** bits files by the first bits of the keys, and delete the original file."""
+    """Split a file of records into 2 ** bits files by the first bits of the keys; delete the original file."""
     partitions = [file.with_name(f"{file.name}-{number}") for number in range(1 << bits)]
     with ExitStack() as stack:
         streams = [stack.enter_context(partition.open("wb")) for partition in partitions]
@@ -149,6 +150,6 @@ def _split_by_key(file: Path, bits: int) -> list[Path]:
 
 
 def split_keys(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Split keys, (N, 16) uint8, into two halves, each (N,) uint64, that sort in the same order as the bytes."""
+    """Split keys, (N, 16) uint8, into two halves, each (N,) uint64. The halves sort in the same order as the keys."""
     halves = np.ascontiguousarray(keys).view(">u8").astype(np.uint64)
     return halves[:, 0], halves[:, 1]

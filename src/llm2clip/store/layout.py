@@ -10,9 +10,9 @@
       index-1a2b3c4d.npy     key index; see `key_index`
 
 Each file in a shard is written under a temporary name, fsynced and renamed. The keys file is written last, so a shard
-that has a keys file is complete. The manifest and the index only summarize the shards, and are rebuilt from the shards
-after an interruption. Rows are looked up by the hash of the caption, never by position, so the data may be reordered,
-extended or filtered.
+that has a keys file is complete. The manifest and the index only summarize the shards. After an interruption, they are
+rebuilt from the shards. Embeddings are looked up by the hash of their caption, never by position, so the captions in
+the data set may be reordered, extended or filtered.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ T = TypeVar("T")
 DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float16", "int8", "float32")}
 MANIFEST = "manifest.json"
 KEY_BYTES = 16
-# Properties that all shards of a store share: encoder identity, embedding dimension ("width" on disk) and dtype.
+# Properties shared by all shards of a store: encoder identity, embedding dimension ("width" on disk) and dtype.
 StoreSpec = tuple[dict[str, Any], int, str]
 # Exceptions that may be raised when a damaged JSON, Parquet or .npy file is read.
 READ_ERRORS = (ValueError, KeyError, TypeError, OSError, EOFError, SyntaxError, TokenError, pa.ArrowException)
 
 
 class StoreError(ValueError):
-    """Raised if a store is damaged, was made by a different encoder, is in use, or does not contain a caption."""
+    """Raised if a store is damaged, in use, created with a different encoder, or lacks a requested caption."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def shard_numbers(folder: Path) -> list[int]:
 
 
 def next_shard_number(folder: Path) -> int:
-    """Return the number of the next shard: one more than the largest number of a complete shard, or 0."""
+    """Return the next shard number: one more than the largest number of a complete shard, or 0 if there is none."""
     return max(shard_numbers(folder), default=-1) + 1
 
 
@@ -118,7 +118,7 @@ def read_shard_metadata(folder: Path, number: int) -> tuple[int, str, StoreSpec]
 
 
 def read_shards(folder: Path, spec: StoreSpec | None = None) -> list[Shard]:
-    """List the complete shards in numerical order, as described by the metadata of their keys files.
+    """Read the metadata of all complete shards from their keys files; return the shards in numerical order.
 
     Raises:
         StoreError: A keys file cannot be read, or its spec differs from `spec`.
@@ -154,7 +154,7 @@ def read_keys(folder: Path, shard: Shard) -> np.ndarray:
 
 
 def shard_checksum(folder: Path, number: int) -> str:
-    """Compute the SHA-256 hash of a shard's embeddings and, if there are any, its scales."""
+    """Compute the SHA-256 hash of a shard's embeddings. In an int8 store, the hash also includes the scales."""
     combined = hashlib.sha256()
     for path in (embeddings_path(folder, number), scales_path(folder, number)):
         if path.is_file():
@@ -195,7 +195,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def store_spec(manifest: dict[str, Any]) -> StoreSpec:
-    """Return the spec that all shards of a store must have, from the store's manifest."""
+    """Return the spec in a store's manifest. All shards of the store must have this spec."""
     return manifest["identity"], manifest["width"], manifest["dtype"]
 
 

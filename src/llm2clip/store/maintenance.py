@@ -1,4 +1,4 @@
-"""Repairing damaged stores, and merging stores from several machines. Neither operation encodes captions."""
+"""Repair of damaged stores, and merging of stores from several machines. Neither operation encodes captions."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _readable_specs(folder: Path, deleted: list[str]) -> list[StoreSpec]:
 
 
 def _delete_incomplete_shards(folder: Path, deleted: list[str]) -> None:
-    """Delete the files of shards without keys or embeddings, left over from interrupted writes or damage."""
+    """Delete the files of incomplete shards, which lack keys or embeddings after an interrupted write or damage."""
     complete = set(shard_numbers(folder))
     for path in sorted(folder.iterdir()):
         match = re.fullmatch(r"(?:embeddings|scales|keys)-(\d{5,})\.(?:npy|parquet)", path.name)
@@ -129,7 +129,7 @@ def merge_stores(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingSto
 
 
 def _check_sources(folders: Sequence[Path]) -> StoreSpec:
-    """Check that stores can be merged; return the spec that they share."""
+    """Check that stores can be merged; return the spec of these stores."""
     if not folders:
         raise StoreError("no stores to merge")
     manifests = [read_manifest(folder) for folder in folders]

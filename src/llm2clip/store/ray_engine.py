@@ -1,4 +1,4 @@
-"""Encoding of captions into a store on a Ray cluster, which workers may join or leave at any time.
+"""Encoding of captions into a store on a Ray cluster. Workers may join or leave the cluster at any time.
 
 The driver reads and deduplicates the captions. Each worker loads the encoder once and then processes one shard after
 another from the store's folder, which must be accessible to all machines. If a worker dies, Ray reassigns its shard to
@@ -35,19 +35,22 @@ def embed_with_ray(
     precision: str = "auto",
     dtype: str = "float16",
 ) -> EmbeddingStore:
-    """Encode captions into the store at `folder`, on the Ray cluster at RAY_ADDRESS or, if unset, on this machine.
+    """Encode captions into the store at `folder`, using Ray.
+
+    The environment variable RAY_ADDRESS specifies the cluster. If it is not set, Ray runs on this machine.
 
     Args:
         captions, shard_size, batch_tokens, precision, dtype: See `encode.embed`.
         open_encoder: Function that loads the encoder. It is called once in the driver, to get the encoder's identity,
             and once in each worker.
         folder: Folder of the store, on a file system that all machines share.
-        workers: Number of workers. 0 means one per GPU in the cluster or, without GPUs, one per two CPUs.
+        workers: Number of workers. 0 means one worker per GPU in the cluster. If the cluster has no GPUs, 0 means one
+            worker per two CPUs.
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
         ValueError: The command was started with several processes.
-        StoreError: The store was made by a different encoder, or another run is writing to it.
+        StoreError: The store was created with a different encoder, or another run is writing to the store.
     """
     try:
         import ray
@@ -59,7 +62,7 @@ def embed_with_ray(
     encoder = open_encoder()
     precision = resolve_precision(precision, encoder, Path(folder))
     identity, embed_dim = encoder.identity(precision), encoder.embed_dim
-    del encoder  # free the memory for the workers before they start
+    del encoder  # free memory before the workers start
     gc.collect()
     torch.cuda.empty_cache()
     start_ray = not ray.is_initialized()

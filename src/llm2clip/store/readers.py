@@ -1,4 +1,4 @@
-"""Readers for the embeddings in a store: memory maps, or positional reads for stores larger than memory.
+"""Readers for the embeddings in a store. They use memory maps or, if the store exceeds memory, positional reads.
 
 With a memory map, the operating system reads ahead around every row. If the store is larger than memory, these pages
 are evicted before they are used. `PreadReader` therefore reads each run of consecutive rows with its own positional
@@ -36,7 +36,7 @@ from llm2clip.store.layout import (
 
 T = TypeVar("T")
 THREADS = 16  # concurrent positional reads, so that the disk can reorder them
-MAX_OPEN_FILES = 256  # per cache; the usual limit is about a thousand open files per process
+MAX_OPEN_FILES = 256  # limit per cache; operating systems usually allow about a thousand open files per process
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ShardRows:
 
 
 class RowReader(ABC):
-    """Reads embeddings by row number. Subclasses implement reading the stored values from the shards."""
+    """Reads embeddings by row number. Subclasses implement how stored values are read from the shards."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str) -> None:
         """Check the files of all shards.
@@ -88,7 +88,7 @@ class RowReader(ABC):
         stored = np.empty((len(rows), self.embed_dim), self.dtype)
         parts = self._split_by_shard(sorted_rows, stored)
         self._read(parts)
-        position = np.empty_like(order)  # of each requested row in `sorted_rows`
+        position = np.empty_like(order)  # position of each requested row in `sorted_rows`
         position[order] = np.arange(len(order))
         # torch is faster than NumPy here, because it uses several threads.
         embeddings = torch.from_numpy(stored)[torch.from_numpy(position)].float()
@@ -165,7 +165,7 @@ class PreadReader(RowReader):
         return file
 
     def __del__(self) -> None:
-        if hasattr(self, "files"):  # not set if __init__ raised
+        if hasattr(self, "files"):  # the attribute is missing if __init__ raised an error
             self.files.clear()
 
 
@@ -234,7 +234,7 @@ def _data_offset(path: Path, rows: int, row_bytes: int) -> int:
 
 
 def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return how many bytes this process can still allocate, given the limits of the machine and its control group."""
+    """Return the number of bytes that this process can still allocate, limited by the machine and the cgroup."""
     available = int(psutil.virtual_memory().available)
     limit_file, usage_file, stat_file = (cgroup / f"memory.{name}" for name in ("max", "current", "stat"))
     if not (limit_file.is_file() and usage_file.is_file()):

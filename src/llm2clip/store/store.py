@@ -1,4 +1,4 @@
-"""Read access to an embedding store, which contains an encoder's embedding of every caption in a data set.
+"""Read access to an embedding store, which contains an embedding of every caption in a data set.
 
 `EmbeddingStore.rows` looks up captions, and `EmbeddingStore.take` reads their embeddings in any order. The files in a
 store are described in `layout`.
@@ -40,7 +40,7 @@ from llm2clip.store.layout import (
 from llm2clip.store.readers import MmapReader, PreadReader, RowReader, available_memory
 
 ReadMode = Literal["auto", "mmap", "pread"]
-LOOKUP_CHUNK = 1 << 18  # captions hashed and looked up at once
+LOOKUP_CHUNK = 1 << 18  # number of captions that are hashed and looked up at once
 
 
 class EmbeddingStore:
@@ -54,8 +54,8 @@ class EmbeddingStore:
 
         Args:
             folder: Folder of the store.
-            read_mode: "mmap" reads embeddings through memory maps; "pread" uses positional reads. "auto" means "mmap"
-                if the embeddings take less than half of the available memory, otherwise "pread".
+            read_mode: "mmap" reads embeddings through memory maps, and "pread" uses positional reads. "auto" selects
+                "mmap" if the embeddings take less than half of the available memory, and "pread" otherwise.
 
         Raises:
             StoreError: The folder does not contain a complete store, or a shard is missing or has the wrong size.
@@ -97,11 +97,11 @@ class EmbeddingStore:
         return bool(self.find(caption_keys([caption]))[0] >= 0)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Look up keys, (N, 16) uint8; return their rows, (N,) int64, with -1 for missing keys."""
+        """Look up keys, (N, 16) uint8; return their row numbers, (N,) int64. Missing keys have the row number -1."""
         return self._index.find(keys)
 
     def rows(self, captions: Iterable[str]) -> np.ndarray:
-        """Look up captions; return their rows, (N,) int64.
+        """Look up captions; return their row numbers, (N,) int64.
 
         Raises:
             StoreError: A caption is not in the store. The message quotes the caption.
@@ -148,7 +148,7 @@ class EmbeddingStore:
 
 
 def damaged_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, progress: bool = False) -> list[int]:
-    """Return the numbers of shards that are missing, do not match their checksum, or belong to a different store."""
+    """List the numbers of shards that are missing, have a wrong checksum, or belong to a different store."""
 
     def is_intact(shard: Shard) -> bool:
         try:

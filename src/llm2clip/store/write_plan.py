@@ -1,4 +1,4 @@
-"""Preparing a store before new captions are encoded, and finalizing it afterwards, with any number of processes."""
+"""Preparation of a store before captions are encoded, and finalization afterwards, with any number of processes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def open_for_writing(
     encode, are skipped.
 
     Args:
-        captions: Texts or image names, with or without duplicates. Only the main process reads them, and only once.
+        captions: Texts or image names. They may contain duplicates. Only the main process reads them, and only once.
         folder: Folder of the store.
         identity: Identity of the encoder.
         embed_dim: Embedding dimension.
@@ -63,7 +63,8 @@ def open_for_writing(
         shard_size: Number of captions per shard.
 
     Raises:
-        StoreError: The store is damaged or was made by a different encoder, or another run is writing to it.
+        StoreError: The store is damaged, the store was created with a different encoder, or another run is writing to
+            the store.
     """
     state, folder = process_state(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,7 @@ def open_for_writing(
         state.wait_for_everyone()
         if state.is_main_process:
             writer.finish()
-            shutil.rmtree(incoming, ignore_errors=True)  # on network file systems, files that are still open may remain
+            shutil.rmtree(incoming, ignore_errors=True)  # on network file systems, open files may remain
         state.wait_for_everyone()
 
 

@@ -48,7 +48,7 @@ class StoreWriter:
             folder: Folder of the store.
             identity: Identity of the encoder; see `fingerprint`.
             embed_dim: Embedding dimension.
-            dtype: Stored dtype: float16, float32, or int8 with a scale per row.
+            dtype: Stored dtype. It is float16, float32 or int8. int8 uses a scale per row.
 
         Raises:
             StoreError: An existing store has a different encoder, dimension or dtype. The message lists the
@@ -76,11 +76,11 @@ class StoreWriter:
         Args:
             number: Number of the new shard. No shard with this number may exist.
             captions: N captions.
-            tokens: N token counts. They are stored for resource estimates and for plots against caption length.
+            tokens: N token counts. They are stored for estimating resources and for plotting against caption length.
             embeddings: Floating-point embeddings, (N, embed_dim).
 
         Raises:
-            StoreError: A value is not finite, or is too large for float16.
+            StoreError: A value is not finite or does not fit into float16.
         """
         self.write_keyed(number, caption_keys(captions), tokens, embeddings, captions)
 
@@ -92,7 +92,7 @@ class StoreWriter:
         embeddings: np.ndarray,
         captions: Sequence[str] | None = None,
     ) -> None:
-        """Write a shard, given keys, (N, 16) uint8, instead of captions. `captions` is used only in error messages.
+        """Write a shard from keys, (N, 16) uint8, instead of captions. `captions` is used only in error messages.
 
         Raises:
             StoreError: A value is not finite or is too large for float16, or a shape does not match the store.
@@ -170,8 +170,8 @@ def quantize_rows(embeddings: np.ndarray, dtype: str) -> tuple[np.ndarray, np.nd
     """Convert embeddings, (N, embed_dim), to the dtype of a store.
 
     Returns:
-        The converted embeddings, and the scale factor of each row, (N,) float32, or None if the dtype is not int8. The
-        factor is chosen so that the row's largest absolute value becomes 127.
+        The converted embeddings and the scale factors of the rows, (N,) float32. The scale factor is chosen so that the
+        row's largest absolute value becomes 127. If the dtype is not int8, None is returned instead of scale factors.
     """
     if dtype != "int8":
         return np.ascontiguousarray(embeddings, DTYPES[dtype]), None
