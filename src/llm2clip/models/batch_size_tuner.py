@@ -1,4 +1,4 @@
-"""Tuning of the number of tokens per batch, by timing candidates on the device and captions to be encoded.
+"""Choose the number of tokens per batch by measuring the encoding speed with several batch sizes.
 
 A CPU is fastest with batches that fit in its caches, whereas a GPU needs large batches. The best size also depends on
 the model.
@@ -16,20 +16,21 @@ from llm2clip.models.length_batching import TokenizedTexts, default_batch_tokens
 MIN_CAPTIONS_TO_TUNE = 4096  # with fewer captions, tuning takes more time than it saves
 CPU_CANDIDATES = (512, 1024, 2048, 4096)
 GPU_CANDIDATES = (8192, 16384, 32768, 65536, 131072, 262144)
-MIN_SPEEDUP = 1.02  # minimum speedup to prefer a larger batch, which needs more memory
+MIN_SPEEDUP = 1.02  # larger batches need more memory, so they are chosen only if they are at least this much faster
 
 
 def tune_batch_tokens(encoder: CaptionEncoder, tokens: TokenizedTexts, precision: str = "fp32") -> int:
-    """Return the `batch_tokens` value with which `encoder` encodes these captions fastest.
+    """Return the value of `batch_tokens` with which `encoder` encodes the given captions fastest.
 
-    Candidates are timed in increasing order, each on four batches that include the longest captions, until a candidate
-    is slower than the best one or does not fit in memory. With fewer than 4096 captions, nothing is timed and the
-    device's default is returned.
+    The candidate values are timed in increasing order. Each candidate is timed on up to four batches, including the
+    batch with the longest captions. The search stops when a candidate is slower than the best candidate so far, or does
+    not fit in memory. With fewer than 4096 captions, nothing is timed, and the device's default is returned.
     """
     if len(tokens.ids) < MIN_CAPTIONS_TO_TUNE:
         return default_batch_tokens(encoder.device)
     candidates = CPU_CANDIDATES if encoder.device.type == "cpu" else GPU_CANDIDATES
-    best, best_speed = candidates[0] // 2, 0.0  # half the smallest candidate, in case not even that one fits
+    # Start with half the smallest candidate. This value is returned if not even the smallest candidate fits in memory.
+    best, best_speed = candidates[0] // 2, 0.0
     for candidate in candidates:
         try:
             speed = tokens_per_second(encoder, tokens, candidate, precision)
@@ -46,8 +47,8 @@ def tune_batch_tokens(encoder: CaptionEncoder, tokens: TokenizedTexts, precision
 def tokens_per_second(encoder: CaptionEncoder, tokens: TokenizedTexts, batch_tokens: int, precision: str) -> float:
     """Return the encoding speed in tokens per second, measured on up to four batches.
 
-    With the batches sorted by caption length, these are the batch with the longest captions and those at 1/6, 3/6 and
-    5/6 of the list. All batches have about the same number of tokens, so this sample is representative.
+    The batches are sorted by caption length. The sample contains the batch with the longest captions and the batches at
+    1/6, 3/6 and 5/6 of the list. This sample is representative, because all batches have about equally many tokens.
     """
     batches = [rows for _, rows in tokens.batches(batch_tokens)]
     sample = [batches[i] for i in sorted({0, *(len(batches) * n // 6 for n in (1, 3, 5))})]
@@ -62,7 +63,7 @@ def tokens_per_second(encoder: CaptionEncoder, tokens: TokenizedTexts, batch_tok
 def _time_batch(
     encoder: CaptionEncoder, tokens: TokenizedTexts, rows: list[int], batch_tokens: int, precision: str
 ) -> float:
-    """Return the time it takes to encode these rows, in seconds."""
+    """Encode the captions in `rows` as one batch, and return the elapsed time in seconds."""
     batch = TokenizedTexts([tokens.ids[row] for row in rows], [], [tokens.prompt_lengths[row] for row in rows])
     start = time.perf_counter()
     encoder.encode(batch, batch_tokens=batch_tokens, precision=precision)

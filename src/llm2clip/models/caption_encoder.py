@@ -1,10 +1,11 @@
 """Caption encoder: maps a text to a single embedding.
 
-The encoder is a decoder LLM with bidirectional attention and mean pooling, stored as an ordinary `SentenceTransformer`.
-sentence-transformers can therefore load a saved encoder without code from this package, and produces the same
-embeddings. This module defines how an encoder is built (attention, depth, template, pooling), how texts are batched (by
-length, under a token budget, packed without padding) and how an encoder is identified (by a fingerprint of everything
-that changes an embedding).
+By default, the encoder is a decoder LLM with bidirectional attention and mean pooling. The encoder is stored as an
+ordinary `SentenceTransformer`, so sentence-transformers can load a saved encoder without code from this package and
+computes the same embeddings.
+
+This module builds an encoder (attention, depth, template, pooling), batches texts of similar length, packs each batch
+without padding, and returns the encoder's identity: everything that affects the embeddings.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from llm2clip.models.sentence_transformer import open_sentence_transformer, trun
 from llm2clip.models.text_template import has_consistent_length, prompt_length, set_template
 from llm2clip.progress import ProgressBar
 
-MAX_EMBEDDINGS_ON_DEVICE = 8192  # copied to the CPU when this many have accumulated
-# Entries of the LLM's config that do not change its output, or that `identity` lists separately.
+MAX_EMBEDDINGS_ON_DEVICE = 8192  # the accumulated embeddings are copied to the CPU when they reach this number
+# Entries of the LLM's config that do not affect its output, and entries that `identity` includes separately.
 _CONFIG_WITHOUT_EFFECT = (
     "_name_or_path",
     "transformers_version",
@@ -46,7 +47,7 @@ _CONFIG_WITHOUT_EFFECT = (
 
 
 class CaptionEncoder(nn.Module):
-    """LLM, template and pooling. Load an encoder with `from_pretrained` and embed captions with `encode`.
+    """LLM with a template and pooling. Load an encoder with `from_pretrained` and encode captions with `encode`.
 
     Attributes:
         st: the SentenceTransformer; `st[0]` is the LLM and `st[1]` is the pooling layer.
@@ -73,23 +74,24 @@ class CaptionEncoder(nn.Module):
     ) -> CaptionEncoder:
         """Load a decoder LLM, a sentence-transformers model or a `.gguf` file as a caption encoder in float32.
 
-        Options left as None are read from the folder. The defaults for a plain LLM are bidirectional attention, mean
-        pooling, no template and a maximum of 512 tokens.
+        If an option is None, the value saved in the folder is used. The defaults for a plain LLM are bidirectional
+        attention, mean pooling, no template and a maximum of 512 tokens.
 
         Args:
-            path: folder or hub id of a transformers or sentence-transformers model, an llm2clip model folder, a
-                `.gguf` file, or the name of a model that `llm2clip` can download (see `models/pretrained.py`).
+            path: one of: a folder or hub id of a transformers or sentence-transformers model; an llm2clip model folder;
+                a `.gguf` file; the name of a model that `llm2clip` can download (see `models/pretrained.py`).
             bidirectional: let every token attend to all tokens (True) or only to earlier tokens (False).
-            layers: keep only the first N layers and the final norm.
+            layers: number of layers to keep, counted from the input. The final norm is always kept.
             template: text around the caption, such as `"<|im_start|>user\\n{caption}<|im_end|>"`. The text before
-                `{caption}` is excluded from pooling. At most one special token may follow `{caption}`; it is included
-                in pooling, as in the paper, and replaces the special tokens that the tokenizer adds by default.
-            pooling: pooling mode of sentence-transformers: mean, weightedmean, lasttoken, cls, max.
-            max_length: maximum input length in tokens, template included.
-            truncate_dim: keep only the first N dimensions of an embedding, for encoders with Matryoshka training.
-            attention: attention implementation in transformers, such as sdpa, eager, flex_attention or
-                flash_attention_2, or `packed` (see `models/packing.py`). Decoders that support `packed` use it by
-                default. `packed` and flash attention need no padding. Flash attention requires bf16.
+                `{caption}` is excluded from pooling. At most one special token may follow `{caption}`. This token is
+                included in pooling, as in the paper, and replaces the tokenizer's default special tokens.
+            pooling: pooling mode of sentence-transformers: mean, weightedmean, lasttoken, cls or max.
+            max_length: maximum input length in tokens, including the template.
+            truncate_dim: number of embedding dimensions to keep, for encoders with Matryoshka training.
+            attention: attention implementation. This is either `packed` (see `models/packing.py`) or an implementation
+                from transformers, such as sdpa, eager, flex_attention or flash_attention_2. Decoders that support
+                `packed` use `packed` by default. `packed` and flash attention need no padding. Flash attention requires
+                bf16.
             device: device to load the encoder on. Default: a GPU if there is one.
 
         Raises:
@@ -165,12 +167,12 @@ class CaptionEncoder(nn.Module):
     # ---- tokens -----------------------------------------------------------------------------------------------------
 
     def tokenize(self, captions: Sequence[str], prompts: Sequence[str] | None = None) -> TokenizedTexts:
-        """Tokenize captions with the template and special tokens, and truncate them to the encoder's `max_length`.
+        """Tokenize captions with the template and special tokens, and truncate the texts to the encoder's `max_length`.
 
         Args:
             captions: captions without the template.
-            prompts: instruction before each caption, or "" for no instruction. The tokens of the instruction and
-                of the template's prefix are excluded from pooling, as is any special token at the start of the text.
+            prompts: an instruction for each caption; "" means no instruction. An instruction is placed between the
+                template's prefix and the caption. All tokens before the caption are excluded from pooling.
         """
         if not captions:
             return TokenizedTexts([], [], [])
@@ -188,13 +190,13 @@ class CaptionEncoder(nn.Module):
         return len(self.tokenize(captions).truncated)
 
     def prompt_length(self, prompt: str) -> int:
-        """Return the number of tokens in the text before a caption (see `text_template.prompt_length`)."""
+        """Return the number of tokens before a caption (see `text_template.prompt_length`)."""
         if prompt not in self._prompt_lengths:
             self._prompt_lengths[prompt] = prompt_length(self.tokenizer, prompt)
         return self._prompt_lengths[prompt]
 
     def exclude_prompts_from_pooling(self, prompts: Iterable[str]) -> None:
-        """Exclude instruction tokens from pooling. This setting is saved with the encoder.
+        """Exclude the instructions' tokens from pooling. This setting is saved with the encoder.
 
         Raises:
             ValueError: sentence-transformers would miscount the tokens of a prompt.
@@ -216,9 +218,9 @@ class CaptionEncoder(nn.Module):
                 length of the template's prefix.
 
         Returns:
-            With `packed` or flash attention, the output of `pack_batch`: a single row without padding. With other
-            implementations, the padded input_ids and attention_mask, both (B, T) int64. The dict also contains
-            prompt_length if it is not 0.
+            A dict of model inputs. With `packed` or flash attention, it is the output of `pack_batch`: a single row
+            without padding. With any other attention implementation, it contains the padded input_ids and
+            attention_mask, both (B, T) int64. If the prompt length is not 0, the dict also contains prompt_length.
         """
         if self.attention == PACKED or "flash" in self.attention:
             batch = pack_batch(ids, self.attention, self.device)
@@ -234,7 +236,7 @@ class CaptionEncoder(nn.Module):
     # ---- embeddings -------------------------------------------------------------------------------------------------
 
     def forward(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        """Map the token ids of B captions to embeddings (B, embed_dim), with gradients if enabled."""
+        """Encode the token ids of B captions as embeddings (B, embed_dim). Supports training."""
         embeddings: Tensor = self.st(self.collate(ids))["sentence_embedding"]
         return embeddings
 
@@ -250,15 +252,15 @@ class CaptionEncoder(nn.Module):
     ) -> Tensor:
         """Encode captions as unnormalised (N, embed_dim) float32 embeddings on the CPU, in input order.
 
-        Captions of similar length are batched together, so there is almost no padding. An embedding does not depend on
-        the other captions in its batch (to within 1e-5). The embedding of a text without tokens is a zero vector.
+        Captions of similar length are batched together, so there is almost no padding. The other captions in a batch
+        change an embedding by at most about 1e-5. The embedding of a text without tokens is a zero vector.
 
         Args:
             captions: one text, a list of texts, or the result of `tokenize`.
-            batch_tokens: maximum number of tokens per batch, including padding. Default: chosen for the device.
-            precision: fp32; bf16, which is two to three times as fast; or bf16+N, with the first N layers in fp32, for
-                models that are too inaccurate in bf16 (see `models/precision_calibration.py`).
-            progress: True to show a progress bar, or an existing `ProgressBar` to update.
+            batch_tokens: maximum number of tokens per batch, including padding. The default depends on the device.
+            precision: fp32, bf16 or bf16+N. bf16 is two to three times as fast as fp32. bf16+N runs the first N layers
+                in fp32, for models that are too inaccurate in bf16 (see `models/precision_calibration.py`).
+            progress: True shows a progress bar. An existing `ProgressBar` is updated.
 
         Raises:
             ValueError: the attention implementation does not support the precision.
@@ -292,7 +294,10 @@ class CaptionEncoder(nn.Module):
     # ---- identity and saving ----------------------------------------------------------------------------------------
 
     def identity(self, precision: str = "fp32") -> dict[str, Any]:
-        """Return a dict of everything that changes an embedding: hashes of the weights and tokenizer, and settings."""
+        """Return a dict of everything that affects the embeddings: settings, and hashes of the weights and tokenizer.
+
+        `fingerprint` converts the dict to a single hash.
+        """
         weights = hashlib.sha256()
         for name, tensor in sorted(self.st.state_dict().items()):
             weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -314,13 +319,14 @@ class CaptionEncoder(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the encoder in the sentence-transformers layout, with safetensors weights.
 
-        If the encoder has a separate LoRA adapter, the adapter and the LLM's name are saved, but not the LLM's weights.
+        If the encoder has a separate LoRA adapter, only the adapter and the LLM's name are saved, without the LLM's
+        weights.
         """
         self.st.save_pretrained(str(folder), create_model_card=False)
 
 
 def _move_to_cpu(on_device: list[tuple[list[int], Tensor]], embeddings: Tensor) -> None:
-    """Copy embeddings from the device to their rows in `embeddings`, and clear `on_device`.
+    """Copy the embeddings in `on_device` to their rows of `embeddings` on the CPU, and clear `on_device`.
 
     All embeddings are copied at once, because each copy waits for all previous work on the device to finish.
     """
@@ -335,13 +341,16 @@ def _short_hash(text: str) -> str:
 
 
 def _effective_config(llm: Any) -> dict[str, Any]:
-    """Return the entries of the LLM's config that change its forward pass."""
+    """Return the entries of the LLM's config that affect its output and are not listed separately in `identity`."""
     config: dict[str, Any] = json.loads(llm.config.to_json_string(use_diff=False))
     return {name: value for name, value in config.items() if name not in _CONFIG_WITHOUT_EFFECT}
 
 
 def _canonical_tokenizer(tokenizer: Any) -> str:
-    """Return the tokenizer as JSON, without padding and truncation settings, which earlier calls may have changed."""
+    """Return the tokenizer as JSON.
+
+    The padding and truncation settings are removed, because earlier calls may have changed these settings.
+    """
     state = json.loads(tokenizer.to_str())
     state.pop("padding", None)
     state.pop("truncation", None)

@@ -30,9 +30,9 @@ from llm2clip.models.heads import Adapter
 from llm2clip.models.vision_tower import VisionTower
 
 MAX_LOGIT_SCALE = 100.0
-# Fields of config.json that have been renamed since version 0.1.
+# Fields of config.json that have been renamed since version 0.1: old name -> new name.
 _RENAMED_FIELDS = {"text_width": "text_dim", "width": "embed_dim"}
-# The only supported kind of each head, keyed by its config.json field. Version 0.1 supported other kinds too.
+# Each head's field in config.json, and the only supported value. Version 0.1 supported additional values.
 _SUPPORTED_HEADS = {"adapter": "residual", "projection": "linear"}
 
 
@@ -49,7 +49,7 @@ class LLM2CLIPConfig:
         normalize_input: L2-normalise the caption embeddings before the adapter.
         projection_bias: add a bias to the image projection.
         logit_bias: add a learned bias to the logits, for the sigmoid loss.
-        encoder: `CaptionEncoder.identity()` of the encoder that the adapter was trained with; empty if unknown.
+        encoder: `CaptionEncoder.identity()` of the encoder that the adapter was trained with. Empty if unknown.
     """
 
     tower: dict[str, Any]
@@ -66,7 +66,14 @@ class LLM2CLIPConfig:
     def from_config(
         cls, config: AlignConfig, tower: dict[str, Any], text_dim: int, encoder: dict[str, Any] | None = None
     ) -> LLM2CLIPConfig:
-        """Return the config of the model that `align` trains. The class docstring describes the other arguments."""
+        """Return the config of the model that the `align` stage trains.
+
+        Args:
+            config: settings of the `align` stage.
+            tower: see the class docstring.
+            text_dim: see the class docstring.
+            encoder: see the class docstring. None: unknown.
+        """
         return cls(
             tower=tower,
             text_dim=text_dim,
@@ -79,10 +86,10 @@ class LLM2CLIPConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LLM2CLIPConfig:
-        """Create a config from the content of a config.json file written by this version or by version 0.1.
+        """Create a config from the content of config.json. Files written by version 0.1 are supported, too.
 
         Raises:
-            ValueError: the model has heads that only version 0.1 supports.
+            ValueError: the model has a kind of head that only version 0.1 supports.
         """
         for name, supported in _SUPPORTED_HEADS.items():
             kind = values.get(name, supported)
@@ -94,9 +101,10 @@ class LLM2CLIPConfig:
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
 
     def identity_fields(self) -> dict[str, Any]:
-        """Return the part of the model's identity that the config determines.
+        """Return the config as a dict that is part of the model's identity.
 
-        The keys are the field names of version 0.1, so that search indexes and cached embeddings from 0.1 stay valid.
+        The keys are version 0.1's field names. Search indexes and cached embeddings created by version 0.1 therefore
+        stay valid.
         """
         old_names = {new: old for old, new in _RENAMED_FIELDS.items()}
         fields = {old_names.get(name, name): value for name, value in dataclasses.asdict(self).items()}
@@ -106,8 +114,8 @@ class LLM2CLIPConfig:
 class LLM2CLIP(nn.Module):
     """Vision tower and projection for images, caption encoder and adapter for texts.
 
-    The caption encoder is frozen, and its weights are not parameters of this module. Training reads caption embeddings
-    from a store; `encode_text` runs the encoder.
+    The caption encoder is frozen, and its weights are not parameters of this module. During training, caption
+    embeddings are read from an embedding store. `encode_text` runs the encoder.
 
     Attributes:
         config: model config.
@@ -115,7 +123,7 @@ class LLM2CLIP(nn.Module):
         projection: linear layer; maps features (N, feature_dim) to (N, embed_dim).
         adapter: text adapter; maps unnormalised caption embeddings (M, text_dim) to (M, embed_dim).
         logit_scale: logarithm of the factor that multiplies the cosine similarities, shape (1,).
-        logit_bias: bias added to the logits, shape (1,), or None.
+        logit_bias: bias that is added to the logits, shape (1,), or None for models without a bias.
     """
 
     def __init__(self, config: LLM2CLIPConfig, tower: VisionTower, encoder: CaptionEncoder | None = None) -> None:
@@ -131,10 +139,10 @@ class LLM2CLIP(nn.Module):
             expansion=config.adapter_expansion,
             normalize_input=config.normalize_input,
         )
-        # One-dimensional, because FSDP cannot shard scalars.
+        # The parameters are one-dimensional, because FSDP cannot shard scalars.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(10 if config.logit_bias else 1 / 0.07)]))
         self.logit_bias = nn.Parameter(torch.tensor([-10.0])) if config.logit_bias else None
-        # Stored in a list, so that the encoder is not registered as a submodule.
+        # The encoder is stored in a list, so that PyTorch does not register it as a submodule.
         self._encoder = [encoder] if encoder is not None else []
         self._text_folder: Path | None = None
 
@@ -146,12 +154,13 @@ class LLM2CLIP(nn.Module):
         Args:
             pixels: images, (N, 3, S, S) uint8.
             embeddings: caption embeddings, (M, text_dim) float, not normalised.
-            features: precomputed outputs of the tower, (N, feature_dim) float, to use instead of `pixels`.
+            features: precomputed image features from the tower, (N, feature_dim) float, to use instead of `pixels`.
 
         Returns:
-            Image embeddings (N, embed_dim) and text embeddings (M, embed_dim), L2-normalised float32, or None if the
-            corresponding input is None; the factor that multiplies their cosine similarities, at most 100, and the bias
-            added to the logits, both float32 scalars.
+            A tuple of four items. The first two are the image embeddings (N, embed_dim) and the text embeddings
+            (M, embed_dim), L2-normalised float32. Without images or texts, the corresponding item is None. The last two
+            are float32 scalars: the factor that multiplies the cosine similarities (at most 100), and the bias that is
+            added to the logits.
         """
         if pixels is not None:
             features = self.tower(pixels)
@@ -163,9 +172,9 @@ class LLM2CLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep the logit scale just below the limit at which `forward` clamps it. Call after every optimizer step.
+        """Clamp the logit scale to just below the maximum in `forward`. Call this method after every optimizer step.
 
-        At the limit itself, the gradient is zero, so the scale could never decrease again.
+        Above the maximum, the gradient of the logit scale is zero, so the scale could never decrease again.
         """
         self.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE) - 1e-6)
 
@@ -185,7 +194,7 @@ class LLM2CLIP(nn.Module):
         """The caption encoder, loaded on first use.
 
         Raises:
-            ValueError: the model has no caption encoder, or the encoder's embeddings have the wrong dimension.
+            ValueError: the model has no caption encoder, or the encoder's embeddings do not have dimension `text_dim`.
         """
         if not self._encoder:
             if self._text_folder is None:
@@ -199,16 +208,16 @@ class LLM2CLIP(nn.Module):
         return self._encoder[0]
 
     def set_encoder(self, encoder: CaptionEncoder) -> None:
-        """Set the caption encoder, which must be the one that the adapter was trained with.
+        """Set the caption encoder. This must be the encoder that the adapter was trained with.
 
         Raises:
-            ValueError: according to the model's config, the adapter was trained with a different encoder, or the
-                encoder's embeddings have the wrong dimension.
+            ValueError: the encoder's embeddings do not have dimension `text_dim`, or the model's config specifies that
+                the adapter was trained with a different encoder.
         """
         self._check_dimension(encoder, "the caption encoder")
         trained_with, identity = self.config.encoder, encoder.identity()
-        # The precision is not compared because it is chosen again each time, nor the config because each release of
-        # transformers adds entries to it.
+        # Two entries are not compared: the precision, because users choose it for each call, and the LLM's config,
+        # because each transformers release adds entries to it.
         names = [name for name in identity if name in trained_with and name not in ("precision", "config")]
         differences = [name for name in names if trained_with[name] != identity[name]]
         if differences:
@@ -228,18 +237,18 @@ class LLM2CLIP(nn.Module):
 
     # ---- embeddings -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()  # not inference_mode, because a probe cannot be trained on inference tensors
+    @torch.no_grad()  # not inference_mode: users may train a linear probe on the embeddings
     @onednn_matmul()
     def encode_image(self, images: Any, batch_size: int = 64) -> Tensor:
         """Encode images as L2-normalised (N, embed_dim) float32 embeddings on the CPU.
 
         Args:
-            images: one image or a list of images. An image is a path, encoded bytes, a PIL image or a uint8 tensor
-                (3, H, W).
+            images: one image or a list of N images. Each image is one of: a path, the bytes of an image file, a PIL
+                image, a uint8 tensor (3, H, W).
             batch_size: number of images per forward pass.
 
         Raises:
-            ImageError: an image cannot be decoded; the message names the image.
+            ImageError: an image cannot be decoded. The message contains the image's name.
         """
         items = list(images) if isinstance(images, list | tuple) else [images]
         transform = EvalTransform(self.tower.preprocess)
@@ -256,7 +265,7 @@ class LLM2CLIP(nn.Module):
         """Encode texts as L2-normalised (N, embed_dim) float32 embeddings on the CPU.
 
         Args:
-            texts: one text or a list of texts.
+            texts: one text or a list of N texts.
             progress: show a progress bar.
             precision: precision of the caption encoder, as in `CaptionEncoder.encode`.
         """
@@ -272,7 +281,7 @@ class LLM2CLIP(nn.Module):
         return text.cpu()
 
     def similarity(self, texts: Tensor, images: Tensor) -> Tensor:
-        """Return the cosine similarities, (texts, images), between L2-normalised embeddings."""
+        """Return the cosine similarities between L2-normalised text and image embeddings, shape (texts, images)."""
         return texts @ images.T
 
     # ---- saving and loading -----------------------------------------------------------------------------------------
@@ -283,12 +292,12 @@ class LLM2CLIP(nn.Module):
         text_folder: str | Path | None = None,
         encoder: CaptionEncoder | None = None,
     ) -> Path:
-        """Write the model folder atomically.
+        """Save the model in a folder, atomically.
 
         Args:
-            folder: destination; an existing model folder is replaced.
-            text_folder: folder of a saved caption encoder to copy. Default: save `encoder` instead.
-            encoder: caption encoder to save. Default: this model's encoder, if it has one.
+            folder: folder to create. An existing model folder is replaced.
+            text_folder: folder of a saved caption encoder, which is copied. Default: save `encoder` instead.
+            encoder: caption encoder to save. Default: this model's caption encoder, if there is one.
 
         Raises:
             FileExistsError: `folder` exists and is not a model folder.
@@ -300,7 +309,7 @@ class LLM2CLIP(nn.Module):
             if self._encoder:
                 encoder = self._encoder[0]
             else:
-                text_folder = self._text_folder  # copied as is, without loading the LLM
+                text_folder = self._text_folder  # copy the folder without loading the LLM
         replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         with atomic_dir(folder) as temporary:
             self._write_config_and_weights(temporary)
@@ -324,11 +333,17 @@ class LLM2CLIP(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> LLM2CLIP:
-        """Load a model from a folder or the hub. Weights are read only from safetensors; no code in the folder is run.
+        """Load a model from a folder or the hub, in eval mode.
+
+        Weights are read only from safetensors files. Code in the folder is never run.
+
+        Args:
+            path: model folder or hub id.
+            device: device to load the model on. Default: a GPU if there is one.
 
         Raises:
-            FileNotFoundError: there is no such model folder.
-            ValueError: the folder is damaged or does not contain an llm2clip model that this version supports.
+            FileNotFoundError: the model does not exist.
+            ValueError: the folder is damaged, or does not contain an llm2clip model that this version supports.
         """
         folder = Path(path)
         if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Context managers that hide transformers' progress bars and reports while a pretrained model is loaded."""
+"""Context managers that hide transformers' progress bars and messages while a pretrained model is loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def hide_loading_bars() -> Iterator[None]:
-    """Hide transformers' progress bars for loading and saving weights; also works as a decorator.
+    """Hide transformers' progress bars for loading and saving weights. This function also works as a decorator.
 
     Progress bars for downloads from the hub stay visible. The previous settings are restored at the end.
     """
@@ -17,24 +17,24 @@ def hide_loading_bars() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     bars_enabled, downloads_hidden = transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
-    transformers_logging.disable_progress_bar()  # also hides downloads
+    transformers_logging.disable_progress_bar()  # also hides the progress bars for downloads
     if not downloads_hidden:
         enable_progress_bars()
     try:
         yield
     finally:
         if bars_enabled:
-            transformers_logging.enable_progress_bar()  # also shows downloads
+            transformers_logging.enable_progress_bar()  # also shows the progress bars for downloads
             if downloads_hidden:
                 disable_progress_bars()
 
 
 @contextmanager
 def hide_load_report() -> Iterator[None]:
-    """Hide transformers' report of missing and unexpected weights; also works as a decorator.
+    """Hide transformers' report of missing and unexpected weights. This function also works as a decorator.
 
-    A checkpoint often contains unused weights, such as the text model in a CLIP checkpoint when only the vision model
-    is loaded. Use this function only where missing weights raise an error.
+    A checkpoint often contains unused weights. For example, if only the vision model is loaded from a CLIP checkpoint,
+    the text model's weights are unused. Use this function only where missing weights raise an error.
     """
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level

@@ -1,14 +1,13 @@
-"""LoRA for a caption encoder's LLM: training, and saved folders with a separate adapter.
+"""LoRA for a caption encoder's LLM: training, and loading of folders with a separate adapter.
 
-QLoRA (arXiv 2305.14314) stores the frozen matrices in 4 bits, but only during training: at the end, LoRA is merged into
-the original weights. If the frozen matrices are stored in 16 bits instead, their values stay rounded to 16 bits, which
-changes nothing for an LLM that was published in 16 bits.
+QLoRA (arXiv 2305.14314) stores the frozen matrices in 4 bits, but only during training. At the end, LoRA is merged into
+the original weights. Without QLoRA, the frozen matrices can be stored in 16 bits. In that case, the merged weights are
+based on the rounded 16-bit values. The rounding has no effect if the LLM's weights were released in the same format.
 
-A folder with a separate adapter contains the LoRA weights, the name of the base LLM and the config of the tuned LLM.
-The config is needed for two settings that would otherwise be lost: bidirectional attention and the number of layers.
-sentence-transformers alone would ignore both settings and produce different embeddings, so the folder's `modules.json`
-names `LoraTransformer` as the class to load. `tune` always merges LoRA into the LLM. Version 0.1 could also save the
-adapter separately, and such folders can still be loaded.
+The `tune` command always merges LoRA into the LLM. Version 0.1 could also save the adapter separately, and such folders
+can still be loaded. A folder with a separate adapter contains the LoRA weights, the base LLM's name and the tuned LLM's
+config. The config specifies bidirectional attention and the number of layers. sentence-transformers alone would ignore
+both settings and compute different embeddings, so the folder's `modules.json` specifies the class `LoraTransformer`.
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ class LoraSession:
         Args:
             encoder: a `CaptionEncoder` whose LLM has no LoRA yet.
             config: LoRA config for PEFT.
-            dtype: dtype of the frozen matrices or, with `quantize`, of the matmuls that use them.
+            dtype: dtype of the frozen matrices. With `quantize`, this is the dtype of the matmuls with these matrices.
             device: training device.
-            quantize: store the frozen matrices in 4 bits (QLoRA, requires bitsandbytes). The original matrices are kept
-                on the CPU. If the LLM is still on the CPU, the unquantised LLM need not fit in the device's memory.
+            quantize: store the frozen matrices in 4 bits (QLoRA, requires bitsandbytes). The original matrices stay on
+                the CPU. If the LLM is on the CPU at first, the unquantised LLM need not fit in the device's memory.
         """
         self.encoder, self.config = encoder, config
         transformer = encoder.st[0]
@@ -54,12 +53,12 @@ class LoraSession:
             cast_frozen_linear(transformer.model, dtype)
 
     def finish(self) -> None:
-        """Merge LoRA into the original weights, in float32, in place."""
+        """Merge LoRA into the original weights, in place and in float32."""
         transformer = self.encoder.st[0]
         model = transformer.model
         if self.original_layers:
             model = self._restore_original_layers(model)
-        cast_frozen_linear(model, torch.float32)  # before LoRA's small updates are added
+        cast_frozen_linear(model, torch.float32)  # in 16 bits, LoRA's small updates would be rounded
         transformer.model = model.merge_and_unload()
 
     def _restore_original_layers(self, model: Any) -> Any:
@@ -75,7 +74,7 @@ class LoraSession:
 
 
 def merge_adapter(encoder: Any) -> None:
-    """Merge a separate LoRA adapter, loaded from a folder saved by version 0.1, into the encoder's LLM, in place."""
+    """Merge the separate LoRA adapter of an encoder saved by version 0.1 into the encoder's LLM, in place."""
     transformer = encoder.st[0]
     if isinstance(transformer.model, PeftModel):
         transformer.model, transformer.__class__ = transformer.model.merge_and_unload(), Transformer
@@ -90,7 +89,7 @@ def check_qlora_available() -> None:
 def cast_frozen_linear(llm: nn.Module, dtype: torch.dtype) -> None:
     """Cast the frozen linear layers to `dtype`.
 
-    Norms and embeddings are not cast: all later layers build on their outputs, so their precision matters more.
+    Norms and token embeddings are not cast, because their rounding errors would affect all later layers.
     """
     for module in llm.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
@@ -98,7 +97,11 @@ def cast_frozen_linear(llm: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _quantize_linear_layers(llm: Any, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Linear]:
-    """Replace the linear layers with 4-bit layers on `device`. Return a dict of the original layers, on the CPU."""
+    """Replace the linear layers with 4-bit layers on `device`.
+
+    Returns:
+        A dict from layer name to original layer. The original layers are on the CPU.
+    """
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     original_layers = {name: module.to("cpu") for name, module in llm.named_modules() if isinstance(module, nn.Linear)}
@@ -119,7 +122,7 @@ def _quantize_linear_layers(llm: Any, dtype: torch.dtype, device: torch.device) 
 class LoraTransformer(Transformer):
     """sentence-transformers module for an LLM with a separate LoRA adapter.
 
-    The folder contains the config of the tuned LLM, and its `modules.json` contains the import path of this class.
+    A saved folder contains the tuned LLM's config. The folder's `modules.json` contains the import path of this class.
     """
 
     model: Any
@@ -148,7 +151,7 @@ class LoraTransformer(Transformer):
             ) from error
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Save the adapter and the LLM's config. If the LLM is a local folder, save its absolute path."""
+        """Save the adapter and the LLM's config. If the LLM is in a local folder, save the folder's absolute path."""
         super().save(output_path, *args, **kwargs)
         self.model.get_base_model().config.save_pretrained(output_path)
         file = Path(output_path) / ADAPTER_CONFIG
@@ -159,14 +162,15 @@ class LoraTransformer(Transformer):
             file.write_text(json.dumps(config, indent=1))
 
 
-_MODULE_TYPE = f"{LoraTransformer.__module__}.{LoraTransformer.__name__}"  # class name in modules.json
+_MODULE_TYPE = f"{LoraTransformer.__module__}.{LoraTransformer.__name__}"  # import path in modules.json
 
 
 def is_lora_folder(folder: str | Path) -> bool:
     """Return True if a folder contains a separate LoRA adapter in the layout described at the top of this module.
 
     Raises:
-        ValueError: the folder contains an adapter saved by PEFT alone, without the LLM's config and pooling.
+        ValueError: the folder contains an adapter that was saved by PEFT alone and therefore lacks the LLM's config and
+            the pooling.
     """
     modules_file = Path(folder) / "modules.json"
     if (Path(folder) / ADAPTER_CONFIG).is_file() and not modules_file.is_file():
@@ -179,7 +183,7 @@ def is_lora_folder(folder: str | Path) -> bool:
 
 
 def load_lora(folder: str | Path, device: str | None) -> SentenceTransformer:
-    """Load a folder with a separate LoRA adapter, keeping the LLM in float32.
+    """Load a folder with a separate LoRA adapter. The LLM is loaded in float32.
 
     Raises:
         OSError: the adapter's weights or the LLM cannot be found.

@@ -1,12 +1,12 @@
-"""Packed attention: all captions of a batch in a single row, without padding.
+"""Packed attention: all captions of a batch are concatenated into a single row, without padding.
 
-The layers of an LLM that process each token separately receive one long row of tokens. Attention is computed per
-caption: consecutive captions of equal length share one attention call without a mask. Because a batch contains captions
-of similar length, few calls are needed. The attention function is registered with transformers under the name `packed`,
-so every model family can use it. For an ordinary padded batch, it computes the same as `sdpa`.
+The layers of an LLM that process each token separately receive one long row of tokens. Attention is computed within
+each caption: consecutive captions of equal length share one attention call without a mask. Because the captions in a
+batch have similar lengths, few calls are needed. The attention function is registered with transformers under the name
+`packed`, so every model family can use it. For an ordinary padded batch, `packed` returns the same result as `sdpa`.
 
-Resetting `position_ids` alone would not be enough: with `sdpa` and bidirectional attention, captions would attend to
-each other.
+A packed row with restarted `position_ids` would not be enough for `sdpa`: with bidirectional attention, the captions
+would attend to each other.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ MAX_UNFUSED_LENGTH = 512  # tokens; for longer captions, the attention scores wo
 
 
 def pack_batch(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
-    """Build the model inputs for B captions with T tokens in total, packed into one row.
+    """Pack B captions with T tokens in total into one row, and return the model inputs.
 
     Args:
         ids: token ids of each caption.
-        attention: the model's attention implementation: `packed` or a flash attention.
+        attention: the model's attention implementation, either `packed` or a variant of flash attention.
         device: device on which to create the tensors.
 
     Returns:
-        input_ids and position_ids, (1, T) int64. Also the inputs that transformers' flash attention expects: the
-        cumulative caption lengths, (B + 1,) int32, as cu_seq_lens_q and cu_seq_lens_k, and the maximum length as
-        max_length_q and max_length_k. For `packed`, also the list of caption lengths and a dummy 4-dimensional mask,
-        which keeps transformers from building a (T, T) mask.
+        A dict of keyword arguments for the model. input_ids and position_ids are (1, T) int64. cu_seq_lens_q and
+        cu_seq_lens_k contain the cumulative caption lengths, (B + 1,) int32, and max_length_q and max_length_k are the
+        maximum caption length, as transformers' flash attention expects. For `packed`, caption_lengths is the list of
+        caption lengths, and attention_mask is a dummy 4-dimensional mask, which prevents transformers from building a
+        (T, T) mask.
     """
     lengths = [len(row) for row in ids]
     tokens = [token for row in ids for token in row]
@@ -57,11 +58,11 @@ def pack_batch(ids: Sequence[Sequence[int]], attention: str, device: torch.devic
 
 
 def can_pack(llm: Any) -> bool:
-    """Return True if packed attention gives this transformers model the same results as padding.
+    """Return True if a transformers model produces the same embeddings with packed attention as with padding.
 
-    The model must be a decoder with only attention layers; other layer types, such as convolutions, would mix
-    neighbouring captions. Its config must state the attention direction, which determines how sliding windows are
-    measured. The model must have been loaded with `sdpa`.
+    The model must be a decoder whose tokens interact only through attention, because layers such as convolutions would
+    mix neighbouring captions. The model's config must specify whether attention is causal, because the definition of a
+    sliding window depends on it. The model must have been loaded with `sdpa`.
     """
     config = llm.config
     layers = list(getattr(llm, "layers", []))
@@ -69,7 +70,7 @@ def can_pack(llm: Any) -> bool:
         config._attn_implementation == "sdpa"
         and llm.is_backend_compatible()
         and getattr(config, "is_causal", None) is not None
-        and not getattr(config, "use_bidirectional_attention", False)  # changes Gemma 3's sliding windows
+        and not getattr(config, "use_bidirectional_attention", False)  # this setting changes Gemma 3's sliding windows
         and bool(layers)
         and all(getattr(layer, "self_attn", None) is not None for layer in layers)
         and set(getattr(config, "layer_types", None) or []) <= {"full_attention", "sliding_attention"}
@@ -77,7 +78,7 @@ def can_pack(llm: Any) -> bool:
 
 
 def first_token_indices(features: dict[str, Any]) -> list[int]:
-    """Return the index of each caption's first token in the flattened batch, including padding."""
+    """Return the index of each caption's first token in the flattened batch. Padding tokens are counted, too."""
     if "cu_seq_lens_q" in features:
         return [int(start) for start in features["cu_seq_lens_q"][:-1]]
     mask = features["attention_mask"]  # (B, T)
@@ -96,23 +97,24 @@ def packed_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention within each caption of a packed row, with the signature that transformers expects.
+    """Compute attention within each caption of a packed row. The signature is defined by transformers.
 
     Args:
         module: the attention layer.
         query: queries, (1, heads, T, D).
         key: keys, (1, key heads, T, D).
         value: values, (1, key heads, T, D).
-        attention_mask: ignored for a packed row.
-        caption_lengths: number of tokens in each caption, T in total. None for an ordinary padded batch with a mask.
-        sliding_window: attention span, defined as in transformers' masks: with causal attention, a token attends to
-            this many tokens, including itself; with bidirectional attention, to this many tokens on each side.
-        is_causal: True for causal attention, False for bidirectional attention; None reads the direction from `module`.
+        attention_mask: mask of an ordinary padded batch; ignored for a packed row.
+        caption_lengths: number of tokens in each caption, T in total. None: the batch is an ordinary padded batch.
+        sliding_window: attention span in tokens, defined as in transformers' masks. With causal attention, a token
+            attends to this many tokens, including itself. With bidirectional attention, a token attends to this many
+            tokens on each side.
+        is_causal: True for causal attention, False for bidirectional attention. None: use `module.is_causal`.
 
     Returns:
-        The attention output, (1, T, heads, D), and None in place of the attention weights.
+        The attention output, (1, T, heads, D), and None instead of the attention weights.
     """
-    if is_causal is None:  # the config does not state the direction
+    if is_causal is None:  # the config does not specify whether attention is causal
         is_causal = getattr(module, "is_causal", True)
     if caption_lengths is None:
         if attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
@@ -128,7 +130,7 @@ def packed_attention(
     outputs, start = [], 0
     for length, group in groupby(caption_lengths):
         count = len(list(group))
-        if length == 0:  # an empty text, if the tokenizer adds no special tokens
+        if length == 0:  # empty texts have no tokens if the tokenizer adds no special tokens
             continue
         q, k, v = (  # (count, heads, length, D)
             x[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
@@ -147,7 +149,7 @@ def packed_attention(
 
 
 def _sliding_window_mask(length: int, window: int, is_causal: bool, device: torch.device) -> Tensor:
-    """Return a mask (1, 1, length, length), True where the row's token attends to the column's token."""
+    """Return a bool mask (1, 1, length, length). An entry is True if the row's token attends to the column's token."""
     positions = torch.arange(length, device=device)
     distance = positions[:, None] - positions  # positive for earlier tokens
     mask = (distance >= 0) & (distance < window) if is_causal else distance.abs() <= window
@@ -157,16 +159,15 @@ def _sliding_window_mask(length: int, window: int, is_causal: bool, device: torc
 def unfused_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scaling: float | None
 ) -> Tensor:
-    """Compute attention with two batched matmuls; on a CPU, this is faster than PyTorch's `sdpa` for short captions.
+    """Compute attention with two batched matmuls. On CPUs, two matmuls are faster than `sdpa` for short captions.
 
     Args:
         query: queries, (B, heads, L, D).
         key: keys, (B, key heads, L, D); consecutive query heads share a key head.
         value: values, (B, key heads, L, D).
-        mask: attention mask, (1, 1, L, L), True where a token attends to another. None means full attention or, with
-            `is_causal`, causal attention.
-        is_causal: use causal attention if there is no mask.
-        scaling: factor that multiplies the scores; None means D ** -0.5.
+        mask: bool attention mask, (1, 1, L, L). An entry is True if the row's token attends to the column's token.
+        is_causal: without a mask, use causal attention (True) or full attention (False).
+        scaling: factor that multiplies the scores. None: D ** -0.5.
 
     Returns:
         The attention output, (B, L, heads, D).

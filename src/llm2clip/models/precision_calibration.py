@@ -1,16 +1,17 @@
-"""Choice of the fastest encoding precision that is accurate enough for a caption encoder.
+"""Choose the fastest encoding precision that is accurate enough for a caption encoder.
 
-In some layers of an LLM, the MLP's output for a few tokens is a thousand times larger than for other tokens (massive
-activations, arXiv 2402.17762). Whether a token gets such an output, and how large the output is, depends on a
-threshold. A raw LLM with bidirectional attention has many tokens near that threshold, where the small rounding errors
-of all earlier layers are amplified. Layer 11 of raw SmolLM2-135M is such a layer. Over 48 captions, the lowest cosine
-similarity between an embedding and its fp32 version is
+In some layers of an LLM, the MLP's output for a few tokens is a thousand times larger than for all other tokens
+(massive activations, arXiv 2402.17762). A threshold determines which tokens have such an output and how large the
+output is. In an untuned LLM with bidirectional attention, many tokens are close to the threshold, so the layer
+amplifies the small rounding errors of all earlier layers. Layer 11 of untuned SmolLM2-135M is an example. The minimum
+cosine similarity between the bf16 and fp32 embeddings of 48 captions is
 
-- 0.984 with all 30 layers in bf16, and also with layers 12 to 29 in fp32;
-- 0.9999 with layers 0 to 11 in fp32;
-- 0.9999 with all layers in bf16, if the model has causal attention or is tuned.
+- 0.984 with all 30 layers in bf16;
+- 0.984 with layers 0 to 11 in bf16 and layers 12 to 29 in fp32;
+- 0.9999 with layers 0 to 11 in fp32 and layers 12 to 29 in bf16;
+- 0.9999 with all layers in bf16 if the model has causal attention or has been tuned.
 
-The number of first layers that stay in fp32 is therefore measured once per encoder, on a fixed set of captions.
+The number of first layers that must stay in fp32 is therefore measured once per encoder, on a fixed set of captions.
 """
 
 from __future__ import annotations
@@ -24,24 +25,28 @@ from llm2clip.models.llm_layers import get_layers
 from llm2clip.models.precision import resolve_device_precision
 
 MIN_COSINE = 0.999
-# Changing these captions can change the chosen precision, and with it the fingerprint of a store.
+# Do not change these captions: they determine the chosen precision, which is part of an embedding store's fingerprint.
 CALIBRATION_CAPTIONS = tuple(
     Path(__file__).with_name("calibration_captions.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
 )
 
 
 def fastest_precision(encoder: CaptionEncoder) -> str:
-    """Resolve precision `auto`: fp32 if the device has no bf16 hardware, otherwise the calibrated precision."""
+    """Return the precision that `auto` stands for.
+
+    This is fp32 if the device has no bf16 hardware. Otherwise, it is the result of `calibrate_precision`.
+    """
     if resolve_device_precision("auto", encoder.device) == "fp32":
         return "fp32"
     return calibrate_precision(encoder)
 
 
 def calibrate_precision(encoder: CaptionEncoder) -> str:
-    """Return the fastest precision that is accurate enough: `bf16`, `bf16+N` with the smallest N, or `fp32`.
+    """Return the fastest precision that is accurate enough.
 
-    A precision is accurate enough if the embedding of every calibration caption has a cosine similarity of at least
-    0.999 to the caption's fp32 embedding.
+    This is `bf16` if possible. Failing that, it is `bf16+N` with the smallest sufficient N. If no N is sufficient, it
+    is `fp32`. A precision is accurate enough if the embedding of every calibration caption has a cosine similarity of
+    at least 0.999 to the caption's fp32 embedding.
     """
     exact = encoder.encode(CALIBRATION_CAPTIONS)
 
@@ -52,7 +57,8 @@ def calibrate_precision(encoder: CaptionEncoder) -> str:
     if is_accurate_enough("bf16"):
         return "bf16"
     depth = len(get_layers(encoder.llm))
-    low, high = 0, depth  # `low` fp32 layers are too few; `high` are enough (`depth` means all layers in fp32)
+    # Binary search: `low` fp32 layers are too few, and `high` fp32 layers are enough.
+    low, high = 0, depth
     while high - low > 1:
         middle = (low + high) // 2
         if is_accurate_enough(f"bf16+{middle}"):

@@ -1,4 +1,4 @@
-"""Loading of a model as a SentenceTransformer, the basis of a caption encoder."""
+"""Load models as SentenceTransformers, from which caption encoders are built."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def open_sentence_transformer(path: str, pooling: str, device: str | torch.devic
     """Load a model as a SentenceTransformer in float32.
 
     Args:
-        path: folder or hub id of a sentence-transformers model, which is loaded as saved, or of a transformers model,
-            to which pooling and bidirectional attention are added.
-        pooling: pooling mode for a transformers model.
+        path: folder or hub id. A sentence-transformers model is loaded as it was saved. A plain transformers model is
+            given a pooling layer and bidirectional attention.
+        pooling: pooling mode for a plain transformers model.
         device: device to load the model on. Default: a GPU if there is one.
 
     Raises:
-        ValueError: weights are missing.
+        ValueError: the checkpoint does not contain all weights of the model.
         OSError: the model does not exist.
     """
     from transformers.utils import cached_file
@@ -55,11 +55,11 @@ def _open_transformer(path: str) -> Transformer:
         model_kwargs={"dtype": torch.float32, "trust_remote_code": False},
         processor_kwargs={"trust_remote_code": False},
         config_kwargs={"trust_remote_code": False},
-        # Use the text as is. By default, sentence-transformers wraps texts in the tokenizer's chat template.
+        # Tokenize texts unchanged. By default, sentence-transformers wraps texts in the tokenizer's chat template.
         modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
         module_output_name="token_embeddings",
     )
-    transformer.__class__ = Transformer  # so that saved folders name the standard class
+    transformer.__class__ = Transformer  # saved folders contain the class name, which must be the standard class
     tokenizer: Any = transformer.tokenizer
     tokenizer.chat_template = None
     if tokenizer.pad_token is None:
@@ -68,7 +68,10 @@ def _open_transformer(path: str) -> Transformer:
 
 
 class _StrictTransformer(Transformer):
-    """Transformer that raises an error if weights are missing; transformers only warns and leaves them random."""
+    """Transformer module that raises an error if the checkpoint lacks weights.
+
+    transformers only prints a warning and initialises missing weights randomly.
+    """
 
     @hide_load_report()
     def _load_model(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
@@ -81,9 +84,9 @@ class _StrictTransformer(Transformer):
 
 
 def truncate_embeddings(st: Any, dim: int) -> None:
-    """Keep only the first `dim` dimensions of the embeddings by adding a fixed linear layer at the end.
+    """Add a fixed linear layer at the end of the model that keeps only the first `dim` embedding dimensions.
 
-    A linear layer is saved with the model, unlike the `truncate_dim` setting of sentence-transformers.
+    The linear layer is saved with the model, unlike sentence-transformers' setting `truncate_dim`.
     """
     full_dim = st.get_embedding_dimension()
     if not 0 < dim <= full_dim:

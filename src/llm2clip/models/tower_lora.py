@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) for training a vision tower; merging restores the original architecture."""
+"""LoRA (arXiv 2106.09685) for training a vision tower. After merging, the tower has its original architecture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llm2clip.models.vision_tower import VisionTower
 
 
 def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
-    """Add LoRA to the linear layers and 1 x 1 convolutions of the tower's blocks, and freeze all other weights.
+    """Add LoRA to the linear layers and 1 x 1 convolutions in the tower's blocks, and freeze all original weights.
 
     Raises:
         ValueError: the tower has no layer that LoRA can be added to.
@@ -29,7 +29,7 @@ def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
 def lora_targets(tower: VisionTower) -> list[str]:
     """Return the names of the backbone layers to which LoRA is added."""
     modules = list(tower.backbone.named_modules())
-    # nn.MultiheadAttention reads the weights of its sublayers without calling them, so LoRA there would have no effect.
+    # nn.MultiheadAttention uses its sublayers' weights without calling the sublayers, so LoRA would have no effect.
     attention_prefixes = tuple(f"{name}." for name, m in modules if isinstance(m, nn.MultiheadAttention))
     return [
         name
@@ -41,7 +41,7 @@ def lora_targets(tower: VisionTower) -> list[str]:
 
 
 def merge_tower_lora(tower: VisionTower) -> None:
-    """Merge LoRA, if there is any, into the weights, restore the original layers and make all weights trainable."""
+    """Merge any LoRA into the weights, restore the original layers, and make all weights trainable."""
     lora_layers = {name: m for name, m in tower.backbone.named_modules() if isinstance(m, BaseTunerLayer)}
     for name, layer in lora_layers.items():
         layer.merge(safe_merge=True)
@@ -57,7 +57,10 @@ def _is_pointwise_conv(module: nn.Module) -> bool:
 
 
 def _set_qkv_module_call(tower: VisionTower, enable: bool) -> None:
-    """Make timm's EVA models call the fused qkv layer; by default, they read only its weight, which bypasses LoRA."""
+    """Set whether timm's EVA models call the fused qkv layer.
+
+    By default, these models use the layer's weight without calling the layer, so that LoRA would have no effect.
+    """
     for module in tower.backbone.modules():
         if hasattr(module, "qkv_bias_separate"):
             cast(Any, module).qkv_bias_separate = enable

@@ -1,8 +1,8 @@
 """Vision tower: common interface for pretrained image encoders from timm and transformers.
 
-A tower maps uint8 pixels to the pooled feature before any projection, and stores the preprocessing it was trained with.
-The architecture can be rebuilt from the tower's `config` without a network connection, so the weights can be saved in
-the state dict of the model that contains the tower.
+A tower maps uint8 pixels to pooled features, without any projection, and stores the preprocessing that it was trained
+with. The architecture can be rebuilt from the tower's `config` without a network connection. A model that contains a
+tower can therefore save the tower's weights in its own state dict.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from llm2clip.data.transforms import Preprocess
 from llm2clip.models.loading import hide_loading_bars
 from llm2clip.models.vision_backbones import build_backbone, load_backbone
 
-# Names of repeated blocks in timm's ViTs and EfficientNets, ConvNeXt-like models, ResNets and transformers' ViTs.
+# Names of repeated blocks. In this order: timm's ViTs and EfficientNets, models like ConvNeXt, ResNets, and
+# transformers' ViTs.
 _BLOCK = re.compile(r"(?:blocks\.(?:\d+\.)+|stages\.\d+\.blocks\.\d+\.|layer[1-4]\.\d+\.|layers?\.\d+\.)")
-# These models interpolate their position embeddings only on request; other models do so automatically.
+# These model types interpolate their position embeddings only on request. All other types do so automatically.
 _INTERPOLATES_ON_REQUEST = ("clip_vision_model", "siglip_vision_model")
 
 
 class VisionTower(nn.Module):
-    """Vision encoder from uint8 or float images (N, 3, S, S) to pooled features (N, feature_dim).
+    """Vision encoder that maps uint8 or float images (N, 3, S, S) to pooled features (N, feature_dim).
 
     Attributes:
         backbone: timm or transformers module, which contains all parameters.
-        config: JSON-serialisable dict, from which `from_config` builds the same architecture with random weights,
-            without a network connection.
+        config: JSON-serialisable dict. `from_config` builds this architecture from the dict.
         preprocess: image preprocessing; `preprocess.size` is S.
         feature_dim: dimension of the features.
-        freeze_norm: keep batch norms in eval mode during training. The small batches used in fine-tuning would distort
-            the running statistics, and batch statistics would make each feature depend on the rest of the batch.
-            Changes take effect at the next call of `train()`. Norms without running statistics are not affected.
+        freeze_norm: keep batch norms in eval mode during training. In training mode, small batches would distort the
+            running statistics, and each feature would depend on the other images in the batch. A change of this
+            attribute takes effect at the next call of `train()`. Norms without running statistics are not affected.
     """
 
     mean: Tensor
@@ -54,10 +54,11 @@ class VisionTower(nn.Module):
         self.register_buffer("mean", torch.empty(0), persistent=False)
         self.register_buffer("std", torch.empty(0), persistent=False)
         self._set_normalization(torch.get_default_device())
-        # The channels-last format speeds up networks with many convolutions. A ViT has only one.
+        # The channels-last format speeds up networks with many convolutions. A ViT has only one convolution.
         self._channels_last = sum(isinstance(module, nn.Conv2d) for module in backbone.modules()) > 4
         for name, parameter in backbone.named_parameters():
-            if name.endswith("mask_token"):  # used only in DINO's pretraining; DDP would wait for its gradient
+            # DINO uses the mask token only in pretraining. DDP would wait for the token's gradient.
+            if name.endswith("mask_token"):
                 parameter.requires_grad_(False)
 
     # ---- construction -----------------------------------------------------------------------------------------------
@@ -68,10 +69,11 @@ class VisionTower(nn.Module):
         """Load a tower in float32 and eval mode. Code that comes with a model is never run.
 
         Args:
-            name: `timm:NAME`, `hf:NAME`, a folder saved by either library, a hub id (contains a slash), or the name
-                of a model in timm or of a model that `llm2clip` can download (see `models/pretrained.py`).
-            image_size: image size in pixels. Default: the size the tower was trained with.
-            pretrained: load the pretrained weights; if False, the weights are random.
+            name: `timm:NAME` and `hf:NAME` load a model from timm and transformers, respectively. Without a prefix, the
+                name is one of: a folder saved by either library; a hub id (contains a slash); the name of a timm model;
+                the name of a model that `llm2clip` can download (see `models/pretrained.py`).
+            image_size: image size in pixels. Default: the size that the tower was trained with.
+            pretrained: load the pretrained weights (True) or use random weights (False).
 
         Raises:
             ValueError: the model is not supported.
@@ -88,9 +90,10 @@ class VisionTower(nn.Module):
     # ---- forward pass -----------------------------------------------------------------------------------------------
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Map pixels (N, 3, S, S), uint8 in 0..255 or float in 0..1, to features (N, feature_dim).
+        """Map pixels (N, 3, S, S) to features (N, feature_dim).
 
-        The features have the dtype that the backbone computes in.
+        Pixels are either uint8 values from 0 to 255 or float values from 0 to 1. The features have the dtype of the
+        backbone's output.
         """
         x = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
         x = ((x - self.mean) / self.std).to(next(self.backbone.parameters()).dtype)
@@ -117,7 +120,9 @@ class VisionTower(nn.Module):
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Enable or disable gradient checkpointing: recompute activations in the backward pass instead of storing them.
+        """Enable or disable gradient checkpointing.
+
+        With gradient checkpointing, activations are recomputed in the backward pass instead of being stored.
 
         Raises:
             ValueError: timm does not support gradient checkpointing for this architecture.
@@ -140,7 +145,10 @@ class VisionTower(nn.Module):
         self.std = torch.tensor(self.preprocess.std, device=device).view(3, 1, 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Apply `fn` to the weights (for `to`, `half`, `cuda`, `to_empty`), but keep mean and std in exact float32."""
+        """Apply `fn` to the weights, and restore `mean` and `std` to float32.
+
+        PyTorch calls this method in `to`, `half`, `cuda` and `to_empty`.
+        """
         super()._apply(fn, recurse)
         self._set_normalization(self.mean.device)
         return self
@@ -148,13 +156,13 @@ class VisionTower(nn.Module):
     # ---- layers -----------------------------------------------------------------------------------------------------
 
     def parameter_depths(self) -> dict[str, int]:
-        """Return a dict from parameter names to depths.
+        """Return a dict from parameter name to depth.
 
-        Depth 0 is the stem or the embeddings; the largest depth is closest to the output. Used for layer-wise learning
-        rate decay and for training only the last layers.
+        Parameters of the stem or the embeddings have depth 0, and parameters closest to the output have the largest
+        depth. The depths are used for layer-wise learning rate decay and for training only the last layers.
         """
         if self.config["library"] == "timm":
-            if not hasattr(self.backbone, "group_matcher"):  # timm defines no layers, so all parameters have depth 0
+            if not hasattr(self.backbone, "group_matcher"):  # timm does not specify the layers of this architecture
                 return {name: 0 for name, _ in self.named_parameters()}
             matcher = cast(Any, self.backbone).group_matcher(coarse=False)
             depths = cast(dict[str, int], group_parameters(self.backbone, matcher, reverse=True))
@@ -164,15 +172,15 @@ class VisionTower(nn.Module):
 
     @property
     def num_layers(self) -> int:
-        """Number of depth levels in `parameter_depths`."""
+        """Number of depths: one more than the largest value in `parameter_depths`."""
         return 1 + max(self.parameter_depths().values())
 
     def blocks(self) -> list[nn.Module]:
-        """Return the repeated blocks from input to output, or an empty list if the architecture has none."""
+        """Return the repeated blocks, ordered from input to output. The list is empty if there are no such blocks."""
         blocks = []
         for name, module in self.backbone.named_modules():
             match = _BLOCK.search(f"{name}.")
-            is_block = match is not None and match.end() > len(name)  # the block itself, not a module inside it
+            is_block = match is not None and match.end() > len(name)  # False for modules inside a block
             if is_block and not isinstance(module, nn.Sequential):
                 blocks.append(module)
         return blocks
@@ -185,12 +193,16 @@ class VisionTower(nn.Module):
 def _feature_dim(backbone: Any, config: dict[str, Any]) -> int:
     if config["library"] == "transformers":
         return int(config["architecture"]["hidden_size"])
-    # Some convolutional networks keep a hidden layer between the pooling and the removed classifier.
+    # Some convolutional networks have a hidden layer after pooling, which stays when the classifier is removed.
     return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)
 
 
 def _transformers_depths(names: list[str]) -> dict[str, int]:
-    """Return depth 0 for the embeddings and the norm after them, 1 to L for the L layers, and L + 1 for the rest."""
+    """Return a dict from parameter name to depth.
+
+    The embeddings and the norm that directly follows them have depth 0, the L layers have depths 1 to L, and all
+    remaining parameters have depth L + 1.
+    """
     layer_indices = {name: int(match[1]) for name in names if (match := re.search(r"\blayers?\.(\d+)\.", name))}
     last_depth = 2 + max(layer_indices.values())
     stem = re.compile(r"embeddings\.|pre_layrnorm\.")
