@@ -1,12 +1,12 @@
-"""Rule-based English captions for emoji, built from their names, keywords and subgroups."""
+"""Rule-based English captions for emoji, built from the emoji's names, keywords and subgroups."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-# Subgroups of the Unicode emoji list in which (nearly) all emoji show the same kind of thing. Other subgroups are mixed
-# and not mentioned in captions: the building subgroup contains a rock, and the office subgroup contains a chart.
+# Nouns for the subgroups of the Unicode emoji list in which nearly all emoji show the same kind of thing. All other
+# subgroups are too diverse to be mentioned in captions. For example, the building subgroup contains a rock.
 SUBGROUP_NOUNS = {
     "face-smiling": "smiling face", "face-affection": "affectionate face", "face-tongue": "face with its tongue out",
     "face-hand": "face with a hand", "face-neutral-skeptical": "neutral or skeptical face",
@@ -31,9 +31,10 @@ VOWEL_SOUNDS = ("hour", "sos")  # words that start with a consonant but take "an
 
 
 def keyword_caption(name: str, keywords: Sequence[str], subgroup: str) -> str | None:
-    """Return a caption built from keywords not in the name, such as "an emoji of a smiling face: eye, mouth".
+    """Return a caption built from the keywords of an emoji, such as "an emoji of a smiling face: eye, mouth".
 
-    Return None if there are no such keywords, or if all of them only name people.
+    Keywords that already occur in the name are omitted. If no keywords remain, or if all remaining keywords are words
+    for people, return None.
     """
     noun = SUBGROUP_NOUNS.get(subgroup, "")
     words = _additional_keywords(f"{name} {noun}", keywords)
@@ -50,7 +51,10 @@ def drawing_caption(name: str, subgroup: str) -> str:
 
 
 def long_caption(name: str, keywords: Sequence[str], group: str, subgroup: str) -> str:
-    """Describe everything known about an emoji in two sentences, or in one sentence if only the name is known."""
+    """Return a long caption that contains everything known about an emoji.
+
+    The caption has two sentences. If only the name is known, it has one sentence.
+    """
     drawing = f"A simple colour drawing of {_name_phrase(name, subgroup)} on a white background."
     noun = SUBGROUP_NOUNS.get(subgroup, "")
     words = [word for word in _additional_keywords(f"{name} {noun}", keywords) if not _stems(word) <= PERSONS]
@@ -65,9 +69,9 @@ def long_caption(name: str, keywords: Sequence[str], group: str, subgroup: str) 
 
 
 def _additional_keywords(text: str, keywords: Sequence[str]) -> list[str]:
-    """Return the keywords that add information to a text.
+    """Return the keywords that do not occur in a text.
 
-    Words such as "man" and "woman" are always returned, because they distinguish variants of an emoji.
+    Words such as "man" and "woman" are always included, because they distinguish variants of the same emoji.
     """
     stems = _stems(text)
     additional = []
@@ -80,7 +84,7 @@ def _additional_keywords(text: str, keywords: Sequence[str]) -> list[str]:
 
 
 def _stems(text: str) -> set[str]:
-    """Return the words of a text, with plurals reduced to singulars accurately enough for comparisons."""
+    """Return the words of a text, with plurals converted to singulars by a simple rule."""
     stems = set()
     for word in _words(text):
         is_plural = len(word) > 3 and word.endswith("s") and not word.endswith("ss")
@@ -93,17 +97,23 @@ def _words(text: str) -> list[str]:
 
 
 def _join(words: Sequence[str]) -> str:
-    """Join words as in "a, b and c"."""
+    """Join words into a list such as "a, b and c"."""
     return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else "".join(words)
 
 
 def _name_phrase(name: str, subgroup: str) -> str:
-    """Return the name, with an article if it is clearly a countable noun: "a dog", but "ping pong" and "foggy"."""
+    """Return a name, with an article if the name is a countable noun, as in "a dog".
+
+    Only names in the subgroups of SUBGROUP_NOUNS get an article. For example, "ping pong" and "foggy" do not get one.
+    """
     return _with_article(name) if subgroup in SUBGROUP_NOUNS else name
 
 
 def _with_article(name: str) -> str:
-    """Return a noun phrase, with an article if one is needed: "an apple", "a unicorn", "grapes", "men wrestling"."""
+    """Return a name as a noun phrase, such as "an apple" or "a unicorn".
+
+    Plurals, such as "grapes" and "men wrestling", do not get an article.
+    """
     first_word = (_words(name) or [""])[0]
     head_noun = (_words(re.split(r" with | of | in | on |:", name)[0]) or [""])[-1]
     is_plural = head_noun.endswith("s") and not head_noun.endswith(("ss", "us", "is"))

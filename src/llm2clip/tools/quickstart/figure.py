@@ -1,4 +1,7 @@
-"""Draw search results as one image, with one row per query: its text on the left, the retrieved images on the right."""
+"""Draw search results as an image with one row per query.
+
+Each row shows the query text on the left and the retrieved images on the right.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ CJK_FAMILIES = (
     "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Noto Sans CJK JP", "PingFang SC", "Hiragino Sans GB",
     "Microsoft YaHei", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
 )  # fmt: skip
-# Characters that must not start a line.
+# Characters that must not be the first character of a line.
 CLOSING_MARKS = "、。，．！？：；）」』】》〉ーっゃゅょッャュョ,.!?:;)"
 
 Row = tuple[str, Sequence[Image.Image | str | Path], Sequence[float]]  # query, images, scores
@@ -42,16 +45,16 @@ def draw_results(
     columns: int = 5,
     offline: bool = False,
 ) -> Path:
-    """Write a PNG file with a row of top-ranked images for each query, and return the path of the file.
+    """Draw a row of top-ranked images for each query, write the result to a PNG file, and return the file's path.
 
-    Chinese, Japanese and Korean text needs a font that supports these languages. If no such font is installed, one is
-    downloaded (2.3 MB).
+    Chinese, Japanese and Korean text requires a font that supports these languages. If no such font is installed, a
+    font is downloaded (2.3 MB).
 
     Args:
-        rows: Query, images and scores for each row.
+        rows: Query, images and scores of each row.
         out: Path of the PNG file to write.
         title: Title drawn above the results.
-        correct: Zero-based ranks of the correct images in each row. Correct images get a green frame.
+        correct: Zero-based ranks of the correct images in each row. Correct images are drawn with a green frame.
         columns: Maximum number of images per row.
         offline: Do not download a font.
     """
@@ -87,7 +90,7 @@ def draw_results(
 
 @dataclass(frozen=True)
 class _QueryText:
-    """Query text broken into lines."""
+    """Text of a query, broken into lines."""
 
     lines: list[str]
     font: ImageFont.FreeTypeFont
@@ -113,7 +116,7 @@ def _lay_out_query(query: str, offline: bool) -> _QueryText:
 
 
 def _draw_query(draw: ImageDraw.ImageDraw, text: _QueryText, top: int, row_height: int) -> None:
-    """Draw a query to the left of its images. A query that is not taller than the images is vertically centred."""
+    """Draw a query to the left of its images, vertically centred unless the text is taller than the images."""
     y = top + GAP
     if text.height <= THUMBNAIL:
         y = top + (row_height - SCORE_HEIGHT - text.height) // 2
@@ -130,7 +133,7 @@ def _draw_image(
     y: int,
     is_correct: bool,
 ) -> None:
-    """Draw an uncropped image in a square frame."""
+    """Draw an image in a square frame. The image is scaled to fit without cropping."""
     if isinstance(image, Image.Image):
         upright = ImageOps.exif_transpose(image)
     else:
@@ -152,8 +155,8 @@ def _draw_image(
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """Break a text into lines of at most `width` pixels.
 
-    Lines are broken at spaces and next to Chinese and Japanese characters. Words longer than a line are broken
-    anywhere.
+    Lines are broken at spaces and next to Chinese and Japanese characters. A word that does not fit in a line is broken
+    between any two characters.
     """
     lines, line = [], ""
     for piece in _breakable_pieces(text):
@@ -192,12 +195,12 @@ def _breakable_pieces(text: str) -> list[str]:
 
 
 def _is_wide(char: str) -> bool:
-    """Return True for Chinese and Japanese characters and full-width forms."""
+    """Return whether a character is Chinese, Japanese or a full-width form."""
     return "\u2e80" <= char <= "\u9fff" or "\uff00" <= char <= "\uffef"
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Truncate a text to `width` pixels, ending with an ellipsis if anything was removed."""
+    """Truncate a text to at most `width` pixels. If the text is truncated, it ends with an ellipsis."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -209,7 +212,10 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 
 def _load_font(text: str, size: int, offline: bool) -> ImageFont.FreeTypeFont:
-    """Load Matplotlib's default font, or a CJK font if it supports more characters in the text."""
+    """Load a font for a text.
+
+    This is Matplotlib's default font, unless a CJK font supports more of the text's characters.
+    """
     characters = {ord(char) for char in text if not char.isspace()}
     path = _matplotlib_font("DejaVu Sans")
     assert path is not None  # Matplotlib ships with this font
@@ -223,7 +229,10 @@ def _load_font(text: str, size: int, offline: bool) -> ImageFont.FreeTypeFont:
 
 @cache
 def _cjk_font(offline: bool) -> str | None:
-    """Return the path of a font for Chinese, Japanese and Korean. Download one if none is installed."""
+    """Return the path of a font for Chinese, Japanese and Korean. If no such font is installed, download one.
+
+    If the download fails, return None.
+    """
     for family in CJK_FAMILIES:
         path = _matplotlib_font(family)
         if path:
@@ -239,7 +248,7 @@ def _matplotlib_font(family: str) -> str | None:
     """Return the path of the regular face of a font family, or None if the family is not installed."""
     from matplotlib import font_manager
 
-    # findfont prefers the regular face. The first face in Matplotlib's font list, in file-system order, may be oblique.
+    # findfont prefers the regular face. Matplotlib's font list is unsorted, so its first face may be oblique.
     try:
         return str(font_manager.findfont(font_manager.FontProperties(family=[family]), fallback_to_default=False))
     except ValueError:
@@ -248,7 +257,7 @@ def _matplotlib_font(family: str) -> str | None:
 
 @cache
 def _supported_characters(path: str) -> frozenset[int]:
-    """Return the code points that a font supports."""
+    """Return the code points of the characters that a font supports."""
     from fontTools.ttLib import TTFont  # type: ignore[import-untyped]  # a dependency of Matplotlib
 
     with TTFont(path, fontNumber=0, lazy=True) as font:

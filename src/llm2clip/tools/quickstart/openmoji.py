@@ -1,14 +1,14 @@
-"""OpenMoji as a small, real data set of images with English captions and names in 13 other languages.
+"""Small but real data set of OpenMoji images, with English captions and with names in 13 other languages.
 
-The data set has 1,625 images. Each image has several short English captions, one long English caption, and a name in
-each of the other languages (`captions_zh`, ...). This is enough to see within minutes whether training works, and
-whether a foreign name retrieves an image that was described only in English.
+The data set has 1,625 images. Each image has several short English captions, one long English caption, and one name in
+each of the other languages (`captions_zh`, ...). With this data set, you can see within minutes whether training works,
+and whether a name in another language retrieves an image that was described only in English.
 
-The data set does not contain skin tone variants (five near duplicates of each person) or emoji whose drawing is
-identical to another one. It also excludes flags of countries and regions: nothing in the image of a flag shows the name
-of the country, so the name can only be memorised.
+The data set does not contain skin tone variants, because they are near duplicates. If several emoji have identical
+drawings, only one of these emoji is included. The flags of countries and regions are excluded, because the name of a
+country cannot be recognised from its flag, only memorised.
 
-Images are split by family, so that "man surfing", "woman surfing" and "person surfing" are in the same split.
+Related emoji, such as "man surfing", "woman surfing" and "person surfing", are always in the same split.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from llm2clip.progress import ProgressBar
 from llm2clip.tools.quickstart.captions import drawing_caption, keyword_caption, long_caption
 
 LANGUAGES = ("zh", "ja", "ko", "de", "fr", "es", "pt", "it", "ru", "ar", "fa", "tr", "id")
-VAL_FRACTION = 0.27  # fraction of families; yields 423 images, so that a single image changes R@1 by only 0.25 points
-VARIATION_SELECTOR = "\ufe0f"  # requests a colour drawing; some tables omit it
+# Fraction of emoji families in the validation split. This yields 423 images: one image changes R@1 by 0.25 points.
+VAL_FRACTION = 0.27
+VARIATION_SELECTOR = "\ufe0f"  # requests a colour drawing; omitted in some tables
 EXCLUDED_CODE_POINTS = (
     range(0x1F3FB, 0x1F400),  # skin tones
     range(0x1F1E6, 0x1F200),  # letters that encode country flags
@@ -59,13 +60,13 @@ class Emoji:
     """An emoji with its drawing, names, keywords and groups.
 
     Args:
-        id: Code points in hexadecimal, as in OpenMoji's file names.
+        id: Hexadecimal code points, as in OpenMoji's file names.
         char: The emoji as a Unicode string.
-        svg: Path of OpenMoji's drawing.
+        svg: Path of OpenMoji's SVG drawing.
         name: English name.
         aliases: Other English names.
         keywords: English keywords.
-        group, subgroup: Group and subgroup in the Unicode emoji list; may be empty.
+        group, subgroup: Group and subgroup in the Unicode emoji list. Empty if unknown.
         names: Names in other languages, by language code.
     """
 
@@ -81,7 +82,10 @@ class Emoji:
 
     @property
     def split(self) -> str:
-        """Split (val or train), chosen by a hash of the family: the name without words such as "man" and "person"."""
+        """Name of the split, "val" or "train", chosen by a hash of the emoji's family.
+
+        The family is the name of the emoji without words such as "man" and "person".
+        """
         family = " ".join(PEOPLE.sub(" ", self.name.lower()).split()) or "people"
         digest = hashlib.sha256(family.encode()).digest()
         return "val" if int.from_bytes(digest[:8], "big") < VAL_FRACTION * 2**64 else "train"
@@ -90,14 +94,15 @@ class Emoji:
 def prepare_emoji_records(
     folder: str | Path | None = None, *, size: int = 160, offline: bool = False, progress: bool = True
 ) -> Path:
-    """Return the folder with the data set (`captions.jsonl` and `images/`), creating it if it does not exist.
+    """Return the folder of the data set, which contains `captions.jsonl` and `images/`.
 
-    Creating the data set downloads 32 MB, takes about 10 seconds on one core and uses 12 MB of disk space.
+    If the folder does not exist, the data set is created first. This downloads 32 MB, takes about 10 seconds on one
+    core and uses 12 MB of disk space.
 
     Args:
-        folder: Folder of the data set. Default: a folder in the user's cache.
+        folder: Folder of the data set. Default: a folder in the user's cache directory.
         size: Width and height of the images in pixels.
-        offline: Do not download anything.
+        offline: Use only cached files, and do not download anything.
         progress: Show progress bars.
     """
     folder = Path(folder) if folder is not None else cache_dir() / f"openmoji-records-{size}"
@@ -117,7 +122,7 @@ def prepare_emoji_records(
             atomic_write_text(temporary / "README.md", readme)
             (temporary / "LICENSE").write_bytes((openmoji / "LICENSE").read_bytes())
     except OSError:
-        # Another process may have created the same folder in the meantime.
+        # The error is harmless if another process has created the same folder in the meantime.
         if not (folder / "captions.jsonl").is_file():
             raise
     return folder
@@ -126,13 +131,13 @@ def prepare_emoji_records(
 def read_emoji(
     svg_folder: Path, keywords: dict[str, tuple[str, tuple[str, ...]]], groups: dict[str, tuple[str, str]]
 ) -> list[Emoji]:
-    """Return all emoji with a drawing and a name in every language, except flags and skin tone variants.
+    """Return all emoji that have a drawing and a name in every language, except flags and skin tone variants.
 
-    Emoji are sorted by number of code points, so that the most general of several identical drawings ("person ...")
-    comes first and is used.
+    Emoji are sorted by number of code points. If several emoji have identical drawings, the most general emoji (such as
+    "person ...") therefore comes first and is used.
 
     Args:
-        svg_folder: Folder with OpenMoji's drawings.
+        svg_folder: Folder with OpenMoji's SVG drawings.
         keywords: Result of `read_keywords`.
         groups: Result of `read_groups`.
     """
@@ -170,9 +175,10 @@ def read_emoji(
 
 
 def read_keywords(folder: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Return the CLDR name and keywords of each emoji. The keys contain no variation selectors.
+    """Return the CLDR name and keywords of each emoji, keyed by the emoji without variation selectors.
 
-    Each line has the form `😗 kissing face <small>(face, kiss, kissing face)</small>`; the keywords may be missing.
+    Each line of the files has the form `😗 kissing face <small>(face, kiss, kissing face)</small>`. The keywords may be
+    missing.
     """
     keywords = {}
     for file in sorted(folder.glob("*.csv")):
@@ -189,7 +195,7 @@ def read_keywords(folder: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
 def read_groups(folder: Path) -> dict[str, tuple[str, str]]:
     """Return the group and subgroup of each emoji, such as ("food and drink", "food-fruit").
 
-    The keys contain no variation selectors.
+    The dict is keyed by the emoji without variation selectors.
     """
     groups = {}
     for row in read_json(folder / "emojis.json"):
@@ -199,15 +205,16 @@ def read_groups(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def shortcode_to_name(shortcode: str) -> str:
-    """Convert a shortcode from the `emoji` package, such as `:grinning_face:`, to words."""
+    """Convert a shortcode from the `emoji` package to words. For example, `:grinning_face:` becomes "grinning face"."""
     return " ".join(shortcode.strip(":").replace("_", " ").split())
 
 
 def record_rows(emojis: Sequence[Emoji]) -> list[dict[str, Any]]:
-    """Return the rows of captions.jsonl. Two images share an English caption only if they have the same name.
+    """Return the rows of captions.jsonl.
 
-    Each row has at least two English captions: the name, unambiguous aliases, and a caption built from keywords. If the
-    keywords add nothing or are ambiguous, a description of the drawing replaces the keyword caption.
+    Each row has at least two English captions: the name, any unambiguous aliases, and a caption built from keywords. If
+    the keyword caption does not exist or would be ambiguous, a description of the drawing is used instead. Therefore,
+    two images share an English caption only if they have the same name.
     """
     keyword_captions = [keyword_caption(emoji.name, emoji.keywords, emoji.subgroup) for emoji in emojis]
     uses = _count_uses(emojis, keyword_captions)
@@ -238,7 +245,10 @@ def _is_flag_or_skin_tone(char: str) -> bool:
 
 
 def _openmoji_id(char: str, svg_folder: Path) -> str | None:
-    """Return OpenMoji's id for an emoji, with or without variation selectors, or None if there is no drawing."""
+    """Return OpenMoji's id for an emoji, or None if OpenMoji has no drawing of the emoji.
+
+    The id may or may not contain variation selectors, so both forms are tried.
+    """
     for points in (char, char.replace(VARIATION_SELECTOR, "")):
         emoji_id = "-".join(f"{ord(point):04X}" for point in points)
         if (svg_folder / f"{emoji_id}.svg").is_file():
@@ -249,9 +259,10 @@ def _openmoji_id(char: str, svg_folder: Path) -> str | None:
 def _gender_keywords(
     key: str, own_keywords: Sequence[str], keywords: dict[str, tuple[str, tuple[str, ...]]]
 ) -> tuple[str, ...]:
-    """Return extra keywords for an emoji with a gender sign: "woman" or "man", and the keywords of the base emoji.
+    """Return additional keywords for an emoji with a gender sign. For other emoji, return an empty tuple.
 
-    For example, "woman surfing" is 🏄 with a gender sign, so the keywords of 🏄 also describe "woman surfing".
+    The additional keywords are "woman" or "man", and the keywords of the emoji without the gender sign. For example,
+    "woman surfing" is 🏄 with a gender sign, so the keywords of 🏄 also describe "woman surfing".
     """
     suffix = GENDER_SUFFIX.search(key)
     if suffix is None:
@@ -262,7 +273,7 @@ def _gender_keywords(
 
 
 def _draw_images(emojis: Sequence[Emoji], folder: Path, size: int, progress: bool) -> Iterator[Emoji]:
-    """Draw each emoji as a PNG file. Yield only emoji whose image differs from all previous images."""
+    """Draw emoji as PNG files, and yield the drawn emoji. Skip emoji whose image is identical to a previous image."""
     try:
         import resvg_py
     except ModuleNotFoundError as error:
@@ -281,7 +292,7 @@ def _draw_images(emojis: Sequence[Emoji], folder: Path, size: int, progress: boo
 
 
 def _count_uses(emojis: Sequence[Emoji], keyword_captions: Sequence[str | None]) -> Counter[str]:
-    """Count how many emoji use each normalised text as a name, alias or keyword caption."""
+    """Count how often each normalised text is used as a name, alias or keyword caption of an emoji."""
     uses: Counter[str] = Counter()
     for emoji, by_keywords in zip(emojis, keyword_captions, strict=True):
         uses.update({_normalize(text) for text in (emoji.name, *emoji.aliases)})
@@ -291,11 +302,11 @@ def _count_uses(emojis: Sequence[Emoji], keyword_captions: Sequence[str | None])
 
 
 def _is_readable(alias: str) -> bool:
-    """Return False for aliases such as "+1", "clock10" and "dog2"."""
+    """Return whether an alias consists of words. Aliases such as "+1", "clock10" and "dog2" do not."""
     num_letters = sum(char.isalpha() for char in alias)
     return num_letters > 2 and not any(char.isdigit() for char in alias)
 
 
 def _normalize(text: str) -> str:
-    """Convert a text to lower case, and keep only its letters and digits."""
+    """Convert a text to lower case, and remove all characters except letters and digits."""
     return "".join(char for char in text.lower() if char.isalnum())

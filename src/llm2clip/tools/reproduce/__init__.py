@@ -1,1 +1,1 @@
-"""Test the paper's claims with small models and data sets on the local machine."""
+"""Test the claims of the LLM2CLIP paper on the local machine, with small models and data sets."""

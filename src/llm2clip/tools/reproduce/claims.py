@@ -1,4 +1,4 @@
-"""Test the claims of the LLM2CLIP paper (arXiv 2411.04997), and compare the results with those of the paper."""
+"""Test the claims of the LLM2CLIP paper (arXiv 2411.04997), and compare the results with the paper's results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MEAN_RECALL = "mean of R@1"
 
 
 def caption_retrieval(experiments: Experiments) -> Claim:
-    """Test claim 1: caption retrieval accuracy (CRA) of raw and tuned LLMs and the baseline."""
+    """Test claim 1: measure the caption retrieval accuracy (CRA) of raw LLMs, tuned LLMs and the baseline."""
     claim = Claim(1, paper=", ".join(f"{model} {value}" for model, value in CRA.items()))
     claim.notes.append(CRA_NOTE)
     claim.header = ["caption encoder", "CRA, %", "95% interval", "images"]
@@ -50,9 +50,9 @@ def caption_retrieval(experiments: Experiments) -> Claim:
 
 
 def text_towers(experiments: Experiments) -> Claim:
-    """Test claim 2: image-text retrieval with each text tower."""
+    """Test claim 2: measure image-text retrieval with each text tower."""
     claim = Claim(2, paper=_published_averages("Llama3-8B", "Jina Bert", "Llama3-8B-TC", "Llama3-8B-CC"))
-    order = [MULTILINGUAL_RAW, BASELINE, MULTILINGUAL_CC]  # from low to high
+    order = [MULTILINGUAL_RAW, BASELINE, MULTILINGUAL_CC]  # from the lowest to the highest expected recall
     if experiments.data.text_pairs:
         order.insert(2, MULTILINGUAL_TC)
     else:
@@ -78,7 +78,7 @@ def text_towers(experiments: Experiments) -> Claim:
 
 
 def long_captions(experiments: Experiments) -> Claim:
-    """Test claim 3: the gain from tuning on captions, for queries of increasing length."""
+    """Test claim 3: measure how much tuning on captions improves retrieval for queries of increasing length."""
     tests = list(experiments.data.long_caption_tests)
     claim = Claim(3, paper=_published_gains(), points=tests)
     claim.header = ["text tower, T2I R@1", *tests]
@@ -104,7 +104,7 @@ def long_captions(experiments: Experiments) -> Claim:
 
 
 def other_languages(experiments: Experiments) -> Claim:
-    """Test claim 4: retrieval in a language that was used neither for tuning nor for alignment."""
+    """Test claim 4: measure retrieval in a language that was used in neither the `tune` nor the `align` stage."""
     claim = Claim(4, paper="Flickr30k-CN T2I R@1: EVA02 0.94, JinaCLIP 0.7, EVA02 + LLM2CLIP 75.1")
     hits = _retrieval_table(experiments, claim, (BASELINE, LLM_CC, MULTILINGUAL_CC), FOREIGN_TEST)
     pairs = [(BASELINE, MULTILINGUAL_CC), (LLM_CC, MULTILINGUAL_CC)]
@@ -126,7 +126,7 @@ def larger_llm(experiments: Experiments) -> Claim:
 
 
 def training_cost(experiments: Experiments) -> Claim:
-    """Test claim 6: duration of a training step."""
+    """Test claim 6: measure the duration of training steps."""
     claim = Claim(6, paper="the LLM's embeddings are computed once, before training (section 3.3)")
     claim.header = ["source of text embeddings", "seconds per step", "relative to CLIP", "trained parameters, M"]
     times = measure_step_times(experiments, LLM_CC)
@@ -178,10 +178,10 @@ CLAIMS: dict[int, Callable[[Experiments], Claim]] = {
 
 
 def _retrieval_table(experiments: Experiments, claim: Claim, names: Sequence[str], test: str) -> dict[str, Tensor]:
-    """Fill a claim's table with retrieval results.
+    """Measure image-text retrieval, and add a row to the claim's table for each caption encoder.
 
     Returns:
-        Per-image hits averaged over both directions, (seeds, images), for each caption encoder.
+        Per-image hits of each caption encoder, (seeds, images), averaged over both retrieval directions.
     """
     claim.header = RETRIEVAL_HEADER
     mean_hits = {}
@@ -197,7 +197,7 @@ def _retrieval_table(experiments: Experiments, claim: Claim, names: Sequence[str
 def _compare_pairs(
     experiments: Experiments, pairs: Iterable[tuple[str, str]], metric: str, hits: dict[str, Tensor]
 ) -> list[Comparison]:
-    """Compare caption encoders in pairs (low, high)."""
+    """Compare pairs of caption encoders. The first encoder in each pair is expected to score lower."""
     comparisons = []
     for low, high in pairs:
         labels = experiments.label(low), experiments.label(high)
@@ -223,7 +223,7 @@ def _mean_percent(hits: Tensor) -> float:
 
 
 def _quartiles(values: Sequence[float]) -> Interval:
-    """Return the median, lower quartile and upper quartile."""
+    """Return the median, the lower quartile and the upper quartile."""
     low, median, high = statistics.quantiles(values, n=4)
     return median, low, high
 

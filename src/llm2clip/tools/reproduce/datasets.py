@@ -1,4 +1,8 @@
-"""Data for testing the claims: captions and text pairs for tuning, images for alignment, and images for retrieval."""
+"""Data sets for testing the claims.
+
+The `tune` stage uses captions and text pairs, the `align` stage uses training images, and the retrieval tests use
+held-out images.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +22,16 @@ from llm2clip.data.text_pairs import read_text_pairs
 from llm2clip.data.tuning_sources import read_tuning_sources
 from llm2clip.distributed import print_once
 
-WORDNET = Path("/usr/share/wordnet")  # installed by Debian's wordnet-base
+WORDNET = Path("/usr/share/wordnet")  # installed by Debian's package wordnet-base
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 CAPTIONS_TEST, FOREIGN_TEST = "captions", "foreign"  # test names for `ClaimData.test`
 
 
 class ClaimData:
-    """Data for all claims. Each part is read on first access; a missing source raises ValueError."""
+    """Data sets for all claims.
+
+    Each data set is read when it is first accessed. If a source is missing, ValueError is raised.
+    """
 
     def __init__(self, folder: Path, config: ReproduceConfig, log: SkipLog) -> None:
         self.folder = folder
@@ -33,7 +40,10 @@ class ClaimData:
 
     @cached_property
     def tune(self) -> list[ImageCaptions]:
-        """Captions for tuning. Images with four or more captions also get two long captions, see `split_in_two`."""
+        """Captions for the `tune` stage.
+
+        Images with at least four short captions and no long captions get two long captions from `split_in_two`.
+        """
         long_sources = self.config.long_caption_sources
         existing = [source for source in long_sources if (self.folder / Source.parse(source).path).exists()]
         excluded = [*self.config.exclude, *self.config.test, *self.config.cra, *existing]
@@ -44,7 +54,10 @@ class ClaimData:
 
     @cached_property
     def text_pairs(self) -> list[Pair]:
-        """General text pairs from the configured sources or from WordNet; empty if neither is available."""
+        """General text pairs from the configured sources. If no source is configured, the pairs come from WordNet.
+
+        The list is empty if WordNet is needed but not installed.
+        """
         if self.config.text_pairs:
             sources = self._paths(self.config.text_pairs)
             return [pair for source in sources for pair in read_text_pairs(source, self.log)]
@@ -52,15 +65,15 @@ class ClaimData:
 
     @cached_property
     def cra(self) -> list[tuple[str, ...]]:
-        """Captions of each image, for measuring caption retrieval accuracy."""
+        """The captions of each image, which are used to measure caption retrieval accuracy (CRA)."""
         return [record.captions for record in self._read(self.config.cra, images=False)]
 
     @cached_property
     def train(self) -> list[Record]:
-        """Images for alignment, excluding test images.
+        """Training images for the `align` stage. Test images are excluded.
 
-        The captions of every third image are joined into a long caption, unless the image already has one. Doing this
-        for all images would double the embedding time.
+        Every third image gets a long caption that joins its short captions, unless the image already has a long
+        caption. Long captions for all images would double the embedding time.
         """
         tested = [*self.config.test, *self.config.long_caption_sources]
         tested_keys = {record.image.key for record in self._read(tested) if record.image is not None}
@@ -75,7 +88,7 @@ class ClaimData:
 
     @cached_property
     def captions_test(self) -> list[Record]:
-        """Test images with their captions."""
+        """Test images with their English captions."""
         return self._held_out([])["captions"]
 
     @cached_property
@@ -83,7 +96,7 @@ class ClaimData:
         """Test images with captions in another language.
 
         Raises:
-            ValueError: If no column is set, or if the column does not exist.
+            ValueError: `--reproduce.foreign_column` is not set, or the column does not exist.
         """
         column = self.config.foreign_column
         if not column:
@@ -92,10 +105,13 @@ class ClaimData:
 
     @cached_property
     def long_caption_tests(self) -> dict[str, list[Record]]:
-        """Tests with long captions, by query length: 1 sentence, 2 sentences, and so on, up to the whole caption.
+        """Retrieval tests with long captions, keyed by query length.
+
+        The queries of the first test are the first sentences of the captions. Each further test adds one sentence, and
+        the queries of the last test are the complete captions.
 
         Raises:
-            ValueError: If there are no images with long captions.
+            ValueError: There are no images with long captions.
         """
         records = [record for record in self._read(self.config.long_caption_sources) if record.long_captions]
         if not records:
@@ -104,7 +120,7 @@ class ClaimData:
         fewest, most = min(map(len, sentences)), max(map(len, sentences))
         tests = {}
         for n in range(1, fewest + 1):
-            if n == most:  # for every image, n sentences are the whole caption
+            if n == most:  # all captions have n sentences, so this test would equal the last one
                 break
             name = "1 sentence" if n == 1 else f"{n} sentences"
             queries = [" ".join(parts[:n]) for parts in sentences]
@@ -113,7 +129,11 @@ class ClaimData:
         return tests
 
     def test(self, name: str) -> list[Record]:
-        """Return the records for a test: CAPTIONS_TEST, FOREIGN_TEST, or a name in `long_caption_tests`."""
+        """Return the records of a test.
+
+        Args:
+            name: CAPTIONS_TEST, FOREIGN_TEST or a key of `long_caption_tests`.
+        """
         if name == CAPTIONS_TEST:
             return self.captions_test
         if name == FOREIGN_TEST:
@@ -133,7 +153,10 @@ class ClaimData:
 
 
 def split_in_two(captions: Sequence[str]) -> tuple[str, ...]:
-    """Join each half of an image's captions into a long caption. Return () for fewer than four captions."""
+    """Join the first half of an image's captions into one long caption, and the second half into another.
+
+    Return an empty tuple if there are fewer than four captions.
+    """
     if len(captions) < 4:
         return ()
     middle = len(captions) // 2
@@ -141,23 +164,25 @@ def split_in_two(captions: Sequence[str]) -> tuple[str, ...]:
 
 
 def join_captions(captions: Sequence[str]) -> tuple[str, ...]:
-    """Join all captions of an image into one long caption. Return () for fewer than two captions."""
+    """Join all captions of an image into one long caption. Return an empty tuple for fewer than two captions."""
     return (" ".join(captions),) if len(captions) > 1 else ()
 
 
 def split_sentences(text: str) -> list[str]:
-    """Split a text after full stops, exclamation marks and question marks."""
+    """Split a text into sentences, after full stops, exclamation marks and question marks."""
     return re.split(r"(?<=[.!?])\s+", text.strip())
 
 
 def read_wordnet(folder: Path) -> Iterator[Pair]:
-    """Yield text pairs from WordNet's data files: a word and its meaning, or an example and the word it illustrates.
+    """Yield text pairs from WordNet's data files.
 
-    Each line has the form "offset file type count word id word id ... | definition; "example"; ..." (see wndb(5WN)).
+    Each entry yields a pair of its words and their meaning. If the entry has an example sentence, it also yields a pair
+    of the sentence and the word that the sentence illustrates. The lines have the format
+    `offset file type count word id word id ... | definition; "example"; ...`, see the manual page wndb(5WN).
     """
     for part_of_speech in PARTS_OF_SPEECH:
         for line in (folder / f"data.{part_of_speech}").read_text(encoding="latin-1").splitlines():
-            if line.startswith(" "):  # the licence
+            if line.startswith(" "):  # a line of the licence
                 continue
             entry, _, gloss = line.partition("|")
             fields = entry.split()

@@ -1,17 +1,17 @@
-"""Experiments shared by the claims: caption encoders, caption retrieval, aligned models and retrieval ranks.
+"""Experiments on which the claims are tested: caption encoders, caption retrieval, aligned models and retrieval ranks.
 
-Each result is computed once and saved in the run directory, so that an interrupted run resumes:
+Each result is computed once and saved in the run directory, so that an interrupted run can be resumed:
 
     OUT/
       encoders/NAME/               tuned caption encoders
-      cra/NAME.json                caption retrieval results of each encoder
-      stores/NAME/                 embedded captions
-      features/                    cached features from the frozen tower
-      models/NAME-SEED/            aligned models
-      ranks/NAME-SEED-TEST.json    retrieval ranks of each model
+      cra/NAME.json                caption retrieval accuracy of each encoder
+      stores/NAME/                 embedding store of each encoder
+      features/                    cached image features of the frozen vision tower
+      models/NAME-SEED/            aligned model of each encoder and seed
+      ranks/NAME-SEED-TEST.json    retrieval ranks of each model in each test
       vectors/                     image and text embeddings of each model
-      work/                        run directory of an alignment in progress
-      claims/N.json                result of each claim
+      work/                        temporary run directories of the `align` stage
+      claims/N.json                result of testing claim N
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ MULTILINGUAL_RAW, MULTILINGUAL_TC, MULTILINGUAL_CC = "multilingual raw", "multil
 
 
 class Experiments:
-    """Experiments with the caption encoders named above. Results are cached in the run directory."""
+    """Runs the experiments with each caption encoder, and caches the results in the run directory."""
 
     def __init__(self, data: ClaimData, config: ReproduceConfig, out: Path) -> None:
         self.data = data
@@ -87,11 +87,11 @@ class Experiments:
         return label
 
     def encoder(self, name: str) -> CaptionEncoder:
-        """Load a caption encoder, tuning it first if needed."""
+        """Load a caption encoder. If it must be tuned and has not been tuned yet, tune it first."""
         return open_encoder(self._encoder_config(name))
 
     def caption_retrieval(self, name: str) -> dict[str, Any]:
-        """Return the `caption_retrieval_accuracy` results for a caption encoder, including "hits"."""
+        """Return the results of `caption_retrieval_accuracy` for a caption encoder, including the key "hits"."""
 
         def compute() -> dict[str, Any]:
             print_once(f"caption retrieval: {self.label(name)}")
@@ -103,7 +103,7 @@ class Experiments:
         return metrics
 
     def store(self, name: str, texts: Sequence[str]) -> EmbeddingStore:
-        """Return a caption encoder's embedding store, after embedding any texts that the store does not contain."""
+        """Return a caption encoder's embedding store. Texts that the store does not contain are embedded first."""
         folder = self.out / "stores" / _file_name(name)
         if (folder / "manifest.json").exists():
             store = EmbeddingStore(folder)
@@ -113,7 +113,10 @@ class Experiments:
         return embed(texts, folder, self._encoder_config(name), EmbedConfig())
 
     def model(self, name: str, seed: int) -> LLM2CLIP:
-        """Return a model with a frozen tower whose heads are trained on a caption encoder's stored embeddings."""
+        """Return an aligned model for a caption encoder, training the model first if it does not exist.
+
+        The vision tower is frozen. Only the heads are trained, using the stored embeddings of the caption encoder.
+        """
         folder = self.out / "models" / f"{_file_name(name)}-{seed}"
         if not folder.exists():
             store = self.store(name, [text for record in self.data.train for text in record.texts])
@@ -132,7 +135,7 @@ class Experiments:
         return LLM2CLIP.from_pretrained(folder)
 
     def align_config(self, seed: int) -> AlignConfig:
-        """Return the align settings, which all models share except for the seed."""
+        """Return the settings of the `align` stage. They are the same for all models, except for the seed."""
         return AlignConfig(
             tower=self.config.tower,
             image_size=self.config.image_size,
@@ -147,17 +150,17 @@ class Experiments:
         )
 
     def hits(self, name: str, test: str, direction: str) -> Tensor:
-        """Return per-image hits of all models trained with a caption encoder. The mean of the hits is R@1.
+        """Return the per-image hits of all models trained with a caption encoder. The mean of the hits is R@1.
 
         Args:
             name: Name of the caption encoder.
-            test: Name of the test, see `ClaimData.test`.
-            direction: I2T or T2I. The I2T score of an image is 1 if the top-ranked caption is correct, otherwise 0.
-                The T2I score is the number of the image's captions that retrieve the image, divided by the mean number
-                of captions per image.
+            test: Name of the test. See `ClaimData.test`.
+            direction: I2T or T2I. In direction I2T, an image's hit value is 1 if the top-ranked caption is correct, and
+                0 otherwise. In direction T2I, the hit value is the number of the image's captions that retrieve the
+                image at rank 1, divided by the mean number of captions per image.
 
         Returns:
-            Hits as float64, (seeds, images).
+            Hits, float64 (seeds, images).
         """
         hits = []
         for seed in range(self.config.seeds):
@@ -173,7 +176,7 @@ class Experiments:
         return torch.stack(hits)
 
     def _saved_ranks(self, name: str, seed: int, test: str) -> dict[str, list[int]]:
-        """Return "image_ranks", "text_ranks" and "image_of_text" for a model and a test, see `RetrievalRanks`."""
+        """Return the retrieval ranks of a model in a test, as a dict with the fields of `RetrievalRanks`."""
 
         def compute() -> dict[str, list[int]]:
             ranks = self._ranks(name, seed, test)
@@ -189,7 +192,7 @@ class Experiments:
 
     def _ranks(self, name: str, seed: int, test: str) -> RetrievalRanks:
         model, records = self.model(name, seed), self.data.test(test)
-        # The texts of all long-caption tests are embedded together.
+        # The texts of all long-caption tests are embedded in one call.
         tests = [test] if test in (CAPTIONS_TEST, FOREIGN_TEST) else list(self.data.long_caption_tests)
         texts = [text for each in tests for record in self.data.test(each) for text in record.captions]
         store = self.store(name, texts)
@@ -197,7 +200,7 @@ class Experiments:
         return rank_caption_fields(embeddings, {test: drop_refused_captions(records, store)})[test]
 
     def _encoder_config(self, name: str) -> EncoderConfig:
-        """Return the config of a caption encoder, tuning the encoder first if needed."""
+        """Return the config of a caption encoder. If it must be tuned and has not been tuned yet, tune it first."""
         config, tuning = self.encoders[name]
         if tuning is None:
             return config
@@ -217,17 +220,17 @@ class Experiments:
 
 
 class _StoreTextEncoder:
-    """Text encoder that reads embeddings from a store."""
+    """Text encoder that reads embeddings from an embedding store instead of computing them."""
 
     def __init__(self, store: EmbeddingStore) -> None:
         self.store = store
 
     def encode(self, captions: Sequence[str], *, progress: bool = False) -> Tensor:
-        """Return the stored embeddings, float32 (N, D)."""
+        """Return the stored embeddings of captions, float32 (N, D)."""
         return torch.from_numpy(self.store.take(self.store.rows(captions))).float()
 
     def count_truncated(self, captions: Sequence[str]) -> None:
-        """Return None (unknown), because the store does not record which texts were truncated."""
+        """Return None, because the store does not record which texts were truncated."""
 
 
 def _file_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Build the report of the `reproduce` command: a table of all claims, followed by a section for each claim."""
+"""Build the report of the `reproduce` command, with a summary table and a section for each claim."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def report_blocks(claims: Sequence[Claim], config: ReproduceConfig, command: str
     """Return the content blocks of the report.
 
     Args:
-        claims: Claims to report, whether or not they could be tested.
-        config: Settings used for the run.
+        claims: Claims to report, including claims that could not be tested.
+        config: Settings of the run.
         command: Command line that started the run.
     """
     summary = [[claim.number, claim.title, claim.verdict] for claim in claims]

@@ -1,4 +1,4 @@
-"""The `reproduce` command: test the paper's claims on local data with small models."""
+"""The `reproduce` command, which tests the claims of the LLM2CLIP paper with small models on local data."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from llm2clip.tools.reproduce.statistics import NOT_TESTED, Claim
 
 
 def reproduce(data: Path, out: Path, config: ReproduceConfig, claims: Sequence[int], max_skipped: float) -> Path:
-    """Test the claims, and write `out/report.md` and `out/report.html`. An interrupted run resumes.
+    """Test the claims, and write `out/report.md` and `out/report.html`.
 
-    The report also includes claims tested by earlier runs in the same directory.
+    An interrupted run can be resumed. The report also includes claims that earlier runs in the same directory tested.
 
     Args:
-        data: Folder to which the config's source paths are relative.
+        data: Data folder. The source paths in the config are relative to this folder.
         out: Run directory.
         config: Data sources, models and training settings.
         claims: Numbers of the claims to test.
-        max_skipped: Stop if more than this fraction of the rows cannot be used.
+        max_skipped: Abort if more than this fraction of the rows cannot be used.
 
     Returns:
         Path of the HTML report.
 
     Raises:
-        ValueError: If a claim number is unknown, if no claim could be tested, or if there are several processes.
+        ValueError: A claim number is unknown, no claim could be tested, or there are several processes.
     """
     unknown = [number for number in claims if number not in CLAIMS]
     if unknown:

@@ -1,8 +1,12 @@
 """Claims, comparisons and verdicts, based on bootstrap confidence intervals.
 
-A comparison holds if the 95% intervals of its two sides are disjoint. It has weak support if only the interval of the
-difference, paired by image, is above zero. It is contradicted if the interval of the difference is below zero;
-otherwise it is inconclusive.
+A comparison states that one value is lower than another. The verdict depends on the 95% confidence intervals of the two
+values, and on the interval of their difference, which is paired by image:
+
+- The comparison holds if the lower value's interval lies entirely below the higher value's interval.
+- The comparison has weak support if these intervals overlap, but the interval of the difference is above zero.
+- The comparison is contradicted if the interval of the difference is below zero.
+- Otherwise, the comparison is inconclusive.
 """
 
 from __future__ import annotations
@@ -38,14 +42,14 @@ TITLES = {
 
 @dataclass
 class Comparison:
-    """Test of whether one value is lower than another.
+    """Comparison that tests whether one value is lower than another.
 
     Args:
-        low: Name of the side that should be lower.
-        high: Name of the side that should be higher.
-        metric: Name of the metric that is compared.
-        low_interval, high_interval: Value and interval of each side.
-        difference: Value of `high` minus value of `low`, with the interval of the difference.
+        low: Name of the value that should be lower.
+        high: Name of the value that should be higher.
+        metric: Name of the compared metric.
+        low_interval, high_interval: Each value with its confidence interval.
+        difference: The higher value minus the lower value, with the confidence interval of the difference.
     """
 
     low: str
@@ -57,7 +61,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """Return HOLDS, WEAK_SUPPORT, INCONCLUSIVE or CONTRADICTED."""
+        """Verdict on the comparison: HOLDS, WEAK_SUPPORT, INCONCLUSIVE or CONTRADICTED."""
         if self.low_interval[2] < self.high_interval[1]:
             return HOLDS
         if self.difference[1] > 0:
@@ -70,13 +74,13 @@ class Claim:
     """Result of testing a claim.
 
     Args:
-        number: Number of the claim, 1 to 6, see `TITLES`.
-        paper: Results in the paper on which the claim is based, in one line.
-        header, rows: Table of the measured results.
-        comparisons: Comparisons that decide the verdict.
-        notes: Remarks that help to interpret the result.
-        points: Labels of the x values in the plot, if the claim has curves.
-        curves: Values and intervals of each curve in the plot, by name.
+        number: Number of the claim, from 1 to 6. See `TITLES`.
+        paper: One line with the results on which the paper bases the claim.
+        header, rows: Header and rows of the table of measured results.
+        comparisons: Comparisons that determine the verdict.
+        notes: Notes that help to interpret the result.
+        points: Labels on the x axis of the plot. Empty if the claim has no curves.
+        curves: Curves in the plot, by name. Each curve is a list of values with their confidence intervals.
     """
 
     number: int
@@ -90,7 +94,7 @@ class Claim:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Claim:
-        """Create a claim from the result of `to_dict`."""
+        """Create a claim from a dict returned by `to_dict`."""
         comparisons = [Comparison(**comparison) for comparison in fields["comparisons"]]
         return cls(**{**fields, "comparisons": comparisons})
 
@@ -104,7 +108,12 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """Return the verdict if all comparisons agree; otherwise PARTLY_HOLDS, CONTRADICTED or INCONCLUSIVE."""
+        """Verdict on the claim.
+
+        If all comparisons have the same verdict, this is also the verdict on the claim. Otherwise, the verdict is
+        PARTLY_HOLDS if a comparison holds, CONTRADICTED if a comparison is contradicted, and INCONCLUSIVE in all other
+        cases. Without comparisons, the verdict is NOT_TESTED.
+        """
         verdicts = {comparison.verdict for comparison in self.comparisons}
         if not verdicts:
             return NOT_TESTED
@@ -116,13 +125,13 @@ class Claim:
 
 
 def compare_hits(low: str, high: str, metric: str, low_hits: Tensor, high_hits: Tensor) -> Comparison:
-    """Compare two sides on the same images.
+    """Compare the results of two models on the same images.
 
     Args:
-        low: Name of the side that should be lower.
-        high: Name of the side that should be higher.
-        metric: Name of the metric that is compared.
-        low_hits, high_hits: Hits of each side, (seeds, images), with the images in the same order.
+        low: Name of the value that should be lower.
+        high: Name of the value that should be higher.
+        metric: Name of the compared metric.
+        low_hits, high_hits: Per-image hits of the two models, (seeds, images). The images must be in the same order.
     """
     difference = 100 * float(high_hits.mean() - low_hits.mean())
     limits = _percent_limits(_resampled_means(high_hits, seed=2) - _resampled_means(low_hits, seed=1))
@@ -137,13 +146,13 @@ def compare_hits(low: str, high: str, metric: str, low_hits: Tensor, high_hits: 
 
 
 def bootstrap_interval(values: Tensor) -> Interval:
-    """Return the mean in percent with its 95% interval from a bootstrap over images and seeds.
+    """Return the mean in percent with its 95% confidence interval, from a bootstrap over images and seeds.
 
-    If all values are equal (for example, if nothing was retrieved), the interval is widened by 3 / number of images
-    (the rule of three, JAMA 249:1743, 1983).
+    If all values are equal, for example because no image was retrieved correctly, the interval is widened by
+    3 / (number of images) on each side. This is the rule of three (JAMA 249:1743, 1983).
 
     Args:
-        values: Hits from 0 to 1, or differences between hits from -1 to 1, (seeds, images).
+        values: Per-image hits or differences between hits, (seeds, images).
     """
     low, high = _percent_limits(_resampled_means(values, seed=1))
     if values.min() == values.max():
@@ -156,8 +165,8 @@ def bootstrap_interval(values: Tensor) -> Interval:
 def _resampled_means(values: Tensor, seed: int) -> Tensor:
     """Return the means of bootstrap resamples over images and training seeds, (resamples,).
 
-    The resampled images depend only on the number of images, so both sides of a comparison use the same resamples. The
-    training seeds are resampled with the random seed `seed`, so that the two sides are independent.
+    The resampled images depend only on the number of images, so both models in a comparison are evaluated on the same
+    resamples. The training seeds are resampled separately for each model, with the random seed `seed`.
     """
     num_seeds, num_images = values.shape
     values = values.double()
@@ -171,6 +180,6 @@ def _resampled_means(values: Tensor, seed: int) -> Tensor:
 
 
 def _percent_limits(means: Tensor) -> tuple[float, float]:
-    """Return the lower and upper limit of the 95% interval from resampled means, in percent."""
+    """Return the lower and upper limits of the 95% confidence interval in percent, given the resampled means."""
     low, high = (100 * percentile_interval(means)).tolist()
     return low, high

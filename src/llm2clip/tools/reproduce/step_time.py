@@ -1,4 +1,7 @@
-"""Time a training step with cached teacher embeddings, with CLIP's own text tower, and with the LLM in the loop."""
+"""Measure the duration of a training step with each source of text embeddings.
+
+The sources are cached teacher embeddings, CLIP's own text tower, and the LLM in the training loop.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from llm2clip.pipeline import new_model
 from llm2clip.tools.reproduce.experiments import Experiments
 from llm2clip.train.losses import info_nce
 
-# Variants to time.
+# Variants of the training step, by source of the text embeddings.
 CACHED_TEACHER = "cached teacher"
 CLIP_TEXT_TOWER = "CLIP's text tower, trained too"
 LLM_IN_LOOP = "LLM in the loop"
@@ -32,9 +35,9 @@ CLIP_END_TOKEN = 49407
 
 
 class ClipTextTower(nn.Module):
-    """The text tower of CLIP ViT-B/32 (arXiv 2103.00020): 12 layers, width 512, 77 tokens.
+    """Text tower with the architecture of CLIP ViT-B/32 (arXiv 2103.00020): 12 layers, width 512, 77 tokens.
 
-    The weights are random, which does not affect the step time.
+    The weights are initialised randomly, because their values do not affect the step time.
     """
 
     def __init__(self, embed_dim: int) -> None:
@@ -50,7 +53,7 @@ class ClipTextTower(nn.Module):
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Measured durations of training steps.
+    """Measured durations of the training steps of each variant.
 
     Args:
         seconds: Duration of each step in seconds, by variant.
@@ -71,11 +74,11 @@ class StepTimes:
 def measure_step_times(experiments: Experiments, name: str) -> StepTimes:
     """Measure the duration of training steps for each variant.
 
-    The variants alternate, so that other load on the machine affects all of them equally.
+    The variants are run alternately, so that other load on the machine affects all variants equally.
 
     Args:
         experiments: Experiments that provide the data, the stores and the caption encoders.
-        name: Name of the caption encoder.
+        name: Name of the caption encoder to use.
     """
     config, train = experiments.config, experiments.data.train
     records = [record for record in train if record.texts][: config.cost_images]
@@ -122,18 +125,19 @@ def measure_step_times(experiments: Experiments, name: str) -> StepTimes:
 
 
 def _loss(model: LLM2CLIP, pixels: Tensor, embeddings: Tensor) -> Tensor:
-    """Return the loss for images and their LLM caption embeddings, (N, D)."""
+    """Return the loss for images and the LLM embeddings of their captions, (N, D)."""
     image, text, scale, _ = model(pixels, embeddings.to(model.device).float())
     assert image is not None and text is not None
     return info_nce(image, text, scale)
 
 
 def _loss_with_text_tower(model: LLM2CLIP, text_tower: ClipTextTower, pixels: Tensor, ids: Tensor) -> Tensor:
-    """Return the loss when CLIP's text tower encodes the texts, which are given as token ids (N, 77)."""
+    """Return the loss for images and token ids, (N, 77), which are encoded by CLIP's text tower."""
     image, _, scale, _ = model(pixels)
     assert image is not None
     return info_nce(image, text_tower(ids), scale)
 
 
 def _encode(encoder: CaptionEncoder, texts: list[str]) -> Tensor:
-    return encoder.encode(texts).clone()  # a copy that is not an inference tensor
+    # Autograd cannot use inference tensors, so copy the embeddings to a normal tensor.
+    return encoder.encode(texts).clone()
