@@ -1,9 +1,9 @@
 """Ranks of the correct answers in retrieval, from which recall is computed.
 
 The full score matrix is never stored, and scores are not sorted. Instead, the score matrix is computed in tiles. In
-each tile, the wrong answers that score at least as high as the best correct answer are counted, for both directions at
-once. A wrong answer with an equal score counts as better. A model that gives every pair the same score therefore gets
-the worst possible ranks.
+each tile, the number of wrong answers that score at least as high as the best correct answer is counted. Both
+directions use the same tiles. Because ties count against the model, a model that assigns the same score to every pair
+gets the worst possible ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.progress import ProgressBar
 
-TILE = 512  # images per tile. A tile has four times as many texts: its 4 MB of float32 scores fit into a CPU cache
+TILE = 512  # images per tile. With four times as many texts, a tile's 4 MB of float32 scores fit into the CPU cache
 
 
 @onednn_matmul()
@@ -30,16 +30,18 @@ def positive_ranks(
 ) -> Tensor:
     """Return the zero-based rank of each query's best positive among all items, int64 (Q,).
 
-    This function ranks items for queries only, and any query can have any positives. For images and their captions,
-    `two_way_ranks` computes both directions in one pass.
+    Only one direction is computed. A query can have several positives, and an item can be a positive for several
+    queries. For images and their captions, `two_way_ranks` computes both directions in one pass.
 
     Args:
         queries: Query embeddings, (Q, D), L2-normalised.
         items: Item embeddings, (N, D), L2-normalised.
-        positives: Indices of the correct items for each query; every query needs at least one. For 3 images with 2, 1
-            and 2 captions, image-to-text is [[0, 1], [2], [3, 4]] and text-to-image is [[0], [0], [1], [2], [2]].
-        tile_size: Number of queries and of items per tile.
-        self_index: Index of an item to ignore for each query. If the queries are also items, this is the query itself.
+        positives: Indices of the correct items for each query. Every query must have at least one correct item. For
+            example, if 3 images have 2, 1 and 2 captions, the positives are [[0, 1], [2], [3, 4]] for image-to-text
+            retrieval and [[0], [0], [1], [2], [2]] for text-to-image retrieval.
+        tile_size: Number of queries per tile, and number of items per tile.
+        self_index: For each query, the index of an item to ignore. If the queries are also items, pass each query's own
+            index.
 
     Raises:
         ValueError: If a query has no positive, or an embedding contains NaN or infinity.
@@ -68,7 +70,7 @@ def positive_ranks(
 
 
 def _positive_coordinates(positives: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Return the row and column indices of the positives in the score matrix, each int64 (P,)."""
+    """Return the row indices and the column indices of the P positives in the score matrix, each int64 (P,)."""
     rows = torch.tensor([row for row, columns in enumerate(positives) for _ in columns])
     columns = torch.tensor([column for columns in positives for column in columns])
     return rows, columns
@@ -102,15 +104,15 @@ def two_way_ranks(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the zero-based ranks of each image's best caption and of each caption's image.
+    """Return the zero-based rank of each image's best caption, and the zero-based rank of each caption's image.
 
     Args:
-        images: Image embeddings, (I, D), L2-normalised, in float32 or, to save memory, float16. Scores are computed in
-            float32.
-        texts: Text embeddings, (T, D), L2-normalised, in float32 or float16. Texts sorted by image are not copied.
+        images: Image embeddings, (I, D), L2-normalised. The dtype is float32, or float16 to save memory. Scores are
+            always computed in float32.
+        texts: Text embeddings, (T, D), L2-normalised, float32 or float16. To avoid a copy, sort the texts by image.
         image_of_text: Image index of each text. Every image must have at least one text.
-        tile_size: Number of images per tile. Must be a multiple of 16; otherwise, equal vectors may get scores that
-            round differently.
+        tile_size: Number of images per tile. Must be a multiple of 16. With other sizes, the scores of equal vectors
+            may be rounded differently.
         device: Device for the matmuls. Default: the device of the images.
         progress: Show a progress bar.
 
@@ -130,7 +132,7 @@ def two_way_ranks(
     tiles = _ScoreTiles(images, texts, owner, tile_size, torch.device(device or images.device))
     best_image, best_text = _best_match_scores(tiles)
 
-    # Wrong answers are counted in float32, which is exact up to 2**24 texts per image.
+    # Counts of wrong answers are stored as float32, which is exact up to 2**24.
     image_counts, text_counts = torch.zeros_like(best_image), torch.zeros_like(best_text)
     with ProgressBar(total=tiles.rows * tiles.columns, desc="ranks", unit="tile", disable=not progress) as bar:
         for j in range(tiles.columns):
@@ -183,22 +185,22 @@ class _ScoreTiles:
         return _pad_tile(texts.to(self._device, torch.float32), self.width)
 
     def positives(self, i: int, j: int) -> tuple[Tensor, Tensor]:
-        """Return the row and column indices of the positives within tile (i, j)."""
+        """Return the row indices and the column indices of the positives within tile (i, j)."""
         rows = self.owner[self.text_range(j)] - i * self.height
         columns = ((rows >= 0) & (rows < self.height)).nonzero()[:, 0]
         return rows[columns], columns
 
     def rows_with_positives(self, j: int) -> range:
-        """Return the grid rows whose tiles in column `j` may contain positives."""
+        """Return the rows of the grid in which column `j` may contain positives."""
         owners = self.owner[self.text_range(j)]
         return range(int(owners[0]) // self.height, int(owners[-1]) // self.height + 1)
 
 
 def _best_match_scores(tiles: _ScoreTiles) -> tuple[Tensor, Tensor]:
-    """Return the score of each image's best caption and of each caption's image.
+    """Return the score of each image's best caption, and the score of each caption's image.
 
-    Positives and negatives are scored by the same matmuls, so that ties are exact. Padding in the last tiles gets an
-    infinite score, which no answer reaches.
+    Positives and negatives are scored by the same matmuls, so that ties are exact. Padding rows in the last tiles get
+    infinite scores, so that no negative reaches these scores.
     """
     device = tiles.owner.device
     best_image = torch.full((tiles.rows * tiles.height,), torch.inf, device=device)
@@ -215,19 +217,25 @@ def _best_match_scores(tiles: _ScoreTiles) -> tuple[Tensor, Tensor]:
 
 
 def _pad_tile(vectors: Tensor, size: int) -> Tensor:
-    """Pad with zero rows to `size`. Matmuls of the same shape round identically, so equal vectors get equal scores."""
+    """Append zero rows until there are `size` rows.
+
+    Matmuls of the same shape round identically, so equal vectors get equal scores.
+    """
     return vectors if len(vectors) == size else F.pad(vectors, (0, 0, 0, size - len(vectors)))
 
 
 def _at_least(scores: Tensor, threshold: Tensor) -> Tensor:
-    """Return 1.0 where a score reaches the threshold, else 0.0. Summing floats is ten times as fast as booleans."""
+    """Return 1.0 for scores that are at least as high as the threshold, and 0.0 for all other scores.
+
+    Floats are used because summing floats is ten times as fast as summing booleans.
+    """
     return torch.ge(scores, threshold, out=torch.empty_like(scores))
 
 
 def check_finite(*embeddings: Tensor) -> None:
-    """Raise ValueError if a value is NaN or infinite.
+    """Raise ValueError if an embedding contains NaN or infinity.
 
-    Comparisons with NaN are always false, so a model that outputs NaN would otherwise get perfect ranks.
+    Without this check, a model that outputs NaN would get perfect ranks, because comparisons with NaN are always false.
     """
     for vectors in embeddings:
         if not all(torch.isfinite(part).all() for part in vectors.split(8192)):

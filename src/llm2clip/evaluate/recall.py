@@ -1,4 +1,4 @@
-"""Retrieval metrics from ranks: recall in both directions, chance levels and bootstrap confidence intervals."""
+"""Retrieval metrics computed from ranks: recall in both directions, chance levels and confidence intervals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KS = (1, 5, 10)
 def evaluate_retrieval(
     images: Tensor, texts: Tensor, image_of_text: Sequence[int] | Tensor, *, progress: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Compute `retrieval_metrics` from embeddings.
+    """Rank all images and texts, and return the result of `retrieval_metrics`.
 
     Args:
         images: Image embeddings, (I, D), L2-normalised.
@@ -41,7 +41,8 @@ def retrieval_metrics(
 
     Returns:
         {"I2T": {"R@1": ..., "median rank": ...}, "T2I": ..., "I2T chance": {"R@1": ...}, "T2I chance": ...,
-        "I2T interval": {"R@1": (low, high), ...}, "T2I interval": ...}. Recall is in percent; median ranks start at 1.
+        "I2T interval": {"R@1": (low, high), ...}, "T2I interval": ...}. Recall is in percent. The best possible median
+        rank is 1.
     """
     owner = torch.as_tensor(image_of_text)
     metrics: dict[str, dict[str, Any]] = {}
@@ -55,15 +56,15 @@ def retrieval_metrics(
 
 
 def recall(ranks: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
-    """Return R@k in percent: the fraction of queries with a positive among the top k."""
+    """Return R@k, the percentage of queries with a positive among the top k items."""
     return {f"R@{k}": 100.0 * float((ranks < k).double().mean()) for k in ks}
 
 
 def chance_recall(positives: Sequence[int], num_items: int, ks: Sequence[int] = KS) -> dict[str, float]:
     """Return the expected R@k of a random ranking, in percent.
 
-    A query with p positives has an expected R@k of 1 - C(num_items - p, k) / C(num_items, k) (hypergeometric
-    distribution). The result is the average over the queries.
+    By the hypergeometric distribution, the expected R@k of a query with p positives is
+    1 - C(num_items - p, k) / C(num_items, k). The result is the average over the queries.
 
     Args:
         positives: Number of positives (p) for each query.
@@ -87,7 +88,7 @@ def recall_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Return bootstrap confidence intervals for R@k, in percent.
 
-    Images are resampled together with all their queries, because results for captions of the same image are correlated.
+    Each resampled image includes all its queries, because the results for captions of the same image are correlated.
 
     Args:
         ranks: Zero-based rank of each query's best positive, int64 (Q,).
@@ -102,10 +103,12 @@ def recall_intervals(
 
 
 def bootstrap(sums: Tensor, counts: Tensor, level: float = 0.95, resamples: int = 1000) -> Tensor:
-    """Return bootstrap confidence intervals for means over all elements. Groups of elements are resampled as units.
+    """Return bootstrap confidence intervals for the means of K quantities over all elements.
+
+    Elements are divided into groups, and whole groups are resampled.
 
     Args:
-        sums: Sum over each group for K quantities, (groups, K).
+        sums: Sum of each quantity over the elements in each group, (groups, K).
         counts: Number of elements in each group, (groups,). Empty groups are ignored.
         level: Confidence level, e.g. 0.95.
         resamples: Number of bootstrap resamples.
@@ -113,18 +116,19 @@ def bootstrap(sums: Tensor, counts: Tensor, level: float = 0.95, resamples: int 
     Returns:
         Lower and upper bounds, float64 (2, K).
     """
-    # scipy.stats.bootstrap computes the same kind of interval but gathers the resampled rows. That is 1.5 to 5 times
-    # slower for 1,000 to 25,000 groups and, by default, needs memory for all resamples at once. Weighting each group by
-    # the number of times it was drawn takes only one matmul per resample.
+    # scipy.stats.bootstrap computes the same kind of interval but gathers the resampled rows. For 1,000 to 25,000
+    # groups, gathering is 1.5 to 5 times slower and, by default, needs memory for all resamples at once. Here, each
+    # group is weighted by the number of times it was drawn, which takes only one matmul per resample.
     sums, counts = sums.double()[counts > 0], counts.double()[counts > 0]
     means = [weights @ sums / (weights @ counts) for weights in bootstrap_counts(len(sums), resamples)]
     return percentile_interval(torch.stack(means), level)
 
 
 def bootstrap_counts(groups: int, resamples: int = 1000) -> Iterator[Tensor]:
-    """For each resample, yield the number of times each group is drawn, float64 (groups,).
+    """For each resample, yield the number of times that each group was drawn, float64 (groups,).
 
-    The draws depend only on the number of groups, so two models evaluated on the same data get paired resamples.
+    The draws depend only on the number of groups. If two models are evaluated on the same data, their resamples are
+    therefore paired.
     """
     generator = torch.Generator().manual_seed(0)
     for _ in range(resamples):
@@ -133,7 +137,9 @@ def bootstrap_counts(groups: int, resamples: int = 1000) -> Iterator[Tensor]:
 
 
 def percentile_interval(means: Tensor, level: float = 0.95) -> Tensor:
-    """Return the central interval that contains a fraction `level` of the resampled means (Efron's percentile method).
+    """Return confidence intervals computed from resampled means by Efron's percentile method.
+
+    Each interval is central and contains a fraction `level` of the resampled means.
 
     Args:
         means: Mean of each resample, (resamples, ...).

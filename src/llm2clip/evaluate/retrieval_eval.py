@@ -1,4 +1,4 @@
-"""Retrieval evaluation on records, separately for each caption field (captions, captions_zh, ...)."""
+"""Retrieval evaluation on records. Each caption field (captions, captions_zh, ...) is evaluated separately."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from llm2clip.store.store import EmbeddingStore
 
 @dataclass(frozen=True)
 class RetrievalRanks:
-    """Retrieval ranks for one caption field in both directions, with the records and embeddings behind the ranks.
+    """Retrieval ranks for one caption field in both directions.
+
+    The records and embeddings from which the ranks were computed are also included.
 
     Args:
-        records: Records with a caption and a decodable image.
+        records: Records that have a caption and a decodable image.
         images: Image embeddings, (I, D).
         texts: Embeddings of all captions, (T, D).
         image_of_text: Image index of each caption, int64 (T,).
@@ -53,7 +55,7 @@ def evaluate_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) 
         embeddings, fields: See `rank_caption_fields`.
 
     Returns:
-        One row per caption field, see `caption_field_metrics`.
+        One row per caption field. See `caption_field_metrics`.
 
     Raises:
         ValueError: If no image has a caption.
@@ -69,7 +71,7 @@ def rank_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> d
     Args:
         embeddings: Source of image and text embeddings. Images that cannot be decoded are excluded and recorded in
             `embeddings.log`.
-        fields: Records for each caption field.
+        fields: Records for each caption field, keyed by field name.
 
     Raises:
         ValueError: If no image has a caption.
@@ -105,11 +107,12 @@ def rank_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> d
 
 
 def caption_field_metrics(embeddings: EmbeddingSource, ranked: Mapping[str, RetrievalRanks]) -> list[dict[str, Any]]:
-    """Return one row per caption field.
+    """Compute retrieval metrics from the ranks of each caption field.
 
     Returns:
-        Each row has "captions" (name of the field), "images" (number of images), "texts" (number of texts), "truncated"
-        (number of texts that exceed the model's maximum length), and the metrics from `retrieval_metrics`.
+        One row per caption field. Each row has "captions" (name of the field), "images" (number of images), "texts"
+        (number of texts), "truncated" (number of texts that exceed the model's maximum length), and the metrics
+        returned by `retrieval_metrics`.
     """
     rows = []
     for name, ranks in ranked.items():
@@ -127,15 +130,15 @@ def caption_field_metrics(embeddings: EmbeddingSource, ranked: Mapping[str, Retr
 def make_validator(
     fields: CaptionFields, log: SkipLog, store: EmbeddingStore
 ) -> Callable[[LLM2CLIP], dict[str, float]]:
-    """Return a function that evaluates a model during training.
+    """Create a function that evaluates a model during training.
 
-    The function returns R@1 for each caption field in both directions, and "score", the mean of I2T and T2I R@1 for the
-    first field. It raises ValueError if no image has a caption.
+    The created function returns R@1 for each caption field in both directions. It also returns "score", the mean of I2T
+    and T2I R@1 for the first field. The function raises ValueError if no image has a caption.
 
     Args:
-        fields: Records for each caption field.
+        fields: Records for each caption field, keyed by field name.
         log: Skip log for images that cannot be decoded.
-        store: Embedding store with all captions.
+        store: Embedding store that contains all captions.
     """
 
     def validate(model: LLM2CLIP) -> dict[str, float]:

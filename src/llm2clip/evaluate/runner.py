@@ -1,4 +1,4 @@
-"""Evaluation of one or more models on the user's data and on public benchmarks, with tables and a report."""
+"""Evaluation of one or more models on the user's data and on public benchmarks. The results are written to a report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
 from llm2clip.models.pretrained import resolve_pretrained
 
 USER_DATA = "data"  # benchmark name of the user's own images and captions
-EXAMPLE_QUERIES = 6  # number of examples, and of failures, that the report shows with images
+EXAMPLE_QUERIES = 6  # number of examples in the report, and maximum number of failures
 
 
 def evaluate_models(
@@ -53,28 +53,31 @@ def evaluate_models(
 ) -> list[str]:
     """Evaluate models, print tables, and write results.json, report.md and report.html to `out`.
 
-    In a distributed run, the encoding is split across the ranks. Each rank then computes all metrics, and the main
-    process prints and writes the results. results.json contains "caption retrieval" (see `caption_retrieval_accuracy`)
-    and "results", a list of `BenchmarkResult.summary` dicts with an additional "model" key.
+    In a distributed run, each rank encodes a part of the images and texts. Each rank then computes all metrics, and the
+    main process prints and writes the results.
+
+    results.json contains "caption retrieval" and "results". "caption retrieval" is the result of
+    `caption_retrieval_accuracy`. "results" is a list of `BenchmarkResult.summary` dicts, to which the key "model" is
+    added.
 
     Args:
-        models: Model to evaluate, followed by baselines. Each is a model that `open_dual_encoder` accepts or an .npz
-            file of embeddings.
-        data: Sources of images and captions. If a source has no named splits, the images that `fit` would hold out are
-            used.
-        benchmarks: Names of public benchmarks, see `get_benchmarks`.
+        models: Model to evaluate, followed by the baselines. Each must be either a model accepted by
+            `open_dual_encoder` or an .npz file of precomputed embeddings.
+        data: Sources of images and captions. If the sources do not specify splits, the images that `fit` would hold out
+            are evaluated.
+        benchmarks: Names of benchmarks. See `get_benchmarks`.
         root: Folder that contains one folder per benchmark.
-        captions: Sources of captions for caption retrieval accuracy (CRA).
-        encoder: Caption encoder for CRA. Used only if `models` is empty.
-        out: Output folder, which is also used to cache embeddings. If None, nothing is written.
-        config: Settings, such as the caption fields to evaluate in addition to `captions`.
-        columns: Column mapping for the sources, see `read_splits`.
+        captions: Sources of captions for measuring caption retrieval accuracy (CRA).
+        encoder: Caption encoder whose CRA is measured. Used only if `models` is empty.
+        out: Output folder, which is also used to cache embeddings. If None, no files are written.
+        config: Evaluation settings, such as additional caption fields to evaluate.
+        columns: Column mapping for the sources. See `read_splits`.
         max_skipped: Stop if more than this fraction of the rows cannot be used.
-        all_pairs, num_mistakes: CRA options, see `caption_retrieval_accuracy`.
+        all_pairs, num_mistakes: Options for CRA. See `caption_retrieval_accuracy`.
         linear_probe: For classification benchmarks, also fit a linear probe on the training images.
 
     Returns:
-        Final lines to print: a summary of skipped rows, failed evaluations, and the path of the report.
+        Lines to print at the end: a summary of skipped rows, the failed evaluations, and the path of the report.
 
     Raises:
         ValueError: If there is nothing to evaluate, a benchmark does not exist, or every evaluation failed.
@@ -107,7 +110,7 @@ def evaluate_models(
         for n, name in enumerate(display_names(models) if available else []):
             runner.run(models[n], name, is_baseline=n > 0)
             results["results"] = runner.summaries()
-            _write_results(out, results)  # after each model, so that an interruption does not lose its results
+            _write_results(out, results)  # after each model, so that an interruption loses no results
         failures += runner.failures
         if not runner.summaries():
             raise ValueError("\n".join(["nothing could be evaluated:", *failures]))
@@ -125,7 +128,10 @@ def evaluate_models(
 
 
 class BenchmarkRunner:
-    """Evaluates models on benchmarks. A failure is recorded in `failures` and does not stop the other evaluations."""
+    """Runner that evaluates models on benchmarks.
+
+    If an evaluation fails, the error is recorded in `failures`, and the remaining evaluations are still run.
+    """
 
     def __init__(
         self,
@@ -138,11 +144,11 @@ class BenchmarkRunner:
     ) -> None:
         """
         Args:
-            benchmarks: Benchmarks to run, each with its folder.
-            out: Output folder, which is also used to cache embeddings. If None, there is no error analysis.
+            benchmarks: Benchmarks to run, and the folder of each benchmark.
+            out: Output folder, which is also used to cache embeddings. If None, errors are not analysed.
             log: Skip log for the user's data.
-            max_skipped: Maximum fraction of a benchmark's images that may be undecodable.
-            linear_probe: For classification benchmarks, also fit a linear probe.
+            max_skipped: Stop a benchmark if more than this fraction of its images cannot be decoded.
+            linear_probe: For classification benchmarks, also fit a linear probe on the training images.
         """
         self.benchmarks = benchmarks
         self.results: list[list[ModelResult]] = [[] for _ in benchmarks]
@@ -158,9 +164,10 @@ class BenchmarkRunner:
         """Evaluate a model on all benchmarks.
 
         Args:
-            model: Model as accepted by `open_dual_encoder`, or an .npz file.
+            model: Model as accepted by `open_dual_encoder`, or an .npz file of precomputed embeddings.
             name: Model name to show in tables.
-            is_baseline: Skip the model if it cannot be loaded, and do not show example images for it in the report.
+            is_baseline: Whether the model is a baseline. A baseline that cannot be loaded is skipped, and the report
+                shows no example images for baselines.
         """
         is_distributed = process_state().num_processes > 1
         try:
@@ -176,7 +183,7 @@ class BenchmarkRunner:
             try:
                 result = run_benchmark(benchmark, folder, embeddings, self._linear_probe)
             except (OSError, ValueError) as error:
-                # Invalid data fails on every rank; other errors may occur on this rank only.
+                # Invalid data causes the same error on every rank. Any other error may occur on this rank only.
                 if is_distributed and not isinstance(error, MissingFileError | ValueError):
                     raise
                 self.failures.append(_failure(f"{name} on {benchmark.name}", benchmark, error))
@@ -184,18 +191,18 @@ class BenchmarkRunner:
             model_result = ModelResult(name, result.summary)
             if self._out is not None and process_state().is_main_process:
                 for field_index, (field, ranks) in enumerate(result.ranks.items()):
-                    # Show images for the first field only: with 36 languages, the page would have 2,000 images.
+                    # With images for all 36 languages of Crossmodal-3600, the page would contain 2,000 images.
                     with_examples = not is_baseline and field_index == 0
                     analysis = analyze_errors(ranks, num_queries=EXAMPLE_QUERIES if with_examples else 0)
                     model_result.error_analysis[field] = analysis
             self.results[n].append(model_result)
 
     def summaries(self) -> list[dict[str, Any]]:
-        """Return the entries of results.json."""
+        """Return the entries for "results" in results.json."""
         return [{"model": result.model, **result.summary} for results in self.results for result in results]
 
     def blocks(self) -> list[Block]:
-        """Return the report sections, one for each benchmark with a result."""
+        """Return one report section for each benchmark that has a result."""
         blocks: list[Block] = []
         for (benchmark, _), results in zip(self.benchmarks, self.results, strict=True):
             if results:
@@ -203,7 +210,7 @@ class BenchmarkRunner:
         return blocks
 
     def skipped_rows(self) -> list[str]:
-        """Return one line for each benchmark with skipped rows, and always one for the user's data."""
+        """Return one line for each benchmark with skipped rows. The user's data always has a line."""
         lines = []
         for (benchmark, _), log in zip(self.benchmarks, self._logs, strict=True):
             if log.skipped or benchmark.name == USER_DATA:
@@ -229,7 +236,7 @@ def _user_benchmark(data: Sequence[str], config: EvaluateConfig, columns: dict[s
     """Return the user's data as a retrieval benchmark.
 
     Raises:
-        ValueError: If only some of the sources have named splits.
+        ValueError: If some sources specify splits and other sources do not.
     """
     without_splits = [source for source in data if not Source.parse(source).splits]
     if not without_splits:
@@ -253,7 +260,7 @@ def _user_benchmark(data: Sequence[str], config: EvaluateConfig, columns: dict[s
 
 
 def _find_benchmarks(benchmarks: Sequence[Benchmark], root: Path) -> tuple[list[tuple[Benchmark, Path]], list[str]]:
-    """Return the available benchmarks with their folders, and one line for each missing benchmark."""
+    """Return the available benchmarks and their folders. Also return a line of text for each missing benchmark."""
     available, failures = [], []
     for benchmark in benchmarks:
         try:
@@ -269,11 +276,11 @@ def _failure(name: str, benchmark: Benchmark, error: Exception) -> str:
 
 
 def _open_text_encoder(model: str | None, encoder: EncoderConfig) -> TextEncoder:
-    """Load the text encoder of a model or, if there is no model, the caption encoder described by the config.
+    """Load the text encoder of a model. If there is no model, load the caption encoder described by the config.
 
     Raises:
-        ValueError: If the model has no separate text encoder, or the config has settings that do not apply to a CLIP
-            text tower.
+        ValueError: If the model has no separate text encoder, or if the config contains settings that do not apply to a
+            CLIP text tower.
     """
     if model is not None:
         if model.endswith(PRECOMPUTED_SUFFIX) or model.startswith(SENTENCE_TRANSFORMERS_PREFIX):
@@ -296,7 +303,7 @@ def _open_text_encoder(model: str | None, encoder: EncoderConfig) -> TextEncoder
 
 
 def _skip_log(out: Path | None, name: str, max_skipped: float) -> SkipLog:
-    """Return a skip log. On the main process, it writes the skipped rows to `out/skipped/NAME.jsonl`."""
+    """Create a skip log. On the main process, the skip log writes skipped rows to `out/skipped/NAME.jsonl`."""
     file = None
     if out is not None and process_state().is_main_process:
         safe_name = re.sub(r"[^\w.-]+", "-", name)

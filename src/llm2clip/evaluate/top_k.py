@@ -10,14 +10,14 @@ from llm2clip.cpu_tuning import onednn_matmul
 
 @onednn_matmul()
 def top_k_neighbors(queries: Tensor, items: Tensor, k: int, chunk_size: int = 2048) -> tuple[Tensor, Tensor]:
-    """Return the `k` highest-scoring items for each query, best first. Items with equal scores are in arbitrary order.
+    """Return the `k` items with the highest scores for each query, sorted by score. The order of ties is arbitrary.
 
     Args:
         queries: Query embeddings, (Q, D), L2-normalised.
         items: Item embeddings, (N, D), L2-normalised.
-        k: Number of items per query; at most N are returned.
-        chunk_size: Number of queries, and of items, per matmul. At most chunk_size * (chunk_size + k) scores are in
-            memory.
+        k: Number of items to return for each query. If there are fewer items, all items are returned.
+        chunk_size: Number of queries per matmul, and number of items per matmul. At most chunk_size * (chunk_size + k)
+            scores are in memory at a time.
 
     Returns:
         Scores, float32 (Q, k), and item indices, int64 (Q, k).

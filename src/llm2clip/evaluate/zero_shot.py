@@ -14,17 +14,17 @@ from llm2clip.evaluate.benchmarks.base import ClassificationData
 
 
 def class_prompts(data: ClassificationData) -> list[str]:
-    """Fill every template with every class name. The prompts of a class are adjacent."""
+    """Insert every class name into every prompt template. Prompts for the same class are adjacent."""
     return [template.replace("{}", name) for name in data.names for template in data.templates]
 
 
 def class_embeddings(prompts: Tensor, num_classes: int) -> Tensor:
-    """Return one embedding per class: the mean of its prompt embeddings (arXiv 2103.00020).
+    """Return the mean prompt embedding of each class (arXiv 2103.00020).
 
-    Embeddings are L2-normalised before and after averaging.
+    The prompt embeddings are L2-normalised before averaging, and their mean is L2-normalised again.
 
     Args:
-        prompts: Embeddings of the prompts from `class_prompts`, (classes * templates, D).
+        prompts: Embeddings of the prompts returned by `class_prompts`, (classes * templates, D).
         num_classes: Number of classes.
 
     Returns:
@@ -37,10 +37,10 @@ def class_embeddings(prompts: Tensor, num_classes: int) -> Tensor:
 def classification_accuracy(
     images: Tensor, labels: Sequence[int], classes: Tensor, chunk_size: int = 4096
 ) -> dict[str, float]:
-    """Return "top-1", "top-5" and "mean per class" (top-1) accuracy in percent.
+    """Return accuracies in percent: "top-1", "top-5" and "mean per class", which is the mean top-1 accuracy per class.
 
-    If classes tie, the class with the lowest index is ranked first, as with argmax. Ties occur because two ImageNet
-    classes have the same name.
+    If several classes have the same score, the class with the lowest index is ranked first, as in argmax. Such ties
+    occur because two ImageNet classes have the same name.
 
     Args:
         images: Image embeddings, (N, D), L2-normalised.
@@ -74,13 +74,13 @@ def linear_probe(
 ) -> dict[str, float]:
     """Fit a logistic regression to frozen embeddings and return its test accuracy.
 
-    The regularisation strength is selected from powers of ten, using a fifth of the training images as a validation
-    split (arXiv 2103.00020, appendix A.3).
+    As in CLIP (arXiv 2103.00020, appendix A.3), the regularisation strength is selected on a validation split. The
+    candidates are powers of ten, and the validation split is a fifth of the training images.
 
     Args:
-        train, test: Image embeddings, (N, D).
+        train, test: Embeddings of the training and test images, (N, D).
         train_labels, test_labels: Class index of each image.
-        seed: Seed for the validation split.
+        seed: Random seed for the validation split.
 
     Returns:
         "top-1" accuracy in percent, and "C", the selected inverse regularisation strength.
@@ -93,7 +93,7 @@ def linear_probe(
 
     x, y = train.numpy(), np.asarray(train_labels)
     class_counts = np.unique(y, return_counts=True)[1]
-    # Stratification needs two images per class, and a validation split at least as large as the number of classes.
+    # A stratified split needs at least two images per class, and at least as many validation images as classes.
     can_stratify = class_counts.min() > 1 and math.ceil(0.2 * len(y)) >= len(class_counts)
     fit_x, validation_x, fit_y, validation_y = train_test_split(
         x, y, test_size=0.2, random_state=seed, stratify=y if can_stratify else None

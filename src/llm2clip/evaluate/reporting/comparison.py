@@ -14,17 +14,17 @@ from llm2clip.evaluate.reporting.error_analysis import MAX_K, ErrorAnalysis
 from llm2clip.html_report import Block, Heading, Paragraph, Plot, Table
 
 DIRECTIONS = ("I2T", "T2I")
-REFERENCE_MODELS = ("Llama3-8B-CC", "EVA02 + LLM2CLIP")  # published models that the evaluated model is compared with
+REFERENCE_MODELS = ("Llama3-8B-CC", "EVA02 + LLM2CLIP")  # the LLM2CLIP authors' models, shown for comparison
 
 
 @dataclass
 class ModelResult:
-    """Result of a model on a benchmark, for the report.
+    """Result of a model on a benchmark, as needed for the report.
 
     Args:
         model: Display name of the model.
-        summary: Results as in `BenchmarkResult.summary`.
-        error_analysis: Error analysis for each caption field.
+        summary: See `BenchmarkResult.summary`.
+        error_analysis: Error analysis for each caption field, keyed by field name.
     """
 
     model: str
@@ -33,7 +33,7 @@ class ModelResult:
 
 
 def benchmark_blocks(benchmark: Benchmark, results: Sequence[ModelResult]) -> list[Block]:
-    """Return the report section for a benchmark, with the models in the order of `results`."""
+    """Return the report section for a benchmark. Models appear in the order of `results`."""
     blocks: list[Block] = [Heading(f"{benchmark.name}: {benchmark.description}")]
     if benchmark.kind != "retrieval":
         return [*blocks, metrics_table(results)]
@@ -51,7 +51,10 @@ def benchmark_blocks(benchmark: Benchmark, results: Sequence[ModelResult]) -> li
 
 
 def caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
-    """Return the caption retrieval section: CRA, published CRA on COCO (5,000 images) for comparison, and mistakes.
+    """Return the report section about caption retrieval.
+
+    The section shows the text encoder's CRA and its mistakes. For comparison, it also shows the CRA values that the
+    LLM2CLIP authors published for COCO (5,000 images).
 
     Args:
         name: Display name of the text encoder.
@@ -91,13 +94,14 @@ def caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
 
 
 def recall_table(results: Mapping[str, dict[str, Any]], published: Mapping[str, tuple[float | None, ...]]) -> Table:
-    """Return a recall table with rows for published results, chance and each model, with confidence intervals.
+    """Return a recall table with one row for each published result, one for chance, and one for each evaluated model.
 
-    The last rows are the differences between the first model and each other model.
+    The evaluated models' rows include confidence intervals. The last rows show the differences between the first model
+    and each baseline, and between the first model and each published model in `REFERENCE_MODELS`.
 
     Args:
-        results: Metrics for each model, as in a row of `caption_field_metrics`.
-        published: Published recalls for each model, see `published_rows`.
+        results: Metrics of each model, keyed by model name. See `caption_field_metrics`.
+        published: Published recall of each model, keyed by model name. See `published_rows`.
     """
     header = [""]
     for direction in DIRECTIONS:
@@ -134,7 +138,7 @@ def recall_table(results: Mapping[str, dict[str, Any]], published: Mapping[str, 
 
 
 def error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[Block]:
-    """Return recall plots for all models, and the similarity matrix and example images for the first model.
+    """Return the recall plots for all models. For the first model, also return its similarity matrix and examples.
 
     Args:
         analyses: Error analysis of each model, keyed by model name.
@@ -181,7 +185,7 @@ def _length_plot(analyses: Mapping[str, ErrorAnalysis]) -> Plot:
 
 
 def metrics_table(results: Sequence[ModelResult]) -> Table:
-    """Return a metrics table for a benchmark other than plain retrieval."""
+    """Return a metrics table for a benchmark whose kind is not "retrieval"."""
     names = list(dict.fromkeys(name for result in results for name in result.summary["metrics"]))
     rows: list[list[Any]] = []
     for result in results:
@@ -193,7 +197,7 @@ def metrics_table(results: Sequence[ModelResult]) -> Table:
 
 
 def format_truncated(truncated: int | None, texts: int) -> str:
-    """Format the percentage of texts that exceed a model's maximum length."""
+    """Return, as a string, the percentage of texts that exceed a model's maximum length."""
     if truncated is None:
         return "unknown"
     return f"{100 * truncated / max(1, texts):.1f}% of the texts" if truncated else "none"
@@ -206,13 +210,16 @@ def _table_row(
     median_rank: str | None = None,
     truncated: str | None = None,
 ) -> list[Any]:
-    """Return a row for `recall_table`. `recalls` has R@1, R@5 and R@10 for I2T, then for T2I."""
+    """Return a row for `recall_table`.
+
+    `recalls` contains R@1, R@5 and R@10 for I2T, followed by R@1, R@5 and R@10 for T2I.
+    """
     i2t, t2i = recalls[: len(KS)], recalls[len(KS) :]
     return [name, i2t[0], intervals[0], *i2t[1:], t2i[0], intervals[1], *t2i[1:], median_rank, truncated]
 
 
 def _both_recalls(row: dict[str, Any], suffix: str = "") -> list[float]:
-    """Return R@1, R@5 and R@10 for I2T, then for T2I."""
+    """Return R@1, R@5 and R@10 for I2T, followed by R@1, R@5 and R@10 for T2I."""
     return [value for direction in DIRECTIONS for value in _recalls(row[direction + suffix])]
 
 

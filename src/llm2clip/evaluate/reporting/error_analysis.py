@@ -13,23 +13,23 @@ from llm2clip.evaluate.recall import recall_intervals
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks
 from llm2clip.html_report import ResultImage, ResultImages
 
-MAX_K = 50  # largest k in the recall curve
+MAX_K = 50  # maximum k in the recall curves
 THUMBNAIL_SIDE = 280  # pixels
 TOP_IMAGES = 5  # number of images shown per query
 
 
 @dataclass
 class ErrorAnalysis:
-    """Error analysis of a model on a caption field.
+    """Analysis of a model's retrieval errors for one caption field.
 
     Args:
-        curves: R@1 to R@50 in percent, for "I2T" and "T2I".
-        length_unit: Unit of caption lengths: "words", or "characters" for languages without spaces.
-        length_bins: Ranges of caption lengths, as (shortest, longest).
-        recall_by_length: T2I R@1 in percent for the captions in each bin, with the bounds of its confidence interval.
-        similarity: Cosine similarities between some images (columns) and their first captions (rows).
-        examples: Captions sampled at regular intervals from the data, with the images they retrieve.
-        failures: Captions whose correct images rank lowest, with the images they retrieve.
+        curves: R@1 to R@50 in percent, with the keys "I2T" and "T2I".
+        length_unit: Unit of caption lengths. It is "words", or "characters" for languages without spaces.
+        length_bins: Bins of caption lengths, each with its minimum and maximum length.
+        recall_by_length: For the captions in each bin, T2I R@1 in percent and the bounds of its confidence interval.
+        similarity: Cosine similarities between a few images (columns) and the first caption of each (rows).
+        examples: Captions sampled from the data at regular intervals, and the images that each caption retrieves.
+        failures: Captions whose correct images have the worst ranks, and the images that each caption retrieves.
     """
 
     curves: dict[str, list[float]]
@@ -42,11 +42,11 @@ class ErrorAnalysis:
 
 
 def analyze_errors(ranks: RetrievalRanks, num_queries: int = 6, matrix_size: int = 20) -> ErrorAnalysis:
-    """Analyse the retrieval errors for a caption field.
+    """Analyse a model's retrieval errors for one caption field.
 
     Args:
         ranks: Ranks and embeddings for the caption field.
-        num_queries: Number of examples, and of failures, to show with images.
+        num_queries: Number of examples, and maximum number of failures.
         matrix_size: Maximum number of images in the similarity matrix.
     """
     captions = ranks.captions
@@ -75,9 +75,10 @@ def recall_curve(ranks: Tensor) -> list[float]:
 
 
 def caption_lengths(captions: Sequence[str]) -> tuple[str, list[int]]:
-    """Return the unit of length and the length of each caption.
+    """Return the length unit and the length of each caption.
 
-    The unit is words, or characters if most captions have no spaces between words (as in Chinese or Japanese).
+    Lengths are measured in words. If most captions have no spaces between words, as in Chinese or Japanese, lengths are
+    measured in characters.
     """
     words = [len(caption.split()) for caption in captions]
     characters = [len(caption) for caption in captions]
@@ -88,9 +89,10 @@ def caption_lengths(captions: Sequence[str]) -> tuple[str, list[int]]:
 
 
 def length_bins(lengths: Sequence[int], max_bins: int = 6, min_captions: int = 20) -> list[tuple[int, int]]:
-    """Return length ranges (shortest, longest), each with about the same number of captions.
+    """Divide the caption lengths into bins with similar numbers of captions, and return the bins as (minimum, maximum).
 
-    There are at most `max_bins` ranges. Each range has at least `min_captions` captions, if there are that many.
+    There are at most `max_bins` bins. Each bin contains at least `min_captions` captions, unless there are fewer
+    captions in total.
     """
     ordered = torch.tensor(sorted(lengths))
     num_bins = max(1, min(max_bins, len(ordered) // min_captions))
@@ -109,7 +111,7 @@ def length_bins(lengths: Sequence[int], max_bins: int = 6, min_captions: int = 2
 def recall_by_length(
     ranks: RetrievalRanks, lengths: Sequence[int], bins: Sequence[tuple[int, int]]
 ) -> list[tuple[float, float, float]]:
-    """Return T2I R@1 in percent for the captions in each bin, with the bounds of its confidence interval."""
+    """For the captions in each bin, return T2I R@1 in percent and the bounds of its confidence interval."""
     length = torch.tensor(lengths)
     recalls = []
     for first, last in bins:
@@ -121,7 +123,10 @@ def recall_by_length(
 
 
 def worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
-    """Return the captions whose correct images rank lowest, at most one caption per image. Hits are excluded."""
+    """Return the indices of the captions whose correct images have the worst ranks, at most one caption per image.
+
+    Captions whose correct image is ranked first are excluded.
+    """
     caption_of_image: dict[int, int] = {}
     for text in ranks.text_ranks.argsort(descending=True, stable=True).tolist():
         if len(caption_of_image) == count or ranks.text_ranks[text] == 0:
@@ -131,7 +136,7 @@ def worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
 
 
 def retrieved_images(ranks: RetrievalRanks, text: int) -> ResultImages:
-    """Return the top images for a caption. If the correct image is not among the top images, it is appended."""
+    """Return the top images for a caption, followed by the correct image if it is not among the top images."""
     correct_image, correct_rank = int(ranks.image_of_text[text]), int(ranks.text_ranks[text])
     scores = ranks.images @ ranks.texts[text]
     top_images = scores.topk(min(TOP_IMAGES, len(scores))).indices.tolist()

@@ -1,4 +1,4 @@
-"""Report for a `fit` run (report.md and report.html): metrics before and after each stage, and loss curves."""
+"""Report for a `fit` run: metrics before and after each training stage, and loss curves."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def write_fit_report(
 
     Args:
         folder: Run directory, which contains `model/`.
-        command: Command line of the run.
+        command: Command that started the run.
         data: One-line description of the training and held-out data.
-        cra: Results of `caption_retrieval_accuracy` before and after tuning, or None if CRA was not measured.
-        untrained, trained: Results of `evaluate_caption_fields` before and after alignment.
-        curves: Rows of metrics.jsonl for each stage.
+        cra: Results of `caption_retrieval_accuracy` before and after the `tune` stage, or None if CRA was not measured.
+        untrained, trained: Results of `evaluate_caption_fields` before and after the `align` stage.
+        curves: Rows of metrics.jsonl for each stage, keyed by stage name.
     """
     blocks: list[Block] = [
         Code(command),
@@ -59,13 +59,13 @@ def write_fit_report(
 
 
 def caption_retrieval_table(raw: dict[str, Any], tuned: dict[str, Any]) -> Table:
-    """Return a table with the chance level of CRA, and CRA before and after tuning."""
+    """Return a table that shows the chance level of CRA, and the CRA before and after the `tune` stage."""
     rows = [["chance", raw["chance"]], ["raw", raw["CRA"]], ["tuned", tuned["CRA"]]]
     return Table([f"caption encoder ({raw['images']:,} images)", "CRA top-1, %"], rows, frozenset([2]))
 
 
 def retrieval_table(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> Table:
-    """Return a table with chance, untrained and trained recall for each caption field."""
+    """Return a table that shows, for each caption field, the recall at chance level, before training and after it."""
     columns = [(direction, f"R@{k}") for direction in ("I2T", "T2I") for k in KS]
     rows: list[list[Any]] = []
     for before, after in zip(untrained, trained, strict=True):
@@ -78,7 +78,7 @@ def retrieval_table(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[
 
 
 def plot_loss(stage: str, rows: Sequence[dict[str, Any]]) -> Plot:
-    """Plot a stage's loss at each step, and the moving average over about 5% of the steps."""
+    """Plot a stage's loss at each step, and a moving average whose window is about 5% of the steps."""
     losses = [row["loss"] for row in rows]
     window = max(1, len(losses) // 20) + 1
     averages = []

@@ -1,4 +1,4 @@
-"""SVG plots for reports. The background is transparent and the text grey, so plots suit light and dark pages."""
+"""SVG plots for reports. The background is transparent and the text is grey, which suits both light and dark pages."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def plot_curves(
         curves: y values of each curve, keyed by curve name.
         x: x values shared by all curves.
         xlabel, ylabel: Axis labels.
-        bands: Interval (low, high) at each x value, keyed by curve name.
-        tick_labels: Tick labels for the x values. Default: the values.
+        bands: Shaded interval (low, high) at each x value, keyed by curve name.
+        tick_labels: Tick labels for the x values. Default: the x values themselves.
         log_x: Use a logarithmic x axis.
     """
     figure, axes = new_axes(6.6, 3.6)
@@ -55,7 +55,7 @@ def plot_intervals(intervals: Mapping[str, tuple[float, float, float]], xlabel: 
     """Plot values with horizontal intervals, one value per line, and return the SVG.
 
     Args:
-        intervals: (value, low, high) for each name, from top to bottom.
+        intervals: Value and interval as (value, low, high), keyed by label. The first label is at the top.
         xlabel: Label for the x axis.
     """
     figure, axes = new_axes(7.5, 0.5 + 0.36 * len(intervals))
@@ -69,7 +69,7 @@ def plot_intervals(intervals: Mapping[str, tuple[float, float, float]], xlabel: 
 
 
 def plot_matrix(scores: Tensor, xlabel: str, ylabel: str) -> str:
-    """Plot a matrix as a heat map, in which high values are dark, and return the SVG."""
+    """Plot a matrix as a heat map and return the SVG. High values are dark."""
     figure, axes = new_axes(4.2, 3.8)
     image = axes.imshow(scores.numpy(), cmap="magma_r", interpolation="nearest")
     axes.grid(False)
@@ -83,7 +83,7 @@ def plot_matrix(scores: Tensor, xlabel: str, ylabel: str) -> str:
 
 
 def new_axes(width: float, height: float) -> tuple[Any, Any]:
-    """Create a figure, with `width` and `height` in inches, and return the figure and its axes."""
+    """Create a figure and return the figure and its axes. `width` and `height` are in inches."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
