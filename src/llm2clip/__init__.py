@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 __all__ = ["LLM2CLIP", "CaptionEncoder", "open_dual_encoder"]
 __version__ = "0.2.0"
 
-# peft imports bitsandbytes, which then warns on some CPUs that an optional kernel for 4-bit inference is not installed.
-# The log level must be set before that import, so it is set here.
+# On some CPUs, bitsandbytes warns at import that an optional kernel for 4-bit inference is not installed. peft imports
+# bitsandbytes, so the log level is set here, before any import of peft.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names on first use, so that importing the package is fast."""
+    """Import public names when they are first used, so that importing the package is fast."""
     if name == "LLM2CLIP":
         from llm2clip.models.llm2clip import LLM2CLIP
 

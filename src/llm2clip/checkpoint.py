@@ -1,8 +1,8 @@
-"""Checkpoints and metrics of a training run, shared by tune, align and LLaVA.
+"""Checkpoints and metrics of a training run, shared by `tune`, `align` and LLaVA training.
 
-A run writes `checkpoints/checkpoint-N` every few steps and appends a line to `metrics.jsonl` for every logged step. A
-checkpoint is valid only when its marker file exists, so an incomplete checkpoint is ignored. The marker contains the
-run's signature (settings and a hash of the data). Training resumes only from a checkpoint with the same signature.
+A run saves `checkpoints/checkpoint-N` every few steps and appends a line to `metrics.jsonl` for every logged step. A
+checkpoint without a marker file is incomplete and is ignored. The marker file contains the run's signature, which
+consists of the settings and a hash of the data. Training resumes only from a checkpoint with an equal signature.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from transformers import TrainerCallback
 from llm2clip.distributed import process_state
 from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text
 
-PREFIX = "checkpoint-"  # the prefix that transformers' Trainer uses
+PREFIX = "checkpoint-"  # also used by the Trainer in transformers
 COMPLETE_MARKER = "complete"
 MAX_CHECKPOINTS = 2  # older checkpoints are removed
 
 
 class Checkpoints:
-    """Checkpoints of one training run. The methods must be called by all ranks.
+    """Checkpoints of one training run. The constructor and `commit` must be called by all ranks.
 
     Attributes:
-        latest: Checkpoint to resume from, or None to start from the beginning.
-        step: Step of the checkpoint to resume from, or 0.
+        latest: Checkpoint to resume from. None if training starts from the beginning.
+        step: Step of the checkpoint to resume from. 0 if training starts from the beginning.
     """
 
     def __init__(self, folder: Path, signature: Mapping[str, Any]) -> None:
-        """Find the checkpoint to resume from and remove incomplete ones.
+        """Find the checkpoint to resume from and remove incomplete checkpoints.
 
         Args:
-            folder: Folder for the checkpoints; need not exist.
-            signature: JSON-serialisable properties that must match between a run and a checkpoint, such as the number
-                of steps, the batch size and a hash of the data.
+            folder: Folder for the checkpoints, which need not exist yet.
+            signature: Properties of the run that must be equal to those saved in a checkpoint before the run can
+                resume, such as the batch size and a hash of the data. The values must be JSON-serialisable.
 
         Raises:
             ValueError: The latest checkpoint has a different signature, or is not visible on this rank.
@@ -62,11 +62,11 @@ class Checkpoints:
         self.step = 0 if latest is None else checkpoint_step(latest)
 
     def path(self, step: int) -> Path:
-        """Return the checkpoint folder for a step."""
+        """Return the path of the checkpoint for a step."""
         return self.folder / f"{PREFIX}{step}"
 
     def commit(self, step: int) -> None:
-        """Wait for all ranks, mark the checkpoint of a step as complete, and remove old checkpoints."""
+        """Wait for all ranks, mark the checkpoint for a step as complete, and remove old checkpoints."""
         state = process_state()
         state.wait_for_everyone()
         if state.is_main_process:
@@ -75,10 +75,10 @@ class Checkpoints:
 
 
 class MetricsLog:
-    """JSONL file of metrics with one object per line, each with a `step`."""
+    """JSONL file of metrics. Each line is an object with a `step` field."""
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
-        """Prepare `path` for appending. Lines after `resume_step` are dropped, because these steps will be repeated."""
+        """Prepare the file for appending. Lines for steps after `resume_step`, which will be repeated, are dropped."""
         self.path = path
         lines = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
         atomic_write_jsonl(path, lines)
@@ -89,22 +89,22 @@ class MetricsLog:
 
 
 class TrainingLog(TrainerCallback):
-    """Callback for transformers' Trainer that writes metrics, stops at non-finite values and commits checkpoints."""
+    """Callback for transformers' Trainer that writes metrics, stops on non-finite values and commits checkpoints."""
 
     def __init__(self, metrics: Path, checkpoints: Checkpoints, advice: str = "", log_summary: bool = False) -> None:
         """
         Args:
             metrics: JSONL file that the main process writes metrics to.
-            checkpoints: Checkpoints in the output directory of the Trainer.
-            advice: What to change if the loss or a gradient is not finite, shown at the end of the error message.
-            log_summary: Also write the summary that the Trainer logs after training (run time, mean loss).
+            checkpoints: Checkpoints in the Trainer's output directory.
+            advice: Advice appended to the error message if the loss or a gradient is not finite.
+            log_summary: Also write the summary that the Trainer logs at the end of training (run time, mean loss).
         """
         self.checkpoints, self.advice, self.log_summary = checkpoints, advice, log_summary
         self.log = MetricsLog(metrics, checkpoints.step) if process_state().is_main_process else None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         logs = logs or {}
-        # A non-finite gradient makes the weights non-finite, except in fp16: its gradient scaler skips such steps.
+        # A non-finite gradient makes the weights non-finite. In fp16, however, the gradient scaler skips such steps.
         for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
             check_finite(name, logs.get(name, 0.0), state.global_step, self.checkpoints, self.advice)
         if self.log is not None and ("loss" in logs or self.log_summary):
@@ -115,7 +115,7 @@ class TrainingLog(TrainerCallback):
 
 
 def check_finite(name: str, value: float, step: int, checkpoints: Checkpoints, advice: str = "") -> None:
-    """Raise FloatingPointError if `value` is not finite, naming the step and the last complete checkpoint."""
+    """Raise FloatingPointError if `value` is not finite. The message names the latest complete checkpoint."""
     if math.isfinite(value):
         return
     last = latest_checkpoint(checkpoints.folder)
@@ -123,7 +123,7 @@ def check_finite(name: str, value: float, step: int, checkpoints: Checkpoints, a
 
 
 def mark_complete(checkpoint: Path, signature: Mapping[str, Any]) -> None:
-    """Write the marker file of a checkpoint. All other files must already have been written."""
+    """Write the marker file of a checkpoint. All other files of the checkpoint must already have been written."""
     atomic_write_text(checkpoint / COMPLETE_MARKER, json.dumps(signature))
 
 
@@ -131,7 +131,7 @@ def validate_resume(checkpoint: Path, signature: Mapping[str, Any]) -> None:
     """Check that a run with this signature can resume from a checkpoint.
 
     Raises:
-        ValueError: The checkpoint has a different signature; the message lists the differences.
+        ValueError: The checkpoint has a different signature. The message lists the differences.
     """
     saved = json.loads((checkpoint / COMPLETE_MARKER).read_text())
     changes = [
@@ -145,13 +145,13 @@ def validate_resume(checkpoint: Path, signature: Mapping[str, Any]) -> None:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the complete checkpoint with the largest step, or None."""
+    """Return the complete checkpoint with the highest step, or None if there is no complete checkpoint."""
     complete = [path for path in _checkpoints(folder) if (path / COMPLETE_MARKER).exists()]
     return complete[-1] if complete else None
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """Return the step number in a checkpoint's name."""
+    """Return a checkpoint's step, which is part of its folder name."""
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
@@ -162,7 +162,7 @@ def prune_checkpoints(folder: Path, keep: int = MAX_CHECKPOINTS) -> None:
 
 
 def hash_texts(texts: Iterable[str]) -> str:
-    """Return an order-dependent hash of texts, as 16 hexadecimal digits."""
+    """Return a hash of the texts as 16 hexadecimal digits. The hash depends on the order of the texts."""
     total = hashlib.sha256()
     for text in texts:
         total.update(hashlib.sha256(text.encode(errors="surrogateescape")).digest())
@@ -170,7 +170,7 @@ def hash_texts(texts: Iterable[str]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics file. If the process was killed while writing, the truncated last line is ignored."""
+    """Read a metrics file, ignoring a truncated last line (left by a process that was killed while writing)."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:

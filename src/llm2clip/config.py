@@ -1,7 +1,7 @@
-"""Settings for every stage: one dataclass per stage, with each field documented below its definition.
+"""Settings for every stage, with one dataclass per stage. Each field is documented below its definition.
 
-A YAML config uses the same names (`align: {epochs: 4}`), and on the command line `--align.epochs 4` overrides the YAML
-value. This module imports nothing heavy, so that `llm2clip --help` is instant and any module can use the types.
+A YAML config uses the same names, e.g. `align: {epochs: 4}`. Options on the command line, e.g. `--align.epochs 4`,
+override the YAML config. This module imports only the standard library, so that `llm2clip --help` is fast.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ class EncoderConfig:
     """Caption encoder: the language model and how it processes text."""
 
     path: str = "smollm2-135m"
-    """Folder or hub id of a decoder LLM or a sentence-transformers model, a .gguf file, or a name that `llm2clip`
-    downloads: smollm2-135m, all-minilm-l6-v2, gemma3-270m."""
+    """Decoder LLM or sentence-transformers model, given as a local folder, a Hugging Face hub id or a .gguf file. The
+    following names are also accepted and downloaded: smollm2-135m, all-minilm-l6-v2, gemma3-270m."""
     bidirectional: bool | None = None
-    """Let every token attend to every other token. Default: the saved value, or true for a plain LLM."""
+    """Let every token attend to every other token. Default: the value saved with the encoder; true for a plain LLM."""
     layers: int | None = None
-    """Keep only the first N transformer layers. Default: all."""
+    """Keep only the first N transformer layers. Default: all layers."""
     template: str | None = None
     """Template that wraps each caption, e.g. "<s>{caption}</s>". At most one special token may follow {caption}.
-    Default: none."""
+    Default: no template."""
     pooling: str | None = None
-    """Token pooling: mean, weightedmean, lasttoken, cls or max. Default: the saved value, or mean for a plain LLM."""
+    """Token pooling: mean, weightedmean, lasttoken, cls or max. Default: the value saved with the encoder; mean for a
+    plain LLM."""
     max_length: int | None = None
-    """Maximum caption length in tokens; longer captions are truncated. Default: the saved value, or 512 for a plain
-    LLM."""
+    """Maximum caption length in tokens. Longer captions are truncated. Default: the value saved with the encoder; 512
+    for a plain LLM."""
     truncate_dim: int | None = None
-    """Keep only the first N dimensions of each embedding. Suited to encoders tuned with --tune.matryoshka_dims.
-    Default: all."""
+    """Keep only the first N dimensions of each embedding. Suitable for encoders tuned with --tune.matryoshka_dims.
+    Default: all dimensions."""
 
 
 @dataclass
@@ -40,26 +41,27 @@ class TuneConfig:
     """Contrastive tuning of the LLM on captions, using LoRA or full fine-tuning."""
 
     data: list[str] = field(default_factory=list)
-    """Caption sources; images are not needed. PATH uses the training rows and the rows without a split;
-    PATH@split+split uses the named splits. Default: the captions of the training data."""
+    """Caption sources. Images are not needed. PATH selects the rows of the training split and the rows without a split.
+    PATH@split+split selects the named splits. Default: the captions of the training data."""
     text_pairs: list[str] = field(default_factory=list)
-    """Sources of general text pairs. Each row has a query, a positive, and optionally negatives and an instruction. If
-    --tune.text_pairs is set without --tune.data, the captions of the training data are not used."""
+    """Sources of general text pairs. Each row must have a query and a positive. It may also have negatives and an
+    instruction. If --tune.text_pairs is set without --tune.data, the captions of the training data are not used."""
     source_weights: list[float] = field(default_factory=list)
-    """Sampling weight of each source, first for --tune.data, then for --tune.text_pairs. Each batch comes from a single
-    source. Default: caption sources are merged into one, and weights are proportional to the number of items."""
+    """Sampling weight of each source: first the sources in --tune.data, then those in --tune.text_pairs. Each batch
+    comes from a single source. By default, caption sources are merged into one source, and each source has a weight
+    proportional to its number of items."""
     exclude: list[str] = field(default_factory=list)
-    """Sources whose images are excluded from tuning. The run's held-out images are always excluded."""
+    """Sources of images to exclude from tuning. Held-out images of the run are always excluded."""
     steps: int = 150
-    """Number of optimizer steps. 0 leaves the LLM untouched."""
+    """Number of optimizer steps. 0 disables tuning."""
     batch_size: int = 128
-    """Number of text pairs per step and device. All other texts in the step, on all devices, serve as negatives."""
+    """Number of text pairs per step and device. All other texts in the batch, across all devices, are negatives."""
     hard_negative_group_size: int = 1
-    """Number of images with similar captions that are put into a batch together, as hard negatives. 32 works well for
-    tens of thousands of images; with millions, near-duplicates would become each other's negatives. 1 samples images
-    at random."""
+    """Size of the groups of images with similar captions that are placed in the same batch, as hard negatives. 32 works
+    well for tens of thousands of images. With millions of images, near-duplicates would become negatives of each other.
+    1 samples images at random."""
     lr: float = 1e-3
-    """Peak learning rate. It decays to zero on a cosine schedule."""
+    """Peak learning rate. The learning rate decays to zero on a cosine schedule."""
     warmup_ratio: float = 0.1
     """Fraction of the steps spent on linear warm-up."""
     temperature: float = 0.05
@@ -69,19 +71,20 @@ class TuneConfig:
     matryoshka_dims: list[int] = field(default_factory=list)
     """Also train these truncated embedding sizes, e.g. [256, 512]."""
     lora_r: int = 16
-    """LoRA rank for all linear layers; alpha is twice the rank. 0 trains all weights except the token embeddings."""
+    """LoRA rank for all linear layers. LoRA alpha is twice the rank. 0 disables LoRA and trains all weights except the
+    token embeddings."""
     lora_dropout: float = 0.0
     """Dropout probability before the LoRA layers."""
     qlora: bool = False
     """Quantise the frozen matrices to 4 bits during LoRA training, which reduces their device memory to an eighth.
-    Requires bitsandbytes. LoRA is merged into the original weights after training. With QLoRA, `fit` does not measure
-    caption retrieval accuracy."""
+    Requires bitsandbytes. After training, LoRA is merged into the original, unquantised weights. With QLoRA, `fit` does
+    not measure caption retrieval accuracy."""
     grad_cache: bool = False
-    """Use gradient caching: memory does not grow with the batch size, and training takes about a third more time."""
+    """Use gradient caching, so that memory does not grow with the batch size. Training takes about a third longer."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory. Useful for long captions and large LLMs."""
     batch_tokens: int | None = None
-    """Maximum number of tokens per forward pass, including padding. Default: chosen for the device."""
+    """Maximum number of tokens per forward pass, including padding. The default depends on the device."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Training precision. auto means bf16 on devices with bf16 hardware support, otherwise fp32. With LoRA, the frozen
     matrices are stored in this precision."""
@@ -106,13 +109,13 @@ class EmbedConfig:
     """Settings for encoding every caption into the embedding store."""
 
     batch_tokens: int | None = None
-    """Maximum number of tokens per batch, including padding. Default: the fastest on this device, measured once."""
+    """Maximum number of tokens per batch, including padding. Default: the fastest value, which is measured once."""
     precision: str = "auto"
-    """Encoding precision: fp32, bf16, bf16+N (the first N layers in fp32) or auto. On devices without bf16 hardware
-    support, auto means fp32. On other devices, auto selects the fastest precision whose embeddings of sixteen test
-    captions have a cosine similarity of at least 0.999 to those in fp32."""
+    """Encoding precision: fp32, bf16, bf16+N (bf16 with the first N layers in fp32) or auto. On devices with bf16
+    hardware support, auto selects the fastest precision that is accurate enough: embeddings of sixteen test captions
+    must have a cosine similarity of at least 0.999 to their fp32 embeddings. On all other devices, auto means fp32."""
     dtype: Literal["float16", "int8"] = "float16"
-    """Data type of the stored embeddings. int8 stores one scale per embedding and halves the store's size."""
+    """Data type of the stored embeddings. int8 halves the size of the store; it uses one scale factor per embedding."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range and for an unknown precision."""
@@ -126,8 +129,8 @@ class AlignConfig:
     """Settings for training a pretrained vision tower and a small adapter against the cached caption embeddings."""
 
     tower: str = "efficientnet-lite0"
-    """Vision tower: a timm name, a hub id, a folder, or a name that `llm2clip` downloads: efficientnet-lite0,
-    efficientnet-lite2."""
+    """Vision tower, given as a timm model name, a Hugging Face hub id or a local folder. The names efficientnet-lite0
+    and efficientnet-lite2 are also accepted and downloaded."""
     image_size: int | None = None
     """Input image size in pixels. Default: the size that the tower was trained with."""
     embed_dim: int = 512
@@ -139,46 +142,48 @@ class AlignConfig:
     loss: Literal["infonce", "sigmoid"] = "infonce"
     """Contrastive loss: infonce (as in CLIP and the paper) or sigmoid (as in SigLIP)."""
     epochs: float = 4
-    """Number of passes over the images; may be fractional."""
+    """Number of epochs. Fractions are allowed."""
     captions_per_image: int = 4
-    """Number of captions sampled per image and step, without replacement. 0 uses all captions. Caption embeddings are
-    read from the store, so additional captions cost almost nothing."""
+    """Number of captions per image and step, sampled without replacement. 0 uses all captions. Additional captions cost
+    almost nothing, because their embeddings are read from the store."""
     caption_mix: dict[str, float] = field(
         default_factory=lambda: {"captions": 1, "short_captions": 1, "long_captions": 1}
     )
-    """Sampling weight of each kind of caption. Kinds that an image does not have are ignored."""
+    """Sampling weight of each kind of caption. For each image, kinds without captions are ignored."""
     batch_size: int = 128
     """Number of images per step and device."""
     micro_batch_size: int | None = None
-    """Number of images per forward pass, using gradient caching. The gradients are still exactly those of the complete
-    batch, at the cost of one more forward pass of the tower. Default: the batch size, in a single pass."""
+    """Number of images per forward pass. If smaller than the batch size, gradient caching is used: the gradients are
+    still exactly those of the complete batch, but each image takes a second forward pass. Default: the batch size."""
     lr: float = 1e-3
-    """Peak learning rate for the projection, adapter and logit scale. It decays to zero on a cosine schedule."""
+    """Peak learning rate for the projection, the adapter and the logit scale. The learning rate decays to zero on a
+    cosine schedule."""
     tower_lr: float = 1e-4
-    """Peak learning rate for the vision tower. 0 freezes the tower: each image is encoded once, without random crops,
-    and the remaining epochs train on the cached features in seconds."""
+    """Peak learning rate for the vision tower. 0 freezes the tower. Each image is then encoded only once,
+    without random crops, and the remaining epochs train on the cached features in seconds."""
     layer_decay: float = 1.0
-    """Learning rate decay factor per tower layer, counted from the top. The paper uses 0.85."""
+    """Factor applied to the learning rate once for each tower layer below the top layer. The paper uses 0.85."""
     lora_r: int = 0
-    """LoRA rank for the tower's linear layers; alpha is twice the rank. The LoRA weights are merged after training. 0
-    disables LoRA and trains all weights of the tower."""
+    """LoRA rank for the tower's linear layers. LoRA alpha is twice the rank. The LoRA weights are merged after training.
+    0 disables LoRA and trains all weights of the tower."""
     warmup_ratio: float = 0.1
     """Fraction of the steps spent on linear warm-up."""
     min_crop_scale: float = 0.9
-    """Minimum crop area for RandomResizedCrop, as a fraction of the image. 1 disables cropping, as in evaluation."""
+    """Minimum area of random crops, as a fraction of the image area. 1 disables random crops."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Training precision. auto means bf16 on GPUs that support bf16, otherwise fp32. Logits are always fp32."""
     gradient_checkpointing: bool = False
     """Recompute the tower's activations in the backward pass to save memory."""
     workers: int | None = None
-    """Number of worker processes that decode images. Default: based on the number of CPU cores and devices."""
+    """Number of worker processes that decode images. The default depends on the number of CPU cores and devices."""
     eval_steps: int | None = None
     """Number of steps between evaluations on the held-out images. Default: once per epoch. 0 disables evaluation."""
     load_best_at_end: bool = False
-    """Keep the weights with the best mean of I2T and T2I R@1 instead of the final weights. The best weights are
-    selected on the held-out images, so the metrics on those images are then slightly too high."""
+    """Save the weights with the highest mean of I2T and T2I R@1 on the held-out images, instead of the final weights.
+    Because of this selection, the metrics reported on these images are slightly too high."""
     report_to: list[str] = field(default_factory=list)
-    """Trackers that receive metrics in addition to metrics.jsonl: tensorboard, wandb, trackio."""
+    """Experiment trackers to send metrics to: tensorboard, wandb or trackio. Metrics are always written to
+    metrics.jsonl."""
     save_steps: int = 50
     """Steps between checkpoints."""
     seed: int = 0
@@ -212,10 +217,10 @@ class EvaluateConfig:
 
 @dataclass
 class FitConfig:
-    """Settings for all stages: tune, embed, align, evaluate."""
+    """Settings for all stages: `tune`, `embed`, `align` and `evaluate`."""
 
     columns: dict[str, str] = field(default_factory=dict)
-    """Source column for each llm2clip field: id, image, captions, short_captions, long_captions, split."""
+    """Name of the source column for each field: id, image, captions, short_captions, long_captions, split."""
     max_skipped: float = 0.05
     """Stop if more than this fraction of the rows cannot be used."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -227,7 +232,7 @@ class FitConfig:
 
 @dataclass
 class ReproduceConfig:
-    """Settings for testing the paper's claims at a scale that fits this machine. Source paths are relative to the data
+    """Settings for `reproduce`, which tests the paper's claims at small scale. Source paths are relative to the data
     folder."""
 
     tune: list[str] = field(default_factory=lambda: ["flickr30k_text/captions.jsonl@train"])
@@ -235,28 +240,28 @@ class ReproduceConfig:
     exclude: list[str] = field(default_factory=lambda: ["flickr8k/captions.jsonl@val", "flickr8k_text/captions.jsonl"])
     """Sources whose images are excluded from tuning."""
     text_pairs: list[str] = field(default_factory=list)
-    """Sources of general text pairs (TC). Default: WordNet's glosses if Debian's wordnet-base package is installed."""
+    """Sources of general text pairs (called TC in the paper). By default, glosses from WordNet are used if the Debian
+    package wordnet-base is installed."""
     cra: list[str] = field(default_factory=lambda: ["coco_text/captions.jsonl@karpathy_test"])
-    """Sources for caption retrieval accuracy (CRA)."""
+    """Caption sources for measuring caption retrieval accuracy (CRA)."""
     train: list[str] = field(default_factory=lambda: ["flickr8k/captions.jsonl@train+none", "coco_img/captions.jsonl"])
-    """Sources of captioned images to align on."""
+    """Sources of captioned images for the `align` stage."""
     test: list[str] = field(default_factory=lambda: ["flickr8k/captions.jsonl@val"])
-    """Sources of captioned images to evaluate retrieval on."""
+    """Sources of captioned images for evaluating retrieval."""
     foreign_column: str = "captions_zh"
-    """Column with test captions in a language that is not in the training captions."""
+    """Column with test captions in a language that does not occur in the training captions."""
     long_caption_sources: list[str] = field(default_factory=lambda: ["ade20k_ids/captions.jsonl"])
-    """Sources of images with one long caption each, used only for evaluation."""
+    """Sources of images with one long caption each. Used only for evaluation."""
     llm: str = "smollm2-135m"
-    """Language model that the claims are tested with: any value that --encoder.path accepts."""
+    """Language model for testing the claims. Accepts the same values as --encoder.path."""
     layers: int | None = 12
     """Keep only the first N layers of the LLM. null keeps all layers."""
     baseline_encoder: str = "all-minilm-l6-v2"
-    """Text encoder that is not an LLM, used as the baseline."""
+    """Text encoder that is not an LLM, used as a baseline."""
     multilingual_llm: str = "gemma3-270m"
     """Larger language model that understands the language of --reproduce.foreign_column."""
     tower: str = "efficientnet-lite0"
-    """Vision tower: any value that --align.tower accepts. The tower is frozen, and only the heads are trained on its
-    features."""
+    """Vision tower. Accepts the same values as --align.tower. The tower is frozen; only the heads are trained."""
     image_size: int = 160
     """Image size in pixels."""
     embed_dim: int = 256
@@ -272,18 +277,18 @@ class ReproduceConfig:
     epochs: float = 10
     """Number of epochs for training the heads."""
     seeds: int = 3
-    """Number of alignment runs per encoder, each with a different seed."""
+    """Number of `align` runs per encoder, each with a different seed."""
     cost_images: int = 64
-    """Number of images per step in the measurement of training cost."""
+    """Number of images per step when training cost is measured."""
     cost_steps: int = 8
-    """Number of steps that are timed for each kind of training step."""
+    """Number of timed steps for each kind of training step."""
 
 
 @dataclass
 class LlavaConfig:
     """Settings for training a multimodal LLM in two stages: first only the projector, then the projector and the LLM.
 
-    The defaults are those of LLaVA-1.5 (arXiv 2310.03744).
+    The default values are taken from LLaVA-1.5 (arXiv 2310.03744).
     """
 
     pretrain_epochs: float = 1
@@ -301,18 +306,19 @@ class LlavaConfig:
     micro_batch_size: int = 16
     """Number of conversations per forward pass and device. Gradients are accumulated up to the batch size."""
     lora_r: int = 0
-    """LoRA rank for the LLM; the LoRA weights are merged after training. 0 trains all weights."""
+    """LoRA rank for the LLM. The LoRA weights are merged after training. 0 disables LoRA and trains all weights."""
     lora_alpha: int = 256
-    """LoRA scaling factor alpha."""
+    """LoRA alpha, which scales the output of the LoRA layers."""
     max_length: int = 2048
     """Maximum conversation length in tokens, including image tokens. Longer conversations are truncated."""
     group_by_length: bool = True
-    """Batch conversations of similar length together to reduce padding."""
+    """Group conversations of similar length into batches, to reduce padding."""
     cache_gb: float = 20.0
-    """Size limit in GB for caching the frozen tower's patch features. If they do not fit, they are recomputed in every
-    step. 0 disables caching."""
+    """Maximum size in GB of the cache for the frozen tower's patch features. If the features do not fit, they are
+    recomputed in every step. 0 disables caching."""
     warmup_ratio: float = 0.03
-    """Fraction of the steps spent on linear warm-up, which is followed by cosine decay to zero."""
+    """Fraction of the steps spent on linear warm-up. Afterwards, the learning rate decays to zero on a cosine
+    schedule."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Training precision. auto means bf16 on devices with bf16 hardware support, otherwise fp32."""
     gradient_checkpointing: bool = False
@@ -335,7 +341,7 @@ class LlavaConfig:
 
 
 def require_at_least(minimum: int, config: Any, section: str, *names: str) -> None:
-    """Raise ValueError if any of these settings is below the minimum. A value of None is allowed."""
+    """Raise ValueError if any of the named settings is less than the minimum. None is allowed."""
     for name in names:
         value = getattr(config, name)
         if value is not None and value < minimum:
@@ -343,7 +349,7 @@ def require_at_least(minimum: int, config: Any, section: str, *names: str) -> No
 
 
 def require_fraction(config: Any, section: str, *names: str) -> None:
-    """Raise ValueError if any of these settings is not between 0 and 1."""
+    """Raise ValueError if any of the named settings is not between 0 and 1."""
     for name in names:
         value = getattr(config, name)
         if not 0 <= value <= 1:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-# Maximum relative error of a float32 matmul that sums a few hundred terms. The bfloat16 error is a thousand times
-# larger.
+# Maximum relative error of a float32 matmul that sums a few hundred terms. The error of a bfloat16 matmul is a thousand
+# times larger.
 FLOAT32_TOLERANCE = 1e-6
 # Parameter constants for mallopt, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -21,9 +21,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 def keep_freed_memory(device: torch.device) -> None:
     """Let malloc keep freed memory instead of returning it to the operating system after every training step.
 
-    Activations are large blocks. By default, glibc maps and unmaps each block, and the kernel zeroes its pages every
-    time. Training EfficientNet-Lite0 on two cores is up to twice as fast with this setting (`benchmarks/malloc.py`).
-    Does nothing for devices other than the CPU or C libraries other than glibc.
+    Activations are large blocks of memory. By default, glibc maps and unmaps each block, and the kernel zeroes the
+    block's pages every time. With this setting, training EfficientNet-Lite0 on two cores is up to twice as fast
+    (`benchmarks/malloc.py`). If the device is not the CPU or the C library is not glibc, this function does nothing.
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return
@@ -37,10 +37,10 @@ def keep_freed_memory(device: torch.device) -> None:
 def onednn_matmul() -> Iterator[None]:
     """Compute float32 matmuls on the CPU with oneDNN instead of MKL if oneDNN is faster. Also works as a decorator.
 
-    MKL does not use AVX-512 on AMD CPUs. oneDNN does, and is more than twice as fast on these CPUs
-    (`benchmarks/matmul.py`). PyTorch uses oneDNN for float32 only at matmul precision "medium", which also allows
-    rounding to bfloat16; `onednn_is_faster` checks that oneDNN does not round. If there is a GPU, nothing is changed,
-    because the setting would apply to the GPU as well.
+    On AMD CPUs, MKL does not use AVX-512. oneDNN uses AVX-512 and is more than twice as fast (`benchmarks/matmul.py`).
+    PyTorch uses oneDNN for float32 only if the matmul precision is "medium". This precision also allows rounding to
+    bfloat16, so `onednn_is_faster` checks that oneDNN does not round. If there is a GPU, the precision is not changed,
+    because the change would also apply to the GPU.
     """
     if torch.accelerator.is_available() or not onednn_is_faster():
         yield
@@ -56,10 +56,10 @@ def onednn_matmul() -> Iterator[None]:
 @lru_cache
 @torch.inference_mode()
 def onednn_is_faster() -> bool:
-    """Return True if oneDNN computes float32 matmuls faster than MKL on this CPU, with float32 accuracy.
+    """Return True if, on this CPU, oneDNN computes float32 matmuls faster than MKL and with float32 accuracy.
 
-    The speed is inferred from the CPU model instead of measured, because all ranks must make the same choice; otherwise
-    their results would differ in the last bits.
+    The speed is inferred from the CPU model. If it were measured, ranks could make different choices, and their results
+    would then differ in the last bits.
     """
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if not (str(capabilities.get("cpu_name")).startswith("AMD") and capabilities.get("avx512_f")):

@@ -22,8 +22,8 @@ from llm2clip.io_utils import atomic_write_text
 def process_state() -> PartialState:
     """Return Accelerate's state: rank, world size and device. The first call initialises the process group.
 
-    Without a GPU or other accelerator, Accelerate must be told to use the CPU, or it creates no process group. The
-    timeout is long because all ranks wait while the main process evaluates.
+    On machines without a GPU or other accelerator, Accelerate creates a process group only if `cpu` is set. The timeout
+    is long because all ranks wait while the main process evaluates the model.
     """
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     return PartialState(cpu=use_cpu or not torch.accelerator.is_available(), timeout=timedelta(days=1))
@@ -43,7 +43,7 @@ def set_fsdp_wrap_policy(layers: Sequence[nn.Module]) -> None:
     """If FSDP is enabled, make Accelerate shard a model layer by layer.
 
     Args:
-        layers: transformer layers of the model; if empty, the model is sharded as one unit.
+        layers: Transformer layers of the model. If empty, the model is sharded as a single unit.
 
     Raises:
         ValueError: FSDP version 1 was selected in the launcher.
@@ -58,14 +58,15 @@ def set_fsdp_wrap_policy(layers: Sequence[nn.Module]) -> None:
 
 
 def set_mixed_precision(precision: str) -> str:
-    """Set Accelerate's mixed precision to fp32, bf16 or fp16, and return Accelerate's name for it.
+    """Set Accelerate's mixed precision to fp32, bf16 or fp16, and return Accelerate's name for this precision.
 
-    This overrides the precision set by the launcher or by an earlier stage in the same process.
+    This setting overrides any precision set by the launcher or by an earlier stage in the same process.
     """
     name = "no" if precision == "fp32" else precision
     os.environ["ACCELERATE_MIXED_PRECISION"] = name
     AcceleratorState._reset_state()
-    # After the reset, Accelerate restores its FSDP plugin only if the type is derived from the environment again.
+    # After the reset, Accelerate restores its FSDP plugin only if it derives the distributed type from the environment
+    # again, starting from MULTI_GPU.
     if PartialState._shared_state.get("distributed_type") is DistributedType.FSDP:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return name
@@ -83,7 +84,7 @@ def print_once(*lines: str) -> None:
 
 
 def cached_json(file: Path, compute: Callable[[], Any]) -> Any:
-    """Return the content of a JSON file. If the file is missing, the main process computes and writes the content."""
+    """Return the content of a JSON file. If the file does not exist, the main process computes and writes it first."""
     state = process_state()
     if state.is_main_process and not file.exists():
         atomic_write_text(file, json.dumps(compute(), indent=1))
@@ -92,7 +93,7 @@ def cached_json(file: Path, compute: Callable[[], Any]) -> Any:
 
 
 def shutdown() -> None:
-    """Wait for all ranks, then destroy the process group. If a rank simply exited, other ranks could fail."""
+    """Wait for all ranks, then destroy the process group. If a rank exited early, other ranks could fail."""
     if is_distributed():
         process_state().wait_for_everyone()
         torch.distributed.destroy_process_group()

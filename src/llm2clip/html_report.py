@@ -1,6 +1,7 @@
-"""Reports built from blocks, and written as Markdown and as a self-contained HTML page without scripts.
+"""Reports that consist of blocks, written as Markdown and as a self-contained HTML page without scripts.
 
-The page is rendered from `templates/report.html.jinja` with `templates/report.css` inlined. All text is escaped.
+The page is rendered from the template `templates/report.html.jinja`, and includes the CSS from `templates/report.css`.
+All text is escaped.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from markupsafe import Markup, escape
 
 from llm2clip.io_utils import atomic_write_text
 
-GOOD, BAD, UNSURE = "good", "bad", "unsure"  # statuses of paragraphs and table cells, which determine the colour
-LONG_CELL = 30  # table cells with more characters than this may wrap
+GOOD, BAD, UNSURE = "good", "bad", "unsure"  # the status of a paragraph or table cell determines its colour
+LONG_CELL = 30  # text in table cells may wrap if it has more characters than this
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A paragraph of text, in which `backticks` mark code. `status` is GOOD, BAD, UNSURE or empty."""
+    """A paragraph of text. Backticks in the text mark code. `status` is either empty or one of GOOD, BAD and UNSURE."""
 
     kind: ClassVar[str] = "paragraph"
     text: str
@@ -41,7 +42,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Code:
-    """A code block. `language` is the language name for Markdown, or empty."""
+    """A code block. `language` is the name used for syntax highlighting in Markdown, and may be empty."""
 
     kind: ClassVar[str] = "code"
     text: str
@@ -56,7 +57,7 @@ class Table:
         header: Column names.
         rows: Cell values of each row.
         highlight: Indices of the rows to highlight.
-        statuses: Statuses for cells, keyed by cell text, e.g. {"holds": GOOD}.
+        statuses: Maps the text of a cell to the cell's status, e.g. {"holds": GOOD}.
     """
 
     kind: ClassVar[str] = "table"
@@ -80,8 +81,8 @@ class ResultImage:
     """An image retrieved by a query.
 
     Args:
-        jpeg: JPEG data, or None if the image cannot be decoded.
-        is_correct: True if the image is a correct answer, False if not, None if unknown.
+        jpeg: Image as JPEG data. None if the image cannot be decoded.
+        is_correct: True if the image is a correct result for the query. None if this is unknown.
         caption: Text shown below the image.
     """
 
@@ -111,7 +112,7 @@ def write_report(folder: Path, name: str, title: str, blocks: Sequence[Block]) -
 
 
 def to_markdown(title: str, blocks: Sequence[Block], html_name: str = "") -> str:
-    """Return a report as Markdown. Plots and images are replaced with a reference to the HTML file `html_name`."""
+    """Return a report as Markdown. Plots and images are omitted; a note refers to the HTML file `html_name` instead."""
     parts = []
     has_images = False
     for block in blocks:
@@ -166,14 +167,14 @@ def _load_template() -> jinja2.Template:
 
 
 def _inline_html(text: str) -> Markup:
-    """Escape text for HTML, and turn `code` in backticks into <code> elements."""
+    """Escape text for HTML, and convert text in backticks to <code> elements."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def format_cell(value: Any) -> str:
     """Format a value for a table cell.
 
-    Floats are shown with one decimal, or with one significant digit if they are small. None is shown as a dash.
+    Floats are shown with one decimal place. Small floats are shown with one significant digit. None is shown as a dash.
     """
     if isinstance(value, float):
         return f"{value:.1g}" if 0.0005 <= abs(value) < 0.1 else f"{value:.1f}"

@@ -1,4 +1,4 @@
-"""Atomic writes, and readers for JSON and text files that report errors with the file and the line."""
+"""Atomic writes, and readers for JSON and text files whose error messages include the file name and line number."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 
 class MissingFileError(FileNotFoundError):
-    """A file or folder of a data set is missing. The message names the missing path."""
+    """A file or folder of a data set is missing. The message contains its path."""
 
 
 class DataFormatError(ValueError):
-    """A file has the wrong format. The message names the file and the position of the error."""
+    """A file has an invalid format. The message contains the file name and the position of the error."""
 
 
 # ---- atomic writes -------------------------------------------------------------------------------------------------
@@ -24,16 +24,16 @@ class DataFormatError(ValueError):
 
 @contextmanager
 def atomic_path(file: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `file`; on success, fsync it and rename it to `file`.
+    """Yield a temporary path in the folder of `file`. On success, flush the temporary file to disk and rename it.
 
-    Readers see either the old file or the complete new one. If the block raises, the temporary file is removed. The
-    parent folder is created if needed.
+    Readers see either the old file or the complete new file. If the `with` block raises an exception, the temporary
+    file is removed. The parent folder is created if needed.
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    # Keep the suffix at the end: np.save, for example, appends .npy to a path without this suffix.
+    # Keep the file's suffix at the end, because np.save, for example, appends .npy to a path that does not end in .npy.
     temporary = file.with_name(f".{file.stem}.{os.getpid()}.part{file.suffix}")
-    temporary.unlink(missing_ok=True)  # may be left over from a killed process with the same id, and may be a hard link
+    temporary.unlink(missing_ok=True)  # may be left over from a killed process with the same id
     try:
         yield temporary
         with temporary.open("rb") as stream:
@@ -46,9 +46,9 @@ def atomic_path(file: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_dir(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `folder`; on success, rename it to `folder`, which must not exist.
+    """Yield an empty temporary folder next to `folder`. On success, rename it to `folder`, which must not exist yet.
 
-    If the block raises, the temporary folder is removed.
+    If the `with` block raises an exception, the temporary folder is removed.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -68,21 +68,21 @@ def atomic_dir(folder: str | Path) -> Iterator[Path]:
 
 
 def atomic_write_text(file: str | Path, text: str) -> None:
-    """Write a text file atomically, see `atomic_path`."""
+    """Write a text file atomically (see `atomic_path`)."""
     with atomic_path(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def atomic_write_jsonl(file: str | Path, rows: Iterable[Any]) -> None:
-    """Write rows as JSON lines atomically, see `atomic_path`."""
+    """Write rows to a JSONL file atomically (see `atomic_path`)."""
     atomic_write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def fsync_folder(folder: Path) -> None:
-    """Flush a folder to disk, so that a rename inside it survives a power cut."""
+    """Flush a folder to disk, so that a renamed file in this folder survives a power failure."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows cannot open folders
+    except OSError:  # on Windows, folders cannot be opened
         return
     try:
         os.fsync(descriptor)
@@ -96,10 +96,10 @@ def fsync_folder(folder: Path) -> None:
 
 
 def first_existing(folder: Path, *names: str) -> Path:
-    """Return the first of the named files or folders that exists in `folder`. Names may be glob patterns.
+    """Return the first file or folder in `names` that exists in `folder`. Names may be glob patterns.
 
     Raises:
-        MissingFileError: none of the names exists.
+        MissingFileError: `folder` contains none of the names.
     """
     for name in names:
         if any(c in name for c in "*?["):
@@ -115,7 +115,7 @@ def read_json(file: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        DataFormatError: the file is not valid JSON.
+        DataFormatError: The file is not valid JSON.
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -124,10 +124,10 @@ def read_json(file: Path) -> Any:
 
 
 def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, object) for each line of a JSONL file. Line numbers start at 1, and empty lines are skipped.
+    """Yield (line number, object) for each line of a JSONL file. Line numbers start at 1. Empty lines are skipped.
 
     Raises:
-        DataFormatError: a line is not a JSON object.
+        DataFormatError: A line is not a JSON object.
     """
     for number, line in _numbered_lines(file):
         try:
@@ -143,7 +143,7 @@ def read_lines(file: Path) -> list[str]:
     """Return the non-empty lines of a UTF-8 text file.
 
     Raises:
-        DataFormatError: the file is not valid UTF-8.
+        DataFormatError: The file is not valid UTF-8.
     """
     return [line for _, line in _numbered_lines(file)]
 
@@ -151,8 +151,8 @@ def read_lines(file: Path) -> list[str]:
 def _numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
     """Yield (line number, line) for each non-empty line. Line numbers start at 1.
 
-    Lines are split only at newlines, unlike in `str.splitlines`, which also splits at U+2028 and U+0085. Captions can
-    contain these characters.
+    Lines end only at newlines. `str.splitlines` would also split at the characters U+2028 and U+0085, which captions
+    can contain.
     """
     with file.open(encoding="utf-8-sig") as stream:
         try:

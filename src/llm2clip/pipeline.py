@@ -1,15 +1,15 @@
-"""The four stages (tune, embed, align, evaluate), and `fit`, which runs all of them in this order.
+"""The four stages `tune`, `embed`, `align` and `evaluate`, and `fit`, which runs all stages in this order.
 
-The command line and `reproduce` call the same functions. Each stage writes its result atomically and skips work that
-is already done, so running the same command again resumes the run. Layout of a run directory:
+The command line and `reproduce` both call these functions. Each stage writes its result atomically and skips completed
+work, so running the same command again resumes an interrupted run. A run directory has this layout:
 
     RUN/
-      config.yaml            all settings; on resuming, changes that affect the result are rejected
-      skipped.jsonl          rows and images that could not be used, with file and row
+      config.yaml            all settings; a resumed run must not change settings that affect the result
+      skipped.jsonl          rows and images that could not be used, with their file and row number
       tune/                  encoder/ (the tuned caption encoder), metrics.jsonl, cra_*.json, checkpoints/
       store/                 the embedding of every caption
       align/                 metrics.jsonl, evaluations.jsonl, checkpoints/, best/, features-*/ (if the tower is frozen)
-      evaluate/              untrained.json and trained.json: retrieval before and after alignment
+      evaluate/              untrained.json and trained.json: retrieval metrics before and after `align`
       model/                 the trained model
       report.md, report.html
 """
@@ -58,17 +58,17 @@ def fit(sources: Sequence[str], run_dir: Path, config: FitConfig) -> Path:
     """Run all stages on captioned images.
 
     Args:
-        sources: data sources, each PATH or PATH@split+split, see `llm2clip.data.records.Source`.
-        run_dir: run directory; if it holds an interrupted run, the run is resumed.
-        config: settings for all stages.
+        sources: Data sources, each written as PATH or PATH@split+split (see `llm2clip.data.records.Source`).
+        run_dir: Run directory. If it contains an interrupted run, that run is resumed.
+        config: Settings for all stages.
 
     Returns:
         The model folder.
 
     Raises:
-        ConfigChangedError: the run directory was created with different settings.
-        TooManySkipped: more than `config.max_skipped` of the rows cannot be used.
-        ValueError: the data is too small for the settings, or contains no captions to learn from.
+        ConfigChangedError: The run directory was created with different settings.
+        TooManySkipped: The fraction of rows that cannot be used is greater than `config.max_skipped`.
+        ValueError: The data set is too small for the settings, or contains no captions to train on.
     """
     log = start_run(run_dir, {"data": list(sources), **dataclasses.asdict(config)}, config.max_skipped)
     data = read_splits(sources, config.evaluate, config.columns, log)
@@ -106,20 +106,21 @@ def tune(
     """Tune the caption encoder on pairs of texts.
 
     Args:
-        pairs: image captions or text pairs, one list per source, see `read_tuning_sources`.
-        out: output folder of this stage.
-        encoder: the encoder to start from.
-        config: settings for this stage.
-        held_out_captions: captions of each held-out image. If at least two images have two distinct captions, caption
-            retrieval accuracy is measured before and after tuning and saved in cra_raw.json and cra_tuned.json.
+        pairs: One list per source, which contains either image captions or text pairs (see `read_tuning_sources`).
+        out: Output folder of this stage.
+        encoder: Caption encoder to start from.
+        config: Settings for this stage.
+        held_out_captions: Captions of each held-out image. If at least two images have two or more distinct captions
+            each, caption retrieval accuracy is measured before and after tuning. The results are saved in cra_raw.json
+            and cra_tuned.json. With QLoRA, caption retrieval accuracy is not measured.
 
     Returns:
         The folder of the tuned caption encoder, `out/encoder`.
     """
     encoder_dir = out / "encoder"
     is_done = encoder_dir.exists()
-    process_state().wait_for_everyone()  # every rank must check for the folder before any rank creates it
-    # QLoRA is meant for LLMs that do not fit on the device unquantised, so the raw LLM is not evaluated.
+    process_state().wait_for_everyone()  # every rank must check for the folder before it is created
+    # QLoRA is meant for LLMs that do not fit on the device without quantisation, so the untuned LLM is not evaluated.
     measure = sum(len(set(captions)) > 1 for captions in held_out_captions) > 1 and not config.qlora
     raw = None if is_done else open_encoder(encoder, device="cpu" if config.qlora else None)
     if measure:
@@ -147,15 +148,16 @@ def embed(
     engine: Literal["local", "ray"] = "local",
     ray_workers: int = 0,
 ) -> EmbeddingStore:
-    """Encode captions into a store, skipping captions that are already in the store.
+    """Encode captions into an embedding store. Captions that are already in the store are skipped.
 
     Args:
-        captions: captions to encode; duplicates are allowed.
-        out: store folder.
-        encoder: the frozen caption encoder.
-        config: settings for this stage.
-        engine: "local" runs on the ranks that the launcher started; "ray" runs on a Ray cluster.
-        ray_workers: number of Ray workers; 0 means one per GPU or, without a GPU, one per two CPU cores.
+        captions: Captions to encode. May contain duplicates.
+        out: Folder of the embedding store.
+        encoder: Caption encoder, which is frozen.
+        config: Settings for this stage.
+        engine: "local" runs on the ranks that the launcher started. "ray" runs on a Ray cluster.
+        ray_workers: Number of Ray workers. 0 means one worker per GPU. If there is no GPU, 0 means one worker per two
+            CPU cores.
     """
     options = dataclasses.asdict(config)
     if engine == "ray":
@@ -177,15 +179,16 @@ def align(
     """Train the vision tower, its projection and the adapter against the cached caption embeddings.
 
     Args:
-        train: records whose captions are in the store.
-        store: cached caption embeddings.
-        out: output folder of this stage.
-        config: settings for this stage.
-        log: skip log for images that cannot be decoded.
-        held_out: records to evaluate on before, during and after training, keyed by caption column.
-        encoder: caption encoder to save with the model; None saves the model without a caption encoder.
-        model_dir: folder to save the model in. Default: `out/model`.
-        features: store for the frozen tower's features; several runs may share it. Default: a folder in `out`.
+        train: Training records. All of their captions must be in the store.
+        store: Cached caption embeddings.
+        out: Output folder of this stage.
+        config: Settings for this stage.
+        log: Skip log that records images that cannot be decoded.
+        held_out: Records to evaluate the model on before and during training, keyed by caption column.
+        encoder: Caption encoder to save with the model. If None, the model is saved without a caption encoder.
+        model_dir: Folder to save the model in. Default: `out/model`.
+        features: Folder of the feature store, which caches the frozen tower's features. Several runs may share this
+            folder. Default: a folder in `out`.
 
     Returns:
         The model folder.
@@ -194,14 +197,14 @@ def align(
     model_dir = model_dir or out / "model"
     if model_dir.exists():
         return model_dir
-    gc.collect()  # free the LLM's memory before the vision tower is loaded
+    gc.collect()  # free the memory of the LLM before the vision tower is loaded
     model = new_model(config, store)
     validate = None
     if held_out:
         evaluations = out.parent / "evaluate"
         if state.is_main_process:
-            (evaluations / "trained.json").unlink(missing_ok=True)  # from an earlier model
-            if not (out / "checkpoints").exists():  # the align settings may have changed since the last run
+            (evaluations / "trained.json").unlink(missing_ok=True)  # metrics of an earlier model
+            if not (out / "checkpoints").exists():  # the `align` settings may have changed
                 (evaluations / "untrained.json").unlink(missing_ok=True)
         cached_json(evaluations / "untrained.json", lambda: _evaluate_from_store(model, held_out, store, log))
         validate = make_validator(held_out, log, store)
@@ -215,17 +218,17 @@ def align(
 def evaluate(
     model_dir: Path, held_out: HeldOut, out: Path, log: SkipLog, store: EmbeddingStore
 ) -> list[dict[str, Any]]:
-    """Evaluate the retrieval of a trained model on held-out images, with text embeddings from the store.
+    """Evaluate the retrieval performance of a trained model on held-out images, with text embeddings from the store.
 
     Args:
-        model_dir: model folder.
-        held_out: records to evaluate on, keyed by caption column.
-        out: output folder of this stage; the result is saved in `trained.json`.
-        log: skip log for images that cannot be decoded.
-        store: store that contains the embeddings of the held-out captions.
+        model_dir: Model folder.
+        held_out: Records to evaluate on, keyed by caption column.
+        out: Output folder of this stage. The metrics are saved in this folder as `trained.json`.
+        log: Skip log that records images that cannot be decoded.
+        store: Store that contains the embeddings of the held-out captions.
 
     Returns:
-        One row per caption column, see `evaluate_caption_fields`.
+        One row of metrics per caption column (see `evaluate_caption_fields`).
     """
     model = LLM2CLIP.from_pretrained(model_dir)
     rows: list[dict[str, Any]] = cached_json(
@@ -238,7 +241,7 @@ def evaluate(
 
 
 def start_run(run_dir: Path, config: dict[str, Any], max_skipped: float) -> SkipLog:
-    """Save the run config, or raise if the run directory has a different one. Return the skip log."""
+    """Save or check the config of a run (see `save_or_check_config`), and return the run's skip log."""
     is_main = process_state().is_main_process
     if is_main:
         save_or_check_config(config, run_dir)
@@ -246,12 +249,12 @@ def start_run(run_dir: Path, config: dict[str, Any], max_skipped: float) -> Skip
 
 
 def open_encoder(config: EncoderConfig, device: str | None = None) -> CaptionEncoder:
-    """Load the caption encoder that a config describes. Default device: this rank's device."""
+    """Load the caption encoder described by `config`. If `device` is None, load it on this rank's device."""
     return CaptionEncoder.from_pretrained(**dataclasses.asdict(config), device=device)
 
 
 def new_model(config: AlignConfig, store: EmbeddingStore) -> LLM2CLIP:
-    """Create an untrained model from a pretrained tower and heads initialised with the config's seed."""
+    """Create a model from a pretrained tower and randomly initialised heads. The config specifies the seed."""
     torch.manual_seed(config.seed)
     tower = VisionTower.from_pretrained(config.tower, image_size=config.image_size)
     tower.freeze_norm = True  # keep the pretrained batch-norm statistics
@@ -262,7 +265,7 @@ def new_model(config: AlignConfig, store: EmbeddingStore) -> LLM2CLIP:
 def _tuning_pairs(
     train: Sequence[Record], held_out: HeldOut, config: FitConfig, out: Path, log: SkipLog
 ) -> list[list[TuningItem]]:
-    """Return the text pairs that `fit` tunes on, or an empty list if tuning is off or already done."""
+    """Return the data that `fit` tunes on. Return an empty list if tuning is disabled or already complete."""
     if config.tune.steps == 0 or (out / "encoder").exists():
         return []
     own_captions = [] if config.tune.data or config.tune.text_pairs else train
@@ -277,7 +280,10 @@ def _evaluate_from_store(
 
 
 def _save_model(model: LLM2CLIP, folder: Path, encoder: EncoderConfig | None) -> None:
-    """Save a model with its caption encoder. An encoder folder with unchanged settings is copied."""
+    """Save a model together with its caption encoder.
+
+    If `encoder` is a local folder and overrides none of the saved settings, the folder is copied.
+    """
     if encoder is None:
         model.save_pretrained(folder)
     elif encoder == EncoderConfig(path=encoder.path) and (Path(encoder.path) / "modules.json").is_file():

@@ -12,9 +12,9 @@ LOG_INTERVAL = 10.0  # seconds between lines in a log file
 
 
 class ProgressBar(tqdm):
-    """tqdm progress bar that prints a new line every few seconds if stderr is a log file instead of a terminal.
+    """tqdm progress bar for terminals and log files. In a log file, it writes a new line every few seconds.
 
-    The arguments are those of `tqdm.auto.tqdm`.
+    Takes the same arguments as `tqdm.auto.tqdm`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -26,7 +26,7 @@ class ProgressBar(tqdm):
             self.bar_format = "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
     def display(self, msg: str | None = None, pos: int | None = None, **kwargs: Any) -> Any:
-        """Redraw the bar in place or, in a log file, write a line if the last line is `LOG_INTERVAL` seconds old."""
+        """Redraw the bar in place. In a log file, write a new line if `LOG_INTERVAL` seconds have passed."""
         if not self._writes_lines:
             return super().display(msg, pos, **kwargs)
         is_complete = self.total is not None and self.n >= self.total
@@ -37,14 +37,14 @@ class ProgressBar(tqdm):
         return True
 
     def close(self) -> None:
-        """Close the bar. In a log file, write the final state."""
+        """Close the bar. In a log file, write the bar's final state."""
         if not self._writes_lines:
             return super().close()
         if self.disable:
             return None
         self.disable = True
         line = str(self).strip()
-        already_written = self._last_line.startswith(line.split("[")[0])  # compare the counts; the rates may differ
+        already_written = self._last_line.startswith(line.split("[")[0])  # compare only the counts
         if self.leave and self.n and not already_written:
             self._write_line(line)
         type(self)._decr_instances(self)  # type: ignore[attr-defined]
@@ -56,7 +56,7 @@ class ProgressBar(tqdm):
             super().moveto(n)
 
     def clear(self, *args: Any, **kwargs: Any) -> None:
-        """Clear the bar before a message is printed. In a log file, keep the lines."""
+        """Clear the bar, so that a message can be printed. In a log file, do nothing."""
         if not self._writes_lines:
             super().clear(*args, **kwargs)
 

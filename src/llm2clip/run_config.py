@@ -1,4 +1,4 @@
-"""Config file saved in a run directory and checked whenever the run is resumed."""
+"""The config file, which is saved in the run directory and checked whenever the run is resumed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llm2clip.io_utils import atomic_write_text
 
 CONFIG_FILE = "config.yaml"
 
-# Settings that may change when a run is resumed: they affect speed and memory, not the result.
+# Settings that may be changed when a run is resumed, because they do not affect the result.
 RESUME_SAFE = (
     "workers",
     "save_steps",
@@ -26,7 +26,7 @@ RESUME_SAFE = (
     "cost_steps",
 )
 
-# Align settings may still change as long as the run directory contains no outputs from align.
+# Settings of the `align` stage may be changed until the run directory contains one of these outputs of the stage.
 ALIGN_OUTPUTS = ("align/checkpoints", "checkpoints", "model")
 
 
@@ -35,17 +35,17 @@ class ConfigChangedError(ValueError):
 
 
 def save_or_check_config(config: dict[str, Any], run_dir: Path) -> None:
-    """Save the config of a run in the run directory, or check that the config matches the saved one.
+    """Save the config of a run in its run directory. If the run is resumed, first check the config.
 
-    If the directory contains no outputs, the new config replaces the saved one. The `align` section may change until
-    align has written outputs.
+    If the run directory already contains outputs, the config must match the saved config. The `align` settings may
+    still be changed until the `align` stage has written outputs.
 
     Args:
-        config: value of each setting, keyed by name; dataclasses are converted to dicts.
-        run_dir: run directory; the config is saved as `config.yaml`.
+        config: The value of each setting, keyed by name. Dataclasses are converted to dicts.
+        run_dir: Run directory. The config is saved in this directory as `config.yaml`.
 
     Raises:
-        ConfigChangedError: the saved config is different; the message lists the settings that differ.
+        ConfigChangedError: The saved config is different. The message lists the settings that differ.
     """
     file = run_dir / CONFIG_FILE
     new = _to_plain(config)
@@ -84,7 +84,7 @@ def _to_plain(value: Any) -> Any:
 
 
 def _differences(saved: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """Return (dotted name, saved value, new value) for every setting that differs."""
+    """Return (dotted name, saved value, new value) for each setting whose value has changed."""
     if not (isinstance(saved, dict) and isinstance(new, dict)):
         return [] if saved == new else [(name, saved, new)]
     differences = []
