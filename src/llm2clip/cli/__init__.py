@@ -1,4 +1,4 @@
-"""The `llm2clip` command. Heavy imports are deferred until a command runs, so that `--help` is instant."""
+"""The `llm2clip` command. Heavy imports are deferred until a command is run, so that `--help` is instant."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def build() -> tuple[ArgumentParser, dict[str, Run]]:
 
 
 def quiet_libraries() -> None:
-    """Silence library messages that users cannot act on."""
-    # "The following layers were not sharded": transformers checks a tensor-parallel plan that llm2clip does not use.
+    """Hide library messages that are not useful to users of llm2clip."""
+    # "The following layers were not sharded" refers to a tensor-parallel plan, which llm2clip does not use.
     logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|torch\.|accelerate\.")
 

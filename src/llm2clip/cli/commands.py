@@ -1,4 +1,4 @@
-"""Building blocks of the command line: subcommands, help formatting and `--config`."""
+"""Building blocks of the command-line interface: subcommands, help formatting and the option `--config`."""
 
 from __future__ import annotations
 
@@ -17,21 +17,19 @@ from llm2clip.config import FitConfig
 
 DATA_HELP = "Image-caption sources: PATH, or PATH@split+split to use only some splits."
 
-# Sections of a config file, and the settings in each section.
+# Default value of each setting in a config file. The settings are grouped in sections.
 FIT_SETTINGS: dict[str, Any] = dataclasses.asdict(FitConfig())
 SECTIONS = {name for name, value in FIT_SETTINGS.items() if isinstance(value, dict) and value} | {"llava", "reproduce"}
 
-# Function that runs a command. It takes the parsed arguments and returns the closing lines to print: where the result
-# is, and what to run next.
+# Function that runs a command. The function takes the parsed arguments, and returns the lines to print at the end, such
+# as the path of the result and the next command to run.
 Run = Callable[[Namespace], list[str]]
 
-set_parsing_settings(
-    docstring_parse_attribute_docstrings=True
-)  # use the docstrings below dataclass fields as help texts
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # use the docstrings of dataclass fields as help texts
 
 
 class Commands:
-    """Subcommands of a parser and the functions that run them."""
+    """Subcommands of a parser, and the functions that run the subcommands."""
 
     def __init__(self, parser: ArgumentParser, metavar: str) -> None:
         self._subparsers = parser.add_subcommands(metavar=metavar)
@@ -51,7 +49,7 @@ class Commands:
         return parser
 
     def group(self, name: str, description: str) -> Commands:
-        """Add a command that has its own subcommands."""
+        """Add a command that has subcommands. Return an object to which the subcommands can be added."""
         parser = ArgumentParser(description=description)
         self._subparsers.add_subcommand(name, parser, help=description)
         group = Commands(parser, "COMMAND")
@@ -62,8 +60,8 @@ class Commands:
 class ConfigFileAction(ActionConfigFile):
     """Action for `--config FILE_OR_NAME`.
 
-    Settings of `fit` that do not apply to a command are ignored, so that a single config works for all stages. Unknown
-    settings are errors.
+    A command ignores `fit` settings that do not apply to that command, so that a single config works for all stages.
+    Unknown settings are errors.
     """
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
@@ -77,7 +75,7 @@ class ConfigFileAction(ActionConfigFile):
 
 
 def builtin_configs() -> dict[str, str]:
-    """Return a dict from name to YAML text for the configs included in the package."""
+    """Return a dict from name to YAML text of the configs that are included in the package."""
     folder = files("llm2clip") / "configs"
     entries = [entry for entry in folder.iterdir() if entry.name.endswith(".yaml")]
     entries.sort(key=lambda entry: entry.name)
@@ -98,7 +96,14 @@ def _config_text(file_or_name: str) -> str:
 
 
 def _relevant_settings(settings: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """Drop `fit` settings that do not apply to this command. Unknown settings are kept, and the parser rejects them."""
+    """Return `settings` without the `fit` settings that do not apply to this command.
+
+    Unknown settings are included, so that the parser reports an error.
+
+    Args:
+        settings: content of a config file.
+        known: names of the command's settings.
+    """
     relevant: dict[str, Any] = {}
     for name, value in settings.items():
         section = FIT_SETTINGS.get(name)
@@ -112,15 +117,18 @@ def _relevant_settings(settings: dict[str, Any], known: set[str]) -> dict[str, A
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Plain help format: a short usage line, then the description and default of each argument, without types."""
+    """Plain help format: a short usage line, followed by the description and default of each argument.
+
+    The arguments' types are not shown.
+    """
 
     def add_usage(self, usage: Any, actions: Iterable[Action], *args: Any, **kwargs: Any) -> None:
-        """Show only the command's own arguments in the usage line, not the settings of the stages."""
+        """Add a usage line that shows only the command's own arguments and omits the stages' settings."""
         shown = [action for action in actions if "." not in action.dest and action.dest not in SECTIONS]
         super().add_usage(usage, shown, *args, **kwargs)
 
     def add_argument(self, action: Action) -> None:
-        if action.dest not in SECTIONS:  # `--align CONFIG` duplicates --config
+        if action.dest not in SECTIONS:  # hide options such as `--align CONFIG`, which duplicate --config
             super().add_argument(action)
 
     def _format_action_invocation(self, action: Action) -> str:
@@ -157,5 +165,5 @@ def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> 
 
 
 def select(args: Namespace, *names: str) -> dict[str, Any]:
-    """Return the named arguments as a dict, e.g. to pass them on as keyword arguments."""
+    """Return the arguments with the given names as a dict, for example to use as keyword arguments."""
     return {name: args[name] for name in names}

@@ -79,7 +79,7 @@ def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
 
 
 def _closing_lines(model: LLM2CLIP, folder: Path) -> list[str]:
-    """Return the closing lines of `convert`, which name the result and the next command."""
+    """Return the lines that `convert` prints at the end: the path of the result and the next command to run."""
     from llm2clip.models.convert.load import PUBLISHED_ENCODERS
 
     if model.has_encoder:

@@ -1,4 +1,4 @@
-"""The `plan` command, and the arguments that describe a machine (also used by `llava plan`)."""
+"""The `plan` command, and the arguments that describe a machine, which `llava plan` also uses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
 
 
 def add_machine_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments that describe the machine to plan for."""
+    """Add the arguments that describe the machine on which to train."""
     parser.add_class_arguments(Machine, skip={"use_fsdp"})
     parser.add_argument(
         "--use_fsdp", action="store_true", help="Shard the weights, as `accelerate launch --use_fsdp` does."

@@ -1,4 +1,4 @@
-"""Commands `index`, `search` and `serve`."""
+"""Image search commands: `index`, `search` and `serve`."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _index(args: Namespace) -> list[str]:
     from llm2clip.search.backends import open_backend
     from llm2clip.search.build import build_index
 
-    model = open_dual_encoder(args.model)  # load before anything is created at --out
+    model = open_dual_encoder(args.model)  # if loading fails, nothing has been created at --out yet
     backend = open_backend(args.out, write=True, approximate_above=args.approximate_above)
     skipped_file = None if "://" in args.out else Path(args.out) / "skipped.jsonl"
 
@@ -145,7 +145,7 @@ def _index(args: Namespace) -> list[str]:
 def _watch(update: Callable[[], tuple[IndexReport, SkipLog]], interval: float) -> NoReturn:
     """Update an index every `interval` seconds until interrupted.
 
-    Errors are printed and do not stop the loop: a missing disk may come back.
+    Errors are printed and do not stop the loop, because they may be temporary, such as a disk that is not mounted.
     """
     from llm2clip.distributed import print_once
 
@@ -201,9 +201,9 @@ def _search(args: Namespace) -> list[str]:
 
 
 def parse_time(text: str | None, end_of_day: bool = False) -> float | None:
-    """Convert an ISO 8601 date or time to seconds since 1970.
+    """Convert an ISO 8601 date or time to a Unix timestamp.
 
-    A date without a time means the start of the day or, with `end_of_day`, the end of the day.
+    A date without a time means the start of the day. With `end_of_day`, it means the end of the day.
 
     Raises:
         ValueError: the text is not a date or time.
@@ -218,14 +218,14 @@ def parse_time(text: str | None, end_of_day: bool = False) -> float | None:
 
 
 def canonical_path(path: str | None) -> str | None:
-    """Return a path as indexes store it: absolute, with symbolic links resolved."""
+    """Return the path in the form that search indexes store: absolute, with symbolic links resolved."""
     from llm2clip.data.image_refs import printable
 
     return printable(os.path.realpath(os.path.expanduser(path))) if path is not None else None
 
 
 def _describe(query: Query) -> str:
-    """Describe a query in words, as a title for its results."""
+    """Return a description of a query, which is used as the title of the results page."""
     positive = [str(part) for part in (*query.texts, *query.images)]
     negative = [f" without {part}" for part in (*query.negative_texts, *query.negative_images)]
     return " + ".join(positive) + "".join(negative)

@@ -1,4 +1,4 @@
-"""Commands to get started: `doctor`, `quickstart` and `configs`."""
+"""Commands for getting started: `doctor`, `quickstart` and `configs`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands `llm2clip store verify | repair | merge | export | import`."""
+"""Commands for embedding stores: `llm2clip store verify | repair | merge | export | import`."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ def _align(args: Namespace) -> list[str]:
 
 
 def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
-    """Check on the main process that a store is intact and was written with this encoder."""
+    """Check that a store is intact and was written with the given encoder. Only the main process runs the check."""
     from llm2clip.distributed import process_state
     from llm2clip.pipeline import open_encoder
     from llm2clip.store.layout import check_identity
@@ -190,7 +190,10 @@ def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
 
 
 def _encoder_flags(encoder: EncoderConfig) -> str:
-    """Return the --encoder flags that differ from the defaults. A store is only valid for one encoder config."""
+    """Return --encoder flags for all settings that differ from the defaults.
+
+    The flags are needed because a store can only be used with the encoder config that it was written with.
+    """
     flags = []
     for name, value in vars(encoder).items():
         if name == "path":

@@ -1,6 +1,7 @@
-"""Find the weight files of a published checkpoint in a folder or hub repository, and load their tensors.
+"""Find the weight files of a checkpoint in a folder or hub repository, and load the tensors.
 
-No code from a checkpoint is executed: weights are safetensors files, or pickles loaded with `weights_only`.
+No code from a checkpoint is executed. Weights are read from safetensors files, or from pickle files with
+`weights_only=True`.
 """
 
 from __future__ import annotations
@@ -31,17 +32,18 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any],
     """Read the tensors and configuration of a checkpoint.
 
     Args:
-        source: folder, hub id or weight file. A folder or repository must contain model.safetensors or
-            pytorch_model.bin (either may be sharded), or a single .pt file. For a weight file, no configuration is
-            read.
+        source: folder, hub id or weight file. A folder or repository must contain one of: model.safetensors,
+            pytorch_model.bin, a single .pt file. The first two may be sharded. If `source` is a weight file, no
+            configuration is read.
 
     Returns:
-        A dict from name to tensor, the content of config.json (or {} without that file), and the preprocessing
-        described by preprocessor_config.json (or None without that file).
+        A tuple of three items: a dict from name to tensor; the content of config.json, or {} if there is no such file;
+        the preprocessing from preprocessor_config.json, or None if there is no such file.
 
     Raises:
         FileNotFoundError: the file, folder or repository does not exist.
-        ValueError: there are no weights, or a file contains anything other than tensors.
+        ValueError: no weight file can be selected, or the weight file is damaged or contains objects other than
+            tensors.
     """
     path = Path(source)
     if path.is_file():
@@ -54,13 +56,17 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any],
 
 
 def select_weights_file(names: list[str], source: str) -> str:
-    """Return the name of the weight file or, for sharded weights, of the index file.
+    """Return the name of the weight file. For sharded weights, return the name of the index file.
 
-    A .pt file with "EVA" in its name takes precedence: repositories with EVA towers also contain weights in another
-    format, whose text tower is not LLM2CLIP's.
+    A .pt file with "EVA" in its name takes precedence. Repositories with such a file also contain weights in another
+    format, but the text tower in those weights is not LLM2CLIP's.
+
+    Args:
+        names: names of the files in the folder or repository.
+        source: folder or hub id, for error messages.
 
     Raises:
-        ValueError: there are no weights, or several .pt files.
+        ValueError: there is no weight file, or there are several .pt files and no other weight file.
     """
     pt_files = [name for name in names if name.endswith(".pt")]
     eva_files = [name for name in pt_files if "EVA" in name]
@@ -90,7 +96,7 @@ def read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _load_weights(path: Path) -> dict[str, Any]:
-    """Load a weight file and return the state dict inside it."""
+    """Load a weight file and return its state dict."""
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     try:
@@ -132,7 +138,7 @@ def _read_optional_json(path: Path) -> dict[str, Any]:
 
 
 def _download(name: str) -> Path:
-    """Download only the weights and configuration of a hub repository. Without a network, use the local hub cache."""
+    """Download the weights and configuration of a hub repository. If this fails, use the local hub cache."""
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 

@@ -1,11 +1,11 @@
-"""Tensor names of official LLM2CLIP checkpoints, and their mapping to this package's tensor names.
+"""Tensor names of official LLM2CLIP checkpoints, and how they map to this package's tensor names.
 
-Official checkpoints come in two layouts:
+Official checkpoints are the checkpoints released by the authors of LLM2CLIP. There are two layouts:
 
-- "hf", a transformers checkpoint: OpenAI's CLIP vision tower with transformers' tensor names, a projection without
-  bias, and an adapter.
-- "eva", a state dict from the EVA-CLIP code: an EVA-02 tower (whose tensors have other names in timm), a projection
-  with bias, and the same adapter.
+- "hf" is a transformers checkpoint. It contains OpenAI's CLIP vision tower with transformers' tensor names, a
+  projection without bias, and an adapter.
+- "eva" is a state dict from the EVA-CLIP code. It contains an EVA-02 tower (whose tensor names differ from timm's), a
+  projection with bias, and an adapter with the same architecture.
 
 The layout is recognised from the tensor names alone.
 """
@@ -33,8 +33,8 @@ class Layout:
         tower: name prefix of the vision tower's tensors.
         projection: name prefix of the image projection's tensors.
         adapter: name prefix of the text adapter's tensors.
-        ignored: pattern of tensor names that are not needed for image and text embeddings: the original CLIP model's
-            text tower, and the LLM.
+        ignored: pattern for the names of tensors that are ignored, because image and text embeddings do not depend on
+            them. These are the tensors of the original CLIP model's text tower and of the LLM.
     """
 
     name: str
@@ -60,9 +60,9 @@ EVA = Layout(
 )
 LAYOUTS = {layout.name: layout for layout in (HF, EVA)}
 
-# Layer names in an adapter block: this package's name -> official name.
+# Names of the layers in an adapter block: this package's name -> official name.
 _ADAPTER_LAYERS = {"norm": "ln", "up": "fn.0", "down": "fn.3"}
-# Tensor names in an EVA-02 block, where they differ: timm's name -> name in the EVA-CLIP code.
+# Parts of tensor names in an EVA-02 block that differ: timm's name -> name in the EVA-CLIP code.
 _TIMM_TO_EVA = {
     "attn.norm.": "attn.inner_attn_ln.",
     "mlp.norm.": "mlp.ffn_ln.",
@@ -70,10 +70,10 @@ _TIMM_TO_EVA = {
     "mlp.fc1_x.": "mlp.w2.",
     "mlp.fc2.": "mlp.w3.",
 }
-# Adapters that were trained with the LLM in the training loop are stored under this prefix instead.
+# Prefix of the adapter's tensors if the adapter was trained with the LLM in the training loop.
 _ONLINE_ADAPTER = "text.text_proj.text_adaptor."
-# Tensor names in other versions of the official code -> canonical names. The original EVA-CLIP code stores the query
-# and value biases next to the weights.
+# Names used by some versions of the LLM2CLIP authors' code -> canonical names. The original EVA-CLIP code stores the
+# query and value biases in the attention module, not in the linear layers.
 _ALIASES = {
     "attn.q_bias": "attn.q_proj.bias",
     "attn.v_bias": "attn.v_proj.bias",
@@ -87,11 +87,12 @@ class Checkpoint:
 
     Attributes:
         source: file, folder or hub id, for error messages.
-        layout: layout that the tensor names follow.
+        layout: layout of the tensor names.
         tensors: dict from canonical name to tensor.
-        online: whether the adapter was trained with the LLM in the training loop instead of on cached embeddings.
-        config: content of config.json, or {} without that file.
-        preprocess: preprocessing described by preprocessor_config.json, or None without that file.
+        online: True if the adapter was trained with the LLM in the training loop, False if it was trained on cached
+            embeddings.
+        config: content of config.json, or {} if there is no such file.
+        preprocess: preprocessing from preprocessor_config.json, or None if there is no such file.
     """
 
     source: str
@@ -109,7 +110,7 @@ class Checkpoint:
         config: dict[str, Any] | None = None,
         preprocess: Preprocess | None = None,
     ) -> Checkpoint:
-        """Create a checkpoint: recognise the layout and replace aliases with canonical tensor names.
+        """Create a checkpoint from a state dict: replace aliases with canonical names, and recognise the layout.
 
         Raises:
             ValueError: the tensor names match neither layout.
@@ -132,14 +133,14 @@ class Checkpoint:
         return tuple(self.tensors[name].shape)
 
     def count_blocks(self, prefix: str, suffix: str = ".") -> int:
-        """Count the distinct numbers N in tensor names that start with prefix + N + suffix."""
+        """Return how many different block numbers N occur in tensor names that start with `prefix` + N + `suffix`."""
         pattern = re.compile(rf"{re.escape(prefix)}(\d+){re.escape(suffix)}")
         matches = [pattern.match(name) for name in self.tensors]
         return len({match[1] for match in matches if match})
 
 
 def official_name(name: str, layout: Layout, adapter_depth: int) -> str:
-    """Map a tensor name of `LLM2CLIP` to its official name. `adapter_depth` is the number of adapter blocks."""
+    """Return the official name of a tensor of `LLM2CLIP`. `adapter_depth` is the number of residual blocks."""
     part, _, rest = name.partition(".")
     if part == "tower":
         return layout.tower + _official_tower_name(rest.removeprefix("backbone."), layout)
@@ -151,10 +152,10 @@ def official_name(name: str, layout: Layout, adapter_depth: int) -> str:
 
 
 def computed_buffers(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
-    """Return the buffers that official checkpoints may contain although the architecture determines their values.
+    """Return optional buffers of official checkpoints, with the values that follow from the architecture.
 
-    In "hf" checkpoints, these are the position ids. In "eva" checkpoints, they are the cosines and sines of the rotary
-    embedding, once for the tower and once for each block.
+    In "hf" checkpoints, the buffers contain the position ids. In "eva" checkpoints, the buffers contain the rotary
+    embedding's cosines and sines. There is one pair of these buffers for the tower and one for each block.
     """
     backbone: Any = model.tower.backbone
     if layout is HF:
@@ -169,7 +170,7 @@ def computed_buffers(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
 
 
 def describe_tensors(tensors: Mapping[str, Any], limit: int = 8) -> str:
-    """Format the names and shapes of at most `limit` tensors."""
+    """Return a string with the names and shapes of at most `limit` tensors, for error messages."""
     described = []
     for name, value in sorted(tensors.items())[:limit]:
         described.append(f"{name} {tuple(value.shape)}" if isinstance(value, Tensor) else name)
@@ -212,7 +213,11 @@ def _official_tower_name(name: str, layout: Layout) -> str:
 
 
 def _official_adapter_name(name: str, depth: int) -> str:
-    """Map blocks.N.LAYER.weight, norm.weight and out.weight to indices in the official code's single nn.Sequential."""
+    """Return the official name of an adapter tensor, such as blocks.N.LAYER.weight, norm.weight or out.weight.
+
+    The LLM2CLIP authors' code stores all layers of the adapter in one nn.Sequential, so official names start with an
+    index.
+    """
     *block, layer, kind = name.split(".")
     if block:
         return f"{block[1]}.{_ADAPTER_LAYERS[layer]}.{kind}"

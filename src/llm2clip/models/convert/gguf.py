@@ -1,11 +1,12 @@
-"""Conversion of GGUF files (llama.cpp's format, usually quantized) to ordinary safetensors folders.
+"""Convert GGUF files (llama.cpp's format, usually quantized) to safetensors folders.
 
-transformers dequantizes a GGUF file every time it loads the file (17 s for SmolLM2-135M, compared with 1 s for
-safetensors), and does not allow the loaded model to be saved. Converting the file once avoids both problems.
+transformers dequantizes a GGUF file every time it loads the file, and does not allow the loaded model to be saved.
+SmolLM2-135M loads in 17 s from a GGUF file and in 1 s from safetensors. Converting the file once avoids both problems.
 
-The weights are written in float32, with 4 bytes per parameter. A quantized weight is a 4-bit integer times a float16
-scale plus an offset. Neither half-precision format can represent all such values: of SmolLM2's 134.5 M dequantized
-values (Q4_1), 106.6 M change when cast to bfloat16, and 55.9 M when cast to float16.
+The weights are written in float32, with 4 bytes per parameter. In the Q4_1 format, a dequantized weight is the product
+of a 4-bit integer and a float16 scale, plus a float16 offset. Neither float16 nor bfloat16 can represent all such
+values. Of SmolLM2-135M's 134.5 M dequantized weights, 106.6 M change when cast to bfloat16, and 55.9 M change when cast
+to float16.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from llm2clip.io_utils import atomic_dir
 
 
 def convert_gguf(gguf: str | Path, out: str | Path) -> Path:
-    """Convert a GGUF file to a safetensors folder `out`, atomically. See `write_gguf_as_safetensors`.
+    """Convert a GGUF file to a safetensors folder `out`, atomically, and return the folder's path.
 
-    If another process creates `out` at the same time, that process's folder is used.
+    See `write_gguf_as_safetensors` for the folder's content. If another process creates `out` at the same time, that
+    process's folder is used.
 
     Raises:
         FileNotFoundError: the GGUF file does not exist.
@@ -41,10 +43,10 @@ def convert_gguf(gguf: str | Path, out: str | Path) -> Path:
 
 
 def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
-    """Write the decoder (without the LM head) and the tokenizer of a GGUF file to an existing folder.
+    """Write a GGUF file's tokenizer and decoder, without the LM head, to an existing folder.
 
-    All architectures whose GGUF files transformers can read are supported (llama, qwen2, qwen3, gemma3, ...). The
-    tokenizer keeps its chat template.
+    The supported architectures are those that transformers can load from GGUF files (llama, qwen2, qwen3, gemma3, ...).
+    The tokenizer's chat template is kept.
 
     Raises:
         ValueError: the file does not contain all weights of the model.
@@ -69,7 +71,7 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
 
 
 def _clear_quantization_metadata(model: Any) -> None:
-    """Remove the attributes that make `save_pretrained` fail, now that the layers are dequantized."""
+    """Remove the attributes that mark a dequantized model as quantized, because they make `save_pretrained` fail."""
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
         if hasattr(owner, name):
             delattr(owner, name)

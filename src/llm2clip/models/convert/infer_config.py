@@ -11,9 +11,9 @@ from llm2clip.data.transforms import Preprocess
 from llm2clip.models.convert.checkpoint_layout import EVA, HF, Checkpoint
 from llm2clip.models.llm2clip import LLM2CLIPConfig
 
-HEAD_DIM = 64  # head size of all published towers: 12 heads at width 768, 16 heads at width 1024
+HEAD_DIM = 64  # all towers released with LLM2CLIP have this head size: 12 heads at width 768, 16 heads at width 1024
 
-# Fields that define the architecture in a transformers CLIP vision config.
+# Fields of a transformers CLIP vision config that define the architecture.
 CLIP_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -25,10 +25,10 @@ CLIP_FIELDS = (
     "hidden_act",
     "layer_norm_eps",
 )
-# Arguments of timm's EVA-02 models whose values may differ from timm's defaults.
+# Arguments of timm's EVA-02 models that official checkpoints may set to values other than timm's defaults.
 EVA_ARGS = ("num_classes", "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
-# (patch size, width, depth, MLP width) -> image size -> name of timm's model.
+# (patch size, width, depth, MLP width) -> image size -> name of the model in timm.
 _TIMM_EVA_TOWERS = {
     (16, 768, 12, 2048): {224: "eva02_base_patch16_clip_224"},
     (14, 1024, 24, 2730): {224: "eva02_large_patch14_clip_224", 336: "eva02_large_patch14_clip_336"},
@@ -40,9 +40,9 @@ def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) ->
 
     Args:
         checkpoint: official checkpoint.
-        normalize_input: whether the adapter L2-normalises its input. No file records this setting. Default: True,
-            unless the adapter was trained with the LLM in the training loop, where the official code does not normalise
-            the input.
+        normalize_input: whether the adapter L2-normalises its input. Checkpoints do not contain this setting. The
+            default is False if the adapter was trained with the LLM in the training loop, and True otherwise, as in the
+            LLM2CLIP authors' code.
 
     Raises:
         ValueError: a tensor is missing, or the vision tower is not supported.
@@ -65,8 +65,8 @@ def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) ->
 def _clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the `VisionTower` config of a CLIP tower.
 
-    The config is read from config.json if available. Otherwise, it is inferred from the tensor shapes, assuming
-    OpenAI's head size and activation.
+    If the checkpoint has a config.json, the tower's config is read from that file. Otherwise, the config is inferred
+    from the tensor shapes. The head size and the activation are then assumed to be those of OpenAI's CLIP.
     """
     from transformers import CLIPVisionConfig
 
@@ -97,7 +97,11 @@ def _clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _eva_tower(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the `VisionTower` config of an EVA-02 tower, either a standard timm model or one with custom sizes."""
+    """Return the `VisionTower` config of an EVA-02 tower.
+
+    The config describes a standard timm model if there is one with the tower's sizes. Otherwise, it describes a timm
+    model with custom sizes.
+    """
     width, _, patch_size, _ = checkpoint.shape("visual.patch_embed.proj.weight")
     image_size = _grid_size(checkpoint, checkpoint.shape("visual.pos_embed")[1]) * patch_size
     depth = checkpoint.count_blocks("visual.blocks.")
@@ -118,15 +122,15 @@ def _eva_tower(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _default_preprocess(size: int) -> Preprocess:
-    """Return the official preprocessing: resize the shortest side to `size`, then take a center crop.
+    """Return the preprocessing in the LLM2CLIP authors' code: resize the shortest side to `size`, then center-crop.
 
-    timm's default for EVA towers at 224 pixels crops off 10%; the official code does not.
+    For EVA towers at 224 pixels, timm's default crops off 10% of each side length. The authors' code does not.
     """
     return Preprocess(size, "shortest", 1.0, "bicubic", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
 
 def _grid_size(checkpoint: Checkpoint, positions: int) -> int:
-    """Return the number of patches per side, given that one position belongs to the class token."""
+    """Return the number of patches per side. One of the positions is the class token's."""
     side = math.isqrt(positions - 1)
     if side * side != positions - 1:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Load official LLM2CLIP checkpoints as `LLM2CLIP` models.
+"""Load official LLM2CLIP checkpoints, which were released by the authors of LLM2CLIP, as `LLM2CLIP` models.
 
-Loading is strict. For every parameter of the model, the checkpoint must contain a tensor of the same shape. Every
-tensor in the checkpoint must be used exactly once, equal a buffer that the architecture determines, or belong to a part
-that is not needed.
+Loading is strict. For every parameter of the model, the checkpoint must contain a tensor of the same shape. Any other
+tensor in the checkpoint must either match a buffer that follows from the architecture, or belong to a part of the
+checkpoint that is not needed.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from llm2clip.models.convert.infer_config import infer_config
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.vision_tower import VisionTower
 
-# Input size of a published adapter -> published caption encoder that the adapter was trained with.
+# Caption encoders released with LLM2CLIP. The keys are the input sizes of the adapters trained with these encoders.
 PUBLISHED_ENCODERS = {
     4096: "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned",
     2048: "microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned",
 }
-# Prompt that the published caption encoders were tuned with. The published folders do not contain the prompt.
+# Prompt that these caption encoders were tuned with. The folders of the encoders do not contain the prompt.
 TEMPLATE = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>"
 TEMPLATE_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
-# Official buffers may be stored in bfloat16, which changes cosines and sines by up to 2**-8.
+# Buffers in official checkpoints may be stored in bfloat16, which changes cosines and sines by up to 2**-8.
 BUFFER_TOLERANCE = 4e-3
 
 
@@ -38,15 +38,15 @@ def load_official_checkpoint(
     """Load an official checkpoint in float32, on the CPU, in eval mode.
 
     Args:
-        source: folder, hub id or weight file; see `read_checkpoint`. Without a config.json, the architecture is
+        source: folder, hub id or weight file (see `read_checkpoint`). If there is no config.json, the architecture is
             inferred from the tensor shapes.
         text: folder or hub id of the caption encoder that the adapter was trained with. None: load no caption encoder.
-        normalize_input: whether the adapter L2-normalises its input. None: see `infer_config`.
+        normalize_input: whether the adapter L2-normalises its input. For the default, see `infer_config`.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
-        ValueError: the checkpoint is not an official one; a tensor is missing, unexpected or has the wrong shape; or
-            the caption encoder does not match the adapter.
+        ValueError: the checkpoint does not have an official layout; a tensor is missing, is unexpected or has the wrong
+            shape; or the caption encoder does not match the adapter.
     """
     tensors, config, preprocess = read_checkpoint(source)
     checkpoint = Checkpoint.from_tensors(str(source), tensors, config, preprocess)
@@ -63,8 +63,8 @@ def fill_weights(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
     """Copy the tensors of a checkpoint into a model with the same architecture.
 
     Raises:
-        ValueError: a tensor is missing, is unexpected, has the wrong shape, or differs from the buffer that the
-            architecture determines.
+        ValueError: a tensor is missing, is unexpected or has the wrong shape, or a buffer does not match the
+            architecture.
     """
     pairs, problems = _match_tensors(model, checkpoint)
     if problems:
@@ -78,10 +78,10 @@ def fill_weights(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
 def attach_caption_encoder(model: LLM2CLIP, path: str | Path) -> None:
     """Load a caption encoder and attach it to the model.
 
-    If the encoder is a published LLM, use the template that the LLM was tuned with.
+    If the encoder is an LLM released with LLM2CLIP, the encoder uses the template that the LLM was tuned with.
 
     Raises:
-        ValueError: the size of the encoder's embeddings differs from the adapter's input size.
+        ValueError: the dimension of the encoder's embeddings differs from the adapter's input size.
     """
     encoder = CaptionEncoder.from_pretrained(path, template=_published_template(path), device=model.device)
     expected = model.config.text_dim
@@ -98,7 +98,7 @@ def _match_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> tuple[list[tuple[
     """Pair the parameters of a model with the tensors of a checkpoint.
 
     Returns:
-        A list of (parameter, tensor) pairs, and a list of messages that describe all mismatches.
+        A list of (parameter, tensor) pairs, and a list of messages that describe all problems.
     """
     layout = checkpoint.layout
     unused = dict(checkpoint.tensors)
@@ -141,9 +141,10 @@ def _is_close(tensor: Tensor, expected: Tensor) -> bool:
 
 
 def _published_template(path: str | Path) -> str | None:
-    """Return the official template if `path` is a plain LLM with Llama 3's special tokens, and None otherwise.
+    """Return the template of the LLMs released with LLM2CLIP, or None if `path` uses another template.
 
-    Model folders, sentence-transformers folders and GGUF files use their own settings.
+    The template is returned for a plain LLM with Llama 3's special tokens. For model folders and sentence-transformers
+    folders, which contain their own template, and for GGUF files, None is returned.
     """
     from transformers import AutoTokenizer
     from transformers.utils import cached_file

@@ -18,17 +18,21 @@ from llm2clip.models.llm2clip import LLM2CLIP
 
 
 def save_official(model: LLM2CLIP, out: str | Path, layout_name: str) -> Path:
-    """Write a model with the official code's tensor names, atomically.
+    """Write a model as a checkpoint with the tensor names of the LLM2CLIP authors' code, atomically.
+
+    With "hf", the checkpoint is a folder that contains model.safetensors, config.json and preprocessor_config.json.
+    With "eva", the checkpoint is a .pt file that contains a state dict, including the rotary embeddings that the
+    authors' code expects. A .pt file does not contain the preprocessing. The authors' code always resizes the shortest
+    side to the tower's image size.
 
     Args:
-        model: model whose vision tower is a transformers CLIP tower (for "hf") or a timm EVA-02 CLIP tower (for "eva").
-        out: for "hf", folder in which model.safetensors, config.json and preprocessor_config.json are created. For
-            "eva", .pt file of plain tensors, including the rotary embeddings that the official code expects. A .pt file
-            does not record the preprocessing: the official code resizes the shortest side to the tower's image size.
+        model: model to save. The vision tower must be a transformers CLIP tower (for "hf") or a timm EVA-02 CLIP tower
+            (for "eva").
+        out: folder (for "hf") or .pt file (for "eva") to create.
         layout_name: "hf" or "eva".
 
     Returns:
-        Path of the checkpoint, `out`.
+        Path of the checkpoint, which is `out`.
 
     Raises:
         ValueError: the layout cannot represent the model.
@@ -59,7 +63,7 @@ def save_official(model: LLM2CLIP, out: str | Path, layout_name: str) -> Path:
 
 
 def _check_representable(model: LLM2CLIP, layout: Layout) -> None:
-    """Raise a ValueError that lists all features of the model that the layout cannot represent."""
+    """Raise a ValueError if the layout cannot represent the model. The error message lists all reasons."""
     config = model.config
     problems = []
     if layout is HF:
@@ -108,7 +112,7 @@ def _official_tensors(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
     }
     tensors["logit_scale"] = tensors["logit_scale"].reshape(())
     if layout is EVA:
-        if not model.config.projection_bias:  # the official projection has a bias
+        if not model.config.projection_bias:  # in the "eva" layout, the projection always has a bias
             tensors["visual.head.bias"] = torch.zeros(model.config.embed_dim)
         tensors |= {name: tensor.cpu().clone() for name, tensor in computed_buffers(model, layout).items()}
     return tensors

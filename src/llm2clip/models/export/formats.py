@@ -20,8 +20,8 @@ class ExportFormat:
     """An export format.
 
     Attributes:
-        write: function that writes a model to an empty folder and returns a list of messages for the user, or None.
-        load: code that loads the exported folder, with {out} as a placeholder for the folder's path.
+        write: function that writes a model to an empty folder. It returns a list of messages for the user, or None.
+        load: example code that loads the exported folder. {out} is a placeholder for the folder's path.
     """
 
     write: Callable[..., list[str] | None]
@@ -40,21 +40,21 @@ FORMATS = {
 
 
 def export_model(model: LLM2CLIP, to: str, out: str | Path, int8: bool = False) -> list[str]:
-    """Write a model in the format of another library, atomically.
+    """Write a model in another library's format, atomically.
 
     Args:
         model: model with its caption encoder.
-        to: format name, a key of `FORMATS`.
+        to: name of the format, which is a key of `FORMATS`.
         out: folder to create.
         int8: also write graphs with 8-bit weights. Only supported for "onnx".
 
     Returns:
-        Messages for the user, for example how closely the exported model matches the original.
+        Messages for the user. For example, a message can report how closely the exported model matches the original.
 
     Raises:
-        ValueError: the format is unknown or cannot represent the model.
+        ValueError: the format is unknown, or cannot represent the model.
         FileExistsError: `out` exists.
-        ImportError: a library required for the format is not installed.
+        ImportError: a library that the format requires is not installed.
     """
     if to not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)} (got {to!r})")

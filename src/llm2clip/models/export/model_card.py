@@ -1,4 +1,4 @@
-"""Model cards in Markdown, with a model's architecture, usage, evaluation and training config."""
+"""Model cards in Markdown. A card describes a model's architecture, usage, evaluation and training config."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from llm2clip.io_utils import read_json
 from llm2clip.run_config import CONFIG_FILE
 
-# model_type in config.json -> example code for the model card.
+# Example code for the model card, keyed by `model_type` in config.json.
 USAGE = {
     "llm2clip": """```python
 from llm2clip import LLM2CLIP
@@ -43,14 +43,14 @@ LIMITATIONS = (
 def render_model_card(folder: Path, name: str, license: str | None = None) -> str:
     """Render the model card for a model folder as Markdown with YAML front matter.
 
-    The config and report of the training run are included if they are next to the model folder (RUN/config.yaml and
-    RUN/report.md for RUN/model). Names of local folders are removed from both.
+    The card includes the training run's config and report if these files are next to the model folder. For RUN/model,
+    these are RUN/config.yaml and RUN/report.md. Paths in both files are shortened to file names.
 
     Args:
         folder: model folder or exported folder.
         name: path or hub id with which users load the model.
-        license: license identifier on the hub. None: the card states no license. There is no default, because the
-            license depends on the weights and the training data.
+        license: the hub's identifier for the license. None: the card does not specify a license. There is no default
+            license, because the license depends on the weights and the training data.
     """
     config_file = folder / "config.json"
     config: dict[str, Any] = read_json(config_file) if config_file.is_file() else {}
@@ -79,7 +79,7 @@ def _front_matter(folder: Path, model_type: str, license: str | None) -> str:
         library = "llm2clip"
     else:
         library = "transformers"
-        if model_type not in USAGE:  # only a vision tower
+        if model_type not in USAGE:  # an exported vision tower without a text tower
             task = "image-feature-extraction"
     fields: dict[str, Any] = {
         "library_name": library,
@@ -92,9 +92,9 @@ def _front_matter(folder: Path, model_type: str, license: str | None) -> str:
 
 
 def _architecture_table(config: dict[str, Any], embed_dim: int | None) -> str:
-    """Render a table of the architecture described by config.json."""
+    """Render a Markdown table of the architecture that config.json describes."""
     tower = config["tower"]
-    architecture = tower.get("architecture")  # a model name for timm, a config dict for transformers
+    architecture = tower.get("architecture")  # the model's name for timm towers, a config dict for transformers towers
     if not isinstance(architecture, str):
         architecture = (architecture or {}).get("model_type")
     image_size = (tower.get("preprocess") or {}).get("crop_size", {}).get("height") or tower.get("image_size")
@@ -112,7 +112,7 @@ def _architecture_table(config: dict[str, Any], embed_dim: int | None) -> str:
 
 
 def _training_sections(run: Path) -> list[str]:
-    """Render a run's report and config, if the run directory contains them."""
+    """Render the report and the config in a run directory. Missing files are skipped."""
     sections = []
     report, config = run / "report.md", run / CONFIG_FILE
     if report.is_file():
@@ -125,7 +125,10 @@ def _training_sections(run: Path) -> list[str]:
 
 
 def _nest_report(report: str) -> str:
-    """Move a report's headings two levels down, and remove the title and the link to the plots. Skip code blocks."""
+    """Move a report's headings two levels down, and remove the title and the link to the plots.
+
+    Lines in code blocks are not changed.
+    """
     lines, in_code = [], False
     for line in report.splitlines():
         if line.startswith("```"):

@@ -28,17 +28,17 @@ class LLM2CLIPExportConfig(PretrainedConfig):
     """Architecture of an exported model.
 
     Args:
-        tower: config of the vision tower, with the keys `library` ("timm" or "transformers"), `architecture`, `args`
-            (for timm), `feature_dim`, `image_size`, and `interpolate_pos_encoding` (for transformers: the image size
-            differs from the size used in pretraining).
+        tower: config of the vision tower. The keys are `library` ("timm" or "transformers"), `architecture`, `args`
+            (arguments for `timm.create_model`), `feature_dim`, `image_size` and `interpolate_pos_encoding`. The last
+            key is only used for transformers towers. It is True if the tower must interpolate its position embeddings.
         text: config of the LLM.
-        text_dim: size of a caption embedding, the adapter's input.
-        embed_dim: size of the shared embedding space.
+        text_dim: dimension of the caption embeddings, which are the adapter's input.
+        embed_dim: dimension of the shared embedding space.
         adapter_depth, adapter_expansion, normalize_input: arguments of `Adapter`.
         projection_bias: whether the image projection has a bias.
         pooling: "mean", "lasttoken" or "cls".
-        prompt_tokens: number of prompt tokens at the start of each text. Mean pooling skips these tokens.
-        logit_bias: whether the logits have a bias, as in the sigmoid loss.
+        prompt_tokens: number of prompt tokens at the start of each text, which are excluded from mean pooling.
+        logit_bias: whether the model has a logit bias, which the sigmoid loss uses.
     """
 
     model_type = "llm2clip_export"
@@ -73,7 +73,7 @@ class LLM2CLIPExportConfig(PretrainedConfig):
 
 
 class LLM2CLIPExport(PreTrainedModel):
-    """Vision tower + projection and LLM + adapter, with a shared embedding space."""
+    """Image encoder (vision tower and projection) and text encoder (LLM and adapter) with a shared embedding space."""
 
     config_class = LLM2CLIPExportConfig
     base_model_prefix = "llm2clip"
@@ -99,7 +99,10 @@ class LLM2CLIPExport(PreTrainedModel):
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Encode token ids (N, T). The output's `pooler_output` is (N, embed_dim) float32, L2-normalised."""
+        """Encode token ids (N, T).
+
+        The output's `pooler_output` contains the L2-normalised embeddings, (N, embed_dim) float32.
+        """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         hidden = self.llm(input_ids=input_ids, attention_mask=mask).last_hidden_state
         weights = self._pooling_mask(mask).unsqueeze(-1).to(hidden.dtype)  # (N, T, 1)
@@ -108,9 +111,9 @@ class LLM2CLIPExport(PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=text)
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Encode pixels (N, 3, S, S) that the processor has normalised.
+        """Encode the processor's pixel values (N, 3, S, S).
 
-        The output's `pooler_output` is (N, embed_dim) float32, L2-normalised.
+        The output's `pooler_output` contains the L2-normalised embeddings, (N, embed_dim) float32.
         """
         tower = self.config.tower
         if tower["library"] == "timm":
@@ -128,7 +131,7 @@ class LLM2CLIPExport(PreTrainedModel):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> CLIPOutput:
-        """Encode texts, images or both. If both are passed, also return the logits: scale * cosine + bias."""
+        """Encode texts, images or both. With both, also return the logits: scale * cosine similarity + bias."""
         text = image = logits = None
         if input_ids is not None:
             text = self.get_text_features(input_ids, attention_mask).pooler_output
@@ -146,8 +149,8 @@ class LLM2CLIPExport(PreTrainedModel):
         )
 
     def _pooling_mask(self, mask: Tensor) -> Tensor:
-        """Return a mask of the tokens to pool, (N, T), given the attention mask. Padding may be on either side."""
-        position = mask.cumsum(1)  # position of each token in its text, starting at 1
+        """Return a mask (N, T) of the tokens to pool, given the attention mask. Padding may be on either side."""
+        position = mask.cumsum(1)  # 1-based position of each token, not counting padding
         if self.config.pooling == "mean":
             return mask * (position > self.config.prompt_tokens)
         if self.config.pooling == "lasttoken":

@@ -1,4 +1,4 @@
-"""Export to ONNX: one graph for images and one for texts, both checked against PyTorch."""
+"""Export to ONNX. There is one graph for images and one for texts, and both are compared with PyTorch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ images = onnxruntime.InferenceSession("vision.onnx").run(None, {{"pixels": pixel
 scores = texts @ images.T
 ```
 """
-EXTERNAL_DATA_BYTES = 1 << 30  # larger graphs store weights in a second file: an ONNX file can hold at most 2 GB
+# Graphs larger than this store their weights in a second file, because an ONNX file can have at most 2 GB.
+EXTERNAL_DATA_BYTES = 1 << 30
 
 
 @dataclass
@@ -42,10 +43,10 @@ class _Graph:
     """A graph to export.
 
     Attributes:
-        name: "vision" or "text"; the file name without the suffix.
-        module: PyTorch module to trace.
-        inputs: dict from input name to a sample tensor with more than one row.
-        dynamic_shapes: dynamic dimensions of each input, as `torch.onnx.export` expects.
+        name: file name without the suffix, either "vision" or "text".
+        module: PyTorch module to export.
+        inputs: dict from input name to sample tensor. A sample tensor has more than one row.
+        dynamic_shapes: dynamic dimensions of each input, in the format that `torch.onnx.export` expects.
     """
 
     name: str
@@ -84,7 +85,7 @@ class TextModule(nn.Module):
 
 @torch.no_grad()
 def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
-    """Write vision.onnx, text.onnx, the tokenizer, the preprocessing config, and USE.md with example code.
+    """Write vision.onnx, text.onnx, the tokenizer, the preprocessing config, and USE.md, which contains example code.
 
     Args:
         model: model with its caption encoder.
@@ -92,12 +93,13 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
         int8: also write vision-int8.onnx and text-int8.onnx, with weights quantized to 8 bits.
 
     Returns:
-        One line per graph with the minimum cosine similarity between the graph's and PyTorch's embeddings of a few
-        sample inputs.
+        A message for each graph. A message contains the minimum cosine similarity between the graph's embeddings and
+        PyTorch's embeddings of the sample inputs.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
-        ValueError: a graph's embeddings differ from PyTorch's (cosine similarity below 0.9999; not checked for int8).
+        ValueError: a graph's embeddings have a cosine similarity below 0.9999 to PyTorch's embeddings. Graphs with
+            8-bit weights do not raise this error.
     """
     try:
         import onnxruntime  # noqa: F401
@@ -105,7 +107,7 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     except ImportError as error:
         raise ImportError(f"exporting to ONNX requires `pip install llm2clip[onnx]` ({error})") from error
     exported, tokenizer = build_export_model(model), build_tokenizer(model.encoder)
-    tokenizer.save_pretrained(folder)  # save before use: a call with padding changes the settings that would be saved
+    tokenizer.save_pretrained(folder)  # save before use, because a call with padding changes the tokenizer's settings
     messages = []
     for graph in (_vision_graph(exported, model), _text_graph(exported, tokenizer)):
         messages.append(_export_graph(graph, folder))
@@ -133,7 +135,7 @@ def _text_graph(exported: LLM2CLIPExport, tokenizer: Any) -> _Graph:
 
 
 def _export_graph(graph: _Graph, folder: Path) -> str:
-    """Write a graph, check the graph's embeddings against PyTorch's, and return a message."""
+    """Write a graph, compare the graph's embeddings with PyTorch's embeddings, and return a message."""
     file = folder / f"{graph.name}.onnx"
     program = torch.onnx.export(
         graph.module,
@@ -154,7 +156,7 @@ def _export_graph(graph: _Graph, folder: Path) -> str:
 
 
 def _quantize_graph(graph: _Graph, folder: Path) -> str:
-    """Write a graph with 8-bit weights and return a message."""
+    """Quantize the weights of an exported graph to 8 bits, write the result, and return a message."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     file, quantized = folder / f"{graph.name}.onnx", folder / f"{graph.name}-int8.onnx"
@@ -172,12 +174,12 @@ def _quantize_graph(graph: _Graph, folder: Path) -> str:
 
 
 def _total_size(folder: Path, name: str) -> int:
-    """Return the size of a graph in bytes, including its separate weights file, if any."""
+    """Return the size of a graph in bytes. A separate file with the graph's weights is included."""
     return sum(file.stat().st_size for file in folder.glob(f"{name}*"))
 
 
 def _min_cosine(file: Path, module: nn.Module, inputs: Mapping[str, Tensor]) -> float:
-    """Return the minimum cosine similarity between the embeddings from a graph and from a PyTorch module."""
+    """Return the minimum cosine similarity between a graph's embeddings and a PyTorch module's embeddings."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])

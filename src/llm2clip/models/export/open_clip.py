@@ -1,4 +1,4 @@
-"""Export the image side of models with timm vision towers to open_clip."""
+"""Export the image encoder of a model with a timm vision tower to open_clip."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llm2clip.models.llm2clip import LLM2CLIP
 
-# Placeholder: the smallest text tower that open_clip can build.
+# Config of the placeholder text tower, which is the smallest that open_clip can build.
 PLACEHOLDER_TEXT = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
 
 
@@ -20,8 +20,8 @@ def export_open_clip(model: LLM2CLIP, folder: Path) -> None:
     """Write a folder that `open_clip.create_model_and_transforms("local-dir:FOLDER")` can load.
 
     In open_clip, `encode_image` returns the model's image embeddings. open_clip does not support bidirectional LLMs
-    with an adapter, so the text tower is a placeholder with NaN weights: `encode_text` returns NaN instead of
-    meaningless values. Encode texts with this package, or with the sentence-transformers or ONNX export.
+    with an adapter, so the text tower is a placeholder. Its weights are NaN, so that `encode_text` returns NaN instead
+    of meaningless values. To encode texts, use llm2clip or another export format.
 
     Args:
         model: model with a timm vision tower.
@@ -81,7 +81,7 @@ def _open_clip_config(model: LLM2CLIP) -> dict[str, Any]:
 
 
 def _open_clip_tensors(model: LLM2CLIP, target: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return values for all tensors in `target`, the state dict of the model that open_clip builds."""
+    """Return a state dict for the model that open_clip builds. `target` is that model's initial state dict."""
     backbone, projection = model.tower.backbone.state_dict(), model.projection.state_dict()
     tensors = {}
     for name, expected in target.items():
@@ -91,7 +91,7 @@ def _open_clip_tensors(model: LLM2CLIP, target: dict[str, Tensor]) -> dict[str, 
             tensor = projection[name.removeprefix("visual.head.proj.")]
         elif name == "logit_scale":
             tensor = model.logit_scale[0]
-        elif expected.is_floating_point():  # the placeholder text tower
+        elif expected.is_floating_point():  # a weight of the placeholder text tower
             tensor = torch.full_like(expected, torch.nan)
         else:
             tensor = expected

@@ -1,4 +1,4 @@
-"""Tokenizers that automatically apply the caption encoder's template."""
+"""Tokenizers that apply a caption encoder's template automatically."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def build_tokenizer(encoder: CaptionEncoder) -> Any:
     """Return a copy of the encoder's tokenizer that adds the template's tokens around every text.
 
     Raises:
-        ValueError: tokenizing the template and a text together differs from tokenizing them separately.
+        ValueError: a text is tokenized differently if the template precedes the text.
     """
     tokenizer = copy.deepcopy(encoder.tokenizer)
     tokenizer.model_max_length = encoder.st.max_seq_length or 512
@@ -31,7 +31,7 @@ def build_tokenizer(encoder: CaptionEncoder) -> Any:
 
 
 def _add_template(tokenizer: Any, encoder: CaptionEncoder) -> None:
-    """Make the tokenizer add the tokens that all texts start and end with."""
+    """Make the tokenizer add the tokens that every text with the template starts and ends with."""
     from tokenizers.processors import TemplateProcessing
 
     first, second = (encoder.tokenizer(encoder.prefix + text)["input_ids"] for text in ("a", "1"))
@@ -48,11 +48,11 @@ def _add_template(tokenizer: Any, encoder: CaptionEncoder) -> None:
 
 
 def _special_token(tokenizer: Any, name: str, ids: list[int]) -> dict[str, Any]:
-    """Return a special token for `TemplateProcessing` that expands to a sequence of ids."""
+    """Return a special token for `TemplateProcessing`, which is replaced with a sequence of token ids."""
     return {"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)}
 
 
 def _common_start(first: list[int], second: list[int]) -> list[int]:
-    """Return the ids that both lists start with."""
+    """Return the longest common prefix of two lists of token ids."""
     equal = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
     return [token for token, _ in equal]

@@ -1,4 +1,4 @@
-"""Export models to transformers and sentence-transformers, with a single file of remote code."""
+"""Export models to transformers and sentence-transformers. An exported folder contains a single code file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ SAMPLE_TEXTS = (
 def export_transformers(model: LLM2CLIP, folder: Path) -> None:
     """Write a folder that transformers can load without this package.
 
-    Load it with `AutoModel.from_pretrained(..., trust_remote_code=True)` and `AutoProcessor.from_pretrained`.
+    Load the model with `AutoModel.from_pretrained(..., trust_remote_code=True)` and the processor with
+    `AutoProcessor.from_pretrained`.
 
     Args:
         model: model with its caption encoder.
@@ -60,8 +61,8 @@ def export_transformers(model: LLM2CLIP, folder: Path) -> None:
 def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
     """Write a folder that both sentence-transformers and transformers can load.
 
-    `SentenceTransformer(..., trust_remote_code=True).encode` accepts texts and PIL images. The arguments and errors are
-    the same as for `export_transformers`.
+    `SentenceTransformer(..., trust_remote_code=True).encode` accepts texts and PIL images. Takes the same arguments and
+    raises the same errors as `export_transformers`.
     """
     export_transformers(model, folder)
     modalities = {
@@ -82,7 +83,9 @@ def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
 
 @torch.no_grad()
 def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
-    """Copy a model to a transformers model, with LoRA merged, in float32, on the CPU, in eval mode.
+    """Build a transformers model with a copy of a model's weights, in float32, on the CPU, in eval mode.
+
+    If the caption encoder has a separate LoRA adapter, the adapter is merged into the copy.
 
     Raises:
         ValueError: the format cannot represent the caption encoder.
@@ -106,7 +109,7 @@ def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
 
 
 def standalone_source() -> str:
-    """Return the source of modeling_llm2clip.py with the adapter's classes inlined instead of imported."""
+    """Return the source of modeling_llm2clip.py with the adapter's classes in place of their import."""
     source = inspect.getsource(modeling_llm2clip)
     adapter_source = "\n\n".join(inspect.getsource(part) for part in (heads.ResidualBlock, heads.Adapter))
     import_line = "from llm2clip.models.heads import Adapter\n"
@@ -145,7 +148,7 @@ def _export_config(model: LLM2CLIP, llm: Any) -> LLM2CLIPExportConfig:
 def _tower_config(tower: VisionTower) -> dict[str, Any]:
     library, architecture = tower.config["library"], tower.config["architecture"]
     is_timm = library == "timm"
-    # DINO towers always interpolate their position embeddings; CLIP and SigLIP towers need a flag.
+    # DINO towers always interpolate their position embeddings. CLIP and SigLIP towers do so only with a flag.
     needs_flag = not is_timm and architecture["model_type"] in ("clip_vision_model", "siglip_vision_model")
     return {
         "library": library,
@@ -159,10 +162,10 @@ def _tower_config(tower: VisionTower) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _check_text_embeddings(exported: LLM2CLIPExport, model: LLM2CLIP) -> None:
-    """Check that both models produce the same embeddings for sample texts.
+    """Raise a ValueError if the two models produce different embeddings for sample texts.
 
-    The embeddings differ if the caption encoder has a module that the format cannot represent, such as a trained layer
-    after pooling.
+    The embeddings differ if the caption encoder contains a module that the format cannot represent, such as a trained
+    layer after pooling.
     """
     tokenizer = build_tokenizer(model.encoder)
     embeddings: list[Any] = []

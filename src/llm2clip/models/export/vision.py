@@ -13,8 +13,8 @@ from llm2clip.models.vision_tower import VisionTower
 def export_vision(model: LLM2CLIP, folder: Path) -> None:
     """Write the vision tower, without the projection, to an existing folder.
 
-    `AutoModel.from_pretrained` can load the folder without remote code. The export is intended for models that use
-    patch features, such as LLaVA.
+    `AutoModel.from_pretrained` can load the folder without remote code. The folder is intended for models that use the
+    tower's patch features, such as LLaVA.
 
     Raises:
         ValueError: transformers has no model class for the tower.
@@ -24,9 +24,9 @@ def export_vision(model: LLM2CLIP, folder: Path) -> None:
 
 
 def build_vision_model(tower: VisionTower) -> Any:
-    """Copy a vision tower to a transformers model, in float32, on the CPU, in eval mode.
+    """Build a transformers model with a copy of a vision tower's weights, in float32, on the CPU, in eval mode.
 
-    The model class is `TimmWrapperModel` for timm towers. Other towers keep their class, such as `CLIPVisionModel`.
+    A timm tower becomes a `TimmWrapperModel`. A transformers tower keeps its model class, such as `CLIPVisionModel`.
     """
     from transformers import (
         AutoConfig,
@@ -51,6 +51,6 @@ def build_vision_model(tower: VisionTower) -> Any:
     classes: dict[str, Any] = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
     model_class = classes.get(config.model_type)
     model = model_class(config) if model_class else AutoModel.from_config(config)
-    # Before transformers 5.3, the CLIP and SigLIP classes stored the vision model in an attribute `vision_model`.
+    # Before transformers 5.3, the CLIP and SigLIP classes stored the vision model in the attribute `vision_model`.
     getattr(model, "vision_model", model).load_state_dict(tensors)
     return model.float().eval()
