@@ -164,8 +164,8 @@ class AlignConfig:
     layer_decay: float = 1.0
     """Factor applied to the learning rate once for each tower layer below the top layer. The paper uses 0.85."""
     lora_r: int = 0
-    """LoRA rank for the tower's linear layers. LoRA alpha is twice the rank. The LoRA weights are merged after training.
-    0 disables LoRA and trains all weights of the tower."""
+    """LoRA rank for the tower's linear layers. LoRA alpha is twice the rank. LoRA is merged into the tower after
+    training. 0 disables LoRA and trains all weights of the tower."""
     warmup_ratio: float = 0.1
     """Fraction of the steps spent on linear warm-up."""
     min_crop_scale: float = 0.9
