@@ -35,8 +35,8 @@ SENTENCE_TRANSFORMERS_PREFIX = "st:"
 class DualEncoder:
     """An image encoder and a text encoder with a shared embedding space.
 
-    Encode with `encode_images` and `encode_texts`. The raw functions may return embeddings of any dtype, on any device,
-    and not normalised.
+    Use `encode_images` and `encode_texts`, which return normalised embeddings. The functions whose names end in `_raw`
+    may return embeddings that are not normalised, with any dtype and on any device.
 
     Attributes:
         name: name that was passed to `open_dual_encoder`.

@@ -46,7 +46,7 @@ def length_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int
     """Group rows of similar length into batches, and yield the row indices of each batch.
 
     A batch has at most `max_tokens` tokens, including padding. A row longer than `max_tokens` forms its own batch. The
-    longest rows come first: if a batch does not fit in memory, the first batch already fails.
+    longest rows come first, so that an out-of-memory error occurs in the first batch rather than late in a run.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0

@@ -325,7 +325,7 @@ class LLM2CLIP(nn.Module):
 
     def _write_config_and_weights(self, folder: Path) -> None:
         config = {"model_type": "llm2clip", **dataclasses.asdict(self.config)}
-        config["encoder_fingerprint"] = fingerprint(self.config.encoder)  # for comparing folders by eye; never read
+        config["encoder_fingerprint"] = fingerprint(self.config.encoder)  # lets users compare folders; not read by code
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, folder / "model.safetensors")

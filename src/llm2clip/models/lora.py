@@ -6,8 +6,9 @@ based on the rounded 16-bit values. The rounding has no effect if the LLM's weig
 
 The `tune` command always merges LoRA into the LLM. Version 0.1 could also save the adapter separately, and such folders
 can still be loaded. A folder with a separate adapter contains the LoRA weights, the base LLM's name and the tuned LLM's
-config. The config specifies bidirectional attention and the number of layers. sentence-transformers alone would ignore
-both settings and compute different embeddings, so the folder's `modules.json` specifies the class `LoraTransformer`.
+config. The config specifies the number of layers and whether attention is bidirectional. sentence-transformers alone
+would ignore both settings and compute different embeddings, so the folder's `modules.json` specifies the class
+`LoraTransformer`.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ each caption: consecutive captions of equal length share one attention call with
 batch have similar lengths, few calls are needed. The attention function is registered with transformers under the name
 `packed`, so every model family can use it. For an ordinary padded batch, `packed` returns the same result as `sdpa`.
 
-A packed row with restarted `position_ids` would not be enough for `sdpa`: with bidirectional attention, the captions
-would attend to each other.
+Restarting `position_ids` at each caption would not be enough: with `sdpa` and bidirectional attention, tokens would
+still attend to the tokens of other captions.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def can_pack(llm: Any) -> bool:
 
 
 def first_token_indices(features: dict[str, Any]) -> list[int]:
-    """Return the index of each caption's first token in the flattened batch. Padding tokens are counted, too."""
+    """Return the index of each caption's first token in the flattened batch, which includes any padding tokens."""
     if "cu_seq_lens_q" in features:
         return [int(start) for start in features["cu_seq_lens_q"][:-1]]
     mask = features["attention_mask"]  # (B, T)

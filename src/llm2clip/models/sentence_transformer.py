@@ -77,7 +77,8 @@ class _StrictTransformer(Transformer):
     def _load_model(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         loaded: Any = super()._load_model(model_name_or_path, *args, **kwargs, output_loading_info=True)
         model, report = loaded
-        missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))  # pooler: unused
+        # The pooler is not used, so its weights may be missing.
+        missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
         if missing:
             raise ValueError(f"{model_name_or_path} is missing {len(missing):,} weights, including {missing[0]}")
         return model

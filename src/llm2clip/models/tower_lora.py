@@ -41,7 +41,7 @@ def lora_targets(tower: VisionTower) -> list[str]:
 
 
 def merge_tower_lora(tower: VisionTower) -> None:
-    """Merge any LoRA into the weights, restore the original layers, and make all weights trainable."""
+    """Merge LoRA into the original weights, if the tower has LoRA layers, and make all weights trainable."""
     lora_layers = {name: m for name, m in tower.backbone.named_modules() if isinstance(m, BaseTunerLayer)}
     for name, layer in lora_layers.items():
         layer.merge(safe_merge=True)

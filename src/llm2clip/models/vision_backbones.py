@@ -165,7 +165,7 @@ def _timm_preprocess(backbone: nn.Module, name: str, size: int | None) -> Prepro
 def _load_transformers(source: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
     from transformers import AutoConfig
 
-    # By default, transformers asks in the terminal whether to run the folder's code.
+    # By default, transformers asks the user in the terminal whether to run code from the folder.
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.model_type in _DUAL_ENCODER_TYPES:
         config = config.vision_config

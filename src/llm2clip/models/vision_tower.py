@@ -111,7 +111,7 @@ class VisionTower(nn.Module):
         return cast(Tensor, self.backbone(pixel_values=x, **options).pooler_output)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training mode; batch norms stay in eval mode if `freeze_norm` is set."""
+        """Set the training mode. If `freeze_norm` is set, batch norms stay in eval mode."""
         super().train(mode)
         if mode and self.freeze_norm:
             for module in self.backbone.modules():

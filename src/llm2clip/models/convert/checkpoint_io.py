@@ -66,7 +66,7 @@ def select_weights_file(names: list[str], source: str) -> str:
         source: folder or hub id, for error messages.
 
     Raises:
-        ValueError: there is no weight file, or there are several .pt files and no other weight file.
+        ValueError: there is no weight file, or the choice between several .pt files is ambiguous.
     """
     pt_files = [name for name in names if name.endswith(".pt")]
     eva_files = [name for name in pt_files if "EVA" in name]

@@ -130,7 +130,7 @@ def _default_preprocess(size: int) -> Preprocess:
 
 
 def _grid_size(checkpoint: Checkpoint, positions: int) -> int:
-    """Return the number of patches per side. One of the positions is the class token's."""
+    """Return the number of patches per side of the image. One of the positions is for the class token."""
     side = math.isqrt(positions - 1)
     if side * side != positions - 1:
         raise ValueError(

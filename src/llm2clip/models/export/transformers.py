@@ -109,7 +109,7 @@ def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
 
 
 def standalone_source() -> str:
-    """Return the source of modeling_llm2clip.py with the adapter's classes in place of their import."""
+    """Return the source code of modeling_llm2clip.py, with the import of `Adapter` replaced by the adapter's code."""
     source = inspect.getsource(modeling_llm2clip)
     adapter_source = "\n\n".join(inspect.getsource(part) for part in (heads.ResidualBlock, heads.Adapter))
     import_line = "from llm2clip.models.heads import Adapter\n"
