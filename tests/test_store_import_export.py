@@ -114,7 +114,7 @@ def test_import_official_tars_rejects_tars_that_are_not_a_pair(store: EmbeddingS
     write_samples(tmp_path / "01.tar", SAMPLES)
     with tarfile.open(tmp_path / "01_text_embeddings.tar", "w"):
         pass  # no embeddings at all
-    with pytest.raises(StoreError, match="not a pair"):
+    with pytest.raises(StoreError, match="do not match each other"):
         import_official_tars([tmp_path / "01.tar"], tmp_path / "missing", IDENTITY)
 
     write_samples(tmp_path / "02.tar", dict(list(SAMPLES.items())[:-1]))

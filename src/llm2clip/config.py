@@ -341,7 +341,7 @@ class LlavaConfig:
 
 
 def require_at_least(minimum: int, config: Any, section: str, *names: str) -> None:
-    """Raise ValueError if any of the named settings is less than the minimum. None is allowed."""
+    """Raise ValueError if any of the named settings is less than the minimum. A value of `None` is accepted."""
     for name in names:
         value = getattr(config, name)
         if value is not None and value < minimum:

@@ -62,7 +62,7 @@ def _convert(args: Namespace) -> list[str]:
 
 
 def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
-    """Load a model folder without a caption encoder and attach the caption encoder `text`."""
+    """Load a model from a folder that has no caption encoder, and attach the encoder given by `text`."""
     from llm2clip.models.convert.load import attach_caption_encoder
     from llm2clip.models.llm2clip import LLM2CLIP
 

@@ -55,7 +55,7 @@ def add(commands: Commands) -> None:
     add_reading_arguments(parser)
     parser.add_class_arguments(LlavaConfig, "llava")
 
-    parser = llava.add("plan", _plan, "Estimate the memory and hours needed for training. Downloads and runs nothing.")
+    parser = llava.add("plan", _plan, "Estimate the memory and hours needed for training, without running it.")
     _add_model_arguments(parser, required=False)
     parser.add_argument("--pretrain", type=int, default=558_128, help="Number of conversations in the first stage.")
     parser.add_argument("--instruct", type=int, default=665_298, help="Number of conversations in the second stage.")

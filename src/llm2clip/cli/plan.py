@@ -15,7 +15,7 @@ from llm2clip.tools.plan.devices import Machine
 def add(commands: Commands) -> None:
     """Add the `plan` command."""
     parser = commands.add(
-        "plan", _plan, "Estimate the parameters, FLOPs, memory and hours of a `fit` run. Downloads and runs nothing."
+        "plan", _plan, "Estimate the parameters, FLOPs, memory and hours of a `fit` run, without downloading anything."
     )
     parser.add_argument("--images", type=int, required=True, help="Number of training images.")
     parser.add_argument("--captions_per_image", type=float, default=2.0, help="Average number of captions per image.")

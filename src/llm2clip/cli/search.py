@@ -47,9 +47,9 @@ def add(commands: Commands) -> None:
         "search", _search, "Search an index with texts, in any language that the model understands, and with images."
     )
     sub.add_argument("index", type=str, help="Index folder or URL.")
-    sub.add_argument("texts", nargs="*", type=str, default=[], help="What the images show.")
+    sub.add_argument("texts", nargs="*", type=str, default=[], help="What the images should show.")
     sub.add_argument("--images", nargs="+", type=str, default=[], help="Images that results should be similar to.")
-    sub.add_argument("--negative", nargs="+", type=str, default=[], help="What the images do not show.")
+    sub.add_argument("--negative", nargs="+", type=str, default=[], help="What the images should not show.")
     sub.add_argument(
         "--negative_images", nargs="+", type=str, default=[], help="Images that results should not be similar to."
     )

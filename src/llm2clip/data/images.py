@@ -197,7 +197,7 @@ def _blend_with_white(pixels: Tensor) -> Tensor:
 
 
 def _row_chunks(pixels: Tensor) -> Sequence[Tensor]:
-    """Split an image into blocks of rows with about a million pixels each, to limit the memory for int32 values."""
+    """Split an image into row blocks of about a million pixels, to limit the memory used by int32 intermediates."""
     return pixels.split(max(1, (1 << 20) // max(1, pixels.shape[-1])), dim=-2)
 
 

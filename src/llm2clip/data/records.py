@@ -22,7 +22,7 @@ from llm2clip.data.skip_log import SkipLog
 
 ImageCheck = Literal["header", "exists", "unchecked", "ignore"]
 NO_SPLIT = "none"  # this split name means "no split", both in split selections and in the data
-EARLY_CHECK_ROWS = 1000  # from this many rows on, reading stops as soon as too many rows have been skipped
+EARLY_CHECK_ROWS = 1000  # after this many rows, reading stops as soon as too many have been skipped
 
 
 @dataclass(frozen=True, slots=True)

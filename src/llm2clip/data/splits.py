@@ -25,9 +25,9 @@ class DataSplits:
 
     Attributes:
         train: Training records.
-        held_out: Held-out records that have an image, as a dict {caption field: records}. The fields are `captions`,
-            each of `short_captions` and `long_captions` that is present in the data, and the columns listed in
-            `EvaluateConfig.fields`. The captions of the records under a key are the texts in that field.
+        held_out: Dict that maps each caption field to the held-out records that have an image. Each record's captions
+            are taken from that field. The fields are `captions`, each of `short_captions` and `long_captions` that is
+            present in the data, and the columns listed in `EvaluateConfig.fields`.
         summary: Description of the training and held-out records in one line, to be printed for the user.
     """
 

@@ -226,7 +226,7 @@ def _check_arguments(
         raise ValueError("no model given: put the model first, before the data or --benchmarks")
     if not (captions or data or benchmarks):
         raise ValueError(
-            "nothing to evaluate: pass a model and data or --benchmarks; for caption retrieval, pass --captions"
+            "nothing to evaluate: pass a model and either data or --benchmarks; for caption retrieval, pass --captions"
         )
     if process_state().num_processes > 1 and out is None:
         raise ValueError("a distributed evaluation needs --out: the ranks exchange embeddings through this folder")

@@ -60,7 +60,7 @@ PAPER_METRICS: dict[str, dict[str, float]] = {
 NOTES = {
     "vqav2": "The paper reports test-dev, which only VQAv2's server can score. The metrics here are for val2014.",
     "vizwiz": "The paper reports the test set, which only VizWiz's server can score. The metrics here are for val.",
-    "mmbench": "MMBench's server asks an LLM about answers that name no option. Here, such answers count as wrong.",
+    "mmbench": "MMBench's server uses an LLM to interpret answers that name no option. Here, they count as wrong.",
 }
 SAMPLE_IMAGES = 12
 THUMBNAIL_SIDE = 280  # length of a thumbnail's longer side, in pixels

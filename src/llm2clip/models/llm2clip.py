@@ -172,7 +172,7 @@ class LLM2CLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Clamp the logit scale to just below the maximum in `forward`. Call this method after every optimizer step.
+        """Clamp the logit scale to just below the maximum that `forward` allows. Call this after every optimizer step.
 
         Above the maximum, the gradient of the logit scale is zero, so the scale could never decrease again.
         """

@@ -184,7 +184,7 @@ def is_lora_folder(folder: str | Path) -> bool:
 
 
 def load_lora(folder: str | Path, device: str | None) -> SentenceTransformer:
-    """Load a folder with a separate LoRA adapter. The LLM is loaded in float32.
+    """Load a model from a folder that stores a LoRA adapter separately. The LLM is loaded in float32.
 
     Raises:
         OSError: the adapter's weights or the LLM cannot be found.

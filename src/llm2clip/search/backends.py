@@ -62,7 +62,7 @@ class Backend(Protocol):
         ...
 
     def duplicates(self, limit: int = 10) -> list[list[str]]:
-        """Return the names of identical images, as one group of names for each duplicated content.
+        """Return groups of image names. The images in each group have identical content.
 
         The largest groups are returned first, up to `limit` groups.
         """

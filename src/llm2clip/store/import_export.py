@@ -186,14 +186,16 @@ def _captions_with_embeddings(tar: Path) -> Iterator[tuple[str, np.ndarray]]:
     for name, members in _read_samples(tar, ["json"]):
         other_name, embeddings = next(embedding_samples, (None, {}))
         if other_name != name:
-            raise StoreError(f"{other} has sample {other_name} where {tar} has {name}: the tar files are not a pair")
+            raise StoreError(
+                f"{other} has sample {other_name} where {tar} has {name}: the tar files do not match each other"
+            )
         for field, caption in _sample_captions(tar, name, members).items():
             if field.lower() not in embeddings:
                 raise StoreError(f"{other}: sample {name} has no {field.lower()}")
             yield caption, np.frombuffer(embeddings[field.lower()], "<f4")
     extra = next(embedding_samples, None)
     if extra is not None:
-        raise StoreError(f"{other} has sample {extra[0]}, which is not in {tar}: the tar files are not a pair")
+        raise StoreError(f"{other} has sample {extra[0]}, which is not in {tar}: the tar files do not match each other")
 
 
 def _embeddings_tar(tar: Path) -> Path:
@@ -232,7 +234,7 @@ def _read_samples(tar: Path, suffixes: Iterable[str]) -> Iterator[tuple[str, dic
             if suffix in wanted:
                 if info.size > MAX_MEMBER_BYTES:
                     raise StoreError(
-                        f"{tar}: {info.name} is too large for captions or embeddings ({info.size:,} bytes)"
+                        f"{tar}: {info.name} is too large to be a captions or embeddings file ({info.size:,} bytes)"
                     )
                 data = stream.extractfile(info)
                 if data is not None:

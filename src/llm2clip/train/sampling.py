@@ -242,7 +242,7 @@ def check_batch_size(images: int, config: AlignConfig, world_size: int) -> int:
 def limit_batch_size(batch_size: int, images: int, config: AlignConfig, world_size: int) -> int:
     """Return the batch size. With a frozen tower, the batch size is limited to the number of images per rank.
 
-    With a frozen tower, batches are usually large, because they are cheap, and may exceed a small data set.
+    With a frozen tower, batches are cheap and therefore usually large. A batch may be larger than a small data set.
     """
     if config.tower_lr > 0:
         return batch_size

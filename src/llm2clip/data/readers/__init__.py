@@ -80,8 +80,8 @@ def read_source(
         path: File or folder to read.
         choose: Function that selects the columns of a table. Other columns are not read.
         image_bytes: Whether to read images that are embedded in Parquet files.
-        splits: Splits of a Hugging Face data set to read. If empty, all splits are read. In each row, the `split` field
-            is set to the name of the split. If None, all splits are read, and the `split` column of the rows is kept.
+        splits: Splits of a Hugging Face data set to read. If empty or None, all splits are read. Each row's `split`
+            field is set to the name of its split, unless `splits` is None: the rows then keep their own `split` value.
     """
     if kind == "parquet":
         return read_parquet(path, choose, image_bytes)

@@ -113,7 +113,7 @@ def first_units(questions: Sequence[Question], count: int | None) -> list[Questi
 
 
 def find_image(folder: Path, name: str, log: SkipLog, file: Path, number: int) -> FileImage | None:
-    """Return an image. If the image is missing or outside the folder, log a skipped row and return None.
+    """Return an image. If the image is missing or outside the folder, log the row as skipped and return None.
 
     Args:
         folder: folder that contains the images.

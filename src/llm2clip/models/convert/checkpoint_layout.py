@@ -152,7 +152,7 @@ def official_name(name: str, layout: Layout, adapter_depth: int) -> str:
 
 
 def computed_buffers(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
-    """Return optional buffers of official checkpoints, with the values that follow from the architecture.
+    """Return the optional buffers of official checkpoints, with values derived from the architecture.
 
     In "hf" checkpoints, the buffers contain the position ids. In "eva" checkpoints, the buffers contain the rotary
     embedding's cosines and sines. There is one pair of these buffers for the tower and one for each block.

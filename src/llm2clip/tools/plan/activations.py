@@ -1,7 +1,8 @@
 """Count the bytes of activations that autograd saves for the backward pass, using fake tensors.
 
-With fake tensors, the model's code runs without allocating memory. The tensors are on a fake CPU, because CPU attention
-kernels save as few bytes as GPU kernels, and CPU autocast lowers the precision as GPU autocast does.
+With fake tensors, the model's code runs without allocating memory. The tensors are on a fake CPU, which gives the same
+counts as a GPU: CPU attention kernels keep just as little for the backward pass, and CPU autocast lowers the precision
+in the same way.
 """
 
 from __future__ import annotations

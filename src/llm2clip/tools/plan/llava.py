@@ -127,7 +127,7 @@ class _ModelCosts:
     Args:
         llm: costs of the LLM's blocks.
         llm_parameters: number of parameters in the LLM, including its head.
-        head: number of weights in the LLM's head, even if they are tied to the input embeddings.
+        head: number of weights in the LLM's head, counted even if they are tied to the input embeddings.
         projector_parameters: number of parameters in the projector.
         tower_parameters: number of parameters in the vision tower.
         tower_flop: FLOP per image in the vision tower.

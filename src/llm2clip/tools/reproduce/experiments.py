@@ -1,4 +1,4 @@
-"""Experiments on which the claims are tested: caption encoders, caption retrieval, aligned models and retrieval ranks.
+"""The experiments that test the claims, with caption encoders, caption retrieval, aligned models and retrieval ranks.
 
 Each result is computed once and saved in the run directory, so that an interrupted run can be resumed:
 
@@ -155,8 +155,8 @@ class Experiments:
         Args:
             name: Name of the caption encoder.
             test: Name of the test. See `ClaimData.test`.
-            direction: I2T or T2I. In direction I2T, an image's hit value is 1 if the top-ranked caption is correct, and
-                0 otherwise. In direction T2I, the hit value is the number of the image's captions that retrieve the
+            direction: I2T or T2I. For I2T, an image's hit value is 1 if the top-ranked caption is correct, and
+                0 otherwise. For T2I, the hit value is the number of the image's captions that retrieve the
                 image at rank 1, divided by the mean number of captions per image.
 
         Returns:
