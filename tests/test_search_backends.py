@@ -50,7 +50,7 @@ def test_ref_to_json_keeps_the_form_of_version_0_1(ref: ImageRef, text: str) -> 
 
 
 def test_ref_from_json_rejects_unknown_types() -> None:
-    with pytest.raises(ValueError, match="unknown type"):
+    with pytest.raises(ValueError, match="unknown image reference type"):
         ref_from_json('["Popen", {}]')
 
 

@@ -188,7 +188,7 @@ def decompression_bomb(side: int) -> bytes:
         ("/embed", {"input": ["a"] * (MAX_TEXTS + 1)}, 422, "at most 256"),
         ("/embed", {"input": [[1, 2]]}, 422, "valid string"),
         ("/embed", {"input": "a", "dimensions": 8}, 422, "dimensions must be 16"),
-        ("/embed", {"input": [data_uri(b"x")] * 17}, 422, "at most 16"),
+        ("/embed", {"input": [data_uri(b"x")] * 17}, 422, "the limit is 16"),
     ],
 )
 def test_invalid_requests_are_explained(
@@ -370,7 +370,7 @@ def test_batcher_isolates_failing_and_cancelled_items() -> None:
         with ThreadPoolExecutor(1) as executor:
             batcher = Batcher(double, executor, max_batch_size=8, max_queue=10)
             results = await asyncio.gather(*(batcher.submit([n]) for n in range(6)), return_exceptions=True)
-            with pytest.raises(ValueError, match="at most 10"):
+            with pytest.raises(ValueError, match="the limit is 10"):
                 await batcher.submit(list(range(11)))
             waiting = asyncio.create_task(batcher.submit([5, 6, 7, 8]))
             await asyncio.sleep(0)

@@ -69,7 +69,7 @@ def test_text_pairs_are_sources_after_those_of_captions(tmp_path: Path) -> None:
     assert sources_of_fit(splits, TuneConfig(text_pairs=[pairs])) == [[Pair("q", "p")]]
     both = TuneConfig(data=[texts], text_pairs=[pairs], source_weights=[1, 2])
     assert sources_of_fit(splits, both) == [[ImageCaptions(("x", "y"))], [Pair("q", "p")]]
-    with pytest.raises(ValueError, match=r"one weight for each of the 1 sources.*\(got 2\)"):
+    with pytest.raises(ValueError, match=r"one weight for each of the 1 caption and text-pair sources.*\(got 2\)"):
         sources_of_fit(splits, TuneConfig(data=[texts], source_weights=[1, 2]))
 
 
