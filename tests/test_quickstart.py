@@ -97,7 +97,7 @@ def test_draw_results_has_one_row_per_query(tmp_path: Path) -> None:
     assert one_row.width == two_rows.width == 64 + 320 + 5 * 182
     assert one_row.height < two_rows.height < one_row.height + 400  # a very long text is truncated
     assert (46, 158, 91) in {color for _, color in two_rows.getcolors(1 << 20) or []}
-    with pytest.raises(ValueError, match="2 rows but correct ranks for 1"):
+    with pytest.raises(ValueError, match="2 rows, but `correct` has 1 entries"):
         draw_results(rows, tmp_path / "bad.png", "Bad", correct=[{0}])
 
 
