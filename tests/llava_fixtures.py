@@ -1,4 +1,4 @@
-"""Towers and loaders shared by the LLaVA tests."""
+"""Models, conversations and loaders shared by the LLaVA tests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from typing import Any
 
 import torch
 
+from conftest import make_llm
+from llm2clip.data.records import open_records
+from llm2clip.llava.build import build_llava
+from llm2clip.llava.chat_template import Conversation
+from llm2clip.llava.datasets import captioning_conversations
 from llm2clip.models.vision_tower import VisionTower
 from test_export import hf_tower, timm_tower
 
@@ -21,6 +26,17 @@ def make_vision_tower(kind: str, folder: Path) -> VisionTower:
     if kind == "resized clip":
         return hf_tower(folder, "clip_vision_model", 48)
     return hf_tower(folder, kind)
+
+
+def build_tiny_llava(folder: Path) -> Path:
+    """Build a LLaVA model from a random timm tower and a random LLM with two layers, and return its folder."""
+    return build_llava(timm_tower(64), str(make_llm(folder / "llm", layers=2)), folder / "built")
+
+
+def make_conversations(image_folder: Path) -> list[Conversation]:
+    """Return twenty conversations with an image and one without."""
+    records = list(open_records(f"{image_folder / 'captions.jsonl'}@train"))
+    return [*captioning_conversations(records)[:20], Conversation("text", None, (("Hello?", "Hello."),))]
 
 
 def load_model(folder: Path) -> tuple[Any, Any]:

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import make_llm
-from llava_fixtures import load_model, load_tokenizer
+from llava_fixtures import build_tiny_llava, load_model, load_tokenizer, make_conversations
 from llm2clip.data.image_refs import FileImage
-from llm2clip.data.records import Record, open_records
+from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
-from llm2clip.llava.build import assemble_llava, build_llava, load_causal_llm
+from llm2clip.llava.build import assemble_llava, load_causal_llm
 from llm2clip.llava.chat_template import (
     IGNORE_INDEX,
     IMAGE_TOKEN,
@@ -246,15 +245,12 @@ def test_make_questions_uses_the_correct_article(objects_file: Path) -> None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llava")
-    return build_llava(timm_tower(64), str(make_llm(folder / "llm", layers=2)), folder / "built")
+    return build_tiny_llava(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture(scope="module")
 def conversations(image_folder: Path) -> list[Conversation]:
-    """Twenty conversations with an image and one without."""
-    records = list(open_records(f"{image_folder / 'captions.jsonl'}@train"))
-    return [*captioning_conversations(records)[:20], Conversation("text", None, (("Hello?", "Hello."),))]
+    return make_conversations(image_folder)
 
 
 def test_llava_collator_padding_does_not_change_the_logits_and_loss(

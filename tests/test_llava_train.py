@@ -11,18 +11,16 @@ import pytest
 import torch
 
 from conftest import Killed, emulate_fsdp_launch, make_llm, run_distributed
-from llava_fixtures import load_model, load_weights, make_vision_tower
+from llava_fixtures import build_tiny_llava, load_model, load_weights, make_conversations, make_vision_tower
 from llm2clip.cli import main
 from llm2clip.config import LlavaConfig
 from llm2clip.data.image_refs import FileImage
-from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.llava import stage as stage_module
 from llm2clip.llava.build import build_llava
 from llm2clip.llava.chat_template import Conversation, tokenize_and_label
-from llm2clip.llava.datasets import captioning_conversations
 from llm2clip.llava.train import train_llava
-from test_export import hf_tower, timm_tower
+from test_export import hf_tower
 
 SMALL = LlavaConfig(
     pretrain_epochs=1, pretrain_batch_size=4, epochs=1, batch_size=4, micro_batch_size=2, lr=1e-2, pretrain_lr=1e-2,
@@ -33,15 +31,12 @@ LORA = replace(SMALL, lora_r=4, lora_alpha=8)
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llava")
-    return build_llava(timm_tower(64), str(make_llm(folder / "llm", layers=2)), folder / "built")
+    return build_tiny_llava(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture(scope="module")
 def conversations(image_folder: Path) -> list[Conversation]:
-    """Twenty conversations with an image and one without."""
-    records = list(open_records(f"{image_folder / 'captions.jsonl'}@train"))
-    return [*captioning_conversations(records)[:20], Conversation("text", None, (("Hello?", "Hello."),))]
+    return make_conversations(image_folder)
 
 
 def train(
