@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from llm2clip.cli import build
+from llm2clip.cli import build_parser
 from llm2clip.cli.commands import builtin_configs
 from llm2clip.config import (
     AlignConfig,
@@ -35,7 +35,7 @@ MAX_FIT_SETTINGS = 60  # frozen, see CONTRIBUTING.md: a new setting must replace
 
 
 def parse_fit(*configs: str) -> FitConfig:
-    parser, _ = build()
+    parser, _ = build_parser()
     flags = [word for config in configs for word in ("--config", config)]
     args = parser.instantiate(parser.parse_args(["fit", "a.jsonl", "--out", "r", *flags])).fit
     return FitConfig(**{field.name: args[field.name] for field in dataclasses.fields(FitConfig)})
@@ -53,7 +53,7 @@ def test_fit_settings_are_frozen() -> None:
 
 def test_every_setting_is_documented_in_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        build()[0].parse_args(["fit", "--help"])
+        build_parser()[0].parse_args(["fit", "--help"])
     text = capsys.readouterr().out
     for section, stage in zip(("encoder", "tune", "embed", "align", "evaluate"), STAGES, strict=True):
         for field in dataclasses.fields(stage):
@@ -64,7 +64,8 @@ def test_every_setting_is_documented_in_help(capsys: pytest.CaptureFixture[str])
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys, llm2clip.cli as c; c.build(); print({'torch', 'transformers', 'numpy'} & sys.modules.keys())"
+    heavy = "{'torch', 'transformers', 'numpy'}"
+    code = f"import sys, llm2clip.cli as c; c.build_parser(); print({heavy} & sys.modules.keys())"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "set()"
 
@@ -93,7 +94,7 @@ def test_config_rejects_values_out_of_range(config: type, values: dict[str, Any]
 
 @pytest.mark.parametrize("name", FIT_CONFIGS)
 def test_builtin_config_parses_and_flags_override_it(name: str) -> None:
-    parser, _ = build()
+    parser, _ = build_parser()
     args = parser.parse_args(["fit", "a.jsonl", "--out", "r", "--config", name, "--align.epochs", "7"]).fit
     assert args.align.epochs == 7
     assert args.data == ["a.jsonl"]
@@ -136,7 +137,7 @@ def test_llm_configs_have_the_settings_of_the_paper() -> None:
 
 
 def test_llava_config_equals_the_defaults_except_for_hardware_settings() -> None:
-    parser, _ = build()
+    parser, _ = build_parser()
     command = ["llava", "train", "b", "--out", "r"]
     config = parser.parse_args([*command, "--config", "llava-1.5-7b"]).llava.train.llava
     default = parser.parse_args(command).llava.train.llava
@@ -150,20 +151,20 @@ def test_llava_config_equals_the_defaults_except_for_hardware_settings() -> None
 
 def test_unknown_setting_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        build()[0].parse_args(["fit", "a.jsonl", "--out", "r", "--align.epocs", "7"])
+        build_parser()[0].parse_args(["fit", "a.jsonl", "--out", "r", "--align.epocs", "7"])
     assert "align.epocs" in capsys.readouterr().err
 
 
 def test_unknown_config_name_lists_the_builtin_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        build()[0].parse_args(["fit", "a.jsonl", "--out", "r", "--config", "llama-4"])
+        build_parser()[0].parse_args(["fit", "a.jsonl", "--out", "r", "--config", "llama-4"])
     error = capsys.readouterr().err
     assert "llama-4" in error and "llama-3.2-1b" in error
 
 
 @pytest.mark.parametrize("command", [["tune"], ["embed", "d"], ["align", "d", "--store", "s"], ["evaluate", "m"]])
 def test_one_config_file_serves_every_stage(command: list[str], tmp_path: Path) -> None:
-    parser, _ = build()
+    parser, _ = build_parser()
     save_or_check_config({"data": ["x.csv"], **dataclasses.asdict(FitConfig())}, tmp_path)
     out = [] if command[0] == "evaluate" else ["--out", "o"]
     texts = {**{name: builtin_configs()[name] for name in FIT_CONFIGS}}
@@ -179,7 +180,7 @@ def test_config_file_with_unknown_settings_is_an_error(text: str, tmp_path: Path
     (tmp_path / "bad.yaml").write_text(text)
     for command in (["tune", "--out", "o"], ["embed", "d", "--out", "o"]):
         with pytest.raises(SystemExit):
-            build()[0].parse_args([*command, "--config", str(tmp_path / "bad.yaml")])
+            build_parser()[0].parse_args([*command, "--config", str(tmp_path / "bad.yaml")])
 
 
 def test_configs_command_lists_each_config_with_a_description(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip.cli import build
+from llm2clip.cli import build_parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -27,7 +27,7 @@ def documented_commands() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "command"), documented_commands())
 def test_documented_command_parses(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    parser, run = build()
+    parser, run = build_parser()
     try:
         args = parser.parse_args(shlex.split(command, comments=True)[1:])
     except SystemExit as error:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from conftest import run_distributed
-from llm2clip.cli import build, main
+from llm2clip.cli import build_parser, main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
 from llm2clip.data.records import open_records
@@ -225,7 +225,7 @@ def test_evaluate_on_a_folder_of_classes_with_a_linear_probe(clip: Path, image_f
 
 def _evaluate_without_shutdown(command: list[str]) -> None:
     """Run a command, but leave the process group to `distributed`."""
-    parser, run = build()
+    parser, run = build_parser()
     args = parser.instantiate(parser.parse_args(command))
     run[args.subcommand](args[args.subcommand])
 

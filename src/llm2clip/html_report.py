@@ -1,4 +1,4 @@
-"""Reports that consist of blocks, written as Markdown and as a self-contained HTML page without scripts.
+"""Block-based reports, rendered as Markdown and as a self-contained HTML page without scripts.
 
 The page is rendered from the template `templates/report.html.jinja`, and includes the CSS from `templates/report.css`.
 All text is escaped.

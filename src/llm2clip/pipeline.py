@@ -183,7 +183,7 @@ def align(
         store: Cached caption embeddings.
         out: Output folder of this stage.
         config: Settings for this stage.
-        log: Skip log that records images that cannot be decoded.
+        log: Log of skipped rows and images, to which images that cannot be decoded are added.
         held_out: Records to evaluate the model on before and during training, keyed by caption column.
         encoder: Caption encoder to save with the model. If None, the model is saved without a caption encoder.
         model_dir: Folder to save the model in. Default: `out/model`.
@@ -224,7 +224,7 @@ def evaluate(
         model_dir: Model folder.
         held_out: Records to evaluate on, keyed by caption column.
         out: Output folder of this stage. The metrics are saved in this folder as `trained.json`.
-        log: Skip log that records images that cannot be decoded.
+        log: Log of skipped rows and images, to which images that cannot be decoded are added.
         store: Store that contains the embeddings of the held-out captions.
 
     Returns:

@@ -48,7 +48,7 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path) -> None:
         ConfigChangedError: The saved config is different. The message lists the settings that differ.
     """
     file = run_dir / CONFIG_FILE
-    new = _to_plain(config)
+    new = _to_plain_types(config)
     if file.exists() and _has_outputs(run_dir):
         saved = yaml.safe_load(file.read_text(encoding="utf-8"))
         changes = [(name, old, value) for name, old, value in _differences(saved, new) if not _is_resume_safe(name)]
@@ -72,14 +72,14 @@ def _is_resume_safe(name: str) -> bool:
     return name.rsplit(".", 1)[-1] in RESUME_SAFE
 
 
-def _to_plain(value: Any) -> Any:
+def _to_plain_types(value: Any) -> Any:
     """Convert dataclasses, tuples and paths to types that YAML can represent."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _to_plain(dataclasses.asdict(value))
+        return _to_plain_types(dataclasses.asdict(value))
     if isinstance(value, dict):
-        return {str(name): _to_plain(item) for name, item in value.items()}
+        return {str(name): _to_plain_types(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_plain(item) for item in value]
+        return [_to_plain_types(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 

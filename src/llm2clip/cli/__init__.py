@@ -44,7 +44,7 @@ hf:NAME. DATA@train+none uses only the splits `train` and `none`. Every command 
 overrides such as --align.epochs 20. To resume an interrupted command, run it again."""
 
 
-def build() -> tuple[ArgumentParser, dict[str, Run]]:
+def build_parser() -> tuple[ArgumentParser, dict[str, Run]]:
     """Return the argument parser, and a dict from command name to the function that runs the command."""
     parser = ArgumentParser(
         prog="llm2clip",
@@ -70,7 +70,7 @@ def main(args: list[str] | None = None) -> int:
 
     Errors that users can fix are printed as a single message, without a traceback.
     """
-    parser, run = build()
+    parser, run = build_parser()
     parsed = parser.parse_args(args)
     try:
         settings = parser.instantiate(parsed)

@@ -85,7 +85,7 @@ def pair_batches(
     if len(weights) != len(sources) or min(weights) <= 0:
         raise ValueError(f"source_weights must be {len(sources)} weights greater than 0 (got {weights})")
     batches = [
-        _batches_of_source(items, batch_size, steps, seed + index, hard_negative_group_size)
+        _source_batches(items, batch_size, steps, seed + index, hard_negative_group_size)
         for index, items in enumerate(sources)
     ]
     probabilities = np.asarray(weights) / np.sum(weights)
@@ -147,7 +147,7 @@ def _available_kinds(captions: ImageCaptions) -> list[tuple[list[str], list[str]
     return kinds
 
 
-def _batches_of_source(
+def _source_batches(
     items: Sequence[TuningItem], batch_size: int, steps: int, seed: int, group_size: int
 ) -> Iterator[list[Pair]]:
     usable = pairable_items(items, batch_size)

@@ -1,4 +1,4 @@
-"""Log that counts skipped rows and lists them by file and row number. Too many skipped rows are an error."""
+"""Log that counts skipped rows and lists them by file and row number. Skipping too many rows raises an error."""
 
 from __future__ import annotations
 

@@ -42,13 +42,13 @@ class LlavaTransform:
         if self.pad:
             max_side = MAX_SCALE * self.preprocess.resize_size
             if max(image.shape[-2:]) > max_side:  # padding a very long image to a square would exhaust memory
-                image = resize_longest(image, max_side)
+                image = resize_longer_side(image, max_side)
             image = pad_to_square(image, [int(255 * value) for value in self.preprocess.mean])
         pixels: Tensor = self.transform(image)
         return (pixels.float() / 255 - self.mean) / self.std
 
 
-def resize_longest(image: Tensor, side: int) -> Tensor:
+def resize_longer_side(image: Tensor, side: int) -> Tensor:
     """Resize an image (3, H, W) so that its longer side equals `side`."""
     height, width = image.shape[-2:]
     scale = side / max(height, width)

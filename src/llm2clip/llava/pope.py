@@ -95,7 +95,7 @@ def make_questions(
 
 
 def mentioned_objects(texts: Iterable[str], names: dict[str, str]) -> set[str]:
-    """Return the objects that the texts name. Longer names match first, so "hot dog" does not count as a dog.
+    """Return the objects mentioned in the texts. Longer names match first, so "hot dog" does not count as a dog.
 
     Args:
         texts: captions of one image.

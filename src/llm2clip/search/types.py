@@ -42,7 +42,7 @@ class IndexedImage:
 
     @property
     def container(self) -> str:
-        """Path of the tar or table that contains the image. For all other images, the path of the image file."""
+        """Path of the image file or, if the image is stored in a tar or table, the path of that tar or table."""
         if isinstance(self.ref, FileImage):
             return self.name
         name = self.name

@@ -129,7 +129,7 @@ def merge_stores(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingSto
 
 
 def _check_sources(folders: Sequence[Path]) -> StoreSpec:
-    """Check that stores can be merged; return the spec of these stores."""
+    """Check that the stores can be merged, and return their common spec."""
     if not folders:
         raise StoreError("no stores to merge")
     manifests = [read_manifest(folder) for folder in folders]

@@ -69,7 +69,7 @@ def align(
         model: Model with a pretrained tower and newly initialised heads. The model is modified in place.
         config: Settings for the `align` stage.
         run_dir: Output folder for checkpoints/, metrics.jsonl, evaluations.jsonl and best/.
-        log: Skip log that records images that cannot be decoded.
+        log: Log of skipped rows and images, to which images that cannot be decoded are added.
         validate: Function that evaluates the model on held-out images. If None, the model is not evaluated during
             training.
         features: Folder of the feature store, which caches the frozen tower's features. It is only used if `tower_lr`

@@ -277,7 +277,8 @@ class _ImageTextLayout:
         text_gather: All-gather for tensors with one row per text.
         image_of_text: Index of each text's image among the images of this rank, int64 (texts of this rank,).
         all_image_of_text: Index of each text's image among the images of all ranks, int64 (texts of all ranks,).
-        weights: Weight of each text in the loss on the text's rank, float32 (texts of all ranks,).
+        weights: Loss weight of each text, float32 (texts of all ranks,). A rank's loss is the
+            weighted sum over the rank's texts.
     """
 
     def __init__(self, images: int, image_of_text: Tensor, text_ids: Tensor | None, gather: bool) -> None:

@@ -149,7 +149,7 @@ def mme_answer(answer: str) -> str:
 
 
 def score_mme(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Return MME's points for perception (up to 2,000), for cognition (up to 800) and for each of the 14 subtasks.
+    """Return the MME scores: perception (at most 2,000), cognition (at most 800) and each of the 14 subtasks.
 
     The points for a subtask are the sum of two percentages: the accuracy, and the percentage of images for which both
     questions are answered correctly.

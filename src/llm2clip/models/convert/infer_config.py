@@ -124,7 +124,8 @@ def _eva_tower(checkpoint: Checkpoint) -> dict[str, Any]:
 def _default_preprocess(size: int) -> Preprocess:
     """Return the preprocessing in the LLM2CLIP authors' code: resize the shortest side to `size`, then center-crop.
 
-    For EVA towers at 224 pixels, timm's default crops off 10% of each side length. The authors' code does not.
+    For EVA towers at 224 pixels, timm's default center-crops to 90% of the height and width. The authors' code
+    does not.
     """
     return Preprocess(size, "shortest", 1.0, "bicubic", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 

@@ -93,8 +93,8 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
         int8: also write vision-int8.onnx and text-int8.onnx, with weights quantized to 8 bits.
 
     Returns:
-        A message for each graph. A message contains the minimum cosine similarity between the graph's embeddings and
-        PyTorch's embeddings of the sample inputs.
+        One message per graph, with the minimum cosine similarity between the graph's and PyTorch's embeddings of the
+        sample inputs.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.

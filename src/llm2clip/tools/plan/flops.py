@@ -84,7 +84,7 @@ class ImageCosts:
         feature_dim: dimension of the tower's image features.
         embed_dim: dimension of the shared embedding space.
         tower_forward: FLOPs of the tower's forward pass for one image.
-        heads_forward: FLOPs of the projection's and adapter's forward pass for one image and its captions.
+        heads_forward: FLOPs of a forward pass through the projection and the adapter, for one image and its captions.
         backward: FLOPs of the backward pass for one image and its captions.
         saved: bytes of activations that autograd saves for one image and its captions.
         saved_per_layer: bytes of activations that autograd saves for one image in each tower layer.

@@ -18,7 +18,7 @@ def format_plan(plan: Plan, width: int = 110) -> str:
     for table in (_parameter_table(plan), _flop(plan), _memory(plan), _hours(plan)):
         console.print(table)
         console.print()
-    for line in (*_stores(plan), _caching(plan), *_suggestions(plan), _assumptions(plan)):
+    for line in (*_stores(plan), _caching_section(plan), *_suggestions(plan), _assumptions(plan)):
         console.print(line, markup=False)
     return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
 
@@ -105,7 +105,7 @@ def _stores(plan: Plan) -> list[str]:
     return lines
 
 
-def _caching(plan: Plan) -> str:
+def _caching_section(plan: Plan) -> str:
     online = plan.online
     return (
         f"Without the store, running the LLM in every `align` step: {online['step']:.2f} times the FLOPs per step, "

@@ -1,11 +1,11 @@
 """Claims, comparisons and verdicts, based on bootstrap confidence intervals.
 
-A comparison states that one value is lower than another. The verdict depends on the 95% confidence intervals of the two
-values, and on the interval of their difference, which is paired by image:
+A comparison states that value A is lower than value B. The verdict depends on the 95% confidence intervals of A, of B
+and of the difference B - A, which is paired by image:
 
-- The comparison holds if the lower value's interval lies entirely below the higher value's interval.
-- The comparison has weak support if these intervals overlap, but the interval of the difference is above zero.
-- The comparison is contradicted if the interval of the difference is below zero.
+- The comparison holds if A's interval lies entirely below B's interval.
+- The comparison has weak support if these two intervals overlap, but the interval of B - A is above zero.
+- The comparison is contradicted if the interval of B - A is below zero.
 - Otherwise, the comparison is inconclusive.
 """
 
