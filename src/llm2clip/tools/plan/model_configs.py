@@ -127,7 +127,7 @@ def build_tower(align: AlignConfig) -> VisionTower:
     """Build the vision tower on the meta device.
 
     Raises:
-        ValueError: the hub cannot be reached, and the tower is neither in the table nor a local folder nor a timm model.
+        ValueError: the hub cannot be reached, and the tower is neither in the table nor a folder nor a timm model.
     """
     name, size = TOWERS.get(align.tower.lower().removeprefix("hf:"), (align.tower, None))
     try:
