@@ -33,7 +33,8 @@ def make_model(folder: Path, tower: VisionTower, family: str = "llama", **option
     text = {k.removeprefix("text_"): v for k, v in options.items() if k.startswith("text_")}
     encoder = CaptionEncoder.from_pretrained(make_llm(folder / "llm", family), device="cpu", **text)
     heads = {k: v for k, v in options.items() if not k.startswith("text_")}
-    config = LLM2CLIPConfig(tower=tower.config, text_dim=encoder.embed_dim, embed_dim=16, adapter_depth=2, **heads)
+    heads = {"embed_dim": 16, "adapter_depth": 2, **heads}
+    config = LLM2CLIPConfig(tower=tower.config, text_dim=encoder.embed_dim, **heads)
     model = LLM2CLIP(config, tower, encoder).eval()
     with torch.no_grad():
         model.logit_scale.fill_(2.5)
@@ -130,6 +131,7 @@ CASES: dict[str, dict[str, Any]] = {
     "clip at another size": {"tower": "clip_vision_model", "size": 48},
     "siglip": {"tower": "siglip_vision_model", "family": "qwen3"},
     "dinov2": {"tower": "dinov2"},
+    "no projection": {"tower": "siglip_vision_model", "projection": False, "embed_dim": 24},
 }
 
 
@@ -279,6 +281,22 @@ with torch.no_grad():
     with pytest.raises(ValueError, match="requires a timm vision tower"):
         export_model(make_model(tmp_path, hf_tower(tmp_path, "clip_vision_model")), "open_clip", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+@torch.no_grad()
+def test_open_clip_export_supports_models_without_projection(tmp_path: Path, photos: list[Path]) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    tower = timm_tower()
+    tower.config["preprocess"]["crop_pct"] = 1.0
+    tower.config["preprocess"]["size"] = {"shortest_edge": tower.preprocess.size}
+    model = make_model(
+        tmp_path, tower := VisionTower.from_config(tower.config), projection=False, embed_dim=tower.feature_dim
+    )
+    export_model(model, "open_clip", tmp_path / "out")
+    exported, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    pixels = torch.stack([preprocess(Image.open(path).convert("RGB")) for path in photos])
+    images = exported.eval().encode_image(pixels, normalize=True)
+    assert ((images * model.encode_image(photos)).sum(1) > 0.999).all()
 
 
 def test_export_model_rejects_models_that_the_format_cannot_represent(tmp_path: Path) -> None:

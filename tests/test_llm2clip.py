@@ -169,6 +169,28 @@ def test_folder_of_version_0_1_opens(model: LLM2CLIP, tmp_path: Path) -> None:
     assert torch.equal(reopened.encode_text(["a dog"]), model.encode_text(["a dog"]))
 
 
+def test_model_without_projection_uses_the_towers_output(model: LLM2CLIP, tmp_path: Path) -> None:
+    config = LLM2CLIPConfig(model.tower.config, 32, embed_dim=model.tower.feature_dim, projection=False)
+    bare = LLM2CLIP(config, model.tower)
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    assert torch.equal(bare(pixels=pixels)[0], F.normalize(model.tower(pixels), dim=-1))
+    reopened = LLM2CLIP.from_pretrained(bare.save_pretrained(tmp_path / "m"), device="cpu")
+    assert reopened.config == config and torch.equal(reopened(pixels=pixels)[0], bare(pixels=pixels)[0])
+    with pytest.raises(ValueError, match="embed_dim is 12, but the vision tower's features have size"):
+        LLM2CLIP(LLM2CLIPConfig(model.tower.config, 32, embed_dim=12, projection=False), model.tower)
+
+
+def test_identity_fields_are_those_of_version_0_1_for_models_with_a_projection(model: LLM2CLIP) -> None:
+    """Search indexes and cached embeddings of earlier versions stay valid."""
+    assert list(model.config.identity_fields()) == [
+        *("tower", "text_width", "width", "adapter_depth", "adapter_expansion", "normalize_input", "projection"),
+        *("projection_bias", "logit_bias", "encoder", "adapter"),
+    ]
+    assert model.config.identity_fields()["projection"] == "linear"
+    without = LLM2CLIPConfig(model.tower.config, 32, projection=False)
+    assert without.identity_fields()["projection"] == "none"
+
+
 @pytest.mark.parametrize(("name", "kind"), [("adapter", "glu"), ("adapter", "none"), ("projection", "glu")])
 def test_unsupported_heads_of_version_0_1_are_rejected(model: LLM2CLIP, name: str, kind: str, tmp_path: Path) -> None:
     folder = model.save_pretrained(tmp_path / "m")

@@ -47,6 +47,8 @@ class LLM2CLIPConfig:
         adapter_depth: number of residual blocks in the adapter.
         adapter_expansion: hidden size of an adapter block, as a multiple of `text_dim`.
         normalize_input: L2-normalise the caption embeddings before the adapter.
+        projection: add an image projection. Without one, the image embedding is the tower's output, and `embed_dim`
+            must be the tower's feature size.
         projection_bias: add a bias to the image projection.
         logit_bias: add a learned bias to the logits, for the sigmoid loss.
         encoder: `CaptionEncoder.identity()` of the encoder that the adapter was trained with. Empty if unknown.
@@ -58,6 +60,7 @@ class LLM2CLIPConfig:
     adapter_depth: int = 4  # as in the paper
     adapter_expansion: int = 2
     normalize_input: bool = True
+    projection: bool = True
     projection_bias: bool = False
     logit_bias: bool = False
     encoder: dict[str, Any] = field(default_factory=dict)
@@ -93,11 +96,13 @@ class LLM2CLIPConfig:
         """
         for name, supported in _SUPPORTED_HEADS.items():
             kind = values.get(name, supported)
-            if kind != supported:
+            if isinstance(kind, str) and kind != supported:
                 raise ValueError(
                     f"{name} {kind!r} is no longer supported. Run `llm2clip align` again to train a {supported} {name}"
                 )
         values = {_RENAMED_FIELDS.get(name, name): value for name, value in values.items()}
+        if isinstance(values.get("projection"), str):  # version 0.1 stored the kind of projection
+            values["projection"] = True
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
 
     def identity_fields(self) -> dict[str, Any]:
@@ -108,7 +113,8 @@ class LLM2CLIPConfig:
         """
         old_names = {new: old for old, new in _RENAMED_FIELDS.items()}
         fields = {old_names.get(name, name): value for name, value in dataclasses.asdict(self).items()}
-        return fields | _SUPPORTED_HEADS
+        heads = _SUPPORTED_HEADS if self.projection else {**_SUPPORTED_HEADS, "projection": "none"}
+        return fields | heads
 
 
 class LLM2CLIP(nn.Module):
@@ -120,7 +126,7 @@ class LLM2CLIP(nn.Module):
     Attributes:
         config: model config.
         tower: vision tower; maps pixels (N, 3, S, S) to features (N, feature_dim).
-        projection: linear layer; maps features (N, feature_dim) to (N, embed_dim).
+        projection: linear layer; maps features (N, feature_dim) to (N, embed_dim). Without a projection, the identity.
         adapter: text adapter; maps unnormalised caption embeddings (M, text_dim) to (M, embed_dim).
         logit_scale: logarithm of the factor that multiplies the cosine similarities, shape (1,).
         logit_bias: bias that is added to the logits, shape (1,), or None for models without a bias.
@@ -130,8 +136,7 @@ class LLM2CLIP(nn.Module):
         super().__init__()
         self.config = config
         self.tower = tower
-        self.projection = nn.Linear(tower.feature_dim, config.embed_dim, bias=config.projection_bias)
-        nn.init.normal_(self.projection.weight, std=tower.feature_dim**-0.5)
+        self.projection = _build_projection(config, tower.feature_dim)
         self.adapter = Adapter(
             config.text_dim,
             config.embed_dim,
@@ -365,6 +370,19 @@ class LLM2CLIP(nn.Module):
             raise ValueError(f"{folder}: config.json and model.safetensors do not match ({error})") from error
         model._text_folder = folder / "text" if (folder / "text").is_dir() else None
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def _build_projection(config: LLM2CLIPConfig, feature_dim: int) -> nn.Module:
+    if config.projection:
+        projection = nn.Linear(feature_dim, config.embed_dim, bias=config.projection_bias)
+        nn.init.normal_(projection.weight, std=feature_dim**-0.5)
+        return projection
+    if config.embed_dim != feature_dim:
+        raise ValueError(
+            f"embed_dim is {config.embed_dim}, but the vision tower's features have size {feature_dim}. Without an "
+            "image projection, the sizes must be equal"
+        )
+    return nn.Identity()
 
 
 def is_model_folder(path: str | Path) -> bool:

@@ -35,6 +35,7 @@ class LLM2CLIPExportConfig(PretrainedConfig):
         text_dim: dimension of the caption embeddings, which are the adapter's input.
         embed_dim: dimension of the shared embedding space.
         adapter_depth, adapter_expansion, normalize_input: arguments of `Adapter`.
+        projection: whether there is an image projection.
         projection_bias: whether the image projection has a bias.
         pooling: "mean", "lasttoken" or "cls".
         prompt_tokens: number of prompt tokens at the start of each text, which are excluded from mean pooling.
@@ -56,6 +57,7 @@ class LLM2CLIPExportConfig(PretrainedConfig):
         pooling: str = "mean",
         prompt_tokens: int = 0,
         logit_bias: bool = False,
+        projection: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -66,6 +68,7 @@ class LLM2CLIPExportConfig(PretrainedConfig):
         self.adapter_depth = adapter_depth
         self.adapter_expansion = adapter_expansion
         self.normalize_input = normalize_input
+        self.projection = projection
         self.projection_bias = projection_bias
         self.pooling = pooling
         self.prompt_tokens = prompt_tokens
@@ -84,7 +87,9 @@ class LLM2CLIPExport(PreTrainedModel):
         super().__init__(config)
         self.vision = _build_tower(config.tower)
         self.llm = AutoModel.from_config(AutoConfig.for_model(**config.text))
-        self.projection = nn.Linear(config.tower["feature_dim"], config.embed_dim, bias=config.projection_bias)
+        self.projection: nn.Module = nn.Identity()
+        if config.projection:
+            self.projection = nn.Linear(config.tower["feature_dim"], config.embed_dim, bias=config.projection_bias)
         self.adapter = Adapter(
             config.text_dim,
             config.embed_dim,

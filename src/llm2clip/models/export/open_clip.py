@@ -65,8 +65,8 @@ def _open_clip_config(model: LLM2CLIP) -> dict[str, Any]:
         "image_size": preprocess.size,
         "timm_model_name": model.tower.config["architecture"],
         "timm_model_pretrained": False,
-        "timm_pool": "",
-        "timm_proj": "linear",
+        "timm_pool": "" if model.config.projection else _pooling_name(model.tower.backbone),
+        "timm_proj": "linear" if model.config.projection else "none",
         "timm_proj_bias": model.config.projection_bias,
     }
     return {
@@ -78,6 +78,12 @@ def _open_clip_config(model: LLM2CLIP) -> dict[str, Any]:
             "resize_mode": preprocess.resize,
         },
     }
+
+
+def _pooling_name(backbone: Any) -> str:
+    """Return the timm name of a backbone's pooling. open_clip does not use timm's default if there is no projection."""
+    pooling = backbone.global_pool
+    return str(pooling if isinstance(pooling, str) else pooling.pool_type)
 
 
 def _open_clip_tensors(model: LLM2CLIP, target: dict[str, Tensor]) -> dict[str, Tensor]:

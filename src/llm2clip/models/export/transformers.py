@@ -138,6 +138,7 @@ def _export_config(model: LLM2CLIP, llm: Any) -> LLM2CLIPExportConfig:
         adapter_depth=model.config.adapter_depth,
         adapter_expansion=model.config.adapter_expansion,
         normalize_input=model.config.normalize_input,
+        projection=model.config.projection,
         projection_bias=model.config.projection_bias,
         pooling=pooling.get_config_dict()["pooling_mode"],
         prompt_tokens=0 if pooling.include_prompt else encoder.prompt_length(encoder.prefix),
