@@ -60,7 +60,7 @@ def test_skip_log_lists_every_skipped_row_of_a_jsonl(folder: Path) -> None:
         (1, "empty caption"), (2, "missing image"), (3, "unreadable image"), (4, "image too large"),
         (5, "image is a URL"), (6, "no caption"), (7, "empty caption"), (7, "empty caption"), (7, "no caption"),
         (8, "malformed row"), (9, "malformed row"), (10, "malformed row"), (11, "malformed row"),
-        (12, "malformed row"), (13, "malformed row"), (14, "malformed row"), (15, "malformed row"),
+        (12, "malformed row"), (13, "not UTF-8"), (14, "malformed row"), (15, "malformed row"),
         (18, "missing image"),
     ]]  # fmt: skip
     assert ids_and_skips(source, folder / "log.jsonl") == (ids, skips)  # a second run starts a new list
@@ -86,7 +86,7 @@ def test_skip_log_lists_csv_rows_by_line(folder: Path) -> None:
         (9, "empty caption"),
         (9, "no caption"),
         (10, "malformed row"),
-        (11, "malformed row"),
+        (11, "not UTF-8"),
     ]
     assert (log.rows_seen, log.skipped.total(), log.dropped.total()) == (9, 6, 2)  # none.jpg has two rows
 
@@ -141,7 +141,7 @@ def test_bad_tar_samples_and_caption_files_are_skipped_one_by_one(folder: Path) 
         "caption file over 1 MB",
         "malformed row",
         "malformed row",
-        "malformed row",
+        "not UTF-8",
         "no caption",
         "unreadable image",
     ]
@@ -152,7 +152,7 @@ def test_bad_tar_samples_and_caption_files_are_skipped_one_by_one(folder: Path) 
     (folder / "images/d.jpg").write_bytes(image)
     assert ids_and_skips(Source(str(folder / "images")), log) == (
         ["c"],
-        [("a.jpg", 1, "malformed row"), ("b.png", 2, "malformed row"), ("d.jpg", 4, "no caption")],
+        [("a.jpg", 1, "not UTF-8"), ("b.png", 2, "malformed row"), ("d.jpg", 4, "no caption")],
     )
 
 

@@ -61,4 +61,4 @@ def test_read_text_pairs_skips_invalid_unicode(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"anchor,positive\nq,d\nq,caf\xe9\n")
     log = SkipLog(max_skipped=1.0)
     assert list(read_text_pairs(str(tmp_path / "a.csv"), log)) == [Pair("q", "d")]
-    assert log.skipped == {"not valid Unicode": 1}
+    assert log.skipped == {"not UTF-8": 1}

@@ -13,8 +13,11 @@ from PIL import Image
 
 from llm2clip.data.columns import is_null
 from llm2clip.data.image_header import MAX_PIXELS, open_header
-from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage, MemoryImage
+from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage, MemoryImage, printable
 from llm2clip.data.skip_log import SkipLog
+
+# Texts in CSV cells that stand for a missing value, in lower case.
+MISSING_TEXTS = frozenset({"nan", "-nan", "none", "null", "n/a", "#n/a", "#na", "<na>"})
 
 
 class UnusableRow(Exception):
@@ -23,6 +26,11 @@ class UnusableRow(Exception):
     def __init__(self, reason: str, value: object) -> None:
         super().__init__(reason, value)
         self.reason, self.value = reason, value
+
+
+def is_missing_text(cell: object) -> bool:
+    """Return whether a table cell contains a text that spreadsheets and pandas write for a missing value."""
+    return isinstance(cell, str) and len(cell) < 10 and cell.strip().lower() in MISSING_TEXTS
 
 
 def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: int) -> tuple[str, ...]:
@@ -55,6 +63,8 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
         try:
             text.encode()
         except UnicodeEncodeError as error:
+            if "\udc80" <= text[error.start] <= "\udcff":  # a byte that could not be decoded (surrogateescape)
+                raise UnusableRow("not UTF-8", printable(text)) from error
             raise UnusableRow("malformed row", f"not valid Unicode: {text!r}") from error
         captions.append(text)
     return tuple(captions)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 CAPTION_FIELDS = ("captions", "short_captions", "long_captions")
 COLUMN_NAMES = {  # record field -> usual column names, in order of preference
     "id": ("id", "image_id", "__key__"),
-    "image": ("image", "filepath", "file_name", "filename", "path", "img", "image_path"),
-    "captions": ("captions", "caption", "text", "texts", "title", "sentences", "sentence", "txt"),
+    "image": ("image", "filepath", "file_name", "filename", "path", "img", "image_path", "image_name"),
+    "captions": ("captions", "caption", "text", "texts", "title", "sentences", "sentence", "txt", "comment"),
     "short_captions": ("short_captions", "short_caption"),
     "long_captions": ("long_captions", "long_caption"),
     "split": ("split",),
@@ -19,14 +20,27 @@ COLUMN_NAMES = {  # record field -> usual column names, in order of preference
 
 
 def guess_columns(names: Mapping[str, Sequence[str]], columns: Collection[str]) -> dict[str, str]:
-    """Map each field to a column: the first of the field's usual names that is in `columns`. Omit unmatched fields."""
+    """Map each field to a column: the first of the field's usual names that is in `columns`. Omit unmatched fields.
+
+    Upper-case and lower-case letters are equal (`Caption`, `FILE_NAME`), as are spaces, hyphens and underscores. If
+    several columns have the same name in this sense, the one that is written like the usual name is preferred.
+    """
+    columns_by_name: dict[str, str] = {}
+    for column in columns:
+        columns_by_name.setdefault(normalize_name(column), column)
     chosen = {}
     for field, candidates in names.items():
         for candidate in candidates:
-            if candidate and candidate in columns:
-                chosen[field] = candidate
+            column = candidate if candidate in columns else columns_by_name.get(normalize_name(candidate), "")
+            if candidate and column:
+                chosen[field] = column
                 break
     return chosen
+
+
+def normalize_name(column: str) -> str:
+    """Return a column name in lower case, with underscores instead of spaces and hyphens."""
+    return re.sub(r"[\s-]+", "_", column.strip().lower())
 
 
 def is_null(value: object) -> bool:
@@ -69,7 +83,9 @@ class ColumnMapper:
         If several keys match a field, keys whose values are missing are ignored.
         """
         names = tuple(fields)
-        filled = tuple(name for name in names if name in COLUMN_NAMES["image"] or not is_null(fields[name]))
+        filled = tuple(
+            name for name in names if normalize_name(name) in COLUMN_NAMES["image"] or not is_null(fields[name])
+        )
         key = (*names, "", *filled)
         if key not in self._cache:  # few different combinations of keys occur in a source
             self._remember(key, names, self._guess(names) | self._guess(filled))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from llm2clip.data import readers
-from llm2clip.data.cells import UnusableRow, check_image, parse_captions, parse_image, parse_name
+from llm2clip.data.cells import UnusableRow, check_image, is_missing_text, parse_captions, parse_image, parse_name
 from llm2clip.data.columns import CAPTION_FIELDS, COLUMN_NAMES, ColumnMapper
 from llm2clip.data.image_refs import ImageRef, LoadedImage
 from llm2clip.data.raw_rows import BadRow, RawRow
@@ -190,7 +190,7 @@ class _RecordReader:
 
     def _parsed_rows(self, kind: str, path: str) -> Iterable[_ParsedRow]:
         splits = None if "split" in self.source.columns else self.source.splits
-        raw_rows = readers.read_source(kind, path, self.mapper.map_table, self.read_bytes, splits)
+        raw_rows = readers.read_source(kind, path, self.mapper.map_table, self.read_bytes, splits, self.log)
         rows = self._parse_rows(raw_rows, kind)
         return _merge_rows(rows) if kind in ("csv", "tsv", "captions.txt") else rows
 
@@ -218,10 +218,8 @@ class _RecordReader:
         else:
             columns = self.mapper.map_row(fields)
         values = {name: fields.get(column) for name, column in columns.items()}
-        if kind in ("csv", "tsv"):  # if columns share a name, use all of them for captions, else the last
-            for name, value in values.items():
-                if isinstance(value, list) and name not in CAPTION_FIELDS:
-                    values[name] = value[-1]
+        if kind in ("csv", "tsv", "captions.txt"):
+            values = self._clean_cells(values, file, number)
         split = parse_name(values.get("split"), "split")
         if split == NO_SPLIT:
             split = None
@@ -242,6 +240,25 @@ class _RecordReader:
             long_captions=parse_captions(values.get("long_captions") or None, parse_lists, self.log, file, number),
             split=split,
         )
+
+    def _clean_cells(self, values: dict[str, Any], file: str, number: int) -> dict[str, Any]:
+        """Return the cells of a text table, with None instead of texts such as NaN, which are counted in the log.
+
+        If columns share a name, all of them are used for captions. For other fields, the last one is used.
+        """
+        cleaned: dict[str, Any] = {}
+        for name, value in values.items():
+            cells = value if isinstance(value, list) else [value]
+            present = [cell for cell in cells if not is_missing_text(cell)]
+            if name == "split":
+                present = cells  # the split name "none" has a meaning
+            for _ in range(len(cells) - len(present)):
+                self.log.record_dropped(file, number, "missing value", value)
+            if isinstance(value, list) and name in CAPTION_FIELDS:
+                cleaned[name] = present
+            else:
+                cleaned[name] = present[-1] if present else None
+        return cleaned
 
     def _to_record(self, row: _ParsedRow) -> Record:
         """Check the captions and the image of a row, and convert the row to a record.

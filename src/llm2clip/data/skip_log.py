@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from itertools import islice
 from pathlib import Path
+
+MAX_NOTES = 5  # number of notes in the summary
 
 
 class TooManySkipped(ValueError):
@@ -28,6 +31,7 @@ class SkipLog:
         dropped: Number of parts of rows that were dropped, such as empty captions, for each reason. The remaining parts
             of these rows are used.
         examples: Descriptions of the first three skipped rows.
+        notes: Unusual properties of files, such as their encodings. Maps each property to the files that have it.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, max_skipped: float = 0.05) -> None:
@@ -36,6 +40,7 @@ class SkipLog:
         self.skipped: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self.examples: list[str] = []
+        self.notes: dict[str, dict[str, None]] = {}
         self._single_rows = 0  # rows counted with `count_row`
         self._source_rows: dict[str, dict[str, int]] = {}  # path -> splits -> rows; the key "" means all splits
         self._skipped_rows: set[tuple[str, int, str]] = set()
@@ -86,11 +91,19 @@ class SkipLog:
         self.dropped[reason] += 1
         self._write(file, row, reason, value)
 
+    def note(self, text: str, file: str) -> None:
+        """Add an unusual property of a file to the summary. Each property of a file is listed once."""
+        name = file.encode("utf-8", "backslashreplace").decode()  # the summary is printed, so it must be valid Unicode
+        self.notes.setdefault(text, {})[name] = None
+
     def summary(self) -> str:
-        """Return one line with the numbers of skipped rows and of dropped parts of rows, and with the reasons."""
+        """Return one line with the numbers of skipped rows and dropped parts of rows, the reasons, and the notes."""
         summary = f"{self.skipped.total():,} of {self.rows_seen:,} rows skipped{_format_counts(self.skipped)}"
         if self.dropped:
             summary += f"; parts of rows dropped{_format_counts(self.dropped)}"
+        for text, files in islice(self.notes.items(), MAX_NOTES):
+            others = f" and {len(files) - 1:,} more files" if len(files) > 1 else ""
+            summary += f"; {next(iter(files))}{others}: {text}"
         return summary
 
     def check(self) -> None:

@@ -40,7 +40,7 @@ def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
     log, source = SkipLog() if log is None else log, Source.parse(path)
     num_pairs, columns_known = 0, False
     for kind, file in readers.find_files(source.path):
-        rows = readers.read_source(kind, file, _choose_columns, image_bytes=False, splits=source.splits)
+        rows = readers.read_source(kind, file, _choose_columns, image_bytes=False, splits=source.splits, log=log)
         for row_file, number, fields in rows:
             if isinstance(fields, BadRow):
                 log.count_row()

@@ -1,6 +1,6 @@
 """Readers for all supported formats. They find the files for a path and read the raw rows in each file.
 
-The reader for each format is a function in `text`, `tables` or `tar`.
+The reader for each format is a function in `text`, `csv_files`, `tables` or `tar`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from collections.abc import Iterator, Sequence
 from braceexpand import braceexpand
 
 from llm2clip.data.raw_rows import ColumnChooser, RawRow
+from llm2clip.data.readers.csv_files import read_csv
 from llm2clip.data.readers.tables import read_huggingface, read_parquet
 from llm2clip.data.readers.tar import list_files, list_images, read_image_folder, read_tar
-from llm2clip.data.readers.text import read_captions_txt, read_csv, read_json_lines, read_json_list
+from llm2clip.data.readers.text import read_captions_txt, read_json_lines, read_json_list
+from llm2clip.data.skip_log import SkipLog
 
 FORMATS = {  # file suffix -> name of the format in `read_source`
     ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
@@ -71,7 +73,12 @@ def find_files(path: str, all_files: bool = False) -> list[tuple[str, str]]:
 
 
 def read_source(
-    kind: str, path: str, choose: ColumnChooser, image_bytes: bool = True, splits: Sequence[str] | None = ()
+    kind: str,
+    path: str,
+    choose: ColumnChooser,
+    image_bytes: bool = True,
+    splits: Sequence[str] | None = (),
+    log: SkipLog | None = None,
 ) -> Iterator[RawRow]:
     """Return an iterator over the raw rows in a file or folder.
 
@@ -82,21 +89,21 @@ def read_source(
         image_bytes: Whether to read images that are embedded in Parquet files.
         splits: Splits of a Hugging Face data set to read. If empty or None, all splits are read. Each row's `split`
             field is set to the name of its split, unless `splits` is None: the rows then keep their own `split` value.
+        log: Log in which unusual properties of a file are noted, such as its encoding.
     """
     if kind == "parquet":
         return read_parquet(path, choose, image_bytes)
     if kind in ("hf", "saved"):
         return read_huggingface(path, kind == "saved", choose, splits)
     if kind in ("csv", "tsv"):
-        return read_csv(path, "\t" if kind == "tsv" else ",")
-    readers = {
-        "jsonl": read_json_lines,
-        "json": read_json_list,
-        "captions.txt": read_captions_txt,
-        "tar": read_tar,
-        "images": read_image_folder,
-    }
-    return readers[kind](path)
+        return read_csv(path, "\t" if kind == "tsv" else ",", log)
+    if kind == "jsonl":
+        return read_json_lines(path, log)
+    if kind == "captions.txt":
+        return read_captions_txt(path, log)
+    if kind == "images":
+        return read_image_folder(path, log)
+    return read_tar(path) if kind == "tar" else read_json_list(path)
 
 
 def _detect_folder_format(folder: str) -> list[tuple[str, str]]:

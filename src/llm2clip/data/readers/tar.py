@@ -7,9 +7,11 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from llm2clip.data.image_refs import FileImage, TarImage
+from llm2clip.data.image_refs import FileImage, TarImage, printable
 from llm2clip.data.raw_rows import BadRow, RawRow
+from llm2clip.data.readers.encoding import describe_encoding, is_valid_unicode, open_text
 from llm2clip.data.readers.text import parse_json
+from llm2clip.data.skip_log import SkipLog
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2"})
 MAX_CAPTION_BYTES = 1 << 20  # size limit for caption files in a tar file
@@ -44,8 +46,12 @@ def list_files(folder: str, suffixes: frozenset[str]) -> Iterator[str]:
                 yield os.path.join(parent, name)
 
 
-def read_image_folder(folder: str) -> Iterator[RawRow]:
-    """Yield the images in a folder. The captions of `x.jpg` are in `x.json` or, one per line, in `x.txt`."""
+def read_image_folder(folder: str, log: SkipLog | None = None) -> Iterator[RawRow]:
+    """Yield the images in a folder. The captions of `x.jpg` are in `x.json` or, one per line, in `x.txt`.
+
+    Files in other encodings than UTF-8 are noted in `log`. The likely encoding is determined for one file only.
+    """
+    has_noted_encoding = False
     for number, path in enumerate(list_images(folder), 1):
         stem = path.rpartition(".")[0]
         fields: dict[str, Any] | BadRow = {}
@@ -56,8 +62,15 @@ def read_image_folder(folder: str) -> Iterator[RawRow]:
             yield path, number, fields
             continue
         if os.path.isfile(stem + ".txt"):
-            with open(stem + ".txt", encoding="utf-8-sig", errors="surrogateescape") as lines:
-                fields["txt"] = [line for line in lines if line.strip()]
+            with open_text(stem + ".txt", log) as file:
+                text = file.read()
+            if not is_valid_unicode(text):
+                if log is not None and not has_noted_encoding:
+                    log.note(describe_encoding(stem + ".txt"), stem + ".txt")
+                    has_noted_encoding = True
+                yield path, number, BadRow("not UTF-8", printable(text.strip()))
+                continue
+            fields["txt"] = [line for line in text.split("\n") if line.strip()]
         fields["image"] = FileImage(path)
         yield path, number, fields
 

@@ -1,0 +1,116 @@
+"""Reader for CSV and TSV files. The delimiter is detected, because spreadsheets write semicolons in many countries."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Sequence, Set
+from itertools import islice
+from typing import Any
+
+from llm2clip.data.raw_rows import BadRow, RawRow
+from llm2clip.data.readers.encoding import describe_encoding, find_undecodable, is_valid_unicode, open_text
+from llm2clip.data.skip_log import SkipLog
+
+DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+MAX_CELL_CHARACTERS = 1 << 24  # the csv module's own limit of 131,072 characters is too low for long texts
+SAMPLE_CHARACTERS = 1 << 16  # the delimiter is detected in this part of the file
+SAMPLE_ROWS = 50
+
+
+def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[RawRow]:
+    """Yield the rows in a CSV or TSV file with a header line.
+
+    If several columns have the same name, their values become a list. A row with more or fewer fields than
+    the header becomes a `BadRow`.
+
+    Args:
+        path: Path of the file.
+        delimiter: Delimiter that the file's suffix suggests. If the header does not contain it, another one is used.
+        log: Log in which unusual delimiters and encodings are noted.
+
+    Raises:
+        ValueError: The header is malformed or not UTF-8, or a quoted field is never closed.
+    """
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL_CHARACTERS))
+    with open_text(path, log, newline="") as file:
+        sample = file.read(SAMPLE_CHARACTERS)
+    detected, first_line = detect_delimiter(sample, delimiter)
+    if detected != delimiter and log is not None:
+        log.note(f"read as separated by {DELIMITERS.get(detected, repr(detected))}", path)
+    with open_text(path, newline="") as file:
+        for _ in range(first_line - 1):
+            file.readline()
+        rows = csv.reader(file, delimiter=detected, skipinitialspace=True, strict=True)
+        try:
+            header = [name.strip() for name in next(rows, [])]
+        except csv.Error as error:
+            raise ValueError(f"{path}: malformed CSV header ({error})") from error
+        if not is_valid_unicode("".join(header)):
+            raise ValueError(f"{path}: the header is {describe_encoding(path)}")
+        repeated = {name for name in header if header.count(name) > 1}
+        while True:
+            number = rows.line_num + first_line
+            try:
+                cells = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                num_lines = rows.line_num + first_line - number
+                is_too_long = "field limit" in str(error)
+                if "unexpected end" in str(error) or (is_too_long and num_lines > 1):
+                    # All following rows are part of the quoted field.
+                    raise ValueError(f"{path}: a quote opened in the row at line {number} is not closed") from error
+                problem = f"a cell has over {MAX_CELL_CHARACTERS:,} characters" if is_too_long else str(error)
+                yield path, number, BadRow("malformed row", f"{problem}{_describe_lines(num_lines)}", num_lines)
+                continue
+            if cells:
+                undecodable = find_undecodable(detected.join(cells), path, log)
+                yield path, number, undecodable or _to_fields(header, repeated, cells)
+
+
+def detect_delimiter(sample: str, default: str) -> tuple[str, int]:
+    """Return the delimiter of a CSV file, and the number of the line that contains the header.
+
+    The delimiter must occur in the header, outside quotes. If several delimiters do, the delimiter that splits the most
+    rows into as many fields as the header is used; of equally good ones, `default`. Excel's first line `sep=;` also
+    specifies the delimiter.
+
+    Args:
+        sample: Start of the file.
+        default: Delimiter that is used if there is no evidence for another one.
+    """
+    specified = re.match(r'"?sep=([^\r\n"])"?\r?\n', sample)
+    if specified is not None:
+        return specified[1], 2
+    best, best_score = default, 0
+    for delimiter in dict.fromkeys([default, *DELIMITERS]):
+        score = _count_matching_rows(sample, delimiter)
+        if score > best_score:
+            best, best_score = delimiter, score
+    return best, 1
+
+
+def _count_matching_rows(sample: str, delimiter: str) -> int:
+    """Return how many of the first rows have as many fields as the header. Return 0 if the header has one field."""
+    rows = csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter, skipinitialspace=True)
+    try:
+        lengths = [len(cells) for cells in islice(rows, SAMPLE_ROWS)]
+    except csv.Error:
+        return 0
+    return lengths.count(lengths[0]) if lengths and lengths[0] > 1 else 0
+
+
+def _to_fields(header: Sequence[str], repeated: Set[str], cells: Sequence[str]) -> dict[str, Any] | BadRow:
+    """Map column names to cells. The cells of columns that share a name become a list."""
+    if len(cells) != len(header):
+        return BadRow("malformed row", f"{len(cells)} fields, but the header has {len(header)}: {cells}")
+    fields: dict[str, Any] = dict(zip(header, cells, strict=True))
+    for name in repeated:
+        fields[name] = [cell for column, cell in zip(header, cells, strict=True) if column == name]
+    return fields
+
+
+def _describe_lines(num_lines: int) -> str:
+    return f", in a quoted cell of {num_lines:,} lines" if num_lines > 1 else ""

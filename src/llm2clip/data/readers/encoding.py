@@ -1,0 +1,162 @@
+"""Text encodings: UTF-8 and UTF-16 files are read. For other encodings, the user is told how to convert the file.
+
+The encoding of a file that is neither UTF-8 nor UTF-16 can only be guessed. For example, each French text in cp1252 is
+also a valid text in cp1250, with a few wrong letters. Such files are therefore never decoded with a guessed encoding.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import gzip
+import io
+import os
+import shlex
+from itertools import islice
+from typing import BinaryIO, TextIO, cast
+
+from charset_normalizer import from_bytes
+
+from llm2clip.data.image_refs import printable
+from llm2clip.data.raw_rows import BadRow
+from llm2clip.data.skip_log import SkipLog
+
+_MARKS = (  # byte order marks. The UTF-32 marks come first, because they start with the UTF-16 marks
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
+# Encodings in which caption files are common. The encodings of Windows include those of ISO 8859.
+_LIKELY_ENCODINGS = (
+    "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "koi8_r", "shift_jis", "euc_jp", "gb18030",
+    "big5", "euc_kr",
+)  # fmt: skip
+MAX_SAMPLE_LINES = 200_000  # number of lines that are searched for text that is not UTF-8
+MAX_SAMPLE_BYTES = 1 << 14  # maximum size of the text whose encoding is guessed
+
+
+def open_text(path: str, log: SkipLog | None = None, newline: str | None = None) -> TextIO:
+    """Open a UTF-8 or UTF-16 text file, which may be compressed (.gz). Byte order marks are removed.
+
+    Bytes that cannot be decoded become lone surrogates, so that a reader can skip a row instead of the entire file; see
+    `find_undecodable`.
+
+    Args:
+        path: Path of the file.
+        log: Log in which UTF-16 files are noted.
+        newline: See the function `open`.
+    """
+    stream = _open_binary(path)
+    try:
+        encoding = detect_encoding(stream.read(4))
+        stream.seek(0)
+    except Exception:
+        stream.close()
+        raise
+    if encoding == "utf-8-sig":
+        return io.TextIOWrapper(stream, encoding, "surrogateescape", newline)
+    if log is not None:
+        log.note(f"read as {encoding.upper()}", path)
+    return io.TextIOWrapper(stream, encoding, "escape_undecodable", newline)
+
+
+def detect_encoding(start: bytes) -> str:
+    """Return the encoding of a file, given its first four bytes: "utf-8-sig", or an encoding with wider characters.
+
+    A file without a byte order mark is UTF-16 if every other byte is 0. The first two characters of caption files are
+    ASCII characters, and UTF-8 text does not contain the byte 0.
+    """
+    for mark, encoding in _MARKS:
+        if start.startswith(mark):
+            return encoding
+    zeros = [byte == 0 for byte in start]
+    if zeros == [False, True, False, True]:
+        return "utf-16-le"
+    if zeros == [True, False, True, False]:
+        return "utf-16-be"
+    return "utf-8-sig"
+
+
+def find_undecodable(text: str, path: str, log: SkipLog | None = None) -> BadRow | None:
+    """Return a `BadRow` if a text from `open_text` contains bytes that could not be decoded, else None.
+
+    Also note in the log which encoding the file probably has.
+    """
+    if is_valid_unicode(text):
+        return None
+    if log is not None:
+        log.note(describe_encoding(path), path)
+    return BadRow("not UTF-8", printable(text.strip()))
+
+
+def is_valid_unicode(text: str) -> bool:
+    """Return whether a text contains no lone surrogates, which means that it can be encoded as UTF-8."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=64)
+def describe_encoding(path: str) -> str:
+    """Return a sentence that names the likely encodings of a file, with a line read in each, and how to convert it."""
+    with _open_binary(path) as stream:
+        encoding = detect_encoding(stream.read(4))
+    if encoding != "utf-8-sig":
+        return f"contains bytes that are not valid {encoding.upper()}"
+    sample, line = _sample_undecodable(path)
+    if not line:
+        return "not UTF-8. Convert the file to UTF-8"
+    likely = [match.encoding for match in from_bytes(sample, cp_isolation=list(_LIKELY_ENCODINGS))][:3]
+    if sum(byte > 127 for byte in sample) < 0.3 * len(sample):
+        likely.append("cp1252")  # the most common encoding of texts in which most letters are ASCII
+    readings: dict[str, str] = {}  # the line as read in an encoding -> encoding
+    for encoding in likely:
+        readings.setdefault(line.decode(encoding, "replace").strip()[:60], encoding)
+    candidates = " or ".join(f"{encoding} ({reading!r})" for reading, encoding in readings.items())
+    if not candidates:
+        return "not UTF-8, in an unknown encoding. Convert the file to UTF-8"
+    name = next(iter(readings.values())).upper().replace("_", "-") if len(readings) == 1 else "ENCODING"
+    if path.lower().endswith(".gz"):
+        return f"not UTF-8, probably {candidates}. Convert the file to UTF-8"
+    stem, suffix = os.path.splitext(path)
+    command = f"iconv -f {name} -t UTF-8 {shlex.quote(path)} > {shlex.quote(f'{stem}-utf8{suffix}')}"
+    return f"not UTF-8, probably {candidates}. Convert the file, for example with `{command}`"
+
+
+def _open_binary(path: str) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb"))
+
+
+def _sample_undecodable(path: str) -> tuple[bytes, bytes]:
+    """Return the non-ASCII lines at the start of a file that are not UTF-8, and the first of these lines."""
+    lines: list[bytes] = []
+    size = 0
+    with _open_binary(path) as stream:
+        for line in islice(stream, MAX_SAMPLE_LINES):
+            if line.isascii() or _is_utf8(line):
+                continue
+            lines.append(line)
+            size += len(line)
+            if size > MAX_SAMPLE_BYTES:
+                break
+    return b"".join(lines)[: 2 * MAX_SAMPLE_BYTES], lines[0] if lines else b""
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _escape_undecodable(error: UnicodeError) -> tuple[str, int]:
+    """Replace undecodable bytes with lone surrogates, like surrogateescape, which does not support UTF-16."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udc80" * (error.end - error.start), error.end
+
+
+codecs.register_error("escape_undecodable", _escape_undecodable)
