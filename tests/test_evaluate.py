@@ -112,8 +112,8 @@ def test_evaluate_compares_baselines_in_a_report(
     page, report = (out / "report.html").read_text(), (out / "report.md").read_text()
     assert page.count("<svg") >= 2 and page.count("data:image/jpeg") >= 5 * 6
     assert "right: " in page and "wrong: " in page and "<script" not in page
-    assert "paper: Llama3-8B-CC | 92.0" in report and f"{clip.name} minus other.npz | +0.0" in report
-    assert f"minus the paper's Llama3-8B-CC | {ours['rows'][0]['I2T']['R@1'] - 92.0:+.1f}" in report
+    assert "paper 2024: Llama3-8B-CC | 92.0" in report and f"{clip.name} minus other.npz | +0.0" in report
+    assert f"minus paper 2024: Llama3-8B-CC | {ours['rows'][0]['I2T']['R@1'] - 92.0:+.1f}" in report
 
     save(7)
     capsys.readouterr()

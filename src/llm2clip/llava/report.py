@@ -20,8 +20,10 @@ from llm2clip.html_report import (
 )
 from llm2clip.llava.evaluate import LlavaResult
 from llm2clip.models.display_names import display_names
+from llm2clip.published_results import LLAVA
 
-# Columns of the LLaVA-1.5 table on the LLM2CLIP project page. Each column has a benchmark, a heading and a metric.
+# Benchmarks in the published LLaVA-1.5 table. Each benchmark has a column name and a metric. For POPE, the published
+# values are F1 for each kind of sampling, and the mean is not published.
 COLUMNS = {
     "vqav2": ("VQAv2", "accuracy"),
     "gqa": ("GQA", "accuracy"),
@@ -36,27 +38,6 @@ COLUMNS = {
     "mm-vet": ("MM-Vet", "total"),
     "seed": ("SEED", "accuracy"),
 }
-# F1 for random, adversarial and popular sampling. On the project page, the order of the values in LLaVA's row differs
-# from the order in the other rows.
-PAPER_POPE = {
-    "LLaVA (paper)": (87.3, 84.2, 86.1),
-    "LLaVA (reproduced)": (87.7, 84.85, 86.3),
-    "+ LLM2CLIP": (88.55, 82.76, 87.75),
-}
-PAPER_METRICS: dict[str, dict[str, float]] = {
-    "LLaVA (paper)": {
-        "vqav2": 78.5, "gqa": 62.0, "vizwiz": 50.0, "scienceqa": 66.8, "textvqa": 58.2, "mme": 1510.7, "mmbench": 64.3,
-        "mmbench-cn": 58.3, "llava-bench": 65.4, "mm-vet": 31.1, "seed": 58.6,
-    },
-    "LLaVA (reproduced)": {
-        "vqav2": 79.04, "gqa": 62.86, "vizwiz": 50.57, "scienceqa": 67.97, "textvqa": 57.48, "mme": 1476.69,
-        "mmbench": 66.66, "mmbench-cn": 60.39, "llava-bench": 58.0, "mm-vet": 34.3, "seed": 59.86,
-    },
-    "+ LLM2CLIP": {
-        "vqav2": 79.80, "gqa": 63.15, "vizwiz": 52.37, "scienceqa": 69.92, "textvqa": 58.35, "mme": 1505.82,
-        "mmbench": 68.29, "mmbench-cn": 60.40, "llava-bench": 62.7, "mm-vet": 34.8, "seed": 60.96,
-    },
-}  # fmt: skip
 NOTES = {
     "vqav2": "The paper reports test-dev, which only VQAv2's server can score. The metrics here are for val2014.",
     "vizwiz": "The paper reports the test set, which only VizWiz's server can score. The metrics here are for val.",
@@ -83,15 +64,17 @@ def _paper_comparison(results: Sequence[LlavaResult]) -> list[Block]:
     if not benchmarks:
         return []
     rows: list[list[object]] = []
-    for name, paper in PAPER_METRICS.items():
-        rows.append([name, *(paper.get(task) for task in benchmarks)])
+    for name in LLAVA.rows:
+        cells = [LLAVA.cell(name, COLUMNS[task][0]) for task in benchmarks]
+        rows.append([name, *(cell[0] if cell and len(cell) == 1 else None for cell in cells)])
     for model in dict.fromkeys(result.model for result in results):
         metrics = {result.task: result.metrics for result in results if result.model == model}
         rows.append([model, *(metrics.get(task, {}).get(COLUMNS[task][1]) for task in benchmarks)])
     return [
         Heading("Comparison with the paper"),
         Paragraph(
-            "Metrics are in percent, but MME is in points. The paper uses Vicuna-7B and CLIP L/14 at 336 pixels."
+            "Metrics are in percent, but MME is in points. The paper uses Vicuna-7B and CLIP L/14 at 336 pixels. "
+            f"Source of the paper's metrics: {LLAVA.source}."
         ),
         Table(["", *(COLUMNS[task][0] for task in benchmarks)], rows),
     ]
@@ -111,7 +94,7 @@ def _task_section(task: str, results: Sequence[LlavaResult]) -> list[Block]:
             Paragraph("Answers were generated but not scored: scoring requires the benchmark's server or a judge.")
         )
     if task == "pope":
-        paper_rows = [[name, *values] for name, values in PAPER_POPE.items()]
+        paper_rows = [[name, *(LLAVA.cell(name, "POPE") or ())] for name in LLAVA.rows]
         blocks.append(Table(["F1 in the paper", "random", "adversarial", "popular"], paper_rows))
     if task == "captions":
         blocks += _sample_captions(results)

@@ -17,6 +17,7 @@ from llm2clip.evaluate.benchmarks.base import Benchmark, ClassificationData, Com
 from llm2clip.evaluate.benchmarks.classification import FOLDER_PREFIX, folder_benchmark
 from llm2clip.html_report import Table, to_markdown
 from llm2clip.io_utils import DataFormatError, MissingFileError
+from llm2clip.published_results import published_rows
 
 __all__ = [
     "BENCHMARKS",
@@ -54,7 +55,8 @@ def get_benchmarks(names: Sequence[str]) -> list[Benchmark]:
 def list_benchmarks(root: Path) -> list[str]:
     """Return lines of text that list all benchmarks and their folders in `root`.
 
-    For each missing benchmark, a line specifies where to download its files.
+    The table shows how many models the LLM2CLIP authors published results for. For each missing benchmark, a line
+    specifies where to download its files.
     """
     rows, missing = [], []
     for benchmark in BENCHMARKS.values():
@@ -63,8 +65,9 @@ def list_benchmarks(root: Path) -> list[str]:
         except MissingFileError:
             folder = "–"
             missing.append(f"{benchmark.name} ({benchmark.folders[0]}/): {benchmark.source}")
-        rows.append([benchmark.name, benchmark.kind, benchmark.description, folder])
-    table = Table(["benchmark", "kind", "description", f"folder in {root}"], rows)
+        published = len(published_rows(benchmark.name)) or None
+        rows.append([benchmark.name, benchmark.kind, benchmark.description, published, folder])
+    table = Table(["benchmark", "kind", "description", "published results", f"folder in {root}"], rows)
     lines = [to_markdown("Benchmarks", [table])]
     if missing:
         lines += [f"To use the missing benchmarks, put these files into folders in {root}:", *missing]

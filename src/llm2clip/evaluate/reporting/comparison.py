@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from llm2clip.evaluate.benchmarks import Benchmark
-from llm2clip.evaluate.published_results import CRA, CRA_NOTE, published_rows
 from llm2clip.evaluate.recall import KS
 from llm2clip.evaluate.reporting import plots
 from llm2clip.evaluate.reporting.error_analysis import MAX_K, ErrorAnalysis
 from llm2clip.html_report import Block, Heading, Paragraph, Plot, Table
+from llm2clip.published_results import CRA, CRA_NOTE, published_rows, published_sources
 
 DIRECTIONS = ("I2T", "T2I")
-REFERENCE_MODELS = ("Llama3-8B-CC", "EVA02 + LLM2CLIP")  # the LLM2CLIP authors' models, shown for comparison
+# The LLM2CLIP authors' models with which the first model is compared. See `published_rows`.
+REFERENCE_MODELS = ("2024: Llama3-8B-CC", "2024: EVA02 + LLM2CLIP", "2026: Llama-3.1-8B-CC", "2026: SigLIP2 + LLM2CLIP")
+MEAN_BENCHMARKS = ("xm3600",)  # the authors published only the mean over the languages
 
 
 @dataclass
@@ -37,17 +40,21 @@ def benchmark_blocks(benchmark: Benchmark, results: Sequence[ModelResult]) -> li
     blocks: list[Block] = [Heading(f"{benchmark.name}: {benchmark.description}")]
     if benchmark.kind != "retrieval":
         return [*blocks, metrics_table(results)]
+    published = published_rows(benchmark.name)
+    is_mean = benchmark.name in MEAN_BENCHMARKS
+    if is_mean:
+        blocks += [Heading("Mean over the languages", 3), mean_recall_table(results, published)]
     for n, first_row in enumerate(results[0].summary["rows"]):
         field_name = first_row["captions"]
         rows = {}
         for result in results:
             rows[result.model] = next(row for row in result.summary["rows"] if row["captions"] == field_name)
         blocks.append(Heading(f"{field_name}: {first_row['images']:,} images, {first_row['texts']:,} texts", 3))
-        blocks.append(recall_table(rows, published_rows(benchmark.name) if n == 0 else {}))
+        blocks.append(recall_table(rows, published if n == 0 and not is_mean else {}))
         analyses = {r.model: r.error_analysis[field_name] for r in results if field_name in r.error_analysis}
         if analyses:
             blocks += error_analysis_blocks(analyses)
-    return blocks
+    return blocks + [Paragraph(source) for source in published_sources(benchmark.name)]
 
 
 def caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
@@ -107,8 +114,8 @@ def recall_table(results: Mapping[str, dict[str, Any]], published: Mapping[str, 
     for direction in DIRECTIONS:
         header += [f"{direction} R@1", "95% interval", "R@5", "R@10"]
     header += ["median rank", "truncated"]
-    rows: list[list[Any]] = [_table_row(f"paper: {model}", recalls) for model, recalls in published.items()]
-    first_model, first_row = next(iter(results.items()))
+    rows = [_table_row(f"paper {model}", recalls) for model, recalls in published.items()]
+    first_row = next(iter(results.values()))
     rows.append(_table_row("chance", _both_recalls(first_row, " chance")))
     highlight = frozenset(range(len(rows), len(rows) + len(results)))
     for model, row in results.items():
@@ -122,19 +129,27 @@ def recall_table(results: Mapping[str, dict[str, Any]], published: Mapping[str, 
                 truncated=format_truncated(row["truncated"], row["texts"]),
             )
         )
-    others: dict[str, Sequence[float | None]] = {}
-    for model, row in results.items():
-        if model != first_model:
-            others[model] = _both_recalls(row)
-    for model, published_recalls in published.items():
-        if model in REFERENCE_MODELS:
-            others[f"the paper's {model}"] = published_recalls
-    for model, other_recalls in others.items():
-        differences = []
-        for ours, other in zip(_both_recalls(first_row), other_recalls, strict=True):
-            differences.append(None if other is None else f"{ours - other:+.1f}")
-        rows.append(_table_row(f"{first_model} minus {model}", differences))
+    differences = _differences({model: _both_recalls(row) for model, row in results.items()}, published)
+    rows += [_table_row(name, values) for name, values in differences.items()]
     return Table(header, rows, highlight)
+
+
+def mean_recall_table(results: Sequence[ModelResult], published: Mapping[str, tuple[float | None, ...]]) -> Table:
+    """Return a table of the mean recall over the caption fields, with the same kinds of rows as `recall_table`.
+
+    Args:
+        results: Results of the evaluated models.
+        published: Published recall of each model, keyed by model name. See `published_rows`.
+    """
+    means = {}
+    for result in results:
+        recalls = [_both_recalls(row) for row in result.summary["rows"]]  # (fields, 6)
+        means[result.model] = [statistics.fmean(values) for values in zip(*recalls, strict=True)]
+    rows: list[list[Any]] = [[f"paper {model}", *recalls] for model, recalls in published.items()]
+    highlight = frozenset(range(len(rows), len(rows) + len(results)))
+    rows += [[model, *recalls] for model, recalls in means.items()]
+    rows += [[name, *values] for name, values in _differences(means, published).items()]
+    return Table(["", *(f"{direction} R@{k}" for direction in DIRECTIONS for k in KS)], rows, highlight)
 
 
 def error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[Block]:
@@ -216,6 +231,20 @@ def _table_row(
     """
     i2t, t2i = recalls[: len(KS)], recalls[len(KS) :]
     return [name, i2t[0], intervals[0], *i2t[1:], t2i[0], intervals[1], *t2i[1:], median_rank, truncated]
+
+
+def _differences(
+    recalls: Mapping[str, Sequence[float]], published: Mapping[str, tuple[float | None, ...]]
+) -> dict[str, list[str | None]]:
+    """Return the first model's recall minus that of each other model and of each model in `REFERENCE_MODELS`."""
+    (first_model, first_recalls), *other_models = recalls.items()
+    others: dict[str, Sequence[float | None]] = dict(other_models)
+    others |= {f"paper {model}": published[model] for model in REFERENCE_MODELS if model in published}
+    differences: dict[str, list[str | None]] = {}
+    for model, other_recalls in others.items():
+        pairs = zip(first_recalls, other_recalls, strict=True)
+        differences[f"{first_model} minus {model}"] = [None if b is None else f"{a - b:+.1f}" for a, b in pairs]
+    return differences
 
 
 def _both_recalls(row: dict[str, Any], suffix: str = "") -> list[float]:

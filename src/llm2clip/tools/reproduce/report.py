@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from llm2clip.config import ReproduceConfig
 from llm2clip.evaluate.reporting import plots
 from llm2clip.html_report import BAD, GOOD, UNSURE, Block, Code, Heading, Paragraph, Plot, Table
+from llm2clip.tools.reproduce.paper import describe_paper
 from llm2clip.tools.reproduce.statistics import (
     CONTRADICTED,
     HOLDS,
@@ -66,7 +67,8 @@ def _claim_section(claim: Claim, command: str) -> list[Block]:
     notes = [Paragraph(note) for note in claim.notes]
     if verdict == NOT_TESTED:
         return [*blocks, *notes]
-    blocks += [Paragraph(f"Paper: {claim.paper}."), Table(claim.header, claim.rows)]
+    blocks += [Paragraph(sentence) for sentence in describe_paper(claim.number)]
+    blocks.append(Table(claim.header, claim.rows))
     blocks.append(_curves_plot(claim) if claim.curves else _intervals_plot(claim))
     return [
         *blocks,

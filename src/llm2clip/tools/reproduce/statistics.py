@@ -75,7 +75,6 @@ class Claim:
 
     Args:
         number: Number of the claim, from 1 to 6. See `TITLES`.
-        paper: One line with the results on which the paper bases the claim.
         header, rows: Header and rows of the table of measured results.
         comparisons: Comparisons that determine the verdict.
         notes: Notes that help to interpret the result.
@@ -84,7 +83,6 @@ class Claim:
     """
 
     number: int
-    paper: str = ""
     header: list[str] = field(default_factory=list)
     rows: list[list[Any]] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
@@ -94,9 +92,13 @@ class Claim:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Claim:
-        """Create a claim from a dict returned by `to_dict`."""
+        """Create a claim from a dict returned by `to_dict`.
+
+        Version 0.1 also saved the paper's results, with the values that the authors later corrected. They are ignored.
+        """
         comparisons = [Comparison(**comparison) for comparison in fields["comparisons"]]
-        return cls(**{**fields, "comparisons": comparisons})
+        known = {name: value for name, value in fields.items() if name != "paper"}
+        return cls(**{**known, "comparisons": comparisons})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-serialisable values."""

@@ -1,0 +1,72 @@
+"""The results on which the LLM2CLIP paper bases its claims. All values come from `published_results`."""
+
+from __future__ import annotations
+
+from llm2clip.published_results import (
+    CHINESE_RETRIEVAL,
+    CLIP_TEXT_ENCODERS,
+    CRA,
+    CRA_NOTE,
+    EVA02_TEXT_TOWERS,
+    MULTILINGUAL_RETRIEVAL,
+    PublishedTable,
+)
+
+
+def describe_paper(claim: int) -> list[str]:
+    """Return sentences with the paper's results for a claim, from the project pages of 2026 (AAAI-26) and 2024."""
+    if claim == 1:
+        return [_caption_retrieval(), CRA_NOTE]
+    if claim == 2:
+        return [
+            _averages(CLIP_TEXT_ENCODERS, "CLIP", "e5 (XLM-R)", "jina-v3-XLM-R", "LLM2Vec-Llama-3-8B", "Llama-3-8B-CC"),
+            _averages(EVA02_TEXT_TOWERS, "Llama3-8B", "Jina Bert", "Llama3-8B-TC", "Llama3-8B-CC"),
+        ]
+    if claim == 3:
+        return [
+            _gains(CLIP_TEXT_ENCODERS, "Llama-3-8B-CC", "CLIP"),
+            _gains(EVA02_TEXT_TOWERS, "Llama3-8B-CC", "EVA02's own text tower"),
+        ]
+    if claim == 4:
+        return [_chinese(MULTILINGUAL_RETRIEVAL, t2i=1), _chinese(CHINESE_RETRIEVAL, t2i=3)]
+    if claim == 5:
+        return [
+            _averages(CLIP_TEXT_ENCODERS, "Qwen2.5-0.5B-CC", "Llama-3.2-1B-CC", "Llama-3-8B-CC", "Llama-3.1-8B-CC"),
+            _averages(EVA02_TEXT_TOWERS, "Llama3.2-1B-CC", "Llama3-8B-CC", "Mistral-Nemo-12B-CC"),
+        ]
+    return ["The paper computes the LLM's embeddings once, before training (section 3.3)."]
+
+
+def _caption_retrieval() -> str:
+    values = ", ".join(f"{model} {value}" for model, value in CRA.items())
+    gains = [f"{CRA[f'{llm}-CC'] - CRA[llm]:.1f} points for {llm}" for llm in ("Llama3-8B", "Llama3.2-1B")]
+    return f"Paper (2026), CRA on COCO: {values}. Tuning adds {' and '.join(gains)}."
+
+
+def _averages(table: PublishedTable, *models: str) -> str:
+    values = [f"{model} {_join(table, model, 'average')}" for model in models]
+    return f"Paper ({table.year}), average R@1 over five benchmarks: {', '.join(values)}."
+
+
+def _gains(table: PublishedTable, tuned: str, reference: str) -> str:
+    """Return the gain of one text encoder over another on each benchmark, averaged over both directions."""
+    gains = []
+    for column in table.columns:
+        high, low = table.cell(tuned, column), table.cell(reference, column)
+        if column != "average" and high and low:
+            gains.append(f"{column} {sum(high) / 2 - sum(low) / 2:+.1f}")
+    return f"Paper ({table.year}), gain of {tuned} over {reference}, mean of I2T and T2I R@1: {', '.join(gains)}."
+
+
+def _chinese(table: PublishedTable, t2i: int) -> str:
+    """Return T2I R@1 on Flickr30k-CN, which is at index `t2i` in each cell."""
+    values = []
+    for model in table.rows:
+        cell = table.cell(model, "Flickr30k-CN")
+        if cell:
+            values.append(f"{model} {cell[t2i]}")
+    return f"Paper ({table.year}), T2I R@1 on Flickr30k-CN: {', '.join(values)}."
+
+
+def _join(table: PublishedTable, model: str, column: str) -> str:
+    return " / ".join(map(str, table.cell(model, column) or ()))

@@ -1,0 +1,163 @@
+"""Published results: values copied by hand from the project page, and the places that show them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm2clip.evaluate.benchmarks import BENCHMARKS, list_benchmarks
+from llm2clip.evaluate.reporting.comparison import ModelResult, benchmark_blocks, caption_retrieval_blocks
+from llm2clip.html_report import Table, to_markdown
+from llm2clip.models.export.model_card import render_model_card
+from llm2clip.published_results import (
+    CRA,
+    CRA_NOTE,
+    LLAVA,
+    PUBLISHED_NAMES,
+    RETRIEVAL_TABLES,
+    TABLES,
+    VISION_TRANSFER,
+    published_rows,
+    published_sources,
+)
+from llm2clip.tools.reproduce.paper import describe_paper
+from llm2clip.tools.reproduce.statistics import Claim
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_published_rows_have_the_values_of_the_project_page() -> None:
+    assert CRA == {
+        "CLIP-L/14": 25.2, "EVA02-L/14": 27.11, "Llama3-8B": 5.2, "Llama3.2-1B": 5.6, "Llama3-8B-CC": 29.5,
+        "Llama3.2-1B-CC": 29.4,
+    }  # fmt: skip
+    assert published_rows("flickr30k")["2026: CLIP"] == (89.6, None, None, 77.8, None, None)
+    assert published_rows("coco")["2026: Llama-3-8B-CC"] == (62.7, None, None, 51.9, None, None)
+    assert published_rows("sharegpt4v")["2026: LLM2Vec-Llama-3-8B"] == (94.5, None, None, 96.4, None, None)
+    assert published_rows("urban1k")["2026: VLM2Vec"] == (90.9, None, None, 92.0, None, None)
+    assert published_rows("docci")["2026: DeepSeek-R1-Distill-Llama-8B-CC"] == (82.5, None, None, 85.2, None, None)
+    assert published_rows("docci")["2024: Llama3-8B-TC"] == (85.0, None, None, 87.8, None, None)
+    assert published_rows("flickr30k-cn")["2026: SigLIP2 + LLM2CLIP"] == (90.0, None, None, 76.1, None, None)
+    assert published_rows("coco-cn")["2024: EVA02 + LLM2CLIP"] == (69.1, 92.5, 97.2, 70.0, 92.6, 96.7)
+    assert published_rows("xm3600") == {
+        "2026: EVA-L-224": (14.0, None, None, 8.0, None, None),
+        "2026: EVA-L-224 + LLM2CLIP": (68.3, None, None, 56.0, None, None),
+        "2026: SigLIP2": (59.7, None, None, 48.2, None, None),
+        "2026: SigLIP2 + LLM2CLIP": (69.1, None, None, 56.3, None, None),
+    }
+    assert VISION_TRANSFER.cell("EVA02 + LLM2CLIP", "OV-COCO") == (28.9, 54.7, 48.0)
+    assert LLAVA.cell("+ LLM2CLIP", "MME") == (1505.82,)
+    assert published_rows("xtd10") == {} == published_rows("data")
+
+
+def test_published_tables_are_complete() -> None:
+    assert set(PUBLISHED_NAMES) <= set(BENCHMARKS)
+    for table in (*TABLES, LLAVA):
+        assert re.fullmatch(r"LLM2CLIP project page, commit [0-9a-f]{7}, 20\d\d-\d\d-\d\d", table.source)
+        assert all(len(cells) == len(table.columns) for cells in table.rows.values())
+    for table in RETRIEVAL_TABLES:
+        for name, cells in table.rows.items():
+            if "average" not in table.columns:
+                continue
+            *benchmarks, average = cells
+            i2t, t2i = (sum(cell[n] for cell in benchmarks if cell) / len(benchmarks) for n in (0, 1))
+            means = (i2t, t2i) if len(average or ()) == 2 else ((i2t + t2i) / 2,)
+            # The page truncates or rounds some averages; a mistyped value would differ by more.
+            assert average == pytest.approx(means, abs=0.12), name
+
+
+def recalls(offset: float) -> dict[str, float]:
+    return {"R@1": offset, "R@5": offset + 10, "R@10": offset + 20, "median rank": 2}
+
+
+def retrieval_row(field: str, i2t: float, t2i: float) -> dict[str, Any]:
+    chance, interval = {"R@1": 0.1, "R@5": 0.5, "R@10": 1.0}, {"R@1": (0.0, 1.0)}
+    return {
+        "captions": field, "images": 10, "texts": 20, "truncated": 0, "I2T": recalls(i2t), "T2I": recalls(t2i),
+        "I2T chance": chance, "T2I chance": chance, "I2T interval": interval, "T2I interval": interval,
+    }  # fmt: skip
+
+
+def test_report_shows_published_rows_and_their_sources() -> None:
+    result = ModelResult("mine", {"rows": [retrieval_row("captions", 80.0, 70.0)]})
+    report = to_markdown("x", benchmark_blocks(BENCHMARKS["flickr30k"], [result]))
+    assert "| paper 2024: Llama3-8B-CC | 92.0 |" in report and "| paper 2026: Llama-3.1-8B-CC | 92.2 |" in report
+    assert "| mine minus paper 2026: Llama-3.1-8B-CC | -12.2 |" in report
+    sources = published_sources("flickr30k")
+    assert len(sources) == 2 and all(source in report for source in sources)
+    assert "commit cba3b45, 2026-02-01" in report and "commit b62fedf, 2024-11-20" in report
+
+
+def test_report_compares_the_mean_over_languages_with_the_published_xm3600_rows() -> None:
+    rows = [retrieval_row("captions_de", 60.0, 50.0), retrieval_row("captions_zh", 30.0, 20.0)]
+    blocks = benchmark_blocks(BENCHMARKS["xm3600"], [ModelResult("mine", {"rows": rows})])
+    mean, german, _ = [block for block in blocks if isinstance(block, Table)]
+    assert ["mine", 45.0, 55.0, 65.0, 35.0, 45.0, 55.0] in mean.rows
+    assert ["paper 2026: SigLIP2 + LLM2CLIP", 69.1, None, None, 56.3, None, None] in mean.rows
+    assert ["mine minus paper 2026: SigLIP2 + LLM2CLIP", "-24.1", None, None, "-21.3", None, None] in mean.rows
+    assert not any("paper" in str(row[0]) for row in german.rows)
+
+
+def test_benchmarks_list_counts_published_results(tmp_path: Path) -> None:
+    table = list_benchmarks(tmp_path)[0]
+    assert re.search(r"\| docci \|.*\| 22 \| – \|", table)
+    assert re.search(r"\| xm3600 \|.*\| 4 \| – \|", table) and re.search(r"\| xtd10 \|.*\| – \| – \|", table)
+
+
+def test_model_card_with_cra_explains_the_corrected_values(tmp_path: Path) -> None:
+    metrics = {
+        "CRA": 30.0, "CRA interval": (29.0, 31.0), "chance": 0.1, "images": 10, "excluded": 0, "truncated": 0,
+        "positive cosine": 0.5, "negative cosine": 0.1,
+    }  # fmt: skip
+    report = to_markdown("Caption retrieval", caption_retrieval_blocks("mine", metrics))
+    (tmp_path / "report.md").write_text(report)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": "llm2clip"}))
+    card = render_model_card(model, "me/mine")
+    assert "paper: Llama3-8B-CC, COCO | 29.5" in card and CRA_NOTE in card
+
+
+def test_paper_results_of_each_claim() -> None:
+    assert "Llama3-8B-CC 29.5" in describe_paper(1)[0] and "24.3 points for Llama3-8B" in describe_paper(1)[0]
+    assert describe_paper(1)[1] == CRA_NOTE
+    assert "e5 (XLM-R) 74.0 / 71.7" in describe_paper(2)[0] and "Llama3-8B 66.3" in describe_paper(2)[1]
+    # by hand: Urban-1k (84.2 + 89.5) / 2 - (68.0 + 74.8) / 2 = 15.45, COCO (62.7 + 51.9) / 2 - (59.4 + 48.6) / 2 = 3.3
+    assert "COCO +3.3" in describe_paper(3)[0] and "DOCCI +15.7" in describe_paper(3)[0]
+    assert "EVA-L-224 0.9, EVA-L-224 + LLM2CLIP 75.6" in describe_paper(4)[0] and "JinaCLIP 0.7" in describe_paper(4)[1]
+    assert "Qwen2.5-0.5B-CC 75.6 / 73.0" in describe_paper(5)[0] and "Mistral-Nemo-12B-CC 86.0" in describe_paper(5)[1]
+    assert len(describe_paper(6)) == 1
+
+
+def test_claim_ignores_the_paper_results_saved_by_version_0_1() -> None:
+    saved = {**Claim(1).to_dict(), "paper": "CLIP-L/14 66.6, Llama3-8B-CC 73.0"}
+    assert "73.0" not in json.dumps(Claim.from_dict(saved).to_dict())
+
+
+def test_docs_have_every_published_table() -> None:
+    docs = (ROOT / "docs/method.md").read_text(encoding="utf-8")
+    for table in TABLES:
+        lines = ["| | " + " | ".join(table.columns) + " |", "|---|" + "---|" * len(table.columns)]
+        for name, cells in table.rows.items():
+            values = [" / ".join(map(str, cell)) if cell else "–" for cell in cells]
+            lines.append(f"| {name} | {' | '.join(values)} |")
+        assert "\n".join(lines) in docs, table.title
+        assert table.source in docs
+    assert CRA_NOTE in docs.replace("\n", " ")
+
+
+def test_withdrawn_cra_values_appear_only_in_the_note() -> None:
+    """Lines that name one of the paper's encoders must not have the CRA values that the authors withdrew."""
+    withdrawn = re.compile(r"\b(66\.6|69\.8|18\.4|18\.3|73\.0|72\.8)\b")
+    encoders = re.compile(r"CLIP-L/14|EVA02-L/14|Llama-?3")
+    files = [*ROOT.glob("src/**/*.py"), *ROOT.glob("docs/**/*.md"), ROOT / "README.md"]
+    found = set()
+    for file in files:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if withdrawn.search(line) and encoders.search(line):
+                found.add(file.name)
+    assert found == {"published_results.py", "method.md"}
