@@ -48,6 +48,11 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--linear_probe", action="store_true", help="Classification: also fit a linear probe to the training images."
     )
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="Run the Python code that comes with a model, such as Jina-CLIP. Use this only for models that you trust.",
+    )
     parser.add_argument("--captions", nargs="+", type=str, help="Sources for caption retrieval accuracy (CRA).")
     parser.add_argument(
         "--all_pairs",
@@ -89,7 +94,7 @@ def _evaluate(args: Namespace) -> list[str]:
         out=Path(args.out) if args.out else None,
         config=args.evaluate,
         num_mistakes=args.mistakes,
-        **select(args, "encoder", "columns", "max_skipped", "all_pairs", "linear_probe"),
+        **select(args, "encoder", "columns", "max_skipped", "all_pairs", "linear_probe", "trust_remote_code"),
     )
 
 

@@ -42,13 +42,16 @@ class EmbeddingSource(Protocol):
         ...
 
 
-def open_embedding_source(model: str, log: SkipLog, cache_dir: Path | None) -> EmbeddingSource:
+def open_embedding_source(
+    model: str, log: SkipLog, cache_dir: Path | None, trust_remote_code: bool = False
+) -> EmbeddingSource:
     """Load a model or a file of precomputed embeddings.
 
     Args:
         model: Model as accepted by `open_dual_encoder`, or an .npz file.
         log: Skip log for images that cannot be decoded.
         cache_dir: Folder in which the model's embeddings are cached. If None, embeddings are not cached.
+        trust_remote_code: Run the Python code that comes with a model, as Jina-CLIP's.
 
     Raises:
         ValueError: If the model is not an image-text model, or the .npz file is invalid.
@@ -57,7 +60,8 @@ def open_embedding_source(model: str, log: SkipLog, cache_dir: Path | None) -> E
     """
     if model.endswith(PRECOMPUTED_SUFFIX):
         return PrecomputedEmbeddings(Path(model), log)
-    return ModelEmbeddings(open_dual_encoder(model, process_state().device), log, cache_dir)
+    dual_encoder = open_dual_encoder(model, process_state().device, trust_remote_code=trust_remote_code)
+    return ModelEmbeddings(dual_encoder, log, cache_dir)
 
 
 class ModelEmbeddings:

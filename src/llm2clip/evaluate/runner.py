@@ -50,6 +50,7 @@ def evaluate_models(
     all_pairs: bool = False,
     num_mistakes: int = 3,
     linear_probe: bool = False,
+    trust_remote_code: bool = False,
 ) -> list[str]:
     """Evaluate models, print tables, and write results.json, report.md and report.html to `out`.
 
@@ -75,6 +76,7 @@ def evaluate_models(
         max_skipped: Stop if more than this fraction of the rows cannot be used.
         all_pairs, num_mistakes: Options for CRA. See `caption_retrieval_accuracy`.
         linear_probe: For classification benchmarks, also fit a linear probe on the training images.
+        trust_remote_code: Run the Python code that comes with a model, as Jina-CLIP's.
 
     Returns:
         Lines to print at the end: a summary of skipped rows, the failed evaluations, and the path of the report.
@@ -94,7 +96,7 @@ def evaluate_models(
         records = read_merged_records(captions, columns, log, "unchecked")
         results["caption retrieval"] = caption_retrieval_accuracy(
             [record.captions for _, record in records],
-            _open_text_encoder(models[0] if models else None, encoder),
+            _open_text_encoder(models[0] if models else None, encoder, trust_remote_code),
             all_pairs=all_pairs,
             num_mistakes=num_mistakes,
         )
@@ -108,7 +110,7 @@ def evaluate_models(
         available, failures = _find_benchmarks([*user_data, *get_benchmarks(benchmarks)], root)
         runner = BenchmarkRunner(available, out=out, log=log, max_skipped=max_skipped, linear_probe=linear_probe)
         for n, name in enumerate(display_names(models) if available else []):
-            runner.run(models[n], name, is_baseline=n > 0)
+            runner.run(models[n], name, is_baseline=n > 0, trust_remote_code=trust_remote_code)
             results["results"] = runner.summaries()
             _write_results(out, results)  # after each model, so that an interruption loses no results
         failures += runner.failures
@@ -160,7 +162,7 @@ class BenchmarkRunner:
             is_user_data = benchmark.name == USER_DATA
             self._logs.append(log if is_user_data else _skip_log(out, f"{n}-{benchmark.name}", max_skipped))
 
-    def run(self, model: str, name: str, is_baseline: bool) -> None:
+    def run(self, model: str, name: str, is_baseline: bool, trust_remote_code: bool = False) -> None:
         """Evaluate a model on all benchmarks.
 
         Args:
@@ -168,10 +170,12 @@ class BenchmarkRunner:
             name: Model name to show in tables.
             is_baseline: Whether the model is a baseline. A baseline that cannot be loaded is skipped, and the report
                 shows no example images for baselines.
+            trust_remote_code: Run the Python code that comes with the model, as Jina-CLIP's.
         """
         is_distributed = process_state().num_processes > 1
         try:
-            embeddings = open_embedding_source(model, self._logs[0], self._out / "vectors" if self._out else None)
+            cache_dir = self._out / "vectors" if self._out else None
+            embeddings = open_embedding_source(model, self._logs[0], cache_dir, trust_remote_code)
         except (OSError, ValueError, ImportError) as error:
             if not is_baseline or is_distributed:  # otherwise, the other ranks would wait for this rank
                 raise
@@ -275,7 +279,7 @@ def _failure(name: str, benchmark: Benchmark, error: Exception) -> str:
     return f"Skipped {name}: {error}{source}"
 
 
-def _open_text_encoder(model: str | None, encoder: EncoderConfig) -> TextEncoder:
+def _open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_code: bool) -> TextEncoder:
     """Load the text encoder of a model. If there is no model, load the caption encoder described by the config.
 
     Raises:
@@ -285,13 +289,13 @@ def _open_text_encoder(model: str | None, encoder: EncoderConfig) -> TextEncoder
     if model is not None:
         if model.endswith(PRECOMPUTED_SUFFIX) or model.startswith(SENTENCE_TRANSFORMERS_PREFIX):
             raise ValueError(f"{model} has no separate caption encoder: remove --captions")
-        if has_text_tower(model):
-            return load_clip_text_encoder(model)
+        if has_text_tower(model, trust_remote_code):
+            return load_clip_text_encoder(model, trust_remote_code=trust_remote_code)
         if Path(model).is_dir() and not is_model_folder(model):
             return CaptionEncoder.from_pretrained(model)
         return LLM2CLIP.from_pretrained(model).encoder
     path = resolve_pretrained(encoder.path)
-    if not has_text_tower(path):
+    if not has_text_tower(path, trust_remote_code):
         return CaptionEncoder.from_pretrained(**dataclasses.asdict(encoder))
     defaults = vars(EncoderConfig(path=encoder.path))
     changed = [f"--encoder.{name}" for name, value in vars(encoder).items() if value != defaults[name]]
@@ -299,7 +303,7 @@ def _open_text_encoder(model: str | None, encoder: EncoderConfig) -> TextEncoder
         raise ValueError(
             f"{path} is a CLIP text tower, to which some settings do not apply: remove {', '.join(changed)}"
         )
-    return load_clip_text_encoder(path)
+    return load_clip_text_encoder(path, trust_remote_code=trust_remote_code)
 
 
 def _skip_log(out: Path | None, name: str, max_skipped: float) -> SkipLog:

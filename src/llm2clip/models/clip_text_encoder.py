@@ -1,13 +1,14 @@
 """Text towers of other CLIP models, for comparison with a caption encoder.
 
-All transformers models with `get_text_features` (CLIP, SigLIP, AltCLIP, ...) are supported. If open_clip is installed,
-open_clip models are supported, too. Texts that exceed the context length are truncated, as is usual for these models.
-`ClipTextEncoder.count_truncated` counts the truncated texts.
+Supported are the transformers model types in `_TEXT_INPUTS`, models that come with their own code (Jina-CLIP), and, if
+open_clip is installed, open_clip models. Texts that exceed the context length are truncated, as is usual for these
+models. `ClipTextEncoder.count_truncated` counts the truncated texts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,60 @@ from torch import Tensor
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.models.loading import hide_loading_bars
+from llm2clip.models.remote_code import check_remote_code_is_allowed, has_remote_code
 from llm2clip.progress import ProgressBar
 
 OPEN_CLIP_PREFIX = "open_clip:"
-# Models of these types were trained on text padded to the context length, without an attention mask.
-_FULLY_PADDED_TYPES = ("siglip", "siglip2")
+
+
+@dataclass(frozen=True)
+class _TextInput:
+    """Form in which a type of model expects its texts.
+
+    Attributes:
+        context_length: number of tokens that the model was trained with. None: the number of its position embeddings.
+        fully_padded: the model was trained on texts padded to the context length, without an attention mask.
+        lower_case: the model was trained on lower-case text.
+    """
+
+    context_length: int | None = None
+    fully_padded: bool = False
+    lower_case: bool = False
+
+
+_TEXT_INPUTS = {
+    "clip": _TextInput(),
+    # Padding: transformers' documentation of SigLIP and SigLIP 2 ("make sure to set padding='max_length'"). SigLIP 2's
+    # texts were converted to lower case (arXiv 2502.14786), which Gemma's tokenizer, saved with the checkpoints, does
+    # not do; SigLIP's tokenizer does (https://github.com/huggingface/transformers/pull/43101).
+    "siglip": _TextInput(fully_padded=True, lower_case=True),
+    "siglip2": _TextInput(fully_padded=True, lower_case=True),
+    # `context_length` of `cn_clip.clip.tokenize` (https://github.com/OFA-Sys/Chinese-CLIP). BERT has 512 positions.
+    "chinese_clip": _TextInput(context_length=52),
+    # `max_length` of transformers' AlignProcessor. BERT has 512 positions.
+    "align": _TextInput(context_length=64),
+    # `context_length` of the authors' code (https://github.com/FlagAI-Open/FlagAI). XLM-R has 512 positions.
+    "altclip": _TextInput(context_length=77),
+    "metaclip_2": _TextInput(),
+}
+# Other types with text features, and the reason why they are not supported.
+_UNSUITABLE_TYPES = {
+    # transformers applies the causal mask only if a batch has padding (seen in 5.24).
+    "aimv2": "in transformers, its embedding of a text depends on the padding",
+    "blip": "its checkpoints compare images and texts with a cross-attention model (use another model)",
+    "blip_2": "it embeds an image as 32 vectors, not as one",
+    "clap": "it encodes audio, not images",
+    "clipseg": "it is a segmentation model; use the CLIP model that it is based on",
+    "clvp": "it encodes speech, not images",
+    "flava": "its image features are one vector per patch",
+    "owlv2": "it is a detection model; use the CLIP model that it is based on",
+    "owlvit": "it is a detection model; use the CLIP model that it is based on",
+    "pe_video": "it encodes videos, not images",
+    "sam3": "it is a segmentation model",
+    "sam3_lite_text": "it is a segmentation model",
+    "videoprism": "it encodes videos, not images",
+    "x_clip": "it encodes videos, not images",
+}
 
 
 class ClipTextEncoder:
@@ -28,32 +78,32 @@ class ClipTextEncoder:
 
     Attributes:
         model: the complete CLIP model, with both towers.
-        context_length: maximum text length in tokens.
+        context_length: maximum text length in tokens, or None if only the model's own code knows it.
         embed_dim: dimension of the embeddings.
     """
 
     def __init__(
         self,
         model: Any,
-        context_length: int,
-        embed_dim: int,
-        tokenize: Callable[[list[str]], dict[str, Tensor]],
+        context_length: int | None,
+        tokenize: Callable[[list[str]], dict[str, Any]],
         forward: Callable[..., Tensor],
-        token_count: Callable[[str], int],
+        token_count: Callable[[str], int] | None,
     ) -> None:
         """Wrap a loaded CLIP model.
 
         Args:
             model: the complete CLIP model, with both towers.
-            context_length: maximum text length in tokens.
-            embed_dim: dimension of the embeddings.
-            tokenize: function that truncates N texts to the context length and returns a dict of input tensors.
-            forward: function that takes the tensors from `tokenize` as keyword arguments and returns embeddings of
+            context_length: maximum text length in tokens, or None if unknown.
+            tokenize: function that truncates N texts to the context length and returns a dict of inputs.
+            forward: function that takes the inputs from `tokenize` as keyword arguments and returns embeddings of
                 shape (N, embed_dim).
-            token_count: function that returns the number of tokens in a text before truncation.
+            token_count: function that returns the number of tokens in a text before truncation, or None if unknown.
         """
-        self.model, self.context_length, self.embed_dim = model, context_length, embed_dim
+        self.model, self.context_length = model, context_length
         self._tokenize, self._forward, self._token_count = tokenize, forward, token_count
+        with torch.inference_mode():
+            self.embed_dim = self._forward(**self._tokenize(["a"])).shape[-1]
 
     @torch.inference_mode()
     @onednn_matmul()
@@ -67,17 +117,30 @@ class ClipTextEncoder:
             embeddings[rows] = self._forward(**batch).float().cpu()
         return embeddings
 
-    def count_truncated(self, captions: Sequence[str]) -> int:
-        """Return the number of texts that are truncated because they are longer than the context length."""
+    def count_truncated(self, captions: Sequence[str]) -> int | None:
+        """Return the number of texts that are longer than the context length and are truncated, or None if unknown."""
+        if self._token_count is None or self.context_length is None:
+            return None
         return sum(self._token_count(caption) > self.context_length for caption in captions)
 
 
-def has_text_tower(path: str) -> bool:
-    """Return True if `path` names an open_clip model or a transformers model with image and text towers."""
+def has_text_tower(path: str, trust_remote_code: bool = False) -> bool:
+    """Return True if `path` names an open_clip model or a transformers model with image and text towers.
+
+    Args:
+        path: model name, as for `load_clip_text_encoder`.
+        trust_remote_code: models that come with their own code may run it.
+
+    Raises:
+        ValueError: the model comes with its own code, and `trust_remote_code` is False.
+    """
     from transformers import MODEL_MAPPING, AutoConfig
 
     if path.startswith(OPEN_CLIP_PREFIX):
         return True
+    check_remote_code_is_allowed(path, trust_remote_code)
+    if has_remote_code(path):
+        return _remote_class_has_text_tower(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError):  # not a transformers model; the function that loads it later reports the error
@@ -85,58 +148,122 @@ def has_text_tower(path: str) -> bool:
     return type(config) in MODEL_MAPPING and hasattr(MODEL_MAPPING[type(config)], "get_text_features")
 
 
-def load_clip_text_encoder(path: str, device: torch.device | None = None) -> ClipTextEncoder:
+def _remote_class_has_text_tower(path: str) -> bool:
+    from transformers import PreTrainedConfig
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    config, _ = PreTrainedConfig.get_config_dict(path)
+    model_class = get_class_from_dynamic_module(config["auto_map"]["AutoModel"], path)
+    return hasattr(model_class, "get_text_features") or hasattr(model_class, "encode_text")
+
+
+def load_clip_text_encoder(
+    path: str, device: torch.device | None = None, trust_remote_code: bool = False
+) -> ClipTextEncoder:
     """Load the text tower of a CLIP model.
 
     Args:
         path: for transformers, a folder or hub id. For open_clip, one of `open_clip:NAME/PRETRAINED`,
             `open_clip:FOLDER` (a folder saved by open_clip) and `open_clip:hf-hub:ID`.
         device: device to load the model on. Default: a GPU if there is one.
+        trust_remote_code: models that come with their own code may run it.
 
     Raises:
-        ValueError: `path` names an open_clip architecture but not its weights.
+        ValueError: the model's type is not supported, the model comes with its own code and `trust_remote_code` is
+            False, or `path` names an open_clip architecture but not its weights.
         ImportError: open_clip is required but not installed.
         OSError: the model does not exist.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if path.startswith(OPEN_CLIP_PREFIX):
         return _load_open_clip(path.removeprefix(OPEN_CLIP_PREFIX), device)
+    check_remote_code_is_allowed(path, trust_remote_code)
+    if has_remote_code(path):
+        return _load_remote_code(path, device)
     return _load_transformers(path, device)
 
 
 @hide_loading_bars()
 def _load_transformers(path: str, device: torch.device) -> ClipTextEncoder:
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+    text_input = _text_input(path, AutoConfig.from_pretrained(path, trust_remote_code=False).model_type)
     model: Any = AutoModel.from_pretrained(path, trust_remote_code=False, dtype=torch.float32).to(device).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    text_config = model.config.text_config
-    # AltCLIP's tokenizer allows fewer tokens than the model has positions.
-    context_length = min(text_config.max_position_embeddings, tokenizer.model_max_length)
-    is_fully_padded = model.config.model_type in _FULLY_PADDED_TYPES
+    positions = model.config.text_config.max_position_embeddings
+    context_length = min(text_input.context_length or positions, positions, tokenizer.model_max_length)
+    # SigLIP's own tokenizer also changes texts to lower case, but keeps its special tokens unchanged.
+    lower_case = text_input.lower_case and type(tokenizer).__name__ != "SiglipTokenizer"
 
     def tokenize(texts: list[str]) -> dict[str, Tensor]:
-        padding = "max_length" if is_fully_padded else True
+        if lower_case:
+            texts = [text.lower() for text in texts]
+        padding = "max_length" if text_input.fully_padded else True
         batch = tokenizer(texts, padding=padding, truncation=True, max_length=context_length, return_tensors="pt")
-        names = ("input_ids",) if is_fully_padded else ("input_ids", "attention_mask")
+        names = ("input_ids",) if text_input.fully_padded else ("input_ids", "attention_mask")
         return {name: batch[name].to(device) for name in names}
 
-    def forward(**batch: Tensor) -> Tensor:
-        output = model.get_text_features(**batch)
-        embeddings: Tensor = output if isinstance(output, Tensor) else output.pooler_output
-        return embeddings
-
-    embed_dim = (
-        getattr(model.config, "projection_dim", None)
-        or getattr(text_config, "projection_size", None)
-        or text_config.hidden_size
-    )
     return ClipTextEncoder(
         model=model,
         context_length=context_length,
-        embed_dim=embed_dim,
         tokenize=tokenize,
-        forward=forward,
+        forward=lambda **batch: pooled_output(model.get_text_features(**batch)),
+        token_count=lambda text: len(tokenizer(text, verbose=False)["input_ids"]),
+    )
+
+
+def _text_input(path: str, model_type: str) -> _TextInput:
+    """Return the form in which a transformers model expects its texts.
+
+    Raises:
+        ValueError: the model type is not supported. The message states the reason.
+    """
+    if model_type in _TEXT_INPUTS:
+        return _TEXT_INPUTS[model_type]
+    reason = _UNSUITABLE_TYPES.get(model_type, "its prompt, context length and padding are not known to llm2clip")
+    raise ValueError(
+        f"{path} is a {model_type!r} model, which is not supported: {reason}. Supported types: "
+        f"{', '.join(_TEXT_INPUTS)}. To compare with any other model, save its embeddings in an .npz file"
+    )
+
+
+def pooled_output(features: Any) -> Tensor:
+    """Return the embeddings from `get_text_features` or `get_image_features`. They return a tensor or an output."""
+    embeddings: Tensor = features if isinstance(features, Tensor) else features.pooler_output
+    return embeddings
+
+
+@hide_loading_bars()
+def _load_remote_code(path: str, device: torch.device) -> ClipTextEncoder:
+    """Load a model with its own code. The code must have been allowed to run.
+
+    If the model has a method `encode_text`, as Jina-CLIP, this method receives the texts. It tokenizes and truncates
+    them. Otherwise, the model must have `get_text_features`, and its tokenizer must specify the context length.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    model: Any = AutoModel.from_pretrained(path, trust_remote_code=True, dtype=torch.float32).to(device).eval()
+    if hasattr(model, "encode_text"):
+        return ClipTextEncoder(
+            model=model,
+            context_length=None,
+            tokenize=lambda texts: {"texts": texts},
+            forward=lambda texts: torch.as_tensor(model.encode_text(texts)),
+            token_count=None,
+        )
+    if not hasattr(model, "get_text_features"):
+        raise ValueError(f"{path} has neither encode_text nor get_text_features: it is not an image-text model")
+    tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+
+    def tokenize(texts: list[str]) -> dict[str, Tensor]:
+        batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+
+    return ClipTextEncoder(
+        model=model,
+        context_length=tokenizer.model_max_length,
+        tokenize=tokenize,
+        forward=lambda **batch: pooled_output(model.get_text_features(**batch)),
         token_count=lambda text: len(tokenizer(text, verbose=False)["input_ids"]),
     )
 
@@ -169,7 +296,6 @@ def _load_open_clip(name: str, device: torch.device) -> ClipTextEncoder:
     return ClipTextEncoder(
         model=model,
         context_length=tokenizer.context_length,
-        embed_dim=model.encode_text(tokenizer(["a"]).to(device)).shape[-1],
         tokenize=lambda texts: {"text": tokenizer(texts).to(device)},
         forward=model.encode_text,
         token_count=token_count,

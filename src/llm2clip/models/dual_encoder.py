@@ -3,7 +3,7 @@
 Models are loaded by name:
 
 MODEL                        folder or hub id of an llm2clip model
-NAME                         folder or hub id of a transformers model (CLIP, SigLIP, ...)
+NAME                         folder or hub id of a transformers model (CLIP, SigLIP, Chinese-CLIP, Jina-CLIP, ...)
 open_clip:NAME/PRETRAINED    an open_clip model
 st:NAME                      a sentence-transformers model that encodes images and texts
 """
@@ -22,11 +22,18 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.transforms import EvalTransform
-from llm2clip.models.clip_text_encoder import OPEN_CLIP_PREFIX, has_text_tower, load_clip_text_encoder
+from llm2clip.models.clip_text_encoder import (
+    OPEN_CLIP_PREFIX,
+    ClipTextEncoder,
+    has_text_tower,
+    load_clip_text_encoder,
+    pooled_output,
+)
 from llm2clip.models.fingerprint import hash_weights
 from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
 from llm2clip.models.loading import hide_loading_bars
 from llm2clip.models.precision_calibration import fastest_precision
+from llm2clip.models.remote_code import explain_remote_code_error
 
 SENTENCE_TRANSFORMERS_PREFIX = "st:"
 
@@ -71,8 +78,10 @@ class DualEncoder:
         return F.normalize(self.encode_texts_raw(texts, progress).float(), dim=-1).cpu()
 
 
-def open_dual_encoder(name: str, device: torch.device | str | None = None, precision: str = "fp32") -> DualEncoder:
-    """Load an image-text model by name. Code that comes with a model is never run.
+def open_dual_encoder(
+    name: str, device: torch.device | str | None = None, precision: str = "fp32", trust_remote_code: bool = False
+) -> DualEncoder:
+    """Load an image-text model by name. Code that comes with a model is run only if `trust_remote_code` is set.
 
     Args:
         name: model name, in one of the forms listed at the top of this module.
@@ -80,20 +89,22 @@ def open_dual_encoder(name: str, device: torch.device | str | None = None, preci
         precision: precision of the caption encoder in an llm2clip model, as in `CaptionEncoder.encode`. `auto` selects
             the fastest precision that is accurate enough (see `models/precision_calibration.py`). All other models are
             run in fp32.
+        trust_remote_code: run the Python code that comes with a model, which Jina-CLIP needs.
 
     Raises:
-        ValueError: the model does not have both an image encoder and a text encoder.
+        ValueError: the model does not have both an image encoder and a text encoder, its type is not supported, or it
+            comes with its own code and `trust_remote_code` is False.
         OSError: the model does not exist.
         ImportError: the library that the model requires is not installed.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if name.startswith(SENTENCE_TRANSFORMERS_PREFIX):
-        return _load_sentence_transformer(name, device)
+        return _load_sentence_transformer(name, device, trust_remote_code)
     if name.startswith(OPEN_CLIP_PREFIX):
         return _open_open_clip(name, device)
-    if is_model_folder(name) or not has_text_tower(name):
+    if is_model_folder(name) or not has_text_tower(name, trust_remote_code):
         return _open_llm2clip(name, device, precision)
-    return _open_transformers(name, device)
+    return _open_transformers(name, device, trust_remote_code)
 
 
 def from_llm2clip(model: LLM2CLIP, name: str, precision: str = "fp32") -> DualEncoder:
@@ -126,27 +137,28 @@ def _open_llm2clip(name: str, device: torch.device, precision: str) -> DualEncod
 
 
 @hide_loading_bars()
-def _open_transformers(name: str, device: torch.device) -> DualEncoder:
+def _open_transformers(name: str, device: torch.device, trust_remote_code: bool) -> DualEncoder:
     from transformers import AutoImageProcessor
 
-    text_encoder = load_clip_text_encoder(name, device)
+    text_encoder = load_clip_text_encoder(name, device, trust_remote_code)
     model = text_encoder.model
-    processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    if hasattr(model, "encode_text") and hasattr(model, "encode_image"):
+        # Jina-CLIP's own code preprocesses the images.
+        return _wrap(
+            name,
+            text_encoder,
+            transform=to_pil_image,
+            encode_images=lambda images: torch.as_tensor(model.encode_image(images)),
+        )
+    processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
 
-    def encode_images(images: list[Tensor]) -> Tensor:
-        output = model.get_image_features(pixel_values=torch.stack(images).to(device))
-        embeddings: Tensor = output if isinstance(output, Tensor) else output.pooler_output
-        return embeddings
+    def encode_images(images: list[Any]) -> Tensor:
+        if isinstance(images[0], Tensor):
+            return pooled_output(model.get_image_features(pixel_values=torch.stack(images).to(device)))
+        batch = {key: torch.stack([image[key] for image in images]).to(device) for key in images[0]}
+        return pooled_output(model.get_image_features(**batch))
 
-    return DualEncoder(
-        name=name,
-        embed_dim=text_encoder.embed_dim,
-        identity=partial(_identity, name, model),
-        transform=partial(_apply_processor, processor),
-        encode_images_raw=encode_images,
-        encode_texts_raw=lambda texts, progress: text_encoder.encode(texts, progress=progress),
-        count_truncated=text_encoder.count_truncated,
-    )
+    return _wrap(name, text_encoder, partial(_apply_processor, processor), encode_images)
 
 
 def _open_open_clip(name: str, device: torch.device) -> DualEncoder:
@@ -156,23 +168,45 @@ def _open_open_clip(name: str, device: torch.device) -> DualEncoder:
 
     model = text_encoder.model
     transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(model)), is_train=False)
+    return _wrap(
+        name,
+        text_encoder,
+        transform=partial(_apply_to_pil, transform),
+        encode_images=lambda images: model.encode_image(torch.stack(images).to(device)),
+    )
+
+
+def _wrap(
+    name: str,
+    text_encoder: ClipTextEncoder,
+    transform: Callable[[Tensor], Any],
+    encode_images: Callable[[list[Any]], Tensor],
+) -> DualEncoder:
     return DualEncoder(
         name=name,
         embed_dim=text_encoder.embed_dim,
-        identity=partial(_identity, name, model),
-        transform=partial(_apply_to_pil, transform),
-        encode_images_raw=lambda images: model.encode_image(torch.stack(images).to(device)),
+        identity=partial(_identity, name, text_encoder.model),
+        transform=transform,
+        encode_images_raw=encode_images,
         encode_texts_raw=lambda texts, progress: text_encoder.encode(texts, progress=progress),
         count_truncated=text_encoder.count_truncated,
     )
 
 
 @hide_loading_bars()
-def _load_sentence_transformer(name: str, device: torch.device) -> DualEncoder:
+def _load_sentence_transformer(name: str, device: torch.device, trust_remote_code: bool) -> DualEncoder:
     from sentence_transformers import SentenceTransformer
 
     path = name.removeprefix(SENTENCE_TRANSFORMERS_PREFIX)
-    model: Any = SentenceTransformer(path, device=str(device), trust_remote_code=False)
+    with explain_remote_code_error(name):
+        model: Any = SentenceTransformer(path, device=str(device), trust_remote_code=trust_remote_code)
+    missing = [modality for modality in ("image", "text") if modality not in model.modalities]
+    if missing:
+        raise ValueError(
+            f"{name} does not encode {' and '.join(missing)}s, according to sentence-transformers (it supports "
+            f"{', '.join(map(str, model.modalities))}). If transformers can load the model, open it without "
+            f"{SENTENCE_TRANSFORMERS_PREFIX}"
+        )
 
     def encode(inputs: Sequence[Any], progress: bool = False) -> Tensor:
         embeddings: Tensor = model.encode(list(inputs), convert_to_tensor=True, show_progress_bar=progress)
@@ -195,9 +229,11 @@ def _identity(name: str, model: torch.nn.Module) -> dict[str, Any]:
 # The transforms are module-level functions, so that they can be pickled and sent to the processes that decode images.
 
 
-def _apply_processor(processor: Any, image: Tensor) -> Tensor:
-    pixels: Tensor = processor(images=to_pil_image(image), return_tensors="pt")["pixel_values"][0]
-    return pixels
+def _apply_processor(processor: Any, image: Tensor) -> Tensor | dict[str, Tensor]:
+    """Return the pixel values, or a dict if the processor also returns other tensors, such as a patch mask."""
+    batch = processor(images=to_pil_image(image), return_tensors="pt")
+    tensors = {key: tensor[0] for key, tensor in batch.items()}
+    return tensors["pixel_values"] if len(tensors) == 1 else tensors
 
 
 def _apply_to_pil(transform: Callable[[Any], Tensor], image: Tensor) -> Tensor:
