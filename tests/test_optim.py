@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
+import timm
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from align_fixtures import fresh_model
 from llm2clip.config import AlignConfig
@@ -32,8 +42,6 @@ def test_layer_decay_gives_the_final_norm_the_full_rate_and_the_top_block_one_de
     tower: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     if tower == "clip_vision_model":
-        from transformers import CLIPVisionConfig, CLIPVisionModel
-
         folder = tmp_path_factory.mktemp("clip")
         sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "image_size": 32}
         CLIPVisionModel(CLIPVisionConfig(**sizes, num_hidden_layers=6, patch_size=16)).save_pretrained(folder)
@@ -53,6 +61,33 @@ def test_layer_decay_gives_the_final_norm_the_full_rate_and_the_top_block_one_de
         assert len(block_lrs) == 1 and block_lrs.pop() == pytest.approx(1e-3 * 0.5 ** (6 - n))
     stem_lrs = {lr for name, lr in lrs.items() if name.startswith(stem)}
     assert len(stem_lrs) == 1 and stem_lrs.pop() == pytest.approx(1e-3 * 0.5**7)
+
+
+def test_position_embeddings_and_class_tokens_have_no_weight_decay(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
+    CLIPVisionModel(CLIPVisionConfig(**sizes, num_hidden_layers=1)).save_pretrained(tmp_path / "clip")
+    SiglipVisionModel(SiglipVisionConfig(**sizes, num_hidden_layers=1)).save_pretrained(tmp_path / "siglip")
+    Dinov2Model(Dinov2Config(**sizes, num_hidden_layers=1)).save_pretrained(tmp_path / "dino")
+    towers = {
+        "timm:test_vit": {"pos_embed", "cls_token"},
+        "timm:test_eva": {"pos_embed", "cls_token"},
+        str(tmp_path / "clip"): {"embeddings.class_embedding", "embeddings.position_embedding.weight"},
+        str(tmp_path / "siglip"): {"embeddings.position_embedding.weight"},
+        str(tmp_path / "dino"): {"embeddings.cls_token", "embeddings.position_embeddings"},
+    }
+    if not timm.is_model("test_eva"):
+        towers["timm:eva02_tiny_patch14_224"] = towers.pop("timm:test_eva")
+    for tower, expected in towers.items():
+        model = fresh_model()
+        model.tower = VisionTower.from_pretrained(tower, pretrained=not tower.startswith("timm:"))
+        set_trainable(model, CONFIG)
+        decay_of = {id(p): group["weight_decay"] for group in parameter_groups(model, CONFIG) for p in group["params"]}
+        without = set()
+        for name, parameter in model.tower.named_parameters():
+            if parameter.requires_grad and decay_of[id(parameter)] == 0 and not name.endswith("bias"):
+                is_vector = parameter.ndim < 2 and "embedding" not in name
+                without |= set() if is_vector else {name.removeprefix("backbone.")}
+        assert without == expected, tower
 
 
 def test_layer_decay_is_rejected_for_towers_without_ordered_layers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,9 @@ class TuneConfig:
     well for tens of thousands of images. With millions of images, near-duplicates would become negatives of each other.
     1 samples images at random."""
     lr: float = 1e-3
-    """Peak learning rate. The learning rate decays to zero on a cosine schedule."""
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate decays to zero after the warm-up. The paper uses linear."""
     warmup_ratio: float = 0.1
     """Fraction of the steps spent on linear warm-up."""
     temperature: float = 0.05
@@ -134,13 +136,18 @@ class AlignConfig:
     image_size: int | None = None
     """Input image size in pixels. Default: the size that the tower was trained with."""
     embed_dim: int = 512
-    """Dimension of the shared embedding space."""
+    """Dimension of the shared embedding space. With 0, there is no image projection: the tower's output is the image
+    embedding, as in the authors' SigLIP 2 model."""
     adapter_depth: int = 1
     """Number of residual blocks in the adapter. The paper uses 4."""
     normalize_input: bool = True
     """L2-normalise the cached embeddings before the adapter, as the paper does."""
     loss: Literal["infonce", "sigmoid"] = "infonce"
     """Contrastive loss: infonce (as in CLIP and the paper) or sigmoid (as in SigLIP)."""
+    logit_scale: float | Literal["inherit"] | None = None
+    """Initial factor that multiplies the cosine similarities, at most 100. inherit: the value of the CLIP model that
+    the tower comes from, as in the authors' code; with the sigmoid loss, the logit bias is inherited, too. Default:
+    14.3 for infonce and 10 for sigmoid, which suit newly initialised heads and higher learning rates."""
     epochs: float = 4
     """Number of epochs. Fractions are allowed."""
     captions_per_image: int = 4
@@ -191,14 +198,16 @@ class AlignConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range and for settings that contradict each other."""
-        require_at_least(1, self, "align", "embed_dim", "adapter_depth", "batch_size", "micro_batch_size", "save_steps")
-        require_at_least(0, self, "align", "captions_per_image", "lora_r", "tower_lr", "eval_steps", "workers")
+        require_at_least(1, self, "align", "adapter_depth", "batch_size", "micro_batch_size", "save_steps")
+        require_at_least(0, self, "align", "embed_dim", "captions_per_image", "lora_r", "tower_lr", "eval_steps", "workers")
         require_fraction(self, "align", "warmup_ratio")
         if self.epochs <= 0:
             raise ValueError(f"--align.epochs must be greater than 0 (got {self.epochs})")
         for name in ("min_crop_scale", "layer_decay"):
             if not 0 < (value := getattr(self, name)) <= 1:
                 raise ValueError(f"--align.{name} must be greater than 0 and at most 1 (got {value})")
+        if isinstance(self.logit_scale, float | int) and not 1 <= self.logit_scale <= 100:
+            raise ValueError(f"--align.logit_scale must be between 1 and 100, or inherit (got {self.logit_scale})")
         if self.lora_r and self.tower_lr == 0:
             raise ValueError("--align.lora_r trains the tower: set --align.tower_lr greater than 0")
         if self.load_best_at_end and self.eval_steps == 0:

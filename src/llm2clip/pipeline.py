@@ -42,6 +42,7 @@ from llm2clip.io_utils import atomic_write_text
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.export.model_card import render_model_card
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.pretrained_logits import read_pretrained_logits
 from llm2clip.models.vision_tower import VisionTower
 from llm2clip.run_config import save_or_check_config
 from llm2clip.store.encode import embed as embed_locally
@@ -258,8 +259,13 @@ def new_model(config: AlignConfig, store: EmbeddingStore) -> LLM2CLIP:
     torch.manual_seed(config.seed)
     tower = VisionTower.from_pretrained(config.tower, image_size=config.image_size)
     tower.freeze_norm = True  # keep the pretrained batch-norm statistics
-    model_config = LLM2CLIPConfig.from_config(config, tower.config, store.embed_dim, store.manifest["identity"])
-    return LLM2CLIP(model_config, tower).to(process_state().device)
+    model_config = LLM2CLIPConfig.from_config(config, tower, store.embed_dim, store.manifest["identity"])
+    model = LLM2CLIP(model_config, tower)
+    if config.logit_scale == "inherit":
+        model.set_logits(*read_pretrained_logits(config.tower))
+    elif config.logit_scale is not None:
+        model.set_logits(config.logit_scale)
+    return model.to(process_state().device)
 
 
 def _tuning_pairs(

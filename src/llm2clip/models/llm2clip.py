@@ -67,22 +67,23 @@ class LLM2CLIPConfig:
 
     @classmethod
     def from_config(
-        cls, config: AlignConfig, tower: dict[str, Any], text_dim: int, encoder: dict[str, Any] | None = None
+        cls, config: AlignConfig, tower: VisionTower, text_dim: int, encoder: dict[str, Any] | None = None
     ) -> LLM2CLIPConfig:
         """Return the config of the model that the `align` stage trains.
 
         Args:
             config: settings of the `align` stage.
-            tower: see the class docstring.
+            tower: the vision tower.
             text_dim: see the class docstring.
             encoder: see the class docstring. None: unknown.
         """
         return cls(
-            tower=tower,
+            tower=tower.config,
             text_dim=text_dim,
-            embed_dim=config.embed_dim,
+            embed_dim=config.embed_dim or tower.feature_dim,
             adapter_depth=config.adapter_depth,
             normalize_input=config.normalize_input,
+            projection=config.embed_dim > 0,
             logit_bias=config.loss == "sigmoid",
             encoder=encoder or {},
         )
@@ -174,6 +175,17 @@ class LLM2CLIP(nn.Module):
         scale = self.logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE)[0]
         bias = scale.new_zeros(()) if self.logit_bias is None else self.logit_bias.float()[0]
         return image, text, scale, bias
+
+    @torch.no_grad()
+    def set_logits(self, scale: float, bias: float | None = None) -> None:
+        """Set the factor that multiplies the cosine similarities, at most 100, and the logit bias.
+
+        If `bias` is None, or if the model has no logit bias, the bias is not changed.
+        """
+        self.logit_scale.fill_(math.log(scale))
+        self.clamp_logit_scale()
+        if bias is not None and self.logit_bias is not None:
+            self.logit_bias.fill_(bias)
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,9 @@ from llm2clip.models.vision_tower import VisionTower
 WEIGHT_DECAY = 0.05
 MAX_GRAD_NORM = 5.0
 ADAM_BETAS = (0.9, 0.999)
+# Names of the tower's learned position embeddings and tokens, in timm and transformers. Weight decay would pull them
+# to zero.
+_EMBEDDING = re.compile(r"^tower\..*(pos_embed|position_embedding|cls_token|class_embedding|reg_token|register_token)")
 
 
 def set_trainable(model: LLM2CLIP, config: AlignConfig) -> None:
@@ -46,8 +50,8 @@ def parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str, Any
     """Group the trainable parameters by learning rate and weight decay.
 
     The tower has a separate learning rate, `tower_lr`, which is multiplied by `layer_decay` once for each layer below
-    the top layer. As in CLIP, weight decay is not applied to vectors and scalars, such as biases, norms and the logit
-    scale.
+    the top layer. As in the authors' code, weight decay is not applied to vectors and scalars, such as biases, norms
+    and the logit scale, nor to the tower's position embeddings and class tokens.
 
     Raises:
         ValueError: `layer_decay` is less than 1, but the order of the tower's layers is unknown.
@@ -64,7 +68,8 @@ def parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str, Any
         if name.startswith("tower."):
             layers_below_top = top - layers[name.removeprefix("tower.")]
             lr = config.tower_lr * config.layer_decay**layers_below_top
-        weight_decay = WEIGHT_DECAY if parameter.ndim > 1 else 0.0
+        is_decayed = parameter.ndim > 1 and not _EMBEDDING.search(name)
+        weight_decay = WEIGHT_DECAY if is_decayed else 0.0
         groups.setdefault((lr, weight_decay), []).append(parameter)
     return [
         {"params": parameters, "lr": lr, "weight_decay": weight_decay}

@@ -222,7 +222,7 @@ def _training_arguments(config: TuneConfig, run_dir: Path, precision: str) -> Se
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         learning_rate=config.lr,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type=config.lr_scheduler_type,
         warmup_steps=max(1, round(config.warmup_ratio * config.steps)),
         bf16=precision == "bf16",
         fp16=precision == "fp16",

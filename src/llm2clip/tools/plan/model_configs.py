@@ -143,6 +143,6 @@ def build_tower(align: AlignConfig) -> VisionTower:
 def build_model(align: AlignConfig, text_dim: int) -> LLM2CLIP:
     """Build the model of the `align` stage on the meta device, in training mode."""
     tower = build_tower(align)
-    config = LLM2CLIPConfig.from_config(align, tower.config, text_dim)
+    config = LLM2CLIPConfig.from_config(align, tower, text_dim)
     with torch.device("meta"):
         return LLM2CLIP(config, tower).train()

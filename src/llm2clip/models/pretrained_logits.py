@@ -1,0 +1,102 @@
+"""Logit scale and bias of the pretrained CLIP model that a vision tower comes from.
+
+The LLM2CLIP authors' code continues with the logit scale of the pretrained CLIP model, which is close to the maximum of
+100, instead of starting at 1 / 0.07 like a new CLIP model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from llm2clip.models.pretrained import resolve_pretrained
+
+# Weight files that may contain the logit scale. In repositories of timm, only the file for open_clip contains it.
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+)
+
+
+def read_pretrained_logits(tower: str) -> tuple[float, float | None]:
+    """Return the factor that multiplies the cosine similarities in a pretrained CLIP model, and its logit bias.
+
+    Args:
+        tower: vision tower, as in `VisionTower.from_pretrained`.
+
+    Returns:
+        The logit scale (not its logarithm), and the logit bias. The bias is None for models without a bias.
+
+    Raises:
+        ValueError: the tower's checkpoint has no logit scale, because it contains only a vision tower.
+    """
+    source = _hub_id_or_folder(resolve_pretrained(tower))
+    for name in _WEIGHT_FILES:
+        file = _find_file(source, name)
+        tensors = _read_tensors(file, ("logit_scale", "logit_bias")) if file is not None else {}
+        if "logit_scale" in tensors:
+            bias = tensors.get("logit_bias")
+            return tensors["logit_scale"].double().exp().item(), None if bias is None else bias.item()
+    raise ValueError(
+        f"--align.logit_scale inherit: the checkpoint of {tower} contains no logit scale. Set --align.logit_scale to a "
+        "number. Most CLIP models end their training with a logit scale of 100"
+    )
+
+
+def _hub_id_or_folder(tower: str) -> str:
+    """Return the folder or hub id that contains the weights of a tower. For timm models, use timm's pretrained config.
+
+    If the tower is a timm model without weights on the hub, the name is returned unchanged.
+    """
+    prefix, colon, rest = tower.partition(":")
+    name = rest if colon and prefix in ("timm", "hf") else tower
+    if "/" in name or Path(name).is_dir():
+        return name
+    from timm.models import get_pretrained_cfg
+
+    try:
+        config = get_pretrained_cfg(name, allow_unregistered=True)
+    except RuntimeError:
+        return name
+    return config.hf_hub_id if config is not None and config.hf_hub_id else name
+
+
+def _find_file(source: str, name: str) -> Path | None:
+    """Return the path of a file in a folder or hub repository. The file is downloaded if necessary."""
+    from transformers.utils import cached_file
+
+    if not Path(source).is_dir() and source.count("/") != 1:
+        return None
+    file = cached_file(
+        source,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if file is None else Path(file)
+
+
+def _read_tensors(file: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return those of the named tensors that a weight file or the shards of an index contain."""
+    if file.name.endswith(".index.json"):
+        shard_of = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        tensors = {}
+        for name in names:
+            if name in shard_of:
+                shard = _find_file(str(file.parent), Path(shard_of[name]).name)
+                if shard is not None:
+                    tensors |= _read_tensors(shard, (name,))
+        return tensors
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as weights:
+            return {name: weights.get_tensor(name) for name in names if name in weights.keys()}  # noqa: SIM118
+    state_dict = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return {name: state_dict[name] for name in names if name in state_dict}
