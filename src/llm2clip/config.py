@@ -199,7 +199,8 @@ class AlignConfig:
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range and for settings that contradict each other."""
         require_at_least(1, self, "align", "adapter_depth", "batch_size", "micro_batch_size", "save_steps")
-        require_at_least(0, self, "align", "embed_dim", "captions_per_image", "lora_r", "tower_lr", "eval_steps", "workers")
+        require_at_least(0, self, "align", "embed_dim", "captions_per_image", "lora_r", "tower_lr", "eval_steps")
+        require_at_least(0, self, "align", "workers")
         require_fraction(self, "align", "warmup_ratio")
         if self.epochs <= 0:
             raise ValueError(f"--align.epochs must be greater than 0 (got {self.epochs})")
