@@ -37,6 +37,7 @@ _CAPABILITIES = {**getattr(torch.cpu, "get_capabilities", dict)(), "amx_bf16": F
 torch.cpu.get_capabilities = lambda: _CAPABILITIES  # auto is fp32 on every machine
 torch.set_num_threads(1)  # tiny models are slower with more threads
 
+HANG_TIMEOUT = 300  # seconds; only a test that hangs waits for so long, so its result does not depend on speed
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3")
 COLOURS = {
     "red": (220, 30, 30),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import make_llm
+from conftest import HANG_TIMEOUT, make_llm
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.dual_encoder import DualEncoder
@@ -72,26 +72,35 @@ def search_names(backend: Backend, image_filter: Filter | None = None, count: in
     return {Path(image.name).name for hit in hits for image in hit.images}
 
 
+def create_patient_app(model: DualEncoder, backend: Backend | None = None, **limits: Any) -> Any:
+    """Create the web application with a request timeout that no test reaches, however slow the machine is."""
+    from llm2clip.search.schemas import Limits
+    from llm2clip.search.server import create_app
+
+    return create_app(model, backend, Limits(**{"timeout": HANG_TIMEOUT, **limits}))
+
+
 @contextmanager
 def running_server(app: Any) -> Iterator[str]:
     """Serve an application in a thread, and yield its address."""
     import uvicorn
 
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    try:
-        yield f"http://127.0.0.1:{port}/"
-    finally:
-        server.should_exit = True
-        thread.join()
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            wait_until(lambda: server.started or not thread.is_alive())
+            assert server.started, "the server failed to start"
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
-def free_port() -> int:
-    """Return a TCP port that is not in use."""
-    with socket.socket() as unbound:
-        unbound.bind(("127.0.0.1", 0))
-        return int(unbound.getsockname()[1])
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition is true. Only a test that hangs reaches the timeout."""
+    deadline = time.monotonic() + HANG_TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline, f"waited for more than {HANG_TIMEOUT} seconds"
+        time.sleep(0.005)

@@ -14,9 +14,7 @@ from typing import Any
 import pytest
 
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search.schemas import Limits
-from llm2clip.search.server import create_app
-from search_fixtures import make_index, running_server
+from search_fixtures import create_patient_app, make_index, running_server
 
 schemathesis = pytest.importorskip("schemathesis")
 hypothesis = pytest.importorskip("hypothesis")
@@ -48,7 +46,7 @@ def operations(
 ) -> Iterator[dict[str, Any]]:
     """The operations of a running server by label."""
     backend = make_index(tmp_path_factory.mktemp("index"), image_folder, dual_encoder)
-    with running_server(create_app(dual_encoder, backend, Limits(max_body_bytes=1 << 20))) as address:
+    with running_server(create_patient_app(dual_encoder, backend, max_body_bytes=1 << 20)) as address:
         schema = schemathesis.openapi.from_url(f"{address}openapi.json")
         results = [result.ok() for result in schema.get_all_operations()]
         yield {operation.label: operation for operation in results}

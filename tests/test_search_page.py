@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from conftest import HANG_TIMEOUT
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search.server import create_app
-from search_fixtures import make_index, running_server
+from search_fixtures import create_patient_app, make_index, running_server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -20,7 +20,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 def address(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, dual_encoder: DualEncoder) -> Iterator[str]:
     """Address of a running server with an index."""
     index = make_index(tmp_path_factory.mktemp("index"), image_folder, dual_encoder)
-    with running_server(create_app(dual_encoder, index)) as address:
+    with running_server(create_patient_app(dual_encoder, index)) as address:
         yield address
 
 
@@ -30,7 +30,7 @@ def browser() -> Iterator[Any]:
         pytest.skip("Chromium is not installed")
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=HANG_TIMEOUT * 1000)
         yield browser
         browser.close()
 
@@ -40,11 +40,13 @@ def page(request: pytest.FixtureRequest, browser: Any, address: str) -> Iterator
     """The open page. At the end, checks that it sent no request to another server and that the console is empty."""
     size = {"width": 1200, "height": 800} if request.param == "wide" else {"width": 380, "height": 700}
     context = browser.new_context(viewport=size, color_scheme="dark" if request.param == "phone" else "light")
+    context.set_default_timeout(HANG_TIMEOUT * 1000)
     page, console_messages, requested_urls = context.new_page(), [], []
     page.on("console", lambda message: console_messages.append(message.text))
     page.on("pageerror", lambda error: console_messages.append(str(error)))
     page.on("request", lambda request: requested_urls.append(request.url))
     page.goto(address)
+    wait_until(page, "document.activeElement.id === 'text'")  # autofocus may follow the load event
     yield page
     assert all(url.startswith((address, "data:", "blob:")) for url in requested_urls)
     # Chromium logs error responses, which some tests provoke.
@@ -54,17 +56,21 @@ def page(request: pytest.FixtureRequest, browser: Any, address: str) -> Iterator
 
 def wait_until(page: Any, expression: str) -> None:
     """Wait until a JavaScript expression is true. The page's security policy requires a function here."""
-    page.wait_for_function(f"() => {expression}", timeout=15_000)
+    page.wait_for_function(f"() => {expression}")
 
 
 def wait_for_hits(page: Any, count: int = 36) -> Any:
-    """Wait for a number of results and return them."""
-    wait_until(page, f"document.querySelectorAll('#grid li').length === {count}")
+    """Wait until no search is in progress and there are this many results, and return the results.
+
+    A search in progress would replace the results later, and close the detail view.
+    """
+    is_idle = "!document.body.classList.contains('searching')"
+    wait_until(page, f"{is_idle} && document.querySelectorAll('#grid li').length === {count}")
     return page.locator("#grid li")
 
 
 def test_text_search_detail_view_and_more_like_this(page: Any) -> None:
-    assert page.locator("#empty").is_visible() and page.evaluate("document.activeElement.id") == "text"
+    assert page.locator("#empty").is_visible()
     page.keyboard.type("a red one,")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("in the middle")
@@ -87,6 +93,7 @@ def test_text_search_detail_view_and_more_like_this(page: Any) -> None:
     assert page.locator("#grid .name").first.inner_text() == name.rsplit("/", 1)[-1]
     page.go_back()
     wait_until(page, "document.getElementById('text').value.startsWith('a red one')")
+    wait_for_hits(page)
     page.locator("#grid button").first.click()
     page.locator("#unlike").click()
     wait_until(page, "document.querySelectorAll('.chip.negative').length === 1")
@@ -109,7 +116,8 @@ def test_keyboard_navigation(page: Any) -> None:
     page.keyboard.press("Enter")
     assert page.locator("#detail").is_visible()
     page.keyboard.press("Escape")
-    assert not page.locator("#detail").is_visible() and page.evaluate(focused) == 1 + columns
+    page.locator("#detail").wait_for(state="hidden")
+    assert page.evaluate(focused) == 1 + columns
     page.keyboard.press("/")
     assert page.evaluate("document.activeElement.id") == "text" and page.locator("#text").input_value() == "blue"
 

@@ -7,16 +7,18 @@ import base64
 import dataclasses
 import io
 import json
+import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 import zlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,17 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from conftest import HANG_TIMEOUT
+from llm2clip.cli import main
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search.batching import Batcher, QueueFull
+from llm2clip.search.inference import SEARCH_THREADS, InferenceService
 from llm2clip.search.query_embedding import Query, embed_images, embed_query
-from llm2clip.search.schemas import MAX_TEXT_LENGTH, MAX_TEXTS, Limits
+from llm2clip.search.schemas import MAX_TEXT_LENGTH, MAX_TEXTS, Limits, SearchRequest
 from llm2clip.search.server import create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import Filter
-from search_fixtures import free_port, make_index
+from search_fixtures import create_patient_app, make_index, wait_until
 
 BASE_URL = "http://localhost"
 JSON = {"content-type": "application/json"}
@@ -45,7 +50,7 @@ def backend(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, dual_e
 
 @pytest.fixture(scope="module")
 def client(dual_encoder: DualEncoder, backend: SqliteBackend) -> Iterator[TestClient]:
-    app = create_app(dual_encoder, backend, Limits(max_body_bytes=1 << 20, max_pixels=1_000_000))
+    app = create_patient_app(dual_encoder, backend, max_body_bytes=1 << 20, max_pixels=1_000_000)
     with TestClient(app, base_url=BASE_URL, raise_server_exceptions=False) as client:
         yield client
 
@@ -130,7 +135,7 @@ def test_image_is_not_served_if_its_file_is_no_longer_an_image(dual_encoder: Dua
     photos.mkdir()
     file = photos / "a.png"
     Image.new("RGB", (8, 8)).save(file)
-    app = create_app(dual_encoder, make_index(tmp_path / "index", photos, dual_encoder))
+    app = create_patient_app(dual_encoder, make_index(tmp_path / "index", photos, dual_encoder))
     with TestClient(app, base_url=BASE_URL) as client:
         assert client.get("/image/1").status_code == 200
         file.write_text("a secret")
@@ -142,7 +147,7 @@ def test_image_is_not_served_if_its_file_is_no_longer_an_image(dual_encoder: Dua
 
 
 def test_server_without_an_index_only_embeds(dual_encoder: DualEncoder) -> None:
-    with TestClient(create_app(dual_encoder), base_url=BASE_URL) as client:
+    with TestClient(create_patient_app(dual_encoder), base_url=BASE_URL) as client:
         assert client.post("/embed", json={"input": "a"}).status_code == 200
         response = client.post("/search", json={"texts": ["a"]})
         assert response.status_code == 404
@@ -262,7 +267,7 @@ def test_unusual_and_damaged_images_never_fail_the_server(client: TestClient, im
 
 
 def test_token_is_required(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
-    app = create_app(dual_encoder, backend, token="secret", hosts=None)
+    app = create_app(dual_encoder, backend, Limits(timeout=HANG_TIMEOUT), token="secret", hosts=None)
     with TestClient(app, base_url="http://example.org") as client:
 
         def thumbnail(**headers: str) -> int:
@@ -288,72 +293,127 @@ def test_token_is_required(dual_encoder: DualEncoder, backend: SqliteBackend) ->
 # ---- concurrency ----------------------------------------------------------------------------------------------------
 
 
-def slow_text_model(model: DualEncoder, seconds: float, batch_sizes: list[int]) -> DualEncoder:
-    """Return the model with a delay per batch of texts, whose size is appended to `batch_sizes`."""
+class PausedModel:
+    """A model that encodes no text until `resume()` is called, and records the size of each batch of texts."""
 
-    def encode_texts_raw(texts: Sequence[str], progress: bool) -> Any:
-        batch_sizes.append(len(texts))
-        time.sleep(seconds)
-        return model.encode_texts_raw(texts, progress)
+    def __init__(self, model: DualEncoder) -> None:
+        self.batch_sizes: list[int] = []
+        self.started, self._resumed = threading.Event(), threading.Event()
 
-    return dataclasses.replace(model, encode_texts_raw=encode_texts_raw)
+        def encode_texts_raw(texts: Sequence[str], progress: bool) -> Any:
+            self.batch_sizes.append(len(texts))
+            self.started.set()
+            assert self._resumed.wait(HANG_TIMEOUT)
+            return model.encode_texts_raw(texts, progress)
+
+        self.model = dataclasses.replace(model, encode_texts_raw=encode_texts_raw)
+
+    def resume(self) -> None:
+        self._resumed.set()
+
+
+@contextmanager
+def paused_server(model: DualEncoder, **limits: Any) -> Iterator[tuple[PausedModel, Callable[..., Any], Any]]:
+    """Yield a paused model, a function that posts to /embed in the background, and the service that runs the model.
+
+    The first text that is posted occupies the model; all later texts wait in the queue.
+    """
+    paused = PausedModel(model)
+    app = create_patient_app(paused.model, **limits)
+    with TestClient(app, base_url=BASE_URL) as client, ThreadPoolExecutor(64) as clients:
+
+        def post(text: str) -> Future[Any]:
+            return clients.submit(client.post, "/embed", json={"input": text})
+
+        try:
+            yield paused, post, app.state.service
+        finally:
+            paused.resume()  # a test that fails must not wait for the requests in progress
+
+
+def wait_for_queue(service: InferenceService, size: int) -> None:
+    """Wait until a number of texts are in the queue."""
+    wait_until(lambda: service.registry.get_sample_value("llm2clip_queue_size", {"kind": "text"}) == size)
 
 
 def test_concurrent_requests_are_batched(dual_encoder: DualEncoder) -> None:
-    sizes: list[int] = []
-    app = create_app(slow_text_model(dual_encoder, 0.05, sizes))
-    with TestClient(app, base_url=BASE_URL) as client, ThreadPoolExecutor(24) as clients:
-        texts = [f"text {n}" for n in range(48)]
-        responses = list(clients.map(lambda text: client.post("/embed", json={"input": text}).json(), texts))
-    vectors = [response["data"][0]["embedding"] for response in responses]
+    texts = [f"text {n}" for n in range(48)]
+    with paused_server(dual_encoder) as (model, post, service):
+        responses = [post(texts[0])]
+        assert model.started.wait(HANG_TIMEOUT)
+        responses += [post(text) for text in texts[1:]]
+        wait_for_queue(service, 47)
+        model.resume()
+        vectors = [response.result().json()["data"][0]["embedding"] for response in responses]
     np.testing.assert_allclose(vectors, dual_encoder.encode_texts(texts).numpy(), atol=1e-5)
-    assert sum(sizes) == 48 and max(sizes) > 4 and len(sizes) < 24
+    assert model.batch_sizes == [1, 32, 15]
 
 
 def test_server_returns_429_when_the_queue_is_full(dual_encoder: DualEncoder) -> None:
-    app = create_app(slow_text_model(dual_encoder, 0.3, []), None, Limits(max_queue=3, batch_size=1))
-    with TestClient(app, base_url=BASE_URL) as client, ThreadPoolExecutor(12) as clients:
-        responses = list(clients.map(lambda n: client.post("/embed", json={"input": f"{n}"}), range(12)))
-        assert {response.status_code for response in responses} == {200, 429}
-        assert all(response.headers["retry-after"] for response in responses if response.status_code == 429)
-        assert client.post("/embed", json={"input": "after"}).status_code == 200
+    with paused_server(dual_encoder, max_queue=3, batch_size=1) as (model, post, service):
+        accepted = [post("0")]
+        assert model.started.wait(HANG_TIMEOUT)
+        accepted += [post(f"{n}") for n in range(1, 4)]
+        wait_for_queue(service, 3)
+        rejected = post("4").result()
+        assert rejected.status_code == 429 and rejected.headers["retry-after"]
+        model.resume()
+        assert [response.result().status_code for response in accepted] == [200] * 4
+        assert post("after").result().status_code == 200
 
 
 def test_server_returns_429_when_too_many_bytes_are_in_flight(dual_encoder: DualEncoder) -> None:
-    app = create_app(slow_text_model(dual_encoder, 0.3, []), None, Limits(max_bytes_in_flight=3000))
-    with TestClient(app, base_url=BASE_URL) as client, ThreadPoolExecutor(6) as clients:
-        responses = list(clients.map(lambda n: client.post("/embed", json={"input": f"{n}" * 2000}), range(6)))
-        assert {response.status_code for response in responses} == {200, 429}
-        assert client.post("/embed", json={"input": "1" * 2000}).status_code == 200  # the bytes have been released
+    with paused_server(dual_encoder, max_bytes_in_flight=3000) as (model, post, _):
+        accepted = post("0" * 2000)
+        assert model.started.wait(HANG_TIMEOUT)
+        rejected = post("1" * 2000).result()
+        assert rejected.status_code == 429 and rejected.headers["retry-after"]
+        model.resume()
+        assert accepted.result().status_code == 200
+        assert post("1" * 2000).result().status_code == 200  # the bytes have been released
 
 
 def test_server_returns_504_after_the_timeout(dual_encoder: DualEncoder) -> None:
-    app = create_app(slow_text_model(dual_encoder, 0.5, []), None, Limits(timeout=0.1))
-    with TestClient(app, base_url=BASE_URL) as client:
-        response = client.post("/embed", json={"input": "a"})
+    with paused_server(dual_encoder, timeout=0.1) as (_, post, _):
+        response = post("a").result()  # the model is paused, so the request cannot succeed before the timeout
     assert response.status_code == 504
     assert "longer than 0.1 seconds" in response.json()["error"]["message"]
 
 
 def test_searches_that_timed_out_do_not_pile_up(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
-    running, max_running, lock = 0, 0, threading.Lock()
+    started, resumed = threading.Semaphore(0), threading.Event()
+    queries: list[np.ndarray] = []
 
-    class SlowBackend(SqliteBackend):
-        def search(self, *_: Any) -> list[Any]:
-            nonlocal running, max_running
-            with lock:
-                running += 1
-                max_running = max(max_running, running)
-            time.sleep(0.6)
-            with lock:
-                running -= 1
+    class PausedBackend(SqliteBackend):
+        def search(self, query: np.ndarray, *_: Any) -> list[Any]:
+            queries.append(query)
+            started.release()
+            assert resumed.wait(HANG_TIMEOUT)
             return []
 
-    app = create_app(dual_encoder, SlowBackend(backend.folder), Limits(timeout=0.1))
-    with TestClient(app, base_url=BASE_URL) as client:
-        for _ in range(6):
-            assert client.post("/search", json={"texts": ["x"]}).status_code == 504
-    assert max_running == 2
+    async def run() -> None:
+        service = InferenceService(dual_encoder, PausedBackend(backend.folder), Limits(max_queue=6))
+        searches = [asyncio.create_task(service.search(SearchRequest(texts=[f"{n}"]))) for n in range(6)]
+        async with asyncio.timeout(HANG_TIMEOUT):
+            while service._searches_waiting < 6:
+                await asyncio.sleep(0.005)
+        with pytest.raises(QueueFull, match="6 searches are waiting"):
+            await service.search(SearchRequest(texts=["x"]))
+        for _ in range(SEARCH_THREADS):
+            assert started.acquire(timeout=HANG_TIMEOUT)
+        for search in searches:
+            search.cancel()  # as the server does after the timeout
+        await asyncio.gather(*searches, return_exceptions=True)
+        assert service._searches_waiting == 0
+        resumed.set()
+        assert await service.search(SearchRequest(texts=["x"])) == []
+        await service.close()
+
+    try:
+        asyncio.run(run())
+    finally:
+        resumed.set()
+    assert len(queries) == SEARCH_THREADS + 1  # the four searches that had not started are not run
 
 
 def test_batcher_isolates_failing_and_cancelled_items() -> None:
@@ -361,7 +421,6 @@ def test_batcher_isolates_failing_and_cancelled_items() -> None:
 
     def double(items: list[int]) -> list[int]:
         calls.append(items)
-        time.sleep(0.02)
         if 3 in items:
             raise ValueError("three")
         return [2 * item for item in items]
@@ -373,7 +432,7 @@ def test_batcher_isolates_failing_and_cancelled_items() -> None:
             with pytest.raises(ValueError, match="the limit is 10"):
                 await batcher.submit(list(range(11)))
             waiting = asyncio.create_task(batcher.submit([5, 6, 7, 8]))
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # one step of the event loop: the items are in the queue, and no batch has started
             with pytest.raises(QueueFull):
                 await batcher.submit(list(range(9)))
             assert await waiting == [10, 12, 14, 16]
@@ -388,37 +447,77 @@ def test_batcher_isolates_failing_and_cancelled_items() -> None:
     results = asyncio.run(run())
     assert isinstance(results.pop(3), ValueError)
     assert results == [[0], [2], [4], [8], [10]]
+    assert calls[0] == list(range(6))
     assert not any(9 in call for call in calls)
 
 
+# ---- the command `serve` --------------------------------------------------------------------------------------------
+
+SERVE_WITH_PAUSED_MODEL = """
+import sys
+from llm2clip.cli import main
+from llm2clip.models.dual_encoder import DualEncoder
+
+encode_texts = DualEncoder.encode_texts
+
+def pause_and_encode(self, texts):
+    print("Encoding", flush=True)
+    sys.stdin.readline()
+    return encode_texts(self, texts)
+
+DualEncoder.encode_texts = pause_and_encode
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_serve_completes_requests_after_sigterm(model_folder: Path) -> None:
-    """Starts a real server process and stops it during a request."""
-    port = free_port()
-    address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "llm2clip", "serve", "--model", str(model_folder), "--port", str(port)]
-    command += ["--batch_size", "8", "--timeout", "120"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
-        assert server.stdout is not None
-        for line in server.stdout:
-            if "Serving at" in line:
-                break
-        for _ in range(200):
-            try:
-                urllib.request.urlopen(f"{address}/health").read()
-                break
-            except OSError:
-                time.sleep(0.1)
-        response_sizes: list[int] = []
+    """Starts a real server process, and stops it while it processes a request."""
+    command = [sys.executable, "-c", SERVE_WITH_PAUSED_MODEL, "serve", "--model", str(model_folder), "--port", "0"]
+    command += ["--timeout", str(HANG_TIMEOUT)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, text=True, **pipes) as server, ThreadPoolExecutor(1) as clients:
+        try:
+            address = read_until(server, r"Serving at (http://127.0.0.1:(\d+)/)\n")
+            response = clients.submit(post_json, f"{address[1]}embed", {"input": ["a", "b"]})
+            read_until(server, "Encoding\n")
+            server.send_signal(signal.SIGTERM)
+            wait_until(lambda: not is_listening(int(address[2])))  # the server is stopping, and accepts no new requests
+            assert not response.done()
+            print(file=server.stdin, flush=True)  # the model continues
+            assert len(response.result()["data"]) == 2
+            assert server.wait(HANG_TIMEOUT) in (0, -signal.SIGTERM)
+        finally:
+            server.kill()
 
-        def send_request() -> None:
-            body = json.dumps({"input": [f"{n} " + "long " * 3000 for n in range(24)]}).encode()
-            request = urllib.request.Request(f"{address}/embed", body, JSON)
-            response_sizes.append(len(json.load(urllib.request.urlopen(request))["data"]))
 
-        client = threading.Thread(target=send_request)
-        client.start()
-        time.sleep(0.3)
-        server.send_signal(signal.SIGTERM)
-        client.join(120)
-        assert response_sizes == [24]
-        assert server.wait(60) in (0, -signal.SIGTERM)
+def test_serve_does_not_print_an_address_if_the_port_is_in_use(
+    model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other_server, pytest.raises(SystemExit) as error:
+        main(["serve", "--model", str(model_folder), "--port", str(other_server.getsockname()[1])])
+    assert error.value.code != 0
+    assert "Serving at" not in capsys.readouterr().out
+
+
+def read_until(process: subprocess.Popen[str], pattern: str) -> re.Match[str]:
+    """Read lines of a process's output until one of them matches a pattern, and return the match."""
+    assert process.stdout is not None
+    output = ""
+    for line in process.stdout:
+        output += line
+        match = re.fullmatch(pattern, line)
+        if match:
+            return match
+    raise AssertionError(f"the process stopped before it printed {pattern!r}; it printed:\n{output}")
+
+
+def post_json(url: str, body: Any) -> Any:
+    request = urllib.request.Request(url, json.dumps(body).encode(), JSON)
+    with urllib.request.urlopen(request, timeout=HANG_TIMEOUT) as response:
+        return json.load(response)
+
+
+def is_listening(port: int) -> bool:
+    """Check whether a server accepts connections on a port of this machine."""
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0

@@ -71,7 +71,7 @@ def add(commands: Commands) -> None:
     sub.add_argument(
         "--host", type=str, default="127.0.0.1", help="Address to listen on. 0.0.0.0 means all interfaces."
     )
-    sub.add_argument("--port", type=int, default=7860, help="Port to listen on.")
+    sub.add_argument("--port", type=int, default=7860, help="Port to listen on. 0 means any free port.")
     sub.add_argument(
         "--token",
         type=str,
@@ -265,8 +265,11 @@ def _serve(args: Namespace) -> list[str]:
         model_thread=model_thread,
     )
     host = f"[{args.host}]" if ":" in args.host else args.host  # IPv6
-    address = f"http://{host}:{args.port}/"
-    page = f"{address}?token={quote(token, safe='')}" if token else address
-    print_once(f"Serving at {page}", f"API description: {address}openapi.json. Press Ctrl-C to stop.")
-    serve(app, args.host, args.port)
+
+    def print_address(port: int) -> None:
+        address = f"http://{host}:{port}/"
+        page = f"{address}?token={quote(token, safe='')}" if token else address
+        print_once(f"Serving at {page}", f"API description: {address}openapi.json. Press Ctrl-C to stop.")
+
+    serve(app, args.host, args.port, on_start=print_address)
     return ["Server stopped; requests in progress were completed."]

@@ -6,9 +6,10 @@ import base64
 import hashlib
 import io
 import secrets
-from collections.abc import AsyncIterator, Sequence
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +104,30 @@ def create_app(
     return app
 
 
-def serve(app: FastAPI, host: str, port: int) -> None:
+def serve(app: FastAPI, host: str, port: int, on_start: Callable[[int], None] = lambda port: None) -> None:
     """Serve an application until the process receives SIGINT or SIGTERM.
 
     Before the server stops, it completes the requests in progress, for up to 30 seconds.
+
+    Args:
+        app: Application, from `create_app`.
+        host: Address to listen on.
+        port: Port to listen on. 0 means any free port.
+        on_start: Callback that receives the port, once the server accepts connections.
     """
     import uvicorn
 
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30, server_header=False)
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                on_start(self.servers[0].sockets[0].getsockname()[1])
+
+    config = uvicorn.Config(
+        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30, server_header=False
+    )
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has handled SIGINT
+        Server(config).run()
 
 
 def _add_status_routes(app: FastAPI, service: InferenceService) -> None:
