@@ -479,6 +479,28 @@ def test_load_official_reads_eva_weight_files(wrapper: str, tmp_path: Path) -> N
     assert torch.equal(model.tower.backbone.blocks[1].attn.q_proj.bias, tensors["visual.blocks.1.attn.q_proj.bias"])
 
 
+def test_load_official_accepts_two_names_of_the_same_bias(tmp_path: Path) -> None:
+    """The authors' code saves both after it has loaded the original EVA-CLIP weights."""
+    tensors = make_checkpoint("eva")
+    same = {"visual.blocks.0.attn.q_bias": tensors["visual.blocks.0.attn.q_proj.bias"].clone()}
+    model = load_official_checkpoint(write_checkpoint(tensors | same, "eva", tmp_path))
+    bias = model.tower.backbone.blocks[0].attn.q_proj.bias
+    assert torch.equal(bias, tensors["visual.blocks.0.attn.q_proj.bias"])
+
+
+@pytest.mark.parametrize(("config", "expected"), [({"logit_scale_init_value": 4.6052}, 4.6052), ({}, 2.6592)])
+def test_load_official_hf_without_logit_scale_uses_the_initial_value(
+    config: dict[str, float], expected: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = make_checkpoint("hf")
+    del tensors["logit_scale"]
+    folder = write_checkpoint(tensors, "hf", tmp_path)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | config))
+    assert load_official_checkpoint(folder).logit_scale.item() == pytest.approx(expected)
+    assert f"has no logit_scale; using logit_scale_init_value {expected}" in caplog.text
+
+
 def test_load_official_downloads_only_the_needed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_checkpoint(make_checkpoint("hf"), "hf", tmp_path)
     repository = ["config.json", "modeling_clip.py", "model.safetensors", "pytorch_model.bin"]
@@ -545,7 +567,7 @@ def test_load_official_rejects_missing_unexpected_and_mismatched_tensors(tmp_pat
         "hf", r"missing vision_model\.post_layernorm\.bias \(64,\)$", **{"vision_model.post_layernorm.bias": None}
     )
     check_change("eva", r"missing visual\.head\.bias \(12,\)$", **{"visual.head.bias": None})
-    check_change("hf", r"missing logit_scale", logit_scale=None)
+    check_change("eva", r"missing logit_scale", logit_scale=None)
     check_change("hf", r"has no tensor text_adapter\.adaptor\.5\.weight", **{"text_adapter.adaptor.5.weight": None})
     check_change(
         "hf",
@@ -559,7 +581,7 @@ def test_load_official_rejects_missing_unexpected_and_mismatched_tensors(tmp_pat
     )
     check_extra("hf", r"unexpected visual_projection\.bias \(12,\)$", **{"visual_projection.bias": torch.zeros(12)})
     check_extra("eva", r"unexpected visual\.mask_token", **{"visual.mask_token": torch.zeros(1, 1, 128)})
-    check_extra("eva", r"twice", **{"visual.blocks.0.attn.q_bias": torch.zeros(128)})
+    check_extra("eva", r"twice with different values", **{"visual.blocks.0.attn.q_bias": torch.zeros(128)})
     check_extra(
         "eva",
         r"freqs_cos \(9, 64\) does not match the architecture",
@@ -574,7 +596,8 @@ def test_load_official_rejects_missing_unexpected_and_mismatched_tensors(tmp_pat
 
 def test_load_official_rejects_other_models(tmp_path: Path) -> None:
     tensors = {name: t for name, t in make_checkpoint("hf").items() if "adaptor" not in name}
-    with pytest.raises(ValueError, match=r"is not an LLM2CLIP checkpoint.*text_adapter\.adaptor"):
+    expected = r"is not an LLM2CLIP checkpoint.*'hf'.*text_adapter\.adaptor.*'openai'.*visual\.conv1.*'eva'.*'siglip2'"
+    with pytest.raises(ValueError, match=expected + r".*visual\.trunk.*Tensors in this checkpoint: logit_scale"):
         load_official_checkpoint(write_checkpoint(tensors, "hf", tmp_path))
     folder = write_checkpoint(make_checkpoint("hf"), "hf", tmp_path)
     (folder / "config.json").write_text('{"vision_config": {"model_type": "siglip_vision_model"}}')

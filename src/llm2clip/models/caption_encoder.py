@@ -169,6 +169,9 @@ class CaptionEncoder(nn.Module):
     def tokenize(self, captions: Sequence[str], prompts: Sequence[str] | None = None) -> TokenizedTexts:
         """Tokenize captions with the template and special tokens, and truncate the texts to the encoder's `max_length`.
 
+        Whitespace at the start and end of a caption is removed, as in the LLM2CLIP authors' code. Truncation removes
+        the last tokens of the caption. The template's special token after the caption is kept.
+
         Args:
             captions: captions without the template.
             prompts: an instruction for each caption; "" means no instruction. An instruction is placed between the
@@ -177,7 +180,7 @@ class CaptionEncoder(nn.Module):
         if not captions:
             return TokenizedTexts([], [], [])
         prefixes = [self.prefix + p for p in prompts] if prompts else [self.prefix] * len(captions)
-        texts = [prefix + caption for prefix, caption in zip(prefixes, captions, strict=True)]
+        texts = [prefix + caption.strip() for prefix, caption in zip(prefixes, captions, strict=True)]
         ids = self.tokenizer(texts, verbose=False, return_attention_mask=False)["input_ids"]
         max_length = self.st.max_seq_length
         truncated = [i for i, row in enumerate(ids) if max_length and len(row) > max_length]

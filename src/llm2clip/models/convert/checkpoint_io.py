@@ -68,7 +68,7 @@ def select_weights_file(names: list[str], source: str) -> str:
     Raises:
         ValueError: there is no weight file, or the choice between several .pt files is ambiguous.
     """
-    pt_files = [name for name in names if name.endswith(".pt")]
+    pt_files = [name for name in names if name.endswith(".pt") and "/" not in name]
     eva_files = [name for name in pt_files if "EVA" in name]
     if len(eva_files) == 1:
         return eva_files[0]

@@ -1,17 +1,22 @@
 """Tensor names of official LLM2CLIP checkpoints, and how they map to this package's tensor names.
 
-Official checkpoints are the checkpoints released by the authors of LLM2CLIP. There are two layouts:
+Official checkpoints are the checkpoints released by the authors of LLM2CLIP. There are four layouts:
 
 - "hf" is a transformers checkpoint. It contains OpenAI's CLIP vision tower with transformers' tensor names, a
   projection without bias, and an adapter.
+- "openai" is a state dict with the same tower, projection and adapter. The tower has the tensor names of the original
+  CLIP code. `openai_names.py` renames the tensors to those of "hf".
 - "eva" is a state dict from the EVA-CLIP code. It contains an EVA-02 tower (whose tensor names differ from timm's), a
   projection with bias, and an adapter with the same architecture.
+- "siglip2" is a state dict with a timm SigLIP 2 tower and an adapter. There is no projection: the image embedding is
+  the tower's output.
 
 The layout is recognised from the tensor names alone.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +26,10 @@ import torch
 from torch import Tensor
 
 from llm2clip.data.transforms import Preprocess
+from llm2clip.models.convert.openai_names import rename_openai_tensors
 from llm2clip.models.llm2clip import LLM2CLIP
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,15 +37,19 @@ class Layout:
     """Tensor names in one of the official checkpoint layouts.
 
     Attributes:
-        name: "hf" or "eva".
+        name: hf, openai, eva or siglip2.
+        description: the vision tower, for error messages.
+        required: name prefixes in the file by which the layout is recognised.
         tower: name prefix of the vision tower's tensors.
-        projection: name prefix of the image projection's tensors.
+        projection: name prefix of the image projection's tensors. Empty if there is no projection.
         adapter: name prefix of the text adapter's tensors.
         ignored: pattern for the names of tensors that are ignored, because image and text embeddings do not depend on
             them. These are the tensors of the original CLIP model's text tower and of the LLM.
     """
 
     name: str
+    description: str
+    required: tuple[str, ...]
     tower: str
     projection: str
     adapter: str
@@ -46,19 +58,42 @@ class Layout:
 
 HF = Layout(
     name="hf",
+    description="OpenAI CLIP tower, transformers' names",
+    required=("vision_model.", "visual_projection.", "text_adapter.adaptor."),
     tower="vision_model.",
     projection="visual_projection.",
     adapter="text_adapter.adaptor.",
     ignored=re.compile(r"text_model\.|text_projection\.weight$"),
 )
+OPENAI = Layout(
+    name="openai",
+    description="OpenAI CLIP tower, OpenAI's names",
+    required=("visual.conv1.", "visual.transformer.resblocks.", "text.text_adaptor."),
+    # The names below are the names after `rename_openai_tensors`.
+    tower=HF.tower,
+    projection=HF.projection,
+    adapter=HF.adapter,
+    ignored=re.compile(r"text\.text\."),
+)
 EVA = Layout(
     name="eva",
+    description="EVA-02 tower",
+    required=("visual.blocks.", "visual.head.", "text.text_adaptor."),
     tower="visual.",
     projection="visual.head.",
     adapter="text.text_adaptor.",
     ignored=re.compile(r"text\.text\."),
 )
-LAYOUTS = {layout.name: layout for layout in (HF, EVA)}
+SIGLIP2 = Layout(
+    name="siglip2",
+    description="SigLIP 2 tower of timm, without projection",
+    required=("visual.trunk.", "text.text_adaptor."),
+    tower="visual.trunk.",
+    projection="",
+    adapter="text.text_adaptor.",
+    ignored=re.compile(r"text\.text\."),
+)
+LAYOUTS = {layout.name: layout for layout in (HF, OPENAI, EVA, SIGLIP2)}
 
 # Names of the layers in an adapter block: this package's name -> official name.
 _ADAPTER_LAYERS = {"norm": "ln", "up": "fn.0", "down": "fn.3"}
@@ -73,12 +108,13 @@ _TIMM_TO_EVA = {
 # Prefix of the adapter's tensors if the adapter was trained with the LLM in the training loop.
 _ONLINE_ADAPTER = "text.text_proj.text_adaptor."
 # Names used by some versions of the LLM2CLIP authors' code -> canonical names. The original EVA-CLIP code stores the
-# query and value biases in the attention module, not in the linear layers.
+# query and value biases in the attention module, not in the linear layers. Some checkpoints contain both.
 _ALIASES = {
     "attn.q_bias": "attn.q_proj.bias",
     "attn.v_bias": "attn.v_proj.bias",
     _ONLINE_ADAPTER: EVA.adapter,
 }
+_DEFAULT_LOGIT_SCALE = 2.6592  # default of logit_scale_init_value in transformers' CLIPConfig: ln(1 / 0.07)
 
 
 @dataclass
@@ -112,14 +148,20 @@ class Checkpoint:
     ) -> Checkpoint:
         """Create a checkpoint from a state dict: replace aliases with canonical names, and recognise the layout.
 
+        Checkpoints in the "hf" layout may lack the logit scale. It is then read from config.json.
+
         Raises:
-            ValueError: the tensor names match neither layout.
+            ValueError: the tensor names match none of the layouts, or a tensor is present twice with different values.
         """
         if tensors and all(name.startswith("module.") for name in tensors):  # saved from DistributedDataParallel
             tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
         online = any(name.startswith(_ONLINE_ADAPTER) for name in tensors)
         renamed = _rename_aliases(source, tensors)
         layout = _recognise_layout(source, renamed)
+        if layout is OPENAI:
+            renamed = rename_openai_tensors(renamed)
+        if layout is HF and "logit_scale" not in renamed:
+            renamed["logit_scale"] = _default_logit_scale(source, config or {})
         return cls(source, layout, renamed, online, config or {}, preprocess)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -148,17 +190,20 @@ def official_name(name: str, layout: Layout, adapter_depth: int) -> str:
         return layout.projection + rest
     if part == "adapter":
         return layout.adapter + _official_adapter_name(rest, adapter_depth)
-    return name  # logit_scale
+    return name  # logit_scale, logit_bias
 
 
 def computed_buffers(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
     """Return the optional buffers of official checkpoints, with values derived from the architecture.
 
     In "hf" checkpoints, the buffers contain the position ids. In "eva" checkpoints, the buffers contain the rotary
-    embedding's cosines and sines. There is one pair of these buffers for the tower and one for each block.
+    embedding's cosines and sines. There is one pair of these buffers for the tower and one for each block. "siglip2"
+    checkpoints have no buffers.
     """
+    if layout is SIGLIP2:
+        return {}
     backbone: Any = model.tower.backbone
-    if layout is HF:
+    if layout in (HF, OPENAI):
         positions = backbone.embeddings.position_embedding.num_embeddings
         return {"vision_model.embeddings.position_ids": torch.arange(positions)[None]}
     sin, cos = backbone.rope.get_embed().chunk(2, dim=-1)
@@ -186,23 +231,43 @@ def _rename_aliases(source: str, tensors: Mapping[str, Any]) -> dict[str, Tensor
         canonical = name
         for alias, replacement in _ALIASES.items():
             canonical = canonical.replace(alias, replacement)
-        if canonical in renamed:
-            raise ValueError(f"{source} contains the tensor {canonical} twice, the second time under the name {name}")
+        if canonical in renamed and not _is_same_tensor(renamed[canonical], value):
+            raise ValueError(
+                f"{source} contains the tensor {canonical} twice with different values, the second time under the "
+                f"name {name}: remove the tensor that the model does not use"
+            )
         renamed[canonical] = value
     return renamed
 
 
+def _is_same_tensor(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first, second)
+
+
 def _recognise_layout(source: str, tensors: Mapping[str, Tensor]) -> Layout:
     for layout in LAYOUTS.values():
-        prefixes = (layout.tower, layout.projection, layout.adapter)
-        if all(any(name.startswith(prefix) for name in tensors) for prefix in prefixes):
+        if all(any(name.startswith(prefix) for name in tensors) for prefix in layout.required):
             return layout
-    expected = " or ".join(f"{layout.tower}, {layout.projection} and {layout.adapter}" for layout in LAYOUTS.values())
+    expected = []
+    for layout in LAYOUTS.values():
+        expected.append(f"{layout.name!r} ({layout.description}): {', '.join(f'{p}*' for p in layout.required)}")
     raise ValueError(
-        f"{source} is not an LLM2CLIP checkpoint: the tensor names must start with {expected}. Tensors in this "
-        f"checkpoint: {describe_tensors(tensors)}. Supported checkpoints have a transformers CLIP tower or an "
-        "EVA-02 tower"
+        f"{source} is not an LLM2CLIP checkpoint. The supported layouts require tensors with these names: "
+        f"{'; '.join(expected)}. Instead of text.text_adaptor.*, the adapter may be named {_ONLINE_ADAPTER}*. "
+        f"Tensors in this checkpoint: {describe_tensors(tensors)}"
     )
+
+
+def _default_logit_scale(source: str, config: Mapping[str, Any]) -> Tensor:
+    """Return the logit scale of a checkpoint that does not contain it."""
+    value = float(config.get("logit_scale_init_value", _DEFAULT_LOGIT_SCALE))
+    log.warning(
+        "%s has no logit_scale; using logit_scale_init_value %s (%s). Embeddings do not depend on it",
+        source,
+        value,
+        "from config.json" if "logit_scale_init_value" in config else "transformers' default",
+    )
+    return torch.tensor(value)
 
 
 def _official_tower_name(name: str, layout: Layout) -> str:

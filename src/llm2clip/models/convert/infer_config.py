@@ -8,10 +8,11 @@ from typing import Any
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from llm2clip.data.transforms import Preprocess
-from llm2clip.models.convert.checkpoint_layout import EVA, HF, Checkpoint
+from llm2clip.models.convert.checkpoint_layout import EVA, SIGLIP2, Checkpoint
 from llm2clip.models.llm2clip import LLM2CLIPConfig
 
-HEAD_DIM = 64  # all towers released with LLM2CLIP have this head size: 12 heads at width 768, 16 heads at width 1024
+# Head size of the CLIP and EVA-02 towers released with LLM2CLIP: 12 heads at width 768, 16 heads at width 1024.
+HEAD_DIM = 64
 
 # Fields of a transformers CLIP vision config that define the architecture.
 CLIP_FIELDS = (
@@ -33,6 +34,13 @@ _TIMM_EVA_TOWERS = {
     (16, 768, 12, 2048): {224: "eva02_base_patch16_clip_224"},
     (14, 1024, 24, 2730): {224: "eva02_large_patch14_clip_224", 336: "eva02_large_patch14_clip_336"},
 }
+# (patch size, width, depth, MLP width) -> image size -> name of the model in timm.
+_TIMM_SIGLIP_TOWERS = {
+    (14, 1152, 27, 4304): {224: "vit_so400m_patch14_siglip_224", 378: "vit_so400m_patch14_siglip_378"},
+    (16, 1152, 27, 4304): {size: f"vit_so400m_patch16_siglip_{size}" for size in (256, 384, 512)},
+    (16, 1024, 24, 4096): {size: f"vit_large_patch16_siglip_{size}" for size in (256, 384, 512)},
+    (16, 768, 12, 3072): {size: f"vit_base_patch16_siglip_{size}" for size in (224, 256, 384, 512)},
+}
 
 
 def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) -> LLM2CLIPConfig:
@@ -51,14 +59,23 @@ def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) ->
     depth = checkpoint.count_blocks(prefix, ".ln.")
     text_dim = checkpoint.shape(f"{prefix}{depth}.weight")[0]
     hidden = checkpoint.shape(f"{prefix}0.fn.0.weight")[0] if depth else 2 * text_dim
+    embed_dim = checkpoint.shape(f"{prefix}{depth + 1}.weight")[0]
+    if checkpoint.layout is SIGLIP2:
+        tower = _siglip_tower(checkpoint, embed_dim)
+    elif checkpoint.layout is EVA:
+        tower = _eva_tower(checkpoint)
+    else:
+        tower = _clip_tower(checkpoint)
     return LLM2CLIPConfig(
-        tower=_clip_tower(checkpoint) if checkpoint.layout is HF else _eva_tower(checkpoint),
+        tower=tower,
         text_dim=text_dim,
-        embed_dim=checkpoint.shape(f"{prefix}{depth + 1}.weight")[0],
+        embed_dim=embed_dim,
         adapter_depth=depth,
         adapter_expansion=hidden // text_dim,
         normalize_input=not checkpoint.online if normalize_input is None else normalize_input,
+        projection=checkpoint.layout is not SIGLIP2,
         projection_bias=checkpoint.layout is EVA,
+        logit_bias="logit_bias" in checkpoint.tensors,
     )
 
 
@@ -86,7 +103,7 @@ def _clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
             "intermediate_size": checkpoint.shape("vision_model.encoder.layers.0.mlp.fc1.weight")[0],
             "num_hidden_layers": checkpoint.count_blocks("vision_model.encoder.layers."),
             "num_attention_heads": _num_heads(checkpoint, width, HEAD_DIM),
-            "image_size": _grid_size(checkpoint, positions) * patch_size,
+            "image_size": _grid_size(checkpoint, positions - 1) * patch_size,
             "patch_size": patch_size,
         }
     config = CLIPVisionConfig(**fields)
@@ -103,7 +120,7 @@ def _eva_tower(checkpoint: Checkpoint) -> dict[str, Any]:
     model with custom sizes.
     """
     width, _, patch_size, _ = checkpoint.shape("visual.patch_embed.proj.weight")
-    image_size = _grid_size(checkpoint, checkpoint.shape("visual.pos_embed")[1]) * patch_size
+    image_size = _grid_size(checkpoint, checkpoint.shape("visual.pos_embed")[1] - 1) * patch_size
     depth = checkpoint.count_blocks("visual.blocks.")
     hidden = checkpoint.shape("visual.blocks.0.mlp.w1.weight")[0]
     rotary = checkpoint.tensors.get("visual.rope.freqs_cos")  # (positions, head dimension)
@@ -121,6 +138,33 @@ def _eva_tower(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"library": "timm", "architecture": architecture, "args": args, "preprocess": preprocess.to_dict()}
 
 
+def _siglip_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any]:
+    """Return the `VisionTower` config of a timm SigLIP tower with attention pooling.
+
+    The config describes a standard timm model if there is one with the tower's sizes. Otherwise, it describes a timm
+    model with custom sizes and heads of size 64.
+    """
+    width, _, patch_size, _ = checkpoint.shape("visual.trunk.patch_embed.proj.weight")
+    if width != embed_dim:
+        raise ValueError(
+            f"{checkpoint.source}: the tower's output has size {width}, but the adapter's has size {embed_dim}. In the "
+            f"layout {checkpoint.layout.name!r}, which has no image projection, the sizes must be equal"
+        )
+    image_size = _grid_size(checkpoint, checkpoint.shape("visual.trunk.pos_embed")[1]) * patch_size
+    depth = checkpoint.count_blocks("visual.trunk.blocks.")
+    hidden = checkpoint.shape("visual.trunk.blocks.0.mlp.fc1.weight")[0]
+
+    args: dict[str, Any] = {"num_classes": 0, "img_size": image_size}
+    architecture = _TIMM_SIGLIP_TOWERS.get((patch_size, width, depth, hidden), {}).get(image_size)
+    if architecture is None:
+        architecture = "vit_base_patch16_siglip_224"
+        heads = _num_heads(checkpoint, width, HEAD_DIM)
+        args |= {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
+        args["mlp_ratio"] = (hidden + 0.5) / width  # timm rounds width * mlp_ratio down
+    preprocess = checkpoint.preprocess or _default_preprocess(image_size)
+    return {"library": "timm", "architecture": architecture, "args": args, "preprocess": preprocess.to_dict()}
+
+
 def _default_preprocess(size: int) -> Preprocess:
     """Return the preprocessing in the LLM2CLIP authors' code: resize the shortest side to `size`, then center-crop.
 
@@ -130,12 +174,12 @@ def _default_preprocess(size: int) -> Preprocess:
     return Preprocess(size, "shortest", 1.0, "bicubic", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
 
-def _grid_size(checkpoint: Checkpoint, positions: int) -> int:
-    """Return the number of patches per side of the image. One of the positions is for the class token."""
-    side = math.isqrt(positions - 1)
-    if side * side != positions - 1:
+def _grid_size(checkpoint: Checkpoint, patches: int) -> int:
+    """Return the number of patches per side of the image."""
+    side = math.isqrt(patches)
+    if side * side != patches:
         raise ValueError(
-            f"{checkpoint.source} has {positions} position embeddings, but the number must be a square plus 1"
+            f"{checkpoint.source} has position embeddings for {patches} patches, but the number must be a square"
         )
     return side
 

@@ -111,7 +111,7 @@ def _match_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> tuple[list[tuple[
         tensor = unused.pop(official, None)
         if tensor is None:
             missing[official] = parameter
-        elif name == "logit_scale" and tensor.numel() == 1:
+        elif name in ("logit_scale", "logit_bias") and tensor.numel() == 1:
             pairs.append((parameter, tensor.reshape(parameter.shape)))
         elif tensor.shape != parameter.shape or not tensor.is_floating_point():
             mismatches.append(

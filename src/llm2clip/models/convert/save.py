@@ -12,9 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llm2clip.io_utils import atomic_dir, atomic_path
-from llm2clip.models.convert.checkpoint_layout import EVA, HF, LAYOUTS, Layout, computed_buffers, official_name
+from llm2clip.models.convert.checkpoint_layout import EVA, HF, Layout, computed_buffers, official_name
 from llm2clip.models.convert.infer_config import CLIP_FIELDS, EVA_ARGS
 from llm2clip.models.llm2clip import LLM2CLIP
+
+SAVED_LAYOUTS = {"hf": HF, "eva": EVA}
 
 
 def save_official(model: LLM2CLIP, out: str | Path, layout_name: str) -> Path:
@@ -39,9 +41,9 @@ def save_official(model: LLM2CLIP, out: str | Path, layout_name: str) -> Path:
         FileExistsError: `out` exists.
     """
     out = Path(out)
-    layout = LAYOUTS.get(layout_name)
+    layout = SAVED_LAYOUTS.get(layout_name)
     if layout is None:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)} (got {layout_name!r})")
+        raise ValueError(f"layout must be one of {', '.join(SAVED_LAYOUTS)} (got {layout_name!r})")
     _check_representable(model, layout)
     if layout is EVA and out.suffix != ".pt":
         raise ValueError(
@@ -72,6 +74,8 @@ def _check_representable(model: LLM2CLIP, layout: Layout) -> None:
             problems.append("the projection has a bias")
     else:
         problems += _eva_tower_problems(model)
+    if not config.projection:
+        problems.append("there is no image projection")
     if config.logit_bias:
         problems.append("the logits have a bias")
     if not config.normalize_input:
