@@ -24,7 +24,7 @@ from llm2clip.models.export.model_card import render_model_card
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.vision_tower import VisionTower
 
-TEXTS = ["a dog", "Two children in the snow, and an old man who watches them.", "一只猫", "x" * 600]
+TEXTS = ["a dog", "Two children in the snow, and an old man who watches them.", "一只猫", " a dog \n", "x" * 600]
 
 
 def make_model(folder: Path, tower: VisionTower, family: str = "llama", **options: Any) -> LLM2CLIP:

@@ -12,12 +12,13 @@ CHECKED_TEXTS = ("a", "Two dogs, running.", "一只猫", "1")
 
 
 def build_tokenizer(encoder: CaptionEncoder) -> Any:
-    """Return a copy of the encoder's tokenizer that adds the template's tokens around every text.
+    """Return a copy of the encoder's tokenizer that strips every text and adds the template's tokens around it.
 
     Raises:
         ValueError: a text is tokenized differently if the template precedes the text.
     """
     tokenizer = copy.deepcopy(encoder.tokenizer)
+    _strip_texts(tokenizer.backend_tokenizer)
     tokenizer.model_max_length = encoder.st.max_seq_length or 512
     if encoder.prefix:
         _add_template(tokenizer, encoder)
@@ -28,6 +29,16 @@ def build_tokenizer(encoder: CaptionEncoder) -> Any:
                     "the template with a special token or a line break"
                 )
     return tokenizer
+
+
+def _strip_texts(backend: Any) -> None:
+    """Make a tokenizer remove whitespace at the start and end of a text, like `CaptionEncoder.tokenize`."""
+    from tokenizers import normalizers
+
+    steps = [normalizers.Strip()]
+    if backend.normalizer is not None:
+        steps.append(backend.normalizer)
+    backend.normalizer = normalizers.Sequence(steps)
 
 
 def _add_template(tokenizer: Any, encoder: CaptionEncoder) -> None:
