@@ -18,10 +18,10 @@ from conftest import make_llm
 from llm2clip import LLM2CLIP
 from llm2clip.cli import main
 from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.convert import load
 from llm2clip.models.convert.checkpoint_layout import EVA, LAYOUTS, Checkpoint, computed_buffers, official_name
 from llm2clip.models.convert.infer_config import infer_config
 from llm2clip.models.convert.load import fill_weights, load_official_checkpoint
+from llm2clip.models.convert.published_encoders import TEMPLATE_TOKENS, published_template, suggest_encoders
 from llm2clip.models.convert.save import save_official
 from llm2clip.models.llm2clip import LLM2CLIPConfig
 from llm2clip.models.vision_tower import VisionTower
@@ -625,10 +625,26 @@ def test_load_official_attaches_the_caption_encoder(llm: Path, tmp_path: Path) -
 
 def test_load_official_rejects_an_encoder_of_another_size(llm: Path, tmp_path: Path) -> None:
     tensors = random_tensors(official_shapes("hf", text=48, **CLIP_SIZES))
-    with pytest.raises(
-        ValueError, match=r"size 32, but the adapter's input size is 48.*Llama-3-8B.*\(4096\).*3\.2-1B.*\(2048\)"
-    ):
+    with pytest.raises(ValueError, match=r"size 32, but the adapter's input size is 48.*none.* of size 48"):
         load_official_checkpoint(write_checkpoint(tensors, "hf", tmp_path), text=llm)
+
+
+def test_suggest_encoders_tells_the_llms_of_width_4096_apart() -> None:
+    clip = {"architecture": {"model_type": "clip_vision_model"}}
+    siglip = {"architecture": "vit_so400m_patch14_siglip_224"}
+    llama_3, llama_3_1 = "Llama-3-8B-Instruct-CC-Finetuned", "LLM2CLIP-Llama-3.1-8B"
+
+    def suggest(source: str, dim: int, tower: dict[str, Any]) -> list[str]:
+        return [name.removeprefix("microsoft/") for name in suggest_encoders(source, dim, tower)]
+
+    assert suggest("microsoft/LLM2CLIP-Openai-L-14-336", 4096, clip) == [f"LLM2CLIP-{llama_3}"]
+    assert suggest("LLM2CLIP-EVA02-B-16.pt", 4096, clip) == [f"LLM2CLIP-{llama_3}"]
+    (adapter,) = suggest("checkpoint.pt", 4096, siglip)
+    assert adapter.endswith(f"/{llama_3_1}")
+    assert suggest("Llama3.1-8B-OpenaiCLIP-L-14.pt", 4096, clip) == [adapter]
+    assert suggest("checkpoint.pt", 4096, clip) == [f"LLM2CLIP-{llama_3}", adapter]
+    assert suggest("checkpoint.pt", 2048, clip) == ["LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned"]
+    assert suggest("checkpoint.pt", 768, clip) == []
 
 
 def test_load_official_gives_published_llms_their_template(tmp_path: Path) -> None:
@@ -636,18 +652,18 @@ def test_load_official_gives_published_llms_their_template(tmp_path: Path) -> No
 
     folder = make_llm(tmp_path / "llama")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(load.TEMPLATE_TOKENS)})
+    tokenizer.add_special_tokens({"additional_special_tokens": list(TEMPLATE_TOKENS)})
     tokenizer.save_pretrained(folder)
     model = load_official_checkpoint(write_checkpoint(make_checkpoint("hf"), "hf", tmp_path / "official"), text=folder)
     encoder = model.encoder
     assert encoder.prefix == "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"
     (ids,) = encoder.tokenize(["a dog"]).ids
-    assert tokenizer.convert_ids_to_tokens([ids[0], ids[1], ids[-1]]) == [load.TEMPLATE_TOKENS[i] for i in (0, 1, 3)]
+    assert tokenizer.convert_ids_to_tokens([ids[0], ids[1], ids[-1]]) == [TEMPLATE_TOKENS[i] for i in (0, 1, 3)]
     # A folder saved by this package has its own template.
     plain = make_llm(tmp_path / "plain")
     CaptionEncoder.from_pretrained(plain, device="cpu").save_pretrained(tmp_path / "ours")
     shutil.copy(folder / "tokenizer.json", tmp_path / "ours/tokenizer.json")
-    assert load._published_template(tmp_path / "ours") is None and load._published_template(plain) is None
+    assert published_template(tmp_path / "ours") is None and published_template(plain) is None
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -17,10 +17,21 @@ FORMATS = ["transformers", "sentence-transformers", "vision", "onnx", "open_clip
 
 def add(commands: Commands) -> None:
     """Add this module's commands."""
-    parser = commands.add("convert", _convert, "Convert an official LLM2CLIP checkpoint to a model folder, or back.")
-    parser.add_argument("source", type=str, help="Official checkpoint (folder, file or hub id) or model folder.")
+    parser = commands.add(
+        "convert",
+        _convert,
+        "Convert an official LLM2CLIP checkpoint to a model folder, or back, or merge LoRA adapters.",
+    )
+    parser.add_argument(
+        "source",
+        type=str,
+        nargs="+",
+        help="Official checkpoint (folder, file or hub id), model folder, or LoRA adapters in training order.",
+    )
     parser.add_argument("--out", type=str, required=True, help="Model folder to write. With --to: checkpoint to write.")
-    parser.add_argument("--text", type=str, help="Caption encoder that the checkpoint's adapter was trained with.")
+    parser.add_argument(
+        "--text", type=str, help="Caption encoder or LoRA adapter that the checkpoint's adapter was trained with."
+    )
     parser.add_argument(
         "--to", choices=["hf", "eva"], help="Convert a model folder to this official checkpoint layout."
     )
@@ -42,23 +53,46 @@ def add(commands: Commands) -> None:
 
 def _convert(args: Namespace) -> list[str]:
     from llm2clip.models.convert.load import load_official_checkpoint
+    from llm2clip.models.convert.peft_encoder import find_adapter
     from llm2clip.models.convert.save import save_official
     from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
 
+    source = args.source[0]
+    if len(args.source) > 1 or find_adapter(source) is not None:
+        return _merge_adapters(args)
     if args.to is not None:
         if args.text is not None:
             raise ValueError(
                 "official checkpoints do not contain a caption encoder: use either --text or --to, not both"
             )
-        written = save_official(LLM2CLIP.from_pretrained(args.source, device="cpu"), args.out, args.to)
+        written = save_official(LLM2CLIP.from_pretrained(source, device="cpu"), args.out, args.to)
         return [f"Checkpoint in the official layout {args.to!r}: {written}"]
     if Path(args.out).exists() and not is_model_folder(args.out):
         raise FileExistsError(f"{args.out} exists and is not a model folder: choose another folder")
-    if is_model_folder(args.source):
-        model = _add_caption_encoder(args.source, args.text)
+    if is_model_folder(source):
+        model = _add_caption_encoder(source, args.text)
     else:
-        model = load_official_checkpoint(args.source, text=args.text)
-    return _closing_lines(model, model.save_pretrained(args.out))
+        model = load_official_checkpoint(source, text=args.text)
+    return _closing_lines(model, model.save_pretrained(args.out), source)
+
+
+def _merge_adapters(args: Namespace) -> list[str]:
+    """Merge LoRA adapters into their LLM and write a caption encoder."""
+    from llm2clip.io_utils import atomic_dir
+    from llm2clip.models.convert.peft_encoder import load_adapter_encoder
+
+    if args.to is not None or args.text is not None:
+        raise ValueError("--to and --text cannot be used with LoRA adapters, which are converted to a caption encoder")
+    if Path(args.out).exists():
+        raise FileExistsError(f"{args.out} exists: choose another folder")
+    encoder = load_adapter_encoder(args.source)
+    with atomic_dir(args.out) as folder:
+        encoder.save_pretrained(folder)
+    return [
+        f"Caption encoder: {args.out}",
+        f"Next: llm2clip convert CHECKPOINT --out MODEL --text {args.out}",
+        f"  or: llm2clip fit DATA --out RUN --encoder.path {args.out}",
+    ]
 
 
 def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
@@ -74,18 +108,19 @@ def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
     model = LLM2CLIP.from_pretrained(source, device="cpu")
     if model.has_encoder:
         raise ValueError(f"{source} already has a caption encoder: {Path(source) / 'text'}")
-    attach_caption_encoder(model, text)
+    attach_caption_encoder(model, text, source)
     return model
 
 
-def _closing_lines(model: LLM2CLIP, folder: Path) -> list[str]:
+def _closing_lines(model: LLM2CLIP, folder: Path, source: str) -> list[str]:
     """Return the lines that `convert` prints at the end: the path of the result and the next command to run."""
-    from llm2clip.models.convert.load import PUBLISHED_ENCODERS
+    from llm2clip.models.convert.published_encoders import suggest_encoders
 
     if model.has_encoder:
         return [f"Model: {folder}", f"Next: llm2clip evaluate {folder} DATA"]
     text_dim = model.config.text_dim
-    encoder = PUBLISHED_ENCODERS.get(text_dim, f"an encoder whose embeddings have {text_dim} dimensions")
+    suggested = suggest_encoders(source, text_dim, model.config.tower)
+    encoder = " or ".join(suggested) or f"an encoder whose embeddings have {text_dim} dimensions"
     return [
         f"Model: {folder}",
         "The model can encode images and cached caption embeddings. To encode texts, add the caption encoder that the "

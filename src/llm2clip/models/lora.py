@@ -176,7 +176,8 @@ def is_lora_folder(folder: str | Path) -> bool:
     modules_file = Path(folder) / "modules.json"
     if (Path(folder) / ADAPTER_CONFIG).is_file() and not modules_file.is_file():
         raise ValueError(
-            f"{folder} contains only a PEFT adapter: merge it into its LLM (merge_and_unload) and use the merged folder"
+            f"{folder} contains only a PEFT adapter. Merge it into its LLM and use the result: "
+            f"llm2clip convert {folder} --out ENCODER"
         )
     if not modules_file.is_file():
         return False

@@ -16,17 +16,10 @@ from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.convert.checkpoint_io import read_checkpoint
 from llm2clip.models.convert.checkpoint_layout import Checkpoint, computed_buffers, describe_tensors, official_name
 from llm2clip.models.convert.infer_config import infer_config
+from llm2clip.models.convert.peft_encoder import find_adapter, load_adapter_encoder
+from llm2clip.models.convert.published_encoders import published_template, suggest_encoders
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.vision_tower import VisionTower
-
-# Caption encoders released with LLM2CLIP. The keys are the input sizes of the adapters trained with these encoders.
-PUBLISHED_ENCODERS = {
-    4096: "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned",
-    2048: "microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned",
-}
-# Prompt that these caption encoders were tuned with. The folders of the encoders do not contain the prompt.
-TEMPLATE = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>"
-TEMPLATE_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 # Buffers in official checkpoints may be stored in bfloat16, which changes cosines and sines by up to 2**-8.
 BUFFER_TOLERANCE = 4e-3
@@ -40,7 +33,8 @@ def load_official_checkpoint(
     Args:
         source: folder, hub id or weight file (see `read_checkpoint`). If there is no config.json, the architecture is
             inferred from the tensor shapes.
-        text: folder or hub id of the caption encoder that the adapter was trained with. None: load no caption encoder.
+        text: caption encoder that the adapter was trained with (see `attach_caption_encoder`). None: load no caption
+            encoder.
         normalize_input: whether the adapter L2-normalises its input. For the default, see `infer_config`.
 
     Raises:
@@ -54,7 +48,7 @@ def load_official_checkpoint(
     model = LLM2CLIP(model_config, VisionTower.from_config(model_config.tower)).eval()
     fill_weights(model, checkpoint)
     if text is not None:
-        attach_caption_encoder(model, text)
+        attach_caption_encoder(model, text, source)
     return model
 
 
@@ -75,21 +69,30 @@ def fill_weights(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
         parameter.copy_(tensor)
 
 
-def attach_caption_encoder(model: LLM2CLIP, path: str | Path) -> None:
+def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | Path = "") -> None:
     """Load a caption encoder and attach it to the model.
 
     If the encoder is an LLM released with LLM2CLIP, the encoder uses the template that the LLM was tuned with.
 
+    Args:
+        model: model without a caption encoder.
+        path: folder or hub id of an encoder, or of a LoRA adapter in PEFT's format, which is merged into its LLM.
+        checkpoint: name of the official checkpoint, from which the error message infers the right encoder.
+
     Raises:
         ValueError: the dimension of the encoder's embeddings differs from the adapter's input size.
     """
-    encoder = CaptionEncoder.from_pretrained(path, template=_published_template(path), device=model.device)
+    if find_adapter(path) is not None:
+        encoder = load_adapter_encoder([path], model.device)
+    else:
+        encoder = CaptionEncoder.from_pretrained(path, template=published_template(path), device=model.device)
     expected = model.config.text_dim
     if encoder.embed_dim != expected:
-        published = ", ".join(f"{name} ({size})" for size, name in PUBLISHED_ENCODERS.items())
+        suggested = suggest_encoders(checkpoint, expected, model.config.tower)
+        published = " or ".join(suggested) or f"none has embeddings of size {expected}"
         raise ValueError(
             f"{path} has embeddings of size {encoder.embed_dim}, but the adapter's input size is {expected}. Pass the "
-            f"caption encoder that the adapter was trained with. Published encoders: {published}"
+            f"caption encoder that the adapter was trained with. Published encoder: {published}"
         )
     model.set_encoder(encoder)
 
@@ -138,20 +141,3 @@ def _is_close(tensor: Tensor, expected: Tensor) -> bool:
     if tensor.shape != expected.shape:
         return False
     return torch.allclose(tensor.to(expected.dtype), expected, rtol=0, atol=BUFFER_TOLERANCE)
-
-
-def _published_template(path: str | Path) -> str | None:
-    """Return the template of the LLMs released with LLM2CLIP, or None if `path` uses another template.
-
-    The template is returned for a plain LLM with Llama 3's special tokens. For model folders and sentence-transformers
-    folders, which contain their own template, and for GGUF files, None is returned.
-    """
-    from transformers import AutoTokenizer
-    from transformers.utils import cached_file
-
-    if (Path(path) / "text" / "modules.json").is_file() or str(path).endswith(".gguf"):
-        return None
-    if cached_file(str(path), "modules.json", _raise_exceptions_for_missing_entries=False) is not None:
-        return None
-    vocabulary = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False).get_vocab()
-    return TEMPLATE if all(token in vocabulary for token in TEMPLATE_TOKENS) else None

@@ -1,0 +1,168 @@
+"""Caption encoders that are published as a base LLM and one or more LoRA adapters in PEFT's format.
+
+The first training stage of the LLM2CLIP authors' code writes such an adapter, and so does LLM2Vec. Adapters form a
+chain: LLM2Vec's supervised adapter was trained on the LLM with its MNTP adapter already merged, so the adapters must be
+merged in the order of their training.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+from llm2clip.io_utils import read_json
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.convert.published_encoders import published_template
+from llm2clip.models.lora import ADAPTER_CONFIG
+
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_LLM2VEC_CONFIG = "llm2vec_config.json"
+_HUB_PATH = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?")  # OWNER/NAME or OWNER/NAME/SUBFOLDER
+
+
+def find_adapter(source: str | Path) -> Path | None:
+    """Return the local folder of a PEFT adapter, or None if `source` is not a PEFT adapter.
+
+    Args:
+        source: folder, hub id, or hub id followed by a subfolder (OWNER/NAME/SUBFOLDER). An adapter on the hub is
+            downloaded.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = _download_adapter(str(source)) or folder
+    # Folders with a modules.json were saved by sentence-transformers, which loads the adapter itself.
+    is_adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / "modules.json").is_file()
+    return folder if is_adapter else None
+
+
+def load_adapter_encoder(sources: Sequence[str | Path], device: str | torch.device = "cpu") -> CaptionEncoder:
+    """Load a caption encoder in float32 and merge a chain of LoRA adapters into its LLM.
+
+    Args:
+        sources: adapters (see `find_adapter`) in the order of their training. The first item may also be the base LLM.
+            Otherwise, the base LLM is the one that the first adapter's adapter_config.json specifies.
+        device: device to load the encoder on.
+
+    Raises:
+        FileNotFoundError: the base LLM does not exist.
+        ValueError: an item is not a LoRA adapter; an adapter does not match the LLM; or the adapter's
+            llm2vec_config.json specifies settings that are not supported.
+    """
+    base, adapters = _resolve_chain(sources)
+    try:
+        template = published_template(base)
+        encoder = CaptionEncoder.from_pretrained(base, template=template, device=device, **_read_settings(adapters[-1]))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{adapters[0]} is a LoRA adapter for {base}, which cannot be loaded ({error}). To use a copy of this LLM, "
+            f"put its path before the adapter: llm2clip convert LLM {sources[0]} --out ENCODER"
+        ) from error
+    for adapter in adapters:
+        merge_adapter(encoder, adapter)
+    return encoder
+
+
+def merge_adapter(encoder: CaptionEncoder, folder: Path) -> None:
+    """Merge a LoRA adapter into an encoder's LLM, in place.
+
+    Raises:
+        ValueError: the adapter is not a LoRA adapter, or its tensors do not match the LLM.
+    """
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{folder} is a {config.peft_type} adapter; only LoRA adapters can be merged")
+    config.task_type = None  # the LLM has no LM head, which the task type of a causal LM requires
+    weights = _remove_head_prefix(load_peft_weights(str(folder), device="cpu"))
+    model = get_peft_model(encoder.llm, config)
+    expected = get_peft_model_state_dict(model)
+    # PEFT ignores tensors that do not match, and the LLM would silently stay as it was.
+    differing = sorted(weights.keys() ^ expected.keys())
+    differing += sorted(
+        name for name in weights.keys() & expected.keys() if weights[name].shape != expected[name].shape
+    )
+    if differing:
+        raise ValueError(
+            f"{folder} does not match the LLM: {len(differing)} tensors are missing, unexpected or of the wrong shape, "
+            f"including {differing[0]}. Use the LLM that the adapter was trained on: {config.base_model_name_or_path}"
+        )
+    set_peft_model_state_dict(model, weights)
+    encoder.st[0].model = model.merge_and_unload()
+
+
+def _resolve_chain(sources: Sequence[str | Path]) -> tuple[str, list[Path]]:
+    """Return the base LLM and the folders of the adapters, in the order in which they are merged."""
+    folders = [find_adapter(source) for source in sources]
+    starts_with_llm = folders[0] is None and len(sources) > 1
+    adapters: list[Path] = []
+    for source, folder in list(zip(sources, folders, strict=True))[starts_with_llm:]:
+        if folder is None:
+            raise ValueError(f"{source} is not a PEFT adapter: it has no {ADAPTER_CONFIG}")
+        adapters.append(folder)
+    return (str(sources[0]), adapters) if starts_with_llm else _find_base(adapters)
+
+
+def _find_base(adapters: list[Path]) -> tuple[str, list[Path]]:
+    """Follow the base models of the first adapter, which may be adapters themselves, to the LLM."""
+    chain = list(adapters)
+    while True:
+        base = str(read_json(chain[0] / ADAPTER_CONFIG)["base_model_name_or_path"])
+        parent = find_adapter(base)
+        if parent is None:
+            return base, chain
+        if parent in chain:
+            raise ValueError(f"{chain[0] / ADAPTER_CONFIG} names the adapter {base} as its own base model")
+        chain.insert(0, parent)
+
+
+def _read_settings(adapter: Path) -> dict[str, Any]:
+    """Return the arguments of `CaptionEncoder.from_pretrained` that an adapter's llm2vec_config.json specifies."""
+    file = adapter / _LLM2VEC_CONFIG
+    if not file.is_file():
+        return {}
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if settings.get("pooling_mode", "mean") != "mean":
+        raise ValueError(f"{file}: pooling_mode is {settings['pooling_mode']!r}; only 'mean' is supported")
+    if not settings.get("skip_instruction", True):
+        raise ValueError(f"{file}: skip_instruction is false; instructions are always excluded from pooling")
+    return {"pooling": "mean", "max_length": settings.get("max_length")}
+
+
+def _remove_head_prefix(weights: dict[str, Any]) -> dict[str, Any]:
+    """Rename the tensors of an adapter that was trained on an LLM with an LM head, whose decoder is called `model`."""
+    prefix = "base_model.model.model."
+    if not all(name.startswith(prefix) for name in weights):
+        return weights
+    return {name.replace(prefix, "base_model.model.", 1): tensor for name, tensor in weights.items()}
+
+
+def _download_adapter(source: str) -> Path | None:
+    """Download an adapter from the hub. Return None if there is no such adapter, or the hub cannot be reached."""
+    from transformers.utils import cached_file
+
+    match = _HUB_PATH.fullmatch(source)
+    if match is None or Path(source).exists():
+        return None
+    options: dict[str, Any] = {
+        "subfolder": match[2] or "",
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_gated_repo": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    try:
+        config = cached_file(match[1], ADAPTER_CONFIG, **options)
+        if config is None:
+            return None
+        for name in _WEIGHTS:
+            if cached_file(match[1], name, **options) is not None:
+                break
+        cached_file(match[1], _LLM2VEC_CONFIG, **options)
+    except OSError:
+        return None
+    return Path(config).parent

@@ -1,0 +1,68 @@
+"""Caption encoders that the LLM2CLIP authors have published, and which checkpoints belong to which encoder.
+
+Two encoders have embeddings of the same size (4096). An adapter works only with the encoder that it was trained with,
+and nothing else about the tensors tells the two apart, so the encoder is suggested by the vision tower and the
+checkpoint's name.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+LLAMA_3_8B = "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned"
+LLAMA_3_2_1B = "microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned"
+# A LoRA adapter in a subfolder of the SigLIP 2 checkpoint's repository. The base LLM is Llama-3.1-8B-Instruct.
+LLAMA_3_1_8B = "microsoft/LLM2CLIP-Llama3.1-8B-siglip2-so400m-patch14-224/LLM2CLIP-Llama-3.1-8B"
+PUBLISHED_ENCODERS = {LLAMA_3_8B: 4096, LLAMA_3_1_8B: 4096, LLAMA_3_2_1B: 2048}
+
+# Prompt that these caption encoders were tuned with. The folders of the encoders do not contain the prompt.
+TEMPLATE = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>"
+TEMPLATE_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+# Names of checkpoints -> the encoder that they were trained with. The first match counts.
+_CHECKPOINT_NAMES = {
+    re.compile(r"llama-?3[._]1", re.IGNORECASE): LLAMA_3_1_8B,
+    re.compile(r"llama-?3-8b|LLM2CLIP-(openai|eva02)-", re.IGNORECASE): LLAMA_3_8B,
+}
+
+
+def suggest_encoders(source: str | Path, text_dim: int, tower: dict[str, Any]) -> list[str]:
+    """Return the published caption encoders that a checkpoint was probably trained with.
+
+    Args:
+        source: file, folder or hub id of the checkpoint.
+        text_dim: input size of the checkpoint's adapter.
+        tower: config of the checkpoint's vision tower.
+
+    Returns:
+        Names of encoders. The list contains all encoders of this size if the checkpoint cannot be identified, and is
+        empty if there is no published encoder of this size.
+    """
+    candidates = [name for name, size in PUBLISHED_ENCODERS.items() if size == text_dim]
+    if len(candidates) < 2:
+        return candidates
+    if "siglip" in str(tower["architecture"]):  # the only published checkpoint with a SigLIP 2 tower
+        return [LLAMA_3_1_8B]
+    for pattern, encoder in _CHECKPOINT_NAMES.items():
+        if pattern.search(str(source)):
+            return [encoder]
+    return candidates
+
+
+def published_template(path: str | Path) -> str | None:
+    """Return the template of the LLMs released with LLM2CLIP, or None if `path` uses another template.
+
+    The template is returned for a plain LLM with Llama 3's special tokens. For model folders and sentence-transformers
+    folders, which contain their own template, and for GGUF files, None is returned.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import cached_file
+
+    if (Path(path) / "text" / "modules.json").is_file() or str(path).endswith(".gguf"):
+        return None
+    if cached_file(str(path), "modules.json", _raise_exceptions_for_missing_entries=False) is not None:
+        return None
+    vocabulary = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False).get_vocab()
+    return TEMPLATE if all(token in vocabulary for token in TEMPLATE_TOKENS) else None
