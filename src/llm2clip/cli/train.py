@@ -65,8 +65,11 @@ def add(commands: Commands) -> None:
         type=str,
         help=f"{DATA_HELP} If a source has no splits, the images that `fit` would hold out are skipped.",
     )
+    parser.add_argument("--store", type=str, help="Store with embeddings of the captions in DATA, written by `embed`.")
     parser.add_argument(
-        "--store", type=str, required=True, help="Store with embeddings of the captions in DATA, written by `embed`."
+        "--own_text_tower",
+        action="store_true",
+        help="Baseline, used instead of --store: fine-tune both towers of the CLIP model given by --align.tower.",
     )
     parser.add_argument("--held_out", nargs="+", type=str, help="Sources to evaluate on during training.")
     parser.add_argument(
@@ -148,14 +151,20 @@ def _align(args: Namespace) -> list[str]:
     from llm2clip.distributed import print_once
     from llm2clip.pipeline import align, start_run
     from llm2clip.store.store import EmbeddingStore, drop_refused_captions
+    from llm2clip.train.clip_finetuning import finetune_clip
 
+    if bool(args.store) == args.own_text_tower:
+        raise ValueError("pass either --store STORE or --own_text_tower")
     out, held_out_sources = Path(args.out), args.held_out or []
+    if args.own_text_tower and (held_out_sources or args.features):
+        raise ValueError("--own_text_tower does not support --held_out and --features: evaluate the trained model")
     settings = {"data": args.data, "held_out": held_out_sources, "columns": args.columns, "store": args.store}
     log = start_run(out, settings | {"encoder": args.encoder, "align": args.align}, args.max_skipped)
     model_dir = out / "model"
     if not model_dir.exists():
-        store = EmbeddingStore(args.store)
-        _check_store(store, args.encoder)
+        if args.store:
+            store = EmbeddingStore(args.store)
+            _check_store(store, args.encoder)
         if held_out_sources or any(not Source.parse(source).splits for source in args.data):
             data = read_splits(args.data, EvaluateConfig(data=held_out_sources), args.columns, log)
             train, held_out = data.train, data.held_out if held_out_sources else {}
@@ -163,6 +172,9 @@ def _align(args: Namespace) -> list[str]:
         else:
             train, held_out = [record for _, record in read_merged_records(args.data, args.columns, log)], {}
         print_once(log.summary())
+        if args.own_text_tower:
+            finetune_clip(train, args.align, out, log)
+            return [f"Model: {model_dir}", f"Next: llm2clip evaluate {model_dir} DATA --baselines {args.align.tower}"]
         model_dir = align(
             drop_refused_captions(train, store),
             store,

@@ -80,6 +80,7 @@ class ClipTextEncoder:
         model: the complete CLIP model, with both towers.
         context_length: maximum text length in tokens, or None if only the model's own code knows it.
         embed_dim: dimension of the embeddings.
+        tokenize: function that truncates N texts to the context length and returns a dict of inputs.
     """
 
     def __init__(
@@ -101,9 +102,9 @@ class ClipTextEncoder:
             token_count: function that returns the number of tokens in a text before truncation, or None if unknown.
         """
         self.model, self.context_length = model, context_length
-        self._tokenize, self._forward, self._token_count = tokenize, forward, token_count
+        self.tokenize, self._forward, self._token_count = tokenize, forward, token_count
         with torch.inference_mode():
-            self.embed_dim = self._forward(**self._tokenize(["a"])).shape[-1]
+            self.embed_dim = self._forward(**self.tokenize(["a"])).shape[-1]
 
     @torch.inference_mode()
     @onednn_matmul()
@@ -113,7 +114,7 @@ class ClipTextEncoder:
         embeddings = torch.empty(len(captions), self.embed_dim)
         for start in ProgressBar(range(0, len(order), batch_size), desc="encode", unit="batch", disable=not progress):
             rows = order[start : start + batch_size]
-            batch = self._tokenize([captions[i] for i in rows])
+            batch = self.tokenize([captions[i] for i in rows])
             embeddings[rows] = self._forward(**batch).float().cpu()
         return embeddings
 

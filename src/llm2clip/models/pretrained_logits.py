@@ -88,7 +88,7 @@ def _read_tensors(file: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Return those of the named tensors that a weight file or the shards of an index contain."""
     if file.name.endswith(".index.json"):
         shard_of = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name in names:
             if name in shard_of:
                 shard = _find_file(str(file.parent), Path(shard_of[name]).name)

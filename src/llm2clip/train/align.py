@@ -43,7 +43,7 @@ from llm2clip.train.distributed import empty_copy, full_tensor, gather_to_cpu
 from llm2clip.train.grad_cache import cached_backward
 from llm2clip.train.losses import info_nce, sigmoid_loss
 from llm2clip.train.optim import MAX_GRAD_NORM, cosine_schedule, make_optimizer, set_trainable
-from llm2clip.train.sampling import AlignBatches, Batch, decoding_workers
+from llm2clip.train.sampling import AlignBatches, Batch, CaptionSource, decoding_workers
 
 # In fp16, the gradient scaler skips every step whose gradients are not finite, and then halves its scale factor. After
 # this many consecutive skipped steps, the scale factor cannot be the cause, so training stops with an error.
@@ -53,7 +53,7 @@ MAX_SKIPPED_STEPS = 20
 @onednn_matmul()
 def align(
     records: Sequence[Record],
-    store: EmbeddingStore,
+    store: CaptionSource,
     model: LLM2CLIP,
     config: AlignConfig,
     run_dir: Path,
@@ -94,7 +94,7 @@ def align(
 
 def _train(
     records: Sequence[Record],
-    store: EmbeddingStore,
+    store: CaptionSource,
     model: LLM2CLIP,
     config: AlignConfig,
     run_dir: Path,
@@ -243,7 +243,7 @@ def _compute_features(
     return store_image_features(refs, encoder, identity, folder, log, workers=decoding_workers(config))
 
 
-def _run_signature(data: AlignBatches, store: EmbeddingStore, config: AlignConfig, precision: str) -> dict[str, Any]:
+def _run_signature(data: AlignBatches, store: CaptionSource, config: AlignConfig, precision: str) -> dict[str, Any]:
     """Return the properties of a run that must be equal to those saved in a checkpoint before the run can resume."""
     settings = {**vars(config), "precision": precision}
     return {
@@ -267,7 +267,7 @@ def _log_failures(batch: Batch, log: SkipLog, accelerator: Accelerator) -> None:
 
 
 def _batch_loss(
-    net: nn.Module, batch: Batch, store: EmbeddingStore, config: AlignConfig, accelerator: Accelerator
+    net: nn.Module, batch: Batch, store: CaptionSource, config: AlignConfig, accelerator: Accelerator
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of a batch, and the logit scale. With gradient caching, this takes several forward passes."""
     device = accelerator.device

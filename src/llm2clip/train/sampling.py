@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +30,20 @@ from llm2clip.store.image_features import image_keys
 from llm2clip.store.store import EmbeddingStore
 
 Sample = tuple[int, int]  # epoch and image index
+
+
+class CaptionSource(Protocol):
+    """Source of the text inputs of training. This is an embedding store, except in `clip_finetuning`."""
+
+    manifest: dict[str, Any]
+
+    def rows(self, captions: Iterable[str]) -> np.ndarray:
+        """Look up captions; return their row numbers, int64 (N,)."""
+        ...
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Return the model's text inputs in the given rows, (N, ...)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,7 @@ class AlignBatches:
     def __init__(
         self,
         records: Sequence[Record],
-        store: EmbeddingStore,
+        store: CaptionSource,
         model: LLM2CLIP,
         config: AlignConfig,
         world_size: int = 1,
@@ -193,7 +208,7 @@ class AlignBatches:
 class CaptionIndex:
     """Lookup of the store rows of each image's captions, which uses two flat arrays to save memory."""
 
-    def __init__(self, store: EmbeddingStore, captions: Iterable[Sequence[str]]) -> None:
+    def __init__(self, store: CaptionSource, captions: Iterable[Sequence[str]]) -> None:
         """
         Args:
             store: Store that contains the embeddings of all these captions.

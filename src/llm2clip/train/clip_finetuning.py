@@ -1,0 +1,159 @@
+"""Direct fine-tuning of a CLIP model, the baseline that the LLM2CLIP paper calls "directly fine-tuned CLIP".
+
+Both towers of the model are trained with the loop and the settings of `align`. The model's own text tower takes the
+place of the adapter, and tokenized captions take the place of the embedding store. The result is an ordinary
+transformers model, which `evaluate` accepts as a model or baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llm2clip.config import AlignConfig
+from llm2clip.data.records import Record
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.distributed import process_state
+from llm2clip.io_utils import atomic_dir
+from llm2clip.models.clip_text_encoder import ClipTextEncoder, load_clip_text_encoder, pooled_output
+from llm2clip.models.fingerprint import fingerprint, hash_weights
+from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.loading import hide_loading_bars
+from llm2clip.models.vision_tower import VisionTower
+from llm2clip.train.align import align
+
+# Their text towers need no attention mask: CLIP's attention is causal, and SigLIP was trained on padded texts.
+SUPPORTED_TYPES = ("clip", "metaclip_2", "siglip")
+
+
+def finetune_clip(records: Sequence[Record], config: AlignConfig, out: Path, log: SkipLog) -> Path:
+    """Fine-tune both towers of the CLIP model `config.tower`, resuming from the latest checkpoint if one exists.
+
+    `lr` is the learning rate of the text tower, the projections and the logit scale; `tower_lr` is the learning rate of
+    the vision tower. The settings of the adapter and `embed_dim` have no effect, and the logit scale is the model's.
+
+    Args:
+        records: Training data.
+        config: Settings for the `align` stage.
+        out: Output folder for checkpoints and metrics.
+        log: Log of skipped rows and images, to which images that cannot be decoded are added.
+
+    Returns:
+        The model folder, `out/model`, in transformers format.
+
+    Raises:
+        ValueError: The tower is not part of a supported CLIP model. Also raised if there are too few images for one
+            step, or if existing checkpoints were saved with different settings or data.
+    """
+    model_dir = out / "model"
+    if not model_dir.exists():
+        text_encoder = load_clip_text_encoder(config.tower, torch.device("cpu"))
+        model_type = text_encoder.model.config.model_type
+        if model_type not in SUPPORTED_TYPES:
+            raise ValueError(
+                f"--own_text_tower does not support {config.tower}, which is a {model_type!r} model. Supported types: "
+                f"{', '.join(SUPPORTED_TYPES)}"
+            )
+        captions = TokenizedCaptions(text_encoder)
+        model = build_model(text_encoder.model, config)
+        model = align(records, captions, model.to(process_state().device), config, out, log)
+        if process_state().is_main_process:
+            _save(model, config.tower, model_dir)
+    process_state().wait_for_everyone()
+    return model_dir
+
+
+class TokenizedCaptions:
+    """Captions as token ids, with the interface of an embedding store that `align` uses.
+
+    Attributes:
+        manifest: contains "fingerprint", a hash of the text tower's initial weights.
+    """
+
+    def __init__(self, text_encoder: ClipTextEncoder) -> None:
+        self.manifest = {"fingerprint": fingerprint({"weights": hash_weights(text_encoder.model)})}
+        self._tokenize = text_encoder.tokenize
+        self._captions: list[str] = []
+        self._row_of: dict[str, int] = {}
+
+    def rows(self, captions: Iterable[str]) -> np.ndarray:
+        """Return the row numbers of captions, int64 (N,). Identical captions have the same row number."""
+        rows = []
+        for caption in captions:
+            row = self._row_of.setdefault(caption, len(self._captions))
+            if row == len(self._captions):
+                self._captions.append(caption)
+            rows.append(row)
+        return np.array(rows, dtype=np.int64)
+
+    def take(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Return the token ids of the captions in the given rows, int64 (N, tokens), padded to equal length."""
+        ids: Tensor = self._tokenize([self._captions[row] for row in rows])["input_ids"]
+        return ids.numpy()
+
+
+class TextTower(nn.Module):
+    """Text tower of a transformers CLIP model, which maps token ids (N, tokens) to embeddings (N, embed_dim)."""
+
+    def __init__(self, clip: Any) -> None:
+        super().__init__()
+        for name in ("vision_model", "visual_projection", "logit_scale", "logit_bias"):
+            if hasattr(clip, name):  # parameters without gradients would block a distributed run
+                delattr(clip, name)
+        self.clip = clip
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return pooled_output(self.clip.get_text_features(input_ids=input_ids))
+
+
+@torch.no_grad()
+def build_model(clip: Any, config: AlignConfig) -> LLM2CLIP:
+    """Build a model for `align` from both towers of a transformers CLIP model. Its adapter is CLIP's text tower.
+
+    The text tower of `clip` becomes part of the model, and its vision tower is deleted.
+    """
+    tower = VisionTower.from_pretrained(config.tower, image_size=config.image_size)
+    visual_projection = getattr(clip, "visual_projection", None)
+    model_config = LLM2CLIPConfig(
+        tower=tower.config,
+        text_dim=1,  # not used
+        embed_dim=tower.feature_dim if visual_projection is None else visual_projection.out_features,
+        adapter_depth=0,
+        projection=visual_projection is not None,
+        logit_bias=config.loss == "sigmoid",
+    )
+    model = LLM2CLIP(model_config, tower)
+    if visual_projection is not None:
+        model.projection.load_state_dict(visual_projection.state_dict())
+    bias = getattr(clip, "logit_bias", None)
+    model.set_logits(clip.logit_scale.exp().item(), None if bias is None else bias.item())
+    model.adapter = TextTower(clip)  # type: ignore[assignment]
+    return model
+
+
+@torch.no_grad()
+@hide_loading_bars()
+def _save(model: LLM2CLIP, name: str, folder: Path) -> None:
+    """Save the fine-tuned model in transformers format, with the tokenizer and image processor of the model `name`."""
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+    clip: Any = AutoModel.from_pretrained(name, trust_remote_code=False, dtype=torch.float32)
+    vision_model = getattr(clip.vision_model, "vision_model", clip.vision_model)  # wrapped in some versions
+    vision_model.load_state_dict(model.tower.backbone.state_dict())
+    text_tower: Any = model.adapter
+    unexpected = clip.load_state_dict(text_tower.clip.state_dict(), strict=False).unexpected_keys
+    assert not unexpected, unexpected
+    if model.config.projection:
+        clip.visual_projection.load_state_dict(model.projection.state_dict())
+    clip.logit_scale.copy_(model.logit_scale.reshape(clip.logit_scale.shape))
+    if model.logit_bias is not None and getattr(clip, "logit_bias", None) is not None:
+        clip.logit_bias.copy_(model.logit_bias.reshape(clip.logit_bias.shape))
+    with atomic_dir(folder) as temporary:
+        clip.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(temporary)
+        AutoImageProcessor.from_pretrained(name, trust_remote_code=False).save_pretrained(temporary)
