@@ -30,6 +30,7 @@ from llm2clip.tools.plan.plan import plan_fit
 FIT_CONFIGS = [name for name in builtin_configs() if not name.startswith("llava-")]
 LLMS = ["llama-3-8b", "llama-3.1-8b", "llama-3.2-1b", "mistral-nemo-12b", "qwen2.5-0.5b"]
 TOWERS = [name for name in FIT_CONFIGS if name.startswith("tower-")]
+RECIPES = Path(__file__).parents[1] / "docs/recipes.md"
 STAGES = (EncoderConfig, TuneConfig, EmbedConfig, AlignConfig, EvaluateConfig)
 # Frozen, see CONTRIBUTING.md: a new setting must replace one. Two were added to 60, because without them the authors'
 # training cannot be repeated: align.logit_scale and tune.lr_scheduler_type.
@@ -139,6 +140,37 @@ def test_llm_configs_have_the_settings_of_the_paper() -> None:
         assert (tune.temperature, tune.lora_r, tune.lora_dropout) == (0.02, 16, 0.05)
         assert tune.lr == 2e-4 and tune.batch_size * 8 == 512 and round(tune.warmup_ratio * tune.steps) == 300
         assert (tune.symmetric, tune.lr_scheduler_type, tune.steps) == (False, "linear", 8500)
+
+
+def recipe_rows() -> list[tuple[list[str], str, Any]]:
+    """Return the config names, the setting and our value of each row in the tables of docs/recipes.md."""
+    groups = {"all LLMs": LLMS, "all towers": TOWERS}
+    rows = []
+    for line in RECIPES.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if len(cells) == 6 and re.fullmatch(r"`(encoder|tune|align)\.\w+`", cells[1]):
+            value = cells[4].strip("`").replace("\\|", "|").replace("\\n", "\n")
+            names = groups.get(cells[0]) or cells[0].split(", ")
+            is_text = cells[1].endswith((".path`", ".template`", ".tower`"))
+            rows.append((names, cells[1].strip("`"), value if is_text else yaml.safe_load(value)))
+    return rows
+
+
+def test_recipes_page_has_the_values_of_the_configs() -> None:
+    configs = {name: parse_fit(name) for name in (*LLMS, *TOWERS)}
+    covered = set()
+    for names, setting, value in recipe_rows():
+        stage, field = setting.split(".")
+        for name in names:
+            assert getattr(getattr(configs[name], stage), field) == value, f"{setting} of {name} in docs/recipes.md"
+            assert (name, setting) not in covered, f"docs/recipes.md has {setting} of {name} twice"
+            covered.add((name, setting))
+    for name in configs:
+        for stage, settings in yaml.safe_load(builtin_configs()[name]).items():
+            for field in settings:
+                assert (name, f"{stage}.{field}") in covered, (
+                    f"docs/recipes.md has no row for {stage}.{field} of {name}"
+                )
 
 
 def test_llava_config_equals_the_defaults_except_for_hardware_settings() -> None:

@@ -12,6 +12,9 @@ import pytest
 from llm2clip.evaluate.benchmarks import BENCHMARKS, list_benchmarks
 from llm2clip.evaluate.reporting.comparison import ModelResult, benchmark_blocks, caption_retrieval_blocks
 from llm2clip.html_report import Table, to_markdown
+from llm2clip.llava.evaluate import LlavaResult
+from llm2clip.llava.report import write_llava_report
+from llm2clip.llava.tasks.base import Question
 from llm2clip.models.export.model_card import render_model_card
 from llm2clip.published_results import (
     CRA,
@@ -161,3 +164,14 @@ def test_withdrawn_cra_values_appear_only_in_the_note() -> None:
             if withdrawn.search(line) and encoders.search(line):
                 found.add(file.name)
     assert found == {"published_results.py", "method.md"}
+
+
+def test_llava_report_shows_the_published_metrics(tmp_path: Path) -> None:
+    question = Question(id="1", image=None, prompt="Is there a cat?", target="yes")
+    results = [
+        LlavaResult("mine", task, {"F1": 50.0, "perception": 1000.0}, [question], ["yes"]) for task in ("pope", "mme")
+    ]
+    write_llava_report(results, "llm2clip llava evaluate", tmp_path)
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| LLaVA (paper) | – | 1510.7 |" in report and "| + LLM2CLIP | – | 1505.8 |" in report
+    assert "| LLaVA (paper) | 87.3 | 84.2 | 86.1 |" in report and LLAVA.source in report
