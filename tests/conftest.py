@@ -9,8 +9,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
+import random
 import shutil
-import socket
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from pathlib import Path
@@ -215,9 +215,19 @@ def real_data() -> Path:
     return Path(folder)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seed the random number generators for the fixtures, so that no result depends on the tests that ran before."""
+    seed_everything()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Skip a test marked `weights` if the weights are neither cached nor can be downloaded."""
+    """Seed the random number generators for the test, whether or not its fixtures have existed before.
+
+    Skip a test marked `weights` if the weights are neither cached nor can be downloaded.
+    """
+    seed_everything()
     try:
         return (yield)
     except AssetUnavailableError as error:
@@ -226,16 +236,24 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
         pytest.skip(f"no weights: {error}")
 
 
+def seed_everything() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
 class Killed(BaseException):
     """Simulates kill -9: no code catches it."""
 
 
 def run_distributed(count: int, function: Callable[..., None], *args: Any) -> None:
-    """Run `function(*args)` in `count` gloo processes, with the environment that torchrun would set."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.start_processes(_rank, args=(count, port, function, args), nprocs=count, start_method="spawn")
+    """Run `function(*args)` in `count` gloo processes, with the environment that torchrun would set.
+
+    As with torchrun, this process hosts the store in which the others meet, so no other program can take its port.
+    """
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = (count, store.port, function, args)
+    torch.multiprocessing.start_processes(_rank, args=ranks, nprocs=count, start_method="spawn")
 
 
 def _rank(rank: int, count: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
@@ -246,6 +264,8 @@ def _rank(rank: int, count: int, port: int, function: Callable[..., None], args:
         LOCAL_WORLD_SIZE=str(count),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_COUNT="0",
         ACCELERATE_USE_CPU="true",
     )
     # Otherwise every process would do all the work, and the test would not test anything.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ def test_tokens_per_second_times_batches_of_all_lengths(
     encoder: CaptionEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(100))
-    monkeypatch.setattr(batch_size_tuner.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(batch_size_tuner, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     encoded_lengths: list[int] = []
     encode = encoder.encode
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import HANG_TIMEOUT
 from llm2clip import LLM2CLIP
 from llm2clip.cli import main
 
@@ -67,7 +68,7 @@ def test_fit_on_two_ranks_makes_one_run(image_folder: Path, llm: Path, tower: Pa
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG_TIMEOUT,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("4/4 evaluate") == 1  # printed by the main process only

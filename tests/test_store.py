@@ -309,19 +309,19 @@ def test_embed_raises_while_another_run_holds_the_lock(encoder: CaptionEncoder, 
 
 
 LOCK_AND_WAIT = """
-import sys, time
+import sys
 from pathlib import Path
 from llm2clip.store.lock import folder_lock
 
 with folder_lock(Path(sys.argv[1])):
     print("locked", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
 def test_lock_is_released_when_its_process_is_killed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LOCK_AND_WAIT, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "locked\n"
         with pytest.raises(StoreError, match="another run is writing to"), folder_lock(tmp_path):
             pass

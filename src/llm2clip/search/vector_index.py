@@ -127,7 +127,9 @@ def _scan_rows(codes: np.ndarray, rows: np.ndarray, query_code: np.ndarray, coun
     return np.concatenate(best_rows)[order]
 
 
-def update_graph(folder: Path, ids: np.ndarray, fetch: FetchVectors, dim: int, max_abs: float) -> None:
+def update_graph(
+    folder: Path, ids: np.ndarray, fetch: FetchVectors, dim: int, max_abs: float, threads: int = 0
+) -> None:
     """Update the HNSW graph in a folder so that it contains exactly the vectors with the given ids.
 
     Args:
@@ -137,6 +139,8 @@ def update_graph(folder: Path, ids: np.ndarray, fetch: FetchVectors, dim: int, m
         dim: Vector dimension, D.
         max_abs: Largest absolute value in any vector. If this value has grown by 10% or more since the graph
             was built, the graph is rebuilt.
+        threads: Number of threads that add vectors. 0 means all cores. With more than one thread, the order in which
+            vectors are added, and so the graph, differs between runs.
     """
     graph_file, state_file = folder / GRAPH_FILE, folder / GRAPH_STATE_FILE
     graph = Index(ndim=dim, metric=MetricKind.IP, dtype="i8")
@@ -156,7 +160,7 @@ def update_graph(folder: Path, ids: np.ndarray, fetch: FetchVectors, dim: int, m
     with ProgressBar(total=len(added), desc="graph", unit="image") as bar:
         for start in range(0, len(added), CHUNK):
             chunk = added[start : start + CHUNK]
-            graph.add(chunk, quantize(fetch(chunk), scale))
+            graph.add(chunk, quantize(fetch(chunk), scale), threads=threads)
             bar.update(len(chunk))
     state_file.unlink(missing_ok=True)  # a graph without a state file is ignored, so an interrupted save does no harm
     with atomic_path(graph_file) as temporary:
