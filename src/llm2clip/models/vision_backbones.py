@@ -39,8 +39,10 @@ _DEFAULT_PREPROCESS = {
     "dinov2": Preprocess(224, "shortest", 0.875, "bicubic", *_IMAGENET_STATS),
     "dinov2_with_registers": Preprocess(224, "shortest", 0.875, "bicubic", *_IMAGENET_STATS),
     "dinov3_vit": Preprocess(224, "squash", 1.0, "bilinear", *_IMAGENET_STATS),
+    "siglip2_vision_model": Preprocess.for_patches(16, 256, "bilinear", *_HALF_STATS),
 }
-_DUAL_ENCODER_TYPES = ("clip", "siglip")  # only the vision model of these dual encoders is used
+# Only the vision model of these dual encoders is used.
+_DUAL_ENCODER_TYPES = ("clip", "metaclip_2", "siglip", "siglip2")
 # Entries of a transformers config that do not describe the architecture, such as paths and version numbers.
 _TRANSIENT_ENTRIES = ("transformers_version", "_name_or_path", "dtype", "architectures", "id2label", "label2id")
 
@@ -163,22 +165,29 @@ def _timm_preprocess(backbone: nn.Module, name: str, size: int | None) -> Prepro
 
 
 def _load_transformers(source: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, CLIPVisionConfig
 
     # By default, transformers asks the user in the terminal whether to run code from the folder.
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.model_type in _DUAL_ENCODER_TYPES:
         config = config.vision_config
-    if config.model_type.startswith("siglip2"):
-        raise ValueError(
-            f"{source} is a NaFlex SigLIP 2 model, whose input has no fixed size: use a SigLIP 2 checkpoint with a "
-            "resolution in its name"
-        )
+    if config.model_type == "metaclip_2_vision_model":
+        # MetaCLIP 2's vision model has CLIP's architecture and weight names, but AutoModel does not know its type.
+        fields = {key: value for key, value in config.to_dict().items() if key != "model_type"}
+        config = CLIPVisionConfig.from_dict(fields)
     if config.model_type not in _DEFAULT_PREPROCESS:
         supported = ", ".join([*_DUAL_ENCODER_TYPES, *_DEFAULT_PREPROCESS])
         raise ValueError(f"{source} has unsupported model type {config.model_type!r}; supported types: {supported}")
     backbone = _build_transformers(config, source if pretrained else None)
     preprocess = _transformers_preprocess(source, config)
+    if preprocess.resize == "patches":
+        if image_size is not None:
+            raise ValueError(f"{source} is a NaFlex model, which has no fixed image size: remove --align.image_size")
+        if preprocess.patch_size != config.patch_size:
+            raise ValueError(
+                f"{source}: the image processor's patch_size is {preprocess.patch_size}, but the model's is "
+                f"{config.patch_size}"
+            )
     preprocess = replace(preprocess, size=image_size or preprocess.size)
     architecture = {key: value for key, value in config.to_dict().items() if key not in _TRANSIENT_ENTRIES}
     return backbone, {
@@ -191,10 +200,14 @@ def _load_transformers(source: str, image_size: int | None, pretrained: bool) ->
 @hide_load_report()
 def _build_transformers(config: Any, source: str | None = None) -> nn.Module:
     """Build the vision model of a transformers config. Load its weights from `source`, or initialise them randomly."""
-    from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
+    from transformers import AutoModel, CLIPVisionModel, Siglip2VisionModel, SiglipVisionModel
 
     # AutoModel would build both towers from a folder that contains a complete CLIP model.
-    classes = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
+    classes = {
+        "clip_vision_model": CLIPVisionModel,
+        "siglip_vision_model": SiglipVisionModel,
+        "siglip2_vision_model": Siglip2VisionModel,
+    }
     model_class: Any = classes.get(config.model_type)
     if source is None:
         model = model_class(config) if model_class else AutoModel.from_config(config)
@@ -218,7 +231,11 @@ def _transformers_preprocess(source: str, config: Any) -> Preprocess:
     try:
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError):
-        preprocess = replace(_DEFAULT_PREPROCESS[config.model_type], size=int(config.image_size))
+        preprocess = _DEFAULT_PREPROCESS[config.model_type]
+        if preprocess.resize == "patches":
+            preprocess = Preprocess.for_patches(config.patch_size, config.num_patches, "bilinear", *_HALF_STATS)
+        else:
+            preprocess = replace(preprocess, size=int(config.image_size))
         log.warning(
             "%s has no preprocessor_config.json; using the default preprocessing for its model type: %s",
             source,

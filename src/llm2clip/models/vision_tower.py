@@ -17,6 +17,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from llm2clip.data.naflex import split_into_patches, unpack_patches
 from llm2clip.data.transforms import Preprocess
 from llm2clip.models.loading import hide_loading_bars
 from llm2clip.models.vision_backbones import build_backbone, load_backbone
@@ -30,6 +31,8 @@ _INTERPOLATES_ON_REQUEST = ("clip_vision_model", "siglip_vision_model")
 
 class VisionTower(nn.Module):
     """Vision encoder that maps uint8 or float images (N, 3, S, S) to pooled features (N, feature_dim).
+
+    NaFlex towers also accept packed patches of images of any shape, which the transforms create for these towers.
 
     Attributes:
         backbone: timm or transformers module, which contains all parameters.
@@ -92,11 +95,13 @@ class VisionTower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Map pixels (N, 3, S, S) to features (N, feature_dim).
 
-        Pixels are either uint8 values from 0 to 255 or float values from 0 to 1. The features have the dtype of the
-        backbone's output.
+        Pixels are either uint8 values from 0 to 255 or float values from 0 to 1. For NaFlex towers, pixels can also be
+        packed patches, uint8 (N, P + 1, D) (see `data/naflex.py`), or images (N, 3, H, W) whose height and width are
+        multiples of the patch size. The features have the dtype of the backbone's output.
         """
-        x = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
-        x = ((x - self.mean) / self.std).to(next(self.backbone.parameters()).dtype)
+        if self.is_naflex:
+            return self._forward_patches(pixels)
+        x = self._normalize(pixels, self.mean, self.std)
         if self.config["library"] == "timm":
             if self._channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
@@ -109,6 +114,30 @@ class VisionTower(nn.Module):
         ):
             options["interpolate_pos_encoding"] = True
         return cast(Tensor, self.backbone(pixel_values=x, **options).pooler_output)
+
+    @property
+    def is_naflex(self) -> bool:
+        """True if the tower keeps the aspect ratio of each image (SigLIP 2 NaFlex)."""
+        return self.preprocess.resize == "patches"
+
+    def _forward_patches(self, pixels: Tensor) -> Tensor:
+        patch_size = self.preprocess.patch_size
+        if pixels.ndim == 4:
+            patches = split_into_patches(pixels, patch_size)  # (N, P, D)
+            grid = [pixels.shape[-2] // patch_size, pixels.shape[-1] // patch_size]
+            shapes = torch.tensor(grid, device=pixels.device).expand(len(pixels), 2)
+        else:
+            patches, shapes = unpack_patches(pixels)
+        # In a patch, the channels of a pixel are adjacent.
+        mean, std = (value.view(3).repeat(patch_size**2) for value in (self.mean, self.std))
+        mask = torch.arange(patches.shape[1], device=pixels.device) < shapes.prod(1, keepdim=True)  # (N, P)
+        x = self._normalize(patches, mean, std) * mask[..., None]
+        outputs = self.backbone(pixel_values=x, pixel_attention_mask=mask.int(), spatial_shapes=shapes)
+        return cast(Tensor, outputs.pooler_output)
+
+    def _normalize(self, pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        x = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
+        return ((x - mean) / std).to(next(self.backbone.parameters()).dtype)
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode. If `freeze_norm` is set, batch norms stay in eval mode."""

@@ -127,17 +127,24 @@ def build_tower(align: AlignConfig) -> VisionTower:
     """Build the vision tower on the meta device.
 
     Raises:
-        ValueError: the hub cannot be reached, and the tower is neither in the table nor a folder nor a timm model.
+        ValueError: the hub cannot be reached, and the tower is neither in the table nor a folder nor a timm model; or
+            the tower is a NaFlex tower.
     """
     name, size = TOWERS.get(align.tower.lower().removeprefix("hf:"), (align.tower, None))
     try:
         with torch.device("meta"):
-            return VisionTower.from_pretrained(name, image_size=align.image_size or size, pretrained=False)
+            tower = VisionTower.from_pretrained(name, image_size=align.image_size or size, pretrained=False)
     except OSError as error:
         raise ValueError(
             f"--align.tower {align.tower}: neither a folder, nor a timm model, nor one of {', '.join(TOWERS)}, and "
             f"the hub did not respond: {str(error).splitlines()[0]}"
         ) from error
+    if tower.is_naflex:
+        raise ValueError(
+            f"--align.tower {align.tower}: `plan` does not support NaFlex towers. Use a SigLIP 2 checkpoint with a "
+            "fixed resolution, the same size and the same number of patches, which needs about as much time and memory"
+        )
+    return tower
 
 
 def build_model(align: AlignConfig, text_dim: int) -> LLM2CLIP:
