@@ -31,3 +31,20 @@ def test_report_escapes_all_texts() -> None:
     assert "right: " in page and "wrong: " not in page
     markdown = to_markdown("T", blocks, "page.html")
     assert "page.html" in markdown and "\\| `code`" in markdown
+
+
+def test_markdown_omits_sections_that_consist_of_plots_and_images() -> None:
+    plot = Plot("<svg></svg>", "a plot")
+    table = Table(["a"], [[1]])
+    blocks = [
+        Heading("Results"), table,
+        Heading("Loss", 3), Paragraph("about the plot"), plot,
+        Heading("Details", 3), table, plot,
+        Heading("Examples"), Heading("Good", 3), plot, Heading("Bad", 3), plot,
+        Heading("Notes"), Paragraph("a note"),
+    ]  # fmt: skip
+    markdown = to_markdown("T", blocks)
+    headings = [line.lstrip("# ") for line in markdown.splitlines() if line.startswith("#")]
+    assert headings == ["T", "Results", "Details", "Notes"]
+    assert "about the plot" not in markdown and "a note" in markdown and "Plots and images" not in markdown
+    assert "Plots and images are in page.html" in to_markdown("T", blocks, "page.html")

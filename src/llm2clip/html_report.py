@@ -101,6 +101,7 @@ class ResultImages:
 
 
 Block = Heading | Paragraph | Code | Table | Plot | ResultImages
+_VISUAL = Plot | ResultImages  # blocks that Markdown reports omit
 
 
 def write_report(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> tuple[Path, Path]:
@@ -112,10 +113,13 @@ def write_report(folder: Path, name: str, title: str, blocks: Sequence[Block]) -
 
 
 def to_markdown(title: str, blocks: Sequence[Block], html_name: str = "") -> str:
-    """Return a report as Markdown. Plots and images are omitted; a note refers to the HTML file `html_name` instead."""
+    """Return a report as Markdown. Plots and images are omitted; a note refers to the HTML file `html_name` instead.
+
+    Sections that consist only of plots, images and paragraphs about them are omitted together with their headings.
+    """
     parts = []
-    has_images = False
-    for block in blocks:
+    has_images = any(isinstance(block, _VISUAL) for block in blocks)
+    for block in _without_visual_sections(blocks):
         if isinstance(block, Heading):
             parts.append(f"{'#' * block.level} {block.text}")
         elif isinstance(block, Paragraph):
@@ -124,11 +128,41 @@ def to_markdown(title: str, blocks: Sequence[Block], html_name: str = "") -> str
             parts.append(f"```{block.language}\n{block.text}\n```")
         elif isinstance(block, Table):
             parts.append(_markdown_table(block))
-        else:
-            has_images = True
-    if has_images:
+    if has_images and html_name:
         parts.insert(0, f"Plots and images are in {html_name}.")
     return "\n\n".join([f"# {title}", *parts]) + "\n"
+
+
+def _without_visual_sections(blocks: Sequence[Block]) -> list[Block]:
+    """Return the blocks without the sections that contain plots or images, but no table and no code."""
+    kept: list[Block] = []
+    position = 0
+    while position < len(blocks):
+        section = _section(blocks, position)
+        is_visual = any(isinstance(block, _VISUAL) for block in section)
+        if is_visual and not any(isinstance(block, Table | Code) for block in section):
+            position += len(section)
+        else:
+            kept.append(blocks[position])
+            position += 1
+    return kept
+
+
+def _section(blocks: Sequence[Block], start: int) -> Sequence[Block]:
+    """Return the heading at index `start` and all blocks up to the next heading of the same or a higher level.
+
+    If there is no heading at this index, the result is empty.
+    """
+    heading = blocks[start]
+    if not isinstance(heading, Heading):
+        return []
+    end = start + 1
+    while end < len(blocks):
+        block = blocks[end]
+        if isinstance(block, Heading) and block.level <= heading.level:
+            break
+        end += 1
+    return blocks[start:end]
 
 
 def _markdown_table(table: Table) -> str:

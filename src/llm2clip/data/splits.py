@@ -83,10 +83,13 @@ def read_splits(
         notes.append(f"{len(other):,} from other splits ({names}) unused")
     held_out = [(source, record) for source, record in held_out if record.image is not None]
     num_images = sum(record.image is not None for _, record in train)
+    counts = [f"{num_images:,} training images", f"{len(held_out):,} held out"]
+    if not num_images:  # as in `evaluate`
+        counts = [f"{len(held_out):,} images to evaluate"]
     return DataSplits(
         train=[record for _, record in train],
         held_out=_by_caption_field(held_out, config.fields, columns),
-        summary=", ".join([f"{num_images:,} training images", f"{len(held_out):,} held out", *notes]),
+        summary=", ".join([*counts, *notes]),
     )
 
 

@@ -22,7 +22,7 @@ from llm2clip.evaluate.embeddings import open_embedding_source
 from llm2clip.evaluate.precomputed import PRECOMPUTED_SUFFIX
 from llm2clip.evaluate.reporting.comparison import ModelResult, benchmark_blocks, caption_retrieval_blocks
 from llm2clip.evaluate.reporting.error_analysis import analyze_errors
-from llm2clip.html_report import Block, Code, Heading, Paragraph, Table, to_markdown, write_report
+from llm2clip.html_report import Block, Code, Paragraph, to_markdown, write_report
 from llm2clip.io_utils import MissingFileError, atomic_write_text
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.clip_text_encoder import has_text_tower, load_clip_text_encoder
@@ -118,7 +118,7 @@ def evaluate_models(
             raise ValueError("\n".join(["nothing could be evaluated:", *failures]))
         blocks = runner.blocks()
         report += [Paragraph(line) for line in [*runner.skipped_rows(), *failures]] + blocks
-        print_once(to_markdown("Results", [block for block in blocks if isinstance(block, Heading | Table)]))
+        print_once(to_markdown("Results", [block for block in blocks if not isinstance(block, Paragraph)]))
 
     last_lines = [log.summary()] if log.rows_seen else []
     last_lines += failures
