@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -213,6 +214,21 @@ def test_encode_empty_text_is_zero(llm: Path) -> None:
         embeddings = encoder.encode(["", "a dog", ""], batch_tokens=batch_tokens)
         assert torch.equal(embeddings[0], torch.zeros(32)) and embeddings[1].any()
     assert torch.equal(encoder.encode(""), torch.zeros(1, 32))
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        (None, TypeError, r"text 1 must be a string \(got None\)"),
+        (b"a cat", TypeError, r"text 1 must be a string \(got b'a cat'\)"),
+        ("a \ud83d cat", ValueError, r"text 1 is not valid Unicode.*'a \\ud83d cat'"),
+    ],
+)
+def test_encode_names_the_text_that_is_not_a_valid_string(
+    encoder: CaptionEncoder, text: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        encoder.encode(["a dog", text])
 
 
 def test_from_pretrained_fails_on_missing_weights(tmp_path: Path) -> None:

@@ -111,6 +111,15 @@ def test_embed_lists_truncated_captions(llm: Path, tmp_path: Path) -> None:
     assert rows == [{"caption": "far too long for eight"}]
 
 
+def test_embed_names_the_caption_that_is_not_a_valid_string(encoder: CaptionEncoder, tmp_path: Path) -> None:
+    captions: list[Any] = ["a dog", "a cat", None]
+    with pytest.raises(TypeError, match=r"text 2 must be a string \(got None\)"):
+        embed(captions, encoder, tmp_path)
+    with pytest.raises(ValueError, match=r"text 1 is not valid Unicode.*'caf\\udce9'"):
+        embed(["a dog", "caf\udce9"], encoder, tmp_path)
+    assert len(embed(captions[:2], encoder, tmp_path)) == 2
+
+
 def test_embed_lists_captions_that_the_tokenizer_cannot_encode(
     encoder: CaptionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

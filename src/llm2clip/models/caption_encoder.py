@@ -23,6 +23,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 
 from llm2clip.cpu_tuning import flex_attention_is_correct, onednn_matmul
+from llm2clip.data.valid_text import check_texts
 from llm2clip.models.length_batching import TokenizedTexts, default_batch_tokens
 from llm2clip.models.llm_layers import is_encoder_only, set_bidirectional, truncate_layers
 from llm2clip.models.loading import hide_loading_bars
@@ -176,7 +177,11 @@ class CaptionEncoder(nn.Module):
             captions: captions without the template.
             prompts: an instruction for each caption; "" means no instruction. An instruction is placed between the
                 template's prefix and the caption. All tokens before the caption are excluded from pooling.
+
+        Raises:
+            TypeError, ValueError: a caption is not a string or not valid Unicode.
         """
+        captions = list(check_texts(captions))
         if not captions:
             return TokenizedTexts([], [], [])
         prefixes = [self.prefix + p for p in prompts] if prompts else [self.prefix] * len(captions)
@@ -266,7 +271,8 @@ class CaptionEncoder(nn.Module):
             progress: True shows a progress bar. An existing `ProgressBar` is updated.
 
         Raises:
-            ValueError: the attention implementation does not support the precision.
+            TypeError: a caption is not a string.
+            ValueError: a caption is not valid Unicode, or the attention implementation does not support the precision.
         """
         parse_precision(precision)
         if "flash" in self.attention and precision == "fp32":

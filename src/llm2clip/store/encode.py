@@ -61,6 +61,7 @@ def embed(
         dtype: Stored dtype. It is either float16 or int8. int8 halves the store's size and uses a scale per row.
 
     Raises:
+        TypeError, ValueError: A caption is not a string or not valid Unicode.
         StoreError: The store was created with a different encoder, or another run is writing to the store.
     """
     keep_freed_memory(encoder.device)

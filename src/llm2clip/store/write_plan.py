@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm2clip.data.valid_text import check_texts
 from llm2clip.distributed import process_state
 from llm2clip.progress import ProgressBar
 from llm2clip.store.dedup import PendingCaptions, ingest
@@ -63,6 +64,7 @@ def open_for_writing(
         shard_size: Number of captions per shard.
 
     Raises:
+        TypeError, ValueError: A caption is not a string or not valid Unicode.
         StoreError: The store is damaged, the store was created with a different encoder, or another run is writing to
             the store.
     """
@@ -97,7 +99,7 @@ def _prepare(writer: StoreWriter, captions: Iterable[str], incoming: Path) -> No
         store = EmbeddingStore(folder)
         store.verify(progress=True)
     refused = {row["caption"] for row in refused_captions(folder)}
-    stream: Iterable[str] = ProgressBar(captions, "read", unit="caption", leave=False, delay=1)
+    stream: Iterable[str] = check_texts(ProgressBar(captions, "read", unit="caption", leave=False, delay=1))
     if refused:
         stream = (caption for caption in stream if caption not in refused)
     ingest(stream, incoming, store)

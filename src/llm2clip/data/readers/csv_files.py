@@ -10,8 +10,9 @@ from itertools import islice
 from typing import Any
 
 from llm2clip.data.raw_rows import BadRow, RawRow
-from llm2clip.data.readers.encoding import describe_encoding, find_undecodable, is_valid_unicode, open_text
+from llm2clip.data.readers.encoding import describe_encoding, find_undecodable, open_text
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.valid_text import is_valid_unicode
 
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 MAX_CELL_CHARACTERS = 1 << 24  # the csv module's own limit of 131,072 characters is too low for long texts

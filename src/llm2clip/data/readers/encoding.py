@@ -20,6 +20,7 @@ from charset_normalizer import from_bytes
 from llm2clip.data.image_refs import printable
 from llm2clip.data.raw_rows import BadRow
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.valid_text import is_valid_unicode
 
 _MARKS = (  # byte order marks. The UTF-32 marks come first, because they start with the UTF-16 marks
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
@@ -86,17 +87,6 @@ def find_undecodable(text: str, path: str, log: SkipLog | None = None) -> BadRow
     if log is not None:
         log.note(describe_encoding(path), path)
     return BadRow("not UTF-8", printable(text.strip()))
-
-
-def is_valid_unicode(text: str) -> bool:
-    """Return whether a text contains no lone surrogates, which means that it can be encoded as UTF-8."""
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 @functools.lru_cache(maxsize=64)

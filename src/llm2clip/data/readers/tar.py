@@ -9,9 +9,10 @@ from typing import Any, BinaryIO
 
 from llm2clip.data.image_refs import FileImage, TarImage, printable
 from llm2clip.data.raw_rows import BadRow, RawRow
-from llm2clip.data.readers.encoding import describe_encoding, is_valid_unicode, open_text
+from llm2clip.data.readers.encoding import describe_encoding, open_text
 from llm2clip.data.readers.text import parse_json
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.valid_text import is_valid_unicode
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2"})
 MAX_CAPTION_BYTES = 1 << 20  # size limit for caption files in a tar file

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from llm2clip.data.raw_rows import BadRow, RawRow
-from llm2clip.data.readers.encoding import describe_encoding, find_undecodable, is_valid_unicode, open_text
+from llm2clip.data.readers.coco import drop_unused_keys, read_caption_json
+from llm2clip.data.readers.encoding import describe_encoding, find_undecodable, open_text
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.valid_text import is_valid_unicode
 
 FLICKR8K_IMAGE_FOLDERS = ("images", "Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images")
 
@@ -38,19 +40,26 @@ def read_json_lines(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
 
 
 def read_json_list(path: str) -> Iterator[RawRow]:
-    """Yield the objects in a JSON file that contains a list. The entire file is read into memory.
+    """Yield the objects in a JSON file that contains a list, or the images in COCO's or Karpathy's format.
+
+    The entire file is read into memory.
 
     Raises:
-        ValueError: The file is not valid JSON, or its content is not a list.
+        ValueError: The file is not valid JSON, or it has a different format.
     """
     with open_text(path) as file:
         text = file.read()
     if not is_valid_unicode(text):
         raise ValueError(f"{path}: {describe_encoding(path)}")
+    is_object = text.lstrip().startswith("{")
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_hook=drop_unused_keys if is_object else None)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}). If it has one object per line, rename it to .jsonl") from error
+    del text
+    if isinstance(rows, dict):
+        yield from read_caption_json(path, rows)
+        return
     if not isinstance(rows, list):
         raise ValueError(f"{path}: a .json source must be a list of objects (got {type(rows).__name__})")
     for number, row in enumerate(rows, 1):

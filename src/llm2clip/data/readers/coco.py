@@ -1,0 +1,153 @@
+"""Readers for the two JSON formats in which COCO, Flickr30k and Flickr8k are distributed.
+
+- COCO's `captions_train2017.json`: {"images": [{"id", "file_name", "coco_url"}], "annotations": [{"image_id",
+  "caption"}]} (cocodataset.org, "Data format")
+- Karpathy's `dataset_coco.json`: {"images": [{"filename", "filepath", "split", "sentences": [{"raw"}]}]} (arXiv
+  1412.2306; `filepath` occurs only for COCO)
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llm2clip.data.image_refs import FileImage
+from llm2clip.data.raw_rows import BadRow, RawRow
+
+# Folders that may contain the images, relative to the JSON file. `annotations/` is usually next to the image folders.
+IMAGE_FOLDERS = (
+    "", "images", "Images", "..", "../images", "flickr30k-images", "flickr30k_images", "Flicker8k_Dataset",
+    "Flickr8k_Dataset",
+)  # fmt: skip
+SEARCHED_IMAGES = 50  # number of images that are searched for in each of these folders
+UNUSED_KEYS = ("tokens", "sentids", "segmentation", "flickr_url", "license", "date_captured")
+
+
+@dataclass(frozen=True)
+class KarpathyImage:
+    """An image in one of Karpathy's files.
+
+    Attributes:
+        id: COCO's id of the image, or the image's file name without its suffix.
+        name: Path of the image, relative to the data set's image folder.
+        split: train, restval, val or test.
+        captions: The captions.
+    """
+
+    id: str
+    name: str
+    split: str
+    captions: list[str]
+
+    @classmethod
+    def parse(cls, row: Mapping[str, Any]) -> KarpathyImage:
+        """Parse an entry of `images`.
+
+        Raises:
+            KeyError, TypeError: A field is missing or has the wrong type.
+        """
+        name = os.path.join(row.get("filepath") or "", row["filename"])
+        stem = os.path.splitext(row["filename"])[0]
+        captions = [sentence["raw"] for sentence in row["sentences"]]
+        return cls(str(row.get("cocoid", stem)), name, row["split"], captions)
+
+
+def drop_unused_keys(fields: dict[str, Any]) -> dict[str, Any]:
+    """Remove large fields that are not needed. As an `object_hook` of `json`, this more than halves the memory."""
+    for key in UNUSED_KEYS:
+        fields.pop(key, None)
+    return fields
+
+
+def read_caption_json(path: str, data: Mapping[str, Any]) -> Iterator[RawRow]:
+    """Return an iterator over the images in COCO's or Karpathy's format, with the image's captions.
+
+    Args:
+        path: Path of the JSON file. Its folder is used to find the images.
+        data: Content of the file.
+
+    Raises:
+        ValueError: The file has a different format, such as COCO's format for bounding boxes.
+    """
+    images, annotations = data.get("images"), data.get("annotations")
+    if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
+        raise ValueError(
+            f"{path}: a .json source must be a list of objects, or have the format of COCO (images, annotations) or of "
+            f"Karpathy's splits (got an object with the keys {', '.join(map(str, list(data)[:10])) or '(none)'})"
+        )
+    if any("sentences" in image for image in images):
+        return _karpathy_rows(path, images)
+    if not isinstance(annotations, list) or not any(
+        "caption" in item for item in annotations if isinstance(item, dict)
+    ):
+        raise ValueError(f"{path}: its annotations have no captions. Use COCO's captions_*.json")
+    return _coco_rows(path, images, annotations)
+
+
+def _karpathy_rows(path: str, images: Sequence[Mapping[str, Any]]) -> Iterator[RawRow]:
+    parsed: list[KarpathyImage | BadRow] = []
+    for row in images:
+        try:
+            parsed.append(KarpathyImage.parse(row))
+        except (KeyError, TypeError, AttributeError) as error:
+            parsed.append(BadRow("malformed row", f"not in the format of Karpathy's splits ({error!r})"))
+    folder = _find_image_folder(path, [image.name for image in parsed if isinstance(image, KarpathyImage)])
+    for number, image in enumerate(parsed, 1):
+        if isinstance(image, BadRow):
+            yield path, number, image
+            continue
+        ref = FileImage(os.path.join(folder, image.name))
+        yield path, number, {"id": image.id, "image": ref, "captions": image.captions, "split": image.split}
+
+
+def _coco_rows(path: str, images: Sequence[Mapping[str, Any]], annotations: Sequence[Any]) -> Iterator[RawRow]:
+    captions: dict[Any, list[Any]] = {image.get("id"): [] for image in images}
+    num_bad = 0
+    example = ""
+    for annotation in annotations:
+        image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
+        if image_id is None or image_id not in captions:
+            num_bad += 1
+            example = example or repr(annotation)
+        else:
+            captions[image_id].append(annotation.get("caption"))
+    folder = _find_image_folder(path, [str(image.get("file_name")) for image in images], _split_folders(path, images))
+    for number, image in enumerate(images, 1):
+        name = image.get("file_name")
+        if not isinstance(name, str) or image.get("id") is None:
+            yield path, number, BadRow("malformed row", f"an image without id or file_name: {dict(image)!r}")
+            continue
+        ref = FileImage(os.path.join(folder, name))
+        yield path, number, {"id": image["id"], "image": ref, "captions": captions[image["id"]]}
+    if num_bad:
+        problem = f"annotations of unknown images, such as {example}"
+        yield path, len(images) + 1, BadRow("malformed row", problem, num_bad)
+
+
+def _split_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the likely name of the folder with the images of COCO's split, such as train2017.
+
+    `captions_train2017.json` contains it, and so does `coco_url`
+    (http://images.cocodataset.org/train2017/000000391895.jpg).
+    """
+    match = re.fullmatch(r"[a-z_]+_([a-z]+\d*)", os.path.splitext(os.path.basename(path))[0])
+    names = [match[1]] if match else []
+    url = images[0].get("coco_url") if images else None
+    if isinstance(url, str) and url.count("/") > 2:
+        names.append(url.split("/")[-2])
+    return names
+
+
+def _find_image_folder(path: str, names: Sequence[str], subfolders: Sequence[str] = ()) -> str:
+    """Return the folder that contains the first images found, or the folder of the JSON file if none is found."""
+    parent = os.path.dirname(path)
+    for name in names[:SEARCHED_IMAGES]:
+        for folder in IMAGE_FOLDERS:
+            for subfolder in ("", *subfolders):
+                candidate = os.path.normpath(os.path.join(parent, folder, subfolder))
+                if os.path.isfile(os.path.join(candidate, name)):
+                    return candidate
+    return parent

@@ -1,0 +1,34 @@
+"""Checks that texts are strings that can be encoded as UTF-8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+
+def is_valid_unicode(text: str) -> bool:
+    """Return whether a text contains no lone surrogates, which means that it can be encoded as UTF-8."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_texts(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the texts, and check that each of them is a valid string.
+
+    Raises:
+        TypeError: An item is not a string. The message contains its index.
+        ValueError: A text contains a lone surrogate. The message contains the text's index.
+    """
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"text {index} must be a string (got {text!r}). Remove it, or replace it with a string")
+        if not is_valid_unicode(text):
+            raise ValueError(
+                f"text {index} is not valid Unicode: it contains a lone surrogate ({text[:200]!a}). Remove the "
+                "text, or decode it again with the right encoding"
+            )
+        yield text
