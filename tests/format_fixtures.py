@@ -8,6 +8,7 @@ import io
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,11 @@ def image_row(n: int, split: str | None = None, **more: object) -> dict[str, Any
 
 
 def write_images_and_jsonl(path: Path, *rows: dict[str, Any]) -> str:
-    """Write rows to a .jsonl file and create the images that they name; return the path."""
+    """Write rows to a .jsonl file and create the images that they name, each different; return the path."""
     for row in rows:
         if row.get("image"):
-            Image.new("RGB", (8, 8)).save(path.parent / row["image"])
+            colour = tuple(zlib.crc32(row["image"].encode()).to_bytes(4, "big")[:3])
+            Image.new("RGB", (8, 8), colour).save(path.parent / row["image"])
     return str(write_jsonl(path, rows))
 
 

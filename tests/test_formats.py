@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +23,11 @@ from format_fixtures import (
     write_jsonl,
     write_tar,
 )
+from llm2clip.config import EvaluateConfig
 from llm2clip.data.image_refs import FileImage, MemoryImage, ParquetImage, TarImage, content_digest
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.splits import read_splits
 
 
 @pytest.mark.parametrize("write", FORMATS, ids=lambda write: write.__name__)
@@ -167,3 +171,44 @@ def test_parquet_image_of_a_truncated_file_raises_os_error(tmp_path: Path) -> No
     assert record.image is not None
     with pytest.raises(OSError, match=r"x\.parquet\[0\]\.image"):
         record.image.read()
+
+
+@pytest.mark.parametrize("images", ["train2017", "images/train2017", "images", "annotations", ""])
+def test_coco_captions_find_their_images(folder: Path, images: str) -> None:
+    """The images may be in the usual folders next to the folder of the JSON file."""
+    (folder / "annotations").mkdir()
+    (folder / images).mkdir(parents=True, exist_ok=True)
+    (folder / images / "000000000009.jpg").write_bytes(image_bytes(1))
+    coco = {
+        "images": [{"id": 9, "file_name": "000000000009.jpg", "coco_url": "http://x.org/train2017/000000000009.jpg"}],
+        "annotations": [{"image_id": 9, "caption": "a dog"}, {"image_id": 9, "caption": "it runs"}],
+    }
+    (folder / "annotations/captions_train2017.json").write_text(json.dumps(coco))
+    (record,) = open_records(folder / "annotations/captions_train2017.json")
+    assert (record.id, record.captions, record.split) == ("9", ("a dog", "it runs"), None)
+    assert record.image == FileImage(os.path.join(folder, images, "000000000009.jpg").replace("//", "/"))
+
+
+def test_karpathy_splits_are_selected_like_any_other(folder: Path) -> None:
+    rows = []
+    for n, split in enumerate(("restval", "train", "val", "test")):
+        name = f"COCO_val2014_{n:012}.jpg"
+        (folder / "val2014").mkdir(exist_ok=True)
+        (folder / "val2014" / name).write_bytes(image_bytes(n))
+        sentences = [{"raw": f" {split} {k} .", "tokens": [split], "sentid": k} for k in range(5 + n)]
+        rows.append(
+            {"filepath": "val2014", "filename": name, "cocoid": 390 + n, "split": split, "sentences": sentences}
+        )
+    file = folder / "dataset_coco.json"
+    file.write_text(json.dumps({"dataset": "coco", "images": [*rows, {"filename": "no sentences", "sentences": 3}]}))
+    (test,) = open_records(f"{file}@test", SkipLog(max_skipped=0.5))
+    assert (test.id, test.split, test.captions) == ("393", "test", tuple(f"test {k} ." for k in range(8)))
+    assert test.image == FileImage(str(folder / "val2014/COCO_val2014_000000000003.jpg"))
+    splits = read_splits([str(file)], EvaluateConfig(), {}, SkipLog(max_skipped=0.5))
+    assert [record.split for record in splits.train] == ["restval", "train"]
+    assert [record.split for record in splits.held_out["captions"]] == ["val"]
+    for row in rows:
+        del row["filepath"], row["cocoid"]  # as for Flickr30k
+    (folder / "val2014").rename(folder / "flickr30k-images")
+    (folder / "dataset_flickr30k.json").write_text(json.dumps({"images": rows}))
+    assert [r.id for r in open_records(f"{folder / 'dataset_flickr30k.json'}@test")] == ["COCO_val2014_000000000003"]

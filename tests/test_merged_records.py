@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from format_fixtures import image_bytes, image_row, write_images_and_jsonl, write_jsonl
+from format_fixtures import image_bytes, image_row, write_images_and_jsonl, write_jsonl, write_tar
+from llm2clip.data import image_copies
+from llm2clip.data.image_refs import FileImage
 from llm2clip.data.merged_records import read_merged_records, stream_records
-from llm2clip.data.records import EARLY_CHECK_ROWS, open_records
+from llm2clip.data.records import EARLY_CHECK_ROWS, ImageCheck, open_records
 from llm2clip.data.skip_log import SkipLog
 
 
@@ -79,3 +81,57 @@ def test_rows_without_id_and_image_are_never_merged(tmp_path: Path) -> None:
     for image_check in ("header", "unchecked", "ignore"):
         records = read_merged_records([str(tmp_path / "x.parquet")], {}, SkipLog(), image_check)  # type: ignore[arg-type]
         assert len(records) == 6
+
+
+# ---- copies of images ----------------------------------------------------------------------------------------------
+
+
+def write_copies(folder: Path) -> Path:
+    """Write an image, a copy, a symbolic link and a hard link to it, and two images that are only of the same size."""
+    image = image_bytes(0)
+    (folder / "a.jpg").write_bytes(image)
+    (folder / "copy.jpg").write_bytes(image)
+    (folder / "link.jpg").symlink_to(folder / "a.jpg")
+    (folder / "hard.jpg").hardlink_to(folder / "copy.jpg")
+    for position in (len(image) // 2, -1):  # a different byte in the middle, and at the end
+        other = bytearray(image)
+        other[position] ^= 1
+        (folder / f"other{position}.jpg").write_bytes(other)
+    names = sorted(path.name for path in folder.iterdir())
+    return write_jsonl(folder / "x.jsonl", [{"image": name, "caption": f"{name} {k}"} for name in names for k in "xy"])
+
+
+@pytest.mark.parametrize("image_check", ["header", "exists", "unchecked"])
+def test_copies_of_an_image_are_merged_and_counted(tmp_path: Path, image_check: ImageCheck) -> None:
+    source, log = str(write_copies(tmp_path)), SkipLog()
+    for _ in range(2):  # the copies are counted once
+        records = [record for _, record in read_merged_records([source], {}, log, image_check)]
+        assert [record.id for record in records] == ["a", "other-1", f"other{len(image_bytes(0)) // 2}"]
+    assert records[0].captions == tuple(f"{name}.jpg {k}" for name in ("a", "copy", "hard", "link") for k in "xy")
+    assert log.summary() == "0 of 12 rows skipped; 3 copies of images merged with the originals"
+
+
+def test_copies_in_a_tar_file_are_merged_with_files(tmp_path: Path) -> None:
+    image, other = image_bytes(0), image_bytes(1)
+    members = []
+    for n, data in enumerate((image, other, other)):
+        members += [(f"{n}.jpg", data), (f"{n}.txt", f"{n}".encode())]
+    write_tar(tmp_path / "x.tar", members)
+    (tmp_path / "a.jpg").write_bytes(image)
+    write_jsonl(tmp_path / "x.jsonl", [{"image": "a.jpg", "caption": "a"}])
+    records = read_merged_records([str(tmp_path / "x.jsonl"), str(tmp_path / "x.tar")], {}, SkipLog())
+    assert [record.captions for _, record in records] == [("a", "0"), ("1", "2")]
+
+
+def test_only_files_of_equal_size_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of large files that differ in the middle, only a sample is read."""
+    for name, content in {"a": b"a" * 99_999, "b": b"b" * 99_999, "c": b"c" * 99_998}.items():
+        (tmp_path / name).write_bytes(content)
+    refs = [FileImage(str(tmp_path / name)) for name in "abc"] + [FileImage(str(tmp_path / "missing"))]
+    lengths: list[int] = []
+    digest = image_copies._digest
+    monkeypatch.setattr(
+        image_copies, "_digest", lambda path, start, length: lengths.append(length) or digest(path, start, length)
+    )
+    assert image_copies.find_copies(refs) == {}
+    assert lengths == [image_copies.SAMPLE_BYTES] * 2

@@ -145,7 +145,9 @@ def test_open_records_rejects_wrong_paths_immediately(folder: Path) -> None:
 
 def test_open_records_rejects_malformed_files(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"captions": []}')
-    with pytest.raises(ValueError, match=r"must be a list of objects \(got dict\)"):
+    with pytest.raises(
+        ValueError, match=r"must be a list of objects, or have the format of COCO .*with the keys captions\)"
+    ):
         list(open_records(tmp_path / "x.json"))
     (tmp_path / "y.json").write_text('{"text": "a"}\n{"text": "b"}\n')
     with pytest.raises(ValueError, match=r"y\.json: not JSON .*rename it to \.jsonl"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import datasets
@@ -126,3 +127,20 @@ def test_read_splits_reads_caption_columns_of_held_out_images(tmp_path: Path) ->
         "long_captions": [("two, at length",)],
         "captions_de": [("zwei",)],
     }
+
+
+def test_copies_of_held_out_images_are_not_used_for_training(tmp_path: Path) -> None:
+    """A copy in the training split of the same source, and one in another source."""
+    rows = [image_row(n, "val" if n < 3 else "train") for n in range(6)]
+    file = Path(write_images_and_jsonl(tmp_path / "a.jsonl", *rows))
+    for n in (0, 3):
+        shutil.copy(tmp_path / f"{n}.png", tmp_path / f"copy{n}.png")
+    copies = [{"image": f"copy{n}.png", "captions": [f"copy {n}"]} for n in (0, 3)]
+    write_jsonl(file, [*rows, {**copies[0], "split": "train"}, {**copies[1], "split": "val"}])
+    splits = splits_of(file)
+    assert ids(splits) == (["3", "4", "5"], ["0", "1", "2"])
+    assert splits.held_out["captions"][0].captions == ("0 a", "0 b", "copy 0")
+    write_jsonl(tmp_path / "b.jsonl", copies)
+    splits = splits_of(f"{file}@train+val", held_out=(tmp_path / "b.jsonl",))
+    assert ids(splits) == (["1", "2", "4", "5"], ["copy0", "copy3"])
+    assert "2 held-out images removed from training" in splits.summary

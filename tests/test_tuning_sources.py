@@ -121,3 +121,13 @@ def test_exclude_compares_ids_without_leading_zeros(tmp_path: Path, capsys: pyte
     capsys.readouterr()
     assert remaining("000000000140") == ["8", "7", "9"]
     assert "contains none of these images" in capsys.readouterr().out
+
+
+def test_copies_of_held_out_images_are_not_used_for_tuning(tmp_path: Path) -> None:
+    rows = [image_row(1, "train"), image_row(2, "val")]
+    train = write_images_and_jsonl(tmp_path / "a.jsonl", *rows)
+    (tmp_path / "copy.png").write_bytes((tmp_path / "2.png").read_bytes())
+    more = {"image": "copy.png", "id": "another", "captions": ["copy", "copy too"]}
+    other = str(write_jsonl(tmp_path / "b.jsonl", [more, {"id": "3", "captions": ["3 a", "3 b"]}]))
+    assert images_of_tune([train], TuneConfig(data=[other])) == [{"1", "3"}]
+    assert images_of_tune([train], TuneConfig(data=[other], source_weights=[1, 1])) == [{"1"}, {"3"}]

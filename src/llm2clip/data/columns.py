@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -38,6 +39,7 @@ def guess_columns(names: Mapping[str, Sequence[str]], columns: Collection[str]) 
     return chosen
 
 
+@functools.lru_cache(maxsize=4096)
 def normalize_name(column: str) -> str:
     """Return a column name in lower case, with underscores instead of spaces and hyphens."""
     return re.sub(r"[\s-]+", "_", column.strip().lower())

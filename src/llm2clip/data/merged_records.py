@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from llm2clip.data.columns import CAPTION_FIELDS
 from llm2clip.data.hashing import unique_captions
+from llm2clip.data.image_copies import find_copies
 from llm2clip.data.records import ImageCheck, Record, Source, open_records
 from llm2clip.data.skip_log import SkipLog
 
@@ -20,14 +21,14 @@ def read_merged_records(
     """Read all records from several sources and merge records that have the same image.
 
     Rows with the same image are merged into one record with all their distinct captions, even across sources. The
-    merged record has the id, split and source of the first row. Rows without an image are merged if they have the same
-    id, source path and split.
+    merged record has the id, split and source of the first row. Image files with the same bytes are the same image; see
+    `find_copies`. Rows without an image are merged if they have the same id, source path and split.
 
     Args:
         sources: Paths or `Source` objects.
         columns: Column mapping that is added to each source's own mapping.
-        log: Log for recording skipped rows.
-        image_check: How to check images; see `open_records`.
+        log: Log for recording skipped rows and counting copies of images.
+        image_check: How to check images; see `open_records`. If the value is "ignore", image files are not compared.
 
     Returns:
         A list of (source, record), one for each image, in order of first appearance.
@@ -40,6 +41,13 @@ def read_merged_records(
             merged[key] = first_source, _merge(first, record)
         else:
             merged[key] = source, record
+    if image_check != "ignore":
+        copies = find_copies(record.image for _, record in merged.values())
+        log.count_copies(copies)
+        for copy, first_key in copies.items():
+            _, record = merged.pop(copy)
+            first_source, first = merged[first_key]
+            merged[first_key] = first_source, _merge(first, record)
     return list(merged.values())
 
 
@@ -55,6 +63,21 @@ def stream_records(
         source = dataclasses.replace(parsed, columns={**parsed.columns, **columns})
         for record in open_records(source, log, image_check):
             yield source, record
+
+
+def same_image_filter(records: Sequence[Record], candidates: Sequence[Record]) -> Callable[[Record], bool]:
+    """Return a function that tells whether a candidate has the same image as one of the records.
+
+    Image files with the same bytes are the same image. The candidates must be known in advance, because file sizes
+    determine which files are compared.
+    """
+    copies = find_copies([record.image for record in [*records, *candidates]])
+
+    def image_key(record: Record) -> str | None:
+        return None if record.image is None else copies.get(record.image.key, record.image.key)
+
+    keys = {image_key(record) for record in records} - {None}
+    return lambda candidate: image_key(candidate) in keys
 
 
 def _merge_key(source: Source, record: Record, number: int) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class SkipLog:
         self.dropped: Counter[str] = Counter()
         self.examples: list[str] = []
         self.notes: dict[str, dict[str, None]] = {}
+        self._copies: set[str] = set()  # keys of images that are copies of other images
         self._single_rows = 0  # rows counted with `count_row`
         self._source_rows: dict[str, dict[str, int]] = {}  # path -> splits -> rows; the key "" means all splits
         self._skipped_rows: set[tuple[str, int, str]] = set()
@@ -91,6 +93,14 @@ class SkipLog:
         self.dropped[reason] += 1
         self._write(file, row, reason, value)
 
+    def count_copies(self, keys: Iterable[str]) -> None:
+        """Count images that were merged with other images because their bytes are the same.
+
+        Args:
+            keys: Keys of these images. Each key is counted once, even if its source is read several times.
+        """
+        self._copies.update(keys)
+
     def note(self, text: str, file: str) -> None:
         """Add an unusual property of a file to the summary. Each property of a file is listed once."""
         name = file.encode("utf-8", "backslashreplace").decode()  # the summary is printed, so it must be valid Unicode
@@ -101,6 +111,8 @@ class SkipLog:
         summary = f"{self.skipped.total():,} of {self.rows_seen:,} rows skipped{_format_counts(self.skipped)}"
         if self.dropped:
             summary += f"; parts of rows dropped{_format_counts(self.dropped)}"
+        if self._copies:
+            summary += f"; {len(self._copies):,} copies of images merged with the originals"
         for text, files in islice(self.notes.items(), MAX_NOTES):
             others = f" and {len(files) - 1:,} more files" if len(files) > 1 else ""
             summary += f"; {next(iter(files))}{others}: {text}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llm2clip.config import EvaluateConfig
 from llm2clip.data.columns import CAPTION_FIELDS
-from llm2clip.data.merged_records import SourcedRecord, read_merged_records
+from llm2clip.data.merged_records import SourcedRecord, read_merged_records, same_image_filter
 from llm2clip.data.records import NO_SPLIT, ImageCheck, Record, Source
 from llm2clip.data.skip_log import SkipLog
 
@@ -113,8 +113,8 @@ def _held_out_split(records: Sequence[SourcedRecord]) -> str | None:
 
 
 def _without_images_of(held_out: Sequence[SourcedRecord], train: Sequence[SourcedRecord]) -> list[SourcedRecord]:
-    held_out_keys = {record.image.key for _, record in held_out if record.image is not None}
-    return [(s, record) for s, record in train if record.image is None or record.image.key not in held_out_keys]
+    is_held_out = same_image_filter([record for _, record in held_out], [record for _, record in train])
+    return [(source, record) for source, record in train if not is_held_out(record)]
 
 
 def _draw_held_out(train: Sequence[SourcedRecord]) -> tuple[list[SourcedRecord], list[SourcedRecord]]:
@@ -142,11 +142,11 @@ def _by_caption_field(
     for name in CAPTION_FIELDS[1:]:
         if any(getattr(record, name) for record in records):
             fields[name] = [with_captions(record, getattr(record, name)) for record in records]
-    held_out_keys = {record.image.key for record in records if record.image is not None}
     sources = [Source(path, splits) for path, splits in dict.fromkeys((s.path, s.splits) for s, _ in held_out)]
     for name in extra_columns:
         only_this_column = {**columns, **dict.fromkeys(CAPTION_FIELDS, ""), "captions": name}
         quiet = SkipLog(max_skipped=1.0)  # some rows are expected to have no caption in this column
         candidates = read_merged_records(sources, only_this_column, quiet, image_check="exists")
-        fields[name] = [r for _, r in candidates if r.image is not None and r.image.key in held_out_keys]
+        is_held_out = same_image_filter(records, [record for _, record in candidates])
+        fields[name] = [record for _, record in candidates if is_held_out(record)]
     return fields

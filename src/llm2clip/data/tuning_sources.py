@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from llm2clip.config import TuneConfig
-from llm2clip.data.merged_records import read_merged_records, stream_records
+from llm2clip.data.merged_records import read_merged_records, same_image_filter, stream_records
 from llm2clip.data.pairs import ImageCaptions, TuningItem, can_pair, pairable_items
 from llm2clip.data.records import Record, Source
 from llm2clip.data.skip_log import SkipLog
@@ -36,8 +36,8 @@ def read_tuning_sources(
         columns: Column mapping that is added to each source's own mapping.
         log: Log for recording skipped rows.
         training_sources: Caption sources from which `held_out` may have been drawn. They precede the sources in
-            `config.data`. In `training_sources`, held-out images are recognised by their files. In `config.data`, they
-            are recognised by the comparable part of their ids; see `comparable_id`.
+            `config.data`. In all sources, held-out images are recognised by their files. In `config.data`, they are
+            also recognised by the comparable part of their ids; see `comparable_id`.
 
     Raises:
         ValueError: The number of source weights is wrong, a source has fewer pairs than a batch needs, or no pair can
@@ -60,7 +60,14 @@ def read_tuning_sources(
     for group in groups:
         records = read_merged_records(group, columns, log, "unchecked")
         num_read += len(records)
-        captions.append([_to_item(record) for source, record in records if held_out_filter.allows(source, record)])
+        is_held_out = same_image_filter(held_out, [record for _, record in records])
+        captions.append(
+            [
+                _to_item(record)
+                for source, record in records
+                if held_out_filter.allows(source, record) and not is_held_out(record)
+            ]
+        )
     num_removed = num_read - sum(len(items) for items in captions)
     if config.exclude and not num_removed:
         print_once("--tune.exclude has no effect: the tuning data contains none of these images")
@@ -92,12 +99,11 @@ def comparable_id(record_id: str) -> str:
 
 
 class _HeldOutFilter:
-    """Decides which records may be used for tuning."""
+    """Decides by split and id which records may be used for tuning."""
 
     def __init__(self, held_out: Sequence[Record], excluded_ids: set[str], training_sources: Sequence[str]) -> None:
         self.excluded_ids = excluded_ids
         self.held_out_ids = {comparable_id(record.id) for record in held_out}
-        self.held_out_keys = {record.image.key for record in held_out if record.image is not None}
         parsed = [Source.parse(source) for source in training_sources]
         self.training_sources = {(source.path, source.splits) for source in parsed}
 
@@ -107,7 +113,7 @@ class _HeldOutFilter:
         if self.is_excluded(record):
             return False
         if (source.path, source.splits) in self.training_sources:
-            return record.image is None or record.image.key not in self.held_out_keys
+            return True
         return comparable_id(record.id) not in self.held_out_ids
 
     def is_excluded(self, record: Record) -> bool:

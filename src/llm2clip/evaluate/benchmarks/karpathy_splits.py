@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from llm2clip.data.readers.coco import KarpathyImage
 from llm2clip.data.records import Record
 from llm2clip.evaluate.benchmarks.base import Benchmark, CaptionFields, captioned_records, find_image, image_file
 from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json, read_lines
@@ -27,18 +28,15 @@ IMAGE_FOLDERS = {
 
 
 def read_karpathy_json(file: Path, image_dir: Path, split: str = "test") -> list[Record]:
-    """Read one split of Karpathy's `dataset_NAME.json`.
-
-    The format is {"images": [{"filename", "filepath" (COCO only), "split", "sentences": [{"raw"}]}]}.
-    """
+    """Read one split of Karpathy's `dataset_NAME.json`; see `llm2clip.data.readers.coco`."""
     data = read_json(file)
     if not isinstance(data, dict) or "images" not in data:
         raise DataFormatError(f"{file}: expected a JSON object with an `images` list, as in Karpathy's files")
     pairs = []
     for row in data["images"]:
-        if row["split"] == split:
-            name = str(Path(row.get("filepath", "")) / row["filename"])
-            pairs.append((image_file(image_dir, name), [sentence["raw"] for sentence in row["sentences"]]))
+        image = KarpathyImage.parse(row)
+        if image.split == split:
+            pairs.append((image_file(image_dir, image.name), image.captions))
     return captioned_records(pairs, file)
 
 

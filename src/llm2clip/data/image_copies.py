@@ -1,0 +1,129 @@
+"""Detection of image files with the same bytes, so that copies of an image are not in different splits.
+
+Most files are not read: files can only be equal if they have the same size, and most pairs of such files already differ
+in a few bytes from their middle. Only the remaining files are read completely.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from llm2clip.data.image_refs import FileImage, ImageRef, TarImage
+
+SAMPLE_BYTES = 1024
+NUM_THREADS = 16  # for network file systems, where waiting takes most of the time
+ITEMS_PER_TASK = 32
+CHUNK_BYTES = 1 << 20
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+Location = tuple[str, int, int]  # path, offset and size of the image
+
+
+def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
+    """Find images that have the same bytes as an earlier image. Symbolic and hard links count as copies.
+
+    Image files and members of tar files are compared. For images in tables, `ImageRef.key` is already a hash of their
+    bytes, so they are not compared with files. Images that do not exist are ignored.
+
+    Returns:
+        A dict that maps the key of each copy to the key of the first image with the same bytes (see `ImageRef.key`), in
+        the order of the images.
+    """
+    refs = {image.key: image for image in images if isinstance(image, FileImage | TarImage)}
+    copies: dict[str, str] = {}
+    keys: dict[Location, str] = {}
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        first_locations: dict[tuple[int, int, int], str] = {}  # device, inode and offset -> key of the first image
+        for (key, ref), inode in zip(
+            refs.items(), _map_in_chunks(pool, _inode_and_size, list(refs.values())), strict=True
+        ):
+            if inode is None:
+                continue
+            device, number, size = inode
+            offset = ref.offset if isinstance(ref, TarImage) else 0
+            first = first_locations.setdefault((device, number, offset), key)
+            if first == key:
+                keys[ref.path, offset, size] = key
+            else:
+                copies[key] = first
+        groups = _group_equal(list(keys), lambda location: location[2])
+        for read_part in (_sample_digest, _full_digest):
+            candidates = [location for group in groups for location in group]
+            digests = dict(zip(candidates, _map_in_chunks(pool, read_part, candidates), strict=True))
+            equal: list[list[Location]] = []
+            for group in groups:
+                equal += _group_equal([location for location in group if digests[location]], digests.__getitem__)
+            groups = equal
+    for first_location, *others in groups:
+        copies |= {keys[location]: keys[first_location] for location in others}
+    # The first image with an inode may itself be a copy of another file.
+    return {key: copies.get(copies[key], copies[key]) for key in refs if key in copies}
+
+
+def _map_in_chunks(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
+    """Apply a function to items in threads; yield the results in order. Separate tasks for each item would be slow."""
+    chunks = [items[start : start + ITEMS_PER_TASK] for start in range(0, len(items), ITEMS_PER_TASK)]
+    for results in pool.map(lambda chunk: [function(item) for item in chunk], chunks):
+        yield from results
+
+
+def _group_equal(items: Sequence[Location], value: Callable[[Location], Hashable]) -> list[list[Location]]:
+    """Group items with equal values, in order of first appearance. Omit groups with a single item."""
+    groups: dict[Hashable, list[Location]] = {}
+    for item in items:
+        groups.setdefault(value(item), []).append(item)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _inode_and_size(image: FileImage | TarImage) -> tuple[int, int, int] | None:
+    """Return the device, inode and size of an image, or None if its file does not exist."""
+    try:
+        status = os.stat(image.path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino, image.size if isinstance(image, TarImage) else status.st_size
+
+
+def _sample_digest(location: Location) -> bytes:
+    """Return a hash of a few bytes from the middle of an image, or b"" if they cannot be read."""
+    path, offset, size = location
+    length = min(SAMPLE_BYTES, size)
+    return _digest(path, offset + (size - length) // 2, length)
+
+
+def _full_digest(location: Location) -> bytes:
+    """Return a hash of all bytes of an image, or b"" if they cannot be read."""
+    path, offset, size = location
+    try:
+        modified = os.stat(path).st_mtime_ns
+    except OSError:
+        return b""
+    return _cached_digest(path, offset, size, modified)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _cached_digest(path: str, offset: int, size: int, modified: int) -> bytes:
+    return _digest(path, offset, size)
+
+
+def _digest(path: str, start: int, length: int) -> bytes:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            while length > 0:
+                data = file.read(min(length, CHUNK_BYTES))
+                if not data:
+                    return b""
+                digest.update(data)
+                length -= len(data)
+    except OSError:
+        return b""
+    return digest.digest()
