@@ -62,7 +62,7 @@ CASES = {
     ),
     "UTF-32": Case({"x.csv": PLAIN.encode("utf-32")}, TWO, ("read as UTF-32",)),
     "UTF-16 .jsonl": Case({"x.jsonl": JSONL.encode("utf-16")}, [("a dog",), ("a cät",)], ("read as UTF-16",)),
-    "UTF-16 .json": Case({"x.json": '[{"caption": "a cät"}]'.encode("utf-16")}, [("a cät",)]),
+    "UTF-16 .json": Case({"x.json": '[{"caption": "a cät"}]'.encode("utf-16")}, [("a cät",)], ("UTF-16",)),
     "UTF-16 captions.txt": Case({"captions.txt": "a.jpg,ein Mädchen\n".encode("utf-16")}, [("ein Mädchen",)]),
     "cp1252 (Western European)": Case(
         {"x.csv": FRENCH.encode("cp1252")}, None, ("not UTF-8: 2", "cp1252 ('1,un chien court à", "iconv -f")
@@ -85,6 +85,12 @@ CASES = {
     "cp1252 text beside an image": Case(
         {"photos/a.jpg": image_bytes(0), "photos/a.txt": "un café".encode("cp1252")}, None, ("a.txt: not UTF-8, prob",)
     ),
+    # line ends and empty files
+    "Windows and old Mac line ends": Case({"x.csv": "id,caption\r\n1,a dog\r2,a cat\r"}, TWO),
+    "JSON list in a .jsonl": Case({"x.jsonl": '[{"caption": "a"}]'}, None, ("malformed row: not an object",)),
+    "JSON lines in a .json": Case({"x.json": JSONL}, None, ("not JSON", "rename it to .jsonl")),
+    "header without rows": Case({"x.csv": "id,caption\n"}, None, ("x.csv: no records",)),
+    "empty file": Case({"x.csv": ""}, None, ("x.csv: no records",)),
     # delimiters
     "semicolons": Case({"x.csv": PLAIN.replace(",", ";")}, TWO, ("x.csv: read as separated by semicolons",)),
     "semicolons, captions with commas": Case(

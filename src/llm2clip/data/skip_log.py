@@ -108,15 +108,7 @@ class SkipLog:
 
     def summary(self) -> str:
         """Return one line with the numbers of skipped rows and dropped parts of rows, the reasons, and the notes."""
-        summary = f"{self.skipped.total():,} of {self.rows_seen:,} rows skipped{_format_counts(self.skipped)}"
-        if self.dropped:
-            summary += f"; parts of rows dropped{_format_counts(self.dropped)}"
-        if self._copies:
-            summary += f"; {len(self._copies):,} copies of images merged with the originals"
-        for text, files in islice(self.notes.items(), MAX_NOTES):
-            others = f" and {len(files) - 1:,} more files" if len(files) > 1 else ""
-            summary += f"; {next(iter(files))}{others}: {text}"
-        return summary
+        return "; ".join([self._format_numbers(), *self._format_notes()])
 
     def check(self) -> None:
         """Raise `TooManySkipped` if the fraction of skipped rows exceeds the limit."""
@@ -124,10 +116,26 @@ class SkipLog:
             return
         examples = "".join(f"\n  {example}" for example in self.examples)
         listed = f"\nAll skipped rows are listed in {self.path}." if self.path else ""
+        notes = "".join(f"\n{note}" for note in self._format_notes())
         raise TooManySkipped(
-            f"{self.summary()}, over the limit of {self.max_skipped:.1%}{examples}{listed}"
+            f"{self._format_numbers()}, over the limit of {self.max_skipped:.1%}{examples}{listed}{notes}"
             "\nFix the source, or raise the limit with --max_skipped."
         )
+
+    def _format_numbers(self) -> str:
+        numbers = f"{self.skipped.total():,} of {self.rows_seen:,} rows skipped{_format_counts(self.skipped)}"
+        if self.dropped:
+            numbers += f"; parts of rows dropped{_format_counts(self.dropped)}"
+        if self._copies:
+            numbers += f"; {len(self._copies):,} copies of images merged with the originals"
+        return numbers
+
+    def _format_notes(self) -> list[str]:
+        notes = []
+        for text, files in islice(self.notes.items(), MAX_NOTES):
+            others = f" and {len(files) - 1:,} more files" if len(files) > 1 else ""
+            notes.append(f"{next(iter(files))}{others}: {text}")
+        return notes
 
     def _write(self, file: str, row: int, reason: str, value: object) -> None:
         if self.path is None:

@@ -103,7 +103,7 @@ def read_source(
         return read_captions_txt(path, log)
     if kind == "images":
         return read_image_folder(path, log)
-    return read_tar(path) if kind == "tar" else read_json_list(path)
+    return read_tar(path) if kind == "tar" else read_json_list(path, log)
 
 
 def _detect_folder_format(folder: str) -> list[tuple[str, str]]:

@@ -32,6 +32,7 @@ _LIKELY_ENCODINGS = (
     "big5", "euc_kr",
 )  # fmt: skip
 MAX_SAMPLE_LINES = 200_000  # number of lines that are searched for text that is not UTF-8
+MAX_READINGS = 3  # number of likely encodings in a message
 MAX_SAMPLE_BYTES = 1 << 14  # maximum size of the text whose encoding is guessed
 
 
@@ -99,21 +100,27 @@ def describe_encoding(path: str) -> str:
     sample, line = _sample_undecodable(path)
     if not line:
         return "not UTF-8. Convert the file to UTF-8"
-    likely = [match.encoding for match in from_bytes(sample, cp_isolation=list(_LIKELY_ENCODINGS))][:3]
+    likely = [match.encoding for match in from_bytes(sample, cp_isolation=list(_LIKELY_ENCODINGS))]
     if sum(byte > 127 for byte in sample) < 0.3 * len(sample):
-        likely.append("cp1252")  # the most common encoding of texts in which most letters are ASCII
+        likely.insert(0, "cp1252")  # the most common encoding of texts in which most letters are ASCII
     readings: dict[str, str] = {}  # the line as read in an encoding -> encoding
     for encoding in likely:
-        readings.setdefault(line.decode(encoding, "replace").strip()[:60], encoding)
-    candidates = " or ".join(f"{encoding} ({reading!r})" for reading, encoding in readings.items())
-    if not candidates:
+        try:
+            readings.setdefault(line.decode(encoding).strip()[:60], encoding)
+        except UnicodeDecodeError:
+            continue
+    likely_readings = list(islice(readings.items(), MAX_READINGS))
+    if not likely_readings:
         return "not UTF-8, in an unknown encoding. Convert the file to UTF-8"
-    name = next(iter(readings.values())).upper().replace("_", "-") if len(readings) == 1 else "ENCODING"
+    description = "not UTF-8, probably " + " or ".join(f"{encoding} ({text!r})" for text, encoding in likely_readings)
     if path.lower().endswith(".gz"):
-        return f"not UTF-8, probably {candidates}. Convert the file to UTF-8"
+        return f"{description}. Convert the file to UTF-8"
+    name, advice = "ENCODING", "Convert the file from the encoding in which this text is correct"
+    if len(likely_readings) == 1:
+        name, advice = likely_readings[0][1].upper().replace("_", "-"), "Convert the file"
     stem, suffix = os.path.splitext(path)
     command = f"iconv -f {name} -t UTF-8 {shlex.quote(path)} > {shlex.quote(f'{stem}-utf8{suffix}')}"
-    return f"not UTF-8, probably {candidates}. Convert the file, for example with `{command}`"
+    return f"{description}. {advice}: `{command}`"
 
 
 def _open_binary(path: str) -> BinaryIO:

@@ -21,7 +21,7 @@ FLICKR8K_IMAGE_FOLDERS = ("images", "Images", "Flicker8k_Dataset", "Flickr8k_Dat
 
 def read_json_rows(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
     """Yield the objects in a .json, .jsonl or .jsonl.gz file; see `read_json_list` and `read_json_lines`."""
-    return read_json_list(path) if path.endswith(".json") else read_json_lines(path, log)
+    return read_json_list(path, log) if path.endswith(".json") else read_json_lines(path, log)
 
 
 def read_json_lines(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
@@ -39,7 +39,7 @@ def read_json_lines(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
         yield path, number + 1, BadRow("truncated file", str(error))
 
 
-def read_json_list(path: str) -> Iterator[RawRow]:
+def read_json_list(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
     """Yield the objects in a JSON file that contains a list, or the images in COCO's or Karpathy's format.
 
     The entire file is read into memory.
@@ -47,7 +47,7 @@ def read_json_list(path: str) -> Iterator[RawRow]:
     Raises:
         ValueError: The file is not valid JSON, or it has a different format.
     """
-    with open_text(path) as file:
+    with open_text(path, log) as file:
         text = file.read()
     if not is_valid_unicode(text):
         raise ValueError(f"{path}: {describe_encoding(path)}")
