@@ -123,6 +123,20 @@ def test_copies_in_a_tar_file_are_merged_with_files(tmp_path: Path) -> None:
     assert [record.captions for _, record in records] == [("a", "0"), ("1", "2")]
 
 
+def test_links_are_copies_of_their_target_without_reading_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The link comes first, and the target is itself a copy of an earlier file of the same content."""
+    for name in ("0.jpg", "target.jpg"):
+        (tmp_path / name).write_bytes(image_bytes(0))
+    (tmp_path / "folder").symlink_to(tmp_path)
+    (tmp_path / "link.jpg").symlink_to("folder/target.jpg")
+    (tmp_path / "broken.jpg").symlink_to("nothing.jpg")
+    refs = {name: FileImage(str(tmp_path / f"{name}.jpg")) for name in ("link", "target", "broken", "0")}
+    key = {name: ref.key for name, ref in refs.items()}
+    assert image_copies.find_copies(refs.values()) == {key["target"]: key["link"], key["0"]: key["link"]}
+    monkeypatch.setattr(image_copies, "_digest", None)
+    assert image_copies.find_copies([refs["link"], refs["target"]]) == {key["target"]: key["link"]}
+
+
 def test_only_files_of_equal_size_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of large files that differ in the middle, only a sample is read."""
     for name, content in {"a": b"a" * 99_999, "b": b"b" * 99_999, "c": b"c" * 99_998}.items():
@@ -133,5 +147,8 @@ def test_only_files_of_equal_size_are_read(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(
         image_copies, "_digest", lambda path, start, length: lengths.append(length) or digest(path, start, length)
     )
+    refs += [FileImage(str(tmp_path / name)) for name in ("empty", "empty too")]
+    for ref in refs[-2:]:
+        Path(ref.path).touch()
     assert image_copies.find_copies(refs) == {}
     assert lengths == [image_copies.SAMPLE_BYTES] * 2

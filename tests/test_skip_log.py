@@ -189,6 +189,26 @@ def test_skip_log_truncates_values_and_writes_any_file_name(tmp_path: Path) -> N
     assert entry == {"file": "odd\udcff.jsonl", "row": 3, "reason": "no caption", "value": "长" * 200}
 
 
+def test_skip_log_summarizes_notes_and_copies() -> None:
+    log = SkipLog()
+    for file in ("a.csv", "b.csv", "a.csv"):
+        log.note("read as UTF-16", file)
+    log.count_copies(["x", "y"])
+    log.count_copies(["y"])
+    assert log.summary() == (
+        "0 of 0 rows skipped; 2 copies of images merged with the originals; a.csv and 1 more file: read as UTF-16"
+    )
+    for number in range(10):
+        log.note(f"note {number}", "odd\udcff.csv")
+    assert log.summary().endswith("; odd\\udcff.csv: note 3")
+    log.count_row()
+    log.skip("a.csv", 1, "not UTF-8", "x")
+    with pytest.raises(
+        TooManySkipped, match=r"over the limit of 5.0%\n  a.csv, row 1.*\na.csv and 1 more file: read as"
+    ):
+        log.check()
+
+
 @pytest.mark.parametrize("name", ["x.csv", "x.jsonl"])
 def test_skip_limit_counts_all_rows_in_every_format(tmp_path: Path, name: str) -> None:
     """A .csv is read completely before its first record; its rows must be counted while reading."""

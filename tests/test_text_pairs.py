@@ -57,6 +57,14 @@ def test_read_text_pairs_rejects_files_without_pairs(tmp_path: Path) -> None:
         list(read_text_pairs(str(tmp_path / "a.jsonl")))
 
 
+def test_read_text_pairs_counts_all_rows_in_an_unclosed_quote(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('query;positive\nq;"open\nlost;lost\nq;"also lost"\nq;d\n')
+    log = SkipLog(max_skipped=1.0)
+    assert list(read_text_pairs(str(tmp_path / "a.csv"), log)) == [Pair("q", "d")]
+    assert log.summary().startswith("3 of 4 rows skipped (malformed row: 3)")
+    assert log.summary().endswith("a.csv: read as separated by semicolons")
+
+
 def test_read_text_pairs_skips_invalid_unicode(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"anchor,positive\nq,d\nq,caf\xe9\n")
     log = SkipLog(max_skipped=1.0)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from llm2clip.data.image_refs import FileImage, ImageRef, TarImage
+from llm2clip.data.image_refs import FileImage, ImageRef, TarImage, resolve_folder
 
 SAMPLE_BYTES = 1024
 NUM_THREADS = 16  # for network file systems, where waiting takes most of the time
@@ -27,7 +27,7 @@ Location = tuple[str, int, int]  # path, offset and size of the image
 
 
 def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
-    """Find images that have the same bytes as an earlier image. Symbolic and hard links count as copies.
+    """Find images that have the same bytes as an earlier image. Symbolic links to an image count as copies.
 
     Image files and members of tar files are compared. For images in tables, `ImageRef.key` is already a hash of their
     bytes, so they are not compared with files. Images that do not exist are ignored.
@@ -37,34 +37,25 @@ def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
         the order of the images.
     """
     refs = {image.key: image for image in images if isinstance(image, FileImage | TarImage)}
-    copies: dict[str, str] = {}
-    keys: dict[Location, str] = {}
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        first_locations: dict[tuple[int, int, int], str] = {}  # device, inode and offset -> key of the first image
-        for (key, ref), inode in zip(
-            refs.items(), _map_in_chunks(pool, _inode_and_size, list(refs.values())), strict=True
-        ):
-            if inode is None:
-                continue
-            device, number, size = inode
-            offset = ref.offset if isinstance(ref, TarImage) else 0
-            first = first_locations.setdefault((device, number, offset), key)
-            if first == key:
-                keys[ref.path, offset, size] = key
-            else:
-                copies[key] = first
+        keys: dict[Location, list[str]] = {}  # links to a file have the same location
+        for key, location in zip(refs, _map_in_chunks(pool, _locate, list(refs.values())), strict=True):
+            if location is not None:
+                keys.setdefault(location, []).append(key)
         groups = _group_equal(list(keys), lambda location: location[2])
-        for read_part in (_sample_digest, _full_digest):
+        for compute_digest in (_sample_digest, _full_digest):
             candidates = [location for group in groups for location in group]
-            digests = dict(zip(candidates, _map_in_chunks(pool, read_part, candidates), strict=True))
+            digests = dict(zip(candidates, _map_in_chunks(pool, compute_digest, candidates), strict=True))
             equal: list[list[Location]] = []
             for group in groups:
                 equal += _group_equal([location for location in group if digests[location]], digests.__getitem__)
             groups = equal
-    for first_location, *others in groups:
-        copies |= {keys[location]: keys[first_location] for location in others}
-    # The first image with an inode may itself be a copy of another file.
-    return {key: copies.get(copies[key], copies[key]) for key in refs if key in copies}
+    first_locations = {location: group[0] for group in groups for location in group}
+    copies: dict[str, str] = {}
+    for location, keys_of_location in keys.items():
+        first_key = keys[first_locations.get(location, location)][0]
+        copies |= dict.fromkeys(keys_of_location, first_key)
+    return {key: copies[key] for key in refs if key in copies and copies[key] != key}
 
 
 def _map_in_chunks(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
@@ -82,13 +73,16 @@ def _group_equal(items: Sequence[Location], value: Callable[[Location], Hashable
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _inode_and_size(image: FileImage | TarImage) -> tuple[int, int, int] | None:
-    """Return the device, inode and size of an image, or None if its file does not exist."""
+def _locate(image: FileImage | TarImage) -> Location | None:
+    """Return the location of an image, with links resolved. Return None if the image is empty or does not exist."""
+    path = resolve_folder(image.path)
     try:
-        status = os.stat(image.path)
+        if os.path.islink(path):
+            path = os.path.realpath(path)
+        size = image.size if isinstance(image, TarImage) else os.path.getsize(path)
     except (OSError, ValueError):
         return None
-    return status.st_dev, status.st_ino, image.size if isinstance(image, TarImage) else status.st_size
+    return (path, image.offset if isinstance(image, TarImage) else 0, size) if size else None
 
 
 def _sample_digest(location: Location) -> bytes:

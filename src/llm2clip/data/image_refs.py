@@ -34,7 +34,7 @@ class ImageRef(ABC):
         container = self.container_path
         if container is None:
             return str(self)
-        return _resolve_folder(container) + str(self)[len(container) :]
+        return resolve_folder(container) + str(self)[len(container) :]
 
     @property
     def identifies_image(self) -> bool:
@@ -80,7 +80,7 @@ class FileImage(ImageRef):
 
     @property
     def canonical_path(self) -> str:
-        return _resolve_folder(self.path)
+        return resolve_folder(self.path)
 
     def open(self) -> BinaryIO:
         return open(self.path, "rb")
@@ -254,7 +254,7 @@ def disable_image_decoding(dataset: Any) -> Any:
     return dataset
 
 
-def _resolve_folder(path: str) -> str:
+def resolve_folder(path: str) -> str:
     """Make a path absolute and resolve symbolic links in its folder. The file name is not resolved."""
     folder, name = os.path.split(path)
     return os.path.join(_real_path(os.path.abspath(folder)), name)

@@ -66,10 +66,10 @@ def stream_records(
 
 
 def same_image_filter(records: Sequence[Record], candidates: Sequence[Record]) -> Callable[[Record], bool]:
-    """Return a function that tells whether a candidate has the same image as one of the records.
+    """Return a function that returns True for a candidate that has the same image as one of the records.
 
-    Image files with the same bytes are the same image. The candidates must be known in advance, because file sizes
-    determine which files are compared.
+    Image files with the same bytes are the same image. All candidates must be passed in advance, because only files of
+    the same size are compared.
     """
     copies = find_copies([record.image for record in [*records, *candidates]])
 

@@ -133,7 +133,8 @@ class SkipLog:
     def _format_notes(self) -> list[str]:
         notes = []
         for text, files in islice(self.notes.items(), MAX_NOTES):
-            others = f" and {len(files) - 1:,} more files" if len(files) > 1 else ""
+            num_others = len(files) - 1
+            others = f" and {num_others:,} more file{'s' if num_others > 1 else ''}" if num_others else ""
             notes.append(f"{next(iter(files))}{others}: {text}")
         return notes
 

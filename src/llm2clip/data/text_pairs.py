@@ -43,8 +43,9 @@ def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
         rows = readers.read_source(kind, file, _choose_columns, image_bytes=False, splits=source.splits, log=log)
         for row_file, number, fields in rows:
             if isinstance(fields, BadRow):
-                log.count_row()
-                log.skip(row_file, number, fields.reason, fields.value)
+                for _ in range(fields.rows):
+                    log.count_row()
+                log.skip(row_file, number, fields.reason, fields.value, fields.rows)
                 continue
             if source.splits and (_first_text(fields.get("split")) or NO_SPLIT) not in source.splits:
                 continue
