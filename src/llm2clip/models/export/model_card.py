@@ -31,8 +31,7 @@ texts = model.get_text_features(**processor(text=["a long description ..."], pad
 }
 INTRODUCTION = (
     "This LLM2CLIP model (arXiv 2411.04997) combines a vision tower and a large language model, as the text tower, in "
-    "a shared embedding space. It was trained with llm2clip. You can search images with words, sentences and "
-    "paragraphs."
+    "a shared embedding space. You can search images with words, sentences and paragraphs."
 )
 LIMITATIONS = (
     "The model reproduces the errors and biases of the images and captions that it was trained on. The licenses of the "

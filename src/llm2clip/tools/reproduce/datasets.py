@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from llm2clip.config import EvaluateConfig, ReproduceConfig, TuneConfig
-from llm2clip.data.merged_records import read_merged_records
+from llm2clip.data.merged_records import read_merged_records, same_image_filter
 from llm2clip.data.pairs import ImageCaptions, Pair
 from llm2clip.data.records import Record, Source
 from llm2clip.data.skip_log import SkipLog
@@ -76,9 +76,9 @@ class ClaimData:
         caption. Long captions for all images would double the embedding time.
         """
         tested = [*self.config.test, *self.config.long_caption_sources]
-        tested_keys = {record.image.key for record in self._read(tested) if record.image is not None}
         records = [record for record in self._read(self.config.train) if record.image is not None]
-        train = [record for record in records if record.image is not None and record.image.key not in tested_keys]
+        is_tested = same_image_filter(self._read(tested), records)
+        train = [record for record in records if not is_tested(record)]
         if len(train) < len(records):
             print_once(f"{len(records) - len(train):,} test images excluded from training")
         for n in range(0, len(train), 3):
