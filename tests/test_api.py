@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from conftest import HANG_TIMEOUT
 from llm2clip.models.dual_encoder import DualEncoder
 from search_fixtures import create_patient_app, make_index, running_server
 
@@ -47,7 +48,7 @@ def operations(
     """The operations of a running server by label."""
     backend = make_index(tmp_path_factory.mktemp("index"), image_folder, dual_encoder)
     with running_server(create_patient_app(dual_encoder, backend, max_body_bytes=1 << 20)) as address:
-        schema = schemathesis.openapi.from_url(f"{address}openapi.json")
+        schema = schemathesis.openapi.from_url(f"{address}openapi.json", timeout=HANG_TIMEOUT)
         results = [result.ok() for result in schema.get_all_operations()]
         yield {operation.label: operation for operation in results}
 
@@ -65,10 +66,14 @@ def test_responses_match_the_schema(operations: dict[str, Any], label: str, mode
 
     @hypothesis.given(request=requests)
     @hypothesis.settings(
-        max_examples=MAX_EXAMPLES, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+        max_examples=MAX_EXAMPLES,
+        deadline=None,
+        database=None,
+        derandomize=True,  # every run sends the same requests, so that a failure repeats
+        suppress_health_check=list(hypothesis.HealthCheck),
     )
     def send(request: Any) -> None:
-        code = request.call_and_validate(checks=CHECKS).status_code
+        code = request.call_and_validate(checks=CHECKS, timeout=HANG_TIMEOUT).status_code
         codes[code] = codes.get(code, 0) + 1
 
     try:
