@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import io
 import json
+import os
 import re
 import signal
 import socket
@@ -473,9 +474,10 @@ sys.exit(main(sys.argv[1:]))
 def test_serve_completes_requests_after_sigterm(model_folder: Path) -> None:
     """Starts a real server process, and stops it while it processes a request."""
     command = [sys.executable, "-c", SERVE_WITH_PAUSED_MODEL, "serve", "--model", str(model_folder), "--port", "0"]
-    command += ["--timeout", str(HANG_TIMEOUT)]
+    command += ["--timeout", str(HANG_TIMEOUT), "--precision", "fp32"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, text=True, **pipes) as server, ThreadPoolExecutor(1) as clients:
+    with subprocess.Popen(command, env=env, text=True, **pipes) as server, ThreadPoolExecutor(1) as clients:
         try:
             address = read_until(server, r"Serving at (http://127.0.0.1:(\d+)/)\n")
             response = clients.submit(post_json, f"{address[1]}embed", {"input": ["a", "b"]})
