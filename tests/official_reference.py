@@ -33,6 +33,8 @@ LLM_CONFIG = {
     "eos_token_id": 259,
     "pad_token_id": 259,
 }
+LATENTS, LATENT_HEADS, LATENT_HEAD_DIM = 6, 2, 24
+NV_EMBED_FIXTURE = Path(__file__).parent / "fixtures/nv_embed_reference.json"
 LORA_TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 MAX_LENGTH = 64  # tokens
 TEXTS = {
@@ -43,6 +45,8 @@ TEXTS = {
     "spaces at both ends": "  a dog ",
     "longer than the window": "An old man watches the children. " * 4,
 }
+# The official code cuts the end token off texts that are longer than the window.
+NV_EMBED_TEXTS = {name: text for name, text in TEXTS.items() if name != "longer than the window"}
 
 
 def uniform(name: str, count: int) -> np.ndarray:
@@ -114,6 +118,80 @@ def save_llm(folder: Path) -> Path:
     )
     fast.save_pretrained(folder)
     return folder
+
+
+def save_nv_embed(folder: Path) -> Path:
+    """Save an NV-Embed-v2 with these weights in its published layout, with a byte-level tokenizer."""
+    from safetensors.torch import save_file
+    from transformers import MistralConfig, MistralModel
+
+    llm = {**LLM_CONFIG, "rope_theta": 10000.0, "model_type": "bidir_mistral", "sliding_window": 4}
+    architecture = {name: value for name, value in llm.items() if name not in ("model_type", "rope_theta")}
+    states = MistralModel(MistralConfig(**architecture)).state_dict()
+    shapes = {f"embedding_model.{name}": tuple(tensor.shape) for name, tensor in states.items()}
+    pooling = {
+        "latents": (LATENTS, TEXT_DIM),
+        "cross_attend_blocks.0.norm.weight": (TEXT_DIM,),
+        "cross_attend_blocks.0.norm.bias": (TEXT_DIM,),
+        "cross_attend_blocks.0.norm_context.weight": (TEXT_DIM,),
+        "cross_attend_blocks.0.norm_context.bias": (TEXT_DIM,),
+        "cross_attend_blocks.0.fn.to_q.weight": (LATENT_HEADS * LATENT_HEAD_DIM, TEXT_DIM),
+        "cross_attend_blocks.0.fn.to_kv.weight": (2 * LATENT_HEADS * LATENT_HEAD_DIM, TEXT_DIM),
+        "cross_attend_blocks.0.fn.to_out.weight": (TEXT_DIM, LATENT_HEADS * LATENT_HEAD_DIM),
+        "cross_attend_blocks.1.norm.weight": (TEXT_DIM,),
+        "cross_attend_blocks.1.norm.bias": (TEXT_DIM,),
+        "cross_attend_blocks.1.fn.net.0.weight": (8 * TEXT_DIM, TEXT_DIM),
+        "cross_attend_blocks.1.fn.net.0.bias": (8 * TEXT_DIM,),
+        "cross_attend_blocks.1.fn.net.2.weight": (TEXT_DIM, 4 * TEXT_DIM),
+        "cross_attend_blocks.1.fn.net.2.bias": (TEXT_DIM,),
+    }
+    shapes |= {f"latent_attention_model.{name}": shape for name, shape in pooling.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(make_weights(shapes), folder / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "model_type": "nvembed",
+        "architectures": ["NVEmbedModel"],
+        "auto_map": {"AutoModel": "modeling_nvembed.NVEmbedModel"},
+        "padding_side": "right",
+        "is_mask_instruction": True,
+        "add_eos": True,
+        "add_pad_token": True,
+        "text_config": {**llm, "_name_or_path": str(folder)},
+        "latent_attention_config": {
+            "model_type": "latent_attention",
+            "num_latents_value": LATENTS,
+            "num_cross_heads": LATENT_HEADS,
+            "cross_dim_head": LATENT_HEAD_DIM,
+            "hidden_dim": TEXT_DIM,
+            "latent_dim": TEXT_DIM,
+            "output_normalize": False,
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    # The published repository also has the layout of sentence-transformers, which requires its code.
+    modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    save_llama2_tokenizer(folder)
+    return folder
+
+
+def save_llama2_tokenizer(folder: Path, adds_end_token: bool = False) -> None:
+    """Save a byte-level tokenizer with the special tokens of Llama 2 and Mistral. It adds the begin token to texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    special_tokens = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>" if adds_end_token else "<s> $A", special_tokens=special_tokens
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_input_names=["input_ids", "attention_mask"]
+    ).save_pretrained(folder)
 
 
 def save_lora(folder: Path, base: Path, seed: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from jsonargparse import Namespace
 from llm2clip.cli.commands import Commands
 
 if TYPE_CHECKING:
+    from llm2clip.models.caption_encoder import CaptionEncoder
     from llm2clip.models.llm2clip import LLM2CLIP
 
 FORMATS = ["transformers", "sentence-transformers", "vision", "onnx", "open_clip"]
@@ -20,13 +22,15 @@ def add(commands: Commands) -> None:
     parser = commands.add(
         "convert",
         _convert,
-        "Convert an official LLM2CLIP checkpoint to a model folder, or back, or merge LoRA adapters.",
+        "Convert an official LLM2CLIP checkpoint to a model folder, or back. Also convert caption encoders (LoRA "
+        "adapters, NV-Embed-v2).",
     )
     parser.add_argument(
         "source",
         type=str,
         nargs="+",
-        help="Official checkpoint (folder, file or hub id), model folder, or LoRA adapters in training order.",
+        help="Official checkpoint (folder, file or hub id), model folder, LoRA adapters in training order, or "
+        "nvidia/NV-Embed-v2.",
     )
     parser.add_argument("--out", type=str, required=True, help="Model folder to write. With --to: checkpoint to write.")
     parser.add_argument(
@@ -53,13 +57,16 @@ def add(commands: Commands) -> None:
 
 def _convert(args: Namespace) -> list[str]:
     from llm2clip.models.convert.load import load_official_checkpoint
-    from llm2clip.models.convert.peft_encoder import find_adapter
+    from llm2clip.models.convert.nv_embed import is_nv_embed, load_nv_embed
+    from llm2clip.models.convert.peft_encoder import find_adapter, load_adapter_encoder
     from llm2clip.models.convert.save import save_official
     from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
 
     source = args.source[0]
     if len(args.source) > 1 or find_adapter(source) is not None:
-        return _merge_adapters(args)
+        return _convert_encoder(args, "LoRA adapters", lambda: load_adapter_encoder(args.source))
+    if is_nv_embed(source):
+        return _convert_encoder(args, "NV-Embed-v2", lambda: load_nv_embed(source))
     if args.to is not None:
         if args.text is not None:
             raise ValueError(
@@ -76,16 +83,15 @@ def _convert(args: Namespace) -> list[str]:
     return _closing_lines(model, model.save_pretrained(args.out), source)
 
 
-def _merge_adapters(args: Namespace) -> list[str]:
-    """Merge LoRA adapters into their LLM and write a caption encoder."""
+def _convert_encoder(args: Namespace, kind: str, load: Callable[[], CaptionEncoder]) -> list[str]:
+    """Load a caption encoder from another format with `load`, and write it. `kind` describes the source."""
     from llm2clip.io_utils import atomic_dir
-    from llm2clip.models.convert.peft_encoder import load_adapter_encoder
 
     if args.to is not None or args.text is not None:
-        raise ValueError("--to and --text cannot be used with LoRA adapters, which are converted to a caption encoder")
+        raise ValueError(f"--to and --text cannot be used with {kind}, which convert writes as a caption encoder")
     if Path(args.out).exists():
         raise FileExistsError(f"{args.out} exists: choose another folder")
-    encoder = load_adapter_encoder(args.source)
+    encoder = load()
     with atomic_dir(args.out) as folder:
         encoder.save_pretrained(folder)
     return [

@@ -2,7 +2,7 @@
 
 By default, the encoder is a decoder LLM with bidirectional attention and mean pooling. The encoder is stored as an
 ordinary `SentenceTransformer`, so sentence-transformers can load a saved encoder without code from this package and
-computes the same embeddings.
+computes the same embeddings. The only exception is NV-Embed (see `models/latent_attention.py`).
 
 This module builds an encoder (attention, depth, template, pooling), batches texts of similar length, packs each batch
 without padding, and returns the encoder's identity: everything that affects the embeddings.
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from llm2clip.cpu_tuning import flex_attention_is_correct, onednn_matmul
 from llm2clip.data.valid_text import check_texts
+from llm2clip.models.latent_attention import LatentAttentionPooling
 from llm2clip.models.length_batching import TokenizedTexts, default_batch_tokens
 from llm2clip.models.llm_layers import is_encoder_only, set_bidirectional, truncate_layers
 from llm2clip.models.loading import hide_loading_bars
@@ -110,7 +111,9 @@ class CaptionEncoder(nn.Module):
             truncate_layers(encoder.llm, layers)
         if bidirectional is not None:
             set_bidirectional(encoder.llm, bidirectional)
-        if pooling is not None:
+        if pooling is not None and pooling != st[1].pooling_mode:
+            if isinstance(st[1], LatentAttentionPooling):
+                raise ValueError(f"{path} has latent attention pooling, which {pooling!r} pooling cannot replace")
             st[1] = Pooling(encoder.embed_dim, pooling, include_prompt=st[1].include_prompt)
         if template is not None:
             set_template(st, template)

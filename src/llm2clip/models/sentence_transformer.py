@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +11,13 @@ from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
 
+from llm2clip.io_utils import read_json
+from llm2clip.models.latent_attention import MODULE_TYPE, LatentAttentionPooling
 from llm2clip.models.llm_layers import set_bidirectional
 from llm2clip.models.loading import hide_load_report, hide_loading_bars
 from llm2clip.models.lora import is_lora_folder, load_lora
+
+NV_EMBED = "nvembed"  # model_type of NV-Embed-v2 in its published format (see convert/nv_embed.py)
 
 
 @hide_loading_bars()
@@ -26,7 +31,7 @@ def open_sentence_transformer(path: str, pooling: str, device: str | torch.devic
         device: device to load the model on. Default: a GPU if there is one.
 
     Raises:
-        ValueError: the checkpoint does not contain all weights of the model.
+        ValueError: the checkpoint does not contain all weights of the model, or must be converted first.
         OSError: the model does not exist.
     """
     from transformers.utils import cached_file
@@ -34,10 +39,17 @@ def open_sentence_transformer(path: str, pooling: str, device: str | torch.devic
     device_name = str(device) if device is not None else None
     if is_lora_folder(path):
         return load_lora(path, device_name)
+    if read_model_type(path) == NV_EMBED:
+        raise ValueError(f"{path} must be converted first, and then used: llm2clip convert {path} --out ENCODER")
     modules_file = cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False)
     if modules_file is not None:
-        return SentenceTransformer(
-            path, device=device_name, trust_remote_code=False, model_kwargs={"dtype": torch.float32}
+        # Modules of llm2clip need no trust in the folder, because their code is not in the folder.
+        return SentenceTransformer._load_with_module_classes(
+            path,
+            {MODULE_TYPE: LatentAttentionPooling},
+            device=device_name,
+            trust_remote_code=False,
+            model_kwargs={"dtype": torch.float32},
         )
 
     transformer = _open_transformer(path)
@@ -46,6 +58,24 @@ def open_sentence_transformer(path: str, pooling: str, device: str | torch.devic
     st.max_seq_length = min(512, transformer.max_seq_length or 512)
     set_bidirectional(transformer.model, True)
     return st
+
+
+def read_model_type(path: str | Path) -> str | None:
+    """Return the `model_type` in the config.json of a folder or hub repository, or None if there is no such file."""
+    from transformers.utils import cached_file
+
+    try:
+        file = cached_file(
+            str(path),
+            "config.json",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # neither a folder nor a hub id
+        return None
+    model_type: str | None = read_json(Path(file)).get("model_type") if file else None
+    return model_type
 
 
 def _open_transformer(path: str) -> Transformer:

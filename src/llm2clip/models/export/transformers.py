@@ -16,6 +16,7 @@ from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.export import modeling_llm2clip
 from llm2clip.models.export.modeling_llm2clip import LLM2CLIPExport, LLM2CLIPExportConfig
 from llm2clip.models.export.tokenizer import build_tokenizer
+from llm2clip.models.latent_attention import LatentAttentionPooling
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.vision_tower import VisionTower
 
@@ -118,6 +119,8 @@ def standalone_source() -> str:
 
 
 def _check_modules(encoder: CaptionEncoder) -> None:
+    if isinstance(encoder.st[1], LatentAttentionPooling):
+        raise ValueError("the caption encoder uses latent attention pooling, which the format does not support")
     pooling = encoder.st[1].get_config_dict()["pooling_mode"]
     if pooling not in POOLINGS:
         raise ValueError(

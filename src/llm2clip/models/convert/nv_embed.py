@@ -1,0 +1,177 @@
+"""Convert NV-Embed-v2 to a caption encoder.
+
+NV-Embed-v2 is a bidirectional Mistral with latent attention pooling. Its repository contains Python code for
+transformers 4, which llm2clip does not run. The weights are loaded into transformers' own Mistral and into
+`LatentAttentionPooling`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from sentence_transformers.base.modules import Normalize
+from torch import Tensor, nn
+
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.convert.checkpoint_io import read_checkpoint
+from llm2clip.models.convert.checkpoint_layout import describe_tensors
+from llm2clip.models.latent_attention import LatentAttentionPooling
+from llm2clip.models.sentence_transformer import NV_EMBED, read_model_type
+
+_LLM_PREFIX = "embedding_model."
+_POOLING_PREFIX = "latent_attention_model."
+_ROTARY_BUFFER = "rotary_emb.inv_freq"  # recomputed from the config
+# Names of the pooling layer's weights, without prefix -> parameter of LatentAttentionPooling.
+_POOLING_NAMES = {
+    "latents": "latents",
+    "cross_attend_blocks.0.norm": "norm",
+    "cross_attend_blocks.0.norm_context": "norm_latents",
+    "cross_attend_blocks.0.fn.to_q": "to_q",
+    "cross_attend_blocks.0.fn.to_kv": "to_kv",
+    "cross_attend_blocks.0.fn.to_out": "to_out",
+    "cross_attend_blocks.1.norm": "norm_mlp",
+    "cross_attend_blocks.1.fn.net.0": "mlp_in",
+    "cross_attend_blocks.1.fn.net.2": "mlp_out",
+}
+# Entries of the LLM's config that determine its architecture. The rest concerns text generation.
+_LLM_SETTINGS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+
+
+def is_nv_embed(source: str | Path) -> bool:
+    """Return True if `source` is a local folder or hub id of NV-Embed-v2 in its published format."""
+    return read_model_type(source) == NV_EMBED
+
+
+def load_nv_embed(source: str | Path) -> CaptionEncoder:
+    """Load NV-Embed-v2 from its published format as a caption encoder in float32, on the CPU.
+
+    As in NV-Embed's code, a text has the begin token, the caption and the end token, and the mean includes all of these
+    tokens.
+
+    Args:
+        source: folder or hub id.
+
+    Raises:
+        FileNotFoundError: the folder or repository does not exist.
+        ValueError: a tensor is missing, is unexpected or has the wrong shape, or the architecture is not supported.
+    """
+    tensors, config, _ = read_checkpoint(source)
+    llm_tensors, pooling_tensors, unexpected = _split_tensors(tensors)
+    del tensors
+    if unexpected:
+        raise ValueError(f"{source} is not NV-Embed-v2: unexpected {describe_tensors(unexpected)}")
+
+    pooling = _build_pooling(config["latent_attention_config"])
+    _check_tensors(source, _POOLING_PREFIX, pooling_tensors, pooling)
+    pooling.load_state_dict(pooling_tensors)
+
+    encoder = _load_llm(source, llm_tensors, config["text_config"])
+    encoder.st[1] = pooling
+    if config["latent_attention_config"].get("output_normalize"):
+        encoder.st.append(Normalize())
+    return encoder.eval()
+
+
+def _split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Return the tensors of the LLM and of the pooling layer under llm2clip's names, and all other tensors."""
+    llm: dict[str, Tensor] = {}
+    pooling: dict[str, Tensor] = {}
+    unexpected: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(_LLM_PREFIX):
+            if not name.endswith(_ROTARY_BUFFER):
+                llm[name.removeprefix(_LLM_PREFIX)] = tensor
+            continue
+        module, _, kind = name.removeprefix(_POOLING_PREFIX).rpartition(".")
+        if name == f"{_POOLING_PREFIX}latents":
+            pooling["latents"] = tensor.float()
+        elif name.startswith(_POOLING_PREFIX) and module in _POOLING_NAMES:
+            pooling[f"{_POOLING_NAMES[module]}.{kind}"] = tensor.float()
+        else:
+            unexpected[name] = tensor
+    return llm, pooling, unexpected
+
+
+def _build_pooling(config: Mapping[str, Any]) -> LatentAttentionPooling:
+    if config["latent_dim"] != config["hidden_dim"]:
+        raise ValueError(
+            f"latent_attention_config: latent_dim ({config['latent_dim']}) must equal hidden_dim "
+            f"({config['hidden_dim']})"
+        )
+    return LatentAttentionPooling(
+        config["hidden_dim"],
+        num_latents=config["num_latents_value"],
+        num_heads=config["num_cross_heads"],
+        head_dim=config["cross_dim_head"],
+    )
+
+
+def _load_llm(source: str | Path, tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> CaptionEncoder:
+    """Load the LLM and the tokenizer as a bidirectional caption encoder with mean pooling."""
+    from transformers import AutoModel, MistralConfig
+
+    config = MistralConfig(
+        **{name: settings[name] for name in _LLM_SETTINGS if settings.get(name) is not None},
+        rope_parameters={"rope_type": "default", "rope_theta": settings.get("rope_theta", 10000.0)},
+        sliding_window=None,  # NV-Embed's code does not apply the sliding window
+    )
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    _check_tensors(source, _LLM_PREFIX, tensors, model)
+    # transformers and sentence-transformers load models from folders.
+    with tempfile.TemporaryDirectory() as folder:
+        config.architectures = ["MistralModel"]
+        config.save_pretrained(folder)
+        save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        _load_tokenizer(source).save_pretrained(folder)
+        tensors.clear()  # the LLM is about to be loaded a second time
+        return CaptionEncoder.from_pretrained(folder, device="cpu")
+
+
+def _load_tokenizer(source: str | Path) -> Any:
+    """Load the tokenizer, and make it add the begin and end tokens to every text."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(source))
+    begin, end = tokenizer.bos_token, tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A {end}",
+        special_tokens=[(begin, tokenizer.bos_token_id), (end, tokenizer.eos_token_id)],
+    )
+    tokenizer.pad_token = end
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _check_tensors(source: str | Path, prefix: str, tensors: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Raise ValueError unless the tensors have the names and shapes of the module's weights."""
+    expected = module.state_dict()
+    problems = []
+    missing = {name: expected[name] for name in expected.keys() - tensors.keys()}
+    if missing:
+        problems.append(f"missing {describe_tensors(missing)}")
+    unexpected = {name: tensors[name] for name in tensors.keys() - expected.keys()}
+    if unexpected:
+        problems.append(f"unexpected {describe_tensors(unexpected)}")
+    for name in sorted(expected.keys() & tensors.keys()):
+        if tensors[name].shape != expected[name].shape:
+            problems.append(f"{name} is {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}")
+    if problems:
+        raise ValueError(f"{source} is not NV-Embed-v2: {prefix}*: {'; '.join(problems)}")

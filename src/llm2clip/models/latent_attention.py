@@ -1,0 +1,120 @@
+"""Latent attention pooling, the pooling layer of NV-Embed (arXiv 2405.17428).
+
+After the LLM, each token attends to an array of trained vectors, the latents. An MLP follows, and the results are
+averaged over the caption's tokens. Tokens do not attend to each other in this layer, so packed and padded batches give
+the same embeddings.
+
+The module is stored in sentence-transformers' format. sentence-transformers loads the module only if llm2clip is
+installed and with `trust_remote_code=True`, which the class path in `modules.json` requires.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from sentence_transformers.sentence_transformer.modules import Pooling
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# The hidden layers are eight times as wide as the LLM. Chunks limit their memory to about 2 GB in fp32.
+TOKENS_PER_CHUNK = 4096
+MLP_EXPANSION = 4
+
+
+class LatentAttentionPooling(Pooling):
+    """sentence-transformers module that applies latent attention and an MLP to every token, and then mean pooling.
+
+    Attributes:
+        latents: trained vectors, (num_latents, embedding_dimension).
+    """
+
+    config_keys: ClassVar[list[str]] = ["embedding_dimension", "include_prompt", "num_latents", "num_heads", "head_dim"]
+
+    def __init__(
+        self,
+        embedding_dimension: int,
+        num_latents: int,
+        num_heads: int,
+        head_dim: int,
+        include_prompt: bool = True,
+    ) -> None:
+        """Create the layer with random weights.
+
+        Args:
+            embedding_dimension: hidden size of the LLM, which is also the dimension of the embeddings.
+            num_latents: number of latents.
+            num_heads: number of attention heads.
+            head_dim: dimension of each attention head.
+            include_prompt: whether the mean includes the tokens before the caption.
+        """
+        super().__init__(embedding_dimension, "mean", include_prompt)
+        self.num_latents, self.num_heads, self.head_dim = num_latents, num_heads, head_dim
+        inner_dim = num_heads * head_dim
+        self.latents = nn.Parameter(torch.randn(num_latents, embedding_dimension))
+        self.norm = nn.LayerNorm(embedding_dimension)
+        self.norm_latents = nn.LayerNorm(embedding_dimension)
+        self.to_q = nn.Linear(embedding_dimension, inner_dim, bias=False)
+        self.to_kv = nn.Linear(embedding_dimension, 2 * inner_dim, bias=False)
+        self.to_out = nn.Linear(inner_dim, embedding_dimension, bias=False)
+        self.norm_mlp = nn.LayerNorm(embedding_dimension)
+        self.mlp_in = nn.Linear(embedding_dimension, 2 * MLP_EXPANSION * embedding_dimension)
+        self.mlp_out = nn.Linear(MLP_EXPANSION * embedding_dimension, embedding_dimension)
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Add `sentence_embedding`, (B, D), to the features. Replaces `token_embeddings`, (B, T, D) or (1, T, D)."""
+        features["token_embeddings"] = self.transform_tokens(features["token_embeddings"])
+        pooled: dict[str, Any] = super().forward(features, **kwargs)
+        return pooled
+
+    def transform_tokens(self, states: Tensor) -> Tensor:
+        """Apply latent attention and the MLP to the LLM's final hidden states, (..., D), and return (..., D)."""
+        tokens = states.flatten(0, -2)  # (T, D)
+        # Keys and values do not depend on the batch: (heads, latents, head_dim)
+        keys, values = (self._split_heads(x) for x in self.to_kv(self.norm_latents(self.latents)).chunk(2, dim=-1))
+        chunks = [self._transform_chunk(chunk, keys, values) for chunk in tokens.split(TOKENS_PER_CHUNK)]
+        return torch.cat(chunks).view_as(states)
+
+    def _transform_chunk(self, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        queries = self._split_heads(self.to_q(self.norm(tokens)))  # (heads, T, head_dim)
+        attended = F.scaled_dot_product_attention(queries, keys, values)
+        tokens = tokens + self.to_out(attended.transpose(0, 1).flatten(1))
+        hidden, gate = self.mlp_in(self.norm_mlp(tokens)).chunk(2, dim=-1)
+        update: Tensor = self.mlp_out(hidden * F.gelu(gate))
+        return tokens + update
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """Reshape (T, heads * head_dim) to (heads, T, head_dim)."""
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(0, 1)
+
+    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """Save the settings and the weights to a folder."""
+        self.save_config(output_path)
+        self.save_torch_weights(output_path, safe_serialization=safe_serialization)
+
+    @classmethod
+    def load(
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        init_defaults: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> LatentAttentionPooling:
+        """Load the module from the subfolder of a local folder or hub repository."""
+        source: dict[str, Any] = {
+            "subfolder": subfolder,
+            "token": token,
+            "cache_folder": cache_folder,
+            "revision": revision,
+            "local_files_only": local_files_only,
+        }
+        module = cls(**cls.load_config(model_name_or_path, **source))
+        loaded: LatentAttentionPooling = cls.load_torch_weights(model_name_or_path, model=module, **source)
+        return loaded
+
+
+MODULE_TYPE = f"{LatentAttentionPooling.__module__}.{LatentAttentionPooling.__name__}"  # class path in modules.json
