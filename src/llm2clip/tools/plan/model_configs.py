@@ -35,6 +35,7 @@ _LLAMA_8B = _shape("llama", 4096, 32, 32, 8, 14336, 128256)
 _LLAMA_1B = _shape("llama", 2048, 16, 32, 8, 8192, 128256, head_dim=64, tie_word_embeddings=True)
 _VICUNA_7B = _shape("llama", 4096, 32, 32, 32, 11008, 32000)
 _VICUNA_13B = _shape("llama", 5120, 40, 40, 40, 13824, 32000)
+_MISTRAL_7B = _shape("mistral", 4096, 32, 32, 8, 14336, 32000)
 _NEMO = _shape("mistral", 5120, 40, 32, 8, 14336, 131072, head_dim=128)
 _QWEN = _shape("qwen2", 896, 24, 14, 2, 4864, 151936, tie_word_embeddings=True)
 _SMOLLM2 = _shape("llama", 576, 30, 9, 3, 1536, 49152, tie_word_embeddings=True)
@@ -49,6 +50,10 @@ LLMS = {
     "meta-llama/llama-3.1-8b-instruct": _LLAMA_8B,
     "meta-llama/llama-3.2-1b": _LLAMA_1B,
     "meta-llama/llama-3.2-1b-instruct": _LLAMA_1B,
+    "deepseek-ai/deepseek-r1-distill-llama-8b": _LLAMA_8B,
+    "encoders/llm2vec-llama-3-8b": _LLAMA_8B,  # folders that the headers of built-in configs create with `convert`
+    "encoders/nv-embed-v2": _MISTRAL_7B,
+    "baai/bge-en-icl": {**_MISTRAL_7B, "vocab_size": 32003},
     "lmsys/vicuna-7b-v1.5": _VICUNA_7B,
     "lmsys/vicuna-13b-v1.5": _VICUNA_13B,
     "mistralai/mistral-nemo-base-2407": _NEMO,
