@@ -28,7 +28,15 @@ from llm2clip.tools.plan.devices import Machine
 from llm2clip.tools.plan.plan import plan_fit
 
 FIT_CONFIGS = [name for name in builtin_configs() if not name.startswith("llava-")]
-LLMS = ["llama-3-8b", "llama-3.1-8b", "llama-3.2-1b", "mistral-nemo-12b", "qwen2.5-0.5b"]
+LLMS = [
+    "deepseek-r1-distill-llama-8b",
+    "llama-3-8b",
+    "llama-3.1-8b",
+    "llama-3.2-1b",
+    "mistral-nemo-12b",
+    "qwen2.5-0.5b",
+]
+ENCODERS = ["bge-en-icl", "llm2vec-llama-3-8b", "nv-embed-v2"]  # not tuned
 TOWERS = [name for name in FIT_CONFIGS if name.startswith("tower-")]
 RECIPES = Path(__file__).parents[1] / "docs/recipes.md"
 STAGES = (EncoderConfig, TuneConfig, EmbedConfig, AlignConfig, EvaluateConfig)
@@ -114,7 +122,7 @@ def test_builtin_config_fits_eight_h100(name: str) -> None:
 
 def test_llm_and_tower_configs_combine() -> None:
     assert len(TOWERS) == 6
-    for llm, tower in product(LLMS, TOWERS):
+    for llm, tower in product(LLMS + ENCODERS, TOWERS):
         combined, llm_only, tower_only = parse_fit(llm, tower), parse_fit(llm), parse_fit(tower)
         assert (combined.encoder, combined.tune) == (llm_only.encoder, llm_only.tune)
         assert combined.align == tower_only.align
@@ -142,9 +150,15 @@ def test_llm_configs_have_the_settings_of_the_paper() -> None:
         assert (tune.symmetric, tune.lr_scheduler_type, tune.steps) == (False, "linear", 8500)
 
 
+def test_encoder_configs_do_not_tune() -> None:
+    for name in ENCODERS:
+        plan = plan_fit(parse_fit(name), Machine("h100", 8), 3_000_000, 2, 84)
+        assert parse_fit(name).tune.steps == 0 and list(plan.memory) == ["embed", "align"]
+
+
 def recipe_rows() -> list[tuple[list[str], str, Any]]:
     """Return the config names, the setting and our value of each row in the tables of docs/recipes.md."""
-    groups = {"all LLMs": LLMS, "all towers": TOWERS}
+    groups = {"all LLMs": LLMS, "all encoders": ENCODERS, "all towers": TOWERS}
     rows = []
     for line in RECIPES.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
@@ -157,7 +171,7 @@ def recipe_rows() -> list[tuple[list[str], str, Any]]:
 
 
 def test_recipes_page_has_the_values_of_the_configs() -> None:
-    configs = {name: parse_fit(name) for name in (*LLMS, *TOWERS)}
+    configs = {name: parse_fit(name) for name in (*LLMS, *ENCODERS, *TOWERS)}
     covered = set()
     for names, setting, value in recipe_rows():
         stage, field = setting.split(".")

@@ -10,7 +10,7 @@ installed and with `trust_remote_code=True`, which the class path in `modules.js
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -29,7 +29,7 @@ class LatentAttentionPooling(Pooling):
         latents: trained vectors, (num_latents, embedding_dimension).
     """
 
-    config_keys: ClassVar[list[str]] = ["embedding_dimension", "include_prompt", "num_latents", "num_heads", "head_dim"]
+    config_keys = ["embedding_dimension", "include_prompt", "num_latents", "num_heads", "head_dim"]  # noqa: RUF012
 
     def __init__(
         self,
