@@ -151,9 +151,7 @@ def test_llm_configs_have_the_settings_of_the_paper() -> None:
 
 
 def test_encoder_configs_do_not_tune() -> None:
-    for name in ENCODERS:
-        plan = plan_fit(parse_fit(name), Machine("h100", 8), 3_000_000, 2, 84)
-        assert parse_fit(name).tune.steps == 0 and list(plan.memory) == ["embed", "align"]
+    assert [parse_fit(name).tune.steps for name in ENCODERS] == [0] * len(ENCODERS)
 
 
 def recipe_rows() -> list[tuple[list[str], str, Any]]:

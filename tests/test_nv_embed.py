@@ -71,6 +71,27 @@ def test_chunks_do_not_change_embeddings(converted: Path, monkeypatch: pytest.Mo
     assert torch.allclose(encoder.encode(TEXTS), expected, atol=1e-6)
 
 
+def test_bf16_embeddings_are_close(converted: Path) -> None:
+    encoder = CaptionEncoder.from_pretrained(converted, device="cpu")
+    exact, rounded = encoder.encode(TEXTS), encoder.encode(TEXTS, precision="bf16")
+    assert rounded.dtype == torch.float32
+    assert (torch.cosine_similarity(exact, rounded) > 0.999).all() and not torch.equal(exact, rounded)
+
+
+def test_gradients_reach_the_llm(converted: Path) -> None:
+    encoder = CaptionEncoder.from_pretrained(converted, device="cpu")
+    weight = encoder.llm.layers[0].mlp.down_proj.weight
+    ids = encoder.tokenize(TEXTS).ids
+    (gradient,) = torch.autograd.grad(encoder(ids).square().sum(), weight)
+    step = 1e-3 * gradient / gradient.norm()
+    with torch.no_grad():  # compare with the finite difference along the gradient
+        weight += step
+        higher = encoder(ids).square().sum()
+        weight -= 2 * step
+        lower = encoder(ids).square().sum()
+    assert float(higher - lower) == pytest.approx(2e-3 * float(gradient.norm()), rel=0.02)
+
+
 def test_end_token_stays_in_truncated_texts(converted: Path) -> None:
     encoder = CaptionEncoder.from_pretrained(converted, max_length=8, device="cpu")
     (ids,) = encoder.tokenize(["a long caption"]).ids
