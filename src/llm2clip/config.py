@@ -63,7 +63,7 @@ class TuneConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     lr_scheduler_type: Literal["cosine", "linear"] = "cosine"
-    """How the learning rate decays to zero after the warm-up. The paper uses linear."""
+    """Schedule with which the learning rate decays to zero after the warm-up. The paper uses linear."""
     warmup_ratio: float = 0.1
     """Fraction of the steps spent on linear warm-up."""
     temperature: float = 0.05
@@ -136,7 +136,7 @@ class AlignConfig:
     image_size: int | None = None
     """Input image size in pixels. Default: the size that the tower was trained with."""
     embed_dim: int = 512
-    """Dimension of the shared embedding space. With 0, there is no image projection: the tower's output is the image
+    """Dimension of the shared embedding space. 0 removes the image projection: the tower's output is then the image
     embedding, as in the authors' SigLIP 2 model."""
     adapter_depth: int = 1
     """Number of residual blocks in the adapter. The paper uses 4."""
@@ -145,9 +145,10 @@ class AlignConfig:
     loss: Literal["infonce", "sigmoid"] = "infonce"
     """Contrastive loss: infonce (as in CLIP and the paper) or sigmoid (as in SigLIP)."""
     logit_scale: float | Literal["inherit"] | None = None
-    """Initial factor that multiplies the cosine similarities, at most 100. inherit: the value of the CLIP model that
-    the tower comes from, as in the authors' code; with the sigmoid loss, the logit bias is inherited, too. Default:
-    14.3 for infonce and 10 for sigmoid, which suit newly initialised heads and higher learning rates."""
+    """Initial value of the factor that multiplies the cosine similarities, at most 100. inherit: use the value from the
+    CLIP model that the tower belongs to, as in the authors' code. With the sigmoid loss, the logit bias is also
+    inherited. Default: 14.3 for infonce and 10 for sigmoid, which suit newly initialised heads and higher learning
+    rates."""
     epochs: float = 4
     """Number of epochs. Fractions are allowed."""
     captions_per_image: int = 4

@@ -1,8 +1,8 @@
 """Results that the authors of LLM2CLIP (arXiv 2411.04997) published on their project page, for comparison.
 
-The project page is docs/index.html in the repository microsoft/LLM2CLIP. The page of 2026 belongs to the paper as
-published at AAAI-26. It no longer contains some tables of the page of 2024. Each table names the version of the page
-that it comes from.
+The project page is docs/index.html in the repository microsoft/LLM2CLIP. The page of 2026 accompanies the paper as
+published at AAAI-26. It no longer contains some of the tables on the page of 2024. `PublishedTable.year` specifies
+which version of the page contains a table.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class PublishedTable:
     """A table of published results.
 
     Args:
-        title: What the table shows.
+        title: Description of the values in the table.
         year: Version of the project page that contains the table. See `SOURCES`.
         columns: Column names.
-        rows: One cell for each column, keyed by the name of the row.
+        rows: The cells of each row, one for each column, keyed by row name.
     """
 
     title: str
@@ -62,8 +62,8 @@ CRA_TABLE = PublishedTable(
     {model: ((value,),) for model, value in CRA.items()},
 )
 
-# The project page misprints the row of EVA02's own text tower: on COCO, for example, the first version of the paper has
-# 63.7 / 47.5 (table 4).
+# On the project page, the row for EVA02's own text tower is misprinted. For example, the first version of the paper
+# (table 4) has 63.7 / 47.5 for COCO.
 EVA02_TEXT_TOWERS = PublishedTable(
     "EVA02 ViT-L/14 trained with different text towers: I2T / T2I R@1, in percent",
     2024,
@@ -143,8 +143,8 @@ VISION_TRANSFER = PublishedTable(
     },
 )
 
-# The page gives POPE's F1 for random, adversarial and popular sampling. In the row of the LLaVA paper, the page has the
-# last two values in the opposite order, which is corrected here.
+# POPE's values are F1 scores for random, adversarial and popular sampling. In the row for the LLaVA paper, the last two
+# values are swapped on the project page. This mistake is corrected here.
 LLAVA = PublishedTable(
     "LLaVA-1.5 with CLIP ViT-L/14 as vision tower, and with this tower trained by LLM2CLIP",
     2026,
@@ -187,7 +187,7 @@ PUBLISHED_NAMES = {
 def published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
     """Return the authors' results for a benchmark.
 
-    For xm3600, the project page gives a single value per direction. It is comparable with the mean over the languages.
+    For xm3600, the project page has a single value per direction, which is comparable to the mean over the languages.
 
     Returns:
         Six values for each model: R@1, R@5 and R@10 for I2T, followed by R@1, R@5 and R@10 for T2I. R@5 and R@10 are
@@ -206,7 +206,7 @@ def published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
 
 
 def published_sources(benchmark: str) -> list[str]:
-    """Return a line for each published table with results for a benchmark: the year, the title and the source."""
+    """Return one line per published table that contains results for a benchmark, with the year, title and source."""
     return [f"Paper {table.year}: {table.title} ({table.source})." for table in _tables_for(benchmark)]
 
 

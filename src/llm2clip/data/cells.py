@@ -16,7 +16,7 @@ from llm2clip.data.image_header import MAX_PIXELS, open_header
 from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage, MemoryImage, printable
 from llm2clip.data.skip_log import SkipLog
 
-# Texts in CSV cells that stand for a missing value, in lower case.
+# Strings that represent a missing value in CSV cells, in lower case.
 MISSING_TEXTS = frozenset({"nan", "-nan", "none", "null", "n/a", "#n/a", "#na", "<na>"})
 
 
@@ -29,7 +29,7 @@ class UnusableRow(Exception):
 
 
 def is_missing_text(cell: object) -> bool:
-    """Return whether a table cell contains a text that spreadsheets and pandas write for a missing value."""
+    """Return whether a table cell contains a string that spreadsheets or pandas write for a missing value."""
     return isinstance(cell, str) and len(cell) < 10 and cell.strip().lower() in MISSING_TEXTS
 
 

@@ -23,8 +23,8 @@ COLUMN_NAMES = {  # record field -> usual column names, in order of preference
 def guess_columns(names: Mapping[str, Sequence[str]], columns: Collection[str]) -> dict[str, str]:
     """Map each field to a column: the first of the field's usual names that is in `columns`. Omit unmatched fields.
 
-    Upper-case and lower-case letters are equal (`Caption`, `FILE_NAME`), as are spaces, hyphens and underscores. If
-    several columns have the same name in this sense, the one that is written like the usual name is preferred.
+    The comparison ignores case (`Caption`, `FILE_NAME`), and does not distinguish between spaces, hyphens and
+    underscores. If several columns match a usual name, a column whose name is exactly equal is preferred.
     """
     columns_by_name: dict[str, str] = {}
     for column in columns:

@@ -1,7 +1,7 @@
-"""Detection of image files with the same bytes, so that copies of an image are not in different splits.
+"""Detection of identical image files, so that copies of an image do not end up in different splits.
 
-Most files are not read: files can only be equal if they have the same size, and most pairs of such files already differ
-in a few bytes from their middle. Only the remaining files are read completely.
+Most files are never read, because only files of the same size can be identical. For files of the same size, a short
+sample from the middle is compared first, and only files with equal samples are read completely.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TypeVar
 from llm2clip.data.image_refs import FileImage, ImageRef, TarImage, resolve_folder
 
 SAMPLE_BYTES = 1024
-NUM_THREADS = 16  # for network file systems, where waiting takes most of the time
+NUM_THREADS = 16  # many threads help on network file systems, where most time is spent waiting
 ITEMS_PER_TASK = 32
 CHUNK_BYTES = 1 << 20
 
@@ -29,12 +29,12 @@ Location = tuple[str, int, int]  # path, offset and size of the image
 def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
     """Find images that have the same bytes as an earlier image. Symbolic links to an image count as copies.
 
-    Image files and members of tar files are compared. For images in tables, `ImageRef.key` is already a hash of their
-    bytes, so they are not compared with files. Images that do not exist are ignored.
+    Image files and members of tar files are compared. Images in tables are not compared with files, because their
+    `ImageRef.key` is already a hash of their bytes. Image files that do not exist are ignored.
 
     Returns:
-        A dict that maps the key of each copy to the key of the first image with the same bytes (see `ImageRef.key`), in
-        the order of the images.
+        A dict that maps the key (`ImageRef.key`) of each copy to the key of the first image with the same bytes. The
+        copies are in the same order as in `images`.
     """
     refs = {image.key: image for image in images if isinstance(image, FileImage | TarImage)}
     with ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -59,7 +59,7 @@ def find_copies(images: Iterable[ImageRef | None]) -> dict[str, str]:
 
 
 def _map_in_chunks(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
-    """Apply a function to items in threads; yield the results in order. Separate tasks for each item would be slow."""
+    """Apply a function to items in several threads, and yield the results in order. One task per item would be slow."""
     chunks = [items[start : start + ITEMS_PER_TASK] for start in range(0, len(items), ITEMS_PER_TASK)]
     for results in pool.map(lambda chunk: [function(item) for item in chunk], chunks):
         yield from results

@@ -21,14 +21,15 @@ def read_merged_records(
     """Read all records from several sources and merge records that have the same image.
 
     Rows with the same image are merged into one record with all their distinct captions, even across sources. The
-    merged record has the id, split and source of the first row. Image files with the same bytes are the same image; see
-    `find_copies`. Rows without an image are merged if they have the same id, source path and split.
+    merged record has the id, split and source of the first row. Image files with the same bytes count as the same
+    image; see `find_copies`. Rows without an image are merged if they have the same id, source path and split.
 
     Args:
         sources: Paths or `Source` objects.
         columns: Column mapping that is added to each source's own mapping.
         log: Log for recording skipped rows and counting copies of images.
-        image_check: How to check images; see `open_records`. If the value is "ignore", image files are not compared.
+        image_check: How to check images; see `open_records`. With "ignore", image files are not compared with each
+            other.
 
     Returns:
         A list of (source, record), one for each image, in order of first appearance.
@@ -66,10 +67,10 @@ def stream_records(
 
 
 def same_image_filter(records: Sequence[Record], candidates: Sequence[Record]) -> Callable[[Record], bool]:
-    """Return a function that returns True for a candidate that has the same image as one of the records.
+    """Return a function that returns True if a candidate has the same image as one of the records.
 
-    Image files with the same bytes are the same image. All candidates must be passed in advance, because only files of
-    the same size are compared.
+    Image files with the same bytes count as the same image. All candidates must be passed in advance, so that only
+    files of the same size need to be compared.
     """
     copies = find_copies([record.image for record in [*records, *candidates]])
 

@@ -1,11 +1,11 @@
 """Images as sequences of patches, for SigLIP 2 NaFlex towers, which keep the aspect ratio of each image.
 
-An image is resized to as many patches as fit in a maximum number, as by transformers' `Siglip2ImageProcessor`. The
-patches of images with different shapes are then packed into uint8 tensors of one shape, so that they can be stacked and
-sent to the device like the pixels of other towers:
+An image is resized so that it has as many patches as possible, up to a maximum number, as in transformers'
+`Siglip2ImageProcessor`. The patches are then packed into a uint8 tensor whose shape is the same for all images, so that
+images with different aspect ratios can be stacked and sent to the device like the pixels of other towers:
 
-rows 0 to P - 1    the patches in row-major order, followed by empty patches; each row contains the patch's pixels
-row P              the number of rows and of columns of patches, two bytes each, followed by zeros
+rows 0 to P - 1    the pixels of one patch per row; the patches are in row-major order, followed by empty patches
+row P              the number of patch rows and the number of patch columns, two bytes each, followed by zeros
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as F
 
 
 def pack_patches(image: Tensor, patch_size: int, max_num_patches: int, interpolation: str) -> Tensor:
-    """Resize an image, uint8 (3, H, W), and pack its patches, uint8 (max_num_patches + 1, 3 * patch_size ** 2)."""
+    """Resize an image, uint8 (3, H, W); return packed patches, uint8 (max_num_patches + 1, 3 * patch_size ** 2)."""
     height, width = _resized_size(image.shape[-2], image.shape[-1], patch_size, max_num_patches)
     image = F.resize(image, [height, width], interpolation=InterpolationMode(interpolation), antialias=True)
     patches = split_into_patches(image[None], patch_size)[0]
@@ -33,7 +33,7 @@ def pack_patches(image: Tensor, patch_size: int, max_num_patches: int, interpola
 def unpack_patches(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Split N packed images, uint8 (N, P + 1, D), into patches (N, P, D) and grid shapes, int64 (N, 2).
 
-    A grid shape is the number of rows and columns of patches.
+    A grid shape consists of the number of patch rows and the number of patch columns.
     """
     digits = packed[:, -1, :4].long().view(-1, 2, 2)
     return packed[:, :-1], digits[:, :, 0] * 256 + digits[:, :, 1]
@@ -52,7 +52,8 @@ def split_into_patches(images: Tensor, patch_size: int) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _resized_size(height: int, width: int, patch_size: int, max_num_patches: int) -> tuple[int, int]:
-    # transformers' search defines the size. It is imported here, because importing transformers takes seconds.
+    # The size must be the one that transformers computes. The import is inside the function, because importing
+    # transformers takes seconds.
     from transformers.models.siglip2.image_processing_siglip2 import get_image_size_for_max_num_patches
 
     return get_image_size_for_max_num_patches(height, width, patch_size, max_num_patches)

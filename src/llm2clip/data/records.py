@@ -242,16 +242,17 @@ class _RecordReader:
         )
 
     def _clean_cells(self, values: dict[str, Any], file: str, number: int) -> dict[str, Any]:
-        """Return the cells of a text table, with None instead of texts such as NaN, which are counted in the log.
+        """Return the cells of a row. Missing values such as NaN are replaced with None and counted in the log.
 
-        If columns share a name, all of them are used for captions. For other fields, the last one is used.
+        If several columns share a name, all of them are used for captions. For other fields, the last column with a
+        value is used.
         """
         cleaned: dict[str, Any] = {}
         for name, value in values.items():
             cells = value if isinstance(value, list) else [value]
             present = [cell for cell in cells if not is_missing_text(cell)]
             if name == "split":
-                present = cells  # the split name "none" has a meaning
+                present = cells  # "none" is a valid split name (`NO_SPLIT`)
             for _ in range(len(cells) - len(present)):
                 self.log.record_dropped(file, number, "missing value", value)
             if isinstance(value, list) and name in CAPTION_FIELDS:

@@ -32,7 +32,7 @@ class SkipLog:
         dropped: Number of parts of rows that were dropped, such as empty captions, for each reason. The remaining parts
             of these rows are used.
         examples: Descriptions of the first three skipped rows.
-        notes: Unusual properties of files, such as their encodings. Maps each property to the files that have it.
+        notes: Maps each unusual property of files, such as an encoding, to the files with this property.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, max_skipped: float = 0.05) -> None:
@@ -94,10 +94,10 @@ class SkipLog:
         self._write(file, row, reason, value)
 
     def count_copies(self, keys: Iterable[str]) -> None:
-        """Count images that were merged with other images because their bytes are the same.
+        """Count images that were merged with an identical image.
 
         Args:
-            keys: Keys of these images. Each key is counted once, even if its source is read several times.
+            keys: Keys of the merged copies. Each key is counted once, even if its source is read several times.
         """
         self._copies.update(keys)
 

@@ -84,7 +84,7 @@ def read_splits(
     held_out = [(source, record) for source, record in held_out if record.image is not None]
     num_images = sum(record.image is not None for _, record in train)
     counts = [f"{num_images:,} training images", f"{len(held_out):,} held out"]
-    if not num_images:  # as in `evaluate`
+    if not num_images:  # `evaluate` has no training images
         counts = [f"{len(held_out):,} images to evaluate"]
     return DataSplits(
         train=[record for _, record in train],

@@ -28,10 +28,11 @@ class Preprocess:
     The image is resized to floor(size / crop_pct) and then centre-cropped, as in timm's evaluation transforms.
 
     Attributes:
-        size: Side length of the square input, in pixels. For "patches", the side length of a square image's input.
+        size: Side length of the square input, in pixels. For "patches", the side length to which a square image is
+            resized.
         resize: "shortest" resizes the shorter side and keeps the aspect ratio; "squash" resizes to a square; "patches"
-            resizes to at most `max_num_patches` patches and keeps the aspect ratio, up to a whole number of patches
-            (SigLIP 2 NaFlex).
+            resizes to at most `max_num_patches` patches and keeps the aspect ratio, apart from rounding to whole
+            patches (SigLIP 2 NaFlex).
         crop_pct: Side length of the centre crop, divided by the side length of the resized image.
         interpolation: Interpolation mode for resizing.
         mean: Per-channel normalisation mean, for pixel values in [0, 1].
@@ -108,7 +109,7 @@ class Preprocess:
         """Create the settings from either the output of `to_dict` or a transformers image processor's config.
 
         Raises:
-            ValueError: The config produces neither square images of a fixed size nor patches, or a value is missing.
+            ValueError: The config describes neither square images of a fixed size nor patches, or a value is missing.
         """
         if "max_num_patches" in config:
             mean, std = _channels(config, "image_mean"), _channels(config, "image_std")

@@ -36,8 +36,8 @@ def read_tuning_sources(
         columns: Column mapping that is added to each source's own mapping.
         log: Log for recording skipped rows.
         training_sources: Caption sources from which `held_out` may have been drawn. They precede the sources in
-            `config.data`. In all sources, held-out images are recognised by their files. In `config.data`, they are
-            also recognised by the comparable part of their ids; see `comparable_id`.
+            `config.data`. In all sources, held-out images are recognised by their image files. In `config.data`,
+            held-out images are also recognised by the comparable part of their ids; see `comparable_id`.
 
     Raises:
         ValueError: The number of source weights is wrong, a source has fewer pairs than a batch needs, or no pair can
@@ -99,7 +99,7 @@ def comparable_id(record_id: str) -> str:
 
 
 class _HeldOutFilter:
-    """Decides by split and id which records may be used for tuning."""
+    """Filter that decides, by split and id, which records may be used for tuning."""
 
     def __init__(self, held_out: Sequence[Record], excluded_ids: set[str], training_sources: Sequence[str]) -> None:
         self.excluded_ids = excluded_ids

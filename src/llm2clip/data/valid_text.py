@@ -1,4 +1,4 @@
-"""Checks that texts are strings that can be encoded as UTF-8."""
+"""Checks that texts are strings and can be encoded as UTF-8."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 
 def is_valid_unicode(text: str) -> bool:
-    """Return whether a text contains no lone surrogates, which means that it can be encoded as UTF-8."""
+    """Return whether a text can be encoded as UTF-8, that is, whether it contains no lone surrogates."""
     if text.isascii():
         return True
     try:

@@ -51,7 +51,7 @@ def open_embedding_source(
         model: Model as accepted by `open_dual_encoder`, or an .npz file.
         log: Skip log for images that cannot be decoded.
         cache_dir: Folder in which the model's embeddings are cached. If None, embeddings are not cached.
-        trust_remote_code: Run the Python code that comes with a model, as Jina-CLIP's.
+        trust_remote_code: Run the Python code that comes with a model, if any. Jina-CLIP requires this setting.
 
     Raises:
         ValueError: If the model is not an image-text model, or the .npz file is invalid.

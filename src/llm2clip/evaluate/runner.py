@@ -76,7 +76,7 @@ def evaluate_models(
         max_skipped: Stop if more than this fraction of the rows cannot be used.
         all_pairs, num_mistakes: Options for CRA. See `caption_retrieval_accuracy`.
         linear_probe: For classification benchmarks, also fit a linear probe on the training images.
-        trust_remote_code: Run the Python code that comes with a model, as Jina-CLIP's.
+        trust_remote_code: Run the Python code that comes with a model, if any. Jina-CLIP requires this setting.
 
     Returns:
         Lines to print at the end: a summary of skipped rows, the failed evaluations, and the path of the report.
@@ -170,7 +170,7 @@ class BenchmarkRunner:
             name: Model name to show in tables.
             is_baseline: Whether the model is a baseline. A baseline that cannot be loaded is skipped, and the report
                 shows no example images for baselines.
-            trust_remote_code: Run the Python code that comes with the model, as Jina-CLIP's.
+            trust_remote_code: Run the Python code that comes with the model, if there is any.
         """
         is_distributed = process_state().num_processes > 1
         try:

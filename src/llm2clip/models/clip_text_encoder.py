@@ -1,8 +1,8 @@
 """Text towers of other CLIP models, for comparison with a caption encoder.
 
-Supported are the transformers model types in `_TEXT_INPUTS`, models that come with their own code (Jina-CLIP), and, if
-open_clip is installed, open_clip models. Texts that exceed the context length are truncated, as is usual for these
-models. `ClipTextEncoder.count_truncated` counts the truncated texts.
+The supported models are transformers models of the types in `_TEXT_INPUTS`, models that come with their own code
+(Jina-CLIP), and, if open_clip is installed, open_clip models. Texts that exceed the context length are truncated, as is
+usual for these models. `ClipTextEncoder.count_truncated` counts the truncated texts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OPEN_CLIP_PREFIX = "open_clip:"
 
 @dataclass(frozen=True)
 class _TextInput:
-    """Form in which a type of model expects its texts.
+    """Text preprocessing that a model type requires.
 
     Attributes:
         context_length: number of tokens that the model was trained with. None: the number of its position embeddings.
@@ -40,9 +40,10 @@ class _TextInput:
 
 _TEXT_INPUTS = {
     "clip": _TextInput(),
-    # Padding: transformers' documentation of SigLIP and SigLIP 2 ("make sure to set padding='max_length'"). SigLIP 2's
-    # texts were converted to lower case (arXiv 2502.14786), which Gemma's tokenizer, saved with the checkpoints, does
-    # not do; SigLIP's tokenizer does (https://github.com/huggingface/transformers/pull/43101).
+    # Padding: see transformers' documentation of SigLIP and SigLIP 2 ("make sure to set padding='max_length'"). Lower
+    # case: both were trained on lower-case texts (arXiv 2502.14786 for SigLIP 2). SigLIP's tokenizer converts texts to
+    # lower case (https://github.com/huggingface/transformers/pull/43101), but the Gemma tokenizer saved with SigLIP 2's
+    # checkpoints does not.
     "siglip": _TextInput(fully_padded=True, lower_case=True),
     "siglip2": _TextInput(fully_padded=True, lower_case=True),
     # `context_length` of `cn_clip.clip.tokenize` (https://github.com/OFA-Sys/Chinese-CLIP). BERT has 512 positions.
@@ -53,9 +54,9 @@ _TEXT_INPUTS = {
     "altclip": _TextInput(context_length=77),
     "metaclip_2": _TextInput(),
 }
-# Other types with text features, and the reason why they are not supported.
+# Other model types with text features -> the reason why they are not supported.
 _UNSUITABLE_TYPES = {
-    # transformers applies the causal mask only if a batch has padding (seen in 5.24).
+    # transformers applies the causal mask only if a batch has padding (as of version 5.24).
     "aimv2": "in transformers, its embedding of a text depends on the padding",
     "blip": "its checkpoints compare images and texts with a cross-attention model (use another model)",
     "blip_2": "it embeds an image as 32 vectors, not as one",
@@ -78,7 +79,7 @@ class ClipTextEncoder:
 
     Attributes:
         model: the complete CLIP model, with both towers.
-        context_length: maximum text length in tokens, or None if only the model's own code knows it.
+        context_length: maximum text length in tokens, or None if it is defined only in the model's own code.
         embed_dim: dimension of the embeddings.
         tokenize: function that truncates N texts to the context length and returns a dict of inputs.
     """
@@ -119,7 +120,7 @@ class ClipTextEncoder:
         return embeddings
 
     def count_truncated(self, captions: Sequence[str]) -> int | None:
-        """Return the number of texts that are longer than the context length and are truncated, or None if unknown."""
+        """Return the number of texts that are truncated to the context length, or None if this number is unknown."""
         if self._token_count is None or self.context_length is None:
             return None
         return sum(self._token_count(caption) > self.context_length for caption in captions)
@@ -130,7 +131,7 @@ def has_text_tower(path: str, trust_remote_code: bool = False) -> bool:
 
     Args:
         path: model name, as for `load_clip_text_encoder`.
-        trust_remote_code: models that come with their own code may run it.
+        trust_remote_code: run the Python code that comes with a model, if there is any.
 
     Raises:
         ValueError: the model comes with its own code, and `trust_remote_code` is False.
@@ -167,7 +168,7 @@ def load_clip_text_encoder(
         path: for transformers, a folder or hub id. For open_clip, one of `open_clip:NAME/PRETRAINED`,
             `open_clip:FOLDER` (a folder saved by open_clip) and `open_clip:hf-hub:ID`.
         device: device to load the model on. Default: a GPU if there is one.
-        trust_remote_code: models that come with their own code may run it.
+        trust_remote_code: run the Python code that comes with a model, if there is any.
 
     Raises:
         ValueError: the model's type is not supported, the model comes with its own code and `trust_remote_code` is
@@ -193,7 +194,7 @@ def _load_transformers(path: str, device: torch.device) -> ClipTextEncoder:
     tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     positions = model.config.text_config.max_position_embeddings
     context_length = min(text_input.context_length or positions, positions, tokenizer.model_max_length)
-    # SigLIP's own tokenizer also changes texts to lower case, but keeps its special tokens unchanged.
+    # SigLIP's own tokenizer already converts texts to lower case, except for special tokens.
     lower_case = text_input.lower_case and type(tokenizer).__name__ != "SiglipTokenizer"
 
     def tokenize(texts: list[str]) -> dict[str, Tensor]:
@@ -214,7 +215,7 @@ def _load_transformers(path: str, device: torch.device) -> ClipTextEncoder:
 
 
 def _text_input(path: str, model_type: str) -> _TextInput:
-    """Return the form in which a transformers model expects its texts.
+    """Return the text preprocessing that a transformers model requires.
 
     Raises:
         ValueError: the model type is not supported. The message states the reason.
@@ -229,17 +230,17 @@ def _text_input(path: str, model_type: str) -> _TextInput:
 
 
 def pooled_output(features: Any) -> Tensor:
-    """Return the embeddings from `get_text_features` or `get_image_features`. They return a tensor or an output."""
+    """Return the embeddings in the result of `get_text_features` or `get_image_features`."""
     embeddings: Tensor = features if isinstance(features, Tensor) else features.pooler_output
     return embeddings
 
 
 @hide_loading_bars()
 def _load_remote_code(path: str, device: torch.device) -> ClipTextEncoder:
-    """Load a model with its own code. The code must have been allowed to run.
+    """Load a model by running the code that comes with it. The caller must check that the user allows this code to run.
 
-    If the model has a method `encode_text`, as Jina-CLIP, this method receives the texts. It tokenizes and truncates
-    them. Otherwise, the model must have `get_text_features`, and its tokenizer must specify the context length.
+    If the model has a method `encode_text`, as Jina-CLIP does, this method tokenizes and truncates the texts.
+    Otherwise, the model must have a method `get_text_features`, and its tokenizer must specify the context length.
     """
     from transformers import AutoModel, AutoTokenizer
 

@@ -89,7 +89,8 @@ def open_dual_encoder(
         precision: precision of the caption encoder in an llm2clip model, as in `CaptionEncoder.encode`. `auto` selects
             the fastest precision that is accurate enough (see `models/precision_calibration.py`). All other models are
             run in fp32.
-        trust_remote_code: run the Python code that comes with a model, which Jina-CLIP needs.
+        trust_remote_code: run the Python code that comes with a model, if there is any. Jina-CLIP requires this
+            setting.
 
     Raises:
         ValueError: the model does not have both an image encoder and a text encoder, its type is not supported, or it

@@ -1,11 +1,11 @@
 """Latent attention pooling, the pooling layer of NV-Embed (arXiv 2405.17428).
 
-After the LLM, each token attends to an array of trained vectors, the latents. An MLP follows, and the results are
-averaged over the caption's tokens. Tokens do not attend to each other in this layer, so packed and padded batches give
-the same embeddings.
+The final hidden state of each token attends to an array of trained vectors, the latents. An MLP is then applied to each
+token, and the results are averaged over the caption's tokens. Tokens do not attend to each other in this layer, so
+packed and padded batches produce the same embeddings.
 
-The module is stored in sentence-transformers' format. sentence-transformers loads the module only if llm2clip is
-installed and with `trust_remote_code=True`, which the class path in `modules.json` requires.
+The module is stored in sentence-transformers' format. sentence-transformers can load the module only if llm2clip is
+installed. The class path in `modules.json` also requires `trust_remote_code=True`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# The hidden layers are eight times as wide as the LLM. Chunks limit their memory to about 2 GB in fp32.
+# The MLP's hidden layer is eight times as wide as the LLM. Processing chunks of tokens limits its memory to about 2 GB
+# in fp32.
 TOKENS_PER_CHUNK = 4096
 MLP_EXPANSION = 4
 
 
 class LatentAttentionPooling(Pooling):
-    """sentence-transformers module that applies latent attention and an MLP to every token, and then mean pooling.
+    """sentence-transformers module that applies latent attention and an MLP to every token, followed by mean pooling.
 
     Attributes:
         latents: trained vectors, (num_latents, embedding_dimension).
@@ -62,7 +63,7 @@ class LatentAttentionPooling(Pooling):
         self.mlp_out = nn.Linear(MLP_EXPANSION * embedding_dimension, embedding_dimension)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Add `sentence_embedding`, (B, D), to the features. Replaces `token_embeddings`, (B, T, D) or (1, T, D)."""
+        """Add `sentence_embedding`, (B, D), to the features. Replace `token_embeddings`, (B, T, D) or (1, T, D)."""
         features["token_embeddings"] = self.transform_tokens(features["token_embeddings"])
         pooled: dict[str, Any] = super().forward(features, **kwargs)
         return pooled

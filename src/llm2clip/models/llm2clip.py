@@ -127,7 +127,8 @@ class LLM2CLIP(nn.Module):
     Attributes:
         config: model config.
         tower: vision tower; maps pixels (N, 3, S, S) to features (N, feature_dim).
-        projection: linear layer; maps features (N, feature_dim) to (N, embed_dim). Without a projection, the identity.
+        projection: linear layer; maps features (N, feature_dim) to (N, embed_dim). The identity if `config.projection`
+            is False.
         adapter: text adapter; maps unnormalised caption embeddings (M, text_dim) to (M, embed_dim).
         logit_scale: logarithm of the factor that multiplies the cosine similarities, shape (1,).
         logit_bias: bias that is added to the logits, shape (1,), or None for models without a bias.
@@ -178,9 +179,9 @@ class LLM2CLIP(nn.Module):
 
     @torch.no_grad()
     def set_logits(self, scale: float, bias: float | None = None) -> None:
-        """Set the factor that multiplies the cosine similarities, at most 100, and the logit bias.
+        """Set the logit scale, which multiplies the cosine similarities and is clamped to 100, and the logit bias.
 
-        If `bias` is None, or if the model has no logit bias, the bias is not changed.
+        The bias is not changed if `bias` is None or if the model has no logit bias.
         """
         self.logit_scale.fill_(math.log(scale))
         self.clamp_logit_scale()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm2clip.models.pretrained import resolve_pretrained
 
-# Weight files that may contain the logit scale. In repositories of timm, only the file for open_clip contains it.
+# Weight files that may contain the logit scale. In timm's repositories, only the open_clip file contains it.
 _WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -51,7 +51,7 @@ def read_pretrained_logits(tower: str) -> tuple[float, float | None]:
 
 
 def _hub_id_or_folder(tower: str) -> str:
-    """Return the folder or hub id that contains the weights of a tower. For timm models, use timm's pretrained config.
+    """Return the folder or hub id of a tower's weights. The hub id of a timm model comes from timm's pretrained config.
 
     If the tower is a timm model without weights on the hub, the name is returned unchanged.
     """
@@ -85,7 +85,7 @@ def _find_file(source: str, name: str) -> Path | None:
 
 
 def _read_tensors(file: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Return those of the named tensors that a weight file or the shards of an index contain."""
+    """Read the named tensors from a weight file, or from the shards listed in an index. Omit missing tensors."""
     if file.name.endswith(".index.json"):
         shard_of = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
         tensors: dict[str, Tensor] = {}

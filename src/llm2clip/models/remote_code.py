@@ -1,4 +1,4 @@
-"""Models that come with Python code of their own, such as Jina-CLIP. This code runs only if the user allows it."""
+"""Checks for models that come with Python code, such as Jina-CLIP. The code is run only if the user allows it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from contextlib import contextmanager
 def has_remote_code(path: str) -> bool:
     """Return True if a transformers model can be loaded only with the Python code in its folder or hub repository.
 
-    The code is not run. The function returns False if the model does not exist, and if transformers has a class for the
-    model's type.
+    This function does not run the code. It returns False if the model does not exist or if transformers has a class for
+    the model's type.
     """
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 

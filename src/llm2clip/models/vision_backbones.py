@@ -172,7 +172,7 @@ def _load_transformers(source: str, image_size: int | None, pretrained: bool) ->
     if config.model_type in _DUAL_ENCODER_TYPES:
         config = config.vision_config
     if config.model_type == "metaclip_2_vision_model":
-        # MetaCLIP 2's vision model has CLIP's architecture and weight names, but AutoModel does not know its type.
+        # MetaCLIP 2's vision model has CLIP's architecture and weight names, but AutoModel does not support its type.
         fields = {key: value for key, value in config.to_dict().items() if key != "model_type"}
         config = CLIPVisionConfig.from_dict(fields)
     if config.model_type not in _DEFAULT_PREPROCESS:

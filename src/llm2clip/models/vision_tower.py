@@ -32,7 +32,7 @@ _INTERPOLATES_ON_REQUEST = ("clip_vision_model", "siglip_vision_model")
 class VisionTower(nn.Module):
     """Vision encoder that maps uint8 or float images (N, 3, S, S) to pooled features (N, feature_dim).
 
-    NaFlex towers also accept packed patches of images of any shape, which the transforms create for these towers.
+    NaFlex towers also accept packed patches, which the transforms for these towers create from images of any shape.
 
     Attributes:
         backbone: timm or transformers module, which contains all parameters.
@@ -128,7 +128,7 @@ class VisionTower(nn.Module):
             shapes = torch.tensor(grid, device=pixels.device).expand(len(pixels), 2)
         else:
             patches, shapes = unpack_patches(pixels)
-        # In a patch, the channels of a pixel are adjacent.
+        # Within a patch, the three channels of each pixel are adjacent.
         mean, std = (value.view(3).repeat(patch_size**2) for value in (self.mean, self.std))
         mask = torch.arange(patches.shape[1], device=pixels.device) < shapes.prod(1, keepdim=True)  # (N, P)
         x = self._normalize(patches, mean, std) * mask[..., None]

@@ -1,7 +1,7 @@
 """Direct fine-tuning of a CLIP model, the baseline that the LLM2CLIP paper calls "directly fine-tuned CLIP".
 
-Both towers of the model are trained with the loop and the settings of `align`. The model's own text tower takes the
-place of the adapter, and tokenized captions take the place of the embedding store. The result is an ordinary
+Both towers of the model are trained with the training loop and the settings of `align`. The model's own text tower
+takes the place of the adapter, and tokenized captions take the place of the embedding store. The result is an ordinary
 transformers model, which `evaluate` accepts as a model or baseline.
 """
 
@@ -27,7 +27,8 @@ from llm2clip.models.loading import hide_loading_bars
 from llm2clip.models.vision_tower import VisionTower
 from llm2clip.train.align import align
 
-# Their text towers need no attention mask: CLIP's attention is causal, and SigLIP was trained on padded texts.
+# The text towers of these types need no attention mask: CLIP's attention is causal, and SigLIP was trained on padded
+# texts.
 SUPPORTED_TYPES = ("clip", "metaclip_2", "siglip")
 
 
@@ -35,20 +36,20 @@ def finetune_clip(records: Sequence[Record], config: AlignConfig, out: Path, log
     """Fine-tune both towers of the CLIP model `config.tower`, resuming from the latest checkpoint if one exists.
 
     `lr` is the learning rate of the text tower, the projections and the logit scale; `tower_lr` is the learning rate of
-    the vision tower. The settings of the adapter and `embed_dim` have no effect, and the logit scale is the model's.
+    the vision tower. The adapter settings and `embed_dim` have no effect. The initial logit scale is the CLIP model's.
 
     Args:
         records: Training data.
         config: Settings for the `align` stage.
         out: Output folder for checkpoints and metrics.
-        log: Log of skipped rows and images, to which images that cannot be decoded are added.
+        log: Log of skipped rows and images. Images that cannot be decoded are added to this log.
 
     Returns:
         The model folder, `out/model`, in transformers format.
 
     Raises:
-        ValueError: The tower is not part of a supported CLIP model. Also raised if there are too few images for one
-            step, or if existing checkpoints were saved with different settings or data.
+        ValueError: The tower is not part of a supported CLIP model, there are too few images for one step, or existing
+            checkpoints were saved with different settings or data.
     """
     model_dir = out / "model"
     if not model_dir.exists():
@@ -103,7 +104,7 @@ class TextTower(nn.Module):
     def __init__(self, clip: Any) -> None:
         super().__init__()
         for name in ("vision_model", "visual_projection", "logit_scale", "logit_bias"):
-            if hasattr(clip, name):  # parameters without gradients would block a distributed run
+            if hasattr(clip, name):  # parameters without gradients would make a distributed run hang
                 delattr(clip, name)
         self.clip = clip
 
@@ -113,9 +114,9 @@ class TextTower(nn.Module):
 
 @torch.no_grad()
 def build_model(clip: Any, config: AlignConfig) -> LLM2CLIP:
-    """Build a model for `align` from both towers of a transformers CLIP model. Its adapter is CLIP's text tower.
+    """Build a model for `align` from both towers of a transformers CLIP model, with its text tower as the adapter.
 
-    The text tower of `clip` becomes part of the model, and its vision tower is deleted.
+    This modifies `clip`: its text tower becomes part of the new model, and its vision tower is deleted.
     """
     tower = VisionTower.from_pretrained(config.tower, image_size=config.image_size)
     visual_projection = getattr(clip, "visual_projection", None)
@@ -143,7 +144,8 @@ def _save(model: LLM2CLIP, name: str, folder: Path) -> None:
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
     clip: Any = AutoModel.from_pretrained(name, trust_remote_code=False, dtype=torch.float32)
-    vision_model = getattr(clip.vision_model, "vision_model", clip.vision_model)  # wrapped in some versions
+    # In some versions of transformers, the vision model is wrapped in another module.
+    vision_model = getattr(clip.vision_model, "vision_model", clip.vision_model)
     vision_model.load_state_dict(model.tower.backbone.state_dict())
     text_tower: Any = model.adapter
     unexpected = clip.load_state_dict(text_tower.clip.state_dict(), strict=False).unexpected_keys

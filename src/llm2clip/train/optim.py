@@ -19,8 +19,8 @@ from llm2clip.models.vision_tower import VisionTower
 WEIGHT_DECAY = 0.05
 MAX_GRAD_NORM = 5.0
 ADAM_BETAS = (0.9, 0.999)
-# Names of the tower's learned position embeddings and tokens, in timm and transformers. Weight decay would pull them
-# to zero.
+# Names of the tower's learned position embeddings and tokens, in timm and transformers. Weight decay would pull these
+# vectors towards zero.
 _EMBEDDING = re.compile(r"^tower\..*(pos_embed|position_embedding|cls_token|class_embedding|reg_token|register_token)")
 
 
@@ -51,7 +51,7 @@ def parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str, Any
 
     The tower has a separate learning rate, `tower_lr`, which is multiplied by `layer_decay` once for each layer below
     the top layer. As in the authors' code, weight decay is not applied to vectors and scalars, such as biases, norms
-    and the logit scale, nor to the tower's position embeddings and class tokens.
+    and the logit scale, or to the tower's position embeddings and class tokens.
 
     Raises:
         ValueError: `layer_decay` is less than 1, but the order of the tower's layers is unknown.

@@ -33,7 +33,7 @@ Sample = tuple[int, int]  # epoch and image index
 
 
 class CaptionSource(Protocol):
-    """Source of the text inputs of training. This is an embedding store, except in `clip_finetuning`."""
+    """Source of the text inputs for training: an embedding store, or tokenized captions in `clip_finetuning`."""
 
     manifest: dict[str, Any]
 
@@ -42,7 +42,7 @@ class CaptionSource(Protocol):
         ...
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Return the model's text inputs in the given rows, (N, ...)."""
+        """Return the text inputs in the given rows, (N, ...)."""
         ...
 
 

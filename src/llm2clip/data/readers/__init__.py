@@ -89,7 +89,7 @@ def read_source(
         image_bytes: Whether to read images that are embedded in Parquet files.
         splits: Splits of a Hugging Face data set to read. If empty or None, all splits are read. Each row's `split`
             field is set to the name of its split, unless `splits` is None: the rows then keep their own `split` value.
-        log: Log in which unusual properties of a file are noted, such as its encoding.
+        log: Log for noting unusual properties of a file, such as its encoding.
     """
     if kind == "parquet":
         return read_parquet(path, choose, image_bytes)

@@ -34,7 +34,7 @@ class KarpathyImage:
         id: COCO's id of the image, or the image's file name without its suffix.
         name: Path of the image, relative to the data set's image folder.
         split: train, restval, val or test.
-        captions: The captions.
+        captions: Captions of the image.
     """
 
     id: str
@@ -56,14 +56,14 @@ class KarpathyImage:
 
 
 def drop_unused_keys(fields: dict[str, Any]) -> dict[str, Any]:
-    """Remove large fields that are not needed. As an `object_hook` of `json`, this more than halves the memory."""
+    """Remove large unneeded fields. As an `object_hook` of `json`, this function more than halves the memory use."""
     for key in UNUSED_KEYS:
         fields.pop(key, None)
     return fields
 
 
 def read_caption_json(path: str, data: Mapping[str, Any]) -> Iterator[RawRow]:
-    """Return an iterator over the images in COCO's or Karpathy's format, with the image's captions.
+    """Return an iterator over the images and captions in a file in COCO's or Karpathy's format.
 
     Args:
         path: Path of the JSON file. Its folder is used to find the images.
@@ -128,9 +128,9 @@ def _coco_rows(path: str, images: Sequence[Mapping[str, Any]], annotations: Sequ
 
 
 def _split_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the likely name of the folder with the images of COCO's split, such as train2017.
+    """Return likely names of the folder that contains the images of a COCO split, such as train2017.
 
-    `captions_train2017.json` contains it, and so does `coco_url`
+    The names come from the name of the JSON file (`captions_train2017.json`) and from `coco_url`
     (http://images.cocodataset.org/train2017/000000391895.jpg).
     """
     match = re.fullmatch(r"[a-z_]+_([a-z]+\d*)", os.path.splitext(os.path.basename(path))[0])
@@ -142,7 +142,7 @@ def _split_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _find_image_folder(path: str, names: Sequence[str], subfolders: Sequence[str] = ()) -> str:
-    """Return the folder that contains the first images found, or the folder of the JSON file if none is found."""
+    """Return the first folder in which an image is found, or the folder of the JSON file if no image is found."""
     parent = os.path.dirname(path)
     for name in names[:SEARCHED_IMAGES]:
         for folder in IMAGE_FOLDERS:

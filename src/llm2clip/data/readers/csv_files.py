@@ -1,4 +1,4 @@
-"""Reader for CSV and TSV files. The delimiter is detected, because spreadsheets write semicolons in many countries."""
+"""Reader for CSV and TSV files. The delimiter is detected, because in many countries spreadsheets use semicolons."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.valid_text import is_valid_unicode
 
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
-MAX_CELL_CHARACTERS = 1 << 24  # the csv module's own limit of 131,072 characters is too low for long texts
-SAMPLE_CHARACTERS = 1 << 16  # the delimiter is detected in this part of the file
+MAX_CELL_CHARACTERS = 1 << 24  # the csv module's default of 131,072 characters is too low for long texts
+SAMPLE_CHARACTERS = 1 << 16  # number of characters that are read to detect the delimiter
 SAMPLE_ROWS = 50
 
 
@@ -28,8 +28,9 @@ def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[
 
     Args:
         path: Path of the file.
-        delimiter: Delimiter that the file's suffix suggests. If the header does not contain it, another one is used.
-        log: Log in which unusual delimiters and encodings are noted.
+        delimiter: Delimiter suggested by the file's suffix. Another delimiter is used if it fits better; see
+            `detect_delimiter`.
+        log: Log for noting unusual delimiters and encodings.
 
     Raises:
         ValueError: The header is malformed or not UTF-8, or a quoted field is never closed.
@@ -74,13 +75,13 @@ def read_csv(path: str, delimiter: str, log: SkipLog | None = None) -> Iterator[
 def detect_delimiter(sample: str, default: str) -> tuple[str, int]:
     """Return the delimiter of a CSV file, and the number of the line that contains the header.
 
-    The delimiter must occur in the header, outside quotes. If several delimiters do, the delimiter that splits the most
-    rows into as many fields as the header is used; of equally good ones, `default`. Excel's first line `sep=;` also
-    specifies the delimiter.
+    The delimiter must occur in the header, outside quotes. If several delimiters do, the function chooses the delimiter
+    with which the most rows have as many fields as the header. In case of a tie, it prefers `default`. If the first
+    line has Excel's form `sep=;`, the function returns the delimiter in this line.
 
     Args:
         sample: Start of the file.
-        default: Delimiter that is used if there is no evidence for another one.
+        default: Delimiter to return if no other delimiter fits better.
     """
     specified = re.match(r'"?sep=([^\r\n"])"?\r?\n', sample)
     if specified is not None:

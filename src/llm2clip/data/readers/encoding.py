@@ -1,7 +1,9 @@
-"""Text encodings: UTF-8 and UTF-16 files are read. For other encodings, the user is told how to convert the file.
+"""Detection of text encodings.
 
-The encoding of a file that is neither UTF-8 nor UTF-16 can only be guessed. For example, each French text in cp1252 is
-also a valid text in cp1250, with a few wrong letters. Such files are therefore never decoded with a guessed encoding.
+UTF-8 and UTF-16 files are read. For files in other encodings, a message explains how to convert them to UTF-8.
+
+The encoding of a file that is neither UTF-8 nor UTF-16 can only be guessed. For example, every French text in cp1252 is
+also valid in cp1250, but some letters are wrong. Such files are therefore never decoded with a guessed encoding.
 """
 
 from __future__ import annotations
@@ -22,17 +24,17 @@ from llm2clip.data.raw_rows import BadRow
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.valid_text import is_valid_unicode
 
-_MARKS = (  # byte order marks. The UTF-32 marks come first, because they start with the UTF-16 marks
+_MARKS = (  # byte order marks; the UTF-32 marks come first, because one of them starts with a UTF-16 mark
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
-# Encodings in which caption files are common. The encodings of Windows include those of ISO 8859.
+# Common encodings of caption files. The Windows encodings cover the corresponding ISO 8859 encodings.
 _LIKELY_ENCODINGS = (
     "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "koi8_r", "shift_jis", "euc_jp", "gb18030",
     "big5", "euc_kr",
 )  # fmt: skip
-MAX_SAMPLE_LINES = 200_000  # number of lines that are searched for text that is not UTF-8
-MAX_READINGS = 3  # number of likely encodings in a message
+MAX_SAMPLE_LINES = 200_000  # maximum number of lines that are searched for text that is not UTF-8
+MAX_READINGS = 3  # maximum number of likely encodings in a message
 MAX_SAMPLE_BYTES = 1 << 14  # maximum size of the text whose encoding is guessed
 
 
@@ -44,7 +46,7 @@ def open_text(path: str, log: SkipLog | None = None, newline: str | None = None)
 
     Args:
         path: Path of the file.
-        log: Log in which UTF-16 files are noted.
+        log: Log for noting UTF-16 files.
         newline: See the function `open`.
     """
     stream = _open_binary(path)
@@ -62,10 +64,10 @@ def open_text(path: str, log: SkipLog | None = None, newline: str | None = None)
 
 
 def detect_encoding(start: bytes) -> str:
-    """Return the encoding of a file, given its first four bytes: "utf-8-sig", or an encoding with wider characters.
+    """Return the encoding of a file, given its first four bytes: "utf-8-sig", or a UTF-16 or UTF-32 encoding.
 
-    A file without a byte order mark is UTF-16 if every other byte is 0. The first two characters of caption files are
-    ASCII characters, and UTF-8 text does not contain the byte 0.
+    A file without a byte order mark counts as UTF-16 if every other byte is 0. This rule is reliable, because caption
+    files start with two ASCII characters, and UTF-8 text does not contain zero bytes.
     """
     for mark, encoding in _MARKS:
         if start.startswith(mark):
@@ -81,7 +83,7 @@ def detect_encoding(start: bytes) -> str:
 def find_undecodable(text: str, path: str, log: SkipLog | None = None) -> BadRow | None:
     """Return a `BadRow` if a text from `open_text` contains bytes that could not be decoded, else None.
 
-    Also note in the log which encoding the file probably has.
+    Also note the likely encodings of the file in the log.
     """
     if is_valid_unicode(text):
         return None
@@ -92,7 +94,7 @@ def find_undecodable(text: str, path: str, log: SkipLog | None = None) -> BadRow
 
 @functools.lru_cache(maxsize=64)
 def describe_encoding(path: str) -> str:
-    """Return a sentence that names the likely encodings of a file, with a line read in each, and how to convert it."""
+    """Return a message with the likely encodings of a file, a line decoded with each, and advice on conversion."""
     with _open_binary(path) as stream:
         encoding = detect_encoding(stream.read(4))
     if encoding != "utf-8-sig":
@@ -103,7 +105,7 @@ def describe_encoding(path: str) -> str:
     likely = [match.encoding for match in from_bytes(sample, cp_isolation=list(_LIKELY_ENCODINGS))]
     if sum(byte > 127 for byte in sample) < 0.3 * len(sample):
         likely.insert(0, "cp1252")  # the most common encoding of texts in which most letters are ASCII
-    readings: dict[str, str] = {}  # the line as read in an encoding -> encoding
+    readings: dict[str, str] = {}  # decoded line -> encoding
     for encoding in likely:
         try:
             readings.setdefault(line.decode(encoding).strip()[:60], encoding)
@@ -128,7 +130,7 @@ def _open_binary(path: str) -> BinaryIO:
 
 
 def _sample_undecodable(path: str) -> tuple[bytes, bytes]:
-    """Return the non-ASCII lines at the start of a file that are not UTF-8, and the first of these lines."""
+    """Return the first lines of a file that are not valid UTF-8, joined, and the first of these lines separately."""
     lines: list[bytes] = []
     size = 0
     with _open_binary(path) as stream:
@@ -151,7 +153,7 @@ def _is_utf8(line: bytes) -> bool:
 
 
 def _escape_undecodable(error: UnicodeError) -> tuple[str, int]:
-    """Replace undecodable bytes with lone surrogates, like surrogateescape, which does not support UTF-16."""
+    """Replace undecodable bytes with lone surrogates. Unlike Python's surrogateescape, this also works for UTF-16."""
     assert isinstance(error, UnicodeDecodeError)
     return "\udc80" * (error.end - error.start), error.end
 

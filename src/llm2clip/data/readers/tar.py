@@ -50,7 +50,8 @@ def list_files(folder: str, suffixes: frozenset[str]) -> Iterator[str]:
 def read_image_folder(folder: str, log: SkipLog | None = None) -> Iterator[RawRow]:
     """Yield the images in a folder. The captions of `x.jpg` are in `x.json` or, one per line, in `x.txt`.
 
-    Files in other encodings than UTF-8 are noted in `log`. The likely encoding is determined for one file only.
+    Text files in other encodings than UTF-8 are noted in `log`. The likely encodings are determined only for the first
+    of these files.
     """
     has_noted_encoding = False
     for number, path in enumerate(list_images(folder), 1):

@@ -40,7 +40,7 @@ def read_json_lines(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
 
 
 def read_json_list(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
-    """Yield the objects in a JSON file that contains a list, or the images in COCO's or Karpathy's format.
+    """Yield the objects in a JSON file that contains a list, or the images in a file in COCO's or Karpathy's format.
 
     The entire file is read into memory.
 

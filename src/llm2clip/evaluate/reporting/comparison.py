@@ -15,7 +15,7 @@ from llm2clip.html_report import Block, Heading, Paragraph, Plot, Table
 from llm2clip.published_results import CRA, CRA_NOTE, published_rows, published_sources
 
 DIRECTIONS = ("I2T", "T2I")
-# The LLM2CLIP authors' models with which the first model is compared. See `published_rows`.
+# Models of the LLM2CLIP authors that the first evaluated model is compared with. See `published_rows`.
 REFERENCE_MODELS = ("2024: Llama3-8B-CC", "2024: EVA02 + LLM2CLIP", "2026: Llama-3.1-8B-CC", "2026: SigLIP2 + LLM2CLIP")
 MEAN_BENCHMARKS = ("xm3600",)  # the authors published only the mean over the languages
 
@@ -236,7 +236,7 @@ def _table_row(
 def _differences(
     recalls: Mapping[str, Sequence[float]], published: Mapping[str, tuple[float | None, ...]]
 ) -> dict[str, list[str | None]]:
-    """Return the first model's recall minus that of each other model and of each model in `REFERENCE_MODELS`."""
+    """Return the first model's recall minus the recall of each other model, including `REFERENCE_MODELS`."""
     (first_model, first_recalls), *other_models = recalls.items()
     others: dict[str, Sequence[float | None]] = dict(other_models)
     others |= {f"paper {model}": published[model] for model in REFERENCE_MODELS if model in published}

@@ -4,8 +4,8 @@ Official checkpoints are the checkpoints released by the authors of LLM2CLIP. Th
 
 - "hf" is a transformers checkpoint. It contains OpenAI's CLIP vision tower with transformers' tensor names, a
   projection without bias, and an adapter.
-- "openai" is a state dict with the same tower, projection and adapter. The tower has the tensor names of the original
-  CLIP code. `openai_names.py` renames the tensors to those of "hf".
+- "openai" is a state dict with the same tower, projection and adapter, but with the tower's tensor names from the
+  original CLIP code. `openai_names.py` converts these names to those of "hf".
 - "eva" is a state dict from the EVA-CLIP code. It contains an EVA-02 tower (whose tensor names differ from timm's), a
   projection with bias, and an adapter with the same architecture.
 - "siglip2" is a state dict with a timm SigLIP 2 tower and an adapter. There is no projection: the image embedding is
@@ -38,8 +38,8 @@ class Layout:
 
     Attributes:
         name: hf, openai, eva or siglip2.
-        description: the vision tower, for error messages.
-        required: name prefixes in the file by which the layout is recognised.
+        description: short description of the vision tower, for error messages.
+        required: prefixes of tensor names in the file, by which the layout is recognised.
         tower: name prefix of the vision tower's tensors.
         projection: name prefix of the image projection's tensors. Empty if there is no projection.
         adapter: name prefix of the text adapter's tensors.
@@ -108,7 +108,7 @@ _TIMM_TO_EVA = {
 # Prefix of the adapter's tensors if the adapter was trained with the LLM in the training loop.
 _ONLINE_ADAPTER = "text.text_proj.text_adaptor."
 # Names used by some versions of the LLM2CLIP authors' code -> canonical names. The original EVA-CLIP code stores the
-# query and value biases in the attention module, not in the linear layers. Some checkpoints contain both.
+# query and value biases in the attention module, not in the linear layers. Some checkpoints contain both forms.
 _ALIASES = {
     "attn.q_bias": "attn.q_proj.bias",
     "attn.v_bias": "attn.v_proj.bias",

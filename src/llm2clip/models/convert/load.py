@@ -77,7 +77,7 @@ def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | 
     Args:
         model: model without a caption encoder.
         path: folder or hub id of an encoder, or of a LoRA adapter in PEFT's format, which is merged into its LLM.
-        checkpoint: name of the official checkpoint, from which the error message infers the right encoder.
+        checkpoint: name of the official checkpoint, used only to suggest the right encoder in the error message.
 
     Raises:
         ValueError: the dimension of the encoder's embeddings differs from the adapter's input size.

@@ -38,7 +38,7 @@ _POOLING_NAMES = {
     "cross_attend_blocks.1.fn.net.0": "mlp_in",
     "cross_attend_blocks.1.fn.net.2": "mlp_out",
 }
-# Entries of the LLM's config that determine its architecture. The rest concerns text generation.
+# Entries of the LLM's config that determine its architecture. The other entries concern text generation.
 _LLM_SETTINGS = (
     "vocab_size",
     "hidden_size",
@@ -61,8 +61,8 @@ def is_nv_embed(source: str | Path) -> bool:
 def load_nv_embed(source: str | Path) -> CaptionEncoder:
     """Load NV-Embed-v2 from its published format as a caption encoder in float32, on the CPU.
 
-    As in NV-Embed's code, a text has the begin token, the caption and the end token, and the mean includes all of these
-    tokens.
+    As in NV-Embed's code, each text consists of the begin token, the caption and the end token, and the mean includes
+    all of these tokens.
 
     Args:
         source: folder or hub id.
@@ -140,7 +140,7 @@ def _load_llm(source: str | Path, tensors: dict[str, Tensor], settings: Mapping[
         config.save_pretrained(folder)
         save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
         _load_tokenizer(source).save_pretrained(folder)
-        tensors.clear()  # the LLM is about to be loaded a second time
+        tensors.clear()  # free this memory before the LLM is loaded again
         return CaptionEncoder.from_pretrained(folder, device="cpu")
 
 

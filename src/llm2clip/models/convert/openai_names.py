@@ -1,7 +1,7 @@
 """Tensor names of the original OpenAI CLIP code, and how they map to transformers' CLIP.
 
-LLM2CLIP's `.pt` files of OpenAI towers use these names. The tensors are renamed when the file is read, so the rest of
-the conversion handles one kind of CLIP tower. Two tensors also change their shape:
+LLM2CLIP's `.pt` files with OpenAI towers use these names. The tensors are renamed when the file is read, so that the
+rest of the conversion has to support only one set of names. Some tensors also change their shape:
 
 - `attn.in_proj_weight` (3 * width, width) and `attn.in_proj_bias` contain the query, key and value projections. They
   are split into three tensors.
@@ -55,7 +55,7 @@ def rename_openai_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rename_block_tensor(name: str, prefix: str, rest: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Return one tensor of a block under its new name, or three tensors if it contains query, key and value."""
+    """Rename a tensor of a block. Split it into three tensors if it contains the query, key and value projections."""
     if rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
         kind = rest.removeprefix("attn.in_proj_")
         parts = tensor.chunk(3)

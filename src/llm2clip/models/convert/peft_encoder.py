@@ -1,8 +1,8 @@
 """Caption encoders that are published as a base LLM and one or more LoRA adapters in PEFT's format.
 
-The first training stage of the LLM2CLIP authors' code writes such an adapter, and so does LLM2Vec. Adapters form a
-chain: LLM2Vec's supervised adapter was trained on the LLM with its MNTP adapter already merged, so the adapters must be
-merged in the order of their training.
+LLM2Vec and the first training stage of the LLM2CLIP authors' code write such adapters. Several adapters can form a
+chain. For example, LLM2Vec's supervised adapter was trained after the MNTP adapter had been merged into the LLM. Such
+adapters must be merged in the order of their training.
 """
 
 from __future__ import annotations
@@ -78,11 +78,11 @@ def merge_adapter(encoder: CaptionEncoder, folder: Path) -> None:
     config: Any = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{folder} is a {config.peft_type} adapter; only LoRA adapters can be merged")
-    config.task_type = None  # the LLM has no LM head, which the task type of a causal LM requires
+    config.task_type = None  # the task type of a causal LM requires an LM head, which this LLM does not have
     weights = _remove_head_prefix(load_peft_weights(str(folder), device="cpu"))
     model = get_peft_model(encoder.llm, config)
     expected = get_peft_model_state_dict(model)
-    # PEFT ignores tensors that do not match, and the LLM would silently stay as it was.
+    # PEFT silently ignores tensors that do not match, so the LLM would remain unchanged.
     differing = sorted(weights.keys() ^ expected.keys())
     differing += sorted(
         name for name in weights.keys() & expected.keys() if weights[name].shape != expected[name].shape
@@ -109,7 +109,7 @@ def _resolve_chain(sources: Sequence[str | Path]) -> tuple[str, list[Path]]:
 
 
 def _find_base(adapters: list[Path]) -> tuple[str, list[Path]]:
-    """Follow the base models of the first adapter, which may be adapters themselves, to the LLM."""
+    """Return the LLM that the adapters are based on, and the complete chain, including adapters of base models."""
     chain = list(adapters)
     while True:
         base = str(read_json(chain[0] / ADAPTER_CONFIG)["base_model_name_or_path"])
@@ -135,7 +135,7 @@ def _read_settings(adapter: Path) -> dict[str, Any]:
 
 
 def _remove_head_prefix(weights: dict[str, Any]) -> dict[str, Any]:
-    """Rename the tensors of an adapter that was trained on an LLM with an LM head, whose decoder is called `model`."""
+    """Rename the tensors of an adapter whose LLM had an LM head, which adds `model.` to all tensor names."""
     prefix = "base_model.model.model."
     if not all(name.startswith(prefix) for name in weights):
         return weights
@@ -143,7 +143,7 @@ def _remove_head_prefix(weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def _download_adapter(source: str) -> Path | None:
-    """Download an adapter from the hub. Return None if there is no such adapter, or the hub cannot be reached."""
+    """Download an adapter from the hub. Return None if the adapter does not exist or the hub cannot be reached."""
     from transformers.utils import cached_file
 
     match = _HUB_PATH.fullmatch(source)

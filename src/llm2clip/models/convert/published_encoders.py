@@ -1,8 +1,8 @@
-"""Caption encoders that the LLM2CLIP authors have published, and which checkpoints belong to which encoder.
+"""Caption encoders that the LLM2CLIP authors have published, and the checkpoints trained with each encoder.
 
-Two encoders have embeddings of the same size (4096). An adapter works only with the encoder that it was trained with,
-and nothing else about the tensors tells the two apart, so the encoder is suggested by the vision tower and the
-checkpoint's name.
+An adapter works only with the encoder that it was trained with. Two encoders have embeddings of the same size (4096),
+so the adapter's tensors do not identify the encoder. The right encoder is therefore inferred from the vision tower and
+the checkpoint's name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PUBLISHED_ENCODERS = {LLAMA_3_8B: 4096, LLAMA_3_1_8B: 4096, LLAMA_3_2_1B: 2048}
 TEMPLATE = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>"
 TEMPLATE_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
-# Names of checkpoints -> the encoder that they were trained with. The first match counts.
+# Pattern for checkpoint names -> encoder that these checkpoints were trained with. The first matching pattern is used.
 _CHECKPOINT_NAMES = {
     re.compile(r"llama-?3[._]1", re.IGNORECASE): LLAMA_3_1_8B,
     re.compile(r"llama-?3-8b|LLM2CLIP-(openai|eva02)-", re.IGNORECASE): LLAMA_3_8B,
@@ -37,8 +37,8 @@ def suggest_encoders(source: str | Path, text_dim: int, tower: dict[str, Any]) -
         tower: config of the checkpoint's vision tower.
 
     Returns:
-        Names of encoders. The list contains all encoders of this size if the checkpoint cannot be identified, and is
-        empty if there is no published encoder of this size.
+        Names of encoders. If the checkpoint cannot be identified, the list contains all encoders of this size. The list
+        is empty if there is no published encoder of this size.
     """
     candidates = [name for name, size in PUBLISHED_ENCODERS.items() if size == text_dim]
     if len(candidates) < 2:

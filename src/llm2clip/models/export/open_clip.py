@@ -81,7 +81,7 @@ def _open_clip_config(model: LLM2CLIP) -> dict[str, Any]:
 
 
 def _pooling_name(backbone: Any) -> str:
-    """Return the timm name of a backbone's pooling. open_clip does not use timm's default if there is no projection."""
+    """Return timm's name for a backbone's pooling. Without a projection, open_clip does not use timm's default."""
     pooling = backbone.global_pool
     return str(pooling if isinstance(pooling, str) else pooling.pool_type)
 

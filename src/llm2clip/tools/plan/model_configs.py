@@ -51,7 +51,7 @@ LLMS = {
     "meta-llama/llama-3.2-1b": _LLAMA_1B,
     "meta-llama/llama-3.2-1b-instruct": _LLAMA_1B,
     "deepseek-ai/deepseek-r1-distill-llama-8b": _LLAMA_8B,
-    "encoders/llm2vec-llama-3-8b": _LLAMA_8B,  # folders that the headers of built-in configs create with `convert`
+    "encoders/llm2vec-llama-3-8b": _LLAMA_8B,  # folders created by `convert`, as described in built-in configs
     "encoders/nv-embed-v2": _MISTRAL_7B,
     "baai/bge-en-icl": {**_MISTRAL_7B, "vocab_size": 32003},
     "lmsys/vicuna-7b-v1.5": _VICUNA_7B,
@@ -132,8 +132,8 @@ def build_tower(align: AlignConfig) -> VisionTower:
     """Build the vision tower on the meta device.
 
     Raises:
-        ValueError: the hub cannot be reached, and the tower is neither in the table nor a folder nor a timm model; or
-            the tower is a NaFlex tower.
+        ValueError: the tower is a NaFlex tower. Also raised if the hub cannot be reached, and the tower is neither in
+            the table nor a folder nor a timm model.
     """
     name, size = TOWERS.get(align.tower.lower().removeprefix("hf:"), (align.tower, None))
     try:

@@ -1,4 +1,4 @@
-"""The results on which the LLM2CLIP paper bases its claims. All values come from `published_results`."""
+"""Results on which the LLM2CLIP paper bases its claims. All values come from `published_results`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _averages(table: PublishedTable, *models: str) -> str:
 
 
 def _gains(table: PublishedTable, tuned: str, reference: str) -> str:
-    """Return the gain of one text encoder over another on each benchmark, averaged over both directions."""
+    """Return a sentence with one encoder's gain over another on each benchmark, averaged over both directions."""
     gains = []
     for column in table.columns:
         high, low = table.cell(tuned, column), table.cell(reference, column)
@@ -56,7 +56,7 @@ def _gains(table: PublishedTable, tuned: str, reference: str) -> str:
 
 
 def _chinese(table: PublishedTable, t2i: int) -> str:
-    """Return T2I R@1 on Flickr30k-CN, which is at index `t2i` in each cell."""
+    """Return a sentence that states each model's T2I R@1 on Flickr30k-CN, which is at index `t2i` in each cell."""
     values = []
     for model in table.rows:
         cell = table.cell(model, "Flickr30k-CN")

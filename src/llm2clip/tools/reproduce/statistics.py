@@ -94,7 +94,8 @@ class Claim:
     def from_dict(cls, fields: dict[str, Any]) -> Claim:
         """Create a claim from a dict returned by `to_dict`.
 
-        Version 0.1 also saved the paper's results, with the values that the authors later corrected. They are ignored.
+        Version 0.1 also saved the paper's results, including values that the authors later corrected. These are
+        ignored.
         """
         comparisons = [Comparison(**comparison) for comparison in fields["comparisons"]]
         known = {name: value for name, value in fields.items() if name != "paper"}
