@@ -59,7 +59,7 @@ _UNSUITABLE_TYPES = {
     # transformers applies the causal mask only if a batch has padding (as of version 5.24).
     "aimv2": "in transformers, its embedding of a text depends on the padding",
     "blip": "its checkpoints compare images and texts with a cross-attention model (use another model)",
-    "blip_2": "it embeds an image as 32 vectors, not as one",
+    "blip_2": "it embeds an image as 32 vectors instead of one",
     "clap": "it encodes audio, not images",
     "clipseg": "it is a segmentation model; use the CLIP model that it is based on",
     "clvp": "it encodes speech, not images",
@@ -222,7 +222,7 @@ def _text_input(path: str, model_type: str) -> _TextInput:
     """
     if model_type in _TEXT_INPUTS:
         return _TEXT_INPUTS[model_type]
-    reason = _UNSUITABLE_TYPES.get(model_type, "its prompt, context length and padding are not known to llm2clip")
+    reason = _UNSUITABLE_TYPES.get(model_type, "llm2clip does not know its prompt, context length and padding")
     raise ValueError(
         f"{path} is a {model_type!r} model, which is not supported: {reason}. Supported types: "
         f"{', '.join(_TEXT_INPUTS)}. To compare with any other model, save its embeddings in an .npz file"

@@ -89,10 +89,12 @@ def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | 
     expected = model.config.text_dim
     if encoder.embed_dim != expected:
         suggested = suggest_encoders(checkpoint, expected, model.config.tower)
-        published = " or ".join(suggested) or f"none has embeddings of size {expected}"
+        published = f"Published encoder: {' or '.join(suggested)}"
+        if not suggested:
+            published = f"No published encoder has embeddings of size {expected}"
         raise ValueError(
             f"{path} has embeddings of size {encoder.embed_dim}, but the adapter's input size is {expected}. Pass the "
-            f"caption encoder that the adapter was trained with. Published encoder: {published}"
+            f"caption encoder that the adapter was trained with. {published}"
         )
     model.set_encoder(encoder)
 

@@ -146,8 +146,8 @@ def build_tower(align: AlignConfig) -> VisionTower:
         ) from error
     if tower.is_naflex:
         raise ValueError(
-            f"--align.tower {align.tower}: `plan` does not support NaFlex towers. Use a SigLIP 2 checkpoint with a "
-            "fixed resolution, the same size and the same number of patches, which needs about as much time and memory"
+            f"--align.tower {align.tower}: `plan` does not support NaFlex towers. To estimate time and memory, use "
+            "a SigLIP 2 checkpoint of the same size with a fixed resolution and the same number of patches"
         )
     return tower
 
