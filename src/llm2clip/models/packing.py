@@ -80,7 +80,8 @@ def can_pack(llm: Any) -> bool:
 def first_token_indices(features: dict[str, Any]) -> list[int]:
     """Return the index of each caption's first token in the flattened batch, which includes any padding tokens."""
     if "cu_seq_lens_q" in features:
-        return [int(start) for start in features["cu_seq_lens_q"][:-1]]
+        starts: list[int] = features["cu_seq_lens_q"][:-1].tolist()  # one copy from the device for all captions
+        return starts
     mask = features["attention_mask"]  # (B, T)
     first_columns = mask.argmax(1).tolist()  # not always 0: padding may be on the left
     return [row * mask.shape[1] + column for row, column in enumerate(first_columns)]
@@ -127,15 +128,14 @@ def packed_attention(
         )
         return padded
 
-    outputs, start = [], 0
-    for length, group in groupby(caption_lengths):
-        count = len(list(group))
-        if length == 0:  # empty texts have no tokens if the tokenizer adds no special tokens
-            continue
-        q, k, v = (  # (count, heads, length, D)
-            x[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
-            for x in (query, key, value)
-        )
+    # Consecutive captions of equal length form a group. Empty texts may have no tokens at all.
+    groups = [(length, len(list(group))) for length, group in groupby(caption_lengths) if length > 0]
+    # `split` rather than one slice per group: the backward pass of each slice would fill a gradient of length T.
+    group_sizes = [length * count for length, count in groups]
+    queries, keys, values = (x[0].split(group_sizes, dim=1) for x in (query, key, value))
+    outputs = []
+    for (length, count), *qkv in zip(groups, queries, keys, values, strict=True):
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)  # (count, heads, length, D)
         mask = None
         if sliding_window is not None and length > sliding_window:
             mask = _sliding_window_mask(length, sliding_window, is_causal, query.device)
@@ -144,7 +144,6 @@ def packed_attention(
         else:
             output, _ = sdpa_attention_forward(module, q, k, v, mask, is_causal=is_causal, **kwargs)
         outputs.append(output.flatten(0, 1))
-        start += count * length
     return torch.cat(outputs)[None], None
 
 
