@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ import torch
 from PIL import Image
 
 from conftest import HANG_TIMEOUT
-from llm2clip import LLM2CLIP
+from llm2clip import LLM2CLIP, pipeline
 from llm2clip.cli import main
+from llm2clip.models.caption_encoder import CaptionEncoder
 
 
 def fit_command(image_folder: Path, llm: Path, tower: Path, out: Path) -> list[str]:
@@ -169,3 +171,51 @@ def test_user_errors_are_one_message_without_a_traceback(
     assert "captoins.jsonl" in error and "Traceback" not in error
     assert main(["evaluate"]) == 1
     assert "--captions" in capsys.readouterr().err
+
+
+def test_fit_loads_the_llm_once_per_use(
+    image_folder: Path, llm: Path, tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`align` and `evaluate` read embeddings from the store and copy the encoder's folder."""
+    stages: list[str] = []
+    loads: list[tuple[str, object]] = []
+    from_pretrained = CaptionEncoder.from_pretrained
+
+    def record_load(path: str | Path, **options: object) -> CaptionEncoder:
+        loads.append((stages[-1], options.get("device")))
+        return from_pretrained(path, **options)
+
+    monkeypatch.setattr(CaptionEncoder, "from_pretrained", record_load)
+    for name in ("tune", "embed", "align", "evaluate"):
+        monkeypatch.setattr(pipeline, name, _recorded(name, getattr(pipeline, name), stages))
+    command = fit_command(image_folder, llm, tower, tmp_path / "run")
+    assert main([*command, "--align.epochs", "1"]) == 0
+    # `tune` also loads the tuned LLM, to measure it. `embed` reads the weights on the CPU, for the store's identity.
+    assert loads == [("tune", None), ("tune", None), ("embed", "cpu")]
+
+
+def _recorded(name: str, stage: Callable[..., object], stages: list[str]) -> Callable[..., object]:
+    def run(*args: object, **options: object) -> object:
+        stages.append(name)
+        return stage(*args, **options)
+
+    return run
+
+
+def test_stage_commands_load_the_llm_on_the_cpu_to_identify_and_save_it(
+    image_folder: Path, llm: Path, tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[object] = []
+    from_pretrained = CaptionEncoder.from_pretrained
+
+    def record_load(path: str | Path, **options: object) -> CaptionEncoder:
+        devices.append(options.get("device"))
+        return from_pretrained(path, **options)
+
+    monkeypatch.setattr(CaptionEncoder, "from_pretrained", record_load)
+    data, encoder = str(image_folder / "captions.jsonl"), ["--encoder.path", str(llm)]
+    assert main(["embed", data, "--out", str(tmp_path / "store"), *encoder]) == 0
+    align = ["align", data, "--store", str(tmp_path / "store"), "--out", str(tmp_path / "align"), *encoder]
+    settings = {"tower": tower, "image_size": 64, "embed_dim": 16, "epochs": 1, "batch_size": 15, "workers": 0}
+    assert main([*align, *(word for name, value in settings.items() for word in (f"--align.{name}", str(value)))]) == 0
+    assert devices and set(devices) == {"cpu"}

@@ -163,7 +163,8 @@ def embed(
     options = dataclasses.asdict(config)
     if engine == "ray":
         return embed_with_ray(captions, partial(open_encoder, encoder), out, workers=ray_workers, **options)
-    return embed_locally(captions, open_encoder(encoder), out, **options)
+    # The encoder is loaded on the CPU, so that the GPU holds only the weights that encoding needs.
+    return embed_locally(captions, open_encoder(encoder, "cpu"), out, device=process_state().device, **options)
 
 
 def align(
@@ -295,7 +296,7 @@ def _save_model(model: LLM2CLIP, folder: Path, encoder: EncoderConfig | None) ->
     elif encoder == EncoderConfig(path=encoder.path) and (Path(encoder.path) / "modules.json").is_file():
         model.save_pretrained(folder, text_folder=encoder.path)
     else:
-        model.save_pretrained(folder, encoder=open_encoder(encoder))
+        model.save_pretrained(folder, encoder=open_encoder(encoder, "cpu"))
 
 
 def _write_report(run_dir: Path, model_dir: Path, trained: list[dict[str, Any]], data_summary: str) -> None:

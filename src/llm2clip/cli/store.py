@@ -96,7 +96,7 @@ def _import(args: Namespace) -> list[str]:
     _check_format(args)
     if args.parquet and args.encoder == EncoderConfig():  # the file's metadata identifies the encoder
         return _summary(args.out, import_parquet(args.parquet, args.out))
-    identity = open_encoder(args.encoder).identity(args.precision)
+    identity = open_encoder(args.encoder, "cpu").identity(args.precision)
     if args.parquet:
         return _summary(args.out, import_parquet(args.parquet, args.out, identity))
     return _summary(args.out, import_official_tars(args.tars, args.out, identity))

@@ -197,7 +197,7 @@ def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
     if process_state().is_main_process:
         store.verify(progress=True)
         identity = store.manifest["identity"]
-        check_identity(identity, open_encoder(encoder).identity(identity["precision"]), store.folder)
+        check_identity(identity, open_encoder(encoder, "cpu").identity(identity["precision"]), store.folder)
     process_state().wait_for_everyone()
 
 

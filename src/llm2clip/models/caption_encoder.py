@@ -29,7 +29,7 @@ from llm2clip.models.length_batching import TokenizedTexts, default_batch_tokens
 from llm2clip.models.llm_layers import is_encoder_only, set_bidirectional, truncate_layers
 from llm2clip.models.loading import hide_loading_bars
 from llm2clip.models.packing import PACKED, can_pack, pack_batch
-from llm2clip.models.precision import autocast_precision, parse_precision
+from llm2clip.models.precision import autocast_precision, cast_linear_weights, parse_precision
 from llm2clip.models.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.models.sentence_transformer import open_sentence_transformer, truncate_embeddings
 from llm2clip.models.text_template import has_consistent_length, prompt_length, set_template
@@ -59,6 +59,7 @@ class CaptionEncoder(nn.Module):
         super().__init__()
         self.st: Any = st
         self._prompt_lengths: dict[str, int] = {}
+        self._weights_precision = "fp32"  # see `move_for_encoding`
 
     @classmethod
     def from_pretrained(
@@ -125,7 +126,9 @@ class CaptionEncoder(nn.Module):
         return encoder.eval()
 
     def _set_attention(self, attention: str | None) -> None:
-        if attention == "flex_attention" and self.device.type == "cpu" and not flex_attention_is_correct():
+        # An encoder on the CPU may be moved to a GPU later.
+        cpu_only = self.device.type == "cpu" and not torch.cuda.is_available()
+        if attention == "flex_attention" and cpu_only and not flex_attention_is_correct():
             raise ValueError(
                 "flex_attention returns NaN on CPUs without AVX-512 (torch 2.13): choose another implementation"
             )
@@ -277,7 +280,7 @@ class CaptionEncoder(nn.Module):
             TypeError: a caption is not a string.
             ValueError: a caption is not valid Unicode, or the attention implementation does not support the precision.
         """
-        parse_precision(precision)
+        self._check_weights(precision)
         if "flash" in self.attention and precision == "fp32":
             raise ValueError(f"{self.attention} does not support fp32: use bf16, or another attention implementation")
         if isinstance(captions, str):
@@ -303,13 +306,44 @@ class CaptionEncoder(nn.Module):
             _move_to_cpu(on_device, embeddings)
         return embeddings
 
+    def move_for_encoding(self, device: str | torch.device, precision: str) -> None:
+        """Move the encoder to a device, in place, with only the weights that encoding with `precision` needs.
+
+        With bf16, the LLM's linear layers are stored in bf16 instead of fp32. Encoding then needs less than half of the
+        memory and gives bit-identical embeddings. An encoder that was loaded on the CPU never has fp32 weights of these
+        layers on the GPU. Afterwards, the encoder can no longer be saved, trained, identified or used in fp32.
+        """
+        self._check_weights(precision)
+        cast_linear_weights(self.llm, precision)
+        self._weights_precision = precision
+        self.to(device)
+
+    @property
+    def has_full_precision(self) -> bool:
+        """True if all weights are in fp32. False after `move_for_encoding` with bf16."""
+        return self._weights_precision == "fp32"
+
+    def _check_weights(self, precision: str) -> None:
+        """Check that the weights are precise enough for `precision`, and that `precision` is valid."""
+        is_bf16, fp32_layer_count = parse_precision(precision)
+        _, available_fp32_layers = parse_precision(self._weights_precision)
+        if not self.has_full_precision and (not is_bf16 or fp32_layer_count > available_fp32_layers):
+            raise ValueError(
+                f"the encoder's weights are stored for precision {self._weights_precision}, so {precision} is not "
+                "possible: load the encoder again"
+            )
+
     # ---- identity and saving ----------------------------------------------------------------------------------------
 
     def identity(self, precision: str = "fp32") -> dict[str, Any]:
         """Return a dict of everything that affects the embeddings: settings, and hashes of the weights and tokenizer.
 
         `fingerprint` converts the dict to a single hash.
+
+        Raises:
+            ValueError: the weights are no longer in fp32 (see `move_for_encoding`).
         """
+        self._check_weights("fp32")
         weights = hashlib.sha256()
         for name, tensor in sorted(self.st.state_dict().items()):
             weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -333,7 +367,11 @@ class CaptionEncoder(nn.Module):
 
         If the encoder has a separate LoRA adapter, only the adapter and the LLM's name are saved, without the LLM's
         weights.
+
+        Raises:
+            ValueError: the weights are no longer in fp32 (see `move_for_encoding`).
         """
+        self._check_weights("fp32")
         self.st.save_pretrained(str(folder), create_model_card=False)
 
 

@@ -32,7 +32,6 @@ from llm2clip.models.clip_text_encoder import (
 from llm2clip.models.fingerprint import hash_weights
 from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
 from llm2clip.models.loading import hide_loading_bars
-from llm2clip.models.precision_calibration import fastest_precision
 from llm2clip.models.remote_code import explain_remote_code_error
 
 SENTENCE_TRANSFORMERS_PREFIX = "st:"
@@ -132,8 +131,10 @@ def from_llm2clip(model: LLM2CLIP, name: str, precision: str = "fp32") -> DualEn
 
 def _open_llm2clip(name: str, device: torch.device, precision: str) -> DualEncoder:
     model = LLM2CLIP.from_pretrained(name, device)
-    if precision == "auto":
-        precision = fastest_precision(model.encoder) if model.has_encoder else "fp32"
+    if not model.has_encoder:
+        precision = "fp32"
+    elif precision != "fp32":  # an encoder in fp32 is loaded on first use
+        precision = model.load_encoder(precision)
     return from_llm2clip(model, name, precision)
 
 

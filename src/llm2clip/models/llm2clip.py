@@ -27,6 +27,7 @@ from llm2clip.models.convert.checkpoint_io import read_safetensors
 from llm2clip.models.export.model_card import render_model_card
 from llm2clip.models.fingerprint import fingerprint
 from llm2clip.models.heads import Adapter
+from llm2clip.models.precision_calibration import fastest_precision
 from llm2clip.models.vision_tower import VisionTower
 
 MAX_LOGIT_SCALE = 100.0
@@ -209,21 +210,47 @@ class LLM2CLIP(nn.Module):
 
     @property
     def encoder(self) -> CaptionEncoder:
-        """The caption encoder, loaded on first use.
+        """The caption encoder, loaded on first use, with fp32 weights unless `load_encoder` loaded it before.
 
         Raises:
             ValueError: the model has no caption encoder, or the encoder's embeddings do not have dimension `text_dim`.
         """
         if not self._encoder:
-            if self._text_folder is None:
-                raise ValueError(
-                    "this model has no caption encoder: add the encoder it was trained with, using set_encoder(...) or "
-                    "`llm2clip convert MODEL --text ENCODER --out MODEL`"
-                )
-            encoder = CaptionEncoder.from_pretrained(self._text_folder, device=self.device)
-            self._check_dimension(encoder, str(self._text_folder))
-            self._encoder.append(encoder)
+            self._encoder.append(self._open_encoder(self.device))
         return self._encoder[0]
+
+    def load_encoder(self, precision: str) -> str:
+        """Load the caption encoder for encoding with one precision, which saves memory on the model's device.
+
+        See `CaptionEncoder.move_for_encoding`. If the encoder is loaded already, its weights are not changed.
+
+        Args:
+            precision: precision of the encoder, as in `CaptionEncoder.encode`. `auto` selects the fastest precision
+                that is accurate enough (see `models/precision_calibration.py`).
+
+        Returns:
+            The precision, which is not `auto`.
+
+        Raises:
+            ValueError: see `encoder`.
+        """
+        encoder = self._encoder[0] if self._encoder else self._open_encoder("cpu")
+        if precision == "auto":
+            precision = fastest_precision(encoder, self.device)
+        if not self._encoder:
+            encoder.move_for_encoding(self.device, precision)
+            self._encoder.append(encoder)
+        return precision
+
+    def _open_encoder(self, device: torch.device | str) -> CaptionEncoder:
+        if self._text_folder is None:
+            raise ValueError(
+                "this model has no caption encoder: add the encoder it was trained with, using set_encoder(...) or "
+                "`llm2clip convert MODEL --text ENCODER --out MODEL`"
+            )
+        encoder = CaptionEncoder.from_pretrained(self._text_folder, device=device)
+        self._check_dimension(encoder, str(self._text_folder))
+        return encoder
 
     def set_encoder(self, encoder: CaptionEncoder) -> None:
         """Set the caption encoder. This must be the encoder that the adapter was trained with.
@@ -324,10 +351,11 @@ class LLM2CLIP(nn.Module):
         if folder.exists() and not is_model_folder(folder):
             raise FileExistsError(f"{folder} exists and is not a model folder: choose another folder")
         if text_folder is None and encoder is None:
-            if self._encoder:
+            # Weights in bf16 are not saved: such an encoder was loaded from the folder, which is copied instead.
+            if self._encoder and self._encoder[0].has_full_precision:
                 encoder = self._encoder[0]
             else:
-                text_folder = self._text_folder  # copy the folder without loading the LLM
+                text_folder = self._text_folder
         replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         with atomic_dir(folder) as temporary:
             self._write_config_and_weights(temporary)

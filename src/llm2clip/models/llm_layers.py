@@ -18,15 +18,20 @@ def get_layers(llm: Any) -> nn.ModuleList:
     return layers
 
 
+def set_layers(llm: Any, layers: nn.ModuleList) -> None:
+    """Replace the transformer layers of a model."""
+    if hasattr(llm, "layers"):
+        llm.layers = layers
+    else:
+        llm.encoder.layer = layers
+
+
 def truncate_layers(llm: Any, count: int) -> None:
     """Keep only the first `count` layers, and update the config so that a saved model is loaded with `count` layers."""
     layers = get_layers(llm)
     if not 1 <= count <= len(layers):
         raise ValueError(f"layers must be between 1 and {len(layers)}, the depth of this model (got {count})")
-    if is_encoder_only(llm):
-        llm.encoder.layer = layers[:count]
-    else:
-        llm.layers = layers[:count]
+    set_layers(llm, layers[:count])
     llm.config.num_hidden_layers = count
     if getattr(llm.config, "layer_types", None):
         llm.config.layer_types = llm.config.layer_types[:count]

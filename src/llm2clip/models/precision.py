@@ -1,5 +1,8 @@
 """Numerical precision: choose bf16 or fp32 for a device, and run an LLM in bf16 with its first layers in fp32.
 
+In bf16, autocast casts the weights of the linear layers before every matmul. To save memory, the weights can also be
+stored in bf16 from the start (`cast_linear_weights`). The embeddings are then bit-identical.
+
 Some layers of an LLM are too inaccurate in bf16. `models/precision_calibration.py` determines how many of the first
 layers must stay in fp32.
 """
@@ -12,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from llm2clip.models.llm_layers import get_layers
 
@@ -46,6 +50,26 @@ def parse_precision(precision: str) -> tuple[bool, int]:
     if match is None:
         raise ValueError(f"precision must be fp32, bf16, or bf16+N with the first N layers in fp32 (got {precision!r})")
     return precision != "fp32", int(match[1] or 0)
+
+
+def cast_linear_weights(llm: nn.Module, precision: str) -> None:
+    """Cast to bf16, in place, the linear weights that a transformers model uses only in bf16 with `precision`.
+
+    Norms and token embeddings stay in fp32, and with bf16+N also the first N layers. Weights that other kinds of layers
+    share, such as tied token embeddings, stay in fp32, too. The rounding cannot be undone.
+    """
+    is_bf16, fp32_layer_count = parse_precision(precision)
+    if not is_bf16:
+        return
+    fp32_parameters = {parameter for layer in get_layers(llm)[:fp32_layer_count] for parameter in layer.parameters()}
+    # Subclasses of Linear may use their weights in other ways than in a matmul.
+    linear_layers = [module for module in llm.modules() if type(module) is nn.Linear]
+    for module in llm.modules():
+        if type(module) is not nn.Linear:
+            fp32_parameters.update(module.parameters(recurse=False))
+    for layer in linear_layers:
+        if fp32_parameters.isdisjoint(layer.parameters()):
+            layer.to(torch.bfloat16)
 
 
 @contextmanager

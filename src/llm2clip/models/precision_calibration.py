@@ -16,12 +16,16 @@ The number of first layers that must stay in fp32 is therefore measured once per
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
+from torch import nn
 
 from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.llm_layers import get_layers
+from llm2clip.models.llm_layers import get_layers, set_layers
 from llm2clip.models.precision import resolve_device_precision
 
 MIN_COSINE = 0.999
@@ -31,14 +35,51 @@ CALIBRATION_CAPTIONS = tuple(
 )
 
 
-def fastest_precision(encoder: CaptionEncoder) -> str:
+def fastest_precision(encoder: CaptionEncoder, device: torch.device | None = None) -> str:
     """Return the precision that `auto` stands for.
 
     This is fp32 if the device has no bf16 hardware. Otherwise, it is the result of `calibrate_precision`.
+
+    Args:
+        encoder: encoder with fp32 weights.
+        device: device that the encoder will run on. Default: the encoder's device. If the encoder is on the CPU and the
+            device is a GPU, only one layer at a time is moved to the GPU, because all fp32 weights may not fit.
     """
-    if resolve_device_precision("auto", encoder.device) == "fp32":
+    device = device or encoder.device
+    if resolve_device_precision("auto", device) == "fp32":
         return "fp32"
-    return calibrate_precision(encoder)
+    if device.type == encoder.device.type:
+        return calibrate_precision(encoder)
+    with layers_offloaded(encoder, device):
+        return calibrate_precision(encoder)
+
+
+@contextmanager
+def layers_offloaded(encoder: CaptionEncoder, device: torch.device) -> Iterator[None]:
+    """Run an encoder on `device` inside the `with` block, with only one of the LLM's layers on the device at a time.
+
+    The encoder must be on the CPU. It is moved back to the CPU at the end.
+    """
+
+    layers = get_layers(encoder.llm)
+    set_layers(encoder.llm, nn.ModuleList())
+    encoder.to(device)  # all modules except the layers
+    set_layers(encoder.llm, layers)
+    hooks = []
+    for layer in layers:
+        hooks.append(layer.register_forward_pre_hook(lambda layer, args: _move(layer, device)))
+        hooks.append(layer.register_forward_hook(lambda layer, args, output: _move(layer, "cpu")))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        encoder.to("cpu")
+
+
+def _move(layer: nn.Module, device: torch.device | str) -> None:
+    """Move a layer in a forward hook. A hook that returns None does not change the layer's inputs and outputs."""
+    layer.to(device)
 
 
 def calibrate_precision(encoder: CaptionEncoder) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from llm2clip.cpu_tuning import keep_freed_memory
 from llm2clip.distributed import cached_json, process_state
@@ -42,6 +43,7 @@ def embed(
     batch_tokens: int | None = None,
     precision: str = "auto",
     dtype: str = "float16",
+    device: torch.device | None = None,
 ) -> EmbeddingStore:
     """Encode captions into the store at `folder`; return the opened store.
 
@@ -59,19 +61,24 @@ def embed(
         precision: Precision of the encoder; see `CaptionEncoder.encode`. The value "auto" is explained in
             `resolve_precision`.
         dtype: Stored dtype. It is either float16 or int8. int8 halves the store's size and uses a scale per row.
+        device: Device to encode on. The encoder, which may be on the CPU, is moved there with only the weights that
+            encoding needs (see `CaptionEncoder.move_for_encoding`). If all captions are in the store, the encoder is
+            not moved. Default: encode on the encoder's device, and do not change the encoder.
 
     Raises:
         TypeError, ValueError: A caption is not a string or not valid Unicode.
         StoreError: The store was created with a different encoder, or another run is writing to the store.
     """
-    keep_freed_memory(encoder.device)
+    keep_freed_memory(device or encoder.device)
     folder = Path(folder)
-    precision = resolve_precision(precision, encoder, folder)
+    precision = resolve_precision(precision, encoder, folder, device)
     identity = encoder.identity(precision)
     with (
         open_for_writing(captions, folder, identity, encoder.embed_dim, dtype=dtype, shard_size=shard_size) as plan,
         closing(PendingCaptions(plan.incoming)) as pending,
     ):
+        if device is not None and plan.shards:
+            encoder.move_for_encoding(device, precision)
         if batch_tokens is None and plan.shards:
             _, first_slice = plan.shards[0]
             batch_tokens = tuned_batch_tokens(encoder, pending[first_slice], precision, folder)
@@ -79,17 +86,17 @@ def embed(
     return EmbeddingStore(folder)
 
 
-def resolve_precision(precision: str, encoder: CaptionEncoder, folder: Path) -> str:
+def resolve_precision(precision: str, encoder: CaptionEncoder, folder: Path, device: torch.device | None = None) -> str:
     """Replace the precision "auto" with the precision of the store at `folder`.
 
-    If the store does not exist yet, the main process measures which precision is fastest on this device, among those
-    that are accurate enough. All processes use the result.
+    If the store does not exist yet, the main process measures which precision is fastest on `device`, among those that
+    are accurate enough. All processes use the result. The default device is the encoder's.
     """
     if precision != "auto":
         return precision
     if (folder / MANIFEST).is_file():
         return str(read_manifest(folder)["identity"]["precision"])
-    return str(cached_json(folder / "precision.json", lambda: fastest_precision(encoder)))
+    return str(cached_json(folder / "precision.json", lambda: fastest_precision(encoder, device)))
 
 
 def tuned_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], precision: str, folder: Path) -> int:

@@ -26,7 +26,7 @@ from llm2clip.store.writer import StoreWriter
 
 def embed_with_ray(
     captions: Iterable[str],
-    open_encoder: Callable[[], CaptionEncoder],
+    open_encoder: Callable[..., CaptionEncoder],
     folder: str | Path,
     *,
     workers: int = 0,
@@ -41,8 +41,8 @@ def embed_with_ray(
 
     Args:
         captions, shard_size, batch_tokens, precision, dtype: See `encode.embed`.
-        open_encoder: Function that loads the encoder. It is called once in the driver, to get the encoder's identity,
-            and once in each worker.
+        open_encoder: Function that loads the encoder on the device that the keyword argument `device` names. It is
+            called once in the driver, to get the encoder's identity, and once in each worker, always with "cpu".
         folder: Folder of the store, on a file system that all machines share.
         workers: Number of workers. 0 means one worker per GPU in the cluster. If the cluster has no GPUs, 0 means one
             worker per two CPUs.
@@ -59,12 +59,12 @@ def embed_with_ray(
         raise ModuleNotFoundError("--engine ray needs Ray: pip install 'llm2clip[ray]'") from error
     if process_state().num_processes > 1:
         raise ValueError("--engine ray starts its own workers: run the command without torchrun")
-    encoder = open_encoder()
-    precision = resolve_precision(precision, encoder, Path(folder))
+    encoder = open_encoder(device="cpu")  # a worker may use this machine's GPU
+    precision = resolve_precision(precision, encoder, Path(folder), process_state().device)
     identity, embed_dim = encoder.identity(precision), encoder.embed_dim
-    del encoder  # free memory before the workers start
-    gc.collect()
-    torch.cuda.empty_cache()
+    del encoder
+    gc.collect()  # the encoder contains reference cycles
+    torch.cuda.empty_cache()  # free what the choice of the precision used on the GPU
     start_ray = not ray.is_initialized()
     if start_ray:
         ray.init(log_to_driver=False)
@@ -82,7 +82,7 @@ def embed_with_ray(
 
 def _run_workers(
     plan: WritePlan,
-    open_encoder: Callable[[], CaptionEncoder],
+    open_encoder: Callable[..., CaptionEncoder],
     workers: int,
     batch_tokens: int | None,
     precision: str,
@@ -109,14 +109,15 @@ class ShardWorker:
 
     def __init__(
         self,
-        open_encoder: Callable[[], CaptionEncoder],
+        open_encoder: Callable[..., CaptionEncoder],
         writer: StoreWriter,
         incoming: Path,
         batch_tokens: int | None,
         precision: str,
     ) -> None:
-        self.encoder, self.writer, self.pending = open_encoder(), writer, PendingCaptions(incoming)
+        self.encoder, self.writer, self.pending = open_encoder(device="cpu"), writer, PendingCaptions(incoming)
         self.batch_tokens, self.precision = batch_tokens, precision
+        self.encoder.move_for_encoding(process_state().device, precision)
         keep_freed_memory(self.encoder.device)
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -80,11 +80,11 @@ def tune_memory(
 def embed_memory(text: TextCosts, precision: str) -> dict[str, float]:
     """Return the memory per component in the `embed` stage, in bytes.
 
-    The estimate is for the smallest batch. `embed` uses larger batches if they fit into memory.
+    The estimate is for the smallest batch. `embed` uses larger batches if they fit into memory. The LLM is loaded on
+    the CPU. The device holds linear weights only in the precision of the matmuls.
     """
-    parts = {"LLM": 4.0 * text.parameters}
-    if precision != "fp32":
-        parts["half-precision copies"] = 2.0 * text.linear
+    other_weights = text.parameters - text.linear
+    parts = {"LLM": bytes_per_value(precision) * text.linear + 4.0 * other_weights}
     parts["activations"] = MIN_EMBED_TOKENS * text.saved_per_token
     parts["libraries"] = FRAMEWORK_OVERHEAD
     parts["loading"] = 0.0

@@ -1,0 +1,165 @@
+"""Weights stored in bf16 for encoding: identical embeddings, less memory, and no use that needs fp32 weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conftest import FAMILIES, make_llm
+from llm2clip import LLM2CLIP, open_dual_encoder
+from llm2clip.models import precision_calibration
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.precision import cast_linear_weights
+from llm2clip.models.precision_calibration import calibrate_precision, layers_offloaded
+from llm2clip.store.encode import embed
+
+CPU = torch.device("cpu")
+TEXTS = ["a dog runs", "two cats sleep in the snow", "x", "a boat", "four boats on a lake in the morning"]
+
+
+def linear_dtypes(encoder: CaptionEncoder) -> list[torch.dtype]:
+    """Return the dtype of each layer's first linear weight."""
+    return [layer.self_attn.o_proj.weight.dtype for layer in encoder.llm.layers]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16+2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_are_identical_after_move_for_encoding(family: str, precision: str, tmp_path: Path) -> None:
+    encoder = CaptionEncoder.from_pretrained(make_llm(tmp_path, family), device="cpu")
+    expected = encoder.encode(TEXTS, precision=precision)
+    encoder.move_for_encoding("cpu", precision)
+    assert torch.equal(encoder.encode(TEXTS, precision=precision), expected)
+    fp32_layers = {"fp32": 3, "bf16": 0, "bf16+2": 2}[precision]
+    assert linear_dtypes(encoder) == [torch.float32] * fp32_layers + [torch.bfloat16] * (3 - fp32_layers)
+
+
+@pytest.mark.parametrize("pooling", ["lasttoken", "weightedmean"])
+@pytest.mark.parametrize("template", [None, "<|user|>say: {caption}<|end|>"])
+def test_padded_embeddings_are_identical_after_move_for_encoding(llm: Path, pooling: str, template: str | None) -> None:
+    encoder = CaptionEncoder.from_pretrained(llm, pooling=pooling, template=template, attention="sdpa", device="cpu")
+    expected = encoder.encode(TEXTS, precision="bf16")
+    encoder.move_for_encoding("cpu", "bf16")
+    assert torch.equal(encoder.encode(TEXTS, precision="bf16"), expected)
+
+
+class WeightCasts(TorchDispatchMode):
+    """Counts the bytes of bf16 copies of weights. During encoding, autocast stores these copies in its cache."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.weights = {weight.data_ptr() for weight in module.parameters()}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten._to_copy and args[0].data_ptr() in self.weights:
+            self.bytes += result.nbytes
+        return result
+
+
+def test_move_for_encoding_halves_the_memory_of_weights(llm: Path) -> None:
+    encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
+
+    def weight_bytes() -> int:
+        with WeightCasts(encoder) as casts:
+            encoder.encode(TEXTS, precision="bf16")
+        return casts.bytes + sum(weight.nbytes for weight in encoder.parameters())
+
+    before = weight_bytes()
+    encoder.move_for_encoding("cpu", "bf16")
+    assert weight_bytes() < 0.55 * before
+
+
+def test_encoder_in_bf16_rejects_uses_that_need_fp32_weights(encoder: CaptionEncoder, tmp_path: Path) -> None:
+    uses: list[Callable[[], object]] = [
+        lambda: encoder.encode(TEXTS),
+        lambda: encoder.encode(TEXTS, precision="bf16+2"),
+        lambda: encoder.move_for_encoding("cpu", "fp32"),
+        encoder.identity,
+        lambda: encoder.save_pretrained(tmp_path),
+    ]
+    expected = encoder.encode(TEXTS, precision="bf16")
+    encoder.move_for_encoding("cpu", "bf16+1")
+    for use in uses:
+        with pytest.raises(ValueError, match=r"stored for precision bf16\+1.*load the encoder again"):
+            use()
+    assert torch.equal(encoder.encode(TEXTS, precision="bf16"), expected)  # the fp32 weights are cast again
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_embeddings_share_stay_in_fp32(encoder: CaptionEncoder) -> None:
+    llm = encoder.llm
+    llm.head = nn.Linear(32, 300, bias=False)
+    llm.head.weight = llm.embed_tokens.weight
+    cast_linear_weights(llm, "bf16")
+    assert llm.head.weight.dtype == llm.embed_tokens.weight.dtype == llm.norm.weight.dtype == torch.float32
+    assert linear_dtypes(encoder) == [torch.bfloat16] * 3
+
+
+def test_layers_offloaded_moves_one_layer_at_a_time(encoder: CaptionEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here, both devices are the CPU. The moves to and from the device are recorded."""
+    expected = calibrate_precision(encoder), encoder.encode(TEXTS)
+    layers = list(encoder.llm.layers)
+    moves: list[tuple[int, str]] = []
+    monkeypatch.setattr(
+        precision_calibration, "_move", lambda layer, device: moves.append((layers.index(layer), type(device).__name__))
+    )
+    with layers_offloaded(encoder, CPU):
+        embeddings = encoder.encode(TEXTS)
+        in_order = [(n, name) for n in range(3) for name in ("device", "str")]
+        assert moves == in_order
+        assert (calibrate_precision(encoder), embeddings)[0] == expected[0]
+    assert torch.equal(embeddings, expected[1])
+    moves.clear()
+    encoder.encode(TEXTS)
+    assert not moves and list(encoder.llm.layers) == layers
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16+1"])
+def test_embed_on_a_device_writes_the_same_store(encoder: CaptionEncoder, precision: str, tmp_path: Path) -> None:
+    other = copy.deepcopy(encoder)
+    expected = embed(TEXTS, encoder, tmp_path / "a", precision=precision)
+    store = embed(TEXTS, other, tmp_path / "b", precision=precision, device=CPU)
+    assert store.manifest == expected.manifest
+    assert [shard.sha256 for shard in store.shards] == [shard.sha256 for shard in expected.shards]
+    assert encoder.has_full_precision and not other.has_full_precision
+    embed(TEXTS[:2], encoder, tmp_path / "b", precision=precision, device=CPU)  # a complete store needs no encoder
+    assert encoder.has_full_precision
+
+
+@pytest.mark.parametrize("precision", ["bf16", "auto"])
+def test_open_dual_encoder_loads_only_the_weights_of_the_precision(
+    model_folder: Path, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision_calibration, "resolve_device_precision", lambda precision, device: "bf16")
+    expected = open_dual_encoder(str(model_folder), CPU).encode_texts_raw(TEXTS, False)
+    loaded: list[CaptionEncoder] = []
+    move = CaptionEncoder.move_for_encoding
+
+    def record(self: CaptionEncoder, *args: Any) -> None:
+        loaded.append(self)
+        move(self, *args)
+
+    monkeypatch.setattr(CaptionEncoder, "move_for_encoding", record)
+    dual_encoder = open_dual_encoder(str(model_folder), CPU, precision)
+    embeddings = dual_encoder.encode_texts_raw(TEXTS, False)
+    assert linear_dtypes(loaded[0]) == [torch.bfloat16] * len(loaded[0].llm.layers)
+    assert len(loaded) == 1 and torch.cosine_similarity(embeddings, expected).min() > 0.99
+    fp32 = LLM2CLIP.from_pretrained(model_folder, CPU)
+    assert torch.equal(fp32.encode_text(TEXTS, precision="bf16"), embeddings)
+
+
+def test_model_with_encoder_in_bf16_is_saved_with_its_fp32_weights(model_folder: Path, tmp_path: Path) -> None:
+    model = LLM2CLIP.from_pretrained(model_folder, CPU)
+    assert model.load_encoder("bf16") == "bf16"
+    assert model.load_encoder("bf16") == "bf16"  # already loaded
+    model.save_pretrained(tmp_path / "copy")
+    for name in ("model.safetensors", "text/model.safetensors"):
+        assert (tmp_path / "copy" / name).read_bytes() == (model_folder / name).read_bytes()
