@@ -2,8 +2,10 @@
 
 The layers of an LLM that process each token separately receive one long row of tokens. Attention is computed within
 each caption: consecutive captions of equal length share one attention call without a mask. Because the captions in a
-batch have similar lengths, few calls are needed. The attention function is registered with transformers under the name
-`packed`, so every model family can use it. For an ordinary padded batch, `packed` returns the same result as `sdpa`.
+batch have similar lengths, few calls are needed. In bf16 on GPUs that support it, a single call computes the attention
+of all captions (see `models/varlen_attention.py`). The attention function is registered with transformers under the
+name `packed`, so every model family can use it. For an ordinary padded batch, `packed` returns the same result as
+`sdpa`.
 
 Restarting `position_ids` at each caption would not be enough: with `sdpa` and bidirectional attention, tokens would
 still attend to the tokens of other captions.
@@ -20,6 +22,8 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llm2clip.models.varlen_attention import can_use_varlen, varlen_attention
 
 PACKED = "packed"
 MAX_UNFUSED_LENGTH = 512  # tokens; for longer captions, the attention scores would need too much memory
@@ -127,6 +131,19 @@ def packed_attention(
             module, query, key, value, attention_mask, is_causal=is_causal, **kwargs
         )
         return padded
+
+    if "cu_seq_lens_q" in kwargs and can_use_varlen(query, key, kwargs.get("dropout") or 0.0):
+        output = varlen_attention(
+            query,
+            key,
+            value,
+            boundaries=kwargs["cu_seq_lens_q"],
+            max_length=max(caption_lengths),
+            is_causal=is_causal,
+            sliding_window=sliding_window,
+            scaling=kwargs.get("scaling"),
+        )
+        return output, None
 
     # Consecutive captions of equal length form a group. Empty texts may have no tokens at all.
     groups = [(length, len(list(group))) for length, group in groupby(caption_lengths) if length > 0]
