@@ -115,8 +115,11 @@ def test_layers_offloaded_moves_one_layer_at_a_time(encoder: CaptionEncoder, mon
         embeddings = encoder.encode(TEXTS)
         in_order = [(n, name) for n in range(3) for name in ("device", "str")]
         assert moves == in_order
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not torch.is_autocast_cache_enabled()  # autocast keeps no bf16 copies of the layers
         assert (calibrate_precision(encoder), embeddings)[0] == expected[0]
     assert torch.equal(embeddings, expected[1])
+    assert torch.is_autocast_cache_enabled()
     moves.clear()
     encoder.encode(TEXTS)
     assert not moves and list(encoder.llm.layers) == layers

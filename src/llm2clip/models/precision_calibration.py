@@ -69,9 +69,12 @@ def layers_offloaded(encoder: CaptionEncoder, device: torch.device) -> Iterator[
     for layer in layers:
         hooks.append(layer.register_forward_pre_hook(lambda layer, args: _move(layer, device)))
         hooks.append(layer.register_forward_hook(lambda layer, args, output: _move(layer, "cpu")))
+    caches_casts = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # otherwise, a bf16 copy of every layer would stay on the device
     try:
         yield
     finally:
+        torch.set_autocast_cache_enabled(caches_casts)
         for hook in hooks:
             hook.remove()
         encoder.to("cpu")
