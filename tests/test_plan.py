@@ -183,10 +183,12 @@ def test_llm_flop_formulas_match_a_flop_counter(rank: int, tmp_path: Path) -> No
     out = llm(input_ids=ids).last_hidden_state.sum()
     assert count_flops(out.backward) == pytest.approx(costs.backward(tokens, rank > 0))
     step, forward = costs.step(tokens, tune), costs.forward(tokens)
-    again = dataclasses.replace(tune, gradient_checkpointing=True, grad_cache=True)
+    again = dataclasses.replace(tune, gradient_checkpointing=True, grad_cache=True, batch_tokens=tokens)
     assert costs.step(tokens, again) - step == pytest.approx(
         2 * (forward + (2 * costs.trained * tokens if rank else 0))
     )
+    single_pass = dataclasses.replace(tune, grad_cache=True, batch_tokens=2 * tune.batch_size * tokens)
+    assert costs.step(tokens, single_pass) == step
 
 
 def test_grouped_convolutions_are_counted_per_group() -> None:

@@ -112,6 +112,45 @@ def test_gradient_caching_gives_the_same_gradients(llm: Path, dropout: float) ->
         assert torch.allclose(gradient, cached_gradients[name], atol=1e-5, rtol=1e-4), name
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_gradient_caching_of_a_batch_that_fits_in_one_pass_runs_it_once(llm: Path, dropout: float) -> None:
+    """The loss, the gradients and the random state equal those without gradient caching, to the last bit."""
+    results = []
+    for grad_cache in (False, True):
+        encoder, forward_passes = open_encoder(llm), []
+        for layer in encoder.llm.layers:
+            layer.mlp.register_forward_hook(lambda _, __, out: F.dropout(out, dropout))
+        encoder.llm.layers[0].register_forward_hook(lambda *_, passes=forward_passes: passes.append(1))
+        torch.manual_seed(3)
+        loss = PairLoss(encoder, 0.05, batch_tokens=4096, grad_cache=grad_cache)([collate(encoder, PAIRS[1:3])])
+        loss.backward()
+        assert len(forward_passes) == 1
+        results.append({"": loss, "random": torch.rand(1), **{n: p.grad for n, p in encoder.named_parameters()}})
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+def test_ranks_agree_on_gradient_caching(llm: Path, tmp_path: Path) -> None:
+    """Gradient caching is used on all ranks if the batch of any rank needs several passes."""
+    run_distributed(2, _count_forward_passes, str(llm), str(tmp_path))
+    counts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert counts == [[2, 1], [4, 1]]  # rank 1 needs two passes for its first batch, all other batches need one
+
+
+def _count_forward_passes(llm: str, folder: str) -> None:
+    """Save the number of forward passes for a batch that is long on rank 1, and for a short batch."""
+    rank, encoder, counts = torch.distributed.get_rank(), open_encoder(Path(llm)), []
+    model = torch.nn.parallel.DistributedDataParallel(encoder.st, broadcast_buffers=False)
+    encoder.llm.layers[0].register_forward_hook(lambda *_: counts.__setitem__(-1, counts[-1] + 1))
+    loss = PairLoss(encoder, 0.05, batch_tokens=64, grad_cache=True)
+    loss.model = model
+    for text in ("x" * 20 if rank else "x", "x"):
+        counts.append(0)
+        loss([collate(encoder, [Pair(text, text + "y", ()), Pair("z", "w", ())])]).backward()
+    Path(folder, f"{rank}.json").write_text(json.dumps(counts))
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_pair_loss_on_several_ranks_matches_one_process(ranks: int, tmp_path: Path) -> None:
     """Averaged over ranks as DDP does, with ragged numbers of negatives and duplicates among them."""
@@ -232,7 +271,7 @@ def test_cached_passes_run_in_the_precision_of_training(
         return out
 
     monkeypatch.setattr(torch.nn.Linear, "forward", recorded_forward)
-    config = dataclasses.replace(TUNE, lora_r=0, steps=1, precision="bf16", grad_cache=True)
+    config = dataclasses.replace(TUNE, lora_r=0, steps=1, precision="bf16", grad_cache=True, batch_tokens=64)
     tune([CAPTIONS], open_encoder(llm), config, tmp_path)
     assert outputs == {(False, torch.bfloat16), (True, torch.bfloat16)}
 
@@ -320,7 +359,7 @@ def test_pairs_of_a_batch_are_plain_data() -> None:
         {},
         {"lora_r": 0, "hard_negative_group_size": 3},
         {"precision": "bf16", "matryoshka_dims": [8]},
-        {"grad_cache": True, "gradient_checkpointing": True},
+        {"grad_cache": True, "gradient_checkpointing": True, "batch_tokens": 64},
         {"qlora": True},
     ],
     ids=str,

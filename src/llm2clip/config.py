@@ -82,7 +82,8 @@ class TuneConfig:
     Requires bitsandbytes. After training, LoRA is merged into the original, unquantised weights. With QLoRA, `fit` does
     not measure caption retrieval accuracy."""
     grad_cache: bool = False
-    """Use gradient caching, so that memory does not grow with the batch size. Training takes about a third longer."""
+    """Use gradient caching, so that memory does not grow with the batch size. Training takes about a third longer. A
+    batch that fits in a single forward pass (see --tune.batch_tokens) is not affected."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory. Useful for long captions and large LLMs."""
     batch_tokens: int | None = None

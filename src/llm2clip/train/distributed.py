@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llm2clip.distributed import is_distributed
@@ -90,19 +89,16 @@ def all_gather_with_grad(x: Tensor) -> Tensor:
     return torch.cat(all_gather(x))
 
 
-# ---- FSDP2 -----------------------------------------------------------------------------------------------------------
-
-
-def extra_forward_passes(model: nn.Module, passes: int, device: torch.device) -> int:
-    """Return how many dummy passes this rank must add to its `passes` forward passes to match the rank with the most.
-
-    If the model is not sharded, no dummy passes are needed, and the result is 0.
-    """
-    if not isinstance(model, FSDPModule) or not is_distributed():
-        return 0
-    largest = torch.tensor(passes, device=device)
+def max_over_ranks(value: int, device: torch.device) -> int:
+    """Return the largest `value` of any rank. Must be called by all ranks."""
+    if not is_distributed():
+        return value
+    largest = torch.tensor(value, device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest) - passes
+    return int(largest)
+
+
+# ---- FSDP2 -----------------------------------------------------------------------------------------------------------
 
 
 def full_tensor(weight: Tensor) -> Tensor:

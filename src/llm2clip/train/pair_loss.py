@@ -1,8 +1,8 @@
 """Training loss of the `tune` stage: InfoNCE over pairs of texts, which are encoded in batches of similar length.
 
 Captions have 10 to 200 tokens. Padding a complete batch to its longest text would waste half the compute. The texts are
-therefore sorted by length, and encoded in several forward passes with a limited number of tokens each. With gradient
-caching, only the activations of one pass are in memory at a time.
+therefore sorted by length, and encoded in forward passes with a limited number of tokens each. If there are several
+passes, gradient caching keeps only the activations of one pass in memory at a time.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from llm2clip.data.hashing import text_key
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.length_batching import TokenizedTexts
-from llm2clip.train.distributed import RaggedGather, extra_forward_passes
+from llm2clip.train.distributed import RaggedGather, max_over_ranks
 from llm2clip.train.grad_cache import cached_backward
 
 
@@ -126,7 +127,8 @@ class PairLoss(nn.Module):
             symmetric: See `pair_loss`.
             matryoshka_dims: Truncated embedding sizes to train in addition to the full size (Matryoshka, arXiv
                 2205.13147). The loss is the mean over all sizes.
-            grad_cache: Use gradient caching, so that only one forward pass at a time has its activations in memory.
+            grad_cache: Use gradient caching if a batch needs several forward passes, so that only one pass at a time
+                has its activations in memory.
         """
         super().__init__()
         self.model = encoder.st  # the trainer replaces this model with its distributed wrapper
@@ -147,13 +149,18 @@ class PairLoss(nn.Module):
             """Repeat the last pass, which has the shortest texts, and discard its output."""
             return passes[-1][1]()[:0]
 
-        # With FSDP, ranks with fewer passes add dummy passes, so that all ranks run the same number of passes.
-        runs += [run_without_output] * extra_forward_passes(self.model, len(passes), device)
+        sharded, most_passes = isinstance(self.model, FSDPModule), len(passes)
+        if sharded or self.grad_cache:
+            most_passes = max_over_ranks(len(passes), device)
+        if sharded:  # ranks with fewer passes add dummy passes, so that all ranks run the same number of passes
+            runs += [run_without_output] * (most_passes - len(passes))
 
         def loss_function(embeddings: Tensor) -> Tensor:
             return self._loss(embeddings[order], batch["pairs"], batch["text_ids"].to(embeddings.device))
 
-        if self.grad_cache and torch.is_grad_enabled():
+        # A single pass needs no gradient caching, which would run it twice. Gradient caching changes the order of the
+        # collective operations, so all ranks must make the same choice.
+        if self.grad_cache and most_passes > 1 and torch.is_grad_enabled():
             return cached_backward([partial(_as_tuple, run) for run in runs], loss_function, self.model, device)
         return loss_function(torch.cat([run() for run in runs]))
 

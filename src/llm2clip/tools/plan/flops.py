@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
+from llm2clip.models.length_batching import GPU_BATCH_TOKENS
 from llm2clip.models.llm_layers import get_layers
 from llm2clip.tools.plan.activations import requires_grad_as, saved_by_align_model, saved_by_llm
 from llm2clip.tools.plan.model_configs import build_llm, build_model, get_llm_config
@@ -67,7 +68,9 @@ class TextCosts:
         """Return the FLOPs per caption in a `tune` step, including LoRA and repeated forward passes."""
         lora = config.lora_r > 0
         forward = self.forward(tokens) + (2 * self.trained * tokens if lora else 0)
-        num_forwards = 1 + config.gradient_checkpointing + config.grad_cache
+        tokens_per_batch = 2 * config.batch_size * tokens  # two texts per pair
+        several_passes = tokens_per_batch > (config.batch_tokens or GPU_BATCH_TOKENS)
+        num_forwards = 1 + config.gradient_checkpointing + (config.grad_cache and several_passes)
         return forward * num_forwards + self.backward(tokens, lora)
 
     def _attention(self, tokens: float) -> float:
