@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,3 +66,34 @@ def test_onednn_is_not_used_if_it_rounds_to_bfloat16(clear_cache: None, monkeypa
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: state["name"])
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounding)
     assert not cpu_tuning.onednn_is_faster()
+
+
+LIBGOMP = Path(torch.__file__).parent / "lib/libgomp.so.1"  # the OpenMP library of PyTorch's wheels for Linux
+
+
+@pytest.mark.skipif(not LIBGOMP.exists(), reason="this build of PyTorch uses another OpenMP library than libgomp")
+@pytest.mark.parametrize(
+    ("variables", "spin_count"),
+    [
+        ({}, "0"),
+        ({"GOMP_SPINCOUNT": "1234"}, "1234"),
+        ({"OMP_WAIT_POLICY": "active"}, "30000000000"),
+        ({"KMP_BLOCKTIME": "1"}, "300000"),  # for another OpenMP library, so libgomp keeps its default
+    ],
+    ids=str,
+)
+def test_import_disables_spinning_of_openmp_threads_unless_the_user_sets_it(
+    variables: dict[str, str], spin_count: str
+) -> None:
+    """libgomp, loaded after the package as `import torch` does, prints the number of spins that it uses."""
+    prefixes = ("OMP_", "GOMP_", "KMP_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
+    code = f"import sys, ctypes, llm2clip; assert 'torch' not in sys.modules; ctypes.CDLL({str(LIBGOMP)!r})"
+    output = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment, **variables, "OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{spin_count}'" in output.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,12 @@ __version__ = "0.2.0"
 # On some CPUs, bitsandbytes warns at import that an optional kernel for 4-bit inference is not installed. peft imports
 # bitsandbytes, so the log level is set here, before any import of peft.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+# By default, an OpenMP thread that waits for other threads keeps its CPU busy for a few milliseconds. Next to other
+# programs, this makes training many times slower (`benchmarks/busy_machine.py`). PyTorch's OpenMP library reads this
+# variable when torch is imported. If torch has already been imported, the variable only affects child processes.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "0"
 
 
 def __getattr__(name: str) -> Any:
