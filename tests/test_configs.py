@@ -264,6 +264,26 @@ def test_align_settings_may_change_until_align_has_outputs(tmp_path: Path) -> No
         save_or_check_config({"tune": {"lr": 1}, "align": {"batch_size": 32}}, tmp_path)
 
 
+def test_number_of_processes_may_change_if_the_pairs_per_step_stay_the_same(tmp_path: Path) -> None:
+    save_or_check_config({"tune": {"batch_size": 64, "steps": 9}}, tmp_path, processes=8)
+    (tmp_path / "tune").mkdir()
+    save_or_check_config({"tune": {"batch_size": 64, "steps": 9}}, tmp_path, processes=2)  # `tune` itself rejects this
+    save_or_check_config({"tune": {"batch_size": 128, "steps": 9}}, tmp_path, processes=4)
+    save_or_check_config({"tune": {"batch_size": 256, "steps": 9}}, tmp_path, processes=2)
+    with pytest.raises(ConfigChangedError, match=r"\(tune\.batch_size: 256 saved, 128 now\)"):
+        save_or_check_config({"tune": {"batch_size": 128, "steps": 9}}, tmp_path, processes=2)
+    with pytest.raises(ConfigChangedError, match=r"\(tune\.steps: 9 saved, 8 now\)"):
+        save_or_check_config({"tune": {"batch_size": 128, "steps": 8}}, tmp_path, processes=4)
+
+
+def test_config_saved_without_the_number_of_processes_is_compared_exactly(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("tune:\n  batch_size: 64\n")
+    (tmp_path / "tune").mkdir()
+    with pytest.raises(ConfigChangedError, match=r"tune\.batch_size"):
+        save_or_check_config({"tune": {"batch_size": 128}}, tmp_path, processes=4)
+    save_or_check_config({"tune": {"batch_size": 64}}, tmp_path, processes=4)
+
+
 def test_run_directory_without_outputs_accepts_a_new_config(tmp_path: Path) -> None:
     save_or_check_config({"data": "typo", "embed": {"batch_tokens": 1}}, tmp_path)
     save_or_check_config({"data": "right", "embed": {"batch_tokens": 1}}, tmp_path)

@@ -432,6 +432,36 @@ def _tune_on_rank(llm: str, folder: str, config: TuneConfig) -> None:
     tune([CAPTIONS], open_encoder(Path(llm)), half, Path(folder))
 
 
+def test_tune_resumes_on_another_number_of_ranks(llm: Path, tmp_path: Path) -> None:
+    """Killed on two ranks after the checkpoint of step 2, and resumed by one process with twice the batch size."""
+    config = dataclasses.replace(SMALL_PASSES, steps=4)
+    run_distributed(2, _tune_until_killed, str(llm), str(tmp_path / "resumed"), config)
+    losses_before = [line["loss"] for line in read_metrics(tmp_path / "resumed/metrics.jsonl")]
+    resumed = tune([CAPTIONS], open_encoder(llm), config, tmp_path / "resumed")
+    uninterrupted = tune([CAPTIONS], open_encoder(llm), config, tmp_path / "uninterrupted")
+    runs = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("resumed", "uninterrupted")]
+    losses, expected_losses = ([line["loss"] for line in run] for run in runs)
+    assert losses[:2] == losses_before[:2], "the steps before the checkpoint must not be repeated"
+    assert len(losses) == 4 and losses == pytest.approx(expected_losses, rel=1e-4)
+    weights = load_file(resumed / "model.safetensors")
+    for name, tensor in load_file(uninterrupted / "model.safetensors").items():
+        assert torch.allclose(tensor, weights[name], atol=1e-4), name
+
+
+def _tune_until_killed(llm: str, folder: str, config: TuneConfig) -> None:
+    forward, calls = PairLoss.forward, []
+
+    def killed_forward(self: PairLoss, *args: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 4:
+            raise Killed
+        return forward(self, *args)
+
+    PairLoss.forward = killed_forward  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        _tune_on_rank(llm, folder, config)
+
+
 @pytest.mark.parametrize(
     "change",
     [{"lora_r": 0}, {"grad_cache": True}, {"lora_r": 0, "precision": "bf16", "gradient_checkpointing": True}],

@@ -244,10 +244,10 @@ def evaluate(
 
 def start_run(run_dir: Path, config: dict[str, Any], max_skipped: float) -> SkipLog:
     """Save or check the config of a run (see `save_or_check_config`), and return the run's skip log."""
-    is_main = process_state().is_main_process
-    if is_main:
-        save_or_check_config(config, run_dir)
-    return SkipLog(run_dir / "skipped.jsonl" if is_main else None, max_skipped)
+    state = process_state()
+    if state.is_main_process:
+        save_or_check_config(config, run_dir, state.num_processes)
+    return SkipLog(run_dir / "skipped.jsonl" if state.is_main_process else None, max_skipped)
 
 
 def open_encoder(config: EncoderConfig, device: str | None = None) -> CaptionEncoder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ RESUME_SAFE = (
     "cost_steps",
 )
 
+# First line of the file if the config has settings of the `tune` stage, whose batch size is per process.
+PROCESSES_LINE = "# Number of processes in the tune stage: {}\n"
+
 # Settings of the `align` stage may be changed until the run directory contains one of these outputs of the stage.
 ALIGN_OUTPUTS = ("align/checkpoints", "checkpoints", "model")
 
@@ -34,15 +38,17 @@ class ConfigChangedError(ValueError):
     """The run directory was created with a different config."""
 
 
-def save_or_check_config(config: dict[str, Any], run_dir: Path) -> None:
+def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int | None = None) -> None:
     """Save the config of a run in its run directory. If the run is resumed, first check the config.
 
     If the run directory already contains outputs, the config must match the saved config. The `align` settings may
-    still be changed until the `align` stage has written outputs.
+    still be changed until the `align` stage has written outputs. A run may be resumed with a different number of
+    processes, if `tune.batch_size` is changed such that the product of both remains the same.
 
     Args:
         config: The value of each setting, keyed by name. Dataclasses are converted to dicts.
         run_dir: Run directory. The config is saved in this directory as `config.yaml`.
+        processes: Number of processes of the run, which is also saved. None if it is unknown.
 
     Raises:
         ConfigChangedError: The saved config is different. The message lists the settings that differ.
@@ -50,8 +56,13 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path) -> None:
     file = run_dir / CONFIG_FILE
     new = _to_plain_types(config)
     if file.exists() and _has_outputs(run_dir):
-        saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        saved = yaml.safe_load(text)
         changes = [(name, old, value) for name, old, value in _differences(saved, new) if not _is_resume_safe(name)]
+        if _pairs_per_step(saved, _saved_processes(text)) == _pairs_per_step(new, processes):
+            changes = [change for change in changes if change[0] != "tune.batch_size"]
+        else:
+            processes = _saved_processes(text)  # tune is complete, or it will fail, and can then be resumed correctly
         if not any((run_dir / output).exists() for output in ALIGN_OUTPUTS):
             changes = [change for change in changes if not change[0].startswith("align.")]
         if changes:
@@ -60,7 +71,20 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path) -> None:
                 f"{file} has different settings ({listed}). Use the saved settings, choose a different --out, or "
                 f"delete {run_dir} to start over"
             )
-    atomic_write_text(file, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
+    first_line = PROCESSES_LINE.format(processes) if processes is not None and "tune" in new else ""
+    atomic_write_text(file, first_line + yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
+
+
+def _saved_processes(text: str) -> int | None:
+    """Return the number of processes that is saved in the text of a config file, or None if there is none."""
+    line = re.match(PROCESSES_LINE.format(r"(\d+)"), text)
+    return int(line[1]) if line else None
+
+
+def _pairs_per_step(config: dict[str, Any], processes: int | None) -> int | None:
+    """Return the batch size of the `tune` stage over all processes, or None if it is unknown."""
+    batch_size = config.get("tune", {}).get("batch_size")
+    return None if batch_size is None or processes is None else batch_size * processes
 
 
 def _has_outputs(run_dir: Path) -> bool:
