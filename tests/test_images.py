@@ -7,6 +7,7 @@ import io
 import json
 import math
 import pickle
+import resource
 import struct
 import zlib
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from llm2clip.data import image_loader, images
 from llm2clip.data.image_loader import image_batches
-from llm2clip.data.image_refs import FileImage
+from llm2clip.data.image_refs import FileImage, MemoryImage
 from llm2clip.data.images import ImageError, decode_image, load_image
 from llm2clip.data.transforms import EvalTransform, Preprocess, TrainTransform
 
@@ -373,3 +374,28 @@ def test_image_batches_are_equal_with_workers_and_report_failures(
     assert [indices for indices, _, _ in batches] == [[0, 2], [3, 4, 5], []]
     assert [list(failures) for _, _, failures in batches] == [[1], [], [6]]
     assert torch.equal(batches[0][1][1], transform(load_image(refs[2])))
+
+
+def test_packed_batches_contain_a_single_tensor_and_restore_any_structure() -> None:
+    items = [
+        ("a", {"pixels": torch.arange(5, dtype=torch.uint8), "mask": torch.tensor([True, False])}, b"thumbnail"),
+        ("b", {"pixels": torch.rand(2, 3).T, "scalar": torch.tensor(7)}, None),
+        ("c", torch.empty(0, 4, dtype=torch.bfloat16), "error message"),
+    ]
+    pickled, offsets, buffer = image_loader.pack_batch(items)
+    assert buffer.dtype == torch.uint8 and b"torch_storage" not in pickled and len(offsets) == 5
+    restored = image_loader.unpack_batch((pickled, offsets, buffer))
+    assert [(name, other) for name, _, other in restored] == [(name, other) for name, _, other in items]
+    for (_, value, _), (_, expected, _) in zip(restored, items, strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=0)
+
+
+def test_workers_send_images_for_inference_with_few_open_files() -> None:
+    torch.multiprocessing.start_processes(_load_with_few_open_files, nprocs=1, start_method="spawn")
+
+
+def _load_with_few_open_files(_: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+    refs = [MemoryImage(encode(photo(), "PNG"), str(n)) for n in range(image_loader.MIN_IMAGES_FOR_WORKERS)]
+    batches = list(image_batches(refs, EvalTransform(Preprocess(8, "squash", 1.0, "bicubic", *HALF)), 256, workers=2))
+    assert sum(len(images) for _, images, _ in batches) == len(refs)

@@ -5,16 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
+from collections.abc import Iterable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from align_fixtures import ALIGN, fresh_model, make_store, read_split
-from format_fixtures import write_tar
+from format_fixtures import image_bytes, write_tar
 from llm2clip.config import AlignConfig
+from llm2clip.data.image_refs import FileImage, MemoryImage, TarImage
 from llm2clip.data.records import Record, open_records
+from llm2clip.data.shared_refs import SharedRefs
+from llm2clip.data.transforms import Preprocess
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.sampling import AlignBatches, Batch, check_batch_size, decoding_workers
 
@@ -158,3 +166,49 @@ def test_tar_archives_give_the_batches_of_the_files(
         for a, b in zip(from_tars, from_files, strict=True):
             assert torch.equal(a.images, b.images) and np.array_equal(a.caption_rows, b.caption_rows)
             assert len({name.split("!")[0] for name in a.image_names}) == 2
+
+
+class NumberedCaptions:
+    """Caption source for captions that are numbers. The row of each caption is its number."""
+
+    def __init__(self) -> None:
+        self.manifest: dict[str, Any] = {}
+
+    def rows(self, captions: Iterable[str]) -> np.ndarray:
+        return np.array([int(caption) for caption in captions])
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        return rows[:, None].astype(np.float32)
+
+
+# Square pixels, and packed patches of NaFlex towers.
+PREPROCESS = {
+    "squash": Preprocess(8, "squash", 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3),
+    "patches": Preprocess(16, "patches", 1.0, "bilinear", (0.5,) * 3, (0.5,) * 3, patch_size=4, max_num_patches=16),
+}
+
+
+@pytest.mark.parametrize("resize", PREPROCESS)
+def test_workers_send_large_batches_with_few_open_files(resize: str) -> None:
+    """The usual limit is 1,024 open files. A batch may contain more images than that."""
+    torch.multiprocessing.start_processes(_load_with_few_open_files, (resize,), nprocs=1, start_method="spawn")
+
+
+def _load_with_few_open_files(_: int, resize: str) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+    data, broken = image_bytes(0), b"not an image"
+    records = [Record(str(n), MemoryImage(broken if n % 100 == 7 else data, str(n)), (str(n),)) for n in range(600)]
+    model: Any = SimpleNamespace(tower=SimpleNamespace(preprocess=PREPROCESS[resize]))
+    config = dataclasses.replace(ALIGN, batch_size=300, epochs=1, workers=2)
+    batches = list(AlignBatches(records, NumberedCaptions(), model, config).batches(0))
+    assert [len(batch.images) for batch in batches] == [300, 300]
+    assert sorted(name for batch in batches for name in batch.failures) == ["107", "207", "307", "407", "507", "7"]
+
+
+def test_image_references_are_not_copied_to_each_worker() -> None:
+    refs = SharedRefs([FileImage(f"/images/{n}.jpg") for n in range(999)] + [TarImage("a.tar", 512, 3, "ü.png")])
+    pickled = ForkingPickler.dumps(refs)  # as a data loader does for each worker
+    assert len(pickled) < 2000
+    assert ForkingPickler.dumps(refs) is not None and len(refs) == 1000
+    restored = ForkingPickler.loads(pickled)
+    assert [restored[n] for n in range(len(restored))] == [refs[n] for n in range(1000)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
+from io import BytesIO
 from typing import Any, TypeVar
 
 import torch
@@ -12,9 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import ImageError, load_image
+from llm2clip.data.shared_refs import SharedRefs
 
 T = TypeVar("T")
 MIN_IMAGES_FOR_WORKERS = 2048  # decoding fewer images takes less time than starting the workers
+_ALIGNMENT = 64  # bytes; tensors of every dtype can start at a multiple of this offset
 
 
 def decode_or_error(ref: ImageRef, transform: Callable[[Tensor], T]) -> T | str:
@@ -48,11 +52,12 @@ def image_batches(
         _DecodedImages(refs, transform),
         batch_size=batch_size,
         num_workers=workers,
-        collate_fn=list,
+        collate_fn=pack_batch if workers else list,
         multiprocessing_context="spawn" if workers else None,
         generator=torch.Generator(),  # leaves the global random state unchanged
     )
-    for items in loader:
+    for batch in loader:
+        items = unpack_batch(batch) if workers else batch
         decoded = {index: value for index, value in items if not isinstance(value, str)}
         failures = {index: value for index, value in items if isinstance(value, str)}
         yield list(decoded), list(decoded.values()), failures
@@ -60,10 +65,72 @@ def image_batches(
 
 class _DecodedImages(Dataset):
     def __init__(self, refs: Sequence[ImageRef], transform: Callable[[Tensor], Any]) -> None:
-        self.refs, self.transform = refs, transform
+        self.refs, self.transform = SharedRefs(refs), transform
 
     def __len__(self) -> int:
         return len(self.refs)
 
     def __getitem__(self, index: int) -> tuple[int, Any]:
         return index, decode_or_error(self.refs[index], self.transform)
+
+
+# ---- sending batches from worker processes ---------------------------------------------------------------------------
+
+
+def pack_batch(items: list[Any]) -> tuple[bytes, list[int], Tensor]:
+    """Pack a batch, so that a worker process can send it with a single open file. `unpack_batch` restores the batch.
+
+    A data loader sends each tensor as a shared memory file, which the main process keeps open. A batch of 512 images
+    as separate tensors would therefore exceed the usual limit of 1,024 open files.
+
+    Args:
+        items: Values that can be pickled. They may contain tensors of any shape and dtype.
+
+    Returns:
+        The pickled items without their tensors, the offset of each tensor, and the bytes of all tensors, uint8 (N,).
+    """
+    tensors: list[Tensor] = []
+    stream = BytesIO()
+    _TensorPickler(stream, tensors).dump(items)
+    offsets, size = [], 0
+    for tensor in tensors:
+        offsets.append(size)
+        size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    buffer = torch.empty(size, dtype=torch.uint8)
+    for tensor, offset in zip(tensors, offsets, strict=True):
+        buffer[offset : offset + tensor.nbytes] = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return stream.getvalue(), offsets, buffer
+
+
+def unpack_batch(batch: tuple[bytes, list[int], Tensor]) -> list[Any]:
+    """Restore the items that `pack_batch` packed. Their tensors share the memory of the packed batch."""
+    pickled, offsets, buffer = batch
+    items: list[Any] = _TensorUnpickler(BytesIO(pickled), offsets, buffer).load()
+    return items
+
+
+class _TensorPickler(pickle.Pickler):
+    """Pickler that moves tensors to a list and stores only their number, dtype and shape."""
+
+    def __init__(self, stream: BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
+        self.tensors = tensors
+
+    def persistent_id(self, value: Any) -> tuple[int, torch.dtype, tuple[int, ...]] | None:
+        if not isinstance(value, Tensor):
+            return None
+        self.tensors.append(value.detach())
+        return len(self.tensors) - 1, value.dtype, tuple(value.shape)
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Unpickler for `_TensorPickler`, which takes the tensors from a buffer."""
+
+    def __init__(self, stream: BytesIO, offsets: list[int], buffer: Tensor) -> None:
+        super().__init__(stream)
+        self.offsets, self.buffer = offsets, buffer
+
+    def persistent_load(self, saved: tuple[int, torch.dtype, tuple[int, ...]]) -> Tensor:
+        number, dtype, shape = saved
+        start, count = self.offsets[number], torch.Size(shape).numel()
+        return self.buffer[start : start + count * dtype.itemsize].view(dtype).view(shape)

@@ -24,6 +24,7 @@ from llm2clip.data.columns import CAPTION_FIELDS
 from llm2clip.data.hashing import epoch_permutation
 from llm2clip.data.image_loader import decode_or_error
 from llm2clip.data.records import Record
+from llm2clip.data.shared_refs import SharedRefs
 from llm2clip.data.transforms import TrainTransform
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.store.image_features import image_keys
@@ -137,22 +138,16 @@ class AlignBatches:
             self.images,
             batch_sampler=_BatchSampler(self, first_step),
             num_workers=workers,
-            collate_fn=list,
+            collate_fn=_collate,
             persistent_workers=False,
             multiprocessing_context="spawn" if workers else None,
             generator=torch.Generator(),  # so that the loader does not use the global random state
         )
-        for items in loader:
-            failures = {name: result for name, result, _ in items if isinstance(result, str)}
-            decoded = [(result, sample) for _, result, sample in items if not isinstance(result, str)]
-            if not decoded:
+        for pixels, samples, failures in loader:
+            if pixels is None:
                 name, reason = next(iter(failures.items()))
                 raise ValueError(f"none of the images in a batch can be decoded; the first is {name}: {reason}")
-            # Images that cannot be decoded are replaced with duplicates of other images from the batch. Duplicates are
-            # harmless, because the loss does not use identical captions as negatives.
-            decoded += [decoded[n % len(decoded)] for n in range(len(items) - len(decoded))]
-            pixels = torch.stack([image for image, _ in decoded])
-            yield self._make_batch(pixels, [sample for _, sample in decoded], failures)
+            yield self._make_batch(pixels, samples, failures)
 
     def samples(self, first_step: int) -> Iterator[list[Sample]]:
         """Yield this rank's list of samples for each step, starting at `first_step`."""
@@ -290,7 +285,7 @@ class _ImageDataset(Dataset):
     """Dataset that decodes and crops the image of each sample. The crop does not depend on the worker process."""
 
     def __init__(self, records: Sequence[Record], transform: TrainTransform, seed: int) -> None:
-        self.refs = [record.image for record in records if record.image is not None]
+        self.refs = SharedRefs([record.image for record in records if record.image is not None])
         self.transform, self.seed = transform, seed
 
     def __getitem__(self, sample: Sample) -> tuple[str, Tensor | str, Sample]:
@@ -303,3 +298,19 @@ class _ImageDataset(Dataset):
         seed = int(np.random.SeedSequence([self.seed, epoch, image]).generate_state(1)[0])
         generator = torch.Generator().manual_seed(seed)
         return str(ref), decode_or_error(ref, partial(self.transform, generator=generator)), sample
+
+
+def _collate(items: list[tuple[str, Tensor | str, Sample]]) -> tuple[Tensor | None, list[Sample], dict[str, str]]:
+    """Collate decoded images in the worker process; return their pixels, samples, and the error messages by name.
+
+    The pixels are a single tensor, because the main process keeps one open file for each tensor that it receives. The
+    pixels are None if none of the images can be decoded.
+    """
+    failures = {name: result for name, result, _ in items if isinstance(result, str)}
+    decoded = [(result, sample) for _, result, sample in items if not isinstance(result, str)]
+    if not decoded:
+        return None, [], failures
+    # Images that cannot be decoded are replaced with duplicates of other images from the batch. Duplicates are
+    # harmless, because the loss does not use identical captions as negatives.
+    decoded += [decoded[n % len(decoded)] for n in range(len(items) - len(decoded))]
+    return torch.stack([pixels for pixels, _ in decoded]), [sample for _, sample in decoded], failures
