@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +24,7 @@ from llm2clip.data.records import Record, open_records
 from llm2clip.data.shared_refs import SharedRefs
 from llm2clip.data.transforms import Preprocess
 from llm2clip.store.store import EmbeddingStore
+from llm2clip.train.caption_sampling import CaptionIndex, CaptionSampler
 from llm2clip.train.sampling import AlignBatches, Batch, check_batch_size, decoding_workers
 
 EFFICIENTNET = "test_efficientnet"
@@ -95,15 +96,22 @@ def test_caption_mix_weights_the_kinds_of_captions(
 ) -> None:
     mix = {"captions": 1 - long_weight, "long_captions": long_weight}
     batches = make_batches(records, store, dataclasses.replace(ALIGN, captions_per_image=4, caption_mix=mix))
-    short, long = batches.captions_by_kind
+    short, long = batches.captions.captions_by_kind
     samples = [(epoch, image) for epoch in range(20) for image in range(len(records))]
-    drawn = {sample: batches.draw_captions(*sample) for sample in samples}
-    first_is_long = [rows[0] in long[image] for (_, image), rows in drawn.items()]
+    sampled = [sample_captions(batches, *sample) for sample in samples]
+    first_is_long = [rows[0] in long[image] for (_, image), rows in zip(samples, sampled, strict=True)]
     assert np.mean(first_is_long) == pytest.approx(long_weight, abs=0.06 if 0 < long_weight < 1 else 0)
-    for (_, image), rows in drawn.items():
+    for (_, image), rows in zip(samples, sampled, strict=True):
         assert len(rows) == len(set(rows)) and set(rows) <= {*short[image], *long[image]}
         if long_weight == 0:  # an image has two or three short captions, and none is drawn twice
             assert set(rows) == set(short[image].tolist())
+
+
+def sample_captions(batches: AlignBatches, epoch: int, image: int) -> list[int]:
+    """Return the sampled captions of one image."""
+    rows, image_of_caption = batches.captions.sample(np.array([epoch]), np.array([image]))
+    assert not image_of_caption.any()
+    return rows.tolist()
 
 
 @pytest.mark.parametrize(("mix", "kind"), [({"captions": 1}, 0), ({"long_captions": 2}, 1)])
@@ -111,14 +119,55 @@ def test_zero_captions_per_image_uses_all_captions_of_the_weighted_kinds(
     records: list[Record], store: EmbeddingStore, mix: dict[str, float], kind: int
 ) -> None:
     batches = make_batches(records, store, dataclasses.replace(ALIGN, captions_per_image=0, caption_mix=mix))
-    assert sorted(batches.draw_captions(3, 7)) == sorted(batches.captions_by_kind[kind][7])
+    assert sorted(sample_captions(batches, 3, 7)) == sorted(batches.captions.captions_by_kind[kind][7])
 
 
 def test_images_without_the_weighted_kinds_use_all_captions(records: list[Record], store: EmbeddingStore) -> None:
     config = dataclasses.replace(ALIGN, captions_per_image=4, caption_mix={"short_captions": 1})
     batches = make_batches(records, store, config)
-    drawn = {row for epoch in range(9) for row in batches.draw_captions(epoch, 2)}
-    assert drawn & {*batches.captions_by_kind[0][2]} and drawn - {*batches.captions_by_kind[0][2]}
+    short = batches.captions.captions_by_kind[0][2].tolist()
+    sampled = {row for epoch in range(9) for row in sample_captions(batches, epoch, 2)}
+    assert sampled & {*short} and sampled - {*short}
+
+
+@pytest.mark.parametrize("captions_per_image", [0, 1, 4, 9])
+@pytest.mark.parametrize("weights", [(1.0, 0.0, 0.0), (0.0, 0.0, 3.0), (0.5, 0.3, 0.2), (1.0, 0.0, 7.0)], ids=str)
+def test_captions_of_a_batch_are_those_sampled_for_each_image_by_numpy(
+    captions_per_image: int, weights: tuple[float, ...]
+) -> None:
+    """Runs of earlier versions, which sampled the captions of each image separately, must resume with the same data."""
+    rng = np.random.default_rng(0)
+    kinds = []
+    for most in (6, 1, 11):  # every image has a caption of the second kind
+        captions = [rng.integers(0, 40, rng.integers(0 if most > 1 else 1, most + 1)) for _ in range(200)]
+        kinds.append([[str(row) for row in rows] for rows in captions])
+    indexes = [CaptionIndex(NumberedCaptions(), captions) for captions in kinds]
+    config = dataclasses.replace(ALIGN, captions_per_image=captions_per_image, seed=12)
+    epochs, images = rng.integers(0, 3, 300), rng.integers(0, 200, 300)
+    rows, image_of_caption = CaptionSampler(indexes, weights, config).sample(epochs, images)
+    assert rows.dtype == image_of_caption.dtype == np.int64
+    for n, (epoch, image) in enumerate(zip(epochs.tolist(), images.tolist(), strict=True)):
+        captions_by_kind = [np.unique([int(row) for row in captions[image]]).astype(int) for captions in kinds]
+        expected = sample_with_numpy(captions_by_kind, weights, captions_per_image, (12, epoch, image))
+        assert rows[image_of_caption == n].tolist() == expected
+    assert (np.diff(image_of_caption) >= 0).all()
+
+
+def sample_with_numpy(
+    captions_by_kind: list[np.ndarray], kind_weights: Sequence[float], captions_per_image: int, seed: tuple[int, ...]
+) -> list[int]:
+    """Sample the captions of a single image with NumPy's random number generator."""
+    rng = np.random.default_rng(seed)
+    kinds = [(rows, weight) for rows, weight in zip(captions_by_kind, kind_weights, strict=True) if len(rows)]
+    if not any(weight for _, weight in kinds):
+        kinds = [(rows, 1.0) for rows, _ in kinds]
+    kinds = [(rng.permutation(rows), weight) for rows, weight in kinds if weight]
+    if captions_per_image == 0:
+        return [int(row) for rows, _ in kinds for row in rows]
+    weights = np.array([weight for _, weight in kinds])
+    remaining = [rows.tolist() for rows, _ in kinds]
+    sampled_kinds = rng.choice(len(kinds), captions_per_image, p=weights / weights.sum())
+    return [remaining[kind].pop(0) for kind in sampled_kinds if remaining[kind]]
 
 
 def test_check_batch_size_rejects_wrong_settings() -> None:

@@ -7,11 +7,9 @@ on the same data as an uninterrupted run, regardless of the number of workers.
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,22 +27,9 @@ from llm2clip.data.transforms import TrainTransform
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.store.image_features import image_keys
 from llm2clip.store.store import EmbeddingStore
+from llm2clip.train.caption_sampling import CaptionIndex, CaptionSampler, CaptionSource
 
 Sample = tuple[int, int]  # epoch and image index
-
-
-class CaptionSource(Protocol):
-    """Source of the text inputs for training: an embedding store, or tokenized captions in `clip_finetuning`."""
-
-    manifest: dict[str, Any]
-
-    def rows(self, captions: Iterable[str]) -> np.ndarray:
-        """Look up captions; return their row numbers, int64 (N,)."""
-        ...
-
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        """Return the text inputs in the given rows, (N, ...)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -113,8 +98,8 @@ class AlignBatches:
         self.image_hash = hash_texts(str(record.image) for record in usable)
         self.caption_hash = hash_texts(text for record in usable for text in record.texts)
         kinds = [kind for kind in CAPTION_FIELDS if any(getattr(record, kind) for record in usable)]
-        self.captions_by_kind = [CaptionIndex(store, (getattr(record, kind) for record in usable)) for kind in kinds]
-        self.kind_weights = [config.caption_mix.get(kind, 0.0) for kind in kinds]
+        captions = [CaptionIndex(store, (getattr(record, kind) for record in usable)) for kind in kinds]
+        self.captions = CaptionSampler(captions, [config.caption_mix.get(kind, 0.0) for kind in kinds], config)
         transform = TrainTransform(model.tower.preprocess, config.min_crop_scale)
         self.images = _ImageDataset(usable, transform, config.seed)
 
@@ -128,6 +113,8 @@ class AlignBatches:
         Raises:
             ValueError: None of the images in a batch can be decoded.
         """
+        if first_step >= len(self):  # the run is complete, so do not start any workers
+            return
         if self.features is not None:
             for samples in self.samples(first_step):
                 rows = self.feature_rows[[image for _, image in samples]]
@@ -160,71 +147,16 @@ class AlignBatches:
             images = order[start : start + self.images_per_step]
             yield [(epoch, int(image)) for image in images[self.rank :: self.world_size]]
 
-    def draw_captions(self, epoch: int, image: int) -> list[int]:
-        """Sample captions of an image for an epoch, and return their store rows.
-
-        The kind of each caption (such as short or long) is sampled according to the caption mix. Within a kind,
-        captions are sampled without replacement, so an image with few captions of a kind may receive fewer captions
-        than requested. If the image has only kinds with weight 0, these kinds are sampled with equal weight.
-        """
-        rng = np.random.default_rng([self.config.seed, epoch, image])
-        kinds = [
-            (captions[image], weight) for captions, weight in zip(self.captions_by_kind, self.kind_weights, strict=True)
-        ]
-        kinds = [(rows, weight) for rows, weight in kinds if len(rows)]
-        if not any(weight for _, weight in kinds):
-            kinds = [(rows, 1.0) for rows, _ in kinds]
-        kinds = [(rng.permutation(rows), weight) for rows, weight in kinds if weight]
-        if self.config.captions_per_image == 0:
-            return [int(row) for rows, _ in kinds for row in rows]
-
-        weights = np.array([weight for _, weight in kinds])
-        drawn_kinds = rng.choice(len(kinds), self.config.captions_per_image, p=weights / weights.sum())
-        drawn_rows: list[int] = []
-        used: Counter[int] = Counter()
-        for kind in drawn_kinds.tolist():
-            rows = kinds[kind][0]
-            if used[kind] < len(rows):
-                drawn_rows.append(int(rows[used[kind]]))
-            used[kind] += 1
-        return drawn_rows
-
     def _make_batch(self, images: Tensor, samples: list[Sample], failures: dict[str, str]) -> Batch:
-        rows = [self.draw_captions(epoch, image) for epoch, image in samples]
+        epochs, image_numbers = np.array(samples, np.int64).T
+        caption_rows, image_of_caption = self.captions.sample(epochs, image_numbers)
         return Batch(
             images=images,
-            caption_rows=np.array([row for rows_of_image in rows for row in rows_of_image]),
-            image_of_caption=np.repeat(np.arange(len(rows)), [len(rows_of_image) for rows_of_image in rows]),
+            caption_rows=caption_rows,
+            image_of_caption=image_of_caption,
             image_names=[str(self.images.refs[image]) for _, image in samples],
             failures=failures,
         )
-
-
-class CaptionIndex:
-    """Lookup of the store rows of each image's captions, which uses two flat arrays to save memory."""
-
-    def __init__(self, store: CaptionSource, captions: Iterable[Sequence[str]]) -> None:
-        """
-        Args:
-            store: Store that contains the embeddings of all these captions.
-            captions: The captions of each image.
-
-        Raises:
-            StoreError: A caption is not in the store.
-        """
-        counts: list[int] = []
-
-        def all_captions() -> Iterator[str]:
-            for captions_of_image in captions:
-                counts.append(len(captions_of_image))
-                yield from captions_of_image
-
-        self.rows = store.rows(all_captions())
-        self.starts = np.cumsum([0, *counts])
-
-    def __getitem__(self, image: int) -> np.ndarray:
-        """Return the store rows of an image's captions, int64 (captions,), without duplicates."""
-        return np.unique(self.rows[self.starts[image] : self.starts[image + 1]])
 
 
 def check_batch_size(images: int, config: AlignConfig, world_size: int) -> int:

@@ -1,0 +1,175 @@
+"""Many independent random number generators at once, each equal to a generator from NumPy.
+
+A sample that depends only on (seed, epoch, image) needs a random number generator of its own. Creating one with
+`np.random.default_rng([seed, epoch, image])` takes tens of microseconds. `RandomStreams` computes the same numbers for
+all images of a batch with array operations.
+
+The algorithms are those of NumPy: `SeedSequence` hashes the seeds, PCG64 (XSL-RR 128/64, https://www.pcg-random.org)
+generates the bits, and permutations are Fisher-Yates shuffles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+# Constants of SeedSequence, from numpy/random/bit_generator.pyx.
+_POOL_SIZE = 4
+_INIT_A, _MULT_A = 0x43B0D7E5, 0x931E8875
+_INIT_B, _MULT_B = 0x8B51F9DD, 0x58F38DED
+_MIX_MULT_L, _MIX_MULT_R = np.uint32(0xCA01F9DD), np.uint32(0x4973F715)
+_HALF_WORD = np.uint32(16)
+# The multiplier of PCG64, as its upper and lower 64 bits.
+_MULTIPLIER = np.uint64(0x2360ED051FC65DA4), np.uint64(0x4385DF649FCCF645)
+_ONE, _32_BITS, _LOW_32 = np.uint64(1), np.uint64(32), np.uint64(0xFFFFFFFF)
+
+
+class RandomStreams:
+    """N random number generators, of which generator n equals `np.random.default_rng([seed, *words_of_n])`.
+
+    Attributes:
+        count: Number of generators, N.
+    """
+
+    def __init__(self, seed: int, *words: np.ndarray) -> None:
+        """
+        Args:
+            seed: Non-negative integer.
+            words: Arrays of non-negative integers below 2 ** 32, each (N,).
+        """
+        self._high, self._low, self._inc_high, self._inc_low = _seed_pcg64(_seed_words(seed, words))
+        self.count = len(self._high)
+        # Each output of 64 bits provides two numbers of 32 bits. The upper half is kept for the next number.
+        self._upper_half = np.zeros(self.count, np.uint64)
+        self._has_upper_half = np.zeros(self.count, bool)
+
+    def random(self) -> np.ndarray:
+        """Return a random number between 0 and 1 from each generator, as `Generator.random`, float64 (N,)."""
+        return (self._next_64_bits(np.arange(self.count)) >> np.uint64(11)) * (1.0 / 9007199254740992.0)
+
+    def shuffle(self, values: np.ndarray, counts: np.ndarray) -> None:
+        """Permute the first `counts[n]` values of row n with generator n, as `Generator.permutation`, in place.
+
+        Args:
+            values: Values to permute, (N, largest count).
+            counts: Number of values in each row, int64 (N,).
+        """
+        for last in range(values.shape[1] - 1, 0, -1):
+            rows = np.flatnonzero(counts > last)
+            other = self._integers(rows, last)
+            values[rows, last], values[rows, other] = values[rows, other], values[rows, last]
+
+    def _integers(self, which: np.ndarray, highest: int) -> np.ndarray:
+        """Return a random integer between 0 and `highest` from each of the generators `which`, int64 (n,).
+
+        NumPy takes as many bits as `highest` has, and draws again if the resulting integer is larger than `highest`.
+        """
+        mask = np.uint64((1 << highest.bit_length()) - 1)
+        integers = self._next_32_bits(which) & mask
+        too_large = np.flatnonzero(integers > highest)
+        while len(too_large):
+            integers[too_large] = self._next_32_bits(which[too_large]) & mask
+            too_large = too_large[integers[too_large] > highest]
+        return integers.astype(np.int64)
+
+    def _next_32_bits(self, which: np.ndarray) -> np.ndarray:
+        """Return 32 random bits from each of the generators `which`, int64 (n,), as uint64 (n,)."""
+        has_upper_half = self._has_upper_half[which]
+        numbers = self._upper_half[which]
+        fresh = which[~has_upper_half]
+        outputs = self._next_64_bits(fresh)
+        numbers[~has_upper_half] = outputs & _LOW_32
+        self._upper_half[fresh] = outputs >> _32_BITS
+        self._has_upper_half[which] = ~has_upper_half
+        return numbers
+
+    def _next_64_bits(self, which: np.ndarray) -> np.ndarray:
+        """Return 64 random bits from each of the generators `which`, int64 (n,), as uint64 (n,)."""
+        high, low = _multiply_128(self._high[which], self._low[which])
+        high, low = _add_128(high, low, self._inc_high[which], self._inc_low[which])
+        self._high[which], self._low[which] = high, low
+        rotation, bits = high >> np.uint64(58), high ^ low
+        return (bits >> rotation) | (bits << ((np.uint64(64) - rotation) & np.uint64(63)))
+
+
+# ---- seeding ---------------------------------------------------------------------------------------------------------
+
+
+def _seed_words(seed: int, words: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return all seeds as words of 32 bits, each uint32 (N,). A large `seed` takes several words."""
+    if seed < 0:
+        raise ValueError(f"the seed must be at least 0 (got {seed})")
+    seed_words = [seed & 0xFFFFFFFF]
+    while seed >= 1 << 32:
+        seed >>= 32
+        seed_words.append(seed & 0xFFFFFFFF)
+    count = len(words[0])
+    return [np.full(count, word, np.uint32) for word in seed_words] + [word.astype(np.uint32) for word in words]
+
+
+def _seed_pcg64(words: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the state and the increment of PCG64 generators, each as its upper and lower 64 bits, uint64 (N,)."""
+    pool = _mix_entropy(words)
+    hash_constant = _HashConstant(_INIT_B, _MULT_B)
+    state = [hash_constant.hash(pool[n % _POOL_SIZE]).astype(np.uint64) for n in range(8)]
+    state_high, state_low, inc_high, inc_low = (state[n] | (state[n + 1] << _32_BITS) for n in range(0, len(state), 2))
+    inc_high, inc_low = (inc_high << _ONE) | (inc_low >> np.uint64(63)), (inc_low << _ONE) | _ONE
+    high, low = _add_128(inc_high, inc_low, state_high, state_low)
+    high, low = _add_128(*_multiply_128(high, low), inc_high, inc_low)
+    return high, low, inc_high, inc_low
+
+
+def _mix_entropy(words: list[np.ndarray]) -> list[np.ndarray]:
+    """Hash the seeds to a pool of four words, as `SeedSequence` does."""
+    hash_constant = _HashConstant(_INIT_A, _MULT_A)
+    padded = [*words, *[np.zeros_like(words[0])] * (_POOL_SIZE - len(words))]
+    pool = [hash_constant.hash(word) for word in padded[:_POOL_SIZE]]
+    for source in range(_POOL_SIZE):
+        for target in range(_POOL_SIZE):
+            if source != target:
+                pool[target] = _mix(pool[target], hash_constant.hash(pool[source]))
+    for word in padded[_POOL_SIZE:]:
+        for target in range(_POOL_SIZE):
+            pool[target] = _mix(pool[target], hash_constant.hash(word))
+    return pool
+
+
+class _HashConstant:
+    """Hash function of `SeedSequence`, whose constant changes with every call."""
+
+    def __init__(self, constant: int, multiplier: int) -> None:
+        self.constant, self.multiplier = constant, multiplier
+
+    def hash(self, word: np.ndarray) -> np.ndarray:
+        word = word ^ np.uint32(self.constant)
+        self.constant = self.constant * self.multiplier & 0xFFFFFFFF
+        word = word * np.uint32(self.constant)
+        return word ^ (word >> _HALF_WORD)
+
+
+def _mix(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    mixed: np.ndarray = _MIX_MULT_L * x - _MIX_MULT_R * y
+    return mixed ^ (mixed >> _HALF_WORD)
+
+
+# ---- 128-bit arithmetic ----------------------------------------------------------------------------------------------
+
+
+def _multiply_128(high: np.ndarray, low: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the product of 128-bit integers and PCG64's multiplier, modulo 2 ** 128, as upper and lower 64 bits."""
+    factor_high, factor_low = _MULTIPLIER
+    a, b = low >> _32_BITS, low & _LOW_32
+    c, d = factor_low >> _32_BITS, factor_low & _LOW_32
+    middle = a * d + ((b * d) >> _32_BITS)  # does not overflow
+    middle_2 = b * c + (middle & _LOW_32)
+    upper_half_of_low_product = a * c + (middle >> _32_BITS) + (middle_2 >> _32_BITS)
+    return upper_half_of_low_product + high * factor_low + low * factor_high, low * factor_low
+
+
+def _add_128(
+    high: np.ndarray, low: np.ndarray, other_high: np.ndarray, other_low: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sum of 128-bit integers modulo 2 ** 128, as upper and lower 64 bits."""
+    total = low + other_low
+    return high + other_high + (total < low).astype(np.uint64), total
