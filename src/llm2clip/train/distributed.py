@@ -9,10 +9,12 @@ saved.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -99,6 +101,16 @@ def max_over_ranks(value: int, device: torch.device) -> int:
 
 
 # ---- FSDP2 -----------------------------------------------------------------------------------------------------------
+
+
+def reduce_gradients_in_fp32(accelerator: Accelerator) -> None:
+    """Make FSDP sum gradients in float32, over ranks and over the passes of a gradient cache.
+
+    By default, Accelerate sums them in the precision of the forward pass. Must be called before `accelerator.prepare`.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
 
 
 def full_tensor(weight: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ part are in memory. The cost is a second forward pass over the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 ForwardPass = Callable[[], tuple[Tensor, ...]]
@@ -33,7 +34,7 @@ def cached_backward(
             of tensors with one row per item, and all tuples must have the same length.
         loss_function: Function that returns the scalar loss. Argument n is the concatenation of the n-th tensors from
             all passes.
-        model: The model, including its DDP or FSDP wrapper. DDP reduces the gradients only once, in the last pass.
+        model: The model, including its DDP or FSDP wrapper. The gradients are reduced only once, in the last pass.
         device: Device that the passes run on. Its random state is saved and restored, so that dropout is identical
             when a pass is run again.
     """
@@ -58,9 +59,7 @@ def cached_backward(
     def backward(grad_output: Tensor) -> None:
         state_after = _random_state(device)
         for n, (run, state) in enumerate(zip(passes, random_states, strict=True)):
-            last = n == len(passes) - 1
-            no_sync = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
-            with torch.enable_grad(), no_sync:
+            with torch.enable_grad(), _sync_gradients(model, n == len(passes) - 1):
                 _set_random_state(state)  # same dropout masks as in the first forward pass
                 products = [(x * parts[n]).sum() for x, parts in zip(run(), gradients, strict=True)]
                 torch.stack(products).sum().mul(grad_output).backward()
@@ -69,6 +68,15 @@ def cached_backward(
     loss = loss.detach().requires_grad_()
     loss.register_hook(backward)
     return loss
+
+
+@contextmanager
+def _sync_gradients(model: nn.Module, sync: bool) -> Iterator[None]:
+    """Reduce the gradients of a DDP or FSDP model inside the `with` block only if `sync` is True."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(sync)
+    with model.no_sync() if isinstance(model, DistributedDataParallel) and not sync else nullcontext():
+        yield
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

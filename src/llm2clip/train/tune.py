@@ -40,7 +40,7 @@ from llm2clip.models.lora import LoraSession, check_qlora_available, merge_adapt
 from llm2clip.models.precision import DTYPES, resolve_device_precision
 from llm2clip.progress import ProgressBar
 from llm2clip.store.lock import folder_lock
-from llm2clip.train.distributed import copy_into, empty_copy, full_tensor, gather_to_cpu
+from llm2clip.train.distributed import copy_into, empty_copy, full_tensor, gather_to_cpu, reduce_gradients_in_fp32
 from llm2clip.train.pair_loss import PairCollator, PairLoss
 
 TRAINED_WEIGHTS = "trained.safetensors"
@@ -193,6 +193,7 @@ def _train(
             TrainingLog(run_dir / "metrics.jsonl", checkpoints, "Lower --tune.lr, or use --tune.precision fp32")
         ],
     )
+    reduce_gradients_in_fp32(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_ShowProgress)
