@@ -37,7 +37,9 @@ from llm2clip.train import align as align_module
 from llm2clip.train import optim
 from llm2clip.train.align import align, resolve_align_precision
 from llm2clip.train.losses import info_nce
+from llm2clip.train.prefetch import Prefetcher
 from llm2clip.train.sampling import AlignBatches
+from llm2clip.train.step_report import StepReport
 from llm2clip.train.tune import tune
 
 TIMES = ("images_per_second", "data_wait")  # metrics that differ from run to run
@@ -228,6 +230,47 @@ def test_align_stops_at_a_gradient_that_is_not_finite(
     assert not list((tmp_path / "checkpoints").glob("*/complete"))
 
 
+@pytest.mark.parametrize("change", [{}, {"eval_steps": 3}], ids=str)
+def test_weights_are_checked_before_they_are_saved_if_metrics_are_read_later(
+    records: list[Record],
+    store: EmbeddingStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+) -> None:
+    """On a GPU, the metrics of a step are read during the next step. Step 4 saves weights; step 3 evaluates them."""
+    report = StepReport._report
+    monkeypatch.setattr(StepReport, "_report", lambda self, pending: report(self, pending=1))
+    monkeypatch.setattr(StepReport, "flush", lambda self: report(self, pending=0))
+    failing = 3 if change else 4
+    calls = iter(range(99))
+    evaluated: list[int] = []
+
+    def loss(*args: Any) -> torch.Tensor:
+        return info_nce(*args) * (math.nan if next(calls) == failing - 1 else 1)
+
+    def validate(model: LLM2CLIP) -> dict[str, float]:
+        evaluated.append(1)
+        return {"score": 0.0}
+
+    monkeypatch.setattr(align_module, "info_nce", loss)
+    with pytest.raises(FloatingPointError, match=rf"loss is nan at step {failing}\. .*checkpoint-2"):
+        run_align(records, store, tmp_path, dataclasses.replace(ALIGN, **change), validate)
+    assert not evaluated and not (tmp_path / "checkpoints" / "checkpoint-4").exists()
+    assert [line["step"] for line in metrics_of(tmp_path)] == list(range(1, failing))
+
+
+def test_metrics_that_are_read_later_are_the_same(
+    records: list[Record], store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_align(records, store, tmp_path / "at once")
+    report = StepReport._report
+    monkeypatch.setattr(StepReport, "_report", lambda self, pending: report(self, pending=1))
+    monkeypatch.setattr(StepReport, "flush", lambda self: report(self, pending=0))
+    run_align(records, store, tmp_path / "later")
+    assert metrics_of(tmp_path / "later") == metrics_of(tmp_path / "at once")
+
+
 def test_align_reports_to_trackers_by_name(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -379,6 +422,7 @@ def test_align_resumes_exactly(
     store: EmbeddingStore,
     image_folder: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     change: dict[str, Any],
     tower: str,
 ) -> None:
@@ -391,6 +435,7 @@ def test_align_resumes_exactly(
         return run_align(records, store, tmp_path / name, config, validate, tower=tower)
 
     uninterrupted = run("uninterrupted")
+    monkeypatch.setattr(align_module, "prefetch", lambda items, _: Prefetcher(items))  # as on accelerators
     with killed_after(5):
         run("killed")
     resumed = run("killed")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -16,10 +17,11 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from align_fixtures import fresh_model
+from align_fixtures import ALIGN, fresh_model
 from llm2clip.config import AlignConfig
+from llm2clip.models.precision import tf32_matmul
 from llm2clip.models.vision_tower import VisionTower
-from llm2clip.train.optim import WEIGHT_DECAY, cosine_schedule, parameter_groups, set_trainable
+from llm2clip.train.optim import WEIGHT_DECAY, cosine_schedule, make_optimizer, parameter_groups, set_trainable
 
 CONFIG = AlignConfig(lr=1e-2, tower_lr=1e-3, layer_decay=0.5, loss="sigmoid")
 
@@ -109,3 +111,18 @@ def test_cosine_schedule_rises_linearly_and_falls_to_zero() -> None:
     factor = cosine_schedule(100, 0.1)
     assert [factor(0), factor(9), factor(10)] == pytest.approx([0.1, 1.0, 1.0])
     assert factor(55) == pytest.approx(0.5) and factor(100) == pytest.approx(0.0)
+
+
+def test_adamw_is_fused_on_gpus() -> None:
+    model = fresh_model()
+    for device, expected in (("cpu", None), ("cuda:0", True)):
+        assert make_optimizer(model, ALIGN, torch.device(device)).defaults["fused"] is expected
+
+
+def test_tf32_matmul_is_limited_to_the_block_and_to_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_float32_matmul_precision()
+    for available, expected in ((False, before), (True, "high")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        with tf32_matmul():
+            assert torch.get_float32_matmul_precision() == expected
+        assert torch.get_float32_matmul_precision() == before

@@ -73,6 +73,25 @@ def cast_linear_weights(llm: nn.Module, precision: str) -> None:
 
 
 @contextmanager
+def tf32_matmul() -> Iterator[None]:
+    """Compute float32 matmuls on NVIDIA GPUs with TF32 inside the `with` block. Without a GPU, nothing changes.
+
+    TF32 rounds the inputs of a matmul to the precision of float16, and sums the products in float32. It is several
+    times faster. PyTorch uses TF32 for convolutions by default. Losses and similarities need full precision, because
+    the differences between similarities are small.
+    """
+    if not torch.cuda.is_available():
+        yield
+        return
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(previous)
+
+
+@contextmanager
 def autocast_precision(llm: Any, device: torch.device, precision: str) -> Iterator[None]:
     """Run a transformers model in `precision` (see `parse_precision`) inside the `with` block."""
     is_bf16, fp32_layer_count = parse_precision(precision)

@@ -176,20 +176,22 @@ def _read_chunk(reads: Sequence[tuple[int, memoryview, int]]) -> None:
 
 
 class LRUCache(Generic[T]):
-    """Cache of open files or memory maps for the most recently used shards."""
+    """Cache of open files or memory maps for the most recently used shards. Several threads may use it."""
 
     def __init__(self, open_item: Callable[[int], T], close_item: Callable[[T], object] | None = None) -> None:
         self.open_item, self.close_item = open_item, close_item
         self.items: OrderedDict[int, T] = OrderedDict()
+        self.lock = Lock()
 
     def __getitem__(self, n: int) -> T:
-        if n in self.items:
-            self.items.move_to_end(n)
+        with self.lock:
+            if n in self.items:
+                self.items.move_to_end(n)
+                return self.items[n]
+            while len(self.items) >= MAX_OPEN_FILES:
+                self._drop_oldest()
+            self.items[n] = self.open_item(n)
             return self.items[n]
-        while len(self.items) >= MAX_OPEN_FILES:
-            self._drop_oldest()
-        self.items[n] = self.open_item(n)
-        return self.items[n]
 
     def clear(self) -> None:
         """Close all items and remove them from the cache."""

@@ -7,23 +7,23 @@ image features are computed once and cached in a second store, which training th
 
 from __future__ import annotations
 
-import json
-import math
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from torch import Tensor, nn
 
-from llm2clip.checkpoint import Checkpoints, MetricsLog, check_finite, hash_texts
+from llm2clip.checkpoint import Checkpoints, MetricsLog, hash_texts
 from llm2clip.config import AlignConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.records import Record
@@ -31,7 +31,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.distributed import fsdp_enabled, process_state, set_fsdp_wrap_policy, set_mixed_precision
 from llm2clip.models.fingerprint import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.precision import resolve_device_precision
+from llm2clip.models.precision import resolve_device_precision, tf32_matmul
 from llm2clip.models.tower_lora import merge_tower_lora
 from llm2clip.progress import ProgressBar
 from llm2clip.run_config import RESUME_SAFE
@@ -39,15 +39,14 @@ from llm2clip.store.image_features import TowerEncoder, store_image_features
 from llm2clip.store.lock import folder_lock
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.best_checkpoint import BestCheckpoint, Validate
-from llm2clip.train.distributed import empty_copy, full_tensor, gather_to_cpu
+from llm2clip.train.caption_sampling import CaptionSource
+from llm2clip.train.distributed import empty_copy, full_tensor, gather_to_cpu, reduce_gradients_in_fp32
 from llm2clip.train.grad_cache import cached_backward
 from llm2clip.train.losses import info_nce, sigmoid_loss
 from llm2clip.train.optim import MAX_GRAD_NORM, cosine_schedule, make_optimizer, set_trainable
-from llm2clip.train.sampling import AlignBatches, Batch, CaptionSource, decoding_workers
-
-# In fp16, the gradient scaler skips every step whose gradients are not finite, and then halves its scale factor. After
-# this many consecutive skipped steps, the scale factor cannot be the cause, so training stops with an error.
-MAX_SKIPPED_STEPS = 20
+from llm2clip.train.prefetch import prefetch
+from llm2clip.train.sampling import AlignBatches, Batch, decoding_workers
+from llm2clip.train.step_report import Step, StepReport
 
 
 @onednn_matmul()
@@ -116,6 +115,7 @@ def _train(
     )
     if precision == "fp16" and accelerator.scaler is None:
         raise ValueError(f"--align.precision fp16 needs a GPU: use bf16 or fp32 on this device ({accelerator.device})")
+    reduce_gradients_in_fp32(accelerator)
     keep_freed_memory(accelerator.device)
 
     # Data: batches contain pixels or, if the tower is frozen, the tower's features.
@@ -134,7 +134,7 @@ def _train(
     _start_trackers(accelerator, trackers, config, checkpoints.step)
 
     # Model and optimizer.
-    optimizer = make_optimizer(model, config)
+    optimizer = make_optimizer(model, config, accelerator.device)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(steps, config.warmup_ratio))
     unsharded = empty_copy(model) if fsdp_enabled() else None
     if config.gradient_checkpointing:
@@ -151,59 +151,57 @@ def _train(
         accelerator.load_state(str(checkpoints.latest), **load_options)
 
     model.train()
-    batches = data.batches(checkpoints.step)
-    skipped_steps = 0  # consecutive steps with non-finite gradients
     progress = ProgressBar(total=steps, initial=checkpoints.step, desc="align", unit="step", disable=metrics is None)
-    clock = time.perf_counter()
-    for step in range(checkpoints.step + 1, steps + 1):
-        # Batch.
-        batch = next(batches)
-        data_seconds = time.perf_counter() - clock
-        _log_failures(batch, log, accelerator)
-
-        # Forward and backward.
-        local_loss, logit_scale = _batch_loss(net, batch, store, config, accelerator)
-        loss = accelerator.reduce(local_loss.detach(), "mean").item()
-        _check_finite("loss", loss, step, batch, checkpoints, run_dir)
-        accelerator.backward(local_loss)
-        grad_norm = float(full_tensor(accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)))
-        skipped_steps = 0 if math.isfinite(grad_norm) else skipped_steps + 1
-        if accelerator.scaler is None or skipped_steps >= MAX_SKIPPED_STEPS:
-            _check_finite("grad_norm", grad_norm, step, batch, checkpoints, run_dir)
-
-        # Optimizer step.
-        lr = config.lr * schedule.lr_lambdas[0](step - 1)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        model.clamp_logit_scale()
-
-        # Metrics.
-        step_seconds = time.perf_counter() - clock
-        line = {
-            "loss": loss,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-            "logit_scale": logit_scale.item(),
-            "lr": lr,
-            "images_per_second": len(batch.images) * world_size / step_seconds,
-            "data_wait": data_seconds / step_seconds,  # fraction of the step spent waiting for the batch
-        }
-        if metrics is not None:
-            metrics.write(step, **line)
-        accelerator.log({name: value for name, value in line.items() if value is not None}, step)
-        progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        progress.update()
-
-        # Evaluation and checkpoint.
-        if best.validate and (step % eval_steps == 0 or step == steps):
-            accelerator.log(best.evaluate(model, step), step)
-            model.train()
-        if step % config.save_steps == 0 or step == steps:
-            accelerator.save_state(str(checkpoints.path(step)))
-            checkpoints.commit(step)
+    report = StepReport(accelerator, log, metrics, checkpoints, run_dir, progress)
+    prepared = prefetch(_prepare_batches(data, store, checkpoints.step, accelerator.device), accelerator.device)
+    with closing(prepared) as batches:
         clock = time.perf_counter()
+        for step in range(checkpoints.step + 1, steps + 1):
+            # Batch.
+            data_start = time.perf_counter()
+            batch, inputs = next(batches)
+            data_seconds = time.perf_counter() - data_start
+
+            # Forward and backward.
+            local_loss, logit_scale = _batch_loss(net, inputs.to(accelerator.device), config, accelerator)
+            loss = accelerator.reduce(local_loss.detach(), "mean")
+            with tf32_matmul():
+                accelerator.backward(local_loss)
+            grad_norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
+
+            # Optimizer step.
+            lr = config.lr * schedule.lr_lambdas[0](step - 1)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            model.clamp_logit_scale()
+
+            # Metrics. On a GPU, `report.add` waits for the previous step, so the time between two steps is measured.
+            now = time.perf_counter()
+            step_seconds, clock = now - clock, now
+            line = {
+                "lr": lr,
+                "images_per_second": len(batch.images) * world_size / step_seconds,
+                "data_wait": data_seconds / step_seconds,  # fraction of the step spent waiting for the batch
+            }
+            report.add(Step(step, batch.image_names, batch.failures, line), loss, grad_norm, logit_scale)
+            progress.update()
+
+            # Evaluation and checkpoint.
+            is_last = step == steps
+            evaluates = best.validate is not None and (step % eval_steps == 0 or is_last)
+            saves = step % config.save_steps == 0 or is_last
+            if evaluates or saves:
+                report.flush()  # checks that the weights are finite
+            if evaluates:
+                accelerator.log(best.evaluate(model, step), step)
+                model.train()
+            if saves:
+                accelerator.save_state(str(checkpoints.path(step)))
+                checkpoints.commit(step)
+            if evaluates or saves:
+                clock = time.perf_counter()
     progress.close()
-    batches.close()
     for tracker in accelerator.trackers:
         tracker.finish()  # accelerator.end_training() would also destroy the process group
 
@@ -256,36 +254,76 @@ def _run_signature(data: AlignBatches, store: CaptionSource, config: AlignConfig
     }
 
 
-def _log_failures(batch: Batch, log: SkipLog, accelerator: Accelerator) -> None:
-    """Log images that could not be decoded. Every rank counts the failures of all ranks, so all ranks stop together."""
-    failures = list(batch.failures.items())
-    if accelerator.num_processes > 1:
-        failures = gather_object(failures)
-    for name, reason in failures:
-        log.skip(name, 0, "undecodable image", reason)
-        log.check()
+@dataclass(frozen=True)
+class _Inputs:
+    """Inputs of the model and the loss for one batch of N images and M texts.
+
+    Attributes:
+        images: Pixels as uint8 (N, ...), or image features as float32 (N, feature_dim).
+        embeddings: Text embeddings, (M, text_dim).
+        image_of_text: Index of each text's image, int64 (M,), ascending.
+        text_ids: Store row of each text, int64 (M,). Identical texts have the same row.
+        first_text: `first_text[n]` is the number of texts of the images before image n, a list of N + 1 integers.
+    """
+
+    images: Tensor
+    embeddings: Tensor
+    image_of_text: Tensor
+    text_ids: Tensor
+    first_text: list[int]
+
+    def to(self, device: torch.device) -> _Inputs:
+        """Copy the tensors to a device. The copy from pinned memory to a GPU runs in the background."""
+        is_cuda = device.type == "cuda"
+        return self._replace_tensors(lambda tensor: tensor.to(device, non_blocking=is_cuda))
+
+    def pin_memory(self) -> _Inputs:
+        """Copy the tensors to memory that a GPU can read in the background."""
+        return self._replace_tensors(Tensor.pin_memory)
+
+    def _replace_tensors(self, function: Callable[[Tensor], Tensor]) -> _Inputs:
+        return _Inputs(
+            images=function(self.images),
+            embeddings=function(self.embeddings),
+            image_of_text=function(self.image_of_text),
+            text_ids=function(self.text_ids),
+            first_text=self.first_text,
+        )
+
+
+def _prepare_batches(
+    data: AlignBatches, store: CaptionSource, first_step: int, device: torch.device
+) -> Generator[tuple[Batch, _Inputs]]:
+    """Yield each batch with its inputs. If the device is a GPU, the inputs are in pinned memory."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # for this thread; otherwise, pinning memory would also use the first GPU
+    with closing(data.batches(first_step)) as batches:
+        for batch in batches:
+            inputs = _Inputs(
+                images=batch.images,
+                embeddings=torch.from_numpy(store.take(batch.caption_rows)),
+                image_of_text=torch.from_numpy(batch.image_of_caption),
+                text_ids=torch.from_numpy(batch.caption_rows),
+                first_text=np.searchsorted(batch.image_of_caption, np.arange(len(batch.images) + 1)).tolist(),
+            )
+            yield batch, inputs.pin_memory() if device.type == "cuda" else inputs
 
 
 def _batch_loss(
-    net: nn.Module, batch: Batch, store: CaptionSource, config: AlignConfig, accelerator: Accelerator
+    net: nn.Module, inputs: _Inputs, config: AlignConfig, accelerator: Accelerator
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of a batch, and the logit scale. With gradient caching, this takes several forward passes."""
-    device = accelerator.device
-    embeddings = torch.from_numpy(store.take(batch.caption_rows))  # (M, text_dim)
-    image_of_text = torch.from_numpy(batch.image_of_caption).to(device)
-    text_ids = torch.from_numpy(batch.caption_rows).to(device)
-    image_argument = "pixels" if batch.images.dtype == torch.uint8 else "features"
+    images, embeddings = inputs.images, inputs.embeddings
+    image_argument = "pixels" if images.dtype == torch.uint8 else "features"
 
-    # Part n of the batch contains images image_bounds[n] to image_bounds[n + 1] - 1, and all of their captions.
-    size = config.micro_batch_size or len(batch.images)
-    image_bounds = [*range(0, len(batch.images), size), len(batch.images)]
-    text_bounds = np.searchsorted(batch.image_of_caption, image_bounds).tolist()
+    # Part n of the batch contains images bounds[n] to bounds[n + 1] - 1, and all of their texts.
+    size = config.micro_batch_size or len(images)
+    bounds = [*range(0, len(images), size), len(images)]
 
-    def forward(part: int) -> tuple[Tensor, ...]:
-        images = batch.images[image_bounds[part] : image_bounds[part + 1]].to(device)
-        texts = embeddings[text_bounds[part] : text_bounds[part + 1]].to(device)
-        with accelerator.autocast():
-            image, text, scale, bias = net(**{image_argument: images, "embeddings": texts})
+    def forward(start: int, stop: int) -> tuple[Tensor, ...]:
+        texts = embeddings[inputs.first_text[start] : inputs.first_text[stop]]
+        with accelerator.autocast(), tf32_matmul():
+            image, text, scale, bias = net(**{image_argument: images[start:stop], "embeddings": texts})
         return image, text, scale[None], bias[None]
 
     logit_scale = torch.zeros(())
@@ -294,26 +332,16 @@ def _batch_loss(
         nonlocal logit_scale
         logit_scale = scale.detach().mean()  # all parts return the same scale
         if config.loss == "sigmoid":
-            return sigmoid_loss(image, text, scale.mean(), bias.mean(), image_of_text, text_ids)
+            return sigmoid_loss(image, text, scale.mean(), bias.mean(), inputs.image_of_text, inputs.text_ids)
         assert config.loss == "infonce"
-        return info_nce(image, text, scale.mean(), image_of_text, text_ids)
+        return info_nce(image, text, scale.mean(), inputs.image_of_text, inputs.text_ids)
 
-    parts = range(len(image_bounds) - 1)
+    parts = [partial(forward, start, stop) for start, stop in pairwise(bounds)]
     if len(parts) == 1:
-        loss = loss_function(*forward(0))
+        loss = loss_function(*parts[0]())
     else:
-        loss = cached_backward([partial(forward, part) for part in parts], loss_function, net, device)
+        loss = cached_backward(parts, loss_function, net, accelerator.device)
     return loss, logit_scale
-
-
-def _check_finite(name: str, value: float, step: int, batch: Batch, checkpoints: Checkpoints, run_dir: Path) -> None:
-    """Raise FloatingPointError if `value` is not finite. The step's images are then listed in a file."""
-    if math.isfinite(value):
-        return
-    file = run_dir / f"not-finite-{step}-{process_state().process_index}.json"
-    file.write_text(json.dumps({"step": step, "images": batch.image_names}, indent=1))
-    advice = f"The images of this step are listed in {file}. Lower --align.lr or --align.tower_lr, or use fp32"
-    check_finite(name, value, step, checkpoints, advice)
 
 
 def _drop_frozen_weights(

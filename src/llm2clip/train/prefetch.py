@@ -1,0 +1,68 @@
+"""Preparation of training batches in a background thread, so that an accelerator does not wait for the next batch."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from queue import SimpleQueue
+from threading import Semaphore, Thread
+from typing import Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+DEPTH = 2  # number of items that are prepared ahead
+
+
+def prefetch(items: Generator[T], device: torch.device) -> Generator[T] | Prefetcher[T]:
+    """Prepare items in a background thread if training runs on an accelerator. The caller must close the result.
+
+    On the CPU, the items are returned unchanged, because a thread would compete with training for the same cores.
+    """
+    return items if device.type == "cpu" else Prefetcher(items)
+
+
+class Prefetcher(Iterator[T], Generic[T]):
+    """Iterator that runs a generator in a background thread. The order of the items does not change.
+
+    An exception in the generator is raised after the preceding items have been returned.
+    """
+
+    def __init__(self, items: Generator[T], depth: int = DEPTH) -> None:
+        """
+        Args:
+            items: Generator, which is closed at the end.
+            depth: Number of items that are prepared ahead.
+        """
+        self._items = items
+        self._results: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+        self._free = Semaphore(depth)
+        self._closed = False
+        self._error: BaseException | None = None
+        self._thread = Thread(target=self._run, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> T:
+        if self._error is None:
+            item, self._error = self._results.get()
+            self._free.release()
+        if self._error is not None:
+            raise self._error
+        return item  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Stop the thread and close the generator. The item that is being prepared is completed first."""
+        self._closed = True
+        self._free.release()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._free.acquire()
+                if self._closed:
+                    break
+                self._results.put((next(self._items), None))
+        except BaseException as error:  # includes the StopIteration at the end of the generator
+            self._results.put((None, error))
+        finally:
+            self._items.close()
