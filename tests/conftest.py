@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
 import random
+import resource
 import shutil
 from collections.abc import Callable, Generator
 from contextlib import suppress
@@ -273,6 +274,21 @@ def _rank(rank: int, count: int, port: int, function: Callable[..., None], args:
     torch.set_num_threads(1)
     function(*args)
     shutdown()
+
+
+def run_with_few_open_files(function: Callable[..., None], *args: Any) -> None:
+    """Run `function(*args)` in a new process that may open only 128 files. Usual limits are 256 and 1,024."""
+    context = torch.multiprocessing.start_processes(
+        _limit_open_files, (function, args), nprocs=1, join=False, start_method="spawn"
+    )
+    if not context.join(timeout=HANG_TIMEOUT):
+        context.processes[0].kill()
+        pytest.fail("the process hangs")
+
+
+def _limit_open_files(_: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+    function(*args)
 
 
 def emulate_fsdp_launch() -> None:

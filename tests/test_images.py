@@ -7,7 +7,6 @@ import io
 import json
 import math
 import pickle
-import resource
 import struct
 import zlib
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
+from conftest import run_with_few_open_files
 from llm2clip.data import image_loader, images
 from llm2clip.data.image_loader import image_batches
 from llm2clip.data.image_refs import FileImage, MemoryImage
@@ -391,11 +391,10 @@ def test_packed_batches_contain_a_single_tensor_and_restore_any_structure() -> N
 
 
 def test_workers_send_images_for_inference_with_few_open_files() -> None:
-    torch.multiprocessing.start_processes(_load_with_few_open_files, nprocs=1, start_method="spawn")
+    run_with_few_open_files(_load_images_for_inference)
 
 
-def _load_with_few_open_files(_: int) -> None:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+def _load_images_for_inference() -> None:
     refs = [MemoryImage(encode(photo(), "PNG"), str(n)) for n in range(image_loader.MIN_IMAGES_FOR_WORKERS)]
     batches = list(image_batches(refs, EvalTransform(Preprocess(8, "squash", 1.0, "bicubic", *HALF)), 256, workers=2))
     assert sum(len(images) for _, images, _ in batches) == len(refs)

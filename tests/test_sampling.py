@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import resource
 from collections.abc import Iterable, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 from align_fixtures import ALIGN, fresh_model, make_store, read_split
+from conftest import run_with_few_open_files
 from format_fixtures import image_bytes, write_tar
 from llm2clip.config import AlignConfig
 from llm2clip.data.image_refs import FileImage, MemoryImage, TarImage
@@ -240,11 +240,10 @@ PREPROCESS = {
 @pytest.mark.parametrize("resize", PREPROCESS)
 def test_workers_send_large_batches_with_few_open_files(resize: str) -> None:
     """The usual limit is 1,024 open files. A batch may contain more images than that."""
-    torch.multiprocessing.start_processes(_load_with_few_open_files, (resize,), nprocs=1, start_method="spawn")
+    run_with_few_open_files(_load_large_batches, resize)
 
 
-def _load_with_few_open_files(_: int, resize: str) -> None:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+def _load_large_batches(resize: str) -> None:
     data, broken = image_bytes(0), b"not an image"
     records = [Record(str(n), MemoryImage(broken if n % 100 == 7 else data, str(n)), (str(n),)) for n in range(600)]
     model: Any = SimpleNamespace(tower=SimpleNamespace(preprocess=PREPROCESS[resize]))
