@@ -1,0 +1,331 @@
+"""Tests of the code for GPUs, on the pretended GPU of pretended_gpu. `test_pretended_gpu.py` runs them.
+
+The tests compare counts between small and large inputs, instead of expecting fixed counts: a synchronisation per step
+costs microseconds, but a synchronisation per image or caption makes the GPU wait for the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pretended_gpu
+from align_fixtures import ALIGN, make_store, read_split
+from conftest import CAPTIONS, make_tower
+from llava_fixtures import build_tiny_llava, make_conversations
+from llm2clip.cli import main
+from llm2clip.config import LlavaConfig, TuneConfig
+from llm2clip.data.pairs import ImageCaptions
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.llava.train import train_llava
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.pipeline import new_model
+from llm2clip.search.sqlite_backend import SqliteBackend
+from llm2clip.store.store import EmbeddingStore
+from llm2clip.train.align import align
+from llm2clip.train.tune import tune
+from pretended_gpu import Counts
+from search_fixtures import create_patient_app, make_index
+
+TUNE = TuneConfig(batch_size=4, save_steps=1000, precision="bf16")
+CountSteps = Callable[..., Counts]
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random vision transformer, as a timm checkpoint folder."""
+    return make_tower(tmp_path_factory.mktemp("vit"), "test_vit")
+
+
+@pytest.fixture(scope="session")
+def store(image_folder: Path, llm: Path, tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
+    return make_store(image_folder, llm, tmp_path_factory.mktemp("embedded") / "store")
+
+
+@pytest.fixture
+def align_step(image_folder: Path, store: EmbeddingStore, vit: Path, tmp_path: Path) -> CountSteps:
+    """Return a function that counts the events of one `align` step with the given settings."""
+    records = read_split(image_folder)
+
+    def count_step(**settings: Any) -> Counts:
+        config = dataclasses.replace(ALIGN, tower=str(vit), precision="bf16", save_steps=1000, **settings)
+
+        def run(steps: int) -> None:
+            shutil.rmtree(tmp_path / "align", ignore_errors=True)
+            run_config = dataclasses.replace(config, epochs=steps / (len(records) // config.batch_size))
+            align(records, store, new_model(run_config, store), run_config, tmp_path / "align", SkipLog())
+
+        return third_step(run)
+
+    return count_step
+
+
+@pytest.fixture
+def tune_step(llm: Path, tmp_path: Path) -> CountSteps:
+    """Return a function that counts the events of one `tune` step with the given captions and settings."""
+
+    def count_step(captions: Sequence[ImageCaptions] = CAPTIONS, **settings: Any) -> Counts:
+        def run(steps: int) -> None:
+            shutil.rmtree(tmp_path / "tune", ignore_errors=True)
+            config = dataclasses.replace(TUNE, steps=steps, **settings)
+            tune([captions], CaptionEncoder.from_pretrained(llm), config, tmp_path / "tune")
+
+        return third_step(run)
+
+    return count_step
+
+
+def third_step(run: Callable[[int], None]) -> Counts:
+    """Return the events of a run with three steps that do not occur in a run with two steps."""
+    counts = []
+    for steps in (2, 3):
+        with pretended_gpu.count() as run_counts:
+            run(steps)
+        counts.append(run_counts)
+    return counts[1] - counts[0]
+
+
+def assert_no_more_syncs(large: Counts, small: Counts) -> None:
+    assert small.syncs.total() > 0
+    assert large.syncs.total() <= small.syncs.total(), large.syncs - small.syncs
+
+
+def assert_no_more_kernels(large: Counts, small: Counts) -> None:
+    assert small.kernels.total() > 0
+    assert large.kernels.total() <= small.kernels.total(), large.kernels - small.kernels
+
+
+# ---- the pretended GPU itself ----------------------------------------------------------------------------------------
+
+
+def test_pretended_gpu_computes_the_values_of_the_cpu() -> None:
+    layer = torch.nn.Linear(3, 2)
+    inputs = torch.randn(4, 3)
+    layer(inputs).sum().backward()
+    assert layer.weight.grad is not None
+    expected = layer(inputs), layer.weight.grad.clone()
+    layer = layer.to("cuda")
+    layer.zero_grad()
+    output = layer(inputs.to("cuda"))
+    output.sum().backward()
+    assert output.device == torch.device("cuda", 0)
+    torch.testing.assert_close(output.cpu(), expected[0])
+    torch.testing.assert_close(layer.weight.grad.cpu(), expected[1])
+
+
+def test_pretended_gpu_rejects_mixed_devices() -> None:
+    on_gpu, on_cpu = torch.ones(2, device="cuda"), torch.ones(2)
+    with pytest.raises(pretended_gpu.MixedDevicesError):
+        on_gpu + on_cpu
+    with pytest.raises(TypeError, match="to the host"):
+        on_gpu.numpy()
+    assert (on_gpu + torch.tensor(1.0)).tolist() == [2, 2]
+
+
+def test_pretended_gpu_counts_synchronisations_and_copies() -> None:
+    x = torch.arange(4, device="cuda")
+    with pretended_gpu.count() as counts:
+        x.sum().item()
+        x[x > 1]
+        x.cpu()
+        torch.ones(2).to("cuda", non_blocking=True)
+    causes = dict(counts.syncs.keys())
+    assert set(causes) == {"_local_scalar_dense", "boolean mask", "copy to the host"}
+    assert causes["boolean mask"].startswith("gpu_cases.py:")
+    assert counts.copied_bytes == {"to the host": 32, "to the GPU": 8}
+
+
+def test_pretended_gpu_runs_variable_length_attention() -> None:
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    query, key, value = (torch.randn(9, heads, 8) for heads in (4, 2, 2))  # captions of 4 and 5 tokens
+    reference = [x.clone().requires_grad_() for x in (query, key, value)]
+    captions = zip(*(x.transpose(0, 1).split([4, 5], 1) for x in reference), strict=True)  # (heads, length, 8)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    expected = torch.cat([attend(q[None], k[None], v[None], enable_gqa=True)[0] for q, k, v in captions], 1)
+    expected.transpose(0, 1).pow(2).sum().backward()
+
+    inputs = [x.to("cuda").requires_grad_() for x in (query, key, value)]
+    starts = torch.tensor([0, 4, 9], dtype=torch.int32, device="cuda")
+    output = varlen.varlen_attn(*inputs, starts, starts, 5, 5, enable_gqa=True)
+    output.pow(2).sum().backward()
+    torch.testing.assert_close(output.cpu(), expected.transpose(0, 1))
+    for actual, x in zip(inputs, reference, strict=True):
+        assert actual.grad is not None
+        torch.testing.assert_close(actual.grad.cpu(), x.grad)
+
+
+# ---- no mixed devices on any path ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--tune.grad_cache=true", "--tune.gradient_checkpointing=true", "--tune.batch_tokens=64",
+         "--tune.matryoshka_dims=[8]", "--align.loss=sigmoid", "--align.micro_batch_size=2"],
+        ["--tune.lora_r=0", "--tune.precision=fp16", "--align.precision=fp16", "--align.gradient_checkpointing=true"],
+        ["--align.tower_lr=0", "--embed.dtype=int8", "--embed.precision=bf16", "--align.precision=fp32"],
+        ["--align.lora_r=4", "--align.load_best_at_end=true", "--align.eval_steps=1", "--embed.precision=bf16+1"],
+    ],
+    ids=["defaults", "sigmoid, caching", "fp16", "frozen tower, int8", "LoRA"],
+)  # fmt: skip
+def test_fit(options: list[str], image_folder: Path, llm: Path, vit: Path, tmp_path: Path) -> None:
+    command = ["fit", str(image_folder / "captions.jsonl"), "--out", str(tmp_path / "run"), "--encoder.path", str(llm)]
+    command += ["--tune.steps=2", "--tune.batch_size=4", "--align.tower", str(vit), "--align.embed_dim=12"]
+    command += ["--align.batch_size=4", "--align.epochs=0.3", "--align.workers=0"]
+    with pretended_gpu.count() as counts:
+        main([*command, *options])
+    assert counts.kernels.total() > 1000  # the run used the GPU
+    assert json.loads((tmp_path / "run/evaluate/trained.json").read_text())
+
+
+def test_index_and_search(model_folder: Path, photos: Path, tmp_path: Path) -> None:
+    index = str(tmp_path / "index")
+    with pretended_gpu.count() as counts:
+        main(["index", str(photos), "--model", str(model_folder), "--out", index, "--workers=0"])
+        main(["search", index, "red", "--images", str(photos / "1.png"), "--negative", "a dog"])
+    assert counts.kernels.total() > 0
+
+
+def test_serve(dual_encoder: DualEncoder, image_folder: Path, tmp_path: Path) -> None:
+    testclient = pytest.importorskip("starlette.testclient")
+    backend: SqliteBackend = make_index(tmp_path / "index", image_folder, dual_encoder)
+    app = create_patient_app(dual_encoder, backend)
+    with pretended_gpu.count() as counts, testclient.TestClient(app, base_url="http://localhost") as client:
+        response = client.post("/search", json={"texts": ["red"], "top": 3})
+    assert len(response.json()["hits"]) == 3
+    assert counts.kernels.total() > 0
+
+
+def test_evaluate(model_folder: Path, image_folder: Path, tmp_path: Path) -> None:
+    source = f"{image_folder / 'captions.jsonl'}@val"
+    with pretended_gpu.count() as counts:
+        main(["evaluate", str(model_folder), source, "--out", str(tmp_path)])
+    assert counts.kernels.total() > 0
+
+
+@pytest.mark.parametrize("form", ["transformers", "sentence-transformers"])
+def test_export(form: str, model_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "exported"
+    main(["export", str(model_folder), "--to", form, "--out", str(out)])
+    assert list(out.rglob("*.safetensors"))
+
+
+def test_llava_training(image_folder: Path, tmp_path: Path) -> None:
+    config = LlavaConfig(
+        pretrain_batch_size=4, batch_size=4, micro_batch_size=2, precision="bf16", save_steps=1000, lora_r=4
+    )
+    conversations = make_conversations(image_folder)[-5:]
+    with pretended_gpu.count() as counts:
+        model = train_llava(
+            str(build_tiny_llava(tmp_path)), conversations, conversations, config, tmp_path / "run", SkipLog()
+        )
+    assert (model / "config.json").is_file()
+    assert counts.kernels.total() > 1000
+
+
+# ---- counts do not grow with the size of the input -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+def test_align_step_does_not_depend_on_the_batch_size(align_step: CountSteps, loss: str) -> None:
+    small, large = align_step(batch_size=4, loss=loss), align_step(batch_size=10, loss=loss)
+    assert_no_more_syncs(large, small)
+    assert_no_more_kernels(large, small)
+
+
+def test_align_step_does_not_depend_on_the_number_of_captions(align_step: CountSteps) -> None:
+    small, large = align_step(captions_per_image=1), align_step(captions_per_image=4)
+    assert_no_more_syncs(large, small)
+    assert_no_more_kernels(large, small)
+
+
+@pytest.mark.xfail(reason="D6: gradient caching copies the pixels to the GPU in both forward passes")
+def test_gradient_caching_copies_a_batch_once(align_step: CountSteps) -> None:
+    plain, cached = align_step(batch_size=8), align_step(batch_size=8, micro_batch_size=2)
+    assert cached.copied_bytes["to the GPU"] <= plain.copied_bytes["to the GPU"]
+    assert_no_more_syncs(cached, plain)
+
+
+def test_tune_step_does_not_synchronise_more_for_larger_batches(tune_step: CountSteps) -> None:
+    assert_no_more_syncs(tune_step(batch_size=10), tune_step(batch_size=4))
+
+
+@pytest.mark.xfail(reason="D4: the gradient of each slice of a packed batch is a tensor of full length")
+def test_tune_step_has_no_full_length_gradient_per_caption_length(tune_step: CountSteps) -> None:
+    equal_lengths = [ImageCaptions((f"dog {i:03d}", f"cat {i:03d}"), ()) for i in range(24)]
+    many_lengths = [ImageCaptions((f"{'a' * i} dog", f"{'b' * i} cat"), ()) for i in range(1, 25)]
+    equal, many = tune_step(equal_lengths, batch_size=8), tune_step(many_lengths, batch_size=8)
+    assert many.kernels["aten.slice_backward"] <= equal.kernels["aten.slice_backward"]
+
+
+@pytest.mark.xfail(reason="D5: gradient caching repeats the forward pass even if there is only one")
+def test_gradient_caching_with_a_single_pass_is_free(tune_step: CountSteps) -> None:
+    plain, cached = tune_step(), tune_step(grad_cache=True)
+    assert cached.kernels.total() <= 1.1 * plain.kernels.total()
+
+
+def test_encoding_a_longer_batch_launches_no_more_kernels(llm: Path) -> None:
+    encoder = CaptionEncoder.from_pretrained(llm)
+    counts = [count_encode(encoder, [text] * n) for text, n in (("a dog", 2), ("two cats in the snow", 20))]
+    assert_no_more_syncs(counts[1], counts[0])
+    assert_no_more_kernels(counts[1], counts[0])
+
+
+@pytest.mark.xfail(reason="D6: the inputs of each batch are copied to the GPU in three blocking copies")
+def test_encoding_more_batches_does_not_synchronise_more(llm: Path) -> None:
+    encoder = CaptionEncoder.from_pretrained(llm)
+    captions = ["a dog", "two cats in the snow"] * 20
+    one_batch = count_encode(encoder, captions, batch_tokens=10_000)
+    assert_no_more_syncs(count_encode(encoder, captions, batch_tokens=200), one_batch)
+
+
+@pytest.mark.xfail(reason="D2: weights are stored in float32, and autocast converts each of them in every call")
+def test_encoding_in_bf16_does_not_convert_weights(llm: Path) -> None:
+    encoder = CaptionEncoder.from_pretrained(llm)
+    count_encode(encoder, ["a dog"])
+    first = count_encode(encoder, ["a dog"]).kernels["aten._to_copy"]
+    matrices = sum(isinstance(module, torch.nn.Linear) for module in encoder.modules())
+    assert first < count_encode(encoder, ["a dog"], precision="fp32").kernels["aten._to_copy"] + matrices
+
+
+def test_embedding_texts_and_images_synchronises_once_per_call(model_folder: Path) -> None:
+    model = LLM2CLIP.from_pretrained(model_folder).to("cuda").eval()
+    images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+    counts = []
+    for n in (1, 8):
+        with pretended_gpu.count() as call, torch.no_grad():
+            model(pixels=images[:n].to("cuda"))
+        counts.append(call)
+    assert_no_more_syncs(counts[1], counts[0])
+    assert_no_more_kernels(counts[1], counts[0])
+
+
+def count_encode(encoder: CaptionEncoder, captions: list[str], precision: str = "bf16", **options: Any) -> Counts:
+    with pretended_gpu.count() as counts:
+        encoder.encode(captions, precision=precision, **options)
+    return counts
+
+
+# ---- attention kernels -----------------------------------------------------------------------------------------------
+
+
+def test_encoding_uses_attention_kernels_without_a_mask(llm: Path) -> None:
+    encoder = CaptionEncoder.from_pretrained(llm)
+    assert set(count_encode(encoder, ["a dog", "two cats"] * 4).attention) == {"flash bfloat16"}
+    fp32 = count_encode(encoder, ["a dog", "two cats"] * 4, precision="fp32").attention
+    assert set(fp32) == {"memory-efficient float32"}
+
+
+def test_training_uses_flash_attention(align_step: CountSteps, tune_step: CountSteps) -> None:
+    assert set(align_step().attention) == {"flash bfloat16"}
+    assert set(tune_step().attention) == {"flash bfloat16"}
