@@ -1,0 +1,432 @@
+"""Measurements of `gpu.py`. Each function yields one row, a dict, per measurement.
+
+Models have random weights. FLOPs are counted with PyTorch's FlopCounterMode on one forward and backward pass without
+recomputation, so a second forward pass lowers the MFU (model FLOPs utilisation). MFU is relative to the data sheet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
+from llm2clip.data.image_refs import FileImage
+from llm2clip.data.pairs import Pair
+from llm2clip.data.records import Record
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.length_batching import default_batch_tokens
+from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.vision_tower import VisionTower
+from llm2clip.tools.plan.devices import DEVICES, Machine
+from llm2clip.tools.plan.flops import count_flops
+from llm2clip.tools.plan.model_configs import LLMS
+from llm2clip.tools.plan.plan import plan_fit
+from llm2clip.train.grad_cache import cached_backward
+from llm2clip.train.losses import info_nce
+from llm2clip.train.optim import MAX_GRAD_NORM, make_optimizer
+from llm2clip.train.pair_loss import PairCollator, PairLoss
+from llm2clip.train.sampling import AlignBatches
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+IS_GPU = DEVICE.type == "cuda"
+TINY_LLM = {**LLMS["smollm2-135m"], "hidden_size": 36, "num_hidden_layers": 2, "intermediate_size": 64}
+LLM_SIZES = {
+    "135M": LLMS["smollm2-135m"],
+    "1B": LLMS["meta-llama/llama-3.2-1b"],
+    "8B": LLMS["meta-llama/meta-llama-3-8b"],
+}
+TOWERS = {  # timm model, open_clip model, images per step
+    "ViT-B/16": ("vit_base_patch16_clip_quickgelu_224", "ViT-B-16", 512),
+    "ViT-L/14": ("vit_large_patch14_clip_quickgelu_224", "ViT-L-14", 256),
+    "ViT-L/14-336": ("vit_large_patch14_clip_quickgelu_336", "ViT-L-14-336", 128),
+}
+WORDS = (
+    "a",
+    "the",
+    "dog",
+    "cat",
+    "two",
+    "red",
+    "blue",
+    "on",
+    "in",
+    "snow",
+    "street",
+    "runs",
+    "sits",
+    "with",
+    "small",
+    "large",
+    "man",
+    "woman",
+    "tree",
+    "house",
+)
+TEXT_DIM = 2048
+
+
+@dataclass
+class PartSettings:
+    """Settings of a part: whether models are tiny, and the output folder."""
+
+    tiny: bool
+    out: Path
+
+
+def measure_environment(settings: PartSettings) -> Iterator[dict[str, Any]]:
+    import transformers
+
+    row = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    row |= {"device": "CPU", "CUDA": torch.version.cuda or "none"}
+    if IS_GPU:
+        properties = torch.cuda.get_device_properties(DEVICE)
+        row |= {"device": properties.name, "memory, GB": properties.total_memory / 1e9}
+    size = 256 if settings.tiny else 8192
+    a = torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16)
+    seconds = time_call(lambda: a @ a)
+    yield row | {"bf16 matmul, TFLOP/s": 2 * size**3 / seconds / 1e12}
+
+
+def measure_encode(settings: PartSettings) -> Iterator[dict[str, Any]]:
+    """Encode captions with llm2clip, packed and padded, and with sentence-transformers, in bf16."""
+    captions = random_captions(64 if settings.tiny else 16_384)
+    for name, shape in llm_sizes(settings, available_memory() / 1e9).items():
+        folder = save_llm(settings.out / f"llm-{name}", shape)
+        encoder = CaptionEncoder.from_pretrained(folder, device=str(DEVICE))
+        tokens = sum(len(ids) for ids in encoder.tokenize(captions).ids)
+        flops = 2 * layer_parameters(encoder) * tokens
+        for attention in dict.fromkeys([encoder.attention, "sdpa"]):
+            encoder.llm.set_attn_implementation(attention)
+            reset_memory()
+            seconds = time_call(partial(encoder.encode, captions, precision="bf16"), repeats=2)
+            yield rate_row(f"{name}, llm2clip, {attention}", tokens, seconds, flops)
+        del encoder
+        reset_memory()
+        from sentence_transformers import SentenceTransformer
+
+        st = SentenceTransformer(str(folder), device=str(DEVICE), model_kwargs={"dtype": torch.bfloat16})
+        seconds = time_call(partial(st.encode, captions, batch_size=128), repeats=2)
+        yield rate_row(f"{name}, SentenceTransformer.encode, bf16 weights", tokens, seconds, flops)
+        del st
+
+
+def measure_align(settings: PartSettings) -> Iterator[dict[str, Any]]:
+    """Time a training step of `align` on images in GPU memory, and open_clip's step with an equal tower."""
+    towers = {"tiny": ("test_vit", "RN50", 4)} if settings.tiny else TOWERS
+    for name, (timm_name, open_clip_name, batch) in towers.items():
+        for variant in ("eager", "compiled", "gradient caching"):
+            if settings.tiny and variant == "compiled":
+                continue
+            reset_memory()
+            tower = VisionTower.from_pretrained(f"timm:{timm_name}", pretrained=False).to(DEVICE)
+            step, flops = align_step(tower, batch, variant)
+            yield step_row(f"{name}, llm2clip, {variant}", step, batch, "images", flops)
+            del step, tower
+        if find_spec("open_clip") and not settings.tiny:
+            for both_towers in (False, True):
+                reset_memory()
+                step = open_clip_step(open_clip_name, batch, both_towers)
+                towers_name = "both towers" if both_towers else "image tower only"
+                yield step_row(f"{name}, open_clip, {towers_name}", step, batch, "images", flops)
+                del step
+
+
+def align_step(
+    tower: VisionTower, batch: int, variant: str, loss_function: Callable[..., Tensor] | None = None
+) -> tuple[Callable[[], None], float]:
+    """Return a function that runs one training step in bf16, and the model FLOPs of the step. Default loss: InfoNCE."""
+    with DEVICE:
+        model = LLM2CLIP(LLM2CLIPConfig(tower.config, text_dim=TEXT_DIM, embed_dim=512), tower).train()
+    optimizer = make_optimizer(model, AlignConfig())
+    size = tower.preprocess.size
+    pixels = torch.randint(0, 255, (batch, 3, size, size), dtype=torch.uint8, device=DEVICE)
+    embeddings = torch.randn(batch, TEXT_DIM, device=DEVICE)
+    index = torch.arange(batch, device=DEVICE)
+    net: Any = torch.compile(model) if variant == "compiled" else model
+
+    def forward(rows: slice) -> tuple[Tensor, ...]:
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            image, text, scale, _ = net(pixels=pixels[rows], embeddings=embeddings[rows])
+        return image, text, scale[None]
+
+    def infonce_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        return info_nce(image, text, scale.mean(), index, index)
+
+    loss_function = loss_function or infonce_loss
+
+    def backward() -> None:
+        if variant == "gradient caching":
+            parts = [slice(start, start + batch // 4) for start in range(0, batch, batch // 4)]
+            loss = cached_backward([partial(forward, part) for part in parts], loss_function, model, DEVICE)
+        else:
+            loss = loss_function(*forward(slice(None)))
+        loss.backward()
+
+    def step() -> None:
+        backward()
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        one_image = count_flops(lambda: model(pixels=pixels[:1])[0].sum().backward())
+    model.zero_grad()
+    return step, batch * one_image
+
+
+def open_clip_step(name: str, batch: int, both_towers: bool) -> Callable[[], None]:
+    """Return a function that runs open_clip's training step, either of both towers or with fixed text features."""
+    import open_clip
+    from open_clip.loss import ClipLoss
+
+    model = open_clip.create_model(name, device=DEVICE, force_quick_gelu=True).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    size = model.visual.image_size
+    side = size[0] if isinstance(size, tuple) else size
+    images = torch.randn(batch, 3, side, side, device=DEVICE)
+    tokens = torch.randint(1, 49_000, (batch, 77), device=DEVICE)
+    text_features = nn.functional.normalize(torch.randn(batch, model.visual.output_dim, device=DEVICE), dim=-1)
+    loss_function = ClipLoss()
+
+    def step() -> None:
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            image = model.encode_image(images, normalize=True)
+            text = model.encode_text(tokens, normalize=True) if both_towers else text_features
+            loss = loss_function(image, text.to(image.dtype), model.logit_scale.exp())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure_tune(settings: PartSettings) -> Iterator[dict[str, Any]]:
+    """Time the forward and backward pass of a `tune` step, and of sentence-transformers' loss with gradient caching."""
+    pairs = 4 if settings.tiny else 256
+    texts = random_captions(2 * pairs)
+    rows = [dataclasses.asdict(Pair(a, p)) for a, p in zip(texts[:pairs], texts[pairs:], strict=True)]
+    sizes = llm_sizes(settings, available_memory() / 1e9)
+    sizes.pop("8B", None)  # full fine-tuning of an 8B model does not fit
+    for name, shape in sizes.items():
+        folder = save_llm(settings.out / f"llm-{name}", shape)
+        encoder = CaptionEncoder.from_pretrained(folder, device=str(DEVICE)).train()
+        encoder.llm.get_input_embeddings().requires_grad_(False)
+        batch = PairCollator(preprocess_fn=encoder.tokenize)(rows)
+        tokens = sum(len(ids) for ids in batch["tokens"])
+        flops = 6 * layer_parameters(encoder) * tokens
+        for grad_cache in (False, True):
+            loss = PairLoss(encoder, 0.05, default_batch_tokens(DEVICE), grad_cache=grad_cache)
+            label = f"{name}, llm2clip{', gradient caching' if grad_cache else ''}"
+            reset_memory()
+            yield step_row(label, partial(tune_pass, encoder, loss, [batch]), tokens, "tokens", flops)
+        label = f"{name}, CachedMultipleNegativesRankingLoss"
+        reset_memory()
+        yield step_row(label, sentence_transformers_pass(encoder, texts, pairs), tokens, "tokens", flops)
+        del encoder
+
+
+def tune_pass(encoder: CaptionEncoder, loss_function: nn.Module, batch: list[Any]) -> None:
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        loss = loss_function(batch)
+    loss.backward()
+    encoder.zero_grad()
+
+
+def sentence_transformers_pass(encoder: CaptionEncoder, texts: list[str], pairs: int) -> Callable[[], None]:
+    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+
+    encoder.llm.set_attn_implementation("sdpa")
+    loss_function = CachedMultipleNegativesRankingLoss(encoder.st, mini_batch_size=64)
+    sides = [encoder.tokenizer(side, padding=True, return_tensors="pt") for side in (texts[:pairs], texts[pairs:])]
+    features = [{name: side[name].to(DEVICE) for name in ("input_ids", "attention_mask")} for side in sides]
+
+    def run() -> None:
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            loss = loss_function([dict(side) for side in features], None)
+        loss.backward()
+        encoder.zero_grad()
+
+    return run
+
+
+def measure_losses(settings: PartSettings) -> Iterator[dict[str, Any]]:
+    """Run benchmarks/losses.py, and yield the rows of its table."""
+    if not find_spec("open_clip"):
+        yield {"loss": "skipped: open_clip is not installed"}
+        return
+    script = Path(__file__).with_name("losses.py")
+    size = "256" if settings.tiny else "32768"
+    command = [sys.executable, str(script), "--sizes", size, "--device", DEVICE.type]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    header, _, *lines = [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("|")]
+    for cells in lines:
+        yield dict(zip(header, cells, strict=True))
+
+
+def measure_data(settings: PartSettings) -> Iterator[dict[str, Any]]:
+    """Measure how many images per second the loader of `align` decodes, from 500 x 400 pixel JPEG files."""
+    count = 8 if settings.tiny else 256
+    folder = settings.out / "images"
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    for n in range(count):
+        small = rng.integers(0, 255, (50, 40, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((500, 400)).save(folder / f"{n}.jpg")
+    size = 32 if settings.tiny else 224
+    tower = VisionTower.from_pretrained("timm:test_vit", pretrained=False, image_size=size)
+    model = LLM2CLIP(LLM2CLIPConfig(tower.config, text_dim=TEXT_DIM, embed_dim=16), tower)
+    records = [Record(id=str(n), image=FileImage(str(folder / f"{n}.jpg")), captions=("a",)) for n in range(count)]
+    for workers in [0] if settings.tiny else [0, 8, 16]:
+        epochs = 1 if settings.tiny else 8
+        config = AlignConfig(batch_size=count // 2, epochs=epochs, workers=workers)
+        batches = AlignBatches(records, _NoStore(), model, config).batches(0)
+        first = len(next(batches).images)  # starting the workers is not measured
+        start = time.perf_counter()
+        images = sum(len(batch.images) for batch in batches)
+        yield {"workers": workers, "images": first + images, "images/s": images / (time.perf_counter() - start)}
+
+
+class _NoStore:
+    """A caption source with a single row."""
+
+    def __init__(self) -> None:
+        self.manifest: dict[str, Any] = {}
+
+    def rows(self, captions: Any) -> np.ndarray:
+        return np.zeros(len(list(captions)), np.int64)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        return np.zeros((len(rows), TEXT_DIM), np.float32)
+
+
+def measure_plan(settings: PartSettings) -> Iterator[dict[str, Any]]:
+    """Yield the predictions of `llm2clip plan` for the settings that were measured in `align`."""
+    machine = Machine(known_device() or "h100")
+    for tower, (timm_name, _, batch) in TOWERS.items():
+        align = AlignConfig(tower=f"timm:{timm_name}", batch_size=batch, captions_per_image=1, embed_dim=512)
+        plan = plan_fit(FitConfig(encoder=EncoderConfig(), tune=TuneConfig(), align=align), machine, 1_000_000, 1, 36)
+        memory = plan.memory["align"]
+        yield {
+            "model": tower,
+            "device": machine.device,
+            "images per step": batch,
+            "predicted memory, GB": sum(memory.values()) / 1e9,
+            "predicted images/s": plan.images_per_second,
+        }
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def known_device() -> str | None:
+    """Return the name of this GPU in the table of `llm2clip plan`, or None."""
+    if not IS_GPU:
+        return None
+    words = torch.cuda.get_device_name(DEVICE).lower().replace("geforce rtx ", "rtx").split()
+    memory = available_memory() / 1e9
+    if "a100" in " ".join(words):
+        return "a100-80" if memory > 50 else "a100-40"
+    return next((name for name in DEVICES if name in words), None)
+
+
+def available_memory() -> float:
+    return float(torch.cuda.get_device_properties(DEVICE).total_memory) if IS_GPU else 8e9
+
+
+def reset_memory() -> None:
+    if IS_GPU:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def time_call(run: Callable[[], Any], repeats: int = 5) -> float:
+    """Return the median time of a call in seconds, after one call to warm up."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        run()
+        if IS_GPU:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def rate_row(name: str, count: float, seconds: float, flops: float, unit: str = "tokens") -> dict[str, Any]:
+    row = {"method": name, "ms": 1e3 * seconds, f"{unit}/s": count / seconds}
+    device = known_device()
+    row["MFU, %"] = 100 * flops / seconds / DEVICES[device].rate("bf16") if device else "unknown device"
+    row["peak memory, GB"] = torch.cuda.max_memory_allocated() / 1e9 if IS_GPU else "not measured"
+    return row
+
+
+def step_row(name: str, step: Callable[[], None], count: int, unit: str, flops: float) -> dict[str, Any]:
+    """Time a step. If it runs out of memory, the row says so."""
+    try:
+        return rate_row(name, count, time_call(step), flops, unit)
+    except torch.cuda.OutOfMemoryError:
+        return {"method": name, "ms": "out of memory"}
+
+
+def llm_sizes(settings: PartSettings, memory_gb: float) -> dict[str, dict[str, Any]]:
+    if settings.tiny:
+        return {"tiny": TINY_LLM}
+    return {name: shape for name, shape in LLM_SIZES.items() if name != "8B" or memory_gb > 60}
+
+
+def layer_parameters(encoder: CaptionEncoder) -> int:
+    """Return the number of parameters in the matrices of all layers, which excludes the token embeddings."""
+    return sum(p.numel() for layer in encoder.llm.layers for p in layer.parameters() if p.ndim > 1)
+
+
+def random_captions(count: int) -> list[str]:
+    """Return captions of 4 to 16 words, in which each byte is one token."""
+    rng = np.random.default_rng(0)
+    return [" ".join(rng.choice(WORDS, rng.integers(4, 17))) for _ in range(count)]
+
+
+def save_llm(folder: Path, shape: dict[str, Any]) -> Path:
+    """Save an LLM with random weights in bf16, and a tokenizer with one token per byte, unless the folder exists."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+    if (folder / "config.json").exists():
+        return folder
+    vocabulary = {"<|end|>": 0, **{c: i + 1 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    config = AutoConfig.for_model(**shape, pad_token_id=0, eos_token_id=0, bos_token_id=None)
+    with torch.device(DEVICE) if IS_GPU else nullcontext():
+        model = AutoModel.from_config(config, dtype=torch.bfloat16)
+    fast.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+MEASUREMENTS: dict[str, Callable[[PartSettings], Iterator[dict[str, Any]]]] = {
+    "environment": measure_environment,
+    "encode": measure_encode,
+    "align": measure_align,
+    "tune": measure_tune,
+    "losses": measure_losses,
+    "data": measure_data,
+    "plan": measure_plan,
+}

@@ -1,0 +1,246 @@
+"""Estimate the time of llm2clip's main steps on a GPU, from the operations that its code runs at full size (roofline).
+
+    python benchmarks/roofline.py [--gpu h100] [--only align encode tune]
+
+These are estimates, not measurements. No GPU is used: the code runs on fake tensors, which have shapes but no values.
+The time of an operation is the largest of
+
+- its FLOPs, divided by the rate that good kernels reach in its precision,
+- the bytes that it reads and writes, divided by the memory bandwidth that good kernels reach,
+- LAUNCH, the minimum time of a kernel.
+
+The rates are about 70% of the data sheet for matmuls, 85% for memory, and published results for flash attention. The
+estimates leave out data loading, communication between GPUs, and the contrastive loss. The column "host" is the time in
+which the host launches the kernels (HOST per kernel). If it is longer than the time of the GPU, the GPU waits.
+
+It needs g++ and a CPU build of PyTorch (see tests/pretended_gpu).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import pretended_gpu  # isort: skip  # must be imported before torch
+import torch  # isort: skip
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.optim.optimizer import _foreach_supported_types
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Rates that good kernels reach on a GPU, in FLOP/s and bytes/s. `sheet` is the bf16 rate of the data sheet."""
+
+    sheet: float
+    half: float
+    full: float
+    attention_forward: float
+    attention_backward: float
+    memory: float
+
+
+GPUS = {
+    "h100": Gpu(989e12, 680e12, 52e12, 380e12, 300e12, 2.85e12),
+    "a100": Gpu(312e12, 235e12, 17e12, 170e12, 130e12, 1.70e12),
+    "rtx4090": Gpu(165e12, 145e12, 62e12, 120e12, 100e12, 0.90e12),
+}
+LAUNCH = 4e-6  # seconds that the GPU needs for the smallest kernel
+HOST = 9e-6  # seconds that PyTorch needs on the host to launch an operation in eager mode
+
+
+class Roofline(TorchDispatchMode):
+    """Records the estimated time of every operation on `gpu`."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        super().__init__()
+        self.gpu = gpu
+        self.seconds: Counter[str] = Counter()
+        self.kernels = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        name = str(func).rpartition(".")[0]
+        if func.is_view or name in pretended_gpu.WITHOUT_KERNEL or not name.startswith("aten."):
+            return output
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        if any(x.device.type == "cuda" for x in [*inputs, *outputs]):
+            flops = 0
+            if func._overloadpacket in flop_registry:
+                flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=output)
+            self._add(name.removeprefix("aten."), flops, inputs, outputs)
+        return output
+
+    def _add(self, name: str, flops: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        launches = max(1, len(inputs) // pretended_gpu.FOREACH_CHUNK) if name.startswith("_foreach") else 1
+        if name in ("embedding", "index"):  # reads only the selected rows
+            size = 2 * sum(map(stored_bytes, outputs))
+        else:
+            size = sum(map(stored_bytes, inputs)) + sum(map(stored_bytes, outputs))
+        seconds = max(flops / self._rate(name, outputs), size / self.gpu.memory, launches * LAUNCH)
+        kind = "attention" if "attention" in name else "matmul" if flops else f"memory: {name}"
+        self.seconds[kind] += seconds
+        self.kernels += launches
+
+    def _rate(self, name: str, outputs: list[Tensor]) -> float:
+        is_half = any(x.dtype in (torch.bfloat16, torch.float16) for x in outputs)
+        if not is_half:
+            return self.gpu.full
+        if "attention" in name:
+            return self.gpu.attention_backward if "backward" in name else self.gpu.attention_forward
+        return self.gpu.half
+
+
+def stored_bytes(x: Tensor) -> int:
+    """Return the size of a tensor in bytes, in which expanded dimensions count once."""
+    count = x.element_size()
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        count *= size if stride else 1
+    return count
+
+
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Replace `F.scaled_dot_product_attention`, which cannot choose a kernel for fake tensors."""
+    if torch.is_autocast_enabled("cuda"):
+        query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
+    if query.shape[1] != key.shape[1]:  # the kernel reads shared heads in place: expanded dimensions take no memory
+        copies = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(copies, 1, output_size=query.shape[1]) for x in (key, value))
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention
+    output: Tensor = kernel(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+    return output
+
+
+def move_to_gpu(model: torch.nn.Module) -> None:
+    """Replace all parameters and buffers on the meta device with fake tensors on the GPU."""
+    moved: dict[int, Any] = {}  # by the id of the original, because weights may be shared
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in moved:
+                    empty = torch.empty_like(parameter, device="cuda")
+                    moved[id(parameter)] = torch.nn.Parameter(empty, parameter.requires_grad)
+                module._parameters[name] = moved[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="cuda")
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+Step = tuple[str, Callable[[], None], float, float, str]  # name, function, model FLOPs, items per step, unit
+
+
+def align_steps(fake_tensors: FakeTensorMode) -> list[Step]:
+    """A training step of ViT-L/14-336 on 64 images, in one pass and with gradient caching."""
+    from gpu_parts import TOWERS, align_step
+    from llm2clip.config import AlignConfig
+    from llm2clip.tools.plan.model_configs import build_tower
+
+    steps = []
+    for variant in ("eager", "gradient caching"):
+        tower = build_tower(AlignConfig(tower=f"timm:{TOWERS['ViT-L/14-336'][0]}"))  # on the meta device
+        with fake_tensors:
+            move_to_gpu(tower)
+            run, flops = align_step(tower, 64, variant, loss_function=simple_clip_loss)
+        steps.append((f"align, ViT-L/14-336, {variant}", run, flops, 64.0, "images"))
+    return steps
+
+
+def simple_clip_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    logits = scale.mean() * image @ text.T
+    return F.cross_entropy(logits, torch.arange(len(image), device=logits.device))
+
+
+def llm_steps(fake_tensors: FakeTensorMode, train: bool) -> list[Step]:
+    """Encode 448 captions of 20 to 51 tokens with Llama-3-8B, or encode them and backpropagate to the embeddings."""
+    from transformers import AutoConfig
+
+    from llm2clip.models.packing import PACKED, pack_batch
+    from llm2clip.tools.plan.model_configs import LLMS, build_llm
+
+    lengths = sorted(20 + n % 32 for n in range(448))
+    tokens = sum(lengths)
+    config = AutoConfig.for_model(**LLMS["meta-llama/meta-llama-3-8b"], use_cache=False, is_causal=False)
+    steps = []
+    for weights in (torch.float32, torch.bfloat16):
+        model = build_llm(config).to(weights).requires_grad_(False)  # on the meta device
+        model.set_attn_implementation(PACKED)
+        with fake_tensors:
+            move_to_gpu(model)
+            batch = pack_batch([[1] * length for length in lengths], PACKED, torch.device("cuda"))
+        ids = batch.pop("input_ids")
+
+        def run(model: Any = model, batch: dict[str, Any] = batch, ids: Tensor = ids) -> None:
+            with torch.autocast("cuda", torch.bfloat16), torch.set_grad_enabled(train):
+                embeddings = model.embed_tokens(ids).requires_grad_(train)
+                output = model(inputs_embeds=embeddings, **batch).last_hidden_state
+            if train:
+                output.float().mean().backward()
+
+        matrices = sum(p.numel() for layer in model.layers for p in layer.parameters() if p.ndim > 1)
+        flops = (4 if train else 2) * matrices * tokens
+        name = f"{'tune' if train else 'embed'}, Llama-3-8B, weights in {str(weights).removeprefix('torch.')}"
+        steps.append((name, run, float(flops), float(tokens), "tokens"))
+    return steps
+
+
+STEPS: dict[str, Callable[[FakeTensorMode], list[Step]]] = {
+    "align": align_steps,
+    "encode": partial(llm_steps, train=False),
+    "tune": partial(llm_steps, train=True),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", choices=list(GPUS), default="h100")
+    parser.add_argument("--only", nargs="+", choices=list(STEPS), default=list(STEPS))
+    args = parser.parse_args()
+    gpu = GPUS[args.gpu]
+    F.scaled_dot_product_attention = flash_attention  # type: ignore[assignment]
+    _foreach_supported_types.append(FakeTensor)
+    print("| step | GPU, ms | host, ms | per second | MFU, % | largest shares of the GPU time |")
+    print("|" + " --- |" * 6)
+    for name in args.only:
+        fake_tensors = FakeTensorMode(allow_non_fake_inputs=True)
+        for label, run, flops, items, unit in STEPS[name](fake_tensors):
+            with fake_tensors, Roofline(gpu) as roofline:
+                run()
+            print_row(label, roofline, flops, items, unit)
+
+
+def print_row(label: str, roofline: Roofline, flops: float, items: float, unit: str) -> None:
+    on_gpu, on_host = roofline.seconds.total(), roofline.kernels * HOST
+    seconds = max(on_gpu, on_host)
+    shares = [f"{kind} {time / on_gpu:.0%}" for kind, time in roofline.seconds.most_common(5)]
+    cells = [label, f"{1e3 * on_gpu:.1f}", f"{1e3 * on_host:.1f}", f"{items / seconds:,.0f} {unit}"]
+    cells += [f"{100 * flops / seconds / roofline.gpu.sheet:.0f}", ", ".join(shares)]
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
