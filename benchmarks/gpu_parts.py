@@ -153,7 +153,7 @@ def align_step(
     """Return a function that runs one training step in bf16, and the model FLOPs of the step. Default loss: InfoNCE."""
     with DEVICE:
         model = LLM2CLIP(LLM2CLIPConfig(tower.config, text_dim=TEXT_DIM, embed_dim=512), tower).train()
-    optimizer = make_optimizer(model, AlignConfig())
+    optimizer = make_optimizer(model, AlignConfig(), DEVICE)
     size = tower.preprocess.size
     pixels = torch.randint(0, 255, (batch, 3, size, size), dtype=torch.uint8, device=DEVICE)
     embeddings = torch.randn(batch, TEXT_DIM, device=DEVICE)

@@ -39,6 +39,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from pretended_gpu.tensors import REPLACED
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -232,6 +234,7 @@ def main() -> None:
     args = parser.parse_args()
     gpu = GPUS[args.gpu]
     F.scaled_dot_product_attention = flash_attention  # type: ignore[assignment]
+    REPLACED.clear()  # the operations of fake tensors only compute shapes
     _foreach_supported_types.append(FakeTensor)
     print("| step | GPU, ms | host, ms | per second | MFU, % | largest shares of the GPU time |")
     print("|" + " --- |" * 6)

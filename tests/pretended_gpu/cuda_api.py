@@ -31,6 +31,25 @@ class _NoGrad(torch.no_grad):
         super().__init__()
 
 
+class _Event:
+    """Replaces `torch.cuda.Event`. All work is complete as soon as it has been submitted."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def record(self, *_: Any) -> None:
+        pass
+
+    def wait(self, *_: Any) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        count_sync("wait for an event")
+
+
 def _do_nothing(*_: Any, **__: Any) -> None:
     pass
 
@@ -71,7 +90,7 @@ def _replace_functions() -> None:
         setattr(cuda, name, _constant(value))
     for name in ("_lazy_init", "init", "set_device", "empty_cache", "ipc_collect", "reset_peak_memory_stats"):
         setattr(cuda, name, _do_nothing)
-    cuda.synchronize = _synchronize
+    cuda.synchronize, cuda.Event = _synchronize, _Event
 
     # GPU operations draw random numbers from the CPU's generator, so its state is that of the GPU as well.
     random = {
