@@ -51,6 +51,12 @@ def store(image_folder: Path, llm: Path, tmp_path_factory: pytest.TempPathFactor
     return make_store(image_folder, llm, tmp_path_factory.mktemp("embedded") / "store")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def check_varlen_attention(llm: Path) -> None:
+    """Encode a caption, because the first call compares attention kernels, which must not be part of any counts."""
+    CaptionEncoder.from_pretrained(llm).encode(["a"], precision="bf16")
+
+
 @pytest.fixture
 def align_step(image_folder: Path, store: EmbeddingStore, vit: Path, tmp_path: Path) -> CountSteps:
     """Return a function that counts the events of one `align` step with the given settings."""
@@ -249,7 +255,6 @@ def test_align_step_does_not_depend_on_the_number_of_captions(align_step: CountS
     assert_no_more_kernels(large, small)
 
 
-@pytest.mark.xfail(reason="D6: gradient caching copies the pixels to the GPU in both forward passes")
 def test_gradient_caching_copies_a_batch_once(align_step: CountSteps) -> None:
     plain, cached = align_step(batch_size=8), align_step(batch_size=8, micro_batch_size=2)
     assert cached.copied_bytes["to the GPU"] <= plain.copied_bytes["to the GPU"]
