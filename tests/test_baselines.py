@@ -125,9 +125,9 @@ CONTEXT = {
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def image_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Three images of different shapes."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("image_files")
     rng = np.random.default_rng(0)
     files = []
     for height, width in ((48, 48), (40, 90), (100, 37)):
@@ -138,10 +138,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return files
 
 
-def embed(model: DualEncoder, pictures: list[Path]) -> tuple[Tensor, Tensor]:
-    images = model.encode_images([model.transform(load_image(file)) for file in pictures])
+def embed(model: DualEncoder, image_files: list[Path]) -> tuple[Tensor, Tensor]:
+    images = model.encode_images([model.transform(load_image(file)) for file in image_files])
     texts = model.encode_texts(TEXTS)
-    assert images.shape == (len(pictures), model.embed_dim) and texts.shape == (len(TEXTS), model.embed_dim)
+    assert images.shape == (len(image_files), model.embed_dim) and texts.shape == (len(TEXTS), model.embed_dim)
     return images, texts
 
 
@@ -153,12 +153,12 @@ def assert_equal(ours: Tensor, reference: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("kind", CONTEXT)
 @torch.no_grad()
-def test_transformers_baseline_matches_transformers(kind: str, tmp_path: Path, pictures: list[Path]) -> None:
+def test_transformers_baseline_matches_transformers(kind: str, tmp_path: Path, image_files: list[Path]) -> None:
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
     make_model(tmp_path, kind)
     model = open_dual_encoder(str(tmp_path), "cpu")
-    images, texts = embed(model, pictures)
+    images, texts = embed(model, image_files)
     reference = AutoModel.from_pretrained(tmp_path).eval()
     processor, tokenizer = AutoImageProcessor.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     context_length, is_padded = CONTEXT[kind]
@@ -167,7 +167,7 @@ def test_transformers_baseline_matches_transformers(kind: str, tmp_path: Path, p
         images,
         [
             reference.get_image_features(**processor(images=Image.open(file), return_tensors="pt")).pooler_output
-            for file in pictures
+            for file in image_files
         ],
     )
     expected = []
@@ -202,7 +202,7 @@ def test_unsuitable_model_types_are_rejected_with_the_reason(kind: str, reason: 
 
 
 @torch.no_grad()
-def test_eva02_baseline_matches_open_clip(tmp_path: Path, pictures: list[Path]) -> None:
+def test_eva02_baseline_matches_open_clip(tmp_path: Path, image_files: list[Path]) -> None:
     open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
     from safetensors.torch import save_file
 
@@ -217,9 +217,9 @@ def test_eva02_baseline_matches_open_clip(tmp_path: Path, pictures: list[Path]) 
     reference = open_clip.create_model(f"local-dir:{tmp_path}", load_weights=False).eval()
     save_file(reference.state_dict(), tmp_path / "open_clip_model.safetensors")
     model = open_dual_encoder(f"open_clip:{tmp_path}", "cpu")
-    images, texts = embed(model, pictures)
+    images, texts = embed(model, image_files)
     transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")[2]
-    assert_equal(images, [reference.encode_image(transform(Image.open(file))[None]) for file in pictures])
+    assert_equal(images, [reference.encode_image(transform(Image.open(file))[None]) for file in image_files])
     tokenize = open_clip.get_tokenizer(f"local-dir:{tmp_path}")
     assert_equal(texts, [reference.encode_text(tokenize([text])) for text in TEXTS])
     assert model.count_truncated(["word " * 100, *TEXTS]) == 1
@@ -288,7 +288,7 @@ def remote_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path,
 
 
 def test_jina_clip_needs_permission_to_run_its_code(
-    remote_model: tuple[Path, Path], pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+    remote_model: tuple[Path, Path], image_files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import AutoModel
 
@@ -301,9 +301,9 @@ def test_jina_clip_needs_permission_to_run_its_code(
 
     model = open_dual_encoder(str(folder), "cpu", trust_remote_code=True)
     assert marker.exists()
-    images, texts = embed(model, pictures)
+    images, texts = embed(model, image_files)
     reference = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-    assert_equal(images, [torch.from_numpy(reference.encode_image([Image.open(file)])) for file in pictures])
+    assert_equal(images, [torch.from_numpy(reference.encode_image([Image.open(file)])) for file in image_files])
     assert_equal(texts, [torch.from_numpy(reference.encode_text([text])) for text in TEXTS])
     assert model.count_truncated(TEXTS) is None  # only the model's own code knows
 
@@ -358,7 +358,7 @@ class Transformer(nn.Module):
 
 
 def test_sentence_transformers_model_with_its_own_code(
-    tmp_path: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, image_files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sentence_transformers import SentenceTransformer
 
@@ -370,9 +370,9 @@ def test_sentence_transformers_model_with_its_own_code(
         open_dual_encoder(f"st:{tmp_path}", "cpu")
     model = open_dual_encoder(f"st:{tmp_path}", "cpu", trust_remote_code=True)
     texts = ["a dog runs", "two cats on a mat"]
-    images = model.encode_images([model.transform(load_image(file)) for file in pictures])
+    images = model.encode_images([model.transform(load_image(file)) for file in image_files])
     reference = SentenceTransformer(str(tmp_path), device="cpu", trust_remote_code=True)
-    pil_images = [Image.open(file) for file in pictures]
+    pil_images = [Image.open(file) for file in image_files]
     assert_equal(images, [reference.encode([image], convert_to_tensor=True) for image in pil_images])
     assert_equal(model.encode_texts(texts), [reference.encode([text], convert_to_tensor=True) for text in texts])
 
