@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from llm2clip.data.valid_text import is_valid_unicode
 from llm2clip.search.types import Filter, Hit
 
 DATA_URI_PREFIX = "data:image/"
@@ -44,10 +45,8 @@ def _require_text(text: str) -> str:
 
 
 def _require_valid_unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("the text is not valid Unicode: it contains an unpaired surrogate") from None
+    if not is_valid_unicode(text):
+        raise ValueError("the text is not valid Unicode: it contains an unpaired surrogate")
     return text
 
 
