@@ -21,7 +21,7 @@ from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.vision_tower import VisionTower
 from llm2clip.tools.plan.flops import image_costs
 from llm2clip.train.align import align
-from test_baselines import pictures as pictures  # the fixture
+from test_baselines import image_files as image_files  # the fixture
 from test_export import make_model
 from test_vision_tower import save_hf, save_timm
 
@@ -42,17 +42,17 @@ def make_image(height: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def test_features_equal_those_of_transformers_for_images_of_any_shape(naflex: Path, pictures: list[Path]) -> None:
+def test_features_equal_those_of_transformers_for_images_of_any_shape(naflex: Path, image_files: list[Path]) -> None:
     from transformers import AutoImageProcessor, AutoModel
 
     tower = VisionTower.from_pretrained(naflex)
     transform = EvalTransform(tower.preprocess)
-    packed = torch.stack([transform(load_image(file)) for file in pictures])
+    packed = torch.stack([transform(load_image(file)) for file in image_files])
     assert packed.shape == (3, 17, 192) and packed.dtype == torch.uint8
     features = tower(packed)
 
     reference, processor = AutoModel.from_pretrained(naflex).float().eval(), AutoImageProcessor.from_pretrained(naflex)
-    inputs = processor([Image.open(file) for file in pictures], return_tensors="pt")
+    inputs = processor([Image.open(file) for file in image_files], return_tensors="pt")
     assert len({tuple(shape) for shape in inputs["spatial_shapes"].tolist()}) == 3
     expected = reference.get_image_features(**inputs).pooler_output
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
@@ -149,7 +149,7 @@ def test_plan_rejects_a_naflex_tower(naflex: Path) -> None:
 
 
 @torch.no_grad()
-def test_exports_of_a_naflex_tower(naflex: Path, tmp_path: Path, pictures: list[Path]) -> None:
+def test_exports_of_a_naflex_tower(naflex: Path, tmp_path: Path, image_files: list[Path]) -> None:
     from transformers import AutoImageProcessor, AutoModel
 
     model = make_model(tmp_path, VisionTower.from_pretrained(naflex))
@@ -165,7 +165,7 @@ def test_exports_of_a_naflex_tower(naflex: Path, tmp_path: Path, pictures: list[
     export_model(model, "vision", tmp_path / "vision")
     exported = AutoModel.from_pretrained(tmp_path / "vision").eval()
     inputs = AutoImageProcessor.from_pretrained(tmp_path / "vision")(
-        [Image.open(f) for f in pictures], return_tensors="pt"
+        [Image.open(f) for f in image_files], return_tensors="pt"
     )
-    packed = torch.stack([EvalTransform(model.tower.preprocess)(load_image(file)) for file in pictures])
+    packed = torch.stack([EvalTransform(model.tower.preprocess)(load_image(file)) for file in image_files])
     torch.testing.assert_close(exported(**inputs).pooler_output, model.tower(packed), atol=1e-5, rtol=0)
