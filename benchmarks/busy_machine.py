@@ -1,10 +1,10 @@
 """Measure CPU training speed next to another busy process, for several OpenMP settings.
 
-    python benchmarks/busy_machine.py [--rounds 3] [--threads 2] [--tokens 1024]
+    python benchmarks/busy_machine.py [--rounds 3] [--threads 2] [--tokens 1024] [--niceness 10] [--loops 1]
 
 A step is a forward and a backward pass through 12 float32 transformer layers of SmolLM2-135M's shape. Each setting has
 its own process, because OpenMP reads its settings when it is loaded. The processes take turns, one step at a time. All
-rounds are first run alone, and then next to an endless loop of low priority (`nice -n 10`). The table shows the median
+rounds are first run alone, and then next to endless loops, by default one of low priority. The table shows the median
 time of a step. The script also checks that all settings give the same loss and gradients, to the last bit.
 """
 
@@ -31,7 +31,6 @@ SETTINGS: dict[str, dict[str, str]] = {
     "GOMP_SPINCOUNT=0 (llm2clip's default)": {"GOMP_SPINCOUNT": "0"},
     ONE_THREAD: {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"},
 }
-BUSY_LOOP = ["nice", "-n", "10", sys.executable, "-c", "while True: pass"]
 
 
 def run_steps(tokens: int) -> None:
@@ -98,6 +97,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="timed steps per setting")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="OpenMP threads per process")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens per step")
+    parser.add_argument("--niceness", type=int, default=10, help="niceness of the endless loops, from 0 to 19")
+    parser.add_argument("--loops", type=int, default=1, help="number of endless loops")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -112,16 +113,18 @@ def main() -> None:
         several_threads = [value for name, value in results.items() if name != ONE_THREAD]
         assert len(set(several_threads)) == 1, "the results depend on the OpenMP settings"
         alone = median_times(workers, args.rounds)
-        loop = subprocess.Popen(BUSY_LOOP)
+        endless_loop = ["nice", "-n", str(args.niceness), sys.executable, "-c", "while True: pass"]
+        loops = [subprocess.Popen(endless_loop) for _ in range(args.loops)]
         try:
             busy = median_times(workers, args.rounds)
         finally:
-            loop.kill()
+            for loop in loops:
+                loop.kill()
     finally:
         for worker in workers:
             worker.process.kill()
     print(f"{args.threads} threads, {os.cpu_count()} CPUs, load average {os.getloadavg()[0]:.1f}")
-    print("| setting | alone, ms | next to a busy loop, ms | ratio to alone |\n|---|---|---|---|")
+    print("| setting | alone, ms | next to the loops, ms | ratio to alone |\n|---|---|---|---|")
     for name, alone_time, busy_time in zip(SETTINGS, alone, busy, strict=True):
         print(f"| {name} | {alone_time * 1e3:,.0f} | {busy_time * 1e3:,.0f} | {busy_time / alone_time:.2f}x |")
 
