@@ -26,7 +26,7 @@ from llm2clip.data.pairs import ImageCaptions
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.llava.train import train_llava
 from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.models.dual_encoder import DualEncoder, from_llm2clip
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.pipeline import new_model
 from llm2clip.search.sqlite_backend import SqliteBackend
@@ -217,6 +217,67 @@ def test_evaluate(model_folder: Path, image_folder: Path, tmp_path: Path) -> Non
     with pretended_gpu.count() as counts:
         main(["evaluate", str(model_folder), source, "--out", str(tmp_path)])
     assert counts.kernels.total() > 0
+
+
+@pytest.fixture
+def encoding_weights(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """Return a list to which each call of `CaptionEncoder.encode` adds the devices and dtypes of the LLM's matrices."""
+    calls: list[set[str]] = []
+    encode = CaptionEncoder.encode
+
+    def record(self: CaptionEncoder, *args: Any, **kwargs: Any) -> torch.Tensor:
+        weights = (module.weight for module in self.llm.modules() if isinstance(module, torch.nn.Linear))
+        calls.append({f"{weight.device.type} {weight.dtype}" for weight in weights})
+        return encode(self, *args, **kwargs)
+
+    monkeypatch.setattr(CaptionEncoder, "encode", record)
+    return calls
+
+
+def assert_llm_is_in_bf16(calls: list[set[str]]) -> None:
+    """Assert that encoding ran on the GPU in bf16. Only the choice of the precision uses fp32, layer by layer."""
+    assert {"cuda torch.bfloat16"} in calls
+    assert all(call in ({"cuda torch.bfloat16"}, {"cpu torch.float32"}) for call in calls), calls
+
+
+def test_fit_keeps_the_llm_in_bf16(
+    encoding_weights: list[set[str]], image_folder: Path, llm: Path, vit: Path, tmp_path: Path
+) -> None:
+    command = ["fit", str(image_folder / "captions.jsonl"), "--out", str(tmp_path / "run"), "--encoder.path", str(llm)]
+    command += ["--tune.steps=1", "--tune.batch_size=4", "--align.tower", str(vit), "--align.embed_dim=12"]
+    main([*command, "--align.batch_size=4", "--align.epochs=0.1", "--align.workers=0"])
+    assert (tmp_path / "run/tune/cra_tuned.json").is_file()
+    assert_llm_is_in_bf16(encoding_weights)
+
+
+def test_search_keeps_the_llm_in_bf16(
+    encoding_weights: list[set[str]], model_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    index = str(tmp_path / "index")
+    main(["index", str(photos), "--model", str(model_folder), "--out", index, "--workers=0"])
+    assert not encoding_weights  # an index does not need the caption encoder
+    main(["search", index, "red"])
+    assert_llm_is_in_bf16(encoding_weights)
+
+
+@pytest.mark.parametrize("captions", [False, True])
+def test_evaluate_keeps_the_llm_in_bf16(
+    captions: bool, encoding_weights: list[set[str]], model_folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    source = f"{image_folder / 'captions.jsonl'}@val"
+    arguments = ["--captions", source] if captions else [source]
+    main(["evaluate", str(model_folder), *arguments, "--out", str(tmp_path)])
+    assert_llm_is_in_bf16(encoding_weights)
+
+
+def test_vision_tower_encodes_in_bf16(model_folder: Path) -> None:
+    dtypes = []
+    for precision in (None, "fp32"):
+        model = LLM2CLIP.from_pretrained(model_folder, "cuda")
+        model.tower.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+        encoder = from_llm2clip(model, "model", precision)
+        encoder.encode_images([torch.zeros(3, 32, 32, dtype=torch.uint8)])
+    assert dtypes == [torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize("form", ["transformers", "sentence-transformers"])

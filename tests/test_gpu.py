@@ -30,14 +30,15 @@ def test_caption_embeddings_equal_those_of_the_cpu(llm: Path, precision: str, to
     assert (1 - F.cosine_similarity(actual, expected)).max() < tolerance
 
 
-def test_model_embeddings_equal_those_of_the_cpu(model_folder: Path) -> None:
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), (None, 0.05)])
+def test_model_embeddings_equal_those_of_the_cpu(model_folder: Path, precision: str | None, tolerance: float) -> None:
     pixels = torch.randint(0, 255, (40, 40, 3), dtype=torch.uint8).permute(2, 0, 1)
     embeddings = []
     for device in ("cpu", "cuda"):
-        model = open_dual_encoder(str(model_folder), device)
+        model = open_dual_encoder(str(model_folder), device, precision)
         embeddings.append((model.encode_texts(CAPTIONS), model.encode_images([model.transform(pixels)])))
     for actual, expected in zip(embeddings[1], embeddings[0], strict=True):
-        torch.testing.assert_close(actual, expected, atol=1e-3, rtol=0)
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["infonce", "sigmoid"])

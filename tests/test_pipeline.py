@@ -191,7 +191,7 @@ def test_fit_loads_the_llm_once_per_use(
     command = fit_command(image_folder, llm, tower, tmp_path / "run")
     assert main([*command, "--align.epochs", "1"]) == 0
     # `tune` also loads the tuned LLM, to measure it. `embed` reads the weights on the CPU, for the store's identity.
-    assert loads == [("tune", None), ("tune", None), ("embed", "cpu")]
+    assert loads == [("tune", "cpu"), ("tune", "cpu"), ("embed", "cpu")]
 
 
 def _recorded(name: str, stage: Callable[..., object], stages: list[str]) -> Callable[..., object]:

@@ -14,10 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import FAMILIES, make_llm
 from llm2clip import LLM2CLIP, open_dual_encoder
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.models import precision_calibration
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.precision import cast_linear_weights
-from llm2clip.models.precision_calibration import calibrate_precision, layers_offloaded
+from llm2clip.models.precision_calibration import calibrate_precision, layers_offloaded, load_for_encoding
 from llm2clip.store.encode import embed
 
 CPU = torch.device("cpu")
@@ -36,6 +38,7 @@ def test_embeddings_are_identical_after_move_for_encoding(family: str, precision
     expected = encoder.encode(TEXTS, precision=precision)
     encoder.move_for_encoding("cpu", precision)
     assert torch.equal(encoder.encode(TEXTS, precision=precision), expected)
+    assert torch.equal(encoder.encode(TEXTS), expected)  # the default is the precision of the weights
     fp32_layers = {"fp32": 3, "bf16": 0, "bf16+2": 2}[precision]
     assert linear_dtypes(encoder) == [torch.float32] * fp32_layers + [torch.bfloat16] * (3 - fp32_layers)
 
@@ -79,7 +82,7 @@ def test_move_for_encoding_halves_the_memory_of_weights(llm: Path) -> None:
 
 def test_encoder_in_bf16_rejects_uses_that_need_fp32_weights(encoder: CaptionEncoder, tmp_path: Path) -> None:
     uses: list[Callable[[], object]] = [
-        lambda: encoder.encode(TEXTS),
+        lambda: encoder.encode(TEXTS, precision="fp32"),
         lambda: encoder.encode(TEXTS, precision="bf16+2"),
         lambda: encoder.move_for_encoding("cpu", "fp32"),
         encoder.identity,
@@ -157,6 +160,39 @@ def test_open_dual_encoder_loads_only_the_weights_of_the_precision(
     assert len(loaded) == 1 and torch.cosine_similarity(embeddings, expected).min() > 0.99
     fp32 = LLM2CLIP.from_pretrained(model_folder, CPU)
     assert torch.equal(fp32.encode_text(TEXTS, precision="bf16"), embeddings)
+
+
+def test_commands_run_in_fp32_on_the_cpu_by_default(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    dual_encoder = open_dual_encoder(str(model_folder), CPU)
+    assert dual_encoder.precision == "fp32"
+    expected = LLM2CLIP.from_pretrained(model_folder, CPU).encode_text(TEXTS, precision="fp32")
+    assert torch.equal(dual_encoder.encode_texts_raw(TEXTS, False), expected)
+    encoder = load_for_encoding(model_folder, CPU)
+    assert encoder.has_full_precision and encoder.device == CPU
+
+
+def test_auto_uses_the_bf16_precision_that_the_model_was_trained_with(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    model = LLM2CLIP.from_pretrained(model_folder, CPU)
+    model.config.encoder["precision"] = "bf16+1"
+    assert model.load_encoder("auto") == "bf16+1"
+    assert model.load_encoder("auto") == "bf16+1"  # already loaded
+    assert linear_dtypes(model.encoder) == [torch.float32] + [torch.bfloat16] * (len(model.encoder.llm.layers) - 1)
+    monkeypatch.setattr("torch.cpu.get_capabilities", dict, raising=False)
+    model = LLM2CLIP.from_pretrained(model_folder, CPU)
+    model.config.encoder["precision"] = "bf16+1"
+    assert model.load_encoder("auto") == "fp32"  # this CPU does not support bf16
+
+
+def test_cached_embeddings_depend_on_the_precision(model_folder: Path, tmp_path: Path) -> None:
+    folders = []
+    for precision in ("fp32", "bf16"):
+        dual_encoder = open_dual_encoder(str(model_folder), CPU, precision)
+        folders.append(ModelEmbeddings(dual_encoder, SkipLog(), tmp_path).folder)
+    assert folders[0] != folders[1]
 
 
 def test_model_with_encoder_in_bf16_is_saved_with_its_fp32_weights(model_folder: Path, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from llm2clip.io_utils import atomic_write_text
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.export.model_card import render_model_card
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.precision_calibration import load_for_encoding
 from llm2clip.models.pretrained_logits import read_pretrained_logits
 from llm2clip.models.vision_tower import VisionTower
 from llm2clip.run_config import save_or_check_config
@@ -123,20 +124,17 @@ def tune(
     process_state().wait_for_everyone()  # every rank must check for the folder before it is created
     # QLoRA is meant for LLMs that do not fit on the device without quantisation, so the untuned LLM is not evaluated.
     measure = sum(len(set(captions)) > 1 for captions in held_out_captions) > 1 and not config.qlora
-    raw = None if is_done else open_encoder(encoder, device="cpu" if config.qlora else None)
+    # On a CPU, the same encoder is measured and tuned. A GPU measures it in bf16, which requires an encoder of its own.
+    raw = open_encoder(encoder, "cpu") if process_state().device.type == "cpu" and not is_done else None
     if measure:
-        cached_json(
-            out / "cra_raw.json",
-            lambda: caption_retrieval_accuracy(held_out_captions, raw or open_encoder(encoder)),
-        )
-    if raw is not None:
-        train_tune(pairs, raw, config, out)
+        cached_json(out / "cra_raw.json", lambda: _measure_cra(held_out_captions, encoder, raw))
+    if not is_done:
+        # The encoder is loaded on the CPU, so that a GPU only holds the weights in the precision of the training.
+        train_tune(pairs, raw or open_encoder(encoder, "cpu"), config, out)
         del raw
+        gc.collect()  # free the memory of the LLM
     if measure:
-        cached_json(
-            out / "cra_tuned.json",
-            lambda: caption_retrieval_accuracy(held_out_captions, CaptionEncoder.from_pretrained(encoder_dir)),
-        )
+        cached_json(out / "cra_tuned.json", lambda: _measure_cra(held_out_captions, EncoderConfig(str(encoder_dir))))
     return encoder_dir
 
 
@@ -278,6 +276,17 @@ def _tuning_pairs(
     own_captions = [] if config.tune.data or config.tune.text_pairs else train
     excluded = [record for records in held_out.values() for record in records]
     return read_tuning_sources(own_captions, excluded, config.tune, config.columns, log)
+
+
+def _measure_cra(
+    captions: Sequence[Sequence[str]], encoder: EncoderConfig, loaded: CaptionEncoder | None = None
+) -> dict[str, Any]:
+    """Measure the caption retrieval accuracy of `loaded`. If it is None, load the encoder, and free its memory."""
+    model = loaded or load_for_encoding(device=process_state().device, **dataclasses.asdict(encoder))
+    metrics = caption_retrieval_accuracy(captions, model)
+    del model
+    gc.collect()
+    return metrics
 
 
 def _evaluate_from_store(

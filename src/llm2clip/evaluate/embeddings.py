@@ -77,6 +77,8 @@ class ModelEmbeddings:
         """
         self.model, self.log, self.progress = model, log, progress
         self.identity = model.identity() if cache_dir is not None else {}
+        if model.precision != "fp32":
+            self.identity["precision"] = model.precision
         self.folder = cache_dir / fingerprint(self.identity)[:12] if cache_dir is not None else None
 
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:

@@ -24,11 +24,12 @@ from llm2clip.evaluate.reporting.comparison import ModelResult, benchmark_blocks
 from llm2clip.evaluate.reporting.error_analysis import analyze_errors
 from llm2clip.html_report import Block, Code, Paragraph, to_markdown, write_report
 from llm2clip.io_utils import MissingFileError, atomic_write_text
-from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.clip_text_encoder import has_text_tower, load_clip_text_encoder
 from llm2clip.models.display_names import display_names
 from llm2clip.models.dual_encoder import SENTENCE_TRANSFORMERS_PREFIX
 from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
+from llm2clip.models.precision import default_encoding_precision
+from llm2clip.models.precision_calibration import load_for_encoding
 from llm2clip.models.pretrained import resolve_pretrained
 
 USER_DATA = "data"  # benchmark name of the user's own images and captions
@@ -286,17 +287,20 @@ def _open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_c
         ValueError: If the model has no separate text encoder, or if the config contains settings that do not apply to a
             CLIP text tower.
     """
+    device = process_state().device
     if model is not None:
         if model.endswith(PRECOMPUTED_SUFFIX) or model.startswith(SENTENCE_TRANSFORMERS_PREFIX):
             raise ValueError(f"{model} has no separate caption encoder: remove --captions")
         if has_text_tower(model, trust_remote_code):
             return load_clip_text_encoder(model, trust_remote_code=trust_remote_code)
         if Path(model).is_dir() and not is_model_folder(model):
-            return CaptionEncoder.from_pretrained(model)
-        return LLM2CLIP.from_pretrained(model).encoder
+            return load_for_encoding(model, device)
+        clip = LLM2CLIP.from_pretrained(model, device)
+        clip.load_encoder(default_encoding_precision(device))
+        return clip.encoder
     path = resolve_pretrained(encoder.path)
     if not has_text_tower(path, trust_remote_code):
-        return CaptionEncoder.from_pretrained(**dataclasses.asdict(encoder))
+        return load_for_encoding(device=device, **dataclasses.asdict(encoder))
     defaults = vars(EncoderConfig(path=encoder.path))
     changed = [f"--encoder.{name}" for name, value in vars(encoder).items() if value != defaults[name]]
     if changed:

@@ -11,7 +11,7 @@ import time
 import torch
 
 from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.length_batching import TokenizedTexts, default_batch_tokens
+from llm2clip.models.length_batching import TokenizedTexts
 
 MIN_CAPTIONS_TO_TUNE = 4096  # with fewer captions, tuning takes more time than it saves
 CPU_CANDIDATES = (512, 1024, 2048, 4096)
@@ -24,10 +24,10 @@ def tune_batch_tokens(encoder: CaptionEncoder, tokens: TokenizedTexts, precision
 
     The candidate values are timed in increasing order. Each candidate is timed on up to four batches, including the
     batch with the longest captions. The search stops when a candidate is slower than the best candidate so far, or does
-    not fit in memory. With fewer than 4096 captions, nothing is timed, and the device's default is returned.
+    not fit in memory. With fewer than 4096 captions, nothing is timed, and the encoder's default is returned.
     """
     if len(tokens.ids) < MIN_CAPTIONS_TO_TUNE:
-        return default_batch_tokens(encoder.device)
+        return encoder.default_batch_tokens
     candidates = CPU_CANDIDATES if encoder.device.type == "cpu" else GPU_CANDIDATES
     # Start with half the smallest candidate. This value is returned if not even the smallest candidate fits in memory.
     best, best_speed = candidates[0] // 2, 0.0

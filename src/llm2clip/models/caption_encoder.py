@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from llm2clip.cpu_tuning import flex_attention_is_correct, onednn_matmul
 from llm2clip.data.valid_text import check_texts
 from llm2clip.models.latent_attention import LatentAttentionPooling
-from llm2clip.models.length_batching import TokenizedTexts, default_batch_tokens
+from llm2clip.models.length_batching import TokenizedTexts, default_encoding_tokens
 from llm2clip.models.llm_layers import is_encoder_only, set_bidirectional, truncate_layers
 from llm2clip.models.loading import hide_loading_bars
 from llm2clip.models.packing import PACKED, can_pack, pack_batch
@@ -53,13 +53,14 @@ class CaptionEncoder(nn.Module):
 
     Attributes:
         st: the SentenceTransformer; `st[0]` is the LLM and `st[1]` is the pooling layer.
+        weights_precision: precision that the weights are stored for: fp32, unless `move_for_encoding` lowered it.
     """
 
     def __init__(self, st: SentenceTransformer) -> None:
         super().__init__()
         self.st: Any = st
         self._prompt_lengths: dict[str, int] = {}
-        self._weights_precision = "fp32"  # see `move_for_encoding`
+        self.weights_precision = "fp32"
 
     @classmethod
     def from_pretrained(
@@ -159,6 +160,11 @@ class CaptionEncoder(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    @property
+    def default_batch_tokens(self) -> int:
+        """Default number of tokens per batch for `encode`. It depends on the device and on the size of the LLM."""
+        return default_encoding_tokens(self.device, self.st[0].get_embedding_dimension())
 
     @property
     def attention(self) -> str:
@@ -261,7 +267,7 @@ class CaptionEncoder(nn.Module):
         captions: str | Sequence[str] | TokenizedTexts,
         *,
         batch_tokens: int | None = None,
-        precision: str = "fp32",
+        precision: str | None = None,
         progress: bool | ProgressBar = False,
     ) -> Tensor:
         """Encode captions as unnormalised (N, embed_dim) float32 embeddings on the CPU, in input order.
@@ -271,15 +277,17 @@ class CaptionEncoder(nn.Module):
 
         Args:
             captions: one text, a list of texts, or the result of `tokenize`.
-            batch_tokens: maximum number of tokens per batch, including padding. The default depends on the device.
+            batch_tokens: maximum number of tokens per batch, including padding. Default: `default_batch_tokens`.
             precision: fp32, bf16 or bf16+N. bf16 is two to three times as fast as fp32. bf16+N runs the first N layers
-                in fp32, for models that are too inaccurate in bf16 (see `models/precision_calibration.py`).
+                in fp32, for models that are too inaccurate in bf16 (see `models/precision_calibration.py`). Default:
+                fp32 or, after `move_for_encoding`, the precision of the weights.
             progress: True shows a progress bar. An existing `ProgressBar` is updated.
 
         Raises:
             TypeError: a caption is not a string.
             ValueError: a caption is not valid Unicode, or the attention implementation does not support the precision.
         """
+        precision = self.weights_precision if precision is None else precision
         self._check_weights(precision)
         if "flash" in self.attention and precision == "fp32":
             raise ValueError(f"{self.attention} does not support fp32: use bf16, or another attention implementation")
@@ -295,7 +303,7 @@ class CaptionEncoder(nn.Module):
 
         self.eval()
         with autocast_precision(self.llm, self.device, precision):
-            for prompt_length, rows in tokens.batches(batch_tokens or default_batch_tokens(self.device)):
+            for prompt_length, rows in tokens.batches(batch_tokens or self.default_batch_tokens):
                 rows_with_tokens = [row for row in rows if len(tokens.ids[row])]
                 if rows_with_tokens:
                     batch = self.collate([tokens.ids[row] for row in rows_with_tokens], prompt_length)
@@ -315,21 +323,21 @@ class CaptionEncoder(nn.Module):
         """
         self._check_weights(precision)
         cast_linear_weights(self.llm, precision)
-        self._weights_precision = precision
+        self.weights_precision = precision
         self.to(device)
 
     @property
     def has_full_precision(self) -> bool:
         """True if all weights are in fp32. False after `move_for_encoding` with bf16."""
-        return self._weights_precision == "fp32"
+        return self.weights_precision == "fp32"
 
     def _check_weights(self, precision: str) -> None:
         """Check that the weights are precise enough for `precision`, and that `precision` is valid."""
         is_bf16, fp32_layer_count = parse_precision(precision)
-        _, available_fp32_layers = parse_precision(self._weights_precision)
+        _, available_fp32_layers = parse_precision(self.weights_precision)
         if not self.has_full_precision and (not is_bf16 or fp32_layer_count > available_fp32_layers):
             raise ValueError(
-                f"the encoder's weights are stored for precision {self._weights_precision}, so {precision} is not "
+                f"the encoder's weights are stored for precision {self.weights_precision}, so {precision} is not "
                 "possible: load the encoder again"
             )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from llm2clip.models.clip_text_encoder import (
 from llm2clip.models.fingerprint import hash_weights
 from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
 from llm2clip.models.loading import hide_loading_bars
+from llm2clip.models.precision import default_encoding_precision, resolve_device_precision
 from llm2clip.models.remote_code import explain_remote_code_error
 
 SENTENCE_TRANSFORMERS_PREFIX = "st:"
@@ -47,14 +48,14 @@ class DualEncoder:
     Attributes:
         name: name that was passed to `open_dual_encoder`.
         embed_dim: dimension of the embeddings.
-        identity: function that returns a dict of everything that affects the embeddings, except the precision of the
-            text encoder.
+        identity: function that returns a dict of everything that affects the embeddings, except the precision.
         transform: picklable function that converts a decoded image, uint8 (3, H, W), to an input for the image encoder.
         encode_images_raw: function that takes a list of N outputs of `transform` and returns embeddings (N, embed_dim).
         encode_texts_raw: function that takes N texts and a bool (show a progress bar) and returns embeddings
             (N, embed_dim).
         count_truncated: function that takes a list of texts and returns how many of them are too long for the text
             encoder and are truncated. It returns None if this number is unknown.
+        precision: precision that the model runs in.
     """
 
     name: str
@@ -64,6 +65,7 @@ class DualEncoder:
     encode_images_raw: Callable[[list[Any]], Tensor]
     encode_texts_raw: Callable[[Sequence[str], bool], Tensor]
     count_truncated: Callable[[Sequence[str]], int | None] = lambda texts: None
+    precision: str = "fp32"
 
     @torch.inference_mode()
     @onednn_matmul()
@@ -78,16 +80,15 @@ class DualEncoder:
 
 
 def open_dual_encoder(
-    name: str, device: torch.device | str | None = None, precision: str = "fp32", trust_remote_code: bool = False
+    name: str, device: torch.device | str | None = None, precision: str | None = None, trust_remote_code: bool = False
 ) -> DualEncoder:
     """Load an image-text model by name. Code that comes with a model is run only if `trust_remote_code` is set.
 
     Args:
         name: model name, in one of the forms listed at the top of this module.
         device: device to load the model on. Default: a GPU if there is one.
-        precision: precision of the caption encoder in an llm2clip model, as in `CaptionEncoder.encode`. `auto` selects
-            the fastest precision that is accurate enough (see `models/precision_calibration.py`). All other models are
-            run in fp32.
+        precision: precision of an llm2clip model, see `from_llm2clip`. With bf16 and `auto`, the caption encoder is
+            loaded at once, otherwise on first use. All other models are run in fp32.
         trust_remote_code: run the Python code that comes with a model, if there is any. Jina-CLIP requires this
             setting.
 
@@ -107,16 +108,35 @@ def open_dual_encoder(
     return _open_transformers(name, device, trust_remote_code)
 
 
-def from_llm2clip(model: LLM2CLIP, name: str, precision: str = "fp32") -> DualEncoder:
+def from_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> DualEncoder:
     """Set an LLM2CLIP model to eval mode and wrap the model in a `DualEncoder`.
 
-    `precision` is the precision of the caption encoder, as in `CaptionEncoder.encode`.
+    Args:
+        model: the model.
+        name: name of the dual encoder.
+        precision: precision of the caption encoder, as in `CaptionEncoder.encode`. `auto` selects the fastest precision
+            that is accurate enough (see `models/precision_calibration.py`). On GPUs, the vision tower is also run in
+            bf16, unless the precision is fp32 or the GPU does not support bf16. Default: `auto` on GPUs, fp32 on CPUs.
     """
     model.eval()
+    requested = precision or default_encoding_precision(model.device)
+    device_precision = resolve_device_precision(requested, model.device)
+    bf16_images = device_precision != "fp32" and model.device.type == "cuda"
 
     def encode_images(images: list[Tensor]) -> Tensor:
-        image_embeddings, *_ = model(pixels=torch.stack(images).to(model.device))
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16_images):
+            image_embeddings, *_ = model(pixels=torch.stack(images).to(model.device))
         return image_embeddings
+
+    @cache
+    def text_precision() -> str:
+        return model.load_encoder(requested)
+
+    def count_truncated(texts: Sequence[str]) -> int | None:
+        if not model.has_encoder:
+            return None
+        text_precision()  # loads the encoder
+        return model.encoder.count_truncated(texts)
 
     return DualEncoder(
         name=name,
@@ -124,16 +144,15 @@ def from_llm2clip(model: LLM2CLIP, name: str, precision: str = "fp32") -> DualEn
         identity=lambda: {"llm2clip": model.config.identity_fields(), "weights": hash_weights(model)},
         transform=EvalTransform(model.tower.preprocess),
         encode_images_raw=encode_images,
-        encode_texts_raw=lambda texts, progress: model.encode_text(texts, progress, precision),
-        count_truncated=lambda texts: model.encoder.count_truncated(texts) if model.has_encoder else None,
+        encode_texts_raw=lambda texts, progress: model.encode_text(texts, progress, text_precision()),
+        count_truncated=count_truncated,
+        precision=device_precision,
     )
 
 
-def _open_llm2clip(name: str, device: torch.device, precision: str) -> DualEncoder:
+def _open_llm2clip(name: str, device: torch.device, precision: str | None) -> DualEncoder:
     model = LLM2CLIP.from_pretrained(name, device)
-    if not model.has_encoder:
-        precision = "fp32"
-    elif precision != "fp32":  # an encoder in fp32 is loaded on first use
+    if model.has_encoder and precision not in (None, "fp32"):
         precision = model.load_encoder(precision)
     return from_llm2clip(model, name, precision)
 

@@ -9,11 +9,19 @@ import torch
 
 # Tokens per batch, including padding. A CPU is fastest with batches that fit in its caches; a GPU needs large batches.
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 32768
+# Largest size of an LLM's hidden states in a batch, in elements. An LLM with 8 billion parameters (4,096 dimensions)
+# then needs 2.5 GB for the activations of a batch of 16,384 tokens, which is large enough for every GPU.
+MAX_HIDDEN_SIZE = 1 << 26
 
 
 def default_batch_tokens(device: torch.device) -> int:
     """Return the default number of tokens per batch for a device."""
     return GPU_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
+
+
+def default_encoding_tokens(device: torch.device, hidden_size: int) -> int:
+    """Return the default number of tokens per batch for encoding with an LLM that has `hidden_size` dimensions."""
+    return min(default_batch_tokens(device), max(CPU_BATCH_TOKENS, MAX_HIDDEN_SIZE // hidden_size))
 
 
 @dataclass(frozen=True)

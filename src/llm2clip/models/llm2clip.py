@@ -27,6 +27,7 @@ from llm2clip.models.convert.checkpoint_io import read_safetensors
 from llm2clip.models.export.model_card import render_model_card
 from llm2clip.models.fingerprint import fingerprint
 from llm2clip.models.heads import Adapter
+from llm2clip.models.precision import resolve_device_precision
 from llm2clip.models.precision_calibration import fastest_precision
 from llm2clip.models.vision_tower import VisionTower
 
@@ -226,7 +227,8 @@ class LLM2CLIP(nn.Module):
 
         Args:
             precision: precision of the encoder, as in `CaptionEncoder.encode`. `auto` selects the fastest precision
-                that is accurate enough (see `models/precision_calibration.py`).
+                that is accurate enough (see `models/precision_calibration.py`). It is not measured again if the model
+                was trained with bf16 embeddings of the encoder.
 
         Returns:
             The precision, which is not `auto`.
@@ -235,12 +237,21 @@ class LLM2CLIP(nn.Module):
             ValueError: see `encoder`.
         """
         encoder = self._encoder[0] if self._encoder else self._open_encoder("cpu")
+        if precision == "auto" and not encoder.has_full_precision:
+            precision = encoder.weights_precision
         if precision == "auto":
-            precision = fastest_precision(encoder, self.device)
+            precision = self._select_precision(encoder)
         if not self._encoder:
             encoder.move_for_encoding(self.device, precision)
             self._encoder.append(encoder)
         return precision
+
+    def _select_precision(self, encoder: CaptionEncoder) -> str:
+        """Return the precision that `auto` stands for."""
+        trained_with = str(self.config.encoder.get("precision", ""))
+        if trained_with.startswith("bf16") and resolve_device_precision("auto", self.device) == "bf16":
+            return trained_with
+        return fastest_precision(encoder, self.device)
 
     def _open_encoder(self, device: torch.device | str) -> CaptionEncoder:
         if self._text_folder is None:
@@ -306,7 +317,7 @@ class LLM2CLIP(nn.Module):
         return torch.cat(embeddings)
 
     @torch.no_grad()
-    def encode_text(self, texts: str | Sequence[str], progress: bool = False, precision: str = "fp32") -> Tensor:
+    def encode_text(self, texts: str | Sequence[str], progress: bool = False, precision: str | None = None) -> Tensor:
         """Encode texts as L2-normalised (N, embed_dim) float32 embeddings on the CPU.
 
         Args:

@@ -44,23 +44,29 @@ class LoraSession:
             dtype: dtype of the frozen matrices. With `quantize`, this is the dtype of the matmuls with these matrices.
             device: training device.
             quantize: store the frozen matrices in 4 bits (QLoRA, requires bitsandbytes). The original matrices stay on
-                the CPU. If the LLM is on the CPU at first, the unquantised LLM need not fit in the device's memory.
+                the CPU.
+
+        If the LLM is on the CPU at first, its float32 weights need not fit in the device's memory.
         """
         self.encoder, self.config = encoder, config
         transformer = encoder.st[0]
         self.original_layers = _quantize_linear_layers(transformer.model, dtype, device) if quantize else {}
-        transformer.model = get_peft_model(transformer.model.to(device), config)
+        transformer.model = get_peft_model(transformer.model, config)
         if not quantize:
             cast_frozen_linear(transformer.model, dtype)
+        transformer.model.to(device)
 
     def finish(self) -> None:
-        """Merge LoRA into the original weights, in place and in float32."""
+        """Merge LoRA into the original weights, in place and in float32, on the CPU.
+
+        All weights in float32 may not fit on the device.
+        """
         transformer = self.encoder.st[0]
         model = transformer.model
-        if self.original_layers:
-            model = self._restore_original_layers(model)
+        model = self._restore_original_layers(model) if self.original_layers else model.to("cpu")
         cast_frozen_linear(model, torch.float32)  # in 16 bits, LoRA's small updates would be rounded
         transformer.model = model.merge_and_unload()
+        self.encoder.to("cpu")
 
     def _restore_original_layers(self, model: Any) -> Any:
         """Move the trained LoRA weights from the quantised LLM to the original LLM on the CPU."""

@@ -36,6 +36,15 @@ def resolve_device_precision(precision: str, device: torch.device) -> str:
     return "bf16" if is_supported else "fp32"
 
 
+def default_encoding_precision(device: torch.device) -> str:
+    """Return the default precision for encoding images and texts: `auto` on GPUs, and fp32 on CPUs.
+
+    On GPUs, bf16 is several times faster, and a large LLM may not fit into memory in fp32. On CPUs, results should not
+    depend on whether the hardware supports bf16.
+    """
+    return "auto" if device.type == "cuda" else "fp32"
+
+
 def parse_precision(precision: str) -> tuple[bool, int]:
     """Parse `fp32`, `bf16` or `bf16+N`.
 

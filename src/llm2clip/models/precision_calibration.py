@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +27,27 @@ from torch import nn
 
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.llm_layers import get_layers, set_layers
-from llm2clip.models.precision import resolve_device_precision
+from llm2clip.models.precision import default_encoding_precision, resolve_device_precision
 
 MIN_COSINE = 0.999
 # Do not change these captions: they determine the chosen precision, which is part of an embedding store's fingerprint.
 CALIBRATION_CAPTIONS = tuple(
     Path(__file__).with_name("calibration_captions.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
 )
+
+
+def load_for_encoding(path: str | Path, device: torch.device, **options: Any) -> CaptionEncoder:
+    """Load a caption encoder on a device, with only the weights that encoding in the default precision needs.
+
+    See `default_encoding_precision` and `CaptionEncoder.move_for_encoding`. `options` are further arguments of
+    `CaptionEncoder.from_pretrained`.
+    """
+    encoder = CaptionEncoder.from_pretrained(path, device="cpu", **options)
+    precision = default_encoding_precision(device)
+    if precision == "auto":
+        precision = fastest_precision(encoder, device)
+    encoder.move_for_encoding(device, precision)
+    return encoder
 
 
 def fastest_precision(encoder: CaptionEncoder, device: torch.device | None = None) -> str:

@@ -22,7 +22,7 @@ from llm2clip.distributed import cached_json, process_state
 from llm2clip.io_utils import atomic_write_jsonl, read_jsonl
 from llm2clip.models.batch_size_tuner import MIN_CAPTIONS_TO_TUNE, tune_batch_tokens
 from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.length_batching import TokenizedTexts, default_batch_tokens
+from llm2clip.models.length_batching import TokenizedTexts
 from llm2clip.models.precision_calibration import fastest_precision
 from llm2clip.progress import ProgressBar
 from llm2clip.store.dedup import PendingCaptions
@@ -105,7 +105,7 @@ def tuned_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], precisi
     The result is saved in the store's folder, so that a resumed run computes bit-identical embeddings.
     """
     if len(captions) < MIN_CAPTIONS_TO_TUNE:
-        return default_batch_tokens(encoder.device)
+        return encoder.default_batch_tokens
 
     def measure() -> int:
         return tune_batch_tokens(encoder, tokenize_shard(captions, encoder).tokens, precision)
