@@ -128,7 +128,7 @@ def run_clients(args: argparse.Namespace, batch_size: int, precision: str) -> tu
 
 def start_server(model: str, batch_size: int, precision: str) -> subprocess.Popen[bytes]:
     """Start a server and wait until it responds."""
-    command = [sys.executable, "-m", "llm2clip", "serve", "--model", model, "--port", str(PORT)]
+    command = [sys.executable, "-m", "llm2clip", "serve", "--model", model, "--port", str(PORT), "--no_token"]
     command += ["--batch_size", str(batch_size), "--precision", precision]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while True:

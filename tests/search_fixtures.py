@@ -81,11 +81,11 @@ def create_patient_app(model: DualEncoder, backend: Backend | None = None, **lim
 
 
 @contextmanager
-def running_server(app: Any) -> Iterator[str]:
-    """Serve an application in a thread, and yield its address."""
+def running_server(app: Any, **options: Any) -> Iterator[str]:
+    """Serve an application in a thread with the given options of uvicorn, and yield its address."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", **options))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

@@ -14,6 +14,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tarfile
 import threading
 import urllib.request
 import zlib
@@ -24,15 +25,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from fastapi import Request, Response
 from PIL import Image
+from pyarrow import parquet
 from starlette.testclient import TestClient
 
 from conftest import HANG_TIMEOUT
 from llm2clip.cli import main
+from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.search.auth import SESSION_SECONDS, Authenticator
 from llm2clip.search.batching import Batcher, QueueFull
 from llm2clip.search.inference import SEARCH_THREADS, InferenceService
+from llm2clip.search.middleware import PIECE_SIZE
 from llm2clip.search.query_embedding import Query, embed_images, embed_query
 from llm2clip.search.schemas import MAX_TEXT_LENGTH, MAX_TEXTS, Limits, SearchRequest
 from llm2clip.search.server import create_app
@@ -131,20 +138,81 @@ def test_server_returns_images_page_health_and_metrics(
     assert client.get("/openapi.json").json()["paths"].keys() >= {"/search", "/embed", "/health", "/metrics"}
 
 
-def test_image_is_not_served_if_its_file_is_no_longer_an_image(dual_encoder: DualEncoder, tmp_path: Path) -> None:
-    photos = tmp_path / "photos"
+def test_image_is_only_served_if_its_file_is_unchanged(dual_encoder: DualEncoder, tmp_path: Path) -> None:
+    photos, other = tmp_path / "photos", tmp_path / "private.png"
     photos.mkdir()
     file = photos / "a.png"
     Image.new("RGB", (8, 8)).save(file)
+    Image.new("RGB", (9, 9)).save(other)
     app = create_patient_app(dual_encoder, make_index(tmp_path / "index", photos, dual_encoder))
     with TestClient(app, base_url=BASE_URL) as client:
-        assert client.get("/image/1").status_code == 200
-        file.write_text("a secret")
+        response = client.get("/image/1")
+        assert response.content == file.read_bytes()
+        assert response.headers["content-type"] == "image/png"
+        assert response.headers["content-length"] == str(file.stat().st_size)
+        file.unlink()
+        assert client.get("/image/1").status_code == 404
+        file.symlink_to(other)
         assert client.get("/image/1").status_code == 404
         file.unlink()
-        file.symlink_to("/etc/passwd")
+        os.mkfifo(file)
         assert client.get("/image/1").status_code == 404
         assert client.get("/thumbnail/1").status_code == 200
+
+
+def test_image_file_must_not_be_replaced_while_it_is_opened(
+    dual_encoder: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (8, 8)).save(photos / "a.png")
+    Image.new("RGB", (9, 9)).save(tmp_path / "private.png")
+    app = create_patient_app(dual_encoder, make_index(tmp_path / "index", photos, dual_encoder))
+    # The file is replaced after the check of the path.
+    monkeypatch.setattr(FileImage, "open", lambda _: (tmp_path / "private.png").open("rb"))
+    with TestClient(app, base_url=BASE_URL) as client:
+        assert client.get("/image/1").status_code == 404
+
+
+def test_images_in_tars_and_tables_are_served(dual_encoder: DualEncoder, tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)).save(stream, "PNG")
+    data = stream.getvalue()
+    assert len(data) > PIECE_SIZE
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    with tarfile.open(sources / "a.tar", "w") as tar:
+        member = tarfile.TarInfo("first.txt")
+        member.size = 3
+        tar.addfile(member, io.BytesIO(b"abc"))
+        member = tarfile.TarInfo("image.png")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+    parquet.write_table(pa.table({"image": [data]}), sources / "b.parquet")
+    for name in ("a.tar", "b.parquet"):
+        app = create_patient_app(dual_encoder, make_index(tmp_path / f"index-{name}", sources / name, dual_encoder))
+        with TestClient(app, base_url=BASE_URL) as client:
+            response = client.get("/image/1")
+            assert (response.status_code, response.content) == (200, data)
+
+
+def test_health_and_metrics_count_images_at_most_once_per_interval(
+    dual_encoder: DualEncoder, backend: SqliteBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm2clip.search.inference.COUNT_SECONDS", HANG_TIMEOUT)
+    calls: list[int] = []
+
+    class CountingBackend(SqliteBackend):
+        def count(self) -> tuple[int, int]:
+            calls.append(1)
+            return super().count()
+
+    app = create_patient_app(dual_encoder, CountingBackend(backend.folder))
+    with TestClient(app, base_url=BASE_URL) as client:
+        for _ in range(5):
+            assert client.get("/health").json()["images"] == 36
+            assert "llm2clip_index_images 36.0" in client.get("/metrics").text
+    assert len(calls) == 1
 
 
 def test_server_without_an_index_only_embeds(dual_encoder: DualEncoder) -> None:
@@ -175,7 +243,7 @@ def decompression_bomb(side: int) -> bytes:
         ("/search", {"texts": []}, 422, "the query is empty"),
         ("/search", {"texts": ["a"], "top": 0}, 422, "greater than or equal to 1"),
         ("/search", {"texts": ["a"], "top": 10**9}, 422, "less than or equal"),
-        ("/search", {"text": "a"}, 422, "Extra inputs"),
+        ("/search", {"text": "a"}, 422, "unknown field 'text'; the fields are texts, images"),
         ("/search", {"texts": ["a" * (MAX_TEXT_LENGTH + 1)]}, 422, "at most 20000"),
         ("/search", {"images": ["http://169.254.169.254/latest"]}, 422, "URLs are not downloaded"),
         ("/search", {"images": ["file:///etc/passwd"]}, 422, "URLs are not downloaded"),
@@ -227,6 +295,8 @@ def test_paths_hosts_and_sites_are_checked(client: TestClient) -> None:
     assert client.get("/health", headers={"host": "evil.example"}).status_code == 400
     cross_site = {"sec-fetch-site": "cross-site"}
     assert client.get("/thumbnail/1", headers=cross_site).status_code == 403
+    assert client.get("/thumbnail/1", headers={"sec-fetch-site": "same-site"}).status_code == 403
+    assert client.get("/thumbnail/1", headers={"sec-fetch-site": "same-origin"}).status_code == 200
     assert client.get("/", headers=cross_site).is_success
 
 
@@ -274,7 +344,7 @@ def test_token_is_required(dual_encoder: DualEncoder, backend: SqliteBackend) ->
         def thumbnail(**headers: str) -> int:
             return client.get("/thumbnail/1", headers=headers).status_code
 
-        assert client.get("/health").status_code == 200
+        assert client.get("/health").json() == {"status": "ok"}
         response = client.post("/embed", json={"input": "a"})
         assert response.status_code == 401
         assert "Bearer" in response.headers["www-authenticate"]
@@ -284,11 +354,49 @@ def test_token_is_required(dual_encoder: DualEncoder, backend: SqliteBackend) ->
             assert thumbnail(host=host) == 401
         for wrong in ("Bearer wrong", "Basic secret", "Bearer"):
             assert thumbnail(authorization=wrong) == 401
+        not_ascii = client.get("/thumbnail/1", headers={b"authorization": b"Bearer s\xe9cret"})
+        assert not_ascii.status_code == 401
         assert thumbnail(authorization="Bearer secret") == 200
-        page = client.get("/?token=secret")
-        assert page.status_code == 200
-        assert "token" not in str(page.url)
-        assert thumbnail() == 200  # with the cookie
+        assert client.get("/health", headers={"authorization": "Bearer secret"}).json()["images"] == 36
+
+
+def test_session_cookie_does_not_contain_the_token(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
+    app = create_app(dual_encoder, backend, Limits(timeout=HANG_TIMEOUT), token="secret", hosts=None)
+    with TestClient(app, base_url="http://example.org:81", follow_redirects=False) as client:
+        response = client.get("/?token=secret")
+        assert response.status_code == 303 and response.headers["location"] == "/"
+        cookie = response.headers["set-cookie"]
+        assert cookie.startswith("llm2clip_session_81=") and "secret" not in cookie
+        assert "HttpOnly" in cookie and "SameSite=strict" in cookie and "Secure" not in cookie
+        assert client.get("/thumbnail/1").status_code == 200
+    with TestClient(app, base_url="https://example.org", follow_redirects=False) as other_browser:
+        assert other_browser.get("/thumbnail/1").status_code == 401
+        assert "Secure" in other_browser.get("/?token=secret").headers["set-cookie"]
+
+
+def test_sessions_expire_and_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm2clip.search.auth.MAX_SESSIONS", 2)
+    now = [1000.0]
+    monkeypatch.setattr("llm2clip.search.auth.time.monotonic", lambda: now[0])
+    auth = Authenticator("secret")
+    scope = {"type": "http", "scheme": "http", "server": ("localhost", 80), "headers": []}
+
+    def start_session() -> Request:
+        response = Response()
+        auth.start_session(Request(scope), response)
+        cookie = response.headers["set-cookie"].partition(";")[0]
+        return Request({**scope, "headers": [(b"cookie", cookie.encode())]})
+
+    sessions = [start_session() for _ in range(3)]
+    assert [auth.is_authorized(session) for session in sessions] == [False, True, True]
+    now[0] += SESSION_SECONDS
+    assert not auth.is_authorized(sessions[2])
+
+
+@pytest.mark.parametrize("token", ["", "sécret", "two words", "line\n"])
+def test_unusable_tokens_are_rejected(dual_encoder: DualEncoder, token: str) -> None:
+    with pytest.raises(ValueError, match="printable ASCII"):
+        create_app(dual_encoder, token=token)
 
 
 # ---- concurrency ----------------------------------------------------------------------------------------------------
@@ -323,7 +431,7 @@ def paused_server(model: DualEncoder, **limits: Any) -> Iterator[tuple[PausedMod
     app = create_patient_app(paused.model, **limits)
     with TestClient(app, base_url=BASE_URL) as client, ThreadPoolExecutor(64) as clients:
 
-        def post(text: str) -> Future[Any]:
+        def post(text: str | list[str]) -> Future[Any]:
             return clients.submit(client.post, "/embed", json={"input": text})
 
         try:
@@ -363,15 +471,18 @@ def test_server_returns_429_when_the_queue_is_full(dual_encoder: DualEncoder) ->
         assert post("after").result().status_code == 200
 
 
-def test_server_returns_429_when_too_many_bytes_are_in_flight(dual_encoder: DualEncoder) -> None:
-    with paused_server(dual_encoder, max_bytes_in_flight=3000) as (model, post, _):
-        accepted = post("0" * 2000)
+def test_server_returns_429_when_one_client_sends_too_many_bytes(dual_encoder: DualEncoder) -> None:
+    large, small = ["0" * 20_000] * 4, "0" * 20_000
+    with paused_server(dual_encoder, max_bytes_in_flight=400_000) as (model, post, service):
+        accepted = [post(large)]
         assert model.started.wait(HANG_TIMEOUT)
-        rejected = post("1" * 2000).result()
+        rejected = post(large).result()
         assert rejected.status_code == 429 and rejected.headers["retry-after"]
+        accepted.append(post(small))
+        wait_for_queue(service, 1)
         model.resume()
-        assert accepted.result().status_code == 200
-        assert post("1" * 2000).result().status_code == 200  # the bytes have been released
+        assert [response.result().status_code for response in accepted] == [200, 200]
+        assert post(large).result().status_code == 200  # the bytes have been released
 
 
 def test_server_returns_504_after_the_timeout(dual_encoder: DualEncoder) -> None:
@@ -474,6 +585,7 @@ sys.exit(main(sys.argv[1:]))
 def test_serve_completes_requests_after_sigterm(model_folder: Path) -> None:
     """Starts a real server process, and stops it while it processes a request."""
     command = [sys.executable, "-c", SERVE_WITH_PAUSED_MODEL, "serve", "--model", str(model_folder), "--port", "0"]
+    command += ["--no_token"]
     command += ["--timeout", str(HANG_TIMEOUT), "--precision", "fp32"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -490,6 +602,85 @@ def test_serve_completes_requests_after_sigterm(model_folder: Path) -> None:
             assert server.wait(HANG_TIMEOUT) in (0, -signal.SIGTERM)
         finally:
             server.kill()
+
+
+SERVE_WITH_ENDLESS_DECODING = """
+import sys, time
+from llm2clip.cli import main
+from llm2clip.search import inference, server
+
+def decode(data, max_pixels):
+    print("Decoding", flush=True)
+    time.sleep(1_000_000)
+
+inference.load_request_image = decode
+server.SHUTDOWN_TIMEOUT = 0.1
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_serve_stops_after_sigterm_although_a_decoder_never_returns(model_folder: Path) -> None:
+    command = [sys.executable, "-c", SERVE_WITH_ENDLESS_DECODING, "serve", "--model", str(model_folder), "--port", "0"]
+    command += ["--timeout", str(HANG_TIMEOUT), "--precision", "fp32", "--no_token"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as server:
+        try:
+            address = read_until(server, r"Serving at http://(127.0.0.1):(\d+)/\n")
+            body = json.dumps({"input": data_uri(b"x")})
+            with socket.create_connection((address[1], int(address[2]))) as client:
+                head = "POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+                read_until(server, "Decoding\n")
+                server.send_signal(signal.SIGTERM)
+                assert server.wait(HANG_TIMEOUT) in (0, -signal.SIGTERM)
+        finally:
+            server.kill()
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "expected"),
+    [
+        ([], None, r"[\w-]{32}"),
+        ([], "from-environment", "from-environment"),
+        ([], "", r"[\w-]{32}"),
+        (["--token", "a"], "from-environment", "a"),
+        (["--host", "0.0.0.0"], None, r"[\w-]{32}"),
+        (["--no_token"], "from-environment", None),
+        (["--no_token", "--host", "::1"], None, None),
+    ],
+)
+def test_serve_chooses_a_token(
+    options: list[str],
+    environment: str | None,
+    expected: str | None,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("LLM2CLIP_TOKEN", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("LLM2CLIP_TOKEN", environment)
+    tokens: list[str | None] = []
+    monkeypatch.setattr("llm2clip.search.server.create_app", lambda *args, token, **kwargs: tokens.append(token))
+    monkeypatch.setattr("llm2clip.search.server.serve", lambda *args, **kwargs: None)
+    assert main(["serve", "--model", str(model_folder), *options]) == 0
+    (token,) = tokens
+    assert token is None if expected is None else re.fullmatch(expected, token or "")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--token", ""], "--token is empty"),
+        (["--token", "sécret"], "printable ASCII"),
+        (["--no_token", "--host", "0.0.0.0"], "--no_token is not allowed with --host 0.0.0.0"),
+        (["--no_token", "--token", "a"], "cannot be used together"),
+    ],
+)
+def test_serve_explains_wrong_token_options(
+    options: list[str], message: str, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--model", str(model_folder), "--port", "0", *options]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_serve_does_not_print_an_address_if_the_port_is_in_use(

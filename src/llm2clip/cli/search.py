@@ -75,8 +75,13 @@ def add(commands: Commands) -> None:
     sub.add_argument(
         "--token",
         type=str,
-        help="Token that requests must contain. Default: $LLM2CLIP_TOKEN or, if other machines can connect, a random "
-        "token.",
+        help="Token that requests must contain. Default: $LLM2CLIP_TOKEN, or else a random token. Other users of this "
+        "machine can see command-line arguments, but not environment variables.",
+    )
+    sub.add_argument(
+        "--no_token",
+        action="store_true",
+        help="Accept requests without a token. Only allowed if just this machine can connect.",
     )
     sub.add_argument("--batch_size", type=int, default=32, help="Maximum number of texts or images per forward pass.")
     sub.add_argument(
@@ -232,7 +237,6 @@ def _describe(query: Query) -> str:
 
 
 def _serve(args: Namespace) -> list[str]:
-    import secrets
     from concurrent.futures import ThreadPoolExecutor
     from urllib.parse import quote
 
@@ -250,10 +254,7 @@ def _serve(args: Namespace) -> list[str]:
     if model_name is None:
         raise ValueError("pass an index with --index, or a model with --model")
     is_local = args.host in LOOPBACK
-    token = args.token or os.environ.get("LLM2CLIP_TOKEN")
-    if token is None and not is_local:
-        token = secrets.token_urlsafe(24)
-
+    token = _choose_token(args.token, args.no_token, args.host, is_local)
     model_thread = ThreadPoolExecutor(1, "model")
     model = model_thread.submit(open_dual_encoder, model_name, precision=args.precision).result()
     app = create_app(
@@ -272,4 +273,22 @@ def _serve(args: Namespace) -> list[str]:
         print_once(f"Serving at {page}", f"API description: {address}openapi.json. Press Ctrl-C to stop.")
 
     serve(app, args.host, args.port, on_start=print_address)
-    return ["Server stopped; requests in progress were completed."]
+    return ["Server stopped."]
+
+
+def _choose_token(token: str | None, no_token: bool, host: str, is_local: bool) -> str | None:
+    """Return the token that requests must contain, or None if no token is required."""
+    import secrets
+
+    if no_token:
+        if token is not None:
+            raise ValueError("--token and --no_token cannot be used together")
+        if not is_local:
+            raise ValueError(
+                f"--no_token is not allowed with --host {host}, because other machines could read the indexed images. "
+                "Set a token with --token or LLM2CLIP_TOKEN, or leave out --host."
+            )
+        return None
+    if token == "":
+        raise ValueError("--token is empty. Leave it out to generate a token, or use --no_token to serve without one.")
+    return token or os.environ.get("LLM2CLIP_TOKEN") or secrets.token_urlsafe(24)

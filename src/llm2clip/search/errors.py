@@ -29,6 +29,7 @@ ERROR_TYPES = {
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     code: {"model": ErrorResponse, "description": description} for code, description in ERROR_TYPES.items()
 }
+MAX_MESSAGE_LENGTH = 1000  # characters; a message may contain parts of the request
 RETRY_SOON = {"Retry-After": "1"}  # seconds
 
 
@@ -82,4 +83,4 @@ async def _handle_validation_error(_: Request, error: Exception) -> Response:
     for problem in error.errors()[:3]:
         field = ".".join(str(part) for part in problem["loc"])
         problems.append(f"{field}: {problem['msg']}")
-    return error_response(422, printable("; ".join(problems)))
+    return error_response(422, printable("; ".join(problems))[:MAX_MESSAGE_LENGTH])

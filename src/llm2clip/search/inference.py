@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,6 +24,7 @@ from llm2clip.search.request_images import decode_data_uri, load_request_image
 from llm2clip.search.schemas import HitResponse, Limits, SearchRequest
 
 DECODE_THREADS = 2
+COUNT_SECONDS = 1.0  # maximum age of the cached number of images
 SEARCH_THREADS = 2  # a search scans all vectors, so more threads would only compete for memory bandwidth
 
 
@@ -52,6 +56,7 @@ class InferenceService:
         # Do not use the shared thread pool, because a search that timed out occupies its thread until the search ends.
         self._searchers = ThreadPoolExecutor(SEARCH_THREADS, "search")
         self._images_decoding = self._searches_waiting = 0
+        self._count, self._count_time, self._count_lock = 0, -math.inf, threading.Lock()
         self._create_metrics()
         self._text_batcher = self._batcher("text", lambda texts: model.encode_texts(texts).numpy())
         self._image_batcher = self._batcher("image", lambda images: model.encode_images(images).numpy())
@@ -90,11 +95,14 @@ class InferenceService:
         )
 
     async def close(self) -> None:
-        """Cancel all waiting texts, images and searches, and stop all threads."""
+        """Cancel all waiting texts, images and searches, and stop all threads that are idle.
+
+        A thread that is in use stops when it has finished its work. This method does not wait for it.
+        """
         await self._text_batcher.close()
         await self._image_batcher.close()
         for pool in (self._model_thread, self._decoders, self._searchers):
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
 
     async def embed_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Compute text embeddings, each float32 (D,).
@@ -175,8 +183,13 @@ class InferenceService:
         return self.backend
 
     def count_images(self) -> int:
-        """Return the number of images in the index. Without an index, return 0."""
-        return self.backend.count()[0] if self.backend else 0
+        """Return the number of images in the index, up to a second old. Without an index, return 0."""
+        if self.backend is None:
+            return 0
+        with self._count_lock:
+            if time.monotonic() - self._count_time > COUNT_SECONDS:
+                self._count, self._count_time = self.backend.count()[0], time.monotonic()
+            return self._count
 
 
 def _check_finite(vectors: list[np.ndarray], what: str) -> list[np.ndarray]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 
 from fastapi import HTTPException, Request
 from fastapi.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llm2clip.search.auth import Authenticator
+from llm2clip.search.batching import QueueFull
+from llm2clip.search.clients import ByteAllocation, ByteBudget, client_key
 from llm2clip.search.errors import RETRY_SOON, error_response
 from llm2clip.search.inference import InferenceService
+from llm2clip.search.schemas import Limits
 
-COOKIE = "llm2clip_token"
 # All other methods are counted as "other", because clients can send arbitrary method names.
 COUNTED_METHODS = ("GET", "POST", "HEAD", "OPTIONS")
+# A JSON value takes up to 100 times more memory than its text. Large requests consist of a few long strings.
+MAX_JSON_VALUES = 200_000
+PIECE_SIZE = 64 << 10  # bytes
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -28,16 +33,18 @@ SECURITY_HEADERS = {
 class RequestMiddleware:
     """ASGI middleware that checks every HTTP request and records metrics."""
 
-    def __init__(self, app: ASGIApp, service: InferenceService, token: str | None) -> None:
-        self.app, self.service, self.token = app, service, token
-        self.bytes_in_flight = 0  # total number of body bytes received for all requests in progress
+    def __init__(self, app: ASGIApp, service: InferenceService, auth: Authenticator | None) -> None:
+        self.app, self.service, self.auth = app, service, auth
+        self.budget = ByteBudget(service.limits.max_bytes_in_flight)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         start = time.perf_counter()
-        body, sender = _BodyReader(self, receive), _ResponseSender(send)
+        allocation = ByteAllocation(self.budget, client_key(scope.get("client")))
+        body = _BodyReader(Request(scope), receive, allocation, self.service.limits)
+        sender = _ResponseSender(scope, send, allocation)
         try:
             error = self._check(Request(scope))
             if error is None:
@@ -45,7 +52,7 @@ class RequestMiddleware:
             if error is not None:
                 await error(scope, receive, sender)
         finally:
-            self.bytes_in_flight -= body.size
+            allocation.release()
             self._record(scope, sender.status, time.perf_counter() - start)
 
     def _check(self, request: Request) -> Response | None:
@@ -56,10 +63,16 @@ class RequestMiddleware:
         """
         max_bytes = self.service.limits.max_body_bytes
         length = request.headers.get("content-length", "")
+        if length and "transfer-encoding" in request.headers:
+            # A proxy that uses the other header than this server would see the end of the request elsewhere.
+            message = "the request contains both Transfer-Encoding and Content-Length"
+            return error_response(400, message, {"Connection": "close"})
         if not self._is_authorized(request):
             message = "invalid token: send the header Authorization: Bearer TOKEN, or open /?token=TOKEN in a browser"
             return error_response(401, message, {"WWW-Authenticate": "Bearer"})
-        if request.headers.get("sec-fetch-site") == "cross-site" and request.scope["path"] != "/":
+        # "same-site" includes other ports of the same host, which are different servers.
+        is_other_site = request.headers.get("sec-fetch-site") in ("cross-site", "same-site")
+        if is_other_site and request.scope["path"] != "/":
             return error_response(403, "cross-site requests are not allowed")
         if length.isdigit() and int(length) > max_bytes:
             return error_response(
@@ -69,13 +82,9 @@ class RequestMiddleware:
 
     def _is_authorized(self, request: Request) -> bool:
         path = request.scope["path"]  # do not use request.url, because it depends on the Host header
-        if self.token is None or path == "/health":
+        if self.auth is None or path == "/health" or self.auth.is_authorized(request):
             return True
-        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-        candidates = [bearer if scheme.lower() == "bearer" else "", request.cookies.get(COOKIE, "")]
-        if path == "/":
-            candidates.append(request.query_params.get("token", ""))
-        return any(secrets.compare_digest(candidate.encode(), self.token.encode()) for candidate in candidates)
+        return path == "/" and self.auth.is_token(request.query_params.get("token", ""))
 
     async def _run_app(self, scope: Scope, body: _BodyReader, sender: _ResponseSender) -> Response | None:
         """Run the application for one request.
@@ -85,7 +94,8 @@ class RequestMiddleware:
         """
         timeout = self.service.limits.timeout
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(timeout) as timer:
+                sender.timer = timer
                 await self.app(scope, body, sender)
         except TimeoutError:
             if sender.started:
@@ -95,6 +105,8 @@ class RequestMiddleware:
             if sender.started:
                 raise
             return error_response(error.status_code, str(error.detail), dict(error.headers or {}))
+        finally:
+            sender.timer = None
         return None
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
@@ -115,39 +127,84 @@ class _BodyRejected(HTTPException):
 class _BodyReader:
     """Wraps `receive` and enforces size limits while a body arrives, because Content-Length may be missing or wrong."""
 
-    def __init__(self, middleware: RequestMiddleware, receive: Receive) -> None:
-        self._middleware, self._receive = middleware, receive
-        self.size = 0  # number of bytes received
+    def __init__(self, request: Request, receive: Receive, allocation: ByteAllocation, limits: Limits) -> None:
+        self._receive, self._allocation, self._limits = receive, allocation, limits
+        self._is_json = "json" in request.headers.get("content-type", "").lower()
+        self._size = 0  # number of bytes received
+        self._json_values = 0  # upper bound of the number of values received
 
     async def __call__(self) -> Message:
         message = await self._receive()
-        size = len(message.get("body", b""))
-        self.size += size
-        self._middleware.bytes_in_flight += size
-        limits = self._middleware.service.limits
-        if self.size > limits.max_body_bytes:
-            raise _BodyRejected(413, f"the request body is too large; the limit is {limits.max_body_bytes:,} bytes")
-        if self._middleware.bytes_in_flight > limits.max_bytes_in_flight:
-            raise _BodyRejected(
-                429, "the server is busy: the requests in progress are too large; try again later", RETRY_SOON
-            )
+        body = message.get("body", b"")
+        try:
+            self._allocation.add(len(body))
+        except QueueFull as error:
+            raise _BodyRejected(429, str(error), RETRY_SOON) from None
+        self._size += len(body)
+        max_bytes = self._limits.max_body_bytes
+        if self._size > max_bytes:
+            raise _BodyRejected(413, f"the request body is too large; the limit is {max_bytes:,} bytes")
+        if self._is_json:
+            self._json_values += body.count(b",") + body.count(b"[") + body.count(b"{")
+            if self._json_values > MAX_JSON_VALUES:
+                raise _BodyRejected(413, f"the JSON body has too many values; the limit is {MAX_JSON_VALUES:,}")
         return message
 
 
 class _ResponseSender:
-    """Wraps `send`, adds missing security headers to the response, and records the status of the response."""
+    """Wraps `send`, adds missing security headers to the response, and records the status of the response.
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    A large body is sent in small pieces, so that the server buffers only a few of them for a client that reads slowly.
+    """
+
+    def __init__(self, scope: Scope, send: Send, allocation: ByteAllocation) -> None:
+        self._scope, self._send, self._allocation = scope, send, allocation
+        self._start: Message | None = None  # not sent before the size of the body has been checked
+        self._is_rejected = False
         self.status, self.started = 500, False
+        # Stopped when the response starts, because the time for sending it depends on the client. `LimitedConnection`
+        # aborts the connection if the client does not read the response.
+        self.timer: asyncio.Timeout | None = None
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.status, self.started = message["status"], True
-            headers = list(message["headers"])
-            existing = {name.lower() for name, _ in headers}
-            for name, value in SECURITY_HEADERS.items():
-                if name.lower().encode() not in existing:
-                    headers.append((name.lower().encode(), value.encode()))
-            message["headers"] = headers
-        await self._send(message)
+            self._start = message
+        elif not self._is_rejected:
+            await self._send_body(message)
+
+    async def _send_body(self, message: Message) -> None:
+        body = message.get("body", b"")
+        if len(body) > PIECE_SIZE:
+            try:
+                self._allocation.add(len(body))
+            except QueueFull as error:
+                await self._reject(error)
+                return
+        if self._start is not None:
+            await self._send_start(self._start)
+        more_body = message.get("more_body", False)
+        for start in range(0, max(1, len(body)), PIECE_SIZE):
+            end = start + PIECE_SIZE
+            piece = {**message, "body": body[start:end], "more_body": more_body or end < len(body)}
+            await self._send(piece)
+
+    async def _send_start(self, message: Message) -> None:
+        self._start = None
+        self.status, self.started = message["status"], True
+        if self.timer is not None and not self.timer.expired():
+            self.timer.reschedule(None)
+        headers = list(message["headers"])
+        existing = {name.lower() for name, _ in headers}
+        for name, value in SECURITY_HEADERS.items():
+            if name.lower().encode() not in existing:
+                headers.append((name.lower().encode(), value.encode()))
+        await self._send({**message, "headers": headers})
+
+    async def _reject(self, error: QueueFull) -> None:
+        """Send an error response in place of the application's response."""
+        await error_response(429, str(error), RETRY_SOON)(self._scope, _receive_nothing, self)
+        self._is_rejected = True
+
+
+async def _receive_nothing() -> Message:
+    raise AssertionError("an error response does not read the request")

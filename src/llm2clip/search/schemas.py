@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from llm2clip.data.valid_text import is_valid_unicode
 from llm2clip.search.types import Filter, Hit
 
 DATA_URI_PREFIX = "data:image/"
 MAX_TEXT_LENGTH = 20_000  # characters
+MAX_CAPTION_FILTER_LENGTH, MAX_PATH_LENGTH = 500, 4096  # characters; filters compare these texts with every image
 MAX_TEXTS, MAX_IMAGES, MAX_TOP = 256, 16, 200  # maximum numbers of texts, images and results per request
 
 
@@ -21,13 +23,18 @@ class Limits:
 
     Args:
         max_body_bytes: Maximum size of a request body in bytes. Larger requests are rejected with status 413.
-        max_bytes_in_flight: Maximum total size in bytes of the request bodies that the server processes at the same
-            time. Requests that would exceed this size are rejected with status 429.
+        max_bytes_in_flight: Maximum total size in bytes of the request and response bodies in memory. A single client
+            address may use a quarter of it. Requests that would exceed this size are rejected with status 429, unless
+            they are smaller than 64 KB.
         max_pixels: Maximum number of pixels in an image. Larger images are rejected with status 413.
         max_queue: Maximum length of each of three queues: texts, images and searches. When a queue is full, requests
             that need it are rejected with status 429.
         timeout: Maximum duration of a request in seconds. Requests that take longer fail with status 504.
         batch_size: Maximum number of texts or images per forward pass.
+        max_connections: Maximum number of connections. When there are more, the server aborts a connection of the
+            client with the most connections.
+        idle_timeout: Maximum time in seconds that a connection waits for the client: for the headers of a request, or
+            for the client to read more of a response. After this time, the connection is aborted.
     """
 
     max_body_bytes: int = 32 << 20
@@ -36,6 +43,8 @@ class Limits:
     max_queue: int = 512
     timeout: float = 30.0
     batch_size: int = 32
+    max_connections: int = 512
+    idle_timeout: float = 10.0
 
 
 def _require_text(text: str) -> str:
@@ -77,13 +86,28 @@ class _StrictModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _stop_at_the_first_unknown_field(cls, data: Any) -> Any:
+        """Raise a single error, because pydantic itself creates an error object for each unknown field."""
+        if isinstance(data, dict):
+            for name in data:
+                if name not in cls.model_fields:
+                    details = {"name": repr(name[:50]), "fields": ", ".join(cls.model_fields)}
+                    raise PydanticCustomError("unknown_field", "unknown field {name}; the fields are {fields}", details)
+        return data
+
 
 class FilterRequest(_StrictModel):
     """Conditions that every search result must meet."""
 
-    path: AnyText | None = Field(default=None, description="folder, tar or file that contains the image")
+    path: AnyText | None = Field(
+        default=None, max_length=MAX_PATH_LENGTH, description="folder, tar or file that contains the image"
+    )
     caption: AnyText | None = Field(
-        default=None, description="text that at least one caption must contain, ignoring case"
+        default=None,
+        max_length=MAX_CAPTION_FILTER_LENGTH,
+        description="text that at least one caption must contain, ignoring case",
     )
     after: Time | None = Field(default=None, description="earliest time taken, in seconds since 1970")
     before: Time | None = Field(default=None, description="latest time taken, in seconds since 1970")
@@ -181,12 +205,12 @@ class EmbedResponse(BaseModel):
 
 
 class HealthResponse(BaseModel):
-    """Response of the health check."""
+    """Response of the health check. If the server requires a token, a request without it only receives the status."""
 
     status: Literal["ok"] = "ok"
-    model: str
-    dimensions: int
-    images: int
+    model: str | None = None
+    dimensions: int | None = None
+    images: int | None = None
 
 
 class ErrorBody(BaseModel):

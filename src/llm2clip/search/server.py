@@ -5,31 +5,34 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import secrets
+import os
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from fastapi import FastAPI, Request, UploadFile
-from fastapi.responses import FileResponse, RedirectResponse, Response
+from fastapi.responses import FileResponse, RedirectResponse, Response, StreamingResponse
 from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from llm2clip import __version__
-from llm2clip.data.image_header import readable_formats
+from llm2clip.data.image_header import open_header
+from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.search.auth import Authenticator
 from llm2clip.search.backends import Backend
 from llm2clip.search.build import check_model
 from llm2clip.search.errors import ERROR_RESPONSES, NotFound, add_error_handlers
 from llm2clip.search.inference import InferenceService
-from llm2clip.search.middleware import COOKIE, RequestMiddleware
+from llm2clip.search.middleware import PIECE_SIZE, RequestMiddleware
 from llm2clip.search.request_images import decode_data_uri
+from llm2clip.search.scan import file_stamp
 from llm2clip.search.schemas import (
     DATA_URI_PREFIX,
     MAX_IMAGES,
@@ -41,11 +44,12 @@ from llm2clip.search.schemas import (
     SearchRequest,
     SearchResponse,
 )
+from llm2clip.search.types import IndexedImage
 
 STATIC_FOLDER = Path(__file__).parent / "static"
 STATIC_FILES = ("page.css", "page.js")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
-COOKIE_MAX_AGE = 30 * 86400  # seconds
+SHUTDOWN_TIMEOUT = 8  # seconds; `docker stop` kills a process after 10 seconds
 API_ERRORS: dict[int | str, dict[str, Any]] = {code: ERROR_RESPONSES[code] for code in (400, 404, 422, 429, 504)}
 
 
@@ -63,16 +67,18 @@ def create_app(
         model: Model that encodes texts and images. If there is an index, it must have been built with this model.
         backend: Index to search. If None, the server only computes embeddings.
         limits: Resource limits for requests. Default: `Limits()`.
-        token: Token that every request except `/health` must contain. API clients send it in the header
-            `Authorization: Bearer TOKEN`. Browsers send it in a cookie, which is set by opening `/?token=TOKEN`. If
-            None, no token is required.
+        token: Token that every request must contain, except requests of `/health` for the status alone. API clients
+            send it in the header `Authorization: Bearer TOKEN`. In a browser, opening `/?token=TOKEN` starts a session
+            of 24 hours. If None, no token is required.
         hosts: Host names that are allowed in the Host header. If None, all host names are allowed. This check prevents
             DNS rebinding attacks, in which a website makes its own host name resolve to the address of this machine.
         model_thread: Single-threaded executor in which the model was loaded. See `InferenceService`.
 
     Raises:
-        ValueError: The index was built with a different model.
+        ValueError: The index was built with a different model, or the token is empty or contains characters other than
+            printable ASCII characters.
     """
+    auth = Authenticator(token) if token is not None else None
     if backend is not None:
         check_model(backend.metadata(), model)
     service = InferenceService(model, backend, limits or Limits(), model_thread)
@@ -89,16 +95,16 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # FastAPI's documentation pages load scripts from external sites
         redoc_url=None,
-        responses={code: ERROR_RESPONSES[code] for code in ((401, 413) if token else (413,))},
+        responses={code: ERROR_RESPONSES[code] for code in ((401, 413) if auth else (413,))},
     )
     app.state.service = service
-    _add_status_routes(app, service)
+    _add_status_routes(app, service, auth)
     _add_search_route(app, service)
     _add_embedding_routes(app, service)
     _add_image_routes(app, service)
-    _add_page_routes(app, token)
+    _add_page_routes(app, auth)
     add_error_handlers(app)
-    app.add_middleware(RequestMiddleware, service=service, token=token)
+    app.add_middleware(RequestMiddleware, service=service, auth=auth)
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     return app
@@ -107,7 +113,7 @@ def create_app(
 def serve(app: FastAPI, host: str, port: int, on_start: Callable[[int], None] = lambda port: None) -> None:
     """Serve an application until the process receives SIGINT or SIGTERM.
 
-    Before the server stops, it completes the requests in progress, for up to 30 seconds.
+    Before the server stops, it completes the requests in progress, for up to 8 seconds.
 
     Args:
         app: Application, from `create_app`.
@@ -117,6 +123,8 @@ def serve(app: FastAPI, host: str, port: int, on_start: Callable[[int], None] = 
     """
     import uvicorn
 
+    from llm2clip.search.connections import limited_connection
+
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
@@ -124,16 +132,25 @@ def serve(app: FastAPI, host: str, port: int, on_start: Callable[[int], None] = 
                 on_start(self.servers[0].sockets[0].getsockname()[1])
 
     config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30, server_header=False
+        app,
+        host=host,
+        port=port,
+        http=limited_connection(app.state.service.limits),
+        ws="none",
+        log_level="warning",
+        timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
+        server_header=False,
     )
     with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has handled SIGINT
         Server(config).run()
 
 
-def _add_status_routes(app: FastAPI, service: InferenceService) -> None:
-    @app.get("/health")
-    async def health() -> HealthResponse:
-        """Return the model name, the embedding dimension, and the number of indexed images."""
+def _add_status_routes(app: FastAPI, service: InferenceService, auth: Authenticator | None) -> None:
+    @app.get("/health", response_model_exclude_none=True)
+    async def health(request: Request) -> HealthResponse:
+        """Return the status and, if the request is authorized, the model name, dimension, and number of images."""
+        if auth is not None and not auth.is_authorized(request):
+            return HealthResponse()
         model = service.model
         images = await run_in_threadpool(service.count_images)
         return HealthResponse(model=Path(model.name).name, dimensions=model.embed_dim, images=images)
@@ -214,37 +231,65 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
     @app.get("/image/{hit_id}", response_class=Response, responses=API_ERRORS)
     async def image(hit_id: str) -> Response:
         """Return the original image file of a hit."""
-        data, media_type = await run_in_threadpool(_read_original, service.require_backend(), hit_id)
+        stream, media_type = await run_in_threadpool(_open_original, service.require_backend(), hit_id)
         headers = {"Content-Security-Policy": "default-src 'none'; sandbox"}
-        return Response(data, media_type=media_type, headers=headers)
+        if isinstance(stream, io.BytesIO):  # a table cell
+            return Response(stream.getvalue(), media_type=media_type, headers=headers)
+        size = stream.seek(0, os.SEEK_END)
+        headers["Content-Length"] = str(size)
+        return StreamingResponse(_read_pieces(stream, size), media_type=media_type, headers=headers)
 
 
-def _read_original(backend: Backend, hit_id: str) -> tuple[bytes, str]:
-    """Return the bytes and the media type of a hit's image file.
+def _open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
+    """Open the image file of a hit, and return the stream and the media type.
 
-    If the hit has several files, the first file that is still a readable image is used.
+    If the hit has several files, the first file that has not changed since it was indexed is used.
     """
     for image in backend.images(hit_id):
         try:
-            data = image.ref.read()
-            # The file may have been replaced since it was indexed, so check that it is still an image.
-            with Image.open(io.BytesIO(data), formats=readable_formats()) as header:
-                media_type = Image.MIME.get(header.format or "", "application/octet-stream")
-        except Exception:
+            stream = _open_unchanged(image)
+            header = open_header(stream)
+        except Exception:  # Pillow can raise almost any exception for a damaged header
             continue
+        media_type = Image.MIME.get(header.format or "", "")
         if media_type.startswith("image/"):
-            return data, media_type
-    raise NotFound(f"the index contains no image with id {hit_id}, or the image file no longer exists")
+            return stream, media_type
+    raise NotFound(
+        f"the index contains no image with id {hit_id}, or the image file has been changed or removed since it was "
+        "indexed"
+    )
 
 
-def _add_page_routes(app: FastAPI, token: str | None) -> None:
+def _open_unchanged(image: IndexedImage) -> BinaryIO:
+    """Open an image.
+
+    Raises:
+        FileNotFoundError: The file no longer exists, or another file has its name.
+    """
+    path = image.ref.container_path or ""
+    if file_stamp(os.stat(path)) != image.stamp:  # checked first, because opening a named pipe would block
+        raise FileNotFoundError(f"{path} has changed since it was indexed")
+    stream = image.ref.open()
+    if isinstance(image.ref, FileImage) and file_stamp(os.fstat(stream.fileno())) != image.stamp:
+        raise FileNotFoundError(f"{path} has changed since it was indexed")
+    return stream
+
+
+async def _read_pieces(stream: BinaryIO, size: int) -> AsyncIterator[bytes]:
+    """Read a stream of a given size from its start, in pieces."""
+    with stream:
+        stream.seek(0)
+        for start in range(0, size, PIECE_SIZE):
+            yield await run_in_threadpool(stream.read, min(PIECE_SIZE, size - start))
+
+
+def _add_page_routes(app: FastAPI, auth: Authenticator | None) -> None:
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
-        """Return the search page. If the URL contains the token, set the cookie and redirect to the page."""
-        url_token = request.query_params.get("token")
-        if token is not None and url_token is not None and secrets.compare_digest(url_token.encode(), token.encode()):
+        """Return the search page. If the URL contains the token, start a session and redirect to the page."""
+        if auth is not None and auth.is_token(request.query_params.get("token", "")):
             response = RedirectResponse("/", 303)
-            response.set_cookie(COOKIE, token, httponly=True, samesite="strict", max_age=COOKIE_MAX_AGE)
+            auth.start_session(request, response)
             return response
         return FileResponse(STATIC_FOLDER / "index.html")
 

@@ -1,0 +1,69 @@
+"""Identity of clients, and a limit on the memory that each client's requests and responses may take."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import Counter
+
+from llm2clip.search.batching import QueueFull
+
+ALWAYS_ACCEPTED = 64 << 10  # bytes; smaller bodies are accepted even if the budget is exhausted
+
+
+def client_key(address: tuple[str, int] | None) -> str:
+    """Return the string that identifies a client: its IP address without the port, or its IPv6 /64 network.
+
+    An IPv6 client usually has a /64 network, so it could send each request from another address.
+    """
+    if address is None:
+        return ""
+    host = address[0]
+    if ":" not in host:
+        return host
+    try:
+        return str(ipaddress.IPv6Network((host.partition("%")[0], 64), strict=False))
+    except ValueError:
+        return host
+
+
+class ByteBudget:
+    """Limits the number of bytes that bodies take at the same time, in total and for each client."""
+
+    def __init__(self, max_bytes: int) -> None:
+        """
+        Args:
+            max_bytes: Maximum number of bytes in total. Each client may use a quarter of it.
+        """
+        self.max_bytes, self.max_bytes_per_client = max_bytes, max_bytes // 4
+        self.total = 0
+        self.by_client: Counter[str] = Counter()
+
+
+class ByteAllocation:
+    """The part of a byte budget that one request uses."""
+
+    def __init__(self, budget: ByteBudget, client: str) -> None:
+        self._budget, self._client = budget, client
+        self.size = 0
+
+    def add(self, size: int) -> None:
+        """Count additional bytes.
+
+        Raises:
+            QueueFull: The budget is exhausted, or the client uses more than its part.
+        """
+        budget = self._budget
+        self.size += size
+        budget.total += size
+        budget.by_client[self._client] += size
+        is_exhausted = budget.total > budget.max_bytes or budget.by_client[self._client] > budget.max_bytes_per_client
+        if is_exhausted and self.size > ALWAYS_ACCEPTED:
+            raise QueueFull("the server is busy: the requests in progress are too large; try again later")
+
+    def release(self) -> None:
+        """Return all bytes to the budget."""
+        self._budget.total -= self.size
+        self._budget.by_client[self._client] -= self.size
+        if not self._budget.by_client[self._client]:
+            del self._budget.by_client[self._client]
+        self.size = 0

@@ -1,0 +1,86 @@
+"""HTTP connections with limits on their number and on how long they may wait for the client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from llm2clip.search.clients import client_key
+from llm2clip.search.schemas import Limits
+
+
+class LimitedConnection(H11Protocol):
+    """A uvicorn connection that is aborted if it waits too long for the client, or if there are too many connections.
+
+    A timer runs while the server waits for complete request headers, and while a response cannot be sent because the
+    client does not read it. `RequestMiddleware` limits the third wait, for the body of a request. A connection is
+    aborted rather than closed, because a transport closes only after the client has read all buffered data.
+    """
+
+    limits: Limits
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._timer: asyncio.TimerHandle | None = None
+        self._start_time = self.loop.time()
+        self._client_key = client_key(self.client)
+        self._update_timer()
+        if len(self.connections) > self.limits.max_connections:
+            self._abort_one_connection()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_timer()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._update_timer()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._update_timer()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._update_timer()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._update_timer()
+
+    def _is_idle(self) -> bool:
+        """Return whether no request is in progress."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _update_timer(self) -> None:
+        """Start the timer if the server begins to wait for the client, and stop it if the wait is over."""
+        if not (self._is_idle() or self.flow.write_paused):
+            self._stop_timer()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self.limits.idle_timeout, self.transport.abort)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _abort_one_connection(self) -> None:
+        """Abort a connection of the client with the most connections: its oldest idle one, or else its oldest one.
+
+        This connection is itself idle, so it is aborted if all other connections of the same client are in use.
+        """
+        by_client: dict[str, list[Any]] = defaultdict(list)
+        for connection in self.connections:
+            by_client[connection._client_key].append(connection)
+        largest = max(by_client.values(), key=len)
+        connection = min(largest, key=lambda connection: (not connection._is_idle(), connection._start_time))
+        self.connections.discard(connection)  # uvicorn does this later, and another connection may be made before
+        connection.transport.abort()
+
+
+def limited_connection(limits: Limits) -> type[LimitedConnection]:
+    """Return a connection class with the given limits, for uvicorn's setting `http`."""
+    return type("LimitedConnection", (LimitedConnection,), {"limits": limits})
