@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from typing import Any
+from typing import cast
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -72,8 +72,8 @@ class LimitedConnection(H11Protocol):
 
         This connection is itself idle, so it is aborted if all other connections of the same client are in use.
         """
-        by_client: dict[str, list[Any]] = defaultdict(list)
-        for connection in self.connections:
+        by_client: dict[str, list[LimitedConnection]] = defaultdict(list)
+        for connection in cast(set[LimitedConnection], self.connections):
             by_client[connection._client_key].append(connection)
         largest = max(by_client.values(), key=len)
         connection = min(largest, key=lambda connection: (not connection._is_idle(), connection._start_time))

@@ -1,0 +1,325 @@
+"""Measure how a server responds to an honest client while eight hostile clients attack it.
+
+    python benchmarks/hostile_clients.py [--minutes 10] [--index INDEX] [--hostile 8] [--only scan_bomb key_bomb ...]
+
+The honest client sends 5 requests per second: text searches, searches with a caption filter, small images and
+thumbnails. Its latencies count from the time at which a request was due, so a server that stops for a while is not
+measured less often. It first runs alone for 20 seconds, and then together with the hostile clients. Each hostile client
+is a process with its own loopback address, which knows the token and runs all attacks at the same time. At the end, the
+server is stopped with SIGTERM during the attacks.
+
+By default, the model is the tiny random model of the tests, and the index contains 20,000 images with 5 captions each,
+of which one is a file of 23 MB. With `--index`, the honest client needs images with the ids 1 to 20.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import http.client
+import io
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.context import SpawnContext, SpawnProcess
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+TOKEN = "benchmark"
+RATE = 5  # requests per second of the honest client
+BASELINE_SECONDS = 20
+IMAGES, CAPTIONS = 20_000, 5
+WORDS = "a red dog and an old man play in the snow behind a small blue house near the street"
+HEAD = f"Host: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
+JSON = "Content-Type: application/json\r\n"
+HONEST_HEADERS = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
+
+
+# ---- hostile clients ------------------------------------------------------------------------------------------------
+
+
+class Attacker:
+    """A hostile client, which sends requests from one loopback address."""
+
+    def __init__(self, port: int, number: int) -> None:
+        self.port, self.address = port, f"127.0.0.{number + 2}"  # the honest client has 127.0.0.1
+
+    async def send(self, head: str, body: bytes = b"", read: bool = True) -> None:
+        """Send a request on a new connection, and wait until the server has responded or closed the connection.
+
+        If `read` is false, do not read the response: wait until the server resets the connection.
+        """
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", self.port, local_addr=(self.address, 0), limit=1 << 12
+        )
+        try:
+            writer.write(head.encode() + body)
+            await writer.drain()
+            while read and await reader.read(1 << 16):
+                pass
+            while not read and not writer.transport.is_closing():
+                await asyncio.sleep(0.1)
+        finally:
+            writer.transport.abort()
+
+    async def post(self, path: str, body: bytes, headers: str = JSON) -> None:
+        length = f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        await self.send(f"POST {path} HTTP/1.1\r\n{HEAD}{headers}{length}", body)
+
+    async def scan_bomb(self) -> None:
+        """Send a JPEG of 400 KB that takes more than 10 seconds to decode."""
+        await self.post("/embed", json.dumps({"input": data_uri(SCAN_BOMB)}).encode())
+
+    async def key_bomb(self) -> None:
+        """Send 4.8 MB of unknown fields."""
+        await self.post("/search", b"{" + b",".join([b'"1f":0'] * 700_000) + b"}")
+
+    async def caption_filter(self) -> None:
+        """Search with a caption filter that is slow to compare: the longest one that the server accepts."""
+        query = {"texts": ["a"], "top": 200, "filter": {"caption": "ß" * 500, "path": "/" + "x/" * 2000}}
+        await self.post("/search", json.dumps(query).encode())
+        await self.post("/search", json.dumps({"texts": ["a"], "filter": {"caption": "ß" * 20_000}}).encode())
+
+    async def oversized_body(self) -> None:
+        """Send the largest body that the server accepts, and then one that is too large and has no length."""
+        await self.post("/embed", b'{"input": "' + b"a" * ((32 << 20) - 1000))
+        chunk = b"%x\r\n" % (1 << 20) + bytes(1 << 20) + b"\r\n"
+        head = f"POST /embed HTTP/1.1\r\n{HEAD}{JSON}Transfer-Encoding: chunked\r\n\r\n"
+        await self.send(head, chunk * 40)
+
+    async def unfinished_body(self) -> None:
+        """Send all but one byte of a body."""
+        head = f"POST /embed HTTP/1.1\r\n{HEAD}{JSON}Content-Length: {32 << 20}\r\n\r\n"
+        await self.send(head, bytes((32 << 20) - 1))
+
+    async def slow_reader(self) -> None:
+        """Request the largest image, and do not read the response."""
+        await self.send(f"GET /image/1 HTTP/1.1\r\n{HEAD}\r\n", read=False)
+
+    async def slow_headers(self) -> None:
+        """Send half of the headers of a request."""
+        await self.send(f"GET /health HTTP/1.1\r\n{HEAD}")
+
+
+# Number of connections of each hostile client, by attack.
+ATTACKS: dict[str, int] = {
+    "scan_bomb": 2,
+    "key_bomb": 1,
+    "caption_filter": 2,
+    "oversized_body": 1,
+    "unfinished_body": 2,
+    "slow_reader": 20,
+    "slow_headers": 100,
+}
+
+
+def run_attacker(port: int, number: int, names: list[str]) -> None:
+    """Run the attacks of one hostile client until the process is terminated."""
+
+    async def repeat(attack: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await attack()
+            except OSError:
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)
+
+    async def run() -> None:
+        attacker = Attacker(port, number)
+        loops = [repeat(getattr(attacker, name)) for name in names for _ in range(ATTACKS[name])]
+        await asyncio.gather(*loops)
+
+    asyncio.run(run())
+
+
+def make_scan_bomb(scans: int = 4000, side: int = 7000) -> bytes:
+    """Return a progressive JPEG whose many scans all encode that nothing changes."""
+    stream = io.BytesIO()
+    Image.new("L", (side, side)).save(stream, "JPEG", progressive=True)
+    data = stream.getvalue()
+    # A scan of the coefficients 1 to 63 with a Huffman table in which each code is one bit long and means the end of a
+    # run of 2**14 blocks (symbol 0xE0, followed by 14 bits).
+    table = bytes([0xFF, 0xC4, 0, 20, 0x10, 1, *[0] * 15, 0xE0])
+    header = bytes([0xFF, 0xDA, 0, 8, 1, 1, 0x00, 1, 63, 0x00])
+    blocks = ((side + 7) // 8) ** 2
+    bits = ""
+    while blocks > 0:
+        run = min(blocks, (1 << 15) - 1)
+        bits += "0" + format(max(0, run - (1 << 14)), "014b")
+        blocks -= max(run, 1 << 14)
+    bits += "1" * (-len(bits) % 8)
+    coded = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\x00")
+    first_scan = data.index(b"\xff\xda")
+    second_scan = min(data.index(marker, first_scan + 2) for marker in (b"\xff\xc4", b"\xff\xda"))
+    return data[:second_scan] + (table + header + coded) * scans + b"\xff\xd9"
+
+
+def data_uri(data: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+
+
+SCAN_BOMB = make_scan_bomb()
+
+
+# ---- honest client --------------------------------------------------------------------------------------------------
+
+
+class HonestClient:
+    """A client that sends RATE requests per second, and records latencies in seconds and errors."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.latencies: list[float] = []
+        self.errors: Counter[str] = Counter()
+        stream = io.BytesIO()
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (240, 320, 3), np.uint8)).save(stream, "JPEG")
+        image = json.dumps({"input": data_uri(stream.getvalue())})
+        search, filtered = {"texts": ["a red dog"]}, {"texts": ["a red dog"], "filter": {"caption": "dog"}}
+        self.requests = [
+            ("POST", "/search", json.dumps(search)),
+            ("POST", "/search", json.dumps(filtered)),
+            ("POST", "/embed", image),
+            ("GET", "/thumbnail/2", None),
+        ]
+
+    def run(self, seconds: float) -> None:
+        """Send requests for some time, and wait for their responses."""
+        with ThreadPoolExecutor(200) as pool:
+            start = time.perf_counter()
+            for n in range(round(seconds * RATE)):
+                due = start + n / RATE
+                time.sleep(max(0.0, due - time.perf_counter()))
+                pool.submit(self.request, due, *self.requests[n % len(self.requests)])
+
+    def request(self, due: float, method: str, path: str, body: str | None) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(method, path, body, HONEST_HEADERS)
+            response = connection.getresponse()
+            response.read()
+            if response.status != 200:
+                self.errors[str(response.status)] += 1
+        except (OSError, http.client.HTTPException) as error:
+            self.errors[type(error).__name__] += 1
+        finally:
+            connection.close()
+        self.latencies.append(time.perf_counter() - due)
+
+    def summary(self) -> str:
+        milliseconds = [1000 * latency for latency in self.latencies]
+        errors = ", ".join(f"{kind}: {count}" for kind, count in self.errors.items()) or "none"
+        return (
+            f"{len(milliseconds)} | {statistics.median(milliseconds):.0f} | "
+            f"{statistics.quantiles(milliseconds, n=20)[-1]:.0f} | {max(milliseconds):.0f} | {errors}"
+        )
+
+
+# ---- server ---------------------------------------------------------------------------------------------------------
+
+
+def make_default_index(folder: Path) -> Path:
+    """Create a tiny model and an index with random vectors, and return the index folder."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from llm2clip.data.image_refs import FileImage
+    from llm2clip.models.dual_encoder import open_dual_encoder
+    from llm2clip.search.types import IndexedContent, IndexedImage
+    from search_fixtures import make_index, make_model
+
+    model = open_dual_encoder(str(make_model(folder)))
+    photos = folder / "photos"
+    photos.mkdir()
+    Image.new("RGB", (3200, 2400), "red").save(photos / "large.bmp")
+    index = make_index(folder / "index", photos, model)
+    thumbnail = index.thumbnail("1")
+    assert thumbnail is not None
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((IMAGES, model.embed_dim)).astype(np.float16)
+    vectors /= np.linalg.norm(vectors.astype(np.float32), axis=1, keepdims=True).astype(np.float16)
+    contents, images, words = [], [], WORDS.split()
+    for n in range(IMAGES):
+        digest = n.to_bytes(32, "big")
+        contents.append(IndexedContent(digest, vectors[n], thumbnail, 640, 480))
+        captions = tuple(" ".join(rng.choice(words, 12)) for _ in range(CAPTIONS))
+        name = f"/photos/{n}.jpg"
+        images.append((IndexedImage(name, FileImage(name), "/photos", "0 0", captions), digest))
+    index.add(contents, images)
+    return folder / "index"
+
+
+def start_server(index: str) -> tuple[subprocess.Popen[str], int]:
+    """Start a server, and return its process and port."""
+    command = [sys.executable, "-m", "llm2clip", "serve", "--index", index, "--port", "0", "--precision", "fp32"]
+    environment = {**os.environ, "LLM2CLIP_TOKEN": TOKEN}
+    # Error messages of the server must not fill a pipe that nobody reads.
+    server = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert server.stdout is not None
+    for line in server.stdout:
+        if match := re.match(r"Serving at http://127.0.0.1:(\d+)/", line):
+            threading.Thread(target=server.stdout.read, daemon=True).start()
+            return server, int(match[1])
+    raise SystemExit(f"the server stopped with exit status {server.wait()}")
+
+
+def peak_memory_mb(pid: int) -> float:
+    """Return the peak memory (RSS) of a process in MB."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10, help="duration of the attacks")
+    parser.add_argument("--index", help="index folder (default: a random index with a tiny model)")
+    parser.add_argument("--hostile", type=int, default=8, help="number of hostile clients")
+    parser.add_argument("--only", nargs="+", choices=list(ATTACKS), default=list(ATTACKS), help="attacks to run")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        server, port = start_server(args.index or str(make_default_index(Path(folder))))
+        context = SpawnContext()
+        attackers = [
+            context.Process(target=run_attacker, args=(port, number, args.only), daemon=True)
+            for number in range(args.hostile)
+        ]
+        try:
+            measure(server, port, attackers, 60 * args.minutes)
+        finally:
+            server.kill()
+            for attacker in attackers:
+                if attacker.pid is not None:
+                    attacker.kill()
+
+
+def measure(server: subprocess.Popen[str], port: int, attackers: list[SpawnProcess], seconds: float) -> None:
+    """Print the honest client's latencies without and with the attacks, the peak memory, and the time to stop."""
+    print("| attacks | requests | median, ms | p95, ms | maximum, ms | errors |")
+    print("|---|---|---|---|---|---|")
+    alone, attacked = HonestClient(port), HonestClient(port)
+    alone.run(BASELINE_SECONDS)
+    print(f"| no | {alone.summary()} |", flush=True)
+    memory_before = peak_memory_mb(server.pid)
+    for attacker in attackers:
+        attacker.start()
+    attacked.run(seconds)
+    print(f"| yes | {attacked.summary()} |\n")
+    print(f"peak memory of the server: {memory_before:.0f} MB before, {peak_memory_mb(server.pid):.0f} MB after")
+    start = time.perf_counter()
+    server.send_signal(signal.SIGTERM)
+    server.wait(600)
+    print(f"the server stopped {time.perf_counter() - start:.1f} seconds after SIGTERM")
+
+
+if __name__ == "__main__":
+    main()
