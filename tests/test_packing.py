@@ -1,4 +1,4 @@
-"""Packed attention: gradients, the memory that the backward pass needs, and synchronisations with the device."""
+"""Packed batches and packed attention: model inputs, pooling, gradients, and the memory of the backward pass."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from sentence_transformers.sentence_transformer.modules import Pooling
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm2clip.models.packing import first_token_indices, pack_batch, packed_attention
+from llm2clip.models.packing import first_token_indices, pack_batch, packed_attention, remove_prompts
 
 HEADS, KEY_HEADS, HEAD_DIM = 4, 2, 8
 
@@ -72,6 +73,28 @@ def test_packed_attention_backward_is_linear_in_number_of_lengths() -> None:
         return (elements.count - 8 * scores) / sum(lengths)
 
     assert elements_per_token(64) < 1.5 * elements_per_token(1)
+
+
+def test_pack_batch_inputs() -> None:
+    batch = pack_batch([[5, 6, 7], [8], [9, 10]], "packed", torch.device("cpu"))
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert batch["seq_idx"].tolist() == [[0, 0, 0, 1, 2, 2]]
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 3, 4, 6]
+    assert batch["max_length_q"] == batch["max_length_k"] == 3
+    assert batch["cu_seq_lens_q"].dtype == torch.int32 and batch["input_ids"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("prompt_length", [1, 2, 3])
+def test_pooling_without_prompts_equals_sentence_transformers(prompt_length: int) -> None:
+    """Captions that consist of their prompt, or of a part of it, have a zero embedding."""
+    pooling = Pooling(8, "mean", include_prompt=False)
+    batch = pack_batch([[1, 2, 3, 4, 5], [1, 2], [1, 2, 3, 4], [1, 2, 3]], "packed", torch.device("cpu"))
+    batch |= {"token_embeddings": torch.randn(1, 14, 8), "prompt_length": prompt_length}
+    expected = pooling(dict(batch))["sentence_embedding"]
+    remove_prompts(batch)
+    assert "prompt_length" not in batch
+    assert torch.equal(pooling(batch)["sentence_embedding"], expected)
 
 
 def test_first_token_indices_of_packed_batch() -> None:

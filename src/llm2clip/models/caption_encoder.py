@@ -28,7 +28,7 @@ from llm2clip.models.latent_attention import LatentAttentionPooling
 from llm2clip.models.length_batching import TokenizedTexts, default_encoding_tokens
 from llm2clip.models.llm_layers import is_encoder_only, set_bidirectional, truncate_layers
 from llm2clip.models.loading import hide_loading_bars
-from llm2clip.models.packing import PACKED, can_pack, pack_batch
+from llm2clip.models.packing import PACKED, can_pack, copy_to_device, pack_batch, remove_prompts
 from llm2clip.models.precision import autocast_precision, cast_linear_weights, parse_precision
 from llm2clip.models.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.models.sentence_transformer import open_sentence_transformer, truncate_embeddings
@@ -246,7 +246,7 @@ class CaptionEncoder(nn.Module):
             batch = pack_batch(ids, self.attention, self.device)
         else:
             padded = self.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt")
-            batch = {name: padded[name].to(self.device) for name in ("input_ids", "attention_mask")}
+            batch = {name: copy_to_device(padded[name], self.device) for name in ("input_ids", "attention_mask")}
         if prompt_length is None:
             prompt_length = self.prompt_length(self.prefix)
         if prompt_length:
@@ -307,11 +307,26 @@ class CaptionEncoder(nn.Module):
                 rows_with_tokens = [row for row in rows if len(tokens.ids[row])]
                 if rows_with_tokens:
                     batch = self.collate([tokens.ids[row] for row in rows_with_tokens], prompt_length)
-                    on_device.append((rows_with_tokens, self.st(batch)["sentence_embedding"].float()))
+                    on_device.append((rows_with_tokens, self._encode_batch(batch).float()))
                 if sum(len(rows) for rows, _ in on_device) >= MAX_EMBEDDINGS_ON_DEVICE:
                     _move_to_cpu(on_device, embeddings)
                 bar.update(len(rows))
             _move_to_cpu(on_device, embeddings)
+        return embeddings
+
+    def _encode_batch(self, batch: dict[str, Any]) -> Tensor:
+        """Return the embeddings (B, embed_dim) of a batch from `collate`, as `self.st` does.
+
+        Unlike `self.st`, this method does not wait for the GPU if mean pooling excludes the prompts.
+        """
+        llm, pooling, *modules = self.st
+        features = llm(batch)
+        excludes_prompt = "prompt_length" in features and not pooling.include_prompt
+        if excludes_prompt and "caption_lengths" in features and pooling.pooling_mode == "mean":
+            remove_prompts(features)
+        for module in (pooling, *modules):
+            features = module(features)
+        embeddings: Tensor = features["sentence_embedding"]
         return embeddings
 
     def move_for_encoding(self, device: str | torch.device, precision: str) -> None:

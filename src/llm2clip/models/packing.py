@@ -14,9 +14,10 @@ still attend to the tokens of other captions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -40,18 +41,32 @@ def pack_batch(ids: Sequence[Sequence[int]], attention: str, device: torch.devic
     Returns:
         A dict of keyword arguments for the model. input_ids and position_ids are (1, T) int64. cu_seq_lens_q and
         cu_seq_lens_k contain the cumulative caption lengths, (B + 1,) int32, and max_length_q and max_length_k are the
-        maximum caption length, as transformers' flash attention expects. For `packed`, caption_lengths is the list of
-        caption lengths, and attention_mask is a dummy 4-dimensional mask, which prevents transformers from building a
-        (T, T) mask.
+        maximum caption length, as transformers' flash attention expects. seq_idx contains the caption of each token,
+        (1, T) int64. Without it, sentence-transformers' pooling would wait for the GPU to count the tokens. For
+        `packed`, caption_lengths is the list of caption lengths, and attention_mask is a dummy 4-dimensional mask,
+        which prevents transformers from building a (T, T) mask.
     """
     lengths = [len(row) for row in ids]
-    tokens = [token for row in ids for token in row]
-    boundaries = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    total = sum(lengths)
+    boundaries = np.cumsum([0, *lengths])
+    # All inputs are copied to the device in a single copy.
+    host = np.concatenate(
+        [
+            np.fromiter(chain.from_iterable(ids), np.int64, total),
+            np.arange(total) - np.repeat(boundaries[:-1], lengths),
+            np.repeat(np.arange(len(lengths)), lengths),
+            boundaries,
+        ]
+    )
+    copied = copy_to_device(torch.from_numpy(host), device)
+    tokens, positions, captions, starts = copied.split([total, total, total, len(boundaries)])
+    starts = starts.to(torch.int32)
     batch: dict[str, Any] = {
-        "input_ids": torch.tensor([tokens], dtype=torch.long, device=device),
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device),
-        "cu_seq_lens_q": boundaries,
-        "cu_seq_lens_k": boundaries,
+        "input_ids": tokens[None],
+        "position_ids": positions[None],
+        "seq_idx": captions[None],
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
     }
@@ -59,6 +74,37 @@ def pack_batch(ids: Sequence[Sequence[int]], attention: str, device: torch.devic
         batch["caption_lengths"] = lengths
         batch["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
     return batch
+
+
+def remove_prompts(features: dict[str, Any]) -> None:
+    """Remove the states of the prompts' tokens from a packed batch, in place, before mean pooling.
+
+    sentence-transformers' pooling can exclude prompts as well, but it waits for the GPU to find their tokens.
+
+    Args:
+        features: output of the LLM, with the entries of `pack_batch` and `prompt_length`, the number of tokens to
+            remove at the start of each caption. This entry is removed.
+    """
+    prompt_length = features.pop("prompt_length")
+    lengths = np.array(features["caption_lengths"])
+    new_lengths = np.maximum(lengths - prompt_length, 0)
+    captions = np.repeat(np.arange(len(lengths)), new_lengths)
+    new_boundaries = np.cumsum([0, *new_lengths])
+    # Number of tokens that are removed before each remaining token.
+    removed = np.cumsum(lengths - new_lengths)[captions]
+    indices = np.arange(len(captions)) + removed
+    host = torch.from_numpy(np.concatenate([indices, captions, new_boundaries]))
+    states = features["token_embeddings"]  # (1, T, D)
+    copied = copy_to_device(host, states.device)
+    token_indices, caption_indices, starts = copied.split([len(indices), len(captions), len(new_boundaries)])
+    features["token_embeddings"] = states[:, token_indices]
+    features["seq_idx"] = caption_indices[None]
+    features["cu_seq_lens_q"] = starts.to(torch.int32)
+
+
+def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to a device. The host does not wait for a copy to a GPU, so it can prepare the next batch."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def can_pack(llm: Any) -> bool:
@@ -138,7 +184,7 @@ def packed_attention(
             key,
             value,
             boundaries=kwargs["cu_seq_lens_q"],
-            max_length=max(caption_lengths),
+            max_length=kwargs["max_length_q"],
             is_causal=is_causal,
             sliding_window=sliding_window,
             scaling=kwargs.get("scaling"),

@@ -17,6 +17,7 @@ several images share a text, that text is not a negative for any of these images
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def info_nce(
         image_of_text: Index of each text's image, int64 (M,), ascending. Every image must have at least one text. If
             None, text i belongs to image i.
         text_ids: Ids of the texts, int64 (M,). Identical texts must have equal ids. If None, all texts are treated as
-            distinct.
+            distinct, and the host does not wait for the GPU to find identical ids. All ranks must agree.
         gather: Use the texts and images of all ranks as negatives. All ranks must then call this function.
 
     Returns:
@@ -288,8 +289,7 @@ class _ImageTextLayout:
         self.image_of_text = image_of_text
         self.all_image_of_text = self.text_gather.gather(image_of_text + self.image_gather.offset)
         self.weights = self.text_gather.gather(_text_weights(image_of_text, images))
-        # Image i has texts text_starts[i] to text_starts[i + 1] - 1.
-        self.text_starts = torch.searchsorted(image_of_text, torch.arange(images + 1, device=device)).tolist()
+        self.images = images
 
         # These tensors exist only if some texts are identical. `group` assigns the same number to identical texts,
         # `by_group` lists the indices of all texts sorted by group, and `group_starts` is the position in `by_group` at
@@ -310,7 +310,19 @@ class _ImageTextLayout:
 
     def texts_of(self, images: slice) -> slice:
         """Return the slice of this rank's texts that belong to a slice of its images."""
+        if images.stop - images.start == self.images:
+            return slice(0, len(self.image_of_text))
         return slice(self.text_starts[images.start], self.text_starts[images.stop])
+
+    @cached_property
+    def text_starts(self) -> list[int]:
+        """Positions of the texts: image i has texts text_starts[i] to text_starts[i + 1] - 1.
+
+        The host waits for the GPU to compute them. They are only needed if the logits do not fit in one chunk.
+        """
+        images = torch.arange(self.images + 1, device=self.image_of_text.device)
+        starts: list[int] = torch.searchsorted(self.image_of_text, images).tolist()
+        return starts
 
     def equal_texts(self, texts: slice) -> tuple[Tensor, Tensor]:
         """Pair each text in a slice of this rank's texts with all identical texts on any rank, including itself.
@@ -392,5 +404,6 @@ def _shifted_lse(lse: Tensor, coef: Tensor) -> Tensor:
 
 def _text_weights(image_of_text: Tensor, images: int) -> Tensor:
     """Return the weight of each text: 1 / (number of images * number of texts of its image)."""
-    texts_per_image = torch.bincount(image_of_text, minlength=images)
+    # Unlike bincount, index_add does not make the host wait for the GPU.
+    texts_per_image = image_of_text.new_zeros(images).index_add_(0, image_of_text, torch.ones_like(image_of_text))
     return 1 / (images * texts_per_image[image_of_text]).float()

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from llm2clip.data.hashing import text_key
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.length_batching import TokenizedTexts
+from llm2clip.models.packing import copy_to_device
 from llm2clip.train.distributed import RaggedGather, max_over_ranks
 from llm2clip.train.grad_cache import cached_backward
 
@@ -141,7 +142,8 @@ class PairLoss(nn.Module):
         """Return the loss of a batch. `features` must contain exactly one element, the batch."""
         batch, device = next(iter(features)), self._encoder[0].device
         passes = list(self._passes(batch["tokens"], batch["prompt_lengths"]))
-        order = torch.tensor([row for rows, _ in passes for row in rows]).argsort()  # to restore the order of the batch
+        rows_in_order = [row for rows, _ in passes for row in rows]
+        order = copy_to_device(torch.tensor(rows_in_order).argsort(), device)  # to restore the order of the batch
 
         runs = [run for _, run in passes]
 
