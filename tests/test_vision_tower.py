@@ -11,10 +11,12 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from llm2clip.data.transforms import Preprocess
 from llm2clip.models.tower_lora import add_tower_lora, merge_tower_lora
 from llm2clip.models.vision_tower import VisionTower
+from llm2clip.train.compilation import has_equal_blocks
 
 TINY = {"embed_dim": 64, "depth": 3, "num_heads": 2, "img_size": 64}
 TIMM: dict[str, dict[str, Any]] = {
@@ -110,6 +112,25 @@ def test_non_square_tower_is_rejected(tmp_path: Path) -> None:
     timm.models.save_for_hf(timm.create_model("vit_base_patch16_clip_224", **args), tmp_path, model_args=args)
     with pytest.raises(ValueError, match="only square images"):
         VisionTower.from_pretrained(tmp_path)
+
+
+TRANSFORMERS = [*(name for name in TIMM if "vit" in name or "eva" in name), *HF]
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_blocks_of_transformers_compile_once_without_graph_breaks(
+    family: str, saved: dict[str, tuple[Path, nn.Module]]
+) -> None:
+    torch._dynamo.reset()
+    tower = VisionTower.from_pretrained(saved[family][0])
+    assert has_equal_blocks(tower) and len(tower.blocks()) > 1
+    x = pixels(tower.preprocess.size)
+    expected = tower(x)
+    counter = CompileCounter()
+    for block in tower.blocks():
+        block.forward = torch.compile(block.forward, backend=counter, fullgraph=True)
+    torch.testing.assert_close(tower(x), expected)
+    assert counter.frame_count == 1
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ from llm2clip.store.lock import folder_lock
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.best_checkpoint import BestCheckpoint, Validate
 from llm2clip.train.caption_sampling import CaptionSource
+from llm2clip.train.compilation import compile_blocks, restore_blocks, should_compile
 from llm2clip.train.distributed import empty_copy, full_tensor, gather_to_cpu, reduce_gradients_in_fp32
 from llm2clip.train.grad_cache import cached_backward
 from llm2clip.train.losses import info_nce, sigmoid_loss
@@ -149,6 +150,8 @@ def _train(
     set_seed(config.seed, device_specific=True)  # each rank uses different dropout masks
     if checkpoints.latest is not None:
         accelerator.load_state(str(checkpoints.latest), **load_options)
+    if should_compile(model.tower, accelerator.device, steps - checkpoints.step):
+        compile_blocks(model.tower)
 
     model.train()
     progress = ProgressBar(total=steps, initial=checkpoints.step, desc="align", unit="step", disable=metrics is None)
@@ -205,8 +208,9 @@ def _train(
     for tracker in accelerator.trackers:
         tracker.finish()  # accelerator.end_training() would also destroy the process group
 
-    # Restore the original model structure: remove the wrappers, gradient checkpointing and the LoRA layers.
+    # Restore the original model structure: remove the wrappers, compilation, gradient checkpointing and LoRA layers.
     accelerator.unwrap_model(net, keep_fp32_wrapper=False)
+    restore_blocks(model.tower)
     if unsharded is not None:
         model = gather_to_cpu(unsharded, model).to(accelerator.device)  # type: ignore[assignment]
     if config.load_best_at_end:
@@ -262,14 +266,15 @@ class _Inputs:
         images: Pixels as uint8 (N, ...), or image features as float32 (N, feature_dim).
         embeddings: Text embeddings, (M, text_dim).
         image_of_text: Index of each text's image, int64 (M,), ascending.
-        text_ids: Store row of each text, int64 (M,). Identical texts have the same row.
+        text_ids: Store row of each text, int64 (M,). Identical texts have the same row. None if all texts of the step
+            are known to be distinct, so that the loss need not wait for the GPU to compare them.
         first_text: `first_text[n]` is the number of texts of the images before image n, a list of N + 1 integers.
     """
 
     images: Tensor
     embeddings: Tensor
     image_of_text: Tensor
-    text_ids: Tensor
+    text_ids: Tensor | None
     first_text: list[int]
 
     def to(self, device: torch.device) -> _Inputs:
@@ -286,7 +291,7 @@ class _Inputs:
             images=function(self.images),
             embeddings=function(self.embeddings),
             image_of_text=function(self.image_of_text),
-            text_ids=function(self.text_ids),
+            text_ids=None if self.text_ids is None else function(self.text_ids),
             first_text=self.first_text,
         )
 
@@ -299,11 +304,13 @@ def _prepare_batches(
         torch.cuda.set_device(device)  # for this thread; otherwise, pinning memory would also use the first GPU
     with closing(data.batches(first_step)) as batches:
         for batch in batches:
+            # With several ranks, another rank may have an identical text.
+            all_distinct = data.world_size == 1 and len(np.unique(batch.caption_rows)) == len(batch.caption_rows)
             inputs = _Inputs(
                 images=batch.images,
                 embeddings=torch.from_numpy(store.take(batch.caption_rows)),
                 image_of_text=torch.from_numpy(batch.image_of_caption),
-                text_ids=torch.from_numpy(batch.caption_rows),
+                text_ids=None if all_distinct else torch.from_numpy(batch.caption_rows),
                 first_text=np.searchsorted(batch.image_of_caption, np.arange(len(batch.images) + 1)).tolist(),
             )
             yield batch, inputs.pin_memory() if device.type == "cuda" else inputs

@@ -1,0 +1,75 @@
+"""Compilation of the vision tower's blocks with torch.compile, which fuses elementwise operations on GPUs.
+
+Each block is compiled on its own ("regional compilation"). All blocks of a vision transformer have the same code and
+the same shapes, so PyTorch compiles the first block and reuses the result for all others. Compiling the complete tower
+would take many times as long. The names and the values of the weights do not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import nn
+
+from llm2clip.distributed import print_once
+from llm2clip.models.vision_tower import VisionTower
+
+# Compilation takes one to two minutes, and then saves roughly a tenth of a second to a second per step (estimates of
+# benchmarks/roofline.py for ViT-B/16 and ViT-L/14-336). Shorter runs are not compiled.
+MIN_STEPS = 1000
+BACKEND = "inductor"
+
+
+def should_compile(tower: VisionTower, device: torch.device, steps: int) -> bool:
+    """Return True if compilation is expected to save time in a run with this number of remaining steps.
+
+    The tower must be trained on a GPU and consist of equal blocks. The blocks of a convolutional network have different
+    shapes, so each of them would have to be compiled. TORCH_COMPILE_DISABLE=1 disables all compilation in PyTorch.
+    """
+    if device.type != "cuda" or steps < MIN_STEPS or torch._dynamo.config.disable:
+        return False
+    is_trained = any(parameter.requires_grad for parameter in tower.parameters())
+    return is_trained and has_equal_blocks(tower)
+
+
+def has_equal_blocks(tower: VisionTower) -> bool:
+    """Return True if all blocks of the tower have the same class and the same parameter shapes."""
+    kinds = {(type(block), tuple(tuple(p.shape) for p in block.parameters())) for block in tower.blocks()}
+    return len(kinds) == 1
+
+
+def compile_blocks(tower: VisionTower) -> None:
+    """Compile the tower's blocks for training, in place. In eval mode, the blocks still run uncompiled.
+
+    The blocks are compiled in the first step. If that fails, they run uncompiled, and PyTorch logs a warning.
+    """
+    print_once(
+        "Compiling the vision tower: the first step takes one to two minutes longer, later steps are faster. "
+        "TORCH_COMPILE_DISABLE=1 turns this off."
+    )
+    torch._dynamo.config.suppress_errors = True
+    for block in tower.blocks():
+        # Replace `forward` instead of calling `block.compile()`, so that the hooks of FSDP are not compiled.
+        block.forward = _in_training_only(block, torch.compile(block.forward, backend=BACKEND))
+
+
+def restore_blocks(tower: VisionTower) -> None:
+    """Undo `compile_blocks`."""
+    for block in tower.blocks():
+        block.__dict__.pop("forward", None)
+
+
+def _in_training_only(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls the compiled function in training mode, and the block's own method in eval mode.
+
+    Evaluation has other batch sizes and precisions, for each of which the blocks would be compiled again.
+    """
+    eager = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return compiled(*args, **kwargs) if block.training else eager(*args, **kwargs)
+
+    return forward
