@@ -8,6 +8,7 @@ import io
 import json
 import socket
 import threading
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,7 +22,14 @@ from starlette.testclient import TestClient
 from conftest import HANG_TIMEOUT
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search.batching import QueueFull
-from llm2clip.search.clients import ALWAYS_ACCEPTED, ByteAllocation, ByteBudget, client_key
+from llm2clip.search.clients import (
+    ALWAYS_ACCEPTED,
+    ByteAllocation,
+    ByteBudget,
+    FairThreadPool,
+    client_key,
+    current_client,
+)
 from llm2clip.search.connections import limited_connection
 from llm2clip.search.middleware import MAX_JSON_VALUES
 from llm2clip.search.schemas import SearchRequest
@@ -146,6 +154,55 @@ def test_client_key_ignores_ports_and_the_host_part_of_ipv6_addresses() -> None:
     assert client_key(("fe80::1%eth0", 1)) == client_key(("fe80::2", 1))
     assert client_key(("host:unknown", 1)) == "host:unknown"
     assert client_key(None) == ""
+
+
+def test_thread_pool_runs_the_jobs_of_other_clients_first() -> None:
+    names: list[str] = []
+    started, resumed = threading.Semaphore(0), threading.Semaphore(0)
+
+    def job(name: str) -> str:
+        names.append(name)
+        started.release()
+        assert resumed.acquire(timeout=HANG_TIMEOUT)
+        return name
+
+    async def run() -> None:
+        pool = FairThreadPool(1, "test")
+
+        def start(client: str, name: str) -> asyncio.Task[str]:
+            current_client.set(client)
+            return asyncio.create_task(pool.run(job, name))
+
+        tasks = [start("a", f"a{n}") for n in range(4)]
+        await asyncio.sleep(0)  # one step of the event loop: the first job is in the queue
+        assert started.acquire(timeout=HANG_TIMEOUT)
+        tasks[0].cancel()  # as the server does after the timeout; the thread remains in use
+        tasks[1].cancel()  # this job has not started
+        tasks.append(start("b", "b"))
+        await asyncio.gather(*tasks[:2], return_exceptions=True)
+        resumed.release(4)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert results[2:] == ["a2", "a3", "b"]
+        pool.shutdown()
+
+    try:
+        asyncio.run(run())
+    finally:
+        resumed.release(5)
+    assert names[0] == "a0" and names[1] == "b" and sorted(names[2:]) == ["a2", "a3"]
+
+
+def test_requests_are_attributed_to_the_client_address(dual_encoder: DualEncoder) -> None:
+    app = create_patient_app(dual_encoder)
+
+    async def get_client() -> str:
+        return current_client.get()
+
+    app.add_api_route("/client", get_client)
+    with running_server(app, http=limited_connection(app.state.service.limits)) as url:
+        for headers, expected in (({}, "127.0.0.1"), ({"X-Forwarded-For": "10.0.0.9"}, "10.0.0.9")):
+            with urllib.request.urlopen(urllib.request.Request(f"{url}client", headers=headers)) as response:
+                assert json.load(response) == expected
 
 
 class CountingStream(io.RawIOBase):

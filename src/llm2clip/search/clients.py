@@ -1,12 +1,21 @@
-"""Identity of clients, and a limit on the memory that each client's requests and responses may take."""
+"""Identity of clients, and limits on the memory and threads that each client may use."""
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from contextvars import ContextVar
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from llm2clip.search.batching import QueueFull
 
+Result = TypeVar("Result")
+current_client: ContextVar[str] = ContextVar("current_client", default="")  # key of the client of the current request
 ALWAYS_ACCEPTED = 64 << 10  # bytes; smaller bodies are accepted even if the budget is exhausted
 
 
@@ -67,3 +76,40 @@ class ByteAllocation:
         if not self._budget.by_client[self._client]:
             del self._budget.by_client[self._client]
         self.size = 0
+
+
+class FairThreadPool:
+    """Thread pool in which a client with many jobs delays the other clients only by a few of them.
+
+    Each client may have as many jobs in the pool's queue as there are threads. Its other jobs wait outside the queue.
+    """
+
+    def __init__(self, threads: int, name: str, initializer: Callable[[], Any] | None = None) -> None:
+        """
+        Args:
+            threads: Number of threads.
+            name: Prefix of the threads' names.
+            initializer: Function that each thread calls when it starts.
+        """
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, name, initializer)
+        self._slots: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    async def run(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Call a function in a thread, and return its result. If the caller is cancelled, a running call continues."""
+        loop = asyncio.get_running_loop()
+        client = current_client.get()
+        slots = self._slots.get(client) or self._slots.setdefault(client, asyncio.Semaphore(self._threads))
+        await slots.acquire()
+        future = self._pool.submit(function, *args)
+
+        def release(_: Any) -> None:
+            with suppress(RuntimeError):  # the event loop has been closed
+                loop.call_soon_threadsafe(slots.release)
+
+        future.add_done_callback(release)  # not when the caller is cancelled, because the thread is still in use then
+        return await asyncio.wrap_future(future)
+
+    def shutdown(self) -> None:
+        """Cancel all jobs that have not started. Do not wait for the others."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import threading
 import time
@@ -18,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search.backends import Backend
 from llm2clip.search.batching import Batcher, QueueFull
+from llm2clip.search.clients import FairThreadPool
 from llm2clip.search.errors import NotFound
 from llm2clip.search.query_embedding import combine
 from llm2clip.search.request_images import decode_data_uri, load_request_image
@@ -52,9 +52,9 @@ class InferenceService:
         self._model_thread = model_thread or ThreadPoolExecutor(1, "model")
         # The model thread must set its OpenMP thread count before the decoder threads limit theirs to one.
         self._model_thread.submit(torch.get_num_threads).result()
-        self._decoders = ThreadPoolExecutor(DECODE_THREADS, "decode", torch.set_num_threads, (1,))
+        self._decoders = FairThreadPool(DECODE_THREADS, "decode", lambda: torch.set_num_threads(1))
         # Do not use the shared thread pool, because a search that timed out occupies its thread until the search ends.
-        self._searchers = ThreadPoolExecutor(SEARCH_THREADS, "search")
+        self._searchers = FairThreadPool(SEARCH_THREADS, "search")
         self._images_decoding = self._searches_waiting = 0
         self._count, self._count_time, self._count_lock = 0, -math.inf, threading.Lock()
         self._create_metrics()
@@ -101,8 +101,9 @@ class InferenceService:
         """
         await self._text_batcher.close()
         await self._image_batcher.close()
-        for pool in (self._model_thread, self._decoders, self._searchers):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._model_thread.shutdown(wait=False, cancel_futures=True)
+        self._decoders.shutdown()
+        self._searchers.shutdown()
 
     async def embed_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Compute text embeddings, each float32 (D,).
@@ -127,10 +128,9 @@ class InferenceService:
             raise ValueError(f"too many images in one request: {len(encoded):,}; the limit is {max_queue:,}")
         if self._images_decoding + len(encoded) > max_queue:
             raise QueueFull(f"the server is busy: {self._images_decoding:,} images are waiting; try again later")
-        loop = asyncio.get_running_loop()
         self._images_decoding += len(encoded)
         try:
-            prepared = [await loop.run_in_executor(self._decoders, self._prepare, data) for data in encoded]
+            prepared = [await self._decoders.run(self._prepare, data) for data in encoded]
         finally:
             self._images_decoding -= len(encoded)
         return _check_finite(await self._image_batcher.submit(prepared), "an image")
@@ -161,8 +161,7 @@ class InferenceService:
             raise QueueFull(f"the server is busy: {self._searches_waiting:,} searches are waiting; try again later")
         self._searches_waiting += 1
         try:
-            loop, image_filter = asyncio.get_running_loop(), request.filter.to_filter()
-            hits = await loop.run_in_executor(self._searchers, backend.search, query, request.top, image_filter)
+            hits = await self._searchers.run(backend.search, query, request.top, request.filter.to_filter())
         finally:
             self._searches_waiting -= 1
         return [HitResponse.from_hit(hit) for hit in hits]

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm2clip.search.auth import Authenticator
 from llm2clip.search.batching import QueueFull
-from llm2clip.search.clients import ByteAllocation, ByteBudget, client_key
+from llm2clip.search.clients import ByteAllocation, ByteBudget, client_key, current_client
 from llm2clip.search.errors import RETRY_SOON, error_response
 from llm2clip.search.inference import InferenceService
 from llm2clip.search.schemas import Limits
@@ -42,7 +42,9 @@ class RequestMiddleware:
             await self.app(scope, receive, send)
             return
         start = time.perf_counter()
-        allocation = ByteAllocation(self.budget, client_key(scope.get("client")))
+        client = client_key(scope.get("client"))
+        current_client.set(client)
+        allocation = ByteAllocation(self.budget, client)
         body = _BodyReader(Request(scope), receive, allocation, self.service.limits)
         sender = _ResponseSender(scope, send, allocation)
         try:
