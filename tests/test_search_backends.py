@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search.backends import open_backend
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import Filter, IndexedContent, IndexedImage, ref_from_json, ref_to_json
+from llm2clip.store.layout import StoreError
 from search_fixtures import index_sources, search_names
 
 # How version 0.1 stored references: indexes with these must open.
@@ -104,7 +107,7 @@ def test_sqlite_backend_reads_from_a_read_only_folder(
         writer._db.close()
         reader = SqliteBackend(folder)
         assert search_names(reader) >= {"1.png", "5.png", "old.jpg"}
-        assert {file.name for file in folder.iterdir()} == {"pictures.sqlite"}
+        assert {file.name for file in folder.iterdir()} <= {"pictures.sqlite", ".lock"}
     (photos / "1.png").unlink()
     writer = SqliteBackend(folder, write=True)
     index_sources([photos], dual_encoder, writer)
@@ -112,6 +115,75 @@ def test_sqlite_backend_reads_from_a_read_only_folder(
     with monkeypatch.context() as patch:
         patch.setattr(sqlite3, "connect", read_only_connect)
         assert "1.png" not in search_names(reader)  # the change is noticed
+
+
+def test_sqlite_backend_creates_private_files(photos: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
+    folder, mask = tmp_path / "index", os.umask(0o022)
+    try:
+        backend = SqliteBackend(folder, write=True, approximate_above=3)
+        index_sources([photos], dual_encoder, backend)
+        modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir() if file.name != ".lock"}
+        assert modes.pop("graph.usearch") == modes.pop("graph.json") == modes.pop("pictures.sqlite") == 0o600
+        assert set(modes.values()) <= {0o600}
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+        folder.chmod(0o755)  # an existing index stays as it is
+        (folder / "pictures.sqlite").chmod(0o644)
+        (photos / "1.png").unlink()
+        index_sources([photos], dual_encoder, SqliteBackend(folder, write=True, approximate_above=3))
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+        for name in ("graph.usearch", "graph.json", "pictures.sqlite"):
+            assert stat.S_IMODE((folder / name).stat().st_mode) == 0o644
+    finally:
+        os.umask(mask)
+
+
+def test_build_index_raises_while_another_run_writes(photos: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
+    first, second = (SqliteBackend(tmp_path / "index", write=True) for _ in range(2))
+    with first.lock(), pytest.raises(StoreError, match="another run is writing to"):
+        index_sources([photos], dual_encoder, second)
+    assert index_sources([photos], dual_encoder, second).added == 7
+
+
+def test_sqlite_backend_warns_about_network_file_systems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Partition(NamedTuple):
+        mountpoint: str
+        fstype: str
+
+    partitions = [Partition("/", "ext4"), Partition(str(tmp_path), "nfs4"), Partition(f"{tmp_path}/a", "xfs")]
+    monkeypatch.setattr("llm2clip.search.sqlite_backend.psutil.disk_partitions", lambda all: partitions)
+    SqliteBackend(tmp_path / "a/index", write=True)
+    assert capsys.readouterr().out == ""
+    SqliteBackend(tmp_path / "ab", write=True)
+    assert "is on a network file system (nfs4)" in capsys.readouterr().out
+
+
+def test_qdrant_backend_does_not_send_its_key_without_encryption(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = pytest.importorskip("llm2clip.search.qdrant_backend")
+    clients: list[tuple[str, str | None]] = []
+
+    class Client:
+        def __init__(self, url: str, api_key: str | None) -> None:
+            clients.append((url, api_key))
+
+        def collection_exists(self, name: str) -> bool:
+            return False
+
+    monkeypatch.setattr(backend, "QdrantClient", Client)
+    monkeypatch.setenv("QDRANT_API_KEY", "secret")
+    for server in ("http://example.org:6333", "http://127.0.0.1.example.org", "http://localhost@example.org:6333"):
+        with pytest.raises(ValueError, match=r"QDRANT_API_KEY would be sent .* without encryption"):
+            open_backend(f"qdrant+{server}/photos", write=True)
+    assert clients == []
+    servers = ["https://example.org:6333", "http://localhost:6333", "http://127.0.0.1:6333", "http://[::1]:6333"]
+    for server in servers:
+        open_backend(f"qdrant+{server}/photos", write=True)
+    assert clients == [(server, "secret") for server in servers]
+    monkeypatch.delenv("QDRANT_API_KEY")
+    open_backend("qdrant+http://example.org:6333/photos", write=True)
+    assert clients[-1] == ("http://example.org:6333", None)
 
 
 def test_open_backend_rejects_other_urls(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from datetime import datetime
 from pathlib import Path
@@ -157,6 +159,74 @@ def test_build_index_requires_prune_for_missing_sources(
     assert index_sources([photos], dual_encoder, backend, prune=True).removed == 1
     assert backend.count() == (0, 0)
     assert backend.search(QUERY, 3, Filter()) == []
+
+
+def test_build_index_requires_prune_to_remove_many_images(
+    photos: Path, image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is mounted in a folder of a source may be disconnected. Its folder is then empty."""
+    monkeypatch.setattr("llm2clip.search.build.MAX_DELETED", 1)
+    backend = SqliteBackend(tmp_path / "index", write=True)
+    index_sources([photos], dual_encoder, backend)
+    for file in (photos / "sub").iterdir():
+        file.rename(tmp_path / file.name)
+    shutil.copy(image_folder / "9.png", photos)
+    with pytest.raises(ValueError, match=r"2 of 7 indexed images no longer exist, for example .*--prune"):
+        index_sources([photos], dual_encoder, backend)
+    assert backend.count() == (8, 7)  # the new image was added
+    assert index_sources([photos], dual_encoder, backend, prune=True).removed == 2
+    (photos / "9.png").unlink()
+    assert index_sources([photos], dual_encoder, backend).removed == 1  # few images may be removed without --prune
+
+
+INDEX_AND_KILL = """
+import os, signal, sys
+from pathlib import Path
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.models.dual_encoder import open_dual_encoder
+from llm2clip.search import vector_index
+from llm2clip.search.build import build_index
+from llm2clip.search.sqlite_backend import SqliteBackend
+
+photos, model_folder, out = sys.argv[1:]
+model = open_dual_encoder(model_folder)
+
+def kill_at_call(number, name, owner):
+    function, calls = getattr(owner, name), []
+    def call(*args):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+    setattr(owner, name, call)
+
+for number, name, owner in (
+    (4, "_add_content", SqliteBackend), (1, "finish", SqliteBackend), (1, "atomic_write_text", vector_index)
+):
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    else:
+        backend = SqliteBackend(Path(out) / name, write=True, approximate_above=3)
+        kill_at_call(number, name, owner)
+        build_index([photos], model, backend, SkipLog(None, 1.0), batch_size=2, workers=0)
+        sys.exit(1)  # not reached
+"""
+
+
+def test_build_index_resumes_after_kill_at_any_moment(
+    photos: Path, model_folder: Path, dual_encoder: DualEncoder, tmp_path: Path
+) -> None:
+    """SIGKILL in a transaction, before the graph is built, and before the state of the graph is written."""
+    command = [sys.executable, "-c", INDEX_AND_KILL, str(photos), str(model_folder), str(tmp_path)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for moment, committed in (("_add_content", (3, 2)), ("finish", (7, 6)), ("atomic_write_text", (7, 6))):
+        backend = SqliteBackend(tmp_path / moment, write=True, approximate_above=3)
+        assert backend._query("PRAGMA integrity_check") == [("ok",)]
+        assert backend.count()[1] == committed[1]
+        index_sources([photos], dual_encoder, backend, batch_size=2)
+        assert backend.count() == (7, 6)
+        assert backend._current_vector_index().graph is not None
+        assert len(search_names(backend)) == 7
 
 
 # ---- sources --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -36,16 +37,17 @@ def test_vector_index_matches_exact_float64_search(use_graph: bool, tmp_path: Pa
 
     def quantize_all() -> QuantizedVectors:
         chunks = [(ids[:4000], vectors[:4000]), (ids[4000:], vectors[4000:])]
-        return QuantizedVectors(chunks, DIM, 127 / max_abs)
+        return QuantizedVectors(127 / max_abs).updated(ids[:0], chunks)
 
+    graph = None
     if use_graph:
-        update_graph(tmp_path, ids[:5000], fetch, DIM, float(np.abs(vectors[:5000]).max()), threads=1)
-        assert open_graph(tmp_path, ids) is None
-        update_graph(tmp_path, ids[10:], fetch, DIM, max_abs, threads=1)  # some ids are new, some are removed
-        assert open_graph(tmp_path, ids) is None
-        update_graph(tmp_path, ids, fetch, DIM, max_abs, threads=1)
-    index = VectorIndex(quantize_all, fetch, open_graph(tmp_path, ids) if use_graph else None)
-    assert use_graph == (index.graph is not None)
+        for some_ids, some_max in ((ids[:5000], np.abs(vectors[:5000]).max()), (ids[10:], max_abs), (ids, max_abs)):
+            update_graph(tmp_path, some_ids, fetch, DIM, float(some_max), threads=1)
+            opened = open_graph(tmp_path)
+            assert opened is not None
+            graph, state = opened
+            assert (state.count, state.last, state.sum) == (len(some_ids), some_ids[-1], some_ids.sum())
+    index = VectorIndex(quantize_all, fetch, graph)
 
     missed = 0
     for query in [*clustered_vectors(40, seed=1).astype(np.float32), np.eye(DIM, dtype=np.float32)[3]]:
@@ -65,6 +67,47 @@ def test_vector_index_matches_exact_float64_search(use_graph: bool, tmp_path: Pa
         assert set(result_ids) == set(best)
     result_ids, scores = index.search(query, 10, ids[:0])
     assert len(result_ids) == len(scores) == 0
+
+
+@pytest.mark.parametrize("damage", ["zeros", "truncated", "empty", "missing", "state"])
+def test_sqlite_backend_scans_if_the_graph_is_damaged(
+    damage: str, photos: Path, dual_encoder: DualEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a power failure, parts of a file that had been renamed before may be lost."""
+    folder = tmp_path / "index"
+    writer = SqliteBackend(folder, write=True, approximate_above=3)
+    index_sources([photos], dual_encoder, writer)
+    graph_file = folder / "graph.usearch"
+    data = graph_file.read_bytes()
+    if damage == "state":
+        (folder / "graph.json").write_bytes(bytes(50))
+    elif damage == "missing":
+        graph_file.unlink()
+    else:
+        start = len(data) // 2
+        zeros = data[:start] + bytes(len(data) - start)
+        graph_file.write_bytes({"zeros": zeros, "truncated": data[:start], "empty": b""}[damage])
+    capsys.readouterr()
+    reader = SqliteBackend(folder)
+    for _ in range(2):
+        assert len(search_names(reader)) == 7
+    writer.remove([str(photos / "1.png")])
+    assert len(search_names(reader)) == 6
+    assert capsys.readouterr().out.count("run `llm2clip index` again") == 1
+    assert reader._current_vector_index().graph is None
+
+    index_sources([photos], dual_encoder, writer)
+    assert len(search_names(reader)) == 7
+    assert reader._current_vector_index().graph is not None
+
+
+def test_sqlite_backend_opens_a_graph_of_version_0_1(photos: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
+    writer = SqliteBackend(tmp_path, write=True, approximate_above=3)
+    index_sources([photos], dual_encoder, writer)
+    state = json.loads((tmp_path / "graph.json").read_text())
+    del state["checksum"]
+    (tmp_path / "graph.json").write_text(json.dumps(state))
+    assert SqliteBackend(tmp_path)._current_vector_index().graph is not None
 
 
 def test_sqlite_backend_reloads_vectors_and_graph_after_a_write(

@@ -30,7 +30,11 @@ def add(commands: Commands) -> None:
     )
     sub.add_argument("--out", type=str, required=True, help="Index folder, or qdrant+http://HOST:6333/COLLECTION.")
     sub.add_argument("--watch", type=float, help="Keep running and update the index every N seconds.")
-    sub.add_argument("--prune", action="store_true", help="Remove images whose source no longer exists.")
+    sub.add_argument(
+        "--prune",
+        action="store_true",
+        help="Remove images whose source no longer exists, or more than 20%% of the images of a source.",
+    )
     add_reading_arguments(sub, max_skipped=1.0)
     sub.add_argument("--batch_size", type=int, default=64, help="Images per forward pass.")
     sub.add_argument(
@@ -114,6 +118,9 @@ def _index(args: Namespace) -> list[str]:
     model = open_dual_encoder(args.model)  # if loading fails, nothing has been created at --out yet
     backend = open_backend(args.out, write=True, approximate_above=args.approximate_above)
     skipped_file = None if "://" in args.out else Path(args.out) / "skipped.jsonl"
+
+    if skipped_file is not None and not skipped_file.exists():
+        skipped_file.touch(mode=0o600)  # file names may be private
 
     def update() -> tuple[IndexReport, SkipLog]:
         log = SkipLog(skipped_file, args.max_skipped)

@@ -6,6 +6,7 @@ An index is stored either in a local folder (SQLite) or in a Qdrant collection.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,13 @@ QDRANT_PREFIX = "qdrant+"
 
 class Backend(Protocol):
     """Interface of an index, which stores images and searches them by embedding."""
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Return a context manager that prevents other runs from writing to the index. With Qdrant, it does nothing.
+
+        On entry, the context manager raises a StoreError if another run holds the lock.
+        """
+        ...
 
     def metadata(self) -> dict[str, Any]:
         """Return the metadata of the index, or an empty dict if `initialize` has not been called.
@@ -102,7 +110,7 @@ def open_backend(location: str, write: bool = False, **options: int) -> Backend:
     Raises:
         FileNotFoundError: `write` is False, and there is no index at the location.
         ImportError: A required package is not installed.
-        ValueError: The URL is not a valid Qdrant location.
+        ValueError: The URL is not a valid Qdrant location, or the API key would be sent without encryption.
     """
     is_qdrant = location.startswith(QDRANT_PREFIX)
     if "://" in location and not is_qdrant:

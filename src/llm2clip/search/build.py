@@ -28,6 +28,9 @@ from llm2clip.search.scan import digest_and_date, file_stamp, scan_sources
 from llm2clip.search.types import ImageState, IndexedContent, IndexedImage
 
 THUMBNAIL_SIDE = 256  # length of the longer side, in pixels
+# More deleted images than this number and this fraction of a source must be confirmed with `prune`, because a disk that
+# is mounted in a folder may be disconnected.
+MAX_DELETED, MAX_DELETED_FRACTION = 10, 0.2
 CHUNK = 8192  # number of images that are read and hashed at a time; new images among them are embedded afterwards
 
 
@@ -75,45 +78,65 @@ def build_index(
         columns: Column names of the sources, by llm2clip field.
         batch_size: Number of images per forward pass and per commit.
         workers: Number of processes that decode images. For the default, see `image_batches`.
-        prune: If a source does not exist or is empty, remove its images from the index instead of raising an error.
+        prune: If a source does not exist or is empty, or if many of its images no longer exist, remove these images
+            from the index instead of raising an error.
 
     Raises:
-        ValueError: The index was built with a different model.
+        StoreError: Another run is writing to the index.
+        ValueError: The index was built with a different model, or many images of a source no longer exist. In the
+            second case, new images have been added, but no images have been removed.
         OSError: A source does not exist, or a folder cannot be listed.
         TooManySkipped: Too many images cannot be read.
     """
-    metadata = backend.metadata()
-    if metadata:
-        check_model(metadata, model)
-    else:
-        backend.initialize(_metadata_of(model))
-    parsed = [_parse_source(source, columns or {}) for source in sources]
-    images = scan_sources(parsed, log, prune)
-    indexed = backend.indexed([printable(str(source)) for source in parsed])
-    to_add = []
-    for image in images.values():
-        if indexed.get(image.name) != ImageState(image.stamp, image.captions):
-            to_add.append(image)
-    added, embedded = _add_images(to_add, model, backend, log, batch_size, workers)
-    log.check()  # raise before any image is removed
+    with backend.lock():
+        metadata = backend.metadata()
+        if metadata:
+            check_model(metadata, model)
+        else:
+            backend.initialize(_metadata_of(model))
+        parsed = [_parse_source(source, columns or {}) for source in sources]
+        images = scan_sources(parsed, log, prune)
+        indexed_by_source = {str(source): backend.indexed([printable(str(source))]) for source in parsed}
+        indexed = {name: state for states in indexed_by_source.values() for name, state in states.items()}
+        to_add = []
+        for image in images.values():
+            if indexed.get(image.name) != ImageState(image.stamp, image.captions):
+                to_add.append(image)
+        added, embedded = _add_images(to_add, model, backend, log, batch_size, workers)
+        log.check()  # raise before any image is removed
 
-    folders = [f"{source.path.rstrip('/')}/" for source in parsed if os.path.isdir(source.path)]
-    deleted = []
-    for name, state in indexed.items():
-        if name not in images and not _is_unchanged_file(name, state.stamp, folders):
-            deleted.append(name)
-    not_added = {image.name for image in to_add} - added
-    unreadable = [
-        name for name in indexed if name in not_added
-    ]  # these files have changed and can no longer be decoded
-    backend.remove([*deleted, *unreadable])
-    backend.finish()
+        folders = [f"{source.path.rstrip('/')}/" for source in parsed if os.path.isdir(source.path)]
+        deleted = []
+        for name, state in indexed.items():
+            if name not in images and not _is_unchanged_file(name, state.stamp, folders):
+                deleted.append(name)
+        if not prune:
+            for source, states in indexed_by_source.items():
+                _check_deleted(source, states, set(deleted))
+        not_added = {image.name for image in to_add} - added
+        unreadable = [name for name in indexed if name in not_added]  # these files changed and cannot be decoded now
+        backend.remove([*deleted, *unreadable])
+        backend.finish()
     return IndexReport(
         added=len(added - indexed.keys()),
         changed=len(added & indexed.keys()),
         removed=len(deleted) + len(unreadable),
         embedded=embedded,
     )
+
+
+def _check_deleted(source: str, indexed: Mapping[str, ImageState], deleted: set[str]) -> None:
+    """Check that not too many indexed images of a source were deleted.
+
+    Raises:
+        ValueError: More than MAX_DELETED images and more than MAX_DELETED_FRACTION of all images were deleted.
+    """
+    missing = [name for name in indexed if name in deleted]
+    if len(missing) > max(MAX_DELETED, MAX_DELETED_FRACTION * len(indexed)):
+        raise ValueError(
+            f"{source}: {len(missing):,} of {len(indexed):,} indexed images no longer exist, for example "
+            f"{missing[0]}. A disk may be disconnected. To remove these images from the index, add --prune."
+        )
 
 
 def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:

@@ -13,7 +13,9 @@ import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from qdrant_client import QdrantClient, models
@@ -22,6 +24,7 @@ from llm2clip.search.types import Filter, Hit, ImageState, IndexedContent, Index
 
 # The metadata point's id is derived from this key. All other point ids are derived from content hashes.
 METADATA_KEY = b"llm2clip"
+LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 PAGE_SIZE = 1000  # points per request
 # Payload fields used by filters. They have the same names as in version 0.1, so that existing collections can still be
 # opened. "within" lists the folders and files that contain an image, and "side" is the length of the shorter side in
@@ -55,7 +58,8 @@ class QdrantBackend:
         The API key is read from the environment variable QDRANT_API_KEY, if it is set.
 
         Raises:
-            ValueError: The URL does not have the form `http(s)://HOST:PORT/COLLECTION`.
+            ValueError: The URL does not have the form `http(s)://HOST:PORT/COLLECTION`, or the API key would be sent
+                without encryption.
             FileNotFoundError: `write` is False, and the collection does not exist or does not contain an index.
             OSError: The server does not respond.
         """
@@ -63,7 +67,14 @@ class QdrantBackend:
         if match is None:
             raise ValueError(f"{url}: the URL must have the form http://HOST:6333/COLLECTION")
         server, collection = match.groups()
-        backend = cls(QdrantClient(server, api_key=os.environ.get("QDRANT_API_KEY")), collection)
+        api_key = os.environ.get("QDRANT_API_KEY")
+        address = urlsplit(server)
+        if api_key and address.scheme == "http" and address.hostname not in LOOPBACK_HOSTS:
+            raise ValueError(
+                f"{server}: QDRANT_API_KEY would be sent over the network without encryption. Use https, forward a "
+                f"local port (ssh -L 6333:localhost:6333 {address.hostname}), or unset QDRANT_API_KEY"
+            )
+        backend = cls(QdrantClient(server, api_key=api_key), collection)
         try:
             exists = backend.client.collection_exists(collection)
         except Exception as error:  # may be raised by the client or by either of its two HTTP libraries
@@ -73,6 +84,9 @@ class QdrantBackend:
         return backend
 
     # ---- building
+
+    def lock(self) -> AbstractContextManager[None]:
+        return nullcontext()  # Qdrant has no locks
 
     def metadata(self) -> dict[str, Any]:
         if not self.client.collection_exists(self.collection):

@@ -9,11 +9,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from llm2clip.data.valid_text import is_valid_unicode
-from llm2clip.search.types import Filter, Hit
+from llm2clip.search.types import MAX_CAPTION_FILTER_LENGTH, Filter, Hit
 
 DATA_URI_PREFIX = "data:image/"
 MAX_TEXT_LENGTH = 20_000  # characters
-MAX_CAPTION_FILTER_LENGTH, MAX_PATH_LENGTH = 500, 4096  # characters; filters compare these texts with every image
+MAX_PATH_LENGTH = 4096  # characters; filters compare this text with every image
 MAX_TEXTS, MAX_IMAGES, MAX_TOP = 256, 16, 200  # maximum numbers of texts, images and results per request
 
 

@@ -3,7 +3,10 @@
     INDEX/
       pictures.sqlite    about, contents (hash, vector, thumbnail), pictures (name, place, captions, ...)
       graph.usearch      HNSW graph; built only for a million or more distinct images
-      graph.json         quantization scale of the graph, and a summary of the ids that the graph contains
+      graph.json         quantization scale and checksum of the graph, and a summary of the ids that the graph contains
+
+Readers keep the quantized vectors and, after the first filter on captions, the captions in memory. After a write, they
+read only what has changed, which the table `changes` lists.
 
 With SQLite, each batch is committed atomically, other processes can read during a write, and the database is a single
 file that is easy to copy.
@@ -14,25 +17,32 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 
+from llm2clip.distributed import print_once
+from llm2clip.search.caption_index import CaptionIndex
 from llm2clip.search.types import Filter, Hit, ImageState, IndexedContent, IndexedImage, ref_from_json, ref_to_json
 from llm2clip.search.vector_index import (
     CHUNK,
+    GRAPH_FILE,
     GRAPH_STATE_FILE,
+    GraphState,
     QuantizedVectors,
     VectorIndex,
     open_graph,
     update_graph,
 )
+from llm2clip.store.lock import folder_lock
 
 APPROXIMATE_ABOVE = 1_000_000
 SCHEMA_VERSION = 1
@@ -55,6 +65,19 @@ CREATE INDEX pictures_source ON pictures(source);
 CREATE INDEX pictures_taken ON pictures(taken);
 PRAGMA user_version = {SCHEMA_VERSION};
 """
+# Log of the contents that were removed or whose images changed, so that readers need to read only these again. Indexes
+# of version 0.1 get the log when they are first opened for writing.
+CHANGE_LOG = """
+CREATE TABLE IF NOT EXISTS changes (id INTEGER PRIMARY KEY AUTOINCREMENT, content INTEGER NOT NULL);
+CREATE TRIGGER IF NOT EXISTS picture_added AFTER INSERT ON pictures
+  BEGIN INSERT INTO changes (content) VALUES (new.content); END;
+CREATE TRIGGER IF NOT EXISTS picture_removed AFTER DELETE ON pictures
+  BEGIN INSERT INTO changes (content) VALUES (old.content); END;
+CREATE TRIGGER IF NOT EXISTS content_removed AFTER DELETE ON contents
+  BEGIN INSERT INTO changes (content) VALUES (old.id); END;
+"""
+CHANGES_KEPT = 100_000  # a reader that has not read this many changes reads everything again
+CHANGED = "content FROM changes WHERE id > :last"
 IMAGE_COLUMNS = "name, place, source, stamp, captions, taken"
 # An image is inside :path if its name equals :path or starts with :path followed by "/" (folder), "!" (tar) or
 # "[" (table). File and folder names may also contain "!" and "[". Therefore, an image whose name contains one of these
@@ -65,12 +88,28 @@ INSIDE_PATH = """substr(name, 1, length(:path)) = :path AND (substr(name, length
       AND '/' || json_extract(place, '$[1].path') LIKE '%/' || :basename ESCAPE '\\'))"""
 FILTER_CONDITIONS = {
     "path": INSIDE_PATH,
-    "caption": "any_contains(captions, :caption)",
     "after": "taken >= :after",
     "before": "taken <= :before",
     "min_side": "min(width, height) >= :min_side",
 }
+NETWORK_FILE_SYSTEMS = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "afs", "lustre", "gpfs", "beegfs", "ceph", "fuse.glusterfs"}
+)
 IDS_PER_QUERY = 500  # SQLite limits the number of parameters per statement
+
+
+class LogState(NamedTuple):
+    """Position in the log of changes, with the states that must be equal if the log is to be used.
+
+    Args:
+        schema: SQLite's schema version. VACUUM, which renumbers rows, also changes it.
+        immutable_state: State of a file that is opened as immutable, which may be replaced by another index.
+        last: Largest id in the log.
+    """
+
+    schema: int
+    immutable_state: tuple[int, int] | None
+    last: int
 
 
 class SqliteBackend:
@@ -83,7 +122,8 @@ class SqliteBackend:
         """
         Args:
             folder: Folder of the index.
-            write: Open the index for writing, and create it if it does not exist.
+            write: Open the index for writing, and create it if it does not exist. Only the current user can read a
+                new index.
             approximate_above: Number of distinct images from which `finish` builds an HNSW graph, so that searches are
                 approximate.
 
@@ -97,13 +137,21 @@ class SqliteBackend:
             raise FileNotFoundError(
                 f"{folder} is not an index; create one with: llm2clip index PHOTOS --model MODEL --out {folder}"
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # thumbnails and captions may be private
+        if not self._file.exists():
+            self._file.touch(mode=0o600)  # SQLite's temporary files get the same permissions
         self._lock, self._index_lock = threading.RLock(), threading.Lock()
         # Size and modification time of the database file when it was opened as immutable, or None if opened normally.
         self._immutable_state: tuple[int, int] | None = None
         self._may_have_orphans = True  # an interrupted run may leave rows in `contents` that belong to no image
-        # The vector index, preceded by the state of the database from which it was built.
+        # Data read from the database, each preceded by the state of the database when it was read.
         self._vector_index: tuple[tuple[Any, ...], VectorIndex] | None = None
+        self._counts: tuple[tuple[Any, ...], tuple[int, int]] | None = None
+        self._graph: tuple[int, tuple[Any, GraphState] | None] | None = None
+        # The same, for data that is updated with the log of changes.
+        self._vectors: tuple[LogState, QuantizedVectors] | None = None
+        self._captions: tuple[LogState, CaptionIndex] | None = None
+        self._vectors_lock, self._captions_lock = threading.Lock(), threading.Lock()
         version = self._open(write)
         if version not in (0, SCHEMA_VERSION):
             raise ValueError(
@@ -116,6 +164,9 @@ class SqliteBackend:
             )
 
     # ---- building
+
+    def lock(self) -> AbstractContextManager[None]:
+        return folder_lock(self.folder)
 
     def metadata(self) -> dict[str, Any]:
         return {key: json.loads(value) for key, value in self._query("SELECT key, value FROM about")}
@@ -151,6 +202,7 @@ class SqliteBackend:
                 "VALUES ((SELECT id FROM contents WHERE hash = ?), ?, ?, ?, ?, ?, ?)",
                 image_rows,
             )
+            self._db.execute("DELETE FROM changes WHERE id <= (SELECT max(id) FROM changes) - ?", (CHANGES_KEPT,))
 
     def _add_content(self, content: IndexedContent) -> None:
         """Insert an image content and its thumbnail, unless the content is already in the database."""
@@ -176,13 +228,18 @@ class SqliteBackend:
         ids = self._content_ids()
         if len(ids) >= self.approximate_above:
             update_graph(self.folder, ids, self._fetch_vectors, self._dim(), self._largest())
+            for name in (GRAPH_FILE, GRAPH_STATE_FILE):
+                shutil.copymode(self._file, self.folder / name)
 
     # ---- searching
 
     def count(self) -> tuple[int, int]:
-        ((images,),) = self._query("SELECT count(*) FROM pictures")
-        ((contents,),) = self._query("SELECT count(*) FROM contents")
-        return images, contents
+        state = self._state()
+        if self._counts is None or self._counts[0] != state:
+            ((images,),) = self._query("SELECT count(*) FROM pictures")
+            ((contents,),) = self._query("SELECT count(*) FROM contents")
+            self._counts = state, (images, contents)
+        return self._counts[1]
 
     def duplicates(self, limit: int = 10) -> list[list[str]]:
         largest_groups = (
@@ -221,46 +278,94 @@ class SqliteBackend:
             images.append(IndexedImage(name, ref_from_json(ref), source, stamp, tuple(json.loads(captions)), taken))
         return tuple(images)
 
+    # ---- filters
+
     def _matching_ids(self, image_filter: Filter) -> np.ndarray:
         """Return the sorted ids of the contents with at least one image that meets all conditions of a filter."""
         parameters = {name: value for name, value in asdict(image_filter).items() if value is not None}
+        caption = parameters.pop("caption", None)
         where = " AND ".join(FILTER_CONDITIONS[name] for name in parameters)
         if image_filter.path is not None:
             parameters.update(_path_parameters(image_filter.path.rstrip("/")))
-        rows = self._query(
-            "SELECT DISTINCT contents.id FROM pictures JOIN contents ON contents.id = content "
-            f"WHERE {where} ORDER BY contents.id",
-            parameters,
-        )
-        return np.array([content_id for (content_id,) in rows], dtype=np.int64)
+        rows: np.ndarray | None = None
+        with self._snapshot() as db:
+            if where:
+                # Row and content of each image that meets all conditions except that on the captions, int64 (N, 2).
+                cursor = db.execute(
+                    "SELECT pictures.rowid, contents.id FROM pictures JOIN contents ON contents.id = content "
+                    f"WHERE {where}",
+                    parameters,
+                )
+                rows = np.fromiter(cursor, np.dtype((np.int64, 2)))
+            captions = self._current_captions(db) if caption is not None else None
+        if captions is None:
+            assert rows is not None
+            return _sorted_unique(rows[:, 1])
+        caption_rows, contents = captions.find(caption)
+        if rows is not None:
+            contents = contents[np.isin(caption_rows, rows[:, 0])]
+        return _sorted_unique(contents)
+
+    def _current_captions(self, db: sqlite3.Connection) -> CaptionIndex:
+        """Return the captions in a snapshot of the database. Only captions that have changed are read."""
+        with self._captions_lock:
+            log = self._log_state(db)
+            sql, parameters = "SELECT rowid, content, captions FROM pictures WHERE captions != '[]'", {}
+            captions, removed = CaptionIndex(), np.empty(0, np.int64)
+            if self._captions is not None and self._can_update(db, self._captions[0], log):
+                captions, parameters = self._captions[1], {"last": self._captions[0].last}
+                removed = _int_column(db.execute(f"SELECT DISTINCT {CHANGED}", parameters))
+                sql += f" AND content IN (SELECT {CHANGED})"
+            captions = captions.updated(removed, db.execute(sql, parameters))
+            self._captions = log, captions
+            return captions
 
     # ---- vectors
 
     def _current_vector_index(self) -> VectorIndex:
-        """Return a vector index of the current database. If the database has changed, rebuild the index first."""
-        with self._index_lock:  # if several threads search, one thread builds the index while the others wait
-            ((version,),) = self._query("PRAGMA data_version")  # changes when another connection writes to the database
+        """Return a vector index of the current database."""
+        with self._index_lock:  # if several threads search, one thread opens the graph while the others wait
             graph_state = self.folder / GRAPH_STATE_FILE
             graph_time = graph_state.stat().st_mtime_ns if graph_state.exists() else 0
-            state = version, self._db.total_changes, graph_time, self._immutable_state
+            state = *self._state(), graph_time
             if self._vector_index is None or self._vector_index[0] != state:
-                self._vector_index = None  # free the old index first, because two indexes may not fit in memory
-                graph = open_graph(self.folder, self._content_ids())
-                self._vector_index = state, VectorIndex(self._quantize_all, self._fetch_vectors, graph)
+                graph = self._current_graph(graph_time) if graph_time else None
+                self._vector_index = state, VectorIndex(self._current_vectors, self._fetch_vectors, graph)
             return self._vector_index[1]
 
-    def _quantize_all(self) -> QuantizedVectors:
-        return QuantizedVectors(self._vector_chunks(), self._dim(), 127 / self._largest())
+    def _current_graph(self, graph_time: int) -> Any:
+        """Return the graph, or None if it is damaged or contains different ids than the database."""
+        if self._graph is None or self._graph[0] != graph_time:
+            self._graph = graph_time, open_graph(self.folder)
+        if self._graph[1] is None:
+            return None
+        graph, state = self._graph[1]
+        (ids,) = self._query("SELECT count(*), max(id), sum(id) FROM contents")
+        return graph if ids == (state.count, state.last, state.sum) else None
 
-    def _vector_chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield the ids, int64 (N,), and vectors, float16 (N, D), of all distinct images, one chunk at a time."""
+    def _current_vectors(self) -> QuantizedVectors:
+        """Return all vectors, quantized. Only vectors that were added since the last call are read.
+
+        All vectors are read again if a new vector has a larger absolute value than all previous vectors, because the
+        quantization scale is then too large.
+        """
         # Use a separate connection, because reading all vectors takes seconds and would block other threads.
-        with self._named_errors(), closing(self._connect()) as db:
-            cursor = db.execute("SELECT id, vector FROM contents ORDER BY id")
-            while rows := cursor.fetchmany(CHUNK):
-                ids = np.array([content_id for content_id, _ in rows], dtype=np.int64)
-                vectors = np.frombuffer(b"".join(vector for _, vector in rows), "<f2")
-                yield ids, vectors.reshape(len(rows), -1)
+        with self._vectors_lock, self._snapshot() as db:
+            log = self._log_state(db)
+            ((largest,),) = db.execute("SELECT max(largest) FROM contents")
+            scale = 127 / max(float(largest or 0), 1e-6)
+            vectors, removed = QuantizedVectors(scale), np.empty(0, np.int64)
+            if self._vectors is not None:
+                last_log, last_vectors = self._vectors
+                if scale >= last_vectors.scale and self._can_update(db, last_log, log):
+                    vectors = last_vectors
+                    sql = f"SELECT DISTINCT {CHANGED} AND content NOT IN (SELECT id FROM contents)"
+                    removed = _int_column(db.execute(sql, {"last": last_log.last}))
+                else:
+                    self._vectors = None  # free the old vectors first, because both may not fit in memory
+            vectors = vectors.updated(removed, _vector_chunks(db, vectors.last_id))
+            self._vectors = log, vectors
+            return vectors
 
     def _fetch_vectors(self, ids: np.ndarray) -> np.ndarray:
         """Return the vectors with the given ids, float16 (N, D). The vector of a removed id is returned as zeros."""
@@ -286,6 +391,35 @@ class SqliteBackend:
         ((largest,),) = self._query("SELECT max(largest) FROM contents")
         return max(float(largest or 0), 1e-6)
 
+    # ---- changes
+
+    def _state(self) -> tuple[Any, ...]:
+        """Return the state of the database, which changes with every write."""
+        ((version,),) = self._query("PRAGMA data_version")  # changes when another connection writes to the database
+        return version, self._db.total_changes, self._immutable_state
+
+    @contextmanager
+    def _snapshot(self) -> Iterator[sqlite3.Connection]:
+        """Open a separate connection that reads from a snapshot of the database without blocking other threads."""
+        with self._named_errors(), closing(self._connect()) as db:
+            db.execute("BEGIN")
+            yield db
+
+    def _log_state(self, db: sqlite3.Connection) -> LogState:
+        """Return the position of the last entry in the log of changes, or -1 if the index has no log."""
+        ((schema,),) = db.execute("PRAGMA schema_version")
+        last = -1
+        if _has_change_log(db):
+            ((last,),) = db.execute("SELECT coalesce(max(id), 0) FROM changes")
+        return LogState(schema, self._immutable_state, last)
+
+    def _can_update(self, db: sqlite3.Connection, old: LogState, new: LogState) -> bool:
+        """Return whether the log contains all changes between two states, and not too many of them."""
+        if old[:2] != new[:2] or min(old.last, new.last) < 0 or new.last - old.last > CHANGES_KEPT:
+            return False
+        ((first,),) = db.execute("SELECT coalesce(min(id), 1) FROM changes")
+        return bool(first <= old.last + 1)
+
     # ---- database
 
     def _open(self, write: bool) -> int:
@@ -296,13 +430,17 @@ class SqliteBackend:
         try:
             self._db = self._connect()
             if write:
+                _print_if_on_network(self.folder)
                 # Only has an effect on new files. A vector takes about 2 KB, and several vectors should fit in a page.
                 self._db.execute("PRAGMA page_size = 16384")
                 self._db.execute("PRAGMA journal_mode = WAL")
                 self._db.execute("PRAGMA foreign_keys = ON")
+                self._db.execute("PRAGMA recursive_triggers = ON")  # REPLACE also runs the triggers of the log
             version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
-            if write and not version:
-                self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
+            if write and version == 0:
+                self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {CHANGE_LOG} COMMIT;")
+            if write and version == SCHEMA_VERSION and not _has_change_log(self._db):
+                self._db.executescript(f"BEGIN IMMEDIATE; {CHANGE_LOG} COMMIT;")
         except sqlite3.Error as error:
             raise OSError(f"{self._file}: {error}") from error
         return version
@@ -325,7 +463,6 @@ class SqliteBackend:
                 self._immutable_state = self._file_state()
         if self._immutable_state is not None:
             db = sqlite3.connect(f"{self._file.absolute().as_uri()}?immutable=1", uri=True, **options)
-        db.create_function("any_contains", 2, _any_contains, deterministic=True)
         return db
 
     def _file_state(self) -> tuple[int, int]:
@@ -362,9 +499,40 @@ def _path_parameters(path: str) -> dict[str, str]:
     return {"path": path, "basename": re.sub(r"([%_\\])", r"\\\1", os.path.basename(path))}
 
 
-def _any_contains(captions: str, text: str) -> bool:
-    """Return whether at least one caption in a JSON list contains a text, ignoring case."""
-    return any(text.casefold() in caption.casefold() for caption in json.loads(captions))
+def _print_if_on_network(folder: Path) -> None:
+    """Print a message if a folder is on a network file system, where SQLite's write-ahead log is unsafe."""
+    path = folder.resolve()
+    partitions = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
+    partition = max(partitions, key=lambda part: len(part.mountpoint), default=None)
+    if partition is not None and partition.fstype in NETWORK_FILE_SYSTEMS:
+        print_once(
+            f"{folder} is on a network file system ({partition.fstype}). Do not search it from other machines while "
+            "`llm2clip index` is running."
+        )
+
+
+def _has_change_log(db: sqlite3.Connection) -> bool:
+    return db.execute("SELECT 1 FROM sqlite_master WHERE name = 'changes'").fetchone() is not None
+
+
+def _vector_chunks(db: sqlite3.Connection, last_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the ids, int64 (N,), and vectors, float16 (N, D), after an id, one chunk at a time."""
+    cursor = db.execute("SELECT id, vector FROM contents WHERE id > ? ORDER BY id", (last_id,))
+    while rows := cursor.fetchmany(CHUNK):
+        ids = np.array([content_id for content_id, _ in rows], dtype=np.int64)
+        vectors = np.frombuffer(b"".join(vector for _, vector in rows), "<f2")
+        yield ids, vectors.reshape(len(rows), -1)
+
+
+def _int_column(cursor: Iterable[tuple[int]]) -> np.ndarray:
+    return np.array([value for (value,) in cursor], dtype=np.int64)
+
+
+def _sorted_unique(ids: np.ndarray) -> np.ndarray:
+    """Return the distinct ids in ascending order. Ids are dense, so this is faster than sorting them."""
+    occurs = np.zeros(int(ids.max(initial=-1)) + 1, bool)
+    occurs[ids] = True
+    return np.flatnonzero(occurs)
 
 
 def _content_id(hit_id: str) -> int:

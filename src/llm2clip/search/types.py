@@ -98,16 +98,23 @@ class Hit:
     height: int
 
 
+MAX_CAPTION_FILTER_LENGTH = 500  # characters
+
+
 @dataclass(frozen=True)
 class Filter:
     """Conditions that every search result must meet. A condition that is None is ignored.
 
     Args:
         path: Folder, tar or file that contains the image.
-        caption: Text that at least one caption must contain, ignoring case.
+        caption: Text that at least one caption must contain, ignoring case. Its maximum length is
+            MAX_CAPTION_FILTER_LENGTH.
         after: Earliest time at which the photo may have been taken, as a Unix timestamp.
         before: Latest time at which the photo may have been taken, as a Unix timestamp.
         min_side: Minimum length of the shorter side of the image, in pixels.
+
+    Raises:
+        ValueError: `caption` is too long.
     """
 
     path: str | None = None
@@ -115,6 +122,13 @@ class Filter:
     after: float | None = None
     before: float | None = None
     min_side: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.caption is not None and len(self.caption) > MAX_CAPTION_FILTER_LENGTH:
+            raise ValueError(
+                f"the caption filter is too long: {len(self.caption):,} characters; "
+                f"the limit is {MAX_CAPTION_FILTER_LENGTH}"
+            )
 
     def __bool__(self) -> bool:
         return any(value is not None for value in asdict(self).values())

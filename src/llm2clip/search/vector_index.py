@@ -9,15 +9,17 @@ methods are implemented with usearch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from usearch.index import Index, MetricKind
 from usearch.index import search as exact_search
 
+from llm2clip.distributed import print_once
 from llm2clip.io_utils import atomic_path, atomic_write_text
 from llm2clip.progress import ProgressBar
 
@@ -30,24 +32,79 @@ GRAPH_FILE, GRAPH_STATE_FILE = "graph.usearch", "graph.json"
 FetchVectors = Callable[[np.ndarray], np.ndarray]  # ids (N,) -> float16 (N, D), in the same order
 
 
+class VectorBlock(NamedTuple):
+    """Some quantized vectors: sorted ids, int64 (N,), and codes, int8 (N, D)."""
+
+    ids: np.ndarray
+    codes: np.ndarray
+
+
 class QuantizedVectors:
     """Vectors quantized to int8 by rounding scale * x and clipping to ±127.
 
-    All vectors have the same scale, so that their dot products with a query can be compared.
+    All vectors have the same scale, so that their dot products with a query can be compared. The vectors are stored in
+    blocks, so that an update copies at most a few blocks, and never all vectors.
     """
 
-    def __init__(self, chunks: Iterable[tuple[np.ndarray, np.ndarray]], dim: int, scale: float) -> None:
+    def __init__(self, scale: float, blocks: Sequence[VectorBlock] = ()) -> None:
         """
         Args:
-            chunks: Chunks of vectors. Each chunk is a pair of ids, int64 (N,), and vectors, float16 (N, D).
-            dim: Vector dimension, D.
             scale: Quantization scale, which is 127 divided by the largest absolute value in any vector.
+            blocks: Blocks of vectors, sorted by id.
         """
-        ids, codes = [np.empty(0, np.int64)], [np.empty((0, dim), np.int8)]
-        for chunk_ids, vectors in chunks:
-            ids.append(chunk_ids)
-            codes.append(quantize(vectors, scale))
-        self.ids, self.codes = np.concatenate(ids), np.concatenate(codes)
+        self.scale, self.blocks = scale, tuple(blocks)
+
+    @property
+    def last_id(self) -> int:
+        """Largest id, or 0 if there are no vectors."""
+        return int(self.blocks[-1].ids[-1]) if self.blocks else 0
+
+    def updated(self, removed: np.ndarray, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> QuantizedVectors:
+        """Return the vectors without those with the removed ids, and with additional vectors.
+
+        The blocks that do not change are shared, so searches that use the old object are not affected.
+
+        Args:
+            removed: Ids of vectors to remove, int64 (N,). Other ids are ignored.
+            chunks: Chunks of additional vectors. Each chunk is a pair of ids, int64 (N,), which must be larger than all
+                previous ids, and vectors, float16 (N, D).
+        """
+        blocks = []
+        for block in self.blocks:
+            keep = np.isin(block.ids, removed, invert=True)
+            if not keep.all():
+                block = VectorBlock(block.ids[keep], block.codes[keep])
+            if len(block.ids):
+                blocks.append(block)
+        for ids, vectors in chunks:
+            block = VectorBlock(ids, quantize(vectors, self.scale))
+            if blocks and len(blocks[-1].ids) + len(ids) <= CHUNK:
+                previous = blocks.pop()
+                block = VectorBlock(np.concatenate([previous.ids, ids]), np.concatenate([previous.codes, block.codes]))
+            blocks.append(block)
+        return QuantizedVectors(self.scale, blocks)
+
+    def nearest(self, query_code: np.ndarray, count: int, allowed_ids: np.ndarray | None = None) -> np.ndarray:
+        """Return the ids of the `count` vectors with the largest dot products with a quantized query, int64 (k,).
+
+        Args:
+            query_code: Quantized query, int8 (D,).
+            count: Maximum number of ids.
+            allowed_ids: Sorted ids. If given, only vectors with these ids are considered.
+        """
+        best_ids, best_distances = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+        for ids, codes in self.blocks:
+            if allowed_ids is not None:
+                first, end = np.searchsorted(allowed_ids, (ids[0], ids[-1] + 1))
+                allowed = np.isin(ids, allowed_ids[first:end], assume_unique=True)
+                if not allowed.all():
+                    ids, codes = ids[allowed], codes[allowed]
+            if len(ids):
+                matches = exact_search(codes, query_code, min(count, len(ids)), MetricKind.IP, exact=True)
+                best_ids.append(ids[matches.keys.astype(np.int64)])
+                best_distances.append(matches.distances)
+        order = np.argsort(np.concatenate(best_distances), kind="stable")[:count]
+        return np.concatenate(best_ids)[order]
 
 
 def quantize(vectors: np.ndarray, scale: float) -> np.ndarray:
@@ -101,30 +158,26 @@ class VectorIndex:
             return allowed_ids
         if allowed_ids is None and self.graph is not None:
             return self.graph.search(query_code, count).keys.astype(np.int64)
-        ids, codes = self.quantized.ids, self.quantized.codes
-        if allowed_ids is None:
-            if len(ids) <= count:
-                return ids
-            return ids[exact_search(codes, query_code, count, MetricKind.IP, exact=True).keys.astype(np.int64)]
-        rows = np.flatnonzero(np.isin(ids, allowed_ids, assume_unique=True))
-        if len(rows) > count:
-            rows = _scan_rows(codes, rows, query_code, count)
-        return ids[rows]
+        return self.quantized.nearest(query_code, count, allowed_ids)
 
 
-def _scan_rows(codes: np.ndarray, rows: np.ndarray, query_code: np.ndarray, count: int) -> np.ndarray:
-    """Return the `count` rows of the code matrix that are nearest to the query, considering only the given rows.
+@dataclass(frozen=True)
+class GraphState:
+    """Content of `graph.json`: how the graph was built, and a summary of the ids that it contains.
 
-    The rows are processed in chunks, because they must be copied and may include nearly the entire matrix.
+    Args:
+        scale: Quantization scale.
+        count: Number of ids.
+        last: Largest id.
+        sum: Sum of all ids.
+        checksum: Checksum of the graph file. Empty for graphs that version 0.1 wrote.
     """
-    best_rows, best_distances = [], []
-    for start in range(0, len(rows), CHUNK):
-        chunk = rows[start : start + CHUNK]
-        matches = exact_search(codes[chunk], query_code, min(count, len(chunk)), MetricKind.IP, exact=True)
-        best_rows.append(chunk[matches.keys.astype(np.int64)])
-        best_distances.append(matches.distances)
-    order = np.argsort(np.concatenate(best_distances), kind="stable")[:count]
-    return np.concatenate(best_rows)[order]
+
+    scale: float
+    count: int
+    last: int
+    sum: int
+    checksum: str = ""
 
 
 def update_graph(
@@ -143,13 +196,12 @@ def update_graph(
             vectors are added, and so the graph, differs between runs.
     """
     graph_file, state_file = folder / GRAPH_FILE, folder / GRAPH_STATE_FILE
-    graph = Index(ndim=dim, metric=MetricKind.IP, dtype="i8")
     scale = 127 / max_abs
-    if state_file.exists():
-        previous_scale = json.loads(state_file.read_text())["scale"]
-        if previous_scale < 1.1 * scale:
-            scale = previous_scale
-            graph.load(str(graph_file))
+    opened = open_graph(folder, view=False)
+    if opened is not None and opened[1].scale < 1.1 * scale:
+        graph, scale = opened[0], opened[1].scale
+    else:
+        graph = Index(ndim=dim, metric=MetricKind.IP, dtype="i8")
     graph_ids = np.sort(np.fromiter(graph.keys, np.int64, len(graph)))
     removed = np.setdiff1d(graph_ids, ids, assume_unique=True)
     added = np.setdiff1d(ids, graph_ids, assume_unique=True)
@@ -165,17 +217,41 @@ def update_graph(
     state_file.unlink(missing_ok=True)  # a graph without a state file is ignored, so an interrupted save does no harm
     with atomic_path(graph_file) as temporary:
         graph.save(str(temporary))
-    state = {"scale": scale, "count": len(ids), "last": int(ids[-1]), "sum": int(ids.sum())}
-    atomic_write_text(state_file, json.dumps(state))
+    state = GraphState(scale, len(ids), int(ids[-1]), int(ids.sum()), checksum(graph_file))
+    atomic_write_text(state_file, json.dumps(asdict(state)))
 
 
-def open_graph(folder: Path, ids: np.ndarray) -> Any:
-    """Memory-map the graph in a folder. Return None if there is no graph or if the graph contains different ids."""
-    state_file = folder / GRAPH_STATE_FILE
+def open_graph(folder: Path, view: bool = True) -> tuple[Any, GraphState] | None:
+    """Open the graph in a folder. Return the graph and its state, or None if there is no valid graph.
+
+    If the graph is damaged, for example because the last writes before a power failure were lost, print a message.
+
+    Args:
+        folder: Folder that contains `graph.usearch` and `graph.json`.
+        view: Memory-map the graph, which can then not be changed.
+    """
+    graph_file, state_file = folder / GRAPH_FILE, folder / GRAPH_STATE_FILE
     if not state_file.exists():
         return None
-    state = json.loads(state_file.read_text())
-    last = int(ids[-1]) if len(ids) else 0
-    if (state["count"], state["last"], state["sum"]) != (len(ids), last, int(ids.sum())):
+    try:
+        state = GraphState(**json.loads(state_file.read_text()))
+        if state.checksum not in ("", checksum(graph_file)):
+            raise ValueError("its checksum is wrong")
+        return Index.restore(str(graph_file), view=view), state
+    except Exception as error:  # usearch raises different errors for truncated and for empty files
+        print_once(
+            f"{graph_file} is damaged ({error}). Searches scan all vectors instead. "
+            "To rebuild the graph, run `llm2clip index` again."
+        )
         return None
-    return Index.restore(str(folder / GRAPH_FILE), view=True)
+
+
+def checksum(file: Path) -> str:
+    """Return the size of a file and the sum of its 64-bit words.
+
+    The sum is limited by the speed of the disk, whereas a cryptographic hash of a large graph takes several seconds.
+    """
+    data = np.memmap(file, np.uint8, mode="r")
+    end = len(data) // 8 * 8  # the last bytes are added one by one
+    total = data[:end].view("<u8").sum(dtype=np.uint64) + data[end:].sum(dtype=np.uint64)
+    return f"{len(data)} {int(total):x}"

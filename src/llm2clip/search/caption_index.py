@@ -1,0 +1,141 @@
+"""Substring search in the captions of an index, without case, in memory.
+
+SQLite's trigram index (FTS5) was not used, because it cannot search for fewer than three characters, and because a text
+that occurs in nearly all captions still returns millions of rows. A NumPy scan of all bytes takes less than 100 ms for
+a million captions and any text (see benchmarks/search.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+BLOCK = 4096  # captions; the bytes of a block should fit in the CPU cache
+SEPARATOR = b"\xff"  # does not occur in UTF-8, so no match extends over two captions
+DENSE_BYTES = 4  # number of bytes that are compared at all positions; the others only at the remaining positions
+
+
+@dataclass(frozen=True)
+class CaptionBlock:
+    """Some captions of an index. The arrays must not be modified, because searches may be using them.
+
+    Args:
+        text: Captions as UTF-8, casefolded, with a separator after each caption, uint8.
+        starts: Position of each caption in `text`, int64 (N,).
+        rows: Row of each caption in the table of images, int64 (N,).
+        contents: Content id of each caption's image, int64 (N,).
+    """
+
+    text: np.ndarray
+    starts: np.ndarray
+    rows: np.ndarray
+    contents: np.ndarray
+
+    @classmethod
+    def from_captions(cls, captions: list[bytes], rows: list[int], contents: list[int]) -> CaptionBlock:
+        lengths = [0, *(len(caption) + 1 for caption in captions[:-1])]
+        text = np.frombuffer(b"".join(caption + SEPARATOR for caption in captions), np.uint8)
+        return cls(text, np.cumsum(lengths, dtype=np.int64), np.array(rows, np.int64), np.array(contents, np.int64))
+
+    def select(self, keep: np.ndarray) -> CaptionBlock:
+        """Return a block with the captions for which `keep`, bool (N,), is true."""
+        lengths = np.diff(self.starts, append=len(self.text))
+        starts = np.cumsum(lengths[keep]) - lengths[keep]
+        return CaptionBlock(self.text[np.repeat(keep, lengths)], starts, self.rows[keep], self.contents[keep])
+
+    def contains(self, text: bytes) -> np.ndarray:
+        """Return for each caption whether it contains a casefolded text, bool (N,)."""
+        count = len(self.starts)
+        length = len(self.text) - len(text) + 1  # number of positions at which the text can start
+        if not text or length <= 0:
+            return np.full(count, not text)
+        dense_bytes = min(DENSE_BYTES, len(text))
+        matches = np.zeros(len(self.text), bool)
+        matches[:length] = self.text[:length] == text[0]
+        for offset in range(1, dense_bytes):
+            matches[:length] &= self.text[offset : offset + length] == text[offset]
+        if np.count_nonzero(matches) > count // 2:
+            for offset in range(dense_bytes, len(text)):
+                matches[:length] &= self.text[offset : offset + length] == text[offset]
+            return np.logical_or.reduceat(matches, self.starts)
+        positions = np.flatnonzero(matches)
+        for offset in range(dense_bytes, len(text)):
+            positions = positions[self.text[positions + offset] == text[offset]]
+        contains = np.zeros(count, bool)
+        contains[np.searchsorted(self.starts, positions, "right") - 1] = True
+        return contains
+
+
+@dataclass(frozen=True)
+class CaptionIndex:
+    """Captions of an index. An update returns a new object, so searches that use the old one are not affected."""
+
+    blocks: tuple[CaptionBlock, ...] = ()
+
+    def updated(self, removed: np.ndarray, rows: Iterable[tuple[int, int, str]]) -> CaptionIndex:
+        """Return an index without the captions of the removed contents, and with additional captions.
+
+        Args:
+            removed: Ids of contents, int64 (N,).
+            rows: Row, content id and captions (a JSON list) of each additional image.
+        """
+        blocks = []
+        for block in self.blocks:
+            keep = np.isin(block.contents, removed, invert=True)
+            if not keep.all():
+                block = block.select(keep)
+            if len(block.rows):
+                blocks.append(block)
+        for block in _read_blocks(rows):
+            if blocks and len(blocks[-1].rows) + len(block.rows) <= BLOCK:
+                block = _concatenate(blocks.pop(), block)
+            blocks.append(block)
+        return CaptionIndex(tuple(blocks))
+
+    def find(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the images with a caption that contains a text, ignoring case.
+
+        Returns:
+            Row and content id of each caption that contains the text, int64 (K,) each.
+        """
+        encoded = encode(text)
+        rows, contents = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for block in self.blocks:
+            contains = block.contains(encoded)
+            rows.append(block.rows[contains])
+            contents.append(block.contents[contains])
+        return np.concatenate(rows), np.concatenate(contents)
+
+
+def encode(text: str) -> bytes:
+    """Return the casefolded text as UTF-8. Unpaired surrogates, which UTF-8 does not allow, are encoded as well."""
+    return text.casefold().encode("utf-8", "surrogatepass")
+
+
+def _read_blocks(rows: Iterable[tuple[int, int, str]]) -> Iterator[CaptionBlock]:
+    """Yield the captions of some images in blocks."""
+    captions: list[bytes] = []
+    caption_rows: list[int] = []
+    caption_contents: list[int] = []
+    for row, content, texts in rows:
+        for text in json.loads(texts):
+            captions.append(encode(text))
+            caption_rows.append(row)
+            caption_contents.append(content)
+        if len(captions) >= BLOCK:
+            yield CaptionBlock.from_captions(captions, caption_rows, caption_contents)
+            captions, caption_rows, caption_contents = [], [], []
+    if captions:
+        yield CaptionBlock.from_captions(captions, caption_rows, caption_contents)
+
+
+def _concatenate(first: CaptionBlock, second: CaptionBlock) -> CaptionBlock:
+    return CaptionBlock(
+        text=np.concatenate([first.text, second.text]),
+        starts=np.concatenate([first.starts, second.starts + len(first.text)]),
+        rows=np.concatenate([first.rows, second.rows]),
+        contents=np.concatenate([first.contents, second.contents]),
+    )
