@@ -37,6 +37,7 @@ from llm2clip.tools.plan.devices import DEVICES, Machine
 from llm2clip.tools.plan.flops import count_flops
 from llm2clip.tools.plan.model_configs import LLMS
 from llm2clip.tools.plan.plan import plan_fit
+from llm2clip.train.compilation import compile_blocks
 from llm2clip.train.grad_cache import cached_backward
 from llm2clip.train.losses import info_nce
 from llm2clip.train.optim import MAX_GRAD_NORM, make_optimizer
@@ -158,11 +159,10 @@ def align_step(
     pixels = torch.randint(0, 255, (batch, 3, size, size), dtype=torch.uint8, device=DEVICE)
     embeddings = torch.randn(batch, TEXT_DIM, device=DEVICE)
     index = torch.arange(batch, device=DEVICE)
-    net: Any = torch.compile(model) if variant == "compiled" else model
 
     def forward(rows: slice) -> tuple[Tensor, ...]:
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            image, text, scale, _ = net(pixels=pixels[rows], embeddings=embeddings[rows])
+            image, text, scale, _ = model(pixels=pixels[rows], embeddings=embeddings[rows])
         return image, text, scale[None]
 
     def infonce_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -187,6 +187,8 @@ def align_step(
     with torch.autocast(DEVICE.type, torch.bfloat16):
         one_image = count_flops(lambda: model(pixels=pixels[:1])[0].sum().backward())
     model.zero_grad()
+    if variant == "compiled":
+        compile_blocks(tower)
     return step, batch * one_image
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,19 @@ def test_compiled_blocks_are_announced_run_in_training_only_and_are_restored(
     restore_blocks(tower)
     tower(torch.zeros(3, 3, 64, 64, dtype=torch.uint8))
     assert counter.frame_count == 1
+
+
+def test_blocks_run_uncompiled_if_compilation_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        raise RuntimeError("there is no C compiler")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(compilation, "BACKEND", fail)
+    tower = fresh_model().tower.train()
+    pixels = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    expected = tower(pixels)
+    compile_blocks(tower)
+    torch.testing.assert_close(tower(pixels), expected)
 
 
 @pytest.mark.parametrize(
