@@ -220,11 +220,10 @@ class HonestClient:
 
     def summary(self) -> str:
         milliseconds = [1000 * latency for latency in self.latencies]
+        median = statistics.median(milliseconds)
+        p95 = statistics.quantiles(milliseconds, n=20, method="inclusive")[-1]
         errors = ", ".join(f"{kind}: {count}" for kind, count in self.errors.items()) or "none"
-        return (
-            f"{len(milliseconds)} | {statistics.median(milliseconds):.0f} | "
-            f"{statistics.quantiles(milliseconds, n=20)[-1]:.0f} | {max(milliseconds):.0f} | {errors}"
-        )
+        return f"{len(milliseconds)} | {median:.0f} | {p95:.0f} | {max(milliseconds):.0f} | {errors}"
 
 
 # ---- server ---------------------------------------------------------------------------------------------------------
