@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from sentence_transformers.base.modules import Dense
 
 from conftest import make_llm
 from llm2clip.cli import export, main
+from llm2clip.models.assets import ASSETS
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.export.formats import FORMATS, export_model
 from llm2clip.models.export.model_card import render_model_card
@@ -348,6 +350,11 @@ def test_model_card_includes_report_and_config_without_local_folders(tmp_path: P
     card = render_model_card(folder, "me/finder", "apache-2.0")
     assert card.startswith("---\nlibrary_name: llm2clip\n") and "license: apache-2.0" in card
     assert "somebody" not in card and "photos.csv" in card and "hf:some/name" in card and "12/34" in card
+    assert "## Pretrained parts" not in card
+    (tmp_path / "run/config.yaml").write_text(config + "  tower: efficientnet-lite0\nencoder:\n  path: gemma3-270m\n")
+    parts = render_model_card(folder, "me/finder").partition("## Pretrained parts")[2].partition("\n## ")[0]
+    assert "Gemma Terms of Use. Copy of google/gemma-3-270m" in parts and "EfficientNet-Lite0" in parts
+    assert ASSETS["gemma3-270m"].wheels[2].sha256 in parts
     assert "#### Figures" in card and "\n# llm2clip fit" in card and "test_efficientnet (timm), 76 pixels" in card
 
 
@@ -358,18 +365,27 @@ def test_push_command_uploads_the_folder_and_a_card(
 
     class Api:
         def __getattr__(self, name: str) -> Any:
-            def call(*args: Any, **kwargs: Any) -> str:
+            def call(*args: Any, **kwargs: Any) -> Any:
                 calls.append((name, kwargs))
-                return "https://hub/me/finder"
+                return {"repo_exists": exists, "repo_info": SimpleNamespace(private=False)}.get(
+                    name, "https://hub/me/x"
+                )
 
             return call
+
+    exists = False
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     folder = make_model(tmp_path, timm_tower()).save_pretrained(tmp_path / "model")
     assert main(["push", str(folder), "me/finder", "--private"]) == 0
-    assert "Pushed: https://hub/me/finder" in capsys.readouterr().out
-    assert [name for name, _ in calls] == ["create_repo", "upload_file", "upload_folder"]
-    assert b"me/finder" in calls[1][1]["path_or_fileobj"] and "README.md" in calls[2][1]["ignore_patterns"]
+    assert "Pushed: https://hub/me/x" in capsys.readouterr().out
+    assert [name for name, _ in calls] == ["repo_exists", "create_repo", "upload_file", "upload_folder"]
+    assert b"me/finder" in calls[2][1]["path_or_fileobj"] and "README.md" in calls[3][1]["ignore_patterns"]
+    exists = True
+    calls.clear()
+    assert main(["push", str(folder), "me/finder", "--private"]) == 1  # --private does not make a repository private
+    assert "exists and is public" in capsys.readouterr().err
+    assert [name for name, _ in calls] == ["repo_exists", "repo_info"]
     (tmp_path / "empty").mkdir()
     assert main(["push", str(tmp_path / "empty"), "me/finder"]) == 1
     assert "not a model folder" in capsys.readouterr().err

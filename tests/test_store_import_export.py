@@ -106,6 +106,16 @@ def test_official_tars_round_trip(store: EmbeddingStore, tmp_path: Path) -> None
     assert np.array_equal(imported.take(imported.rows(SAMPLE_CAPTIONS)), store.take(store.rows(SAMPLE_CAPTIONS)))
 
 
+def test_export_official_tars_does_not_overwrite_files(store: EmbeddingStore, tmp_path: Path) -> None:
+    for name in ("00", "01"):
+        write_samples(tmp_path / f"{name}.tar", SAMPLES)
+    (tmp_path / "01_text_embeddings.tar").write_bytes(b"from the authors' code")
+    with pytest.raises(StoreError, match=r"01_text_embeddings\.tar already exists"):
+        export_official_tars(store, [tmp_path / "00.tar", tmp_path / "01.tar"])
+    assert (tmp_path / "01_text_embeddings.tar").read_bytes() == b"from the authors' code"
+    assert not (tmp_path / "00_text_embeddings.tar").exists()  # nothing is written before all files are checked
+
+
 def test_import_official_tars_rejects_tars_that_are_not_a_pair(store: EmbeddingStore, tmp_path: Path) -> None:
     write_samples(tmp_path / "00.tar", SAMPLES)
     export_official_tars(store, [tmp_path / "00.tar"])

@@ -16,7 +16,7 @@ from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from llm2clip.io_utils import atomic_write_text
+from llm2clip.io_utils import atomic_write_text, escape_control_characters
 
 
 def process_state() -> PartialState:
@@ -78,9 +78,9 @@ def command_line() -> str:
 
 
 def print_once(*lines: str) -> None:
-    """Print lines on the main process only."""
+    """Print lines on the main process only. Control characters are escaped."""
     if lines and process_state().is_main_process:
-        print(*lines, sep="\n", flush=True)
+        print(escape_control_characters("\n".join(lines)), flush=True)
 
 
 def cached_json(file: Path, compute: Callable[[], Any]) -> Any:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class MissingFileError(FileNotFoundError):
@@ -32,8 +36,9 @@ def atomic_path(file: str | Path) -> Iterator[Path]:
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     # Keep the file's suffix at the end, because np.save, for example, appends .npy to a path that does not end in .npy.
-    temporary = file.with_name(f".{file.stem}.{os.getpid()}.part{file.suffix}")
-    temporary.unlink(missing_ok=True)  # may be left over from a killed process with the same id
+    temporary = file.with_name(f".{file.stem}.{secrets.token_hex(8)}.part{file.suffix}")
+    # The name cannot be guessed, and an existing file or link is not opened: other users may write to the folder.
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield temporary
         with temporary.open("rb") as stream:
@@ -52,8 +57,7 @@ def atomic_dir(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.part")
     temporary.mkdir()
     try:
         yield temporary
@@ -90,6 +94,14 @@ def fsync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(descriptor)
+
+
+def escape_control_characters(text: str) -> str:
+    """Replace control characters other than newlines and tabs with escape sequences such as \\x1b, for printing.
+
+    File names and texts from data sets can contain sequences that a terminal interprets as commands.
+    """
+    return _CONTROL_CHARACTER.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 # ---- readers -------------------------------------------------------------------------------------------------------

@@ -90,6 +90,9 @@ def main(args: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if os.environ.get("LLM2CLIP_TRACEBACK"):
             raise
-        print(f"llm2clip {command}: {error}\n(set LLM2CLIP_TRACEBACK=1 to see the traceback)", file=sys.stderr)
+        from llm2clip.io_utils import escape_control_characters
+
+        message = escape_control_characters(str(error))
+        print(f"llm2clip {command}: {message}\n(set LLM2CLIP_TRACEBACK=1 to see the traceback)", file=sys.stderr)
         return 1
     return 0

@@ -151,9 +151,23 @@ def _push(args: Namespace) -> list[str]:
     folder = Path(args.model)
     if not any((folder / name).is_file() for name in ("config.json", "open_clip_config.json", "text.onnx")):
         raise FileNotFoundError(f"{args.model} is not a model folder: it has no config.json")
+    _check_no_home_paths(folder)
     api = HfApi()
+    if args.private and api.repo_exists(args.repo_id) and not api.repo_info(args.repo_id).private:
+        raise ValueError(f"{args.repo_id} exists and is public: make it private on the hub first, or remove --private")
     url = api.create_repo(args.repo_id, private=args.private, exist_ok=True)
     card = render_model_card(folder, args.repo_id, args.license)
     api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=args.repo_id)
     api.upload_folder(folder_path=folder, repo_id=args.repo_id, ignore_patterns=["README.md", ".*"])
     return [f"Pushed: {url}"]
+
+
+def _check_no_home_paths(folder: Path) -> None:
+    """Raise ValueError if a config contains a path in the user's home folder, which would publish the user's name."""
+    for file in sorted(folder.rglob("*.json")):
+        is_config = file.stat().st_size < 1 << 20  # the others are vocabularies
+        if is_config and f"{Path.home()}/" in file.read_text(encoding="utf-8", errors="replace"):
+            raise ValueError(
+                f"{file} contains a path in {Path.home()}, which would be published. Replace the path, for example "
+                "with the hub id of the model"
+            )

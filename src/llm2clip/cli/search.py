@@ -35,6 +35,11 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="Remove images whose source no longer exists, or more than 20%% of the images of a source.",
     )
+    sub.add_argument(
+        "--allow_outside",
+        action="store_true",
+        help="Also index images outside the folder of their source, which caption files and symbolic links can name.",
+    )
     add_reading_arguments(sub, max_skipped=1.0)
     sub.add_argument("--batch_size", type=int, default=64, help="Images per forward pass.")
     sub.add_argument(
@@ -133,6 +138,7 @@ def _index(args: Namespace) -> list[str]:
             batch_size=args.batch_size,
             workers=args.workers,
             prune=args.prune,
+            allow_outside=args.allow_outside,
         )
         return report, log
 

@@ -1,19 +1,48 @@
-"""Reading of image headers, with the supported formats and the size limit."""
+"""Reading of image headers, with the supported formats and the limits on the size of an image and on decoding work.
+
+A limit on the number of pixels does not limit the time: a small file can make a decoder process the same pixels or the
+same bytes thousands of times. `open_header` and `check_decoding_work` reject such files. `benchmarks/hostile_images.py`
+measures the slowest files that they accept.
+"""
 
 from __future__ import annotations
 
+import io
+import re
+from collections.abc import Iterator
 from functools import cache
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from PIL import Image
 
 # Images with more pixels are rejected after their header is read and before they are decoded. 100 million RGB pixels
 # take 300 MB.
 MAX_PIXELS = 100_000_000
+MAX_FILE_BYTES = 1 << 30  # larger than 100 million uncompressed RGBA pixels with 16 bits per channel
 
 # Pillow decodes all of these formats in-process. EPS is excluded because Pillow runs Ghostscript on EPS files. ICO is
 # excluded because Pillow decodes the images in an ICO file before their size can be checked.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+
+# Ordinary progressive JPEGs have at most about 20 scans. A scan can visit all pixels although it has only 100 bytes.
+MAX_SCANS = 100
+MAX_SCANNED_PIXELS = 2_000_000_000  # number of scans times number of pixels
+MAX_HEADER_READS = 2048  # Pillow reads a header in pieces, such as PNG chunks, and runs Python code for each piece
+MAX_PNG_PROFILES = 16  # Pillow decompresses each colour profile of a PNG, although only one is allowed
+MAX_PYTHON_PIXELS = 2_000_000  # limit for PPM images with unusual maximum values, which Pillow decodes in Python
+
+_SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA  # JPEG markers (ITU-T T.81, table B.1)
+_SEQUENTIAL_FRAMES = frozenset({0xC0, 0xC1})
+_ARITHMETIC_FRAMES = frozenset({0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})
+# In entropy-coded data, FF is followed by 00 or by a restart marker (D0 to D7).
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+# Header of a progressive or arithmetic-coded frame: marker, length for 1 to 4 components, 8 bits per sample.
+_COMPLEX_FRAME = re.compile(rb"\xff[\xc2\xc5-\xc7\xc9-\xcb\xcd-\xcf]\x00[\x0b\x0e\x11\x14]\x08")
+_TILE_WIDTH, _TILE_HEIGHT, _TILE_BYTES, _STRIP_BYTES = 322, 323, 325, 279  # TIFF tags
+
+
+class DecodingLimitError(ValueError):
+    """Raised if decoding an image would take much more work than its number of pixels suggests."""
 
 
 @cache
@@ -28,5 +57,120 @@ def open_header(stream: BinaryIO) -> Image.Image:
 
     If the format is not supported, Pillow raises `Image.UnidentifiedImageError`. For malicious files, Pillow may raise
     almost any type of exception. The caller must check that the image has at most `MAX_PIXELS` pixels.
+
+    Raises:
+        DecodingLimitError: The file or its header is too large.
     """
-    return Image.open(stream, formats=readable_formats())
+    reader = _BoundedReader(stream)
+    image = Image.open(cast(BinaryIO, reader), formats=readable_formats())
+    reads_pixels = any(codec == "ppm" for codec, *_ in image.tile)
+    reader.allow_decoding(bytes_per_read=1 if reads_pixels else 64)
+    return image
+
+
+def check_decoding_work(data: bytes, header: Image.Image) -> None:
+    """Check that decoding an image visits its pixels and bytes only a limited number of times.
+
+    Args:
+        data: Encoded image.
+        header: The same image, opened with `open_header`.
+
+    Raises:
+        DecodingLimitError: Decoding would take too much work, or the image uses a rare feature that allows this.
+    """
+    width, height = header.size
+    if header.format in ("JPEG", "MPO"):
+        _check_jpeg(data, width * height)
+    elif header.format == "TIFF":
+        _check_tiff(data, header)
+    elif header.format == "PNG" and data.count(b"iCCP") > MAX_PNG_PROFILES:
+        raise DecodingLimitError(f"a PNG must have at most {MAX_PNG_PROFILES} colour profiles")
+    for codec, *_ in header.tile:
+        if codec in ("bmp_rle", "ppm_plain"):  # decoded in Python
+            raise DecodingLimitError("BMP images with run-length coding and PPM images in text form are not supported")
+        if codec == "ppm" and width * height > MAX_PYTHON_PIXELS:
+            raise DecodingLimitError(f"a PPM image with this maximum value may have {MAX_PYTHON_PIXELS:,} pixels")
+
+
+class _BoundedReader:
+    """Stream that raises an error if a decoder reads more often, or more bytes, than a file of this size requires.
+
+    Without these limits, a header with a million empty chunks, or with thousands of references to the same bytes, would
+    take minutes or gigabytes.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._size = stream.seek(0, io.SEEK_END)
+        stream.seek(0)
+        if self._size > MAX_FILE_BYTES:
+            raise DecodingLimitError(f"file too large: {self._size:,} bytes are more than {MAX_FILE_BYTES:,}")
+        self._reads_left = MAX_HEADER_READS
+        self._bytes_left = 2 * self._size + (1 << 20)
+
+    def allow_decoding(self, bytes_per_read: int) -> None:
+        """Allow as many further reads as reading the file in pieces of `bytes_per_read` bytes takes."""
+        self._reads_left = MAX_HEADER_READS + self._size // bytes_per_read
+        self._bytes_left = 2 * self._size + (1 << 20)
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self._reads_left -= 1
+        self._bytes_left -= len(data)
+        if self._reads_left < 0 or self._bytes_left < 0:
+            raise DecodingLimitError("the file has too many small parts, or refers to the same bytes too often")
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _check_jpeg(data: bytes, num_pixels: int) -> None:
+    max_scans = min(MAX_SCANS, MAX_SCANNED_PIXELS // max(1, num_pixels))
+    num_scans = 0
+    num_components = None  # of a sequential frame
+    for marker, position in _jpeg_markers(data):
+        if marker in _ARITHMETIC_FRAMES:
+            raise DecodingLimitError("JPEG images with arithmetic coding are not supported")
+        if marker in _SEQUENTIAL_FRAMES:
+            num_components = data[position + 7 : position + 8]
+        if marker != _SOS:
+            continue
+        if data[position + 2 : position + 3] == num_components:
+            return  # this scan has all components, so the decoder reads no other scan. Most images are like this.
+        num_scans += 1
+        if num_scans > max_scans:
+            raise DecodingLimitError(f"a JPEG of {num_pixels:,} pixels must have at most {max_scans} scans")
+
+
+def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the markers of a JPEG up to its end, each with the position behind it.
+
+    Markers inside segments, as in EXIF thumbnails, are not yielded.
+    """
+    position = 0
+    while (match := _MARKER.search(data, position)) is not None:
+        marker, position = match[0][1], match.end()
+        if marker == _EOI:
+            return
+        yield marker, position
+        if marker != _SOI:
+            length = int.from_bytes(data[position : position + 2], "big")
+            position += max(2, length)
+
+
+def _check_tiff(data: bytes, header: Any) -> None:
+    width, height = header.size
+    tags = header.tag_v2
+    if _TILE_WIDTH in tags or _TILE_HEIGHT in tags:
+        tile_width, tile_height = max(1, tags.get(_TILE_WIDTH, 1)), max(1, tags.get(_TILE_HEIGHT, 1))
+        num_tiles = -(-width // tile_width) * -(-height // tile_height)
+        if num_tiles * tile_width * tile_height > 2 * MAX_PIXELS:
+            raise DecodingLimitError(f"the tiles of the TIFF have more than {2 * MAX_PIXELS:,} pixels")
+    if header.info.get("compression", "raw") == "raw":
+        return  # Pillow reads the pixels with a bounded reader
+    sizes = tags.get(_TILE_BYTES) or tags.get(_STRIP_BYTES)
+    if not sizes or sum(sizes) > len(data):
+        raise DecodingLimitError("the strips or tiles of the TIFF do not have a size, or share bytes")
+    if "jpeg" in header.info["compression"] and _COMPLEX_FRAME.search(data):
+        raise DecodingLimitError("TIFF images with progressive or arithmetic-coded JPEG data are not supported")

@@ -11,11 +11,19 @@ import io
 import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from llm2clip.data.image_header import MAX_FILE_BYTES
+
+# Limit for the decoded images of a Parquet row group. A file of a few hundred bytes can contain many gigabytes, because
+# rows can share a value and because values are compressed.
+MAX_ROW_GROUP_BYTES = 2 << 30
+MAX_BATCH_BYTES = 512 << 20  # approximate limit for the images that are decoded at a time
 
 
 class ImageRef(ABC):
@@ -52,9 +60,13 @@ class ImageRef(ABC):
         """Open the encoded bytes as a stream, which makes it possible to read only the header."""
 
     def read(self) -> bytes:
-        """Return all encoded bytes."""
+        """Return all encoded bytes.
+
+        Raises:
+            OSError: The image cannot be read, or it has more than `MAX_FILE_BYTES` bytes.
+        """
         with self.open() as stream:
-            return stream.read()
+            return read_image_file(stream)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +237,19 @@ class MemoryImage(ImageRef):
         return self.name
 
 
+def read_image_file(stream: BinaryIO) -> bytes:
+    """Return the content of an open image file.
+
+    Raises:
+        OSError: The file cannot be read, or it has more than `MAX_FILE_BYTES` bytes. A sparse file can have terabytes.
+    """
+    size = stream.seek(0, os.SEEK_END)
+    if size > MAX_FILE_BYTES:
+        raise OSError(f"file too large: {size:,} bytes are more than {MAX_FILE_BYTES:,}")
+    stream.seek(0)
+    return stream.read()
+
+
 def content_digest(data: bytes) -> str:
     """Return the hexadecimal SHA-256 hash of an image's bytes, which identifies the image."""
     return hashlib.sha256(data).hexdigest()
@@ -285,7 +310,43 @@ def _parquet_column(path: str, version: tuple[int, int], group: int, column: str
     # The file is reopened each time and read without threads, because file handles and thread pools that survive a
     # fork can deadlock in data loader workers.
     with pq.ParquetFile(path) as file:
-        return file.read_row_group(group, columns=[column], use_threads=False).column(0)
+        batch_size = parquet_batch_size(file, [column])
+        batches, num_bytes = [], 0
+        for batch in file.iter_batches(batch_size, row_groups=[group], columns=[column], use_threads=False):
+            num_bytes += batch.nbytes
+            if num_bytes > MAX_ROW_GROUP_BYTES:
+                raise _row_group_error(group)
+            batches.append(batch.column(0))
+        return pa.chunked_array(batches, type=file.schema_arrow.field(column).type)
+
+
+def parquet_batch_size(file: pq.ParquetFile, image_columns: Collection[str]) -> int:
+    """Return the number of rows, at most 64, to read at a time from a file with images.
+
+    A row group can contain one large value that all its rows share. The number of rows is therefore chosen so that
+    the images in a batch take at most `MAX_BATCH_BYTES` (or are a single row), even if each of them were as large as
+    all values in the row group together.
+
+    Raises:
+        OSError: The images of a row group have more than `MAX_ROW_GROUP_BYTES` bytes according to the file's metadata.
+    """
+    largest = 1
+    for group in range(file.metadata.num_row_groups):
+        metadata = file.metadata.row_group(group)
+        chunks = [metadata.column(index) for index in range(metadata.num_columns)]
+        images = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in image_columns]
+        num_bytes = sum(chunk.total_uncompressed_size for chunk in images)
+        if num_bytes > MAX_ROW_GROUP_BYTES:
+            raise _row_group_error(group)
+        largest = max(largest, num_bytes)
+    return max(1, min(64, MAX_BATCH_BYTES // largest))
+
+
+def _row_group_error(group: int) -> OSError:
+    return OSError(
+        f"the images of row group {group} have more than {MAX_ROW_GROUP_BYTES:,} bytes. Rewrite the file with smaller "
+        "row groups, such as 100 rows"
+    )
 
 
 @functools.lru_cache(maxsize=16)

@@ -17,8 +17,8 @@ from torchvision.io import ImageReadMode, encode_jpeg
 from torchvision.io import decode_image as torchvision_decode_image
 from torchvision.transforms.v2 import functional as F
 
-from llm2clip.data.image_header import MAX_PIXELS, open_header, readable_formats
-from llm2clip.data.image_refs import ImageRef
+from llm2clip.data.image_header import MAX_PIXELS, check_decoding_work, open_header, readable_formats
+from llm2clip.data.image_refs import FileImage, ImageRef
 
 _ORIENTATION = 0x0112  # EXIF tag
 # Formats to decode with torchvision. PNG is excluded for torchvision 0.29 and later, because that PNG decoder crashes
@@ -62,7 +62,9 @@ def load_image(image: ImageLike) -> Tensor:
         if isinstance(image, Image.Image):
             _check_size(image)
             return _decode_with_pillow(image)
-        return decode_image(Path(image).read_bytes() if isinstance(image, str | Path) else image.read())
+        if isinstance(image, str | Path):
+            image = FileImage(str(image))
+        return decode_image(image.read())
     except (ImageError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ImageError(f"{name}: {reason}" if name else str(reason)) from error
@@ -77,12 +79,13 @@ def decode_image(data: bytes) -> Tensor:
     profiles are ignored, because the vision towers were also trained without them.
 
     Raises:
-        ImageError: The bytes are not an image in a supported format, the image is damaged, or it has more than
-            `MAX_PIXELS` pixels.
+        ImageError: The bytes are not an image in a supported format, the image is damaged, it has more than
+            `MAX_PIXELS` pixels, or decoding would take too much work (see `check_decoding_work`).
     """
     try:
         header = open_header(BytesIO(data))
         _check_size(header)
+        check_decoding_work(data, header)
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
@@ -133,7 +136,7 @@ def _decode_with_torchvision(data: bytes, header: Image.Image) -> Tensor | None:
     """Decode an image with torchvision. Return None if Pillow must decode the image or report an error instead."""
     if header.format == "PNG" and "PNG" not in _FAST_FORMATS and ImageFile.LOAD_TRUNCATED_IMAGES:
         try:
-            Image.open(BytesIO(data), formats=["PNG"]).verify()  # missing pixels must raise an error, not become grey
+            open_header(BytesIO(data)).verify()  # missing pixels must raise an error, not become grey
         except Exception as error:
             raise ImageError(f"unreadable image: {error}") from error
     if header.format not in _FAST_FORMATS or "transparency" in header.info:

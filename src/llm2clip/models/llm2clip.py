@@ -32,6 +32,8 @@ from llm2clip.models.precision_calibration import fastest_precision
 from llm2clip.models.vision_tower import VisionTower
 
 MAX_LOGIT_SCALE = 100.0
+# Files that are downloaded from the hub: configs, weights, tokenizers and model cards, but no pickles and no code.
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md")
 # Fields of config.json that have been renamed since version 0.1: old name -> new name.
 _RENAMED_FIELDS = {"text_width": "text_dim", "width": "embed_dim"}
 # Each head's field in config.json, and the only supported value. Version 0.1 supported additional values.
@@ -451,6 +453,6 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id))
+        return Path(snapshot_download(hub_id, allow_patterns=list(MODEL_FILES)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(f"{hub_id} is neither a folder nor a model on the hub ({error})") from error

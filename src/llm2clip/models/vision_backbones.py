@@ -10,6 +10,7 @@ preprocess     image preprocessing, from `Preprocess.to_dict()`
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from dataclasses import replace
@@ -61,10 +62,26 @@ def load_backbone(name: str, image_size: int | None, pretrained: bool) -> tuple[
 def build_backbone(config: dict[str, Any]) -> nn.Module:
     """Build the backbone described by a config, with random weights and without a network connection."""
     if config["library"] == "timm":
-        return timm.create_model(config["architecture"], pretrained=False, **config["args"])
+        return _create_timm(config["architecture"], config["args"])
     from transformers import AutoConfig
 
     return _build_transformers(AutoConfig.for_model(**config["architecture"]))
+
+
+def _create_timm(architecture: str, args: dict[str, Any]) -> nn.Module:
+    """Create a timm model with random weights from a saved architecture and its arguments.
+
+    A model folder may come from someone else. Names such as `hf-hub:OWNER/NAME`, which download files, are therefore
+    rejected, and arguments of `timm.create_model` itself, such as `checkpoint_path`, are ignored.
+
+    Raises:
+        ValueError: timm does not have the architecture.
+    """
+    if not timm.is_model(architecture):
+        raise ValueError(f"timm {timm.__version__} has no architecture {architecture!r}")
+    factory_args = inspect.signature(timm.create_model).parameters
+    args = {name: value for name, value in args.items() if name not in factory_args}
+    return cast(nn.Module, timm.create_model(architecture, pretrained=False, **args))
 
 
 def _parse_name(name: str) -> tuple[str, str]:

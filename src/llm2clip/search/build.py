@@ -65,6 +65,7 @@ def build_index(
     batch_size: int = 64,
     workers: int | None = None,
     prune: bool = False,
+    allow_outside: bool = False,
 ) -> IndexReport:
     """Update an index so that it contains the current images of the given sources.
 
@@ -80,6 +81,7 @@ def build_index(
         workers: Number of processes that decode images. For the default, see `image_batches`.
         prune: If a source does not exist or is empty, or if many of its images no longer exist, remove these images
             from the index instead of raising an error.
+        allow_outside: Also index images outside the folder of their source (see `find_images`).
 
     Raises:
         StoreError: Another run is writing to the index.
@@ -95,7 +97,7 @@ def build_index(
         else:
             backend.initialize(_metadata_of(model))
         parsed = [_parse_source(source, columns or {}) for source in sources]
-        images = scan_sources(parsed, log, prune)
+        images = scan_sources(parsed, log, prune, allow_outside)
         indexed_by_source = {str(source): backend.indexed([printable(str(source))]) for source in parsed}
         indexed = {name: state for states in indexed_by_source.values() for name, state in states.items()}
         to_add = []

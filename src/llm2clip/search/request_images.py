@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from llm2clip.data.image_header import readable_formats
+from llm2clip.data.image_header import open_header
 from llm2clip.data.images import ImageError, load_image
 from llm2clip.search.errors import TooLarge
 
@@ -37,12 +37,15 @@ def load_request_image(data: bytes, max_pixels: int) -> Any:
         ImageError: The image cannot be decoded.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=readable_formats()) as header:
+        with open_header(io.BytesIO(data)) as header:
             width, height = header.size
+            is_avif = header.format == "AVIF"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLarge(str(error)) from error
     except Exception as error:  # Pillow can raise almost any exception for a damaged header
         raise ImageError("the data is not an image, or its format is not supported") from error
+    if is_avif:  # a small AVIF file can contain any number of hidden frames, which the decoder decodes first
+        raise ImageError("AVIF images are not accepted in requests. Convert the image to JPEG, PNG or WebP")
     if width * height > max_pixels:
         raise TooLarge(f"the image has too many pixels: {width} x {height}; the limit is {max_pixels:,}")
     return load_image(data)

@@ -9,10 +9,8 @@ import os
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 
-from PIL import Image
-
-from llm2clip.data.image_header import readable_formats
-from llm2clip.data.image_refs import TarImage, printable
+from llm2clip.data.image_header import open_header
+from llm2clip.data.image_refs import TarImage, printable, resolve_folder
 from llm2clip.data.readers.tar import list_files
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog
@@ -25,14 +23,16 @@ UNSUPPORTED_SUFFIXES = frozenset(
 EXIF_IFD, EXIF_DATE_TAKEN, EXIF_DATE = 0x8769, 0x9003, 0x0132  # EXIF tags
 
 
-def scan_sources(sources: Sequence[Source], log: SkipLog, prune: bool = False) -> dict[str, IndexedImage]:
-    """Return the images of all sources, keyed by name.
+def scan_sources(
+    sources: Sequence[Source], log: SkipLog, prune: bool = False, allow_outside: bool = False
+) -> dict[str, IndexedImage]:
+    """Return the images of all sources, keyed by name. For the arguments, see `find_images`.
 
     If several rows describe the same image, they are merged into one image with the captions of all these rows.
     """
     images: dict[str, IndexedImage] = {}
     for source in sources:
-        for image in find_images(source, log, prune):
+        for image in find_images(source, log, prune, allow_outside):
             previous = images.get(image.name)
             if previous is not None and isinstance(previous.ref, TarImage) and previous.ref != image.ref:
                 # If two members of a tar have the same name, the offset is appended to the name of the second member.
@@ -45,13 +45,19 @@ def scan_sources(sources: Sequence[Source], log: SkipLog, prune: bool = False) -
     return images
 
 
-def find_images(source: Source, log: SkipLog, prune: bool = False) -> Iterator[IndexedImage]:
+def find_images(
+    source: Source, log: SkipLog, prune: bool = False, allow_outside: bool = False
+) -> Iterator[IndexedImage]:
     """Yield the images of a source, without decoding them.
+
+    An index makes its images visible to all users of the server. By default, images outside the source's folder are
+    therefore skipped: a caption file or a symbolic link from someone else could otherwise publish private images.
 
     Args:
         source: Source with an absolute path.
         log: Skip log for rows without an image and for files in unsupported formats.
         prune: If the source does not exist or has no images, yield nothing instead of raising an error.
+        allow_outside: Also yield images outside the source's folder.
 
     Raises:
         FileNotFoundError: `prune` is False, and the source does not exist or has no images.
@@ -70,6 +76,7 @@ def find_images(source: Source, log: SkipLog, prune: bool = False) -> Iterator[I
         for path in list_files(source.path, UNSUPPORTED_SUFFIXES):
             log.count_row()
             log.skip(path, 0, "unknown format", "")
+    folder = _source_folder(source.path)
     for record in records:
         if record.image is None:
             log.skip(record.id, 0, "no image", "")
@@ -78,8 +85,12 @@ def find_images(source: Source, log: SkipLog, prune: bool = False) -> Iterator[I
             raise ValueError(
                 f"{source}: the images are not in local files. Write the data set to disk with save_to_disk first."
             )
+        path = record.image.container_path or ""
+        if not allow_outside and not _is_in_folder(path, folder):
+            log.skip(record.image.canonical_path, 0, "outside the source's folder", os.path.realpath(path))
+            continue
         try:
-            stat = os.stat(record.image.container_path or "")
+            stat = os.stat(path)
         except FileNotFoundError:
             continue  # the file was deleted during the scan
         yield IndexedImage(
@@ -90,6 +101,28 @@ def find_images(source: Source, log: SkipLog, prune: bool = False) -> Iterator[I
             captions=record.texts,
             taken=stat.st_mtime,
         )
+
+
+def _source_folder(source: str) -> str:
+    """Return the folder that must contain the images of a source, with symbolic links resolved.
+
+    This is the source itself if it is a folder, and otherwise the folder of the file. For a pattern, it is the part
+    before the first folder with a special character. COCO's caption files are in a folder called `annotations`, and the
+    images are next to this folder.
+    """
+    folder = os.path.abspath(source)
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(source) and os.path.basename(folder) == "annotations":
+        folder = os.path.dirname(folder)
+    return os.path.realpath(folder)
+
+
+def _is_in_folder(path: str, folder: str) -> bool:
+    path = resolve_folder(path)
+    if os.path.islink(path):
+        path = os.path.realpath(path)
+    return path == folder or path.startswith(os.path.join(folder, ""))
 
 
 def file_stamp(stat: os.stat_result) -> str:
@@ -116,7 +149,7 @@ def date_taken(data: bytes) -> float | None:
     EXIF dates do not specify a time zone, so the date is interpreted in the local time zone.
     """
     try:
-        header = Image.open(io.BytesIO(data), formats=readable_formats())
+        header = open_header(io.BytesIO(data))
         if header.format == "PNG" and "exif" not in header.info:
             return None  # otherwise, Pillow decodes the entire image to search for EXIF data after the pixels
         exif = header.getexif()

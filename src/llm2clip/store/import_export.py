@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
@@ -137,18 +138,20 @@ def export_official_tars(store: EmbeddingStore, tars: Sequence[str | Path]) -> l
     """Write `X_text_embeddings.tar` next to each sample file `X.tar`; return the paths of the new files.
 
     Raises:
-        StoreError: The store is damaged, or a caption from the samples is not in the store.
+        StoreError: The store is damaged, a caption from the samples is not in the store, or one of the new files exists
+            already. Existing files are not overwritten, because the authors' code may have written them.
     """
     store.verify()
-    targets = []
-    for tar in map(Path, tars):
-        target = _embeddings_tar(tar)
+    targets = [_embeddings_tar(Path(tar)) for tar in tars]
+    existing = [str(target) for target in targets if os.path.lexists(target)]
+    if existing:
+        raise StoreError(f"{', '.join(existing[:3])} already exists. Delete it, or leave its samples out of --tars")
+    for tar, target in zip(map(Path, tars), targets, strict=True):
         with atomic_path(target) as temporary, tarfile.open(temporary, "w") as stream:
             for name, members in _read_samples(tar, ["json"]):
                 for field, caption in _sample_captions(tar, name, members).items():
                     embedding = store.take(store.rows([caption]))[0]
                     _add_member(stream, f"{name}.{field.lower()}", embedding.astype("<f4").tobytes())
-        targets.append(target)
     return targets
 
 

@@ -10,7 +10,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm2clip.data.image_refs import DatasetImage, LoadedImage, ParquetImage, content_digest, disable_image_decoding
+from llm2clip.data.image_refs import (
+    DatasetImage,
+    LoadedImage,
+    ParquetImage,
+    content_digest,
+    disable_image_decoding,
+    parquet_batch_size,
+)
 from llm2clip.data.raw_rows import BadRow, ColumnChooser, RawRow
 
 
@@ -34,8 +41,8 @@ def read_parquet(path: str, choose: ColumnChooser, image_bytes: bool) -> Iterato
             for name in selected:
                 if name not in skipped:
                     columns.append(name if image_bytes or name not in image_columns else f"{name}.path")
-            batch_rows = 64 if image_columns and image_bytes else 1024
-            for batch in file.iter_batches(batch_size=batch_rows, columns=columns, use_threads=False):
+            batch_size = parquet_batch_size(file, image_columns) if image_columns and image_bytes else 1024
+            for batch in file.iter_batches(batch_size=batch_size, columns=columns, use_threads=False):
                 for fields in batch.to_pylist():
                     for name in image_columns - skipped:
                         ref = ParquetImage(path, row, name)

@@ -11,10 +11,15 @@ to float16.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from llm2clip.io_utils import atomic_dir
+
+# Types of metadata values, and the sizes of numbers in bytes.
+_STRING, _ARRAY = 8, 9
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 def convert_gguf(gguf: str | Path, out: str | Path) -> Path:
@@ -49,11 +54,12 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     The tokenizer's chat template is kept.
 
     Raises:
-        ValueError: the file does not contain all weights of the model.
+        ValueError: the file is damaged, or does not contain all weights of the model.
     """
     import torch
     from transformers import AutoModel, AutoTokenizer
 
+    check_gguf_header(gguf)
     source = str(gguf.absolute().parent)
     model, report = AutoModel.from_pretrained(
         source, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
@@ -68,6 +74,59 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     _clear_quantization_metadata(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def check_gguf_header(gguf: Path) -> None:
+    """Check that all metadata that a GGUF file announces fit into the file.
+
+    The package gguf does not check the lengths of arrays, and would read an array of 2^40 values from a small file.
+    Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+
+    Raises:
+        ValueError: the file is not a little-endian GGUF file, or is damaged.
+    """
+    with gguf.open("rb") as file:
+        reader = _GGUFReader(file)
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{gguf} is not a GGUF file")
+        try:
+            reader.skip(4 + 8)  # version and number of tensors
+            for _ in range(reader.read_integer(8)):
+                reader.skip(reader.read_integer(8))  # name
+                reader.skip_value(reader.read_integer(4))
+        except EOFError as error:
+            raise ValueError(f"{gguf} is damaged: its metadata are larger than the file") from error
+
+
+class _GGUFReader:
+    """Reader that skips over the metadata of a GGUF file, and raises EOFError at the end of the file."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.size = os.fstat(file.fileno()).st_size
+
+    def read_integer(self, num_bytes: int) -> int:
+        data = self.file.read(num_bytes)
+        if len(data) < num_bytes:
+            raise EOFError
+        return int.from_bytes(data, "little")
+
+    def skip(self, num_bytes: int) -> None:
+        if self.file.tell() + num_bytes > self.size:
+            raise EOFError
+        self.file.seek(num_bytes, os.SEEK_CUR)
+
+    def skip_value(self, kind: int) -> None:
+        length = 1
+        if kind == _ARRAY:
+            kind, length = self.read_integer(4), self.read_integer(8)
+        if kind in _SIZES:
+            self.skip(length * _SIZES[kind])
+        elif kind == _STRING:
+            for _ in range(length):
+                self.skip(self.read_integer(8))
+        else:
+            raise ValueError(f"the metadata of a GGUF file contain a value of the unknown type {kind}")
 
 
 def _clear_quantization_metadata(model: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from llm2clip.io_utils import read_json
+from llm2clip.models.assets import ASSETS
 from llm2clip.run_config import CONFIG_FILE
 
 # Example code for the model card, keyed by `model_type` in config.json.
@@ -32,6 +33,10 @@ texts = model.get_text_features(**processor(text=["a long description ..."], pad
 INTRODUCTION = (
     "This LLM2CLIP model (arXiv 2411.04997) combines a vision tower and a large language model, as the text tower, in "
     "a shared embedding space. You can search images with words, sentences and paragraphs."
+)
+PROVENANCE = (
+    "Third parties uploaded these packages. The checksums guarantee that all users get the same files, but not that "
+    "the files equal those of the original publishers."
 )
 LIMITATIONS = (
     "The model reproduces the errors and biases of the images and captions that it was trained on. The licenses of the "
@@ -63,7 +68,7 @@ def render_model_card(folder: Path, name: str, license: str | None = None) -> st
     if model_type in USAGE:
         sections.append(f"## Usage\n\n{USAGE[model_type].format(name=name, embed_dim=embed_dim)}")
     if model_type == "llm2clip":
-        sections += _training_sections(folder.parent)
+        sections += _asset_section(folder.parent) + _training_sections(folder.parent)
     sections.append(f"## Limitations\n\n{LIMITATIONS}")
     return "\n\n".join(sections) + "\n"
 
@@ -108,6 +113,23 @@ def _architecture_table(config: dict[str, Any], embed_dim: int | None) -> str:
     }
     lines = [f"| {label} | {value} |" for label, value in rows.items() if value is not None]
     return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _asset_section(run: Path) -> list[str]:
+    """Render the licenses and origins of the pretrained parts that llm2clip downloaded for a run."""
+    config_file = run / CONFIG_FILE
+    if not config_file.is_file():
+        return []
+    config = yaml.safe_load(config_file.read_text(encoding="utf-8")) or {}
+    names = [(config.get("encoder") or {}).get("path"), (config.get("align") or {}).get("tower")]
+    lines = []
+    for asset in (ASSETS[name] for name in names if name in ASSETS):
+        original = f" of {asset.hub_id}" if asset.hub_id else ""
+        wheels = ", ".join(f"{wheel.package} {wheel.version} (SHA-256 {wheel.sha256})" for wheel in asset.wheels)
+        lines.append(f"- {asset.description}: {asset.license}. Copy{original} from the package registry: {wheels}.")
+    if not lines:
+        return []
+    return ["## Pretrained parts\n\n" + "\n".join(lines) + f"\n\n{PROVENANCE}"]
 
 
 def _training_sections(run: Path) -> list[str]:

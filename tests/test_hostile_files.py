@@ -1,0 +1,322 @@
+"""Files that were made to exhaust time or memory, or to reach files outside their folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from llm2clip.cli.export import _check_no_home_paths
+from llm2clip.data import image_header, image_refs, images
+from llm2clip.data.image_header import DecodingLimitError, check_decoding_work, open_header
+from llm2clip.data.image_refs import FileImage, ParquetImage
+from llm2clip.data.images import ImageError, decode_image, load_image
+from llm2clip.data.records import Source, open_records
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.distributed import print_once
+from llm2clip.io_utils import atomic_dir, atomic_path
+from llm2clip.models.convert.gguf import check_gguf_header
+from llm2clip.models.vision_backbones import build_backbone
+from llm2clip.search.request_images import load_request_image
+from llm2clip.search.scan import find_images
+from llm2clip.search.types import IndexedImage
+
+
+def load_builders() -> Any:
+    file = Path(__file__).parent.parent / "benchmarks" / "hostile_images.py"
+    spec = importlib.util.spec_from_file_location("hostile_images", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hostile = load_builders()
+
+
+def png_bytes(width: int = 12, height: int = 10) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (width, height), (200, 10, 10)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+# ---- images: the work of decoding -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("jpeg refinement scans", "must have at most 20 scans"),
+        ("jpeg arithmetic", "arithmetic coding"),
+        ("png chunks", "too many small parts"),
+        ("png profiles", "too many small parts"),
+        ("png profiles after pixels", "colour profiles"),
+        ("gif comments", "too many small parts"),
+        ("gif long comment", "too many small parts"),
+        ("bmp runs", "run-length coding"),
+        ("bmp jumps", "run-length coding"),
+        ("ppm comments", "text form"),
+        ("ppm numbers", "text form"),
+        ("tiff shared strips", "share bytes"),
+        ("tiff large tiles", "tiles of the TIFF"),
+        ("tiff huge tile", "tiles of the TIFF"),
+        ("tiff progressive jpeg", "progressive"),
+    ],
+)
+def test_decode_image_rejects_hostile_files_before_decoding(
+    name: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "_decode_with_torchvision", lambda *_: pytest.fail("pixels were decoded"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("pixels were decoded"))
+    with pytest.raises(ImageError, match=message):
+        decode_image(hostile.FILES[name]())
+
+
+@pytest.mark.parametrize("name", ["png chunks after pixels", "png empty pixels"])
+def test_decode_image_limits_the_reads_of_pillow(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_FAST_FORMATS", ())
+    with pytest.raises(ImageError, match="too many small parts"):
+        decode_image(hostile.FILES[name]())
+
+
+def test_jpeg_scans_are_limited_by_their_number_and_by_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(num_scans: int, side: int = 64) -> None:
+        data = hostile.refinement_scans(num_scans, side)
+        check_decoding_work(data, open_header(io.BytesIO(data)))
+        assert decode_image(data).shape == (3, side, side)
+
+    check(98)  # and two first scans
+    with pytest.raises(DecodingLimitError, match="must have at most 100 scans"):
+        check(99)
+    monkeypatch.setattr(image_header, "MAX_SCANNED_PIXELS", 10 * 64 * 64)
+    check(8)
+    with pytest.raises(DecodingLimitError, match="at most 10 scans"):
+        check(9)
+
+
+def count_scans(data: bytes) -> int:
+    return [marker for marker, _ in image_header._jpeg_markers(data)].count(0xDA)
+
+
+def test_sequential_jpegs_with_separate_components_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = hostile.segment(0xC4, b"\x10" + bytes([1] + [0] * 15) + b"\x00")
+    scans = [hostile.scan(0, 63, 0, bytes(17), component) for component in (1, 2, 3)] * 34
+    data = hostile.jpeg(0xC0, [table, *scans], side=64, components=3)
+    with pytest.raises(ImageError, match="at most 100 scans"):
+        decode_image(data)
+
+
+def test_decode_image_reads_ppm_with_other_maximum_values() -> None:
+    values = np.arange(200 * 30).reshape(30, 200) % 1000
+    data = b"P5 200 30 1000\n" + values.astype(">u2").tobytes()
+    expected = np.round(values * (255 / 1000))
+    assert np.abs(decode_image(data)[0].numpy() - expected).max() <= 1
+    with pytest.raises(ImageError, match="this maximum value"):
+        decode_image(b"P5 2000 2000 200\n" + bytes(4_000_000))
+
+
+def test_scan_markers_in_metadata_and_behind_the_image_are_not_scans() -> None:
+    """Thumbnails and the video behind a motion photo contain such bytes."""
+    stream = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(stream, "JPEG", progressive=True, quality=95)
+    data = stream.getvalue()
+    assert 1 < data.count(b"\xff\xda") < 20
+    fake = hostile.segment(0xE1, b"Exif\0\0" + b"\xff\xda" * 1000)
+    changed = data[:2] + fake + data[2:] + b"\xff\xda" * 1000
+    assert torch.equal(decode_image(changed), decode_image(data))
+    assert count_scans(data) == data.count(b"\xff\xda")
+
+
+def test_jpeg_with_restart_markers_and_byte_stuffing_has_one_scan() -> None:
+    stream = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(stream, "JPEG", quality=98, restart_marker_blocks=1)
+    data = stream.getvalue()
+    assert b"\xff\x00" in data and b"\xff\xd3" in data
+    assert count_scans(data) == 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_exif_whose_tags_share_bytes_takes_little_memory(kind: str) -> None:
+    """2,000 tags refer to the same 100 kB."""
+    tags = b"".join(struct.pack("<HHII", 1000 + number, 1, 100_000, 8) for number in range(2000))
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 100_008) + bytes(100_000) + struct.pack("<H", 2000) + tags + bytes(4)
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, kind, exif=exif)
+    header = open_header(io.BytesIO(stream.getvalue()))
+    with pytest.warns(UserWarning, match="Tag data larger than file"):
+        values = header.getexif()
+    assert sum(len(values[tag]) for tag in values) < 1_000_000
+
+
+def test_requests_must_not_contain_avif() -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(stream, "AVIF")
+    assert decode_image(stream.getvalue()).shape == (3, 16, 16)
+    with pytest.raises(ImageError, match="AVIF images are not accepted"):
+        load_request_image(stream.getvalue(), 1_000_000)
+    assert load_request_image(png_bytes(), 1_000_000).shape == (3, 10, 12)
+
+
+def test_file_size_is_limited_before_reading(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.png"
+    path.write_bytes(png_bytes())
+    os.truncate(path, 1 << 40)
+    for image in (path, str(path), FileImage(str(path))):
+        with pytest.raises(ImageError, match="file too large"):
+            load_image(image)
+    (tmp_path / "x.jsonl").write_text('{"image": "sparse.png", "caption": "a"}\n' * 2)
+    log = SkipLog(max_skipped=1.0)
+    with pytest.raises(ValueError, match="no records"):
+        list(open_records(tmp_path / "x.jsonl", log))
+    assert log.skipped["unreadable image"] == 2
+
+
+# ---- tables and models ----------------------------------------------------------------------------------------------
+
+
+def test_parquet_rows_that_share_an_image_are_read_in_small_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of a kilobyte in which 5,000 rows share one image of 100 kB."""
+    path = tmp_path / "x.parquet"
+    image = png_bytes() + bytes(100_000)
+    table = pa.table({"image": [image] * 5000, "caption": ["a"] * 5000})
+    pq.write_table(table, path, compression="zstd", row_group_size=5000)
+    assert path.stat().st_size < 3000
+    monkeypatch.setattr(image_refs, "MAX_BATCH_BYTES", 400_000)
+    monkeypatch.setattr(image_refs, "MAX_ROW_GROUP_BYTES", 1 << 20)
+    batches = []
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def record_batches(*args: Any, **options: Any) -> Any:
+        for batch in iter_batches(*args, **options):
+            batches.append(batch.nbytes)
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", record_batches)
+    with pytest.raises(ImageError, match="row group 0 have more than"):
+        load_image(ParquetImage(str(path), 3, "image"))
+    assert max(batches) < 500_000 and sum(batches) < 2 << 20
+    batches.clear()
+    next(open_records(path))
+    assert max(batches) < 500_000
+
+    monkeypatch.setattr(image_refs, "MAX_ROW_GROUP_BYTES", 50_000)
+    log = SkipLog(max_skipped=1.0)
+    with pytest.raises(ValueError, match="no records"):
+        list(open_records(path, log))
+    assert log.skipped["unreadable file"] == 5000
+
+
+@pytest.mark.parametrize(("kind", "message"), [(4, "larger than"), (8, "larger than"), (99, "unknown")])
+def test_gguf_arrays_must_fit_in_the_file(tmp_path: Path, kind: int, message: str) -> None:
+    name = b"tokens"
+    array = struct.pack("<IIQ", 9, kind, 1 << 40)
+    header = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(name)) + name + array
+    (tmp_path / "x.gguf").write_bytes(header + bytes(40))
+    with pytest.raises(ValueError, match=message):
+        check_gguf_header(tmp_path / "x.gguf")
+
+
+def test_timm_config_cannot_name_files_or_hub_models(tmp_path: Path) -> None:
+    config = {"library": "timm", "architecture": "test_vit", "args": {"num_classes": 0}, "preprocess": {}}
+    secret = {"checkpoint_path": str(tmp_path / "other.safetensors"), "cache_dir": str(tmp_path), "pretrained": True}
+    model = build_backbone({**config, "args": {"num_classes": 0, **secret}})
+    assert type(model) is type(build_backbone(config))
+    for name in ("hf-hub:owner/name", f"local-dir:{tmp_path}", "no_such_model"):
+        with pytest.raises(ValueError, match="has no architecture"):
+            build_backbone({**config, "architecture": name})
+
+
+# ---- names of files -------------------------------------------------------------------------------------------------
+
+
+def scan(source: Path | str, allow_outside: bool = False) -> tuple[list[IndexedImage], SkipLog]:
+    log = SkipLog(max_skipped=1.0)
+    return list(find_images(Source(str(source)), log, allow_outside=allow_outside)), log
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """A folder `set` with one image, next to a folder with a private image."""
+    for name in ("set/a.png", "private/secret.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(png_bytes())
+    return tmp_path / "set"
+
+
+def test_index_skips_images_outside_the_source(folders: Path) -> None:
+    secret = folders.parent / "private" / "secret.png"
+    (folders / "link.png").symlink_to(secret)
+    (folders / "sub").symlink_to(secret.parent)
+    names = ["a.png", str(secret), "../private/secret.png", "link.png", "sub/secret.png", "../set/a.png"]
+    file = folders / "captions.jsonl"
+    file.write_text("".join(json.dumps({"image": name, "caption": "x"}) + "\n" for name in names))
+    for source in (file, folders / "*.jsonl", folders):
+        found, log = scan(source)
+        assert {image.name for image in found} == {str(folders / "a.png")}
+        assert log.skipped["outside the source's folder"] >= 1
+    found, log = scan(file, allow_outside=True)
+    assert len(found) == len(names) and not log.skipped
+    assert len(list(open_records(file))) == len(names)  # training may use images in other folders
+
+
+def test_index_finds_the_images_of_coco_next_to_the_annotations(folders: Path) -> None:
+    (folders / "annotations").mkdir()
+    file = folders / "annotations" / "captions_val.json"
+    images_of_coco = [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "../private/secret.png"}]
+    annotations = [{"image_id": number, "caption": "x"} for number in (1, 2)]
+    file.write_text(json.dumps({"images": images_of_coco, "annotations": annotations}))
+    found, log = scan(file)
+    assert [image.name for image in found] == [str(folders / "a.png")]
+    assert log.skipped["outside the source's folder"] == 1
+
+
+def test_print_once_escapes_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    print_once("photo\x1b]0;title\x07.jpg\r", "ü\t\x9b2J")
+    assert capsys.readouterr().out == "photo\\x1b]0;title\\x07.jpg\\x0d\nü\t\\x9b2J\n"
+
+
+def test_atomic_writes_do_not_follow_prepared_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old names contained the process id. Even if a name is known, an existing link is not written through."""
+    victim = tmp_path / "victim"
+    victim.write_text("important")
+    monkeypatch.setattr("secrets.token_hex", lambda _: "known")
+    (tmp_path / ".a.known.part.txt").symlink_to(victim)
+    with pytest.raises(FileExistsError), atomic_path(tmp_path / "a.txt") as temporary:
+        temporary.write_text("overwritten")
+    (tmp_path / ".b.known.part").symlink_to(tmp_path)
+    with pytest.raises(FileExistsError), atomic_dir(tmp_path / "b"):
+        pass
+    assert victim.read_text() == "important"
+
+
+def test_atomic_path_creates_files_with_the_usual_mode(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    with atomic_path(tmp_path / "a.txt") as temporary:
+        assert str(os.getpid()) not in temporary.name.split(".")
+        temporary.write_text("x")
+    assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_push_rejects_paths_in_the_home_folder(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    file = tmp_path / "text" / "adapter_config.json"
+    file.write_text(json.dumps({"base_model_name_or_path": "owner/llm"}))
+    _check_no_home_paths(tmp_path)
+    file.write_text(json.dumps({"base_model_name_or_path": str(Path.home() / "models" / "llm")}))
+    with pytest.raises(ValueError, match=r"adapter_config\.json contains a path"):
+        _check_no_home_paths(tmp_path)
