@@ -290,26 +290,16 @@ def test_print_once_escapes_control_characters(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == "photo\\x1b]0;title\\x07.jpg\\x0d\nü\t\\x9b2J\n"
 
 
-def test_atomic_writes_do_not_follow_prepared_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The old names contained the process id. Even if a name is known, an existing link is not written through."""
-    victim = tmp_path / "victim"
-    victim.write_text("important")
-    monkeypatch.setattr("secrets.token_hex", lambda _: "known")
-    (tmp_path / ".a.known.part.txt").symlink_to(victim)
-    with pytest.raises(FileExistsError), atomic_path(tmp_path / "a.txt") as temporary:
-        temporary.write_text("overwritten")
-    (tmp_path / ".b.known.part").symlink_to(tmp_path)
-    with pytest.raises(FileExistsError), atomic_dir(tmp_path / "b"):
-        pass
-    assert victim.read_text() == "important"
-
-
-def test_atomic_path_creates_files_with_the_usual_mode(tmp_path: Path) -> None:
-    (tmp_path / "usual").touch()
-    with atomic_path(tmp_path / "a.txt") as temporary:
-        assert str(os.getpid()) not in temporary.name.split(".")
-        temporary.write_text("x")
-    assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "usual").stat().st_mode
+def test_temporary_names_cannot_be_guessed(tmp_path: Path) -> None:
+    """Otherwise, another user could prepare a link with this name in a shared folder."""
+    for atomic in (atomic_path, atomic_dir):
+        names = set()
+        for number in range(10):
+            with atomic(tmp_path / f"{atomic.__name__}{number}") as temporary:
+                if atomic is atomic_path:
+                    temporary.write_text("x")
+                names.add(temporary.name.split(".")[2])
+        assert len(names) == 10 and all(len(name) == 16 for name in names)
 
 
 def test_push_rejects_paths_in_the_home_folder(tmp_path: Path) -> None:

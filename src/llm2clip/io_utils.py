@@ -36,9 +36,8 @@ def atomic_path(file: str | Path) -> Iterator[Path]:
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     # Keep the file's suffix at the end, because np.save, for example, appends .npy to a path that does not end in .npy.
+    # The name is random, so that other users who may write to the folder cannot create a link with this name.
     temporary = file.with_name(f".{file.stem}.{secrets.token_hex(8)}.part{file.suffix}")
-    # The name cannot be guessed, and an existing file or link is not opened: other users may write to the folder.
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield temporary
         with temporary.open("rb") as stream:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from llm2clip.data.image_refs import FileImage, ImageRef, MemoryImage
+from llm2clip.data.images import load_image
 from llm2clip.evaluate.benchmarks.base import Benchmark, ClassificationData
 from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json, read_lines
 
@@ -172,9 +173,8 @@ class _BorderedImage(FileImage):
         return f"{super().key} without its border"
 
     def open(self) -> io.BytesIO:
-        with Image.open(self.path) as image:
-            inner = image.convert("RGB").crop((2, 2, image.width - 2, image.height - 2))
-        return _png(inner)
+        inner = load_image(FileImage(self.path))[:, 2:-2, 2:-2]
+        return _png(Image.fromarray(inner.permute(1, 2, 0).numpy()))
 
 
 def _png(image: Image.Image) -> io.BytesIO:
