@@ -63,7 +63,7 @@ def open_header(stream: BinaryIO) -> Image.Image:
     """
     reader = _BoundedReader(stream)
     image = Image.open(cast(BinaryIO, reader), formats=readable_formats())
-    reads_pixels = any(codec == "ppm" for codec, *_ in image.tile)
+    reads_pixels = any(codec == "ppm" for codec, *_ in cast(Any, image).tile)
     reader.allow_decoding(bytes_per_read=1 if reads_pixels else 64)
     return image
 
@@ -85,7 +85,7 @@ def check_decoding_work(data: bytes, header: Image.Image) -> None:
         _check_tiff(data, header)
     elif header.format == "PNG" and data.count(b"iCCP") > MAX_PNG_PROFILES:
         raise DecodingLimitError(f"a PNG must have at most {MAX_PNG_PROFILES} colour profiles")
-    for codec, *_ in header.tile:
+    for codec, *_ in cast(Any, header).tile:
         if codec in ("bmp_rle", "ppm_plain"):  # decoded in Python
             raise DecodingLimitError("BMP images with run-length coding and PPM images in text form are not supported")
         if codec == "ppm" and width * height > MAX_PYTHON_PIXELS:
