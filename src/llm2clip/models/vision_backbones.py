@@ -81,7 +81,7 @@ def _create_timm(architecture: str, args: dict[str, Any]) -> nn.Module:
         raise ValueError(f"timm {timm.__version__} has no architecture {architecture!r}")
     factory_args = inspect.signature(timm.create_model).parameters
     args = {name: value for name, value in args.items() if name not in factory_args}
-    return cast(nn.Module, timm.create_model(architecture, pretrained=False, **args))
+    return timm.create_model(architecture, pretrained=False, **args)
 
 
 def _parse_name(name: str) -> tuple[str, str]:
