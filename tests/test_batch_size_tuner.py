@@ -10,7 +10,7 @@ import torch
 
 from llm2clip.models import batch_size_tuner
 from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.length_batching import TokenizedTexts
+from llm2clip.models.length_batching import TokenizedTexts, default_encoding_tokens
 
 
 def test_tune_batch_tokens_takes_the_fastest(encoder: CaptionEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,3 +61,10 @@ def test_tokens_per_second_times_batches_of_all_lengths(
     tokens = TokenizedTexts([[1] * n for n in lengths], [], [0] * len(lengths))
     assert batch_size_tuner.tokens_per_second(encoder, tokens, 200, "fp32") == 200  # one second per batch
     assert encoded_lengths == [40, 40, 40, 10, 5]
+
+
+@pytest.mark.parametrize(
+    ("device", "hidden_size", "tokens"), [("cuda", 576, 32768), ("cuda", 4096, 16384), ("cpu", 4096, 1024)]
+)
+def test_default_encoding_tokens_limits_the_memory_of_large_llms(device: str, hidden_size: int, tokens: int) -> None:
+    assert default_encoding_tokens(torch.device(device), hidden_size) == tokens

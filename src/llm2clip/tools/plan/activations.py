@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llm2clip.config import AlignConfig, TuneConfig
 from llm2clip.models.llm_layers import get_layers
 from llm2clip.models.lora import cast_frozen_linear
+from llm2clip.models.packing import PACKED, can_pack, pack_batch
 from llm2clip.models.precision import DTYPES
 from llm2clip.tools.plan.model_configs import build_llm, build_model
 from llm2clip.train.optim import set_trainable
@@ -45,8 +46,14 @@ class SavedTensorBytes:
         return tensor
 
 
-def saved_by_llm(config: Any, tune: TuneConfig, precision: str, num_layers: int) -> tuple[float, float]:
-    """Return the bytes of saved activations and the bytes of layer inputs, per token, for `num_layers` LLM layers."""
+def saved_by_llm(
+    config: Any, tune: TuneConfig, precision: str, num_layers: int, tokens_on_cpu: int | None = None
+) -> tuple[float, float]:
+    """Return the bytes of saved activations and the bytes of layer inputs, per token, for `num_layers` LLM layers.
+
+    With `tokens_on_cpu`, the number of tokens per caption, decoders use the packed attention of CPUs, which is not
+    fused. Otherwise, attention is fused, as on GPUs.
+    """
     short_config = type(config).from_dict(config.to_dict())
     short_config.num_hidden_layers, short_config.is_causal = num_layers, False
     if getattr(short_config, "layer_types", None):
@@ -61,18 +68,24 @@ def saved_by_llm(config: Any, tune: TuneConfig, precision: str, num_layers: int)
             net = get_peft_model(llm, lora)
         cast_frozen_linear(net, DTYPES[precision])
 
-    saved_bytes = []
+    is_packed, tokens, saved_bytes = tokens_on_cpu is not None and can_pack(llm), tokens_on_cpu or 128, []
+    if is_packed:
+        llm.set_attn_implementation(PACKED)
     with FakeTensorMode(allow_non_fake_inputs=True), _autocast(precision):
         net.to_empty(device="cpu")
         input_sizes = _record_input_sizes(layers)
-        for tokens in (128, 256):
+        for captions in (1, 2):
+            if is_packed:
+                inputs = pack_batch([[0] * tokens] * captions, PACKED, torch.device("cpu"))
+            else:
+                inputs = {"input_ids": torch.zeros(1, tokens * captions, dtype=torch.long)}
             saved = SavedTensorBytes(net)
             with saved.hooks:
-                output = net(input_ids=torch.zeros(1, tokens, dtype=torch.long))  # keeps the saved tensors alive
+                output = net(**inputs)  # keeps the saved tensors alive
             saved_bytes.append(saved.bytes)
             del output
     # The difference excludes half-precision copies of trained weights, which do not grow with the number of tokens.
-    return (saved_bytes[1] - saved_bytes[0]) / 128, sum(input_sizes.values()) / 256
+    return (saved_bytes[1] - saved_bytes[0]) / tokens, sum(input_sizes.values()) / (2 * tokens)
 
 
 def saved_by_align_model(config: AlignConfig, text_dim: int, captions: int) -> list[tuple[float, float, float]]:

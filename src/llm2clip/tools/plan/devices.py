@@ -1,9 +1,13 @@
-"""Peak throughput and memory of accelerators, from the manufacturers' data sheets."""
+"""Peak throughput and memory of accelerators, from the manufacturers' data sheets, and the fraction that is reached."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+
+# Model FLOPs utilisation of each stage on a GPU, from `benchmarks/roofline.py` (see docs/results.md). The vision tower
+# has smaller matrices than an LLM, and spends half of the time on elementwise operations.
+MFU = {"tune": 0.4, "embed": 0.4, "align": 0.25}
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,13 @@ class Machine:
     """Number and type of the devices that a plan is for."""
 
     device: str
-    """h100, h200, a100-80, a100-40, l40s, rtx4090, l4 or t4; or any other name, together with --tflops and --memory."""
+    """h100, h200, a100-80, a100-40, l40s, rtx4090, l4 or t4; or cpu or any other name, together with --tflops and
+    --memory. cpu means the CPU of this computer, on which the host's memory is counted."""
     count: int = 1
     """Number of devices; one process runs on each."""
-    mfu: float = 0.4
-    """Model FLOPs utilisation: assumed fraction of the peak throughput."""
+    mfu: float | None = None
+    """Model FLOPs utilisation: assumed fraction of the peak throughput. Default: 0.25 for align, 0.4 for tune, embed
+    and llava."""
     tflops: float | None = None
     """Peak throughput of the device in the config's precision, in 10^12 FLOP/s. Default: from the data sheet."""
     memory: float | None = None
@@ -87,7 +93,7 @@ class Machine:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"--{name} must be greater than 0 (got {value})")
-        if self.mfu > 1:
+        if self.mfu is not None and self.mfu > 1:
             raise ValueError(f"--mfu must be at most 1 (got {self.mfu})")
         if self.device.lower() not in DEVICES and (self.tflops is None or self.memory is None):
             raise ValueError(
@@ -96,15 +102,33 @@ class Machine:
             )
 
     @property
+    def is_cpu(self) -> bool:
+        return self.device.lower() == "cpu"
+
+    @property
     def each(self) -> Device:
         """Specifications of each device. --tflops and --memory override the values in the table."""
-        device = DEVICES.get(self.device.lower()) or Device(self.device, 0, 0, 0)
+        device = DEVICES.get(self.device.lower()) or Device(
+            self.device, 0, 0, 0, bf16=not self.is_cpu or _cpu_has_bf16()
+        )
         if self.tflops is not None:
             device = dataclasses.replace(device, half=self.tflops, full=self.tflops)
         if self.memory is not None:
             device = dataclasses.replace(device, memory=self.memory)
         return device
 
-    def hours(self, flop: float, precision: str) -> float:
-        """Return the number of hours that `flop` FLOPs take when distributed across all devices."""
-        return flop / (self.count * self.mfu * self.each.rate(precision)) / 3600
+    def stage_mfu(self, stage: str) -> float:
+        """Return the model FLOPs utilisation of `tune`, `embed` or `align`."""
+        return self.mfu or MFU[stage]
+
+    def hours(self, flop: float, precision: str, stage: str) -> float:
+        """Return the number of hours that `flop` FLOPs of a stage take when distributed across all devices."""
+        return flop / (self.count * self.stage_mfu(stage) * self.each.rate(precision)) / 3600
+
+
+def _cpu_has_bf16() -> bool:
+    import torch
+
+    from llm2clip.models.precision import resolve_device_precision
+
+    return resolve_device_precision("auto", torch.device("cpu")) == "bf16"

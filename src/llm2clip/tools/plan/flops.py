@@ -36,6 +36,7 @@ class TextCosts:
         parameters: number of parameters, excluding the language modelling head.
         linear: number of weights in all linear layers, which account for most FLOPs.
         largest_linear: number of linear weights in the largest transformer layer.
+        largest_matrix: number of weights in the largest linear layer.
         layers: number of transformer layers.
         attention_dim: number of attention heads times the dimension per head.
         trained: number of parameters that the `tune` stage trains.
@@ -48,6 +49,7 @@ class TextCosts:
     parameters: int
     linear: int
     largest_linear: int
+    largest_matrix: int
     layers: int
     attention_dim: int
     trained: int
@@ -110,8 +112,11 @@ class ImageCosts:
     copies: float
 
 
-def text_costs(encoder: EncoderConfig, tune: TuneConfig, precision: str) -> TextCosts:
-    """Compute the costs of a caption encoder that is tuned in `precision` (fp32, bf16 or fp16)."""
+def text_costs(encoder: EncoderConfig, tune: TuneConfig, precision: str, tokens_on_cpu: int | None = None) -> TextCosts:
+    """Compute the costs of a caption encoder that is tuned in `precision` (fp32, bf16 or fp16).
+
+    `tokens_on_cpu` is the number of tokens per caption if the encoder is tuned on a CPU, where attention is not fused.
+    """
     config = get_llm_config(encoder)
     llm = build_llm(config)
     layers = get_layers(llm)
@@ -121,12 +126,13 @@ def text_costs(encoder: EncoderConfig, tune: TuneConfig, precision: str) -> Text
         trained = _count_lora(layers, tune.lora_r)
     else:
         trained = _count(llm) - int(llm.get_input_embeddings().weight.numel())
-    two_layers, three_layers = (saved_by_llm(config, tune, precision, n) for n in (2, 3))
+    two_layers, three_layers = (saved_by_llm(config, tune, precision, n, tokens_on_cpu) for n in (2, 3))
     return TextCosts(
         embed_dim=encoder.truncate_dim or config.hidden_size,
         parameters=_count(llm),
         linear=_count_linear(layers),
         largest_linear=max(_count_linear(layer) for layer in layers),
+        largest_matrix=max(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear)),
         layers=len(layers),
         attention_dim=heads * head_dim,
         trained=trained,

@@ -81,7 +81,7 @@ def plan_llava(
         trained_on = conversations[stage] * epochs[stage]
         encoded_images = conversations[stage] if cached else trained_on
         flop[stage] = _conversation_flop(model, config, stage, length)
-        hours[stage] = machine.hours(trained_on * flop[stage] + encoded_images * model.tower_flop, precision)
+        hours[stage] = machine.hours(trained_on * flop[stage] + encoded_images * model.tower_flop, precision, "tune")
         memory[stage] = _stage_memory(model, config, stage, length, precision, machine, cached)
     return LlavaPlan(
         machine=machine,
@@ -116,7 +116,9 @@ def format_llava_plan(plan: LlavaPlan, conversations: dict[str, int]) -> list[st
             f"  {peak_memory(memory) / 1e9:.0f} GB per device ({verdict}): {parts}",
             f"  cached patch features would take {plan.feature_bytes[stage] / 1e9:,.0f} GB",
         ]
-    lines.append(f"Assumed: {machine.mfu:.0%} of the device's peak FLOP/s. These are estimates, not measurements.")
+    lines.append(
+        f"Assumed: {machine.stage_mfu('tune'):.0%} of the device's peak FLOP/s. These are estimates, not measurements."
+    )
     return lines
 
 

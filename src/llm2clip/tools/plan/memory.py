@@ -1,17 +1,22 @@
 """Estimate the memory per device and component, in bytes, from what the code allocates.
 
 A trained fp32 weight takes 4 bytes, its gradient 4 bytes, and AdamW's two moments 8 bytes. With several processes,
-DistributedDataParallel keeps a second copy of the gradients in its communication buckets.
+DistributedDataParallel keeps a second copy of the gradients in its communication buckets. The backward pass frees the
+activations while it creates the gradients, so in a single pass, only the larger of the two counts. With gradient
+caching, the gradients of earlier passes and the activations of a pass are in memory at the same time.
+
+On a CPU, the same memory also holds the weights while they are loaded, identified and saved.
 """
 
 from __future__ import annotations
 
 from llm2clip.config import AlignConfig, TuneConfig
-from llm2clip.models.length_batching import GPU_BATCH_TOKENS
+from llm2clip.models.length_batching import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 from llm2clip.tools.plan.flops import ImageCosts, TextCosts
 from llm2clip.train.losses import CHUNK
 
 FRAMEWORK_OVERHEAD = 1e9  # bytes per device for the CUDA context and PyTorch's libraries
+CPU_FRAMEWORK_OVERHEAD = 0.75e9  # bytes per process for PyTorch, transformers and the interpreter
 USABLE_FRACTION = 0.93  # usable fraction of a device's memory; the rest is lost to fragmentation
 NF4_BYTES = (
     0.5 + (1 + 4 / 256) / 64
@@ -32,7 +37,13 @@ def optimizer_memory(trained: float, count: int, use_fsdp: bool) -> dict[str, fl
 
 
 def tune_memory(
-    text: TextCosts, config: TuneConfig, tokens: float, precision: str, count: int, use_fsdp: bool = False
+    text: TextCosts,
+    config: TuneConfig,
+    tokens: float,
+    precision: str,
+    count: int,
+    use_fsdp: bool = False,
+    is_cpu: bool = False,
 ) -> dict[str, float]:
     """Return the memory per component in the `tune` stage, in bytes.
 
@@ -45,12 +56,16 @@ def tune_memory(
         precision: precision of matmuls: fp32, bf16 or fp16.
         count: number of devices.
         use_fsdp: shard the weights with FSDP2.
+        is_cpu: the device is a CPU.
     """
     value_bytes, shards = bytes_per_value(precision), count if use_fsdp else 1
     other_weights = text.parameters - text.linear
-    tokens_per_pass = 2 * config.batch_size * tokens  # two texts per pair
+    tokens_per_step = 2 * config.batch_size * tokens  # two texts per pair
+    tokens_per_pass = tokens_per_step
     if config.grad_cache:
-        tokens_per_pass = min(tokens_per_pass, config.batch_tokens or GPU_BATCH_TOKENS)
+        tokens_per_pass = min(
+            tokens_per_step, config.batch_tokens or (CPU_BATCH_TOKENS if is_cpu else GPU_BATCH_TOKENS)
+        )
     one_layer = text.saved_per_token
     if config.gradient_checkpointing:
         saved = text.layers * text.input_per_token + one_layer
@@ -64,6 +79,8 @@ def tune_memory(
         linear_bytes = NF4_BYTES if config.qlora else value_bytes
         parts["LLM"] = (linear_bytes * text.linear + 4 * other_weights) / shards
         parts["LoRA"] = 4 * text.trained / shards
+        if config.qlora:
+            parts["dequantised matrix"] = value_bytes * text.largest_matrix
     else:
         parts["LLM"] = 4 * text.parameters / shards
         if value_bytes == 2:
@@ -71,28 +88,32 @@ def tune_memory(
     if use_fsdp:
         parts["gathered"] = 2 * value_bytes * text.largest_linear  # one layer in use and the next layer prefetched
     parts |= optimizer_memory(text.trained, count, use_fsdp)
-    parts["activations"] = _transient_memory(activations, text.trained / shards)
-    parts["libraries"] = FRAMEWORK_OVERHEAD
-    parts["loading"] = 0.0 if config.qlora or use_fsdp else 4 * text.parameters + FRAMEWORK_OVERHEAD
-    return parts
+    several_passes = tokens_per_pass < tokens_per_step
+    parts["activations"] = _beyond_gradients(activations, text.trained / shards, several_passes)
+    return parts | _fixed_parts(is_cpu, loading_memory(text) if is_cpu else 0.0)
 
 
-def embed_memory(text: TextCosts, precision: str) -> dict[str, float]:
+def embed_memory(text: TextCosts, precision: str, is_cpu: bool = False) -> dict[str, float]:
     """Return the memory per component in the `embed` stage, in bytes.
 
-    The estimate is for the smallest batch. `embed` uses larger batches if they fit into memory. The LLM is loaded on
-    the CPU. The device holds linear weights only in the precision of the matmuls.
+    On a GPU, the estimate is for the smallest batch. `embed` uses larger batches if they fit into memory. The LLM is
+    loaded on the CPU. The device holds linear weights only in the precision of the matmuls.
     """
     other_weights = text.parameters - text.linear
     parts = {"LLM": bytes_per_value(precision) * text.linear + 4.0 * other_weights}
-    parts["activations"] = MIN_EMBED_TOKENS * text.saved_per_token
-    parts["libraries"] = FRAMEWORK_OVERHEAD
-    parts["loading"] = 0.0
-    return parts
+    parts["activations"] = (CPU_BATCH_TOKENS if is_cpu else MIN_EMBED_TOKENS) * text.saved_per_token
+    return parts | _fixed_parts(is_cpu, loading_memory(text) if is_cpu else 0.0)
 
 
 def align_memory(
-    image: ImageCosts, config: AlignConfig, captions: float, text_dim: int, count: int, use_fsdp: bool = False
+    image: ImageCosts,
+    config: AlignConfig,
+    captions: float,
+    text_dim: int,
+    count: int,
+    use_fsdp: bool = False,
+    loading: float = 0.0,
+    is_cpu: bool = False,
 ) -> dict[str, float]:
     """Return the memory per component in the `align` stage, in bytes.
 
@@ -103,6 +124,8 @@ def align_memory(
         text_dim: dimension of the stored embeddings.
         count: number of devices.
         use_fsdp: shard the weights with FSDP2.
+        loading: memory of the device that loading the LLM needs, before training.
+        is_cpu: the device is a CPU.
     """
     parameters, shards = image.tower + image.projection + image.adapter, count if use_fsdp else 1
     micro_batch = min(config.micro_batch_size or config.batch_size, config.batch_size)
@@ -115,14 +138,39 @@ def align_memory(
     parts = {"model": 4 * parameters / shards, **optimizer_memory(image.trained, count, use_fsdp)}
     if config.precision != "fp32":
         parts["half-precision copies"] = image.copies / shards
-    parts["activations"] = _transient_memory(micro_batch * (saved + image.saved_per_layer), image.trained / shards)
+    several_passes = micro_batch < config.batch_size
+    activations = micro_batch * (saved + image.saved_per_layer)
+    parts["activations"] = _beyond_gradients(activations, image.trained / shards, several_passes)
     # Embeddings, gathered embeddings and their gradients, plus a chunk of logits and two tensors of that chunk's size.
-    chunk = min(CHUNK["cuda"], config.batch_size * texts)
+    chunk = min(CHUNK["cpu" if is_cpu else "cuda"], config.batch_size * texts)
     parts["loss"] = 12 * image.embed_dim * (images + texts) + 12 * chunk
     parts["captions"] = 4 * text_dim * micro_batch * captions
-    parts["libraries"] = FRAMEWORK_OVERHEAD
-    parts["loading"] = 0.0
-    return parts
+    return parts | _fixed_parts(is_cpu, loading)
+
+
+def _beyond_gradients(activations: float, trained: float, several_passes: bool) -> float:
+    """Return the memory that activations need in addition to the memory of the gradients, in bytes.
+
+    Args:
+        activations: size of the activations of a pass, in bytes.
+        trained: number of trained weights on the device.
+        several_passes: gradients are accumulated over several passes.
+    """
+    return activations if several_passes else max(0.0, activations - 4 * trained)
+
+
+def loading_memory(text: TextCosts) -> float:
+    """Return the memory that loading an LLM in fp32 from 16-bit files needs, in bytes.
+
+    The files are memory-mapped, and count as memory of the process until all weights are converted.
+    """
+    return 6.0 * text.parameters
+
+
+def _fixed_parts(is_cpu: bool, loading: float) -> dict[str, float]:
+    """Return the components `libraries` and `loading`, in bytes."""
+    libraries = CPU_FRAMEWORK_OVERHEAD if is_cpu else FRAMEWORK_OVERHEAD
+    return {"libraries": libraries, "loading": loading + libraries if loading else 0.0}
 
 
 def peak_memory(parts: dict[str, float]) -> float:
@@ -134,11 +182,3 @@ def peak_memory(parts: dict[str, float]) -> float:
 def fits(parts: dict[str, float], memory: float) -> bool:
     """Return True if all components fit on a device with `memory` GB."""
     return peak_memory(parts) <= USABLE_FRACTION * memory * 1e9
-
-
-def _transient_memory(activations: float, trained: float) -> float:
-    """Return the memory for activations or for AdamW's copies of the weights, whichever is larger, in bytes.
-
-    AdamW copies the weights only after the activations have been freed.
-    """
-    return max(activations, 4 * trained)

@@ -1,7 +1,7 @@
 """Estimate the parameters, FLOPs, memory and hours of a `fit` run without running it.
 
-Hours are FLOPs divided by the peak throughput and an assumed model FLOPs utilisation (MFU). Good implementations reach
-an MFU of 0.4 with large matmuls. Small models, small batches and slow image decoding lower the MFU.
+Hours are FLOPs divided by the peak throughput and an assumed model FLOPs utilisation (MFU), see `devices.MFU`. Small
+models, small batches and slow image decoding lower the MFU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, cast
 from llm2clip.config import AlignConfig, FitConfig, TuneConfig
 from llm2clip.tools.plan.devices import Device, Machine
 from llm2clip.tools.plan.flops import ImageCosts, TextCosts, image_costs, text_costs
-from llm2clip.tools.plan.memory import align_memory, embed_memory, fits, peak_memory, tune_memory
+from llm2clip.tools.plan.memory import align_memory, embed_memory, fits, loading_memory, peak_memory, tune_memory
 
 STAGES = ("tune", "embed", "align")
 
@@ -84,12 +84,13 @@ def plan_fit(
     for name, value in data.items():
         if value <= 0:
             raise ValueError(f"--{name} must be greater than 0 (got {value})")
-    device, count, use_fsdp = machine.each, machine.count, machine.use_fsdp
-    align = dataclasses.replace(config.align, precision=cast(Any, device.precision(config.align.precision)))
+    device, count, use_fsdp, is_cpu = machine.each, machine.count, machine.use_fsdp, machine.is_cpu
+    align_precision = "fp32" if is_cpu and config.align.precision == "auto" else config.align.precision
+    align = dataclasses.replace(config.align, precision=cast(Any, device.precision(align_precision)))
     tune_precision = device.precision(config.tune.precision)
     tokens = min(tokens_per_caption, config.encoder.max_length or 512)
     captions = min(align.captions_per_image or captions_per_image, captions_per_image)
-    text = text_costs(config.encoder, config.tune, tune_precision)
+    text = text_costs(config.encoder, config.tune, tune_precision, tokens_on_cpu=round(tokens) if is_cpu else None)
     image = image_costs(align, text.embed_dim, captions)
 
     # FLOPs.
@@ -103,19 +104,22 @@ def plan_fit(
     feature_pass = images * image.tower_forward if features_cached else 0.0
 
     # Hours.
-    align_hours = machine.hours(feature_pass + image_passes * step["step"], align.precision)
-    online_hours = align_hours + machine.hours(image_passes * captions * caption_forward, config.embed.precision)
+    align_hours = machine.hours(feature_pass + image_passes * step["step"], align.precision, "align")
+    online_hours = align_hours + machine.hours(
+        image_passes * captions * caption_forward, config.embed.precision, "embed"
+    )
     hours = {
-        "tune": machine.hours(tune_texts * caption_tune, tune_precision),
-        "embed": machine.hours(all_captions * caption_forward, config.embed.precision),
+        "tune": machine.hours(tune_texts * caption_tune, tune_precision, "tune"),
+        "embed": machine.hours(all_captions * caption_forward, config.embed.precision, "embed"),
         "align": align_hours,
     }
 
-    # Memory.
+    # Memory. `align` opens the LLM on the CPU, to check that the store belongs to it.
+    llm_loading = loading_memory(text) if is_cpu else 0.0
     memory = {
-        "tune": tune_memory(text, config.tune, tokens, tune_precision, count, use_fsdp),
-        "embed": embed_memory(text, device.precision(config.embed.precision)),
-        "align": align_memory(image, align, captions, text.embed_dim, count, use_fsdp),
+        "tune": tune_memory(text, config.tune, tokens, tune_precision, count, use_fsdp, is_cpu),
+        "embed": embed_memory(text, device.precision(config.embed.precision), is_cpu),
+        "align": align_memory(image, align, captions, text.embed_dim, count, use_fsdp, llm_loading, is_cpu),
     }
     if config.tune.steps == 0:
         del memory["tune"]
@@ -155,10 +159,10 @@ def plan_fit(
         },
     )
     if not plan.fits.get("tune", True):
-        candidates = _tune_candidates(config.tune, text, tokens, tune_precision, count)
+        candidates = _tune_candidates(config.tune, text, tokens, tune_precision, count, is_cpu)
         plan.suggestions["tune"] = _select_fitting(candidates, device)
     if not plan.fits["align"]:
-        candidates = _align_candidates(align, image, text.embed_dim, captions, count)
+        candidates = _align_candidates(align, image, text.embed_dim, captions, count, is_cpu)
         plan.suggestions["align"] = _select_fitting(candidates, device)
     return plan
 
@@ -194,7 +198,7 @@ def _flag_names(flags: str) -> set[str]:
 
 
 def _tune_candidates(
-    config: TuneConfig, text: TextCosts, tokens: float, precision: str, count: int
+    config: TuneConfig, text: TextCosts, tokens: float, precision: str, count: int, is_cpu: bool
 ) -> Iterator[Suggestion]:
     small: dict[str, Any] = {"gradient_checkpointing": True, "grad_cache": True}
     changes: list[dict[str, Any]] = [{"gradient_checkpointing": True}, {"grad_cache": True}]
@@ -204,7 +208,7 @@ def _tune_candidates(
         changes += [{**small, "qlora": True, "batch_tokens": n} for n in (16384, 4096)]
     for change in changes:
         changed = dataclasses.replace(config, **change)
-        yield _flags("tune", config, change), tune_memory(text, changed, tokens, precision, count)
+        yield _flags("tune", config, change), tune_memory(text, changed, tokens, precision, count, is_cpu=is_cpu)
     if count > 1:  # FSDP2 does not support 4-bit weights
         for change in ({}, {**small, "batch_tokens": 8192}):
             changed = dataclasses.replace(config, **{**change, "qlora": False})
@@ -213,7 +217,7 @@ def _tune_candidates(
 
 
 def _align_candidates(
-    config: AlignConfig, image: ImageCosts, text_dim: int, captions: float, count: int
+    config: AlignConfig, image: ImageCosts, text_dim: int, captions: float, count: int, is_cpu: bool
 ) -> Iterator[Suggestion]:
     largest = config.micro_batch_size or config.batch_size
     sizes = [2**n for n in range(16, -1, -1) if 2**n < largest]
@@ -222,7 +226,7 @@ def _align_candidates(
     changes += [{"gradient_checkpointing": True, "micro_batch_size": n} for n in sizes]
     for change in changes:
         changed = dataclasses.replace(config, **change)
-        yield _flags("align", config, change), align_memory(image, changed, captions, text_dim, count)
+        yield _flags("align", config, change), align_memory(image, changed, captions, text_dim, count, is_cpu=is_cpu)
     small: dict[str, Any] = {"gradient_checkpointing": True, "micro_batch_size": min(16, largest)}
     if count > 1:
         for change in ({}, small):
@@ -233,7 +237,10 @@ def _align_candidates(
         small["lora_r"] = 16
         changed = dataclasses.replace(config, **small)
         lora_costs = image_costs(changed, text_dim, captions)
-        yield _flags("align", config, small), align_memory(lora_costs, changed, captions, text_dim, count)
+        yield (
+            _flags("align", config, small),
+            align_memory(lora_costs, changed, captions, text_dim, count, is_cpu=is_cpu),
+        )
 
 
 def _flags(stage: str, config: TuneConfig | AlignConfig, change: dict[str, Any]) -> str:

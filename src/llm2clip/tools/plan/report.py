@@ -128,8 +128,9 @@ def _suggestions(plan: Plan) -> list[str]:
 
 
 def _assumptions(plan: Plan) -> str:
+    mfu = ", ".join(f"{stage} {plan.machine.stage_mfu(stage):.0%}" for stage in STAGES)
     return (
-        f"Estimated, not measured. Assumptions: {plan.machine.mfu:.0%} of the peak throughput (MFU), "
+        f"Estimated, not measured. Assumptions: {mfu} of the peak throughput (MFU), "
         f"{1 - USABLE_FRACTION:.0%} of the memory lost to fragmentation, no duplicate captions, and image decoding "
         "that is never the bottleneck."
     )

@@ -1,0 +1,116 @@
+"""Compare the memory that `llm2clip plan` predicts for a CPU with the memory that `tune`, `embed` and `align` use.
+
+    python benchmarks/plan_memory.py --work /tmp/plan [--stages tune embed align] [--tiny]
+
+The models have the shapes of Llama-3.2-1B and ViT-L/14-336, random weights, and a tokenizer with one token per byte.
+All data are generated, so nothing is downloaded. Each stage runs in its own process, whose peak memory (RSS) is
+measured. The largest stage needs 15 GB, and all stages together take about twenty minutes on two cores. --tiny uses
+small models, to test this script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+
+from gpu_parts import TINY_LLM, TOWERS, save_llm
+from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
+from llm2clip.tools.plan.devices import Machine
+from llm2clip.tools.plan.memory import peak_memory
+from llm2clip.tools.plan.model_configs import LLMS
+from llm2clip.tools.plan.plan import plan_fit
+
+IMAGES, CAPTIONS, TOKENS = 32, 2, 64  # number of images, captions per image, and tokens per caption
+TUNE = {"steps": 2, "batch_size": 28, "lora_r": 16}
+ALIGN = {"batch_size": 4, "epochs": 0.375, "captions_per_image": 1, "adapter_depth": 4, "embed_dim": 1280}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for models, data and outputs")
+    parser.add_argument("--stages", nargs="+", choices=["tune", "embed", "align"], default=["tune", "embed", "align"])
+    parser.add_argument("--tiny", action="store_true", help="small models")
+    args = parser.parse_args()
+    llm = save_llm(args.work / "llm", TINY_LLM if args.tiny else LLMS["meta-llama/llama-3.2-1b"])
+    tower = save_tower(args.work / "tower", "test_vit" if args.tiny else TOWERS["ViT-L/14-336"][0])
+    data = save_data(args.work / "data")
+    config = FitConfig(
+        encoder=EncoderConfig(str(llm)),
+        tune=TuneConfig(**TUNE),
+        align=AlignConfig(tower=str(tower), workers=0, **ALIGN),  # type: ignore[arg-type]
+    )
+    plan = plan_fit(config, Machine("cpu", tflops=1, memory=64), IMAGES, CAPTIONS, TOKENS)
+    baseline = run(["-c", "import llm2clip.pipeline"])
+    print(f"A process that only imports llm2clip uses {baseline:.2f} GB.\n")
+    print(
+        "| stage | planned, GB | measured, GB | planned / measured | planned parts, GB |\n|" + " --- |" * 5, flush=True
+    )
+    encoder = ["--encoder.path", str(llm)]
+    commands = {
+        "tune": ["tune", f"{data}@train", *encoder, *options("tune", TUNE)],
+        "embed": ["embed", str(data), *encoder],
+        "align": ["align", f"{data}@train", *encoder, "--store", str(args.work / "embed"), *options("align", ALIGN)],
+    }
+    commands["align"] += ["--align.tower", str(tower), "--align.workers", "0"]
+    if "align" in args.stages and "embed" not in args.stages and not (args.work / "embed").exists():
+        args.stages.insert(0, "embed")
+    for stage in args.stages:
+        out = args.work / stage
+        shutil.rmtree(out, ignore_errors=True)
+        measured = run(["-m", "llm2clip", *commands[stage], "--out", str(out)])
+        parts = plan.memory[stage]
+        planned = peak_memory(parts) / 1e9
+        description = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items())
+        print(f"| {stage} | {planned:.2f} | {measured:.2f} | {planned / measured:.2f} | {description} |", flush=True)
+
+
+def options(stage: str, settings: dict[str, Any]) -> list[str]:
+    return [f"--{stage}.{name}={value}" for name, value in settings.items()]
+
+
+def run(arguments: list[str]) -> float:
+    """Run Python with these arguments in a new process, and return the peak memory of the process in GB."""
+    log = os.open(os.devnull, os.O_WRONLY)
+    actions = [(os.POSIX_SPAWN_DUP2, log, 1)]
+    pid = os.posix_spawn(sys.executable, [sys.executable, *arguments], os.environ, file_actions=actions)
+    _, status, usage = os.wait4(pid, 0)
+    os.close(log)
+    if status:
+        raise SystemExit(f"failed: python {' '.join(arguments)}")
+    return usage.ru_maxrss * 1024 / 1e9
+
+
+def save_tower(folder: Path, architecture: str) -> Path:
+    """Save a timm model with random weights, unless the folder exists."""
+    if not folder.exists():
+        torch.manual_seed(0)
+        timm.models.save_for_hf(timm.create_model(architecture), folder, safe_serialization=True)
+    return folder
+
+
+def save_data(folder: Path) -> Path:
+    """Save generated images, and captions with TOKENS characters each. Return the JSONL file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    rows = []
+    for n in range(IMAGES):
+        Image.fromarray(rng.integers(0, 255, (336, 336, 3), dtype=np.uint8)).save(folder / f"{n}.png")
+        captions = ["".join(rng.choice(list("abcdefgh "), TOKENS - 2)) for _ in range(CAPTIONS)]
+        rows.append({"image": f"{n}.png", "captions": [f"x{text}x" for text in captions], "split": "train"})
+    file = folder / "captions.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return file
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Memory at the true sizes of Llama-3-8B and ViT-L/14-336, measured with fake tensors, and compared with plans."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from conftest import make_llm
+from fake_memory import PeakMemory, count_bytes, fake_tensors
+from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
+from llm2clip.cpu_tuning import onednn_is_faster
+from llm2clip.models import packing
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.length_batching import TokenizedTexts, default_encoding_tokens
+from llm2clip.models.lora import cast_frozen_linear
+from llm2clip.models.packing import PACKED
+from llm2clip.models.precision import cast_linear_weights
+from llm2clip.tools.plan.flops import TextCosts, image_costs, text_costs
+from llm2clip.tools.plan.memory import USABLE_FRACTION, align_memory, embed_memory, fits, peak_memory, tune_memory
+from llm2clip.tools.plan.model_configs import build_llm, build_model, get_llm_config
+from llm2clip.train.grad_cache import cached_backward
+from llm2clip.train.optim import make_optimizer, set_trainable
+from llm2clip.train.pair_loss import PairLoss
+
+LLAMA_8B = EncoderConfig("meta-llama/meta-llama-3-8b")
+ALIGN = AlignConfig(
+    tower="openai/clip-vit-large-patch14-336", adapter_depth=4, embed_dim=1280, captions_per_image=1, precision="bf16"
+)
+GPU_GB = 24
+LIMIT = USABLE_FRACTION * GPU_GB * 1e9 - 1e9  # bytes for tensors: without fragmentation and PyTorch's libraries
+CAPTION_TOKENS = 84
+
+
+@pytest.fixture(autouse=True)
+def fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use fused attention, as on GPUs."""
+    monkeypatch.setattr(packing, "MAX_UNFUSED_LENGTH", 0)
+    onednn_is_faster()  # compares values, which fake tensors do not have; the result is cached
+
+
+class MeanPooling(nn.Module):
+    """Mean pooling that needs no values of tensors, unlike the pooling of sentence-transformers."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        tokens = features["token_embeddings"][0].split(features["caption_lengths"])
+        features["sentence_embedding"] = torch.stack([caption.mean(0) for caption in tokens])
+        return features
+
+    def get_embedding_dimension(self) -> int:
+        return self.dim
+
+
+@pytest.fixture(scope="module")
+def build_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., CaptionEncoder]:
+    """Return a function that builds an encoder with Llama-3-8B, on the meta device and without its layers' values."""
+    tiny = CaptionEncoder.from_pretrained(make_llm(tmp_path_factory.mktemp("llm")), device="cpu")
+
+    def build(layers: int | None = None) -> CaptionEncoder:
+        config = get_llm_config(dataclasses.replace(LLAMA_8B, layers=layers))
+        config.is_causal = False
+        encoder = copy.deepcopy(tiny)
+        encoder.st[0].model = build_llm(config)
+        encoder.st[1] = MeanPooling(config.hidden_size)
+        encoder.llm.set_attn_implementation(PACKED)
+        return encoder
+
+    return build
+
+
+def fill_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Create the optimizer's state, which the first step does otherwise."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def captions(tokens: int) -> TokenizedTexts:
+    count = tokens // CAPTION_TOKENS
+    return TokenizedTexts([[1] * CAPTION_TOKENS] * count, [], [0] * count)
+
+
+# ---- encoding --------------------------------------------------------------------------------------------------------
+
+
+def encoding_peak(encoder: CaptionEncoder, tokens: int) -> float:
+    """Return the peak memory in bytes of encoding a batch of captions in bf16, including the weights."""
+    cast_linear_weights(encoder.llm, "bf16")
+    encoder.weights_precision = "bf16"
+    with fake_tensors(encoder), PeakMemory(encoder) as memory:
+        encoder.encode(captions(tokens), batch_tokens=tokens)
+    return memory.peak
+
+
+def test_embed_with_an_8b_llm_fits_and_matches_the_plan(build_encoder: Callable[..., CaptionEncoder]) -> None:
+    peak = encoding_peak(build_encoder(), 8192)
+    assert peak < LIMIT
+    parts = embed_memory(text_costs(LLAMA_8B, TuneConfig(), "bf16"), "bf16")
+    assert peak_memory(parts) - parts["libraries"] == pytest.approx(peak, rel=0.05)
+
+
+def test_search_and_evaluate_with_an_8b_llm_fit(build_encoder: Callable[..., CaptionEncoder]) -> None:
+    """The vision tower, its heads and the LLM are in memory together, and each encodes its default batch."""
+    encoder = build_encoder()
+    tokens = default_encoding_tokens(torch.device("cuda"), 4096)
+    text_peak = encoding_peak(encoder, tokens)
+    llm_bytes = count_bytes(encoder)
+    model = build_model(ALIGN, 4096).eval()
+    size = model.tower.preprocess.size
+    with fake_tensors(model), PeakMemory(model) as memory, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(pixels=torch.zeros(64, 3, size, size, dtype=torch.uint8))
+    assert 16e9 < llm_bytes < 17e9
+    assert count_bytes(model) + text_peak < LIMIT
+    assert llm_bytes + memory.peak < LIMIT
+
+
+# ---- align -----------------------------------------------------------------------------------------------------------
+
+
+def align_peak(config: AlignConfig) -> float:
+    """Return the peak memory in bytes of a training step after the first. The loss is an ordinary contrastive loss."""
+    model = build_model(config, 4096)
+    with torch.device("meta"):
+        set_trainable(model, config)
+    if config.gradient_checkpointing:
+        model.tower.set_grad_checkpointing()
+    size, count = model.tower.preprocess.size, config.batch_size
+    part = config.micro_batch_size or count
+
+    def loss_function(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        return F.cross_entropy(scale.mean() * image @ text.T, torch.arange(count))
+
+    with fake_tensors(model), PeakMemory(model) as memory:
+        optimizer = make_optimizer(model, config, torch.device("cpu"))
+        pixels, texts = torch.zeros(count, 3, size, size, dtype=torch.uint8), torch.zeros(count, 4096)
+
+        def forward(start: int) -> tuple[Tensor, ...]:
+            with torch.autocast("cpu", torch.bfloat16):
+                image, text, scale, _ = model(pixels[start : start + part], texts[start : start + part])
+            return image, text, scale[None]
+
+        passes = [partial(forward, start) for start in range(0, count, part)]
+        fill_optimizer_state(optimizer)
+        if len(passes) == 1:
+            loss = loss_function(*passes[0]())
+        else:
+            loss = cached_backward(passes, loss_function, model, torch.device("cpu"))
+        loss.backward()
+        optimizer.step()
+    return memory.peak
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 8},
+        {"batch_size": 4, "micro_batch_size": 2, "tower": "openai/clip-vit-base-patch16"},
+        {"batch_size": 16, "gradient_checkpointing": True, "tower": "openai/clip-vit-base-patch16"},
+    ],
+    ids=["one pass", "gradient caching", "gradient checkpointing"],
+)
+def test_align_memory_matches_the_plan(settings: dict[str, Any]) -> None:
+    config = dataclasses.replace(ALIGN, **settings)
+    parts = align_memory(image_costs(config, 4096, 1), config, 1, 4096, 1)
+    assert peak_memory(parts) - parts["libraries"] == pytest.approx(align_peak(config), rel=0.08)
+
+
+def test_align_fits_with_the_published_batch_size() -> None:
+    """The published batch of 512 images per GPU, in micro-batches of 16."""
+    config = dataclasses.replace(ALIGN, batch_size=512, micro_batch_size=16)
+    assert fits(align_memory(image_costs(config, 4096, 1), config, 1, 4096, 1), GPU_GB)
+
+
+# ---- tune ------------------------------------------------------------------------------------------------------------
+
+
+def tune_peak(encoder: CaptionEncoder, config: TuneConfig) -> float:
+    """Return the peak memory in bytes of a training step after the first, with LoRA and frozen weights in bf16."""
+    encoder.llm.get_input_embeddings().requires_grad_(False)
+    with torch.device("meta"):
+        encoder.st[0].model = get_peft_model(encoder.llm, LoraConfig(r=config.lora_r, target_modules="all-linear"))
+    cast_frozen_linear(encoder.llm, torch.bfloat16)
+    if config.gradient_checkpointing:
+        encoder.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        encoder.llm.enable_input_require_grads()
+    count = 2 * config.batch_size
+    batch = {"tokens": [[1] * CAPTION_TOKENS] * count, "prompt_lengths": [0] * count, "pairs": config.batch_size}
+    with fake_tensors(encoder), PeakMemory(encoder) as memory:
+        encoder.st.train().forward = torch.autocast("cpu", torch.bfloat16)(encoder.st.forward)
+        optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], foreach=False)
+        loss_function = PairLoss(encoder, 0.05, config.batch_tokens or 32768, grad_cache=config.grad_cache)
+        fill_optimizer_state(optimizer)
+        loss_function([{**batch, "text_ids": torch.zeros(count, dtype=torch.long)}]).backward()
+        optimizer.step()
+    return memory.peak
+
+
+def planned_costs(layers: int, config: TuneConfig) -> TextCosts:
+    return text_costs(dataclasses.replace(LLAMA_8B, layers=layers), config, "bf16")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"gradient_checkpointing": True}, {"grad_cache": True, "batch_tokens": 840}],
+    ids=["one pass", "gradient checkpointing", "gradient caching"],
+)
+def test_tune_memory_matches_the_plan(build_encoder: Callable[..., CaptionEncoder], settings: dict[str, Any]) -> None:
+    """With four layers. All layers are equal, so the plan for all layers is as accurate."""
+    config = TuneConfig(batch_size=10, precision="bf16", **settings)
+    parts = tune_memory(planned_costs(4, config), config, CAPTION_TOKENS, "bf16", 1)
+    peak = tune_peak(build_encoder(layers=4), config)
+    assert peak_memory(parts) - parts["libraries"] == pytest.approx(peak, rel=0.05)
+
+
+def test_qlora_with_an_8b_llm_fits() -> None:
+    """The default batch of 128 pairs, with the settings that `plan` suggests."""
+    config = TuneConfig(qlora=True, gradient_checkpointing=True, grad_cache=True, batch_tokens=4096, precision="bf16")
+    parts = tune_memory(text_costs(LLAMA_8B, config, "bf16"), config, CAPTION_TOKENS, "bf16", 1)
+    assert fits(parts, GPU_GB)
+    assert 5e9 < parts["LLM"] < 6.5e9  # 7 billion weights in 4 bits, and token embeddings in fp32
