@@ -305,6 +305,7 @@ def _save_model(model: LLM2CLIP, folder: Path, encoder: EncoderConfig | None) ->
     elif encoder == EncoderConfig(path=encoder.path) and (Path(encoder.path) / "modules.json").is_file():
         model.save_pretrained(folder, text_folder=encoder.path)
     else:
+        gc.collect()  # free the memory of the optimizer before the LLM is loaded
         model.save_pretrained(folder, encoder=open_encoder(encoder, "cpu"))
 
 
