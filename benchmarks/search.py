@@ -2,16 +2,24 @@
 
     pip install faiss-cpu lancedb
     python benchmarks/search.py [--count 1000000] [--dim 1024] [--queries 100] [--graph] [--lance] [--out FOLDER]
+    python benchmarks/search.py --captions [--count 1000000]
 
 Each query is a random vector near an indexed vector. For llm2clip, the measured time is that of the complete
 `SqliteBackend.search` call, from the query vector to the file names. `--graph` also builds and searches the HNSW graphs
 of the local index and faiss, which takes tens of minutes for a million vectors on two cores. `--lance` also searches
 with LanceDB, without an index. Recall is measured against faiss's float32 flat index.
+
+`--captions` measures caption filters instead: how long it takes to find the images with a caption that contains a text,
+in an index with one caption of 9 to 15 words per image. The baseline is the filter of version 0.1, an SQL function that
+parses the captions of every image. Times are CPU times, because both filters use a single thread. The script also
+measures the first filter after one image has been added.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sqlite3
 import statistics
 import tempfile
 import time
@@ -22,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from llm2clip.data.image_refs import FileImage
-from llm2clip.search.sqlite_backend import SqliteBackend
+from llm2clip.search.sqlite_backend import DATABASE, SqliteBackend
 from llm2clip.search.types import Filter, IndexedContent, IndexedImage
 
 K = 10
@@ -41,8 +49,12 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="folder for the index, so that it can be reused; default: a temporary folder"
     )
+    parser.add_argument("--captions", action="store_true", help="measure caption filters instead")
     args = parser.parse_args()
     folder = args.out or Path(tempfile.mkdtemp())
+    if args.captions:
+        measure_captions(folder / "captions", args.count)
+        return
     import faiss
 
     flat = faiss.IndexFlatIP(args.dim)
@@ -79,6 +91,57 @@ def main() -> None:
         seconds = time.perf_counter() - start
         name = f"faiss HNSW16, int8, efSearch 64 (built in {seconds:.0f} s)"
         measure(name, faiss_search(graph), queries, exact)
+
+
+def measure_captions(folder: Path, count: int) -> None:
+    """Measure caption filters: a rare word, one Chinese character, and a word in all captions."""
+    rng = np.random.default_rng(0)
+    words = np.array(["dog", "狗", "Street", "oranges", *(f"word{n}" for n in range(5000))])
+    writer = SqliteBackend(folder, write=True)
+    writer.initialize({"model": "none", "fingerprint": "none", "width": 8})
+
+    def add(rows: range) -> None:
+        contents, images = [], []
+        for row in rows:
+            caption = "A photo of " + " ".join(rng.choice(words, size=rng.integers(6, 13)))
+            name = f"/photos/{row}.jpg"
+            contents.append(IndexedContent(name.encode(), rng.random(8).astype(np.float16), b"", 1, 1))
+            images.append((IndexedImage(name, FileImage(name), "/photos", "1", (caption,)), name.encode()))
+        writer.add(contents, images)
+
+    if writer.count()[1] < count:
+        for start in range(0, count, CHUNK):
+            add(range(start, min(start + CHUNK, count)))
+    backend = SqliteBackend(folder)
+    seconds, _ = time_call(lambda: backend._matching_ids(Filter(caption="dog")))
+    print(f"{count:,} captions; the first filter, which reads the captions, took {seconds:.1f} s of CPU time\n")
+
+    database = sqlite3.connect(folder / DATABASE)
+    database.create_function(
+        "any_contains",
+        2,
+        lambda captions, text: any(text.casefold() in caption.casefold() for caption in json.loads(captions)),
+        deterministic=True,
+    )
+    query = "SELECT DISTINCT content FROM pictures WHERE any_contains(captions, ?) ORDER BY content"
+    print("| text | images | version 0.1, ms | llm2clip, ms (median of 10) |\n|---|---|---|---|")
+    for text in ("DOG", "狗", "photo", "a photo of word"):
+        before, rows = time_call(lambda text=text: database.execute(query, (text,)).fetchall())
+        calls = [time_call(lambda text=text: backend._matching_ids(Filter(caption=text))) for _ in range(10)]
+        assert calls[0][1].tolist() == [content for (content,) in rows]
+        after = statistics.median(seconds for seconds, _ in calls)
+        print(f"| {text} | {len(rows):,} | {1000 * before:.0f} | {1000 * after:.0f} |", flush=True)
+    added = writer.count()[1]
+    add(range(added, added + 1))
+    seconds, _ = time_call(lambda: backend._matching_ids(Filter(caption="dog")))
+    print(f"\n(after one image was added, the first filter took {1000 * seconds:.0f} ms)")
+
+
+def time_call(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the CPU seconds that a call takes in this thread, and its result."""
+    start = time.thread_time()
+    result = function()
+    return time.thread_time() - start, result
 
 
 def vector_chunks(count: int, dim: int) -> Iterator[np.ndarray]:

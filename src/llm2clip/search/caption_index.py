@@ -1,8 +1,8 @@
 """Substring search in the captions of an index, without case, in memory.
 
 SQLite's trigram index (FTS5) was not used, because it cannot search for fewer than three characters, and because a text
-that occurs in nearly all captions still returns millions of rows. A NumPy scan of all bytes takes less than 100 ms for
-a million captions and any text (see benchmarks/search.py).
+that occurs in nearly all captions still returns millions of rows. A NumPy scan of all bytes takes 45 to 110 ms for
+a million captions (see benchmarks/search.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 BLOCK = 4096  # captions; the bytes of a block should fit in the CPU cache
 SEPARATOR = b"\xff"  # does not occur in UTF-8, so no match extends over two captions
-DENSE_BYTES = 4  # number of bytes that are compared at all positions; the others only at the remaining positions
+SPARSE_BYTES, DENSE_BYTES = 4, 8  # bytes compared at all positions, if few and if many positions remain
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,40 @@ class CaptionBlock:
         length = len(self.text) - len(text) + 1  # number of positions at which the text can start
         if not text or length <= 0:
             return np.full(count, not text)
-        dense_bytes = min(DENSE_BYTES, len(text))
         matches = np.zeros(len(self.text), bool)
         matches[:length] = self.text[:length] == text[0]
-        for offset in range(1, dense_bytes):
+        compared = min(SPARSE_BYTES, len(text))
+        for offset in range(1, compared):
             matches[:length] &= self.text[offset : offset + length] == text[offset]
-        if np.count_nonzero(matches) > count // 2:
-            for offset in range(dense_bytes, len(text)):
+        # Looking at positions one by one is slower than comparing a few more bytes at all positions if many remain.
+        if np.count_nonzero(matches) > (count // 2 if len(text) <= DENSE_BYTES else 2 * count):
+            for offset in range(compared, min(DENSE_BYTES, len(text))):
                 matches[:length] &= self.text[offset : offset + length] == text[offset]
+            compared = min(DENSE_BYTES, len(text))
+        if compared < len(text):
+            positions = np.flatnonzero(matches)
+            for offset, window, value in _windows(self.text, text):
+                positions = positions[window[positions + offset] == value]
+            matches[:] = False
+            matches[positions] = True
+        if np.count_nonzero(matches) > count // 2:
             return np.logical_or.reduceat(matches, self.starts)
-        positions = np.flatnonzero(matches)
-        for offset in range(dense_bytes, len(text)):
-            positions = positions[self.text[positions + offset] == text[offset]]
         contains = np.zeros(count, bool)
-        contains[np.searchsorted(self.starts, positions, "right") - 1] = True
+        contains[np.searchsorted(self.starts, np.flatnonzero(matches), "right") - 1] = True
         return contains
+
+
+def _windows(text: np.ndarray, needle: bytes) -> Iterator[tuple[int, np.ndarray, np.unsignedinteger]]:
+    """Yield what to compare at the positions of candidates: several bytes at a time, as integers.
+
+    Yields:
+        Offset in the needle, the integers that start at every position of the text, and the integer of the needle.
+    """
+    size = 8 if len(needle) >= 8 else 4
+    dtype = np.dtype(f"<u{size}")
+    window = np.ndarray((len(text) - size + 1,), dtype, text, strides=(1,))
+    for offset in (*range(0, len(needle) - size, size), len(needle) - size):
+        yield offset, window, np.frombuffer(needle, dtype, 1, offset)[0]
 
 
 @dataclass(frozen=True)
