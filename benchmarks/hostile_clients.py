@@ -5,8 +5,9 @@
 The honest client sends 5 requests per second: text searches, searches with a caption filter, small images and
 thumbnails. Its latencies count from the time at which a request was due, so a server that stops for a while is not
 measured less often. It first runs alone for 20 seconds, and then together with the hostile clients. Each hostile client
-is a process with its own loopback address, which knows the token and runs all attacks at the same time. At the end, the
-server is stopped with SIGTERM during the attacks.
+is a process with its own loopback address, which knows the token and runs all attacks at the same time, each again 0.1
+seconds after the last one ended. The hostile processes have low priority, because clients usually run on other machines
+and do not compete with the server for its CPU. At the end, the server is stopped with SIGTERM during the attacks.
 
 By default, the model is the tiny random model of the tests, and the index contains 20,000 images with 5 captions each,
 of which one is a file of 23 MB. With `--index`, the honest client needs images with the ids 1 to 20.
@@ -32,6 +33,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 
@@ -39,6 +41,7 @@ import numpy as np
 from PIL import Image
 
 TOKEN = "benchmark"
+PAUSE = 0.1  # seconds between two requests of an attack
 RATE = 5  # requests per second of the honest client
 BASELINE_SECONDS = 20
 IMAGES, CAPTIONS = 20_000, 5
@@ -81,11 +84,11 @@ class Attacker:
 
     async def scan_bomb(self) -> None:
         """Send a JPEG of 400 KB that takes more than 10 seconds to decode."""
-        await self.post("/embed", json.dumps({"input": data_uri(SCAN_BOMB)}).encode())
+        await self.post("/embed", SCAN_BOMB_BODY)
 
     async def key_bomb(self) -> None:
         """Send 4.8 MB of unknown fields."""
-        await self.post("/search", b"{" + b",".join([b'"1f":0'] * 700_000) + b"}")
+        await self.post("/search", KEY_BOMB_BODY)
 
     async def caption_filter(self) -> None:
         """Search with a caption filter that is slow to compare: the longest one that the server accepts."""
@@ -95,15 +98,14 @@ class Attacker:
 
     async def oversized_body(self) -> None:
         """Send the largest body that the server accepts, and then one that is too large and has no length."""
-        await self.post("/embed", b'{"input": "' + b"a" * ((32 << 20) - 1000))
-        chunk = b"%x\r\n" % (1 << 20) + bytes(1 << 20) + b"\r\n"
+        await self.post("/embed", LARGEST_BODY)
         head = f"POST /embed HTTP/1.1\r\n{HEAD}{JSON}Transfer-Encoding: chunked\r\n\r\n"
-        await self.send(head, chunk * 40)
+        await self.send(head, TOO_LARGE_BODY)
 
     async def unfinished_body(self) -> None:
         """Send all but one byte of a body."""
-        head = f"POST /embed HTTP/1.1\r\n{HEAD}{JSON}Content-Length: {32 << 20}\r\n\r\n"
-        await self.send(head, bytes((32 << 20) - 1))
+        head = f"POST /embed HTTP/1.1\r\n{HEAD}{JSON}Content-Length: {len(LARGEST_BODY) + 1}\r\n\r\n"
+        await self.send(head, LARGEST_BODY)
 
     async def slow_reader(self) -> None:
         """Request the largest image, and do not read the response."""
@@ -131,17 +133,16 @@ def run_attacker(port: int, number: int, names: list[str]) -> None:
 
     async def repeat(attack: Callable[[], Awaitable[None]]) -> None:
         while True:
-            try:
+            with suppress(OSError):  # the server may refuse or abort the connection
                 await attack()
-            except OSError:
-                await asyncio.sleep(0.05)
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(PAUSE)
 
     async def run() -> None:
         attacker = Attacker(port, number)
         loops = [repeat(getattr(attacker, name)) for name in names for _ in range(ATTACKS[name])]
         await asyncio.gather(*loops)
 
+    os.nice(19)
     asyncio.run(run())
 
 
@@ -171,7 +172,11 @@ def data_uri(data: bytes) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data).decode()
 
 
-SCAN_BOMB = make_scan_bomb()
+# Created once, so that the hostile clients spend their time on sending.
+SCAN_BOMB_BODY = json.dumps({"input": data_uri(make_scan_bomb())}).encode()
+KEY_BOMB_BODY = b"{" + b",".join([b'"1f":0'] * 700_000) + b"}"
+LARGEST_BODY = b'{"input": "' + b"a" * ((32 << 20) - 1000)
+TOO_LARGE_BODY = (b"%x\r\n" % (1 << 20) + bytes(1 << 20) + b"\r\n") * 40  # in chunks
 
 
 # ---- honest client --------------------------------------------------------------------------------------------------

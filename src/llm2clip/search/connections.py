@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
-from typing import cast
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -21,12 +19,13 @@ class LimitedConnection(H11Protocol):
     """
 
     limits: Limits
+    by_client: dict[str, dict[LimitedConnection, None]]  # open connections of each client, oldest first
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._timer: asyncio.TimerHandle | None = None
-        self._start_time = self.loop.time()
         self._client_key = client_key(self.client)
+        self.by_client.setdefault(self._client_key, {})[self] = None
         self._update_timer()
         if len(self.connections) > self.limits.max_connections:
             self._abort_one_connection()
@@ -34,6 +33,7 @@ class LimitedConnection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._stop_timer()
+        self._unregister()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -72,15 +72,21 @@ class LimitedConnection(H11Protocol):
 
         This connection is itself idle, so it is aborted if all other connections of the same client are in use.
         """
-        by_client: dict[str, list[LimitedConnection]] = defaultdict(list)
-        for connection in cast(set[LimitedConnection], self.connections):
-            by_client[connection._client_key].append(connection)
-        largest = max(by_client.values(), key=len)
-        connection = min(largest, key=lambda connection: (not connection._is_idle(), connection._start_time))
-        self.connections.discard(connection)  # uvicorn does this later, and another connection may be made before
+        largest = max(self.by_client.values(), key=len)
+        oldest = next(iter(largest))
+        connection = next((connection for connection in largest if connection._is_idle()), oldest)
+        connection._unregister()  # connection_lost is called later, and another connection may be made before
         connection.transport.abort()
+
+    def _unregister(self) -> None:
+        """Remove this connection from the open connections."""
+        self.connections.discard(self)
+        connections = self.by_client.get(self._client_key, {})
+        connections.pop(self, None)
+        if not connections:
+            self.by_client.pop(self._client_key, None)
 
 
 def limited_connection(limits: Limits) -> type[LimitedConnection]:
     """Return a connection class with the given limits, for uvicorn's setting `http`."""
-    return type("LimitedConnection", (LimitedConnection,), {"limits": limits})
+    return type("LimitedConnection", (LimitedConnection,), {"limits": limits, "by_client": {}})
