@@ -49,7 +49,7 @@ from llm2clip.search.types import IndexedImage
 STATIC_FOLDER = Path(__file__).parent / "static"
 STATIC_FILES = ("page.css", "page.js")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
-SHUTDOWN_TIMEOUT = 8  # seconds; `docker stop` kills a process after 10 seconds
+SHUTDOWN_TIMEOUT = 5  # seconds; cancelling requests also takes time, and `docker stop` kills a process after 10 seconds
 API_ERRORS: dict[int | str, dict[str, Any]] = {code: ERROR_RESPONSES[code] for code in (400, 404, 422, 429, 504)}
 
 
@@ -113,7 +113,7 @@ def create_app(
 def serve(app: FastAPI, host: str, port: int, on_start: Callable[[int], None] = lambda port: None) -> None:
     """Serve an application until the process receives SIGINT or SIGTERM.
 
-    Before the server stops, it completes the requests in progress, for up to 8 seconds.
+    Before the server stops, it completes the requests in progress, for up to 5 seconds.
 
     Args:
         app: Application, from `create_app`.
