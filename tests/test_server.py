@@ -569,7 +569,9 @@ SERVE_WITH_PAUSED_MODEL = """
 import sys
 from llm2clip.cli import main
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.search import server
 
+server.SHUTDOWN_TIMEOUT = 300  # seconds, as HANG_TIMEOUT
 encode_texts = DualEncoder.encode_texts
 
 def pause_and_encode(self, texts):
