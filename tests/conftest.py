@@ -247,6 +247,16 @@ class Killed(BaseException):
     """Simulates kill -9: no code catches it."""
 
 
+class TouchOnLoad:
+    """An object that creates a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
 def run_distributed(count: int, function: Callable[..., None], *args: Any) -> None:
     """Run `function(*args)` in `count` gloo processes, with the environment that torchrun would set.
 

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from align_fixtures import ALIGN, fresh_model, killed_after, make_store, read_split, run_align
-from conftest import CAPTIONS, TUNE, emulate_fsdp_launch, make_llm, run_distributed
+from conftest import CAPTIONS, TUNE, TouchOnLoad, emulate_fsdp_launch, make_llm, run_distributed
 from llm2clip.checkpoint import read_metrics
 from llm2clip.config import AlignConfig
 from llm2clip.data.hashing import epoch_permutation
@@ -432,7 +432,7 @@ def test_align_resumes_exactly(
 
     def run(name: str) -> LLM2CLIP:
         validate = make_validator(held_out, SkipLog(max_skipped=1.0), store)
-        return run_align(records, store, tmp_path / name, config, validate, tower=tower)
+        return run_align(records, store, tmp_path / name, config, validate, tower=tower, dropout=0.1)
 
     uninterrupted = run("uninterrupted")
     monkeypatch.setattr(align_module, "prefetch", lambda items, _: Prefetcher(items))  # as on accelerators
@@ -450,7 +450,7 @@ def test_align_resumes_exactly(
 def test_align_does_not_resume_with_other_data_or_settings(
     records: list[Record], store: EmbeddingStore, tmp_path: Path
 ) -> None:
-    """With more ranks the steps would be fewer and larger, and a run resumed past its end would count as complete."""
+    """With larger steps there would be fewer of them, and a run resumed past its end would count as complete."""
     config = dataclasses.replace(ALIGN, epochs=1, save_steps=1)
     run_align(records, store, tmp_path / "run", config)
     for change, message in (
@@ -467,10 +467,67 @@ def test_align_does_not_resume_with_other_data_or_settings(
         run_align(records, other_store, tmp_path / "run", config)
 
 
-def test_checkpoints_leave_out_frozen_weights(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
-    run_align(records, store, tmp_path, dataclasses.replace(ALIGN, tower_lr=0.0))
-    names = load_file(tmp_path / "checkpoints/checkpoint-6/model.safetensors").keys()
-    assert names and not any(name.startswith("tower.backbone") for name in names)
+@pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP"])
+def test_align_resumes_on_other_numbers_of_ranks(
+    records: list[Record],
+    store: EmbeddingStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fsdp: bool,
+) -> None:
+    """Two ranks, three ranks, one process: the same setting of the batch size, and the steps of an uninterrupted run.
+
+    With DDP, the tower is frozen. With FSDP, three ranks get shards of unequal sizes.
+    """
+    config = dataclasses.replace(ALIGN, batch_size=6, epochs=3, tower_lr=1e-4 if fsdp else 0.0)
+    for ranks, steps in ((2, 3), (3, 5)):
+        run_distributed(
+            ranks, _align_until_killed, records, str(store.folder), config, str(tmp_path / "run"), fsdp, steps
+        )
+    sizes: list[int] = []
+    forward = LLM2CLIP.forward
+
+    def recorded_forward(self: LLM2CLIP, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(kwargs.get("pixels", kwargs.get("features"))))
+        return forward(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LLM2CLIP, "forward", recorded_forward)
+        resumed = run_align(records, store, tmp_path / "run", config)
+    assert sizes == [6] * 2 * 2 * 2, "two steps of two parts and two passes, so that the memory does not grow"
+    line = "Number of processes: 1 (was 3). Resuming from step 4 with 12 images per step, as before (12 per process)"
+    assert line in capsys.readouterr().out
+    whole = dataclasses.replace(config, batch_size=12)
+    uninterrupted = run_align(records, store, tmp_path / "uninterrupted", whole)
+    assert_same_run(resumed, uninterrupted.state_dict(), tmp_path / "uninterrupted", tmp_path / "run", atol=1e-4)
+
+
+def _align_until_killed(
+    records: list[Record], store: str, config: AlignConfig, folder: str, fsdp: bool, steps: int
+) -> None:
+    if fsdp:
+        emulate_fsdp_launch()
+    with killed_after(steps):
+        run_align(records, EmbeddingStore(store), Path(folder), config)
+
+
+def test_pickles_in_a_checkpoint_are_not_executed(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
+    """In place of files that are saved now, and under the names that Accelerate would load."""
+    config = dataclasses.replace(ALIGN, epochs=1)
+    with killed_after(2):
+        run_align(records, store, tmp_path / "run", config)
+    checkpoint = tmp_path / "run/checkpoints/checkpoint-2"
+    names = ["random_states_0.pkl", "custom_checkpoint_0.pkl", "optimizer.bin", "scheduler.bin", "pytorch_model.bin"]
+    for name in names:
+        torch.save(TouchOnLoad(tmp_path / "executed"), checkpoint / name)
+    with killed_after(2):
+        run_align(records, store, tmp_path / "run", config)
+    for file in checkpoint.glob("state*"):
+        torch.save(TouchOnLoad(tmp_path / "executed"), file)
+        with pytest.raises(Exception, match=r"."):
+            run_align(records, store, tmp_path / "run", config)
+    assert not (tmp_path / "executed").exists()
 
 
 # ---- evaluation during training --------------------------------------------------------------------------------------

@@ -7,37 +7,41 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip.checkpoint import Checkpoints, MetricsLog, check_finite, latest_checkpoint, mark_complete, read_metrics
+from llm2clip.checkpoint import Checkpoints, MetricsLog, check_finite, latest_checkpoint, read_metrics
 
 
 def make_checkpoints(folder: Path, complete: tuple[int, ...], incomplete: tuple[int, ...] = ()) -> None:
+    """Save checkpoints that contain a file of their step."""
+    checkpoints = Checkpoints(folder, batch_size=6)
+    checkpoints.check({"steps": 20, "images per step": 6})
     for step in (*complete, *incomplete):
         (folder / f"checkpoint-{step}").mkdir(parents=True)
+        (folder / f"checkpoint-{step}" / "weights").write_text(f"weights of step {step}")
     for step in complete:
-        mark_complete(folder / f"checkpoint-{step}", {"steps": 20})
+        checkpoints.commit(step)
 
 
 def test_checkpoints_resume_from_the_latest_complete_one(tmp_path: Path) -> None:
     make_checkpoints(tmp_path, complete=(5, 10), incomplete=(15,))
     (tmp_path / "checkpoint-note").mkdir()
-    checkpoints = Checkpoints(tmp_path, {"steps": 20})
+    checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest == tmp_path / "checkpoint-10" and checkpoints.step == 10
     assert not (tmp_path / "checkpoint-15").exists() and (tmp_path / "checkpoint-note").exists()
 
 
 def test_checkpoints_start_from_the_beginning_without_any(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "checkpoints", {"steps": 20})
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
     assert checkpoints.latest is None and checkpoints.step == 0
 
 
 def test_checkpoints_reject_another_signature(tmp_path: Path) -> None:
     make_checkpoints(tmp_path, complete=(10,))
     with pytest.raises(ValueError, match=r"Cannot resume from .*checkpoint-10: steps: 20 then, 5 now"):
-        Checkpoints(tmp_path, {"steps": 5})
+        Checkpoints(tmp_path).check({"steps": 5})
 
 
 def test_checkpoints_commit_marks_and_prunes(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, {"steps": 20})
+    checkpoints = Checkpoints(tmp_path)
     for step in (2, 4, 10):
         checkpoints.path(step).mkdir()
         assert latest_checkpoint(tmp_path) != checkpoints.path(step)
@@ -48,7 +52,7 @@ def test_checkpoints_commit_marks_and_prunes(tmp_path: Path) -> None:
 
 def test_check_finite_names_step_and_last_checkpoint(tmp_path: Path) -> None:
     make_checkpoints(tmp_path, complete=(5,))
-    checkpoints = Checkpoints(tmp_path, {"steps": 20})
+    checkpoints = Checkpoints(tmp_path)
     check_finite("loss", 1.5, 7, checkpoints)
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 7\. .*checkpoint-5\. Lower the rate"):
         check_finite("loss", math.nan, 7, checkpoints, "Lower the rate")

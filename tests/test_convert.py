@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from conftest import make_llm
+from conftest import TouchOnLoad, make_llm
 from llm2clip import LLM2CLIP
 from llm2clip.cli import main
 from llm2clip.models.caption_encoder import CaptionEncoder
@@ -527,16 +527,6 @@ def test_load_official_reports_missing_checkpoints(tmp_path: Path, monkeypatch: 
         load_official_checkpoint("no/such-model")
     with pytest.raises(ValueError, match=r"must contain one of model\.safetensors"):
         load_official_checkpoint(tmp_path)
-
-
-class TouchOnLoad:
-    """An object that creates a file when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.marker,)
 
 
 def test_load_official_does_not_execute_pickles(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from conftest import CAPTIONS, TUNE, Killed, emulate_fsdp_launch, run_distributed
+from conftest import CAPTIONS, TUNE, Killed, TouchOnLoad, emulate_fsdp_launch, run_distributed
 from llm2clip.checkpoint import read_metrics
 from llm2clip.config import TuneConfig
 from llm2clip.data.pairs import Pair, pair_batches
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.precision import resolve_device_precision
+from llm2clip.train import pair_loss as pair_loss_module
+from llm2clip.train.grad_cache import cached_backward
 from llm2clip.train.pair_loss import PairCollator, PairLoss, pair_loss
 from llm2clip.train.tune import tune
 
@@ -406,6 +409,26 @@ def test_tune_does_not_resume_with_other_data(llm: Path, tmp_path: Path) -> None
         tune([CAPTIONS[::-1]], open_encoder(llm), TUNE, tmp_path)
 
 
+def test_pickles_in_a_checkpoint_are_not_executed(llm: Path, tmp_path: Path) -> None:
+    """In place of the files that are saved, and under the names that the Trainer would load."""
+    config = dataclasses.replace(TUNE, steps=4)
+    tune([CAPTIONS], open_encoder(llm), config, tmp_path / "run").rename(tmp_path / "removed")
+    shutil.rmtree(tmp_path / "run/checkpoints/checkpoint-4")
+    checkpoint = tmp_path / "run/checkpoints/checkpoint-2"
+    for name in ("optimizer.pt", "scheduler.pt", "pytorch_model.bin", "training_args.bin"):
+        torch.save(TouchOnLoad(tmp_path / "executed"), checkpoint / name)
+    for name in ("state-1.safetensors", "state.json", "trainer_state.json", "scaler.pt", "rng_state.pth"):
+        original = (checkpoint / name).read_bytes() if name != "scaler.pt" else None  # saved on GPUs only
+        torch.save(TouchOnLoad(tmp_path / "executed"), checkpoint / name)
+        with pytest.raises(Exception, match=r"."):
+            tune([CAPTIONS], open_encoder(llm), config, tmp_path / "run")
+        (checkpoint / name).unlink()
+        if original is not None:
+            (checkpoint / name).write_bytes(original)
+    tune([CAPTIONS], open_encoder(llm), config, tmp_path / "run")
+    assert not (tmp_path / "executed").exists()
+
+
 # ---- several ranks ---------------------------------------------------------------------------------------------------
 
 # No dropout, which each rank draws by itself, and passes of few tokens, so that ranks make different numbers of passes.
@@ -432,19 +455,39 @@ def _tune_on_rank(llm: str, folder: str, config: TuneConfig) -> None:
     tune([CAPTIONS], open_encoder(Path(llm)), half, Path(folder))
 
 
-def test_tune_resumes_on_another_number_of_ranks(llm: Path, tmp_path: Path) -> None:
-    """Killed on two ranks after the checkpoint of step 2, and resumed by one process with twice the batch size."""
-    config = dataclasses.replace(SMALL_PASSES, steps=4)
-    run_distributed(2, _tune_until_killed, str(llm), str(tmp_path / "resumed"), config)
-    losses_before = [line["loss"] for line in read_metrics(tmp_path / "resumed/metrics.jsonl")]
-    resumed = tune([CAPTIONS], open_encoder(llm), config, tmp_path / "resumed")
-    uninterrupted = tune([CAPTIONS], open_encoder(llm), config, tmp_path / "uninterrupted")
-    runs = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("resumed", "uninterrupted")]
-    losses, expected_losses = ([line["loss"] for line in run] for run in runs)
-    assert losses[:2] == losses_before[:2], "the steps before the checkpoint must not be repeated"
-    assert len(losses) == 4 and losses == pytest.approx(expected_losses, rel=1e-4)
-    weights = load_file(resumed / "model.safetensors")
-    for name, tensor in load_file(uninterrupted / "model.safetensors").items():
+def test_tune_resumes_on_another_number_of_ranks(
+    llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed on two ranks after the checkpoint of step 2, and resumed by one process.
+
+    The batch size is either unchanged, or twice as large, so that its product with the number of ranks is unchanged.
+    """
+    whole = dataclasses.replace(SMALL_PASSES, steps=4)
+    half = dataclasses.replace(whole, batch_size=whole.batch_size // 2)
+    run_distributed(2, _tune_until_killed, str(llm), str(tmp_path / "half"), whole)
+    shutil.copytree(tmp_path / "half", tmp_path / "whole")
+    losses_before = [line["loss"] for line in read_metrics(tmp_path / "half/metrics.jsonl")]
+    uninterrupted = tune([CAPTIONS], open_encoder(llm), whole, tmp_path / "uninterrupted")
+    cached_steps: list[int] = []
+    monkeypatch.setattr(
+        pair_loss_module, "cached_backward", lambda *args: cached_steps.append(1) or cached_backward(*args)
+    )
+    for name, config in (("half", half), ("whole", whole)):
+        resumed = tune([CAPTIONS], open_encoder(llm), config, tmp_path / name)
+        line = "Number of processes: 1 (was 2). Resuming from step 2 with 6 pairs per step, as before (6 per process)"
+        assert (line in capsys.readouterr().out) == (name == "half")
+        assert len(cached_steps) == 2, "the memory must not grow with an unchanged batch size"
+        _assert_same_run(resumed, uninterrupted)
+        assert [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")][:2] == losses_before[:2]
+
+
+def _assert_same_run(encoder_dir: Path, other_dir: Path) -> None:
+    """Check that two runs have the same losses, and end with the same weights, except for rounding errors."""
+    runs = [read_metrics(folder.parent / "metrics.jsonl") for folder in (encoder_dir, other_dir)]
+    losses, other_losses = ([line["loss"] for line in run] for run in runs)
+    assert len(losses) == 4 and losses == pytest.approx(other_losses, rel=1e-4)
+    weights = load_file(encoder_dir / "model.safetensors")
+    for name, tensor in load_file(other_dir / "model.safetensors").items():
         assert torch.allclose(tensor, weights[name], atol=1e-4), name
 
 
@@ -481,6 +524,9 @@ def test_tune_with_fsdp_matches_one_process(llm: Path, tmp_path: Path, change: d
     assert weights.keys() == sharded_weights.keys()
     for name, tensor in weights.items():
         assert torch.allclose(tensor, sharded_weights[name], atol=1e-4 if config.precision == "fp32" else 1e-3), name
+    if config.precision == "fp32":  # resumed by one process without FSDP, with an unchanged batch size
+        half = dataclasses.replace(config, batch_size=config.batch_size // 2)
+        _assert_same_run(tune([CAPTIONS], open_encoder(llm), half, tmp_path / "killed"), encoder_dir)
 
 
 def _tune_sharded_on_rank(llm: str, folder: str, config: TuneConfig) -> None:
@@ -499,10 +545,13 @@ def _tune_sharded_on_rank(llm: str, folder: str, config: TuneConfig) -> None:
     PairLoss.forward = killed_forward  # type: ignore[method-assign]
     with pytest.raises(Killed):
         _tune_on_rank(llm, folder, config)
+    if torch.distributed.get_rank() == 0:
+        shutil.copytree(folder, Path(folder).parent / "killed")
+    torch.distributed.barrier()
     encoder = open_encoder(Path(llm))
     tune([CAPTIONS], encoder, dataclasses.replace(config, batch_size=config.batch_size // 2), Path(folder))
     assert len(calls) == 4 + 2
-    assert not list(Path(folder).rglob("pytorch_model_fsdp*")), "checkpoints must not hold frozen weights"
+    assert not list(Path(folder).rglob("*fsdp*")), "checkpoints must not hold frozen weights or pickles"
     assert torch.equal(encoder.encode(["a dog"]), open_encoder(Path(folder) / "encoder").encode(["a dog"]))
 
 

@@ -2,7 +2,8 @@
 
 A run saves `checkpoints/checkpoint-N` every few steps and appends a line to `metrics.jsonl` for every logged step. A
 checkpoint without a marker file is incomplete and is ignored. The marker file contains the run's signature, which
-consists of the settings and a hash of the data. Training resumes only from a checkpoint with an equal signature.
+consists of the settings and a hash of the data. Training resumes only from a checkpoint with an equal signature. The
+number of ranks may change, because a resumed run keeps its number of images or pairs per step.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
-from llm2clip.distributed import process_state
+from llm2clip.distributed import print_once, process_state
 from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text
 
 PREFIX = "checkpoint-"  # also used by the Trainer in transformers
 COMPLETE_MARKER = "complete"
 MAX_CHECKPOINTS = 2  # older checkpoints are removed
+FORMAT = 2  # format of the files in a checkpoint
 
 
 class Checkpoints:
@@ -33,20 +35,20 @@ class Checkpoints:
     Attributes:
         latest: Checkpoint to resume from. None if training starts from the beginning.
         step: Step of the checkpoint to resume from. 0 if training starts from the beginning.
+        batch_size: The run's setting for the number of items per step and rank, which is saved in checkpoints.
     """
 
-    def __init__(self, folder: Path, signature: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, batch_size: int | None = None) -> None:
         """Find the checkpoint to resume from and remove incomplete checkpoints.
 
         Args:
             folder: Folder for the checkpoints, which need not exist yet.
-            signature: Properties of the run that must be equal to those saved in a checkpoint before the run can
-                resume, such as the batch size and a hash of the data. The values must be JSON-serialisable.
+            batch_size: Setting for the number of items per step and rank. None if there is no such setting.
 
         Raises:
-            ValueError: The latest checkpoint has a different signature, or is not visible on this rank.
+            ValueError: The latest checkpoint was saved by an older version, or is not visible on this rank.
         """
-        self.folder, self.signature = folder, dict(signature)
+        self.folder, self.batch_size = folder, batch_size
         state = process_state()
         latest = None
         if state.is_main_process:
@@ -54,12 +56,75 @@ class Checkpoints:
             latest = latest_checkpoint(folder)
         if state.num_processes > 1:
             latest = broadcast_object_list([latest])[0]
+        self._marker: dict[str, Any] = {}
+        self._signature: dict[str, Any] = {}
         if latest is not None:
             if not (latest / COMPLETE_MARKER).exists():
                 raise ValueError(f"{latest} is not visible on all ranks: put the run directory on a shared disk")
-            validate_resume(latest, self.signature)
+            self._marker = json.loads((latest / COMPLETE_MARKER).read_text())
+            if self._marker.get("format") != FORMAT:
+                raise ValueError(
+                    f"{latest} was saved by an older version of llm2clip: delete {folder} to start this stage over"
+                )
         self.latest: Path | None = latest
         self.step = 0 if latest is None else checkpoint_step(latest)
+
+    def resumed_total(self, name: str) -> int | None:
+        """Return the number of items per step, over all ranks, of the run that is resumed.
+
+        If the number of ranks has changed, a line that says so is printed.
+
+        Args:
+            name: Name of this number in the signature, for example "images per step".
+
+        Returns:
+            The saved number. None if there is no checkpoint, or if the batch size per rank has been changed. The number
+            of items per step is then the product of the batch size and the number of ranks.
+
+        Raises:
+            ValueError: The number of items per step is not divisible by the number of ranks.
+        """
+        ranks = process_state().num_processes
+        if self.latest is None or self._marker["batch_size"] != self.batch_size:
+            return None
+        total, saved_ranks = int(self._marker["signature"][name]), self._marker["ranks"]
+        if total % ranks:
+            divisors = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
+            raise ValueError(
+                f"Cannot resume from {self.latest} with {ranks} processes: the run has {total} {name}, which is not "
+                f"divisible by {ranks}. Use a number of processes that divides {total}: {divisors}"
+            )
+        if ranks != saved_ranks:
+            print_once(
+                f"Number of processes: {ranks} (was {saved_ranks}). Resuming from step {self.step} with {total} "
+                f"{name}, as before ({total // ranks} per process)"
+            )
+        return total
+
+    def check(self, signature: Mapping[str, Any]) -> None:
+        """Check that a run with this signature can resume, and save the signature with all later checkpoints.
+
+        Args:
+            signature: Properties of the run that must be equal to those saved in a checkpoint before the run can
+                resume, such as the learning rate and a hash of the data. The values must be JSON-serialisable.
+
+        Raises:
+            ValueError: The latest checkpoint has a different signature. The message lists the differences.
+        """
+        self._signature = dict(signature)
+        if self.latest is None:
+            return
+        saved = self._marker["signature"]
+        changes = [
+            f"{name}: {saved.get(name)} then, {value} now"
+            for name, value in signature.items()
+            if saved.get(name) != value
+        ]
+        if changes:
+            raise ValueError(
+                f"Cannot resume from {self.latest}: {'; '.join(changes)}. Use the same data and settings, or delete "
+                f"{self.folder} to start this stage over"
+            )
 
     def path(self, step: int) -> Path:
         """Return the path of the checkpoint for a step."""
@@ -70,7 +135,10 @@ class Checkpoints:
         state = process_state()
         state.wait_for_everyone()
         if state.is_main_process:
-            mark_complete(self.path(step), self.signature)
+            _mark_complete(
+                self.path(step),
+                {"signature": self._signature, "batch_size": self.batch_size, "ranks": state.num_processes},
+            )
             prune_checkpoints(self.folder)
 
 
@@ -122,28 +190,6 @@ def check_finite(name: str, value: float, step: int, checkpoints: Checkpoints, a
     raise FloatingPointError(f"{name} is {value} at step {step}. Last complete checkpoint: {last}. {advice}".rstrip())
 
 
-def mark_complete(checkpoint: Path, signature: Mapping[str, Any]) -> None:
-    """Write the marker file of a checkpoint. All other files of the checkpoint must already have been written."""
-    atomic_write_text(checkpoint / COMPLETE_MARKER, json.dumps(signature))
-
-
-def validate_resume(checkpoint: Path, signature: Mapping[str, Any]) -> None:
-    """Check that a run with this signature can resume from a checkpoint.
-
-    Raises:
-        ValueError: The checkpoint has a different signature. The message lists the differences.
-    """
-    saved = json.loads((checkpoint / COMPLETE_MARKER).read_text())
-    changes = [
-        f"{name}: {saved.get(name)} then, {value} now" for name, value in signature.items() if saved.get(name) != value
-    ]
-    if changes:
-        raise ValueError(
-            f"Cannot resume from {checkpoint}: {'; '.join(changes)}. Use the same data, settings and number of "
-            f"processes, or delete {checkpoint.parent} to start this stage over"
-        )
-
-
 def latest_checkpoint(folder: Path) -> Path | None:
     """Return the complete checkpoint with the highest step, or None if there is no complete checkpoint."""
     complete = [path for path in _checkpoints(folder) if (path / COMPLETE_MARKER).exists()]
@@ -190,3 +236,8 @@ def _remove_incomplete(folder: Path) -> None:
     for path in _checkpoints(folder):
         if not (path / COMPLETE_MARKER).exists():
             shutil.rmtree(path)
+
+
+def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
+    """Write the marker file of a checkpoint. All other files of the checkpoint must already have been written."""
+    atomic_write_text(checkpoint / COMPLETE_MARKER, json.dumps({"format": FORMAT, **run}))

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 
-from llm2clip.checkpoint import read_metrics
+from llm2clip.checkpoint import latest_checkpoint, read_metrics
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, FitConfig, TuneConfig
 from llm2clip.data.pairs import TuningItem
 from llm2clip.data.records import Record
@@ -75,7 +75,8 @@ def fit(sources: Sequence[str], run_dir: Path, config: FitConfig) -> Path:
     log = start_run(run_dir, {"data": list(sources), **dataclasses.asdict(config)}, config.max_skipped)
     data = read_splits(sources, config.evaluate, config.columns, log)
     print_once(data.summary, log.summary())
-    check_batch_size(sum(r.image is not None for r in data.train), config.align, process_state().num_processes)
+    if latest_checkpoint(run_dir / "align" / "checkpoints") is None:  # otherwise, the run keeps its images per step
+        check_batch_size(sum(r.image is not None for r in data.train), config.align, process_state().num_processes)
 
     print_once("1/4 tune: contrastive training of the language model on captions")
     pairs = _tuning_pairs(data.train, data.held_out, config, run_dir / "tune", log)

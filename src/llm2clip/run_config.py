@@ -43,7 +43,7 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int |
 
     If the run directory already contains outputs, the config must match the saved config. The `align` settings may
     still be changed until the `align` stage has written outputs. A run may be resumed with a different number of
-    processes, if `tune.batch_size` is changed such that the product of both remains the same.
+    processes, either with the same settings or with a `tune.batch_size` such that the product of both remains the same.
 
     Args:
         config: The value of each setting, keyed by name. Dataclasses are converted to dicts.
@@ -62,7 +62,7 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int |
         if _pairs_per_step(saved, _saved_processes(text)) == _pairs_per_step(new, processes):
             changes = [change for change in changes if change[0] != "tune.batch_size"]
         else:
-            processes = _saved_processes(text)  # tune is complete, or it will fail, and can then be resumed correctly
+            processes = _saved_processes(text)  # a resumed `tune` stage keeps its number of pairs per step
         if not any((run_dir / output).exists() for output in ALIGN_OUTPUTS):
             changes = [change for change in changes if not change[0].startswith("align.")]
         if changes:

@@ -17,9 +17,10 @@ from llm2clip.distributed import process_state, set_fsdp_wrap_policy, set_mixed_
 from llm2clip.llava.chat_template import IMAGE_TOKEN, Conversation
 from llm2clip.llava.collator import ConversationDataset, LengthGroupedSampler, LlavaCollator
 from llm2clip.llava.image_features import PatchFeatures, PrecomputedVision
-from llm2clip.llava.trainable import TRAINED_WEIGHTS, load_trained, save_trained, select_trainable, set_trainable
+from llm2clip.llava.trainable import TRAINED_WEIGHTS, save_trained, select_trainable, set_trainable
 from llm2clip.models.precision import resolve_device_precision
 from llm2clip.store.store import EmbeddingStore
+from llm2clip.training_state import TrainingStateMixin
 
 
 def load_llava(source: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -78,7 +79,8 @@ class TrainingStage:
             "conversations": trained_on,
             "processes": process_state().num_processes,
         }
-        checkpoints = Checkpoints(self.folder, signature)
+        checkpoints = Checkpoints(self.folder)
+        checkpoints.check(signature)
         trainer = self._trainer(conversations, checkpoints)
         trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
         full_state = trainer.accelerator.get_state_dict(trainer.model)  # gathered from all ranks under FSDP
@@ -166,8 +168,8 @@ class TrainingStage:
         return arguments
 
 
-class _LlavaTrainer(Trainer):
-    """Trainer that batches by length, runs the vision tower outside the model and saves only trainable weights."""
+class _LlavaTrainer(TrainingStateMixin, Trainer):
+    """Trainer that batches by length and runs the vision tower outside the model."""
 
     def __init__(
         self, *, sampler: LengthGroupedSampler | None, features: PatchFeatures | None, **arguments: Any
@@ -190,17 +192,3 @@ class _LlavaTrainer(Trainer):
         if self.features is not None:
             prepared["pixel_values"] = self.features(prepared["pixel_values"])
         return prepared
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.args.should_save:  # the Trainer calls this method on all ranks
-            return
-        model: Any = self.model
-        state = model.state_dict() if state_dict is None else state_dict
-        save_trained(select_trainable(model, state), Path(str(output_dir)) / TRAINED_WEIGHTS)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        trained_model: Any = self.model
-        load_trained(trained_model, Path(resume_from_checkpoint) / TRAINED_WEIGHTS)

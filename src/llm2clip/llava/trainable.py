@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llm2clip.config import LlavaConfig
 from llm2clip.io_utils import atomic_path
 
-TRAINED_WEIGHTS = "learned.safetensors"  # file name, both in each stage's folder and in each checkpoint
+TRAINED_WEIGHTS = "learned.safetensors"  # file name, in each stage's folder
 
 
 def set_trainable(model: Any, stage: str, config: LlavaConfig, out: Path) -> Any:

@@ -28,7 +28,7 @@ from llm2clip.config import AlignConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.distributed import fsdp_enabled, process_state, set_fsdp_wrap_policy, set_mixed_precision
+from llm2clip.distributed import fsdp_enabled, full_tensor, process_state, set_fsdp_wrap_policy, set_mixed_precision
 from llm2clip.models.fingerprint import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.precision import resolve_device_precision, tf32_matmul
@@ -41,13 +41,14 @@ from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.best_checkpoint import BestCheckpoint, Validate
 from llm2clip.train.caption_sampling import CaptionSource
 from llm2clip.train.compilation import compile_blocks, restore_blocks, should_compile
-from llm2clip.train.distributed import empty_copy, full_tensor, gather_to_cpu, reduce_gradients_in_fp32
+from llm2clip.train.distributed import empty_copy, gather_to_cpu, reduce_gradients_in_fp32
 from llm2clip.train.grad_cache import cached_backward
 from llm2clip.train.losses import info_nce, sigmoid_loss
 from llm2clip.train.optim import MAX_GRAD_NORM, cosine_schedule, make_optimizer, set_trainable
 from llm2clip.train.prefetch import prefetch
 from llm2clip.train.sampling import AlignBatches, Batch, decoding_workers
 from llm2clip.train.step_report import Step, StepReport
+from llm2clip.training_state import load_training_state, save_training_state
 
 
 @onednn_matmul()
@@ -124,11 +125,13 @@ def _train(
     if config.tower_lr == 0:
         feature_store = _compute_features(records, model, config, precision, features, run_dir, log)
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    data = AlignBatches(records, store, model, config, world_size, rank, feature_store)
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.batch_size)
+    images_per_step = checkpoints.resumed_total("images per step")
+    data = AlignBatches(records, store, model, config, world_size, rank, feature_store, images_per_step)
     steps = len(data)
 
-    # Find the checkpoint to resume from and the best weights so far.
-    checkpoints = Checkpoints(run_dir / "checkpoints", _run_signature(data, store, config, precision))
+    # Check that the run can resume from its latest checkpoint, and find the best weights so far.
+    checkpoints.check(_run_signature(data, store, config, precision))
     eval_steps = data.steps_per_epoch if config.eval_steps is None else config.eval_steps
     best = BestCheckpoint(run_dir, checkpoints.step, validate if eval_steps else None, accelerator)
     metrics = MetricsLog(run_dir / "metrics.jsonl", checkpoints.step) if accelerator.is_main_process else None
@@ -141,15 +144,8 @@ def _train(
     if config.gradient_checkpointing:
         model.tower.set_grad_checkpointing()
     net, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(schedule)
-    load_options: dict[str, Any] = {}
-    if unsharded is None:  # do not save frozen weights in checkpoints
-        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        accelerator.register_save_state_pre_hook(partial(_drop_frozen_weights, frozen))
-        load_options["strict"] = False
-    set_seed(config.seed, device_specific=True)  # each rank uses different dropout masks
     if checkpoints.latest is not None:
-        accelerator.load_state(str(checkpoints.latest), **load_options)
+        load_training_state(checkpoints.latest, model, optimizer, schedule, accelerator.scaler)
     if should_compile(model.tower, accelerator.device, steps - checkpoints.step):
         compile_blocks(model.tower)
 
@@ -166,6 +162,7 @@ def _train(
             data_seconds = time.perf_counter() - data_start
 
             # Forward and backward.
+            _seed_dropout(config.seed, step, rank)
             local_loss, logit_scale = _batch_loss(net, inputs.to(accelerator.device), config, accelerator)
             loss = accelerator.reduce(local_loss.detach(), "mean")
             with tf32_matmul():
@@ -200,7 +197,7 @@ def _train(
                 accelerator.log(best.evaluate(model, step), step)
                 model.train()
             if saves:
-                accelerator.save_state(str(checkpoints.path(step)))
+                save_training_state(checkpoints.path(step), model, optimizer, schedule, accelerator.scaler)
                 checkpoints.commit(step)
             if evaluates or saves:
                 clock = time.perf_counter()
@@ -254,7 +251,7 @@ def _run_signature(data: AlignBatches, store: CaptionSource, config: AlignConfig
         "images": data.image_hash,
         "captions": data.caption_hash,
         "caption encoder": store.manifest["fingerprint"],
-        **{f"--align.{name}": value for name, value in settings.items() if name not in RESUME_SAFE},
+        **{f"--align.{name}": value for name, value in settings.items() if name not in (*RESUME_SAFE, "batch_size")},
     }
 
 
@@ -316,6 +313,11 @@ def _prepare_batches(
             yield batch, inputs.pin_memory() if device.type == "cuda" else inputs
 
 
+def _seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Seed the dropout masks of a step. A resumed run therefore has the same masks on the same number of ranks."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+
+
 def _batch_loss(
     net: nn.Module, inputs: _Inputs, config: AlignConfig, accelerator: Accelerator
 ) -> tuple[Tensor, Tensor]:
@@ -323,8 +325,9 @@ def _batch_loss(
     images, embeddings = inputs.images, inputs.embeddings
     image_argument = "pixels" if images.dtype == torch.uint8 else "features"
 
-    # Part n of the batch contains images bounds[n] to bounds[n + 1] - 1, and all of their texts.
-    size = config.micro_batch_size or len(images)
+    # Part n of the batch contains images bounds[n] to bounds[n + 1] - 1, and all of their texts. A batch is larger than
+    # `batch_size` if the run has been resumed on fewer ranks. The memory on each rank must not grow then.
+    size = config.micro_batch_size or config.batch_size
     bounds = [*range(0, len(images), size), len(images)]
 
     def forward(start: int, stop: int) -> tuple[Tensor, ...]:
@@ -349,16 +352,6 @@ def _batch_loss(
     else:
         loss = cached_backward(parts, loss_function, net, accelerator.device)
     return loss, logit_scale
-
-
-def _drop_frozen_weights(
-    frozen: set[str], models: list[nn.Module], states: list[dict[str, Tensor]], _folder: str
-) -> None:
-    """Remove the frozen weights from the state dicts before a checkpoint is saved."""
-    for state in states:
-        for name in list(state):
-            if name.removeprefix("module.") in frozen:  # DDP adds the prefix "module."
-                del state[name]
 
 
 def _tracker_options(names: list[str], run_dir: Path) -> dict[str, Any]:

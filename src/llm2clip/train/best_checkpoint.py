@@ -12,10 +12,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from llm2clip.checkpoint import MetricsLog
-from llm2clip.distributed import fsdp_enabled
+from llm2clip.distributed import fsdp_enabled, full_tensor
 from llm2clip.io_utils import atomic_path, atomic_write_text
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.train.distributed import full_tensor
 
 WEIGHTS, METRICS = "model.safetensors", "metrics.json"
 

@@ -16,9 +16,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llm2clip.distributed import is_distributed
+from llm2clip.distributed import full_tensor, is_distributed
 
 
 class RaggedGather:
@@ -111,19 +110,6 @@ def reduce_gradients_in_fp32(accelerator: Accelerator) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
-
-
-def full_tensor(weight: Tensor) -> Tensor:
-    """Return a parameter as a single unsharded tensor. Must be called by all ranks."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
-
-
-def copy_into(weight: Tensor, value: Tensor) -> None:
-    """Copy an unsharded value into a parameter. If the parameter is sharded, copy only this rank's shard."""
-    value = value.to(weight.device)
-    if isinstance(weight, DTensor):
-        value = distribute_tensor(value, weight.device_mesh, weight.placements)
-    weight.copy_(value)
 
 
 def empty_copy(model: nn.Module) -> nn.Module:

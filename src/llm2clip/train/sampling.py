@@ -69,6 +69,7 @@ class AlignBatches:
         world_size: int = 1,
         rank: int = 0,
         features: EmbeddingStore | None = None,
+        images_per_step: int | None = None,
     ) -> None:
         """
         Args:
@@ -80,6 +81,8 @@ class AlignBatches:
             rank: Rank of this process.
             features: Store with the image features from a frozen tower. If set, batches contain features instead of
                 pixels, and images without features are ignored.
+            images_per_step: Total number of images per step, across all ranks; must be divisible by `world_size`.
+                Default: `config.batch_size` images on each rank.
 
         Raises:
             ValueError: There are too few images for one step, or the caption mix is invalid.
@@ -91,7 +94,7 @@ class AlignBatches:
             rows = features.find(image_keys([r.image for r in usable if r.image is not None]))
             usable = [record for record, row in zip(usable, rows, strict=True) if row >= 0]
             self.feature_rows = rows[rows >= 0]
-        self.images_per_step = check_batch_size(len(usable), config, world_size)
+        self.images_per_step = images_per_step or check_batch_size(len(usable), config, world_size)
         self.steps_per_epoch = len(usable) // self.images_per_step
         self.config, self.world_size, self.rank = config, world_size, rank
         self.image_count = len(usable)

@@ -10,7 +10,6 @@ contain only the trained weights.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -20,9 +19,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
@@ -40,10 +37,9 @@ from llm2clip.models.lora import LoraSession, check_qlora_available, merge_adapt
 from llm2clip.models.precision import DTYPES, resolve_device_precision
 from llm2clip.progress import ProgressBar
 from llm2clip.store.lock import folder_lock
-from llm2clip.train.distributed import copy_into, empty_copy, full_tensor, gather_to_cpu, reduce_gradients_in_fp32
+from llm2clip.train.distributed import empty_copy, gather_to_cpu, reduce_gradients_in_fp32
 from llm2clip.train.pair_loss import PairCollator, PairLoss
-
-TRAINED_WEIGHTS = "trained.safetensors"
+from llm2clip.training_state import TrainingStateMixin
 
 
 def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, config: TuneConfig, run_dir: Path) -> Path:
@@ -66,12 +62,14 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
     state = process_state()
     encoder_dir = run_dir / "encoder"
     if not encoder_dir.exists():
-        rows = _sample_rows(sources, encoder, config)
         run_dir.mkdir(parents=True, exist_ok=True)
         with folder_lock(run_dir) if state.is_main_process else nullcontext():
+            checkpoints = Checkpoints(run_dir / "checkpoints", config.batch_size)
+            pairs_per_step = checkpoints.resumed_total("pairs per step") or config.batch_size * state.num_processes
+            rows = _sample_rows(sources, encoder, config, pairs_per_step)
             if rows:
                 precision, lora = _set_trainable(encoder, config)
-                _train(rows, encoder, config, run_dir, precision)
+                _train(rows, encoder, config, run_dir, precision, checkpoints)
                 _finish(encoder, lora)
             if state.is_main_process:
                 with atomic_dir(encoder_dir) as folder:
@@ -81,7 +79,7 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
 
 
 def _sample_rows(
-    sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, config: TuneConfig
+    sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, config: TuneConfig, pairs_per_step: int
 ) -> list[dict[str, Any]]:
     """Check the settings and return the text pairs for all steps. The pairs are identical on all ranks."""
     if config.qlora:
@@ -95,7 +93,6 @@ def _sample_rows(
         )
     if config.steps == 0:
         return []
-    pairs_per_step = config.batch_size * process_state().num_processes
     batches = pair_batches(
         sources,
         config.source_weights,
@@ -151,7 +148,12 @@ def _set_trainable(encoder: CaptionEncoder, config: TuneConfig) -> tuple[str, Lo
 
 @onednn_matmul()
 def _train(
-    rows: Sequence[Mapping[str, Any]], encoder: CaptionEncoder, config: TuneConfig, run_dir: Path, precision: str
+    rows: Sequence[Mapping[str, Any]],
+    encoder: CaptionEncoder,
+    config: TuneConfig,
+    run_dir: Path,
+    precision: str,
+    checkpoints: Checkpoints,
 ) -> None:
     """Train the weights that require gradients, resuming from the latest checkpoint if one exists.
 
@@ -161,27 +163,30 @@ def _train(
         config: Settings for the `tune` stage.
         run_dir: Output folder for checkpoints/ and metrics.jsonl.
         precision: Training precision: fp32, bf16 or fp16.
+        checkpoints: Checkpoints in `run_dir`.
     """
-    state = process_state()
+    pairs_per_step = len(rows) // config.steps  # on all ranks
+    batch_size = pairs_per_step // process_state().num_processes
     set_mixed_precision(precision)
     set_fsdp_wrap_policy(list(get_layers(encoder.llm)))
-    args = _training_arguments(config, run_dir, precision)
+    args = _training_arguments(config, run_dir, precision, batch_size)
     keep_freed_memory(args.device)
     texts = (text for r in rows for text in (r["instruction"], r["anchor"], r["positive"], *r["negatives"]))
     signature = {
         "steps": config.steps,
-        "pairs per step": config.batch_size * state.num_processes,
+        "pairs per step": pairs_per_step,
         "precision": precision,
         "texts": hash_texts(texts),
     }
-    checkpoints = Checkpoints(run_dir / "checkpoints", signature)
+    checkpoints.check(signature)
     loss = PairLoss(
         encoder,
         config.temperature,
         config.batch_tokens or default_batch_tokens(encoder.device),
         symmetric=config.symmetric,
         matryoshka_dims=config.matryoshka_dims,
-        grad_cache=config.grad_cache,
+        # If the run has been resumed on fewer ranks, the memory on each rank must not grow.
+        grad_cache=config.grad_cache or batch_size > config.batch_size,
     )
     trainer = _TuneTrainer(
         model=encoder.st,
@@ -217,11 +222,13 @@ def _finish(encoder: CaptionEncoder, lora: LoraSession | None) -> None:
     encoder.eval()
 
 
-def _training_arguments(config: TuneConfig, run_dir: Path, precision: str) -> SentenceTransformerTrainingArguments:
+def _training_arguments(
+    config: TuneConfig, run_dir: Path, precision: str, batch_size: int
+) -> SentenceTransformerTrainingArguments:
     args = SentenceTransformerTrainingArguments(
         output_dir=str(run_dir / "checkpoints"),
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=batch_size,
         learning_rate=config.lr,
         lr_scheduler_type=config.lr_scheduler_type,
         warmup_steps=max(1, round(config.warmup_ratio * config.steps)),
@@ -245,8 +252,8 @@ def _training_arguments(config: TuneConfig, run_dir: Path, precision: str) -> Se
     return args
 
 
-class _TuneTrainer(SentenceTransformerTrainer):
-    """A sentence-transformers trainer whose safetensors checkpoints contain only the trained weights."""
+class _TuneTrainer(TrainingStateMixin, SentenceTransformerTrainer):
+    """A sentence-transformers trainer for batches from `PairCollator`."""
 
     def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], None]:
         """Pass a batch from `PairCollator` to the loss unchanged."""
@@ -254,35 +261,6 @@ class _TuneTrainer(SentenceTransformerTrainer):
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Do nothing. The callback would encode examples for a model card, which is never saved."""
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        assert output_dir is not None  # the trainer is only used to save checkpoints, which have a folder
-        folder = Path(output_dir)
-        weights = {name: full_tensor(p).cpu().contiguous() for name, p in self._trained_weights().items()}
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(weights, folder / TRAINED_WEIGHTS)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super()._save_checkpoint(*args, **kwargs)
-        process_state().wait_for_everyone()
-        if self.args.should_save:  # with FSDP, delete the full model that the trainer also saved
-            checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-            for path in checkpoint.glob("pytorch_model_fsdp*"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        saved, trained = load_file(Path(resume_from_checkpoint) / TRAINED_WEIGHTS), self._trained_weights()
-        if saved.keys() != trained.keys():
-            raise ValueError(
-                f"{resume_from_checkpoint} does not contain the same weights as this run trains. "
-                "Use the same settings, or delete the checkpoint to start over"
-            )
-        for name, parameter in trained.items():
-            copy_into(parameter, saved[name])
-
-    def _trained_weights(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
 
 class _ShowProgress(TrainerCallback):

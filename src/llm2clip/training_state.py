@@ -1,0 +1,163 @@
+"""Weights, optimizer state and learning rate schedule of a training run, as saved in a checkpoint.
+
+The files do not depend on the number of ranks or on FSDP: each tensor is unsharded, and is stored under the name of its
+parameter. A run can therefore resume on any number of ranks. The formats are safetensors and JSON, so loading a
+checkpoint cannot execute code, unlike formats that use pickle.
+
+    state-1.safetensors, ...    trained weights and buffers, and the optimizer's state for each trained weight
+    state.json                  learning rate schedule and gradient scaler
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from llm2clip.distributed import distribute_like, full_tensor, process_state
+from llm2clip.io_utils import atomic_write_text
+
+TENSOR_FILE, JSON_FILE = "state-{}.safetensors", "state.json"
+MAX_FILE_BYTES = 4 * 2**30  # limits the memory for unsharded tensors on the main process
+
+
+def save_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule: Any, scaler: Any = None) -> None:
+    """Save the state of a training run in a checkpoint folder. Must be called by all ranks.
+
+    Args:
+        folder: Checkpoint folder. It is created if needed.
+        model: Model without its DDP wrapper. Frozen parameters are not saved.
+        optimizer: Optimizer of the trained parameters.
+        schedule: Learning rate schedule. Its `state_dict()` must be JSON-serialisable.
+        scaler: Gradient scaler. None if the run has none.
+    """
+    is_main = process_state().is_main_process
+    part: dict[str, Tensor] = {}
+    part_bytes, part_number = 0, 1
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, shard in _named_tensors(model, optimizer):
+        tensor = full_tensor(shard.detach())  # all ranks take part
+        if not is_main:
+            continue
+        if part and part_bytes + tensor.nbytes > MAX_FILE_BYTES:
+            save_file(part, folder / TENSOR_FILE.format(part_number))
+            part, part_bytes, part_number = {}, 0, part_number + 1
+        part[name] = tensor.cpu().contiguous()
+        part_bytes += tensor.nbytes
+    if is_main:
+        save_file(part, folder / TENSOR_FILE.format(part_number))
+        state = {"schedule": schedule.state_dict(), "scaler": None if scaler is None else scaler.state_dict()}
+        atomic_write_text(folder / JSON_FILE, json.dumps(state))
+
+
+@torch.no_grad()
+def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule: Any, scaler: Any = None) -> None:
+    """Load a state that `save_training_state` saved on any number of ranks. Must be called by all ranks.
+
+    Raises:
+        ValueError: The checkpoint does not contain the same weights as this run trains.
+    """
+    saved = _SavedTensors(folder)
+    weights = dict(_trained_tensors(model))
+    if saved.names("model") != sorted(weights):
+        raise ValueError(
+            f"{folder} does not contain the same weights as this run trains. Use the same settings, or delete "
+            f"{folder.parent} to start this stage over"
+        )
+    for name, weight in weights.items():
+        weight.copy_(distribute_like(weight, saved.read("model", name)))
+
+    # The optimizer's state dict numbers the parameters in the order of the parameter groups.
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states: dict[int, dict[str, Tensor]] = {}
+    for number, parameter in enumerate(parameters):
+        values = saved.read_all(f"optimizer/{names[id(parameter)]}")
+        for key, value in values.items():
+            if key != "step":  # all others have the shape of the parameter, and are sharded in the same way
+                values[key] = distribute_like(parameter, value)
+        if values:  # a parameter without a gradient has no state
+            states[number] = values
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    state = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
+    schedule.load_state_dict(state["schedule"])
+    for group, lr in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = lr
+    if scaler is not None:
+        scaler.load_state_dict(state["scaler"])
+
+
+class TrainingStateMixin:
+    """Mixin for the Trainer of transformers, whose checkpoints then contain the files described above.
+
+    By default, the Trainer also saves frozen weights, and its checkpoints of sharded models contain pickles. The
+    Trainer loads all other files of a checkpoint with `weights_only` or as JSON.
+    """
+
+    args: Any
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Do nothing. The Trainer calls this method before it saves the optimizer."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Do nothing. The weights are loaded together with the optimizer state."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_training_state(Path(output_dir), self.model, self.optimizer, self.lr_scheduler)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_training_state(Path(checkpoint), self.model, self.optimizer, self.lr_scheduler)
+
+
+class _SavedTensors:
+    """Tensors in the safetensors files of a checkpoint, whose names are `model/WEIGHT` and `optimizer/WEIGHT/KEY`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file_of: dict[str, Any] = {}
+        for path in folder.glob(TENSOR_FILE.format("*")):
+            file = safe_open(path, framework="pt")
+            self._file_of.update(dict.fromkeys(file.keys(), file))
+
+    def names(self, prefix: str) -> list[str]:
+        """Return the names that start with a prefix, without the prefix. The order is the same on all ranks."""
+        return sorted(name.removeprefix(f"{prefix}/") for name in self._file_of if name.startswith(f"{prefix}/"))
+
+    def read(self, prefix: str, name: str) -> Tensor:
+        name = f"{prefix}/{name}"
+        tensor: Tensor = self._file_of[name].get_tensor(name)
+        return tensor
+
+    def read_all(self, prefix: str) -> dict[str, Tensor]:
+        """Return all tensors whose names start with a prefix, keyed by the rest of the name."""
+        return {name: self.read(prefix, name) for name in self.names(prefix)}
+
+
+def _named_tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor), in the same order on all ranks."""
+    for name, weight in _trained_tensors(model):
+        yield f"model/{name}", weight
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            yield f"optimizer/{name}/{key}", value
+
+
+def _trained_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and value of each trained parameter, and of each buffer that belongs to the model's state."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter
+    state = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if name in state:
+            yield name, buffer
