@@ -467,24 +467,31 @@ def test_align_does_not_resume_with_other_data_or_settings(
         run_align(records, other_store, tmp_path / "run", config)
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP"])
+@pytest.mark.parametrize(
+    ("batch_size", "ranks", "fsdp"), [(12, (1, 2), False), (6, (2, 3), True)], ids=["1-2-1, DDP", "2-3-1, FSDP"]
+)
 def test_align_resumes_on_other_numbers_of_ranks(
     records: list[Record],
     store: EmbeddingStore,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    batch_size: int,
+    ranks: tuple[int, int],
     fsdp: bool,
 ) -> None:
-    """Two ranks, three ranks, one process: the same setting of the batch size, and the steps of an uninterrupted run.
+    """Killed and resumed twice with unchanged settings, and then compared with an uninterrupted run.
 
-    With DDP, the tower is frozen. With FSDP, three ranks get shards of unequal sizes.
+    With DDP, the tower is frozen. With FSDP, three ranks have shards of unequal sizes, and the last part of the run is
+    not sharded.
     """
-    config = dataclasses.replace(ALIGN, batch_size=6, epochs=3, tower_lr=1e-4 if fsdp else 0.0)
-    for ranks, steps in ((2, 3), (3, 5)):
-        run_distributed(
-            ranks, _align_until_killed, records, str(store.folder), config, str(tmp_path / "run"), fsdp, steps
-        )
+    config = dataclasses.replace(ALIGN, batch_size=batch_size, epochs=3, tower_lr=1e-4 if fsdp else 0.0)
+    for count, steps in zip(ranks, (3, 5), strict=True):
+        run = (records, str(store.folder), config, str(tmp_path / "run"), fsdp, steps)
+        if count == 1:
+            _align_until_killed(*run)
+        else:
+            run_distributed(count, _align_until_killed, *run)
     sizes: list[int] = []
     forward = LLM2CLIP.forward
 
@@ -495,8 +502,9 @@ def test_align_resumes_on_other_numbers_of_ranks(
     with monkeypatch.context() as patch:
         patch.setattr(LLM2CLIP, "forward", recorded_forward)
         resumed = run_align(records, store, tmp_path / "run", config)
-    assert sizes == [6] * 2 * 2 * 2, "two steps of two parts and two passes, so that the memory does not grow"
-    line = "Number of processes: 1 (was 3). Resuming from step 4 with 12 images per step, as before (12 per process)"
+    # Two steps. The memory must not grow, so batches of twice the batch size need two parts and two passes.
+    assert sizes == ([12] * 2 if batch_size == 12 else [6] * 2 * 2 * 2)
+    line = f"processes: 1 (was {ranks[-1]}). Resuming from step 4 with 12 images per step, as before (12 per process)"
     assert line in capsys.readouterr().out
     whole = dataclasses.replace(config, batch_size=12)
     uninterrupted = run_align(records, store, tmp_path / "uninterrupted", whole)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from llm2clip import checkpoint as checkpoint_module
 from llm2clip.checkpoint import Checkpoints, MetricsLog, check_finite, latest_checkpoint, read_metrics
 
 
@@ -48,6 +50,41 @@ def test_checkpoints_commit_marks_and_prunes(tmp_path: Path) -> None:
         checkpoints.commit(step)
         assert latest_checkpoint(tmp_path) == checkpoints.path(step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 6])
+def test_resumed_run_keeps_its_items_per_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ranks: int
+) -> None:
+    make_checkpoints(tmp_path, complete=(5,))
+    set_ranks(monkeypatch, ranks)
+    assert Checkpoints(tmp_path, batch_size=6).resumed_total("images per step") == 6
+    line = f"Number of processes: {ranks} (was 1). Resuming from step 5 with 6 images per step, as before"
+    assert (line in capsys.readouterr().out) == (ranks > 1)
+    assert Checkpoints(tmp_path, batch_size=3).resumed_total("images per step") is None
+    assert Checkpoints(tmp_path / "new run", batch_size=6).resumed_total("images per step") is None
+
+
+def test_items_per_step_must_be_divisible_by_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkpoints(tmp_path, complete=(5,))
+    set_ranks(monkeypatch, 4)
+    message = r"checkpoint-5 with 4 processes: .* 6 images per step, .* not divisible by 4\. Use .* 6: 1, 2, 3, 6$"
+    with pytest.raises(ValueError, match=message):
+        Checkpoints(tmp_path, batch_size=6).resumed_total("images per step")
+
+
+def set_ranks(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    """Make this process the main process of several ranks."""
+    state = SimpleNamespace(num_processes=ranks, is_main_process=True)
+    monkeypatch.setattr(checkpoint_module, "process_state", lambda: state)
+    monkeypatch.setattr(checkpoint_module, "broadcast_object_list", lambda objects: objects)
+
+
+def test_checkpoints_of_an_older_version_are_rejected(tmp_path: Path) -> None:
+    make_checkpoints(tmp_path, complete=(5,))
+    (tmp_path / "checkpoint-5/complete").write_text('{"steps": 20}')
+    with pytest.raises(ValueError, match=r"checkpoint-5 was saved by an older version of llm2clip: delete .* to start"):
+        Checkpoints(tmp_path)
 
 
 def test_check_finite_names_step_and_last_checkpoint(tmp_path: Path) -> None:
