@@ -447,6 +447,23 @@ def test_align_resumes_exactly(
         assert lines[-1]["step"] == 15
 
 
+def test_align_resumes_before_a_truncated_checkpoint(
+    records: list[Record], store: EmbeddingStore, tmp_path: Path
+) -> None:
+    """As after a power failure. The evaluations and the best weights of repeated steps are discarded."""
+    config = dataclasses.replace(ALIGN, eval_steps=2, load_best_at_end=True)
+    validate = mean_similarity(records, store)
+    uninterrupted = run_align(records, store, tmp_path / "uninterrupted", config, validate)
+    with killed_after(5):
+        run_align(records, store, tmp_path / "run", config, validate)
+    file = tmp_path / "run/checkpoints/checkpoint-4/state-1.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    resumed = run_align(records, store, tmp_path / "run", config, validate)
+    assert (tmp_path / "run/checkpoints/checkpoint-4.damaged").is_dir()
+    assert_same_run(resumed, uninterrupted.state_dict(), tmp_path / "uninterrupted", tmp_path / "run", atol=0)
+    assert metrics_of(tmp_path / "uninterrupted", "evaluations") == metrics_of(tmp_path / "run", "evaluations")
+
+
 def test_align_does_not_resume_with_other_data_or_settings(
     records: list[Record], store: EmbeddingStore, tmp_path: Path
 ) -> None:

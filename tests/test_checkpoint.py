@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,6 +86,73 @@ def test_checkpoints_of_an_older_version_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-5/complete").write_text('{"steps": 20}')
     with pytest.raises(ValueError, match=r"checkpoint-5 was saved by an older version of llm2clip: delete .* to start"):
         Checkpoints(tmp_path)
+
+
+def test_commit_flushes_all_files_before_it_writes_the_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.path(5).mkdir()
+    paths = [checkpoints.path(5) / "weights", checkpoints.path(5) / "state.json", checkpoints.path(5), tmp_path]
+    for path in paths[:2]:
+        path.write_text("x")
+    flushed_after_marker: dict[int, bool] = {}
+    fsync = os.fsync
+
+    def recorded_fsync(descriptor: int) -> None:
+        flushed_after_marker.setdefault(os.fstat(descriptor).st_ino, (checkpoints.path(5) / "complete").exists())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    checkpoints.commit(5)
+    assert [flushed_after_marker[path.stat().st_ino] for path in paths] == [False] * 4
+    assert len(flushed_after_marker) == 5, "the marker must be flushed, too"
+
+
+def test_commit_does_not_mark_a_missing_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Checkpoints(tmp_path).commit(5)
+    assert not (tmp_path / "checkpoint-5").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "damage"),
+    [
+        ("weights", "weights of", "weights has 10 bytes instead of 18"),
+        ("weights", None, "weights is missing"),
+        ("complete", "", "complete is not valid JSON"),
+    ],
+)
+def test_checkpoints_resume_before_a_damaged_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, content: str | None, damage: str
+) -> None:
+    make_checkpoints(tmp_path, complete=(5, 10))
+
+    def damage_checkpoint(step: int) -> None:
+        (tmp_path / f"checkpoint-{step}" / file).unlink()
+        if content is not None:
+            (tmp_path / f"checkpoint-{step}" / file).write_text(content)
+
+    damage_checkpoint(10)
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest == tmp_path / "checkpoint-5" and checkpoints.step == 5
+    assert (tmp_path / "checkpoint-10.damaged").is_dir() and not (tmp_path / "checkpoint-10").exists()
+    output = capsys.readouterr().out
+    assert f"checkpoint-10 is damaged ({damage})" in output and "Resuming from" in output
+    damage_checkpoint(5)
+    with pytest.raises(ValueError, match=r"All checkpoints in .* are damaged \(checkpoint-5: "):
+        Checkpoints(tmp_path)
+    assert (tmp_path / "checkpoint-5").is_dir()
+
+
+def test_checkpoints_are_ordered_by_step_if_the_clock_goes_back(tmp_path: Path) -> None:
+    make_checkpoints(tmp_path, complete=(5, 10))
+    for step, time in ((5, 2e9), (10, 1e9)):
+        os.utime(tmp_path / f"checkpoint-{step}", (time, time))
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.step == 10
+    checkpoints.path(15).mkdir()
+    os.utime(checkpoints.path(15), (0, 0))
+    checkpoints.commit(15)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-15"]
 
 
 def test_check_finite_names_step_and_last_checkpoint(tmp_path: Path) -> None:

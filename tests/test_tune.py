@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from conftest import CAPTIONS, TUNE, Killed, TouchOnLoad, emulate_fsdp_launch, run_distributed
-from llm2clip.checkpoint import read_metrics
+from llm2clip.checkpoint import Checkpoints, read_metrics
 from llm2clip.config import TuneConfig
 from llm2clip.data.pairs import Pair, pair_batches
 from llm2clip.models.caption_encoder import CaptionEncoder
@@ -407,6 +408,23 @@ def test_tune_does_not_resume_with_other_data(llm: Path, tmp_path: Path) -> None
     encoder_dir.rename(tmp_path / "removed")
     with pytest.raises(ValueError, match=r"texts: .* then"):
         tune([CAPTIONS[::-1]], open_encoder(llm), TUNE, tmp_path)
+
+
+def test_no_checkpoint_is_lost_if_the_clock_goes_back(
+    llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Trainer can remove old checkpoints, and orders them by time in some versions."""
+    commit = Checkpoints.commit
+
+    def commit_at_an_earlier_time(self: Checkpoints, step: int) -> None:
+        commit(self, step)
+        os.utime(self.path(step), (1e9 - step, 1e9 - step))
+
+    monkeypatch.setattr(Checkpoints, "commit", commit_at_an_earlier_time)
+    tune([CAPTIONS], open_encoder(llm), TUNE, tmp_path)
+    checkpoints = sorted((tmp_path / "checkpoints").iterdir())
+    assert [checkpoint.name for checkpoint in checkpoints] == ["checkpoint-4", "checkpoint-6"]
+    assert all((checkpoint / "state-1.safetensors").is_file() for checkpoint in checkpoints)
 
 
 def test_pickles_in_a_checkpoint_are_not_executed(llm: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from llm2clip.distributed import print_once, process_state
-from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text
+from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, fsync_folder
 
 PREFIX = "checkpoint-"  # also used by the Trainer in transformers
 COMPLETE_MARKER = "complete"
@@ -41,21 +42,30 @@ class Checkpoints:
     def __init__(self, folder: Path, batch_size: int | None = None) -> None:
         """Find the checkpoint to resume from and remove incomplete checkpoints.
 
+        A complete checkpoint can be damaged, for example by a power failure. It is then renamed to
+        checkpoint-N.damaged, and training resumes from the checkpoint before it.
+
         Args:
             folder: Folder for the checkpoints, which need not exist yet.
             batch_size: Setting for the number of items per step and rank. None if there is no such setting.
 
         Raises:
-            ValueError: The latest checkpoint was saved by an older version, or is not visible on this rank.
+            ValueError: The latest checkpoint was saved by an older version, or is not visible on this rank. Also raised
+                if all checkpoints are damaged.
         """
         self.folder, self.batch_size = folder, batch_size
         state = process_state()
-        latest = None
+        latest, error = None, ""
         if state.is_main_process:
             _remove_incomplete(folder)
-            latest = latest_checkpoint(folder)
+            try:
+                latest = _set_damaged_aside(folder)
+            except ValueError as damage:
+                error = str(damage)
         if state.num_processes > 1:
-            latest = broadcast_object_list([latest])[0]
+            latest, error = broadcast_object_list([latest, error])
+        if error:
+            raise ValueError(error)
         self._marker: dict[str, Any] = {}
         self._signature: dict[str, Any] = {}
         if latest is not None:
@@ -239,5 +249,58 @@ def _remove_incomplete(folder: Path) -> None:
 
 
 def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
-    """Write the marker file of a checkpoint. All other files of the checkpoint must already have been written."""
-    atomic_write_text(checkpoint / COMPLETE_MARKER, json.dumps({"format": FORMAT, **run}))
+    """Flush all files of a checkpoint to disk, and then write its marker file, which lists their sizes."""
+    sizes = {}
+    for name in sorted(path.name for path in checkpoint.iterdir()):
+        with (checkpoint / name).open("rb") as stream:
+            os.fsync(stream.fileno())
+        sizes[name] = (checkpoint / name).stat().st_size
+    fsync_folder(checkpoint)
+    fsync_folder(checkpoint.parent)
+    atomic_write_text(checkpoint / COMPLETE_MARKER, json.dumps({"format": FORMAT, "files": sizes, **run}))
+
+
+def _set_damaged_aside(folder: Path) -> Path | None:
+    """Return the latest checkpoint that is not damaged, and rename all later checkpoints. All must be complete.
+
+    Returns:
+        The checkpoint. None if there is no checkpoint.
+
+    Raises:
+        ValueError: All checkpoints are damaged. None has been renamed.
+    """
+    damages: dict[Path, str] = {}
+    for checkpoint in reversed(_checkpoints(folder)):
+        damage = _find_damage(checkpoint)
+        if not damage:
+            for damaged, reason in damages.items():
+                aside = damaged.with_name(f"{damaged.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                damaged.rename(aside)
+                print_once(f"{damaged} is damaged ({reason}), and has been renamed to {aside.name}")
+            if damages:
+                print_once(f"Resuming from {checkpoint} instead")
+            return checkpoint
+        damages[checkpoint] = damage
+    if damages:
+        listed = "; ".join(f"{checkpoint.name}: {reason}" for checkpoint, reason in damages.items())
+        raise ValueError(
+            f"All checkpoints in {folder} are damaged ({listed}). Restore them from a backup, or delete {folder} to "
+            "start this stage over"
+        )
+    return None
+
+
+def _find_damage(checkpoint: Path) -> str:
+    """Return a description of the first damaged file of a complete checkpoint, or an empty string if there is none."""
+    try:
+        marker = json.loads((checkpoint / COMPLETE_MARKER).read_text())
+    except ValueError:
+        return f"{COMPLETE_MARKER} is not valid JSON"
+    for name, size in marker.get("files", {}).items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
+    return ""
