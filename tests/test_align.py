@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +23,16 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from align_fixtures import ALIGN, fresh_model, killed_after, make_store, read_split, run_align
-from conftest import CAPTIONS, TUNE, TouchOnLoad, emulate_fsdp_launch, make_llm, run_distributed
+from conftest import (
+    CAPTIONS,
+    HANG_TIMEOUT,
+    TUNE,
+    TouchOnLoad,
+    emulate_fsdp_launch,
+    make_llm,
+    make_tower,
+    run_distributed,
+)
 from llm2clip.checkpoint import read_metrics
 from llm2clip.config import AlignConfig
 from llm2clip.data.hashing import epoch_permutation
@@ -462,6 +479,53 @@ def test_align_resumes_before_a_truncated_checkpoint(
     assert (tmp_path / "run/checkpoints/checkpoint-4.damaged").is_dir()
     assert_same_run(resumed, uninterrupted.state_dict(), tmp_path / "uninterrupted", tmp_path / "run", atol=0)
     assert metrics_of(tmp_path / "uninterrupted", "evaluations") == metrics_of(tmp_path / "run", "evaluations")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
+def test_an_error_in_the_loss_stops_the_workers_and_the_thread(
+    records: list[Record],
+    store: EmbeddingStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    error: BaseException,
+) -> None:
+    workers: list[Any] = []
+
+    def failing_loss(*_: Any) -> None:
+        workers.extend(multiprocessing.active_children())
+        raise error
+
+    monkeypatch.setattr(align_module, "info_nce", failing_loss)
+    monkeypatch.setattr(align_module, "prefetch", lambda items, _: Prefetcher(items))  # as on accelerators
+    threads = threading.active_count()
+    with pytest.raises(type(error)):
+        run_align(records, store, tmp_path / "run", dataclasses.replace(ALIGN, workers=1, epochs=99))
+    assert [worker.exitcode for worker in workers] == [0]
+    assert threading.active_count() == threads
+    assert "terminate" not in capfd.readouterr().err
+
+
+def test_ctrl_c_ends_the_align_command(image_folder: Path, llm: Path, store: EmbeddingStore, tmp_path: Path) -> None:
+    """Starts a real process with a worker, and interrupts both during training, as a terminal does."""
+    tower = make_tower(tmp_path / "tower", "test_vit")
+    command = [sys.executable, "-m", "llm2clip", "align", f"{image_folder / 'captions.jsonl'}@train"]
+    command += ["--store", str(store.folder), "--encoder.path", str(llm), "--out", str(tmp_path / "run")]
+    command += ["--align.tower", str(tower), "--align.workers", "1", "--align.epochs", "9999"]
+    command += ["--align.batch_size", "10", "--align.image_size", "64"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with subprocess.Popen(command, env=env, start_new_session=True, **pipes) as process:
+        deadline = time.monotonic() + HANG_TIMEOUT
+        while process.poll() is None and time.monotonic() < deadline and not metrics.exists():
+            time.sleep(0.05)
+        with contextlib.suppress(ProcessLookupError):  # the output says why the process has ended
+            os.killpg(process.pid, signal.SIGINT)
+        output = process.communicate(timeout=HANG_TIMEOUT)[0]  # returns when the worker has ended, too
+    assert process.returncode == 130, output
+    assert "Run the same command again to resume" in output
+    assert "Traceback" not in output and "terminate" not in output, output
 
 
 def test_align_does_not_resume_with_other_data_or_settings(

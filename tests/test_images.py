@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import multiprocessing
 import pickle
 import struct
 import zlib
@@ -392,6 +393,20 @@ def test_packed_batches_contain_a_single_tensor_and_restore_any_structure() -> N
 
 def test_workers_send_images_for_inference_with_few_open_files() -> None:
     run_with_few_open_files(_load_images_for_inference)
+
+
+def test_closing_image_batches_early_stops_the_workers_cleanly(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A worker would be aborted if a thread were still moving a batch to shared memory when the worker exits."""
+    monkeypatch.setattr(image_loader, "MIN_IMAGES_FOR_WORKERS", 0)
+    refs = [MemoryImage(encode(photo(), "PNG"), str(n)) for n in range(300)] * 5
+    transform = EvalTransform(Preprocess(224, "squash", 1.0, "bicubic", *HALF))
+    with contextlib.closing(image_batches(refs, transform, batch_size=300, workers=1)) as batches:
+        next(batches)
+        workers = multiprocessing.active_children()
+    assert [worker.exitcode for worker in workers] == [0]
+    assert capfd.readouterr().err == ""
 
 
 def _load_images_for_inference() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Generator
 from contextlib import closing
@@ -58,6 +61,27 @@ def test_closing_early_stops_the_thread_and_closes_the_source() -> None:
         raise KeyboardInterrupt
     assert source.closed and len(source.yielded) <= 1 + 3
     assert threading.active_count() == threads
+
+
+PREFETCH_UNTIL_EXIT = """
+import torch
+from llm2clip.train.prefetch import Prefetcher
+
+def matmuls():
+    x = torch.randn(800, 800)
+    while True:
+        yield x @ x
+
+items = Prefetcher(matmuls(), depth=1_000_000)
+next(items)
+raise KeyboardInterrupt
+"""
+
+
+def test_exit_without_close_does_not_abort_the_process() -> None:
+    process = subprocess.run([sys.executable, "-c", PREFETCH_UNTIL_EXIT], capture_output=True, text=True)
+    assert process.returncode == -signal.SIGINT  # as of any Python program that Ctrl-C stops
+    assert process.stderr.endswith("KeyboardInterrupt\n")
 
 
 def test_prefetch_uses_no_thread_on_the_cpu() -> None:

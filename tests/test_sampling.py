@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 from collections.abc import Iterable, Sequence
 from multiprocessing.reduction import ForkingPickler
@@ -251,6 +252,21 @@ def _load_large_batches(resize: str) -> None:
     batches = list(AlignBatches(records, NumberedCaptions(), model, config).batches(0))
     assert [len(batch.images) for batch in batches] == [300, 300]
     assert sorted(name for batch in batches for name in batch.failures) == ["107", "207", "307", "407", "507", "7"]
+
+
+def test_closing_the_batches_early_stops_the_workers_cleanly(capfd: pytest.CaptureFixture[str]) -> None:
+    """A worker would be aborted if a thread were still moving a batch to shared memory when the worker exits."""
+    data = image_bytes(0)
+    records = [Record(str(n), MemoryImage(data, str(n)), (str(n),)) for n in range(300)]
+    large = dataclasses.replace(PREPROCESS["squash"], size=224)
+    model: Any = SimpleNamespace(tower=SimpleNamespace(preprocess=large))
+    config = dataclasses.replace(ALIGN, batch_size=300, epochs=9, workers=1)
+    batches = AlignBatches(records, NumberedCaptions(), model, config).batches(0)
+    next(batches)
+    workers = multiprocessing.active_children()
+    batches.close()
+    assert [worker.exitcode for worker in workers] == [0]
+    assert capfd.readouterr().err == ""
 
 
 def test_image_references_are_not_copied_to_each_worker() -> None:

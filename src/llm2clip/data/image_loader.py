@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from io import BytesIO
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import ImageError, load_image
@@ -31,7 +31,7 @@ def decode_or_error(ref: ImageRef, transform: Callable[[Tensor], T]) -> T | str:
 
 def image_batches(
     refs: Sequence[ImageRef], transform: Callable[[Tensor], Any], batch_size: int = 64, workers: int | None = None
-) -> Iterator[tuple[list[int], list[Any], dict[int, str]]]:
+) -> Generator[tuple[list[int], list[Any], dict[int, str]]]:
     """Yield decoded and transformed images in order, `batch_size` at a time.
 
     Args:
@@ -99,7 +99,16 @@ def pack_batch(items: list[Any]) -> tuple[bytes, list[int], Tensor]:
     buffer = torch.empty(size, dtype=torch.uint8)
     for tensor, offset in zip(tensors, offsets, strict=True):
         buffer[offset : offset + tensor.nbytes] = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return stream.getvalue(), offsets, buffer
+    return stream.getvalue(), offsets, share_in_worker(buffer)
+
+
+def share_in_worker(tensor: Tensor) -> Tensor:
+    """Move a tensor to shared memory if this is a worker process of a data loader. Return the same tensor.
+
+    Otherwise, a thread of the worker moves the tensor when it is sent. If the loader is closed at that time, the thread
+    is stopped inside C++ code, which aborts the worker ("terminate called without an active exception").
+    """
+    return tensor if get_worker_info() is None else tensor.share_memory_()
 
 
 def unpack_batch(batch: tuple[bytes, list[int], Tensor]) -> list[Any]:

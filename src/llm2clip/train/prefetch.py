@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Generator, Iterator
 from queue import SimpleQueue
 from threading import Semaphore, Thread
@@ -40,6 +41,9 @@ class Prefetcher(Iterator[T], Generic[T]):
         self._error: BaseException | None = None
         self._thread = Thread(target=self._run, name="prefetch", daemon=True)
         self._thread.start()
+        # If the interpreter exits while the thread runs C++ code, the process is aborted ("terminate called without an
+        # active exception"). Therefore, also stop the thread if `close` was not called or was interrupted.
+        atexit.register(self.close)
 
     def __next__(self) -> T:
         if self._error is None:
@@ -54,6 +58,7 @@ class Prefetcher(Iterator[T], Generic[T]):
         self._closed = True
         self._free.release()
         self._thread.join()
+        atexit.unregister(self.close)
 
     def _run(self) -> None:
         try:

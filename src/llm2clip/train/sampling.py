@@ -20,7 +20,7 @@ from llm2clip.checkpoint import hash_texts
 from llm2clip.config import AlignConfig
 from llm2clip.data.columns import CAPTION_FIELDS
 from llm2clip.data.hashing import epoch_permutation
-from llm2clip.data.image_loader import decode_or_error
+from llm2clip.data.image_loader import decode_or_error, share_in_worker
 from llm2clip.data.records import Record
 from llm2clip.data.shared_refs import SharedRefs
 from llm2clip.data.transforms import TrainTransform
@@ -248,4 +248,5 @@ def _collate(items: list[tuple[str, Tensor | str, Sample]]) -> tuple[Tensor | No
     # Images that cannot be decoded are replaced with duplicates of other images from the batch. Duplicates are
     # harmless, because the loss does not use identical captions as negatives.
     decoded += [decoded[n % len(decoded)] for n in range(len(items) - len(decoded))]
-    return torch.stack([pixels for pixels, _ in decoded]), [sample for _, sample in decoded], failures
+    pixels = share_in_worker(torch.stack([pixels for pixels, _ in decoded]))
+    return pixels, [sample for _, sample in decoded], failures
