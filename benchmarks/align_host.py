@@ -1,23 +1,28 @@
-"""Measure how long the host delays each training step of `align`, apart from the device's work and image decoding.
+"""Profile the CPU time that the host spends on each training step of `align`, without decoding images or the model.
 
-    python benchmarks/align_host.py
+    git worktree add /tmp/llm2clip-0.1 64e4c4d
+    python benchmarks/align_host.py --old /tmp/llm2clip-0.1
 
-The device's work is replaced with a pause in which, as with a GPU, the host is idle. Images are replaced with
-constant pixels. The time that remains of a step is the time for which a GPU would wait: for the next batch, for its
-captions and for their embeddings.
-
-    one by one    captions sampled for one image at a time, and no background thread, as in version 0.1
-    batch         captions of a batch sampled with array operations, no background thread
-    background    the same, in a background thread (`train/prefetch.py`), as on GPUs
+The main thread's time is the time for which a GPU would wait in each step. The times are CPU times of a thread, which
+hardly depend on other processes. Version 0.1 does everything in the main thread. The current version prepares the next
+batches in a background thread, as it does on GPUs. Images are replaced with constant pixels, which one worker process
+sends. Copies to pinned memory and to the GPU are replaced with copies in memory. Copies from pinned memory, which the
+current version leaves to the GPU, are not included. Without --old, only the current version is measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
+import os
+import resource
+import subprocess
+import sys
 import tempfile
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,27 +32,20 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-
-from llm2clip.config import AlignConfig
-from llm2clip.data.image_refs import FileImage
-from llm2clip.data.records import Record
-from llm2clip.data.transforms import Preprocess
-from llm2clip.store.image_features import image_name
-from llm2clip.store.store import EmbeddingStore
-from llm2clip.store.writer import StoreWriter
-from llm2clip.train.align import _prepare_batches
-from llm2clip.train.caption_sampling import CaptionSampler
-from llm2clip.train.prefetch import Prefetcher
-from llm2clip.train.sampling import AlignBatches
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 IMAGES, CAPTIONS, TEXT_DIM, FEATURE_DIM, IMAGE_SIZE = 16_384, 5, 2048, 1024, 224
-CPU = torch.device("cpu")
+MIX = {"captions": 0.5, "long_captions": 0.5}
+STEPS = {"512 images": 512, "4,096 cached features": 4096}  # images per step
+WARM_UP = 2  # steps
+METRICS = {"loss": 1.0, "grad_norm": 1.0, "logit_scale": 1.0, "lr": 1.0, "images_per_second": 1.0, "data_wait": 1.0}
+PHASES = ("receive images", "collate", "draw captions", "read store", "copy", "metrics", "rest", "total")
 
 
 class ConstantImages(Dataset):
     """Images that need no decoding."""
 
-    def __init__(self, refs: list[FileImage]) -> None:
+    def __init__(self, refs: list[Any]) -> None:
         self.refs = refs
 
     def __getitem__(self, sample: tuple[int, int]) -> tuple[str, Tensor, tuple[int, int]]:
@@ -55,81 +53,206 @@ class ConstantImages(Dataset):
         return str(self.refs[sample[1]]), pixels, sample
 
 
-class OneByOne(CaptionSampler):
-    """Samples the captions of one image at a time, as version 0.1."""
+class Profile:
+    """CPU seconds and number of calls by thread and phase."""
 
-    def sample(self, epochs: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rows = [self._rows(epoch, image) for epoch, image in zip(epochs.tolist(), images.tolist(), strict=True)]
-        flat = np.array([row for rows_of_image in rows for row in rows_of_image])
-        return flat, np.repeat(np.arange(len(rows)), [len(rows_of_image) for rows_of_image in rows])
+    def __init__(self) -> None:
+        self.seconds: Counter[tuple[str, str]] = Counter()
+        self.calls: Counter[tuple[str, str]] = Counter()
 
-    def _rows(self, epoch: int, image: int) -> list[int]:
-        rng = np.random.default_rng([self.seed, epoch, image])
-        kinds = [(np.unique(c[image]), w) for c, w in zip(self.captions_by_kind, self.weights, strict=True)]
-        kinds = [(rng.permutation(rows), weight) for rows, weight in kinds if len(rows) and weight]
-        weights = np.array([weight for _, weight in kinds])
-        sampled: list[int] = []
-        used: Counter[int] = Counter()
-        for kind in rng.choice(len(kinds), self.captions_per_image, p=weights / weights.sum()).tolist():
-            rows = kinds[kind][0]
-            if used[kind] < len(rows):
-                sampled.append(int(rows[used[kind]]))
-            used[kind] += 1
-        return sampled
+    def call(self, phase: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Call a function and add its CPU time to a phase."""
+        thread = "main thread" if threading.current_thread() is threading.main_thread() else "background thread"
+        start = time.thread_time()
+        try:
+            return function(*args, **options)
+        finally:
+            self.seconds[thread, phase] += time.thread_time() - start
+            self.calls[thread, phase] += 1
+
+    def wrap(self, owner: Any, name: str, phase: str) -> None:
+        """Add the CPU time of all calls of a function or method to a phase."""
+        function = getattr(owner, name)
+        setattr(owner, name, lambda *args, **options: self.call(phase, function, *args, **options))
+
+    def clear(self) -> None:
+        self.seconds.clear()
+        self.calls.clear()
+
+    def milliseconds(self) -> dict[str, dict[str, float]]:
+        """Return the time per step of each phase, by thread. Each step calls the phase "total" once."""
+        table: dict[str, dict[str, float]] = {}
+        for (thread, phase), seconds in self.seconds.items():
+            table.setdefault(thread, {})[phase] = 1e3 * seconds / self.calls[thread, "total"]
+        for phases in table.values():
+            phases["rest"] = 2 * phases["total"] - sum(phases.values())
+        return table
 
 
-def write_store(folder: Path, names: list[str], dim: int) -> EmbeddingStore:
-    """Write a store of random float16 vectors."""
-    writer = StoreWriter(folder, {"benchmark": dim}, dim, dtype="float16")
-    writer.write(0, names, [1] * len(names), np.random.default_rng(0).standard_normal((len(names), dim), np.float32))
-    writer.finish()
-    return EmbeddingStore(folder)
-
-
-def host_seconds(batches: Any, steps: int, pause: float) -> list[float]:
-    """Return the host time of each step. The first two steps, which start the workers, are not included."""
-    times = []
+def run_steps(batches: Any, steps: int, profile: Profile, step: Callable[[Any], None], pause: float) -> Any:
+    """Train without a model: take each batch, call `step`, and pause until the next batches have been prepared."""
     with closing(batches):
-        for step in range(steps + 2):
-            start = time.perf_counter()
-            _, inputs = next(batches)
-            inputs.to(CPU)
-            if step >= 2:
-                times.append(time.perf_counter() - start)
+        for n in range(steps + WARM_UP):
+            if n == WARM_UP:
+                profile.clear()
+            profile.call("total", lambda: step(next(batches)))
             time.sleep(pause)
+        return profile.milliseconds()
+
+
+def run_current_version(folder: Path, name: str, steps: int, pause: float) -> Any:
+    """Return the milliseconds per step of the current version."""
+    from llm2clip.checkpoint import MetricsLog
+    from llm2clip.config import AlignConfig
+    from llm2clip.data.image_refs import FileImage
+    from llm2clip.data.records import Record
+    from llm2clip.data.transforms import Preprocess
+    from llm2clip.store.image_features import image_name
+    from llm2clip.store.store import EmbeddingStore
+    from llm2clip.store.writer import StoreWriter
+    from llm2clip.train.align import _prepare_batches
+    from llm2clip.train.caption_sampling import CaptionSampler
+    from llm2clip.train.prefetch import Prefetcher
+    from llm2clip.train.sampling import AlignBatches
+
+    refs, records = make_records(FileImage, Record)
+    store, features = write_stores(folder, StoreWriter, EmbeddingStore, records, [image_name(ref) for ref in refs])
+    cached = "cached" in name
+    config = AlignConfig(
+        batch_size=STEPS[name],
+        epochs=99,
+        caption_mix=MIX,
+        captions_per_image=2,
+        workers=1,
+        tower_lr=0.0 if cached else 1e-5,
+    )
+    data = AlignBatches(records, store, make_model(Preprocess), config, features=features if cached else None)
+    if not cached:
+        data.images = ConstantImages(refs)  # type: ignore[assignment]
+    profile = Profile()
+    profile.wrap(_MultiProcessingDataLoaderIter, "_next_data", "receive images")
+    profile.wrap(CaptionSampler, "sample", "draw captions")
+    profile.wrap(EmbeddingStore, "take", "read store")
+    metrics = MetricsLog(folder / "metrics.jsonl", 0)
+
+    def copied_batches() -> Generator[Any]:
+        with closing(_prepare_batches(data, store, 0, torch.device("cpu"))) as batches:
+            while True:
+                batch, inputs = profile.call("total", lambda: copy(next(batches)))
+                yield batch, inputs
+
+    def copy(item: Any) -> Any:
+        return item[0], profile.call("copy", item[1]._replace_tensors, Tensor.clone)  # as pin_memory
+
+    def step(item: Any) -> None:
+        item[1].to(torch.device("cpu"))
+        profile.call("metrics", metrics.write, 1, **METRICS)
+
+    return run_steps(Prefetcher(copied_batches()), steps, profile, step, pause)
+
+
+def run_version_0_1(folder: Path, name: str, steps: int, pause: float) -> Any:
+    """Return the milliseconds per step of version 0.1, whose modules and settings have other names."""
+    from llm2clip.cache.features import image_name
+    from llm2clip.cache.store import EmbeddingStore
+    from llm2clip.cache.writer import StoreWriter
+    from llm2clip.checkpoints import MetricsLog
+    from llm2clip.data.refs import FileImage
+    from llm2clip.recipes import AlignRecipe
+    from llm2clip.train.steps import Steps
+
+    from llm2clip.data.images import Preprocess
+    from llm2clip.data.records import Record
+
+    refs, records = make_records(FileImage, Record)
+    store, features = write_stores(folder, StoreWriter, EmbeddingStore, records, [image_name(ref) for ref in refs])
+    cached = "cached" in name
+    recipe = AlignRecipe(batch=STEPS[name], epochs=99, mix=MIX, captions=2, workers=1, cache_features=cached)
+    data = Steps(records, store, make_model(Preprocess), recipe, features=features if cached else None)
+    if not cached:
+        data.images = ConstantImages(refs)
+    profile = Profile()
+    profile.wrap(_MultiProcessingDataLoaderIter, "_next_data", "receive images")
+    profile.wrap(torch, "stack", "collate")
+    profile.wrap(Steps, "rows", "draw captions")
+    profile.wrap(EmbeddingStore, "take", "read store")
+    metrics = MetricsLog(folder / "metrics.jsonl", 0)
+
+    def step(batch: Any) -> None:
+        tensors = [torch.from_numpy(x) for x in (batch.owner, batch.rows, store.take(batch.rows))]
+        profile.call("copy", lambda: [tensor.clone() for tensor in (batch.images, *tensors)])  # as .to(device)
+        profile.call("metrics", metrics.write, 1, **METRICS)
+
+    return run_steps(data.batches(0), steps, profile, step, pause)
+
+
+def make_records(file_image: Any, record: Any) -> tuple[list[Any], list[Any]]:
+    """Return the image references and the records, built with the classes of the measured version."""
+    refs = [file_image(f"/images/{n:09}.jpg") for n in range(IMAGES)]
+    texts = [tuple(f"caption {k} of image {n}" for k in range(CAPTIONS)) for n in range(IMAGES)]
+    records = [record(str(n), refs[n], texts[n], (), (f"long caption of image {n}",)) for n in range(IMAGES)]
+    return refs, records
+
+
+def make_model(preprocess: Any) -> Any:
+    """Return an object with those attributes of a model that the batches depend on."""
+    return SimpleNamespace(
+        tower=SimpleNamespace(preprocess=preprocess(IMAGE_SIZE, "squash", 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3))
+    )
+
+
+def write_stores(
+    folder: Path, store_writer: Any, embedding_store: Any, records: list[Any], image_names: list[str]
+) -> list[Any]:
+    """Write the stores of random float16 caption embeddings and image features."""
+    rng = np.random.default_rng(0)
+    contents = {"captions": ([t for record in records for t in record.texts], TEXT_DIM)}
+    contents["features"] = (image_names, FEATURE_DIM)
+    stores = []
+    for name, (keys, dim) in contents.items():
+        writer = store_writer(folder / name, {"benchmark": dim}, dim, dtype="float16")
+        writer.write(0, keys, [1] * len(keys), rng.standard_normal((len(keys), dim), np.float32))
+        writer.finish()
+        stores.append(embedding_store(folder / name))
+    return stores
+
+
+def measure(version: str, source: Path, name: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Run the steps in a new process that imports the package from `source`."""
+    command = [sys.executable, __file__, "--run", version, name]
+    command += ["--steps", str(args.steps), "--pause", str(args.pause)]
+    environment = {**os.environ, "PYTHONPATH": str(source / "src")}
+    output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    times: dict[str, dict[str, float]] = json.loads(output.splitlines()[-1])
     return times
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--old", type=Path, help="checkout of version 0.1")
     parser.add_argument("--steps", type=int, default=10, help="measured steps")
-    parser.add_argument("--pause", type=float, default=0.3, help="seconds that the device takes for a step")
+    parser.add_argument(
+        "--pause", type=float, default=2.0, help="seconds between steps, in which the worker sends images"
+    )
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.run:
+        # Version 0.1 opens a file for each image of a batch.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+        run = run_current_version if args.run[0] == "current" else run_version_0_1
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(run(Path(folder), args.run[1], args.steps, args.pause)))
+        return
 
-    refs = [FileImage(f"/images/{n:09}.jpg") for n in range(IMAGES)]
-    texts = [tuple(f"caption {k} of image {n}" for k in range(CAPTIONS)) for n in range(IMAGES)]
-    records = [Record(str(n), refs[n], texts[n], (), (f"long caption of image {n}",)) for n in range(IMAGES)]
-    preprocess = Preprocess(IMAGE_SIZE, "squash", 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
-    model: Any = SimpleNamespace(tower=SimpleNamespace(preprocess=preprocess))
-    mix = {"captions": 0.5, "long_captions": 0.5}
-    pixels = AlignConfig(batch_size=512, epochs=99, caption_mix=mix, captions_per_image=2, workers=1)
-    cached = AlignConfig(batch_size=4096, epochs=99, caption_mix=mix, captions_per_image=2, tower_lr=0.0)
-    with tempfile.TemporaryDirectory() as folder:
-        store = write_store(Path(folder) / "captions", [t for record in records for t in record.texts], TEXT_DIM)
-        features = write_store(Path(folder) / "features", [image_name(ref) for ref in refs], FEATURE_DIM)
-        print("| step | one by one | batch | background |\n|---|---|---|---|")
-        for name, config in (("512 images", pixels), ("4,096 cached features", cached)):
-            cells = []
-            for mode in ("one by one", "batch", "background"):
-                data = AlignBatches(records, store, model, config, features=features if config is cached else None)
-                if config is pixels:
-                    data.images = ConstantImages(refs)  # type: ignore[assignment]
-                if mode == "one by one":
-                    data.captions = OneByOne(data.captions.captions_by_kind, data.captions.weights.tolist(), config)
-                batches = _prepare_batches(data, store, 0, CPU)
-                times = host_seconds(Prefetcher(batches) if mode == "background" else batches, args.steps, args.pause)
-                cells.append(f"{statistics.median(times) * 1e3:,.1f} ms")
-            print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    for name in STEPS:
+        current = measure("current", Path(__file__).resolve().parents[1], name, args)
+        columns = {f"now, {thread}": current[thread] for thread in ("main thread", "background thread")}
+        if args.old is not None:
+            columns = {"0.1, main thread": measure("0.1", args.old, name, args)["main thread"], **columns}
+        print(f"\n| CPU time per step of {name}, ms | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+        for phase in PHASES:
+            cells = [f"{times[phase]:,.1f}" if phase in times else "" for times in columns.values()]
+            print(f"| {phase} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ The parts run in order of importance until the time is up:
     tune          a training step of 135M and 1B LLMs; sentence-transformers' CachedMultipleNegativesRankingLoss
     losses        contrastive losses at 32,768 images; open_clip's (benchmarks/losses.py)
     data          images decoded per second by the loader of `align`
-    plan          memory and time that `llm2clip plan` predicts for the measured steps
+    search        search of a million vectors: on the GPU, and with the index on the CPU; recall relative to float64
+    plan          memory and speed that `llm2clip plan` predicts, next to those that `align` measured
 
 Each part runs in its own process with a time limit, so a part that fails or hangs does not affect the others. Each
 measurement adds a row to OUT/PART.jsonl; after each part, OUT/results.md and OUT/results.json are rewritten.
@@ -40,6 +41,7 @@ PARTS = {  # name -> time limit in seconds
     "tune": 240,
     "losses": 180,
     "data": 120,
+    "search": 150,
     "plan": 60,
 }
 REPOSITORY = Path(__file__).resolve().parents[1]

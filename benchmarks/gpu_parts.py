@@ -7,12 +7,13 @@ recomputation, so a second forward pass lowers the MFU (model FLOPs utilisation)
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from timm.models import register_model
+from timm.models.vision_transformer import LayerNorm, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
@@ -33,6 +37,7 @@ from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.length_batching import default_batch_tokens
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.vision_tower import VisionTower
+from llm2clip.search.vector_index import QuantizedVectors, VectorIndex
 from llm2clip.tools.plan.devices import DEVICES, Machine
 from llm2clip.tools.plan.flops import count_flops
 from llm2clip.tools.plan.model_configs import LLMS
@@ -43,10 +48,19 @@ from llm2clip.train.losses import info_nce
 from llm2clip.train.optim import MAX_GRAD_NORM, make_optimizer
 from llm2clip.train.pair_loss import PairCollator, PairLoss
 from llm2clip.train.sampling import AlignBatches
+from search import K, vector_chunks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IS_GPU = DEVICE.type == "cuda"
-TINY_LLM = {**LLMS["smollm2-135m"], "hidden_size": 36, "num_hidden_layers": 2, "intermediate_size": 64}
+TINY_LLM = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 260,
+}
 LLM_SIZES = {
     "135M": LLMS["smollm2-135m"],
     "1B": LLMS["meta-llama/llama-3.2-1b"],
@@ -56,6 +70,12 @@ TOWERS = {  # timm model, open_clip model, images per step
     "ViT-B/16": ("vit_base_patch16_clip_quickgelu_224", "ViT-B-16", 512),
     "ViT-L/14": ("vit_large_patch14_clip_quickgelu_224", "ViT-L-14", 256),
     "ViT-L/14-336": ("vit_large_patch14_clip_quickgelu_336", "ViT-L-14-336", 128),
+}
+TINY_TOWER = {"tiny": ("vit_tiny_clip_quickgelu_32", "tiny", 4)}
+TINY_OPEN_CLIP = {  # the same tower for open_clip, with 64 dimensions per attention head
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
 }
 WORDS = (
     "a",
@@ -105,18 +125,27 @@ def measure_environment(settings: PartSettings) -> Iterator[dict[str, Any]]:
 
 
 def measure_encode(settings: PartSettings) -> Iterator[dict[str, Any]]:
-    """Encode captions with llm2clip, packed and padded, and with sentence-transformers, in bf16."""
+    """Encode captions with llm2clip, packed and padded, and with sentence-transformers, in bf16.
+
+    The first captions are also encoded in float32 without packing, for the cosine similarity of both embeddings.
+    """
     captions = random_captions(64 if settings.tiny else 16_384)
+    sample = captions[:64]
     for name, shape in llm_sizes(settings, available_memory() / 1e9).items():
         folder = save_llm(settings.out / f"llm-{name}", shape)
         encoder = CaptionEncoder.from_pretrained(folder, device=str(DEVICE))
         tokens = sum(len(ids) for ids in encoder.tokenize(captions).ids)
         flops = 2 * layer_parameters(encoder) * tokens
-        for attention in dict.fromkeys([encoder.attention, "sdpa"]):
+        default_attention = encoder.attention
+        encoder.llm.set_attn_implementation("sdpa")
+        reference = encoder.encode(sample, precision="fp32")
+        for attention in dict.fromkeys([default_attention, "sdpa"]):
             encoder.llm.set_attn_implementation(attention)
+            similarity = F.cosine_similarity(encoder.encode(sample, precision="bf16"), reference).min()
             reset_memory()
             seconds = time_call(partial(encoder.encode, captions, precision="bf16"), repeats=2)
-            yield rate_row(f"{name}, llm2clip, {attention}", tokens, seconds, flops)
+            row = rate_row(f"{name}, llm2clip, {attention}", tokens, seconds, flops)
+            yield row | {"1 - cosine to fp32, max": 1 - float(similarity)}
         del encoder
         reset_memory()
         from sentence_transformers import SentenceTransformer
@@ -128,30 +157,84 @@ def measure_encode(settings: PartSettings) -> Iterator[dict[str, Any]]:
 
 
 def measure_align(settings: PartSettings) -> Iterator[dict[str, Any]]:
-    """Time a training step of `align` on images in GPU memory, and open_clip's step with an equal tower."""
-    towers = {"tiny": ("test_vit", "RN50", 4)} if settings.tiny else TOWERS
-    for name, (timm_name, open_clip_name, batch) in towers.items():
+    """Time a training step of `align` on images in GPU memory, and open_clip's step with an equal tower.
+
+    The gradients of each variant are compared with those of eager mode, and the features of the tower with those of
+    open_clip's tower with the same weights.
+    """
+    for name, (timm_name, open_clip_name, batch) in align_towers(settings).items():
+        eager_gradient: Tensor | None = None
         for variant in ("eager", "compiled", "gradient caching"):
-            if settings.tiny and variant == "compiled":
-                continue
             reset_memory()
+            torch.manual_seed(0)
             tower = VisionTower.from_pretrained(f"timm:{timm_name}", pretrained=False).to(DEVICE)
-            step, flops = align_step(tower, batch, variant)
-            yield step_row(f"{name}, llm2clip, {variant}", step, batch, "images", flops)
+            step = align_step(tower, batch, variant)
+            gradient = gradient_or_none(step)
+            eager_gradient = gradient if variant == "eager" else eager_gradient
+            row = step_row(f"{name}, llm2clip, {variant}", step.run, batch, "images", step.flops)
+            if gradient is not None and eager_gradient is not None:
+                difference = float((gradient - eager_gradient).norm() / eager_gradient.norm())
+                row |= {"relative difference": difference, "compared": "gradients, to eager mode"}
+            yield row
+            flops = step.flops
             del step, tower
-        if find_spec("open_clip") and not settings.tiny:
-            for both_towers in (False, True):
-                reset_memory()
-                step = open_clip_step(open_clip_name, batch, both_towers)
-                towers_name = "both towers" if both_towers else "image tower only"
-                yield step_row(f"{name}, open_clip, {towers_name}", step, batch, "images", flops)
-                del step
+        if not find_spec("open_clip"):
+            yield {"method": f"{name}, open_clip: skipped, because open_clip is not installed"}
+            continue
+        reset_memory()
+        difference = open_clip_difference(timm_name, open_clip_name)
+        for both_towers in (False, True):
+            reset_memory()
+            open_clip_run = open_clip_step(open_clip_name, batch, both_towers)
+            towers_name = "both towers" if both_towers else "image tower only"
+            row = step_row(f"{name}, open_clip, {towers_name}", open_clip_run, batch, "images", flops)
+            yield row | {"relative difference": difference, "compared": "features in fp32, to llm2clip's"}
+            del open_clip_run
+
+
+def align_towers(settings: PartSettings) -> dict[str, tuple[str, str, int]]:
+    """Return the timm model, the open_clip model and the number of images per step of each tower."""
+    if not settings.tiny:
+        return TOWERS
+    if find_spec("open_clip"):
+        import open_clip
+
+        file = settings.out / "tiny.json"
+        file.write_text(json.dumps(TINY_OPEN_CLIP))
+        open_clip.add_model_config(file)
+    return TINY_TOWER
+
+
+@register_model
+def vit_tiny_clip_quickgelu_32(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """Build a tiny tower of the same architecture as CLIP's."""
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1, "num_classes": 0}
+    options = {name: options[name] for name in options.keys() & {"img_size", "num_classes"}}
+    style = {"pre_norm": True, "norm_layer": partial(LayerNorm, eps=1e-5), "act_layer": "quick_gelu"}
+    tower = VisionTransformer(**(shape | style | options))
+    tower.pretrained_cfg = {"input_size": (3, 32, 32)}  # the image size, which preprocessing follows
+    return tower
+
+
+@dataclass
+class AlignStep:
+    """A training step in bf16.
+
+    Attributes:
+        run: Function that runs the step.
+        gradient: Function that returns the gradient of all parameters without changing them, float32 (N,) on the CPU.
+        flops: Model FLOPs of the step.
+    """
+
+    run: Callable[[], None]
+    gradient: Callable[[], Tensor]
+    flops: float
 
 
 def align_step(
     tower: VisionTower, batch: int, variant: str, loss_function: Callable[..., Tensor] | None = None
-) -> tuple[Callable[[], None], float]:
-    """Return a function that runs one training step in bf16, and the model FLOPs of the step. Default loss: InfoNCE."""
+) -> AlignStep:
+    """Return a training step on random images and captions. Default loss: InfoNCE."""
     with DEVICE:
         model = LLM2CLIP(LLM2CLIPConfig(tower.config, text_dim=TEXT_DIM, embed_dim=512), tower).train()
     optimizer = make_optimizer(model, AlignConfig(), DEVICE)
@@ -178,6 +261,12 @@ def align_step(
             loss = loss_function(*forward(slice(None)))
         loss.backward()
 
+    def gradient() -> Tensor:
+        backward()
+        gradients = [p.grad.flatten().float().cpu() for p in model.parameters() if p.grad is not None]
+        optimizer.zero_grad()
+        return torch.cat(gradients)
+
     def step() -> None:
         backward()
         nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
@@ -189,7 +278,32 @@ def align_step(
     model.zero_grad()
     if variant == "compiled":
         compile_blocks(tower)
-    return step, batch * one_image
+    return AlignStep(step, gradient, batch * one_image)
+
+
+def gradient_or_none(step: AlignStep) -> Tensor | None:
+    """Return the gradient, or None if there is not enough memory."""
+    try:
+        return step.gradient()
+    except torch.cuda.OutOfMemoryError:
+        return None
+
+
+def open_clip_difference(timm_name: str, open_clip_name: str) -> float:
+    """Return the relative difference of the features of open_clip's tower and llm2clip's with the same weights."""
+    import open_clip
+
+    model = open_clip.create_model(open_clip_name, device=DEVICE, force_quick_gelu=True).eval()
+    tower = VisionTower.from_pretrained(f"timm:{timm_name}", pretrained=False).to(DEVICE)
+    weights = {name: w for name, w in model.state_dict().items() if name.startswith("visual.")}
+    weights = checkpoint_filter_fn(weights, tower.backbone)
+    tower.backbone.load_state_dict({name: w for name, w in weights.items() if not name.startswith("head.")})
+    pixels = torch.rand(4, 3, tower.preprocess.size, tower.preprocess.size, device=DEVICE)
+    mean, std = (torch.tensor(x, device=DEVICE)[:, None, None] for x in (tower.preprocess.mean, tower.preprocess.std))
+    with torch.no_grad():
+        expected = model.encode_image((pixels - mean) / std)
+        actual = tower(pixels) @ model.visual.proj
+    return float((actual - expected).norm() / expected.norm())
 
 
 def open_clip_step(name: str, batch: int, both_towers: bool) -> Callable[[], None]:
@@ -225,7 +339,7 @@ def measure_tune(settings: PartSettings) -> Iterator[dict[str, Any]]:
     texts = random_captions(2 * pairs)
     rows = [dataclasses.asdict(Pair(a, p)) for a, p in zip(texts[:pairs], texts[pairs:], strict=True)]
     sizes = llm_sizes(settings, available_memory() / 1e9)
-    sizes.pop("8B", None)  # full fine-tuning of an 8B model does not fit
+    sizes.pop("8B", None)  # the gradients and float32 weights of an 8B model do not fit
     for name, shape in sizes.items():
         folder = save_llm(settings.out / f"llm-{name}", shape)
         encoder = CaptionEncoder.from_pretrained(folder, device=str(DEVICE)).train()
@@ -318,19 +432,81 @@ class _NoStore:
         return np.zeros((len(rows), TEXT_DIM), np.float32)
 
 
+def measure_search(settings: PartSettings) -> Iterator[dict[str, Any]]:
+    """Search a million vectors with 1,024 dimensions: with a matmul on the device, and with the index on the CPU.
+
+    Recall is measured for the first queries, relative to a search in float64.
+    """
+    count, dim, queries_count, sample = (2000, 32, 16, 8) if settings.tiny else (1_000_000, 1024, 256, 16)
+    vectors = np.concatenate([chunk.astype(np.float16) for chunk in vector_chunks(count, dim)])
+    rng = np.random.default_rng(1)
+    queries = vectors[rng.integers(count, size=queries_count)].astype(np.float32)
+    queries += 0.5 * rng.standard_normal(queries.shape, np.float32) / np.sqrt(dim)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    expected = search_float64(vectors, queries[:sample])
+
+    for dtype in (torch.float16, torch.float32):
+        items = torch.from_numpy(vectors).to(DEVICE, dtype)
+        for batch in (1, queries_count):
+            chunks = torch.from_numpy(queries).to(DEVICE, dtype).split(batch)
+
+            def search(items: Tensor = items, chunks: Sequence[Tensor] = chunks) -> np.ndarray:
+                return torch.cat([(chunk @ items.T).topk(K).indices for chunk in chunks]).cpu().numpy()
+
+            reset_memory()
+            label = f"matmul and top-k on the {DEVICE.type}, {str(dtype).removeprefix('torch.')}"
+            yield search_row(label, search, batch, queries_count, expected)
+        del items, chunks
+
+    ids = np.arange(count)
+    scale = 127 / float(np.abs(vectors).max())
+    index = VectorIndex(lambda: QuantizedVectors([(ids, vectors)], dim, scale), lambda rows: vectors[rows])
+
+    def search_index() -> np.ndarray:
+        return np.stack([index.search(query, K)[0] for query in queries])
+
+    yield search_row("llm2clip's index on the CPU: int8 scan, float16 scores", search_index, 1, queries_count, expected)
+
+
+def search_float64(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Return the row numbers of the K nearest vectors of each query, (queries, K), computed in float64."""
+    scores = np.empty((len(queries), len(vectors)))
+    for start in range(0, len(vectors), 50_000):
+        stop = start + 50_000
+        scores[:, start:stop] = queries.astype(np.float64) @ vectors[start:stop].astype(np.float64).T
+    return np.argsort(-scores, axis=1, kind="stable")[:, :K]
+
+
+def search_row(
+    name: str, search: Callable[[], np.ndarray], batch: int, queries: int, expected: np.ndarray
+) -> dict[str, Any]:
+    """Time a search of all queries, `batch` at a time, and measure the recall of the first queries."""
+    results = search()[: len(expected)]
+    recall = np.mean([len(set(a) & set(b)) / K for a, b in zip(results.tolist(), expected.tolist(), strict=True)])
+    seconds = time_call(search, repeats=2)
+    row = {"method": name, "queries at a time": batch, "queries/s": queries / seconds, f"recall@{K}": float(recall)}
+    return row | {"peak memory, GB": torch.cuda.max_memory_allocated() / 1e9 if IS_GPU else "not measured"}
+
+
 def measure_plan(settings: PartSettings) -> Iterator[dict[str, Any]]:
-    """Yield the predictions of `llm2clip plan` for the settings that were measured in `align`."""
+    """Yield the predictions of `llm2clip plan` next to the values that the part `align` measured in eager mode."""
     machine = Machine(known_device() or "h100")
-    for tower, (timm_name, _, batch) in TOWERS.items():
+    file = settings.out / "align.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    measured = {row["method"]: row for row in rows}
+    for tower, (timm_name, _, batch) in align_towers(settings).items():
         align = AlignConfig(tower=f"timm:{timm_name}", batch_size=batch, captions_per_image=1, embed_dim=512)
         plan = plan_fit(FitConfig(encoder=EncoderConfig(), tune=TuneConfig(), align=align), machine, 1_000_000, 1, 36)
         memory = plan.memory["align"]
+        row = measured.get(f"{tower}, llm2clip, eager", {})
         yield {
             "model": tower,
             "device": machine.device,
             "images per step": batch,
             "predicted memory, GB": sum(memory.values()) / 1e9,
+            "measured memory, GB": row.get("peak memory, GB", "not measured"),
             "predicted images/s": plan.images_per_second,
+            "measured images/s": row.get("images/s", "not measured"),
         }
 
 
@@ -387,8 +563,9 @@ def step_row(name: str, step: Callable[[], None], count: int, unit: str, flops: 
 
 
 def llm_sizes(settings: PartSettings, memory_gb: float) -> dict[str, dict[str, Any]]:
+    """Return the LLMs that fit in memory. With --tiny, they have the same architectures, but tiny layers."""
     if settings.tiny:
-        return {"tiny": TINY_LLM}
+        return {f"tiny {name}": {**shape, **TINY_LLM} for name, shape in LLM_SIZES.items()}
     return {name: shape for name, shape in LLM_SIZES.items() if name != "8B" or memory_gb > 60}
 
 
@@ -430,5 +607,6 @@ MEASUREMENTS: dict[str, Callable[[PartSettings], Iterator[dict[str, Any]]]] = {
     "tune": measure_tune,
     "losses": measure_losses,
     "data": measure_data,
+    "search": measure_search,
     "plan": measure_plan,
 }

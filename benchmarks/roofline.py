@@ -175,8 +175,8 @@ def align_steps(fake_tensors: FakeTensorMode) -> list[Step]:
         tower = build_tower(AlignConfig(tower=f"timm:{TOWERS['ViT-L/14-336'][0]}"))  # on the meta device
         with fake_tensors:
             move_to_gpu(tower)
-            run, flops = align_step(tower, 64, variant, loss_function=simple_clip_loss)
-        steps.append((f"align, ViT-L/14-336, {variant}", run, flops, 64.0, "images"))
+            step = align_step(tower, 64, variant, loss_function=simple_clip_loss)
+        steps.append((f"align, ViT-L/14-336, {variant}", step.run, step.flops, 64.0, "images"))
     return steps
 
 
