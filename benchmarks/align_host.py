@@ -142,7 +142,7 @@ def run_current_version(folder: Path, name: str, steps: int, pause: float) -> An
                 yield batch, inputs
 
     def copy(item: Any) -> Any:
-        return item[0], profile.call("copy", item[1]._replace_tensors, Tensor.clone)  # as pin_memory
+        return item[0], profile.call("copy", item[1]._replace_tensors, copy_to_buffer)  # as pin_memory
 
     def step(item: Any) -> None:
         item[1].to(torch.device("cpu"))
@@ -180,10 +180,21 @@ def run_version_0_1(folder: Path, name: str, steps: int, pause: float) -> Any:
 
     def step(batch: Any) -> None:
         tensors = [torch.from_numpy(x) for x in (batch.owner, batch.rows, store.take(batch.rows))]
-        profile.call("copy", lambda: [tensor.clone() for tensor in (batch.images, *tensors)])  # as .to(device)
+        profile.call("copy", lambda: [copy_to_buffer(tensor) for tensor in (batch.images, *tensors)])  # as .to(device)
         profile.call("metrics", metrics.write, 1, **METRICS)
 
     return run_steps(data.batches(0), steps, profile, step, pause)
+
+
+_buffers: dict[torch.dtype, Tensor] = {}
+
+
+def copy_to_buffer(tensor: Tensor) -> Tensor:
+    """Copy a tensor to memory that all copies share, because PyTorch reuses pinned memory, too."""
+    buffer = _buffers.get(tensor.dtype)
+    if buffer is None or buffer.numel() < tensor.numel():
+        buffer = _buffers[tensor.dtype] = torch.empty_like(tensor).flatten()
+    return buffer[: tensor.numel()].view_as(tensor).copy_(tensor)
 
 
 def make_records(file_image: Any, record: Any) -> tuple[list[Any], list[Any]]:

@@ -37,7 +37,7 @@ from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.length_batching import default_batch_tokens
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.vision_tower import VisionTower
-from llm2clip.search.vector_index import QuantizedVectors, VectorIndex
+from llm2clip.search.vector_index import CHUNK, QuantizedVectors, VectorIndex
 from llm2clip.tools.plan.devices import DEVICES, Machine
 from llm2clip.tools.plan.flops import count_flops
 from llm2clip.tools.plan.model_configs import LLMS
@@ -278,6 +278,7 @@ def align_step(
     model.zero_grad()
     if variant == "compiled":
         compile_blocks(tower)
+        torch._dynamo.config.suppress_errors = False  # a failed compilation must not look like a measurement
     return AlignStep(step, gradient, batch * one_image)
 
 
@@ -459,8 +460,9 @@ def measure_search(settings: PartSettings) -> Iterator[dict[str, Any]]:
         del items, chunks
 
     ids = np.arange(count)
-    scale = 127 / float(np.abs(vectors).max())
-    index = VectorIndex(lambda: QuantizedVectors([(ids, vectors)], dim, scale), lambda rows: vectors[rows])
+    chunks_of_index = [(ids[start : start + CHUNK], vectors[start : start + CHUNK]) for start in range(0, count, CHUNK)]
+    quantized = QuantizedVectors(127 / float(np.abs(vectors).max())).updated(ids[:0], chunks_of_index)
+    index = VectorIndex(lambda: quantized, lambda rows: vectors[rows])
 
     def search_index() -> np.ndarray:
         return np.stack([index.search(query, K)[0] for query in queries])
