@@ -257,14 +257,18 @@ class TouchOnLoad:
         return Path.touch, (self.marker,)
 
 
-def run_distributed(count: int, function: Callable[..., None], *args: Any) -> None:
+def run_distributed(count: int, function: Callable[..., None], *args: Any, join: bool = True) -> Any:
     """Run `function(*args)` in `count` gloo processes, with the environment that torchrun would set.
 
     As with torchrun, this process hosts the store in which the others meet, so no other program can take its port.
+    The processes are joined unless `join` is False, in which case the context of the processes is returned.
     """
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = (count, store.port, function, args)
-    torch.multiprocessing.start_processes(_rank, args=ranks, nprocs=count, start_method="spawn")
+    context = torch.multiprocessing.start_processes(_rank, args=ranks, nprocs=count, join=join, start_method="spawn")
+    if context is not None:
+        context.store = store  # must exist as long as the processes
+    return context
 
 
 def _rank(rank: int, count: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -10,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conftest import HANG_TIMEOUT
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.store import ray_engine
 from llm2clip.store.encode import embed
@@ -62,3 +66,63 @@ def test_ray_driver_frees_its_encoder_before_the_workers_start(
     monkeypatch.setattr(ray_engine, "open_for_writing", check_and_stop)
     with pytest.raises(StoreError, match="stopped here"):
         embed_with_ray(CAPTIONS, open_encoder, tmp_path / "store")
+
+
+def test_a_worker_that_always_dies_is_not_restarted_without_limit(
+    cluster: None, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_engine, "MAX_RETRIES", 1)
+    driver, attempts = os.getpid(), tmp_path / "attempts"
+    attempts.mkdir()
+
+    def open_encoder(device: str) -> CaptionEncoder:
+        encoder = CaptionEncoder.from_pretrained(llm, device=device)
+
+        def die(*args: object, **options: object) -> None:
+            (attempts / f"{os.getpid()}").touch()
+            os._exit(1)
+
+        if os.getpid() != driver:
+            encoder.tokenize = die  # type: ignore[method-assign, assignment]
+        return encoder
+
+    with pytest.raises(ChildProcessError, match=r"A Ray worker died 2 times(.|\n)*run the same command again"):
+        embed_with_ray(CAPTIONS, open_encoder, tmp_path / "store", workers=1, shard_size=100)
+    assert len(list(attempts.iterdir())) == 2
+    store = embed_with_ray(CAPTIONS, partial(CaptionEncoder.from_pretrained, llm), tmp_path / "store", workers=1)
+    assert len(store) == 40
+
+
+START = """
+import subprocess, sys, ray
+from llm2clip.store import ray_engine
+ray_engine._start_ray()
+print("started")
+address = ray.get_runtime_context().gcs_address
+subprocess.run([sys.executable, "-c", sys.argv[1], address], check=False)
+"""
+CONNECT = """
+import os, sys
+os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64)
+import ray
+ray.init(sys.argv[1])
+print("connected")
+"""
+
+
+def test_ray_on_this_machine_refuses_drivers_that_do_not_have_its_token(tmp_path: Path) -> None:
+    """Ray listens on all network interfaces, so the address alone must not be enough."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["HOME"] = str(tmp_path)
+    command = [sys.executable, "-c", START, CONNECT]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_TIMEOUT, check=True)
+    assert result.stdout.split() == ["started"] and "AuthenticationError" in result.stderr
+    assert not (tmp_path / ".ray").exists()  # the token is in no file
+
+
+def test_ray_does_not_start_without_authentication(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(ValueError, match="unset RAY_AUTH_MODE, which is 'disabled'"):
+        ray_engine._start_ray()

@@ -21,7 +21,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
-from llm2clip.distributed import print_once, process_state
+from llm2clip.distributed import print_once, process_state, wait_for_everyone
 from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, fsync_folder
 
 PREFIX = "checkpoint-"  # also used by the Trainer in transformers
@@ -143,7 +143,7 @@ class Checkpoints:
     def commit(self, step: int) -> None:
         """Wait for all ranks, mark the checkpoint for a step as complete, and remove old checkpoints."""
         state = process_state()
-        state.wait_for_everyone()
+        wait_for_everyone()
         if state.is_main_process:
             _mark_complete(
                 self.path(step),

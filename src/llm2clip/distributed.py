@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,49 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llm2clip.io_utils import atomic_write_text, escape_control_characters
 
+PEER_FAILED = (
+    "Another process has exited, was killed or does not respond: the first error in the output of all processes shows "
+    "the cause. Run the same command again to resume"
+)
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # after this time, a collective operation fails if a rank does not take part
+WAIT_TIMEOUT = timedelta(days=1)  # for `wait_for_everyone`
+
 
 def process_state() -> PartialState:
-    """Return Accelerate's state: rank, world size and device. The first call initialises the process group.
+    """Return Accelerate's state: rank, world size and device. The first call initialises the process groups.
 
-    On machines without a GPU or other accelerator, Accelerate creates a process group only if `cpu` is set. The timeout
-    is long because all ranks wait while the main process evaluates the model.
+    On machines without a GPU or other accelerator, Accelerate creates a process group only if `cpu` is set.
     """
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
-    return PartialState(cpu=use_cpu or not torch.accelerator.is_available(), timeout=timedelta(days=1))
+    state = PartialState(cpu=use_cpu or not torch.accelerator.is_available(), timeout=COLLECTIVE_TIMEOUT)
+    if is_distributed():
+        _group_for_long_waits(torch.distributed.group.WORLD)
+    return state
+
+
+def wait_for_everyone() -> None:
+    """Wait for all ranks, for up to `WAIT_TIMEOUT`. For example, the main process may be evaluating the model.
+
+    The wait uses Gloo, which fails at once if the connection to another rank is closed because that rank has exited or
+    was killed. NCCL would wait until its timeout, which must therefore be short.
+
+    Raises:
+        RuntimeError: Another rank has exited, or did not arrive before the timeout.
+    """
+    process_state()
+    if not is_distributed():
+        return
+    try:
+        torch.distributed.barrier(_group_for_long_waits(torch.distributed.group.WORLD))
+    except RuntimeError as error:
+        rank = torch.distributed.get_rank()
+        raise RuntimeError(f"Process {rank} was waiting for the other processes. {PEER_FAILED}") from error
+
+
+@lru_cache(maxsize=1)
+def _group_for_long_waits(world: Any) -> torch.distributed.ProcessGroup:
+    """Return a Gloo group of all ranks in `world`, the default group. The first call must be made by all ranks."""
+    return torch.distributed.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
 
 
 def is_distributed() -> bool:
@@ -105,12 +140,13 @@ def cached_json(file: Path, compute: Callable[[], Any]) -> Any:
     state = process_state()
     if state.is_main_process and not file.exists():
         atomic_write_text(file, json.dumps(compute(), indent=1))
-    state.wait_for_everyone()
+    wait_for_everyone()
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def shutdown() -> None:
     """Wait for all ranks, then destroy the process group. If a rank exited early, other ranks could fail."""
     if is_distributed():
-        process_state().wait_for_everyone()
+        wait_for_everyone()
+        _group_for_long_waits.cache_clear()
         torch.distributed.destroy_process_group()

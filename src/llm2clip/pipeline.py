@@ -33,7 +33,7 @@ from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import read_splits
 from llm2clip.data.tuning_sources import read_tuning_sources
-from llm2clip.distributed import cached_json, command_line, print_once, process_state
+from llm2clip.distributed import cached_json, command_line, print_once, process_state, wait_for_everyone
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.reporting.fit_report import write_fit_report
@@ -122,7 +122,7 @@ def tune(
     """
     encoder_dir = out / "encoder"
     is_done = encoder_dir.exists()
-    process_state().wait_for_everyone()  # every rank must check for the folder before it is created
+    wait_for_everyone()  # every rank must check for the folder before it is created
     # QLoRA is meant for LLMs that do not fit on the device without quantisation, so the untuned LLM is not evaluated.
     measure = sum(len(set(captions)) > 1 for captions in held_out_captions) > 1 and not config.qlora
     # On a CPU, the same encoder is measured and tuned. A GPU measures it in bf16, which requires an encoder of its own.
@@ -212,7 +212,7 @@ def align(
     model = train_align(train, store, model, config, out, log, validate, features)
     if state.is_main_process:
         _save_model(model, model_dir, encoder)
-    state.wait_for_everyone()
+    wait_for_everyone()
     return model_dir
 
 

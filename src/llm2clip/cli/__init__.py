@@ -95,4 +95,10 @@ def main(args: list[str] | None = None) -> int:
         message = escape_control_characters(str(error))
         print(f"llm2clip {command}: {message}\n(set LLM2CLIP_TRACEBACK=1 to see the traceback)", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        from llm2clip.distributed import PEER_FAILED, is_distributed
+
+        if is_distributed() and PEER_FAILED not in str(error):
+            error.add_note(f"If this is an error of a collective operation: {PEER_FAILED}")
+        raise
     return 0

@@ -190,7 +190,7 @@ def _align(args: Namespace) -> list[str]:
 
 def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
     """Check that a store is intact and was written with the given encoder. Only the main process runs the check."""
-    from llm2clip.distributed import process_state
+    from llm2clip.distributed import process_state, wait_for_everyone
     from llm2clip.pipeline import open_encoder
     from llm2clip.store.layout import check_identity
 
@@ -198,7 +198,7 @@ def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
         store.verify(progress=True)
         identity = store.manifest["identity"]
         check_identity(identity, open_encoder(encoder, "cpu").identity(identity["precision"]), store.folder)
-    process_state().wait_for_everyone()
+    wait_for_everyone()
 
 
 def _encoder_flags(encoder: EncoderConfig) -> str:

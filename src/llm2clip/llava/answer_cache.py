@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm2clip.distributed import process_state
+from llm2clip.distributed import process_state, wait_for_everyone
 from llm2clip.llava.tasks import Question
 from llm2clip.models.fingerprint import fingerprint
 from llm2clip.progress import ProgressBar
@@ -42,7 +42,7 @@ def cached_answers(
     cache = _read_cache(file)
     keys = [_question_key(question) for question in questions]
     missing = [n for n, key in enumerate(keys) if key not in cache]
-    state.wait_for_everyone()  # all ranks must read the cache before any rank writes to it
+    wait_for_everyone()  # all ranks must read the cache before any rank writes to it
     share = missing[state.process_index :: state.num_processes]
     if share:
         rank_file = file if state.is_main_process else file.with_suffix(f".{state.process_index}.jsonl")
@@ -58,7 +58,7 @@ def cached_answers(
                 row = {"question": keys[n], "id": questions[n].id, "answer": text}
                 stream.write(json.dumps(row, ensure_ascii=False) + "\n")
                 stream.flush()
-    state.wait_for_everyone()
+    wait_for_everyone()
     cache = _read_cache(file)
     return [cache.get(key) for key in keys]
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from llm2clip.checkpoint import Checkpoints, TrainingLog, hash_texts
 from llm2clip.config import LlavaConfig
-from llm2clip.distributed import process_state, set_fsdp_wrap_policy, set_mixed_precision
+from llm2clip.distributed import process_state, set_fsdp_wrap_policy, set_mixed_precision, wait_for_everyone
 from llm2clip.llava.chat_template import IMAGE_TOKEN, Conversation
 from llm2clip.llava.collator import ConversationDataset, LengthGroupedSampler, LlavaCollator
 from llm2clip.llava.image_features import PatchFeatures, PrecomputedVision
@@ -89,7 +89,7 @@ class TrainingStage:
             if not all(tensor.isfinite().all() for tensor in trained.values()):
                 raise FloatingPointError(f"the trained weights are not finite: see {self.folder / 'metrics.jsonl'}")
             save_trained(trained, self.folder / TRAINED_WEIGHTS)
-        process_state().wait_for_everyone()
+        wait_for_everyone()
 
     def _trainer(self, conversations: Sequence[Conversation], checkpoints: Checkpoints) -> _LlavaTrainer:
         config = self.config

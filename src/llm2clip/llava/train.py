@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoProcessor
 from llm2clip.config import LlavaConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.distributed import print_once, process_state
+from llm2clip.distributed import print_once, process_state, wait_for_everyone
 from llm2clip.io_utils import atomic_dir
 from llm2clip.llava.build import save_llava
 from llm2clip.llava.chat_template import Conversation
@@ -95,7 +95,7 @@ def train_llava(
                 save_llava(_load_result(source, config, out), processor, folder)
             for checkpoint in out.glob("*/checkpoint-*"):
                 shutil.rmtree(checkpoint, ignore_errors=True)
-    state.wait_for_everyone()
+    wait_for_everyone()
     return model_folder
 
 

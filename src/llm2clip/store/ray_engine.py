@@ -2,12 +2,14 @@
 
 The driver reads and deduplicates the captions. Each worker loads the encoder once and then processes one shard after
 another from the store's folder, which must be accessible to all machines. If a worker dies, Ray reassigns its shard to
-another worker. The resulting store is the same as with `encode.embed`.
+another worker, at most `MAX_RETRIES` times. The resulting store is the same as with `encode.embed`.
 """
 
 from __future__ import annotations
 
 import gc
+import os
+import secrets
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.write_plan import WritePlan, open_for_writing
 from llm2clip.store.writer import StoreWriter
 
+MAX_RETRIES = 4  # per worker and per shard; by default, Ray Data retries without limit
+
 
 def embed_with_ray(
     captions: Iterable[str],
@@ -37,7 +41,8 @@ def embed_with_ray(
 ) -> EmbeddingStore:
     """Encode captions into the store at `folder`, using Ray.
 
-    The environment variable RAY_ADDRESS specifies the cluster. If it is not set, Ray runs on this machine.
+    The environment variable RAY_ADDRESS specifies the cluster. If it is not set, Ray is started on this machine, and
+    accepts only connections with a random token that this process passes to its workers.
 
     Args:
         captions, shard_size, batch_tokens, precision, dtype: See `encode.embed`.
@@ -49,7 +54,8 @@ def embed_with_ray(
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
-        ValueError: The command was started with several processes.
+        ValueError: The command was started with several processes, or RAY_AUTH_MODE disables Ray's authentication.
+        ChildProcessError: A worker has died too often.
         StoreError: The store was created with a different encoder, or another run is writing to the store.
     """
     try:
@@ -67,7 +73,7 @@ def embed_with_ray(
     torch.cuda.empty_cache()  # free what the choice of the precision used on the GPU
     start_ray = not ray.is_initialized()
     if start_ray:
-        ray.init(log_to_driver=False)
+        _start_ray()
     try:
         with open_for_writing(
             captions, Path(folder).resolve(), identity, embed_dim, dtype=dtype, shard_size=shard_size
@@ -80,6 +86,29 @@ def embed_with_ray(
     return EmbeddingStore(folder)
 
 
+def _start_ray() -> None:
+    """Connect to the cluster that RAY_ADDRESS specifies, or start Ray on this machine.
+
+    Raises:
+        ValueError: Ray would be started on this machine without authentication.
+    """
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False)
+        return
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        # Ray listens on all network interfaces, and executes the code that it receives.
+        raise ValueError(
+            "--engine ray starts Ray on this machine with token authentication only: unset RAY_AUTH_MODE, which is "
+            f"{os.environ['RAY_AUTH_MODE']!r}"
+        )
+    if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
+        # Otherwise, Ray would create a token in a file that other users of this machine may be able to read.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    ray.init("local", include_dashboard=False, log_to_driver=False)
+
+
 def _run_workers(
     plan: WritePlan,
     open_encoder: Callable[..., CaptionEncoder],
@@ -87,21 +116,36 @@ def _run_workers(
     batch_tokens: int | None,
     precision: str,
 ) -> None:
-    """Encode all missing shards on the cluster."""
+    """Encode all missing shards on the cluster.
+
+    Raises:
+        ChildProcessError: A worker has died too often.
+    """
     import ray
     import ray.data
+    from ray.exceptions import RayActorError
 
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
     default_workers = gpus or max(1, int(resources["CPU"]) // 2)
     rows = [{"number": number, "start": part.start, "stop": part.stop} for number, part in plan.shards]
-    ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+    encoded = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         ShardWorker,
         fn_constructor_args=(open_encoder, plan.writer, plan.incoming, batch_tokens, precision),
         batch_size=1,
         concurrency=min(workers or default_workers, len(rows)),
         num_gpus=1 if gpus else 0,
-    ).materialize()
+        max_restarts=MAX_RETRIES,
+        max_task_retries=MAX_RETRIES,
+    )
+    try:
+        encoded.materialize()
+    except RayActorError as error:
+        raise ChildProcessError(
+            f"A Ray worker died {MAX_RETRIES + 1} times. Ray's description of the last time: {error}\n"
+            "The worker may have run out of memory: use fewer --ray_workers or lower --embed.batch_tokens. Ray's logs "
+            "are in /tmp/ray on the worker's machine. Complete shards are kept: run the same command again to resume"
+        ) from error
 
 
 class ShardWorker:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.data.valid_text import check_texts
-from llm2clip.distributed import process_state
+from llm2clip.distributed import process_state, wait_for_everyone
 from llm2clip.progress import ProgressBar
 from llm2clip.store.dedup import PendingCaptions, ingest
 from llm2clip.store.layout import next_shard_number, remove_temp_files, shard_numbers
@@ -76,15 +76,15 @@ def open_for_writing(
             writer = StoreWriter(folder, identity, embed_dim, dtype)
         if state.is_main_process:
             _prepare(writer, captions, incoming)
-        state.wait_for_everyone()
+        wait_for_everyone()
         shards = _missing_shards(folder, incoming, shard_size)
-        state.wait_for_everyone()  # no process may add a shard before all processes have listed the existing shards
+        wait_for_everyone()  # no process may add a shard before all processes have listed the existing shards
         yield WritePlan(writer, incoming, shards)
-        state.wait_for_everyone()
+        wait_for_everyone()
         if state.is_main_process:
             writer.finish()
             shutil.rmtree(incoming, ignore_errors=True)  # on network file systems, open files may remain
-        state.wait_for_everyone()
+        wait_for_everyone()
 
 
 def _prepare(writer: StoreWriter, captions: Iterable[str], incoming: Path) -> None:

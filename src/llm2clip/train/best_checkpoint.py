@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from llm2clip.checkpoint import MetricsLog
-from llm2clip.distributed import fsdp_enabled, full_tensor
+from llm2clip.distributed import fsdp_enabled, full_tensor, wait_for_everyone
 from llm2clip.io_utils import atomic_path, atomic_write_text
 from llm2clip.models.llm2clip import LLM2CLIP
 
@@ -45,7 +45,7 @@ class BestCheckpoint:
                 self.log = MetricsLog(run_dir / "evaluations.jsonl", resume_step)
                 if self._saved_step() >= 0:
                     self.best_score = json.loads((self.folder / METRICS).read_text())["score"]
-        accelerator.wait_for_everyone()
+        wait_for_everyone()
 
     def evaluate(self, model: LLM2CLIP, step: int) -> dict[str, float]:
         """Evaluate the model and save its weights if they are the best so far. Must be called by all ranks.
@@ -74,7 +74,7 @@ class BestCheckpoint:
             atomic_write_text(self.folder / METRICS, json.dumps({"step": step, **metrics}, indent=1))
         if self.log is not None:
             self.log.write(step, **metrics)
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone()
         return metrics
 
     def restore(self, model: LLM2CLIP) -> None:

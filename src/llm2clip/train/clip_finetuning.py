@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llm2clip.config import AlignConfig
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.distributed import process_state
+from llm2clip.distributed import process_state, wait_for_everyone
 from llm2clip.io_utils import atomic_dir
 from llm2clip.models.clip_text_encoder import ClipTextEncoder, load_clip_text_encoder, pooled_output
 from llm2clip.models.fingerprint import fingerprint, hash_weights
@@ -65,7 +65,7 @@ def finetune_clip(records: Sequence[Record], config: AlignConfig, out: Path, log
         model = align(records, captions, model.to(process_state().device), config, out, log)
         if process_state().is_main_process:
             _save(model, config.tower, model_dir)
-    process_state().wait_for_everyone()
+    wait_for_everyone()
     return model_dir
 
 

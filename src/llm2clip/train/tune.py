@@ -28,7 +28,13 @@ from llm2clip.checkpoint import Checkpoints, TrainingLog, hash_texts
 from llm2clip.config import TuneConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.pairs import TuningItem, pair_batches
-from llm2clip.distributed import fsdp_enabled, process_state, set_fsdp_wrap_policy, set_mixed_precision
+from llm2clip.distributed import (
+    fsdp_enabled,
+    process_state,
+    set_fsdp_wrap_policy,
+    set_mixed_precision,
+    wait_for_everyone,
+)
 from llm2clip.io_utils import atomic_dir
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.length_batching import default_batch_tokens
@@ -74,7 +80,7 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
             if state.is_main_process:
                 with atomic_dir(encoder_dir) as folder:
                     encoder.save_pretrained(folder)
-    state.wait_for_everyone()
+    wait_for_everyone()
     return encoder_dir
 
 
