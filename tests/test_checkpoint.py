@@ -171,3 +171,11 @@ def test_metrics_log_drops_steps_that_will_be_repeated(tmp_path: Path) -> None:
         file.write('{"step": 5, "lo')  # cut off by a kill
     MetricsLog(tmp_path / "metrics.jsonl", resume_step=3).write(4, loss=0.0)
     assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 3.0, 0.0]
+
+
+def test_metrics_log_keeps_the_lines_after_a_damaged_one(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 1.0}\n\0\0\0\xff\n{"step": 3, "lo\n[4]\n{"step": 5, "loss": 5.0}\n')
+    assert [line["step"] for line in read_metrics(path)] == [1, 5]
+    MetricsLog(path, resume_step=5).write(6, loss=6.0)
+    assert [line["loss"] for line in read_metrics(path)] == [1.0, 5.0, 6.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,31 @@ def test_atomic_dir_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     with atomic_dir(folder) as temporary:
         (temporary / "part").write_text("x")
     assert [path.name for path in folder.iterdir()] == ["part"]
+
+
+def test_files_and_folders_are_flushed_before_they_are_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise, a folder or file could be empty or incomplete after a power failure although it has its final name."""
+    events: list[tuple[str, int]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def record_fsync(descriptor: int) -> None:
+        events.append(("fsync", os.fstat(descriptor).st_ino))
+        fsync(descriptor)
+
+    def record_replace(path: Path, target: Path) -> Path:
+        events.append(("rename", path.stat().st_ino))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "replace", record_replace)
+    with atomic_dir(tmp_path / "model") as folder:
+        (folder / "text" / "tokenizer").mkdir(parents=True)
+        (folder / "text" / "tokenizer" / "vocabulary").write_text("x")
+    with atomic_path(tmp_path / "file") as file:
+        file.write_text("x")
+    model, parent = tmp_path / "model", ("fsync", tmp_path.stat().st_ino)
+    written = [model, model / "text", model / "text/tokenizer", model / "text/tokenizer/vocabulary"]
+    assert sorted(events[:4]) == sorted(("fsync", path.stat().st_ino) for path in written)
+    assert events[4:6] == [("rename", model.stat().st_ino), parent]
+    inode = (tmp_path / "file").stat().st_ino
+    assert events[6:] == [("fsync", inode), ("rename", inode), parent]

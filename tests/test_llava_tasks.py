@@ -612,7 +612,8 @@ def test_evaluate_model_reuses_cached_answers(
     first = list(evaluate_model(str(built), tasks, options, tmp_path, SkipLog()))
     (cache,) = (tmp_path / "answers").glob("captions-*.jsonl")
     lines = cache.read_text().splitlines()
-    cache.write_text("\n".join([*lines[:2], lines[2][:20]]))  # the third line is incomplete
+    damaged = "\n".join([*lines[:2], lines[2][:20]]).encode() + b"\xc3"  # ends in the middle of a character
+    cache.write_bytes(damaged)
     second = list(evaluate_model(str(built), tasks, options, tmp_path, SkipLog()))
     assert [result.metrics for result in first] == [result.metrics for result in second]
     assert calls == [6, 12, 4]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -22,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from llm2clip.distributed import print_once, process_state, wait_for_everyone
-from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, fsync_folder
+from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, fsync_file, fsync_folder
 
 PREFIX = "checkpoint-"  # also used by the Trainer in transformers
 COMPLETE_MARKER = "complete"
@@ -226,13 +225,15 @@ def hash_texts(texts: Iterable[str]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics file, ignoring a truncated last line (left by a process that was killed while writing)."""
+    """Read a metrics file, ignoring damaged lines, which a killed process or a power failure can leave."""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            lines.append(json.loads(line))
+            values = json.loads(line)
         except json.JSONDecodeError:
-            break
+            continue
+        if isinstance(values, dict) and "step" in values:
+            lines.append(values)
     return lines
 
 
@@ -252,8 +253,7 @@ def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
     """Flush all files of a checkpoint to disk, and then write its marker file, which lists their sizes."""
     sizes = {}
     for name in sorted(path.name for path in checkpoint.iterdir()):
-        with (checkpoint / name).open("rb") as stream:
-            os.fsync(stream.fileno())
+        fsync_file(checkpoint / name)
         sizes[name] = (checkpoint / name).stat().st_size
     fsync_folder(checkpoint)
     fsync_folder(checkpoint.parent)

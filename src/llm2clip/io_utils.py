@@ -40,8 +40,7 @@ def atomic_path(file: str | Path) -> Iterator[Path]:
     temporary = file.with_name(f".{file.stem}.{secrets.token_hex(8)}.part{file.suffix}")
     try:
         yield temporary
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
+        fsync_file(temporary)
         temporary.replace(file)
         fsync_folder(file.parent)
     finally:
@@ -60,10 +59,11 @@ def atomic_dir(folder: str | Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as stream:
-                    os.fsync(stream.fileno())
+        for path in [temporary, *temporary.rglob("*")]:
+            if path.is_dir():
+                fsync_folder(path)  # otherwise, the folder might not list its files after a power failure
+            else:
+                fsync_file(path)
         temporary.replace(folder)
         fsync_folder(folder.parent)
     finally:
@@ -79,6 +79,12 @@ def atomic_write_text(file: str | Path, text: str) -> None:
 def atomic_write_jsonl(file: str | Path, rows: Iterable[Any]) -> None:
     """Write rows to a JSONL file atomically (see `atomic_path`)."""
     atomic_write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def fsync_file(file: Path) -> None:
+    """Flush the content of a file to disk."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def fsync_folder(folder: Path) -> None:

@@ -28,7 +28,7 @@ def cached_answers(
     """Return the answers to `questions`, in the order of the questions. Generate and cache the missing answers.
 
     Must be called on all ranks; the questions without a cached answer are divided among the ranks. A question is
-    identified by its id, prompt and image. An incomplete last line, left by an interrupted run, is ignored.
+    identified by its id, prompt and image. Damaged lines, left by an interrupted run, are ignored.
 
     Args:
         file: cache file of the main process (rank 0).
@@ -75,7 +75,7 @@ def _read_cache(file: Path) -> dict[str, Any]:
         rank_suffix = path.stem[len(file.stem) :]
         if not re.fullmatch(r"(\.\d+)?", rank_suffix):
             continue  # the names of files with judge scores start with the cache file's name
-        for line in path.read_text(encoding="utf-8").split("\n"):
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 row = json.loads(line)
                 cache[row["question"]] = row["answer"]

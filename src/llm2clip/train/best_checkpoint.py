@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from llm2clip.checkpoint import MetricsLog
 from llm2clip.distributed import fsdp_enabled, full_tensor, wait_for_everyone
-from llm2clip.io_utils import atomic_path, atomic_write_text
+from llm2clip.io_utils import atomic_path, atomic_write_text, fsync_folder
 from llm2clip.models.llm2clip import LLM2CLIP
 
 WEIGHTS, METRICS = "model.safetensors", "metrics.json"
@@ -69,6 +69,7 @@ class BestCheckpoint:
             self.best_score = metrics["score"]
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / METRICS).unlink(missing_ok=True)  # marks the weights as incomplete until they are saved
+            fsync_folder(self.folder)
             with atomic_path(self.folder / WEIGHTS) as file:
                 save_file(state, file, {"step": str(step)})
             atomic_write_text(self.folder / METRICS, json.dumps({"step": step, **metrics}, indent=1))
