@@ -314,4 +314,5 @@ def emulate_fsdp_launch() -> None:
 
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # the process group already exists
     os.environ.update(ACCELERATE_USE_FSDP="true")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, DistributedType
 from safetensors.torch import load_file, save_file
 
 from align_fixtures import ALIGN, fresh_model, killed_after, make_store, read_split, run_align
@@ -395,6 +395,7 @@ def _align_on_rank(records: list[Record], store: str, config: AlignConfig, folde
         with killed_after(5):
             run_align(*run)
     model = run_align(*run)
+    assert (AcceleratorState().distributed_type is DistributedType.FSDP) == fsdp
     if torch.distributed.get_rank() == 0:
         save_file(model.state_dict(), Path(folder) / "trained.safetensors")
     torch.distributed.barrier()
@@ -610,6 +611,7 @@ def _align_until_killed(
         emulate_fsdp_launch()
     with killed_after(steps):
         run_align(records, EmbeddingStore(store), Path(folder), config)
+    assert (AcceleratorState().distributed_type is DistributedType.FSDP) == fsdp
 
 
 def test_pickles_in_a_checkpoint_are_not_executed(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
