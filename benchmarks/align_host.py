@@ -167,7 +167,15 @@ def run_version_0_1(folder: Path, name: str, steps: int, pause: float) -> Any:
     refs, records = make_records(FileImage, Record)
     store, features = write_stores(folder, StoreWriter, EmbeddingStore, records, [image_name(ref) for ref in refs])
     cached = "cached" in name
-    recipe = AlignRecipe(batch=STEPS[name], epochs=99, mix=MIX, captions=2, workers=1, cache_features=cached)
+    recipe = AlignRecipe(
+        batch=STEPS[name],
+        epochs=99,
+        mix=MIX,
+        captions=2,
+        workers=1,
+        cache_features=cached,
+        tower_lr=0.0 if cached else 1e-5,
+    )
     data = Steps(records, store, make_model(Preprocess), recipe, features=features if cached else None)
     if not cached:
         data.images = ConstantImages(refs)
