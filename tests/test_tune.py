@@ -313,7 +313,7 @@ def test_tune_rejects_wrong_settings_before_any_work(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         tune([CAPTIONS], open_encoder(llm), dataclasses.replace(TUNE, **change), tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(
