@@ -398,7 +398,7 @@ def test_workers_send_images_for_inference_with_few_open_files() -> None:
 def test_closing_image_batches_early_stops_the_workers_cleanly(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A worker would be aborted if a thread were still moving a batch to shared memory when the worker exits."""
+    """A worker would be aborted if a thread were still sending a batch when the interpreter is finalized."""
     monkeypatch.setattr(image_loader, "MIN_IMAGES_FOR_WORKERS", 0)
     refs = [MemoryImage(encode(photo(), "PNG"), str(n)) for n in range(300)] * 5
     transform = EvalTransform(Preprocess(224, "squash", 1.0, "bicubic", *HALF))

@@ -255,7 +255,7 @@ def _load_large_batches(resize: str) -> None:
 
 
 def test_closing_the_batches_early_stops_the_workers_cleanly(capfd: pytest.CaptureFixture[str]) -> None:
-    """A worker would be aborted if a thread were still moving a batch to shared memory when the worker exits."""
+    """A worker would be aborted if a thread were still sending a batch when the interpreter is finalized."""
     data = image_bytes(0)
     records = [Record(str(n), MemoryImage(data, str(n)), (str(n),)) for n in range(300)]
     large = dataclasses.replace(PREPROCESS["squash"], size=224)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
 from collections.abc import Callable, Generator, Sequence
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import ImageError, load_image
@@ -53,6 +54,7 @@ def image_batches(
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=pack_batch if workers else list,
+        worker_init_fn=skip_finalization,
         multiprocessing_context="spawn" if workers else None,
         generator=torch.Generator(),  # leaves the global random state unchanged
     )
@@ -99,16 +101,16 @@ def pack_batch(items: list[Any]) -> tuple[bytes, list[int], Tensor]:
     buffer = torch.empty(size, dtype=torch.uint8)
     for tensor, offset in zip(tensors, offsets, strict=True):
         buffer[offset : offset + tensor.nbytes] = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return stream.getvalue(), offsets, share_in_worker(buffer)
+    return stream.getvalue(), offsets, buffer
 
 
-def share_in_worker(tensor: Tensor) -> Tensor:
-    """Move a tensor to shared memory if this is a worker process of a data loader. Return the same tensor.
+def skip_finalization(worker: int) -> None:
+    """Make a worker process of a data loader exit without finalizing the interpreter. A `worker_init_fn`.
 
-    Otherwise, a thread of the worker moves the tensor when it is sent. If the loader is closed at that time, the thread
-    is stopped inside C++ code, which aborts the worker ("terminate called without an active exception").
+    If a loader is closed early, a thread of the worker may still be sending a batch. Finalization would stop this
+    thread inside C++ code, which aborts the process ("terminate called without an active exception").
     """
-    return tensor if get_worker_info() is None else tensor.share_memory_()
+    atexit.register(os._exit, 0)
 
 
 def unpack_batch(batch: tuple[bytes, list[int], Tensor]) -> list[Any]:

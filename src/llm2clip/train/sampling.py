@@ -20,7 +20,7 @@ from llm2clip.checkpoint import hash_texts
 from llm2clip.config import AlignConfig
 from llm2clip.data.columns import CAPTION_FIELDS
 from llm2clip.data.hashing import epoch_permutation
-from llm2clip.data.image_loader import decode_or_error, share_in_worker
+from llm2clip.data.image_loader import decode_or_error, skip_finalization
 from llm2clip.data.records import Record
 from llm2clip.data.shared_refs import SharedRefs
 from llm2clip.data.transforms import TrainTransform
@@ -129,6 +129,7 @@ class AlignBatches:
             batch_sampler=_BatchSampler(self, first_step),
             num_workers=workers,
             collate_fn=_collate,
+            worker_init_fn=skip_finalization,
             persistent_workers=False,
             multiprocessing_context="spawn" if workers else None,
             generator=torch.Generator(),  # so that the loader does not use the global random state
@@ -248,5 +249,4 @@ def _collate(items: list[tuple[str, Tensor | str, Sample]]) -> tuple[Tensor | No
     # Images that cannot be decoded are replaced with duplicates of other images from the batch. Duplicates are
     # harmless, because the loss does not use identical captions as negatives.
     decoded += [decoded[n % len(decoded)] for n in range(len(items) - len(decoded))]
-    pixels = share_in_worker(torch.stack([pixels for pixels, _ in decoded]))
-    return pixels, [sample for _, sample in decoded], failures
+    return torch.stack([pixels for pixels, _ in decoded]), [sample for _, sample in decoded], failures
