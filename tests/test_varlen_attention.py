@@ -55,7 +55,7 @@ def attend(dtype: torch.dtype = torch.float32, **options: Any) -> list[torch.Ten
     module = torch.nn.Module()
     module.num_key_value_groups = HEADS // KEY_HEADS  # type: ignore[assignment]
     boundaries = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
-    options |= {"caption_lengths": LENGTHS, "cu_seq_lens_q": boundaries}
+    options |= {"caption_lengths": LENGTHS, "cu_seq_lens_q": boundaries, "max_length_q": max(LENGTHS)}
     output, _ = packing.packed_attention(module, *qkv, attention_mask=None, **options)
     gradients = torch.autograd.grad((output * torch.randn(output.shape, generator=generator)).sum(), qkv)
     return [output, *gradients]
