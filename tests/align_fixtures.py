@@ -46,6 +46,16 @@ def make_store(images: Path, llm: Path, folder: Path) -> EmbeddingStore:
     return embed([text for record in open_records(images / "captions.jsonl") for text in record.texts], encoder, folder)
 
 
+@pytest.fixture(scope="module")
+def records(image_folder: Path) -> list[Record]:
+    return read_split(image_folder)
+
+
+@pytest.fixture(scope="module")
+def store(image_folder: Path, llm: Path, tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
+    return make_store(image_folder, llm, tmp_path_factory.mktemp("embedded") / "store")
+
+
 def fresh_model(config: AlignConfig = ALIGN, tower: str = "test_vit", dropout: float = 0.0) -> LLM2CLIP:
     """Return a random model, the same on every call."""
     torch.manual_seed(0)

@@ -22,7 +22,9 @@ import torch
 from accelerate.state import AcceleratorState, DistributedType
 from safetensors.torch import load_file, save_file
 
-from align_fixtures import ALIGN, fresh_model, killed_after, make_store, read_split, run_align
+from align_fixtures import ALIGN, fresh_model, killed_after, read_split, run_align
+from align_fixtures import records as records  # the fixture
+from align_fixtures import store as store  # the fixture
 from conftest import (
     CAPTIONS,
     HANG_TIMEOUT,
@@ -61,16 +63,6 @@ from llm2clip.train.tune import tune
 
 TIMES = ("images_per_second", "data_wait")  # metrics that differ from run to run
 TOWER_LINEAR_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-
-
-@pytest.fixture(scope="module")
-def records(image_folder: Path) -> list[Record]:
-    return read_split(image_folder)
-
-
-@pytest.fixture(scope="module")
-def store(image_folder: Path, llm: Path, tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
-    return make_store(image_folder, llm, tmp_path_factory.mktemp("store") / "store")
 
 
 def metrics_of(run_dir: Path, name: str = "metrics") -> list[dict[str, Any]]:

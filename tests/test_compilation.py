@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from align_fixtures import ALIGN, fresh_model, killed_after, make_store, read_split, run_align
+from align_fixtures import ALIGN, fresh_model, killed_after, run_align
+from align_fixtures import records as records  # the fixture
+from align_fixtures import store as store  # the fixture
 from conftest import emulate_fsdp_launch, run_distributed
 from llm2clip.data.records import Record
 from llm2clip.models.llm2clip import LLM2CLIP
@@ -22,16 +24,6 @@ from llm2clip.train import compilation
 from llm2clip.train.compilation import MIN_STEPS, compile_blocks, restore_blocks, should_compile
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def records(image_folder: Path) -> list[Record]:
-    return read_split(image_folder)
-
-
-@pytest.fixture(scope="module")
-def store(image_folder: Path, llm: Path, tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
-    return make_store(image_folder, llm, tmp_path_factory.mktemp("embedded") / "store")
 
 
 @pytest.fixture(autouse=True)

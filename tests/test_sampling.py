@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from align_fixtures import ALIGN, fresh_model, make_store, read_split
+from align_fixtures import ALIGN, fresh_model
+from align_fixtures import records as records  # the fixture
+from align_fixtures import store as store  # the fixture
 from conftest import run_with_few_open_files
 from format_fixtures import image_bytes, write_tar
 from llm2clip.config import AlignConfig
@@ -29,16 +31,6 @@ from llm2clip.train.caption_sampling import CaptionIndex, CaptionSampler
 from llm2clip.train.sampling import AlignBatches, Batch, check_batch_size, decoding_workers
 
 EFFICIENTNET = "test_efficientnet"
-
-
-@pytest.fixture(scope="module")
-def records(image_folder: Path) -> list[Record]:
-    return read_split(image_folder)
-
-
-@pytest.fixture(scope="module")
-def store(image_folder: Path, llm: Path, tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
-    return make_store(image_folder, llm, tmp_path_factory.mktemp("store") / "store")
 
 
 def make_batches(

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import nn
 
 from llm2clip.io_utils import atomic_write_text, escape_control_characters
 
@@ -106,22 +105,6 @@ def set_mixed_precision(precision: str) -> str:
     if PartialState._shared_state.get("distributed_type") is DistributedType.FSDP:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return name
-
-
-def full_tensor(weight: Tensor) -> Tensor:
-    """Return a parameter as a single unsharded tensor. Must be called by all ranks."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
-
-
-def distribute_like(weight: Tensor, value: Tensor) -> Tensor:
-    """Move an unsharded value to the device of a parameter, and shard it in the same way. Must be called by all ranks.
-
-    All ranks must have the same value.
-    """
-    value = value.to(weight.device)
-    if not isinstance(weight, DTensor):
-        return value
-    return distribute_tensor(value, weight.device_mesh, weight.placements)
 
 
 def command_line() -> str:

@@ -76,6 +76,15 @@ class _DecodedImages(Dataset):
         return index, decode_or_error(self.refs[index], self.transform)
 
 
+def skip_finalization(worker: int) -> None:
+    """Make a worker process of a data loader exit without finalizing the interpreter. A `worker_init_fn`.
+
+    If a loader is closed early, a thread of the worker may still be sending a batch. Finalization would stop this
+    thread inside C++ code, which aborts the process ("terminate called without an active exception").
+    """
+    atexit.register(os._exit, 0)
+
+
 # ---- sending batches from worker processes ---------------------------------------------------------------------------
 
 
@@ -102,15 +111,6 @@ def pack_batch(items: list[Any]) -> tuple[bytes, list[int], Tensor]:
     for tensor, offset in zip(tensors, offsets, strict=True):
         buffer[offset : offset + tensor.nbytes] = tensor.contiguous().reshape(-1).view(torch.uint8)
     return stream.getvalue(), offsets, buffer
-
-
-def skip_finalization(worker: int) -> None:
-    """Make a worker process of a data loader exit without finalizing the interpreter. A `worker_init_fn`.
-
-    If a loader is closed early, a thread of the worker may still be sending a batch. Finalization would stop this
-    thread inside C++ code, which aborts the process ("terminate called without an active exception").
-    """
-    atexit.register(os._exit, 0)
 
 
 def unpack_batch(batch: tuple[bytes, list[int], Tensor]) -> list[Any]:

@@ -309,8 +309,8 @@ def _row_group_starts(path: str, version: tuple[int, int]) -> list[int]:
 def _parquet_column(path: str, version: tuple[int, int], group: int, column: str) -> pa.ChunkedArray:
     # The file is reopened each time and read without threads, because file handles and thread pools that survive a
     # fork can deadlock in data loader workers.
+    batch_size = _batch_size(path, version, column)
     with pq.ParquetFile(path) as file:
-        batch_size = parquet_batch_size(file, [column])
         batches, num_bytes = [], 0
         for batch in file.iter_batches(batch_size, row_groups=[group], columns=[column], use_threads=False):
             num_bytes += batch.nbytes
@@ -318,6 +318,13 @@ def _parquet_column(path: str, version: tuple[int, int], group: int, column: str
                 raise _row_group_error(group)
             batches.append(batch.column(0))
         return pa.chunked_array(batches, type=file.schema_arrow.field(column).type)
+
+
+@functools.lru_cache(maxsize=1024)
+def _batch_size(path: str, version: tuple[int, int], column: str) -> int:
+    """Cached, because it takes a pass over the metadata of all row groups, and each row group is read on its own."""
+    with pq.ParquetFile(path) as file:
+        return parquet_batch_size(file, [column])
 
 
 def parquet_batch_size(file: pq.ParquetFile, image_columns: Collection[str]) -> int:

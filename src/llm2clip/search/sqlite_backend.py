@@ -218,7 +218,7 @@ class SqliteBackend:
 
     def remove(self, names: Sequence[str]) -> None:
         if not names and not self._may_have_orphans:
-            return  # avoid a write, because after every write, all open readers must reload all vectors
+            return  # avoid a write, because after every write, all open readers look for changes
         with self._transaction():
             self._db.executemany("DELETE FROM pictures WHERE name = ?", [(name,) for name in names])
             self._db.execute("DELETE FROM contents WHERE id NOT IN (SELECT content FROM pictures)")

@@ -28,7 +28,7 @@ from llm2clip.config import AlignConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.distributed import fsdp_enabled, full_tensor, process_state, set_fsdp_wrap_policy, set_mixed_precision
+from llm2clip.distributed import fsdp_enabled, process_state, set_fsdp_wrap_policy, set_mixed_precision
 from llm2clip.models.fingerprint import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.precision import resolve_device_precision, tf32_matmul
@@ -48,7 +48,7 @@ from llm2clip.train.optim import MAX_GRAD_NORM, cosine_schedule, make_optimizer,
 from llm2clip.train.prefetch import prefetch
 from llm2clip.train.sampling import AlignBatches, Batch, decoding_workers
 from llm2clip.train.step_report import Step, StepReport
-from llm2clip.training_state import load_training_state, save_training_state
+from llm2clip.training_state import full_tensor, load_training_state, save_training_state
 
 
 @onednn_matmul()
