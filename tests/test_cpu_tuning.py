@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -97,3 +98,28 @@ def test_import_disables_spinning_of_openmp_threads_unless_the_user_sets_it(
         check=True,
     )
     assert f"GOMP_SPINCOUNT = '{spin_count}'" in output.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory")
+def test_free_memory_returns_memory_that_malloc_keeps() -> None:
+    script = """
+import psutil, torch
+from llm2clip.cpu_tuning import free_memory, keep_freed_memory
+
+def memory():
+    return psutil.Process().memory_info().rss / 2**20
+
+keep_freed_memory(torch.device("cpu"))
+blocks = [torch.ones(4, 2**20) for _ in range(16)]  # 16 MiB each
+last = torch.ones(1)  # prevents malloc from shrinking its heap
+used = memory()
+del blocks
+kept = memory()
+free_memory()
+print(used - kept, kept - memory())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(cpu_tuning.__file__).parents[1])}
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    released_by_malloc, released_by_free_memory = map(float, output.stdout.split())
+    assert released_by_malloc < 64
+    assert released_by_free_memory > 192

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,17 @@ def keep_freed_memory(device: torch.device) -> None:
     if not libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30):
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the maximum before glibc 2.35
     libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def free_memory() -> None:
+    """Delete objects in reference cycles, and return freed memory to the operating system.
+
+    After `keep_freed_memory`, malloc would keep the memory of the optimizer and the activations. The next large model
+    would then need new memory if no kept block is large enough for its weights.
+    """
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @contextmanager

@@ -17,7 +17,6 @@ work, so running the same command again resumes an interrupted run. A run direct
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -28,6 +27,7 @@ import torch
 
 from llm2clip.checkpoint import latest_checkpoint, read_metrics
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, FitConfig, TuneConfig
+from llm2clip.cpu_tuning import free_memory
 from llm2clip.data.pairs import TuningItem
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
@@ -133,7 +133,7 @@ def tune(
         # The encoder is loaded on the CPU, so that a GPU only holds the weights in the precision of the training.
         train_tune(pairs, raw or open_encoder(encoder, "cpu"), config, out)
         del raw
-        gc.collect()  # free the memory of the LLM
+        free_memory()  # of the LLM
     if measure:
         cached_json(out / "cra_tuned.json", lambda: _measure_cra(held_out_captions, EncoderConfig(str(encoder_dir))))
     return encoder_dir
@@ -198,7 +198,7 @@ def align(
     model_dir = model_dir or out / "model"
     if model_dir.exists():
         return model_dir
-    gc.collect()  # free the memory of the LLM before the vision tower is loaded
+    free_memory()  # of the LLM, before the vision tower is loaded
     model = new_model(config, store)
     validate = None
     if held_out:
@@ -286,7 +286,7 @@ def _measure_cra(
     model = loaded or load_for_encoding(device=process_state().device, **dataclasses.asdict(encoder))
     metrics = caption_retrieval_accuracy(captions, model)
     del model
-    gc.collect()
+    free_memory()
     return metrics
 
 
@@ -306,7 +306,7 @@ def _save_model(model: LLM2CLIP, folder: Path, encoder: EncoderConfig | None) ->
     elif encoder == EncoderConfig(path=encoder.path) and (Path(encoder.path) / "modules.json").is_file():
         model.save_pretrained(folder, text_folder=encoder.path)
     else:
-        gc.collect()  # free the memory of the optimizer before the LLM is loaded
+        free_memory()  # of the optimizer, before the LLM is loaded
         model.save_pretrained(folder, encoder=open_encoder(encoder, "cpu"))
 
 
