@@ -1,4 +1,5 @@
-/* LD_PRELOAD library for test_power_cut.py: records what a folder contains on disk, and kills the process at a chosen call.
+/* LD_PRELOAD library for test_power_cut.py: records what a folder contains on disk. At a chosen call, it kills the process
+   or sets the process's clock back by an hour.
 
    After each successful fsync, the flushed content is copied to another folder: the bytes of a file, or the entries of
    a folder. The copy of a file or folder is named by its key, which consists of inode number and time of creation. */
@@ -6,6 +7,7 @@
 #include <dirent.h>
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <ftw.h>
 #include <limits.h>
 #include <signal.h>
 #include <stdio.h>
@@ -13,19 +15,24 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
 #include <unistd.h>
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
 static char root[PATH_MAX], durable[PATH_MAX];
-static long calls, kill_at;
+static long calls, kill_at, set_back_at;
+static volatile time_t set_back_by; /* seconds */
 
-/* Observe the files in `folder` from now on. Before call number `at`, kill the process. */
-void observe(const char *folder, const char *copies, long at) {
+/* Observe the files in `folder` from now on. Kill the process before call number `kill`, and set its clock back before
+   call number `set_back`. */
+void observe(const char *folder, const char *copies, long kill, long set_back) {
     snprintf(root, sizeof root, "%s", folder);
     snprintf(durable, sizeof durable, "%s", copies);
     calls = 0;
-    kill_at = at;
+    kill_at = kill;
+    set_back_at = set_back;
 }
 
 long count_calls(void) { return calls; }
@@ -40,8 +47,46 @@ int key_of(const char *path, char *key, int size) {
 
 static int is_observed(const char *path) { return root[0] && !strncmp(path, root, strlen(root)); }
 
+static int add_hour(const char *path, const struct stat *status, int type, struct FTW *position) {
+    struct timespec times[2] = {status->st_atim, status->st_mtim};
+    times[1].tv_sec += 3600;
+    utimensat(AT_FDCWD, path, times, AT_SYMLINK_NOFOLLOW);
+    return 0;
+}
+
+/* Move the modification times of all observed files an hour into the future. The kernel's clock is not changed, so these
+   files are then an hour newer than files written later, as after the clock has been set back. */
+void make_newer(const char *folder) { nftw(folder, add_hour, 16, FTW_PHYS); }
+
 static void before_call(const char *path) {
-    if (is_observed(path) && __sync_add_and_fetch(&calls, 1) == kill_at) kill(getpid(), SIGKILL);
+    if (!is_observed(path)) return;
+    long call = __sync_add_and_fetch(&calls, 1);
+    if (call == kill_at) kill(getpid(), SIGKILL);
+    if (call == set_back_at) {
+        make_newer(root);
+        set_back_by = 3600;
+    }
+}
+
+int clock_gettime(clockid_t clock, struct timespec *result) {
+    int status = REAL(clock_gettime)(clock, result);
+    if (!status && clock == CLOCK_REALTIME) result->tv_sec -= set_back_by;
+    return status;
+}
+
+time_t time(time_t *result) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    if (result) *result = now.tv_sec;
+    return now.tv_sec;
+}
+
+int gettimeofday(struct timeval *restrict result, void *restrict zone) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    result->tv_sec = now.tv_sec;
+    result->tv_usec = now.tv_nsec / 1000;
+    return 0;
 }
 
 static const char *path_of(int descriptor, char *path) {

@@ -1,8 +1,9 @@
-"""`tune`, `embed`, `align` and `index` after kill -9 and after a simulated power failure.
+"""`tune`, `embed`, `align` and `index` after kill -9, after a simulated power failure, and when the clock is set back.
 
 Each command is killed before a random write, rename, fsync or unlink in its output folder. Then the same command is run
 again, once on the folder as it is, and once on a folder that a disk could contain after a power failure. Both results
-must be equal to the result of an uninterrupted run. By hand, with 30 points per command and a table of the results:
+must be equal to the result of an uninterrupted run. In two more runs, the clock is set back by an hour: while the
+command runs, and between the kill and the second run. By hand, with 30 points per command:
 
     LLM2CLIP_POWER_CUTS=30 python -m pytest tests/test_power_cut.py -s
 
@@ -69,9 +70,8 @@ def test_the_same_command_completes_an_interrupted_run(
     assert completed.returncode == 0, completed.stdout + completed.stderr
     results = json.loads(completed.stdout.splitlines()[-1])
     print(f"\n{stage}: {len(results)} points, the result is the same")
-    assert results == [
-        {"point": result["point"], "killed": True, "kill": "same", "power": "same"} for result in results
-    ]
+    same = dict.fromkeys(["kill", "power", "clock after kill", "clock while running"], "same")
+    assert results == [{"point": result["point"], "killed": True, **same} for result in results]
     assert len(results) == POINTS
 
 
@@ -101,22 +101,41 @@ class Driver:
             if self.out.exists():
                 paths = {self.key(path): path for path in self.out.rglob("*")}
                 self.survive(self.key(self.out), self.out, survivor, paths)
+            interrupted = self.work / "interrupted"
+            self.empty(interrupted)
+            if self.out.exists():
+                shutil.copytree(self.out, interrupted)
             result = {"point": point, "killed": killed, "kill": self.resume(expected)}
+            self.replace_output(survivor)
+            result["power"] = self.resume(expected)
+            self.replace_output(interrupted)
+            self.library.make_newer(str(self.out).encode())
+            result["clock after kill"] = self.resume(expected)
             self.empty(self.out)
-            if survivor.exists():
-                survivor.rename(self.out)
-            results.append({**result, "power": self.resume(expected)})
+            result["clock while running"] = self.resume(expected, set_back_at=point)
+            results.append(result)
         return results
 
-    def resume(self, expected: str) -> str:
+    def replace_output(self, folder: Path) -> None:
+        """Move `folder`, if it exists, to the output folder."""
+        self.empty(self.out)
+        if folder.exists():
+            folder.rename(self.out)
+
+    def resume(self, expected: str, set_back_at: int = 0) -> str:
         """Run the command again. Return "same" if its result is the expected one."""
-        code = self.run()
+        code = self.run(set_back_at=set_back_at)
         if code:
             return f"exit status {code}: {self.log()}"
         return "same" if digest(self.command[0], self.out) == expected else "another result"
 
-    def run(self, kill_at: int = 0) -> int:
-        """Run the command in a new process, which is killed before call number `kill_at`. Return its exit status."""
+    def run(self, kill_at: int = 0, set_back_at: int = 0) -> int:
+        """Run the command in a new process, and return its exit status.
+
+        Args:
+            kill_at: Number of the observed call before which the process is killed. 0: never.
+            set_back_at: Number of the observed call before which the clock is set back by an hour. 0: never.
+        """
         self.empty(self.durable)
         self.durable.mkdir()
         process = os.fork()
@@ -124,7 +143,8 @@ class Driver:
             log = os.open(self.work / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            self.library.observe(str(self.out).encode(), str(self.durable).encode(), ctypes.c_long(kill_at))
+            folders = [str(folder).encode() for folder in (self.out, self.durable)]
+            self.library.observe(*folders, ctypes.c_long(kill_at), ctypes.c_long(set_back_at))
             code = 99
             try:
                 code = main(self.command)
