@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
 from llm2clip.cpu_tuning import onednn_matmul
-from llm2clip.data.transforms import EvalTransform
+from llm2clip.data.transforms import EvalTransform, Preprocess
 from llm2clip.models.clip_text_encoder import (
     OPEN_CLIP_PREFIX,
     ClipTextEncoder,
@@ -29,11 +29,13 @@ from llm2clip.models.clip_text_encoder import (
     load_clip_text_encoder,
     pooled_output,
 )
+from llm2clip.models.dense import DenseEncoder, build_dense_encoder
 from llm2clip.models.fingerprint import hash_weights
 from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
 from llm2clip.models.loading import hide_loading_bars
 from llm2clip.models.precision import default_encoding_precision, resolve_device_precision
 from llm2clip.models.remote_code import explain_remote_code_error
+from llm2clip.models.vision_tower import VisionTower
 
 SENTENCE_TRANSFORMERS_PREFIX = "st:"
 
@@ -56,6 +58,7 @@ class DualEncoder:
         count_truncated: function that takes a list of texts and returns how many of them are too long for the text
             encoder and are truncated. It returns None if this number is unknown.
         precision: precision that the model runs in.
+        dense: encoder for the cells of an image, or None if this kind of model has none.
     """
 
     name: str
@@ -66,6 +69,7 @@ class DualEncoder:
     encode_texts_raw: Callable[[Sequence[str], bool], Tensor]
     count_truncated: Callable[[Sequence[str]], int | None] = lambda texts: None
     precision: str = "fp32"
+    dense: DenseEncoder | None = None
 
     @torch.inference_mode()
     @onednn_matmul()
@@ -147,7 +151,16 @@ def from_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> D
         encode_texts_raw=lambda texts, progress: model.encode_text(texts, progress, text_precision()),
         count_truncated=count_truncated,
         precision=device_precision,
+        dense=_dense_encoder(model.tower, model.projection, bf16_images),
     )
+
+
+def _dense_encoder(tower: VisionTower, project: Callable[[Tensor], Tensor], bf16: bool = False) -> DenseEncoder | None:
+    """Return a dense encoder, or None if the tower's architecture has no grid of cells."""
+    try:
+        return build_dense_encoder(tower, project, bf16)
+    except ValueError:
+        return None
 
 
 def _open_llm2clip(name: str, device: torch.device, precision: str | None) -> DualEncoder:
@@ -179,7 +192,23 @@ def _open_transformers(name: str, device: torch.device, trust_remote_code: bool)
         batch = {key: torch.stack([image[key] for image in images]).to(device) for key in images[0]}
         return pooled_output(model.get_image_features(**batch))
 
-    return _wrap(name, text_encoder, partial(_apply_processor, processor), encode_images)
+    transform = partial(_apply_processor, processor)
+    return _wrap(name, text_encoder, transform, encode_images, _transformers_dense_encoder(model, processor))
+
+
+def _transformers_dense_encoder(model: Any, processor: Any) -> DenseEncoder | None:
+    """Return the dense encoder of a CLIP, SigLIP or SigLIP 2 model, or None for all other types."""
+    if model.config.model_type not in ("clip", "siglip", "siglip2"):
+        return None
+    try:
+        preprocess = Preprocess.from_dict(processor.to_dict())
+    except ValueError:  # the model was not trained with square images
+        return None
+    architecture = model.config.vision_config.to_dict()
+    config = {"library": "transformers", "architecture": architecture, "preprocess": preprocess.to_dict()}
+    backbone = getattr(model.vision_model, "vision_model", model.vision_model)
+    tower = VisionTower(backbone, config).to(model.device).eval()
+    return _dense_encoder(tower, getattr(model, "visual_projection", nn.Identity()))
 
 
 def _open_open_clip(name: str, device: torch.device) -> DualEncoder:
@@ -194,7 +223,27 @@ def _open_open_clip(name: str, device: torch.device) -> DualEncoder:
         text_encoder,
         transform=partial(_apply_to_pil, transform),
         encode_images=lambda images: model.encode_image(torch.stack(images).to(device)),
+        dense=_open_clip_dense_encoder(model.visual, get_model_preprocess_cfg(model), device),
     )
+
+
+def _open_clip_dense_encoder(visual: Any, cfg: dict[str, Any], device: torch.device) -> DenseEncoder | None:
+    """Return the dense encoder of an open_clip model whose image encoder is a timm model, or None for all others."""
+    trunk, head = getattr(visual, "trunk", None), getattr(visual, "head", None)
+    if trunk is None or hasattr(head, "pool"):  # open_clip's own pooling
+        return None
+    size = max(cfg["size"]) if isinstance(cfg["size"], tuple | list) else cfg["size"]
+    preprocess = Preprocess(
+        size=size,
+        resize="squash" if cfg["resize_mode"] == "squash" else "shortest",
+        crop_pct=1.0,
+        interpolation="bilinear" if cfg["interpolation"] == "bilinear" else "bicubic",
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
+    )
+    config = {"library": "timm", "architecture": type(trunk).__name__, "preprocess": preprocess.to_dict()}
+    tower = VisionTower(trunk, config | {"args": {"img_size": size}}).to(device).eval()
+    return _dense_encoder(tower, head)
 
 
 def _wrap(
@@ -202,6 +251,7 @@ def _wrap(
     text_encoder: ClipTextEncoder,
     transform: Callable[[Tensor], Any],
     encode_images: Callable[[list[Any]], Tensor],
+    dense: DenseEncoder | None = None,
 ) -> DualEncoder:
     return DualEncoder(
         name=name,
@@ -211,6 +261,7 @@ def _wrap(
         encode_images_raw=encode_images,
         encode_texts_raw=lambda texts, progress: text_encoder.encode(texts, progress=progress),
         count_truncated=text_encoder.count_truncated,
+        dense=dense,
     )
 
 
@@ -243,7 +294,7 @@ def _load_sentence_transformer(name: str, device: torch.device, trust_remote_cod
     )
 
 
-def _identity(name: str, model: torch.nn.Module) -> dict[str, Any]:
+def _identity(name: str, model: nn.Module) -> dict[str, Any]:
     return {"name": name, "weights": hash_weights(model)}
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from llm2clip.data.transforms import EvalTransform
 from llm2clip.io_utils import atomic_dir
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.convert.checkpoint_io import read_safetensors
+from llm2clip.models.dense import build_dense_encoder
 from llm2clip.models.export.model_card import render_model_card
 from llm2clip.models.fingerprint import fingerprint
 from llm2clip.models.heads import Adapter
@@ -317,6 +319,39 @@ class LLM2CLIP(nn.Module):
             image, *_ = self(pixels=pixels.to(self.device))
             embeddings.append(image.cpu())
         return torch.cat(embeddings)
+
+    def encode_dense(
+        self, images: Any, variant: str = "plain", image_size: int | None = None, batch_size: int = 16
+    ) -> list[Tensor]:
+        """Encode the cells (ViT patches or CNN positions) of images in the shared space.
+
+        Images keep their aspect ratio, so their grids have different shapes. To get one tensor for images of the same
+        size, pass the result to `torch.stack`.
+
+        Args:
+            images: one image or a list of N images, as for `encode_image`.
+            variant: `plain`, or for vision transformers `maskclip`, `sclip`, `clearclip` or `naclip`, which localise
+                objects better (see `models/dense.py`).
+            image_size: length in pixels to which the shorter side of an image is resized. Both sides are rounded to
+                multiples of the cell size. Default: the size that the tower was trained with.
+            batch_size: number of images per forward pass.
+
+        Returns:
+            One tensor of L2-normalised embeddings (h, w, embed_dim) per image, float32, on the CPU.
+
+        Raises:
+            ValueError: the vision tower has no dense features, or does not support the variant or the size.
+            ImageError: an image cannot be decoded. The message contains the image's name.
+        """
+        items = list(images) if isinstance(images, list | tuple) else [images]
+        self.eval()
+        dense = build_dense_encoder(self.tower, self.projection)
+        embeddings: list[Tensor] = []
+        for start in range(0, len(items), batch_size):
+            pixels = [dense.resize(load_image(item), image_size) for item in items[start : start + batch_size]]
+            for _, group in groupby(pixels, key=lambda image: image.shape):
+                embeddings += dense.encode(torch.stack(list(group)), variant).cpu()
+        return embeddings
 
     @torch.no_grad()
     def encode_text(self, texts: str | Sequence[str], progress: bool = False, precision: str | None = None) -> Tensor:

@@ -99,28 +99,44 @@ class VisionTower(nn.Module):
         packed patches, uint8 (N, P + 1, D) (see `data/naflex.py`), or images (N, 3, H, W) whose height and width are
         multiples of the patch size. The features have the dtype of the backbone's output.
         """
-        if self.is_naflex:
-            return self._forward_patches(pixels)
-        x = self._normalize(pixels, self.mean, self.std)
         if self.config["library"] == "timm":
-            if self._channels_last:
-                x = x.contiguous(memory_format=torch.channels_last)
-            return cast(Tensor, self.backbone(x))
-        architecture = self.config["architecture"]
+            return cast(Tensor, self.backbone(self._timm_input(pixels)))
+        interpolate = not self.is_naflex and self.preprocess.size != self.config["architecture"]["image_size"]
+        return cast(Tensor, self._run_transformers(pixels, interpolate).pooler_output)
+
+    def forward_features(self, pixels: Tensor) -> Tensor:
+        """Map pixels to the features that the tower's head would pool.
+
+        Args:
+            pixels: images (N, 3, H, W), uint8 from 0 to 255 or float from 0 to 1.
+
+        Returns:
+            The tokens of a vision transformer (N, L, C), including class and register tokens, or the feature map of a
+            convolutional network in timm's layout. Position embeddings of transformers models are interpolated.
+        """
+        if self.config["library"] == "timm":
+            return cast(Tensor, cast(Any, self.backbone).forward_features(self._timm_input(pixels)))
+        return cast(Tensor, self._run_transformers(pixels, interpolate=True).last_hidden_state)
+
+    def _timm_input(self, pixels: Tensor) -> Tensor:
+        x = self._normalize(pixels, self.mean, self.std)
+        return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
+
+    def _run_transformers(self, pixels: Tensor, interpolate: bool) -> Any:
+        """Return the output of a transformers model. `interpolate`: interpolate its position embeddings."""
+        if self.is_naflex:
+            return self._run_naflex(pixels)
         options = {}
-        if (
-            self.preprocess.size != architecture["image_size"]
-            and architecture["model_type"] in _INTERPOLATES_ON_REQUEST
-        ):
+        if interpolate and self.config["architecture"]["model_type"] in _INTERPOLATES_ON_REQUEST:
             options["interpolate_pos_encoding"] = True
-        return cast(Tensor, self.backbone(pixel_values=x, **options).pooler_output)
+        return self.backbone(pixel_values=self._normalize(pixels, self.mean, self.std), **options)
 
     @property
     def is_naflex(self) -> bool:
         """True if the tower keeps the aspect ratio of each image (SigLIP 2 NaFlex)."""
         return self.preprocess.resize == "patches"
 
-    def _forward_patches(self, pixels: Tensor) -> Tensor:
+    def _run_naflex(self, pixels: Tensor) -> Any:
         patch_size = self.preprocess.patch_size
         if pixels.ndim == 4:
             patches = split_into_patches(pixels, patch_size)  # (N, P, D)
@@ -132,8 +148,7 @@ class VisionTower(nn.Module):
         mean, std = (value.view(3).repeat(patch_size**2) for value in (self.mean, self.std))
         mask = torch.arange(patches.shape[1], device=pixels.device) < shapes.prod(1, keepdim=True)  # (N, P)
         x = self._normalize(patches, mean, std) * mask[..., None]
-        outputs = self.backbone(pixel_values=x, pixel_attention_mask=mask.int(), spatial_shapes=shapes)
-        return cast(Tensor, outputs.pooler_output)
+        return self.backbone(pixel_values=x, pixel_attention_mask=mask.int(), spatial_shapes=shapes)
 
     def _normalize(self, pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         x = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()

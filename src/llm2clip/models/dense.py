@@ -1,0 +1,366 @@
+"""Dense image features: one embedding per cell of an image, in the shared space of images and texts.
+
+A cell is a patch of a vision transformer or a position in the last feature map of a convolutional network. Its
+embedding is what the tower's head and the image projection return for this cell alone. Images can have any size:
+position embeddings are interpolated, and rotary embeddings are computed for the grid.
+
+CLIP is trained on whole images, so its last block mixes information from all patches. The training-free variants change
+this block only. Below, x is the block's input, q, k and v are the queries, keys and values of norm1(x), s is the scale
+1 / sqrt(head dimension), W is the output projection of the attention, and FFN includes its norm:
+
+plain      y = x + W(softmax(s q k^T) v); y + FFN(y). The block as it was trained.
+maskclip   y = x + W(v); y + FFN(y). arXiv 2112.01071, https://github.com/chongzhou96/MaskCLIP
+sclip      y = x + W((softmax(s q q^T) + softmax(s k k^T)) v); y + FFN(y). arXiv 2312.01597,
+           https://github.com/wangf3014/SCLIP
+clearclip  W(softmax(s q q^T) v). arXiv 2407.12442, https://github.com/mc-lan/ClearCLIP
+naclip     W(softmax(s k k^T + g) v), with g = exp(-d^2 / 50) for two patches whose distance is d patches, and g = 0 for
+           class and register tokens. arXiv 2404.08181, https://github.com/sinahmr/NACLIP
+
+Queries and keys are taken after their norms and rotary embeddings, if there are any. A layer scale belongs to W.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+
+from llm2clip.cpu_tuning import onednn_matmul
+from llm2clip.models.vision_tower import VisionTower
+
+DENSE_VARIANTS = ("plain", "maskclip", "sclip", "clearclip", "naclip")
+_NO_RESIDUAL = ("clearclip", "naclip")  # these variants also drop the feed-forward network
+_GAUSSIAN_STD = 5.0  # of NACLIP, in patches
+_MAX_ASPECT_RATIO = 8  # more elongated images are squeezed, because their size would be unlimited
+# Classes of pre-norm blocks -> names of the norm, the attention and the layer scale.
+_BLOCK_PARTS = {
+    "timm.models.vision_transformer.Block": ("norm1", "attn", "ls1"),
+    "timm.models.eva.EvaBlock": ("norm1", "attn", "gamma_1"),
+    "transformers.models.clip.modeling_clip.CLIPEncoderLayer": ("layer_norm1", "self_attn", ""),
+    "transformers.models.siglip.modeling_siglip.SiglipEncoderLayer": ("layer_norm1", "self_attn", ""),
+    "transformers.models.siglip2.modeling_siglip2.Siglip2EncoderLayer": ("layer_norm1", "self_attn", ""),
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Layer": ("norm1", "attention", "layer_scale1"),
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayer": (
+        "norm1",
+        "attention",
+        "layer_scale1",
+    ),
+    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer": ("norm1", "attention", "layer_scale1"),
+}
+
+
+@dataclass
+class DenseEncoder:
+    """Image encoder that returns one embedding per cell (ViT patch or CNN cell) in the shared space.
+
+    Attributes:
+        cell_size: side length of a cell in pixels: the patch size, or the total stride of a convolutional network.
+        image_size: side length in pixels of the images that the tower was trained with.
+        variants: supported variants; ("plain",) for convolutional networks.
+        device: device of the embeddings.
+        interpolation: interpolation mode of the tower's preprocessing, for `resize`.
+        localization_variant: the variant that shows best where something is. NACLIP if the tower was trained with a
+            class token: training then never compared patches with texts, and NACLIP's paper reports better segmentation
+            than with other variants on most data sets. Plain if the tower pools its cells, because training then
+            compared their mean with texts.
+        features: function that takes pixels (N, 3, H, W) on `device` and a variant, and returns the embeddings before
+            normalisation, (N, H / cell_size, W / cell_size, D).
+    """
+
+    cell_size: int
+    image_size: int
+    variants: tuple[str, ...]
+    device: torch.device
+    interpolation: str
+    localization_variant: str
+    features: Callable[[Tensor, str], Tensor]
+
+    @torch.no_grad()
+    @onednn_matmul()
+    def encode(self, pixels: Tensor, variant: str = "plain") -> Tensor:
+        """Encode the cells of N images of one size.
+
+        Args:
+            pixels: images (N, 3, H, W), uint8 from 0 to 255 or float from 0 to 1, on any device. H and W must be
+                multiples of `cell_size`.
+            variant: one of `variants`, see the top of this module.
+
+        Returns:
+            L2-normalised embeddings (N, H / cell_size, W / cell_size, D), float32, on `device`.
+
+        Raises:
+            ValueError: the tower does not support the variant or the size.
+        """
+        if variant not in self.variants:
+            raise ValueError(f"variant must be one of {', '.join(self.variants)} for this tower (got {variant!r})")
+        height, width = pixels.shape[-2:]
+        if pixels.ndim != 4 or not height or not width or height % self.cell_size or width % self.cell_size:
+            raise ValueError(
+                f"pixels must have the shape (N, 3, H, W), with multiples of {self.cell_size} as H and W (got "
+                f"{tuple(pixels.shape)}): use DenseEncoder.resize"
+            )
+        return F.normalize(self.features(pixels.to(self.device), variant).float(), dim=-1)
+
+    def resize(self, image: Tensor, image_size: int | None = None) -> Tensor:
+        """Resize an image, uint8 (3, H, W), so that it consists of complete cells; return uint8 (3, H', W').
+
+        The shorter side is resized to `image_size`, and the aspect ratio is kept, apart from rounding both sides to
+        multiples of `cell_size`. The longer side is at most eight times as long as the shorter one.
+
+        Args:
+            image: the image.
+            image_size: length of the shorter side, in pixels. Default: the size that the tower was trained with.
+        """
+        shorter = max(1, round((image_size or self.image_size) / self.cell_size))  # in cells
+        height, width = image.shape[-2:]
+        ratio = min(max(height, width) / min(height, width), _MAX_ASPECT_RATIO)
+        longer = round(ratio * shorter)
+        cells = (longer, shorter) if height > width else (shorter, longer)
+        size = [cells[0] * self.cell_size, cells[1] * self.cell_size]
+        return cast(Tensor, resize(image, size, InterpolationMode(self.interpolation), antialias=True))
+
+
+def build_dense_encoder(tower: VisionTower, project: Callable[[Tensor], Tensor], bf16: bool = False) -> DenseEncoder:
+    """Return a dense encoder that shares the weights of a vision tower in eval mode.
+
+    Args:
+        tower: the vision tower.
+        project: image projection, which maps pooled features (N, feature_dim) to the shared space.
+        bf16: run the tower and the projection in bf16, with autocast.
+
+    Raises:
+        ValueError: the tower's architecture has no grid of cells.
+    """
+    cell_size = _cell_size(tower)
+    device = tower.mean.device
+
+    def features(pixels: Tensor, variant: str) -> Tensor:
+        grid = (pixels.shape[-2] // cell_size, pixels.shape[-1] // cell_size)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            cells = _encode_cells(tower, pixels, grid, variant)  # (N, h, w, C)
+            embeddings = project(_apply_head(tower, cells.flatten(0, 2)))
+        return embeddings.unflatten(0, cells.shape[:3])
+
+    has_variants = _class_name(_last_block(tower)[1]) in _BLOCK_PARTS
+    return DenseEncoder(
+        cell_size=cell_size,
+        image_size=tower.preprocess.size,
+        variants=DENSE_VARIANTS if has_variants else ("plain",),
+        device=device,
+        interpolation=tower.preprocess.interpolation,
+        localization_variant="naclip" if has_variants and _pools_class_token(tower) else "plain",
+        features=features,
+    )
+
+
+def _cell_size(tower: VisionTower) -> int:
+    if tower.config["library"] == "transformers":
+        return int(tower.config["architecture"]["patch_size"])
+    backbone = cast(Any, tower.backbone)
+    try:
+        return int(backbone.feature_info[-1]["reduction"])
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise ValueError(
+            f"{tower.config['architecture']} has no dense features: timm does not specify its stride"
+        ) from None
+
+
+def _pools_class_token(tower: VisionTower) -> bool:
+    if tower.config["library"] == "transformers":
+        return not hasattr(tower.backbone, "head")  # SigLIP's head pools all patches
+    return getattr(tower.backbone, "global_pool", "") == "token"
+
+
+def _last_block(tower: VisionTower) -> tuple[str, nn.Module | None]:
+    """Return the last block and its name in the backbone, or ("", None) if the backbone has no blocks."""
+    blocks = tower.blocks()
+    names = [name for name, module in tower.backbone.named_modules() if blocks and module is blocks[-1]]
+    return (names[0], blocks[-1]) if names else ("", None)
+
+
+def _class_name(module: nn.Module | None) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
+# ---- cells ----------------------------------------------------------------------------------------------------------
+
+
+def _encode_cells(tower: VisionTower, pixels: Tensor, grid: tuple[int, int], variant: str) -> Tensor:
+    """Return the features of all cells before the tower's head, (N, h, w, C)."""
+    if tower.config["library"] == "timm":
+        tower = _replace_module(tower, "backbone", _resize_timm(tower, (pixels.shape[-2], pixels.shape[-1])))
+    if variant != "plain":
+        name, block = _last_block(tower)
+        tower = _replace_module(tower, f"backbone.{name}", _DenseBlock(cast(nn.Module, block), variant, grid))
+    features = tower.forward_features(pixels)
+    if features.ndim == 3:  # tokens (N, L, C), class and register tokens first
+        return features[:, -grid[0] * grid[1] :].unflatten(1, grid)
+    cells = features if _has_channels_last(tower) else features.permute(0, 2, 3, 1)
+    if cells.shape[1:3] != grid:
+        raise ValueError(f"{tower.config['architecture']} returned {tuple(cells.shape[1:3])} cells instead of {grid}")
+    return cells
+
+
+def _has_channels_last(tower: VisionTower) -> bool:
+    return str(getattr(tower.backbone, "output_fmt", "NCHW")) == "NHWC"
+
+
+def _apply_head(tower: VisionTower, cells: Tensor) -> Tensor:
+    """Apply the tower's head to each of M cells alone: features (M, C) to pooled features (M, feature_dim)."""
+    backbone = cast(Any, tower.backbone)
+    if tower.config["library"] == "transformers":
+        if hasattr(backbone, "head"):  # SigLIP pools with attention
+            return cast(Tensor, backbone.head(cells[:, None]))
+        # In CLIP, the last norm is part of the head.
+        return cast(Tensor, backbone.post_layernorm(cells) if hasattr(backbone, "post_layernorm") else cells)
+    if isinstance(backbone, VisionTransformer | Eva):
+        # Some heads pool the class token, others skip it. With equal tokens, each head returns this cell's features.
+        return cast(Tensor, backbone.forward_head(cells[:, None].expand(-1, 1 + backbone.num_prefix_tokens, -1)))
+    maps = cells[:, None, None] if _has_channels_last(tower) else cells[:, :, None, None]
+    return cast(Tensor, backbone.forward_head(maps))
+
+
+def _resize_timm(tower: VisionTower, size: tuple[int, int]) -> nn.Module:
+    """Return a timm backbone for images of `size`. It shares its weights, except for the position embeddings.
+
+    Raises:
+        ValueError: the architecture supports only the size that it was built for.
+    """
+    backbone = cast(Any, tower.backbone)
+    if size == (tower.preprocess.size, tower.preprocess.size) or getattr(backbone, "dynamic_img_size", False):
+        return cast(nn.Module, backbone)
+    if not isinstance(backbone, VisionTransformer | Eva):
+        built_size = tower.config["args"].get("img_size")
+        if built_size is not None:
+            raise ValueError(
+                f"{tower.config['architecture']} supports only images of {built_size} x {built_size} pixels (got "
+                f"{size[0]} x {size[1]})"
+            )
+        return cast(nn.Module, backbone)
+    patch_embed = _shallow_copy(backbone.patch_embed)
+    patch_embed.set_input_size(size)
+    resized = _shallow_copy(backbone)
+    resized.patch_embed = patch_embed
+    if backbone.pos_embed is not None:
+        pos_embed = resample_abs_pos_embed(
+            backbone.pos_embed,
+            new_size=list(patch_embed.grid_size),
+            old_size=list(backbone.patch_embed.grid_size),
+            num_prefix_tokens=0 if backbone.no_embed_class else backbone.num_prefix_tokens,
+        )
+        resized.pos_embed = nn.Parameter(pos_embed, requires_grad=False)
+    if hasattr(getattr(backbone, "rope", None), "update_feat_shape"):
+        resized.rope = _shallow_copy(backbone.rope)
+        resized.rope.update_feat_shape(patch_embed.grid_size)
+    return cast(nn.Module, resized)
+
+
+def _replace_module(root: Any, name: str, module: nn.Module) -> Any:
+    """Return a copy of `root` in which the submodule `name` is replaced. The copy shares all other modules and weights.
+
+    `root` itself does not change, so that other threads can use it in the meantime.
+    """
+    first, _, rest = name.partition(".")
+    root = _shallow_copy(root)
+    root._modules[first] = _replace_module(root._modules[first], rest, module) if rest else module
+    return root
+
+
+def _shallow_copy(module: Any) -> Any:
+    clone = copy.copy(module)
+    for name in ("_modules", "_parameters", "_buffers"):
+        setattr(clone, name, dict(getattr(module, name)))
+    return clone
+
+
+# ---- variants -------------------------------------------------------------------------------------------------------
+
+
+class _DenseBlock(nn.Module):
+    """Last block of a vision transformer with the attention of a variant."""
+
+    def __init__(self, block: nn.Module, variant: str, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.block, self.variant, self.grid = block, variant, grid
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with _ReplacedAttention(self.variant, self.grid) as attention:
+            if self.variant in _NO_RESIDUAL:
+                output = _attention_branch(self.block, x, *args, **kwargs)
+            else:
+                output = self.block(x, *args, **kwargs)
+        if attention.calls != 1:
+            raise ValueError(
+                f"variant {self.variant!r} requires a last block that calls PyTorch's scaled_dot_product_attention "
+                f"once, but {_class_name(self.block)} called it {attention.calls} times: use variant 'plain'"
+            )
+        return cast(Tensor, output)
+
+
+def _attention_branch(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return the output of a block's attention, without the residual connection and the feed-forward network."""
+    norm_name, attention_name, scale_name = _BLOCK_PARTS[_class_name(block)]
+    output = getattr(block, attention_name)(getattr(block, norm_name)(x), *args, **kwargs)
+    output = output[0] if isinstance(output, tuple) else output  # transformers also returns the attention weights
+    scale = getattr(block, scale_name) if scale_name else None
+    if scale is None:
+        return cast(Tensor, output)
+    return cast(Tensor, scale(output) if isinstance(scale, nn.Module) else scale * output)
+
+
+class _ReplacedAttention(TorchFunctionMode):
+    """Context in which PyTorch's `scaled_dot_product_attention` computes the attention of a variant, in this thread.
+
+    timm and transformers compute q, k and v in many ways (fused or not, with norms, rotary embeddings and split
+    biases), but pass all of them to this function.
+    """
+
+    def __init__(self, variant: str, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.variant, self.grid = variant, grid
+        self.calls = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.calls += 1
+        return self._attend(*args, **(kwargs or {}))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, **_: Any) -> Tensor:
+        """Return the attention output for q, k and v, each (N, heads, L, head_dim).
+
+        The remaining arguments are not needed: in eval mode there is no dropout, and images of one size need no mask.
+        """
+        attend = F.scaled_dot_product_attention
+        if self.variant == "maskclip":
+            return v
+        if self.variant == "sclip":
+            return attend(q, q, v, scale=scale) + attend(k, k, v, scale=scale)
+        if self.variant == "clearclip":
+            return attend(q, q, v, scale=scale)
+        return attend(k, k, v, attn_mask=_neighbour_bias(self.grid, k), scale=scale)
+
+
+def _neighbour_bias(grid: tuple[int, int], k: Tensor) -> Tensor:
+    """Return NACLIP's bias g for the attention between all tokens, (L, L), with the dtype and the device of k."""
+    per_axis = []
+    for length in grid:
+        position = torch.arange(length, device=k.device, dtype=torch.float32)
+        distance = position[:, None] - position
+        per_axis.append(torch.exp(-(distance**2) / (2 * _GAUSSIAN_STD**2)))
+    bias = torch.kron(per_axis[0], per_axis[1])  # (h * w, h * w)
+    prefix = k.shape[-2] - len(bias)  # class and register tokens
+    return F.pad(bias, (prefix, 0, prefix, 0)).to(k.dtype)

@@ -1,0 +1,462 @@
+"""Tests of dense features: each variant against its formula in float64, each head alone, and every kind of model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from llm2clip.data.transforms import Preprocess
+from llm2clip.models.dense import DENSE_VARIANTS, build_dense_encoder
+from llm2clip.models.dual_encoder import from_llm2clip, open_dual_encoder
+from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
+from llm2clip.models.vision_tower import VisionTower
+from test_baselines import CLIP_STATS, make_model
+from test_vision_tower import SMALL, TINY, normalized, pixels
+
+PREPROCESS = Preprocess(64, "squash", 1.0, "bicubic", (0.5, 0.4, 0.3), (0.5, 0.6, 0.7))
+HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+STATS = {"clip": (CLIP_STATS["image_mean"], CLIP_STATS["image_std"]), "siglip": HALVES, "siglip2": HALVES}
+
+
+def timm_tower(name: str, size: int = 64, **args: Any) -> VisionTower:
+    preprocess = Preprocess(size, "squash", 1.0, "bicubic", (0.5, 0.4, 0.3), (0.5, 0.6, 0.7)).to_dict()
+    config = {"library": "timm", "architecture": name, "args": {"num_classes": 0, **args}, "preprocess": preprocess}
+    return randomize(VisionTower.from_config(config))
+
+
+def hf_tower(model_type: str, **options: Any) -> VisionTower:
+    size = options.get("image_size", SMALL["image_size"])
+    preprocess = Preprocess(size, "squash", 1.0, "bicubic", (0.5, 0.4, 0.3), (0.5, 0.6, 0.7)).to_dict()
+    values = {**SMALL, **options}
+    if model_type == "siglip2_vision_model":
+        del values["image_size"]
+        values["num_patches"] = 16
+        preprocess = Preprocess.for_patches(8, 16, "bilinear", (0.5, 0.4, 0.3), (0.5, 0.6, 0.7)).to_dict()
+    architecture = {"model_type": model_type, **values}
+    config = {"library": "transformers", "architecture": architecture, "preprocess": preprocess}
+    return randomize(VisionTower.from_config(config))
+
+
+def randomize(tower: VisionTower) -> VisionTower:
+    """Change all weights, including biases and scales, so that no step of a formula is the identity."""
+    generator = torch.Generator().manual_seed(2)
+    for parameter in tower.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return tower
+
+
+BUILDERS: dict[str, Callable[[], VisionTower]] = {
+    "vit": lambda: timm_tower("vit_base_patch16_clip_224", **TINY),
+    "vit_qk_norm_registers_layer_scale": lambda: timm_tower(
+        "vit_base_patch16_clip_224", **TINY, qk_norm=True, reg_tokens=2, init_values=0.5
+    ),
+    "vit_siglip": lambda: timm_tower("vit_base_patch16_siglip_224", **TINY),
+    "eva02": lambda: timm_tower("eva02_base_patch16_clip_224", **TINY),
+    "eva_giant": lambda: timm_tower("eva_giant_patch14_clip_224", 56, **TINY | {"img_size": 56, "mlp_ratio": 2.0}),
+    "clip": lambda: hf_tower("clip_vision_model"),
+    "siglip": lambda: hf_tower("siglip_vision_model"),
+    "siglip2": lambda: hf_tower("siglip2_vision_model"),
+    "dinov2": lambda: hf_tower("dinov2"),
+    "dinov3": lambda: hf_tower("dinov3_vit", num_register_tokens=2),
+}
+
+
+# ---- naive formulas -------------------------------------------------------------------------------------------------
+
+
+class Weights:
+    """Weights of a model by name, and the layers that the formulas use, from plain matmuls."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.values = {name: value.double() for name, value in model.state_dict().items()}
+
+    def get(self, name: str) -> Tensor | None:
+        return self.values.get(name)
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        y = x @ self.values[f"{name}.weight"].T
+        bias = self.get(f"{name}.bias")
+        return y if bias is None else y + bias
+
+    def norm(self, name: str, x: Tensor, eps: float) -> Tensor:
+        if f"{name}.weight" not in self.values:
+            return x
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        return scaled * self.values[f"{name}.weight"] + self.values[f"{name}.bias"]
+
+
+def naive_softmax(scores: Tensor) -> Tensor:
+    weights = (scores - scores.max()).exp()
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def naive_attention(variant: str, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Attention of one head of one image: q, k and v are (L, head_dim)."""
+    scale = 1 / math.sqrt(q.shape[-1])
+    if variant == "plain":
+        return naive_softmax(scale * q @ k.T) @ v
+    if variant == "maskclip":
+        return v
+    if variant == "sclip":
+        return (naive_softmax(scale * q @ q.T) + naive_softmax(scale * k @ k.T)) @ v
+    if variant == "clearclip":
+        return naive_softmax(scale * q @ q.T) @ v
+    patches = [(row, column) for row in range(grid[0]) for column in range(grid[1])]
+    prefix = len(k) - len(patches)
+    bias = torch.zeros(len(k), len(k), dtype=torch.float64)
+    for i, (row, column) in enumerate(patches):
+        for j, (other_row, other_column) in enumerate(patches):
+            squared_distance = (row - other_row) ** 2 + (column - other_column) ** 2
+            bias[prefix + i, prefix + j] = math.exp(-squared_distance / (2 * 5.0**2))
+    return naive_softmax(scale * k @ k.T + bias) @ v
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def rotate(family: str, x: Tensor, rope: Any, prefix: int) -> Tensor:
+    """Apply rotary embeddings to the patches of one head, (L, head_dim)."""
+    if rope is None:
+        return x
+    patches = x[prefix:]
+    if family == "eva02":  # pairs of neighbouring elements
+        sin, cos = rope.double().chunk(2, dim=-1)
+        rotated = torch.stack([-patches[:, 1::2], patches[:, ::2]], dim=-1).flatten(-2)
+    else:  # DINOv3: pairs of elements that are half of the dimensions apart
+        cos, sin = (value.double() for value in rope)
+        half = patches.shape[-1] // 2
+        rotated = torch.cat([-patches[:, half:], patches[:, :half]], dim=-1)
+    return torch.cat([x[:prefix], patches * cos + rotated * sin])
+
+
+def naive_cells(family: str, tower: VisionTower, variant: str, images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Compute the last block, the last norm and the head in float64, from the input of the last block."""
+    captured: dict[str, Any] = {}
+
+    def capture(module: nn.Module, args: Any, kwargs: Any) -> None:
+        captured["x"] = args[0].double()
+        captured["rope"] = kwargs.get("rope", kwargs.get("position_embeddings"))
+
+    hook = tower.blocks()[-1].register_forward_pre_hook(capture, with_kwargs=True)
+    build_dense_encoder(tower, nn.Identity()).features(images, "plain")
+    hook.remove()
+
+    is_hf = tower.config["library"] == "transformers"
+    weights = Weights(tower.backbone)
+    last = next(name for name, module in tower.backbone.named_modules() if module is tower.blocks()[-1])
+    heads = SMALL["num_attention_heads"] if is_hf else TINY["num_heads"]
+    siglip_like = family in ("clip", "siglip", "siglip2")
+    norm1, norm2 = ("layer_norm1", "layer_norm2") if siglip_like else ("norm1", "norm2")
+    attention = f"{last}.{'self_attn' if siglip_like else 'attention' if is_hf else 'attn'}"
+    eps = next(module.eps for module in tower.blocks()[-1].modules() if isinstance(module, nn.LayerNorm))
+
+    def qkv(y: Tensor) -> list[Tensor]:
+        if f"{attention}.qkv.weight" not in weights.values:
+            return [weights.linear(f"{attention}.{name}_proj", y) for name in "qkv"]
+        fused = weights.linear(f"{attention}.qkv", y)
+        if family == "eva_giant":
+            q_bias, v_bias = weights.values[f"{attention}.q_bias"], weights.values[f"{attention}.v_bias"]
+            fused = fused + torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
+        return list(fused.chunk(3, dim=-1))
+
+    def feed_forward(y: Tensor) -> Tensor:
+        mlp = f"{last}.mlp"
+        if family == "eva02":  # SwiGLU with a norm
+            gate = weights.linear(f"{mlp}.fc1_g", y)
+            hidden = gate / (1 + (-gate).exp()) * weights.linear(f"{mlp}.fc1_x", y)
+            return weights.linear(f"{mlp}.fc2", weights.norm(f"{mlp}.norm", hidden, eps))
+        first, second = ("up_proj", "down_proj") if family == "dinov3" else ("fc1", "fc2")
+        hidden = weights.linear(f"{mlp}.{first}", y)
+        if family == "clip":
+            hidden = hidden / (1 + (-1.702 * hidden).exp())
+        else:
+            hidden = gelu_tanh(hidden) if family in ("siglip", "siglip2") else gelu(hidden)
+        return weights.linear(f"{mlp}.{second}", hidden)
+
+    def layer_scale(number: int) -> Tensor | float:
+        names = (f"{last}.ls{number}.gamma", f"{last}.layer_scale{number}.lambda1")
+        return next((weights.values[name] for name in names if name in weights.values), 1.0)
+
+    def head(cell: Tensor) -> Tensor:
+        """SigLIP's attention pooling: with one key, the attention weight is 1."""
+        if family in ("siglip", "siglip2"):
+            in_weight = weights.values["head.attention.in_proj_weight"].chunk(3)[2]
+            value = cell @ in_weight.T + weights.values["head.attention.in_proj_bias"].chunk(3)[2]
+            y = weights.linear("head.attention.out_proj", value)
+            hidden = gelu_tanh(weights.linear("head.mlp.fc1", weights.norm("head.layernorm", y, eps)))
+            return y + weights.linear("head.mlp.fc2", hidden)
+        if family == "vit_siglip":
+            value = cell @ weights.values["attn_pool.kv.weight"].chunk(2)[1].T
+            y = weights.linear("attn_pool.proj", value + weights.values["attn_pool.kv.bias"].chunk(2)[1])
+            hidden = gelu(weights.linear("attn_pool.mlp.fc1", weights.norm("attn_pool.norm", y, eps)))
+            return y + weights.linear("attn_pool.mlp.fc2", hidden)
+        return cell
+
+    results = []
+    for x in captured["x"]:  # (L, C), one image
+        prefix = len(x) - grid[0] * grid[1]
+        q, k, v = (part.chunk(heads, dim=-1) for part in qkv(weights.norm(f"{last}.{norm1}", x, eps)))
+        outputs = []
+        for q_head, k_head, v_head in zip(q, k, v, strict=True):
+            q_head = weights.norm(f"{attention}.q_norm", q_head, eps)
+            k_head = weights.norm(f"{attention}.k_norm", k_head, eps)
+            q_head, k_head = (rotate(family, y, captured["rope"], prefix) for y in (q_head, k_head))
+            outputs.append(naive_attention(variant, q_head, k_head, v_head, grid))
+        y = weights.norm(f"{attention}.norm", torch.cat(outputs, dim=-1), eps)
+        projection = next(n for n in ("proj", "out_proj", "o_proj") if f"{attention}.{n}.weight" in weights.values)
+        y = weights.linear(f"{attention}.{projection}", y) * layer_scale(1)
+        if variant not in ("clearclip", "naclip"):
+            y = x + y
+            y = y + feed_forward(weights.norm(f"{last}.{norm2}", y, eps)) * layer_scale(2)
+        final_norm = next(n for n in ("norm", "post_layernorm", "layernorm") if f"{n}.weight" in weights.values)
+        final_eps = getattr(tower.backbone, final_norm).eps
+        results.append(head(weights.norm(final_norm, y[prefix:], final_eps)))
+    return torch.stack(results).unflatten(1, grid)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", BUILDERS)
+def test_variants_match_their_formulas(family: str) -> None:
+    tower = BUILDERS[family]().double()
+    dense = build_dense_encoder(tower, nn.Identity())
+    assert dense.variants == DENSE_VARIANTS
+    images = pixels(5 * dense.cell_size)[:, :, : 3 * dense.cell_size]  # a grid that is not square
+    results = {}
+    for variant in DENSE_VARIANTS:
+        results[variant] = dense.features(images, variant)
+        expected = naive_cells(family, tower, variant, images, (3, 5))
+        torch.testing.assert_close(results[variant], expected, atol=2e-6, rtol=2e-6)
+    differences = [(results[a] - results[b]).abs().max() for a in results for b in results if a < b]
+    assert min(differences) > 1e-3
+
+
+# ---- plain features -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", BUILDERS)
+def test_plain_tokens_equal_the_librarys_hidden_states(family: str) -> None:
+    tower = BUILDERS[family]()
+    backbone: Any = tower.backbone
+    dense = build_dense_encoder(tower, nn.Identity())
+    x = pixels(dense.image_size)
+    captured = []
+    hook = tower.blocks()[-1].register_forward_hook(lambda module, args, output: captured.append(output))
+    features = dense.features(x, "plain")
+    tower(x)
+    hook.remove()
+    assert torch.equal(captured[0], captured[1])
+
+    grid = dense.image_size // dense.cell_size
+    if tower.config["library"] == "timm":
+        tokens = backbone.forward_intermediates(normalized(x, tower.preprocess), norm=True, output_fmt="NLC")[1][-1]
+        if family == "vit_siglip":
+            tokens = backbone.attn_pool(tokens.flatten(0, 1)[:, None]).unflatten(0, tokens.shape[:2])
+    elif family in ("siglip", "siglip2"):
+        last = tower.forward_features(x)
+        tokens = backbone.head(last.flatten(0, 1)[:, None]).unflatten(0, last.shape[:2])
+    else:
+        outputs = backbone(normalized(x, tower.preprocess))
+        tokens = outputs.last_hidden_state[:, -(grid**2) :]
+        tokens = backbone.post_layernorm(tokens) if family == "clip" else tokens
+    torch.testing.assert_close(features.flatten(1, 2), tokens, atol=1e-5, rtol=1e-5)
+
+
+POOLED: dict[str, Callable[[int], VisionTower]] = {
+    "vit_average": lambda size: timm_tower(
+        "vit_base_patch16_clip_224", size, **TINY | {"img_size": size, "global_pool": "avg", "fc_norm": False}
+    ),
+    "vit_average_norm": lambda size: timm_tower(
+        "vit_base_patch16_clip_224", size, **TINY | {"img_size": size, "global_pool": "avg", "fc_norm": True}
+    ),
+    "vit_siglip": lambda size: timm_tower("vit_base_patch16_siglip_224", size, **TINY | {"img_size": size}),
+    "siglip": lambda size: hf_tower("siglip_vision_model", image_size=size),
+    **{
+        name: lambda size, name=name: timm_tower(name, size)  # type: ignore[misc]
+        for name in ("test_resnet", "test_efficientnet", "test_convnext", "test_mambaout", "mobilenetv3_small_050")
+    },
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", POOLED)
+def test_the_head_is_applied_to_each_cell_alone(name: str) -> None:
+    """In an image that consists of one cell, the tower pools this cell alone."""
+    size = {"siglip": 8}.get(name, 16 if "vit" in name else 32)
+    tower = POOLED[name](size)
+    dense = build_dense_encoder(tower, nn.Identity())
+    assert dense.cell_size == size
+    features = dense.features(pixels(size), "plain")
+    assert features.shape == (2, 1, 1, tower.feature_dim)
+    torch.testing.assert_close(features[:, 0, 0], tower(pixels(size)), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit_average", "test_resnet", "test_efficientnet"])
+def test_the_mean_of_the_cells_is_the_average_pooled_output(name: str) -> None:
+    tower = POOLED[name](96)
+    features = build_dense_encoder(tower, nn.Identity()).features(pixels(96), "plain")
+    assert features.shape[1] > 1
+    torch.testing.assert_close(features.mean((1, 2)), tower(pixels(96)), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", BUILDERS)
+def test_position_embeddings_are_interpolated_as_by_the_library(family: str) -> None:
+    tower = BUILDERS[family]()
+    dense = build_dense_encoder(tower, nn.Identity())
+    cell = dense.cell_size
+    before = tower(pixels(dense.image_size))
+    for rows, columns in ((3, 5), (2, 8)):  # 2 x 8: as many cells as at the trained size
+        images = pixels(8 * cell)[:, :, : rows * cell, : columns * cell]
+        features = dense.features(images, "plain")
+        x = normalized(images, tower.preprocess)
+        if tower.config["library"] == "timm":
+            args = tower.config["args"] | {"dynamic_img_size": True}
+            peer: Any = timm.create_model(tower.config["architecture"], **args).eval()
+            peer.load_state_dict(tower.backbone.state_dict())
+            tokens = peer.forward_intermediates(x, norm=True, output_fmt="NLC")[1][-1]
+            if family == "vit_siglip":
+                tokens = peer.attn_pool(tokens.flatten(0, 1)[:, None]).unflatten(0, tokens.shape[:2])
+        elif family == "siglip2":
+            patches = x.unfold(2, cell, cell).unfold(3, cell, cell)  # (N, 3, rows, columns, cell, cell)
+            patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+            shapes = torch.tensor([[rows, columns]] * 2)
+            mask = torch.ones(2, rows * columns, dtype=torch.int)
+            peer = tower.backbone
+            tokens = peer(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes).last_hidden_state
+            tokens = peer.head(tokens.flatten(0, 1)[:, None]).unflatten(0, tokens.shape[:2])
+        else:
+            peer = tower.backbone
+            options = {"interpolate_pos_encoding": True} if family in ("clip", "siglip") else {}
+            tokens = peer(x, **options).last_hidden_state[:, -rows * columns :]
+            if family == "siglip":
+                tokens = peer.head(tokens.flatten(0, 1)[:, None]).unflatten(0, tokens.shape[:2])
+            tokens = peer.post_layernorm(tokens) if family == "clip" else tokens
+        torch.testing.assert_close(features.flatten(1, 2), tokens, atol=1e-5, rtol=1e-5)
+    for variant in dense.variants:
+        dense.features(images, variant)
+    assert torch.equal(tower(pixels(dense.image_size)), before)  # the tower itself did not change
+
+
+# ---- interface ------------------------------------------------------------------------------------------------------
+
+
+def make_llm2clip(tower: VisionTower) -> LLM2CLIP:
+    torch.manual_seed(3)
+    return LLM2CLIP(LLM2CLIPConfig(tower=tower.config, text_dim=8, embed_dim=12, projection_bias=True), tower)
+
+
+@torch.no_grad()
+def test_encode_dense_projects_and_normalizes_cells(tmp_path: Path) -> None:
+    model = make_llm2clip(BUILDERS["eva02"]())
+    wide, tall = pixels(150)[0, :, :70], pixels(150)[1, :, :, :75]
+    Image.fromarray(wide.permute(1, 2, 0).numpy()).save(tmp_path / "wide.png")
+    cells = model.encode_dense([tmp_path / "wide.png", tall, wide], "sclip", batch_size=2)
+    assert [tuple(embeddings.shape) for embeddings in cells] == [(4, 9, 12), (8, 4, 12), (4, 9, 12)]
+    assert torch.equal(cells[0], cells[2])
+
+    dense = from_llm2clip(model, "model").dense
+    assert dense is not None and dense.resize(tall).shape == (3, 128, 64)
+    features = build_dense_encoder(model.tower, nn.Identity()).features(dense.resize(tall)[None], "sclip")
+    torch.testing.assert_close(cells[1], F.normalize(model.projection(features), dim=-1)[0])
+    [larger] = model.encode_dense(tall, image_size=100)  # 100 pixels are 6.25 cells
+    assert larger.shape == (12, 6, 12) and larger.dtype == torch.float32
+    [line] = model.encode_dense(torch.zeros(3, 1, 4000, dtype=torch.uint8))
+    assert line.shape == (4, 32, 12)
+    assert model.encode_dense([]) == []
+
+
+def test_unsupported_requests_are_rejected() -> None:
+    dense = build_dense_encoder(timm_tower("test_efficientnet"), nn.Identity())
+    with pytest.raises(ValueError, match="variant must be one of plain for this tower \\(got 'sclip'\\)"):
+        dense.encode(pixels(64), "sclip")
+    with pytest.raises(ValueError, match=r"multiples of 32 as H and W \(got \(2, 3, 40, 40\)\)"):
+        dense.encode(pixels(40))
+    swin = timm_tower("swin_tiny_patch4_window7_224", img_size=64, embed_dim=16, depths=(1, 1), num_heads=(1, 2))
+    swin_dense = build_dense_encoder(swin, nn.Identity())
+    assert swin_dense.variants == ("plain",) and swin_dense.encode(pixels(64)).shape == (2, 8, 8, 32)
+    with pytest.raises(ValueError, match="supports only images of 64 x 64 pixels"):
+        swin_dense.encode(pixels(128))
+
+
+def test_attention_that_is_not_fused_is_rejected() -> None:
+    tower = BUILDERS["vit"]()
+    tower.backbone.blocks[-1].attn.fused_attn = False  # type: ignore[index, union-attr]
+    dense = build_dense_encoder(tower, nn.Identity())
+    dense.encode(pixels(64))
+    with pytest.raises(ValueError, match=r"'naclip' requires a last block .* called it 0 times: use variant 'plain'"):
+        dense.encode(pixels(64), "naclip")
+
+
+def test_architecture_without_a_grid_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_llm2clip(timm_tower("test_resnet"))
+    monkeypatch.delattr(model.tower.backbone, "feature_info")
+    assert from_llm2clip(model, "model").dense is None
+    with pytest.raises(ValueError, match="test_resnet has no dense features"):
+        model.encode_dense(pixels(64)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2", "chinese_clip"])
+def test_dense_features_of_transformers_models(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    make_model(tmp_path, kind)
+    dense = open_dual_encoder(str(tmp_path), "cpu").dense
+    if kind == "chinese_clip":
+        assert dense is None
+        return
+    assert dense is not None and (dense.cell_size, dense.image_size) == (8, 32)
+    reference = AutoModel.from_pretrained(tmp_path).eval()
+    x = pixels(32) if kind == "clip" else pixels(8)  # SigLIP pools the only cell
+    inputs: dict[str, Any] = {"pixel_values": normalized(x, Preprocess(32, "squash", 1.0, "bicubic", *STATS[kind]))}
+    if kind == "siglip2":  # one patch, whose pixels are in row-major order, with adjacent channels
+        inputs["pixel_values"] = inputs["pixel_values"].permute(0, 2, 3, 1).flatten(1)[:, None]
+        inputs |= {"pixel_attention_mask": torch.ones(2, 1, dtype=torch.int), "spatial_shapes": torch.ones(2, 2).int()}
+    elif kind == "siglip":
+        inputs["interpolate_pos_encoding"] = True
+    if kind == "clip":
+        tokens = reference.vision_model(**inputs).last_hidden_state[:, 1:]
+        expected = reference.visual_projection(reference.vision_model.post_layernorm(tokens))
+    else:
+        expected = reference.get_image_features(**inputs).pooler_output[:, None]
+    torch.testing.assert_close(dense.encode(x).flatten(1, 2), F.normalize(expected, dim=-1), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_dense_features_of_open_clip_models_with_a_timm_trunk(tmp_path: Path) -> None:
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
+    from safetensors.torch import save_file
+
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": "linear", "image_size": 224}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
+    model_config = {"embed_dim": 24, "vision_cfg": vision | {"timm_model_pretrained": False}, "text_cfg": text}
+    preprocess = {"mean": [0.5, 0.4, 0.3], "std": [0.5, 0.6, 0.7], "interpolation": "bicubic"}
+    config = {"model_cfg": model_config | {"custom_text": True}, "preprocess_cfg": preprocess}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    reference = open_clip.create_model(f"local-dir:{tmp_path}", load_weights=False).eval()
+    save_file(reference.state_dict(), tmp_path / "open_clip_model.safetensors")
+    dense = open_dual_encoder(f"open_clip:{tmp_path}", "cpu").dense
+    assert dense is not None and dense.image_size == 224 and dense.variants == DENSE_VARIANTS
+    embeddings = dense.encode(pixels(224, 1))
+    tokens = reference.visual.trunk.forward_features(normalized(pixels(224, 1), PREPROCESS))[:, 1:]
+    expected = F.normalize(reference.visual.head(tokens), dim=-1)
+    torch.testing.assert_close(embeddings.flatten(1, 2), expected, atol=1e-5, rtol=0)
