@@ -5,6 +5,7 @@ The pytest fixtures `model_folder` and `dual_encoder` in conftest.py are made wi
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import threading
 import time
@@ -16,10 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from conftest import HANG_TIMEOUT, make_llm
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.dense import DenseEncoder
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.vision_tower import VisionTower
@@ -39,6 +43,22 @@ def make_model(folder: Path) -> Path:
     model = LLM2CLIP(LLM2CLIPConfig(tower=tower.config, text_dim=encoder.embed_dim, embed_dim=16), tower, encoder)
     model.config.encoder = encoder.identity()
     return model.eval().save_pretrained(folder / "model")
+
+
+def add_red_detector(model: DualEncoder, text: str) -> DualEncoder:
+    """Return the model with a dense encoder whose red cells have the embedding of `text`, and the others its negative.
+
+    A cell has 8 x 8 pixels, and images are resized to 40 pixels.
+    """
+    embedding = model.encode_texts([text])[0]
+
+    def features(pixels: Tensor, variant: str) -> Tensor:
+        red, green, blue = F.avg_pool2d(pixels.float(), 8).unbind(1)  # each (N, h, w)
+        is_red = (red > 150) & (green < 90) & (blue < 90)
+        return torch.where(is_red[..., None], embedding, -embedding)
+
+    dense = DenseEncoder(8, 40, ("plain",), torch.device("cpu"), "bilinear", "plain", features)
+    return dataclasses.replace(model, dense=dense)
 
 
 def make_index(folder: Path, images: Path, model: DualEncoder) -> SqliteBackend:

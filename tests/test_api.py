@@ -34,6 +34,7 @@ OPERATIONS = (
     "GET /health",
     "GET /metrics",
     "POST /search",
+    "POST /heatmap",
     "POST /embed",
     "POST /embed/upload",
     "GET /thumbnail/{hit_id}",

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import HANG_TIMEOUT
 from llm2clip.models.dual_encoder import DualEncoder
-from search_fixtures import create_patient_app, make_index, running_server
+from search_fixtures import add_red_detector, create_patient_app, make_index, running_server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -20,7 +20,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 def address(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, dual_encoder: DualEncoder) -> Iterator[str]:
     """Address of a running server with an index."""
     index = make_index(tmp_path_factory.mktemp("index"), image_folder, dual_encoder)
-    with running_server(create_patient_app(dual_encoder, index)) as address:
+    model = add_red_detector(dual_encoder, "a red one")
+    with running_server(create_patient_app(model, index)) as address:
         yield address
 
 
@@ -100,6 +101,36 @@ def test_text_search_detail_view_and_more_like_this(page: Any) -> None:
     wait_for_hits(page)
     page.locator(".chip.negative").click()
     wait_until(page, "document.querySelectorAll('.chip').length === 0")
+
+
+def test_heat_map_is_drawn_over_the_image(page: Any, address: str) -> None:
+    page.locator("#text").fill("a red one")
+    page.keyboard.press("Enter")
+    wait_for_hits(page)
+    names = page.locator("#grid .name").all_inner_texts()
+    page.locator("#grid button").nth(names.index("0.png")).click()  # its left half is red
+    wait_until(page, "document.getElementById('large').naturalWidth === 48")
+    page.locator("#where").click()
+    page.locator("#heatmap").wait_for()
+    assert "Bright: most similar to the query (1.000)" in page.locator("#heatmap-status").inner_text()
+    opacity = """(share) => {
+        const canvas = document.getElementById('heatmap'), x = share * canvas.width, y = canvas.height / 2;
+        return canvas.getContext('2d').getImageData(x, y, 1, 1).data[3];
+    }"""
+    assert page.evaluate(opacity, 0.2) == 0 and page.evaluate(opacity, 0.8) > 190
+    boxes = [page.locator(name).bounding_box() for name in ("#large", "#heatmap")]
+    assert boxes[0] == pytest.approx(boxes[1], abs=1)
+    assert page.evaluate("heatmap.width / heatmap.height") == pytest.approx(48 / 40, abs=0.01)
+    page.keyboard.press("w")
+    assert not page.locator("#heatmap").is_visible()
+    page.keyboard.press("w")
+    page.locator("#heatmap").wait_for()
+    page.locator("#next" if page.locator("#next").is_enabled() else "#back").click()
+    assert not page.locator("#heatmap").is_visible() and page.locator("#heatmap-status").inner_text() == ""
+    page.route("**/heatmap", lambda route: route.fulfill(status=404, json={"error": {"message": "it is gone"}}))
+    page.locator("#where").click()
+    wait_until(page, "document.getElementById('heatmap-status').textContent === 'it is gone'")
+    assert page.locator("#where").get_attribute("aria-pressed") == "false"
 
 
 def test_keyboard_navigation(page: Any) -> None:

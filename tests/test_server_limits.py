@@ -228,7 +228,7 @@ def test_image_is_read_only_as_fast_as_the_client_reads_it(
     size = 64 << 20  # much more than the buffers of two sockets
     streams = [CountingStream(size), CountingStream(size)]
     opened = iter(streams)
-    monkeypatch.setattr("llm2clip.search.server._open_original", lambda backend, hit_id: (next(opened), "image/bmp"))
+    monkeypatch.setattr("llm2clip.search.server.open_original", lambda backend, hit_id: (next(opened), "image/bmp"))
     monkeypatch.setattr("llm2clip.search.inference.InferenceService.require_backend", lambda self: None)
     request = b"GET /image/1 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     with limited_server(dual_encoder) as address, connect(address, request) as reader:

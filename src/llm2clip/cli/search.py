@@ -71,6 +71,7 @@ def add(commands: Commands) -> None:
     sub.add_argument("--model", type=str, help="Model that built the index, if the model folder was moved.")
     sub.add_argument("--sheet", type=str, help="Write an HTML page with the results to this folder.")
     sub.add_argument("--open", action="store_true", help="Open an HTML page with the results in a browser.")
+    sub.add_argument("--heatmaps", action="store_true", help="On the HTML page, show where in each image the query is.")
 
     sub = commands.add("serve", _serve, "Serve a search API, an embeddings API and a search page over HTTP.")
     sub.add_argument("--index", type=str, help="Index folder or URL. Default: serve embeddings only.")
@@ -188,12 +189,15 @@ def _search(args: Namespace) -> list[str]:
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.search.backends import open_backend
     from llm2clip.search.build import check_model
+    from llm2clip.search.heatmap import require_dense_encoder
     from llm2clip.search.query_embedding import Query, embed_query
-    from llm2clip.search.render import open_in_browser, print_hits, write_contact_sheet
+    from llm2clip.search.render import draw_heatmaps, open_in_browser, print_hits, write_contact_sheet
     from llm2clip.search.types import Filter
 
     if args.top < 1:
         raise ValueError(f"--top must be at least 1 (got {args.top})")
+    if args.heatmaps and not args.open and args.sheet is None:
+        raise ValueError("--heatmaps requires an HTML page: add --open or --sheet FOLDER")
     image_filter = Filter(
         path=canonical_path(args.path),
         caption=args.caption,
@@ -206,16 +210,27 @@ def _search(args: Namespace) -> list[str]:
     model = open_dual_encoder(args.model or metadata["model"])
     check_model(metadata, model)
     query = Query(args.texts or [], args.images, args.negative, args.negative_images)
-    hits = backend.search(embed_query(model, query), args.top, image_filter)
+    if args.heatmaps:
+        require_dense_encoder(model)
+    vector = embed_query(model, query)
+    hits = backend.search(vector, args.top, image_filter)
     if not hits:
         return ["No results: the index is empty, or no image meets the filters."]
     print_hits(hits, backend, Console())
     if not args.open and args.sheet is None:
         return []
-    page = write_contact_sheet(_describe(query), hits, backend, Path(args.sheet) if args.sheet else None)
+    heatmaps = draw_heatmaps(model, vector, hits, backend) if args.heatmaps else {}
+    page = write_contact_sheet(_describe(query), hits, backend, Path(args.sheet) if args.sheet else None, heatmaps)
     if args.open:
         open_in_browser(page)
-    return [f"Results: {page}"]
+    lines = [f"Results: {page}"]
+    if args.heatmaps and len(heatmaps) < len(hits):
+        missing = [hit.images[0].name for hit in hits if hit.id not in heatmaps]
+        lines.append(
+            f"No heat map for {len(missing)} of {len(hits)} images, whose files have been changed or removed since "
+            f"they were indexed, or cannot be decoded: {', '.join(missing[:3])}"
+        )
+    return lines
 
 
 def parse_time(text: str | None, end_of_day: bool = False) -> float | None:

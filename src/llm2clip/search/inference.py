@@ -13,15 +13,18 @@ import numpy as np
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.concurrency import run_in_threadpool
+from torch import Tensor
 
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search.backends import Backend
 from llm2clip.search.batching import Batcher, QueueFull
 from llm2clip.search.clients import FairThreadPool
-from llm2clip.search.errors import NotFound
+from llm2clip.search.errors import NotFound, TooLarge
+from llm2clip.search.heatmap import compute_heatmap, require_dense_encoder
+from llm2clip.search.originals import open_original
 from llm2clip.search.query_embedding import combine
 from llm2clip.search.request_images import decode_data_uri, load_request_image
-from llm2clip.search.schemas import HitResponse, Limits, SearchRequest
+from llm2clip.search.schemas import HeatmapRequest, HitResponse, Limits, QueryRequest, SearchRequest
 
 DECODE_THREADS = 2
 COUNT_SECONDS = 1.0  # maximum age of the cached number of images
@@ -60,6 +63,7 @@ class InferenceService:
         self._create_metrics()
         self._text_batcher = self._batcher("text", lambda texts: model.encode_texts(texts).numpy())
         self._image_batcher = self._batcher("image", lambda images: model.encode_images(images).numpy())
+        self._heatmap_batcher = self._batcher("heatmap", self._compute_heatmaps)
 
     def _create_metrics(self) -> None:
         registry = self.registry = CollectorRegistry()
@@ -82,6 +86,7 @@ class InferenceService:
         queue_size = Gauge("llm2clip_queue_size", "Number of items waiting for the model.", ["kind"], registry=registry)
         queue_size.labels("text").set_function(lambda: len(self._text_batcher))
         queue_size.labels("image").set_function(lambda: len(self._image_batcher))
+        queue_size.labels("heatmap").set_function(lambda: len(self._heatmap_batcher))
         index_images = Gauge("llm2clip_index_images", "Number of images in the index.", registry=registry)
         index_images.set_function(self.count_images)
 
@@ -95,12 +100,13 @@ class InferenceService:
         )
 
     async def close(self) -> None:
-        """Cancel all waiting texts, images and searches, and stop all threads that are idle.
+        """Cancel all waiting texts, images, heat maps and searches, and stop all threads that are idle.
 
         A thread that is in use stops when it has finished its work. This method does not wait for it.
         """
         await self._text_batcher.close()
         await self._image_batcher.close()
+        await self._heatmap_batcher.close()
         self._model_thread.shutdown(wait=False, cancel_futures=True)
         self._decoders.shutdown()
         self._searchers.shutdown()
@@ -123,17 +129,21 @@ class InferenceService:
             ValueError: The model returned NaN or infinity for an image.
             QueueFull: Too many images are waiting.
         """
-        max_queue = self.limits.max_queue
-        if len(encoded) > max_queue:
-            raise ValueError(f"too many images in one request: {len(encoded):,}; the limit is {max_queue:,}")
-        if self._images_decoding + len(encoded) > max_queue:
-            raise QueueFull(f"the server is busy: {self._images_decoding:,} images are waiting; try again later")
-        self._images_decoding += len(encoded)
-        try:
-            prepared = [await self._decoders.run(self._prepare, data) for data in encoded]
-        finally:
-            self._images_decoding -= len(encoded)
+        prepared = await self._decode(self._prepare, encoded)
         return _check_finite(await self._image_batcher.submit(prepared), "an image")
+
+    async def _decode(self, decode: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """Call `decode` for each item in the decoder threads."""
+        max_queue = self.limits.max_queue
+        if len(items) > max_queue:
+            raise ValueError(f"too many images in one request: {len(items):,}; the limit is {max_queue:,}")
+        if self._images_decoding + len(items) > max_queue:
+            raise QueueFull(f"the server is busy: {self._images_decoding:,} images are waiting; try again later")
+        self._images_decoding += len(items)
+        try:
+            return [await self._decoders.run(decode, item) for item in items]
+        finally:
+            self._images_decoding -= len(items)
 
     def _prepare(self, data: bytes) -> Any:
         """Decode an image and apply the model's transform."""
@@ -148,15 +158,7 @@ class InferenceService:
             QueueFull: Too many searches are waiting.
         """
         backend = self.require_backend()
-        positive = []
-        for hit_id in request.like:
-            vector = await run_in_threadpool(backend.vector, hit_id)
-            if vector is None:
-                raise NotFound(f"the index contains no image with id {hit_id}")
-            positive.append(vector)
-        positive += await self._embed(request.texts, request.images)
-        negative = await self._embed(request.negative_texts, request.negative_images)
-        query = combine(positive, negative)
+        query = await self._embed_query(request)
         if self._searches_waiting >= self.limits.max_queue:
             raise QueueFull(f"the server is busy: {self._searches_waiting:,} searches are waiting; try again later")
         self._searches_waiting += 1
@@ -165,6 +167,55 @@ class InferenceService:
         finally:
             self._searches_waiting -= 1
         return [HitResponse.from_hit(hit) for hit in hits]
+
+    async def heatmap(self, request: HeatmapRequest) -> np.ndarray:
+        """Embed a query, and return its cosine similarity to each cell of the image of a hit, float32 (h, w).
+
+        Raises:
+            NotFound: The server has no index, an id is not in the index, or the image file has been changed or removed.
+            TooLarge: The image has too many pixels, or its file is too large.
+            ValueError: The query contains no positive text, image or hit, the model has no dense features, or it
+                returned NaN or infinity.
+            ImageError: The image cannot be decoded.
+            QueueFull: Too many heat maps are waiting.
+        """
+        require_dense_encoder(self.model)
+        self.require_backend()
+        query = await self._embed_query(request)
+        [pixels] = await self._decode(self._prepare_original, [request.id])
+        [heatmap] = _check_finite(await self._heatmap_batcher.submit([(pixels, query)]), "an image")
+        return heatmap
+
+    def _prepare_original(self, hit_id: str) -> Tensor:
+        """Decode the image file of a hit, and resize the image for the dense encoder."""
+        try:
+            stream, _ = open_original(self.require_backend(), hit_id)
+        except FileNotFoundError as error:
+            raise NotFound(str(error)) from error
+        max_bytes = self.limits.max_body_bytes
+        with stream:
+            data = stream.read(max_bytes + 1)
+        if len(data) > max_bytes:
+            raise TooLarge(f"the image file is too large; the limit is {max_bytes:,} bytes")
+        return require_dense_encoder(self.model).resize(load_request_image(data, self.limits.max_pixels))
+
+    def _compute_heatmaps(self, items: Sequence[tuple[Tensor, np.ndarray]]) -> list[np.ndarray]:
+        # One image at a time, because the images have different sizes.
+        dense = require_dense_encoder(self.model)
+        return [compute_heatmap(dense, pixels, query) for pixels, query in items]
+
+    async def _embed_query(self, request: QueryRequest) -> np.ndarray:
+        """Return the query vector of a request, float32 (D,)."""
+        backend = self.require_backend()
+        positive = []
+        for hit_id in request.like:
+            vector = await run_in_threadpool(backend.vector, hit_id)
+            if vector is None:
+                raise NotFound(f"the index contains no image with id {hit_id}")
+            positive.append(vector)
+        positive += await self._embed(request.texts, request.images)
+        negative = await self._embed(request.negative_texts, request.negative_images)
+        return combine(positive, negative)
 
     async def _embed(self, texts: Sequence[str], uris: Sequence[str]) -> list[np.ndarray]:
         text_vectors = await self.embed_texts(texts)

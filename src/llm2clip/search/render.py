@@ -5,13 +5,19 @@ from __future__ import annotations
 import sys
 import tempfile
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from llm2clip.models.dual_encoder import DualEncoder
 
 from llm2clip.html_report import Block, Paragraph, ResultImage, ResultImages, write_report
 from llm2clip.search.backends import Backend
@@ -70,7 +76,13 @@ def _draw(jpeg: bytes | None) -> RichText:
     return text
 
 
-def write_contact_sheet(query: str, hits: Sequence[Hit], backend: Backend, folder: Path | None = None) -> Path:
+def write_contact_sheet(
+    query: str,
+    hits: Sequence[Hit],
+    backend: Backend,
+    folder: Path | None = None,
+    heatmaps: Mapping[str, bytes] | None = None,
+) -> Path:
     """Write the thumbnails of search results to a self-contained HTML page, and return the path of the page.
 
     Args:
@@ -78,16 +90,53 @@ def write_contact_sheet(query: str, hits: Sequence[Hit], backend: Backend, folde
         hits: Search results to show.
         backend: Index that returned the hits.
         folder: Folder to write the page to. Default: a new temporary folder.
+        heatmaps: JPEG image to show in place of the thumbnail, by the id of the hit. See `draw_heatmaps`.
     """
     folder = folder or Path(tempfile.mkdtemp(prefix="llm2clip-"))
     folder.mkdir(parents=True, exist_ok=True)
     images = []
     for rank, hit in enumerate(hits, 1):
         label = f"{rank}. {hit.score:.3f} {Path(hit.images[0].name).name}"
-        images.append(ResultImage(backend.thumbnail(hit.id), None, label))
-    summary = Paragraph(f"{len(hits)} images, most similar first, each with its rank and cosine similarity.")
+        jpeg = (heatmaps or {}).get(hit.id) or backend.thumbnail(hit.id)
+        images.append(ResultImage(jpeg, None, label))
+    text = f"{len(hits)} images, most similar first, each with its rank and cosine similarity."
+    if heatmaps:
+        text += " The parts of an image that are most similar to the query are bright, and the others are dark."
+    summary = Paragraph(text)
     blocks: list[Block] = [ResultImages(query, images), summary]
     return write_report(folder, "results", "Search results", blocks)[1]
+
+
+def draw_heatmaps(model: DualEncoder, query: np.ndarray, hits: Sequence[Hit], backend: Backend) -> dict[str, bytes]:
+    """Return a JPEG heat map of each hit, by the id of the hit.
+
+    Hits whose image files have been changed or removed since they were indexed, or cannot be decoded, are left out.
+
+    Args:
+        model: Model that embedded the query.
+        query: Query vector, float32 (D,), L2-normalised.
+        hits: Search results.
+        backend: Index that returned the hits.
+
+    Raises:
+        ValueError: The model has no dense features.
+    """
+    from llm2clip.data.image_refs import read_image_file
+    from llm2clip.data.images import ImageError, load_image
+    from llm2clip.search.heatmap import compute_heatmap, draw_heatmap, require_dense_encoder
+    from llm2clip.search.originals import open_original
+
+    dense = require_dense_encoder(model)
+    heatmaps = {}
+    for hit in hits:
+        try:
+            stream, _ = open_original(backend, hit.id)
+            with stream:
+                image = load_image(read_image_file(stream))
+        except (ImageError, OSError):
+            continue
+        heatmaps[hit.id] = draw_heatmap(image, compute_heatmap(dense, dense.resize(image), query))
+    return heatmaps
 
 
 def open_in_browser(page: Path) -> None:

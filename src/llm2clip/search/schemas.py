@@ -27,8 +27,8 @@ class Limits:
             address may use a quarter of it. Requests that would exceed this size are rejected with status 429, unless
             they are smaller than 64 KB.
         max_pixels: Maximum number of pixels in an image. Larger images are rejected with status 413.
-        max_queue: Maximum length of each of three queues: texts, images and searches. When a queue is full, requests
-            that need it are rejected with status 429.
+        max_queue: Maximum length of each of four queues: texts, images, heat maps and searches. When a queue is full,
+            requests that need it are rejected with status 429.
         timeout: Maximum duration of a request in seconds. Requests that take longer fail with status 504.
         batch_size: Maximum number of texts or images per forward pass.
         max_connections: Maximum number of connections. When there are more, the server aborts a connection of the
@@ -119,11 +119,8 @@ class FilterRequest(_StrictModel):
         return Filter(**self.model_dump())
 
 
-class SearchRequest(_StrictModel):
-    """A search query, which must contain at least one text, image or earlier hit.
-
-    Negative texts, negative images and a filter are optional.
-    """
+class QueryRequest(_StrictModel):
+    """A query, which must contain at least one text, image or earlier hit. Negative texts and images are optional."""
 
     texts: list[Text] = Field(
         default=[], max_length=MAX_IMAGES, description="texts of any length, in any language that the model supports"
@@ -138,6 +135,11 @@ class SearchRequest(_StrictModel):
     negative_images: list[DataUri] = Field(
         default=[], max_length=MAX_IMAGES, description="images, as data URIs, that results should not resemble"
     )
+
+
+class SearchRequest(QueryRequest):
+    """A query, the maximum number of results and an optional filter."""
+
     top: int = Field(default=50, ge=1, le=MAX_TOP, description="maximum number of hits")
     filter: FilterRequest = FilterRequest()  # pydantic copies defaults
 
@@ -171,6 +173,20 @@ class SearchResponse(BaseModel):
     """Search results, best first."""
 
     hits: list[HitResponse]
+
+
+class HeatmapRequest(QueryRequest):
+    """A query, and the image in which to locate it."""
+
+    id: HitId = Field(description="id of a hit")
+
+
+class HeatmapResponse(BaseModel):
+    """Similarity of the cells of an image to a query."""
+
+    rows: list[list[float]] = Field(
+        description="cosine similarity of each cell to the query, row by row; the cells divide the image evenly"
+    )
 
 
 class EmbedRequest(BaseModel):

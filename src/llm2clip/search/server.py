@@ -16,14 +16,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from fastapi import FastAPI, Request, UploadFile
 from fastapi.responses import FileResponse, RedirectResponse, Response, StreamingResponse
-from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from llm2clip import __version__
-from llm2clip.data.image_header import open_header
-from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search.auth import Authenticator
 from llm2clip.search.backends import Backend
@@ -31,8 +28,8 @@ from llm2clip.search.build import check_model
 from llm2clip.search.errors import ERROR_RESPONSES, NotFound, add_error_handlers
 from llm2clip.search.inference import InferenceService
 from llm2clip.search.middleware import PIECE_SIZE, RequestMiddleware
+from llm2clip.search.originals import open_original
 from llm2clip.search.request_images import decode_data_uri
-from llm2clip.search.scan import file_stamp
 from llm2clip.search.schemas import (
     DATA_URI_PREFIX,
     MAX_IMAGES,
@@ -40,11 +37,12 @@ from llm2clip.search.schemas import (
     EmbedRequest,
     EmbedResponse,
     HealthResponse,
+    HeatmapRequest,
+    HeatmapResponse,
     Limits,
     SearchRequest,
     SearchResponse,
 )
-from llm2clip.search.types import IndexedImage
 
 STATIC_FOLDER = Path(__file__).parent / "static"
 STATIC_FILES = ("page.css", "page.js")
@@ -99,7 +97,7 @@ def create_app(
     )
     app.state.service = service
     _add_status_routes(app, service, auth)
-    _add_search_route(app, service)
+    _add_search_routes(app, service)
     _add_embedding_routes(app, service)
     _add_image_routes(app, service)
     _add_page_routes(app, auth)
@@ -161,11 +159,16 @@ def _add_status_routes(app: FastAPI, service: InferenceService, auth: Authentica
         return Response(await run_in_threadpool(generate_latest, service.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_search_route(app: FastAPI, service: InferenceService) -> None:
+def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
     @app.post("/search", responses=API_ERRORS)
     async def search(request: SearchRequest) -> SearchResponse:
         """Return the images in the index that are most similar to the given texts, images and earlier hits."""
         return SearchResponse(hits=await service.search(request))
+
+    @app.post("/heatmap", responses=API_ERRORS)
+    async def heatmap(request: HeatmapRequest) -> HeatmapResponse:
+        """Return where in the image of a hit the given texts, images and earlier hits are."""
+        return HeatmapResponse(rows=(await service.heatmap(request)).tolist())
 
 
 def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
@@ -231,48 +234,16 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
     @app.get("/image/{hit_id}", response_class=Response, responses=API_ERRORS)
     async def image(hit_id: str) -> Response:
         """Return the original image file of a hit."""
-        stream, media_type = await run_in_threadpool(_open_original, service.require_backend(), hit_id)
+        try:
+            stream, media_type = await run_in_threadpool(open_original, service.require_backend(), hit_id)
+        except FileNotFoundError as error:
+            raise NotFound(str(error)) from error
         headers = {"Content-Security-Policy": "default-src 'none'; sandbox"}
         if isinstance(stream, io.BytesIO):  # a table cell
             return Response(stream.getvalue(), media_type=media_type, headers=headers)
         size = stream.seek(0, os.SEEK_END)
         headers["Content-Length"] = str(size)
         return StreamingResponse(_read_pieces(stream, size), media_type=media_type, headers=headers)
-
-
-def _open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
-    """Open the image file of a hit, and return the stream and the media type.
-
-    If the hit has several files, the first file that has not changed since it was indexed is used.
-    """
-    for image in backend.images(hit_id):
-        try:
-            stream = _open_unchanged(image)
-            header = open_header(stream)
-        except Exception:  # Pillow can raise almost any exception for a damaged header
-            continue
-        media_type = Image.MIME.get(header.format or "", "")
-        if media_type.startswith("image/"):
-            return stream, media_type
-    raise NotFound(
-        f"the index contains no image with id {hit_id}, or the image file has been changed or removed since it was "
-        "indexed"
-    )
-
-
-def _open_unchanged(image: IndexedImage) -> BinaryIO:
-    """Open an image.
-
-    Raises:
-        FileNotFoundError: The file no longer exists, or another file has its name.
-    """
-    path = image.ref.container_path or ""
-    if file_stamp(os.stat(path)) != image.stamp:  # checked first, because opening a named pipe would block
-        raise FileNotFoundError(f"{path} has changed since it was indexed")
-    stream = image.ref.open()
-    if isinstance(image.ref, FileImage) and file_stamp(os.fstat(stream.fileno())) != image.stamp:
-        raise FileNotFoundError(f"{path} has changed since it was indexed")
-    return stream
 
 
 async def _read_pieces(stream: BinaryIO, size: int) -> AsyncIterator[bytes]:

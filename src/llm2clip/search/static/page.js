@@ -1,12 +1,14 @@
 "use strict";
 // Search page that shows the results of a query in a grid. The page only sends requests to the server that it was loaded
-// from, using the paths /search, /thumbnail and /image.
+// from, using the paths /search, /heatmap, /thumbnail and /image.
 
 const $ = (id) => document.getElementById(id);
 const MAX_SIDE = 1024; // in pixels; larger images are scaled down to this size before they are sent
 const MAX_IMAGES = 16; // maximum number of images per request; the server has the same limit
 const query = { images: [], like: [], negativeImages: [] }; // images and negativeImages are data URIs; like contains hit ids
+const DARKEST = 0.8; // opacity of the heat map over the least similar cell
 let hits = [];
+let searchedQuery = null; // query fields of the request that returned the hits
 let openIndex = -1; // index of the hit in the detail view; -1 before the first hit is opened
 let lastRequest = 0;
 
@@ -59,6 +61,7 @@ async function search(addToHistory = true) {
     if (requestNumber !== lastRequest) return; // a newer search has started
     if (!response.ok) throw new Error(body.error.message);
     showHits(body.hits);
+    searchedQuery = (({ filter, ...fields }) => fields)(request);
     const seconds = ((performance.now() - start) / 1000).toFixed(2);
     showStatus(hits.length ? `${hits.length} images, most similar first (${seconds} s)` : "No results. Try changing the filters.");
   } catch (error) {
@@ -107,6 +110,7 @@ function makeGridItem(hit, index) {
 function showDetail(index) {
   if (index < 0 || index >= hits.length) return;
   openIndex = index;
+  hideHeatmap();
   const hit = hits[index], first = hit.images[0];
   $("large").src = `/image/${hit.id}`;
   $("large").onerror = () => { $("large").onerror = null; $("large").src = `/thumbnail/${hit.id}`; };
@@ -127,6 +131,63 @@ function showDetail(index) {
   $("next").disabled = index === hits.length - 1;
   if (!$("detail").open) $("detail").showModal();
 }
+
+// ---- heat map -------------------------------------------------------------------------------------------------------
+
+function hideHeatmap() {
+  $("heatmap").hidden = true;
+  $("where").setAttribute("aria-pressed", "false");
+  showHeatmapStatus("");
+}
+
+function showHeatmapStatus(text, isError = false) {
+  $("heatmap-status").textContent = text;
+  $("heatmap-status").classList.toggle("error", isError);
+}
+
+async function toggleHeatmap() {
+  if ($("where").getAttribute("aria-pressed") === "true") {
+    hideHeatmap();
+    return;
+  }
+  const hit = hits[openIndex];
+  $("where").setAttribute("aria-pressed", "true");
+  showHeatmapStatus("Computing the heat map…");
+  const isCurrent = () => hits[openIndex] === hit && $("where").getAttribute("aria-pressed") === "true";
+  try {
+    const response = await fetch("/heatmap", {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({ id: hit.id, ...searchedQuery }),
+    });
+    const body = await response.json();
+    if (!isCurrent()) return;
+    if (!response.ok) throw new Error(body.error.message);
+    drawHeatmap(body.rows, hit);
+  } catch (error) {
+    if (!isCurrent()) return;
+    hideHeatmap();
+    showHeatmapStatus(error instanceof TypeError ? "The server is not responding. Is it still running?" : error.message, true);
+  }
+}
+
+function drawHeatmap(rows, hit) {
+  const values = rows.flat(), least = Math.min(...values), most = Math.max(...values);
+  const cells = document.createElement("canvas"), context = cells.getContext("2d");
+  cells.width = rows[0].length;
+  cells.height = rows.length;
+  const pixels = context.createImageData(cells.width, cells.height); // black, with a different opacity for each cell
+  values.forEach((value, i) => { pixels.data[4 * i + 3] = 255 * DARKEST * (most > least ? (most - value) / (most - least) : 0); });
+  context.putImageData(pixels, 0, 0);
+  const canvas = $("heatmap"), scale = MAX_SIDE / Math.max(hit.width, hit.height); // same aspect ratio as the image
+  canvas.width = Math.max(1, Math.round(hit.width * scale));
+  canvas.height = Math.max(1, Math.round(hit.height * scale));
+  canvas.getContext("2d").drawImage(cells, 0, 0, canvas.width, canvas.height);
+  canvas.hidden = false;
+  showHeatmapStatus(`Bright: most similar to the query (${most.toFixed(3)}). Dark: least similar (${least.toFixed(3)}).`);
+}
+
+// ---- more and less like a hit ---------------------------------------------------------------------------------------
 
 function moreLike(hit) {
   Object.assign(query, { images: [], like: [hit.id], negativeImages: [] });
@@ -237,6 +298,7 @@ $("more").addEventListener("click", () => {
 });
 $("like").addEventListener("click", () => moreLike(hits[openIndex]));
 $("unlike").addEventListener("click", () => lessLike(hits[openIndex]));
+$("where").addEventListener("click", toggleHeatmap);
 $("back").addEventListener("click", () => showDetail(openIndex - 1));
 $("next").addEventListener("click", () => showDetail(openIndex + 1));
 $("close").addEventListener("click", () => $("detail").close());
@@ -259,6 +321,7 @@ document.addEventListener("keydown", (event) => {
     if (event.key === "ArrowLeft") showDetail(openIndex - 1);
     if (event.key === "ArrowRight") showDetail(openIndex + 1);
     if (event.key === "m") moreLike(hits[openIndex]);
+    if (event.key === "w") toggleHeatmap();
     return;
   }
   if (event.key === "/") { event.preventDefault(); $("text").focus(); return; }

@@ -1,0 +1,61 @@
+"""Heat maps that show where in an image a query is: the cosine similarity of each cell to the query."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2.functional import resize
+
+from llm2clip.data.images import make_thumbnail
+from llm2clip.models.dense import DenseEncoder
+from llm2clip.models.dual_encoder import DualEncoder
+
+DARKEST = 0.2  # brightness of the least similar cell, as a fraction of its original brightness
+IMAGE_SIDE = 384  # longer side of a drawn heat map, in pixels
+
+
+def require_dense_encoder(model: DualEncoder) -> DenseEncoder:
+    """Return the dense encoder of a model.
+
+    Raises:
+        ValueError: The model has none.
+    """
+    if model.dense is None:
+        raise ValueError(
+            "heat maps are not available for this model: its image encoder returns no embeddings of image regions"
+        )
+    return model.dense
+
+
+def compute_heatmap(dense: DenseEncoder, pixels: Tensor, query: np.ndarray) -> np.ndarray:
+    """Return the cosine similarity of each cell of an image to a query, float32 (h, w).
+
+    Args:
+        dense: Dense encoder of the model that embedded the query.
+        pixels: Image, uint8 (3, H, W), resized by `dense.resize`.
+        query: Query vector, float32 (D,), L2-normalised.
+    """
+    cells = dense.encode(pixels[None], dense.localization_variant)[0]  # (h, w, D)
+    return cast(np.ndarray, (cells @ torch.from_numpy(query).to(cells)).cpu().numpy())
+
+
+def draw_heatmap(image: Tensor, heatmap: np.ndarray) -> bytes:
+    """Darken the parts of an image that are least similar to the query, and return a small JPEG.
+
+    Args:
+        image: Image, uint8 (3, H, W).
+        heatmap: Cosine similarity of each cell, (h, w). Its range is stretched to the full range of brightness.
+    """
+    height, width = image.shape[-2:]
+    scale = min(1.0, IMAGE_SIDE / max(height, width))
+    size = [max(1, round(height * scale)), max(1, round(width * scale))]
+    cells = torch.from_numpy(heatmap).float()
+    spread = cells.max() - cells.min()
+    relative = (cells - cells.min()) / spread if spread > 0 else torch.ones_like(cells)
+    brightness = DARKEST + (1 - DARKEST) * F.interpolate(relative[None, None], size, mode="bilinear")[0]
+    shaded = resize(image, size, antialias=True) * brightness
+    return make_thumbnail(shaded.round().to(torch.uint8), IMAGE_SIDE)
