@@ -171,9 +171,9 @@ def test_search_command_writes_heatmaps(
     arguments = [
         "search",
         index,
+        RED,
         "--images",
         str(photos / "0.png"),
-        RED,
         "--top",
         "1",
         "--sheet",

@@ -113,11 +113,12 @@ def test_heat_map_is_drawn_over_the_image(page: Any, address: str) -> None:
     page.locator("#where").click()
     page.locator("#heatmap").wait_for()
     assert "Bright: most similar to the query (1.000)" in page.locator("#heatmap-status").inner_text()
-    opacity = """(share) => {
-        const canvas = document.getElementById('heatmap'), x = share * canvas.width, y = canvas.height / 2;
-        return canvas.getContext('2d').getImageData(x, y, 1, 1).data[3];
+    opacities = """() => {
+        const {width, height} = heatmap, row = heatmap.getContext('2d').getImageData(0, height / 2, width, 1).data;
+        return [0.2, 0.8].map((share) => row[4 * Math.floor(share * width) + 3]);
     }"""
-    assert page.evaluate(opacity, 0.2) == 0 and page.evaluate(opacity, 0.8) > 190
+    left, right = page.evaluate(opacities)
+    assert left == 0 and right > 190
     boxes = [page.locator(name).bounding_box() for name in ("#large", "#heatmap")]
     assert boxes[0] == pytest.approx(boxes[1], abs=1)
     assert page.evaluate("heatmap.width / heatmap.height") == pytest.approx(48 / 40, abs=0.01)

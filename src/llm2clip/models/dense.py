@@ -226,7 +226,7 @@ def _apply_head(tower: VisionTower, cells: Tensor) -> Tensor:
         return cast(Tensor, backbone.post_layernorm(cells) if hasattr(backbone, "post_layernorm") else cells)
     if isinstance(backbone, VisionTransformer | Eva):
         # Some heads pool the class token, others skip it. With equal tokens, each head returns this cell's features.
-        return cast(Tensor, backbone.forward_head(cells[:, None].expand(-1, 1 + backbone.num_prefix_tokens, -1)))
+        return backbone.forward_head(cells[:, None].expand(-1, 1 + backbone.num_prefix_tokens, -1))
     maps = cells[:, None, None] if _has_channels_last(tower) else cells[:, :, None, None]
     return cast(Tensor, backbone.forward_head(maps))
 
@@ -305,7 +305,7 @@ class _DenseBlock(nn.Module):
                 f"variant {self.variant!r} requires a last block that calls PyTorch's scaled_dot_product_attention "
                 f"once, but {_class_name(self.block)} called it {attention.calls} times: use variant 'plain'"
             )
-        return cast(Tensor, output)
+        return output
 
 
 def _attention_branch(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -229,8 +229,8 @@ def _open_open_clip(name: str, device: torch.device) -> DualEncoder:
 
 def _open_clip_dense_encoder(visual: Any, cfg: dict[str, Any], device: torch.device) -> DenseEncoder | None:
     """Return the dense encoder of an open_clip model whose image encoder is a timm model, or None for all others."""
-    trunk, head = getattr(visual, "trunk", None), getattr(visual, "head", None)
-    if trunk is None or hasattr(head, "pool"):  # open_clip's own pooling
+    trunk = getattr(visual, "trunk", None)
+    if trunk is None or hasattr(visual.head, "pool"):  # open_clip's own pooling
         return None
     size = max(cfg["size"]) if isinstance(cfg["size"], tuple | list) else cfg["size"]
     preprocess = Preprocess(
@@ -243,7 +243,7 @@ def _open_clip_dense_encoder(visual: Any, cfg: dict[str, Any], device: torch.dev
     )
     config = {"library": "timm", "architecture": type(trunk).__name__, "preprocess": preprocess.to_dict()}
     tower = VisionTower(trunk, config | {"args": {"img_size": size}}).to(device).eval()
-    return _dense_encoder(tower, head)
+    return _dense_encoder(tower, visual.head)
 
 
 def _wrap(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -40,7 +38,7 @@ def compute_heatmap(dense: DenseEncoder, pixels: Tensor, query: np.ndarray) -> n
         query: Query vector, float32 (D,), L2-normalised.
     """
     cells = dense.encode(pixels[None], dense.localization_variant)[0]  # (h, w, D)
-    return cast(np.ndarray, (cells @ torch.from_numpy(query).to(cells)).cpu().numpy())
+    return (cells @ torch.from_numpy(query).to(cells)).cpu().numpy()
 
 
 def draw_heatmap(image: Tensor, heatmap: np.ndarray) -> bytes:
