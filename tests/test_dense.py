@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from llm2clip.data.transforms import Preprocess
-from llm2clip.models.dense import DENSE_VARIANTS, build_dense_encoder
+from llm2clip.models.dense import DENSE_VARIANTS, build_dense_encoder, feature_map
 from llm2clip.models.dual_encoder import from_llm2clip, open_dual_encoder
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.vision_tower import VisionTower
@@ -276,6 +276,27 @@ def test_plain_tokens_equal_the_librarys_hidden_states(family: str) -> None:
         tokens = outputs.last_hidden_state[:, -(grid**2) :]
         tokens = backbone.post_layernorm(tokens) if family == "clip" else tokens
     torch.testing.assert_close(features.flatten(1, 2), tokens, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["vit", "eva02", "clip", "dinov3", "test_efficientnet"])
+def test_feature_map_has_the_librarys_features_and_gradients(family: str) -> None:
+    tower = BUILDERS[family]() if family in BUILDERS else timm_tower(family)
+    backbone: Any = tower.backbone
+    x = normalized(pixels(tower.preprocess.size), tower.preprocess)
+    with torch.no_grad():
+        if family == "test_efficientnet":
+            expected = backbone.forward_features(x)
+        elif tower.config["library"] == "timm":
+            expected = backbone.forward_intermediates(x, norm=True)[1][-1]
+        else:
+            tokens = backbone(x).last_hidden_state
+            grid = tower.preprocess.size // tower.config["architecture"]["patch_size"]
+            expected = tokens[:, -(grid**2) :].transpose(1, 2).unflatten(2, (grid, grid))
+    features = feature_map(tower, pixels(tower.preprocess.size))
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+    features.square().sum().backward()
+    weights = [parameter for parameter in backbone.parameters() if parameter.ndim == 4]
+    assert weights[0].grad is not None and weights[0].grad.abs().sum() > 0  # the first convolution
 
 
 POOLED: dict[str, Callable[[int], VisionTower]] = {

@@ -164,6 +164,27 @@ def build_dense_encoder(tower: VisionTower, project: Callable[[Tensor], Tensor],
     )
 
 
+def feature_map(tower: VisionTower, pixels: Tensor) -> Tensor:
+    """Return the features of all cells before the tower's head, for example as input for a detector.
+
+    Gradients flow to the tower's weights, except to position embeddings that are interpolated to another image size.
+
+    Args:
+        tower: vision tower, in eval or training mode.
+        pixels: images (N, 3, H, W), uint8 from 0 to 255 or float from 0 to 1. H and W must be multiples of the cell
+            size, see `DenseEncoder`.
+
+    Returns:
+        Features (N, C, h, w), where h and w are H and W divided by the cell size.
+
+    Raises:
+        ValueError: the tower's architecture has no grid of cells.
+    """
+    cell_size = _cell_size(tower)
+    grid = (pixels.shape[-2] // cell_size, pixels.shape[-1] // cell_size)
+    return _encode_cells(tower, pixels, grid, "plain").permute(0, 3, 1, 2)
+
+
 def _cell_size(tower: VisionTower) -> int:
     if tower.config["library"] == "transformers":
         return int(tower.config["architecture"]["patch_size"])
