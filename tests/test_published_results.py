@@ -24,6 +24,8 @@ from llm2clip.published_results import (
     RETRIEVAL_TABLES,
     TABLES,
     VISION_TRANSFER,
+    VISION_TRANSFER_METRICS,
+    published_metrics,
     published_rows,
     published_sources,
 )
@@ -55,10 +57,13 @@ def test_published_rows_have_the_values_of_the_project_page() -> None:
     assert VISION_TRANSFER.cell("EVA02 + LLM2CLIP", "OV-COCO") == (28.9, 54.7, 48.0)
     assert LLAVA.cell("+ LLM2CLIP", "MME") == (1505.82,)
     assert published_rows("xtd10") == {} == published_rows("data")
+    assert published_metrics("ade20k") == {"2026: EVA02": {"mIoU": 11.5}, "2026: EVA02 + LLM2CLIP": {"mIoU": 15.8}}
+    assert published_metrics("cityscapes")["2026: EVA02 + LLM2CLIP"] == {"mIoU": 20.1}
+    assert published_metrics("context59") == {}
 
 
 def test_published_tables_are_complete() -> None:
-    assert set(PUBLISHED_NAMES) <= set(BENCHMARKS)
+    assert set(PUBLISHED_NAMES) | set(VISION_TRANSFER_METRICS) <= set(BENCHMARKS)
     for table in (*TABLES, LLAVA):
         assert re.fullmatch(r"LLM2CLIP project page, commit [0-9a-f]{7}, 20\d\d-\d\d-\d\d", table.source)
         assert all(len(cells) == len(table.columns) for cells in table.rows.values())

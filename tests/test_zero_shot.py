@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from llm2clip.data.image_refs import FileImage
-from llm2clip.evaluate.benchmarks.base import ClassificationData, CompositionalExample
+from llm2clip.evaluate.benchmarks.base import CompositionalExample
 from llm2clip.evaluate.compositional import compositional_accuracy
 from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts, classification_accuracy, linear_probe
 
@@ -19,8 +19,8 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_class_embedding_is_the_mean_of_its_prompts() -> None:
-    data = ClassificationData([], [], ["dog", "big cat"], ["a {}.", "the {}!", "{} {}"])
-    assert class_prompts(data) == ["a dog.", "the dog!", "dog dog", "a big cat.", "the big cat!", "big cat big cat"]
+    prompts = class_prompts(["dog", "big cat"], ["a {}.", "the {}!", "{} {}"])
+    assert prompts == ["a dog.", "the dog!", "dog dog", "a big cat.", "the big cat!", "big cat big cat"]
     texts = random(6, 5) * torch.arange(1, 7)[:, None]  # the norm of an embedding must not matter
     classes = class_embeddings(texts, 2)
     for n in range(2):

@@ -100,8 +100,16 @@ class ResultImages:
     images: Sequence[ResultImage]
 
 
-Block = Heading | Paragraph | Code | Table | Plot | ResultImages
-_VISUAL = Plot | ResultImages  # blocks that Markdown reports omit
+@dataclass(frozen=True)
+class Legend:
+    """The meaning of colours in the images above. Each entry is a name and a CSS colour, such as "#ff0000"."""
+
+    kind: ClassVar[str] = "legend"
+    entries: Sequence[tuple[str, str]]
+
+
+Block = Heading | Paragraph | Code | Table | Plot | ResultImages | Legend
+_VISUAL = Plot | ResultImages | Legend  # blocks that Markdown reports omit
 
 
 def write_report(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> tuple[Path, Path]:

@@ -184,6 +184,37 @@ PUBLISHED_NAMES = {
 }
 
 
+# Maps the benchmark names to the columns of VISION_TRANSFER, and to the names of the metrics in these columns.
+VISION_TRANSFER_METRICS = {
+    "voc20": ("VOC", ("mIoU",)),
+    "voc21": ("VOC", ("mIoU",)),
+    "coco-stuff": ("COCO-Stuff", ("mIoU",)),
+    "ade20k": ("ADE20K", ("mIoU",)),
+    "cityscapes": ("Cityscapes", ("mIoU",)),
+}
+VISION_TRANSFER_NOTE = (
+    f"Paper 2026: {VISION_TRANSFER.title} ({VISION_TRANSFER.source}). The authors published no code for these results, "
+    "so their protocol may differ, for example in the class names and in the treatment of the background."
+)
+
+
+def published_metrics(benchmark: str) -> dict[str, dict[str, float]]:
+    """Return the authors' results for a benchmark about parts of images.
+
+    Returns:
+        The metrics of each model, keyed by metric. The keys consist of the year of the project page and the model name.
+        If the authors published no results for the benchmark, the dict is empty.
+    """
+    if benchmark not in VISION_TRANSFER_METRICS:
+        return {}
+    column, metrics = VISION_TRANSFER_METRICS[benchmark]
+    rows = {}
+    for model in VISION_TRANSFER.rows:
+        values = VISION_TRANSFER.cell(model, column) or ()
+        rows[f"{VISION_TRANSFER.year}: {model}"] = dict(zip(metrics, values, strict=True))
+    return rows
+
+
 def published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
     """Return the authors' results for a benchmark.
 

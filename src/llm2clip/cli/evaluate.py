@@ -39,7 +39,8 @@ def add(commands: Commands) -> None:
         "--benchmarks",
         nargs="+",
         type=str,
-        help="Names of public benchmarks (see `llm2clip benchmarks`), `all`, or folder:PATH (one subfolder per class).",
+        help="Names of public benchmarks (see `llm2clip benchmarks`), `all`, folder:PATH (one subfolder per class), or "
+        "boxes:FILE.json (boxes in COCO's format).",
     )
     parser.add_argument("--root", type=str, default="data/benchmarks", help=ROOT_HELP)
     parser.add_argument(
@@ -47,6 +48,14 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--linear_probe", action="store_true", help="Classification: also fit a linear probe to the training images."
+    )
+    parser.add_argument(
+        "--dense_variants",
+        nargs="+",
+        type=str,
+        default=["plain"],
+        help="Regions and segmentation: how the embeddings of image parts are computed: `plain`, `maskclip`, `sclip`, "
+        "`clearclip` or `naclip`.",
     )
     parser.add_argument(
         "--trust_remote_code",
@@ -94,7 +103,16 @@ def _evaluate(args: Namespace) -> list[str]:
         out=Path(args.out) if args.out else None,
         config=args.evaluate,
         num_mistakes=args.mistakes,
-        **select(args, "encoder", "columns", "max_skipped", "all_pairs", "linear_probe", "trust_remote_code"),
+        **select(
+            args,
+            "encoder",
+            "columns",
+            "max_skipped",
+            "all_pairs",
+            "linear_probe",
+            "dense_variants",
+            "trust_remote_code",
+        ),
     )
 
 

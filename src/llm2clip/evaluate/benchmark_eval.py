@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,22 @@ from llm2clip.evaluate.benchmarks import (
     DataFormatError,
     JudgedRetrieval,
     MissingFileError,
+    RegionData,
+    SegmentationData,
 )
 from llm2clip.evaluate.compositional import compositional_accuracy
+from llm2clip.evaluate.dense.regions import classify_regions, region_metrics, wrong_region_blocks
+from llm2clip.evaluate.dense.segmentation import (
+    class_iou,
+    evaluate_segmentation,
+    segmentation_blocks,
+    segmentation_metrics,
+)
 from llm2clip.evaluate.eccv_caption import eccv_metrics
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks, caption_field_metrics, rank_caption_fields
 from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts, classification_accuracy, linear_probe
+from llm2clip.html_report import Block
 
 
 @dataclass
@@ -32,18 +44,26 @@ class BenchmarkResult:
 
     Args:
         summary: Entry for results.json. It always has "benchmark" and "kind". Retrieval results also have "rows" (see
-            `caption_field_metrics`). Results for other kinds of benchmarks have "metrics", "images" (number of images),
-            "texts" (number of texts) and "truncated" (number of texts that exceed the model's maximum length). All
-            metrics are in percent, except "linear probe C".
+            `caption_field_metrics`). Results for other kinds of benchmarks have "images" (number of images), "texts"
+            (number of texts) and "truncated" (number of texts that exceed the model's maximum length). They also have
+            "metrics", or, if a benchmark is evaluated by several methods, "rows". Each of these rows has "method",
+            "metrics" and "intervals" (95% confidence intervals of the metrics). All metrics are in percent, except
+            "linear probe C".
         ranks: Ranks for each caption field. Only set for retrieval benchmarks.
+        draw_examples: Function that returns a report section with example images.
     """
 
     summary: dict[str, Any]
     ranks: dict[str, RetrievalRanks] = field(default_factory=dict)
+    draw_examples: Callable[[], list[Block]] | None = None
 
 
 def run_benchmark(
-    benchmark: Benchmark, folder: Path, embeddings: EmbeddingSource, with_linear_probe: bool = False
+    benchmark: Benchmark,
+    folder: Path,
+    embeddings: EmbeddingSource,
+    with_linear_probe: bool = False,
+    dense_variants: Sequence[str] = ("plain",),
 ) -> BenchmarkResult:
     """Evaluate a model on a benchmark.
 
@@ -52,6 +72,7 @@ def run_benchmark(
         folder: Folder that contains the benchmark's files.
         embeddings: Source of the model's embeddings.
         with_linear_probe: For classification benchmarks with training images, also fit a linear probe.
+        dense_variants: Variants of the dense features to evaluate. See `DENSE_VARIANTS`.
 
     Raises:
         MissingFileError: If a file is missing.
@@ -63,6 +84,10 @@ def run_benchmark(
     if benchmark.kind == "retrieval":
         ranks = rank_caption_fields(embeddings, data)
         return BenchmarkResult(summary | {"rows": caption_field_metrics(embeddings, ranks)}, ranks)
+    if benchmark.kind in ("regions", "segmentation"):
+        evaluate = _evaluate_regions if benchmark.kind == "regions" else _evaluate_segmentation
+        result = evaluate(data, embeddings, dense_variants)
+        return dataclasses.replace(result, summary=summary | result.summary)
     if benchmark.kind == "judged retrieval":
         metrics, num_images, texts = _evaluate_judged_retrieval(data, embeddings)
     elif benchmark.kind == "compositional":
@@ -113,7 +138,7 @@ def _evaluate_classification(
 ) -> tuple[dict[str, float], int, list[str]]:
     images, indices = embeddings.encode_images(data.images)
     labels = [data.labels[i] for i in indices]
-    prompts = class_prompts(data)
+    prompts = class_prompts(data.names, data.templates)
     classes = class_embeddings(embeddings.encode_texts(prompts), len(data.names))
     metrics = classification_accuracy(images, labels, classes)
     images_per_class = torch.bincount(torch.tensor(labels))
@@ -127,6 +152,46 @@ def _evaluate_classification(
         probe = linear_probe(train_images, [train.labels[i] for i in train_indices], images, labels)
         metrics |= {"linear probe": probe["top-1"], "linear probe C": probe["C"]}
     return metrics, len(images), prompts
+
+
+def _evaluate_regions(data: RegionData, embeddings: EmbeddingSource, variants: Sequence[str]) -> BenchmarkResult:
+    predictions = classify_regions(data, embeddings, variants)
+    rows = []
+    for method, method_predictions in predictions.items():
+        metrics, intervals = region_metrics(data, method_predictions)
+        rows.append({"method": method, "metrics": metrics, "intervals": intervals})
+    prompts = class_prompts(data.names, data.templates)
+    first_method, first_predictions = next(iter(predictions.items()))
+    summary = {
+        "images": len(set(first_predictions.image.tolist())),
+        "regions": len(first_predictions.image),
+        "excluded regions": dict(data.excluded),
+        "texts": len(prompts),
+        "truncated": embeddings.count_truncated(prompts),
+        "chance": 100.0 / len(data.names),
+        "rows": rows,
+    }
+    return BenchmarkResult(summary, draw_examples=partial(wrong_region_blocks, data, first_method, first_predictions))
+
+
+def _evaluate_segmentation(
+    data: SegmentationData, embeddings: EmbeddingSource, variants: Sequence[str]
+) -> BenchmarkResult:
+    result = evaluate_segmentation(data, embeddings, variants)
+    rows = []
+    for variant, counts in result.counts.items():
+        metrics, intervals = segmentation_metrics(counts)
+        class_names = [names[0] for names in data.names]
+        class_ious = dict(zip(class_names, class_iou(counts), strict=True))
+        rows.append({"method": variant, "metrics": metrics, "intervals": intervals, "IoU": class_ious})
+    prompts = class_prompts([name for names in data.names for name in names], data.templates)
+    summary = {
+        "images": len(result.images),
+        "texts": len(prompts),
+        "truncated": embeddings.count_truncated(prompts),
+        "rows": rows,
+    }
+    return BenchmarkResult(summary, draw_examples=partial(segmentation_blocks, data, result))
 
 
 def _load_probe_data(benchmark: Benchmark, folder: Path) -> ClassificationData | None:

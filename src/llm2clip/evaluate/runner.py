@@ -25,6 +25,7 @@ from llm2clip.evaluate.reporting.error_analysis import analyze_errors
 from llm2clip.html_report import Block, Code, Paragraph, to_markdown, write_report
 from llm2clip.io_utils import MissingFileError, atomic_write_text
 from llm2clip.models.clip_text_encoder import has_text_tower, load_clip_text_encoder
+from llm2clip.models.dense import DENSE_VARIANTS
 from llm2clip.models.display_names import display_names
 from llm2clip.models.dual_encoder import SENTENCE_TRANSFORMERS_PREFIX
 from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
@@ -51,6 +52,7 @@ def evaluate_models(
     all_pairs: bool = False,
     num_mistakes: int = 3,
     linear_probe: bool = False,
+    dense_variants: Sequence[str] = ("plain",),
     trust_remote_code: bool = False,
 ) -> list[str]:
     """Evaluate models, print tables, and write results.json, report.md and report.html to `out`.
@@ -77,6 +79,7 @@ def evaluate_models(
         max_skipped: Stop if more than this fraction of the rows cannot be used.
         all_pairs, num_mistakes: Options for CRA. See `caption_retrieval_accuracy`.
         linear_probe: For classification benchmarks, also fit a linear probe on the training images.
+        dense_variants: Variants of the dense features, for benchmarks about parts of images. See `DENSE_VARIANTS`.
         trust_remote_code: Run the Python code that comes with a model, if any. Jina-CLIP requires this setting.
 
     Returns:
@@ -87,6 +90,7 @@ def evaluate_models(
     """
     encoder, config, columns = encoder or EncoderConfig(), config or EvaluateConfig(), dict(columns or {})
     _check_arguments(models, data, benchmarks, captions, out)
+    _check_dense_variants(dense_variants)
     results: dict[str, Any] = {}
     report: list[Block] = [Code(command_line())]
     failures: list[str] = []
@@ -109,7 +113,14 @@ def evaluate_models(
     if data or benchmarks:
         user_data = [_user_benchmark(data, config, columns, log)] if data else []
         available, failures = _find_benchmarks([*user_data, *get_benchmarks(benchmarks)], root)
-        runner = BenchmarkRunner(available, out=out, log=log, max_skipped=max_skipped, linear_probe=linear_probe)
+        runner = BenchmarkRunner(
+            available,
+            out=out,
+            log=log,
+            max_skipped=max_skipped,
+            linear_probe=linear_probe,
+            dense_variants=dense_variants,
+        )
         for n, name in enumerate(display_names(models) if available else []):
             runner.run(models[n], name, is_baseline=n > 0, trust_remote_code=trust_remote_code)
             results["results"] = runner.summaries()
@@ -144,6 +155,7 @@ class BenchmarkRunner:
         log: SkipLog,
         max_skipped: float,
         linear_probe: bool,
+        dense_variants: Sequence[str],
     ) -> None:
         """
         Args:
@@ -152,12 +164,14 @@ class BenchmarkRunner:
             log: Skip log for the user's data.
             max_skipped: Stop a benchmark if more than this fraction of its images cannot be decoded.
             linear_probe: For classification benchmarks, also fit a linear probe on the training images.
+            dense_variants: Variants of the dense features, for benchmarks about parts of images.
         """
         self.benchmarks = benchmarks
         self.results: list[list[ModelResult]] = [[] for _ in benchmarks]
         self.failures: list[str] = []
         self._out = out
         self._linear_probe = linear_probe
+        self._dense_variants = dense_variants
         self._logs = []
         for n, (benchmark, _) in enumerate(benchmarks):
             is_user_data = benchmark.name == USER_DATA
@@ -186,7 +200,7 @@ class BenchmarkRunner:
             print_once(f"{name}: {benchmark.name}")
             embeddings.log = self._logs[n]
             try:
-                result = run_benchmark(benchmark, folder, embeddings, self._linear_probe)
+                result = run_benchmark(benchmark, folder, embeddings, self._linear_probe, self._dense_variants)
             except (OSError, ValueError) as error:
                 # Invalid data causes the same error on every rank. Any other error may occur on this rank only.
                 if is_distributed and not isinstance(error, MissingFileError | ValueError):
@@ -200,6 +214,8 @@ class BenchmarkRunner:
                     with_examples = not is_baseline and field_index == 0
                     analysis = analyze_errors(ranks, num_queries=EXAMPLE_QUERIES if with_examples else 0)
                     model_result.error_analysis[field] = analysis
+                if result.draw_examples is not None and not is_baseline:
+                    model_result.examples = result.draw_examples()
             self.results[n].append(model_result)
 
     def summaries(self) -> list[dict[str, Any]]:
@@ -235,6 +251,12 @@ def _check_arguments(
         )
     if process_state().num_processes > 1 and out is None:
         raise ValueError("a distributed evaluation needs --out: the ranks exchange embeddings through this folder")
+
+
+def _check_dense_variants(variants: Sequence[str]) -> None:
+    for variant in variants:
+        if variant not in DENSE_VARIANTS:
+            raise ValueError(f"no dense variant {variant!r}; choose from {', '.join(DENSE_VARIANTS)}")
 
 
 def _user_benchmark(data: Sequence[str], config: EvaluateConfig, columns: dict[str, str], log: SkipLog) -> Benchmark:

@@ -10,12 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip.evaluate.benchmarks.base import ClassificationData
 
-
-def class_prompts(data: ClassificationData) -> list[str]:
-    """Insert every class name into every prompt template. Prompts for the same class are adjacent."""
-    return [template.replace("{}", name) for name in data.names for template in data.templates]
+def class_prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Insert every class name into every prompt template, at "{}". Prompts for the same class are adjacent."""
+    return [template.replace("{}", name) for name in names for template in templates]
 
 
 def class_embeddings(prompts: Tensor, num_classes: int) -> Tensor:

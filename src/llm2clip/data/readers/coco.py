@@ -94,7 +94,7 @@ def _karpathy_rows(path: str, images: Sequence[Mapping[str, Any]]) -> Iterator[R
             parsed.append(KarpathyImage.parse(row))
         except (KeyError, TypeError, AttributeError) as error:
             parsed.append(BadRow("malformed row", f"not in the format of Karpathy's splits ({error!r})"))
-    folder = _find_image_folder(path, [image.name for image in parsed if isinstance(image, KarpathyImage)])
+    folder = find_image_folder(path, [image.name for image in parsed if isinstance(image, KarpathyImage)])
     for number, image in enumerate(parsed, 1):
         if isinstance(image, BadRow):
             yield path, number, image
@@ -114,7 +114,7 @@ def _coco_rows(path: str, images: Sequence[Mapping[str, Any]], annotations: Sequ
             example = example or repr(annotation)
         else:
             captions[image_id].append(annotation.get("caption"))
-    folder = _find_image_folder(path, [str(image.get("file_name")) for image in images], _split_folders(path, images))
+    folder = find_image_folder(path, [str(image.get("file_name")) for image in images], split_folders(path, images))
     for number, image in enumerate(images, 1):
         name = image.get("file_name")
         if not isinstance(name, str) or image.get("id") is None:
@@ -127,7 +127,7 @@ def _coco_rows(path: str, images: Sequence[Mapping[str, Any]], annotations: Sequ
         yield path, len(images) + 1, BadRow("malformed row", problem, num_bad)
 
 
-def _split_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
+def split_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return likely names of the folder that contains the images of a COCO split, such as train2017.
 
     The names come from the name of the JSON file (`captions_train2017.json`) and from `coco_url`
@@ -141,7 +141,7 @@ def _split_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
     return names
 
 
-def _find_image_folder(path: str, names: Sequence[str], subfolders: Sequence[str] = ()) -> str:
+def find_image_folder(path: str, names: Sequence[str], subfolders: Sequence[str] = ()) -> str:
     """Return the first folder in which an image is found, or the folder of the JSON file if no image is found."""
     parent = os.path.dirname(path)
     for name in names[:SEARCHED_IMAGES]:

@@ -7,17 +7,27 @@ from pathlib import Path
 
 from llm2clip.evaluate.benchmarks import (
     classification,
+    coco_boxes,
     compositional,
     eccv_caption,
     karpathy_splits,
     long_captions,
     multilingual,
+    segmentation,
 )
-from llm2clip.evaluate.benchmarks.base import Benchmark, ClassificationData, CompositionalExample, JudgedRetrieval
+from llm2clip.evaluate.benchmarks.base import (
+    Benchmark,
+    ClassificationData,
+    CompositionalExample,
+    JudgedRetrieval,
+    RegionData,
+    SegmentationData,
+)
 from llm2clip.evaluate.benchmarks.classification import FOLDER_PREFIX, folder_benchmark
+from llm2clip.evaluate.benchmarks.coco_boxes import BOXES_PREFIX, boxes_benchmark
 from llm2clip.html_report import Table, to_markdown
 from llm2clip.io_utils import DataFormatError, MissingFileError
-from llm2clip.published_results import published_rows
+from llm2clip.published_results import published_metrics, published_rows
 
 __all__ = [
     "BENCHMARKS",
@@ -27,11 +37,22 @@ __all__ = [
     "DataFormatError",
     "JudgedRetrieval",
     "MissingFileError",
+    "RegionData",
+    "SegmentationData",
     "get_benchmarks",
     "list_benchmarks",
 ]
 
-_MODULES = (karpathy_splits, eccv_caption, long_captions, multilingual, compositional, classification)
+_MODULES = (
+    karpathy_splits,
+    eccv_caption,
+    long_captions,
+    multilingual,
+    compositional,
+    classification,
+    coco_boxes,
+    segmentation,
+)
 BENCHMARKS = {benchmark.name: benchmark for module in _MODULES for benchmark in module.BENCHMARKS}
 
 
@@ -39,17 +60,23 @@ def get_benchmarks(names: Sequence[str]) -> list[Benchmark]:
     """Return the benchmarks with the given names.
 
     The name "all" selects every public benchmark. A name of the form folder:PATH creates a zero-shot classification
-    benchmark from a folder that contains one subfolder per class.
+    benchmark from a folder that contains one subfolder per class. A name of the form boxes:FILE creates a region
+    classification benchmark from a JSON file in COCO's format.
 
     Raises:
         ValueError: If a name is unknown.
     """
-    folders = [name for name in names if name.startswith(FOLDER_PREFIX)]
+    user_benchmarks = []
     for name in names:
-        if name not in BENCHMARKS and name != "all" and name not in folders:
-            raise ValueError(f"no benchmark {name!r}; choose from {', '.join(BENCHMARKS)}, all, {FOLDER_PREFIX}PATH")
+        if name.startswith(FOLDER_PREFIX):
+            user_benchmarks.append(folder_benchmark(name.removeprefix(FOLDER_PREFIX)))
+        elif name.startswith(BOXES_PREFIX):
+            user_benchmarks.append(boxes_benchmark(name.removeprefix(BOXES_PREFIX)))
+        elif name not in BENCHMARKS and name != "all":
+            choices = [*BENCHMARKS, "all", f"{FOLDER_PREFIX}PATH", f"{BOXES_PREFIX}FILE"]
+            raise ValueError(f"no benchmark {name!r}; choose from {', '.join(choices)}")
     public = [benchmark for benchmark in BENCHMARKS.values() if "all" in names or benchmark.name in names]
-    return public + [folder_benchmark(name.removeprefix(FOLDER_PREFIX)) for name in folders]
+    return public + user_benchmarks
 
 
 def list_benchmarks(root: Path) -> list[str]:
@@ -65,7 +92,7 @@ def list_benchmarks(root: Path) -> list[str]:
         except MissingFileError:
             folder = "–"
             missing.append(f"{benchmark.name} ({benchmark.folders[0]}/): {benchmark.source}")
-        published = len(published_rows(benchmark.name)) or None
+        published = len(published_rows(benchmark.name) or published_metrics(benchmark.name)) or None
         rows.append([benchmark.name, benchmark.kind, benchmark.description, published, folder])
     table = Table(["benchmark", "kind", "description", "published results", f"folder in {root}"], rows)
     lines = [to_markdown("Benchmarks", [table])]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+
 from llm2clip.data.image_refs import FileImage, ImageRef, is_inside
 from llm2clip.data.records import Record
 from llm2clip.io_utils import DataFormatError, MissingFileError
@@ -55,6 +57,51 @@ class JudgedRetrieval:
 
 
 @dataclass(frozen=True)
+class RegionData:
+    """Images with labelled boxes, class names and prompt templates. The lists have one element per image."""
+
+    images: Sequence[ImageRef]
+    sizes: Sequence[tuple[int, int]]
+    """Width and height of each image in pixels, to which the boxes refer."""
+    boxes: Sequence[np.ndarray]
+    """Boxes in each image, float32 (R, 4), as (left, top, right, bottom) in pixels. They are inside the image."""
+    labels: Sequence[np.ndarray]
+    """Class index (into `names`) of each box, int64 (R,)."""
+    areas: Sequence[np.ndarray]
+    """Area of each object's segmentation mask in square pixels, float32 (R,). COCO's size classes refer to it."""
+    names: Sequence[str]
+    templates: Sequence[str]
+    """Prompt templates, with {} as the placeholder for the class name."""
+    excluded: Mapping[str, int]
+    """Number of boxes that were excluded for each reason."""
+
+
+IGNORED = 255
+"""Label of pixels that are ignored in segmentation."""
+
+
+@dataclass(frozen=True)
+class SegmentationData:
+    """Images with pixel labels, class names, prompt templates and the parameters of the protocol."""
+
+    images: Sequence[ImageRef]
+    read_labels: Callable[[int], np.ndarray]
+    """Function that returns the labels of the image with a given index: class indices, or `IGNORED`, uint8 (H, W)."""
+    names: Sequence[Sequence[str]]
+    """Names of each class. A pixel's score for a class is the highest score of the class' names."""
+    templates: Sequence[str]
+    """Prompt templates, with {} as the placeholder for the class name."""
+    scale: float = 1.5
+    """Shorter side of the resized image, divided by the side of the sliding window."""
+    logit_scale: float = 40.0
+    """Factor for the cosine similarities before the softmax."""
+    min_probability: float = 0.0
+    """Pixels whose highest probability is lower are assigned to class 0, the background."""
+    min_area: float = 0.0
+    """Classes that cover at most this fraction of the pixels assigned to foreground classes are not predicted."""
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """A benchmark, which is read from the files that its authors distribute.
 
@@ -62,7 +109,8 @@ class Benchmark:
         name: Name of the benchmark on the command line.
         kind: Kind of benchmark, which determines the metrics and the return type of `read`. "retrieval":
             `CaptionFields`. "judged retrieval": `JudgedRetrieval`. "compositional": a list of `CompositionalExample`.
-            "classification": `ClassificationData`.
+            "classification": `ClassificationData`. "regions": `RegionData`. "segmentation":
+            `SegmentationData`.
         description: One-line description, which specifies the size and the split.
         folders: Possible names of the benchmark's folder inside the root folder, in order of preference.
         read: Function that reads the data from the benchmark's folder.
@@ -71,7 +119,7 @@ class Benchmark:
     """
 
     name: str
-    kind: Literal["retrieval", "judged retrieval", "compositional", "classification"]
+    kind: Literal["retrieval", "judged retrieval", "compositional", "classification", "regions", "segmentation"]
     description: str
     folders: tuple[str, ...]
     read: Callable[[Path], Any]

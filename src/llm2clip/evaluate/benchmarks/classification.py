@@ -108,15 +108,30 @@ def _read_images(class_dirs: Sequence[Path], names: Sequence[str], templates: Se
     return ClassificationData(images, labels, names, templates)
 
 
+def imagenet_templates() -> list[str]:
+    """Return OpenAI's 80 prompt templates for ImageNet, with {} as the placeholder for the class name.
+
+    Raises:
+        MissingFileError: If open_clip is not installed.
+    """
+    _check_open_clip()
+    from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
+
+    return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
+
+
 def _imagenet_texts() -> tuple[list[str], list[str], list[str]]:
     """Return ImageNet's sorted WordNet ids, OpenAI's class names and OpenAI's prompt templates."""
-    if importlib.util.find_spec("open_clip") is None:
-        raise MissingFileError("ImageNet's class names and templates come with open_clip: pip install open-clip-torch")
-    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+    _check_open_clip()
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
     from timm.data import ImageNetInfo
 
-    templates = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
-    return list(ImageNetInfo("imagenet-1k").label_names()), list(IMAGENET_CLASSNAMES), templates
+    return list(ImageNetInfo("imagenet-1k").label_names()), list(IMAGENET_CLASSNAMES), imagenet_templates()
+
+
+def _check_open_clip() -> None:
+    if importlib.util.find_spec("open_clip") is None:
+        raise MissingFileError("ImageNet's class names and templates come with open_clip: pip install open-clip-torch")
 
 
 def _read_imagenet(folder: Path) -> ClassificationData:

@@ -12,7 +12,14 @@ from llm2clip.evaluate.recall import KS
 from llm2clip.evaluate.reporting import plots
 from llm2clip.evaluate.reporting.error_analysis import MAX_K, ErrorAnalysis
 from llm2clip.html_report import Block, Heading, Paragraph, Plot, Table
-from llm2clip.published_results import CRA, CRA_NOTE, published_rows, published_sources
+from llm2clip.published_results import (
+    CRA,
+    CRA_NOTE,
+    VISION_TRANSFER_NOTE,
+    published_metrics,
+    published_rows,
+    published_sources,
+)
 
 DIRECTIONS = ("I2T", "T2I")
 # Models of the LLM2CLIP authors that the first evaluated model is compared with. See `published_rows`.
@@ -28,16 +35,24 @@ class ModelResult:
         model: Display name of the model.
         summary: See `BenchmarkResult.summary`.
         error_analysis: Error analysis for each caption field, keyed by field name.
+        examples: Report section with example images. See `BenchmarkResult.draw_examples`.
     """
 
     model: str
     summary: dict[str, Any]
     error_analysis: dict[str, ErrorAnalysis] = field(default_factory=dict)
+    examples: list[Block] = field(default_factory=list)
 
 
 def benchmark_blocks(benchmark: Benchmark, results: Sequence[ModelResult]) -> list[Block]:
     """Return the report section for a benchmark. Models appear in the order of `results`."""
     blocks: list[Block] = [Heading(f"{benchmark.name}: {benchmark.description}")]
+    if "rows" in results[0].summary and benchmark.kind != "retrieval":
+        published_values = published_metrics(benchmark.name)
+        blocks.append(method_table(results, published_values))
+        if published_values:
+            blocks.append(Paragraph(VISION_TRANSFER_NOTE))
+        return blocks + [block for result in results for block in result.examples]
     if benchmark.kind != "retrieval":
         return [*blocks, metrics_table(results)]
     published = published_rows(benchmark.name)
@@ -209,6 +224,47 @@ def metrics_table(results: Sequence[ModelResult]) -> Table:
         truncated = format_truncated(summary["truncated"], summary["texts"])
         rows.append([result.model, summary["images"], *values, truncated])
     return Table(["", "images", *names, "truncated"], rows)
+
+
+def method_table(results: Sequence[ModelResult], published: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return a metrics table for a benchmark that is evaluated by several methods.
+
+    The table has one row for each published result, one for chance, and one for each model and method, with confidence
+    intervals. The last rows show the differences between the first model and each baseline.
+
+    Args:
+        results: Results of the evaluated models.
+        published: Published metrics of each model. See `published_metrics`.
+    """
+    metric_rows = {(result.model, row["method"]): row for result in results for row in result.summary["rows"]}
+    names = list(dict.fromkeys(name for row in metric_rows.values() for name in row["metrics"]))
+    rows: list[list[Any]] = []
+    for model, values in published.items():
+        rows.append([f"paper {model}", None, None, *(values.get(name) for name in names), None])
+    if "chance" in results[0].summary:
+        rows.append(["chance", None, None, results[0].summary["chance"], *[None] * len(names)])
+    highlight = frozenset(range(len(rows), len(rows) + len(metric_rows)))
+    for result in results:
+        summary = result.summary
+        truncated = format_truncated(summary["truncated"], summary["texts"])
+        for row in summary["rows"]:
+            cells = [_with_interval(row["metrics"].get(name), row["intervals"].get(name)) for name in names]
+            rows.append([result.model, row["method"], summary["images"], *cells, truncated])
+    first_model = results[0].model
+    for (model, method), row in metric_rows.items():
+        first_row = metric_rows.get((first_model, method))
+        if model != first_model and first_row is not None:
+            pairs = [(first_row["metrics"].get(name), row["metrics"].get(name)) for name in names]
+            differences = [None if a is None or b is None else f"{a - b:+.1f}" for a, b in pairs]
+            rows.append([f"{first_model} minus {model}", method, None, *differences, None])
+    return Table(["", "method", "images", *names, "truncated"], rows, highlight)
+
+
+def _with_interval(value: float | None, interval: tuple[float, float] | None) -> str | None:
+    """Format a metric and its confidence interval, as in "45.2 (43.1 to 47.0)"."""
+    if value is None or interval is None:
+        return None if value is None else f"{value:.1f}"
+    return f"{value:.1f} ({interval[0]:.1f} to {interval[1]:.1f})"
 
 
 def format_truncated(truncated: int | None, texts: int) -> str:

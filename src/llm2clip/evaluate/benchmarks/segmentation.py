@@ -1,0 +1,357 @@
+"""Zero-shot semantic segmentation, with the data sets, class names and protocol of SCLIP.
+
+SCLIP (arXiv 2312.01597, github.com/wangf3014/SCLIP) resizes the shorter side of each image to 336 pixels (COCO-Stuff:
+448, Cityscapes: 560) and slides a window of 224 pixels over it. Here, these sizes are relative to the window, whose
+side is the image size that the tower was trained with. In data sets with a background class, a softmax over all names
+yields probabilities, and pixels without a probable class are assigned to the background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from llm2clip.data.image_refs import FileImage, ImageRef
+from llm2clip.evaluate.benchmarks.base import IGNORED, Benchmark, SegmentationData, check_files, image_file
+from llm2clip.evaluate.benchmarks.classification import imagenet_templates
+from llm2clip.evaluate.benchmarks.coco_boxes import BOX_FOLDERS
+from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json, read_lines
+
+_INVALID = -1  # in label tables: a value that must not occur
+# Ids of Cityscapes' 19 evaluated classes, in the order of their train ids (github.com/mcordts/cityscapesScripts,
+# helpers/labels.py).
+_CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+# Values that do not occur in COCO-Stuff's PNGs, because these object classes of COCO were removed: COCO's category ids
+# minus one (github.com/nightrome/cocostuff, labels.txt).
+_COCO_REMOVED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
+# Ids of the 59 classes among PASCAL-Context's 459 labels, in alphabetical order of the names (mmsegmentation,
+# tools/dataset_converters/pascal_context.py).
+_CONTEXT_IDS = (
+    *(2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 80, 85, 98, 104, 105, 113, 115, 144, 158, 159),
+    *(162, 187, 189, 207, 220, 232, 258, 259, 260, 284, 295, 296, 308, 324, 326, 347, 349, 354, 355, 360, 366, 368),
+    *(397, 415, 416, 420, 424, 427, 440, 445, 454, 458),
+)
+
+
+def read_class_names(name: str) -> list[list[str]]:
+    """Return the names of each class from a file in `class_names/`. The first line of the file states its source."""
+    with_source = read_lines(Path(str(files("llm2clip.evaluate.benchmarks") / "class_names" / f"{name}.txt")))
+    return [line.split(", ") for line in with_source if not line.startswith("#")]
+
+
+# ---- label files ---------------------------------------------------------------------------------------------------
+
+
+def _label_table(classes: Mapping[int, int], ignored: Sequence[int] = ()) -> np.ndarray:
+    """Return a table that maps pixel values to class indices, int16 (256,).
+
+    Args:
+        classes: Class index of each pixel value.
+        ignored: Other values that can occur. They are mapped to `IGNORED`, as is 255.
+    """
+    table = np.full(256, _INVALID, np.int16)
+    table[[*ignored, 255]] = IGNORED
+    for value, label in classes.items():
+        table[value] = label
+    return table
+
+
+def _read_png(file: Path, table: np.ndarray) -> np.ndarray:
+    """Read labels, uint8 (H, W), from the values of a PNG with one channel.
+
+    Raises:
+        DataFormatError: If the file is not such a PNG, or contains a value that is not in the table.
+    """
+    try:
+        with Image.open(file) as image:
+            if image.mode not in ("L", "P"):
+                raise DataFormatError(f"{file}: label files must have one 8-bit channel (got mode {image.mode})")
+            values = np.asarray(image)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise DataFormatError(f"{file}: unreadable label file: {error}") from error
+    return _apply_table(values, table, file)
+
+
+def _read_context_mat(file: Path, table: np.ndarray) -> np.ndarray:
+    """Read labels, uint8 (H, W), from PASCAL-Context's own format, a MATLAB file with the array LabelMap."""
+    from scipy.io import loadmat
+
+    return _apply_table(loadmat(file)["LabelMap"], table, file)
+
+
+def _apply_table(values: np.ndarray, table: np.ndarray, file: Path) -> np.ndarray:
+    labels = table[values]
+    if (labels == _INVALID).any():
+        value = values[labels == _INVALID].flat[0]
+        raise DataFormatError(f"{file} contains the label {value}, which is not a label of this data set")
+    return labels.astype(np.uint8)
+
+
+def _from_files(
+    images: Sequence[FileImage],
+    label_files: Sequence[Path],
+    read: Callable[[Path], np.ndarray],
+    source: Path,
+    names: list[list[str]],
+    **protocol: float,
+) -> SegmentationData:
+    """Return a data set in which the labels of each image are in a file of their own.
+
+    Args:
+        images: Images.
+        label_files: File with the labels of each image.
+        read: Function that reads such a file.
+        source: File or folder that lists the images, for error messages.
+        names: Names of each class.
+        protocol: Other fields of `SegmentationData`.
+
+    Raises:
+        MissingFileError: If there are no images, or image files or label files are missing.
+    """
+    if not images:
+        raise MissingFileError(f"{source} contains no images")
+    refs: list[ImageRef] = [*images]
+    check_files(refs, source)
+    check_files([FileImage(str(file)) for file in label_files], source)
+
+    def read_labels(index: int) -> np.ndarray:
+        return read(label_files[index])
+
+    return SegmentationData(refs, read_labels, names, imagenet_templates(), **protocol)
+
+
+# ---- PASCAL VOC and PASCAL-Context ---------------------------------------------------------------------------------
+
+
+def _devkit(folder: Path, year: str) -> Path:
+    """Return the folder VOC2012 or VOC2010, which can be `folder` itself."""
+    for root in (folder / "VOCdevkit" / year, folder / year, folder):
+        if (root / "JPEGImages").is_dir():
+            return root
+    raise MissingFileError(f"{folder} has no {year}/JPEGImages or JPEGImages")
+
+
+def _read_voc(folder: Path, with_background: bool) -> SegmentationData:
+    root = _devkit(folder, "VOC2012")
+    split_file = first_existing(root, "ImageSets/Segmentation/val.txt")
+    ids = read_lines(split_file)
+    label_files = [root / "SegmentationClass" / f"{name}.png" for name in ids]
+    images = [image_file(root / "JPEGImages", f"{name}.jpg") for name in ids]
+    names = read_class_names("voc20")
+    if with_background:
+        table = _label_table({value: value for value in range(21)})
+        names = [*read_class_names("background"), *names]
+        protocol = {"logit_scale": 65, "min_probability": 0.1, "min_area": 0.1}
+    else:
+        table = _label_table({value: value - 1 for value in range(1, 21)}, ignored=[0])
+        protocol = {}
+    return _from_files(images, label_files, partial(_read_png, table=table), split_file, names, **protocol)
+
+
+def _read_context(folder: Path, with_background: bool) -> SegmentationData:
+    """Read mmsegmentation's PNGs (SegmentationClassContext/) or, if there are none, the original MATLAB files."""
+    root = _devkit(folder, "VOC2010")
+    background = {0: 0} if with_background else {}
+    offset = 0 if with_background else 1
+    if (root / "SegmentationClassContext").is_dir():
+        split_file = first_existing(root, "ImageSets/SegmentationContext/val.txt")
+        ids = read_lines(split_file)
+        label_files = [root / "SegmentationClassContext" / f"{name}.png" for name in ids]
+        table = _label_table({value: value - offset for value in range(1, 60)} | background, ignored=[0])
+        read: Callable[[Path], np.ndarray] = partial(_read_png, table=table)
+    else:
+        split_file = first_existing(root, "ImageSets/Main/val.txt")
+        ids = read_lines(split_file)
+        label_files = [root / "trainval" / f"{name}.mat" for name in ids]
+        table = np.full(460, 0 if with_background else IGNORED, np.int16)
+        table[list(_CONTEXT_IDS)] = np.arange(1, 60) - offset
+        read = partial(_read_context_mat, table=table)
+    images = [image_file(root / "JPEGImages", f"{name}.jpg") for name in ids]
+    names = read_class_names("context59")
+    protocol = {}
+    if with_background:
+        names = [["background"], *names]
+        protocol = {"logit_scale": 50, "min_probability": 0.1}
+    return _from_files(images, label_files, read, split_file, names, **protocol)
+
+
+# ---- COCO ----------------------------------------------------------------------------------------------------------
+
+
+def _read_coco_object(folder: Path) -> SegmentationData:
+    """Read the masks of COCO's objects. All other pixels are background.
+
+    Where objects overlap, the smallest object is on top.
+
+    Raises:
+        MissingFileError: If pycocotools is not installed.
+    """
+    try:
+        import pycocotools.mask
+    except ImportError as error:
+        raise MissingFileError(f"COCO's masks require `pip install 'llm2clip[dense]'` ({error})") from error
+    file = first_existing(folder, "annotations/instances_val2017.json", "instances_val2017.json")
+    data = read_json(file)
+    categories = sorted(category["id"] for category in data["categories"])
+    names = read_class_names("coco_object")
+    if len(categories) != len(names):
+        raise DataFormatError(f"{file} has {len(categories)} categories, but COCO has {len(names)}")
+    label_of_category = {category: label for label, category in enumerate(categories, 1)}
+    images = data["images"]
+    sizes = [(image["height"], image["width"]) for image in images]
+    objects: dict[Any, list[tuple[float, int, Any]]] = {image["id"]: [] for image in images}
+    for row in data["annotations"]:
+        label = label_of_category[row["category_id"]]
+        objects[row["image_id"]].append((row["area"], label, row["segmentation"]))
+    objects_of_image = [sorted(objects[image["id"]], key=lambda row: -row[0]) for image in images]
+    image_dir = first_existing(folder, "val2017", "images/val2017")
+    refs: list[ImageRef] = [image_file(image_dir, image["file_name"]) for image in images]
+    check_files(refs, file)
+
+    def read_labels(index: int) -> np.ndarray:
+        height, width = sizes[index]
+        labels = np.zeros((height, width), np.uint8)
+        for _, label, segmentation in objects_of_image[index]:
+            rle = segmentation  # polygons, or a run-length encoding for crowds
+            if isinstance(rle, list):
+                rle = pycocotools.mask.merge(pycocotools.mask.frPyObjects(rle, height, width))
+            elif isinstance(rle["counts"], list):
+                rle = pycocotools.mask.frPyObjects(rle, height, width)
+            labels[pycocotools.mask.decode(rle) > 0] = label
+        return labels
+
+    return SegmentationData(
+        images=refs,
+        read_labels=read_labels,
+        names=[*read_class_names("background"), *names],
+        templates=imagenet_templates(),
+        logit_scale=50,
+        min_probability=0.1,
+    )
+
+
+def _read_coco_stuff(folder: Path) -> SegmentationData:
+    label_dir = first_existing(
+        folder, "stuffthingmaps/val2017", "stuffthingmaps_trainval2017/val2017", "annotations/val2017"
+    )
+    image_dir = first_existing(folder, "val2017", "images/val2017")
+    label_files = sorted(file for file in label_dir.glob("*.png") if "TrainIds" not in file.name)
+    images = [image_file(image_dir, f"{file.stem}.jpg") for file in label_files]
+    values = [value for value in range(182) if value not in _COCO_REMOVED]
+    table = _label_table({value: label for label, value in enumerate(values)})
+    names = read_class_names("coco_stuff")
+    return _from_files(images, label_files, partial(_read_png, table=table), label_dir, names, scale=2.0)
+
+
+# ---- ADE20K and Cityscapes -----------------------------------------------------------------------------------------
+
+
+def _read_ade20k(folder: Path) -> SegmentationData:
+    root = first_existing(folder, "ADEChallengeData2016") if not (folder / "images").is_dir() else folder
+    label_dir = first_existing(root, "annotations/validation")
+    label_files = sorted(label_dir.glob("*.png"))
+    images = [image_file(root / "images" / "validation", f"{file.stem}.jpg") for file in label_files]
+    table = _label_table({value: value - 1 for value in range(1, 151)}, ignored=[0])
+    return _from_files(images, label_files, partial(_read_png, table=table), label_dir, read_class_names("ade20k"))
+
+
+def _read_cityscapes(folder: Path) -> SegmentationData:
+    label_dir = first_existing(folder, "gtFine/val")
+    label_files = sorted(label_dir.glob("*/*_gtFine_labelIds.png"))
+    images = []
+    for file in label_files:
+        name = file.name.replace("_gtFine_labelIds", "_leftImg8bit")
+        images.append(image_file(folder / "leftImg8bit" / "val", f"{file.parent.name}/{name}"))
+    others = [value for value in range(34) if value not in _CITYSCAPES_IDS]
+    table = _label_table({value: label for label, value in enumerate(_CITYSCAPES_IDS)}, ignored=others)
+    names = read_class_names("cityscapes")
+    return _from_files(images, label_files, partial(_read_png, table=table), label_dir, names, scale=2.5)
+
+
+_VOC_SOURCE = (
+    "JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/val.txt in VOCdevkit/VOC2012/ "
+    "(host.robots.ox.ac.uk/pascal/VOC/voc2012)"
+)
+_CONTEXT_SOURCE = (
+    "VOC2010/JPEGImages/ (host.robots.ox.ac.uk/pascal/VOC/voc2010), and either SegmentationClassContext/ and "
+    "ImageSets/SegmentationContext/val.txt, as written by mmsegmentation, or trainval/*.mat "
+    "(cs.stanford.edu/~roozbeh/pascal-context) and ImageSets/Main/val.txt"
+)
+_VOC_FOLDERS = ("voc2012", "VOC2012", "VOCdevkit")
+_CONTEXT_FOLDERS = ("voc2010", "VOC2010", "pascal-context", "VOCdevkit")
+
+BENCHMARKS = (
+    Benchmark(
+        name="voc20",
+        kind="segmentation",
+        description="PASCAL VOC 2012 without background: 1,449 images, 20 classes",
+        folders=_VOC_FOLDERS,
+        read=partial(_read_voc, with_background=False),
+        source=_VOC_SOURCE,
+    ),
+    Benchmark(
+        name="voc21",
+        kind="segmentation",
+        description="PASCAL VOC 2012 with background: 1,449 images, 21 classes",
+        folders=_VOC_FOLDERS,
+        read=partial(_read_voc, with_background=True),
+        source=_VOC_SOURCE,
+    ),
+    Benchmark(
+        name="context59",
+        kind="segmentation",
+        description="PASCAL-Context without background: 5,105 images, 59 classes",
+        folders=_CONTEXT_FOLDERS,
+        read=partial(_read_context, with_background=False),
+        source=_CONTEXT_SOURCE,
+    ),
+    Benchmark(
+        name="context60",
+        kind="segmentation",
+        description="PASCAL-Context with background: 5,105 images, 60 classes",
+        folders=_CONTEXT_FOLDERS,
+        read=partial(_read_context, with_background=True),
+        source=_CONTEXT_SOURCE,
+    ),
+    Benchmark(
+        name="coco-object",
+        kind="segmentation",
+        description="COCO val2017's objects and background: 5,000 images, 81 classes",
+        folders=BOX_FOLDERS,
+        read=_read_coco_object,
+        source="annotations/instances_val2017.json and val2017/ (cocodataset.org)",
+    ),
+    Benchmark(
+        name="coco-stuff",
+        kind="segmentation",
+        description="COCO-Stuff 164k: 5,000 images, 171 classes",
+        folders=BOX_FOLDERS,
+        read=_read_coco_stuff,
+        source="stuffthingmaps/val2017/*.png: stuffthingmaps_trainval2017.zip (github.com/nightrome/cocostuff), and "
+        "COCO's val2017/ (cocodataset.org)",
+    ),
+    Benchmark(
+        name="ade20k",
+        kind="segmentation",
+        description="ADE20K: 2,000 images, 150 classes",
+        folders=("ade20k", "ADEChallengeData2016", "ade"),
+        read=_read_ade20k,
+        source="images/validation/ and annotations/validation/: ADEChallengeData2016.zip "
+        "(data.csail.mit.edu/places/ADEchallenge)",
+    ),
+    Benchmark(
+        name="cityscapes",
+        kind="segmentation",
+        description="Cityscapes: 500 images, 19 classes",
+        folders=("cityscapes", "Cityscapes"),
+        read=_read_cityscapes,
+        source="leftImg8bit/val/ and gtFine/val/: leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip "
+        "(cityscapes-dataset.com)",
+    ),
+)

@@ -1,0 +1,90 @@
+"""Shared parts of the dense evaluations: the model's dense encoder, and images split across ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from accelerate.utils import gather_object
+
+from llm2clip.data.image_refs import ImageRef
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.distributed import print_once, process_state, wait_for_everyone
+from llm2clip.evaluate.embeddings import EmbeddingSource, ModelEmbeddings
+from llm2clip.models.dense import DenseEncoder
+from llm2clip.models.dual_encoder import DualEncoder
+
+T = TypeVar("T")
+
+
+def get_model(embeddings: EmbeddingSource) -> DualEncoder:
+    """Return the model behind an embedding source.
+
+    Raises:
+        ValueError: If the embeddings were precomputed.
+    """
+    if not isinstance(embeddings, ModelEmbeddings):
+        raise ValueError("precomputed embeddings cannot be used here: parts of images must be encoded with a model")
+    return embeddings.model
+
+
+def get_dense_encoder(model: DualEncoder, variants: Sequence[str]) -> DenseEncoder:
+    """Return the dense encoder of a model.
+
+    Raises:
+        ValueError: If the model has no dense features, or does not support one of the variants.
+    """
+    if model.dense is None:
+        raise ValueError(f"{model.name} has no dense features")
+    unsupported = [variant for variant in variants if variant not in model.dense.variants]
+    if unsupported:
+        raise ValueError(
+            f"{model.name} does not support the dense variant {unsupported[0]}; it supports "
+            f"{', '.join(model.dense.variants)}"
+        )
+    return model.dense
+
+
+def supported_variants(model: DualEncoder, variants: Sequence[str]) -> list[str]:
+    """Return the variants that the model supports. Print the variants that are skipped."""
+    available = model.dense.variants if model.dense is not None else ()
+    skipped = [variant for variant in variants if variant not in available]
+    if skipped:
+        reason = f"the model supports only {', '.join(available)}" if available else "the model has no dense features"
+        print_once(f"{model.name}: the dense variants {', '.join(skipped)} are skipped: {reason}")
+    return [variant for variant in variants if variant in available]
+
+
+def local_indices(count: int) -> list[int]:
+    """Return the indices of the items that this rank processes, out of `count` items: every n-th item for n ranks."""
+    state = process_state()
+    return list(range(state.process_index, count, state.num_processes))
+
+
+def gather_from_ranks(local: T) -> list[T]:
+    """Return the results of all ranks, which can be any objects that can be pickled."""
+    if process_state().num_processes == 1:
+        return [local]
+    wait_for_everyone()  # the collective below has a short timeout, but some ranks may have slower images
+    results: list[T] = gather_object([local])
+    return results
+
+
+def record_failures(log: SkipLog, refs: Sequence[ImageRef], failures: dict[int, Any]) -> None:
+    """Record images that could not be used, and check that there are not too many.
+
+    Args:
+        log: Skip log.
+        refs: All images of the benchmark.
+        failures: The reason for each failure, keyed by the index of the image. Equal on all ranks.
+
+    Raises:
+        TooManySkipped: If too many images could not be used.
+        ValueError: If no image could be used.
+    """
+    log.count_at_least(len(refs))
+    for index, reason in sorted(failures.items()):
+        log.skip(str(refs[index]), 0, "unusable image", reason)
+    log.check()
+    if len(failures) == len(refs):
+        raise ValueError(f"none of the {len(refs):,} images can be used; the first: {refs[0]}: {failures[0]}")

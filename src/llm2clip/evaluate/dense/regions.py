@@ -1,0 +1,306 @@
+"""Zero-shot classification of image regions, from crops and from dense features.
+
+- "crop": the region is cut out and encoded like any other image. As in CLIPSelf (arXiv 2310.01403), the box is enlarged
+  by a factor of 1.5 around its centre, clipped to the image, and padded with black to a square, so that the model's
+  preprocessing does not cut off its ends.
+- Each dense variant: the entire image is encoded. The cell embeddings in the box are averaged by RoIAlign (arXiv
+  1703.06870) with the adaptive sampling ratio, and the mean is L2-normalised, also as in CLIPSelf.
+
+The predicted class is the class whose embedding has the highest cosine similarity. A class embedding is the mean over
+OpenAI's prompt templates for ImageNet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.sparse import csr_matrix
+from torch import Tensor
+from torchvision.ops import roi_align
+
+from llm2clip.data.image_loader import image_batches
+from llm2clip.data.images import load_image, make_thumbnail
+from llm2clip.distributed import process_state
+from llm2clip.evaluate.benchmarks.base import RegionData
+from llm2clip.evaluate.dense.inputs import (
+    gather_from_ranks,
+    get_dense_encoder,
+    get_model,
+    local_indices,
+    record_failures,
+    supported_variants,
+)
+from llm2clip.evaluate.embeddings import BATCH_SIZE, EmbeddingSource
+from llm2clip.evaluate.recall import bootstrap_counts, percentile_interval
+from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts
+from llm2clip.html_report import Block, Heading, Paragraph, ResultImage, ResultImages
+from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.progress import ProgressBar
+
+CROP = "crop"
+CROP_SCALE = 1.5  # side of the crop, divided by the side of the box
+# The shorter side of the image for dense features, divided by the side that the tower was trained with. This is 336
+# pixels for a tower trained with 224, as in SCLIP.
+DENSE_SCALE = 1.5
+SIZE_LIMITS = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, float("inf"))}
+"""COCO's size classes: the lower limit (inclusive) and the upper limit (exclusive) of the object's area in pixels."""
+IMAGES_PER_BATCH = 8  # decoded images in memory at a time
+THUMBNAIL_SIDE = 280  # pixels
+
+
+@dataclass(frozen=True)
+class RegionPredictions:
+    """Predicted classes of regions, for one method.
+
+    Args:
+        image: Index of each region's image, int64 (R,).
+        region: Index of each region among the regions of its image, int64 (R,).
+        rank: Zero-based rank of the correct class, int64 (R,). Among classes with equal scores, the class with the
+            lowest index ranks first.
+        predicted: Class with the highest score, int64 (R,).
+        margin: Score of the predicted class minus the score of the correct class, float32 (R,).
+    """
+
+    image: np.ndarray
+    region: np.ndarray
+    rank: np.ndarray
+    predicted: np.ndarray
+    margin: np.ndarray
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[RegionPredictions]) -> RegionPredictions:
+        """Join predictions, and sort them by image and region."""
+        columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__}
+        order = np.lexsort((columns["region"], columns["image"]))
+        return cls(**{name: values[order] for name, values in columns.items()})
+
+
+def classify_regions(
+    data: RegionData, embeddings: EmbeddingSource, variants: Sequence[str]
+) -> dict[str, RegionPredictions]:
+    """Classify all regions by each method. Each image is decoded once.
+
+    In a distributed run, the images are split across the ranks, and every rank returns all predictions.
+
+    Args:
+        data: Regions, class names and prompt templates.
+        embeddings: Embedding source with a model. Images that cannot be used are recorded in `embeddings.log`.
+        variants: Variants of the dense features. See `DENSE_VARIANTS`. Variants that the model does not support are
+            skipped.
+
+    Returns:
+        Predictions for "crop" and for each variant, keyed by method.
+
+    Raises:
+        ValueError: If the embeddings are precomputed.
+        TooManySkipped: If too many images cannot be used.
+    """
+    model = get_model(embeddings)
+    variants = supported_variants(model, variants)
+    prompts = class_prompts(data.names, data.templates)
+    classes = class_embeddings(embeddings.encode_texts(prompts), len(data.names))
+    parts: dict[str, list[RegionPredictions]] = {method: [] for method in (CROP, *variants)}
+    failures: dict[int, str] = {}
+    indices = local_indices(len(data.images))
+    refs = [data.images[i] for i in indices]
+    is_main = process_state().is_main_process
+    with ProgressBar(total=len(refs), desc="regions", unit="image", disable=not is_main) as bar:
+        for decoded, images, errors in image_batches(refs, _unchanged, IMAGES_PER_BATCH):
+            failures |= {indices[i]: reason for i, reason in errors.items()}
+            usable = {}
+            for i, image in zip(decoded, images, strict=True):
+                index = indices[i]
+                width, height = data.sizes[index]
+                if image.shape[1:] == (height, width):
+                    usable[index] = image
+                else:
+                    size = f"{image.shape[2]} x {image.shape[1]}"
+                    failures[index] = f"the image has {size} pixels, but its boxes refer to {width} x {height} pixels"
+            for method, region_embeddings in _encode_regions(usable, data, model, variants).items():
+                parts[method].append(_predict(region_embeddings, list(usable), data, classes))
+            bar.update(len(decoded) + len(errors))
+    gathered = gather_from_ranks((parts, failures))
+    record_failures(embeddings.log, data.images, {i: reason for _, part in gathered for i, reason in part.items()})
+    return {
+        method: RegionPredictions.concatenate([part for rank_parts, _ in gathered for part in rank_parts[method]])
+        for method in parts
+    }
+
+
+def region_metrics(
+    data: RegionData, predictions: RegionPredictions
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Return accuracies in percent and their 95% confidence intervals.
+
+    The intervals are computed by a bootstrap over images, because regions of the same image are correlated.
+
+    Returns:
+        Two dicts with the keys "top-1", "top-5", "mean per class" (the mean top-1 accuracy over the classes that have
+        regions), "small", "medium" and "large" (top-1 by COCO's size classes, omitted if there are no such regions).
+    """
+    labels = np.concatenate([data.labels[i] for i in np.unique(predictions.image)])
+    areas = np.concatenate([data.areas[i] for i in np.unique(predictions.image)])
+    hits = (predictions.rank < 1).astype(np.float64)
+    selections = {"top-1": (hits, np.ones(len(hits), bool))}
+    selections["top-5"] = ((predictions.rank < 5).astype(np.float64), np.ones(len(hits), bool))
+    for name, (low, high) in SIZE_LIMITS.items():
+        selections[name] = (hits, (areas >= low) & (areas < high))
+    selections = {name: (values, mask) for name, (values, mask) in selections.items() if mask.any()}
+    _, image = np.unique(predictions.image, return_inverse=True)
+    num_images = int(image.max()) + 1
+    # (images, metrics)
+    sums = np.stack([np.bincount(image, values * mask, num_images) for values, mask in selections.values()], 1)
+    counts = np.stack([np.bincount(image, mask, num_images) for _, mask in selections.values()], 1)
+    shape = (num_images, len(data.names))
+    class_hits = csr_matrix((hits, (image, labels)), shape)  # duplicate entries are added up
+    class_counts = csr_matrix((np.ones(len(hits)), (image, labels)), shape)
+
+    def metrics(weights: np.ndarray) -> list[float]:
+        """Return all metrics if each image is counted `weights` times, (images,)."""
+        with np.errstate(invalid="ignore"):  # 0 / 0 in resamples without regions of a size or a class
+            values = (weights @ sums) / (weights @ counts)
+            class_accuracy = (weights @ class_hits) / (weights @ class_counts)
+        return [100.0 * float(value) for value in (*values, np.nanmean(class_accuracy))]
+
+    names = [*selections, "mean per class"]
+    samples = torch.tensor([metrics(weights.numpy()) for weights in bootstrap_counts(num_images)], dtype=torch.float64)
+    intervals = {}
+    for n, name in enumerate(names):
+        column = samples[:, n]
+        low, high = percentile_interval(column[~column.isnan()]).tolist()
+        intervals[name] = (low, high)
+    return dict(zip(names, metrics(np.ones(num_images)), strict=True)), intervals
+
+
+def wrong_region_blocks(data: RegionData, method: str, predictions: RegionPredictions, count: int = 12) -> list[Block]:
+    """Return a report section with the wrong regions that have the largest margins, at most one per image and class."""
+    order = np.argsort(-predictions.margin, kind="stable")
+    images: list[ResultImage] = []
+    shown_images, shown_classes = set(), set()
+    for n in order[predictions.rank[order] > 0].tolist():
+        index, region = int(predictions.image[n]), int(predictions.region[n])
+        label = int(data.labels[index][region])
+        if index in shown_images or label in shown_classes:
+            continue
+        shown_images.add(index)
+        shown_classes.add(label)
+        crop = crop_region(load_image(data.images[index]), data.boxes[index][region])
+        caption = f"{data.names[label]}, classified as {data.names[int(predictions.predicted[n])]}"
+        images.append(ResultImage(make_thumbnail(crop, THUMBNAIL_SIDE), False, caption))
+        if len(images) == count:
+            break
+    if not images:
+        return []
+    text = f"Wrong regions with the largest margins for the method {method}, at most one per image and class."
+    return [Heading("Wrong regions", 3), Paragraph(text), ResultImages("Correct class and predicted class:", images)]
+
+
+def crop_region(image: Tensor, box: np.ndarray) -> Tensor:
+    """Cut a box with its surroundings out of an image.
+
+    Args:
+        image: Image, uint8 (3, H, W).
+        box: Box, (left, top, right, bottom) in pixels.
+
+    Returns:
+        Square image, uint8 (3, S, S). The box is enlarged by `CROP_SCALE` around its centre, clipped to the image, and
+        padded with black on both sides of its shorter dimension.
+    """
+    height, width = image.shape[1:]
+    left, top, right, bottom = box.tolist()
+    margin_x, margin_y = (CROP_SCALE - 1) / 2 * (right - left), (CROP_SCALE - 1) / 2 * (bottom - top)
+    left, top = round(max(0.0, left - margin_x)), round(max(0.0, top - margin_y))
+    right, bottom = round(min(float(width), right + margin_x)), round(min(float(height), bottom + margin_y))
+    left, top = min(left, width - 1), min(top, height - 1)
+    crop = image[:, top : max(bottom, top + 1), left : max(right, left + 1)]
+    side = max(crop.shape[1:])
+    pad_y, pad_x = side - crop.shape[1], side - crop.shape[2]
+    return F.pad(crop, (pad_x // 2, pad_x - pad_x // 2, pad_y // 2, pad_y - pad_y // 2))
+
+
+def pool_regions(features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+    """Average the cell embeddings in boxes by RoIAlign.
+
+    Args:
+        features: Cell embeddings, (N, h, w, D).
+        boxes: Boxes in each image, (R, 4), as (left, top, right, bottom) in units of cells.
+
+    Returns:
+        L2-normalised embeddings of all boxes, float32 (sum of R, D).
+    """
+    pooled = roi_align(features.permute(0, 3, 1, 2).contiguous(), list(boxes), output_size=1, aligned=True)
+    return F.normalize(pooled[:, :, 0, 0], dim=-1)
+
+
+def _encode_regions(
+    images: dict[int, Tensor], data: RegionData, model: DualEncoder, variants: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return the embeddings of all regions in some images, (R, D) on the CPU, for each method.
+
+    Args:
+        images: Decoded images, keyed by their index in `data`.
+    """
+    results = {CROP: torch.cat(list(_encode_crops(images, data, model)))}
+    if not variants:
+        return results
+    dense = get_dense_encoder(model, variants)
+    shorter_side = round(DENSE_SCALE * dense.image_size)
+    resized = {index: dense.resize(image, shorter_side) for index, image in images.items()}
+    indices_by_shape: dict[torch.Size, list[int]] = {}  # images of the same shape are encoded together
+    for index, image in resized.items():
+        indices_by_shape.setdefault(image.shape, []).append(index)
+    for variant in variants:
+        pooled: dict[int, Tensor] = {}
+        for indices in indices_by_shape.values():
+            pixels = torch.stack([resized[i] for i in indices])
+            features = dense.encode(pixels, variant)
+            boxes = []
+            for i in indices:
+                width, height = data.sizes[i]
+                cells_per_pixel = torch.tensor([features.shape[2] / width, features.shape[1] / height] * 2)
+                boxes.append((torch.from_numpy(data.boxes[i]) * cells_per_pixel).to(features.device))
+            parts = pool_regions(features, boxes).cpu().split([len(box) for box in boxes])
+            pooled |= dict(zip(indices, parts, strict=True))
+        results[variant] = torch.cat([torch.empty(0, model.embed_dim), *(pooled[i] for i in images)])
+    return results
+
+
+def _encode_crops(images: dict[int, Tensor], data: RegionData, model: DualEncoder) -> Iterator[Tensor]:
+    """Yield the embeddings of the cropped regions, batch by batch."""
+    yield torch.empty(0, model.embed_dim)
+    batch: list[Any] = []
+    for index, image in images.items():
+        for box in data.boxes[index]:
+            batch.append(model.transform(crop_region(image, box)))
+            if len(batch) == BATCH_SIZE:
+                yield model.encode_images(batch)
+                batch = []
+    if batch:
+        yield model.encode_images(batch)
+
+
+def _predict(regions: Tensor, indices: Sequence[int], data: RegionData, classes: Tensor) -> RegionPredictions:
+    """Classify all regions of the images with the given indices, from the region embeddings, (R, D)."""
+    labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *(data.labels[i] for i in indices)]))
+    counts = [len(data.labels[i]) for i in indices]
+    scores = regions @ classes.T  # (regions, classes)
+    correct = scores.gather(1, labels[:, None])
+    is_earlier = torch.arange(len(classes)) < labels[:, None]
+    rank = ((scores > correct) | ((scores == correct) & is_earlier)).sum(1)
+    best, predicted = scores.max(1)
+    return RegionPredictions(
+        image=np.repeat(np.array(indices, np.int64), counts),
+        region=np.concatenate([np.empty(0, np.int64), *(np.arange(count) for count in counts)]),
+        rank=rank.numpy(),
+        predicted=predicted.numpy(),
+        margin=(best - correct[:, 0]).numpy(),
+    )
+
+
+def _unchanged(image: Tensor) -> Tensor:
+    return image

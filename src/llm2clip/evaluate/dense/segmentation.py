@@ -1,0 +1,306 @@
+"""Zero-shot semantic segmentation with dense features, and its metrics.
+
+Each cell of the image is compared with the embeddings of all class names, and the scores are upsampled. The protocol is
+that of SCLIP; see `sliding_window.py` and `SegmentationData`. The metrics are those of mmsegmentation: intersections
+and unions are added up over all images before they are divided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from matplotlib.colors import hsv_to_rgb
+from torch import Tensor
+
+from llm2clip.cpu_tuning import onednn_matmul
+from llm2clip.data.image_loader import image_batches
+from llm2clip.data.images import load_image, make_thumbnail
+from llm2clip.distributed import process_state
+from llm2clip.evaluate.benchmarks.base import IGNORED, SegmentationData
+from llm2clip.evaluate.dense.inputs import (
+    gather_from_ranks,
+    get_dense_encoder,
+    get_model,
+    local_indices,
+    record_failures,
+    supported_variants,
+)
+from llm2clip.evaluate.dense.sliding_window import (
+    PixelScores,
+    ResizeForWindows,
+    arrange_windows,
+    cut_windows,
+    segment,
+)
+from llm2clip.evaluate.embeddings import EmbeddingSource
+from llm2clip.evaluate.recall import bootstrap_counts, percentile_interval
+from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts
+from llm2clip.html_report import Block, Heading, Legend, Paragraph, ResultImage, ResultImages
+from llm2clip.models.dense import DenseEncoder
+from llm2clip.progress import ProgressBar
+
+IMAGES_PER_BATCH = 8
+WINDOWS_PER_BATCH = 32
+NUM_EXAMPLES = 4  # images in the report
+EXAMPLE_SIDE = 480  # maximum height and width of label maps and images in the report, in pixels
+OVERLAY_OPACITY = 0.6
+
+
+@dataclass
+class SegmentationCounts:
+    """Pixel counts of one variant, from which all metrics are computed. Ignored pixels are not counted.
+
+    Args:
+        intersection: For each image and class, the number of pixels that have this label and this prediction,
+            int64 (images, classes).
+        labelled: Number of pixels with this label, int64 (images, classes).
+        predicted: Number of pixels with this prediction, int64 (images, classes).
+    """
+
+    intersection: np.ndarray
+    labelled: np.ndarray
+    predicted: np.ndarray
+
+
+@dataclass
+class SegmentationResult:
+    """Result of a segmentation benchmark.
+
+    Args:
+        images: Indices of the evaluated images.
+        counts: Pixel counts of each variant.
+        examples: Reduced label map of a few images for each variant, and, for the key "labels", the correct labels,
+            uint8 (h, w).
+    """
+
+    images: list[int]
+    counts: dict[str, SegmentationCounts]
+    examples: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
+
+
+def evaluate_segmentation(
+    data: SegmentationData, embeddings: EmbeddingSource, variants: Sequence[str]
+) -> SegmentationResult:
+    """Segment all images with each variant. Each image is decoded once.
+
+    In a distributed run, the images are split across the ranks, and every rank returns the complete result.
+
+    Args:
+        data: Images, labels, class names and protocol.
+        embeddings: Embedding source with a model. Images that cannot be used are recorded in `embeddings.log`.
+        variants: Variants of the dense features. See `DENSE_VARIANTS`. Variants that the model does not support are
+            skipped.
+
+    Raises:
+        ValueError: If the embeddings are precomputed, or the model supports none of the variants.
+        TooManySkipped: If too many images cannot be used.
+    """
+    model = get_model(embeddings)
+    variants = supported_variants(model, variants) or variants
+    dense = get_dense_encoder(model, variants)
+    names = [name for class_names in data.names for name in class_names]
+    prompts = class_prompts(names, data.templates)
+    queries = class_embeddings(embeddings.encode_texts(prompts), len(names)).to(dense.device)
+    window = max(1, round(dense.image_size / dense.cell_size)) * dense.cell_size
+    transform = ResizeForWindows(window, dense.cell_size, data.scale)
+    example_indices = set(np.linspace(0, len(data.images) - 1, NUM_EXAMPLES).astype(int).tolist())
+    indices = local_indices(len(data.images))
+    refs = [data.images[i] for i in indices]
+    areas: dict[str, dict[int, np.ndarray]] = {variant: {} for variant in variants}
+    examples: dict[int, dict[str, np.ndarray]] = {}
+    failures: dict[int, str] = {}
+    is_main = process_state().is_main_process
+    with ProgressBar(total=len(refs), desc="segmentation", unit="image", disable=not is_main) as bar:
+        for decoded, items, errors in image_batches(refs, transform, IMAGES_PER_BATCH):
+            failures |= {indices[i]: reason for i, reason in errors.items()}
+            resized = {indices[i]: item for i, item in zip(decoded, items, strict=True)}
+            scores = {name: _pixel_scores(resized, dense, name, queries, transform) for name in variants}
+            for index, (_, size) in resized.items():
+                try:
+                    labels = _read_labels(data, index, size)
+                except (ValueError, OSError) as error:
+                    failures[index] = str(error)
+                    continue
+                maps = {"labels": _reduce(labels)}
+                for variant in variants:
+                    areas[variant][index], prediction = _count_pixels(scores[variant][index], labels, data)
+                    maps[variant] = _reduce(prediction)
+                if index in example_indices:
+                    examples[index] = maps
+            bar.update(len(decoded) + len(errors))
+    gathered = gather_from_ranks((areas, examples, failures))
+    record_failures(embeddings.log, data.images, {i: reason for *_, part in gathered for i, reason in part.items()})
+    counts = {}
+    evaluated: list[int] = []
+    for variant in variants:
+        areas_of_image = {i: values for part, _, _ in gathered for i, values in part[variant].items()}
+        evaluated = sorted(areas_of_image)
+        stacked = np.stack([areas_of_image[i] for i in evaluated])  # (images, 3, classes)
+        counts[variant] = SegmentationCounts(stacked[:, 0], stacked[:, 1], stacked[:, 2])
+    all_examples = {i: maps for _, part, _ in gathered for i, maps in part.items()}
+    return SegmentationResult(evaluated, counts, dict(sorted(all_examples.items())))
+
+
+def segmentation_metrics(counts: SegmentationCounts) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Return metrics in percent and their 95% confidence intervals.
+
+    The metrics are defined as in mmsegmentation, where they are called mIoU, aAcc and mAcc. Classes that are neither
+    labelled nor predicted in any image are excluded from the mean IoU, and classes without labelled pixels are excluded
+    from the mean class accuracy. The intervals are computed by a bootstrap over images.
+
+    Returns:
+        Two dicts with the keys "mIoU", "pixel accuracy" and "mean class accuracy".
+    """
+    stacked = np.stack([counts.intersection, counts.labelled, counts.predicted], 1).astype(np.float64)
+
+    def metrics(weights: np.ndarray) -> list[float]:
+        """Return all metrics if each image is counted `weights` times, (images,)."""
+        intersection, labelled, predicted = np.tensordot(weights, stacked, 1)  # (3, classes)
+        with np.errstate(invalid="ignore"):  # 0 / 0 for classes that do not occur
+            iou = intersection / (labelled + predicted - intersection)
+            accuracy = intersection / labelled
+        values = np.nanmean(iou), intersection.sum() / labelled.sum(), np.nanmean(accuracy)
+        return [100.0 * float(value) for value in values]
+
+    names = ("mIoU", "pixel accuracy", "mean class accuracy")
+    samples = [metrics(weights.numpy()) for weights in bootstrap_counts(len(stacked))]
+    lows, highs = percentile_interval(torch.tensor(samples, dtype=torch.float64)).tolist()
+    intervals = dict(zip(names, zip(lows, highs, strict=True), strict=True))
+    return dict(zip(names, metrics(np.ones(len(stacked))), strict=True)), intervals
+
+
+def class_iou(counts: SegmentationCounts) -> list[float | None]:
+    """Return the IoU of each class in percent. None: the class does not occur."""
+    intersection = counts.intersection.sum(0)
+    union = counts.labelled.sum(0) + counts.predicted.sum(0) - intersection
+    return [100.0 * float(i) / float(u) if u else None for i, u in zip(intersection, union, strict=True)]
+
+
+def segmentation_blocks(data: SegmentationData, result: SegmentationResult) -> list[Block]:
+    """Return a report section with a few images, their labels and the predictions of each variant, and a legend."""
+    colours = _palette(len(data.names))
+    text = "Images sampled at regular intervals. Pixels without a label are not coloured."
+    blocks: list[Block] = [Heading("Examples", 3), Paragraph(text)]
+    for index, maps in result.examples.items():
+        image = load_image(data.images[index])
+        images = [ResultImage(make_thumbnail(image, EXAMPLE_SIDE), None, "image")]
+        shown: set[int] = set()
+        for name, labels in maps.items():
+            shown |= set(np.unique(labels).tolist()) - {IGNORED}
+            images.append(ResultImage(_overlay(image, labels, colours), None, name))
+        blocks.append(ResultImages(str(data.images[index]), images))
+        blocks.append(Legend([(data.names[label][0], _css(colours[label])) for label in sorted(shown)]))
+    return blocks
+
+
+def _read_labels(data: SegmentationData, index: int, image_size: tuple[int, int]) -> np.ndarray:
+    """Read the labels of an image, uint8 (H, W).
+
+    Raises:
+        ValueError, OSError: If the labels cannot be read, or do not have the size of the image.
+    """
+    labels = data.read_labels(index)
+    if labels.shape != image_size:
+        raise ValueError(
+            f"the labels have {labels.shape[1]} x {labels.shape[0]} pixels, but the image has {image_size[1]} x "
+            f"{image_size[0]} pixels"
+        )
+    return labels
+
+
+def _pixel_scores(
+    images: dict[int, tuple[Tensor, tuple[int, int]]],
+    dense: DenseEncoder,
+    variant: str,
+    queries: Tensor,
+    transform: ResizeForWindows,
+) -> dict[int, PixelScores]:
+    """Encode the windows of all images in batches, and return the pixel scores of each image.
+
+    Args:
+        images: Resized images, and their original heights and widths, keyed by index. Scores have the original size.
+        dense: Dense encoder.
+        variant: Variant of the dense features.
+        queries: Embeddings of all class names, (K, D).
+        transform: Transform with which the images were resized.
+    """
+    axes = {index: transform.axes(*size) for index, (_, size) in images.items()}
+    indices_by_window: dict[tuple[int, int], list[int]] = {}  # windows of the same size are encoded together
+    for index, (rows, columns) in axes.items():
+        indices_by_window.setdefault((rows.window, columns.window), []).append(index)
+    results = {}
+    for indices in indices_by_window.values():
+        windows = [cut_windows(images[i][0], *axes[i]) for i in indices]
+        batches = torch.cat(windows).split(WINDOWS_PER_BATCH)
+        scores = torch.cat([_cell_scores(dense, batch, variant, queries) for batch in batches])  # (windows, h, w, K)
+        for i, part in zip(indices, scores.split([len(group) for group in windows]), strict=True):
+            rows, columns = axes[i]
+            height, width = images[i][1]
+            results[i] = PixelScores(
+                grid=arrange_windows(part, rows, columns),
+                rows=rows.matrix(part.shape[1], height).to(part.device),
+                columns=columns.matrix(part.shape[2], width).to(part.device),
+            )
+    return results
+
+
+@onednn_matmul()
+def _cell_scores(dense: DenseEncoder, windows: Tensor, variant: str, queries: Tensor) -> Tensor:
+    return dense.encode(windows, variant) @ queries.T
+
+
+@onednn_matmul()
+def _count_pixels(scores: PixelScores, labels: np.ndarray, data: SegmentationData) -> tuple[np.ndarray, np.ndarray]:
+    """Segment an image, and return its pixel counts, int64 (3, classes), and the predictions, uint8 (H, W).
+
+    The rows of the counts are the intersection, the labelled pixels and the predicted pixels.
+    """
+    num_classes = len(data.names)
+    prediction = np.empty(labels.shape, np.uint8)
+    counts = np.zeros((3, num_classes), np.int64)
+    tiles = segment(
+        scores,
+        names_per_class=[len(class_names) for class_names in data.names],
+        logit_scale=data.logit_scale,
+        min_probability=data.min_probability,
+        min_area=data.min_area,
+    )
+    for rows, tile in tiles:
+        predicted = tile.to(torch.uint8).cpu().numpy()
+        prediction[rows] = predicted
+        is_labelled = labels[rows] != IGNORED
+        predicted, correct = predicted[is_labelled], labels[rows][is_labelled]
+        for n, values in enumerate((correct[predicted == correct], correct, predicted)):
+            counts[n] += np.bincount(values, minlength=num_classes)
+    return counts, prediction
+
+
+def _reduce(labels: np.ndarray) -> np.ndarray:
+    """Reduce a label map to at most `EXAMPLE_SIDE` pixels per side, by leaving out rows and columns."""
+    step = -(-max(labels.shape) // EXAMPLE_SIDE)
+    return labels[::step, ::step].copy()
+
+
+def _palette(num_classes: int) -> np.ndarray:
+    """Return a colour for each class, uint8 (classes, 3). Hues follow the golden ratio, so that neighbours differ."""
+    n = np.arange(num_classes)
+    hsv = np.stack([n * 0.618034 % 1, 1 - 0.25 * (n % 3), 1 - 0.2 * (n % 4)], 1)
+    return (255 * hsv_to_rgb(hsv)).astype(np.uint8)
+
+
+def _css(colour: np.ndarray) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour.tolist())
+
+
+def _overlay(image: Tensor, labels: np.ndarray, colours: np.ndarray) -> bytes:
+    """Draw the colours of a reduced label map over an image, and return the result as JPEG."""
+    rows, columns = (torch.arange(n) * size // n for n, size in zip(labels.shape, image.shape[1:], strict=True))
+    pixels = image[:, rows][:, :, columns].permute(1, 2, 0).numpy()  # (h, w, 3)
+    table = np.zeros((IGNORED + 1, 3), np.uint8)
+    table[: len(colours)] = colours
+    blended = ((1 - OVERLAY_OPACITY) * pixels + OVERLAY_OPACITY * table[labels]).astype(np.uint8)
+    blended[labels == IGNORED] = pixels[labels == IGNORED]
+    return make_thumbnail(torch.from_numpy(blended).permute(2, 0, 1), EXAMPLE_SIDE)

@@ -1,0 +1,192 @@
+"""Pixel scores from a sliding window over an image, computed in tiles of rows.
+
+SCLIP (arXiv 2312.01597) upsamples the cell scores of each window to the window's size, averages overlapping windows,
+and resizes the result to the size of the labels. Each of these steps is linear and acts on rows and columns separately.
+The scores of a class are therefore R @ S @ C.T. S contains the cell scores of all windows, arranged in a grid. R and C,
+the row and column matrices, combine all interpolation and averaging. Any tile of rows can be computed from the
+corresponding rows of R, so the memory does not grow with the size of the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+# Limit on the longer side of a resized image, divided by the shorter side: SCLIP's 2,048 and 336 pixels.
+MAX_ASPECT_RATIO = 2048 / 336
+TILE_ELEMENTS = 1 << 24  # number of scores in a tile (64 MB)
+
+
+@dataclass(frozen=True)
+class WindowAxis:
+    """Positions of the windows along one axis.
+
+    Args:
+        length: Length of the resized image along this axis, in pixels.
+        window: Length of a window, in pixels.
+        starts: First pixel of each window.
+    """
+
+    length: int
+    window: int
+    starts: tuple[int, ...]
+
+    @classmethod
+    def create(cls, length: int, window: int, cell_size: int) -> WindowAxis:
+        """Place windows with a stride of half a window. The last window ends at the end of the image.
+
+        If the image is shorter than a window, there is one window, and the length is rounded to complete cells.
+        """
+        if length < window:
+            length = window = max(1, round(length / cell_size)) * cell_size
+        stride = window // 2
+        count = -(-(length - window) // stride) + 1
+        return cls(length, window, tuple(min(n * stride, length - window) for n in range(count)))
+
+    def matrix(self, cells: int, size: int) -> Tensor:
+        """Return the matrix from the cells of all windows to output pixels, float32 (size, windows * cells).
+
+        Args:
+            cells: Number of cells per window.
+            size: Number of output pixels.
+        """
+        upsample = _bilinear_matrix(cells, self.window)
+        average = torch.zeros(self.length, len(self.starts) * cells, dtype=torch.float64)
+        count = torch.zeros(self.length, 1, dtype=torch.float64)
+        for n, start in enumerate(self.starts):
+            average[start : start + self.window, n * cells : (n + 1) * cells] = upsample
+            count[start : start + self.window] += 1
+        return (_bilinear_matrix(self.length, size) @ (average / count)).float()
+
+
+@dataclass(frozen=True)
+class ResizeForWindows:
+    """Transform that resizes an image, uint8 (3, H, W), before the windows are cut out.
+
+    The aspect ratio is kept. The shorter side becomes `scale` times the window, or less if the longer side would exceed
+    `MAX_ASPECT_RATIO` times this length. The interpolation is bilinear, with antialiasing.
+
+    Args:
+        window: Side length of the window in pixels. Must be a multiple of `cell_size`.
+        cell_size: Side length of a cell in pixels.
+        scale: Shorter side of the resized image, divided by the window.
+    """
+
+    window: int
+    cell_size: int
+    scale: float
+
+    def axes(self, height: int, width: int) -> tuple[WindowAxis, WindowAxis]:
+        """Return the vertical and the horizontal window positions for an image of the given size."""
+        shorter_side = self.scale * self.window
+        scale = min(shorter_side / min(height, width), MAX_ASPECT_RATIO * shorter_side / max(height, width))
+        rows, columns = (
+            WindowAxis.create(max(1, int(side * scale + 0.5)), self.window, self.cell_size) for side in (height, width)
+        )
+        return rows, columns
+
+    def __call__(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Return the resized image, and the height and width of the original image."""
+        height, width = image.shape[1:]
+        rows, columns = self.axes(height, width)
+        size = [rows.length, columns.length]
+        resized = transforms.resize(image, size, interpolation=InterpolationMode.BILINEAR, antialias=True)
+        return resized, (height, width)
+
+
+def cut_windows(image: Tensor, rows: WindowAxis, columns: WindowAxis) -> Tensor:
+    """Return all windows of a resized image, uint8 (windows, 3, H, W), row by row."""
+    windows = []
+    for top in rows.starts:
+        for left in columns.starts:
+            windows.append(image[:, top : top + rows.window, left : left + columns.window])
+    return torch.stack(windows)
+
+
+def arrange_windows(scores: Tensor, rows: WindowAxis, columns: WindowAxis) -> Tensor:
+    """Arrange the cell scores of all windows, (windows, h, w, K), in a grid, (K, window rows * h, columns * w)."""
+    _, h, w, num_scores = scores.shape
+    grid = scores.reshape(len(rows.starts), len(columns.starts), h, w, num_scores)
+    grid = grid.permute(4, 0, 2, 1, 3)  # (K, window rows, h, window columns, w)
+    return grid.reshape(num_scores, len(rows.starts) * h, len(columns.starts) * w)
+
+
+@dataclass(frozen=True)
+class PixelScores:
+    """Pixel scores of an image, which are computed tile by tile.
+
+    Args:
+        grid: Cell scores of all windows, (K, A, B). See `arrange_windows`.
+        rows: Row matrix, (H, A). See `WindowAxis.matrix`.
+        columns: Column matrix, (W, B).
+    """
+
+    grid: Tensor
+    rows: Tensor
+    columns: Tensor
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield tiles: the slice of rows, and the scores of their pixels, (K, rows, W)."""
+        num_scores, width = len(self.grid), len(self.columns)
+        step = max(1, TILE_ELEMENTS // (num_scores * width))
+        for start in range(0, len(self.rows), step):
+            rows = slice(start, min(start + step, len(self.rows)))
+            tile = (self.rows[rows] @ self.grid) @ self.columns.T  # (K, rows, B) @ (B, W)
+            yield rows, tile
+
+
+def segment(
+    scores: PixelScores,
+    names_per_class: Sequence[int],
+    logit_scale: float,
+    min_probability: float = 0.0,
+    min_area: float = 0.0,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Assign each pixel to the class with the highest score, tile by tile, as in SCLIP.
+
+    Args:
+        scores: Scores of all names. The names of the same class are adjacent.
+        names_per_class: Number of names of each class. The score of a class is the highest score of its names.
+        logit_scale: Factor for the scores before the softmax over all names.
+        min_probability: Pixels whose highest probability is lower are assigned to class 0.
+        min_area: Classes other than class 0 are not predicted if they cover at most this fraction of the pixels of
+            all classes other than class 0.
+
+    Yields:
+        The slice of rows, and the class of each pixel, int64 (rows, W).
+    """
+    is_allowed = torch.ones(len(names_per_class), dtype=torch.bool, device=scores.grid.device)
+    if min_area > 0:
+        areas = torch.zeros(len(names_per_class), dtype=torch.int64, device=scores.grid.device)
+        for _, tile in scores.tiles():
+            labels = _best_names(tile, names_per_class).argmax(0)
+            areas += labels.flatten().bincount(minlength=len(names_per_class))
+        is_allowed[1:] = areas[1:] > min_area * areas[1:].sum()
+    for rows, tile in scores.tiles():
+        class_scores = _best_names(tile, names_per_class)
+        if min_area > 0:
+            class_scores = class_scores.masked_fill(~is_allowed[:, None, None], float("-inf"))
+        best, labels = class_scores.max(0)
+        if min_probability > 0:
+            probability = (logit_scale * best - (logit_scale * tile).logsumexp(0)).exp()
+            labels[probability < min_probability] = 0
+        yield rows, labels
+
+
+def _best_names(tile: Tensor, names_per_class: Sequence[int]) -> Tensor:
+    """Return the highest score of each class' names, (classes, rows, W), from the scores of all names."""
+    if len(names_per_class) == len(tile):
+        return tile
+    return torch.stack([scores.amax(0) for scores in tile.split(list(names_per_class))])
+
+
+def _bilinear_matrix(size_in: int, size_out: int) -> Tensor:
+    """Return the matrix of one-dimensional bilinear interpolation, float64 (size_out, size_in)."""
+    identity = torch.eye(size_in, dtype=torch.float64)[None]  # (1, channels, positions)
+    return F.interpolate(identity, size=size_out, mode="linear", align_corners=False)[0].T

@@ -1,0 +1,346 @@
+"""Region classification: the reader of boxes, crops, RoIAlign on dense features, and the metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import balanced_accuracy_score
+
+from dense_fixtures import colour_embeddings, make_coco, make_segmentation
+from llm2clip.cli import main
+from llm2clip.data.skip_log import SkipLog, TooManySkipped
+from llm2clip.evaluate.benchmarks import BENCHMARKS, DataFormatError, MissingFileError, RegionData, get_benchmarks
+from llm2clip.evaluate.dense import regions
+from llm2clip.evaluate.dense.regions import (
+    RegionPredictions,
+    classify_regions,
+    crop_region,
+    pool_regions,
+    region_metrics,
+)
+from llm2clip.evaluate.dense.segmentation import evaluate_segmentation
+from llm2clip.evaluate.precomputed import PrecomputedEmbeddings
+from llm2clip.evaluate.recall import bootstrap_counts
+from test_dual_encoder import clip as clip  # the fixture
+
+
+def edit(file: Path, **changes: Any) -> None:
+    """Change the first annotation of a file in COCO's format."""
+    data = json.loads(file.read_text())
+    data["annotations"][0] |= changes
+    file.write_text(json.dumps(data))
+
+
+# ---- reader --------------------------------------------------------------------------------------------------------
+
+
+def test_coco_boxes_are_clipped_and_crowds_and_degenerate_boxes_are_excluded(tmp_path: Path) -> None:
+    file = make_coco(tmp_path / "coco")
+    data = json.loads(file.read_text())
+    extra = [{"bbox": [50, 40, 30, 30], "area": 5}, {"bbox": [3, 3, 0.5, 9], "area": 4}]
+    extra += [{"bbox": [3, 3, 9, 9], "area": 4, "iscrowd": 1}]
+    data["annotations"] += [{"id": n, "image_id": 10, "category_id": 3} | row for n, row in enumerate(extra)]
+    data["categories"][1]["name"] = "traffic_light"
+    data["images"].append({"id": 99, "file_name": "without boxes.png", "width": 9, "height": 9})
+    file.write_text(json.dumps(data))
+    result = BENCHMARKS["coco-boxes"].load(BENCHMARKS["coco-boxes"].find(tmp_path))
+    assert [Path(str(ref)).name for ref in result.images] == ["0.png", "1.png", "2.png"]
+    assert result.sizes == [(64, 48), (48, 64), (64, 48)]
+    assert result.boxes[0].tolist() == [[4, 4, 28, 20], [36, 20, 56, 44], [50, 40, 64, 48]]
+    assert result.labels[0].tolist() == [0, 2, 1] and result.areas[0].tolist() == [384, 480, 5]
+    assert list(result.names) == ["red", "traffic light", "blue"]
+    assert result.excluded == {"crowd": 1, "smaller than a pixel": 1}
+    assert len(result.templates) == 80 and "a photo of a {}." in result.templates
+
+
+def test_lvis_boxes_find_images_of_both_splits_by_url(tmp_path: Path) -> None:
+    file = make_coco(tmp_path / "coco")
+    data = json.loads(file.read_text())
+    (tmp_path / "coco/train2017").mkdir()
+    (tmp_path / "coco/val2017/1.png").rename(tmp_path / "coco/train2017/1.png")
+    for image in data["images"]:
+        split = "train2017" if image["id"] == 11 else "val2017"
+        image["coco_url"] = f"http://images.cocodataset.org/{split}/{image.pop('file_name')}"
+    for annotation in data["annotations"]:
+        del annotation["iscrowd"]
+    (tmp_path / "coco/annotations/lvis_v1_val.json").write_text(json.dumps(data))
+    result = BENCHMARKS["lvis-boxes"].load(BENCHMARKS["lvis-boxes"].find(tmp_path))
+    assert [Path(str(ref)).parent.name for ref in result.images] == ["val2017", "train2017", "val2017"]
+
+
+def test_boxes_prefix_reads_a_file_beside_its_images(tmp_path: Path) -> None:
+    file = make_coco(tmp_path / "coco")
+    mine = file.rename(tmp_path / "coco/val2017/mine.json")
+    [benchmark] = get_benchmarks([f"boxes:{mine}"])
+    assert benchmark.kind == "regions" and len(benchmark.load(benchmark.find(Path("unused"))).images) == 3
+    [benchmark] = get_benchmarks([f"boxes:{tmp_path}/coco/val2017/other.json"])
+    with pytest.raises(MissingFileError, match=r"no other.json"):
+        benchmark.load(benchmark.find(Path("unused")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_id": 7}, "annotation 100 refers to image 7, which does not exist"),
+        ({"category_id": 2}, "annotation 100 refers to category 2, which does not exist"),
+        ({"bbox": [1, 2, 3]}, r"annotation 100 has the bbox \[1, 2, 3\], but a bbox must be \[left, top, width"),
+        ({"bbox": [1, 2, 3, float("nan")]}, "annotation 100 has the bbox"),
+        ({"bbox": [1, 2, 3, "4"]}, "annotation 100 has the bbox"),
+    ],
+)
+def test_invalid_annotations_are_reported(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = make_coco(tmp_path / "coco")
+    edit(file, **changes)
+    with pytest.raises(DataFormatError, match=message) as error:
+        BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
+    assert str(file) in str(error.value)
+
+
+def test_file_without_usable_boxes_or_images_is_reported(tmp_path: Path) -> None:
+    file = make_coco(tmp_path / "coco")
+    (tmp_path / "coco/val2017/1.png").unlink()
+    with pytest.raises(MissingFileError, match=r"1 of 3 images listed in .*instances_val2017.json are missing"):
+        BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
+    data = json.loads(file.read_text())
+    file.write_text(json.dumps(data | {"annotations": []}))
+    with pytest.raises(DataFormatError, match="contains no boxes"):
+        BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
+    file.write_text("{")
+    with pytest.raises(DataFormatError, match=r"instances_val2017.json: not JSON"):
+        BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
+    file.write_text(json.dumps({"images": []}))
+    with pytest.raises(DataFormatError, match=r"a row does not have the coco-boxes format \(KeyError\('categories'\)"):
+        BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
+
+
+# ---- crops and RoIAlign --------------------------------------------------------------------------------------------
+
+
+def test_crop_is_enlarged_clipped_and_padded_to_a_square() -> None:
+    image = torch.arange(3 * 20 * 40).reshape(3, 20, 40).remainder(251).add(1).to(torch.uint8)
+    crop = crop_region(image, np.array([10, 8, 26, 12], np.float32))  # 16 x 4 -> 24 x 6, from (6, 7) to (30, 13)
+    assert crop.shape == (3, 24, 24)
+    assert torch.equal(crop[:, 9:15], image[:, 7:13, 6:30])
+    assert not crop[:, :9].any() and not crop[:, 15:].any()
+    crop = crop_region(image, np.array([0, 0, 40, 20], np.float32))  # clipped to the image
+    assert crop.shape == (3, 40, 40) and torch.equal(crop[:, 10:30], image)
+    crop = crop_region(image, np.array([39.2, 19.1, 40, 20], np.float32))  # less than a pixel
+    assert crop.numel() > 0 and torch.equal(crop[:, -1, -1], image[:, 19, 39])
+
+
+def naive_roi_align(features: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """RoIAlign with one output cell, aligned, in float64: the mean of bilinear samples on a regular grid.
+
+    There are ceil(height) x ceil(width) samples (arXiv 1703.06870; detectron2's `aligned`). Cell i has its centre at
+    i + 0.5. Samples more than one cell outside count as zero; others are clamped.
+    """
+    h, w, dim = features.shape
+    left, top, right, bottom = box.astype(np.float64)
+    ny, nx = int(np.ceil(bottom - top)), int(np.ceil(right - left))
+    total = np.zeros(dim)
+    for iy in range(ny):
+        for ix in range(nx):
+            y = min(max(top + (iy + 0.5) * (bottom - top) / ny - 0.5, 0), h - 1)
+            x = min(max(left + (ix + 0.5) * (right - left) / nx - 0.5, 0), w - 1)
+            y0, x0 = int(y), int(x)
+            y1, x1 = min(y0 + 1, h - 1), min(x0 + 1, w - 1)
+            total += (1 - y + y0) * ((1 - x + x0) * features[y0, x0] + (x - x0) * features[y0, x1])
+            total += (y - y0) * ((1 - x + x0) * features[y1, x0] + (x - x0) * features[y1, x1])
+    return total / (ny * nx)
+
+
+def test_pool_regions_matches_naive_roi_align() -> None:
+    features = F.normalize(torch.randn(2, 6, 9, 5, generator=torch.Generator().manual_seed(0)), dim=-1)
+    boxes = [torch.tensor([[1.0, 2.0, 4.0, 4.0], [0.3, 0.2, 8.7, 5.9]]), torch.tensor([[7.9, 5.1, 9.0, 6.0]])]
+    pooled = pool_regions(features, boxes)
+    expected = [naive_roi_align(features[n].double().numpy(), box.numpy()) for n in (0, 1) for box in boxes[n]]
+    reference = F.normalize(torch.from_numpy(np.stack(expected)), dim=-1)
+    torch.testing.assert_close(pooled.double(), reference, atol=1e-6, rtol=0)
+    mean = F.normalize(features[0, 2:4, 1:4].mean((0, 1)), dim=-1)
+    torch.testing.assert_close(pooled[0], mean)  # a box that consists of complete cells
+
+
+# ---- classification ------------------------------------------------------------------------------------------------
+
+
+def test_all_methods_recognise_coloured_boxes_and_decode_each_image_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_coco(tmp_path / "coco")
+    data = BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
+    decoded: Counter[str] = Counter()
+    load_image = regions.image_batches.__globals__["load_image"]
+
+    def counting_load_image(ref: Any) -> Any:
+        decoded[str(ref)] += 1
+        return load_image(ref)
+
+    monkeypatch.setitem(regions.image_batches.__globals__, "load_image", counting_load_image)
+    predictions = classify_regions(data, colour_embeddings(), ["plain", "sclip"])
+    assert list(predictions) == ["crop", "plain", "sclip"] and set(decoded.values()) == {1} and len(decoded) == 3
+    for method in ("crop", "plain"):
+        assert predictions[method].rank.tolist() == [0] * 5
+        assert predictions[method].predicted.tolist() == np.concatenate(data.labels).tolist() == [0, 2, 1, 0, 2]
+        assert predictions[method].margin.tolist() == [0] * 5
+    assert predictions["plain"].image.tolist() == [0, 0, 1, 1, 2]
+    assert predictions["plain"].region.tolist() == [0, 1, 0, 1, 0]
+    assert predictions["sclip"].predicted.tolist() == [2, 0, 1, 2, 0], "this variant swaps red and blue"
+    assert predictions["sclip"].margin[0] > 0.5
+
+
+def test_equal_scores_rank_the_first_class_first(tmp_path: Path) -> None:
+    make_coco(tmp_path / "coco")
+    data = BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
+    data = dataclasses.replace(data, names=["red", "green", "red"])  # label 2 has the name of label 0
+    predictions = classify_regions(data, colour_embeddings(), ["sclip"])["sclip"]
+    assert predictions.predicted.tolist()[1] == 0 and predictions.rank.tolist()[1] == 1
+
+
+def test_unusable_images_are_skipped_and_counted(tmp_path: Path) -> None:
+    file = make_coco(tmp_path / "coco")
+    (tmp_path / "coco/val2017/1.png").write_bytes(b"not an image")
+    contents = json.loads(file.read_text())
+    contents["images"][2]["width"] = 70
+    file.write_text(json.dumps(contents))
+    data = BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
+    embeddings = colour_embeddings(max_skipped=1.0)
+    predictions = classify_regions(data, embeddings, ["plain"])["plain"]
+    assert predictions.image.tolist() == [0, 0] and embeddings.log.skipped == {"unusable image": 2}
+    assert "not an image" in embeddings.log.examples[0]
+    assert "the image has 64 x 48 pixels, but its boxes refer to 70 x 48 pixels" in embeddings.log.examples[1]
+    metrics, _ = region_metrics(data, predictions)
+    assert metrics["top-1"] == 100
+    with pytest.raises(TooManySkipped, match="2 of 3 rows skipped"):
+        classify_regions(data, colour_embeddings(), ["plain"])
+    (tmp_path / "coco/val2017/0.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"none of the 3 images can be used; the first: .*0.png: not an image"):
+        classify_regions(data, colour_embeddings(max_skipped=1.0), ["plain"])
+
+
+def test_unsupported_variants_are_skipped_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_coco(tmp_path / "coco")
+    data = BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
+    embeddings = colour_embeddings()
+    assert list(classify_regions(data, embeddings, ["naclip", "plain"])) == ["crop", "plain"]
+    assert "the dense variants naclip are skipped: the model supports only plain, sclip" in capsys.readouterr().out
+    segmentation = make_segmentation(tmp_path)
+    assert list(evaluate_segmentation(segmentation, embeddings, ["naclip", "plain"]).counts) == ["plain"]
+    with pytest.raises(ValueError, match="colours does not support the dense variant naclip; it supports plain, s"):
+        evaluate_segmentation(segmentation, embeddings, ["naclip"])
+    embeddings.model.dense = None
+    assert list(classify_regions(data, embeddings, ["plain"])) == ["crop"], "crops need no dense features"
+    assert "plain are skipped: the model has no dense features" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="colours has no dense features"):
+        evaluate_segmentation(segmentation, embeddings, ["plain"])
+
+
+def test_precomputed_embeddings_are_rejected(tmp_path: Path) -> None:
+    make_coco(tmp_path / "coco")
+    file = tmp_path / "x.npz"
+    np.savez(file, images=np.eye(1, 3), image_names=["1.jpg"], texts=np.eye(1, 3), captions=["x"])
+    embeddings = PrecomputedEmbeddings(file, SkipLog())
+    with pytest.raises(ValueError, match="precomputed embeddings cannot be used here"):
+        classify_regions(BENCHMARKS["coco-boxes"].load(tmp_path / "coco"), embeddings, ["plain"])
+
+
+# ---- metrics -------------------------------------------------------------------------------------------------------
+
+
+def random_predictions() -> tuple[RegionData, RegionPredictions]:
+    """Return random predictions for 60 regions in 12 images, of which two have no region in the predictions."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 9, 12)
+    labels = [rng.integers(0, 5, count) for count in counts]
+    areas = [rng.choice([100.0, 1024.0, 5000.0, 9216.0, 50000.0], count).astype(np.float32) for count in counts]
+    used = [n for n in range(12) if n not in (3, 7)]
+    image = np.concatenate([np.full(counts[n], n) for n in used])
+    region = np.concatenate([np.arange(counts[n]) for n in used])
+    predicted = rng.integers(0, 5, len(image))
+    correct = np.concatenate([labels[n] for n in used])
+    rank = np.where(predicted == correct, 0, rng.integers(1, 8, len(image)))
+    data = RegionData([], [], [], labels, areas, list("abcdefg"), [], {})
+    return data, RegionPredictions(image, region, rank, predicted, np.zeros(len(image), np.float32))
+
+
+def naive_metrics(data: RegionData, predictions: RegionPredictions, images: list[int]) -> dict[str, float]:
+    """Compute the metrics with loops over the regions of the given images, which may occur several times."""
+    rows = []
+    for i in images:
+        for n in np.flatnonzero(predictions.image == i):
+            region = predictions.region[n]
+            rows.append((data.labels[i][region], data.areas[i][region], predictions.rank[n], predictions.predicted[n]))
+    labels, areas, ranks, predicted = (np.array(column) for column in zip(*rows, strict=True))
+    sizes = {"small": areas < 1024, "medium": (areas >= 1024) & (areas < 9216), "large": areas >= 9216}
+    metrics = {"top-1": np.mean(predicted == labels), "top-5": np.mean(ranks < 5)}
+    metrics |= {name: np.mean(ranks[mask] == 0) if mask.any() else np.nan for name, mask in sizes.items()}
+    metrics["mean per class"] = balanced_accuracy_score(labels, predicted)
+    return {name: 100 * float(value) for name, value in metrics.items()}
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes")
+def test_region_metrics_and_intervals_match_naive_computation() -> None:
+    data, predictions = random_predictions()
+    metrics, intervals = region_metrics(data, predictions)
+    used = [n for n in range(12) if n not in (3, 7)]
+    assert metrics == pytest.approx(naive_metrics(data, predictions, used))
+    samples = []
+    for weights in bootstrap_counts(len(used)):
+        images = [i for i, weight in zip(used, weights.tolist(), strict=True) for _ in range(int(weight))]
+        samples.append(naive_metrics(data, predictions, images))
+    for name, (low, high) in intervals.items():
+        values = [sample[name] for sample in samples if not np.isnan(sample[name])]
+        assert (low, high) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
+        assert low < metrics[name] < high
+
+
+def test_sizes_without_regions_are_omitted() -> None:
+    data, predictions = random_predictions()
+    data = dataclasses.replace(data, areas=[np.full_like(areas, 100) for areas in data.areas])
+    metrics, intervals = region_metrics(data, predictions)
+    assert list(metrics) == list(intervals) == ["top-1", "top-5", "small", "mean per class"]
+    assert metrics["small"] == metrics["top-1"]
+
+
+# ---- command -------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_command_writes_region_results_and_pictures(
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_coco(tmp_path / "root/coco")
+    out = tmp_path / "out"
+    command = ["evaluate", str(clip), "--benchmarks", "coco-boxes", "--root", str(tmp_path / "root")]
+    command += ["--dense_variants", "plain", "sclip", "--out", str(out), "--baselines", str(clip)]
+    assert main(command) == 0
+    output = capsys.readouterr().out
+    assert "| | method |" in output.replace("|  |", "| |") and "| crop |" in output and "| sclip |" in output
+    results = json.loads((out / "results.json").read_text())["results"]
+    assert [row["method"] for row in results[0]["rows"]] == ["crop", "plain", "sclip"]
+    assert results[0]["images"] == 3 and results[0]["regions"] == 5 and results[0]["texts"] == 240
+    assert results[0]["chance"] == pytest.approx(100 / 3) and results[0]["rows"] == results[1]["rows"]
+    report, page = (out / "report.md").read_text(), (out / "report.html").read_text()
+    assert f"{clip.name} minus" in report and "+0.0" in report
+    wrong = results[0]["rows"][0]["metrics"]["top-1"] < 100
+    assert page.count("classified as") >= 1 if wrong else "classified as" not in page
+    assert main([*command[:-4], "--dense_variants", "slip"]) == 1
+    assert "no dense variant 'slip'; choose from plain" in capsys.readouterr().err
+
+
+@pytest.mark.data
+def test_coco_boxes_on_real_images(real_data: Path) -> None:
+    """The part of COCO val2017 has 895 objects, of which 11 are crowds."""
+    data = BENCHMARKS["coco-boxes"].load(BENCHMARKS["coco-boxes"].find(real_data))
+    assert len(data.names) == 80 and len(data.images) <= 80
+    assert sum(map(len, data.labels)) + sum(data.excluded.values()) == 895 and data.excluded["crowd"] == 11
+    columns = {name: getattr(data, name)[:2] for name in ("images", "sizes", "boxes", "labels", "areas")}
+    part = dataclasses.replace(data, **columns)
+    predictions = classify_regions(part, colour_embeddings(), ["plain"])
+    assert len(predictions["crop"].rank) == sum(map(len, part.labels))

@@ -1,0 +1,425 @@
+"""Zero-shot segmentation: readers of the data sets, sliding window, assignment of classes, and the metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy.io import savemat
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, jaccard_score
+from torch import Tensor
+
+from conftest import run_distributed
+from dense_fixtures import CELL, colour_embeddings, evaluate_on_rank, make_coco, make_segmentation
+from llm2clip.cli import main
+from llm2clip.data.skip_log import TooManySkipped
+from llm2clip.evaluate.benchmarks import BENCHMARKS, DataFormatError, MissingFileError, SegmentationData
+from llm2clip.evaluate.benchmarks.segmentation import read_class_names
+from llm2clip.evaluate.dense import sliding_window
+from llm2clip.evaluate.dense.segmentation import (
+    SegmentationCounts,
+    class_iou,
+    evaluate_segmentation,
+    segmentation_metrics,
+)
+from llm2clip.evaluate.dense.sliding_window import (
+    PixelScores,
+    ResizeForWindows,
+    WindowAxis,
+    arrange_windows,
+    cut_windows,
+    segment,
+)
+from llm2clip.evaluate.recall import bootstrap_counts
+from test_dual_encoder import clip as clip  # the fixture
+
+SIZE = (8, 6)  # width and height of the generated images
+
+
+def save_labels(file: Path, values: list[int], palette: bool = False) -> None:
+    """Save a label file of size `SIZE`. The values are repeated, row by row."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.resize(np.array(values, np.uint8), (SIZE[1], SIZE[0]))
+    image = Image.fromarray(pixels)
+    if palette:
+        image.putpalette(list(range(256)) * 3)
+    image.save(file)
+
+
+def save_image(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", SIZE, (10, 20, 30)).save(file)
+
+
+def first_labels(name: str, root: Path, count: int) -> list[int]:
+    """Read a benchmark with a single image, and return its first labels."""
+    data = BENCHMARKS[name].load(BENCHMARKS[name].find(root))
+    labels = data.read_labels(0)
+    assert len(data.images) == 1 and Path(str(data.images[0])).is_file()
+    assert labels.shape == (SIZE[1], SIZE[0]) and labels.dtype == np.uint8
+    assert labels[labels != 255].max() < len(data.names)
+    return labels.flatten()[:count].tolist()
+
+
+# ---- readers -------------------------------------------------------------------------------------------------------
+
+
+def make_voc(root: Path) -> None:
+    save_image(root / "JPEGImages/2007_1.jpg")
+    save_image(root / "JPEGImages/2007_2.jpg")
+    save_labels(root / "SegmentationClass/2007_1.png", [0, 1, 20, 255], palette=True)
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    (root / "ImageSets/Segmentation/val.txt").write_text("2007_1\n")
+
+
+def test_voc_labels_with_and_without_background(tmp_path: Path) -> None:
+    make_voc(tmp_path / "VOCdevkit/VOC2012")
+    assert first_labels("voc20", tmp_path, 4) == [255, 0, 19, 255]
+    assert first_labels("voc21", tmp_path, 4) == [0, 1, 20, 255]
+    data = BENCHMARKS["voc21"].load(tmp_path / "VOCdevkit")
+    assert len(data.names) == 21 and data.names[0][:2] == ["sky", "wall"] and data.names[1] == ["aeroplane"]
+    assert (data.logit_scale, data.min_probability, data.min_area, data.scale) == (65, 0.1, 0.1, 1.5)
+    data = BENCHMARKS["voc20"].load(tmp_path / "VOCdevkit/VOC2012")
+    assert (data.logit_scale, data.min_probability, data.min_area) == (40, 0, 0)
+
+
+def test_context_labels_from_pngs_and_from_the_original_files(tmp_path: Path) -> None:
+    root = tmp_path / "VOC2010"
+    save_image(root / "JPEGImages/a.jpg")
+    (root / "ImageSets/Main").mkdir(parents=True)
+    (root / "ImageSets/Main/val.txt").write_text("a\n")
+    (root / "trainval").mkdir()
+    labels = np.resize(np.array([0, 2, 458, 7, 284], np.uint16), (SIZE[1], SIZE[0]))  # 7 is not among the 59 classes
+    savemat(root / "trainval/a.mat", {"LabelMap": labels})
+    assert first_labels("context59", tmp_path, 5) == [255, 0, 58, 255, 36]
+    assert first_labels("context60", tmp_path, 5) == [0, 1, 59, 0, 37]
+    names = read_class_names("context59")
+    assert names[0] == ["aeroplane"] and names[36] == ["person"] and names[58] == ["wood"]
+    save_labels(root / "SegmentationClassContext/a.png", [0, 1, 59, 37])
+    (root / "ImageSets/SegmentationContext").mkdir()
+    (root / "ImageSets/SegmentationContext/val.txt").write_text("a\n")
+    assert first_labels("context59", tmp_path, 4) == [255, 0, 58, 36]
+    assert first_labels("context60", tmp_path, 4) == [0, 1, 59, 37]
+
+
+def test_coco_stuff_labels(tmp_path: Path) -> None:
+    """Values are category ids minus one: 0 person, 9 traffic light, 12 stop sign, 89 toothbrush, 181 wood-other."""
+    save_image(tmp_path / "coco/val2017/1.jpg")
+    save_labels(tmp_path / "coco/stuffthingmaps/val2017/1.png", [0, 9, 12, 89, 91, 181, 255])
+    assert first_labels("coco-stuff", tmp_path, 7) == [0, 9, 11, 79, 80, 170, 255]
+    data = BENCHMARKS["coco-stuff"].load(tmp_path / "coco")
+    names = [data.names[n][0] for n in (0, 9, 11, 79, 80, 170)]
+    assert names == ["person", "trafficlight", "stopsign", "toothbrush", "banner", "wood"] and data.scale == 2
+
+
+def test_ade20k_and_cityscapes_labels(tmp_path: Path) -> None:
+    root = tmp_path / "ADEChallengeData2016"
+    save_image(root / "images/validation/ADE_val_1.jpg")
+    save_labels(root / "annotations/validation/ADE_val_1.png", [0, 1, 150])
+    assert first_labels("ade20k", tmp_path, 3) == [255, 0, 149]
+    root = tmp_path / "cityscapes"
+    save_image(root / "leftImg8bit/val/ulm/ulm_1_leftImg8bit.png")
+    save_labels(root / "gtFine/val/ulm/ulm_1_gtFine_labelIds.png", [0, 7, 8, 11, 24, 33, 29])
+    assert first_labels("cityscapes", tmp_path, 7) == [255, 0, 1, 2, 11, 18, 255]
+    data = BENCHMARKS["cityscapes"].load(root)
+    assert [data.names[n][0] for n in (0, 11, 18)] == ["road", "person", "bicycle"] and data.scale == 2.5
+
+
+def make_coco_object(folder: Path) -> None:
+    """Write the generated folder with 80 categories, and add a crowd and a small object on top of the first object."""
+    file = make_coco(folder)
+    data = json.loads(file.read_text())
+    data["categories"] = [{"id": n, "name": f"name {n}"} for n in range(1, 81)]
+    width, height = 64, 48
+    mask = np.zeros((height, width), np.uint8)
+    mask[40:, :8] = 1
+    runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[2], mask.T.flatten(), [2]]))))  # starts with zeros
+    crowd = {"counts": runs.tolist(), "size": [height, width]}
+    extra = [{"category_id": 80, "iscrowd": 1, "segmentation": crowd, "area": 64}]
+    extra += [{"category_id": 40, "segmentation": [[8, 8, 16, 8, 16, 12, 8, 12]], "area": 32}]
+    data["annotations"] = [{"image_id": 10, "bbox": [0, 0, 1, 1], **row} for row in extra] + data["annotations"]
+    file.write_text(json.dumps(data))
+
+
+def test_coco_object_labels_are_drawn_from_polygons_and_run_lengths(tmp_path: Path) -> None:
+    make_coco_object(tmp_path / "coco")
+    data = BENCHMARKS["coco-object"].load(tmp_path / "coco")
+    expected = np.zeros((48, 64), np.uint8)
+    expected[4:20, 4:28] = 1
+    expected[20:44, 36:56] = 5
+    expected[8:12, 8:16] = 40
+    expected[40:, :8] = 80
+    assert np.array_equal(data.read_labels(0), expected)
+    assert data.read_labels(1).shape == (64, 48) and len(data.images) == 3
+    assert len(data.names) == 81 and data.names[80] == ["toothbrush"] and "person in shirt" in data.names[1]
+
+
+def test_every_class_name_file_has_a_source_and_all_classes() -> None:
+    sizes = {
+        "voc20": 20, "background": 1, "context59": 59, "coco_object": 80, "coco_stuff": 171, "ade20k": 150,
+        "cityscapes": 19,
+    }  # fmt: skip
+    for name, size in sizes.items():
+        names = read_class_names(name)
+        assert len(names) == size and all(n and n == n.strip() for row in names for n in row)
+        assert not any("github" in n for row in names for n in row), "the line with the source is not a class"
+
+
+def test_invalid_label_files_are_reported(tmp_path: Path) -> None:
+    root = tmp_path / "voc2012"
+    make_voc(root)
+    benchmark = BENCHMARKS["voc20"]
+    file = root / "SegmentationClass/2007_1.png"
+    save_labels(file, [1, 21])
+    with pytest.raises(DataFormatError, match=r"2007_1.png contains the label 21, which is not a label"):
+        benchmark.load(root).read_labels(0)
+    Image.new("RGB", SIZE).save(file)
+    with pytest.raises(DataFormatError, match=r"2007_1.png: label files must have one 8-bit channel \(got mode RGB\)"):
+        benchmark.load(root).read_labels(0)
+    file.write_bytes(b"x")
+    with pytest.raises(DataFormatError, match=r"2007_1.png: unreadable label file"):
+        benchmark.load(root).read_labels(0)
+    file.unlink()
+    with pytest.raises(MissingFileError, match=r"1 of 1 images listed in .*val.txt are missing, e.g. .*2007_1.png"):
+        benchmark.load(root)
+    (root / "ImageSets/Segmentation/val.txt").write_text("\n")
+    with pytest.raises(MissingFileError, match=r"val.txt contains no images"):
+        benchmark.load(root)
+    with pytest.raises(MissingFileError, match="has no VOC2012/JPEGImages or JPEGImages"):
+        benchmark.load(tmp_path)
+
+
+# ---- sliding window ------------------------------------------------------------------------------------------------
+
+
+def reference_window_scores(image: Tensor, cells: Tensor, window: int, size: tuple[int, int]) -> Tensor:
+    """SCLIP's procedure: upsample each window, add and count, divide, and resize.
+
+    Args:
+        image: Resized image, (3, H, W).
+        cells: Cell scores of the windows, (windows, K, h, w), row by row.
+    """
+    height, width = image.shape[1:]
+    stride = window // 2
+    total = torch.zeros(1, cells.shape[1], height, width, dtype=torch.float64)
+    count = torch.zeros(1, 1, height, width, dtype=torch.float64)
+    n = 0
+    for row in range(max(height - window + stride - 1, 0) // stride + 1):
+        for column in range(max(width - window + stride - 1, 0) // stride + 1):
+            bottom, right = min(row * stride + window, height), min(column * stride + window, width)
+            top, left = max(bottom - window, 0), max(right - window, 0)
+            block = F.interpolate(cells[n : n + 1].double(), size=(bottom - top, right - left), mode="bilinear")
+            total[:, :, top:bottom, left:right] += block
+            count[:, :, top:bottom, left:right] += 1
+            n += 1
+    assert n == len(cells)
+    return F.interpolate(total / count, size=size, mode="bilinear")[0]
+
+
+@pytest.mark.parametrize("size", [(48, 64), (70, 31), (300, 40), (16, 200), (37, 37)])
+def test_pixel_scores_match_the_procedure_of_sclip(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sliding_window, "TILE_ELEMENTS", 3 * size[1] * 7)  # tiles of seven rows
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
+    transform = ResizeForWindows(window=16, cell_size=4, scale=1.5)
+    resized, original = transform(image)
+    rows, columns = transform.axes(*size)
+    assert original == size and resized.shape == (3, rows.length, columns.length)
+    windows = cut_windows(resized, rows, columns)
+    cells = torch.randn(len(windows), 3, windows.shape[2] // 4, windows.shape[3] // 4, generator=generator)
+    grid = arrange_windows(cells.permute(0, 2, 3, 1), rows, columns)
+    scores = PixelScores(grid, rows.matrix(cells.shape[2], size[0]), columns.matrix(cells.shape[3], size[1]))
+    tiles = list(scores.tiles())
+    assert [tile.start for tile, _ in tiles] == list(range(0, size[0], 7))
+    result = torch.cat([tile for _, tile in tiles], 1)
+    expected = reference_window_scores(resized, cells, 16, size)
+    torch.testing.assert_close(result.double(), expected, atol=2e-6, rtol=0)
+
+
+def test_images_are_resized_as_by_mmsegmentation() -> None:
+    """The sizes are those of mmcv's `rescale_size` with scale=(2048, 336)."""
+    transform = ResizeForWindows(window=224, cell_size=16, scale=1.5)
+    for size, expected in {(480, 640): (336, 448), (375, 500): (336, 448), (500, 333): (505, 336)}.items():
+        rows, columns = transform.axes(*size)
+        assert (rows.length, columns.length) == expected
+    rows, columns = transform.axes(100, 1000)  # limited by the longer side: 2048 / 1000 * 100 = 204.8
+    assert columns.length == 2048 and rows.length == rows.window == 208 and rows.starts == (0,)
+    assert WindowAxis.create(448, 224, 16).starts == (0, 112, 224)
+    assert WindowAxis.create(505, 224, 16).starts == (0, 112, 224, 281)
+    assert WindowAxis.create(224, 224, 16).starts == (0,)
+
+
+# ---- classes -------------------------------------------------------------------------------------------------------
+
+
+def identity_scores(scores: Tensor) -> PixelScores:
+    """Return pixel scores, (K, H, W), that need no interpolation."""
+    return PixelScores(scores, torch.eye(scores.shape[1]), torch.eye(scores.shape[2]))
+
+
+def reference_segmentation(
+    scores: Tensor, counts: list[int], logit_scale: float, min_probability: float, min_area: float
+) -> Tensor:
+    """SCLIP's post-processing on the complete image, in float64."""
+    probabilities = (logit_scale * scores.double()).softmax(0)
+    classes = torch.stack([part.amax(0) for part in probabilities.split(counts)])
+    if min_area:
+        predictions = F.one_hot(classes.argmax(0), len(counts)).double()
+        areas = predictions[:, :, 1:].sum((0, 1))
+        classes[1:] *= (areas > min_area * areas.sum()).double()[:, None, None]
+    result = classes.argmax(0)
+    result[classes.amax(0) < min_probability] = 0
+    return result
+
+
+@pytest.mark.parametrize(
+    ("counts", "logit_scale", "min_probability", "min_area"),
+    [([1, 1, 1, 1, 1], 40.0, 0.0, 0.0), ([2, 1, 2], 40.0, 0.0, 0.0), ([2, 1, 2], 8.0, 0.4, 0.0),
+     ([1, 1, 1, 2], 8.0, 0.3, 0.3), ([2, 1, 2], 8.0, 0.0, 0.45)],
+)  # fmt: skip
+def test_segment_matches_the_post_processing_of_sclip(
+    counts: list[int], logit_scale: float, min_probability: float, min_area: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sliding_window, "TILE_ELEMENTS", 5 * 30 * 4)  # tiles of four rows
+    scores = 0.3 * torch.randn(5, 22, 30, generator=torch.Generator().manual_seed(0))
+    tiles = segment(identity_scores(scores), counts, logit_scale, min_probability, min_area)
+    labels = torch.cat([tile for _, tile in tiles])
+    expected = reference_segmentation(scores, counts, logit_scale, min_probability, min_area)
+    assert torch.equal(labels, expected)
+    plain = reference_segmentation(scores, counts, logit_scale, 0, 0)
+    if min_probability or min_area:
+        assert not torch.equal(expected, plain), "the case must test something"
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+
+
+def naive_predictions(data: SegmentationData) -> list[np.ndarray]:
+    """Predict the halves of the images: away from the border between the halves, the colours are exact."""
+    predictions = []
+    for ref in data.images:
+        pixels = np.asarray(Image.open(str(ref)))
+        predictions.append(pixels.argmax(-1).astype(np.uint8))
+    return predictions
+
+
+def test_segmentation_of_coloured_images_matches_sklearn(tmp_path: Path) -> None:
+    data = make_segmentation(tmp_path)
+    embeddings = colour_embeddings()
+    result = evaluate_segmentation(data, embeddings, ["plain", "sclip"])
+    assert result.images == [0, 1, 2] and set(result.examples) == {0, 1, 2}
+    for index, prediction in enumerate(naive_predictions(data)):
+        maps = result.examples[index]
+        assert np.array_equal(maps["labels"], data.read_labels(index))
+        border = np.abs(np.arange(prediction.shape[1]) - (prediction.shape[1] - 1) / 2) < 2 * CELL
+        assert np.array_equal(maps["plain"][:, ~border], prediction[:, ~border])
+        swapped = np.array([2, 1, 0], np.uint8)[prediction]
+        assert np.array_equal(maps["sclip"][:, ~border], swapped[:, ~border])
+    labels = np.concatenate([maps["labels"].flatten() for maps in result.examples.values()])
+    for variant in ("plain", "sclip"):
+        predicted = np.concatenate([maps[variant].flatten() for maps in result.examples.values()])[labels != 255]
+        correct = labels[labels != 255]
+        metrics, _ = segmentation_metrics(result.counts[variant])
+        iou = 100 * jaccard_score(correct, predicted, average=None)
+        assert class_iou(result.counts[variant]) == pytest.approx(iou.tolist())
+        assert metrics["mIoU"] == pytest.approx(iou.mean())
+        assert metrics["pixel accuracy"] == pytest.approx(100 * accuracy_score(correct, predicted))
+        assert metrics["mean class accuracy"] == pytest.approx(100 * balanced_accuracy_score(correct, predicted))
+
+
+def test_unusable_images_and_labels_are_skipped(tmp_path: Path) -> None:
+    data = make_segmentation(tmp_path)
+    (tmp_path / "1.png").write_bytes(b"x")
+    labels = [data.read_labels(0), data.read_labels(1), data.read_labels(2)[:10]]
+    data = dataclasses.replace(data, read_labels=labels.__getitem__)
+    embeddings = colour_embeddings(max_skipped=1.0)
+    result = evaluate_segmentation(data, embeddings, ["plain"])
+    assert result.images == [0] and embeddings.log.skipped == {"unusable image": 2}
+    assert "the labels have 64 x 10 pixels, but the image has 64 x 48 pixels" in embeddings.log.examples[1]
+    with pytest.raises(TooManySkipped):
+        evaluate_segmentation(data, colour_embeddings(), ["plain"])
+
+
+def test_segmentation_intervals_match_a_naive_bootstrap() -> None:
+    """Class 3 is labelled in one image only, and class 4 does not occur."""
+    rng = np.random.default_rng(0)
+    confusion = rng.integers(0, 50, (9, 5, 5))
+    confusion[1:, 3] = 0
+    confusion[:, 4] = 0
+    confusion[:, :, 4] = 0
+    counts = SegmentationCounts(np.einsum("ncc->nc", confusion), confusion.sum(2), confusion.sum(1))
+    metrics, intervals = segmentation_metrics(counts)
+
+    def naive(weights: np.ndarray) -> list[float]:
+        total = np.tensordot(weights, confusion, 1)
+        ious, accuracies = [], []
+        for c in range(5):
+            union = total[c].sum() + total[:, c].sum() - total[c, c]
+            ious += [total[c, c] / union] if union else []
+            accuracies += [total[c, c] / total[c].sum()] if total[c].sum() else []
+        return [100 * np.mean(ious), 100 * np.trace(total) / total.sum(), 100 * np.mean(accuracies)]
+
+    assert list(metrics.values()) == pytest.approx(naive(np.ones(9)))
+    samples = np.array([naive(weights.numpy()) for weights in bootstrap_counts(9)])
+    expected = np.quantile(samples, [0.025, 0.975], axis=0).T
+    assert np.array(list(intervals.values())) == pytest.approx(expected)
+    assert class_iou(counts)[4] is None
+
+
+def test_ranks_share_the_images_and_return_the_result_of_one_process(tmp_path: Path) -> None:
+    data = make_segmentation(tmp_path / "images")
+    make_coco(tmp_path / "coco")
+    run_distributed(2, evaluate_on_rank, tmp_path)
+    reports = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert reports[0] == reports[1]
+    result = evaluate_segmentation(data, colour_embeddings(), ["plain"])
+    assert reports[0]["images"] == [0, 1, 2]
+    assert reports[0]["counts"] == result.counts["plain"].intersection.tolist()
+    assert reports[0]["boxes"] == [0, 0, 1, 1, 2] and reports[0]["predicted"] == [0, 2, 1, 0, 2]
+
+
+# ---- command -------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_command_writes_segmentation_results_and_pictures(
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = tmp_path / "root", tmp_path / "out"
+    make_coco_object(root / "coco")
+    make_voc(root / "voc2012")
+    command = ["evaluate", str(clip), "--benchmarks", "coco-object", "voc20", "ade20k", "--root", str(root)]
+    assert main([*command, "--dense_variants", "plain", "naclip", "--out", str(out)]) == 0
+    assert "Skipped ade20k" in capsys.readouterr().out
+    voc, coco = json.loads((out / "results.json").read_text())["results"]
+    assert [row["method"] for row in coco["rows"]] == ["plain", "naclip"] and coco["images"] == 3
+    assert set(coco["rows"][0]["metrics"]) == {"mIoU", "pixel accuracy", "mean class accuracy"}
+    assert coco["rows"][0]["IoU"]["toothbrush"] == 0 and coco["rows"][0]["IoU"]["zebra"] is None
+    assert voc["images"] == 1 and voc["texts"] == 80 * 30
+    page, report = (out / "report.html").read_text(), (out / "report.md").read_text()
+    assert page.count("data:image/jpeg") == 4 * 3 + 4 * 1 and 'class="legend"' in page and "toothbrush" in page
+    assert "| mIoU |" in report and "paper 2026: EVA02 + LLM2CLIP | " in report
+    assert "The authors published no code" in report
+
+
+@pytest.mark.data
+def test_coco_object_on_real_masks(real_data: Path) -> None:
+    """Our masks of objects that do not overlap equal pycocotools' masks, and cover what the annotations cover."""
+    from pycocotools.coco import COCO
+
+    benchmark = BENCHMARKS["coco-object"]
+    folder = benchmark.find(real_data)
+    data = benchmark.load(folder)
+    coco = COCO(folder / "annotations/instances_val2017.json")
+    for index in range(0, len(data.images), 10):
+        labels = data.read_labels(index)
+        image_id = int(Path(str(data.images[index])).stem)
+        union = np.zeros(labels.shape, bool)
+        for annotation in coco.loadAnns(coco.getAnnIds(image_id)):
+            union |= coco.annToMask(annotation) > 0
+        assert np.array_equal(labels > 0, union)
