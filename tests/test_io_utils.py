@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
+from llm2clip import io_utils
 from llm2clip.io_utils import (
     DataFormatError,
     MissingFileError,
@@ -81,6 +85,39 @@ def test_atomic_dir_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     with atomic_dir(folder) as temporary:
         (temporary / "part").write_text("x")
     assert [path.name for path in folder.iterdir()] == ["part"]
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    script = """
+import os, sys
+from pathlib import Path
+from llm2clip.io_utils import atomic_dir, atomic_path
+with atomic_dir(sys.argv[1] + "/model") as folder, atomic_path(sys.argv[1] + "/a [1].txt") as file:
+    (folder / "weights").write_text("half")
+    file.write_text("half")
+    print("ready", flush=True)
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), 9)
+    sys.stdin.read()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(io_utils.__file__).parents[1])}
+
+    def start(mode: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", script, str(tmp_path), mode]
+        process = subprocess.Popen(command, env=environment, stdin=PIPE, stdout=PIPE, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        return process
+
+    running = start("running")
+    in_use = {path.name for path in tmp_path.iterdir()}
+    start("killed").wait()
+    (tmp_path / ".model.part").touch()  # not the name of a temporary folder
+    assert len(list(tmp_path.iterdir())) == 5
+    with atomic_dir(tmp_path / "model"), atomic_path(tmp_path / "a [1].txt") as file:
+        file.touch()
+    assert {path.name for path in tmp_path.iterdir()} == {*in_use, ".model.part", "model", "a [1].txt"}
+    running.communicate()
+    assert running.returncode == 0  # its temporary files were not removed
 
 
 def test_files_and_folders_are_flushed_before_they_are_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

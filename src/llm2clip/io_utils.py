@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -31,17 +37,20 @@ def atomic_path(file: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `file`. On success, flush the temporary file to disk and rename it.
 
     Readers see either the old file or the complete new file. If the `with` block raises an exception, the temporary
-    file is removed. The parent folder is created if needed.
+    file is removed. Temporary files of killed processes are removed, too. The parent folder is created if needed.
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(file.parent, f".{file.stem}.", f".part{file.suffix}")
     # Keep the file's suffix at the end, because np.save, for example, appends .npy to a path that does not end in .npy.
     # The name is random, so that other users who may write to the folder cannot create a link with this name.
     temporary = file.with_name(f".{file.stem}.{secrets.token_hex(8)}.part{file.suffix}")
+    temporary.touch(exist_ok=False)
     try:
-        yield temporary
-        fsync_file(temporary)
-        temporary.replace(file)
+        with _locked(temporary):
+            yield temporary
+            fsync_file(temporary)
+            temporary.replace(file)
         fsync_folder(file.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -51,23 +60,67 @@ def atomic_path(file: str | Path) -> Iterator[Path]:
 def atomic_dir(folder: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder next to `folder`. On success, rename it to `folder`, which must not exist yet.
 
-    If the `with` block raises an exception, the temporary folder is removed.
+    If the `with` block raises an exception, the temporary folder is removed. Temporary folders of killed processes are
+    removed, too.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder.parent, f".{folder.name}.", ".part")
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.part")
     temporary.mkdir()
     try:
-        yield temporary
-        for path in [temporary, *temporary.rglob("*")]:
-            if path.is_dir():
-                fsync_folder(path)  # otherwise, the folder might not list its files after a power failure
-            else:
-                fsync_file(path)
-        temporary.replace(folder)
+        with _locked(temporary):
+            yield temporary
+            for path in [temporary, *temporary.rglob("*")]:
+                if path.is_dir():
+                    fsync_folder(path)  # otherwise, the folder might not list its files after a power failure
+                else:
+                    fsync_file(path)
+            temporary.replace(folder)
         fsync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock on a temporary file or folder. The operating system releases the lock when the process ends.
+
+    On operating systems and file systems that do not support such locks, nothing is locked.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(folder: Path, prefix: str, suffix: str) -> None:
+    """Remove temporary files and folders that no running process has locked.
+
+    Args:
+        folder: Folder that contains the temporary files and folders.
+        prefix, suffix: First and last characters of their names.
+    """
+    if fcntl is None:
+        return
+    for name in glob.glob(f"{glob.escape(prefix)}{'[0-9a-f]' * 16}{glob.escape(suffix)}", root_dir=folder):
+        path = folder / name
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def atomic_write_text(file: str | Path, text: str) -> None:
