@@ -342,6 +342,7 @@ def test_lock_is_released_when_its_process_is_killed(tmp_path: Path) -> None:
 def test_atomic_path_removes_a_hard_link_to_the_file_itself(tmp_path: Path) -> None:
     (tmp_path / "target").write_text("this store")
     with atomic_path(tmp_path / "target") as temporary:
+        temporary.unlink()
         os.link(tmp_path / "target", temporary)  # renaming one hard link of a file to another does nothing
     assert not temporary.exists()
 

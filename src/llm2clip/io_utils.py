@@ -34,7 +34,7 @@ class DataFormatError(ValueError):
 
 @contextmanager
 def atomic_path(file: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `file`. On success, flush the temporary file to disk and rename it.
+    """Yield the path of an empty temporary file in the folder of `file`. On success, flush the file and rename it.
 
     Readers see either the old file or the complete new file. If the `with` block raises an exception, the temporary
     file is removed. Temporary files of killed processes are removed, too. The parent folder is created if needed.

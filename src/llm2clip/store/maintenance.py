@@ -161,6 +161,7 @@ def _link_shard(source: Path, source_number: int, out: Path, number: int) -> Non
             continue
         with atomic_path(file_path(out, number)) as temporary:
             try:
+                temporary.unlink()  # a link cannot replace the empty file
                 os.link(file, temporary)
             except OSError:
                 shutil.copyfile(file, temporary)
