@@ -22,6 +22,23 @@ def test_embed_query_averages_positives_and_subtracts_negatives(dual_encoder: Du
     assert with_negative == pytest.approx(expected, abs=1e-6)
 
 
+def test_embed_query_averages_short_texts_with_templates(dual_encoder: DualEncoder) -> None:
+    """Only texts of up to three words are averaged, and the text itself counts like a template."""
+    templates, long = ["a photo of a {}", "{} on grey"], "a red one on grey"
+    prompts = dual_encoder.encode_texts(["red", "a photo of a red", "red on grey"]).double()
+    short = F.normalize(prompts.mean(0), dim=0)
+    query = embed_query(dual_encoder, Query(["red"], templates=templates))
+    assert query == pytest.approx(short.numpy(), abs=1e-6)
+    assert query != pytest.approx(embed_query(dual_encoder, Query(["red"])), abs=1e-3)
+    unchanged = embed_query(dual_encoder, Query([long], templates=templates))
+    assert unchanged == pytest.approx(dual_encoder.encode_texts([long])[0].numpy(), abs=1e-6)
+    negative = embed_query(dual_encoder, Query([long], negative_texts=["red"], templates=templates))
+    expected = F.normalize(dual_encoder.encode_texts([long])[0] - NEGATIVE_WEIGHT * short, dim=0)
+    assert negative == pytest.approx(expected.numpy(), abs=1e-6)
+    with pytest.raises(ValueError, match=r"template 0 \('photo'\) has no"):
+        embed_query(dual_encoder, Query(["red"], templates=["photo"]))
+
+
 def test_embed_query_rejects_a_query_without_positives(dual_encoder: DualEncoder) -> None:
     with pytest.raises(ValueError, match="the query is empty"):
         embed_query(dual_encoder, Query(negative_texts=["dog"]))

@@ -11,7 +11,10 @@ import pytest
 
 from llm2clip.cli import main
 from llm2clip.cli.search import canonical_path, parse_time
+from llm2clip.models.dual_encoder import open_dual_encoder
+from llm2clip.search.query_embedding import Query, embed_query
 from llm2clip.search.sqlite_backend import SqliteBackend
+from llm2clip.search.types import Filter
 
 
 def test_index_and_search_print_their_results(
@@ -26,13 +29,20 @@ def test_index_and_search_print_their_results(
     assert "Unreadable images: 2, listed in" in output
     assert "Next: llm2clip search" in output
 
-    query = ["a red one", "--images", str(photos / "1.png"), "--negative", "a dog", "--top", "3"]
-    assert main(["search", index, *query, "--sheet", str(tmp_path / "sheet")]) == 0
+    words = ["a red one", "--images", str(photos / "1.png"), "--negative", "a dog", "--top", "3"]
+    assert main(["search", index, *words, "--sheet", str(tmp_path / "sheet")]) == 0
     output = capsys.readouterr().out
     assert output.count("cosine") == 1 and ".png" in output
     page = (tmp_path / "sheet/results.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 3
     assert "a red one" in page and "without a dog" in page
+
+    model, backend = open_dual_encoder(str(model_folder)), SqliteBackend(Path(index))
+    query = Query(["red"], templates=["a photo of a {}", "{}!"])
+    assert main(["search", index, "red", "--templates", "a photo of a {}", "{}!"]) == 0
+    output = capsys.readouterr().out
+    for hit in backend.search(embed_query(model, query), 10, Filter()):
+        assert f"{hit.score:.3f}" in output
 
     assert main(["search", index, "x", "--after", "2100-01-01"]) == 0
     assert "No results: the index is empty" in capsys.readouterr().out
@@ -46,6 +56,9 @@ def test_index_and_search_explain_mistakes(
     for command, message in (
         (["search", str(tmp_path / "none"), "x"], "is not an index"),
         (["search", index], "the query is empty"),
+        (["search", index, "x", "--templates", "photo"], "--templates: template 0 ('photo') has no {}"),
+        (["serve", "--index", index, "--templates", "photo"], "--templates: template 0 ('photo') has no {}"),
+        (["serve", "--index", index, "--templates", *(["{}"] * 8)], "too many templates: 8; the limit is 7"),
         (["search", index, "x", "--top", "0"], "--top must be at least 1"),
         (["index", str(photos), "--model", str(tmp_path / "typo"), "--out", str(tmp_path / "new")], "typo"),
         (["search", index, "x", "--images", "no.jpg"], "No such file"),

@@ -41,7 +41,7 @@ from llm2clip.search.batching import Batcher, QueueFull
 from llm2clip.search.inference import SEARCH_THREADS, InferenceService
 from llm2clip.search.middleware import PIECE_SIZE
 from llm2clip.search.query_embedding import Query, embed_images, embed_query
-from llm2clip.search.schemas import MAX_TEXT_LENGTH, MAX_TEXTS, Limits, SearchRequest
+from llm2clip.search.schemas import MAX_IMAGES, MAX_TEMPLATES, MAX_TEXT_LENGTH, MAX_TEXTS, Limits, SearchRequest
 from llm2clip.search.server import create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import Filter
@@ -92,6 +92,33 @@ def test_search_returns_the_hits_of_the_index(
     assert similar["id"] == expected[0].id
     assert similar["score"] == pytest.approx(1, abs=2e-3)
     assert client.post("/search", json={"texts": ["x"], "filter": {"path": "/nowhere"}}).json() == {"hits": []}
+
+
+def test_search_averages_short_texts_with_templates(
+    client: TestClient, dual_encoder: DualEncoder, backend: SqliteBackend
+) -> None:
+    """The server's templates apply unless a request contains its own, of which there may be none."""
+    request = {"texts": ["red", "blue"], "negative_texts": ["a dog"], "top": 5}
+
+    def expected(templates: list[str]) -> list[tuple[str, float]]:
+        query = Query(["red", "blue"], negative_texts=["a dog"], templates=templates)
+        hits = backend.search(embed_query(dual_encoder, query), 5, Filter())
+        return [(hit.id, pytest.approx(hit.score, abs=1e-6)) for hit in hits]
+
+    def search(client: TestClient, **fields: Any) -> list[tuple[str, float]]:
+        response = client.post("/search", json=request | fields)
+        assert response.status_code == 200, response.text
+        return [(hit["id"], hit["score"]) for hit in response.json()["hits"]]
+
+    photo, many = ["a photo of a {}"], [f"{{}} number {n}" for n in range(MAX_TEMPLATES)]
+    assert search(client, templates=photo) == expected(photo) != expected([])
+    assert search(client) == search(client, templates=[]) == expected([])
+    texts = [f"a{n}" for n in range(MAX_IMAGES)]
+    search(client, templates=many, texts=texts, negative_texts=texts)  # the largest number of texts is accepted
+    with TestClient(create_patient_app(dual_encoder, backend, templates=photo), base_url=BASE_URL) as other:
+        assert search(other) == expected(photo)
+        assert search(other, templates=many) == expected(many)
+        assert search(other, templates=[]) == expected([])
 
 
 def test_embed_returns_the_vectors_of_the_model(
@@ -241,6 +268,10 @@ def decompression_bomb(side: int) -> bytes:
     ("path", "body", "code", "message"),
     [
         ("/search", {"texts": []}, 422, "the query is empty"),
+        ("/search", {"texts": ["a"], "templates": ["a photo"]}, 422, "must contain {} exactly once"),
+        ("/search", {"texts": ["a"], "templates": ["{} {}"]}, 422, "must contain {} exactly once"),
+        ("/search", {"texts": ["a"], "templates": ["{}" + "x" * 200]}, 422, "at most 200"),
+        ("/search", {"texts": ["a"], "templates": ["a {}"] * (MAX_TEMPLATES + 1)}, 422, "at most 7"),
         ("/search", {"texts": ["a"], "top": 0}, 422, "greater than or equal to 1"),
         ("/search", {"texts": ["a"], "top": 10**9}, 422, "less than or equal"),
         ("/search", {"text": "a"}, 422, "unknown field 'text'; the fields are texts, images"),

@@ -62,6 +62,13 @@ def add(commands: Commands) -> None:
     sub.add_argument(
         "--negative_images", nargs="+", type=str, default=[], help="Images that results should not be similar to."
     )
+    sub.add_argument(
+        "--templates",
+        nargs="+",
+        type=str,
+        default=[],
+        help="Average texts of up to three words with these prompt templates, such as 'a photo of a {}'.",
+    )
     sub.add_argument("--top", type=int, default=10, help="Maximum number of results.")
     sub.add_argument("--path", type=str, help="Only images in this folder, tar or file.")
     sub.add_argument("--caption", type=str, help="Only images with a caption that contains this text, ignoring case.")
@@ -92,6 +99,14 @@ def add(commands: Commands) -> None:
         "--no_token",
         action="store_true",
         help="Accept requests without a token. Only allowed if just this machine can connect.",
+    )
+    sub.add_argument(
+        "--templates",
+        nargs="+",
+        type=str,
+        default=[],
+        help="Average texts of up to three words with these prompt templates, such as 'a photo of a {}'. Requests can "
+        "contain their own templates instead.",
     )
     sub.add_argument("--batch_size", type=int, default=32, help="Maximum number of texts or images per forward pass.")
     sub.add_argument(
@@ -187,6 +202,7 @@ def _search(args: Namespace) -> list[str]:
     from rich.console import Console
 
     from llm2clip.models.dual_encoder import open_dual_encoder
+    from llm2clip.models.prompts import check_templates
     from llm2clip.search.backends import open_backend
     from llm2clip.search.build import check_model
     from llm2clip.search.heatmap import require_dense_encoder
@@ -198,6 +214,7 @@ def _search(args: Namespace) -> list[str]:
         raise ValueError(f"--top must be at least 1 (got {args.top})")
     if args.heatmaps and not args.open and args.sheet is None:
         raise ValueError("--heatmaps requires an HTML page: add --open or --sheet FOLDER")
+    check_templates(args.templates, "--templates")
     image_filter = Filter(
         path=canonical_path(args.path),
         caption=args.caption,
@@ -209,7 +226,7 @@ def _search(args: Namespace) -> list[str]:
     metadata = backend.metadata()
     model = open_dual_encoder(args.model or metadata["model"])
     check_model(metadata, model)
-    query = Query(args.texts or [], args.images, args.negative, args.negative_images)
+    query = Query(args.texts or [], args.images, args.negative, args.negative_images, args.templates)
     if args.heatmaps:
         require_dense_encoder(model)
     vector = embed_query(model, query)
@@ -270,6 +287,7 @@ def _serve(args: Namespace) -> list[str]:
 
     from llm2clip.distributed import print_once
     from llm2clip.models.dual_encoder import open_dual_encoder
+    from llm2clip.models.prompts import check_templates
     from llm2clip.search.backends import open_backend
 
     try:
@@ -277,6 +295,7 @@ def _serve(args: Namespace) -> list[str]:
         from llm2clip.search.server import LOOPBACK, create_app, serve
     except ModuleNotFoundError as error:
         raise ImportError(f"`llm2clip serve` needs `pip install 'llm2clip[search]'` ({error})") from error
+    check_templates(args.templates, "--templates")
     backend = open_backend(args["index"]) if args["index"] else None
     model_name = args.model or (backend.metadata()["model"] if backend else None)
     if model_name is None:
@@ -292,6 +311,7 @@ def _serve(args: Namespace) -> list[str]:
         token=token,
         hosts=LOOPBACK if is_local else None,
         model_thread=model_thread,
+        templates=args.templates,
     )
     host = f"[{args.host}]" if ":" in args.host else args.host  # IPv6
 

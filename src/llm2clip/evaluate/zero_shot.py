@@ -7,19 +7,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from llm2clip.models.prompts import average_prompts, fill_templates
 
 def class_prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
     """Insert every class name into every prompt template, at "{}". Prompts for the same class are adjacent."""
-    return [template.replace("{}", name) for name in names for template in templates]
+    return fill_templates(names, templates)
 
 
 def class_embeddings(prompts: Tensor, num_classes: int) -> Tensor:
-    """Return the mean prompt embedding of each class (arXiv 2103.00020).
-
-    The prompt embeddings are L2-normalised before averaging, and their mean is L2-normalised again.
+    """Return the mean prompt embedding of each class. See `average_prompts`.
 
     Args:
         prompts: Embeddings of the prompts returned by `class_prompts`, (classes * templates, D).
@@ -28,8 +26,7 @@ def class_embeddings(prompts: Tensor, num_classes: int) -> Tensor:
     Returns:
         Class embeddings, (classes, D) float32.
     """
-    by_class = F.normalize(prompts.float(), dim=-1).reshape(num_classes, -1, prompts.shape[1])
-    return F.normalize(by_class.mean(1), dim=-1)
+    return average_prompts(prompts, [len(prompts) // num_classes] * num_classes)
 
 
 def classification_accuracy(

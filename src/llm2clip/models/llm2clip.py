@@ -31,6 +31,7 @@ from llm2clip.models.fingerprint import fingerprint
 from llm2clip.models.heads import Adapter
 from llm2clip.models.precision import resolve_device_precision
 from llm2clip.models.precision_calibration import fastest_precision
+from llm2clip.models.prompts import average_prompts, check_templates, fill_templates
 from llm2clip.models.vision_tower import VisionTower
 
 MAX_LOGIT_SCALE = 100.0
@@ -354,15 +355,32 @@ class LLM2CLIP(nn.Module):
         return embeddings
 
     @torch.no_grad()
-    def encode_text(self, texts: str | Sequence[str], progress: bool = False, precision: str | None = None) -> Tensor:
+    def encode_text(
+        self,
+        texts: str | Sequence[str],
+        progress: bool = False,
+        precision: str | None = None,
+        templates: str | Sequence[str] | None = None,
+    ) -> Tensor:
         """Encode texts as L2-normalised (N, embed_dim) float32 embeddings on the CPU.
 
         Args:
             texts: one text or a list of N texts.
             progress: show a progress bar.
             precision: precision of the caption encoder, as in `CaptionEncoder.encode`.
+            templates: one or more prompt templates for class names and other short texts, such as "a photo of a {}".
+                Each text is inserted into every template, and its embedding is the normalised mean over the templates.
+                To include the text itself, add the template "{}".
+
+        Raises:
+            ValueError: a template has no {}, or see `encoder`.
         """
         captions = [texts] if isinstance(texts, str) else list(texts)
+        if templates:
+            template_list = [templates] if isinstance(templates, str) else templates
+            check_templates(template_list)
+            prompts = fill_templates(captions, template_list)
+            return average_prompts(self.encode_text(prompts, progress, precision), [len(template_list)] * len(captions))
         return self.project_text_embeddings(self.encoder.encode(captions, progress=progress, precision=precision))
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.models.prompts import average_prompts, query_prompts
 from llm2clip.search.backends import Backend
 from llm2clip.search.batching import Batcher, QueueFull
 from llm2clip.search.clients import FairThreadPool
@@ -40,6 +41,7 @@ class InferenceService:
         backend: Backend | None,
         limits: Limits,
         model_thread: ThreadPoolExecutor | None = None,
+        templates: Sequence[str] = (),
     ) -> None:
         """
         Args:
@@ -49,8 +51,10 @@ class InferenceService:
             model_thread: Single-threaded executor in which the model was loaded and will run. On a CPU, each thread
                 that runs PyTorch operations has its own pool of OpenMP threads. If there are more OpenMP threads
                 than cores, the OpenMP threads do not busy-wait between operations, which halves the model's speed.
+            templates: Prompt templates for searches that do not contain their own. See `query_prompts`.
         """
         self.model, self.backend, self.limits = model, backend, limits
+        self.templates = templates
         # Use a single thread, because running two batches at the same time is slower than one after the other.
         self._model_thread = model_thread or ThreadPoolExecutor(1, "model")
         # The model thread must set its OpenMP thread count before the decoder threads limit theirs to one.
@@ -213,12 +217,17 @@ class InferenceService:
             if vector is None:
                 raise NotFound(f"the index contains no image with id {hit_id}")
             positive.append(vector)
-        positive += await self._embed(request.texts, request.images)
-        negative = await self._embed(request.negative_texts, request.negative_images)
+        templates = self.templates if request.templates is None else request.templates
+        positive += await self._embed(request.texts, request.images, templates)
+        negative = await self._embed(request.negative_texts, request.negative_images, templates)
         return combine(positive, negative)
 
-    async def _embed(self, texts: Sequence[str], uris: Sequence[str]) -> list[np.ndarray]:
-        text_vectors = await self.embed_texts(texts)
+    async def _embed(self, texts: Sequence[str], uris: Sequence[str], templates: Sequence[str]) -> list[np.ndarray]:
+        prompts, counts = query_prompts(texts, templates)
+        prompt_vectors = await self.embed_texts(prompts)
+        text_vectors = []
+        if prompts:
+            text_vectors = list(average_prompts(torch.from_numpy(np.stack(prompt_vectors)), counts).numpy())
         image_vectors = await self.embed_images([decode_data_uri(uri) for uri in uris])
         return text_vectors + image_vectors
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llm2clip.data.images import load_image
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.models.prompts import average_prompts, check_templates, query_prompts
 
 NEGATIVE_WEIGHT = 0.5  # with a weight of 1, results would be hardly related to the positives
 
@@ -21,24 +22,27 @@ class Query:
     """A search query with positive and negative texts and images.
 
     Results should resemble the positive texts and images, but not the negative ones. An image can have any type that
-    `data.images.load_image` accepts.
+    `data.images.load_image` accepts. `templates` are prompt templates, with which texts of up to three words are
+    averaged (see `models.prompts.query_prompts`).
     """
 
     texts: Sequence[str] = ()
     images: Sequence[Any] = ()
     negative_texts: Sequence[str] = ()
     negative_images: Sequence[Any] = ()
+    templates: Sequence[str] = ()
 
 
 def embed_query(model: DualEncoder, query: Query) -> np.ndarray:
     """Return the embedding of a query, float32 (D,), L2-normalised. See `combine` for the formula.
 
     Raises:
-        ValueError: The query contains no positive text or image.
+        ValueError: The query contains no positive text or image, or a template has no placeholder.
         ImageError: An image cannot be read.
     """
-    positive = _embed(model, query.texts, query.images)
-    negative = _embed(model, query.negative_texts, query.negative_images)
+    check_templates(query.templates)
+    positive = _embed(model, query.texts, query.images, query.templates)
+    negative = _embed(model, query.negative_texts, query.negative_images, query.templates)
     return combine(positive, negative)
 
 
@@ -74,8 +78,13 @@ def combine(positive: Sequence[np.ndarray], negative: Sequence[np.ndarray] = ())
     return query
 
 
-def _embed(model: DualEncoder, texts: Sequence[str], images: Sequence[Any]) -> list[np.ndarray]:
-    vectors = list(model.encode_texts(list(texts)).numpy()) if texts else []
+def _embed(
+    model: DualEncoder, texts: Sequence[str], images: Sequence[Any], templates: Sequence[str]
+) -> list[np.ndarray]:
+    vectors = []
+    if texts:
+        prompts, counts = query_prompts(texts, templates)
+        vectors = list(average_prompts(model.encode_texts(prompts), counts).numpy())
     return vectors + list(embed_images(model, images).numpy())
 
 

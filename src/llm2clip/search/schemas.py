@@ -9,12 +9,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from llm2clip.data.valid_text import is_valid_unicode
+from llm2clip.models.prompts import PLACEHOLDER
 from llm2clip.search.types import MAX_CAPTION_FILTER_LENGTH, Filter, Hit
 
 DATA_URI_PREFIX = "data:image/"
 MAX_TEXT_LENGTH = 20_000  # characters
 MAX_PATH_LENGTH = 4096  # characters; filters compare this text with every image
 MAX_TEXTS, MAX_IMAGES, MAX_TOP = 256, 16, 200  # maximum numbers of texts, images and results per request
+# Each template is another text to encode for each short text of a query. With the texts themselves, and with as many
+# negative texts, at most MAX_TEXTS texts are encoded for a request.
+MAX_TEMPLATES, MAX_TEMPLATE_LENGTH = MAX_TEXTS // (2 * MAX_IMAGES) - 1, 200  # characters
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,12 @@ def _require_valid_unicode(text: str) -> str:
     return text
 
 
+def _require_placeholder(text: str) -> str:
+    if text.count(PLACEHOLDER) != 1:
+        raise ValueError("a template must contain {} exactly once, such as 'a photo of a {}'")
+    return text
+
+
 def _require_data_uri(text: str) -> str:
     if not text.startswith(DATA_URI_PREFIX):
         raise ValueError(
@@ -75,6 +85,12 @@ def _require_text_or_data_uri(text: str) -> str:
 
 AnyText = Annotated[str, Field(max_length=MAX_TEXT_LENGTH), AfterValidator(_require_valid_unicode)]
 Text = Annotated[AnyText, AfterValidator(_require_text)]
+Template = Annotated[
+    str,
+    Field(max_length=MAX_TEMPLATE_LENGTH),
+    AfterValidator(_require_valid_unicode),
+    AfterValidator(_require_placeholder),
+]
 DataUri = Annotated[str, AfterValidator(_require_data_uri), Field(json_schema_extra={"format": "data-uri"})]
 TextOrDataUri = Annotated[str, AfterValidator(_require_text_or_data_uri)]
 HitId = Annotated[str, Field(max_length=64), AfterValidator(_require_valid_unicode)]
@@ -134,6 +150,12 @@ class QueryRequest(_StrictModel):
     )
     negative_images: list[DataUri] = Field(
         default=[], max_length=MAX_IMAGES, description="images, as data URIs, that results should not resemble"
+    )
+    templates: list[Template] | None = Field(
+        default=None,
+        max_length=MAX_TEMPLATES,
+        description="prompt templates, such as 'a photo of a {}', with which texts of up to three words are averaged; "
+        "by default, the templates that the server was started with",
     )
 
 

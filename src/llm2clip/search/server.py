@@ -22,6 +22,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from llm2clip import __version__
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.models.prompts import check_templates
 from llm2clip.search.auth import Authenticator
 from llm2clip.search.backends import Backend
 from llm2clip.search.build import check_model
@@ -33,6 +34,7 @@ from llm2clip.search.request_images import decode_data_uri
 from llm2clip.search.schemas import (
     DATA_URI_PREFIX,
     MAX_IMAGES,
+    MAX_TEMPLATES,
     EmbeddingItem,
     EmbedRequest,
     EmbedResponse,
@@ -58,6 +60,7 @@ def create_app(
     token: str | None = None,
     hosts: Sequence[str] | None = LOOPBACK,
     model_thread: ThreadPoolExecutor | None = None,
+    templates: Sequence[str] = (),
 ) -> FastAPI:
     """Create the web application.
 
@@ -71,15 +74,20 @@ def create_app(
         hosts: Host names that are allowed in the Host header. If None, all host names are allowed. This check prevents
             DNS rebinding attacks, in which a website makes its own host name resolve to the address of this machine.
         model_thread: Single-threaded executor in which the model was loaded. See `InferenceService`.
+        templates: Prompt templates, with which texts of up to three words are averaged in searches. A request can
+            contain its own templates instead.
 
     Raises:
-        ValueError: The index was built with a different model, or the token is empty or contains characters other than
-            printable ASCII characters.
+        ValueError: The index was built with a different model, the token is empty or contains characters other than
+            printable ASCII characters, or a template is invalid.
     """
     auth = Authenticator(token) if token is not None else None
     if backend is not None:
         check_model(backend.metadata(), model)
-    service = InferenceService(model, backend, limits or Limits(), model_thread)
+    check_templates(templates)
+    if len(templates) > MAX_TEMPLATES:
+        raise ValueError(f"too many templates: {len(templates)}; the limit is {MAX_TEMPLATES}")
+    service = InferenceService(model, backend, limits or Limits(), model_thread, templates)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

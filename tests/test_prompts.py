@@ -1,0 +1,76 @@
+"""Prompt ensembles, compared with averages that are computed one text at a time in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.prompts import average_prompts, check_templates, fill_templates, is_short_text, query_prompts
+
+TEMPLATES = ["a photo of a {}.", "{}", "{} and {}"]
+
+
+def mean_direction(vectors: torch.Tensor) -> torch.Tensor:
+    """Return the normalised mean of the normalised vectors, float64 (D,)."""
+    total = torch.zeros(vectors.shape[1], dtype=torch.float64)
+    for vector in vectors.double():
+        total += vector / vector.norm() / len(vectors)
+    return total / total.norm()
+
+
+def test_average_prompts_ignores_norms_and_allows_different_numbers_of_prompts() -> None:
+    prompts = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7)[:, None]
+    averages = average_prompts(prompts, [1, 3, 2])
+    for row, group in zip(averages, prompts.split([1, 3, 2]), strict=True):
+        torch.testing.assert_close(row.double(), mean_direction(group), atol=1e-6, rtol=0)
+    assert average_prompts(prompts[:0], []).shape == (0, 5)
+
+
+def test_fill_templates_keeps_the_prompts_of_a_text_together() -> None:
+    assert fill_templates(["dog", "big {} cat"], TEMPLATES) == [
+        "a photo of a dog.", "dog", "dog and dog",
+        "a photo of a big {} cat.", "big {} cat", "big {} cat and big {} cat",
+    ]  # fmt: skip
+
+
+def test_encode_text_averages_the_filled_templates(model_folder: Path) -> None:
+    model = LLM2CLIP.from_pretrained(model_folder, "cpu")
+    texts = ["dog", "two cats"]
+    averages = model.encode_text(texts, templates=TEMPLATES)
+    for text, average in zip(texts, averages, strict=True):
+        prompts = [template.replace("{}", text) for template in TEMPLATES]
+        torch.testing.assert_close(average.double(), mean_direction(model.encode_text(prompts)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.encode_text(texts, templates="{}"), F.normalize(model.encode_text(texts), dim=-1))
+    assert model.encode_text("dog", templates=TEMPLATES).shape == (1, model.config.embed_dim)
+    assert not torch.allclose(averages, model.encode_text(texts), atol=1e-3)
+    assert torch.equal(model.encode_text(texts, templates=[]), model.encode_text(texts))
+    with pytest.raises(ValueError, match=r"templates: template 1 \('the dog'\) has no \{\}"):
+        model.encode_text(texts, templates=["a {}", "the dog"])
+
+
+def test_check_templates_names_the_flag() -> None:
+    check_templates(TEMPLATES)
+    with pytest.raises(ValueError, match=r"--templates: template 0 \('\{ \}'\)"):
+        check_templates(["{ }"], "--templates")
+
+
+@pytest.mark.parametrize(
+    ("text", "is_short"),
+    [
+        ("deer", True),
+        ("a red hat", True),
+        ("a very red hat", False),
+        ("x" * 60, False),
+        ("红色的帽子", True),
+        ("戴红帽子的学生", False),
+    ],
+)
+def test_templates_apply_to_queries_of_up_to_three_words(text: str, is_short: bool) -> None:
+    assert is_short_text(text) == is_short
+    prompts, counts = query_prompts(["a b c d", text], ["a photo of {}", "{}!"])
+    expected = [text, f"a photo of {text}", f"{text}!"] if is_short else [text]
+    assert prompts == ["a b c d", *expected] and counts == [1, len(expected)]
