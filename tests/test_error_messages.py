@@ -100,6 +100,11 @@ ERRORS = {
     "nothing to evaluate": ("evaluate {model}", "--benchmarks", "--captions"),
     "CRA of precomputed embeddings": ("evaluate {tmp}/v.npz {data} --captions {data}", "v.npz", "remove --captions"),
     "splits for some sources only": ("evaluate {model} {data}@val {folder}", "for all sources or for none"),
+    "short queries without data": ("evaluate --captions {data} --short_queries", "--short_queries needs images"),
+    "templates without short queries": ("evaluate {model} {data} --templates a{{}}", "add --short_queries"),
+    "template without a placeholder": (
+        "evaluate {model} {data} --short_queries --templates photo", "--templates: template 0 ('photo') has no {}",
+    ),
     "unknown claim": ("reproduce {folder} --claims 9", "unknown claim 9", "1, 2"),
     # search
     "missing index": ("search {tmp}/noindex dog", "noindex is not an index", "llm2clip index"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import average_precision_score
 
 from conftest import run_distributed
 from llm2clip.cli import build_parser, main
@@ -18,6 +20,7 @@ from llm2clip.data.images import load_image
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.precomputed import PrecomputedEmbeddings
+from llm2clip.evaluate.short_queries import build_queries
 from llm2clip.models.display_names import display_names
 from llm2clip.models.dual_encoder import open_dual_encoder
 from test_benchmarks import write
@@ -184,6 +187,50 @@ def test_evaluate_continues_after_a_failure(
     (folder / "worse.png").write_bytes(b"")
     assert main(command) == 0
     assert "limit of 5.0%" in capsys.readouterr().out
+
+
+def test_evaluate_reports_short_queries_next_to_class_accuracy(
+    clip: Path, root: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second baseline lacks embeddings for words, and therefore appears only in the other tables."""
+    model, out = open_dual_encoder(str(clip), "cpu"), tmp_path / "out"
+    records = list(open_records(f"{image_folder / 'captions.jsonl'}@train"))
+    images = model.encode_images([model.transform(load_image(str(record.image))) for record in records])
+    captions = [caption for record in records for caption in record.texts]
+    file = tmp_path / "other.npz"
+    np.savez(
+        file, images=images.numpy(), image_names=[Path(str(record.image)).name for record in records],
+        texts=model.encode_texts(captions).numpy(), captions=captions,
+    )  # fmt: skip
+    copy = shutil.copytree(clip, tmp_path / "copy")
+    command = ["evaluate", str(clip), f"{image_folder / 'captions.jsonl'}@train", "--short_queries", "--out", str(out)]
+    command += ["--baselines", str(copy), str(file), "--templates", "a photo of a {}"]
+    assert main([*command, "--benchmarks", "cifar10", "--root", str(root)]) == 0
+    output = capsys.readouterr().out
+    assert "Skipped short queries of other.npz on data, captions" in output and "no embedding for" in output
+
+    results = {(result["model"], result["benchmark"]): result for result in read_results(out)}
+    row, _ = results[clip.name, "data"]["rows"]  # the second row is for the long captions
+    queries = build_queries([record.captions for record in records])
+    assert [entry["words"] for entry in row["short queries"]] == list(queries) == ["1", "2", "3", "4–7", "8+"]
+    for entry, averaged in zip(row["short queries"], row["short queries with templates"], strict=True):
+        expected = []
+        for query in queries[entry["words"]]:
+            truth = np.isin(np.arange(len(records)), query.relevant)
+            expected.append(average_precision_score(truth, (images @ model.encode_texts([query.text])[0]).numpy()))
+        assert entry["mAP"] == pytest.approx(100 * np.mean(expected), abs=1e-3)
+        assert (averaged["mAP"] == entry["mAP"]) == (entry["words"] in ("4–7", "8+"))
+    assert "short queries" not in results["other.npz", "data"]["rows"][0]
+
+    top1 = results[clip.name, "cifar10"]["metrics"]["top-1"]
+    _, section, long_section = re.split(r"## data, \w+: quality by query length", (out / "report.md").read_text())
+    assert "8+ words: mAP" in long_section and "4–7 words" not in long_section
+    assert "1 word: mAP" in section and "cifar10: top-1" in section and "other.npz" not in section
+    assert re.search(rf"^\| {clip.name} \| .* \| {top1:.1f} \|$", section, re.M)
+    assert re.search(rf"^\| {clip.name} minus copy( \| \+0\.0 \(\+0\.0 to \+0\.0\)){{5}} \| \+0\.0 \|$", section, re.M)
+    assert f"{clip.name} minus {clip.name}, with templates" in section
+    page = (out / "report.html").read_text()
+    assert "words in the query" in page and "with 95% confidence intervals" in page
 
 
 def test_display_names_are_short_and_unique(tmp_path: Path) -> None:

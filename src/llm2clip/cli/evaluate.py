@@ -58,6 +58,18 @@ def add(commands: Commands) -> None:
         "`clearclip` or `naclip`.",
     )
     parser.add_argument(
+        "--short_queries",
+        action="store_true",
+        help="Images with captions: also report retrieval by query length, from single words to whole captions.",
+    )
+    parser.add_argument(
+        "--templates",
+        nargs="+",
+        type=str,
+        help="With --short_queries: also average each query of up to three words with these prompt templates, such as "
+        "'a photo of a {}'.",
+    )
+    parser.add_argument(
         "--trust_remote_code",
         action="store_true",
         help="Run the Python code that comes with a model, such as Jina-CLIP. Use this only for models that you trust.",
@@ -103,6 +115,7 @@ def _evaluate(args: Namespace) -> list[str]:
         out=Path(args.out) if args.out else None,
         config=args.evaluate,
         num_mistakes=args.mistakes,
+        templates=args.templates or [],
         **select(
             args,
             "encoder",
@@ -111,6 +124,7 @@ def _evaluate(args: Namespace) -> list[str]:
             "all_pairs",
             "linear_probe",
             "dense_variants",
+            "short_queries",
             "trust_remote_code",
         ),
     )

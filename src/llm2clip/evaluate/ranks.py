@@ -18,6 +18,7 @@ from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.progress import ProgressBar
 
 TILE = 512  # images per tile. With four times as many texts, a tile's 4 MB of float32 scores fit into the CPU cache
+QUERY_TILE = 32  # queries whose scores for all items are in memory in `all_positive_ranks`
 
 
 @onednn_matmul()
@@ -46,9 +47,7 @@ def positive_ranks(
     Raises:
         ValueError: If a query has no positive, or an embedding contains NaN or infinity.
     """
-    for n, indices in enumerate(positives):
-        if len(indices) == 0:
-            raise ValueError(f"query {n} has no positive item")
+    _check_positives(positives)
     check_finite(queries, items)
     width = min(tile_size, len(items))
     ranks = torch.zeros(len(queries), dtype=torch.int64)
@@ -67,6 +66,57 @@ def positive_ranks(
                 scores[inside.nonzero()[:, 0], own_column[inside]] = -torch.inf
             ranks[rows] += _at_least(scores, best[:, None]).sum(1).long()
     return ranks
+
+
+@onednn_matmul()
+def all_positive_ranks(
+    queries: Tensor, items: Tensor, positives: Sequence[Sequence[int]], tile_size: int = 2 * TILE
+) -> list[Tensor]:
+    """Return the zero-based ranks of all positives of each query, from which metrics such as mAP are computed.
+
+    Negatives that score the same as a positive rank before the positive.
+
+    Args:
+        queries: Query embeddings, (Q, D), L2-normalised.
+        items: Item embeddings, (N, D), L2-normalised.
+        positives: Indices of the correct items for each query. Every query must have at least one correct item.
+        tile_size: Number of items per matmul. The scores of up to `QUERY_TILE` queries for all items are in memory.
+
+    Returns:
+        For each query with P positives, the P ranks in ascending order, int64 (P,).
+
+    Raises:
+        ValueError: If a query has no positive, or an embedding contains NaN or infinity.
+    """
+    _check_positives(positives)
+    check_finite(queries, items)
+    ranks = []
+    for start in range(0, len(queries), QUERY_TILE):
+        rows = slice(start, start + QUERY_TILE)
+        query_tile = _pad_tile(queries[rows].float(), QUERY_TILE)
+        offsets = range(0, len(items), tile_size)
+        scores = torch.cat([_item_scores(query_tile, items, offset, tile_size) for offset in offsets], 1)
+        for query_scores, indices in zip(scores, positives[rows], strict=False):  # `scores` may contain padding rows
+            ranks.append(_ranks_in_row(query_scores, torch.as_tensor(indices)))
+    return ranks
+
+
+def _ranks_in_row(scores: Tensor, positives: Tensor) -> Tensor:
+    """Return the zero-based ranks of the positives, in ascending order, given the scores of all items, (N,)."""
+    positive_scores = scores[positives].sort().values  # ascending
+    negative_scores = scores.index_fill(0, positives, -torch.inf)
+    # For each negative, count the positives that it ranks before: all positives whose score is not higher.
+    num_beaten = torch.bucketize(negative_scores, positive_scores, right=True)
+    negatives_by_beaten = torch.bincount(num_beaten, minlength=len(positives) + 1)
+    # The n-th best of P positives is beaten by the negatives that beat at least P - n positives.
+    negatives_before = negatives_by_beaten.flip(0).cumsum(0)[:-1]
+    return negatives_before + torch.arange(len(positives))
+
+
+def _check_positives(positives: Sequence[Sequence[int]]) -> None:
+    for n, indices in enumerate(positives):
+        if len(indices) == 0:
+            raise ValueError(f"query {n} has no positive item")
 
 
 def _positive_coordinates(positives: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

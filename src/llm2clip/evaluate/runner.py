@@ -18,10 +18,13 @@ from llm2clip.distributed import command_line, print_once, process_state
 from llm2clip.evaluate.benchmark_eval import run_benchmark
 from llm2clip.evaluate.benchmarks import Benchmark, get_benchmarks
 from llm2clip.evaluate.caption_retrieval import TextEncoder, caption_retrieval_accuracy
-from llm2clip.evaluate.embeddings import open_embedding_source
+from llm2clip.evaluate.embeddings import EmbeddingSource, open_embedding_source
 from llm2clip.evaluate.precomputed import PRECOMPUTED_SUFFIX
 from llm2clip.evaluate.reporting.comparison import ModelResult, benchmark_blocks, caption_retrieval_blocks
 from llm2clip.evaluate.reporting.error_analysis import analyze_errors
+from llm2clip.evaluate.reporting.short_query_report import short_query_blocks
+from llm2clip.evaluate.retrieval_eval import RetrievalRanks
+from llm2clip.evaluate.short_queries import score_short_queries
 from llm2clip.html_report import Block, Code, Paragraph, to_markdown, write_report
 from llm2clip.io_utils import MissingFileError, atomic_write_text
 from llm2clip.models.clip_text_encoder import has_text_tower, load_clip_text_encoder
@@ -32,6 +35,7 @@ from llm2clip.models.llm2clip import LLM2CLIP, is_model_folder
 from llm2clip.models.precision import default_encoding_precision
 from llm2clip.models.precision_calibration import load_for_encoding
 from llm2clip.models.pretrained import resolve_pretrained
+from llm2clip.models.prompts import check_templates
 
 USER_DATA = "data"  # benchmark name of the user's own images and captions
 EXAMPLE_QUERIES = 6  # number of examples in the report, and maximum number of failures
@@ -53,6 +57,8 @@ def evaluate_models(
     num_mistakes: int = 3,
     linear_probe: bool = False,
     dense_variants: Sequence[str] = ("plain",),
+    short_queries: bool = False,
+    templates: Sequence[str] = (),
     trust_remote_code: bool = False,
 ) -> list[str]:
     """Evaluate models, print tables, and write results.json, report.md and report.html to `out`.
@@ -62,7 +68,8 @@ def evaluate_models(
 
     results.json contains "caption retrieval" and "results". "caption retrieval" is the result of
     `caption_retrieval_accuracy`. "results" is a list of `BenchmarkResult.summary` dicts, to which the key "model" is
-    added.
+    added. With `short_queries`, each row of a retrieval result also contains "short queries" and, if there are
+    templates, "short queries with templates". These are lists of `LengthScores.metrics` dicts.
 
     Args:
         models: Model to evaluate, followed by the baselines. Each must be either a model accepted by
@@ -80,6 +87,8 @@ def evaluate_models(
         all_pairs, num_mistakes: Options for CRA. See `caption_retrieval_accuracy`.
         linear_probe: For classification benchmarks, also fit a linear probe on the training images.
         dense_variants: Variants of the dense features, for benchmarks about parts of images. See `DENSE_VARIANTS`.
+        short_queries: For images with captions, also evaluate retrieval by query length. See `score_short_queries`.
+        templates: Prompt templates, with which short queries are also evaluated. Requires `short_queries`.
         trust_remote_code: Run the Python code that comes with a model, if any. Jina-CLIP requires this setting.
 
     Returns:
@@ -91,6 +100,7 @@ def evaluate_models(
     encoder, config, columns = encoder or EncoderConfig(), config or EvaluateConfig(), dict(columns or {})
     _check_arguments(models, data, benchmarks, captions, out)
     _check_dense_variants(dense_variants)
+    _check_short_query_arguments(short_queries, templates, has_data=bool(data or benchmarks))
     results: dict[str, Any] = {}
     report: list[Block] = [Code(command_line())]
     failures: list[str] = []
@@ -120,6 +130,8 @@ def evaluate_models(
             max_skipped=max_skipped,
             linear_probe=linear_probe,
             dense_variants=dense_variants,
+            short_queries=short_queries,
+            templates=templates,
         )
         for n, name in enumerate(display_names(models) if available else []):
             runner.run(models[n], name, is_baseline=n > 0, trust_remote_code=trust_remote_code)
@@ -156,6 +168,8 @@ class BenchmarkRunner:
         max_skipped: float,
         linear_probe: bool,
         dense_variants: Sequence[str],
+        short_queries: bool,
+        templates: Sequence[str],
     ) -> None:
         """
         Args:
@@ -165,6 +179,7 @@ class BenchmarkRunner:
             max_skipped: Stop a benchmark if more than this fraction of its images cannot be decoded.
             linear_probe: For classification benchmarks, also fit a linear probe on the training images.
             dense_variants: Variants of the dense features, for benchmarks about parts of images.
+            short_queries, templates: See `evaluate_models`.
         """
         self.benchmarks = benchmarks
         self.results: list[list[ModelResult]] = [[] for _ in benchmarks]
@@ -172,6 +187,7 @@ class BenchmarkRunner:
         self._out = out
         self._linear_probe = linear_probe
         self._dense_variants = dense_variants
+        self._short_queries, self._templates = short_queries, templates
         self._logs = []
         for n, (benchmark, _) in enumerate(benchmarks):
             is_user_data = benchmark.name == USER_DATA
@@ -208,6 +224,8 @@ class BenchmarkRunner:
                 self.failures.append(_failure(f"{name} on {benchmark.name}", benchmark, error))
                 continue
             model_result = ModelResult(name, result.summary)
+            if self._short_queries and result.ranks:
+                self._add_short_queries(model_result, result.ranks, embeddings)
             if self._out is not None and process_state().is_main_process:
                 for field_index, (field, ranks) in enumerate(result.ranks.items()):
                     # With images for all 36 languages of Crossmodal-3600, the page would contain 2,000 images.
@@ -218,17 +236,38 @@ class BenchmarkRunner:
                     model_result.examples = result.draw_examples()
             self.results[n].append(model_result)
 
+    def _add_short_queries(
+        self, model_result: ModelResult, ranked: Mapping[str, RetrievalRanks], embeddings: EmbeddingSource
+    ) -> None:
+        """Evaluate short queries for each caption field, and add the results to `model_result`.
+
+        If the model has no embeddings for the queries, the error is recorded in `failures`.
+        """
+        for row in model_result.summary["rows"]:
+            field = row["captions"]
+            try:
+                scores = score_short_queries(embeddings, ranked[field], self._templates)
+            except ValueError as error:
+                benchmark = model_result.summary["benchmark"]
+                self.failures.append(f"Skipped short queries of {model_result.model} on {benchmark}, {field}: {error}")
+                continue
+            model_result.short_queries[field] = scores
+            row["short queries"] = [length.metrics() for length in scores.plain]
+            if scores.with_templates is not None:
+                row["short queries with templates"] = [length.metrics() for length in scores.with_templates]
+
     def summaries(self) -> list[dict[str, Any]]:
         """Return the entries for "results" in results.json."""
         return [{"model": result.model, **result.summary} for results in self.results for result in results]
 
     def blocks(self) -> list[Block]:
-        """Return one report section for each benchmark that has a result."""
+        """Return one report section for each benchmark that has a result, and the sections about short queries."""
         blocks: list[Block] = []
         for (benchmark, _), results in zip(self.benchmarks, self.results, strict=True):
             if results:
                 blocks += benchmark_blocks(benchmark, results)
-        return blocks
+        benchmarks = [benchmark for benchmark, _ in self.benchmarks]
+        return blocks + short_query_blocks(list(zip(benchmarks, self.results, strict=True)))
 
     def skipped_rows(self) -> list[str]:
         """Return one line for each benchmark with skipped rows. The user's data always has a line."""
@@ -257,6 +296,15 @@ def _check_dense_variants(variants: Sequence[str]) -> None:
     for variant in variants:
         if variant not in DENSE_VARIANTS:
             raise ValueError(f"no dense variant {variant!r}; choose from {', '.join(DENSE_VARIANTS)}")
+
+
+def _check_short_query_arguments(short_queries: bool, templates: Sequence[str], has_data: bool) -> None:
+    """Raise ValueError if the options for short queries have no effect, or a template has no placeholder."""
+    if short_queries and not has_data:
+        raise ValueError("--short_queries needs images with captions: pass data or --benchmarks")
+    if templates and not short_queries:
+        raise ValueError("--templates applies to short queries: add --short_queries")
+    check_templates(templates, "--templates")
 
 
 def _user_benchmark(data: Sequence[str], config: EvaluateConfig, columns: dict[str, str], log: SkipLog) -> Benchmark:

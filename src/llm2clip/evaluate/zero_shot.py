@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llm2clip.models.prompts import average_prompts, fill_templates
 
+
 def class_prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
     """Insert every class name into every prompt template, at "{}". Prompts for the same class are adjacent."""
     return fill_templates(names, templates)

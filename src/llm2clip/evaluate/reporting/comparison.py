@@ -11,6 +11,7 @@ from llm2clip.evaluate.benchmarks import Benchmark
 from llm2clip.evaluate.recall import KS
 from llm2clip.evaluate.reporting import plots
 from llm2clip.evaluate.reporting.error_analysis import MAX_K, ErrorAnalysis
+from llm2clip.evaluate.short_queries import ShortQueryResult
 from llm2clip.html_report import Block, Heading, Paragraph, Plot, Table
 from llm2clip.published_results import (
     CRA,
@@ -36,12 +37,14 @@ class ModelResult:
         summary: See `BenchmarkResult.summary`.
         error_analysis: Error analysis for each caption field, keyed by field name.
         examples: Report section with example images. See `BenchmarkResult.draw_examples`.
+        short_queries: Result of `score_short_queries` for each caption field, keyed by field name.
     """
 
     model: str
     summary: dict[str, Any]
     error_analysis: dict[str, ErrorAnalysis] = field(default_factory=dict)
     examples: list[Block] = field(default_factory=list)
+    short_queries: dict[str, ShortQueryResult] = field(default_factory=dict)
 
 
 def benchmark_blocks(benchmark: Benchmark, results: Sequence[ModelResult]) -> list[Block]:

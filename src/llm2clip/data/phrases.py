@@ -1,0 +1,63 @@
+"""Words and short phrases in captions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+# Letters and digits, joined by apostrophes and hyphens, as in "t-shirt" and "man's".
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+_PUNCTUATION = re.compile(r"[^\w\s'’-]+")
+# English words that do not name anything visible: determiners, pronouns, prepositions, conjunctions, auxiliaries and
+# some adverbs. Lists for document retrieval, such as scikit-learn's, also contain "two", "three", "fire" and "empty",
+# which are useful in queries for images.
+_STOP_WORDS = """
+a an the this that these those some any each every both all another other others such several many much more most
+few same own one
+i me my mine myself we us our ours you your yours he him his himself she her hers herself it its itself they them
+their theirs themselves who whom whose which what someone something there here it's he's she's there's that's
+of in on at by for from to into onto with without within through throughout over under above below up down off out
+near next beside besides between among amongst around across along behind before after during against toward
+towards about like via per upon inside outside beneath underneath atop amid past front
+and or but nor so as than then if while when where because though although whether until
+am is are was were be been being do does did doing has have had having can could will would may might must should
+get gets getting isn't aren't
+not no very just also too only still well almost away together appears seems
+"""
+STOP_WORDS = frozenset(_STOP_WORDS.split())
+
+
+def split_words(text: str) -> list[str]:
+    """Return the words of a text in lower case, without punctuation."""
+    return _WORD.findall(text.lower())
+
+
+def split_clauses(text: str) -> list[list[str]]:
+    """Return the words of each part of a text between punctuation marks, in lower case."""
+    clauses = [split_words(part) for part in _PUNCTUATION.split(text)]
+    return [clause for clause in clauses if clause]
+
+
+def caption_phrases(captions: Iterable[str], num_words: int) -> set[str]:
+    """Return the phrases of `num_words` words that occur in an image's captions, in lower case.
+
+    A phrase is a sequence of adjacent words that does not span a punctuation mark. Its first word and its last word
+    have at least two characters, at least one letter, and are not in `STOP_WORDS`. Words inside the phrase can be any
+    words, as in "man in red".
+    """
+    return {
+        " ".join(phrase)
+        for caption in captions
+        for clause in split_clauses(caption)
+        for phrase in _ngrams(clause, num_words)
+        if _is_content_word(phrase[0]) and _is_content_word(phrase[-1])
+    }
+
+
+def _ngrams(words: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(len(words) - size + 1):
+        yield words[start : start + size]
+
+
+def _is_content_word(word: str) -> bool:
+    return len(word) > 1 and word.replace("’", "'") not in STOP_WORDS and any(map(str.isalpha, word))

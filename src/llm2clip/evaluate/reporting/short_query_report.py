@@ -1,0 +1,121 @@
+"""Report sections about short queries: retrieval quality by query length, next to zero-shot accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llm2clip.evaluate.benchmarks import Benchmark
+from llm2clip.evaluate.reporting import plots
+from llm2clip.evaluate.reporting.comparison import ModelResult
+from llm2clip.evaluate.short_queries import METRICS, LengthScores, mean_intervals
+from llm2clip.html_report import Block, Heading, Paragraph, Plot, Table
+
+DEFINITION = (
+    "Queries of one to three words are words and phrases from the captions. Every image with a caption that mentions "
+    "the query is a correct answer. Longer queries are whole captions. Intervals are 95% bootstrap intervals over the "
+    "queries. Images that show what the query names, but whose captions do not mention it, count as wrong answers."
+)
+Curves = Mapping[str, Sequence[LengthScores]]
+"""Results for each query length, keyed by the name of the model. The name says whether templates are used."""
+
+
+def short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[ModelResult]]]) -> list[Block]:
+    """Return one section for each caption field for which short queries were evaluated.
+
+    The first table shows mAP by query length and, for each classification benchmark of the same run, top-1 accuracy.
+
+    Args:
+        results: Each benchmark of the run, and its results in the order of the models.
+    """
+    accuracies: dict[str, dict[str, float]] = {}
+    for benchmark, model_results in results:
+        if benchmark.kind == "classification":
+            accuracies[benchmark.name] = {r.model: r.summary["metrics"]["top-1"] for r in model_results}
+    blocks: list[Block] = []
+    for benchmark, model_results in results:
+        for field in dict.fromkeys(name for result in model_results for name in result.short_queries):
+            curves = {}
+            for result in model_results:
+                scores = result.short_queries.get(field)
+                if scores is not None:
+                    curves[result.model] = scores.plain
+                    if scores.with_templates is not None:
+                        curves[f"{result.model}, with templates"] = scores.with_templates
+            blocks += [
+                Heading(f"{benchmark.name}, {field}: quality by query length"),
+                overview_table(curves, accuracies),
+                _length_plot(curves),
+                Paragraph(DEFINITION),
+                metrics_table(curves),
+            ]
+    return blocks
+
+
+def overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return a table of mAP by query length and of zero-shot accuracy, in percent.
+
+    The last rows show the differences between the first row's model and each of the other rows. Differences of mAP
+    include 95% confidence intervals, which are computed from paired bootstrap resamples.
+
+    Args:
+        curves: Results of each model.
+        accuracies: Top-1 accuracy of each model, keyed by benchmark and model.
+    """
+    name, first = next(iter(curves.items()))
+    header = ["", *(f"{length.words} {'word' if length.words == '1' else 'words'}: mAP" for length in first)]
+    header += [f"{benchmark}: top-1" for benchmark in accuracies]
+    rows: list[list[Any]] = [["chance", *(100 * float(s.chance[0]) for s in first), *([None] * len(accuracies))]]
+    for model, lengths in curves.items():
+        rows.append([model, *map(_map_cell, lengths), *(values.get(model) for values in accuracies.values())])
+    highlight = frozenset(range(1, len(rows)))
+    for other, lengths in list(curves.items())[1:]:
+        cells: list[str | None] = [_difference_cell(a, b) for a, b in zip(first, lengths, strict=True)]
+        for values in accuracies.values():
+            is_known = name in values and other in values
+            cells.append(f"{values[name] - values[other]:+.1f}" if is_known else None)
+        rows.append([f"{name} minus {other}", *cells])
+    return Table(header, rows, highlight)
+
+
+def metrics_table(curves: Curves) -> Table:
+    """Return a table of all metrics, with one row for each model and query length."""
+    rows: list[list[Any]] = []
+    for model, lengths in curves.items():
+        for length in lengths:
+            entry = length.metrics()
+            cells = []
+            for name in METRICS:
+                low, high = entry[f"{name} interval"]
+                cells += [entry[name], f"{low:.1f} to {high:.1f}"]
+            rows.append([model, length.words, entry["queries"], entry["relevant images per query"], *cells])
+    columns = [column for name in METRICS for column in (f"{name}, %", "95% interval")]
+    return Table(["", "words", "queries", "relevant images", *columns], rows)
+
+
+def _map_cell(length: LengthScores) -> str:
+    low, high = mean_intervals(length.scores)[:, 0]
+    return f"{100 * float(length.scores[:, 0].mean()):.1f} ({low:.1f} to {high:.1f})"
+
+
+def _difference_cell(first: LengthScores, other: LengthScores) -> str:
+    differences = first.scores - other.scores
+    low, high = mean_intervals(differences)[:, 0]
+    return f"{100 * float(differences[:, 0].mean()):+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _length_plot(curves: Curves) -> Plot:
+    first = next(iter(curves.values()))
+    values, bands = {}, {}
+    for name, lengths in curves.items():
+        values[name] = [100 * float(length.scores[:, 0].mean()) for length in lengths]
+        bands[name] = [tuple(mean_intervals(length.scores)[:, 0].tolist()) for length in lengths]
+    svg = plots.plot_curves(
+        values,
+        x=range(len(first)),
+        xlabel="words in the query",
+        ylabel="mAP, %",
+        bands=bands,
+        tick_labels=[length.words for length in first],
+    )
+    return Plot(svg, "mAP by the number of words in the query, with 95% confidence intervals.")

@@ -1,0 +1,242 @@
+"""Text-to-image retrieval by query length, from single words to whole captions.
+
+The queries are built from the captions of the evaluated images. Words and phrases of two or three words are relevant to
+every image with a caption that mentions them. Longer queries are whole captions, which are relevant to the images that
+they describe. The metrics are computed from exact ranks, in which ties count against the model (see `ranks`).
+
+An image can show what a query names although none of its captions mentions it. Such images count as wrong answers, so
+the metrics are lower bounds. They are meant for comparing models on the same images.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from llm2clip.data.phrases import caption_phrases, split_words
+from llm2clip.evaluate.embeddings import EmbeddingSource
+from llm2clip.evaluate.ranks import all_positive_ranks
+from llm2clip.evaluate.recall import bootstrap
+from llm2clip.evaluate.reporting.error_analysis import caption_lengths
+from llm2clip.evaluate.retrieval_eval import RetrievalRanks
+from llm2clip.models.prompts import average_prompts, query_prompts
+
+PHRASE_LENGTHS = (1, 2, 3)  # words
+CAPTION_LENGTHS = {"4–7": range(4, 8), "8+": range(8, 1 << 30)}  # words
+Item = TypeVar("Item", str, tuple[str, ...])
+METRICS = ("mAP", "R-precision", "nDCG@10")
+NDCG_K = 10
+
+
+@dataclass(frozen=True)
+class Query:
+    """A text query, and the indices of the relevant images."""
+
+    text: str
+    relevant: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LengthScores:
+    """Results for the queries of one length.
+
+    Args:
+        words: Number of words in the queries, such as "2" or "4–7".
+        scores: mAP, R-precision and nDCG@10 of each query, between 0 and 1, float64 (Q, 3).
+        chance: Expected scores of a random ranking, averaged over the queries, float64 (3,).
+        mean_relevant: Mean number of relevant images per query.
+    """
+
+    words: str
+    scores: Tensor
+    chance: Tensor
+    mean_relevant: float
+
+    def metrics(self) -> dict[str, Any]:
+        """Return an entry for results.json, with metrics in percent and 95% confidence intervals."""
+        entry: dict[str, Any] = {
+            "words": self.words,
+            "queries": len(self.scores),
+            "relevant images per query": self.mean_relevant,
+        }
+        means = 100 * self.scores.mean(0)
+        low, high = mean_intervals(self.scores)
+        for n, name in enumerate(METRICS):
+            entry[name] = float(means[n])
+            entry[f"{name} interval"] = (float(low[n]), float(high[n]))
+            entry[f"{name} chance"] = 100 * float(self.chance[n])
+        return entry
+
+
+@dataclass(frozen=True)
+class ShortQueryResult:
+    """Results for each query length, without and with prompt templates. Lengths without queries are omitted."""
+
+    plain: list[LengthScores]
+    with_templates: list[LengthScores] | None = None
+
+
+def score_short_queries(
+    embeddings: EmbeddingSource, ranks: RetrievalRanks, templates: Sequence[str] = ()
+) -> ShortQueryResult:
+    """Compute the retrieval metrics for each query length.
+
+    Args:
+        embeddings: Source of text embeddings.
+        ranks: Images, captions and image embeddings of one caption field.
+        templates: Prompt templates. If there are any, queries of up to three words are also evaluated as the mean of
+            the query's own embedding and the embeddings of the filled templates (see `query_prompts`).
+
+    Raises:
+        ValueError: If the source has no embedding for a query, or no queries can be built from the captions.
+    """
+    if caption_lengths(ranks.captions)[0] != "words":
+        raise ValueError("the captions have no spaces between words, so they cannot be split into phrases")
+    queries = build_queries([record.captions for record in ranks.records])
+    if not queries:
+        raise ValueError("no caption has four words, and no word occurs in the captions of at least three images")
+
+    def score(templates: Sequence[str]) -> list[LengthScores]:
+        results = []
+        for words, length_queries in queries.items():
+            prompts, counts = query_prompts([query.text for query in length_queries], templates)
+            vectors = average_prompts(embeddings.encode_texts(prompts), counts)
+            results.append(_score_length(words, length_queries, vectors, ranks.images))
+        return results
+
+    return ShortQueryResult(plain=score(()), with_templates=score(templates) if templates else None)
+
+
+def _score_length(words: str, queries: Sequence[Query], vectors: Tensor, images: Tensor) -> LengthScores:
+    relevant = [query.relevant for query in queries]
+    scores = [ranking_scores(query_ranks) for query_ranks in all_positive_ranks(vectors, images, relevant)]
+    num_relevant = [len(indices) for indices in relevant]
+    chance_of = {r: chance_scores(r, len(images)) for r in set(num_relevant)}
+    return LengthScores(
+        words=words,
+        scores=torch.stack(scores),
+        chance=torch.stack([chance_of[r] for r in num_relevant]).mean(0),
+        mean_relevant=statistics.fmean(num_relevant),
+    )
+
+
+# ---- queries ---------------------------------------------------------------------------------------------------------
+
+
+def build_queries(
+    captions: Sequence[Sequence[str]],
+    max_queries: int = 500,
+    min_images: int = 3,
+    max_share: float = 1 / 3,
+    seed: int = 0,
+) -> dict[str, list[Query]]:
+    """Build queries of increasing length from the captions of images.
+
+    Queries of one to three words are phrases (see `caption_phrases`). A phrase is used if it occurs in the captions of
+    at least `min_images` images and of at most a fraction `max_share` of the images. Words are compared in lower case
+    and in the form in which they occur: "dog" does not match "dogs".
+
+    Longer queries are whole captions of four to seven words, and of eight or more words. If several images have the
+    same caption, apart from case and punctuation, all of these images are relevant.
+
+    Args:
+        captions: Captions of each image.
+        max_queries: Maximum number of queries of each length. If there are more, a random sample is used.
+        min_images, max_share: See above.
+        seed: Random seed of the samples.
+
+    Returns:
+        Queries keyed by their number of words: "1", "2", "3", "4–7" and "8+". Lengths without queries are omitted.
+    """
+    queries = {}
+    for num_words in PHRASE_LENGTHS:
+        counts = Counter(phrase for texts in captions for phrase in caption_phrases(texts, num_words))
+        max_images = max_share * len(captions)
+        frequent = {phrase for phrase, count in counts.items() if min_images <= count <= max_images}
+        del counts  # it contains all phrases, most of which are rare
+        selected = _sample(frequent, max_queries, seed)
+        images = defaultdict(list)
+        for image, texts in enumerate(captions):
+            for phrase in caption_phrases(texts, num_words).intersection(selected):
+                images[phrase].append(image)
+        queries[str(num_words)] = [Query(phrase, tuple(images[phrase])) for phrase in selected]
+    for name, lengths in CAPTION_LENGTHS.items():
+        texts_of_words: dict[tuple[str, ...], str] = {}
+        images_of_words = defaultdict(set)
+        for image, texts in enumerate(captions):
+            for text in texts:
+                words = tuple(split_words(text))
+                if len(words) in lengths:
+                    texts_of_words.setdefault(words, text)
+                    images_of_words[words].add(image)
+        selected_words = _sample(texts_of_words, max_queries, seed)
+        queries[name] = [Query(texts_of_words[w], tuple(sorted(images_of_words[w]))) for w in selected_words]
+    return {name: length_queries for name, length_queries in queries.items() if length_queries}
+
+
+def _sample(items: Iterable[Item], count: int, seed: int) -> list[Item]:
+    """Return a sorted random sample of at most `count` items, which does not depend on the items' order."""
+    ordered = sorted(items)
+    return ordered if len(ordered) <= count else sorted(random.Random(seed).sample(ordered, count))
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def ranking_scores(ranks: Tensor) -> Tensor:
+    """Return average precision, R-precision and nDCG@10 of a ranking, each between 0 and 1, float64 (3,).
+
+    Let P be the number of relevant images, and r_n the rank of the n-th of them (1 is best). Average precision is the
+    mean of n / r_n. R-precision is the fraction of relevant images among the first P images. nDCG@10 is the sum of
+    1 / log2(r_n + 1) over the relevant images among the first ten, divided by the sum for a perfect ranking (Järvelin
+    and Kekäläinen, 2002, with binary relevance).
+
+    Args:
+        ranks: Zero-based ranks of all relevant images, in ascending order, int64 (P,).
+    """
+    num_relevant = len(ranks)
+    positions = torch.arange(1, num_relevant + 1, dtype=torch.float64)
+    average_precision = (positions / (ranks + 1)).mean()
+    r_precision = (ranks < num_relevant).double().mean()
+    discounts = _discounts(NDCG_K)
+    ndcg = discounts[ranks[ranks < NDCG_K]].sum() / discounts[:num_relevant].sum()
+    return torch.stack([average_precision, r_precision, ndcg])
+
+
+def chance_scores(num_relevant: int, num_images: int) -> Tensor:
+    """Return the expected `ranking_scores` of a random ranking, float64 (3,).
+
+    With P relevant images among N, the image with rank r is relevant with probability P / N. If it is relevant, each of
+    the r - 1 images before it is relevant with probability (P - 1) / (N - 1), so the expected precision at its rank is
+    (1 + (r - 1) (P - 1) / (N - 1)) / r. Averaged over all ranks, this is the expected average precision.
+    """
+    positions = torch.arange(1, num_images + 1, dtype=torch.float64)
+    precisions = (1 + (positions - 1) * (num_relevant - 1) / max(1, num_images - 1)) / positions
+    r_precision = torch.tensor(num_relevant / num_images, dtype=torch.float64)
+    discounts = _discounts(NDCG_K)
+    ndcg = r_precision * discounts[:num_images].sum() / discounts[:num_relevant].sum()
+    return torch.stack([precisions.mean(), r_precision, ndcg])
+
+
+def _discounts(count: int) -> Tensor:
+    """Return the weight of each rank in the discounted cumulative gain, float64 (count,)."""
+    return 1 / torch.arange(2, count + 2, dtype=torch.float64).log2()
+
+
+def mean_intervals(scores: Tensor) -> Tensor:
+    """Return 95% bootstrap confidence intervals for the mean scores, in percent, float64 (2, 3).
+
+    Queries are resampled, but images are not. For the same queries, the resamples of two models are paired, so the
+    interval of a difference can be computed from the differences of the scores.
+
+    Args:
+        scores: Scores of each query, or differences between the scores of two models, (Q, 3).
+    """
+    return 100 * bootstrap(scores, torch.ones(len(scores)))

@@ -1,0 +1,232 @@
+"""Short queries: which queries are built, and metrics compared with scikit-learn and with full sorts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import average_precision_score, ndcg_score
+
+from llm2clip.data.phrases import caption_phrases, split_words
+from llm2clip.data.records import Record
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.evaluate.ranks import QUERY_TILE, all_positive_ranks
+from llm2clip.evaluate.recall import bootstrap_counts
+from llm2clip.evaluate.retrieval_eval import RetrievalRanks
+from llm2clip.evaluate.short_queries import (
+    Query,
+    build_queries,
+    chance_scores,
+    mean_intervals,
+    ranking_scores,
+    score_short_queries,
+)
+
+
+def random_vectors(count: int, dimension: int = 6, seed: int = 0) -> torch.Tensor:
+    return F.normalize(torch.randn(count, dimension, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+# ---- queries ---------------------------------------------------------------------------------------------------------
+
+
+def test_split_words_keeps_hyphens_and_apostrophes() -> None:
+    assert split_words("A man's T-shirt, 2 cats_dogs — Über-Öl!") == [
+        "a", "man's", "t-shirt", "2", "cats", "dogs", "über-öl",
+    ]  # fmt: skip
+
+
+def test_caption_phrases_do_not_span_punctuation_or_end_with_stop_words() -> None:
+    captions = ["A man in red, two dogs run.", "The dog"]
+    assert caption_phrases(captions, 1) == {"man", "red", "two", "dogs", "run", "dog"}
+    assert caption_phrases(captions, 2) == {"two dogs", "dogs run"}
+    assert caption_phrases(captions, 3) == {"man in red", "two dogs run"}
+    assert caption_phrases(["7 of x"], 1) == set(), "digits and single letters are not phrases"
+
+
+def test_build_queries_finds_all_images_that_mention_a_phrase() -> None:
+    captions = [
+        ["A red dog runs.", "A dog!"],
+        ["The red dog sits", "nothing else here"],
+        ["red, dog", "A big red dog runs"],
+        ["Redbird and hotdog", "a DOG"],
+        ["grey wall", "grey"],
+        ["grey sky", "Nothing else, here"],
+    ]
+    queries = build_queries(captions, min_images=2, max_share=0.7)
+    assert queries["1"] == [
+        Query("dog", (0, 1, 2, 3)),
+        Query("else", (1, 5)),
+        Query("grey", (4, 5)),
+        Query("nothing", (1, 5)),
+        Query("red", (0, 1, 2)),
+        Query("runs", (0, 2)),
+    ]
+    assert queries["2"] == [Query("dog runs", (0, 2)), Query("nothing else", (1, 5)), Query("red dog", (0, 1, 2))]
+    assert queries["3"] == [Query("red dog runs", (0, 2))]
+    assert queries["4–7"] == [
+        Query("A big red dog runs", (2,)),
+        Query("A red dog runs.", (0,)),
+        Query("The red dog sits", (1,)),
+    ]
+    assert "8+" not in queries
+    assert [query.text for query in build_queries(captions, min_images=3, max_share=0.6)["1"]] == ["red"]
+
+
+def test_equal_captions_share_their_images_and_samples_are_reproducible() -> None:
+    long = "one two three four five six seven eight"
+    captions = [[long], [f"{long.title()}!"], *([f"caption number {n} of an image"] for n in range(30))]
+    queries = build_queries(captions, max_queries=7)
+    assert queries["8+"] == [Query(long, (0, 1))]
+    assert len(queries["4–7"]) == 7 and len({query.text for query in queries["4–7"]}) == 7
+    assert queries["4–7"] == build_queries(captions, max_queries=7)["4–7"]
+    assert queries["4–7"] != build_queries(captions, max_queries=7, seed=1)["4–7"]
+    for query in queries["4–7"]:
+        assert captions[query.relevant[0]] == [query.text] and len(query.relevant) == 1
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile_size", [16, 1024])
+def test_metrics_match_scikit_learn(tile_size: int) -> None:
+    """More queries than one tile, and items that do not fill the last tile. Random scores have no ties."""
+    images, queries = random_vectors(75), random_vectors(QUERY_TILE + 5, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    relevant = [torch.randperm(75, generator=generator)[: 1 + n % 20].tolist() for n in range(len(queries))]
+    ranks = all_positive_ranks(queries, images, relevant, tile_size)
+    exact = (queries.double() @ images.double().T).numpy()
+    for n, indices in enumerate(relevant):
+        truth = np.zeros(75)
+        truth[indices] = 1
+        order = (-exact[n]).argsort()
+        assert ranks[n].tolist() == truth[order].nonzero()[0].tolist()
+        average_precision, r_precision, ndcg = ranking_scores(ranks[n]).tolist()
+        assert average_precision == pytest.approx(average_precision_score(truth, exact[n]), abs=1e-12)
+        assert r_precision == pytest.approx(truth[order[: len(indices)]].mean(), abs=1e-12)
+        assert ndcg == pytest.approx(ndcg_score(truth[None], exact[n][None], k=10), abs=1e-12)
+
+
+def test_wrong_answers_rank_first_among_equal_scores() -> None:
+    """Copies of an image have equal scores, wherever they are in the matrix."""
+    images = random_vectors(9).repeat(5, 1)[:41]
+    queries = random_vectors(3, seed=1)
+    relevant = [[0, 9, 4], [40, 13], [8]]
+    scores = queries.double() @ images.double().T
+    for n, ranks in enumerate(all_positive_ranks(queries, images, relevant, 16)):
+        keys = [(-round(scores[n, i].item(), 9), i in relevant[n]) for i in range(41)]
+        order = sorted(range(41), key=keys.__getitem__)
+        assert ranks.tolist() == [rank for rank, i in enumerate(order) if i in relevant[n]]
+    constant = all_positive_ranks(torch.ones(1, 2), torch.ones(6, 2), [[0, 3]])
+    assert constant[0].tolist() == [4, 5], "a model that returns a constant has the worst ranks"
+
+
+def test_all_positive_ranks_reject_queries_without_positive_and_nan() -> None:
+    with pytest.raises(ValueError, match="query 1 has no positive item"):
+        all_positive_ranks(torch.eye(2), torch.eye(2), [[0], []])
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        all_positive_ranks(torch.full((1, 2), torch.nan), torch.eye(2), [[0]])
+
+
+def test_ranking_scores_of_a_small_example() -> None:
+    """Relevant images at ranks 1, 3 and 12, counted from 1."""
+    ideal = 1 + 1 / math.log2(3) + 1 / 2
+    expected = [(1 + 2 / 3 + 3 / 12) / 3, 2 / 3, (1 + 1 / 2) / ideal]
+    assert ranking_scores(torch.tensor([0, 2, 11])).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("num_relevant", "num_images"), [(1, 1), (1, 5), (2, 6), (6, 6), (3, 12)])
+def test_chance_scores_are_the_mean_over_all_rankings(num_relevant: int, num_images: int) -> None:
+    subsets = itertools.combinations(range(num_images), num_relevant)
+    scores = torch.stack([ranking_scores(torch.tensor(subset)) for subset in subsets])
+    torch.testing.assert_close(chance_scores(num_relevant, num_images), scores.mean(0))
+
+
+def test_mean_intervals_resample_queries() -> None:
+    scores = torch.rand(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    means = [np.average(scores.numpy(), axis=0, weights=counts.numpy()) for counts in bootstrap_counts(50)]
+    expected = 100 * np.quantile(means, [0.025, 0.975], axis=0)
+    np.testing.assert_allclose(mean_intervals(scores).numpy(), expected)
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+class FakeEmbeddings:
+    """Embeds every word as a random vector, and a text as the sum of its words."""
+
+    log = SkipLog()
+
+    def encode_texts(self, texts: list[str]) -> torch.Tensor:
+        return torch.stack([F.normalize(sum(self.word(w) for w in split_words(text)), dim=0) for text in texts])
+
+    @staticmethod
+    def word(word: str) -> torch.Tensor:
+        return random_vectors(1, 8, seed=int.from_bytes(word.encode()[:6], "little"))[0]
+
+    def encode_images(self, refs: list[object]) -> tuple[torch.Tensor, list[int]]:
+        raise NotImplementedError
+
+    def count_truncated(self, texts: list[str]) -> int | None:
+        return None
+
+
+def test_score_short_queries_with_and_without_templates() -> None:
+    captions = [("a red dog", "the dog runs"), ("a red cat on a big grey wall",), ("a dog", "red dog"), ("blue sky",)]
+    embeddings = FakeEmbeddings()
+    ranks = RetrievalRanks(
+        records=[Record(str(n), None, texts) for n, texts in enumerate(captions * 3)],
+        images=random_vectors(12, 8),
+        texts=torch.empty(0, 8),
+        image_of_text=torch.empty(0),
+        image_ranks=torch.empty(0),
+        text_ranks=torch.empty(0),
+    )
+    result = score_short_queries(embeddings, ranks, ["a photo of a {}"])
+    assert [length.words for length in result.plain] == ["1", "2", "3", "8+"]
+    queries = build_queries([record.captions for record in ranks.records])
+    for lengths in (result.plain, result.with_templates):
+        for length in lengths:
+            assert len(length.scores) == len(queries[length.words])
+            for query, scores in zip(queries[length.words], length.scores, strict=True):
+                prompts = [query.text]
+                if lengths is result.with_templates and length.words in "123":
+                    prompts.append(f"a photo of a {query.text}")
+                vector = F.normalize(embeddings.encode_texts(prompts).double().mean(0), dim=0)
+                truth = np.isin(np.arange(12), query.relevant)
+                expected = average_precision_score(truth, (ranks.images.double() @ vector).numpy())
+                assert float(scores[0]) == pytest.approx(expected)
+    one_word = result.plain[0]
+    entry = one_word.metrics()
+    assert entry["queries"] == 7 and entry["words"] == "1"
+    assert entry["mAP"] == pytest.approx(100 * float(one_word.scores[:, 0].mean()))
+    assert entry["nDCG@10 chance"] == pytest.approx(
+        np.mean([100 * float(chance_scores(len(query.relevant), 12)[2]) for query in queries["1"]])
+    )
+    low, high = entry["R-precision interval"]
+    assert low <= entry["R-precision"] <= high
+    assert score_short_queries(embeddings, ranks).with_templates is None
+
+
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [
+        (["一只狗在雪地里奔跑", "两个孩子在沙滩上玩耍", "一只猫坐在窗台上"], "no spaces between words"),
+        (["red", "blue sky", "green"], "no caption has four words"),
+    ],
+)
+def test_captions_without_queries_are_rejected(captions: list[str], message: str) -> None:
+    ranks = RetrievalRanks(
+        records=[Record(text, None, (text,)) for text in captions],
+        images=random_vectors(3),
+        texts=torch.empty(0),
+        image_of_text=torch.arange(3),
+        image_ranks=torch.zeros(3),
+        text_ranks=torch.zeros(3),
+    )
+    with pytest.raises(ValueError, match=message):
+        score_short_queries(FakeEmbeddings(), ranks)
