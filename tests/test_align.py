@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate.state import AcceleratorState, DistributedType
 from safetensors.torch import load_file, save_file
 
@@ -103,17 +104,28 @@ def assert_same_run(
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "change", [{}, {"distill_weight": 5.0}, {"distill_weight": 5.0, "min_crop_scale": 1.0}], ids=str
+)
 def test_align_matches_adamw_written_out(
-    records: list[Record], store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    records: list[Record],
+    store: EmbeddingStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
 ) -> None:
-    """Six steps by hand: rates by part, warm-up and cosine, clipped gradients, decay of matrices only."""
+    """Six steps by hand: rates by part, warm-up and cosine, clipped gradients, decay of matrices only.
+
+    Without random crops, the features for self-distillation come from a store.
+    """
     monkeypatch.setattr(align_module, "MAX_GRAD_NORM", 0.5)
     monkeypatch.setattr(optim, "WEIGHT_DECAY", 0.3)
-    config = dataclasses.replace(ALIGN, lr=3e-3, tower_lr=1e-3, warmup_ratio=0.34)
+    config = dataclasses.replace(ALIGN, lr=3e-3, tower_lr=1e-3, warmup_ratio=0.34, **change)
     trained = run_align(records, store, tmp_path, config)
     lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert len(list(tmp_path.glob("features-*"))) == (config.min_crop_scale == 1)
 
-    model = fresh_model().train()
+    model, frozen_tower = fresh_model().train(), fresh_model().tower.eval()
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
     factors = [1 / 2, 1, 1, 0.5 + 0.5 * 2**-0.5, 0.5, 0.5 - 0.5 * 2**-0.5]  # two of six steps of warm-up
     batches = AlignBatches(records, store, model, config).batches(0)
@@ -123,6 +135,13 @@ def test_align_matches_adamw_written_out(
         image, text, scale, _ = model(pixels=batch.images, embeddings=embeddings)
         layout = torch.from_numpy(batch.image_of_caption), torch.from_numpy(batch.caption_rows)
         loss = info_nce(image, text, scale, *layout)
+        if config.distill_weight:
+            frozen_features = frozen_tower(batch.images).detach()
+            if config.min_crop_scale == 1:
+                frozen_features = frozen_features.half().float()  # as in the store
+            student, teacher = F.normalize(model.tower(batch.images)), F.normalize(frozen_features)
+            distances = F.smooth_l1_loss(F.pdist(student), F.pdist(teacher))
+            loss = loss + 5 * (distances + (student - teacher).square().sum(1).mean())
         parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         gradients = torch.autograd.grad(loss, [p for _, p in parameters], allow_unused=True)
         norms.append(sum(float(g.square().sum()) for g in gradients if g is not None) ** 0.5)
@@ -299,7 +318,15 @@ def test_align_reports_to_trackers_by_name(records: list[Record], store: Embeddi
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"loss": "sigmoid"}, {"captions_per_image": 0}, {"gradient_checkpointing": True}, {"lora_r": 2}],
+    [
+        {},
+        {"loss": "sigmoid"},
+        {"captions_per_image": 0},
+        {"gradient_checkpointing": True},
+        {"lora_r": 2},
+        {"distill_weight": 5.0},
+        {"distill_weight": 5.0, "min_crop_scale": 1.0},
+    ],
     ids=str,
 )
 def test_micro_batches_give_the_gradients_of_the_whole_batch(
@@ -349,7 +376,12 @@ def test_micro_batches_repeat_their_dropout_in_the_second_pass(
 
 @pytest.mark.parametrize(
     "change",
-    [{"micro_batch_size": 2}, {"loss": "sigmoid"}, {"tower_lr": 0.0, "captions_per_image": 0}, {"lora_r": 2}],
+    [
+        {"micro_batch_size": 2, "distill_weight": 5.0},
+        {"loss": "sigmoid"},
+        {"tower_lr": 0.0, "captions_per_image": 0},
+        {"lora_r": 2, "distill_weight": 5.0, "min_crop_scale": 1.0},
+    ],
     ids=str,
 )
 def test_align_on_two_ranks_matches_one_process(
@@ -358,7 +390,7 @@ def test_align_on_two_ranks_matches_one_process(
     _compare_with_one_process(records, store, tmp_path, dataclasses.replace(ALIGN, **change), fsdp=False)
 
 
-@pytest.mark.parametrize("change", [{"micro_batch_size": 2}, {"lora_r": 2}], ids=str)
+@pytest.mark.parametrize("change", [{"micro_batch_size": 2, "distill_weight": 5.0}, {"lora_r": 2}], ids=str)
 def test_align_with_fsdp_matches_one_process(
     records: list[Record], store: EmbeddingStore, tmp_path: Path, change: dict[str, Any]
 ) -> None:

@@ -172,6 +172,9 @@ class AlignConfig:
     without random crops, and the remaining epochs train on the cached features in seconds."""
     layer_decay: float = 1.0
     """Factor applied to the learning rate once for each tower layer below the top layer. The paper uses 0.85."""
+    distill_weight: float = 0.0
+    """Weight of the self-distillation loss, which keeps the features of the vision tower close to those of the
+    pretrained tower, as in ProCLIP. 0 disables self-distillation."""
     lora_r: int = 0
     """LoRA rank for the tower's linear layers. LoRA alpha is twice the rank. LoRA is merged into the tower after
     training. 0 disables LoRA and trains all weights of the tower."""
@@ -202,7 +205,7 @@ class AlignConfig:
         """Raise ValueError for values out of range and for settings that contradict each other."""
         require_at_least(1, self, "align", "adapter_depth", "batch_size", "micro_batch_size", "save_steps")
         require_at_least(0, self, "align", "embed_dim", "captions_per_image", "lora_r", "tower_lr", "eval_steps")
-        require_at_least(0, self, "align", "workers")
+        require_at_least(0, self, "align", "workers", "distill_weight")
         require_fraction(self, "align", "warmup_ratio")
         if self.epochs <= 0:
             raise ValueError(f"--align.epochs must be greater than 0 (got {self.epochs})")
@@ -213,6 +216,8 @@ class AlignConfig:
             raise ValueError(f"--align.logit_scale must be between 1 and 100, or inherit (got {self.logit_scale})")
         if self.lora_r and self.tower_lr == 0:
             raise ValueError("--align.lora_r trains the tower: set --align.tower_lr greater than 0")
+        if self.distill_weight and self.tower_lr == 0:
+            raise ValueError("--align.distill_weight needs a trained tower: set --align.tower_lr greater than 0")
         if self.load_best_at_end and self.eval_steps == 0:
             raise ValueError("--align.load_best_at_end needs evaluations during training: remove --align.eval_steps 0")
 

@@ -161,20 +161,25 @@ class LLM2CLIP(nn.Module):
         self._text_folder: Path | None = None
 
     def forward(
-        self, pixels: Tensor | None = None, embeddings: Tensor | None = None, features: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+        self,
+        pixels: Tensor | None = None,
+        embeddings: Tensor | None = None,
+        features: Tensor | None = None,
+        return_features: bool = False,
+    ) -> tuple[Tensor | None, ...]:
         """Embed images, texts, or both.
 
         Args:
             pixels: images, (N, 3, S, S) uint8.
             embeddings: caption embeddings, (M, text_dim) float, not normalised.
             features: precomputed image features from the tower, (N, feature_dim) float, to use instead of `pixels`.
+            return_features: also return the tower's features as a fifth item, (N, feature_dim), not normalised.
 
         Returns:
-            A tuple of four items. The first two are the image embeddings (N, embed_dim) and the text embeddings
-            (M, embed_dim), L2-normalised float32. Without images or texts, the corresponding item is None. The last two
-            are float32 scalars: the factor that multiplies the cosine similarities (at most 100), and the bias that is
-            added to the logits.
+            A tuple of four items, or five with `return_features`. The first two are the image embeddings (N, embed_dim)
+            and the text embeddings (M, embed_dim), L2-normalised float32. Without images or texts, the corresponding
+            item is None. The next two are float32 scalars: the factor that multiplies the cosine similarities (at most
+            100), and the bias that is added to the logits.
         """
         if pixels is not None:
             features = self.tower(pixels)
@@ -182,7 +187,7 @@ class LLM2CLIP(nn.Module):
         text = F.normalize(self.adapter(embeddings).float(), dim=-1) if embeddings is not None else None
         scale = self.logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE)[0]
         bias = scale.new_zeros(()) if self.logit_bias is None else self.logit_bias.float()[0]
-        return image, text, scale, bias
+        return (image, text, scale, bias, features) if return_features else (image, text, scale, bias)
 
     @torch.no_grad()
     def set_logits(self, scale: float, bias: float | None = None) -> None:

@@ -3,14 +3,18 @@
 Each step minimises a contrastive loss between a batch of images and one or more captions per image. The LLM is not
 loaded, because its caption embeddings are read from the embedding store. If the tower is frozen (`tower_lr` is 0), its
 image features are computed once and cached in a second store, which training then reads instead of the images.
+
+With self-distillation (`distill_weight`), a second loss keeps the tower's features close to those of the pretrained
+tower (see `distillation`).
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
@@ -33,6 +37,7 @@ from llm2clip.models.fingerprint import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.precision import resolve_device_precision, tf32_matmul
 from llm2clip.models.tower_lora import merge_tower_lora
+from llm2clip.models.vision_tower import VisionTower
 from llm2clip.progress import ProgressBar
 from llm2clip.run_config import RESUME_SAFE
 from llm2clip.store.image_features import TowerEncoder, store_image_features
@@ -41,6 +46,7 @@ from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.best_checkpoint import BestCheckpoint, Validate
 from llm2clip.train.caption_sampling import CaptionSource
 from llm2clip.train.compilation import compile_blocks, restore_blocks, should_compile
+from llm2clip.train.distillation import distillation_loss
 from llm2clip.train.distributed import empty_copy, gather_to_cpu, reduce_gradients_in_fp32
 from llm2clip.train.grad_cache import cached_backward
 from llm2clip.train.losses import info_nce, sigmoid_loss
@@ -73,8 +79,8 @@ def align(
         log: Log of skipped rows and images, to which images that cannot be decoded are added.
         validate: Function that evaluates the model on held-out images. If None, the model is not evaluated during
             training.
-        features: Folder of the feature store, which caches the frozen tower's features. It is only used if `tower_lr`
-            is 0. Default: a folder in `run_dir`.
+        features: Folder of the feature store, which caches the pretrained tower's features. It is only used if
+            `tower_lr` is 0, or for self-distillation without random crops. Default: a folder in `run_dir`.
 
     Returns:
         The trained model in eval mode. With FSDP, this is an unsharded copy; otherwise, it is `model` itself.
@@ -104,6 +110,9 @@ def _train(
     features: Path | None,
 ) -> LLM2CLIP:
     """Run the training loop. Takes the same arguments as `align`."""
+    # The pretrained tower, for self-distillation.
+    frozen_tower = copy.deepcopy(model.tower).requires_grad_(False).eval() if config.distill_weight else None
+
     # Trainable parameters, precision and device. `set_trainable` also initialises the LoRA layers.
     set_seed(config.seed)
     set_trainable(model, config)
@@ -120,10 +129,14 @@ def _train(
     reduce_gradients_in_fp32(accelerator)
     keep_freed_memory(accelerator.device)
 
-    # Data: batches contain pixels or, if the tower is frozen, the tower's features.
+    # Data: batches contain pixels or, if the tower is frozen, the tower's features. With self-distillation and without
+    # random crops, they contain both.
     feature_store = None
     if config.tower_lr == 0:
-        feature_store = _compute_features(records, model, config, precision, features, run_dir, log)
+        feature_store = _compute_features(records, model.tower, config, precision, features, run_dir, log)
+    elif frozen_tower is not None and config.min_crop_scale == 1:
+        feature_store = _compute_features(records, frozen_tower, config, precision, features, run_dir, log)
+        frozen_tower = None
     rank, world_size = accelerator.process_index, accelerator.num_processes
     checkpoints = Checkpoints(run_dir / "checkpoints", config.batch_size)
     images_per_step = checkpoints.resumed_total("images per step")
@@ -163,7 +176,10 @@ def _train(
 
             # Forward and backward.
             _seed_dropout(config.seed, step, rank)
-            local_loss, logit_scale = _batch_loss(net, inputs.to(accelerator.device), config, accelerator)
+            inputs = inputs.to(accelerator.device)
+            if frozen_tower is not None:
+                inputs = _add_frozen_features(inputs, frozen_tower, config, accelerator)
+            local_loss, logit_scale = _batch_loss(net, inputs, config, accelerator)
             loss = accelerator.reduce(local_loss.detach(), "mean")
             with tf32_matmul():
                 accelerator.backward(local_loss)
@@ -227,16 +243,16 @@ def resolve_align_precision(precision: str, device: torch.device) -> str:
 
 def _compute_features(
     records: Sequence[Record],
-    model: LLM2CLIP,
+    tower: VisionTower,
     config: AlignConfig,
     precision: str,
     folder: Path | None,
     run_dir: Path,
     log: SkipLog,
 ) -> EmbeddingStore:
-    """Compute the frozen tower's features for all images not yet in the feature store, and return that store."""
+    """Compute the features of a frozen tower for all images not yet in the feature store, and return that store."""
     refs = [record.image for record in records if record.image is not None]
-    encoder = TowerEncoder(model.tower, precision)
+    encoder = TowerEncoder(tower, precision)
     identity = encoder.identity()
     folder = folder or run_dir / f"features-{fingerprint(identity)[:8]}"
     return store_image_features(refs, encoder, identity, folder, log, workers=decoding_workers(config))
@@ -261,6 +277,7 @@ class _Inputs:
 
     Attributes:
         images: Pixels as uint8 (N, ...), or image features as float32 (N, feature_dim).
+        frozen_features: Features of the pretrained tower, float32 (N, feature_dim). None without self-distillation.
         embeddings: Text embeddings, (M, text_dim).
         image_of_text: Index of each text's image, int64 (M,), ascending.
         text_ids: Store row of each text, int64 (M,). Identical texts have the same row. None if all texts of the step
@@ -269,6 +286,7 @@ class _Inputs:
     """
 
     images: Tensor
+    frozen_features: Tensor | None
     embeddings: Tensor
     image_of_text: Tensor
     text_ids: Tensor | None
@@ -286,6 +304,7 @@ class _Inputs:
     def _replace_tensors(self, function: Callable[[Tensor], Tensor]) -> _Inputs:
         return _Inputs(
             images=function(self.images),
+            frozen_features=None if self.frozen_features is None else function(self.frozen_features),
             embeddings=function(self.embeddings),
             image_of_text=function(self.image_of_text),
             text_ids=None if self.text_ids is None else function(self.text_ids),
@@ -305,6 +324,7 @@ def _prepare_batches(
             all_distinct = data.world_size == 1 and len(np.unique(batch.caption_rows)) == len(batch.caption_rows)
             inputs = _Inputs(
                 images=batch.images,
+                frozen_features=batch.frozen_features,
                 embeddings=torch.from_numpy(store.take(batch.caption_rows)),
                 image_of_text=torch.from_numpy(batch.image_of_caption),
                 text_ids=None if all_distinct else torch.from_numpy(batch.caption_rows),
@@ -316,6 +336,16 @@ def _prepare_batches(
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
     """Seed the dropout masks of a step. A resumed run therefore has the same masks on the same number of ranks."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+
+
+@torch.no_grad()
+def _add_frozen_features(
+    inputs: _Inputs, frozen_tower: VisionTower, config: AlignConfig, accelerator: Accelerator
+) -> _Inputs:
+    """Compute the features of the pretrained tower for the images of a batch."""
+    with accelerator.autocast(), tf32_matmul():
+        parts = inputs.images.split(config.micro_batch_size or config.batch_size)
+        return replace(inputs, frozen_features=torch.cat([frozen_tower(pixels).float() for pixels in parts]))
 
 
 def _batch_loss(
@@ -333,18 +363,27 @@ def _batch_loss(
     def forward(start: int, stop: int) -> tuple[Tensor, ...]:
         texts = embeddings[inputs.first_text[start] : inputs.first_text[stop]]
         with accelerator.autocast(), tf32_matmul():
-            image, text, scale, bias = net(**{image_argument: images[start:stop], "embeddings": texts})
-        return image, text, scale[None], bias[None]
+            image, text, scale, bias, *features = net(
+                **{image_argument: images[start:stop], "embeddings": texts},
+                return_features=inputs.frozen_features is not None,
+            )
+        return image, text, scale[None], bias[None], *features
 
     logit_scale = torch.zeros(())
 
-    def loss_function(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    def loss_function(
+        image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, features: Tensor | None = None
+    ) -> Tensor:
         nonlocal logit_scale
         logit_scale = scale.detach().mean()  # all parts return the same scale
         if config.loss == "sigmoid":
-            return sigmoid_loss(image, text, scale.mean(), bias.mean(), inputs.image_of_text, inputs.text_ids)
-        assert config.loss == "infonce"
-        return info_nce(image, text, scale.mean(), inputs.image_of_text, inputs.text_ids)
+            loss = sigmoid_loss(image, text, scale.mean(), bias.mean(), inputs.image_of_text, inputs.text_ids)
+        else:
+            assert config.loss == "infonce"
+            loss = info_nce(image, text, scale.mean(), inputs.image_of_text, inputs.text_ids)
+        if features is not None and inputs.frozen_features is not None:
+            loss = loss + config.distill_weight * distillation_loss(features, inputs.frozen_features)
+        return loss
 
     parts = [partial(forward, start, stop) for start, stop in pairwise(bounds)]
     if len(parts) == 1:

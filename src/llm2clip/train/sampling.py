@@ -38,6 +38,8 @@ class Batch:
 
     images: Tensor
     """Pixels as uint8 (N, 3, S, S). If the tower is frozen, its image features as float32 (N, feature_dim)."""
+    frozen_features: Tensor | None
+    """Features of the pretrained tower for self-distillation, float32 (N, feature_dim). None if they are not stored."""
     caption_rows: np.ndarray
     """Store rows of the captions, int64 (M,). Identical captions have the same row."""
     image_of_caption: np.ndarray
@@ -79,8 +81,9 @@ class AlignBatches:
             config: Settings for the `align` stage.
             world_size: Number of ranks.
             rank: Rank of this process.
-            features: Store with the image features from a frozen tower. If set, batches contain features instead of
-                pixels, and images without features are ignored.
+            features: Store with the image features of the pretrained tower. If the tower is frozen (`tower_lr` is 0),
+                batches contain these features instead of pixels. Otherwise, batches contain them in addition to the
+                pixels. Images without features are ignored.
             images_per_step: Total number of images per step, across all ranks; must be divisible by `world_size`.
                 Default: `config.batch_size` images on each rank.
 
@@ -118,10 +121,9 @@ class AlignBatches:
         """
         if first_step >= len(self):  # the run is complete, so do not start any workers
             return
-        if self.features is not None:
+        if self.features is not None and self.config.tower_lr == 0:
             for samples in self.samples(first_step):
-                rows = self.feature_rows[[image for _, image in samples]]
-                yield self._make_batch(torch.from_numpy(self.features.take(rows)), samples, failures={})
+                yield self._make_batch(self._take_features(samples), None, samples, failures={})
             return
         workers = decoding_workers(self.config)
         loader = DataLoader(
@@ -138,7 +140,8 @@ class AlignBatches:
             if pixels is None:
                 name, reason = next(iter(failures.items()))
                 raise ValueError(f"none of the images in a batch can be decoded; the first is {name}: {reason}")
-            yield self._make_batch(pixels, samples, failures)
+            frozen_features = None if self.features is None else self._take_features(samples)
+            yield self._make_batch(pixels, frozen_features, samples, failures)
 
     def samples(self, first_step: int) -> Iterator[list[Sample]]:
         """Yield this rank's list of samples for each step, starting at `first_step`."""
@@ -151,11 +154,19 @@ class AlignBatches:
             images = order[start : start + self.images_per_step]
             yield [(epoch, int(image)) for image in images[self.rank :: self.world_size]]
 
-    def _make_batch(self, images: Tensor, samples: list[Sample], failures: dict[str, str]) -> Batch:
+    def _take_features(self, samples: list[Sample]) -> Tensor:
+        assert self.features is not None
+        rows = self.feature_rows[[image for _, image in samples]]
+        return torch.from_numpy(self.features.take(rows))
+
+    def _make_batch(
+        self, images: Tensor, frozen_features: Tensor | None, samples: list[Sample], failures: dict[str, str]
+    ) -> Batch:
         epochs, image_numbers = np.array(samples, np.int64).T
         caption_rows, image_of_caption = self.captions.sample(epochs, image_numbers)
         return Batch(
             images=images,
+            frozen_features=frozen_features,
             caption_rows=caption_rows,
             image_of_caption=image_of_caption,
             image_names=[str(self.images.refs[image]) for _, image in samples],

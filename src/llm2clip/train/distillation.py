@@ -1,0 +1,60 @@
+"""Distillation losses of ProCLIP (arXiv 2510.18795), which keep embeddings close to the embeddings of a frozen teacher.
+
+They are used twice. In the `align` stage, the vision tower's features stay close to the features of the pretrained
+tower (self-distillation). Before the `align` stage, the adapter can learn to reproduce the embeddings of a CLIP model's
+text tower (representation inheritance; see `inherit.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm2clip.train.distributed import RaggedGather
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> Tensor:
+    """Return the sum of ProCLIP's instance loss and structure loss between L2-normalised embeddings.
+
+    With student embeddings s_i and teacher embeddings t_i of N items:
+
+        instance loss:   mean over i of |s_i - t_i|^2
+        structure loss:  mean over pairs i != j of smooth_l1(|s_i - s_j| - |t_i - t_j|)
+
+    This follows `train_one_epoch_stage1` and `train_one_epoch_stage2` in training/train.py of
+    https://github.com/VisionXLab/ProCLIP, with one difference: that code sums over items and over pairs, whereas means
+    do not depend on the batch size. The memory is quadratic in N.
+
+    Args:
+        student: Embeddings, (N, D). They are L2-normalised here.
+        teacher: Embeddings of the same items, (N, D), without gradients. They are L2-normalised here.
+        gather: Use the pairs of all ranks. All ranks must then call this function. Averaged over ranks with equally
+            many items, the loss and its gradients equal those of a single process with all items.
+
+    Returns:
+        The loss as a float32 scalar. With a single item, the structure loss is 0.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher = F.normalize(student.float(), dim=-1), F.normalize(teacher.float(), dim=-1)
+        instance = (student - teacher).square().sum(-1).mean()
+
+        ranks = RaggedGather(len(student), student.device, gather)
+        all_student, all_teacher = ranks.gather(student, gradients=True), ranks.gather(teacher)
+        student_distances = _distances(student, all_student)  # (items of this rank, items of all ranks)
+        teacher_distances = _distances(teacher, all_teacher)
+        # The pair of an item with itself adds 0 to the sum.
+        total = F.smooth_l1_loss(student_distances, teacher_distances, reduction="sum")
+        structure = total / max(1, len(student) * (ranks.total_size - 1))
+    return instance + structure
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return the Euclidean distances between L2-normalised vectors, (N, D) and (M, D), as (N, M).
+
+    Vectors that are almost equal have a distance of 0 and no gradient, because the gradient of the square root is
+    infinite there.
+    """
+    squares = 2 - 2 * a @ b.T
+    is_distinct = squares > 1e-6  # float32 has an absolute error of about 1e-7
+    return torch.where(is_distinct, squares.where(is_distinct, 1.0).sqrt(), 0.0)
