@@ -28,6 +28,8 @@ LAYOUTS = [
     (list(range(6)), [0, 1, 0, 2, 2, 2]),
     ([0, 1, 2, 3], [7, 7, 7, 7]),
 ]
+# Pairs of an image and a text that it also has: texts of other images, its own text, and a text that no image has.
+OTHER_TEXTS = [[0, 4], [0, 6], [1, 1], [1, 4], [2, 99], [3, 0]]
 
 
 def random_embeddings(images: int, texts: int, dim: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -57,9 +59,12 @@ def chunk_size(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("chunk_size")
 @pytest.mark.parametrize(("image_of_text", "text_ids"), LAYOUTS)
 @pytest.mark.parametrize("scale", [1.0, SCALE, 100.0])
-def test_losses_match_the_references(scale: float, image_of_text: list[int], text_ids: list[int]) -> None:
+@pytest.mark.parametrize("other_texts", [None, OTHER_TEXTS], ids=["", "other_texts"])
+def test_losses_match_the_references(
+    other_texts: list[list[int]] | None, scale: float, image_of_text: list[int], text_ids: list[int]
+) -> None:
     image, text = random_embeddings(image_of_text[-1] + 1, len(image_of_text))
-    layout = torch.tensor(image_of_text), torch.tensor(text_ids)
+    layout = torch.tensor(image_of_text), torch.tensor(text_ids), other_texts and torch.tensor(other_texts)
     inputs = [image, text, torch.tensor(scale)]
     bias = torch.tensor(BIAS)
     pairs = [
@@ -78,11 +83,16 @@ def test_losses_match_the_references(scale: float, image_of_text: list[int], tex
 
 
 @pytest.mark.parametrize(("image_of_text", "text_ids"), LAYOUTS)
-def test_references_match_the_definition_pair_by_pair(image_of_text: list[int], text_ids: list[int]) -> None:
+@pytest.mark.parametrize("other_texts", [[], OTHER_TEXTS], ids=["", "other_texts"])
+def test_references_match_the_definition_pair_by_pair(
+    other_texts: list[list[int]], image_of_text: list[int], text_ids: list[int]
+) -> None:
     images, texts = image_of_text[-1] + 1, range(len(image_of_text))
     image, text = as_double(*random_embeddings(images, len(image_of_text)))
     logits = SCALE * image @ text.T
     texts_of = [{text_ids[j] for j in texts if image_of_text[j] == i} for i in range(images)]
+    for i, text_id in other_texts:
+        texts_of[i].add(text_id)
     info_nce_total, sigmoid_total = torch.zeros(()).double(), torch.zeros(()).double()
     for j in texts:
         own = image_of_text[j]
@@ -95,7 +105,7 @@ def test_references_match_the_definition_pair_by_pair(image_of_text: list[int], 
         sigmoid_total -= weight * torch.sigmoid(logits[own, j] + BIAS).log()
         for logit in negative_images:
             sigmoid_total -= weight * torch.sigmoid(-(logit + BIAS)).log()
-    layout = torch.tensor(image_of_text), torch.tensor(text_ids)
+    layout = torch.tensor(image_of_text), torch.tensor(text_ids), torch.tensor(other_texts).reshape(-1, 2)
     assert info_nce_reference(image, text, SCALE, *layout).item() == pytest.approx(info_nce_total.item(), rel=1e-6)
     assert sigmoid_reference(image, text, SCALE, BIAS, *layout).item() == pytest.approx(sigmoid_total.item(), rel=1e-6)
 
@@ -173,7 +183,7 @@ def test_losses_use_memory_linear_in_the_batch_size(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_losses_on_several_ranks_match_one_process(ranks: int, tmp_path: Path) -> None:
-    """Averaged over ranks as DDP does, with ragged numbers of texts and duplicates across ranks."""
+    """Averaged over ranks as DDP does, with ragged numbers of texts, duplicates across ranks and other texts."""
     run_distributed(ranks, _save_gradients, str(tmp_path))
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
     for name, expected in _gradients(slice(0, 8)).items():
@@ -187,7 +197,9 @@ def _gradients(images: slice) -> dict[str, Tensor]:
     text_ids = torch.tensor([1, 2, 3, 4, 5, 1, 6, 7, 8, 3, 9, 10])
     image, text = random_embeddings(8, 12)
     texts = (image_of_text >= images.start) & (image_of_text < images.stop)
-    layout = image_of_text[texts] - images.start, text_ids[texts]
+    other_texts = torch.tensor([[0, 6], [0, 8], [2, 2], [5, 2], [5, 9], [7, 1]])
+    other_texts = other_texts[(other_texts[:, 0] >= images.start) & (other_texts[:, 0] < images.stop)]
+    layout = image_of_text[texts] - images.start, text_ids[texts], other_texts - torch.tensor([images.start, 0])
     results: dict[str, Tensor] = {}
     for name in ("infonce", "sigmoid"):
         weight, scalars = torch.eye(8).requires_grad_(), torch.tensor([10.0, -2.0]).requires_grad_()

@@ -158,7 +158,9 @@ class AlignConfig:
     caption_mix: dict[str, float] = field(
         default_factory=lambda: {"captions": 1, "short_captions": 1, "long_captions": 1}
     )
-    """Sampling weight of each kind of caption. For each image, kinds without captions are ignored."""
+    """Sampling weight of each kind of caption. For each image, kinds without captions are ignored. The kind phrases
+    adds short phrases, such as "red hat". They come from the column phrases or, without such a column, from the English
+    captions. Default: no phrases."""
     batch_size: int = 128
     """Number of images per step and device."""
     micro_batch_size: int | None = None
@@ -221,6 +223,11 @@ class AlignConfig:
         if self.load_best_at_end and self.eval_steps == 0:
             raise ValueError("--align.load_best_at_end needs evaluations during training: remove --align.eval_steps 0")
 
+    @property
+    def uses_phrases(self) -> bool:
+        """True if phrases have a weight greater than 0 in the caption mix."""
+        return self.caption_mix.get("phrases", 0) > 0
+
 
 @dataclass
 class EvaluateConfig:
@@ -237,7 +244,7 @@ class FitConfig:
     """Settings for all stages: `tune`, `embed`, `align` and `evaluate`."""
 
     columns: dict[str, str] = field(default_factory=dict)
-    """Name of the source column for each field: id, image, captions, short_captions, long_captions, split."""
+    """Name of the source column for each field: id, image, captions, short_captions, long_captions, phrases, split."""
     max_skipped: float = 0.05
     """Stop if more than this fraction of the rows cannot be used."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)

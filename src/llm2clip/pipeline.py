@@ -20,6 +20,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ import torch
 from llm2clip.checkpoint import latest_checkpoint, read_metrics
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, FitConfig, TuneConfig
 from llm2clip.cpu_tuning import free_memory
+from llm2clip.data.noun_phrases import add_phrases
 from llm2clip.data.pairs import TuningItem
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
@@ -50,7 +52,7 @@ from llm2clip.store.encode import embed as embed_locally
 from llm2clip.store.ray_engine import embed_with_ray
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.train.align import align as train_align
-from llm2clip.train.sampling import check_batch_size
+from llm2clip.train.sampling import check_batch_size, training_texts
 from llm2clip.train.tune import tune as train_tune
 
 HeldOut = Mapping[str, Sequence[Record]]  # caption column -> records
@@ -84,11 +86,13 @@ def fit(sources: Sequence[str], run_dir: Path, config: FitConfig) -> Path:
     encoder = EncoderConfig(path=str(tune(pairs, run_dir / "tune", config.encoder, config.tune, held_out_captions)))
 
     print_once("2/4 embed: encoding every caption into the store")
-    records = [*data.train, *(record for column in data.held_out.values() for record in column)]
-    store = embed((text for r in records for text in r.texts), run_dir / "store", encoder, config.embed)
+    train = add_phrases(data.train) if config.align.uses_phrases else data.train
+    train_texts = (text for record in train for text in training_texts(record, config.align))
+    held_out_texts = (text for column in data.held_out.values() for record in column for text in record.texts)
+    store = embed(chain(train_texts, held_out_texts), run_dir / "store", encoder, config.embed)
 
     print_once("3/4 align: training the vision tower against the store")
-    train = drop_refused_captions(data.train, store)
+    train = drop_refused_captions(train, store)
     held_out = {column: drop_refused_captions(records, store) for column, records in data.held_out.items()}
     model_dir = align(train, store, run_dir / "align", config.align, log, held_out, encoder, run_dir / "model")
 

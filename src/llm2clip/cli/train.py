@@ -54,6 +54,12 @@ def add(commands: Commands) -> None:
         default=0,
         help="Number of Ray workers. 0 means one per GPU or, without a GPU, one per two CPU cores.",
     )
+    parser.add_argument(
+        "--phrases",
+        action="store_true",
+        help="Also encode the phrases of DATA, for `align` with phrases in --align.caption_mix. All captions are then "
+        "read into memory.",
+    )
     add_reading_arguments(parser)
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(EmbedConfig, "embed")
@@ -128,14 +134,17 @@ def _tune(args: Namespace) -> list[str]:
 
 def _embed(args: Namespace) -> list[str]:
     from llm2clip.data.merged_records import stream_records
+    from llm2clip.data.noun_phrases import add_phrases
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.distributed import print_once, process_state
     from llm2clip.pipeline import embed
 
     out = Path(args.out)
     log = SkipLog(out / "skipped.jsonl" if process_state().is_main_process else None, args.max_skipped)
-    records = stream_records(args.data, args.columns, log, "ignore")
-    captions = (text for _, record in records for text in record.texts)
+    records = (record for _, record in stream_records(args.data, args.columns, log, "ignore"))
+    if args.phrases:
+        records = iter(add_phrases(list(records)))
+    captions = (text for record in records for text in record.texts + record.phrases * args.phrases)
     store = embed(captions, out, args.encoder, args.embed, engine=args.engine, ray_workers=args.ray_workers)
     print_once(log.summary())
     return [
@@ -146,11 +155,12 @@ def _embed(args: Namespace) -> list[str]:
 
 def _align(args: Namespace) -> list[str]:
     from llm2clip.data.merged_records import read_merged_records
+    from llm2clip.data.noun_phrases import add_phrases
     from llm2clip.data.records import Source
     from llm2clip.data.splits import read_splits
     from llm2clip.distributed import print_once
     from llm2clip.pipeline import align, start_run
-    from llm2clip.store.store import EmbeddingStore, drop_refused_captions
+    from llm2clip.store.store import EmbeddingStore, drop_missing_phrases, drop_refused_captions
     from llm2clip.train.clip_finetuning import finetune_clip
 
     if bool(args.store) == args.own_text_tower:
@@ -172,9 +182,13 @@ def _align(args: Namespace) -> list[str]:
         else:
             train, held_out = [record for _, record in read_merged_records(args.data, args.columns, log)], {}
         print_once(log.summary())
+        if args.align.uses_phrases:
+            train = add_phrases(train)
         if args.own_text_tower:
             finetune_clip(train, args.align, out, log)
             return [f"Model: {model_dir}", f"Next: llm2clip evaluate {model_dir} DATA --baselines {args.align.tower}"]
+        if args.align.uses_phrases:
+            train = drop_missing_phrases(train, store)
         model_dir = align(
             drop_refused_captions(train, store),
             store,

@@ -10,12 +10,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 CAPTION_FIELDS = ("captions", "short_captions", "long_captions")
+TEXT_FIELDS = (*CAPTION_FIELDS, "phrases")
 COLUMN_NAMES = {  # record field -> usual column names, in order of preference
     "id": ("id", "image_id", "__key__"),
     "image": ("image", "filepath", "file_name", "filename", "path", "img", "image_path", "image_name"),
     "captions": ("captions", "caption", "text", "texts", "title", "sentences", "sentence", "txt", "comment"),
     "short_captions": ("short_captions", "short_caption"),
     "long_captions": ("long_captions", "long_caption"),
+    "phrases": ("phrases",),
     "split": ("split",),
 }
 

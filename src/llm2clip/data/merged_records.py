@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from llm2clip.data.columns import CAPTION_FIELDS
+from llm2clip.data.columns import TEXT_FIELDS
 from llm2clip.data.hashing import unique_captions
 from llm2clip.data.image_copies import find_copies
 from llm2clip.data.records import ImageCheck, Record, Source, open_records
@@ -91,6 +91,6 @@ def _merge_key(source: Source, record: Record, number: int) -> Any:
 
 def _merge(first: Record, second: Record) -> Record:
     texts: dict[str, Any] = {}
-    for name in CAPTION_FIELDS:
+    for name in TEXT_FIELDS:
         texts[name] = tuple(unique_captions([*getattr(first, name), *getattr(second, name)]))
     return dataclasses.replace(first, **texts)

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from llm2clip.data import readers
 from llm2clip.data.cells import UnusableRow, check_image, is_missing_text, parse_captions, parse_image, parse_name
-from llm2clip.data.columns import CAPTION_FIELDS, COLUMN_NAMES, ColumnMapper
+from llm2clip.data.columns import COLUMN_NAMES, TEXT_FIELDS, ColumnMapper
 from llm2clip.data.image_refs import ImageRef, LoadedImage
 from llm2clip.data.raw_rows import BadRow, RawRow
 from llm2clip.data.skip_log import SkipLog
@@ -37,6 +37,7 @@ class Record:
         short_captions: Short captions written by a model.
         long_captions: Long captions written by a model.
         split: Name of the split, or None if the record has no split.
+        phrases: Short phrases that describe parts of the image; see `data/noun_phrases.py`. They are not captions.
         id_from_source: Whether the id comes from the source.
     """
 
@@ -46,6 +47,7 @@ class Record:
     short_captions: tuple[str, ...] = ()
     long_captions: tuple[str, ...] = ()
     split: str | None = None
+    phrases: tuple[str, ...] = ()
     id_from_source: bool = field(default=True, compare=False)
 
     @property
@@ -62,9 +64,9 @@ class Source:
         path: File, folder, or glob or brace pattern. For a Hugging Face data set, use `hf:NAME`.
         splits: Names of the splits to read. The name "none" selects records without a split. If empty, all records are
             read.
-        columns: Mapping from record field (id, image, captions, short_captions, long_captions or split) to column name.
-            An empty column name disables the field. Fields that are not mapped are detected from the usual column
-            names.
+        columns: Mapping from record field (id, image, captions, short_captions, long_captions, phrases or split) to
+            column name. An empty column name disables the field. Fields that are not mapped are detected from the
+            usual column names.
     """
 
     path: str
@@ -154,6 +156,7 @@ class _ParsedRow:
     captions: tuple[str, ...]
     short_captions: tuple[str, ...]
     long_captions: tuple[str, ...]
+    phrases: tuple[str, ...]
     split: str | None
     num_rows: int = 1  # number of rows of the source that were merged into this row
 
@@ -238,6 +241,7 @@ class _RecordReader:
             # In these fields, an empty string means that there are no captions, not that a caption is empty.
             short_captions=parse_captions(values.get("short_captions") or None, parse_lists, self.log, file, number),
             long_captions=parse_captions(values.get("long_captions") or None, parse_lists, self.log, file, number),
+            phrases=parse_captions(values.get("phrases") or None, parse_lists, self.log, file, number),
             split=split,
         )
 
@@ -255,7 +259,7 @@ class _RecordReader:
                 present = cells  # "none" is a valid split name (`NO_SPLIT`)
             for _ in range(len(cells) - len(present)):
                 self.log.record_dropped(file, number, "missing value", value)
-            if isinstance(value, list) and name in CAPTION_FIELDS:
+            if isinstance(value, list) and name in TEXT_FIELDS:
                 cleaned[name] = present
             else:
                 cleaned[name] = present[-1] if present else None
@@ -282,6 +286,7 @@ class _RecordReader:
             short_captions=row.short_captions,
             long_captions=row.long_captions,
             split=row.split,
+            phrases=row.phrases,
             id_from_source=row.id is not None,
         )
 
@@ -310,6 +315,6 @@ def _merge_rows(rows: Iterable[_ParsedRow]) -> Iterator[_ParsedRow]:
         groups.setdefault(key, []).append(row)
     for group in groups.values():
         texts: dict[str, Any] = {}
-        for name in CAPTION_FIELDS:
+        for name in TEXT_FIELDS:
             texts[name] = tuple(caption for row in group for caption in getattr(row, name))
         yield replace(group[0], num_rows=len(group), **texts)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llm2clip.data.columns import CAPTION_FIELDS
+from llm2clip.data.columns import TEXT_FIELDS
 from llm2clip.data.records import Record
 from llm2clip.io_utils import read_jsonl
 from llm2clip.progress import ProgressBar
@@ -188,12 +188,34 @@ def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> l
     remaining = []
     for record in records:
         captions: dict[str, Any] = {}
-        for field in CAPTION_FIELDS:
+        for field in TEXT_FIELDS:
             captions[field] = tuple(caption for caption in getattr(record, field) if caption not in refused)
         record = dataclasses.replace(record, **captions)
         if record.texts:
             remaining.append(record)
     return remaining
+
+
+def drop_missing_phrases(records: Sequence[Record], store: EmbeddingStore) -> list[Record]:
+    """Remove phrases without an embedding, such as those that the store's own data has in too few images.
+
+    Raises:
+        StoreError: The store has no embedding of any phrase.
+    """
+    phrases = sorted({phrase for record in records for phrase in record.phrases})
+    is_stored = store.find(caption_keys(phrases)) >= 0
+    if phrases and not is_stored.any():
+        raise StoreError(
+            f"{store.folder} has no embeddings for phrases, but --align.caption_mix has a weight for them. Run "
+            "`llm2clip embed` with --phrases"
+        )
+    missing = {phrase for phrase, stored in zip(phrases, is_stored, strict=True) if not stored}
+    if not missing:
+        return list(records)
+    return [
+        dataclasses.replace(record, phrases=tuple(phrase for phrase in record.phrases if phrase not in missing))
+        for record in records
+    ]
 
 
 def refused_captions(folder: Path) -> list[dict[str, Any]]:

@@ -282,6 +282,8 @@ class _Inputs:
         image_of_text: Index of each text's image, int64 (M,), ascending.
         text_ids: Store row of each text, int64 (M,). Identical texts have the same row. None if all texts of the step
             are known to be distinct, so that the loss need not wait for the GPU to compare them.
+        phrases: All phrases of the images, int64 (K, 2): the index of the image, and the store row. None if captions
+            are not mixed with phrases.
         first_text: `first_text[n]` is the number of texts of the images before image n, a list of N + 1 integers.
     """
 
@@ -290,6 +292,7 @@ class _Inputs:
     embeddings: Tensor
     image_of_text: Tensor
     text_ids: Tensor | None
+    phrases: Tensor | None
     first_text: list[int]
 
     def to(self, device: torch.device) -> _Inputs:
@@ -308,6 +311,7 @@ class _Inputs:
             embeddings=function(self.embeddings),
             image_of_text=function(self.image_of_text),
             text_ids=None if self.text_ids is None else function(self.text_ids),
+            phrases=None if self.phrases is None else function(self.phrases),
             first_text=self.first_text,
         )
 
@@ -322,12 +326,14 @@ def _prepare_batches(
         for batch in batches:
             # With several ranks, another rank may have an identical text.
             all_distinct = data.world_size == 1 and len(np.unique(batch.caption_rows)) == len(batch.caption_rows)
+            has_phrases = data.phrases is not None
             inputs = _Inputs(
                 images=batch.images,
                 frozen_features=batch.frozen_features,
                 embeddings=torch.from_numpy(store.take(batch.caption_rows)),
                 image_of_text=torch.from_numpy(batch.image_of_caption),
-                text_ids=None if all_distinct else torch.from_numpy(batch.caption_rows),
+                text_ids=None if all_distinct and not has_phrases else torch.from_numpy(batch.caption_rows),
+                phrases=torch.from_numpy(batch.phrases) if has_phrases else None,
                 first_text=np.searchsorted(batch.image_of_caption, np.arange(len(batch.images) + 1)).tolist(),
             )
             yield batch, inputs.pin_memory() if device.type == "cuda" else inputs
@@ -376,11 +382,12 @@ def _batch_loss(
     ) -> Tensor:
         nonlocal logit_scale
         logit_scale = scale.detach().mean()  # all parts return the same scale
+        layout = inputs.image_of_text, inputs.text_ids, inputs.phrases
         if config.loss == "sigmoid":
-            loss = sigmoid_loss(image, text, scale.mean(), bias.mean(), inputs.image_of_text, inputs.text_ids)
+            loss = sigmoid_loss(image, text, scale.mean(), bias.mean(), *layout)
         else:
             assert config.loss == "infonce"
-            loss = info_nce(image, text, scale.mean(), inputs.image_of_text, inputs.text_ids)
+            loss = info_nce(image, text, scale.mean(), *layout)
         if features is not None and inputs.frozen_features is not None:
             loss = loss + config.distill_weight * distillation_loss(features, inputs.frozen_features)
         return loss

@@ -1,7 +1,8 @@
 """Contrastive losses between the images and the texts of a batch.
 
 An image may have any number of texts. All images have equal weight in the loss, and so do all texts of an image. If
-several images share a text, that text is not a negative for any of these images. Logits are always float32.
+several images share a text, that text is not a negative for any of these images. The same holds if an image is known to
+have a text that is not among its texts in this batch (`other_texts`). Logits are always float32.
 
 `info_nce_reference` and `sigmoid_reference` define the losses in plain PyTorch for a single process. `info_nce` and
 `sigmoid_loss` compute the same values for large batches and several ranks:
@@ -30,10 +31,15 @@ CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits per chunk: fits in the cache
 
 
 def info_nce_reference(
-    image: Tensor, text: Tensor, logit_scale: Tensor | float, image_of_text: Tensor, text_ids: Tensor
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    image_of_text: Tensor,
+    text_ids: Tensor,
+    other_texts: Tensor | None = None,
 ) -> Tensor:
     """Compute `info_nce` in a single process from the full logit matrix. Takes the same arguments as `info_nce`."""
-    own, positive, weights = _reference_masks(len(image), image_of_text, text_ids)
+    own, positive, weights = _reference_masks(len(image), image_of_text, text_ids, other_texts)
     logits = logit_scale * image @ text.T  # (images, texts)
 
     # Image to text: an image must rank each of its texts above the texts of all other images.
@@ -56,23 +62,29 @@ def sigmoid_reference(
     logit_bias: Tensor | float,
     image_of_text: Tensor,
     text_ids: Tensor,
+    other_texts: Tensor | None = None,
 ) -> Tensor:
     """Compute `sigmoid_loss` in a single process from the full logit matrix. Takes `sigmoid_loss`'s arguments."""
-    own, positive, weights = _reference_masks(len(image), image_of_text, text_ids)
+    own, positive, weights = _reference_masks(len(image), image_of_text, text_ids, other_texts)
     logits = logit_scale * text @ image.T + logit_bias  # (texts, images)
     loss = -F.logsigmoid(torch.where(own, logits, -logits))
     return (weights[:, None] * loss.masked_fill(positive & ~own, 0)).sum()
 
 
-def _reference_masks(images: int, image_of_text: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _reference_masks(
+    images: int, image_of_text: Tensor, text_ids: Tensor, other_texts: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return two bool masks of shape (texts, images), and the weight of each text, float32 (texts,).
 
     The first mask is True where the text belongs to the image. The second mask is True where the image has an identical
-    text.
+    text, in this batch or among its other texts.
     """
     own = F.one_hot(image_of_text, images).bool()
     equal = text_ids[:, None] == text_ids[None, :]  # (texts, texts)
     positive = equal.float() @ own.float() > 0
+    if other_texts is not None:
+        for other_image, text_id in other_texts.tolist():
+            positive[text_ids == text_id, other_image] = True
     return own, positive, _text_weights(image_of_text, images)
 
 
@@ -82,6 +94,7 @@ def info_nce(
     logit_scale: Tensor | float,
     image_of_text: Tensor | None = None,
     text_ids: Tensor | None = None,
+    other_texts: Tensor | None = None,
     gather: bool = True,
 ) -> Tensor:
     """Compute symmetric InfoNCE (CLIP, arXiv 2103.00020) for any number of texts per image.
@@ -98,12 +111,15 @@ def info_nce(
             None, text i belongs to image i.
         text_ids: Ids of the texts, int64 (M,). Identical texts must have equal ids. If None, all texts are treated as
             distinct, and the host does not wait for the GPU to find identical ids. All ranks must agree.
+        other_texts: Texts that the images are known to have, whether or not they are in this batch, int64 (K, 2): the
+            index of the image, and the id of the text. They are not negatives of these images. None if none are known.
+            All ranks must agree. If set, `text_ids` must be set.
         gather: Use the texts and images of all ranks as negatives. All ranks must then call this function.
 
     Returns:
         The loss as a float32 scalar, averaged over both directions and over this rank's images.
     """
-    return _apply(_InfoNCE, image, text, logit_scale, None, image_of_text, text_ids, gather)
+    return _apply(_InfoNCE, image, text, logit_scale, None, image_of_text, text_ids, other_texts, gather)
 
 
 def sigmoid_loss(
@@ -113,19 +129,20 @@ def sigmoid_loss(
     logit_bias: Tensor | float,
     image_of_text: Tensor | None = None,
     text_ids: Tensor | None = None,
+    other_texts: Tensor | None = None,
     gather: bool = True,
 ) -> Tensor:
     """Compute the pairwise sigmoid loss (SigLIP, arXiv 2303.15343), a binary classification of every image-text pair.
 
     Args:
         logit_bias: Bias that is added to the logits.
-        image, text, logit_scale, image_of_text, text_ids, gather: See `info_nce`.
+        image, text, logit_scale, image_of_text, text_ids, other_texts, gather: See `info_nce`.
 
     Returns:
         The loss as a float32 scalar: the weighted sum over all pairs, divided by the number of images. The pairs of a
         text have weight 1 / (number of texts of its image).
     """
-    return _apply(_Sigmoid, image, text, logit_scale, logit_bias, image_of_text, text_ids, gather)
+    return _apply(_Sigmoid, image, text, logit_scale, logit_bias, image_of_text, text_ids, other_texts, gather)
 
 
 def _apply(
@@ -136,6 +153,7 @@ def _apply(
     logit_bias: Tensor | float | None,
     image_of_text: Tensor | None,
     text_ids: Tensor | None,
+    other_texts: Tensor | None,
     gather: bool,
 ) -> Tensor:
     """Call an autograd function with float32 tensors, outside autocast."""
@@ -144,7 +162,7 @@ def _apply(
     if image_of_text is None:
         image_of_text = torch.arange(len(text), device=text.device)
     with torch.autocast(image.device.type, enabled=False):
-        layout = _ImageTextLayout(len(image), image_of_text, text_ids, gather)
+        layout = _ImageTextLayout(len(image), image_of_text, text_ids, other_texts, gather)
         return function.apply(image.float(), text.float(), *scalars, layout)
 
 
@@ -282,7 +300,14 @@ class _ImageTextLayout:
             weighted sum over the rank's texts.
     """
 
-    def __init__(self, images: int, image_of_text: Tensor, text_ids: Tensor | None, gather: bool) -> None:
+    def __init__(
+        self,
+        images: int,
+        image_of_text: Tensor,
+        text_ids: Tensor | None,
+        other_texts: Tensor | None,
+        gather: bool,
+    ) -> None:
         device = image_of_text.device
         self.image_gather = RaggedGather(images, device, gather)
         self.text_gather = RaggedGather(len(image_of_text), device, gather)
@@ -300,6 +325,22 @@ class _ImageTextLayout:
             if len(different) < len(group):
                 self.group, self.by_group = group, group.argsort(stable=True)
                 self.group_starts = F.pad(torch.bincount(group).cumsum(0), (1, 0))
+
+        # Pairs of an image and a text of the batch that is one of the image's other texts, as two int64 vectors: the
+        # index of the image among the images of all ranks, and the index of the text among the texts of all ranks.
+        self.other_pairs: tuple[Tensor, Tensor] | None = None
+        if other_texts is not None and text_ids is not None:
+            self.other_pairs = self._find_other_pairs(text_ids, other_texts, gather)
+
+    def _find_other_pairs(self, text_ids: Tensor, other_texts: Tensor, gather: bool) -> tuple[Tensor, Tensor]:
+        all_ids, by_id = self.text_gather.gather(text_ids).sort()
+        other_gather = RaggedGather(len(other_texts), other_texts.device, gather)
+        image, text_id = other_gather.gather(other_texts + other_texts.new_tensor([self.image_gather.offset, 0])).T
+        first = torch.searchsorted(all_ids, text_id.contiguous())
+        counts = torch.searchsorted(all_ids, text_id.contiguous(), right=True) - first
+        repeated = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+        index_in_group = torch.arange(len(repeated), device=counts.device) - (counts.cumsum(0) - counts)[repeated]
+        return image[repeated], by_id[first[repeated] + index_in_group]
 
     def row_chunks(self, rows: int, columns: int) -> Iterator[slice]:
         """Yield slices that cover all rows. Each slice has at most CHUNK logits or, failing that, a single row."""
@@ -347,6 +388,11 @@ class _ImageTextLayout:
         texts = self.texts_of(rows)
         positions, equal = self.equal_texts(texts)
         logits[self.image_of_text[texts][positions] - rows.start, equal] = -torch.inf
+        if self.other_pairs is not None:
+            other_image, other_text = self.other_pairs
+            row = other_image - self.image_gather.offset - rows.start
+            is_in_rows = (row >= 0) & (row < len(logits))
+            logits[row[is_in_rows], other_text[is_in_rows]] = -torch.inf
         return logits
 
     def text_logits(self, text: Tensor, all_image: Tensor, scale: Tensor, rows: slice) -> Tensor:
@@ -354,6 +400,11 @@ class _ImageTextLayout:
         logits = (text[rows] * scale) @ all_image.T  # (rows, images of all ranks)
         positions, equal = self.equal_texts(rows)
         logits[positions, self.all_image_of_text[equal]] = -torch.inf
+        if self.other_pairs is not None:
+            other_image, other_text = self.other_pairs
+            row = other_text - self.text_gather.offset - rows.start
+            is_in_rows = (row >= 0) & (row < len(logits))
+            logits[row[is_in_rows], other_image[is_in_rows]] = -torch.inf
         return logits
 
     def positive_cosines(self, image: Tensor, text: Tensor) -> Tensor:

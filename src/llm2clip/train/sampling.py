@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from llm2clip.checkpoint import hash_texts
 from llm2clip.config import AlignConfig
-from llm2clip.data.columns import CAPTION_FIELDS
+from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.hashing import epoch_permutation
 from llm2clip.data.image_loader import decode_or_error, skip_finalization
 from llm2clip.data.records import Record
@@ -44,6 +44,8 @@ class Batch:
     """Store rows of the captions, int64 (M,). Identical captions have the same row."""
     image_of_caption: np.ndarray
     """Index of each caption's image, int64 (M,), ascending."""
+    phrases: np.ndarray
+    """All phrases of the images, sampled or not, int64 (K, 2): the index of the image, ascending, and the store row."""
     image_names: list[str]
     """Image names for log and error messages."""
     failures: dict[str, str]
@@ -102,9 +104,12 @@ class AlignBatches:
         self.config, self.world_size, self.rank = config, world_size, rank
         self.image_count = len(usable)
         self.image_hash = hash_texts(str(record.image) for record in usable)
-        self.caption_hash = hash_texts(text for record in usable for text in record.texts)
-        kinds = [kind for kind in CAPTION_FIELDS if any(getattr(record, kind) for record in usable)]
+        # Phrases with weight 0 are not used at all, even for images without captions of the other kinds.
+        fields = TEXT_FIELDS if config.uses_phrases else CAPTION_FIELDS
+        self.caption_hash = hash_texts(text for record in usable for text in training_texts(record, config))
+        kinds = [kind for kind in fields if any(getattr(record, kind) for record in usable)]
         captions = [CaptionIndex(store, (getattr(record, kind) for record in usable)) for kind in kinds]
+        self.phrases = captions[kinds.index("phrases")] if "phrases" in kinds else None
         self.captions = CaptionSampler(captions, [config.caption_mix.get(kind, 0.0) for kind in kinds], config)
         transform = TrainTransform(model.tower.preprocess, config.min_crop_scale)
         self.images = _ImageDataset(usable, transform, config.seed)
@@ -164,14 +169,23 @@ class AlignBatches:
     ) -> Batch:
         epochs, image_numbers = np.array(samples, np.int64).T
         caption_rows, image_of_caption = self.captions.sample(epochs, image_numbers)
+        phrases = [] if self.phrases is None else [self.phrases[image] for image in image_numbers]
+        counts = np.array([len(rows) for rows in phrases], np.int64)
+        image_of_phrase = np.repeat(np.arange(len(phrases)), counts)
         return Batch(
             images=images,
             frozen_features=frozen_features,
             caption_rows=caption_rows,
             image_of_caption=image_of_caption,
+            phrases=np.stack([image_of_phrase, np.concatenate([*phrases, np.empty(0, np.int64)])], axis=1),
             image_names=[str(self.images.refs[image]) for _, image in samples],
             failures=failures,
         )
+
+
+def training_texts(record: Record, config: AlignConfig) -> tuple[str, ...]:
+    """Return all texts of a record that `align` may train on: its captions and, if they have a weight, its phrases."""
+    return record.texts + record.phrases if config.uses_phrases else record.texts
 
 
 def check_batch_size(images: int, config: AlignConfig, world_size: int) -> int:
@@ -180,10 +194,10 @@ def check_batch_size(images: int, config: AlignConfig, world_size: int) -> int:
     Raises:
         ValueError: There are too few images for one step, or the caption mix is invalid.
     """
-    if unknown := config.caption_mix.keys() - set(CAPTION_FIELDS):
+    if unknown := config.caption_mix.keys() - set(TEXT_FIELDS):
         raise ValueError(
             f"--align.caption_mix has unknown kinds of captions: {', '.join(sorted(unknown))}. "
-            f"Valid kinds: {', '.join(CAPTION_FIELDS)}"
+            f"Valid kinds: {', '.join(TEXT_FIELDS)}"
         )
     if any(weight < 0 for weight in config.caption_mix.values()):
         raise ValueError("weights in --align.caption_mix must be at least 0")

@@ -1,0 +1,138 @@
+"""Short phrases, such as "dog" and "red hat", taken from the captions of an image and used as additional captions.
+
+The rules below are for English. For other languages, or to use the output of a parser, provide a column `phrases`.
+Libraries that find noun phrases (spaCy, NLTK) need models that are not in the package registry, so they are not used.
+
+The words between two function words or punctuation marks form a run, as in RAKE (Rose et al. 2010, "Automatic keyword
+extraction from individual documents"). A run may contain a verb ("a brown dog runs"), so the captions themselves show
+which words are nouns: those that often stand alone between an article and a function word ("a dog in", "the hat").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from llm2clip.data.records import Record
+
+MIN_IMAGES = 3  # a phrase or noun must occur in the captions of this many images; others are rare or misread
+MAX_WORDS = 4  # maximum number of words of a phrase
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+ARTICLES = _words("a an the his its their")  # articles and possessives, which are never pronouns
+DETERMINERS = ARTICLES | _words(
+    "this that these those her my your our some several many few both each every another no one two three four five "
+    "six seven eight nine ten"
+)
+# Words after which a noun phrase without a determiner may start ("with sunglasses", "dogs and cats").
+CONNECTIVES = _words(
+    "and or of in on at to with without for from by near over under through across into onto behind beside between "
+    "along around against above below inside outside beneath next like toward towards past off during before after"
+)
+# Other function words.
+FUNCTION_WORDS = _words(
+    "is are was were be been being am do does did has have had can could will would may might must should he she it "
+    "they them him who whom which what where when while as if than then there here not only very also just so too but "
+    "because that's it's i you we me us all any other others more most much such same own up down out away back "
+    "together"
+)
+# Nouns that do not name anything that is in an image. A phrase that ends with one of them is not used.
+VAGUE_NOUNS = _words(
+    "front top bottom side sides middle center centre left right end edge part parts kind type lot lots number group "
+    "bunch couple pair pairs set image picture photo photograph view scene background foreground something someone"
+)
+_BOUNDARIES = DETERMINERS | CONNECTIVES | FUNCTION_WORDS
+# A word, or a character that ends a run.
+_TOKEN = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|[^\w\s]|\d+")
+
+
+def add_phrases(records: Sequence[Record]) -> list[Record]:
+    """Return the records with phrases taken from their captions.
+
+    If any record has phrases already, which come from the data's own column, the records are returned unchanged.
+
+    Raises:
+        ValueError: No phrase occurs in the captions of enough images.
+    """
+    if any(record.phrases for record in records):
+        return list(records)
+    phrases = extract_phrases([record.texts for record in records])
+    if not any(phrases):
+        raise ValueError(
+            f"--align.caption_mix has a weight for phrases, but no phrase occurs in the captions of {MIN_IMAGES} or "
+            "more images. Phrases are only found in English captions. Add a column `phrases` to the data, or remove "
+            "phrases from --align.caption_mix"
+        )
+    return [dataclasses.replace(record, phrases=own) for record, own in zip(records, phrases, strict=True)]
+
+
+def extract_phrases(captions: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """Return the phrases in the captions of each image, in lower case, in order of first appearance.
+
+    A phrase ends with a noun and starts after a determiner, a connective or the start of a sentence. The noun alone is
+    also a phrase. Only phrases that occur in the captions of at least `MIN_IMAGES` images are returned.
+
+    Args:
+        captions: Captions of each image.
+    """
+    nouns = _frequent({noun for text in texts for noun in _lone_nouns(text)} for texts in captions)
+    candidates = [tuple(dict.fromkeys(p for text in texts for p in _phrases(text, nouns))) for texts in captions]
+    frequent = _frequent(candidates)
+    return [tuple(frequent[phrase] for phrase in phrases if phrase in frequent) for phrases in candidates]
+
+
+def _frequent(sets: Iterable[Iterable[str]]) -> dict[str, str]:
+    """Return the strings that are in at least `MIN_IMAGES` of the sets, as a dict from each string to itself.
+
+    The values let all images share one object per phrase.
+    """
+    counts = Counter(item for items in sets for item in items)
+    return {item: item for item, count in counts.items() if count >= MIN_IMAGES}
+
+
+def _runs(text: str) -> Iterator[tuple[str, list[str], str]]:
+    """Yield the runs of content words in a text, each with the token before it and the token after it.
+
+    At the start and end of the text, these tokens are ".".
+    """
+    before, run = ".", list[str]()
+    for token in [*_TOKEN.findall(text.lower()), "."]:
+        if token[0].isalpha() and token not in _BOUNDARIES:
+            run.append(token)
+            continue
+        if run:
+            yield before, run, token
+        before, run = token, []
+
+
+def _lone_nouns(text: str) -> Iterator[str]:
+    """Yield the words that stand alone after an article and before a function word or the end of a sentence.
+
+    Adjectives stand there, too, before "and", "or" and commas ("a black and white dog"), which are therefore excluded.
+    """
+    for before, run, after in _runs(text):
+        if len(run) == 1 and before in ARTICLES and (after == "." or (after in _BOUNDARIES - {"and", "or"})):
+            yield run[0]
+
+
+def _phrases(text: str, nouns: dict[str, str]) -> Iterator[str]:
+    """Yield the noun phrase at the start of each run, and its last noun."""
+    for before, run, _ in _runs(text):
+        if before != "." and not before.isdigit() and before not in DETERMINERS | CONNECTIVES:
+            continue
+        start = next((n for n, word in enumerate(run) if word in nouns), None)
+        if start is None:
+            continue
+        stop = next((n for n in range(start, len(run)) if run[n] not in nouns), len(run))
+        phrase = run[max(0, stop - MAX_WORDS) : stop]
+        if phrase[-1] in VAGUE_NOUNS:
+            continue
+        yield " ".join(phrase)
+        if len(phrase) > 1:
+            yield phrase[-1]

@@ -1,0 +1,142 @@
+"""Phrases taken from captions, and the losses and batches that use them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from align_fixtures import ALIGN, fresh_model, run_align
+from align_fixtures import records as records  # the fixture
+from align_fixtures import store as store  # the fixture
+from conftest import make_tower
+from llm2clip.cli import main
+from llm2clip.config import AlignConfig
+from llm2clip.data.noun_phrases import MIN_IMAGES, add_phrases, extract_phrases
+from llm2clip.data.records import Record, open_records
+from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.store.encode import embed
+from llm2clip.store.layout import StoreError
+from llm2clip.store.store import EmbeddingStore, drop_missing_phrases
+from llm2clip.train.losses import info_nce_reference
+from llm2clip.train.sampling import AlignBatches
+
+WITH_PHRASES = dataclasses.replace(ALIGN, caption_mix={"captions": 1, "phrases": 1})
+
+
+def three_times(*captions: str) -> list[tuple[str, ...]]:
+    """Return three images with these captions, so that every phrase is frequent enough."""
+    return [captions] * MIN_IMAGES
+
+
+def test_phrases_are_noun_phrases_and_their_nouns() -> None:
+    phrases = extract_phrases(
+        three_times(
+            "A student with a red hat runs.",
+            "The brown dog jumps over the fence, and two cats watch it from a wooden chair",
+            "a dog in the grass",
+            "the hat of the student is on the chair by a fence",
+        )
+    )
+    assert phrases[0] == ("student", "red hat", "hat", "brown dog", "dog", "fence", "wooden chair", "chair", "grass")
+
+
+def test_verbs_and_adjectives_are_not_taken_for_nouns() -> None:
+    """Neither 'runs' nor 'white' ever stands alone after an article and before a function word."""
+    captions = ("a white dog runs through the snow", "the black and white dog", "his dog", "a white photo of the snow")
+    assert extract_phrases(three_times(*captions))[0] == ("white dog", "dog", "snow")
+
+
+def test_phrases_of_few_images_are_dropped() -> None:
+    captions = [("a dog on a sofa",)] * MIN_IMAGES + [("a cat on a sofa",)] * (MIN_IMAGES - 1)
+    phrases = extract_phrases(captions)
+    assert set(phrases[:MIN_IMAGES]) == {("dog", "sofa")}
+    assert set(phrases[MIN_IMAGES:]) == {("sofa",)}
+
+
+def test_several_captions_of_an_image_count_once() -> None:
+    assert extract_phrases([("a dog",) * MIN_IMAGES, ("a sofa",)]) == [(), ()]
+
+
+def test_phrase_column_takes_precedence(tmp_path: Path) -> None:
+    rows = [{"id": str(n), "captions": ["a dog on a sofa"], "phrases": ["Rex"] if n == 1 else []} for n in range(4)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = add_phrases(list(open_records(tmp_path / "data.jsonl")))
+    assert [record.phrases for record in records] == [(), ("Rex",), (), ()]
+    assert records[1].texts == ("a dog on a sofa",)
+    (tmp_path / "no_phrases.jsonl").write_text((tmp_path / "data.jsonl").read_text().replace('"Rex"', ""))
+    records = add_phrases(list(open_records(tmp_path / "no_phrases.jsonl")))
+    assert [record.phrases for record in records] == [("dog", "sofa")] * 4
+
+
+def test_captions_without_phrases_are_an_error_that_names_the_column() -> None:
+    records = [Record(str(n), None, (f"Hund {n}",)) for n in range(5)]
+    with pytest.raises(ValueError, match=r"no phrase occurs in the captions of 3 or more images.*column `phrases`"):
+        add_phrases(records)
+
+
+def test_phrases_are_sampled_and_are_no_negatives_of_images_that_have_them(
+    records: list[Record], llm: Path, tmp_path: Path
+) -> None:
+    """The loss of the first step is the reference loss with all phrases of all images, on sampled texts."""
+    records = [dataclasses.replace(r, phrases=("picture", f"kind {n % 3}")) for n, r in enumerate(records)]
+    encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
+    store = embed([text for r in records for text in (*r.texts, *r.phrases)], encoder, tmp_path / "store")
+    batch = next(AlignBatches(records, store, fresh_model(), WITH_PHRASES).batches(0))
+    rows_of = [set(store.rows(r.phrases)) for r in records]
+    number = {str(record.image): n for n, record in enumerate(records)}
+    images = [number[name] for name in batch.image_names]
+    expected = sorted((i, row) for i, image in enumerate(images) for row in rows_of[image])
+    assert [tuple(pair) for pair in batch.phrases.tolist()] == expected
+    is_phrase = [row in rows_of[images[i]] for row, i in zip(batch.caption_rows, batch.image_of_caption, strict=True)]
+    assert 0 < sum(is_phrase) < len(is_phrase)
+
+    run_align(records, store, tmp_path / "run", WITH_PHRASES)
+    loss = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])["loss"]
+    model = fresh_model()
+    image, text, scale, _ = model(pixels=batch.images, embeddings=torch.from_numpy(store.take(batch.caption_rows)))
+    layout = torch.from_numpy(batch.image_of_caption), torch.from_numpy(batch.caption_rows)
+    with_phrases = info_nce_reference(image, text, scale, *layout, torch.from_numpy(batch.phrases)).item()
+    assert loss == pytest.approx(with_phrases, abs=1e-4)
+    assert abs(info_nce_reference(image, text, scale, *layout).item() - with_phrases) > 1e-2
+
+
+def test_phrases_without_weight_are_never_sampled(records: list[Record], store: EmbeddingStore) -> None:
+    """Not even for images that have no captions of a kind with a weight."""
+    records = [dataclasses.replace(record, phrases=("not in the store",)) for record in records]
+    config = dataclasses.replace(ALIGN, caption_mix={"short_captions": 1, "phrases": 0})
+    batches = list(AlignBatches(records, store, fresh_model(), config).batches(0))
+    assert batches and all(len(batch.phrases) == 0 for batch in batches)
+
+
+def test_store_without_phrases_is_an_error_and_missing_phrases_are_dropped(
+    records: list[Record], store: EmbeddingStore
+) -> None:
+    known, unknown = records[0].captions[0], "no such text"
+    with pytest.raises(StoreError, match=r"has no embeddings for phrases.*--phrases"):
+        drop_missing_phrases([dataclasses.replace(records[0], phrases=(unknown,))], store)
+    with_both = dataclasses.replace(records[0], phrases=(unknown, known))
+    assert drop_missing_phrases([with_both], store)[0].phrases == (known,)
+
+
+def test_embed_and_align_commands_with_phrases(image_folder: Path, llm: Path, tmp_path: Path) -> None:
+    data, encoder = str(image_folder / "captions.jsonl"), ["--encoder.path", str(llm)]
+    mix = ["--align.caption_mix", '{"captions": 1, "phrases": 0.5}']
+    tower = str(make_tower(tmp_path / "vit", "test_vit"))
+    settings = ["--align.tower", tower, "--align.image_size", "64", "--align.batch_size", "10", "--align.workers", "0"]
+    for phrases in ([], ["--phrases"]):
+        store = str(tmp_path / f"store{len(phrases)}")
+        assert main(["embed", data, "--out", store, *encoder, *phrases]) == 0
+        out = str(tmp_path / f"run{len(phrases)}")
+        code = main(["align", data, "--store", store, "--out", out, *encoder, *mix, *settings, "--align.epochs", "1"])
+        assert code == (0 if phrases else 1)
+    assert len(EmbeddingStore(tmp_path / "store1")) > len(EmbeddingStore(tmp_path / "store0"))
+
+
+def test_uses_phrases() -> None:
+    assert AlignConfig(caption_mix={"captions": 1, "phrases": 0.1}).uses_phrases
+    assert not AlignConfig(caption_mix={"captions": 1, "phrases": 0}).uses_phrases
+    assert not AlignConfig().uses_phrases
