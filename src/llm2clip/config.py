@@ -150,6 +150,10 @@ class AlignConfig:
     CLIP model that the tower belongs to, as in the authors' code. With the sigmoid loss, the logit bias is also
     inherited. Default: 14.3 for infonce and 10 for sigmoid, which suit newly initialised heads and higher learning
     rates."""
+    inherit: bool | str = False
+    """Start from the embedding space of the CLIP model that the tower belongs to, as in ProCLIP: the adapter first
+    learns to reproduce the embeddings of CLIP's text tower, and the image projection is CLIP's own. --align.embed_dim
+    then has no effect. If the tower's checkpoint has no text tower, give the name of the CLIP model instead of true."""
     epochs: float = 4
     """Number of epochs. Fractions are allowed."""
     captions_per_image: int = 4

@@ -43,6 +43,7 @@ from llm2clip.evaluate.retrieval_eval import dual_encoder_from_store, evaluate_c
 from llm2clip.io_utils import atomic_write_text
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.export.model_card import render_model_card
+from llm2clip.models.inherited_clip import load_inherited_clip, model_in_clip_space
 from llm2clip.models.llm2clip import LLM2CLIP, LLM2CLIPConfig
 from llm2clip.models.precision_calibration import load_for_encoding
 from llm2clip.models.pretrained_logits import read_pretrained_logits
@@ -52,6 +53,8 @@ from llm2clip.store.encode import embed as embed_locally
 from llm2clip.store.ray_engine import embed_with_ray
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.train.align import align as train_align
+from llm2clip.train.align import resolve_align_precision
+from llm2clip.train.inherit import inherit_text_space
 from llm2clip.train.sampling import check_batch_size, training_texts
 from llm2clip.train.tune import tune as train_tune
 
@@ -203,7 +206,7 @@ def align(
     if model_dir.exists():
         return model_dir
     free_memory()  # of the LLM, before the vision tower is loaded
-    model = new_model(config, store)
+    model = new_model(config, store, train, out)
     validate = None
     if held_out:
         evaluations = out.parent / "evaluate"
@@ -258,18 +261,39 @@ def open_encoder(config: EncoderConfig, device: str | None = None) -> CaptionEnc
     return CaptionEncoder.from_pretrained(**dataclasses.asdict(config), device=device)
 
 
-def new_model(config: AlignConfig, store: EmbeddingStore) -> LLM2CLIP:
-    """Create a model from a pretrained tower and randomly initialised heads. The config specifies the seed."""
+def new_model(
+    config: AlignConfig, store: EmbeddingStore, train: Sequence[Record] = (), out: Path | None = None
+) -> LLM2CLIP:
+    """Create a model from a pretrained tower and randomly initialised heads. The config specifies the seed.
+
+    With `config.inherit`, the heads come from a CLIP model instead (see `train/inherit.py`).
+
+    Args:
+        config: Settings of the `align` stage.
+        store: Cached caption embeddings.
+        train: Training records, whose texts the adapter learns from. Only used with `config.inherit`.
+        out: Folder for the adapter and its cache. Must be set with `config.inherit`.
+    """
+    device = process_state().device
     torch.manual_seed(config.seed)
     tower = VisionTower.from_pretrained(config.tower, image_size=config.image_size)
     tower.freeze_norm = True  # keep the pretrained batch-norm statistics
     model_config = LLM2CLIPConfig.from_config(config, tower, store.embed_dim, store.manifest["identity"])
-    model = LLM2CLIP(model_config, tower)
+    if config.inherit:
+        assert out is not None
+        clip = load_inherited_clip(config.tower, config.inherit, device)
+        model = model_in_clip_space(model_config, tower, clip)
+        precision = resolve_align_precision(config.precision, device)
+        inherit_text_space(model, clip, train, store, config, precision, out)
+        del clip
+        free_memory()
+    else:
+        model = LLM2CLIP(model_config, tower)
     if config.logit_scale == "inherit":
         model.set_logits(*read_pretrained_logits(config.tower))
     elif config.logit_scale is not None:
         model.set_logits(config.logit_scale)
-    return model.to(process_state().device)
+    return model.to(device)
 
 
 def _tuning_pairs(

@@ -141,9 +141,8 @@ def _embed(args: Namespace) -> list[str]:
 
     out = Path(args.out)
     log = SkipLog(out / "skipped.jsonl" if process_state().is_main_process else None, args.max_skipped)
-    records = (record for _, record in stream_records(args.data, args.columns, log, "ignore"))
-    if args.phrases:
-        records = iter(add_phrases(list(records)))
+    stream = (record for _, record in stream_records(args.data, args.columns, log, "ignore"))
+    records = add_phrases(list(stream)) if args.phrases else stream
     captions = (text for record in records for text in record.texts + record.phrases * args.phrases)
     store = embed(captions, out, args.encoder, args.embed, engine=args.engine, ray_workers=args.ray_workers)
     print_once(log.summary())

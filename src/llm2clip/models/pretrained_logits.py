@@ -37,9 +37,9 @@ def read_pretrained_logits(tower: str) -> tuple[float, float | None]:
     Raises:
         ValueError: the tower's checkpoint has no logit scale, because it contains only a vision tower.
     """
-    source = _hub_id_or_folder(resolve_pretrained(tower))
+    source = hub_id_or_folder(resolve_pretrained(tower))
     for name in _WEIGHT_FILES:
-        file = _find_file(source, name)
+        file = find_file(source, name)
         tensors = _read_tensors(file, ("logit_scale", "logit_bias")) if file is not None else {}
         if "logit_scale" in tensors:
             bias = tensors.get("logit_bias")
@@ -50,7 +50,7 @@ def read_pretrained_logits(tower: str) -> tuple[float, float | None]:
     )
 
 
-def _hub_id_or_folder(tower: str) -> str:
+def hub_id_or_folder(tower: str) -> str:
     """Return the folder or hub id of a tower's weights. The hub id of a timm model comes from timm's pretrained config.
 
     If the tower is a timm model without weights on the hub, the name is returned unchanged.
@@ -68,7 +68,7 @@ def _hub_id_or_folder(tower: str) -> str:
     return config.hf_hub_id if config is not None and config.hf_hub_id else name
 
 
-def _find_file(source: str, name: str) -> Path | None:
+def find_file(source: str, name: str) -> Path | None:
     """Return the path of a file in a folder or hub repository. The file is downloaded if necessary."""
     from transformers.utils import cached_file
 
@@ -91,7 +91,7 @@ def _read_tensors(file: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for name in names:
             if name in shard_of:
-                shard = _find_file(str(file.parent), Path(shard_of[name]).name)
+                shard = find_file(str(file.parent), Path(shard_of[name]).name)
                 if shard is not None:
                     tensors |= _read_tensors(shard, (name,))
         return tensors

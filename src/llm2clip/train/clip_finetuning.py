@@ -36,7 +36,8 @@ def finetune_clip(records: Sequence[Record], config: AlignConfig, out: Path, log
     """Fine-tune both towers of the CLIP model `config.tower`, resuming from the latest checkpoint if one exists.
 
     `lr` is the learning rate of the text tower, the projections and the logit scale; `tower_lr` is the learning rate of
-    the vision tower. The adapter settings and `embed_dim` have no effect. The initial logit scale is the CLIP model's.
+    the vision tower. The adapter settings, `embed_dim` and `inherit` have no effect. The initial logit scale is that of
+    the CLIP model.
 
     Args:
         records: Training data.

@@ -1,0 +1,193 @@
+"""Inheritance of a CLIP model's embedding space, on tiny random models of each library."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from transformers import AutoModel
+
+from align_fixtures import ALIGN
+from align_fixtures import records as records  # the fixture
+from align_fixtures import store as store  # the fixture
+from conftest import make_tower, run_distributed
+from llm2clip.cli import build_parser
+from llm2clip.config import AlignConfig
+from llm2clip.data.images import load_image
+from llm2clip.data.records import Record
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.models.clip_text_encoder import load_clip_text_encoder
+from llm2clip.models.dual_encoder import open_dual_encoder
+from llm2clip.models.fingerprint import hash_weights
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.pipeline import align, new_model
+from llm2clip.store.store import EmbeddingStore
+from llm2clip.train import inherit
+from llm2clip.train.inherit import inherited_texts
+from test_baselines import CLIP_STATS, make_model
+
+
+def make_eva_clip(folder: Path) -> None:
+    """Save an EVA-CLIP model as timm's repositories contain them: an open_clip model, and its image tower for timm."""
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
+    folder.mkdir(exist_ok=True)
+    name = "eva02_tiny_patch14_224"
+    vision = {"timm_model_name": name, "timm_pool": "token", "timm_proj": None, "image_size": 224}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
+    model_config = {"embed_dim": 12, "vision_cfg": vision | {"timm_model_pretrained": False}, "text_cfg": text}
+    preprocess = {"mean": CLIP_STATS["image_mean"], "std": CLIP_STATS["image_std"], "interpolation": "bicubic"}
+    config = {"model_cfg": model_config | {"custom_text": True}, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    clip = open_clip.create_model(f"local-dir:{folder}", load_weights=False).eval()
+    torch.nn.init.normal_(clip.visual.trunk.head.bias)  # the projection of EVA-CLIP has a bias
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    save_file(clip.visual.trunk.state_dict(), folder / "model.safetensors")
+    timm_config = {"input_size": [3, 224, 224], "crop_pct": 1.0, "num_classes": 12, "classifier": "head"}
+    timm_config |= preprocess
+    model_args = {"global_pool": "token"}
+    (folder / "config.json").write_text(
+        json.dumps({"architecture": name, "num_classes": 12, "model_args": model_args, "pretrained_cfg": timm_config})
+    )
+
+
+def make_clip(folder: Path, kind: str) -> tuple[str, str]:
+    """Save a CLIP model; return the name of its vision tower and the name of the dual encoder."""
+    if kind == "eva":
+        make_eva_clip(folder)
+        return f"timm:{folder}", f"open_clip:{folder}"
+    make_model(folder, kind)
+    return str(folder), str(folder)
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inherit, "MIN_STEPS", 300)
+
+
+def config_for(tower: str, **settings: Any) -> AlignConfig:
+    return dataclasses.replace(ALIGN, tower=tower, image_size=None, **{"inherit": True, **settings})
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2", "eva"])
+def test_inherited_model_has_the_image_embeddings_of_clip_and_learns_its_text_embeddings(
+    kind: str, records: list[Record], store: EmbeddingStore, tmp_path: Path
+) -> None:
+    tower, name = make_clip(tmp_path / "clip", kind)
+    model = new_model(config_for(tower), store, records, tmp_path)
+    clip = open_dual_encoder(name, "cpu")
+    assert model.config.embed_dim == clip.embed_dim
+    assert model.config.projection == (kind in ("clip", "eva"))
+
+    images = [record.image for record in records[:3] if record.image is not None]
+    expected = clip.encode_images([clip.transform(load_image(image)) for image in images])
+    torch.testing.assert_close(model.encode_image(images), expected, atol=1e-5, rtol=0)
+
+    texts = inherited_texts(records, ALIGN)
+    with torch.no_grad():
+        student = F.normalize(model.adapter(torch.from_numpy(store.take(store.rows(texts)))), dim=-1)
+    teacher = clip.encode_texts(texts)
+    # Random text towers map all texts to similar embeddings, so the differences from the mean are compared.
+    mean = teacher.mean(0)
+    assert F.cosine_similarity(student - mean, teacher - mean).mean() > 0.3
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_adapter_is_saved_and_trained_again_only_if_something_changes(
+    records: list[Record], store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tower, _ = make_clip(tmp_path / "clip", "clip")
+    first = new_model(config_for(tower), store, records, tmp_path).adapter.state_dict()
+    runs: list[int] = []
+    train = inherit._train_adapter
+    monkeypatch.setattr(inherit, "_train_adapter", lambda *args: runs.append(1) or train(*args))
+    second = new_model(config_for(tower, epochs=9), store, records, tmp_path).adapter.state_dict()
+    assert not runs
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name])
+    new_model(config_for(tower), store, records[1:], tmp_path)
+    new_model(config_for(tower, seed=1), store, records[1:], tmp_path)
+    assert len(runs) == 2
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_align_trains_and_saves_an_inherited_model(
+    records: list[Record], store: EmbeddingStore, tmp_path: Path
+) -> None:
+    tower, name = make_clip(tmp_path / "clip", "eva")
+    config = config_for(tower, epochs=1, tower_lr=0.0, lr=1e-9)
+    folder = align(records, store, tmp_path / "run", config, SkipLog())
+    model = LLM2CLIP.from_pretrained(folder)
+    projection = load_clip_text_encoder(name, torch.device("cpu")).model.visual.trunk.head
+    torch.testing.assert_close(model.projection.weight, projection.weight, atol=1e-6, rtol=0)
+    torch.testing.assert_close(model.projection.bias, projection.bias, atol=1e-6, rtol=0)
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_clip_of_a_tower_may_be_named(records: list[Record], store: EmbeddingStore, tmp_path: Path) -> None:
+    tower, name = make_clip(tmp_path / "clip", "eva")
+    from_tower = new_model(config_for(tower), store, records, tmp_path)
+    named = new_model(config_for(tower, inherit=name), store, records, tmp_path)
+    assert hash_weights(from_tower) == hash_weights(named)
+
+
+def test_clip_model_that_does_not_fit_the_tower_is_an_error(
+    records: list[Record], store: EmbeddingStore, tmp_path: Path
+) -> None:
+    tower, _ = make_clip(tmp_path / "clip", "clip")
+    other = AutoModel.from_pretrained(tower)
+    for parameter in other.vision_model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    make_model(tmp_path / "other", "clip")
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"is not the image tower of this CLIP model: the cosine similarity"):
+        new_model(config_for(tower, inherit=str(tmp_path / "other")), store, records, tmp_path)
+    vit = make_tower(tmp_path / "vit", "test_vit")
+    with pytest.raises(ValueError, match=r"have 16 dimensions, but those of the vision tower have 64"):
+        new_model(config_for(str(vit), inherit=tower), store, records, tmp_path)
+    with pytest.raises(ValueError, match=r"--align.inherit true: the checkpoint of .* has no text tower"):
+        new_model(config_for(str(vit)), store, records, tmp_path)
+
+
+def test_texts_are_the_short_ones_and_each_is_used_once() -> None:
+    records = [
+        Record("a", None, ("dog", "cat"), long_captions=("a long text",), phrases=("tail",)),
+        Record("b", None, ("cat",), ("bird",)),
+    ]
+    assert inherited_texts(records, ALIGN) == ["dog", "cat", "bird"]
+    with_phrases = dataclasses.replace(ALIGN, caption_mix={"captions": 1, "phrases": 1})
+    assert inherited_texts(records, with_phrases) == ["dog", "cat", "tail", "bird"]
+    assert inherited_texts([Record("c", None, (), (), ("a long text",))], ALIGN) == ["a long text"]
+
+
+def test_all_ranks_have_the_adapter_of_the_main_process(
+    records: list[Record], store: EmbeddingStore, tmp_path: Path
+) -> None:
+    make_model(tmp_path / "clip", "clip")
+    run_distributed(2, _inherit_on_rank, records, str(store.folder), str(tmp_path))
+    hashes = [(tmp_path / str(rank)).read_text() for rank in range(2)]
+    assert hashes[0] == hashes[1]
+
+
+def _inherit_on_rank(records: list[Record], store: str, folder: str) -> None:
+    inherit.MIN_STEPS = 2
+    model = new_model(config_for(f"{folder}/clip"), EmbeddingStore(store), records, Path(folder))
+    (Path(folder) / str(torch.distributed.get_rank())).write_text(hash_weights(model))
+
+
+def test_inherit_flag_parses_as_bool_or_name() -> None:
+    parser, _ = build_parser()
+    for value, expected in (
+        ("true", True),
+        ("false", False),
+        ("open_clip:ViT-B-16/openai", "open_clip:ViT-B-16/openai"),
+    ):
+        args = parser.parse_args(["fit", "a.jsonl", "--out", "r", "--align.inherit", value]).fit
+        assert args.align.inherit == expected and isinstance(args.align.inherit, type(expected))
