@@ -16,9 +16,9 @@ from sklearn.metrics import balanced_accuracy_score
 
 from dense_fixtures import colour_embeddings, make_coco, make_segmentation
 from llm2clip.cli import main
+from llm2clip.data import image_loader
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.evaluate.benchmarks import BENCHMARKS, DataFormatError, MissingFileError, RegionData, get_benchmarks
-from llm2clip.evaluate.dense import regions
 from llm2clip.evaluate.dense.regions import (
     RegionPredictions,
     classify_regions,
@@ -177,13 +177,13 @@ def test_all_methods_recognise_coloured_boxes_and_decode_each_image_once(
     make_coco(tmp_path / "coco")
     data = BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
     decoded: Counter[str] = Counter()
-    load_image = regions.image_batches.__globals__["load_image"]
+    load_image = image_loader.load_image
 
     def counting_load_image(ref: Any) -> Any:
         decoded[str(ref)] += 1
         return load_image(ref)
 
-    monkeypatch.setitem(regions.image_batches.__globals__, "load_image", counting_load_image)
+    monkeypatch.setattr(image_loader, "load_image", counting_load_image)
     predictions = classify_regions(data, colour_embeddings(), ["plain", "sclip"])
     assert list(predictions) == ["crop", "plain", "sclip"] and set(decoded.values()) == {1} and len(decoded) == 3
     for method in ("crop", "plain"):

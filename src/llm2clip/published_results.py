@@ -191,6 +191,7 @@ VISION_TRANSFER_METRICS = {
     "coco-stuff": ("COCO-Stuff", ("mIoU",)),
     "ade20k": ("ADE20K", ("mIoU",)),
     "cityscapes": ("Cityscapes", ("mIoU",)),
+    "ov-coco": ("OV-COCO", ("AP50 novel", "AP50 base", "AP50 all")),
 }
 VISION_TRANSFER_NOTE = (
     f"Paper 2026: {VISION_TRANSFER.title} ({VISION_TRANSFER.source}). The authors published no code for these results, "

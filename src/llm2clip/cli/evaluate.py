@@ -70,6 +70,17 @@ def add(commands: Commands) -> None:
         "'a photo of a {}'.",
     )
     parser.add_argument(
+        "--proposals",
+        type=str,
+        help="Detection: the boxes to name. A JSON file in COCO's results format; a detector, which is a folder or hub "
+        "id of transformers, or torchvision:NAME; or `ground-truth`.",
+    )
+    parser.add_argument(
+        "--crop_proposals",
+        action="store_true",
+        help="Detection: also name each box by encoding it like an image. This takes one forward pass per box.",
+    )
+    parser.add_argument(
         "--trust_remote_code",
         action="store_true",
         help="Run the Python code that comes with a model, such as Jina-CLIP. Use this only for models that you trust.",
@@ -125,6 +136,8 @@ def _evaluate(args: Namespace) -> list[str]:
             "linear_probe",
             "dense_variants",
             "short_queries",
+            "proposals",
+            "crop_proposals",
             "trust_remote_code",
         ),
     )

@@ -18,12 +18,15 @@ from llm2clip.evaluate.benchmarks import (
     ClassificationData,
     CompositionalExample,
     DataFormatError,
+    DetectionData,
     JudgedRetrieval,
     MissingFileError,
     RegionData,
     SegmentationData,
 )
 from llm2clip.evaluate.compositional import compositional_accuracy
+from llm2clip.evaluate.dense.average_precision import detection_metrics
+from llm2clip.evaluate.dense.detection import detect_objects, detection_blocks, without_images
 from llm2clip.evaluate.dense.regions import classify_regions, region_metrics, wrong_region_blocks
 from llm2clip.evaluate.dense.segmentation import (
     class_iou,
@@ -64,6 +67,8 @@ def run_benchmark(
     embeddings: EmbeddingSource,
     with_linear_probe: bool = False,
     dense_variants: Sequence[str] = ("plain",),
+    proposals: str | None = None,
+    crop_proposals: bool = False,
 ) -> BenchmarkResult:
     """Evaluate a model on a benchmark.
 
@@ -73,6 +78,8 @@ def run_benchmark(
         embeddings: Source of the model's embeddings.
         with_linear_probe: For classification benchmarks with training images, also fit a linear probe.
         dense_variants: Variants of the dense features to evaluate. See `DENSE_VARIANTS`.
+        proposals: For detection benchmarks, the source of the boxes. See `open_proposals`.
+        crop_proposals: For detection benchmarks, also name each box by its crop.
 
     Raises:
         MissingFileError: If a file is missing.
@@ -87,6 +94,9 @@ def run_benchmark(
     if benchmark.kind in ("regions", "segmentation"):
         evaluate = _evaluate_regions if benchmark.kind == "regions" else _evaluate_segmentation
         result = evaluate(data, embeddings, dense_variants)
+        return dataclasses.replace(result, summary=summary | result.summary)
+    if benchmark.kind == "detection":
+        result = _evaluate_detection(data, embeddings, dense_variants, proposals, crop_proposals)
         return dataclasses.replace(result, summary=summary | result.summary)
     if benchmark.kind == "judged retrieval":
         metrics, num_images, texts = _evaluate_judged_retrieval(data, embeddings)
@@ -192,6 +202,44 @@ def _evaluate_segmentation(
         "rows": rows,
     }
     return BenchmarkResult(summary, draw_examples=partial(segmentation_blocks, data, result))
+
+
+def _evaluate_detection(
+    data: DetectionData,
+    embeddings: EmbeddingSource,
+    variants: Sequence[str],
+    proposals: str | None,
+    with_crops: bool,
+) -> BenchmarkResult:
+    if proposals is None:
+        raise ValueError(
+            "a detection benchmark needs boxes: pass --proposals with a JSON file in COCO's results format, a "
+            "detector, or ground-truth"
+        )
+    results = detect_objects(data, embeddings, proposals, variants, with_crops)
+    description = results.describe_proposals(proposals)
+    data = without_images(data, results.failures)
+    rows = []
+    for method, detections in results.by_method.items():
+        metrics: dict[str, float] = {}
+        intervals = {}
+        groups = detection_metrics(data, detections)
+        for name in ("AP50", "AP"):
+            metrics |= {f"{name} {group}": values[name] for group, values in groups.items()}
+        for group, values in groups.items():
+            intervals[f"AP50 {group}"] = values["AP50 interval"]
+        metrics["proposal recall"] = description["recall"]
+        rows.append({"method": method, "metrics": metrics, "intervals": intervals})
+    prompts = class_prompts(data.names, data.templates)
+    first_method, first_detections = next(iter(results.by_method.items()))
+    summary = {
+        "images": len(first_detections),
+        "texts": len(prompts),
+        "truncated": embeddings.count_truncated(prompts),
+        "proposals": description,
+        "rows": rows,
+    }
+    return BenchmarkResult(summary, draw_examples=partial(detection_blocks, data, first_method, first_detections))
 
 
 def _load_probe_data(benchmark: Benchmark, folder: Path) -> ClassificationData | None:

@@ -59,6 +59,8 @@ def evaluate_models(
     dense_variants: Sequence[str] = ("plain",),
     short_queries: bool = False,
     templates: Sequence[str] = (),
+    proposals: str | None = None,
+    crop_proposals: bool = False,
     trust_remote_code: bool = False,
 ) -> list[str]:
     """Evaluate models, print tables, and write results.json, report.md and report.html to `out`.
@@ -89,6 +91,8 @@ def evaluate_models(
         dense_variants: Variants of the dense features, for benchmarks about parts of images. See `DENSE_VARIANTS`.
         short_queries: For images with captions, also evaluate retrieval by query length. See `score_short_queries`.
         templates: Prompt templates, with which short queries are also evaluated. Requires `short_queries`.
+        proposals: For detection benchmarks, the source of the boxes. See `open_proposals`.
+        crop_proposals: For detection benchmarks, also name each box by its crop.
         trust_remote_code: Run the Python code that comes with a model, if any. Jina-CLIP requires this setting.
 
     Returns:
@@ -132,6 +136,8 @@ def evaluate_models(
             dense_variants=dense_variants,
             short_queries=short_queries,
             templates=templates,
+            proposals=proposals,
+            crop_proposals=crop_proposals,
         )
         for n, name in enumerate(display_names(models) if available else []):
             runner.run(models[n], name, is_baseline=n > 0, trust_remote_code=trust_remote_code)
@@ -170,6 +176,8 @@ class BenchmarkRunner:
         dense_variants: Sequence[str],
         short_queries: bool,
         templates: Sequence[str],
+        proposals: str | None,
+        crop_proposals: bool,
     ) -> None:
         """
         Args:
@@ -180,6 +188,7 @@ class BenchmarkRunner:
             linear_probe: For classification benchmarks, also fit a linear probe on the training images.
             dense_variants: Variants of the dense features, for benchmarks about parts of images.
             short_queries, templates: See `evaluate_models`.
+            proposals, crop_proposals: See `evaluate_models`.
         """
         self.benchmarks = benchmarks
         self.results: list[list[ModelResult]] = [[] for _ in benchmarks]
@@ -188,6 +197,7 @@ class BenchmarkRunner:
         self._linear_probe = linear_probe
         self._dense_variants = dense_variants
         self._short_queries, self._templates = short_queries, templates
+        self._proposals, self._crop_proposals = proposals, crop_proposals
         self._logs = []
         for n, (benchmark, _) in enumerate(benchmarks):
             is_user_data = benchmark.name == USER_DATA
@@ -216,7 +226,15 @@ class BenchmarkRunner:
             print_once(f"{name}: {benchmark.name}")
             embeddings.log = self._logs[n]
             try:
-                result = run_benchmark(benchmark, folder, embeddings, self._linear_probe, self._dense_variants)
+                result = run_benchmark(
+                    benchmark,
+                    folder,
+                    embeddings,
+                    with_linear_probe=self._linear_probe,
+                    dense_variants=self._dense_variants,
+                    proposals=self._proposals,
+                    crop_proposals=self._crop_proposals,
+                )
             except (OSError, ValueError) as error:
                 # Invalid data causes the same error on every rank. Any other error may occur on this rank only.
                 if is_distributed and not isinstance(error, MissingFileError | ValueError):

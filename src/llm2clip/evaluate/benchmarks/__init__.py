@@ -13,12 +13,14 @@ from llm2clip.evaluate.benchmarks import (
     karpathy_splits,
     long_captions,
     multilingual,
+    ov_coco,
     segmentation,
 )
 from llm2clip.evaluate.benchmarks.base import (
     Benchmark,
     ClassificationData,
     CompositionalExample,
+    DetectionData,
     JudgedRetrieval,
     RegionData,
     SegmentationData,
@@ -35,6 +37,7 @@ __all__ = [
     "ClassificationData",
     "CompositionalExample",
     "DataFormatError",
+    "DetectionData",
     "JudgedRetrieval",
     "MissingFileError",
     "RegionData",
@@ -52,6 +55,7 @@ _MODULES = (
     classification,
     coco_boxes,
     segmentation,
+    ov_coco,
 )
 BENCHMARKS = {benchmark.name: benchmark for module in _MODULES for benchmark in module.BENCHMARKS}
 

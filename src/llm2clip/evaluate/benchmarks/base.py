@@ -102,6 +102,25 @@ class SegmentationData:
 
 
 @dataclass(frozen=True)
+class DetectionData:
+    """Images with annotated objects, and the class names that a detector chooses from."""
+
+    images: Sequence[ImageRef]
+    image_ids: Sequence[int]
+    sizes: Sequence[tuple[int, int]]
+    """Width and height of each image in pixels, to which the boxes refer."""
+    annotations: Sequence[Mapping[str, Any]]
+    """Objects in COCO's format: "image_id", "category_id", "bbox" as [x, y, width, height] in pixels, and "iscrowd"."""
+    names: Sequence[str]
+    category_ids: Sequence[int]
+    """COCO's category id of each class in `names`."""
+    groups: Mapping[str, Sequence[str]]
+    """Groups of class names for which metrics are reported, such as {"novel": [...], "base": [...]}."""
+    templates: Sequence[str]
+    """Prompt templates, with {} as the placeholder for the class name."""
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """A benchmark, which is read from the files that its authors distribute.
 
@@ -110,7 +129,7 @@ class Benchmark:
         kind: Kind of benchmark, which determines the metrics and the return type of `read`. "retrieval":
             `CaptionFields`. "judged retrieval": `JudgedRetrieval`. "compositional": a list of `CompositionalExample`.
             "classification": `ClassificationData`. "regions": `RegionData`. "segmentation":
-            `SegmentationData`.
+            `SegmentationData`. "detection": `DetectionData`.
         description: One-line description, which specifies the size and the split.
         folders: Possible names of the benchmark's folder inside the root folder, in order of preference.
         read: Function that reads the data from the benchmark's folder.
@@ -119,7 +138,9 @@ class Benchmark:
     """
 
     name: str
-    kind: Literal["retrieval", "judged retrieval", "compositional", "classification", "regions", "segmentation"]
+    kind: Literal[
+        "retrieval", "judged retrieval", "compositional", "classification", "regions", "segmentation", "detection"
+    ]
     description: str
     folders: tuple[str, ...]
     read: Callable[[Path], Any]

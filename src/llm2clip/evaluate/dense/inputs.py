@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from accelerate.utils import gather_object
+from torch import Tensor
 
+from llm2clip.data.image_loader import image_batches
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.distributed import print_once, process_state, wait_for_everyone
 from llm2clip.evaluate.embeddings import EmbeddingSource, ModelEmbeddings
 from llm2clip.models.dense import DenseEncoder
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.progress import ProgressBar
 
+IMAGES_PER_BATCH = 8  # decoded images in memory at a time
 T = TypeVar("T")
 
 
@@ -59,6 +63,43 @@ def local_indices(count: int) -> list[int]:
     """Return the indices of the items that this rank processes, out of `count` items: every n-th item for n ranks."""
     state = process_state()
     return list(range(state.process_index, count, state.num_processes))
+
+
+def decode_images(
+    refs: Sequence[ImageRef], sizes: Sequence[tuple[int, int]], description: str, failures: dict[int, str]
+) -> Iterator[dict[int, Tensor]]:
+    """Decode this rank's images in batches, and show a progress bar.
+
+    Args:
+        refs: All images of the benchmark.
+        sizes: Width and height of each image, to which its boxes refer.
+        description: Text in front of the progress bar.
+        failures: Dict to which this function adds the reason for each image that cannot be used, keyed by the index of
+            the image. An image cannot be used if it cannot be decoded, or if it does not have the expected size.
+
+    Yields:
+        Images, uint8 (3, H, W), keyed by their index in `refs`.
+    """
+    indices = local_indices(len(refs))
+    is_main = process_state().is_main_process
+    with ProgressBar(total=len(indices), desc=description, unit="image", disable=not is_main) as bar:
+        for decoded, images, errors in image_batches([refs[i] for i in indices], _unchanged, IMAGES_PER_BATCH):
+            failures |= {indices[i]: reason for i, reason in errors.items()}
+            usable = {}
+            for i, image in zip(decoded, images, strict=True):
+                index = indices[i]
+                width, height = sizes[index]
+                if image.shape[1:] == (height, width):
+                    usable[index] = image
+                else:
+                    size = f"{image.shape[2]} x {image.shape[1]}"
+                    failures[index] = f"the image has {size} pixels, but its boxes refer to {width} x {height} pixels"
+            yield usable
+            bar.update(len(decoded) + len(errors))
+
+
+def _unchanged(image: Tensor) -> Tensor:
+    return image
 
 
 def gather_from_ranks(local: T) -> list[T]:

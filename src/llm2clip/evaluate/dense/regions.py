@@ -23,15 +23,13 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from llm2clip.data.image_loader import image_batches
 from llm2clip.data.images import load_image, make_thumbnail
-from llm2clip.distributed import process_state
 from llm2clip.evaluate.benchmarks.base import RegionData
 from llm2clip.evaluate.dense.inputs import (
+    decode_images,
     gather_from_ranks,
     get_dense_encoder,
     get_model,
-    local_indices,
     record_failures,
     supported_variants,
 )
@@ -40,7 +38,6 @@ from llm2clip.evaluate.recall import bootstrap_counts, percentile_interval
 from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts
 from llm2clip.html_report import Block, Heading, Paragraph, ResultImage, ResultImages
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.progress import ProgressBar
 
 CROP = "crop"
 CROP_SCALE = 1.5  # side of the crop, divided by the side of the box
@@ -49,7 +46,6 @@ CROP_SCALE = 1.5  # side of the crop, divided by the side of the box
 DENSE_SCALE = 1.5
 SIZE_LIMITS = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, float("inf"))}
 """COCO's size classes: the lower limit (inclusive) and the upper limit (exclusive) of the object's area in pixels."""
-IMAGES_PER_BATCH = 8  # decoded images in memory at a time
 THUMBNAIL_SIDE = 280  # pixels
 
 
@@ -106,24 +102,9 @@ def classify_regions(
     classes = class_embeddings(embeddings.encode_texts(prompts), len(data.names))
     parts: dict[str, list[RegionPredictions]] = {method: [] for method in (CROP, *variants)}
     failures: dict[int, str] = {}
-    indices = local_indices(len(data.images))
-    refs = [data.images[i] for i in indices]
-    is_main = process_state().is_main_process
-    with ProgressBar(total=len(refs), desc="regions", unit="image", disable=not is_main) as bar:
-        for decoded, images, errors in image_batches(refs, _unchanged, IMAGES_PER_BATCH):
-            failures |= {indices[i]: reason for i, reason in errors.items()}
-            usable = {}
-            for i, image in zip(decoded, images, strict=True):
-                index = indices[i]
-                width, height = data.sizes[index]
-                if image.shape[1:] == (height, width):
-                    usable[index] = image
-                else:
-                    size = f"{image.shape[2]} x {image.shape[1]}"
-                    failures[index] = f"the image has {size} pixels, but its boxes refer to {width} x {height} pixels"
-            for method, region_embeddings in _encode_regions(usable, data, model, variants).items():
-                parts[method].append(_predict(region_embeddings, list(usable), data, classes))
-            bar.update(len(decoded) + len(errors))
+    for images in decode_images(data.images, data.sizes, "regions", failures):
+        for method, region_embeddings in _encode_regions(images, data, model, variants).items():
+            parts[method].append(_predict(region_embeddings, list(images), data, classes))
     gathered = gather_from_ranks((parts, failures))
     record_failures(embeddings.log, data.images, {i: reason for _, part in gathered for i, reason in part.items()})
     return {
@@ -300,7 +281,3 @@ def _predict(regions: Tensor, indices: Sequence[int], data: RegionData, classes:
         predicted=predicted.numpy(),
         margin=(best - correct[:, 0]).numpy(),
     )
-
-
-def _unchanged(image: Tensor) -> Tensor:
-    return image

@@ -53,6 +53,8 @@ def benchmark_blocks(benchmark: Benchmark, results: Sequence[ModelResult]) -> li
     if "rows" in results[0].summary and benchmark.kind != "retrieval":
         published_values = published_metrics(benchmark.name)
         blocks.append(method_table(results, published_values))
+        if "proposals" in results[0].summary:
+            blocks.append(Paragraph(results[0].summary["proposals"]["description"]))
         if published_values:
             blocks.append(Paragraph(VISION_TRANSFER_NOTE))
         return blocks + [block for result in results for block in result.examples]

@@ -1,0 +1,213 @@
+"""Open-vocabulary detection: class-agnostic boxes are named by an image-text model.
+
+The model embeds each box, and the cosine similarities to the class embeddings determine the class probabilities. As in
+RegionCLIP (arXiv 2112.09106), the score of a box and a class is the geometric mean of the box's objectness and the
+class probability, and the detections are those that remain after non-maximum suppression per class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.io import encode_jpeg
+from torchvision.ops import batched_nms, box_iou
+from torchvision.transforms.v2 import functional as F
+from torchvision.utils import draw_bounding_boxes
+
+from llm2clip.data.images import load_image
+from llm2clip.distributed import process_state
+from llm2clip.evaluate.benchmarks.base import DetectionData
+from llm2clip.evaluate.dense.average_precision import MAX_DETECTIONS, Detections
+from llm2clip.evaluate.dense.inputs import (
+    decode_images,
+    gather_from_ranks,
+    get_dense_encoder,
+    get_model,
+    record_failures,
+    supported_variants,
+)
+from llm2clip.evaluate.dense.proposals import Proposals, object_boxes, open_proposals
+from llm2clip.evaluate.dense.regions import CROP, DENSE_SCALE, crop_region, pool_regions
+from llm2clip.evaluate.embeddings import BATCH_SIZE, EmbeddingSource
+from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts
+from llm2clip.html_report import Block, Heading, Paragraph, ResultImage, ResultImages
+from llm2clip.models.dual_encoder import DualEncoder
+
+LOGIT_SCALE = 100.0  # as in CLIP; RegionCLIP uses a temperature of 0.01
+NMS_IOU = 0.5  # as in RegionCLIP
+MAX_CANDIDATES = 1000  # pairs of a box and a class per image, before non-maximum suppression
+RECALL_IOU = 0.5  # an object counts as covered if a proposal overlaps it by at least this IoU
+EXAMPLE_SIDE = 480  # pixels
+EXAMPLE_BOXES = 8  # boxes per example image
+
+
+@dataclass
+class DetectionResults:
+    """Detections of a model in all images.
+
+    Args:
+        by_method: For each method, the detections keyed by image id.
+        num_boxes: Number of proposals.
+        num_covered, num_objects: Number of objects that a proposal covers, and number of objects. Crowds are excluded.
+        note: Statement about proposals that are not used. Empty if all proposals are used.
+        failures: Reason for each image that cannot be used, keyed by the index of the image.
+    """
+
+    by_method: dict[str, dict[int, Detections]]
+    num_boxes: int = 0
+    num_covered: int = 0
+    num_objects: int = 0
+    note: str = ""
+    failures: dict[int, str] = field(default_factory=dict)
+
+    def describe_proposals(self, source: str) -> dict[str, Any]:
+        """Return the number of proposals, their recall in percent, and a sentence about both."""
+        recall = 100.0 * self.num_covered / max(1, self.num_objects)
+        description = (
+            f"Proposals from {source}: {self.num_boxes:,} boxes, which cover {recall:.1f}% of the objects at an IoU of "
+            f"{RECALL_IOU}."
+        )
+        if self.note:
+            description += f" {self.note}."
+        return {"source": source, "boxes": self.num_boxes, "recall": recall, "description": description}
+
+
+def detect_objects(
+    data: DetectionData, embeddings: EmbeddingSource, proposals: str, variants: Sequence[str], with_crops: bool = False
+) -> DetectionResults:
+    """Name the proposals in all images by each method. Each image is decoded once.
+
+    In a distributed run, the images are split across the ranks, and every rank returns all detections.
+
+    Args:
+        data: Images and class names.
+        embeddings: Embedding source with a model. Images that cannot be used are recorded in `embeddings.log`.
+        proposals: Source of the boxes, see `open_proposals`.
+        variants: Variants of the dense features. See `DENSE_VARIANTS`. Variants that the model does not support are
+            skipped.
+        with_crops: Also name each box by the method "crop", which encodes it like an image. See `regions.py`.
+
+    Raises:
+        ValueError: If the embeddings are precomputed, the model supports none of the variants, or the proposals are
+            invalid.
+        TooManySkipped: If too many images cannot be used.
+    """
+    model = get_model(embeddings)
+    methods = supported_variants(model, variants) + ([CROP] if with_crops else [])
+    if not methods:
+        get_dense_encoder(model, variants)  # raises an error with the reason
+    source = open_proposals(proposals, data, process_state().device)
+    classes = class_embeddings(embeddings.encode_texts(class_prompts(data.names, data.templates)), len(data.names))
+    objects = object_boxes(data)
+    local = DetectionResults({method: {} for method in methods})
+    for images in decode_images(data.images, data.sizes, "detection", local.failures):
+        for index, image in images.items():
+            image_id = data.image_ids[index]
+            boxes = source.find(image_id, image).top(*image.shape[1:])
+            for method in methods:
+                box_embeddings = encode_boxes(model, image, boxes.boxes, method)
+                local.by_method[method][image_id] = name_boxes(boxes, box_embeddings, classes)
+            true_boxes = objects.get(image_id, torch.zeros(0, 4))
+            is_covered = (box_iou(true_boxes, boxes.boxes) >= RECALL_IOU).any(1)
+            local.num_boxes += len(boxes.boxes)
+            local.num_covered += int(is_covered.sum())
+            local.num_objects += len(true_boxes)
+    parts = gather_from_ranks(local)
+    failures = {index: reason for part in parts for index, reason in part.failures.items()}
+    record_failures(embeddings.log, data.images, failures)
+    return DetectionResults(
+        by_method={m: {key: d for part in parts for key, d in part.by_method[m].items()} for m in methods},
+        num_boxes=sum(part.num_boxes for part in parts),
+        num_covered=sum(part.num_covered for part in parts),
+        num_objects=sum(part.num_objects for part in parts),
+        note=source.note,
+        failures=failures,
+    )
+
+
+def without_images(data: DetectionData, excluded: Collection[int]) -> DetectionData:
+    """Return the data without the images that have the given indices, and without the objects in these images."""
+    indices = [index for index in range(len(data.images)) if index not in excluded]
+    image_ids = [data.image_ids[index] for index in indices]
+    remaining = set(image_ids)
+    return dataclasses.replace(
+        data,
+        images=[data.images[index] for index in indices],
+        image_ids=image_ids,
+        sizes=[data.sizes[index] for index in indices],
+        annotations=[row for row in data.annotations if row["image_id"] in remaining],
+    )
+
+
+def name_boxes(proposals: Proposals, box_embeddings: Tensor, classes: Tensor) -> Detections:
+    """Return the detections in one image, at most `MAX_DETECTIONS`.
+
+    score(box, class) = sqrt(objectness * softmax over classes of (100 * cosine))
+
+    Args:
+        proposals: P class-agnostic boxes.
+        box_embeddings: Embedding of each box, L2-normalised, (P, D).
+        classes: Class embeddings, L2-normalised, (C, D).
+    """
+    probabilities = (LOGIT_SCALE * box_embeddings.float() @ classes.float().T).softmax(1)  # (boxes, classes)
+    scores = (proposals.scores[:, None] * probabilities).sqrt().flatten()
+    top_scores, positions = scores.topk(min(MAX_CANDIDATES, len(scores)))
+    boxes = proposals.boxes[positions // len(classes)]
+    labels = positions % len(classes)
+    remaining = batched_nms(boxes, top_scores, labels, NMS_IOU)[:MAX_DETECTIONS]
+    return Detections(boxes[remaining], top_scores[remaining], labels[remaining])
+
+
+def encode_boxes(model: DualEncoder, image: Tensor, boxes: Tensor, method: str) -> Tensor:
+    """Return the embeddings of P boxes in one image, L2-normalised, (P, D) float32 on the CPU.
+
+    Args:
+        model: Image-text model.
+        image: Image, uint8 (3, H, W).
+        boxes: Corners (x0, y0, x1, y1) in pixels, (P, 4).
+        method: "crop", or a variant of the dense features. See `regions.py`.
+    """
+    if len(boxes) == 0:
+        return torch.zeros(0, model.embed_dim)
+    if method == CROP:
+        batches = []
+        for batch in boxes.split(BATCH_SIZE):
+            batches.append(model.encode_images([model.transform(crop_region(image, box.numpy())) for box in batch]))
+        return torch.cat(batches)
+    dense = get_dense_encoder(model, [method])
+    cells = dense.encode(dense.resize(image, round(DENSE_SCALE * dense.image_size))[None], method)  # (1, h, w, D)
+    scale = torch.tensor([cells.shape[2] / image.shape[2], cells.shape[1] / image.shape[1]] * 2)
+    return pool_regions(cells, [(boxes * scale).to(cells.device)]).cpu()
+
+
+def detection_blocks(
+    data: DetectionData, method: str, detections: Mapping[int, Detections], count: int = 6
+) -> list[Block]:
+    """Return a report section with a few images, sampled at regular intervals, and their best-scored detections."""
+    images = []
+    for n in torch.linspace(0, len(data.images) - 1, min(count, len(data.images))).long().tolist():
+        detected = detections.get(data.image_ids[n])
+        if detected is not None:
+            images.append(_draw(load_image(data.images[n]), detected, data.names))
+    if not images:
+        return []
+    text = f"The {EXAMPLE_BOXES} detections with the highest scores, by the method {method}."
+    return [Heading("Detections", 3), Paragraph(text), ResultImages("Images sampled at regular intervals:", images)]
+
+
+def _draw(image: Tensor, detected: Detections, names: Sequence[str]) -> ResultImage:
+    height, width = image.shape[-2:]
+    scale = EXAMPLE_SIDE / max(height, width)
+    small = F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
+    boxes, labels = detected.boxes[:EXAMPLE_BOXES] * scale, detected.labels[:EXAMPLE_BOXES].tolist()
+    drawn = draw_bounding_boxes(small, boxes, [names[k] for k in labels], width=2) if labels else small
+    captions = []
+    for label, score in zip(labels, detected.scores.tolist(), strict=False):
+        captions.append(f"{names[label]} {score:.2f}")
+    jpeg = encode_jpeg(drawn.contiguous(), quality=80).numpy().tobytes()
+    return ResultImage(jpeg, None, ", ".join(captions) or "no detections")

@@ -1,0 +1,212 @@
+"""Box proposals for open-vocabulary detection: from a file, from a detector, or the true boxes as an upper bound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert, clip_boxes_to_image
+
+from llm2clip.evaluate.benchmarks.base import DetectionData
+from llm2clip.io_utils import DataFormatError, MissingFileError, read_json
+
+GROUND_TRUTH = "ground-truth"
+TORCHVISION_PREFIX = "torchvision:"
+MAX_PROPOSALS = 300  # per image; those with the highest scores are used
+
+
+@dataclass
+class Proposals:
+    """Class-agnostic boxes in one image.
+
+    Args:
+        boxes: Corners (x0, y0, x1, y1) in pixels, float32 (N, 4).
+        scores: Objectness between 0 and 1, float32 (N,).
+    """
+
+    boxes: Tensor
+    scores: Tensor
+
+    def top(self, height: int, width: int) -> Proposals:
+        """Clip the boxes to the image, and return up to `MAX_PROPOSALS` non-empty boxes in order of their scores."""
+        boxes = clip_boxes_to_image(self.boxes, (height, width))
+        order = self.scores.argsort(descending=True, stable=True)
+        is_empty = (boxes[:, 2:] <= boxes[:, :2]).any(1)
+        order = order[~is_empty[order]][:MAX_PROPOSALS]
+        return Proposals(boxes[order], self.scores[order])
+
+
+class ProposalSource(Protocol):
+    """Source of proposals.
+
+    Attributes:
+        note: Statement about boxes that are not used. Empty if all boxes are used.
+    """
+
+    note: str
+
+    def find(self, image_id: int, image: Tensor) -> Proposals:
+        """Return the proposals for an image, uint8 (3, H, W)."""
+        ...
+
+
+def open_proposals(name: str, data: DetectionData, device: torch.device) -> ProposalSource:
+    """Open a source of proposals.
+
+    Args:
+        name: "ground-truth", a JSON file in COCO's results format, torchvision:NAME, or a folder or hub id of an
+            object detection model of transformers.
+        data: Images and objects of the benchmark.
+        device: Device for a detector.
+
+    Raises:
+        MissingFileError: If the JSON file does not exist.
+        DataFormatError: If a row of the JSON file is invalid.
+        ValueError: If torchvision or transformers has no such detector.
+    """
+    if name == GROUND_TRUTH:
+        return _GroundTruth(data)
+    if name.startswith(TORCHVISION_PREFIX):
+        return _Detector(_load_torchvision(name.removeprefix(TORCHVISION_PREFIX), device))
+    if name.endswith(".json"):
+        return _ProposalFile(Path(name), data)
+    return _Detector(_load_transformers(name, device))
+
+
+def object_boxes(data: DetectionData) -> dict[int, Tensor]:
+    """Return the corners of all objects except crowds, float32 (N, 4), keyed by image id."""
+    boxes: dict[int, list[list[float]]] = {}
+    for row in data.annotations:
+        if not row.get("iscrowd"):
+            boxes.setdefault(row["image_id"], []).append(row["bbox"])
+    return {key: box_convert(torch.tensor(rows, dtype=torch.float32), "xywh", "xyxy") for key, rows in boxes.items()}
+
+
+class _GroundTruth:
+    """The boxes of all objects, with an objectness of 1. Crowds are excluded."""
+
+    note = ""
+
+    def __init__(self, data: DetectionData) -> None:
+        self._boxes = object_boxes(data)
+
+    def find(self, image_id: int, image: Tensor) -> Proposals:
+        boxes = self._boxes.get(image_id, torch.zeros(0, 4))
+        return Proposals(boxes, torch.ones(len(boxes)))
+
+
+class _ProposalFile:
+    """Proposals from a JSON file in COCO's results format: a list of {"image_id", "bbox": [x, y, w, h], "score"}."""
+
+    def __init__(self, file: Path, data: DetectionData) -> None:
+        if not file.is_file():
+            raise MissingFileError(f"{file}: no such file; --proposals expects a JSON file in COCO's results format")
+        rows = read_json(file)
+        if not isinstance(rows, list):
+            raise DataFormatError(
+                f'{file} must be a list of {{"image_id", "bbox", "score"}} (got {type(rows).__name__})'
+            )
+        image_ids = set(data.image_ids)
+        by_image: dict[int, list[list[float]]] = {}
+        num_unknown = 0
+        for number, row in enumerate(rows, 1):
+            image_id, values = _parse_row(file, number, row)
+            if image_id in image_ids:
+                by_image.setdefault(image_id, []).append(values)
+            else:
+                num_unknown += 1
+        self._values = {image_id: torch.tensor(values) for image_id, values in by_image.items()}  # (N, 5)
+        notes = []
+        if num_unknown:
+            notes.append(f"{num_unknown:,} of {len(rows):,} boxes belong to images that the benchmark does not use")
+        num_missing = len(image_ids - by_image.keys())
+        if num_missing:
+            notes.append(f"{num_missing:,} of {len(image_ids):,} images have no boxes")
+        self.note = f"{file}: {'; '.join(notes)}" if notes else ""
+        if not by_image:
+            raise DataFormatError(f"{file} has no boxes for the benchmark's images: check that image_id is COCO's id")
+
+    def find(self, image_id: int, image: Tensor) -> Proposals:
+        values = self._values.get(image_id, torch.zeros(0, 5))
+        return Proposals(box_convert(values[:, :4], "xywh", "xyxy"), values[:, 4])
+
+
+def _parse_row(file: Path, number: int, row: Any) -> tuple[int, list[float]]:
+    """Return a row's image id, and its box [x, y, w, h] followed by its score."""
+    try:
+        image_id = int(row["image_id"])
+        values = [*map(float, row["bbox"]), float(row["score"])]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataFormatError(
+            f'{file}, row {number}: expected {{"image_id": 1, "bbox": [x, y, w, h], "score": 0.9}} '
+            f"({type(error).__name__}: {error}; got {str(row)[:200]})"
+        ) from error
+    if len(values) != 5 or not all(map(math.isfinite, values)) or min(values[2:4]) < 0:
+        raise DataFormatError(
+            f"{file}, row {number}: the box {row['bbox']} must be [x, y, width, height] with finite values and a width "
+            "and height of at least 0"
+        )
+    if not 0 <= values[4] <= 1:
+        raise DataFormatError(
+            f"{file}, row {number}: the score {values[4]:g} must be between 0 and 1; apply a sigmoid to logits"
+        )
+    return image_id, values
+
+
+class _Detector:
+    """Proposals from a detector, whose class labels are ignored."""
+
+    note = ""
+
+    def __init__(self, detect: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        """
+        Args:
+            detect: Function that maps an image, uint8 (3, H, W), to corners (N, 4) and scores (N,).
+        """
+        self._detect = detect
+
+    @torch.inference_mode()
+    def find(self, image_id: int, image: Tensor) -> Proposals:
+        boxes, scores = self._detect(image)
+        return Proposals(boxes.float().cpu(), scores.float().cpu())
+
+
+def _load_torchvision(name: str, device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    from torchvision.models import detection, get_model, list_models
+
+    names = [n for n in list_models(module=detection) if not n.startswith("keypoint")]
+    if name not in names:
+        raise ValueError(f"torchvision has no detector {name!r}; choose from {', '.join(names)}")
+    model = get_model(name, weights="DEFAULT").eval().to(device)
+
+    def detect(image: Tensor) -> tuple[Tensor, Tensor]:
+        [result] = model([image.to(device).float() / 255])
+        return result["boxes"], result["scores"]
+
+    return detect
+
+
+def _load_transformers(name: str, device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForObjectDetection.from_pretrained(name, trust_remote_code=False).eval().to(device)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--proposals {name}: not a detector of transformers ({error}). Pass ground-truth, a JSON file in COCO's "
+            f"results format, {TORCHVISION_PREFIX}NAME, or a folder or hub id of an object detection model"
+        ) from error
+
+    def detect(image: Tensor) -> tuple[Tensor, Tensor]:
+        inputs = processor(images=image, return_tensors="pt").to(device)
+        size = torch.tensor([image.shape[-2:]])
+        [result] = processor.post_process_object_detection(model(**inputs), threshold=0.0, target_sizes=size)
+        return result["boxes"], result["scores"]
+
+    return detect

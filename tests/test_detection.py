@@ -1,0 +1,560 @@
+"""Open-vocabulary detection: average precision, names of boxes, proposals, and the OV-COCO benchmark."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+from torchvision.ops import box_convert
+
+from conftest import run_distributed
+from dense_fixtures import coco_json, colour_embeddings, colour_model, draw_rectangles
+from llm2clip.cli import main
+from llm2clip.data.image_refs import FileImage
+from llm2clip.data.images import load_image
+from llm2clip.distributed import process_state
+from llm2clip.evaluate.benchmarks import BENCHMARKS
+from llm2clip.evaluate.benchmarks.base import DetectionData
+from llm2clip.evaluate.benchmarks.ov_coco import class_split
+from llm2clip.evaluate.dense.average_precision import ClassMatches, Detections, detection_metrics, weighted_ap
+from llm2clip.evaluate.dense.detection import (
+    DetectionResults,
+    detect_objects,
+    detection_blocks,
+    name_boxes,
+    without_images,
+)
+from llm2clip.evaluate.dense.proposals import Proposals, open_proposals
+from llm2clip.html_report import ResultImages
+from llm2clip.io_utils import DataFormatError, MissingFileError
+
+NAMES = ("red", "green", "blue")
+GROUPS = {"novel": ("red", "green"), "base": ("blue",)}
+RECALL_VALUES = np.linspace(0, 1, 101)
+
+
+def make_data(
+    objects: list[tuple[int, str, list[float]]], num_images: int, crowds: tuple[int, ...] = ()
+) -> DetectionData:
+    """Create detection data from (image index, class name, [x, y, w, h]). `crowds` are indices of crowds."""
+    annotations = []
+    for n, (image, name, box) in enumerate(objects):
+        row = {"id": n, "image_id": 10 + image, "category_id": 100 + NAMES.index(name), "bbox": box}
+        annotations.append({**row, "area": box[2] * box[3], "iscrowd": int(n in crowds)})
+    return DetectionData(
+        images=[FileImage(f"{n}.jpg") for n in range(num_images)],
+        image_ids=[10 + n for n in range(num_images)],
+        sizes=[(120, 90)] * num_images,
+        annotations=annotations,
+        names=NAMES,
+        category_ids=[100, 101, 102],
+        groups=GROUPS,
+        templates=["a {}"],
+    )
+
+
+def make_detections(rows: list[tuple[str, list[float], float]]) -> Detections:
+    """Create the detections in one image from (class name, [x, y, w, h], score)."""
+    boxes = torch.tensor([[x, y, x + w, y + h] for _, (x, y, w, h), _ in rows], dtype=torch.float32).reshape(-1, 4)
+    scores = torch.tensor([score for _, _, score in rows])
+    return Detections(boxes, scores, torch.tensor([NAMES.index(name) for name, _, _ in rows], dtype=torch.int64))
+
+
+def random_case(seed: int, num_images: int = 12) -> tuple[DetectionData, dict[int, Detections]]:
+    """Create random objects, and detections that are shifted copies of objects or random boxes. Scores are distinct."""
+    random = np.random.default_rng(seed)
+    objects, detections, scores = [], {}, iter(random.permutation(1000) / 1000)
+    for image in range(num_images):
+        rows = []
+        for _ in range(random.integers(0, 5)):
+            box = [*random.uniform(0, 60, 2), *random.uniform(10, 40, 2)]
+            name = NAMES[random.integers(3)]
+            objects.append((image, name, box))
+            for _ in range(random.integers(0, 3)):
+                shifted = [value + random.uniform(-4, 4) for value in box]
+                rows.append((name if random.random() < 0.8 else NAMES[random.integers(3)], shifted, next(scores)))
+        rows.append((NAMES[random.integers(3)], [*random.uniform(0, 60, 2), 20, 20], next(scores)))
+        detections[10 + image] = make_detections(rows)
+    return make_data(objects, num_images), detections
+
+
+def naive_ap(data: DetectionData, detections: dict[int, Detections], label: int, threshold: float) -> float:
+    """Compute the average precision of a class in plain Python: greedy matching by score, 101 recall values."""
+    objects = [row for row in data.annotations if row["category_id"] == data.category_ids[label]]
+    rows = []
+    for image_id, detected in detections.items():
+        for box, score, k in zip(
+            detected.boxes.double().tolist(), detected.scores.tolist(), detected.labels, strict=True
+        ):
+            if k == label:
+                rows.append((score, image_id, box))
+    used, hits = set(), []
+    for _, image_id, box in sorted(rows, key=lambda row: -row[0]):
+        best, best_iou = None, threshold
+        for n, row in enumerate(objects):
+            if row["image_id"] == image_id and n not in used and naive_iou(box, row["bbox"]) >= best_iou:
+                best, best_iou = n, naive_iou(box, row["bbox"])
+        used.add(best)
+        hits.append(best is not None)
+    precision, recall = [], []
+    for n in range(1, len(hits) + 1):
+        precision.append(sum(hits[:n]) / n)
+        recall.append(sum(hits[:n]) / len(objects))
+    best_precisions = []
+    for value in RECALL_VALUES:
+        best_precisions.append(max([p for p, r in zip(precision, recall, strict=True) if r >= value], default=0.0))
+    return 100 * sum(best_precisions) / 101
+
+
+def naive_iou(corners: list[float], box: list[float]) -> float:
+    x0, y0, x1, y1 = corners
+    left, top, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
+    intersection = max(0.0, min(x1, right) - max(x0, left)) * max(0.0, min(y1, bottom) - max(y0, top))
+    return intersection / ((x1 - x0) * (y1 - y0) + box[2] * box[3] - intersection)
+
+
+# ---- average precision ----------------------------------------------------------------------------------------------
+
+
+def test_average_precision_of_a_case_computed_by_hand() -> None:
+    box, other = [0, 0, 10, 10], [50, 50, 10, 10]
+    data = make_data([(0, "red", box), (1, "red", box), (0, "blue", other)], num_images=2)
+    detections = {
+        10: make_detections([("red", box, 0.9), ("red", other, 0.8), ("blue", [50, 50, 10, 7], 0.5)]),
+        11: make_detections([("red", box, 0.7)]),
+    }
+    metrics = detection_metrics(data, detections)
+    # red: hit, miss, hit. The precision is 1 up to a recall of 0.5 (51 of 101 values), and 2/3 above.
+    red = 100 * (51 + 50 * 2 / 3) / 101
+    assert metrics["novel"]["AP50"] == pytest.approx(red)
+    assert metrics["novel"]["classes"] == 1  # there are no green objects
+    assert metrics["base"]["AP50"] == pytest.approx(100)
+    assert metrics["base"]["AP"] == pytest.approx(50)  # the IoU is 0.7: correct at 5 of the 10 thresholds
+    assert metrics["all"]["AP50"] == pytest.approx((red + 100) / 2)  # the mean over classes, not over groups
+    # If either image is drawn twice, the misses come last, and AP50 is 100. Otherwise, it is as above.
+    assert metrics["novel"]["AP50 interval"] == pytest.approx((red, 100))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_average_precision_equals_a_naive_computation(seed: int) -> None:
+    data, detections = random_case(seed)
+    metrics = detection_metrics(data, detections, resamples=10)
+    ap50 = [naive_ap(data, detections, label, 0.5) for label in range(3)]
+    thresholds = np.linspace(0.5, 0.95, 10)
+    ap = [np.mean([naive_ap(data, detections, label, t) for t in thresholds]) for label in range(3)]
+    assert metrics["novel"]["AP50"] == pytest.approx(np.mean(ap50[:2]))
+    assert metrics["base"]["AP50"] == pytest.approx(ap50[2])
+    assert metrics["all"]["AP50"] == pytest.approx(np.mean(ap50))
+    assert metrics["all"]["AP"] == pytest.approx(np.mean(ap))
+
+
+def test_perfect_detections_have_an_average_precision_of_100() -> None:
+    data, _ = random_case(0)
+    by_image: dict[int, list[tuple[str, list[float], float]]] = {}
+    for row in data.annotations:
+        name = NAMES[data.category_ids.index(row["category_id"])]
+        by_image.setdefault(row["image_id"], []).append((name, row["bbox"], 1.0))
+    detections = {image_id: make_detections(rows) for image_id, rows in by_image.items()}
+    for group in detection_metrics(data, detections, resamples=10).values():
+        assert group["AP50"] == group["AP"] == pytest.approx(100)
+        assert group["AP50 interval"] == pytest.approx((100, 100))
+
+
+def test_detections_on_crowds_are_ignored_and_no_detections_score_zero() -> None:
+    box, crowd = [0, 0, 10, 10], [40, 40, 30, 30]
+    data = make_data([(0, "red", box), (0, "red", crowd)], num_images=1, crowds=(1,))
+    on_crowd = ("red", [45, 45, 5, 5], 0.9)
+    metrics = detection_metrics(data, {10: make_detections([on_crowd, ("red", box, 0.5)])}, resamples=5)
+    assert metrics["novel"]["AP50"] == pytest.approx(100)
+    assert metrics["novel"]["AP50 interval"] == pytest.approx((100, 100))
+    nothing = detection_metrics(data, {}, resamples=5)
+    assert nothing["novel"]["AP50"] == 0 and nothing["novel"]["AP50 interval"] == (0, 0)
+
+
+def test_weighted_ap_equals_average_precision_with_repeated_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The intervals must be those of COCOeval on resampled images, where an image can occur several times."""
+    data, detections = random_case(1, num_images=6)
+    matches: list[ClassMatches] = []
+    counts = np.array([2, 0, 1, 3, 1, 0])
+
+    def record(match: ClassMatches, weights: np.ndarray, recall_values: np.ndarray) -> float:
+        matches.append(match)
+        return weighted_ap(match, weights, recall_values)
+
+    monkeypatch.setattr("llm2clip.evaluate.dense.average_precision.weighted_ap", record)
+    metrics = detection_metrics(data, detections, resamples=1)
+    ones = [100 * weighted_ap(match, np.ones(6), RECALL_VALUES) for match in matches]
+    assert metrics["all"]["AP50"] == pytest.approx(np.nanmean(ones))
+
+    sources = [image for image, count in enumerate(counts) for _ in range(count)]
+    objects, repeated = [], {}
+    for copy, image in enumerate(sources):
+        for row in data.annotations:
+            if row["image_id"] == 10 + image:
+                objects.append((copy, NAMES[data.category_ids.index(row["category_id"])], row["bbox"]))
+        repeated[10 + copy] = detections[10 + image]
+    resampled = [100 * weighted_ap(match, counts.astype(float), RECALL_VALUES) for match in matches]
+    expected = detection_metrics(make_data(objects, len(sources)), repeated, resamples=1)
+    assert expected["all"]["AP50"] == pytest.approx(np.nanmean(resampled))
+    assert expected["novel"]["AP50"] == pytest.approx(np.nanmean(resampled[:2]))
+
+
+# ---- names of boxes -------------------------------------------------------------------------------------------------
+
+
+def unit(*shape: int, seed: int) -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def test_name_boxes_scores_are_geometric_means() -> None:
+    corners = torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 40], [60, 0, 80, 30]])
+    objectness = torch.tensor([0.9, 0.2, 0.5])
+    boxes, classes = unit(3, 8, seed=0) * 0.05 + unit(1, 8, seed=1), unit(4, 8, seed=2)
+    boxes = torch.nn.functional.normalize(boxes, dim=-1)
+    detected = name_boxes(Proposals(corners, objectness), boxes, classes)
+    assert len(detected.scores) == 12  # each pair of a box and a class, because the boxes do not overlap
+    assert detected.scores.tolist() == sorted(detected.scores.tolist(), reverse=True)
+    logits = 100 * boxes.double().numpy() @ classes.double().numpy().T
+    for box, score, label in zip(detected.boxes, detected.scores, detected.labels, strict=True):
+        n = int((corners == box).all(1).nonzero())
+        exponentials = np.exp(logits[n] - logits[n].max())
+        probability = exponentials[label] / exponentials.sum()
+        assert float(score) == pytest.approx(np.sqrt(float(objectness[n]) * probability), rel=1e-4)
+
+
+def test_name_boxes_suppresses_overlapping_boxes_of_the_same_class_only() -> None:
+    classes = torch.eye(2, 4)
+    corners = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 8]])
+    embeddings = classes[[0, 0, 1]]  # two boxes of class 0 and one of class 1
+    detected = name_boxes(Proposals(corners, torch.tensor([0.5, 0.9, 0.4])), embeddings, classes)
+    confident = detected.scores > 0.1
+    assert detected.labels[confident].tolist() == [0, 1]
+    assert detected.boxes[confident].tolist() == corners[1:].tolist()
+
+
+def test_name_boxes_accepts_no_boxes_and_keeps_the_best_100() -> None:
+    classes = unit(3, 8, seed=0)
+    assert len(name_boxes(Proposals(torch.zeros(0, 4), torch.zeros(0)), torch.zeros(0, 8), classes).scores) == 0
+    corners = torch.tensor([[20.0 * n, 0, 20 * n + 10, 10] for n in range(120)])
+    scores = torch.linspace(0.1, 1, 120)
+    detected = name_boxes(Proposals(corners, scores), classes[:1].expand(120, 8), classes)
+    assert len(detected.scores) == 100 and set(detected.labels.tolist()) == {0}
+    assert detected.boxes[:, 0].tolist() == [20.0 * n for n in range(119, 19, -1)]
+
+
+# ---- proposals ------------------------------------------------------------------------------------------------------
+
+DATA = make_data([(0, "red", [1, 2, 3, 4]), (0, "green", [5, 5, 2, 2]), (1, "blue", [0, 0, 8, 8])], 2, crowds=(1,))
+IMAGE = torch.zeros(3, 20, 30, dtype=torch.uint8)
+CPU = torch.device("cpu")
+
+
+def write_proposals(folder: Path, rows: Any) -> str:
+    file = folder / "proposals.json"
+    file.write_text(json.dumps(rows))
+    return str(file)
+
+
+def test_proposal_file_is_read_and_unknown_images_are_reported(tmp_path: Path) -> None:
+    rows = [
+        {"image_id": 10, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 0.25},
+        {"image_id": 99, "bbox": [1, 2, 3, 4], "score": 0.5},
+        {"image_id": 10, "bbox": [0, 0, 5, 6], "score": 0.75},
+    ]
+    source = open_proposals(write_proposals(tmp_path, rows), DATA, CPU)
+    proposals = source.find(10, IMAGE)
+    assert proposals.boxes.tolist() == [[1, 2, 4, 6], [0, 0, 5, 6]] and proposals.scores.tolist() == [0.25, 0.75]
+    assert len(source.find(11, IMAGE).boxes) == 0
+    assert "1 of 3 boxes belong to images that the benchmark does not use" in source.note
+    assert "1 of 2 images have no boxes" in source.note
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"image_id": 10, "score": 0.5}, "'bbox'"),
+        ({"image_id": 10, "bbox": [1, 2, 3, 4]}, "'score'"),
+        ({"image_id": "one", "bbox": [1, 2, 3, 4], "score": 0.5}, "'one'"),
+        ({"image_id": 10, "bbox": [1, 2, 3], "score": 0.5}, r"\[1, 2, 3\]"),
+        ({"image_id": 10, "bbox": [1, 2, -3, 4], "score": 0.5}, r"\[1, 2, -3, 4\]"),
+        ({"image_id": 10, "bbox": [1, 2, float("nan"), 4], "score": 0.5}, "finite"),
+        ({"image_id": 10, "bbox": [1, 2, 3, 4], "score": 3.5}, "3.5 must be between 0 and 1; apply a sigmoid"),
+        ("text", "text"),
+    ],
+)
+def test_proposal_file_with_a_malformed_row_is_rejected(tmp_path: Path, row: Any, message: str) -> None:
+    good = {"image_id": 10, "bbox": [1, 2, 3, 4], "score": 0.5}
+    with pytest.raises(DataFormatError, match=f"proposals.json, row 2: .*{message}"):
+        open_proposals(write_proposals(tmp_path, [good, row]), DATA, CPU)
+
+
+def test_proposal_file_errors_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match=r"gone\.json"):
+        open_proposals(str(tmp_path / "gone.json"), DATA, CPU)
+    with pytest.raises(DataFormatError, match="must be a list"):
+        open_proposals(write_proposals(tmp_path, {"annotations": []}), DATA, CPU)
+    other = [{"image_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}]
+    with pytest.raises(DataFormatError, match="image_id is COCO's id"):
+        open_proposals(write_proposals(tmp_path, other), DATA, CPU)
+
+
+def test_ground_truth_proposals_omit_crowds() -> None:
+    source = open_proposals("ground-truth", DATA, CPU)
+    assert source.find(10, IMAGE).boxes.tolist() == [[1, 2, 4, 6]]
+    assert source.find(11, IMAGE).scores.tolist() == [1]
+
+
+def test_top_proposals_are_clipped_sorted_and_limited() -> None:
+    boxes = torch.tensor([[-5.0, 1, 10, 50], [3, 3, 3, 9], [40, 2, 50, 9], [1, 1, 9, 9]])
+    top = Proposals(boxes, torch.tensor([0.1, 0.9, 0.8, 0.7])).top(20, 30)
+    assert top.boxes.tolist() == [[1, 1, 9, 9], [0, 1, 10, 20]]  # the empty box and the box outside are gone
+    assert top.scores.tolist() == pytest.approx([0.7, 0.1])
+    many = torch.tensor([[0.0, 0, 1 + n / 100, 5] for n in range(400)])
+    assert len(Proposals(many, torch.rand(400)).top(20, 30).boxes) == 300
+
+
+def test_torchvision_detector_returns_its_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.models import get_model
+
+    torch.manual_seed(0)
+    model = get_model(
+        "fasterrcnn_mobilenet_v3_large_320_fpn", weights=None, weights_backbone=None, box_score_thresh=0.0
+    )
+    monkeypatch.setattr("torchvision.models.get_model", lambda name, weights: model)
+    source = open_proposals("torchvision:fasterrcnn_mobilenet_v3_large_320_fpn", DATA, CPU)
+    image = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8)
+    found = source.find(10, image)
+    expected = model.eval()([image / 255])[0]
+    assert len(found.boxes) > 0 and torch.equal(found.boxes, expected["boxes"])
+    assert torch.equal(found.scores, expected["scores"])
+    with pytest.raises(ValueError, match=r"no detector 'fastrcnn'; choose from .*fasterrcnn_resnet50_fpn"):
+        open_proposals("torchvision:fastrcnn", DATA, CPU)
+
+
+def test_transformers_detector_returns_its_boxes(tmp_path: Path) -> None:
+    from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessor
+
+    torch.manual_seed(0)
+    config = YolosConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=[32, 48],
+        patch_size=16, num_detection_tokens=5, num_labels=3,
+    )  # fmt: skip
+    model = YolosForObjectDetection(config).eval()
+    model.save_pretrained(tmp_path)
+    YolosImageProcessor(size={"height": 32, "width": 48}, do_pad=False).save_pretrained(tmp_path)
+    image = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8)
+    found = open_proposals(str(tmp_path), DATA, CPU).find(10, image)
+    pixels = YolosImageProcessor.from_pretrained(tmp_path)(images=image, return_tensors="pt")
+    outputs = model(**pixels)
+    centre_x, centre_y, width, height = (outputs.pred_boxes[0] * torch.tensor([80, 60, 80, 60])).unbind(-1)
+    corners = torch.stack([centre_x - width / 2, centre_y - height / 2, centre_x + width / 2, centre_y + height / 2], 1)
+    assert torch.allclose(found.boxes, corners, atol=1e-4)
+    assert torch.allclose(found.scores, outputs.logits[0].softmax(-1)[:, :-1].amax(-1))
+    with pytest.raises(ValueError, match="not a detector of transformers"):
+        open_proposals(str(tmp_path / "nothing"), DATA, CPU)
+
+
+# ---- OV-COCO --------------------------------------------------------------------------------------------------------
+
+
+def test_class_split_has_48_base_and_17_novel_classes_of_coco() -> None:
+    split = class_split()
+    coco_names = {name for name in FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"] if name != "N/A"}
+    names = list(itertools.chain(*split.values()))
+    assert {group: len(classes) for group, classes in split.items()} == {"novel": 17, "base": 48}
+    assert len(set(names)) == 65 and set(names) < coco_names
+
+
+# ---- detection with a model that recognises colours -----------------------------------------------------------------
+
+
+RECTANGLES = [("red", "green"), ("green", "blue"), ("blue", "red"), ("green", "red")]  # of each image
+
+
+def draw_data(folder: Path) -> DetectionData:
+    """Draw two coloured rectangles on each of four images, and return the rectangles as objects."""
+    data = make_drawn_data(folder)
+    for n, names in enumerate(RECTANGLES):
+        boxes = [row["bbox"] for row in data.annotations if row["image_id"] == 10 + n]
+        draw_rectangles(folder / f"{n}.png", (120, 90), list(zip(names, boxes, strict=True)))
+    return data
+
+
+def make_drawn_data(folder: Path) -> DetectionData:
+    objects = []
+    for n, (first, second) in enumerate(RECTANGLES):
+        objects += [(n, first, [5.0 + n, 8, 30 + n, 25]), (n, second, [70.0, 40 + n, 30 + n, 25])]
+    data = make_data(objects, num_images=4)
+    return dataclasses.replace(data, images=[FileImage(str(folder / f"{n}.png")) for n in range(4)])
+
+
+def detect(data: DetectionData, proposals: str = "ground-truth") -> DetectionResults:
+    return detect_objects(data, colour_embeddings(), proposals, ["plain", "sclip"], with_crops=True)
+
+
+def test_true_boxes_and_correct_names_have_an_average_precision_of_100(tmp_path: Path) -> None:
+    data = draw_data(tmp_path)
+    results = detect(data)
+    assert (results.num_boxes, results.num_covered, results.num_objects) == (8, 8, 8)
+    for method in ("plain", "crop"):
+        for metrics in detection_metrics(data, results.by_method[method], resamples=5).values():
+            assert metrics["AP50"] == metrics["AP"] == pytest.approx(100)
+    swapped = detection_metrics(data, results.by_method["sclip"], resamples=5)  # red and blue are swapped
+    assert swapped["base"]["AP50"] < 50  # the wrong name of each box has the higher score
+
+
+def test_proposal_recall_counts_the_objects_that_a_proposal_covers(tmp_path: Path) -> None:
+    data = draw_data(tmp_path)
+    first, second = data.annotations[0]["bbox"], data.annotations[1]["bbox"]
+    half = [second[0], second[1], second[2], 12]  # of 25 pixels
+    rows = [{"image_id": 10, "bbox": box, "score": 0.5} for box in (first, first, half)]
+    results = detect(data, write_proposals(tmp_path, rows))
+    assert (results.num_boxes, results.num_covered, results.num_objects) == (3, 1, 8)
+    assert "3 of 4 images have no boxes" in results.note
+
+
+def test_unusable_images_are_recorded(tmp_path: Path) -> None:
+    data = draw_data(tmp_path)
+    (tmp_path / "2.png").write_bytes(b"no image")
+    Image.new("RGB", (60, 45)).save(tmp_path / "3.png")
+    embeddings = colour_embeddings(max_skipped=0.5)
+    results = detect_objects(data, embeddings, "ground-truth", ["plain"])
+    assert set(results.by_method["plain"]) == {10, 11} and results.num_objects == 4
+    remaining = without_images(data, results.failures)
+    assert remaining.image_ids == [10, 11] and remaining.images == data.images[:2] and len(remaining.sizes) == 2
+    assert [row["image_id"] for row in remaining.annotations] == [10, 10, 11, 11]
+    undecodable, wrong_size = embeddings.log.examples
+    assert "2.png" in undecodable
+    assert "3.png" in wrong_size and "60 x 45 pixels, but its boxes refer to 120 x 90" in wrong_size
+
+
+def detect_on_rank(folder: Path) -> None:
+    results = detect(make_drawn_data(folder))
+    torch.save(results, folder / f"rank{process_state().process_index}.pt")
+
+
+def test_ranks_share_the_images_and_all_return_the_results(tmp_path: Path) -> None:
+    data = draw_data(tmp_path)
+    expected = detect(data)
+    run_distributed(2, detect_on_rank, tmp_path)
+    for rank in range(2):
+        results = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
+        assert (results.num_boxes, results.num_covered, results.num_objects) == (8, 8, 8)
+        for method, detections in expected.by_method.items():
+            assert set(results.by_method[method]) == set(detections)
+            for image_id, detected in detections.items():
+                assert torch.equal(results.by_method[method][image_id].scores, detected.scores)
+
+
+def test_unsupported_variants_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = draw_data(tmp_path)
+    results = detect_objects(data, colour_embeddings(), "ground-truth", ["naclip", "plain"])
+    assert list(results.by_method) == ["plain"]
+    assert "naclip are skipped" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="does not support the dense variant naclip"):
+        detect_objects(data, colour_embeddings(), "ground-truth", ["naclip"])
+
+
+def test_detection_blocks_show_the_names(tmp_path: Path) -> None:
+    data = draw_data(tmp_path)
+    results = detect(data)
+    blocks = detection_blocks(data, "plain", results.by_method["plain"], count=2)
+    [images] = [block for block in blocks if isinstance(block, ResultImages)]
+    assert len(images.images) == 2
+    assert images.images[0].caption.startswith(("red 1.00, green 1.00", "green 1.00, red 1.00"))
+    assert load_image(images.images[0].jpeg).shape == (3, 360, 480)
+
+
+def test_missing_pycocotools_is_reported_before_the_images_are_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingFileError, match=r"pip install 'llm2clip\[dense\]'"):
+        BENCHMARKS["ov-coco"].load(tmp_path)
+
+
+def test_ov_coco_reports_invalid_files(tmp_path: Path) -> None:
+    names = [name for group in class_split().values() for name in group]
+    file = tmp_path / "annotations/instances_val2017.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(coco_json([], [], names[1:])))
+    with pytest.raises(DataFormatError, match=f"has no category '{names[0]}'; 1 of 65 are missing"):
+        BENCHMARKS["ov-coco"].load(tmp_path)
+    row = {"image_id": 10, "category_id": 1, "bbox": [1, 2, 3]}
+    file.write_text(json.dumps(coco_json([("0.png", (64, 48))], [row], names)))
+    with pytest.raises(DataFormatError, match=r"annotation 100 has the invalid box \[1, 2, 3\]"):
+        BENCHMARKS["ov-coco"].load(tmp_path)
+    row["bbox"] = [1, 2, 3, 4]
+    file.write_text(json.dumps(coco_json([("0.png", (64, 48))], [row], names)))
+    with pytest.raises(MissingFileError, match="1 of 1 images"):
+        BENCHMARKS["ov-coco"].load(tmp_path)
+
+
+@pytest.mark.data
+def test_perfect_detections_on_real_images_have_an_average_precision_of_100(real_data: Path) -> None:
+    data = BENCHMARKS["ov-coco"].load(real_data / "coco_instances")
+    labels = {category_id: label for label, category_id in enumerate(data.category_ids)}
+    rows: dict[int, list[tuple[list[float], int]]] = {}
+    for row in data.annotations:
+        if not row["iscrowd"]:
+            rows.setdefault(row["image_id"], []).append((row["bbox"], labels[row["category_id"]]))
+    detections = {}
+    for image_id, objects in rows.items():
+        boxes = box_convert(torch.tensor([box for box, _ in objects]), "xywh", "xyxy")
+        classes = torch.tensor([label for _, label in objects])
+        detections[image_id] = Detections(boxes, torch.ones(len(objects)), classes)
+    metrics = detection_metrics(data, detections, resamples=20)
+    assert metrics["novel"]["classes"] + metrics["base"]["classes"] == metrics["all"]["classes"] > 40
+    for group in metrics.values():
+        assert group["AP50"] == group["AP"] == pytest.approx(100)
+
+
+def test_evaluate_command_reports_detection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [*(name for group in class_split().values() for name in group), "stop sign"]
+    colours = {"cat": "red", "dog": "green", "person": "blue"}
+    boxes = {"cat": [4, 4, 24, 16], "person": [36, 20, 20, 24], "dog": [2, 25, 20, 20], "stop sign": [40, 0, 20, 15]}
+    rows = []
+    for image, image_names in enumerate([("cat", "person"), ("dog", "person"), ("stop sign",)]):
+        rectangles = [(colours[name], boxes[name]) for name in image_names if name in colours]
+        draw_rectangles(tmp_path / f"coco/val2017/{image}.png", (64, 48), rectangles)
+        for name in image_names:
+            category_id = 2 * names.index(name) + 1
+            rows.append({"image_id": 10 + image, "category_id": category_id, "bbox": boxes[name]})
+    images = [(f"{n}.png", (64, 48)) for n in range(3)]
+    file = tmp_path / "coco/annotations/instances_val2017.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(coco_json(images, rows, names)))
+    model = colour_model()
+    encode = model.encode_texts_raw
+    model.encode_texts_raw = lambda texts, progress: encode(
+        [" ".join(colours.get(word.strip(".,!"), word) for word in text.split()) for text in texts], progress
+    )
+    monkeypatch.setattr("llm2clip.evaluate.embeddings.open_dual_encoder", lambda *args, **kwargs: model)
+    monkeypatch.setattr("llm2clip.evaluate.embeddings.fingerprint", lambda identity: "0" * 64)
+    folders = ["--root", str(tmp_path), "--out", str(tmp_path / "out")]
+    command = ["evaluate", "colours", "--benchmarks", "ov-coco", *folders]
+    assert main([*command, "--proposals", "ground-truth", "--crop_proposals"]) == 0
+    output = capsys.readouterr().out
+    assert "| paper 2026: EVA02 + LLM2CLIP | – | – | 28.9 | 54.7 | 48.0 |" in output
+    [result] = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert result["images"] == 2  # the third image has only objects of classes that are not used
+    assert [row["method"] for row in result["rows"]] == ["plain", "crop"]
+    metrics = result["rows"][0]["metrics"]
+    for name in ("AP50 novel", "AP50 base", "AP50 all", "AP all"):
+        assert metrics[name] == pytest.approx(100)
+    assert result["proposals"]["boxes"] == 4 and metrics["proposal recall"] == 100
+    page = (tmp_path / "out/report.html").read_text()
+    assert "cat 1.00" in page and "Proposals from ground-truth: 4 boxes" in page
+    assert main(command) == 1
+    assert "pass --proposals" in capsys.readouterr().err
