@@ -1,0 +1,175 @@
+"""Measure the speed and memory of dense evaluation on a ViT-B/16 with random weights.
+
+    python benchmarks/dense.py FOLDER [--images 40] [--threads 2]
+
+FOLDER contains JPEG files, which are resized to each of the sizes below.
+
+Segmentation: SCLIP's protocol with 20 classes. The baseline encodes one window at a time, and adds up the scores of all
+pixels of the resized image before it resizes them to the original size. The script prints how many pixels have the same
+class in both methods.
+
+Regions: ten boxes per image of 640 x 480 pixels, embedded by crop and by RoIAlign on the dense features.
+
+Each measurement runs in its own process. Its memory is the peak memory minus the memory after the model has encoded
+eight windows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.io import write_jpeg
+from torchvision.transforms.v2 import functional as transforms
+
+from llm2clip.data.image_refs import FileImage
+from llm2clip.data.images import load_image
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.transforms import EvalTransform
+from llm2clip.evaluate.benchmarks.base import SegmentationData
+from llm2clip.evaluate.dense.detection import encode_boxes
+from llm2clip.evaluate.dense.regions import CROP
+from llm2clip.evaluate.dense.segmentation import evaluate_segmentation
+from llm2clip.evaluate.embeddings import ModelEmbeddings
+from llm2clip.models.dense import build_dense_encoder
+from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.models.vision_tower import VisionTower
+from shared import memory_mb, reset_peak_memory
+
+SIZES = ((640, 480), (1280, 960), (2560, 1920), (4000, 3000))  # width and height
+LARGE_IMAGES = 4  # number of images of the larger sizes
+NUM_CLASSES = 20
+BOXES_PER_IMAGE = 10
+EMBED_DIM = 512
+WINDOW, STRIDE, SHORTER_SIDE = 224, 112, 336  # SCLIP's protocol
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of JPEG files")
+    parser.add_argument("--images", type=int, default=40, help="number of images of 640 x 480 pixels")
+    parser.add_argument("--threads", type=int, default=2, help="number of threads")
+    args = parser.parse_args()
+    sources = sorted(args.folder.glob("*.jpg"))[: args.images]
+    print(f"{len(sources)} images of 640 x 480 pixels, {LARGE_IMAGES} of each other size, {args.threads} threads")
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for width, height in SIZES:
+            count = len(sources) if (width, height) == SIZES[0] else LARGE_IMAGES
+            files[width, height] = write_resized(sources[:count], Path(folder), width, height)
+        small = files[SIZES[0]]
+        for size, images in files.items():
+            seconds, memory, labels = run(segment_window_by_window, images, None, args.threads)
+            report(f"{size[0]} x {size[1]}, one window at a time", len(images), seconds, memory)
+            seconds, memory, agreement = run(segment_with_llm2clip, images, labels, args.threads)
+            report(f"{size[0]} x {size[1]}, llm2clip", len(images), seconds, memory)
+            print(f"  {agreement:.3f}% of the pixels have the same class", flush=True)
+        for method in (CROP, "plain"):
+            seconds, memory, _ = run(embed_boxes, small, method, args.threads)
+            report(f"{BOXES_PER_IMAGE} boxes per image, {method}", len(small), seconds, memory)
+
+
+def report(name: str, num_images: int, seconds: float, memory: float) -> None:
+    rate = num_images / seconds
+    print(f"{name}: {rate:.2f} images/s ({1000 / rate / 60:.1f} minutes for 1,000 images), {memory:.0f} MB", flush=True)
+
+
+def write_resized(sources: Sequence[Path], folder: Path, width: int, height: int) -> list[Path]:
+    """Resize images, save them as JPEG files, and return the paths."""
+    files = []
+    for source in sources:
+        file = folder / f"{source.stem}-{width}.jpg"
+        write_jpeg(transforms.resize(load_image(source), [height, width], antialias=True), str(file), quality=90)
+        files.append(file)
+    return files
+
+
+def run(method: Callable[..., Any], files: Sequence[Path], argument: Any, threads: int) -> tuple[float, float, Any]:
+    """Run a method in a new process. Return the seconds, the memory in MB and the result."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, method, files, argument, threads).result()
+
+
+def measure(method: Callable[..., Any], files: Sequence[Path], argument: Any, threads: int) -> tuple[float, float, Any]:
+    torch.set_num_threads(threads)
+    model = build_model()
+    model.dense.encode(torch.zeros(8, 3, WINDOW, WINDOW))  # allocates memory that every method needs
+    memory = reset_peak_memory()
+    start = time.perf_counter()
+    result = method(model, files, argument)
+    return time.perf_counter() - start, memory_mb("VmHWM") - memory, result
+
+
+def build_model() -> DualEncoder:
+    """Return a ViT-B/16 with random weights, and a text encoder that returns random embeddings."""
+    torch.manual_seed(0)
+    tower = VisionTower.from_pretrained("timm:vit_base_patch16_clip_224", pretrained=False)
+    projection = nn.Linear(tower.feature_dim, EMBED_DIM, bias=False)
+    return DualEncoder(
+        name="ViT-B/16",
+        embed_dim=EMBED_DIM,
+        identity=dict,
+        transform=EvalTransform(tower.preprocess),
+        encode_images_raw=lambda images: projection(tower(torch.stack(images))),
+        encode_texts_raw=lambda texts, _: torch.randn(
+            len(texts), EMBED_DIM, generator=torch.Generator().manual_seed(0)
+        ),
+        dense=build_dense_encoder(tower, projection),
+    )
+
+
+def segment_with_llm2clip(model: DualEncoder, files: Sequence[Path], labels: Sequence[np.ndarray]) -> float:
+    """Segment images, and return the percentage of pixels whose class is the given label."""
+    names = [(f"class {n}",) for n in range(NUM_CLASSES)]
+    data = SegmentationData([FileImage(str(file)) for file in files], labels.__getitem__, names, ["{}"])
+    embeddings = ModelEmbeddings(model, SkipLog(), progress=False)
+    counts = evaluate_segmentation(data, embeddings, ["plain"]).counts["plain"]
+    return 100 * counts.intersection.sum() / counts.labelled.sum()
+
+
+@torch.no_grad()
+def segment_window_by_window(model: DualEncoder, files: Sequence[Path], _: None) -> list[np.ndarray]:
+    """Segment images, and return the class of each pixel, uint8 (H, W)."""
+    queries = model.encode_texts([f"class {n}" for n in range(NUM_CLASSES)])
+    results = []
+    for file in files:
+        image = load_image(file)
+        resized = transforms.resize(image, [SHORTER_SIDE], antialias=True)
+        height, width = resized.shape[1:]
+        sums, counts = torch.zeros(NUM_CLASSES, height, width), torch.zeros(height, width)
+        for row in range(0, height - WINDOW + STRIDE, STRIDE):
+            for column in range(0, width - WINDOW + STRIDE, STRIDE):
+                top, left = min(row, height - WINDOW), min(column, width - WINDOW)
+                window = resized[:, top : top + WINDOW, left : left + WINDOW]
+                scores = (model.dense.encode(window[None]) @ queries.T).permute(0, 3, 1, 2)  # (1, classes, h, w)
+                part = (slice(top, top + WINDOW), slice(left, left + WINDOW))
+                sums[:, *part] += F.interpolate(scores, (WINDOW, WINDOW), mode="bilinear")[0]
+                counts[part] += 1
+        logits = F.interpolate((sums / counts)[None], image.shape[1:], mode="bilinear")[0]
+        results.append(logits.argmax(0).to(torch.uint8).numpy())
+    return results
+
+
+def embed_boxes(model: DualEncoder, files: Sequence[Path], method: str) -> None:
+    """Embed random boxes with sides of a tenth to a half of the image."""
+    generator = torch.Generator().manual_seed(0)
+    for file in files:
+        image = load_image(file)
+        size = torch.tensor([image.shape[2], image.shape[1]])
+        corners = torch.rand(BOXES_PER_IMAGE, 2, generator=generator) * 0.5 * size
+        sides = (0.1 + 0.4 * torch.rand(BOXES_PER_IMAGE, 2, generator=generator)) * size
+        encode_boxes(model, image, torch.cat([corners, corners + sides], 1), method)
+
+
+if __name__ == "__main__":
+    main()
