@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from conftest import make_tower
 from llm2clip.cli import main
 from llm2clip.models.caption_encoder import CaptionEncoder
-from llm2clip.models.dual_encoder import open_dual_encoder
+from llm2clip.models.dual_encoder import from_llm2clip, open_dual_encoder
+from llm2clip.search.heatmap import compute_heatmap
 from llm2clip.train.losses import info_nce, sigmoid_loss
+from test_dense import BUILDERS, make_llm2clip
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 CAPTIONS = ["a dog", "two cats in the snow", "x", "a longer caption of a red house behind a blue tree"] * 3
@@ -39,6 +41,25 @@ def test_model_embeddings_equal_those_of_the_cpu(model_folder: Path, precision: 
         embeddings.append((model.encode_texts(CAPTIONS), model.encode_images([model.transform(pixels)])))
     for actual, expected in zip(embeddings[1], embeddings[0], strict=True):
         torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 0.05)])
+@pytest.mark.parametrize("family", ["vit", "eva02", "clip", "siglip"])
+def test_dense_embeddings_equal_those_of_the_cpu(family: str, precision: str, tolerance: float) -> None:
+    model = make_llm2clip(BUILDERS[family]())
+    on_cpu = from_llm2clip(model, "model").dense
+    assert on_cpu is not None
+    pixels = torch.randint(0, 255, (2, 3, 3 * on_cpu.cell_size, 5 * on_cpu.cell_size), dtype=torch.uint8)
+    query = F.normalize(torch.randn(model.config.embed_dim), dim=0).numpy()
+    expected = {variant: on_cpu.encode(pixels, variant) for variant in on_cpu.variants}
+    heatmap = compute_heatmap(on_cpu, pixels[0], query)
+    on_gpu = from_llm2clip(model.to("cuda"), "model", precision).dense
+    assert on_gpu is not None and on_gpu.device.type == "cuda"
+    for variant, embeddings in expected.items():
+        actual = on_gpu.encode(pixels, variant)
+        assert actual.device.type == "cuda" and actual.dtype == torch.float32
+        assert (1 - F.cosine_similarity(actual.cpu(), embeddings, dim=-1)).max() < tolerance
+    assert abs(compute_heatmap(on_gpu, pixels[0], query) - heatmap).max() < 4 * tolerance
 
 
 @pytest.mark.parametrize("name", ["infonce", "sigmoid"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from pretended_gpu.counts import active_counts
 from pretended_gpu.tensors import REPLACED, GpuTensor
@@ -25,6 +26,11 @@ def attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """Replace `F.scaled_dot_product_attention`: count the kernel that a GPU would use, and run the CPU's."""
+    if has_torch_function((query, key, value)):  # a TorchFunctionMode is active; it also sees the original function
+        options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+        return handle_torch_function(  # type: ignore[no-any-return]
+            attention, (query, key, value), query, key, value, **options, enable_gqa=enable_gqa
+        )
     if not isinstance(query, GpuTensor):
         return _cpu_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if torch.is_autocast_enabled("cuda"):

@@ -360,7 +360,7 @@ class _ReplacedAttention(TorchFunctionMode):
         self.calls += 1
         return self._attend(*args, **(kwargs or {}))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, **_: Any) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None, **__: Any) -> Tensor:
         """Return the attention output for q, k and v, each (N, heads, L, head_dim).
 
         The remaining arguments are not needed: in eval mode there is no dropout, and images of one size need no mask.
