@@ -74,11 +74,23 @@ BUILDERS: dict[str, Callable[[], VisionTower]] = {
 # ---- naive formulas -------------------------------------------------------------------------------------------------
 
 
+OLD_DINOV2_NAMES = {  # in earlier releases of transformers 5
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+}
+
+
 class Weights:
     """Weights of a model by name, and the layers that the formulas use, from plain matmuls."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.values = {name: value.double() for name, value in model.state_dict().items()}
+        self.values = {}
+        for name, value in model.state_dict().items():
+            for old_name, new_name in OLD_DINOV2_NAMES.items():
+                name = name.replace(old_name, new_name)
+            self.values[name] = value.double()
 
     def get(self, name: str) -> Tensor | None:
         return self.values.get(name)
