@@ -11,7 +11,7 @@ class in both methods.
 Regions: ten boxes per image of 640 x 480 pixels, embedded by crop and by RoIAlign on the dense features.
 
 Each measurement runs in its own process. Its memory is the peak memory minus the memory after the model has encoded
-eight windows.
+eight windows. The script prints CPU times, because other programs may use the machine.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from llm2clip.models.vision_tower import VisionTower
 from shared import memory_mb, reset_peak_memory
 
 SIZES = ((640, 480), (1280, 960), (2560, 1920), (4000, 3000))  # width and height
-LARGE_IMAGES = 4  # number of images of the larger sizes
+LARGE_IMAGES = 2  # number of images of the larger sizes
 NUM_CLASSES = 20
 BOXES_PER_IMAGE = 10
 EMBED_DIM = 512
@@ -69,19 +70,43 @@ def main() -> None:
             files[width, height] = write_resized(sources[:count], Path(folder), width, height)
         small = files[SIZES[0]]
         for size, images in files.items():
-            seconds, memory, labels = run(segment_window_by_window, images, None, args.threads)
-            report(f"{size[0]} x {size[1]}, one window at a time", len(images), seconds, memory)
-            seconds, memory, agreement = run(segment_with_llm2clip, images, labels, args.threads)
-            report(f"{size[0]} x {size[1]}, llm2clip", len(images), seconds, memory)
-            print(f"  {agreement:.3f}% of the pixels have the same class", flush=True)
+            baseline = run(segment_window_by_window, images, None, args.threads)
+            report(f"{size[0]} x {size[1]}, one window at a time", baseline, args.threads)
+            measurement = run(segment_with_llm2clip, images, baseline.result, args.threads)
+            report(f"{size[0]} x {size[1]}, llm2clip", measurement, args.threads)
+            print(f"  {measurement.result:.3f}% of the pixels have the same class", flush=True)
         for method in (CROP, "plain"):
-            seconds, memory, _ = run(embed_boxes, small, method, args.threads)
-            report(f"{BOXES_PER_IMAGE} boxes per image, {method}", len(small), seconds, memory)
+            report(
+                f"{BOXES_PER_IMAGE} boxes per image, {method}",
+                run(embed_boxes, small, method, args.threads),
+                args.threads,
+            )
 
 
-def report(name: str, num_images: int, seconds: float, memory: float) -> None:
-    rate = num_images / seconds
-    print(f"{name}: {rate:.2f} images/s ({1000 / rate / 60:.1f} minutes for 1,000 images), {memory:.0f} MB", flush=True)
+@dataclass
+class Measurement:
+    """Measurement of a method on several images.
+
+    Args:
+        wall_seconds, cpu_seconds: Mean wall time and CPU time per image.
+        memory: Additional memory in MB.
+        result: Result of the method.
+    """
+
+    wall_seconds: float
+    cpu_seconds: float
+    memory: float
+    result: Any
+
+
+def report(name: str, measurement: Measurement, threads: int) -> None:
+    """Print a measurement. On a busy machine, the wall time also contains the time for which the process waited."""
+    minutes = 1000 * measurement.cpu_seconds / threads / 60
+    print(
+        f"{name}: {measurement.cpu_seconds:.2f} s of CPU time per image ({minutes:.0f} minutes for 1,000 images on "
+        f"{threads} idle cores), wall time {measurement.wall_seconds:.2f} s, {measurement.memory:.0f} MB",
+        flush=True,
+    )
 
 
 def write_resized(sources: Sequence[Path], folder: Path, width: int, height: int) -> list[Path]:
@@ -94,20 +119,21 @@ def write_resized(sources: Sequence[Path], folder: Path, width: int, height: int
     return files
 
 
-def run(method: Callable[..., Any], files: Sequence[Path], argument: Any, threads: int) -> tuple[float, float, Any]:
-    """Run a method in a new process. Return the seconds, the memory in MB and the result."""
+def run(method: Callable[..., Any], files: Sequence[Path], argument: Any, threads: int) -> Measurement:
+    """Run a method in a new process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure, method, files, argument, threads).result()
 
 
-def measure(method: Callable[..., Any], files: Sequence[Path], argument: Any, threads: int) -> tuple[float, float, Any]:
+def measure(method: Callable[..., Any], files: Sequence[Path], argument: Any, threads: int) -> Measurement:
     torch.set_num_threads(threads)
     model = build_model()
     model.dense.encode(torch.zeros(8, 3, WINDOW, WINDOW))  # allocates memory that every method needs
     memory = reset_peak_memory()
-    start = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     result = method(model, files, argument)
-    return time.perf_counter() - start, memory_mb("VmHWM") - memory, result
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return Measurement(wall / len(files), cpu / len(files), memory_mb("VmHWM") - memory, result)
 
 
 def build_model() -> DualEncoder:
