@@ -1,8 +1,8 @@
 """Worst-case images: how long does the decoder work on a file of a few megabytes that was made to be slow?
 
 Each file has at most 100 million pixels, which is the limit of `decode_image`, and is decoded in its own process. The
-script prints the CPU time, the increase of the peak memory and the result: the size of the decoded image, or the reason for
-which the file is rejected.
+script prints the CPU time, the increase of the peak memory and the result: the size of the decoded image, or the reason
+for which the file is rejected.
 
     python benchmarks/hostile_images.py [NAME ...]
 """
@@ -337,7 +337,7 @@ FILES: dict[str, Callable[[], bytes]] = {
 
 
 def decode(data: bytes, results: multiprocessing.SimpleQueue[tuple[float, int, str]]) -> None:
-    """Decode an image; put the seconds of CPU time, the increase of the peak memory in MB and the result in the queue."""
+    """Decode an image; put the CPU seconds, the increase of the peak memory in MB and the result in the queue."""
     from llm2clip.data.images import ImageError, decode_image
 
     warnings.simplefilter("ignore")

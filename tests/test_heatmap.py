@@ -84,9 +84,9 @@ def test_server_returns_where_the_query_is(model: DualEncoder, backend: SqliteBa
     with TestClient(create_patient_app(model, backend), base_url=BASE_URL) as client:
         left_red, right_red, left_green = (find(client, f"{n}.png") for n in (0, 1, 6))
         rows = np.array(client.post("/heatmap", json={"id": left_red, "texts": [RED]}).json()["rows"])
-        assert rows.shape == (5, 6)  # 48 x 40 pixels, cells of 8 x 8 pixels
-        np.testing.assert_allclose(rows[:, :3], 1, atol=1e-5)
-        np.testing.assert_allclose(rows[:, 3:], -1, atol=1e-5)
+        assert rows.shape == (8, 10)  # 48 x 40 pixels, resized to 80 x 64, and cells of 8 x 8 pixels
+        np.testing.assert_allclose(rows[:, :4], 1, atol=1e-5)
+        np.testing.assert_allclose(rows[:, 6:], -1, atol=1e-5)
         opposite = np.array(client.post("/heatmap", json={"id": right_red, "texts": [RED]}).json()["rows"])
         np.testing.assert_allclose(opposite, rows[:, ::-1], atol=1e-5)
         assert np.max(client.post("/heatmap", json={"id": left_green, "texts": [RED]}).json()["rows"]) < -0.99
@@ -188,7 +188,8 @@ def test_search_command_writes_heatmaps(
     [hit] = backend.search(vector, 1, Filter())
     image = load_image(hit.images[0].name)
     assert model.dense is not None
-    expected = draw_heatmap(image, compute_heatmap(model.dense, model.dense.resize(image), vector))
+    pixels = model.dense.resize(image, model.dense.localization_size)
+    expected = draw_heatmap(image, compute_heatmap(model.dense, pixels, vector))
     encoded = page.split("data:image/jpeg;base64,")[1].split('"')[0]
     drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
     np.testing.assert_array_equal(drawn, np.asarray(Image.open(io.BytesIO(expected))))

@@ -42,6 +42,9 @@ from llm2clip.models.vision_tower import VisionTower
 DENSE_VARIANTS = ("plain", "maskclip", "sclip", "clearclip", "naclip")
 _NO_RESIDUAL = ("clearclip", "naclip")  # these variants also drop the feed-forward network
 _GAUSSIAN_STD = 5.0  # of NACLIP, in patches
+# Shorter side of the image, divided by the side that the tower was trained with, for finding where something is. With a
+# tower for 224 pixels, this is 336, as in SCLIP.
+LOCALIZATION_SCALE = 1.5
 _MAX_ASPECT_RATIO = 8  # more elongated images are squeezed, because their size would be unlimited
 # Classes of pre-norm blocks -> names of the norm, the attention and the layer scale.
 _BLOCK_PARTS = {
@@ -85,6 +88,11 @@ class DenseEncoder:
     interpolation: str
     localization_variant: str
     features: Callable[[Tensor, str], Tensor]
+
+    @property
+    def localization_size(self) -> int:
+        """Length of the shorter side, in pixels, for finding where something is. See `resize`."""
+        return round(LOCALIZATION_SCALE * self.image_size)
 
     @torch.no_grad()
     @onednn_matmul()

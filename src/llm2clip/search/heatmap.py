@@ -34,7 +34,7 @@ def compute_heatmap(dense: DenseEncoder, pixels: Tensor, query: np.ndarray) -> n
 
     Args:
         dense: Dense encoder of the model that embedded the query.
-        pixels: Image, uint8 (3, H, W), resized by `dense.resize`.
+        pixels: Image, uint8 (3, H, W), resized by `dense.resize`, usually to `dense.localization_size`.
         query: Query vector, float32 (D,), L2-normalised.
     """
     cells = dense.encode(pixels[None], dense.localization_variant)[0]  # (h, w, D)

@@ -201,7 +201,8 @@ class InferenceService:
             data = stream.read(max_bytes + 1)
         if len(data) > max_bytes:
             raise TooLarge(f"the image file is too large; the limit is {max_bytes:,} bytes")
-        return require_dense_encoder(self.model).resize(load_request_image(data, self.limits.max_pixels))
+        dense = require_dense_encoder(self.model)
+        return dense.resize(load_request_image(data, self.limits.max_pixels), dense.localization_size)
 
     def _compute_heatmaps(self, items: Sequence[tuple[Tensor, np.ndarray]]) -> list[np.ndarray]:
         # One image at a time, because the images have different sizes.

@@ -135,7 +135,9 @@ def draw_heatmaps(model: DualEncoder, query: np.ndarray, hits: Sequence[Hit], ba
                 image = load_image(read_image_file(stream))
         except (ImageError, OSError):
             continue
-        heatmaps[hit.id] = draw_heatmap(image, compute_heatmap(dense, dense.resize(image), query))
+        heatmaps[hit.id] = draw_heatmap(
+            image, compute_heatmap(dense, dense.resize(image, dense.localization_size), query)
+        )
     return heatmaps
 
 

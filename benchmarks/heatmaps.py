@@ -1,0 +1,84 @@
+"""Measure whether the heat maps of `llm2clip search` point at objects: the pointing game (arXiv 1608.00507).
+
+    python benchmarks/heatmaps.py MODEL ROOT [--image_size 336] [--dense_variants plain naclip]
+
+ROOT contains COCO in the folder coco/. For each image and each class in it, the query is "a photo of a CLASS.", and the
+heat map hits if its maximum is inside a box of the class. "Chance" is the share of the cells inside these boxes. The
+intervals come from a bootstrap of the images.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from llm2clip.data.images import load_image
+from llm2clip.evaluate.benchmarks import BENCHMARKS
+from llm2clip.models.dual_encoder import open_dual_encoder
+from llm2clip.search.heatmap import compute_heatmap, require_dense_encoder
+
+RESAMPLES = 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="model, as in `llm2clip evaluate`")
+    parser.add_argument("root", type=Path, help="folder that contains COCO in the folder coco/")
+    parser.add_argument("--image_size", type=int, help="shorter side in pixels; default: as in `llm2clip search`")
+    parser.add_argument("--dense_variants", nargs="+", help="default: the variant that `llm2clip search` uses")
+    args = parser.parse_args()
+    model = open_dual_encoder(args.model)
+    dense = require_dense_encoder(model)
+    benchmark = BENCHMARKS["coco-boxes"]
+    data = benchmark.load(benchmark.find(args.root))
+    queries = model.encode_texts([f"a photo of a {name}." for name in data.names]).numpy()
+    print("| variant | queries | hits, % | chance, % |\n|" + " --- |" * 4)
+    for variant in args.dense_variants or [dense.localization_variant]:
+        encoder = replace(dense, localization_variant=variant)
+        hits: list[list[float]] = []  # of each image
+        chances: list[float] = []
+        for ref, size, boxes, labels in zip(tqdm(data.images), data.sizes, data.boxes, data.labels, strict=True):
+            pixels = encoder.resize(load_image(ref), args.image_size or dense.localization_size)
+            hits.append([])
+            for label in np.unique(labels):
+                heatmap = compute_heatmap(encoder, pixels, queries[label])
+                inside = cells_in_boxes(boxes[labels == label], size, heatmap.shape)
+                hits[-1].append(float(inside.flat[heatmap.argmax()]))
+                chances.append(float(inside.mean()))
+        low, high = bootstrap([sum(image) for image in hits], [len(image) for image in hits])
+        rate = 100 * np.mean([hit for image in hits for hit in image])
+        row = [variant, f"{len(chances):,}", f"{rate:.1f} ({low:.1f} to {high:.1f})", f"{100 * np.mean(chances):.1f}"]
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+def cells_in_boxes(boxes: np.ndarray, size: tuple[int, int], grid: tuple[int, ...]) -> np.ndarray:
+    """Return True for each cell whose centre is inside a box, bool (h, w).
+
+    Args:
+        boxes: boxes (B, 4) as left, top, right, bottom, in pixels of the original image.
+        size: width and height of the original image.
+        grid: height and width of the heat map, in cells.
+    """
+    x = (np.arange(grid[1]) + 0.5) / grid[1] * size[0]
+    y = (np.arange(grid[0]) + 0.5) / grid[0] * size[1]
+    left, top, right, bottom = boxes.T[..., None]  # (B, 1) each
+    columns = (left <= x) & (x <= right)  # (B, w)
+    rows = (top <= y) & (y <= bottom)  # (B, h)
+    inside: np.ndarray = (rows[:, :, None] & columns[:, None]).any(0)
+    return inside
+
+
+def bootstrap(hits: list[float], counts: list[int]) -> tuple[float, float]:
+    """Return the 95% confidence interval of the hit rate in percent, from resampled images."""
+    samples = np.random.default_rng(0).integers(0, len(hits), (RESAMPLES, len(hits)))
+    rates = 100 * np.array(hits)[samples].sum(1) / np.array(counts)[samples].sum(1)
+    low, high = np.percentile(rates, [2.5, 97.5])
+    return float(low), float(high)
+
+
+if __name__ == "__main__":
+    main()
