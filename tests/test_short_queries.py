@@ -38,6 +38,7 @@ def test_split_words_keeps_hyphens_and_apostrophes() -> None:
     assert split_words("A man's T-shirt, 2 cats_dogs — Über-Öl!") == [
         "a", "man's", "t-shirt", "2", "cats", "dogs", "über-öl",
     ]  # fmt: skip
+    assert split_words("the dog 's 'red' ball 's") == ["the", "dog's", "red", "ball's"]
 
 
 def test_caption_phrases_do_not_span_punctuation_or_end_with_stop_words() -> None:

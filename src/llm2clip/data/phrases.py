@@ -7,6 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 # Letters and digits, joined by apostrophes and hyphens, as in "t-shirt" and "man's".
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+_SEPARATE_POSSESSIVE = re.compile(
+    r"\s+(?=['’]s\b)"
+)  # in captions that were split into tokens, as in "the dog 's mouth"
 _PUNCTUATION = re.compile(r"[^\w\s'’-]+")
 # English words that do not name anything visible: determiners, pronouns, prepositions, conjunctions, auxiliaries and
 # some adverbs. Lists for document retrieval, such as scikit-learn's, also contain "two", "three", "fire" and "empty",
@@ -29,7 +32,7 @@ STOP_WORDS = frozenset(_STOP_WORDS.split())
 
 def split_words(text: str) -> list[str]:
     """Return the words of a text in lower case, without punctuation."""
-    return _WORD.findall(text.lower())
+    return _WORD.findall(_SEPARATE_POSSESSIVE.sub("", text.lower()))
 
 
 def split_clauses(text: str) -> list[list[str]]:
