@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchvision.io import encode_jpeg
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import batched_nms, box_iou, nms
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes
 
@@ -188,7 +188,7 @@ def encode_boxes(model: DualEncoder, image: Tensor, boxes: Tensor, method: str) 
 def detection_blocks(
     data: DetectionData, method: str, detections: Mapping[int, Detections], count: int = 6
 ) -> list[Block]:
-    """Return a report section with a few images, sampled at regular intervals, and their best-scored detections."""
+    """Return a report section with a few images, sampled at regular intervals, and their best detections."""
     images = []
     for n in torch.linspace(0, len(data.images) - 1, min(count, len(data.images))).long().tolist():
         detected = detections.get(data.image_ids[n])
@@ -196,18 +196,24 @@ def detection_blocks(
             images.append(_draw(load_image(data.images[n]), detected, data.names))
     if not images:
         return []
-    text = f"The {EXAMPLE_BOXES} detections with the highest scores, by the method {method}."
+    text = (
+        f"Up to {EXAMPLE_BOXES} detections with the highest scores, by the method {method}. Of overlapping detections, "
+        "only the one with the highest score is shown."
+    )
     return [Heading("Detections", 3), Paragraph(text), ResultImages("Images sampled at regular intervals:", images)]
 
 
 def _draw(image: Tensor, detected: Detections, names: Sequence[str]) -> ResultImage:
-    height, width = image.shape[-2:]
+    """Draw the best detections on an image. Of overlapping boxes, only the box with the highest score is drawn."""
+    height, width = image.shape[1:]
     scale = EXAMPLE_SIDE / max(height, width)
-    small = F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
-    boxes, labels = detected.boxes[:EXAMPLE_BOXES] * scale, detected.labels[:EXAMPLE_BOXES].tolist()
-    drawn = draw_bounding_boxes(small, boxes, [names[k] for k in labels], width=2) if labels else small
-    captions = []
-    for label, score in zip(labels, detected.scores.tolist(), strict=False):
-        captions.append(f"{names[label]} {score:.2f}")
+    drawn = F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
+    shown = nms(detected.boxes, detected.scores, NMS_IOU)[:EXAMPLE_BOXES]
+    labels = [names[k] for k in detected.labels[shown].tolist()]
+    if labels:
+        boxes = detected.boxes[shown] * scale
+        drawn = draw_bounding_boxes(drawn, boxes, labels, "yellow", width=2, label_colors="black", fill_labels=True)
+    scores = detected.scores[shown].tolist()
+    caption = ", ".join(f"{label} {score:.2f}" for label, score in zip(labels, scores, strict=True))
     jpeg = encode_jpeg(drawn.contiguous(), quality=80).numpy().tobytes()
-    return ResultImage(jpeg, None, ", ".join(captions) or "no detections")
+    return ResultImage(jpeg, None, caption or "no detections")
