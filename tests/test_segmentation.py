@@ -18,6 +18,7 @@ from torch import Tensor
 from conftest import run_distributed
 from dense_fixtures import CELL, colour_embeddings, evaluate_on_rank, make_coco, make_segmentation
 from llm2clip.cli import main
+from llm2clip.data.images import load_image
 from llm2clip.data.skip_log import TooManySkipped
 from llm2clip.evaluate.benchmarks import BENCHMARKS, DataFormatError, MissingFileError, SegmentationData
 from llm2clip.evaluate.benchmarks.segmentation import read_class_names
@@ -26,6 +27,7 @@ from llm2clip.evaluate.dense.segmentation import (
     SegmentationCounts,
     class_iou,
     evaluate_segmentation,
+    segmentation_blocks,
     segmentation_metrics,
 )
 from llm2clip.evaluate.dense.sliding_window import (
@@ -37,6 +39,7 @@ from llm2clip.evaluate.dense.sliding_window import (
     segment,
 )
 from llm2clip.evaluate.recall import bootstrap_counts
+from llm2clip.html_report import Legend, ResultImages
 from test_dual_encoder import clip as clip  # the fixture
 
 SIZE = (8, 6)  # width and height of the generated images
@@ -85,8 +88,10 @@ def test_voc_labels_with_and_without_background(tmp_path: Path) -> None:
     data = BENCHMARKS["voc21"].load(tmp_path / "VOCdevkit")
     assert len(data.names) == 21 and data.names[0][:2] == ["sky", "wall"] and data.names[1] == ["aeroplane"]
     assert (data.logit_scale, data.min_probability, data.min_area, data.scale) == (65, 0.1, 0.1, 1.5)
+    assert data.has_background and [data.class_name(n) for n in (0, 1)] == ["background", "aeroplane"]
     data = BENCHMARKS["voc20"].load(tmp_path / "VOCdevkit/VOC2012")
     assert (data.logit_scale, data.min_probability, data.min_area) == (40, 0, 0)
+    assert not data.has_background and data.class_name(0) == "aeroplane"
 
 
 def test_context_labels_from_pngs_and_from_the_original_files(tmp_path: Path) -> None:
@@ -384,6 +389,24 @@ def test_ranks_share_the_images_and_return_the_result_of_one_process(tmp_path: P
     assert reports[0]["boxes"] == [0, 0, 1, 1, 2] and reports[0]["predicted"] == [0, 2, 1, 0, 2]
 
 
+def test_pictures_show_labels_and_predictions_without_the_background(tmp_path: Path) -> None:
+    data = make_segmentation(tmp_path)
+    result = evaluate_segmentation(data, colour_embeddings(), ["plain"])
+    result.examples = {0: {"labels": np.where(np.arange(64) < 32, 0, 1).repeat(48).reshape(64, 48).T.astype(np.uint8)}}
+    for has_background in (False, True):
+        shown = dataclasses.replace(data, has_background=has_background)
+        *_, images, legend = segmentation_blocks(shown, result)
+        assert isinstance(images, ResultImages) and isinstance(legend, Legend)
+        image, overlay = (load_image(item.jpeg).float() for item in images.images)
+        change = (overlay - image).abs().sum(0)
+        assert change[:, 40:].mean() > 20, "class 1 is coloured"
+        names = [name for name, _ in legend.entries]
+        if has_background:
+            assert change[:, :24].mean() < 8 and names == ["green"]
+        else:
+            assert names == ["red", "green"]
+
+
 # ---- command -------------------------------------------------------------------------------------------------------
 
 
@@ -399,6 +422,7 @@ def test_evaluate_command_writes_segmentation_results_and_pictures(
     voc, coco = json.loads((out / "results.json").read_text())["results"]
     assert [row["method"] for row in coco["rows"]] == ["plain", "naclip"] and coco["images"] == 3
     assert set(coco["rows"][0]["metrics"]) == {"mIoU", "pixel accuracy", "mean class accuracy"}
+    assert "background" in coco["rows"][0]["IoU"] and "sky" not in coco["rows"][0]["IoU"]
     assert coco["rows"][0]["IoU"]["toothbrush"] == 0 and coco["rows"][0]["IoU"]["zebra"] is None
     assert voc["images"] == 1 and voc["texts"] == 80 * 30
     page, report = (out / "report.html").read_text(), (out / "report.md").read_text()

@@ -191,7 +191,7 @@ def _evaluate_segmentation(
     rows = []
     for variant, counts in result.counts.items():
         metrics, intervals = segmentation_metrics(counts)
-        class_names = [names[0] for names in data.names]
+        class_names = [data.class_name(label) for label in range(len(data.names))]
         class_ious = dict(zip(class_names, class_iou(counts), strict=True))
         rows.append({"method": variant, "metrics": metrics, "intervals": intervals, "IoU": class_ious})
     prompts = class_prompts([name for names in data.names for name in names], data.templates)

@@ -91,6 +91,8 @@ class SegmentationData:
     """Names of each class. A pixel's score for a class is the highest score of the class' names."""
     templates: Sequence[str]
     """Prompt templates, with {} as the placeholder for the class name."""
+    has_background: bool = False
+    """Whether class 0 is the background, whose names are the names of things that are not among the other classes."""
     scale: float = 1.5
     """Shorter side of the resized image, divided by the side of the sliding window."""
     logit_scale: float = 40.0
@@ -99,6 +101,10 @@ class SegmentationData:
     """Pixels whose highest probability is lower are assigned to class 0, the background."""
     min_area: float = 0.0
     """Classes that cover at most this fraction of the pixels assigned to foreground classes are not predicted."""
+
+    def class_name(self, label: int) -> str:
+        """Return the name of a class for tables and pictures."""
+        return "background" if label == 0 and self.has_background else self.names[label][0]
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def _from_files(
     read: Callable[[Path], np.ndarray],
     source: Path,
     names: list[list[str]],
-    **protocol: float,
+    **protocol: Any,
 ) -> SegmentationData:
     """Return a data set in which the labels of each image are in a file of their own.
 
@@ -147,7 +147,7 @@ def _read_voc(folder: Path, with_background: bool) -> SegmentationData:
     if with_background:
         table = _label_table({value: value for value in range(21)})
         names = [*read_class_names("background"), *names]
-        protocol = {"logit_scale": 65, "min_probability": 0.1, "min_area": 0.1}
+        protocol = {"has_background": True, "logit_scale": 65, "min_probability": 0.1, "min_area": 0.1}
     else:
         table = _label_table({value: value - 1 for value in range(1, 21)}, ignored=[0])
         protocol = {}
@@ -177,7 +177,7 @@ def _read_context(folder: Path, with_background: bool) -> SegmentationData:
     protocol = {}
     if with_background:
         names = [["background"], *names]
-        protocol = {"logit_scale": 50, "min_probability": 0.1}
+        protocol = {"has_background": True, "logit_scale": 50, "min_probability": 0.1}
     return _from_files(images, label_files, read, split_file, names, **protocol)
 
 
@@ -231,6 +231,7 @@ def _read_coco_object(folder: Path) -> SegmentationData:
         read_labels=read_labels,
         names=[*read_class_names("background"), *names],
         templates=imagenet_templates(),
+        has_background=True,
         logit_scale=50,
         min_probability=0.1,
     )

@@ -182,17 +182,19 @@ def class_iou(counts: SegmentationCounts) -> list[float | None]:
 def segmentation_blocks(data: SegmentationData, result: SegmentationResult) -> list[Block]:
     """Return a report section with a few images, their labels and the predictions of each variant, and a legend."""
     colours = _palette(len(data.names))
-    text = "Images sampled at regular intervals. Pixels without a label are not coloured."
+    hidden = {IGNORED, 0} if data.has_background else {IGNORED}
+    text = "Images sampled at regular intervals. The background and pixels without a label are not coloured."
     blocks: list[Block] = [Heading("Examples", 3), Paragraph(text)]
     for index, maps in result.examples.items():
         image = load_image(data.images[index])
         images = [ResultImage(make_thumbnail(image, EXAMPLE_SIDE), None, "image")]
         shown: set[int] = set()
         for name, labels in maps.items():
-            shown |= set(np.unique(labels).tolist()) - {IGNORED}
-            images.append(ResultImage(_overlay(image, labels, colours), None, name))
+            shown |= set(np.unique(labels).tolist()) - hidden
+            visible = np.where(np.isin(labels, list(hidden)), IGNORED, labels)
+            images.append(ResultImage(_overlay(image, visible, colours), None, name))
         blocks.append(ResultImages(str(data.images[index]), images))
-        blocks.append(Legend([(data.names[label][0], _css(colours[label])) for label in sorted(shown)]))
+        blocks.append(Legend([(data.class_name(label), _css(colours[label])) for label in sorted(shown)]))
     return blocks
 
 
@@ -296,7 +298,7 @@ def _css(colour: np.ndarray) -> str:
 
 
 def _overlay(image: Tensor, labels: np.ndarray, colours: np.ndarray) -> bytes:
-    """Draw the colours of a reduced label map over an image, and return the result as JPEG."""
+    """Draw the colours of a reduced label map over an image, except for `IGNORED`; return the result as JPEG."""
     rows, columns = (torch.arange(n) * size // n for n, size in zip(labels.shape, image.shape[1:], strict=True))
     pixels = image[:, rows][:, :, columns].permute(1, 2, 0).numpy()  # (h, w, 3)
     table = np.zeros((IGNORED + 1, 3), np.uint8)
