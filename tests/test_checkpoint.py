@@ -43,6 +43,13 @@ def test_checkpoints_reject_another_signature(tmp_path: Path) -> None:
         Checkpoints(tmp_path).check({"steps": 5})
 
 
+def test_checkpoint_of_an_earlier_version_has_the_former_behaviour_of_new_settings(tmp_path: Path) -> None:
+    make_checkpoints(tmp_path, complete=(10,))
+    Checkpoints(tmp_path).check({"steps": 20, "--align.inherit": False, "--align.distill_weight": 0.0})
+    with pytest.raises(ValueError, match=r"--align\.distill_weight: 0\.0 then, 1\.0 now"):
+        Checkpoints(tmp_path).check({"steps": 20, "--align.distill_weight": 1.0})
+
+
 def test_checkpoints_commit_marks_and_prunes(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     for step in (2, 4, 10):

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from llm2clip.distributed import print_once, process_state, wait_for_everyone
 from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, fsync_file, fsync_folder
+from llm2clip.run_config import ADDED_SETTINGS
 
 PREFIX = "checkpoint-"  # also used by the Trainer in transformers
 COMPLETE_MARKER = "complete"
@@ -123,7 +124,7 @@ class Checkpoints:
         self._signature = dict(signature)
         if self.latest is None:
             return
-        saved = self._marker["signature"]
+        saved = {f"--{name}": value for name, value in ADDED_SETTINGS.items()} | self._marker["signature"]
         changes = [
             f"{name}: {saved.get(name)} then, {value} now"
             for name, value in signature.items()
