@@ -241,9 +241,17 @@ class _RecordReader:
             # In these fields, an empty string means that there are no captions, not that a caption is empty.
             short_captions=parse_captions(values.get("short_captions") or None, parse_lists, self.log, file, number),
             long_captions=parse_captions(values.get("long_captions") or None, parse_lists, self.log, file, number),
-            phrases=parse_captions(values.get("phrases") or None, parse_lists, self.log, file, number),
+            phrases=self._parse_phrases(values.get("phrases"), parse_lists, file, number),
             split=split,
         )
+
+    def _parse_phrases(self, value: Any, parse_lists: bool, file: str, number: int) -> tuple[str, ...]:
+        """Return the phrases in a cell. Other values, such as boxes, are dropped, because phrases are optional."""
+        try:
+            return parse_captions(value or None, parse_lists, self.log, file, number)
+        except UnusableRow as error:
+            self.log.record_dropped(file, number, "malformed phrases", error.value)
+            return ()
 
     def _clean_cells(self, values: dict[str, Any], file: str, number: int) -> dict[str, Any]:
         """Return the cells of a row. Missing values such as NaN are replaced with None and counted in the log.
