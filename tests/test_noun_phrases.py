@@ -17,6 +17,7 @@ from llm2clip.cli import main
 from llm2clip.config import AlignConfig
 from llm2clip.data.noun_phrases import MIN_IMAGES, add_phrases, extract_phrases
 from llm2clip.data.records import Record, open_records
+from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.store.encode import embed
 from llm2clip.store.layout import StoreError
@@ -70,6 +71,17 @@ def test_phrase_column_takes_precedence(tmp_path: Path) -> None:
     (tmp_path / "no_phrases.jsonl").write_text((tmp_path / "data.jsonl").read_text().replace('"Rex"', ""))
     records = add_phrases(list(open_records(tmp_path / "no_phrases.jsonl")))
     assert [record.phrases for record in records] == [("dog", "sofa")] * 4
+
+
+def test_column_with_other_values_than_phrases_does_not_cost_the_row(tmp_path: Path) -> None:
+    """The row is used without phrases, and the log counts the dropped values."""
+    rows = [{"captions": ["a dog"], "phrases": phrases} for phrases in ([{"phrase": "a dog", "box": [0, 1]}], 7, "dog")]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = SkipLog()
+    records = list(open_records(tmp_path / "data.jsonl", log=log))
+    assert [record.captions for record in records] == [("a dog",)] * 3
+    assert [record.phrases for record in records] == [(), (), ("dog",)]
+    assert log.dropped["malformed phrases"] == 2
 
 
 def test_captions_without_phrases_are_an_error_that_names_the_column() -> None:

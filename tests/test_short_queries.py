@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -11,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, ndcg_score
 
-from llm2clip.data.phrases import caption_phrases, split_words
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.evaluate.query_phrases import caption_phrases, split_words
 from llm2clip.evaluate.ranks import QUERY_TILE, all_positive_ranks
 from llm2clip.evaluate.recall import bootstrap_counts
+from llm2clip.evaluate.reporting.short_query_report import overview_table
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks
 from llm2clip.evaluate.short_queries import (
+    LengthScores,
     Query,
     build_queries,
     chance_scores,
@@ -152,6 +155,18 @@ def test_mean_intervals_resample_queries() -> None:
     means = [np.average(scores.numpy(), axis=0, weights=counts.numpy()) for counts in bootstrap_counts(50)]
     expected = 100 * np.quantile(means, [0.025, 0.975], axis=0)
     np.testing.assert_allclose(mean_intervals(scores).numpy(), expected)
+
+
+def test_models_with_other_queries_have_no_difference() -> None:
+    """Images that one model cannot decode, but another has precomputed embeddings for, change the queries."""
+    scores = torch.rand(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    queries = [Query(text, (0, 1)) for text in ("dog", "cat", "sofa")]
+    lengths = LengthScores("1", queries, scores, torch.zeros(3), 2.0)
+    other = LengthScores("1", [*queries[:2], Query("sofa", (0, 2))], scores - 0.1, torch.zeros(3), 2.0)
+    fewer = LengthScores("1", queries[:2], scores[:2], torch.zeros(3), 2.0)
+    same = dataclasses.replace(lengths, scores=scores - 0.1)
+    table = overview_table({"a": [lengths], "b": [other], "c": [fewer], "d": [same]}, {})
+    assert table.rows[-3:] == [["a minus b", None], ["a minus c", None], ["a minus d", "+10.0 (+10.0 to +10.0)"]]
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------

@@ -21,29 +21,32 @@ MIN_IMAGES = 3  # a phrase or noun must occur in the captions of this many image
 MAX_WORDS = 4  # maximum number of words of a phrase
 
 
-def _words(text: str) -> frozenset[str]:
+def words_of(text: str) -> frozenset[str]:
+    """Return the words of a text, which are separated by whitespace."""
     return frozenset(text.split())
 
 
-ARTICLES = _words("a an the his its their")  # articles and possessives, which are never pronouns
-DETERMINERS = ARTICLES | _words(
-    "this that these those her my your our some several many few both each every another no one two three four five "
-    "six seven eight nine ten"
+ARTICLES = words_of("a an the his its their")  # articles and possessives, which are never pronouns
+NUMBERS = words_of("two three four five six seven eight nine ten")
+DETERMINERS = (
+    ARTICLES
+    | NUMBERS
+    | words_of("this that these those her my your our some several many few both each every another no one")
 )
 # Words after which a noun phrase without a determiner may start ("with sunglasses", "dogs and cats").
-CONNECTIVES = _words(
+CONNECTIVES = words_of(
     "and or of in on at to with without for from by near over under through across into onto behind beside between "
     "along around against above below inside outside beneath next like toward towards past off during before after"
 )
 # Other function words.
-FUNCTION_WORDS = _words(
+FUNCTION_WORDS = words_of(
     "is are was were be been being am do does did has have had can could will would may might must should he she it "
     "they them him who whom which what where when while as if than then there here not only very also just so too but "
     "because that's it's i you we me us all any other others more most much such same own up down out away back "
     "together"
 )
 # Nouns that do not name anything that is in an image. A phrase that ends with one of them is not used.
-VAGUE_NOUNS = _words(
+VAGUE_NOUNS = words_of(
     "front top bottom side sides middle center centre left right end edge part parts kind type lot lots number group "
     "bunch couple pair pairs set image picture photo photograph view scene background foreground something someone"
 )
@@ -65,9 +68,9 @@ def add_phrases(records: Sequence[Record]) -> list[Record]:
     phrases = extract_phrases([record.texts for record in records])
     if not any(phrases):
         raise ValueError(
-            f"--align.caption_mix has a weight for phrases, but no phrase occurs in the captions of {MIN_IMAGES} or "
-            "more images. Phrases are only found in English captions. Add a column `phrases` to the data, or remove "
-            "phrases from --align.caption_mix"
+            f"no phrase occurs in the captions of {MIN_IMAGES} or more images. Phrases are only found in English captions."
+            " Add a column `phrases` to the data, or remove phrases from --align.caption_mix or, for `llm2clip embed`, "
+            "the flag --phrases"
         )
     return [dataclasses.replace(record, phrases=own) for record, own in zip(records, phrases, strict=True)]
 

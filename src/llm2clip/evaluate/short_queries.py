@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from llm2clip.data.phrases import caption_phrases, split_words
 from llm2clip.evaluate.embeddings import EmbeddingSource
+from llm2clip.evaluate.query_phrases import caption_phrases, split_words
 from llm2clip.evaluate.ranks import all_positive_ranks
 from llm2clip.evaluate.recall import bootstrap
 from llm2clip.evaluate.reporting.error_analysis import caption_lengths
@@ -49,12 +49,14 @@ class LengthScores:
 
     Args:
         words: Number of words in the queries, such as "2" or "4–7".
+        queries: The Q queries.
         scores: mAP, R-precision and nDCG@10 of each query, between 0 and 1, float64 (Q, 3).
         chance: Expected scores of a random ranking, averaged over the queries, float64 (3,).
         mean_relevant: Mean number of relevant images per query.
     """
 
     words: str
+    queries: Sequence[Query]
     scores: Tensor
     chance: Tensor
     mean_relevant: float
@@ -121,6 +123,7 @@ def _score_length(words: str, queries: Sequence[Query], vectors: Tensor, images:
     chance_of = {r: chance_scores(r, len(images)) for r in set(num_relevant)}
     return LengthScores(
         words=words,
+        queries=queries,
         scores=torch.stack(scores),
         chance=torch.stack([chance_of[r] for r in num_relevant]).mean(0),
         mean_relevant=statistics.fmean(num_relevant),

@@ -98,7 +98,10 @@ def _map_cell(length: LengthScores) -> str:
     return f"{100 * float(length.scores[:, 0].mean()):.1f} ({low:.1f} to {high:.1f})"
 
 
-def _difference_cell(first: LengthScores, other: LengthScores) -> str:
+def _difference_cell(first: LengthScores, other: LengthScores) -> str | None:
+    """Return the mean difference of mAP, or None if the queries differ because the images do."""
+    if first.queries != other.queries:
+        return None
     differences = first.scores - other.scores
     low, high = mean_intervals(differences)[:, 0]
     return f"{100 * float(differences[:, 0].mean()):+.1f} ({low:+.1f} to {high:+.1f})"

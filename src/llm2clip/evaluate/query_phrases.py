@@ -1,9 +1,11 @@
-"""Words and short phrases in captions."""
+"""Words and short phrases in captions, as queries for `short_queries`."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+
+from llm2clip.data.noun_phrases import CONNECTIVES, DETERMINERS, FUNCTION_WORDS, NUMBERS, words_of
 
 # Letters and digits, joined by apostrophes and hyphens, as in "t-shirt" and "man's".
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
@@ -11,23 +13,15 @@ _SEPARATE_POSSESSIVE = re.compile(
     r"\s+(?=['’]s\b)"
 )  # in captions that were split into tokens, as in "the dog 's mouth"
 _PUNCTUATION = re.compile(r"[^\w\s'’-]+")
-# English words that do not name anything visible: determiners, pronouns, prepositions, conjunctions, auxiliaries and
-# some adverbs. Lists for document retrieval, such as scikit-learn's, also contain "two", "three", "fire" and "empty",
-# which are useful in queries for images.
-_STOP_WORDS = """
-a an the this that these those some any each every both all another other others such several many much more most
-few same own one
-i me my mine myself we us our ours you your yours he him his himself she her hers herself it its itself they them
-their theirs themselves who whom whose which what someone something there here it's he's she's there's that's
-of in on at by for from to into onto with without within through throughout over under above below up down off out
-near next beside besides between among amongst around across along behind before after during against toward
-towards about like via per upon inside outside beneath underneath atop amid past front
-and or but nor so as than then if while when where because though although whether until
-am is are was were be been being do does did doing has have had having can could will would may might must should
-get gets getting isn't aren't
-not no very just also too only still well almost away together appears seems
+# English words that do not name anything visible. Lists for document retrieval, such as scikit-learn's, also contain
+# "two", "three", "fire" and "empty", which are useful in queries for images.
+_OTHER_STOP_WORDS = """
+having doing get gets getting appears seems isn't aren't
+hers herself himself itself mine myself ours theirs themselves yours whose someone something he's she's there's
+about amid among amongst atop besides front per throughout underneath until upon via within
+although nor though whether almost still well
 """
-STOP_WORDS = frozenset(_STOP_WORDS.split())
+STOP_WORDS = (DETERMINERS | CONNECTIVES | FUNCTION_WORDS | words_of(_OTHER_STOP_WORDS)) - NUMBERS - {"back"}
 
 
 def split_words(text: str) -> list[str]:
