@@ -22,9 +22,11 @@ def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> 
         instance loss:   mean over i of |s_i - t_i|^2
         structure loss:  mean over pairs i != j of smooth_l1(|s_i - s_j| - |t_i - t_j|)
 
-    This follows `train_one_epoch_stage1` and `train_one_epoch_stage2` in training/train.py of
-    https://github.com/VisionXLab/ProCLIP, with one difference: that code sums over items and over pairs, whereas means
-    do not depend on the batch size. The memory is quadratic in N.
+    The formulas are those of `train_one_epoch_stage1` and `train_one_epoch_stage2` in training/train.py of
+    https://github.com/VisionXLab/ProCLIP. That code sums over items and over the pairs of each rank. Here, means over
+    items and over the pairs of all ranks do not depend on the batch size or on the number of ranks. In its second
+    stage, that code compares image embeddings, whereas `align` compares the tower's features before the projection,
+    because a new projection has no teacher. The memory is quadratic in N.
 
     Args:
         student: Embeddings, (N, D). They are L2-normalised here.
