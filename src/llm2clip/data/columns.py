@@ -91,7 +91,7 @@ class ColumnMapper:
             name for name in names if normalize_name(name) in COLUMN_NAMES["image"] or not is_null(fields[name])
         )
         key = (*names, "", *filled)
-        if key not in self._cache:  # few different combinations of keys occur in a source
+        if key not in self._cache:  # a source has only a few distinct key combinations
             self._remember(key, names, self._guess(names) | self._guess(filled))
         return self._cache[key]
 

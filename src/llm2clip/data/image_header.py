@@ -144,7 +144,7 @@ def _check_jpeg(data: bytes, num_pixels: int) -> None:
 
 
 def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield the markers of a JPEG up to its end, each with the position behind it.
+    """Yield the markers of a JPEG up to its end, each with the offset just after it.
 
     Markers inside segments, as in EXIF thumbnails, are not yielded.
     """

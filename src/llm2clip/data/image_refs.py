@@ -331,8 +331,8 @@ def parquet_batch_size(file: pq.ParquetFile, image_columns: Collection[str]) -> 
     """Return the number of rows, at most 64, to read at a time from a file with images.
 
     A row group can contain one large value that all its rows share. The number of rows is therefore chosen so that
-    the images in a batch take at most `MAX_BATCH_BYTES` (or are a single row), even if each of them were as large as
-    all values in the row group together.
+    the images in a batch take at most `MAX_BATCH_BYTES` (or are a single row), even if every image were as large as
+    the whole row group.
 
     Raises:
         OSError: The images of a row group have more than `MAX_ROW_GROUP_BYTES` bytes according to the file's metadata.

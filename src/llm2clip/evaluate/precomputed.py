@@ -46,7 +46,7 @@ class PrecomputedEmbeddings:
         for name, embeddings, keys in (("images", images, names), ("texts", texts, captions)):
             if embeddings.ndim != 2 or keys.ndim != 1 or len(embeddings) != len(keys):
                 raise ValueError(
-                    f"{file}: {name} have shape {embeddings.shape}, but their names have shape {keys.shape}"
+                    f"{file}: {name} have shape {embeddings.shape}, but the array of names has shape {keys.shape}"
                 )
         if images.shape[1] != texts.shape[1]:
             raise ValueError(f"{file}: images have {images.shape[1]} dimensions, but texts have {texts.shape[1]}")

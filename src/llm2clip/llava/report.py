@@ -39,8 +39,8 @@ COLUMNS = {
     "seed": ("SEED", "accuracy"),
 }
 NOTES = {
-    "vqav2": "The paper reports test-dev, which only VQAv2's server can score. The metrics here are for val2014.",
-    "vizwiz": "The paper reports the test set, which only VizWiz's server can score. The metrics here are for val.",
+    "vqav2": "The paper reports test-dev results, which only VQAv2's server can score. Here, val2014 is scored.",
+    "vizwiz": "The paper reports test set results, which only VizWiz's server can score. Here, val is scored.",
     "mmbench": "MMBench's server uses an LLM to interpret answers that name no option. Here, they count as wrong.",
 }
 SAMPLE_IMAGES = 12

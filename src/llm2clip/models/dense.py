@@ -1,12 +1,13 @@
 """Dense image features: one embedding per cell of an image, in the shared space of images and texts.
 
-A cell is a patch of a vision transformer or a position in the last feature map of a convolutional network. Its
-embedding is what the tower's head and the image projection return for this cell alone. Images can have any size:
-position embeddings are interpolated, and rotary embeddings are computed for the grid.
+A cell is a patch of a vision transformer or a position in the last feature map of a convolutional network. To get its
+embedding, the tower's head and the image projection are applied to this cell alone. Images can have any size: position
+embeddings are interpolated, and rotary embeddings are computed for the grid.
 
-CLIP is trained on whole images, so its last block mixes information from all patches. The training-free variants change
-this block only. Below, x is the block's input, q, k and v are the queries, keys and values of norm1(x), s is the scale
-1 / sqrt(head dimension), W is the output projection of the attention, and FFN includes its norm:
+CLIP is only trained to match whole images, so nothing keeps a patch's output local: the last block blends all patches.
+The training-free variants change this block only. Below, x is the block's input, q, k and v are the queries, keys and
+values of norm1(x), s is the scale 1 / sqrt(head dimension), W is the output projection of the attention, and FFN
+includes its norm:
 
 plain      y = x + W(softmax(s q k^T) v); y + FFN(y). The block as it was trained.
 maskclip   y = x + W(v); y + FFN(y). arXiv 2112.01071, https://github.com/chongzhou96/MaskCLIP
@@ -16,7 +17,7 @@ clearclip  W(softmax(s q q^T) v). arXiv 2407.12442, https://github.com/mc-lan/Cl
 naclip     W(softmax(s k k^T + g) v), with g = exp(-d^2 / 50) for two patches whose distance is d patches, and g = 0 for
            class and register tokens. arXiv 2404.08181, https://github.com/sinahmr/NACLIP
 
-Queries and keys are taken after their norms and rotary embeddings, if there are any. A layer scale belongs to W.
+Queries and keys are taken after their norms and rotary embeddings, if there are any. Any layer scale is included in W.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ from llm2clip.models.vision_tower import VisionTower
 
 DENSE_VARIANTS = ("plain", "maskclip", "sclip", "clearclip", "naclip")
 _NO_RESIDUAL = ("clearclip", "naclip")  # these variants also drop the feed-forward network
-_GAUSSIAN_STD = 5.0  # of NACLIP, in patches
-# Shorter side of the image, divided by the side that the tower was trained with, for finding where something is. With a
-# tower for 224 pixels, this is 336, as in SCLIP.
+_GAUSSIAN_STD = 5.0  # NACLIP's, in patches
+# For localisation: ratio of the image's shorter side to the tower's training size. 1.5 gives 336 pixels for a 224-pixel
+# tower, as in SCLIP.
 LOCALIZATION_SCALE = 1.5
-_MAX_ASPECT_RATIO = 8  # more elongated images are squeezed, because their size would be unlimited
+_MAX_ASPECT_RATIO = 8  # more elongated images are squeezed; otherwise their size would be unbounded
 # Classes of pre-norm blocks -> names of the norm, the attention and the layer scale.
 _BLOCK_PARTS = {
     "timm.models.vision_transformer.Block": ("norm1", "attn", "ls1"),
@@ -73,7 +74,7 @@ class DenseEncoder:
         variants: supported variants; ("plain",) for convolutional networks.
         device: device of the embeddings.
         interpolation: interpolation mode of the tower's preprocessing, for `resize`.
-        localization_variant: the variant that shows best where something is. NACLIP if the tower was trained with a
+        localization_variant: the variant to use for localisation. NACLIP if the tower was trained with a
             class token: training then never compared patches with texts, and NACLIP's paper reports better segmentation
             than with other variants on most data sets. Plain if the tower pools its cells, because training then
             compared their mean with texts.
@@ -91,13 +92,13 @@ class DenseEncoder:
 
     @property
     def localization_size(self) -> int:
-        """Length of the shorter side, in pixels, for finding where something is. See `resize`."""
+        """Length of the shorter side, in pixels, to use for localisation. See `resize`."""
         return round(LOCALIZATION_SCALE * self.image_size)
 
     @torch.no_grad()
     @onednn_matmul()
     def encode(self, pixels: Tensor, variant: str = "plain") -> Tensor:
-        """Encode the cells of N images of one size.
+        """Encode the cells of N images of the same size.
 
         Args:
             pixels: images (N, 3, H, W), uint8 from 0 to 255 or float from 0 to 1, on any device. H and W must be
@@ -121,7 +122,7 @@ class DenseEncoder:
         return F.normalize(self.features(pixels.to(self.device), variant).float(), dim=-1)
 
     def resize(self, image: Tensor, image_size: int | None = None) -> Tensor:
-        """Resize an image, uint8 (3, H, W), so that it consists of complete cells; return uint8 (3, H', W').
+        """Resize an image, uint8 (3, H, W), so that it consists of a whole number of cells; return uint8 (3, H', W').
 
         The shorter side is resized to `image_size`, and the aspect ratio is kept, apart from rounding both sides to
         multiples of `cell_size`. The longer side is at most eight times as long as the shorter one.
@@ -246,7 +247,7 @@ def _has_channels_last(tower: VisionTower) -> bool:
 
 
 def _apply_head(tower: VisionTower, cells: Tensor) -> Tensor:
-    """Apply the tower's head to each of M cells alone: features (M, C) to pooled features (M, feature_dim)."""
+    """Apply the tower's head to each of M cells separately: features (M, C) to pooled features (M, feature_dim)."""
     backbone = cast(Any, tower.backbone)
     if tower.config["library"] == "transformers":
         if hasattr(backbone, "head"):  # SigLIP pools with attention
@@ -254,14 +255,14 @@ def _apply_head(tower: VisionTower, cells: Tensor) -> Tensor:
         # In CLIP, the last norm is part of the head.
         return cast(Tensor, backbone.post_layernorm(cells) if hasattr(backbone, "post_layernorm") else cells)
     if isinstance(backbone, VisionTransformer | Eva):
-        # Some heads pool the class token, others skip it. With equal tokens, each head returns this cell's features.
+        # Some heads pool the class token, others skip it. If every token is this cell, both return its features.
         return backbone.forward_head(cells[:, None].expand(-1, 1 + backbone.num_prefix_tokens, -1))
     maps = cells[:, None, None] if _has_channels_last(tower) else cells[:, :, None, None]
     return cast(Tensor, backbone.forward_head(maps))
 
 
 def _resize_timm(tower: VisionTower, size: tuple[int, int]) -> nn.Module:
-    """Return a timm backbone for images of `size`. It shares its weights, except for the position embeddings.
+    """Return a timm backbone for images of `size` that shares the tower's weights, except the position embeddings.
 
     Raises:
         ValueError: the architecture supports only the size that it was built for.
@@ -349,7 +350,7 @@ def _attention_branch(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) ->
 
 
 class _ReplacedAttention(TorchFunctionMode):
-    """Context in which PyTorch's `scaled_dot_product_attention` computes the attention of a variant, in this thread.
+    """Context manager that makes `scaled_dot_product_attention` compute a variant's attention in this thread.
 
     timm and transformers compute q, k and v in many ways (fused or not, with norms, rotary embeddings and split
     biases), but pass all of them to this function.
@@ -371,7 +372,7 @@ class _ReplacedAttention(TorchFunctionMode):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None, **__: Any) -> Tensor:
         """Return the attention output for q, k and v, each (N, heads, L, head_dim).
 
-        The remaining arguments are not needed: in eval mode there is no dropout, and images of one size need no mask.
+        The remaining arguments are not needed: eval mode has no dropout, and images of the same size need no mask.
         """
         attend = F.scaled_dot_product_attention
         if self.variant == "maskclip":

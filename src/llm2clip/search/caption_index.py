@@ -76,10 +76,10 @@ class CaptionBlock:
 
 
 def _windows(text: np.ndarray, needle: bytes) -> Iterator[tuple[int, np.ndarray, np.unsignedinteger]]:
-    """Yield what to compare at the positions of candidates: several bytes at a time, as integers.
+    """Yield the values to compare at each candidate position: several bytes packed into one integer.
 
     Yields:
-        Offset in the needle, the integers that start at every position of the text, and the integer of the needle.
+        Offset in the needle, the integer at every position of the text, and the needle's integer at the offset.
     """
     size = 8 if len(needle) >= 8 else 4
     dtype = np.dtype(f"<u{size}")

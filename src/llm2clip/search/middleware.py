@@ -133,7 +133,7 @@ class _BodyReader:
         self._receive, self._allocation, self._limits = receive, allocation, limits
         self._is_json = "json" in request.headers.get("content-type", "").lower()
         self._size = 0  # number of bytes received
-        self._json_values = 0  # upper bound of the number of values received
+        self._json_values = 0  # upper bound on the number of values received
 
     async def __call__(self) -> Message:
         message = await self._receive()

@@ -125,8 +125,8 @@ class FilterRequest(_StrictModel):
         max_length=MAX_CAPTION_FILTER_LENGTH,
         description="text that at least one caption must contain, ignoring case",
     )
-    after: Time | None = Field(default=None, description="earliest time taken, in seconds since 1970")
-    before: Time | None = Field(default=None, description="latest time taken, in seconds since 1970")
+    after: Time | None = Field(default=None, description="earliest capture time, as a Unix timestamp")
+    before: Time | None = Field(default=None, description="latest capture time, as a Unix timestamp")
     min_side: int | None = Field(
         default=None, ge=0, le=1_000_000, description="minimum length of the shorter side, in pixels"
     )
@@ -172,7 +172,7 @@ class ImageLocation(BaseModel):
     name: str
     captions: list[str]
     taken: float = Field(
-        description="time at which the photo was taken, or else the file's modification time, in seconds since 1970"
+        description="time at which the photo was taken, or else the file's modification time, as a Unix timestamp"
     )
 
 

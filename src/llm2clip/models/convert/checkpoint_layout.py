@@ -58,7 +58,7 @@ class Layout:
 
 HF = Layout(
     name="hf",
-    description="OpenAI CLIP tower, transformers' names",
+    description="OpenAI CLIP tower, with transformers' tensor names",
     required=("vision_model.", "visual_projection.", "text_adapter.adaptor."),
     tower="vision_model.",
     projection="visual_projection.",

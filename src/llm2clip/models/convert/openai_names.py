@@ -5,7 +5,7 @@ rest of the conversion has to support only one set of names. Some tensors also c
 
 - `attn.in_proj_weight` (3 * width, width) and `attn.in_proj_bias` contain the query, key and value projections. They
   are split into three tensors.
-- `visual.proj` (width, embed_dim) is multiplied from the right. It is transposed to a linear layer's weight.
+- `visual.proj` (width, embed_dim) is used as `x @ proj`, so it is transposed to become a linear layer's weight.
 """
 
 from __future__ import annotations
