@@ -248,13 +248,17 @@ def test_pixel_scores_match_the_procedure_of_sclip(size: tuple[int, int], monkey
 
 
 def test_images_are_resized_as_by_mmsegmentation() -> None:
-    """The sizes are those of mmcv's `rescale_size` with scale=(2048, 336)."""
+    """The sizes are those of mmcv's `rescale_size` with scale=(2048, 336), (2048, 448) and (2048, 560)."""
     transform = ResizeForWindows(window=224, cell_size=16, scale=1.5)
     for size, expected in {(480, 640): (336, 448), (375, 500): (336, 448), (500, 333): (505, 336)}.items():
         rows, columns = transform.axes(*size)
         assert (rows.length, columns.length) == expected
     rows, columns = transform.axes(100, 1000)  # limited by the longer side: 2048 / 1000 * 100 = 204.8
     assert columns.length == 2048 and rows.length == rows.window == 208 and rows.starts == (0,)
+    rows, columns = ResizeForWindows(window=224, cell_size=16, scale=2.0).axes(120, 640)  # also limited: 2048 / 640
+    assert (rows.length, columns.length) == (384, 2048)
+    rows, columns = ResizeForWindows(window=224, cell_size=16, scale=2.5).axes(1024, 2048)
+    assert (rows.length, columns.length) == (560, 1120)
     assert WindowAxis.create(448, 224, 16).starts == (0, 112, 224)
     assert WindowAxis.create(505, 224, 16).starts == (0, 112, 224, 281)
     assert WindowAxis.create(224, 224, 16).starts == (0,)

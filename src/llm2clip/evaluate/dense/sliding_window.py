@@ -18,8 +18,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-# Limit on the longer side of a resized image, divided by the shorter side: SCLIP's 2,048 and 336 pixels.
-MAX_ASPECT_RATIO = 2048 / 336
+# Limit on the longer side of a resized image, divided by the window: 2,048 and 224 pixels in SCLIP, for all data sets.
+MAX_SCALE = 2048 / 224
 TILE_ELEMENTS = 1 << 24  # number of scores in a tile (64 MB)
 
 
@@ -70,7 +70,7 @@ class ResizeForWindows:
     """Transform that resizes an image, uint8 (3, H, W), before the windows are cut out.
 
     The aspect ratio is kept. The shorter side becomes `scale` times the window, or less if the longer side would exceed
-    `MAX_ASPECT_RATIO` times this length. The interpolation is bilinear, with antialiasing.
+    `MAX_SCALE` times the window. The interpolation is bilinear, with antialiasing.
 
     Args:
         window: Side length of the window in pixels. Must be a multiple of `cell_size`.
@@ -84,8 +84,7 @@ class ResizeForWindows:
 
     def axes(self, height: int, width: int) -> tuple[WindowAxis, WindowAxis]:
         """Return the vertical and the horizontal window positions for an image of the given size."""
-        shorter_side = self.scale * self.window
-        scale = min(shorter_side / min(height, width), MAX_ASPECT_RATIO * shorter_side / max(height, width))
+        scale = self.window * min(self.scale / min(height, width), MAX_SCALE / max(height, width))
         rows, columns = (
             WindowAxis.create(max(1, int(side * scale + 0.5)), self.window, self.cell_size) for side in (height, width)
         )
