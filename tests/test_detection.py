@@ -491,7 +491,7 @@ def test_ov_coco_reports_invalid_files(tmp_path: Path) -> None:
         BENCHMARKS["ov-coco"].load(tmp_path)
     row = {"image_id": 10, "category_id": 1, "bbox": [1, 2, 3]}
     file.write_text(json.dumps(coco_json([("0.png", (64, 48))], [row], names)))
-    with pytest.raises(DataFormatError, match=r"annotation 100 has the invalid box \[1, 2, 3\]"):
+    with pytest.raises(DataFormatError, match=r"annotation 100 has the bbox \[1, 2, 3\], but a bbox must be"):
         BENCHMARKS["ov-coco"].load(tmp_path)
     row["bbox"] = [1, 2, 3, 4]
     file.write_text(json.dumps(coco_json([("0.png", (64, 48))], [row], names)))

@@ -94,6 +94,8 @@ def test_boxes_prefix_reads_a_file_beside_its_images(tmp_path: Path) -> None:
         ({"bbox": [1, 2, 3]}, r"annotation 100 has the bbox \[1, 2, 3\], but a bbox must be \[left, top, width"),
         ({"bbox": [1, 2, 3, float("nan")]}, "annotation 100 has the bbox"),
         ({"bbox": [1, 2, 3, "4"]}, "annotation 100 has the bbox"),
+        ({"bbox": [1, 2, -3, 4]}, "annotation 100 has the bbox"),
+        ({"bbox": None}, "annotation 100 has the bbox None"),
     ],
 )
 def test_invalid_annotations_are_reported(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -102,6 +104,18 @@ def test_invalid_annotations_are_reported(changes: dict[str, Any], message: str,
     with pytest.raises(DataFormatError, match=message) as error:
         BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
     assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"width": "64"}, {"height": 0}, {"width": None}, {"width": 10**6, "height": 10**6}]
+)
+def test_invalid_image_sizes_are_reported(changes: dict[str, Any], tmp_path: Path) -> None:
+    file = make_coco(tmp_path / "coco")
+    data = json.loads(file.read_text())
+    data["images"][0] |= changes
+    file.write_text(json.dumps(data))
+    with pytest.raises(DataFormatError, match=r"instances_val2017.json: image 10 has the width .* positive integers"):
+        BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
 
 
 def test_file_without_usable_boxes_or_images_is_reported(tmp_path: Path) -> None:
@@ -114,6 +128,9 @@ def test_file_without_usable_boxes_or_images_is_reported(tmp_path: Path) -> None
     with pytest.raises(DataFormatError, match="contains no boxes"):
         BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
     file.write_text("{")
+    with pytest.raises(DataFormatError, match=r"instances_val2017.json: not JSON"):
+        BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
+    file.write_text("[" * 100_000)
     with pytest.raises(DataFormatError, match=r"instances_val2017.json: not JSON"):
         BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
     file.write_text(json.dumps({"images": []}))

@@ -187,9 +187,12 @@ def test_invalid_label_files_are_reported(tmp_path: Path) -> None:
     Image.new("RGB", SIZE).save(file)
     with pytest.raises(DataFormatError, match=r"2007_1.png: label files must have one 8-bit channel \(got mode RGB\)"):
         benchmark.load(root).read_labels(0)
-    file.write_bytes(b"x")
-    with pytest.raises(DataFormatError, match=r"2007_1.png: unreadable label file"):
-        benchmark.load(root).read_labels(0)
+    save_labels(file, [1])
+    content = file.read_bytes()
+    for damaged in (b"x", content[: content.index(b"IDAT") + 6], content.replace(b"IDAT", b"I\0\0\0")):
+        file.write_bytes(damaged)
+        with pytest.raises(DataFormatError, match=r"2007_1.png: unreadable label file"):
+            benchmark.load(root).read_labels(0)
     file.unlink()
     with pytest.raises(MissingFileError, match=r"1 of 1 images listed in .*val.txt are missing, e.g. .*2007_1.png"):
         benchmark.load(root)
@@ -198,6 +201,52 @@ def test_invalid_label_files_are_reported(tmp_path: Path) -> None:
         benchmark.load(root)
     with pytest.raises(MissingFileError, match="has no VOC2012/JPEGImages or JPEGImages"):
         benchmark.load(tmp_path)
+
+
+def test_invalid_label_files_of_context_are_reported(tmp_path: Path) -> None:
+    root = tmp_path / "VOC2010"
+    save_image(root / "JPEGImages/a.jpg")
+    (root / "ImageSets/Main").mkdir(parents=True)
+    (root / "ImageSets/Main/val.txt").write_text("a\n")
+    (root / "trainval").mkdir()
+    file = root / "trainval/a.mat"
+    savemat(file, {"LabelMap": np.full((6, 8), 460, np.uint16)})
+    with pytest.raises(DataFormatError, match=r"a.mat contains the label 460, which is not a label"):
+        first_labels("context59", tmp_path, 1)
+    savemat(file, {"labels": np.zeros((6, 8))})
+    with pytest.raises(DataFormatError, match=r"a.mat: unreadable label file: KeyError\('LabelMap'\)"):
+        first_labels("context59", tmp_path, 1)
+    file.write_bytes(b"MATLAB")
+    with pytest.raises(DataFormatError, match=r"a.mat: unreadable label file"):
+        first_labels("context59", tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ([[4, 4, 9, 4, 9, 1e12]], "a polygon is far outside the image of 64 x 48 pixels"),
+        ([[4, 4, 9, 4, 9, float("nan")]], "a polygon is far outside the image"),
+        ([[4, 4]], "input type is not supported"),
+        ([], "need at least one array"),
+        ({"counts": [5, 6], "size": [48, 64]}, "the run lengths cover 11 of 3072 pixels"),
+        ({"counts": [5, 3067], "size": [64, 48]}, r"the mask has the size \[64, 48\], but the image has the size"),
+        (None, "'NoneType' object is not subscriptable"),
+    ],
+)
+def test_invalid_masks_of_coco_are_reported(segmentation: object, message: str, tmp_path: Path) -> None:
+    make_coco_object(tmp_path / "coco")
+    file = tmp_path / "coco/annotations/instances_val2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["segmentation"] = segmentation
+    content["annotations"][0]["id"] = 77
+    file.write_text(json.dumps(content))
+    data = BENCHMARKS["coco-object"].load(tmp_path / "coco")
+    with pytest.raises(DataFormatError, match=f"val2017.json: annotation 77 has an invalid mask: .*{message}"):
+        data.read_labels(0)
+    content["annotations"][0]["image_id"] = 3
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataFormatError, match="annotation 77 has no area, or no known image and category"):
+        BENCHMARKS["coco-object"].load(tmp_path / "coco")
 
 
 # ---- sliding window ------------------------------------------------------------------------------------------------

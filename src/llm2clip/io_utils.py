@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -181,15 +181,19 @@ def first_existing(folder: Path, *names: str) -> Path:
     raise MissingFileError(f"{folder} has no {' or '.join(names)}")
 
 
-def read_json(file: Path) -> Any:
+def read_json(file: Path, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """Read a JSON file.
 
+    Args:
+        file: Path of the file.
+        object_hook: Function that replaces each JSON object, as in the module `json`.
+
     Raises:
-        DataFormatError: The file is not valid JSON.
+        DataFormatError: The file is not valid JSON, or is nested too deeply.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(file.read_text(encoding="utf-8"), object_hook=object_hook)
+    except (ValueError, RecursionError) as error:
         raise DataFormatError(f"{file}: not JSON ({error})") from error
 
 

@@ -7,8 +7,6 @@ COCO's format is {"images": [{"id", "file_name", "width", "height"}], "annotatio
 
 from __future__ import annotations
 
-import json
-import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,15 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip.data.image_refs import ImageRef
-from llm2clip.data.readers.coco import drop_unused_keys, find_image_folder, split_folders
-from llm2clip.evaluate.benchmarks.base import Benchmark, RegionData, check_files, image_file
+from llm2clip.data.readers.coco import drop_unused_keys
+from llm2clip.evaluate.benchmarks.base import Benchmark, RegionData
 from llm2clip.evaluate.benchmarks.classification import imagenet_templates
-from llm2clip.evaluate.benchmarks.karpathy_splits import COCO_FOLDERS
-from llm2clip.io_utils import DataFormatError, first_existing
+from llm2clip.evaluate.benchmarks.coco_instances import (
+    INSTANCES_FOLDERS,
+    find_instances,
+    image_refs,
+    image_size,
+    parse_box,
+)
+from llm2clip.io_utils import DataFormatError, first_existing, read_json
 
 BOXES_PREFIX = "boxes:"
-BOX_FOLDERS = (*COCO_FOLDERS, "coco_instances")
 MIN_SIDE = 1.0  # pixels; smaller boxes are excluded
 CROWD, DEGENERATE = "crowd", "smaller than a pixel"  # reasons for excluding a box
 
@@ -60,13 +62,11 @@ def read_boxes(file: Path) -> RegionData:
         DataFormatError: If an annotation refers to an unknown image or category or has an invalid box, or if there are
             no boxes.
     """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"), object_hook=drop_unused_keys)  # polygons need much memory
-    except ValueError as error:
-        raise DataFormatError(f"{file}: not JSON ({error})") from error
+    data = read_json(file, drop_unused_keys)  # polygons need much memory
     categories = sorted(data["categories"], key=lambda category: category["id"])
     label_of_category = {category["id"]: label for label, category in enumerate(categories)}
     images = {image["id"]: image for image in data["images"]}
+    sizes = {image_id: image_size(file, image) for image_id, image in images.items()}
     rows: dict[Any, list[tuple[list[float], int, float]]] = defaultdict(list)
     excluded: Counter[str] = Counter()
     for annotation in data["annotations"]:
@@ -75,7 +75,7 @@ def read_boxes(file: Path) -> RegionData:
         if image is None or label is None:
             part = f"image {annotation['image_id']}" if image is None else f"category {annotation['category_id']}"
             raise DataFormatError(f"{file}: annotation {annotation.get('id')} refers to {part}, which does not exist")
-        box = _clipped_box(annotation, image, file)
+        box = _clipped_box(file, annotation, sizes[annotation["image_id"]])
         if annotation.get("iscrowd"):
             excluded[CROWD] += 1
         elif min(box[2] - box[0], box[3] - box[1]) < MIN_SIDE:
@@ -86,10 +86,9 @@ def read_boxes(file: Path) -> RegionData:
     if not rows:
         raise DataFormatError(f"{file} contains no boxes that can be classified")
     used_images = [image for image_id, image in images.items() if image_id in rows]
-    refs = _image_refs(file, used_images)
     return RegionData(
-        images=refs,
-        sizes=[(image["width"], image["height"]) for image in used_images],
+        images=image_refs(file, used_images),
+        sizes=[sizes[image["id"]] for image in used_images],
         boxes=[np.array([box for box, _, _ in rows[image["id"]]], np.float32) for image in used_images],
         labels=[np.array([label for _, label, _ in rows[image["id"]]], np.int64) for image in used_images],
         areas=[np.array([area for _, _, area in rows[image["id"]]], np.float32) for image in used_images],
@@ -99,38 +98,16 @@ def read_boxes(file: Path) -> RegionData:
     )
 
 
-def _clipped_box(annotation: Mapping[str, Any], image: Mapping[str, Any], file: Path) -> list[float]:
-    """Return a box as (left, top, right, bottom), clipped to the image.
-
-    Raises:
-        DataFormatError: If the box does not consist of four finite numbers.
-    """
-    box = annotation["bbox"]
-    if len(box) != 4 or not all(isinstance(value, int | float) and math.isfinite(value) for value in box):
-        raise DataFormatError(
-            f"{file}: annotation {annotation.get('id')} has the bbox {box}, but a bbox must be "
-            "[left, top, width, height] in pixels"
-        )
-    left, top, width, height = box
+def _clipped_box(file: Path, annotation: Mapping[str, Any], image_size: tuple[int, int]) -> list[float]:
+    """Return a box as (left, top, right, bottom), clipped to an image with the given width and height."""
+    left, top, width, height = parse_box(file, annotation)
     corners = np.array([left, top, left + width, top + height])
-    size = np.array([image["width"], image["height"]] * 2)
-    clipped: list[float] = corners.clip(0, size).tolist()
+    clipped: list[float] = corners.clip(0, np.array([*image_size, *image_size])).tolist()
     return clipped
 
 
-def _image_refs(file: Path, images: list[dict[str, Any]]) -> list[ImageRef]:
-    names = []
-    for image in images:
-        # LVIS specifies only a URL, such as http://images.cocodataset.org/val2017/000000397133.jpg.
-        names.append(image.get("file_name") or "/".join(image["coco_url"].split("/")[-2:]))
-    folder = Path(find_image_folder(str(file), names, split_folders(str(file), images)))
-    refs: list[ImageRef] = [image_file(folder, name) for name in names]
-    check_files(refs, file)
-    return refs
-
-
 def _read_coco(folder: Path) -> RegionData:
-    return read_boxes(first_existing(folder, "annotations/instances_val2017.json", "instances_val2017.json"))
+    return read_boxes(find_instances(folder))
 
 
 def _read_lvis(folder: Path) -> RegionData:
@@ -142,7 +119,7 @@ BENCHMARKS = (
         name="coco-boxes",
         kind="regions",
         description="36,335 boxes of 80 classes in COCO val2017",
-        folders=BOX_FOLDERS,
+        folders=INSTANCES_FOLDERS,
         read=_read_coco,
         source="annotations/instances_val2017.json and val2017/ (cocodataset.org)",
     ),
@@ -150,7 +127,7 @@ BENCHMARKS = (
         name="lvis-boxes",
         kind="regions",
         description="244,707 boxes of 1,203 classes in LVIS v1's validation split",
-        folders=BOX_FOLDERS,
+        folders=INSTANCES_FOLDERS,
         read=_read_lvis,
         source="annotations/lvis_v1_val.json (lvisdataset.org), and COCO's train2017/ and val2017/ (cocodataset.org)",
     ),

@@ -9,13 +9,17 @@ from __future__ import annotations
 import importlib.util
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from llm2clip.evaluate.benchmarks.base import Benchmark, DetectionData, check_files, find_image
+from llm2clip.evaluate.benchmarks.base import Benchmark, DetectionData
 from llm2clip.evaluate.benchmarks.classification import imagenet_templates
-from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json
-
-ANNOTATIONS = "annotations/instances_val2017.json"
+from llm2clip.evaluate.benchmarks.coco_instances import (
+    INSTANCES_FOLDERS,
+    find_instances,
+    image_refs,
+    image_size,
+    parse_box,
+)
+from llm2clip.io_utils import DataFormatError, MissingFileError, read_json
 
 
 def class_split() -> dict[str, list[str]]:
@@ -27,7 +31,7 @@ def class_split() -> dict[str, list[str]]:
 def _read_ov_coco(folder: Path) -> DetectionData:
     if importlib.util.find_spec("pycocotools") is None:
         raise MissingFileError("the average precision is computed by pycocotools: pip install 'llm2clip[dense]'")
-    file = first_existing(folder, ANNOTATIONS)
+    file = find_instances(folder)
     content = read_json(file)
     groups = class_split()
     names = [name for group in groups.values() for name in group]
@@ -38,16 +42,13 @@ def _read_ov_coco(folder: Path) -> DetectionData:
     used_ids = [category_ids[name] for name in names]
     annotations = [row for row in content["annotations"] if row["category_id"] in set(used_ids)]
     for row in annotations:
-        _check_box(file, row)
+        parse_box(file, row)  # raises an error if it is invalid
     annotated = {row["image_id"] for row in annotations}
     images = [image for image in content["images"] if image["id"] in annotated]
-    folders = [folder / "val2017", folder / "images" / "val2017", folder]
-    refs = [find_image(folders, image["file_name"]) for image in images]
-    check_files(refs, file)
     return DetectionData(
-        images=refs,
+        images=image_refs(file, images),
         image_ids=[int(image["id"]) for image in images],
-        sizes=[(image["width"], image["height"]) for image in images],
+        sizes=[image_size(file, image) for image in images],
         annotations=annotations,
         names=names,
         category_ids=used_ids,
@@ -56,18 +57,12 @@ def _read_ov_coco(folder: Path) -> DetectionData:
     )
 
 
-def _check_box(file: Path, row: dict[str, Any]) -> None:
-    box = row["bbox"]
-    if len(box) != 4 or min(box[2:]) < 0:
-        raise DataFormatError(f"{file}: annotation {row.get('id')} has the invalid box {box}; expected [x, y, w, h]")
-
-
 BENCHMARKS = (
     Benchmark(
         name="ov-coco",
         kind="detection",
         description="4,836 images, 48 base classes and 17 novel classes (arXiv 1804.04340)",
-        folders=("coco", "coco_instances"),
+        folders=INSTANCES_FOLDERS,
         read=_read_ov_coco,
         source="annotations/instances_val2017.json and val2017/ (cocodataset.org); --proposals selects the boxes",
     ),

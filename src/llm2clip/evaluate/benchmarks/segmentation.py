@@ -8,6 +8,7 @@ yields probabilities, and pixels without a probable class are assigned to the ba
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
@@ -20,7 +21,7 @@ from PIL import Image
 from llm2clip.data.image_refs import FileImage, ImageRef
 from llm2clip.evaluate.benchmarks.base import IGNORED, Benchmark, SegmentationData, check_files, image_file
 from llm2clip.evaluate.benchmarks.classification import imagenet_templates
-from llm2clip.evaluate.benchmarks.coco_boxes import BOX_FOLDERS
+from llm2clip.evaluate.benchmarks.coco_instances import INSTANCES_FOLDERS, find_instances, image_refs, image_size
 from llm2clip.io_utils import DataFormatError, MissingFileError, first_existing, read_json, read_lines
 
 _INVALID = -1  # in label tables: a value that must not occur
@@ -69,26 +70,36 @@ def _read_png(file: Path, table: np.ndarray) -> np.ndarray:
         DataFormatError: If the file is not such a PNG, or contains a value that is not in the table.
     """
     try:
-        with Image.open(file) as image:
-            if image.mode not in ("L", "P"):
-                raise DataFormatError(f"{file}: label files must have one 8-bit channel (got mode {image.mode})")
-            values = np.asarray(image)
-    except (OSError, Image.DecompressionBombError) as error:
+        with Image.open(file, formats=["PNG"]) as image:
+            mode, values = image.mode, np.asarray(image)
+    except Exception as error:  # Pillow can raise almost any exception for a damaged file
         raise DataFormatError(f"{file}: unreadable label file: {error}") from error
+    if mode not in ("L", "P"):
+        raise DataFormatError(f"{file}: label files must have one 8-bit channel (got mode {mode})")
     return _apply_table(values, table, file)
 
 
 def _read_context_mat(file: Path, table: np.ndarray) -> np.ndarray:
-    """Read labels, uint8 (H, W), from PASCAL-Context's own format, a MATLAB file with the array LabelMap."""
+    """Read labels, uint8 (H, W), from PASCAL-Context's own format, a MATLAB file with the array LabelMap.
+
+    Raises:
+        DataFormatError: If the file is not such a file, or contains a value that is not in the table.
+    """
     from scipy.io import loadmat
 
-    return _apply_table(loadmat(file)["LabelMap"], table, file)
+    try:
+        values = loadmat(file)["LabelMap"]
+    except Exception as error:  # SciPy can raise almost any exception for a damaged file
+        raise DataFormatError(f"{file}: unreadable label file: {error!r}") from error
+    return _apply_table(values, table, file)
 
 
 def _apply_table(values: np.ndarray, table: np.ndarray, file: Path) -> np.ndarray:
-    labels = table[values]
-    if (labels == _INVALID).any():
-        value = values[labels == _INVALID].flat[0]
+    is_invalid = (values < 0) | (values >= len(table))
+    labels = table[np.where(is_invalid, 0, values)]
+    is_invalid |= labels == _INVALID
+    if is_invalid.any():
+        value = values[is_invalid].flat[0]
         raise DataFormatError(f"{file} contains the label {value}, which is not a label of this data set")
     return labels.astype(np.uint8)
 
@@ -192,11 +203,9 @@ def _read_coco_object(folder: Path) -> SegmentationData:
     Raises:
         MissingFileError: If pycocotools is not installed.
     """
-    try:
-        import pycocotools.mask
-    except ImportError as error:
-        raise MissingFileError(f"COCO's masks require `pip install 'llm2clip[dense]'` ({error})") from error
-    file = first_existing(folder, "annotations/instances_val2017.json", "instances_val2017.json")
+    if importlib.util.find_spec("pycocotools") is None:
+        raise MissingFileError("COCO's masks are decoded by pycocotools: pip install 'llm2clip[dense]'")
+    file = find_instances(folder)
     data = read_json(file)
     categories = sorted(category["id"] for category in data["categories"])
     names = read_class_names("coco_object")
@@ -204,30 +213,27 @@ def _read_coco_object(folder: Path) -> SegmentationData:
         raise DataFormatError(f"{file} has {len(categories)} categories, but COCO has {len(names)}")
     label_of_category = {category: label for label, category in enumerate(categories, 1)}
     images = data["images"]
-    sizes = [(image["height"], image["width"]) for image in images]
-    objects: dict[Any, list[tuple[float, int, Any]]] = {image["id"]: [] for image in images}
+    sizes = [image_size(file, image) for image in images]
+    objects: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in images}
     for row in data["annotations"]:
-        label = label_of_category[row["category_id"]]
-        objects[row["image_id"]].append((row["area"], label, row["segmentation"]))
-    objects_of_image = [sorted(objects[image["id"]], key=lambda row: -row[0]) for image in images]
-    image_dir = first_existing(folder, "val2017", "images/val2017")
-    refs: list[ImageRef] = [image_file(image_dir, image["file_name"]) for image in images]
-    check_files(refs, file)
+        if row["image_id"] not in objects or row["category_id"] not in label_of_category or "area" not in row:
+            raise DataFormatError(f"{file}: annotation {row.get('id')} has no area, or no known image and category")
+        objects[row["image_id"]].append(row)
+    objects_of_image = [sorted(objects[image["id"]], key=lambda row: -row["area"]) for image in images]
 
     def read_labels(index: int) -> np.ndarray:
-        height, width = sizes[index]
+        width, height = sizes[index]
         labels = np.zeros((height, width), np.uint8)
-        for _, label, segmentation in objects_of_image[index]:
-            rle = segmentation  # polygons, or a run-length encoding for crowds
-            if isinstance(rle, list):
-                rle = pycocotools.mask.merge(pycocotools.mask.frPyObjects(rle, height, width))
-            elif isinstance(rle["counts"], list):
-                rle = pycocotools.mask.frPyObjects(rle, height, width)
-            labels[pycocotools.mask.decode(rle) > 0] = label
+        for row in objects_of_image[index]:
+            try:
+                mask = _decode_mask(row["segmentation"], height, width)
+            except Exception as error:  # pycocotools raises many types, even Exception
+                raise DataFormatError(f"{file}: annotation {row.get('id')} has an invalid mask: {error!r}") from error
+            labels[mask] = label_of_category[row["category_id"]]
         return labels
 
     return SegmentationData(
-        images=refs,
+        images=image_refs(file, images),
         read_labels=read_labels,
         names=[*read_class_names("background"), *names],
         templates=imagenet_templates(),
@@ -235,6 +241,34 @@ def _read_coco_object(folder: Path) -> SegmentationData:
         logit_scale=50,
         min_probability=0.1,
     )
+
+
+def _decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """Decode the mask of an object, bool (height, width), from polygons or from COCO's run-length encoding.
+
+    pycocotools checks neither, but needs unlimited memory for distant polygons, and fills up short run lengths with
+    uninitialised memory.
+
+    Raises:
+        ValueError: If a polygon is far outside the image, or the run lengths are those of an image of another size.
+    """
+    from pycocotools import mask
+
+    if isinstance(segmentation, list):
+        coordinates = np.concatenate([np.asarray(polygon, np.float64) for polygon in segmentation])
+        if not (np.abs(coordinates) <= 2 * max(height, width)).all():  # also for NaN
+            raise ValueError(f"a polygon is far outside the image of {width} x {height} pixels")
+        rle = mask.merge(mask.frPyObjects(segmentation, height, width))
+    else:
+        rle = segmentation
+        if list(rle["size"]) != [height, width]:
+            raise ValueError(f"the mask has the size {rle['size']}, but the image has the size {[height, width]}")
+        if isinstance(rle["counts"], list):
+            if sum(rle["counts"]) != height * width:
+                raise ValueError(f"the run lengths cover {sum(rle['counts'])} of {height * width} pixels")
+            rle = mask.frPyObjects(rle, height, width)
+    decoded: np.ndarray = mask.decode(rle) > 0
+    return decoded
 
 
 def _read_coco_stuff(folder: Path) -> SegmentationData:
@@ -324,7 +358,7 @@ BENCHMARKS = (
         name="coco-object",
         kind="segmentation",
         description="COCO val2017's objects and background: 5,000 images, 81 classes",
-        folders=BOX_FOLDERS,
+        folders=INSTANCES_FOLDERS,
         read=_read_coco_object,
         source="annotations/instances_val2017.json and val2017/ (cocodataset.org)",
     ),
@@ -332,7 +366,7 @@ BENCHMARKS = (
         name="coco-stuff",
         kind="segmentation",
         description="COCO-Stuff 164k: 5,000 images, 171 classes",
-        folders=BOX_FOLDERS,
+        folders=INSTANCES_FOLDERS,
         read=_read_coco_stuff,
         source="stuffthingmaps/val2017/*.png: stuffthingmaps_trainval2017.zip (github.com/nightrome/cocostuff), and "
         "COCO's val2017/ (cocodataset.org)",
