@@ -38,8 +38,7 @@ from llm2clip.data.images import load_image
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.evaluate.benchmarks.base import SegmentationData
-from llm2clip.evaluate.dense.detection import encode_boxes
-from llm2clip.evaluate.dense.regions import CROP
+from llm2clip.evaluate.dense.regions import CROP, encode_boxes
 from llm2clip.evaluate.dense.segmentation import evaluate_segmentation
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.models.dense import build_dense_encoder
@@ -194,7 +193,7 @@ def embed_boxes(model: DualEncoder, files: Sequence[Path], method: str) -> None:
         size = torch.tensor([image.shape[2], image.shape[1]])
         corners = torch.rand(BOXES_PER_IMAGE, 2, generator=generator) * 0.5 * size
         sides = (0.1 + 0.4 * torch.rand(BOXES_PER_IMAGE, 2, generator=generator)) * size
-        encode_boxes(model, image, torch.cat([corners, corners + sides], 1), method)
+        encode_boxes(model, [image], [torch.cat([corners, corners + sides], 1)], method)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import balanced_accuracy_score
 
-from dense_fixtures import colour_embeddings, make_coco, make_segmentation
+from dense_fixtures import colour_embeddings, colour_model, make_coco, make_segmentation
 from llm2clip.cli import main
 from llm2clip.data import image_loader
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
@@ -23,6 +23,7 @@ from llm2clip.evaluate.dense.regions import (
     RegionPredictions,
     classify_regions,
     crop_region,
+    encode_boxes,
     pool_regions,
     region_metrics,
 )
@@ -143,13 +144,13 @@ def test_file_without_usable_boxes_or_images_is_reported(tmp_path: Path) -> None
 
 def test_crop_is_enlarged_clipped_and_padded_to_a_square() -> None:
     image = torch.arange(3 * 20 * 40).reshape(3, 20, 40).remainder(251).add(1).to(torch.uint8)
-    crop = crop_region(image, np.array([10, 8, 26, 12], np.float32))  # 16 x 4 -> 24 x 6, from (6, 7) to (30, 13)
+    crop = crop_region(image, [10, 8, 26, 12])  # 16 x 4 -> 24 x 6, from (6, 7) to (30, 13)
     assert crop.shape == (3, 24, 24)
     assert torch.equal(crop[:, 9:15], image[:, 7:13, 6:30])
     assert not crop[:, :9].any() and not crop[:, 15:].any()
-    crop = crop_region(image, np.array([0, 0, 40, 20], np.float32))  # clipped to the image
+    crop = crop_region(image, [0, 0, 40, 20])  # clipped to the image
     assert crop.shape == (3, 40, 40) and torch.equal(crop[:, 10:30], image)
-    crop = crop_region(image, np.array([39.2, 19.1, 40, 20], np.float32))  # less than a pixel
+    crop = crop_region(image, [39.2, 19.1, 40, 20])  # less than a pixel
     assert crop.numel() > 0 and torch.equal(crop[:, -1, -1], image[:, 19, 39])
 
 
@@ -183,6 +184,24 @@ def test_pool_regions_matches_naive_roi_align() -> None:
     torch.testing.assert_close(pooled.double(), reference, atol=1e-6, rtol=0)
     mean = F.normalize(features[0, 2:4, 1:4].mean((0, 1)), dim=-1)
     torch.testing.assert_close(pooled[0], mean)  # a box that consists of complete cells
+
+
+@pytest.mark.parametrize("method", ["crop", "plain"])
+def test_boxes_are_encoded_in_batches_of_images(method: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(48, 64), (64, 48), (48, 64), (30, 90)]
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes]
+    boxes = [torch.tensor([[3.0, 5, 20, 21], [0, 0, 30, 9]]), torch.zeros(0, 4), torch.tensor([[9.0, 8, 40, 30]])]
+    boxes.append(torch.tensor([[50.0, 2, 80, 29]]))
+    model = colour_model()
+    results = encode_boxes(model, images, boxes, method)
+    assert [len(result) for result in results] == [2, 0, 1, 1]
+    for image, image_boxes, result in zip(images, boxes, results, strict=True):
+        [expected] = encode_boxes(model, [image], [image_boxes], method)
+        torch.testing.assert_close(result, expected)
+        for box, embedding in zip(image_boxes, result, strict=True):
+            torch.testing.assert_close(embedding, encode_boxes(model, [image], [box[None]], method)[0][0])
+    assert encode_boxes(model, [], [], method) == []
 
 
 # ---- classification ------------------------------------------------------------------------------------------------

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.io import encode_jpeg
 from torchvision.ops import batched_nms, box_iou, nms
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes
 
-from llm2clip.data.images import load_image
+from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.distributed import process_state
 from llm2clip.evaluate.benchmarks.base import DetectionData
 from llm2clip.evaluate.dense.average_precision import MAX_DETECTIONS, Detections
@@ -32,11 +31,10 @@ from llm2clip.evaluate.dense.inputs import (
     supported_variants,
 )
 from llm2clip.evaluate.dense.proposals import Proposals, object_boxes, open_proposals
-from llm2clip.evaluate.dense.regions import CROP, DENSE_SCALE, crop_region, pool_regions
-from llm2clip.evaluate.embeddings import BATCH_SIZE, EmbeddingSource
+from llm2clip.evaluate.dense.regions import CROP, encode_boxes
+from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts
 from llm2clip.html_report import Block, Heading, Paragraph, ResultImage, ResultImages
-from llm2clip.models.dual_encoder import DualEncoder
 
 LOGIT_SCALE = 100.0  # as in CLIP; RegionCLIP uses a temperature of 0.01
 NMS_IOU = 0.5  # as in RegionCLIP
@@ -106,12 +104,16 @@ def detect_objects(
     objects = object_boxes(data)
     local = DetectionResults({method: {} for method in methods})
     for images in decode_images(data.images, data.sizes, "detection", local.failures):
+        boxes_of_image = {}
         for index, image in images.items():
             image_id = data.image_ids[index]
-            boxes = source.find(image_id, image).top(*image.shape[1:])
-            for method in methods:
-                box_embeddings = encode_boxes(model, image, boxes.boxes, method)
-                local.by_method[method][image_id] = name_boxes(boxes, box_embeddings, classes)
+            boxes_of_image[image_id] = source.find(image_id, image).top(*image.shape[1:])
+        corners = [boxes.boxes for boxes in boxes_of_image.values()]
+        for method in methods:
+            box_embeddings = encode_boxes(model, list(images.values()), corners, method)
+            for (image_id, boxes), embedded in zip(boxes_of_image.items(), box_embeddings, strict=True):
+                local.by_method[method][image_id] = name_boxes(boxes, embedded, classes)
+        for image_id, boxes in boxes_of_image.items():
             true_boxes = objects.get(image_id, torch.zeros(0, 4))
             is_covered = (box_iou(true_boxes, boxes.boxes) >= RECALL_IOU).any(1)
             local.num_boxes += len(boxes.boxes)
@@ -163,28 +165,6 @@ def name_boxes(proposals: Proposals, box_embeddings: Tensor, classes: Tensor) ->
     return Detections(boxes[remaining], top_scores[remaining], labels[remaining])
 
 
-def encode_boxes(model: DualEncoder, image: Tensor, boxes: Tensor, method: str) -> Tensor:
-    """Return the embeddings of P boxes in one image, L2-normalised, (P, D) float32 on the CPU.
-
-    Args:
-        model: Image-text model.
-        image: Image, uint8 (3, H, W).
-        boxes: Corners (x0, y0, x1, y1) in pixels, (P, 4).
-        method: "crop", or a variant of the dense features. See `regions.py`.
-    """
-    if len(boxes) == 0:
-        return torch.zeros(0, model.embed_dim)
-    if method == CROP:
-        batches = []
-        for batch in boxes.split(BATCH_SIZE):
-            batches.append(model.encode_images([model.transform(crop_region(image, box.numpy())) for box in batch]))
-        return torch.cat(batches)
-    dense = get_dense_encoder(model, [method])
-    cells = dense.encode(dense.resize(image, round(DENSE_SCALE * dense.image_size))[None], method)  # (1, h, w, D)
-    scale = torch.tensor([cells.shape[2] / image.shape[2], cells.shape[1] / image.shape[1]] * 2)
-    return pool_regions(cells, [(boxes * scale).to(cells.device)]).cpu()
-
-
 def detection_blocks(
     data: DetectionData, method: str, detections: Mapping[int, Detections], count: int = 6
 ) -> list[Block]:
@@ -215,5 +195,4 @@ def _draw(image: Tensor, detected: Detections, names: Sequence[str]) -> ResultIm
         drawn = draw_bounding_boxes(drawn, boxes, labels, "yellow", width=2, label_colors="black", fill_labels=True)
     scores = detected.scores[shown].tolist()
     caption = ", ".join(f"{label} {score:.2f}" for label, score in zip(labels, scores, strict=True))
-    jpeg = encode_jpeg(drawn.contiguous(), quality=80).numpy().tobytes()
-    return ResultImage(jpeg, None, caption or "no detections")
+    return ResultImage(make_thumbnail(drawn, EXAMPLE_SIDE), None, caption or "no detections")

@@ -103,8 +103,11 @@ def classify_regions(
     parts: dict[str, list[RegionPredictions]] = {method: [] for method in (CROP, *variants)}
     failures: dict[int, str] = {}
     for images in decode_images(data.images, data.sizes, "regions", failures):
-        for method, region_embeddings in _encode_regions(images, data, model, variants).items():
-            parts[method].append(_predict(region_embeddings, list(images), data, classes))
+        boxes = [torch.from_numpy(data.boxes[index]) for index in images]
+        for method, predictions in parts.items():
+            region_embeddings = encode_boxes(model, list(images.values()), boxes, method)
+            regions = torch.cat([torch.empty(0, model.embed_dim), *region_embeddings])
+            predictions.append(_predict(regions, list(images), data, classes))
     gathered = gather_from_ranks((parts, failures))
     record_failures(embeddings.log, data.images, {i: reason for _, part in gathered for i, reason in part.items()})
     return {
@@ -170,7 +173,7 @@ def wrong_region_blocks(data: RegionData, method: str, predictions: RegionPredic
             continue
         shown_images.add(index)
         shown_classes.add(label)
-        crop = crop_region(load_image(data.images[index]), data.boxes[index][region])
+        crop = crop_region(load_image(data.images[index]), data.boxes[index][region].tolist())
         caption = f"{data.names[label]}, classified as {data.names[int(predictions.predicted[n])]}"
         images.append(ResultImage(make_thumbnail(crop, THUMBNAIL_SIDE), False, caption))
         if len(images) == count:
@@ -181,7 +184,53 @@ def wrong_region_blocks(data: RegionData, method: str, predictions: RegionPredic
     return [Heading("Wrong regions", 3), Paragraph(text), ResultImages("Correct class and predicted class:", images)]
 
 
-def crop_region(image: Tensor, box: np.ndarray) -> Tensor:
+def encode_boxes(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[Tensor], method: str) -> list[Tensor]:
+    """Return the embeddings of the boxes in each image, L2-normalised, float32 (R, D) on the CPU.
+
+    Args:
+        model: Image-text model.
+        images: Images, uint8 (3, H, W).
+        boxes: Boxes in each image, float32 (R, 4), as (left, top, right, bottom) in pixels.
+        method: "crop", or a variant of the dense features.
+    """
+    if method == CROP:
+        crops = torch.cat([torch.empty(0, model.embed_dim), *_encode_crops(model, images, boxes)])
+        return list(crops.split([len(image_boxes) for image_boxes in boxes]))
+    dense = get_dense_encoder(model, [method])
+    shorter_side = round(DENSE_SCALE * dense.image_size)
+    resized_by_shape: dict[torch.Size, dict[int, Tensor]] = {}  # images of the same shape are encoded together
+    for n, image in enumerate(images):
+        if len(boxes[n]):
+            resized = dense.resize(image, shorter_side)
+            resized_by_shape.setdefault(resized.shape, {})[n] = resized
+    results = [torch.empty(0, model.embed_dim) for _ in images]
+    for group in resized_by_shape.values():
+        features = dense.encode(torch.stack(list(group.values())), method)  # (N, h, w, D)
+        boxes_in_cells = []
+        for n in group:
+            height, width = images[n].shape[1:]
+            cells_per_pixel = torch.tensor([features.shape[2] / width, features.shape[1] / height] * 2)
+            boxes_in_cells.append((boxes[n] * cells_per_pixel).to(features.device))
+        pooled = pool_regions(features, boxes_in_cells).cpu()
+        for n, part in zip(group, pooled.split([len(boxes[n]) for n in group]), strict=True):
+            results[n] = part
+    return results
+
+
+def _encode_crops(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield the embeddings of the cropped boxes of all images, batch by batch."""
+    batch: list[Any] = []
+    for image, image_boxes in zip(images, boxes, strict=True):
+        for box in image_boxes.tolist():
+            batch.append(model.transform(crop_region(image, box)))
+            if len(batch) == BATCH_SIZE:
+                yield model.encode_images(batch)
+                batch = []
+    if batch:
+        yield model.encode_images(batch)
+
+
+def crop_region(image: Tensor, box: Sequence[float]) -> Tensor:
     """Cut a box with its surroundings out of an image.
 
     Args:
@@ -193,7 +242,7 @@ def crop_region(image: Tensor, box: np.ndarray) -> Tensor:
         padded with black on both sides of its shorter dimension.
     """
     height, width = image.shape[1:]
-    left, top, right, bottom = box.tolist()
+    left, top, right, bottom = box
     margin_x, margin_y = (CROP_SCALE - 1) / 2 * (right - left), (CROP_SCALE - 1) / 2 * (bottom - top)
     left, top = round(max(0.0, left - margin_x)), round(max(0.0, top - margin_y))
     right, bottom = round(min(float(width), right + margin_x)), round(min(float(height), bottom + margin_y))
@@ -216,53 +265,6 @@ def pool_regions(features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     """
     pooled = roi_align(features.permute(0, 3, 1, 2).contiguous(), list(boxes), output_size=1, aligned=True)
     return F.normalize(pooled[:, :, 0, 0], dim=-1)
-
-
-def _encode_regions(
-    images: dict[int, Tensor], data: RegionData, model: DualEncoder, variants: Sequence[str]
-) -> dict[str, Tensor]:
-    """Return the embeddings of all regions in some images, (R, D) on the CPU, for each method.
-
-    Args:
-        images: Decoded images, keyed by their index in `data`.
-    """
-    results = {CROP: torch.cat(list(_encode_crops(images, data, model)))}
-    if not variants:
-        return results
-    dense = get_dense_encoder(model, variants)
-    shorter_side = round(DENSE_SCALE * dense.image_size)
-    resized = {index: dense.resize(image, shorter_side) for index, image in images.items()}
-    indices_by_shape: dict[torch.Size, list[int]] = {}  # images of the same shape are encoded together
-    for index, image in resized.items():
-        indices_by_shape.setdefault(image.shape, []).append(index)
-    for variant in variants:
-        pooled: dict[int, Tensor] = {}
-        for indices in indices_by_shape.values():
-            pixels = torch.stack([resized[i] for i in indices])
-            features = dense.encode(pixels, variant)
-            boxes = []
-            for i in indices:
-                width, height = data.sizes[i]
-                cells_per_pixel = torch.tensor([features.shape[2] / width, features.shape[1] / height] * 2)
-                boxes.append((torch.from_numpy(data.boxes[i]) * cells_per_pixel).to(features.device))
-            parts = pool_regions(features, boxes).cpu().split([len(box) for box in boxes])
-            pooled |= dict(zip(indices, parts, strict=True))
-        results[variant] = torch.cat([torch.empty(0, model.embed_dim), *(pooled[i] for i in images)])
-    return results
-
-
-def _encode_crops(images: dict[int, Tensor], data: RegionData, model: DualEncoder) -> Iterator[Tensor]:
-    """Yield the embeddings of the cropped regions, batch by batch."""
-    yield torch.empty(0, model.embed_dim)
-    batch: list[Any] = []
-    for index, image in images.items():
-        for box in data.boxes[index]:
-            batch.append(model.transform(crop_region(image, box)))
-            if len(batch) == BATCH_SIZE:
-                yield model.encode_images(batch)
-                batch = []
-    if batch:
-        yield model.encode_images(batch)
 
 
 def _predict(regions: Tensor, indices: Sequence[int], data: RegionData, classes: Tensor) -> RegionPredictions:

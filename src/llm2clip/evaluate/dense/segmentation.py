@@ -21,6 +21,7 @@ from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.distributed import process_state
 from llm2clip.evaluate.benchmarks.base import IGNORED, SegmentationData
 from llm2clip.evaluate.dense.inputs import (
+    IMAGES_PER_BATCH,
     gather_from_ranks,
     get_dense_encoder,
     get_model,
@@ -42,7 +43,6 @@ from llm2clip.html_report import Block, Heading, Legend, Paragraph, ResultImage,
 from llm2clip.models.dense import DenseEncoder
 from llm2clip.progress import ProgressBar
 
-IMAGES_PER_BATCH = 8
 WINDOWS_PER_BATCH = 32
 NUM_EXAMPLES = 4  # images in the report
 EXAMPLE_SIDE = 480  # maximum height and width of label maps and images in the report, in pixels
