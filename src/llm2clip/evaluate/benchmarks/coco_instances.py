@@ -49,7 +49,8 @@ def image_size(file: Path, image: Mapping[str, Any]) -> tuple[int, int]:
     Raises:
         DataFormatError: If they are not positive integers, or the image is too large to be decoded.
     """
-    width, height = image.get("width"), image.get("height")
+    width: Any = image.get("width")
+    height: Any = image.get("height")
     is_valid = isinstance(width, int) and isinstance(height, int) and min(width, height) > 0
     if not is_valid or width * height > MAX_PIXELS:
         raise DataFormatError(
@@ -65,7 +66,7 @@ def parse_box(file: Path, annotation: Mapping[str, Any]) -> tuple[float, float, 
     Raises:
         DataFormatError: If the box does not consist of four finite numbers, or the width or height is negative.
     """
-    box = annotation.get("bbox")
+    box: Any = annotation.get("bbox")
     is_valid = isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box)
     if not is_valid or not all(map(math.isfinite, box)) or min(box[2:]) < 0:
         raise DataFormatError(
