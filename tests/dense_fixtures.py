@@ -15,10 +15,7 @@ from torch import Tensor
 
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.distributed import process_state, shutdown
-from llm2clip.evaluate.benchmarks import BENCHMARKS, SegmentationData
-from llm2clip.evaluate.dense.regions import classify_regions
-from llm2clip.evaluate.dense.segmentation import evaluate_segmentation
+from llm2clip.evaluate.benchmarks import SegmentationData
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.models.dense import DenseEncoder
 from llm2clip.models.dual_encoder import DualEncoder
@@ -131,14 +128,3 @@ def make_segmentation(folder: Path) -> SegmentationData:
         refs.append(FileImage(str(file)))
         labels.append(values)
     return SegmentationData(refs, labels.__getitem__, [["red"], ["green", "nothing"], ["blue"]], ["a {}"])
-
-
-def evaluate_on_rank(folder: Path) -> None:
-    """Evaluate `folder/coco` and generated images with labels; write the results to a JSON file for each rank."""
-    data = make_segmentation(folder / f"images{process_state().process_index}")
-    segmentation = evaluate_segmentation(data, colour_embeddings(), ["plain"])
-    boxes = classify_regions(BENCHMARKS["coco-boxes"].load(folder / "coco"), colour_embeddings(), ["plain"])["plain"]
-    report = {"images": segmentation.images, "counts": segmentation.counts["plain"].intersection.tolist()}
-    report |= {"boxes": boxes.image.tolist(), "predicted": boxes.predicted.tolist()}
-    (folder / f"{process_state().process_index}.json").write_text(json.dumps(report))
-    shutdown()

@@ -16,12 +16,10 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from torchvision.ops import box_convert
 
-from conftest import run_distributed
 from dense_fixtures import coco_json, colour_embeddings, colour_model, draw_rectangles
 from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
-from llm2clip.distributed import process_state
 from llm2clip.evaluate.benchmarks import BENCHMARKS
 from llm2clip.evaluate.benchmarks.base import DetectionData
 from llm2clip.evaluate.benchmarks.ov_coco import class_split
@@ -435,24 +433,6 @@ def test_unusable_images_are_recorded(tmp_path: Path) -> None:
     undecodable, wrong_size = embeddings.log.examples
     assert "2.png" in undecodable
     assert "3.png" in wrong_size and "60 x 45 pixels, but its boxes refer to 120 x 90" in wrong_size
-
-
-def detect_on_rank(folder: Path) -> None:
-    results = detect(make_drawn_data(folder))
-    torch.save(results, folder / f"rank{process_state().process_index}.pt")
-
-
-def test_ranks_share_the_images_and_all_return_the_results(tmp_path: Path) -> None:
-    data = draw_data(tmp_path)
-    expected = detect(data)
-    run_distributed(2, detect_on_rank, tmp_path)
-    for rank in range(2):
-        results = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
-        assert (results.num_boxes, results.num_covered, results.num_objects) == (8, 8, 8)
-        for method, detections in expected.by_method.items():
-            assert set(results.by_method[method]) == set(detections)
-            for image_id, detected in detections.items():
-                assert torch.equal(results.by_method[method][image_id].scores, detected.scores)
 
 
 def test_unsupported_variants_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

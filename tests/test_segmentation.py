@@ -15,8 +15,7 @@ from scipy.io import savemat
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, jaccard_score
 from torch import Tensor
 
-from conftest import run_distributed
-from dense_fixtures import CELL, colour_embeddings, evaluate_on_rank, make_coco, make_segmentation
+from dense_fixtures import CELL, colour_embeddings, make_coco, make_segmentation
 from llm2clip.cli import main
 from llm2clip.data.images import load_image
 from llm2clip.data.skip_log import TooManySkipped
@@ -428,18 +427,6 @@ def test_segmentation_intervals_match_a_naive_bootstrap() -> None:
     expected = np.quantile(samples, [0.025, 0.975], axis=0).T
     assert np.array(list(intervals.values())) == pytest.approx(expected)
     assert class_iou(counts)[4] is None
-
-
-def test_ranks_share_the_images_and_return_the_result_of_one_process(tmp_path: Path) -> None:
-    data = make_segmentation(tmp_path / "images")
-    make_coco(tmp_path / "coco")
-    run_distributed(2, evaluate_on_rank, tmp_path)
-    reports = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert reports[0] == reports[1]
-    result = evaluate_segmentation(data, colour_embeddings(), ["plain"])
-    assert reports[0]["images"] == [0, 1, 2]
-    assert reports[0]["counts"] == result.counts["plain"].intersection.tolist()
-    assert reports[0]["boxes"] == [0, 0, 1, 1, 2] and reports[0]["predicted"] == [0, 2, 1, 0, 2]
 
 
 def test_pictures_show_labels_and_predictions_without_the_background(tmp_path: Path) -> None:
