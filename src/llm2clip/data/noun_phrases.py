@@ -68,9 +68,9 @@ def add_phrases(records: Sequence[Record]) -> list[Record]:
     phrases = extract_phrases([record.texts for record in records])
     if not any(phrases):
         raise ValueError(
-            f"no phrase occurs in the captions of {MIN_IMAGES} or more images. Phrases are only found in English captions."
-            " Add a column `phrases` to the data, or remove phrases from --align.caption_mix or, for `llm2clip embed`, "
-            "the flag --phrases"
+            f"no phrase occurs in the captions of {MIN_IMAGES} or more images. Phrases are only found in English "
+            "captions. Add a column `phrases` to the data, or remove phrases from --align.caption_mix or, for "
+            "`llm2clip embed`, the flag --phrases"
         )
     return [dataclasses.replace(record, phrases=own) for record, own in zip(records, phrases, strict=True)]
 
