@@ -26,9 +26,9 @@ from llm2clip.evaluate.benchmarks.ov_coco import class_split
 from llm2clip.evaluate.dense.average_precision import ClassMatches, Detections, detection_metrics, weighted_ap
 from llm2clip.evaluate.dense.detection import (
     DetectionResults,
+    classify_boxes,
     detect_objects,
     detection_blocks,
-    name_boxes,
     without_images,
 )
 from llm2clip.evaluate.dense.proposals import Proposals, open_proposals
@@ -213,12 +213,12 @@ def unit(*shape: int, seed: int) -> Tensor:
     return torch.nn.functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def test_name_boxes_scores_are_geometric_means() -> None:
+def test_classify_boxes_scores_are_geometric_means() -> None:
     corners = torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 40], [60, 0, 80, 30]])
     objectness = torch.tensor([0.9, 0.2, 0.5])
     boxes, classes = unit(3, 8, seed=0) * 0.05 + unit(1, 8, seed=1), unit(4, 8, seed=2)
     boxes = torch.nn.functional.normalize(boxes, dim=-1)
-    detected = name_boxes(Proposals(corners, objectness), boxes, classes)
+    detected = classify_boxes(Proposals(corners, objectness), boxes, classes)
     assert len(detected.scores) == 12  # each pair of a box and a class, because the boxes do not overlap
     assert detected.scores.tolist() == sorted(detected.scores.tolist(), reverse=True)
     logits = 100 * boxes.double().numpy() @ classes.double().numpy().T
@@ -229,22 +229,22 @@ def test_name_boxes_scores_are_geometric_means() -> None:
         assert float(score) == pytest.approx(np.sqrt(float(objectness[n]) * probability), rel=1e-4)
 
 
-def test_name_boxes_suppresses_overlapping_boxes_of_the_same_class_only() -> None:
+def test_classify_boxes_suppresses_overlapping_boxes_of_the_same_class_only() -> None:
     classes = torch.eye(2, 4)
     corners = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 8]])
     embeddings = classes[[0, 0, 1]]  # two boxes of class 0 and one of class 1
-    detected = name_boxes(Proposals(corners, torch.tensor([0.5, 0.9, 0.4])), embeddings, classes)
+    detected = classify_boxes(Proposals(corners, torch.tensor([0.5, 0.9, 0.4])), embeddings, classes)
     confident = detected.scores > 0.1
     assert detected.labels[confident].tolist() == [0, 1]
     assert detected.boxes[confident].tolist() == corners[1:].tolist()
 
 
-def test_name_boxes_accepts_no_boxes_and_keeps_the_best_100() -> None:
+def test_classify_boxes_accepts_no_boxes_and_keeps_the_best_100() -> None:
     classes = unit(3, 8, seed=0)
-    assert len(name_boxes(Proposals(torch.zeros(0, 4), torch.zeros(0)), torch.zeros(0, 8), classes).scores) == 0
+    assert len(classify_boxes(Proposals(torch.zeros(0, 4), torch.zeros(0)), torch.zeros(0, 8), classes).scores) == 0
     corners = torch.tensor([[20.0 * n, 0, 20 * n + 10, 10] for n in range(120)])
     scores = torch.linspace(0.1, 1, 120)
-    detected = name_boxes(Proposals(corners, scores), classes[:1].expand(120, 8), classes)
+    detected = classify_boxes(Proposals(corners, scores), classes[:1].expand(120, 8), classes)
     assert len(detected.scores) == 100 and set(detected.labels.tolist()) == {0}
     assert detected.boxes[:, 0].tolist() == [20.0 * n for n in range(119, 19, -1)]
 
@@ -301,7 +301,7 @@ def test_proposal_file_errors_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(DataFormatError, match="must be a list"):
         open_proposals(write_proposals(tmp_path, {"annotations": []}), DATA, CPU)
     other = [{"image_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}]
-    with pytest.raises(DataFormatError, match="image_id is COCO's id"):
+    with pytest.raises(DataFormatError, match="the image_id values are COCO image ids"):
         open_proposals(write_proposals(tmp_path, other), DATA, CPU)
 
 
@@ -357,7 +357,7 @@ def test_transformers_detector_returns_its_boxes(tmp_path: Path) -> None:
     corners = torch.stack([centre_x - width / 2, centre_y - height / 2, centre_x + width / 2, centre_y + height / 2], 1)
     assert torch.allclose(found.boxes, corners, atol=1e-4)
     assert torch.allclose(found.scores, outputs.logits[0].softmax(-1)[:, :-1].amax(-1))
-    with pytest.raises(ValueError, match="not a detector of transformers"):
+    with pytest.raises(ValueError, match="not a transformers object detection model"):
         open_proposals(str(tmp_path / "nothing"), DATA, CPU)
 
 
@@ -432,7 +432,7 @@ def test_unusable_images_are_recorded(tmp_path: Path) -> None:
     assert [row["image_id"] for row in remaining.annotations] == [10, 10, 11, 11]
     undecodable, wrong_size = embeddings.log.examples
     assert "2.png" in undecodable
-    assert "3.png" in wrong_size and "60 x 45 pixels, but its boxes refer to 120 x 90" in wrong_size
+    assert "3.png" in wrong_size and "60 x 45 pixels, but its boxes are for 120 x 90" in wrong_size
 
 
 def test_unsupported_variants_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

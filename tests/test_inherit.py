@@ -118,6 +118,22 @@ def test_adapter_is_saved_and_trained_again_only_if_something_changes(
 
 
 @pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize(("num_texts", "expected"), [(19, "of the training texts"), (20, "of the held-out texts")])
+def test_similarity_is_measured_on_held_out_texts_if_there_are_20_texts(
+    num_texts: int,
+    expected: str,
+    records: list[Record],
+    store: EmbeddingStore,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tower, _ = make_clip(tmp_path / "clip", "clip")
+    texts = inherited_texts(records, ALIGN)[:num_texts]
+    new_model(config_for(tower), store, [dataclasses.replace(records[0], captions=tuple(texts))], tmp_path)
+    assert expected in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("few_steps")
 def test_align_trains_and_saves_an_inherited_model(
     records: list[Record], store: EmbeddingStore, tmp_path: Path
 ) -> None:

@@ -36,7 +36,7 @@ class Checkpoints:
     Attributes:
         latest: Checkpoint to resume from. None if training starts from the beginning.
         step: Step of the checkpoint to resume from. 0 if training starts from the beginning.
-        batch_size: The run's setting for the number of items per step and rank, which is saved in checkpoints.
+        batch_size: Number of items per step and rank in the run's config, which is saved in checkpoints.
     """
 
     def __init__(self, folder: Path, batch_size: int | None = None) -> None:
@@ -46,8 +46,8 @@ class Checkpoints:
         checkpoint-N.damaged, and training resumes from the checkpoint before it.
 
         Args:
-            folder: Folder for the checkpoints, which need not exist yet.
-            batch_size: Setting for the number of items per step and rank. None if there is no such setting.
+            folder: Checkpoint folder. It need not exist yet.
+            batch_size: Number of items per step and rank in the run's config. None if the config has no such setting.
 
         Raises:
             ValueError: The latest checkpoint was saved by an older version, or is not visible on this rank. Also raised

@@ -1,11 +1,11 @@
 """Text-to-image retrieval by query length, from single words to whole captions.
 
-The queries are built from the captions of the evaluated images. Words and phrases of two or three words are relevant to
-every image with a caption that mentions them. Longer queries are whole captions, which are relevant to the images that
-they describe. The metrics are computed from exact ranks, in which ties count against the model (see `ranks`).
+The queries are built from the captions of the evaluated images. For words and phrases of two or three words, every
+image with a caption that mentions them is relevant. Longer queries are whole captions, for which the images that they
+describe are relevant. The metrics are computed from exact ranks, in which ties count against the model (see `ranks`).
 
-An image can show what a query names although none of its captions mentions it. Such images count as wrong answers, so
-the metrics are lower bounds. They are meant for comparing models on the same images.
+An image can show what a query names even though none of its captions mentions it. Such images count as wrong answers,
+so the metrics usually underestimate the models. They are meant for comparing models on the same images.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def score_short_queries(
     Args:
         embeddings: Source of text embeddings.
         ranks: Images, captions and image embeddings of one caption field.
-        templates: Prompt templates. If there are any, queries of up to three words are also evaluated as the mean of
+        templates: Prompt templates. If there are any, queries of up to three words are also evaluated using the mean of
             the query's own embedding and the embeddings of the filled templates (see `query_prompts`).
 
     Raises:
@@ -103,7 +103,10 @@ def score_short_queries(
         raise ValueError("the captions have no spaces between words, so they cannot be split into phrases")
     queries = build_queries([record.captions for record in ranks.records])
     if not queries:
-        raise ValueError("no caption has four words, and no word occurs in the captions of at least three images")
+        raise ValueError(
+            "no caption has four or more words, and no shorter phrase occurs in the captions of at least three images "
+            "and of at most a third of the images"
+        )
 
     def score(templates: Sequence[str]) -> list[LengthScores]:
         results = []
@@ -163,7 +166,7 @@ def build_queries(
         counts = Counter(phrase for texts in captions for phrase in caption_phrases(texts, num_words))
         max_images = max_share * len(captions)
         frequent = {phrase for phrase, count in counts.items() if min_images <= count <= max_images}
-        del counts  # it contains all phrases, most of which are rare
+        del counts  # free memory: most phrases are rare
         selected = _sample(frequent, max_queries, seed)
         images = defaultdict(list)
         for image, texts in enumerate(captions):

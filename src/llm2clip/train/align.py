@@ -76,7 +76,7 @@ def align(
         model: Model with a pretrained tower and newly initialised heads. The model is modified in place.
         config: Settings for the `align` stage.
         run_dir: Output folder for checkpoints/, metrics.jsonl, evaluations.jsonl and best/.
-        log: Log of skipped rows and images, to which images that cannot be decoded are added.
+        log: Log of skipped rows and images. Images that cannot be decoded are added to it.
         validate: Function that evaluates the model on held-out images. If None, the model is not evaluated during
             training.
         features: Folder of the feature store, which caches the pretrained tower's features. It is only used if
@@ -362,7 +362,7 @@ def _batch_loss(
     image_argument = "pixels" if images.dtype == torch.uint8 else "features"
 
     # Part n of the batch contains images bounds[n] to bounds[n + 1] - 1, and all of their texts. A batch is larger than
-    # `batch_size` if the run has been resumed on fewer ranks. The memory on each rank must not grow then.
+    # `batch_size` if the run has been resumed on fewer ranks. In that case, memory per rank must not grow.
     size = config.micro_batch_size or config.batch_size
     bounds = [*range(0, len(images), size), len(images)]
 

@@ -23,16 +23,17 @@ def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> 
         structure loss:  mean over pairs i != j of smooth_l1(|s_i - s_j| - |t_i - t_j|)
 
     The formulas are those of `train_one_epoch_stage1` and `train_one_epoch_stage2` in training/train.py of
-    https://github.com/VisionXLab/ProCLIP. That code sums over items and over the pairs of each rank. Here, means over
-    items and over the pairs of all ranks do not depend on the batch size or on the number of ranks. In its second
-    stage, that code compares image embeddings, whereas `align` compares the tower's features before the projection,
-    because a new projection has no teacher. The memory is quadratic in N.
+    https://github.com/VisionXLab/ProCLIP. That code sums over items and over the pairs of each rank. Here, the terms
+    are averaged over items and over the pairs of all ranks, so that the loss does not scale with the batch size or the
+    number of ranks. In its second stage, that code compares image embeddings, whereas `align` compares the tower's
+    features before the projection, because a new projection has no teacher. The memory is quadratic in N.
 
     Args:
         student: Embeddings, (N, D). They are L2-normalised here.
         teacher: Embeddings of the same items, (N, D), without gradients. They are L2-normalised here.
-        gather: Use the pairs of all ranks. All ranks must then call this function. Averaged over ranks with equally
-            many items, the loss and its gradients equal those of a single process with all items.
+        gather: Use the pairs of all ranks. All ranks must then call this function. If all ranks have the same number
+            of items, the average over ranks of the loss and of its gradients equals that of a single process with all
+            items.
 
     Returns:
         The loss as a float32 scalar. With a single item, the structure loss is 0.

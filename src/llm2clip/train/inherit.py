@@ -1,12 +1,13 @@
 """Representation inheritance (ProCLIP, arXiv 2510.18795): start `align` in the embedding space of a CLIP model.
 
-Contrastive training of a new adapter against a pretrained vision tower changes what the tower knows. The adapter
-therefore first learns, on text alone, to map the LLM's embedding of a text to the text embedding of the CLIP model that
-the tower comes from. The image projection is CLIP's own. Together with self-distillation (see `distillation`), this
-step improves zero-shot accuracy by 6.8 to 13.5 points in the paper.
+Before `align`, the adapter learns, on text alone, to map the LLM's embedding of a text to the text embedding of the
+CLIP model that the tower comes from. The image projection is CLIP's own. Without this step, the adapter is
+randomly initialised, and contrastive training against it changes what the pretrained tower knows. In the paper, this
+step and self-distillation (see `distillation`) together improve zero-shot accuracy by 6.8 to 13.5 points.
 
-The texts are the short captions and phrases of the training data. CLIP's embeddings of these texts are cached in a
-store, and the LLM's embeddings come from the caption store, so a step trains only the adapter.
+The texts are the captions, short captions and phrases of the training data, or the long captions if there are no other
+texts. CLIP's embeddings of these texts are cached in a store, and the LLM's embeddings come from the caption store, so
+each step only runs and updates the adapter.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ from llm2clip.train.optim import ADAM_BETAS, MAX_GRAD_NORM, WEIGHT_DECAY, cosine
 
 WEIGHTS = "inherited_adapter.safetensors"
 EPOCHS = 4
-MIN_STEPS = 500  # with few texts, more epochs are trained
+MIN_STEPS = 500  # more epochs are run if there are few texts
 BATCH_SIZE = 1024
 LR = 1e-3
 WARMUP_RATIO = 0.05
-MAX_TEST_TEXTS = 1000  # texts on which the result is measured; not trained on
+MAX_TEST_TEXTS = 1000  # maximum number of held-out texts, on which the result is measured
 
 
 @onednn_matmul()
@@ -59,7 +60,7 @@ def inherit_text_space(
     """Train the adapter of `model` to reproduce a CLIP model's text embeddings. Must be called by all ranks.
 
     The adapter is trained on the main process. Its weights are saved in `folder` with a signature of everything that
-    they depend on. If they exist already, they are loaded.
+    they depend on. If the folder has weights with the same signature, they are loaded instead.
 
     Args:
         model: Model with a new adapter, whose `embed_dim` is that of the CLIP model. It is modified in place.
@@ -84,14 +85,13 @@ def inherit_text_space(
         "clip": identity,
         "encoder": store.manifest["fingerprint"],
         "texts": fingerprint({"texts": texts}),
-        "adapter": hash_weights(model.adapter),  # before training, which depends on the architecture and the seed
+        "adapter": hash_weights(model.adapter),  # untrained weights, which depend on the architecture and the seed
         "training": [EPOCHS, MIN_STEPS, BATCH_SIZE, LR, WARMUP_RATIO, config.seed, precision],
     }
     file = folder / WEIGHTS
     if process_state().is_main_process and _saved_signature(file) != signature:
         inputs = store.rows(texts), clip_store.find(caption_keys(texts))
         similarity = _train_adapter(model.adapter, store, clip_store, *inputs, config.seed, precision, model.device)
-        print_once(f"inherit: cosine similarity {similarity:.3f} to the CLIP text embeddings of texts not trained on")
         state = {name: tensor.cpu().contiguous() for name, tensor in model.adapter.state_dict().items()}
         with atomic_path(file) as temporary:
             save_file(state, temporary, {"signature": json.dumps(signature), "similarity": f"{similarity:.4f}"})
@@ -100,7 +100,7 @@ def inherit_text_space(
 
 
 def inherited_texts(records: Sequence[Record], config: AlignConfig) -> list[str]:
-    """Return the distinct texts to train on: captions, short captions and, if they have a weight, phrases.
+    """Return the distinct texts to train on: captions, short captions, and phrases, if their weight is positive.
 
     Long captions are only used if there are no others, because CLIP's text towers read at most 77 tokens.
     """
@@ -127,9 +127,9 @@ def _train_adapter(
     precision: str,
     device: torch.device,
 ) -> float:
-    """Train the adapter; return its mean cosine similarity to CLIP's embeddings of texts that it was not trained on.
+    """Train the adapter; print and return its mean cosine similarity to CLIP's embeddings of held-out texts.
 
-    With fewer than 20 texts, all texts are trained on, and the similarity is that of these texts.
+    With fewer than 20 texts, no texts are held out, and the similarity is that of the training texts.
 
     Args:
         adapter: The adapter, on `device`. It is modified in place.
@@ -179,4 +179,7 @@ def _train_adapter(
     adapter.eval()
     with torch.no_grad():
         embeddings, teacher = load(test if test_size else train)
-        return F.cosine_similarity(adapter(embeddings), teacher).mean().item()
+        similarity = F.cosine_similarity(adapter(embeddings), teacher).mean().item()
+    texts = "held-out" if test_size else "training"
+    print_once(f"inherit: cosine similarity {similarity:.3f} to the CLIP text embeddings of the {texts} texts")
+    return similarity

@@ -87,7 +87,7 @@ def list_benchmarks(root: Path) -> list[str]:
     """Return lines of text that list all benchmarks and their folders in `root`.
 
     For each benchmark, the table includes the number of models with results published by the LLM2CLIP authors. For each
-    missing benchmark, a line specifies where to download its files.
+    missing benchmark, a line says where to download its files.
     """
     rows, missing = [], []
     for benchmark in BENCHMARKS.values():

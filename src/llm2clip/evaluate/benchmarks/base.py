@@ -62,7 +62,7 @@ class RegionData:
 
     images: Sequence[ImageRef]
     sizes: Sequence[tuple[int, int]]
-    """Width and height of each image in pixels, to which the boxes refer."""
+    """Width and height of each image in pixels. The boxes are given for this size."""
     boxes: Sequence[np.ndarray]
     """Boxes in each image, float32 (R, 4), as (left, top, right, bottom) in pixels. They are inside the image."""
     labels: Sequence[np.ndarray]
@@ -73,7 +73,7 @@ class RegionData:
     templates: Sequence[str]
     """Prompt templates, with {} as the placeholder for the class name."""
     excluded: Mapping[str, int]
-    """Number of boxes that were excluded for each reason."""
+    """Number of excluded boxes, by reason."""
 
 
 IGNORED = 255
@@ -114,7 +114,7 @@ class DetectionData:
     images: Sequence[ImageRef]
     image_ids: Sequence[int]
     sizes: Sequence[tuple[int, int]]
-    """Width and height of each image in pixels, to which the boxes refer."""
+    """Width and height of each image in pixels. The boxes are given for this size."""
     annotations: Sequence[Mapping[str, Any]]
     """Objects in COCO's format: "image_id", "category_id", "bbox" as [x, y, width, height] in pixels, and "iscrowd"."""
     names: Sequence[str]

@@ -213,7 +213,7 @@ def _read_cifar(folder: Path, files: Sequence[str], names_file: str, skipped_lab
         data = np.fromfile(first_existing(folder, file), np.uint8)
         if len(data) % row_size:
             raise DataFormatError(
-                f"{folder / file}: {len(data):,} bytes are not a multiple of {row_size:,}, the bytes per image"
+                f"{folder / file}: size of {len(data):,} bytes is not a multiple of {row_size:,} bytes per image"
             )
         for n, row in enumerate(data.reshape(-1, row_size)):
             label = int(row[skipped_labels])

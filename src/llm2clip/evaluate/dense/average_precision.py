@@ -1,4 +1,4 @@
-"""Average precision (AP) of detections by pycocotools, for groups of classes, with bootstrap confidence intervals."""
+"""Average precision (AP) of detections, computed with pycocotools for groups of classes, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pycocotools.coco import COCO
 
 MAX_DETECTIONS = 100  # per image, as in COCO's AP
-AP50 = 0  # index of the IoU threshold 0.5 in COCO's thresholds 0.5, 0.55, ..., 0.95
+AP50_INDEX = 0  # index of the IoU threshold 0.5 in COCO's thresholds 0.5, 0.55, ..., 0.95
 
 
 @dataclass
@@ -46,8 +46,8 @@ def detection_metrics(
     measured at the IoU threshold 0.5, and AP is the mean over the thresholds 0.5, 0.55, ..., 0.95. A group's value is
     the mean over its classes. Classes without objects are excluded.
 
-    The intervals are bootstrap intervals: whole images are resampled. They use the matches of COCOeval, so that only
-    the precision is computed again for each resample.
+    The intervals come from a bootstrap over images. COCOeval's matches are reused, so only the precision is recomputed
+    for each resample.
 
     Args:
         data: Objects, classes and groups of classes.
@@ -59,7 +59,7 @@ def detection_metrics(
         the groups in `data.groups` and for the group "all".
     """
     evaluator = _run_coco_eval(data, detections)
-    precision = evaluator.eval["precision"][..., 0, 0]  # (thresholds, recall values, classes), -1 without objects
+    precision = evaluator.eval["precision"][..., 0, 0]  # (thresholds, recalls, classes), -1 for classes without objects
     class_ap = np.where(precision > -1, 100 * precision, np.nan).mean(1)  # (thresholds, classes)
     matches = [_class_matches(evaluator, k) for k in range(len(data.names))]
     recall_values = evaluator.params.recThrs
@@ -70,7 +70,7 @@ def detection_metrics(
 
     metrics: dict[str, dict[str, Any]] = {}
     for group, names in {**data.groups, "all": data.names}.items():
-        classes = [k for k, name in enumerate(data.names) if name in names and not np.isnan(class_ap[AP50, k])]
+        classes = [k for k, name in enumerate(data.names) if name in names and not np.isnan(class_ap[AP50_INDEX, k])]
         if not classes:
             continue
         group_ap50 = resampled_ap50[:, classes]
@@ -78,7 +78,7 @@ def detection_metrics(
         means = np.nansum(group_ap50, axis=1)[num_classes > 0] / num_classes[num_classes > 0]
         low, high = percentile_interval(torch.from_numpy(means)).tolist()
         metrics[group] = {
-            "AP50": float(class_ap[AP50, classes].mean()),
+            "AP50": float(class_ap[AP50_INDEX, classes].mean()),
             "AP50 interval": (low, high),
             "AP": float(class_ap[:, classes].mean()),
             "classes": len(classes),
@@ -171,9 +171,9 @@ def _class_matches(evaluator: Any, k: int) -> ClassMatches:
     for i, result in enumerate(evaluator.evalImgs[k * num_images : (k + 1) * num_images]):
         if result is None:  # neither objects nor detections
             continue
-        counted = ~result["dtIgnore"][AP50].astype(bool)
+        counted = ~result["dtIgnore"][AP50_INDEX].astype(bool)
         scores.append(np.asarray(result["dtScores"], float)[counted])
-        is_correct.append(result["dtMatches"][AP50][counted] > 0)
+        is_correct.append(result["dtMatches"][AP50_INDEX][counted] > 0)
         images.append(np.full(int(counted.sum()), i))
         objects[i] = np.count_nonzero(np.asarray(result["gtIgnore"]) == 0)
     order = np.argsort(-np.concatenate(scores), kind="mergesort")  # the same order as in COCOeval

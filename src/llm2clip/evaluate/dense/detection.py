@@ -1,4 +1,4 @@
-"""Open-vocabulary detection: class-agnostic boxes are named by an image-text model.
+"""Open-vocabulary detection: class-agnostic boxes are classified with an image-text model.
 
 The model embeds each box, and the cosine similarities to the class embeddings determine the class probabilities. As in
 RegionCLIP (arXiv 2112.09106), the score of a box and a class is the geometric mean of the box's objectness and the
@@ -38,7 +38,7 @@ from llm2clip.html_report import Block, Heading, Paragraph, ResultImage, ResultI
 
 LOGIT_SCALE = 100.0  # as in CLIP; RegionCLIP uses a temperature of 0.01
 NMS_IOU = 0.5  # as in RegionCLIP
-MAX_CANDIDATES = 1000  # pairs of a box and a class per image, before non-maximum suppression
+MAX_CANDIDATES = 1000  # (box, class) pairs per image, before non-maximum suppression
 RECALL_IOU = 0.5  # an object counts as covered if a proposal overlaps it by at least this IoU
 EXAMPLE_SIDE = 480  # pixels
 EXAMPLE_BOXES = 8  # boxes per example image
@@ -52,8 +52,8 @@ class DetectionResults:
         by_method: For each method, the detections keyed by image id.
         num_boxes: Number of proposals.
         num_covered, num_objects: Number of objects that a proposal covers, and number of objects. Crowds are excluded.
-        note: Statement about proposals that are not used. Empty if all proposals are used.
-        failures: Reason for each image that cannot be used, keyed by the index of the image.
+        note: Note about proposals that are not used. Empty if all proposals are used.
+        failures: Why each unusable image was skipped, keyed by the index of the image.
     """
 
     by_method: dict[str, dict[int, Detections]]
@@ -78,7 +78,7 @@ class DetectionResults:
 def detect_objects(
     data: DetectionData, embeddings: EmbeddingSource, proposals: str, variants: Sequence[str], with_crops: bool = False
 ) -> DetectionResults:
-    """Name the proposals in all images by each method. Each image is decoded once.
+    """Classify the proposals in all images with each method. Each image is decoded once.
 
     In a distributed run, the images are split across the ranks, and every rank returns all detections.
 
@@ -88,7 +88,7 @@ def detect_objects(
         proposals: Source of the boxes, see `open_proposals`.
         variants: Variants of the dense features. See `DENSE_VARIANTS`. Variants that the model does not support are
             skipped.
-        with_crops: Also name each box by the method "crop", which encodes it like an image. See `regions.py`.
+        with_crops: Also classify the boxes with the method "crop", which encodes each like an image. See `regions.py`.
 
     Raises:
         ValueError: If the embeddings are precomputed, the model supports none of the variants, or the proposals are
@@ -112,7 +112,7 @@ def detect_objects(
         for method in methods:
             box_embeddings = encode_boxes(model, list(images.values()), corners, method)
             for (image_id, boxes), embedded in zip(boxes_of_image.items(), box_embeddings, strict=True):
-                local.by_method[method][image_id] = name_boxes(boxes, embedded, classes)
+                local.by_method[method][image_id] = classify_boxes(boxes, embedded, classes)
         for image_id, boxes in boxes_of_image.items():
             true_boxes = objects.get(image_id, torch.zeros(0, 4))
             is_covered = (box_iou(true_boxes, boxes.boxes) >= RECALL_IOU).any(1)
@@ -146,7 +146,7 @@ def without_images(data: DetectionData, excluded: Collection[int]) -> DetectionD
     )
 
 
-def name_boxes(proposals: Proposals, box_embeddings: Tensor, classes: Tensor) -> Detections:
+def classify_boxes(proposals: Proposals, box_embeddings: Tensor, classes: Tensor) -> Detections:
     """Return the detections in one image, at most `MAX_DETECTIONS`.
 
     score(box, class) = sqrt(objectness * softmax over classes of (100 * cosine))
@@ -168,7 +168,7 @@ def name_boxes(proposals: Proposals, box_embeddings: Tensor, classes: Tensor) ->
 def detection_blocks(
     data: DetectionData, method: str, detections: Mapping[int, Detections], count: int = 6
 ) -> list[Block]:
-    """Return a report section with a few images, sampled at regular intervals, and their best detections."""
+    """Return a report section with a few images, sampled at regular intervals, and their highest-scoring detections."""
     images = []
     for n in torch.linspace(0, len(data.images) - 1, min(count, len(data.images))).long().tolist():
         detected = detections.get(data.image_ids[n])
@@ -177,14 +177,14 @@ def detection_blocks(
     if not images:
         return []
     text = (
-        f"Up to {EXAMPLE_BOXES} detections with the highest scores, by the method {method}. Of overlapping detections, "
-        "only the one with the highest score is shown."
+        f"The {EXAMPLE_BOXES} highest-scoring detections per image, with the method {method}. Of overlapping "
+        "detections, only the highest-scoring one is shown."
     )
     return [Heading("Detections", 3), Paragraph(text), ResultImages("Images sampled at regular intervals:", images)]
 
 
 def _draw(image: Tensor, detected: Detections, names: Sequence[str]) -> ResultImage:
-    """Draw the best detections on an image. Of overlapping boxes, only the box with the highest score is drawn."""
+    """Draw the highest-scoring detections on an image. Of overlapping boxes, only the highest-scoring one is drawn."""
     height, width = image.shape[1:]
     scale = EXAMPLE_SIDE / max(height, width)
     drawn = F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)

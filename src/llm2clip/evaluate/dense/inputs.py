@@ -72,10 +72,10 @@ def decode_images(
 
     Args:
         refs: All images of the benchmark.
-        sizes: Width and height of each image, to which its boxes refer.
+        sizes: Width and height of each image, for which its boxes are given.
         description: Text in front of the progress bar.
-        failures: Dict to which this function adds the reason for each image that cannot be used, keyed by the index of
-            the image. An image cannot be used if it cannot be decoded, or if it does not have the expected size.
+        failures: Dict in which this function records why each unusable image was skipped, keyed by the index of the
+            image. An image is unusable if it cannot be decoded, or if it does not have the expected size.
 
     Yields:
         Images, uint8 (3, H, W), keyed by their index in `refs`.
@@ -93,7 +93,7 @@ def decode_images(
                     usable[index] = image
                 else:
                     size = f"{image.shape[2]} x {image.shape[1]}"
-                    failures[index] = f"the image has {size} pixels, but its boxes refer to {width} x {height} pixels"
+                    failures[index] = f"the image is {size} pixels, but its boxes are for {width} x {height} pixels"
             yield usable
             bar.update(len(decoded) + len(errors))
 
@@ -103,10 +103,11 @@ def _unchanged(image: Tensor) -> Tensor:
 
 
 def gather_from_ranks(local: T) -> list[T]:
-    """Return the results of all ranks, which can be any objects that can be pickled."""
+    """Return the results of all ranks. A result can be any picklable object."""
     if process_state().num_processes == 1:
         return [local]
-    wait_for_everyone()  # the collective below has a short timeout, but some ranks may have slower images
+    # The collective below has a short timeout, but some ranks may take longer to process their images.
+    wait_for_everyone()
     results: list[T] = gather_object([local])
     return results
 
@@ -117,7 +118,7 @@ def record_failures(log: SkipLog, refs: Sequence[ImageRef], failures: dict[int, 
     Args:
         log: Skip log.
         refs: All images of the benchmark.
-        failures: The reason for each failure, keyed by the index of the image. Equal on all ranks.
+        failures: The reason for each failure, keyed by the index of the image. The same on all ranks.
 
     Raises:
         TooManySkipped: If too many images could not be used.
@@ -128,4 +129,4 @@ def record_failures(log: SkipLog, refs: Sequence[ImageRef], failures: dict[int, 
         log.skip(str(refs[index]), 0, "unusable image", reason)
     log.check()
     if len(failures) == len(refs):
-        raise ValueError(f"none of the {len(refs):,} images can be used; the first: {refs[0]}: {failures[0]}")
+        raise ValueError(f"none of the {len(refs):,} images can be used; first failure: {refs[0]} ({failures[0]})")

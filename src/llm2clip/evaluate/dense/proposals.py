@@ -45,7 +45,7 @@ class ProposalSource(Protocol):
     """Source of proposals.
 
     Attributes:
-        note: Statement about boxes that are not used. Empty if all boxes are used.
+        note: Note about boxes that are not used. Empty if all boxes are used.
     """
 
     note: str
@@ -59,8 +59,8 @@ def open_proposals(name: str, data: DetectionData, device: torch.device) -> Prop
     """Open a source of proposals.
 
     Args:
-        name: "ground-truth", a JSON file in COCO's results format, torchvision:NAME, or a folder or hub id of an
-            object detection model of transformers.
+        name: "ground-truth", a JSON file in COCO's results format, torchvision:NAME, or a folder or hub id of a
+            transformers object detection model.
         data: Images and objects of the benchmark.
         device: Device for a detector.
 
@@ -129,7 +129,9 @@ class _ProposalFile:
             notes.append(f"{num_missing:,} of {len(image_ids):,} images have no boxes")
         self.note = f"{file}: {'; '.join(notes)}" if notes else ""
         if not by_image:
-            raise DataFormatError(f"{file} has no boxes for the benchmark's images: check that image_id is COCO's id")
+            raise DataFormatError(
+                f"{file} has no boxes for the benchmark's images: check that the image_id values are COCO image ids"
+            )
 
     def find(self, image_id: int, image: Tensor) -> Proposals:
         values = self._values.get(image_id, torch.zeros(0, 5))
@@ -199,8 +201,8 @@ def _load_transformers(name: str, device: torch.device) -> Callable[[Tensor], tu
         model = AutoModelForObjectDetection.from_pretrained(name, trust_remote_code=False).eval().to(device)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--proposals {name}: not a detector of transformers ({error}). Pass ground-truth, a JSON file in COCO's "
-            f"results format, {TORCHVISION_PREFIX}NAME, or a folder or hub id of an object detection model"
+            f"--proposals {name}: not a transformers object detection model ({error}). Pass ground-truth, a JSON file "
+            f"in COCO's results format, {TORCHVISION_PREFIX}NAME, or a folder or hub id of an object detection model"
         ) from error
 
     def detect(image: Tensor) -> tuple[Tensor, Tensor]:

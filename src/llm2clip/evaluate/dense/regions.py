@@ -3,8 +3,8 @@
 - "crop": the region is cut out and encoded like any other image. As in CLIPSelf (arXiv 2310.01403), the box is enlarged
   by a factor of 1.5 around its centre, clipped to the image, and padded with black to a square, so that the model's
   preprocessing does not cut off its ends.
-- Each dense variant: the entire image is encoded. The cell embeddings in the box are averaged by RoIAlign (arXiv
-  1703.06870) with the adaptive sampling ratio, and the mean is L2-normalised, also as in CLIPSelf.
+- Each dense variant: the entire image is encoded. The cell embeddings within the box are averaged with RoIAlign
+  (arXiv 1703.06870), which uses the adaptive sampling ratio, and the mean is L2-normalised, also as in CLIPSelf.
 
 The predicted class is the class whose embedding has the highest cosine similarity. A class embedding is the mean over
 OpenAI's prompt templates for ImageNet.
@@ -41,9 +41,6 @@ from llm2clip.models.dual_encoder import DualEncoder
 
 CROP = "crop"
 CROP_SCALE = 1.5  # side of the crop, divided by the side of the box
-# The shorter side of the image for dense features, divided by the side that the tower was trained with. This is 336
-# pixels for a tower trained with 224, as in SCLIP.
-DENSE_SCALE = 1.5
 SIZE_LIMITS = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, float("inf"))}
 """COCO's size classes: the lower limit (inclusive) and the upper limit (exclusive) of the object's area in pixels."""
 THUMBNAIL_SIDE = 280  # pixels
@@ -79,7 +76,7 @@ class RegionPredictions:
 def classify_regions(
     data: RegionData, embeddings: EmbeddingSource, variants: Sequence[str]
 ) -> dict[str, RegionPredictions]:
-    """Classify all regions by each method. Each image is decoded once.
+    """Classify all regions with each method. Each image is decoded once.
 
     In a distributed run, the images are split across the ranks, and every rank returns all predictions.
 
@@ -145,7 +142,7 @@ def region_metrics(
     class_counts = csr_matrix((np.ones(len(hits)), (image, labels)), shape)
 
     def metrics(weights: np.ndarray) -> list[float]:
-        """Return all metrics if each image is counted `weights` times, (images,)."""
+        """Return all metrics, counting image i `weights[i]` times."""
         with np.errstate(invalid="ignore"):  # 0 / 0 in resamples without regions of a size or a class
             values = (weights @ sums) / (weights @ counts)
             class_accuracy = (weights @ class_hits) / (weights @ class_counts)
@@ -162,7 +159,7 @@ def region_metrics(
 
 
 def wrong_region_blocks(data: RegionData, method: str, predictions: RegionPredictions, count: int = 12) -> list[Block]:
-    """Return a report section with the wrong regions that have the largest margins, at most one per image and class."""
+    """Return a report section with misclassified regions that have the largest margins, one per image and per class."""
     order = np.argsort(-predictions.margin, kind="stable")
     images: list[ResultImage] = []
     shown_images, shown_classes = set(), set()
@@ -180,8 +177,9 @@ def wrong_region_blocks(data: RegionData, method: str, predictions: RegionPredic
             break
     if not images:
         return []
-    text = f"Wrong regions with the largest margins for the method {method}, at most one per image and class."
-    return [Heading("Wrong regions", 3), Paragraph(text), ResultImages("Correct class and predicted class:", images)]
+    text = f"Regions with the largest margins, with the method {method}, at most one per image and per class."
+    examples = ResultImages("Correct class and predicted class:", images)
+    return [Heading("Misclassified regions", 3), Paragraph(text), examples]
 
 
 def encode_boxes(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[Tensor], method: str) -> list[Tensor]:
@@ -197,11 +195,10 @@ def encode_boxes(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[T
         crops = torch.cat([torch.empty(0, model.embed_dim), *_encode_crops(model, images, boxes)])
         return list(crops.split([len(image_boxes) for image_boxes in boxes]))
     dense = get_dense_encoder(model, [method])
-    shorter_side = round(DENSE_SCALE * dense.image_size)
     resized_by_shape: dict[torch.Size, dict[int, Tensor]] = {}  # images of the same shape are encoded together
     for n, image in enumerate(images):
         if len(boxes[n]):
-            resized = dense.resize(image, shorter_side)
+            resized = dense.resize(image, dense.localization_size)
             resized_by_shape.setdefault(resized.shape, {})[n] = resized
     results = [torch.empty(0, model.embed_dim) for _ in images]
     for group in resized_by_shape.values():
@@ -254,7 +251,7 @@ def crop_region(image: Tensor, box: Sequence[float]) -> Tensor:
 
 
 def pool_regions(features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-    """Average the cell embeddings in boxes by RoIAlign.
+    """Average the cell embeddings within each box with RoIAlign.
 
     Args:
         features: Cell embeddings, (N, h, w, D).

@@ -72,8 +72,8 @@ class SegmentationResult:
     Args:
         images: Indices of the evaluated images.
         counts: Pixel counts of each variant.
-        examples: Reduced label map of a few images for each variant, and, for the key "labels", the correct labels,
-            uint8 (h, w).
+        examples: For a few images, keyed by index: the downsampled prediction of each variant, and the true labels
+            under "labels", uint8 (h, w).
     """
 
     images: list[int]
@@ -157,7 +157,7 @@ def segmentation_metrics(counts: SegmentationCounts) -> tuple[dict[str, float], 
     stacked = np.stack([counts.intersection, counts.labelled, counts.predicted], 1).astype(np.float64)
 
     def metrics(weights: np.ndarray) -> list[float]:
-        """Return all metrics if each image is counted `weights` times, (images,)."""
+        """Return all metrics, counting image i `weights[i]` times."""
         intersection, labelled, predicted = np.tensordot(weights, stacked, 1)  # (3, classes)
         with np.errstate(invalid="ignore"):  # 0 / 0 for classes that do not occur
             iou = intersection / (labelled + predicted - intersection)
@@ -173,7 +173,7 @@ def segmentation_metrics(counts: SegmentationCounts) -> tuple[dict[str, float], 
 
 
 def class_iou(counts: SegmentationCounts) -> list[float | None]:
-    """Return the IoU of each class in percent. None: the class does not occur."""
+    """Return the IoU of each class in percent. None if the class is neither labelled nor predicted."""
     intersection = counts.intersection.sum(0)
     union = counts.labelled.sum(0) + counts.predicted.sum(0) - intersection
     return [100.0 * float(i) / float(u) if u else None for i, u in zip(intersection, union, strict=True)]
@@ -281,7 +281,7 @@ def _count_pixels(scores: PixelScores, labels: np.ndarray, data: SegmentationDat
 
 
 def _reduce(labels: np.ndarray) -> np.ndarray:
-    """Reduce a label map to at most `EXAMPLE_SIDE` pixels per side, by leaving out rows and columns."""
+    """Downsample a label map to at most `EXAMPLE_SIDE` pixels per side, by skipping rows and columns."""
     step = -(-max(labels.shape) // EXAMPLE_SIDE)
     return labels[::step, ::step].copy()
 
@@ -298,7 +298,7 @@ def _css(colour: np.ndarray) -> str:
 
 
 def _overlay(image: Tensor, labels: np.ndarray, colours: np.ndarray) -> bytes:
-    """Draw the colours of a reduced label map over an image, except for `IGNORED`; return the result as JPEG."""
+    """Draw the colours of a downsampled label map over an image, except for `IGNORED`; return the result as JPEG."""
     rows, columns = (torch.arange(n) * size // n for n, size in zip(labels.shape, image.shape[1:], strict=True))
     pixels = image[:, rows][:, :, columns].permute(1, 2, 0).numpy()  # (h, w, 3)
     table = np.zeros((IGNORED + 1, 3), np.uint8)

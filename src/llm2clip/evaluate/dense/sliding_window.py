@@ -2,9 +2,9 @@
 
 SCLIP (arXiv 2312.01597) upsamples the cell scores of each window to the window's size, averages overlapping windows,
 and resizes the result to the size of the labels. Each of these steps is linear and acts on rows and columns separately.
-The scores of a class are therefore R @ S @ C.T. S contains the cell scores of all windows, arranged in a grid. R and C,
-the row and column matrices, combine all interpolation and averaging. Any tile of rows can be computed from the
-corresponding rows of R, so the memory does not grow with the size of the image.
+The scores of a class are therefore `R @ S @ C.T`, where S contains the cell scores of all windows, arranged in a grid,
+and R and C, the row and column matrices, combine all interpolation and averaging. Any tile of rows can be computed from
+the corresponding rows of R. Memory for pixel scores therefore does not grow with the size of the image.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-# Limit on the longer side of a resized image, divided by the window: 2,048 and 224 pixels in SCLIP, for all data sets.
+# Limit on a resized image's longer side, divided by the window: SCLIP's 2,048 and 224 pixels, for all data sets.
 MAX_SCALE = 2048 / 224
 TILE_ELEMENTS = 1 << 24  # number of scores in a tile (64 MB)
 
@@ -41,7 +41,7 @@ class WindowAxis:
     def create(cls, length: int, window: int, cell_size: int) -> WindowAxis:
         """Place windows with a stride of half a window. The last window ends at the end of the image.
 
-        If the image is shorter than a window, there is one window, and the length is rounded to complete cells.
+        If the image is shorter than a window, the only window has its length, rounded to a whole number of cells.
         """
         if length < window:
             length = window = max(1, round(length / cell_size)) * cell_size
@@ -50,7 +50,7 @@ class WindowAxis:
         return cls(length, window, tuple(min(n * stride, length - window) for n in range(count)))
 
     def matrix(self, cells: int, size: int) -> Tensor:
-        """Return the matrix from the cells of all windows to output pixels, float32 (size, windows * cells).
+        """Return the matrix that maps the cells of all windows to output pixels, float32 (size, windows * cells).
 
         Args:
             cells: Number of cells per window.
@@ -154,8 +154,7 @@ def segment(
         names_per_class: Number of names of each class. The score of a class is the highest score of its names.
         logit_scale: Factor for the scores before the softmax over all names.
         min_probability: Pixels whose highest probability is lower are assigned to class 0.
-        min_area: Classes other than class 0 are not predicted if they cover at most this fraction of the pixels of
-            all classes other than class 0.
+        min_area: Foreground classes (all but 0) that cover at most this fraction of the foreground are not predicted.
 
     Yields:
         The slice of rows, and the class of each pixel, int64 (rows, W).
@@ -179,13 +178,13 @@ def segment(
 
 
 def _best_names(tile: Tensor, names_per_class: Sequence[int]) -> Tensor:
-    """Return the highest score of each class' names, (classes, rows, W), from the scores of all names."""
+    """Return the highest score of each class's names, (classes, rows, W), from the scores of all names."""
     if len(names_per_class) == len(tile):
         return tile
     return torch.stack([scores.amax(0) for scores in tile.split(list(names_per_class))])
 
 
 def _bilinear_matrix(size_in: int, size_out: int) -> Tensor:
-    """Return the matrix of one-dimensional bilinear interpolation, float64 (size_out, size_in)."""
+    """Return the matrix of linear interpolation, float64 (size_out, size_in)."""
     identity = torch.eye(size_in, dtype=torch.float64)[None]  # (1, channels, positions)
     return F.interpolate(identity, size=size_out, mode="linear", align_corners=False)[0].T
