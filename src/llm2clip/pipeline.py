@@ -140,7 +140,7 @@ def tune(
         # The encoder is loaded on the CPU, so that a GPU only holds the weights in the precision of the training.
         train_tune(pairs, raw or open_encoder(encoder, "cpu"), config, out)
         del raw
-        free_memory()  # of the LLM
+        free_memory()  # the LLM is no longer needed
     if measure:
         cached_json(out / "cra_tuned.json", lambda: _measure_cra(held_out_captions, EncoderConfig(str(encoder_dir))))
     return encoder_dir
@@ -205,7 +205,7 @@ def align(
     model_dir = model_dir or out / "model"
     if model_dir.exists():
         return model_dir
-    free_memory()  # of the LLM, before the vision tower is loaded
+    free_memory()  # the LLM is no longer needed
     model = new_model(config, store, train, out)
     validate = None
     if held_out:
@@ -334,7 +334,7 @@ def _save_model(model: LLM2CLIP, folder: Path, encoder: EncoderConfig | None) ->
     elif encoder == EncoderConfig(path=encoder.path) and (Path(encoder.path) / "modules.json").is_file():
         model.save_pretrained(folder, text_folder=encoder.path)
     else:
-        free_memory()  # of the optimizer, before the LLM is loaded
+        free_memory()  # the optimizer is no longer needed
         model.save_pretrained(folder, encoder=open_encoder(encoder, "cpu"))
 
 

@@ -330,9 +330,8 @@ def _batch_size(path: str, version: tuple[int, int], column: str) -> int:
 def parquet_batch_size(file: pq.ParquetFile, image_columns: Collection[str]) -> int:
     """Return the number of rows, at most 64, to read at a time from a file with images.
 
-    A row group can contain one large value that all its rows share. The number of rows is therefore chosen so that
-    the images in a batch take at most `MAX_BATCH_BYTES` (or are a single row), even if every image were as large as
-    the whole row group.
+    All rows of a row group can share one large value, so each image can be as large as the whole row group. In this
+    worst case, the images in a batch still take at most `MAX_BATCH_BYTES`, unless the batch is a single row.
 
     Raises:
         OSError: The images of a row group have more than `MAX_ROW_GROUP_BYTES` bytes according to the file's metadata.

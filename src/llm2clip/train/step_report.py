@@ -116,7 +116,9 @@ class StepReport:
             self.progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
     def _log_failures(self, step: Step, failures_of_all_ranks: list[float]) -> None:
-        """Log images that could not be decoded. Each rank logs the failures of all ranks, so all ranks stop together.
+        """Log images that could not be decoded.
+
+        Each rank counts the failures of all ranks. If there are too many, all ranks stop at the same step.
 
         Args:
             step: The step.

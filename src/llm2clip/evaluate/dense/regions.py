@@ -121,7 +121,9 @@ def region_metrics(
     The intervals are computed by a bootstrap over images, because regions of the same image are correlated.
 
     Returns:
-        Two dicts with the keys "top-1", "top-5", "mean per class" (the mean top-1 accuracy over the classes that have
+        The accuracies and their intervals: two dicts with the same keys.
+
+        The keys are "top-1", "top-5", "mean per class" (the mean top-1 accuracy over the classes that have
         regions), "small", "medium" and "large" (top-1 by COCO's size classes, omitted if there are no such regions).
     """
     labels = np.concatenate([data.labels[i] for i in np.unique(predictions.image)])

@@ -109,7 +109,7 @@ def _resolve_chain(sources: Sequence[str | Path]) -> tuple[str, list[Path]]:
 
 
 def _find_base(adapters: list[Path]) -> tuple[str, list[Path]]:
-    """Return the LLM that the adapters are based on, and the complete chain, including adapters of base models."""
+    """Return the LLM at the end of the chain, and all adapters. The base model of an adapter can be an adapter, too."""
     chain = list(adapters)
     while True:
         base = str(read_json(chain[0] / ADAPTER_CONFIG)["base_model_name_or_path"])
