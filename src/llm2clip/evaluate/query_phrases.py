@@ -9,9 +9,8 @@ from llm2clip.data.noun_phrases import CONNECTIVES, DETERMINERS, FUNCTION_WORDS,
 
 # Letters and digits, joined by apostrophes and hyphens, as in "t-shirt" and "man's".
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
-_SEPARATE_POSSESSIVE = re.compile(
-    r"\s+(?=['’]s\b)"
-)  # in captions that were split into tokens, as in "the dog 's mouth"
+# In captions that were split into tokens, as in "the dog 's mouth".
+_SEPARATE_POSSESSIVE = re.compile(r"\s+(?=['’]s\b)")
 _PUNCTUATION = re.compile(r"[^\w\s'’-]+")
 # English words that do not name anything visible. Lists for document retrieval, such as scikit-learn's, also contain
 # "two", "three", "fire" and "empty", which are useful in queries for images.

@@ -35,9 +35,6 @@ def classification_accuracy(
 ) -> dict[str, float]:
     """Return accuracies in percent: "top-1", "top-5" and "mean per class", which is the mean top-1 accuracy per class.
 
-    If several classes have the same score, the class with the lowest index is ranked first, as in argmax. Such ties
-    occur because two ImageNet classes have the same name.
-
     Args:
         images: Image embeddings, (N, D), L2-normalised.
         labels: Class index of each image.
@@ -47,12 +44,8 @@ def classification_accuracy(
     targets = torch.tensor(labels)
     rank_chunks = []
     for start in range(0, len(images), chunk_size):
-        target = targets[start : start + chunk_size, None]
         scores = images[start : start + chunk_size].float() @ classes.T  # (images, classes)
-        target_score = scores.gather(1, target)
-        is_earlier_class = torch.arange(len(classes)) < target
-        is_ranked_higher = (scores > target_score) | ((scores == target_score) & is_earlier_class)
-        rank_chunks.append(is_ranked_higher.sum(1))
+        rank_chunks.append(class_ranks(scores, targets[start : start + chunk_size]))
     ranks = torch.cat(rank_chunks)
     hits = (ranks < 1).double()
     counts = torch.bincount(targets)
@@ -63,6 +56,21 @@ def classification_accuracy(
         "top-5": 100 * float((ranks < 5).double().mean()),
         "mean per class": 100 * float(class_accuracy.mean()),
     }
+
+
+def class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return the zero-based rank of the correct class of each item, int64 (N,).
+
+    If several classes have the same score, the class with the lowest index is ranked first, as in argmax. Such ties
+    occur because two ImageNet classes have the same name.
+
+    Args:
+        scores: Score of each class, (N, classes).
+        labels: Index of the correct class, int64 (N,).
+    """
+    correct_score = scores.gather(1, labels[:, None])
+    is_earlier_class = torch.arange(scores.shape[1]) < labels[:, None]
+    return ((scores > correct_score) | ((scores == correct_score) & is_earlier_class)).sum(1)
 
 
 def linear_probe(

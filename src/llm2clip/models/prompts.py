@@ -57,7 +57,7 @@ def average_prompts(prompts: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def is_short_text(text: str) -> bool:
-    """Return whether a text has at most `MAX_TEMPLATE_WORDS` words and `MAX_TEMPLATE_CHARACTERS` characters.
+    """Return True if a text has at most `MAX_TEMPLATE_WORDS` words and `MAX_TEMPLATE_CHARACTERS` characters.
 
     Words are separated by whitespace. In Chinese, Japanese and Korean text, two characters count as one word.
     """

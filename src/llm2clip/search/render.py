@@ -110,7 +110,7 @@ def write_contact_sheet(
 def draw_heatmaps(model: DualEncoder, query: np.ndarray, hits: Sequence[Hit], backend: Backend) -> dict[str, bytes]:
     """Return a JPEG heat map of each hit, by the id of the hit.
 
-    Hits whose image files have been changed or removed since they were indexed, or cannot be decoded, are left out.
+    Hits whose image files have been changed or removed since they were indexed, or cannot be decoded, are skipped.
 
     Args:
         model: Model that embedded the query.

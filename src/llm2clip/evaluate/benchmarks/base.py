@@ -92,7 +92,7 @@ class SegmentationData:
     templates: Sequence[str]
     """Prompt templates, with {} as the placeholder for the class name."""
     has_background: bool = False
-    """Whether class 0 is the background, whose names are the names of things that are not among the other classes."""
+    """True if class 0 is the background. Its names are those of things that are not among the other classes."""
     scale: float = 1.5
     """Shorter side of the resized image, divided by the side of the sliding window."""
     logit_scale: float = 40.0
@@ -103,7 +103,7 @@ class SegmentationData:
     """Classes that cover at most this fraction of the pixels assigned to foreground classes are not predicted."""
 
     def class_name(self, label: int) -> str:
-        """Return the name of a class for tables and pictures."""
+        """Return the name of a class for tables and images."""
         return "background" if label == 0 and self.has_background else self.names[label][0]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from accelerate.utils import gather_object
@@ -59,43 +59,52 @@ def supported_variants(model: DualEncoder, variants: Sequence[str]) -> list[str]
     return [variant for variant in variants if variant in available]
 
 
-def local_indices(count: int) -> list[int]:
-    """Return the indices of the items that this rank processes, out of `count` items: every n-th item for n ranks."""
+def decode_batches(
+    refs: Sequence[ImageRef], transform: Callable[[Tensor], T], description: str, failures: dict[int, str]
+) -> Iterator[dict[int, T]]:
+    """Decode and transform this rank's images in batches, and show a progress bar. N ranks process every N-th image.
+
+    Args:
+        refs: All images of the benchmark.
+        transform: Picklable function that is applied to each image, uint8 (3, H, W).
+        description: Text in front of the progress bar.
+        failures: Dict in which this function records why each image cannot be decoded, keyed by the index of the image.
+
+    Yields:
+        Transformed images, keyed by their index in `refs`.
+    """
     state = process_state()
-    return list(range(state.process_index, count, state.num_processes))
+    indices = range(state.process_index, len(refs), state.num_processes)
+    with ProgressBar(total=len(indices), desc=description, unit="image", disable=not state.is_main_process) as bar:
+        for decoded, items, errors in image_batches([refs[i] for i in indices], transform, IMAGES_PER_BATCH):
+            failures |= {indices[i]: reason for i, reason in errors.items()}
+            yield {indices[i]: item for i, item in zip(decoded, items, strict=True)}
+            bar.update(len(decoded) + len(errors))
 
 
 def decode_images(
     refs: Sequence[ImageRef], sizes: Sequence[tuple[int, int]], description: str, failures: dict[int, str]
 ) -> Iterator[dict[int, Tensor]]:
-    """Decode this rank's images in batches, and show a progress bar.
+    """Decode this rank's images in batches. See `decode_batches`.
 
     Args:
-        refs: All images of the benchmark.
+        refs, description: See `decode_batches`.
         sizes: Width and height of each image, for which its boxes are given.
-        description: Text in front of the progress bar.
-        failures: Dict in which this function records why each unusable image was skipped, keyed by the index of the
-            image. An image is unusable if it cannot be decoded, or if it does not have the expected size.
+        failures: See `decode_batches`. Images that do not have the expected size are recorded, too.
 
     Yields:
         Images, uint8 (3, H, W), keyed by their index in `refs`.
     """
-    indices = local_indices(len(refs))
-    is_main = process_state().is_main_process
-    with ProgressBar(total=len(indices), desc=description, unit="image", disable=not is_main) as bar:
-        for decoded, images, errors in image_batches([refs[i] for i in indices], _unchanged, IMAGES_PER_BATCH):
-            failures |= {indices[i]: reason for i, reason in errors.items()}
-            usable = {}
-            for i, image in zip(decoded, images, strict=True):
-                index = indices[i]
-                width, height = sizes[index]
-                if image.shape[1:] == (height, width):
-                    usable[index] = image
-                else:
-                    size = f"{image.shape[2]} x {image.shape[1]}"
-                    failures[index] = f"the image is {size} pixels, but its boxes are for {width} x {height} pixels"
-            yield usable
-            bar.update(len(decoded) + len(errors))
+    for images in decode_batches(refs, _unchanged, description, failures):
+        usable = {}
+        for index, image in images.items():
+            width, height = sizes[index]
+            if image.shape[1:] == (height, width):
+                usable[index] = image
+            else:
+                size = f"{image.shape[2]} x {image.shape[1]}"
+                failures[index] = f"the image is {size} pixels, but its boxes are for {width} x {height} pixels"
+        yield usable
 
 
 def _unchanged(image: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from llm2clip.evaluate.dense.inputs import (
 )
 from llm2clip.evaluate.embeddings import BATCH_SIZE, EmbeddingSource
 from llm2clip.evaluate.recall import bootstrap_counts, percentile_interval
-from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts
+from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts, class_ranks
 from llm2clip.html_report import Block, Heading, Paragraph, ResultImage, ResultImages
 from llm2clip.models.dual_encoder import DualEncoder
 
@@ -53,8 +53,7 @@ class RegionPredictions:
     Args:
         image: Index of each region's image, int64 (R,).
         region: Index of each region among the regions of its image, int64 (R,).
-        rank: Zero-based rank of the correct class, int64 (R,). Among classes with equal scores, the class with the
-            lowest index ranks first.
+        rank: Zero-based rank of the correct class, int64 (R,). See `class_ranks`.
         predicted: Class with the highest score, int64 (R,).
         margin: Score of the predicted class minus the score of the correct class, float32 (R,).
     """
@@ -271,14 +270,11 @@ def _predict(regions: Tensor, indices: Sequence[int], data: RegionData, classes:
     labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *(data.labels[i] for i in indices)]))
     counts = [len(data.labels[i]) for i in indices]
     scores = regions @ classes.T  # (regions, classes)
-    correct = scores.gather(1, labels[:, None])
-    is_earlier = torch.arange(len(classes)) < labels[:, None]
-    rank = ((scores > correct) | ((scores == correct) & is_earlier)).sum(1)
     best, predicted = scores.max(1)
     return RegionPredictions(
         image=np.repeat(np.array(indices, np.int64), counts),
         region=np.concatenate([np.empty(0, np.int64), *(np.arange(count) for count in counts)]),
-        rank=rank.numpy(),
+        rank=class_ranks(scores, labels).numpy(),
         predicted=predicted.numpy(),
-        margin=(best - correct[:, 0]).numpy(),
+        margin=(best - scores.gather(1, labels[:, None])[:, 0]).numpy(),
     )

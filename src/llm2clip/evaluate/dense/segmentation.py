@@ -16,16 +16,13 @@ from matplotlib.colors import hsv_to_rgb
 from torch import Tensor
 
 from llm2clip.cpu_tuning import onednn_matmul
-from llm2clip.data.image_loader import image_batches
 from llm2clip.data.images import load_image, make_thumbnail
-from llm2clip.distributed import process_state
 from llm2clip.evaluate.benchmarks.base import IGNORED, SegmentationData
 from llm2clip.evaluate.dense.inputs import (
-    IMAGES_PER_BATCH,
+    decode_batches,
     gather_from_ranks,
     get_dense_encoder,
     get_model,
-    local_indices,
     record_failures,
     supported_variants,
 )
@@ -41,7 +38,6 @@ from llm2clip.evaluate.recall import bootstrap_counts, percentile_interval
 from llm2clip.evaluate.zero_shot import class_embeddings, class_prompts
 from llm2clip.html_report import Block, Heading, Legend, Paragraph, ResultImage, ResultImages
 from llm2clip.models.dense import DenseEncoder
-from llm2clip.progress import ProgressBar
 
 WINDOWS_PER_BATCH = 32
 NUM_EXAMPLES = 4  # images in the report
@@ -107,30 +103,22 @@ def evaluate_segmentation(
     window = max(1, round(dense.image_size / dense.cell_size)) * dense.cell_size
     transform = ResizeForWindows(window, dense.cell_size, data.scale)
     example_indices = set(np.linspace(0, len(data.images) - 1, NUM_EXAMPLES).astype(int).tolist())
-    indices = local_indices(len(data.images))
-    refs = [data.images[i] for i in indices]
     areas: dict[str, dict[int, np.ndarray]] = {variant: {} for variant in variants}
     examples: dict[int, dict[str, np.ndarray]] = {}
     failures: dict[int, str] = {}
-    is_main = process_state().is_main_process
-    with ProgressBar(total=len(refs), desc="segmentation", unit="image", disable=not is_main) as bar:
-        for decoded, items, errors in image_batches(refs, transform, IMAGES_PER_BATCH):
-            failures |= {indices[i]: reason for i, reason in errors.items()}
-            resized = {indices[i]: item for i, item in zip(decoded, items, strict=True)}
-            scores = {name: _pixel_scores(resized, dense, name, queries, transform) for name in variants}
-            for index, (_, size) in resized.items():
-                try:
-                    labels = _read_labels(data, index, size)
-                except (ValueError, OSError) as error:
-                    failures[index] = str(error)
-                    continue
-                maps = {"labels": _reduce(labels)}
-                for variant in variants:
-                    areas[variant][index], prediction = _count_pixels(scores[variant][index], labels, data)
-                    maps[variant] = _reduce(prediction)
-                if index in example_indices:
-                    examples[index] = maps
-            bar.update(len(decoded) + len(errors))
+    for resized in decode_batches(data.images, transform, "segmentation", failures):
+        scores = {name: _pixel_scores(resized, dense, name, queries, transform) for name in variants}
+        for index, (_, size) in resized.items():
+            try:
+                labels = _read_labels(data, index, size)
+            except (ValueError, OSError) as error:
+                failures[index] = str(error)
+                continue
+            maps = {"labels": labels}
+            for variant in variants:
+                areas[variant][index], maps[variant] = _count_pixels(scores[variant][index], labels, data)
+            if index in example_indices:
+                examples[index] = {name: _reduce(label_map) for name, label_map in maps.items()}
     gathered = gather_from_ranks((areas, examples, failures))
     record_failures(embeddings.log, data.images, {i: reason for *_, part in gathered for i, reason in part.items()})
     counts = {}
