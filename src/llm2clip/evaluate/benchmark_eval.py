@@ -189,9 +189,9 @@ def _evaluate_segmentation(
 ) -> BenchmarkResult:
     result = evaluate_segmentation(data, embeddings, variants)
     rows = []
+    class_names = [data.class_name(label) for label in range(len(data.names))]
     for variant, counts in result.counts.items():
         metrics, intervals = segmentation_metrics(counts)
-        class_names = [data.class_name(label) for label in range(len(data.names))]
         class_ious = dict(zip(class_names, class_iou(counts), strict=True))
         rows.append({"method": variant, "metrics": metrics, "intervals": intervals, "IoU": class_ious})
     prompts = class_prompts([name for names in data.names for name in names], data.templates)

@@ -390,9 +390,7 @@ class _ImageTextLayout:
         logits[self.image_of_text[texts][positions] - rows.start, equal] = -torch.inf
         if self.other_pairs is not None:
             other_image, other_text = self.other_pairs
-            row = other_image - self.image_gather.offset - rows.start
-            is_in_rows = (row >= 0) & (row < len(logits))
-            logits[row[is_in_rows], other_text[is_in_rows]] = -torch.inf
+            _exclude(logits, other_image - self.image_gather.offset - rows.start, other_text)
         return logits
 
     def text_logits(self, text: Tensor, all_image: Tensor, scale: Tensor, rows: slice) -> Tensor:
@@ -402,9 +400,7 @@ class _ImageTextLayout:
         logits[positions, self.all_image_of_text[equal]] = -torch.inf
         if self.other_pairs is not None:
             other_image, other_text = self.other_pairs
-            row = other_text - self.text_gather.offset - rows.start
-            is_in_rows = (row >= 0) & (row < len(logits))
-            logits[row[is_in_rows], other_image[is_in_rows]] = -torch.inf
+            _exclude(logits, other_text - self.text_gather.offset - rows.start, other_image)
         return logits
 
     def positive_cosines(self, image: Tensor, text: Tensor) -> Tensor:
@@ -458,3 +454,9 @@ def _text_weights(image_of_text: Tensor, images: int) -> Tensor:
     # Unlike bincount, index_add does not make the host wait for the GPU.
     texts_per_image = image_of_text.new_zeros(images).index_add_(0, image_of_text, torch.ones_like(image_of_text))
     return 1 / (images * texts_per_image[image_of_text]).float()
+
+
+def _exclude(logits: Tensor, rows: Tensor, columns: Tensor) -> None:
+    """Set the logits at these positions, two int64 vectors, to -inf. Positions outside the rows are ignored."""
+    is_inside = (rows >= 0) & (rows < len(logits))
+    logits[rows[is_inside], columns[is_inside]] = -torch.inf
