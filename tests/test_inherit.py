@@ -25,6 +25,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.clip_text_encoder import load_clip_text_encoder
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.fingerprint import hash_weights
+from llm2clip.models.inherited_clip import visual_projection
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.pipeline import align, new_model
 from llm2clip.store.store import EmbeddingStore
@@ -33,34 +34,42 @@ from llm2clip.train.inherit import inherited_texts
 from test_baselines import CLIP_STATS, make_model
 
 
-def make_eva_clip(folder: Path) -> None:
-    """Save an EVA-CLIP model as timm's repositories contain them: an open_clip model, and its image tower for timm."""
+def make_open_clip(folder: Path, kind: str) -> None:
+    """Save a CLIP model as timm's repositories contain them: an open_clip model, and its image tower for timm.
+
+    Args:
+        folder: folder to save to.
+        kind: "eva" for a tower whose classifier is the projection, as in EVA-CLIP. "timm-siglip" for a tower with
+            attention pooling and without a projection, as in SigLIP.
+    """
     open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
     folder.mkdir(exist_ok=True)
-    name = "eva02_tiny_patch14_224"
-    vision = {"timm_model_name": name, "timm_pool": "token", "timm_proj": None, "image_size": 224}
+    towers = {"eva": ("eva02_tiny_patch14_224", "token", 224, 12), "timm-siglip": ("test_vit3", "map", 160, 96)}
+    name, pool, size, embed_dim = towers[kind]
+    num_classes = embed_dim if kind == "eva" else 0
+    vision = {"timm_model_name": name, "timm_pool": pool, "timm_proj": None if kind == "eva" else "none"}
     text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
-    model_config = {"embed_dim": 12, "vision_cfg": vision | {"timm_model_pretrained": False}, "text_cfg": text}
+    model_config = {"embed_dim": embed_dim, "vision_cfg": vision | {"image_size": size}, "text_cfg": text}
     preprocess = {"mean": CLIP_STATS["image_mean"], "std": CLIP_STATS["image_std"], "interpolation": "bicubic"}
     config = {"model_cfg": model_config | {"custom_text": True}, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
     clip = open_clip.create_model(f"local-dir:{folder}", load_weights=False).eval()
-    torch.nn.init.normal_(clip.visual.trunk.head.bias)  # the projection of EVA-CLIP has a bias
+    if kind == "eva":
+        torch.nn.init.normal_(clip.visual.trunk.head.bias)  # the projection of EVA-CLIP has a bias
     save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
     save_file(clip.visual.trunk.state_dict(), folder / "model.safetensors")
-    timm_config = {"input_size": [3, 224, 224], "crop_pct": 1.0, "num_classes": 12, "classifier": "head"}
-    timm_config |= preprocess
-    model_args = {"global_pool": "token"}
-    (folder / "config.json").write_text(
-        json.dumps({"architecture": name, "num_classes": 12, "model_args": model_args, "pretrained_cfg": timm_config})
-    )
+    timm_config = {"input_size": [3, size, size], "fixed_input_size": True, "crop_pct": 1.0, "classifier": "head"}
+    timm_config |= preprocess | {"num_classes": num_classes}
+    model_args = {"global_pool": pool}
+    architecture = {"architecture": name, "num_classes": num_classes, "model_args": model_args}
+    (folder / "config.json").write_text(json.dumps(architecture | {"pretrained_cfg": timm_config}))
 
 
 def make_clip(folder: Path, kind: str) -> tuple[str, str]:
     """Save a CLIP model; return the name of its vision tower and the name of the dual encoder."""
-    if kind == "eva":
-        make_eva_clip(folder)
+    if kind in ("eva", "timm-siglip"):
+        make_open_clip(folder, kind)
         return f"timm:{folder}", f"open_clip:{folder}"
     make_model(folder, kind)
     return str(folder), str(folder)
@@ -76,7 +85,7 @@ def config_for(tower: str, **settings: Any) -> AlignConfig:
 
 
 @pytest.mark.usefixtures("few_steps")
-@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2", "eva"])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2", "eva", "timm-siglip"])
 def test_inherited_model_has_the_image_embeddings_of_clip_and_learns_its_text_embeddings(
     kind: str, records: list[Record], store: EmbeddingStore, tmp_path: Path
 ) -> None:
@@ -97,6 +106,20 @@ def test_inherited_model_has_the_image_embeddings_of_clip_and_learns_its_text_em
     # Random text towers map all texts to similar embeddings, so the differences from the mean are compared.
     mean = teacher.mean(0)
     assert F.cosine_similarity(student - mean, teacher - mean).mean() > 0.3
+
+
+def test_projection_of_open_clips_own_vision_transformer() -> None:
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
+    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
+    text = {"context_length": 8, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1}
+    clip = open_clip.CLIP(12, vision, text).eval()
+    images = torch.randn(2, 3, 32, 32)
+    projection = visual_projection(clip)
+    assert projection is not None
+    with torch.no_grad():
+        expected = clip.encode_image(images)
+        clip.visual.proj = None
+        torch.testing.assert_close(projection(clip.encode_image(images)), expected)
 
 
 @pytest.mark.usefixtures("few_steps")

@@ -319,6 +319,17 @@ def test_repeated_forward_passes_are_counted() -> None:
     assert cached.features == 10_000 * (2 * build_tower(SMALL.align).feature_dim + 16) and cached.images_per_second == 0
 
 
+def test_self_distillation_runs_or_caches_the_pretrained_tower() -> None:
+    plain, distilled = planned(small(batch_size=64)), planned(small(batch_size=64, distill_weight=1.0))
+    tower = 4.0 * plain.parameters["vision tower"]
+    assert distilled.flop["step"] - plain.flop["step"] == pytest.approx(plain.flop["tower forward"])
+    assert peak_memory(distilled.memory["align"]) - peak_memory(plain.memory["align"]) == tower + 24 * 64**2
+    assert distilled.features == 0
+    cached = planned(small(batch_size=64, distill_weight=1.0, min_crop_scale=1.0))
+    assert cached.flop["step"] == plain.flop["step"] and cached.hours["align"] > plain.hours["align"]
+    assert cached.memory["align"]["pretrained tower"] == 0 and cached.features > 0 and cached.images_per_second > 0
+
+
 def test_comparison_with_an_online_llm() -> None:
     plan = planned()
     step, caption = plan.flop["step"], plan.flop["caption forward"]

@@ -232,6 +232,15 @@ class AlignConfig:
         """True if phrases have a weight greater than 0 in the caption mix."""
         return self.caption_mix.get("phrases", 0) > 0
 
+    @property
+    def caches_features(self) -> bool:
+        """True if the features of the pretrained tower are computed once per image and cached.
+
+        A frozen tower needs no other features. Self-distillation needs them for each random crop, so they are cached
+        if random crops are disabled.
+        """
+        return self.tower_lr == 0 or (self.distill_weight > 0 and self.min_crop_scale == 1)
+
 
 @dataclass
 class EvaluateConfig:

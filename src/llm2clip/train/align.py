@@ -132,10 +132,9 @@ def _train(
     # Data: batches contain pixels or, if the tower is frozen, the tower's features. With self-distillation and without
     # random crops, they contain both.
     feature_store = None
-    if config.tower_lr == 0:
-        feature_store = _compute_features(records, model.tower, config, precision, features, run_dir, log)
-    elif frozen_tower is not None and config.min_crop_scale == 1:
-        feature_store = _compute_features(records, frozen_tower, config, precision, features, run_dir, log)
+    if config.caches_features:
+        tower = frozen_tower or model.tower  # without LoRA layers
+        feature_store = _compute_features(records, tower, config, precision, features, run_dir, log)
         frozen_tower = None
     rank, world_size = accelerator.process_index, accelerator.num_processes
     checkpoints = Checkpoints(run_dir / "checkpoints", config.batch_size)

@@ -145,6 +145,10 @@ def align_memory(
     chunk = min(CHUNK["cpu" if is_cpu else "cuda"], config.batch_size * texts)
     parts["loss"] = 12 * image.embed_dim * (images + texts) + 12 * chunk
     parts["captions"] = 4 * text_dim * micro_batch * captions
+    if config.distill_weight:
+        # The features' distances to those of all images, for both towers, with intermediate results and gradients.
+        parts["loss"] += 24 * config.batch_size * images
+        parts["pretrained tower"] = 0.0 if config.caches_features else 4.0 * image.tower
     return parts | _fixed_parts(is_cpu, loading)
 
 

@@ -35,7 +35,7 @@ class Plan:
         parameters: number of parameters in each component, and number of parameters trained by each stage.
         flop: FLOPs per caption or image, for each kind of pass.
         store: size of the embedding store, in bytes.
-        features: size of the tower's cached features, in bytes; 0 if the tower is trained.
+        features: size of the pretrained tower's cached features, in bytes; 0 if they are not cached.
         memory: memory per device for each stage and component, in bytes.
         fits: whether each stage fits into the device's memory.
         suggestions: for each stage that does not fit, command-line flags that would make the stage fit, and the
@@ -100,8 +100,7 @@ def plan_fit(
     tune_texts = 2 * config.tune.steps * config.tune.batch_size * count
     all_captions = images * captions_per_image
     image_passes = images * align.epochs
-    features_cached = align.tower_lr == 0
-    feature_pass = images * image.tower_forward if features_cached else 0.0
+    feature_pass = images * image.tower_forward if align.caches_features else 0.0
 
     # Hours.
     align_hours = machine.hours(feature_pass + image_passes * step["step"], align.precision, "align")
@@ -147,11 +146,11 @@ def plan_fit(
             **step,
         },
         store=all_captions * bytes_per_caption + 16 * all_captions,
-        features=images * (2 * image.feature_dim + 16) if features_cached else 0.0,
+        features=images * (2 * image.feature_dim + 16) if align.caches_features else 0.0,
         memory=memory,
         fits={stage: fits(parts, device.memory) for stage, parts in memory.items()},
         hours=hours,
-        images_per_second=0.0 if features_cached else image_passes / (align_hours * 3600 * count),
+        images_per_second=0.0 if align.tower_lr == 0 else image_passes / (align_hours * 3600 * count),
         online={
             "step": (step["step"] + captions * caption_forward) / step["step"],
             "hours": online_hours / (hours["embed"] + align_hours),
@@ -168,12 +167,16 @@ def plan_fit(
 
 
 def _align_flop(image: ImageCosts, config: AlignConfig, captions: float, count: int) -> dict[str, float]:
-    """Return the FLOPs per image in an `align` step: forward and backward, repeated forward passes, loss, and total."""
+    """Return the FLOPs per image in an `align` step: forward and backward, repeated forward passes, loss, and total.
+
+    With self-distillation and random crops, the forward pass through the pretrained tower is part of "image once".
+    """
     tower = 0.0 if config.tower_lr == 0 else image.tower_forward
     forward = tower + image.heads_forward
     recomputes = config.gradient_checkpointing and image.saved > image.layer_inputs > 0
     uses_grad_cache = (config.micro_batch_size or config.batch_size) < config.batch_size
-    once = forward + image.backward
+    teacher = image.tower_forward if config.distill_weight and not config.caches_features else 0.0
+    once = forward + teacher + image.backward
     again = (tower if recomputes else 0.0) + (forward if uses_grad_cache else 0.0)
     texts = config.batch_size * count * captions
     loss = 2 * LOSS_MATMULS[config.loss][count > 1] * texts * image.embed_dim

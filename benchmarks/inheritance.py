@@ -1,0 +1,165 @@
+"""Make a small CLIP model, and measure how far `align` has moved its image features.
+
+    python benchmarks/inheritance.py make DATA/flickr8k/captions.jsonl@train+none DATA/coco_img/captions.jsonl --out CLIP
+    llm2clip align ... --align.tower timm:CLIP --align.inherit true --out RUN
+    python benchmarks/inheritance.py drift RUN/model DATA/flickr8k/captions.jsonl@val --clip CLIP
+
+`make` writes an open_clip model whose image tower is EfficientNet-Lite0. The tower is frozen. A text tower and the image
+projection are trained from scratch with open_clip's loss, on the captions and on the short phrases that they contain. The
+folder also contains the image tower in timm's format, like the repositories of EVA-CLIP.
+
+`drift` prints the mean cosine similarity between the image features of the model's tower and of the CLIP model's tower,
+and between their image embeddings if both have the same number of dimensions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from llm2clip.data.noun_phrases import add_phrases
+from llm2clip.data.records import Record, open_records
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.models.clip_text_encoder import load_clip_text_encoder
+from llm2clip.models.inherited_clip import visual_projection
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.pretrained import resolve_pretrained
+from llm2clip.models.vision_tower import VisionTower
+from llm2clip.store.image_features import TowerEncoder, image_keys, store_image_features
+
+EMBED_DIM = 256
+TEXT_TOWER = {"context_length": 24, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 3}
+BATCH_SIZE, LR, WEIGHT_DECAY, WARMUP_STEPS = 256, 1e-3, 0.2, 100
+PHRASE_RATE = 0.5  # probability of a phrase instead of a caption
+HELD_OUT = 500  # images for measuring the accuracy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    make = commands.add_parser("make", help="train a small CLIP model")
+    make.add_argument("sources", nargs="+")
+    make.add_argument("--out", type=Path, required=True)
+    make.add_argument("--image_size", type=int, default=160)
+    make.add_argument("--epochs", type=int, default=20)
+    make.set_defaults(run=make_clip)
+    drift = commands.add_parser("drift", help="compare image features with those of the CLIP model")
+    drift.add_argument("models", nargs="*", type=Path)
+    drift.add_argument("--clip", type=Path, required=True)
+    drift.add_argument("--images", required=True, help="source of the images, such as captions.jsonl@val")
+    drift.set_defaults(run=measure_drift)
+    args = parser.parse_args()
+    args.run(args)
+
+
+def make_clip(args: argparse.Namespace) -> None:
+    records = add_phrases(list(chain.from_iterable(map(open_records, args.sources))))
+    args.out.mkdir(parents=True, exist_ok=True)
+    tower = VisionTower.from_pretrained("efficientnet-lite0", image_size=args.image_size)
+    features = image_features(tower, records, args.out / "features")
+    write_configs(args.out, args.image_size)
+    torch.manual_seed(0)
+    clip: Any = open_clip.create_model(f"local-dir:{args.out}", load_weights=False)
+    clip.visual.trunk.load_state_dict(headless_weights())
+    train(clip, open_clip.get_tokenizer(f"local-dir:{args.out}"), records, features, args.epochs)
+    save_file(clip.state_dict(), args.out / "open_clip_model.safetensors")
+    save_file(clip.visual.trunk.state_dict(), args.out / "model.safetensors")
+
+
+def image_features(tower: VisionTower, records: list[Record], folder: Path) -> Tensor:
+    """Return the tower's features, float32 (N, feature_dim)."""
+    encoder = TowerEncoder(tower, "fp32")
+    refs = [record.image for record in records if record.image is not None]
+    store = store_image_features(refs, encoder, encoder.identity(), folder, SkipLog())
+    return torch.from_numpy(store.take(store.find(image_keys(refs))))
+
+
+def headless_weights() -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    weights = load_file(Path(resolve_pretrained("efficientnet-lite0")) / "model.safetensors")
+    return {name: tensor for name, tensor in weights.items() if not name.startswith("classifier.")}
+
+
+def write_configs(folder: Path, image_size: int) -> None:
+    """Write the configs of the open_clip model and of its image tower."""
+    architecture = "tf_efficientnet_lite0"
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+    vision = {"timm_model_name": architecture, "timm_pool": "avg", "timm_proj": "linear", "image_size": image_size}
+    model = {"embed_dim": EMBED_DIM, "vision_cfg": vision, "text_cfg": TEXT_TOWER, "custom_text": True}
+    config = {"model_cfg": model, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    size = {"input_size": [3, image_size, image_size], "crop_pct": 1.0, "num_classes": 0, "classifier": "classifier"}
+    timm_config = {"architecture": architecture, "num_classes": 0, "pretrained_cfg": size | preprocess}
+    (folder / "config.json").write_text(json.dumps(timm_config))
+
+
+def train(clip: Any, tokenizer: Any, records: list[Record], features: Tensor, epochs: int) -> None:
+    """Train the text tower and the image projection on the features of the frozen image tower."""
+    trained = [p for name, p in clip.named_parameters() if not name.startswith("visual.trunk.")]
+    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
+    steps_per_epoch = (len(records) - HELD_OUT) // BATCH_SIZE
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LR, total_steps=epochs * steps_per_epoch, pct_start=WARMUP_STEPS / (epochs * steps_per_epoch)
+    )
+    loss, rng = ClipLoss(), random.Random(0)
+    order = list(range(len(records)))
+    rng.shuffle(order)
+    held_out, rest = order[:HELD_OUT], order[HELD_OUT:]
+    for epoch in range(epochs):
+        rng.shuffle(rest)
+        clip.train()
+        for step in tqdm(range(steps_per_epoch), desc=f"epoch {epoch + 1}"):
+            batch = rest[step * BATCH_SIZE :][:BATCH_SIZE]
+            texts = tokenizer([sample_text(records[i], rng) for i in batch])
+            images = F.normalize(clip.visual.head(features[batch]), dim=-1)
+            loss(images, clip.encode_text(texts, normalize=True), clip.logit_scale.exp()).backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            with torch.no_grad():
+                clip.logit_scale.clamp_(max=4.6052)  # log(100)
+        clip.eval()
+        with torch.no_grad():
+            texts = clip.encode_text(tokenizer([records[i].captions[0] for i in held_out]), normalize=True)
+            ranked = texts @ F.normalize(clip.visual.head(features[held_out]), dim=-1).T
+        accuracy = (ranked.argmax(1) == torch.arange(HELD_OUT)).float().mean()
+        print(f"T2I R@1 on {HELD_OUT} held-out images: {100 * accuracy:.1f}%", flush=True)
+
+
+def sample_text(record: Record, rng: random.Random) -> str:
+    phrases = record.phrases if rng.random() < PHRASE_RATE else ()
+    return rng.choice(phrases or record.captions)
+
+
+@torch.inference_mode()
+def measure_drift(args: argparse.Namespace) -> None:
+    records = list(open_records(args.images))
+    pretrained = VisionTower.from_pretrained(f"timm:{args.clip}")
+    projection = visual_projection(load_clip_text_encoder(f"open_clip:{args.clip}").model)
+    assert projection is not None
+    before = image_features(pretrained, records, args.clip / "drift-features")
+    print("| model | features | embeddings |\n|" + " --- |" * 3)
+    for path in args.models:
+        model = LLM2CLIP.from_pretrained(path)
+        after = image_features(model.tower, records, path.parent / "drift-features")
+        row = [F.cosine_similarity(before, after).mean().item()]
+        row += [F.cosine_similarity(projection(before), model.projection(after)).mean().item()]
+        print(f"| {path} | {' | '.join(f'{value:.3f}' for value in row)} |")
+
+
+if __name__ == "__main__":
+    main()
