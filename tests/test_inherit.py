@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from align_fixtures import ALIGN
 from align_fixtures import records as records  # the fixture
 from align_fixtures import store as store  # the fixture
 from conftest import make_tower, run_distributed
-from llm2clip.cli import build_parser
+from llm2clip.cli import build_parser, main
 from llm2clip.config import AlignConfig
 from llm2clip.data.images import load_image
 from llm2clip.data.records import Record
@@ -28,9 +29,10 @@ from llm2clip.models.fingerprint import hash_weights
 from llm2clip.models.inherited_clip import visual_projection
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.pipeline import align, new_model
+from llm2clip.store.layout import caption_keys
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train import inherit
-from llm2clip.train.inherit import inherited_texts
+from llm2clip.train.inherit import _repeat_phrases, inherited_texts
 from test_baselines import CLIP_STATS, make_model
 
 
@@ -99,7 +101,7 @@ def test_inherited_model_has_the_image_embeddings_of_clip_and_learns_its_text_em
     expected = clip.encode_images([clip.transform(load_image(image)) for image in images])
     torch.testing.assert_close(model.encode_image(images), expected, atol=1e-5, rtol=0)
 
-    texts = inherited_texts(records, ALIGN)
+    texts, _ = inherited_texts(records)
     with torch.no_grad():
         student = F.normalize(model.adapter(torch.from_numpy(store.take(store.rows(texts)))), dim=-1)
     teacher = clip.encode_texts(texts)
@@ -151,7 +153,7 @@ def test_similarity_is_measured_on_held_out_texts_if_there_are_20_texts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     tower, _ = make_clip(tmp_path / "clip", "clip")
-    texts = inherited_texts(records, ALIGN)[:num_texts]
+    texts = inherited_texts(records)[0][:num_texts]
     new_model(config_for(tower), store, [dataclasses.replace(records[0], captions=tuple(texts))], tmp_path)
     assert expected in capsys.readouterr().out
 
@@ -197,13 +199,20 @@ def test_clip_model_that_does_not_fit_the_tower_is_an_error(
 
 def test_texts_are_the_short_ones_and_each_is_used_once() -> None:
     records = [
-        Record("a", None, ("dog", "cat"), long_captions=("a long text",), phrases=("tail",)),
-        Record("b", None, ("cat",), ("bird",)),
+        Record("a", None, ("dog", "cat"), long_captions=("a long text",), phrases=("tail", "cat")),
+        Record("b", None, ("cat",), ("bird",), phrases=("tail",)),
     ]
-    assert inherited_texts(records, ALIGN) == ["dog", "cat", "bird"]
-    with_phrases = dataclasses.replace(ALIGN, caption_mix={"captions": 1, "phrases": 1})
-    assert inherited_texts(records, with_phrases) == ["dog", "cat", "tail", "bird"]
-    assert inherited_texts([Record("c", None, (), (), ("a long text",))], ALIGN) == ["a long text"]
+    assert inherited_texts(records) == (["dog", "cat", "bird"], ["tail"])
+    assert inherited_texts([Record("c", None, (), (), ("a long text",))]) == (["a long text"], [])
+
+
+def test_phrases_are_repeated_until_they_are_half_of_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = np.array([8, 1, 0, 4, 9, 2, 7, 3])  # captions are 0 to 7
+    assert sorted(_repeat_phrases(order, 8).tolist()) == [0, 1, 2, 3, 4, 7, 8, 8, 8, 9, 9, 9]
+    monkeypatch.setattr(inherit, "MAX_REPEATS", 2)
+    assert sorted(_repeat_phrases(order, 8).tolist()) == [0, 1, 2, 3, 4, 7, 8, 8, 9, 9]
+    for only_one_kind in (0, 10):
+        assert sorted(_repeat_phrases(order, only_one_kind).tolist()) == sorted(order.tolist())
 
 
 def test_all_ranks_have_the_adapter_of_the_main_process(
@@ -219,6 +228,23 @@ def _inherit_on_rank(records: list[Record], store: str, folder: str) -> None:
     inherit.MIN_STEPS = 2
     model = new_model(config_for(f"{folder}/clip"), EmbeddingStore(store), records, Path(folder))
     (Path(folder) / str(torch.distributed.get_rank())).write_text(hash_weights(model))
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize("column", ["captions", "captions_xx"])
+def test_fit_inherits_phrases_if_there_are_any(column: str, image_folder: Path, llm: Path, tmp_path: Path) -> None:
+    """The captions in captions_xx are not English, so they contain no phrases."""
+    tower, _ = make_clip(tmp_path / "clip", "clip")
+    flags = ["--columns", json.dumps({"captions": column, "long_captions": ""}), "--encoder.path", str(llm)]
+    flags += ["--tune.steps", "0", "--align.tower", tower, "--align.inherit", "true", "--align.batch_size", "8"]
+    flags += ["--align.epochs", "1", "--align.workers", "0", "--max_skipped", "0.5"]
+    run = tmp_path / "run"
+    assert main(["fit", str(image_folder / "captions.jsonl"), "--out", str(run), *flags]) == 0
+    assert (run / "align" / inherit.WEIGHTS).exists()
+    (clip_store,) = (run / "align").glob("clip-texts-*")
+    for store in (run / "store", clip_store):
+        is_stored = EmbeddingStore(store).find(caption_keys(["border"])) >= 0
+        assert is_stored.item() == (column == "captions")
 
 
 def test_inherit_flag_parses_as_bool_or_name() -> None:

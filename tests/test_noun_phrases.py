@@ -149,6 +149,9 @@ def test_embed_and_align_commands_with_phrases(image_folder: Path, llm: Path, tm
 
 
 def test_uses_phrases() -> None:
-    assert AlignConfig(caption_mix={"captions": 1, "phrases": 0.1}).uses_phrases
+    sampled = AlignConfig(caption_mix={"captions": 1, "phrases": 0.1})
+    assert sampled.uses_phrases and sampled.samples_phrases
     assert not AlignConfig(caption_mix={"captions": 1, "phrases": 0}).uses_phrases
     assert not AlignConfig().uses_phrases
+    inherited = AlignConfig(inherit=True)
+    assert inherited.uses_phrases and not inherited.samples_phrases

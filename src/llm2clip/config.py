@@ -152,8 +152,9 @@ class AlignConfig:
     rates."""
     inherit: bool | str = False
     """Start from the embedding space of the CLIP model that the tower belongs to, as in ProCLIP: the adapter first
-    learns to reproduce the embeddings of CLIP's text tower, and the image projection is CLIP's own. --align.embed_dim
-    then has no effect. If the tower's checkpoint has no text tower, give the name of the CLIP model instead of true."""
+    learns to reproduce the embeddings of CLIP's text tower, for captions and for short phrases such as "red hat". The
+    image projection is CLIP's own, and --align.embed_dim has no effect. If the tower's checkpoint has no text tower,
+    give the name of the CLIP model instead of true."""
     epochs: float = 4
     """Number of epochs. Fractions are allowed."""
     captions_per_image: int = 4
@@ -228,9 +229,14 @@ class AlignConfig:
             raise ValueError("--align.load_best_at_end needs evaluations during training: remove --align.eval_steps 0")
 
     @property
-    def uses_phrases(self) -> bool:
+    def samples_phrases(self) -> bool:
         """True if phrases have a weight greater than 0 in the caption mix."""
         return self.caption_mix.get("phrases", 0) > 0
+
+    @property
+    def uses_phrases(self) -> bool:
+        """True if the phrases must be in the store: they are sampled, or inherited from a CLIP model."""
+        return self.samples_phrases or bool(self.inherit)
 
     @property
     def caches_features(self) -> bool:

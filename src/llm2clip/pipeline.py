@@ -89,7 +89,7 @@ def fit(sources: Sequence[str], run_dir: Path, config: FitConfig) -> Path:
     encoder = EncoderConfig(path=str(tune(pairs, run_dir / "tune", config.encoder, config.tune, held_out_captions)))
 
     print_once("2/4 embed: encoding every caption into the store")
-    train = add_phrases(data.train) if config.align.uses_phrases else data.train
+    train = add_phrases(data.train, config.align.samples_phrases) if config.align.uses_phrases else data.train
     train_texts = (text for record in train for text in training_texts(record, config.align))
     held_out_texts = (text for column in data.held_out.values() for record in column for text in record.texts)
     store = embed(chain(train_texts, held_out_texts), run_dir / "store", encoder, config.embed)
@@ -284,7 +284,7 @@ def new_model(
         clip = load_inherited_clip(config.tower, config.inherit, device)
         model = model_in_clip_space(model_config, tower, clip)
         precision = resolve_align_precision(config.precision, device)
-        inherit_text_space(model, clip, train, store, config, precision, out)
+        inherit_text_space(model, clip, train, store, config.seed, precision, out)
         del clip
         free_memory()
     else:

@@ -57,7 +57,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--phrases",
         action="store_true",
-        help="Also encode the phrases of DATA, for `align` with phrases in --align.caption_mix. All captions are then "
+        help="Also encode the phrases of DATA, for `align` with --align.inherit or phrases in --align.caption_mix. All captions are then "
         "read into memory.",
     )
     add_reading_arguments(parser)
@@ -182,7 +182,7 @@ def _align(args: Namespace) -> list[str]:
             train, held_out = [record for _, record in read_merged_records(args.data, args.columns, log)], {}
         print_once(log.summary())
         if args.align.uses_phrases:
-            train = add_phrases(train)
+            train = add_phrases(train, args.align.samples_phrases)
         if args.own_text_tower:
             finetune_clip(train, args.align, out, log)
             return [f"Model: {model_dir}", f"Next: llm2clip evaluate {model_dir} DATA --baselines {args.align.tower}"]

@@ -55,10 +55,14 @@ _BOUNDARIES = DETERMINERS | CONNECTIVES | FUNCTION_WORDS
 _TOKEN = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|[^\w\s]|\d+")
 
 
-def add_phrases(records: Sequence[Record]) -> list[Record]:
+def add_phrases(records: Sequence[Record], required: bool = True) -> list[Record]:
     """Return the records with phrases taken from their captions.
 
     If any record has phrases already, which come from the data's own column, the records are returned unchanged.
+
+    Args:
+        records: Records with captions.
+        required: Raise an error if there are no phrases.
 
     Raises:
         ValueError: No phrase occurs in the captions of enough images.
@@ -66,7 +70,7 @@ def add_phrases(records: Sequence[Record]) -> list[Record]:
     if any(record.phrases for record in records):
         return list(records)
     phrases = extract_phrases([record.texts for record in records])
-    if not any(phrases):
+    if required and not any(phrases):
         raise ValueError(
             f"no phrase occurs in the captions of {MIN_IMAGES} or more images. Phrases are only found in English "
             "captions. Add a column `phrases` to the data, or remove phrases from --align.caption_mix or, for "

@@ -206,7 +206,7 @@ def drop_missing_phrases(records: Sequence[Record], store: EmbeddingStore) -> li
     is_stored = store.find(caption_keys(phrases)) >= 0
     if phrases and not is_stored.any():
         raise StoreError(
-            f"{store.folder} has no embeddings for phrases, but --align.caption_mix has a weight for them. Run "
+            f"{store.folder} has no embeddings for phrases, which --align.caption_mix or --align.inherit use. Run "
             "`llm2clip embed` with --phrases"
         )
     missing = {phrase for phrase, stored in zip(phrases, is_stored, strict=True) if not stored}

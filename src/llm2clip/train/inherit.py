@@ -6,8 +6,9 @@ randomly initialised, and contrastive training against it changes what the pretr
 step and self-distillation (see `distillation`) together improve zero-shot accuracy by 6.8 to 13.5 points.
 
 The texts are the captions, short captions and phrases of the training data, or the long captions if there are no other
-texts. CLIP's embeddings of these texts are cached in a store, and the LLM's embeddings come from the caption store, so
-each step only runs and updates the adapter.
+texts. Records without an image are also used. Phrases, such as "red hat", are repeated until they are half of the
+texts, so that short queries inherit as much as whole captions. CLIP's embeddings of these texts are cached in a store,
+and the LLM's embeddings come from the caption store, so each step only runs and updates the adapter.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from llm2clip.config import AlignConfig
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.records import Record
 from llm2clip.distributed import print_once, process_state, wait_for_everyone
@@ -44,6 +44,7 @@ MIN_STEPS = 500  # more epochs are run if there are few texts
 BATCH_SIZE = 1024
 LR = 1e-3
 WARMUP_RATIO = 0.05
+MAX_REPEATS = 16  # maximum number of times that a phrase is repeated per epoch
 MAX_TEST_TEXTS = 1000  # maximum number of held-out texts, on which the result is measured
 
 
@@ -53,7 +54,7 @@ def inherit_text_space(
     clip: ClipTextEncoder,
     records: Sequence[Record],
     store: EmbeddingStore,
-    config: AlignConfig,
+    seed: int,
     precision: str,
     folder: Path,
 ) -> None:
@@ -67,11 +68,12 @@ def inherit_text_space(
         clip: Text tower of the CLIP model.
         records: Training data.
         store: Store of the LLM's embeddings. It must contain the captions and phrases of `records`.
-        config: Settings for the `align` stage, which define the seed and whether phrases are used.
+        seed: Seed for the order of the texts.
         precision: "bf16" for autocast. With "fp32" and "fp16", the adapter is trained in float32.
         folder: Folder for the weights and for the store of CLIP's text embeddings.
     """
-    texts = inherited_texts(records, config)
+    captions, phrases = inherited_texts(records)
+    texts = captions + phrases
     identity = {"clip": hash_weights(clip.model), "precision": "fp32"}
     clip_store = store_text_embeddings(
         texts,
@@ -84,14 +86,16 @@ def inherit_text_space(
     signature = {
         "clip": identity,
         "encoder": store.manifest["fingerprint"],
-        "texts": fingerprint({"texts": texts}),
+        "texts": fingerprint({"captions": captions, "phrases": phrases}),
         "adapter": hash_weights(model.adapter),  # untrained weights, which depend on the architecture and the seed
-        "training": [EPOCHS, MIN_STEPS, BATCH_SIZE, LR, WARMUP_RATIO, config.seed, precision],
+        "training": [EPOCHS, MIN_STEPS, BATCH_SIZE, LR, WARMUP_RATIO, MAX_REPEATS, seed, precision],
     }
     file = folder / WEIGHTS
     if process_state().is_main_process and _saved_signature(file) != signature:
-        inputs = store.rows(texts), clip_store.find(caption_keys(texts))
-        similarity = _train_adapter(model.adapter, store, clip_store, *inputs, config.seed, precision, model.device)
+        rows = store.rows(texts), clip_store.find(caption_keys(texts))
+        similarity = _train_adapter(
+            model.adapter, store, clip_store, *rows, len(captions), seed, precision, model.device
+        )
         state = {name: tensor.cpu().contiguous() for name, tensor in model.adapter.state_dict().items()}
         with atomic_path(file) as temporary:
             save_file(state, temporary, {"signature": json.dumps(signature), "similarity": f"{similarity:.4f}"})
@@ -99,15 +103,15 @@ def inherit_text_space(
     model.adapter.load_state_dict(load_file(file))
 
 
-def inherited_texts(records: Sequence[Record], config: AlignConfig) -> list[str]:
-    """Return the distinct texts to train on: captions, short captions, and phrases, if their weight is positive.
+def inherited_texts(records: Sequence[Record]) -> tuple[list[str], list[str]]:
+    """Return the distinct captions and the distinct phrases to train on. Phrases that are also captions are left out.
 
-    Long captions are only used if there are no others, because CLIP's text towers read at most 77 tokens.
+    Long captions are only used if there are no other captions, because CLIP's text towers read at most 77 tokens.
     """
-    short: dict[str, None] = {}
-    for record in records:
-        short |= dict.fromkeys(record.captions + record.short_captions + (record.phrases * config.uses_phrases))
-    return list(short or dict.fromkeys(text for record in records for text in record.long_captions))
+    captions = dict.fromkeys(text for record in records for text in record.captions + record.short_captions)
+    captions = captions or dict.fromkeys(text for record in records for text in record.long_captions)
+    phrases = dict.fromkeys(text for record in records for text in record.phrases if text not in captions)
+    return list(captions), list(phrases)
 
 
 def _saved_signature(file: Path) -> object:
@@ -123,6 +127,7 @@ def _train_adapter(
     clip_store: EmbeddingStore,
     rows: np.ndarray,
     clip_rows: np.ndarray,
+    num_captions: int,
     seed: int,
     precision: str,
     device: torch.device,
@@ -137,6 +142,7 @@ def _train_adapter(
         clip_store: Store of CLIP's text embeddings.
         rows: Row of each text in `store`, int64 (N,).
         clip_rows: Row of each text in `clip_store`, int64 (N,).
+        num_captions: Number of captions. They come before the phrases.
         seed: Seed for the order of the texts.
         precision: "bf16" for autocast. With "fp32" and "fp16", the adapter is trained in float32.
         device: Device to train on.
@@ -144,7 +150,7 @@ def _train_adapter(
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(rows))
     test_size = min(MAX_TEST_TEXTS, len(rows) // 20)
-    test, train = order[:test_size], order[test_size:]
+    test, train = order[:test_size], _repeat_phrases(order[test_size:], num_captions)
     batch_size = min(BATCH_SIZE, len(train))
     steps_per_epoch = len(train) // batch_size
     steps = max(MIN_STEPS, EPOCHS * steps_per_epoch)
@@ -183,3 +189,15 @@ def _train_adapter(
     texts = "held-out" if test_size else "training"
     print_once(f"inherit: cosine similarity {similarity:.3f} to the CLIP text embeddings of the {texts} texts")
     return similarity
+
+
+def _repeat_phrases(texts: np.ndarray, num_captions: int) -> np.ndarray:
+    """Repeat the phrases until they are about half of the texts, but at most `MAX_REPEATS` times.
+
+    Args:
+        texts: Numbers of texts, int64 (N,). Numbers below `num_captions` are captions, and the others are phrases.
+        num_captions: Number of captions.
+    """
+    captions, phrases = texts[texts < num_captions], texts[texts >= num_captions]
+    repeats = min(MAX_REPEATS, max(1, len(captions) // max(1, len(phrases))))
+    return np.concatenate([captions, np.repeat(phrases, repeats)])

@@ -105,7 +105,7 @@ class AlignBatches:
         self.image_count = len(usable)
         self.image_hash = hash_texts(str(record.image) for record in usable)
         # Phrases with weight 0 are not used at all, even for images without captions of the other kinds.
-        fields = TEXT_FIELDS if config.uses_phrases else CAPTION_FIELDS
+        fields = TEXT_FIELDS if config.samples_phrases else CAPTION_FIELDS
         self.caption_hash = hash_texts(text for record in usable for text in training_texts(record, config))
         kinds = [kind for kind in fields if any(getattr(record, kind) for record in usable)]
         captions = [CaptionIndex(store, (getattr(record, kind) for record in usable)) for kind in kinds]
@@ -184,7 +184,7 @@ class AlignBatches:
 
 
 def training_texts(record: Record, config: AlignConfig) -> tuple[str, ...]:
-    """Return all texts of a record that `align` may train on: its captions and, if they have a weight, its phrases."""
+    """Return all texts of a record that `align` may train on: its captions and, if they are used, its phrases."""
     return record.texts + record.phrases if config.uses_phrases else record.texts
 
 
