@@ -1,15 +1,16 @@
-"""Make a small CLIP model, and measure how far `align` has moved its image features.
+"""Make a small CLIP model, and measure how far `align` moves its image features.
 
-    python benchmarks/inheritance.py make DATA/flickr8k/captions.jsonl@train+none DATA/coco_img/captions.jsonl --out CLIP
+    python benchmarks/inheritance.py make DATA/flickr8k/captions.jsonl@train+none DATA/coco_img/captions.jsonl \\
+        --out CLIP
     llm2clip align ... --align.tower timm:CLIP --align.inherit true --out RUN
-    python benchmarks/inheritance.py drift RUN/model DATA/flickr8k/captions.jsonl@val --clip CLIP
+    python benchmarks/inheritance.py drift RUN/model --clip CLIP --images DATA/flickr8k/captions.jsonl@val
 
-`make` writes an open_clip model whose image tower is EfficientNet-Lite0. The tower is frozen. A text tower and the image
-projection are trained from scratch with open_clip's loss, on the captions and on the short phrases that they contain. The
-folder also contains the image tower in timm's format, like the repositories of EVA-CLIP.
+`make` writes an open_clip model whose image tower is EfficientNet-Lite0. The tower is frozen. A text tower and the
+image projection are trained from scratch with open_clip's loss, on captions and on the short phrases in the captions.
+The folder also contains the image tower in timm's format, like the repositories of EVA-CLIP.
 
-`drift` prints the mean cosine similarity between the image features of the model's tower and of the CLIP model's tower,
-and between their image embeddings if both have the same number of dimensions.
+`drift` prints two mean cosine similarities: between the features of the model's tower and of the CLIP model's tower,
+and between their image embeddings.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -53,7 +54,7 @@ def main() -> None:
     make.add_argument("sources", nargs="+")
     make.add_argument("--out", type=Path, required=True)
     make.add_argument("--image_size", type=int, default=160)
-    make.add_argument("--epochs", type=int, default=20)
+    make.add_argument("--epochs", type=int, default=15)
     make.set_defaults(run=make_clip)
     drift = commands.add_parser("drift", help="compare image features with those of the CLIP model")
     drift.add_argument("models", nargs="*", type=Path)
@@ -87,8 +88,7 @@ def image_features(tower: VisionTower, records: list[Record], folder: Path) -> T
 
 
 def headless_weights() -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
+    """Return the weights of EfficientNet-Lite0 without its ImageNet classifier."""
     weights = load_file(Path(resolve_pretrained("efficientnet-lite0")) / "model.safetensors")
     return {name: tensor for name, tensor in weights.items() if not name.startswith("classifier.")}
 
@@ -141,6 +141,7 @@ def train(clip: Any, tokenizer: Any, records: list[Record], features: Tensor, ep
 
 
 def sample_text(record: Record, rng: random.Random) -> str:
+    """Return a random phrase of the image with probability `PHRASE_RATE`, and otherwise a random caption."""
     phrases = record.phrases if rng.random() < PHRASE_RATE else ()
     return rng.choice(phrases or record.captions)
 
@@ -156,9 +157,11 @@ def measure_drift(args: argparse.Namespace) -> None:
     for path in args.models:
         model = LLM2CLIP.from_pretrained(path)
         after = image_features(model.tower, records, path.parent / "drift-features")
-        row = [F.cosine_similarity(before, after).mean().item()]
-        row += [F.cosine_similarity(projection(before), model.projection(after)).mean().item()]
-        print(f"| {path} | {' | '.join(f'{value:.3f}' for value in row)} |")
+        pairs = [(before, after)]
+        if model.config.embed_dim == projection.out_features:
+            pairs.append((projection(before), model.projection(after)))
+        row = [f"{F.cosine_similarity(*pair).mean():.3f}" for pair in pairs]
+        print(f"| {path} | {' | '.join(row)} |")
 
 
 if __name__ == "__main__":

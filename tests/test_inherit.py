@@ -242,8 +242,8 @@ def test_fit_inherits_phrases_if_there_are_any(column: str, image_folder: Path, 
     assert main(["fit", str(image_folder / "captions.jsonl"), "--out", str(run), *flags]) == 0
     assert (run / "align" / inherit.WEIGHTS).exists()
     (clip_store,) = (run / "align").glob("clip-texts-*")
-    for store in (run / "store", clip_store):
-        is_stored = EmbeddingStore(store).find(caption_keys(["border"])) >= 0
+    for folder in (run / "store", clip_store):
+        is_stored = EmbeddingStore(folder).find(caption_keys(["border"])) >= 0
         assert is_stored.item() == (column == "captions")
 
 

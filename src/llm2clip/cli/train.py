@@ -57,8 +57,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--phrases",
         action="store_true",
-        help="Also encode the phrases of DATA, for `align` with --align.inherit or phrases in --align.caption_mix. All captions are then "
-        "read into memory.",
+        help="Also encode the phrases of DATA, for `align` with --align.inherit or phrases in --align.caption_mix. All "
+        "captions are then read into memory.",
     )
     add_reading_arguments(parser)
     parser.add_class_arguments(EncoderConfig, "encoder")
