@@ -181,7 +181,7 @@ def _align(args: Namespace) -> list[str]:
         else:
             train, held_out = [record for _, record in read_merged_records(args.data, args.columns, log)], {}
         print_once(log.summary())
-        if args.align.uses_phrases:
+        if args.align.samples_phrases or (args.align.inherit and args.store):
             train = add_phrases(train, args.align.samples_phrases)
         if args.own_text_tower:
             finetune_clip(train, args.align, out, log)
